@@ -1,0 +1,42 @@
+"""The C++ engine. `shardsave._engine` is the only module that calls `run`."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import Buffer
+
+#: Values of the first column of `segments`: a CUDA ordinal, or one of these.
+HOST: int
+LENT: int
+DISCARD: int
+
+class Fault(Exception):
+    """A call failed. ``args``: file (index into `files`, or -1), call, errno (or 0), offset, length, detail."""
+
+class RunResult:
+    sums: NDArray[np.uint64]
+    direct: Sequence[bool]
+    staging_bytes: int
+    pinned: bool
+    notes: Sequence[str]
+
+def run(
+    *,
+    write: bool,
+    files: NDArray[np.int64],
+    access: str,
+    blocks: NDArray[np.int64],
+    segments: NDArray[np.int64],
+    piece_bytes: NDArray[np.int64],
+    checksum: bool,
+    streams: Sequence[tuple[int, int]],
+    workers: int,
+    slot_bytes: int,
+    lend: Callable[[int, int, memoryview], None] | None,
+    tick: Callable[[int], None],
+) -> RunResult: ...
+def crc64(data: Buffer, /) -> int: ...
+def crc64_implementation() -> str: ...
+def cuda_available() -> bool: ...
+def release_ring() -> None: ...

@@ -1,0 +1,60 @@
+"""How far a transfer has come, told to whoever wants to know."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, Union
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+#: A bar that nobody asked for appears only after this many seconds.
+LONG_SECONDS = 2.0
+
+ProgressArgument = Union[None, bool, Callable[[int, int], object]]
+
+
+class Progress:
+    """Turns the engine's ticks into a bar, or into calls of the user's function with (bytes done, bytes in all)."""
+
+    def __init__(self, wanted: ProgressArgument, title: str, total: int) -> None:
+        if wanted is not None and not isinstance(wanted, bool) and not callable(wanted):
+            raise TypeError(f"progress must be None, True, False or a callable, not {type(wanted).__name__}")
+        self._call = wanted if callable(wanted) else None
+        self._title = title
+        self._total = total
+        self._base = 0
+        self._bar: tqdm[None] | None = None
+        if wanted is True:
+            self._appear_at = 0.0
+        elif wanted is None and sys.stderr is not None and sys.stderr.isatty():
+            self._appear_at = time.monotonic() + LONG_SECONDS
+        else:
+            self._appear_at = float("inf")
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def tick(self, done: int) -> None:
+        """``done`` bytes of the present run have been moved."""
+        done += self._base
+        if self._call is not None:
+            self._call(done, self._total)
+        if self._bar is None and time.monotonic() >= self._appear_at:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=self._total, desc=self._title, unit="B", unit_scale=True, file=sys.stderr)
+        if self._bar is not None:
+            self._bar.update(done - self._bar.n)
+
+    def run_ended(self, done: int) -> None:
+        """The present run of the engine has moved all its ``done`` bytes; another may follow."""
+        self.tick(done)
+        self._base += done

@@ -1,0 +1,196 @@
+"""What the verbs give back: frozen values that print as one readable line."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+__all__ = ["CheckpointInfo", "LoadReport", "Phases", "SaveReport", "TensorInfo", "VerifyReport"]
+
+
+@dataclass(frozen=True)
+class Phases:
+    """Where the time went, in seconds. A load has no sync; its commit is the setting of flags and of what needed care."""
+
+    plan: float = 0.0
+    transfer: float = 0.0
+    sync: float = 0.0
+    commit: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What all reports have.
+
+    ``bytes``: of tensor data. ``tensors``: stored tensors, a tied group counting once. ``seconds``: the whole call, wall clock.
+    ``staging_bytes``: the most staging memory held. ``direct``: whether every file was moved past the page cache.
+    """
+
+    path: str
+    bytes: int
+    tensors: int
+    shards: int
+    seconds: float
+    phases: Phases
+    engine: str
+    direct: bool
+    staging_bytes: int
+    pinned: bool
+    notes: tuple[str, ...] = field(default=(), kw_only=True)
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Tensor bytes over the wall time of the whole call."""
+        return self.bytes / self.seconds if self.seconds > 0 else 0.0
+
+    def _size_and_speed(self) -> str:
+        return (
+            f"{human_bytes(self.bytes)}, {_count(self.tensors, 'tensor')} in {_count(self.shards, 'shard')}, "
+            f"{self.seconds:.2f} s ({human_bytes(self.bytes_per_second)}/s)"
+        )
+
+    def _how(self) -> str:
+        words = [self.engine, "direct" if self.direct else "buffered"]
+        if self.pinned:
+            words.append("pinned")
+        return ", ".join(words)
+
+    def _with_notes(self, line: str, *more: str) -> str:
+        return "; ".join([line, *more, *self.notes])
+
+
+@dataclass(frozen=True)
+class SaveReport(_Report):
+    """What a save did.
+
+    ``durable``: whether the checkpoint survives a loss of power from here on. ``leftovers``: names that should have been
+    removed and could not be. ``overlaps``: pairs of tensors that share a part of their memory and were stored apart.
+    """
+
+    durable: bool = True
+    leftovers: tuple[str, ...] = ()
+    overlaps: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        more = []
+        if self.leftovers:
+            more.append(f"could not remove {', '.join(self.leftovers)}")
+        if self.overlaps:
+            more.append(f"stored apart though overlapping: {_some(f'{a} and {b}' for a, b in self.overlaps)}")
+        how = f"{self._how()}, {'durable' if self.durable else 'not durable'}"
+        return self._with_notes(f"saved {self.path}: {self._size_and_speed()}, {how}", *more)
+
+
+@dataclass(frozen=True)
+class LoadReport(_Report):
+    """What a load into a module did.
+
+    ``verified``: whether every byte was checked against a stored checksum; None where the files have none.
+    ``missing``: names of the module that the checkpoint does not have; ``unexpected``: the reverse; ``mismatched``: of both,
+    with different shapes, and therefore left alone. All empty after a strict load. ``frozen``: how many parameters were
+    set to ``requires_grad=False``, None where the flags were not touched.
+    """
+
+    verified: bool | None = None
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    mismatched: tuple[str, ...] = ()
+    frozen: int | None = None
+
+    def __str__(self) -> str:
+        more = [
+            f"{word}: {_some(names)}"
+            for word, names in (("missing", self.missing), ("unexpected", self.unexpected), ("mismatched", self.mismatched))
+            if names
+        ]
+        flags = "flags left alone" if self.frozen is None else f"{self.frozen} frozen"
+        checked = _VERIFIED[self.verified]
+        return self._with_notes(f"loaded {self.path}: {self._size_and_speed()}, {self._how()}, {checked}, {flags}", *more)
+
+
+@dataclass(frozen=True)
+class VerifyReport(_Report):
+    """What a verification read; it raises where it finds damage.
+
+    ``verified``: True when every byte was checked against a stored checksum; None where the files have none, and only
+    lengths and headers could be checked.
+    """
+
+    verified: bool | None = None
+
+    def __str__(self) -> str:
+        return self._with_notes(f"verified {self.path}: {self._size_and_speed()}, {self._how()}, {_VERIFIED[self.verified]}")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a checkpoint: torch dtype, shape, length in bytes, and the shard's file name."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    nbytes: int
+    shard: str
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint holds, read from its index and headers alone.
+
+    ``tensors``: by name, a tied name having the entry of the tensor that it shares. ``parameters``: the names that are
+    parameters and ``frozen``: those of them that were frozen; both None where unknown, as with files of others.
+    ``ties``: tied name → the name under which the bytes are stored. ``bytes``: of tensor data, each tie counted once.
+    ``durable``: what the save was asked for; None where unknown.
+    """
+
+    path: str
+    bytes: int
+    shards: tuple[str, ...]
+    tensors: Mapping[str, TensorInfo]
+    parameters: frozenset[str] | None
+    frozen: frozenset[str] | None
+    ties: Mapping[str, str]
+    metadata: Mapping[str, Any]
+    durable: bool | None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name, tied ones too, in the order of the index."""
+        return tuple(self.tensors)
+
+    def __str__(self) -> str:
+        stored = len(self.tensors) - len(self.ties)
+        first = f"{self.path}: {human_bytes(self.bytes)}, {_count(stored, 'tensor')} in {_count(len(self.shards), 'shard')}"
+        if self.ties:
+            first += f", {len(self.ties)} tied"
+        if self.frozen is None or self.parameters is None:
+            return f"{first}, freeze flags unknown"
+        total = Counter(name.split(".")[0] for name in self.parameters)
+        frozen = Counter(name.split(".")[0] for name in self.frozen)
+        groups = [f"  {child}: {frozen[child]} of {total[child]} frozen" for child in total]
+        return "\n".join([f"{first}, {len(self.frozen)} of {len(self.parameters)} parameters frozen", *groups])
+
+
+_VERIFIED = {True: "checksums verified", False: "not verified", None: "no checksums stored"}
+
+
+def human_bytes(count: float) -> str:
+    """``14200000000`` → ``14.2 GB``, in decimal units as file sizes and disks are quoted."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def _some(names: Any, most: int = 3) -> str:
+    listed = list(names)
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more

@@ -1,0 +1,68 @@
+"""The fixtures that all tests share."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "tests"
+
+Compile = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def compiled() -> Compile:
+    """``compiled("name.so", [sources], *flags)`` builds a C or C++ helper once and gives its path."""
+
+    def build(name: str, sources: list[Path], *flags: str) -> Path:
+        target = BUILD / name
+        if not target.exists() or any(source.stat().st_mtime > target.stat().st_mtime for source in sources):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            compiler = os.environ.get("CXX", "g++") if any(s.suffix == ".cpp" for s in sources) else os.environ.get("CC", "gcc")
+            scratch = target.with_name(f"{target.name}.{os.getpid()}")
+            command = [compiler, "-O2", "-g", "-Wall", "-Wextra", "-Werror", *map(str, sources), "-o", str(scratch), *flags]
+            subprocess.run(command, check=True)
+            scratch.replace(target)
+        return target
+
+    return build
+
+
+class SmallModel(nn.Module):
+    """A little of everything: a frozen part, tied weights, a persistent and a non-persistent buffer, several dtypes."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed = nn.Embedding(50, 16)
+        self.encoder = nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.Linear(32, 16))
+        self.half = nn.Linear(16, 16).to(torch.bfloat16)
+        self.head = nn.Linear(16, 50, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("steps", torch.arange(seed, seed + 5))
+        self.register_buffer("scratch", torch.zeros(3), persistent=False)
+        self.encoder.requires_grad_(False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        hidden = self.encoder(self.embed(tokens))
+        return self.head(self.half(hidden.to(torch.bfloat16)).to(hidden.dtype))
+
+
+@pytest.fixture
+def small_model() -> nn.Module:
+    return SmallModel()
+
+
+def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether two tensors agree in dtype, shape and every bit (NaN payloads and negative zeros too)."""
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    as_bytes = [t.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8) for t in (left, right)]
+    return torch.equal(*as_bytes)
