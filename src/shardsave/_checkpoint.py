@@ -6,7 +6,7 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -49,6 +49,7 @@ class Checkpoint:
         self.path = path
         self.index = index
         self.tensors: dict[str, Located] = {}
+        self.shards: tuple[str, ...] = ()
         self._folder = folder
         self._open: dict[str, int] = {}
 
@@ -84,9 +85,9 @@ class Checkpoint:
             os.close(self._open.pop(shard))
 
     @property
-    def shards(self) -> tuple[str, ...]:
-        """The file names of the shards that hold ``tensors``, in order of appearance."""
-        return tuple(dict.fromkeys(tensor.shard for tensor in self.tensors.values()))
+    def stored_names(self) -> Iterable[str]:
+        """The names under which bytes are stored, in the order of the index, whether or not their shard was opened."""
+        return self.index.weight_map if self.index is not None else self.tensors
 
     def close(self) -> None:
         while self._open:
@@ -101,6 +102,7 @@ class Checkpoint:
     def _admit(self, shards: Mapping[str, frozenset[str]]) -> None:
         """Opens ``shards`` (file → the names that the index says it holds) and notes where their tensors lie."""
         allowance = descriptor_allowance()
+        self.shards = tuple(shards)
         for shard, names in shards.items():
             descriptor, header = self._open_shard(shard)
             if len(self._open) < allowance:

@@ -168,7 +168,8 @@ class CheckpointInfo:
             first += f", {len(self.ties)} tied"
         if self.frozen is None or self.parameters is None:
             return f"{first}, freeze flags unknown"
-        total = Counter(name.split(".")[0] for name in self.parameters)
+        in_order = [name for name in self.tensors if name in self.parameters]
+        total = Counter(name.split(".")[0] for name in in_order)
         frozen = Counter(name.split(".")[0] for name in self.frozen)
         groups = [f"  {child}: {frozen[child]} of {total[child]} frozen" for child in total]
         return "\n".join([f"{first}, {len(self.frozen)} of {len(self.parameters)} parameters frozen", *groups])

@@ -1,0 +1,48 @@
+"""Checkpoints for PyTorch: sharded safetensors files, durable and atomic, with freeze flags that come back.
+
+>>> import torch, shardsave
+>>> model = torch.nn.Linear(4, 2)
+>>> report = shardsave.save(model, "checkpoint")
+>>> report = shardsave.load_model(torch.nn.Linear(4, 2), "checkpoint")
+"""
+
+from shardsave._inspect import inspect, verify
+from shardsave._load import load, load_model
+from shardsave._reports import CheckpointInfo, LoadReport, Phases, SaveReport, TensorInfo, VerifyReport
+from shardsave._save import save
+from shardsave._version import __version__
+from shardsave.errors import (
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    DirectoryBusyError,
+    DurabilityUncertainError,
+    IncompatibleCheckpointError,
+    OutOfSpaceError,
+    SaveNotCommittedError,
+    ShardSaveError,
+    UnsupportedTensorError,
+)
+
+__all__ = [
+    "CheckpointInfo",
+    "CheckpointNotFoundError",
+    "CorruptCheckpointError",
+    "DirectoryBusyError",
+    "DurabilityUncertainError",
+    "IncompatibleCheckpointError",
+    "LoadReport",
+    "OutOfSpaceError",
+    "Phases",
+    "SaveNotCommittedError",
+    "SaveReport",
+    "ShardSaveError",
+    "TensorInfo",
+    "UnsupportedTensorError",
+    "VerifyReport",
+    "__version__",
+    "inspect",
+    "load",
+    "load_model",
+    "save",
+    "verify",
+]

@@ -1,0 +1,189 @@
+"""The engine: blocks of bytes between tensors and files, in one pass through a bounded ring of staging memory.
+
+`write` and `read` choose between the C++ extension and `shardsave._portable`; both move the same bytes and give the same sums.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from shardsave import _lend
+from shardsave._backend import native, warn_if_portable
+from shardsave._plan import Block
+
+#: The most that one block covers, in bytes: the size of a slot of the ring.
+BLOCK_BYTES = 8 << 20
+
+Tick = Callable[[int], object]
+Access = Literal["auto", "buffered", "direct"]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The memory that a run of a file's bytes comes from or goes to.
+
+    ``dtype`` is that of the bytes in the file, ``nbytes`` how many they are there. Without a ``tensor`` the bytes are only
+    read and summed.
+    """
+
+    tensor: torch.Tensor | None
+    dtype: torch.dtype
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """What a run did: ``sums`` has the CRC-64/NVME of each piece (none without ``checksum``), ``direct`` one answer a file."""
+
+    sums: tuple[int, ...]
+    direct: tuple[bool, ...]
+    staging_bytes: int
+    pinned: bool
+    notes: tuple[str, ...] = ()
+
+
+class TransferFault(Exception):
+    """A call on a file or a device failed; ``file`` is its place in the list of files, or -1."""
+
+    def __init__(self, file: int, call: str, errno: int, offset: int, length: int, detail: str = "") -> None:
+        super().__init__(file, call, errno, offset, length, detail)
+        self.file = file
+        self.call = call
+        self.errno = errno
+        self.offset = offset
+        self.length = length
+        self.detail = detail
+
+    def __str__(self) -> str:
+        reason = self.detail or os.strerror(self.errno)
+        if self.file < 0:
+            return f"{self.call}: {reason}"
+        return f"{self.call} of {self.length} bytes at offset {self.offset}: {reason}"
+
+
+def write(
+    files: Sequence[int],
+    blocks: Sequence[Block],
+    pieces: Sequence[Piece],
+    *,
+    direct: bool,
+    checksum: bool = True,
+    tick: Tick,
+) -> Transfer:
+    """Writes ``blocks`` of ``pieces`` to the descriptors ``files``; whole blocks, the last one of a file padded with zeros.
+
+    ``direct`` asks for O_DIRECT where the file system has it. ``tick(bytes done)`` is called on this thread at least every
+    100 ms; what it raises ends the run and is raised on. Raises TransferFault.
+    """
+    return _run(True, files, blocks, pieces, "direct" if direct else "buffered", checksum, tick)
+
+
+def read(
+    files: Sequence[int],
+    blocks: Sequence[Block],
+    pieces: Sequence[Piece],
+    *,
+    access: Access = "auto",
+    checksum: bool = True,
+    tick: Tick,
+) -> Transfer:
+    """Fills ``pieces`` from ``blocks`` of the descriptors ``files``; the mirror image of `write`.
+
+    ``access="auto"`` goes through the page cache where a file is wholly in it, and past it elsewhere.
+    """
+    return _run(False, files, blocks, pieces, access, checksum, tick)
+
+
+def _run(
+    write: bool,
+    files: Sequence[int],
+    blocks: Sequence[Block],
+    pieces: Sequence[Piece],
+    access: Access,
+    checksum: bool,
+    tick: Tick,
+) -> Transfer:
+    if native is None:
+        from shardsave import _portable
+
+        warn_if_portable()
+        return _portable.run(write, files, blocks, pieces, checksum, tick)
+    places = [_place(piece) for piece in pieces]
+    ordinals = sorted({memory for memory, _ in places if memory >= 0})
+    lends = any(memory == native.LENT for memory, _ in places)
+
+    def lend(piece: int, offset: int, view: memoryview) -> None:
+        tensor = pieces[piece].tensor
+        assert tensor is not None
+        (_lend.fill if write else _lend.drain)(tensor, pieces[piece].dtype, offset, view)
+
+    try:
+        result = native.run(
+            write=write,
+            files=np.array(files, dtype=np.int64),
+            access=access,
+            blocks=_block_table(blocks),
+            segments=_segment_table(blocks, places),
+            piece_bytes=np.fromiter((piece.nbytes for piece in pieces), np.int64, len(pieces)),
+            checksum=checksum,
+            streams=[(ordinal, torch.cuda.current_stream(ordinal).cuda_stream) for ordinal in ordinals],
+            workers=_workers(access),
+            slot_bytes=BLOCK_BYTES,
+            lend=lend if lends else None,
+            tick=tick,
+        )
+    except native.Fault as fault:
+        raise TransferFault(*fault.args) from None
+    return Transfer(
+        tuple(result.sums.tolist()), tuple(result.direct), result.staging_bytes, result.pinned, tuple(result.notes)
+    )
+
+
+def _workers(access: Access) -> int:
+    """Eight workers hide the disk's and the device's latency behind each other; through the cache only processors help."""
+    return 8 if access != "buffered" else max(1, min(8, len(os.sched_getaffinity(0))))
+
+
+def _place(piece: Piece) -> tuple[int, int]:
+    """Which memory a piece lies in, as a value of the extension's first column, and its address there."""
+    assert native is not None
+    tensor = piece.tensor
+    if tensor is None:
+        return native.DISCARD, 0
+    if tensor.dtype == piece.dtype and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
+        if tensor.device.type == "cpu":
+            return native.HOST, tensor.data_ptr()
+        if tensor.device.type == "cuda" and torch.version.hip is None and native.cuda_available():
+            return tensor.get_device(), tensor.data_ptr()
+    return native.LENT, 0
+
+
+def _block_table(blocks: Sequence[Block]) -> NDArray[np.int64]:
+    table = np.empty((len(blocks), 4), dtype=np.int64)
+    table[:, 0] = [block.file for block in blocks]
+    table[:, 1] = [block.offset for block in blocks]
+    table[:, 2] = [block.length for block in blocks]
+    counts = np.array([0, *(len(block.segments) for block in blocks)], dtype=np.int64)
+    table[:, 3] = np.cumsum(counts)[: len(blocks)]
+    return table
+
+
+def _segment_table(blocks: Sequence[Block], places: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
+    """Rows of memory, address, length, place in the block, piece, offset in the piece."""
+    segments = chain.from_iterable(block.segments for block in blocks)
+    count = sum(len(block.segments) for block in blocks)
+    flat = np.fromiter(chain.from_iterable(segments), np.int64, 4 * count).reshape(count, 4)
+    piece, piece_offset, length, at = flat.T
+    memory = np.fromiter((place[0] for place in places), np.int64, len(places))
+    address = np.fromiter((place[1] for place in places), np.int64, len(places))
+    return np.ascontiguousarray(
+        np.stack([memory[piece], address[piece] + piece_offset * (address[piece] != 0), length, at, piece, piece_offset], axis=1)
+    )

@@ -1,0 +1,264 @@
+"""`load` and `load_model`: from a checkpoint to new tensors, or into a live module."""
+
+from __future__ import annotations
+
+import difflib
+import mmap as _mmap
+import os
+import time
+from collections.abc import Iterable
+from typing import Union
+
+import torch
+from torch import nn
+
+from shardsave import _fill
+from shardsave._backend import engine_name
+from shardsave._checkpoint import Checkpoint, Located, open_checkpoint
+from shardsave._dtypes import BY_NAME, item_bytes, torch_shape
+from shardsave._progress import Progress, ProgressArgument
+from shardsave._read import ReadTotals, Target, read_tensors
+from shardsave._reports import LoadReport, Phases
+from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, ShardSaveError
+
+Device = Union[str, torch.device, int, None]
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    device: Device = None,
+    names: Iterable[str] | None = None,
+    prefix: str = "",
+    verify: bool = True,
+    mmap: bool = False,
+    progress: ProgressArgument = None,
+) -> dict[str, torch.Tensor]:
+    """Loads tensors by name from a directory, an index or one safetensors file, whoever wrote it.
+
+    Tied names share one storage. Only the bytes that are asked for are read, straight to ``device``.
+
+    Args:
+        path: the checkpoint.
+        device: where the tensors go; the CPU by default.
+        names: only these, as they stand in the checkpoint.
+        prefix: only names that begin with it (``"layer2."``); it is removed from the names given back.
+        verify: check every tensor read against its stored checksum, where there is one.
+        mmap: map the files instead of reading them (CPU only): private, zero-copy, at once, and not verified.
+        progress: as in ``save``.
+
+    Returns:
+        A new dict from names to tensors with the dtype and shape that were saved, none requiring grad.
+
+    Raises:
+        CheckpointNotFoundError, CorruptCheckpointError, DirectoryBusyError.
+        IncompatibleCheckpointError: a name asked for is not there.
+
+    Example:
+        >>> import torch, shardsave
+        >>> report = shardsave.save({"a.x": torch.arange(3), "b": torch.ones(2)}, "two-tensors")
+        >>> shardsave.load("two-tensors", prefix="a.")
+        {'x': tensor([0, 1, 2])}
+    """
+    wanted = _check_names(names)
+    where = _device(device) or torch.device("cpu")
+    if mmap and where.type != "cpu":
+        raise ValueError(f"mmap=True gives tensors on the CPU, device {where} was asked for")
+    with open_checkpoint(path, _filter(wanted, prefix)) as checkpoint:
+        chosen = _choose(checkpoint, wanted, prefix)
+        by_stored = {stored: checkpoint.tensors[stored] for stored in chosen.values()}
+        if mmap:
+            tensors = _map(checkpoint, by_stored)
+        else:
+            tensors = {
+                name: torch.empty(torch_shape(t.dtype, t.shape), dtype=BY_NAME[t.dtype].torch, device=where)
+                for name, t in by_stored.items()
+            }
+            targets = [Target(t, tensors[name]) for name, t in by_stored.items()]
+            with Progress(progress, "loading", sum(t.nbytes for t in by_stored.values())) as shown:
+                read_tensors(checkpoint, targets, verify=verify, progress=shown, totals=ReadTotals())
+        return {name.removeprefix(prefix): tensors[stored] for name, stored in chosen.items()}
+
+
+def load_model(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    device: Device = None,
+    prefix: str = "",
+    strict: bool = True,
+    restore_frozen: bool = True,
+    verify: bool = True,
+    progress: ProgressArgument = None,
+) -> LoadReport:
+    """Fills ``model`` in place from a checkpoint, and gives its parameters back the ``requires_grad`` that they had.
+
+    ``Parameter`` objects keep their identity, so an optimizer that holds them stays valid; those on the meta device are
+    replaced, as ``load_state_dict(assign=True)`` does. There is never a second copy of the model. Values are cast to the
+    module's dtypes as ``load_state_dict`` does. Everything that can be refused is refused before a tensor is changed.
+
+    Args:
+        model: a module or sub-module; wrappers (``torch.compile``, DDP, DataParallel) are seen through.
+        path: as in ``load``.
+        device: move or materialise every tensor there; None keeps each where it is (meta becomes the CPU).
+        prefix: load only names that begin with it, without it: a part of a full checkpoint into a sub-module.
+        strict: raise when names or shapes differ; otherwise load what fits and report the rest.
+        restore_frozen: set ``requires_grad`` of every floating-point parameter to what was saved, where that is known.
+        verify: as in ``load``.
+        progress: as in ``save``.
+
+    Raises:
+        IncompatibleCheckpointError: names or shapes differ (all are listed), or the module cannot be filled; unchanged.
+        CorruptCheckpointError: a checksum is wrong; the module is then partly loaded, and the message says how far.
+        CheckpointNotFoundError, UnsupportedTensorError, DirectoryBusyError.
+
+    Example:
+        >>> import torch, shardsave
+        >>> model = torch.nn.Linear(4, 2).requires_grad_(False)
+        >>> report = shardsave.save(model, "frozen-linear")
+        >>> fresh = torch.nn.Linear(4, 2)
+        >>> report = shardsave.load_model(fresh, "frozen-linear")
+        >>> fresh.weight.requires_grad
+        False
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
+    where = _device(device)
+    started = time.perf_counter()
+    with open_checkpoint(path, _filter(None, prefix)) as checkpoint:
+        chosen = {name.removeprefix(prefix): stored for name, stored in _choose(checkpoint, None, prefix).items()}
+        stored = {name: checkpoint.tensors[original] for name, original in chosen.items()}
+        fit = _fill.fit_module(
+            model,
+            stored,
+            device=where,
+            strict=strict,
+            equal=lambda left, right: _equal_on_disk(checkpoint, left, right),
+            where=os.fspath(path),
+        )
+        planned = time.perf_counter()
+        totals = ReadTotals()
+        with Progress(progress, "loading", sum(stored[name].nbytes for name in fit.names)) as shown:
+            fit.materialise()
+            for group in fit.groups():
+                targets = [Target(stored[name], tensor) for name, tensor in group.targets]
+                try:
+                    read_tensors(checkpoint, targets, verify=verify, progress=shown, totals=totals)
+                except (CorruptCheckpointError, ShardSaveError) as error:
+                    fit.written()
+                    raise type(error)(f"{error}; the module is partly loaded, {totals.tensors} of {len(fit.names)} tensors") from error
+                finally:
+                    fit.written()
+                group.finish()
+        transferred = time.perf_counter()
+        flags = checkpoint.flags if restore_frozen else None
+        own_flags = {n.removeprefix(prefix): f for n, f in flags.items() if n.startswith(prefix)} if flags is not None else None
+        frozen = fit.restore_flags(own_flags)
+    ended = time.perf_counter()
+    return LoadReport(
+        path=os.fspath(path),
+        bytes=totals.bytes,
+        tensors=totals.tensors,
+        shards=len({stored[name].shard for name in fit.names}),
+        seconds=ended - started,
+        phases=Phases(plan=planned - started, transfer=transferred - planned, commit=ended - transferred),
+        engine=engine_name(),
+        direct=totals.direct,
+        staging_bytes=totals.staging_bytes,
+        pinned=totals.pinned,
+        notes=totals.notes,
+        verified=totals.verified,
+        missing=fit.missing,
+        unexpected=fit.unexpected,
+        mismatched=fit.mismatched,
+        frozen=frozen,
+    )
+
+
+def _device(device: Device) -> torch.device | None:
+    if device is None:
+        return None
+    made = torch.device(device)
+    if made.type == "meta":
+        raise ValueError("device must hold data, the meta device does not")
+    return made
+
+
+def _check_names(names: Iterable[str] | None) -> frozenset[str] | None:
+    if names is None:
+        return None
+    if isinstance(names, str):
+        raise TypeError("names must be an iterable of names, not one string")
+    wanted = frozenset(names)
+    if not all(isinstance(name, str) for name in wanted):
+        raise TypeError("names must be strings")
+    return wanted
+
+
+class _filter:
+    """Whether a name of the checkpoint is asked for."""
+
+    def __init__(self, names: frozenset[str] | None, prefix: str) -> None:
+        if not isinstance(prefix, str):
+            raise TypeError(f"prefix must be a string, not {type(prefix).__name__}")
+        self._names = names
+        self._prefix = prefix
+
+    def __call__(self, name: str) -> bool:
+        return name.startswith(self._prefix) and (self._names is None or name in self._names)
+
+
+def _choose(checkpoint: Checkpoint, names: frozenset[str] | None, prefix: str) -> dict[str, str]:
+    """What is asked for: name → the name under which its bytes are stored, in the checkpoint's order."""
+    known = {name: name for name in checkpoint.stored_names} | dict(checkpoint.ties)
+    missing = sorted(names - known.keys()) if names is not None else []
+    if missing:
+        close = difflib.get_close_matches(missing[0], known, n=1)
+        hint = f" (the closest is {close[0]!r})" if close else ""
+        raise IncompatibleCheckpointError(
+            f"cannot load from {checkpoint.path}: {missing[0]!r} was asked for{hint}, the checkpoint has no tensor of that name"
+            + (f", nor {len(missing) - 1} others asked for" if len(missing) > 1 else "")
+        )
+    asked = _filter(names, prefix)
+    chosen = {name: stored for name, stored in known.items() if asked(name)}
+    if prefix and not chosen and known:
+        first = sorted({name.split(".")[0] for name in known})
+        raise IncompatibleCheckpointError(
+            f"cannot load from {checkpoint.path}: names that begin with {prefix!r} were asked for, the checkpoint's begin with "
+            f"{', '.join(first[:5])}{', …' if len(first) > 5 else ''}"
+        )
+    return chosen
+
+
+def _map(checkpoint: Checkpoint, chosen: dict[str, Located]) -> dict[str, torch.Tensor]:
+    mapped: dict[str, _mmap.mmap] = {}
+    tensors = {}
+    for name, t in chosen.items():
+        dtype = BY_NAME[t.dtype].torch
+        shape = torch_shape(t.dtype, t.shape)
+        if t.nbytes == 0:
+            tensors[name] = torch.empty(shape, dtype=dtype)
+            continue
+        if t.shard not in mapped:
+            mapped[t.shard] = _mmap.mmap(checkpoint.descriptor(t.shard), 0, flags=_mmap.MAP_PRIVATE, prot=_mmap.PROT_READ | _mmap.PROT_WRITE)
+        raw = torch.frombuffer(mapped[t.shard], dtype=torch.uint8, count=t.nbytes, offset=t.offset)
+        if t.offset % item_bytes(t.dtype):  # others do not always align; a tensor must be
+            raw = raw.clone()
+        tensors[name] = raw.view(dtype).view(shape)
+    return tensors
+
+
+def _equal_on_disk(checkpoint: Checkpoint, left: Located, right: Located) -> bool:
+    """Whether two stored tensors hold the same bytes, by their checksums where they have them."""
+    if (left.dtype, left.shape) != (right.dtype, right.shape):
+        return False
+    if left.checksum is not None and right.checksum is not None:
+        return left.checksum == right.checksum
+    if (left.shard, left.offset) == (right.shard, right.offset):
+        return True
+    a, b = (checkpoint.descriptor(t.shard) for t in (left, right))
+    step = 1 << 20
+    return all(
+        os.pread(a, min(step, left.nbytes - at), left.offset + at) == os.pread(b, min(step, left.nbytes - at), right.offset + at)
+        for at in range(0, left.nbytes, step)
+    )

@@ -1,0 +1,100 @@
+"""Bringing tensors of an open checkpoint into memory, every byte checked where the file has checksums."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from shardsave import _engine
+from shardsave._checkpoint import Checkpoint, Located, descriptor_allowance
+from shardsave._dtypes import BY_NAME, item_bytes
+from shardsave._plan import Extent, blocks
+from shardsave._progress import Progress
+from shardsave.errors import CorruptCheckpointError, ShardSaveError
+
+
+class Target(NamedTuple):
+    """A stored tensor and where its bytes go; without a tensor they are only checked."""
+
+    located: Located
+    tensor: torch.Tensor | None
+
+
+@dataclass
+class ReadTotals:
+    """What the runs of one verb add up to."""
+
+    bytes: int = 0
+    tensors: int = 0
+    direct: bool = True
+    staging_bytes: int = 0
+    pinned: bool = False
+    verified: bool | None = True
+    notes: tuple[str, ...] = ()
+
+
+def read_tensors(
+    checkpoint: Checkpoint, targets: Sequence[Target], *, verify: bool, progress: Progress, totals: ReadTotals
+) -> None:
+    """Fills ``targets``, adding to ``totals`` what was done.
+
+    Raises CorruptCheckpointError naming every tensor whose checksum is wrong, after all have been read.
+    """
+    if not verify:
+        totals.verified = False
+    elif any(target.located.checksum is None for target in targets):
+        totals.verified = None
+    order = sorted(targets, key=lambda target: (target.located.shard, target.located.offset))
+    shards = list(dict.fromkeys(target.located.shard for target in order))
+    step = descriptor_allowance()
+    damaged: list[str] = []
+    for first in range(0, len(shards), step):
+        group = shards[first : first + step]
+        chosen = [target for target in order if target.located.shard in set(group)] if len(shards) > step else order
+        damaged += _read_group(checkpoint, group, chosen, verify, progress, totals)
+        for shard in group:
+            checkpoint.release(shard)
+    if damaged:
+        more = f"; {len(damaged) - 1} more tensors are damaged" if len(damaged) > 1 else ""
+        raise CorruptCheckpointError(damaged[0] + more)
+
+
+def _read_group(
+    checkpoint: Checkpoint,
+    shards: Sequence[str],
+    targets: Sequence[Target],
+    verify: bool,
+    progress: Progress,
+    totals: ReadTotals,
+) -> list[str]:
+    number = {shard: place for place, shard in enumerate(shards)}
+    extents = [
+        Extent(number[t.shard], t.offset, t.nbytes, piece, item_bytes(t.dtype)) for piece, (t, _) in enumerate(targets)
+    ]
+    pieces = [_engine.Piece(tensor, BY_NAME[t.dtype].torch, t.nbytes) for t, tensor in targets]
+    checksum = verify and any(target.located.checksum is not None for target in targets)
+    files = [checkpoint.descriptor(shard) for shard in shards]
+    try:
+        done = _engine.read(
+            files, blocks(extents, _engine.BLOCK_BYTES), pieces, checksum=checksum, tick=progress.tick
+        )
+    except _engine.TransferFault as fault:
+        path = checkpoint.path_of(shards[max(fault.file, 0)])
+        raise ShardSaveError(f"cannot read {path}: {fault}; the files on disk are as they were") from fault
+    moved = sum(piece.nbytes for piece in pieces)
+    progress.run_ended(moved)
+    totals.bytes += moved
+    totals.tensors += len(pieces)
+    totals.direct &= all(done.direct)
+    totals.staging_bytes = max(totals.staging_bytes, done.staging_bytes)
+    totals.pinned |= done.pinned
+    totals.notes = tuple(dict.fromkeys([*totals.notes, *done.notes]))
+    return [
+        f"corrupt shard {t.shard}: tensor {t.name!r} has checksum {found:016x}, its header says {t.checksum:016x}; "
+        f"the file was changed after it was saved"
+        for (t, _), found in zip(targets, done.sums)
+        if t.checksum is not None and found != t.checksum
+    ]

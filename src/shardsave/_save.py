@@ -1,0 +1,253 @@
+"""`save`: from a module to a committed checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Union
+
+from shardsave import _engine
+from shardsave._backend import engine_name
+from shardsave._checkpoint import descriptor_allowance
+from shardsave._commit import StagedShard, Transaction
+from shardsave._crc64 import crc64
+from shardsave._dtypes import BY_TORCH, logical_shape
+from shardsave._format import encode_header
+from shardsave._index import Index, Record, ShardRecord, encode_index
+from shardsave._plan import ALIGNMENT, Extent, Shard, StoredTensor, blocks, pack
+from shardsave._progress import Progress, ProgressArgument
+from shardsave._reports import Phases, SaveReport
+from shardsave._state import Entry, Source, State, read_state
+from shardsave._version import __version__
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def save(
+    source: Source,
+    directory: str | os.PathLike[str],
+    *,
+    max_shard_size: Union[int, str] = "5GB",
+    durable: bool = True,
+    metadata: Mapping[str, Any] | None = None,
+    progress: ProgressArgument = None,
+    lock_timeout: float = 600.0,
+) -> SaveReport:
+    """Saves a module, a sub-module, or a mapping of names to tensors, as the checkpoint of ``directory``.
+
+    The tensors keep dtype and shape, parameters their ``requires_grad``; tied tensors are stored once. A checkpoint that is
+    there already is replaced by one rename, or stays whole; other files of the directory are not touched.
+
+    Args:
+        source: an ``nn.Module`` (wrappers such as ``torch.compile`` and DDP are seen through), or a mapping from names to
+            tensors, Parameters or numpy arrays of any dtype that safetensors has.
+        directory: created when it is not there.
+        max_shard_size: bytes of tensor data in one file, as an int or ``"5GB"``, ``"500MB"``, ``"2GiB"``.
+        durable: wait until the checkpoint would survive a loss of power. Without, it survives the end of the process.
+        metadata: JSON values by name, given back by ``inspect``.
+        progress: None for a bar when it takes long and stderr is a terminal, True or False to force or forbid it, or a
+            callable that gets (bytes done, bytes in all).
+        lock_timeout: seconds to wait for another save into the same directory.
+
+    Raises:
+        TypeError, ValueError: for wrong arguments, before anything happens.
+        UnsupportedTensorError: a tensor cannot be stored; nothing was written.
+        DirectoryBusyError, OutOfSpaceError, SaveNotCommittedError: nothing was committed, what was there is intact.
+        DurabilityUncertainError: the new checkpoint is in place, but perhaps not for good.
+
+    Example:
+        >>> import torch, shardsave
+        >>> model = torch.nn.Linear(4, 2)
+        >>> report = shardsave.save(model, "linear-checkpoint")
+        >>> report.tensors
+        2
+    """
+    bound = parse_size(max_shard_size)
+    user_metadata = _check_metadata(metadata)
+    started = time.perf_counter()
+    state = read_state(source)
+    stored = [entry for entry in state.entries if entry.tied_to is None]
+    shards = pack([_stored_tensor(entry) for entry in stored], bound)
+    pieces = _pieces(shards, stored)
+    total = sum(shard.data_bytes for shard in shards)
+    with Progress(progress, "saving", total) as shown, Transaction.begin(
+        directory, durable=durable, lock_timeout=lock_timeout
+    ) as transaction:
+        names = transaction.shard_names(len(shards))
+        starts = [len(encode_header(shard)) for shard in shards]
+        transaction.check_space(sum(_padded(start, shard) for start, shard in zip(starts, shards)))
+        planned = time.perf_counter()
+        writer = _Writer(transaction, shards, starts, names, pieces, durable, shown)
+        step = min(descriptor_allowance(), 256)
+        for first in range(0, len(shards), step):
+            writer.write(range(first, min(first + step, len(shards))))
+        before_commit = time.perf_counter()
+        index = _index(state, shards, names, writer.records, transaction, total, durable, user_metadata)
+        outcome = transaction.commit(encode_index(index))
+    ended = time.perf_counter()
+    phases = Phases(
+        plan=planned - started,
+        transfer=before_commit - planned - writer.sync_seconds,
+        sync=writer.sync_seconds,
+        commit=ended - before_commit,
+    )
+    return SaveReport(
+        path=os.fspath(directory),
+        bytes=total,
+        tensors=len(stored),
+        shards=len(shards),
+        seconds=ended - started,
+        phases=phases,
+        engine=engine_name(),
+        direct=writer.direct,
+        staging_bytes=writer.staging_bytes,
+        pinned=writer.pinned,
+        notes=tuple(dict.fromkeys([*writer.notes, *outcome.notes])),
+        durable=durable,
+        leftovers=outcome.leftovers,
+        overlaps=state.overlaps,
+    )
+
+
+class _Writer:
+    """Writes shards in groups for which there are descriptors enough, and collects what the index and the report need."""
+
+    def __init__(
+        self,
+        transaction: Transaction,
+        shards: Sequence[Shard],
+        starts: Sequence[int],
+        names: Sequence[str],
+        pieces: Sequence[Sequence[_engine.Piece]],
+        durable: bool,
+        progress: Progress,
+    ) -> None:
+        self.records: dict[str, ShardRecord] = {}
+        self.sync_seconds = 0.0
+        self.direct = True
+        self.staging_bytes = 0
+        self.pinned = False
+        self.notes: list[str] = []
+        self._transaction = transaction
+        self._shards = shards
+        self._starts = starts
+        self._names = names
+        self._pieces = pieces
+        self._durable = durable
+        self._progress = progress
+
+    def write(self, group: range) -> None:
+        staged = [self._transaction.create(self._names[n], _padded(self._starts[n], self._shards[n])) for n in group]
+        pieces = [piece for n in group for piece in self._pieces[n]]
+        transfer = self._transfer(staged, group, pieces)
+        self.direct &= all(transfer.direct)
+        self.staging_bytes = max(self.staging_bytes, transfer.staging_bytes)
+        self.pinned |= transfer.pinned
+        self.notes.extend(transfer.notes)
+        self._progress.run_ended(sum(piece.nbytes for piece in pieces))
+        began = time.perf_counter()
+        sums = iter(transfer.sums)
+        for shard_file, n in zip(staged, group):
+            shard = self._shards[n]
+            header = encode_header(shard, [next(sums) for _ in shard.tensors])
+            length = len(header) + shard.data_bytes
+            self._transaction.seal(shard_file, length, header)
+            self.records[shard_file.name] = ShardRecord(length, len(header), crc64(header))
+        self.sync_seconds += time.perf_counter() - began
+
+    def _transfer(self, staged: Sequence[StagedShard], group: range, pieces: Sequence[_engine.Piece]) -> _engine.Transfer:
+        extents = []
+        for file, n in enumerate(group):
+            for tensor, begin in zip(self._shards[n].tensors, self._shards[n].begins):
+                # Blocks are cut at multiples of the largest dtype, so no element is cut: one byte is the right grain.
+                extents.append(Extent(file, self._starts[n] + begin, tensor.nbytes, len(extents), 1))
+        try:
+            return _engine.write(
+                [shard.fd for shard in staged],
+                blocks(extents, _engine.BLOCK_BYTES),
+                pieces,
+                direct=self._durable,
+                tick=self._progress.tick,
+            )
+        except _engine.TransferFault as fault:
+            needed = sum(_padded(start, shard) for start, shard in zip(self._starts, self._shards))
+            call = fault.call if fault.file < 0 else f"{fault.call} of {fault.length} bytes at offset {fault.offset}"
+            name = staged[max(fault.file, 0)].name
+            raise self._transaction.failure(call, name, fault.errno, fault.detail, needed) from fault
+
+
+def _stored_tensor(entry: Entry) -> StoredTensor:
+    tensor = entry.tensor
+    nbytes = tensor.numel() * tensor.element_size()
+    return StoredTensor(entry.name, BY_TORCH[tensor.dtype].name, logical_shape(tensor), nbytes, bool(entry.frozen))
+
+
+def _pieces(shards: Sequence[Shard], stored: Sequence[Entry]) -> list[list[_engine.Piece]]:
+    tensors = {entry.name: entry.tensor for entry in stored}
+    return [
+        [_engine.Piece(tensors[t.name].detach(), tensors[t.name].dtype, t.nbytes) for t in shard.tensors] for shard in shards
+    ]
+
+
+def _padded(start: int, shard: Shard) -> int:
+    return start + -(-shard.data_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def _index(
+    state: State,
+    shards: Sequence[Shard],
+    names: Sequence[str],
+    records: Mapping[str, ShardRecord],
+    transaction: Transaction,
+    total: int,
+    durable: bool,
+    metadata: Mapping[str, Any],
+) -> Index:
+    shard_of = {tensor.name: name for shard, name in zip(shards, names) for tensor in shard.tensors}
+    flags = {entry.name: entry.frozen for entry in state.entries if entry.frozen is not None}
+    record = Record(
+        durable=durable,
+        flags=flags if state.flags_known else None,
+        ties={entry.name: entry.tied_to for entry in state.entries if entry.tied_to is not None},
+        metadata=metadata,
+        shards=records,
+        supersedes=transaction.superseded(),
+        writer=f"shardsave {__version__}",
+    )
+    in_state_order = {entry.name: shard_of[entry.name] for entry in state.entries if entry.tied_to is None}
+    return Index(in_state_order, total, record)
+
+
+def parse_size(size: Union[int, str]) -> int:
+    """``"5GB"`` → 5·10⁹ and ``"2GiB"`` → 2·2³⁰, bytes; an int is bytes already."""
+    if isinstance(size, bool) or not isinstance(size, (int, str)):
+        raise TypeError(f"max_shard_size must be an int of bytes or a string such as '5GB', not {type(size).__name__}")
+    if isinstance(size, int):
+        count = size
+    else:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size)
+        unit = _UNITS.get(match[2].upper()) if match else None
+        if match is None or unit is None:
+            raise ValueError(f"max_shard_size must be like '5GB', '500MB' or '2GiB', not {size!r}")
+        count = int(float(match[1]) * unit)
+    if count <= 0:
+        raise ValueError(f"max_shard_size must be at least one byte, not {size!r}")
+    return count
+
+
+def _check_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The user's metadata as it will be read back."""
+    if metadata is None:
+        return {}
+    if not isinstance(metadata, Mapping) or not all(isinstance(key, str) for key in metadata):
+        raise TypeError("metadata must be a mapping with strings as keys")
+    try:
+        text = json.dumps(dict(metadata), allow_nan=False, ensure_ascii=False)
+        text.encode()
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"metadata must be JSON values: {error}") from error
+    made: dict[str, Any] = json.loads(text)
+    return made

@@ -1,0 +1,186 @@
+"""What a module or a mapping has to save: its tensors by name, their freeze flags, and which of them share memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn, Union
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from shardsave._dtypes import BY_TORCH
+from shardsave.errors import UnsupportedTensorError
+
+Source = Union[nn.Module, Mapping[str, Any]]
+
+_PLAIN_TYPES = frozenset({torch.Tensor, nn.Parameter, *([nn.Buffer] if hasattr(nn, "Buffer") else [])})
+_COMPILED = "_orig_mod."
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One name of a module. ``frozen`` is None where there is no flag; ``tied_to`` is the entry whose memory this one shares."""
+
+    name: str
+    kind: Literal["parameter", "buffer", "tensor"]
+    frozen: bool | None
+    tied_to: str | None
+    tensor: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """All entries in state order. ``flags_known`` is False for a mapping without a single Parameter.
+
+    ``overlaps``: pairs of names whose tensors share a part of their memory; they are stored apart.
+    """
+
+    entries: tuple[Entry, ...]
+    flags_known: bool
+    overlaps: tuple[tuple[str, str], ...]
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module inside ``torch.compile``, DistributedDataParallel and DataParallel, in whatever order they are nested."""
+    while True:
+        if isinstance(module, (DataParallel, DistributedDataParallel)):
+            module = module.module
+        elif isinstance(inner := module._modules.get("_orig_mod"), nn.Module):
+            module = inner
+        else:
+            return module
+
+
+def read_state(source: Source) -> State:
+    """Reads the entries of ``source``; copies nothing. Raises UnsupportedTensorError, naming the entry."""
+    if isinstance(source, nn.Module):
+        module = unwrap(source)
+        named = _module_tensors(module)
+        known = True
+        parameters = {id(parameter) for parameter in module.parameters()}
+        flags = {
+            plain_name(name): not parameter.requires_grad
+            for name, parameter in module.named_parameters(remove_duplicate=False)
+        }
+    elif isinstance(source, Mapping):
+        named = {name: _as_tensor(name, value) for name, value in source.items()}
+        parameters = {id(tensor) for tensor in named.values() if isinstance(tensor, nn.Parameter)}
+        known = bool(parameters)
+        flags = {}
+    else:
+        raise TypeError(f"an nn.Module or a mapping of names to tensors is needed, not {type(source).__name__}")
+    in_module = isinstance(source, nn.Module)
+    entries = []
+    first_of: dict[Any, str] = {}
+    for name, tensor in named.items():
+        _check_savable(name, tensor)
+        is_parameter = id(tensor) in parameters or isinstance(tensor, nn.Parameter)
+        frozen = not tensor.requires_grad if is_parameter else flags.get(name)
+        tied_to = first_of.setdefault(_memory(tensor), name) if tensor.data_ptr() else name
+        kind: Literal["parameter", "buffer", "tensor"]
+        kind = "parameter" if frozen is not None else "buffer" if in_module else "tensor"
+        entries.append(Entry(name, kind, frozen, tied_to if tied_to != name else None, tensor))
+    return State(tuple(entries), known, tuple(_overlaps(entries)))
+
+
+def plain_name(name: str) -> str:
+    """The name as it is without ``torch.compile`` on some sub-module."""
+    return name.replace(_COMPILED, "") if _COMPILED in name else name
+
+
+def _module_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {plain_name(name): _as_tensor(name, value) for name, value in module.state_dict(keep_vars=True).items()}
+
+
+def _as_tensor(name: object, value: object) -> torch.Tensor:
+    if not isinstance(name, str):
+        _refuse(name, "a name that is a string was expected", f"it is a {type(name).__name__}")
+    if isinstance(value, torch.Tensor):
+        return value
+    if isinstance(value, np.ndarray):
+        return _from_numpy(name, value)
+    if name.endswith("_extra_state"):
+        _refuse(name, "extra state that is a tensor was expected", f"it is a {type(value).__name__}, which would need pickle")
+    _refuse(name, "a tensor was expected", f"it is a {type(value).__name__}")
+
+
+def _from_numpy(name: str, array: np.ndarray[Any, Any]) -> torch.Tensor:
+    if any(stride < 0 for stride in array.strides):
+        _refuse(name, "an array with positive strides was expected", "it has negative ones; pass numpy.ascontiguousarray(…)")
+    if not array.dtype.isnative:
+        _refuse(name, "an array in native byte order was expected", f"its dtype is {array.dtype.str}")
+    if not array.flags.writeable:  # torch warns of writing to it; nobody will
+        array = np.lib.stride_tricks.as_strided(_writeable_alias(array), array.shape, array.strides)
+    try:
+        if array.dtype.name == "bfloat16":
+            return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+        return torch.from_numpy(array)
+    except TypeError:
+        _refuse(name, "a dtype that torch has was expected", f"it is {array.dtype}")
+
+
+def _writeable_alias(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    class _Interface:
+        __array_interface__ = {**array.__array_interface__, "data": (array.__array_interface__["data"][0], False)}
+        keep = array
+
+    return np.asarray(_Interface()).view(array.dtype)
+
+
+def _check_savable(name: str, tensor: torch.Tensor) -> None:
+    if name == "__metadata__":
+        _refuse(name, "another name was expected", "safetensors keeps this one for itself")
+    if not name.isascii():
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            _refuse(name, "a name in Unicode was expected", "it has half of a surrogate pair")
+    if type(tensor) not in _PLAIN_TYPES or hasattr(tensor, "__tensor_flatten__"):
+        _refuse(name, "a plain tensor was expected", f"it is a {type(tensor).__name__}")
+    if tensor.device.type == "meta":
+        _refuse(name, "a tensor with data was expected", "it is on the meta device")
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        _refuse(name, "a strided tensor was expected", f"its layout is {layout}")
+    if tensor.dtype not in BY_TORCH:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise UnsupportedTensorError(f"cannot save {name!r}: dtype {dtype} has no safetensors equivalent; nothing was written")
+    if tensor.dtype == torch.float4_e2m1fn_x2 and tensor.dim() == 0:
+        _refuse(name, "a float4 tensor of at least one dimension was expected", "it has none")
+
+
+def _memory(tensor: torch.Tensor) -> tuple[object, ...]:
+    return (
+        tensor.data_ptr(),
+        tensor.device,
+        tensor.dtype,
+        tensor.shape,
+        tensor.stride(),
+        tensor.is_conj(),
+        tensor.is_neg(),
+    )
+
+
+def _overlaps(entries: list[Entry]) -> Iterator[tuple[str, str]]:
+    """Pairs of neighbours in memory that share bytes without being tied; at most one pair for each entry."""
+    spans = []
+    for entry in entries:
+        tensor = entry.tensor
+        if entry.tied_to is None and tensor.numel():
+            reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) + 1
+            begin = tensor.data_ptr()
+            spans.append((str(tensor.device), begin, begin + reach * tensor.element_size(), entry.name))
+    spans.sort()
+    furthest: tuple[str, int, str] | None = None
+    for device, begin, end, name in spans:
+        if furthest is not None and furthest[0] == device and begin < furthest[1]:
+            yield furthest[2], name
+        if furthest is None or furthest[0] != device or end > furthest[1]:
+            furthest = (device, end, name)
+
+
+def _refuse(name: object, wanted: str, found: str) -> NoReturn:
+    raise UnsupportedTensorError(f"cannot save {name!r}: {wanted}, {found}; nothing was written")
