@@ -37,6 +37,7 @@ struct DeviceError {
   std::string reason;
 };
 
-std::unique_ptr<Device> make_host_device();
+// `through_cache`: slots are written to the page cache right after they were filled.
+std::unique_ptr<Device> make_host_device(bool through_cache);
 
 }  // namespace shardsave

@@ -6,153 +6,137 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <cerrno>
-#include <cstring>
+#include <mutex>
 
 namespace shardsave {
-
-static_assert(sizeof(off_t) == 8, "offsets beyond 2 GiB");
-
 namespace {
 
-enum class DirectSupport { unknown, none, usable };
+#ifndef STATX_DIOALIGN
+#define STATX_DIOALIGN 0x00002000U
+#endif
 
-// What statx(2) says of direct I/O on this file. The two fields are younger than many C libraries, so they are taken
-// from their place in the kernel's structure (linux/stat.h: stx_dio_mem_align at 152, stx_dio_offset_align at 156).
-DirectSupport direct_support(int descriptor) {
-  constexpr unsigned kStatxDioalign = 0x2000;
-  struct statx status;
-  std::memset(&status, 0, sizeof status);
-  if (statx(descriptor, "", AT_EMPTY_PATH, kStatxDioalign, &status) != 0) return DirectSupport::unknown;
-  if ((status.stx_mask & kStatxDioalign) == 0) return DirectSupport::unknown;
-  std::uint32_t alignment[2];
-  static_assert(sizeof status >= 160);
-  std::memcpy(alignment, reinterpret_cast<const std::byte*>(&status) + 152, sizeof alignment);
-  for (const std::uint32_t wanted : alignment) {
-    if (wanted == 0 || kAlignment % wanted != 0) return DirectSupport::none;
+// The kernel's layout of struct statx up to stx_dio_offset_align (linux/stat.h); older C libraries stop before it.
+struct StatxTail {
+  alignas(8) unsigned char before[0x98];
+  std::uint32_t memory_alignment;
+  std::uint32_t offset_alignment;
+  unsigned char behind[0x60];
+};
+static_assert(sizeof(StatxTail) == 256);
+
+enum class Direct { unknown, refused, reported };
+
+// What the file system says of direct I/O. Unknown on kernels before 6.1.
+Direct ask_direct(int descriptor) {
+  StatxTail answer{};
+  if (statx(descriptor, "", AT_EMPTY_PATH, STATX_DIOALIGN, reinterpret_cast<struct statx*>(&answer)) != 0) {
+    return Direct::unknown;
   }
-  return DirectSupport::usable;
+  std::uint32_t mask;
+  __builtin_memcpy(&mask, answer.before, sizeof mask);
+  if ((mask & STATX_DIOALIGN) == 0) return Direct::unknown;
+  if (answer.memory_alignment == 0 || answer.offset_alignment == 0) return Direct::refused;
+  return answer.memory_alignment <= kAlignment && answer.offset_alignment <= kAlignment ? Direct::reported
+                                                                                        : Direct::refused;
 }
 
-bool refuses_direct(int error) { return error == EINVAL || error == EOPNOTSUPP; }
-
-}  // namespace
-
-void File::choose(Access access, std::uint64_t begin, std::uint64_t end) {
-  flags_ = fcntl(descriptor_, F_GETFL);
-  if (flags_ == -1) throw FileError{"fcntl", errno, 0, 0, "F_GETFL"};
-  // A descriptor that comes with O_DIRECT is only used through the cache without it: the probes below need that too.
-  if ((flags_ & O_DIRECT) != 0 && fcntl(descriptor_, F_SETFL, flags_ & ~O_DIRECT) == -1) {
-    throw FileError{"fcntl", errno, 0, 0, "F_SETFL without O_DIRECT"};
-  }
-  if (access == Access::automatic) {
-    access = in_page_cache(descriptor_, begin, end) ? Access::buffered : Access::direct;
-  }
-  direct_ = access == Access::direct && turn_direct_on();
-}
-
-bool File::turn_direct_on() {
-  const DirectSupport support = direct_support(descriptor_);
-  if (support == DirectSupport::none) return false;
-  // Kernels before 6.1 report nothing for any file system: there O_DIRECT is used where it is taken, not claimed.
-  reported_ = support == DirectSupport::usable;
-  return fcntl(descriptor_, F_SETFL, flags_ | O_DIRECT) == 0;
-}
-
-// Other threads may be in a direct call or begin one that they think direct: their aligned calls are right either way.
-void File::fall_back() {
-  if (fcntl(descriptor_, F_SETFL, flags_ & ~O_DIRECT) == -1) {
-    throw FileError{"fcntl", errno, 0, 0, "F_SETFL without O_DIRECT"};
-  }
-  direct_ = false;
-}
-
-void File::reset() noexcept {
-  if (flags_ == -1) return;
-  const int now = fcntl(descriptor_, F_GETFL);
-  if (now != -1 && ((now ^ flags_) & O_DIRECT) != 0) (void)fcntl(descriptor_, F_SETFL, flags_);
-}
-
-void File::write(const std::byte* data, std::size_t length, std::uint64_t offset) {
-  std::size_t done = 0;
-  while (done < length) {
-    const bool direct = this->direct();
-    const ssize_t count = pwrite(descriptor_, data + done, length - done, static_cast<off_t>(offset + done));
-    if (count < 0) {
-      const int error = errno;
-      if (error == EINTR) continue;
-      if (direct && refuses_direct(error)) {
-        fall_back();
-        continue;
-      }
-      throw FileError{"pwrite", error, offset + done, length - done, ""};
-    }
-    std::size_t kept = static_cast<std::size_t>(count);
-    if (done + kept < length) {
-      if (count == 0) throw FileError{"pwrite", 0, offset + done, length - done, "it wrote nothing"};
-      // A direct call must begin aligned: what lies past the last whole unit is written again.
-      if (direct) kept -= (done + kept) % kAlignment;
-      if (kept == 0) fall_back();  // less than a unit: only the cache can go on from there
-    }
-    done += kept;
-  }
-}
-
-void File::read(std::byte* data, std::size_t length, std::uint64_t offset, std::size_t needed) {
-  std::size_t done = 0;
-  while (done < needed) {
-    const bool direct = this->direct();
-    const ssize_t count = pread(descriptor_, data + done, length - done, static_cast<off_t>(offset + done));
-    if (count < 0) {
-      const int error = errno;
-      if (error == EINTR) continue;
-      if (direct && refuses_direct(error)) {
-        fall_back();
-        continue;
-      }
-      throw FileError{"pread", error, offset + done, length - done, ""};
-    }
-    std::size_t kept = static_cast<std::size_t>(count);
-    if (done + kept < needed) {
-      if (count == 0) {
-        throw FileError{"pread", 0, offset + done, needed - done, "the file ends here"};
-      }
-      if (direct) kept -= (done + kept) % kAlignment;
-      if (kept == 0) fall_back();
-    }
-    done += kept;
-  }
-}
-
-bool in_page_cache(int descriptor, std::uint64_t begin, std::uint64_t end) {
+// Whether all of a file is in the page cache. cachestat(2) may be refused to one who neither owns the file nor may write
+// it; any error means that a few pages are asked for without waiting instead (preadv2(2), RWF_NOWAIT).
+bool wholly_cached(int descriptor) {
   struct stat status;
-  if (fstat(descriptor, &status) != 0 || status.st_size < 0) return false;
-  end = std::min(end, static_cast<std::uint64_t>(status.st_size));
-  if (begin >= end) return true;
-
-  // cachestat(2), Linux 6.5; its number is the same on every architecture but Alpha. glibc has no wrapper yet.
-  constexpr long kCachestat = 451;
+  if (fstat(descriptor, &status) != 0 || status.st_size == 0) return false;
+  const auto size = static_cast<std::uint64_t>(status.st_size);
+#ifndef SYS_cachestat
+#define SYS_cachestat 451
+#endif
   struct {
     std::uint64_t offset, length;
-  } range{begin, end - begin};
+  } range{0, 0};
   struct {
     std::uint64_t cached, dirty, writeback, evicted, recently_evicted;
   } found{};
-  if (syscall(kCachestat, descriptor, &range, &found, 0U) == 0) {
-    const auto page = static_cast<std::uint64_t>(sysconf(_SC_PAGESIZE));
-    return found.cached >= (end + page - 1) / page - begin / page;
-  }
-
-  // An older kernel, or a file that is not ours (EPERM): reads that must not wait, spread over the range.
-  constexpr std::uint64_t kProbes = 64;
-  for (std::uint64_t probe = 0; probe <= kProbes; ++probe) {
-    const std::uint64_t at = begin + (end - 1 - begin) / kProbes * probe;
-    std::byte byte;
-    iovec target{&byte, 1};
-    if (preadv2(descriptor, &target, 1, static_cast<off_t>(at), RWF_NOWAIT) != 1) return false;
+  const auto page = static_cast<std::uint64_t>(sysconf(_SC_PAGESIZE));
+  if (syscall(SYS_cachestat, descriptor, &range, &found, 0) == 0) return found.cached >= (size + page - 1) / page;
+#ifdef RWF_NOWAIT
+  constexpr std::uint64_t kProbes = 32;
+  for (std::uint64_t probe = 0; probe < kProbes; ++probe) {
+    char byte;
+    struct iovec one = {&byte, 1};
+    if (preadv2(descriptor, &one, 1, static_cast<off_t>((size - 1) / kProbes * probe), RWF_NOWAIT) != 1) return false;
   }
   return true;
+#else
+  return false;
+#endif
+}
+
+std::size_t round_down(std::size_t length) { return length / kAlignment * kAlignment; }
+
+}  // namespace
+
+void File::prepare(Access access) {
+  const int flags = fcntl(descriptor_, F_GETFL);
+  if (flags < 0) throw Fault{place_, "fcntl", errno, 0, 0, ""};
+  const bool wanted = access == Access::direct || (access == Access::automatic && !wholly_cached(descriptor_));
+  const Direct answer = wanted ? ask_direct(descriptor_) : Direct::refused;
+  if (answer == Direct::refused) {
+    if ((flags & O_DIRECT) != 0) fcntl(descriptor_, F_SETFL, flags & ~O_DIRECT);
+    return;
+  }
+  direct_ = fcntl(descriptor_, F_SETFL, flags | O_DIRECT) == 0;
+  reported_ = answer == Direct::reported;
+}
+
+// Some file systems take the flag and refuse the call. Other workers may be in the same place: the flag goes once.
+bool File::fall_back() {
+  static std::mutex once;
+  std::lock_guard<std::mutex> hold(once);
+  if (!direct_) return true;
+  const int flags = fcntl(descriptor_, F_GETFL);
+  if (flags < 0 || fcntl(descriptor_, F_SETFL, flags & ~O_DIRECT) != 0) return false;
+  direct_ = false;
+  return true;
+}
+
+void File::write_at(const std::byte* memory, std::size_t length, std::uint64_t offset) {
+  std::size_t done = 0;
+  while (done < length) {
+    const bool was_direct = direct();
+    const ssize_t count = pwrite(descriptor_, memory + done, length - done, static_cast<off_t>(offset + done));
+    if (count > 0) {
+      auto moved = static_cast<std::size_t>(count);
+      if (was_direct && done + moved < length) {
+        moved = round_down(moved);  // the rest must begin aligned; what is written twice is the same
+        if (moved == 0 && !fall_back()) throw Fault{place_, "fcntl", errno, offset + done, length - done, ""};
+      }
+      done += moved;
+      continue;
+    }
+    if (count < 0 && errno == EINTR) continue;
+    if (count < 0 && errno == EINVAL && was_direct && fall_back()) continue;
+    throw Fault{place_, "pwrite", count < 0 ? errno : ENOSPC, offset + done, length - done, ""};
+  }
+}
+
+void File::read_at(std::byte* memory, std::size_t length, std::size_t needed, std::uint64_t offset) {
+  std::size_t done = 0;
+  while (done < needed) {
+    const bool was_direct = direct();
+    const ssize_t count = pread(descriptor_, memory + done, length - done, static_cast<off_t>(offset + done));
+    if (count > 0) {
+      const std::size_t reached = done + static_cast<std::size_t>(count);
+      if (reached >= needed) return;
+      const std::size_t aligned = was_direct ? round_down(reached) : reached;
+      if (aligned == done && !fall_back()) throw Fault{place_, "fcntl", errno, offset + done, length - done, ""};
+      done = aligned;
+      continue;
+    }
+    if (count < 0 && errno == EINTR) continue;
+    if (count < 0 && errno == EINVAL && was_direct && fall_back()) continue;
+    if (count == 0) throw Fault{place_, "pread", 0, offset + done, needed - done, "the file ends here"};
+    throw Fault{place_, "pread", errno, offset + done, length - done, ""};
+  }
 }
 
 }  // namespace shardsave

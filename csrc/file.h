@@ -1,9 +1,6 @@
-// An open file as the engine uses it: whole reads and writes at an offset, past the page cache where the file system
-// can do that and through it where it cannot.
+// Reading and writing a descriptor at offsets, past the page cache or through it.
 //
-// Threads: choose() is called by one thread before any other call and reset() after all of them; write(), read() and
-// direct() may be called by many threads at once. The descriptor stays the caller's: it is neither opened nor closed
-// here, and its flags are given back by reset() as they were found.
+// Threads: any number of workers may call write_at and read_at on one File at once; prepare_* is called before they start.
 #pragma once
 
 #include <atomic>
@@ -13,62 +10,48 @@
 
 namespace shardsave {
 
-// Memory, offset and length of a direct operation are multiples of this many bytes: the most that we ever ask to be
-// enough (open(2), statx(2)). A file that wants more is read and written through the cache.
+// What O_DIRECT asks for at most: memory, offset and length are multiples of this (open(2), NOTES).
 constexpr std::size_t kAlignment = 4096;
 
-enum class Access {
-  automatic,  // for reading: through the cache when the range is in it, else direct
-  buffered,
-  direct,
-};
-
-// A system call that failed, or did what it must not (then `error` is 0 and `detail` says what).
-struct FileError {
+// A call that failed. `file` is the place in the run's list, -1 where no file is concerned; `number` is errno, or 0 where
+// `detail` says it all.
+struct Fault {
+  int file = -1;
   std::string call;
-  int error;
-  std::uint64_t offset;
-  std::uint64_t length;
+  int number = 0;
+  std::uint64_t offset = 0;
+  std::uint64_t length = 0;
   std::string detail;
 };
 
+enum class Access { buffered, direct, automatic };
+
 class File {
  public:
-  explicit File(int descriptor) : descriptor_(descriptor) {}
-  File(const File&) = delete;
-  File& operator=(const File&) = delete;
+  File(int place, int descriptor) : place_(place), descriptor_(descriptor) {}
 
-  // Decides how the bytes from `begin` to `end` will be read or written. Throws FileError.
-  void choose(Access access, std::uint64_t begin, std::uint64_t end);
+  // Turns O_DIRECT on where it is wanted and the file system has it. Automatic: only for a file that is not wholly cached.
+  void prepare(Access access);
 
-  // Writes all `length` bytes. Everything is aligned (see kAlignment). Throws FileError.
-  void write(const std::byte* data, std::size_t length, std::uint64_t offset);
+  // Whole lengths or a Fault. In direct mode `memory`, `offset` and `length` are aligned.
+  void write_at(const std::byte* memory, std::size_t length, std::uint64_t offset);
 
-  // Reads `length` bytes, of which at least the first `needed` must be there: the file may end in the rest, which is
-  // then undefined. Everything but `needed` is aligned. Throws FileError, also when the file ends too early.
-  void read(std::byte* data, std::size_t length, std::uint64_t offset, std::size_t needed);
+  // At least `needed` of `length` bytes: the rest may lie behind the end of the file.
+  void read_at(std::byte* memory, std::size_t length, std::size_t needed, std::uint64_t offset);
 
-  // Whether transfers go past the cache at this moment; a refused one turns that off for good.
+  // Whether O_DIRECT is on; false again when the first direct call was refused.
   bool direct() const { return direct_.load(std::memory_order_relaxed); }
 
-  // Whether they do and the file system says so itself. tmpfs takes O_DIRECT and means nothing by it.
+  // Whether the file system says that direct means direct (statx STATX_DIOALIGN); tmpfs takes the flag and ignores it.
   bool reported_direct() const { return direct() && reported_; }
 
-  // Gives the descriptor its flags back. Does not fail.
-  void reset() noexcept;
-
  private:
-  bool turn_direct_on();
-  void fall_back();
+  bool fall_back();
 
-  const int descriptor_;
-  int flags_ = -1;  // as found by choose(); -1 before it
-  bool reported_ = false;
+  int place_;
+  int descriptor_;
   std::atomic<bool> direct_{false};
+  bool reported_ = false;
 };
-
-// Whether every page of the file from `begin` to `end` is in the page cache, as far as the kernel tells: a refusal to
-// tell is a no.
-bool in_page_cache(int descriptor, std::uint64_t begin, std::uint64_t end);
 
 }  // namespace shardsave

@@ -3,224 +3,175 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include <algorithm>
-#include <atomic>
 #include <cerrno>
-#include <cstdint>
-#include <system_error>
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
 #include <thread>
+#include <utility>
+#include <vector>
 
 #include "cuda.h"
+#include "file.h"
 
 namespace shardsave {
+
+struct Ring::State {
+  std::byte* memory = nullptr;
+  std::size_t slots = 0;
+  std::size_t slot_bytes = 0;
+  bool pinned = false;
+  std::string note;
+  pid_t owner = 0;
+
+  std::mutex mutex;  // guards `taken`
+  std::condition_variable given_back;
+  std::vector<bool> taken;
+};
+
 namespace {
 
-constexpr std::size_t kHugePage = std::size_t{2} << 20;
+struct Process {
+  std::mutex mutex;  // guards the members below
+  std::shared_ptr<Ring> ring;
+  pid_t owner = 0;
+};
 
-// Fresh zeroed memory that begins at a huge page when it holds one; nullptr with errno when there is none.
-std::byte* map_memory(std::size_t bytes) {
-  const std::size_t slack = bytes >= kHugePage ? kHugePage : 0;
-  void* mapped = mmap(nullptr, bytes + slack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (mapped == MAP_FAILED) return nullptr;
-  auto* memory = static_cast<std::byte*>(mapped);
-  if (slack != 0) {
-    const std::size_t before = (kHugePage - reinterpret_cast<std::uintptr_t>(memory) % kHugePage) % kHugePage;
-    if (before != 0) munmap(memory, before);
-    memory += before;
-    if (slack != before) munmap(memory + bytes, slack - before);
-    (void)madvise(memory, bytes, MADV_HUGEPAGE);
+// Replaced, never destroyed, in a forked child: a parent's thread may have held the mutex at the fork.
+Process& process() {
+  static Process* current = new Process;
+  static pid_t made_in = getpid();
+  if (made_in != getpid()) {
+    current = new Process;
+    made_in = getpid();
   }
-  // open(2): memory under direct I/O must not be shared with a child by copy-on-write.
-  if (madvise(memory, bytes, MADV_DONTFORK) != 0) {
-    const int error = errno;
-    munmap(memory, bytes);
-    errno = error;
-    return nullptr;
-  }
-  return memory;
+  return *current;
 }
 
-void unmap_slot(const Slot& slot) {
-  if (slot.pinned) cuda_unpin(slot.memory);
-  munmap(slot.memory, slot.bytes);
-}
-
-// Makes the pages present, a thread for each slot: that is most of the time that pinning takes.
-void touch(const std::vector<Lease>& leases, std::size_t bytes) {
-  const auto touch_one = [bytes](std::byte* memory) {
-    for (std::size_t at = 0; at < bytes; at += 4096) reinterpret_cast<volatile std::byte*>(memory)[at] = std::byte{0};
-  };
-  std::vector<std::thread> threads;
-  threads.reserve(leases.size());
-  for (const Lease& lease : leases) {
-    try {
-      threads.emplace_back(touch_one, lease.memory());
-    } catch (const std::system_error&) {
-      touch_one(lease.memory());
-    }
-  }
-  for (std::thread& thread : threads) thread.join();
+std::byte* map(std::size_t length) {
+  void* memory = mmap(nullptr, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) return nullptr;
+  madvise(memory, length, MADV_HUGEPAGE);
+  // Direct I/O into private memory must not run while a fork makes it copy-on-write (open(2), NOTES).
+  madvise(memory, length, MADV_DONTFORK);
+  return static_cast<std::byte*>(memory);
 }
 
 }  // namespace
 
-Ring& Ring::instance() {
-  // No lock: one that another thread held at the time of a fork would stay locked in the child.
-  static std::atomic<Ring*> current{nullptr};
-  const long process = getpid();
-  Ring* ring = current.load(std::memory_order_acquire);
-  while (ring == nullptr || ring->process_ != process) {
-    auto fresh = std::unique_ptr<Ring>(new Ring(process));
-    if (current.compare_exchange_strong(ring, fresh.get(), std::memory_order_acq_rel)) ring = fresh.release();
+Ring::Ring(std::unique_ptr<State> state) : state_(std::move(state)) {}
+
+Ring::~Ring() {
+  if (state_->owner != getpid()) {
+    (void)state_.release();  // a forked child's copy: its memory was never there
+    return;
   }
-  return *ring;
+  if (state_->pinned) cuda_unpin(state_->memory);
+  munmap(state_->memory, state_->slots * state_->slot_bytes);
 }
 
-std::optional<Lease> Ring::acquire(std::size_t bytes, bool pinned, std::chrono::milliseconds patience) {
-  const auto end = std::chrono::steady_clock::now() + patience;
-  std::unique_lock<std::mutex> lock(mutex_);
-  while (true) {
-    if (Slot* slot = take(bytes, pinned)) return Lease(this, slot);
-    const bool wait_for_pinned = pinned && std::any_of(slots_.begin(), slots_.end(), [bytes](const auto& slot) {
-                                   return slot->pinned && slot->bytes >= bytes;
-                                 });
-    if (!wait_for_pinned) {
-      if (Slot* slot = take(bytes, false)) return Lease(this, slot);
-      int error = 0;
-      if (Slot* slot = add(bytes, &error)) return Lease(this, slot);
-      const bool all_free = std::all_of(slots_.begin(), slots_.end(),
-                                        [](const auto& slot) { return slot->state == SlotState::free; });
-      if (error != 0 && all_free) throw RingError{error, bytes};
+std::shared_ptr<Ring> Ring::shared(std::size_t slots, std::size_t slot_bytes, int pin_for) {
+  Process& here = process();
+  std::lock_guard<std::mutex> hold(here.mutex);
+  const bool fits = here.ring && here.ring->state_->slot_bytes == slot_bytes &&
+                    (pin_for < 0 || here.ring->state_->pinned || !here.ring->state_->note.empty());
+  if (!fits) {
+    here.ring.reset();  // runs that still use it keep it alive
+    here.ring = make(slots, slot_bytes, pin_for);
+  }
+  return here.ring;
+}
+
+std::shared_ptr<Ring> Ring::make(std::size_t slots, std::size_t slot_bytes, int pin_for) {
+  auto state = std::make_unique<State>();
+  state->owner = getpid();
+  state->slot_bytes = slot_bytes;
+  std::string refused;
+  for (std::size_t count = slots; count >= 1 && !state->pinned; count /= 2) {
+    std::byte* memory = map(count * slot_bytes);
+    if (memory == nullptr) continue;
+    std::string why;
+    if (pin_for >= 0) {
+      // Touched first, and in parallel: pinning fresh pages one by one is several times slower.
+      std::vector<std::thread> touchers;
+      for (std::size_t slot = 0; slot < count; ++slot) {
+        const auto touch = [memory, slot, slot_bytes] {
+          for (std::size_t at = 0; at < slot_bytes; at += kAlignment) memory[slot * slot_bytes + at] = std::byte{0};
+        };
+        try {
+          touchers.emplace_back(touch);
+        } catch (const std::system_error&) {
+          touch();
+        }
+      }
+      for (auto& toucher : touchers) toucher.join();
+      state->pinned = cuda_pin(pin_for, memory, count * slot_bytes, &why);
+      if (!state->pinned) refused = why;
     }
-    if (freed_.wait_until(lock, end) == std::cv_status::timeout) return std::nullopt;
-  }
-}
-
-// The slot used last comes first: its memory may still be in a cache.
-Slot* Ring::take(std::size_t bytes, bool pinned) {
-  for (auto slot = slots_.rbegin(); slot != slots_.rend(); ++slot) {
-    if ((*slot)->state != SlotState::free || (*slot)->bytes < bytes || (pinned && !(*slot)->pinned)) continue;
-    (*slot)->state = SlotState::held;
-    return slot->get();
-  }
-  return nullptr;
-}
-
-// A new slot in the caller's hands; nullptr with *error 0 when the ring has no room, else with mmap's errno.
-Slot* Ring::add(std::size_t bytes, int* error) {
-  *error = 0;
-  while (total_ + bytes > kRingBytes) {
-    if (!drop_one_smaller_than(bytes)) return nullptr;
-  }
-  slots_.reserve(slots_.size() + 1);
-  auto slot = std::make_unique<Slot>();
-  slot->memory = map_memory(bytes);
-  while (slot->memory == nullptr) {
-    *error = errno;
-    if (!drop_one_smaller_than(bytes)) return nullptr;
-    slot->memory = map_memory(bytes);
-  }
-  slot->bytes = bytes;
-  slot->state = SlotState::held;
-  total_ += bytes;
-  slots_.push_back(std::move(slot));
-  return slots_.back().get();
-}
-
-bool Ring::drop_one_smaller_than(std::size_t bytes) {
-  const auto found = std::find_if(slots_.begin(), slots_.end(), [bytes](const auto& slot) {
-    return slot->state == SlotState::free && slot->bytes < bytes;
-  });
-  if (found == slots_.end()) return false;
-  unmap_slot(**found);
-  total_ -= (*found)->bytes;
-  slots_.erase(found);
-  return true;
-}
-
-std::size_t Ring::pin(std::size_t count, std::size_t bytes, int ordinal, std::string* why) {
-  std::vector<Lease> leases;
-  leases.reserve(count);  // under the lock nothing may throw that would give a lease back
-  std::size_t pinned = 0;
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (const auto& slot : slots_) pinned += slot->pinned && slot->bytes >= bytes ? 1 : 0;
-    while (pinned + leases.size() < count) {
-      std::optional<Lease> lease = take_unpinned(bytes);
-      if (!lease) break;
-      leases.push_back(std::move(*lease));
-    }
-  }
-  touch(leases, bytes);
-  std::size_t wanted = pinned + leases.size();
-  std::size_t next = 0;
-  while (pinned < wanted && next < leases.size()) {
-    Slot* slot = leases[next].slot_;
-    if (cuda_pin(ordinal, slot->memory, slot->bytes, why)) {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      slot->pinned = true;
-      ++pinned;
-      ++next;
-    } else if (wanted == 1) {
-      break;
+    if (state->memory == nullptr || state->pinned) {
+      if (state->memory != nullptr) munmap(state->memory, state->slots * slot_bytes);
+      state->memory = memory;
+      state->slots = count;
     } else {
-      wanted /= 2;
+      munmap(memory, count * slot_bytes);
     }
+    if (pin_for < 0) break;
   }
-  if (pinned != 0) {
-    for (std::size_t surplus = next; surplus < leases.size(); ++surplus) remove(&leases[surplus]);
-  }
-  return pinned;
-}
-
-std::optional<Lease> Ring::take_unpinned(std::size_t bytes) {
-  for (const auto& slot : slots_) {
-    if (slot->state != SlotState::free || slot->bytes < bytes || slot->pinned) continue;
-    slot->state = SlotState::held;
-    return Lease(this, slot.get());
-  }
-  int error = 0;
-  Slot* slot = add(bytes, &error);
-  return slot != nullptr ? std::optional<Lease>(Lease(this, slot)) : std::nullopt;
-}
-
-void Ring::remove(Lease* lease) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  const auto found =
-      std::find_if(slots_.begin(), slots_.end(), [lease](const auto& slot) { return slot.get() == lease->slot_; });
-  unmap_slot(**found);
-  total_ -= (*found)->bytes;
-  slots_.erase(found);
-  lease->slot_ = nullptr;
-}
-
-void Ring::give_back(Slot* slot) {
-  if (getpid() != process_) return;
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    slot->state = SlotState::free;
-  }
-  freed_.notify_all();
+  if (state->memory == nullptr) throw Fault{-1, "mmap of staging memory", ENOMEM, 0, slot_bytes, ""};
+  if (pin_for >= 0 && !state->pinned) state->note = "staging memory could not be pinned (" + refused + ")";
+  if (pin_for >= 0 && state->pinned && state->slots < slots) state->note = "less staging memory was pinned than wanted";
+  state->taken.assign(state->slots, false);
+  return std::shared_ptr<Ring>(new Ring(std::move(state)));
 }
 
 void Ring::release() {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  const auto kept = std::stable_partition(slots_.begin(), slots_.end(),
-                                          [](const auto& slot) { return slot->state != SlotState::free; });
-  std::for_each(kept, slots_.end(), [this](const auto& slot) {
-    unmap_slot(*slot);
-    total_ -= slot->bytes;
-  });
-  slots_.erase(kept, slots_.end());
+  Process& here = process();
+  std::lock_guard<std::mutex> hold(here.mutex);
+  if (here.ring.use_count() == 1) here.ring.reset();
 }
 
-std::size_t Ring::bytes() {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  return total_;
+Slot Ring::take(const std::function<bool()>& stop) {
+  std::unique_lock<std::mutex> hold(state_->mutex);
+  while (!stop()) {
+    for (std::size_t index = 0; index < state_->slots; ++index) {
+      if (!state_->taken[index]) {
+        state_->taken[index] = true;
+        return Slot(shared_from_this(), index, state_->memory + index * state_->slot_bytes);
+      }
+    }
+    state_->given_back.wait_for(hold, std::chrono::milliseconds(50));  // `stop` may turn true without a notice
+  }
+  return Slot();
 }
 
-Lease::~Lease() {
-  if (slot_ != nullptr) ring_->give_back(slot_);
+void Ring::give_back(std::size_t index) {
+  {
+    std::lock_guard<std::mutex> hold(state_->mutex);
+    state_->taken[index] = false;
+  }
+  state_->given_back.notify_one();
+}
+
+std::size_t Ring::slots() const { return state_->slots; }
+std::size_t Ring::bytes() const { return state_->slots * state_->slot_bytes; }
+bool Ring::pinned() const { return state_->pinned; }
+const std::string& Ring::note() const { return state_->note; }
+
+Slot::Slot(std::shared_ptr<Ring> ring, std::size_t index, std::byte* memory)
+    : ring_(std::move(ring)), index_(index), memory_(memory) {}
+
+Slot::Slot(Slot&& other) noexcept
+    : ring_(std::move(other.ring_)), index_(other.index_), memory_(std::exchange(other.memory_, nullptr)) {}
+
+Slot& Slot::operator=(Slot&& other) noexcept {
+  std::swap(ring_, other.ring_);
+  std::swap(index_, other.index_);
+  std::swap(memory_, other.memory_);
+  return *this;
+}
+
+Slot::~Slot() {
+  if (memory_ != nullptr) ring_->give_back(index_);
 }
 
 }  // namespace shardsave
