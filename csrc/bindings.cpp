@@ -83,7 +83,8 @@ PYBIND11_MODULE(_native, m) {
   py::class_<Result>(m, "RunResult")
       .def_property_readonly("sums",
                              [](const Result& r) {
-                               return py::array_t<std::uint64_t>(static_cast<py::ssize_t>(r.sums.size()), r.sums.data());
+                               return py::array_t<std::uint64_t>(static_cast<py::ssize_t>(r.sums.size()),
+                                                                 r.sums.data());
                              })
       .def_readonly("direct", &Result::direct)
       .def_readonly("staging_bytes", &Result::staging_bytes)

@@ -97,9 +97,10 @@ std::uint64_t update_table(std::uint64_t state, unsigned char* destination, cons
   return state;
 }
 
-// Folding (Gopal et al., "Fast CRC Computation for Generic Polynomials Using PCLMULQDQ"): a 128-bit accumulator (low half:
-// earlier bytes) stands for low·x^64 + high. To move it `distance` bits on, multiply low by x^(distance + 64) and high by
-// x^distance. A carry-less product of reflected operands comes out divided by x, so each constant has one power of x less.
+// Folding (Gopal et al., "Fast CRC Computation for Generic Polynomials Using PCLMULQDQ"): a 128-bit accumulator (low
+// half: earlier bytes) stands for low·x^64 + high. To move it `distance` bits on, multiply low by x^(distance + 64) and
+// high by x^distance. A carry-less product of reflected operands comes out divided by x, so each constant has one power
+// of x less.
 struct Fold {
   std::uint64_t low, high;
 };

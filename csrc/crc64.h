@@ -1,8 +1,8 @@
 // CRC-64/NVME, alone or in one loop with a copy, and the arithmetic that makes it linear.
 //
-// "Raw" is the register arithmetic with no initial value and no final inversion: raw(A ‖ B) = shift(raw(A), |B|) ^ raw(B).
-// So blocks of one tensor can be summed by any worker in any order, each shifted by its distance from the tensor's end,
-// and XORed together; finish() then adds the initial value and the inversion that the standard asks for.
+// "Raw" is the register arithmetic with no initial value and no final inversion: raw(A ‖ B) = shift(raw(A), |B|) ^
+// raw(B). So blocks of one tensor can be summed by any worker in any order, each shifted by its distance from the
+// tensor's end, and XORed together; finish() then adds the initial value and the inversion that the standard asks for.
 //
 // All functions may be called from any thread.
 #pragma once
@@ -12,8 +12,8 @@
 
 namespace shardsave {
 
-// How the copying loop stores: `streaming` goes past the caches (for memory that is not read again soon), `cached` keeps
-// the destination in them (for a small staging area that is).
+// How the copying loop stores: `streaming` goes past the caches (for memory that is not read again soon), `cached`
+// keeps the destination in them (for a small staging area that is).
 enum class Stores { streaming, cached };
 
 std::uint64_t crc64_raw(const void* data, std::size_t length);

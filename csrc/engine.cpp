@@ -39,7 +39,8 @@ void check(const Request& request) {
   const auto pieces = static_cast<std::int64_t>(request.piece_bytes.size());
   const auto segments = static_cast<std::int64_t>(request.segments.size());
   const auto slot = static_cast<std::int64_t>(request.slot_bytes);
-  require(slot > 0 && slot % static_cast<std::int64_t>(kAlignment) == 0, "slot_bytes must be a multiple of the alignment");
+  require(slot > 0 && slot % static_cast<std::int64_t>(kAlignment) == 0,
+          "slot_bytes must be a multiple of the alignment");
   require(request.workers >= 1, "workers must be at least one");
   require(request.blocks.empty() ? segments == 0 : request.blocks[0].first_segment == 0, "segments outside of blocks");
   for (std::int64_t bytes : request.piece_bytes) require(bytes >= 0, "piece_bytes must not be negative");
@@ -50,7 +51,8 @@ void check(const Request& request) {
     require(block.offset >= 0 && block.offset % static_cast<std::int64_t>(kAlignment) == 0, "block offset not aligned");
     require(block.length > 0 && block.length <= slot && block.length % static_cast<std::int64_t>(kAlignment) == 0,
             "block length not aligned or larger than a slot");
-    require(block.first_segment >= 0 && block.first_segment < last && last <= segments, "segments of blocks not in order");
+    require(block.first_segment >= 0 && block.first_segment < last && last <= segments,
+            "segments of blocks not in order");
     std::int64_t end = 0;
     for (std::int64_t s = block.first_segment; s < last; ++s) {
       const Segment& segment = request.segments[static_cast<std::size_t>(s)];
@@ -59,8 +61,9 @@ void check(const Request& request) {
       end = segment.at + segment.length;
       require(segment.piece >= 0 && segment.piece < pieces, "segment of a piece that is not there");
       const std::int64_t size = request.piece_bytes[static_cast<std::size_t>(segment.piece)];
-      require(segment.piece_offset >= 0 && segment.piece_offset <= size && segment.length <= size - segment.piece_offset,
-              "segment outside of its piece");
+      require(
+          segment.piece_offset >= 0 && segment.piece_offset <= size && segment.length <= size - segment.piece_offset,
+          "segment outside of its piece");
       require(segment.memory >= kDiscard, "segment in unknown memory");
       require(segment.memory != kDiscard || !request.write, "nothing can be written from discarded memory");
     }
@@ -75,7 +78,8 @@ class Run {
       files_.emplace_back(static_cast<int>(n), request.files[n]);
       files_.back().prepare(request.access);
     }
-    const bool through_cache = std::none_of(files_.begin(), files_.end(), [](const File& file) { return file.direct(); });
+    const bool through_cache =
+        std::none_of(files_.begin(), files_.end(), [](const File& file) { return file.direct(); });
     host_ = make_host_device(through_cache);
     const std::size_t wanted = std::max<std::size_t>(1, std::min(request.workers, request.blocks.size()));
     ring_ = Ring::shared(kSlots, request.slot_bytes, request.streams.empty() ? -1 : request.streams.front().first);
@@ -84,7 +88,8 @@ class Run {
       cuda_[ordinal] = make_cuda_device(ordinal, stream, ring_->slots());
     }
     for (const Segment& segment : request.segments) {
-      require(segment.memory < 0 || cuda_.count(static_cast<int>(segment.memory)) == 1, "segment on a device without a stream");
+      require(segment.memory < 0 || cuda_.count(static_cast<int>(segment.memory)) == 1,
+              "segment on a device without a stream");
     }
   }
 
@@ -169,8 +174,9 @@ class Run {
 
   void move(std::size_t n, Slot& slot) {
     const Block& block = request_.blocks[n];
-    const std::size_t last = n + 1 < request_.blocks.size() ? static_cast<std::size_t>(request_.blocks[n + 1].first_segment)
-                                                            : request_.segments.size();
+    const std::size_t last = n + 1 < request_.blocks.size()
+                                 ? static_cast<std::size_t>(request_.blocks[n + 1].first_segment)
+                                 : request_.segments.size();
     const auto first = static_cast<std::size_t>(block.first_segment);
     File& file = files_[static_cast<std::size_t>(block.file)];
     const auto length = static_cast<std::size_t>(block.length);
@@ -191,13 +197,13 @@ class Run {
 
   bool only_host(std::size_t first, std::size_t last) const {
     return std::all_of(request_.segments.begin() + static_cast<std::ptrdiff_t>(first),
-                       request_.segments.begin() + static_cast<std::ptrdiff_t>(last), [](const Segment& segment) {
-                         return segment.memory == kHost || segment.memory == kDiscard;
-                       });
+                       request_.segments.begin() + static_cast<std::ptrdiff_t>(last),
+                       [](const Segment& segment) { return segment.memory == kHost || segment.memory == kDiscard; });
   }
 
   // The same in small steps, each in the first part of the slot, which so stays in the processor's cache.
-  void move_through_cache(const Block& block, std::size_t first, std::size_t last, std::size_t end, File& file, Slot& slot) {
+  void move_through_cache(const Block& block, std::size_t first, std::size_t last, std::size_t end, File& file,
+                          Slot& slot) {
     const auto length = static_cast<std::size_t>(block.length);
     for (std::size_t from = 0; from < length && !stop_; from += kCachedStep) {
       const std::size_t step = std::min(kCachedStep, length - from);

@@ -1,7 +1,7 @@
 // The engine: moves blocks between memory and files, in one pass through the ring.
 //
-// Threads: run() may be called from any number of threads at once; they share the ring. Its workers are joined before it
-// returns, whatever happens. Hooks::tick is called on the calling thread, Hooks::lend on workers, several at a time.
+// Threads: run() may be called from any number of threads at once; they share the ring. Its workers are joined before
+// it returns, whatever happens. Hooks::tick is called on the calling thread, Hooks::lend on workers, several at a time.
 #pragma once
 
 #include <cstddef>
@@ -54,7 +54,8 @@ struct Result {
   std::vector<std::string> notes;
 };
 
-// Throws std::invalid_argument for tables that do not fit together, before anything is touched; Fault; what a hook threw.
+// Throws std::invalid_argument for tables that do not fit together, before anything is touched; Fault; what a hook
+// threw.
 Result run(const Request& request, const Hooks& hooks);
 
 }  // namespace shardsave

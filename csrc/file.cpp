@@ -41,8 +41,8 @@ Direct ask_direct(int descriptor) {
                                                                                         : Direct::refused;
 }
 
-// Whether all of a file is in the page cache. cachestat(2) may be refused to one who neither owns the file nor may write
-// it; any error means that a few pages are asked for without waiting instead (preadv2(2), RWF_NOWAIT).
+// Whether all of a file is in the page cache. cachestat(2) may be refused to one who neither owns the file nor may
+// write it; any error means that a few pages are asked for without waiting instead (preadv2(2), RWF_NOWAIT).
 bool wholly_cached(int descriptor) {
   struct stat status;
   if (fstat(descriptor, &status) != 0 || status.st_size == 0) return false;

@@ -1,6 +1,7 @@
 // Reading and writing a descriptor at offsets, past the page cache or through it.
 //
-// Threads: any number of workers may call write_at and read_at on one File at once; prepare_* is called before they start.
+// Threads: any number of workers may call write_at and read_at on one File at once; prepare_* is called before they
+// start.
 #pragma once
 
 #include <atomic>
@@ -13,8 +14,8 @@ namespace shardsave {
 // What O_DIRECT asks for at most: memory, offset and length are multiples of this (open(2), NOTES).
 constexpr std::size_t kAlignment = 4096;
 
-// A call that failed. `file` is the place in the run's list, -1 where no file is concerned; `number` is errno, or 0 where
-// `detail` says it all.
+// A call that failed. `file` is the place in the run's list, -1 where no file is concerned; `number` is errno, or 0
+// where `detail` says it all.
 struct Fault {
   int file = -1;
   std::string call;
@@ -30,7 +31,8 @@ class File {
  public:
   File(int place, int descriptor) : place_(place), descriptor_(descriptor) {}
 
-  // Turns O_DIRECT on where it is wanted and the file system has it. Automatic: only for a file that is not wholly cached.
+  // Turns O_DIRECT on where it is wanted and the file system has it. Automatic: only for a file that is not wholly
+  // cached.
   void prepare(Access access);
 
   // Whole lengths or a Fault. In direct mode `memory`, `offset` and `length` are aligned.

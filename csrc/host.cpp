@@ -11,8 +11,8 @@ class HostDevice final : public Device {
 
   void enter_thread() override {}
 
-  bool submit(Direction direction, std::byte* slot, std::uint64_t address, std::size_t length, std::size_t, bool want_sum,
-              std::uint64_t* raw_sum) override {
+  bool submit(Direction direction, std::byte* slot, std::uint64_t address, std::size_t length, std::size_t,
+              bool want_sum, std::uint64_t* raw_sum) override {
     auto* memory = reinterpret_cast<std::byte*>(address);
     const bool saving = direction == Direction::to_slot;
     std::byte* to = saving ? slot : memory;

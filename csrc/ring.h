@@ -1,9 +1,10 @@
-// The staging memory: one pool of aligned slots in this process, shared by all runs, of a fixed size whatever the model's.
+// The staging memory: one pool of aligned slots in this process, shared by all runs, of a fixed size whatever the
+// model's.
 //
-// Owner: the process. It is made at the first run and kept, since pinning it is slow; release() frees it when idle. Slots
-// are free or taken, under the ring's mutex. Lent out by take(), which waits, and given back by the Slot's destructor.
-// In a forked child the parent's ring is left alone, neither unlocked nor unmapped (it is MADV_DONTFORK), and a new one is
-// made at the first run.
+// Owner: the process. It is made at the first run and kept, since pinning it is slow; release() frees it when idle.
+// Slots are free or taken, under the ring's mutex. Lent out by take(), which waits, and given back by the Slot's
+// destructor. In a forked child the parent's ring is left alone, neither unlocked nor unmapped (it is MADV_DONTFORK),
+// and a new one is made at the first run.
 #pragma once
 
 #include <cstddef>
@@ -35,8 +36,8 @@ class Slot {
 
 class Ring : public std::enable_shared_from_this<Ring> {
  public:
-  // The process's ring, with slots of `slot_bytes`, `slots` of them if that many can be had, else half, and so on down to one.
-  // `pin_for` is a CUDA ordinal or -1. Throws Fault (file.h) when not one slot can be had.
+  // The process's ring, with slots of `slot_bytes`, `slots` of them if that many can be had, else half, and so on down
+  // to one. `pin_for` is a CUDA ordinal or -1. Throws Fault (file.h) when not one slot can be had.
   static std::shared_ptr<Ring> shared(std::size_t slots, std::size_t slot_bytes, int pin_for);
 
   // Frees the process's ring if no run holds it; the next run makes another.

@@ -94,7 +94,9 @@ def _tables() -> tuple[NDArray[np.uint64], ...]:
     single = np.array(_byte_table(), dtype=np.uint64)
 
     def through_zero(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        return single[(state & np.uint64(0xFF)).astype(np.intp)] ^ (state >> np.uint64(8))
+        shifted: NDArray[np.uint64] = state >> np.uint64(8)
+        shifted ^= single[(state & np.uint64(0xFF)).astype(np.intp)]
+        return shifted
 
     values = np.arange(1 << 16, dtype=np.uint64)
     last = through_zero(through_zero(values))  # bytes 6 and 7 of the word

@@ -142,9 +142,7 @@ def _run(
         )
     except native.Fault as fault:
         raise TransferFault(*fault.args) from None
-    return Transfer(
-        tuple(result.sums.tolist()), tuple(result.direct), result.staging_bytes, result.pinned, tuple(result.notes)
-    )
+    return Transfer(tuple(result.sums.tolist()), tuple(result.direct), result.staging_bytes, result.pinned, tuple(result.notes))
 
 
 def _workers(access: Access) -> int:
@@ -185,5 +183,7 @@ def _segment_table(blocks: Sequence[Block], places: Sequence[tuple[int, int]]) -
     memory = np.fromiter((place[0] for place in places), np.int64, len(places))
     address = np.fromiter((place[1] for place in places), np.int64, len(places))
     return np.ascontiguousarray(
-        np.stack([memory[piece], address[piece] + piece_offset * (address[piece] != 0), length, at, piece, piece_offset], axis=1)
+        np.stack(
+            [memory[piece], address[piece] + piece_offset * (address[piece] != 0), length, at, piece, piece_offset], axis=1
+        )
     )

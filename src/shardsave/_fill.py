@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import nn
@@ -14,7 +14,6 @@ from shardsave._checkpoint import Located
 from shardsave._dtypes import BY_NAME, torch_shape
 from shardsave._state import plain_name, unwrap
 from shardsave.errors import IncompatibleCheckpointError, UnsupportedTensorError
-
 
 
 class _Slot(NamedTuple):
@@ -88,11 +87,15 @@ class Fit:
                     if isinstance(tensor, nn.Parameter):
                         empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
                     made[id(tensor)] = empty
-                holder = slot.owner._buffers if slot.is_buffer else slot.owner._parameters
+                holder: dict[str, Any] = slot.owner._buffers if slot.is_buffer else slot.owner._parameters
                 holder[slot.attribute] = made[id(tensor)]
             elif id(tensor) not in made:
                 made[id(tensor)] = tensor
-                tensor.data = torch.empty_like(tensor.data, device=target) if self._leaders[slot.name] in loaded else tensor.data.to(target)
+                tensor.data = (
+                    torch.empty_like(tensor.data, device=target)
+                    if self._leaders[slot.name] in loaded
+                    else tensor.data.to(target)
+                )
 
     def groups(self) -> Iterator[Group]:
         """What is to be read: first all that goes straight into place, then one sub-module after the other."""
@@ -206,7 +209,7 @@ def _slots(module: nn.Module) -> list[_Slot]:
 
 def _expected_names(module: nn.Module) -> set[str]:
     """The names that the module's own state dict has."""
-    names = set()
+    names: set[str] = set()
     for prefix, owner in module.named_modules(remove_duplicate=False):
         start = plain_name(f"{prefix}." if prefix else "")
         names.update(start + name for name, value in owner._parameters.items() if value is not None)
@@ -261,14 +264,20 @@ def _check_fillable(slot: _Slot, where: str) -> None:
     tensor = slot.tensor
     if is_lazy(tensor):
         _refuse(slot, where, "a parameter with a shape was expected", "it is lazy; run a forward pass first")
-    if hasattr(tensor, "__tensor_flatten__") or type(tensor) not in (torch.Tensor, nn.Parameter, getattr(nn, "Buffer", nn.Parameter)):
+    if hasattr(tensor, "__tensor_flatten__") or type(tensor) not in (
+        torch.Tensor,
+        nn.Parameter,
+        getattr(nn, "Buffer", nn.Parameter),
+    ):
         _refuse(slot, where, "a plain tensor was expected", f"it is a {type(tensor).__name__}")
     if tensor.layout is not torch.strided:
         _refuse(slot, where, "a strided tensor was expected", f"its layout is {tensor.layout}")
     if tensor.is_meta:
         return
     if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride())):
-        _refuse(slot, where, "memory of its own for each element was expected", "it is expanded; call .contiguous() on it first")
+        _refuse(
+            slot, where, "memory of its own for each element was expected", "it is expanded; call .contiguous() on it first"
+        )
 
 
 def _refuse(slot: _Slot, where: str, wanted: str, found: str) -> NoReturn:

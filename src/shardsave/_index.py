@@ -225,7 +225,7 @@ def _parse_flags(compact: object, names: Iterable[str], where: str) -> dict[str,
     meaning = {word: flag for flag, word in _FLAG_WORDS.items()}
     if not isinstance(compact, dict) or compact.get("default") not in meaning:
         _bad(where, "flags expected to have a default", f"it is {_glimpse(compact)}")
-    flags = dict.fromkeys(names, meaning[compact["default"]])
+    flags: dict[str, bool | None] = dict.fromkeys(names, meaning[compact["default"]])
     for word, flag in meaning.items():
         for name in compact.get(word, ()):
             if not isinstance(name, str) or name not in flags:

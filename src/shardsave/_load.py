@@ -146,7 +146,9 @@ def load_model(
                     read_tensors(checkpoint, targets, verify=verify, progress=shown, totals=totals)
                 except (CorruptCheckpointError, ShardSaveError) as error:
                     fit.written()
-                    raise type(error)(f"{error}; the module is partly loaded, {totals.tensors} of {len(fit.names)} tensors") from error
+                    raise type(error)(
+                        f"{error}; the module is partly loaded, {totals.tensors} of {len(fit.names)} tensors"
+                    ) from error
                 finally:
                     fit.written()
                 group.finish()
@@ -240,7 +242,9 @@ def _map(checkpoint: Checkpoint, chosen: dict[str, Located]) -> dict[str, torch.
             tensors[name] = torch.empty(shape, dtype=dtype)
             continue
         if t.shard not in mapped:
-            mapped[t.shard] = _mmap.mmap(checkpoint.descriptor(t.shard), 0, flags=_mmap.MAP_PRIVATE, prot=_mmap.PROT_READ | _mmap.PROT_WRITE)
+            mapped[t.shard] = _mmap.mmap(
+                checkpoint.descriptor(t.shard), 0, flags=_mmap.MAP_PRIVATE, prot=_mmap.PROT_READ | _mmap.PROT_WRITE
+            )
         raw = torch.frombuffer(mapped[t.shard], dtype=torch.uint8, count=t.nbytes, offset=t.offset)
         if t.offset % item_bytes(t.dtype):  # others do not always align; a tensor must be
             raw = raw.clone()
@@ -259,6 +263,7 @@ def _equal_on_disk(checkpoint: Checkpoint, left: Located, right: Located) -> boo
     a, b = (checkpoint.descriptor(t.shard) for t in (left, right))
     step = 1 << 20
     return all(
-        os.pread(a, min(step, left.nbytes - at), left.offset + at) == os.pread(b, min(step, left.nbytes - at), right.offset + at)
+        os.pread(a, min(step, left.nbytes - at), left.offset + at)
+        == os.pread(b, min(step, left.nbytes - at), right.offset + at)
         for at in range(0, left.nbytes, step)
     )

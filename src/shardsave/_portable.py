@@ -52,9 +52,7 @@ def _write_block(files: Sequence[int], block: Block, slot: memoryview) -> None:
         try:
             done += os.pwrite(files[block.file], slot[done:], block.offset + done)
         except OSError as error:
-            raise TransferFault(
-                block.file, "pwrite", error.errno or 0, block.offset + done, block.length - done
-            ) from error
+            raise TransferFault(block.file, "pwrite", error.errno or 0, block.offset + done, block.length - done) from error
 
 
 def _read_block(files: Sequence[int], block: Block, slot: memoryview) -> None:

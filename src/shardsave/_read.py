@@ -71,16 +71,12 @@ def _read_group(
     totals: ReadTotals,
 ) -> list[str]:
     number = {shard: place for place, shard in enumerate(shards)}
-    extents = [
-        Extent(number[t.shard], t.offset, t.nbytes, piece, item_bytes(t.dtype)) for piece, (t, _) in enumerate(targets)
-    ]
+    extents = [Extent(number[t.shard], t.offset, t.nbytes, piece, item_bytes(t.dtype)) for piece, (t, _) in enumerate(targets)]
     pieces = [_engine.Piece(tensor, BY_NAME[t.dtype].torch, t.nbytes) for t, tensor in targets]
     checksum = verify and any(target.located.checksum is not None for target in targets)
     files = [checkpoint.descriptor(shard) for shard in shards]
     try:
-        done = _engine.read(
-            files, blocks(extents, _engine.BLOCK_BYTES), pieces, checksum=checksum, tick=progress.tick
-        )
+        done = _engine.read(files, blocks(extents, _engine.BLOCK_BYTES), pieces, checksum=checksum, tick=progress.tick)
     except _engine.TransferFault as fault:
         path = checkpoint.path_of(shards[max(fault.file, 0)])
         raise ShardSaveError(f"cannot read {path}: {fault}; the files on disk are as they were") from fault

@@ -23,7 +23,18 @@ from shardsave._reports import Phases, SaveReport
 from shardsave._state import Entry, Source, State, read_state
 from shardsave._version import __version__
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
 
 
 def save(
@@ -73,9 +84,10 @@ def save(
     shards = pack([_stored_tensor(entry) for entry in stored], bound)
     pieces = _pieces(shards, stored)
     total = sum(shard.data_bytes for shard in shards)
-    with Progress(progress, "saving", total) as shown, Transaction.begin(
-        directory, durable=durable, lock_timeout=lock_timeout
-    ) as transaction:
+    with (
+        Progress(progress, "saving", total) as shown,
+        Transaction.begin(directory, durable=durable, lock_timeout=lock_timeout) as transaction,
+    ):
         names = transaction.shard_names(len(shards))
         starts = [len(encode_header(shard)) for shard in shards]
         transaction.check_space(sum(_padded(start, shard) for start, shard in zip(starts, shards)))
@@ -159,7 +171,7 @@ class _Writer:
         self.sync_seconds += time.perf_counter() - began
 
     def _transfer(self, staged: Sequence[StagedShard], group: range, pieces: Sequence[_engine.Piece]) -> _engine.Transfer:
-        extents = []
+        extents: list[Extent] = []
         for file, n in enumerate(group):
             for tensor, begin in zip(self._shards[n].tensors, self._shards[n].begins):
                 # Blocks are cut at multiples of the largest dtype, so no element is cut: one byte is the right grain.

