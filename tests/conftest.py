@@ -43,7 +43,7 @@ class SmallModel(nn.Module):
         torch.manual_seed(seed)
         self.embed = nn.Embedding(50, 16)
         self.encoder = nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.Linear(32, 16))
-        self.half = nn.Linear(16, 16).to(torch.bfloat16)
+        self.narrow = nn.Linear(16, 16).to(torch.bfloat16)
         self.head = nn.Linear(16, 50, bias=False)
         self.head.weight = self.embed.weight
         self.register_buffer("steps", torch.arange(seed, seed + 5))
@@ -52,7 +52,7 @@ class SmallModel(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         hidden = self.encoder(self.embed(tokens))
-        return self.head(self.half(hidden.to(torch.bfloat16)).to(hidden.dtype))
+        return self.head(self.narrow(hidden.to(torch.bfloat16)).to(hidden.dtype))
 
 
 @pytest.fixture

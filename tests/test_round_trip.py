@@ -84,7 +84,7 @@ def test_module_comes_back_with_its_flags(tmp_path: Path, small_model: nn.Module
     assert info.frozen == {name for name, p in small_model.named_parameters(remove_duplicate=False) if not p.requires_grad}
     assert info.metadata == {"run": "7", "step": 3}
     assert info.ties == {"head.weight": "embed.weight"}
-    assert "encoder: 6 of 6 frozen" in str(info) and "half: 0 of 2 frozen" in str(info)
+    assert "encoder: 6 of 6 frozen" in str(info) and "narrow: 0 of 2 frozen" in str(info)
 
 
 def test_flags_of_mappings(tmp_path: Path, small_model: nn.Module) -> None:
@@ -102,15 +102,15 @@ def test_flags_of_mappings(tmp_path: Path, small_model: nn.Module) -> None:
 def test_partial_loads(tmp_path: Path, small_model: nn.Module) -> None:
     """Catches filters that take too much or too little, and a sub-module that gets another's tensors."""
     shardsave.save(small_model, tmp_path)
-    assert shardsave.load(tmp_path, prefix="half.").keys() == {"weight", "bias"}
+    assert shardsave.load(tmp_path, prefix="narrow.").keys() == {"weight", "bias"}
     assert shardsave.load(tmp_path, names=["head.weight"]).keys() == {"head.weight"}
     other = SmallModel(seed=5)
     shardsave.load_model(other.encoder, tmp_path, prefix="encoder.")
     assert same_bits(other.encoder[0].weight, small_model.encoder[0].weight)
     assert not other.encoder[0].weight.requires_grad
-    with pytest.raises(shardsave.IncompatibleCheckpointError, match="'half.wieght' was asked for .*'half.weight'"):
-        shardsave.load(tmp_path, names=["half.wieght"])
-    with pytest.raises(shardsave.IncompatibleCheckpointError, match="begin with embed, encoder, half, head, steps"):
+    with pytest.raises(shardsave.IncompatibleCheckpointError, match="'narrow.wieght' was asked for .*'narrow.weight'"):
+        shardsave.load(tmp_path, names=["narrow.wieght"])
+    with pytest.raises(shardsave.IncompatibleCheckpointError, match="begin with embed, encoder, head, narrow, steps"):
         shardsave.load(tmp_path, prefix="decoder.")
 
 
@@ -214,18 +214,18 @@ def test_meta_model_is_materialised(tmp_path: Path, small_model: nn.Module) -> N
 def test_strict_load_lists_everything_and_changes_nothing(tmp_path: Path, small_model: nn.Module) -> None:
     """Catches a strict load that stops at the first difference, or has begun to write before it."""
     state = small_model.state_dict()
-    state["half.weight"] = torch.zeros(2, 2)
+    state["narrow.weight"] = torch.zeros(2, 2)
     state["surplus"] = state.pop("steps")
     shardsave.save(state, tmp_path)
     fresh = SmallModel(seed=3)
     before = copy.deepcopy(fresh.state_dict())
     with pytest.raises(shardsave.IncompatibleCheckpointError) as caught:
         shardsave.load_model(fresh, tmp_path)
-    assert all(word in str(caught.value) for word in ("missing 1: steps", "unexpected 1: surplus", "half.weight [2, 2] on disk"))
+    assert all(word in str(caught.value) for word in ("missing 1: steps", "unexpected 1: surplus", "narrow.weight [2, 2] on disk"))
     assert all(same_bits(before[name], tensor) for name, tensor in fresh.state_dict().items())
     report = shardsave.load_model(fresh, tmp_path, strict=False)
     assert report.missing == ("steps",) and report.unexpected == ("surplus",) and len(report.mismatched) == 1
-    assert same_bits(fresh.embed.weight, state["embed.weight"]) and same_bits(fresh.half.weight, before["half.weight"])
+    assert same_bits(fresh.embed.weight, state["embed.weight"]) and same_bits(fresh.narrow.weight, before["narrow.weight"])
 
 
 def test_casts_as_load_state_dict_does(tmp_path: Path) -> None:
@@ -288,7 +288,7 @@ def test_wrappers_are_seen_through(tmp_path: Path, small_model: nn.Module) -> No
     assert set(shardsave.inspect(tmp_path).names) == set(small_model.state_dict())
     fresh = SmallModel(seed=2)
     shardsave.load_model(torch.compile(fresh), tmp_path)  # type: ignore[arg-type]
-    assert same_bits(fresh.half.weight, small_model.half.weight)
+    assert same_bits(fresh.narrow.weight, small_model.narrow.weight)
 
 
 def test_hundred_thousand_tensors(tmp_path: Path) -> None:

@@ -161,7 +161,15 @@ def fit_module(
     inside = {name for name in expected if any(name.startswith(prefix) for prefix in hooked_prefixes)}
     slot_of = {slot.name: slot for slot in slots}
     fit.unexpected = tuple(sorted(stored.keys() - expected))
-    fit.missing = tuple(sorted(name for name in expected - stored.keys() if not name.endswith("num_batches_tracked")))
+    _note_ties(fit, slots)
+    filled = {fit._leaders[name] for name in stored if name in fit._leaders}
+    fit.missing = tuple(
+        sorted(
+            name
+            for name in expected - stored.keys()
+            if not name.endswith("num_batches_tracked") and fit._leaders.get(name) not in filled
+        )
+    )
     mismatched = []
     for name in sorted(expected & stored.keys() - inside):
         t, tensor = stored[name], slot_of[name].tensor
@@ -174,7 +182,6 @@ def fit_module(
     shapes_differ = {entry.split(" ")[0] for entry in mismatched}
     usable = [slot for slot in slots if slot.name in stored and slot.name in expected and slot.name not in inside]
     usable = [slot for slot in usable if slot.name not in shapes_differ]
-    _note_ties(fit, slots)
     leaders: dict[str, str] = {}
     for slot in usable:
         _check_fillable(slot, where)
