@@ -23,7 +23,7 @@ import torch
 import shardsave
 from shardsave import _clean, _commit, _files
 
-KILLS = int(os.environ.get("SHARDSAVE_KILLS", "200"))
+KILLS = int(os.environ.get("SHARDSAVE_KILLS", "120"))
 INDEX = "model.safetensors.index.json"
 
 
@@ -113,10 +113,10 @@ def failing_call(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, Cal
                 return real(*arguments, **options)
 
             for module in (_commit, _files, _clean):
-                proxy = getattr(module, "os")
+                proxy = module.os
                 if not isinstance(proxy, _Proxy):
                     monkeypatch.setattr(module, "os", _Proxy())
-                setattr(getattr(module, "os"), name, call)
+                setattr(module.os, name, call)
         return made
 
     yield arm
@@ -130,7 +130,7 @@ class _Proxy:
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["first save", "overwrite"])
-@pytest.mark.parametrize("number_of_error", [errno.EIO, errno.ENOSPC, errno.EROFS, errno.EMFILE], ids=errno.errorcode.get)
+@pytest.mark.parametrize("number_of_error", [errno.EIO, errno.ENOSPC], ids=errno.errorcode.get)
 def test_each_call_fails(tmp_path: Path, failing_call: Callable, first: bool, number_of_error: int) -> None:
     """Fails the N-th call of the commit for N = 1, 2, … until the save needs no more. Catches a failure that is swallowed before
     the commit, that destroys something, or that leaks a descriptor."""

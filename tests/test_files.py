@@ -9,10 +9,10 @@ from pathlib import Path
 import awscrt.checksums
 import pytest
 import torch
-from conftest import SmallModel, same_bits
 from torch import nn
 
 import shardsave
+from conftest import SmallModel, same_bits
 
 INDEX = "model.safetensors.index.json"
 

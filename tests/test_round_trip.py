@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SmallModel, same_bits
 from torch import nn
 
 import shardsave
+from conftest import SmallModel, same_bits
 from shardsave._dtypes import BY_TORCH
 
 
@@ -62,7 +62,11 @@ def test_odd_tensors_come_back(tmp_path: Path) -> None:
 
 def test_large_strided_and_many_blocks(tmp_path: Path) -> None:
     """Catches blocks and lent pieces that do not meet where they were cut."""
-    tensors = {"plain": torch.randn(5_000_001), "strided": torch.randn(1500, 3001).t(), "bytes": torch.arange(97).to(torch.uint8)}
+    tensors = {
+        "plain": torch.randn(5_000_001),
+        "strided": torch.randn(1500, 3001).t(),
+        "bytes": torch.arange(97).to(torch.uint8),
+    }
     shardsave.save(tensors, tmp_path)
     loaded = shardsave.load(tmp_path)
     assert all(same_bits(tensors[name], loaded[name]) for name in tensors)
@@ -221,7 +225,9 @@ def test_strict_load_lists_everything_and_changes_nothing(tmp_path: Path, small_
     before = copy.deepcopy(fresh.state_dict())
     with pytest.raises(shardsave.IncompatibleCheckpointError) as caught:
         shardsave.load_model(fresh, tmp_path)
-    assert all(word in str(caught.value) for word in ("missing 1: steps", "unexpected 1: surplus", "narrow.weight [2, 2] on disk"))
+    assert all(
+        word in str(caught.value) for word in ("missing 1: steps", "unexpected 1: surplus", "narrow.weight [2, 2] on disk")
+    )
     assert all(same_bits(before[name], tensor) for name, tensor in fresh.state_dict().items())
     report = shardsave.load_model(fresh, tmp_path, strict=False)
     assert report.missing == ("steps",) and report.unexpected == ("surplus",) and len(report.mismatched) == 1

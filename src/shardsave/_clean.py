@@ -35,7 +35,9 @@ def clean(
             match = STAGING_PATTERN.fullmatch(name)
             if match and match[1] == host and name != own_staging:
                 leftovers += remove_staging(folder, name, finals=None, named=named)
-    if own_staging is not None:
+    if own_staging is not None and leftovers:
+        leftovers.append(own_staging)  # its list names what would not go
+    elif own_staging is not None:
         leftovers += remove_staging(folder, own_staging, finals=(), named=named)
     return tuple(dict.fromkeys(leftovers))
 
@@ -56,12 +58,14 @@ def remove_staging(folder: int, staging: str, *, finals: Iterable[str] | None, n
     try:
         listed = _listed(inside) if finals is None else finals
         _remove(folder, sorted(set(listed) - named), leftovers)
+        if leftovers:
+            return [*leftovers, staging]  # the list stays, so that the next save can go on from it
         contents = _listing(inside, leftovers)
         for name in sorted(contents, key=lambda name: name == "names"):
             if SHARD_PATTERN.fullmatch(name) or name in ("names", "index"):
                 _attempt(lambda name=name: os.unlink(name, dir_fd=inside), f"{staging}/{name}", leftovers)  # type: ignore[misc]
     finally:
-        os.close(inside)
+        _attempt(lambda: os.close(inside), staging, leftovers)
     _attempt(lambda: os.rmdir(staging, dir_fd=folder), staging, leftovers)
     return leftovers
 

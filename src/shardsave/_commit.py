@@ -6,6 +6,7 @@ mentions has been touched; from the attempt on, nothing is abandoned before the 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -132,7 +133,10 @@ class Transaction:
 
     def shard_names(self, count: int) -> tuple[str, ...]:
         """Names for ``count`` shards, none of which is taken in the directory."""
-        taken = set(os.listdir(self._lock.fd))
+        try:
+            taken = set(os.listdir(self._lock.fd))
+        except OSError as error:
+            self._fail("listing the directory", "", error)
         if self._old is not None:
             taken.update(self._old.weight_map.values())
         names = shard_names(count)
@@ -270,17 +274,22 @@ class Transaction:
         """Ends the transaction: removes what is not committed, frees the lock. May be called any number of times."""
         if self._lock.inherited:
             return
+        try:
+            self._abandon()
+        finally:  # an interrupt in the middle leaves litter for the next save, never a lock
+            if self._staging_fd >= 0:
+                fd, self._staging_fd = self._staging_fd, -1
+                _close_quietly(fd)
+            self._lock.close()
+
+    def _abandon(self) -> None:
         for shard in self._staged:
             if shard.fd >= 0:
                 fd, shard.fd = shard.fd, -1
-                os.close(fd)
+                _close_quietly(fd)
         if self._lock.fd >= 0 and not self._settled and self._staging is not None:
             named = files_of(self._old) if self._old is not None else frozenset()
             remove_staging(self._lock.fd, self._staging, finals=self._moving, named=named)
-        if self._staging_fd >= 0:
-            fd, self._staging_fd = self._staging_fd, -1
-            os.close(fd)
-        self._lock.close()
 
     def __enter__(self) -> Transaction:
         return self
@@ -319,6 +328,12 @@ class Transaction:
         if self._old_bytes is None and not self._had_lone:
             return "nothing was committed, there was no checkpoint before"
         return "nothing was committed, the previous checkpoint is intact"
+
+
+def _close_quietly(fd: int) -> None:
+    """Closes what is abandoned, or was only read: an error here changes nothing that was promised."""
+    with contextlib.suppress(OSError):
+        os.close(fd)
 
 
 def _host_id() -> str:

