@@ -274,13 +274,12 @@ class Transaction:
         """Ends the transaction: removes what is not committed, frees the lock. May be called any number of times."""
         if self._lock.inherited:
             return
-        try:
-            self._abandon()
-        finally:  # an interrupt in the middle leaves litter for the next save, never a lock
+        with contextlib.ExitStack() as ending:  # an interrupt in the middle leaves litter for the next save, never a lock
+            ending.callback(self._lock.close)
             if self._staging_fd >= 0:
                 fd, self._staging_fd = self._staging_fd, -1
-                _close_quietly(fd)
-            self._lock.close()
+                ending.callback(_close_quietly, fd)
+            self._abandon()
 
     def _abandon(self) -> None:
         for shard in self._staged:
