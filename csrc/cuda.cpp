@@ -124,6 +124,28 @@ class Current {
   const Checked& cuda_;
 };
 
+// Both scopes for giving things back, which must not throw. Opened at the second try where the first fails, which may
+// be the failure of earlier asynchronous work: any call may return one. When both fail the device is lost.
+class Closing {
+ public:
+  Closing(const Checked& cuda, cuda::Context context) {
+    for (int attempt = 0; attempt < 2; ++attempt) {
+      try {
+        if (!relaxed_) relaxed_.emplace(cuda);
+        current_.emplace(cuda, context);
+        return;
+      } catch (const DeviceError&) {
+      }
+    }
+  }
+  // Before the context is released, which may destroy it.
+  void leave_context() { current_.reset(); }
+
+ private:
+  std::optional<RelaxedCapture> relaxed_;
+  std::optional<Current> current_;
+};
+
 // Every entry opens its own scopes, rather than enter_thread() once: one worker serves several devices in a run, and
 // the thread that makes and destroys a device is the caller's, whose context and capture mode are not ours to change.
 // Both together cost well below a microsecond.
@@ -157,19 +179,9 @@ class CudaDevice final : public Device {
   // A worker that failed may have left copies in flight between its slot and the tensors: they are waited for here.
   ~CudaDevice() override {
     if (context_ == nullptr || driver().forked()) return;
-    std::optional<RelaxedCapture> relaxed;
-    std::optional<Current> current;
-    // Each step is tried twice: the first failure may be that of earlier asynchronous work, which any call may return.
-    // When both fail the device is lost, and a lost device copies nothing any more.
-    for (int attempt = 0; attempt < 2; ++attempt) {
-      try {
-        if (!relaxed) relaxed.emplace(cuda_);
-        if (!current) current.emplace(cuda_, context_);
-        break;
-      } catch (const DeviceError&) {
-      }
-    }
+    Closing scopes(cuda_, context_);
     if (stream_ != nullptr) {
+      // Twice, as in Closing; a device that fails both is lost, and a lost device copies nothing any more.
       if (cuda_->cuStreamSynchronize(stream_) != cuda::success) cuda_->cuStreamSynchronize(stream_);
     }
     // Once each: a destroy that reports an earlier failure has destroyed all the same.
@@ -178,7 +190,7 @@ class CudaDevice final : public Device {
     }
     if (ordering_ != nullptr) cuda_->cuEventDestroy_v2(ordering_);
     if (stream_ != nullptr) cuda_->cuStreamDestroy_v2(stream_);
-    current.reset();  // before the release, which may destroy the context
+    scopes.leave_context();
     cuda_->cuDevicePrimaryCtxRelease_v2(device_);
   }
 
@@ -267,14 +279,18 @@ bool cuda_pin(int ordinal, void* memory, std::size_t length, std::string* why) {
     RelaxedCapture relaxed(cuda);
     cuda.check("cuDeviceGet", cuda->cuDeviceGet(&device, ordinal));
     cuda.check("cuDevicePrimaryCtxRetain", cuda->cuDevicePrimaryCtxRetain(&context, device));
-    Current current(cuda, context);
-    cuda.check("cuMemHostRegister", cuda->cuMemHostRegister_v2(memory, length, cuda::register_portable));
+    try {
+      Current current(cuda, context);
+      cuda.check("cuMemHostRegister", cuda->cuMemHostRegister_v2(memory, length, cuda::register_portable));
+    } catch (const DeviceError&) {
+      cuda->cuDevicePrimaryCtxRelease_v2(device);
+      throw;
+    }
   } catch (const DeviceError& error) {
-    if (context != nullptr) cuda->cuDevicePrimaryCtxRelease_v2(device);
     *why = error.call + ": " + error.reason;
     return false;
   }
-  std::lock_guard<std::mutex> lock(pins().mutex);
+  const std::lock_guard<std::mutex> lock(pins().mutex);
   pins().of[memory] = {device, context};
   return true;
 }
@@ -283,23 +299,18 @@ void cuda_unpin(void* memory) {
   if (!cuda_available() || driver().forked()) return;
   std::pair<cuda::DeviceHandle, cuda::Context> pin;
   {
-    std::lock_guard<std::mutex> lock(pins().mutex);
+    const std::lock_guard<std::mutex> lock(pins().mutex);
     const auto found = pins().of.find(memory);
     if (found == pins().of.end()) return;
     pin = found->second;
     pins().of.erase(found);
   }
-  const Checked cuda(driver(), 0);
-  for (int attempt = 0; attempt < 2; ++attempt) {  // as in the device's destructor
-    try {
-      RelaxedCapture relaxed(cuda);
-      Current current(cuda, pin.second);
-      cuda->cuMemHostUnregister(memory);
-      break;
-    } catch (const DeviceError&) {
-      // Twice: the device is lost, or the driver has shut down before us at the end of the process; nothing is pinned.
-    }
-  }
+  // Failures are not reported: on a lost device, or when the driver has shut down before us at the end of the process,
+  // nothing is pinned any more.
+  const Checked cuda(driver(), pin.first);
+  Closing scopes(cuda, pin.second);
+  cuda->cuMemHostUnregister(memory);
+  scopes.leave_context();
   cuda->cuDevicePrimaryCtxRelease_v2(pin.first);
 }
 
