@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -120,10 +121,16 @@ def _run(
     ordinals = sorted({memory for memory, _ in places if memory >= 0})
     lends = any(memory == native.LENT for memory, _ in places)
 
+    cuda_devices = {p.tensor.get_device() for p in pieces if p.tensor is not None and p.tensor.is_cuda}
+    callers_stream = {device: torch.cuda.current_stream(device) for device in cuda_devices}
+
     def lend(piece: int, offset: int, view: memoryview) -> None:
         tensor = pieces[piece].tensor
         assert tensor is not None
-        (_lend.fill if write else _lend.drain)(tensor, pieces[piece].dtype, offset, view)
+        # Workers have streams of their own (torch's current stream is thread-local): copies must follow the caller's work.
+        ordered = torch.cuda.stream(callers_stream[tensor.get_device()]) if tensor.is_cuda else contextlib.nullcontext()
+        with ordered:
+            (_lend.fill if write else _lend.drain)(tensor, pieces[piece].dtype, offset, view)
 
     try:
         result = native.run(
