@@ -1,53 +1,25 @@
-"""Method: savers are killed, interrupted, failed and forked while they save; whatever happens, the directory loads as the old
-or the new checkpoint, bit for bit, and the next save leaves nothing else behind.
+"""Savers that are interrupted, forked and in each other's way, and directories in which others have been.
 
-Savers are forked from this process, which has torch loaded already. ``SHARDSAVE_KILLS`` sets how many are killed at random.
+What killing and failing at every call do is in ``test_faults.py``; savers are forked from this process, which has torch loaded.
 """
 
 from __future__ import annotations
 
-import errno
 import os
-import random
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 import shardsave
-from shardsave import _clean, _commit, _files
-
-KILLS = int(os.environ.get("SHARDSAVE_KILLS", "120"))
-INDEX = "model.safetensors.index.json"
-
-
-def state(generation: int) -> dict[str, torch.Tensor]:
-    return {f"t{n}": torch.full((3000 + n,), float(generation)) for n in range(6)}
-
-
-def save(generation: int, folder: Path) -> shardsave.SaveReport:
-    return shardsave.save(state(generation), folder, max_shard_size=20_000)
-
-
-def generation_in(folder: Path) -> int | None:
-    """Which generation the directory holds, whole; None where there is no checkpoint."""
-    try:
-        loaded = shardsave.load(folder)
-    except shardsave.CheckpointNotFoundError:
-        return None
-    found = {int(value) for tensor in loaded.values() for value in tensor.unique().tolist()}
-    assert len(found) == 1 and loaded.keys() == state(0).keys()
-    return found.pop()
-
-
-def assert_no_litter(folder: Path) -> None:
-    assert set(os.listdir(folder)) == {INDEX, *shardsave.inspect(folder).shards}
+from faults.savers import INDEX, generation_in, litter_in, save, state
+from shardsave import _commit
 
 
 def in_child(action: Callable[[], object]) -> int:
@@ -60,141 +32,6 @@ def in_child(action: Callable[[], object]) -> int:
         except BaseException:
             os._exit(1)
     return child
-
-
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-@pytest.mark.parametrize("first", [True, False], ids=["first save", "overwrite"])
-def test_killed_at_random(tmp_path: Path, first: bool) -> None:
-    """Catches any instant at which a killed save leaves something else than the old or the new checkpoint."""
-    chance = random.Random(1)
-    began = time.monotonic()
-    save(1, tmp_path / "timing")
-    duration = (time.monotonic() - began) * 2
-    outcomes = set()
-    for kill in range(KILLS // 2):
-        folder = tmp_path / f"ckpt{kill % 10}"
-        if first:
-            subprocess.run(["rm", "-rf", str(folder)], check=True)
-            old = None
-        else:
-            save(1, folder)
-            old = 1
-        child = in_child(lambda folder=folder: save(2, folder))  # type: ignore[misc]
-        time.sleep(chance.random() * duration)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        found = generation_in(folder) if folder.exists() else None
-        assert found in (old, 2)
-        outcomes.add(found)
-        save(3, folder)
-        assert generation_in(folder) == 3
-        assert_no_litter(folder)
-    assert outcomes
-
-
-OS_CALLS = ("open", "mkdir", "rename", "fsync", "ftruncate", "pwrite", "close", "unlink", "rmdir", "listdir")
-
-
-@pytest.fixture
-def failing_call(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, Callable[[str], None]], list[str]]]:
-    """Lets the N-th OS call that the commit makes meet ``fate(name)`` instead; gives the list of calls made."""
-
-    def arm(number: int, fate: Callable[[str], None]) -> list[str]:
-        made: list[str] = []
-        for name in OS_CALLS:
-            real = getattr(os, name)
-
-            def call(*arguments: object, name: str = name, real: Callable[..., object] = real, **options: object) -> object:
-                made.append(name)
-                if len(made) == number:
-                    if name == "close":
-                        real(*arguments, **options)
-                    fate(name)
-                return real(*arguments, **options)
-
-            for module in (_commit, _files, _clean):
-                proxy = module.os
-                if not isinstance(proxy, _Proxy):
-                    monkeypatch.setattr(module, "os", _Proxy())
-                setattr(module.os, name, call)
-        return made
-
-    yield arm
-
-
-class _Proxy:
-    """The os module with some of its functions replaced."""
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(os, name)
-
-
-@pytest.mark.parametrize("first", [True, False], ids=["first save", "overwrite"])
-@pytest.mark.parametrize("number_of_error", [errno.EIO, errno.ENOSPC], ids=errno.errorcode.get)
-def test_each_call_fails(tmp_path: Path, failing_call: Callable, first: bool, number_of_error: int) -> None:
-    """Fails the N-th call of the commit for N = 1, 2, … until the save needs no more. Catches a failure that is swallowed before
-    the commit, that destroys something, or that leaks a descriptor."""
-
-    def fate(name: str) -> None:
-        raise OSError(number_of_error, os.strerror(number_of_error))
-
-    for number in range(1, 200):
-        folder = tmp_path / f"ckpt{number}"
-        if not first:
-            save(1, folder)
-        descriptors = len(os.listdir("/proc/self/fd"))
-        with pytest.MonkeyPatch.context():
-            made = failing_call(number, fate)
-            try:
-                report = save(2, folder)
-                allowed, error = {2}, None
-            except (shardsave.SaveNotCommittedError, shardsave.DurabilityUncertainError) as caught:
-                uncertain = isinstance(caught, shardsave.DurabilityUncertainError)
-                allowed, error = ({2} if uncertain else {None if first else 1}), caught
-            failing_call(-1, fate)
-        assert len(os.listdir("/proc/self/fd")) == descriptors, f"call {number}, {made[number - 1 : number]}"
-        found = generation_in(folder) if folder.exists() else None
-        assert found in allowed, f"call {number} ({made[number - 1 : number]}) gave {error!r} and {found}"
-        if error is not None and not isinstance(error, shardsave.DurabilityUncertainError):
-            assert "nothing was" in str(error)
-            if number_of_error == errno.ENOSPC:
-                assert isinstance(error, shardsave.SaveNotCommittedError)
-        save(3, folder)
-        assert generation_in(folder) == 3
-        assert_no_litter(folder)
-        if len(made) < number:
-            assert error is None and not report.leftovers
-            return
-    pytest.fail("the save never came to its end")
-
-
-@pytest.mark.parametrize("first", [True, False], ids=["first save", "overwrite"])
-def test_interrupted_at_each_call(tmp_path: Path, failing_call: Callable, first: bool) -> None:
-    """Ctrl-C at the N-th call. Catches an interrupt around the rename that abandons what was committed."""
-
-    def fate(name: str) -> None:
-        raise KeyboardInterrupt
-
-    for number in range(1, 200):
-        folder = tmp_path / f"ckpt{number}"
-        if not first:
-            save(1, folder)
-        made = failing_call(number, fate)
-        interrupted = False
-        try:
-            save(2, folder)
-        except KeyboardInterrupt:
-            interrupted = True
-        failing_call(-1, fate)
-        found = generation_in(folder) if folder.exists() else None
-        assert found in (None if first else 1, 2)
-        save(3, folder)
-        assert generation_in(folder) == 3
-        assert_no_litter(folder)
-        if len(made) < number:
-            assert not interrupted and found == 2
-            return
-    pytest.fail("the save never came to its end")
 
 
 def test_real_interrupt_ends_a_large_save(tmp_path: Path) -> None:
@@ -216,7 +53,7 @@ def test_real_interrupt_ends_a_large_save(tmp_path: Path) -> None:
 def test_forked_child_keeps_no_lock_and_removes_nothing(tmp_path: Path) -> None:
     """Catches a child, forked during a save, that holds the lock for as long as it lives, or cleans up its parent's work."""
     children = []
-    with _commit.Transaction.begin(tmp_path, durable=True, lock_timeout=1) as transaction:
+    with _commit.Transaction(tmp_path, durable=True, lock_timeout=1) as transaction:
         names = transaction.shard_names(1)
         transaction.create(names[0], 4096)
         children.append(in_child(lambda: (transaction.close(), time.sleep(30))))
@@ -224,7 +61,7 @@ def test_forked_child_keeps_no_lock_and_removes_nothing(tmp_path: Path) -> None:
         assert any(name.startswith(".shardsave") for name in os.listdir(tmp_path))
     try:
         shardsave.save(state(1), tmp_path, lock_timeout=2)
-        assert_no_litter(tmp_path)
+        assert not litter_in(tmp_path)
     finally:
         os.kill(children[0], signal.SIGKILL)
         os.waitpid(children[0], 0)
@@ -232,7 +69,7 @@ def test_forked_child_keeps_no_lock_and_removes_nothing(tmp_path: Path) -> None:
 
 def test_second_saver_waits_and_gives_up(tmp_path: Path) -> None:
     """Catches savers that are not ordered, and a wait without end."""
-    with _commit.Transaction.begin(tmp_path, durable=False, lock_timeout=1):
+    with _commit.Transaction(tmp_path, durable=False, lock_timeout=1):
         with pytest.raises(shardsave.DirectoryBusyError, match=r"expected within 0.2 s, another save holds it"):
             shardsave.save(state(1), tmp_path, lock_timeout=0.2)
 
@@ -248,7 +85,7 @@ def test_savers_and_readers_at_once(tmp_path: Path) -> None:
         seen.add(generation_in(tmp_path))
         alive -= {child for child in alive if os.waitpid(child, os.WNOHANG)[0]}
     assert None not in seen and generation_in(tmp_path) in {17, 27, 37}
-    assert_no_litter(tmp_path)
+    assert not litter_in(tmp_path)
 
 
 def test_files_of_others_are_not_touched(tmp_path: Path) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 from collections.abc import Callable, Iterable
 
-from shardsave._files import is_regular, read_all
+from shardsave._files import CallFailed, Descriptor, is_regular, read_all
 from shardsave._index import LONE_NAME, SHARD_PATTERN, Index, Superseded
 
 #: Staging directories: eight hex digits for the host, eight at random.
@@ -17,7 +18,7 @@ _MAX_LIST_BYTES = 64_000_000
 
 
 def clean(
-    folder: int, *, own_staging: str | None, host: str | None, old: Index | None, new: Index, keep_all: bool
+    folder: int, *, own_staging: str, host: str | None, old: Index | None, new: Index, keep_all: bool, durable: bool
 ) -> tuple[str, ...]:
     """Removes, after a commit of ``new`` in place of ``old``, what neither needs; gives the names that would not go.
 
@@ -27,45 +28,42 @@ def clean(
     leftovers: list[str] = []
     named = files_of(new)
     if not keep_all:
-        _remove(folder, sorted(files_of(old) - named if old is not None else ()), leftovers)
         for record in (old.record if old is not None else None, new.record):
             if record is not None and record.supersedes is not None and LONE_NAME not in named:
                 _remove_lone(folder, record.supersedes, leftovers)
         for name in _listing(folder, leftovers):
             match = STAGING_PATTERN.fullmatch(name)
             if match and match[1] == host and name != own_staging:
-                leftovers += remove_staging(folder, name, finals=None, named=named)
-    if own_staging is not None and leftovers:
-        leftovers.append(own_staging)  # its list names what would not go
-    elif own_staging is not None:
-        leftovers += remove_staging(folder, own_staging, finals=(), named=named)
+                leftovers += remove_staging(folder, name, finals=None, named=named, durable=durable)
+    replaced = files_of(old) if old is not None and not keep_all else ()
+    leftovers += remove_staging(folder, own_staging, finals=replaced, named=named, durable=durable)
     return tuple(dict.fromkeys(leftovers))
 
 
-def remove_staging(folder: int, staging: str, *, finals: Iterable[str] | None, named: frozenset[str]) -> list[str]:
+def remove_staging(
+    folder: int, staging: str, *, finals: Iterable[str] | None, named: frozenset[str], durable: bool
+) -> list[str]:
     """Removes a staging directory and the final names that it led to, unless ``named`` (by an index) has them.
 
-    ``finals`` None: as listed in the directory itself. Gives the names that would not go; the list goes last, so that what
-    is interrupted here can be taken up by the next save.
+    ``finals`` None: as listed in the directory itself. Gives the names that would not go. The list goes last, and only once it
+    is certain that what it lists is gone, so that the next save can take up what ends in the middle of this.
     """
     leftovers: list[str] = []
-    try:
-        inside = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
-    except FileNotFoundError:
-        return leftovers
-    except OSError:
-        return [staging]
-    try:
-        listed = _listed(inside) if finals is None else finals
-        _remove(folder, sorted(set(listed) - named), leftovers)
+    with Descriptor() as inside:
+        try:
+            inside.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, folder)
+            listed = set(_listed(inside.fd) if finals is None else finals) - named
+        except CallFailed as error:
+            return [] if error.errno == errno.ENOENT else [staging]
+        _remove(folder, sorted(listed), leftovers)
+        if listed and durable:
+            _attempt(lambda: os.fsync(folder), staging, leftovers)
         if leftovers:
-            return [*leftovers, staging]  # the list stays, so that the next save can go on from it
-        contents = _listing(inside, leftovers)
+            return list(dict.fromkeys([*leftovers, staging]))
+        contents = _listing(inside.fd, leftovers)
         for name in sorted(contents, key=lambda name: name == "names"):
             if SHARD_PATTERN.fullmatch(name) or name in ("names", "index"):
-                _attempt(lambda name=name: os.unlink(name, dir_fd=inside), f"{staging}/{name}", leftovers)  # type: ignore[misc]
-    finally:
-        _attempt(lambda: os.close(inside), staging, leftovers)
+                _attempt(lambda name=name: os.unlink(name, dir_fd=inside.fd), f"{staging}/{name}", leftovers)  # type: ignore[misc]
     _attempt(lambda: os.rmdir(staging, dir_fd=folder), staging, leftovers)
     return leftovers
 
@@ -76,11 +74,11 @@ def files_of(index: Index) -> frozenset[str]:
 
 
 def _listed(inside: int) -> list[str]:
-    """The final names that a dead saver wrote down; none where it did not come so far."""
+    """The final names that a dead saver wrote down; none where it did not come so far. Raises CallFailed."""
+    data = read_all("names", inside, _MAX_LIST_BYTES)
     try:
-        data = read_all("names", inside, _MAX_LIST_BYTES)
         names = json.loads(data) if data is not None else []
-    except (OSError, ValueError, RecursionError):
+    except (ValueError, RecursionError):
         return []
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 

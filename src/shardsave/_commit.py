@@ -13,13 +13,13 @@ import json
 import os
 import platform
 import secrets
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import NoReturn
 
 from shardsave._clean import STAGING_PATTERN, clean, files_of, remove_staging
 from shardsave._crc64 import crc64
-from shardsave._files import allocate, make_folders, read_all, write_all
+from shardsave._files import CallFailed, Descriptor, allocate, call, make_folders, read_all, write_all
 from shardsave._index import INDEX_NAME, LONE_NAME, Index, Superseded, parse_index, shard_names
 from shardsave._lock import DirectoryLock
 from shardsave.errors import (
@@ -39,13 +39,12 @@ _MAX_INDEX_BYTES = 512_000_000
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class StagedShard:
-    """A shard that is being written: its final name, its path for messages, and the descriptor that writes it."""
+    """A shard that is being written: its final name, and the file that is written."""
 
     name: str
-    path: str
-    fd: int
+    file: Descriptor
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,17 +56,19 @@ class CommitOutcome:
 
 
 class Transaction:
-    """One save into one directory. Used as a context manager; left without a commit, it removes all that it wrote.
+    """One save into one directory: entered, it holds the lock; left without a commit, it removes all that it wrote.
 
     For one thread. In a forked child it is inert.
     """
 
-    def __init__(self, path: str, lock: DirectoryLock, durable: bool) -> None:
-        self.path = path
-        self._lock = lock
+    def __init__(self, directory: str | os.PathLike[str], *, durable: bool, lock_timeout: float) -> None:
+        self.path = os.path.abspath(os.fspath(directory))
+        self.supersedes: Superseded | None = None  # the lone file that this save replaces
         self._durable = durable
+        self._lock_timeout = lock_timeout
+        self._lock = DirectoryLock()
         self._staging: str | None = None
-        self._staging_fd = -1
+        self._staging_folder = Descriptor()
         self._staged: list[StagedShard] = []
         self._names: tuple[str, ...] = ()
         self._moving: list[str] = []
@@ -76,67 +77,75 @@ class Transaction:
         self._old_bytes: bytes | None = None
         self._old: Index | None = None
         self._old_unreadable = ""
-        self._had_lone = False
 
-    @staticmethod
-    def begin(directory: str | os.PathLike[str], *, durable: bool, lock_timeout: float) -> Transaction:
-        """Creates and locks ``directory``, and makes what is visible in it really committed.
+    def __enter__(self) -> Transaction:
+        """Creates and locks the directory, and makes what is visible in it really committed.
 
-        Waits up to ``lock_timeout`` seconds for other savers. Raises DirectoryBusyError, SaveNotCommittedError.
+        Waits up to ``lock_timeout`` seconds for other savers. Raises DirectoryBusyError, OutOfSpaceError, SaveNotCommittedError.
         """
-        path = os.path.abspath(os.fspath(directory))
         try:
-            make_folders(path, durable)
-            lock = DirectoryLock(path, lock_timeout)
-        except OSError as error:
-            raise SaveNotCommittedError(f"cannot save to {path}: {_words(error)}; nothing was written") from error
-        made = Transaction(path, lock, durable)
-        try:
-            made._look()
-        except BaseException as error:
-            made.close()
-            if isinstance(error, OSError):
-                made._fail("fsync and reading", INDEX_NAME, error)
+            self._lock_directory()
+            self._look()
+        except BaseException:
+            self.close()
             raise
-        return made
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _lock_directory(self) -> None:
+        try:
+            make_folders(self.path, self._durable)
+            self._lock.acquire(self.path, self._lock_timeout)
+        except CallFailed as error:
+            kind = OutOfSpaceError if error.errno in _NO_ROOM else SaveNotCommittedError
+            raise kind(f"cannot save to {self.path}: {_words(error)}; nothing was written") from error
+
+    @contextlib.contextmanager
+    def _before_commit(self) -> Iterator[None]:
+        """An OS call that fails in here means that nothing was committed."""
+        try:
+            yield
+        except CallFailed as error:
+            raise self.failure(error.call, error.path, error.errno or 0, error.strerror or "", None) from error
 
     def _look(self) -> None:
         """Makes the previous commit durable, whoever made it, before anything rests on it; then reads it."""
-        if self._durable:
-            self._sync_name(INDEX_NAME)
-            os.fsync(self._lock.fd)
-        self._had_lone = self.superseded() is not None
-        self._old_bytes = read_all(INDEX_NAME, self._lock.fd, _MAX_INDEX_BYTES)
+        with self._before_commit():
+            if self._durable:
+                self._sync_index()
+                self._sync(self._lock.fd, "")
+            self.supersedes = self._find_lone()
+            self._old_bytes = read_all(INDEX_NAME, self._lock.fd, _MAX_INDEX_BYTES)
         if self._old_bytes is not None:
             try:
                 self._old = parse_index(self._old_bytes, f"index {INDEX_NAME}")
             except (CorruptCheckpointError, IncompatibleCheckpointError) as error:
                 self._old_unreadable = str(error)
 
-    def _sync_name(self, name: str) -> None:
+    def _sync_index(self) -> None:
         try:
-            fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=self._lock.fd)
-        except FileNotFoundError:
-            return
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+            with Descriptor() as index:
+                index.open(INDEX_NAME, os.O_RDONLY | os.O_NONBLOCK, self._lock.fd)
+                call(os.fsync, INDEX_NAME, index.fd)
+        except CallFailed as error:
+            if error.errno != errno.ENOENT:
+                raise
 
-    def superseded(self) -> Superseded | None:
-        """The lone file that this save replaces, if there is one."""
+    def _find_lone(self) -> Superseded | None:
         try:
-            found = os.stat(LONE_NAME, dir_fd=self._lock.fd)
-        except OSError:
+            found = call(os.stat, LONE_NAME, LONE_NAME, dir_fd=self._lock.fd)
+        except CallFailed as error:
+            if error.errno != errno.ENOENT:
+                raise
             return None
         return Superseded(found.st_size, found.st_mtime_ns)
 
     def shard_names(self, count: int) -> tuple[str, ...]:
         """Names for ``count`` shards, none of which is taken in the directory."""
-        try:
-            taken = set(os.listdir(self._lock.fd))
-        except OSError as error:
-            self._fail("listing the directory", "", error)
+        with self._before_commit():
+            taken = set(call(os.listdir, "", self._lock.fd))
         if self._old is not None:
             taken.update(self._old.weight_map.values())
         names = shard_names(count)
@@ -147,49 +156,47 @@ class Transaction:
 
     def check_space(self, needed: int) -> None:
         """Raises OutOfSpaceError when fewer than ``needed`` bytes are free."""
-        there = os.fstatvfs(self._lock.fd)
-        free = there.f_bavail * there.f_frsize
+        with self._before_commit():
+            free = self._free_bytes()
         if needed > free:
             raise OutOfSpaceError(f"cannot save to {self.path}: needs {_gb(needed)}, {_gb(free)} free; {self._state()}")
 
+    def _free_bytes(self) -> int:
+        there = call(os.fstatvfs, "", self._lock.fd)
+        return there.f_bavail * there.f_frsize
+
     def create(self, name: str, length: int) -> StagedShard:
         """Makes the staged file of shard ``name``, ``length`` bytes long and reserved where the file system can."""
-        try:
+        shard = StagedShard(name, Descriptor())
+        with self._before_commit():
             self._make_staging()
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            shard = StagedShard(name, os.path.join(self.path, name), -1)
             self._staged.append(shard)
-            shard.fd = os.open(name, flags, 0o666, dir_fd=self._staging_fd)
-            allocate(shard.fd, length)
-        except OSError as error:
-            self._fail(f"creating {_gb(length)}", name, error)
+            self._open_staged(shard.file, name)
+            allocate(shard.file.fd, name, length)
         return shard
 
     def _make_staging(self) -> None:
-        if self._staging_fd >= 0:
+        if self._staging_folder.fd >= 0:
             return
-        self._staging = f".shardsave-{_host_id()}{secrets.token_hex(4)}"
-        assert STAGING_PATTERN.fullmatch(self._staging)
-        os.mkdir(self._staging, dir_fd=self._lock.fd)
-        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-        self._staging_fd = os.open(self._staging, flags, dir_fd=self._lock.fd)
-        self._sync(self._lock.fd)
+        name = self._staging = f".shardsave-{_host_id()}{secrets.token_hex(4)}"
+        assert STAGING_PATTERN.fullmatch(name)
+        call(os.mkdir, name, name, dir_fd=self._lock.fd)
+        self._staging_folder.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, self._lock.fd)
+        self._sync(self._lock.fd, "")
+
+    def _open_staged(self, file: Descriptor, name: str) -> None:
+        file.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, self._staging_folder.fd)
 
     def seal(self, shard: StagedShard, length: int, header: bytes) -> None:
         """Ends a shard whose data is written: true length, then header, then fsync on this same descriptor, then close."""
-        call = "ftruncate"
-        try:
-            os.ftruncate(shard.fd, length)
-            call = "writing the header"
-            fcntl.fcntl(shard.fd, fcntl.F_SETFL, fcntl.fcntl(shard.fd, fcntl.F_GETFL) & ~os.O_DIRECT)
-            write_all(shard.fd, header)
-            call = "fsync"
-            self._sync(shard.fd)
-            call = "close"
-            fd, shard.fd = shard.fd, -1
-            os.close(fd)
-        except OSError as error:
-            self._fail(call, shard.name, error)
+        name, fd = shard.name, shard.file.fd
+        with self._before_commit():
+            call(os.ftruncate, name, fd, length)
+            flags = call(fcntl.fcntl, name, fd, fcntl.F_GETFL)
+            call(fcntl.fcntl, name, fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+            write_all(fd, name, header)
+            self._sync(fd, name)
+            shard.file.close(name)
 
     def commit(self, index: bytes) -> CommitOutcome:
         """Makes the sealed shards and ``index`` the checkpoint of the directory.
@@ -210,11 +217,11 @@ class Transaction:
         self._make_staging()
         replaced = files_of(self._old) if self._old is not None else ()
         self._write_staged(LIST_NAME, json.dumps([*self._names, *sorted(replaced)]).encode())
-        self._sync(self._staging_fd)
+        self._sync(self._staging_folder.fd, self._staging or "")
         for shard in self._staged:
             self._moving.append(shard.name)
-            os.rename(shard.name, shard.name, src_dir_fd=self._staging_fd, dst_dir_fd=self._lock.fd)
-        self._sync(self._lock.fd)
+            self._rename(shard.name, shard.name)
+        self._sync(self._lock.fd, "")
 
     def _publish(self, index: bytes) -> None:
         self._write_staged(NEW_INDEX_NAME, index)
@@ -224,34 +231,35 @@ class Transaction:
                 f"nothing was committed, the other checkpoint is intact"
             )
         self._attempted = True
-        os.rename(NEW_INDEX_NAME, INDEX_NAME, src_dir_fd=self._staging_fd, dst_dir_fd=self._lock.fd)
-        self._sync(self._lock.fd)
+        self._rename(NEW_INDEX_NAME, INDEX_NAME)
+        self._sync(self._lock.fd, "")
+
+    def _rename(self, staged: str, final: str) -> None:
+        call(os.rename, final, staged, final, src_dir_fd=self._staging_folder.fd, dst_dir_fd=self._lock.fd)
 
     def _settle(self, index: bytes, error: BaseException) -> None:
         """Finds out what a failed or interrupted commit has become, and raises what is true of it."""
         if not self._attempted:
             self.close()
-            if isinstance(error, OSError):
-                self._fail("moving the shards and the index into place", INDEX_NAME, error)
-            raise error
+            with self._before_commit():
+                raise error
         self._settled = True
         try:
             found = read_all(INDEX_NAME, self._lock.fd, _MAX_INDEX_BYTES)
-        except OSError as unreadable:
+        except CallFailed as unreadable:
             raise DurabilityUncertainError(
-                f"cannot tell whether the save was committed: {self.path}/{INDEX_NAME}: {_words(error)}, then the index "
+                f"cannot tell whether the save was committed: {self.path}: {_words(error)}, then the index "
                 f"could not be read: {_words(unreadable)}; nothing was removed, the old or the new checkpoint is there"
             ) from error
         if found == self._old_bytes and found != index:
             self._settled = False
             self.close()
-            if isinstance(error, OSError):
-                self._fail("rename of the index", INDEX_NAME, error)
-            raise error
-        if not isinstance(error, OSError):
+            with self._before_commit():
+                raise error
+        if not isinstance(error, CallFailed):
             raise error
         raise DurabilityUncertainError(
-            f"saved, but not known to be durable: {self.path}: {_words(error)} after the index was renamed; "
+            f"saved, but not known to be durable: {self.path}: {_words(error)}, once the index had been renamed; "
             f"the new checkpoint is in place, a loss of power may bring back the previous one; nothing was removed"
         ) from error
 
@@ -260,6 +268,7 @@ class Transaction:
         if self._old_unreadable:
             notes.append(f"nothing was removed, since the replaced index cannot be read ({self._old_unreadable})")
         new = parse_index(index, f"index {INDEX_NAME}")
+        assert self._staging is not None
         leftovers = clean(
             self._lock.fd,
             own_staging=self._staging,
@@ -267,6 +276,7 @@ class Transaction:
             old=self._old,
             new=new,
             keep_all=bool(self._old_unreadable),
+            durable=self._durable,
         )
         return CommitOutcome(leftovers, tuple(notes))
 
@@ -276,63 +286,44 @@ class Transaction:
             return
         with contextlib.ExitStack() as ending:  # an interrupt in the middle leaves litter for the next save, never a lock
             ending.callback(self._lock.close)
-            if self._staging_fd >= 0:
-                fd, self._staging_fd = self._staging_fd, -1
-                ending.callback(_close_quietly, fd)
+            ending.callback(self._staging_folder.abandon)
             self._abandon()
 
     def _abandon(self) -> None:
         for shard in self._staged:
-            if shard.fd >= 0:
-                fd, shard.fd = shard.fd, -1
-                _close_quietly(fd)
+            shard.file.abandon()
         if self._lock.fd >= 0 and not self._settled and self._staging is not None:
             named = files_of(self._old) if self._old is not None else frozenset()
-            remove_staging(self._lock.fd, self._staging, finals=self._moving, named=named)
-
-    def __enter__(self) -> Transaction:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+            remove_staging(self._lock.fd, self._staging, finals=self._moving, named=named, durable=self._durable)
 
     def _write_staged(self, name: str, data: bytes) -> None:
-        fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666, dir_fd=self._staging_fd)
-        try:
-            write_all(fd, data)
-            self._sync(fd)
-        finally:
-            os.close(fd)
+        with Descriptor() as file:
+            self._open_staged(file, name)
+            write_all(file.fd, name, data)
+            self._sync(file.fd, name)
+            file.close(name)
 
-    def _sync(self, fd: int) -> None:
+    def _sync(self, fd: int, name: str) -> None:
         """fsync, once: after an error the kernel has dropped the pages, and a second call would lie."""
         if self._durable:
-            os.fsync(fd)
-
-    def _fail(self, call: str, name: str, error: OSError) -> NoReturn:
-        raise self.failure(call, name, error.errno or 0, error.strerror or "", None) from error
+            call(os.fsync, name, fd)
 
     def failure(self, call: str, name: str, number: int, reason: str, needed: int | None) -> ShardSaveError:
         """The error for a call that failed before the commit, of the class that its error number asks for."""
         room = ""
         if number in _NO_ROOM and self._lock.fd >= 0:
-            there = os.fstatvfs(self._lock.fd)
             wanted = f"needs {_gb(needed)}, " if needed is not None else ""
-            room = f" ({wanted}{_gb(there.f_bavail * there.f_frsize)} free)"
+            with contextlib.suppress(CallFailed):
+                room = f" ({wanted}{_gb(self._free_bytes())} free)"
         kind = OutOfSpaceError if number in (*_NO_ROOM, errno.ENOMEM) else SaveNotCommittedError
         reason = reason or os.strerror(number)
-        return kind(f"cannot write {os.path.join(self.path, name)}: {call}: {reason}{room}; {self._state()}")
+        what = f"cannot write {os.path.join(self.path, name)}" if name else f"cannot save to {self.path}"
+        return kind(f"{what}: {call}: {reason}{room}; {self._state()}")
 
     def _state(self) -> str:
-        if self._old_bytes is None and not self._had_lone:
+        if self._old_bytes is None and self.supersedes is None:
             return "nothing was committed, there was no checkpoint before"
         return "nothing was committed, the previous checkpoint is intact"
-
-
-def _close_quietly(fd: int) -> None:
-    """Closes what is abandoned, or was only read: an error here changes nothing that was promised."""
-    with contextlib.suppress(OSError):
-        os.close(fd)
 
 
 def _host_id() -> str:
@@ -346,7 +337,10 @@ def _host_id() -> str:
 
 
 def _words(error: BaseException) -> str:
-    return (error.strerror or str(error)) if isinstance(error, OSError) else type(error).__name__
+    if not isinstance(error, CallFailed):
+        return type(error).__name__
+    about = f" of {error.path}" if error.path else ""
+    return f"{error.call}{about}: {error.strerror}"
 
 
 def _gb(count: int) -> str:

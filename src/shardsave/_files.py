@@ -1,17 +1,88 @@
-"""The few OS calls that a commit is made of, where Python's own are not quite what is needed."""
+"""The OS calls that a commit is made of, each naming itself and its file when it fails."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import os
 import stat
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from types import TracebackType
+from typing import ParamSpec, TypeVar
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
-def allocate(fd: int, length: int) -> None:
-    """Sizes a new file to ``length`` bytes, with its blocks reserved where the file system can.
+class CallFailed(OSError):
+    """An OS call that failed: its name (``call``), and the file or directory that it was about (``path``)."""
+
+    def __init__(self, call: str, path: str, number: int, reason: str) -> None:
+        super().__init__(number, reason)
+        self.call = call
+        self.path = path
+
+
+def call(function: Callable[_P, _T], path: str, *arguments: _P.args, **options: _P.kwargs) -> _T:
+    """``function(*arguments, **options)``, an OS call about ``path``. Raises CallFailed."""
+    try:
+        return function(*arguments, **options)
+    except OSError as error:
+        raise CallFailed(function.__name__, path, error.errno or 0, error.strerror or str(error)) from error
+
+
+class Descriptor:
+    """A file or directory that can be opened, closed at the latest when nobody has this object any more.
+
+    Opening and closing are one C call each: an interrupt comes between two instructions of Python, and finds a number that is
+    either noted here or not open. As a context manager it closes what was only read.
+    """
+
+    def __init__(self) -> None:
+        self._numbers: list[int] = []
+
+    def open(self, path: str, flags: int, folder_fd: int | None = None, mode: int = 0o666) -> None:
+        """Opens ``path``. Raises CallFailed."""
+        opener = functools.partial(os.open, mode=mode, dir_fd=folder_fd)
+        try:
+            self._numbers.extend(map(opener, (path,), (flags | os.O_CLOEXEC,)))
+        except OSError as error:
+            raise CallFailed("open", path, error.errno or 0, error.strerror or str(error)) from error
+
+    @property
+    def fd(self) -> int:
+        """The number, or -1 when nothing is open."""
+        return self._numbers[0] if self._numbers else -1
+
+    def close(self, path: str) -> None:
+        """Closes ``path``, which was written: a failure counts. Raises CallFailed."""
+        try:
+            deque(map(os.close, map(list.pop, [self._numbers] * len(self._numbers))), maxlen=0)
+        except OSError as error:
+            raise CallFailed("close", path, error.errno or 0, error.strerror or str(error)) from error
+
+    def abandon(self) -> None:
+        """Closes what was only read, or is given up: a failure changes nothing that was promised."""
+        with suppress(CallFailed):
+            self.close("")
+
+    def __enter__(self) -> Descriptor:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.abandon()
+
+    def __del__(self) -> None:
+        self.abandon()
+
+
+def allocate(fd: int, path: str, length: int) -> None:
+    """Sizes a new file to ``length`` bytes, with its blocks reserved where the file system can. Raises CallFailed.
 
     fallocate(2) itself: posix_fallocate(3) writes every block where the file system has no such call.
     """
@@ -21,41 +92,41 @@ def allocate(fd: int, length: int) -> None:
             if number in _UNSUPPORTED:
                 break
             if number != errno.EINTR:
-                raise OSError(number, os.strerror(number))
+                raise CallFailed("fallocate", path, number, os.strerror(number))
         else:
             return
-    os.ftruncate(fd, length)
+    call(os.ftruncate, path, fd, length)
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def write_all(fd: int, data: bytes, offset: int = 0) -> None:
-    """Writes all of ``data`` at ``offset``; a short count goes on where it ended."""
+def write_all(fd: int, path: str, data: bytes) -> None:
+    """Writes all of ``data`` at the beginning of a file; a short count goes on where it ended. Raises CallFailed."""
     view = memoryview(data)
     done = 0
     while done < len(view):
-        done += os.pwrite(fd, view[done:], offset + done)
+        done += call(os.pwrite, path, fd, view[done:], done)
 
 
 def read_all(name: str, folder_fd: int, limit: int) -> bytes | None:
-    """The content of the regular file ``name``, None where there is none, OSError where it cannot be read."""
+    """The content of the regular file ``name``, None where there is none. Raises CallFailed."""
     try:
-        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=folder_fd)
-    except FileNotFoundError:
-        return None
-    try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "not a regular file")
-        if status.st_size > limit:
-            raise OSError(errno.EFBIG, f"more than {limit} bytes")
-        parts = []
-        while part := os.read(fd, 1 << 20):
-            parts.append(part)
-        return b"".join(parts)
-    finally:
-        os.close(fd)
+        with Descriptor() as file:
+            file.open(name, os.O_RDONLY | os.O_NONBLOCK, folder_fd)
+            status = call(os.fstat, name, file.fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise CallFailed("open", name, errno.EINVAL, "a regular file was expected")
+            if status.st_size > limit:
+                raise CallFailed("read", name, errno.EFBIG, f"at most {limit} bytes were expected, it has {status.st_size}")
+            parts = []
+            while part := call(os.read, name, file.fd, 1 << 20):
+                parts.append(part)
+            return b"".join(parts)
+    except CallFailed as error:
+        if error.call == "open" and error.errno == errno.ENOENT:
+            return None
+        raise
 
 
 def is_regular(name: str, folder_fd: int) -> bool:
@@ -67,23 +138,32 @@ def is_regular(name: str, folder_fd: int) -> bool:
 
 
 def make_folders(path: str, durable: bool) -> None:
-    """Creates ``path`` and what is missing above it, each entered durably into its parent, outermost first."""
+    """Creates ``path`` and what is missing above it, each entered durably into its parent, outermost first. Raises CallFailed."""
     missing = []
-    while not os.path.isdir(path):
+    while not _is_folder(path):
         missing.append(path)
-        parent = os.path.dirname(path)
-        if parent == path:
-            break
-        path = parent
+        path = os.path.dirname(path)
     for folder in reversed(missing):
         try:
-            os.mkdir(folder)
-        except FileExistsError:
-            if not os.path.isdir(folder):
+            call(os.mkdir, folder, folder)
+        except CallFailed:
+            if not _is_folder(folder):
                 raise
         if durable:
-            fd = os.open(os.path.dirname(folder), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            sync_folder(os.path.dirname(folder))
+
+
+def _is_folder(path: str) -> bool:
+    try:
+        return stat.S_ISDIR(call(os.stat, path, path).st_mode)
+    except CallFailed as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            return False
+        raise
+
+
+def sync_folder(path: str) -> None:
+    """Makes durable which names the directory ``path`` has. Raises CallFailed."""
+    with Descriptor() as folder:
+        folder.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        call(os.fsync, path, folder.fd)

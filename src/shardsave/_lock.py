@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import os
 import time
 import weakref
 
+from shardsave._files import CallFailed, Descriptor, call
 from shardsave.errors import DirectoryBusyError
 
 _POLL_SECONDS = 0.05
@@ -21,27 +21,32 @@ class DirectoryLock:
     parent's lock too (flock(2)). A child closes its copy right after the fork, so that it keeps no lock when it lives on.
     """
 
-    def __init__(self, path: str, timeout: float) -> None:
+    def __init__(self) -> None:
         self.held = True
         self._pid = os.getpid()
+        self._folder = Descriptor()
+        _live.add(self)
+
+    def acquire(self, path: str, timeout: float) -> None:
+        """Waits up to ``timeout`` seconds for the lock of the directory ``path``. Raises DirectoryBusyError, CallFailed."""
         deadline = time.monotonic() + timeout
         while True:
-            self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            _live.add(self)
-            try:
-                self._wait(path, timeout, deadline)
-                if self._is_still(path):
-                    return
-            except BaseException:
-                self.close()
-                raise
-            self.close()
+            self._folder.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            self._wait(path, timeout, deadline)
+            if self._is_still(path):
+                return
+            self._folder.abandon()
+
+    @property
+    def fd(self) -> int:
+        """The locked directory's descriptor, -1 before and after."""
+        return self._folder.fd
 
     def _wait(self, path: str, timeout: float, deadline: float) -> None:
         while True:
             try:
-                return fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+                return call(fcntl.flock, path, self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except CallFailed as error:
                 if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
                     self.held = False
                     return
@@ -57,10 +62,12 @@ class DirectoryLock:
     def _is_still(self, path: str) -> bool:
         """Whether ``path`` still names the directory that was locked, and not one that took its place while we waited."""
         try:
-            there = os.stat(path)
-        except FileNotFoundError:
+            there = call(os.stat, path, path)
+        except CallFailed as error:
+            if error.errno != errno.ENOENT:
+                raise
             return False
-        mine = os.fstat(self.fd)
+        mine = call(os.fstat, path, self.fd)
         return (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino)
 
     @property
@@ -69,11 +76,7 @@ class DirectoryLock:
         return os.getpid() != self._pid
 
     def close(self) -> None:
-        _live.discard(self)
-        if self.fd >= 0:
-            fd, self.fd = self.fd, -1
-            with contextlib.suppress(OSError):
-                os.close(fd)
+        self._folder.abandon()
 
 
 _live: weakref.WeakSet[DirectoryLock] = weakref.WeakSet()

@@ -86,7 +86,7 @@ def save(
     total = sum(shard.data_bytes for shard in shards)
     with (
         Progress(progress, "saving", total) as shown,
-        Transaction.begin(directory, durable=durable, lock_timeout=lock_timeout) as transaction,
+        Transaction(directory, durable=durable, lock_timeout=lock_timeout) as transaction,
     ):
         names = transaction.shard_names(len(shards))
         starts = [len(encode_header(shard)) for shard in shards]
@@ -178,7 +178,7 @@ class _Writer:
                 extents.append(Extent(file, self._starts[n] + begin, tensor.nbytes, len(extents), 1))
         try:
             return _engine.write(
-                [shard.fd for shard in staged],
+                [shard.file.fd for shard in staged],
                 blocks(extents, _engine.BLOCK_BYTES),
                 pieces,
                 direct=self._durable,
@@ -226,7 +226,7 @@ def _index(
         ties={entry.name: entry.tied_to for entry in state.entries if entry.tied_to is not None},
         metadata=metadata,
         shards=records,
-        supersedes=transaction.superseded(),
+        supersedes=transaction.supersedes,
         writer=f"shardsave {__version__}",
     )
     in_state_order = {entry.name: shard_of[entry.name] for entry in state.entries if entry.tied_to is None}

@@ -1,0 +1,83 @@
+"""Python's side of ``beneath.c``: arming it, and reading what it wrote down. For processes that were started with it preloaded."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+from pathlib import Path
+from typing import NamedTuple
+
+_library = ctypes.CDLL(None)
+
+
+class Fate(IntEnum):
+    """What happens to a call; ``_AFTER``: once it was done. A process is killed in the middle of what it writes."""
+
+    PASS = 0
+    FAIL = 1
+    FAIL_AFTER = 2
+    SHORTEN = 3
+    KILL = 4
+    KILL_AFTER = 5
+    INTERRUPT = 6
+    INTERRUPT_AFTER = 7
+
+
+class Met(NamedTuple):
+    """The call that met its fate: its name, the path that it was about."""
+
+    call: str
+    path: Path
+
+
+def arm(folder: Path, number: int, fate: Fate, error: int = errno.EIO) -> None:
+    """Watches ``folder`` from now on, and lets the ``number``-th call on it (from 1) meet ``fate``."""
+    _library.beneath_arm(os.fsencode(folder), ctypes.c_long(number), int(fate), error)
+
+
+def disarm() -> Met | None:
+    """Watches nothing any more; the call that met its fate, None where there were not so many calls."""
+    _library.beneath_hit.restype = ctypes.c_char_p
+    call, _, path = os.fsdecode(_library.beneath_hit()).partition(" ")
+    _library.beneath_arm(b"", ctypes.c_long(0), 0, 0)
+    return Met(call, Path(path)) if call else None
+
+
+@contextmanager
+def recorded(folder: Path, record: Path, number: int = 0, fate: Fate = Fate.PASS) -> Iterator[None]:
+    """Adds every call on ``folder`` to ``record``, for `read_record`; the ``number``-th may meet ``fate`` (with EIO)."""
+    arm(folder, number, fate)
+    _library.beneath_record(os.fsencode(record))
+    try:
+        yield
+    finally:
+        _library.beneath_record(None)
+        _library.beneath_arm(b"", ctypes.c_long(0), 0, 0)
+
+
+class Recorded(NamedTuple):
+    """A call as it was made: ``result`` is -errno for a failure; ``a`` and ``b`` are numbers, ``data`` bytes written."""
+
+    call: str
+    result: int
+    path: Path
+    other: Path
+    a: int
+    b: int
+    data: bytes
+
+
+def read_record(record: Path) -> list[Recorded]:
+    """What `recorded` wrote, in the order in which the calls took effect."""
+    rows = [line.split("\t") for line in record.read_text().splitlines()]
+    written = record.with_name(f"{record.name}.data").read_bytes()
+    ends = [int(row[6]) for row in rows]
+    begins = [0, *ends[:-1]]
+    return [
+        Recorded(row[0], int(row[1]), Path(row[2]), Path(row[3]), int(row[4]), int(row[5]), written[begin:end])
+        for row, begin, end in zip(rows, begins, ends)
+    ]

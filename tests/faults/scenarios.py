@@ -1,0 +1,235 @@
+"""Method: let the N-th OS call that a save (or a load) makes on its directory meet a fate, for N = 1, 2, … until it needs no more
+calls; each time, whatever happens, the directory holds the old or the new checkpoint, whole, and the next save leaves no litter.
+
+``python -m faults.scenarios SCENARIO FOLDER``, with the library of ``beneath.c`` preloaded. A scenario prints how often it tried.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+
+import shardsave
+from faults.beneath import Fate, Met, arm, disarm
+from faults.savers import Bench, generation_in, next_save_works, save, state
+
+FAILURES = [
+    *((Fate.FAIL, number) for number in (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EINTR, errno.EROFS, errno.EMFILE)),
+    (Fate.FAIL_AFTER, errno.EIO),
+    (Fate.SHORTEN, 0),
+]
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
+#: How a message calls a call that failed, where it is not by its own name.
+SAYS = {
+    "openat": "open",
+    "mkdirat": "mkdir",
+    "renameat": "rename",
+    "fstatat": "stat",
+    "fdopendir": "listdir",
+    "readdir": "listdir",
+}
+
+
+def held() -> tuple[int, int]:
+    """Descriptors and threads of this process."""
+    return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+
+
+def is_unlocked(folder: Path) -> bool:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+def check_message(error: shardsave.ShardSaveError, met: Met, number: int) -> None:
+    """The message names the file and the call, says why, and what state things are in now."""
+    text = str(error)
+    assert os.strerror(number) in text, text
+    assert str(met.path).split("/.shardsave-")[0] in text, text
+    call = SAYS.get(met.call, met.call)
+    assert f"{call}:" in text or f"{call} of " in text or (met.call == "fcntl" and "listdir:" in text), text
+
+
+def save_fails(bench: Bench, fate: Fate, number: int) -> int:
+    """Each call of a save fails in one way; one error tells of it, and nothing is leaked."""
+    for nth in count(1):
+        bench.reset()
+        before = held()
+        arm(bench.watched, nth, fate, number)
+        error, report = None, None
+        try:
+            report = save(2, bench.target)
+        except shardsave.ShardSaveError as caught:
+            error = caught
+        met = disarm()
+        assert held() == before, (met, "leaked", before, held())
+        if error is None:
+            assert bench.found() == 2
+        else:
+            assert met is not None
+            check_message(error, met, number)
+            if isinstance(error, shardsave.DurabilityUncertainError):
+                assert bench.found() == 2
+            else:
+                assert isinstance(error, shardsave.SaveNotCommittedError)
+                assert isinstance(error, shardsave.OutOfSpaceError) == (number in NO_ROOM), error
+                assert "nothing was" in str(error), error
+                assert bench.found() == bench.old, (met, error)
+        if bench.target.exists():
+            assert is_unlocked(bench.target), met
+        next_save_works(bench.target)
+        if met is None:
+            assert report is not None and not report.leftovers
+            return nth
+    raise AssertionError
+
+
+def save_is_killed(bench: Bench, fate: Fate, number: int) -> int:
+    """The process ends at each call of a save, before it and in the middle of it or after it."""
+    for nth in count(1):
+        bench.reset()
+        child = os.fork()
+        if child == 0:
+            arm(bench.watched, nth, fate)
+            save(2, bench.target)
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        found = bench.found()
+        assert found in (bench.old, 2)
+        next_save_works(bench.target)
+        if status == 0:
+            assert found == 2
+            return nth
+        assert os.WIFSIGNALED(status)
+    raise AssertionError
+
+
+def save_is_killed_at_random(bench: Bench, fate: Fate, number: int) -> int:
+    """``SHARDSAVE_KILLS`` savers get a SIGKILL at any moment, in whatever their threads are doing."""
+    chance = random.Random(1)
+    kills = int(os.environ.get("SHARDSAVE_KILLS", "100"))
+    began = time.monotonic()
+    for _ in range(5):
+        bench.reset()
+        save(2, bench.target)
+    duration = (time.monotonic() - began) / 5
+    outcomes = set()
+    for _ in range(kills):
+        bench.reset()
+        child = os.fork()
+        if child == 0:
+            save(2, bench.target)
+            os._exit(0)
+        time.sleep(chance.random() * duration * 1.5)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        found = bench.found()
+        assert found in (bench.old, 2)
+        outcomes.add(found)
+        next_save_works(bench.target)
+    assert len(outcomes) == 2 or kills < 50, outcomes
+    return kills
+
+
+def save_is_interrupted(bench: Bench, fate: Fate, number: int) -> int:
+    """Ctrl-C at each call of a save, before it and after it."""
+    for nth in count(1):
+        bench.reset()
+        before = held()
+        arm(bench.watched, nth, fate)
+        interrupted = False
+        try:
+            save(2, bench.target)
+            for _ in range(10):  # the signal of the last call may be heard only here
+                pass
+        except KeyboardInterrupt:
+            interrupted = True
+        met = disarm()
+        found = bench.found()
+        assert interrupted == (met is not None), met
+        assert found in (bench.old, 2), (met, found)
+        assert held() == before, (met, "leaked", before, held())
+        if bench.target.exists():
+            assert is_unlocked(bench.target), met
+        next_save_works(bench.target)
+        if met is None:
+            assert found == 2
+            return nth
+    raise AssertionError
+
+
+def load_fails(bench: Bench, fate: Fate, number: int) -> int:
+    """Each call of a load, a partial one, a mapped one and an inspection fails; one error tells of it, no wrong value comes."""
+    bench.reset()
+    actions: list[Callable[[], object]] = [
+        lambda: generation_in(bench.target),
+        lambda: shardsave.load(bench.target, names=["t1"])["t1"].equal(state(1)["t1"]),
+        lambda: shardsave.load(bench.target, mmap=True)["t1"].equal(state(1)["t1"]),
+        lambda: len(shardsave.inspect(bench.target).names) == 4,
+    ]
+    tried = 0
+    for action in actions:
+        for nth in count(1):
+            tried += 1
+            before = held()
+            arm(bench.watched, nth, fate, number)
+            error, result = None, None
+            try:
+                result = action()
+            except shardsave.ShardSaveError as caught:
+                error = caught
+            met = disarm()
+            assert held() == before, (met, "leaked", before, held())
+            if error is None:
+                assert result == 1, met
+            else:
+                assert met is not None and not isinstance(error, shardsave.CheckpointNotFoundError), error
+                check_message(error, met, number)
+            del error
+            if met is None:
+                break
+    return tried
+
+
+SCENARIOS: dict[str, tuple[Callable[[Bench, Fate, int], int], list[tuple[Fate, int]]]] = {
+    "save_fails": (save_fails, FAILURES),
+    "save_is_killed": (save_is_killed, [(Fate.KILL, 0), (Fate.KILL_AFTER, 0)]),
+    "save_is_killed_at_random": (save_is_killed_at_random, [(Fate.KILL, 0)]),
+    "save_is_interrupted": (save_is_interrupted, [(Fate.INTERRUPT, 0), (Fate.INTERRUPT_AFTER, 0)]),
+    "load_fails": (load_fails, FAILURES),
+}
+
+
+def main(name: str, first: str, folder: str) -> None:
+    bench = Bench(Path(folder), first == "first")
+    save(0, Path(folder) / "warm")  # what is made once (the ring, imports) is no leak
+    generation_in(Path(folder) / "warm")
+    scenario, fates = SCENARIOS[name]
+    wrong = 0
+    for fate, number in fates:
+        try:
+            print(f"{name}, {fate.name} {errno.errorcode.get(number, '')}: {scenario(bench, fate, number)} trials", flush=True)
+        except Exception:
+            wrong += 1
+            disarm()
+            print(f"{name}, {fate.name} {errno.errorcode.get(number, '')}: FAILED\n{traceback.format_exc()}", flush=True)
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

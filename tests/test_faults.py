@@ -1,0 +1,107 @@
+"""Faults made beneath libc, where the C++ core, the commit in Python and the portable engine meet them alike.
+
+Method: each scenario of ``faults/scenarios.py`` runs in a process of its own with ``faults/beneath.c`` preloaded.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT, Compile
+from faults.beneath import read_record
+
+ENGINES = ("native", "portable")
+
+
+@pytest.fixture(scope="session")
+def beneath(compiled: Compile) -> Path:
+    """The library that stands between a process and libc."""
+    return compiled("beneath.so", [ROOT / "tests" / "faults" / "beneath.c"], "-shared", "-fPIC", "-pthread", "-ldl")
+
+
+def run_beneath(beneath: Path, engine: str, arguments: list[str], *before: str) -> str:
+    """Runs ``python arguments`` with the library preloaded; what it printed."""
+    paths = os.pathsep.join([str(ROOT / "tests"), *filter(None, sys.path)])
+    preload = ["env", f"LD_PRELOAD={beneath}"]
+    done = subprocess.run(
+        [*before, *preload, sys.executable, "-W", "error", *arguments],
+        env={**os.environ, "PYTHONPATH": paths, "SHARDSAVE_ENGINE": engine},
+        capture_output=True,
+        text=True,
+        timeout=3600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("before", ["first", "overwrite"])
+@pytest.mark.parametrize("scenario", ["save_fails", "save_is_killed", "save_is_killed_at_random", "save_is_interrupted"])
+def test_each_call_of_a_save(beneath: Path, tmp_path: Path, scenario: str, before: str, engine: str) -> None:
+    """Catches any call whose failure is swallowed, leaks something, tears a checkpoint, leaves litter or is not told; any
+    instant at which a killed save leaves neither the old nor the new checkpoint; any at which Ctrl-C does."""
+    printed = run_beneath(beneath, engine, ["-m", "faults.scenarios", scenario, before, str(tmp_path)])
+    trials = [int(number) for number in re.findall(r"(\d+) trials", printed)]
+    assert trials and min(trials) >= 60
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_each_call_of_a_load(beneath: Path, tmp_path: Path, engine: str) -> None:
+    """Catches a load that gives wrong values, or an unclear error, because a call failed or gave less than was asked for."""
+    printed = run_beneath(beneath, engine, ["-m", "faults.scenarios", "load_fails", "overwrite", str(tmp_path)])
+    assert min(int(number) for number in re.findall(r"(\d+) trials", printed)) > 60
+
+
+#: The names that calls have in the library, by those of the kernel.
+KERNEL = {
+    "pread64": "pread", "pwrite64": "pwrite", "newfstatat": "stat", "fstat": "stat", "lstat": "stat", "fstatat": "stat",
+    "fstatfs": "fstatvfs", "closedir": "close", "rename": "renameat", "mkdir": "mkdirat", "unlink": "unlinkat",
+    "rmdir": "unlinkat", "open": "openat", "opendir": "openat", "getdents64": "readdir",
+}  # fmt: skip
+
+#: Calls that ask the kernel a different number of times (that they were made at all is enough), or that strace may not know.
+UNCOUNTED = {"readdir", "fdopendir", "lseek", "stat", "fcntl", "cachestat"}
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+@pytest.mark.parametrize("engine", ENGINES)
+def test_no_call_is_missed(beneath: Path, tmp_path: Path, engine: str) -> None:
+    """Catches an OS call on checkpoint files that the library does not see, and so never fails: compared with the kernel's view."""
+    program = (
+        "import sys; from pathlib import Path; from faults.beneath import recorded; from faults import savers; import shardsave\n"
+        "folder = Path(sys.argv[1])\n"
+        "savers.save(0, folder / 'warm')\n"
+        "with recorded(folder / 'watched', folder / 'record'):\n"
+        "    for generation in (1, 2): savers.save(generation, folder / 'watched' / 'ckpt')\n"
+        "    assert savers.generation_in(folder / 'watched' / 'ckpt') == 2\n"
+        "    shardsave.load(folder / 'watched' / 'ckpt', mmap=True); shardsave.verify(folder / 'watched' / 'ckpt')\n"
+    )
+    (tmp_path / "watched").mkdir()
+    trace = tmp_path / "trace"
+    strace = ["strace", "-f", "-y", "-qq", "-s", "0", "-e", "trace=%file,%desc,flock", "-o", str(trace)]
+    run_beneath(beneath, engine, ["-c", program, str(tmp_path)], *strace)
+    watched = str(tmp_path / "watched")
+    by_kernel: Counter[str] = Counter()
+    for line in trace.read_text().splitlines():
+        match = re.match(r"\d+ +(?:<\.\.\. )?(\w+)[( ]", line)
+        ours = re.search(re.escape(watched) + r"[/>\"]", line.split(" = ")[0])
+        if match and ours and match[1] not in ("readlinkat", "readlink") and not _is_the_librarys_own(line):
+            by_kernel[KERNEL.get(match[1], match[1])] += 1
+    by_library = Counter(KERNEL.get(call.call, call.call) for call in read_record(tmp_path / "record"))
+    assert by_kernel.keys() - UNCOUNTED == by_library.keys() - UNCOUNTED
+    for call in by_kernel.keys() - UNCOUNTED:
+        assert by_kernel[call] == by_library[call], call
+    assert by_kernel.keys() >= {"openat", "pwrite", "fsync", "renameat", "flock"}
+
+
+def _is_the_librarys_own(line: str) -> bool:
+    """The library looks files up itself when it records."""
+    return "/proc/self/fd/" in line
