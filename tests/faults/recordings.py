@@ -1,0 +1,153 @@
+"""Records saves for the power-loss model: ``python -m faults.recordings NAME FOLDER``, with the library of ``beneath.c`` preloaded.
+
+Each phase of a recording is a file ``phase-N`` in FOLDER; the folder that is watched is FOLDER/watched.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+
+import torch
+
+import shardsave
+from faults.beneath import Fate, arm, disarm, read_record, recorded
+from faults.power import MTIME
+from faults.savers import save, state
+
+
+class Recording:
+    """Phases one after the other in one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.watched = folder / "watched"
+        self.target = self.watched / "runs" / "ckpt"
+        self._phases = count()
+        self.watched.mkdir(parents=True)
+
+    def phase(self, action: Callable[[], object], number: int = 0, fate: Fate = Fate.PASS) -> Path:
+        record = self.folder / f"phase-{next(self._phases)}"
+        with recorded(self.watched, record, number, fate):
+            action()
+        disarm()
+        return record
+
+    def phase_in_child(self, action: Callable[[], object], number: int, fate: Fate) -> Path:
+        child = os.fork()
+        record = self.folder / f"phase-{next(self._phases)}"
+        if child == 0:
+            with recorded(self.watched, record, number, fate):
+                action()
+            os._exit(0)
+        assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        return record
+
+
+def number_of(record: Path, call: str, name: str) -> int:
+    """The place (from 1) of the last ``call`` that ended at a path named ``name``."""
+    calls = read_record(record)
+    return max(n for n, made in enumerate(calls, 1) if made.call == call and name in (made.path.name, made.other.name))
+
+
+def first(folder: Path) -> None:
+    recording = Recording(folder)
+    recording.phase(lambda: save(1, recording.target))
+
+
+def overwrite(folder: Path) -> None:
+    recording = Recording(folder)
+    recording.phase(lambda: save(1, recording.target))
+    recording.phase(lambda: save(2, recording.target))
+
+
+def lone(folder: Path) -> None:
+    """A save in place of a lone file."""
+    from safetensors.torch import save_file
+
+    recording = Recording(folder)
+
+    def write_lone() -> None:
+        recording.target.mkdir(parents=True)
+        save_file(state(1), folder / "model.safetensors")
+        content = (folder / "model.safetensors").read_bytes()
+        fd = os.open(recording.target / "model.safetensors", os.O_WRONLY | os.O_CREAT)
+        os.write(fd, content)
+        os.utime(fd, ns=(MTIME, MTIME))
+        os.fsync(fd)
+        os.close(fd)
+        for path in (recording.target, recording.target.parent, recording.watched):
+            fd = os.open(path, os.O_RDONLY)
+            os.fsync(fd)
+            os.close(fd)
+
+    recording.phase(write_lone)
+    recording.phase(lambda: save(2, recording.target))
+
+
+def killed_then_no_room(folder: Path) -> None:
+    """A saver dies right after its rename; the next one finds no room, and says that what is visible is intact."""
+    trial = Recording(folder / "trial")
+    trial.phase(lambda: save(1, trial.target))
+    number = number_of(trial.phase(lambda: save(2, trial.target)), "renameat", "model.safetensors.index.json")
+    recording = Recording(folder)
+    recording.phase(lambda: save(1, recording.target))
+    recording.phase_in_child(lambda: save(2, recording.target), number, Fate.KILL_AFTER)
+
+    def no_room() -> None:
+        try:
+            shardsave.save({"x": torch.zeros(1).expand(1 << 45)}, recording.target)
+        except shardsave.OutOfSpaceError as error:
+            assert "the previous checkpoint is intact" in str(error)
+        else:
+            raise AssertionError
+
+    recording.phase(no_room)
+
+
+def killed_then_saved(folder: Path) -> None:
+    """A saver is killed at every seventh call, and another one takes over: one recording each."""
+    for nth in count(1, 7):
+        recording = Recording(folder / str(nth))
+        recording.phase(lambda recording=recording: save(1, recording.target))  # type: ignore[misc]
+        child = os.fork()
+        if child == 0:
+            with recorded(recording.watched, recording.folder / "phase-1", nth, Fate.KILL_AFTER):
+                save(2, recording.target)
+            os._exit(0)
+        ended = os.waitpid(child, 0)[1] == 0
+        next(recording._phases)
+        recording.phase(lambda recording=recording: save(3, recording.target))  # type: ignore[misc]
+        if ended:
+            return
+
+
+def failed_fsyncs(folder: Path) -> None:
+    """Each fsync of an overwrite fails, one recording each; ``outcome`` says what the saver was told."""
+    trial = Recording(folder / "trial")
+    trial.phase(lambda: save(1, trial.target))
+    calls = read_record(trial.phase(lambda: save(2, trial.target)))
+    for nth in (n for n, made in enumerate(calls, 1) if made.call == "fsync"):
+        recording = Recording(folder / str(nth))
+        recording.phase(lambda recording=recording: save(1, recording.target))  # type: ignore[misc]
+        outcome = "success"
+
+        def attempt(recording: Recording = recording) -> None:
+            nonlocal outcome
+            try:
+                save(2, recording.target)
+            except shardsave.ShardSaveError as error:
+                outcome = type(error).__name__
+
+        recording.phase(attempt, nth, Fate.FAIL)
+        (recording.folder / "outcome").write_text(outcome)
+
+
+if __name__ == "__main__":
+    save(0, Path(sys.argv[2]) / "warm")
+    arm(Path("/nowhere"), 0, Fate.PASS)
+    disarm()
+    globals()[sys.argv[1]](Path(sys.argv[2]) / "recording")
