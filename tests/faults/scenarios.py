@@ -146,6 +146,38 @@ def save_is_killed_at_random(bench: Bench, fate: Fate, number: int) -> int:
     return kills
 
 
+def save_is_killed_beside_a_live_child(bench: Bench, fate: Fate, number: int) -> int:
+    """A saver forks while its engine works, goes on, and is killed; the child lives on, and keeps neither lock nor litter alive."""
+    for nth in range(1, 11):
+        bench.reset()
+        told, tell = os.pipe()
+        saver = os.fork()
+        if saver == 0:
+
+            def fork_once(done: int, total: int, forked: list[int] = []) -> None:  # noqa: B006
+                if not forked:
+                    forked.append(os.fork())
+                    if forked == [0]:
+                        os.write(tell, os.getpid().to_bytes(4, "little"))
+                        signal.pause()
+
+            shardsave.save(state(2), bench.target, max_shard_size=5000, progress=fork_once)
+            os._exit(0)
+        child = int.from_bytes(os.read(told, 4), "little")
+        time.sleep(0.002 * nth)
+        os.kill(saver, signal.SIGKILL)
+        os.waitpid(saver, 0)
+        try:
+            assert bench.found() in (bench.old, 2)
+            assert is_unlocked(bench.target)
+            next_save_works(bench.target)
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.close(told)
+            os.close(tell)
+    return nth
+
+
 def save_is_interrupted(bench: Bench, fate: Fate, number: int) -> int:
     """Ctrl-C at each call of a save, before it and after it."""
     for nth in count(1):
@@ -210,6 +242,7 @@ SCENARIOS: dict[str, tuple[Callable[[Bench, Fate, int], int], list[tuple[Fate, i
     "save_fails": (save_fails, FAILURES),
     "save_is_killed": (save_is_killed, [(Fate.KILL, 0), (Fate.KILL_AFTER, 0)]),
     "save_is_killed_at_random": (save_is_killed_at_random, [(Fate.KILL, 0)]),
+    "save_is_killed_beside_a_live_child": (save_is_killed_beside_a_live_child, [(Fate.KILL, 0)]),
     "save_is_interrupted": (save_is_interrupted, [(Fate.INTERRUPT, 0), (Fate.INTERRUPT_AFTER, 0)]),
     "load_fails": (load_fails, FAILURES),
 }
