@@ -44,7 +44,7 @@ def run_beneath(beneath: Path, engine: str, arguments: list[str], *before: str) 
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("before", ["first", "overwrite"])
-@pytest.mark.parametrize("scenario", ["save_fails", "save_is_killed", "save_is_interrupted"])
+@pytest.mark.parametrize("scenario", ["save_fails", "save_loses_its_disk", "save_is_killed", "save_is_interrupted"])
 def test_each_call_of_a_save(beneath: Path, tmp_path: Path, scenario: str, before: str, engine: str) -> None:
     """Catches any call whose failure is swallowed, leaks something, tears a checkpoint, leaves litter or is not told; any
     instant at which a killed save leaves neither the old nor the new checkpoint; any at which Ctrl-C does."""

@@ -26,7 +26,7 @@
 #include <unistd.h>
 
 // As in faults/beneath.py.
-enum fate { PASS, FAIL, FAIL_AFTER, SHORTEN, KILL, KILL_AFTER, INTERRUPT, INTERRUPT_AFTER };
+enum fate { PASS, FAIL, FAIL_AFTER, SHORTEN, KILL, KILL_AFTER, INTERRUPT, INTERRUPT_AFTER, FAIL_FROM_HERE };
 
 static struct {
   char folder[PATH_MAX];  // empty: nothing is watched
@@ -85,8 +85,10 @@ static bool begins(Call* call, const char* name, int fd, const char* path) {
   call->fate = PASS;
   call->recorded = false;
   if (plan.length == 0 || !resolve(fd, path, call->path) || !inside(call->path)) return false;
-  if (atomic_fetch_add(&plan.seen, 1) + 1 == atomic_load(&plan.number)) {
-    call->fate = plan.fate;
+  const long place = atomic_fetch_add(&plan.seen, 1) + 1, number = atomic_load(&plan.number);
+  if (plan.fate == FAIL_FROM_HERE && number > 0 && place > number) call->fate = FAIL;
+  if (place == number) {
+    call->fate = plan.fate == FAIL_FROM_HERE ? FAIL : plan.fate;
     snprintf(plan.hit, sizeof plan.hit, "%s %s", name, call->path);
     if (call->fate == KILL) raw(SYS_kill, getpid(), SIGKILL, 0, 0);
     if (call->fate == INTERRUPT) raw(SYS_kill, getpid(), SIGINT, 0, 0);

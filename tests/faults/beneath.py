@@ -25,6 +25,7 @@ class Fate(IntEnum):
     KILL_AFTER = 5
     INTERRUPT = 6
     INTERRUPT_AFTER = 7
+    FAIL_FROM_HERE = 8  # and so does every later call: the disk is gone
 
 
 class Met(NamedTuple):

@@ -111,6 +111,33 @@ def save_fails(bench: Bench, fate: Fate, number: int) -> int:
     raise AssertionError
 
 
+def save_loses_its_disk(bench: Bench, fate: Fate, number: int) -> int:
+    """From the N-th call on every call fails, and after the save the disk is back: what it said of the checkpoint was true."""
+    for nth in count(1):
+        bench.reset()
+        before = held()
+        arm(bench.watched, nth, fate, number)
+        error: shardsave.ShardSaveError | None = None
+        try:
+            report = save(2, bench.target)
+        except shardsave.ShardSaveError as caught:
+            error = caught
+        met = disarm()
+        assert held() == before, (met, "leaked", before, held())
+        found = bench.found()
+        if error is None:
+            assert found == 2
+            assert met is None or report.leftovers or met.call == "close", met
+        elif isinstance(error, shardsave.DurabilityUncertainError):
+            assert found == 2 or (found == bench.old and "cannot tell whether the save was committed" in str(error)), error
+        else:
+            assert found == bench.old and "nothing was" in str(error), error
+        next_save_works(bench.target)
+        if met is None:
+            return nth
+    raise AssertionError
+
+
 def save_is_killed(bench: Bench, fate: Fate, number: int) -> int:
     """The process ends at each call of a save, before it and in the middle of it or after it."""
     for nth in count(1):
@@ -252,6 +279,7 @@ def load_fails(bench: Bench, fate: Fate, number: int) -> int:
 
 SCENARIOS: dict[str, tuple[Callable[[Bench, Fate, int], int], list[tuple[Fate, int]]]] = {
     "save_fails": (save_fails, FAILURES),
+    "save_loses_its_disk": (save_loses_its_disk, [(Fate.FAIL_FROM_HERE, errno.EIO), (Fate.FAIL_FROM_HERE, errno.EROFS)]),
     "save_is_killed": (save_is_killed, [(Fate.KILL, 0), (Fate.KILL_AFTER, 0)]),
     "save_is_killed_at_random": (save_is_killed_at_random, [(Fate.KILL, 0)]),
     "save_is_killed_beside_a_live_child": (save_is_killed_beside_a_live_child, [(Fate.KILL, 0)]),
