@@ -41,7 +41,7 @@ lint: $(VENV)/test.ok
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h $(wildcard tests/*/*.c tests/*/*.cpp tests/*/*.h)
 
-native-tests:
+native-tests: $(SANITIZED)/fuzz-tables
 	mkdir -p $(SANITIZED)
 	$(CXX) $(STRICT) -fsanitize=address,undefined -fno-sanitize-recover=all tests/native/test_crc64.cpp csrc/crc64.cpp -o $(SANITIZED)/crc64
 	$(SANITIZED)/crc64
@@ -49,6 +49,11 @@ native-tests:
 	$(SANITIZED)/driver-asan 300
 	$(CXX) $(STRICT) -fsanitize=thread tests/native/driver.cpp $(CORE) -o $(SANITIZED)/driver-tsan -ldl -pthread
 	$(SANITIZED)/driver-tsan 150
+	$(SANITIZED)/fuzz-tables 5
+
+$(SANITIZED)/fuzz-tables: tests/fuzz/fuzz_tables.cpp $(CORE) $(wildcard csrc/*.h)
+	mkdir -p $(SANITIZED)
+	$(CXX) $(STRICT) -fsanitize=address,undefined -fno-sanitize-recover=all $< $(CORE) -o $@ -ldl -pthread
 
 unit: $(VENV)/test.ok
 	$(BIN)/python -m pytest

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <deque>
 #include <exception>
+#include <limits>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -30,6 +31,9 @@ constexpr std::size_t kCachedStep = 256 * 1024;
 
 constexpr std::uintptr_t kLargePage = 2 << 20;
 
+// So that no ring's length, and no place in a slot, leaves its type.
+constexpr std::size_t kMaxSlot = std::size_t{1} << 40;
+
 void require(bool holds, const char* what) {
   if (!holds) throw std::invalid_argument(what);
 }
@@ -38,9 +42,10 @@ void check(const Request& request) {
   const auto files = static_cast<std::int64_t>(request.files.size());
   const auto pieces = static_cast<std::int64_t>(request.piece_bytes.size());
   const auto segments = static_cast<std::int64_t>(request.segments.size());
+  constexpr std::int64_t most = std::numeric_limits<std::int64_t>::max();
+  require(request.slot_bytes > 0 && request.slot_bytes <= kMaxSlot && request.slot_bytes % kAlignment == 0,
+          "slot_bytes must be a multiple of the alignment, and at most 1 TiB");
   const auto slot = static_cast<std::int64_t>(request.slot_bytes);
-  require(slot > 0 && slot % static_cast<std::int64_t>(kAlignment) == 0,
-          "slot_bytes must be a multiple of the alignment");
   require(request.workers >= 1, "workers must be at least one");
   require(request.blocks.empty() ? segments == 0 : request.blocks[0].first_segment == 0, "segments outside of blocks");
   for (std::int64_t bytes : request.piece_bytes) require(bytes >= 0, "piece_bytes must not be negative");
@@ -51,6 +56,7 @@ void check(const Request& request) {
     require(block.offset >= 0 && block.offset % static_cast<std::int64_t>(kAlignment) == 0, "block offset not aligned");
     require(block.length > 0 && block.length <= slot && block.length % static_cast<std::int64_t>(kAlignment) == 0,
             "block length not aligned or larger than a slot");
+    require(block.offset <= most - block.length, "block behind the end of every file");
     require(block.first_segment >= 0 && block.first_segment < last && last <= segments,
             "segments of blocks not in order");
     std::int64_t end = 0;
@@ -66,6 +72,11 @@ void check(const Request& request) {
           "segment outside of its piece");
       require(segment.memory >= kDiscard, "segment in unknown memory");
       require(segment.memory != kDiscard || !request.write, "nothing can be written from discarded memory");
+      if (segment.memory == kDiscard || segment.memory == kLent) continue;
+      require(segment.address > 0 && segment.address <= most - segment.length, "segment without an address");
+      require(segment.memory == kHost || std::any_of(request.streams.begin(), request.streams.end(),
+                                                     [&segment](const auto& s) { return s.first == segment.memory; }),
+              "segment on a device without a stream");
     }
   }
 }
@@ -86,10 +97,6 @@ class Run {
     workers_ = std::min(wanted, ring_->slots());
     for (const auto& [ordinal, stream] : request.streams) {
       cuda_[ordinal] = make_cuda_device(ordinal, stream, ring_->slots());
-    }
-    for (const Segment& segment : request.segments) {
-      require(segment.memory < 0 || cuda_.count(static_cast<int>(segment.memory)) == 1,
-              "segment on a device without a stream");
     }
   }
 

@@ -1,0 +1,324 @@
+// Method: the tables of a small, legal run with some numbers replaced by hostile ones, rows swapped, dropped and
+// doubled. run() must refuse exactly what an independent reading of the contract in 128-bit arithmetic refuses, with
+// std::invalid_argument and before a hook is called; what it accepts may only end well or with the fault of a call on
+// the file. Under ASan and UBSan. Addresses are real wherever they would be used. fuzz_tables SECONDS [SEED]
+#include <fcntl.h>
+#include <sanitizer/common_interface_defs.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cinttypes>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <set>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "engine.h"
+#include "ring.h"
+
+using namespace shardsave;
+
+namespace {
+
+using Wide = __int128;
+
+constexpr std::int64_t kSlot = 64 * 1024, kPage = 4096;
+constexpr std::int64_t kMost = std::numeric_limits<std::int64_t>::max();
+
+std::uint64_t current_case = 0;
+
+void say_case() {
+  std::fprintf(stderr, "fuzz_tables: case %" PRIu64 " (fuzz_tables 0 %" PRIu64 ")\n", current_case, current_case);
+}
+
+#define CHECK(condition)                                          \
+  do {                                                            \
+    if (!(condition)) {                                           \
+      std::printf("%s:%d: %s\n", __FILE__, __LINE__, #condition); \
+      say_case();                                                 \
+      std::abort();                                               \
+    }                                                             \
+  } while (false)
+
+struct Case {
+  Request request;
+  std::vector<std::vector<std::byte>> memory;  // of each piece, as large as it was before piece_bytes was tampered with
+};
+
+class Maker {
+ public:
+  explicit Maker(std::uint64_t seed) : random_(seed) {}
+
+  Case make(int file) {
+    Case made = legal(file);
+    if (below(50) == 0) {
+      made.request.blocks.clear();
+      if (below(2) == 0) made.request.segments.clear();
+    }
+    for (std::size_t left = below(4); left > 0; --left) tamper(made.request);
+    make_addresses_real(made);
+    return made;
+  }
+
+ private:
+  std::size_t below(std::size_t bound) { return static_cast<std::size_t>(random_() % bound); }
+
+  Case legal(int file) {
+    Case made;
+    Request& request = made.request;
+    request.files.assign(1 + below(2), file);
+    request.workers = 1 + below(3);
+    request.slot_bytes = static_cast<std::size_t>(kSlot);
+    request.access = static_cast<Access>(below(3));
+    request.write = below(2) == 0;
+    request.checksum = below(4) != 0;
+    std::int64_t end = 0;
+    const std::size_t pieces = 1 + below(4);
+    for (std::size_t piece = 0; piece < pieces; ++piece) {
+      made.memory.emplace_back(1 + below(100'000));
+      const auto size = static_cast<std::int64_t>(made.memory.back().size());
+      const auto kinds = request.write ? 2 : 3;
+      const std::int64_t kind = -1 - static_cast<std::int64_t>(below(kinds));
+      request.piece_bytes.push_back(size);
+      for (std::int64_t done = 0; done < size;) {
+        const std::int64_t start = end / kSlot * kSlot;
+        if (request.blocks.empty() || request.blocks.back().offset != start) {
+          request.blocks.push_back({0, start, kSlot, static_cast<std::int64_t>(request.segments.size())});
+        }
+        const std::int64_t length = std::min(size - done, start + kSlot - end);
+        request.segments.push_back({kind, 0, length, end - start, static_cast<std::int64_t>(piece), done});
+        done += length;
+        end += length;
+      }
+    }
+    return made;
+  }
+
+  std::int64_t hostile(std::int64_t old) {
+    const std::int64_t interesting[] = {0,
+                                        1,
+                                        -1,
+                                        -2,
+                                        -3,
+                                        -4,
+                                        kPage,
+                                        kPage - 1,
+                                        kPage + 1,
+                                        kSlot,
+                                        kSlot - 1,
+                                        kSlot + 1,
+                                        -kPage,
+                                        2 * kSlot,
+                                        1LL << 31,
+                                        1LL << 32,
+                                        (1LL << 32) + 1,
+                                        1LL << 40,
+                                        kMost,
+                                        kMost - 1,
+                                        -kMost,
+                                        ~kMost,
+                                        ~kMost + 1,
+                                        kMost / 2,
+                                        1LL << 62,
+                                        kMost / kPage * kPage,
+                                        kMost - kSlot + 1};
+    switch (below(4)) {
+      case 0:
+        return interesting[below(std::size(interesting))];
+      case 1:
+        return static_cast<std::int64_t>(static_cast<std::uint64_t>(old) + static_cast<std::uint64_t>(below(9)) - 4);
+      case 2:
+        return static_cast<std::int64_t>(static_cast<std::uint64_t>(old) ^ (std::uint64_t{1} << below(64)));
+      default:
+        return static_cast<std::int64_t>(random_());
+    }
+  }
+
+  template <class Row>
+  void tamper_rows(std::vector<Row>& rows) {
+    if (rows.empty()) return;
+    Row& row = rows[below(rows.size())];
+    switch (below(8)) {
+      case 0:
+        std::swap(row, rows[below(rows.size())]);
+        break;
+      case 1:
+        rows.erase(rows.begin() + static_cast<std::ptrdiff_t>(below(rows.size())));
+        break;
+      case 2: {
+        const Row twice = row;
+        rows.insert(rows.begin() + static_cast<std::ptrdiff_t>(below(rows.size() + 1)), twice);
+        break;
+      }
+      default: {
+        std::int64_t fields[sizeof(Row) / sizeof(std::int64_t)];
+        std::memcpy(fields, &row, sizeof row);
+        std::int64_t& field = fields[below(std::size(fields))];
+        field = hostile(field);
+        std::memcpy(&row, fields, sizeof row);
+      }
+    }
+  }
+
+  void tamper(Request& request) {
+    switch (below(10)) {
+      case 0:
+        if (!request.piece_bytes.empty()) {
+          std::int64_t& bytes = request.piece_bytes[below(request.piece_bytes.size())];
+          bytes = hostile(bytes);
+        }
+        break;
+      case 1:
+        request.slot_bytes = static_cast<std::size_t>(hostile(kSlot));
+        break;
+      case 2:
+        request.workers = static_cast<std::size_t>(below(3) == 0 ? 0 : hostile(1));
+        break;
+      case 3:
+        if (below(2) == 0) request.files.clear();
+        request.write = !request.write;
+        break;
+      case 4:
+      case 5:
+      case 6:
+        tamper_rows(request.blocks);
+        break;
+      default:
+        tamper_rows(request.segments);
+    }
+  }
+
+  // A host address is that of the piece's memory, or one that has to be refused; where the memory does not reach, the
+  // segment is lent.
+  void make_addresses_real(Case& made) {
+    for (Segment& segment : made.request.segments) {
+      if (segment.memory != kHost) continue;
+      const bool there = segment.piece >= 0 && segment.piece < static_cast<std::int64_t>(made.memory.size());
+      const auto& memory = made.memory[there ? static_cast<std::size_t>(segment.piece) : 0];
+      const auto size = static_cast<Wide>(memory.size());
+      if (there && segment.piece_offset >= 0 && segment.length >= 0 &&
+          static_cast<Wide>(segment.piece_offset) + segment.length <= size) {
+        const auto base = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(memory.data()));
+        segment.address = base + segment.piece_offset;
+        if (below(40) == 0) {
+          constexpr std::int64_t bad[] = {0, -1, ~kMost, kMost};
+          segment.address = bad[below(std::size(bad))];
+        }
+      } else {
+        segment.memory = kLent;
+      }
+    }
+  }
+
+  std::mt19937_64 random_;
+};
+
+// The contract once more, in the words of engine.h and in numbers that cannot overflow.
+bool legal(const Request& request) {
+  if (request.slot_bytes == 0 || request.slot_bytes % kPage != 0 || request.slot_bytes > (std::size_t{1} << 40))
+    return false;
+  if (request.workers == 0) return false;
+  if (std::any_of(request.piece_bytes.begin(), request.piece_bytes.end(),
+                  [](std::int64_t bytes) { return bytes < 0; })) {
+    return false;
+  }
+  const auto segments = static_cast<Wide>(request.segments.size());
+  if (request.blocks.empty()) return segments == 0;
+  if (request.blocks.front().first_segment != 0) return false;
+  for (std::size_t n = 0; n < request.blocks.size(); ++n) {
+    const Block& block = request.blocks[n];
+    const Wide last = n + 1 < request.blocks.size() ? static_cast<Wide>(request.blocks[n + 1].first_segment) : segments;
+    if (block.file < 0 || block.file >= static_cast<Wide>(request.files.size())) return false;
+    if (block.offset < 0 || block.offset % kPage != 0) return false;
+    if (block.length <= 0 || block.length % kPage != 0 || block.length > static_cast<Wide>(request.slot_bytes))
+      return false;
+    if (static_cast<Wide>(block.offset) + block.length > kMost) return false;
+    if (block.first_segment < 0 || block.first_segment >= last || last > segments) return false;
+    Wide end = 0;
+    for (Wide s = block.first_segment; s < last; ++s) {
+      const Segment& segment = request.segments[static_cast<std::size_t>(s)];
+      if (segment.length <= 0 || segment.at < end) return false;
+      end = static_cast<Wide>(segment.at) + segment.length;
+      if (end > block.length) return false;
+      if (segment.piece < 0 || segment.piece >= static_cast<Wide>(request.piece_bytes.size())) return false;
+      const Wide until = static_cast<Wide>(segment.piece_offset) + segment.length;
+      if (segment.piece_offset < 0 || until > request.piece_bytes[static_cast<std::size_t>(segment.piece)])
+        return false;
+      if (segment.memory >= 0 || segment.memory < kDiscard) return false;  // no streams: no devices
+      if (segment.memory == kDiscard && request.write) return false;
+      if (segment.memory == kHost &&
+          (segment.address <= 0 || static_cast<Wide>(segment.address) + segment.length > kMost)) {
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
+struct Counts {
+  std::uint64_t cases = 0, refused = 0, well = 0, faults = 0;
+};
+
+void try_one(std::uint64_t seed, int file, Counts* counts) {
+  current_case = seed;
+  const Case made = Maker(seed).make(file);
+  const Request& request = made.request;
+  std::atomic<std::uint64_t> hooks_called{0};
+  Hooks hooks;
+  hooks.tick = [&](std::uint64_t) { ++hooks_called; };
+  hooks.lend = [&](std::int64_t piece, std::int64_t offset, std::byte* memory, std::size_t length) {
+    ++hooks_called;
+    CHECK(piece >= 0 && piece < static_cast<std::int64_t>(request.piece_bytes.size()) && offset >= 0);
+    CHECK(static_cast<Wide>(offset) + static_cast<Wide>(length) <=
+          request.piece_bytes[static_cast<std::size_t>(piece)]);
+    CHECK(length <= request.slot_bytes);
+    if (request.write) std::memset(memory, 0x5a, length);
+  };
+  ++counts->cases;
+  const bool expected = legal(request);
+  try {
+    const Result result = run(request, hooks);
+    CHECK(expected);
+    CHECK(result.sums.size() == (request.checksum ? request.piece_bytes.size() : 0));
+    ++counts->well;
+  } catch (const std::invalid_argument&) {
+    CHECK(!expected);
+    CHECK(hooks_called == 0);
+    ++counts->refused;
+  } catch (const Fault& fault) {
+    CHECK(expected);
+    CHECK(fault.call == "pread" || fault.call == "pwrite" || fault.call == "mmap of staging memory");
+    ++counts->faults;
+  }
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const double seconds = count > 1 ? std::atof(arguments[1]) : 5;
+  const std::uint64_t first = count > 2 ? std::strtoull(arguments[2], nullptr, 10) : 1;
+  __sanitizer_set_death_callback(say_case);
+  char path[] = "fuzz-tables-XXXXXX";
+  const int file = mkstemp(path);
+  CHECK(file >= 0 && unlink(path) == 0);
+  Counts counts;
+  const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
+  do {
+    CHECK(ftruncate(file, 300'000) == 0);
+    try_one(first + counts.cases, file, &counts);
+  } while (std::chrono::steady_clock::now() < end);
+  close(file);
+  Ring::release();
+  std::printf("fuzz_tables: %" PRIu64 " cases from %" PRIu64 ": %" PRIu64 " refused, %" PRIu64 " ended well, %" PRIu64
+              " with a fault of the file\n",
+              counts.cases, first, counts.refused, counts.well, counts.faults);
+  CHECK(seconds == 0 || (counts.refused > 0 && counts.well > 0));
+}
