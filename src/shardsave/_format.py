@@ -5,15 +5,16 @@ The safetensors format: eight bytes little-endian header length, JSON, data. Our
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from json.encoder import encode_basestring
+from typing import NoReturn
 
 from shardsave._dtypes import BY_NAME
+from shardsave._json import NotJSON, glimpse, parse_object
 from shardsave._plan import ALIGNMENT, Shard
 from shardsave.errors import CorruptCheckpointError
 
@@ -54,7 +55,7 @@ def encode_header(shard: Shard, sums: Sequence[int] | None = None) -> bytes:
     """
     digits = "".join(f"{value:016x}" for value in sums) if sums is not None else "0" * 16 * len(shard.tensors)
     parts = [f'"__metadata__":{{"format":"pt","{CHECKSUM_KEY}":"{digits}"}}']
-    quote = json.encoder.encode_basestring
+    quote = encode_basestring
     for tensor, begin in zip(shard.tensors, shard.begins):
         shape = ",".join(map(str, tensor.shape))
         end = begin + tensor.nbytes
@@ -69,12 +70,15 @@ def encode_header(shard: Shard, sums: Sequence[int] | None = None) -> bytes:
     return padded.to_bytes(8, "little") + text.ljust(padded)
 
 
-def read_header(fd: int, file_length: int, where: str) -> tuple[Header, bytes]:
-    """The header of the file behind ``fd``, checked, and its bytes. Allocates no more than the file is long."""
-    start = _pread(fd, 8, 0)
-    length = _header_length(start, file_length, where)
-    data = start + _pread(fd, length, 8)
-    return parse_header(data, file_length, where), data
+def read_header(fd: int, file_length: int, where: str) -> bytes:
+    """The bytes of the header of the file behind ``fd``, for `parse_header`. Allocates no more than the file is long."""
+    start = read_start(fd, 8)
+    return start + _pread(fd, _header_length(start, file_length, where), 8)
+
+
+def read_start(fd: int, length: int) -> bytes:
+    """The first ``length`` bytes of the file behind ``fd``, fewer where it is shorter."""
+    return _pread(fd, length, 0)
 
 
 def _pread(fd: int, length: int, offset: int) -> bytes:
@@ -93,7 +97,7 @@ def _header_length(start: bytes, file_length: int, where: str) -> int:
     if length > MAX_HEADER_BYTES:
         _bad(where, f"at most {MAX_HEADER_BYTES} bytes of header expected", f"it says {length}")
     if length > file_length - 8:
-        _bad(where, f"{length} bytes of header expected", f"the file has {file_length} bytes in all")
+        _bad(where, f"{length} bytes of header expected", f"the file has {file_length - 8} after its length")
     return length
 
 
@@ -104,17 +108,23 @@ def parse_header(data: bytes, file_length: int, where: str) -> Header:
     """
     length = _header_length(data, file_length, where)
     if len(data) != 8 + length:
-        _bad(where, f"{length} bytes of header expected", f"the file ends after {len(data) - 8}")
+        _bad(where, f"{length} bytes of header expected", f"{len(data) - 8} are there")
     if data[8:9] != b"{":
-        _bad(where, "JSON that begins with '{' expected", f"it begins with {data[8:9]!r}")
-    entries = _parse_json(data[8:], where)
+        _bad(where, "JSON that begins with '{' expected", f"it begins with {data[8:9]!r}" if length else "it is empty")
+    try:
+        entries = parse_object(data[8:])
+    except NotJSON as refusal:
+        _bad(where, refusal.wanted, refusal.found)
+    if data.rstrip(b" ")[-1:] != b"}":
+        _bad(where, "only spaces expected after the JSON", f"there is {data.rstrip(b' ')[-1:]!r}")
     metadata = _check_metadata(entries.pop("__metadata__", {}), where)
     tensors = sorted((_check_tensor(name, entry, where) for name, entry in entries.items()), key=_place)
     end = 0
     for tensor in tensors:
         if tensor.begin != end:
             kind = "overlap" if tensor.begin < end else "hole"
-            _bad(where, f"tensor {tensor.name!r} expected to begin at {end}", f"it begins at {tensor.begin} ({kind})")
+            what = f"tensor {glimpse(tensor.name)}"
+            _bad(where, f"{what} expected to begin at {end}", f"it begins at {tensor.begin} ({kind})")
         end = tensor.end
     if file_length - 8 - length != end:
         _bad(where, f"{end} bytes of data expected", f"the file has {file_length - 8 - length}")
@@ -125,84 +135,40 @@ def _place(tensor: HeaderTensor) -> tuple[int, int]:
     return tensor.begin, tensor.end
 
 
-def _parse_json(data: bytes, where: str) -> dict[str, Any]:
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        _bad(where, "UTF-8 expected", f"byte {error.start} is not")
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(pairs)
-        if len(made) != len(pairs):
-            seen: set[str] = set()
-            for key, _ in pairs:
-                if key in seen:
-                    _bad(where, "keys expected once", f"{key!r} stands twice")
-                seen.add(key)
-        return made
-
-    try:
-        entries = json.loads(text, object_pairs_hook=unique, parse_constant=_refuse_constant)
-    except RecursionError:
-        _bad(where, "JSON of three levels expected", "it is nested too deeply")
-    except ValueError as error:
-        _bad(where, "JSON expected", str(error))
-    if text.rstrip(" ")[-1:] != "}":
-        _bad(where, "spaces expected after the JSON", "something else follows")
-    if not isinstance(entries, dict):
-        _bad(where, "a JSON object expected", f"it is a {type(entries).__name__}")
-    return entries
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON value")
-
-
 def _check_metadata(metadata: object, where: str) -> dict[str, str]:
     if not isinstance(metadata, dict):
-        _bad(where, "__metadata__ expected to be an object", f"it is a {type(metadata).__name__}")
+        _bad(where, "__metadata__ expected to be an object", f"it is {glimpse(metadata)}")
     for key, value in metadata.items():
         if not isinstance(value, str):
-            _bad(where, f"__metadata__ entry {key!r} expected to be a string", f"it is a {type(value).__name__}")
+            _bad(where, f"__metadata__ entry {glimpse(key)} expected to be a string", f"it is {glimpse(value)}")
     return metadata
 
 
 def _check_tensor(name: str, entry: object, where: str) -> HeaderTensor:
-    what = f"tensor {name!r}"
+    what = f"tensor {glimpse(name)}"
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        found = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
-        _bad(where, f"{what} expected to have dtype, shape and data_offsets", f"it has {found}")
-    if not name.isascii():
-        _refuse_surrogates(name, where)
+        _bad(where, f"{what} expected to have dtype, shape and data_offsets", f"it is {glimpse(entry)}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     row = BY_NAME.get(dtype) if isinstance(dtype, str) else None
     if row is None:
-        _bad(where, f"{what} expected to have a known dtype", f"it has {dtype!r}")
+        _bad(where, f"{what} expected to have a known dtype", f"it has {glimpse(dtype)}")
     if type(shape) is not list or not all(type(size) is int and 0 <= size < 1 << 63 for size in shape):
-        _bad(where, f"{what} expected to have a shape of sizes below 2^63", f"it has {str(shape)[:80]}")
+        _bad(where, f"{what} expected to have a shape of sizes below 2^63", f"it has {glimpse(shape)}")
     if type(offsets) is not list or len(offsets) != 2 or not all(type(at) is int and 0 <= at < 1 << 63 for at in offsets):
-        _bad(where, f"{what} expected to have two data_offsets below 2^63", f"it has {str(offsets)[:80]}")
-    elements = 1
+        _bad(where, f"{what} expected to have two data_offsets below 2^63", f"it has {glimpse(offsets)}")
+    elements = strides = 1
     for size in shape:
         elements *= size
-        if elements >= 1 << 63:
-            _bad(where, f"{what} expected to have fewer than 2^63 elements", f"its shape is {str(shape)[:80]}")
+        strides *= size or 1  # torch counts the strides of an empty tensor as if its zeros were ones
+        if strides >= 1 << 63:
+            _bad(where, f"{what} expected to have fewer than 2^63 elements", f"its shape is {glimpse(shape)}")
     bits = elements * row.bits
-    if bits >= 1 << 64:
-        _bad(where, f"{what} expected to have fewer than 2^64 bits", f"its shape is {str(shape)[:80]}")
     if row.bits < 8 and (bits % 8 or not shape or shape[-1] % 2):
-        _bad(where, f"{what} of {dtype} expected to have an even last dimension", f"its shape is {str(shape)[:80]}")
+        _bad(where, f"{what} of {dtype} expected to have an even last dimension", f"its shape is {glimpse(shape)}")
     begin, end = offsets
     if end - begin != bits // 8:
-        _bad(where, f"{what} of {dtype} and shape {shape} expected to have {bits // 8} bytes", f"it has {end - begin}")
+        _bad(where, f"{what} of {dtype} and shape {glimpse(shape)} expected to have {bits // 8} bytes", f"it has {end - begin}")
     return HeaderTensor(sys.intern(name), dtype, tuple(shape), begin, end)
-
-
-def _refuse_surrogates(name: str, where: str) -> None:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        _bad(where, "names in Unicode expected", f"{name!r} has half of a surrogate pair")
 
 
 def _check_sums(metadata: Mapping[str, str], count: int, where: str) -> tuple[int, ...] | None:
@@ -210,10 +176,11 @@ def _check_sums(metadata: Mapping[str, str], count: int, where: str) -> tuple[in
     if digits is None:
         return None
     if len(digits) != 16 * count or not _HEX.fullmatch(digits):
-        _bad(where, f"{CHECKSUM_KEY} expected to have {count} × 16 lower-case hex digits", f"it has {len(digits)} characters")
+        found = f"it has {len(digits)} characters, {glimpse(digits)}"
+        _bad(where, f"{CHECKSUM_KEY} expected to have {count} × 16 lower-case hex digits", found)
     raw = bytes.fromhex(digits)
     return tuple(int.from_bytes(raw[at : at + 8], "big") for at in range(0, len(raw), 8))
 
 
 def _bad(where: str, wanted: str, found: str) -> NoReturn:
-    raise CorruptCheckpointError(f"corrupt {where}: header: {wanted}, {found}")
+    raise CorruptCheckpointError(f"corrupt {where}: header: {wanted}, {found}; nothing else was read from it")

@@ -10,10 +10,15 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from shardsave._crc64 import crc64
+from shardsave._format import MAX_HEADER_BYTES
+from shardsave._json import NotJSON, glimpse, parse_object
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError
 
 INDEX_NAME = "model.safetensors.index.json"
 LONE_NAME = "model.safetensors"
+
+#: An index larger than this is neither written nor read, in bytes (the Hub's own bound is 10 MB).
+MAX_INDEX_BYTES = 512_000_000
 
 #: The version of the record that we write. A reader goes by ``requires``, not by this number.
 VERSION = 1
@@ -22,10 +27,13 @@ VERSION = 1
 SUPPORTED_FEATURES: frozenset[str] = frozenset()
 
 #: Exactly the names that `shard_names` can make.
-SHARD_PATTERN = re.compile(r"model-(?:[0-9a-f]{8}-)?\d{5}-of-\d{5}\.safetensors")
+SHARD_PATTERN = re.compile(r"model-(?:[0-9a-f]{8}-)?[0-9]{5}-of-[0-9]{5}\.safetensors")
 
 _MAX_SHARDS = 99_999
+_MEMBERS = {"durable", "flags", "metadata", "shards", "supersedes", "ties"}
 _END = b'"}}\n'
+_CRC = re.compile(r"[0-9a-f]{16}")
+_NO_FILE_NAME = re.compile(r"[/\x00-\x1f\x7f]|\A\.{0,2}\Z")
 _FLAG_WORDS: dict[bool | None, str] = {True: "frozen", False: "trainable", None: "none"}
 
 
@@ -101,7 +109,12 @@ def encode_index(index: Index) -> bytes:
         allow_nan=False,
     )
     body = text[:-2].encode() + b', "crc64nvme": "'
-    return body + f"{crc64(body):016x}".encode() + _END
+    data = body + f"{crc64(body):016x}".encode() + _END
+    if len(data) > MAX_INDEX_BYTES:
+        raise ValueError(
+            f"{len(names)} names and the metadata need an index of {len(data)} bytes, at most {MAX_INDEX_BYTES} are read"
+        )
+    return data
 
 
 def _encode_flags(flags: Mapping[str, bool] | None, names: Iterable[str]) -> dict[str, Any] | None:
@@ -117,51 +130,36 @@ def _encode_flags(flags: Mapping[str, bool] | None, names: Iterable[str]) -> dic
 
 
 def parse_index(data: bytes, where: str) -> Index:
-    """Checks and reads an index. Raises CorruptCheckpointError, or IncompatibleCheckpointError for a feature unknown here."""
-    top = _parse_json(data, where)
+    """Checks and reads an index. Raises CorruptCheckpointError, or IncompatibleCheckpointError for a feature unknown here.
+
+    Every reason to refuse an index is in this function and those that it calls.
+    """
+    try:
+        top = parse_object(data)
+    except NotJSON as refusal:
+        _bad(where, refusal.wanted, refusal.found)
     weight_map = top.get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        _bad(where, "weight_map expected to map names to files", f"it is {_glimpse(weight_map)}")
-    for shard in set(weight_map.values()):
+    if not isinstance(weight_map, dict):
+        _bad(where, "weight_map expected to map names to files", f"it is {glimpse(weight_map)}")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str):
+            _bad(where, f"weight_map expected to map {glimpse(name)} to a file", f"it has {glimpse(shard)}")
+    for shard in dict.fromkeys(weight_map.values()):
         _check_file_name(shard, where)
     total = top["metadata"].get("total_size", 0) if isinstance(top.get("metadata"), dict) else 0
     if "shardsave" not in top:
         return Index(weight_map, total if type(total) is int else 0, None)
     _check_seal(data, top["shardsave"], where)
     if type(total) is not int or total < 0:
-        _bad(where, "total_size expected to be a number of bytes", f"it is {_glimpse(total)}")
+        _bad(where, "total_size expected to be a number of bytes", f"it is {glimpse(total)}")
     return Index(weight_map, total, _parse_record(top["shardsave"], weight_map, where))
-
-
-def _parse_json(data: bytes, where: str) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(pairs)
-        if len(made) != len(pairs):
-            twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-            _bad(where, "keys expected once", f"{twice!r} stands twice")
-        return made
-
-    def constant(name: str) -> NoReturn:
-        raise ValueError(f"{name} is no JSON value")
-
-    try:
-        top = json.loads(data.decode(), object_pairs_hook=unique, parse_constant=constant)
-    except RecursionError:
-        _bad(where, "JSON expected", "it is nested too deeply")
-    except UnicodeDecodeError as error:
-        _bad(where, "UTF-8 expected", f"byte {error.start} is not")
-    except ValueError as error:
-        _bad(where, "JSON expected", str(error))
-    if not isinstance(top, dict):
-        _bad(where, "a JSON object expected", f"it is a {type(top).__name__}")
-    return top
 
 
 def _check_seal(data: bytes, ours: object, where: str) -> None:
     """The last member of our record is the checksum of every byte before its digits; nothing but ``"}}`` follows."""
     digits = data[-len(_END) - 16 : -len(_END)]
     written = ours.get("crc64nvme") if isinstance(ours, dict) else None
-    if not data.endswith(_END) or not isinstance(written, str) or written.encode(errors="replace") != digits:
+    if not data.endswith(_END) or not isinstance(written, str) or written.encode() != digits:
         _bad(where, "the record's checksum expected at the very end", "it is not there; the file was cut or changed")
     computed = f"{crc64(data[: -len(_END) - 16]):016x}"
     if computed != written:
@@ -171,65 +169,82 @@ def _check_seal(data: bytes, ours: object, where: str) -> None:
 def _parse_record(ours: dict[str, Any], weight_map: Mapping[str, str], where: str) -> Record:
     requires = ours.get("requires")
     if not isinstance(requires, list) or not all(isinstance(feature, str) for feature in requires):
-        _bad(where, "requires expected to be a list of features", f"it is {_glimpse(requires)}")
+        _bad(where, "requires expected to be a list of features", f"it is {glimpse(requires)}")
     unknown = sorted(set(requires) - SUPPORTED_FEATURES)
     if unknown:
         raise IncompatibleCheckpointError(
-            f"cannot read {where}: it requires {', '.join(unknown)}, this version of shardsave knows "
-            f"{', '.join(sorted(SUPPORTED_FEATURES)) or 'no such feature'}; the checkpoint is intact, read it with a newer version"
+            f"cannot read {where}: this version of shardsave knows {', '.join(sorted(SUPPORTED_FEATURES)) or 'no feature'}, "
+            f"it requires {glimpse(unknown)}; the checkpoint is intact, read it with a newer version"
         )
-    ties, metadata = ours.get("ties"), ours.get("metadata")
-    if not isinstance(ties, dict) or not all(isinstance(stored, str) for stored in ties.values()):
-        _bad(where, "ties expected to map names to names", f"it is {_glimpse(ties)}")
-    for name, stored in ties.items():
-        if stored not in weight_map or name in weight_map:
-            _bad(where, f"tie {name!r} expected to lead to a stored tensor and not to be one", f"it leads to {stored!r}")
-    if not isinstance(metadata, dict):
-        _bad(where, "metadata expected to be an object", f"it is {_glimpse(metadata)}")
-    if type(ours.get("durable")) is not bool:
-        _bad(where, "durable expected to be true or false", f"it is {_glimpse(ours.get('durable'))}")
-    shards = _parse_shards(ours.get("shards"), where)
-    missing = sorted(set(weight_map.values()) - shards.keys())
+    missing = sorted(_MEMBERS - ours.keys())
     if missing:
-        _bad(where, f"a record of shard {missing[0]} expected", "there is none")
+        _bad(where, f"the record expected to have {', '.join(sorted(_MEMBERS))}", f"it lacks {', '.join(missing)}")
+    durable, metadata = ours["durable"], ours["metadata"]
+    if not isinstance(metadata, dict):
+        _bad(where, "metadata expected to be an object", f"it is {glimpse(metadata)}")
+    if not isinstance(durable, bool):
+        _bad(where, "durable expected to be true or false", f"it is {glimpse(durable)}")
+    ties = _parse_ties(ours["ties"], weight_map, where)
+    shards = _parse_shards(ours["shards"], where)
+    unrecorded = sorted(set(weight_map.values()) - shards.keys())
+    if unrecorded:
+        _bad(where, f"a record of shard {unrecorded[0]} expected", "there is none")
     return Record(
-        durable=ours["durable"],
-        flags=_parse_flags(ours.get("flags"), [*weight_map, *ties], where),
+        durable=durable,
+        flags=_parse_flags(ours["flags"], [*weight_map, *ties], where),
         ties=ties,
         metadata=metadata,
         shards=shards,
-        supersedes=_parse_superseded(ours.get("supersedes"), where),
+        supersedes=_parse_superseded(ours["supersedes"], where),
         writer=str(ours.get("writer", "")),
     )
 
 
+def _parse_ties(ties: object, weight_map: Mapping[str, str], where: str) -> dict[str, str]:
+    if not isinstance(ties, dict):
+        _bad(where, "ties expected to map names to names", f"it is {glimpse(ties)}")
+    for name, stored in ties.items():
+        if name in weight_map:
+            _bad(where, f"tie {glimpse(name)} expected not to be stored itself", "weight_map has it too")
+        if not isinstance(stored, str) or stored not in weight_map:
+            _bad(where, f"tie {glimpse(name)} expected to lead to a stored tensor", f"it leads to {glimpse(stored)}")
+    return ties
+
+
 def _parse_shards(shards: object, where: str) -> dict[str, ShardRecord]:
     if not isinstance(shards, dict):
-        _bad(where, "shards expected to be an object", f"it is {_glimpse(shards)}")
+        _bad(where, "shards expected to be an object", f"it is {glimpse(shards)}")
     parsed = {}
     for name, entry in shards.items():
         _check_file_name(name, where)
-        if type(entry) is not list or [type(part) for part in entry] != [int, int, str] or not _is_crc(entry[2]):
-            _bad(where, f"shard {name} expected to have length, header length and checksum", f"it has {_glimpse(entry)}")
-        parsed[name] = ShardRecord(entry[0], entry[1], int(entry[2], 16))
+        if type(entry) is not list or [type(part) for part in entry] != [int, int, str] or not _CRC.fullmatch(entry[2]):
+            _bad(where, f"shard {name} expected to have length, header length and checksum", f"it has {glimpse(entry)}")
+        length, header_length, digits = entry
+        if not 8 <= header_length <= min(length, MAX_HEADER_BYTES + 8):
+            _bad(where, f"shard {name} expected to have a header inside of it", f"it has {glimpse(entry)}")
+        parsed[name] = ShardRecord(length, header_length, int(digits, 16))
     return parsed
-
-
-def _is_crc(digits: str) -> bool:
-    return re.fullmatch(r"[0-9a-f]{16}", digits) is not None
 
 
 def _parse_flags(compact: object, names: Iterable[str], where: str) -> dict[str, bool] | None:
     if compact is None:
         return None
     meaning = {word: flag for flag, word in _FLAG_WORDS.items()}
-    if not isinstance(compact, dict) or compact.get("default") not in meaning:
-        _bad(where, "flags expected to have a default", f"it is {_glimpse(compact)}")
-    flags: dict[str, bool | None] = dict.fromkeys(names, meaning[compact["default"]])
+    default = compact.get("default") if isinstance(compact, dict) else None
+    if not isinstance(compact, dict) or not isinstance(default, str) or default not in meaning:
+        _bad(where, f"flags expected to have a default of {', '.join(meaning)}", f"they are {glimpse(compact)}")
+    flags: dict[str, bool | None] = dict.fromkeys(names, meaning[default])
+    given: set[str] = set()
     for word, flag in meaning.items():
-        for name in compact.get(word, ()):
+        listed = compact.get(word, [])
+        if not isinstance(listed, list):
+            _bad(where, f"a list of {word} names expected", f"it is {glimpse(listed)}")
+        for name in listed:
             if not isinstance(name, str) or name not in flags:
-                _bad(where, "flags expected to name tensors of the checkpoint", f"it names {_glimpse(name)}")
+                _bad(where, "flags expected to name tensors of the checkpoint", f"they name {glimpse(name)}")
+            if name in given:
+                _bad(where, "flags expected to name a tensor once", f"they name {glimpse(name)} twice")
+            given.add(name)
             flags[name] = flag
     return {name: flag for name, flag in flags.items() if flag is not None}
 
@@ -238,19 +253,15 @@ def _parse_superseded(value: object, where: str) -> Superseded | None:
     if value is None:
         return None
     if not isinstance(value, dict) or type(value.get("size")) is not int or type(value.get("mtime_ns")) is not int:
-        _bad(where, "supersedes expected to have size and mtime_ns", f"it is {_glimpse(value)}")
+        _bad(where, "supersedes expected to have size and mtime_ns", f"it is {glimpse(value)}")
     return Superseded(value["size"], value["mtime_ns"])
 
 
 def _check_file_name(name: str, where: str) -> None:
-    if not name or name in (".", "..") or "/" in name or "\0" in name:
-        _bad(where, "file names of one path component expected", f"it names {_glimpse(name)}")
-
-
-def _glimpse(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    """One path component, which a message can show and a file system can have."""
+    if _NO_FILE_NAME.search(name) or len(name.encode()) > 255:
+        _bad(where, "file names of one path component expected", f"it names {glimpse(name)}")
 
 
 def _bad(where: str, wanted: str, found: str) -> NoReturn:
-    raise CorruptCheckpointError(f"corrupt {where}: {wanted}, {found}")
+    raise CorruptCheckpointError(f"corrupt {where}: {wanted}, {found}; no shard was opened")
