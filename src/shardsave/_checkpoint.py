@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from shardsave._crc64 import crc64
-from shardsave._format import Header, read_header
-from shardsave._index import INDEX_NAME, LONE_NAME, Index, Record, parse_index
+from shardsave._format import Header, parse_header, read_header, read_start
+from shardsave._index import INDEX_NAME, LONE_NAME, MAX_INDEX_BYTES, Index, Record, parse_index
+from shardsave._json import glimpse
 from shardsave.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
@@ -24,9 +25,6 @@ from shardsave.errors import (
 
 #: How long a reader starts over while others keep replacing the checkpoint under it, in seconds.
 CHANGING_SECONDS = 30.0
-
-#: An index larger than this is refused unread, in bytes (the Hub's own bound is 10 MB).
-MAX_INDEX_BYTES = 512_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +43,13 @@ class Located:
 class Checkpoint:
     """A checkpoint held open. Its descriptors keep the bytes readable even when a save replaces the files meanwhile."""
 
-    def __init__(self, path: str, folder: str, index: Index | None) -> None:
+    def __init__(self, path: str, folder: str, index_name: str, index: Index | None) -> None:
         self.path = path
         self.index = index
         self.tensors: dict[str, Located] = {}
         self.shards: tuple[str, ...] = ()
         self._folder = folder
+        self._index_name = index_name
         self._open: dict[str, int] = {}
 
     @property
@@ -115,9 +114,10 @@ class Checkpoint:
         path = self.path_of(shard)
         descriptor = _open_regular(path, f"shard {shard}")
         if descriptor is None:
+            wanted = f"the index names {shard}" if self.index is not None else f"{shard} was expected"
+            found = "it is a link to nothing" if os.path.islink(path) else "there is no such file"
             raise CorruptCheckpointError(
-                f"corrupt checkpoint {self.path}: the index names {shard}, there is no such file; "
-                f"the checkpoint was copied or downloaded in part"
+                f"corrupt checkpoint {self.path}: {wanted}, {found}; the checkpoint was copied or downloaded in part"
             )
         try:
             return descriptor, self._checked_header(descriptor, shard)
@@ -129,29 +129,34 @@ class Checkpoint:
             raise
 
     def _checked_header(self, descriptor: int, shard: str) -> Header:
+        """The header of ``shard``; where the index has a record of it, not a byte is looked at before its checksum is right."""
         where = f"shard {shard}"
         length = os.fstat(descriptor).st_size
-        record = self.record.shards[shard] if self.record is not None else None
-        if record is not None and length != record.length:
-            raise CorruptCheckpointError(
-                f"corrupt {where}: the index says {record.length} bytes, the file has {length}; "
-                f"it was cut, half copied or changed after it was saved"
-            )
-        header, raw = read_header(descriptor, length, where)
-        if record is not None:
-            found = crc64(raw)
-            if len(raw) != record.header_length or found != record.header_crc:
+        if self.record is None:
+            header = parse_header(read_header(descriptor, length, where), length, where)
+            if self.index is not None and header.sums is not None:
                 raise CorruptCheckpointError(
-                    f"corrupt {where}: the index says a header of {record.header_length} bytes with checksum "
-                    f"{record.header_crc:016x}, the file has {len(raw)} bytes with {found:016x}; "
-                    f"the file was changed after it was saved, or belongs to another save"
+                    f"corrupt index {self._index_name}: a record of {shard} expected, which shardsave wrote, it has none; "
+                    f"one of the two was changed or replaced after it was saved"
                 )
-            if header.sums is None:
-                raise CorruptCheckpointError(f"corrupt {where}: its header has no checksums, though the index has our record")
-        elif self.index is not None and header.sums is not None:
+            return header
+        record = self.record.shards[shard]
+        if length != record.length:
+            fate = "it was cut, half copied or half downloaded" if length < record.length else "something was appended to it"
             raise CorruptCheckpointError(
-                f"corrupt index {INDEX_NAME}: {where} was written by shardsave, and the index has no record of that; "
-                f"one of them was changed after it was saved"
+                f"corrupt {where}: the index says {record.length} bytes, the file has {length}; {fate}, or belongs to another save"
+            )
+        raw = read_start(descriptor, record.header_length)
+        if (found := crc64(raw)) != record.header_crc:
+            raise CorruptCheckpointError(
+                f"corrupt {where}: the index says a header with checksum {record.header_crc:016x}, the file has {found:016x}; "
+                f"the file was changed after it was saved, or belongs to another save"
+            )
+        header = parse_header(raw, length, where)
+        if header.sums is None:
+            raise CorruptCheckpointError(
+                f"corrupt {where}: checksums of its tensors expected, as the index has a record of it, its header has none; "
+                f"the file was changed after it was saved"
             )
         return header
 
@@ -161,8 +166,8 @@ class Checkpoint:
             lacking, surplus = sorted(names - held), sorted(held - names)
             word, name = ("lacks", lacking[0]) if lacking else ("also has", surplus[0])
             raise CorruptCheckpointError(
-                f"corrupt shard {shard}: the index says {len(names)} tensors, the file {word} {name!r}; "
-                f"index and shard belong to different saves"
+                f"corrupt shard {shard}: the index says {len(names)} tensors, the file has {len(held)} and {word} "
+                f"{glimpse(name)}; index and shard belong to different saves"
             )
         sums = header.sums or [None] * len(header.tensors)
         for tensor, checksum in zip(header.tensors, sums):
@@ -187,11 +192,11 @@ def open_checkpoint(path: str | os.PathLike[str], wanted: Callable[[str], bool] 
     path = os.fspath(path)
     deadline = time.monotonic() + CHANGING_SECONDS
     while True:
-        folder, index_bytes, lone = _find(path)
+        found = _find(path)
         try:
-            return _open_found(path, folder, index_bytes, lone, wanted)
+            return _open_found(path, found, wanted)
         except (CheckpointNotFoundError, CorruptCheckpointError):
-            if not _changed(path, index_bytes):
+            if not _changed(path, found):
                 raise
             if time.monotonic() > deadline:
                 raise DirectoryBusyError(
@@ -200,18 +205,16 @@ def open_checkpoint(path: str | os.PathLike[str], wanted: Callable[[str], bool] 
                 ) from None
 
 
-def _open_found(
-    path: str, folder: str, index_bytes: bytes | None, lone: str | None, wanted: Callable[[str], bool] | None
-) -> Checkpoint:
-    index = parse_index(index_bytes, f"index {INDEX_NAME}") if index_bytes is not None else None
-    if index is not None and lone is not None:
-        _refuse_unless_superseded(folder, index.record, lone)
-    checkpoint = Checkpoint(path, folder, index)
+def _open_found(path: str, found: _Found, wanted: Callable[[str], bool] | None) -> Checkpoint:
+    index = parse_index(found.index_bytes, f"index {found.index_name}") if found.index_bytes is not None else None
+    if index is not None and found.lone is not None:
+        _refuse_unless_superseded(found.folder, index.record, found.lone)
+    checkpoint = Checkpoint(path, found.folder, found.index_name, index)
     try:
         if index is not None:
             checkpoint._admit(_shards_to_open(index, wanted))
-        elif lone is not None:
-            checkpoint._admit({lone: frozenset()})
+        elif found.lone is not None:
+            checkpoint._admit({found.lone: frozenset()})
     except BaseException:
         checkpoint.close()
         raise
@@ -230,40 +233,64 @@ def _shards_to_open(index: Index, wanted: Callable[[str], bool] | None) -> dict[
     return {shard: frozenset(names) for shard, names in named.items()}
 
 
-def _find(path: str) -> tuple[str, bytes | None, str | None]:
-    """The folder, the content of the index, and the name of a lone file, of what ``path`` names."""
+class _Found(NamedTuple):
+    """What a path leads to: an index, a lone file, or both."""
+
+    folder: str
+    index_name: str
+    index_bytes: bytes | None
+    lone: str | None
+
+
+def _find(path: str) -> _Found:
     try:
         is_folder = stat.S_ISDIR(os.stat(path).st_mode)
     except OSError as error:
         raise CheckpointNotFoundError(f"no checkpoint at {path}: {error.strerror}") from error
-    if not is_folder:
-        folder, name = os.path.split(path)
-        if name.endswith(".index.json"):
-            return folder or ".", _read_index(path), None
-        return folder or ".", None, name
-    index_bytes = _read_index(os.path.join(path, INDEX_NAME))
-    lone = LONE_NAME if os.path.lexists(os.path.join(path, LONE_NAME)) else None
+    folder, name = (path, INDEX_NAME) if is_folder else os.path.split(path)
+    if not is_folder and not name.endswith(".index.json"):
+        return _Found(folder or ".", INDEX_NAME, None, name)
+    index_bytes = _read_index(os.path.join(folder, name), name)
+    lone = LONE_NAME if is_folder and _is_there(os.path.join(path, LONE_NAME), even_broken=index_bytes is None) else None
     if index_bytes is None and lone is None:
-        raise CheckpointNotFoundError(f"no checkpoint at {path}: neither {INDEX_NAME} nor {LONE_NAME} is there{_hint(path)}")
-    return path, index_bytes, lone
+        raise CheckpointNotFoundError(f"no checkpoint at {path}: neither {name} nor {LONE_NAME} is there{_hint(folder)}")
+    return _Found(folder or ".", name, index_bytes, lone)
+
+
+def _is_there(path: str, even_broken: bool) -> bool:
+    """Whether ``path`` leads to something; a link to nothing counts when nothing else is there to be read."""
+    return os.path.lexists(path) if even_broken else os.path.exists(path)
 
 
 def _hint(folder: str) -> str:
-    others = sorted(name for name in os.listdir(folder) if name.endswith((".safetensors", ".safetensors.index.json")))
+    try:
+        listed = os.listdir(folder or ".")
+    except OSError:
+        return ""
+    others = sorted(name for name in listed if name.endswith((".safetensors", ".safetensors.index.json")))
     return f"; to read another file, give its path: {', '.join(others[:3])}" if others else ""
 
 
-def _read_index(path: str) -> bytes | None:
-    descriptor = _open_regular(path, f"index {os.path.basename(path)}")
+def _read_index(path: str, name: str) -> bytes | None:
+    descriptor = _open_regular(path, f"index {name}")
     if descriptor is None:
+        if os.path.islink(path):
+            raise CorruptCheckpointError(
+                f"corrupt index {name}: {path}: a regular file was expected, it is a link to nothing; "
+                f"the checkpoint was copied or downloaded in part"
+            )
         return None
     try:
-        length = os.fstat(descriptor).st_size
-        if length > MAX_INDEX_BYTES:
-            raise CorruptCheckpointError(f"corrupt index {path}: at most {MAX_INDEX_BYTES} bytes expected, it has {length}")
+        length, done = os.fstat(descriptor).st_size, 0
         parts = []
-        while part := os.read(descriptor, 1 << 20):
+        while length <= MAX_INDEX_BYTES and (part := os.read(descriptor, 1 << 20)):
             parts.append(part)
+            done += len(part)
+            length = max(length, done)  # some files say 0 and have no end
+        if length > MAX_INDEX_BYTES:
+            raise CorruptCheckpointError(
+                f"corrupt index {name}: at most {MAX_INDEX_BYTES} bytes expected, it has {length}; no shard was opened"
+            )
         return b"".join(parts)
     except OSError as error:
         raise _cannot_read(path, error) from error
@@ -271,15 +298,18 @@ def _read_index(path: str) -> bytes | None:
         os.close(descriptor)
 
 
-def _changed(path: str, seen: bytes | None) -> bool:
+def _changed(path: str, seen: _Found) -> bool:
     try:
-        return _find(path)[1] != seen
+        return _find(path).index_bytes != seen.index_bytes
     except CheckpointNotFoundError:
-        return seen is not None
+        return seen.index_bytes is not None
 
 
 def _refuse_unless_superseded(folder: str, record: Record | None, lone: str) -> None:
-    found = os.stat(os.path.join(folder, lone))
+    try:
+        found = os.stat(os.path.join(folder, lone))
+    except FileNotFoundError:
+        return  # just removed by the save that replaced it
     stale = record.supersedes if record is not None else None
     if stale is not None and (stale.size, stale.mtime_ns) == (found.st_size, found.st_mtime_ns):
         return
@@ -290,23 +320,34 @@ def _refuse_unless_superseded(folder: str, record: Record | None, lone: str) -> 
 
 
 def _open_regular(path: str, what: str) -> int | None:
-    """Opens a regular file for reading, through symbolic links, without waiting on a FIFO or a device; None if there is none."""
+    """Opens a regular file for reading, through symbolic links; None if there is none.
+
+    Nothing else is even opened: that alone can make a device act, or wake the writer of a FIFO.
+    """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        _refuse_unless_regular(os.stat(path).st_mode, path, what)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
             return None
-        if error.errno in (errno.ELOOP, errno.ENXIO, errno.ENAMETOOLONG):
-            raise CorruptCheckpointError(f"corrupt {what}: {path}: a regular file was expected: {error.strerror}") from error
+        if error.errno == errno.ELOOP:
+            raise CorruptCheckpointError(
+                f"corrupt {what}: {path}: a regular file was expected, it is a link that leads to itself; it was not read"
+            ) from error
         raise _cannot_read(path, error) from error
     try:
-        mode = os.fstat(descriptor).st_mode
-        if not stat.S_ISREG(mode):
-            raise CorruptCheckpointError(f"corrupt {what}: {path}: a regular file was expected, it is a {_kind(mode)}")
+        _refuse_unless_regular(os.fstat(descriptor).st_mode, path, what)  # it may have been replaced in between
     except BaseException:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def _refuse_unless_regular(mode: int, path: str, what: str) -> None:
+    if not stat.S_ISREG(mode):
+        raise CorruptCheckpointError(
+            f"corrupt {what}: {path}: a regular file was expected, it is a {_kind(mode)}; it was not read"
+        )
 
 
 def _cannot_read(path: str, error: OSError) -> ShardSaveError:
