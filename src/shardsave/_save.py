@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Union
@@ -17,11 +18,15 @@ from shardsave._crc64 import crc64
 from shardsave._dtypes import BY_TORCH, logical_shape
 from shardsave._format import encode_header
 from shardsave._index import Index, Record, ShardRecord, encode_index
+from shardsave._json import NotJSON, parse_object
 from shardsave._plan import ALIGNMENT, Extent, Shard, StoredTensor, blocks, pack
 from shardsave._progress import Progress, ProgressArgument
 from shardsave._reports import Phases, SaveReport
 from shardsave._state import Entry, Source, State, read_state
 from shardsave._version import __version__
+
+#: Far from what any JSON reader's own stack allows.
+_METADATA_LEVELS = 64
 
 _UNITS = {
     "": 1,
@@ -257,9 +262,19 @@ def _check_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
     if not isinstance(metadata, Mapping) or not all(isinstance(key, str) for key in metadata):
         raise TypeError("metadata must be a mapping with strings as keys")
     try:
-        text = json.dumps(dict(metadata), allow_nan=False, ensure_ascii=False)
-        text.encode()
+        made = parse_object(json.dumps(dict(metadata), allow_nan=False, ensure_ascii=False).encode())
+        depth = _depth(made)
+    except NotJSON as error:
+        raise TypeError(f"metadata must be JSON values that can be read back: {error.wanted}, {error.found}") from error
     except (TypeError, ValueError) as error:
         raise TypeError(f"metadata must be JSON values: {error}") from error
-    made: dict[str, Any] = json.loads(text)
+    except RecursionError:
+        depth = sys.maxsize
+    if depth > _METADATA_LEVELS:
+        raise TypeError(f"metadata must be nested at most {_METADATA_LEVELS} levels deep, or nobody could read it back")
     return made
+
+
+def _depth(value: object) -> int:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(_depth, inner), default=0)
