@@ -161,28 +161,6 @@ def test_header_is_a_pure_function_of_its_tensors(tmp_path: Path) -> None:
     assert first == (tmp_path / "two" / "model-00001-of-00001.safetensors").read_bytes()
 
 
-def test_every_flipped_byte_is_found(tmp_path: Path) -> None:
-    """Catches a byte that no checksum covers. One byte at a time; of long runs of padding, some."""
-    state = {"a.weight": torch.arange(40.0), "b": torch.arange(9).to(torch.int16)}
-    shardsave.save({**state, "p": nn.Parameter(torch.ones(3))}, tmp_path, max_shard_size=100, metadata={"note": "x"})
-    for path in sorted(tmp_path.iterdir()):
-        original = path.read_bytes()
-        padding = range(original.rfind(b"}") + 1, 4096)
-        for at in range(len(original)):
-            if path.name != INDEX and at in padding[:-2] and at % 97:
-                continue
-            flipped = bytearray(original)
-            flipped[at] ^= 1 << at % 8
-            path.write_bytes(flipped)
-            with pytest.raises(shardsave.ShardSaveError) as caught:
-                shardsave.load(tmp_path)
-            if path.name != INDEX and at >= 4096:
-                assert isinstance(caught.value, shardsave.CorruptCheckpointError)
-                assert "tensor '" in str(caught.value) and "has checksum" in str(caught.value)
-        path.write_bytes(original)
-    assert shardsave.load(tmp_path)["b"].tolist() == list(range(9))
-
-
 def test_damage_is_named(tmp_path: Path, small_model: nn.Module) -> None:
     """Catches a corrupt shard that is loaded, or a message that does not say which tensor, or what state the module is in."""
     shardsave.save(small_model, tmp_path)

@@ -95,7 +95,7 @@ def _header_length(start: bytes, file_length: int, where: str) -> int:
         _bad(where, "8 bytes of header length expected", f"the file ends after {len(start)}")
     length = int.from_bytes(start[:8], "little")
     if length > MAX_HEADER_BYTES:
-        _bad(where, f"at most {MAX_HEADER_BYTES} bytes of header expected", f"it says {length}")
+        _bad(where, f"at most {MAX_HEADER_BYTES} bytes of header expected", f"it says {length}, as no safetensors file does")
     if length > file_length - 8:
         _bad(where, f"{length} bytes of header expected", f"the file has {file_length - 8} after its length")
     return length

@@ -1,0 +1,277 @@
+"""Attacks on what lies in a directory: files cut, mixed up, missing, or no files at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+from making import (
+    FIRST,
+    INDEX,
+    KEY,
+    LONE,
+    SECOND,
+    Case,
+    crc,
+    edit_header,
+    edit_index,
+    entry,
+    foreign,
+    read_index,
+    replace_shard,
+    rewrite,
+    saved,
+    shard_bytes,
+)
+
+import shardsave
+
+Special = Callable[[Path], object]
+
+
+def fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def endless_device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def folder_there(path: Path) -> None:
+    path.mkdir()
+
+
+def link_to_nothing(path: Path) -> None:
+    path.symlink_to("gone")
+
+
+def link_to_itself(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+def unix_socket(path: Path) -> None:
+    home = os.getcwd()
+    os.chdir(path.parent)  # the name of a socket may not be long
+    try:
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(path.name)
+    finally:
+        os.chdir(home)
+
+
+def special(name: str, found: str, put: Special, where: str, kind: str) -> Case:
+    """Something that is no regular file under the name of a shard, of the index, or of a lone file."""
+
+    def make(folder: Path) -> None:
+        if where != LONE:
+            saved(folder)
+            (folder / where).unlink()
+        put(folder / where)
+
+    return Case(
+        name, f"corrupt {kind} {where}: $DIR/{where}: a regular file was expected, it is {found}; it was not read", make
+    )
+
+
+SPECIALS: list[tuple[str, str, Special]] = [
+    ("a FIFO", "a FIFO", fifo),
+    ("an endless device", "a character device", endless_device),
+    ("a directory", "a directory", folder_there),
+    ("a socket", "a socket", unix_socket),
+    ("a link to itself", "a link that leads to itself", link_to_itself),
+]
+
+
+def path_of_one(name: str, found: str, put: Special) -> Case:
+    """The path given is that of something that is no regular file."""
+
+    def make(folder: Path) -> Path:
+        put(folder / "one.safetensors")
+        return folder / "one.safetensors"
+
+    return Case(
+        name,
+        f"corrupt shard one.safetensors: $DIR/one.safetensors: a regular file was expected, it is {found}; it was not read",
+        make,
+    )
+
+
+def of_shard(name: str, found: str, damage: Callable[[Path], object], shard: str = FIRST) -> Case:
+    """A good checkpoint of ours, damaged."""
+
+    def make(folder: Path) -> None:
+        saved(folder)
+        damage(folder)
+
+    return Case(name, f"corrupt shard {shard}: {found}", make)
+
+
+def header_changed(name: str, checksum: str, damage: Callable[[Path], object]) -> Case:
+    """A header that is not the recorded one."""
+    return of_shard(
+        name,
+        f"the index says a header with checksum 71ace2c210f62bc9, the file has {checksum}; the file was changed after it was "
+        f"saved, or belongs to another save",
+        damage,
+    )
+
+
+def other_tensors(name: str, found: str, damage: Callable[[Path], object]) -> Case:
+    return of_shard(name, f"{found}; index and shard belong to different saves", damage)
+
+
+def others(name: str, message: str, damage: Callable[[Path], object]) -> Case:
+    """A sharded checkpoint as others write it, damaged."""
+
+    def make(folder: Path) -> None:
+        foreign(folder)
+        damage(folder)
+
+    return Case(name, message, make)
+
+
+def missing(name: str, found: str, make: Callable[[Path], Path | None]) -> Case:
+    return Case(name, found, make, shardsave.CheckpointNotFoundError)
+
+
+def flip_bits(path: Path, at: int, bits: int) -> None:
+    """In place: a file written anew would be flushed to the disk each time it is closed."""
+    with path.open("r+b", buffering=0) as file:
+        old = os.pread(file.fileno(), 1, at)[0]
+        os.pwrite(file.fileno(), bytes([old ^ bits]), at)
+
+
+def flip(path: Path, at: int) -> None:
+    flip_bits(path, at, 1)
+
+
+def grow(path: Path, by: int) -> None:
+    with path.open("ab") as file:
+        file.write(b"\0" * by)
+
+
+def cut(path: Path, by: int) -> None:
+    os.truncate(path, path.stat().st_size - by)
+
+
+def shard_of_another_save(folder: Path) -> None:
+    saved(folder / "other", seed=5)
+    rewrite(folder / FIRST, (folder / "other" / FIRST).read_bytes())
+
+
+def swap(folder: Path) -> None:
+    """The two shards, recorded under each other's name."""
+    first, second = (folder / FIRST).read_bytes(), (folder / SECOND).read_bytes()
+    replace_shard(folder, FIRST, second)
+    replace_shard(folder, SECOND, first)
+
+
+def without_our_record(folder: Path) -> None:
+    index = read_index(folder)
+    del index["shardsave"]
+    rewrite(folder / INDEX, json.dumps(index).encode())
+
+
+def without_our_key(folder: Path) -> None:
+    content = (folder / FIRST).read_bytes()
+    edit_header(folder, FIRST, KEY.encode(), b"another-key-64bits!!"[: len(KEY)].ljust(len(KEY), b"_"))
+    assert (folder / FIRST).read_bytes() != content
+
+
+def lone_of_another_save(folder: Path) -> None:
+    (folder / LONE).write_bytes(shard_bytes(f'{{"x":{entry()}}}', b"\0" * 4))
+
+
+def half_a_header(folder: Path) -> None:
+    content = (folder / FIRST).read_bytes()
+    edit_index(folder, lambda index: index["shardsave"]["shards"].update({FIRST: [len(content), 2048, crc(content[:2048])]}))
+
+
+def index_of_more_tensors(folder: Path) -> None:
+    edit_index(folder, lambda index: index["weight_map"].update({"new.weight": FIRST}))
+
+
+def index_of_fewer_tensors(folder: Path) -> None:
+    edit_index(folder, lambda index: (index["weight_map"].pop("base.bias"), index["shardsave"].update(flags=None)))
+
+
+def both_gone(folder: Path) -> Path:
+    folder.joinpath("config.json").write_text("{}")
+    folder.joinpath("other.safetensors").write_bytes(shard_bytes("{}"))
+    return folder
+
+
+PART = "the checkpoint was copied or downloaded in part"
+CUT = "it was cut, half copied or half downloaded, or belongs to another save"
+GROWN = "something was appended to it, or belongs to another save"
+
+FILES = [
+    *(special(f"shard is {word}", found, put, SECOND, "shard") for word, found, put in SPECIALS),
+    *(special(f"index is {word}", found, put, INDEX, "index") for word, found, put in SPECIALS),
+    *(special(f"lone file is {word}", found, put, LONE, "shard") for word, found, put in SPECIALS),
+    path_of_one("path of a FIFO", "a FIFO", fifo),
+    path_of_one("path of an endless device", "a character device", endless_device),
+    missing("path of nothing", "no checkpoint at $DIR/gone: No such file or directory", lambda folder: folder / "gone"),
+    missing("path below a file", "no checkpoint at $DIR/a.safetensors/x: Not a directory",
+            lambda folder: (foreign(folder), folder / "a.safetensors" / "x")[1]),
+    missing("path of a link to itself", "no checkpoint at $DIR/loop: Too many levels of symbolic links",
+            lambda folder: ((folder / "loop").symlink_to("loop"), folder / "loop")[1]),
+    missing("neither index nor lone file",
+            f"no checkpoint at $DIR: neither {INDEX} nor {LONE} is there; to read another file, give its path: other.safetensors",
+            both_gone),
+    Case("index is a link to nothing",
+         f"corrupt index {INDEX}: $DIR/{INDEX}: a regular file was expected, it is a link to nothing; {PART}",
+         lambda folder: (foreign(folder), (folder / INDEX).unlink(), link_to_nothing(folder / INDEX))[2]),
+    Case("lone file is a link to nothing", f"corrupt checkpoint $DIR: {LONE} was expected, it is a link to nothing; {PART}",
+         lambda folder: link_to_nothing(folder / LONE)),
+    others("shard is a link to nothing",
+           f"corrupt checkpoint $DIR: the index names b.safetensors, it is a link to nothing; {PART}",
+           lambda folder: ((folder / "b.safetensors").unlink(), link_to_nothing(folder / "b.safetensors"))),
+    others("shard of others missing", f"corrupt checkpoint $DIR: the index names b.safetensors, there is no such file; {PART}",
+           lambda folder: (folder / "b.safetensors").unlink()),
+    Case("half downloaded: a shard missing", f"corrupt checkpoint $DIR: the index names {SECOND}, there is no such file; {PART}",
+         lambda folder: (saved(folder), (folder / SECOND).unlink())[1]),
+    of_shard("half copied: a shard cut", f"the index says 4128 bytes, the file has 4116; {CUT}",
+             lambda folder: cut(folder / FIRST, 12)),
+    of_shard("shard cut in its header", f"the index says 4128 bytes, the file has 100; {CUT}",
+             lambda folder: os.truncate(folder / FIRST, 100)),
+    of_shard("shard emptied", f"the index says 4128 bytes, the file has 0; {CUT}", lambda folder: os.truncate(folder / FIRST, 0)),
+    of_shard("shard with bytes after its end", f"the index says 4128 bytes, the file has 4129; {GROWN}",
+             lambda folder: grow(folder / FIRST, 1)),
+    of_shard("shard grown to a terabyte", f"the index says 4128 bytes, the file has 1099511627776; {GROWN}",
+             lambda folder: os.truncate(folder / FIRST, 1 << 40)),
+    header_changed("shard of zeros, of the right length", "6482d367eb22b64e",
+                   lambda folder: (os.truncate(folder / FIRST, 0), os.truncate(folder / FIRST, 4128))),
+    header_changed("byte of a header flipped", "1b783d1008bb8802", lambda folder: flip(folder / FIRST, 200)),
+    header_changed("padding of a header flipped", "4d89bd9cacb76fea", lambda folder: flip(folder / FIRST, 4000)),
+    header_changed("shard of another save with the same layout", "65f1a75d93c3ffa7", shard_of_another_save),
+    of_shard("record of half a header",
+             "header: 4088 bytes of header expected, 2040 are there; nothing else was read from it", half_a_header),
+    other_tensors("two shards swapped, and recorded so", "the index says 2 tensors, the file has 2 and lacks 'base.bias'", swap),
+    other_tensors("name in the index and not in the shard", "the index says 3 tensors, the file has 2 and lacks 'new.weight'",
+                  index_of_more_tensors),
+    other_tensors("name in the shard and not in the index", "the index says 1 tensors, the file has 2 and also has 'base.bias'",
+                  index_of_fewer_tensors),
+    others("shards of others swapped",
+           "corrupt shard b.safetensors: the index says 1 tensors, the file has 1 and lacks 'y'; index and shard belong to different "
+           "saves",
+           lambda folder: rewrite(folder / "b.safetensors", (folder / "a.safetensors").read_bytes())),
+    others("shard of others is no safetensors file",
+           "corrupt shard b.safetensors: header: at most 100000000 bytes of header expected, it says 7165896747234052944, as no "
+           "safetensors file does; nothing else was read from it",
+           lambda folder: rewrite(folder / "b.safetensors", b"PK\3\4 archive of pickles")),
+    Case("our record stripped from the index",
+         f"corrupt index {INDEX}: a record of {FIRST} expected, which shardsave wrote, it has none; one of the two was changed or "
+         "replaced after it was saved",
+         lambda folder: (saved(folder), without_our_record(folder))[1]),
+    of_shard("our key stripped from a shard",
+             "checksums of its tensors expected, as the index has a record of it, its header has none; the file was changed after "
+             "it was saved", without_our_key),
+    Case("lone file of another save beside our index",
+         f"cannot tell which checkpoint is meant: $DIR: one of {INDEX} and {LONE} was expected, both are there, and the index does "
+         "not replace the file; give the path of the one to load, or remove the other",
+         lambda folder: (saved(folder), lone_of_another_save(folder))[1], shardsave.IncompatibleCheckpointError),
+]  # fmt: skip

@@ -1,0 +1,151 @@
+"""Method: a save into a directory that someone has prepared. It removes no file that is not a shard of the replaced checkpoint or
+of a dead save, follows no link, waits for nothing, and says what it left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from file_cases import SPECIALS
+from making import INDEX, LONE, edit_index, saved
+
+import shardsave
+from shardsave._commit import _host_id
+
+#: A shard's name that no index has, as a dead saver would have left it.
+ORPHAN = "model-deadbeef-00001-of-00009.safetensors"
+
+Names = Callable[[Path], object]
+
+
+def save(folder: Path) -> shardsave.SaveReport:
+    return shardsave.save({"new": torch.ones(3)}, folder, durable=False)
+
+
+@pytest.fixture
+def staging(tmp_path: Path) -> Path:
+    """The staging directory of a dead saver of this host, beside files that are not ours; one of them looks like a shard."""
+    saved(tmp_path / "ckpt")
+    for name in ("config.json", "model.bin", "optimizer.safetensors"):
+        (tmp_path / "ckpt" / name).write_text("keep")
+    (tmp_path / ORPHAN).write_text("keep")
+    (tmp_path / "ckpt" / ORPHAN).write_text("left by a dead save")
+    folder = tmp_path / "ckpt" / f".shardsave-{_host_id()}00000000"
+    folder.mkdir()
+    return folder
+
+
+HOSTILE = ["config.json", "model.bin", "optimizer.safetensors", INDEX, LONE, "", ".", "..", f"../{ORPHAN}", "/etc/passwd",
+           "a\0b", f"x/../{ORPHAN}", f"{ORPHAN}\n", ORPHAN.upper(), "model-00001-of-0000١.safetensors", "\ud800", 5,
+           None, [ORPHAN], {}]  # fmt: skip
+
+LISTS: list[tuple[str, bool, Names]] = [
+    ("names of others", False, lambda names: names.write_text(json.dumps(HOSTILE))),
+    ("names of others and a shard", True, lambda names: names.write_text(json.dumps([*HOSTILE, ORPHAN]))),
+    ("an object", False, lambda names: names.write_text(json.dumps({ORPHAN: ORPHAN}))),
+    ("one name", False, lambda names: names.write_text(json.dumps(ORPHAN))),
+    ("no JSON", False, lambda names: names.write_text("[" + json.dumps(ORPHAN))),
+    ("deep JSON", False, lambda names: names.write_text("[" * 100_000)),
+    ("a huge number", False, lambda names: names.write_text("[" + "9" * 10_000 + "]")),
+    ("bad UTF-8", False, lambda names: names.write_bytes(b'["\xff"]')),
+    ("a terabyte", False, lambda names: (names.touch(), os.truncate(names, 1 << 40))),
+    ("a link to a list elsewhere", False, lambda names: linked_list(names)),
+    *((f"{word}", False, put) for word, _, put in SPECIALS),
+]
+
+
+def linked_list(names: Path) -> None:
+    elsewhere = names.parent.parent.parent / "list"
+    elsewhere.write_text(json.dumps([ORPHAN]))
+    names.symlink_to(elsewhere)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("removed, put", [case[1:] for case in LISTS], ids=[case[0] for case in LISTS])
+def test_list_of_a_dead_saver(removed: bool, put: Names, staging: Path) -> None:
+    """Catches cleaning that removes what a list names, whatever that is, or that hangs or dies on a bad list."""
+    put(staging / "names")
+    folder = staging.parent
+    save(folder)
+    assert shardsave.load(folder)["new"].tolist() == [1, 1, 1]
+    assert all((folder / name).read_text() == "keep" for name in ("config.json", "model.bin", "optimizer.safetensors"))
+    assert (folder.parent / ORPHAN).read_text() == "keep" and (folder / ORPHAN).exists() != removed
+    assert (folder / INDEX).exists()
+
+
+def test_list_that_names_the_new_checkpoint(staging: Path) -> None:
+    """Catches cleaning that removes what the index now names."""
+    folder = staging.parent
+    named = sorted(name for name in os.listdir(folder) if name.startswith("model-0"))
+    (staging / "names").write_text(json.dumps([*named, "model-00001-of-00001.safetensors"]))
+    save(folder)
+    assert shardsave.verify(folder).verified and not staging.exists()
+    assert not any((folder / name).exists() for name in named)
+
+
+def test_staging_directory_that_is_a_link(staging: Path) -> None:
+    """Catches cleaning that goes through a link into another directory."""
+    folder, elsewhere = staging.parent, staging.parent.parent / "elsewhere"
+    staging.rmdir()
+    elsewhere.mkdir()
+    (elsewhere / "names").write_text(json.dumps([ORPHAN]))
+    (elsewhere / ORPHAN).write_text("keep")
+    staging.symlink_to(elsewhere)
+    report = save(folder)
+    assert report.leftovers == (staging.name,) and staging.is_symlink()
+    assert sorted(os.listdir(elsewhere)) == [ORPHAN, "names"] and (folder / ORPHAN).exists()
+
+
+def test_staging_directory_with_files_of_others(staging: Path) -> None:
+    """Catches cleaning that empties a directory because of its name, or follows links inside of it."""
+    folder = staging.parent
+    (staging / "notes.txt").write_text("keep")
+    (staging / ORPHAN).symlink_to(folder / "config.json")
+    report = save(folder)
+    assert report.leftovers == (staging.name,)
+    assert os.listdir(staging) == ["notes.txt"] and (folder / "config.json").read_text() == "keep"
+
+
+def test_staging_directory_that_is_a_file(staging: Path) -> None:
+    """Catches cleaning that removes a file because of its name."""
+    staging.rmdir()
+    staging.write_text("keep")
+    assert save(staging.parent).leftovers == (staging.name,) and staging.read_text() == "keep"
+
+
+def test_old_index_that_names_files_of_others(staging: Path) -> None:
+    """Catches cleaning on the word of an index of ours that names what no save has written, or a link."""
+    folder, record = staging.parent, [8, 8, "0" * 16]
+    (folder / "model-00007-of-00007.safetensors").symlink_to(folder / "model.bin")
+    names = ["config.json", "model.bin", "optimizer.safetensors", "model-00007-of-00007.safetensors", ORPHAN]
+    edit_index(folder, lambda index: index["shardsave"]["shards"].update(dict.fromkeys(names, record)))
+    save(folder)
+    assert all((folder / name).read_text() == "keep" for name in names[:3])
+    assert (folder / names[3]).is_symlink() and not (folder / ORPHAN).exists()
+
+
+def test_superseded_file_that_is_a_link(staging: Path) -> None:
+    """Catches cleaning that removes a link, or what it leads to, for a stale file."""
+    folder = staging.parent
+    (folder / "model.bin").rename(folder.parent / "elsewhere")
+    (folder / LONE).symlink_to(folder.parent / "elsewhere")
+    found = (folder / LONE).stat()
+    stale = {"size": found.st_size, "mtime_ns": found.st_mtime_ns}
+    edit_index(folder, lambda index: index["shardsave"].update(supersedes=stale))
+    save(folder)
+    assert (folder / LONE).is_symlink() and (folder.parent / "elsewhere").read_text() == "keep"
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("put", [put for _, _, put in SPECIALS], ids=[word for word, _, _ in SPECIALS])
+def test_index_that_is_no_file(put: Names, tmp_path: Path) -> None:
+    """Catches a save that hangs on what lies under the index's name, replaces it, or leaves a shard behind."""
+    put(tmp_path / INDEX)
+    with pytest.raises(shardsave.SaveNotCommittedError, match=r"nothing was committed, there was no checkpoint before$"):
+        save(tmp_path)
+    assert os.listdir(tmp_path) == [INDEX]

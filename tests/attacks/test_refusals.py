@@ -1,0 +1,73 @@
+"""Method: the lines on which the readers refuse something are found in their source, and the corpus is run with a trace that sees
+which of them are reached. A refusal that no attack reaches is one that nobody has tried.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+from test_attacks import CASES
+
+import shardsave
+from shardsave import _checkpoint, _format, _index, _json
+
+READERS = {str(module.__file__): Path(str(module.__file__)) for module in (_json, _format, _index, _checkpoint)}
+
+#: Not about bad files: what writes, and what a failing disk or another process makes.
+OF_WRITERS = {"encode_header", "encode_index", "shard_names"}
+BY_OTHERS = ("_cannot_read", "DirectoryBusyError")
+
+
+def refusals(path: Path) -> dict[int, str]:
+    """Line → source of every statement that raises, or calls what does."""
+    text = path.read_text()
+    tree = ast.parse(text)
+    writers = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name in OF_WRITERS]
+    skipped = {inner for writer in writers for inner in ast.walk(writer)}
+    found = {}
+    for node in ast.walk(tree):
+        raises = isinstance(node, ast.Raise) and node.exc is not None
+        calls = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "_bad"
+        source = ast.unparse(node) if raises or calls else ""
+        if source and node not in skipped and not any(word in source for word in BY_OTHERS):
+            found[node.lineno] = source
+    return found
+
+
+def test_every_refusal_is_attacked(tmp_path: Path) -> None:
+    """Catches a refusal that was added without an attack, and one that nothing can reach."""
+    reached: dict[str, set[int]] = {name: set() for name in READERS}
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        lines = reached.get(frame.f_code.co_filename)
+        if lines is None:
+            return None
+        if event == "line":
+            lines.add(frame.f_lineno)
+        return trace
+
+    before = sys.gettrace()
+    for number, case in enumerate(CASES):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        path = case.make(folder) or folder
+        sys.settrace(trace)
+        try:
+            with pytest.raises(shardsave.ShardSaveError):
+                shardsave.inspect(path)
+        finally:
+            sys.settrace(before)
+    expected = {name: refusals(path) for name, path in READERS.items()}
+    assert sum(map(len, expected.values())) > 50
+    missed = [
+        f"{Path(name).name}:{line}: {source}"
+        for name, lines in expected.items()
+        for line, source in lines.items()
+        if line not in reached[name]
+    ]
+    assert not missed, "\n".join(["no attack reaches", *missed])
