@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import stat
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 from shardsave._crc64 import crc64
+from shardsave._find import Found, cannot_read, find, open_regular
 from shardsave._format import Header, parse_header, read_header, read_start
-from shardsave._index import INDEX_NAME, LONE_NAME, MAX_INDEX_BYTES, Index, Record, parse_index
+from shardsave._index import INDEX_NAME, LONE_NAME, Index, Record, parse_index
 from shardsave._json import glimpse
 from shardsave.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
     DirectoryBusyError,
     IncompatibleCheckpointError,
-    ShardSaveError,
 )
 
 #: How long a reader starts over while others keep replacing the checkpoint under it, in seconds.
@@ -112,7 +110,7 @@ class Checkpoint:
 
     def _open_shard(self, shard: str) -> tuple[int, Header]:
         path = self.path_of(shard)
-        descriptor = _open_regular(path, f"shard {shard}")
+        descriptor = open_regular(path, f"shard {shard}")
         if descriptor is None:
             wanted = f"the index names {shard}" if self.index is not None else f"{shard} was expected"
             found = "it is a link to nothing" if os.path.islink(path) else "there is no such file"
@@ -123,7 +121,7 @@ class Checkpoint:
             return descriptor, self._checked_header(descriptor, shard)
         except OSError as error:
             os.close(descriptor)
-            raise _cannot_read(path, error) from error
+            raise cannot_read(path, error) from error
         except BaseException:
             os.close(descriptor)
             raise
@@ -163,12 +161,13 @@ class Checkpoint:
     def _note_tensors(self, shard: str, header: Header, names: frozenset[str]) -> None:
         held = {tensor.name for tensor in header.tensors}
         if self.index is not None and held != names:
-            lacking, surplus = sorted(names - held), sorted(held - names)
-            word, name = ("lacks", lacking[0]) if lacking else ("also has", surplus[0])
-            raise CorruptCheckpointError(
-                f"corrupt shard {shard}: the index says {len(names)} tensors, the file has {len(held)} and {word} "
-                f"{glimpse(name)}; index and shard belong to different saves"
+            lacking, surplus = names - held, held - names
+            found = (
+                f"the index says that it holds {glimpse(min(lacking))}, it does not"
+                if lacking
+                else f"the index does not say that it holds {glimpse(min(surplus))}, it does"
             )
+            raise CorruptCheckpointError(f"corrupt shard {shard}: {found}; index and shard belong to different saves")
         sums = header.sums or [None] * len(header.tensors)
         for tensor, checksum in zip(header.tensors, sums):
             self.tensors[tensor.name] = Located(
@@ -192,7 +191,7 @@ def open_checkpoint(path: str | os.PathLike[str], wanted: Callable[[str], bool] 
     path = os.fspath(path)
     deadline = time.monotonic() + CHANGING_SECONDS
     while True:
-        found = _find(path)
+        found = find(path)
         try:
             return _open_found(path, found, wanted)
         except (CheckpointNotFoundError, CorruptCheckpointError):
@@ -205,7 +204,7 @@ def open_checkpoint(path: str | os.PathLike[str], wanted: Callable[[str], bool] 
                 ) from None
 
 
-def _open_found(path: str, found: _Found, wanted: Callable[[str], bool] | None) -> Checkpoint:
+def _open_found(path: str, found: Found, wanted: Callable[[str], bool] | None) -> Checkpoint:
     index = parse_index(found.index_bytes, f"index {found.index_name}") if found.index_bytes is not None else None
     if index is not None and found.lone is not None:
         _refuse_unless_superseded(found.folder, index.record, found.lone)
@@ -233,74 +232,9 @@ def _shards_to_open(index: Index, wanted: Callable[[str], bool] | None) -> dict[
     return {shard: frozenset(names) for shard, names in named.items()}
 
 
-class _Found(NamedTuple):
-    """What a path leads to: an index, a lone file, or both."""
-
-    folder: str
-    index_name: str
-    index_bytes: bytes | None
-    lone: str | None
-
-
-def _find(path: str) -> _Found:
+def _changed(path: str, seen: Found) -> bool:
     try:
-        is_folder = stat.S_ISDIR(os.stat(path).st_mode)
-    except OSError as error:
-        raise CheckpointNotFoundError(f"no checkpoint at {path}: {error.strerror}") from error
-    folder, name = (path, INDEX_NAME) if is_folder else os.path.split(path)
-    if not is_folder and not name.endswith(".index.json"):
-        return _Found(folder or ".", INDEX_NAME, None, name)
-    index_bytes = _read_index(os.path.join(folder, name), name)
-    lone = LONE_NAME if is_folder and _is_there(os.path.join(path, LONE_NAME), even_broken=index_bytes is None) else None
-    if index_bytes is None and lone is None:
-        raise CheckpointNotFoundError(f"no checkpoint at {path}: neither {name} nor {LONE_NAME} is there{_hint(folder)}")
-    return _Found(folder or ".", name, index_bytes, lone)
-
-
-def _is_there(path: str, even_broken: bool) -> bool:
-    """Whether ``path`` leads to something; a link to nothing counts when nothing else is there to be read."""
-    return os.path.lexists(path) if even_broken else os.path.exists(path)
-
-
-def _hint(folder: str) -> str:
-    try:
-        listed = os.listdir(folder or ".")
-    except OSError:
-        return ""
-    others = sorted(name for name in listed if name.endswith((".safetensors", ".safetensors.index.json")))
-    return f"; to read another file, give its path: {', '.join(others[:3])}" if others else ""
-
-
-def _read_index(path: str, name: str) -> bytes | None:
-    descriptor = _open_regular(path, f"index {name}")
-    if descriptor is None:
-        if os.path.islink(path):
-            raise CorruptCheckpointError(
-                f"corrupt index {name}: {path}: a regular file was expected, it is a link to nothing; "
-                f"the checkpoint was copied or downloaded in part"
-            )
-        return None
-    try:
-        length, done = os.fstat(descriptor).st_size, 0
-        parts = []
-        while length <= MAX_INDEX_BYTES and (part := os.read(descriptor, 1 << 20)):
-            parts.append(part)
-            done += len(part)
-            length = max(length, done)  # some files say 0 and have no end
-        if length > MAX_INDEX_BYTES:
-            raise CorruptCheckpointError(
-                f"corrupt index {name}: at most {MAX_INDEX_BYTES} bytes expected, it has {length}; no shard was opened"
-            )
-        return b"".join(parts)
-    except OSError as error:
-        raise _cannot_read(path, error) from error
-    finally:
-        os.close(descriptor)
-
-
-def _changed(path: str, seen: _Found) -> bool:
-    try:
-        return _find(path).index_bytes != seen.index_bytes
+        return find(path).index_bytes != seen.index_bytes
     except CheckpointNotFoundError:
         return seen.index_bytes is not None
 
@@ -317,52 +251,6 @@ def _refuse_unless_superseded(folder: str, record: Record | None, lone: str) -> 
         f"cannot tell which checkpoint is meant: {folder}: one of {INDEX_NAME} and {LONE_NAME} was expected, both are there, "
         f"and the index does not replace the file; give the path of the one to load, or remove the other"
     )
-
-
-def _open_regular(path: str, what: str) -> int | None:
-    """Opens a regular file for reading, through symbolic links; None if there is none.
-
-    Nothing else is even opened: that alone can make a device act, or wake the writer of a FIFO.
-    """
-    try:
-        _refuse_unless_regular(os.stat(path).st_mode, path, what)
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR):
-            return None
-        if error.errno == errno.ELOOP:
-            raise CorruptCheckpointError(
-                f"corrupt {what}: {path}: a regular file was expected, it is a link that leads to itself; it was not read"
-            ) from error
-        raise _cannot_read(path, error) from error
-    try:
-        _refuse_unless_regular(os.fstat(descriptor).st_mode, path, what)  # it may have been replaced in between
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-def _refuse_unless_regular(mode: int, path: str, what: str) -> None:
-    if not stat.S_ISREG(mode):
-        raise CorruptCheckpointError(
-            f"corrupt {what}: {path}: a regular file was expected, it is a {_kind(mode)}; it was not read"
-        )
-
-
-def _cannot_read(path: str, error: OSError) -> ShardSaveError:
-    return ShardSaveError(f"cannot read {path}: {error.strerror}; the files on disk are as they were")
-
-
-def _kind(mode: int) -> str:
-    kinds = {
-        stat.S_IFDIR: "directory",
-        stat.S_IFIFO: "FIFO",
-        stat.S_IFCHR: "character device",
-        stat.S_IFBLK: "block device",
-        stat.S_IFSOCK: "socket",
-    }
-    return kinds.get(stat.S_IFMT(mode), "special file")
 
 
 def descriptor_allowance() -> int:

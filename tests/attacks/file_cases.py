@@ -250,13 +250,13 @@ FILES = [
     header_changed("shard of another save with the same layout", "65f1a75d93c3ffa7", shard_of_another_save),
     of_shard("record of half a header",
              "header: 4088 bytes of header expected, 2040 are there; nothing else was read from it", half_a_header),
-    other_tensors("two shards swapped, and recorded so", "the index says 2 tensors, the file has 2 and lacks 'base.bias'", swap),
-    other_tensors("name in the index and not in the shard", "the index says 3 tensors, the file has 2 and lacks 'new.weight'",
+    other_tensors("two shards swapped, and recorded so", "the index says that it holds 'base.bias', it does not", swap),
+    other_tensors("name in the index and not in the shard", "the index says that it holds 'new.weight', it does not",
                   index_of_more_tensors),
-    other_tensors("name in the shard and not in the index", "the index says 1 tensors, the file has 2 and also has 'base.bias'",
+    other_tensors("name in the shard and not in the index", "the index does not say that it holds 'base.bias', it does",
                   index_of_fewer_tensors),
     others("shards of others swapped",
-           "corrupt shard b.safetensors: the index says 1 tensors, the file has 1 and lacks 'y'; index and shard belong to different "
+           "corrupt shard b.safetensors: the index says that it holds 'y', it does not; index and shard belong to different "
            "saves",
            lambda folder: rewrite(folder / "b.safetensors", (folder / "a.safetensors").read_bytes())),
     others("shard of others is no safetensors file",

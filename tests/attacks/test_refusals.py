@@ -14,13 +14,13 @@ import pytest
 from test_attacks import CASES
 
 import shardsave
-from shardsave import _checkpoint, _format, _index, _json
+from shardsave import _checkpoint, _find, _format, _index, _json
 
-READERS = {str(module.__file__): Path(str(module.__file__)) for module in (_json, _format, _index, _checkpoint)}
+READERS = {str(module.__file__): Path(str(module.__file__)) for module in (_json, _format, _index, _find, _checkpoint)}
 
 #: Not about bad files: what writes, and what a failing disk or another process makes.
 OF_WRITERS = {"encode_header", "encode_index", "shard_names"}
-BY_OTHERS = ("_cannot_read", "DirectoryBusyError")
+BY_OTHERS = ("cannot_read", "DirectoryBusyError")
 
 
 def refusals(path: Path) -> dict[int, str]:

@@ -1,0 +1,124 @@
+"""From a path to the files that lie there: an index, a lone file, or both. Only regular files are ever opened."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from typing import NamedTuple
+
+from shardsave._index import INDEX_NAME, LONE_NAME, MAX_INDEX_BYTES
+from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, ShardSaveError
+
+
+class Found(NamedTuple):
+    """What a path leads to: an index, a lone file, or both."""
+
+    folder: str
+    index_name: str
+    index_bytes: bytes | None
+    lone: str | None
+
+
+def find(path: str) -> Found:
+    """What lies at ``path``, a directory, an index or one file. Raises CheckpointNotFoundError, CorruptCheckpointError."""
+    try:
+        is_folder = stat.S_ISDIR(os.stat(path).st_mode)
+    except OSError as error:
+        raise CheckpointNotFoundError(f"no checkpoint at {path}: {error.strerror}") from error
+    folder, name = (path, INDEX_NAME) if is_folder else os.path.split(path)
+    if not is_folder and not name.endswith(".index.json"):
+        return Found(folder or ".", INDEX_NAME, None, name)
+    index_bytes = _read_index(os.path.join(folder, name), name)
+    lone = LONE_NAME if is_folder and _is_there(os.path.join(path, LONE_NAME), even_broken=index_bytes is None) else None
+    if index_bytes is None and lone is None:
+        raise CheckpointNotFoundError(f"no checkpoint at {path}: neither {name} nor {LONE_NAME} is there{_hint(folder)}")
+    return Found(folder or ".", name, index_bytes, lone)
+
+
+def _is_there(path: str, even_broken: bool) -> bool:
+    """Whether ``path`` leads to something; a link to nothing counts when nothing else is there to be read."""
+    return os.path.lexists(path) if even_broken else os.path.exists(path)
+
+
+def _hint(folder: str) -> str:
+    try:
+        listed = os.listdir(folder or ".")
+    except OSError:
+        return ""
+    others = sorted(name for name in listed if name.endswith((".safetensors", ".safetensors.index.json")))
+    return f"; to read another file, give its path: {', '.join(others[:3])}" if others else ""
+
+
+def _read_index(path: str, name: str) -> bytes | None:
+    descriptor = open_regular(path, f"index {name}")
+    if descriptor is None:
+        if os.path.islink(path):
+            raise CorruptCheckpointError(
+                f"corrupt index {name}: {path}: a regular file was expected, it is a link to nothing; "
+                f"the checkpoint was copied or downloaded in part"
+            )
+        return None
+    try:
+        length, done = os.fstat(descriptor).st_size, 0
+        parts = []
+        while length <= MAX_INDEX_BYTES and (part := os.read(descriptor, 1 << 20)):
+            parts.append(part)
+            done += len(part)
+            length = max(length, done)  # some files say 0 and have no end
+        if length > MAX_INDEX_BYTES:
+            raise CorruptCheckpointError(
+                f"corrupt index {name}: at most {MAX_INDEX_BYTES} bytes expected, it has {length}; no shard was opened"
+            )
+        return b"".join(parts)
+    except OSError as error:
+        raise cannot_read(path, error) from error
+    finally:
+        os.close(descriptor)
+
+
+def open_regular(path: str, what: str) -> int | None:
+    """Opens a regular file for reading, through symbolic links; None if there is none.
+
+    Nothing else is even opened: that alone can make a device act, or wake the writer of a FIFO.
+    """
+    try:
+        _refuse_unless_regular(os.stat(path).st_mode, path, what)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            return None
+        if error.errno == errno.ELOOP:
+            raise CorruptCheckpointError(
+                f"corrupt {what}: {path}: a regular file was expected, it is a link that leads to itself; it was not read"
+            ) from error
+        raise cannot_read(path, error) from error
+    try:
+        _refuse_unless_regular(os.fstat(descriptor).st_mode, path, what)  # it may have been replaced in between
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _refuse_unless_regular(mode: int, path: str, what: str) -> None:
+    if not stat.S_ISREG(mode):
+        raise CorruptCheckpointError(
+            f"corrupt {what}: {path}: a regular file was expected, it is a {_kind(mode)}; it was not read"
+        )
+
+
+def cannot_read(path: str, error: OSError) -> ShardSaveError:
+    """The error for a call that failed on a file which is there."""
+    return ShardSaveError(f"cannot read {path}: {error.strerror}; the files on disk are as they were")
+
+
+def _kind(mode: int) -> str:
+    kinds = {
+        stat.S_IFDIR: "directory",
+        stat.S_IFIFO: "FIFO",
+        stat.S_IFCHR: "character device",
+        stat.S_IFBLK: "block device",
+        stat.S_IFSOCK: "socket",
+    }
+    return kinds.get(stat.S_IFMT(mode), "special file")
