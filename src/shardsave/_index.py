@@ -112,7 +112,8 @@ def encode_index(index: Index) -> bytes:
     data = body + f"{crc64(body):016x}".encode() + _END
     if len(data) > MAX_INDEX_BYTES:
         raise ValueError(
-            f"{len(names)} names and the metadata need an index of {len(data)} bytes, at most {MAX_INDEX_BYTES} are read"
+            f"{len(names)} names and the metadata need an index of {len(data)} bytes, at most {MAX_INDEX_BYTES} "
+            f"would be read again; nothing was committed"
         )
     return data
 

@@ -8,8 +8,8 @@ import re
 import reprlib
 from typing import Any, NoReturn
 
-#: The longest whole number that is read, in digits: what every Python converts, whatever limit it was given.
-MAX_DIGITS = 640
+#: The longest whole number that is read, in digits: what other readers, with a double for it, take too.
+MAX_DIGITS = 308
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -69,8 +69,9 @@ def _constant(name: str) -> NoReturn:
 def _integer(digits: str) -> float:
     if digits == "-0":
         return -0.0  # as serde_json reads it: no size and no offset
-    if len(digits) > MAX_DIGITS:
-        raise NotJSON(f"numbers of at most {MAX_DIGITS} digits expected", f"one has {len(digits)}")
+    length = len(digits.lstrip("-"))
+    if length > MAX_DIGITS:
+        raise NotJSON(f"numbers of at most {MAX_DIGITS} digits expected", f"one has {length}")
     return int(digits)
 
 

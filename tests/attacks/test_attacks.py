@@ -5,6 +5,7 @@ the table says, soon, without asking for the memory that its numbers speak of, a
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import resource
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import pytest
 from file_cases import FILES
 from header_cases import HEADERS
 from index_cases import INDEXES
-from making import Case, Net
+from making import LONE, Case, Net
 
 import shardsave
 from conftest import same_bits
@@ -22,7 +23,7 @@ from conftest import same_bits
 CASES = [*HEADERS, *INDEXES, *FILES]
 
 #: What a refusal may ask for, in bytes: the largest header, and room to parse it.
-MEMORY = 512 << 20
+MEMORY = 320 << 20
 
 
 def load_model(path: Path) -> None:
@@ -71,8 +72,9 @@ def test_refused(case: Case, tmp_path: Path) -> None:
     """Catches a bad file that is loaded, a message that helps nobody, an error of Python's own, a hang, and memory asked for on
     the word of a file."""
     path = case.make(tmp_path) or tmp_path
+    paths = [path, path / LONE] if case in HEADERS else [path]
     descriptors = len(os.listdir("/proc/self/fd"))
-    for verb in VERBS:
+    for verb, path in itertools.product(VERBS, paths):
         with bounded_memory(), pytest.raises(shardsave.ShardSaveError) as caught:
             verb(path)
         assert str(caught.value) == case.message.replace("$DIR", str(tmp_path))

@@ -1,0 +1,63 @@
+"""Method: what `save` is given that no load could read back. It refuses before the commit, whatever JSON itself would take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from making import Net, saved
+
+import shardsave
+from shardsave import _index
+
+
+def nested(levels: int) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    for _ in range(levels - 1):
+        made = {"a": made}
+    return made
+
+
+CIRCLE: dict[str, Any] = {}
+CIRCLE["a"] = CIRCLE
+
+JSON = "metadata must be JSON values that can be read back: "
+METADATA: list[tuple[str, str, Mapping[str, Any]]] = [
+    ("deep", "metadata must be nested at most 64 levels deep, or nobody could read it back", nested(65)),
+    ("very deep", "metadata must be nested at most 64 levels deep, or nobody could read it back", nested(100_000)),
+    ("circular", "metadata must be JSON values: Circular reference detected", CIRCLE),
+    ("key twice", f"{JSON}keys expected once, '1' stands twice", {"a": {1: "x", "1": "y"}}),
+    ("long number", f"{JSON}numbers of at most 308 digits expected, one has 309", {"a": 10**308}),
+    ("half of a surrogate pair", "metadata must be JSON values: 'utf-8' codec can't encode character '\\ud800' in position 7: "
+     "surrogates not allowed", {"a": "\ud800"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("message, metadata", [case[1:] for case in METADATA], ids=[case[0] for case in METADATA])
+def test_metadata(message: str, metadata: Mapping[str, Any], tmp_path: Path) -> None:
+    """Catches a checkpoint that is saved and is then corrupt for every reader."""
+    with pytest.raises(TypeError) as caught:
+        shardsave.save({"x": torch.ones(1)}, tmp_path / "ckpt", metadata=metadata)
+    assert str(caught.value) == message and not (tmp_path / "ckpt").exists()
+
+
+def test_metadata_at_the_bounds(tmp_path: Path) -> None:
+    """Catches a bound that refuses what can be read."""
+    metadata = {"deep": nested(63), "long": [10**307, -(10**307)], "float": 1.7e308, "é\U0001f600": None}
+    shardsave.save({"x": torch.ones(1)}, tmp_path, metadata=metadata)
+    assert shardsave.inspect(tmp_path).metadata == metadata
+
+
+def test_index_over_the_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an index that is committed although it is too large to be read again. The bound is lowered: half a gigabyte is slow."""
+    saved(tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    monkeypatch.setattr(_index, "MAX_INDEX_BYTES", 1000)
+    words = r"^5 names and the metadata need an index of \d+ bytes, at most 1000 would be read again; nothing was committed$"
+    with pytest.raises(ValueError, match=words):
+        shardsave.save(Net(seed=1), tmp_path, metadata={"note": "x" * 1000})
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert shardsave.load(tmp_path)["base.weight"].tolist() == [[0, 1, 2], [3, 4, 5]]
