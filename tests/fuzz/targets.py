@@ -1,0 +1,182 @@
+"""What a fuzzer hands its bytes to: our parsers, which may only accept or refuse with an error of our own, and beside them
+safetensors' own reader. Whatever that refuses, ours must refuse; what both accept must be the same.
+
+The native parser of tables has a fuzzer of its own, ``fuzz_tables.cpp``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+
+import safetensors
+import torch
+
+import shardsave
+from shardsave._crc64 import crc64
+from shardsave._format import CHECKSUM_KEY, parse_header, read_header
+from shardsave._index import Index, encode_index, parse_index
+
+Tensors = dict[str, tuple[str, list[int], bytes]]
+
+#: The most data that is put behind a header whose offsets ask for it.
+DATA_BYTES = 4096
+
+#: Where ours is the stricter reader, and why that is well.
+STRICTER = (
+    "keys expected once",  # which of the two is meant?
+    "JSON that begins with '{' expected",  # the format says so
+    "only spaces expected after the JSON",  # the format says so
+    "to have a known dtype",  # torch has no F6
+    "to have dtype, shape and data_offsets",  # nothing more, and by name
+    "__metadata__ expected to be an object",  # null
+    "to have an even last dimension",
+    "to have a shape of sizes below 2^63",  # of an empty tensor: torch's sizes are signed
+    "to have fewer than 2^63 elements",  # of an empty tensor: torch counts strides
+    f"{CHECKSUM_KEY} expected to have",  # our own key
+    "numbers of at most",
+)
+
+
+@dataclass
+class Tally:
+    """What became of all inputs; `refusals` counts by place in the parser, so that one sees how far the fuzzer gets."""
+
+    cases: int = 0
+    accepted: int = 0
+    refusals: Counter[str] = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        return f"{self.cases} cases, {self.accepted} accepted, refused in {len(self.refusals)} places"
+
+
+class Disagreement(AssertionError):
+    """Our reader and another differ on an input."""
+
+
+headers, indexes = Tally(), Tally()
+
+
+def fuzz_header(content: bytes) -> None:
+    """``content`` is a whole file; then its header alone, with a length and data that fit."""
+    check_shard(content)
+    text = content[8:].rstrip(b"\0") or content
+    check_shard(len(text).to_bytes(8, "little") + text + bytes(_wanted_data(text)))
+
+
+def _wanted_data(text: bytes) -> int:
+    try:
+        entries = json.loads(text)
+        ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
+        return max(0, min(int(max(ends, default=0)), DATA_BYTES))
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, OverflowError):
+        return 0
+
+
+def check_shard(content: bytes) -> None:
+    """Our reader against safetensors'."""
+    headers.cases += 1
+    theirs = _theirs(content)
+    with open(_memory, "wb", closefd=False) as file:
+        file.truncate(0)
+        file.seek(0)
+        file.write(content)
+    try:
+        raw = read_header(_memory, len(content), "shard")
+        parsed = parse_header(raw, len(content), "shard")
+    except shardsave.CorruptCheckpointError as refusal:
+        headers.refusals[_place(refusal)] += 1
+        if not isinstance(theirs, str) and not any(reason in str(refusal) for reason in STRICTER):
+            raise Disagreement(f"refuses what safetensors accepts: {refusal}: {content!r}") from None
+        return
+    headers.accepted += 1
+    if isinstance(theirs, str):
+        raise Disagreement(f"accepts what safetensors refuses ({theirs}): {content!r}")
+    ours = {
+        t.name: (t.dtype, list(t.shape), content[parsed.data_start + t.begin : parsed.data_start + t.end])
+        for t in parsed.tensors
+    }
+    if ours != theirs:
+        raise Disagreement(f"reads {ours}, safetensors {theirs}: {content!r}")
+    loaded = shardsave.load(f"/proc/self/fd/{_memory}", verify=False)
+    if {name: _bytes(tensor) for name, tensor in loaded.items()} != {name: raw for name, (_, _, raw) in theirs.items()}:
+        raise Disagreement(f"loads other bytes than safetensors: {content!r}")
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _theirs(content: bytes) -> Tensors | str:
+    try:
+        read = safetensors.deserialize(content)
+    except safetensors.SafetensorError as refusal:
+        return str(refusal)
+    return {name: (tensor["dtype"], tensor["shape"], bytes(tensor["data"])) for name, tensor in read}
+
+
+def fuzz_index(content: bytes) -> None:
+    """``content`` as it is, and with its seal made right."""
+    check_index(content)
+    at = content.rfind(b', "crc64nvme"')
+    if at >= 0:
+        body = content[:at] + b', "crc64nvme": "'
+        check_index(body + f"{crc64(body):016x}".encode() + b'"}}\n')
+
+
+def check_index(content: bytes) -> None:
+    """Our parser against the JSON parser of safetensors, and what it gives against what FORMAT.md promises."""
+    indexes.cases += 1
+    try:
+        index = parse_index(content, "index")
+    except (shardsave.CorruptCheckpointError, shardsave.IncompatibleCheckpointError) as refusal:
+        indexes.refusals[_place(refusal)] += 1
+        return
+    indexes.accepted += 1
+    refusal_of_json = _refusal_of_json(content)
+    if refusal_of_json is not None and "recursion limit" not in refusal_of_json:
+        raise Disagreement(f"accepts JSON that safetensors refuses ({refusal_of_json}): {content!r}")
+    if not _is_consistent(index):
+        raise Disagreement(f"makes an index that contradicts itself: {index}: {content!r}")
+
+
+def _refusal_of_json(content: bytes) -> str | None:
+    """What safetensors says to a header with any JSON at all in a place where it ignores the value."""
+    start = b'{"x":{"dtype":"U8","shape":[0],"data_offsets":[0,0],"any":'
+    refusal = _theirs((len(start) + len(content) + 2).to_bytes(8, "little") + start + content + b"}}")
+    return refusal if isinstance(refusal, str) else None
+
+
+def _is_consistent(index: Index) -> bool:
+    files = set(index.weight_map.values())
+    if any(name in ("", ".", "..") or "/" in name or "\0" in name for name in files):
+        return False
+    record = index.record
+    if record is None:
+        return True
+    names = index.weight_map.keys() | record.ties.keys()
+    return (
+        files <= record.shards.keys()
+        and all(stored in index.weight_map and name not in index.weight_map for name, stored in record.ties.items())
+        and (record.flags is None or record.flags.keys() <= names)
+        and all(
+            8 <= shard.header_length <= shard.length and 0 <= shard.header_crc < 1 << 64 for shard in record.shards.values()
+        )
+        and parse_index(encode_index(index), "index") == index
+    )
+
+
+def _place(refusal: BaseException) -> str:
+    """Where in the parsers it was decided to refuse."""
+    place, step = "", (refusal.__context__ or refusal).__traceback__
+    while step is not None:
+        name = step.tb_frame.f_code.co_name
+        if name not in ("_bad", "_constant"):
+            place = f"{name}:{step.tb_lineno}"
+        step = step.tb_next
+    return place
+
+
+_memory = os.memfd_create("fuzz", os.MFD_CLOEXEC)
