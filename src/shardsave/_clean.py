@@ -75,7 +75,7 @@ def files_of(index: Index) -> frozenset[str]:
 
 def _listed(inside: int) -> list[str]:
     """The final names that a dead saver wrote down; none where it did not come so far. Raises CallFailed."""
-    data = read_all("names", inside, _MAX_LIST_BYTES)
+    data = read_all("names", inside, _MAX_LIST_BYTES, follow=False)
     try:
         names = json.loads(data) if data is not None else []
     except (ValueError, RecursionError):

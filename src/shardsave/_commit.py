@@ -19,8 +19,8 @@ from types import TracebackType
 
 from shardsave._clean import STAGING_PATTERN, clean, files_of, remove_staging
 from shardsave._crc64 import crc64
-from shardsave._files import CallFailed, Descriptor, allocate, call, make_folders, read_all, write_all
-from shardsave._index import INDEX_NAME, LONE_NAME, Index, Superseded, parse_index, shard_names
+from shardsave._files import CallFailed, Descriptor, allocate, call, make_folders, open_regular, read_all, write_all
+from shardsave._index import INDEX_NAME, LONE_NAME, MAX_INDEX_BYTES, Index, Superseded, parse_index, shard_names
 from shardsave._lock import DirectoryLock
 from shardsave.errors import (
     CorruptCheckpointError,
@@ -35,7 +35,6 @@ from shardsave.errors import (
 #: Names inside a staging directory, beside the shards.
 LIST_NAME, NEW_INDEX_NAME = "names", "index"
 
-_MAX_INDEX_BYTES = 512_000_000
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -117,7 +116,7 @@ class Transaction:
                 self._sync_index()
                 self._sync(self._lock.fd, "")
             self.supersedes = self._find_lone()
-            self._old_bytes = read_all(INDEX_NAME, self._lock.fd, _MAX_INDEX_BYTES)
+            self._old_bytes = read_all(INDEX_NAME, self._lock.fd, MAX_INDEX_BYTES)
         if self._old_bytes is not None:
             try:
                 self._old = parse_index(self._old_bytes, f"index {INDEX_NAME}")
@@ -125,13 +124,9 @@ class Transaction:
                 self._old_unreadable = str(error)
 
     def _sync_index(self) -> None:
-        try:
-            with Descriptor() as index:
-                index.open(INDEX_NAME, os.O_RDONLY | os.O_NONBLOCK, self._lock.fd)
+        with Descriptor() as index:
+            if open_regular(index, INDEX_NAME, self._lock.fd):
                 call(os.fsync, INDEX_NAME, index.fd)
-        except CallFailed as error:
-            if error.errno != errno.ENOENT:
-                raise
 
     def _find_lone(self) -> Superseded | None:
         try:
@@ -225,7 +220,7 @@ class Transaction:
 
     def _publish(self, index: bytes) -> None:
         self._write_staged(NEW_INDEX_NAME, index)
-        if read_all(INDEX_NAME, self._lock.fd, _MAX_INDEX_BYTES) != self._old_bytes:
+        if read_all(INDEX_NAME, self._lock.fd, MAX_INDEX_BYTES) != self._old_bytes:
             raise DirectoryBusyError(
                 f"cannot save to {self.path}: {INDEX_NAME} was expected to stay as it was, another host replaced it; "
                 f"nothing was committed, the other checkpoint is intact"
@@ -245,7 +240,7 @@ class Transaction:
                 raise error
         self._settled = True
         try:
-            found = read_all(INDEX_NAME, self._lock.fd, _MAX_INDEX_BYTES)
+            found = read_all(INDEX_NAME, self._lock.fd, MAX_INDEX_BYTES)
         except CallFailed as unreadable:
             raise DurabilityUncertainError(
                 f"cannot tell whether the save was committed: {self.path}: {_words(error)}, then the index "

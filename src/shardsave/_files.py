@@ -109,24 +109,54 @@ def write_all(fd: int, path: str, data: bytes) -> None:
         done += call(os.pwrite, path, fd, view[done:], done)
 
 
-def read_all(name: str, folder_fd: int, limit: int) -> bytes | None:
-    """The content of the regular file ``name``, None where there is none. Raises CallFailed."""
+def open_regular(file: Descriptor, name: str, folder_fd: int, *, follow: bool = True) -> bool:
+    """Opens the regular file ``name`` for reading; False where there is none. Raises CallFailed.
+
+    Anything else is an error, without ``follow`` a symbolic link too, and is not even opened: that alone can make a device act.
+    """
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | (0 if follow else os.O_NOFOLLOW)
     try:
-        with Descriptor() as file:
-            file.open(name, os.O_RDONLY | os.O_NONBLOCK, folder_fd)
-            status = call(os.fstat, name, file.fd)
-            if not stat.S_ISREG(status.st_mode):
-                raise CallFailed("open", name, errno.EINVAL, "a regular file was expected")
-            if status.st_size > limit:
-                raise CallFailed("read", name, errno.EFBIG, f"at most {limit} bytes were expected, it has {status.st_size}")
-            parts = []
-            while part := call(os.read, name, file.fd, 1 << 20):
-                parts.append(part)
-            return b"".join(parts)
+        _refuse_unless_regular(call(os.stat, name, name, dir_fd=folder_fd, follow_symlinks=follow), name)
+        file.open(name, flags, folder_fd)
     except CallFailed as error:
-        if error.call == "open" and error.errno == errno.ENOENT:
-            return None
+        if error.errno == errno.ENOENT:
+            return False
         raise
+    _refuse_unless_regular(call(os.fstat, name, file.fd), name)  # it may have been replaced in between
+    return True
+
+
+def _refuse_unless_regular(status: os.stat_result, name: str) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise CallFailed("open", name, errno.EINVAL, f"a regular file was expected, it is a {kind_of(status.st_mode)}")
+
+
+def kind_of(mode: int) -> str:
+    """What a file that is not a regular one is, in words."""
+    kinds = {
+        stat.S_IFDIR: "directory",
+        stat.S_IFIFO: "FIFO",
+        stat.S_IFLNK: "link",
+        stat.S_IFCHR: "character device",
+        stat.S_IFBLK: "block device",
+        stat.S_IFSOCK: "socket",
+    }
+    return kinds.get(stat.S_IFMT(mode), "special file")
+
+
+def read_all(name: str, folder_fd: int, limit: int, *, follow: bool = True) -> bytes | None:
+    """The content of the regular file ``name``, None where there is none. Raises CallFailed."""
+    with Descriptor() as file:
+        if not open_regular(file, name, folder_fd, follow=follow):
+            return None
+        parts, length, done = [], call(os.fstat, name, file.fd).st_size, 0
+        while length <= limit and (part := call(os.read, name, file.fd, 1 << 20)):
+            parts.append(part)
+            done += len(part)
+            length = max(length, done)  # some files say 0 and have no end
+        if length > limit:
+            raise CallFailed("read", name, errno.EFBIG, f"at most {limit} bytes were expected, it has {length}")
+        return b"".join(parts)
 
 
 def is_regular(name: str, folder_fd: int) -> bool:

@@ -7,6 +7,7 @@ import os
 import stat
 from typing import NamedTuple
 
+from shardsave._files import kind_of
 from shardsave._index import INDEX_NAME, LONE_NAME, MAX_INDEX_BYTES
 from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, ShardSaveError
 
@@ -104,21 +105,10 @@ def open_regular(path: str, what: str) -> int | None:
 def _refuse_unless_regular(mode: int, path: str, what: str) -> None:
     if not stat.S_ISREG(mode):
         raise CorruptCheckpointError(
-            f"corrupt {what}: {path}: a regular file was expected, it is a {_kind(mode)}; it was not read"
+            f"corrupt {what}: {path}: a regular file was expected, it is a {kind_of(mode)}; it was not read"
         )
 
 
 def cannot_read(path: str, error: OSError) -> ShardSaveError:
     """The error for a call that failed on a file which is there."""
     return ShardSaveError(f"cannot read {path}: {error.strerror}; the files on disk are as they were")
-
-
-def _kind(mode: int) -> str:
-    kinds = {
-        stat.S_IFDIR: "directory",
-        stat.S_IFIFO: "FIFO",
-        stat.S_IFCHR: "character device",
-        stat.S_IFBLK: "block device",
-        stat.S_IFSOCK: "socket",
-    }
-    return kinds.get(stat.S_IFMT(mode), "special file")

@@ -152,8 +152,9 @@ def test_index_that_is_no_file(put: Names, durable: bool, tmp_path: Path) -> Non
     put(tmp_path / INDEX)
     with pytest.raises(shardsave.SaveNotCommittedError) as caught:
         shardsave.save({"new": torch.ones(3)}, tmp_path, durable=durable)
-    found = "Too many levels of symbolic links" if put is link_to_itself else "it is not a regular file"
+    kinds = {put: f"open: a regular file was expected, it is {found}" for _, found, put in SPECIALS}
+    kinds[link_to_itself] = "stat: Too many levels of symbolic links"
     assert str(caught.value) == (
-        f"cannot write {tmp_path / INDEX}: fsync and reading: {found}; nothing was committed, there was no checkpoint before"
+        f"cannot write {tmp_path / INDEX}: {kinds[put]}; nothing was committed, there was no checkpoint before"
     )
     assert os.listdir(tmp_path) == [INDEX]
