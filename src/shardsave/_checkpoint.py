@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -10,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from shardsave._crc64 import crc64
+from shardsave._files import CallFailed, Descriptor, call
 from shardsave._find import Found, cannot_read, find, open_regular
 from shardsave._format import Header, parse_header, read_header, read_start
 from shardsave._index import INDEX_NAME, LONE_NAME, Index, Record, parse_index
@@ -48,7 +50,7 @@ class Checkpoint:
         self.shards: tuple[str, ...] = ()
         self._folder = folder
         self._index_name = index_name
-        self._open: dict[str, int] = {}
+        self._open: dict[str, Descriptor] = {}
 
     @property
     def record(self) -> Record | None:
@@ -74,12 +76,12 @@ class Checkpoint:
         """An open descriptor of ``shard``; where it had to be closed for want of descriptors, opened and checked again."""
         if shard not in self._open:
             self._open[shard], _ = self._open_shard(shard)
-        return self._open[shard]
+        return self._open[shard].fd
 
     def release(self, shard: str) -> None:
         """Closes ``shard`` when more shards are in use than descriptors can be held for."""
         if len(self.shards) > descriptor_allowance() and shard in self._open:
-            os.close(self._open.pop(shard))
+            self._open.pop(shard).abandon()
 
     @property
     def stored_names(self) -> Iterable[str]:
@@ -88,7 +90,7 @@ class Checkpoint:
 
     def close(self) -> None:
         while self._open:
-            os.close(self._open.popitem()[1])
+            self._open.popitem()[1].abandon()
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -101,35 +103,35 @@ class Checkpoint:
         allowance = descriptor_allowance()
         self.shards = tuple(shards)
         for shard, names in shards.items():
-            descriptor, header = self._open_shard(shard)
+            file, header = self._open_shard(shard)
             if len(self._open) < allowance:
-                self._open[shard] = descriptor
+                self._open[shard] = file
             else:
-                os.close(descriptor)
+                file.abandon()
             self._note_tensors(shard, header, names)
 
-    def _open_shard(self, shard: str) -> tuple[int, Header]:
+    def _open_shard(self, shard: str) -> tuple[Descriptor, Header]:
         path = self.path_of(shard)
-        descriptor = open_regular(path, f"shard {shard}")
-        if descriptor is None:
+        file = open_regular(path, f"shard {shard}")
+        if file is None:
             wanted = f"the index names {shard}" if self.index is not None else f"{shard} was expected"
             found = "it is a link to nothing" if os.path.islink(path) else "there is no such file"
             raise CorruptCheckpointError(
                 f"corrupt checkpoint {self.path}: {wanted}, {found}; the checkpoint was copied or downloaded in part"
             )
         try:
-            return descriptor, self._checked_header(descriptor, shard)
-        except OSError as error:
-            os.close(descriptor)
+            return file, self._checked_header(file.fd, shard)
+        except CallFailed as error:
+            file.abandon()
             raise cannot_read(path, error) from error
         except BaseException:
-            os.close(descriptor)
+            file.abandon()
             raise
 
     def _checked_header(self, descriptor: int, shard: str) -> Header:
         """The header of ``shard``; where the index has a record of it, not a byte is looked at before its checksum is right."""
         where = f"shard {shard}"
-        length = os.fstat(descriptor).st_size
+        length = call(os.fstat, shard, descriptor).st_size
         if self.record is None:
             header = parse_header(read_header(descriptor, length, where), length, where)
             if self.index is not None and header.sums is not None:
@@ -240,10 +242,13 @@ def _changed(path: str, seen: Found) -> bool:
 
 
 def _refuse_unless_superseded(folder: str, record: Record | None, lone: str) -> None:
+    path = os.path.join(folder, lone)
     try:
-        found = os.stat(os.path.join(folder, lone))
-    except FileNotFoundError:
-        return  # just removed by the save that replaced it
+        found = call(os.stat, path, path)
+    except CallFailed as error:
+        if error.errno == errno.ENOENT:
+            return  # just removed by the save that replaced it
+        raise cannot_read(path, error) from error
     stale = record.supersedes if record is not None else None
     if stale is not None and (stale.size, stale.mtime_ns) == (found.st_size, found.st_mtime_ns):
         return

@@ -7,9 +7,12 @@ import os
 import stat
 from typing import NamedTuple
 
-from shardsave._files import kind_of
+from shardsave._files import CallFailed, Descriptor, call, kind_of
 from shardsave._index import INDEX_NAME, LONE_NAME, MAX_INDEX_BYTES
 from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, ShardSaveError
+
+#: What a call says when nothing is there; a link that leads to itself is nothing either.
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
 class Found(NamedTuple):
@@ -24,8 +27,10 @@ class Found(NamedTuple):
 def find(path: str) -> Found:
     """What lies at ``path``, a directory, an index or one file. Raises CheckpointNotFoundError, CorruptCheckpointError."""
     try:
-        is_folder = stat.S_ISDIR(os.stat(path).st_mode)
-    except OSError as error:
+        is_folder = stat.S_ISDIR(call(os.stat, path, path).st_mode)
+    except CallFailed as error:
+        if error.errno not in _ABSENT:
+            raise cannot_read(path, error) from error
         raise CheckpointNotFoundError(f"no checkpoint at {path}: {error.strerror}") from error
     folder, name = (path, INDEX_NAME) if is_folder else os.path.split(path)
     if not is_folder and not name.endswith(".index.json"):
@@ -39,7 +44,13 @@ def find(path: str) -> Found:
 
 def _is_there(path: str, even_broken: bool) -> bool:
     """Whether ``path`` leads to something; a link to nothing counts when nothing else is there to be read."""
-    return os.path.lexists(path) if even_broken else os.path.exists(path)
+    try:
+        call(os.stat, path, path, follow_symlinks=not even_broken)
+    except CallFailed as error:
+        if error.errno not in _ABSENT:
+            raise cannot_read(path, error) from error
+        return False
+    return True
 
 
 def _hint(folder: str) -> str:
@@ -52,8 +63,8 @@ def _hint(folder: str) -> str:
 
 
 def _read_index(path: str, name: str) -> bytes | None:
-    descriptor = open_regular(path, f"index {name}")
-    if descriptor is None:
+    file = open_regular(path, f"index {name}")
+    if file is None:
         if os.path.islink(path):
             raise CorruptCheckpointError(
                 f"corrupt index {name}: {path}: a regular file was expected, it is a link to nothing; "
@@ -61,45 +72,45 @@ def _read_index(path: str, name: str) -> bytes | None:
             )
         return None
     try:
-        length, done = os.fstat(descriptor).st_size, 0
-        parts = []
-        while length <= MAX_INDEX_BYTES and (part := os.read(descriptor, 1 << 20)):
-            parts.append(part)
-            done += len(part)
-            length = max(length, done)  # some files say 0 and have no end
-        if length > MAX_INDEX_BYTES:
-            raise CorruptCheckpointError(
-                f"corrupt index {name}: at most {MAX_INDEX_BYTES} bytes expected, it has {length}; no shard was opened"
-            )
-        return b"".join(parts)
-    except OSError as error:
+        with file:
+            length, done = call(os.fstat, path, file.fd).st_size, 0
+            parts = []
+            while length <= MAX_INDEX_BYTES and (part := call(os.read, path, file.fd, 1 << 20)):
+                parts.append(part)
+                done += len(part)
+                length = max(length, done)  # some files say 0 and have no end
+    except CallFailed as error:
         raise cannot_read(path, error) from error
-    finally:
-        os.close(descriptor)
+    if length > MAX_INDEX_BYTES:
+        raise CorruptCheckpointError(
+            f"corrupt index {name}: at most {MAX_INDEX_BYTES} bytes expected, it has {length}; no shard was opened"
+        )
+    return b"".join(parts)
 
 
-def open_regular(path: str, what: str) -> int | None:
+def open_regular(path: str, what: str) -> Descriptor | None:
     """Opens a regular file for reading, through symbolic links; None if there is none.
 
     Nothing else is even opened: that alone can make a device act, or wake the writer of a FIFO.
     """
+    file = Descriptor()
     try:
-        _refuse_unless_regular(os.stat(path).st_mode, path, what)
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR):
-            return None
+        _refuse_unless_regular(call(os.stat, path, path).st_mode, path, what)
+        file.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        _refuse_unless_regular(call(os.fstat, path, file.fd).st_mode, path, what)  # it may have been replaced in between
+    except CallFailed as error:
+        file.abandon()
         if error.errno == errno.ELOOP:
             raise CorruptCheckpointError(
                 f"corrupt {what}: {path}: a regular file was expected, it is a link that leads to itself; it was not read"
             ) from error
+        if error.errno in _ABSENT:
+            return None
         raise cannot_read(path, error) from error
-    try:
-        _refuse_unless_regular(os.fstat(descriptor).st_mode, path, what)  # it may have been replaced in between
     except BaseException:
-        os.close(descriptor)
+        file.abandon()
         raise
-    return descriptor
+    return file
 
 
 def _refuse_unless_regular(mode: int, path: str, what: str) -> None:
@@ -109,6 +120,6 @@ def _refuse_unless_regular(mode: int, path: str, what: str) -> None:
         )
 
 
-def cannot_read(path: str, error: OSError) -> ShardSaveError:
+def cannot_read(path: str, error: CallFailed) -> ShardSaveError:
     """The error for a call that failed on a file which is there."""
-    return ShardSaveError(f"cannot read {path}: {error.strerror}; the files on disk are as they were")
+    return ShardSaveError(f"cannot read {path}: {error.call}: {error.strerror}; the files on disk are as they were")

@@ -14,6 +14,7 @@ from json.encoder import encode_basestring
 from typing import NoReturn
 
 from shardsave._dtypes import BY_NAME
+from shardsave._files import call
 from shardsave._json import NotJSON, glimpse, parse_object
 from shardsave._plan import ALIGNMENT, Shard
 from shardsave.errors import CorruptCheckpointError
@@ -71,7 +72,10 @@ def encode_header(shard: Shard, sums: Sequence[int] | None = None) -> bytes:
 
 
 def read_header(fd: int, file_length: int, where: str) -> bytes:
-    """The bytes of the header of the file behind ``fd``, for `parse_header`. Allocates no more than the file is long."""
+    """The bytes of the header of the file behind ``fd``, for `parse_header`. Allocates no more than the file is long.
+
+    Raises CallFailed.
+    """
     start = read_start(fd, 8)
     return start + _pread(fd, _header_length(start, file_length, where), 8)
 
@@ -83,7 +87,7 @@ def read_start(fd: int, length: int) -> bytes:
 
 def _pread(fd: int, length: int, offset: int) -> bytes:
     parts = []
-    while length > 0 and (part := os.pread(fd, length, offset)):
+    while length > 0 and (part := call(os.pread, "", fd, length, offset)):
         parts.append(part)
         offset += len(part)
         length -= len(part)

@@ -16,6 +16,8 @@ from shardsave import _fill
 from shardsave._backend import engine_name
 from shardsave._checkpoint import Checkpoint, Located, open_checkpoint
 from shardsave._dtypes import BY_NAME, item_bytes, torch_shape
+from shardsave._files import CallFailed, call
+from shardsave._find import cannot_read
 from shardsave._progress import Progress, ProgressArgument
 from shardsave._read import ReadTotals, Target, read_tensors
 from shardsave._reports import LoadReport, Phases
@@ -233,23 +235,39 @@ def _choose(checkpoint: Checkpoint, names: frozenset[str] | None, prefix: str) -
 
 
 def _map(checkpoint: Checkpoint, chosen: dict[str, Located]) -> dict[str, torch.Tensor]:
+    ends: dict[str, int] = {}  # as far as a shard is mapped
+    for t in chosen.values():
+        ends[t.shard] = max(ends.get(t.shard, 0), t.offset + t.nbytes)
     mapped: dict[str, _mmap.mmap] = {}
-    tensors = {}
-    for name, t in chosen.items():
-        dtype = BY_NAME[t.dtype].torch
-        shape = torch_shape(t.dtype, t.shape)
-        if t.nbytes == 0:
-            tensors[name] = torch.empty(shape, dtype=dtype)
-            continue
-        if t.shard not in mapped:
-            mapped[t.shard] = _mmap.mmap(
-                checkpoint.descriptor(t.shard), 0, flags=_mmap.MAP_PRIVATE, prot=_mmap.PROT_READ | _mmap.PROT_WRITE
-            )
-        raw = torch.frombuffer(mapped[t.shard], dtype=torch.uint8, count=t.nbytes, offset=t.offset)
-        if t.offset % item_bytes(t.dtype):  # others do not always align; a tensor must be
-            raw = raw.clone()
-        tensors[name] = raw.view(dtype).view(shape)
+    tensors: dict[str, torch.Tensor] = {}
+    try:
+        for name, t in chosen.items():
+            if t.nbytes and t.shard not in mapped:
+                mapped[t.shard] = _map_file(checkpoint, t.shard, ends[t.shard])
+            tensors[name] = _tensor_in(mapped.get(t.shard), t)
+    except BaseException:
+        mapped.clear()  # each has a descriptor, and the error's traceback has this frame
+        tensors.clear()
+        raise
     return tensors
+
+
+def _tensor_in(mapping: _mmap.mmap | None, t: Located) -> torch.Tensor:
+    dtype, shape = BY_NAME[t.dtype].torch, torch_shape(t.dtype, t.shape)
+    if mapping is None or t.nbytes == 0:
+        return torch.empty(shape, dtype=dtype)
+    raw = torch.frombuffer(mapping, dtype=torch.uint8, count=t.nbytes, offset=t.offset)
+    if t.offset % item_bytes(t.dtype):  # others do not always align; a tensor must be
+        raw = raw.clone()
+    return raw.view(dtype).view(shape)
+
+
+def _map_file(checkpoint: Checkpoint, shard: str, length: int) -> _mmap.mmap:
+    path, writable = checkpoint.path_of(shard), _mmap.PROT_READ | _mmap.PROT_WRITE
+    try:
+        return call(_mmap.mmap, path, checkpoint.descriptor(shard), length, flags=_mmap.MAP_PRIVATE, prot=writable)
+    except CallFailed as error:
+        raise cannot_read(path, error) from error
 
 
 def _equal_on_disk(checkpoint: Checkpoint, left: Located, right: Located) -> bool:

@@ -37,6 +37,8 @@ SAYS = {
     "fstatat": "stat",
     "fdopendir": "listdir",
     "readdir": "listdir",
+    "preadv": "pread",
+    "preadv2": "pread",
 }
 
 
@@ -73,7 +75,9 @@ def check_message(error: shardsave.ShardSaveError, met: Met, number: int) -> Non
     assert os.strerror(number) in text, text
     assert str(met.path).split("/.shardsave-")[0] in text, text
     call = SAYS.get(met.call, met.call)
-    assert f"{call}:" in text or f"{call} of " in text or (met.call == "fcntl" and "listdir:" in text), text
+    assert f"{call}:" in text or f"{call} of " in text or (met.call == "fcntl" and ("listdir:" in text or "mmap:" in text)), (
+        text
+    )
 
 
 def save_fails(bench: Bench, fate: Fate, number: int) -> int:
