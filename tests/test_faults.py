@@ -63,9 +63,11 @@ def test_killed_at_any_moment(beneath: Path, tmp_path: Path, scenario: str, befo
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_each_call_of_a_load(beneath: Path, tmp_path: Path, engine: str) -> None:
-    """Catches a load that gives wrong values, or an unclear error, because a call failed or gave less than was asked for."""
-    printed = run_beneath(beneath, engine, ["-m", "faults.scenarios", "load_fails", "overwrite", str(tmp_path)])
+@pytest.mark.parametrize("scenario", ["load_fails", "load_is_interrupted"])
+def test_each_call_of_a_load(beneath: Path, tmp_path: Path, scenario: str, engine: str) -> None:
+    """Catches a load that gives wrong values, an unclear error, or keeps a descriptor, because a call failed, gave less than was
+    asked for, or was interrupted."""
+    printed = run_beneath(beneath, engine, ["-m", "faults.scenarios", scenario, "overwrite", str(tmp_path)])
     assert min(int(number) for number in re.findall(r"(\d+) trials", printed)) > 60
 
 

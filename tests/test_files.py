@@ -13,6 +13,7 @@ from torch import nn
 
 import shardsave
 from conftest import SmallModel, same_bits
+from shardsave import _checkpoint
 
 INDEX = "model.safetensors.index.json"
 
@@ -159,6 +160,19 @@ def test_header_is_a_pure_function_of_its_tensors(tmp_path: Path) -> None:
     shardsave.save({"a": torch.ones(1000)}, tmp_path / "two", durable=False)
     first = (tmp_path / "one" / "model-00001-of-00002.safetensors").read_bytes()
     assert first == (tmp_path / "two" / "model-00001-of-00001.safetensors").read_bytes()
+
+
+def test_the_header_check_is_what_finds_another_saves_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a reader that uses a header before it is compared with the index: only that tells two saves of one layout apart."""
+    shardsave.save({"x": torch.zeros(8)}, tmp_path / "a")
+    shardsave.save({"x": torch.zeros(8, dtype=torch.int32)}, tmp_path / "b")
+    name = "model-00001-of-00001.safetensors"
+    (tmp_path / "a" / name).write_bytes((tmp_path / "b" / name).read_bytes())
+    with pytest.raises(shardsave.CorruptCheckpointError, match="the index says a header with checksum"):
+        shardsave.load(tmp_path / "a")
+    index = json.loads((tmp_path / "a" / INDEX).read_text())
+    monkeypatch.setattr(_checkpoint, "crc64", lambda data: int(index["shardsave"]["shards"][name][2], 16))
+    assert shardsave.load(tmp_path / "a")["x"].dtype == torch.int32
 
 
 def test_damage_is_named(tmp_path: Path, small_model: nn.Module) -> None:
