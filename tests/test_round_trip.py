@@ -132,7 +132,7 @@ def test_numpy_arrays(tmp_path: Path) -> None:
     shardsave.save(arrays, tmp_path)
     loaded = shardsave.load(tmp_path)
     assert all(np.array_equal(loaded[name].numpy(), array) for name, array in arrays.items())
-    with pytest.raises(shardsave.UnsupportedTensorError, match="'r': an array with positive strides"):
+    with pytest.raises(shardsave.UnsupportedTensorError, match="'r': an array with positive strides of whole elements"):
         shardsave.save({"r": np.arange(3)[::-1]}, tmp_path)
 
 

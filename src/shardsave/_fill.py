@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -12,18 +12,10 @@ from torch.nn.parameter import is_lazy
 
 from shardsave._checkpoint import Located
 from shardsave._dtypes import BY_NAME, torch_shape
+from shardsave._fillable import check_fillable, check_shaped, refuse_overlaps
+from shardsave._slots import Slot, ancestor, counts_batches, expected_names, hooked_modules, leaders, slots
 from shardsave._state import plain_name, unwrap
-from shardsave.errors import IncompatibleCheckpointError, UnsupportedTensorError
-
-
-class _Slot(NamedTuple):
-    """One name of the module: the sub-module that owns it, its attribute there, and the tensor."""
-
-    name: str
-    owner: nn.Module
-    attribute: str
-    tensor: torch.Tensor
-    is_buffer: bool
+from shardsave.errors import IncompatibleCheckpointError
 
 
 @dataclass(frozen=True)
@@ -35,80 +27,97 @@ class Group:
     owner_name: str = ""
     own_names: Mapping[str, str] = field(default_factory=dict)  # name on disk → name inside the owner
 
-    def finish(self) -> None:
-        """Gives a sub-module with a loading routine of its own what was read for it."""
+    def finish(self, strict: bool) -> tuple[list[str], list[str]]:
+        """Gives a sub-module with a loading routine of its own what was read for it; what that finds missing and unexpected."""
         if self.owner is None:
-            return
+            return [], []
         state = {self.own_names[name]: tensor for name, tensor in self.targets}
+        inference = any(not is_lazy(slot.tensor) and slot.tensor.is_inference() for slot in slots(self.owner))
         try:
-            self.owner.load_state_dict(state, strict=True)
+            with torch.inference_mode(inference):
+                answer = self.owner.load_state_dict(state, strict=strict)
         except Exception as error:
             raise IncompatibleCheckpointError(
-                f"cannot load {self.owner_name!r}: its own load_state_dict was expected to take what was saved, it raised "
-                f"{type(error).__name__}: {error}; the module is partly loaded"
+                f"cannot load {self.owner_name or type(self.owner).__name__!r}: its own load_state_dict was expected to take "
+                f"what was saved, it raised {type(error).__name__}: {error}"
             ) from error
+        start = f"{self.owner_name}." if self.owner_name else ""
+        missing, unexpected = getattr(answer, "missing_keys", ()), getattr(answer, "unexpected_keys", ())
+        return [start + name for name in missing], [start + name for name in unexpected]
 
 
 class Fit:
     """How a checkpoint goes into a module. Nothing has been changed until `materialise` is called."""
 
-    def __init__(self, module: nn.Module, device: torch.device | None) -> None:
+    def __init__(self, module: nn.Module, device: torch.device | None, stored: Mapping[str, Located]) -> None:
         self.missing: tuple[str, ...] = ()
         self.unexpected: tuple[str, ...] = ()
         self.mismatched: tuple[str, ...] = ()
         self._module = module
         self._device = device
-        self._stored: Mapping[str, Located] = {}
-        self._slots: list[_Slot] = []
-        self._leaders: dict[str, str] = {}  # every name → the first name with the same memory
+        self._stored = stored
+        self._slots = slots(module)
+        self._leaders = leaders(self._slots)  # every name → the first name with the same memory
         self._direct: list[str] = []
         self._hooked: list[tuple[str, nn.Module, dict[str, str]]] = []
+        self._left_alone: set[str] = set()
         self._done: list[torch.Tensor] = []
 
     @property
     def names(self) -> list[str]:
         """The names whose bytes are read."""
-        return [*self._direct, *(name for _, _, own in self._hooked for name in own)]
+        return [*(name for _, _, own in self._hooked for name in own), *self._direct]
 
     def materialise(self) -> None:
         """Puts real memory behind meta tensors, and moves to the device asked for what is elsewhere; ties are kept."""
-        made: dict[int, torch.Tensor] = {}
-        loaded = {self._leaders[name] for name in self.names if name in self._leaders}
-        for slot in self._slots:
-            tensor = slot.tensor
-            target = self._device or (torch.device("cpu") if tensor.is_meta else tensor.device)
-            if not tensor.is_meta and (self._device is None or _same_device(tensor.device, target)):
-                continue
-            if tensor.is_meta and self._leaders[slot.name] not in loaded:
-                continue  # not in the checkpoint of a load that is not strict
-            if tensor.is_meta or slot.is_buffer:
-                if id(tensor) not in made:
-                    empty = torch.empty_like(tensor, device=target) if tensor.is_meta else tensor.to(target)
-                    if isinstance(tensor, nn.Parameter):
-                        empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
-                    made[id(tensor)] = empty
-                holder: dict[str, Any] = slot.owner._buffers if slot.is_buffer else slot.owner._parameters
-                holder[slot.attribute] = made[id(tensor)]
-            elif id(tensor) not in made:
-                made[id(tensor)] = tensor
-                tensor.data = (
-                    torch.empty_like(tensor.data, device=target)
-                    if self._leaders[slot.name] in loaded
-                    else tensor.data.to(target)
-                )
+        owners = {name for name, _, _ in self._hooked}
+        filled = {self._leaders[name] for name in self.names if name in self._leaders}
+        theirs = {self._leaders[slot.name] for slot in self._slots if ancestor(slot.name, owners) is not None}
+        memory: dict[str, torch.Tensor] = {}
+        parameters: dict[int, nn.Parameter] = {}
+        # Parameters made in inference mode could never be trained: the caller's mode must not get into the module.
+        with torch.inference_mode(False), torch.no_grad():
+            for slot in self._slots:
+                tensor, leader = slot.tensor, self._leaders[slot.name]
+                wanted = leader in filled or leader in theirs or counts_batches(slot)
+                if self.stays(tensor) or (tensor.is_meta and not wanted):
+                    continue
+                if leader not in memory:
+                    memory[leader] = self._new_memory(tensor, leader in filled)
+                if slot.is_buffer or tensor.is_meta:
+                    _replace(slot, memory[leader], parameters)
+                    continue
+                tensor.data = memory[leader]
+                if tensor.grad is not None:
+                    tensor.grad.data = tensor.grad.data.to(memory[leader].device)
+
+    def stays(self, tensor: torch.Tensor) -> bool:
+        """Whether ``tensor`` is filled in the memory that it has."""
+        return not tensor.is_meta and (self._device is None or is_lazy(tensor) or _same_device(tensor.device, self._device))
+
+    def _new_memory(self, tensor: torch.Tensor, will_be_filled: bool) -> torch.Tensor:
+        target = self._device or torch.device("cpu")
+        if will_be_filled:
+            return torch.empty_like(tensor.detach(), device=target)
+        return torch.zeros_like(tensor, device=target) if tensor.is_meta else tensor.detach().to(target)
 
     def groups(self) -> Iterator[Group]:
-        """What is to be read: first all that goes straight into place, then one sub-module after the other."""
-        current = {slot.name: slot.tensor for slot in _slots(self._module)}
+        """What is to be read: one sub-module with a loading routine of its own after the other, then all that goes straight in.
+
+        The routines come first, since they can still refuse what they are given.
+        """
+        for owner_name, owner, own in self._hooked:
+            stored = {name: self._stored[name] for name in own}
+            yield Group(
+                tuple((n, torch.empty(torch_shape(t.dtype, t.shape), dtype=BY_NAME[t.dtype].torch)) for n, t in stored.items()),
+                owner,
+                owner_name,
+                own,
+            )
+        current = {slot.name: slot.tensor for slot in slots(self._module)}
         direct = tuple((name, current[name].detach()) for name in self._direct)
         self._done = [tensor for _, tensor in direct]
         yield Group(direct)
-        for owner_name, owner, own in self._hooked:
-            targets = []
-            for name in own:
-                t = self._stored[name]
-                targets.append((name, torch.empty(torch_shape(t.dtype, t.shape), dtype=BY_NAME[t.dtype].torch)))
-            yield Group(tuple(targets), owner, owner_name, own)
 
     def written(self) -> None:
         """Tells autograd that tensors were overwritten behind its back, so that a stale backward raises."""
@@ -125,15 +134,27 @@ class Fit:
         if flags is None:
             return None
         wanted: dict[int, tuple[nn.Parameter, bool]] = {}
-        for name, parameter in self._module.named_parameters(remove_duplicate=False):
-            frozen = flags.get(plain_name(name))
-            if frozen is not None and (parameter.is_floating_point() or parameter.is_complex()):
+        for name, parameter in self._named_parameters():
+            frozen = flags.get(name)
+            if frozen is None or name in self._left_alone:
+                continue
+            if parameter.is_floating_point() or parameter.is_complex():
                 before = wanted.get(id(parameter), (parameter, True))[1]
                 wanted[id(parameter)] = (parameter, frozen and before)
         for parameter, frozen in wanted.values():
             if parameter.requires_grad == frozen:
-                parameter.requires_grad_(not frozen)
+                with torch.inference_mode(parameter.is_inference()):  # outside, an inference tensor refuses the flag
+                    parameter.requires_grad_(not frozen)
         return sum(frozen for _, frozen in wanted.values())
+
+    def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every parameter by every name that it has, and by those that hooks of its sub-module give it on disk."""
+        for name, parameter in self._module.named_parameters(remove_duplicate=False):
+            yield plain_name(name), parameter
+        for name, owner, _ in self._hooked:
+            for own_name, value in owner.state_dict(keep_vars=True).items():
+                if isinstance(value, nn.Parameter):
+                    yield plain_name(f"{name}.{own_name}" if name else own_name), value
 
 
 def fit_module(
@@ -151,148 +172,73 @@ def fit_module(
     UnsupportedTensorError with the module unchanged.
     """
     module = unwrap(module)
-    fit = Fit(module, device)
-    fit._stored = stored
-    slots = _slots(module)
-    expected = _expected_names(module)
-    fit._slots = slots
-    hooked = _hooked_modules(module)
-    hooked_prefixes = tuple(f"{name}." if name else "" for name, _ in hooked)
-    inside = {name for name in expected if any(name.startswith(prefix) for prefix in hooked_prefixes)}
-    slot_of = {slot.name: slot for slot in slots}
-    fit.unexpected = tuple(sorted(stored.keys() - expected))
-    _note_ties(fit, slots)
-    filled = {fit._leaders[name] for name in stored if name in fit._leaders}
-    fit.missing = tuple(
-        sorted(
-            name
-            for name in expected - stored.keys()
-            if not name.endswith("num_batches_tracked") and fit._leaders.get(name) not in filled
-        )
-    )
+    fit = Fit(module, device, stored)
+    expected = expected_names(module)
+    theirs = _give_to_owners(fit, module, expected)
+    fit.unexpected = tuple(sorted(stored.keys() - expected - theirs))
+    there = {fit._leaders[name] for name in stored if name in fit._leaders}
+    counters = {slot.name for slot in fit._slots if counts_batches(slot)}
+    missing = expected - theirs - stored.keys() - counters
+    fit.missing = tuple(sorted(name for name in missing if fit._leaders.get(name) not in there))
+    usable = [slot for slot in fit._slots if slot.name in stored and slot.name in expected and slot.name not in theirs]
     mismatched = []
-    for name in sorted(expected & stored.keys() - inside):
-        t, tensor = stored[name], slot_of[name].tensor
+    for slot in usable:
+        check_shaped(slot, where)
+        t, tensor = stored[slot.name], slot.tensor
         shape = torch_shape(t.dtype, t.shape)
         if shape != tuple(tensor.shape) and not (tensor.dim() == 0 and shape == (1,)):
-            mismatched.append(f"{name} {list(shape)} on disk, {list(tensor.shape)} in the module")
-    fit.mismatched = tuple(mismatched)
+            mismatched.append(f"{slot.name} {list(shape)} on disk, {list(tensor.shape)} in the module")
+            fit._left_alone.add(slot.name)
+    fit.mismatched = tuple(sorted(mismatched))
     if strict and (fit.missing or fit.unexpected or fit.mismatched):
         _refuse_difference(fit, module, where)
-    shapes_differ = {entry.split(" ")[0] for entry in mismatched}
-    usable = [slot for slot in slots if slot.name in stored and slot.name in expected and slot.name not in inside]
-    usable = [slot for slot in usable if slot.name not in shapes_differ]
-    leaders: dict[str, str] = {}
+    first: dict[str, Slot] = {}
     for slot in usable:
-        _check_fillable(slot, where)
-        leader = leaders.setdefault(fit._leaders[slot.name], slot.name)
+        if slot.name in fit._left_alone:
+            continue
+        check_fillable(slot, BY_NAME[stored[slot.name].dtype].torch, where)
+        leader = first.setdefault(fit._leaders[slot.name], slot).name
         if leader != slot.name and stored[leader] is not stored[slot.name] and not equal(stored[leader], stored[slot.name]):
             raise IncompatibleCheckpointError(
                 f"cannot load {where}: {leader!r} and {slot.name!r} are one tensor in the module and were expected to be equal on "
                 f"disk, they differ; the module is unchanged"
             )
-    fit._direct = list(leaders.values())
-    for (name, owner), prefix in zip(hooked, hooked_prefixes):
-        own = {full: full[len(prefix) :] for full in stored if full in inside and full.startswith(prefix)}
-        if own:
-            fit._hooked.append((name, owner, own))
-    _refuse_meta_left_over(slots, expected, where)
+    refuse_overlaps((slot for slot in first.values() if fit.stays(slot.tensor)), where)
+    fit._direct = [slot.name for slot in first.values()]
+    _refuse_meta_left_over(fit._slots, expected, where)
     return fit
 
 
-def _slots(module: nn.Module) -> list[_Slot]:
-    """Every parameter and buffer by every name it has, in module order."""
-    made = []
-    for prefix, owner in module.named_modules(remove_duplicate=False):
-        start = plain_name(f"{prefix}." if prefix else "")
-        for attribute, parameter in owner._parameters.items():
-            if parameter is not None:
-                made.append(_Slot(start + attribute, owner, attribute, parameter, False))
-        for attribute, buffer in owner._buffers.items():
-            if buffer is not None:
-                made.append(_Slot(start + attribute, owner, attribute, buffer, True))
-    return made
+def _give_to_owners(fit: Fit, module: nn.Module, expected: set[str]) -> set[str]:
+    """Gives each sub-module with a loading routine of its own all that is stored under its name; the names that are theirs.
+
+    Also what the module does not expect: such routines rename, drop and make up names. One that gets nothing has no say.
+    """
+    hooked = hooked_modules(module)
+    own: dict[str, dict[str, str]] = {}
+    for name in fit._stored:
+        owner_name = ancestor(name, hooked)
+        if owner_name is not None:
+            own.setdefault(owner_name, {})[name] = name[len(owner_name) + 1 :] if owner_name else name
+    fit._hooked = [(name, owner, own[name]) for name, owner in hooked.items() if name in own]
+    return {name for name in expected | fit._stored.keys() if ancestor(name, own) is not None}
 
 
-def _expected_names(module: nn.Module) -> set[str]:
-    """The names that the module's own state dict has."""
-    names: set[str] = set()
-    for prefix, owner in module.named_modules(remove_duplicate=False):
-        start = plain_name(f"{prefix}." if prefix else "")
-        names.update(start + name for name, value in owner._parameters.items() if value is not None)
-        hidden = owner._non_persistent_buffers_set
-        names.update(start + name for name, value in owner._buffers.items() if value is not None and name not in hidden)
-        if type(owner).get_extra_state is not nn.Module.get_extra_state:
-            names.add(start + "_extra_state")
-    return names
-
-
-def _hooked_modules(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The outermost sub-modules that have a say in how they are loaded, and so are loaded by their own routine."""
-    found: list[tuple[str, nn.Module]] = []
-    for raw_name, owner in module.named_modules():
-        name = plain_name(raw_name)
-        if any(name == outer or name.startswith(f"{outer}.") or not outer for outer, _ in found):
-            continue
-        if _has_own_loading(owner):
-            found.append((name, owner))
-    return found
-
-
-def _has_own_loading(module: nn.Module) -> bool:
-    kind = type(module)
-    overridden = kind._load_from_state_dict is not nn.Module._load_from_state_dict and not _only_versions(kind)
-    return bool(
-        overridden
-        or kind.load_state_dict is not nn.Module.load_state_dict
-        or kind.set_extra_state is not nn.Module.set_extra_state
-        or module._load_state_dict_pre_hooks
-        or module._load_state_dict_post_hooks
-    )
-
-
-def _only_versions(kind: type[nn.Module]) -> bool:
-    """torch's batch norms override loading only to accept state from before ``num_batches_tracked`` existed."""
-    defining = next(base for base in kind.__mro__ if "_load_from_state_dict" in base.__dict__)
-    return defining.__module__ == "torch.nn.modules.batchnorm"
-
-
-def _note_ties(fit: Fit, slots: list[_Slot]) -> None:
-    first: dict[object, str] = {}
-    for slot in slots:
-        tensor = slot.tensor
-        key: object = id(tensor)
-        if not tensor.is_meta and not is_lazy(tensor) and type(tensor) in (torch.Tensor, nn.Parameter) and tensor.data_ptr():
-            key = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
-        fit._leaders[slot.name] = first.setdefault(key, slot.name)
-
-
-def _check_fillable(slot: _Slot, where: str) -> None:
-    tensor = slot.tensor
-    if is_lazy(tensor):
-        _refuse(slot, where, "a parameter with a shape was expected", "it is lazy; run a forward pass first")
-    if hasattr(tensor, "__tensor_flatten__") or type(tensor) not in (
-        torch.Tensor,
-        nn.Parameter,
-        getattr(nn, "Buffer", nn.Parameter),
-    ):
-        _refuse(slot, where, "a plain tensor was expected", f"it is a {type(tensor).__name__}")
-    if tensor.layout is not torch.strided:
-        _refuse(slot, where, "a strided tensor was expected", f"its layout is {tensor.layout}")
-    if tensor.is_meta:
+def _replace(slot: Slot, memory: torch.Tensor, parameters: dict[int, nn.Parameter]) -> None:
+    """Puts ``memory`` in the place of a buffer or a meta parameter, with the attributes that others gave the old one."""
+    if slot.is_buffer:
+        memory.__dict__.update(slot.tensor.__dict__)
+        slot.owner._buffers[slot.attribute] = memory
         return
-    if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride())):
-        _refuse(
-            slot, where, "memory of its own for each element was expected", "it is expanded; call .contiguous() on it first"
-        )
+    if id(slot.tensor) not in parameters:
+        made = nn.Parameter(memory, requires_grad=slot.tensor.requires_grad)
+        made.__dict__.update(slot.tensor.__dict__)
+        parameters[id(slot.tensor)] = made
+    slot.owner._parameters[slot.attribute] = parameters[id(slot.tensor)]
 
 
-def _refuse(slot: _Slot, where: str, wanted: str, found: str) -> NoReturn:
-    raise UnsupportedTensorError(f"cannot fill {slot.name!r} from {where}: {wanted}, {found}; the module is unchanged")
-
-
-def _refuse_meta_left_over(slots: list[_Slot], expected: set[str], where: str) -> None:
-    left = [slot.name for slot in slots if slot.is_buffer and slot.tensor.is_meta and slot.name not in expected]
+def _refuse_meta_left_over(of: list[Slot], expected: set[str], where: str) -> None:
+    left = [slot.name for slot in of if slot.is_buffer and slot.tensor.is_meta and slot.name not in expected]
     if left:
         raise IncompatibleCheckpointError(
             f"cannot load {where}: buffers with data were expected, these are not saved and on the meta device: {_listed(left)}; "

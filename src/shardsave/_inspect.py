@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 
+from shardsave._arguments import check_path
 from shardsave._backend import engine_name
 from shardsave._checkpoint import open_checkpoint
 from shardsave._dtypes import BY_NAME, torch_shape
@@ -25,6 +26,7 @@ def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:
         >>> sorted(shardsave.inspect("frozen-linear").frozen)
         ['bias', 'weight']
     """
+    check_path(path)
     with open_checkpoint(path) as checkpoint:
         tensors = {}
         for name in checkpoint.stored_names:
@@ -57,6 +59,7 @@ def verify(path: str | os.PathLike[str], *, progress: ProgressArgument = None) -
         >>> shardsave.verify("three-ones").verified
         True
     """
+    check_path(path)
     started = time.perf_counter()
     with open_checkpoint(path) as checkpoint:
         targets = [Target(located, None) for located in checkpoint.tensors.values()]

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from shardsave import _fill
+from shardsave._arguments import check_path, check_switches
 from shardsave._backend import engine_name
 from shardsave._checkpoint import Checkpoint, Located, open_checkpoint
 from shardsave._dtypes import BY_NAME, item_bytes, torch_shape
@@ -43,7 +44,7 @@ def load(
     Args:
         path: the checkpoint.
         device: where the tensors go; the CPU by default.
-        names: only these, as they stand in the checkpoint.
+        names: only these, as they stand in the checkpoint; each begins with ``prefix``.
         prefix: only names that begin with it (``"layer2."``); it is removed from the names given back.
         verify: check every tensor read against its stored checksum, where there is one.
         mmap: map the files instead of reading them (CPU only): private, zero-copy, at once, and not verified.
@@ -53,6 +54,7 @@ def load(
         A new dict from names to tensors with the dtype and shape that were saved, none requiring grad.
 
     Raises:
+        TypeError, ValueError: for wrong arguments, before anything happens.
         CheckpointNotFoundError, CorruptCheckpointError, DirectoryBusyError.
         IncompatibleCheckpointError: a name asked for is not there.
 
@@ -62,7 +64,9 @@ def load(
         >>> shardsave.load("two-tensors", prefix="a.")
         {'x': tensor([0, 1, 2])}
     """
-    wanted = _check_names(names)
+    check_switches(verify=verify, mmap=mmap)
+    check_path(path)
+    wanted = _check_names(names, prefix)
     where = _device(device) or torch.device("cpu")
     if mmap and where.type != "cpu":
         raise ValueError(f"mmap=True gives tensors on the CPU, device {where} was asked for")
@@ -97,7 +101,9 @@ def load_model(
 
     ``Parameter`` objects keep their identity, so an optimizer that holds them stays valid; those on the meta device are
     replaced, as ``load_state_dict(assign=True)`` does. There is never a second copy of the model. Values are cast to the
-    module's dtypes as ``load_state_dict`` does. Everything that can be refused is refused before a tensor is changed.
+    module's dtypes as ``load_state_dict`` does. Everything that can be refused is refused before a tensor is changed. Only a
+    sub-module with a loading routine of its own (hooks, an override, extra state) decides itself what it takes: it is given all
+    that is stored below its name, one such sub-module after the other, before anything else is filled.
 
     Args:
         model: a module or sub-module; wrappers (``torch.compile``, DDP, DataParallel) are seen through.
@@ -110,6 +116,7 @@ def load_model(
         progress: as in ``save``.
 
     Raises:
+        TypeError, ValueError: for wrong arguments, before anything happens.
         IncompatibleCheckpointError: names or shapes differ (all are listed), or the module cannot be filled; unchanged.
         CorruptCheckpointError: a checksum is wrong; the module is then partly loaded, and the message says how far.
         CheckpointNotFoundError, UnsupportedTensorError, DirectoryBusyError.
@@ -125,6 +132,9 @@ def load_model(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
+    check_switches(strict=strict, restore_frozen=restore_frozen, verify=verify)
+    check_path(path)
+    _check_names(None, prefix)
     where = _device(device)
     started = time.perf_counter()
     with open_checkpoint(path, _filter(None, prefix)) as checkpoint:
@@ -143,17 +153,20 @@ def load_model(
         with Progress(progress, "loading", sum(stored[name].nbytes for name in fit.names)) as shown:
             fit.materialise()
             for group in fit.groups():
+                whole = totals.tensors
                 targets = [Target(stored[name], tensor) for name, tensor in group.targets]
                 try:
                     read_tensors(checkpoint, targets, verify=verify, progress=shown, totals=totals)
-                except (CorruptCheckpointError, ShardSaveError) as error:
-                    fit.written()
-                    raise type(error)(
-                        f"{error}; the module is partly loaded, {totals.tensors} of {len(fit.names)} tensors"
-                    ) from error
+                    missing, unexpected = group.finish(strict)
+                except ShardSaveError as error:
+                    if group.owner is None and isinstance(error, CorruptCheckpointError):
+                        whole = totals.tensors  # the others of this group were read, and are what was saved
+                    raise type(error)(f"{error}; the module is partly loaded, {whole} of {len(fit.names)} tensors") from error
                 finally:
                     fit.written()
-                group.finish()
+                fit.missing += tuple(missing)
+                fit.unexpected += tuple(unexpected)
+                del group, targets  # before the next: the memory of one sub-module's copy, not of two
         transferred = time.perf_counter()
         flags = checkpoint.flags if restore_frozen else None
         own_flags = {n.removeprefix(prefix): f for n, f in flags.items() if n.startswith(prefix)} if flags is not None else None
@@ -182,20 +195,32 @@ def load_model(
 def _device(device: Device) -> torch.device | None:
     if device is None:
         return None
-    made = torch.device(device)
+    if isinstance(device, bool) or not isinstance(device, (str, int, torch.device)):
+        raise TypeError(f"device must be a torch.device, its name or its number, not {type(device).__name__}")
+    try:
+        made = torch.device(device)
+        if made.type != "meta":
+            torch.empty(0, device=made)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} was asked for, torch has none: {str(error).splitlines()[0]}") from error
     if made.type == "meta":
         raise ValueError("device must hold data, the meta device does not")
     return made
 
 
-def _check_names(names: Iterable[str] | None) -> frozenset[str] | None:
+def _check_names(names: Iterable[str] | None, prefix: str) -> frozenset[str] | None:
+    if not isinstance(prefix, str):
+        raise TypeError(f"prefix must be a string, not {type(prefix).__name__}")
     if names is None:
         return None
-    if isinstance(names, str):
+    if isinstance(names, (str, bytes)):
         raise TypeError("names must be an iterable of names, not one string")
     wanted = frozenset(names)
-    if not all(isinstance(name, str) for name in wanted):
-        raise TypeError("names must be strings")
+    for name in wanted:
+        if not isinstance(name, str):
+            raise TypeError(f"names must be strings, not {type(name).__name__}")
+        if not name.startswith(prefix):
+            raise ValueError(f"names are given as they stand in the checkpoint: {name!r} does not begin with prefix {prefix!r}")
     return wanted
 
 
@@ -203,8 +228,6 @@ class _filter:
     """Whether a name of the checkpoint is asked for."""
 
     def __init__(self, names: frozenset[str] | None, prefix: str) -> None:
-        if not isinstance(prefix, str):
-            raise TypeError(f"prefix must be a string, not {type(prefix).__name__}")
         self._names = names
         self._prefix = prefix
 
@@ -225,7 +248,7 @@ def _choose(checkpoint: Checkpoint, names: frozenset[str] | None, prefix: str) -
         )
     asked = _filter(names, prefix)
     chosen = {name: stored for name, stored in known.items() if asked(name)}
-    if prefix and not chosen and known:
+    if prefix and names is None and not chosen and known:
         first = sorted({name.split(".")[0] for name in known})
         raise IncompatibleCheckpointError(
             f"cannot load from {checkpoint.path}: names that begin with {prefix!r} were asked for, the checkpoint's begin with "

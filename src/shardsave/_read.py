@@ -25,7 +25,7 @@ class Target(NamedTuple):
 
 @dataclass
 class ReadTotals:
-    """What the runs of one verb add up to."""
+    """What the runs of one verb add up to. ``tensors``: those found to be what was saved, as far as that was checked."""
 
     bytes: int = 0
     tensors: int = 0
@@ -83,14 +83,15 @@ def _read_group(
     moved = sum(piece.nbytes for piece in pieces)
     progress.run_ended(moved)
     totals.bytes += moved
-    totals.tensors += len(pieces)
     totals.direct &= all(done.direct)
     totals.staging_bytes = max(totals.staging_bytes, done.staging_bytes)
     totals.pinned |= done.pinned
     totals.notes = tuple(dict.fromkeys([*totals.notes, *done.notes]))
-    return [
+    damaged = [
         f"corrupt shard {t.shard}: tensor {t.name!r} has checksum {found:016x}, its header says {t.checksum:016x}; "
         f"the file was changed after it was saved"
         for (t, _), found in zip(targets, done.sums)
         if t.checksum is not None and found != t.checksum
     ]
+    totals.tensors += len(pieces) - len(damaged)
+    return damaged

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Union
 
 from shardsave import _engine
+from shardsave._arguments import check_path, check_switches
 from shardsave._backend import engine_name
 from shardsave._checkpoint import descriptor_allowance
 from shardsave._commit import StagedShard, Transaction
@@ -63,7 +64,7 @@ def save(
         directory: created when it is not there.
         max_shard_size: bytes of tensor data in one file, as an int or ``"5GB"``, ``"500MB"``, ``"2GiB"``.
         durable: wait until the checkpoint would survive a loss of power. Without, it survives the end of the process.
-        metadata: JSON values by name, given back by ``inspect``.
+        metadata: JSON values by name, given back by ``inspect``; keys are strings on every level, tuples come back as lists.
         progress: None for a bar when it takes long and stderr is a terminal, True or False to force or forbid it, or a
             callable that gets (bytes done, bytes in all).
         lock_timeout: seconds to wait for another save into the same directory.
@@ -81,6 +82,9 @@ def save(
         >>> report.tensors
         2
     """
+    check_path(directory)
+    check_switches(durable=durable)
+    _check_timeout(lock_timeout)
     bound = parse_size(max_shard_size)
     user_metadata = _check_metadata(metadata)
     started = time.perf_counter()
@@ -255,13 +259,21 @@ def parse_size(size: Union[int, str]) -> int:
     return count
 
 
+def _check_timeout(seconds: object) -> None:
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
+        raise TypeError(f"lock_timeout must be a number of seconds, not {type(seconds).__name__}")
+    if not seconds >= 0:
+        raise ValueError(f"lock_timeout must be at least 0 seconds, not {seconds!r}")
+
+
 def _check_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The user's metadata as it will be read back."""
+    """The user's metadata as it will be read back: tuples become lists."""
     if metadata is None:
         return {}
-    if not isinstance(metadata, Mapping) or not all(isinstance(key, str) for key in metadata):
-        raise TypeError("metadata must be a mapping with strings as keys")
+    if not isinstance(metadata, Mapping):
+        raise TypeError(f"metadata must be a mapping, not {type(metadata).__name__}")
     try:
+        _check_keys(dict(metadata))
         made = parse_object(json.dumps(dict(metadata), allow_nan=False, ensure_ascii=False).encode())
         depth = _depth(made)
     except NotJSON as error:
@@ -278,3 +290,13 @@ def _check_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
 def _depth(value: object) -> int:
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return 1 + max(map(_depth, inner), default=0)
+
+
+def _check_keys(value: object) -> None:
+    """Refuses keys that JSON would turn into strings."""
+    for key in value if isinstance(value, dict) else ():
+        if not isinstance(key, str):
+            raise TypeError(f"a key must be a string, {key!r} is not")
+    if isinstance(value, (dict, list, tuple)):
+        for part in value.values() if isinstance(value, dict) else value:
+            _check_keys(part)

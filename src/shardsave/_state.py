@@ -16,7 +16,7 @@ from shardsave.errors import UnsupportedTensorError
 
 Source = Union[nn.Module, Mapping[str, Any]]
 
-_PLAIN_TYPES = frozenset({torch.Tensor, nn.Parameter, *([nn.Buffer] if hasattr(nn, "Buffer") else [])})
+PLAIN_TYPES = frozenset({torch.Tensor, nn.Parameter, *([nn.Buffer] if hasattr(nn, "Buffer") else [])})
 _COMPILED = "_orig_mod."
 
 
@@ -107,8 +107,11 @@ def _as_tensor(name: object, value: object) -> torch.Tensor:
 
 
 def _from_numpy(name: str, array: np.ndarray[Any, Any]) -> torch.Tensor:
-    if any(stride < 0 for stride in array.strides):
-        _refuse(name, "an array with positive strides was expected", "it has negative ones; pass numpy.ascontiguousarray(…)")
+    if isinstance(array, np.ma.MaskedArray):
+        _refuse(name, "an array without a mask was expected", "it is a masked one; pass its .filled(…)")
+    if any(stride < 0 or stride % max(1, array.itemsize) for stride in array.strides):
+        wanted = "an array with positive strides of whole elements was expected"
+        _refuse(name, wanted, f"its strides are {array.strides} bytes; pass numpy.ascontiguousarray(…)")
     if not array.dtype.isnative:
         _refuse(name, "an array in native byte order was expected", f"its dtype is {array.dtype.str}")
     if not array.flags.writeable:  # torch warns of writing to it; nobody will
@@ -139,7 +142,7 @@ def _check_savable(name: str, tensor: torch.Tensor) -> None:
             name.encode()
         except UnicodeEncodeError:
             _refuse(name, "a name in Unicode was expected", "it has half of a surrogate pair")
-    if type(tensor) not in _PLAIN_TYPES or hasattr(tensor, "__tensor_flatten__"):
+    if type(tensor) not in PLAIN_TYPES or hasattr(tensor, "__tensor_flatten__"):
         _refuse(name, "a plain tensor was expected", f"it is a {type(tensor).__name__}")
     if tensor.device.type == "meta":
         _refuse(name, "a tensor with data was expected", "it is on the meta device")

@@ -1,0 +1,20 @@
+"""What is wrong with an argument is said before anything happens."""
+
+from __future__ import annotations
+
+import os
+
+
+def check_path(path: object) -> None:
+    """Raises TypeError or ValueError for what cannot be the path of a checkpoint."""
+    if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
+        raise TypeError(f"the path of a checkpoint must be a string or a pathlib.Path, not {type(path).__name__}")
+    if not os.fspath(path):
+        raise ValueError("the path of a checkpoint must not be empty; the current directory is '.'")
+
+
+def check_switches(**switches: object) -> None:
+    """Raises TypeError for what is not True or False: a path or a device that came to stand in the wrong place."""
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, not {value!r}")

@@ -1,0 +1,101 @@
+"""Whether memory can be filled in place at all: what is refused by name, before a single tensor is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NoReturn
+
+import numpy as np
+import torch
+from torch.nn.parameter import is_lazy
+
+from shardsave._slots import Slot
+from shardsave._state import PLAIN_TYPES
+from shardsave.errors import UnsupportedTensorError
+
+#: How much work numpy may put into the question whether two strided views share an element.
+_OVERLAP_WORK = 100_000
+
+
+def check_shaped(slot: Slot, where: str) -> None:
+    """Refuses what has no shape yet."""
+    if is_lazy(slot.tensor):
+        _refuse(slot.name, where, "a parameter with a shape was expected", "it is lazy; run a forward pass first")
+
+
+def check_fillable(slot: Slot, stored: torch.dtype, where: str) -> None:
+    """Refuses what cannot be written in place, with values of dtype ``stored``."""
+    tensor = slot.tensor
+    if hasattr(tensor, "__tensor_flatten__") or type(tensor) not in PLAIN_TYPES:
+        _refuse(slot.name, where, "a plain tensor was expected", f"it is a {type(tensor).__name__}")
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        _refuse(slot.name, where, "a strided tensor was expected", f"its layout is {layout}")
+    if tensor.is_quantized:
+        _refuse(slot.name, where, "a plain tensor was expected", f"it is quantized ({_short(tensor.dtype)})")
+    if tensor.dtype != stored and torch.float4_e2m1fn_x2 in (tensor.dtype, stored):
+        _refuse(
+            slot.name, where, f"dtype {_short(stored)} was expected", f"it is {_short(tensor.dtype)}, and torch has no cast"
+        )
+    if tensor.is_meta:
+        return
+    if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride())):
+        _refuse(slot.name, where, "memory for each element was expected", "it is expanded; call .contiguous() on it first")
+
+
+def refuse_overlaps(slots: Iterable[Slot], where: str) -> None:
+    """Refuses tensors, each filled on its own, that share a part of their memory: workers would race for it."""
+    spans = []
+    for slot in slots:
+        tensor = slot.tensor
+        if tensor.numel() and not tensor.is_meta:
+            reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) + 1
+            begin = tensor.data_ptr()
+            spans.append((str(tensor.device), begin, begin + reach * tensor.element_size(), slot))
+    spans.sort(key=lambda span: span[:3])
+    alive: list[tuple[str, int, int, Slot]] = []
+    for span in spans:
+        device, begin, _, slot = span
+        alive = [other for other in alive if other[0] == device and other[2] > begin]
+        for *_, other in alive:
+            if _share_an_element(other.tensor, slot.tensor):
+                _refuse(
+                    slot.name,
+                    where,
+                    "memory of its own was expected",
+                    f"it shares a part of it with {other.name!r}; call .clone() on one of them first",
+                )
+        alive.append(span)
+
+
+def _share_an_element(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Exactly, also for interleaved views; what is too hard to tell counts as shared."""
+    try:
+        return np.shares_memory(_layout(left), _layout(right), max_work=_OVERLAP_WORK)  # type: ignore[arg-type]
+    except RuntimeError:  # numpy's TooHardError, which moved between its versions
+        return True
+
+
+def _layout(tensor: torch.Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.void]]:
+    """An array that lies where ``tensor`` does, for arithmetic alone: the address may be a device's and is never read."""
+    item = tensor.element_size()
+
+    class Interface:
+        def __init__(self) -> None:
+            self.__array_interface__ = {
+                "version": 3,
+                "typestr": f"|V{item}",
+                "shape": tuple(tensor.shape),
+                "strides": tuple(stride * item for stride in tensor.stride()),
+                "data": (tensor.data_ptr(), True),
+            }
+
+    return np.asarray(Interface())
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _refuse(name: str, where: str, wanted: str, found: str) -> NoReturn:
+    raise UnsupportedTensorError(f"cannot fill {name!r} from {where}: {wanted}, {found}; the module is unchanged")
