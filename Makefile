@@ -49,6 +49,8 @@ native-tests: $(SANITIZED)/fuzz-tables
 	$(SANITIZED)/crc64
 	$(CXX) $(STRICT) -fsanitize=address,undefined -fno-sanitize-recover=all tests/native/driver.cpp $(CORE) -o $(SANITIZED)/driver-asan -ldl -pthread
 	$(SANITIZED)/driver-asan 300
+	$(CXX) $(STRICT) -fsanitize=address,undefined -fno-sanitize-recover=all tests/native/exhaustion.cpp $(CORE) -o $(SANITIZED)/exhaustion -ldl -pthread
+	$(SANITIZED)/exhaustion
 	$(CXX) $(STRICT) -fsanitize=thread tests/native/driver.cpp $(CORE) -o $(SANITIZED)/driver-tsan -ldl -pthread
 	$(SANITIZED)/driver-tsan 150
 	$(SANITIZED)/fuzz-tables 5

@@ -100,9 +100,7 @@ PYBIND11_MODULE(_native, m) {
         const py::buffer_info info = data.request();
         if (!PyBuffer_IsContiguous(info.view(), 'C')) throw py::value_error("a contiguous buffer is needed");
         const auto length = static_cast<std::size_t>(info.size * info.itemsize);
-        const void* memory = info.ptr;
-        py::gil_scoped_release free;
-        return crc64_finish(crc64_raw(memory, length), length);
+        return crc64_finish(crc64_raw(info.ptr, length), length);
       },
       py::arg("data"), py::pos_only());
   m.def("crc64_implementation", &crc64_implementation);
@@ -110,4 +108,6 @@ PYBIND11_MODULE(_native, m) {
   m.def("cuda_available", &cuda_available);
   m.def("cuda_unavailable_reason", &cuda_unavailable_reason);
   m.def("release_ring", &Ring::release);
+  m.def("reserve_staging", &reserve_staging, py::kw_only(), py::arg("slot_bytes"), py::arg("pin_for"),
+        py::call_guard<py::gil_scoped_release>());
 }

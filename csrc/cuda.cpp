@@ -274,6 +274,8 @@ bool cuda_pin(int ordinal, void* memory, std::size_t length, std::string* why) {
   const Checked cuda(driver(), ordinal);
   cuda::DeviceHandle device = 0;
   cuda::Context context = nullptr;
+  decltype(Pins::of) made;
+  made[memory];  // now, since what is registered must find its entry
   try {
     cuda.require_usable();
     RelaxedCapture relaxed(cuda);
@@ -290,8 +292,9 @@ bool cuda_pin(int ordinal, void* memory, std::size_t length, std::string* why) {
     *why = error.call + ": " + error.reason;
     return false;
   }
+  made[memory] = {device, context};
   const std::lock_guard<std::mutex> lock(pins().mutex);
-  pins().of[memory] = {device, context};
+  pins().of.merge(made);
   return true;
 }
 

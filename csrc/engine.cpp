@@ -34,6 +34,9 @@ constexpr std::uintptr_t kLargePage = 2 << 20;
 // So that no ring's length, and no place in a slot, leaves its type.
 constexpr std::size_t kMaxSlot = std::size_t{1} << 40;
 
+// 64 MiB with the usual slots of 8 MiB.
+constexpr std::size_t kSlots = 8;
+
 void require(bool holds, const char* what) {
   if (!holds) throw std::invalid_argument(what);
 }
@@ -95,6 +98,7 @@ class Run {
     const std::size_t wanted = std::max<std::size_t>(1, std::min(request.workers, request.blocks.size()));
     ring_ = Ring::shared(kSlots, request.slot_bytes, request.streams.empty() ? -1 : request.streams.front().first);
     workers_ = std::min(wanted, ring_->slots());
+    held_.reserve(workers_);
     for (const auto& [ordinal, stream] : request.streams) {
       cuda_[ordinal] = make_cuda_device(ordinal, stream, ring_->slots());
     }
@@ -116,8 +120,8 @@ class Run {
     std::vector<std::thread> threads;
     try {
       for (std::size_t n = 0; n < workers_; ++n) threads.emplace_back([this] { work(false); });
-    } catch (const std::system_error&) {
-      // Fewer threads than wanted, or none: then this thread does the work.
+    } catch (const std::exception&) {
+      // No thread to be had, or no memory for one: fewer than wanted, or none, and then this thread does the work.
     }
     try {
       if (threads.empty()) {
@@ -137,9 +141,6 @@ class Run {
   }
 
  private:
-  // 64 MiB with the usual slots of 8 MiB.
-  static constexpr std::size_t kSlots = 8;
-
   void wait(std::size_t threads) {
     std::unique_lock<std::mutex> hold(mutex_);
     while (ended_ < threads) {
@@ -306,7 +307,7 @@ class Run {
     for (const File& file : files_) made.direct.push_back(file.reported_direct());
     made.staging_bytes = ring_->bytes();
     made.pinned = ring_->pinned() && !request_.streams.empty();
-    if (!ring_->note().empty() && !request_.streams.empty()) made.notes.push_back(ring_->note());
+    if (std::string note = ring_->note(); !note.empty() && !request_.streams.empty()) made.notes.push_back(note);
     return made;
   }
 
@@ -329,17 +330,27 @@ class Run {
   std::map<int, std::unique_ptr<Device>> cuda_;  // after held_: devices are closed before their slots are given back
 };
 
-}  // namespace
-
-Result run(const Request& request, const Hooks& hooks) {
-  check(request);
+// What is thrown inside, as the Fault that callers know.
+template <class Action>
+auto faults_only(Action action) {
   try {
-    return Run(request, hooks).run();
+    return action();
   } catch (const DeviceError& error) {
     throw Fault{-1, error.call, 0, 0, 0, error.reason};
   } catch (const std::bad_alloc&) {
     throw Fault{-1, "allocation of working memory", ENOMEM, 0, 0, ""};
   }
+}
+
+}  // namespace
+
+Result run(const Request& request, const Hooks& hooks) {
+  check(request);
+  return faults_only([&] { return Run(request, hooks).run(); });
+}
+
+std::size_t reserve_staging(std::size_t slot_bytes, int pin_for) {
+  return faults_only([&] { return Ring::shared(kSlots, slot_bytes, pin_for)->bytes(); });
 }
 
 }  // namespace shardsave

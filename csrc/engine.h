@@ -58,4 +58,8 @@ struct Result {
 // threw.
 Result run(const Request& request, const Hooks& hooks);
 
+// Makes the ring that the next run with such slots uses, so that want of memory is known before anything is written;
+// how many bytes it has. `pin_for` is a CUDA ordinal or -1. Throws Fault.
+std::size_t reserve_staging(std::size_t slot_bytes, int pin_for);
+
 }  // namespace shardsave

@@ -37,7 +37,8 @@ class Slot {
 class Ring : public std::enable_shared_from_this<Ring> {
  public:
   // The process's ring, with slots of `slot_bytes`, `slots` of them if that many can be had, else half, and so on down
-  // to one. `pin_for` is a CUDA ordinal or -1. Throws Fault (file.h) when not one slot can be had.
+  // to one. `pin_for` is a CUDA ordinal or -1. A ring that could not be pinned is used as it is, and asked for again.
+  // Throws Fault (file.h) when not one slot can be had.
   static std::shared_ptr<Ring> shared(std::size_t slots, std::size_t slot_bytes, int pin_for);
 
   // Frees the process's ring if no run holds it; the next run makes another.
@@ -49,7 +50,7 @@ class Ring : public std::enable_shared_from_this<Ring> {
   std::size_t slots() const;
   std::size_t bytes() const;
   bool pinned() const;
-  const std::string& note() const;
+  std::string note() const;
 
   ~Ring();
 
@@ -58,6 +59,7 @@ class Ring : public std::enable_shared_from_this<Ring> {
   struct State;
   explicit Ring(std::unique_ptr<State> state);
   static std::shared_ptr<Ring> make(std::size_t slots, std::size_t slot_bytes, int pin_for);
+  void pin_again(int pin_for);
   void give_back(std::size_t index);
   std::unique_ptr<State> state_;
 };

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from shardsave import _lend
+from shardsave import _ending, _lend
 from shardsave._backend import native, warn_if_portable
 from shardsave._plan import Block
 
@@ -70,6 +71,29 @@ class TransferFault(Exception):
         return f"{self.call} of {self.length} bytes at offset {self.offset}: {reason}"
 
 
+def reserve(pieces: Sequence[Piece]) -> None:
+    """Gets the staging memory for a run with ``pieces``, so that want of it is known before anything is written.
+
+    Raises TransferFault.
+    """
+    if native is None:
+        try:
+            bytearray(BLOCK_BYTES)
+        except MemoryError as error:
+            raise _no_memory("allocation of staging memory", BLOCK_BYTES) from error
+        return
+    on_cuda = {p.tensor.get_device() for p in pieces if p.tensor is not None and p.tensor.is_cuda}
+    pinned = on_cuda and torch.version.hip is None and native.cuda_available()
+    try:
+        native.reserve_staging(slot_bytes=BLOCK_BYTES, pin_for=min(on_cuda) if pinned else -1)
+    except native.Fault as fault:
+        raise TransferFault(*fault.args) from None
+
+
+def _no_memory(call: str, wanted: int) -> TransferFault:
+    return TransferFault(-1, call, errno.ENOMEM, 0, wanted)
+
+
 def write(
     files: Sequence[int],
     blocks: Sequence[Block],
@@ -112,11 +136,15 @@ def _run(
     checksum: bool,
     tick: Tick,
 ) -> Transfer:
+    def tick_or_end(done: int) -> None:
+        _ending.raise_if_ending()
+        tick(done)
+
     if native is None:
         from shardsave import _portable
 
         warn_if_portable()
-        return _portable.run(write, files, blocks, pieces, checksum, tick)
+        return _portable.run(write, files, blocks, pieces, checksum, tick_or_end)
     places = [_place(piece) for piece in pieces]
     ordinals = sorted({memory for memory, _ in places if memory >= 0})
     lends = any(memory == native.LENT for memory, _ in places)
@@ -145,10 +173,12 @@ def _run(
             workers=_workers(access),
             slot_bytes=BLOCK_BYTES,
             lend=lend if lends else None,
-            tick=tick,
+            tick=tick_or_end,
         )
     except native.Fault as fault:
         raise TransferFault(*fault.args) from None
+    except MemoryError as error:
+        raise _no_memory("allocation of working memory", 0) from error
     return Transfer(tuple(result.sums.tolist()), tuple(result.direct), result.staging_bytes, result.pinned, tuple(result.notes))
 
 

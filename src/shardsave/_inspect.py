@@ -9,11 +9,13 @@ from shardsave._arguments import check_path
 from shardsave._backend import engine_name
 from shardsave._checkpoint import open_checkpoint
 from shardsave._dtypes import BY_NAME, torch_shape
+from shardsave._ending import verb
 from shardsave._progress import Progress, ProgressArgument
 from shardsave._read import ReadTotals, Target, read_tensors
 from shardsave._reports import CheckpointInfo, Phases, TensorInfo, VerifyReport
 
 
+@verb()
 def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:
     """What the checkpoint at ``path`` holds: names, shapes, dtypes, shards, freeze flags, ties and metadata.
 
@@ -48,6 +50,7 @@ def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:
         )
 
 
+@verb()
 def verify(path: str | os.PathLike[str], *, progress: ProgressArgument = None) -> VerifyReport:
     """Reads every byte of the checkpoint at ``path`` and compares it with the stored checksums; fills no tensor.
 

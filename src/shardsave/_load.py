@@ -19,6 +19,7 @@ from shardsave._checkpoint import Checkpoint, Located, open_checkpoint
 from shardsave._dtypes import BY_NAME, item_bytes, torch_shape
 from shardsave._files import CallFailed, call
 from shardsave._find import cannot_read
+from shardsave._ending import verb
 from shardsave._progress import Progress, ProgressArgument
 from shardsave._read import ReadTotals, Target, read_tensors
 from shardsave._reports import LoadReport, Phases
@@ -27,6 +28,7 @@ from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError
 Device = Union[str, torch.device, int, None]
 
 
+@verb()
 def load(
     path: str | os.PathLike[str],
     *,
@@ -86,6 +88,7 @@ def load(
         return {name.removeprefix(prefix): tensors[stored] for name, stored in chosen.items()}
 
 
+@verb()
 def load_model(
     model: nn.Module,
     path: str | os.PathLike[str],

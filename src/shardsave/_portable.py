@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 
@@ -18,7 +19,10 @@ def run(
     """As `shardsave._engine.write` and `read`, always through the page cache."""
     sums = [0] * len(pieces)
     done = 0
-    staging = memoryview(bytearray(BLOCK_BYTES))
+    try:
+        staging = memoryview(bytearray(BLOCK_BYTES))
+    except MemoryError as error:
+        raise TransferFault(-1, "allocation of staging memory", errno.ENOMEM, 0, BLOCK_BYTES) from error
     for block in blocks:
         slot = staging[: block.length]
         if not write:

@@ -17,6 +17,7 @@ from shardsave._checkpoint import descriptor_allowance
 from shardsave._commit import StagedShard, Transaction
 from shardsave._crc64 import crc64
 from shardsave._dtypes import BY_TORCH, logical_shape
+from shardsave._ending import verb
 from shardsave._format import encode_header
 from shardsave._index import Index, Record, ShardRecord, encode_index
 from shardsave._json import NotJSON, parse_object
@@ -43,6 +44,7 @@ _UNITS = {
 }
 
 
+@verb()
 def save(
     source: Source,
     directory: str | os.PathLike[str],
@@ -100,6 +102,7 @@ def save(
         names = transaction.shard_names(len(shards))
         starts = [len(encode_header(shard)) for shard in shards]
         transaction.check_space(sum(_padded(start, shard) for start, shard in zip(starts, shards)))
+        _reserve(transaction, pieces)
         planned = time.perf_counter()
         writer = _Writer(transaction, shards, starts, names, pieces, durable, shown)
         step = min(descriptor_allowance(), 256)
@@ -131,6 +134,14 @@ def save(
         leftovers=outcome.leftovers,
         overlaps=state.overlaps,
     )
+
+
+def _reserve(transaction: Transaction, pieces: Sequence[Sequence[_engine.Piece]]) -> None:
+    try:
+        _engine.reserve([piece for shard in pieces for piece in shard])
+    except _engine.TransferFault as fault:
+        reason = fault.detail or f"{os.strerror(fault.errno)} (needs {fault.length} bytes)"
+        raise transaction.failure(fault.call, "", fault.errno, reason, None) from fault
 
 
 class _Writer:

@@ -207,6 +207,38 @@ def pinning_is_refused(files: Files) -> None:
         assert_only_the_ring_is_left(fake)
 
 
+def a_refused_pinning_is_asked_for_again(files: Files) -> None:
+    """A ring that stays pageable for the life of the process, a run that asks more than once, or while others use the ring."""
+    fake = Fake()
+    content = random_bytes(3 * SLOT)
+    part, host = Part(0, fake.alloc(content), content.nbytes), Part(HOST, content.ctypes.data, content.nbytes)
+    fake.pin_limit(0)
+    assert not files.save([part]).pinned
+    before = fake.count("calls")
+    again = files.save([part])
+    calls = fake.count("calls") - before
+    assert not again.pinned and len(again.notes) == 1 and again.staging_bytes == RING
+    fake.pin_limit(RING)
+    seen = []
+
+    def lend(_piece: int, _offset: int, memory: memoryview) -> None:  # a run, while another one uses the ring
+        if not seen:
+            with tempfile.TemporaryFile() as scratch:
+                seen.append(run(True, scratch.fileno(), [part]))
+        memory[:] = bytes(len(memory))
+
+    before = fake.count("calls")
+    files.save([Part(LENT, 0, SLOT)], {}, lend=lend)
+    assert not seen[0].pinned and fake.count("pins") == 0 and fake.count("calls") - before < calls
+    saved = files.save([part])
+    assert saved.pinned and saved.notes == [] and fake.count("pins") == 1 and fake.count("pinned bytes") == RING
+    assert np.array_equal(files.content(content.nbytes), content)
+    files.save([host], {})
+    files.load([part])
+    assert fake.count("pins") == 1
+    assert_only_the_ring_is_left(fake)
+
+
 def _tasks() -> int:
     return len(os.listdir("/proc/self/task"))
 
