@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from shardsave._checkpoint import Located
 from shardsave._dtypes import BY_NAME, torch_shape
-from shardsave._fillable import check_fillable, check_shaped, refuse_overlaps
+from shardsave._fillable import check_fillable, check_plain, check_shaped, refuse_overlaps
 from shardsave._slots import Slot, ancestor, counts_batches, expected_names, hooked_modules, leaders, slots
 from shardsave._state import plain_name, unwrap
 from shardsave.errors import IncompatibleCheckpointError
@@ -39,7 +39,7 @@ class Group:
         except Exception as error:
             raise IncompatibleCheckpointError(
                 f"cannot load {self.owner_name or type(self.owner).__name__!r}: its own load_state_dict was expected to take "
-                f"what was saved, it raised {type(error).__name__}: {error}"
+                f"what was saved, it raised {type(error).__name__}: {' '.join(str(error).split())}"
             ) from error
         start = f"{self.owner_name}." if self.owner_name else ""
         missing, unexpected = getattr(answer, "missing_keys", ()), getattr(answer, "unexpected_keys", ())
@@ -180,6 +180,9 @@ def fit_module(
     counters = {slot.name for slot in fit._slots if counts_batches(slot)}
     missing = expected - theirs - stored.keys() - counters
     fit.missing = tuple(sorted(name for name in missing if fit._leaders.get(name) not in there))
+    for slot in fit._slots:
+        if slot.name in theirs:
+            check_plain(slot, where)
     usable = [slot for slot in fit._slots if slot.name in stored and slot.name in expected and slot.name not in theirs]
     mismatched = []
     for slot in usable:

@@ -23,11 +23,17 @@ def check_shaped(slot: Slot, where: str) -> None:
         _refuse(slot.name, where, "a parameter with a shape was expected", "it is lazy; run a forward pass first")
 
 
+def check_plain(slot: Slot, where: str) -> None:
+    """Refuses tensor subclasses, whose memory is not theirs alone or not here: FSDP's DTensor has hooks that know no plain one."""
+    tensor = slot.tensor
+    if hasattr(tensor, "__tensor_flatten__") or (type(tensor) not in PLAIN_TYPES and not is_lazy(tensor)):
+        _refuse(slot.name, where, "a plain tensor was expected", f"it is a {type(tensor).__name__}")
+
+
 def check_fillable(slot: Slot, stored: torch.dtype, where: str) -> None:
     """Refuses what cannot be written in place, with values of dtype ``stored``."""
+    check_plain(slot, where)
     tensor = slot.tensor
-    if hasattr(tensor, "__tensor_flatten__") or type(tensor) not in PLAIN_TYPES:
-        _refuse(slot.name, where, "a plain tensor was expected", f"it is a {type(tensor).__name__}")
     if tensor.layout is not torch.strided or tensor.is_nested:
         layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
         _refuse(slot.name, where, "a strided tensor was expected", f"its layout is {layout}")

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.parameter import is_lazy
 
 from shardsave._state import plain_name
 
@@ -103,7 +102,13 @@ def leaders(of: list[Slot]) -> dict[str, str]:
     for slot in of:
         tensor = slot.tensor
         key: object = id(tensor)
-        if not tensor.is_meta and not is_lazy(tensor) and type(tensor) in (torch.Tensor, nn.Parameter) and tensor.data_ptr():
+        if _has_memory(tensor) and tensor.data_ptr():
             key = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
         found[slot.name] = first.setdefault(key, slot.name)
     return found
+
+
+def _has_memory(tensor: torch.Tensor) -> bool:
+    """Whether there is an address to ask for."""
+    plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_nested
+    return plain and not tensor.is_meta

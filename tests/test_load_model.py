@@ -1,0 +1,512 @@
+"""`load_model` on the modules that people have: which are filled, which are refused by name, and what is left as it was."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import shardsave
+from conftest import SmallModel, same_bits
+
+
+def same_state(left: nn.Module, right: nn.Module) -> bool:
+    a, b = left.state_dict(), right.state_dict()
+    return a.keys() == b.keys() and all(same_bits(a[name], b[name]) for name in a)
+
+
+class Pair(nn.Module):
+    """Two parameters, ``a`` and ``b``, wherever they lie."""
+
+    def __init__(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(a), nn.Parameter(b)
+
+
+def refused(module: nn.Module, path: Path, words: str) -> None:
+    """Loading raises UnsupportedTensorError with ``words``, and has changed no tensor that has values."""
+    before = [t.detach().clone() if t.layout is torch.strided else t for t in module.state_dict().values()]
+    with pytest.raises(shardsave.UnsupportedTensorError, match=rf"cannot fill {words}; the module is unchanged"):
+        shardsave.load_model(module, path)
+    for old, new in zip(before, module.state_dict().values()):
+        assert old.layout is not torch.strided or old.is_meta or old.is_quantized or same_bits(old, new)
+
+
+def test_inference_tensors(tmp_path: Path) -> None:
+    """Catches a flag or a version counter that an inference tensor refuses after it was filled."""
+    source = nn.Linear(3, 2)
+    source.bias.requires_grad_(False)
+    shardsave.save(source, tmp_path)
+    with torch.inference_mode():
+        module = nn.Linear(3, 2).requires_grad_(False)
+        module.bias.requires_grad_(True)
+    shardsave.load_model(module, tmp_path)
+    assert same_state(module, source) and module.weight.is_inference()
+    assert module.weight.requires_grad and not module.bias.requires_grad
+
+
+def test_in_inference_mode(tmp_path: Path) -> None:
+    """Catches a caller's inference mode that gets into the module: a meta model filled so could never be trained."""
+    source = nn.Linear(3, 2)
+    shardsave.save(source, tmp_path)
+    with torch.device("meta"):
+        module = nn.Linear(3, 2)
+    plain = nn.Linear(3, 2)
+    with torch.inference_mode():
+        shardsave.load_model(module, tmp_path)
+        shardsave.load_model(plain, tmp_path)
+    for filled in (module, plain):
+        filled(torch.ones(3)).sum().backward()
+        assert same_state(filled, source) and filled.weight.grad is not None
+
+
+def test_destinations_that_share_a_part_of_their_memory(tmp_path: Path) -> None:
+    """Catches workers that race for the same bytes; and a refusal of views that are only interleaved."""
+    shardsave.save({"a": torch.ones(7), "b": torch.zeros(5)}, tmp_path / "apart")
+    base = torch.full((10,), 3.0)
+    refused(Pair(base[:7], base[5:]), tmp_path / "apart", "'b' from .*memory of its own was expected, it shares .* 'a'.*")
+    shardsave.save({"a": torch.ones(4, 3), "b": torch.zeros(4, 2)}, tmp_path / "columns")
+    grid = torch.full((4, 5), 3.0)
+    shardsave.load_model(Pair(grid[:, :3], grid[:, 3:]), tmp_path / "columns")
+    assert grid.tolist() == [[1, 1, 1, 0, 0]] * 4
+    shardsave.save({"a": torch.ones(12), "b": torch.ones(4, 3)}, tmp_path / "whole")
+    whole = torch.zeros(12)
+    refused(Pair(whole, whole.view(4, 3)), tmp_path / "whole", "'b' from .*it shares a part of it with 'a'.*")
+
+
+def test_lazy_parameters(tmp_path: Path) -> None:
+    """Catches a lazy parameter that is asked for its shape; lazy modules take theirs from the checkpoint."""
+    source = nn.Linear(3, 2)
+    shardsave.save(source, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lazy = nn.LazyLinear(2)
+    shardsave.load_model(lazy, tmp_path)
+    assert same_state(lazy, source)
+    bare = nn.Linear(3, 2)
+    bare.weight = nn.parameter.UninitializedParameter()
+    with pytest.raises(shardsave.UnsupportedTensorError, match=r"cannot fill 'weight' from .*it is lazy; run a forward"):
+        shardsave.load_model(bare, tmp_path)
+
+
+def test_kinds_of_destinations_that_are_refused(tmp_path: Path) -> None:
+    """Catches a raw write into memory that is not plain elements, and a cast that fails only half way through."""
+
+    class Odd(torch.Tensor):
+        pass
+
+    def holding(tensor: torch.Tensor) -> nn.Module:
+        module = nn.Module()
+        module.register_buffer("ok", torch.zeros(2))
+        module.register_buffer("x", tensor)
+        return module
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantized = torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8)
+    shardsave.save({"x": torch.ones(4), "ok": torch.ones(2)}, tmp_path / "float")
+    refused(holding(quantized), tmp_path / "float", r"'x' from .*it is quantized \(qint8\)")
+    refused(holding(torch.zeros(4).to_sparse()), tmp_path / "float", "'x' from .*its layout is sparse_coo")
+    refused(holding(torch.zeros(4).as_subclass(Odd)), tmp_path / "float", "'x' from .*it is a Odd")
+    refused(holding(torch.zeros(1).expand(4)), tmp_path / "float", r"'x' from .*it is expanded; call \.contiguous\(\).*")
+    packed = torch.zeros(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    shardsave.save({"x": packed, "ok": torch.ones(2)}, tmp_path / "packed")
+    refused(holding(torch.zeros(4)), tmp_path / "packed", "'x' from .*float4_e2m1fn_x2 was expected, it is float32, and .*")
+    same = holding(packed.clone())
+    shardsave.load_model(same, tmp_path / "packed")
+    assert same.ok.sum() == 2
+
+
+@pytest.fixture
+def one_process_group() -> Iterator[None]:
+    import torch.distributed as distributed
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_distributed_wrappers(tmp_path: Path, one_process_group: None) -> None:
+    """Catches DDP's prefix on disk or in the way of a load; and a DTensor taken for its local part, or for a tie at address 0."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    source = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    source[0].requires_grad_(False)
+    shardsave.save(DistributedDataParallel(source), tmp_path / "ckpt")
+    assert shardsave.inspect(tmp_path / "ckpt").names == tuple(source.state_dict())
+    fresh = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    shardsave.load_model(DistributedDataParallel(fresh), tmp_path / "ckpt")
+    assert same_state(fresh, source) and not fresh[0].weight.requires_grad
+    sharded = fully_shard(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)), mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(
+        shardsave.UnsupportedTensorError, match=r"cannot save '0.weight': .* it is a DTensor; nothing was written"
+    ):
+        shardsave.save(sharded, tmp_path / "sharded")
+    assert not (tmp_path / "sharded").exists()
+    with pytest.raises(shardsave.UnsupportedTensorError, match=r"cannot fill '0.weight' from .*it is a DTensor"):
+        shardsave.load_model(sharded, tmp_path / "ckpt")
+
+
+def test_compiled_sub_module(tmp_path: Path) -> None:
+    """Catches ``_orig_mod.`` inside names, on disk or in the module."""
+    source = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    source[0] = torch.compile(source[0])  # type: ignore[assignment]
+    shardsave.save(source, tmp_path)
+    assert shardsave.inspect(tmp_path).names == ("0.weight", "0.bias", "1.weight", "1.bias")
+    fresh = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    fresh[1] = torch.compile(fresh[1])  # type: ignore[assignment]
+    shardsave.load_model(fresh, tmp_path)
+    assert all(same_bits(a, b) for a, b in zip(fresh.parameters(), source.parameters()))
+
+
+def test_optimizer_goes_on(tmp_path: Path) -> None:
+    """Catches parameters that an optimizer no longer reaches."""
+    model = nn.Linear(3, 2)
+    shardsave.save(model, tmp_path)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
+    before = [weakref.ref(parameter) for parameter in model.parameters()]
+    shardsave.load_model(model, tmp_path)
+    assert [ref() for ref in before] == list(model.parameters())
+    loaded = model.weight.detach().clone()
+    model(torch.ones(3)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(model.weight, loaded)
+
+
+def test_flags_are_set_last(tmp_path: Path) -> None:
+    """Catches flags that change although the load failed."""
+    source = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)).requires_grad_(False)
+    shardsave.save(source, tmp_path)
+    damage(tmp_path, source[1].weight)
+    fresh = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    with pytest.raises(shardsave.CorruptCheckpointError):
+        shardsave.load_model(fresh, tmp_path)
+    assert all(parameter.requires_grad for parameter in fresh.parameters())
+
+
+def damage(folder: Path, tensor: torch.Tensor) -> None:
+    """Flips a bit of ``tensor``'s bytes in whichever shard has them."""
+    needle = tensor.detach().numpy().tobytes()
+    for path in folder.glob("*.safetensors"):
+        content = bytearray(path.read_bytes())
+        at = content.find(needle)
+        if at >= 0:
+            content[at] ^= 1
+            path.write_bytes(content)
+            return
+    raise AssertionError("the tensor is not there")
+
+
+def test_partly_loaded_is_counted(tmp_path: Path) -> None:
+    """Catches a count of tensors that includes those whose checksum was wrong, or those that were never given on."""
+    source = nn.Sequential(Doubling(3, 3), nn.Linear(3, 2), nn.Linear(2, 2))
+    shardsave.save(source, tmp_path / "direct")
+    damage(tmp_path / "direct", source[1].weight)
+    damage(tmp_path / "direct", source[2].weight)
+    fresh = nn.Sequential(Doubling(3, 3), nn.Linear(3, 2), nn.Linear(2, 2))
+    with pytest.raises(
+        shardsave.CorruptCheckpointError, match="1 more tensors are damaged; the module is partly loaded, 4 of 6"
+    ):
+        shardsave.load_model(fresh, tmp_path / "direct")
+    assert same_bits(fresh[1].bias, source[1].bias) and torch.equal(fresh[0].weight, source[0].weight * 2)
+    shardsave.save(source, tmp_path / "hooked")
+    damage(tmp_path / "hooked", source[0].weight)
+    with pytest.raises(shardsave.CorruptCheckpointError, match="'0.weight' .*the module is partly loaded, 0 of 6 tensors"):
+        shardsave.load_model(nn.Sequential(Doubling(3, 3), nn.Linear(3, 2), nn.Linear(2, 2)), tmp_path / "hooked")
+
+
+def test_without_flags(tmp_path: Path) -> None:
+    """Catches ``restore_frozen=False`` that restores, and flags set where the file has none."""
+    shardsave.save(nn.Linear(3, 2).requires_grad_(False), tmp_path)
+    fresh = nn.Linear(3, 2)
+    report = shardsave.load_model(fresh, tmp_path, restore_frozen=False)
+    assert fresh.weight.requires_grad and report.frozen is None and "flags left alone" in str(report)
+
+
+def test_flags_are_for_floating_point_parameters(tmp_path: Path) -> None:
+    """Catches a flag on a buffer or an integer parameter, which raises, or on a head that was not loaded."""
+
+    class Mixed(nn.Module):
+        def __init__(self, classes: int) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.arange(3), requires_grad=False)
+            self.head = nn.Linear(2, classes)
+            self.register_buffer("mean", torch.zeros(2))
+
+    source = Mixed(2)
+    source.head.requires_grad_(False)
+    shardsave.save(source, tmp_path)
+    fresh = Mixed(2)
+    assert shardsave.load_model(fresh, tmp_path).frozen == 2
+    assert not fresh.table.requires_grad and not fresh.mean.requires_grad and not fresh.head.weight.requires_grad
+    other = Mixed(5)
+    report = shardsave.load_model(other, tmp_path, strict=False)
+    assert len(report.mismatched) == 2 and other.head.weight.requires_grad
+
+
+def test_tied_here_and_saved_apart_with_different_flags(tmp_path: Path) -> None:
+    """Catches a tied parameter that is frozen because one of its names was."""
+    weight = torch.ones(2)
+    apart = {"a": nn.Parameter(weight.clone(), requires_grad=False), "b": nn.Parameter(weight.clone())}
+    shardsave.save(apart, tmp_path)
+    tied = Pair(torch.zeros(2), torch.zeros(2))
+    tied.b = tied.a
+    assert shardsave.load_model(tied, tmp_path).frozen == 0
+    assert tied.a.requires_grad and tied.a.tolist() == [1, 1]
+
+
+def test_names_with_spaces_and_lists(tmp_path: Path) -> None:
+    """Catches names that are taken apart where only dots may be, and lists or dicts of parameters that are not seen."""
+    source = nn.ModuleDict({"d": nn.ParameterDict({"a b": torch.ones(2), "c": torch.ones(1)})})
+    source["l"] = nn.ParameterList([torch.ones(2), torch.zeros(3)])  # type: ignore[assignment]
+    shardsave.save(source, tmp_path)
+    same = copy.deepcopy(source)
+    with torch.no_grad():
+        for parameter in same.parameters():
+            parameter.fill_(7)
+    shardsave.load_model(same, tmp_path)
+    assert same_state(same, source)
+    other = nn.ModuleDict(
+        {"d": nn.ParameterDict({"a b": torch.zeros(3), "c": torch.zeros(1)}), "l": copy.deepcopy(source["l"])}
+    )
+    report = shardsave.load_model(other, tmp_path, strict=False)
+    assert report.mismatched == ("d.a b [2] on disk, [3] in the module",)
+    assert other["d"]["a b"].tolist() == [0, 0, 0] and other["d"]["c"].tolist() == [1]
+
+
+class Doubling(nn.Linear):
+    """A sub-module with a loading routine of its own."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        state_dict[prefix + "weight"] = state_dict[prefix + "weight"] * 2
+        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[no-untyped-call]
+
+
+class Renaming(nn.Linear):
+    """Has ``weight`` in memory and ``w`` on disk."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self._register_state_dict_hook(
+            lambda _self, state, prefix, _meta: state.update({prefix + "w": state.pop(prefix + "weight")})
+        )
+        self._register_load_state_dict_pre_hook(
+            lambda state, prefix, *_: state.update({prefix + "weight": state.pop(prefix + "w")})
+        )
+
+
+def test_shared_sub_modules(tmp_path: Path) -> None:
+    """Catches one module under two names that is stored twice, or whose second name goes around its loading routine."""
+    for kind, factor in ((nn.Linear, 1), (Doubling, 2)):
+        shared = nn.Linear(3, 3)
+        shardsave.save(nn.ModuleDict({"a": shared, "b": shared}), tmp_path)
+        assert shardsave.inspect(tmp_path).ties == {"b.weight": "a.weight", "b.bias": "a.bias"}
+        own = kind(3, 3)
+        shardsave.load_model(nn.ModuleDict({"b": own, "a": own}), tmp_path)
+        assert torch.equal(own.weight, shared.weight * factor) and torch.equal(own.bias, shared.bias)
+
+
+def test_hooks_that_rename(tmp_path: Path) -> None:
+    """Catches names that only hooks know: refused as unexpected, or their flags lost."""
+    source = nn.Sequential(Renaming(3, 2), nn.Linear(2, 2))
+    source[0].weight.requires_grad_(False)
+    shardsave.save(source, tmp_path)
+    assert shardsave.inspect(tmp_path).names == ("0.bias", "0.w", "1.weight", "1.bias")
+    fresh = nn.Sequential(Renaming(3, 2), nn.Linear(2, 2))
+    report = shardsave.load_model(fresh, tmp_path)
+    assert same_state(fresh, source) and not fresh[0].weight.requires_grad and fresh[0].bias.requires_grad
+    assert (report.tensors, report.frozen) == (4, 1)
+
+
+def test_renamed_without_a_way_back(tmp_path: Path) -> None:
+    """Catches an unclear error where a module saves names that it does not take."""
+
+    class OneWay(nn.Linear):
+        def state_dict(self, *arguments: Any, **options: Any) -> Any:
+            return {f"saved.{name}": value for name, value in super().state_dict(*arguments, **options).items()}
+
+    shardsave.save(OneWay(2, 2), tmp_path)
+    with pytest.raises(
+        shardsave.IncompatibleCheckpointError, match=r"missing 2: bias, weight; unexpected 2: saved.bias, saved"
+    ):
+        shardsave.load_model(OneWay(2, 2), tmp_path)
+
+
+def test_a_loading_routine_that_refuses(tmp_path: Path) -> None:
+    """Catches a refusal that comes after the rest of the module was filled, or that does not say whose it is."""
+    shardsave.save({"0.bias": torch.ones(3), "0.weight": torch.ones(2, 2), "1.weight": torch.ones(2, 3)}, tmp_path)
+    module = nn.Sequential(Doubling(3, 3), nn.Linear(3, 2, bias=False))
+    before = module[1].weight.detach().clone()
+    words = r"cannot load '0': its own load_state_dict .*RuntimeError.*size mismatch.*; the module is partly loaded, 0 of 3"
+    with pytest.raises(shardsave.IncompatibleCheckpointError, match=words):
+        shardsave.load_model(module, tmp_path)
+    assert same_bits(module[1].weight, before)
+
+
+def test_loading_routines_report_without_strict(tmp_path: Path) -> None:
+    """Catches what a sub-module's own routine found missing and nobody was told of."""
+    shardsave.save({"0.weight": torch.ones(3, 3), "0.more": torch.ones(1)}, tmp_path)
+    report = shardsave.load_model(nn.Sequential(Doubling(3, 3)), tmp_path, strict=False)
+    assert report.missing == ("0.bias",) and report.unexpected == ("0.more",)
+
+
+def test_one_sub_module_at_a_time(tmp_path: Path) -> None:
+    """Catches more than one sub-module's copy in memory, when several have loading routines of their own."""
+    alive: list[int] = []
+    copies: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+
+    class Watching(nn.Linear):
+        def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+            copies.add(state_dict[prefix + "weight"])
+            alive.append(len(copies))
+            super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[no-untyped-call]
+
+    model = nn.Sequential(*(Watching(4, 4) for _ in range(5)))
+    shardsave.save(model, tmp_path)
+    shardsave.load_model(model, tmp_path)
+    assert alive == [1] * 5
+
+
+class Counting(nn.Linear):
+    """Has extra state that is a tensor."""
+
+    count = 0
+
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.tensor([self.count])
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        self.count = int(state)
+
+
+def test_extra_state(tmp_path: Path) -> None:
+    """Catches extra state that is lost; what is not a tensor would need pickle, and is refused by name."""
+    source = nn.Sequential(Counting(3, 2), nn.Linear(2, 2))
+    source[0].count = 7
+    shardsave.save(source, tmp_path)
+    assert "0._extra_state" in shardsave.inspect(tmp_path).names
+    fresh = nn.Sequential(Counting(3, 2), nn.Linear(2, 2))
+    shardsave.load_model(fresh, tmp_path)
+    assert fresh[0].count == 7 and same_state(fresh, source)
+    source[0].get_extra_state = lambda: {"count": 7}
+    with pytest.raises(shardsave.UnsupportedTensorError, match=r"'0._extra_state': .* it is a dict, which would need pickle"):
+        shardsave.save(source, tmp_path)
+
+
+def weight_normed(kind: str) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own: deprecated, and still in many models
+        make = {
+            "weight_norm": parametrizations.weight_norm,
+            "old weight_norm": torch.nn.utils.weight_norm,
+            "spectral_norm": parametrizations.spectral_norm,
+            "old spectral_norm": torch.nn.utils.spectral_norm,
+            "orthogonal": parametrizations.orthogonal,
+        }[kind]
+        return nn.Sequential(make(nn.Linear(3, 2)), nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [
+        ("weight_norm", "weight_norm"),
+        ("old weight_norm", "old weight_norm"),
+        ("old weight_norm", "weight_norm"),
+        ("spectral_norm", "spectral_norm"),
+        ("old spectral_norm", "old spectral_norm"),
+        ("orthogonal", "orthogonal"),
+    ],
+)
+def test_parametrizations(tmp_path: Path, saved: str, loaded: str) -> None:
+    """Catches parametrized weights that do not come back, also across the renaming that torch does itself."""
+    source, fresh = weight_normed(saved).eval(), weight_normed(loaded).eval()
+    shardsave.save(source, tmp_path)
+    shardsave.load_model(fresh, tmp_path)
+    given = torch.randn(5, 3)
+    assert torch.equal(source(given), fresh(given))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_quantised_modules_are_refused(tmp_path: Path) -> None:
+    """Catches packed weights that are saved as something else."""
+    quantised = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(3, 2)), {nn.Linear})
+    with pytest.raises(shardsave.UnsupportedTensorError, match=r"cannot save '0._packed_params.*; nothing was written"):
+        shardsave.save(quantised, tmp_path / "ckpt")
+    assert not (tmp_path / "ckpt").exists()
+
+
+def test_batch_norm_state_from_before_it_counted(tmp_path: Path) -> None:
+    """Catches a counter that is reported missing, that is reset, or that stays on the meta device; and others of that name."""
+    state = nn.BatchNorm1d(3).state_dict()
+    del state["num_batches_tracked"]
+    shardsave.save(state, tmp_path)
+    norm = nn.BatchNorm1d(3)
+    norm.num_batches_tracked += 5
+    shardsave.load_model(norm, tmp_path)
+    assert norm.num_batches_tracked == 5
+    with torch.device("meta"):
+        empty = nn.BatchNorm1d(3)
+    shardsave.load_model(empty, tmp_path)
+    assert empty.num_batches_tracked.device.type == "cpu" and empty.num_batches_tracked == 0
+    other = nn.Module()
+    other.register_buffer("num_batches_tracked", torch.zeros(()))
+    with pytest.raises(shardsave.IncompatibleCheckpointError, match="missing 1: num_batches_tracked"):
+        shardsave.load_model(other, tmp_path)
+
+
+def test_meta_parameters_keep_what_others_gave_them(tmp_path: Path, small_model: nn.Module) -> None:
+    """Catches a materialised model that loses classes, attributes, ties or flags, or is not on the device asked for."""
+    shardsave.save(small_model, tmp_path)
+    for device in (None, "cpu"):
+        with torch.device("meta"):
+            empty = SmallModel()
+        empty.scratch = torch.zeros(3)
+        empty.embed.weight.no_decay = True
+        shardsave.load_model(empty, tmp_path, device=device, restore_frozen=False)
+        assert type(empty.embed.weight) is nn.Parameter and empty.embed.weight.no_decay
+        assert empty.head.weight is empty.embed.weight and same_state(empty, small_model)
+        assert all(t.device.type == "cpu" for t in empty.state_dict().values())
+        assert not empty.encoder[0].weight.requires_grad and empty.narrow.weight.requires_grad
+        assert "steps" in dict(empty.named_buffers()) and not empty.steps.is_meta
+
+
+def test_meta_parameters_that_are_not_there(tmp_path: Path) -> None:
+    """Catches undefined memory behind a parameter that a load which is not strict did not fill."""
+    shardsave.save({"weight": torch.ones(2, 3)}, tmp_path)
+    with torch.device("meta"):
+        empty = nn.Linear(3, 2)
+    report = shardsave.load_model(empty, tmp_path, strict=False)
+    assert report.missing == ("bias",) and empty.bias.is_meta and empty.weight.sum() == 6
+
+
+def test_scalars_saved_as_vectors(tmp_path: Path) -> None:
+    """Catches torch's oldest scalars, of one dimension, that are refused."""
+    shardsave.save({"x": torch.tensor([3.0])}, tmp_path)
+    module = nn.Module()
+    module.register_buffer("x", torch.tensor(0.0))
+    shardsave.load_model(module, tmp_path)
+    assert module.x.shape == () and module.x == 3
+
+
+def test_every_difference_is_listed(tmp_path: Path) -> None:
+    """Catches a strict load that names only the first few."""
+    shardsave.save({f"old.{n}": torch.ones(1) for n in range(40)} | {"shape": torch.ones(2)}, tmp_path)
+    module = nn.ParameterDict({f"new{n}": torch.zeros(1) for n in range(40)} | {"shape": torch.zeros(3)})
+    with pytest.raises(shardsave.IncompatibleCheckpointError) as caught:
+        shardsave.load_model(module, tmp_path)
+    text = str(caught.value)
+    assert all(f"old.{n}" in text and f"new{n}" in text for n in range(40)) and "shape [2] on disk, [3]" in text
+    assert text.endswith("the module is unchanged") and all(p.sum() == 0 for p in module.values())
