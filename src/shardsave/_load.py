@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from shardsave import _fill
-from shardsave._arguments import check_path, check_switches
+from shardsave._arguments import check_path, check_progress, check_switches
 from shardsave._backend import engine_name
 from shardsave._checkpoint import Checkpoint, Located, open_checkpoint
 from shardsave._dtypes import BY_NAME, item_bytes, torch_shape
@@ -67,6 +67,7 @@ def load(
         {'x': tensor([0, 1, 2])}
     """
     check_switches(verify=verify, mmap=mmap)
+    check_progress(progress)
     check_path(path)
     wanted = _check_names(names, prefix)
     where = _device(device) or torch.device("cpu")
@@ -136,6 +137,7 @@ def load_model(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
     check_switches(strict=strict, restore_frozen=restore_frozen, verify=verify)
+    check_progress(progress)
     check_path(path)
     _check_names(None, prefix)
     where = _device(device)

@@ -21,8 +21,6 @@ class Progress:
     """Turns the engine's ticks into a bar, or into calls of the user's function with (bytes done, bytes in all)."""
 
     def __init__(self, wanted: ProgressArgument, title: str, total: int) -> None:
-        if wanted is not None and not isinstance(wanted, bool) and not callable(wanted):
-            raise TypeError(f"progress must be None, True, False or a callable, not {type(wanted).__name__}")
         self._call = wanted if callable(wanted) else None
         self._title = title
         self._total = total

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Union
 
 from shardsave import _engine
-from shardsave._arguments import check_path, check_switches
+from shardsave._arguments import check_path, check_progress, check_switches
 from shardsave._backend import engine_name
 from shardsave._checkpoint import descriptor_allowance
 from shardsave._commit import StagedShard, Transaction
@@ -86,6 +86,7 @@ def save(
     """
     check_path(directory)
     check_switches(durable=durable)
+    check_progress(progress)
     _check_timeout(lock_timeout)
     bound = parse_size(max_shard_size)
     user_metadata = _check_metadata(metadata)

@@ -19,6 +19,9 @@ Source = Union[nn.Module, Mapping[str, Any]]
 PLAIN_TYPES = frozenset({torch.Tensor, nn.Parameter, *([nn.Buffer] if hasattr(nn, "Buffer") else [])})
 _COMPILED = "_orig_mod."
 
+#: What the package ml_dtypes adds to numpy and torch has, too, under the same names.
+_ML_DTYPES = frozenset({"bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"})
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -117,8 +120,9 @@ def _from_numpy(name: str, array: np.ndarray[Any, Any]) -> torch.Tensor:
     if not array.flags.writeable:  # torch warns of writing to it; nobody will
         array = np.lib.stride_tricks.as_strided(_writeable_alias(array), array.shape, array.strides)
     try:
-        if array.dtype.name == "bfloat16":
-            return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+        if array.dtype.name in _ML_DTYPES:
+            as_integer = torch.from_numpy(array.view(np.uint16 if array.itemsize == 2 else np.uint8))
+            return as_integer.view(getattr(torch, array.dtype.name))
         return torch.from_numpy(array)
     except TypeError:
         _refuse(name, "a dtype that torch has was expected", f"it is {array.dtype}")
