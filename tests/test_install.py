@@ -1,0 +1,88 @@
+"""The package where there is no compiler, and the choice of an engine. Method: it is really installed, and runs in new processes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+
+USE = """
+import sys, warnings, torch
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import shardsave
+    for _ in range(2):
+        report = shardsave.save({"x": torch.arange(1000)}, sys.argv[1])
+        assert torch.equal(shardsave.load(sys.argv[1])["x"], torch.arange(1000))
+        shardsave.verify(sys.argv[1])
+said = [str(warning.message) for warning in caught if issubclass(warning.category, RuntimeWarning)]
+print(report.engine, len(said), shardsave.__file__, *said, sep="\\n")
+"""
+
+
+def use(folder: Path, **environment: str) -> list[str]:
+    """Saves and loads in a new process; its engine, the number of warnings, the package's file, and the warnings."""
+    known = {name: value for name, value in os.environ.items() if name != "SHARDSAVE_ENGINE"}
+    command = [sys.executable, "-c", USE, str(folder)]
+    done = subprocess.run(command, env=known | environment, capture_output=True, text=True, cwd=folder.parent)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def without_compiler(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder into which pip installed the package from its sources, with compilers that fail."""
+    folder = tmp_path_factory.mktemp("install")
+    ours = shutil.ignore_patterns("*.so", "*.egg-info", "__pycache__")
+    for name in ("src", "csrc"):
+        shutil.copytree(ROOT / name, folder / "sources" / name, ignore=ours)
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, folder / "sources")
+    known = {name: value for name, value in os.environ.items() if not name.startswith("SHARDSAVE_")}
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "--no-index"]
+    done = subprocess.run(
+        [*command, "--target", str(folder / "target"), str(folder / "sources")],
+        env=known | {"CC": "/bin/false", "CXX": "/bin/false"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / "target"
+
+
+def test_installed_without_a_compiler(without_compiler: Path, tmp_path: Path) -> None:
+    """Catches an installation that fails, a package that does not work, or one that does not say once what it lacks."""
+    assert not list(without_compiler.rglob("*.so")) and (without_compiler / "shardsave" / "py.typed").exists()
+    engine, count, file, *said = use(tmp_path / "ckpt", PYTHONPATH=str(without_compiler))
+    assert Path(file).is_relative_to(without_compiler) and (engine, count) == ("portable", "1")
+    assert "runs without its C++ engine" in said[0] and "several times slower; install a C++ compiler" in said[0]
+    assert use(tmp_path / "asked", PYTHONPATH=str(without_compiler), SHARDSAVE_ENGINE="portable")[:2] == ["portable", "0"]
+
+
+def test_a_native_engine_that_is_not_there(without_compiler: Path) -> None:
+    """Catches a fallback that was not wanted."""
+    environment = {**os.environ, "PYTHONPATH": str(without_compiler), "SHARDSAVE_ENGINE": "native"}
+    done = subprocess.run([sys.executable, "-c", "import shardsave"], env=environment, capture_output=True, text=True)
+    assert (
+        done.returncode != 0 and "ImportError: SHARDSAVE_ENGINE=native, and the C++ extension cannot be loaded" in done.stderr
+    )
+
+
+@pytest.mark.parametrize(("wanted", "engine"), [("", "native"), ("native", "native"), ("portable", "portable")])
+def test_engines(tmp_path: Path, wanted: str, engine: str) -> None:
+    """Catches a variable that is not heard, or a warning of what was asked for."""
+    assert use(tmp_path / "ckpt", SHARDSAVE_ENGINE=wanted)[:2] == [engine, "0"]
+
+
+def test_an_engine_that_is_none(tmp_path: Path) -> None:
+    """Catches a misspelt engine that is taken for the default."""
+    environment = {**os.environ, "SHARDSAVE_ENGINE": "fast"}
+    done = subprocess.run([sys.executable, "-c", "import shardsave"], env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "ValueError: SHARDSAVE_ENGINE must be 'native' or 'portable', not 'fast'" in done.stderr
