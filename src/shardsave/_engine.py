@@ -144,7 +144,10 @@ def _run(
         from shardsave import _portable
 
         warn_if_portable()
-        return _portable.run(write, files, blocks, pieces, checksum, tick_or_end)
+        try:
+            return _portable.run(write, files, blocks, pieces, checksum, access == "direct", tick_or_end)
+        except MemoryError as error:
+            raise _no_memory("allocation of working memory", 0) from error
     places = [_place(piece) for piece in pieces]
     ordinals = sorted({memory for memory, _ in places if memory >= 0})
     lends = any(memory == native.LENT for memory, _ in places)

@@ -10,11 +10,18 @@ import numpy as np
 
 from shardsave import _crc64, _lend
 from shardsave._engine import BLOCK_BYTES, Piece, Tick, Transfer, TransferFault
+from shardsave._files import start_writeback
 from shardsave._plan import Block
 
 
 def run(
-    write: bool, files: Sequence[int], blocks: Sequence[Block], pieces: Sequence[Piece], checksum: bool, tick: Tick
+    write: bool,
+    files: Sequence[int],
+    blocks: Sequence[Block],
+    pieces: Sequence[Piece],
+    checksum: bool,
+    durable: bool,
+    tick: Tick,
 ) -> Transfer:
     """As `shardsave._engine.write` and `read`, always through the page cache."""
     sums = [0] * len(pieces)
@@ -41,6 +48,8 @@ def run(
         if write:
             slot[_end(block) :] = bytes(block.length - _end(block))
             _write_block(files, block, slot)
+            if durable:
+                start_writeback(files[block.file], block.offset, block.length)
         tick(done)
     finished = (_crc64.finish(value, piece.nbytes) for value, piece in zip(sums, pieces)) if checksum else ()
     return Transfer(tuple(finished), (False,) * len(files), BLOCK_BYTES, pinned=False)
