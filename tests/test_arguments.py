@@ -155,8 +155,9 @@ def test_devices(tmp_path: Path, device: Any) -> None:
         assert shardsave.load(tmp_path, device=device, mmap=mmap)["x"].device.type == "cpu"
     module = nn.Module()
     module.register_buffer("x", torch.zeros(1))
+    before = module.x
     shardsave.load_model(module, tmp_path, device=device)
-    assert module.x == 1
+    assert module.x == 1 and module.x is before
 
 
 @pytest.mark.parametrize("mmap", [False, True])

@@ -1,8 +1,11 @@
-"""Checked by mypy, never run: what the public functions take and give."""
+"""Checked by mypy, never run: what the public functions take and give, and what they must not take."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,22 +14,91 @@ from typing_extensions import assert_type
 import shardsave
 
 
-def public_surface(model: torch.nn.Module) -> None:
+def saving(model: torch.nn.Module, compiled: torch.nn.Module, parameters: dict[str, torch.nn.Parameter]) -> None:
     report = shardsave.save(model, "ckpt", max_shard_size="5GB", durable=True, metadata={"run": "7"}, progress=None)
     assert_type(report, shardsave.SaveReport)
+    shardsave.save({"x": np.zeros(3), "y": torch.zeros(2)}, Path("ckpt"), max_shard_size=10**9, lock_timeout=1)
+    shardsave.save(compiled, "ckpt", progress=lambda done, total: print(done / total), lock_timeout=0.5)
+    shardsave.save(parameters, "ckpt", progress=True, metadata=None)
+    shardsave.save(OrderedDict(model.state_dict()), "ckpt")
+    assert_type(report.bytes, int)
+    assert_type(report.tensors, int)
+    assert_type(report.shards, int)
+    assert_type(report.seconds, float)
     assert_type(report.bytes_per_second, float)
-    assert_type(report.phases.sync, float)
-    shardsave.save(
-        {"x": np.zeros(3), "y": torch.zeros(2)}, Path("ckpt"), max_shard_size=10**9, progress=lambda done, total: None
-    )
-    assert_type(
-        shardsave.load("ckpt", device="cuda:0", names=None, prefix="", verify=True, mmap=False), dict[str, torch.Tensor]
-    )
-    assert_type(
-        shardsave.load_model(model, "ckpt", device=None, prefix="", strict=True, restore_frozen=True, verify=True),
-        shardsave.LoadReport,
-    )
-    info = shardsave.inspect("ckpt")
+    assert_type(report.phases, shardsave.Phases)
+    assert_type(report.phases.plan + report.phases.transfer + report.phases.sync + report.phases.commit, float)
+    assert_type(report.engine, str)
+    assert_type(report.direct, bool)
+    assert_type(report.pinned, bool)
+    assert_type(report.staging_bytes, int)
+    assert_type(report.durable, bool)
+    assert_type(report.leftovers, tuple[str, ...])
+    assert_type(report.overlaps, tuple[tuple[str, str], ...])
+    assert_type(report.notes, tuple[str, ...])
+
+
+def loading(model: torch.nn.Module) -> None:
+    state = shardsave.load("ckpt", device="cuda:0", names=None, prefix="", verify=True, mmap=False)
+    assert_type(state, dict[str, torch.Tensor])
+    shardsave.load(Path("ckpt"), device=torch.device("cpu"), names={"a", "b"}, progress=False)
+    shardsave.load("ckpt", device=0, names=(name for name in ["a"]), mmap=True)
+    report = shardsave.load_model(model, "ckpt", device=None, prefix="", strict=True, restore_frozen=True, verify=True)
+    assert_type(report, shardsave.LoadReport)
+    shardsave.load_model(model, Path("ckpt"), device="cuda", progress=lambda done, total: None)
+    assert_type(report.verified, bool | None)
+    assert_type(report.missing, tuple[str, ...])
+    assert_type(report.unexpected, tuple[str, ...])
+    assert_type(report.mismatched, tuple[str, ...])
+    assert_type(report.frozen, int | None)
+
+
+def looking() -> None:
+    info = shardsave.inspect(Path("ckpt"))
+    assert_type(info, shardsave.CheckpointInfo)
+    assert_type(info.names, tuple[str, ...])
     assert_type(info.frozen, frozenset[str] | None)
-    assert_type(info.tensors["x"].dtype, torch.dtype)
-    assert_type(shardsave.verify("ckpt").verified, bool | None)
+    assert_type(info.parameters, frozenset[str] | None)
+    assert_type(info.ties, Mapping[str, str])
+    assert_type(info.metadata, Mapping[str, Any])
+    assert_type(info.durable, bool | None)
+    assert_type(info.shards, tuple[str, ...])
+    tensor = info.tensors["x"]
+    assert_type(tensor, shardsave.TensorInfo)
+    assert_type(tensor.dtype, torch.dtype)
+    assert_type(tensor.shape, tuple[int, ...])
+    assert_type(tensor.nbytes, int)
+    assert_type(tensor.shard, str)
+    report = shardsave.verify("ckpt", progress=True)
+    assert_type(report, shardsave.VerifyReport)
+    assert_type(report.verified, bool | None)
+    assert_type(shardsave.__version__, str)
+
+
+def errors() -> None:
+    try:
+        shardsave.load("ckpt")
+    except (shardsave.CheckpointNotFoundError, shardsave.CorruptCheckpointError, shardsave.DirectoryBusyError) as error:
+        assert_type(error.args, tuple[Any, ...])
+    committed: type[shardsave.ShardSaveError] = shardsave.DurabilityUncertainError
+    not_committed: type[shardsave.SaveNotCommittedError] = shardsave.OutOfSpaceError
+    others: list[type[shardsave.ShardSaveError]] = [shardsave.IncompatibleCheckpointError, shardsave.UnsupportedTensorError]
+    print(committed, not_committed, others)
+
+
+def refused(model: torch.nn.Module, report: shardsave.SaveReport) -> None:
+    """Each line is an error; mypy reports an ignore that is not needed."""
+    shardsave.save([torch.ones(1)], "ckpt")  # type: ignore[arg-type]
+    shardsave.save(model, 3)  # type: ignore[arg-type]
+    shardsave.save(model, "ckpt", "5GB")  # type: ignore[call-arg]
+    shardsave.save(model, "ckpt", max_shard_size=5.0)  # type: ignore[arg-type]
+    shardsave.save(model, "ckpt", durable="yes")  # type: ignore[arg-type]
+    shardsave.save(model, "ckpt", progress=lambda done: None)  # type: ignore[arg-type, misc]
+    shardsave.load("ckpt", "cuda")  # type: ignore[call-arg]
+    shardsave.load("ckpt", device=1.5)  # type: ignore[arg-type]
+    shardsave.load("ckpt", names=[1])  # type: ignore[list-item]
+    shardsave.load("ckpt", strict=True)  # type: ignore[call-arg]
+    shardsave.load_model({"x": torch.ones(1)}, "ckpt")  # type: ignore[arg-type]
+    shardsave.load_model("ckpt", model)  # type: ignore[arg-type]
+    shardsave.inspect("ckpt", True)  # type: ignore[call-arg]
+    report.bytes = 3  # type: ignore[misc]

@@ -268,8 +268,8 @@ def _listed(names: tuple[str, ...] | list[str]) -> str:
 
 
 def _same_device(left: torch.device, right: torch.device) -> bool:
-    if left.type != right.type:
-        return False
+    if left.type != right.type or left.type == "cpu":
+        return left.type == right.type
     if right.index is None and left.type == "cuda":
         return left.index == torch.cuda.current_device()
     return left.index == right.index or right.index is None

@@ -346,3 +346,29 @@ def test_a_model_on_two_devices(folder: Path) -> None:
     _save({str(number): target for number, target in enumerate(targets)}, folder)
     for number, content in enumerate(contents):
         assert same_bits(_saved(folder)[str(number)], content)
+
+
+def test_a_live_model_moves_with_its_ties_and_gradients(folder: Path) -> None:
+    """Catches memory that two parameters shared and only one of them was filled in, and gradients left on the other device."""
+
+    class Sharing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Parameter(torch.zeros(4))
+            self.b = nn.Parameter(self.a.data)
+            self.c = nn.Linear(2, 2)
+            self.register_buffer("alias", self.a.data)
+            self.register_buffer("scratch", torch.ones(2), persistent=False)
+
+    source = Sharing()
+    with torch.no_grad():
+        source.a.fill_(3)
+    _save(source, folder)
+    moved = Sharing()
+    moved.c.weight.grad = torch.ones(2, 2)
+    identities = [id(parameter) for parameter in moved.parameters()]
+    shardsave.load_model(moved, folder, device=DEVICE, progress=False)
+    assert [id(parameter) for parameter in moved.parameters()] == identities
+    assert moved.a.data_ptr() == moved.b.data_ptr() == moved.alias.data_ptr() and moved.b.tolist() == [3] * 4
+    assert all(tensor.is_cuda for tensor in (*moved.parameters(), *moved.buffers(), moved.c.weight.grad))
+    assert moved.scratch.tolist() == [1, 1]
