@@ -74,7 +74,7 @@ def test_a_native_engine_that_is_not_there(without_compiler: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(("wanted", "engine"), [("", "native"), ("native", "native"), ("portable", "portable")])
+@pytest.mark.parametrize(("wanted", "engine"), [("native", "native"), ("portable", "portable")])
 def test_engines(tmp_path: Path, wanted: str, engine: str) -> None:
     """Catches a variable that is not heard, or a warning of what was asked for."""
     assert use(tmp_path / "ckpt", SHARDSAVE_ENGINE=wanted)[:2] == [engine, "0"]

@@ -138,9 +138,10 @@ def one_process_group() -> Iterator[None]:
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_distributed_wrappers(tmp_path: Path, one_process_group: None) -> None:
-    """Catches DDP's prefix on disk or in the way of a load; and a DTensor taken for its local part, or for a tie at address 0."""
+    """Catches DDP's prefix on disk or in the way of a load, a DTensor taken for its local part or for a tie at address 0, and a
+    wrapper of FSDP whose collective calls would hang a single saver."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
     source = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
@@ -158,6 +159,12 @@ def test_distributed_wrappers(tmp_path: Path, one_process_group: None) -> None:
     assert not (tmp_path / "sharded").exists()
     with pytest.raises(shardsave.UnsupportedTensorError, match=r"cannot fill '0.weight' from .*it is a DTensor"):
         shardsave.load_model(sharded, tmp_path / "ckpt")
+    older = nn.Sequential(FullyShardedDataParallel(nn.Linear(3, 3), device_id=torch.device("cpu")))
+    words = "module '0': one that is whole in this process was expected, it is a FullyShardedDataParallel"
+    with pytest.raises(shardsave.UnsupportedTensorError, match=f"cannot save {words}.*; nothing was written"):
+        shardsave.save(older, tmp_path / "sharded")
+    with pytest.raises(shardsave.UnsupportedTensorError, match=f"cannot fill {words}.*; the module is unchanged"):
+        shardsave.load_model(older, tmp_path / "ckpt")
 
 
 def test_compiled_sub_module(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from shardsave._checkpoint import Located
 from shardsave._dtypes import BY_NAME, torch_shape
 from shardsave._fillable import check_fillable, check_plain, check_shaped, refuse_overlaps
 from shardsave._slots import Slot, ancestor, counts_batches, expected_names, hooked_modules, leaders, slots
-from shardsave._state import plain_name, unwrap
+from shardsave._state import plain_name, refuse_sharded, unwrap
 from shardsave.errors import IncompatibleCheckpointError
 
 
@@ -172,6 +172,7 @@ def fit_module(
     UnsupportedTensorError with the module unchanged.
     """
     module = unwrap(module)
+    refuse_sharded(module, "fill", "the module is unchanged")
     fit = Fit(module, device, stored)
     expected = expected_names(module)
     theirs = _give_to_owners(fit, module, expected)

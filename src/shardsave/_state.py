@@ -57,10 +57,21 @@ def unwrap(module: nn.Module) -> nn.Module:
             return module
 
 
+def refuse_sharded(module: nn.Module, verb: str, state: str) -> None:
+    """Refuses FSDP's older wrapper: each of its state dicts is a collective call, which hangs where one rank alone makes it."""
+    for name, part in module.named_modules():
+        if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(part).__mro__):
+            raise UnsupportedTensorError(
+                f"cannot {verb} module {name!r}: one that is whole in this process was expected, it is a "
+                f"FullyShardedDataParallel; take its full state dict; {state}"
+            )
+
+
 def read_state(source: Source) -> State:
     """Reads the entries of ``source``; copies nothing. Raises UnsupportedTensorError, naming the entry."""
     if isinstance(source, nn.Module):
         module = unwrap(source)
+        refuse_sharded(module, "save", "nothing was written")
         named = _module_tensors(module)
         known = True
         parameters = {id(parameter) for parameter in module.parameters()}
