@@ -78,7 +78,7 @@ def reserve(pieces: Sequence[Piece]) -> None:
     """
     if native is None:
         try:
-            bytearray(BLOCK_BYTES)
+            np.empty(BLOCK_BYTES, np.uint8)
         except MemoryError as error:
             raise _no_memory("allocation of staging memory", BLOCK_BYTES) from error
         return

@@ -27,7 +27,7 @@ def run(
     sums = [0] * len(pieces)
     done = 0
     try:
-        staging = memoryview(bytearray(BLOCK_BYTES))
+        staging = np.empty(BLOCK_BYTES, np.uint8).data
     except MemoryError as error:
         raise TransferFault(-1, "allocation of staging memory", errno.ENOMEM, 0, BLOCK_BYTES) from error
     for block in blocks:
