@@ -17,9 +17,9 @@ from shardsave._arguments import check_path, check_progress, check_switches
 from shardsave._backend import engine_name
 from shardsave._checkpoint import Checkpoint, Located, open_checkpoint
 from shardsave._dtypes import BY_NAME, item_bytes, torch_shape
+from shardsave._ending import verb
 from shardsave._files import CallFailed, call
 from shardsave._find import cannot_read
-from shardsave._ending import verb
 from shardsave._progress import Progress, ProgressArgument
 from shardsave._read import ReadTotals, Target, read_tensors
 from shardsave._reports import LoadReport, Phases
