@@ -285,8 +285,9 @@ def _check_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
     if not isinstance(metadata, Mapping):
         raise TypeError(f"metadata must be a mapping, not {type(metadata).__name__}")
     try:
+        text = json.dumps(dict(metadata), allow_nan=False, ensure_ascii=False)
         _check_keys(dict(metadata))
-        made = parse_object(json.dumps(dict(metadata), allow_nan=False, ensure_ascii=False).encode())
+        made = parse_object(text.encode())
         depth = _depth(made)
     except NotJSON as error:
         raise TypeError(f"metadata must be JSON values that can be read back: {error.wanted}, {error.found}") from error
