@@ -167,6 +167,8 @@ WATCH(int, fdatasync, (int fd), (fd), -1, fd, NULL, NULL, 0, 0)
 WATCH(int, ftruncate, (int fd, off_t length), (fd, length), -1, fd, NULL, NULL, length, 0)
 WATCH(int, fallocate, (int fd, int mode, off_t offset, off_t length), (fd, mode, offset, length), -1, fd, NULL, NULL,
       offset + length, mode)
+WATCH(int, sync_file_range, (int fd, off_t offset, off_t length, unsigned flags), (fd, offset, length, flags), -1, fd,
+      NULL, NULL, offset, length)
 WATCH(int, flock, (int fd, int operation), (fd, operation), -1, fd, NULL, NULL, operation, 0)
 WATCH(int, fstat, (int fd, struct stat* status), (fd, status), -1, fd, NULL, NULL, 0, 0)
 WATCH(int, stat, (const char* path, struct stat* status), (path, status), -1, AT_FDCWD, path, NULL, 0, 0)

@@ -64,8 +64,8 @@ def may_pass(met: Met, fate: Fate, number: int, report: shardsave.SaveReport) ->
         return True  # gone on with, or tried again; or told
     if met.call in ("close", "closedir"):
         return not met.path.name.endswith(".safetensors") and met.path.name not in ("names", "index")  # was only read
-    if met.call in ("statx", "fcntl"):
-        return True  # asked for direct I/O, and does without
+    if met.call in ("statx", "fcntl", "sync_file_range"):
+        return True  # asked for direct I/O, or for an early start, and does without
     return fate is Fate.FAIL_AFTER and met.call in ("mkdir", "stat", "fstatat", "openat")  # nothing was there, or it is now
 
 
