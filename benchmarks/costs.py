@@ -1,0 +1,144 @@
+"""What the parts of shardsave cost that are not the moving of bytes: checksums, a great many tensors, the import.
+
+python costs.py checksums DIRECTORY SIZE | many DIRECTORY | import
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import measure
+import model as models
+
+TENSORS = 100_000
+PAIRS = 7
+
+
+def checksums(path: Path, size: int) -> dict[str, object]:
+    """The engine with and without checksums, in turn, on the same memory and file: seconds of both in each situation."""
+    from shardsave import _engine
+    from shardsave._plan import Extent, blocks
+
+    model = models.build(size)
+    tensors = [tensor for tensor in model.state_dict().values()]
+    pieces = [_engine.Piece(tensor, tensor.dtype, tensor.nbytes) for tensor in tensors]
+    extents, end = [], 4096
+    for number, piece in enumerate(pieces):
+        extents.append(Extent(0, end, piece.nbytes, number, 1))
+        end += piece.nbytes
+    plan = blocks(extents, _engine.BLOCK_BYTES)
+    file = path / "checksums.bin"
+
+    def write(durable: bool, checksum: bool) -> float:
+        file.unlink(missing_ok=True)
+        os.sync()
+        fd = os.open(file, os.O_RDWR | os.O_CREAT)
+        try:
+            began = time.perf_counter()
+            os.posix_fallocate(fd, 0, -(-end // 4096) * 4096)
+            _engine.write([fd], plan, pieces, direct=durable, checksum=checksum, tick=lambda _: None)
+            if durable:
+                os.fsync(fd)
+            return time.perf_counter() - began
+        finally:
+            os.close(fd)
+
+    def read(cold: bool, checksum: bool) -> float:
+        (measure.make_cold if cold else measure.make_warm)(file)
+        fd = os.open(file, os.O_RDONLY)
+        try:
+            began = time.perf_counter()
+            _engine.read([fd], plan, pieces, checksum=checksum, tick=lambda _: None)
+            return time.perf_counter() - began
+        finally:
+            os.close(fd)
+
+    situations: dict[str, Callable[[bool], float]] = {
+        "save durable": lambda checksum: write(True, checksum),
+        "save to cache": lambda checksum: write(False, checksum),
+        "load cold": lambda checksum: read(True, checksum),
+        "load warm": lambda checksum: read(False, checksum),
+    }
+    found: dict[str, object] = {}
+    for name, act in situations.items():
+        act(True)
+        # One after the other, and the order turned round each time, so that a drift of the machine falls on both.
+        pairs = [[act(True), act(False)] if n % 2 else list(reversed([act(False), act(True)])) for n in range(PAIRS)]
+        found[name] = {"with": [pair[0] for pair in pairs], "without": [pair[1] for pair in pairs]}
+    return found
+
+
+class _Many(nn.Module):
+    """Small parameters in layers of nine, as in a model of very many layers or experts."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        for number in range(count // 10):
+            layer = nn.Module()
+            for place in range(10):
+                layer.register_parameter(f"weight_{place}", nn.Parameter(torch.full((16,), float(number))))
+            self.add_module(f"layer_{number}", layer)
+
+
+def many(path: Path) -> dict[str, object]:
+    """Whole calls on 100,000 tensors of 64 bytes, where moving the bytes is nothing: seconds, each three times."""
+    import shardsave
+
+    state = {f"model.layers.{n // 10}.block.weight_{n % 10}": torch.full((16,), float(n)) for n in range(TENSORS)}
+    model = _Many(TENSORS)
+    found: dict[str, list[float]] = {}
+
+    def timed(name: str, action: Callable[[], object]) -> None:
+        began = time.perf_counter()
+        action()
+        found.setdefault(name, []).append(time.perf_counter() - began)
+
+    for _ in range(3):
+        shutil.rmtree(path / "many", ignore_errors=True)
+        timed("save a mapping", lambda: shardsave.save(state, path / "many", progress=False))
+        timed("load a mapping", lambda: shardsave.load(path / "many", progress=False))
+        shutil.rmtree(path / "many", ignore_errors=True)
+        timed("save a module", lambda: shardsave.save(model, path / "many", progress=False))
+        timed("load into a module", lambda: shardsave.load_model(model, path / "many", progress=False))
+        timed("inspect", lambda: shardsave.inspect(path / "many"))
+    return found
+
+
+def imports() -> dict[str, object]:
+    """Seconds that ``import shardsave`` adds after ``import torch``, in fresh processes."""
+    script = "import time, torch; a = time.perf_counter(); import shardsave; print(time.perf_counter() - a)"
+    seconds = [float(subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout) for _ in range(9)]
+    return {"seconds": seconds, "median": statistics.median(seconds)}
+
+
+def main() -> None:
+    what, arguments = sys.argv[1], sys.argv[2:]
+    path = Path(arguments[0]) if arguments else None
+    if path is not None:
+        path.mkdir(parents=True, exist_ok=True)
+    try:
+        if what == "checksums" and path is not None:
+            found = checksums(path, int(arguments[1]))
+        elif what == "many" and path is not None:
+            found = many(path)
+        else:
+            found = imports()
+    finally:
+        if path is not None:
+            shutil.rmtree(path, ignore_errors=True)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

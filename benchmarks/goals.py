@@ -1,0 +1,115 @@
+"""The goals, each with the figure that was seen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import median
+
+from results import Results, beyond, mid, most, ratio
+
+
+@dataclass(frozen=True)
+class Goal:
+    """``reached`` is None where nothing was measured."""
+
+    what: str
+    wanted: str
+    seen: str
+    reached: bool | None
+
+
+def _at_most(what: str, bound: float, value: float | None, unit: str, detail: str = "") -> Goal:
+    wanted = f"≤ {bound:g} {unit}"
+    if value is None:
+        return Goal(what, wanted, "not measured", None)
+    digits = f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+    return Goal(what, wanted, f"{digits} {unit}{f' ({detail})' if detail else ''}", value <= bound)
+
+
+def _against(what: str, bound: float, above: list, below: list, key: str, key_below: str, other: str) -> Goal:
+    value = ratio(above, below, key, key_below)
+    detail = f"{mid(above, key):.2f} s against {mid(below, key_below):.2f} s" if above and below else ""
+    goal = _at_most(what, bound, value, "×", detail)
+    return Goal(goal.what, f"{goal.wanted} {other}", goal.seen, goal.reached)
+
+
+def all_goals(results: Results) -> list[Goal]:
+    save, to_cache = results.of("shardsave", "save"), results.of("shardsave, durable=False", "save")
+    cold, warm = results.of("shardsave", "into", "cold"), results.of("shardsave", "into", "warm")
+    cold_new = results.of("shardsave", "new", "cold")
+    torch_save = results.of("torch.save, state dict", "save")
+    raw_write, raw_read, memcpy = results.limit("write"), results.limit("read"), results.limit("memcpy")
+    goals = [
+        _against("durable save, wall", 1.1, save, raw_write, "wall", "wall", "raw O_DIRECT write"),
+        _against("durable save, processor time", 1.5, save, raw_write, "cpu", "cpu", "raw O_DIRECT write with its one copy"),
+        _against("durable save, wall", 0.333, save, torch_save, "wall", "wall_synced", "torch.save + fsync"),
+        _against("durable save, processor time", 0.333, save, torch_save, "cpu", "cpu_synced", "torch.save + fsync"),
+        _against("save to the page cache, wall", 1, to_cache, results.of("safetensors", "save"), "wall", "wall", "safetensors"),
+        _against("cold load into a model, wall", 1.1, cold, raw_read, "wall", "wall", "raw direct read"),
+        _against("cold load to new tensors, wall", 1.1, cold_new, raw_read, "wall", "wall", "raw direct read"),
+        _against(
+            "warm load into a model, wall", 1, warm, results.of("safetensors", "into", "warm"), "wall", "wall", "safetensors"
+        ),
+        _against("warm load into a model, wall", 1.5, warm, memcpy, "wall", "wall", "memcpy"),
+    ]
+    goals.append(_no_cold_buffered(results))
+    goals += _memory(results)
+    goals += _costs(results.all["costs"])
+    goals += _gpu(results.all["costs"].get("gpu", {}), save)
+    return goals
+
+
+def _no_cold_buffered(results: Results) -> Goal:
+    cold = results.of("shardsave", "into", "cold") + results.of("shardsave", "new", "cold")
+    known = [sample for sample in cold if sample.get("cached_after") is not None]
+    value = most(known, lambda sample: sample["cached_after"]) / 1e6 if known else None
+    return _at_most("a cold load reads data past the page cache: what of the files is in it afterwards", 1, value, "MB")
+
+
+def _memory(results: Results) -> list[Goal]:
+    goals = []
+    for size in dict.fromkeys((results.all["small"], results.size)):
+        if size:
+            operations = [("shardsave", "save", None), ("shardsave, durable=False", "save", None)]
+            operations += [("shardsave", way, cache) for way in ("into", "new") for cache in ("cold", "warm")]
+            samples = [s for tool, way, cache in operations for s in results.of(tool, way, cache, size)]
+            value = most(samples, beyond) / 1e6 if samples else None
+            goals.append(_at_most(f"extra memory of saves and loads, CPU, {size / 1e9:g} GB", 256, value, "MB"))
+    return goals
+
+
+def _costs(costs: dict) -> list[Goal]:
+    goals = []
+    for name, times in costs.get("checksums", {}).items():
+        if name != "failed":
+            value = median(a / b for a, b in zip(times["with"], times["without"])) * 100 - 100
+            goals.append(
+                _at_most(f"checksums, {name}", 5, value, "% of the wall time", f"{median(times['with']):.2f} s in all")
+            )
+    for name, seconds in costs.get("many", {}).items():
+        if name not in ("failed", "inspect"):
+            goals.append(_at_most(f"100,000 tensors, {name}: the whole call", 1, median(seconds), "s"))
+    if "median" in costs.get("import", {}):
+        goals.append(_at_most("`import shardsave` after `import torch`", 30, costs["import"]["median"] * 1e3, "ms"))
+    return goals
+
+
+def _gpu(gpu: dict, save: list) -> list[Goal]:
+    lines = (
+        ("device to host (save to the page cache)", "save_to_cache", "device_to_host"),
+        ("host to device (warm load)", "load_warm", "host_to_device"),
+    )
+    if "device" not in gpu:
+        reason = gpu.get("skipped") or gpu.get("failed") or "not measured"
+        return [Goal(what, "≥ 90 % of the pinned copy bandwidth", reason, None) for what, _, _ in lines]
+    goals = []
+    for what, mine, limit in lines:
+        share = gpu[mine] / gpu[limit]
+        seen = f"{share * 100:.0f} % ({gpu[mine] / 1e9:.1f} of {gpu[limit] / 1e9:.1f} GB/s, {gpu['device']})"
+        goals.append(Goal(what, "≥ 90 % of the pinned copy bandwidth", seen, share >= 0.9))
+    goals.append(_at_most("extra memory, CUDA", 256, gpu["peak_extra"] / 1e6, "MB"))
+    if save:
+        disk = save[0]["bytes"] / mid(save, "wall")
+        seen = f"{gpu['save_durable'] / 1e9:.2f} GB/s, from the CPU {disk / 1e9:.2f} GB/s"
+        goals.append(Goal("durable save from the GPU", "limited by the disk alone", seen, gpu["save_durable"] >= 0.9 * disk))
+    return goals

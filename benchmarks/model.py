@@ -1,0 +1,65 @@
+"""The model that is saved and loaded: a Llama of any size with random weights, without the minutes that its initialisation takes."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+_BF16 = 2
+
+
+def config(size: int):
+    """The configuration of a Llama of about ``size`` bytes in bfloat16."""
+    from transformers import LlamaConfig
+
+    hidden, vocabulary = (2048, 32_000) if size >= 400_000_000 else (256, 8_000)
+    intermediate, heads, key_heads = hidden * 11 // 4, hidden // 64, max(1, hidden // 512)
+    layer = 2 * hidden * hidden + 2 * hidden * 64 * key_heads + 3 * hidden * intermediate
+    layers = max(1, round((size / _BF16 - 2 * vocabulary * hidden) / layer))
+    return LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        vocab_size=vocabulary,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+    )
+
+
+def build(size: int, seed: int = 0) -> nn.Module:
+    """A LlamaForCausalLM in bfloat16 on the CPU, every page of it touched; the same bits for the same ``seed``."""
+    from transformers import LlamaForCausalLM
+
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config(size)).to(torch.bfloat16)
+    model.to_empty(device="cpu")
+    random = np.random.Generator(np.random.SFC64(seed))
+    for tensor in model.parameters():
+        _fill(tensor.detach(), random)
+    for buffer in model.buffers():  # the rotary frequencies: not saved by anyone, but they must be finite
+        buffer.zero_()
+    return model.eval()
+
+
+def _fill(tensor: torch.Tensor, random: np.random.Generator) -> None:
+    """Random bits with the exponent's top bit cleared: finite numbers below 2."""
+    bits = tensor.view(torch.int16).numpy().reshape(-1)
+    step = 1 << 22  # elements at a time: what is random and what is written stay in the cache
+    for at in range(0, bits.size, step):
+        part = bits[at : at + step]
+        part[:] = random.integers(0, 1 << 64, -(-part.size // 4), np.uint64).view(np.int16)[: part.size] & 0x3FFF
+
+
+def tensor_bytes(model: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in model.state_dict().values())
+
+
+def same(model: nn.Module, state) -> bool:
+    """Whether ``state`` has every tensor of ``model``, bit for bit."""
+    own = model.state_dict()
+    return own.keys() == state.keys() and all(
+        torch.equal(own[name].view(torch.int16), state[name].view(torch.int16)) for name in own
+    )

@@ -1,0 +1,130 @@
+/* The limits that the benchmark measures against: what the disk and the memory give to a program that does nothing else.
+ *
+ *   raw write  FILE BYTES THREADS   O_DIRECT: fallocate, pwrite of 8 MiB blocks with one copy into an aligned buffer, fsync
+ *   raw read   FILE BYTES THREADS   O_DIRECT: pread into an aligned buffer, one copy out of it into memory touched before
+ *   raw warm   FILE BYTES THREADS   pread through the page cache straight into memory touched before
+ *   raw memcpy -    BYTES THREADS   memory to memory, both touched before
+ *
+ * Prints one line of JSON: wall and processor seconds of the operation alone. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { BLOCK = 8 << 20, PAGE = 4096, MOST_THREADS = 64 };
+
+static const char *operation;
+static char *memory, *target;
+static size_t total;
+static int descriptor = -1;
+static atomic_size_t next_block;
+
+static void fail(const char *what) {
+  fprintf(stderr, "%s: %s\n", what, strerror(errno));
+  exit(1);
+}
+
+/* Staging memory has huge pages; what stands for the model has the ordinary ones that torch allocates. */
+static void *map(size_t length, int touch) {
+  char *made = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (made == MAP_FAILED) fail("mmap");
+  if (!touch) madvise(made, length, MADV_HUGEPAGE);
+  if (touch) {
+    uint64_t state = 88172645463325252u;
+    for (size_t at = 0; at + 8 <= length; at += 8) {
+      state ^= state << 13, state ^= state >> 7, state ^= state << 17;
+      memcpy(made + at, &state, 8);
+    }
+  }
+  return made;
+}
+
+static void move_all(int writing, char *into, size_t length, size_t needed, off_t offset) {
+  for (size_t done = 0; done < needed;) {
+    const ssize_t count = writing ? pwrite(descriptor, into + done, length - done, offset + (off_t)done)
+                                  : pread(descriptor, into + done, length - done, offset + (off_t)done);
+    if (count < 0 && errno == EINTR) continue;
+    if (count <= 0) fail(writing ? "pwrite" : "pread");
+    done += (size_t)count;
+  }
+}
+
+static void *work(void *unused) {
+  (void)unused;
+  char *buffer = NULL;
+  const int direct = strcmp(operation, "write") == 0 || strcmp(operation, "read") == 0;
+  if (direct) buffer = map(BLOCK, 0);
+  for (size_t n; (n = atomic_fetch_add(&next_block, 1)) * BLOCK < total;) {
+    const size_t at = n * BLOCK, length = total - at < BLOCK ? total - at : BLOCK;
+    const size_t padded = (length + PAGE - 1) / PAGE * PAGE;
+    if (strcmp(operation, "write") == 0) {
+      memcpy(buffer, memory + at, length);
+      memset(buffer + length, 0, padded - length);
+      move_all(1, buffer, padded, padded, (off_t)at);
+    } else if (strcmp(operation, "read") == 0) {
+      move_all(0, buffer, padded, length, (off_t)at);
+      memcpy(memory + at, buffer, length);
+    } else if (strcmp(operation, "warm") == 0) {
+      move_all(0, memory + at, length, length, (off_t)at);
+    } else {
+      memcpy(target + at, memory + at, length);
+    }
+  }
+  return NULL;
+}
+
+static double wall(void) {
+  struct timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+static double processor(void) {
+  struct rusage used;
+  getrusage(RUSAGE_SELF, &used);
+  return (double)(used.ru_utime.tv_sec + used.ru_stime.tv_sec) +
+         1e-6 * (double)(used.ru_utime.tv_usec + used.ru_stime.tv_usec);
+}
+
+int main(int count, char **arguments) {
+  if (count != 5) {
+    fprintf(stderr, "usage: raw write|read|warm|memcpy FILE BYTES THREADS\n");
+    return 2;
+  }
+  operation = arguments[1];
+  total = strtoull(arguments[3], NULL, 10);
+  const int threads = atoi(arguments[4]);
+  if (total == 0 || threads < 1 || threads > MOST_THREADS) return 2;
+  const int writing = strcmp(operation, "write") == 0;
+  const int copying = strcmp(operation, "memcpy") == 0;
+  memory = map(total, 1);
+  if (copying) target = map(total, 1);
+
+  const double began = wall(), used = processor();
+  if (writing) {
+    descriptor = open(arguments[2], O_RDWR | O_CREAT | O_EXCL | O_DIRECT | O_CLOEXEC, 0666);
+    if (descriptor < 0) fail("open");
+    if (fallocate(descriptor, 0, 0, (off_t)((total + PAGE - 1) / PAGE * PAGE)) != 0) fail("fallocate");
+  } else if (!copying) {
+    descriptor = open(arguments[2], O_RDONLY | O_CLOEXEC | (strcmp(operation, "read") == 0 ? O_DIRECT : 0));
+    if (descriptor < 0) fail("open");
+  }
+  pthread_t workers[MOST_THREADS];
+  for (int n = 0; n < threads; ++n) {
+    if (pthread_create(&workers[n], NULL, work, NULL) != 0) fail("pthread_create");
+  }
+  for (int n = 0; n < threads; ++n) pthread_join(workers[n], NULL);
+  if (writing && (ftruncate(descriptor, (off_t)total) != 0 || fsync(descriptor) != 0)) fail("fsync");
+  if (descriptor >= 0 && close(descriptor) != 0) fail("close");
+  printf("{\"wall\": %.6f, \"cpu\": %.6f, \"bytes\": %zu}\n", wall() - began, processor() - used, total);
+  return 0;
+}

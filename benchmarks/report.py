@@ -1,0 +1,194 @@
+"""Makes RESULTS.md and its pictures from the JSON of a run; the text that people write stands in notes.md.
+
+python benchmarks/report.py bench-out/results.json --to benchmarks/RESULTS.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+import plots  # noqa: E402
+from goals import all_goals  # noqa: E402
+from results import Results, Sample, beyond, mid, ratio  # noqa: E402
+from rivals import TOOLS  # noqa: E402
+
+_REACHED = {True: "reached", False: "**missed**", None: "not measured"}
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def goals_table(results: Results) -> str:
+    rows = [[goal.what, goal.wanted, goal.seen, _REACHED[goal.reached]] for goal in all_goals(results)]
+    return table(["goal", "wanted", "seen", ""], rows)
+
+
+def limits_table(results: Results) -> str:
+    names = {
+        "write": "raw write: O_DIRECT, fallocate, one copy, fsync",
+        "read": "raw read: O_DIRECT, one copy",
+        "warm": "warm pread",
+        "memcpy": "memcpy",
+    }
+    rows = []
+    for operation, name in names.items():
+        for threads, samples in results.limits(operation).items():
+            best = " (the limit)" if samples == results.limit(operation) else ""
+            rows.append(
+                [f"{name}, {threads} thread{'s' * (threads > 1)}{best}", _time(samples, "wall"), f"{mid(samples, 'cpu'):.2f}"]
+            )
+    return table(["limit", "wall, s", "processor, s"], rows)
+
+
+def saves_table(results: Results) -> str:
+    rows = []
+    raw = results.limit("write")
+    for name, tool in TOOLS.items():
+        samples = results.of(name, "save")
+        if tool.save is None or not (samples or results.failure(name, "save")):
+            continue
+        if not samples:
+            rows.append([name, f"failed: {results.failure(name, 'save')}", *[""] * 9])
+            continue
+        unwritten = max(sample["unwritten"] or 0 for sample in samples)
+        rows.append(
+            [
+                name,
+                _time(samples, "wall"),
+                _time(samples, "wall_synced"),
+                _times(ratio(samples, raw, "wall_synced", "wall")),
+                f"{mid(samples, 'cpu'):.2f}",
+                f"{mid(samples, 'cpu_synced'):.2f}",
+                _mb(max(map(beyond, samples))),
+                _mb(samples[0]["disk"]),
+                "all on disk" if unwritten == 0 else f"{_mb(unwritten)} MB in memory only",
+                tool.atomic,
+                tool.checked,
+            ]
+        )
+    head = ["save", "wall, s", "wall to disk, s", "× raw write", "processor, s", "processor to disk, s", "extra memory, MB"]
+    return table([*head, "on disk, MB", "when it returns", "atomic", "flipped bit found by"], rows)
+
+
+def loads_table(results: Results, cache: str) -> str:
+    raw = results.limit("read" if cache == "cold" else "memcpy")
+    rows = []
+    for name, tool in TOOLS.items():
+        for way in sorted(tool.loads):
+            samples = results.of(name, way, cache)
+            label = f"{name}: {_WAYS[way]}"
+            if not samples:
+                if reason := results.failure(name, way, cache):
+                    rows.append([label, f"failed: {reason}", *[""] * 5])
+                continue
+            mapped = way in tool.mapped
+            rows.append(
+                [
+                    label,
+                    _time(samples, "wall"),
+                    "(maps)" if mapped else _times(ratio(samples, raw, "wall")),
+                    f"{mid(samples, 'cpu'):.2f}",
+                    "(maps)" if mapped else _mb(max(map(beyond, samples))),
+                    _mb(max(sample["read_from_disk"] for sample in samples)),
+                    _mb(max(sample["cached_after"] or 0 for sample in samples)),
+                ]
+            )
+    limit = "raw read" if cache == "cold" else "memcpy"
+    head = [f"{cache} load", "wall, s", f"× {limit}", "processor, s", "extra memory, MB", "read from disk, MB"]
+    return table([*head, "in the page cache afterwards, MB"], rows)
+
+
+_WAYS = {
+    "into": "into the model",
+    "into, mapped": "mapped, then into the model",
+    "new": "new tensors",
+    "new, mapped": "new tensors, mapped",
+}
+
+
+def costs_text(results: Results) -> str:
+    costs = results.all["costs"]
+    parts = []
+    if checksums := costs.get("checksums"):
+        rows = [
+            [name, _seconds(times["with"]), _seconds(times["without"])] for name, times in checksums.items() if name != "failed"
+        ]
+        parts.append(table(["engine alone", "with checksums, s", "without, s"], rows))
+    if many := costs.get("many"):
+        rows = [[name, _seconds(seconds)] for name, seconds in many.items() if name != "failed"]
+        parts.append(table(["100,000 tensors of 64 bytes, the whole call", "wall, s"], rows))
+    return "\n\n".join(parts)
+
+
+def machine_text(results: Results) -> str:
+    machine = results.all["machine"]
+    packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    return (
+        f"{machine['processor']}, {machine['cores']} cores, {machine['memory'] / 2**30:.0f} GiB of memory, {machine['file_system']} on "
+        f"one disk, Linux {machine['kernel']}, Python {machine['python']}; {packages}. "
+        f"A Llama of {results.nbytes / 1e9:.2f} GB in bfloat16; {results.all['repeat']} repetitions, "
+        f"{results.all['minutes']:.0f} minutes in all."
+    )
+
+
+def _time(samples: list[Sample], key: str) -> str:
+    least = min(sample[key] for sample in samples)
+    return f"{mid(samples, key):.2f} (min {least:.2f})" if mid(samples, key) >= 0.01 else f"{mid(samples, key):.4f}"
+
+
+def _seconds(values: list[float]) -> str:
+    return f"{sorted(values)[len(values) // 2]:.2f} (min {min(values):.2f})"
+
+
+def _times(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _mb(count: float) -> str:
+    return f"{count / 1e6:.0f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--to", type=Path, required=True)
+    asked = parser.parse_args()
+    results = Results(asked.results)
+    pictures = plots.draw(results, asked.to.parent / "plots")
+    shown = "\n\n".join(f"![{title}](plots/{path.name})" for title, path in pictures)
+    not_run = "\n".join(f"- {name}: {reason}" for name, reason in results.all["not_run"].items())
+    parts = [
+        "# What was measured",
+        "Made by `make bench`. Medians, with the best in brackets; ratios are taken within each repetition. Smaller is better throughout.",
+        machine_text(results),
+        "## Goals",
+        goals_table(results),
+        shown,
+        "## Limits",
+        limits_table(results),
+        "## Saving",
+        saves_table(results),
+        "## Loading",
+        loads_table(results, "cold"),
+        loads_table(results, "warm"),
+        "## What the parts cost",
+        costs_text(results),
+        "## Not measured",
+        not_run,
+        (HERE / "notes.md").read_text().strip(),
+    ]
+    asked.to.write_text("\n\n".join(part for part in parts if part) + "\n")
+    print(f"wrote {asked.to} and {len(pictures)} pictures")
+
+
+if __name__ == "__main__":
+    main()

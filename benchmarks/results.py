@@ -1,0 +1,73 @@
+"""What a run measured, looked up by name: medians over the repetitions, and ratios taken within each of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+Sample = dict[str, Any]
+
+
+class Results:
+    """The content of ``results.json``."""
+
+    def __init__(self, path: Path) -> None:
+        self.all: dict[str, Any] = json.loads(path.read_text())
+        self.samples: list[Sample] = self.all["samples"]
+        self.size: int = self.all["size"]
+        self.nbytes: int = self.all["bytes"]
+
+    def of(self, tool: str, operation: str, cache: str | None = None, size: int | None = None) -> list[Sample]:
+        """The samples that did not fail, one for each repetition."""
+        wanted = (tool, operation, cache, size or self.size)
+        return [
+            sample
+            for sample in self.samples
+            if (sample["tool"], sample["operation"], sample.get("cache"), sample.get("size", self.size)) == wanted
+            and "failed" not in sample
+        ]
+
+    def failure(self, tool: str, operation: str, cache: str | None = None) -> str:
+        for sample in self.samples:
+            if (sample["tool"], sample["operation"], sample.get("cache")) == (tool, operation, cache) and "failed" in sample:
+                return str(sample["failed"])
+        return ""
+
+    def limit(self, operation: str) -> list[Sample]:
+        """The samples of a limit with the number of threads that was fastest."""
+        by_threads: dict[int, list[Sample]] = {}
+        for sample in self.samples:
+            if sample["tool"] == "limit" and sample["operation"] == operation and "failed" not in sample:
+                by_threads.setdefault(sample["threads"], []).append(sample)
+        return min(by_threads.values(), key=lambda samples: mid(samples, "wall"), default=[])
+
+    def limits(self, operation: str) -> dict[int, list[Sample]]:
+        found: dict[int, list[Sample]] = {}
+        for sample in self.samples:
+            if sample["tool"] == "limit" and sample["operation"] == operation and "failed" not in sample:
+                found.setdefault(sample["threads"], []).append(sample)
+        return found
+
+
+def mid(samples: list[Sample], key: str) -> float:
+    return median(sample[key] for sample in samples)
+
+
+def ratio(above: list[Sample], below: list[Sample], key: str, key_below: str | None = None) -> float | None:
+    """The median of the ratios within each repetition; None where one of the two is missing."""
+    there = {sample["repetition"]: sample[key_below or key] for sample in below}
+    pairs = [sample[key] / there[sample["repetition"]] for sample in above if there.get(sample["repetition"])]
+    return median(pairs) if pairs else None
+
+
+def beyond(sample: Sample) -> int:
+    """The most memory beyond the model and, where new tensors were made, beyond these."""
+    new = sample["operation"].startswith("new")
+    return int(sample["peak_extra"] - (sample["bytes"] if new else 0))
+
+
+def most(samples: list[Sample], of: Callable[[Sample], float]) -> float:
+    return max((of(sample) for sample in samples), default=0)

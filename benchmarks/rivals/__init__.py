@@ -1,0 +1,16 @@
+"""Every tool that is measured, by name, shardsave first. To add one: a `Tool` in a module of this folder."""
+
+from rivals import distributed, hugging_face, loaders, safetensors_, shardsave_, torch_save
+
+TOOLS = {
+    tool.name: tool
+    for module in (shardsave_, torch_save, safetensors_, hugging_face, distributed, loaders)
+    for tool in module.TOOLS
+}
+
+#: Looked at and not measured, and why.
+NOT_RUN = {
+    "tensorizer": "not installed: pip finds no versions of its dependencies that go together",
+    "torchstore": "not installed: it needs a runtime that has no package for this platform",
+    "bytecheckpoint": "not installed: it asks for an older torch",
+}

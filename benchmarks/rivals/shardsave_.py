@@ -1,0 +1,68 @@
+"""shardsave itself, durable and to the page cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from rivals.tool import Tool
+
+
+def _ready() -> None:
+    import shardsave  # noqa: F401
+
+
+def _save(model: nn.Module, path: Path) -> None:
+    import shardsave
+
+    shardsave.save(model, path, progress=False)
+
+
+def _save_to_cache(model: nn.Module, path: Path) -> None:
+    import shardsave
+
+    shardsave.save(model, path, durable=False, progress=False)
+
+
+def _into(model: nn.Module, path: Path) -> None:
+    import shardsave
+
+    shardsave.load_model(model, path, progress=False)
+
+
+def _new(path: Path):
+    import shardsave
+
+    return shardsave.load(path, progress=False)
+
+
+def _mapped(path: Path):
+    import shardsave
+
+    return shardsave.load(path, mmap=True, progress=False)
+
+
+TOOLS = (
+    Tool(
+        name="shardsave",
+        packages=("shardsave",),
+        ready=_ready,
+        save=_save,
+        loads={"into": _into, "new": _new, "new, mapped": _mapped},
+        durable=True,
+        atomic="yes",
+        checked="every tensor",
+        mapped=frozenset({"new, mapped"}),
+    ),
+    Tool(
+        name="shardsave, durable=False",
+        packages=("shardsave",),
+        ready=_ready,
+        save=_save_to_cache,
+        loads={},
+        durable=False,
+        atomic="yes",
+        checked="every tensor",
+    ),
+)
