@@ -1,7 +1,5 @@
 #include "engine.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
@@ -28,8 +26,6 @@ namespace {
 
 // Through the page cache a slot is used in parts that stay in a processor's second cache.
 constexpr std::size_t kCachedStep = 256 * 1024;
-
-constexpr std::uintptr_t kLargePage = 2 << 20;
 
 // So that no ring's length, and no place in a slot, leaves its type.
 constexpr std::size_t kMaxSlot = std::size_t{1} << 40;
@@ -104,19 +100,7 @@ class Run {
     }
   }
 
-  // Where new memory is about to be filled, fewer and larger pages make its first touch several times cheaper.
-  void advise_large_pages() {
-    for (const Segment& segment : request_.segments) {
-      const auto bytes = static_cast<std::uintptr_t>(request_.piece_bytes[static_cast<std::size_t>(segment.piece)]);
-      if (segment.memory != kHost || segment.piece_offset != 0 || bytes < kLargePage * 2) continue;
-      const auto begin = (static_cast<std::uintptr_t>(segment.address) + kLargePage - 1) / kLargePage * kLargePage;
-      const auto end = (static_cast<std::uintptr_t>(segment.address) + bytes) / kLargePage * kLargePage;
-      madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-    }
-  }
-
   Result run() {
-    if (!request_.write) advise_large_pages();
     std::vector<std::thread> threads;
     try {
       for (std::size_t n = 0; n < workers_; ++n) threads.emplace_back([this] { work(false); });

@@ -41,9 +41,11 @@ Direct ask_direct(int descriptor) {
                                                                                         : Direct::refused;
 }
 
-// Whether all of a file is in the page cache. cachestat(2) may be refused to one who neither owns the file nor may
-// write it; any error means that a few pages are asked for without waiting instead (preadv2(2), RWF_NOWAIT).
-bool wholly_cached(int descriptor) {
+// Whether so much of a file is in the page cache that reading it there is the shorter way. The kernel may have taken a
+// few pages of a file that was read a moment ago; what is missing costs some seven times as much through the cache as
+// past it, so a sixteenth may be. cachestat(2) may be refused to one who neither owns the file nor may write it; any
+// error means that a few pages are asked for without waiting instead (preadv2(2), RWF_NOWAIT).
+bool mostly_cached(int descriptor) {
   struct stat status;
   if (fstat(descriptor, &status) != 0 || status.st_size == 0) return false;
   const auto size = static_cast<std::uint64_t>(status.st_size);
@@ -57,7 +59,10 @@ bool wholly_cached(int descriptor) {
     std::uint64_t cached, dirty, writeback, evicted, recently_evicted;
   } found{};
   const auto page = static_cast<std::uint64_t>(sysconf(_SC_PAGESIZE));
-  if (syscall(SYS_cachestat, descriptor, &range, &found, 0) == 0) return found.cached >= (size + page - 1) / page;
+  if (syscall(SYS_cachestat, descriptor, &range, &found, 0) == 0) {
+    const std::uint64_t pages = (size + page - 1) / page;
+    return found.cached >= pages - pages / 16;
+  }
 #ifdef RWF_NOWAIT
   constexpr std::uint64_t kProbes = 32;
   for (std::uint64_t probe = 0; probe < kProbes; ++probe) {
@@ -78,7 +83,7 @@ std::size_t round_down(std::size_t length) { return length / kAlignment * kAlign
 void File::prepare(Access access) {
   const int flags = fcntl(descriptor_, F_GETFL);
   if (flags < 0) throw Fault{place_, "fcntl", errno, 0, 0, ""};
-  const bool wanted = access == Access::direct || (access == Access::automatic && !wholly_cached(descriptor_));
+  const bool wanted = access == Access::direct || (access == Access::automatic && !mostly_cached(descriptor_));
   const Direct answer = wanted ? ask_direct(descriptor_) : Direct::refused;
   if (answer == Direct::refused) {
     if ((flags & O_DIRECT) != 0) fcntl(descriptor_, F_SETFL, flags & ~O_DIRECT);

@@ -31,8 +31,8 @@ class File {
  public:
   File(int place, int descriptor) : place_(place), descriptor_(descriptor) {}
 
-  // Turns O_DIRECT on where it is wanted and the file system has it. Automatic: only for a file that is not wholly
-  // cached.
+  // Turns O_DIRECT on where it is wanted and the file system has it. Automatic: only for a file that is not
+  // (almost) wholly cached.
   void prepare(Access access);
 
   // Whole lengths or a Fault. In direct mode `memory`, `offset` and `length` are aligned.
