@@ -6,10 +6,10 @@ import errno
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
+from shardsave._collector import collector_still
 from shardsave._crc64 import crc64
 from shardsave._files import CallFailed, Descriptor, call
 from shardsave._find import Found, cannot_read, find, open_regular
@@ -27,8 +27,7 @@ from shardsave.errors import (
 CHANGING_SECONDS = 30.0
 
 
-@dataclass(frozen=True, slots=True)
-class Located:
+class Located(NamedTuple):
     """Where a stored tensor lies: ``offset`` bytes into the file ``shard``; ``checksum`` is None where none was stored."""
 
     name: str
@@ -171,16 +170,9 @@ class Checkpoint:
             )
             raise CorruptCheckpointError(f"corrupt shard {shard}: {found}; index and shard belong to different saves")
         sums = header.sums or [None] * len(header.tensors)
-        for tensor, checksum in zip(header.tensors, sums):
-            self.tensors[tensor.name] = Located(
-                tensor.name,
-                tensor.dtype,
-                tensor.shape,
-                tensor.end - tensor.begin,
-                shard,
-                header.data_start + tensor.begin,
-                checksum,
-            )
+        start = header.data_start
+        for (name, dtype, shape, begin, end), checksum in zip(header.tensors, sums):
+            self.tensors[name] = Located(name, dtype, shape, end - begin, shard, start + begin, checksum)
 
 
 def open_checkpoint(path: str | os.PathLike[str], wanted: Callable[[str], bool] | None = None) -> Checkpoint:
@@ -206,6 +198,7 @@ def open_checkpoint(path: str | os.PathLike[str], wanted: Callable[[str], bool] 
                 ) from None
 
 
+@collector_still()
 def _open_found(path: str, found: Found, wanted: Callable[[str], bool] | None) -> Checkpoint:
     index = parse_index(found.index_bytes, f"index {found.index_name}") if found.index_bytes is not None else None
     if index is not None and found.lone is not None:

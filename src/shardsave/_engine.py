@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from shardsave import _ending, _lend
 from shardsave._backend import native, warn_if_portable
+from shardsave._collector import collector_still
 from shardsave._plan import Block
 
 #: The most that one block covers, in bytes: the size of a slot of the ring.
@@ -28,8 +29,7 @@ Tick = Callable[[int], object]
 Access = Literal["auto", "buffered", "direct"]
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """The memory that a run of a file's bytes comes from or goes to.
 
     ``dtype`` is that of the bytes in the file, ``nbytes`` how many they are there. Without a ``tensor`` the bytes are only
@@ -122,7 +122,7 @@ def read(
 ) -> Transfer:
     """Fills ``pieces`` from ``blocks`` of the descriptors ``files``; the mirror image of `write`.
 
-    ``access="auto"`` goes through the page cache where a file is wholly in it, and past it elsewhere.
+    ``access="auto"`` goes through the page cache where a file is (almost) wholly in it, and past it elsewhere.
     """
     return _run(False, files, blocks, pieces, access, checksum, tick)
 
@@ -148,11 +148,13 @@ def _run(
             return _portable.run(write, files, blocks, pieces, checksum, access == "direct", tick_or_end)
         except MemoryError as error:
             raise _no_memory("allocation of working memory", 0) from error
-    places = [_place(piece) for piece in pieces]
+    with collector_still():
+        places = [_place(piece) for piece in pieces]
+        block_table, segment_table = _block_table(blocks), _segment_table(blocks, places)
     ordinals = sorted({memory for memory, _ in places if memory >= 0})
     lends = any(memory == native.LENT for memory, _ in places)
 
-    cuda_devices = {p.tensor.get_device() for p in pieces if p.tensor is not None and p.tensor.is_cuda}
+    cuda_devices = {tensor.get_device() for tensor, _, _ in pieces if tensor is not None and tensor.is_cuda}
     callers_stream = {device: torch.cuda.current_stream(device) for device in cuda_devices}
 
     def lend(piece: int, offset: int, view: memoryview) -> None:
@@ -168,8 +170,8 @@ def _run(
             write=write,
             files=np.array(files, dtype=np.int64),
             access=access,
-            blocks=_block_table(blocks),
-            segments=_segment_table(blocks, places),
+            blocks=block_table,
+            segments=segment_table,
             piece_bytes=np.fromiter((piece.nbytes for piece in pieces), np.int64, len(pieces)),
             checksum=checksum,
             streams=[(ordinal, torch.cuda.current_stream(ordinal).cuda_stream) for ordinal in ordinals],
@@ -193,13 +195,13 @@ def _workers(access: Access) -> int:
 def _place(piece: Piece) -> tuple[int, int]:
     """Which memory a piece lies in, as a value of the extension's first column, and its address there."""
     assert native is not None
-    tensor = piece.tensor
+    tensor, dtype, _ = piece
     if tensor is None:
         return native.DISCARD, 0
-    if tensor.dtype == piece.dtype and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
-        if tensor.device.type == "cpu":
+    if tensor.dtype == dtype and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
+        if tensor.is_cpu:
             return native.HOST, tensor.data_ptr()
-        if tensor.device.type == "cuda" and torch.version.hip is None and native.cuda_available():
+        if tensor.is_cuda and torch.version.hip is None and native.cuda_available():
             return tensor.get_device(), tensor.data_ptr()
     return native.LENT, 0
 

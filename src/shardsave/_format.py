@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 import re
+import struct
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from json.encoder import encode_basestring
-from typing import NoReturn
+from operator import attrgetter
+from typing import NamedTuple, NoReturn
 
 from shardsave._dtypes import BY_NAME
 from shardsave._files import call
@@ -25,11 +27,11 @@ MAX_HEADER_BYTES = 100_000_000
 #: The key of `__metadata__` that holds sixteen hex digits for each tensor, in data order.
 CHECKSUM_KEY = "shardsave.crc64nvme"
 
+_ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 _HEX = re.compile(r"(?:[0-9a-f]{16})*")
 
 
-@dataclass(frozen=True, slots=True)
-class HeaderTensor:
+class HeaderTensor(NamedTuple):
     """A tensor of a header; ``begin`` and ``end`` are bytes from the start of the data."""
 
     name: str
@@ -49,19 +51,16 @@ class Header:
     sums: tuple[int, ...] | None
 
 
-def encode_header(shard: Shard, sums: Sequence[int] | None = None) -> bytes:
-    """The whole start of a file, up to its data; a pure function of the tensors and their checksums.
+_BEFORE_SUMS = f'{{"__metadata__":{{"format":"pt","{CHECKSUM_KEY}":"'
 
-    Without ``sums`` zeros stand in their place: the length is the same.
-    """
-    digits = "".join(f"{value:016x}" for value in sums) if sums is not None else "0" * 16 * len(shard.tensors)
-    parts = [f'"__metadata__":{{"format":"pt","{CHECKSUM_KEY}":"{digits}"}}']
-    quote = encode_basestring
-    for tensor, begin in zip(shard.tensors, shard.begins):
-        shape = ",".join(map(str, tensor.shape))
-        end = begin + tensor.nbytes
-        parts.append(f'{quote(tensor.name)}:{{"dtype":"{tensor.dtype}","shape":[{shape}],"data_offsets":[{begin},{end}]}}')
-    text = ("{" + ",".join(parts) + "}").encode()
+
+def encode_header(shard: Shard) -> bytes:
+    """The whole start of a file, up to its data, with zeros where `with_sums` puts the checksums; a pure function of the tensors."""
+    parts = [f'{_BEFORE_SUMS}{"0" * 16 * len(shard.tensors)}"}}']
+    for (name, dtype, sizes, nbytes, _), begin in zip(shard.tensors, shard.begins):
+        shape = ",".join(map(str, sizes))
+        parts.append(f'{encode_basestring(name)}:{{"dtype":"{dtype}","shape":[{shape}],"data_offsets":[{begin},{begin + nbytes}]}}')
+    text = (",".join(parts) + "}").encode()
     padded = -(-(8 + len(text)) // ALIGNMENT) * ALIGNMENT - 8
     if padded > MAX_HEADER_BYTES:
         raise ValueError(
@@ -69,6 +68,13 @@ def encode_header(shard: Shard, sums: Sequence[int] | None = None) -> bytes:
             f"{MAX_HEADER_BYTES}; choose a smaller max_shard_size"
         )
     return padded.to_bytes(8, "little") + text.ljust(padded)
+
+
+def with_sums(header: bytes, sums: Sequence[int]) -> bytes:
+    """``header`` with the checksums of all its tensors, in data order."""
+    digits = b"".join(b"%016x" % value for value in sums)
+    start = 8 + len(_BEFORE_SUMS)
+    return header[:start] + digits + header[start + len(digits) :]
 
 
 def read_header(fd: int, file_length: int, where: str) -> bytes:
@@ -122,7 +128,7 @@ def parse_header(data: bytes, file_length: int, where: str) -> Header:
     if data.rstrip(b" ")[-1:] != b"}":
         _bad(where, "only spaces expected after the JSON", f"there is {data.rstrip(b' ')[-1:]!r}")
     metadata = _check_metadata(entries.pop("__metadata__", {}), where)
-    tensors = sorted((_check_tensor(name, entry, where) for name, entry in entries.items()), key=_place)
+    tensors = sorted((_check_tensor(name, entry, where) for name, entry in entries.items()), key=attrgetter("begin", "end"))
     end = 0
     for tensor in tensors:
         if tensor.begin != end:
@@ -135,10 +141,6 @@ def parse_header(data: bytes, file_length: int, where: str) -> Header:
     return Header(tuple(tensors), metadata, 8 + length, _check_sums(metadata, len(tensors), where))
 
 
-def _place(tensor: HeaderTensor) -> tuple[int, int]:
-    return tensor.begin, tensor.end
-
-
 def _check_metadata(metadata: object, where: str) -> dict[str, str]:
     if not isinstance(metadata, dict):
         _bad(where, "__metadata__ expected to be an object", f"it is {glimpse(metadata)}")
@@ -149,30 +151,38 @@ def _check_metadata(metadata: object, where: str) -> dict[str, str]:
 
 
 def _check_tensor(name: str, entry: object, where: str) -> HeaderTensor:
-    what = f"tensor {glimpse(name)}"
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        _bad(where, f"{what} expected to have dtype, shape and data_offsets", f"it is {glimpse(entry)}")
+    """Checks one entry of a header. 100,000 of them may come, so words are made for what is refused alone."""
+
+    def bad(wanted: str, found: str) -> NoReturn:
+        _bad(where, f"tensor {glimpse(name)}{wanted}", found)
+
+    if type(entry) is not dict or entry.keys() != _ENTRY_KEYS:
+        bad(" expected to have dtype, shape and data_offsets", f"it is {glimpse(entry)}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    row = BY_NAME.get(dtype) if isinstance(dtype, str) else None
+    row = BY_NAME.get(dtype) if type(dtype) is str else None
     if row is None:
-        _bad(where, f"{what} expected to have a known dtype", f"it has {glimpse(dtype)}")
-    if type(shape) is not list or not all(type(size) is int and 0 <= size < 1 << 63 for size in shape):
-        _bad(where, f"{what} expected to have a shape of sizes below 2^63", f"it has {glimpse(shape)}")
-    if type(offsets) is not list or len(offsets) != 2 or not all(type(at) is int and 0 <= at < 1 << 63 for at in offsets):
-        _bad(where, f"{what} expected to have two data_offsets below 2^63", f"it has {glimpse(offsets)}")
+        bad(" expected to have a known dtype", f"it has {glimpse(dtype)}")
+    if type(shape) is not list or not all(map(_is_size, shape)):
+        bad(" expected to have a shape of sizes below 2^63", f"it has {glimpse(shape)}")
+    if type(offsets) is not list or len(offsets) != 2 or not all(map(_is_size, offsets)):
+        bad(" expected to have two data_offsets below 2^63", f"it has {glimpse(offsets)}")
     elements = strides = 1
     for size in shape:
         elements *= size
         strides *= size or 1  # torch counts the strides of an empty tensor as if its zeros were ones
         if strides >= 1 << 63:
-            _bad(where, f"{what} expected to have fewer than 2^63 elements", f"its shape is {glimpse(shape)}")
+            bad(" expected to have fewer than 2^63 elements", f"its shape is {glimpse(shape)}")
     bits = elements * row.bits
     if row.bits < 8 and (bits % 8 or not shape or shape[-1] % 2):
-        _bad(where, f"{what} of {dtype} expected to have an even last dimension", f"its shape is {glimpse(shape)}")
+        bad(f" of {dtype} expected to have an even last dimension", f"its shape is {glimpse(shape)}")
     begin, end = offsets
     if end - begin != bits // 8:
-        _bad(where, f"{what} of {dtype} and shape {glimpse(shape)} expected to have {bits // 8} bytes", f"it has {end - begin}")
+        bad(f" of {dtype} and shape {glimpse(shape)} expected to have {bits // 8} bytes", f"it has {end - begin}")
     return HeaderTensor(sys.intern(name), dtype, tuple(shape), begin, end)
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
 
 
 def _check_sums(metadata: Mapping[str, str], count: int, where: str) -> tuple[int, ...] | None:
@@ -183,7 +193,7 @@ def _check_sums(metadata: Mapping[str, str], count: int, where: str) -> tuple[in
         found = f"it has {len(digits)} characters, {glimpse(digits)}"
         _bad(where, f"{CHECKSUM_KEY} expected to have {count} × 16 lower-case hex digits", found)
     raw = bytes.fromhex(digits)
-    return tuple(int.from_bytes(raw[at : at + 8], "big") for at in range(0, len(raw), 8))
+    return struct.unpack(f">{count}Q", raw)
 
 
 def _bad(where: str, wanted: str, found: str) -> NoReturn:

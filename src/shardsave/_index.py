@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from shardsave._collector import collector_still
 from shardsave._crc64 import crc64
 from shardsave._format import MAX_HEADER_BYTES
 from shardsave._json import NotJSON, glimpse, parse_object
@@ -130,6 +131,7 @@ def _encode_flags(flags: Mapping[str, bool] | None, names: Iterable[str]) -> dic
     return compact
 
 
+@collector_still()
 def parse_index(data: bytes, where: str) -> Index:
     """Checks and reads an index. Raises CorruptCheckpointError, or IncompatibleCheckpointError for a feature unknown here.
 

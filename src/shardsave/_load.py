@@ -16,6 +16,7 @@ from shardsave import _fill
 from shardsave._arguments import check_path, check_progress, check_switches
 from shardsave._backend import engine_name
 from shardsave._checkpoint import Checkpoint, Located, open_checkpoint
+from shardsave._collector import collector_still
 from shardsave._dtypes import BY_NAME, item_bytes, torch_shape
 from shardsave._ending import verb
 from shardsave._files import CallFailed, call
@@ -79,11 +80,12 @@ def load(
         if mmap:
             tensors = _map(checkpoint, by_stored)
         else:
-            tensors = {
-                name: torch.empty(torch_shape(t.dtype, t.shape), dtype=BY_NAME[t.dtype].torch, device=where)
-                for name, t in by_stored.items()
-            }
-            targets = [Target(t, tensors[name]) for name, t in by_stored.items()]
+            with collector_still():
+                tensors = {
+                    name: torch.empty(torch_shape(t.dtype, t.shape), dtype=BY_NAME[t.dtype].torch, device=where)
+                    for name, t in by_stored.items()
+                }
+                targets = [Target(t, tensors[name]) for name, t in by_stored.items()]
             with Progress(progress, "loading", sum(t.nbytes for t in by_stored.values())) as shown:
                 read_tensors(checkpoint, targets, verify=verify, progress=shown, totals=ReadTotals())
         return {name.removeprefix(prefix): tensors[stored] for name, stored in chosen.items()}

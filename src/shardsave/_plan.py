@@ -15,8 +15,7 @@ from shardsave._dtypes import item_bytes
 ALIGNMENT = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
+class StoredTensor(NamedTuple):
     """What a file has: ``shape`` as the header says it, ``nbytes`` in the file; ``frozen`` decides whom it is packed with."""
 
     name: str
@@ -86,16 +85,14 @@ def _greedy(tensors: Iterable[StoredTensor], bound: int) -> list[list[StoredTens
     groups: list[list[StoredTensor]] = []
     current: list[StoredTensor] = []
     room = bound
-    last_repeat: str | None = None
     for tensor in tensors:
-        repeat = _repeated_block(tensor.name)
-        at_boundary = repeat != last_repeat and room <= bound // 4
+        nearly_full = bool(current) and room <= bound // 4
+        at_boundary = nearly_full and _repeated_block(tensor.name) != _repeated_block(current[-1].name)
         if current and (tensor.nbytes > room or at_boundary):
             groups.append(current)
             current, room = [], bound
         current.append(tensor)
         room -= tensor.nbytes
-        last_repeat = repeat
     if current:
         groups.append(current)
     return groups
@@ -111,7 +108,8 @@ def _repeated_block(name: str) -> str | None:
 
 
 def _lay_out(tensors: Sequence[StoredTensor]) -> Shard:
-    ordered = sorted(tensors, key=lambda tensor: -item_bytes(tensor.dtype))  # stable: state order within an alignment
+    align = {dtype: -item_bytes(dtype) for dtype in {tensor.dtype for tensor in tensors}}
+    ordered = sorted(tensors, key=lambda tensor: align[tensor.dtype])  # stable: state order within an alignment
     begins: list[int] = []
     end = 0
     for tensor in ordered:
@@ -136,24 +134,25 @@ def blocks(extents: Iterable[Extent], block_bytes: int) -> tuple[Block, ...]:
             made.append(Block(file, start, _round_up(end - start), tuple(segments)))
             segments.clear()
 
-    for extent in extents:
-        done = 0
-        while done < extent.length:
-            offset = extent.offset + done
-            if not segments or extent.file != file or offset - end >= ALIGNMENT or offset - start >= block_bytes:
+    for in_file, begin, left, piece, grain, piece_offset in extents:
+        offset = begin
+        while left > 0:
+            if not segments or in_file != file or offset - end >= ALIGNMENT or offset - start >= block_bytes:
                 close()
-                file, start = extent.file, offset - offset % ALIGNMENT
+                file, start = in_file, offset - offset % ALIGNMENT
             room = block_bytes - (offset - start)
-            length = extent.length - done
+            length = left
             if length > room:
                 # The piece begins at a whole element, so its offsets are cut at whole elements too.
-                length = room - (extent.piece_offset + done + room) % extent.item_bytes
+                length = room - (piece_offset + room) % grain
             if length <= 0:
                 close()
                 continue
-            segments.append(Segment(extent.piece, extent.piece_offset + done, length, offset - start))
-            done += length
-            end = offset + length
+            segments.append(Segment(piece, piece_offset, length, offset - start))
+            left -= length
+            piece_offset += length
+            offset += length
+            end = offset
     close()
     return tuple(made)
 

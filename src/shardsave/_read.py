@@ -10,6 +10,7 @@ import torch
 
 from shardsave import _engine
 from shardsave._checkpoint import Checkpoint, Located, descriptor_allowance
+from shardsave._collector import collector_still
 from shardsave._dtypes import BY_NAME, item_bytes
 from shardsave._plan import Extent, blocks
 from shardsave._progress import Progress
@@ -45,10 +46,10 @@ def read_tensors(
     """
     if not verify:
         totals.verified = False
-    elif any(target.located.checksum is None for target in targets):
+    elif any(located.checksum is None for located, _ in targets):
         totals.verified = None
-    order = sorted(targets, key=lambda target: (target.located.shard, target.located.offset))
-    shards = list(dict.fromkeys(target.located.shard for target in order))
+    order = sorted(targets, key=lambda target: (target[0].shard, target[0].offset))
+    shards = list(dict.fromkeys(located.shard for located, _ in order))
     step = descriptor_allowance()
     damaged: list[str] = []
     for first in range(0, len(shards), step):
@@ -71,12 +72,15 @@ def _read_group(
     totals: ReadTotals,
 ) -> list[str]:
     number = {shard: place for place, shard in enumerate(shards)}
-    extents = [Extent(number[t.shard], t.offset, t.nbytes, piece, item_bytes(t.dtype)) for piece, (t, _) in enumerate(targets)]
-    pieces = [_engine.Piece(tensor, BY_NAME[t.dtype].torch, t.nbytes) for t, tensor in targets]
+    with collector_still():
+        dtypes = {dtype: (BY_NAME[dtype].torch, item_bytes(dtype)) for dtype in {t.dtype for t, _ in targets}}
+        extents = [Extent(number[t.shard], t.offset, t.nbytes, at, dtypes[t.dtype][1]) for at, (t, _) in enumerate(targets)]
+        pieces = [_engine.Piece(tensor, dtypes[t.dtype][0], t.nbytes) for t, tensor in targets]
+        planned = blocks(extents, _engine.BLOCK_BYTES)
     checksum = verify and any(target.located.checksum is not None for target in targets)
     files = [checkpoint.descriptor(shard) for shard in shards]
     try:
-        done = _engine.read(files, blocks(extents, _engine.BLOCK_BYTES), pieces, checksum=checksum, tick=progress.tick)
+        done = _engine.read(files, planned, pieces, checksum=checksum, tick=progress.tick)
     except _engine.TransferFault as fault:
         path = checkpoint.path_of(shards[max(fault.file, 0)])
         raise ShardSaveError(f"cannot read {path}: {fault}; the files on disk are as they were") from fault

@@ -8,17 +8,19 @@ import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any, Union
 
 from shardsave import _engine
 from shardsave._arguments import check_path, check_progress, check_switches
 from shardsave._backend import engine_name
 from shardsave._checkpoint import descriptor_allowance
+from shardsave._collector import collector_still
 from shardsave._commit import StagedShard, Transaction
 from shardsave._crc64 import crc64
 from shardsave._dtypes import BY_TORCH, logical_shape
 from shardsave._ending import verb
-from shardsave._format import encode_header
+from shardsave._format import encode_header, with_sums
 from shardsave._index import Index, Record, ShardRecord, encode_index
 from shardsave._json import NotJSON, parse_object
 from shardsave._plan import ALIGNMENT, Extent, Shard, StoredTensor, blocks, pack
@@ -91,27 +93,29 @@ def save(
     bound = parse_size(max_shard_size)
     user_metadata = _check_metadata(metadata)
     started = time.perf_counter()
-    state = read_state(source)
-    stored = [entry for entry in state.entries if entry.tied_to is None]
-    shards = pack([_stored_tensor(entry) for entry in stored], bound)
-    pieces = _pieces(shards, stored)
+    with collector_still():
+        state = read_state(source)
+        stored = [entry for entry in state.entries if entry.tied_to is None]
+        shards = pack([_stored_tensor(entry) for entry in stored], bound)
+        pieces = _pieces(shards, stored)
+        headers = [encode_header(shard) for shard in shards]
     total = sum(shard.data_bytes for shard in shards)
     with (
         Progress(progress, "saving", total) as shown,
         Transaction(directory, durable=durable, lock_timeout=lock_timeout) as transaction,
     ):
         names = transaction.shard_names(len(shards))
-        starts = [len(encode_header(shard)) for shard in shards]
-        transaction.check_space(sum(_padded(start, shard) for start, shard in zip(starts, shards)))
+        transaction.check_space(sum(_padded(len(header), shard) for header, shard in zip(headers, shards)))
         _reserve(transaction, pieces)
         planned = time.perf_counter()
-        writer = _Writer(transaction, shards, starts, names, pieces, durable, shown)
+        writer = _Writer(transaction, shards, headers, names, pieces, durable, shown)
         step = min(descriptor_allowance(), 256)
         for first in range(0, len(shards), step):
             writer.write(range(first, min(first + step, len(shards))))
         before_commit = time.perf_counter()
-        index = _index(state, shards, names, writer.records, transaction, total, durable, user_metadata)
-        outcome = transaction.commit(encode_index(index))
+        with collector_still():
+            index = encode_index(_index(state, shards, names, writer.records, transaction, total, durable, user_metadata))
+        outcome = transaction.commit(index)
     ended = time.perf_counter()
     phases = Phases(
         plan=planned - started,
@@ -152,7 +156,7 @@ class _Writer:
         self,
         transaction: Transaction,
         shards: Sequence[Shard],
-        starts: Sequence[int],
+        headers: Sequence[bytes],
         names: Sequence[str],
         pieces: Sequence[Sequence[_engine.Piece]],
         durable: bool,
@@ -166,14 +170,14 @@ class _Writer:
         self.notes: list[str] = []
         self._transaction = transaction
         self._shards = shards
-        self._starts = starts
+        self._headers = headers
         self._names = names
         self._pieces = pieces
         self._durable = durable
         self._progress = progress
 
     def write(self, group: range) -> None:
-        staged = [self._transaction.create(self._names[n], _padded(self._starts[n], self._shards[n])) for n in group]
+        staged = [self._transaction.create(self._names[n], _padded(len(self._headers[n]), self._shards[n])) for n in group]
         pieces = [piece for n in group for piece in self._pieces[n]]
         transfer = self._transfer(staged, group, pieces)
         self.direct &= all(transfer.direct)
@@ -185,7 +189,7 @@ class _Writer:
         sums = iter(transfer.sums)
         for shard_file, n in zip(staged, group):
             shard = self._shards[n]
-            header = encode_header(shard, [next(sums) for _ in shard.tensors])
+            header = with_sums(self._headers[n], list(islice(sums, len(shard.tensors))))
             length = len(header) + shard.data_bytes
             self._transaction.seal(shard_file, length, header)
             self.records[shard_file.name] = ShardRecord(length, len(header), crc64(header))
@@ -193,20 +197,23 @@ class _Writer:
 
     def _transfer(self, staged: Sequence[StagedShard], group: range, pieces: Sequence[_engine.Piece]) -> _engine.Transfer:
         extents: list[Extent] = []
-        for file, n in enumerate(group):
-            for tensor, begin in zip(self._shards[n].tensors, self._shards[n].begins):
-                # Blocks are cut at multiples of the largest dtype, so no element is cut: one byte is the right grain.
-                extents.append(Extent(file, self._starts[n] + begin, tensor.nbytes, len(extents), 1))
+        with collector_still():
+            for file, n in enumerate(group):
+                start = len(self._headers[n])
+                for tensor, begin in zip(self._shards[n].tensors, self._shards[n].begins):
+                    # Blocks are cut at multiples of the largest dtype, so no element is cut: one byte is the right grain.
+                    extents.append(Extent(file, start + begin, tensor.nbytes, len(extents), 1))
+            planned = blocks(extents, _engine.BLOCK_BYTES)
         try:
             return _engine.write(
                 [shard.file.fd for shard in staged],
-                blocks(extents, _engine.BLOCK_BYTES),
+                planned,
                 pieces,
                 direct=self._durable,
                 tick=self._progress.tick,
             )
         except _engine.TransferFault as fault:
-            needed = sum(_padded(start, shard) for start, shard in zip(self._starts, self._shards))
+            needed = sum(_padded(len(header), shard) for header, shard in zip(self._headers, self._shards))
             call = fault.call if fault.file < 0 else f"{fault.call} of {fault.length} bytes at offset {fault.offset}"
             name = staged[max(fault.file, 0)].name
             raise self._transaction.failure(call, name, fault.errno, fault.detail, needed) from fault
@@ -221,7 +228,8 @@ def _stored_tensor(entry: Entry) -> StoredTensor:
 def _pieces(shards: Sequence[Shard], stored: Sequence[Entry]) -> list[list[_engine.Piece]]:
     tensors = {entry.name: entry.tensor for entry in stored}
     return [
-        [_engine.Piece(tensors[t.name].detach(), tensors[t.name].dtype, t.nbytes) for t in shard.tensors] for shard in shards
+        [_engine.Piece(tensor := tensors[name], tensor.dtype, nbytes) for name, _, _, nbytes, _ in shard.tensors]
+        for shard in shards
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn, Union
+from typing import Any, Literal, NamedTuple, NoReturn, Union
 
 import numpy as np
 import torch
@@ -23,8 +23,7 @@ _COMPILED = "_orig_mod."
 _ML_DTYPES = frozenset({"bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"})
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One name of a module. ``frozen`` is None where there is no flag; ``tied_to`` is the entry whose memory this one shares."""
 
     name: str
@@ -74,25 +73,25 @@ def read_state(source: Source) -> State:
         refuse_sharded(module, "save", "nothing was written")
         named = _module_tensors(module)
         known = True
-        parameters = {id(parameter) for parameter in module.parameters()}
-        flags = {
-            plain_name(name): not parameter.requires_grad for name, parameter in module.named_parameters(remove_duplicate=False)
-        }
+        flags = _flags_apart(module, named)
     elif isinstance(source, Mapping):
         named = {name: _as_tensor(name, value) for name, value in source.items()}
-        parameters = {id(tensor) for tensor in named.values() if isinstance(tensor, nn.Parameter)}
-        known = bool(parameters)
+        known = any(type(tensor) is nn.Parameter for tensor in named.values())
         flags = {}
     else:
         raise TypeError(f"an nn.Module or a mapping of names to tensors is needed, not {type(source).__name__}")
     in_module = isinstance(source, nn.Module)
     entries = []
-    first_of: dict[Any, str] = {}
+    at_address: dict[int, list[str]] = {}
     for name, tensor in named.items():
         _check_savable(name, tensor)
-        is_parameter = id(tensor) in parameters or isinstance(tensor, nn.Parameter)
-        frozen = not tensor.requires_grad if is_parameter else flags.get(name)
-        tied_to = first_of.setdefault(_memory(tensor), name) if tensor.data_ptr() else name
+        frozen = not tensor.requires_grad if type(tensor) is nn.Parameter else flags.get(name)
+        tied_to = name
+        if address := tensor.data_ptr():
+            here = at_address.setdefault(address, [])
+            tied_to = next((first for first in here if _same_memory(named[first], tensor)), name)
+            if tied_to == name:
+                here.append(name)
         kind: Literal["parameter", "buffer", "tensor"]
         kind = "parameter" if frozen is not None else "buffer" if in_module else "tensor"
         entries.append(Entry(name, kind, frozen, tied_to if tied_to != name else None, tensor))
@@ -106,6 +105,13 @@ def plain_name(name: str) -> str:
 
 def _module_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     return {plain_name(name): _as_tensor(name, value) for name, value in module.state_dict(keep_vars=True).items()}
+
+
+def _flags_apart(module: nn.Module, named: Mapping[str, torch.Tensor]) -> dict[str, bool]:
+    """Name → frozen from the module itself, where its state dict also has tensors that are no Parameters (a hook's, buffers)."""
+    if all(type(tensor) is nn.Parameter for tensor in named.values()):
+        return {}
+    return {plain_name(name): not p.requires_grad for name, p in module.named_parameters(remove_duplicate=False)}
 
 
 def _as_tensor(name: object, value: object) -> torch.Tensor:
@@ -159,7 +165,7 @@ def _check_savable(name: str, tensor: torch.Tensor) -> None:
             _refuse(name, "a name in Unicode was expected", "it has half of a surrogate pair")
     if type(tensor) not in PLAIN_TYPES or hasattr(tensor, "__tensor_flatten__"):
         _refuse(name, "a plain tensor was expected", f"it is a {type(tensor).__name__}")
-    if tensor.device.type == "meta":
+    if tensor.is_meta:
         _refuse(name, "a tensor with data was expected", "it is on the meta device")
     if tensor.layout is not torch.strided or tensor.is_nested:
         layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
@@ -171,15 +177,15 @@ def _check_savable(name: str, tensor: torch.Tensor) -> None:
         _refuse(name, "a float4 tensor of at least one dimension was expected", "it has none")
 
 
-def _memory(tensor: torch.Tensor) -> tuple[object, ...]:
+def _same_memory(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether two tensors that begin at the same address are the same elements."""
     return (
-        tensor.data_ptr(),
-        tensor.device,
-        tensor.dtype,
-        tensor.shape,
-        tensor.stride(),
-        tensor.is_conj(),
-        tensor.is_neg(),
+        left.device == right.device
+        and left.dtype == right.dtype
+        and left.shape == right.shape
+        and left.stride() == right.stride()
+        and left.is_conj() == right.is_conj()
+        and left.is_neg() == right.is_neg()
     )
 
 
@@ -189,9 +195,12 @@ def _overlaps(entries: list[Entry]) -> Iterator[tuple[str, str]]:
     for entry in entries:
         tensor = entry.tensor
         if entry.tied_to is None and tensor.numel():
-            reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) + 1
+            reach = tensor.numel()
+            if not tensor.is_contiguous():
+                reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) + 1
             begin = tensor.data_ptr()
-            spans.append((str(tensor.device), begin, begin + reach * tensor.element_size(), entry.name))
+            device = "cpu" if tensor.is_cpu else str(tensor.device)
+            spans.append((device, begin, begin + reach * tensor.element_size(), entry.name))
     spans.sort()
     furthest: tuple[str, int, str] | None = None
     for device, begin, end, name in spans:
