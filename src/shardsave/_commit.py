@@ -20,7 +20,7 @@ from types import TracebackType
 from shardsave._clean import STAGING_PATTERN, clean, files_of, remove_staging
 from shardsave._crc64 import crc64
 from shardsave._files import CallFailed, Descriptor, allocate, call, make_folders, open_regular, read_all, write_all
-from shardsave._index import INDEX_NAME, LONE_NAME, MAX_INDEX_BYTES, Index, Superseded, parse_index, shard_names
+from shardsave._index import INDEX_NAME, LONE_NAME, MAX_INDEX_BYTES, Index, Superseded, encode_index, parse_index, shard_names
 from shardsave._lock import DirectoryLock
 from shardsave.errors import (
     CorruptCheckpointError,
@@ -193,17 +193,18 @@ class Transaction:
             self._sync(fd, name)
             shard.file.close(name)
 
-    def commit(self, index: bytes) -> CommitOutcome:
+    def commit(self, index: Index) -> CommitOutcome:
         """Makes the sealed shards and ``index`` the checkpoint of the directory.
 
         Raises SaveNotCommittedError, OutOfSpaceError, DirectoryBusyError when nothing was committed, and
         DurabilityUncertainError when the new checkpoint is in place but perhaps not for good.
         """
+        encoded = encode_index(index)
         try:
             self._move()
-            self._publish(index)
+            self._publish(encoded)
         except BaseException as error:
-            self._settle(index, error)
+            self._settle(encoded, error)
         self._settled = True
         return self._clean(index)
 
@@ -258,11 +259,10 @@ class Transaction:
             f"the new checkpoint is in place, a loss of power may bring back the previous one; nothing was removed"
         ) from error
 
-    def _clean(self, index: bytes) -> CommitOutcome:
+    def _clean(self, new: Index) -> CommitOutcome:
         notes = [] if self._lock.held else ["the file system has no locks: savers are not ordered"]
         if self._old_unreadable:
             notes.append(f"nothing was removed, since the replaced index cannot be read ({self._old_unreadable})")
-        new = parse_index(index, f"index {INDEX_NAME}")
         assert self._staging is not None
         leftovers = clean(
             self._lock.fd,

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from shardsave._checkpoint import Located
+from shardsave._collector import collector_still
 from shardsave._dtypes import BY_NAME, torch_shape
 from shardsave._fillable import check_fillable, check_plain, check_shaped, refuse_overlaps
 from shardsave._slots import Slot, ancestor, counts_batches, expected_names, hooked_modules, leaders, slots
@@ -114,8 +115,9 @@ class Fit:
                 owner_name,
                 own,
             )
-        current = {slot.name: slot.tensor for slot in slots(self._module)}
-        direct = tuple((name, current[name].detach()) for name in self._direct)
+        with collector_still():
+            current = {slot.name: slot.tensor for slot in slots(self._module)}
+            direct = tuple((name, current[name].detach()) for name in self._direct)
         self._done = [tensor for _, tensor in direct]
         yield Group(direct)
 
@@ -157,6 +159,7 @@ class Fit:
                     yield plain_name(f"{name}.{own_name}" if name else own_name), value
 
 
+@collector_still()
 def fit_module(
     module: nn.Module,
     stored: Mapping[str, Located],

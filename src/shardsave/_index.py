@@ -88,6 +88,7 @@ def shard_names(count: int, tag: str | None = None) -> tuple[str, ...]:
     return tuple(f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1))
 
 
+@collector_still()
 def encode_index(index: Index) -> bytes:
     """The bytes of an index that has our record."""
     record = index.record

@@ -161,7 +161,8 @@ def load_model(
             fit.materialise()
             for group in fit.groups():
                 whole = totals.tensors
-                targets = [Target(stored[name], tensor) for name, tensor in group.targets]
+                with collector_still():
+                    targets = [Target(stored[name], tensor) for name, tensor in group.targets]
                 try:
                     read_tensors(checkpoint, targets, verify=verify, progress=shown, totals=totals)
                     missing, unexpected = group.finish(strict)

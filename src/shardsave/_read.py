@@ -48,7 +48,8 @@ def read_tensors(
         totals.verified = False
     elif any(located.checksum is None for located, _ in targets):
         totals.verified = None
-    order = sorted(targets, key=lambda target: (target[0].shard, target[0].offset))
+    with collector_still():
+        order = sorted(targets, key=lambda target: (target[0].shard, target[0].offset))
     shards = list(dict.fromkeys(located.shard for located, _ in order))
     step = descriptor_allowance()
     damaged: list[str] = []

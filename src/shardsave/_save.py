@@ -21,7 +21,7 @@ from shardsave._crc64 import crc64
 from shardsave._dtypes import BY_TORCH, logical_shape
 from shardsave._ending import verb
 from shardsave._format import encode_header, with_sums
-from shardsave._index import Index, Record, ShardRecord, encode_index
+from shardsave._index import Index, Record, ShardRecord
 from shardsave._json import NotJSON, parse_object
 from shardsave._plan import ALIGNMENT, Extent, Shard, StoredTensor, blocks, pack
 from shardsave._progress import Progress, ProgressArgument
@@ -114,7 +114,7 @@ def save(
             writer.write(range(first, min(first + step, len(shards))))
         before_commit = time.perf_counter()
         with collector_still():
-            index = encode_index(_index(state, shards, names, writer.records, transaction, total, durable, user_metadata))
+            index = _index(state, shards, names, writer.records, transaction, total, durable, user_metadata)
         outcome = transaction.commit(index)
     ended = time.perf_counter()
     phases = Phases(
