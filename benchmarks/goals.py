@@ -79,7 +79,8 @@ def _memory(results: Results) -> list[Goal]:
 
 
 def _costs(costs: dict) -> list[Goal]:
-    goals = []
+    failed = [(what, found["failed"]) for what, found in costs.items() if "failed" in found and what != "gpu"]
+    goals = [Goal(f"costs.py {what}", "", f"failed: {reason}", None) for what, reason in failed]
     for name, times in costs.get("checksums", {}).items():
         if name != "failed":
             value = median(a / b for a, b in zip(times["with"], times["without"])) * 100 - 100

@@ -28,7 +28,7 @@ def _first(path: str, key: str) -> str:
 
 
 def _file_system(folder: Path) -> str:
-    done = subprocess.run(["stat", "-f", "-c", "%T", str(folder)], capture_output=True, text=True, check=False)
+    done = subprocess.run(["findmnt", "-n", "-o", "FSTYPE", "-T", str(folder)], capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
 
 

@@ -63,7 +63,7 @@ def _bars(axes: Axes, rows: list[tuple[str, float, str]], xlabel: str, unit: str
     for tick, (label, _, _) in zip(axes.get_yticklabels(), rows):
         tick.set_weight("bold" if label.startswith("shardsave") else "normal")
     axes.set_xlabel(xlabel)
-    axes.set_xlim(0, longest * 1.2)
+    axes.set_xlim(0, longest * (1.5 if any(remark for _, _, remark in rows) else 1.2))
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color="#e6e9ee")
     axes.set_axisbelow(True)
@@ -83,7 +83,7 @@ def _saves(results: Results, title: str) -> None:
         if samples and raw:
             rows.append((name, ratio(samples, raw, "wall") or 0, ratio(samples, raw, "wall_synced", "wall") or 0, tool))
     rows.sort(key=lambda row: -row[2])
-    figure, axes = plt.subplots(figsize=(10, 0.46 * len(rows) + 1.6))
+    _, axes = plt.subplots(figsize=(10, 0.46 * len(rows) + 1.6))
     longest = max((row[2] for row in rows), default=1)
     for place, (name, call, synced, tool) in enumerate(rows):
         ours = name.startswith("shardsave")
@@ -103,11 +103,11 @@ def _saves(results: Results, title: str) -> None:
     axes.set_axisbelow(True)
     axes.legend(
         handles=[Patch(color=THEIRS, label="the call"), Patch(color=THEIRS_LIGHT, label="fsync added, until all is on disk")],
-        loc="lower right",
+        loc="upper right",
         frameon=False,
     )
     _limit_line(axes, "raw write")
-    figure.suptitle(f"{title}, {results.nbytes / 1e9:.1f} GB", x=0.02, ha="left", weight="bold", fontsize=13)
+    axes.set_title(f"{title}, {results.nbytes / 1e9:.1f} GB", loc="left", weight="bold", fontsize=13, pad=22)
 
 
 def _loads(results: Results, title: str) -> None:
@@ -133,7 +133,11 @@ def _costs(results: Results, title: str) -> None:
     _bars(panels[0], saving, "save to disk: processor seconds", " s")
     loading = [(name, mid(s, "cpu"), "") for name in TOOLS if (s := results.of(name, "into", "cold"))]
     _bars(panels[1], loading, "cold load into the model: processor seconds", " s")
-    memory = [(name, max(map(beyond, s)) / 1e6, "") for name in TOOLS if (s := results.of(name, "into", "warm"))]
+    memory = [
+        (name, max(map(beyond, samples)) / 1e6, "mapped file" if "into" in tool.through_map else "")
+        for name, tool in TOOLS.items()
+        if (samples := results.of(name, "into", "warm"))
+    ]
     _bars(panels[2], memory, "load into the model: extra memory, MB", " MB")
     figure.suptitle(f"{title}, {results.nbytes / 1e9:.1f} GB", x=0.02, ha="left", weight="bold", fontsize=13)
     figure.tight_layout()

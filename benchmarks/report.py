@@ -97,7 +97,7 @@ def loads_table(results: Results, cache: str) -> str:
                     _time(samples, "wall"),
                     "(maps)" if mapped else _times(ratio(samples, raw, "wall")),
                     f"{mid(samples, 'cpu'):.2f}",
-                    "(maps)" if mapped else _mb(max(map(beyond, samples))),
+                    "(maps)" if mapped else _mb(max(map(beyond, samples))) + " mapped" * (way in tool.through_map),
                     _mb(max(sample["read_from_disk"] for sample in samples)),
                     _mb(max(sample["cached_after"] or 0 for sample in samples)),
                 ]

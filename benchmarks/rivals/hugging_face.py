@@ -61,10 +61,11 @@ TOOLS = (
         packages=("transformers", "safetensors"),
         ready=_transformers_ready,
         save=_save_pretrained,
-        loads={"new": _from_pretrained},
+        loads={"new, mapped": _from_pretrained},
         durable=False,
         atomic="no: writes over the files",
         checked="nobody",
+        mapped=frozenset({"new, mapped"}),
     ),
     Tool(
         name="huggingface_hub",
@@ -75,6 +76,7 @@ TOOLS = (
         durable=False,
         atomic="no: writes over the files",
         checked="nobody",
+        through_map=frozenset({"into"}),
     ),
     Tool(
         name="accelerate",
@@ -85,5 +87,6 @@ TOOLS = (
         durable=False,
         atomic="no: removes the old files first",
         checked="nobody",
+        through_map=frozenset({"into"}),
     ),
 )

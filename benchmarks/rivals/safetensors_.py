@@ -50,5 +50,6 @@ TOOLS = (
         atomic="no: writes over the file",
         checked="nobody",
         mapped=frozenset({"new, mapped"}),
+        through_map=frozenset({"into", "new"}),
     ),
 )

@@ -17,7 +17,8 @@ class Tool:
 
     ``ready`` imports what the tool needs. ``packages`` are those whose versions the report names. The words say what a loss
     of power or a crash in the middle of an overwrite does (``durable``, ``atomic``) and who finds a flipped bit (``checked``),
-    as the tool's sources have it. ``mapped``: ways to load that map the file and so come back before the data is read.
+    as the tool's sources have it. ``mapped``: ways to load that give mapped tensors, and so come back before the data is
+    read; ``through_map``: those that read by way of a map, whose pages count as the process's though they are the cache's.
     """
 
     name: str
@@ -29,4 +30,5 @@ class Tool:
     atomic: str
     checked: str
     mapped: frozenset[str] = frozenset()
+    through_map: frozenset[str] = frozenset()
     saved_by: str = ""  # the tool whose files this one loads, when it cannot save

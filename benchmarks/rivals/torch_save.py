@@ -55,6 +55,7 @@ TOOLS = (
         atomic="no: writes over the file",
         checked="nobody",
         mapped=frozenset({"new, mapped"}),
+        through_map=frozenset({"into, mapped"}),
     ),
     Tool(
         name="torch.save, whole module",

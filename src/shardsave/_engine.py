@@ -9,7 +9,6 @@ import contextlib
 import errno
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from typing import Literal, NamedTuple
 
@@ -41,8 +40,7 @@ class Piece(NamedTuple):
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Transfer:
+class Transfer(NamedTuple):
     """What a run did: ``sums`` has the CRC-64/NVME of each piece (none without ``checksum``), ``direct`` one answer a file."""
 
     sums: tuple[int, ...]

@@ -6,7 +6,6 @@ Everything here is a pure function of the stored tensors, so every process that 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from shardsave._dtypes import item_bytes
@@ -25,8 +24,7 @@ class StoredTensor(NamedTuple):
     frozen: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Shard:
+class Shard(NamedTuple):
     """The tensors of one file in file order; ``begins`` are byte offsets from the start of the data."""
 
     tensors: tuple[StoredTensor, ...]

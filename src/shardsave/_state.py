@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, NoReturn, Union
 
 import numpy as np
@@ -33,8 +32,7 @@ class Entry(NamedTuple):
     tensor: torch.Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class State:
+class State(NamedTuple):
     """All entries in state order. ``flags_known`` is False for a mapping without a single Parameter.
 
     ``overlaps``: pairs of names whose tensors share a part of their memory; they are stored apart.
