@@ -47,6 +47,7 @@ def all_goals(results: Results) -> list[Goal]:
         _against("save to the page cache, wall", 1, to_cache, results.of("safetensors", "save"), "wall", "wall", "safetensors"),
         _against("cold load into a model, wall", 1.1, cold, raw_read, "wall", "wall", "raw direct read"),
         _against("cold load to new tensors, wall", 1.1, cold_new, raw_read, "wall", "wall", "raw direct read"),
+        _against("the same", 1.1, cold_new, results.limit("fresh"), "wall", "wall", "raw direct read into new memory"),
         _against(
             "warm load into a model, wall", 1, warm, results.of("safetensors", "into", "warm"), "wall", "wall", "safetensors"
         ),

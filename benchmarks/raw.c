@@ -2,6 +2,7 @@
  *
  *   raw write  FILE BYTES THREADS   O_DIRECT: fallocate, pwrite of 8 MiB blocks with one copy into an aligned buffer, fsync
  *   raw read   FILE BYTES THREADS   O_DIRECT: pread into an aligned buffer, one copy out of it into memory touched before
+ *   raw fresh  FILE BYTES THREADS   the same into memory that nobody has touched, as new tensors are
  *   raw warm   FILE BYTES THREADS   pread through the page cache straight into memory touched before
  *   raw memcpy -    BYTES THREADS   memory to memory, both touched before
  *
@@ -21,6 +22,7 @@
 #include <unistd.h>
 
 enum { BLOCK = 8 << 20, PAGE = 4096, MOST_THREADS = 64 };
+enum kind { STAGING, TOUCHED, NEW };
 
 static const char *operation;
 static char *memory, *target;
@@ -34,11 +36,11 @@ static void fail(const char *what) {
 }
 
 /* Staging memory has huge pages; what stands for the model has the ordinary ones that torch allocates. */
-static void *map(size_t length, int touch) {
+static void *map(size_t length, enum kind kind) {
   char *made = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (made == MAP_FAILED) fail("mmap");
-  if (!touch) madvise(made, length, MADV_HUGEPAGE);
-  if (touch) {
+  if (kind == STAGING) madvise(made, length, MADV_HUGEPAGE);
+  if (kind == TOUCHED) {
     uint64_t state = 88172645463325252u;
     for (size_t at = 0; at + 8 <= length; at += 8) {
       state ^= state << 13, state ^= state >> 7, state ^= state << 17;
@@ -61,16 +63,17 @@ static void move_all(int writing, char *into, size_t length, size_t needed, off_
 static void *work(void *unused) {
   (void)unused;
   char *buffer = NULL;
-  const int direct = strcmp(operation, "write") == 0 || strcmp(operation, "read") == 0;
-  if (direct) buffer = map(BLOCK, 0);
+  const int writing = strcmp(operation, "write") == 0;
+  const int reading = strcmp(operation, "read") == 0 || strcmp(operation, "fresh") == 0;
+  if (writing || reading) buffer = map(BLOCK, STAGING);
   for (size_t n; (n = atomic_fetch_add(&next_block, 1)) * BLOCK < total;) {
     const size_t at = n * BLOCK, length = total - at < BLOCK ? total - at : BLOCK;
     const size_t padded = (length + PAGE - 1) / PAGE * PAGE;
-    if (strcmp(operation, "write") == 0) {
+    if (writing) {
       memcpy(buffer, memory + at, length);
       memset(buffer + length, 0, padded - length);
       move_all(1, buffer, padded, padded, (off_t)at);
-    } else if (strcmp(operation, "read") == 0) {
+    } else if (reading) {
       move_all(0, buffer, padded, length, (off_t)at);
       memcpy(memory + at, buffer, length);
     } else if (strcmp(operation, "warm") == 0) {
@@ -97,7 +100,7 @@ static double processor(void) {
 
 int main(int count, char **arguments) {
   if (count != 5) {
-    fprintf(stderr, "usage: raw write|read|warm|memcpy FILE BYTES THREADS\n");
+    fprintf(stderr, "usage: raw write|read|fresh|warm|memcpy FILE BYTES THREADS\n");
     return 2;
   }
   operation = arguments[1];
@@ -106,8 +109,8 @@ int main(int count, char **arguments) {
   if (total == 0 || threads < 1 || threads > MOST_THREADS) return 2;
   const int writing = strcmp(operation, "write") == 0;
   const int copying = strcmp(operation, "memcpy") == 0;
-  memory = map(total, 1);
-  if (copying) target = map(total, 1);
+  memory = map(total, strcmp(operation, "fresh") == 0 ? NEW : TOUCHED);
+  if (copying) target = map(total, TOUCHED);
 
   const double began = wall(), used = processor();
   if (writing) {
@@ -115,7 +118,7 @@ int main(int count, char **arguments) {
     if (descriptor < 0) fail("open");
     if (fallocate(descriptor, 0, 0, (off_t)((total + PAGE - 1) / PAGE * PAGE)) != 0) fail("fallocate");
   } else if (!copying) {
-    descriptor = open(arguments[2], O_RDONLY | O_CLOEXEC | (strcmp(operation, "read") == 0 ? O_DIRECT : 0));
+    descriptor = open(arguments[2], O_RDONLY | O_CLOEXEC | (strcmp(operation, "warm") == 0 ? 0 : O_DIRECT));
     if (descriptor < 0) fail("open");
   }
   pthread_t workers[MOST_THREADS];

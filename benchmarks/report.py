@@ -36,6 +36,7 @@ def limits_table(results: Results) -> str:
     names = {
         "write": "raw write: O_DIRECT, fallocate, one copy, fsync",
         "read": "raw read: O_DIRECT, one copy",
+        "fresh": "raw read into new memory",
         "warm": "warm pread",
         "memcpy": "memcpy",
     }

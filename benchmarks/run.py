@@ -26,7 +26,13 @@ import measure  # noqa: E402
 from rivals import NOT_RUN, TOOLS  # noqa: E402
 
 WORKER_SECONDS = 600
-LIMITS = {"write": (1, 2, 4), "read": (1, 2, 4), "warm": (1, 2), "memcpy": (1, 2)}  # operation → numbers of threads
+LIMITS = {
+    "write": (1, 2, 4),
+    "read": (1, 2, 4),
+    "fresh": (2, 4),
+    "warm": (1, 2),
+    "memcpy": (1, 2),
+}  # operation → numbers of threads
 SETTLE_SECONDS = 0.5
 
 
@@ -48,7 +54,7 @@ class Runner:
                 if operation == "write":
                     file.unlink(missing_ok=True)
                     self._settle()
-                elif operation == "read":
+                elif operation in ("read", "fresh"):
                     measure.make_cold(file)
                 elif operation == "warm":
                     measure.make_warm(file)
@@ -56,19 +62,22 @@ class Runner:
                 self._note(command, {"tool": "limit", "operation": operation, "threads": threads, "repetition": repetition})
         self._remove(path)
 
-    def tool(self, name: str, size: int, repetition: int, ways: list[str] | None) -> None:
-        """Saves with a tool, loads what it saved in each of its ways (or in ``ways`` alone), cold and warm, and removes it."""
-        tool = TOOLS[name]
+    def tool(self, name: str, loaders: list[str], size: int, repetition: int, ways: list[str] | None) -> None:
+        """Saves with a tool, loads what it saved in each of its ways (or in ``ways`` alone), cold and warm, and removes it.
+
+        ``loaders`` are tools that can only load and are given the same files.
+        """
         path = self._fresh(name)
         self._settle()
-        where = {"tool": name, "size": size, "repetition": repetition}
-        saver = tool.saved_by or name
-        saved = self._worker(saver, "save", path, size, where | {"operation": "save"}, keep=saver == name)
-        for way in (way for way in tool.loads if saved and (ways is None or way in ways)):
-            for cache in ("cold", "warm") if way not in tool.mapped else ("warm",):
-                (measure.make_cold if cache == "cold" else measure.make_warm)(path)
-                what = where | {"operation": way, "cache": cache}
-                self._worker(name, way, path, size, what, check=repetition == 0)
+        where = {"size": size, "repetition": repetition}
+        saved = self._worker(name, "save", path, size, where | {"tool": name, "operation": "save"})
+        for loader in [name, *loaders] if saved else ():
+            tool = TOOLS[loader]
+            for way in (way for way in tool.loads if ways is None or way in ways):
+                for cache in ("cold", "warm") if way not in tool.mapped else ("warm",):
+                    (measure.make_cold if cache == "cold" else measure.make_warm)(path)
+                    what = where | {"tool": loader, "operation": way, "cache": cache}
+                    self._worker(loader, way, path, size, what, check=repetition == 0)
         self._remove(path)
 
     def other(self, script: str, *arguments: str) -> dict[str, Any]:
@@ -76,9 +85,7 @@ class Runner:
         print(f"  {script} {' '.join(arguments)}", flush=True)
         return _run([sys.executable, str(HERE / script), *arguments])
 
-    def _worker(
-        self, tool: str, operation: str, path: Path, size: int, what: dict[str, Any], *, check: bool = False, keep: bool = True
-    ) -> bool:
+    def _worker(self, tool: str, operation: str, path: Path, size: int, what: dict[str, Any], *, check: bool = False) -> bool:
         command = [
             sys.executable,
             str(HERE / "worker.py"),
@@ -88,14 +95,13 @@ class Runner:
             str(size),
             *(["--check"] if check else []),
         ]
-        return self._note(command, what, keep)
+        return self._note(command, what)
 
-    def _note(self, command: list[str], what: dict[str, Any], keep: bool = True) -> bool:
+    def _note(self, command: list[str], what: dict[str, Any]) -> bool:
         found = _run(command)
-        if keep:
-            self.samples.append(what | found)
-            label = " ".join(str(what[key]) for key in ("tool", "operation", "cache", "threads") if key in what)
-            print(f"  {label:45} {found.get('failed') or format(found['wall'], '8.3f') + ' s'}", flush=True)
+        self.samples.append(what | found)
+        label = " ".join(str(what[key]) for key in ("tool", "operation", "cache", "threads") if key in what)
+        print(f"  {label:45} {found.get('failed') or format(found['wall'], '8.3f') + ' s'}", flush=True)
         return "failed" not in found
 
     def _fresh(self, name: str) -> Path:
@@ -142,19 +148,21 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     runner = Runner(folder, asked.raw)
     tools = [name for name in TOOLS if not asked.only or name in asked.only]
+    savers = [name for name in tools if not TOOLS[name].saved_by]
+    loaders = {name: [other for other in tools if TOOLS[other].saved_by == name] for name in savers}
     for repetition in range(asked.repeat):
         print(f"repetition {repetition + 1} of {asked.repeat}", flush=True)
         # The limits stand beside the first tool, shardsave, which is compared with them; each time another one begins.
-        turn = repetition * len(tools) // asked.repeat
-        for name in [*tools[turn:], *tools[:turn]]:
-            runner.tool(name, asked.size, repetition, asked.loads)
-            if name == tools[0]:
+        turn = repetition * len(savers) // asked.repeat
+        for name in [*savers[turn:], *savers[:turn]]:
+            runner.tool(name, loaders[name], asked.size, repetition, asked.loads)
+            if name == savers[0]:
                 nbytes = max((sample.get("bytes", 0) for sample in runner.samples), default=0) or asked.size
                 runner.limits(nbytes, repetition)
     if asked.small:
         print("the small model, for extra memory", flush=True)
-        for name in (name for name in tools if name.startswith("shardsave")):
-            runner.tool(name, asked.small, 0, asked.loads)
+        for name in (name for name in savers if name.startswith("shardsave")):
+            runner.tool(name, [], asked.small, 0, asked.loads)
     costs = {}
     if not asked.no_costs:
         print("costs", flush=True)

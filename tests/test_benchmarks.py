@@ -34,7 +34,7 @@ def test_measures_and_reports(tmp_path: Path, compiled: Compile) -> None:
     results = json.loads((out / "results.json").read_text())
     assert not [sample for sample in results["samples"] if "failed" in sample]
     measured = {(sample["tool"], sample["operation"], sample.get("cache")) for sample in results["samples"]}
-    limits = {("limit", operation, None) for operation in ("write", "read", "warm", "memcpy")}
+    limits = {("limit", operation, None) for operation in ("write", "read", "fresh", "warm", "memcpy")}
     loads = {("shardsave", "into", cache) for cache in ("cold", "warm")}
     assert measured >= limits | loads | {("shardsave", "save", None)}
     cold = [sample for sample in results["samples"] if sample.get("cache") == "cold"]
