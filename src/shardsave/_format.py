@@ -59,7 +59,9 @@ def encode_header(shard: Shard) -> bytes:
     parts = [f'{_BEFORE_SUMS}{"0" * 16 * len(shard.tensors)}"}}']
     for (name, dtype, sizes, nbytes, _), begin in zip(shard.tensors, shard.begins):
         shape = ",".join(map(str, sizes))
-        parts.append(f'{encode_basestring(name)}:{{"dtype":"{dtype}","shape":[{shape}],"data_offsets":[{begin},{begin + nbytes}]}}')
+        parts.append(
+            f'{encode_basestring(name)}:{{"dtype":"{dtype}","shape":[{shape}],"data_offsets":[{begin},{begin + nbytes}]}}'
+        )
     text = (",".join(parts) + "}").encode()
     padded = -(-(8 + len(text)) // ALIGNMENT) * ALIGNMENT - 8
     if padded > MAX_HEADER_BYTES:
