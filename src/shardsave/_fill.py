@@ -128,6 +128,7 @@ class Fit:
                 torch.autograd.graph.increment_version(tensor)
         self._done = []
 
+    @collector_still()
     def restore_flags(self, flags: Mapping[str, bool] | None) -> int | None:
         """Sets ``requires_grad`` of floating-point parameters to what was saved; how many are frozen now, None if unknown.
 

@@ -74,7 +74,7 @@ def load(
     where = _device(device) or torch.device("cpu")
     if mmap and where.type != "cpu":
         raise ValueError(f"mmap=True gives tensors on the CPU, device {where} was asked for")
-    with open_checkpoint(path, _filter(wanted, prefix)) as checkpoint:
+    with open_checkpoint(path, _selection(wanted, prefix)) as checkpoint:
         chosen = _choose(checkpoint, wanted, prefix)
         by_stored = {stored: checkpoint.tensors[stored] for stored in chosen.values()}
         if mmap:
@@ -144,7 +144,7 @@ def load_model(
     _check_names(None, prefix)
     where = _device(device)
     started = time.perf_counter()
-    with open_checkpoint(path, _filter(None, prefix)) as checkpoint:
+    with open_checkpoint(path, _selection(None, prefix)) as checkpoint:
         chosen = {name.removeprefix(prefix): stored for name, stored in _choose(checkpoint, None, prefix).items()}
         stored = {name: checkpoint.tensors[original] for name, original in chosen.items()}
         fit = _fill.fit_module(
@@ -243,6 +243,12 @@ class _filter:
         return name.startswith(self._prefix) and (self._names is None or name in self._names)
 
 
+def _selection(names: frozenset[str] | None, prefix: str) -> _filter | None:
+    """None where everything is asked for, so that a great many names need not be looked at one by one."""
+    asked = _filter(names, prefix)
+    return asked if prefix or names is not None else None
+
+
 def _choose(checkpoint: Checkpoint, names: frozenset[str] | None, prefix: str) -> dict[str, str]:
     """What is asked for: name → the name under which its bytes are stored, in the checkpoint's order."""
     known = {name: name for name in checkpoint.stored_names} | dict(checkpoint.ties)
@@ -254,8 +260,8 @@ def _choose(checkpoint: Checkpoint, names: frozenset[str] | None, prefix: str) -
             f"cannot load from {checkpoint.path}: {missing[0]!r} was asked for{hint}, the checkpoint has no tensor of that name"
             + (f", nor {len(missing) - 1} others asked for" if len(missing) > 1 else "")
         )
-    asked = _filter(names, prefix)
-    chosen = {name: stored for name, stored in known.items() if asked(name)}
+    asked = _selection(names, prefix)
+    chosen = known if asked is None else {name: stored for name, stored in known.items() if asked(name)}
     if prefix and names is None and not chosen and known:
         first = sorted({name.split(".")[0] for name in known})
         raise IncompatibleCheckpointError(
