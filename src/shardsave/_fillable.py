@@ -55,9 +55,12 @@ def refuse_overlaps(slots: Iterable[Slot], where: str) -> None:
     for slot in slots:
         tensor = slot.tensor
         if tensor.numel() and not tensor.is_meta:
-            reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) + 1
+            reach = tensor.numel()
+            if not tensor.is_contiguous():
+                reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) + 1
             begin = tensor.data_ptr()
-            spans.append((str(tensor.device), begin, begin + reach * tensor.element_size(), slot))
+            device = "cpu" if tensor.is_cpu else str(tensor.device)
+            spans.append((device, begin, begin + reach * tensor.element_size(), slot))
     spans.sort(key=lambda span: span[:3])
     alive: list[tuple[str, int, int, Slot]] = []
     for span in spans:
