@@ -10,7 +10,7 @@ TOOLS = {
 
 #: Looked at and not measured, and why.
 NOT_RUN = {
-    "tensorizer": "not installed: pip finds no versions of its dependencies that go together",
-    "torchstore": "not installed: it needs a runtime that has no package for this platform",
-    "bytecheckpoint": "not installed: it asks for an older torch",
+    "tensorizer": "not installed: pip was still trying versions of its dependency boto3 after three minutes",
+    "torchstore": "not installed: it depends on torch==2.9.0",
+    "bytecheckpoint": "not installed: it depends on torch<=2.5.0",
 }
