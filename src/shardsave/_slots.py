@@ -61,6 +61,8 @@ def hooked_modules(module: nn.Module) -> dict[str, nn.Module]:
 
 def ancestor(name: str, owners: Mapping[str, object] | set[str]) -> str | None:
     """Which of ``owners``, names of sub-modules, ``name`` is below; "" is the whole module."""
+    if not owners:
+        return None
     if "" in owners:
         return ""
     end = name.find(".")
