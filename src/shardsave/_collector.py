@@ -15,8 +15,8 @@ def collector_still() -> Iterator[None]:
     calls may be nested and may run in several threads.
     """
     was_on = gc.isenabled()
-    gc.disable()
     try:
+        gc.disable()
         yield
     finally:
         if was_on:
