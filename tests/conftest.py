@@ -66,3 +66,9 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
         return False
     as_bytes = [t.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8) for t in (left, right)]
     return torch.equal(*as_bytes)
+
+
+def same_state(left: nn.Module, right: nn.Module) -> bool:
+    """Whether two modules have the same names, and under each the same bits."""
+    a, b = left.state_dict(), right.state_dict()
+    return a.keys() == b.keys() and all(same_bits(a[name], b[name]) for name in a)

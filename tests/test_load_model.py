@@ -12,15 +12,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
 
 import shardsave
-from conftest import SmallModel, same_bits
-
-
-def same_state(left: nn.Module, right: nn.Module) -> bool:
-    a, b = left.state_dict(), right.state_dict()
-    return a.keys() == b.keys() and all(same_bits(a[name], b[name]) for name in a)
+from conftest import SmallModel, same_bits, same_state
 
 
 class Pair(nn.Module):
@@ -29,6 +23,14 @@ class Pair(nn.Module):
     def __init__(self, a: torch.Tensor, b: torch.Tensor) -> None:
         super().__init__()
         self.a, self.b = nn.Parameter(a), nn.Parameter(b)
+
+
+class Doubling(nn.Linear):
+    """A sub-module with a loading routine of its own."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        state_dict[prefix + "weight"] = state_dict[prefix + "weight"] * 2
+        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[no-untyped-call]
 
 
 def refused(module: nn.Module, path: Path, words: str) -> None:
@@ -292,158 +294,6 @@ def test_names_with_spaces_and_lists(tmp_path: Path) -> None:
     report = shardsave.load_model(other, tmp_path, strict=False)
     assert report.mismatched == ("d.a b [2] on disk, [3] in the module",)
     assert other["d"]["a b"].tolist() == [0, 0, 0] and other["d"]["c"].tolist() == [1]
-
-
-class Doubling(nn.Linear):
-    """A sub-module with a loading routine of its own."""
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        state_dict[prefix + "weight"] = state_dict[prefix + "weight"] * 2
-        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[no-untyped-call]
-
-
-class Renaming(nn.Linear):
-    """Has ``weight`` in memory and ``w`` on disk."""
-
-    def __init__(self, *sizes: int) -> None:
-        super().__init__(*sizes)
-        self._register_state_dict_hook(
-            lambda _self, state, prefix, _meta: state.update({prefix + "w": state.pop(prefix + "weight")})
-        )
-        self._register_load_state_dict_pre_hook(
-            lambda state, prefix, *_: state.update({prefix + "weight": state.pop(prefix + "w")})
-        )
-
-
-def test_shared_sub_modules(tmp_path: Path) -> None:
-    """Catches one module under two names that is stored twice, or whose second name goes around its loading routine."""
-    for kind, factor in ((nn.Linear, 1), (Doubling, 2)):
-        shared = nn.Linear(3, 3)
-        shardsave.save(nn.ModuleDict({"a": shared, "b": shared}), tmp_path)
-        assert shardsave.inspect(tmp_path).ties == {"b.weight": "a.weight", "b.bias": "a.bias"}
-        own = kind(3, 3)
-        shardsave.load_model(nn.ModuleDict({"b": own, "a": own}), tmp_path)
-        assert torch.equal(own.weight, shared.weight * factor) and torch.equal(own.bias, shared.bias)
-
-
-def test_hooks_that_rename(tmp_path: Path) -> None:
-    """Catches names that only hooks know: refused as unexpected, or their flags lost."""
-    source = nn.Sequential(Renaming(3, 2), nn.Linear(2, 2))
-    source[0].weight.requires_grad_(False)
-    shardsave.save(source, tmp_path)
-    assert shardsave.inspect(tmp_path).names == ("0.bias", "0.w", "1.weight", "1.bias")
-    fresh = nn.Sequential(Renaming(3, 2), nn.Linear(2, 2))
-    report = shardsave.load_model(fresh, tmp_path)
-    assert same_state(fresh, source) and not fresh[0].weight.requires_grad and fresh[0].bias.requires_grad
-    assert (report.tensors, report.frozen) == (4, 1)
-
-
-def test_renamed_without_a_way_back(tmp_path: Path) -> None:
-    """Catches an unclear error where a module saves names that it does not take."""
-
-    class OneWay(nn.Linear):
-        def state_dict(self, *arguments: Any, **options: Any) -> Any:
-            return {f"saved.{name}": value for name, value in super().state_dict(*arguments, **options).items()}
-
-    shardsave.save(OneWay(2, 2), tmp_path)
-    with pytest.raises(
-        shardsave.IncompatibleCheckpointError, match=r"missing 2: bias, weight; unexpected 2: saved.bias, saved"
-    ):
-        shardsave.load_model(OneWay(2, 2), tmp_path)
-
-
-def test_a_loading_routine_that_refuses(tmp_path: Path) -> None:
-    """Catches a refusal that comes after the rest of the module was filled, or that does not say whose it is."""
-    shardsave.save({"0.bias": torch.ones(3), "0.weight": torch.ones(2, 2), "1.weight": torch.ones(2, 3)}, tmp_path)
-    module = nn.Sequential(Doubling(3, 3), nn.Linear(3, 2, bias=False))
-    before = module[1].weight.detach().clone()
-    words = r"cannot load '0': its own load_state_dict .*RuntimeError.*size mismatch.*; the module is partly loaded, 0 of 3"
-    with pytest.raises(shardsave.IncompatibleCheckpointError, match=words):
-        shardsave.load_model(module, tmp_path)
-    assert same_bits(module[1].weight, before)
-
-
-def test_loading_routines_report_without_strict(tmp_path: Path) -> None:
-    """Catches what a sub-module's own routine found missing and nobody was told of."""
-    shardsave.save({"0.weight": torch.ones(3, 3), "0.more": torch.ones(1)}, tmp_path)
-    report = shardsave.load_model(nn.Sequential(Doubling(3, 3)), tmp_path, strict=False)
-    assert report.missing == ("0.bias",) and report.unexpected == ("0.more",)
-
-
-def test_one_sub_module_at_a_time(tmp_path: Path) -> None:
-    """Catches more than one sub-module's copy in memory, when several have loading routines of their own."""
-    alive: list[int] = []
-    copies: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
-
-    class Watching(nn.Linear):
-        def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-            copies.add(state_dict[prefix + "weight"])
-            alive.append(len(copies))
-            super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[no-untyped-call]
-
-    model = nn.Sequential(*(Watching(4, 4) for _ in range(5)))
-    shardsave.save(model, tmp_path)
-    shardsave.load_model(model, tmp_path)
-    assert alive == [1] * 5
-
-
-class Counting(nn.Linear):
-    """Has extra state that is a tensor."""
-
-    count = 0
-
-    def get_extra_state(self) -> torch.Tensor:
-        return torch.tensor([self.count])
-
-    def set_extra_state(self, state: torch.Tensor) -> None:
-        self.count = int(state)
-
-
-def test_extra_state(tmp_path: Path) -> None:
-    """Catches extra state that is lost; what is not a tensor would need pickle, and is refused by name."""
-    source = nn.Sequential(Counting(3, 2), nn.Linear(2, 2))
-    source[0].count = 7
-    shardsave.save(source, tmp_path)
-    assert "0._extra_state" in shardsave.inspect(tmp_path).names
-    fresh = nn.Sequential(Counting(3, 2), nn.Linear(2, 2))
-    shardsave.load_model(fresh, tmp_path)
-    assert fresh[0].count == 7 and same_state(fresh, source)
-    source[0].get_extra_state = lambda: {"count": 7}
-    with pytest.raises(shardsave.UnsupportedTensorError, match=r"'0._extra_state': .* it is a dict, which would need pickle"):
-        shardsave.save(source, tmp_path)
-
-
-def weight_normed(kind: str) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own: deprecated, and still in many models
-        make = {
-            "weight_norm": parametrizations.weight_norm,
-            "old weight_norm": torch.nn.utils.weight_norm,
-            "spectral_norm": parametrizations.spectral_norm,
-            "old spectral_norm": torch.nn.utils.spectral_norm,
-            "orthogonal": parametrizations.orthogonal,
-        }[kind]
-        return nn.Sequential(make(nn.Linear(3, 2)), nn.Linear(2, 2))
-
-
-@pytest.mark.parametrize(
-    ("saved", "loaded"),
-    [
-        ("weight_norm", "weight_norm"),
-        ("old weight_norm", "old weight_norm"),
-        ("old weight_norm", "weight_norm"),
-        ("spectral_norm", "spectral_norm"),
-        ("old spectral_norm", "old spectral_norm"),
-        ("orthogonal", "orthogonal"),
-    ],
-)
-def test_parametrizations(tmp_path: Path, saved: str, loaded: str) -> None:
-    """Catches parametrized weights that do not come back, also across the renaming that torch does itself."""
-    source, fresh = weight_normed(saved).eval(), weight_normed(loaded).eval()
-    shardsave.save(source, tmp_path)
-    shardsave.load_model(fresh, tmp_path)
-    given = torch.randn(5, 3)
-    assert torch.equal(source(given), fresh(given))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")

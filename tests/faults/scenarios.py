@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
+from typing import NamedTuple
 
 import shardsave
 from faults.beneath import Fate, Met, arm, disarm
@@ -79,24 +80,40 @@ def check_message(text: str, met: Met, number: int) -> None:
     )
 
 
+class Attempt(NamedTuple):
+    """A save one of whose calls may have met its fate; one of ``error`` and ``report`` is None."""
+
+    met: Met | None
+    error: shardsave.ShardSaveError | None
+    report: shardsave.SaveReport | None
+
+
+def attempt_save(bench: Bench, nth: int, fate: Fate, number: int) -> Attempt:
+    """Saves generation 2 with a fate for the ``nth`` call; nothing may be leaked, whatever comes of it."""
+    bench.reset()
+    before = held()
+    error, report = None, None
+    arm(bench.watched, nth, fate, number)
+    try:
+        report = save(2, bench.target)
+    except shardsave.ShardSaveError as caught:
+        error = caught
+    met = disarm()
+    assert held() == before, (met, "leaked", before, held())
+    assert not bench.target.exists() or is_unlocked(bench.target), met
+    return Attempt(met, error, report)
+
+
 def save_fails(bench: Bench, fate: Fate, number: int) -> int:
-    """Each call of a save fails in one way; one error tells of it, and nothing is leaked."""
+    """Each call of a save fails in one way; one error tells of it."""
     for nth in count(1):
-        bench.reset()
-        before = held()
-        arm(bench.watched, nth, fate, number)
-        error: shardsave.ShardSaveError | None = None
-        try:
-            report = save(2, bench.target)
-        except shardsave.ShardSaveError as caught:
-            error = caught
-        met = disarm()
-        assert held() == before, (met, "leaked", before, held())
-        if error is None:
+        met, error, report = attempt_save(bench, nth, fate, number)
+        if met is None:
+            assert report is not None and not report.leftovers
+        elif report is not None:
             assert bench.found() == 2
-            assert met is None or may_pass(met, fate, number, report), (met, "was swallowed")
+            assert may_pass(met, fate, number, report), (met, "was swallowed")
         else:
-            assert met is not None
             check_message(str(error), met, number)
             if isinstance(error, shardsave.DurabilityUncertainError):
                 assert bench.found() == 2
@@ -105,11 +122,8 @@ def save_fails(bench: Bench, fate: Fate, number: int) -> int:
                 assert isinstance(error, shardsave.OutOfSpaceError) == (number in NO_ROOM), error
                 assert "nothing was" in str(error), error
                 assert bench.found() == bench.old, (met, error)
-        if bench.target.exists():
-            assert is_unlocked(bench.target), met
         next_save_works(bench.target)
         if met is None:
-            assert not report.leftovers
             return nth
     raise AssertionError
 
@@ -117,18 +131,9 @@ def save_fails(bench: Bench, fate: Fate, number: int) -> int:
 def save_loses_its_disk(bench: Bench, fate: Fate, number: int) -> int:
     """From the N-th call on every call fails, and after the save the disk is back: what it said of the checkpoint was true."""
     for nth in count(1):
-        bench.reset()
-        before = held()
-        arm(bench.watched, nth, fate, number)
-        error: shardsave.ShardSaveError | None = None
-        try:
-            report = save(2, bench.target)
-        except shardsave.ShardSaveError as caught:
-            error = caught
-        met = disarm()
-        assert held() == before, (met, "leaked", before, held())
+        met, error, report = attempt_save(bench, nth, fate, number)
         found = bench.found()
-        if error is None:
+        if report is not None:
             assert found == 2
             assert met is None or report.leftovers or met.call == "close", met
         elif isinstance(error, shardsave.DurabilityUncertainError):
