@@ -104,6 +104,16 @@ def test_files_of_others_are_not_touched(tmp_path: Path) -> None:
     assert outside.read_bytes() == b"outside" and (tmp_path / "model-00003-of-00003.safetensors").is_symlink()
 
 
+def test_a_name_that_others_take_meanwhile(tmp_path: Path) -> None:
+    """Catches a shard that is moved over a file which someone else (a saver of another host, say) made during the save."""
+    theirs = tmp_path / "model-00001-of-00002.safetensors"
+    with pytest.raises(shardsave.DirectoryBusyError, match="model-00001-of-00002.safetensors was expected to be free, someone"):
+        shardsave.save(state(1), tmp_path, max_shard_size=5000, progress=lambda done, total: theirs.write_bytes(b"theirs"))
+    assert theirs.read_bytes() == b"theirs" and os.listdir(tmp_path) == [theirs.name]
+    save(2, tmp_path)
+    assert theirs.read_bytes() == b"theirs" and generation_in(tmp_path) == 2
+
+
 def test_unreadable_old_index_removes_nothing(tmp_path: Path) -> None:
     """Catches cleaning on the word of an index that cannot be trusted."""
     save(1, tmp_path)

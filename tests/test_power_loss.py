@@ -185,7 +185,7 @@ def index_rename(phase: list[Recorded]) -> int:
 def target_syncs(phase: list[Recorded]) -> dict[str, int]:
     """The fsyncs of the checkpoint's directory, by what they make durable."""
     staging = places(phase, "mkdirat", is_staging)[0]
-    first_move = places(phase, "renameat", is_shard)[0]
+    first_move = places(phase, "linkat", is_shard)[0]
     syncs = places(phase, "fsync", is_target)
     return {
         "staging's name": min(n for n in syncs if n > staging),
@@ -204,7 +204,7 @@ def fsync_before_ftruncate(phase: list[Recorded]) -> list[Recorded]:
 
 def index_before_shards(phase: list[Recorded]) -> list[Recorded]:
     """The index staged and renamed, and the directory fsynced, before the shards are moved."""
-    move = places(phase, "renameat", is_shard)[0]
+    move = places(phase, "linkat", is_shard)[0]
     index = places(phase, "openat", lambda call: call.path.name == "index")[0]
     sync = target_syncs(phase)["renamed index"]
     return [*phase[:move], *phase[index : sync + 1], *phase[move:index], *phase[sync + 1 :]]

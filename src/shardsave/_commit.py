@@ -19,7 +19,7 @@ from types import TracebackType
 
 from shardsave._clean import STAGING_PATTERN, clean, files_of, remove_staging
 from shardsave._crc64 import crc64
-from shardsave._files import CallFailed, Descriptor, allocate, call, make_folders, open_regular, read_all, write_all
+from shardsave._files import CallFailed, Descriptor, allocate, call, inode_of, make_folders, open_regular, read_all, write_all
 from shardsave._index import INDEX_NAME, LONE_NAME, MAX_INDEX_BYTES, Index, Superseded, encode_index, parse_index, shard_names
 from shardsave._lock import DirectoryLock
 from shardsave.errors import (
@@ -36,6 +36,7 @@ from shardsave.errors import (
 LIST_NAME, NEW_INDEX_NAME = "names", "index"
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,8 +217,29 @@ class Transaction:
         self._sync(self._staging_folder.fd, self._staging or "")
         for shard in self._staged:
             self._moving.append(shard.name)
-            self._rename(shard.name, shard.name)
+            self._move_shard(shard.name)
         self._sync(self._lock.fd, "")
+
+    def _move_shard(self, name: str) -> None:
+        """By link(2), which unlike rename(2) never replaces: what others made under this name meanwhile is theirs.
+
+        The staged name goes with its directory. Where there are no links, a name that is taken is looked for first.
+        """
+        folders = {"src_dir_fd": self._staging_folder.fd, "dst_dir_fd": self._lock.fd}
+        try:
+            return call(os.link, name, name, name, **folders, follow_symlinks=False)
+        except CallFailed as error:
+            if error.errno not in (errno.EEXIST, *_NO_LINKS):
+                raise
+        there = inode_of(name, self._lock.fd)
+        if there is None:
+            call(os.rename, name, name, name, **folders)
+        elif there != inode_of(name, self._staging_folder.fd):  # NFS may say so of a link that it has just made
+            self._moving.remove(name)
+            raise DirectoryBusyError(
+                f"cannot save to {self.path}: {name} was expected to be free, someone made a file of that name meanwhile, "
+                f"which is as it was; {self._state()}"
+            )
 
     def _publish(self, index: bytes) -> None:
         self._write_staged(NEW_INDEX_NAME, index)
@@ -227,11 +249,8 @@ class Transaction:
                 f"nothing was committed, the other checkpoint is intact"
             )
         self._attempted = True
-        self._rename(NEW_INDEX_NAME, INDEX_NAME)
+        call(os.rename, INDEX_NAME, NEW_INDEX_NAME, INDEX_NAME, src_dir_fd=self._staging_folder.fd, dst_dir_fd=self._lock.fd)
         self._sync(self._lock.fd, "")
-
-    def _rename(self, staged: str, final: str) -> None:
-        call(os.rename, final, staged, final, src_dir_fd=self._staging_folder.fd, dst_dir_fd=self._lock.fd)
 
     def _settle(self, index: bytes, error: BaseException) -> None:
         """Finds out what a failed or interrupted commit has become, and raises what is true of it."""

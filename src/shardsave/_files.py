@@ -177,6 +177,17 @@ def is_regular(name: str, folder_fd: int) -> bool:
         return False
 
 
+def inode_of(name: str, folder_fd: int) -> tuple[int, int] | None:
+    """What tells the file ``name`` from every other, None where there is none. Raises CallFailed."""
+    try:
+        status = call(os.stat, name, name, dir_fd=folder_fd, follow_symlinks=False)
+    except CallFailed as error:
+        if error.errno == errno.ENOENT:
+            return None
+        raise
+    return status.st_dev, status.st_ino
+
+
 def make_folders(path: str, durable: bool) -> None:
     """Creates ``path`` and what is missing above it, each entered durably into its parent, outermost first. Raises CallFailed."""
     missing = []

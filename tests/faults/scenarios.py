@@ -24,7 +24,10 @@ from faults.beneath import Fate, Met, arm, disarm
 from faults.savers import Bench, generation_in, next_save_works, save, state
 
 FAILURES = [
-    *((Fate.FAIL, number) for number in (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EINTR, errno.EROFS, errno.EMFILE)),
+    *(
+        (Fate.FAIL, number)
+        for number in (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EINTR, errno.EROFS, errno.EMFILE, errno.EPERM)
+    ),
     (Fate.FAIL_AFTER, errno.EIO),
     (Fate.SHORTEN, 0),
 ]
@@ -35,6 +38,7 @@ SAYS = {
     "openat": "open",
     "mkdirat": "mkdir",
     "renameat": "rename",
+    "linkat": "link",
     "fstatat": "stat",
     "fdopendir": "listdir",
     "readdir": "listdir",
@@ -67,6 +71,8 @@ def may_pass(met: Met, fate: Fate, number: int, report: shardsave.SaveReport) ->
         return not met.path.name.endswith(".safetensors") and met.path.name not in ("names", "index")  # was only read
     if met.call in ("statx", "fcntl", "sync_file_range"):
         return True  # asked for direct I/O, or for an early start, and does without
+    if met.call == "linkat" and number == errno.EPERM:
+        return True  # a file system without links
     return fate is Fate.FAIL_AFTER and met.call in ("mkdir", "stat", "fstatat", "openat")  # nothing was there, or it is now
 
 
