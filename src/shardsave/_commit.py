@@ -154,12 +154,13 @@ class Transaction:
         """Raises OutOfSpaceError when fewer than ``needed`` bytes are free."""
         with self._before_commit():
             free = self._free_bytes()
-        if needed > free:
+        if free is not None and needed > free:
             raise OutOfSpaceError(f"cannot save to {self.path}: needs {_gb(needed)}, {_gb(free)} free; {self._state()}")
 
-    def _free_bytes(self) -> int:
+    def _free_bytes(self) -> int | None:
+        """None where the file system does not know (ramfs, some network ones): it then says that it has no blocks at all."""
         there = call(os.fstatvfs, "", self._lock.fd)
-        return there.f_bavail * there.f_frsize
+        return there.f_bavail * there.f_frsize if there.f_blocks else None
 
     def create(self, name: str, length: int) -> StagedShard:
         """Makes the staged file of shard ``name``, ``length`` bytes long and reserved where the file system can."""
@@ -328,7 +329,8 @@ class Transaction:
         if number in _NO_ROOM and self._lock.fd >= 0:
             wanted = f"needs {_gb(needed)}, " if needed is not None else ""
             with contextlib.suppress(CallFailed):
-                room = f" ({wanted}{_gb(self._free_bytes())} free)"
+                free = self._free_bytes()
+                room = f" ({wanted}{_gb(free)} free)" if free is not None else ""
         kind = OutOfSpaceError if number in (*_NO_ROOM, errno.ENOMEM) else SaveNotCommittedError
         reason = reason or os.strerror(number)
         what = f"cannot write {os.path.join(self.path, name)}" if name else f"cannot save to {self.path}"

@@ -1,6 +1,7 @@
-"""A disk that promises room and then has none: an ext4 image on a tmpfs that is smaller than the image.
+"""File systems of another kind, which only root may mount: one that has less room than it promises, and one without direct I/O.
 
-Method: ``fallocate`` succeeds there, and what fails is the writing itself, or the fsync after it. Needs root and loop devices.
+Method: an ext4 image on a tmpfs that is smaller than the image: ``fallocate`` succeeds there, and what fails is the writing itself,
+or the fsync after it. And a ramfs, which refuses O_DIRECT.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+import shardsave
+from faults.savers import litter_in
 from test_faults import ENGINES
 
 PROGRAM = """
@@ -71,3 +75,28 @@ def test_a_disk_that_only_promised_room(thin_disk: Path, engine: str) -> None:
     assert printed.startswith(("SaveNotCommittedError", "OutOfSpaceError")), printed
     assert "nothing was committed, the previous checkpoint is intact" in printed
     assert run(load) == "1000\n"
+
+
+@pytest.fixture
+def without_direct_io(tmp_path: Path) -> Iterator[Path]:
+    """A ramfs."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may mount")
+    memory = tmp_path / "ramfs"
+    memory.mkdir()
+    mount("-t", "ramfs", "ramfs", str(memory))
+    try:
+        yield memory
+    finally:
+        subprocess.run(["umount", "-l", str(memory)], check=True)
+
+
+def test_a_file_system_that_refuses_direct_io(without_direct_io: Path) -> None:
+    """Catches a save or a load that needs O_DIRECT, says that it had it, or leaves behind what a refused call has made."""
+    state = {"x": torch.arange(5_000_000), "y": torch.ones(3)}
+    report = shardsave.save(state, without_direct_io / "ckpt")
+    assert report.durable and not report.direct
+    loaded = shardsave.load(without_direct_io / "ckpt")
+    assert all(torch.equal(loaded[name], state[name]) for name in state)
+    assert not shardsave.verify(without_direct_io / "ckpt").direct
+    assert not litter_in(without_direct_io / "ckpt")
