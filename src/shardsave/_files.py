@@ -177,6 +177,16 @@ def is_regular(name: str, folder_fd: int) -> bool:
         return False
 
 
+def read_at(fd: int, length: int, offset: int) -> bytes:
+    """``length`` bytes from ``offset`` on, fewer where the file ends before. Raises CallFailed."""
+    parts = []
+    while length > 0 and (part := call(os.pread, "", fd, length, offset)):
+        parts.append(part)
+        offset += len(part)
+        length -= len(part)
+    return b"".join(parts)
+
+
 def inode_of(name: str, folder_fd: int) -> tuple[int, int] | None:
     """What tells the file ``name`` from every other, None where there is none. Raises CallFailed."""
     try:

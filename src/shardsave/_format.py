@@ -5,7 +5,6 @@ The safetensors format: eight bytes little-endian header length, JSON, data. Our
 
 from __future__ import annotations
 
-import os
 import re
 import struct
 import sys
@@ -16,7 +15,7 @@ from operator import attrgetter
 from typing import NamedTuple, NoReturn
 
 from shardsave._dtypes import BY_NAME
-from shardsave._files import call
+from shardsave._files import read_at
 from shardsave._json import NotJSON, glimpse, parse_object
 from shardsave._plan import ALIGNMENT, Shard
 from shardsave.errors import CorruptCheckpointError
@@ -85,21 +84,12 @@ def read_header(fd: int, file_length: int, where: str) -> bytes:
     Raises CallFailed.
     """
     start = read_start(fd, 8)
-    return start + _pread(fd, _header_length(start, file_length, where), 8)
+    return start + read_at(fd, _header_length(start, file_length, where), 8)
 
 
 def read_start(fd: int, length: int) -> bytes:
     """The first ``length`` bytes of the file behind ``fd``, fewer where it is shorter."""
-    return _pread(fd, length, 0)
-
-
-def _pread(fd: int, length: int, offset: int) -> bytes:
-    parts = []
-    while length > 0 and (part := call(os.pread, "", fd, length, offset)):
-        parts.append(part)
-        offset += len(part)
-        length -= len(part)
-    return b"".join(parts)
+    return read_at(fd, length, 0)
 
 
 def _header_length(start: bytes, file_length: int, where: str) -> int:

@@ -19,7 +19,7 @@ from shardsave._checkpoint import Checkpoint, Located, open_checkpoint
 from shardsave._collector import collector_still
 from shardsave._dtypes import BY_NAME, item_bytes, torch_shape
 from shardsave._ending import verb
-from shardsave._files import CallFailed, call
+from shardsave._files import CallFailed, call, read_at
 from shardsave._find import cannot_read
 from shardsave._progress import Progress, ProgressArgument
 from shardsave._read import ReadTotals, Target, read_tensors
@@ -315,10 +315,12 @@ def _equal_on_disk(checkpoint: Checkpoint, left: Located, right: Located) -> boo
         return left.checksum == right.checksum
     if (left.shard, left.offset) == (right.shard, right.offset):
         return True
-    a, b = (checkpoint.descriptor(t.shard) for t in (left, right))
     step = 1 << 20
-    return all(
-        os.pread(a, min(step, left.nbytes - at), left.offset + at)
-        == os.pread(b, min(step, left.nbytes - at), right.offset + at)
-        for at in range(0, left.nbytes, step)
-    )
+    try:
+        return all(
+            read_at(checkpoint.descriptor(left.shard), min(step, left.nbytes - at), left.offset + at)
+            == read_at(checkpoint.descriptor(right.shard), min(step, left.nbytes - at), right.offset + at)
+            for at in range(0, left.nbytes, step)
+        )
+    except CallFailed as error:
+        raise cannot_read(checkpoint.path_of(left.shard), error) from error
