@@ -82,15 +82,19 @@ using Update = std::uint64_t (*)(std::uint64_t state, unsigned char* destination
 
 std::uint64_t update_table(std::uint64_t state, unsigned char* destination, const unsigned char* source,
                            std::size_t length, Stores) {
-  // In steps that stay in the first cache, so that memory is read once.
-  constexpr std::size_t kStep = 16384;
+  constexpr std::size_t kStep = 4096;
+  unsigned char once[kStep];
   while (length != 0) {
     const std::size_t step = length < kStep ? length : kStep;
+    // What is summed is what is stored, also when another thread changes the source meanwhile: it is read once.
+    const unsigned char* summed = source;
     if (destination != nullptr) {
-      std::memcpy(destination, source, step);
+      std::memcpy(once, source, step);
+      std::memcpy(destination, once, step);
       destination += step;
+      summed = once;
     }
-    state = table_update(state, source, step);
+    state = table_update(state, summed, step);
     source += step;
     length -= step;
   }

@@ -367,3 +367,13 @@ def test_every_difference_is_listed(tmp_path: Path) -> None:
     text = str(caught.value)
     assert all(f"old.{n}" in text and f"new{n}" in text for n in range(40)) and "shape [2] on disk, [3]" in text
     assert text.endswith("the module is unchanged") and all(p.sum() == 0 for p in module.values())
+
+
+def test_saved_tied_and_loaded_apart(tmp_path: Path) -> None:
+    """Catches bytes that are wanted twice: by two names which are one tensor on disk, and two here."""
+    tied = nn.ModuleDict({"a": nn.Linear(300, 300), "b": nn.Linear(300, 300)})
+    tied["b"].weight = tied["a"].weight
+    shardsave.save(tied, tmp_path)
+    apart = nn.ModuleDict({"a": nn.Linear(300, 300), "b": nn.Linear(300, 300)})
+    shardsave.load_model(apart, tmp_path)
+    assert same_state(apart, tied) and apart["a"].weight is not apart["b"].weight

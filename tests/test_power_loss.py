@@ -131,6 +131,12 @@ def test_in_place_of_a_lone_file(record: Record, judge: Judge) -> None:
     assert not judge.violations(recording / "watched", phases_of(recording), [(), {1, 2}], {2})
 
 
+def test_in_a_directory_that_others_made(record: Record, judge: Judge) -> None:
+    """Catches a durable checkpoint in a directory whose own name is not durable."""
+    recording = record("made_by_others")
+    assert not judge.violations(recording / "watched", phases_of(recording), [(), (), ()], {2})
+
+
 def test_what_was_visible_is_intact(record: Record, judge: Judge) -> None:
     """Catches a save that says "the previous checkpoint is intact" of one that a loss of power may still undo."""
     recording = record("killed_then_no_room")

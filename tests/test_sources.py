@@ -141,3 +141,23 @@ def test_a_directory_that_may_not_be_written(tmp_path: Path) -> None:
     finally:
         os.seteuid(user)
         (tmp_path / "ckpt").chmod(0o755)
+
+
+def test_what_only_looks_like_a_wrapper(tmp_path: Path) -> None:
+    """Catches tensors that are lost because a name, or a class, looks like that of a wrapper."""
+    model = nn.Module()
+    model._orig_mod, model.head = nn.Linear(2, 2), nn.Linear(2, 3)
+    shardsave.save(model, tmp_path / "named")
+    assert set(shardsave.inspect(tmp_path / "named").names) == {"weight", "bias", "head.weight", "head.bias"}
+
+    class Scaled(nn.DataParallel):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__(module)
+            self.scale = nn.Parameter(torch.ones(1))
+
+    shardsave.save(Scaled(nn.Linear(2, 2)), tmp_path / "scaled")
+    assert "scale" in shardsave.inspect(tmp_path / "scaled").names
+    model.weight = nn.Parameter(torch.ones(1))
+    with pytest.raises(shardsave.UnsupportedTensorError, match="one tensor of the name 'weight' was expected"):
+        shardsave.save(model, tmp_path / "twice")
+    assert not (tmp_path / "twice").exists()

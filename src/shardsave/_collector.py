@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,8 +17,24 @@ def collector_still() -> Iterator[None]:
     """
     was_on = gc.isenabled()
     try:
+        if was_on:
+            _kept_still.append(None)
         gc.disable()
         yield
     finally:
         if was_on:
             gc.enable()
+            _kept_still.pop()
+
+
+#: One entry for each thread inside that will switch the collector on again.
+_kept_still: list[None] = []
+
+
+def _enable_in_child() -> None:
+    """The threads that would have done so do not exist in a forked child."""
+    if _kept_still:
+        gc.enable()
+
+
+os.register_at_fork(after_in_child=_enable_in_child)

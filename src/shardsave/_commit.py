@@ -62,7 +62,9 @@ class Transaction:
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, durable: bool, lock_timeout: float) -> None:
-        self.path = os.path.abspath(os.fspath(directory))
+        # Not normalised: what `link/..` means, the file system knows.
+        given = os.fspath(directory)
+        self.path = given if os.path.isabs(given) else os.path.join(os.getcwd(), given)
         self.supersedes: Superseded | None = None  # the lone file that this save replaces
         self._durable = durable
         self._lock_timeout = lock_timeout
@@ -249,6 +251,12 @@ class Transaction:
                 f"cannot save to {self.path}: {INDEX_NAME} was expected to stay as it was, another host replaced it; "
                 f"nothing was committed, the other checkpoint is intact"
             )
+        with self._before_commit():
+            if not self._lock.is_still(self.path):
+                raise SaveNotCommittedError(
+                    f"cannot save to {self.path}: the directory was expected to stay where it is, it was moved, replaced or removed "
+                    f"during the save; nothing was committed, what was in it is as it was"
+                )
         self._attempted = True
         call(os.rename, INDEX_NAME, NEW_INDEX_NAME, INDEX_NAME, src_dir_fd=self._staging_folder.fd, dst_dir_fd=self._lock.fd)
         self._sync(self._lock.fd, "")

@@ -7,6 +7,7 @@ So these are ended before the interpreter is, as if each had been interrupted; o
 from __future__ import annotations
 
 import atexit
+import os
 import threading
 import time
 import traceback
@@ -48,8 +49,15 @@ def _end() -> None:
     global _ending
     _ending = True
     deadline = time.monotonic() + _PATIENCE
-    while _at_work and time.monotonic() < deadline:
+    while _at_work > 0 and time.monotonic() < deadline:
         time.sleep(0.001)
 
 
+def _forget_in_child() -> None:
+    """The threads that were at work do not exist in a forked child; one of them may have held the lock."""
+    global _lock, _at_work
+    _lock, _at_work = threading.Lock(), 0
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
 atexit.register(_end)

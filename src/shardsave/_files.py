@@ -7,6 +7,7 @@ import errno
 import functools
 import os
 import stat
+import weakref
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,6 +16,9 @@ from typing import ParamSpec, TypeVar
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
+
+#: Of directories of others, which may not even be opened.
+_MAY_NOT_SYNC = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.EOPNOTSUPP)
 
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
@@ -45,6 +49,7 @@ class Descriptor:
 
     def __init__(self) -> None:
         self._numbers: list[int] = []
+        _alive.add(self)
 
     def open(self, path: str, flags: int, folder_fd: int | None = None, mode: int = 0o666) -> None:
         """Opens ``path``. Raises CallFailed."""
@@ -79,6 +84,19 @@ class Descriptor:
 
     def __del__(self) -> None:
         self.abandon()
+
+
+#: Every descriptor of this process that may be open.
+_alive: weakref.WeakSet[Descriptor] = weakref.WeakSet()
+
+
+def _abandon_in_child() -> None:
+    """A forked child keeps no file alive that is replaced, and no lock when it lives on and its parent is killed."""
+    for descriptor in list(_alive):
+        descriptor.abandon()
+
+
+os.register_at_fork(after_in_child=_abandon_in_child)
 
 
 def allocate(fd: int, path: str, length: int) -> None:
@@ -199,11 +217,16 @@ def inode_of(name: str, folder_fd: int) -> tuple[int, int] | None:
 
 
 def make_folders(path: str, durable: bool) -> None:
-    """Creates ``path`` and what is missing above it, each entered durably into its parent, outermost first. Raises CallFailed."""
-    missing = []
-    while not _is_folder(path):
-        missing.append(path)
-        path = os.path.dirname(path)
+    """Creates ``path`` and what is missing above it, outermost first; ``durable``: each entered durably into its parent.
+
+    Those that were there are entered, too: nobody knows whether who made them has done so. Raises CallFailed.
+    """
+    missing, there = [], path
+    while not _is_folder(there):
+        missing.append(there)
+        there = os.path.dirname(there)
+    if durable:
+        _enter_durably(there)
     for folder in reversed(missing):
         try:
             call(os.mkdir, folder, folder)
@@ -211,7 +234,21 @@ def make_folders(path: str, durable: bool) -> None:
             if not _is_folder(folder):
                 raise
         if durable:
-            sync_folder(os.path.dirname(folder))
+            _sync_folder(os.path.dirname(folder))
+
+
+def _enter_durably(path: str) -> None:
+    """Makes the names of ``path`` and of the directories above it durable, up to its file system's root, where that is allowed."""
+    device = call(os.stat, path, path).st_dev
+    while (parent := os.path.dirname(path)) != path:
+        if call(os.stat, parent, parent).st_dev != device:
+            return
+        try:
+            _sync_folder(parent)
+        except CallFailed as error:
+            if error.errno not in _MAY_NOT_SYNC:
+                raise
+        path = parent
 
 
 def _is_folder(path: str) -> bool:
@@ -223,7 +260,7 @@ def _is_folder(path: str) -> bool:
         raise
 
 
-def sync_folder(path: str) -> None:
+def _sync_folder(path: str) -> None:
     """Makes durable which names the directory ``path`` has. Raises CallFailed."""
     with Descriptor() as folder:
         folder.open(path, os.O_RDONLY | os.O_DIRECTORY)

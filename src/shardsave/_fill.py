@@ -110,7 +110,7 @@ class Fit:
         for owner_name, owner, own in self._hooked:
             stored = {name: self._stored[name] for name in own}
             yield Group(
-                tuple((n, torch.empty(torch_shape(t.dtype, t.shape), dtype=BY_NAME[t.dtype].torch)) for n, t in stored.items()),
+                tuple((n, _copy_of(t)) for n, t in stored.items()),
                 owner,
                 owner_name,
                 own,
@@ -230,6 +230,11 @@ def _give_to_owners(fit: Fit, module: nn.Module, expected: set[str]) -> set[str]
             own.setdefault(owner_name, {})[name] = name[len(owner_name) + 1 :] if owner_name else name
     fit._hooked = [(name, owner, own[name]) for name, owner in hooked.items() if name in own]
     return {name for name in expected | fit._stored.keys() if ancestor(name, own) is not None}
+
+
+def _copy_of(stored: Located) -> torch.Tensor:
+    """New memory for a stored tensor, on the CPU wherever torch makes tensors by default."""
+    return torch.empty(torch_shape(stored.dtype, stored.shape), dtype=BY_NAME[stored.dtype].torch, device="cpu")
 
 
 def _replace(slot: Slot, memory: torch.Tensor, parameters: dict[int, nn.Parameter]) -> None:

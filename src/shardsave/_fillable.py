@@ -10,7 +10,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from shardsave._slots import Slot
-from shardsave._state import PLAIN_TYPES
+from shardsave._state import PLAIN_TYPES, lacks_memory
 from shardsave.errors import UnsupportedTensorError
 
 #: How much work numpy may put into the question whether two strided views share an element.
@@ -45,6 +45,8 @@ def check_fillable(slot: Slot, stored: torch.dtype, where: str) -> None:
         )
     if tensor.is_meta:
         return
+    if lacks_memory(tensor):
+        _refuse(slot.name, where, "memory for all its elements was expected", "its storage was freed or made smaller")
     if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride())):
         _refuse(slot.name, where, "memory for each element was expected", "it is expanded; call .contiguous() on it first")
 

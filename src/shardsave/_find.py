@@ -38,6 +38,8 @@ def find(path: str) -> Found:
     index_bytes = _read_index(os.path.join(folder, name), name)
     lone = LONE_NAME if is_folder and _is_there(os.path.join(path, LONE_NAME), even_broken=index_bytes is None) else None
     if index_bytes is None and lone is None:
+        index_bytes = _read_index(os.path.join(folder, name), name)  # a save has put it in the place of the lone file just now
+    if index_bytes is None and lone is None:
         raise CheckpointNotFoundError(f"no checkpoint at {path}: neither {name} nor {LONE_NAME} is there{_hint(folder)}")
     return Found(folder or ".", name, index_bytes, lone)
 

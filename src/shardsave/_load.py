@@ -292,7 +292,7 @@ def _map(checkpoint: Checkpoint, chosen: dict[str, Located]) -> dict[str, torch.
 def _tensor_in(mapping: _mmap.mmap | None, t: Located) -> torch.Tensor:
     dtype, shape = BY_NAME[t.dtype].torch, torch_shape(t.dtype, t.shape)
     if mapping is None or t.nbytes == 0:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     raw = torch.frombuffer(mapping, dtype=torch.uint8, count=t.nbytes, offset=t.offset)
     if t.offset % item_bytes(t.dtype):  # others do not always align; a tensor must be
         raw = raw.clone()

@@ -6,7 +6,6 @@ import errno
 import fcntl
 import os
 import time
-import weakref
 
 from shardsave._files import CallFailed, Descriptor, call
 from shardsave.errors import DirectoryBusyError
@@ -18,14 +17,13 @@ class DirectoryLock:
     """A descriptor of a directory that holds its lock, where the file system has locks.
 
     The lock goes with the descriptor: it is closed and never unlocked, since unlocking in a forked child would free the
-    parent's lock too (flock(2)). A child closes its copy right after the fork, so that it keeps no lock when it lives on.
+    parent's lock too (flock(2)). A child's copy is closed right after the fork, as every `Descriptor` is.
     """
 
     def __init__(self) -> None:
         self.held = True
         self._pid = os.getpid()
         self._folder = Descriptor()
-        _live.add(self)
 
     def acquire(self, path: str, timeout: float) -> None:
         """Waits up to ``timeout`` seconds for the lock of the directory ``path``. Raises DirectoryBusyError, CallFailed."""
@@ -33,7 +31,7 @@ class DirectoryLock:
         while True:
             self._folder.open(path, os.O_RDONLY | os.O_DIRECTORY)
             self._wait(path, timeout, deadline)
-            if self._is_still(path):
+            if self.is_still(path):
                 return
             self._folder.abandon()
 
@@ -59,7 +57,7 @@ class DirectoryLock:
                 )
             time.sleep(_POLL_SECONDS)
 
-    def _is_still(self, path: str) -> bool:
+    def is_still(self, path: str) -> bool:
         """Whether ``path`` still names the directory that was locked, and not one that took its place while we waited."""
         try:
             there = call(os.stat, path, path)
@@ -77,14 +75,3 @@ class DirectoryLock:
 
     def close(self) -> None:
         self._folder.abandon()
-
-
-_live: weakref.WeakSet[DirectoryLock] = weakref.WeakSet()
-
-
-def _close_in_child() -> None:
-    for lock in list(_live):
-        lock.close()
-
-
-os.register_at_fork(after_in_child=_close_in_child)

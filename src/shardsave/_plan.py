@@ -135,7 +135,8 @@ def blocks(extents: Iterable[Extent], block_bytes: int) -> tuple[Block, ...]:
     for in_file, begin, left, piece, grain, piece_offset in extents:
         offset = begin
         while left > 0:
-            if not segments or in_file != file or offset - end >= ALIGNMENT or offset - start >= block_bytes:
+            apart = in_file != file or offset < end or offset - end >= ALIGNMENT  # before `end`: bytes that are wanted twice
+            if not segments or apart or offset - start >= block_bytes:
                 close()
                 file, start = in_file, offset - offset % ALIGNMENT
             room = block_bytes - (offset - start)

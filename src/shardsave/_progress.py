@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Union
 
@@ -15,6 +16,14 @@ if TYPE_CHECKING:
 LONG_SECONDS = 2.0
 
 ProgressArgument = Union[None, bool, Callable[[int, int], object]]
+
+
+def _is_terminal() -> bool:
+    """Whether a person may look at stderr; whatever stands in its place may lack, or refuse, the question."""
+    try:
+        return sys.stderr.isatty()
+    except (AttributeError, ValueError, OSError):
+        return False
 
 
 class Progress:
@@ -28,7 +37,7 @@ class Progress:
         self._bar: tqdm[None] | None = None
         if wanted is True:
             self._appear_at = 0.0
-        elif wanted is None and sys.stderr is not None and sys.stderr.isatty():
+        elif wanted is None and _is_terminal():
             self._appear_at = time.monotonic() + LONG_SECONDS
         else:
             self._appear_at = float("inf")
@@ -38,19 +47,26 @@ class Progress:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._bar is not None:
-            self._bar.close()
+            with suppress(AttributeError, ValueError, OSError):
+                self._bar.close()
 
     def tick(self, done: int) -> None:
         """``done`` bytes of the present run have been moved."""
         done += self._base
         if self._call is not None:
             self._call(done, self._total)
-        if self._bar is None and time.monotonic() >= self._appear_at:
+        if self._bar is not None or time.monotonic() >= self._appear_at:
+            try:
+                self._show(done)
+            except (AttributeError, ValueError, OSError):  # stderr is closed, gone or full: no reason to stop
+                self._bar, self._appear_at = None, float("inf")
+
+    def _show(self, done: int) -> None:
+        if self._bar is None:
             from tqdm import tqdm
 
             self._bar = tqdm(total=self._total, desc=self._title, unit="B", unit_scale=True, file=sys.stderr)
-        if self._bar is not None:
-            self._bar.update(done - self._bar.n)
+        self._bar.update(done - self._bar.n)
 
     def run_ended(self, done: int) -> None:
         """The present run of the engine has moved all its ``done`` bytes; another may follow."""

@@ -78,6 +78,7 @@ def _has_own_loading(module: nn.Module) -> bool:
     overridden = kind._load_from_state_dict is not nn.Module._load_from_state_dict and not _only_versions(kind)
     return bool(
         overridden
+        or {"load_state_dict", "_load_from_state_dict"} & module.__dict__.keys()  # of this one instance
         or kind.load_state_dict is not nn.Module.load_state_dict
         or kind.get_extra_state is not nn.Module.get_extra_state
         or kind.set_extra_state is not nn.Module.set_extra_state

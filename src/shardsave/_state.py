@@ -16,7 +16,8 @@ from shardsave.errors import UnsupportedTensorError
 Source = Union[nn.Module, Mapping[str, Any]]
 
 PLAIN_TYPES = frozenset({torch.Tensor, nn.Parameter, *([nn.Buffer] if hasattr(nn, "Buffer") else [])})
-_COMPILED = "_orig_mod."
+_COMPILED = "_orig_mod"
+_PARALLEL = (DataParallel, DistributedDataParallel)
 
 #: What the package ml_dtypes adds to numpy and torch has, too, under the same names.
 _ML_DTYPES = frozenset({"bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"})
@@ -46,12 +47,16 @@ class State(NamedTuple):
 def unwrap(module: nn.Module) -> nn.Module:
     """The module inside ``torch.compile``, DistributedDataParallel and DataParallel, in whatever order they are nested."""
     while True:
-        if isinstance(module, (DataParallel, DistributedDataParallel)):
-            module = module.module
-        elif isinstance(inner := module._modules.get("_orig_mod"), nn.Module):
-            module = inner
-        else:
+        if not _holds_only_another(module):
             return module
+        module = module.module if isinstance(module, _PARALLEL) else module._orig_mod  # type: ignore[assignment]
+
+
+def _holds_only_another(module: nn.Module) -> bool:
+    """Whether ``module`` is a known wrapper, with nothing of its own that would be lost without it."""
+    compiled = type(module).__name__ == "OptimizedModule" and type(module).__module__.startswith("torch.")
+    own = module._parameters or module._buffers or len(module._modules) > 1
+    return bool((compiled or isinstance(module, _PARALLEL)) and not own)
 
 
 def refuse_sharded(module: nn.Module, verb: str, state: str) -> None:
@@ -92,17 +97,24 @@ def read_state(source: Source) -> State:
                 here.append(name)
         kind: Literal["parameter", "buffer", "tensor"]
         kind = "parameter" if frozen is not None else "buffer" if in_module else "tensor"
-        entries.append(Entry(name, kind, frozen, tied_to if tied_to != name else None, tensor))
+        # Detached: who gives the Parameter other data during the save does not take this memory away.
+        entries.append(Entry(name, kind, frozen, tied_to if tied_to != name else None, tensor.detach()))
     return State(tuple(entries), known, tuple(_overlaps(entries)))
 
 
 def plain_name(name: str) -> str:
     """The name as it is without ``torch.compile`` on some sub-module."""
-    return name.replace(_COMPILED, "") if _COMPILED in name else name
+    return ".".join(part for part in name.split(".") if part != _COMPILED) if _COMPILED in name else name
 
 
 def _module_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {plain_name(name): _as_tensor(name, value) for name, value in module.state_dict(keep_vars=True).items()}
+    made: dict[str, torch.Tensor] = {}
+    for name, value in module.state_dict(keep_vars=True).items():
+        plain = plain_name(name)
+        if plain in made:
+            _refuse(name, f"one tensor of the name {plain!r} was expected", f"without {_COMPILED!r} two have it")
+        made[plain] = _as_tensor(name, value)
+    return made
 
 
 def _flags_apart(module: nn.Module, named: Mapping[str, torch.Tensor]) -> dict[str, bool]:
@@ -153,6 +165,17 @@ def _writeable_alias(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return np.asarray(Interface()).view(array.dtype)
 
 
+def lacks_memory(tensor: torch.Tensor) -> bool:
+    """Whether elements of a strided tensor lie beyond its storage, which somebody freed or made smaller."""
+    if tensor.numel() == 0:
+        return False
+    if tensor.is_contiguous():
+        reach = tensor.numel()
+    else:
+        reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) + 1
+    return (tensor.storage_offset() + reach) * tensor.element_size() > tensor.untyped_storage().nbytes()
+
+
 def _check_savable(name: str, tensor: torch.Tensor) -> None:
     if name == "__metadata__":
         _refuse(name, "another name was expected", "safetensors keeps this one for itself")
@@ -171,6 +194,8 @@ def _check_savable(name: str, tensor: torch.Tensor) -> None:
     if tensor.dtype not in BY_TORCH:
         dtype = str(tensor.dtype).removeprefix("torch.")
         raise UnsupportedTensorError(f"cannot save {name!r}: dtype {dtype} has no safetensors equivalent; nothing was written")
+    if lacks_memory(tensor):
+        _refuse(name, "memory for all its elements was expected", "its storage was freed or made smaller")
     if tensor.dtype == torch.float4_e2m1fn_x2 and tensor.dim() == 0:
         _refuse(name, "a float4 tensor of at least one dimension was expected", "it has none")
 

@@ -58,6 +58,14 @@ def first(folder: Path) -> None:
     recording.phase(lambda: save(1, recording.target))
 
 
+def made_by_others(folder: Path) -> None:
+    """The directory is there already, made by somebody who did not fsync anything, and was saved to without durability."""
+    recording = Recording(folder)
+    recording.phase(lambda: recording.target.mkdir(parents=True))
+    recording.phase(lambda: save(1, recording.target, durable=False))
+    recording.phase(lambda: save(2, recording.target))
+
+
 def overwrite(folder: Path) -> None:
     recording = Recording(folder)
     recording.phase(lambda: save(1, recording.target))
