@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 
 import shardsave
 from faults.savers import INDEX, generation_in, litter_in, save, state
+from faults.scenarios import held, nothing_leaked
 from shardsave import _commit
 
 
@@ -136,11 +136,9 @@ def test_threads_and_descriptors_are_given_back(tmp_path: Path) -> None:
     """Catches a leak in the ordinary way."""
     save(1, tmp_path)
     shardsave.load(tmp_path)
-    threads, descriptors = threading.active_count(), len(os.listdir("/proc/self/fd"))
-    native_threads = len(os.listdir("/proc/self/task"))
+    before = held()
     for generation in range(5):
         save(generation, tmp_path)
         shardsave.load(tmp_path)
         shardsave.verify(tmp_path)
-    assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == (threads, descriptors)
-    assert len(os.listdir("/proc/self/task")) == native_threads
+    assert nothing_leaked(before)

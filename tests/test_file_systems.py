@@ -78,6 +78,31 @@ def test_a_disk_that_only_promised_room(thin_disk: Path, engine: str) -> None:
 
 
 @pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A tmpfs of 12 MB."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may mount")
+    disk = tmp_path / "small"
+    disk.mkdir()
+    mount("-t", "tmpfs", "-o", "size=12m", "tmpfs", str(disk))
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_room_that_dead_savers_hold(small_disk: Path) -> None:
+    """Catches killed savers whose leavings fill the disk, so that no save can ever come to the cleaning again."""
+    kill = "import os, signal, sys, torch, shardsave;"
+    kill += "stop = lambda done, total: os.kill(os.getpid(), signal.SIGKILL);"
+    kill += "shardsave.save({'x': torch.zeros(4_000_000, dtype=torch.uint8)}, sys.argv[1], progress=stop)"
+    shardsave.save({"x": torch.ones(4_000_000, dtype=torch.uint8)}, small_disk / "ckpt")
+    assert subprocess.run([sys.executable, "-c", kill, str(small_disk / "ckpt")]).returncode < 0
+    shardsave.save({"x": torch.full((4_000_000,), 2, dtype=torch.uint8)}, small_disk / "ckpt")
+    assert shardsave.load(small_disk / "ckpt")["x"].min() == 2 and not litter_in(small_disk / "ckpt")
+
+
+@pytest.fixture
 def without_direct_io(tmp_path: Path) -> Iterator[Path]:
     """A ramfs."""
     if os.geteuid() != 0:

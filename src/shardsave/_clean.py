@@ -31,13 +31,25 @@ def clean(
         for record in (old.record if old is not None else None, new.record):
             if record is not None and record.supersedes is not None and LONE_NAME not in named:
                 _remove_lone(folder, record.supersedes, leftovers)
-        for name in _listing(folder, leftovers):
-            match = STAGING_PATTERN.fullmatch(name)
-            if match and match[1] == host and name != own_staging:
-                leftovers += remove_staging(folder, name, finals=None, named=named, durable=durable)
+        leftovers += remove_dead_staging(folder, host=host, own_staging=own_staging, named=named, durable=durable)
     replaced = files_of(old) if old is not None and not keep_all else ()
     leftovers += remove_staging(folder, own_staging, finals=replaced, named=named, durable=durable)
     return tuple(dict.fromkeys(leftovers))
+
+
+def remove_dead_staging(
+    folder: int, *, host: str | None, own_staging: str | None, named: frozenset[str], durable: bool
+) -> list[str]:
+    """Removes what savers of this host left that are gone, as whoever holds the lock knows; gives the names that would not go.
+
+    ``named``: the files of an index that is certain to stay, and those of no other.
+    """
+    leftovers: list[str] = []
+    for name in _listing(folder, leftovers):
+        match = STAGING_PATTERN.fullmatch(name)
+        if match and match[1] == host and name != own_staging:
+            leftovers += remove_staging(folder, name, finals=None, named=named, durable=durable)
+    return leftovers
 
 
 def remove_staging(

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
 
-from shardsave._clean import STAGING_PATTERN, clean, files_of, remove_staging
+from shardsave._clean import STAGING_PATTERN, clean, files_of, remove_dead_staging, remove_staging
 from shardsave._crc64 import crc64
 from shardsave._files import CallFailed, Descriptor, allocate, call, inode_of, make_folders, open_regular, read_all, write_all
 from shardsave._index import INDEX_NAME, LONE_NAME, MAX_INDEX_BYTES, Index, Superseded, encode_index, parse_index, shard_names
@@ -153,11 +153,20 @@ class Transaction:
         return names
 
     def check_space(self, needed: int) -> None:
-        """Raises OutOfSpaceError when fewer than ``needed`` bytes are free."""
+        """Raises OutOfSpaceError when fewer than ``needed`` bytes are free, also without what dead savers have left."""
         with self._before_commit():
             free = self._free_bytes()
+            if free is not None and needed > free and not self._old_unreadable:
+                # Safe before the commit: what is visible was made durable right after the lock, and is the only index here.
+                named = files_of(self._old) if self._old is not None else frozenset()
+                remove_dead_staging(self._lock.fd, host=self._host(), own_staging=None, named=named, durable=self._durable)
+                free = self._free_bytes()
         if free is not None and needed > free:
             raise OutOfSpaceError(f"cannot save to {self.path}: needs {_gb(needed)}, {_gb(free)} free; {self._state()}")
+
+    def _host(self) -> str | None:
+        """Whose dead savers are known to be dead; None where there is no lock."""
+        return _host_id() if self._lock.held else None
 
     def _free_bytes(self) -> int | None:
         """None where the file system does not know (ramfs, some network ones): it then says that it has no blocks at all."""
@@ -295,7 +304,7 @@ class Transaction:
         leftovers = clean(
             self._lock.fd,
             own_staging=self._staging,
-            host=_host_id() if self._lock.held else None,
+            host=self._host(),
             old=self._old,
             new=new,
             keep_all=bool(self._old_unreadable),

@@ -171,6 +171,8 @@ std::pair<long, std::size_t> until_it_succeeds(World& world, Kind kind) {
     const long before = threads();
     const Outcome outcome = attempt(world, kind);
     const bool untouched = calls < fail_at;
+    for (int waited = 0; threads() != before && waited < 5000; ++waited)
+      usleep(1000);  // joined, and listed a moment longer
     CHECK(threads() == before);
     if (outcome.succeeded) smallest = std::min(smallest, outcome.staging_bytes);
     failed += outcome.succeeded ? 0 : 1;
