@@ -34,7 +34,7 @@ def test_indexes_by_grammar(content: bytes) -> None:
 
 @pytest.mark.parametrize(
     "make_seeds, target, tally, places",
-    [(seeds.shards, targets.fuzz_header, targets.headers, 20), (seeds.indexes, targets.fuzz_index, targets.indexes, 25)],
+    [(seeds.shards, targets.fuzz_header, targets.headers, 16), (seeds.indexes, targets.fuzz_index, targets.indexes, 25)],
     ids=["headers", "indexes"],
 )
 def test_mutations(
