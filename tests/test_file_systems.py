@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -30,33 +31,44 @@ except shardsave.ShardSaveError as error:
 """
 
 
-def mount(*arguments: str) -> None:
-    done = subprocess.run(["mount", *arguments], capture_output=True, text=True)
+@contextmanager
+def mounted(where: Path, *arguments: str) -> Iterator[Path]:
+    """``where``, made, with ``mount arguments where`` done; the test is skipped where that is not allowed."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may mount")
+    where.mkdir()
+    done = subprocess.run(["mount", *arguments, str(where)], capture_output=True, text=True)
     if done.returncode != 0:
         pytest.skip(f"mount is not allowed here: {done.stderr.strip()}")
+    try:
+        yield where
+    finally:
+        subprocess.run(["umount", "-l", str(where)], check=True)
 
 
 @pytest.fixture
-def thin_disk(tmp_path: Path) -> Iterator[Path]:
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A tmpfs of 12 MB."""
+    with mounted(tmp_path / "small", "-t", "tmpfs", "-o", "size=12m", "tmpfs") as disk:
+        yield disk
+
+
+@pytest.fixture
+def thin_disk(tmp_path: Path, small_disk: Path) -> Iterator[Path]:
     """An empty ext4 that says it has some 50 MB and has less than 12."""
-    if os.geteuid() != 0:
-        pytest.skip("only root may mount")
-    memory, disk = tmp_path / "memory", tmp_path / "disk"
-    memory.mkdir()
-    disk.mkdir()
-    mount("-t", "tmpfs", "-o", "size=12m", "tmpfs", str(memory))
-    try:
-        image = memory / "image"
-        with image.open("wb") as file:
-            file.truncate(64 << 20)
-        subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=True)
-        mount("-o", "loop", str(image), str(disk))
-        try:
-            yield disk
-        finally:
-            subprocess.run(["umount", "-l", str(disk)], check=True)
-    finally:
-        subprocess.run(["umount", "-l", str(memory)], check=True)
+    image = small_disk / "image"
+    with image.open("wb") as file:
+        file.truncate(64 << 20)
+    subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=True)
+    with mounted(tmp_path / "thin", "-o", "loop", str(image)) as disk:
+        yield disk
+
+
+@pytest.fixture
+def without_direct_io(tmp_path: Path) -> Iterator[Path]:
+    """A ramfs."""
+    with mounted(tmp_path / "ramfs", "-t", "ramfs", "ramfs") as disk:
+        yield disk
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -77,20 +89,6 @@ def test_a_disk_that_only_promised_room(thin_disk: Path, engine: str) -> None:
     assert run(load) == "1000\n"
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A tmpfs of 12 MB."""
-    if os.geteuid() != 0:
-        pytest.skip("only root may mount")
-    disk = tmp_path / "small"
-    disk.mkdir()
-    mount("-t", "tmpfs", "-o", "size=12m", "tmpfs", str(disk))
-    try:
-        yield disk
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
-
-
 def test_room_that_dead_savers_hold(small_disk: Path) -> None:
     """Catches killed savers whose leavings fill the disk, so that no save can ever come to the cleaning again."""
     kill = "import os, signal, sys, torch, shardsave;"
@@ -100,20 +98,6 @@ def test_room_that_dead_savers_hold(small_disk: Path) -> None:
     assert subprocess.run([sys.executable, "-c", kill, str(small_disk / "ckpt")]).returncode < 0
     shardsave.save({"x": torch.full((4_000_000,), 2, dtype=torch.uint8)}, small_disk / "ckpt")
     assert shardsave.load(small_disk / "ckpt")["x"].min() == 2 and not litter_in(small_disk / "ckpt")
-
-
-@pytest.fixture
-def without_direct_io(tmp_path: Path) -> Iterator[Path]:
-    """A ramfs."""
-    if os.geteuid() != 0:
-        pytest.skip("only root may mount")
-    memory = tmp_path / "ramfs"
-    memory.mkdir()
-    mount("-t", "ramfs", "ramfs", str(memory))
-    try:
-        yield memory
-    finally:
-        subprocess.run(["umount", "-l", str(memory)], check=True)
 
 
 def test_a_file_system_that_refuses_direct_io(without_direct_io: Path) -> None:

@@ -157,7 +157,7 @@ class Transaction:
         with self._before_commit():
             free = self._free_bytes()
             if free is not None and needed > free and not self._old_unreadable:
-                # Safe before the commit: what is visible was made durable right after the lock, and is the only index here.
+                # Safe before the commit: what is visible was made durable right after the lock (where that was asked for).
                 named = files_of(self._old) if self._old is not None else frozenset()
                 remove_dead_staging(self._lock.fd, host=self._host(), own_staging=None, named=named, durable=self._durable)
                 free = self._free_bytes()
