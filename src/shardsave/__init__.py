@@ -6,6 +6,7 @@
 >>> report = shardsave.load_model(torch.nn.Linear(4, 2), "checkpoint")
 """
 
+from shardsave._build import build_model
 from shardsave._inspect import inspect, verify
 from shardsave._load import load, load_model
 from shardsave._reports import CheckpointInfo, LoadReport, Phases, SaveReport, TensorInfo, VerifyReport
@@ -20,7 +21,9 @@ from shardsave.errors import (
     OutOfSpaceError,
     SaveNotCommittedError,
     ShardSaveError,
+    UnsupportedModuleError,
     UnsupportedTensorError,
+    UntrustedCodeError,
 )
 
 __all__ = [
@@ -37,9 +40,12 @@ __all__ = [
     "SaveReport",
     "ShardSaveError",
     "TensorInfo",
+    "UnsupportedModuleError",
     "UnsupportedTensorError",
+    "UntrustedCodeError",
     "VerifyReport",
     "__version__",
+    "build_model",
     "inspect",
     "load",
     "load_model",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from shardsave._crc64 import crc64
 from shardsave._files import CallFailed, Descriptor, call
 from shardsave._find import Found, cannot_read, find, open_regular
 from shardsave._format import Header, parse_header, read_header, read_start
-from shardsave._index import INDEX_NAME, LONE_NAME, Index, Record, parse_index
+from shardsave._index import INDEX_NAME, LONE_NAME, Index, Record, ShardRecord, parse_index
 from shardsave._json import glimpse
 from shardsave.errors import (
     CheckpointNotFoundError,
@@ -25,6 +25,10 @@ from shardsave.errors import (
 
 #: How long a reader starts over while others keep replacing the checkpoint under it, in seconds.
 CHANGING_SECONDS = 30.0
+
+
+#: What a checkpoint may have beside its weights.
+PARTS = ("architecture", "architecture tensors")
 
 
 class Located(NamedTuple):
@@ -46,10 +50,15 @@ class Checkpoint:
         self.path = path
         self.index = index
         self.tensors: dict[str, Located] = {}
+        self.kept: dict[str, Located] = {}  # tensors of an architecture that are no part of the weights
+        self.documents: dict[str, bytes] = {}  # part → its JSON
         self.shards: tuple[str, ...] = ()
         self._folder = folder
         self._index_name = index_name
         self._open: dict[str, Descriptor] = {}
+        self._records: dict[str, ShardRecord] = (
+            dict(index.record.shards) if index is not None and index.record is not None else {}
+        )
 
     @property
     def record(self) -> Record | None:
@@ -109,7 +118,33 @@ class Checkpoint:
                 file.abandon()
             self._note_tensors(shard, header, names)
 
+    def _admit_parts(self, roles: Iterable[str]) -> None:
+        """Reads those of the parts ``roles`` that are there: JSON at once, of tensors where they lie."""
+        parts = self.record.parts if self.record is not None else {}
+        for role in roles:
+            if role not in parts:
+                continue
+            shard, record = parts[role].file, parts[role].record
+            self._records[shard] = record
+            if not shard.endswith(".json"):
+                self._open[shard], header = self._open_shard(shard)
+                self.kept.update(_located(shard, header))
+                continue
+            with self._opened(shard) as file:
+                self.documents[role] = self._checked_start(file.fd, shard, record)
+
     def _open_shard(self, shard: str) -> tuple[Descriptor, Header]:
+        file = self._opened(shard)
+        try:
+            return file, self._checked_header(file.fd, shard)
+        except CallFailed as error:
+            file.abandon()
+            raise cannot_read(self.path_of(shard), error) from error
+        except BaseException:
+            file.abandon()
+            raise
+
+    def _opened(self, shard: str) -> Descriptor:
         path = self.path_of(shard)
         file = open_regular(path, f"shard {shard}")
         if file is None:
@@ -118,20 +153,13 @@ class Checkpoint:
             raise CorruptCheckpointError(
                 f"corrupt checkpoint {self.path}: {wanted}, {found}; the checkpoint was copied or downloaded in part"
             )
-        try:
-            return file, self._checked_header(file.fd, shard)
-        except CallFailed as error:
-            file.abandon()
-            raise cannot_read(path, error) from error
-        except BaseException:
-            file.abandon()
-            raise
+        return file
 
     def _checked_header(self, descriptor: int, shard: str) -> Header:
         """The header of ``shard``; where the index has a record of it, not a byte is looked at before its checksum is right."""
         where = f"shard {shard}"
-        length = call(os.fstat, shard, descriptor).st_size
         if self.record is None:
+            length = call(os.fstat, shard, descriptor).st_size
             header = parse_header(read_header(descriptor, length, where), length, where)
             if self.index is not None and header.sums is not None:
                 raise CorruptCheckpointError(
@@ -139,25 +167,31 @@ class Checkpoint:
                     f"one of the two was changed or replaced after it was saved"
                 )
             return header
-        record = self.record.shards[shard]
-        if length != record.length:
-            fate = "it was cut, half copied or half downloaded" if length < record.length else "something was appended to it"
-            raise CorruptCheckpointError(
-                f"corrupt {where}: the index says {record.length} bytes, the file has {length}; {fate}, or belongs to another save"
-            )
-        raw = read_start(descriptor, record.header_length)
-        if (found := crc64(raw)) != record.header_crc:
-            raise CorruptCheckpointError(
-                f"corrupt {where}: the index says a header with checksum {record.header_crc:016x}, the file has {found:016x}; "
-                f"the file was changed after it was saved, or belongs to another save"
-            )
-        header = parse_header(raw, length, where)
+        record = self._records[shard]
+        header = parse_header(self._checked_start(descriptor, shard, record), record.length, where)
         if header.sums is None:
             raise CorruptCheckpointError(
                 f"corrupt {where}: checksums of its tensors expected, as the index has a record of it, its header has none; "
                 f"the file was changed after it was saved"
             )
         return header
+
+    @staticmethod
+    def _checked_start(descriptor: int, shard: str, record: ShardRecord) -> bytes:
+        """The header of ``shard``, or all of it where it has no more; the index says its length and checksum."""
+        length = call(os.fstat, shard, descriptor).st_size
+        if length != record.length:
+            fate = "it was cut, half copied or half downloaded" if length < record.length else "something was appended to it"
+            raise CorruptCheckpointError(
+                f"corrupt shard {shard}: the index says {record.length} bytes, the file has {length}; {fate}, or belongs to another save"
+            )
+        raw = read_start(descriptor, record.header_length)
+        if (found := crc64(raw)) != record.header_crc:
+            raise CorruptCheckpointError(
+                f"corrupt shard {shard}: the index says a header with checksum {record.header_crc:016x}, the file has {found:016x}; "
+                f"the file was changed after it was saved, or belongs to another save"
+            )
+        return raw
 
     def _note_tensors(self, shard: str, header: Header, names: frozenset[str]) -> None:
         held = {tensor.name for tensor in header.tensors}
@@ -169,16 +203,22 @@ class Checkpoint:
                 else f"the index does not say that it holds {glimpse(min(surplus))}, it does"
             )
             raise CorruptCheckpointError(f"corrupt shard {shard}: {found}; index and shard belong to different saves")
-        sums = header.sums or [None] * len(header.tensors)
-        start = header.data_start
-        for (name, dtype, shape, begin, end), checksum in zip(header.tensors, sums):
-            self.tensors[name] = Located(name, dtype, shape, end - begin, shard, start + begin, checksum)
+        self.tensors.update(_located(shard, header))
 
 
-def open_checkpoint(path: str | os.PathLike[str], wanted: Callable[[str], bool] | None = None) -> Checkpoint:
+def _located(shard: str, header: Header) -> Iterator[tuple[str, Located]]:
+    sums = header.sums or [None] * len(header.tensors)
+    start = header.data_start
+    for (name, dtype, shape, begin, end), checksum in zip(header.tensors, sums):
+        yield name, Located(name, dtype, shape, end - begin, shard, start + begin, checksum)
+
+
+def open_checkpoint(
+    path: str | os.PathLike[str], wanted: Callable[[str], bool] | None = None, *, parts: Iterable[str] = ()
+) -> Checkpoint:
     """Opens what is at ``path``: a directory, an index or one safetensors file, written by us or by others.
 
-    With ``wanted`` only the shards that hold a wanted tensor are opened, but whole shards are listed.
+    With ``wanted`` only the shards that hold a wanted tensor are opened, but whole shards are listed. ``parts``: what else is read.
     Starts over while the index changes under it. Raises CheckpointNotFoundError, CorruptCheckpointError,
     IncompatibleCheckpointError, DirectoryBusyError.
     """
@@ -187,7 +227,7 @@ def open_checkpoint(path: str | os.PathLike[str], wanted: Callable[[str], bool] 
     while True:
         found = find(path)
         try:
-            return _open_found(path, found, wanted)
+            return _open_found(path, found, wanted, parts)
         except (CheckpointNotFoundError, CorruptCheckpointError):
             if not _changed(path, found):
                 raise
@@ -199,7 +239,7 @@ def open_checkpoint(path: str | os.PathLike[str], wanted: Callable[[str], bool] 
 
 
 @collector_still()
-def _open_found(path: str, found: Found, wanted: Callable[[str], bool] | None) -> Checkpoint:
+def _open_found(path: str, found: Found, wanted: Callable[[str], bool] | None, parts: Iterable[str]) -> Checkpoint:
     index = parse_index(found.index_bytes, f"index {found.index_name}") if found.index_bytes is not None else None
     if index is not None and found.lone is not None:
         _refuse_unless_superseded(found.folder, index.record, found.lone)
@@ -207,6 +247,7 @@ def _open_found(path: str, found: Found, wanted: Callable[[str], bool] | None) -
     try:
         if index is not None:
             checkpoint._admit(_shards_to_open(index, wanted))
+            checkpoint._admit_parts(parts)
         elif found.lone is not None:
             checkpoint._admit({found.lone: frozenset()})
     except BaseException:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable
 
 from shardsave._files import CallFailed, Descriptor, is_regular, read_all
-from shardsave._index import LONE_NAME, SHARD_PATTERN, Index, Superseded
+from shardsave._index import LONE_NAME, OWN_PATTERN, Index, Superseded
 
 #: Staging directories: eight hex digits for the host, eight at random.
 STAGING_PATTERN = re.compile(r"\.shardsave-([0-9a-f]{8})[0-9a-f]{8}")
@@ -74,7 +74,7 @@ def remove_staging(
             return list(dict.fromkeys([*leftovers, staging]))
         contents = _listing(inside.fd, leftovers)
         for name in sorted(contents, key=lambda name: name == "names"):
-            if SHARD_PATTERN.fullmatch(name) or name in ("names", "index"):
+            if OWN_PATTERN.fullmatch(name) or name in ("names", "index"):
                 _attempt(lambda name=name: os.unlink(name, dir_fd=inside.fd), f"{staging}/{name}", leftovers)  # type: ignore[misc]
     _attempt(lambda: os.rmdir(staging, dir_fd=folder), staging, leftovers)
     return leftovers
@@ -82,7 +82,8 @@ def remove_staging(
 
 def files_of(index: Index) -> frozenset[str]:
     """The files that ``index`` names."""
-    return frozenset(index.weight_map.values()) | frozenset(index.record.shards if index.record is not None else ())
+    named = frozenset(index.weight_map.values())
+    return named | index.record.shards.keys() | {part.file for part in index.record.parts.values()} if index.record else named
 
 
 def _listed(inside: int) -> list[str]:
@@ -97,7 +98,7 @@ def _listed(inside: int) -> list[str]:
 
 def _remove(folder: int, names: Iterable[str], leftovers: list[str]) -> None:
     for name in names:
-        if SHARD_PATTERN.fullmatch(name):
+        if OWN_PATTERN.fullmatch(name):
             _attempt(lambda name=name: _unlink_regular(folder, name), name, leftovers)  # type: ignore[misc]
 
 

@@ -20,7 +20,17 @@ from types import TracebackType
 from shardsave._clean import STAGING_PATTERN, clean, files_of, remove_dead_staging, remove_staging
 from shardsave._crc64 import crc64
 from shardsave._files import CallFailed, Descriptor, allocate, call, inode_of, make_folders, open_regular, read_all, write_all
-from shardsave._index import INDEX_NAME, LONE_NAME, MAX_INDEX_BYTES, Index, Superseded, encode_index, parse_index, shard_names
+from shardsave._index import (
+    INDEX_NAME,
+    LONE_NAME,
+    MAX_INDEX_BYTES,
+    Index,
+    Superseded,
+    encode_index,
+    parse_index,
+    part_name,
+    shard_names,
+)
 from shardsave._lock import DirectoryLock
 from shardsave.errors import (
     CorruptCheckpointError,
@@ -72,7 +82,7 @@ class Transaction:
         self._staging: str | None = None
         self._staging_folder = Descriptor()
         self._staged: list[StagedShard] = []
-        self._names: tuple[str, ...] = ()
+        self._names: list[str] = []
         self._moving: list[str] = []
         self._attempted = False
         self._settled = False
@@ -142,15 +152,25 @@ class Transaction:
 
     def shard_names(self, count: int) -> tuple[str, ...]:
         """Names for ``count`` shards, none of which is taken in the directory."""
-        with self._before_commit():
-            taken = set(call(os.listdir, "", self._lock.fd))
-        if self._old is not None:
-            taken.update(self._old.weight_map.values())
+        taken = self._taken()
         names = shard_names(count)
         while not taken.isdisjoint(names):
             names = shard_names(count, secrets.token_hex(4))
-        self._names = names
+        self._names.extend(names)
         return names
+
+    def part_name(self, stem: str, extension: str) -> str:
+        """A name for a part of the checkpoint that is no shard: one that was never used before."""
+        name = part_name(stem, secrets.token_hex(4), extension)
+        while name in self._taken() or name in self._names:
+            name = part_name(stem, secrets.token_hex(4), extension)
+        self._names.append(name)
+        return name
+
+    def _taken(self) -> set[str]:
+        with self._before_commit():
+            taken = set(call(os.listdir, "", self._lock.fd))
+        return taken | files_of(self._old) if self._old is not None else taken
 
     def check_space(self, needed: int) -> None:
         """Raises OutOfSpaceError when fewer than ``needed`` bytes are free, also without what dead savers have left."""
@@ -205,6 +225,14 @@ class Transaction:
             write_all(fd, name, header)
             self._sync(fd, name)
             shard.file.close(name)
+
+    def stage(self, name: str, data: bytes) -> None:
+        """Makes a part of the checkpoint that is ``data`` and nothing else, whole and durable in the staging directory."""
+        shard = StagedShard(name, Descriptor())
+        with self._before_commit():
+            self._make_staging()
+            self._staged.append(shard)
+            self._write_staged(name, data)
 
     def commit(self, index: Index) -> CommitOutcome:
         """Makes the sealed shards and ``index`` the checkpoint of the directory.

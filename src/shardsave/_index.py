@@ -6,7 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from shardsave._collector import collector_still
@@ -27,8 +27,10 @@ VERSION = 1
 #: The features that this reader knows; a record that requires another is refused.
 SUPPORTED_FEATURES: frozenset[str] = frozenset()
 
-#: Exactly the names that `shard_names` can make.
-SHARD_PATTERN = re.compile(r"model-(?:[0-9a-f]{8}-)?[0-9]{5}-of-[0-9]{5}\.safetensors")
+#: Exactly the names that `shard_names` and `part_name` can make: what a save may remove once no index names it.
+OWN_PATTERN = re.compile(
+    r"model-(?:[0-9a-f]{8}-)?[0-9]{5}-of-[0-9]{5}\.safetensors|(?:architecture|program)-[0-9a-f]{8}\.(?:json|safetensors)"
+)
 
 _MAX_SHARDS = 99_999
 _MEMBERS = {"durable", "flags", "metadata", "shards", "supersedes", "ties"}
@@ -48,6 +50,17 @@ class ShardRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """A file of the checkpoint that holds no tensor of ``weight_map``: an architecture, a program, or tensors of these.
+
+    ``record``: as of a shard; where the whole file is JSON, its header is the whole file.
+    """
+
+    file: str
+    record: ShardRecord
+
+
+@dataclass(frozen=True, slots=True)
 class Superseded:
     """The lone file that a save replaced: size in bytes and modification time in ns."""
 
@@ -59,7 +72,7 @@ class Superseded:
 class Record:
     """What we add to an index. ``flags``: name → frozen, of every parameter, tied names too; None where unknown.
 
-    ``ties``: tied name → the name under which its bytes are stored.
+    ``ties``: tied name → the name under which its bytes are stored. ``parts``: what it is → the file that has it.
     """
 
     durable: bool
@@ -69,6 +82,7 @@ class Record:
     shards: Mapping[str, ShardRecord]
     supersedes: Superseded | None
     writer: str
+    parts: Mapping[str, Part] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +102,18 @@ def shard_names(count: int, tag: str | None = None) -> tuple[str, ...]:
     return tuple(f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1))
 
 
+def part_name(stem: str, tag: str, extension: str) -> str:
+    """``architecture-1a2b3c4d.json``: never a name that was used before, so that a committed file is never replaced."""
+    return f"{stem}-{tag}.{extension}"
+
+
 @collector_still()
 def encode_index(index: Index) -> bytes:
     """The bytes of an index that has our record."""
     record = index.record
     assert record is not None, "an index is written with our record"
     names = [*index.weight_map, *record.ties]
-    ours = {
+    ours: dict[str, Any] = {
         "version": VERSION,
         "requires": [],
         "writer": record.writer,
@@ -102,7 +121,8 @@ def encode_index(index: Index) -> bytes:
         "flags": _encode_flags(record.flags, names),
         "ties": dict(record.ties),
         "metadata": dict(record.metadata),
-        "shards": {name: [s.length, s.header_length, f"{s.header_crc:016x}"] for name, s in record.shards.items()},
+        "shards": {name: _encode_shard(s) for name, s in record.shards.items()},
+        **({"parts": {role: [p.file, *_encode_shard(p.record)] for role, p in record.parts.items()}} if record.parts else {}),
         "supersedes": {"size": s.size, "mtime_ns": s.mtime_ns} if (s := record.supersedes) is not None else None,
     }
     text = json.dumps(
@@ -118,6 +138,10 @@ def encode_index(index: Index) -> bytes:
             f"would be read again; nothing was committed"
         )
     return data
+
+
+def _encode_shard(shard: ShardRecord) -> list[int | str]:
+    return [shard.length, shard.header_length, f"{shard.header_crc:016x}"]
 
 
 def _encode_flags(flags: Mapping[str, bool] | None, names: Iterable[str]) -> dict[str, Any] | None:
@@ -201,6 +225,7 @@ def _parse_record(ours: dict[str, Any], weight_map: Mapping[str, str], where: st
         shards=shards,
         supersedes=_parse_superseded(ours["supersedes"], where),
         writer=str(ours.get("writer", "")),
+        parts=_parse_parts(ours.get("parts", {}), where),
     )
 
 
@@ -221,12 +246,28 @@ def _parse_shards(shards: object, where: str) -> dict[str, ShardRecord]:
     parsed = {}
     for name, entry in shards.items():
         _check_file_name(name, where)
-        if type(entry) is not list or [type(part) for part in entry] != [int, int, str] or not _CRC.fullmatch(entry[2]):
-            _bad(where, f"shard {name} expected to have length, header length and checksum", f"it has {glimpse(entry)}")
-        length, header_length, digits = entry
-        if not 8 <= header_length <= min(length, MAX_HEADER_BYTES + 8):
-            _bad(where, f"shard {name} expected to have a header inside of it", f"it has {glimpse(entry)}")
-        parsed[name] = ShardRecord(length, header_length, int(digits, 16))
+        parsed[name] = _parse_shard(f"shard {name}", entry, where)
+    return parsed
+
+
+def _parse_shard(what: str, entry: object, where: str) -> ShardRecord:
+    if type(entry) is not list or [type(part) for part in entry] != [int, int, str] or not _CRC.fullmatch(entry[2]):
+        _bad(where, f"{what} expected to have length, header length and checksum", f"it has {glimpse(entry)}")
+    length, header_length, digits = entry
+    if not 8 <= header_length <= min(length, MAX_HEADER_BYTES + 8):
+        _bad(where, f"{what} expected to have a header inside of it", f"it has {glimpse(entry)}")
+    return ShardRecord(length, header_length, int(digits, 16))
+
+
+def _parse_parts(parts: object, where: str) -> dict[str, Part]:
+    if not isinstance(parts, dict):
+        _bad(where, "parts expected to be an object", f"it is {glimpse(parts)}")
+    parsed = {}
+    for role, entry in parts.items():
+        if type(entry) is not list or not entry or not isinstance(entry[0], str):
+            _bad(where, f"part {glimpse(role)} expected to begin with the name of its file", f"it has {glimpse(entry)}")
+        _check_file_name(entry[0], where)
+        parsed[role] = Part(entry[0], _parse_shard(f"part {entry[0]}", entry[1:], where))
     return parsed
 
 

@@ -7,7 +7,7 @@ import time
 
 from shardsave._arguments import check_path, check_progress
 from shardsave._backend import engine_name
-from shardsave._checkpoint import open_checkpoint
+from shardsave._checkpoint import PARTS, open_checkpoint
 from shardsave._dtypes import BY_NAME, torch_shape
 from shardsave._ending import verb
 from shardsave._progress import Progress, ProgressArgument
@@ -47,6 +47,7 @@ def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:
             ties=dict(checkpoint.ties),
             metadata=dict(checkpoint.metadata),
             durable=checkpoint.record.durable if checkpoint.record is not None else None,
+            parts=tuple(checkpoint.record.parts) if checkpoint.record is not None else (),
         )
 
 
@@ -65,8 +66,8 @@ def verify(path: str | os.PathLike[str], *, progress: ProgressArgument = None) -
     check_path(path)
     check_progress(progress)
     started = time.perf_counter()
-    with open_checkpoint(path) as checkpoint:
-        targets = [Target(located, None) for located in checkpoint.tensors.values()]
+    with open_checkpoint(path, parts=PARTS) as checkpoint:
+        targets = [Target(located, None) for located in (*checkpoint.tensors.values(), *checkpoint.kept.values())]
         planned = time.perf_counter()
         totals = ReadTotals()
         with Progress(progress, "verifying", sum(target.located.nbytes for target in targets)) as shown:

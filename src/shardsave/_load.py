@@ -71,7 +71,7 @@ def load(
     check_progress(progress)
     check_path(path)
     wanted = _check_names(names, prefix)
-    where = _device(device) or torch.device("cpu")
+    where = device_of(device) or torch.device("cpu")
     if mmap and where.type != "cpu":
         raise ValueError(f"mmap=True gives tensors on the CPU, device {where} was asked for")
     with open_checkpoint(path, _selection(wanted, prefix)) as checkpoint:
@@ -142,7 +142,7 @@ def load_model(
     check_progress(progress)
     check_path(path)
     _check_names(None, prefix)
-    where = _device(device)
+    where = device_of(device)
     started = time.perf_counter()
     with open_checkpoint(path, _selection(None, prefix)) as checkpoint:
         chosen = {name.removeprefix(prefix): stored for name, stored in _choose(checkpoint, None, prefix).items()}
@@ -200,7 +200,8 @@ def load_model(
     )
 
 
-def _device(device: Device) -> torch.device | None:
+def device_of(device: Device) -> torch.device | None:
+    """The device that is meant, None for none. Raises TypeError, ValueError."""
     if device is None:
         return None
     if isinstance(device, bool) or not isinstance(device, (str, int, torch.device)):

@@ -11,7 +11,10 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any, Union
 
+from torch import nn
+
 from shardsave import _engine
+from shardsave._architecture import describe
 from shardsave._arguments import check_path, check_progress, check_switches
 from shardsave._backend import engine_name
 from shardsave._checkpoint import descriptor_allowance
@@ -21,7 +24,7 @@ from shardsave._crc64 import crc64
 from shardsave._dtypes import BY_TORCH, logical_shape
 from shardsave._ending import verb
 from shardsave._format import encode_header, with_sums
-from shardsave._index import Index, Record, ShardRecord
+from shardsave._index import Index, Part, Record, ShardRecord
 from shardsave._json import NotJSON, parse_object
 from shardsave._plan import ALIGNMENT, Extent, Shard, StoredTensor, blocks, pack
 from shardsave._progress import Progress, ProgressArgument
@@ -54,6 +57,7 @@ def save(
     max_shard_size: Union[int, str] = "5GB",
     durable: bool = True,
     metadata: Mapping[str, Any] | None = None,
+    architecture: bool = False,
     progress: ProgressArgument = None,
     lock_timeout: float = 600.0,
 ) -> SaveReport:
@@ -69,6 +73,8 @@ def save(
         max_shard_size: bytes of tensor data in one file, as an int or ``"5GB"``, ``"500MB"``, ``"2GiB"``.
         durable: wait until the checkpoint would survive a loss of power. Without, it survives the end of the process.
         metadata: JSON values by name, given back by ``inspect``; keys are strings on every level, tuples come back as lists.
+        architecture: keep the module tree as data too, so that ``build_model`` makes the whole model again without its
+            definition having to be called. What cannot be kept as data is refused; hooks are left out with one warning.
         progress: None for a bar when it takes long and stderr is a terminal, True or False to force or forbid it, or a
             callable that gets (bytes done, bytes in all).
         lock_timeout: seconds to wait for another save into the same directory.
@@ -76,6 +82,7 @@ def save(
     Raises:
         TypeError, ValueError: for wrong arguments, before anything happens.
         UnsupportedTensorError: a tensor cannot be stored; nothing was written.
+        UnsupportedModuleError: an architecture was asked for, and holds what is no data (all is listed); nothing was written.
         DirectoryBusyError, OutOfSpaceError, SaveNotCommittedError: nothing was committed, what was there is intact.
         DurabilityUncertainError: the new checkpoint is in place, but perhaps not for good.
 
@@ -87,34 +94,50 @@ def save(
         2
     """
     check_path(directory)
-    check_switches(durable=durable)
+    check_switches(durable=durable, architecture=architecture)
+    if architecture and not isinstance(source, nn.Module):
+        raise TypeError(f"architecture=True needs an nn.Module, there is none in a {type(source).__name__}")
     check_progress(progress)
     _check_timeout(lock_timeout)
     bound = parse_size(max_shard_size)
     user_metadata = _check_metadata(metadata)
     started = time.perf_counter()
     with collector_still():
-        state = read_state(source)
+        state = read_state(source, tensors_only=architecture)
+        described = describe(source, state.entries) if architecture and isinstance(source, nn.Module) else None
         stored = [entry for entry in state.entries if entry.tied_to is None]
         shards = pack([_stored_tensor(entry) for entry in stored], bound)
+        count = len(shards)
         pieces = _pieces(shards, stored)
+        if described is not None and described.tensors:
+            kept = pack([_stored_tensor(entry) for entry in described.tensors], sys.maxsize)
+            shards += kept
+            pieces += _pieces(kept, described.tensors)
         headers = [encode_header(shard) for shard in shards]
     total = sum(shard.data_bytes for shard in shards)
+    documents = {"architecture": described.document} if described is not None else {}
     with (
         Progress(progress, "saving", total) as shown,
         Transaction(directory, durable=durable, lock_timeout=lock_timeout) as transaction,
     ):
-        names = transaction.shard_names(len(shards))
-        transaction.check_space(sum(_padded(len(header), shard) for header, shard in zip(headers, shards)))
+        names = list(transaction.shard_names(count))
+        names += [transaction.part_name("architecture", "safetensors") for _ in shards[count:]]
+        needed = sum(_padded(len(header), shard) for header, shard in zip(headers, shards))
+        transaction.check_space(needed + sum(map(len, documents.values())))
         _reserve(transaction, pieces)
         planned = time.perf_counter()
         writer = _Writer(transaction, shards, headers, names, pieces, durable, shown)
         step = min(descriptor_allowance(), 256)
         for first in range(0, len(shards), step):
             writer.write(range(first, min(first + step, len(shards))))
+        parts: dict[str, Part] = {}
+        for name in names[count:]:
+            parts["architecture tensors"] = Part(name, writer.records.pop(name))
+        for role, document in documents.items():
+            parts[role] = _stage_document(transaction, role, document)
         before_commit = time.perf_counter()
         with collector_still():
-            index = _index(state, shards, names, writer.records, transaction, total, durable, user_metadata)
+            index = _index(state, shards[:count], names, writer.records, transaction, durable, user_metadata, parts)
         outcome = transaction.commit(index)
     ended = time.perf_counter()
     phases = Phases(
@@ -127,7 +150,7 @@ def save(
         path=os.fspath(directory),
         bytes=total,
         tensors=len(stored),
-        shards=len(shards),
+        shards=count,
         seconds=ended - started,
         phases=phases,
         engine=engine_name(),
@@ -243,9 +266,9 @@ def _index(
     names: Sequence[str],
     records: Mapping[str, ShardRecord],
     transaction: Transaction,
-    total: int,
     durable: bool,
     metadata: Mapping[str, Any],
+    parts: Mapping[str, Part],
 ) -> Index:
     shard_of = {tensor.name: name for shard, name in zip(shards, names) for tensor in shard.tensors}
     flags = {entry.name: entry.frozen for entry in state.entries if entry.frozen is not None}
@@ -257,9 +280,16 @@ def _index(
         shards=records,
         supersedes=transaction.supersedes,
         writer=f"shardsave {__version__}",
+        parts=parts,
     )
     in_state_order = {entry.name: shard_of[entry.name] for entry in state.entries if entry.tied_to is None}
-    return Index(in_state_order, total, record)
+    return Index(in_state_order, sum(shard.data_bytes for shard in shards), record)
+
+
+def _stage_document(transaction: Transaction, role: str, document: bytes) -> Part:
+    name = transaction.part_name(role, "json")
+    transaction.stage(name, document)
+    return Part(name, ShardRecord(len(document), len(document), crc64(document)))
 
 
 def parse_size(size: Union[int, str]) -> int:

@@ -17,6 +17,7 @@ Source = Union[nn.Module, Mapping[str, Any]]
 
 PLAIN_TYPES = frozenset({torch.Tensor, nn.Parameter, *([nn.Buffer] if hasattr(nn, "Buffer") else [])})
 _COMPILED = "_orig_mod"
+_EXTRA_STATE = "_extra_state"
 _PARALLEL = (DataParallel, DistributedDataParallel)
 
 #: What the package ml_dtypes adds to numpy and torch has, too, under the same names.
@@ -69,12 +70,15 @@ def refuse_sharded(module: nn.Module, verb: str, state: str) -> None:
             )
 
 
-def read_state(source: Source) -> State:
-    """Reads the entries of ``source``; copies nothing. Raises UnsupportedTensorError, naming the entry."""
+def read_state(source: Source, *, tensors_only: bool = False) -> State:
+    """Reads the entries of ``source``; copies nothing. Raises UnsupportedTensorError, naming the entry.
+
+    ``tensors_only``: extra state that is no tensor is left out, since it is kept elsewhere.
+    """
     if isinstance(source, nn.Module):
         module = unwrap(source)
         refuse_sharded(module, "save", "nothing was written")
-        named = _module_tensors(module)
+        named = _module_tensors(module, tensors_only)
         known = True
         flags = _flags_apart(module, named)
     elif isinstance(source, Mapping):
@@ -87,7 +91,7 @@ def read_state(source: Source) -> State:
     entries = []
     at_address: dict[int, list[str]] = {}
     for name, tensor in named.items():
-        _check_savable(name, tensor)
+        check_savable(name, tensor)
         frozen = not tensor.requires_grad if type(tensor) is nn.Parameter else flags.get(name)
         tied_to = name
         if address := tensor.data_ptr():
@@ -107,10 +111,12 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != _COMPILED) if _COMPILED in name else name
 
 
-def _module_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+def _module_tensors(module: nn.Module, tensors_only: bool) -> dict[str, torch.Tensor]:
     made: dict[str, torch.Tensor] = {}
     for name, value in module.state_dict(keep_vars=True).items():
         plain = plain_name(name)
+        if tensors_only and plain.endswith(_EXTRA_STATE) and not isinstance(value, torch.Tensor):
+            continue
         if plain in made:
             _refuse(name, f"one tensor of the name {plain!r} was expected", f"without {_COMPILED!r} two have it")
         made[plain] = _as_tensor(name, value)
@@ -131,7 +137,7 @@ def _as_tensor(name: object, value: object) -> torch.Tensor:
         return value
     if isinstance(value, np.ndarray):
         return _from_numpy(name, value)
-    if name.endswith("_extra_state"):
+    if name.endswith(_EXTRA_STATE):
         _refuse(name, "extra state that is a tensor was expected", f"it is a {type(value).__name__}, which would need pickle")
     _refuse(name, "a tensor was expected", f"it is a {type(value).__name__}")
 
@@ -176,7 +182,7 @@ def lacks_memory(tensor: torch.Tensor) -> bool:
     return (tensor.storage_offset() + reach) * tensor.element_size() > tensor.untyped_storage().nbytes()
 
 
-def _check_savable(name: str, tensor: torch.Tensor) -> None:
+def check_savable(name: str, tensor: torch.Tensor) -> None:
     if name == "__metadata__":
         _refuse(name, "another name was expected", "safetensors keeps this one for itself")
     if not name.isascii():

@@ -53,3 +53,11 @@ class DurabilityUncertainError(ShardSaveError):
 
 class DirectoryBusyError(ShardSaveError):
     """Others kept saving into the directory for as long as we were prepared to wait."""
+
+
+class UnsupportedModuleError(ShardSaveError):
+    """A module holds what cannot be kept as data, a lambda for example; the message has the place of each."""
+
+
+class UntrustedCodeError(ShardSaveError):
+    """An architecture asks for classes or functions that were not trusted; the message names all, none was imported."""

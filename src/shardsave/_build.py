@@ -1,0 +1,133 @@
+"""`build_model`: from a checkpoint with an architecture to a module, without a definition having to be called."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from shardsave._arguments import check_path, check_progress, check_switches
+from shardsave._builder import Builder, Document
+from shardsave._checkpoint import PARTS, Checkpoint, open_checkpoint
+from shardsave._dtypes import BY_NAME, torch_shape
+from shardsave._ending import verb
+from shardsave._imports import resolve
+from shardsave._load import Device, device_of
+from shardsave._progress import Progress, ProgressArgument
+from shardsave._read import ReadTotals, Target, read_tensors
+from shardsave.errors import IncompatibleCheckpointError
+
+
+@verb()
+def build_model(
+    path: str | os.PathLike[str],
+    *,
+    device: Device = None,
+    trust: Iterable[str] = (),
+    classes: Mapping[str, Any] | None = None,
+    verify: bool = True,
+    progress: ProgressArgument = None,
+) -> nn.Module:
+    """Builds the model that was saved with ``architecture=True``: its modules, attributes, weights, buffers and flags.
+
+    No ``__init__`` is called, and nothing is imported but ``torch.nn`` and what is trusted. Weights go straight to ``device``,
+    once. Trusting a module means that its code may run, with what the file says: see SECURITY.md.
+
+    Args:
+        path: the checkpoint.
+        device: where the tensors go; the CPU by default.
+        trust: modules (``"mylib"``, with all below it, or ``"mylib.models"``) and exact classes (``"mylib.models.Net"``).
+        classes: for what was renamed, or defined in a script (``{"__main__.Net": Net}``): the name as it was saved → the class.
+        verify: as in ``load``.
+        progress: as in ``save``.
+
+    Raises:
+        TypeError, ValueError: for wrong arguments, before anything happens.
+        UntrustedCodeError: it asks for what is not trusted; all of it is named, none was imported.
+        IncompatibleCheckpointError: there is no architecture, or a class is not there any more, or takes no such state.
+        CheckpointNotFoundError, CorruptCheckpointError, DirectoryBusyError.
+
+    Example:
+        >>> import torch, shardsave
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU())
+        >>> report = shardsave.save(model, "whole-model", architecture=True)
+        >>> shardsave.build_model("whole-model")
+        Sequential(
+          (0): Linear(in_features=4, out_features=8, bias=True)
+          (1): ReLU()
+        )
+    """
+    check_path(path)
+    check_switches(verify=verify)
+    check_progress(progress)
+    trusted, replaced = _check_trust(trust), dict(classes or {})
+    where = device_of(device) or torch.device("cpu")
+    with open_checkpoint(path, parts=PARTS) as checkpoint:
+        data = checkpoint.documents.get("architecture")
+        if data is None:
+            raise IncompatibleCheckpointError(
+                f"cannot build a model from {checkpoint.path}: an architecture was expected, the checkpoint has none; "
+                f"save with architecture=True, or define the model and use load_model"
+            )
+        document = Document(data, f"the architecture in {checkpoint.path}")
+        found = resolve(document.imports, trusted, replaced, document.where)
+        memory = _Memory(checkpoint, where)
+        builder = Builder(document, found, memory)
+        with torch.inference_mode(False), torch.no_grad():
+            model = builder.build()
+            with Progress(progress, "loading", sum(target.located.nbytes for target in memory.targets)) as shown:
+                read_tensors(checkpoint, memory.targets, verify=verify, progress=shown, totals=ReadTotals())
+            builder.set_extra_states()
+    return model
+
+
+class _Memory:
+    """New memory on a device for tensors of a checkpoint, once for each, and what has to be read into it."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
+        self.targets: list[Target] = []
+        self._checkpoint = checkpoint
+        self._device = device
+        self._made: dict[tuple[bool, str], torch.Tensor] = {}
+
+    def __call__(self, name: str, kept: bool, strides: list[int] | None) -> torch.Tensor | None:
+        stored = name if kept else self._checkpoint.ties.get(name, name)
+        located = (self._checkpoint.kept if kept else self._checkpoint.tensors).get(stored)
+        if located is None:
+            return None
+        if (kept, stored) not in self._made:
+            shape, dtype = torch_shape(located.dtype, located.shape), BY_NAME[located.dtype].torch
+            if strides is None:
+                memory = torch.empty(shape, dtype=dtype, device=self._device)
+            elif _fills(strides, shape):
+                memory = torch.empty_strided(shape, strides, dtype=dtype, device=self._device)
+            else:
+                return None
+            self._made[kept, stored] = memory
+            self.targets.append(Target(located, memory))
+        return self._made[kept, stored].detach()
+
+
+def _fills(strides: list[int], shape: tuple[int, ...]) -> bool:
+    """Whether ``strides`` lay a tensor of ``shape`` out without a gap and without sharing."""
+    if len(strides) != len(shape) or 0 in shape:
+        return False
+    expected = 1
+    for stride, size in sorted(zip(strides, shape)):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _check_trust(trust: Iterable[str]) -> frozenset[str]:
+    if isinstance(trust, (str, bytes)):
+        raise TypeError("trust must be an iterable of names, not one string")
+    given = frozenset(trust)
+    for name in given:
+        if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
+            raise ValueError(f"trust must be names of modules or classes, such as 'mylib.models', not {name!r}")
+    return given

@@ -1,0 +1,177 @@
+"""Classes and functions by name: how an architecture names them, which of them are trusted, and what a name leads to.
+
+A name is ``module:qualified name``. What it leads to must have been defined in that very module, and is reached through
+classes alone, never through another module: trusting ``mylib`` does not trust what ``mylib`` imports.
+"""
+
+from __future__ import annotations
+
+import builtins
+import enum
+import importlib
+import importlib.metadata
+import math
+import sys
+import types
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional
+from torch import nn
+
+from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, UntrustedCodeError
+
+#: Functions of ``torch`` that compute a tensor from tensors, and nothing else. (Others read and write files.)
+_TORCH_FUNCTIONS = frozenset([
+    "abs", "add", "bmm", "cat", "celu", "clamp", "cos", "div", "einsum", "erf", "exp", "hardshrink", "log", "log1p",
+    "log_softmax", "matmul", "maximum", "minimum", "mul", "neg", "relu", "rsqrt", "selu", "sigmoid", "sin", "softmax",
+    "sqrt", "square", "stack", "sub", "sum", "tanh", "where",
+])  # fmt: skip
+_BUILTIN_TYPES = frozenset(["bool", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "set", "str", "tuple"])
+
+#: Modules in which functions that do not say truly where they are from are looked for, the trusted ones first.
+_HOMES: tuple[types.ModuleType, ...] = (torch.nn.functional, torch, torch.special, math, builtins)
+
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
+
+
+def name_of(thing: Any) -> str | None:
+    """The name by which a class or function will be found again, None where there is none (a lambda, a local class)."""
+    module, qualified = getattr(thing, "__module__", None), getattr(thing, "__qualname__", None)
+    if isinstance(module, str) and isinstance(qualified, str) and _walk(sys.modules.get(module), qualified) is thing:
+        return f"{module}:{qualified}"
+    short = getattr(thing, "__name__", "")
+    for home in _HOMES:
+        if short and getattr(home, short, None) is thing:
+            return f"{home.__name__}:{short}"
+    return None
+
+
+def version_of(name: str) -> str | None:
+    """The version of the package that ``name`` comes from, with the package: ``"torch 2.13.0"``; None where it has none."""
+    package = name.partition(":")[0].partition(".")[0]
+    version = getattr(sys.modules.get(package), "__version__", None)
+    if version is None:
+        try:
+            version = importlib.metadata.version(package)
+        except (importlib.metadata.PackageNotFoundError, ValueError):
+            return None
+    return f"{package} {version}"
+
+
+def dotted(name: str) -> str:
+    """``mylib.models:Net`` as people write it: ``mylib.models.Net``."""
+    return name.replace(":", ".", 1)
+
+
+def resolve(
+    imports: Mapping[str, str | None], trust: Collection[str], classes: Mapping[str, Any], where: str
+) -> dict[str, Any]:
+    """What each name of ``imports`` (name → the version that was saved) leads to.
+
+    Imports nothing before every name is known to be trusted. Raises UntrustedCodeError with all that are not, and
+    IncompatibleCheckpointError with all that cannot be found.
+    """
+    for name in imports:
+        _check_form(name, where)
+    unknown = [name for name in imports if dotted(name) not in classes and not _trusted(name, trust)]
+    if unknown:
+        raise UntrustedCodeError(
+            f"cannot build {where}: only what is trusted is imported, it asks for {', '.join(map(dotted, unknown))}; "
+            f"if you know them, say {_how_to_trust(unknown)}; nothing was imported"
+        )
+    found: dict[str, Any] = {}
+    missing: list[str] = []
+    for name, version in imports.items():
+        if dotted(name) in classes:
+            found[name] = classes[dotted(name)]
+            continue
+        try:
+            found[name] = _import(name, where)
+        except (ImportError, AttributeError) as error:
+            saved = f"saved with {version}" if version else "saved without a version"
+            missing.append(f"{dotted(name)} ({saved}; {error})")
+    if missing:
+        raise IncompatibleCheckpointError(
+            f"cannot build {where}: what it is made of was expected to be there, not found: {', '.join(missing)}; "
+            f"for what was renamed say classes={{'old.Name': NewClass}}; nothing was built"
+        )
+    return found
+
+
+def _check_form(name: str, where: str) -> None:
+    module, colon, qualified = name.partition(":")
+    parts = [*(module.split(".") if module != "__main__" else ()), *qualified.split(".")]
+    if not colon or not all(part.isidentifier() and not is_dunder(part) for part in parts):
+        raise CorruptCheckpointError(
+            f"corrupt {where}: names of the form 'module:Class' expected, it asks for {name[:80]!r}; nothing was imported"
+        )
+
+
+def is_dunder(name: str) -> bool:
+    """Whether ``name`` is one that Python keeps for itself, as ``__class__``."""
+    return name.startswith("__") and name.endswith("__")
+
+
+def _trusted(name: str, trust: Iterable[str]) -> bool:
+    module, _, qualified = name.partition(":")
+    if module == "builtins":
+        return qualified in _BUILTIN_TYPES
+    if module == "torch":
+        return qualified in _TORCH_FUNCTIONS or dotted(name) in trust
+    if module == "math" or module == "torch.nn" or module.startswith("torch.nn."):
+        return True
+    return any(module == given or module.startswith(f"{given}.") or dotted(name) == given for given in trust)
+
+
+def _import(name: str, where: str) -> Any:
+    module, _, qualified = name.partition(":")
+    thing = _walk(importlib.import_module(module), qualified)
+    if thing is None:
+        raise AttributeError(f"module {module} has no {qualified}")
+    if not isinstance(thing, (type, *_FUNCTIONS)) or not _defined_in(thing, module):
+        raise CorruptCheckpointError(
+            f"corrupt {where}: {dotted(name)} expected to be a class or a function that {module} defines, it is "
+            f"{_what(thing)}; nothing was built"
+        )
+    if module.startswith("torch.nn") and isinstance(thing, type) and not _harmless(thing):
+        raise CorruptCheckpointError(
+            f"corrupt {where}: a module of torch.nn expected, it asks for {dotted(name)}, which is none; nothing was built"
+        )
+    return thing
+
+
+def _walk(module: types.ModuleType | None, qualified: str) -> Any:
+    """From a module to what it calls ``qualified``, through classes alone; None where that leads nowhere."""
+    thing: Any = module
+    for part in qualified.split("."):
+        if thing is None or (thing is not module and not isinstance(thing, type)):
+            return None
+        thing = vars(thing).get(part)
+    return thing
+
+
+def _defined_in(thing: Any, module: str) -> bool:
+    if any(home.__name__ == module for home in _HOMES):
+        return isinstance(thing, types.BuiltinFunctionType) or thing.__module__ == module
+    return bool(thing.__module__ == module)
+
+
+def _harmless(thing: type) -> bool:
+    """Of ``torch.nn``: modules, enums, and the hooks by which its utilities compute a weight."""
+    return issubclass(thing, (nn.Module, enum.Enum)) or thing.__module__.startswith("torch.nn.utils.")
+
+
+def _what(thing: Any) -> str:
+    if isinstance(thing, types.ModuleType):
+        return f"the module {thing.__name__}"
+    return f"{type(thing).__name__} of {getattr(thing, '__module__', 'nowhere')}"
+
+
+def _how_to_trust(names: Iterable[str]) -> str:
+    packages = sorted({name.partition(":")[0].partition(".")[0] for name in names} - {"__main__"})
+    mine = [dotted(name) for name in names if name.startswith("__main__:")]
+    given = ", ".join(f"'{name}': {name.rpartition('.')[2]}" for name in mine)
+    said = [f"trust={packages}"] if packages else []
+    return ", ".join([*said, f"classes={{{given}}} for those of the script that saved it"] if mine else said)
