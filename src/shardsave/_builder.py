@@ -197,7 +197,7 @@ class Builder:
                     self._bad("a factory expected", f"it is {glimpse(node.get('factory'))}")
                 made.default_factory = factory
             for key, value in self._pairs(node["dict"]):
-                dict.__setitem__(made, key, value)
+                made[key] = value
 
     def _fill_module(self, module: nn.Module, node: dict[str, Any]) -> None:
         state = dict(vars(nn.Module()))

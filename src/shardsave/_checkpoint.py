@@ -130,8 +130,11 @@ class Checkpoint:
                 self._open[shard], header = self._open_shard(shard)
                 self.kept.update(_located(shard, header))
                 continue
-            with self._opened(shard) as file:
-                self.documents[role] = self._checked_start(file.fd, shard, record)
+            try:
+                with self._opened(shard) as file:
+                    self.documents[role] = self._checked_start(file.fd, shard, record)
+            except CallFailed as error:
+                raise cannot_read(self.path_of(shard), error) from error
 
     def _open_shard(self, shard: str) -> tuple[Descriptor, Header]:
         file = self._opened(shard)

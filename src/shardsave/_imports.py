@@ -6,7 +6,6 @@ classes alone, never through another module: trusting ``mylib`` does not trust w
 
 from __future__ import annotations
 
-import builtins
 import enum
 import importlib
 import importlib.metadata
@@ -31,21 +30,22 @@ _TORCH_FUNCTIONS = frozenset([
 _BUILTIN_TYPES = frozenset(["bool", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "set", "str", "tuple"])
 
 #: Modules in which functions that do not say truly where they are from are looked for, the trusted ones first.
-_HOMES: tuple[types.ModuleType, ...] = (torch.nn.functional, torch, torch.special, math, builtins)
+_HOMES: tuple[types.ModuleType, ...] = (torch.nn.functional, torch, torch.special, math)
 
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 
 
 def name_of(thing: Any) -> str | None:
     """The name by which a class or function will be found again, None where there is none (a lambda, a local class)."""
-    module, qualified = getattr(thing, "__module__", None), getattr(thing, "__qualname__", None)
+    module, qualified, short = (getattr(thing, key, None) for key in ("__module__", "__qualname__", "__name__"))
+    homes = [f"{home.__name__}:{short}" for home in _HOMES if isinstance(short, str) and vars(home).get(short) is thing]
+    if homes and isinstance(thing, types.BuiltinFunctionType):  # those of torch say that they are from torch._C
+        return homes[0]
+    if module == "builtins" and short not in _BUILTIN_TYPES:
+        return None
     if isinstance(module, str) and isinstance(qualified, str) and _walk(sys.modules.get(module), qualified) is thing:
         return f"{module}:{qualified}"
-    short = getattr(thing, "__name__", "")
-    for home in _HOMES:
-        if short and getattr(home, short, None) is thing:
-            return f"{home.__name__}:{short}"
-    return None
+    return homes[0] if homes else None
 
 
 def version_of(name: str) -> str | None:

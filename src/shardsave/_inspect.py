@@ -47,7 +47,7 @@ def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:
             ties=dict(checkpoint.ties),
             metadata=dict(checkpoint.metadata),
             durable=checkpoint.record.durable if checkpoint.record is not None else None,
-            parts=tuple(checkpoint.record.parts) if checkpoint.record is not None else (),
+            parts={role: part.file for role, part in checkpoint.record.parts.items()} if checkpoint.record is not None else {},
         )
 
 

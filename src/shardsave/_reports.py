@@ -143,7 +143,7 @@ class CheckpointInfo:
     ``tensors``: by name, a tied name having the entry of the tensor that it shares. ``parameters``: the names that are
     parameters and ``frozen``: those of them that were frozen; both None where unknown, as with files of others.
     ``ties``: tied name → the name under which the bytes are stored. ``bytes``: of tensor data, each tie counted once.
-    ``durable``: what the save was asked for; None where unknown. ``parts``: what else it has, ``"architecture"`` for example.
+    ``durable``: what the save was asked for; None where unknown. ``parts``: what else it has → the file.
     """
 
     path: str
@@ -155,7 +155,7 @@ class CheckpointInfo:
     ties: Mapping[str, str]
     metadata: Mapping[str, Any]
     durable: bool | None
-    parts: tuple[str, ...] = ()
+    parts: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import shardsave
 
@@ -18,8 +19,18 @@ def state(generation: int) -> dict[str, torch.Tensor]:
     return {f"t{n}": torch.full((500 + n,), float(generation)) for n in range(4)}
 
 
+def model(generation: int) -> nn.Module:
+    """The same tensors in a module, and one more that is kept with its architecture."""
+    made = nn.Module()
+    for name, tensor in state(generation).items():
+        made.register_parameter(name, nn.Parameter(tensor))
+    made.register_buffer("scratch", torch.full((3,), float(generation)), persistent=False)
+    return made
+
+
 def save(generation: int, folder: Path, durable: bool = True) -> shardsave.SaveReport:
-    return shardsave.save(state(generation), folder, max_shard_size=5000, durable=durable, progress=False)
+    """Two shards, an architecture and its tensors."""
+    return shardsave.save(model(generation), folder, max_shard_size=5000, architecture=True, durable=durable, progress=False)
 
 
 def generation_in(folder: Path) -> int | None:
@@ -31,12 +42,17 @@ def generation_in(folder: Path) -> int | None:
     generation = int(loaded["t0"][0])
     expected = state(generation)
     assert loaded.keys() == expected.keys() and all(torch.equal(loaded[name], expected[name]) for name in loaded)
+    if shardsave.inspect(folder).parts:
+        built = shardsave.build_model(folder, progress=False)
+        assert all(torch.equal(built.state_dict()[name], expected[name]) for name in expected)
+        assert torch.equal(built.get_buffer("scratch"), torch.full((3,), float(generation)))
     return generation
 
 
 def litter_in(folder: Path) -> set[str]:
     """What is in the directory and belongs to no checkpoint."""
-    return set(os.listdir(folder)) - {INDEX, *shardsave.inspect(folder).shards}
+    info = shardsave.inspect(folder)
+    return set(os.listdir(folder)) - {INDEX, *info.shards, *info.parts.values()}
 
 
 def next_save_works(folder: Path) -> None:
