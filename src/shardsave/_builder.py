@@ -336,6 +336,8 @@ class Builder:
             self._bad("a value with a known tag expected", f"it is {glimpse(value)}")
         try:
             return read(content)
+        except RecursionError:
+            raise
         except (TypeError, ValueError, AttributeError, RuntimeError, KeyError, OverflowError):
             self._bad(f"a {tag} expected", f"it is {glimpse(content)}")
 

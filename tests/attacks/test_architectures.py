@@ -1,0 +1,328 @@
+"""Method: a good architecture is saved, one thing about it is changed and every seal made right again, as one who may write the files
+can. Building it must end in exactly the error that the table says, with nothing imported that was not trusted, and nothing called.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from making import Json, crc, edit_index, rewrite
+from torch import nn
+
+import shardsave
+import zoo
+
+Change = Callable[[Json], object]
+
+
+def edit_architecture(folder: Path, change: Change) -> None:
+    name = shardsave.inspect(folder).parts["architecture"]
+    document = json.loads((folder / name).read_bytes())
+    changed = change(document)
+    content = changed if isinstance(changed, bytes) else json.dumps(document).encode()
+    rewrite(folder / name, content)
+    sealed = [name, len(content), len(content), crc(content)]
+    edit_index(folder, lambda index: index["shardsave"]["parts"].update(architecture=sealed))
+
+
+def node(document: Json, kind: str, ending: str = "") -> Json:
+    """The first object of a kind."""
+    found: Json = next(one for one in document["objects"] if kind in one and str(one[kind]).endswith(ending))
+    return found
+
+
+def root(**changes: Any) -> Change:
+    return lambda document: document["objects"][0].update(changes)
+
+
+def attribute(name: str, value: Any) -> Change:
+    return lambda document: document["objects"][0].setdefault("attributes", {}).update({name: value})
+
+
+def imported(name: str, value: Any) -> Change:
+    """A root attribute made of something imported, with the name among the imports as a writer would have it."""
+
+    def change(document: Json) -> None:
+        document["imports"][name] = None
+        attribute("a", value)(document)
+
+    return change
+
+
+def nested(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = {"tuple": [value]}
+    return value
+
+
+UNTRUSTED = "cannot build $ARCH: only what is trusted is imported, it asks for {}; if you know them, say trust=['{}']; nothing was imported"
+BAD = "corrupt $ARCH: {}, {}; nothing was built"
+NOT_DEFINED = "corrupt $ARCH: {} expected to be a class or a function that {} defines, it is {}; nothing was built"
+FORM = "corrupt $ARCH: names of the form 'module:Class' expected, it asks for {}; nothing was imported"
+
+#: What is changed, and the whole message; ``zoo`` is trusted throughout.
+CASES: dict[str, tuple[Change, str]] = {
+    "os.system": (imported("os:system", {"import": "os:system"}), UNTRUSTED.format("os.system", "os")),
+    "posix.system": (imported("posix:system", {"import": "posix:system"}), UNTRUSTED.format("posix.system", "posix")),
+    "builtins.eval": (imported("builtins:eval", {"import": "builtins:eval"}), UNTRUSTED.format("builtins.eval", "builtins")),
+    "torch.load": (imported("torch:load", {"import": "torch:load"}), UNTRUSTED.format("torch.load", "torch")),
+    "torch.from_file": (
+        imported("torch:from_file", {"import": "torch:from_file"}),
+        UNTRUSTED.format("torch.from_file", "torch"),
+    ),
+    "torch.hub": (imported("torch.hub:load", {"import": "torch.hub:load"}), UNTRUSTED.format("torch.hub.load", "torch")),
+    "a name that begins like a trusted one": (
+        imported("zoology:Net", {"import": "zoology:Net"}),
+        UNTRUSTED.format("zoology.Net", "zoology"),
+    ),
+    "a module of torch.nn": (
+        imported("torch.nn.functional:torch", {"import": "torch.nn.functional:torch"}),
+        NOT_DEFINED.format("torch.nn.functional.torch", "torch.nn.functional", "the module torch"),
+    ),
+    "through a module": (
+        imported("torch.nn.functional:importlib.import_module", {"import": "torch.nn.functional:importlib.import_module"}),
+        "cannot build $ARCH: what it is made of was expected to be there, not found: torch.nn.functional.importlib.import_module "
+        "(saved without a version; module torch.nn.functional has no importlib.import_module); for what was renamed say "
+        "classes={'old.Name': NewClass}; nothing was built",
+    ),
+    "what a trusted module imports": (
+        imported("zoo:Path", {"import": "zoo:Path"}),
+        NOT_DEFINED.format("zoo.Path", "zoo", "type of pathlib"),
+    ),
+    "partial as a class": (
+        lambda document: (
+            document["imports"].update({"zoo:functools.partial": None}),
+            attribute("a", {"import": "zoo:functools.partial"})(document),
+        ),
+        "cannot build $ARCH: what it is made of was expected to be there, not found: zoo.functools.partial (saved without a version; "
+        "module zoo has no functools.partial); for what was renamed say classes={'old.Name': NewClass}; nothing was built",
+    ),
+    "partial over what is not imported": (
+        attribute("a", {"partial": [{"import": "os:system"}, ["touch /tmp/x"], []]}),
+        BAD.format("names expected to stand in imports", "'os:system' does not"),
+    ),
+    "partial over a value": (
+        attribute("a", {"partial": ["os.system", [], []]}),
+        BAD.format("a partial of what is imported expected", "it is of 'os.system'"),
+    ),
+    "partial in the place of forward": (
+        lambda document: (
+            document["imports"].update({"zoo:double": None}),
+            attribute("forward", {"partial": [{"import": "zoo:double"}, [1], []]})(document),
+        ),
+        BAD.format("attributes of a Property expected", "'forward' would take the place of its method"),
+    ),
+    "a function in the place of torch's": (
+        lambda document: (
+            document["imports"].update({"zoo:double": None}),
+            attribute("_compiled_call_impl", {"import": "zoo:double"})(document),
+        ),
+        BAD.format("attributes of a Property expected", "'_compiled_call_impl' would take the place of its method"),
+    ),
+    "a method of every module": (
+        attribute("a", {"method": [{"ref": 0}, "load_state_dict"]}),
+        BAD.format("a method of an object's own class expected", "it is 'load_state_dict'"),
+    ),
+    "a method of a list": (
+        lambda document: (
+            document["objects"].append({"list": []}),
+            attribute("a", {"method": [{"ref": 1}, "append"]})(document),
+        ),
+        BAD.format("a method of an object's own class expected", "it is 'append'"),
+    ),
+    "a hook": (
+        lambda document: (
+            document["imports"].update({"zoo:double": None}),
+            root(hooks={"_forward_pre_hooks": [[{"import": "zoo:double"}, False]]})(document),
+        ),
+        BAD.format("hooks expected to be the module's methods or of torch.nn.utils", "one is a function"),
+    ),
+    "a hook of another kind": (
+        root(hooks={"_forward_hooks": []}),
+        BAD.format(
+            "hooks expected to be of _forward_pre_hooks, _state_dict_hooks, _load_state_dict_pre_hooks",
+            "they are of '_forward_hooks'",
+        ),
+    ),
+    "dunder attribute": (
+        attribute("__class__", 1),
+        BAD.format("attributes expected to have names of their own", "'__class__' is Python's"),
+    ),
+    "dunder name": (imported("zoo:__builtins__", 1), FORM.format("'zoo:__builtins__'")),
+    "dunder in a path": (imported("zoo:Property.__init__.__globals__", 1), FORM.format("'zoo:Property.__init__.__globals__'")),
+    "dunder module": (imported("zoo.__main__:x", 1), FORM.format("'zoo.__main__:x'")),
+    "no colon": (imported("zoo", 1), FORM.format("'zoo'")),
+    "a path as a module": (imported("../zoo:x", 1), FORM.format("'../zoo:x'")),
+    "property": (attribute("level", 3), BAD.format("attributes of a Property expected", "'level' is a property of its class")),
+    "torch's own attribute": (attribute("_modules", {}), BAD.format("a value with one tag expected", "it is {}")),
+    "torch's own dict": (
+        attribute("_forward_hooks", 5),
+        BAD.format("attributes of the module's own expected", "'_forward_hooks' is torch's"),
+    ),
+    "a class that is no module": (
+        lambda document: (document["imports"].update({"zoo:Config": None}), root(module="zoo:Config")(document)),
+        BAD.format("a class of Module expected", "'zoo:Config' is none"),
+    ),
+    "an instance of a builtin": (
+        lambda document: (
+            document["imports"].update({"builtins:int": None}),
+            document["objects"].append({"object": "builtins:int"}),
+        ),
+        BAD.format("an instance of a class in Python expected", "builtins.int is none"),
+    ),
+    "a class of torch.nn that is no module": (
+        imported("torch.nn.parallel.distributed:_DDPSink", 1),
+        "corrupt $ARCH: a module of torch.nn expected, it asks for torch.nn.parallel.distributed._DDPSink, which is none; "
+        "nothing was built",
+    ),
+    "deep nesting": (attribute("a", nested(400)), BAD.format("values of some depth expected", "they are nested too deeply")),
+    "deeper nesting": (
+        lambda document: b'{"format": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        BAD.format("JSON expected", "it is nested too deeply"),
+    ),
+    "a number out of the table": (attribute("a", {"ref": 99}), BAD.format("a number below 1 expected", "it is 99")),
+    "a number below the table": (attribute("a", {"ref": -1}), BAD.format("a number below 1 expected", "it is -1")),
+    "true as a number": (attribute("a", {"ref": True}), BAD.format("a number below 1 expected", "it is true")),
+    "an unknown tag": (
+        attribute("a", {"pickle": "gASVAAA="}),
+        BAD.format("a value with a known tag expected", "it is {'pickle': 'gASVAAA='}"),
+    ),
+    "two tags": (
+        attribute("a", {"tuple": [], "list": []}),
+        BAD.format("a value with one tag expected", "it is {'list': [], 'tuple': []}"),
+    ),
+    "an unknown object": (
+        lambda document: document["objects"].append({"code": "print()"}),
+        BAD.format("an object of a known kind expected", "it is {'code': 'print()'}"),
+    ),
+    "a mutable key": (
+        lambda document: document["objects"].extend([{"list": []}, {"dict": [[{"ref": 1}, 1]]}]),
+        BAD.format("keys expected to be simple values", "one is a list"),
+    ),
+    "a tensor that is not there": (
+        lambda document: document["objects"].append({"tensor": "elsewhere", "kind": "parameter"}),
+        BAD.format("tensor 'elsewhere' expected in the checkpoint", "it is not there, or has other strides"),
+    ),
+    "an enum that is none": (
+        lambda document: (
+            document["imports"].update({"zoo:Config": None}),
+            attribute("a", {"enum": ["zoo:Config", "x"]})(document),
+        ),
+        BAD.format("a class of Enum expected", "'zoo:Config' is none"),
+    ),
+    "dtype that is a function": (attribute("a", {"dtype": "load"}), BAD.format("a dtype of torch expected", "it is 'load'")),
+    "huge range": (attribute("a", {"range": [0, "x", 1]}), BAD.format("a range expected", "it is [0, 'x', 1]")),
+    "root that is no module": (
+        lambda document: document["objects"].insert(0, {"list": []}),
+        BAD.format("a module expected at the root", "it is a list"),
+    ),
+    "no objects": (
+        lambda document: document.update(objects=[]),
+        BAD.format("objects expected to be a list of objects", "they are []"),
+    ),
+    "another format": (
+        lambda document: document.update(format="pickle"),
+        BAD.format("a document of format shardsave-architecture expected", "it is 'pickle'"),
+    ),
+    "a feature of the future": (
+        lambda document: document.update(requires=["telepathy"]),
+        "cannot build $ARCH: it requires ['telepathy'], which this version of shardsave does not know; the checkpoint is intact, "
+        "build it with a newer version",
+    ),
+}
+
+Events = list[tuple[str, Any]]
+_watching: Events | None = None
+
+
+def _audit(event: str, arguments: tuple[Any, ...]) -> None:
+    if _watching is not None and event in ("import", "os.system", "exec", "subprocess.Popen", "compile"):
+        _watching.append((event, arguments[0]))
+
+
+sys.addaudithook(_audit)
+
+
+@pytest.fixture
+def events() -> Iterator[Events]:
+    """What was imported or run while a build was tried."""
+    global _watching
+    _watching = []
+    yield _watching
+    _watching = None
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    shardsave.save(zoo.Property(), tmp_path, architecture=True, durable=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_refused(name: str, folder: Path, events: Events) -> None:
+    """Catches a document that makes the builder import, call or set what it must not, and a refusal that is not the one meant."""
+    change, message = CASES[name]
+    edit_architecture(folder, change)
+    events.clear()
+    with pytest.raises(shardsave.ShardSaveError) as raised:
+        shardsave.build_model(folder, trust=["zoo"])
+    assert str(raised.value) == message.replace("$ARCH", f"the architecture in {folder}")
+    assert [event for event in events if event[1] not in sys.modules] == []
+    assert zoo.Property.changed == []
+
+
+def test_setstate_that_does_not_take_it(folder: Path) -> None:
+    """Catches an exception of a class's own that comes out raw."""
+    shardsave.save(zoo.Remembers(), folder, architecture=True)
+    edit_architecture(folder, lambda document: document["objects"][0].update(attributes={"cache": 1}, extra_state={"ref": 0}))
+    assert shardsave.build_model(folder, trust=["zoo"]).cache == "made again"
+    shardsave.save(nn.LSTM(2, 2), folder, architecture=True)
+    edit_architecture(folder, lambda document: document["objects"][0].update(attributes={}))
+    with pytest.raises(shardsave.IncompatibleCheckpointError) as raised:
+        shardsave.build_model(folder)
+    assert str(raised.value) == (
+        f"cannot build the architecture in {folder}: __setstate__ of torch.nn.modules.rnn.LSTM was expected to take what was saved "
+        f"with torch {torch.__version__}, it raised AttributeError: 'LSTM' object has no attribute '_all_weights'; nothing was built"
+    )
+
+
+def test_changed_architectures_are_noticed(folder: Path) -> None:
+    """Catches a part that is not checked against the index: every byte of it is flipped, and it is cut and lengthened."""
+    name = shardsave.inspect(folder).parts["architecture"]
+    content = (folder / name).read_bytes()
+    for place in range(len(content)):
+        rewrite(folder / name, content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+        for verb in (shardsave.verify, lambda path: shardsave.build_model(path, trust=["zoo"])):
+            with pytest.raises(
+                shardsave.CorruptCheckpointError, match=f"corrupt shard {name}: the index says a header with checksum"
+            ):
+                verb(folder)
+    for other in (content[:-1], content + b" "):
+        rewrite(folder / name, other)
+        with pytest.raises(
+            shardsave.CorruptCheckpointError, match=f"corrupt shard {name}: the index says {len(content)} bytes"
+        ):
+            shardsave.verify(folder)
+    (folder / name).unlink()
+    with pytest.raises(shardsave.CorruptCheckpointError, match=f"the index names {name}, there is no such file"):
+        shardsave.verify(folder)
+
+
+def test_tensors_of_an_architecture_are_checked(tmp_path: Path) -> None:
+    """Catches non-persistent buffers that are loaded though a bit of them is wrong."""
+    model = nn.Module()
+    model.register_buffer("scratch", torch.arange(4.0), persistent=False)
+    shardsave.save(model, tmp_path, architecture=True)
+    path = tmp_path / shardsave.inspect(tmp_path).parts["architecture tensors"]
+    content = path.read_bytes()
+    rewrite(path, content[:-1] + b"\x01")
+    for verb in (shardsave.verify, shardsave.build_model):
+        with pytest.raises(shardsave.CorruptCheckpointError, match=f"corrupt shard {path.name}: tensor 'scratch' has checksum"):
+            verb(tmp_path)
