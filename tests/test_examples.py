@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import shardsave
-from shardsave import _inspect, _load, _save
+from shardsave import _build, _inspect, _load, _save
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -18,12 +18,12 @@ def test_readme_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     """Catches an example that does not run, in the order in which a reader meets them."""
     monkeypatch.chdir(tmp_path)
     examples = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(examples) == 6
+    assert len(examples) >= 7
     for example in examples:
         exec(compile(example, "README.md", "exec"), {})
 
 
-@pytest.mark.parametrize("module", [shardsave, _save, _load, _inspect], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [shardsave, _save, _load, _inspect, _build], ids=lambda module: module.__name__)
 def test_docstring_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: object) -> None:
     """Catches a docstring that shows what is not so."""
     monkeypatch.chdir(tmp_path)

@@ -69,6 +69,9 @@ def looking() -> None:
     assert_type(tensor.shape, tuple[int, ...])
     assert_type(tensor.nbytes, int)
     assert_type(tensor.shard, str)
+    assert_type(info.parts, Mapping[str, str])
+    built = shardsave.build_model("ckpt", device="cuda", trust=["mylib"], classes={"mylib.Old": torch.nn.Linear})
+    assert_type(built, torch.nn.Module)
     report = shardsave.verify("ckpt", progress=True)
     assert_type(report, shardsave.VerifyReport)
     assert_type(report.verified, bool | None)
@@ -101,4 +104,6 @@ def refused(model: torch.nn.Module, report: shardsave.SaveReport) -> None:
     shardsave.load_model({"x": torch.ones(1)}, "ckpt")  # type: ignore[arg-type]
     shardsave.load_model("ckpt", model)  # type: ignore[arg-type]
     shardsave.inspect("ckpt", True)  # type: ignore[call-arg]
+    shardsave.build_model("ckpt", "cpu")  # type: ignore[call-arg]
+    shardsave.build_model("ckpt", trust=3)  # type: ignore[arg-type]
     report.bytes = 3  # type: ignore[misc]

@@ -25,6 +25,24 @@ def _save_to_cache(model: nn.Module, path: Path) -> None:
     shardsave.save(model, path, durable=False, progress=False)
 
 
+def _save_module(model: nn.Module, path: Path) -> None:
+    import shardsave
+
+    shardsave.save(model, path, architecture=True, progress=False)
+
+
+def _new_module(path: Path):
+    import shardsave
+
+    return shardsave.build_model(path, trust=["transformers"], progress=False).state_dict()
+
+
+def _ready_for_modules() -> None:
+    import transformers.models.llama.modeling_llama  # noqa: F401  the classes that an architecture names
+
+    import shardsave  # noqa: F401
+
+
 def _into(model: nn.Module, path: Path) -> None:
     import shardsave
 
@@ -54,6 +72,16 @@ TOOLS = (
         atomic="yes",
         checked="every tensor",
         mapped=frozenset({"new, mapped"}),
+    ),
+    Tool(
+        name="shardsave, whole module",
+        packages=("shardsave",),
+        ready=_ready_for_modules,
+        save=_save_module,
+        loads={"new": _new_module},
+        durable=True,
+        atomic="yes",
+        checked="every tensor",
     ),
     Tool(
         name="shardsave, durable=False",

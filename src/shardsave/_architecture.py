@@ -369,10 +369,14 @@ _PLAIN_SIZE = type("Plain", (), {}).__basicsize__
 
 
 def shadows_method(kind: type, name: str, value: Any) -> bool:
-    """Whether ``value``, set on an instance of ``kind``, would be called in the place of a method; the method itself may be."""
+    """Whether ``value``, set on an instance of ``kind``, would be called in the place of a method.
+
+    A method of the class itself may be: some choose their ``forward`` so.
+    """
     of_torch = issubclass(kind, nn.Module) and name in vars(nn.Module)
-    method = isinstance(getattr(kind, name, None), types.FunctionType)
-    return callable(value) and (of_torch or (method and not isinstance(value, types.MethodType)))
+    if isinstance(value, types.MethodType):
+        return of_torch and name != "forward"
+    return callable(value) and (of_torch or isinstance(getattr(kind, name, None), types.FunctionType))
 
 
 def _slots(kind: type) -> list[str]:
