@@ -130,8 +130,8 @@ def test_weights_are_stored_once(tmp_path: Path) -> None:
     model = SmallModel()
     shardsave.save(model, tmp_path, architecture=True)
     info = shardsave.inspect(tmp_path)
-    kept = [path for path in tmp_path.iterdir() if path.name == info.parts["architecture tensors"]]
-    assert info.parts.keys() == {"architecture", "architecture tensors"} and kept[0].stat().st_size < 4096 + 100
+    kept = [path for path in tmp_path.iterdir() if path.name == info.parts["extra tensors"]]
+    assert info.parts.keys() == {"architecture", "extra tensors"} and kept[0].stat().st_size < 4096 + 100
     assert shardsave.load(tmp_path).keys() == model.state_dict().keys()
     shardsave.save(model, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors.index.json", *shardsave.inspect(tmp_path).shards}

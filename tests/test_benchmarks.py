@@ -48,3 +48,11 @@ def test_measures_and_reports(tmp_path: Path, compiled: Compile) -> None:
     assert "| import shardsave" not in text  # not measured here, so not claimed
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {"save.png", "load.png", "cost.png"}
     assert all(f"plots/{path.name}" in text for path in (tmp_path / "plots").iterdir())
+
+
+def test_whole_models_come_back(tmp_path: Path) -> None:
+    """Catches a model of torch.nn or transformers that is built otherwise than it was saved."""
+    command = [sys.executable, str(BENCHMARKS / "models.py"), "--only", "torch", "--only", "transformers"]
+    subprocess.run([*command, "--to", str(tmp_path / "models.md")], check=True, capture_output=True)
+    table = (tmp_path / "models.md").read_text()
+    assert "10 of 10 are equal." in table and "19 of 19 are equal." in table, table

@@ -6,7 +6,7 @@
 >>> report = shardsave.load_model(torch.nn.Linear(4, 2), "checkpoint")
 """
 
-from shardsave._build import build_model
+from shardsave._build import build_model, load_program
 from shardsave._inspect import inspect, verify
 from shardsave._load import load, load_model
 from shardsave._reports import CheckpointInfo, LoadReport, Phases, SaveReport, TensorInfo, VerifyReport
@@ -49,6 +49,7 @@ __all__ = [
     "inspect",
     "load",
     "load_model",
+    "load_program",
     "save",
     "verify",
 ]

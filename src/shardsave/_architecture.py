@@ -17,7 +17,7 @@ import pathlib
 import types
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,19 +52,42 @@ _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 _MADE_AT_RUN_TIME = {"ScriptModule": "TorchScript", "GraphModule": "a traced graph"}
 
 
-class Architecture(NamedTuple):
-    """``document``: JSON. ``tensors``: what it needs and the weights do not have (non-persistent buffers, tensors in attributes)."""
+class ExtraTensors:
+    """What a model needs and its weights (``entries``) do not have: non-persistent buffers, tensors in attributes, constants."""
 
-    document: bytes
-    tensors: tuple[Entry, ...]
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        self.kept: list[Entry] = []
+        self._by_name = {entry.name: entry.tensor for entry in entries}
+        self._by_memory = {place: entry.name for entry in reversed(entries) if (place := _memory(entry.tensor)) is not None}
+        self._kept_by_memory: dict[Any, str] = {}
+
+    def place(self, tensor: torch.Tensor, name: str) -> tuple[str, bool]:
+        """The name under which the checkpoint has the data of ``tensor``, and whether it is an extra one."""
+        memory = _memory(tensor)
+        stored = self._by_memory.get(memory) if memory is not None else None
+        if stored is None and memory is None and name in self._by_name:
+            there = self._by_name[name]
+            stored = name if (there.shape, there.dtype) == (tensor.shape, tensor.dtype) else None
+        if stored is not None:
+            return stored, False
+        if memory is not None and memory in self._kept_by_memory:
+            return self._kept_by_memory[memory], True
+        taken = {entry.name for entry in self.kept}
+        while name in taken or name in ("", "__metadata__"):
+            name += "_"
+        check_savable(name, tensor)
+        self.kept.append(Entry(name, "buffer", None, None, tensor.detach()))
+        if memory is not None:
+            self._kept_by_memory[memory] = name
+        return name, True
 
 
-def describe(module: nn.Module, entries: Sequence[Entry]) -> Architecture:
-    """The tree of ``module`` as data; ``entries`` are what is saved of it.
+def describe(module: nn.Module, extra: ExtraTensors) -> bytes:
+    """The tree of ``module`` as data, in JSON; what it needs beside the weights is added to ``extra``.
 
     Warns of hooks that are not kept. Raises UnsupportedModuleError that lists all that cannot be kept.
     """
-    writer = _Writer(entries)
+    writer = _Writer(extra)
     writer.describe(unwrap(module))
     if writer.refused:
         raise UnsupportedModuleError(f"cannot save the architecture: {'; '.join(writer.refused)}; nothing was written")
@@ -78,7 +101,7 @@ def describe(module: nn.Module, entries: Sequence[Entry]) -> Architecture:
         "imports": {name: version_of(name) for name in sorted(writer.imports)},
         "objects": writer.objects,
     }
-    return Architecture(json.dumps(document, ensure_ascii=False, allow_nan=False).encode(), tuple(writer.kept))
+    return json.dumps(document, ensure_ascii=False, allow_nan=False).encode()
 
 
 def _script_of(imports: Iterable[str]) -> str | None:
@@ -93,18 +116,15 @@ def _script_of(imports: Iterable[str]) -> str | None:
 class _Writer:
     """Makes the table. Work waits in a queue, so that no depth of a model reaches the depth of Python's stack."""
 
-    def __init__(self, entries: Sequence[Entry]) -> None:
+    def __init__(self, extra: ExtraTensors) -> None:
         self.objects: list[Any] = []
         self.imports: set[str] = set()
-        self.kept: list[Entry] = []
         self.refused: list[str] = []
         self.dropped_hooks: list[str] = []
         self._numbers: dict[int, int] = {}
         self._alive: list[object] = []  # an id is that of one object only while the object lives
         self._queue: collections.deque[tuple[int, Any, str]] = collections.deque()
-        self._by_name = {entry.name: entry.tensor for entry in entries}
-        self._by_memory = {place: entry.name for entry in reversed(entries) if (place := _memory(entry.tensor)) is not None}
-        self._kept_by_memory: dict[Any, str] = {}
+        self._extra = extra
         self._tables: list[tuple[type, Callable[[Any, str], Any]]] = [
             (nn.Module, self._module),
             (torch.Tensor, self._tensor),
@@ -210,7 +230,7 @@ class _Writer:
             what = type(tensor).__name__ if type(tensor) not in PLAIN_TYPES else f"a tensor of {tensor.dtype}"
             self._refuse(path, f"{what}, which the files cannot hold")
             return node
-        node["tensor"], kept = self._place(tensor, plain_name(path.partition(".")[2]))
+        node["tensor"], kept = self._extra.place(tensor, plain_name(path.partition(".")[2]))
         if kept:
             node["kept"] = True
         if tensor.requires_grad and tensor.is_leaf:
@@ -221,26 +241,6 @@ class _Writer:
             node["attributes"] = self._attributes(vars(tensor), path)
         return node
 
-    def _place(self, tensor: torch.Tensor, name: str) -> tuple[str, bool]:
-        """The name under which the checkpoint has the data of ``tensor``, and whether that is in a file of our own."""
-        memory = _memory(tensor)
-        stored = self._by_memory.get(memory) if memory is not None else None
-        if stored is None and memory is None and name in self._by_name:
-            there = self._by_name[name]
-            stored = name if (there.shape, there.dtype) == (tensor.shape, tensor.dtype) else None
-        if stored is not None:
-            return stored, False
-        if memory is not None and memory in self._kept_by_memory:
-            return self._kept_by_memory[memory], True
-        taken = {entry.name for entry in self.kept}
-        while name in taken or name in ("", "__metadata__"):
-            name += "_"
-        check_savable(name, tensor)
-        self.kept.append(Entry(name, "buffer", None, None, tensor.detach()))
-        if memory is not None:
-            self._kept_by_memory[memory] = name
-        return name, True
-
     def _array(self, array: np.ndarray[Any, Any], path: str) -> dict[str, Any]:
         try:
             tensor = torch.from_numpy(array.copy())
@@ -248,7 +248,7 @@ class _Writer:
             self._refuse(path, f"an array of {array.dtype}, which the files cannot hold")
             return {}
         self._alive.append(tensor)
-        name, _ = self._place(tensor, path.partition(".")[2])
+        name, _ = self._extra.place(tensor, path.partition(".")[2])
         return {"array": name}
 
     def _container(self, thing: Any, path: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`build_model`: from a checkpoint with an architecture to a module, without a definition having to be called."""
+"""`build_model` and `load_program`: from a checkpoint to a whole model, without its definition, or without its classes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from shardsave._dtypes import BY_NAME, torch_shape
 from shardsave._ending import verb
 from shardsave._imports import resolve
 from shardsave._load import Device, device_of
+from shardsave._program import ProgramDocument
 from shardsave._progress import Progress, ProgressArgument
 from shardsave._read import ReadTotals, Target, read_tensors
-from shardsave.errors import IncompatibleCheckpointError
+from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError
 
 
 @verb()
@@ -82,6 +83,67 @@ def build_model(
                 read_tensors(checkpoint, memory.targets, verify=verify, progress=shown, totals=ReadTotals())
             builder.set_extra_states()
     return model
+
+
+@verb()
+def load_program(
+    path: str | os.PathLike[str], *, device: Device = None, verify: bool = True, progress: ProgressArgument = None
+) -> nn.Module:
+    """What a model that was saved with ``program=`` computes, as a module to call; its own classes need not be installed.
+
+    Takes arguments of the shapes that it was exported with. Results of the model's own classes come as dicts. Weights go straight
+    to ``device``. A program is a graph of torch's own operators, checked before torch sees it; nothing of the model's package is imported.
+
+    Args:
+        path: the checkpoint.
+        device: where it runs; by default where it was exported, its tensors being on the CPU.
+        verify: as in ``load``.
+        progress: as in ``save``.
+
+    Raises:
+        TypeError, ValueError: for wrong arguments, before anything happens.
+        IncompatibleCheckpointError: there is no program, or this version of torch does not read it.
+        CheckpointNotFoundError, CorruptCheckpointError, DirectoryBusyError.
+
+    Example:
+        >>> import torch, shardsave
+        >>> model = torch.nn.Linear(4, 2).eval()
+        >>> report = shardsave.save(model, "linear-program", program=((torch.ones(3, 4),), {}))
+        >>> shardsave.load_program("linear-program")(torch.ones(3, 4)).shape
+        torch.Size([3, 2])
+    """
+    check_path(path)
+    check_switches(verify=verify)
+    check_progress(progress)
+    where = device_of(device)
+    with open_checkpoint(path, parts=PARTS) as checkpoint:
+        data = checkpoint.documents.get("program")
+        if data is None:
+            raise IncompatibleCheckpointError(
+                f"cannot load a program from {checkpoint.path}: a program was expected, the checkpoint has none; "
+                f"save with program=(args, kwargs)"
+            )
+        document = ProgramDocument(data, f"the program in {checkpoint.path}")
+        memory = _Memory(checkpoint, where or torch.device("cpu"))
+        with torch.inference_mode(False):
+            state, constants = (_tensors(document, places, memory) for places in (document.state, document.constants))
+            with Progress(progress, "loading", sum(target.located.nbytes for target in memory.targets)) as shown:
+                read_tensors(checkpoint, memory.targets, verify=verify, progress=shown, totals=ReadTotals())
+            return document.module(state, constants, where)
+
+
+def _tensors(
+    document: ProgramDocument, places: Mapping[str, tuple[str, bool, bool]], memory: _Memory
+) -> dict[str, torch.Tensor]:
+    made: dict[str, torch.Tensor] = {}
+    for name, (stored, parameter, kept) in places.items():
+        tensor = memory(stored, kept, None)
+        if tensor is None:
+            raise CorruptCheckpointError(
+                f"corrupt {document.where}: tensor {stored!r} expected in the checkpoint, it is not there; nothing was run"
+            )
+        made[name] = nn.Parameter(tensor, requires_grad=False) if parameter else tensor
+    return made
 
 
 class _Memory:

@@ -28,7 +28,7 @@ CHANGING_SECONDS = 30.0
 
 
 #: What a checkpoint may have beside its weights.
-PARTS = ("architecture", "architecture tensors")
+PARTS = ("architecture", "program", "extra tensors")
 
 
 class Located(NamedTuple):
@@ -50,7 +50,7 @@ class Checkpoint:
         self.path = path
         self.index = index
         self.tensors: dict[str, Located] = {}
-        self.kept: dict[str, Located] = {}  # tensors of an architecture that are no part of the weights
+        self.kept: dict[str, Located] = {}  # what a model needs beside the weights
         self.documents: dict[str, bytes] = {}  # part → its JSON
         self.shards: tuple[str, ...] = ()
         self._folder = folder

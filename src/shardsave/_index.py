@@ -29,7 +29,7 @@ SUPPORTED_FEATURES: frozenset[str] = frozenset()
 
 #: Exactly the names that `shard_names` and `part_name` can make: what a save may remove once no index names it.
 OWN_PATTERN = re.compile(
-    r"model-(?:[0-9a-f]{8}-)?[0-9]{5}-of-[0-9]{5}\.safetensors|(?:architecture|program)-[0-9a-f]{8}\.(?:json|safetensors)"
+    r"model-(?:[0-9a-f]{8}-)?[0-9]{5}-of-[0-9]{5}\.safetensors|(?:(?:architecture|program)-[0-9a-f]{8}\.json|extra-[0-9a-f]{8}\.safetensors)"
 )
 
 _MAX_SHARDS = 99_999

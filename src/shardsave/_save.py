@@ -14,7 +14,7 @@ from typing import Any, Union
 from torch import nn
 
 from shardsave import _engine
-from shardsave._architecture import describe
+from shardsave._architecture import ExtraTensors, describe
 from shardsave._arguments import check_path, check_progress, check_switches
 from shardsave._backend import engine_name
 from shardsave._checkpoint import descriptor_allowance
@@ -27,6 +27,7 @@ from shardsave._format import encode_header, with_sums
 from shardsave._index import Index, Part, Record, ShardRecord
 from shardsave._json import NotJSON, parse_object
 from shardsave._plan import ALIGNMENT, Extent, Shard, StoredTensor, blocks, pack
+from shardsave._program import Program, capture, check_program
 from shardsave._progress import Progress, ProgressArgument
 from shardsave._reports import Phases, SaveReport
 from shardsave._state import Entry, Source, State, read_state
@@ -58,6 +59,7 @@ def save(
     durable: bool = True,
     metadata: Mapping[str, Any] | None = None,
     architecture: bool = False,
+    program: Program | None = None,
     progress: ProgressArgument = None,
     lock_timeout: float = 600.0,
 ) -> SaveReport:
@@ -75,6 +77,8 @@ def save(
         metadata: JSON values by name, given back by ``inspect``; keys are strings on every level, tuples come back as lists.
         architecture: keep the module tree as data too, so that ``build_model`` makes the whole model again without its
             definition having to be called. What cannot be kept as data is refused; hooks are left out with one warning.
+        program: ``(args, kwargs)`` for ``forward``, or what ``torch.export.export`` made of the model: keeps what the model computes
+            as a graph of torch's operators, which ``load_program`` runs without the model's classes.
         progress: None for a bar when it takes long and stderr is a terminal, True or False to force or forbid it, or a
             callable that gets (bytes done, bytes in all).
         lock_timeout: seconds to wait for another save into the same directory.
@@ -82,7 +86,7 @@ def save(
     Raises:
         TypeError, ValueError: for wrong arguments, before anything happens.
         UnsupportedTensorError: a tensor cannot be stored; nothing was written.
-        UnsupportedModuleError: an architecture was asked for, and holds what is no data (all is listed); nothing was written.
+        UnsupportedModuleError: an architecture or a program was asked for, and cannot be kept (all is listed); nothing was written.
         DirectoryBusyError, OutOfSpaceError, SaveNotCommittedError: nothing was committed, what was there is intact.
         DurabilityUncertainError: the new checkpoint is in place, but perhaps not for good.
 
@@ -95,8 +99,10 @@ def save(
     """
     check_path(directory)
     check_switches(durable=durable, architecture=architecture)
-    if architecture and not isinstance(source, nn.Module):
-        raise TypeError(f"architecture=True needs an nn.Module, there is none in a {type(source).__name__}")
+    if (architecture or program is not None) and not isinstance(source, nn.Module):
+        which = "architecture=True" if architecture else "a program"
+        raise TypeError(f"{which} needs an nn.Module, there is none in a {type(source).__name__}")
+    check_program(program)
     check_progress(progress)
     _check_timeout(lock_timeout)
     bound = parse_size(max_shard_size)
@@ -104,24 +110,28 @@ def save(
     started = time.perf_counter()
     with collector_still():
         state = read_state(source, tensors_only=architecture)
-        described = describe(source, state.entries) if architecture and isinstance(source, nn.Module) else None
+        extra = ExtraTensors(state.entries)
+        documents: dict[str, bytes] = {}
+        if architecture and isinstance(source, nn.Module):
+            documents["architecture"] = describe(source, extra)
+        if program is not None and isinstance(source, nn.Module):
+            documents["program"] = capture(source, program, extra)
         stored = [entry for entry in state.entries if entry.tied_to is None]
         shards = pack([_stored_tensor(entry) for entry in stored], bound)
         count = len(shards)
         pieces = _pieces(shards, stored)
-        if described is not None and described.tensors:
-            kept = pack([_stored_tensor(entry) for entry in described.tensors], sys.maxsize)
+        if extra.kept:
+            kept = pack([_stored_tensor(entry) for entry in extra.kept], sys.maxsize)
             shards += kept
-            pieces += _pieces(kept, described.tensors)
+            pieces += _pieces(kept, extra.kept)
         headers = [encode_header(shard) for shard in shards]
     total = sum(shard.data_bytes for shard in shards)
-    documents = {"architecture": described.document} if described is not None else {}
     with (
         Progress(progress, "saving", total) as shown,
         Transaction(directory, durable=durable, lock_timeout=lock_timeout) as transaction,
     ):
         names = list(transaction.shard_names(count))
-        names += [transaction.part_name("architecture", "safetensors") for _ in shards[count:]]
+        names += [transaction.part_name("extra", "safetensors") for _ in shards[count:]]
         needed = sum(_padded(len(header), shard) for header, shard in zip(headers, shards))
         transaction.check_space(needed + sum(map(len, documents.values())))
         _reserve(transaction, pieces)
@@ -132,7 +142,7 @@ def save(
             writer.write(range(first, min(first + step, len(shards))))
         parts: dict[str, Part] = {}
         for name in names[count:]:
-            parts["architecture tensors"] = Part(name, writer.records.pop(name))
+            parts["extra tensors"] = Part(name, writer.records.pop(name))
         for role, document in documents.items():
             parts[role] = _stage_document(transaction, role, document)
         before_commit = time.perf_counter()

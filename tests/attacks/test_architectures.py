@@ -320,7 +320,7 @@ def test_tensors_of_an_architecture_are_checked(tmp_path: Path) -> None:
     model = nn.Module()
     model.register_buffer("scratch", torch.arange(4.0), persistent=False)
     shardsave.save(model, tmp_path, architecture=True)
-    path = tmp_path / shardsave.inspect(tmp_path).parts["architecture tensors"]
+    path = tmp_path / shardsave.inspect(tmp_path).parts["extra tensors"]
     content = path.read_bytes()
     rewrite(path, content[:-1] + b"\x01")
     for verb in (shardsave.verify, shardsave.build_model):
