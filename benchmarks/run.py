@@ -58,6 +58,7 @@ class Runner:
                     measure.make_cold(file)
                 elif operation == "warm":
                     measure.make_warm(file)
+                measure.touch_free_memory(nbytes * 5 // 4)
                 command = [str(self._raw), operation, str(file), str(nbytes), str(threads)]
                 self._note(command, {"tool": "limit", "operation": operation, "threads": threads, "repetition": repetition})
         self._remove(path)

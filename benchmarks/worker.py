@@ -23,6 +23,7 @@ def save(tool, path: Path, size: int) -> dict[str, object]:
     model = models.build(size)
     path.mkdir(parents=True, exist_ok=True)
     gc.collect()
+    measure.touch_free_memory(size * 5 // 4)
     meter = measure.Meter()
     tool.save(model, path)
     found = meter.read()
@@ -44,6 +45,7 @@ def load(tool, way: str, path: Path, size: int, check: bool) -> dict[str, object
     model = models.build(size, seed=1) if into else None
     gc.collect()
     cached_before = measure.cached_bytes(path)
+    measure.touch_free_memory(size * 5 // 4)
     meter = measure.Meter()
     got = routine(model, path) if into else routine(path)
     found = meter.read()
