@@ -53,6 +53,24 @@ def loading(model: torch.nn.Module) -> None:
     assert_type(report.frozen, int | None)
 
 
+def opening() -> None:
+    with shardsave.open(Path("ckpt")) as ckpt:
+        assert_type(ckpt, shardsave.OpenCheckpoint)
+        assert_type(ckpt["x"], torch.Tensor)
+        assert_type(ckpt.get("x"), torch.Tensor | None)
+        part = ckpt.slice("x")
+        assert_type(part, shardsave.TensorSlice)
+        assert_type(part[0:10, ..., None], torch.Tensor)
+        assert_type(part.shape, tuple[int, ...])
+        assert_type(part.dtype, torch.dtype)
+        assert_type(ckpt.names, tuple[str, ...])
+        assert_type(ckpt.frozen, frozenset[str] | None)
+        assert_type(ckpt.ties, Mapping[str, str])
+        assert_type(ckpt.metadata, Mapping[str, Any])
+        assert_type([name for name in ckpt], list[str])
+        assert_type(dict(ckpt), dict[str, torch.Tensor])
+
+
 def looking() -> None:
     info = shardsave.inspect(Path("ckpt"))
     assert_type(info, shardsave.CheckpointInfo)
@@ -103,6 +121,8 @@ def refused(model: torch.nn.Module, report: shardsave.SaveReport) -> None:
     shardsave.load("ckpt", strict=True)  # type: ignore[call-arg]
     shardsave.load_model({"x": torch.ones(1)}, "ckpt")  # type: ignore[arg-type]
     shardsave.load_model("ckpt", model)  # type: ignore[arg-type]
+    shardsave.open("ckpt", "r")  # type: ignore[call-arg]
+    shardsave.open("ckpt")["x"] = torch.ones(1)  # type: ignore[index]
     shardsave.inspect("ckpt", True)  # type: ignore[call-arg]
     shardsave.build_model("ckpt", "cpu")  # type: ignore[call-arg]
     shardsave.build_model("ckpt", trust=3)  # type: ignore[arg-type]

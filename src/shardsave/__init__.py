@@ -9,6 +9,7 @@
 from shardsave._build import build_model, load_program
 from shardsave._inspect import inspect, verify
 from shardsave._load import load, load_model
+from shardsave._open import OpenCheckpoint, TensorSlice, open
 from shardsave._reports import CheckpointInfo, LoadReport, Phases, SaveReport, TensorInfo, VerifyReport
 from shardsave._save import save
 from shardsave._version import __version__
@@ -34,12 +35,14 @@ __all__ = [
     "DurabilityUncertainError",
     "IncompatibleCheckpointError",
     "LoadReport",
+    "OpenCheckpoint",
     "OutOfSpaceError",
     "Phases",
     "SaveNotCommittedError",
     "SaveReport",
     "ShardSaveError",
     "TensorInfo",
+    "TensorSlice",
     "UnsupportedModuleError",
     "UnsupportedTensorError",
     "UntrustedCodeError",
@@ -50,6 +53,7 @@ __all__ = [
     "load",
     "load_model",
     "load_program",
+    "open",
     "save",
     "verify",
 ]

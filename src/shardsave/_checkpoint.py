@@ -81,14 +81,19 @@ class Checkpoint:
         return os.path.join(self._folder, shard)
 
     def descriptor(self, shard: str) -> int:
-        """An open descriptor of ``shard``; where it had to be closed for want of descriptors, opened and checked again."""
-        if shard not in self._open:
+        """An open descriptor of ``shard``; where it was closed for want of descriptors, or by a fork, opened and checked again."""
+        if shard not in self._open or self._open[shard].fd < 0:
             self._open[shard], _ = self._open_shard(shard)
         return self._open[shard].fd
 
     def release(self, shard: str) -> None:
         """Closes ``shard`` when more shards are in use than descriptors can be held for."""
-        if len(self.shards) > descriptor_allowance() and shard in self._open:
+        if len(self.shards) > descriptor_allowance():
+            self.drop(shard)
+
+    def drop(self, shard: str) -> None:
+        """Closes ``shard``, whose descriptor is not needed for now."""
+        if shard in self._open:
             self._open.pop(shard).abandon()
 
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import mmap as _mmap
 import os
 import time
 from collections.abc import Iterable
@@ -17,10 +16,11 @@ from shardsave._arguments import check_path, check_progress, check_switches
 from shardsave._backend import engine_name
 from shardsave._checkpoint import Checkpoint, Located, open_checkpoint
 from shardsave._collector import collector_still
-from shardsave._dtypes import BY_NAME, item_bytes, torch_shape
+from shardsave._dtypes import BY_NAME, torch_shape
 from shardsave._ending import verb
-from shardsave._files import CallFailed, call, read_at
+from shardsave._files import CallFailed, read_at
 from shardsave._find import cannot_read
+from shardsave._map import Maps
 from shardsave._progress import Progress, ProgressArgument
 from shardsave._read import ReadTotals, Target, read_tensors
 from shardsave._reports import LoadReport, Phases
@@ -78,7 +78,7 @@ def load(
         chosen = _choose(checkpoint, wanted, prefix)
         by_stored = {stored: checkpoint.tensors[stored] for stored in chosen.values()}
         if mmap:
-            tensors = _map(checkpoint, by_stored)
+            tensors = Maps(checkpoint).tensors(by_stored)
         else:
             with collector_still():
                 tensors = {
@@ -270,42 +270,6 @@ def _choose(checkpoint: Checkpoint, names: frozenset[str] | None, prefix: str) -
             f"{', '.join(first[:5])}{', …' if len(first) > 5 else ''}"
         )
     return chosen
-
-
-def _map(checkpoint: Checkpoint, chosen: dict[str, Located]) -> dict[str, torch.Tensor]:
-    ends: dict[str, int] = {}  # as far as a shard is mapped
-    for t in chosen.values():
-        ends[t.shard] = max(ends.get(t.shard, 0), t.offset + t.nbytes)
-    mapped: dict[str, _mmap.mmap] = {}
-    tensors: dict[str, torch.Tensor] = {}
-    try:
-        for name, t in chosen.items():
-            if t.nbytes and t.shard not in mapped:
-                mapped[t.shard] = _map_file(checkpoint, t.shard, ends[t.shard])
-            tensors[name] = _tensor_in(mapped.get(t.shard), t)
-    except BaseException:
-        mapped.clear()  # each has a descriptor, and the error's traceback has this frame
-        tensors.clear()
-        raise
-    return tensors
-
-
-def _tensor_in(mapping: _mmap.mmap | None, t: Located) -> torch.Tensor:
-    dtype, shape = BY_NAME[t.dtype].torch, torch_shape(t.dtype, t.shape)
-    if mapping is None or t.nbytes == 0:
-        return torch.empty(shape, dtype=dtype, device="cpu")
-    raw = torch.frombuffer(mapping, dtype=torch.uint8, count=t.nbytes, offset=t.offset)
-    if t.offset % item_bytes(t.dtype):  # others do not always align; a tensor must be
-        raw = raw.clone()
-    return raw.view(dtype).view(shape)
-
-
-def _map_file(checkpoint: Checkpoint, shard: str, length: int) -> _mmap.mmap:
-    path, writable = checkpoint.path_of(shard), _mmap.PROT_READ | _mmap.PROT_WRITE
-    try:
-        return call(_mmap.mmap, path, checkpoint.descriptor(shard), length, flags=_mmap.MAP_PRIVATE, prot=writable)
-    except CallFailed as error:
-        raise cannot_read(path, error) from error
 
 
 def _equal_on_disk(checkpoint: Checkpoint, left: Located, right: Located) -> bool:
