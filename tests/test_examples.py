@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import shardsave
-from shardsave import _build, _inspect, _load, _open, _save
+from shardsave import _build, _diff, _inspect, _load, _open, _save
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -23,7 +23,9 @@ def test_readme_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         exec(compile(example, "README.md", "exec"), {})
 
 
-@pytest.mark.parametrize("module", [shardsave, _save, _load, _open, _inspect, _build], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [shardsave, _save, _load, _open, _diff, _inspect, _build], ids=lambda module: module.__name__
+)
 def test_docstring_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: object) -> None:
     """Catches a docstring that shows what is not so."""
     monkeypatch.chdir(tmp_path)

@@ -90,6 +90,15 @@ def looking() -> None:
     assert_type(info.parts, Mapping[str, str])
     built = shardsave.build_model("ckpt", device="cuda", trust=["mylib"], classes={"mylib.Old": torch.nn.Linear})
     assert_type(built, torch.nn.Module)
+    found = shardsave.diff("before", Path("after"), progress=None)
+    assert_type(found, shardsave.DiffReport)
+    assert_type(found.equal + found.added + found.removed, tuple[str, ...])
+    assert_type(found.flags, Mapping[str, tuple[bool | None, bool | None]] | None)
+    assert_type(found.same, bool)
+    change = found.changed["x"]
+    assert_type(change, shardsave.TensorChange)
+    assert_type(change.dtype, tuple[torch.dtype, torch.dtype])
+    assert_type(change.max_absolute, float | None)
     report = shardsave.verify("ckpt", progress=True)
     assert_type(report, shardsave.VerifyReport)
     assert_type(report.verified, bool | None)
@@ -123,6 +132,7 @@ def refused(model: torch.nn.Module, report: shardsave.SaveReport) -> None:
     shardsave.load_model("ckpt", model)  # type: ignore[arg-type]
     shardsave.open("ckpt", "r")  # type: ignore[call-arg]
     shardsave.open("ckpt")["x"] = torch.ones(1)  # type: ignore[index]
+    shardsave.diff("ckpt")  # type: ignore[call-arg]
     shardsave.inspect("ckpt", True)  # type: ignore[call-arg]
     shardsave.build_model("ckpt", "cpu")  # type: ignore[call-arg]
     shardsave.build_model("ckpt", trust=3)  # type: ignore[arg-type]

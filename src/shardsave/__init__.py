@@ -7,6 +7,7 @@
 """
 
 from shardsave._build import build_model, load_program
+from shardsave._diff import DiffReport, TensorChange, diff
 from shardsave._inspect import inspect, verify
 from shardsave._load import load, load_model
 from shardsave._open import OpenCheckpoint, TensorSlice, open
@@ -31,6 +32,7 @@ __all__ = [
     "CheckpointInfo",
     "CheckpointNotFoundError",
     "CorruptCheckpointError",
+    "DiffReport",
     "DirectoryBusyError",
     "DurabilityUncertainError",
     "IncompatibleCheckpointError",
@@ -41,6 +43,7 @@ __all__ = [
     "SaveNotCommittedError",
     "SaveReport",
     "ShardSaveError",
+    "TensorChange",
     "TensorInfo",
     "TensorSlice",
     "UnsupportedModuleError",
@@ -49,6 +52,7 @@ __all__ = [
     "VerifyReport",
     "__version__",
     "build_model",
+    "diff",
     "inspect",
     "load",
     "load_model",

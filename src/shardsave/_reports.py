@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,7 +80,7 @@ class SaveReport(_Report):
         if self.leftovers:
             more.append(f"could not remove {', '.join(self.leftovers)}")
         if self.overlaps:
-            more.append(f"stored apart though overlapping: {_some(f'{a} and {b}' for a, b in self.overlaps)}")
+            more.append(f"stored apart though overlapping: {some(f'{a} and {b}' for a, b in self.overlaps)}")
         how = f"{self._how()}, {'durable' if self.durable else 'not durable'}"
         return self._with_notes(f"saved {self.path}: {self._size_and_speed()}, {how}", *more)
 
@@ -103,7 +103,7 @@ class LoadReport(_Report):
 
     def __str__(self) -> str:
         more = [
-            f"{word}: {_some(names)}"
+            f"{word}: {some(names)}"
             for word, names in (("missing", self.missing), ("unexpected", self.unexpected), ("mismatched", self.mismatched))
             if names
         ]
@@ -192,7 +192,8 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
-def _some(names: Any, most: int = 3) -> str:
+def some(names: Iterable[str], most: int = 3) -> str:
+    """The first few of ``names``, and how many more there are."""
     listed = list(names)
     more = f" and {len(listed) - most} more" if len(listed) > most else ""
     return ", ".join(listed[:most]) + more
