@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import shardsave
-from shardsave import _build, _diff, _inspect, _load, _open, _save
+from shardsave import _build, _diff, _inspect, _leavings, _load, _open, _save
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -24,7 +24,7 @@ def test_readme_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(
-    "module", [shardsave, _save, _load, _open, _diff, _inspect, _build], ids=lambda module: module.__name__
+    "module", [shardsave, _save, _load, _open, _diff, _leavings, _inspect, _build], ids=lambda module: module.__name__
 )
 def test_docstring_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: object) -> None:
     """Catches a docstring that shows what is not so."""

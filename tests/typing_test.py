@@ -99,6 +99,11 @@ def looking() -> None:
     assert_type(change, shardsave.TensorChange)
     assert_type(change.dtype, tuple[torch.dtype, torch.dtype])
     assert_type(change.max_absolute, float | None)
+    cleaned = shardsave.clean(Path("ckpt"), remove=False, other_hosts=True, lock_timeout=0.5)
+    assert_type(cleaned, shardsave.CleanReport)
+    assert_type(cleaned.found + cleaned.left, tuple[shardsave.Leaving, ...])
+    assert_type(cleaned.removed + cleaned.leftovers, tuple[str, ...])
+    assert_type(cleaned.found[0].dead, bool)
     report = shardsave.verify("ckpt", progress=True)
     assert_type(report, shardsave.VerifyReport)
     assert_type(report.verified, bool | None)
@@ -132,6 +137,7 @@ def refused(model: torch.nn.Module, report: shardsave.SaveReport) -> None:
     shardsave.load_model("ckpt", model)  # type: ignore[arg-type]
     shardsave.open("ckpt", "r")  # type: ignore[call-arg]
     shardsave.open("ckpt")["x"] = torch.ones(1)  # type: ignore[index]
+    shardsave.clean("ckpt", False)  # type: ignore[call-arg]
     shardsave.diff("ckpt")  # type: ignore[call-arg]
     shardsave.inspect("ckpt", True)  # type: ignore[call-arg]
     shardsave.build_model("ckpt", "cpu")  # type: ignore[call-arg]

@@ -9,6 +9,7 @@
 from shardsave._build import build_model, load_program
 from shardsave._diff import DiffReport, TensorChange, diff
 from shardsave._inspect import inspect, verify
+from shardsave._leavings import CleanReport, Leaving, clean
 from shardsave._load import load, load_model
 from shardsave._open import OpenCheckpoint, TensorSlice, open
 from shardsave._reports import CheckpointInfo, LoadReport, Phases, SaveReport, TensorInfo, VerifyReport
@@ -31,11 +32,13 @@ from shardsave.errors import (
 __all__ = [
     "CheckpointInfo",
     "CheckpointNotFoundError",
+    "CleanReport",
     "CorruptCheckpointError",
     "DiffReport",
     "DirectoryBusyError",
     "DurabilityUncertainError",
     "IncompatibleCheckpointError",
+    "Leaving",
     "LoadReport",
     "OpenCheckpoint",
     "OutOfSpaceError",
@@ -52,6 +55,7 @@ __all__ = [
     "VerifyReport",
     "__version__",
     "build_model",
+    "clean",
     "diff",
     "inspect",
     "load",

@@ -24,3 +24,11 @@ def check_progress(progress: object) -> None:
     """Raises TypeError for what can neither be told of progress nor say whether a bar is wanted."""
     if progress is not None and not isinstance(progress, bool) and not callable(progress):
         raise TypeError(f"progress must be None, True, False or a callable, not {type(progress).__name__}")
+
+
+def check_timeout(seconds: object) -> None:
+    """Raises TypeError or ValueError for what is no time to wait for the lock of a directory."""
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
+        raise TypeError(f"lock_timeout must be a number of seconds, not {type(seconds).__name__}")
+    if not seconds >= 0:
+        raise ValueError(f"lock_timeout must be at least 0 seconds, not {seconds!r}")

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
-from shardsave._files import CallFailed, Descriptor, is_regular, read_all
+from shardsave._files import CallFailed, Descriptor, call, inode_of, is_regular, read_all
 from shardsave._index import LONE_NAME, OWN_PATTERN, Index, Superseded
 
 #: Staging directories: eight hex digits for the host, eight at random.
 STAGING_PATTERN = re.compile(r"\.shardsave-([0-9a-f]{8})[0-9a-f]{8}")
 
 _MAX_LIST_BYTES = 64_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """What a save left behind that did not end: its staging directory, or the lone file that it replaced.
+
+    ``files``: what goes with it, relative to the checkpoint's directory. ``bytes``: of disk that this would free.
+    ``dead``: whether its owner is known to be gone; of another host nobody here can know that.
+    """
+
+    name: str
+    files: tuple[str, ...]
+    bytes: int
+    dead: bool
 
 
 def clean(
@@ -74,10 +90,62 @@ def remove_staging(
             return list(dict.fromkeys([*leftovers, staging]))
         contents = _listing(inside.fd, leftovers)
         for name in sorted(contents, key=lambda name: name == "names"):
-            if OWN_PATTERN.fullmatch(name) or name in ("names", "index"):
+            if _is_staged(name):
                 _attempt(lambda name=name: os.unlink(name, dir_fd=inside.fd), f"{staging}/{name}", leftovers)  # type: ignore[misc]
     _attempt(lambda: os.rmdir(staging, dir_fd=folder), staging, leftovers)
     return leftovers
+
+
+def find_leavings(folder: int, *, host: str | None, index: Index | None) -> tuple[Leaving, ...]:
+    """What crashed saves left in the locked directory ``folder`` whose present index is ``index``. Raises CallFailed.
+
+    ``host`` is None where there is no lock, and then no owner is known to be dead.
+    """
+    named = files_of(index) if index is not None else frozenset()
+    kept = {inode for name in named if (inode := inode_of(name, folder)) is not None}
+    found = []
+    for name in sorted(call(os.listdir, "", folder)):
+        match = STAGING_PATTERN.fullmatch(name)
+        if match:
+            files = _files_with(folder, name, named)
+            found.append(Leaving(name, files, _disk_bytes(folder, files, kept), match[1] == host))
+    stale = index.record.supersedes if index is not None and index.record is not None else None
+    if stale is not None and LONE_NAME not in named and _is_stale(folder, stale):
+        found.append(Leaving(LONE_NAME, (LONE_NAME,), _disk_bytes(folder, (LONE_NAME,), kept), True))
+    return tuple(found)
+
+
+def remove_leaving(folder: int, leaving: Leaving, index: Index | None) -> list[str]:
+    """Removes ``leaving``, once ``index``, the present one, is certain to stay; gives the names that would not go."""
+    named = files_of(index) if index is not None else frozenset()
+    if leaving.name != LONE_NAME:
+        return remove_staging(folder, leaving.name, finals=None, named=named, durable=True)
+    leftovers: list[str] = []
+    if index is not None and index.record is not None and index.record.supersedes is not None:
+        _remove_lone(folder, index.record.supersedes, leftovers)
+    return leftovers
+
+
+def _files_with(folder: int, staging: str, named: frozenset[str]) -> tuple[str, ...]:
+    """What `remove_staging` would remove; nothing where ``staging`` is no directory."""
+    with Descriptor() as inside:
+        try:
+            inside.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, folder)
+            finals = set(_listed(inside.fd)) - named
+            staged = [f"{staging}/{name}" for name in sorted(call(os.listdir, staging, inside.fd)) if _is_staged(name)]
+        except CallFailed:
+            return ()
+    return (*staged, *sorted(name for name in finals if OWN_PATTERN.fullmatch(name) and is_regular(name, folder)))
+
+
+def _disk_bytes(folder: int, files: Iterable[str], kept: set[tuple[int, int]]) -> int:
+    """What ``files`` take on disk, each once and without those that stay under another name: shards are moved by links."""
+    taken = {}
+    for name in files:
+        with contextlib.suppress(OSError):
+            status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+            taken[status.st_dev, status.st_ino] = status.st_blocks * 512
+    return sum(size for inode, size in taken.items() if inode not in kept)
 
 
 def files_of(index: Index) -> frozenset[str]:
@@ -107,14 +175,25 @@ def _unlink_regular(folder: int, name: str) -> None:
         os.unlink(name, dir_fd=folder)
 
 
+def _is_staged(name: str) -> bool:
+    """Whether a saver gives this name to a file in its staging directory."""
+    return OWN_PATTERN.fullmatch(name) is not None or name in ("names", "index")
+
+
 def _remove_lone(folder: int, stale: Superseded, leftovers: list[str]) -> None:
     def remove() -> None:
-        if is_regular(LONE_NAME, folder):
-            found = os.stat(LONE_NAME, dir_fd=folder, follow_symlinks=False)
-            if (found.st_size, found.st_mtime_ns) == (stale.size, stale.mtime_ns):
-                os.unlink(LONE_NAME, dir_fd=folder)
+        if _is_stale(folder, stale):
+            os.unlink(LONE_NAME, dir_fd=folder)
 
     _attempt(remove, LONE_NAME, leftovers)
+
+
+def _is_stale(folder: int, stale: Superseded) -> bool:
+    """Whether the lone file is the one that was replaced."""
+    if not is_regular(LONE_NAME, folder):
+        return False
+    found = os.stat(LONE_NAME, dir_fd=folder, follow_symlinks=False)
+    return (found.st_size, found.st_mtime_ns) == (stale.size, stale.mtime_ns)
 
 
 def _listing(folder: int, leftovers: list[str]) -> list[str]:

@@ -186,7 +186,7 @@ class Transaction:
 
     def _host(self) -> str | None:
         """Whose dead savers are known to be dead; None where there is no lock."""
-        return _host_id() if self._lock.held else None
+        return host_id() if self._lock.held else None
 
     def _free_bytes(self) -> int | None:
         """None where the file system does not know (ramfs, some network ones): it then says that it has no blocks at all."""
@@ -206,7 +206,7 @@ class Transaction:
     def _make_staging(self) -> None:
         if self._staging_folder.fd >= 0:
             return
-        name = self._staging = f".shardsave-{_host_id()}{secrets.token_hex(4)}"
+        name = self._staging = f".shardsave-{host_id()}{secrets.token_hex(4)}"
         assert STAGING_PATTERN.fullmatch(name)
         call(os.mkdir, name, name, dir_fd=self._lock.fd)
         self._staging_folder.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, self._lock.fd)
@@ -387,7 +387,7 @@ class Transaction:
         return "nothing was committed, the previous checkpoint is intact"
 
 
-def _host_id() -> str:
+def host_id() -> str:
     """Eight hex digits for this host: what its savers leave behind is known to be dead by whoever holds the lock here."""
     try:
         with open("/etc/machine-id", "rb") as file:

@@ -11,6 +11,7 @@ from shardsave._files import CallFailed, Descriptor, call
 from shardsave.errors import DirectoryBusyError
 
 _POLL_SECONDS = 0.05
+_AS_BEFORE = "nothing was written, the previous checkpoint is intact"
 
 
 class DirectoryLock:
@@ -25,12 +26,15 @@ class DirectoryLock:
         self._pid = os.getpid()
         self._folder = Descriptor()
 
-    def acquire(self, path: str, timeout: float) -> None:
-        """Waits up to ``timeout`` seconds for the lock of the directory ``path``. Raises DirectoryBusyError, CallFailed."""
+    def acquire(self, path: str, timeout: float, *, purpose: str = "save to", state: str = _AS_BEFORE) -> None:
+        """Waits up to ``timeout`` seconds for the lock of the directory ``path``. Raises DirectoryBusyError, CallFailed.
+
+        ``purpose`` and ``state`` are for the message: what cannot be done, and what is true when it is not.
+        """
         deadline = time.monotonic() + timeout
         while True:
             self._folder.open(path, os.O_RDONLY | os.O_DIRECTORY)
-            self._wait(path, timeout, deadline)
+            self._wait(path, timeout, deadline, purpose, state)
             if self.is_still(path):
                 return
             self._folder.abandon()
@@ -40,7 +44,7 @@ class DirectoryLock:
         """The locked directory's descriptor, -1 before and after."""
         return self._folder.fd
 
-    def _wait(self, path: str, timeout: float, deadline: float) -> None:
+    def _wait(self, path: str, timeout: float, deadline: float, purpose: str, state: str) -> None:
         while True:
             try:
                 return call(fcntl.flock, path, self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -52,8 +56,7 @@ class DirectoryLock:
                     raise
             if time.monotonic() >= deadline:
                 raise DirectoryBusyError(
-                    f"cannot save to {path}: its lock was expected within {timeout:g} s, another save holds it; "
-                    f"nothing was written, the previous checkpoint is intact"
+                    f"cannot {purpose} {path}: its lock was expected within {timeout:g} s, another save holds it; {state}"
                 )
             time.sleep(_POLL_SECONDS)
 

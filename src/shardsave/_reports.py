@@ -49,7 +49,7 @@ class _Report:
 
     def _size_and_speed(self) -> str:
         return (
-            f"{human_bytes(self.bytes)}, {_count(self.tensors, 'tensor')} in {_count(self.shards, 'shard')}, "
+            f"{human_bytes(self.bytes)}, {count(self.tensors, 'tensor')} in {count(self.shards, 'shard')}, "
             f"{self.seconds:.2f} s ({human_bytes(self.bytes_per_second)}/s)"
         )
 
@@ -164,7 +164,7 @@ class CheckpointInfo:
 
     def __str__(self) -> str:
         stored = len(self.tensors) - len(self.ties)
-        first = f"{self.path}: {human_bytes(self.bytes)}, {_count(stored, 'tensor')} in {_count(len(self.shards), 'shard')}"
+        first = f"{self.path}: {human_bytes(self.bytes)}, {count(stored, 'tensor')} in {count(len(self.shards), 'shard')}"
         if self.ties:
             first += f", {len(self.ties)} tied"
         if self.frozen is None or self.parameters is None:
@@ -188,7 +188,8 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-def _count(number: int, noun: str) -> str:
+def count(number: int, noun: str) -> str:
+    """``1 tensor``, ``2,000 tensors``."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from shardsave import _engine
 from shardsave._architecture import ExtraTensors, describe
-from shardsave._arguments import check_path, check_progress, check_switches
+from shardsave._arguments import check_path, check_progress, check_switches, check_timeout
 from shardsave._backend import engine_name
 from shardsave._checkpoint import descriptor_allowance
 from shardsave._collector import collector_still
@@ -104,7 +104,7 @@ def save(
         raise TypeError(f"{which} needs an nn.Module, there is none in a {type(source).__name__}")
     check_program(program)
     check_progress(progress)
-    _check_timeout(lock_timeout)
+    check_timeout(lock_timeout)
     bound = parse_size(max_shard_size)
     user_metadata = _check_metadata(metadata)
     started = time.perf_counter()
@@ -317,13 +317,6 @@ def parse_size(size: Union[int, str]) -> int:
     if count <= 0:
         raise ValueError(f"max_shard_size must be at least one byte, not {size!r}")
     return count
-
-
-def _check_timeout(seconds: object) -> None:
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
-        raise TypeError(f"lock_timeout must be a number of seconds, not {type(seconds).__name__}")
-    if not seconds >= 0:
-        raise ValueError(f"lock_timeout must be at least 0 seconds, not {seconds!r}")
 
 
 def _check_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from file_cases import SPECIALS, link_to_itself
 from making import INDEX, LONE, edit_index, saved
 
 import shardsave
-from shardsave._commit import _host_id
+from shardsave._commit import host_id
 
 #: A shard's name that no index has, as a dead saver would have left it.
 ORPHAN = "model-deadbeef-00001-of-00009.safetensors"
@@ -38,7 +38,7 @@ def staging(tmp_path: Path) -> Path:
         (tmp_path / "ckpt" / name).write_text("keep")
     (tmp_path / ORPHAN).write_text("keep")
     (tmp_path / "ckpt" / ORPHAN).write_text("left by a dead save")
-    folder = tmp_path / "ckpt" / f".shardsave-{_host_id()}00000000"
+    folder = tmp_path / "ckpt" / f".shardsave-{host_id()}00000000"
     folder.mkdir()
     return folder
 
