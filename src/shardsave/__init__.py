@@ -12,7 +12,7 @@ from shardsave._inspect import inspect, verify
 from shardsave._leavings import CleanReport, Leaving, clean
 from shardsave._load import load, load_model
 from shardsave._open import OpenCheckpoint, TensorSlice, open
-from shardsave._reports import CheckpointInfo, LoadReport, Phases, SaveReport, TensorInfo, VerifyReport
+from shardsave._reports import CheckpointInfo, Damage, LoadReport, Phases, SaveReport, TensorInfo, VerifyReport
 from shardsave._save import save
 from shardsave._version import __version__
 from shardsave.errors import (
@@ -34,6 +34,7 @@ __all__ = [
     "CheckpointNotFoundError",
     "CleanReport",
     "CorruptCheckpointError",
+    "Damage",
     "DiffReport",
     "DirectoryBusyError",
     "DurabilityUncertainError",

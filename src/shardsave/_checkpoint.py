@@ -7,20 +7,21 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Union
 
 from shardsave._collector import collector_still
 from shardsave._crc64 import crc64
 from shardsave._files import CallFailed, Descriptor, call
 from shardsave._find import Found, cannot_read, find, open_regular
 from shardsave._format import Header, parse_header, read_header, read_start
-from shardsave._index import INDEX_NAME, LONE_NAME, Index, Record, ShardRecord, parse_index
+from shardsave._index import INDEX_NAME, LONE_NAME, Index, Part, Record, ShardRecord, parse_index
 from shardsave._json import glimpse
 from shardsave.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
     DirectoryBusyError,
     IncompatibleCheckpointError,
+    ShardSaveError,
 )
 
 #: How long a reader starts over while others keep replacing the checkpoint under it, in seconds.
@@ -29,6 +30,9 @@ CHANGING_SECONDS = 30.0
 
 #: What a checkpoint may have beside its weights.
 PARTS = ("architecture", "program", "extra tensors")
+
+#: Shards that could not be opened, and why.
+Broken = Union[dict[str, ShardSaveError], None]
 
 
 class Located(NamedTuple):
@@ -76,6 +80,12 @@ class Checkpoint:
     def metadata(self) -> Mapping[str, Any]:
         return self.record.metadata if self.record is not None else {}
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The shards that were asked for, and the files of all parts that this version knows."""
+        parts = self.record.parts if self.record is not None else {}
+        return (*self.shards, *(parts[role].file for role in PARTS if role in parts))
+
     def path_of(self, shard: str) -> str:
         """The path of ``shard``, for messages and for those who open it themselves."""
         return os.path.join(self._folder, shard)
@@ -111,35 +121,49 @@ class Checkpoint:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _admit(self, shards: Mapping[str, frozenset[str]]) -> None:
+    def _admit(self, shards: Mapping[str, frozenset[str]], broken: Broken) -> None:
         """Opens ``shards`` (file → the names that the index says it holds) and notes where their tensors lie."""
         allowance = descriptor_allowance()
         self.shards = tuple(shards)
         for shard, names in shards.items():
-            file, header = self._open_shard(shard)
-            if len(self._open) < allowance:
-                self._open[shard] = file
-            else:
-                file.abandon()
-            self._note_tensors(shard, header, names)
+            try:
+                file, header = self._open_shard(shard)
+                if len(self._open) < allowance:
+                    self._open[shard] = file
+                else:
+                    file.abandon()
+                self._note_tensors(shard, header, names)
+            except ShardSaveError as error:
+                if broken is None:
+                    raise
+                self.drop(shard)
+                broken[shard] = error
 
-    def _admit_parts(self, roles: Iterable[str]) -> None:
+    def _admit_parts(self, roles: Iterable[str], broken: Broken) -> None:
         """Reads those of the parts ``roles`` that are there: JSON at once, of tensors where they lie."""
         parts = self.record.parts if self.record is not None else {}
         for role in roles:
             if role not in parts:
                 continue
-            shard, record = parts[role].file, parts[role].record
-            self._records[shard] = record
-            if not shard.endswith(".json"):
-                self._open[shard], header = self._open_shard(shard)
-                self.kept.update(_located(shard, header))
-                continue
             try:
-                with self._opened(shard) as file:
-                    self.documents[role] = self._checked_start(file.fd, shard, record)
-            except CallFailed as error:
-                raise cannot_read(self.path_of(shard), error) from error
+                self._admit_part(role, parts[role])
+            except ShardSaveError as error:
+                if broken is None:
+                    raise
+                broken[parts[role].file] = error
+
+    def _admit_part(self, role: str, part: Part) -> None:
+        shard = part.file
+        self._records[shard] = part.record
+        if not shard.endswith(".json"):
+            self._open[shard], header = self._open_shard(shard)
+            self.kept.update(_located(shard, header))
+            return
+        try:
+            with self._opened(shard) as file:
+                self.documents[role] = self._checked_start(file.fd, shard, part.record)
+        except CallFailed as error:
+            raise cannot_read(self.path_of(shard), error) from error
 
     def _open_shard(self, shard: str) -> tuple[Descriptor, Header]:
         file = self._opened(shard)
@@ -222,42 +246,52 @@ def _located(shard: str, header: Header) -> Iterator[tuple[str, Located]]:
 
 
 def open_checkpoint(
-    path: str | os.PathLike[str], wanted: Callable[[str], bool] | None = None, *, parts: Iterable[str] = ()
+    path: str | os.PathLike[str],
+    wanted: Callable[[str], bool] | None = None,
+    *,
+    parts: Iterable[str] = (),
+    broken: Broken = None,
 ) -> Checkpoint:
     """Opens what is at ``path``: a directory, an index or one safetensors file, written by us or by others.
 
     With ``wanted`` only the shards that hold a wanted tensor are opened, but whole shards are listed. ``parts``: what else is read.
-    Starts over while the index changes under it. Raises CheckpointNotFoundError, CorruptCheckpointError,
-    IncompatibleCheckpointError, DirectoryBusyError.
+    Files that cannot be opened are put into ``broken``, where that is given, and left out. Starts over while the index changes
+    under it. Raises CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError, DirectoryBusyError.
     """
     path = os.fspath(path)
     deadline = time.monotonic() + CHANGING_SECONDS
     while True:
         found = find(path)
         try:
-            return _open_found(path, found, wanted, parts)
+            checkpoint = _open_found(path, found, wanted, parts, broken)
+            if not broken or not _changed(path, found):
+                return checkpoint
+            checkpoint.close()
+            broken.clear()
         except (CheckpointNotFoundError, CorruptCheckpointError):
             if not _changed(path, found):
                 raise
-            if time.monotonic() > deadline:
-                raise DirectoryBusyError(
-                    f"cannot read {path}: its index was replaced each time while its shards were opened, for "
-                    f"{CHANGING_SECONDS:.0f} s; another process keeps saving there"
-                ) from None
+        if time.monotonic() > deadline:
+            raise DirectoryBusyError(
+                f"cannot read {path}: its index was replaced each time while its shards were opened, for "
+                f"{CHANGING_SECONDS:.0f} s; another process keeps saving there"
+            )
 
 
 @collector_still()
-def _open_found(path: str, found: Found, wanted: Callable[[str], bool] | None, parts: Iterable[str]) -> Checkpoint:
+def _open_found(
+    path: str, found: Found, wanted: Callable[[str], bool] | None, parts: Iterable[str], broken: Broken
+) -> Checkpoint:
     index = parse_index(found.index_bytes, f"index {found.index_name}") if found.index_bytes is not None else None
     if index is not None and found.lone is not None:
         _refuse_unless_superseded(found.folder, index.record, found.lone)
     checkpoint = Checkpoint(path, found.folder, found.index_name, index)
     try:
         if index is not None:
-            checkpoint._admit(_shards_to_open(index, wanted))
-            checkpoint._admit_parts(parts)
+            checkpoint._admit(_shards_to_open(index, wanted), broken)
+            checkpoint._admit_parts(parts, broken)
         elif found.lone is not None:
-            checkpoint._admit({found.lone: frozenset()})
+            checkpoint._admit({found.lone: frozenset()}, broken)
     except BaseException:
         checkpoint.close()
         raise

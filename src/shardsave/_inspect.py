@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterable, Mapping
 
-from shardsave._arguments import check_path, check_progress
+from shardsave._arguments import check_path, check_progress, check_switches
 from shardsave._backend import engine_name
-from shardsave._checkpoint import PARTS, open_checkpoint
+from shardsave._checkpoint import PARTS, Checkpoint, open_checkpoint
 from shardsave._dtypes import BY_NAME, torch_shape
 from shardsave._ending import verb
 from shardsave._progress import Progress, ProgressArgument
 from shardsave._read import ReadTotals, Target, read_tensors
-from shardsave._reports import CheckpointInfo, Phases, TensorInfo, VerifyReport
+from shardsave._reports import CheckpointInfo, Damage, Phases, TensorInfo, VerifyReport
+from shardsave.errors import ShardSaveError
 
 
 @verb()
@@ -52,9 +54,10 @@ def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:
 
 
 @verb()
-def verify(path: str | os.PathLike[str], *, progress: ProgressArgument = None) -> VerifyReport:
+def verify(path: str | os.PathLike[str], *, keep_going: bool = False, progress: ProgressArgument = None) -> VerifyReport:
     """Reads every byte of the checkpoint at ``path`` and compares it with the stored checksums; fills no tensor.
 
+    With ``keep_going`` damage is not raised: all that can be read is, and the report says what is damaged and what is not.
     Raises CorruptCheckpointError that names what is damaged, and otherwise as `inspect` does.
 
     Example:
@@ -64,14 +67,25 @@ def verify(path: str | os.PathLike[str], *, progress: ProgressArgument = None) -
         True
     """
     check_path(path)
+    check_switches(keep_going=keep_going)
     check_progress(progress)
     started = time.perf_counter()
-    with open_checkpoint(path, parts=PARTS) as checkpoint:
+    broken: dict[str, ShardSaveError] = {}
+    with open_checkpoint(path, parts=PARTS, broken=broken if keep_going else None) as checkpoint:
         targets = [Target(located, None) for located in (*checkpoint.tensors.values(), *checkpoint.kept.values())]
         planned = time.perf_counter()
         totals = ReadTotals()
         with Progress(progress, "verifying", sum(target.located.nbytes for target in targets)) as shown:
-            read_tensors(checkpoint, targets, verify=True, progress=shown, totals=totals)
+            if keep_going:
+                damaged = [*_unopened(checkpoint, broken), *_read_on(checkpoint, targets, shown, totals)]
+            else:
+                damaged = []
+                read_tensors(checkpoint, targets, verify=True, progress=shown, totals=totals)
+        lost = {(damage.shard, name) for damage in damaged for name in damage.tensors}
+        intact: dict[str, list[str]] = {file: [] for file in checkpoint.files if file not in broken}
+        for located, _ in targets:
+            if (located.shard, located.name) not in lost:
+                intact[located.shard].append(located.name)
         shards = len(checkpoint.shards)
     ended = time.perf_counter()
     return VerifyReport(
@@ -86,5 +100,33 @@ def verify(path: str | os.PathLike[str], *, progress: ProgressArgument = None) -
         staging_bytes=totals.staging_bytes,
         pinned=totals.pinned,
         notes=totals.notes,
-        verified=totals.verified,
+        verified=totals.verified if not damaged else False,
+        damaged=tuple(damaged),
+        intact={shard: tuple(names) for shard, names in intact.items()},
     )
+
+
+def _unopened(checkpoint: Checkpoint, broken: Mapping[str, ShardSaveError]) -> list[Damage]:
+    held: dict[str, list[str]] = {shard: [] for shard in broken}
+    for name, shard in (checkpoint.index.weight_map if checkpoint.index is not None else {}).items():
+        if shard in held:
+            held[shard].append(name)
+    return [Damage(shard, tuple(held[shard]), str(error)) for shard, error in broken.items()]
+
+
+def _read_on(checkpoint: Checkpoint, targets: Iterable[Target], shown: Progress, totals: ReadTotals) -> list[Damage]:
+    """Reads shard after shard, so that one that cannot be read does not stand for the others."""
+    by_shard: dict[str, list[Target]] = {}
+    for target in targets:
+        by_shard.setdefault(target.located.shard, []).append(target)
+    found = []
+    for shard, its in by_shard.items():
+        seen = len(totals.damaged)
+        try:
+            read_tensors(checkpoint, its, verify=True, progress=shown, totals=totals)
+        except ShardSaveError as error:
+            new = totals.damaged[seen:]
+            found += [Damage(shard, (located.name,), message) for located, message in new]
+            if not new:
+                found.append(Damage(shard, tuple(target.located.name for target in its), str(error)))
+    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -26,7 +26,10 @@ class Target(NamedTuple):
 
 @dataclass
 class ReadTotals:
-    """What the runs of one verb add up to. ``tensors``: those found to be what was saved, as far as that was checked."""
+    """What the runs of one verb add up to. ``tensors``: those found to be what was saved, as far as that was checked.
+
+    ``damaged``: those that are not, and what is wrong with each.
+    """
 
     bytes: int = 0
     tensors: int = 0
@@ -35,6 +38,7 @@ class ReadTotals:
     pinned: bool = False
     verified: bool | None = True
     notes: tuple[str, ...] = ()
+    damaged: list[tuple[Located, str]] = field(default_factory=list)
 
 
 def read_tensors(
@@ -52,7 +56,7 @@ def read_tensors(
         order = sorted(targets, key=lambda target: (target[0].shard, target[0].offset))
     shards = list(dict.fromkeys(located.shard for located, _ in order))
     step = descriptor_allowance()
-    damaged: list[str] = []
+    damaged: list[tuple[Located, str]] = []
     for first in range(0, len(shards), step):
         group = shards[first : first + step]
         chosen = [target for target in order if target.located.shard in set(group)] if len(shards) > step else order
@@ -60,8 +64,9 @@ def read_tensors(
         for shard in group:
             checkpoint.release(shard)
     if damaged:
+        totals.damaged += damaged
         more = f"; {len(damaged) - 1} more tensors are damaged" if len(damaged) > 1 else ""
-        raise CorruptCheckpointError(damaged[0] + more)
+        raise CorruptCheckpointError(damaged[0][1] + more)
 
 
 def _read_group(
@@ -71,7 +76,7 @@ def _read_group(
     verify: bool,
     progress: Progress,
     totals: ReadTotals,
-) -> list[str]:
+) -> list[tuple[Located, str]]:
     number = {shard: place for place, shard in enumerate(shards)}
     with collector_still():
         dtypes = {dtype: (BY_NAME[dtype].torch, item_bytes(dtype)) for dtype in {t.dtype for t, _ in targets}}
@@ -93,8 +98,11 @@ def _read_group(
     totals.pinned |= done.pinned
     totals.notes = tuple(dict.fromkeys([*totals.notes, *done.notes]))
     damaged = [
-        f"corrupt shard {t.shard}: tensor {t.name!r} has checksum {found:016x}, its header says {t.checksum:016x}; "
-        f"the file was changed after it was saved"
+        (
+            t,
+            f"corrupt shard {t.shard}: tensor {t.name!r} has checksum {found:016x}, its header says {t.checksum:016x}; "
+            f"the file was changed after it was saved",
+        )
         for (t, _), found in zip(targets, done.sums)
         if t.checksum is not None and found != t.checksum
     ]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["CheckpointInfo", "LoadReport", "Phases", "SaveReport", "TensorInfo", "VerifyReport"]
+__all__ = ["CheckpointInfo", "Damage", "LoadReport", "Phases", "SaveReport", "TensorInfo", "VerifyReport"]
 
 
 @dataclass(frozen=True)
@@ -113,16 +113,33 @@ class LoadReport(_Report):
 
 
 @dataclass(frozen=True)
+class Damage:
+    """What is wrong in one place: ``tensors`` of ``shard`` (stored names) are damaged, or may be, as ``message`` says."""
+
+    shard: str
+    tensors: tuple[str, ...]
+    message: str
+
+
+@dataclass(frozen=True)
 class VerifyReport(_Report):
-    """What a verification read; it raises where it finds damage.
+    """What a verification read; without ``keep_going`` it raises where it finds damage.
 
     ``verified``: True when every byte was checked against a stored checksum; None where the files have none, and only
-    lengths and headers could be checked.
+    lengths and headers could be checked; False where something is damaged. ``damaged``: what. ``intact``: shard → the stored
+    names of its tensors that are not.
     """
 
     verified: bool | None = None
+    damaged: tuple[Damage, ...] = ()
+    intact: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __str__(self) -> str:
+        if self.damaged:
+            places = dict.fromkeys(name for damage in self.damaged for name in (damage.tensors or [damage.shard]))
+            return self._with_notes(
+                f"damaged {self.path}: {some(places)}; {count(self.tensors, 'tensor')} intact, {self.seconds:.2f} s"
+            )
         return self._with_notes(f"verified {self.path}: {self._size_and_speed()}, {self._how()}, {_VERIFIED[self.verified]}")
 
 
