@@ -5,12 +5,16 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+import pytest
+
+import shardsave
+
 ORDER = [
-    "errors", "_arguments", "_ending", "_version", "_json", "_native", "_collector", "_files", "_dtypes", "_backend",
-    "_crc64", "_state", "_imports", "_architecture", "_builder", "_program", "_plan", "_format", "_lend", "_engine",
-    "_portable", "_index", "_lock", "_clean", "_commit", "_find", "_checkpoint", "_map", "_reports", "_progress", "_read",
-    "_slots", "_fillable", "_fill", "_save", "_load", "_open", "_compare", "_diff", "_leavings", "_inspect", "_build",
-    "__init__",
+    "errors", "_words", "_arguments", "_ending", "_version", "_json", "_native", "_collector", "_files", "_dtypes",
+    "_backend", "_crc64", "_state", "_imports", "_architecture", "_builder", "_program", "_plan", "_format", "_lend",
+    "_engine", "_portable", "_index", "_lock", "_clean", "_commit", "_find", "_checkpoint", "_map", "_reports",
+    "_progress", "_read", "_slots", "_fillable", "_fill", "_save", "_load", "_open", "_compare", "_diff", "_leavings",
+    "_inspect", "_build", "__init__", "_cli", "__main__",
 ]  # fmt: skip
 
 #: The engine chooses its fallback, which has the engine's own types.
@@ -31,8 +35,25 @@ def imported(path: Path) -> set[str]:
 
 def test_no_stage_imports_a_later_one() -> None:
     """Catches a stage that learns what it must not know."""
-    paths = {path.stem: path for path in SOURCE.glob("*.py")}
-    assert paths.keys() | {"_native"} == set(ORDER)
-    for name, path in paths.items():
-        for other in imported(path):
+    paths = [(path.stem, path) for path in SOURCE.glob("*.py")] + [("_cli", path) for path in SOURCE.glob("_cli/*.py")]
+    assert {name for name, _ in paths} | {"_native"} == set(ORDER)
+    for name, path in paths:
+        for other in imported(path) - ({"_cli"} if name == "_cli" else set()):
             assert ORDER.index(other) < ORDER.index(name) or (name, other) in ALLOWED, f"{name} imports {other}"
+
+
+def test_every_public_name_has_a_home() -> None:
+    """Catches a name that the type checker knows and the package does not, or the other way round."""
+    tree = ast.parse((SOURCE / "__init__.py").read_text())
+    (checked,) = (node for node in tree.body if isinstance(node, ast.If))
+    typed = {
+        alias.name: str(node.module).removeprefix("shardsave.")
+        for node in checked.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert typed == {name: module for module, names in shardsave._HOMES.items() for name in names}
+    assert typed.keys() <= set(shardsave.__all__) and all(getattr(shardsave, name) is not None for name in shardsave.__all__)
+    assert set(shardsave.__all__) <= set(dir(shardsave))
+    with pytest.raises(AttributeError, match="module 'shardsave' has no attribute 'sav'"):
+        _ = shardsave.sav  # type: ignore[attr-defined]

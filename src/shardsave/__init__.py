@@ -6,14 +6,10 @@
 >>> report = shardsave.load_model(torch.nn.Linear(4, 2), "checkpoint")
 """
 
-from shardsave._build import build_model, load_program
-from shardsave._diff import DiffReport, TensorChange, diff
-from shardsave._inspect import inspect, verify
-from shardsave._leavings import CleanReport, Leaving, clean
-from shardsave._load import load, load_model
-from shardsave._open import OpenCheckpoint, TensorSlice, open
-from shardsave._reports import CheckpointInfo, Damage, LoadReport, Phases, SaveReport, TensorInfo, VerifyReport
-from shardsave._save import save
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from shardsave import _backend as _backend  # an engine that there is not is refused at once
 from shardsave._version import __version__
 from shardsave.errors import (
     CheckpointNotFoundError,
@@ -28,6 +24,16 @@ from shardsave.errors import (
     UnsupportedTensorError,
     UntrustedCodeError,
 )
+
+if TYPE_CHECKING:
+    from shardsave._build import build_model, load_program
+    from shardsave._diff import DiffReport, TensorChange, diff
+    from shardsave._inspect import inspect, verify
+    from shardsave._leavings import CleanReport, Leaving, clean
+    from shardsave._load import load, load_model
+    from shardsave._open import OpenCheckpoint, TensorSlice, open
+    from shardsave._reports import CheckpointInfo, Damage, LoadReport, Phases, SaveReport, TensorInfo, VerifyReport
+    from shardsave._save import save
 
 __all__ = [
     "CheckpointInfo",
@@ -66,3 +72,27 @@ __all__ = [
     "save",
     "verify",
 ]
+
+#: Where each name comes from, when it is first asked for: looking into a checkpoint needs no torch, which takes a second.
+_HOMES = {
+    "_build": ("build_model", "load_program"),
+    "_diff": ("DiffReport", "TensorChange", "diff"),
+    "_inspect": ("inspect", "verify"),
+    "_leavings": ("CleanReport", "Leaving", "clean"),
+    "_load": ("load", "load_model"),
+    "_open": ("OpenCheckpoint", "TensorSlice", "open"),
+    "_reports": ("CheckpointInfo", "Damage", "LoadReport", "Phases", "SaveReport", "TensorInfo", "VerifyReport"),
+    "_save": ("save",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            value = globals()[name] = getattr(importlib.import_module(f"shardsave.{module}"), name)
+            return value
+    raise AttributeError(f"module 'shardsave' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -18,7 +18,7 @@ from shardsave._ending import verb
 from shardsave._files import CallFailed, read_at
 from shardsave._find import cannot_read
 from shardsave._progress import Progress, ProgressArgument
-from shardsave._reports import human_bytes, some
+from shardsave._words import human_bytes, some
 from shardsave.errors import CorruptCheckpointError
 
 __all__ = ["DiffReport", "TensorChange", "diff"]

@@ -5,45 +5,70 @@ Source: the ``Dtype`` enumeration of the safetensors format, version 0.8.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import cache
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 class DType(NamedTuple):
-    """One row: the name in a safetensors header, torch's dtype, and the bits of one element."""
+    """One row: the name in a safetensors header, what torch calls it, and the bits of one element."""
 
     name: str
-    torch: torch.dtype
+    torch_name: str
     bits: int
+
+    @property
+    def torch(self) -> torch.dtype:
+        """torch's dtype; only this imports torch, which takes longer than to look into most checkpoints."""
+        return _torch_dtype(self.torch_name)
+
+
+@cache
+def _torch_dtype(name: str) -> torch.dtype:
+    import torch
+
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 _ROWS = (
-    DType("BOOL", torch.bool, 8),
-    DType("U8", torch.uint8, 8),
-    DType("I8", torch.int8, 8),
-    DType("F8_E5M2", torch.float8_e5m2, 8),
-    DType("F8_E4M3", torch.float8_e4m3fn, 8),
-    DType("F8_E8M0", torch.float8_e8m0fnu, 8),
-    DType("F8_E5M2FNUZ", torch.float8_e5m2fnuz, 8),
-    DType("F8_E4M3FNUZ", torch.float8_e4m3fnuz, 8),
-    DType("I16", torch.int16, 16),
-    DType("U16", torch.uint16, 16),
-    DType("F16", torch.float16, 16),
-    DType("BF16", torch.bfloat16, 16),
-    DType("I32", torch.int32, 32),
-    DType("U32", torch.uint32, 32),
-    DType("F32", torch.float32, 32),
-    DType("C64", torch.complex64, 64),
-    DType("F64", torch.float64, 64),
-    DType("I64", torch.int64, 64),
-    DType("U64", torch.uint64, 64),
+    DType("BOOL", "bool", 8),
+    DType("U8", "uint8", 8),
+    DType("I8", "int8", 8),
+    DType("F8_E5M2", "float8_e5m2", 8),
+    DType("F8_E4M3", "float8_e4m3fn", 8),
+    DType("F8_E8M0", "float8_e8m0fnu", 8),
+    DType("F8_E5M2FNUZ", "float8_e5m2fnuz", 8),
+    DType("F8_E4M3FNUZ", "float8_e4m3fnuz", 8),
+    DType("I16", "int16", 16),
+    DType("U16", "uint16", 16),
+    DType("F16", "float16", 16),
+    DType("BF16", "bfloat16", 16),
+    DType("I32", "int32", 32),
+    DType("U32", "uint32", 32),
+    DType("F32", "float32", 32),
+    DType("C64", "complex64", 64),
+    DType("F64", "float64", 64),
+    DType("I64", "int64", 64),
+    DType("U64", "uint64", 64),
     # Two elements in a byte: the last logical dimension is twice that of the torch tensor.
-    DType("F4", torch.float4_e2m1fn_x2, 4),
+    DType("F4", "float4_e2m1fn_x2", 4),
 )
 
 BY_NAME = {row.name: row for row in _ROWS}
-BY_TORCH = {row.torch: row for row in _ROWS}
+
+if TYPE_CHECKING:
+    BY_TORCH: dict[torch.dtype, DType]
+
+
+def __getattr__(name: str) -> object:
+    """`BY_TORCH`, torch's dtype → its row, is made when it is first asked for."""
+    if name != "BY_TORCH":
+        raise AttributeError(f"module 'shardsave._dtypes' has no attribute {name!r}")
+    made = globals()[name] = {row.torch: row for row in _ROWS}
+    return made
 
 
 def item_bytes(name: str) -> int:
@@ -54,7 +79,7 @@ def item_bytes(name: str) -> int:
 def logical_shape(tensor: torch.Tensor) -> tuple[int, ...]:
     """The shape that a safetensors header gives for ``tensor``."""
     shape = tuple(tensor.shape)
-    if tensor.dtype == torch.float4_e2m1fn_x2:
+    if tensor.dtype == BY_NAME["F4"].torch:
         if not shape:
             return (2,)
         return (*shape[:-1], shape[-1] * 2)

@@ -15,7 +15,7 @@ from shardsave._ending import verb
 from shardsave._files import CallFailed, Descriptor, call, open_regular, read_all
 from shardsave._index import INDEX_NAME, MAX_INDEX_BYTES, Index, parse_index
 from shardsave._lock import DirectoryLock
-from shardsave._reports import count, human_bytes, some
+from shardsave._words import count, human_bytes, some
 from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError, ShardSaveError
 
 __all__ = ["CleanReport", "Leaving", "clean"]

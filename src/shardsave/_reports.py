@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from shardsave._words import count, human_bytes, some
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["CheckpointInfo", "Damage", "LoadReport", "Phases", "SaveReport", "TensorInfo", "VerifyReport"]
 
@@ -194,24 +197,3 @@ class CheckpointInfo:
 
 
 _VERIFIED = {True: "checksums verified", False: "not verified", None: "no checksums stored"}
-
-
-def human_bytes(count: float) -> str:
-    """``14200000000`` → ``14.2 GB``, in decimal units as file sizes and disks are quoted."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
-def count(number: int, noun: str) -> str:
-    """``1 tensor``, ``2,000 tensors``."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
-def some(names: Iterable[str], most: int = 3) -> str:
-    """The first few of ``names``, and how many more there are."""
-    listed = list(names)
-    more = f" and {len(listed) - most} more" if len(listed) > most else ""
-    return ", ".join(listed[:most]) + more

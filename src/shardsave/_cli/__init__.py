@@ -1,0 +1,1 @@
+"""The command line: ``shardsave …`` and ``python -m shardsave``. Nothing of it is imported by the package itself."""

@@ -1,0 +1,107 @@
+"""``shardsave diff``: what differs between two checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import click
+
+from shardsave._cli.output import BAD, DIM, FROZEN, GOOD, TRAINABLE, Cell, Output, wants_bar
+from shardsave._cli.paths import CHECKPOINT
+
+if TYPE_CHECKING:
+    import shardsave
+
+
+@click.command(
+    short_help="Show what differs between two checkpoints.",
+    epilog="""\b
+Examples:
+  shardsave diff ckpt-1000 ckpt-2000
+  shardsave diff ckpt model.safetensors --json | jq '.changed | keys'
+
+Exit codes: 0 nothing differs, 1 something does, 2 wrong usage, 3 failed.""",
+)
+@click.argument("a", type=CHECKPOINT)
+@click.argument("b", type=CHECKPOINT)
+@click.option("--json", "as_json", is_flag=True, help="All names and figures, as JSON.")
+@click.pass_context
+def diff(context: click.Context, a: str, b: str, as_json: bool) -> None:
+    """Show what differs between the checkpoints A and B.
+
+    Tensors with equal checksums are equal, and not read. Of changed ones the largest absolute difference is shown, and the largest
+    relative one, |a - b| / max(|a|, |b|); "NaN" counts values that are NaN on one side only.
+    """
+    import shardsave
+
+    report = shardsave.diff(a, b, progress=wants_bar())
+    if as_json:
+        click.echo(json.dumps(_as_json(report)))
+    else:
+        _print(report, Output())
+    context.exit(0 if report.same else 1)
+
+
+def _print(report: shardsave.DiffReport, output: Output) -> None:
+    if report.changed:
+        rows = [[("~", TRAINABLE), name, *_figures(change)] for name, change in report.changed.items()]
+        titles = ["", "changed", "shape", "dtype", "differing", "max |a-b|", "max relative", "NaN"]
+        output.table(titles, rows, numbers=(4, 5, 6, 7))
+    for sign, style, names in (("+", GOOD, report.added), ("-", BAD, report.removed)):
+        for name in names:
+            output.line((f"{sign} ", style), name)
+    for name, (before, after) in (report.flags or {}).items():
+        output.line(("* ", FROZEN), f"{name}: {_flag(before)} → {_flag(after)}")
+    output.line((str(report), GOOD if report.same else DIM))
+
+
+def _flag(frozen: bool | None) -> str:
+    return {True: "frozen", False: "trainable", None: "no parameter"}[frozen]
+
+
+def _figures(change: shardsave.TensorChange) -> Iterable[Cell]:
+    yield _both("×".join(map(str, shape)) or "scalar" for shape in change.shape)
+    yield _both(str(dtype).removeprefix("torch.") for dtype in change.dtype)
+    if change.elements is None:
+        yield from ("", "", "", "")
+    else:
+        yield f"{change.elements:,}"
+        yield from (f"{figure:.3g}" for figure in (change.max_absolute or 0.0, change.max_relative or 0.0))
+        yield f"{change.nans:,}" if change.nans else ""
+
+
+def _both(words: Iterable[str]) -> str:
+    before, after = words
+    return before if before == after else f"{before} → {after}"
+
+
+def _as_json(report: shardsave.DiffReport) -> dict[str, object]:
+    return {
+        "a": report.a,
+        "b": report.b,
+        "same": report.same,
+        "equal": report.equal,
+        "changed": {
+            name: {
+                "dtype": [str(dtype).removeprefix("torch.") for dtype in change.dtype],
+                "shape": change.shape,
+                "elements": change.elements,
+                "nans": change.nans,
+                "max_absolute": _number(change.max_absolute),
+                "max_relative": _number(change.max_relative),
+            }
+            for name, change in report.changed.items()
+        },
+        "added": report.added,
+        "removed": report.removed,
+        "flags": report.flags,
+        "bytes": report.bytes,
+        "seconds": report.seconds,
+    }
+
+
+def _number(figure: float | None) -> float | str | None:
+    """JSON has no infinity."""
+    return str(figure) if figure == float("inf") else figure

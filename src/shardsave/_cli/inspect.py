@@ -1,0 +1,169 @@
+"""``shardsave inspect``: what a checkpoint holds, from its index and headers alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import translate
+from itertools import islice
+from re import compile as compile_pattern
+from typing import Any
+
+import click
+
+from shardsave._checkpoint import Checkpoint, open_checkpoint
+from shardsave._cli.output import DIM, FROZEN, TRAINABLE, Cell, Output
+from shardsave._cli.paths import CHECKPOINT
+from shardsave._cli.tree import Sums, guides, module_tree, rows
+from shardsave._collector import collector_still
+from shardsave._dtypes import BY_NAME, torch_shape
+from shardsave._words import count, human_bytes
+
+#: How many rows of a kind are shown unless all are asked for.
+_MOST = 24
+
+_KINDS: dict[bool | None, Cell] = {True: ("frozen", FROZEN), False: ("trainable", TRAINABLE), None: ("buffer", DIM)}
+
+
+@click.command(
+    short_help="Show modules, sizes, dtypes, what is frozen, ties and shards.",
+    epilog="""\b
+Examples:
+  shardsave inspect ckpt
+  shardsave inspect ckpt --depth 4 --all
+  shardsave inspect ckpt --tensors 'encoder.*.weight'
+  shardsave inspect ckpt --json | jq .shards
+
+Exit codes: 0, 1 where no tensor matches, 2 wrong usage, 3 failed.""",
+)
+@click.argument("directory", type=CHECKPOINT)
+@click.option("--depth", type=click.IntRange(0), default=2, show_default=True, help="Levels of modules to show.")
+@click.option("--all", "everything", is_flag=True, help=f"Show every module, shard and tie, not the first {_MOST} of each.")
+@click.option("--tensors", "pattern", metavar="PATTERN", help="List the tensors whose names match (*, ?, [abc]).")
+@click.option("--json", "as_json", is_flag=True, help="Everything as JSON, with every tensor (or every one that matches).")
+@click.pass_context
+def inspect(context: click.Context, directory: str, depth: int, everything: bool, pattern: str | None, as_json: bool) -> None:
+    """Show what a checkpoint holds: modules, sizes, dtypes, what is frozen, ties and shards.
+
+    Reads the index and the headers of DIRECTORY, no tensor data. The bars show how much of a module's parameters is frozen,
+    by bytes.
+    """
+    with collector_still(), open_checkpoint(directory) as checkpoint:
+        names = _names(checkpoint, pattern)
+        if as_json:
+            click.echo(json.dumps(_as_json(checkpoint, names), ensure_ascii=True))
+        elif pattern is not None:
+            if names:
+                _print_tensors(checkpoint, names)
+            else:
+                click.echo(f"shardsave inspect: {directory}: no name matches {pattern!r}", err=True)
+        else:
+            _print_tree(checkpoint, depth, None if everything else _MOST)
+    context.exit(1 if pattern is not None and not names else 0)
+
+
+def _names(checkpoint: Checkpoint, pattern: str | None) -> dict[str, str]:
+    """Name → the name under which its bytes are stored, of those that match."""
+    known = {name: name for name in checkpoint.stored_names} | dict(checkpoint.ties)
+    if pattern is None:
+        return known
+    matches: Callable[[str], object] = compile_pattern(translate(pattern)).match
+    return {name: stored for name, stored in known.items() if matches(name)}
+
+
+def _print_tree(checkpoint: Checkpoint, depth: int, most: int | None) -> None:
+    output = Output()
+    root = module_tree(checkpoint, depth)
+    output.line(_headline(checkpoint, root.sums))
+    lines: list[list[Cell]] = [["(all)", *_figures(root.sums, output)]]
+    for row in rows(root, most):
+        lines.append([guides(row, output.terminal) + row.name, *_figures(row.sums, output)])
+    output.line()
+    output.table(["module", "tensors", "size", "dtypes", "frozen", ""], lines, numbers=(1, 2, 5))
+    output.line()
+    shards = _shard_sums(checkpoint)
+    shown = [[shard, *_figures(sums, output)] for shard, sums in _first(shards.items(), most)]
+    output.table(["shard", "tensors", "size", "dtypes", "frozen", ""], shown, numbers=(1, 2, 5))
+    _more(output, len(shards), most, "shard")
+    if checkpoint.ties:
+        output.line()
+        output.table(["tied name", "shares the bytes of"], _first(checkpoint.ties.items(), most))
+        _more(output, len(checkpoint.ties), most, "tied name")
+    if checkpoint.metadata:
+        output.line()
+        output.line(("metadata  ", DIM), json.dumps(checkpoint.metadata, ensure_ascii=False))
+
+
+def _headline(checkpoint: Checkpoint, sums: Sums) -> str:
+    words = [
+        f"{checkpoint.path}: {human_bytes(sums.bytes)}",
+        f"{count(sums.tensors, 'tensor')} in {count(len(checkpoint.shards), 'shard')}",
+    ]
+    if checkpoint.ties:
+        words.append(f"{len(checkpoint.ties):,} tied")
+    flags = checkpoint.flags
+    words.append(
+        "freeze flags unknown" if flags is None else f"{sum(flags.values()):,} of {count(len(flags), 'parameter')} frozen"
+    )
+    if checkpoint.record is not None:
+        words.append("durable" if checkpoint.record.durable else "not durable")
+    return ", ".join(words)
+
+
+def _figures(sums: Sums, output: Output) -> list[Cell]:
+    dtypes = [BY_NAME[dtype].torch_name for dtype, _ in sums.dtypes.most_common()]
+    tied = [f"{sums.tied:,} tied"] if sums.tied else []
+    return [f"{sums.tensors:,}", human_bytes(sums.bytes), ", ".join([*dtypes, *tied]), *output.bar(sums.frozen_share)]
+
+
+def _shard_sums(checkpoint: Checkpoint) -> dict[str, Sums]:
+    flags = checkpoint.flags or {}
+    sums = {shard: Sums() for shard in checkpoint.shards}
+    for name, tensor in checkpoint.tensors.items():
+        sums[tensor.shard].add(tensor, flags.get(name))
+    return sums
+
+
+def _first(items: Iterable[Any], most: int | None) -> list[Any]:
+    return list(islice(items, most))
+
+
+def _more(output: Output, total: int, most: int | None, noun: str) -> None:
+    if most is not None and total > most:
+        output.line((f"… {count(total - most, f'more {noun}')}; --all shows every one", DIM))
+
+
+def _print_tensors(checkpoint: Checkpoint, names: dict[str, str]) -> None:
+    output, flags = Output(), checkpoint.flags
+    lines: list[Sequence[Cell]] = []
+    for name, stored in names.items():
+        t = checkpoint.tensors[stored]
+        kind = _KINDS[flags.get(name)] if flags is not None else ""
+        tie = f"= {stored}" if stored != name else ""
+        shape = "×".join(map(str, torch_shape(t.dtype, t.shape))) or "scalar"
+        lines.append([name, BY_NAME[t.dtype].torch_name, shape, human_bytes(t.nbytes), kind, t.shard, tie])
+    output.table(["tensor", "dtype", "shape", "size", "kind", "shard", "tied"], lines, numbers=(2, 3))
+
+
+def _as_json(checkpoint: Checkpoint, names: dict[str, str]) -> dict[str, Any]:
+    flags = checkpoint.flags
+    tensors = {}
+    for name, stored in names.items():
+        t = checkpoint.tensors[stored]
+        tensors[name] = {
+            "dtype": BY_NAME[t.dtype].torch_name,
+            "shape": torch_shape(t.dtype, t.shape),
+            "bytes": t.nbytes,
+            "shard": t.shard,
+            "parameter": name in flags if flags is not None else None,
+            "frozen": flags.get(name) if flags is not None else None,
+            "tied_to": stored if stored != name else None,
+        }
+    return {
+        "path": checkpoint.path,
+        "bytes": sum(t.nbytes for t in checkpoint.tensors.values()),
+        "durable": checkpoint.record.durable if checkpoint.record is not None else None,
+        "metadata": checkpoint.metadata,
+        "shards": {shard: {"tensors": sums.tensors, "bytes": sums.bytes} for shard, sums in _shard_sums(checkpoint).items()},
+        "tensors": tensors,
+    }

@@ -1,0 +1,86 @@
+"""What the commands print: tables and colour on a terminal, plain lines where the output goes elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Union
+
+import click
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+#: A piece of text, or one with a style of rich's.
+Cell = Union[str, tuple[str, str]]
+
+FROZEN, TRAINABLE, GOOD, BAD, DIM = "bold cyan", "yellow", "green", "bold red", "dim"
+
+
+def printable(text: str) -> str:
+    """``text`` without what could move a cursor or make a second line: names come from files that anyone may have written."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+class Output:
+    """Standard output. rich decides whether it is a terminal, and which colours it gets (NO_COLOR, TERM, FORCE_COLOR)."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        # Lines are as long as they are: a terminal that is narrower breaks them, and cuts no name short.
+        self._console = Console(highlight=False, markup=False, emoji=False, width=100_000)
+        self.terminal = self._console.is_terminal
+
+    def line(self, *cells: Cell) -> None:
+        """One line of text, never wrapped into two."""
+        if self.terminal:
+            self._console.print(self._text(*cells), soft_wrap=True)
+        else:
+            click.echo("".join(_plain(cell) for cell in cells).rstrip())
+
+    def table(self, titles: Sequence[str], rows: Iterable[Sequence[Cell]], numbers: Iterable[int] = ()) -> None:
+        """Rows under ``titles``; ``numbers``: the columns that are aligned to the right."""
+        right = frozenset(numbers)
+        if self.terminal:
+            from rich.table import Table
+
+            table = Table(box=None, pad_edge=False, header_style=DIM)
+            for place, title in enumerate(titles):
+                table.add_column(title, justify="right" if place in right else "left", no_wrap=True)
+            for row in rows:
+                table.add_row(*map(self._text, row))
+            self._console.print(table)
+            return
+        cells = [list(titles), *([_plain(cell) for cell in row] for row in rows)]
+        widths = [max(map(len, column)) for column in zip(*cells)]
+        for row_ in cells:
+            padded = (c.rjust(w) if place in right else c.ljust(w) for place, (c, w) in enumerate(zip(row_, widths)))
+            click.echo("  ".join(padded).rstrip())
+
+    def bar(self, share: float | None, width: int = 12) -> list[Cell]:
+        """``share`` of something as a bar and in per cent, two cells; nothing where there is none."""
+        if share is None:
+            return ["", ""]
+        full = round(share * width)
+        if 0 < share < 1:
+            full = min(max(full, 1), width - 1)  # neither all nor nothing looks like it
+        marks = ("█", "░") if self.terminal else ("#", ".")
+        return [(marks[0] * full + marks[1] * (width - full), FROZEN), f"{share:.0%}" if share in (0, 1) else f"{share:.1%}"]
+
+    @staticmethod
+    def _text(*cells: Cell) -> Text:
+        from rich.text import Text
+
+        return Text.assemble(
+            *((printable(cell), "") if isinstance(cell, str) else (printable(cell[0]), cell[1]) for cell in cells)
+        )
+
+
+def _plain(cell: Cell) -> str:
+    return printable(cell if isinstance(cell, str) else cell[0])
+
+
+def wants_bar() -> bool:
+    """Whether a person looks at stderr, and so at a progress bar."""
+    return sys.stderr is not None and sys.stderr.isatty()

@@ -1,0 +1,23 @@
+"""The path of a checkpoint as an argument."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from shardsave._arguments import check_path
+
+
+class _CheckpointPath(click.Path):
+    """A path that a shell completes; what cannot be one is an error of usage."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            check_path(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        return super().convert(value, param, ctx)
+
+
+CHECKPOINT = _CheckpointPath()

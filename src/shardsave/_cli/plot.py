@@ -1,0 +1,46 @@
+"""``shardsave plot``: a picture of a checkpoint."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from shardsave._checkpoint import open_checkpoint
+from shardsave._cli.paths import CHECKPOINT
+from shardsave._collector import collector_still
+from shardsave._words import human_bytes
+
+
+@click.command(
+    short_help="Draw shards and tensors to scale.",
+    epilog="""\b
+Examples:
+  shardsave plot ckpt -o map.png
+  shardsave plot ckpt -o map.svg --width 16
+
+Exit codes: 0, 2 wrong usage, 3 failed.""",
+)
+@click.argument("directory", type=CHECKPOINT)
+@click.option("--output", "-o", required=True, type=click.Path(dir_okay=False), help="File to write: .png, .svg, .pdf, …")
+@click.option("--width", type=click.FloatRange(4, 60), default=12.0, show_default=True, help="Width of the picture in inches.")
+def plot(directory: str, output: str, width: float) -> None:
+    """Draw a checkpoint: a row for each shard of DIRECTORY, a rectangle for each tensor, to scale.
+
+    Frozen is dark and trainable light, in print too; grey is what is no parameter, or unknown. Reads headers only. Needs matplotlib:
+    pip install 'shardsave[plot]'.
+    """
+    try:
+        from shardsave._cli import picture
+    except ImportError as error:
+        raise click.ClickException(
+            f"matplotlib was expected, it cannot be imported ({error}); pip install 'shardsave[plot]'"
+        ) from error
+    suffix = os.path.splitext(output)[1].lstrip(".").lower()
+    known = picture.formats()
+    if suffix not in known:
+        raise click.UsageError(f"a file of a kind that can be drawn was expected ({', '.join(known)}), it is {output!r}")
+    with collector_still(), open_checkpoint(directory) as checkpoint:
+        figure = picture.draw(checkpoint, width)
+    picture.write(figure, output)
+    click.echo(f"{output}: {human_bytes(os.path.getsize(output))}")

@@ -1,0 +1,106 @@
+"""The modules of a checkpoint as a tree, each with the sums of all that is below it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from shardsave._checkpoint import Checkpoint, Located
+
+
+@dataclass
+class Sums:
+    """What some tensors add up to; ``parameter_bytes`` is None where nobody knows which of them are parameters."""
+
+    tensors: int = 0
+    bytes: int = 0
+    dtypes: Counter[str] = field(default_factory=Counter)
+    parameter_bytes: int | None = None
+    frozen_bytes: int = 0
+    tied: int = 0  # names whose bytes count under another name
+
+    def add(self, tensor: Located, frozen: bool | None) -> None:
+        """Counts a tensor; ``frozen`` is None where it is no parameter."""
+        self.tensors += 1
+        self.bytes += tensor.nbytes
+        self.dtypes[tensor.dtype] += tensor.nbytes
+        if frozen is not None:
+            self.parameter_bytes = (self.parameter_bytes or 0) + tensor.nbytes
+            self.frozen_bytes += tensor.nbytes if frozen else 0
+
+    def join(self, other: Sums) -> None:
+        self.tensors += other.tensors
+        self.bytes += other.bytes
+        self.dtypes += other.dtypes
+        self.frozen_bytes += other.frozen_bytes
+        self.tied += other.tied
+        if other.parameter_bytes is not None:
+            self.parameter_bytes = (self.parameter_bytes or 0) + other.parameter_bytes
+
+    @property
+    def frozen_share(self) -> float | None:
+        """Of the bytes of parameters; None where there are none, or nobody knows."""
+        return self.frozen_bytes / self.parameter_bytes if self.parameter_bytes else None
+
+
+@dataclass
+class Module:
+    """A node of the tree, with the sums of all tensors below it."""
+
+    sums: Sums = field(default_factory=Sums)
+    children: dict[str, Module] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the tree as it is shown: ``last`` has one answer for each level, whether nothing follows there."""
+
+    name: str
+    last: tuple[bool, ...]
+    sums: Sums
+
+
+def module_tree(checkpoint: Checkpoint, depth: int) -> Module:
+    """The tree down to ``depth`` levels; what lies deeper counts for the module above it."""
+    flags = checkpoint.flags or {}
+    by_prefix: dict[str, Sums] = {}
+    for name in checkpoint.stored_names:  # in the order of the state, where that is known
+        prefix = name.rpartition(".")[0]
+        if (sums := by_prefix.get(prefix)) is None:
+            sums = by_prefix[prefix] = Sums()
+        sums.add(checkpoint.tensors[name], flags.get(name))
+    for name in checkpoint.ties:
+        by_prefix.setdefault(name.rpartition(".")[0], Sums()).tied += 1
+    root = Module()
+    for prefix, sums in by_prefix.items():
+        node = root
+        node.sums.join(sums)
+        for part in prefix.split(".")[:depth] if prefix else ():
+            node = node.children.setdefault(part, Module())
+            node.sums.join(sums)
+    return root
+
+
+def rows(module: Module, most: int | None, last: tuple[bool, ...] = ()) -> Iterator[Row]:
+    """The lines below ``module``; where it has more than ``most`` children, the rest is one line of their sums."""
+    shown = list(module.children.items())
+    rest = shown[most:] if most is not None and len(shown) > most + 1 else []
+    shown = shown[: len(shown) - len(rest)]
+    for place, (name, child) in enumerate(shown):
+        at = (*last, place == len(shown) - 1 and not rest)
+        yield Row(name, at, child.sums)
+        yield from rows(child, most, at)
+    if rest:
+        joined = Sums()
+        for _, child in rest:
+            joined.join(child.sums)
+        yield Row(f"… {len(rest):,} more", (*last, True), joined)
+
+
+def guides(row: Row, terminal: bool) -> str:
+    """What stands before a row's name to show where it hangs."""
+    if not terminal:
+        return "  " * (len(row.last) - 1)
+    above = "".join("    " if last else "│   " for last in row.last[:-1])
+    return above + ("└── " if row.last[-1] else "├── ")

@@ -1,0 +1,78 @@
+"""``shardsave verify``: every byte against its checksum."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import click
+
+from shardsave._cli.output import BAD, DIM, GOOD, Output, wants_bar
+from shardsave._cli.paths import CHECKPOINT
+from shardsave._words import count
+
+if TYPE_CHECKING:
+    import shardsave
+
+
+@click.command(
+    short_help="Compare every byte with the stored checksums.",
+    epilog="""\b
+Examples:
+  shardsave verify ckpt
+  shardsave verify ckpt --quiet || restore-backup
+  shardsave verify ckpt --json | jq .damaged
+
+Exit codes: 0 whole, 1 damaged, 2 wrong usage, 3 failed (no checkpoint, or an index that cannot be read).""",
+)
+@click.argument("directory", type=CHECKPOINT)
+@click.option("--quiet", "-q", is_flag=True, help="Print nothing but what is damaged.")
+@click.option("--json", "as_json", is_flag=True, help="What is damaged and what is not, as JSON.")
+@click.pass_context
+def verify(context: click.Context, directory: str, quiet: bool, as_json: bool) -> None:
+    """Read every byte of a checkpoint and compare it with the stored checksums.
+
+    Goes on after damage: names every tensor of DIRECTORY that is damaged, and what is intact. Files of others have no checksums;
+    of them only lengths and headers can be checked.
+    """
+    import shardsave
+
+    report = shardsave.verify(directory, keep_going=True, progress=wants_bar() and not quiet)
+    if as_json:
+        click.echo(json.dumps(_as_json(report)))
+    else:
+        _print(report, Output(), quiet)
+    context.exit(1 if report.damaged else 0)
+
+
+def _print(report: shardsave.VerifyReport, output: Output, quiet: bool) -> None:
+    by_shard: dict[str, list[shardsave.Damage]] = {}
+    for damage in report.damaged:
+        by_shard.setdefault(damage.shard, []).append(damage)
+    for shard in sorted({*report.intact, *by_shard}):
+        intact = report.intact.get(shard, ())
+        lost = [name for damage in by_shard.get(shard, ()) for name in damage.tensors]
+        if shard not in by_shard:
+            if not quiet:
+                output.line(("intact   ", GOOD), f"{shard}  {count(len(intact), 'tensor')}")
+            continue
+        output.line(("DAMAGED  ", BAD), f"{shard}  {len(lost):,} of {count(len(lost) + len(intact), 'tensor')} damaged")
+        for damage in by_shard[shard]:
+            output.line(("         ", ""), damage.message)
+            for name in damage.tensors:
+                output.line(("         damaged  ", BAD), name)
+        for name in intact if not quiet else ():
+            output.line(("         intact   ", GOOD), name)
+    if not quiet:
+        output.line((str(report), BAD if report.damaged else GOOD if report.verified else DIM))
+
+
+def _as_json(report: shardsave.VerifyReport) -> dict[str, object]:
+    return {
+        "path": report.path,
+        "verified": report.verified,
+        "bytes": report.bytes,
+        "seconds": report.seconds,
+        "damaged": [{"shard": d.shard, "tensors": d.tensors, "message": d.message} for d in report.damaged],
+        "intact": report.intact,
+    }

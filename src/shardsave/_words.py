@@ -1,0 +1,26 @@
+"""Numbers and names as a person reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def human_bytes(count: float) -> str:
+    """``14200000000`` → ``14.2 GB``, in decimal units as file sizes and disks are quoted."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def count(number: int, noun: str) -> str:
+    """``1 tensor``, ``2,000 tensors``."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def some(names: Iterable[str], most: int = 3) -> str:
+    """The first few of ``names``, and how many more there are."""
+    listed = list(names)
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more
