@@ -123,6 +123,18 @@ def test_inspect(ckpt: Path) -> None:
     ]
 
 
+def test_inspect_of_an_architecture(tmp_path: Path) -> None:
+    """Catches files of a checkpoint that are not shown."""
+    shardsave.save(nn.BatchNorm1d(3), tmp_path, architecture=True)
+    (file,) = tmp_path.glob("architecture-*.json")
+    shown = lines(run("inspect", tmp_path))
+    assert shown[shown.index("beside the weights  file" + " " * 25 + "size") + 1].startswith(
+        f"architecture        {file.name}  "
+    )
+    part = json.loads(run("inspect", tmp_path, "--json").stdout)["parts"]["architecture"]
+    assert part == {"file": file.name, "bytes": file.stat().st_size}
+
+
 def test_inspect_of_files_of_others(tmp_path: Path) -> None:
     """Catches flags or durability that are claimed where nobody knows them."""
     from safetensors.torch import save_file

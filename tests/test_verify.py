@@ -108,6 +108,25 @@ def test_a_lone_file_and_an_index(ckpt: Path, tmp_path: Path) -> None:
         shardsave.verify(ckpt, keep_going=True)
 
 
+@pytest.mark.parametrize("part", ["architecture-*.json", "architecture-*.safetensors"])
+@pytest.mark.parametrize("at", [20, -1])
+def test_parts_beside_the_weights(tmp_path: Path, part: str, at: int) -> None:
+    """Catches an architecture that is damaged and passes, or that stands for the weights."""
+    model = torch.nn.Linear(3, 2)
+    model.register_buffer("scratch", torch.arange(3.0), persistent=False)
+    shardsave.save(model, tmp_path, architecture=True)
+    whole = shardsave.verify(tmp_path, keep_going=True)
+    assert whole.verified is True and len(whole.intact) == 3 and sum(map(len, whole.intact.values())) == 3
+    (path,) = tmp_path.glob(part)
+    flip(path, at)
+    report = shardsave.verify(tmp_path, keep_going=True)
+    (damage,) = report.damaged
+    assert damage.shard == path.name and damage.tensors == (("scratch",) if at < 0 and "safe" in part else ())
+    assert report.intact["model-00001-of-00001.safetensors"] == ("weight", "bias")
+    with pytest.raises(shardsave.CorruptCheckpointError):
+        shardsave.verify(tmp_path)
+
+
 def test_a_save_meanwhile(ckpt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a checkpoint that is called damaged because a save replaced it while it was opened."""
     from shardsave import _checkpoint

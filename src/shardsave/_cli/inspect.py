@@ -85,6 +85,10 @@ def _print_tree(checkpoint: Checkpoint, depth: int, most: int | None) -> None:
     shown = [[shard, *_figures(sums, output)] for shard, sums in _first(shards.items(), most)]
     output.table(["shard", "tensors", "size", "dtypes", "frozen", ""], shown, numbers=(1, 2, 5))
     _more(output, len(shards), most, "shard")
+    if parts := _parts(checkpoint):
+        output.line()
+        lines = [[role, part["file"], human_bytes(part["bytes"])] for role, part in parts.items()]
+        output.table(["beside the weights", "file", "size"], lines, numbers=(2,))
     if checkpoint.ties:
         output.line()
         output.table(["tied name", "shares the bytes of"], _first(checkpoint.ties.items(), most))
@@ -122,6 +126,11 @@ def _shard_sums(checkpoint: Checkpoint) -> dict[str, Sums]:
     for name, tensor in checkpoint.tensors.items():
         sums[tensor.shard].add(tensor, flags.get(name))
     return sums
+
+
+def _parts(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    parts = checkpoint.record.parts if checkpoint.record is not None else {}
+    return {role: {"file": part.file, "bytes": part.record.length} for role, part in parts.items()}
 
 
 def _first(items: Iterable[Any], most: int | None) -> list[Any]:
@@ -165,5 +174,6 @@ def _as_json(checkpoint: Checkpoint, names: dict[str, str]) -> dict[str, Any]:
         "durable": checkpoint.record.durable if checkpoint.record is not None else None,
         "metadata": checkpoint.metadata,
         "shards": {shard: {"tensors": sums.tensors, "bytes": sums.bytes} for shard, sums in _shard_sums(checkpoint).items()},
+        "parts": _parts(checkpoint),
         "tensors": tensors,
     }
