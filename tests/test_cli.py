@@ -222,6 +222,13 @@ def test_verify(ckpt: Path) -> None:
     assert [d["tensors"] for d in found["damaged"]] == [["encoder.2.weight", "encoder.2.bias"], ["encoder.1.bias"]]
 
 
+def test_verify_with_a_broken_index(ckpt: Path) -> None:
+    """Catches damage that ends like a mistake of whoever asked."""
+    flip(ckpt / "model.safetensors.index.json", 20)
+    assert error(run("verify", ckpt), 1).startswith("shardsave: corrupt index model.safetensors.index.json: ")
+    assert error(run("inspect", ckpt), 3).startswith("shardsave: corrupt index model.safetensors.index.json: ")
+
+
 def test_diff(ckpt: Path, tmp_path: Path) -> None:
     """Catches a difference that is not shown, or that does not show in the exit code."""
     assert lines(run("diff", ckpt, ckpt))[0].startswith(f"{ckpt} and {ckpt}: 14 equal, 0 changed")

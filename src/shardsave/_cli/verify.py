@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from shardsave._cli.output import BAD, DIM, GOOD, Output, wants_bar
+from shardsave._cli.output import BAD, DIM, GOOD, Output, printable, wants_bar
 from shardsave._cli.paths import CHECKPOINT
 from shardsave._words import count
 
@@ -23,7 +23,7 @@ Examples:
   shardsave verify ckpt --quiet || restore-backup
   shardsave verify ckpt --json | jq .damaged
 
-Exit codes: 0 whole, 1 damaged, 2 wrong usage, 3 failed (no checkpoint, or an index that cannot be read).""",
+Exit codes: 0 whole, 1 damaged, 2 wrong usage, 3 failed (no checkpoint, say).""",
 )
 @click.argument("directory", type=CHECKPOINT)
 @click.option("--quiet", "-q", is_flag=True, help="Print nothing but what is damaged.")
@@ -37,7 +37,11 @@ def verify(context: click.Context, directory: str, quiet: bool, as_json: bool) -
     """
     import shardsave
 
-    report = shardsave.verify(directory, keep_going=True, progress=wants_bar() and not quiet)
+    try:
+        report = shardsave.verify(directory, keep_going=True, progress=wants_bar() and not quiet)
+    except shardsave.CorruptCheckpointError as error:  # of the index, without which nothing else can be told
+        click.echo(printable(f"shardsave: {error}"), err=True)
+        context.exit(1)
     if as_json:
         click.echo(json.dumps(_as_json(report)))
     else:
