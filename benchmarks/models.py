@@ -23,7 +23,7 @@ from torch.nn.utils import parametrizations, prune
 import shardsave
 
 #: Models with more parameters than this are left out, so that each fits into memory three times.
-MOST_PARAMETERS = 150_000_000
+MOST_PARAMETERS = 700_000_000
 
 Try = tuple[str, Callable[[], nn.Module], Callable[[nn.Module], tuple[tuple[Any, ...], dict[str, Any]]]]
 
