@@ -320,7 +320,7 @@ def test_batch_norm_state_from_before_it_counted(tmp_path: Path) -> None:
     assert empty.num_batches_tracked.device.type == "cpu" and empty.num_batches_tracked == 0
     other = nn.Module()
     other.register_buffer("num_batches_tracked", torch.zeros(()))
-    with pytest.raises(shardsave.IncompatibleCheckpointError, match="missing 1: num_batches_tracked"):
+    with pytest.raises(shardsave.IncompatibleCheckpointError, match="1 missing from the checkpoint: num_batches_tracked"):
         shardsave.load_model(other, tmp_path)
 
 
