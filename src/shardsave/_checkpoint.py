@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Union
 from shardsave._collector import collector_still
 from shardsave._crc64 import crc64
 from shardsave._files import CallFailed, Descriptor, call
-from shardsave._find import Found, cannot_read, find, open_regular
+from shardsave._find import TORCH_SAVE_HINT, Found, cannot_read, find, open_regular
 from shardsave._format import Header, parse_header, read_header, read_start
 from shardsave._index import INDEX_NAME, LONE_NAME, Index, Part, Record, ShardRecord, parse_index
 from shardsave._json import glimpse
@@ -27,6 +27,8 @@ from shardsave.errors import (
 #: How long a reader starts over while others keep replacing the checkpoint under it, in seconds.
 CHANGING_SECONDS = 30.0
 
+#: How a pickle begins, of every protocol that is binary and in use.
+_PICKLES = (b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5")
 
 #: What a checkpoint may have beside its weights.
 PARTS = ("architecture", "program", "extra tensors")
@@ -192,7 +194,11 @@ class Checkpoint:
         where = f"shard {shard}"
         if self.record is None:
             length = call(os.fstat, shard, descriptor).st_size
-            header = parse_header(read_header(descriptor, length, where), length, where)
+            try:
+                header = parse_header(read_header(descriptor, length, where), length, where)
+            except CorruptCheckpointError:
+                self._refuse_torch_save(descriptor, shard)
+                raise
             if self.index is not None and header.sums is not None:
                 raise CorruptCheckpointError(
                     f"corrupt index {self._index_name}: a record of {shard} expected, which shardsave wrote, it has none; "
@@ -208,6 +214,16 @@ class Checkpoint:
             )
         return header
 
+    def _refuse_torch_save(self, descriptor: int, shard: str) -> None:
+        """What begins like a file of torch.save is not a damaged one of another kind."""
+        start = read_start(descriptor, 4)
+        kind = "a zip archive" if start == b"PK\3\4" else "a pickle" if start[:2] in _PICKLES else None
+        if kind is not None:
+            raise IncompatibleCheckpointError(
+                f"cannot read {self.path_of(shard)}: a safetensors file was expected, it is {kind}, as torch.save writes; "
+                f"{TORCH_SAVE_HINT}; the file is as it was"
+            )
+
     @staticmethod
     def _checked_start(descriptor: int, shard: str, record: ShardRecord) -> bytes:
         """The header of ``shard``, or all of it where it has no more; the index says its length and checksum."""
@@ -215,7 +231,7 @@ class Checkpoint:
         if length != record.length:
             fate = "it was cut, half copied or half downloaded" if length < record.length else "something was appended to it"
             raise CorruptCheckpointError(
-                f"corrupt shard {shard}: the index says {record.length} bytes, the file has {length}; {fate}, or belongs to another save"
+                f"corrupt shard {shard}: the index says {record.length} bytes, the file has {length}; {fate}, or it belongs to another save"
             )
         raw = read_start(descriptor, record.header_length)
         if (found := crc64(raw)) != record.header_crc:

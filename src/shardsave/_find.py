@@ -11,6 +11,17 @@ from shardsave._files import CallFailed, Descriptor, call, kind_of
 from shardsave._index import INDEX_NAME, LONE_NAME, MAX_INDEX_BYTES
 from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, ShardSaveError
 
+#: What becomes of files of torch.save: what unpickles them runs whatever code they hold.
+TORCH_SAVE_HINT = (
+    "pickles are never read, since that can run code: load it with torch.load(…, weights_only=True), and give what that returns "
+    "to shardsave.save"
+)
+
+_TORCH_SAVE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt")
+
+#: How many names a hint lists.
+_HINTED = 3
+
 #: What a call says when nothing is there; a link that leads to itself is nothing either.
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
@@ -61,7 +72,11 @@ def _hint(folder: str) -> str:
     except OSError:
         return ""
     others = sorted(name for name in listed if name.endswith((".safetensors", ".safetensors.index.json")))
-    return f"; to read another file, give its path: {', '.join(others[:3])}" if others else ""
+    if others:
+        more = f" and {len(others) - _HINTED} more" if len(others) > _HINTED else ""
+        return f"; to read another file, give its path: {', '.join(others[:_HINTED])}{more}"
+    pickled = sorted(name for name in listed if name.endswith(_TORCH_SAVE_ENDINGS))
+    return f"; {pickled[0]} has the name of a file of torch.save, and {TORCH_SAVE_HINT}" if pickled else ""
 
 
 def _read_index(path: str, name: str) -> bytes | None:
