@@ -136,8 +136,36 @@ def test_names_and_prefix_together(tmp_path: Path) -> None:
     assert shardsave.load(tmp_path, names={"a.x": 1}).keys() == {"a.x"}
     with pytest.raises(ValueError, match=r"'b.x' does not begin with prefix 'a.'"):
         shardsave.load(tmp_path, names=["a.y", "b.x"], prefix="a.")
-    with pytest.raises(shardsave.IncompatibleCheckpointError, match=r"'a.z' was asked for \(the closest is 'a.[xy]'\)"):
-        shardsave.load(tmp_path, names=["a.z"], prefix="a.")
+    closest = r"'a.z' was asked for \(the closest is 'a.[xy]'\), the checkpoint has no tensor of that name"
+    for more, words in (((), ""), (("a.zz",), ", nor 1 other asked for"), (("a.zz", "a.zzz"), ", nor 2 others asked for")):
+        with pytest.raises(shardsave.IncompatibleCheckpointError, match=f"{closest}{words}$"):
+            shardsave.load(tmp_path, names=["a.z", *more], prefix="a.")
+
+
+def test_a_prefix_that_nothing_has(tmp_path: Path) -> None:
+    """Catches an error that shows only the first level, or no name that may have been meant."""
+    names = ["encoder.layer.0.weight", "encoder.layer.1.weight", "encoder.norm.bias", "head.weight", "scale"]
+    shardsave.save({name: torch.ones(1) for name in names}, tmp_path)
+    first, below = "the checkpoint's begin with encoder, head, scale", "the checkpoint's that begin with 'encoder.' go on with"
+    cases = {
+        "encoder.layr.": f"{below} layer, norm (the closest is 'encoder.layer.')",
+        "encoder.layr": f"{below} layer, norm (the closest is 'encoder.layer.')",
+        "encoder.layer.2.": "the checkpoint's that begin with 'encoder.layer.' go on with 0, 1",
+        "encodr.layer.": f"{first} (the closest is 'encoder.')",
+        "xyz.": first,
+        ".": first,
+    }
+    for prefix, words in cases.items():
+        for verb in (shardsave.load, functools.partial(shardsave.load_model, nn.Linear(1, 1))):
+            with pytest.raises(shardsave.IncompatibleCheckpointError) as caught:
+                verb(tmp_path, prefix=prefix)
+            assert str(caught.value) == (
+                f"cannot load from {tmp_path}: names that begin with {prefix!r} were asked for, {words}"
+            )
+    with pytest.raises(
+        shardsave.IncompatibleCheckpointError, match=r"1 not in the module: \.weight; a name begins with a dot where"
+    ):
+        shardsave.load_model(nn.Linear(1, 1), tmp_path, prefix="head")
 
 
 def test_no_names_read_no_shard(tmp_path: Path) -> None:
