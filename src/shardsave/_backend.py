@@ -20,7 +20,8 @@ def _choose() -> tuple[ModuleType | None, str]:
     try:
         return importlib.import_module("shardsave._native"), ""
     except ImportError as error:
-        reason = "it was not built" if error.name == "shardsave._native" else f"it cannot be loaded: {error}"
+        built = not isinstance(error, ModuleNotFoundError) or error.name != "shardsave._native"
+        reason = f"it cannot be loaded: {error}" if built else "it was not built"
         if wanted == "native":
             raise ImportError(f"{_VARIABLE}=native, and there is no C++ engine: {reason}") from error
         return None, reason
