@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from torch import nn
 
 import shardsave
 from conftest import SmallModel, same_bits
+from shardsave import _engine
 from shardsave._dtypes import BY_TORCH
 
 
@@ -187,6 +189,24 @@ def test_progress_counts_to_the_end(tmp_path: Path) -> None:
         shardsave.save({"x": torch.zeros(5_000_000)}, tmp_path, progress=stop)
     assert shardsave.load(tmp_path)["x"].min() == 1
     assert len(os.listdir(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("engine", ["native", "portable"])
+def test_what_a_callback_raises_comes_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
+    """Catches a caller's own want of memory that is taken for the engine's, and becomes an error about room for the save."""
+    if engine == "portable":
+        monkeypatch.setattr(_engine, "native", None)
+    raised = MemoryError("of the callback")
+
+    def stop(done: int, total: int) -> None:
+        raise raised
+
+    shardsave.save({"x": torch.ones(5_000_000)}, tmp_path)
+    for verb in (functools.partial(shardsave.save, {"x": torch.zeros(5_000_000)}), shardsave.load, shardsave.verify):
+        with pytest.raises(MemoryError) as caught:
+            verb(tmp_path, progress=stop)
+        assert caught.value is raised
+    assert shardsave.load(tmp_path)["x"].min() == 1 and len(os.listdir(tmp_path)) == 2
 
 
 def test_shards_keep_the_bound_and_frozen_apart(tmp_path: Path, small_model: nn.Module) -> None:
