@@ -18,6 +18,7 @@ WRONG_EVERYWHERE = [3, None, b"ckpt", ""]
 WRONG: dict[str, list[tuple[str, Any]]] = {
     "save": [
         *(("max_shard_size", size) for size in ("5 gigs", "-1GB", "0", 0, -5, "", "GB", "1e9", "5GB5", "nan")),
+        *(("max_shard_size", size) for size in ("9" * 400, f"{'9' * 400}GB", f"{'9' * 308}TiB", f"{'9' * 5000}.5MB")),
         *(("max_shard_size", size) for size in (5.0, None, True, b"5GB", [5])),
         *(("durable", value) for value in (0, 1, None, "yes")),
         *(
@@ -30,7 +31,7 @@ WRONG: dict[str, list[tuple[str, Any]]] = {
         ),
         ("metadata", {"a": functools.reduce(lambda inner, _: [inner], range(500), [])}),
         *(("progress", value) for value in (3, "yes", [])),
-        *(("lock_timeout", value) for value in ("1", None, True, -1, float("nan"))),
+        *(("lock_timeout", value) for value in ("1", None, True, -1, float("nan"), 10**400)),
     ],
     "load": [
         *(("device", value) for value in ("nonsense", "cuda:99", 3.5, True, b"cpu", "meta", torch.device("meta"), [])),
@@ -116,6 +117,18 @@ def test_binary_and_decimal_units(tmp_path: Path) -> None:
     state = {"a": torch.zeros(2**20 - 1, dtype=torch.uint8), "b": torch.zeros(1, dtype=torch.uint8)}
     assert shardsave.save(state, tmp_path, max_shard_size="1MiB").shards == 1
     assert shardsave.save(state, tmp_path, max_shard_size="1MB").shards == 2
+
+
+def test_a_save_that_waits_for_ever(tmp_path: Path) -> None:
+    """Catches infinity that is refused where it has a meaning."""
+    assert shardsave.save({"x": torch.ones(1)}, tmp_path, lock_timeout=float("inf")).tensors == 1
+
+
+def test_more_shards_than_numbers(tmp_path: Path) -> None:
+    """Catches a directory made for a save that cannot be."""
+    with pytest.raises(ValueError, match="at most 99999 shards can be numbered, 100000 would be needed; raise max_shard_size"):
+        shardsave.save({str(n): torch.empty(1) for n in range(100_000)}, tmp_path / "ckpt", max_shard_size=4)
+    assert not (tmp_path / "ckpt").exists()
 
 
 def test_metadata_comes_back(tmp_path: Path) -> None:

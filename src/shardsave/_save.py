@@ -25,7 +25,7 @@ from shardsave._crc64 import crc64
 from shardsave._dtypes import BY_TORCH, logical_shape
 from shardsave._ending import verb
 from shardsave._format import encode_header, with_sums
-from shardsave._index import Index, Part, Record, ShardRecord
+from shardsave._index import Index, Part, Record, ShardRecord, check_shard_count
 from shardsave._json import MAX_DIGITS, NotJSON, glimpse, parse_object
 from shardsave._plan import ALIGNMENT, Extent, Shard, StoredTensor, blocks, pack
 from shardsave._program import Program, capture, check_program
@@ -121,6 +121,7 @@ def save(
         stored = [entry for entry in state.entries if entry.tied_to is None]
         shards = pack([_stored_tensor(entry) for entry in stored], bound)
         count = len(shards)
+        check_shard_count(count)
         pieces = _pieces(shards, stored)
         if extra.kept:
             kept = pack([_stored_tensor(entry) for entry in extra.kept], sys.maxsize)
@@ -314,8 +315,11 @@ def parse_size(size: Union[int, str]) -> int:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size)
         unit = _UNITS.get(match[2].upper()) if match else None
         if match is None or unit is None:
-            raise ValueError(f"max_shard_size must be like '5GB', '500MB' or '2GiB', not {size!r}")
-        count = int(float(match[1]) * unit)
+            raise ValueError(f"max_shard_size must be like '5GB', '500MB' or '2GiB', not {glimpse(size)}")
+        number = float(match[1]) * unit
+        if math.isinf(number):
+            raise ValueError(f"max_shard_size must be a size that some disk may have, not {glimpse(size)}")
+        count = int(number)
     if count <= 0:
         raise ValueError(f"max_shard_size must be at least one byte, not {size!r}")
     return count
