@@ -82,6 +82,9 @@ def remove_staging(
             inside.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, folder)
             listed = set(_listed(inside.fd) if finals is None else finals) - named
         except CallFailed as error:
+            if error.errno == errno.EACCES:  # made under a mask that took even our own permissions; nothing can be in it
+                _attempt(lambda: os.rmdir(staging, dir_fd=folder), staging, leftovers)
+                return leftovers
             return [] if error.errno == errno.ENOENT else [staging]
         _remove(folder, sorted(listed), leftovers)
         if listed and durable:

@@ -74,7 +74,7 @@ class Transaction:
     def __init__(self, directory: str | os.PathLike[str], *, durable: bool, lock_timeout: float) -> None:
         # Not normalised: what `link/..` means, the file system knows.
         given = os.fspath(directory)
-        self.path = given if os.path.isabs(given) else os.path.join(os.getcwd(), given)
+        self.path = given if os.path.isabs(given) else os.path.join(_current_directory(given), given)
         self.supersedes: Superseded | None = None  # the lone file that this save replaces
         self._durable = durable
         self._lock_timeout = lock_timeout
@@ -89,6 +89,7 @@ class Transaction:
         self._old_bytes: bytes | None = None
         self._old: Index | None = None
         self._old_unreadable = ""
+        self._looked = False  # whether it is known what was there before
 
     def __enter__(self) -> Transaction:
         """Creates and locks the directory, and makes what is visible in it really committed.
@@ -130,6 +131,7 @@ class Transaction:
                 self._sync(self._lock.fd, "")
             self.supersedes = self._find_lone()
             self._old_bytes = read_all(INDEX_NAME, self._lock.fd, MAX_INDEX_BYTES)
+        self._looked = True
         if self._old_bytes is not None:
             try:
                 self._old = parse_index(self._old_bytes, f"index {INDEX_NAME}")
@@ -382,9 +384,22 @@ class Transaction:
         return kind(f"{what}: {call}: {reason}{room}; {self._state()}")
 
     def _state(self) -> str:
+        if not self._looked:
+            return "nothing was written, what was there is as it was"
         if self._old_bytes is None and self.supersedes is None:
             return "nothing was committed, there was no checkpoint before"
         return "nothing was committed, the previous checkpoint is intact"
+
+
+def _current_directory(path: str) -> str:
+    """Where the relative ``path`` begins."""
+    try:
+        return call(os.getcwd, "")
+    except CallFailed as error:
+        raise SaveNotCommittedError(
+            f"cannot save to {path}: a path from the current directory was given, that is not there any more: {_words(error)}; "
+            f"nothing was written"
+        ) from error
 
 
 def host_id() -> str:

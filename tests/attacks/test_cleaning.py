@@ -155,6 +155,6 @@ def test_index_that_is_no_file(put: Names, durable: bool, tmp_path: Path) -> Non
     kinds = {put: f"open: a regular file was expected, it is {found}" for _, found, put in SPECIALS}
     kinds[link_to_itself] = "stat: Too many levels of symbolic links"
     assert str(caught.value) == (
-        f"cannot write {tmp_path / INDEX}: {kinds[put]}; nothing was committed, there was no checkpoint before"
+        f"cannot write {tmp_path / INDEX}: {kinds[put]}; nothing was written, what was there is as it was"
     )
     assert os.listdir(tmp_path) == [INDEX]
