@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import shardsave
@@ -144,6 +145,10 @@ def test_numpy_arrays(tmp_path: Path) -> None:
         (torch.zeros(2, dtype=torch.complex128), "dtype complex128 has no safetensors equivalent"),
         (torch.zeros(2).to_sparse(), "layout is sparse_coo"),
         (torch.zeros(2, device="meta"), "meta device"),
+        (
+            torch.empty_strided((2**40, 0, 2**40), (1, 1, 1)),
+            r"fewer than 2\^63, its zeros aside, .* shape is \[1099511627776, 0, 109",
+        ),
         ("text", "it is a str"),
         (nn.parameter.UninitializedParameter(), "UninitializedParameter"),
     ],
@@ -153,6 +158,15 @@ def test_what_cannot_be_saved_is_refused_by_name(tmp_path: Path, value: object, 
     with pytest.raises(shardsave.UnsupportedTensorError, match=f"cannot save 'bad': .*{words}.*nothing was written"):
         shardsave.save({"good": torch.ones(1), "bad": value}, tmp_path / "ckpt")
     assert not (tmp_path / "ckpt").exists()
+
+
+def test_sizes_beside_a_zero(tmp_path: Path) -> None:
+    """Catches an empty tensor that is refused though every reader takes it, or that our own reader refuses."""
+    shapes = {"a": (2**31, 0, 2**31), "b": (0, 2**62), "c": (2**62, 0)}
+    shardsave.save({name: torch.empty(shape) for name, shape in shapes.items()}, tmp_path)
+    assert {name: tuple(tensor.shape) for name, tensor in shardsave.load(tmp_path).items()} == shapes
+    theirs = load_file(tmp_path / "model-00001-of-00001.safetensors")
+    assert {name: tuple(tensor.shape) for name, tensor in theirs.items()} == shapes
 
 
 @pytest.mark.parametrize("name", ["__metadata__", "\ud800"])

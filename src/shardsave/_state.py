@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple, NoReturn, Union
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from shardsave._dtypes import BY_TORCH
+from shardsave._dtypes import BY_TORCH, logical_shape
 from shardsave.errors import UnsupportedTensorError, an
 
 Source = Union[nn.Module, Mapping[str, Any]]
@@ -202,6 +203,11 @@ def check_savable(name: str, tensor: torch.Tensor) -> None:
         raise UnsupportedTensorError(f"cannot save {name!r}: dtype {dtype} has no safetensors equivalent; nothing was written")
     if lacks_memory(tensor):
         _refuse(name, "memory for all its elements was expected", "its storage was freed or made smaller")
+    if tensor.numel() == 0 and math.prod(size or 1 for size in logical_shape(tensor)) >= 1 << 63:
+        # Some readers multiply in order and meet the zero in time, some do not, and torch has strides to compute.
+        _refuse(
+            name, "sizes that multiply to fewer than 2^63, its zeros aside, were expected", f"its shape is {list(tensor.shape)}"
+        )
     if tensor.dtype == torch.float4_e2m1fn_x2 and tensor.dim() == 0:
         _refuse(name, "a float4 tensor of at least one dimension was expected", "it has none")
 
