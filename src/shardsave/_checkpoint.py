@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Union
 
@@ -61,7 +61,9 @@ class Checkpoint:
         self.shards: tuple[str, ...] = ()
         self._folder = folder
         self._index_name = index_name
+        self.allowance = descriptor_allowance()  # how many shards are held open at a time
         self._open: dict[str, Descriptor] = {}
+        self._seen: dict[str, tuple[int, ...]] = {}  # which file each shard was when it was first opened
         self._records: dict[str, ShardRecord] = (
             dict(index.record.shards) if index is not None and index.record is not None else {}
         )
@@ -92,15 +94,26 @@ class Checkpoint:
         """The path of ``shard``, for messages and for those who open it themselves."""
         return os.path.join(self._folder, shard)
 
+    def descriptors(self, shards: Sequence[str]) -> list[int]:
+        """Open descriptors of ``shards``, at most `allowance` of them; the others are closed first where they are too many."""
+        spare = self._open.keys() - set(shards)
+        lacking = [shard for shard in shards if shard not in self._open]
+        while spare and len(self._open) + len(lacking) > self.allowance:
+            self.drop(spare.pop())
+        return [self.descriptor(shard) for shard in shards]
+
     def descriptor(self, shard: str) -> int:
-        """An open descriptor of ``shard``; where it was closed for want of descriptors, or by a fork, opened and checked again."""
+        """An open descriptor of ``shard``; where it was closed for want of descriptors, or by a fork, opened and checked again.
+
+        Raises DirectoryBusyError where it is another file by then.
+        """
         if shard not in self._open or self._open[shard].fd < 0:
             self._open[shard], _ = self._open_shard(shard)
         return self._open[shard].fd
 
     def release(self, shard: str) -> None:
         """Closes ``shard`` when more shards are in use than descriptors can be held for."""
-        if len(self.shards) > descriptor_allowance():
+        if len(self.shards) > self.allowance:
             self.drop(shard)
 
     def drop(self, shard: str) -> None:
@@ -125,15 +138,11 @@ class Checkpoint:
 
     def _admit(self, shards: Mapping[str, frozenset[str]], broken: Broken) -> None:
         """Opens ``shards`` (file → the names that the index says it holds) and notes where their tensors lie."""
-        allowance = descriptor_allowance()
         self.shards = tuple(shards)
-        for shard, names in shards.items():
+        for shard, names in sorted(shards.items()):  # as they are read
             try:
                 file, header = self._open_shard(shard)
-                if len(self._open) < allowance:
-                    self._open[shard] = file
-                else:
-                    file.abandon()
+                self._hold(shard, file)
                 self._note_tensors(shard, header, names)
             except ShardSaveError as error:
                 if broken is None:
@@ -158,7 +167,8 @@ class Checkpoint:
         shard = part.file
         self._records[shard] = part.record
         if not shard.endswith(".json"):
-            self._open[shard], header = self._open_shard(shard)
+            file, header = self._open_shard(shard)
+            self._hold(shard, file)
             self.kept.update(_located(shard, header))
             return
         try:
@@ -167,9 +177,18 @@ class Checkpoint:
         except CallFailed as error:
             raise cannot_read(self.path_of(shard), error) from error
 
+    def _hold(self, shard: str, file: Descriptor) -> None:
+        if len(self._open) < self.allowance:
+            self._open[shard] = file
+        else:
+            file.abandon()
+
     def _open_shard(self, shard: str) -> tuple[Descriptor, Header]:
         file = self._opened(shard)
         try:
+            found = _identity(call(os.fstat, shard, file.fd))
+            if self._seen.setdefault(shard, found) != found:
+                raise DirectoryBusyError(self._replaced(shard))
             return file, self._checked_header(file.fd, shard)
         except CallFailed as error:
             file.abandon()
@@ -181,6 +200,8 @@ class Checkpoint:
     def _opened(self, shard: str) -> Descriptor:
         path = self.path_of(shard)
         file = open_regular(path, f"shard {shard}")
+        if file is None and shard in self._seen:
+            raise DirectoryBusyError(self._replaced(shard))
         if file is None:
             wanted = f"the index names {shard}" if self.index is not None else f"{shard} was expected"
             found = "it is a link to nothing" if os.path.islink(path) else "there is no such file"
@@ -188,6 +209,17 @@ class Checkpoint:
                 f"corrupt checkpoint {self.path}: {wanted}, {found}; the checkpoint was copied or downloaded in part"
             )
         return file
+
+    def _replaced(self, shard: str) -> str:
+        if len(self.shards) > self.allowance:
+            why = f"only {self.allowance} of {len(self.shards)} shards could be held open"
+            advice = "load again, or raise the limit of open files (ulimit -n)"
+        else:
+            why, advice = "the descriptor was closed by a fork", "open the checkpoint again"
+        return (
+            f"cannot read {self.path_of(shard)}: the file that was there at first was expected, it was replaced or removed "
+            f"during the load, most likely by a save; {why}: {advice}"
+        )
 
     def _checked_header(self, descriptor: int, shard: str) -> Header:
         """The header of ``shard``; where the index has a record of it, not a byte is looked at before its checksum is right."""
@@ -252,6 +284,11 @@ class Checkpoint:
             )
             raise CorruptCheckpointError(f"corrupt shard {shard}: {found}; index and shard belong to different saves")
         self.tensors.update(_located(shard, header))
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    """What tells a file from every other, and from itself before it was changed."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _located(shard: str, header: Header) -> Iterator[tuple[str, Located]]:
@@ -351,8 +388,12 @@ def _refuse_unless_superseded(folder: str, record: Record | None, lone: str) -> 
 
 
 def descriptor_allowance() -> int:
-    """How many shards may be held open: half of the limit of this process, so that the rest of it can go on."""
+    """How many shards may be held open: half of what this process may open yet, so that the rest of it can go on."""
     import resource
 
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(1, (soft if soft != resource.RLIM_INFINITY else 1 << 16) // 2)
+    try:
+        in_use = len(os.listdir("/proc/self/fd"))
+    except OSError:
+        in_use = 0
+    return max(1, ((soft if soft != resource.RLIM_INFINITY else 1 << 16) - in_use) // 2)

@@ -292,10 +292,11 @@ def _equal_on_disk(checkpoint: Checkpoint, left: Located, right: Located) -> boo
     if (left.shard, left.offset) == (right.shard, right.offset):
         return True
     step = 1 << 20
+    a, b = checkpoint.descriptors([left.shard, right.shard])
     try:
         return all(
-            read_at(checkpoint.descriptor(left.shard), min(step, left.nbytes - at), left.offset + at)
-            == read_at(checkpoint.descriptor(right.shard), min(step, left.nbytes - at), right.offset + at)
+            read_at(a, min(step, left.nbytes - at), left.offset + at)
+            == read_at(b, min(step, left.nbytes - at), right.offset + at)
             for at in range(0, left.nbytes, step)
         )
     except CallFailed as error:
