@@ -93,8 +93,9 @@ def test_a_save_in_the_middle_of_another(tmp_path: Path) -> None:
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert said and set(said) == {
-        f"cannot save to {tmp_path / 'link'}: its lock was expected, a save of this same thread holds it, which this one interrupts "
-        "(in a signal handler or a callback) and which could not go on while this one waits; nothing was written"
+        f"cannot save to {tmp_path / 'link'}: its lock was expected, a save of this same thread holds it, which is interrupted "
+        "(by a signal handler or a callback) and could not go on while this one waits; "
+        "nothing was written, the previous checkpoint is intact"
     }
     assert generation_in(tmp_path / "ckpt") == 2 and generation_in(tmp_path / "elsewhere") == 3
     shardsave.save(state(4), tmp_path / "link")

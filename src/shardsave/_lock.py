@@ -63,8 +63,8 @@ class DirectoryLock:
                     raise CallFailed("flock", path, error.errno or 0, error.strerror or str(error)) from error
             if any(other._got and other._names_same_as(self) for other in _locks_of_this_thread()):
                 raise DirectoryBusyError(
-                    f"cannot save to {path}: its lock was expected, a save of this same thread holds it, which this one interrupts "
-                    f"(in a signal handler or a callback) and which could not go on while this one waits; nothing was written"
+                    f"cannot {purpose} {path}: its lock was expected, a save of this same thread holds it, which is interrupted "
+                    f"(by a signal handler or a callback) and could not go on while this one waits; {state}"
                 )
             if time.monotonic() >= deadline:
                 raise DirectoryBusyError(
