@@ -68,6 +68,11 @@ def remove_dead_staging(
     return leftovers
 
 
+def staging_of_others(folder: int, host: str | None) -> list[str]:
+    """The staging directories of savers that may be alive: of other hosts, or of any where there is no lock."""
+    return sorted(name for name in _listing(folder, []) if (match := STAGING_PATTERN.fullmatch(name)) and match[1] != host)
+
+
 def remove_staging(
     folder: int, staging: str, *, finals: Iterable[str] | None, named: frozenset[str], durable: bool
 ) -> list[str]:

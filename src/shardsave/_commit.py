@@ -13,11 +13,12 @@ import json
 import os
 import platform
 import secrets
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
 
-from shardsave._clean import STAGING_PATTERN, clean, files_of, remove_dead_staging, remove_staging
+from shardsave._clean import STAGING_PATTERN, clean, files_of, remove_dead_staging, remove_staging, staging_of_others
 from shardsave._crc64 import crc64
 from shardsave._files import CallFailed, Descriptor, allocate, call, inode_of, make_folders, open_regular, read_all, write_all
 from shardsave._index import (
@@ -32,6 +33,7 @@ from shardsave._index import (
     shard_names,
 )
 from shardsave._lock import DirectoryLock
+from shardsave._words import count, some
 from shardsave.errors import (
     CorruptCheckpointError,
     DirectoryBusyError,
@@ -340,6 +342,11 @@ class Transaction:
             keep_all=bool(self._old_unreadable),
             durable=self._durable,
         )
+        if others := staging_of_others(self._lock.fd, self._host()):
+            notes.append(
+                f"{count(len(others), 'leaving')} of saves on other hosts, which may still be at work, stay: {some(others)} "
+                f"(once they are not: shardsave clean {shlex.quote(self.path)} --other-hosts)"
+            )
         return CommitOutcome(leftovers, tuple(notes))
 
     def close(self) -> None:
