@@ -13,6 +13,7 @@ import subprocess
 import sys
 import termios
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -307,8 +308,8 @@ def test_clean_while_a_save_is_at_work(ckpt: Path, monkeypatch: pytest.MonkeyPat
     import shardsave._cli.clean as command
 
     monkeypatch.setattr(command, "_PATIENCE", 0.1)
-    with _commit.Transaction(ckpt, durable=False, lock_timeout=1):
-        assert error(run("clean", ckpt), 3) == (
+    with _commit.Transaction(ckpt, durable=False, lock_timeout=1), ThreadPoolExecutor(1) as other:
+        assert error(other.submit(run, "clean", ckpt).result(), 3) == (
             f"shardsave: cannot clean {ckpt}: its lock was expected within 0.1 s, another save holds it; nothing was removed"
         )
 

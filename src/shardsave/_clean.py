@@ -68,9 +68,11 @@ def remove_dead_staging(
     return leftovers
 
 
-def staging_of_others(folder: int, host: str | None) -> list[str]:
+def staging_of_others(folder: int, host: str | None, own_staging: str | None, leftovers: list[str]) -> list[str]:
     """The staging directories of savers that may be alive: of other hosts, or of any where there is no lock."""
-    return sorted(name for name in _listing(folder, []) if (match := STAGING_PATTERN.fullmatch(name)) and match[1] != host)
+    listed = _listing(folder, leftovers)
+    matches = [match for name in listed if name != own_staging and (match := STAGING_PATTERN.fullmatch(name))]
+    return sorted(match[0] for match in matches if match[1] != host)
 
 
 def remove_staging(

@@ -333,7 +333,13 @@ class Transaction:
         if self._old_unreadable:
             notes.append(f"nothing was removed, since the replaced index cannot be read ({self._old_unreadable})")
         assert self._staging is not None
-        leftovers = clean(
+        leftovers: list[str] = []
+        if others := staging_of_others(self._lock.fd, self._host(), self._staging, leftovers):
+            notes.append(
+                f"{count(len(others), 'leaving')} of saves on other hosts, which may still be at work, stay: {some(others)} "
+                f"(once they are not: shardsave clean {shlex.quote(self.path)} --other-hosts)"
+            )
+        leftovers += clean(
             self._lock.fd,
             own_staging=self._staging,
             host=self._host(),
@@ -342,12 +348,7 @@ class Transaction:
             keep_all=bool(self._old_unreadable),
             durable=self._durable,
         )
-        if others := staging_of_others(self._lock.fd, self._host()):
-            notes.append(
-                f"{count(len(others), 'leaving')} of saves on other hosts, which may still be at work, stay: {some(others)} "
-                f"(once they are not: shardsave clean {shlex.quote(self.path)} --other-hosts)"
-            )
-        return CommitOutcome(leftovers, tuple(notes))
+        return CommitOutcome(tuple(dict.fromkeys(leftovers)), tuple(notes))
 
     def close(self) -> None:
         """Ends the transaction: removes what is not committed, frees the lock. May be called any number of times."""
