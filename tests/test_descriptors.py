@@ -64,6 +64,23 @@ def test_more_shards_than_descriptors(tmp_path: Path, make: Callable[[Path], Non
     assert (mapped["t03"] == 3).all()
 
 
+@pytest.mark.parametrize("make", [ours, foreign])
+def test_half_of_the_descriptors_is_left_to_others(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    """Catches shards held open beside those that are being read: with twice as many nothing is left for anything else."""
+    make(tmp_path)
+    opened: list[int] = []
+
+    def count(done: int, total: int) -> None:
+        fds = os.listdir("/proc/self/fd")
+        opened.append(
+            sum(os.path.islink(fd := f"/proc/self/fd/{n}") and os.readlink(fd).startswith(str(tmp_path)) for n in fds)
+        )
+
+    with descriptors_left(10):
+        shardsave.load(tmp_path, progress=count)
+    assert 4 <= max(opened) <= 5
+
+
 def grown_name(folder: Path) -> None:
     """The same tensors, elsewhere in their files."""
     for n in range(COUNT):
