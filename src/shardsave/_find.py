@@ -12,10 +12,7 @@ from shardsave._index import INDEX_NAME, LONE_NAME, MAX_INDEX_BYTES
 from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, ShardSaveError
 
 #: What becomes of files of torch.save: what unpickles them runs whatever code they hold.
-TORCH_SAVE_HINT = (
-    "pickles are never read, since that can run code: load it with torch.load(…, weights_only=True), and give what that returns "
-    "to shardsave.save"
-)
+TORCH_SAVE_HINT = "no pickle is read here, since that can run code: shardsave convert SRC DST makes a checkpoint of it"
 
 _TORCH_SAVE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt")
 

@@ -225,10 +225,7 @@ def pickled(name: str, kind: str, make: Callable[[Path], object], file: str, of_
     )
 
 
-NO_PICKLE = (
-    "pickles are never read, since that can run code: load it with torch.load(…, weights_only=True), and give what that returns "
-    "to shardsave.save"
-)
+NO_PICKLE = "no pickle is read here, since that can run code: shardsave convert SRC DST makes a checkpoint of it"
 PART = "the checkpoint was copied or downloaded in part"
 CUT = "it was cut, half copied or half downloaded, or it belongs to another save"
 GROWN = "something was appended to it, or it belongs to another save"
