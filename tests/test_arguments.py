@@ -18,6 +18,7 @@ WRONG_EVERYWHERE = [3, None, b"ckpt", ""]
 WRONG: dict[str, list[tuple[str, Any]]] = {
     "save": [
         *(("max_shard_size", size) for size in ("5 gigs", "-1GB", "0", 0, -5, "", "GB", "1e9", "5GB5", "nan")),
+        *(("max_shard_size", size) for size in ("9" * 400, f"{'9' * 400}GB", f"{'9' * 308}TiB", f"{'9' * 5000}.5MB")),
         *(("max_shard_size", size) for size in (5.0, None, True, b"5GB", [5])),
         *(("durable", value) for value in (0, 1, None, "yes")),
         *(
@@ -30,7 +31,7 @@ WRONG: dict[str, list[tuple[str, Any]]] = {
         ),
         ("metadata", {"a": functools.reduce(lambda inner, _: [inner], range(500), [])}),
         *(("progress", value) for value in (3, "yes", [])),
-        *(("lock_timeout", value) for value in ("1", None, True, -1, float("nan"))),
+        *(("lock_timeout", value) for value in ("1", None, True, -1, float("nan"), 10**400)),
     ],
     "load": [
         *(("device", value) for value in ("nonsense", "cuda:99", 3.5, True, b"cpu", "meta", torch.device("meta"), [])),
@@ -118,6 +119,18 @@ def test_binary_and_decimal_units(tmp_path: Path) -> None:
     assert shardsave.save(state, tmp_path, max_shard_size="1MB").shards == 2
 
 
+def test_a_save_that_waits_for_ever(tmp_path: Path) -> None:
+    """Catches infinity that is refused where it has a meaning."""
+    assert shardsave.save({"x": torch.ones(1)}, tmp_path, lock_timeout=float("inf")).tensors == 1
+
+
+def test_more_shards_than_numbers(tmp_path: Path) -> None:
+    """Catches a directory made for a save that cannot be."""
+    with pytest.raises(ValueError, match="at most 99999 shards can be numbered, 100000 would be needed; raise max_shard_size"):
+        shardsave.save({str(n): torch.empty(1) for n in range(100_000)}, tmp_path / "ckpt", max_shard_size=4)
+    assert not (tmp_path / "ckpt").exists()
+
+
 def test_metadata_comes_back(tmp_path: Path) -> None:
     """Catches values that change on the way, beyond tuples that become lists."""
     given = {"a": [1, 2.5, None, True, "ü\n\"'\\\0"], "b": {"c": {}, "": []}, "big": 2**70, "small": -1e-300, "t": (1, (2,))}
@@ -136,8 +149,36 @@ def test_names_and_prefix_together(tmp_path: Path) -> None:
     assert shardsave.load(tmp_path, names={"a.x": 1}).keys() == {"a.x"}
     with pytest.raises(ValueError, match=r"'b.x' does not begin with prefix 'a.'"):
         shardsave.load(tmp_path, names=["a.y", "b.x"], prefix="a.")
-    with pytest.raises(shardsave.IncompatibleCheckpointError, match=r"'a.z' was asked for \(the closest is 'a.[xy]'\)"):
-        shardsave.load(tmp_path, names=["a.z"], prefix="a.")
+    closest = r"'a.z' was asked for \(the closest is 'a.[xy]'\), the checkpoint has no tensor of that name"
+    for more, words in (((), ""), (("a.zz",), ", nor 1 other asked for"), (("a.zz", "a.zzz"), ", nor 2 others asked for")):
+        with pytest.raises(shardsave.IncompatibleCheckpointError, match=f"{closest}{words}$"):
+            shardsave.load(tmp_path, names=["a.z", *more], prefix="a.")
+
+
+def test_a_prefix_that_nothing_has(tmp_path: Path) -> None:
+    """Catches an error that shows only the first level, or no name that may have been meant."""
+    names = ["encoder.layer.0.weight", "encoder.layer.1.weight", "encoder.norm.bias", "head.weight", "scale"]
+    shardsave.save({name: torch.ones(1) for name in names}, tmp_path)
+    first, below = "the checkpoint's begin with encoder, head, scale", "the checkpoint's that begin with 'encoder.' go on with"
+    cases = {
+        "encoder.layr.": f"{below} layer, norm (the closest is 'encoder.layer.')",
+        "encoder.layr": f"{below} layer, norm (the closest is 'encoder.layer.')",
+        "encoder.layer.2.": "the checkpoint's that begin with 'encoder.layer.' go on with 0, 1",
+        "encodr.layer.": f"{first} (the closest is 'encoder.')",
+        "xyz.": first,
+        ".": first,
+    }
+    for prefix, words in cases.items():
+        for verb in (shardsave.load, functools.partial(shardsave.load_model, nn.Linear(1, 1))):
+            with pytest.raises(shardsave.IncompatibleCheckpointError) as caught:
+                verb(tmp_path, prefix=prefix)
+            assert str(caught.value) == (
+                f"cannot load from {tmp_path}: names that begin with {prefix!r} were asked for, {words}"
+            )
+    with pytest.raises(
+        shardsave.IncompatibleCheckpointError, match=r"1 not in the module: \.weight; a name begins with a dot where"
+    ):
+        shardsave.load_model(nn.Linear(1, 1), tmp_path, prefix="head")
 
 
 def test_no_names_read_no_shard(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -131,11 +132,15 @@ def test_where_there_are_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_save_at_work(tmp_path: Path) -> None:
     """Catches the work of a living save that is removed: who has the lock is waited for, and then left alone."""
     save(1, tmp_path)
-    with _commit.Transaction(tmp_path, durable=False, lock_timeout=1) as transaction:
+    with _commit.Transaction(tmp_path, durable=False, lock_timeout=1) as transaction, ThreadPoolExecutor(1) as other:
         transaction.create(transaction.shard_names(1)[0], 4096)
+        with pytest.raises(
+            shardsave.DirectoryBusyError, match="cannot clean .* this same thread holds it.*; nothing was removed"
+        ):
+            shardsave.clean(tmp_path)
         started = time.monotonic()
         with pytest.raises(shardsave.DirectoryBusyError) as caught:
-            shardsave.clean(tmp_path, lock_timeout=0.2)
+            other.submit(shardsave.clean, tmp_path, lock_timeout=0.2).result()
         assert 0.2 <= time.monotonic() - started < 2
         assert str(caught.value) == (
             f"cannot clean {tmp_path}: its lock was expected within 0.2 s, another save holds it; nothing was removed"

@@ -11,13 +11,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 import shardsave
-from faults.savers import INDEX, generation_in, litter_in, save, state
+from faults.savers import INDEX, built_generation, generation_in, litter_in, loaded_generation, save, state
 from faults.scenarios import held, nothing_leaked
 from shardsave import _commit
 
@@ -69,9 +70,36 @@ def test_forked_child_keeps_no_lock_and_removes_nothing(tmp_path: Path) -> None:
 
 def test_second_saver_waits_and_gives_up(tmp_path: Path) -> None:
     """Catches savers that are not ordered, and a wait without end."""
-    with _commit.Transaction(tmp_path, durable=False, lock_timeout=1):
+    with _commit.Transaction(tmp_path, durable=False, lock_timeout=1), ThreadPoolExecutor(1) as other:
         with pytest.raises(shardsave.DirectoryBusyError, match=r"expected within 0.2 s, another save holds it"):
-            shardsave.save(state(1), tmp_path, lock_timeout=0.2)
+            other.submit(shardsave.save, state(1), tmp_path, lock_timeout=0.2).result()
+
+
+def test_a_save_in_the_middle_of_another(tmp_path: Path) -> None:
+    """Catches a save from a signal handler or a callback that waits for the one that it interrupts; elsewhere it may go on."""
+    said: list[str] = []
+
+    def handle(number: int, frame: object) -> None:
+        shardsave.save(state(3), tmp_path / "elsewhere")
+        with pytest.raises(shardsave.DirectoryBusyError) as caught:
+            shardsave.save(state(3), tmp_path / "link")
+        said.append(str(caught.value))
+
+    (tmp_path / "ckpt").mkdir()
+    (tmp_path / "link").symlink_to("ckpt")
+    before = signal.signal(signal.SIGUSR1, handle)
+    try:
+        shardsave.save(state(2), tmp_path / "ckpt", progress=lambda done, total: signal.raise_signal(signal.SIGUSR1))
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert said and set(said) == {
+        f"cannot save to {tmp_path / 'link'}: its lock was expected, a save of this same thread holds it, which is interrupted "
+        "(by a signal handler or a callback) and could not go on while this one waits; "
+        "nothing was written, the previous checkpoint is intact"
+    }
+    assert generation_in(tmp_path / "ckpt") == 2 and generation_in(tmp_path / "elsewhere") == 3
+    shardsave.save(state(4), tmp_path / "link")
+    assert generation_in(tmp_path / "ckpt") == 4
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
@@ -82,7 +110,7 @@ def test_savers_and_readers_at_once(tmp_path: Path) -> None:
     seen = set()
     alive = set(children)
     while alive:
-        seen.add(generation_in(tmp_path))
+        seen.update((loaded_generation(tmp_path), built_generation(tmp_path)))  # each whole; a save may come between them
         alive -= {child for child in alive if os.waitpid(child, os.WNOHANG)[0]}
     assert None not in seen and generation_in(tmp_path) in {17, 27, 37}
     assert not litter_in(tmp_path)

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import shardsave
+from shardsave import _commit
 
 INDEX = "model.safetensors.index.json"
 PROMISED, SLACK = 1.0, 2.0
@@ -149,6 +150,27 @@ def test_the_interpreter_ends_while_a_thread_works(tmp_path: Path, engine: str, 
     for verb in ("saving", "loading"):
         assert generation_in(tmp_path / verb) == 1
         assert not [name for name in os.listdir(tmp_path / verb) if name.startswith(".shardsave")]
+
+
+def test_the_interpreter_ends_while_a_thread_waits_for_the_lock(tmp_path: Path) -> None:
+    """Catches an end that waits for a daemon thread, which waits for a saver that does not end."""
+    program = """
+        waits = threading.Event()
+        real = time.sleep
+
+        def sleep(seconds):
+            waits.set()
+            real(seconds)
+
+        time.sleep = sleep
+        threading.Thread(target=lambda: shardsave.save({"x": torch.ones(1)}, folder), daemon=True).start()
+        waits.wait()
+        print(time.time(), flush=True)
+    """
+    with _commit.Transaction(tmp_path, durable=False, lock_timeout=1):
+        out, error = process(program, tmp_path).communicate(timeout=60)
+        ended = time.time()
+    assert error == "" and ended - float(out) < PROMISED + SLACK
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")

@@ -117,7 +117,7 @@ def test_kinds_of_destinations_that_are_refused(tmp_path: Path) -> None:
     shardsave.save({"x": torch.ones(4), "ok": torch.ones(2)}, tmp_path / "float")
     refused(holding(quantized), tmp_path / "float", r"'x' from .*it is quantized \(qint8\)")
     refused(holding(torch.zeros(4).to_sparse()), tmp_path / "float", "'x' from .*its layout is sparse_coo")
-    refused(holding(torch.zeros(4).as_subclass(Odd)), tmp_path / "float", "'x' from .*it is a Odd")
+    refused(holding(torch.zeros(4).as_subclass(Odd)), tmp_path / "float", "'x' from .*it is an Odd")
     refused(holding(torch.zeros(1).expand(4)), tmp_path / "float", r"'x' from .*it is expanded; call \.contiguous\(\).*")
     packed = torch.zeros(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
     shardsave.save({"x": packed, "ok": torch.ones(2)}, tmp_path / "packed")
@@ -320,7 +320,7 @@ def test_batch_norm_state_from_before_it_counted(tmp_path: Path) -> None:
     assert empty.num_batches_tracked.device.type == "cpu" and empty.num_batches_tracked == 0
     other = nn.Module()
     other.register_buffer("num_batches_tracked", torch.zeros(()))
-    with pytest.raises(shardsave.IncompatibleCheckpointError, match="missing 1: num_batches_tracked"):
+    with pytest.raises(shardsave.IncompatibleCheckpointError, match="1 missing from the checkpoint: num_batches_tracked"):
         shardsave.load_model(other, tmp_path)
 
 

@@ -47,10 +47,23 @@ def test_what_is_worth_a_word_is_said(tmp_path: Path, capsys: pytest.CaptureFixt
     state = {f"layer{n}": torch.ones(1) for n in range(5)} | {"bias": torch.ones(2)}
     save_file(state, tmp_path / "model.safetensors")
     (loaded,) = lines_of(shardsave.load_model(nn.Linear(2, 2), tmp_path, strict=False), capsys)
-    assert ", no checksums stored, flags left alone; missing: weight; " in loaded
-    assert loaded.endswith("unexpected: layer0, layer1, layer2 and 2 more")
-    (verified,) = lines_of(shardsave.verify(tmp_path), capsys)
-    assert verified.endswith(", no checksums stored")
+    assert ", no checksums stored, flags left alone; missing from the checkpoint: weight; " in loaded
+    assert loaded.endswith("not in the module: layer0, layer1, layer2 and 2 more")
+    checked = shardsave.verify(tmp_path)
+    path = re.escape(str(tmp_path))
+    (line,) = lines_of(checked, capsys)
+    assert re.fullmatch(rf"checked {path}: {SIZE}, {HOW}, only lengths and headers, no checksums stored", line)
+    assert checked.verified is None
+
+
+def test_nothing_loaded_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a load of no tensor at all that prints as if it had been one, its checksums verified."""
+    shardsave.save({"x": torch.ones(3)}, tmp_path)
+    (loaded,) = lines_of(shardsave.load_model(nn.Linear(1, 1), tmp_path, strict=False), capsys)
+    assert loaded == f"nothing was loaded from {tmp_path}: missing from the checkpoint: bias, weight; not in the module: x"
+    shardsave.save({}, tmp_path)
+    (loaded,) = lines_of(shardsave.load_model(nn.Module(), tmp_path), capsys)
+    assert loaded == f"nothing was loaded from {tmp_path}"
 
 
 def test_reports_have_every_figure(tmp_path: Path, small_model: SmallModel) -> None:
@@ -146,12 +159,12 @@ def test_errors_have_one_shape(tmp_path: Path) -> None:
         ),
         (
             message(shardsave.IncompatibleCheckpointError, lambda: shardsave.load_model(nn.Linear(1, 1), tmp_path / "ckpt")),
-            rf"cannot load {path}/ckpt: the module's names and shapes were expected, found missing 2: bias, weight; "
-            r"unexpected 1: x; the module is unchanged",
+            rf"cannot load {path}/ckpt: the module's names and shapes were expected, there are "
+            r"2 missing from the checkpoint: bias, weight; 1 not in the module: x; the module is unchanged",
         ),
         (
             message(shardsave.UnsupportedTensorError, lambda: shardsave.save({"x": 3}, tmp_path / "new")),
-            r"cannot save 'x': a tensor was expected, it is a int; nothing was written",
+            r"cannot save 'x': a tensor was expected, it is an int; nothing was written",
         ),
     ]
     for found, wanted in cases:

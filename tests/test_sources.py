@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -116,10 +116,11 @@ def test_a_file_where_the_directory_should_be(tmp_path: Path) -> None:
     """Catches an unclear error, or a file that is replaced by a directory."""
     (tmp_path / "taken").write_bytes(b"mine")
     for path in (tmp_path / "taken", tmp_path / "taken" / "below"):
-        with pytest.raises(
-            shardsave.SaveNotCommittedError, match=rf"cannot save to {re.escape(str(path))}: .*; nothing was written"
-        ):
+        with pytest.raises(shardsave.SaveNotCommittedError) as caught:
             shardsave.save({"x": torch.ones(1)}, path)
+        assert str(caught.value) == (
+            f"cannot save to {path}: mkdir of {tmp_path / 'taken'}: a directory was expected, it is a file; nothing was written"
+        )
     assert (tmp_path / "taken").read_bytes() == b"mine"
 
 
@@ -141,6 +142,66 @@ def test_a_directory_that_may_not_be_written(tmp_path: Path) -> None:
     finally:
         os.seteuid(user)
         (tmp_path / "ckpt").chmod(0o755)
+
+
+@pytest.fixture
+def as_nobody(tmp_path: Path) -> Iterator[None]:
+    """Permissions are those of a user who is not allowed everything, also where the tests run as root."""
+    user = os.geteuid()
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(folder.stat().st_mode | 0o077)
+    try:
+        if user == 0:
+            os.seteuid(65534)
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def test_an_index_that_may_not_be_read(tmp_path: Path, as_nobody: None) -> None:
+    """Catches an error that says there was no checkpoint, where nobody could look."""
+    folder = tmp_path / "ckpt"
+    shardsave.save({"x": torch.ones(1)}, folder)
+    index = folder / "model.safetensors.index.json"
+    index.chmod(0)
+    for durable in (True, False):
+        with pytest.raises(shardsave.SaveNotCommittedError) as caught:
+            shardsave.save({"x": torch.zeros(1)}, folder, durable=durable)
+        assert str(caught.value) == (
+            f"cannot write {index}: open: Permission denied; nothing was written, what was there is as it was"
+        )
+    index.chmod(0o644)
+    assert shardsave.load(folder)["x"] == 1
+
+
+@pytest.mark.parametrize("mask", [0o777, 0o577, 0o377, 0o677])
+def test_a_mask_that_takes_all_permissions(tmp_path: Path, as_nobody: None, mask: int) -> None:
+    """Catches a staging directory that stays because even its maker may not open it."""
+    shardsave.save({"x": torch.ones(1)}, tmp_path / "ckpt")
+    before = os.umask(mask)
+    try:
+        with pytest.raises(shardsave.SaveNotCommittedError, match=r"Permission denied; nothing was committed, the previous"):
+            shardsave.save({"x": torch.zeros(1)}, tmp_path / "ckpt")
+    finally:
+        os.umask(before)
+    assert len(os.listdir(tmp_path / "ckpt")) == 2 and shardsave.load(tmp_path / "ckpt")["x"] == 1
+
+
+def test_a_current_directory_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an error of Python's own, for a path that begins nowhere."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "here").rmdir()
+    with pytest.raises(shardsave.SaveNotCommittedError) as caught:
+        shardsave.save({"x": torch.ones(1)}, "ckpt")
+    assert str(caught.value) == (
+        "cannot save to ckpt: a path from the current directory was given, that is not there any more: getcwd: "
+        "No such file or directory; nothing was written"
+    )
+    for verb in (shardsave.load, shardsave.inspect, shardsave.verify):
+        with pytest.raises(shardsave.CheckpointNotFoundError, match="no checkpoint at ckpt: No such file or directory"):
+            verb("ckpt")
+    assert shardsave.save({"x": torch.ones(1)}, tmp_path / "ckpt").tensors == 1
 
 
 def test_what_only_looks_like_a_wrapper(tmp_path: Path) -> None:

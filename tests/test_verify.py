@@ -108,7 +108,7 @@ def test_a_lone_file_and_an_index(ckpt: Path, tmp_path: Path) -> None:
         shardsave.verify(ckpt, keep_going=True)
 
 
-@pytest.mark.parametrize("part", ["architecture-*.json", "architecture-*.safetensors"])
+@pytest.mark.parametrize("part", ["architecture-*.json", "extra-*.safetensors"])
 @pytest.mark.parametrize("at", [20, -1])
 def test_parts_beside_the_weights(tmp_path: Path, part: str, at: int) -> None:
     """Catches an architecture that is damaged and passes, or that stands for the weights."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 
 
 def check_path(path: object) -> None:
@@ -32,3 +33,5 @@ def check_timeout(seconds: object) -> None:
         raise TypeError(f"lock_timeout must be a number of seconds, not {type(seconds).__name__}")
     if not seconds >= 0:
         raise ValueError(f"lock_timeout must be at least 0 seconds, not {seconds!r}")
+    if isinstance(seconds, int) and seconds > threading.TIMEOUT_MAX:
+        raise ValueError(f"lock_timeout must be at most {threading.TIMEOUT_MAX:.0f} seconds; float('inf') waits for ever")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import warnings
 from types import ModuleType
@@ -17,12 +18,13 @@ def _choose() -> tuple[ModuleType | None, str]:
     if wanted == "portable":
         return None, ""
     try:
-        from shardsave import _native
+        return importlib.import_module("shardsave._native"), ""
     except ImportError as error:
+        built = not isinstance(error, ModuleNotFoundError) or error.name != "shardsave._native"
+        reason = f"it cannot be loaded: {error}" if built else "it was not built"
         if wanted == "native":
-            raise ImportError(f"{_VARIABLE}=native, and the C++ extension cannot be loaded: {error}") from error
-        return None, str(error)
-    return _native, ""
+            raise ImportError(f"{_VARIABLE}=native, and there is no C++ engine: {reason}") from error
+        return None, reason
 
 
 native, _missing_because = _choose()

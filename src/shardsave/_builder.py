@@ -23,7 +23,7 @@ from torch.nn.utils import parametrize
 from shardsave._architecture import DICT_TYPES, FORMAT, HOOKS, INTERNAL, shadows_method
 from shardsave._imports import dotted, is_dunder
 from shardsave._json import NotJSON, glimpse, parse_object
-from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError
+from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, an
 
 #: An architecture larger than this is neither written nor read, in bytes.
 MAX_DOCUMENT_BYTES = 100_000_000
@@ -87,7 +87,7 @@ class Builder:
             self._bad("values of some depth expected", "they are nested too deeply")
         root = self._made[0]
         if not isinstance(root, nn.Module):
-            self._bad("a module expected at the root", f"it is a {type(root).__name__}")
+            self._bad("a module expected at the root", f"it is {an(type(root).__name__)}")
         return root
 
     def set_extra_states(self) -> None:
@@ -273,7 +273,7 @@ class Builder:
     def _hook(self, module: nn.Module, group: str, hook: Any, with_module: bool) -> None:
         own_method = isinstance(hook, types.MethodType) and hook.__self__ is module
         if not own_method and not (callable(hook) and type(hook).__module__.startswith("torch.nn.utils.")):
-            self._bad("hooks expected to be the module's methods or of torch.nn.utils", f"one is a {type(hook).__qualname__}")
+            self._bad("hooks expected to be the module's methods or of torch.nn.utils", f"one is {an(type(hook).__qualname__)}")
         if group == "_forward_pre_hooks":
             module.register_forward_pre_hook(hook)
         elif group == "_state_dict_hooks":
@@ -297,7 +297,7 @@ class Builder:
             return None
         made = self._at(place)
         if not isinstance(made, kind):
-            self._bad(f"a {kind.__name__} expected", f"object {place} is a {type(made).__name__}")
+            self._bad(f"{an(kind.__name__)} expected", f"object {place} is {an(type(made).__name__)}")
         return made
 
     def _at(self, place: object) -> Any:
@@ -320,7 +320,7 @@ class Builder:
     def _keys(self, values: list[Any]) -> list[Any]:
         for value in values:
             if not isinstance(value, _KEYS) or (type(value) is tuple and self._keys(list(value)) is None):
-                self._bad("keys expected to be simple values", f"one is a {type(value).__qualname__}")
+                self._bad("keys expected to be simple values", f"one is {an(type(value).__qualname__)}")
         return values
 
     def _value(self, value: Any) -> Any:
@@ -409,7 +409,7 @@ class Builder:
         name, value = content
         dtype = np.dtype(name)
         if dtype.kind not in "biuf" or dtype.itemsize > 8:
-            self._bad("a number of numpy expected", f"it is a {glimpse(name)}")
+            self._bad("a number of numpy expected", f"it is {glimpse(name)}")
         return dtype.type(self._value(value))
 
     def _read_partial(self, content: Any) -> Any:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Union
 
 from shardsave._collector import collector_still
 from shardsave._crc64 import crc64
 from shardsave._files import CallFailed, Descriptor, call
-from shardsave._find import Found, cannot_read, find, open_regular
+from shardsave._find import TORCH_SAVE_HINT, Found, cannot_read, find, open_regular
 from shardsave._format import Header, parse_header, read_header, read_start
 from shardsave._index import INDEX_NAME, LONE_NAME, Index, Part, Record, ShardRecord, parse_index
 from shardsave._json import glimpse
@@ -27,6 +27,8 @@ from shardsave.errors import (
 #: How long a reader starts over while others keep replacing the checkpoint under it, in seconds.
 CHANGING_SECONDS = 30.0
 
+#: How a pickle begins, of every protocol that is binary and in use.
+_PICKLES = (b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5")
 
 #: What a checkpoint may have beside its weights.
 PARTS = ("architecture", "program", "extra tensors")
@@ -59,7 +61,9 @@ class Checkpoint:
         self.shards: tuple[str, ...] = ()
         self._folder = folder
         self._index_name = index_name
+        self.allowance = descriptor_allowance()  # how many shards are held open at a time
         self._open: dict[str, Descriptor] = {}
+        self._seen: dict[str, tuple[int, ...]] = {}  # which file each shard was when it was first opened
         self._records: dict[str, ShardRecord] = (
             dict(index.record.shards) if index is not None and index.record is not None else {}
         )
@@ -90,15 +94,26 @@ class Checkpoint:
         """The path of ``shard``, for messages and for those who open it themselves."""
         return os.path.join(self._folder, shard)
 
+    def descriptors(self, shards: Sequence[str]) -> list[int]:
+        """Open descriptors of ``shards``, at most `allowance` of them; the others are closed first where they are too many."""
+        spare = self._open.keys() - set(shards)
+        lacking = [shard for shard in shards if shard not in self._open]
+        while spare and len(self._open) + len(lacking) > self.allowance:
+            self.drop(spare.pop())
+        return [self.descriptor(shard) for shard in shards]
+
     def descriptor(self, shard: str) -> int:
-        """An open descriptor of ``shard``; where it was closed for want of descriptors, or by a fork, opened and checked again."""
+        """An open descriptor of ``shard``; where it was closed for want of descriptors, or by a fork, opened and checked again.
+
+        Raises DirectoryBusyError where it is another file by then.
+        """
         if shard not in self._open or self._open[shard].fd < 0:
             self._open[shard], _ = self._open_shard(shard)
         return self._open[shard].fd
 
     def release(self, shard: str) -> None:
         """Closes ``shard`` when more shards are in use than descriptors can be held for."""
-        if len(self.shards) > descriptor_allowance():
+        if len(self.shards) > self.allowance:
             self.drop(shard)
 
     def drop(self, shard: str) -> None:
@@ -123,15 +138,11 @@ class Checkpoint:
 
     def _admit(self, shards: Mapping[str, frozenset[str]], broken: Broken) -> None:
         """Opens ``shards`` (file → the names that the index says it holds) and notes where their tensors lie."""
-        allowance = descriptor_allowance()
         self.shards = tuple(shards)
-        for shard, names in shards.items():
+        for shard, names in sorted(shards.items()):  # as they are read
             try:
                 file, header = self._open_shard(shard)
-                if len(self._open) < allowance:
-                    self._open[shard] = file
-                else:
-                    file.abandon()
+                self._hold(shard, file)
                 self._note_tensors(shard, header, names)
             except ShardSaveError as error:
                 if broken is None:
@@ -156,7 +167,8 @@ class Checkpoint:
         shard = part.file
         self._records[shard] = part.record
         if not shard.endswith(".json"):
-            self._open[shard], header = self._open_shard(shard)
+            file, header = self._open_shard(shard)
+            self._hold(shard, file)
             self.kept.update(_located(shard, header))
             return
         try:
@@ -165,9 +177,18 @@ class Checkpoint:
         except CallFailed as error:
             raise cannot_read(self.path_of(shard), error) from error
 
+    def _hold(self, shard: str, file: Descriptor) -> None:
+        if len(self._open) < self.allowance:
+            self._open[shard] = file
+        else:
+            file.abandon()
+
     def _open_shard(self, shard: str) -> tuple[Descriptor, Header]:
         file = self._opened(shard)
         try:
+            found = _identity(call(os.fstat, shard, file.fd))
+            if self._seen.setdefault(shard, found) != found:
+                raise DirectoryBusyError(self._replaced(shard))
             return file, self._checked_header(file.fd, shard)
         except CallFailed as error:
             file.abandon()
@@ -179,6 +200,8 @@ class Checkpoint:
     def _opened(self, shard: str) -> Descriptor:
         path = self.path_of(shard)
         file = open_regular(path, f"shard {shard}")
+        if file is None and shard in self._seen:
+            raise DirectoryBusyError(self._replaced(shard))
         if file is None:
             wanted = f"the index names {shard}" if self.index is not None else f"{shard} was expected"
             found = "it is a link to nothing" if os.path.islink(path) else "there is no such file"
@@ -187,12 +210,27 @@ class Checkpoint:
             )
         return file
 
+    def _replaced(self, shard: str) -> str:
+        if len(self.shards) > self.allowance:
+            why = f"only {self.allowance} of {len(self.shards)} shards could be held open"
+            advice = "load again, or raise the limit of open files (ulimit -n)"
+        else:
+            why, advice = "the descriptor was closed by a fork", "open the checkpoint again"
+        return (
+            f"cannot read {self.path_of(shard)}: the file that was there at first was expected, it was replaced or removed "
+            f"during the load, most likely by a save; {why}: {advice}"
+        )
+
     def _checked_header(self, descriptor: int, shard: str) -> Header:
         """The header of ``shard``; where the index has a record of it, not a byte is looked at before its checksum is right."""
         where = f"shard {shard}"
         if self.record is None:
             length = call(os.fstat, shard, descriptor).st_size
-            header = parse_header(read_header(descriptor, length, where), length, where)
+            try:
+                header = parse_header(read_header(descriptor, length, where), length, where)
+            except CorruptCheckpointError:
+                self._refuse_torch_save(descriptor, shard)
+                raise
             if self.index is not None and header.sums is not None:
                 raise CorruptCheckpointError(
                     f"corrupt index {self._index_name}: a record of {shard} expected, which shardsave wrote, it has none; "
@@ -208,6 +246,16 @@ class Checkpoint:
             )
         return header
 
+    def _refuse_torch_save(self, descriptor: int, shard: str) -> None:
+        """What begins like a file of torch.save is not a damaged one of another kind."""
+        start = read_start(descriptor, 4)
+        kind = "a zip archive" if start == b"PK\3\4" else "a pickle" if start[:2] in _PICKLES else None
+        if kind is not None:
+            raise IncompatibleCheckpointError(
+                f"cannot read {self.path_of(shard)}: a safetensors file was expected, it is {kind}, as torch.save writes; "
+                f"{TORCH_SAVE_HINT}; the file is as it was"
+            )
+
     @staticmethod
     def _checked_start(descriptor: int, shard: str, record: ShardRecord) -> bytes:
         """The header of ``shard``, or all of it where it has no more; the index says its length and checksum."""
@@ -215,7 +263,7 @@ class Checkpoint:
         if length != record.length:
             fate = "it was cut, half copied or half downloaded" if length < record.length else "something was appended to it"
             raise CorruptCheckpointError(
-                f"corrupt shard {shard}: the index says {record.length} bytes, the file has {length}; {fate}, or belongs to another save"
+                f"corrupt shard {shard}: the index says {record.length} bytes, the file has {length}; {fate}, or it belongs to another save"
             )
         raw = read_start(descriptor, record.header_length)
         if (found := crc64(raw)) != record.header_crc:
@@ -236,6 +284,11 @@ class Checkpoint:
             )
             raise CorruptCheckpointError(f"corrupt shard {shard}: {found}; index and shard belong to different saves")
         self.tensors.update(_located(shard, header))
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    """What tells a file from every other, and from itself before it was changed."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _located(shard: str, header: Header) -> Iterator[tuple[str, Located]]:
@@ -335,8 +388,12 @@ def _refuse_unless_superseded(folder: str, record: Record | None, lone: str) -> 
 
 
 def descriptor_allowance() -> int:
-    """How many shards may be held open: half of the limit of this process, so that the rest of it can go on."""
+    """How many shards may be held open: half of what this process may open yet, so that the rest of it can go on."""
     import resource
 
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(1, (soft if soft != resource.RLIM_INFINITY else 1 << 16) // 2)
+    try:
+        in_use = len(os.listdir("/proc/self/fd"))
+    except OSError:
+        in_use = 0
+    return max(1, ((soft if soft != resource.RLIM_INFINITY else 1 << 16) - in_use) // 2)

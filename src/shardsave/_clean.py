@@ -68,6 +68,13 @@ def remove_dead_staging(
     return leftovers
 
 
+def staging_of_others(folder: int, host: str | None, own_staging: str | None, leftovers: list[str]) -> list[str]:
+    """The staging directories of savers that may be alive: of other hosts, or of any where there is no lock."""
+    listed = _listing(folder, leftovers)
+    matches = [match for name in listed if name != own_staging and (match := STAGING_PATTERN.fullmatch(name))]
+    return sorted(match[0] for match in matches if match[1] != host)
+
+
 def remove_staging(
     folder: int, staging: str, *, finals: Iterable[str] | None, named: frozenset[str], durable: bool
 ) -> list[str]:
@@ -82,6 +89,9 @@ def remove_staging(
             inside.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, folder)
             listed = set(_listed(inside.fd) if finals is None else finals) - named
         except CallFailed as error:
+            if error.errno == errno.EACCES:  # made under a mask that took even our own permissions; nothing can be in it
+                _attempt(lambda: os.rmdir(staging, dir_fd=folder), staging, leftovers)
+                return leftovers
             return [] if error.errno == errno.ENOENT else [staging]
         _remove(folder, sorted(listed), leftovers)
         if listed and durable:

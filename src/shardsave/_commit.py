@@ -13,11 +13,12 @@ import json
 import os
 import platform
 import secrets
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
 
-from shardsave._clean import STAGING_PATTERN, clean, files_of, remove_dead_staging, remove_staging
+from shardsave._clean import STAGING_PATTERN, clean, files_of, remove_dead_staging, remove_staging, staging_of_others
 from shardsave._crc64 import crc64
 from shardsave._files import CallFailed, Descriptor, allocate, call, inode_of, make_folders, open_regular, read_all, write_all
 from shardsave._index import (
@@ -32,6 +33,7 @@ from shardsave._index import (
     shard_names,
 )
 from shardsave._lock import DirectoryLock
+from shardsave._words import count, some
 from shardsave.errors import (
     CorruptCheckpointError,
     DirectoryBusyError,
@@ -74,7 +76,7 @@ class Transaction:
     def __init__(self, directory: str | os.PathLike[str], *, durable: bool, lock_timeout: float) -> None:
         # Not normalised: what `link/..` means, the file system knows.
         given = os.fspath(directory)
-        self.path = given if os.path.isabs(given) else os.path.join(os.getcwd(), given)
+        self.path = given if os.path.isabs(given) else os.path.join(_current_directory(given), given)
         self.supersedes: Superseded | None = None  # the lone file that this save replaces
         self._durable = durable
         self._lock_timeout = lock_timeout
@@ -89,6 +91,7 @@ class Transaction:
         self._old_bytes: bytes | None = None
         self._old: Index | None = None
         self._old_unreadable = ""
+        self._looked = False  # whether it is known what was there before
 
     def __enter__(self) -> Transaction:
         """Creates and locks the directory, and makes what is visible in it really committed.
@@ -130,6 +133,7 @@ class Transaction:
                 self._sync(self._lock.fd, "")
             self.supersedes = self._find_lone()
             self._old_bytes = read_all(INDEX_NAME, self._lock.fd, MAX_INDEX_BYTES)
+        self._looked = True
         if self._old_bytes is not None:
             try:
                 self._old = parse_index(self._old_bytes, f"index {INDEX_NAME}")
@@ -329,7 +333,13 @@ class Transaction:
         if self._old_unreadable:
             notes.append(f"nothing was removed, since the replaced index cannot be read ({self._old_unreadable})")
         assert self._staging is not None
-        leftovers = clean(
+        leftovers: list[str] = []
+        if others := staging_of_others(self._lock.fd, self._host(), self._staging, leftovers):
+            notes.append(
+                f"{count(len(others), 'leaving')} of saves on other hosts, which may still be at work, stay: {some(others)} "
+                f"(once they are not: shardsave clean {shlex.quote(self.path)} --other-hosts)"
+            )
+        leftovers += clean(
             self._lock.fd,
             own_staging=self._staging,
             host=self._host(),
@@ -338,7 +348,7 @@ class Transaction:
             keep_all=bool(self._old_unreadable),
             durable=self._durable,
         )
-        return CommitOutcome(leftovers, tuple(notes))
+        return CommitOutcome(tuple(dict.fromkeys(leftovers)), tuple(notes))
 
     def close(self) -> None:
         """Ends the transaction: removes what is not committed, frees the lock. May be called any number of times."""
@@ -382,9 +392,22 @@ class Transaction:
         return kind(f"{what}: {call}: {reason}{room}; {self._state()}")
 
     def _state(self) -> str:
+        if not self._looked:
+            return "nothing was written, what was there is as it was"
         if self._old_bytes is None and self.supersedes is None:
             return "nothing was committed, there was no checkpoint before"
         return "nothing was committed, the previous checkpoint is intact"
+
+
+def _current_directory(path: str) -> str:
+    """Where the relative ``path`` begins."""
+    try:
+        return call(os.getcwd, "")
+    except CallFailed as error:
+        raise SaveNotCommittedError(
+            f"cannot save to {path}: a path from the current directory was given, that is not there any more: {_words(error)}; "
+            f"nothing was written"
+        ) from error
 
 
 def host_id() -> str:

@@ -134,9 +134,15 @@ def _run(
     checksum: bool,
     tick: Tick,
 ) -> Transfer:
+    from_caller: list[MemoryError] = []  # a want of memory that is not the engine's
+
     def tick_or_end(done: int) -> None:
         _ending.raise_if_ending()
-        tick(done)
+        try:
+            tick(done)
+        except MemoryError as error:
+            from_caller.append(error)
+            raise
 
     if native is None:
         from shardsave import _portable
@@ -145,6 +151,8 @@ def _run(
         try:
             return _portable.run(write, files, blocks, pieces, checksum, access == "direct", tick_or_end)
         except MemoryError as error:
+            if error in from_caller:
+                raise
             raise _no_memory("allocation of working memory", 0) from error
     with collector_still():
         places = [_place(piece) for piece in pieces]
@@ -181,6 +189,8 @@ def _run(
     except native.Fault as fault:
         raise TransferFault(*fault.args) from None
     except MemoryError as error:
+        if error in from_caller:
+            raise
         raise _no_memory("allocation of working memory", 0) from error
     return Transfer(tuple(result.sums.tolist()), tuple(result.direct), result.staging_bytes, result.pinned, tuple(result.notes))
 

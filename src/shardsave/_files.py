@@ -160,8 +160,9 @@ def _refuse_unless_regular(status: os.stat_result, name: str) -> None:
 
 
 def kind_of(mode: int) -> str:
-    """What a file that is not a regular one is, in words."""
+    """What kind of file it is, in words."""
     kinds = {
+        stat.S_IFREG: "file",
         stat.S_IFDIR: "directory",
         stat.S_IFIFO: "FIFO",
         stat.S_IFLNK: "link",
@@ -252,12 +253,16 @@ def _enter_durably(path: str) -> None:
 
 
 def _is_folder(path: str) -> bool:
+    """Whether a directory is there; something else in its place is an error. Raises CallFailed."""
     try:
-        return stat.S_ISDIR(call(os.stat, path, path).st_mode)
+        mode = call(os.stat, path, path).st_mode
     except CallFailed as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
             return False
         raise
+    if not stat.S_ISDIR(mode):
+        raise CallFailed("mkdir", path, errno.EEXIST, f"a directory was expected, it is a {kind_of(mode)}")
+    return True
 
 
 def _sync_folder(path: str) -> None:

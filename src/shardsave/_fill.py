@@ -260,16 +260,19 @@ def _refuse_meta_left_over(of: list[Slot], expected: set[str], where: str) -> No
 
 
 def _refuse_difference(fit: Fit, module: nn.Module, where: str) -> NoReturn:
-    parts = [
-        f"{word} {len(names)}: {_listed(names)}"
-        for word, names in (("missing", fit.missing), ("unexpected", fit.unexpected), ("mismatched", fit.mismatched))
-        if names
-    ]
+    differences = (
+        ("missing from the checkpoint", fit.missing),
+        ("not in the module", fit.unexpected),
+        ("mismatched", fit.mismatched),
+    )
+    parts = [f"{len(names)} {words}: {_listed(names)}" for words, names in differences if names]
     hint = ""
-    if fit.missing and fit.unexpected and any(kind.__name__ == "PreTrainedModel" for kind in type(module).__mro__):
+    if any(name.startswith(".") for name in fit.unexpected):
+        hint = "; a name begins with a dot where the prefix ends without its own: give 'encoder.', not 'encoder'"
+    elif fit.missing and fit.unexpected and any(kind.__name__ == "PreTrainedModel" for kind in type(module).__mro__):
         hint = "; for some transformers models the names that save_pretrained writes differ from those in memory: use from_pretrained"
     raise IncompatibleCheckpointError(
-        f"cannot load {where}: the module's names and shapes were expected, found {'; '.join(parts)}{hint}; the module is unchanged"
+        f"cannot load {where}: the module's names and shapes were expected, there are {'; '.join(parts)}{hint}; the module is unchanged"
     )
 
 

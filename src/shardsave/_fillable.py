@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from shardsave._slots import Slot
 from shardsave._state import PLAIN_TYPES, lacks_memory
-from shardsave.errors import UnsupportedTensorError
+from shardsave.errors import UnsupportedTensorError, an
 
 #: How much work numpy may put into the question whether two strided views share an element.
 _OVERLAP_WORK = 100_000
@@ -27,7 +27,7 @@ def check_plain(slot: Slot, where: str) -> None:
     """Refuses tensor subclasses, whose memory is not theirs alone or not here: FSDP's DTensor has hooks that know no plain one."""
     tensor = slot.tensor
     if hasattr(tensor, "__tensor_flatten__") or (type(tensor) not in PLAIN_TYPES and not is_lazy(tensor)):
-        _refuse(slot.name, where, "a plain tensor was expected", f"it is a {type(tensor).__name__}")
+        _refuse(slot.name, where, "a plain tensor was expected", f"it is {an(type(tensor).__name__)}")
 
 
 def check_fillable(slot: Slot, stored: torch.dtype, where: str) -> None:

@@ -11,6 +11,14 @@ from shardsave._files import CallFailed, Descriptor, call, kind_of
 from shardsave._index import INDEX_NAME, LONE_NAME, MAX_INDEX_BYTES
 from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, ShardSaveError
 
+#: What becomes of files of torch.save: what unpickles them runs whatever code they hold.
+TORCH_SAVE_HINT = "no pickle is read here, since that can run code: shardsave convert SRC DST makes a checkpoint of it"
+
+_TORCH_SAVE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt")
+
+#: How many names a hint lists.
+_HINTED = 3
+
 #: What a call says when nothing is there; a link that leads to itself is nothing either.
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
@@ -61,7 +69,11 @@ def _hint(folder: str) -> str:
     except OSError:
         return ""
     others = sorted(name for name in listed if name.endswith((".safetensors", ".safetensors.index.json")))
-    return f"; to read another file, give its path: {', '.join(others[:3])}" if others else ""
+    if others:
+        more = f" and {len(others) - _HINTED} more" if len(others) > _HINTED else ""
+        return f"; to read another file, give its path: {', '.join(others[:_HINTED])}{more}"
+    pickled = sorted(name for name in listed if name.endswith(_TORCH_SAVE_ENDINGS))
+    return f"; {pickled[0]} has the name of a file of torch.save, and {TORCH_SAVE_HINT}" if pickled else ""
 
 
 def _read_index(path: str, name: str) -> bytes | None:

@@ -94,10 +94,15 @@ class Index:
     record: Record | None
 
 
-def shard_names(count: int, tag: str | None = None) -> tuple[str, ...]:
-    """``model-00001-of-0000N.safetensors``, or with ``tag`` (eight hex digits) before the number."""
+def check_shard_count(count: int) -> None:
+    """Raises ValueError where there are not numbers enough for ``count`` shards."""
     if count > _MAX_SHARDS:
         raise ValueError(f"at most {_MAX_SHARDS} shards can be numbered, {count} would be needed; raise max_shard_size")
+
+
+def shard_names(count: int, tag: str | None = None) -> tuple[str, ...]:
+    """``model-00001-of-0000N.safetensors``, or with ``tag`` (eight hex digits) before the number."""
+    check_shard_count(count)
     stem = "model" if tag is None else f"model-{tag}"
     return tuple(f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1))
 

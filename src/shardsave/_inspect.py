@@ -14,7 +14,7 @@ from shardsave._ending import verb
 from shardsave._progress import Progress, ProgressArgument
 from shardsave._read import ReadTotals, Target, read_tensors
 from shardsave._reports import CheckpointInfo, Damage, Phases, TensorInfo, VerifyReport
-from shardsave.errors import ShardSaveError
+from shardsave.errors import DirectoryBusyError, ShardSaveError
 
 
 @verb()
@@ -124,6 +124,8 @@ def _read_on(checkpoint: Checkpoint, targets: Iterable[Target], shown: Progress,
         seen = len(totals.damaged)
         try:
             read_tensors(checkpoint, its, verify=True, progress=shown, totals=totals)
+        except DirectoryBusyError:  # it was replaced, which is no damage
+            raise
         except ShardSaveError as error:
             new = totals.damaged[seen:]
             found += [Damage(shard, (located.name,), message) for located, message in new]

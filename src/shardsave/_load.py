@@ -259,17 +259,28 @@ def _choose(checkpoint: Checkpoint, names: frozenset[str] | None, prefix: str) -
         hint = f" (the closest is {close[0]!r})" if close else ""
         raise IncompatibleCheckpointError(
             f"cannot load from {checkpoint.path}: {missing[0]!r} was asked for{hint}, the checkpoint has no tensor of that name"
-            + (f", nor {len(missing) - 1} others asked for" if len(missing) > 1 else "")
+            + (f", nor {len(missing) - 1} other{'s' if len(missing) > 2 else ''} asked for" if len(missing) > 1 else "")
         )
     asked = _selection(names, prefix)
     chosen = known if asked is None else {name: stored for name, stored in known.items() if asked(name)}
     if prefix and names is None and not chosen and known:
-        first = sorted({name.split(".")[0] for name in known})
         raise IncompatibleCheckpointError(
-            f"cannot load from {checkpoint.path}: names that begin with {prefix!r} were asked for, the checkpoint's begin with "
-            f"{', '.join(first[:5])}{', …' if len(first) > 5 else ''}"
+            f"cannot load from {checkpoint.path}: names that begin with {prefix!r} were asked for, {_names_like(prefix, known)}"
         )
     return chosen
+
+
+def _names_like(prefix: str, known: Iterable[str]) -> str:
+    """What names there are on the level on which ``prefix`` goes astray, and which of them may have been meant."""
+    parts = prefix.removesuffix(".").split(".")
+    start, depth = "", 0
+    while depth < len(parts) - 1 and any(name.startswith(f"{start}{parts[depth]}.") for name in known):
+        start, depth = f"{start}{parts[depth]}.", depth + 1
+    below = sorted({name[len(start) :].split(".")[0] for name in known if name.startswith(start)})
+    close = difflib.get_close_matches(parts[depth], below, n=1)
+    hint = f" (the closest is {start + close[0] + '.'!r})" if close else ""
+    those = f"the checkpoint's that begin with {start!r} go on with" if start else "the checkpoint's begin with"
+    return f"{those} {', '.join(below[:5])}{', …' if len(below) > 5 else ''}{hint}"
 
 
 def _equal_on_disk(checkpoint: Checkpoint, left: Located, right: Located) -> bool:
@@ -281,10 +292,11 @@ def _equal_on_disk(checkpoint: Checkpoint, left: Located, right: Located) -> boo
     if (left.shard, left.offset) == (right.shard, right.offset):
         return True
     step = 1 << 20
+    a, b = checkpoint.descriptors([left.shard, right.shard])
     try:
         return all(
-            read_at(checkpoint.descriptor(left.shard), min(step, left.nbytes - at), left.offset + at)
-            == read_at(checkpoint.descriptor(right.shard), min(step, left.nbytes - at), right.offset + at)
+            read_at(a, min(step, left.nbytes - at), left.offset + at)
+            == read_at(b, min(step, left.nbytes - at), right.offset + at)
             for at in range(0, left.nbytes, step)
         )
     except CallFailed as error:

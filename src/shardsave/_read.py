@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from shardsave import _engine
-from shardsave._checkpoint import Checkpoint, Located, descriptor_allowance
+from shardsave._checkpoint import Checkpoint, Located
 from shardsave._collector import collector_still
 from shardsave._dtypes import BY_NAME, item_bytes
 from shardsave._plan import Extent, blocks
@@ -55,7 +55,7 @@ def read_tensors(
     with collector_still():
         order = sorted(targets, key=lambda target: (target[0].shard, target[0].offset))
     shards = list(dict.fromkeys(located.shard for located, _ in order))
-    step = descriptor_allowance()
+    step = checkpoint.allowance
     damaged: list[tuple[Located, str]] = []
     for first in range(0, len(shards), step):
         group = shards[first : first + step]
@@ -84,7 +84,7 @@ def _read_group(
         pieces = [_engine.Piece(tensor, dtypes[t.dtype][0], t.nbytes) for t, tensor in targets]
         planned = blocks(extents, _engine.BLOCK_BYTES)
     checksum = verify and any(target.located.checksum is not None for target in targets)
-    files = [checkpoint.descriptor(shard) for shard in shards]
+    files = checkpoint.descriptors(shards)
     try:
         done = _engine.read(files, planned, pieces, checksum=checksum, tick=progress.tick)
     except _engine.TransferFault as fault:

@@ -105,11 +105,15 @@ class LoadReport(_Report):
     frozen: int | None = None
 
     def __str__(self) -> str:
-        more = [
-            f"{word}: {some(names)}"
-            for word, names in (("missing", self.missing), ("unexpected", self.unexpected), ("mismatched", self.mismatched))
-            if names
-        ]
+        differences = (
+            ("missing from the checkpoint", self.missing),
+            ("not in the module", self.unexpected),
+            ("mismatched", self.mismatched),
+        )
+        more = [f"{words}: {some(names)}" for words, names in differences if names]
+        if self.tensors == 0:
+            line = f"nothing was loaded from {self.path}"
+            return self._with_notes(f"{line}: {more[0]}" if more else line, *more[1:])
         flags = "flags left alone" if self.frozen is None else f"{self.frozen} frozen"
         checked = _VERIFIED[self.verified]
         return self._with_notes(f"loaded {self.path}: {self._size_and_speed()}, {self._how()}, {checked}, {flags}", *more)
@@ -143,7 +147,11 @@ class VerifyReport(_Report):
             return self._with_notes(
                 f"damaged {self.path}: {some(places)}; {count(self.tensors, 'tensor')} intact, {self.seconds:.2f} s"
             )
-        return self._with_notes(f"verified {self.path}: {self._size_and_speed()}, {self._how()}, {_VERIFIED[self.verified]}")
+        if self.verified is None:
+            done, extent = "checked", "only lengths and headers, no checksums stored"
+        else:
+            done, extent = "verified", _VERIFIED[self.verified]
+        return self._with_notes(f"{done} {self.path}: {self._size_and_speed()}, {self._how()}, {extent}")
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import Any, Union
+from typing import Any, NoReturn, Union
 
 from torch import nn
 
@@ -24,14 +25,15 @@ from shardsave._crc64 import crc64
 from shardsave._dtypes import BY_TORCH, logical_shape
 from shardsave._ending import verb
 from shardsave._format import encode_header, with_sums
-from shardsave._index import Index, Part, Record, ShardRecord
-from shardsave._json import NotJSON, parse_object
+from shardsave._index import Index, Part, Record, ShardRecord, check_shard_count
+from shardsave._json import MAX_DIGITS, NotJSON, glimpse, parse_object
 from shardsave._plan import ALIGNMENT, Extent, Shard, StoredTensor, blocks, pack
 from shardsave._program import Program, capture, check_program
 from shardsave._progress import Progress, ProgressArgument
 from shardsave._reports import Phases, SaveReport
 from shardsave._state import Entry, Source, State, read_state
 from shardsave._version import __version__
+from shardsave.errors import an
 
 #: Far from what any JSON reader's own stack allows.
 _METADATA_LEVELS = 64
@@ -101,7 +103,7 @@ def save(
     check_switches(durable=durable, architecture=architecture)
     if (architecture or program is not None) and not isinstance(source, nn.Module):
         which = "architecture=True" if architecture else "a program"
-        raise TypeError(f"{which} needs an nn.Module, there is none in a {type(source).__name__}")
+        raise TypeError(f"{which} needs an nn.Module, there is none in {an(type(source).__name__)}")
     check_program(program)
     check_progress(progress)
     check_timeout(lock_timeout)
@@ -119,6 +121,7 @@ def save(
         stored = [entry for entry in state.entries if entry.tied_to is None]
         shards = pack([_stored_tensor(entry) for entry in stored], bound)
         count = len(shards)
+        check_shard_count(count)
         pieces = _pieces(shards, stored)
         if extra.kept:
             kept = pack([_stored_tensor(entry) for entry in extra.kept], sys.maxsize)
@@ -312,8 +315,11 @@ def parse_size(size: Union[int, str]) -> int:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size)
         unit = _UNITS.get(match[2].upper()) if match else None
         if match is None or unit is None:
-            raise ValueError(f"max_shard_size must be like '5GB', '500MB' or '2GiB', not {size!r}")
-        count = int(float(match[1]) * unit)
+            raise ValueError(f"max_shard_size must be like '5GB', '500MB' or '2GiB', not {glimpse(size)}")
+        number = float(match[1]) * unit
+        if math.isinf(number):
+            raise ValueError(f"max_shard_size must be a size that some disk may have, not {glimpse(size)}")
+        count = int(number)
     if count <= 0:
         raise ValueError(f"max_shard_size must be at least one byte, not {size!r}")
     return count
@@ -325,32 +331,50 @@ def _check_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
         return {}
     if not isinstance(metadata, Mapping):
         raise TypeError(f"metadata must be a mapping, not {type(metadata).__name__}")
+    plain = dict(metadata)
+    _check_value(plain, "metadata", _METADATA_LEVELS)
     try:
-        text = json.dumps(dict(metadata), allow_nan=False, ensure_ascii=False)
-        _check_keys(dict(metadata))
-        made = parse_object(text.encode())
-        depth = _depth(made)
+        return parse_object(json.dumps(plain, allow_nan=False, ensure_ascii=False).encode())
     except NotJSON as error:
         raise TypeError(f"metadata must be JSON values that can be read back: {error.wanted}, {error.found}") from error
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"metadata must be JSON values: {error}") from error
-    except RecursionError:
-        depth = sys.maxsize
-    if depth > _METADATA_LEVELS:
-        raise TypeError(f"metadata must be nested at most {_METADATA_LEVELS} levels deep, or nobody could read it back")
-    return made
 
 
-def _depth(value: object) -> int:
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return 1 + max(map(_depth, inner), default=0)
+def _check_value(value: object, place: str, levels: int) -> None:
+    """Refuses what JSON does not have, or what no reader would give back, saying where it is: ``metadata['run'][0]``."""
+
+    def refuse(found: str) -> NoReturn:
+        raise TypeError(f"metadata must be JSON values that can be read back: {place} {found}")
+
+    if levels == 0:
+        raise TypeError(
+            f"metadata must be nested at most {_METADATA_LEVELS} levels deep, or nobody could read it back: "
+            f"{place if len(place) <= 80 else place[:80] + '…'} is deeper"
+        )
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                refuse(f"has the key {glimpse(key)}, which is no string")
+            _check_value(key, f"the key {glimpse(key)} of {place}", levels)
+            _check_value(inner, f"{place}[{glimpse(key)}]", levels - 1)
+    elif isinstance(value, (list, tuple)):
+        for at, inner in enumerate(value):
+            _check_value(inner, f"{place}[{at}]", levels - 1)
+    elif isinstance(value, str):
+        if not _encodes(value):
+            refuse("has half of a surrogate pair")
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            refuse(f"is {value}")
+    elif isinstance(value, int):
+        if abs(value) >= 10**MAX_DIGITS:
+            refuse(f"has more than {MAX_DIGITS} digits")
+    elif value is not None:
+        refuse(f"is {an(type(value).__name__)}")
 
 
-def _check_keys(value: object) -> None:
-    """Refuses keys that JSON would turn into strings."""
-    for key in value if isinstance(value, dict) else ():
-        if not isinstance(key, str):
-            raise TypeError(f"a key must be a string, {key!r} is not")
-    if isinstance(value, (dict, list, tuple)):
-        for part in value.values() if isinstance(value, dict) else value:
-            _check_keys(part)
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple, NoReturn, Union
 
@@ -10,8 +11,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from shardsave._dtypes import BY_TORCH
-from shardsave.errors import UnsupportedTensorError
+from shardsave._dtypes import BY_TORCH, logical_shape
+from shardsave.errors import UnsupportedTensorError, an
 
 Source = Union[nn.Module, Mapping[str, Any]]
 
@@ -132,14 +133,14 @@ def _flags_apart(module: nn.Module, named: Mapping[str, torch.Tensor]) -> dict[s
 
 def _as_tensor(name: object, value: object) -> torch.Tensor:
     if not isinstance(name, str):
-        _refuse(name, "a name that is a string was expected", f"it is a {type(name).__name__}")
+        _refuse(name, "a name that is a string was expected", f"it is {an(type(name).__name__)}")
     if isinstance(value, torch.Tensor):
         return value
     if isinstance(value, np.ndarray):
         return _from_numpy(name, value)
     if name.endswith(_EXTRA_STATE):
-        _refuse(name, "extra state that is a tensor was expected", f"it is a {type(value).__name__}, which would need pickle")
-    _refuse(name, "a tensor was expected", f"it is a {type(value).__name__}")
+        _refuse(name, "extra state that is a tensor was expected", f"it is {an(type(value).__name__)}, which would need pickle")
+    _refuse(name, "a tensor was expected", f"it is {an(type(value).__name__)}")
 
 
 def _from_numpy(name: str, array: np.ndarray[Any, Any]) -> torch.Tensor:
@@ -191,7 +192,7 @@ def check_savable(name: str, tensor: torch.Tensor) -> None:
         except UnicodeEncodeError:
             _refuse(name, "a name in Unicode was expected", "it has half of a surrogate pair")
     if type(tensor) not in PLAIN_TYPES or hasattr(tensor, "__tensor_flatten__"):
-        _refuse(name, "a plain tensor was expected", f"it is a {type(tensor).__name__}")
+        _refuse(name, "a plain tensor was expected", f"it is {an(type(tensor).__name__)}")
     if tensor.is_meta:
         _refuse(name, "a tensor with data was expected", "it is on the meta device")
     if tensor.layout is not torch.strided or tensor.is_nested:
@@ -202,6 +203,11 @@ def check_savable(name: str, tensor: torch.Tensor) -> None:
         raise UnsupportedTensorError(f"cannot save {name!r}: dtype {dtype} has no safetensors equivalent; nothing was written")
     if lacks_memory(tensor):
         _refuse(name, "memory for all its elements was expected", "its storage was freed or made smaller")
+    if tensor.numel() == 0 and math.prod(size or 1 for size in logical_shape(tensor)) >= 1 << 63:
+        # Some readers multiply in order and meet the zero in time, some do not, and torch has strides to compute.
+        _refuse(
+            name, "sizes that multiply to fewer than 2^63, its zeros aside, were expected", f"its shape is {list(tensor.shape)}"
+        )
     if tensor.dtype == torch.float4_e2m1fn_x2 and tensor.dim() == 0:
         _refuse(name, "a float4 tensor of at least one dimension was expected", "it has none")
 

@@ -19,6 +19,12 @@ __all__ = [
 ]
 
 
+def an(noun: str) -> str:
+    """``a list``, ``an int``: what was found, for a message."""
+    vowel = noun[:1].lower() in "aeio" or noun[:2].lower() == "un"
+    return f"{'an' if vowel else 'a'} {noun}"
+
+
 class ShardSaveError(Exception):
     """The base of every error of this package."""
 

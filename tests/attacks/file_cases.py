@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import socket
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from making import (
     FIRST,
     INDEX,
@@ -204,9 +206,29 @@ def both_gone(folder: Path) -> Path:
     return folder
 
 
+def pickled(name: str, kind: str, make: Callable[[Path], object], file: str, of_an_index: bool = False) -> Case:
+    """A file as torch.save writes it, given itself or named by an index."""
+
+    def put(folder: Path) -> Path | None:
+        if of_an_index:
+            foreign(folder)
+            (folder / file).unlink()
+        make(folder / file)
+        return None if of_an_index else folder / file
+
+    return Case(
+        name,
+        f"cannot read $DIR/{file}: a safetensors file was expected, it is {kind}, as torch.save writes; {NO_PICKLE}; "
+        "the file is as it was",
+        put,
+        shardsave.IncompatibleCheckpointError,
+    )
+
+
+NO_PICKLE = "no pickle is read here, since that can run code: shardsave convert SRC DST makes a checkpoint of it"
 PART = "the checkpoint was copied or downloaded in part"
-CUT = "it was cut, half copied or half downloaded, or belongs to another save"
-GROWN = "something was appended to it, or belongs to another save"
+CUT = "it was cut, half copied or half downloaded, or it belongs to another save"
+GROWN = "something was appended to it, or it belongs to another save"
 
 FILES = [
     *(special(f"shard is {word}", found, put, SECOND, "shard") for word, found, put in SPECIALS),
@@ -260,9 +282,23 @@ FILES = [
            "saves",
            lambda folder: rewrite(folder / "b.safetensors", (folder / "a.safetensors").read_bytes())),
     others("shard of others is no safetensors file",
-           "corrupt shard b.safetensors: header: at most 100000000 bytes of header expected, it says 7165896747234052944, as no "
+           "corrupt shard b.safetensors: header: at most 100000000 bytes of header expected, it says 7236828442477807431, as no "
            "safetensors file does; nothing else was read from it",
-           lambda folder: rewrite(folder / "b.safetensors", b"PK\3\4 archive of pickles")),
+           lambda folder: rewrite(folder / "b.safetensors", b"GGUF and so on")),
+    pickled("path of a file of torch.save", "a zip archive", lambda file: torch.save({"x": torch.ones(1)}, file), "saved.pt"),
+    pickled("path of an old file of torch.save", "a pickle",
+            lambda file: torch.save({"x": torch.ones(1)}, file, _use_new_zipfile_serialization=False), "saved.pth"),
+    pickled("path of a pickle", "a pickle", lambda file: file.write_bytes(pickle.dumps({"x": 1})), "saved.ckpt"),
+    pickled("shard of others is a file of torch.save", "a zip archive", lambda file: torch.save({"y": torch.ones(1)}, file),
+            "b.safetensors", of_an_index=True),
+    missing("directory with a file of torch.save",
+            f"no checkpoint at $DIR: neither {INDEX} nor {LONE} is there; pytorch_model.bin has the name of a file of torch.save, "
+            f"and {NO_PICKLE}",
+            lambda folder: (torch.save({"x": torch.ones(1)}, folder / "pytorch_model.bin"), folder)[1]),
+    missing("directory with many files",
+            f"no checkpoint at $DIR: neither {INDEX} nor {LONE} is there; to read another file, give its path: 0.safetensors, "
+            "1.safetensors, 2.safetensors and 2 more",
+            lambda folder: ([(folder / f"{n}.safetensors").touch() for n in range(5)], folder)[1]),
     Case("our record stripped from the index",
          f"corrupt index {INDEX}: a record of {FIRST} expected, which shardsave wrote, it has none; one of the two was changed or "
          "replaced after it was saved",

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -114,6 +116,24 @@ def test_staging_directory_with_files_of_others(staging: Path) -> None:
     assert os.listdir(staging) == ["notes.txt"] and (folder / "config.json").read_text() == "keep"
 
 
+def test_staging_directories_of_other_hosts(staging: Path) -> None:
+    """Catches a save that removes what may be another host's work, or leaves it there without a word; and a command that is wrong."""
+    folder = staging.parent
+    others = [f".shardsave-{n:08x}00000000" for n in range(5)]
+    for name in others:
+        (folder / name).mkdir()
+    report = save(folder)
+    assert report.leftovers == () and not staging.exists() and all((folder / name).is_dir() for name in others)
+    command = f"shardsave clean {folder} --other-hosts"
+    assert report.notes == (
+        f"5 leavings of saves on other hosts, which may still be at work, stay: {', '.join(others[:3])} and 2 more "
+        f"(once they are not: {command})",
+    )
+    assert str(report).endswith(report.notes[0])
+    subprocess.run([sys.executable, "-m", *command.split(), "--yes"], check=True, capture_output=True)
+    assert save(folder).notes == () and not list(folder.glob(".shardsave-*"))
+
+
 def test_staging_directory_that_is_a_file(staging: Path) -> None:
     """Catches cleaning that removes a file because of its name."""
     staging.rmdir()
@@ -155,6 +175,6 @@ def test_index_that_is_no_file(put: Names, durable: bool, tmp_path: Path) -> Non
     kinds = {put: f"open: a regular file was expected, it is {found}" for _, found, put in SPECIALS}
     kinds[link_to_itself] = "stat: Too many levels of symbolic links"
     assert str(caught.value) == (
-        f"cannot write {tmp_path / INDEX}: {kinds[put]}; nothing was committed, there was no checkpoint before"
+        f"cannot write {tmp_path / INDEX}: {kinds[put]}; nothing was written, what was there is as it was"
     )
     assert os.listdir(tmp_path) == [INDEX]

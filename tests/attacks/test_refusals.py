@@ -19,7 +19,7 @@ from shardsave import _checkpoint, _find, _format, _index, _json
 READERS = {str(module.__file__): Path(str(module.__file__)) for module in (_json, _format, _index, _find, _checkpoint)}
 
 #: Not about bad files: what writes, and what a failing disk or another process makes.
-OF_WRITERS = {"encode_header", "encode_index", "shard_names"}
+OF_WRITERS = {"encode_header", "encode_index", "check_shard_count"}
 BY_OTHERS = ("cannot_read", "DirectoryBusyError")
 
 

@@ -24,15 +24,20 @@ def nested(levels: int) -> dict[str, Any]:
 CIRCLE: dict[str, Any] = {}
 CIRCLE["a"] = CIRCLE
 
-JSON = "metadata must be JSON values that can be read back: "
+JSON = "metadata must be JSON values that can be read back: metadata"
+DEEP = "metadata must be nested at most 64 levels deep, or nobody could read it back: metadata"
+DEEP = f"{DEEP}{(64 * '[a]').replace('a', repr('a'))[:72]}… is deeper"
 METADATA: list[tuple[str, str, Mapping[str, Any]]] = [
-    ("deep", "metadata must be nested at most 64 levels deep, or nobody could read it back", nested(65)),
-    ("very deep", "metadata must be nested at most 64 levels deep, or nobody could read it back", nested(100_000)),
-    ("circular", "metadata must be JSON values: Circular reference detected", CIRCLE),
-    ("key twice", "metadata must be JSON values: a key must be a string, 1 is not", {"a": {1: "x", "1": "y"}}),
-    ("long number", f"{JSON}numbers of at most 308 digits expected, one has 309", {"a": 10**308}),
-    ("half of a surrogate pair", "metadata must be JSON values: 'utf-8' codec can't encode character '\\ud800' in position 7: "
-     "surrogates not allowed", {"a": "\ud800"}),
+    ("deep", DEEP, nested(65)),
+    ("very deep", DEEP, nested(100_000)),
+    ("circular", DEEP, CIRCLE),
+    ("key twice", f"{JSON}['a'] has the key 1, which is no string", {"a": {1: "x", "1": "y"}}),
+    ("long number", f"{JSON}['a'] has more than 308 digits", {"a": 10**308}),
+    ("very long number", f"{JSON}['a'] has more than 308 digits", {"a": -(10**10_000)}),
+    ("half of a surrogate pair", f"{JSON}['a'] has half of a surrogate pair", {"a": "\ud800"}),
+    ("half of a surrogate pair in a key", f"{JSON[:-8]}the key '\\ud800' of metadata has half of a surrogate pair", {"\ud800": 1}),
+    ("a tensor", f"{JSON}['run'][1]['loss'] is a Tensor", {"ok": 1, "run": [0, {"loss": torch.ones(1)}]}),
+    ("not a number", f"{JSON}['losses'][2] is nan", {"losses": (1.0, 2.0, float("nan"))}),
 ]  # fmt: skip
 
 
