@@ -162,6 +162,7 @@ def _refuse_unless_regular(status: os.stat_result, name: str) -> None:
 def kind_of(mode: int) -> str:
     """What a file that is not a regular one is, in words."""
     kinds = {
+        stat.S_IFREG: "regular file",
         stat.S_IFDIR: "directory",
         stat.S_IFIFO: "FIFO",
         stat.S_IFLNK: "link",
