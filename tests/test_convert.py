@@ -58,7 +58,8 @@ def test_tensors_of_all_layouts(tmp_path: Path) -> None:
     z = torch.complex(base, base + 1)
     state = {
         "whole": base, "transposed": base.t(), "slice": base[1:3, 2:4], "expanded": base[0].expand(3, 6), "conj": z.conj(),
-        "negative": torch.complex(base, base).clone().conj().imag, "empty": torch.empty(3, 0), "scalar": torch.tensor(2.5), "bool": torch.tensor([True, False]),
+        "negative": torch.complex(base, base).clone().conj().imag, "empty": torch.empty(3, 0), "scalar": torch.tensor(2.5),
+        "bool": torch.tensor([True, False]),
         "half": base.half(), "f8": base.to(torch.float8_e4m3fn), "long": torch.arange(3),
     }  # fmt: skip
     torch.save(state, tmp_path / "x.pt")

@@ -148,14 +148,19 @@ class _Sink:
     """What torch.save writes into: a new file, in steps, so that whoever waits is told and what was read can be let go."""
 
     def __init__(self, new: NewFile, tick: Callable[[int], object]) -> None:
+        self.failed: BaseException | None = None  # torch raises another error over it
         self._new, self._tick, self._done = new, tick, 0
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
         at = 0
-        while at < len(view):
-            at += call(os.write, self._new.path, self._new.file.fd, view[at : at + _STEP])
-            self._tick(self._done + at)
+        try:
+            while at < len(view):
+                at += call(os.write, self._new.path, self._new.file.fd, view[at : at + _STEP])
+                self._tick(self._done + at)
+        except BaseException as error:
+            self.failed = error
+            raise
         self._done += at
         return at
 
@@ -173,10 +178,15 @@ def write_torch(path: str, entries: Sequence[Entry], durable: bool, tick: Callab
         assert fits_torch(entry) and isinstance(entry.tensor, torch.Tensor)
         state[entry.name] = state[entry.tied_to] if entry.tied_to is not None else _with_own_storage(entry.tensor)
     with NewFile(path, durable) as new:
+        sink = _Sink(new, tick)
         try:
-            torch.save(state, _Sink(new, tick))  # type: ignore[arg-type]
-        except CallFailed as error:
-            raise new.failure(error) from error
+            torch.save(state, sink)  # type: ignore[arg-type]
+        except BaseException:
+            if isinstance(sink.failed, CallFailed):
+                raise new.failure(sink.failed) from sink.failed
+            if sink.failed is not None:
+                raise sink.failed from None
+            raise
         new.commit()
     return Written(False, _STEP, "torch")
 
