@@ -104,7 +104,7 @@ def _from_checkpoint(path: str, key: str | None, wanted: Wanted, closing: ExitSt
         checkpoint.metadata if ours else lone,
         maps.mappings,
         tuple(checkpoint.path_of(shard) for shard in checkpoint.shards),
-        ("the architecture was not carried over",) if "architecture" in parts else (),
+        (f"not carried over: {', '.join(parts)}",) if parts else (),
         checkpoint,
         tuple(t for t in located.values() if t.checksum is not None),
     )
