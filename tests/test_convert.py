@@ -164,7 +164,7 @@ def test_what_transformers_writes(tmp_path: Path) -> None:
 
 
 def test_a_lone_file_with_odd_alignment(tmp_path: Path) -> None:
-    """Catches a cast that looks at elements at addresses which their dtype does not allow, and metadata that is lost."""
+    """Catches tensors that are taken from the wrong place where a writer does not align, and metadata that is lost."""
     state = {"a": torch.arange(5, dtype=torch.uint8), "b": torch.arange(7.0)}
     save_file(state, tmp_path / "x.safetensors", metadata={"format": "pt", "license": "mit"})
     raw = (tmp_path / "x.safetensors").read_bytes()
@@ -331,3 +331,15 @@ def test_progress_reaches_its_end(tmp_path: Path) -> None:
             tmp_path / "ckpt", tmp_path / str(at), dtype="float64", progress=lambda d, t: seen.append((d, t)), **more
         )  # type: ignore[arg-type]
         assert seen == sorted(seen) and seen[-1][0] >= seen[-1][1] == 36_000_000
+
+
+def test_elements_are_not_looked_at_across_their_alignment() -> None:
+    """Catches a cast that reads elements where a processor may not: it shows on few of them, so the address itself is looked at."""
+    raw = torch.arange(33, dtype=torch.uint8)
+    odd = torch.frombuffer(raw.numpy(), dtype=torch.uint8, offset=1).view(torch.float32)
+    aligned = _lend._aligned(odd)
+    assert (
+        odd.data_ptr() % 4
+        and aligned.data_ptr() % 4 == 0
+        and same_bits(aligned, torch.frombuffer(bytearray(range(1, 33)), dtype=torch.float32))
+    )
