@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Union
 
 import torch
@@ -17,11 +17,17 @@ class Part(NamedTuple):
 
 
 class Assembled:
-    """A tensor on the CPU made of ``parts``, which cover each of its elements once."""
+    """A tensor on the CPU made of ``parts``, which cover each of its elements once.
+
+    ``copied`` is told of how many bytes were copied out of them, on whatever thread does so.
+    """
 
     is_cpu, is_cuda, requires_grad = True, False, False
 
-    def __init__(self, dtype: torch.dtype, shape: Sequence[int], parts: Sequence[Part]) -> None:
+    def __init__(
+        self, dtype: torch.dtype, shape: Sequence[int], parts: Sequence[Part], copied: Callable[[int], None] | None = None
+    ) -> None:
+        self.copied = copied
         self.dtype = dtype
         self.shape = torch.Size(shape)
         self.parts = tuple(parts)
@@ -51,7 +57,7 @@ class Assembled:
             else:
                 cut.append(Part((low - first, *rest), tensor[low - begin : high - begin]))
         rows = () if isinstance(index, int) else (stop - first,)
-        return Assembled(self.dtype, (*rows, *self.shape[1:]), cut)
+        return Assembled(self.dtype, (*rows, *self.shape[1:]), cut, self.copied)
 
     def over(self, target: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Each part beside the view of ``target``, a tensor of the same shape, where it belongs."""
@@ -60,6 +66,8 @@ class Assembled:
             for dimension, (start, size) in enumerate(zip(begin, tensor.shape)):
                 view = view.narrow(dimension, start, size)
             yield tensor, view
+            if self.copied is not None:
+                self.copied(tensor.numel() * tensor.element_size())
 
 
 #: What a save takes bytes from.

@@ -16,7 +16,7 @@ from typing import Any, Literal, Union
 import torch
 
 from shardsave._arguments import check_path, check_progress, check_switches
-from shardsave._assembled import Assembled
+from shardsave._assembled import Assembled, Part
 from shardsave._changes import Drop, Names, Rename, cast_of, check_dtype, patterns, replacements
 from shardsave._ending import verb
 from shardsave._files import kind_of
@@ -161,11 +161,16 @@ def _state(origin: Origin, names: Names, target: torch.dtype | None, path: str) 
             check_savable(name, torch.empty(0, dtype=value.dtype))
             entries[name] = Entry(name, "tensor", None, None, value)
     flags = origin.flags or {}
+    reading = _Reading(origin.mappings)
     made = []
     for name in named:
         entry, frozen = entries[name], flags.get(old_of[name])
         kind: Literal["parameter", "tensor"] = "tensor" if frozen is None else "parameter"
-        made.append(entry._replace(frozen=frozen, kind=kind, cast=cast_of(entry, target)))
+        cast, tensor = cast_of(entry, target), entry.tensor
+        if cast is not None and isinstance(tensor, torch.Tensor) and tensor.dim():
+            # A cast may read faster than progress is told: so what was read is let go as it goes along.
+            tensor = Assembled(tensor.dtype, tensor.shape, [Part((0,) * tensor.dim(), tensor)], reading)
+        made.append(entry._replace(frozen=frozen, kind=kind, cast=cast, tensor=tensor))
     return State(tuple(made), origin.flags is not None, whole.overlaps)
 
 
@@ -237,6 +242,19 @@ class _Writer:
         lost = sorted(self._origin.metadata.keys() - kept.keys())
         flags = ("freeze flags were left out",) if self._origin.flags is not None else ()
         return (*flags, *((f"metadata was left out: {', '.join(lost[:5])}",) if lost else ()))
+
+
+class _Reading:
+    """Told of bytes that were read, gives back now and then the memory of the mapped files that they came from."""
+
+    def __init__(self, mappings: tuple[mmap, ...]) -> None:
+        self._mappings, self._held = mappings, 0
+
+    def __call__(self, count: int) -> None:
+        self._held += count
+        if self._held >= 4 * _HELD_BYTES:
+            self._held = 0
+            let_go(self._mappings)
 
 
 class _LettingGo:
