@@ -29,7 +29,7 @@ from test_clean import die_before_the_commit, killed
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 
-COMMANDS = ["inspect", "verify", "diff", "plot", "clean", "completion"]
+COMMANDS = ["inspect", "verify", "diff", "convert", "plot", "clean", "completion"]
 
 
 def run(*arguments: object, **options: object) -> Result:

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 import shardsave
-from shardsave import _build, _diff, _inspect, _leavings, _load, _open, _save
+from shardsave import _build, _convert, _diff, _inspect, _leavings, _load, _open, _save
 from shardsave._cli.main import cli
 
 ROOT = Path(__file__).parent.parent
@@ -33,7 +33,7 @@ def timeless(text: str) -> str:
     return re.sub(r"(map\.png: )[\d.]+ kB", r"\1…", text)
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/cli.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/cli.md", "docs/convert.md"])
 def test_commands_in_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Catches a command that does not print what the document shows, after the examples in Python that stand before it."""
     monkeypatch.chdir(tmp_path)
@@ -48,7 +48,7 @@ def test_commands_in_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.parametrize(
-    "module", [shardsave, _save, _load, _open, _diff, _leavings, _inspect, _build], ids=lambda module: module.__name__
+    "module", [shardsave, _save, _load, _open, _diff, _leavings, _inspect, _build, _convert], ids=lambda module: module.__name__
 )
 def test_docstring_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: object) -> None:
     """Catches a docstring that shows what is not so."""

@@ -27,18 +27,29 @@ from shardsave.errors import (
 
 if TYPE_CHECKING:
     from shardsave._build import build_model, load_program
+    from shardsave._convert import convert
     from shardsave._diff import DiffReport, TensorChange, diff
     from shardsave._inspect import inspect, verify
     from shardsave._leavings import CleanReport, Leaving, clean
     from shardsave._load import load, load_model
     from shardsave._open import OpenCheckpoint, TensorSlice, open
-    from shardsave._reports import CheckpointInfo, Damage, LoadReport, Phases, SaveReport, TensorInfo, VerifyReport
+    from shardsave._reports import (
+        CheckpointInfo,
+        ConvertReport,
+        Damage,
+        LoadReport,
+        Phases,
+        SaveReport,
+        TensorInfo,
+        VerifyReport,
+    )
     from shardsave._save import save
 
 __all__ = [
     "CheckpointInfo",
     "CheckpointNotFoundError",
     "CleanReport",
+    "ConvertReport",
     "CorruptCheckpointError",
     "Damage",
     "DiffReport",
@@ -63,6 +74,7 @@ __all__ = [
     "__version__",
     "build_model",
     "clean",
+    "convert",
     "diff",
     "inspect",
     "load",
@@ -76,12 +88,22 @@ __all__ = [
 #: Where each name comes from, when it is first asked for: looking into a checkpoint needs no torch, which takes a second.
 _HOMES = {
     "_build": ("build_model", "load_program"),
+    "_convert": ("convert",),
     "_diff": ("DiffReport", "TensorChange", "diff"),
     "_inspect": ("inspect", "verify"),
     "_leavings": ("CleanReport", "Leaving", "clean"),
     "_load": ("load", "load_model"),
     "_open": ("OpenCheckpoint", "TensorSlice", "open"),
-    "_reports": ("CheckpointInfo", "Damage", "LoadReport", "Phases", "SaveReport", "TensorInfo", "VerifyReport"),
+    "_reports": (
+        "CheckpointInfo",
+        "ConvertReport",
+        "Damage",
+        "LoadReport",
+        "Phases",
+        "SaveReport",
+        "TensorInfo",
+        "VerifyReport",
+    ),
     "_save": ("save",),
 }
 

@@ -57,8 +57,9 @@ class ExtraTensors:
 
     def __init__(self, entries: Sequence[Entry]) -> None:
         self.kept: list[Entry] = []
-        self._by_name = {entry.name: entry.tensor for entry in entries}
-        self._by_memory = {place: entry.name for entry in reversed(entries) if (place := _memory(entry.tensor)) is not None}
+        self._by_name = {entry.name: entry.tensor for entry in entries if isinstance(entry.tensor, torch.Tensor)}
+        by_name = reversed(self._by_name.items())
+        self._by_memory = {place: name for name, tensor in by_name if (place := _memory(tensor)) is not None}
         self._kept_by_memory: dict[Any, str] = {}
 
     def place(self, tensor: torch.Tensor, name: str) -> tuple[str, bool]:

@@ -58,6 +58,7 @@ class Checkpoint:
         self.tensors: dict[str, Located] = {}
         self.kept: dict[str, Located] = {}  # what a model needs beside the weights
         self.documents: dict[str, bytes] = {}  # part → its JSON
+        self.file_metadata: dict[str, str] = {}  # what the header of a lone file says beside its tensors
         self.shards: tuple[str, ...] = ()
         self._folder = folder
         self._index_name = index_name
@@ -284,6 +285,8 @@ class Checkpoint:
             )
             raise CorruptCheckpointError(f"corrupt shard {shard}: {found}; index and shard belong to different saves")
         self.tensors.update(_located(shard, header))
+        if self.index is None:
+            self.file_metadata.update(header.metadata)
 
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     import torch
 
+    from shardsave._assembled import Memory
+
 
 class DType(NamedTuple):
     """One row: the name in a safetensors header, what torch calls it, and the bits of one element."""
@@ -76,7 +78,7 @@ def item_bytes(name: str) -> int:
     return max(1, BY_NAME[name].bits // 8)
 
 
-def logical_shape(tensor: torch.Tensor) -> tuple[int, ...]:
+def logical_shape(tensor: Memory) -> tuple[int, ...]:
     """The shape that a safetensors header gives for ``tensor``."""
     shape = tuple(tensor.shape)
     if tensor.dtype == BY_NAME["F4"].torch:

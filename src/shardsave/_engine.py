@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from shardsave import _ending, _lend
+from shardsave._assembled import Assembled, Memory
 from shardsave._backend import native, warn_if_portable
 from shardsave._collector import collector_still
 from shardsave._plan import Block
@@ -31,11 +32,11 @@ Access = Literal["auto", "buffered", "direct"]
 class Piece(NamedTuple):
     """The memory that a run of a file's bytes comes from or goes to.
 
-    ``dtype`` is that of the bytes in the file, ``nbytes`` how many they are there. Without a ``tensor`` the bytes are only
-    read and summed.
+    ``dtype`` is that of the bytes in the file, perhaps not the tensor's, ``nbytes`` how many they are there. Without a ``tensor``
+    the bytes are only read and summed.
     """
 
-    tensor: torch.Tensor | None
+    tensor: Memory | None
     dtype: torch.dtype
     nbytes: int
 
@@ -80,7 +81,7 @@ def reserve(pieces: Sequence[Piece]) -> None:
         except MemoryError as error:
             raise _no_memory("allocation of staging memory", BLOCK_BYTES) from error
         return
-    on_cuda = {p.tensor.get_device() for p in pieces if p.tensor is not None and p.tensor.is_cuda}
+    on_cuda = {p.tensor.get_device() for p in pieces if isinstance(p.tensor, torch.Tensor) and p.tensor.is_cuda}
     pinned = on_cuda and torch.version.hip is None and native.cuda_available()
     try:
         native.reserve_staging(slot_bytes=BLOCK_BYTES, pin_for=min(on_cuda) if pinned else -1)
@@ -160,16 +161,21 @@ def _run(
     ordinals = sorted({memory for memory, _ in places if memory >= 0})
     lends = any(memory == native.LENT for memory, _ in places)
 
-    cuda_devices = {tensor.get_device() for tensor, _, _ in pieces if tensor is not None and tensor.is_cuda}
+    cuda_devices = {t.get_device() for t, _, _ in pieces if isinstance(t, torch.Tensor) and t.is_cuda}
     callers_stream = {device: torch.cuda.current_stream(device) for device in cuda_devices}
 
     def lend(piece: int, offset: int, view: memoryview) -> None:
         tensor = pieces[piece].tensor
         assert tensor is not None
         # Workers have streams of their own (torch's current stream is thread-local): copies must follow the caller's work.
-        ordered = torch.cuda.stream(callers_stream[tensor.get_device()]) if tensor.is_cuda else contextlib.nullcontext()
+        device = tensor.get_device() if isinstance(tensor, torch.Tensor) and tensor.is_cuda else None
+        ordered = torch.cuda.stream(callers_stream[device]) if device is not None else contextlib.nullcontext()
         with ordered:
-            (_lend.fill if write else _lend.drain)(tensor, pieces[piece].dtype, offset, view)
+            if write:
+                _lend.fill(tensor, pieces[piece].dtype, offset, view)
+            else:
+                assert isinstance(tensor, torch.Tensor)
+                _lend.drain(tensor, pieces[piece].dtype, offset, view)
 
     try:
         result = native.run(
@@ -206,6 +212,8 @@ def _place(piece: Piece) -> tuple[int, int]:
     tensor, dtype, _ = piece
     if tensor is None:
         return native.DISCARD, 0
+    if isinstance(tensor, Assembled):
+        return native.LENT, 0
     if tensor.dtype == dtype and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
         if tensor.is_cpu:
             return native.HOST, tensor.data_ptr()

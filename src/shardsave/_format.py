@@ -53,9 +53,13 @@ class Header:
 _BEFORE_SUMS = f'{{"__metadata__":{{"format":"pt","{CHECKSUM_KEY}":"'
 
 
-def encode_header(shard: Shard) -> bytes:
-    """The whole start of a file, up to its data, with zeros where `with_sums` puts the checksums; a pure function of the tensors."""
-    parts = [f'{_BEFORE_SUMS}{"0" * 16 * len(shard.tensors)}"}}']
+def encode_header(shard: Shard, more: Mapping[str, str] | None = None) -> bytes:
+    """The whole start of a file, up to its data, with zeros where `with_sums` puts the checksums; a pure function of the tensors.
+
+    ``more``: further entries of ``__metadata__``, which no shard of a checkpoint has.
+    """
+    told = "".join(f",{encode_basestring(key)}:{encode_basestring(value)}" for key, value in (more or {}).items())
+    parts = [f'{_BEFORE_SUMS}{"0" * 16 * len(shard.tensors)}"{told}}}']
     for (name, dtype, sizes, nbytes, _), begin in zip(shard.tensors, shard.begins):
         shape = ",".join(map(str, sizes))
         parts.append(

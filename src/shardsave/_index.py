@@ -307,9 +307,13 @@ def _parse_superseded(value: object, where: str) -> Superseded | None:
     return Superseded(value["size"], value["mtime_ns"])
 
 
+def is_file_name(name: str) -> bool:
+    """Whether ``name`` is one path component, which a message can show and a file system can have."""
+    return not _NO_FILE_NAME.search(name) and len(name.encode()) <= 255
+
+
 def _check_file_name(name: str, where: str) -> None:
-    """One path component, which a message can show and a file system can have."""
-    if _NO_FILE_NAME.search(name) or len(name.encode()) > 255:
+    if not is_file_name(name):
         _bad(where, "file names of one path component expected", f"it names {glimpse(name)}")
 
 

@@ -10,17 +10,23 @@ from collections.abc import Iterator
 
 import torch
 
+from shardsave._assembled import Assembled, Memory
+
 #: dtypes that torch can hold but hardly compute with are copied as integers of their size.
 _AS_INTEGER = {1: torch.uint8, 2: torch.int16}
 
 
-def fill(tensor: torch.Tensor, dtype: torch.dtype, offset: int, view: memoryview) -> None:
-    """Writes the ``len(view)`` bytes that follow ``offset`` in ``tensor``'s file representation into ``view``."""
+def fill(tensor: Memory, dtype: torch.dtype, offset: int, view: memoryview) -> None:
+    """Writes the ``len(view)`` bytes that follow ``offset`` in ``tensor``'s file representation into ``view``.
+
+    Casts to ``dtype`` as ``Tensor.copy_`` does.
+    """
     with torch.no_grad():
         for box, at in _boxes(tensor, dtype, offset, len(view)):
             slot = _slot(view, dtype, at, box)
-            source, target = _comparable(box.resolve_conj().resolve_neg(), slot)
-            target.copy_(source)
+            for source, part in box.over(slot) if isinstance(box, Assembled) else ((box, slot),):
+                resolved, target = _comparable(_aligned(source).resolve_conj().resolve_neg(), part)
+                target.copy_(resolved)
 
 
 def drain(tensor: torch.Tensor, dtype: torch.dtype, offset: int, view: memoryview) -> None:
@@ -30,13 +36,23 @@ def drain(tensor: torch.Tensor, dtype: torch.dtype, offset: int, view: memoryvie
     """
     with torch.inference_mode(tensor.is_inference()), torch.no_grad():
         for box, at in _boxes(tensor, dtype, offset, len(view)):
+            assert isinstance(box, torch.Tensor)
             slot = _slot(view, dtype, at, box)
             target, source = _comparable(box, slot) if box.dtype == dtype else (box, slot)
             target.copy_(source)
 
 
-def _slot(view: memoryview, dtype: torch.dtype, at: int, box: torch.Tensor) -> torch.Tensor:
+def _slot(view: memoryview, dtype: torch.dtype, at: int, box: Memory) -> torch.Tensor:
     return torch.frombuffer(view, dtype=torch.uint8, count=box.numel() * dtype.itemsize, offset=at).view(dtype).view(box.shape)
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor``, or a copy of it where it lies in a mapped file at an address that its dtype does not allow."""
+    if tensor.data_ptr() % tensor.element_size() == 0:
+        return tensor
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype)
+    copy.reshape(-1).view(torch.uint8).copy_(tensor.reshape(-1).view(torch.uint8))
+    return copy
 
 
 def _comparable(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,7 +63,7 @@ def _comparable(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, 
     return left, right
 
 
-def _boxes(tensor: torch.Tensor, dtype: torch.dtype, offset: int, length: int) -> Iterator[tuple[torch.Tensor, int]]:
+def _boxes(tensor: Memory, dtype: torch.dtype, offset: int, length: int) -> Iterator[tuple[Memory, int]]:
     """The views of ``tensor`` that make up a range of bytes, each with its place in the range (bytes)."""
     item = dtype.itemsize
     if offset % item or length % item:
@@ -59,7 +75,7 @@ def _boxes(tensor: torch.Tensor, dtype: torch.dtype, offset: int, length: int) -
         yield box, (first - start) * item
 
 
-def _rows(tensor: torch.Tensor, start: int, stop: int, base: int = 0) -> Iterator[tuple[torch.Tensor, int]]:
+def _rows(tensor: Memory, start: int, stop: int, base: int = 0) -> Iterator[tuple[Memory, int]]:
     """Boxes that cover elements ``start`` to ``stop`` in C order, and the number of the first element of each."""
     if tensor.dim() == 0 or (start == 0 and stop == tensor.numel()):
         yield tensor, base

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,11 +23,13 @@ _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if platform.machine() in ("x
 class Maps:
     """The shards of an open checkpoint, each mapped once, when a tensor of it is first asked for.
 
-    A mapping has a descriptor of its own and lives as long as a tensor in it.
+    A mapping has a descriptor of its own and lives as long as a tensor in it. Without ``aligned`` no tensor is copied, also where
+    only its bytes may be looked at.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, aligned: bool = True) -> None:
         self._checkpoint = checkpoint
+        self._aligned = aligned
         self._mapped: dict[str, mmap.mmap] = {}
 
     def tensor(self, t: Located) -> torch.Tensor:
@@ -36,7 +38,7 @@ class Maps:
         if t.nbytes == 0:
             return torch.empty(shape, dtype=dtype, device="cpu")
         raw = self._bytes(t)
-        return (raw if _is_aligned(t) else raw.clone()).view(dtype).view(shape)
+        return (raw if _is_aligned(t) or not self._aligned else raw.clone()).view(dtype).view(shape)
 
     def tensors(self, chosen: Mapping[str, Located]) -> dict[str, torch.Tensor]:
         """All of them, or none: each mapping has a descriptor, and the traceback of an error would keep what is here."""
@@ -61,6 +63,10 @@ class Maps:
         index = (*given, inside)
         return rows[index].clone(memory_format=torch.contiguous_format).view(dtype).squeeze(-1)
 
+    @property
+    def mappings(self) -> tuple[mmap.mmap, ...]:
+        return tuple(self._mapped.values())
+
     def close(self) -> None:
         """Forgets the mappings; tensors in them stay what they are."""
         self._mapped.clear()
@@ -78,17 +84,27 @@ class Maps:
         return torch.frombuffer(mapping, dtype=torch.uint8, count=t.nbytes, offset=t.offset)
 
     def _map(self, shard: str) -> mmap.mmap:
-        path, writable = self._checkpoint.path_of(shard), mmap.PROT_READ | mmap.PROT_WRITE
         try:
-            return call(
-                mmap.mmap, path, self._checkpoint.descriptor(shard), 0, flags=mmap.MAP_PRIVATE | _NO_RESERVE, prot=writable
-            )
-        except CallFailed as error:
-            raise cannot_read(path, error) from error
+            return map_file(self._checkpoint.descriptor(shard), self._checkpoint.path_of(shard))
         except ValueError:  # nothing is left to map
             raise CorruptCheckpointError(
                 f"corrupt shard {shard}: data was expected, the file is empty; it was cut while the checkpoint was open"
             ) from None
+
+
+def map_file(descriptor: int, path: str) -> mmap.mmap:
+    """The file behind ``descriptor``; what is written there stays in this process. Raises ValueError where it is empty."""
+    writable = mmap.PROT_READ | mmap.PROT_WRITE
+    try:
+        return call(mmap.mmap, path, descriptor, 0, flags=mmap.MAP_PRIVATE | _NO_RESERVE, prot=writable)
+    except CallFailed as error:
+        raise cannot_read(path, error) from error
+
+
+def let_go(mappings: Iterable[mmap.mmap]) -> None:
+    """Gives back the memory of what has been looked at, which is read again when it is wanted again. Nothing may be written there."""
+    for mapping in mappings:
+        mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def _is_aligned(t: Located) -> bool:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from shardsave import _crc64, _lend
 from shardsave._engine import BLOCK_BYTES, Piece, Tick, Transfer, TransferFault
@@ -42,7 +43,7 @@ def run(
             if checksum:
                 behind = piece.nbytes - segment.piece_offset - segment.length
                 sums[segment.piece] ^= _crc64.shift(_crc64.raw(np.frombuffer(part, np.uint8)), behind)
-            if not write and piece.tensor is not None:
+            if not write and isinstance(piece.tensor, torch.Tensor):
                 _lend.drain(piece.tensor, piece.dtype, segment.piece_offset, part)
             done += segment.length
         if write:

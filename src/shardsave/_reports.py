@@ -12,7 +12,7 @@ from shardsave._words import count, human_bytes, some
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["CheckpointInfo", "Damage", "LoadReport", "Phases", "SaveReport", "TensorInfo", "VerifyReport"]
+__all__ = ["CheckpointInfo", "ConvertReport", "Damage", "LoadReport", "Phases", "SaveReport", "TensorInfo", "VerifyReport"]
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,35 @@ class VerifyReport(_Report):
         else:
             done, extent = "verified", _VERIFIED[self.verified]
         return self._with_notes(f"{done} {self.path}: {self._size_and_speed()}, {self._how()}, {extent}")
+
+
+@dataclass(frozen=True)
+class ConvertReport(_Report):
+    """What a conversion did; ``path`` is where it wrote, ``source`` what it read.
+
+    ``kind``: what the source was: "shardsave", "safetensors", "torch" or "distributed"; ``to``: what was made of it. ``verified``:
+    whether the source's tensors were checked against stored checksums, None where it has none. ``cast``: how many tensors got
+    another dtype. ``dropped``, ``renamed``: names of the source. ``ties``: name → the name that it shares its bytes with.
+    ``flags_known``: whether the source knew which parameters were frozen.
+    """
+
+    source: str = ""
+    kind: str = ""
+    to: str = ""
+    durable: bool = True
+    verified: bool | None = None
+    cast: int = 0
+    dropped: tuple[str, ...] = ()
+    renamed: tuple[str, ...] = ()
+    ties: Mapping[str, str] = field(default_factory=dict)
+    flags_known: bool = False
+
+    def __str__(self) -> str:
+        counts = (("dropped", len(self.dropped)), ("renamed", len(self.renamed)), ("cast", self.cast), ("tied", len(self.ties)))
+        more = [f"{count:,} {word}" for word, count in counts if count]
+        how = f"{self._how()}, {'durable' if self.durable else 'not durable'}, {_VERIFIED[self.verified]}"
+        line = f"converted {self.source} ({self.kind}) to {self.path} ({self.to}): {self._size_and_speed()}, {how}"
+        return self._with_notes(line, *([", ".join(more)] if more else []))
 
 
 @dataclass(frozen=True)

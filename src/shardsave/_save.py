@@ -54,7 +54,7 @@ _UNITS = {
 
 @verb()
 def save(
-    source: Source,
+    source: Source | State,
     directory: str | os.PathLike[str],
     *,
     max_shard_size: Union[int, str] = "5GB",
@@ -257,16 +257,15 @@ class _Writer:
 
 def _stored_tensor(entry: Entry) -> StoredTensor:
     tensor = entry.tensor
-    nbytes = tensor.numel() * tensor.element_size()
-    return StoredTensor(entry.name, BY_TORCH[tensor.dtype].name, logical_shape(tensor), nbytes, bool(entry.frozen))
+    dtype = entry.cast or tensor.dtype
+    return StoredTensor(
+        entry.name, BY_TORCH[dtype].name, logical_shape(tensor), tensor.numel() * dtype.itemsize, bool(entry.frozen)
+    )
 
 
 def _pieces(shards: Sequence[Shard], stored: Sequence[Entry]) -> list[list[_engine.Piece]]:
-    tensors = {entry.name: entry.tensor for entry in stored}
-    return [
-        [_engine.Piece(tensor := tensors[name], tensor.dtype, nbytes) for name, _, _, nbytes, _ in shard.tensors]
-        for shard in shards
-    ]
+    pieces = {entry.name: (entry.tensor, entry.cast or entry.tensor.dtype) for entry in stored}
+    return [[_engine.Piece(*pieces[name], nbytes) for name, _, _, nbytes, _ in shard.tensors] for shard in shards]
 
 
 def _padded(start: int, shard: Shard) -> int:

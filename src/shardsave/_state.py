@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from shardsave._assembled import Memory
 from shardsave._dtypes import BY_TORCH, logical_shape
 from shardsave.errors import UnsupportedTensorError, an
 
@@ -26,13 +27,17 @@ _ML_DTYPES = frozenset({"bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3
 
 
 class Entry(NamedTuple):
-    """One name of a module. ``frozen`` is None where there is no flag; ``tied_to`` is the entry whose memory this one shares."""
+    """One name of a module. ``frozen`` is None where there is no flag; ``tied_to`` is the entry whose memory this one shares.
+
+    ``cast``: the dtype that it is to have in the file, where that is not the tensor's own.
+    """
 
     name: str
     kind: Literal["parameter", "buffer", "tensor"]
     frozen: bool | None
     tied_to: str | None
-    tensor: torch.Tensor
+    tensor: Memory
+    cast: torch.dtype | None = None
 
 
 class State(NamedTuple):
@@ -71,11 +76,13 @@ def refuse_sharded(module: nn.Module, verb: str, state: str) -> None:
             )
 
 
-def read_state(source: Source, *, tensors_only: bool = False) -> State:
+def read_state(source: Source | State, *, tensors_only: bool = False) -> State:
     """Reads the entries of ``source``; copies nothing. Raises UnsupportedTensorError, naming the entry.
 
     ``tensors_only``: extra state that is no tensor is left out, since it is kept elsewhere.
     """
+    if isinstance(source, State):
+        return source
     if isinstance(source, nn.Module):
         module = unwrap(source)
         refuse_sharded(module, "save", "nothing was written")
@@ -229,7 +236,7 @@ def _overlaps(entries: list[Entry]) -> Iterator[tuple[str, str]]:
     spans = []
     for entry in entries:
         tensor = entry.tensor
-        if entry.tied_to is None and tensor.numel():
+        if entry.tied_to is None and tensor.numel() and isinstance(tensor, torch.Tensor):
             reach = tensor.numel()
             if not tensor.is_contiguous():
                 reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) + 1

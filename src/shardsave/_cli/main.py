@@ -12,6 +12,7 @@ from click.exceptions import NoArgsIsHelpError
 
 from shardsave._cli.clean import clean
 from shardsave._cli.completion import completion
+from shardsave._cli.convert import convert
 from shardsave._cli.diff import diff
 from shardsave._cli.inspect import inspect
 from shardsave._cli.output import printable
@@ -88,7 +89,8 @@ Exit codes:
 Examples:
   shardsave inspect ckpt --depth 3
   shardsave verify ckpt && echo whole
-  shardsave diff ckpt-1000 ckpt-2000""",
+  shardsave diff ckpt-1000 ckpt-2000
+  shardsave convert pytorch_model.bin ckpt""",
 )
 @click.version_option(__version__, package_name="shardsave", prog_name="shardsave")
 def cli() -> None:
@@ -99,5 +101,5 @@ def cli() -> None:
     """
 
 
-for command in (inspect, verify, diff, plot, clean, completion):
+for command in (inspect, verify, diff, convert, plot, clean, completion):
     cli.add_command(command)

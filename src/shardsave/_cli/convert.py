@@ -1,0 +1,93 @@
+"""``shardsave convert``: checkpoints of others into ours, and ours into one file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+from shardsave._cli.output import GOOD, Output, wants_bar
+from shardsave._cli.paths import CHECKPOINT
+
+if TYPE_CHECKING:
+    import shardsave
+
+
+@click.command(
+    short_help="Convert checkpoints of others into ours, and ours into one file.",
+    epilog="""\b
+Examples:
+  shardsave convert pytorch_model.bin ckpt
+  shardsave convert dcp-dir ckpt --key model --dtype bfloat16 --max-shard-size 2GB
+  shardsave convert old.pt ckpt --drop 'optimizer.*' --rename '^module\\.' ''
+  shardsave convert ckpt model.safetensors --to safetensors
+
+Exit codes: 0 converted, 2 wrong usage, 3 failed; then DST is as it was.""",
+)
+@click.argument("source", metavar="SRC", type=CHECKPOINT)
+@click.argument("destination", metavar="DST", type=CHECKPOINT)
+@click.option(
+    "--to",
+    type=click.Choice(["shardsave", "safetensors", "torch"]),
+    default="shardsave",
+    show_default=True,
+    help="A directory of shards, or one file of safetensors or of torch.save.",
+)
+@click.option(
+    "--max-shard-size", metavar="SIZE", default="5GB", show_default=True, help="Bytes of data in one shard: 500MB, 2GiB."
+)
+@click.option("--dtype", metavar="DTYPE", help="Cast floating tensors: bfloat16, float16, float32, …")
+@click.option("--drop", metavar="PATTERN", multiple=True, help="Leave out names that match (*, ?, [abc]). May be repeated.")
+@click.option(
+    "--rename",
+    metavar="REGEX NEW",
+    type=(str, str),
+    multiple=True,
+    help=r"Replace what matches a regular expression in every name (\1 for its first group). May be repeated.",
+)
+@click.option("--key", metavar="KEY", help="Which state is meant where SRC holds several: model, trainer.ema.")
+@click.option("--no-verify", is_flag=True, help="Do not check SRC against its checksums first.")
+@click.option("--not-durable", is_flag=True, help="Do not wait until the result would survive a loss of power.")
+@click.option("--json", "as_json", is_flag=True, help="What was done, as JSON.")
+def convert(
+    source: str,
+    destination: str,
+    to: shardsave._convert.Form,
+    max_shard_size: str,
+    dtype: str | None,
+    drop: tuple[str, ...],
+    rename: tuple[tuple[str, str], ...],
+    key: str | None,
+    no_verify: bool,
+    not_durable: bool,
+    as_json: bool,
+) -> None:
+    """Convert the checkpoint SRC into DST, which is replaced as a whole or not at all.
+
+    SRC may be a checkpoint of ours, safetensors of others, a file of torch.save (.bin, .pt, .pth) or a directory of such shards, or
+    a directory of torch.distributed.checkpoint. No code in it is run. Memory is bounded whatever the model's size.
+    """
+    import shardsave
+
+    try:
+        report = shardsave.convert(
+            source,
+            destination,
+            to=to,
+            max_shard_size=max_shard_size,
+            dtype=dtype,
+            drop=drop,
+            rename=rename,
+            key=key,
+            verify=not no_verify,
+            durable=not not_durable,
+            progress=wants_bar(),
+        )
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    if as_json:
+        click.echo(json.dumps(asdict(report)))
+    else:
+        Output().line((str(report), GOOD))

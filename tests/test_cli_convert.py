@@ -1,0 +1,62 @@
+"""``shardsave convert``: every option reaches the conversion, and what goes wrong is one line and the right exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+
+import shardsave
+from test_cli import error, lines, run
+
+
+def old(folder: Path) -> Path:
+    state = {"module.a": torch.ones(1000), "module.b": torch.ones(1000), "junk.x": torch.ones(1)}
+    torch.save({"model": state, "ema": {"e": torch.zeros(1)}}, folder / "old.pt")
+    return folder / "old.pt"
+
+
+def test_options(tmp_path: Path) -> None:
+    """Catches an option that does not arrive."""
+    options = [
+        "--key",
+        "model",
+        "--drop",
+        "junk.*",
+        "--rename",
+        r"^module\.",
+        "",
+        "--rename",
+        "(a)",
+        r"\1\1",
+        "--dtype",
+        "float16",
+    ]
+    (line,) = lines(run("convert", old(tmp_path), tmp_path / "ckpt", *options, "--max-shard-size", "2kB", "--not-durable"))
+    assert line.startswith(
+        f"converted {tmp_path}/old.pt (torch) to {tmp_path}/ckpt (shardsave): 4.0 kB, 2 tensors in 2 shards, "
+    )
+    assert "not durable" in line and line.endswith("1 dropped, 2 renamed, 2 cast")
+    info = shardsave.inspect(tmp_path / "ckpt")
+    assert info.names == ("aa", "b") and info.tensors["b"].dtype == torch.float16 and info.durable is False
+    (told,) = lines(
+        run("convert", tmp_path / "ckpt", tmp_path / "m.safetensors", "--to", "safetensors", "--no-verify", "--json")
+    )
+    told = json.loads(told)
+    assert told["verified"] is False and told["to"] == "safetensors" and told["bytes"] == 4000
+    lines(run("convert", tmp_path / "ckpt", tmp_path / "m.bin", "--to", "torch"))
+    assert torch.load(tmp_path / "m.bin", weights_only=True).keys() == {"aa", "b"}
+
+
+def test_what_goes_wrong(tmp_path: Path) -> None:
+    """Catches a traceback, a message of several lines, or an exit code that says success."""
+    path = old(tmp_path)
+    said = error(run("convert", path, tmp_path / "ckpt"), 3)
+    assert said.startswith(f"shardsave: cannot convert {path}: ") and "'model' (3 tensors), 'ema' (1 tensors)" in said
+    assert "dtype must be one of" in error(run("convert", path, tmp_path / "ckpt", "--key", "model", "--dtype", "int8"), 2)
+    assert "they are one" in error(run("convert", path, path, "--to", "torch", "--key", "model"), 2)
+    assert "No such file" in error(run("convert", tmp_path / "none", tmp_path / "ckpt"), 3)
+    assert "Missing argument 'DST'" in error(run("convert", path), 2)
+    assert os.listdir(tmp_path) == ["old.pt"]
