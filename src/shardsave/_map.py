@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import platform
 from collections.abc import Mapping
 from typing import Any
@@ -80,15 +81,15 @@ class Maps:
     def _map(self, shard: str) -> mmap.mmap:
         path, writable = self._checkpoint.path_of(shard), mmap.PROT_READ | mmap.PROT_WRITE
         try:
-            return call(
-                mmap.mmap, path, self._checkpoint.descriptor(shard), 0, flags=mmap.MAP_PRIVATE | _NO_RESERVE, prot=writable
-            )
+            file = self._checkpoint.descriptor(shard)
+            length = call(os.fstat, path, file).st_size  # given 0, Python asks itself, and takes a failure for an empty file
+            if length == 0:
+                raise CorruptCheckpointError(
+                    f"corrupt shard {shard}: data was expected, the file is empty; it was cut while the checkpoint was open"
+                )
+            return call(mmap.mmap, path, file, length, flags=mmap.MAP_PRIVATE | _NO_RESERVE, prot=writable)
         except CallFailed as error:
             raise cannot_read(path, error) from error
-        except ValueError:  # nothing is left to map
-            raise CorruptCheckpointError(
-                f"corrupt shard {shard}: data was expected, the file is empty; it was cut while the checkpoint was open"
-            ) from None
 
 
 def _is_aligned(t: Located) -> bool:
