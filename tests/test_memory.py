@@ -18,6 +18,7 @@ PROGRAM = """
 import ctypes, os, resource, sys, torch, shardsave
 folder, limit = sys.argv[1], int(sys.argv[2])
 torch.set_num_threads(1)
+shardsave.save, shardsave.load  # imported before anything is short
 state = {"x": torch.arange(3_000_000), "s": torch.arange(1_000_000).reshape(1000, 1000).t()}
 expected = {name: tensor.sum() for name, tensor in state.items()}
 if limit:

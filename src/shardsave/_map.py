@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import platform
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -96,7 +97,10 @@ def map_file(descriptor: int, path: str) -> mmap.mmap:
     """The file behind ``descriptor``; what is written there stays in this process. Raises ValueError where it is empty."""
     writable = mmap.PROT_READ | mmap.PROT_WRITE
     try:
-        return call(mmap.mmap, path, descriptor, 0, flags=mmap.MAP_PRIVATE | _NO_RESERVE, prot=writable)
+        length = call(os.fstat, path, descriptor).st_size  # given 0, Python asks itself, and takes a failure for an empty file
+        if length == 0:
+            raise ValueError(f"{path} is empty")
+        return call(mmap.mmap, path, descriptor, length, flags=mmap.MAP_PRIVATE | _NO_RESERVE, prot=writable)
     except CallFailed as error:
         raise cannot_read(path, error) from error
 

@@ -37,7 +37,7 @@ Examples:
 Exit codes: 0, 1 where no tensor matches, 2 wrong usage, 3 failed.""",
 )
 @click.argument("directory", type=CHECKPOINT)
-@click.option("--depth", type=click.IntRange(0), default=2, show_default=True, help="Levels of modules to show.")
+@click.option("--depth", type=click.IntRange(0, 100), default=2, show_default=True, help="Levels of modules to show.")
 @click.option("--all", "everything", is_flag=True, help=f"Show every module, shard and tie, not the first {_MOST} of each.")
 @click.option("--tensors", "pattern", metavar="PATTERN", help="List the tensors whose names match (*, ?, [abc]).")
 @click.option("--json", "as_json", is_flag=True, help="Everything as JSON, with every tensor (or every one that matches).")

@@ -64,22 +64,30 @@ class Row:
 def module_tree(checkpoint: Checkpoint, depth: int) -> Module:
     """The tree down to ``depth`` levels; what lies deeper counts for the module above it."""
     flags = checkpoint.flags or {}
-    by_prefix: dict[str, Sums] = {}
-    for name in checkpoint.stored_names:  # in the order of the state, where that is known
-        prefix = name.rpartition(".")[0]
-        if (sums := by_prefix.get(prefix)) is None:
-            sums = by_prefix[prefix] = Sums()
-        sums.add(checkpoint.tensors[name], flags.get(name))
-    for name in checkpoint.ties:
-        by_prefix.setdefault(name.rpartition(".")[0], Sums()).tied += 1
     root = Module()
-    for prefix, sums in by_prefix.items():
-        node = root
-        node.sums.join(sums)
-        for part in prefix.split(".")[:depth] if prefix else ():
-            node = node.children.setdefault(part, Module())
-            node.sums.join(sums)
+    nodes: dict[str, Module] = {}
+
+    def owner(name: str) -> Module:
+        prefix = name.rpartition(".")[0]
+        if prefix not in nodes:
+            node = root
+            for part in prefix.split(".")[:depth] if prefix else ():
+                node = node.children.setdefault(part, Module())
+            nodes[prefix] = node
+        return nodes[prefix]
+
+    for name in checkpoint.stored_names:  # in the order of the state, where that is known
+        owner(name).sums.add(checkpoint.tensors[name], flags.get(name))
+    for name in checkpoint.ties:
+        owner(name).sums.tied += 1
+    _sum_up(root)
     return root
+
+
+def _sum_up(module: Module) -> None:
+    for child in module.children.values():
+        _sum_up(child)
+        module.sums.join(child.sums)
 
 
 def rows(module: Module, most: int | None, last: tuple[bool, ...] = ()) -> Iterator[Row]:
