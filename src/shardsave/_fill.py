@@ -268,7 +268,7 @@ def _refuse_difference(fit: Fit, module: nn.Module, where: str) -> NoReturn:
     parts = [f"{len(names)} {words}: {_listed(names)}" for words, names in differences if names]
     hint = ""
     if any(name.startswith(".") for name in fit.unexpected):
-        hint = "; a name begins with a dot where the prefix ends without its own: give 'encoder.', not 'encoder'"
+        hint = "; a name begins with a dot where the prefix ends without its own: end it with one, as in 'encoder.'"
     elif fit.missing and fit.unexpected and any(kind.__name__ == "PreTrainedModel" for kind in type(module).__mro__):
         hint = "; for some transformers models the names that save_pretrained writes differ from those in memory: use from_pretrained"
     raise IncompatibleCheckpointError(
