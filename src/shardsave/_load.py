@@ -179,6 +179,7 @@ def load_model(
         flags = checkpoint.flags if restore_frozen else None
         own_flags = {n.removeprefix(prefix): f for n, f in flags.items() if n.startswith(prefix)} if flags is not None else None
         frozen = fit.restore_flags(own_flags)
+        notes = (*totals.notes, *checkpoint.companion_notes())
     ended = time.perf_counter()
     return LoadReport(
         path=os.fspath(path),
@@ -191,7 +192,7 @@ def load_model(
         direct=totals.direct,
         staging_bytes=totals.staging_bytes,
         pinned=totals.pinned,
-        notes=totals.notes,
+        notes=notes,
         verified=totals.verified,
         missing=fit.missing,
         unexpected=fit.unexpected,

@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any, Union
 
@@ -31,6 +32,7 @@ from shardsave._program import Program, capture, check_program
 from shardsave._progress import Progress, ProgressArgument
 from shardsave._reports import Phases, SaveReport
 from shardsave._state import Entry, Source, State, read_state
+from shardsave._transformers import companions, on_disk, pretrained
 from shardsave._version import __version__
 
 #: Far from what any JSON reader's own stack allows.
@@ -108,6 +110,8 @@ def save(
     bound = parse_size(max_shard_size)
     user_metadata = _check_metadata(metadata)
     started = time.perf_counter()
+    model = pretrained(source)
+    beside = companions(model) if model is not None else {}
     with collector_still():
         state = read_state(source, tensors_only=architecture)
         extra = ExtraTensors(state.entries)
@@ -116,6 +120,8 @@ def save(
             documents["architecture"] = describe(source, extra)
         if program is not None and isinstance(source, nn.Module):
             documents["program"] = capture(source, program, extra)
+        layout = on_disk(model if not documents else None, state)  # an architecture and a program go by the names in memory
+        state = layout.state
         stored = [entry for entry in state.entries if entry.tied_to is None]
         shards = pack([_stored_tensor(entry) for entry in stored], bound)
         count = len(shards)
@@ -135,6 +141,7 @@ def save(
         needed = sum(_padded(len(header), shard) for header, shard in zip(headers, shards))
         transaction.check_space(needed + sum(map(len, documents.values())))
         _reserve(transaction, pieces)
+        beside_records = transaction.add_companions(beside)
         planned = time.perf_counter()
         writer = _Writer(transaction, shards, headers, names, pieces, durable, shown)
         step = min(descriptor_allowance(), 256)
@@ -147,7 +154,9 @@ def save(
             parts[role] = _stage_document(transaction, role, document)
         before_commit = time.perf_counter()
         with collector_still():
-            index = _index(state, shards[:count], names, writer.records, transaction, durable, user_metadata, parts)
+            record = _record(state, writer.records, transaction, durable, user_metadata)
+            record = replace(record, parts=parts, companions=beside_records, module_flags=layout.module_flags)
+            index = _index(state, shards[:count], names, record)
         outcome = transaction.commit(index)
     ended = time.perf_counter()
     phases = Phases(
@@ -167,7 +176,7 @@ def save(
         direct=writer.direct,
         staging_bytes=writer.staging_bytes,
         pinned=writer.pinned,
-        notes=tuple(dict.fromkeys([*writer.notes, *outcome.notes])),
+        notes=tuple(dict.fromkeys([*layout.notes, *writer.notes, *outcome.notes])),
         durable=durable,
         leftovers=outcome.leftovers,
         overlaps=state.overlaps,
@@ -270,28 +279,27 @@ def _padded(start: int, shard: Shard) -> int:
     return start + -(-shard.data_bytes // ALIGNMENT) * ALIGNMENT
 
 
-def _index(
+def _record(
     state: State,
-    shards: Sequence[Shard],
-    names: Sequence[str],
-    records: Mapping[str, ShardRecord],
+    shards: Mapping[str, ShardRecord],
     transaction: Transaction,
     durable: bool,
     metadata: Mapping[str, Any],
-    parts: Mapping[str, Part],
-) -> Index:
-    shard_of = {tensor.name: name for shard, name in zip(shards, names) for tensor in shard.tensors}
+) -> Record:
     flags = {entry.name: entry.frozen for entry in state.entries if entry.frozen is not None}
-    record = Record(
+    return Record(
         durable=durable,
         flags=flags if state.flags_known else None,
         ties={entry.name: entry.tied_to for entry in state.entries if entry.tied_to is not None},
         metadata=metadata,
-        shards=records,
+        shards=shards,
         supersedes=transaction.supersedes,
         writer=f"shardsave {__version__}",
-        parts=parts,
     )
+
+
+def _index(state: State, shards: Sequence[Shard], names: Sequence[str], record: Record) -> Index:
+    shard_of = {tensor.name: name for shard, name in zip(shards, names) for tensor in shard.tensors}
     in_state_order = {entry.name: shard_of[entry.name] for entry in state.entries if entry.tied_to is None}
     return Index(in_state_order, sum(shard.data_bytes for shard in shards), record)
 
