@@ -61,9 +61,10 @@ def clean(
 ) -> CleanReport:
     """Finds what crashed saves left in ``directory``, and removes it; the checkpoint and all other files stay as they are.
 
-    A config that a save had committed and not yet put beside its weights is put there. A save cleans up too, but only when it comes. Who holds the lock of the directory knows that the savers of this host whose
+    A save cleans up too, but only when it comes. Who holds the lock of the directory knows that the savers of this host whose
     staging directories are there are gone. Of another host's nobody can know: a save may be going on there right now, and would
-    lose what it has written. Those are listed, and only removed when ``other_hosts`` is True.
+    lose what it has written. Those are listed, and only removed when ``other_hosts`` is True. A config that a save had committed
+    and not yet put beside its weights is put there.
 
     Args:
         directory: a checkpoint's, also one that never got a first checkpoint.
