@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 import shardsave
 from architectures import ARCHITECTURES, FUSED, tiny
-from conftest import same_bits, same_state
+from conftest import ROOT, same_bits, same_state
 
 transformers = pytest.importorskip("transformers")
 CONFIGS = ("config.json", "generation_config.json")
@@ -324,3 +324,13 @@ def test_never_imported(tmp_path: Path) -> None:
     check = "; shardsave.load_model(m, to); assert 'transformers' not in sys.modules"
     paths = os.pathsep.join(filter(None, sys.path))
     subprocess.run([sys.executable, "-c", program + check, str(tmp_path)], check=True, env={**os.environ, "PYTHONPATH": paths})
+
+
+def test_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an example that does not run, and a table of architectures that is not that of the tests."""
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "transformers.md").read_text()
+    for example in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(example, "transformers.md", "exec"), {})
+    rows = re.findall(r"^\| ([^|]+) \| `(\w+)` \| ✓", text, re.MULTILINE)
+    assert rows == [(name, kind) for name, (kind, _, _) in ARCHITECTURES.items()]
