@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import secrets
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -233,6 +234,21 @@ class Transaction:
                 self._write_staged(name, data)
                 self._companions.append(name)
         return {name: record_of(data) for name, data in companions.items()}
+
+    def add_second_name(self, shard: str, name: str) -> None:
+        """Stages ``name``, a companion's, for the content of the sealed ``shard``: where other readers look for it."""
+        assert name in COMPANION_NAMES
+        inside = self._staging_folder.fd
+        with self._before_commit():
+            if inode_of(name, self._lock.fd) is None:
+                self._free.add(name)
+            try:
+                call(os.link, name, shard, name, src_dir_fd=inside, dst_dir_fd=inside, follow_symlinks=False)
+            except CallFailed as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                self._write_staged(name, read_all(shard, inside, sys.maxsize) or b"")
+            self._companions.append(name)
 
     def _make_staging(self) -> None:
         if self._staging_folder.fd >= 0:

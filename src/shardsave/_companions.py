@@ -13,18 +13,20 @@ import os
 import re
 from collections.abc import Callable, Mapping
 
-from shardsave._crc64 import crc64
-from shardsave._files import CallFailed, Descriptor, call, read_all
+from shardsave._crc64 import crc64, joined
+from shardsave._files import CallFailed, Descriptor, call, open_regular
 from shardsave._index import FileRecord
 
 #: The only names that are put beside weights, replaced or removed.
-COMPANION_NAMES = frozenset({"config.json", "generation_config.json", "adapter_config.json"})
+COMPANION_NAMES = frozenset({"config.json", "generation_config.json", "adapter_config.json", "adapter_model.safetensors"})
 
 #: Staging directories: eight hex digits for the host, eight at random.
 STAGING_PATTERN = re.compile(r"\.shardsave-([0-9a-f]{8})[0-9a-f]{8}")
 
-#: A companion larger than this is neither written nor read, in bytes.
+#: What is given as bytes is at most this long.
 MAX_COMPANION_BYTES = 64_000_000
+
+_STEP = 1 << 20
 
 
 def record_of(data: bytes) -> FileRecord:
@@ -60,10 +62,10 @@ def companion_notes(path: str, companions: Mapping[str, FileRecord]) -> tuple[st
             try:
                 if folder.fd < 0:
                     folder.open(path, os.O_RDONLY | os.O_DIRECTORY)
-                data = read_all(name, folder.fd, MAX_COMPANION_BYTES)
-                if data is not None and record_of(data) == saved:
+                there = _file_record(name, folder.fd)
+                if there == saved:
                     continue
-                found = "there is none" if data is None else _words(record_of(data))
+                found = "there is none" if there is None else _words(there)
                 staging = _staged(name, folder.fd, saved)
             except CallFailed as error:
                 found, staging = f"it cannot be read ({error.call}: {error.strerror})", None
@@ -82,12 +84,22 @@ def _words(file: FileRecord) -> str:
 
 def _is_there(name: str, folder: int, saved: FileRecord) -> bool:
     try:
-        data = read_all(name, folder, MAX_COMPANION_BYTES)
+        return _file_record(name, folder) == saved
     except CallFailed as error:
-        if error.errno in (errno.EFBIG, errno.EINVAL):  # too large, or no regular file
+        if error.errno == errno.EINVAL:  # no regular file
             return False
         raise
-    return data is not None and record_of(data) == saved
+
+
+def _file_record(name: str, folder: int, *, follow: bool = True) -> FileRecord | None:
+    """Of the file that lies there; None where there is none. Raises CallFailed."""
+    with Descriptor() as file:
+        if not open_regular(file, name, folder, follow=follow):
+            return None
+        length, crc, at = call(os.fstat, name, file.fd).st_size, 0, 0
+        while at < length and (part := call(os.pread, name, file.fd, _STEP, at)):
+            crc, at = joined(crc, crc64(part), len(part)), at + len(part)
+        return FileRecord(length, crc)
 
 
 def _staged(name: str, folder: int, saved: FileRecord) -> str | None:
@@ -97,11 +109,11 @@ def _staged(name: str, folder: int, saved: FileRecord) -> str | None:
             with Descriptor() as inside:
                 try:
                     inside.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, folder)
-                    data = read_all(name, inside.fd, MAX_COMPANION_BYTES, follow=False)
+                    there = _file_record(name, inside.fd, follow=False)
                 except CallFailed as error:
-                    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.EFBIG, errno.EINVAL):
+                    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.EINVAL):
                         continue
                     raise
-            if data is not None and record_of(data) == saved:
+            if there == saved:
                 return staging
     return None

@@ -22,6 +22,7 @@ from shardsave._ending import verb
 from shardsave._files import CallFailed, read_at
 from shardsave._find import cannot_read
 from shardsave._map import Maps
+from shardsave._peft import adapter_names
 from shardsave._progress import Progress, ProgressArgument
 from shardsave._read import ReadTotals, Target, read_tensors
 from shardsave._reports import LoadReport, Phases
@@ -149,8 +150,8 @@ def load_model(
     with open_checkpoint(path, _selection(None, prefix)) as checkpoint:
         chosen = {name.removeprefix(prefix): stored for name, stored in _choose(checkpoint, None, prefix).items()}
         stored = {name: checkpoint.tensors[original] for name, original in chosen.items()}
-        hub = pretrained(model)
-        converted = conversion(hub, stored, os.fspath(path)) if hub is not None else None
+        hub, where_from = pretrained(model), os.fspath(path)
+        converted = conversion(hub, stored, where_from) if hub is not None else adapter_names(model, stored, where_from)
         if converted is not None:
             stored = converted.stored
         fit = _fill.fit_module(
@@ -159,7 +160,7 @@ def load_model(
             device=where,
             strict=strict,
             equal=lambda left, right: _equal_on_disk(checkpoint, left, right),
-            where=os.fspath(path),
+            where=where_from,
             joins=converted,
             optional=converted.optional if converted is not None else lambda name: False,
         )

@@ -21,12 +21,13 @@ from shardsave._backend import engine_name
 from shardsave._checkpoint import descriptor_allowance
 from shardsave._collector import collector_still
 from shardsave._commit import StagedShard, Transaction
-from shardsave._crc64 import crc64
+from shardsave._crc64 import crc64, joined
 from shardsave._dtypes import BY_TORCH, logical_shape
 from shardsave._ending import verb
 from shardsave._format import encode_header, with_sums
-from shardsave._index import Index, Part, Record, ShardRecord
+from shardsave._index import FileRecord, Index, Part, Record, ShardRecord
 from shardsave._json import NotJSON, parse_object
+from shardsave._peft import ADAPTER_WEIGHTS, adapted, adapter_companions, adapter_on_disk
 from shardsave._plan import ALIGNMENT, Extent, Shard, StoredTensor, blocks, pack
 from shardsave._program import Program, capture, check_program
 from shardsave._progress import Progress, ProgressArgument
@@ -62,6 +63,7 @@ def save(
     metadata: Mapping[str, Any] | None = None,
     architecture: bool = False,
     program: Program | None = None,
+    adapter_only: bool = False,
     progress: ProgressArgument = None,
     lock_timeout: float = 600.0,
 ) -> SaveReport:
@@ -81,6 +83,7 @@ def save(
             definition having to be called. What cannot be kept as data is refused; hooks are left out with one warning.
         program: ``(args, kwargs)`` for ``forward``, or what ``torch.export.export`` made of the model: keeps what the model computes
             as a graph of torch's operators, which ``load_program`` runs without the model's classes.
+        adapter_only: of a PEFT model keep the active adapter alone, laid out as PEFT does, with the flags of the whole model.
         progress: None for a bar when it takes long and stderr is a terminal, True or False to force or forbid it, or a
             callable that gets (bytes done, bytes in all).
         lock_timeout: seconds to wait for another save into the same directory.
@@ -100,7 +103,7 @@ def save(
         2
     """
     check_path(directory)
-    check_switches(durable=durable, architecture=architecture)
+    check_switches(durable=durable, architecture=architecture, adapter_only=adapter_only)
     if (architecture or program is not None) and not isinstance(source, nn.Module):
         which = "architecture=True" if architecture else "a program"
         raise TypeError(f"{which} needs an nn.Module, there is none in a {type(source).__name__}")
@@ -111,7 +114,8 @@ def save(
     user_metadata = _check_metadata(metadata)
     started = time.perf_counter()
     model = pretrained(source)
-    beside = companions(model) if model is not None else {}
+    adapter = _check_adapter(source, architecture, program) if adapter_only else None
+    beside = adapter_companions(adapter) if adapter is not None else companions(model) if model is not None else {}
     with collector_still():
         state = read_state(source, tensors_only=architecture)
         extra = ExtraTensors(state.entries)
@@ -121,9 +125,11 @@ def save(
         if program is not None and isinstance(source, nn.Module):
             documents["program"] = capture(source, program, extra)
         layout = on_disk(model if not documents else None, state)  # an architecture and a program go by the names in memory
+        if adapter is not None:
+            layout = adapter_on_disk(adapter, state)
         state = layout.state
         stored = [entry for entry in state.entries if entry.tied_to is None]
-        shards = pack([_stored_tensor(entry) for entry in stored], bound)
+        shards = pack([_stored_tensor(entry) for entry in stored], bound) if adapter is None else _one_shard(stored)
         count = len(shards)
         pieces = _pieces(shards, stored)
         if extra.kept:
@@ -143,10 +149,13 @@ def save(
         _reserve(transaction, pieces)
         beside_records = transaction.add_companions(beside)
         planned = time.perf_counter()
-        writer = _Writer(transaction, shards, headers, names, pieces, durable, shown)
+        writer = _Writer(transaction, shards, headers, names, pieces, durable, shown, adapter is not None)
         step = min(descriptor_allowance(), 256)
         for first in range(0, len(shards), step):
             writer.write(range(first, min(first + step, len(shards))))
+        if adapter is not None:
+            transaction.add_second_name(names[0], ADAPTER_WEIGHTS)
+            beside_records[ADAPTER_WEIGHTS] = writer.whole[names[0]]
         parts: dict[str, Part] = {}
         for name in names[count:]:
             parts["extra tensors"] = Part(name, writer.records.pop(name))
@@ -203,8 +212,10 @@ class _Writer:
         pieces: Sequence[Sequence[_engine.Piece]],
         durable: bool,
         progress: Progress,
+        whole_sums: bool = False,
     ) -> None:
         self.records: dict[str, ShardRecord] = {}
+        self.whole: dict[str, FileRecord] = {}
         self.sync_seconds = 0.0
         self.direct = True
         self.staging_bytes = 0
@@ -217,6 +228,7 @@ class _Writer:
         self._pieces = pieces
         self._durable = durable
         self._progress = progress
+        self._whole_sums = whole_sums
 
     def write(self, group: range) -> None:
         staged = [self._transaction.create(self._names[n], _padded(len(self._headers[n]), self._shards[n])) for n in group]
@@ -231,10 +243,13 @@ class _Writer:
         sums = iter(transfer.sums)
         for shard_file, n in zip(staged, group):
             shard = self._shards[n]
-            header = with_sums(self._headers[n], list(islice(sums, len(shard.tensors))))
+            own_sums = list(islice(sums, len(shard.tensors)))
+            header = with_sums(self._headers[n], own_sums)
             length = len(header) + shard.data_bytes
             self._transaction.seal(shard_file, length, header)
             self.records[shard_file.name] = ShardRecord(length, len(header), crc64(header))
+            if self._whole_sums:
+                self.whole[shard_file.name] = FileRecord(length, _whole_sum(header, shard, own_sums))
         self.sync_seconds += time.perf_counter() - began
 
     def _transfer(self, staged: Sequence[StagedShard], group: range, pieces: Sequence[_engine.Piece]) -> _engine.Transfer:
@@ -275,6 +290,19 @@ def _pieces(shards: Sequence[Shard], stored: Sequence[Entry]) -> list[list[_engi
     ]
 
 
+def _one_shard(stored: Sequence[Entry]) -> tuple[Shard, ...]:
+    """All in one file, as those want it who look for that one."""
+    return pack([_stored_tensor(entry)._replace(frozen=False) for entry in stored], sys.maxsize)
+
+
+def _whole_sum(header: bytes, shard: Shard, sums: Sequence[int]) -> int:
+    """The checksum of a whole file, from those of its parts."""
+    whole = crc64(header)
+    for tensor, one in zip(shard.tensors, sums):
+        whole = joined(whole, one, tensor.nbytes)
+    return whole
+
+
 def _padded(start: int, shard: Shard) -> int:
     return start + -(-shard.data_bytes // ALIGNMENT) * ALIGNMENT
 
@@ -308,6 +336,15 @@ def _stage_document(transaction: Transaction, role: str, document: bytes) -> Par
     name = transaction.part_name(role, "json")
     transaction.stage(name, document)
     return Part(name, ShardRecord(len(document), len(document), crc64(document)))
+
+
+def _check_adapter(source: Source, architecture: bool, program: Program | None) -> Any:
+    adapter = adapted(source)
+    if adapter is None:
+        raise TypeError(f"adapter_only=True needs a PeftModel, there is none in a {type(source).__name__}")
+    if architecture or program is not None:
+        raise ValueError("adapter_only=True keeps no architecture and no program: they need the base model's weights")
+    return adapter
 
 
 def parse_size(size: Union[int, str]) -> int:
