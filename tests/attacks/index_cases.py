@@ -233,6 +233,10 @@ INDEXES = [
     module_flags("a frozen name is a number", "module_flags expected to list frozen names, it has [5]", {"frozen": [5]}),
     module_flags("a name of the module twice", "module_flags expected to name a parameter once, one of ['a'] stands twice",
                  {"frozen": ["a"], "trainable": ["a"]}),
+    # Parts.
+    record("parts is a list", "parts expected to be an object, it is []", lambda ours: ours.update(parts=[])),
+    record("part without a file", "part 'program' expected to begin with the name of its file, it has [5]",
+           lambda ours: ours.update(parts={"program": [5]})),
     # Files beside the weights.
     beside("companions is a list", "companions expected to be an object, it is []", []),
     beside("companion above", "file names of one path component expected, it names '../config.json'", {"../config.json": [2, CRC]}),
