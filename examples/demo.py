@@ -56,7 +56,6 @@ def freeze_train_and_save() -> None:
     model.eval()
     OUT.mkdir(exist_ok=True)
     print(shardsave.save(model, OUT / "ckpt", max_shard_size="30MB", metadata={"steps": 3}))
-    config.save_pretrained(OUT / "ckpt")
     with torch.no_grad():
         torch.save({"tokens": dict(tokens), "output": embed(model, tokens).cpu()}, OUT / "expected.pt")
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import shardsave
+from architectures import tiny
 from conftest import ROOT
 from shardsave._dtypes import BY_NAME
 from shardsave._index import _parse_flags
@@ -126,13 +127,14 @@ def test_members_of_the_document(tmp_path: Path) -> None:
     kinds = {"integer": int, "boolean": bool, "string": str, "object": dict, "list of strings": list, "`null`": type(None)}
     section = DOCUMENT[DOCUMENT.index("## The index") : DOCUMENT.index("## An architecture")]
     table = {name: kind for name, kind in re.findall(r"^\| `(\w+)` \| ([^|]+) \|", section, re.MULTILINE)}
-    sources = (torch.nn.Linear(1, 1), {"x": torch.ones(1)})
+    sources = (torch.nn.Linear(1, 1), {"x": torch.ones(1)}, tiny("Mixtral"))
+    optional = ({"parts"}, set(), {"companions", "module_flags"})
     seen = set()
-    for source in sources:
-        whole = isinstance(source, torch.nn.Module)
-        shardsave.save(source, tmp_path, architecture=whole)
+    for source, more in zip(sources, optional):
+        shardsave.save(source, tmp_path, architecture="parts" in more)
         record = json.loads((tmp_path / INDEX).read_bytes())["shardsave"]
-        assert list(record)[-1] == "crc64nvme" and record.keys() == table.keys() - (set() if whole else {"parts"})
+        assert list(record)[-1] == "crc64nvme"
+        assert record.keys() == table.keys() - {"parts", "companions", "module_flags"} | more
         for name, value in record.items():
             assert type(value) in [kinds[kind] for kind in table[name].split(" or ")], name
             seen.add((name, type(value)))

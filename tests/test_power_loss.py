@@ -19,7 +19,7 @@ import pytest
 import shardsave
 from faults.beneath import Recorded, read_record
 from faults.power import Disk, Tree, lay_out
-from faults.savers import generation_in, litter_in, save
+from faults.savers import CONFIG, litter_in, save, with_config_in
 from test_faults import ENGINES, beneath, run_beneath  # noqa: F401
 
 SAMPLES = int(os.environ.get("SHARDSAVE_POWER_SAMPLES", "12"))
@@ -71,10 +71,10 @@ class Judge:
 def _judge(target: Path) -> tuple[object, str]:
     """The generation that ``target`` holds, or what is wrong with it; and what the next save leaves behind."""
     try:
-        found: object = generation_in(target)
+        found: object = with_config_in(target)
     except (shardsave.ShardSaveError, AssertionError) as error:
         return str(error)[:200], ""
-    save(9, target, durable=False)
+    save(9, target, durable=False, with_config=any(target.rglob(CONFIG)))
     litter = litter_in(target) - {"model.safetensors"} if found is None else litter_in(target)
     return found, ", ".join(sorted(litter))
 
@@ -89,20 +89,21 @@ def judge() -> Judge:
     shutil.rmtree(scratch, ignore_errors=True)
 
 
-Record = Callable[[str], Path]
+Record = Callable[..., Path]
 
 
 @pytest.fixture(scope="module", params=ENGINES)
 def record(beneath: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Record:  # noqa: F811
     """``record(name)`` makes a recording of ``faults.recordings`` once, and gives its folder."""
-    made: dict[str, Path] = {}
+    made: dict[tuple[str, bool], Path] = {}
 
-    def make(name: str) -> Path:
-        if name not in made:
+    def make(name: str, with_config: bool = False) -> Path:
+        if (name, with_config) not in made:
             folder = tmp_path_factory.mktemp(f"{name}-{request.param}")
-            run_beneath(beneath, request.param, ["-m", "faults.recordings", name, str(folder)])
-            made[name] = folder / "recording"
-        return made[name]
+            arguments = ["-m", "faults.recordings", name, str(folder)]
+            run_beneath(beneath, request.param, arguments, with_config=with_config)
+            made[name, with_config] = folder / "recording"
+        return made[name, with_config]
 
     return make
 
@@ -123,6 +124,32 @@ def test_overwrite(record: Record, judge: Judge) -> None:
     before = judge.disks
     assert not judge.violations(recording / "watched", phases_of(recording), [(), {1, 2}], {2})
     assert judge.disks > before + 100
+
+
+def test_first_save_with_a_config(record: Record, judge: Judge) -> None:
+    """Catches a first save that is there without its config."""
+    recording = record("first", with_config=True)
+    assert not judge.violations(recording / "watched", phases_of(recording), [{None, 1}], {1})
+
+
+def test_overwrite_with_another_config(record: Record, judge: Judge) -> None:
+    """Catches the old weights beside the new config; half of a config; weights and config of two saves of which no reader is told."""
+    recording = record("overwrite", with_config=True)
+    during = {1, 2, "2 with the config of 1"}
+    assert not judge.violations(recording / "watched", phases_of(recording), [(), during], {2})
+
+
+def test_config_of_a_killed_saver(record: Record, judge: Judge) -> None:
+    """Catches a dead saver's config that the next save loses before it has put it, or its own, in place."""
+    recordings = [r for r in sorted(record("killed_before_the_config", with_config=True).iterdir()) if r.name != "trial"]
+    assert len(recordings) >= 6
+    for recording in recordings:
+        if recording.name.endswith("saved"):
+            allowed: set[object] = {1, 2, 3, "2 with the config of 1", "3 with the config of 2"}
+            end = {3}
+        else:
+            allowed, end = {1, 2, "2 with the config of 1"}, {2}
+        assert not judge.violations(recording / "watched", phases_of(recording), [(), (), allowed], end), recording.name
 
 
 def test_in_place_of_a_lone_file(record: Record, judge: Judge) -> None:
@@ -227,6 +254,28 @@ REMOVALS: dict[str, Callable[[list[Recorded]], list[Recorded]]] = {
     "ftruncate before fsync": fsync_before_ftruncate,
     "shards before index": index_before_shards,
 }
+
+
+def places_of_config(phase: list[Recorded], call: str) -> list[int]:
+    return places(phase, call, lambda made: CONFIG in (made.path.name, made.other.name))
+
+
+CONFIG_REMOVALS: dict[str, Callable[[list[Recorded]], list[Recorded]]] = {
+    "fsync of the staged config": lambda phase: without(phase, places_of_config(phase, "fsync")),
+    "fsync between the renames of index and config": lambda phase: without(phase, [target_syncs(phase)["renamed index"]]),
+    "fsyncs after the rename of the config": lambda phase: without(
+        phase, [n for n in places(phase, "fsync", is_target) if n > places_of_config(phase, "renameat")[0]]
+    ),
+}
+
+
+@pytest.mark.parametrize("step", CONFIG_REMOVALS)
+def test_a_missing_step_for_the_config_is_noticed(record: Record, judge: Judge, step: str) -> None:
+    """Catches a model that forgives what could leave a torn config, the new one beside the old weights, or the old one for good."""
+    recording = record("overwrite", with_config=True)
+    old, new = phases_of(recording)
+    during = {1, 2, "2 with the config of 1"}
+    assert judge.violations(recording / "watched", [old, CONFIG_REMOVALS[step](new)], [(), during], {2})
 
 
 @pytest.mark.parametrize("step", REMOVALS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,10 +13,12 @@ from torch import nn
 from shardsave._arguments import check_path, check_progress, check_switches
 from shardsave._builder import Builder, Document
 from shardsave._checkpoint import PARTS, Checkpoint, open_checkpoint
+from shardsave._conversion import conversion
 from shardsave._dtypes import BY_NAME, torch_shape
 from shardsave._ending import verb
+from shardsave._from_config import CONFIG_NAME, empty_model, read_config
 from shardsave._imports import resolve
-from shardsave._load import Device, device_of
+from shardsave._load import Device, device_of, load_model
 from shardsave._program import ProgramDocument
 from shardsave._progress import Progress, ProgressArgument
 from shardsave._read import ReadTotals, Target, read_tensors
@@ -36,6 +39,9 @@ def build_model(
 
     No ``__init__`` is called, and nothing is imported but ``torch.nn`` and what is trusted. Weights go straight to ``device``,
     once. Trusting a module means that its code may run, with what the file says: see SECURITY.md.
+
+    Without an architecture, a model of transformers is made by the config beside the weights (``trust=["transformers"]``), in
+    evaluation mode as from_pretrained gives it; a config other than the one saved with the weights gives a warning.
 
     Args:
         path: the checkpoint.
@@ -69,10 +75,7 @@ def build_model(
     with open_checkpoint(path, parts=PARTS) as checkpoint:
         data = checkpoint.documents.get("architecture")
         if data is None:
-            raise IncompatibleCheckpointError(
-                f"cannot build a model from {checkpoint.path}: an architecture was expected, the checkpoint has none; "
-                f"save with architecture=True, or define the model and use load_model"
-            )
+            return _built_by_config(checkpoint, trusted, where, verify, progress)
         document = Document(data, f"the architecture in {checkpoint.path}")
         found = resolve(document.imports, trusted, replaced, document.where)
         memory = _Memory(checkpoint, where)
@@ -144,6 +147,34 @@ def _tensors(
             )
         made[name] = nn.Parameter(tensor, requires_grad=False) if parameter else tensor
     return made
+
+
+def _built_by_config(
+    checkpoint: Checkpoint, trust: frozenset[str], device: torch.device, verify: bool, progress: ProgressArgument
+) -> nn.Module:
+    folder = os.path.dirname(checkpoint.path_of(CONFIG_NAME))
+    config = read_config(folder)
+    if config is None:
+        raise IncompatibleCheckpointError(
+            f"cannot build a model from {checkpoint.path}: an architecture or a config of transformers was expected, there is "
+            f"neither; save with architecture=True, or define the model and use load_model"
+        )
+    for note in checkpoint.companion_notes():
+        warnings.warn(note, stacklevel=4)
+    model = empty_model(folder, config, trust, device)
+    _take_stored_dtypes(model, checkpoint)
+    load_model(model, checkpoint.path, verify=verify, progress=progress)
+    return model
+
+
+def _take_stored_dtypes(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """A config knows one dtype for all; what was saved in another comes back in that."""
+    stored = {name: checkpoint.tensors[name] for name in checkpoint.stored_names}
+    stored.update({name: checkpoint.tensors[other] for name, other in checkpoint.ties.items()})
+    found = conversion(model, stored, checkpoint.path).stored
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in found and BY_NAME[found[name].dtype].torch != tensor.dtype:
+            tensor.data = torch.empty_like(tensor, dtype=BY_NAME[found[name].dtype].torch)
 
 
 class _Memory:

@@ -10,11 +10,12 @@ from types import TracebackType
 from typing import Any, NamedTuple, Union
 
 from shardsave._collector import collector_still
+from shardsave._companions import companion_notes
 from shardsave._crc64 import crc64
 from shardsave._files import CallFailed, Descriptor, call
 from shardsave._find import TORCH_SAVE_HINT, Found, cannot_read, find, open_regular
 from shardsave._format import Header, parse_header, read_header, read_start
-from shardsave._index import INDEX_NAME, LONE_NAME, Index, Part, Record, ShardRecord, parse_index
+from shardsave._index import INDEX_NAME, LONE_NAME, FileRecord, Index, Part, Record, ShardRecord, parse_index
 from shardsave._json import glimpse
 from shardsave.errors import (
     CheckpointNotFoundError,
@@ -52,9 +53,10 @@ class Located(NamedTuple):
 class Checkpoint:
     """A checkpoint held open. Its descriptors keep the bytes readable even when a save replaces the files meanwhile."""
 
-    def __init__(self, path: str, folder: str, index_name: str, index: Index | None) -> None:
+    def __init__(self, path: str, folder: str, index_name: str, index: Index | None, index_bytes: bytes | None) -> None:
         self.path = path
         self.index = index
+        self._index_bytes = index_bytes
         self.tensors: dict[str, Located] = {}
         self.kept: dict[str, Located] = {}  # what a model needs beside the weights
         self.documents: dict[str, bytes] = {}  # part → its JSON
@@ -79,7 +81,10 @@ class Checkpoint:
 
     @property
     def flags(self) -> Mapping[str, bool] | None:
-        return self.record.flags if self.record is not None else None
+        """By the names that the module had which was saved."""
+        if self.record is None:
+            return None
+        return self.record.flags if self.record.module_flags is None else self.record.module_flags
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -90,6 +95,22 @@ class Checkpoint:
         """The shards that were asked for, and the files of all parts that this version knows."""
         parts = self.record.parts if self.record is not None else {}
         return (*self.shards, *(parts[role].file for role in PARTS if role in parts))
+
+    @property
+    def companions(self) -> Mapping[str, FileRecord]:
+        return self.record.companions if self.record is not None else {}
+
+    def companion_notes(self) -> tuple[str, ...]:
+        """Which files beside the weights are not those that were saved with them; nothing where a save has just replaced all."""
+        notes = companion_notes(self._folder, self.companions) if self.companions else ()
+        return notes if notes and not self._index_changed() else ()
+
+    def _index_changed(self) -> bool:
+        """Whether the index is another one by now."""
+        try:
+            return find(os.path.join(self._folder, self._index_name)).index_bytes != self._index_bytes
+        except CheckpointNotFoundError:
+            return True
 
     def path_of(self, shard: str) -> str:
         """The path of ``shard``, for messages and for those who open it themselves."""
@@ -341,7 +362,7 @@ def _open_found(
     index = parse_index(found.index_bytes, f"index {found.index_name}") if found.index_bytes is not None else None
     if index is not None and found.lone is not None:
         _refuse_unless_superseded(found.folder, index.record, found.lone)
-    checkpoint = Checkpoint(path, found.folder, found.index_name, index)
+    checkpoint = Checkpoint(path, found.folder, found.index_name, index, found.index_bytes)
     try:
         if index is not None:
             checkpoint._admit(_shards_to_open(index, wanted), broken)

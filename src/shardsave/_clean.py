@@ -6,15 +6,12 @@ import contextlib
 import errno
 import json
 import os
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from shardsave._companions import COMPANION_NAMES, STAGING_PATTERN
 from shardsave._files import CallFailed, Descriptor, call, inode_of, is_regular, read_all
 from shardsave._index import LONE_NAME, OWN_PATTERN, Index, Superseded
-
-#: Staging directories: eight hex digits for the host, eight at random.
-STAGING_PATTERN = re.compile(r"\.shardsave-([0-9a-f]{8})[0-9a-f]{8}")
 
 _MAX_LIST_BYTES = 64_000_000
 
@@ -80,7 +77,8 @@ def remove_staging(
 ) -> list[str]:
     """Removes a staging directory and the final names that it led to, unless ``named`` (by an index) has them.
 
-    ``finals`` None: as listed in the directory itself. Gives the names that would not go. The list goes last, and only once it
+    ``finals`` None: as listed in the directory itself. A companion goes from its final name when that is a link to the staged
+    one. Gives the names that would not go. The list goes last, and only once it
     is certain that what it lists is gone, so that the next save can take up what ends in the middle of this.
     """
     leftovers: list[str] = []
@@ -93,12 +91,15 @@ def remove_staging(
                 _attempt(lambda: os.rmdir(staging, dir_fd=folder), staging, leftovers)
                 return leftovers
             return [] if error.errno == errno.ENOENT else [staging]
+        contents = _listing(inside.fd, leftovers)
+        companions = sorted((COMPANION_NAMES & set(contents)) - named)
         _remove(folder, sorted(listed), leftovers)
-        if listed and durable:
+        for name in companions:
+            _attempt(lambda name=name: _unlink_linked(folder, name, inside.fd), name, leftovers)  # type: ignore[misc]
+        if (listed or companions) and durable:
             _attempt(lambda: os.fsync(folder), staging, leftovers)
         if leftovers:
             return list(dict.fromkeys([*leftovers, staging]))
-        contents = _listing(inside.fd, leftovers)
         for name in sorted(contents, key=lambda name: name == "names"):
             if _is_staged(name):
                 _attempt(lambda name=name: os.unlink(name, dir_fd=inside.fd), f"{staging}/{name}", leftovers)  # type: ignore[misc]
@@ -141,11 +142,13 @@ def _files_with(folder: int, staging: str, named: frozenset[str]) -> tuple[str, 
     with Descriptor() as inside:
         try:
             inside.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, folder)
-            finals = set(_listed(inside.fd)) - named
-            staged = [f"{staging}/{name}" for name in sorted(call(os.listdir, staging, inside.fd)) if _is_staged(name)]
+            finals = {name for name in _listed(inside.fd) if OWN_PATTERN.fullmatch(name)} - named
+            contents = sorted(call(os.listdir, staging, inside.fd))
+            staged = [f"{staging}/{name}" for name in contents if _is_staged(name)]
+            finals |= {name for name in COMPANION_NAMES.intersection(contents) - named if _is_linked(folder, name, inside.fd)}
         except CallFailed:
             return ()
-    return (*staged, *sorted(name for name in finals if OWN_PATTERN.fullmatch(name) and is_regular(name, folder)))
+    return (*staged, *sorted(name for name in finals if is_regular(name, folder)))
 
 
 def _disk_bytes(folder: int, files: Iterable[str], kept: set[tuple[int, int]]) -> int:
@@ -160,8 +163,11 @@ def _disk_bytes(folder: int, files: Iterable[str], kept: set[tuple[int, int]]) -
 
 def files_of(index: Index) -> frozenset[str]:
     """The files that ``index`` names."""
+    record = index.record
     named = frozenset(index.weight_map.values())
-    return named | index.record.shards.keys() | {part.file for part in index.record.parts.values()} if index.record else named
+    if record is None:
+        return named
+    return named | record.shards.keys() | {part.file for part in record.parts.values()} | record.companions.keys()
 
 
 def _listed(inside: int) -> list[str]:
@@ -185,9 +191,19 @@ def _unlink_regular(folder: int, name: str) -> None:
         os.unlink(name, dir_fd=folder)
 
 
+def _unlink_linked(folder: int, name: str, staging: int) -> None:
+    if _is_linked(folder, name, staging):
+        os.unlink(name, dir_fd=folder)
+
+
+def _is_linked(folder: int, name: str, staging: int) -> bool:
+    """Whether ``name`` leads to the same file in both directories."""
+    return (mine := inode_of(name, staging)) is not None and inode_of(name, folder) == mine
+
+
 def _is_staged(name: str) -> bool:
     """Whether a saver gives this name to a file in its staging directory."""
-    return OWN_PATTERN.fullmatch(name) is not None or name in ("names", "index")
+    return OWN_PATTERN.fullmatch(name) is not None or name in COMPANION_NAMES or name in ("names", "index")
 
 
 def _remove_lone(folder: int, stale: Superseded, leftovers: list[str]) -> None:

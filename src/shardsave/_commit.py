@@ -14,17 +14,20 @@ import os
 import platform
 import secrets
 import shlex
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 
-from shardsave._clean import STAGING_PATTERN, clean, files_of, remove_dead_staging, remove_staging, staging_of_others
+from shardsave._clean import clean, files_of, remove_dead_staging, remove_staging, staging_of_others
+from shardsave._companions import COMPANION_NAMES, MAX_COMPANION_BYTES, STAGING_PATTERN, finish_dead_savers, record_of
 from shardsave._crc64 import crc64
 from shardsave._files import CallFailed, Descriptor, allocate, call, inode_of, make_folders, open_regular, read_all, write_all
 from shardsave._index import (
     INDEX_NAME,
     LONE_NAME,
     MAX_INDEX_BYTES,
+    FileRecord,
     Index,
     Superseded,
     encode_index,
@@ -86,7 +89,11 @@ class Transaction:
         self._staged: list[StagedShard] = []
         self._names: list[str] = []
         self._moving: list[str] = []
+        self._companions: list[str] = []  # those that are staged
+        self._free: set[str] = set()  # those of them whose names were free
+        self._linked: set[str] = set()  # those of them that have their names
         self._attempted = False
+        self._committed = False
         self._settled = False
         self._old_bytes: bytes | None = None
         self._old: Index | None = None
@@ -129,7 +136,7 @@ class Transaction:
         """Makes the previous commit durable, whoever made it, before anything rests on it; then reads it."""
         with self._before_commit():
             if self._durable:
-                self._sync_index()
+                self._sync_there(INDEX_NAME)
                 self._sync(self._lock.fd, "")
             self.supersedes = self._find_lone()
             self._old_bytes = read_all(INDEX_NAME, self._lock.fd, MAX_INDEX_BYTES)
@@ -139,11 +146,16 @@ class Transaction:
                 self._old = parse_index(self._old_bytes, f"index {INDEX_NAME}")
             except (CorruptCheckpointError, IncompatibleCheckpointError) as error:
                 self._old_unreadable = str(error)
+        if self._old is not None and self._old.record is not None:
+            with self._before_commit():
+                if finish_dead_savers(self._lock.fd, self._old.record.companions, self._is_dead):
+                    self._sync(self._lock.fd, "")
 
-    def _sync_index(self) -> None:
-        with Descriptor() as index:
-            if open_regular(index, INDEX_NAME, self._lock.fd):
-                call(os.fsync, INDEX_NAME, index.fd)
+    def _sync_there(self, name: str) -> None:
+        """Makes the content of what others may have written durable."""
+        with Descriptor() as file:
+            if open_regular(file, name, self._lock.fd):
+                self._sync(file.fd, name)
 
     def _find_lone(self) -> Superseded | None:
         try:
@@ -192,6 +204,10 @@ class Transaction:
         """Whose dead savers are known to be dead; None where there is no lock."""
         return host_id() if self._lock.held else None
 
+    def _is_dead(self, staging: str) -> bool:
+        match = STAGING_PATTERN.fullmatch(staging)
+        return match is not None and match[1] == self._host()
+
     def _free_bytes(self) -> int | None:
         """None where the file system does not know (ramfs, some network ones): it then says that it has no blocks at all."""
         there = call(os.fstatvfs, "", self._lock.fd)
@@ -206,6 +222,37 @@ class Transaction:
             self._open_staged(shard.file, name)
             allocate(shard.file.fd, name, length)
         return shard
+
+    def add_companions(self, companions: Mapping[str, bytes]) -> dict[str, FileRecord]:
+        """Stages files that are to lie beside the weights, except those that lie there already; what the index says of them."""
+        with self._before_commit():
+            for name, data in companions.items():
+                assert name in COMPANION_NAMES and len(data) <= MAX_COMPANION_BYTES
+                there = read_all(name, self._lock.fd, MAX_COMPANION_BYTES)
+                if there == data:
+                    self._sync_there(name)
+                    continue
+                if there is None:
+                    self._free.add(name)
+                self._make_staging()
+                self._write_staged(name, data)
+                self._companions.append(name)
+        return {name: record_of(data) for name, data in companions.items()}
+
+    def add_second_name(self, shard: str, name: str) -> None:
+        """Stages ``name``, a companion's, for the content of the sealed ``shard``: where other readers look for it."""
+        assert name in COMPANION_NAMES
+        inside = self._staging_folder.fd
+        with self._before_commit():
+            if inode_of(name, self._lock.fd) is None:
+                self._free.add(name)
+            try:
+                call(os.link, name, shard, name, src_dir_fd=inside, dst_dir_fd=inside, follow_symlinks=False)
+            except CallFailed as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                self._write_staged(name, read_all(shard, inside, sys.maxsize) or b"")
+            self._companions.append(name)
 
     def _make_staging(self) -> None:
         if self._staging_folder.fd >= 0:
@@ -262,7 +309,20 @@ class Transaction:
         for shard in self._staged:
             self._moving.append(shard.name)
             self._move_shard(shard.name)
+        for name in sorted(self._free):
+            self._link_companion(name)
         self._sync(self._lock.fd, "")
+
+    def _link_companion(self, name: str) -> None:
+        """Gives a companion its name where that is free: nothing that is there can be taken for a part of another checkpoint."""
+        self._linked.add(name)
+        folders = {"src_dir_fd": self._staging_folder.fd, "dst_dir_fd": self._lock.fd}
+        try:
+            call(os.link, name, name, name, **folders, follow_symlinks=False)
+        except CallFailed as error:
+            if error.errno not in (errno.EEXIST, *_NO_LINKS):
+                raise
+            self._linked.remove(name)
 
     def _move_shard(self, name: str) -> None:
         """By link(2), which unlike rename(2) never replaces: what others made under this name meanwhile is theirs.
@@ -299,8 +359,20 @@ class Transaction:
                     f"during the save; nothing was committed, what was in it is as it was"
                 )
         self._attempted = True
-        call(os.rename, INDEX_NAME, NEW_INDEX_NAME, INDEX_NAME, src_dir_fd=self._staging_folder.fd, dst_dir_fd=self._lock.fd)
+        self._rename_into_place(NEW_INDEX_NAME, INDEX_NAME)
         self._sync(self._lock.fd, "")
+        self._committed = True
+        for name in self._replacing():  # only now: a loss of power must not leave the old weights beside a new config
+            self._rename_into_place(name, name)
+        if self._replacing():
+            self._sync(self._lock.fd, "")
+
+    def _replacing(self) -> list[str]:
+        """The companions that take the place of others."""
+        return [name for name in self._companions if name not in self._linked]
+
+    def _rename_into_place(self, staged: str, name: str) -> None:
+        call(os.rename, name, staged, name, src_dir_fd=self._staging_folder.fd, dst_dir_fd=self._lock.fd)
 
     def _settle(self, index: bytes, error: BaseException) -> None:
         """Finds out what a failed or interrupted commit has become, and raises what is true of it."""
@@ -323,6 +395,11 @@ class Transaction:
                 raise error
         if not isinstance(error, CallFailed):
             raise error
+        if self._committed:
+            raise DurabilityUncertainError(
+                f"saved, but {' and '.join(self._replacing())} may still be of the previous checkpoint: {self.path}: {_words(error)}, "
+                f"once the new weights were in place for good; the next save finishes this, until then readers are told"
+            ) from error
         raise DurabilityUncertainError(
             f"saved, but not known to be durable: {self.path}: {_words(error)}, once the index had been renamed; "
             f"the new checkpoint is in place, a loss of power may bring back the previous one; nothing was removed"
@@ -364,7 +441,8 @@ class Transaction:
             shard.file.abandon()
         if self._lock.fd >= 0 and not self._settled and self._staging is not None:
             named = files_of(self._old) if self._old is not None else frozenset()
-            remove_staging(self._lock.fd, self._staging, finals=self._moving, named=named, durable=self._durable)
+            finals, named = self._moving, named - self._linked
+            remove_staging(self._lock.fd, self._staging, finals=finals, named=named, durable=self._durable)
 
     def _write_staged(self, name: str, data: bytes) -> None:
         with Descriptor() as file:

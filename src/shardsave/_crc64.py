@@ -43,6 +43,11 @@ def shift(raw_sum: int, nbytes: int) -> int:
     return _multiply(raw_sum, _power(nbytes)) if raw_sum else 0
 
 
+def joined(first: int, second: int, nbytes: int) -> int:
+    """The complete checksum of bytes whose is ``first``, followed by ``nbytes`` bytes whose is ``second``."""
+    return shift(first, nbytes) ^ second
+
+
 def raw(data: NDArray[np.uint8]) -> int:
     """The raw sum of ``data``, a one-dimensional array of bytes."""
     lane_bytes = data.size // _LANES // 8 * 8

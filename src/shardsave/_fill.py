@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import NoReturn
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, NoReturn, Protocol
 
 import torch
 from torch import nn
@@ -19,44 +19,51 @@ from shardsave._state import plain_name, refuse_sharded, unwrap
 from shardsave.errors import IncompatibleCheckpointError
 
 
+class Join(NamedTuple):
+    """Tensors of the module that lie on disk in another layout, as several parts or as parts of another.
+
+    ``targets``: their names in the module. ``sources``: what is read for them. ``convert`` makes the former of the latter.
+    """
+
+    targets: tuple[str, ...]
+    sources: tuple[Located, ...]
+    convert: Callable[[Sequence[torch.Tensor]], Mapping[str, torch.Tensor]]
+
+
+class Joins(Protocol):
+    """All joins of a module, and where the sources of each lie in the module's tensors, where they do."""
+
+    joins: list[Join]
+
+    def views(self, tensors: Mapping[str, torch.Tensor]) -> list[Sequence[torch.Tensor] | None]: ...
+
+
 @dataclass(frozen=True)
 class Group:
-    """Tensors that are read together: (name on disk, destination). `finish` is called once they are filled."""
+    """Tensors that are read together: (stored tensor, destination). `finish` is called once they are filled.
 
-    targets: tuple[tuple[str, torch.Tensor], ...]
-    owner: nn.Module | None = None
-    owner_name: str = ""
-    own_names: Mapping[str, str] = field(default_factory=dict)  # name on disk → name inside the owner
+    ``in_place``: the destinations are the module's own; else they are copies that `finish` passes on. It gives what that finds
+    missing and unexpected.
+    """
 
-    def finish(self, strict: bool) -> tuple[list[str], list[str]]:
-        """Gives a sub-module with a loading routine of its own what was read for it; what that finds missing and unexpected."""
-        if self.owner is None:
-            return [], []
-        state = {self.own_names[name]: tensor for name, tensor in self.targets}
-        inference = any(not is_lazy(slot.tensor) and slot.tensor.is_inference() for slot in slots(self.owner))
-        try:
-            with torch.inference_mode(inference):
-                answer = self.owner.load_state_dict(state, strict=strict)
-        except Exception as error:
-            raise IncompatibleCheckpointError(
-                f"cannot load {self.owner_name or type(self.owner).__name__!r}: its own load_state_dict was expected to take "
-                f"what was saved, it raised {type(error).__name__}: {' '.join(str(error).split())}"
-            ) from error
-        start = f"{self.owner_name}." if self.owner_name else ""
-        missing, unexpected = getattr(answer, "missing_keys", ()), getattr(answer, "unexpected_keys", ())
-        return [start + name for name in missing], [start + name for name in unexpected]
+    targets: tuple[tuple[Located, torch.Tensor], ...]
+    in_place: bool = True
+    finish: Callable[[bool], tuple[list[str], list[str]]] = lambda strict: ([], [])
 
 
 class Fit:
     """How a checkpoint goes into a module. Nothing has been changed until `materialise` is called."""
 
-    def __init__(self, module: nn.Module, device: torch.device | None, stored: Mapping[str, Located]) -> None:
+    def __init__(
+        self, module: nn.Module, device: torch.device | None, stored: Mapping[str, Located], joins: Joins | None = None
+    ) -> None:
         self.missing: tuple[str, ...] = ()
         self.unexpected: tuple[str, ...] = ()
         self.mismatched: tuple[str, ...] = ()
         self._module = module
         self._device = device
         self._stored = stored
+        self._joins = joins
         self._slots = slots(module)
         self._leaders = leaders(self._slots)  # every name → the first name with the same memory
         self._direct: list[str] = []
@@ -65,14 +72,22 @@ class Fit:
         self._done: list[torch.Tensor] = []
 
     @property
-    def names(self) -> list[str]:
-        """The names whose bytes are read."""
+    def _names(self) -> list[str]:
+        """The names in the module whose bytes are read."""
         return [*(name for _, _, own in self._hooked for name in own), *self._direct]
+
+    @property
+    def reads(self) -> list[Located]:
+        """The stored tensors that are read."""
+        names, joins = dict.fromkeys(self._names), self._joins.joins if self._joins is not None else []
+        joined = {target for join in joins for target in join.targets}
+        parts = [source for join in joins if not names.keys().isdisjoint(join.targets) for source in join.sources]
+        return [*(self._stored[name] for name in names if name not in joined), *parts]
 
     def materialise(self) -> None:
         """Puts real memory behind meta tensors, and moves to the device asked for what is elsewhere; ties are kept."""
         owners = {name for name, _, _ in self._hooked}
-        filled = {self._leaders[name] for name in self.names if name in self._leaders}
+        filled = {self._leaders[name] for name in self._names if name in self._leaders}
         theirs = {self._leaders[slot.name] for slot in self._slots if ancestor(slot.name, owners) is not None}
         memory: dict[str, torch.Tensor] = {}
         parameters: dict[int, nn.Parameter] = {}
@@ -105,21 +120,55 @@ class Fit:
     def groups(self) -> Iterator[Group]:
         """What is to be read: one sub-module with a loading routine of its own after the other, then all that goes straight in.
 
-        The routines come first, since they can still refuse what they are given.
+        The routines come first, since they can still refuse what they are given. What has to be joined in a copy comes one by one.
         """
-        for owner_name, owner, own in self._hooked:
-            stored = {name: self._stored[name] for name in own}
-            yield Group(
-                tuple((n, _copy_of(t)) for n, t in stored.items()),
-                owner,
-                owner_name,
-                own,
-            )
         with collector_still():
             current = {slot.name: slot.tensor for slot in slots(self._module)}
-            direct = tuple((name, current[name].detach()) for name in self._direct)
-        self._done = [tensor for _, tensor in direct]
-        yield Group(direct)
+            direct, apart = self._join_in_place(current)
+            self._done = [current[name].detach() for name in self._direct]
+        given: dict[str, torch.Tensor] = {}
+        theirs = {name for _, _, own in self._hooked for name in own}
+        apart.sort(key=lambda join: theirs.isdisjoint(join.targets))
+        while apart and not theirs.isdisjoint(apart[0].targets):
+            yield self._join_apart(apart.pop(0), current, given)
+        for owner_name, owner, own in self._hooked:
+            yield _give(owner_name, owner, own, self._stored, given)
+        while apart:
+            yield self._join_apart(apart.pop(0), current, given)
+        yield Group(tuple(direct))
+
+    def _join_in_place(self, current: Mapping[str, torch.Tensor]) -> tuple[list[tuple[Located, torch.Tensor]], list[Join]]:
+        """What goes straight into the module's memory, and the joins that do not."""
+        joins = self._joins.joins if self._joins is not None else []
+        targets = {target for join in joins for target in join.targets}
+        direct = [(self._stored[name], current[name].detach()) for name in self._direct if name not in targets]
+        tensors = {name: current[name].detach() for name in targets if name in current}
+        views = self._joins.views(tensors) if self._joins is not None and tensors else [None] * len(joins)
+        apart, straight, wanted = [], set(self._direct), set(self._names)
+        for join, parts in zip(joins, views):
+            if parts is not None and straight.issuperset(join.targets):
+                direct += zip(join.sources, parts)
+            elif not wanted.isdisjoint(join.targets):
+                apart.append(join)
+        return direct, apart
+
+    def _join_apart(self, join: Join, current: Mapping[str, torch.Tensor], given: dict[str, torch.Tensor]) -> Group:
+        """Copies of all that is joined; what they make goes into the module, or is kept for a routine of its own."""
+        copies = [_copy_of(source) for source in join.sources]
+        straight, theirs = set(self._direct), {name for _, _, own in self._hooked for name in own}
+
+        def finish(strict: bool) -> tuple[list[str], list[str]]:
+            made = join.convert(copies)
+            copies.clear()
+            for name, value in made.items():
+                if name in theirs:
+                    given[name] = value
+                elif name in straight:
+                    with torch.inference_mode(current[name].is_inference()), torch.no_grad():
+                        current[name].detach().copy_(value)
+            return [], []
+
+        return Group(tuple(zip(join.sources, copies)), False, finish)
 
     def written(self) -> None:
         """Tells autograd that tensors were overwritten behind its back, so that a stale backward raises."""
@@ -169,22 +218,25 @@ def fit_module(
     strict: bool,
     equal: Callable[[Located, Located], bool],
     where: str,
+    joins: Joins | None = None,
+    optional: Callable[[str], bool] = lambda name: False,
 ) -> Fit:
     """Finds out what of ``stored`` (name → stored tensor, tied names too) goes where in ``module``; changes nothing.
 
-    ``equal`` tells whether two stored tensors hold the same bytes. Raises IncompatibleCheckpointError and
+    ``equal`` tells whether two stored tensors hold the same bytes, ``optional`` which names may be missing; ``joins`` makes those of
+    ``stored`` that are no file's. Raises IncompatibleCheckpointError and
     UnsupportedTensorError with the module unchanged.
     """
     module = unwrap(module)
     refuse_sharded(module, "fill", "the module is unchanged")
-    fit = Fit(module, device, stored)
+    fit = Fit(module, device, stored, joins)
     expected = expected_names(module)
     theirs = _give_to_owners(fit, module, expected)
     fit.unexpected = tuple(sorted(stored.keys() - expected - theirs))
     there = {fit._leaders[name] for name in stored if name in fit._leaders}
     counters = {slot.name for slot in fit._slots if counts_batches(slot)}
     missing = expected - theirs - stored.keys() - counters
-    fit.missing = tuple(sorted(name for name in missing if fit._leaders.get(name) not in there))
+    fit.missing = tuple(sorted(name for name in missing if fit._leaders.get(name) not in there and not optional(name)))
     for slot in fit._slots:
         if slot.name in theirs:
             check_plain(slot, where)
@@ -199,7 +251,7 @@ def fit_module(
             fit._left_alone.add(slot.name)
     fit.mismatched = tuple(sorted(mismatched))
     if strict and (fit.missing or fit.unexpected or fit.mismatched):
-        _refuse_difference(fit, module, where)
+        _refuse_difference(fit, where)
     first: dict[str, Slot] = {}
     for slot in usable:
         if slot.name in fit._left_alone:
@@ -232,6 +284,31 @@ def _give_to_owners(fit: Fit, module: nn.Module, expected: set[str]) -> set[str]
     return {name for name in expected | fit._stored.keys() if ancestor(name, own) is not None}
 
 
+def _give(
+    owner_name: str, owner: nn.Module, own: Mapping[str, str], stored: Mapping[str, Located], given: dict[str, torch.Tensor]
+) -> Group:
+    """Copies for a sub-module with a loading routine of its own, which gets them together with what was joined for it."""
+    ready = {inner: given.pop(name) for name, inner in own.items() if name in given}
+    copies = {inner: (stored[name], _copy_of(stored[name])) for name, inner in own.items() if inner not in ready}
+
+    def finish(strict: bool) -> tuple[list[str], list[str]]:
+        state = {inner: copies[inner][1] if inner in copies else ready[inner] for inner in own.values()}
+        inference = any(not is_lazy(slot.tensor) and slot.tensor.is_inference() for slot in slots(owner))
+        try:
+            with torch.inference_mode(inference):
+                answer = owner.load_state_dict(state, strict=strict)
+        except Exception as error:
+            raise IncompatibleCheckpointError(
+                f"cannot load {owner_name or type(owner).__name__!r}: its own load_state_dict was expected to take "
+                f"what was saved, it raised {type(error).__name__}: {' '.join(str(error).split())}"
+            ) from error
+        start = f"{owner_name}." if owner_name else ""
+        missing, unexpected = getattr(answer, "missing_keys", ()), getattr(answer, "unexpected_keys", ())
+        return [start + name for name in missing], [start + name for name in unexpected]
+
+    return Group(tuple(copies.values()), False, finish)
+
+
 def _copy_of(stored: Located) -> torch.Tensor:
     """New memory for a stored tensor, on the CPU wherever torch makes tensors by default."""
     return torch.empty(torch_shape(stored.dtype, stored.shape), dtype=BY_NAME[stored.dtype].torch, device="cpu")
@@ -259,7 +336,7 @@ def _refuse_meta_left_over(of: list[Slot], expected: set[str], where: str) -> No
         )
 
 
-def _refuse_difference(fit: Fit, module: nn.Module, where: str) -> NoReturn:
+def _refuse_difference(fit: Fit, where: str) -> NoReturn:
     differences = (
         ("missing from the checkpoint", fit.missing),
         ("not in the module", fit.unexpected),
@@ -269,8 +346,6 @@ def _refuse_difference(fit: Fit, module: nn.Module, where: str) -> NoReturn:
     hint = ""
     if any(name.startswith(".") for name in fit.unexpected):
         hint = "; a name begins with a dot where the prefix ends without its own: end it with one, as in 'encoder.'"
-    elif fit.missing and fit.unexpected and any(kind.__name__ == "PreTrainedModel" for kind in type(module).__mro__):
-        hint = "; for some transformers models the names that save_pretrained writes differ from those in memory: use from_pretrained"
     raise IncompatibleCheckpointError(
         f"cannot load {where}: the module's names and shapes were expected, there are {'; '.join(parts)}{hint}; the module is unchanged"
     )

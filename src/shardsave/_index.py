@@ -38,6 +38,7 @@ _END = b'"}}\n'
 _CRC = re.compile(r"[0-9a-f]{16}")
 _NO_FILE_NAME = re.compile(r"[/\x00-\x1f\x7f]|\A\.{0,2}\Z")
 _FLAG_WORDS: dict[bool | None, str] = {True: "frozen", False: "trainable", None: "none"}
+_MODULE_FLAGS = {True: "frozen", False: "trainable"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,14 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
+class FileRecord:
+    """What the index knows of a file beside the shards: its length in bytes, and the CRC-64/NVME of all of it."""
+
+    length: int
+    crc: int
+
+
+@dataclass(frozen=True, slots=True)
 class Superseded:
     """The lone file that a save replaced: size in bytes and modification time in ns."""
 
@@ -73,6 +82,8 @@ class Record:
     """What we add to an index. ``flags``: name → frozen, of every parameter, tied names too; None where unknown.
 
     ``ties``: tied name → the name under which its bytes are stored. ``parts``: what it is → the file that has it.
+    ``companions``: the files of fixed names that were saved beside the weights. ``module_flags``: as ``flags``, by the names in
+    the module that was saved, where those on disk are others.
     """
 
     durable: bool
@@ -83,6 +94,8 @@ class Record:
     supersedes: Superseded | None
     writer: str
     parts: Mapping[str, Part] = field(default_factory=dict)
+    companions: Mapping[str, FileRecord] = field(default_factory=dict)
+    module_flags: Mapping[str, bool] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +143,13 @@ def encode_index(index: Index) -> bytes:
         **({"parts": {role: [p.file, *_encode_shard(p.record)] for role, p in record.parts.items()}} if record.parts else {}),
         "supersedes": {"size": s.size, "mtime_ns": s.mtime_ns} if (s := record.supersedes) is not None else None,
     }
+    if record.companions:
+        ours["companions"] = {name: [file.length, f"{file.crc:016x}"] for name, file in record.companions.items()}
+    if record.module_flags is not None:
+        ours["module_flags"] = {
+            word: [name for name, frozen in record.module_flags.items() if frozen == flag]
+            for flag, word in _MODULE_FLAGS.items()
+        }
     text = json.dumps(
         {"metadata": {"total_size": index.total_size}, "weight_map": dict(index.weight_map), "shardsave": ours},
         ensure_ascii=False,
@@ -231,6 +251,8 @@ def _parse_record(ours: dict[str, Any], weight_map: Mapping[str, str], where: st
         supersedes=_parse_superseded(ours["supersedes"], where),
         writer=str(ours.get("writer", "")),
         parts=_parse_parts(ours.get("parts", {}), where),
+        companions=_parse_companions(ours.get("companions", {}), where),
+        module_flags=_parse_module_flags(ours.get("module_flags"), where),
     )
 
 
@@ -276,6 +298,19 @@ def _parse_parts(parts: object, where: str) -> dict[str, Part]:
     return parsed
 
 
+def _parse_companions(companions: object, where: str) -> dict[str, FileRecord]:
+    if not isinstance(companions, dict):
+        _bad(where, "companions expected to be an object", f"it is {glimpse(companions)}")
+    parsed = {}
+    for name, entry in companions.items():
+        _check_file_name(name, where)
+        well_formed = type(entry) is list and [type(part) for part in entry] == [int, str] and _CRC.fullmatch(entry[1])
+        if not well_formed or entry[0] < 0:
+            _bad(where, f"companion {name} expected to have length and checksum", f"it has {glimpse(entry)}")
+        parsed[name] = FileRecord(entry[0], int(entry[1], 16))
+    return parsed
+
+
 def _parse_flags(compact: object, names: Iterable[str], where: str) -> dict[str, bool] | None:
     if compact is None:
         return None
@@ -297,6 +332,23 @@ def _parse_flags(compact: object, names: Iterable[str], where: str) -> dict[str,
             given.add(name)
             flags[name] = flag
     return {name: flag for name, flag in flags.items() if flag is not None}
+
+
+def _parse_module_flags(lists: object, where: str) -> dict[str, bool] | None:
+    if lists is None:
+        return None
+    if not isinstance(lists, dict):
+        _bad(where, "module_flags expected to be an object", f"it is {glimpse(lists)}")
+    flags: dict[str, bool] = {}
+    for flag, word in _MODULE_FLAGS.items():
+        listed = lists.get(word)
+        if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+            _bad(where, f"module_flags expected to list {word} names", f"it has {glimpse(listed)}")
+        before = len(flags)
+        flags.update(dict.fromkeys(listed, flag))
+        if len(flags) != before + len(listed):
+            _bad(where, "module_flags expected to name a parameter once", f"one of {glimpse(listed)} stands twice")
+    return flags
 
 
 def _parse_superseded(value: object, where: str) -> Superseded | None:

@@ -50,6 +50,8 @@ def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:
             metadata=dict(checkpoint.metadata),
             durable=checkpoint.record.durable if checkpoint.record is not None else None,
             parts={role: part.file for role, part in checkpoint.record.parts.items()} if checkpoint.record is not None else {},
+            companions=tuple(checkpoint.companions),
+            notes=checkpoint.companion_notes(),
         )
 
 
@@ -87,6 +89,7 @@ def verify(path: str | os.PathLike[str], *, keep_going: bool = False, progress: 
             if (located.shard, located.name) not in lost:
                 intact[located.shard].append(located.name)
         shards = len(checkpoint.shards)
+        notes = (*totals.notes, *checkpoint.companion_notes())
     ended = time.perf_counter()
     return VerifyReport(
         path=os.fspath(path),
@@ -99,7 +102,7 @@ def verify(path: str | os.PathLike[str], *, keep_going: bool = False, progress: 
         direct=totals.direct,
         staging_bytes=totals.staging_bytes,
         pinned=totals.pinned,
-        notes=totals.notes,
+        notes=notes,
         verified=totals.verified if not damaged else False,
         damaged=tuple(damaged),
         intact={shard: tuple(names) for shard, names in intact.items()},

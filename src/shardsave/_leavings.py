@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from shardsave._arguments import check_path, check_switches, check_timeout
 from shardsave._clean import Leaving, find_leavings, remove_leaving
 from shardsave._commit import host_id
+from shardsave._companions import finish_dead_savers
 from shardsave._ending import verb
 from shardsave._files import CallFailed, Descriptor, call, open_regular, read_all
 from shardsave._index import INDEX_NAME, MAX_INDEX_BYTES, Index, parse_index
@@ -62,7 +63,8 @@ def clean(
 
     A save cleans up too, but only when it comes. Who holds the lock of the directory knows that the savers of this host whose
     staging directories are there are gone. Of another host's nobody can know: a save may be going on there right now, and would
-    lose what it has written. Those are listed, and only removed when ``other_hosts`` is True.
+    lose what it has written. Those are listed, and only removed when ``other_hosts`` is True. A config that a save had committed
+    and not yet put beside its weights is put there.
 
     Args:
         directory: a checkpoint's, also one that never got a first checkpoint.
@@ -93,6 +95,7 @@ def clean(
         chosen = [leaving for leaving in found if leaving.dead or other_hosts] if remove else []
         if chosen:
             _make_durable(lock.fd)
+            _finish(lock.fd, index, {leaving.name for leaving in chosen})
         removed, leftovers = [], []
         for leaving in chosen:
             stayed = remove_leaving(lock.fd, leaving, index)
@@ -133,3 +136,10 @@ def _make_durable(folder: int) -> None:
         if open_regular(index, INDEX_NAME, folder):
             call(os.fsync, INDEX_NAME, index.fd)
     call(os.fsync, "", folder)
+
+
+def _finish(folder: int, index: Index | None, dead: set[str]) -> None:
+    """A committed config that is still staged must not go with its staging directory. Raises CallFailed."""
+    companions = index.record.companions if index is not None and index.record is not None else {}
+    if finish_dead_savers(folder, companions, dead.__contains__):
+        call(os.fsync, "", folder)

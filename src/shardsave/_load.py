@@ -16,14 +16,17 @@ from shardsave._arguments import check_path, check_progress, check_switches
 from shardsave._backend import engine_name
 from shardsave._checkpoint import Checkpoint, Located, open_checkpoint
 from shardsave._collector import collector_still
+from shardsave._conversion import conversion
 from shardsave._dtypes import BY_NAME, torch_shape
 from shardsave._ending import verb
 from shardsave._files import CallFailed, read_at
 from shardsave._find import cannot_read
 from shardsave._map import Maps
+from shardsave._peft import adapter_names
 from shardsave._progress import Progress, ProgressArgument
 from shardsave._read import ReadTotals, Target, read_tensors
 from shardsave._reports import LoadReport, Phases
+from shardsave._transformers import pretrained
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, ShardSaveError
 
 Device = Union[str, torch.device, int, None]
@@ -147,29 +150,36 @@ def load_model(
     with open_checkpoint(path, _selection(None, prefix)) as checkpoint:
         chosen = {name.removeprefix(prefix): stored for name, stored in _choose(checkpoint, None, prefix).items()}
         stored = {name: checkpoint.tensors[original] for name, original in chosen.items()}
+        hub, where_from = pretrained(model), os.fspath(path)
+        converted = conversion(hub, stored, where_from) if hub is not None else adapter_names(model, stored, where_from)
+        if converted is not None:
+            stored = converted.stored
         fit = _fill.fit_module(
             model,
             stored,
             device=where,
             strict=strict,
             equal=lambda left, right: _equal_on_disk(checkpoint, left, right),
-            where=os.fspath(path),
+            where=where_from,
+            joins=converted,
+            optional=converted.optional if converted is not None else lambda name: False,
         )
+        reads = fit.reads
         planned = time.perf_counter()
         totals = ReadTotals()
-        with Progress(progress, "loading", sum(stored[name].nbytes for name in fit.names)) as shown:
+        with Progress(progress, "loading", sum(located.nbytes for located in reads)) as shown:
             fit.materialise()
             for group in fit.groups():
                 whole = totals.tensors
                 with collector_still():
-                    targets = [Target(stored[name], tensor) for name, tensor in group.targets]
+                    targets = [Target(located, tensor) for located, tensor in group.targets]
                 try:
                     read_tensors(checkpoint, targets, verify=verify, progress=shown, totals=totals)
                     missing, unexpected = group.finish(strict)
                 except ShardSaveError as error:
-                    if group.owner is None and isinstance(error, CorruptCheckpointError):
+                    if group.in_place and isinstance(error, CorruptCheckpointError):
                         whole = totals.tensors  # the others of this group were read, and are what was saved
-                    raise type(error)(f"{error}; the module is partly loaded, {whole} of {len(fit.names)} tensors") from error
+                    raise type(error)(f"{error}; the module is partly loaded, {whole} of {len(reads)} tensors") from error
                 finally:
                     fit.written()
                 fit.missing += tuple(missing)
@@ -178,20 +188,23 @@ def load_model(
         transferred = time.perf_counter()
         flags = checkpoint.flags if restore_frozen else None
         own_flags = {n.removeprefix(prefix): f for n, f in flags.items() if n.startswith(prefix)} if flags is not None else None
+        if converted is not None and own_flags is not None:
+            own_flags = converted.flags(own_flags)
         frozen = fit.restore_flags(own_flags)
+        notes = (*totals.notes, *checkpoint.companion_notes())
     ended = time.perf_counter()
     return LoadReport(
         path=os.fspath(path),
         bytes=totals.bytes,
         tensors=totals.tensors,
-        shards=len({stored[name].shard for name in fit.names}),
+        shards=len({located.shard for located in reads}),
         seconds=ended - started,
         phases=Phases(plan=planned - started, transfer=transferred - planned, commit=ended - transferred),
         engine=engine_name(),
         direct=totals.direct,
         staging_bytes=totals.staging_bytes,
         pinned=totals.pinned,
-        notes=totals.notes,
+        notes=notes,
         verified=totals.verified,
         missing=fit.missing,
         unexpected=fit.unexpected,
@@ -285,7 +298,7 @@ def _names_like(prefix: str, known: Iterable[str]) -> str:
 
 def _equal_on_disk(checkpoint: Checkpoint, left: Located, right: Located) -> bool:
     """Whether two stored tensors hold the same bytes, by their checksums where they have them."""
-    if (left.dtype, left.shape) != (right.dtype, right.shape):
+    if (left.dtype, left.shape) != (right.dtype, right.shape) or not (left.shard and right.shard):
         return False
     if left.checksum is not None and right.checksum is not None:
         return left.checksum == right.checksum

@@ -198,9 +198,12 @@ class CheckpointInfo:
     """What a checkpoint holds, read from its index and headers alone.
 
     ``tensors``: by name, a tied name having the entry of the tensor that it shares. ``parameters``: the names that are
-    parameters and ``frozen``: those of them that were frozen; both None where unknown, as with files of others.
+    parameters and ``frozen``: those of them that were frozen; both None where unknown, as with files of others. They are names
+    in the module, which for some transformers models are others than those on disk.
     ``ties``: tied name → the name under which the bytes are stored. ``bytes``: of tensor data, each tie counted once.
-    ``durable``: what the save was asked for; None where unknown. ``parts``: what else it has → the file.
+    ``durable``: what the save was asked for; None where unknown. ``parts``: what else it has → the file. ``companions``: the
+    files of fixed names that were saved beside the weights, such as a model's config; ``notes``: which of them are no longer
+    what was saved.
     """
 
     path: str
@@ -213,6 +216,8 @@ class CheckpointInfo:
     metadata: Mapping[str, Any]
     durable: bool | None
     parts: Mapping[str, str] = field(default_factory=dict)
+    companions: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -224,13 +229,15 @@ class CheckpointInfo:
         first = f"{self.path}: {human_bytes(self.bytes)}, {count(stored, 'tensor')} in {count(len(self.shards), 'shard')}"
         if self.ties:
             first += f", {len(self.ties)} tied"
+        notes = [f"  {note}" for note in self.notes]
         if self.frozen is None or self.parameters is None:
-            return f"{first}, freeze flags unknown"
+            return "\n".join([f"{first}, freeze flags unknown", *notes])
         in_order = [name for name in self.tensors if name in self.parameters]
+        in_order += sorted(self.parameters - self.tensors.keys())
         total = Counter(name.split(".")[0] for name in in_order)
         frozen = Counter(name.split(".")[0] for name in self.frozen)
         groups = [f"  {child}: {frozen[child]} of {total[child]} frozen" for child in total]
-        return "\n".join([f"{first}, {len(self.frozen)} of {len(self.parameters)} parameters frozen", *groups])
+        return "\n".join([f"{first}, {len(self.frozen)} of {len(self.parameters)} parameters frozen", *groups, *notes])
 
 
 _VERIFIED = {True: "checksums verified", False: "not verified", None: "no checksums stored"}

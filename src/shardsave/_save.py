@@ -9,6 +9,7 @@ import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any, NoReturn, Union
 
@@ -21,17 +22,19 @@ from shardsave._backend import engine_name
 from shardsave._checkpoint import descriptor_allowance
 from shardsave._collector import collector_still
 from shardsave._commit import StagedShard, Transaction
-from shardsave._crc64 import crc64
+from shardsave._crc64 import crc64, joined
 from shardsave._dtypes import BY_TORCH, logical_shape
 from shardsave._ending import verb
 from shardsave._format import encode_header, with_sums
-from shardsave._index import Index, Part, Record, ShardRecord, check_shard_count
+from shardsave._index import FileRecord, Index, Part, Record, ShardRecord, check_shard_count
 from shardsave._json import MAX_DIGITS, NotJSON, glimpse, parse_object
+from shardsave._peft import ADAPTER_WEIGHTS, adapted, adapter_companions, adapter_on_disk
 from shardsave._plan import ALIGNMENT, Extent, Shard, StoredTensor, blocks, pack
 from shardsave._program import Program, capture, check_program
 from shardsave._progress import Progress, ProgressArgument
 from shardsave._reports import Phases, SaveReport
 from shardsave._state import Entry, Source, State, read_state
+from shardsave._transformers import companions, on_disk, pretrained
 from shardsave._version import __version__
 from shardsave.errors import an
 
@@ -62,6 +65,7 @@ def save(
     metadata: Mapping[str, Any] | None = None,
     architecture: bool = False,
     program: Program | None = None,
+    adapter_only: bool = False,
     progress: ProgressArgument = None,
     lock_timeout: float = 600.0,
 ) -> SaveReport:
@@ -81,6 +85,7 @@ def save(
             definition having to be called. What cannot be kept as data is refused; hooks are left out with one warning.
         program: ``(args, kwargs)`` for ``forward``, or what ``torch.export.export`` made of the model: keeps what the model computes
             as a graph of torch's operators, which ``load_program`` runs without the model's classes.
+        adapter_only: of a PEFT model keep the active adapter alone, laid out as PEFT does, with the flags of the whole model.
         progress: None for a bar when it takes long and stderr is a terminal, True or False to force or forbid it, or a
             callable that gets (bytes done, bytes in all).
         lock_timeout: seconds to wait for another save into the same directory.
@@ -100,7 +105,7 @@ def save(
         2
     """
     check_path(directory)
-    check_switches(durable=durable, architecture=architecture)
+    check_switches(durable=durable, architecture=architecture, adapter_only=adapter_only)
     if (architecture or program is not None) and not isinstance(source, nn.Module):
         which = "architecture=True" if architecture else "a program"
         raise TypeError(f"{which} needs an nn.Module, there is none in {an(type(source).__name__)}")
@@ -110,6 +115,9 @@ def save(
     bound = parse_size(max_shard_size)
     user_metadata = _check_metadata(metadata)
     started = time.perf_counter()
+    model = pretrained(source)
+    adapter = _check_adapter(source, architecture, program) if adapter_only else None
+    beside = adapter_companions(adapter) if adapter is not None else companions(model) if model is not None else {}
     with collector_still():
         state = read_state(source, tensors_only=architecture)
         extra = ExtraTensors(state.entries)
@@ -118,8 +126,12 @@ def save(
             documents["architecture"] = describe(source, extra)
         if program is not None and isinstance(source, nn.Module):
             documents["program"] = capture(source, program, extra)
+        layout = on_disk(model if not documents else None, state)  # an architecture and a program go by the names in memory
+        if adapter is not None:
+            layout = adapter_on_disk(adapter, state)
+        state = layout.state
         stored = [entry for entry in state.entries if entry.tied_to is None]
-        shards = pack([_stored_tensor(entry) for entry in stored], bound)
+        shards = pack([_stored_tensor(entry) for entry in stored], bound) if adapter is None else _one_shard(stored)
         count = len(shards)
         check_shard_count(count)
         pieces = _pieces(shards, stored)
@@ -138,11 +150,15 @@ def save(
         needed = sum(_padded(len(header), shard) for header, shard in zip(headers, shards))
         transaction.check_space(needed + sum(map(len, documents.values())))
         _reserve(transaction, pieces)
+        beside_records = transaction.add_companions(beside)
         planned = time.perf_counter()
-        writer = _Writer(transaction, shards, headers, names, pieces, durable, shown)
+        writer = _Writer(transaction, shards, headers, names, pieces, durable, shown, adapter is not None)
         step = min(descriptor_allowance(), 256)
         for first in range(0, len(shards), step):
             writer.write(range(first, min(first + step, len(shards))))
+        if adapter is not None:
+            transaction.add_second_name(names[0], ADAPTER_WEIGHTS)
+            beside_records[ADAPTER_WEIGHTS] = writer.whole[names[0]]
         parts: dict[str, Part] = {}
         for name in names[count:]:
             parts["extra tensors"] = Part(name, writer.records.pop(name))
@@ -150,7 +166,9 @@ def save(
             parts[role] = _stage_document(transaction, role, document)
         before_commit = time.perf_counter()
         with collector_still():
-            index = _index(state, shards[:count], names, writer.records, transaction, durable, user_metadata, parts)
+            record = _record(state, writer.records, transaction, durable, user_metadata)
+            record = replace(record, parts=parts, companions=beside_records, module_flags=layout.module_flags)
+            index = _index(state, shards[:count], names, record)
         outcome = transaction.commit(index)
     ended = time.perf_counter()
     phases = Phases(
@@ -170,7 +188,7 @@ def save(
         direct=writer.direct,
         staging_bytes=writer.staging_bytes,
         pinned=writer.pinned,
-        notes=tuple(dict.fromkeys([*writer.notes, *outcome.notes])),
+        notes=tuple(dict.fromkeys([*layout.notes, *writer.notes, *outcome.notes])),
         durable=durable,
         leftovers=outcome.leftovers,
         overlaps=state.overlaps,
@@ -197,8 +215,10 @@ class _Writer:
         pieces: Sequence[Sequence[_engine.Piece]],
         durable: bool,
         progress: Progress,
+        whole_sums: bool = False,
     ) -> None:
         self.records: dict[str, ShardRecord] = {}
+        self.whole: dict[str, FileRecord] = {}
         self.sync_seconds = 0.0
         self.direct = True
         self.staging_bytes = 0
@@ -211,6 +231,7 @@ class _Writer:
         self._pieces = pieces
         self._durable = durable
         self._progress = progress
+        self._whole_sums = whole_sums
 
     def write(self, group: range) -> None:
         staged = [self._transaction.create(self._names[n], _padded(len(self._headers[n]), self._shards[n])) for n in group]
@@ -225,10 +246,13 @@ class _Writer:
         sums = iter(transfer.sums)
         for shard_file, n in zip(staged, group):
             shard = self._shards[n]
-            header = with_sums(self._headers[n], list(islice(sums, len(shard.tensors))))
+            own_sums = list(islice(sums, len(shard.tensors)))
+            header = with_sums(self._headers[n], own_sums)
             length = len(header) + shard.data_bytes
             self._transaction.seal(shard_file, length, header)
             self.records[shard_file.name] = ShardRecord(length, len(header), crc64(header))
+            if self._whole_sums:
+                self.whole[shard_file.name] = FileRecord(length, _whole_sum(header, shard, own_sums))
         self.sync_seconds += time.perf_counter() - began
 
     def _transfer(self, staged: Sequence[StagedShard], group: range, pieces: Sequence[_engine.Piece]) -> _engine.Transfer:
@@ -268,32 +292,44 @@ def _pieces(shards: Sequence[Shard], stored: Sequence[Entry]) -> list[list[_engi
     return [[_engine.Piece(*pieces[name], nbytes) for name, _, _, nbytes, _ in shard.tensors] for shard in shards]
 
 
+def _one_shard(stored: Sequence[Entry]) -> tuple[Shard, ...]:
+    """All in one file, as those want it who look for that one."""
+    return pack([_stored_tensor(entry)._replace(frozen=False) for entry in stored], sys.maxsize)
+
+
+def _whole_sum(header: bytes, shard: Shard, sums: Sequence[int]) -> int:
+    """The checksum of a whole file, from those of its parts."""
+    whole = crc64(header)
+    for tensor, one in zip(shard.tensors, sums):
+        whole = joined(whole, one, tensor.nbytes)
+    return whole
+
+
 def _padded(start: int, shard: Shard) -> int:
     return start + -(-shard.data_bytes // ALIGNMENT) * ALIGNMENT
 
 
-def _index(
+def _record(
     state: State,
-    shards: Sequence[Shard],
-    names: Sequence[str],
-    records: Mapping[str, ShardRecord],
+    shards: Mapping[str, ShardRecord],
     transaction: Transaction,
     durable: bool,
     metadata: Mapping[str, Any],
-    parts: Mapping[str, Part],
-) -> Index:
-    shard_of = {tensor.name: name for shard, name in zip(shards, names) for tensor in shard.tensors}
+) -> Record:
     flags = {entry.name: entry.frozen for entry in state.entries if entry.frozen is not None}
-    record = Record(
+    return Record(
         durable=durable,
         flags=flags if state.flags_known else None,
         ties={entry.name: entry.tied_to for entry in state.entries if entry.tied_to is not None},
         metadata=metadata,
-        shards=records,
+        shards=shards,
         supersedes=transaction.supersedes,
         writer=f"shardsave {__version__}",
-        parts=parts,
     )
+
+
+def _index(state: State, shards: Sequence[Shard], names: Sequence[str], record: Record) -> Index:
+    shard_of = {tensor.name: name for shard, name in zip(shards, names) for tensor in shard.tensors}
     in_state_order = {entry.name: shard_of[entry.name] for entry in state.entries if entry.tied_to is None}
     return Index(in_state_order, sum(shard.data_bytes for shard in shards), record)
 
@@ -302,6 +338,15 @@ def _stage_document(transaction: Transaction, role: str, document: bytes) -> Par
     name = transaction.part_name(role, "json")
     transaction.stage(name, document)
     return Part(name, ShardRecord(len(document), len(document), crc64(document)))
+
+
+def _check_adapter(source: Source | State, architecture: bool, program: Program | None) -> Any:
+    adapter = adapted(source)
+    if adapter is None:
+        raise TypeError(f"adapter_only=True needs a PeftModel, there is none in a {type(source).__name__}")
+    if architecture or program is not None:
+        raise ValueError("adapter_only=True keeps no architecture and no program: they need the base model's weights")
+    return adapter
 
 
 def parse_size(size: Union[int, str]) -> int:

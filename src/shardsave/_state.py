@@ -40,6 +40,12 @@ class Entry(NamedTuple):
     cast: torch.dtype | None = None
 
 
+def tensor_of(entry: Entry) -> torch.Tensor:
+    """The tensor of an entry of a module; only a conversion has entries made of parts."""
+    assert isinstance(entry.tensor, torch.Tensor)
+    return entry.tensor
+
+
 class State(NamedTuple):
     """All entries in state order. ``flags_known`` is False for a mapping without a single Parameter.
 

@@ -77,6 +77,14 @@ def flags(name: str, found: str, value: object) -> Case:
     return record(name, found, lambda ours: ours.update(flags=value))
 
 
+def module_flags(name: str, found: str, value: object) -> Case:
+    return record(name, found, lambda ours: ours.update(module_flags=value))
+
+
+def beside(name: str, found: str, value: object) -> Case:
+    return record(name, found, lambda ours: ours.update(companions=value))
+
+
 def shard(name: str, found: str, value: object) -> Case:
     """What the record says of the first shard."""
     return record(name, f"shard {FIRST} expected to have {found}", lambda ours: ours["shards"].update({FIRST: value}))
@@ -109,6 +117,7 @@ def of_record(key: str, value: Any) -> Callable[[Json], object]:
 
 
 SEAL = "the record's checksum expected at the very end, it is not there; the file was cut or changed"
+COMPANION = "companion config.json expected to have length and checksum, it has "
 MEMBERS = "the record expected to have durable, flags, metadata, shards, supersedes, ties, it lacks "
 FLAGS = "flags expected to have a default of frozen, trainable, none, they are "
 PARTS = "length, header length and checksum, it has "
@@ -218,6 +227,23 @@ INDEXES = [
           {"default": "none", "frozen": ["top.bias"], "trainable": ["top.bias"]}),
     flags("one name frozen twice", "flags expected to name a tensor once, they name 'top.bias' twice",
           {"default": "none", "frozen": ["top.bias", "top.bias"]}),
+    # Flags by the names in the module.
+    module_flags("module_flags is a list", "module_flags expected to be an object, it is []", []),
+    module_flags("no list of trainable names", "module_flags expected to list trainable names, it has null", {"frozen": []}),
+    module_flags("a frozen name is a number", "module_flags expected to list frozen names, it has [5]", {"frozen": [5]}),
+    module_flags("a name of the module twice", "module_flags expected to name a parameter once, one of ['a'] stands twice",
+                 {"frozen": ["a"], "trainable": ["a"]}),
+    # Parts.
+    record("parts is a list", "parts expected to be an object, it is []", lambda ours: ours.update(parts=[])),
+    record("part without a file", "part 'program' expected to begin with the name of its file, it has [5]",
+           lambda ours: ours.update(parts={"program": [5]})),
+    # Files beside the weights.
+    beside("companions is a list", "companions expected to be an object, it is []", []),
+    beside("companion above", "file names of one path component expected, it names '../config.json'", {"../config.json": [2, CRC]}),
+    beside("companion is a number", COMPANION + "5", {"config.json": 5}),
+    beside("companion without a checksum", COMPANION + "[2]", {"config.json": [2]}),
+    beside("companion's checksum in upper case", COMPANION + "[2, 'ABCDEF0123456789']", {"config.json": [2, "ABCDEF0123456789"]}),
+    beside("companion's length is negative", COMPANION + f"[-2, '{CRC}']", {"config.json": [-2, CRC]}),
     # Shards.
     record("shards is a list", "shards expected to be an object, it is []", of_record("shards", [])),
     record("parts is a list", "parts expected to be an object, it is []", of_record("parts", [])),

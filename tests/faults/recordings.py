@@ -104,16 +104,30 @@ def killed_then_no_room(folder: Path) -> None:
     recording = Recording(folder)
     recording.phase(lambda: save(1, recording.target))
     recording.phase_in_child(lambda: save(2, recording.target), number, Fate.KILL_AFTER)
+    recording.phase(lambda: _find_no_room(recording.target))
 
-    def no_room() -> None:
-        try:
-            shardsave.save({"x": torch.zeros(1).expand(1 << 45)}, recording.target)
-        except shardsave.OutOfSpaceError as error:
-            assert "the previous checkpoint is intact" in str(error)
-        else:
-            raise AssertionError
 
-    recording.phase(no_room)
+def _find_no_room(target: Path) -> None:
+    try:
+        shardsave.save({"x": torch.zeros(1).expand(1 << 45)}, target)
+    except shardsave.OutOfSpaceError as error:
+        assert "the previous checkpoint is intact" in str(error)
+    else:
+        raise AssertionError
+
+
+def killed_before_the_config(folder: Path) -> None:
+    """A saver is killed at each call from its rename of the index to that of the config; then another saves, or finds no room."""
+    trial = Recording(folder / "trial")
+    trial.phase(lambda: save(1, trial.target))
+    record = trial.phase(lambda: save(2, trial.target))
+    first, last = (number_of(record, "renameat", name) for name in ("model.safetensors.index.json", "config.json"))
+    for nth in range(first, last + 1):
+        for name, third in (("saved", lambda target: save(3, target)), ("no-room", _find_no_room)):
+            recording = Recording(folder / f"{nth}-{name}")
+            recording.phase(lambda recording=recording: save(1, recording.target))  # type: ignore[misc]
+            recording.phase_in_child(lambda recording=recording: save(2, recording.target), nth, Fate.KILL_AFTER)  # type: ignore[misc]
+            recording.phase(lambda recording=recording, third=third: third(recording.target))  # type: ignore[misc]
 
 
 def killed_then_saved(folder: Path) -> None:

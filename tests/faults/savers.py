@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -12,6 +13,10 @@ from torch import nn
 import shardsave
 
 INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+
+#: With it, what is saved is a transformers model whose config tells the generation too.
+WITH_CONFIG = bool(os.environ.get("SHARDSAVE_FAULTS_WITH_CONFIG"))
 
 
 def state(generation: int) -> dict[str, torch.Tensor]:
@@ -28,17 +33,54 @@ def model(generation: int) -> nn.Module:
     return made
 
 
-def save(generation: int, folder: Path, durable: bool = True) -> shardsave.SaveReport:
-    """Two shards, an architecture and its tensors."""
-    return shardsave.save(model(generation), folder, max_shard_size=5000, architecture=True, durable=durable, progress=False)
+def model_with_config(generation: int) -> nn.Module:
+    """The same tensors in a transformers model."""
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    class Model(PreTrainedModel):
+        def __init__(self) -> None:
+            super().__init__(PreTrainedConfig(generation=generation))
+            for name, tensor in state(generation).items():
+                self.register_parameter(name, nn.Parameter(tensor))
+
+    return Model()
+
+
+def save(generation: int, folder: Path, durable: bool = True, with_config: bool = WITH_CONFIG) -> shardsave.SaveReport:
+    """Two shards, and an architecture and its tensors or a config."""
+    source = (model_with_config if with_config else model)(generation)
+    architecture = not with_config
+    return shardsave.save(source, folder, max_shard_size=5000, architecture=architecture, durable=durable, progress=False)
 
 
 def generation_in(folder: Path) -> int | None:
-    """Which generation the directory holds, whole and bit for bit, whatever reads it; None where there is no checkpoint."""
+    """Which generation the directory holds, whole and bit for bit; None where there is no checkpoint.
+
+    A config beside it is whole, and of the same generation, or `inspect` says that it is not.
+    """
+    found = with_config_in(folder)
+    return int(found.split()[0]) if isinstance(found, str) else found
+
+
+def with_config_in(folder: Path) -> int | str | None:
+    """As `generation_in`, and ``"2 with the config of 1"`` where a reader is told that the config is another one."""
     generation = loaded_generation(folder)
-    if generation is not None and shardsave.inspect(folder).parts:
+    if generation is None:
+        return None
+    info, path = shardsave.inspect(folder), folder / CONFIG
+    if info.parts:
         assert built_generation(folder) == generation
-    return generation
+    if not info.companions:
+        return generation
+    try:
+        of_config = json.loads(path.read_text())["generation"] if path.exists() else None
+    except ValueError as error:
+        raise AssertionError("half a config") from error
+    if of_config == generation:
+        assert not info.notes
+        return generation
+    assert info.notes, (of_config, generation)
+    return f"{generation} with the config of {of_config}"
 
 
 def loaded_generation(folder: Path) -> int | None:
@@ -66,7 +108,8 @@ def built_generation(folder: Path) -> int:
 def litter_in(folder: Path) -> set[str]:
     """What is in the directory and belongs to no checkpoint."""
     info = shardsave.inspect(folder)
-    return set(os.listdir(folder)) - {INDEX, *info.shards, *info.parts.values()}
+    assert not info.notes, info.notes
+    return set(os.listdir(folder)) - {INDEX, *info.shards, *info.parts.values(), *info.companions}
 
 
 def next_save_works(folder: Path) -> None:
