@@ -246,9 +246,6 @@ INDEXES = [
     beside("companion's length is negative", COMPANION + f"[-2, '{CRC}']", {"config.json": [-2, CRC]}),
     # Shards.
     record("shards is a list", "shards expected to be an object, it is []", of_record("shards", [])),
-    record("parts is a list", "parts expected to be an object, it is []", of_record("parts", [])),
-    record("part without a file", "part 'architecture' expected to begin with the name of its file, it has []",
-           of_record("parts", {"architecture": []})),
     record("no record of a shard", f"a record of shard {FIRST} expected, there is none", lambda ours: ours["shards"].pop(FIRST)),
     record("record of a shard above", "file names of one path component expected, it names '../x'",
            lambda ours: ours["shards"].update({"../x": [8, 8, CRC]})),
