@@ -140,7 +140,10 @@ def test_adapter_of_another_shape(tmp_path: Path) -> None:
     with pytest.raises(shardsave.IncompatibleCheckpointError) as raised:
         shardsave.load_model(other, tmp_path)
     said = str(raised.value)
-    assert "there are 4 missing from the checkpoint: base_model.model.model.layers.0.self_attn.k_proj.lora_A.default.weight" in said
+    assert (
+        "there are 4 missing from the checkpoint: base_model.model.model.layers.0.self_attn.k_proj.lora_A.default.weight"
+        in said
+    )
     assert "4 not in the module: base_model.model.model.layers.0.self_attn.v_proj.lora_A.weight" in said and "embed" not in said
     report = shardsave.load_model(other, tmp_path, strict=False)
     assert (len(report.missing), len(report.unexpected), report.tensors) == (4, 4, 4)
