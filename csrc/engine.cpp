@@ -33,6 +33,10 @@ constexpr std::size_t kMaxSlot = std::size_t{1} << 40;
 // 64 MiB with the usual slots of 8 MiB.
 constexpr std::size_t kSlots = 8;
 
+// How often the caller's thread is told how far the work is: at memory's speed some 50 MB, which a caller may want to
+// let go.
+constexpr std::chrono::milliseconds kTickInterval{10};
+
 void require(bool holds, const char* what) {
   if (!holds) throw std::invalid_argument(what);
 }
@@ -128,7 +132,7 @@ class Run {
   void wait(std::size_t threads) {
     std::unique_lock<std::mutex> hold(mutex_);
     while (ended_ < threads) {
-      worker_ended_.wait_for(hold, std::chrono::milliseconds(50));
+      worker_ended_.wait_for(hold, kTickInterval);
       hold.unlock();
       if (!stop_) hooks_.tick(done_);
       hold.lock();
