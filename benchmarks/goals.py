@@ -53,11 +53,39 @@ def all_goals(results: Results) -> list[Goal]:
         ),
         _against("warm load into a model, wall", 1.5, warm, memcpy, "wall", "wall", "memcpy"),
     ]
+    goals += _whole_modules(results)
     goals.append(_no_cold_buffered(results))
     goals += _memory(results)
     goals += _costs(results.all["costs"])
     goals += _gpu(results.all["costs"].get("gpu", {}), save)
     return goals
+
+
+def _whole_modules(results: Results) -> list[Goal]:
+    ours, theirs = "shardsave, whole module", "torch.save, whole module"
+    return [
+        _against(
+            "whole module: durable save, wall",
+            1,
+            results.of(ours, "save"),
+            results.of(theirs, "save"),
+            "wall",
+            "wall_synced",
+            "torch.save + fsync",
+        ),
+        *(
+            _against(
+                f"whole module: {cache} load, wall",
+                1,
+                results.of(ours, "new", cache),
+                results.of(theirs, "new", cache),
+                "wall",
+                "wall",
+                "torch.load",
+            )
+            for cache in ("cold", "warm")
+        ),
+    ]
 
 
 def _no_cold_buffered(results: Results) -> Goal:
@@ -92,7 +120,14 @@ def _costs(costs: dict) -> list[Goal]:
         if name not in ("failed", "inspect"):
             goals.append(_at_most(f"100,000 tensors, {name}: the whole call", 1, median(seconds), "s"))
     if "median" in costs.get("import", {}):
-        goals.append(_at_most("`import shardsave` after `import torch`", 30, costs["import"]["median"] * 1e3, "ms"))
+        goals.append(
+            _at_most(
+                "`import shardsave`, `save` and `load_model` looked up, after `import torch`",
+                30,
+                costs["import"]["median"] * 1e3,
+                "ms",
+            )
+        )
     return goals
 
 

@@ -18,6 +18,7 @@ from torch.nn.utils import parametrizations, prune
 import shardsave
 import zoo
 from conftest import SmallModel, same_bits, same_state
+from shardsave import _save
 
 X = torch.linspace(-1, 1, 160).reshape(2, 5, 16)
 
@@ -114,6 +115,8 @@ def test_every_kind_of_attribute(tmp_path: Path) -> None:
     assert again.a_config.again is again.a_config and again.a_config.names == ["a", "b"]
     assert (again.a_slotted.left, again.a_slotted.right) == (1, [2])
     assert again.a_cyclic[0] is again.a_cyclic and again.a_shared is again.a_shared_again["it"]
+    assert again.a_settings.inner.depth == (1, 2) and again.a_settings.__dict__ is again.a_settings
+    assert again.a_loud["a"] is again.a_stack[1] is again.a_shared
     assert again.a_partial.func is nn.LayerNorm and again.a_partial.keywords == {"eps": 1e-6}
     assert (again.a_array == zoo.everything()["array"]).all() and same_bits(again.a_tensor, torch.arange(3.0))
     assert again.same is again.first and again.values[1] is again.first.weight and again.parts[0] is again.first
@@ -179,6 +182,30 @@ def test_what_is_no_data_is_refused(tmp_path: Path) -> None:
         shardsave.save({}, tmp_path / "ckpt", architecture=True)
     with pytest.raises(shardsave.UnsupportedModuleError, match="model.0: a traced graph, whose code was made at run time"):
         shardsave.save(nn.Sequential(torch.fx.symbolic_trace(nn.Linear(2, 2))), tmp_path / "ckpt", architecture=True)
+
+
+def test_keys_that_would_be_others_are_refused(tmp_path: Path) -> None:
+    """Catches a dict or a set that is kept, and has keys that nobody can look up any more once it is built."""
+    model = nn.Linear(2, 2)
+    model.counts, model.seen, model.plain = {model.weight: 1}, {("a", int)}, {(1, ("b", torch.float32)): 2}  # type: ignore[assignment]
+    model.of_modules = {frozenset([nn.ReLU()])}  # type: ignore[assignment]
+    with pytest.raises(shardsave.UnsupportedModuleError) as raised:
+        shardsave.save(model, tmp_path, architecture=True)
+    words = "which is looked up by what it is and not by its value"
+    assert str(raised.value).count(words) == 2 and "model.counts: a key or element" in str(raised.value)
+    assert "model.of_modules: a key or element frozenset" in str(raised.value) and "model.seen: a key" not in str(raised.value)
+
+
+def test_an_architecture_that_nobody_could_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a document that is written, and is larger than what a reader takes."""
+    monkeypatch.setattr(_save, "MAX_HEADER_BYTES", 3000)
+    model = nn.Linear(2, 2)
+    shardsave.save(model, tmp_path, architecture=True)
+    model.table = list(range(1000))  # type: ignore[assignment]
+    with pytest.raises(
+        shardsave.UnsupportedModuleError, match=r"architecture: at most 3000 bytes .* it has \d+; nothing was written"
+    ):
+        shardsave.save(model, tmp_path, architecture=True)
 
 
 def test_hooks_are_dropped_with_one_warning(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ import torch
 import shardsave
 from faults.savers import INDEX, generation_in, litter_in, save, state
 from shardsave import _commit
-from shardsave._commit import Transaction, host_id
+from shardsave._commit import Transaction
+from shardsave._staging import host_id
 from test_crashes import in_child
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import subprocess
@@ -343,3 +344,75 @@ def test_elements_are_not_looked_at_across_their_alignment() -> None:
         and aligned.data_ptr() % 4 == 0
         and same_bits(aligned, torch.frombuffer(bytearray(range(1, 33)), dtype=torch.float32))
     )
+
+
+def test_what_lies_beside_the_weights_comes_along(tmp_path: Path) -> None:
+    """Catches a whole model that is no whole model any more once it was resharded, and one whose parts no longer fit it."""
+    model = SmallModel().eval()
+    x = torch.arange(3)
+    shardsave.save(model, tmp_path / "a", architecture=True, program=((x,), {}))
+    report = shardsave.convert(tmp_path / "a", tmp_path / "b", max_shard_size=1000)
+    assert report.shards > 1 and report.notes == ()
+    again = shardsave.build_model(tmp_path / "b", trust=["conftest"])
+    assert same(again.state_dict(), model.state_dict()) and same_bits(again.scratch, model.scratch)
+    assert same_bits(shardsave.load_program(tmp_path / "b")(x), again(x))
+    shardsave.verify(tmp_path / "b")
+    for options in ({"dtype": "bfloat16"}, {"rename": [("^", "x.")]}, {"drop": "embed.*"}):
+        report = shardsave.convert(tmp_path / "a", tmp_path / "c", **options)
+        assert report.notes == tuple(
+            f"the {part} was left out: it goes by the names and dtypes that were saved" for part in ("architecture", "program")
+        )
+        assert shardsave.inspect(tmp_path / "c").parts == {}
+    report = shardsave.convert(tmp_path / "a", tmp_path / "one.safetensors", to="safetensors")
+    assert report.notes[:2] == tuple(
+        f"the {part} was left out: one file has no place for it" for part in ("architecture", "program")
+    )
+
+
+@pytest.mark.parametrize("written", ["by us", "by them"])
+def test_a_config_comes_along(written: str, tmp_path: Path) -> None:
+    """Catches weights that transformers cannot load any more for want of a config, or with a dtype that they no longer have."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MixtralConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        num_local_experts=2,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config).eval()
+    model.lm_head.weight.requires_grad_(False)
+    if written == "by us":
+        shardsave.save(model, tmp_path / "a")
+    else:
+        model.save_pretrained(tmp_path / "a")
+    shardsave.convert(tmp_path / "a", tmp_path / "b", max_shard_size=4000)
+    again = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "b")
+    assert same(again.state_dict(), model.state_dict())
+    shardsave.convert(tmp_path / "a", tmp_path / "half", dtype="bfloat16")
+    half = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "half")
+    assert half.dtype == torch.bfloat16 and same(half.state_dict(), model.to(torch.bfloat16).state_dict())
+    for folder in ("b", "half"):
+        built = shardsave.build_model(tmp_path / folder, trust=["transformers"])
+        assert built.lm_head.weight.requires_grad is (written == "by them") and built.model.norm.weight.requires_grad
+
+
+@pytest.mark.parametrize("to", ["safetensors", "torch"])
+def test_after_a_killed_conversion(tmp_path: Path, to: str) -> None:
+    """Catches what a killed writer leaves behind staying for good, and what one that is alive has being taken from it."""
+    shardsave.save({"w": torch.ones(3, 5).t(), "x": torch.ones(200)}, tmp_path / "ckpt")
+    script = f"""
+import os, signal, sys, shardsave
+shardsave.convert(sys.argv[1], sys.argv[2], to="{to}", dtype="float64",
+                  progress=lambda done, total: os.kill(os.getpid(), signal.SIGKILL) if done > total // 2 else None)
+"""
+    target = tmp_path / f"out.{to}"
+    killed = subprocess.run([sys.executable, "-c", script, tmp_path / "ckpt", target], check=False)
+    left = sorted(name for name in os.listdir(tmp_path) if name.endswith(".part"))
+    assert killed.returncode == -9 and len(left) == 1
+    with open(tmp_path / f".out.{to}.{'0' * 16}.part", "w") as alive:
+        fcntl.flock(alive, fcntl.LOCK_EX)
+        (tmp_path / f".out.{to}.mine.part").touch()
+        shardsave.convert(tmp_path / "ckpt", target, to=to)
+        assert sorted(os.listdir(tmp_path)) == sorted(
+            ["ckpt", target.name, f".out.{to}.{'0' * 16}.part", f".out.{to}.mine.part"]
+        )
+    shardsave.convert(tmp_path / "ckpt", target, to=to)
+    assert sorted(os.listdir(tmp_path)) == sorted(["ckpt", target.name, f".out.{to}.mine.part"])

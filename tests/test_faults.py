@@ -82,6 +82,20 @@ def test_each_call_of_a_load(beneath: Path, tmp_path: Path, scenario: str, engin
     assert min(int(number) for number in re.findall(r"(\d+) trials", printed)) > 60
 
 
+@pytest.mark.parametrize("before", ["first", "overwrite"])
+@pytest.mark.parametrize("scenario", ["file_fails", "file_is_interrupted", "file_is_killed"])
+def test_each_call_of_a_conversion(beneath: Path, tmp_path: Path, scenario: str, before: str) -> None:
+    """Catches one file that is torn, a failure that is not told, a scratch file that stays for good, a descriptor that is kept."""
+    printed = run_beneath(beneath, "native", ["-m", "faults.single_file", scenario, before, str(tmp_path)])
+    assert min(int(number) for number in re.findall(r"(\d+) trials", printed)) >= 40
+
+
+def test_each_call_of_a_clean(beneath: Path, tmp_path: Path) -> None:
+    """Catches a clean that damages what it is to keep, when it fails or ends half way, and one that the next cannot finish."""
+    printed = run_beneath(beneath, "native", ["-m", "faults.single_file", "clean_meets", "overwrite", str(tmp_path)])
+    assert min(int(number) for number in re.findall(r"(\d+) trials", printed)) >= 10
+
+
 #: The names that calls have in the library, by those of the kernel.
 KERNEL = {
     "pread64": "pread", "pwrite64": "pwrite", "newfstatat": "stat", "fstat": "stat", "lstat": "stat", "fstatat": "stat",

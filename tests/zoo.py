@@ -87,6 +87,25 @@ class Property(nn.Module):
         self.changed.append(value)
 
 
+class Settings(dict):
+    """A dict whose items are its attributes as well: a pattern that many configurations follow."""
+
+    def __init__(self, **items: Any) -> None:
+        super().__init__(items)
+        self.__dict__ = self
+
+
+class Loud(dict):
+    """A dict of a class with code of its own, and attributes beside its items."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        raise AssertionError("nobody is to come by here")
+
+
+class Stack(list):
+    limit = 3
+
+
 def everything() -> dict[str, Any]:
     """One of each kind of value that an attribute may be."""
     shared = [1, 2]
@@ -110,6 +129,9 @@ def everything() -> dict[str, Any]:
         "ordered": collections.OrderedDict(b=1, a=2),
         "default": collections.defaultdict(list, {"k": [1]}),
         "counter": collections.Counter("aab"),
+        "settings": Settings(width=3, inner=Settings(depth=(1, 2))),
+        "loud": Loud({"a": shared}),
+        "stack": Stack([1, shared]),
         "deque": collections.deque([1, 2], maxlen=5),
         "dtype": torch.bfloat16,
         "device": torch.device("cuda:1"),

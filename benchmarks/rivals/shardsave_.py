@@ -10,7 +10,11 @@ from rivals.tool import Tool
 
 
 def _ready() -> None:
-    import shardsave  # noqa: F401
+    import shardsave
+
+    # What is behind a name is imported when it is first looked up.
+    for name in shardsave.__all__:
+        getattr(shardsave, name)
 
 
 def _save(model: nn.Module, path: Path) -> None:
@@ -40,7 +44,7 @@ def _new_module(path: Path):
 def _ready_for_modules() -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401  the classes that an architecture names
 
-    import shardsave  # noqa: F401
+    _ready()
 
 
 def _into(model: nn.Module, path: Path) -> None:

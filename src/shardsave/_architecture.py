@@ -14,9 +14,10 @@ import functools
 import json
 import math
 import pathlib
+import reprlib
 import types
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from shardsave._dtypes import BY_TORCH
+from shardsave._extra_tensors import ExtraTensors
 from shardsave._imports import is_dunder, name_of, version_of
 from shardsave._json import MAX_DIGITS
-from shardsave._state import PLAIN_TYPES, Entry, check_savable, plain_name, unwrap
+from shardsave._state import PLAIN_TYPES, plain_name, unwrap
 from shardsave.errors import UnsupportedModuleError
 
 FORMAT = "shardsave-architecture"
@@ -52,37 +54,6 @@ _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 _MADE_AT_RUN_TIME = {"ScriptModule": "TorchScript", "GraphModule": "a traced graph"}
 
 
-class ExtraTensors:
-    """What a model needs and its weights (``entries``) do not have: non-persistent buffers, tensors in attributes, constants."""
-
-    def __init__(self, entries: Sequence[Entry]) -> None:
-        self.kept: list[Entry] = []
-        self._by_name = {entry.name: entry.tensor for entry in entries if isinstance(entry.tensor, torch.Tensor)}
-        by_name = reversed(self._by_name.items())
-        self._by_memory = {place: name for name, tensor in by_name if (place := _memory(tensor)) is not None}
-        self._kept_by_memory: dict[Any, str] = {}
-
-    def place(self, tensor: torch.Tensor, name: str) -> tuple[str, bool]:
-        """The name under which the checkpoint has the data of ``tensor``, and whether it is an extra one."""
-        memory = _memory(tensor)
-        stored = self._by_memory.get(memory) if memory is not None else None
-        if stored is None and memory is None and name in self._by_name:
-            there = self._by_name[name]
-            stored = name if (there.shape, there.dtype) == (tensor.shape, tensor.dtype) else None
-        if stored is not None:
-            return stored, False
-        if memory is not None and memory in self._kept_by_memory:
-            return self._kept_by_memory[memory], True
-        taken = {entry.name for entry in self.kept}
-        while name in taken or name in ("", "__metadata__"):
-            name += "_"
-        check_savable(name, tensor)
-        self.kept.append(Entry(name, "buffer", None, None, tensor.detach()))
-        if memory is not None:
-            self._kept_by_memory[memory] = name
-        return name, True
-
-
 def describe(module: nn.Module, extra: ExtraTensors) -> bytes:
     """The tree of ``module`` as data, in JSON; what it needs beside the weights is added to ``extra``.
 
@@ -93,7 +64,7 @@ def describe(module: nn.Module, extra: ExtraTensors) -> bytes:
     if writer.refused:
         raise UnsupportedModuleError(f"cannot save the architecture: {'; '.join(writer.refused)}; nothing was written")
     if writer.dropped_hooks:
-        warnings.warn(f"hooks are not kept in an architecture: {', '.join(writer.dropped_hooks)}", stacklevel=4)
+        warnings.warn(f"hooks are not kept in an architecture: {', '.join(writer.dropped_hooks)}", stacklevel=5)
     document = {
         "format": FORMAT,
         "version": 1,
@@ -256,8 +227,10 @@ class _Writer:
         kind = type(thing)
         if kind is list:
             return {"list": self._values(thing, path)}
-        if kind in (set, collections.deque):
-            return {kind.__name__: self._values(thing, path), **({"maxlen": thing.maxlen} if kind is collections.deque else {})}
+        if kind is set:
+            return {"set": self._keys(thing, path)}
+        if kind is collections.deque:
+            return {"deque": self._values(thing, path), "maxlen": thing.maxlen}
         if kind is dict:
             return {"dict": self._pairs(thing, path)}
         for name, known in DICT_TYPES.items():
@@ -271,21 +244,31 @@ class _Writer:
     def _instance(self, thing: Any, path: str) -> dict[str, Any]:
         """An instance of a class in Python, whose state are its attributes, as pickle sees it."""
         kind = type(thing)
+        base = container_of(kind)
         plain = (
-            all(getattr(kind, name) is getattr(object, name) for name in ("__reduce_ex__", "__reduce__"))
+            all(getattr(kind, name) is getattr(base, name) for name in ("__reduce_ex__", "__reduce__"))
             and not hasattr(kind, "__getnewargs_ex__")
             and not hasattr(kind, "__getnewargs__")
             and kind.__flags__ & _HEAP_TYPE
-            and kind.__basicsize__ <= _PLAIN_SIZE + 8 * len(_slots(kind))
+            and kind.__basicsize__ <= type("Plain", (base,), {}).__basicsize__ + 8 * len(_slots(kind))
         )
         if not plain:
             self._refuse(path, f"a {kind.__module__}.{kind.__qualname__}, which cannot be kept as data")
             return {}
         node: dict[str, Any] = {"object": self._import(kind, path)}
+        if issubclass(base, dict):
+            node["items"] = self._pairs(dict(base.items(thing)), path)
+        elif base is list:
+            node["elements"] = self._values(list.__iter__(thing), path)
+        elif base is set:
+            node["elements"] = self._keys(set.__iter__(thing), path)
         if (given := _own_getstate(kind)) is not None:
             node["state"] = self._value(given(thing), f"{path}.__getstate__()")
             return node
-        attributes = dict(getattr(thing, "__dict__", {}))
+        if (own := getattr(thing, "__dict__", {})) is thing:  # a dict whose items are its attributes too
+            node["attributes_are_items"] = True
+            return node
+        attributes = dict(own)
         attributes.update({slot: getattr(thing, slot) for slot in _slots(kind) if hasattr(thing, slot)})
         node["attributes"] = self._attributes(attributes, path)
         return node
@@ -296,7 +279,18 @@ class _Writer:
         return [self._value(thing, f"{path}[{place}]") for place, thing in enumerate(things)]
 
     def _pairs(self, things: Mapping[Any, Any], path: str) -> list[list[Any]]:
-        return [[self._value(key, f"{path}, a key"), self._value(value, f"{path}[{key!r}]")] for key, value in things.items()]
+        keys = self._keys(things, path)
+        return [[key, self._value(value, f"{path}[{_short(name)}]")] for key, (name, value) in zip(keys, things.items())]
+
+    def _keys(self, things: Iterable[Any], path: str) -> list[Any]:
+        """What can be looked up by its value alone: an object is another one when it is built again."""
+        made = []
+        for thing in things:
+            if not is_key(thing):
+                self._refuse(path, f"a key or element {_short(thing)}, which is looked up by what it is and not by its value")
+                continue
+            made.append(self._value(thing, f"{path}, a key"))
+        return made
 
     def _value(self, thing: Any, path: str) -> Any:
         kind = type(thing)
@@ -314,9 +308,10 @@ class _Writer:
         if simple is not None:
             tag, value = simple
             return {tag: value(thing)}
-        if kind in (tuple, frozenset, torch.Size):
-            tag = "size" if kind is torch.Size else kind.__name__
-            return {tag: self._values(thing, path)}
+        if kind is frozenset:
+            return {"frozenset": self._keys(thing, path)}
+        if kind in (tuple, torch.Size):
+            return {"size" if kind is torch.Size else "tuple": self._values(thing, path)}
         if kind is slice:
             return {"slice": self._values((thing.start, thing.stop, thing.step), path)}
         if kind is functools.partial:
@@ -366,7 +361,21 @@ _SIMPLE: Mapping[type, tuple[str, Callable[[Any], Any]]] = {
 }
 
 _HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made by a class statement
-_PLAIN_SIZE = type("Plain", (), {}).__basicsize__
+_CONTAINERS = (collections.OrderedDict, dict, list, set)
+_KEYS = (type(None), bool, int, float, str, bytes, complex, range, pathlib.PurePath, torch.dtype, torch.device, enum.Enum, type,
+         *_FUNCTIONS, np.generic)  # fmt: skip
+
+
+def container_of(kind: type) -> type:
+    """The type of Python's own that ``kind`` gets its elements from; ``object`` where it has none."""
+    return next((base for base in _CONTAINERS if issubclass(kind, base)), object)
+
+
+def is_key(thing: object) -> bool:
+    """Whether ``thing`` is looked up by its value, in a set or as the key of a dict."""
+    if isinstance(thing, (tuple, frozenset)):
+        return all(map(is_key, thing))
+    return isinstance(thing, _KEYS)
 
 
 def shadows_method(kind: type, name: str, value: Any) -> bool:
@@ -391,13 +400,6 @@ def _own_getstate(kind: type) -> Callable[[Any], Any] | None:
     return given if given is not getattr(object, "__getstate__", None) else None
 
 
-def _memory(tensor: torch.Tensor) -> tuple[Any, ...] | None:
-    """What two tensors that are the same memory have in common; None where there is none."""
-    if type(tensor) not in PLAIN_TYPES or tensor.layout is not torch.strided or not (address := tensor.data_ptr()):
-        return None
-    return address, tensor.dtype, tensor.shape, tensor.stride(), str(tensor.device), tensor.is_conj(), tensor.is_neg()
-
-
 def _dense(tensor: torch.Tensor) -> bool:
     """Whether the elements fill their memory without a gap, in whatever order."""
     expected = 1
@@ -418,6 +420,10 @@ def _nameless(thing: Any) -> str:
     if isinstance(thing, type):
         return f"class {thing.__module__}.{thing.__qualname__}, which cannot be imported; define it at the top of a module"
     return f"{thing!r}, which cannot be imported"
+
+
+def _short(thing: object) -> str:
+    return reprlib.repr(thing)
 
 
 def _who(hook: Any) -> str:

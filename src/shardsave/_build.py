@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from shardsave._arguments import check_path, check_progress, check_switches
-from shardsave._builder import Builder, Document
+from shardsave._builder import Builder
 from shardsave._checkpoint import PARTS, Checkpoint, open_checkpoint
 from shardsave._conversion import conversion
 from shardsave._dtypes import BY_NAME, torch_shape
@@ -22,6 +22,7 @@ from shardsave._load import Device, device_of, load_model
 from shardsave._program import ProgramDocument
 from shardsave._progress import Progress, ProgressArgument
 from shardsave._read import ReadTotals, Target, read_tensors
+from shardsave._values import Document
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError
 
 

@@ -9,9 +9,10 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from shardsave._companions import COMPANION_NAMES, STAGING_PATTERN
+from shardsave._companions import COMPANION_NAMES
 from shardsave._files import CallFailed, Descriptor, call, inode_of, is_regular, read_all
 from shardsave._index import LONE_NAME, OWN_PATTERN, Index, Superseded
+from shardsave._staging import STAGING_PATTERN
 
 _MAX_LIST_BYTES = 64_000_000
 

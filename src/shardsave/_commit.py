@@ -8,21 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
-import platform
 import secrets
 import shlex
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 
 from shardsave._clean import clean, files_of, remove_dead_staging, remove_staging, staging_of_others
-from shardsave._companions import COMPANION_NAMES, MAX_COMPANION_BYTES, STAGING_PATTERN, finish_dead_savers, record_of
-from shardsave._crc64 import crc64
-from shardsave._files import CallFailed, Descriptor, allocate, call, inode_of, make_folders, open_regular, read_all, write_all
+from shardsave._companions import StagedCompanions, finish_dead_savers
+from shardsave._files import CallFailed, call, inode_of, make_folders, read_all
 from shardsave._index import (
     INDEX_NAME,
     LONE_NAME,
@@ -36,6 +32,7 @@ from shardsave._index import (
     shard_names,
 )
 from shardsave._lock import DirectoryLock
+from shardsave._staging import NO_LINKS, STAGING_PATTERN, StagedShard, Staging, host_id, sync_file, sync_there
 from shardsave._words import count, some
 from shardsave.errors import (
     CorruptCheckpointError,
@@ -51,15 +48,6 @@ from shardsave.errors import (
 LIST_NAME, NEW_INDEX_NAME = "names", "index"
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
-
-
-@dataclass(frozen=True, slots=True)
-class StagedShard:
-    """A shard that is being written: its final name, and the file that is written."""
-
-    name: str
-    file: Descriptor
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +72,11 @@ class Transaction:
         self._durable = durable
         self._lock_timeout = lock_timeout
         self._lock = DirectoryLock()
-        self._staging: str | None = None
-        self._staging_folder = Descriptor()
-        self._staged: list[StagedShard] = []
+        self._staging = Staging(durable=durable)
+        self._staged: list[str] = []  # the names of what is to be moved
         self._names: list[str] = []
         self._moving: list[str] = []
-        self._companions: list[str] = []  # those that are staged
-        self._free: set[str] = set()  # those of them whose names were free
-        self._linked: set[str] = set()  # those of them that have their names
+        self._companions = StagedCompanions(self._staging, durable=durable)
         self._attempted = False
         self._committed = False
         self._settled = False
@@ -136,7 +121,7 @@ class Transaction:
         """Makes the previous commit durable, whoever made it, before anything rests on it; then reads it."""
         with self._before_commit():
             if self._durable:
-                self._sync_there(INDEX_NAME)
+                sync_there(INDEX_NAME, self._lock.fd, wanted=True)
                 self._sync(self._lock.fd, "")
             self.supersedes = self._find_lone()
             self._old_bytes = read_all(INDEX_NAME, self._lock.fd, MAX_INDEX_BYTES)
@@ -150,12 +135,6 @@ class Transaction:
             with self._before_commit():
                 if finish_dead_savers(self._lock.fd, self._old.record.companions, self._is_dead):
                     self._sync(self._lock.fd, "")
-
-    def _sync_there(self, name: str) -> None:
-        """Makes the content of what others may have written durable."""
-        with Descriptor() as file:
-            if open_regular(file, name, self._lock.fd):
-                self._sync(file.fd, name)
 
     def _find_lone(self) -> Superseded | None:
         try:
@@ -215,75 +194,32 @@ class Transaction:
 
     def create(self, name: str, length: int) -> StagedShard:
         """Makes the staged file of shard ``name``, ``length`` bytes long and reserved where the file system can."""
-        shard = StagedShard(name, Descriptor())
         with self._before_commit():
-            self._make_staging()
-            self._staged.append(shard)
-            self._open_staged(shard.file, name)
-            allocate(shard.file.fd, name, length)
-        return shard
-
-    def add_companions(self, companions: Mapping[str, bytes]) -> dict[str, FileRecord]:
-        """Stages files that are to lie beside the weights, except those that lie there already; what the index says of them."""
-        with self._before_commit():
-            for name, data in companions.items():
-                assert name in COMPANION_NAMES and len(data) <= MAX_COMPANION_BYTES
-                there = read_all(name, self._lock.fd, MAX_COMPANION_BYTES)
-                if there == data:
-                    self._sync_there(name)
-                    continue
-                if there is None:
-                    self._free.add(name)
-                self._make_staging()
-                self._write_staged(name, data)
-                self._companions.append(name)
-        return {name: record_of(data) for name, data in companions.items()}
-
-    def add_second_name(self, shard: str, name: str) -> None:
-        """Stages ``name``, a companion's, for the content of the sealed ``shard``: where other readers look for it."""
-        assert name in COMPANION_NAMES
-        inside = self._staging_folder.fd
-        with self._before_commit():
-            if inode_of(name, self._lock.fd) is None:
-                self._free.add(name)
-            try:
-                call(os.link, name, shard, name, src_dir_fd=inside, dst_dir_fd=inside, follow_symlinks=False)
-            except CallFailed as error:
-                if error.errno not in _NO_LINKS:
-                    raise
-                self._write_staged(name, read_all(shard, inside, sys.maxsize) or b"")
-            self._companions.append(name)
-
-    def _make_staging(self) -> None:
-        if self._staging_folder.fd >= 0:
-            return
-        name = self._staging = f".shardsave-{host_id()}{secrets.token_hex(4)}"
-        assert STAGING_PATTERN.fullmatch(name)
-        call(os.mkdir, name, name, dir_fd=self._lock.fd)
-        self._staging_folder.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, self._lock.fd)
-        self._sync(self._lock.fd, "")
-
-    def _open_staged(self, file: Descriptor, name: str) -> None:
-        file.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, self._staging_folder.fd)
+            self._staging.make(self._lock.fd)
+            self._staged.append(name)
+            return self._staging.create(name, length)
 
     def seal(self, shard: StagedShard, length: int, header: bytes) -> None:
-        """Ends a shard whose data is written: true length, then header, then fsync on this same descriptor, then close."""
-        name, fd = shard.name, shard.file.fd
+        """Ends a shard whose data is written, with its true length and its header, and closes it."""
         with self._before_commit():
-            call(os.ftruncate, name, fd, length)
-            flags = call(fcntl.fcntl, name, fd, fcntl.F_GETFL)
-            call(fcntl.fcntl, name, fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
-            write_all(fd, name, header)
-            self._sync(fd, name)
-            shard.file.close(name)
+            self._staging.seal(shard, length, header)
 
     def stage(self, name: str, data: bytes) -> None:
-        """Makes a part of the checkpoint that is ``data`` and nothing else, whole and durable in the staging directory."""
-        shard = StagedShard(name, Descriptor())
+        """Makes a part of the checkpoint that is ``data`` and nothing else."""
         with self._before_commit():
-            self._make_staging()
-            self._staged.append(shard)
-            self._write_staged(name, data)
+            self._staging.make(self._lock.fd)
+            self._staged.append(name)
+            self._staging.write(name, data)
+
+    def add_companions(self, companions: Mapping[str, bytes]) -> dict[str, FileRecord]:
+        """Stages files that are to lie beside the weights; what the index says of them."""
+        with self._before_commit():
+            return self._companions.add(companions, self._lock.fd)
+
+    def add_second_name(self, shard: str, name: str) -> None:
+        """Stages ``name``, a companion's, for the content of the sealed ``shard``."""
+        with self._before_commit():
+            self._companions.add_second_name(shard, name, self._lock.fd)
 
     def commit(self, index: Index) -> CommitOutcome:
         """Makes the sealed shards and ``index`` the checkpoint of the directory.
@@ -293,52 +229,39 @@ class Transaction:
         """
         encoded = encode_index(index)
         try:
-            self._move()
+            self._move_all()
             self._publish(encoded)
         except BaseException as error:
             self._settle(encoded, error)
         self._settled = True
         return self._clean(index)
 
-    def _move(self) -> None:
+    def _move_all(self) -> None:
         """Gives the shards their final names, after writing down which these are and what the commit will replace."""
-        self._make_staging()
+        self._staging.make(self._lock.fd)
         replaced = files_of(self._old) if self._old is not None else ()
-        self._write_staged(LIST_NAME, json.dumps([*self._names, *sorted(replaced)]).encode())
-        self._sync(self._staging_folder.fd, self._staging or "")
-        for shard in self._staged:
-            self._moving.append(shard.name)
-            self._move_shard(shard.name)
-        for name in sorted(self._free):
-            self._link_companion(name)
+        self._staging.write(LIST_NAME, json.dumps([*self._names, *sorted(replaced)]).encode())
+        self._staging.sync()
+        for name in self._staged:
+            self._moving.append(name)
+            self._move(name)
+        self._companions.link_free(self._lock.fd)
         self._sync(self._lock.fd, "")
 
-    def _link_companion(self, name: str) -> None:
-        """Gives a companion its name where that is free: nothing that is there can be taken for a part of another checkpoint."""
-        self._linked.add(name)
-        folders = {"src_dir_fd": self._staging_folder.fd, "dst_dir_fd": self._lock.fd}
-        try:
-            call(os.link, name, name, name, **folders, follow_symlinks=False)
-        except CallFailed as error:
-            if error.errno not in (errno.EEXIST, *_NO_LINKS):
-                raise
-            self._linked.remove(name)
-
-    def _move_shard(self, name: str) -> None:
+    def _move(self, name: str) -> None:
         """By link(2), which unlike rename(2) never replaces: what others made under this name meanwhile is theirs.
 
         The staged name goes with its directory. Where there are no links, a name that is taken is looked for first.
         """
-        folders = {"src_dir_fd": self._staging_folder.fd, "dst_dir_fd": self._lock.fd}
         try:
-            return call(os.link, name, name, name, **folders, follow_symlinks=False)
+            return self._staging.link(name, self._lock.fd)
         except CallFailed as error:
-            if error.errno not in (errno.EEXIST, *_NO_LINKS):
+            if error.errno not in (errno.EEXIST, *NO_LINKS):
                 raise
         there = inode_of(name, self._lock.fd)
         if there is None:
-            call(os.rename, name, name, name, **folders)
-        elif there != inode_of(name, self._staging_folder.fd):  # NFS may say so of a link that it has just made
+            self._staging.rename(name, name, self._lock.fd)
+        elif there != self._staging.inode_of(name):  # NFS may say so of a link that it has just made
             self._moving.remove(name)
             raise DirectoryBusyError(
                 f"cannot save to {self.path}: {name} was expected to be free, someone made a file of that name meanwhile, "
@@ -346,7 +269,7 @@ class Transaction:
             )
 
     def _publish(self, index: bytes) -> None:
-        self._write_staged(NEW_INDEX_NAME, index)
+        self._staging.write(NEW_INDEX_NAME, index)
         if read_all(INDEX_NAME, self._lock.fd, MAX_INDEX_BYTES) != self._old_bytes:
             raise DirectoryBusyError(
                 f"cannot save to {self.path}: {INDEX_NAME} was expected to stay as it was, another host replaced it; "
@@ -359,20 +282,15 @@ class Transaction:
                     f"during the save; nothing was committed, what was in it is as it was"
                 )
         self._attempted = True
-        self._rename_into_place(NEW_INDEX_NAME, INDEX_NAME)
+        self._staging.rename(NEW_INDEX_NAME, INDEX_NAME, self._lock.fd)
         self._sync(self._lock.fd, "")
         self._committed = True
-        for name in self._replacing():  # only now: a loss of power must not leave the old weights beside a new config
-            self._rename_into_place(name, name)
-        if self._replacing():
+        for (
+            name
+        ) in self._companions.replacing():  # only now: a loss of power must not leave the old weights beside a new config
+            self._staging.rename(name, name, self._lock.fd)
+        if self._companions.replacing():
             self._sync(self._lock.fd, "")
-
-    def _replacing(self) -> list[str]:
-        """The companions that take the place of others."""
-        return [name for name in self._companions if name not in self._linked]
-
-    def _rename_into_place(self, staged: str, name: str) -> None:
-        call(os.rename, name, staged, name, src_dir_fd=self._staging_folder.fd, dst_dir_fd=self._lock.fd)
 
     def _settle(self, index: bytes, error: BaseException) -> None:
         """Finds out what a failed or interrupted commit has become, and raises what is true of it."""
@@ -396,8 +314,9 @@ class Transaction:
         if not isinstance(error, CallFailed):
             raise error
         if self._committed:
+            uncertain = " and ".join(self._companions.replacing())
             raise DurabilityUncertainError(
-                f"saved, but {' and '.join(self._replacing())} may still be of the previous checkpoint: {self.path}: {_words(error)}, "
+                f"saved, but {uncertain} may still be of the previous checkpoint: {self.path}: {_words(error)}, "
                 f"once the new weights were in place for good; the next save finishes this, until then readers are told"
             ) from error
         raise DurabilityUncertainError(
@@ -409,16 +328,16 @@ class Transaction:
         notes = [] if self._lock.held else ["the file system has no locks: savers are not ordered"]
         if self._old_unreadable:
             notes.append(f"nothing was removed, since the replaced index cannot be read ({self._old_unreadable})")
-        assert self._staging is not None
+        assert self._staging.name is not None
         leftovers: list[str] = []
-        if others := staging_of_others(self._lock.fd, self._host(), self._staging, leftovers):
+        if others := staging_of_others(self._lock.fd, self._host(), self._staging.name, leftovers):
             notes.append(
                 f"{count(len(others), 'leaving')} of saves on other hosts, which may still be at work, stay: {some(others)} "
                 f"(once they are not: shardsave clean {shlex.quote(self.path)} --other-hosts)"
             )
         leftovers += clean(
             self._lock.fd,
-            own_staging=self._staging,
+            own_staging=self._staging.name,
             host=self._host(),
             old=self._old,
             new=new,
@@ -433,28 +352,18 @@ class Transaction:
             return
         with contextlib.ExitStack() as ending:  # an interrupt in the middle leaves litter for the next save, never a lock
             ending.callback(self._lock.close)
-            ending.callback(self._staging_folder.abandon)
+            ending.callback(self._staging.close)
             self._abandon()
 
     def _abandon(self) -> None:
-        for shard in self._staged:
-            shard.file.abandon()
-        if self._lock.fd >= 0 and not self._settled and self._staging is not None:
+        self._staging.abandon()
+        if self._lock.fd >= 0 and not self._settled and self._staging.name is not None:
             named = files_of(self._old) if self._old is not None else frozenset()
-            finals, named = self._moving, named - self._linked
-            remove_staging(self._lock.fd, self._staging, finals=finals, named=named, durable=self._durable)
-
-    def _write_staged(self, name: str, data: bytes) -> None:
-        with Descriptor() as file:
-            self._open_staged(file, name)
-            write_all(file.fd, name, data)
-            self._sync(file.fd, name)
-            file.close(name)
+            finals, named = self._moving, named - self._companions.linked
+            remove_staging(self._lock.fd, self._staging.name, finals=finals, named=named, durable=self._durable)
 
     def _sync(self, fd: int, name: str) -> None:
-        """fsync, once: after an error the kernel has dropped the pages, and a second call would lie."""
-        if self._durable:
-            call(os.fsync, name, fd)
+        sync_file(fd, name, wanted=self._durable)
 
     def failure(self, call: str, name: str, number: int, reason: str, needed: int | None) -> ShardSaveError:
         """The error for a call that failed before the commit, of the class that its error number asks for."""
@@ -486,16 +395,6 @@ def _current_directory(path: str) -> str:
             f"cannot save to {path}: a path from the current directory was given, that is not there any more: {_words(error)}; "
             f"nothing was written"
         ) from error
-
-
-def host_id() -> str:
-    """Eight hex digits for this host: what its savers leave behind is known to be dead by whoever holds the lock here."""
-    try:
-        with open("/etc/machine-id", "rb") as file:
-            machine = file.read(64)
-    except OSError:
-        machine = b""
-    return f"{crc64(platform.node().encode() + machine) & 0xFFFF_FFFF:08x}"
 
 
 def _words(error: BaseException) -> str:

@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 from collections.abc import Callable, Mapping
 
 from shardsave._crc64 import crc64, joined
-from shardsave._files import CallFailed, Descriptor, call, open_regular
+from shardsave._files import CallFailed, Descriptor, call, inode_of, open_regular, read_all
 from shardsave._index import FileRecord
+from shardsave._staging import NO_LINKS, STAGING_PATTERN, Staging, sync_there
+
+#: The configs of a transformers model.
+CONFIG_NAMES = ("config.json", "generation_config.json")
 
 #: The only names that are put beside weights, replaced or removed.
-COMPANION_NAMES = frozenset({"config.json", "generation_config.json", "adapter_config.json", "adapter_model.safetensors"})
-
-#: Staging directories: eight hex digits for the host, eight at random.
-STAGING_PATTERN = re.compile(r"\.shardsave-([0-9a-f]{8})[0-9a-f]{8}")
+COMPANION_NAMES = frozenset({*CONFIG_NAMES, "adapter_config.json", "adapter_model.safetensors"})
 
 #: What is given as bytes is at most this long.
 MAX_COMPANION_BYTES = 64_000_000
@@ -29,9 +29,56 @@ MAX_COMPANION_BYTES = 64_000_000
 _STEP = 1 << 20
 
 
-def record_of(data: bytes) -> FileRecord:
-    """What the index says of a companion with this content."""
-    return FileRecord(len(data), crc64(data))
+class StagedCompanions:
+    """The companions of one save, staged. Those whose names are free get them before the commit, the others wait for it.
+
+    Every method raises CallFailed. ``folder`` is the locked directory's descriptor.
+    """
+
+    def __init__(self, staging: Staging, *, durable: bool) -> None:
+        self.linked: set[str] = set()  # those that have their names
+        self._staging = staging
+        self._durable = durable
+        self._staged: list[str] = []
+        self._free: set[str] = set()
+
+    def add(self, companions: Mapping[str, bytes], folder: int) -> dict[str, FileRecord]:
+        """Stages files, name → content, except those that lie there already; what the index says of all of them."""
+        for name, data in companions.items():
+            assert name in COMPANION_NAMES and len(data) <= MAX_COMPANION_BYTES
+            there = read_all(name, folder, MAX_COMPANION_BYTES)
+            if there == data:
+                sync_there(name, folder, wanted=self._durable)
+                continue
+            if there is None:
+                self._free.add(name)
+            self._staging.make(folder)
+            self._staging.write(name, data)
+            self._staged.append(name)
+        return {name: FileRecord(len(data), crc64(data)) for name, data in companions.items()}
+
+    def add_second_name(self, shard: str, name: str, folder: int) -> None:
+        """Stages ``name`` for the content of the sealed ``shard``: where other readers look for it."""
+        assert name in COMPANION_NAMES
+        if inode_of(name, folder) is None:
+            self._free.add(name)
+        self._staging.add_name(name, shard)
+        self._staged.append(name)
+
+    def link_free(self, folder: int) -> None:
+        """Gives those their names whose names are free: nothing that is there can be taken for a part of another checkpoint."""
+        for name in sorted(self._free):
+            self.linked.add(name)
+            try:
+                self._staging.link(name, folder)
+            except CallFailed as error:
+                if error.errno not in (errno.EEXIST, *NO_LINKS):
+                    raise
+                self.linked.remove(name)
+
+    def replacing(self) -> list[str]:
+        """Those that take the place of others."""
+        return [name for name in self._staged if name not in self.linked]
 
 
 def finish_dead_savers(folder: int, companions: Mapping[str, FileRecord], is_dead: Callable[[str], bool]) -> bool:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import os
-import secrets
-import shutil
 import stat
 import sys
 import time
@@ -15,21 +14,22 @@ from typing import Any, Literal, Union
 
 import torch
 
-from shardsave._arguments import check_path, check_progress, check_switches
+from shardsave._arguments import check_path, check_progress, check_switches, parse_size
 from shardsave._assembled import Assembled, Part
 from shardsave._changes import Drop, Names, Rename, cast_of, check_dtype, patterns, replacements
 from shardsave._ending import verb
 from shardsave._files import kind_of
 from shardsave._foreign import Origin, open_origin
 from shardsave._format import CHECKSUM_KEY
+from shardsave._index import INDEX_NAME
 from shardsave._map import let_go
 from shardsave._progress import Progress, ProgressArgument
 from shardsave._read import ReadTotals, Target, read_tensors
 from shardsave._reports import ConvertReport, Phases
-from shardsave._save import parse_size, save
-from shardsave._single import Written, fits_torch, write_safetensors, write_torch
-from shardsave._state import Entry, State, check_savable, read_state
-from shardsave.errors import IncompatibleCheckpointError, SaveNotCommittedError
+from shardsave._save import save
+from shardsave._single import NewFile, Written, fits_torch, write_safetensors, write_torch
+from shardsave._state import Beside, Entry, State, check_savable, read_state
+from shardsave.errors import IncompatibleCheckpointError, OutOfSpaceError, SaveNotCommittedError, ShardSaveError
 
 Form = Literal["shardsave", "safetensors", "torch"]
 
@@ -104,6 +104,9 @@ def convert(
         origin = open_origin(read_from, key, names.wanted, closing)
         _check_destination(read_from, write_to, to, origin)
         state = _state(origin, names, target, read_from)
+        beside, left_out = _beside(origin, names, to, target)
+        if to == "shardsave":
+            state = state._replace(beside=beside)
         total = _bytes_of(state)
         checked = sum(t.nbytes for t in origin.stored) if verify else 0
         with Progress(progress, "converting", checked + total) as shown:
@@ -124,7 +127,7 @@ def convert(
         direct=written.direct,
         staging_bytes=written.staging_bytes,
         pinned=False,
-        notes=tuple(dict.fromkeys([*origin.notes, *written.notes])),
+        notes=tuple(dict.fromkeys([*origin.notes, *left_out, *written.notes])),
         source=read_from,
         kind=origin.kind,
         to=to,
@@ -174,8 +177,35 @@ def _state(origin: Origin, names: Names, target: torch.dtype | None, path: str) 
     return State(tuple(made), origin.flags is not None, whole.overlaps)
 
 
+def _beside(origin: Origin, names: Names, to: Form, target: torch.dtype | None) -> tuple[Beside, tuple[str, ...]]:
+    """What comes along beside the weights, and a note of what does not: an architecture and a program go by the names and dtypes saved."""
+    beside, changed = origin.beside, bool(names.dropped or names.renamed)
+    if target is not None:
+        beside = beside._replace(companions={name: _with_dtype(data, target) for name, data in beside.companions.items()})
+    if to == "shardsave" and not changed and target is None:
+        return beside, ()
+    left = sorted(beside.documents)
+    why = "one file has no place for it" if to != "shardsave" else "it goes by the names and dtypes that were saved"
+    notes = tuple(f"the {part} was left out: {why}" for part in left)
+    return Beside(companions=beside.companions, module_flags=None if changed else beside.module_flags), notes
+
+
+def _with_dtype(config: bytes, dtype: torch.dtype) -> bytes:
+    """A transformers config in which weights of another dtype are expected; as it is, where it is none that says so."""
+    try:
+        made = json.loads(config)
+    except (ValueError, RecursionError):
+        return config
+    told = [key for key in ("dtype", "torch_dtype") if isinstance(made, dict) and isinstance(made.get(key), str)]
+    if not told:
+        return config
+    made.update(dict.fromkeys(told, str(dtype).removeprefix("torch.")))
+    return f"{json.dumps(made, indent=2)}\n".encode()
+
+
 def _bytes_of(state: State) -> int:
-    return sum(e.tensor.numel() * (e.cast or e.tensor.dtype).itemsize for e in state.entries if e.tied_to is None)
+    stored = [*(entry for entry in state.entries if entry.tied_to is None), *state.beside.extra]
+    return sum(entry.tensor.numel() * (entry.cast or entry.tensor.dtype).itemsize for entry in stored)
 
 
 def _verify(origin: Origin, wanted: bool, shown: Progress) -> bool | None:
@@ -215,27 +245,31 @@ class _Writer:
         told = {name: value for name, value in self._origin.metadata.items() if isinstance(value, str)}
         kept = {name: value for name, value in told.items() if name not in names and name not in ("format", CHECKSUM_KEY)}
         tick = _LettingGo(self._origin.mappings, self._shown.tick)
-        written = write_safetensors(self._path, state.entries, kept, self._durable, tick)
+        with NewFile(self._path, self._durable) as new:
+            written = write_safetensors(new, state.entries, kept, self._durable, tick)
         return written._replace(notes=(*written.notes, *self._lost(kept)))
 
     def torch(self, state: State) -> Written:
-        if all(fits_torch(entry) for entry in state.entries if entry.tied_to is None):
-            written = write_torch(self._path, state.entries, self._durable, _LettingGo(self._origin.mappings, self._shown.tick))
-            return written._replace(notes=(*written.notes, *self._lost({})))
-        # torch.save takes tensors that lie in memory as they are to lie in the file: these are put into a file first, and mapped.
-        folder, name = os.path.split(os.path.abspath(self._path))
-        scratch = os.path.join(folder, f".{name[:100]}.{secrets.token_hex(8)}.part.d")
-        quiet = _LettingGo(self._origin.mappings, lambda done: None)
-        try:
-            save(state, scratch, max_shard_size=sys.maxsize, durable=False, progress=quiet)
-            with ExitStack() as closing:
-                ready = open_origin(scratch, None, lambda name: True, closing)
-                again = _state(ready, Names((), ()), None, scratch)
-                tick = _LettingGo(ready.mappings, self._shown.tick)
-                written = write_torch(self._path, again.entries, self._durable, tick)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        with NewFile(self._path, self._durable) as new:
+            written = self._torch(state, new)
         return written._replace(notes=(*written.notes, *self._lost({})))
+
+    def _torch(self, state: State, new: NewFile) -> Written:
+        if all(fits_torch(entry) for entry in state.entries if entry.tied_to is None):
+            return write_torch(new, state.entries, _LettingGo(self._origin.mappings, self._shown.tick))
+        # torch.save takes tensors that lie in memory as they are to lie in the file: these are put into a file first, and mapped.
+        quiet = _LettingGo(self._origin.mappings, lambda done: None)
+        with ExitStack() as closing:
+            try:
+                save(state, new.workspace, max_shard_size=sys.maxsize, durable=False, progress=quiet)
+                ready = open_origin(os.path.join(new.workspace, INDEX_NAME), None, lambda name: True, closing)
+            except ShardSaveError as error:
+                kind = OutOfSpaceError if isinstance(error, OutOfSpaceError) else SaveNotCommittedError
+                raise kind(
+                    f"cannot write {new.path} by way of a directory beside it: {error}; what was at {new.path} is as it was"
+                ) from error
+            again = _state(ready, Names((), ()), None, new.workspace)
+            return write_torch(new, again.entries, _LettingGo(ready.mappings, self._shown.tick))
 
     def _lost(self, kept: Mapping[str, str]) -> tuple[str, ...]:
         """What one file has no place for."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
@@ -12,13 +13,15 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from shardsave._assembled import Assembled
-from shardsave._checkpoint import Checkpoint, Located, open_checkpoint
+from shardsave._checkpoint import PARTS, Checkpoint, Located, open_checkpoint
+from shardsave._companions import CONFIG_NAMES, MAX_COMPANION_BYTES
 from shardsave._distributed import TABLE_NAME, read_distributed
-from shardsave._files import CallFailed, call
-from shardsave._find import find
+from shardsave._files import CallFailed, Descriptor, call, read_all
+from shardsave._find import cannot_read, find
 from shardsave._format import CHECKSUM_KEY
 from shardsave._index import INDEX_NAME, LONE_NAME, parse_index
 from shardsave._map import Maps
+from shardsave._state import Beside, Entry
 from shardsave._torch_file import read_torch_file
 from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError
 
@@ -34,7 +37,8 @@ class Origin(NamedTuple):
     """What a conversion begins with. ``values`` by name are tensors, or else what a file has in their place.
 
     ``kind``: "shardsave", "safetensors", "torch" or "distributed". ``flags``: name → frozen, None where unknown. ``stored``: what
-    has checksums, in the open ``checkpoint``. ``files``: every file that it lies in.
+    has checksums, in the open ``checkpoint``. ``files``: every file that it lies in. ``beside``: what comes along where nothing is
+    changed.
     """
 
     kind: str
@@ -46,6 +50,7 @@ class Origin(NamedTuple):
     notes: tuple[str, ...]
     checkpoint: Checkpoint | None = None
     stored: tuple[Located, ...] = ()
+    beside: Beside = Beside()
 
 
 def open_origin(path: str, key: str | None, wanted: Wanted, closing: ExitStack) -> Origin:
@@ -53,20 +58,38 @@ def open_origin(path: str, key: str | None, wanted: Wanted, closing: ExitStack) 
 
     Raises CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError, UntrustedCodeError.
     """
-    if _is_folder(path):
-        path = _snapshot(path)
-        if _has(path, INDEX_NAME) or _has(path, LONE_NAME):
-            return _from_checkpoint(path, key, wanted, closing)
-        if _has(path, TABLE_NAME):
-            return _from_distributed(path, key, wanted)
-        if _has(path, TORCH_INDEX_NAME):
-            return _from_shards(os.path.join(path, TORCH_INDEX_NAME), key, wanted)
-        if _has(path, TORCH_NAME):
-            return _from_torch(os.path.join(path, TORCH_NAME), key, wanted)
-        looked_for = f"{LONE_NAME}, {INDEX_NAME}, {TORCH_NAME}, {TORCH_INDEX_NAME} and {TABLE_NAME}"
-        raise CheckpointNotFoundError(
-            f"no checkpoint at {path}: one of {looked_for} was expected, none is there{_others(path)}"
-        )
+    if not _is_folder(path):
+        return _from_file(path, key, wanted, closing)
+    folder = _snapshot(path)
+    origin = _from_folder(folder, key, wanted, closing)
+    return origin._replace(beside=origin.beside._replace(companions=_configs(folder)))
+
+
+def _from_folder(path: str, key: str | None, wanted: Wanted, closing: ExitStack) -> Origin:
+    if _has(path, INDEX_NAME) or _has(path, LONE_NAME):
+        return _from_checkpoint(path, key, wanted, closing)
+    if _has(path, TABLE_NAME):
+        return _from_distributed(path, key, wanted)
+    if _has(path, TORCH_INDEX_NAME):
+        return _from_shards(os.path.join(path, TORCH_INDEX_NAME), key, wanted)
+    if _has(path, TORCH_NAME):
+        return _from_torch(os.path.join(path, TORCH_NAME), key, wanted)
+    looked_for = f"{LONE_NAME}, {INDEX_NAME}, {TORCH_NAME}, {TORCH_INDEX_NAME} and {TABLE_NAME}"
+    raise CheckpointNotFoundError(f"no checkpoint at {path}: one of {looked_for} was expected, none is there{_others(path)}")
+
+
+def _configs(folder: str) -> dict[str, bytes]:
+    """The configs of a transformers model that lie beside its weights: file name → content."""
+    with Descriptor() as opened:
+        try:
+            opened.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            read = {name: read_all(name, opened.fd, MAX_COMPANION_BYTES) for name in CONFIG_NAMES}
+        except CallFailed as error:
+            raise cannot_read(error.path or folder, error) from error
+    return {name: data for name, data in read.items() if data is not None}
+
+
+def _from_file(path: str, key: str | None, wanted: Wanted, closing: ExitStack) -> Origin:
     name = os.path.basename(path)
     if name == TABLE_NAME:
         return _from_distributed(os.path.dirname(path) or ".", key, wanted)
@@ -83,7 +106,8 @@ def open_origin(path: str, key: str | None, wanted: Wanted, closing: ExitStack) 
 def _from_checkpoint(path: str, key: str | None, wanted: Wanted, closing: ExitStack) -> Origin:
     if key is not None:
         _no_such_key(path, key, "names to tensors, without anything around them")
-    checkpoint = closing.enter_context(open_checkpoint(path))
+    checkpoint = closing.enter_context(open_checkpoint(path, parts=PARTS))
+    record = checkpoint.record
     ours = checkpoint.record is not None
     told = checkpoint.file_metadata
     # As safetensors' save_model has it: a name that is left out → the one that has its bytes.
@@ -96,17 +120,23 @@ def _from_checkpoint(path: str, key: str | None, wanted: Wanted, closing: ExitSt
     maps = Maps(checkpoint, aligned=False)
     tensors = maps.tensors(located)
     lone = {name: value for name, value in told.items() if name not in ties and name not in ("format", CHECKSUM_KEY)}
-    parts = checkpoint.record.parts if checkpoint.record is not None else {}
+    extra = maps.tensors(checkpoint.kept)
+    beside = Beside(
+        checkpoint.documents,
+        tuple(Entry(name, "buffer", None, None, tensor) for name, tensor in extra.items()),
+        module_flags=record.module_flags if record is not None else None,
+    )
     return Origin(
         "shardsave" if ours else "safetensors",
         {name: tensors[stored] for name, stored in chosen.items()},
-        checkpoint.flags,
+        record.flags if record is not None else None,
         checkpoint.metadata if ours else lone,
         maps.mappings,
-        tuple(checkpoint.path_of(shard) for shard in checkpoint.shards),
-        (f"not carried over: {', '.join(parts)}",) if parts else (),
+        tuple(map(checkpoint.path_of, checkpoint.files)),
+        (),
         checkpoint,
-        tuple(t for t in located.values() if t.checksum is not None),
+        tuple(t for t in (*located.values(), *checkpoint.kept.values()) if t.checksum is not None),
+        beside,
     )
 
 
@@ -224,7 +254,14 @@ def _is_folder(path: str) -> bool:
 
 
 def _has(folder: str, name: str) -> bool:
-    return os.path.lexists(os.path.join(folder, name))
+    path = os.path.join(folder, name)
+    try:
+        call(os.lstat, path, path)
+    except CallFailed as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            return False
+        raise cannot_read(path, error) from error
+    return True
 
 
 def _others(folder: str) -> str:

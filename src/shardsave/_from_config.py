@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from shardsave._companions import CONFIG_NAMES
 from shardsave._files import CallFailed, Descriptor, read_all
 from shardsave._find import cannot_read
 from shardsave._json import glimpse
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, UntrustedCodeError
 
-CONFIG_NAME, GENERATION_NAME = "config.json", "generation_config.json"
+CONFIG_NAME, GENERATION_NAME = CONFIG_NAMES
 
 _MAX_BYTES = 64_000_000
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 from shardsave._arguments import check_path, check_switches, check_timeout
 from shardsave._clean import Leaving, find_leavings, remove_leaving
-from shardsave._commit import host_id
 from shardsave._companions import finish_dead_savers
 from shardsave._ending import verb
 from shardsave._files import CallFailed, Descriptor, call, open_regular, read_all
 from shardsave._index import INDEX_NAME, MAX_INDEX_BYTES, Index, parse_index
 from shardsave._lock import DirectoryLock
+from shardsave._staging import host_id
 from shardsave._words import count, human_bytes, some
 from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError, ShardSaveError
 

@@ -68,7 +68,7 @@ def adapter_on_disk(model: Any, state: State) -> OnDisk:
         made.append(entries[name]._replace(name=saved, tied_to=saved_as.get(leader) if leader is not None else None))
     made += [Entry(saved, "tensor", None, None, tensor) for saved, tensor in adapter.computed.items()]
     flags = {entry.name: entry.frozen for entry in state.entries if entry.frozen is not None}
-    return OnDisk(State(tuple(made), state.flags_known, state.overlaps), flags, ())
+    return OnDisk(state._replace(entries=tuple(made)), flags, ())
 
 
 def adapter_companions(model: Any) -> dict[str, bytes]:

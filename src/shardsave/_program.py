@@ -16,7 +16,7 @@ from typing import Any, NoReturn, Union
 import torch
 from torch import nn
 
-from shardsave._architecture import ExtraTensors
+from shardsave._extra_tensors import ExtraTensors
 from shardsave._json import NotJSON, glimpse, parse_object
 from shardsave._state import unwrap
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, UnsupportedModuleError

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import secrets
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -17,7 +19,7 @@ import torch
 from shardsave import _engine
 from shardsave._backend import engine_name
 from shardsave._dtypes import BY_TORCH, logical_shape
-from shardsave._files import CallFailed, Descriptor, allocate, call, make_folders, write_all
+from shardsave._files import CallFailed, Descriptor, allocate, call, inode_of, make_folders, open_regular, write_all
 from shardsave._format import encode_header, with_sums
 from shardsave._plan import ALIGNMENT, Extent, StoredTensor, blocks, pack
 from shardsave._state import Entry
@@ -25,6 +27,10 @@ from shardsave.errors import DurabilityUncertainError, OutOfSpaceError, SaveNotC
 
 #: The most that a tick covers where torch writes, in bytes.
 _STEP = 8 << 20
+
+#: How the names of files on their way end, and of the directories that they may need.
+_SCRATCH, _WORKSPACE = ".part", ".d"
+
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
 
 
@@ -38,13 +44,18 @@ class Written(NamedTuple):
 
 
 class NewFile:
-    """A file on its way to ``path``: left without a commit, it is removed, and what was at ``path`` is as it was."""
+    """A file on its way to ``path``: left without a commit, it is removed, and what was at ``path`` is as it was.
+
+    It is locked, so that whoever writes to the same path later can tell the scratch files of the living from those of the dead.
+    """
 
     def __init__(self, path: str, durable: bool) -> None:
         self.path = path if os.path.isabs(path) else os.path.join(os.getcwd(), path)
         self.folder, self._name = os.path.split(self.path)
-        self.scratch = f".{self._name[:100]}.{secrets.token_hex(8)}.part"
+        self._stem = f".{self._name[:100]}."
+        self._scratch = ""
         self.file = Descriptor()
+        self._lock = Descriptor()
         self._durable = durable
         self._directory = Descriptor()
         self._there = False
@@ -54,8 +65,8 @@ class NewFile:
         try:
             make_folders(self.folder, self._durable)
             self._directory.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
-            self._there = True
-            self.file.open(self.scratch, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, self._directory.fd)
+            self._remove_dead()
+            self._create()
         except CallFailed as error:
             self.close()
             raise self.failure(error) from error
@@ -67,25 +78,66 @@ class NewFile:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
+    @property
+    def workspace(self) -> str:
+        """The path of a directory that goes when this file is done; whoever needs it makes it."""
+        return os.path.join(self.folder, self._scratch + _WORKSPACE)
+
+    def _create(self) -> None:
+        while True:
+            self._scratch = f"{self._stem}{secrets.token_hex(8)}{_SCRATCH}"
+            self.file.open(self._scratch, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, self._directory.fd)
+            self._there = True
+            self._lock.open(self._scratch, os.O_RDONLY | os.O_NOFOLLOW, self._directory.fd)
+            with suppress(OSError):  # no locks here: then nobody takes it for a dead one either
+                fcntl.flock(self._lock.fd, fcntl.LOCK_EX)
+            if call(os.fstat, self._scratch, self.file.fd).st_nlink:
+                return
+            self.file.abandon()  # it was taken for a dead one before it was locked
+            self._lock.abandon()
+
+    def _remove_dead(self) -> None:
+        """Removes what writers to the same path left that were killed."""
+        pattern = re.compile(rf"({re.escape(self._stem)}[0-9a-f]{{16}}\{_SCRATCH})(?:\{_WORKSPACE})?")
+        found = map(pattern.fullmatch, call(os.listdir, self.folder, self._directory.fd))
+        for name in {match[1] for match in found if match is not None}:
+            with Descriptor() as file, suppress(OSError, CallFailed):
+                there = open_regular(file, name, self._directory.fd, follow=False)
+                if there:
+                    fcntl.flock(file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(os.path.join(self.folder, name + _WORKSPACE), ignore_errors=True)
+                if there:
+                    os.unlink(name, dir_fd=self._directory.fd)
+
     def commit(self) -> None:
         """Makes the file durable where that was asked for, and gives it its name."""
         try:
             if self._durable:
                 call(os.fsync, self.path, self.file.fd)
+            made = inode_of(self._scratch, self._directory.fd)
             self.file.close(self.path)
-            folders = {"src_dir_fd": self._directory.fd, "dst_dir_fd": self._directory.fd}
-            call(os.rename, self.path, self.scratch, self._name, **folders)
-            self._moved = True
         except CallFailed as error:
             raise self.failure(error) from error
-        if self._durable:
-            try:
+        folders = {"src_dir_fd": self._directory.fd, "dst_dir_fd": self._directory.fd}
+        try:
+            call(os.rename, self.path, self._scratch, self._name, **folders)
+            self._moved = True
+            if self._durable:
                 call(os.fsync, self.folder, self._directory.fd)
-            except CallFailed as error:
-                raise DurabilityUncertainError(
-                    f"written, but not known to be durable: {self.path}: {error.call} of {error.path}: {error.strerror}, once the "
-                    f"file had its name; a loss of power may bring back what was there before"
-                ) from error
+        except CallFailed as error:
+            self._moved = self._moved or self._has_its_name(made)
+            if not self._moved:
+                raise self.failure(error) from error
+            raise DurabilityUncertainError(
+                f"written, but not known to be durable: {self.path}: {error.call} of {error.path}: {error.strerror}, once the "
+                f"file had its name; a loss of power may bring back what was there before"
+            ) from error
+
+    def _has_its_name(self, made: tuple[int, int] | None) -> bool:
+        """Whether a rename that failed was made all the same, as on a network file system whose answer got lost."""
+        with suppress(CallFailed):
+            return inode_of(self._name, self._directory.fd) == made
+        return False
 
     def failure(self, error: CallFailed) -> ShardSaveError:
         kind = OutOfSpaceError if error.errno in _NO_ROOM else SaveNotCommittedError
@@ -94,17 +146,20 @@ class NewFile:
         )
 
     def close(self) -> None:
-        self.file.abandon()
-        if self._there and not self._moved:
-            with suppress(OSError):
-                os.unlink(self.scratch, dir_fd=self._directory.fd)
-        self._directory.abandon()
+        if self._there:
+            with suppress(OSError):  # which not even ignore_errors keeps rmtree from
+                shutil.rmtree(self.workspace, ignore_errors=True)
+            if not self._moved:
+                with suppress(OSError):
+                    os.unlink(self._scratch, dir_fd=self._directory.fd)
+        for opened in (self.file, self._lock, self._directory):
+            opened.abandon()
 
 
 def write_safetensors(
-    path: str, entries: Sequence[Entry], metadata: Mapping[str, str], durable: bool, tick: Callable[[int], object]
+    new: NewFile, entries: Sequence[Entry], metadata: Mapping[str, str], durable: bool, tick: Callable[[int], object]
 ) -> Written:
-    """One safetensors file with all of ``entries``; of tied ones the first, the others named in its metadata."""
+    """Makes ``new`` a safetensors file with all of ``entries``; of tied ones the first, the others named in its metadata."""
     stored = [entry for entry in entries if entry.tied_to is None]
     (shard,) = pack([_stored(entry) for entry in stored], sys.maxsize)
     header = encode_header(shard, {**metadata, **{entry.name: entry.tied_to for entry in entries if entry.tied_to is not None}})
@@ -118,18 +173,18 @@ def write_safetensors(
         for at, (tensor, begin) in enumerate(zip(shard.tensors, shard.begins))
     ]
     planned = blocks(extents, _engine.BLOCK_BYTES)
-    with NewFile(path, durable) as new:
-        try:
-            allocate(new.file.fd, path, len(header) + -(-shard.data_bytes // ALIGNMENT) * ALIGNMENT)
-            done = _engine.write([new.file.fd], planned, pieces, direct=durable, tick=tick)
-            call(os.ftruncate, path, new.file.fd, len(header) + shard.data_bytes)
-            _buffered(new.file.fd, path)
-            write_all(new.file.fd, path, with_sums(header, done.sums))
-        except _engine.TransferFault as fault:
-            raise new.failure(CallFailed(fault.call, path, fault.errno, str(fault))) from fault
-        except CallFailed as error:
-            raise new.failure(error) from error
-        new.commit()
+    fd, path = new.file.fd, new.path
+    try:
+        allocate(fd, path, len(header) + -(-shard.data_bytes // ALIGNMENT) * ALIGNMENT)
+        done = _engine.write([fd], planned, pieces, direct=durable, tick=tick)
+        call(os.ftruncate, path, fd, len(header) + shard.data_bytes)
+        _buffered(fd, path)
+        write_all(fd, path, with_sums(header, done.sums))
+    except _engine.TransferFault as fault:
+        raise new.failure(CallFailed(fault.call, path, fault.errno, str(fault))) from fault
+    except CallFailed as error:
+        raise new.failure(error) from error
+    new.commit()
     return Written(all(done.direct), done.staging_bytes, engine_name(), done.notes)
 
 
@@ -168,8 +223,8 @@ class _Sink:
         pass
 
 
-def write_torch(path: str, entries: Sequence[Entry], durable: bool, tick: Callable[[int], object]) -> Written:
-    """One file of torch.save, with a plain dict from names to tensors; tied ones share a storage in it, too.
+def write_torch(new: NewFile, entries: Sequence[Entry], tick: Callable[[int], object]) -> Written:
+    """Makes ``new`` a file of torch.save, with a plain dict from names to tensors; tied ones share a storage in it, too.
 
     Each tensor of ``entries`` must lie in memory as it is to lie in the file: `fits_torch`.
     """
@@ -177,17 +232,17 @@ def write_torch(path: str, entries: Sequence[Entry], durable: bool, tick: Callab
     for entry in entries:
         assert fits_torch(entry) and isinstance(entry.tensor, torch.Tensor)
         state[entry.name] = state[entry.tied_to] if entry.tied_to is not None else _with_own_storage(entry.tensor)
-    with NewFile(path, durable) as new:
-        sink = _Sink(new, tick)
-        try:
-            torch.save(state, sink)  # type: ignore[arg-type]
-        except BaseException:
-            if isinstance(sink.failed, CallFailed):
-                raise new.failure(sink.failed) from sink.failed
-            if sink.failed is not None:
-                raise sink.failed from None
-            raise
-        new.commit()
+    sink = _Sink(new, tick)
+    try:
+        torch.save(state, sink)  # type: ignore[arg-type]
+    except BaseException:
+        failed, sink.failed = sink.failed, None  # torch's writer has the sink, and no garbage collector sees that
+        if isinstance(failed, CallFailed):
+            raise new.failure(failed) from failed
+        if failed is not None:
+            raise failed from None
+        raise
+    new.commit()
     return Written(False, _STEP, "torch")
 
 

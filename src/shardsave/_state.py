@@ -46,15 +46,29 @@ def tensor_of(entry: Entry) -> torch.Tensor:
     return entry.tensor
 
 
+class Beside(NamedTuple):
+    """What a checkpoint has beside its weights. ``documents``: part → JSON; ``extra``: tensors that a whole model needs as well.
+
+    ``companions``: file name → content. ``module_flags``: name in the module → frozen, where the names on disk are others.
+    """
+
+    documents: Mapping[str, bytes] = {}
+    extra: tuple[Entry, ...] = ()
+    companions: Mapping[str, bytes] = {}
+    module_flags: Mapping[str, bool] | None = None
+
+
 class State(NamedTuple):
     """All entries in state order. ``flags_known`` is False for a mapping without a single Parameter.
 
     ``overlaps``: pairs of names whose tensors share a part of their memory; they are stored apart.
+    ``beside``: what another checkpoint had beside them.
     """
 
     entries: tuple[Entry, ...]
     flags_known: bool
     overlaps: tuple[tuple[str, str], ...]
+    beside: Beside = Beside()
 
 
 def unwrap(module: nn.Module) -> nn.Module:

@@ -61,7 +61,7 @@ def on_disk(model: Any, state: State) -> OnDisk:
     Raises UnsupportedTensorError.
     """
     if model is None:
-        return OnDisk(state, None, ())
+        return OnDisk(state, state.beside.module_flags, ())
     ignored = frozenset(getattr(model, "_keys_to_ignore_on_save", None) or ())
     entries = _stored_as_they_do(model, [entry for entry in state.entries if entry.name not in ignored])
     by_name = {entry.name: entry for entry in entries}
@@ -77,7 +77,7 @@ def on_disk(model: Any, state: State) -> OnDisk:
         flags = {entry.name: entry.frozen for entry in state.entries if entry.frozen is not None}
     copied = sum(part.tensor.nbytes for part in renamed.values() if part.is_copy)
     notes = (f"{human_bytes(copied)} were copied in memory, since they are joined on disk",) if copied else ()
-    return OnDisk(State(tuple(made), state.flags_known, state.overlaps), flags, notes)
+    return OnDisk(state._replace(entries=tuple(made)), flags, notes)
 
 
 class Part(NamedTuple):

@@ -327,7 +327,10 @@ def load_is_interrupted(bench: Bench, fate: Fate, number: int) -> int:
     return tried
 
 
-SCENARIOS: dict[str, tuple[Callable[[Bench, Fate, int], int], list[tuple[Fate, int]]]] = {
+#: By name: what is tried with each call, and the fates that it may meet.
+Scenarios = dict[str, tuple[Callable[[Bench, Fate, int], int], list[tuple[Fate, int]]]]
+
+SCENARIOS: Scenarios = {
     "save_fails": (save_fails, FAILURES),
     "save_loses_its_disk": (save_loses_its_disk, [(Fate.FAIL_FROM_HERE, errno.EIO), (Fate.FAIL_FROM_HERE, errno.EROFS)]),
     "save_is_killed": (save_is_killed, [(Fate.KILL, 0), (Fate.KILL_AFTER, 0)]),
@@ -339,11 +342,11 @@ SCENARIOS: dict[str, tuple[Callable[[Bench, Fate, int], int], list[tuple[Fate, i
 }
 
 
-def main(name: str, first: str, folder: str) -> None:
+def run_scenario(scenarios: Scenarios, name: str, first: str, folder: str) -> None:
     bench = Bench(Path(folder), first == "first")
     save(0, Path(folder) / "warm")  # what is made once (the ring, imports) is no leak
     generation_in(Path(folder) / "warm")
-    scenario, fates = SCENARIOS[name]
+    scenario, fates = scenarios[name]
     wrong = 0
     for fate, number in fates:
         try:
@@ -356,4 +359,4 @@ def main(name: str, first: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_scenario(SCENARIOS, *sys.argv[1:])

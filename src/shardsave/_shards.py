@@ -1,0 +1,150 @@
+"""A save's shards: planned from the entries that they hold, then written and sealed in groups."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from itertools import islice
+from typing import NamedTuple
+
+from shardsave import _engine
+from shardsave._checkpoint import descriptor_allowance
+from shardsave._collector import collector_still
+from shardsave._commit import Transaction
+from shardsave._crc64 import crc64, joined
+from shardsave._dtypes import BY_TORCH, logical_shape
+from shardsave._format import encode_header, with_sums
+from shardsave._index import FileRecord, ShardRecord
+from shardsave._plan import ALIGNMENT, Extent, Shard, StoredTensor, blocks, pack
+from shardsave._progress import Progress
+from shardsave._staging import StagedShard
+from shardsave._state import Entry
+
+#: Shards that are open at one time, at most.
+_GROUP = 256
+
+
+class PlannedShard(NamedTuple):
+    """A shard before it is written: its layout, its header without the sums, and the memory of its tensors in file order."""
+
+    layout: Shard
+    header: bytes
+    pieces: list[_engine.Piece]
+
+    @property
+    def reserved_bytes(self) -> int:
+        """What is reserved on disk: blocks are whole, so the last may reach past the file's end."""
+        return len(self.header) + -(-self.layout.data_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def plan_shards(entries: Sequence[Entry], bound: int, *, apart: bool = True) -> list[PlannedShard]:
+    """Packs ``entries`` into shards of at most ``bound`` bytes of data; ``apart``: frozen and trainable ones never in one."""
+    tensors = [_stored_tensor(entry) for entry in entries]
+    if not apart:
+        tensors = [tensor._replace(frozen=False) for tensor in tensors]
+    memory = {entry.name: (entry.tensor, entry.cast or entry.tensor.dtype) for entry in entries}
+    return [
+        PlannedShard(
+            layout, encode_header(layout), [_engine.Piece(*memory[name], nbytes) for name, _, _, nbytes, _ in layout.tensors]
+        )
+        for layout in pack(tensors, bound)
+    ]
+
+
+def _stored_tensor(entry: Entry) -> StoredTensor:
+    tensor = entry.tensor
+    dtype = entry.cast or tensor.dtype
+    return StoredTensor(
+        entry.name, BY_TORCH[dtype].name, logical_shape(tensor), tensor.numel() * dtype.itemsize, bool(entry.frozen)
+    )
+
+
+class ShardWriter:
+    """Writes shards in groups for which there are descriptors enough, and collects what the index and the report need.
+
+    ``whole_sums``: checksums of whole files are wanted too.
+    """
+
+    def __init__(
+        self, transaction: Transaction, shards: Sequence[PlannedShard], names: Sequence[str], *, durable: bool, whole_sums: bool
+    ) -> None:
+        self.records: dict[str, ShardRecord] = {}
+        self.whole: dict[str, FileRecord] = {}
+        self.sync_seconds = 0.0
+        self.direct = True
+        self.staging_bytes = 0
+        self.pinned = False
+        self.notes: list[str] = []
+        self._transaction = transaction
+        self._shards = shards
+        self._names = names
+        self._durable = durable
+        self._whole_sums = whole_sums
+
+    def reserve(self) -> None:
+        """Gets the memory that the engine will need, while nothing has been written yet."""
+        try:
+            _engine.reserve([piece for shard in self._shards for piece in shard.pieces])
+        except _engine.TransferFault as fault:
+            reason = fault.detail or f"{os.strerror(fault.errno)} (needs {fault.length} bytes)"
+            raise self._transaction.failure(fault.call, "", fault.errno, reason, None) from fault
+
+    def write(self, progress: Progress) -> None:
+        """Writes all shards, each sealed: whole, synced and closed under its staged name."""
+        step = min(descriptor_allowance(), _GROUP)
+        for first in range(0, len(self._shards), step):
+            self._write_group(self._shards[first : first + step], self._names[first : first + step], progress)
+
+    def _write_group(self, group: Sequence[PlannedShard], names: Sequence[str], progress: Progress) -> None:
+        staged = [self._transaction.create(name, shard.reserved_bytes) for name, shard in zip(names, group)]
+        transfer = self._transfer(staged, group, progress)
+        self.direct &= all(transfer.direct)
+        self.staging_bytes = max(self.staging_bytes, transfer.staging_bytes)
+        self.pinned |= transfer.pinned
+        self.notes.extend(transfer.notes)
+        progress.run_ended(sum(piece.nbytes for shard in group for piece in shard.pieces))
+        began = time.perf_counter()
+        sums = iter(transfer.sums)
+        for file, shard in zip(staged, group):
+            self._seal(file, shard, list(islice(sums, len(shard.pieces))))
+        self.sync_seconds += time.perf_counter() - began
+
+    def _seal(self, file: StagedShard, shard: PlannedShard, sums: Sequence[int]) -> None:
+        header = with_sums(shard.header, sums)
+        length = len(header) + shard.layout.data_bytes
+        self._transaction.seal(file, length, header)
+        self.records[file.name] = ShardRecord(length, len(header), crc64(header))
+        if self._whole_sums:
+            self.whole[file.name] = FileRecord(length, _whole_sum(header, shard.layout, sums))
+
+    def _transfer(self, staged: Sequence[StagedShard], group: Sequence[PlannedShard], progress: Progress) -> _engine.Transfer:
+        extents: list[Extent] = []
+        with collector_still():
+            for file, shard in enumerate(group):
+                start = len(shard.header)
+                for tensor, begin in zip(shard.layout.tensors, shard.layout.begins):
+                    # Blocks are cut at multiples of the largest dtype, so no element is cut: one byte is the right grain.
+                    extents.append(Extent(file, start + begin, tensor.nbytes, len(extents), 1))
+            planned = blocks(extents, _engine.BLOCK_BYTES)
+        try:
+            return _engine.write(
+                [file.file.fd for file in staged],
+                planned,
+                [piece for shard in group for piece in shard.pieces],
+                direct=self._durable,
+                tick=progress.tick,
+            )
+        except _engine.TransferFault as fault:
+            needed = sum(shard.reserved_bytes for shard in self._shards)
+            call = fault.call if fault.file < 0 else f"{fault.call} of {fault.length} bytes at offset {fault.offset}"
+            name = staged[max(fault.file, 0)].name
+            raise self._transaction.failure(call, name, fault.errno, fault.detail, needed) from fault
+
+
+def _whole_sum(header: bytes, layout: Shard, sums: Sequence[int]) -> int:
+    """The checksum of a whole file, from those of its parts."""
+    whole = crc64(header)
+    for tensor, one in zip(layout.tensors, sums):
+        whole = joined(whole, one, tensor.nbytes)
+    return whole

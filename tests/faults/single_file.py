@@ -1,0 +1,188 @@
+"""Method: let the N-th OS call that a conversion into one file makes on its directory meet a fate, for N = 1, 2, …; each time,
+whatever happens, the file is the old or the new one, whole, and the next conversion leaves nothing beside it. The same of `clean`:
+the checkpoint stays what it is, and the next `clean` removes all that a dead save left.
+
+``python -m faults.single_file SCENARIO first|overwrite FOLDER``, with the library of ``beneath.c`` preloaded.
+"""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import shutil
+import sys
+from itertools import count
+
+import torch
+from safetensors.torch import load_file
+
+import shardsave
+from faults.beneath import Fate, arm, disarm
+from faults.savers import Bench, generation_in, litter_in, save, state
+from faults.scenarios import FAILURES, NO_ROOM, Scenarios, held, nothing_leaked, run_scenario
+from shardsave._convert import Form
+
+#: Calls without which a conversion goes on: making a path absolute, closing what is done with, locks, early starts, and removing what the next one removes.
+_SPARED = {"lstat", "close", "closedir", "flock", "unlinkat", "unlink", "statx", "fcntl", "sync_file_range", "rmdir"}
+
+
+class File:
+    """A file that is as before for each trial: of generation 1, or not there (``first``)."""
+
+    def __init__(self, bench: Bench, to: Form) -> None:
+        self.to = to
+        self.watched = bench.watched
+        self.target = bench.watched / "runs" / f"model.{to}"
+        self.old = bench.old
+        self._sources = bench.watched.parent / "sources"
+        for generation in (1, 2, 9):
+            save(generation, self._sources / str(generation))
+
+    def reset(self) -> None:
+        shutil.rmtree(self.watched, ignore_errors=True)
+        self.watched.mkdir()
+        if self.old is not None:
+            self.convert(self.old)
+
+    def convert(self, generation: int) -> shardsave.ConvertReport:
+        """By a cast, so that a file for torch goes by way of a directory beside it."""
+        source = self._sources / str(generation)
+        return shardsave.convert(source, self.target, to=self.to, dtype="float64", progress=False)
+
+    def found(self) -> int | None:
+        """Which generation the file holds, whole; None where there is none."""
+        if not self.target.exists():
+            return None
+        loaded = load_file(self.target) if self.to == "safetensors" else torch.load(self.target, weights_only=True)
+        generation = int(loaded["t0"][0])
+        expected = state(generation)
+        assert loaded.keys() == expected.keys() and all(torch.equal(loaded[name], expected[name].double()) for name in loaded)
+        return generation
+
+    def next_works(self) -> None:
+        self.convert(9)
+        assert self.found() == 9
+        assert os.listdir(self.target.parent) == [self.target.name], os.listdir(self.target.parent)
+
+
+def _each(file: File, fate: Fate, number: int) -> int:
+    """One conversion after the other, each met by the fate one call later, until it needs no more calls."""
+    for nth in count(1):
+        file.reset()
+        before = held()
+        error: str | None = None
+        interrupted = False
+        arm(file.watched, nth, fate, number)
+        try:
+            file.convert(2)
+            for _ in range(10):  # the signal of the last call may be heard only here
+                pass
+        except shardsave.ShardSaveError as caught:
+            error = str(caught)
+            assert isinstance(caught, shardsave.OutOfSpaceError) == (number in NO_ROOM), caught
+        except KeyboardInterrupt:
+            interrupted = True
+        met = disarm()
+        gc.collect()  # an interrupt's traceback may keep the mapped source until then
+        assert nothing_leaked(before), (met, "leaked", before, held())
+        if met is None:
+            assert error is None and file.found() == 2
+            return nth
+        if fate in (Fate.INTERRUPT, Fate.INTERRUPT_AFTER):
+            assert interrupted and file.found() in (file.old, 2), met
+        elif error is None:
+            assert file.found() == 2, met
+            passes = fate is not Fate.FAIL or met.call in _SPARED or ".part.d" in str(met.path)
+            assert passes or number in (errno.EINTR, errno.EPERM), (met, "was swallowed")  # tried again; done without links
+        else:
+            assert os.strerror(number) in error and str(file.target.parent) in error, (met, error)
+            assert file.found() == (2 if error.startswith("written, but not known to be durable") else file.old), (met, error)
+        file.next_works()
+    raise AssertionError
+
+
+def file_fails(bench: Bench, fate: Fate, number: int) -> int:
+    """Each call fails in one way; one error tells of it."""
+    return sum(_each(File(bench, to), fate, number) for to in ("safetensors", "torch"))
+
+
+def file_is_interrupted(bench: Bench, fate: Fate, number: int) -> int:
+    """Ctrl-C at each call. (By way of a directory it is shutil's to remove that, which may lose a descriptor to an interrupt.)"""
+    return _each(File(bench, "safetensors"), fate, number)
+
+
+def file_is_killed(bench: Bench, fate: Fate, number: int) -> int:
+    """The process ends at each call."""
+    tried = 0
+    for to in ("safetensors", "torch"):
+        file = File(bench, to)
+        for nth in count(1):
+            tried += 1
+            file.reset()
+            child = os.fork()
+            if child == 0:
+                arm(file.watched, nth, fate)
+                file.convert(2)
+                os._exit(0)
+            status = os.waitpid(child, 0)[1]
+            assert file.found() in (file.old, 2)
+            file.next_works()
+            if status == 0:
+                break
+            assert os.WIFSIGNALED(status)
+    return tried
+
+
+def _with_litter(bench: Bench) -> None:
+    """The old checkpoint, and what a save left that was killed when its shards had their names."""
+    bench.reset()
+    child = os.fork()
+    if child == 0:
+        arm(bench.target, 45, Fate.KILL)
+        save(2, bench.target)
+        os._exit(0)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    assert litter_in(bench.target)
+
+
+def clean_meets(bench: Bench, fate: Fate, number: int) -> int:
+    """Each call of `clean` fails, is interrupted, or is the last of its process."""
+    for nth in count(1):
+        _with_litter(bench)
+        before = held()
+        child = os.fork() if fate in (Fate.KILL, Fate.KILL_AFTER) else -1
+        if child > 0:
+            met = None if os.waitpid(child, 0)[1] == 0 else "killed"
+        else:
+            arm(bench.watched, nth, fate, number)
+            try:
+                shardsave.clean(bench.target)
+                for _ in range(10):
+                    pass
+            except (shardsave.ShardSaveError, KeyboardInterrupt):
+                pass
+            if child == 0:
+                os._exit(0)
+            met = disarm()
+            assert nothing_leaked(before), (met, "leaked", before, held())
+        assert generation_in(bench.target) == 1, met
+        shardsave.clean(bench.target)
+        assert not litter_in(bench.target), met
+        if met is None:
+            return nth
+    raise AssertionError
+
+
+_INTERRUPTS = [(Fate.INTERRUPT, 0), (Fate.INTERRUPT_AFTER, 0)]
+_KILLS = [(Fate.KILL, 0), (Fate.KILL_AFTER, 0)]
+
+SCENARIOS: Scenarios = {
+    "file_fails": (file_fails, FAILURES),
+    "file_is_interrupted": (file_is_interrupted, _INTERRUPTS),
+    "file_is_killed": (file_is_killed, _KILLS),
+    "clean_meets": (clean_meets, [*FAILURES, *_INTERRUPTS, *_KILLS]),
+}
+
+if __name__ == "__main__":
+    run_scenario(SCENARIOS, *sys.argv[1:])
