@@ -6,6 +6,7 @@ import functools
 import json
 import sys
 import threading
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import shardsave
 import zoo
 from conftest import SmallModel, same_bits, same_state
 from shardsave import _save
+from shardsave._architecture import shadows_method
 
 X = torch.linspace(-1, 1, 160).reshape(2, 5, 16)
 
@@ -182,6 +184,32 @@ def test_what_is_no_data_is_refused(tmp_path: Path) -> None:
         shardsave.save({}, tmp_path / "ckpt", architecture=True)
     with pytest.raises(shardsave.UnsupportedModuleError, match="model.0: a traced graph, whose code was made at run time"):
         shardsave.save(nn.Sequential(torch.fx.symbolic_trace(nn.Linear(2, 2))), tmp_path / "ckpt", architecture=True)
+
+
+def test_what_takes_the_place_of_a_method_is_refused(tmp_path: Path) -> None:
+    """Catches a function that would be called as a method of a parameter, of a cached one, or of a class."""
+    model = nn.Linear(2, 2)
+    for name in ("detach", "size"):
+        assert shadows_method(model.weight, nn.Parameter, name, torch.relu)
+    model.forward = types.MethodType(zoo.double, model)  # type: ignore[method-assign]
+    with pytest.raises(shardsave.UnsupportedModuleError, match="the method double, which its class does not have"):
+        shardsave.save(model, tmp_path, architecture=True)
+
+
+def test_hooks_of_tensors_are_named(tmp_path: Path) -> None:
+    """Catches a hook of a parameter that vanishes in silence."""
+    model = nn.Linear(16, 4)
+    model.weight.register_hook(torch.neg)
+    model.bias.register_post_accumulate_grad_hook(print)
+    with pytest.warns(UserWarning, match=r"model.weight: tensor hook \S*neg, model.bias: tensor hook print"):
+        shardsave.save(model, tmp_path, architecture=True)
+
+
+def test_flags_and_slots(tmp_path: Path) -> None:
+    """Catches a combined flag that is refused, and a value in a slot that is lost."""
+    model = zoo.WithSlot()
+    again = saved_and_built(model, tmp_path, trust=["zoo"])
+    assert again.extra == 7 and again.flag == zoo.Permission.READ | zoo.Permission.WRITE
 
 
 def test_keys_that_would_be_others_are_refused(tmp_path: Path) -> None:

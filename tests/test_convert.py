@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -416,3 +417,43 @@ shardsave.convert(sys.argv[1], sys.argv[2], to="{to}", dtype="float64",
         )
     shardsave.convert(tmp_path / "ckpt", target, to=to)
     assert sorted(os.listdir(tmp_path)) == sorted(["ckpt", target.name, f".out.{to}.mine.part"])
+
+
+def rewritten(path: Path, target: Path, compression: int = zipfile.ZIP_STORED, **changed: bytes) -> None:
+    """The same archive as another program would pack it: without torch's alignment; ``changed``: other contents by last name."""
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(target, "w", compression) as new:
+        for name in old.namelist():
+            new.writestr(name, changed.get(name.rpartition("/")[2], old.read(name)))
+
+
+def test_files_that_were_packed_again(tmp_path: Path) -> None:
+    """Catches bytes that are taken from where torch would have put them, in a file that torch did not write."""
+    state = {"a": torch.zeros(1000), "b": torch.randn(1000)}
+    torch.save(state, tmp_path / "a.pt")
+    note = "was not written by torch as it is, so it cannot be mapped: all of it was read into memory"
+    for compression in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        rewritten(tmp_path / "a.pt", tmp_path / "b.pt", compression)
+        report = shardsave.convert(tmp_path / "b.pt", tmp_path / "out")
+        assert same(shardsave.load(tmp_path / "out"), state) and report.notes in ((f"b.pt {note}",), ())
+    big = {"0": state["a"].numpy().tobytes(), "1": state["b"].numpy().byteswap().tobytes(), "byteorder": b"big"}
+    rewritten(tmp_path / "a.pt", tmp_path / "big.pt", **big)
+    assert same(torch.load(tmp_path / "big.pt", weights_only=True), state)
+    assert shardsave.convert(tmp_path / "big.pt", tmp_path / "out").notes == (f"big.pt {note}",)
+    assert same(shardsave.load(tmp_path / "out"), state)
+    rewritten(tmp_path / "a.pt", tmp_path / "short.pt", **{"1": b"1234"})
+    with pytest.raises(shardsave.CorruptCheckpointError, match="corrupt short.pt"):
+        shardsave.convert(tmp_path / "short.pt", tmp_path / "out")
+
+
+def test_a_name_that_metadata_has_too(tmp_path: Path) -> None:
+    """Catches a file whose header says one thing twice, where a tied tensor is called as a member of the metadata."""
+    for name in ("format", "shardsave.crc64nvme", "__metadata__"):
+        shared = torch.ones(3)
+        torch.save({"w": shared, name: shared}, tmp_path / "a.pt")
+        try:
+            shardsave.convert(tmp_path / "a.pt", tmp_path / "a.safetensors", to="safetensors")
+        except (shardsave.UnsupportedTensorError, shardsave.IncompatibleCheckpointError) as refusal:
+            assert name in str(refusal) and "nothing was written" in str(refusal)
+            assert not (tmp_path / "a.safetensors").exists()
+        else:
+            assert shardsave.load(tmp_path / "a.safetensors").keys() >= {"w"}

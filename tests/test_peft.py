@@ -99,6 +99,20 @@ def test_flags_of_the_whole_model(tmp_path: Path) -> None:
     )
 
 
+def test_a_model_in_the_place_of_an_adapter(tmp_path: Path) -> None:
+    """Catches an adapter that stays, which transformers would put on the new weights; and one that others changed being removed."""
+    shardsave.save(adapted("LoRA with a whole layer"), tmp_path, adapter_only=True, durable=False)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert shardsave.save(base(), tmp_path, durable=False).leftovers == ()
+    assert not names_in(tmp_path) & {"adapter_config.json", "adapter_model.safetensors"} and "tokenizer.json" in names_in(
+        tmp_path
+    )
+    shardsave.save(adapted("LoRA with a whole layer"), tmp_path, adapter_only=True, durable=False)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    shardsave.save(base(), tmp_path, durable=False)
+    assert (tmp_path / "adapter_config.json").read_text() == "{}"
+
+
 def test_next_adapter_in_the_same_place(tmp_path: Path) -> None:
     """Catches files of two saves side by side, litter, and a checksum that is not that of the file."""
     for seed in (1, 2):

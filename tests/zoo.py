@@ -102,6 +102,20 @@ class Loud(dict):
         raise AssertionError("nobody is to come by here")
 
 
+class Permission(enum.IntFlag):
+    READ = 1
+    WRITE = 2
+
+
+class WithSlot(nn.Module):
+    __slots__ = ("extra",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra = 7
+        self.flag = Permission.READ | Permission.WRITE
+
+
 class Stack(list):
     limit = 3
 

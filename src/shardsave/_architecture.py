@@ -50,6 +50,9 @@ HOOKS = ("_forward_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks"
 #: Where hooks are defined that only matter to weights which older versions of torch wrote.
 _RENAMES_OLD_WEIGHTS = "torch.nn.utils.parametrizations"
 
+#: Tuples and other values that have no place in the table, inside of each other.
+_MAX_DEPTH = 100
+
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 _MADE_AT_RUN_TIME = {"ScriptModule": "TorchScript", "GraphModule": "a traced graph"}
 
@@ -93,6 +96,7 @@ class _Writer:
         self.imports: set[str] = set()
         self.refused: list[str] = []
         self.dropped_hooks: list[str] = []
+        self._depth = 0
         self._numbers: dict[int, int] = {}
         self._alive: list[object] = []  # an id is that of one object only while the object lives
         self._queue: collections.deque[tuple[int, Any, str]] = collections.deque()
@@ -141,9 +145,9 @@ class _Writer:
                 made = _MADE_AT_RUN_TIME[base.__name__]
                 self._refuse(path, f"{made}, whose code was made at run time; save the module that it was made from")
                 return {}
-        own = dict(vars(module))
-        if (given := _own_getstate(kind)) is not None:
-            own = dict(given(module))
+        given = _own_getstate(kind)
+        own = dict(vars(module)) if given is None else dict(given(module))
+        own.update({slot: getattr(module, slot) for slot in _slots(kind) if hasattr(module, slot)})
         name = self._import(kind, path)
         node: dict[str, Any] = {"module": name, "training": bool(module.training)}
         node["children"] = {
@@ -164,7 +168,7 @@ class _Writer:
             node["extra_state"] = self._value(module.get_extra_state(), f"{path}.get_extra_state()")
         attributes = {key: value for key, value in own.items() if key not in INTERNAL and key != "training"}
         for key, value in attributes.items():
-            if shadows_method(kind, key, value):
+            if shadows_method(module, kind, key, value):
                 self._refuse(f"{path}.{key}", f"something set on the module in the place of its method {key}()")
         node["attributes"] = self._attributes(attributes, path)
         return {key: value for key, value in node.items() if value not in ({}, []) or key == "module"}
@@ -202,6 +206,9 @@ class _Writer:
             what = type(tensor).__name__ if type(tensor) not in PLAIN_TYPES else f"a tensor of {tensor.dtype}"
             self._refuse(path, f"{what}, which the files cannot hold")
             return node
+        for group in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+            for hook in (getattr(tensor, group, None) or {}).values():
+                self.dropped_hooks.append(f"{path}: tensor hook {_who(hook)}")
         node["tensor"], kept = self._extra.place(tensor, plain_name(path.partition(".")[2]))
         if kept:
             node["kept"] = True
@@ -293,6 +300,16 @@ class _Writer:
         return made
 
     def _value(self, thing: Any, path: str) -> Any:
+        if self._depth == _MAX_DEPTH:
+            self._refuse(path, f"values nested more than {_MAX_DEPTH} deep, each one inside of another")
+            return None
+        self._depth += 1
+        try:
+            return self._written(thing, path)
+        finally:
+            self._depth -= 1
+
+    def _written(self, thing: Any, path: str) -> Any:
         kind = type(thing)
         if thing is None or kind is bool:
             return thing
@@ -321,6 +338,8 @@ class _Writer:
 
     def _named(self, thing: Any, path: str) -> Any:
         """What is named rather than described: classes, functions, members of an enum, methods; all else goes to the table."""
+        if isinstance(thing, enum.Flag):
+            return {"flag": [self._import(type(thing), path), thing.value]}
         if isinstance(thing, enum.Enum):
             if thing.name not in type(thing).__members__:
                 self._refuse(path, f"{thing!r}, which has no name in its enum")
@@ -328,6 +347,12 @@ class _Writer:
         if isinstance(thing, (type, *_FUNCTIONS)):
             return {"import": self._import(thing, path)}
         if isinstance(thing, types.MethodType):
+            own = next(
+                (vars(base)[thing.__name__] for base in type(thing.__self__).__mro__ if thing.__name__ in vars(base)), None
+            )
+            if own is not thing.__func__:
+                self._refuse(path, f"the method {thing.__name__}, which its class does not have; define it in the class")
+                return None
             if vars(nn.Module).get(thing.__name__) is None and not is_dunder(thing.__name__):
                 return {"method": [self._value(thing.__self__, path), thing.__name__]}
             self._refuse(path, f"the method {thing.__name__} of every module")
@@ -378,15 +403,16 @@ def is_key(thing: object) -> bool:
     return isinstance(thing, _KEYS)
 
 
-def shadows_method(kind: type, name: str, value: Any) -> bool:
-    """Whether ``value``, set on an instance of ``kind``, would be called in the place of a method.
+def shadows_method(owner: object, kind: type, name: str, value: Any) -> bool:
+    """Whether ``value``, set on ``owner``, an instance of ``kind``, would be called in the place of a method.
 
-    A method of the class itself may be: some choose their ``forward`` so.
+    A method of the object itself may be: some choose their ``forward`` so.
     """
     of_torch = issubclass(kind, nn.Module) and name in vars(nn.Module)
-    if isinstance(value, types.MethodType):
+    if isinstance(value, types.MethodType) and value.__self__ is owner:
         return of_torch and name != "forward"
-    return callable(value) and (of_torch or isinstance(getattr(kind, name, None), types.FunctionType))
+    there = getattr(kind, name, None)
+    return callable(value) and (of_torch or (callable(there) and not isinstance(there, type)))
 
 
 def _slots(kind: type) -> list[str]:

@@ -7,6 +7,7 @@ Instances are made without ``__init__`` and get their attributes straight, past 
 from __future__ import annotations
 
 import collections
+import sys
 import types
 from collections.abc import Callable, Mapping
 from enum import Enum
@@ -86,12 +87,12 @@ class Builder:
             return set()
         if "deque" in node:
             maxlen = node.get("maxlen")
-            if maxlen is not None and (type(maxlen) is not int or maxlen < 0):
+            if maxlen is not None and (type(maxlen) is not int or not 0 <= maxlen <= sys.maxsize):
                 self._bad("maxlen expected to be a number", f"it is {glimpse(maxlen)}")
             return collections.deque(maxlen=maxlen)
         if "dict" in node:
             kind = node.get("type", "dict")
-            if kind != "dict" and kind not in DICT_TYPES:
+            if not isinstance(kind, str) or (kind != "dict" and kind not in DICT_TYPES):
                 self._bad(f"a dict or one of {', '.join(DICT_TYPES)} expected", f"it is {glimpse(kind)}")
             return DICT_TYPES.get(kind, dict)()
         self._bad("an object of a known kind expected", f"it is {glimpse(node)}")
@@ -136,7 +137,7 @@ class Builder:
         elif "object" in node:
             self._fill_instance(made, node)
         elif "tensor" in node:
-            vars(made).update(self._attributes(node, type(made)))
+            vars(made).update(self._attributes(node, made))
         elif "list" in node:
             made.extend(self._values.values(node["list"]))
         elif "set" in node:
@@ -168,7 +169,7 @@ class Builder:
         if not isinstance(hidden, list) or not all(isinstance(name, str) for name in hidden):
             self._bad("non_persistent expected to be a list of names", f"it is {glimpse(hidden)}")
         state["_non_persistent_buffers_set"] = set(hidden)
-        attributes = self._attributes(node, type(module))
+        attributes = self._attributes(node, module)
         taken = attributes.keys() & (INTERNAL | {"training"})
         if taken:
             self._bad("attributes of the module's own expected", f"{min(taken)!r} is torch's")
@@ -190,12 +191,12 @@ class Builder:
             if not isinstance(made, dict) or not hasattr(made, "__dict__"):
                 self._bad("a dict expected", f"it is {an(type(made).__qualname__)}")
             for name, value in made.items():
-                self._check_attribute(type(made), name, value)
+                self._check_attribute(made, name, value)
             object.__setattr__(made, "__dict__", made)
         elif "state" in node:
             self._set_state(made, self._values.value(node["state"]), None)
         else:
-            self._set_state(made, self._attributes(node, type(made)), None)
+            self._set_state(made, self._attributes(node, made), None)
 
     def _set_state(self, made: Any, state: Any, default: Any) -> None:
         kind = type(made)
@@ -212,20 +213,21 @@ class Builder:
             else:
                 vars(made)[name] = value
 
-    def _attributes(self, node: dict[str, Any], kind: type) -> dict[str, Any]:
+    def _attributes(self, node: dict[str, Any], owner: object) -> dict[str, Any]:
         made = {}
         for name, value in self._values.names(node, "attributes"):
             made[name] = self._values.value(value)
-            self._check_attribute(kind, name, made[name])
+            self._check_attribute(owner, name, made[name])
         return made
 
-    def _check_attribute(self, kind: type, name: object, value: Any) -> None:
+    def _check_attribute(self, owner: object, name: object, value: Any) -> None:
+        kind = type(owner)
         if not isinstance(name, str) or is_dunder(name):
             self._bad(f"attributes of a {kind.__qualname__} expected", f"{glimpse(name)} is no name of one")
         there = getattr(kind, name, None)
         if hasattr(type(there), "__set__") and not isinstance(there, types.MemberDescriptorType):
             self._bad(f"attributes of a {kind.__qualname__} expected", f"{name!r} is a property of its class")
-        if shadows_method(kind, name, value):
+        if shadows_method(owner, kind, name, value):
             self._bad(f"attributes of a {kind.__qualname__} expected", f"{name!r} would take the place of its method")
 
     def _finish(self, module: nn.Module, node: dict[str, Any]) -> None:
@@ -234,6 +236,9 @@ class Builder:
         if not isinstance(computed, list) or not all(isinstance(name, str) and name.isidentifier() for name in computed):
             self._bad("parametrized expected to be a list of names", f"it is {glimpse(computed)}")
         if computed:
+            shadowed = [name for name in computed if hasattr(type(module), name)]
+            if shadowed or len(set(computed)) < len(computed):
+                self._bad("parametrized expected to name tensors once", f"it is {glimpse(computed)}")
             lists = module._modules.get("parametrizations")
             if not isinstance(lists, nn.ModuleDict) or set(computed) - lists.keys():
                 self._bad("parametrizations of what is parametrized expected", f"{glimpse(computed)} has none")

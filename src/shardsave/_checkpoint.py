@@ -87,6 +87,11 @@ class Checkpoint:
         return self.record.flags if self.record.module_flags is None else self.record.module_flags
 
     @property
+    def stored_flags(self) -> Mapping[str, bool] | None:
+        """By the names that tensors have on disk, tied ones too."""
+        return self.record.flags if self.record is not None else None
+
+    @property
     def metadata(self) -> Mapping[str, Any]:
         return self.record.metadata if self.record is not None else {}
 

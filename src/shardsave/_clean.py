@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from shardsave._companions import COMPANION_NAMES
+from shardsave._companions import COMPANION_NAMES, remove_replaced_adapter
 from shardsave._files import CallFailed, Descriptor, call, inode_of, is_regular, read_all
 from shardsave._index import LONE_NAME, OWN_PATTERN, Index, Superseded
 from shardsave._staging import STAGING_PATTERN
@@ -45,6 +45,8 @@ def clean(
         for record in (old.record if old is not None else None, new.record):
             if record is not None and record.supersedes is not None and LONE_NAME not in named:
                 _remove_lone(folder, record.supersedes, leftovers)
+        if old is not None and old.record is not None and new.record is not None:
+            leftovers += remove_replaced_adapter(folder, old.record.companions, new.record.companions)
         leftovers += remove_dead_staging(folder, host=host, own_staging=own_staging, named=named, durable=durable)
     replaced = files_of(old) if old is not None and not keep_all else ()
     leftovers += remove_staging(folder, own_staging, finals=replaced, named=named, durable=durable)

@@ -20,8 +20,11 @@ from shardsave._staging import NO_LINKS, STAGING_PATTERN, Staging, sync_there
 #: The configs of a transformers model.
 CONFIG_NAMES = ("config.json", "generation_config.json")
 
+#: What PEFT's adapters are.
+ADAPTER_NAMES = frozenset({"adapter_config.json", "adapter_model.safetensors"})
+
 #: The only names that are put beside weights, replaced or removed.
-COMPANION_NAMES = frozenset({*CONFIG_NAMES, "adapter_config.json", "adapter_model.safetensors"})
+COMPANION_NAMES = frozenset(CONFIG_NAMES) | ADAPTER_NAMES
 
 #: What is given as bytes is at most this long.
 MAX_COMPANION_BYTES = 64_000_000
@@ -96,6 +99,21 @@ def finish_dead_savers(folder: int, companions: Mapping[str, FileRecord], is_dea
                 call(os.rename, name, name, name, src_dir_fd=inside.fd, dst_dir_fd=folder)
             done = True
     return done
+
+
+def remove_replaced_adapter(folder: int, old: Mapping[str, FileRecord], new: Mapping[str, FileRecord]) -> list[str]:
+    """Removes the adapter of the checkpoint that was replaced by one without; gives the names that would not go.
+
+    Only what is still as it was saved. Other libraries would go on to find it, and put it on the new weights.
+    """
+    leftovers = []
+    for name in sorted(ADAPTER_NAMES & (old.keys() - new.keys())):
+        try:
+            if _file_record(name, folder, follow=False) == old[name]:
+                call(os.unlink, name, name, dir_fd=folder)
+        except CallFailed:
+            leftovers.append(name)
+    return leftovers
 
 
 def companion_notes(path: str, companions: Mapping[str, FileRecord]) -> tuple[str, ...]:

@@ -121,7 +121,7 @@ def diff(a: str | os.PathLike[str], b: str | os.PathLike[str], *, progress: Prog
                 equal.append(name)
             else:
                 changed[name] = change
-        flags = _changed_flags(left.flags, right.flags, pairs)
+        flags = _changed_flags(left.stored_flags, right.stored_flags, pairs)
     return DiffReport(
         a=os.fspath(a),
         b=os.fspath(b),

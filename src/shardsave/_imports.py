@@ -29,6 +29,12 @@ _TORCH_FUNCTIONS = frozenset([
 ])  # fmt: skip
 _BUILTIN_TYPES = frozenset(["bool", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "set", "str", "tuple"])
 
+#: Where functions of torch.nn may be from, and classes of its utilities: those that compute. Others import, compile or register.
+_NN_FUNCTIONS = ("torch.nn.functional", "torch.nn.init")
+_NN_UTILITIES = frozenset(
+    f"torch.nn.utils.{name}" for name in ("weight_norm", "spectral_norm", "prune", "parametrize", "parametrizations", "rnn")
+)
+
 #: Modules in which functions that do not say truly where they are from are looked for, the trusted ones first.
 _HOMES: tuple[types.ModuleType, ...] = (torch.nn.functional, torch, torch.special, math)
 
@@ -120,7 +126,9 @@ def _trusted(name: str, trust: Iterable[str]) -> bool:
         return qualified in _BUILTIN_TYPES
     if module == "torch":
         return qualified in _TORCH_FUNCTIONS or dotted(name) in trust
-    if module == "math" or module == "torch.nn" or module.startswith("torch.nn."):
+    if module == "math" or module == "torch.nn":
+        return True
+    if module.startswith("torch.nn.") and "._" not in module:  # the private ones are not even imported
         return True
     return any(module == given or module.startswith(f"{given}.") or dotted(name) == given for given in trust)
 
@@ -135,9 +143,9 @@ def _import(name: str, where: str) -> Any:
             f"corrupt {where}: {dotted(name)} expected to be a class or a function that {module} defines, it is "
             f"{_what(thing)}; nothing was built"
         )
-    if module.startswith("torch.nn") and isinstance(thing, type) and not _harmless(thing):
+    if module.startswith("torch.nn") and not (_harmless(thing) if isinstance(thing, type) else _computes(thing, module)):
         raise CorruptCheckpointError(
-            f"corrupt {where}: a module of torch.nn expected, it asks for {dotted(name)}, which is none; nothing was built"
+            f"corrupt {where}: a module or a function of torch.nn expected, it asks for {dotted(name)}, which is none; nothing was built"
         )
     return thing
 
@@ -159,8 +167,13 @@ def _defined_in(thing: Any, module: str) -> bool:
 
 
 def _harmless(thing: type) -> bool:
-    """Of ``torch.nn``: modules, enums, and the hooks by which its utilities compute a weight."""
-    return issubclass(thing, (nn.Module, enum.Enum)) or thing.__module__.startswith("torch.nn.utils.")
+    """Of ``torch.nn``: modules, parameters, enums, named tuples, and the hooks by which its utilities compute a weight."""
+    return issubclass(thing, (nn.Module, torch.Tensor, enum.Enum, tuple)) or thing.__module__ in _NN_UTILITIES
+
+
+def _computes(function: Any, module: str) -> bool:
+    """Of ``torch.nn``'s functions, those for everybody that compute from tensors, and call nothing that is given to them."""
+    return module in _NN_FUNCTIONS and not function.__name__.startswith("_") and "distance" not in function.__name__
 
 
 def _what(thing: Any) -> str:

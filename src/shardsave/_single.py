@@ -20,10 +20,16 @@ from shardsave import _engine
 from shardsave._backend import engine_name
 from shardsave._dtypes import BY_TORCH, logical_shape
 from shardsave._files import CallFailed, Descriptor, allocate, call, inode_of, make_folders, open_regular, write_all
-from shardsave._format import encode_header, with_sums
+from shardsave._format import CHECKSUM_KEY, encode_header, with_sums
 from shardsave._plan import ALIGNMENT, Extent, StoredTensor, blocks, pack
 from shardsave._state import Entry
-from shardsave.errors import DurabilityUncertainError, OutOfSpaceError, SaveNotCommittedError, ShardSaveError
+from shardsave.errors import (
+    DurabilityUncertainError,
+    OutOfSpaceError,
+    SaveNotCommittedError,
+    ShardSaveError,
+    UnsupportedTensorError,
+)
 
 #: The most that a tick covers where torch writes, in bytes.
 _STEP = 8 << 20
@@ -162,7 +168,13 @@ def write_safetensors(
     """Makes ``new`` a safetensors file with all of ``entries``; of tied ones the first, the others named in its metadata."""
     stored = [entry for entry in entries if entry.tied_to is None]
     (shard,) = pack([_stored(entry) for entry in stored], sys.maxsize)
-    header = encode_header(shard, {**metadata, **{entry.name: entry.tied_to for entry in entries if entry.tied_to is not None}})
+    ties = {entry.name: entry.tied_to for entry in entries if entry.tied_to is not None}
+    if taken := sorted(ties.keys() & {"format", CHECKSUM_KEY}):
+        raise UnsupportedTensorError(
+            f"cannot write {new.path}: a tied tensor is named in the file's metadata, {taken[0]!r} means something else there; "
+            f"rename it, or convert to a directory; nothing was written"
+        )
+    header = encode_header(shard, {**metadata, **ties})
     by_name = {entry.name: entry for entry in stored}
     pieces = [
         _engine.Piece(by_name[t.name].tensor, by_name[t.name].cast or by_name[t.name].tensor.dtype, t.nbytes)

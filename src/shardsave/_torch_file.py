@@ -11,8 +11,12 @@ import mmap
 import os
 import pickle
 import re
+import struct
+import sys
 import warnings
+import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -80,9 +84,13 @@ def read_torch_file(path: str) -> TorchFile:
             # torch's format from before version 1.6: one stream, in which tensors have no place that could be mapped.
             note = f"{os.path.basename(path)} has torch's old format, which cannot be mapped: all of it was read into memory"
             return TorchFile(unpickle(window, path, "cpu"), (), (note,))
-        content = unpickle(window, path, "meta")
+        records = _records(file.fd, 0, length, path)
         mapping = map_file(file.fd, path)
-        return TorchFile(_placed(content, mapping, 0, length, path), (mapping,), ())
+        if records is not None:
+            with suppress(_Elsewhere):
+                return TorchFile(_placed(unpickle(window, path, "meta"), mapping, 0, records, path), (mapping,), ())
+        note = f"{os.path.basename(path)} was not written by torch as it is, so it cannot be mapped: all of it was read into memory"
+        return TorchFile(unpickle(Window(file.fd, 0, length), path, "cpu"), (), (note,))
 
 
 class Archives:
@@ -100,8 +108,14 @@ class Archives:
         file, mapping, end = self._open[name]
         if not 0 <= offset <= offset + length <= end:
             _bad(path, f"a tensor was expected at {offset}, {length} bytes long, the file has {end}")
-        content = unpickle(Window(file.fd, offset, length), path, "meta")
-        made = _placed(content, mapping, offset, offset + length, path)
+        window = Window(file.fd, offset, length)
+        records = _records(file.fd, offset, length, path)
+        made = None
+        if records is not None:
+            with suppress(_Elsewhere):
+                made = _placed(unpickle(window, path, "meta"), mapping, offset, records, path)
+        if made is None:
+            made = unpickle(Window(file.fd, offset, length), path, "cpu")
         if not isinstance(made, torch.Tensor):
             _bad(path, f"a tensor was expected at {offset}, there is a {type(made).__name__}")
         return made
@@ -151,19 +165,47 @@ def _reason(error: Exception) -> str:
     return told[0].split(". ")[0][:160].rstrip(".") if told else type(error).__name__
 
 
-def _placed(content: Any, mapping: mmap.mmap, begin: int, end: int, path: str) -> Any:
+class _Elsewhere(Exception):
+    """A tensor's bytes do not lie where torch would have written them."""
+
+
+def _records(fd: int, begin: int, length: int, path: str) -> dict[int, int] | None:
+    """Where the archive's records begin → how long they are, bytes; None where they do not lie in it as they are in memory."""
     try:
-        return _place(content, mapping, begin, end, path)
+        with zipfile.ZipFile(io.BufferedReader(Window(fd, begin, length))) as archive:
+            found = {}
+            for entry in archive.infolist():
+                if entry.compress_type != zipfile.ZIP_STORED:
+                    return None
+                if entry.filename.endswith("/byteorder") and archive.read(entry).decode() != sys.byteorder:
+                    return None
+                lengths = read_at(
+                    fd, 4, begin + entry.header_offset + 26
+                )  # of the name and of what follows it, in the local header
+                found[entry.header_offset + 30 + sum(struct.unpack("<HH", lengths))] = entry.file_size
+    except CallFailed as error:
+        raise cannot_read(path, error) from error
+    except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError, OverflowError, EOFError) as error:
+        _bad(path, f"it is no archive that can be read ({error})")
+    return found
+
+
+def _placed(content: Any, mapping: mmap.mmap, begin: int, records: Mapping[int, int], path: str) -> Any:
+    try:
+        return _place(content, mapping, begin, records, path)
     except RecursionError:
         _bad(path, "it holds containers nested too deeply, or in themselves")
 
 
-def _place(content: Any, mapping: mmap.mmap, begin: int, end: int, path: str) -> Any:
-    """``content`` with each plain meta tensor in it made where its bytes lie; ``begin`` is where the archive begins in the file."""
+def _place(content: Any, mapping: mmap.mmap, begin: int, records: Mapping[int, int], path: str) -> Any:
+    """``content`` with each plain meta tensor in it made where its bytes lie; ``begin`` is where the archive begins in the file.
+
+    torch computes where it would have written a tensor: only a record that is there, and is as long, is taken.
+    """
     if isinstance(content, Mapping):
-        return {key: _place(value, mapping, begin, end, path) for key, value in content.items()}
+        return {key: _place(value, mapping, begin, records, path) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
-        return [_place(value, mapping, begin, end, path) for value in content]
+        return [_place(value, mapping, begin, records, path) for value in content]
     if type(content) not in PLAIN_TYPES or content.layout is not torch.strided or content.is_quantized or content.is_nested:
         return content
     storage = content.untyped_storage()
@@ -172,9 +214,12 @@ def _place(content: Any, mapping: mmap.mmap, begin: int, end: int, path: str) ->
     offset = getattr(storage, "_checkpoint_offset", None)
     if offset is None:
         return content  # it was on the meta device when it was saved
+    if records.get(offset) != storage.nbytes():
+        raise _Elsewhere
     offset += begin
-    if not begin <= offset <= offset + storage.nbytes() <= end:
-        _bad(path, f"the bytes of a tensor were expected at {offset}, {storage.nbytes()} of them, it ends at {end}")
+    reach = content.storage_offset() + sum((size - 1) * stride for size, stride in zip(content.shape, content.stride())) + 1
+    if min(*content.stride(), content.storage_offset(), 0) < 0 or reach * content.element_size() > storage.nbytes():
+        _bad(path, f"a tensor of {tuple(content.shape)} does not lie in its {storage.nbytes()} bytes")
     raw = torch.frombuffer(mapping, dtype=torch.uint8, count=storage.nbytes(), offset=offset)
     made = torch.empty(0, dtype=content.dtype)
     try:

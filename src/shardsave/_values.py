@@ -7,7 +7,7 @@ import functools
 import pathlib
 import types
 from collections.abc import Mapping
-from enum import Enum
+from enum import Enum, Flag
 from typing import Any, NoReturn
 
 import numpy as np
@@ -185,6 +185,12 @@ class Values:
     def _read_enum(self, content: Any) -> Any:
         name, member = content
         return self.class_of(name, Enum).__members__[member]  # type: ignore[attr-defined]
+
+    def _read_flag(self, content: Any) -> Any:
+        name, value = content
+        if type(value) is not int:
+            self._bad("a flag with a number expected", f"it is {glimpse(value)}")
+        return self.class_of(name, Flag)(value)
 
     def _read_namedtuple(self, content: Any) -> Any:
         name, values = content

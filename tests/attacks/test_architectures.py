@@ -179,8 +179,23 @@ CASES: dict[str, tuple[Change, str]] = {
     ),
     "a class of torch.nn that is no module": (
         imported("torch.nn.parallel.distributed:_DDPSink", 1),
-        "corrupt $ARCH: a module of torch.nn expected, it asks for torch.nn.parallel.distributed._DDPSink, which is none; "
+        "corrupt $ARCH: a module or a function of torch.nn expected, it asks for torch.nn.parallel.distributed._DDPSink, which is none; "
         "nothing was built",
+    ),
+    **{
+        f"a function of torch.nn that does more than compute: {name}": (
+            imported(name, {"import": name}),
+            f"corrupt $ARCH: a module or a function of torch.nn expected, it asks for {name.replace(':', '.')}, which is none; "
+            "nothing was built",
+        )
+        for name in (
+            "torch.nn.utils.stateless:_functional_call",
+            "torch.nn.functional:triplet_margin_with_distance_loss",
+        )
+    },
+    "a private module of torch.nn": (
+        imported("torch.nn.utils._deprecation_utils:lazy_deprecated_import", 1),
+        UNTRUSTED.format("torch.nn.utils._deprecation_utils.lazy_deprecated_import", "torch"),
     ),
     "deep nesting": (attribute("a", nested(400)), BAD.format("values of some depth expected", "they are nested too deeply")),
     "deeper nesting": (

@@ -23,8 +23,9 @@ from faults.savers import Bench, generation_in, litter_in, save, state
 from faults.scenarios import FAILURES, NO_ROOM, Scenarios, held, nothing_leaked, run_scenario
 from shardsave._convert import Form
 
-#: Calls without which a conversion goes on: making a path absolute, closing what is done with, locks, early starts, and removing what the next one removes.
-_SPARED = {"lstat", "close", "closedir", "flock", "unlinkat", "unlink", "statx", "fcntl", "sync_file_range", "rmdir"}
+#: Calls without which a conversion goes on: comparing paths, closing what is done with, locks, early starts, and removing
+#: what the next one removes.
+_SPARED = {"lstat", "stat", "close", "closedir", "flock", "unlinkat", "unlink", "statx", "fcntl", "sync_file_range", "rmdir"}
 
 
 class File:

@@ -59,6 +59,8 @@ def inspect(context: click.Context, directory: str, depth: int, everything: bool
                 click.echo(f"shardsave inspect: {directory}: no name matches {pattern!r}", err=True)
         else:
             _print_tree(checkpoint, depth, None if everything else _MOST)
+        for note in checkpoint.companion_notes():
+            click.echo(f"shardsave inspect: {directory}: {note}", err=True)
     context.exit(1 if pattern is not None and not names else 0)
 
 
@@ -121,7 +123,7 @@ def _figures(sums: Sums, output: Output) -> list[Cell]:
 
 
 def _shard_sums(checkpoint: Checkpoint) -> dict[str, Sums]:
-    flags = checkpoint.flags or {}
+    flags = checkpoint.stored_flags or {}
     sums = {shard: Sums() for shard in checkpoint.shards}
     for name, tensor in checkpoint.tensors.items():
         sums[tensor.shard].add(tensor, flags.get(name))
@@ -143,7 +145,7 @@ def _more(output: Output, total: int, most: int | None, noun: str) -> None:
 
 
 def _print_tensors(checkpoint: Checkpoint, names: dict[str, str]) -> None:
-    output, flags = Output(), checkpoint.flags
+    output, flags = Output(), checkpoint.stored_flags
     lines: list[Sequence[Cell]] = []
     for name, stored in names.items():
         t = checkpoint.tensors[stored]
@@ -155,7 +157,7 @@ def _print_tensors(checkpoint: Checkpoint, names: dict[str, str]) -> None:
 
 
 def _as_json(checkpoint: Checkpoint, names: dict[str, str]) -> dict[str, Any]:
-    flags = checkpoint.flags
+    flags = checkpoint.stored_flags
     tensors = {}
     for name, stored in names.items():
         t = checkpoint.tensors[stored]

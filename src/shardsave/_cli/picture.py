@@ -36,7 +36,7 @@ def formats() -> Sequence[str]:
 def draw(checkpoint: Checkpoint, width: float) -> Figure:
     """Shards as rows, tensors as rectangles to scale, in file order."""
     shards = checkpoint.shards
-    flags = checkpoint.flags or {}
+    flags = checkpoint.stored_flags or {}
     by_shard: dict[str, list[Located]] = {shard: [] for shard in shards}
     for tensor in sorted(checkpoint.tensors.values(), key=lambda tensor: tensor.offset):
         by_shard[tensor.shard].append(tensor)
@@ -101,7 +101,7 @@ def _short(name: str, room: int) -> str:
 
 
 def _explain(figure: Figure, axes: Axes, checkpoint: Checkpoint, height: float) -> None:
-    flags, sizes = checkpoint.flags, dict.fromkeys(COLOURS, 0)
+    flags, sizes = checkpoint.stored_flags, dict.fromkeys(COLOURS, 0)
     for tensor in checkpoint.tensors.values():
         sizes[(flags or {}).get(tensor.name)] += tensor.nbytes
     total = sum(sizes.values())

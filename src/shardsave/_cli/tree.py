@@ -63,7 +63,7 @@ class Row:
 
 def module_tree(checkpoint: Checkpoint, depth: int) -> Module:
     """The tree down to ``depth`` levels; what lies deeper counts for the module above it."""
-    flags = checkpoint.flags or {}
+    flags = checkpoint.stored_flags or {}
     root = Module()
     nodes: dict[str, Module] = {}
 
