@@ -309,3 +309,12 @@ def test_without_an_architecture(tmp_path: Path) -> None:
     for wrong in ("zoo", [1], ["zoo models"]):
         with pytest.raises((TypeError, ValueError), match="trust must be"):
             shardsave.build_model(tmp_path, trust=wrong)  # type: ignore[arg-type]
+
+
+def test_wrong_arguments_of_a_build(tmp_path: Path) -> None:
+    """Catches an argument of the caller that the file is blamed for."""
+    shardsave.save(nn.Linear(2, 2), tmp_path, architecture=True)
+    with pytest.raises(TypeError, match="classes must be a mapping such as {'old.Name': NewClass}, not a list"):
+        shardsave.build_model(tmp_path, classes=[nn.Linear])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="not '__main__.Net' to None"):
+        shardsave.build_model(tmp_path, classes={"__main__.Net": None})

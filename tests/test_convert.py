@@ -457,3 +457,12 @@ def test_a_name_that_metadata_has_too(tmp_path: Path) -> None:
             assert not (tmp_path / "a.safetensors").exists()
         else:
             assert shardsave.load(tmp_path / "a.safetensors").keys() >= {"w"}
+
+
+def test_patterns_that_match_nothing(tmp_path: Path) -> None:
+    """Catches a misspelt pattern that passes without a word."""
+    saved_by_torch(tmp_path / "a.pt")
+    report = shardsave.convert(
+        tmp_path / "a.pt", tmp_path / "out", drop=["stepz", "steps"], rename=[("^embed", "e"), ("zzz", "")]
+    )
+    assert report.notes == ("drop 'stepz' matched no name", "rename 'zzz' matched no name") and report.dropped == ("steps",)

@@ -23,7 +23,7 @@ from shardsave._program import ProgramDocument
 from shardsave._progress import Progress, ProgressArgument
 from shardsave._read import ReadTotals, Target, read_tensors
 from shardsave._values import Document
-from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError
+from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, an
 
 
 @verb()
@@ -71,7 +71,7 @@ def build_model(
     check_path(path)
     check_switches(verify=verify)
     check_progress(progress)
-    trusted, replaced = _check_trust(trust), dict(classes or {})
+    trusted, replaced = _check_trust(trust), _check_classes(classes)
     where = device_of(device) or torch.device("cpu")
     with open_checkpoint(path, parts=PARTS) as checkpoint:
         data = checkpoint.documents.get("architecture")
@@ -215,6 +215,15 @@ def _fills(strides: list[int], shape: tuple[int, ...]) -> bool:
             return False
         expected *= size
     return True
+
+
+def _check_classes(classes: Mapping[str, Any] | None) -> dict[str, Any]:
+    if classes is not None and not isinstance(classes, Mapping):
+        raise TypeError(f"classes must be a mapping such as {{'old.Name': NewClass}}, not {an(type(classes).__name__)}")
+    for name, thing in (classes or {}).items():
+        if not isinstance(name, str) or not callable(thing):
+            raise TypeError(f"classes must map names as they were saved to classes or functions, not {name!r} to {thing!r}")
+    return dict(classes or {})
 
 
 def _check_trust(trust: Iterable[str]) -> frozenset[str]:

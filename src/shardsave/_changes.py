@@ -26,22 +26,32 @@ class Names:
     def __init__(self, drop: tuple[str, ...], rename: tuple[tuple[re.Pattern[str], str], ...]) -> None:
         self.dropped: dict[str, None] = {}
         self.renamed: dict[str, str] = {}
+        self._used: set[str] = set()
         self._drop = drop
         self._rename = rename
 
     def wanted(self, name: str) -> bool:
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in self._drop):
+        matching = [pattern for pattern in self._drop if fnmatch.fnmatchcase(name, pattern)]
+        self._used.update(matching)
+        if matching:
             self.dropped[name] = None
-            return False
-        return True
+        return not matching
 
     def new(self, name: str) -> str:
         made = name
         for pattern, replacement in self._rename:
-            made = pattern.sub(replacement, made)
+            made, matches = pattern.subn(replacement, made)
+            if matches:
+                self._used.add(pattern.pattern)
         if made != name:
             self.renamed[name] = made
         return made
+
+    def notes(self) -> tuple[str, ...]:
+        """Which patterns matched no name: most likely they were meant to."""
+        unused = [("drop", pattern) for pattern in self._drop if pattern not in self._used]
+        unused += [("rename", pattern.pattern) for pattern, _ in self._rename if pattern.pattern not in self._used]
+        return tuple(f"{what} {pattern!r} matched no name" for what, pattern in unused)
 
 
 def cast_of(entry: Entry, target: torch.dtype | None) -> torch.dtype | None:

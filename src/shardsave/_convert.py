@@ -127,7 +127,7 @@ def convert(
         direct=written.direct,
         staging_bytes=written.staging_bytes,
         pinned=False,
-        notes=tuple(dict.fromkeys([*origin.notes, *left_out, *written.notes])),
+        notes=tuple(dict.fromkeys([*origin.notes, *names.notes(), *left_out, *written.notes])),
         source=read_from,
         kind=origin.kind,
         to=to,

@@ -182,8 +182,14 @@ def _what(thing: Any) -> str:
     return f"{type(thing).__name__} of {getattr(thing, '__module__', 'nowhere')}"
 
 
+def _to_trust(name: str) -> str:
+    """The package that ``name`` is from; of torch, which does more than most would trust, ``name`` alone."""
+    package = name.partition(":")[0].partition(".")[0]
+    return dotted(name) if package == "torch" else package
+
+
 def _how_to_trust(names: Iterable[str]) -> str:
-    packages = sorted({name.partition(":")[0].partition(".")[0] for name in names} - {"__main__"})
+    packages = sorted({_to_trust(name) for name in names} - {"__main__"})
     mine = [dotted(name) for name in names if name.startswith("__main__:")]
     given = ", ".join(f"'{name}': {name.rpartition('.')[2]}" for name in mine)
     said = [f"trust={packages}"] if packages else []

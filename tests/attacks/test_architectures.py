@@ -72,12 +72,15 @@ CASES: dict[str, tuple[Change, str]] = {
     "os.system": (imported("os:system", {"import": "os:system"}), UNTRUSTED.format("os.system", "os")),
     "posix.system": (imported("posix:system", {"import": "posix:system"}), UNTRUSTED.format("posix.system", "posix")),
     "builtins.eval": (imported("builtins:eval", {"import": "builtins:eval"}), UNTRUSTED.format("builtins.eval", "builtins")),
-    "torch.load": (imported("torch:load", {"import": "torch:load"}), UNTRUSTED.format("torch.load", "torch")),
+    "torch.load": (imported("torch:load", {"import": "torch:load"}), UNTRUSTED.format("torch.load", "torch.load")),
     "torch.from_file": (
         imported("torch:from_file", {"import": "torch:from_file"}),
-        UNTRUSTED.format("torch.from_file", "torch"),
+        UNTRUSTED.format("torch.from_file", "torch.from_file"),
     ),
-    "torch.hub": (imported("torch.hub:load", {"import": "torch.hub:load"}), UNTRUSTED.format("torch.hub.load", "torch")),
+    "torch.hub": (
+        imported("torch.hub:load", {"import": "torch.hub:load"}),
+        UNTRUSTED.format("torch.hub.load", "torch.hub.load"),
+    ),
     "a name that begins like a trusted one": (
         imported("zoology:Net", {"import": "zoology:Net"}),
         UNTRUSTED.format("zoology.Net", "zoology"),
@@ -195,7 +198,7 @@ CASES: dict[str, tuple[Change, str]] = {
     },
     "a private module of torch.nn": (
         imported("torch.nn.utils._deprecation_utils:lazy_deprecated_import", 1),
-        UNTRUSTED.format("torch.nn.utils._deprecation_utils.lazy_deprecated_import", "torch"),
+        UNTRUSTED.format(*["torch.nn.utils._deprecation_utils.lazy_deprecated_import"] * 2),
     ),
     "deep nesting": (attribute("a", nested(400)), BAD.format("values of some depth expected", "they are nested too deeply")),
     "deeper nesting": (
