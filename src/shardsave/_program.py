@@ -76,9 +76,14 @@ def capture(module: nn.Module, program: Program, extra: ExtraTensors) -> bytes:
     others = [name for name, value in exported.constants.items() if not isinstance(value, torch.Tensor)]
     if others:
         _refuse(f"constants that are tensors were expected, {others[0]} is a {type(exported.constants[others[0]]).__name__}")
-    artifact = serialize.serialize(
-        exported, serialize_state_dict=False, serialize_constants=False, serialize_example_inputs=False
-    )
+    try:
+        artifact = serialize.serialize(
+            exported, serialize_state_dict=False, serialize_constants=False, serialize_example_inputs=False
+        )
+    except Exception as error:  # arguments or results of classes that torch does not write
+        _refuse(
+            f"torch was expected to write what it traced, it raised {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        )
     graph = json.loads(artifact.exported_program)
     _make_plain(graph)
     problems = list(_problems(graph))

@@ -43,7 +43,8 @@ class Commands(click.Group):
             try:
                 return super().invoke(ctx)
             finally:
-                sys.stdout.flush()
+                if sys.stdout is not None:  # it was closed before we came
+                    sys.stdout.flush()
         except BrokenPipeError as error:  # click would take it for itself, and end with 1
             raise _PipeClosed from error
 

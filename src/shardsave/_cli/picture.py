@@ -29,8 +29,8 @@ _LETTER = 0.075
 
 
 def formats() -> Sequence[str]:
-    """The endings of files that can be written."""
-    return sorted(FigureCanvasAgg.get_supported_filetypes())
+    """The endings of files that can be written; without pgf, for which LaTeX has to be there."""
+    return sorted(FigureCanvasAgg.get_supported_filetypes().keys() - {"pgf"})
 
 
 def draw(checkpoint: Checkpoint, width: float) -> Figure:

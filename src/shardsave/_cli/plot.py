@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import click
@@ -30,6 +31,8 @@ def plot(directory: str, output: str, width: float) -> None:
     Frozen is dark and trainable light, in print too; grey is what is no parameter, or unknown. Reads headers only. Needs matplotlib:
     pip install 'shardsave[plot]'.
     """
+    if not math.isfinite(width):
+        raise click.BadParameter(f"{width} is no number of inches", param_hint="'--width'")
     try:
         from shardsave._cli import picture
     except ImportError as error:
