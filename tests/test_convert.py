@@ -381,7 +381,11 @@ def test_a_config_comes_along(written: str, tmp_path: Path) -> None:
     model = transformers.MixtralForCausalLM(config).eval()
     model.lm_head.weight.requires_grad_(False)
     if written == "by us":
+        shardsave.save(model, tmp_path / "thawed")
+        model.model.layers[0].mlp.experts.requires_grad_(False)  # one tensor in memory, several on disk
         shardsave.save(model, tmp_path / "a")
+        flags = shardsave.diff(tmp_path / "thawed", tmp_path / "a").flags
+        assert flags and all("experts" in name and change == (False, True) for name, change in flags.items())
     else:
         model.save_pretrained(tmp_path / "a")
     shardsave.convert(tmp_path / "a", tmp_path / "b", max_shard_size=4000)
@@ -392,7 +396,9 @@ def test_a_config_comes_along(written: str, tmp_path: Path) -> None:
     assert half.dtype == torch.bfloat16 and same(half.state_dict(), model.to(torch.bfloat16).state_dict())
     for folder in ("b", "half"):
         built = shardsave.build_model(tmp_path / folder, trust=["transformers"])
-        assert built.lm_head.weight.requires_grad is (written == "by them") and built.model.norm.weight.requires_grad
+        assert [p.requires_grad for p in built.parameters()] == [
+            written == "by them" or p.requires_grad for p in model.parameters()
+        ]
 
 
 @pytest.mark.parametrize("to", ["safetensors", "torch"])
