@@ -457,3 +457,25 @@ def test_a_hundred_thousand_tensors(tmp_path: Path) -> None:
     shown = lines(run("inspect", tmp_path))
     assert time.process_time() - started < 5  # 1.0 s here; the bound is for a busy machine
     assert len(shown) < 50 and "100,000 tensors" in shown[0]
+
+
+def test_a_config_of_another_save_is_told(tmp_path: Path) -> None:
+    """Catches weights beside a config that is not theirs, of which whoever looks at them is not told."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=10, n_positions=4)
+    shardsave.save(transformers.GPT2LMHeadModel(config), tmp_path / "ckpt")
+    assert run("inspect", tmp_path / "ckpt").stderr == ""
+    (tmp_path / "ckpt" / "config.json").write_text("{}")
+    told = run("inspect", tmp_path / "ckpt", "--json")
+    assert told.exit_code == 0 and json.loads(told.stdout)["tensors"]
+    assert told.stderr.startswith(f"shardsave inspect: {tmp_path}/ckpt: config.json is not the one saved with these weights: ")
+    assert len(told.stderr.splitlines()) == 1
+
+
+def test_a_closed_output_is_no_traceback(tmp_path: Path) -> None:
+    """Catches a traceback where there is no standard output at all, and where a number is none."""
+    shardsave.save(SmallModel(), tmp_path / "ckpt")
+    command = f"{sys.executable} -m shardsave inspect {tmp_path}/ckpt >&-"
+    assert "Traceback" not in subprocess.run(command, shell=True, capture_output=True, text=True).stderr
+    wrong = run("plot", tmp_path / "ckpt", "-o", tmp_path / "a.png", "--width", "nan")
+    assert "nan is no number of inches" in error(wrong, 2)
