@@ -318,3 +318,13 @@ def test_wrong_arguments_of_a_build(tmp_path: Path) -> None:
         shardsave.build_model(tmp_path, classes=[nn.Linear])  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="not '__main__.Net' to None"):
         shardsave.build_model(tmp_path, classes={"__main__.Net": None})
+
+
+@pytest.mark.parametrize("architecture", [True, False])
+def test_a_module_inside_of_itself(architecture: bool, tmp_path: Path) -> None:
+    """Catches a bare RecursionError, and a directory that such a save leaves behind."""
+    model = nn.Linear(2, 2)
+    model.again = model
+    with pytest.raises(shardsave.UnsupportedModuleError, match="or one is inside of itself; nothing was written"):
+        shardsave.save(model, tmp_path / "ckpt", architecture=architecture)
+    assert not (tmp_path / "ckpt").exists()

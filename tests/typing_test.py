@@ -71,6 +71,22 @@ def opening() -> None:
         assert_type(dict(ckpt), dict[str, torch.Tensor])
 
 
+def whole_models(model: torch.nn.Module) -> None:
+    shardsave.save(model, "ckpt", architecture=True, program=((torch.zeros(2),), {}))
+    assert_type(
+        shardsave.build_model("ckpt", device="cuda:0", trust=["mylib"], classes={"__main__.Net": torch.nn.Linear}),
+        torch.nn.Module,
+    )
+    assert_type(shardsave.load_program("ckpt", device="cpu", verify=False), torch.nn.Module)
+
+
+def converting() -> None:
+    report = shardsave.convert("old.pt", Path("ckpt"), dtype=torch.bfloat16, drop="optimizer.*", rename=[("^", "x.")])
+    assert_type(report, shardsave.ConvertReport)
+    shardsave.convert(Path("ckpt"), "new.safetensors", to="safetensors", dtype="float16", key=None, progress=False)
+    assert_type(shardsave.diff("a", "b"), shardsave.DiffReport)
+
+
 def looking() -> None:
     info = shardsave.inspect(Path("ckpt"))
     assert_type(info, shardsave.CheckpointInfo)

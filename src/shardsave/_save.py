@@ -70,7 +70,8 @@ def save(
     Raises:
         TypeError, ValueError: for wrong arguments, before anything happens.
         UnsupportedTensorError: a tensor cannot be stored; nothing was written.
-        UnsupportedModuleError: an architecture or a program was asked for, and cannot be kept (all is listed); nothing was written.
+        UnsupportedModuleError: an architecture or a program was asked for, and cannot be kept (all is listed), or a module is
+            inside of itself; nothing was written.
         DirectoryBusyError, OutOfSpaceError, SaveNotCommittedError: nothing was committed, what was there is intact.
         DurabilityUncertainError: the new checkpoint is in place, but perhaps not for good.
 
@@ -171,7 +172,13 @@ class _Contents(NamedTuple):
 def _gather(source: Source | State, bound: int, architecture: bool, program: Program | None, adapter: Any) -> _Contents:
     """Looks at ``source`` once: from here on it is only read from."""
     model = pretrained(source)
-    state = read_state(source, tensors_only=architecture)
+    try:
+        state = read_state(source, tensors_only=architecture)
+    except RecursionError as error:
+        raise UnsupportedModuleError(
+            f"cannot save the model: modules nested less deeply than Python's stack ({sys.getrecursionlimit()}) were expected, they are "
+            "deeper, or one is inside of itself; nothing was written"
+        ) from error
     extra = ExtraTensors(state.entries)
     documents, beside = dict(state.beside.documents), state.beside.companions
     if adapter is not None:
