@@ -83,7 +83,7 @@ def test_each_call_of_a_load(beneath: Path, tmp_path: Path, scenario: str, engin
 
 
 @pytest.mark.parametrize("before", ["first", "overwrite"])
-@pytest.mark.parametrize("scenario", ["file_fails", "file_is_interrupted", "file_is_killed"])
+@pytest.mark.parametrize("scenario", ["file_is_interrupted", "file_is_killed"])
 def test_each_call_of_a_conversion(beneath: Path, tmp_path: Path, scenario: str, before: str) -> None:
     """Catches one file that is torn, a failure that is not told, a scratch file that stays for good, a descriptor that is kept."""
     printed = run_beneath(beneath, "native", ["-m", "faults.single_file", scenario, before, str(tmp_path)])
