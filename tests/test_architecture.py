@@ -190,7 +190,7 @@ def test_what_takes_the_place_of_a_method_is_refused(tmp_path: Path) -> None:
     """Catches a function that would be called as a method of a parameter, of a cached one, or of a class."""
     model = nn.Linear(2, 2)
     for name in ("detach", "size"):
-        assert shadows_method(model.weight, nn.Parameter, name, torch.relu)
+        assert shadows_method(model.weight, name, torch.relu)
     model.forward = types.MethodType(zoo.double, model)  # type: ignore[method-assign]
     with pytest.raises(shardsave.UnsupportedModuleError, match="the method double, which its class does not have"):
         shardsave.save(model, tmp_path, architecture=True)

@@ -85,8 +85,14 @@ def test_each_call_of_a_load(beneath: Path, tmp_path: Path, scenario: str, engin
 @pytest.mark.parametrize("before", ["first", "overwrite"])
 @pytest.mark.parametrize("scenario", ["file_is_interrupted", "file_is_killed"])
 def test_each_call_of_a_conversion(beneath: Path, tmp_path: Path, scenario: str, before: str) -> None:
-    """Catches one file that is torn, a failure that is not told, a scratch file that stays for good, a descriptor that is kept."""
+    """Catches one file that is torn, a scratch file that stays for good, a descriptor that is kept."""
     printed = run_beneath(beneath, "native", ["-m", "faults.single_file", scenario, before, str(tmp_path)])
+    assert min(int(number) for number in re.findall(r"(\d+) trials", printed)) >= 40
+
+
+def test_each_failing_call_of_a_conversion(beneath: Path, tmp_path: Path) -> None:
+    """Catches a failure that is swallowed, or told as another, and what is said to be untouched being touched."""
+    printed = run_beneath(beneath, "native", ["-m", "faults.single_file", "file_fails", "first", str(tmp_path)])
     assert min(int(number) for number in re.findall(r"(\d+) trials", printed)) >= 40
 
 

@@ -168,7 +168,7 @@ class _Writer:
             node["extra_state"] = self._value(module.get_extra_state(), f"{path}.get_extra_state()")
         attributes = {key: value for key, value in own.items() if key not in INTERNAL and key != "training"}
         for key, value in attributes.items():
-            if shadows_method(module, kind, key, value):
+            if shadows_method(module, key, value):
                 self._refuse(f"{path}.{key}", f"something set on the module in the place of its method {key}()")
         node["attributes"] = self._attributes(attributes, path)
         return {key: value for key, value in node.items() if value not in ({}, []) or key == "module"}
@@ -403,15 +403,15 @@ def is_key(thing: object) -> bool:
     return isinstance(thing, _KEYS)
 
 
-def shadows_method(owner: object, kind: type, name: str, value: Any) -> bool:
-    """Whether ``value``, set on ``owner``, an instance of ``kind``, would be called in the place of a method.
+def shadows_method(owner: object, name: str, value: Any) -> bool:
+    """Whether ``value``, set on ``owner``, would be called in the place of a method.
 
     A method of the object itself may be: some choose their ``forward`` so.
     """
-    of_torch = issubclass(kind, nn.Module) and name in vars(nn.Module)
+    of_torch = isinstance(owner, nn.Module) and name in vars(nn.Module)
     if isinstance(value, types.MethodType) and value.__self__ is owner:
         return of_torch and name != "forward"
-    there = getattr(kind, name, None)
+    there = getattr(type(owner), name, None)
     return callable(value) and (of_torch or (callable(there) and not isinstance(there, type)))
 
 

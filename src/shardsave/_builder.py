@@ -227,7 +227,7 @@ class Builder:
         there = getattr(kind, name, None)
         if hasattr(type(there), "__set__") and not isinstance(there, types.MemberDescriptorType):
             self._bad(f"attributes of a {kind.__qualname__} expected", f"{name!r} is a property of its class")
-        if shadows_method(owner, kind, name, value):
+        if shadows_method(owner, name, value):
             self._bad(f"attributes of a {kind.__qualname__} expected", f"{name!r} would take the place of its method")
 
     def _finish(self, module: nn.Module, node: dict[str, Any]) -> None:

@@ -26,13 +26,13 @@ class Names:
     def __init__(self, drop: tuple[str, ...], rename: tuple[tuple[re.Pattern[str], str], ...]) -> None:
         self.dropped: dict[str, None] = {}
         self.renamed: dict[str, str] = {}
-        self._used: set[str] = set()
+        self._used: set[tuple[str, str]] = set()  # what is done, and the pattern that it was done by
         self._drop = drop
         self._rename = rename
 
     def wanted(self, name: str) -> bool:
         matching = [pattern for pattern in self._drop if fnmatch.fnmatchcase(name, pattern)]
-        self._used.update(matching)
+        self._used.update(("drop", pattern) for pattern in matching)
         if matching:
             self.dropped[name] = None
         return not matching
@@ -42,16 +42,15 @@ class Names:
         for pattern, replacement in self._rename:
             made, matches = pattern.subn(replacement, made)
             if matches:
-                self._used.add(pattern.pattern)
+                self._used.add(("rename", pattern.pattern))
         if made != name:
             self.renamed[name] = made
         return made
 
     def notes(self) -> tuple[str, ...]:
         """Which patterns matched no name: most likely they were meant to."""
-        unused = [("drop", pattern) for pattern in self._drop if pattern not in self._used]
-        unused += [("rename", pattern.pattern) for pattern, _ in self._rename if pattern.pattern not in self._used]
-        return tuple(f"{what} {pattern!r} matched no name" for what, pattern in unused)
+        given = [*(("drop", pattern) for pattern in self._drop), *(("rename", pattern.pattern) for pattern, _ in self._rename)]
+        return tuple(f"{what} {pattern!r} matched no name" for what, pattern in given if (what, pattern) not in self._used)
 
 
 def cast_of(entry: Entry, target: torch.dtype | None) -> torch.dtype | None:

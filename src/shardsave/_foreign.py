@@ -108,7 +108,7 @@ def _from_checkpoint(path: str, key: str | None, wanted: Wanted, closing: ExitSt
         _no_such_key(path, key, "names to tensors, without anything around them")
     checkpoint = closing.enter_context(open_checkpoint(path, parts=PARTS))
     record = checkpoint.record
-    ours = checkpoint.record is not None
+    ours = record is not None
     told = checkpoint.file_metadata
     # As safetensors' save_model has it: a name that is left out → the one that has its bytes.
     ties = dict(checkpoint.ties) or {

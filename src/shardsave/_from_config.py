@@ -17,15 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from shardsave._companions import CONFIG_NAMES
+from shardsave._companions import CONFIG_NAMES, MAX_COMPANION_BYTES
 from shardsave._files import CallFailed, Descriptor, read_all
 from shardsave._find import cannot_read
 from shardsave._json import glimpse
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, UntrustedCodeError
 
 CONFIG_NAME, GENERATION_NAME = CONFIG_NAMES
-
-_MAX_BYTES = 64_000_000
 
 #: Kernels are code that comes from the Hub, a pretrained backbone has weights from there.
 _FETCHED = ("attn_implementation", "experts_implementation", "use_pretrained_backbone")
@@ -37,7 +35,7 @@ def read_config(folder: str, name: str = CONFIG_NAME) -> dict[str, Any] | None:
     try:
         with Descriptor() as opened:
             opened.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-            data = read_all(name, opened.fd, _MAX_BYTES)
+            data = read_all(name, opened.fd, MAX_COMPANION_BYTES)
     except CallFailed as error:
         raise cannot_read(path, error) from error
     if data is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from shardsave._crc64 import crc64, joined
 from shardsave._dtypes import BY_TORCH, logical_shape
 from shardsave._format import encode_header, with_sums
 from shardsave._index import FileRecord, ShardRecord
-from shardsave._plan import ALIGNMENT, Extent, Shard, StoredTensor, blocks, pack
+from shardsave._plan import ALIGNMENT, Block, Extent, Shard, StoredTensor, blocks, pack
 from shardsave._progress import Progress
 from shardsave._staging import StagedShard
 from shardsave._state import Entry
@@ -38,18 +38,37 @@ class PlannedShard(NamedTuple):
         return len(self.header) + -(-self.layout.data_bytes // ALIGNMENT) * ALIGNMENT
 
 
-def plan_shards(entries: Sequence[Entry], bound: int, *, apart: bool = True) -> list[PlannedShard]:
-    """Packs ``entries`` into shards of at most ``bound`` bytes of data; ``apart``: frozen and trainable ones never in one."""
+def plan_shards(
+    entries: Sequence[Entry], bound: int, *, apart: bool = True, more: Mapping[str, str] | None = None
+) -> list[PlannedShard]:
+    """Packs ``entries`` into shards of at most ``bound`` bytes of data; ``apart``: frozen and trainable ones never in one.
+
+    ``more``: further entries of their ``__metadata__``.
+    """
     tensors = [_stored_tensor(entry) for entry in entries]
     if not apart:
         tensors = [tensor._replace(frozen=False) for tensor in tensors]
     memory = {entry.name: (entry.tensor, entry.cast or entry.tensor.dtype) for entry in entries}
     return [
         PlannedShard(
-            layout, encode_header(layout), [_engine.Piece(*memory[name], nbytes) for name, _, _, nbytes, _ in layout.tensors]
+            layout,
+            encode_header(layout, more),
+            [_engine.Piece(*memory[name], nbytes) for name, _, _, nbytes, _ in layout.tensors],
         )
         for layout in pack(tensors, bound)
     ]
+
+
+def plan_blocks(shards: Sequence[PlannedShard]) -> tuple[Block, ...]:
+    """The engine's blocks of ``shards``, each of which is the file of its place."""
+    extents: list[Extent] = []
+    with collector_still():
+        for file, shard in enumerate(shards):
+            start = len(shard.header)
+            for tensor, begin in zip(shard.layout.tensors, shard.layout.begins):
+                # Blocks are cut at multiples of the largest dtype, so no element is cut: one byte is the right grain.
+                extents.append(Extent(file, start + begin, tensor.nbytes, len(extents), 1))
+        return blocks(extents, _engine.BLOCK_BYTES)
 
 
 def _stored_tensor(entry: Entry) -> StoredTensor:
@@ -119,14 +138,7 @@ class ShardWriter:
             self.whole[file.name] = FileRecord(length, _whole_sum(header, shard.layout, sums))
 
     def _transfer(self, staged: Sequence[StagedShard], group: Sequence[PlannedShard], progress: Progress) -> _engine.Transfer:
-        extents: list[Extent] = []
-        with collector_still():
-            for file, shard in enumerate(group):
-                start = len(shard.header)
-                for tensor, begin in zip(shard.layout.tensors, shard.layout.begins):
-                    # Blocks are cut at multiples of the largest dtype, so no element is cut: one byte is the right grain.
-                    extents.append(Extent(file, start + begin, tensor.nbytes, len(extents), 1))
-            planned = blocks(extents, _engine.BLOCK_BYTES)
+        planned = plan_blocks(group)
         try:
             return _engine.write(
                 [file.file.fd for file in staged],

@@ -18,10 +18,10 @@ import torch
 
 from shardsave import _engine
 from shardsave._backend import engine_name
-from shardsave._dtypes import BY_TORCH, logical_shape
-from shardsave._files import CallFailed, Descriptor, allocate, call, inode_of, make_folders, open_regular, write_all
-from shardsave._format import CHECKSUM_KEY, encode_header, with_sums
-from shardsave._plan import ALIGNMENT, Extent, StoredTensor, blocks, pack
+from shardsave._files import CallFailed, Descriptor, allocate, call, inode_of, make_folders, open_regular
+from shardsave._format import CHECKSUM_KEY, with_sums
+from shardsave._shards import plan_blocks, plan_shards
+from shardsave._staging import end_shard
 from shardsave._state import Entry
 from shardsave.errors import (
     DurabilityUncertainError,
@@ -142,7 +142,7 @@ class NewFile:
     def _has_its_name(self, made: tuple[int, int] | None) -> bool:
         """Whether a rename that failed was made all the same, as on a network file system whose answer got lost."""
         with suppress(CallFailed):
-            return inode_of(self._name, self._directory.fd) == made
+            return made is not None and inode_of(self._name, self._directory.fd) == made
         return False
 
     def failure(self, error: CallFailed) -> ShardSaveError:
@@ -167,48 +167,24 @@ def write_safetensors(
 ) -> Written:
     """Makes ``new`` a safetensors file with all of ``entries``; of tied ones the first, the others named in its metadata."""
     stored = [entry for entry in entries if entry.tied_to is None]
-    (shard,) = pack([_stored(entry) for entry in stored], sys.maxsize)
     ties = {entry.name: entry.tied_to for entry in entries if entry.tied_to is not None}
     if taken := sorted(ties.keys() & {"format", CHECKSUM_KEY}):
         raise UnsupportedTensorError(
             f"cannot write {new.path}: a tied tensor is named in the file's metadata, {taken[0]!r} means something else there; "
             f"rename it, or convert to a directory; nothing was written"
         )
-    header = encode_header(shard, {**metadata, **ties})
-    by_name = {entry.name: entry for entry in stored}
-    pieces = [
-        _engine.Piece(by_name[t.name].tensor, by_name[t.name].cast or by_name[t.name].tensor.dtype, t.nbytes)
-        for t in shard.tensors
-    ]
-    extents = [
-        Extent(0, len(header) + begin, tensor.nbytes, at, 1)
-        for at, (tensor, begin) in enumerate(zip(shard.tensors, shard.begins))
-    ]
-    planned = blocks(extents, _engine.BLOCK_BYTES)
+    (shard,) = plan_shards(stored, sys.maxsize, apart=False, more={**metadata, **ties})
     fd, path = new.file.fd, new.path
     try:
-        allocate(fd, path, len(header) + -(-shard.data_bytes // ALIGNMENT) * ALIGNMENT)
-        done = _engine.write([fd], planned, pieces, direct=durable, tick=tick)
-        call(os.ftruncate, path, fd, len(header) + shard.data_bytes)
-        _buffered(fd, path)
-        write_all(fd, path, with_sums(header, done.sums))
+        allocate(fd, path, shard.reserved_bytes)
+        done = _engine.write([fd], plan_blocks([shard]), shard.pieces, direct=durable, tick=tick)
+        end_shard(fd, path, len(shard.header) + shard.layout.data_bytes, with_sums(shard.header, done.sums))
     except _engine.TransferFault as fault:
         raise new.failure(CallFailed(fault.call, path, fault.errno, str(fault))) from fault
     except CallFailed as error:
         raise new.failure(error) from error
     new.commit()
     return Written(all(done.direct), done.staging_bytes, engine_name(), done.notes)
-
-
-def _buffered(fd: int, path: str) -> None:
-    """The header is no whole number of blocks."""
-    flags = call(fcntl.fcntl, path, fd, fcntl.F_GETFL)
-    call(fcntl.fcntl, path, fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
-
-
-def _stored(entry: Entry) -> StoredTensor:
-    dtype = entry.cast or entry.tensor.dtype
-    return StoredTensor(entry.name, BY_TORCH[dtype].name, logical_shape(entry.tensor), entry.tensor.numel() * dtype.itemsize)
 
 
 class _Sink:

@@ -62,10 +62,7 @@ class Staging:
     def seal(self, shard: StagedShard, length: int, header: bytes) -> None:
         """Ends a shard whose data is written: true length, then header, then fsync on this same descriptor, then close."""
         name, fd = shard.name, shard.file.fd
-        call(os.ftruncate, name, fd, length)
-        flags = call(fcntl.fcntl, name, fd, fcntl.F_GETFL)
-        call(fcntl.fcntl, name, fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
-        write_all(fd, name, header)
+        end_shard(fd, name, length, header)
         sync_file(fd, name, wanted=self._durable)
         shard.file.close(name)
 
@@ -114,6 +111,14 @@ class Staging:
 
     def _open(self, file: Descriptor, name: str) -> None:
         file.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, self._inside.fd)
+
+
+def end_shard(fd: int, name: str, length: int, header: bytes) -> None:
+    """Gives a file whose data is written its true length and then its header, which is no whole number of blocks. Raises CallFailed."""
+    call(os.ftruncate, name, fd, length)
+    flags = call(fcntl.fcntl, name, fd, fcntl.F_GETFL)
+    call(fcntl.fcntl, name, fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+    write_all(fd, name, header)
 
 
 def sync_file(fd: int, name: str, *, wanted: bool) -> None:

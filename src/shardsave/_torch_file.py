@@ -84,13 +84,11 @@ def read_torch_file(path: str) -> TorchFile:
             # torch's format from before version 1.6: one stream, in which tensors have no place that could be mapped.
             note = f"{os.path.basename(path)} has torch's old format, which cannot be mapped: all of it was read into memory"
             return TorchFile(unpickle(window, path, "cpu"), (), (note,))
-        records = _records(file.fd, 0, length, path)
         mapping = map_file(file.fd, path)
-        if records is not None:
-            with suppress(_Elsewhere):
-                return TorchFile(_placed(unpickle(window, path, "meta"), mapping, 0, records, path), (mapping,), ())
+        with suppress(_Elsewhere):
+            return TorchFile(_mapped(file.fd, mapping, 0, length, path), (mapping,), ())
         note = f"{os.path.basename(path)} was not written by torch as it is, so it cannot be mapped: all of it was read into memory"
-        return TorchFile(unpickle(Window(file.fd, 0, length), path, "cpu"), (), (note,))
+        return TorchFile(unpickle(window, path, "cpu"), (), (note,))
 
 
 class Archives:
@@ -108,13 +106,9 @@ class Archives:
         file, mapping, end = self._open[name]
         if not 0 <= offset <= offset + length <= end:
             _bad(path, f"a tensor was expected at {offset}, {length} bytes long, the file has {end}")
-        window = Window(file.fd, offset, length)
-        records = _records(file.fd, offset, length, path)
-        made = None
-        if records is not None:
-            with suppress(_Elsewhere):
-                made = _placed(unpickle(window, path, "meta"), mapping, offset, records, path)
-        if made is None:
+        try:
+            made = _mapped(file.fd, mapping, offset, length, path)
+        except _Elsewhere:
             made = unpickle(Window(file.fd, offset, length), path, "cpu")
         if not isinstance(made, torch.Tensor):
             _bad(path, f"a tensor was expected at {offset}, there is a {type(made).__name__}")
@@ -169,32 +163,32 @@ class _Elsewhere(Exception):
     """A tensor's bytes do not lie where torch would have written them."""
 
 
-def _records(fd: int, begin: int, length: int, path: str) -> dict[int, int] | None:
-    """Where the archive's records begin → how long they are, bytes; None where they do not lie in it as they are in memory."""
+def _mapped(fd: int, mapping: mmap.mmap, begin: int, length: int, path: str) -> Any:
+    """What the archive holds that is ``length`` bytes from ``begin`` in the file, its tensors mapped. Raises _Elsewhere."""
+    records = _records(fd, begin, length, path)
+    try:
+        return _place(unpickle(Window(fd, begin, length), path, "meta"), mapping, begin, records, path)
+    except RecursionError:
+        _bad(path, "it holds containers nested too deeply, or in themselves")
+
+
+def _records(fd: int, begin: int, length: int, path: str) -> dict[int, int]:
+    """Where the archive's records begin → how long they are, bytes. Raises _Elsewhere where they are not as they are in memory."""
     try:
         with zipfile.ZipFile(io.BufferedReader(Window(fd, begin, length))) as archive:
             found = {}
             for entry in archive.infolist():
-                if entry.compress_type != zipfile.ZIP_STORED:
-                    return None
-                if entry.filename.endswith("/byteorder") and archive.read(entry).decode() != sys.byteorder:
-                    return None
-                lengths = read_at(
-                    fd, 4, begin + entry.header_offset + 26
-                )  # of the name and of what follows it, in the local header
+                other_order = entry.filename.endswith("/byteorder") and archive.read(entry).decode() != sys.byteorder
+                if entry.compress_type != zipfile.ZIP_STORED or other_order:
+                    raise _Elsewhere
+                # The local header has lengths of its own, of the name and of what follows it.
+                lengths = read_at(fd, 4, begin + entry.header_offset + 26)
                 found[entry.header_offset + 30 + sum(struct.unpack("<HH", lengths))] = entry.file_size
     except CallFailed as error:
         raise cannot_read(path, error) from error
     except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError, OverflowError, EOFError) as error:
         _bad(path, f"it is no archive that can be read ({error})")
     return found
-
-
-def _placed(content: Any, mapping: mmap.mmap, begin: int, records: Mapping[int, int], path: str) -> Any:
-    try:
-        return _place(content, mapping, begin, records, path)
-    except RecursionError:
-        _bad(path, "it holds containers nested too deeply, or in themselves")
 
 
 def _place(content: Any, mapping: mmap.mmap, begin: int, records: Mapping[int, int], path: str) -> Any:
