@@ -19,7 +19,7 @@ from shardsave._ending import verb
 from shardsave._from_config import CONFIG_NAME, empty_model, read_config
 from shardsave._imports import resolve
 from shardsave._load import Device, device_of, load_model
-from shardsave._program import ProgramDocument
+from shardsave._program import LoadedProgram, ProgramDocument
 from shardsave._progress import Progress, ProgressArgument
 from shardsave._read import ReadTotals, Target, read_tensors
 from shardsave._values import Document
@@ -119,7 +119,7 @@ def load_program(
     check_path(path)
     check_switches(verify=verify)
     check_progress(progress)
-    where = device_of(device)
+    where = device_of(device) or torch.device("cpu")
     with open_checkpoint(path, parts=PARTS) as checkpoint:
         data = checkpoint.documents.get("program")
         if data is None:
@@ -127,26 +127,24 @@ def load_program(
                 f"cannot load a program from {checkpoint.path}: a program was expected, the checkpoint has none; "
                 f"save with program=(args, kwargs)"
             )
-        document = ProgramDocument(data, f"the program in {checkpoint.path}")
-        memory = _Memory(checkpoint, where or torch.device("cpu"))
+        document = ProgramDocument(data, f"the program in {checkpoint.path}", where)
+        memory = _Memory(checkpoint, where)
         with torch.inference_mode(False):
-            state, constants = (_tensors(document, places, memory) for places in (document.state, document.constants))
+            tensors = _tensors(document, memory)
             with Progress(progress, "loading", sum(target.located.nbytes for target in memory.targets)) as shown:
                 read_tensors(checkpoint, memory.targets, verify=verify, progress=shown, totals=ReadTotals())
-            return document.module(state, constants, where)
+            return LoadedProgram(document, tensors)
 
 
-def _tensors(
-    document: ProgramDocument, places: Mapping[str, tuple[str, bool, bool]], memory: _Memory
-) -> dict[str, torch.Tensor]:
+def _tensors(document: ProgramDocument, memory: _Memory) -> dict[str, torch.Tensor]:
     made: dict[str, torch.Tensor] = {}
-    for name, (stored, parameter, kept) in places.items():
-        tensor = memory(stored, kept, None)
+    for place in document.places:
+        tensor = memory(place.tensor, place.kept, None)
         if tensor is None:
             raise CorruptCheckpointError(
-                f"corrupt {document.where}: tensor {stored!r} expected in the checkpoint, it is not there; nothing was run"
+                f"corrupt {document.where}: tensor {place.tensor!r} expected in the checkpoint, it is not there; nothing was run"
             )
-        made[name] = nn.Parameter(tensor, requires_grad=False) if parameter else tensor
+        made[place.name] = tensor
     return made
 
 

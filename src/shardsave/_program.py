@@ -1,158 +1,41 @@
-"""What a model computes, as a graph of torch's operators (``torch.export``), for where its classes are not installed.
-
-torch writes a graph as JSON, and everything else beside it by pickle. We keep the JSON alone: weights are named, as in an architecture,
-examples and traces are left out. torch also *reads* that JSON with ``eval`` and ``getattr``, so nothing of it reaches torch before
-each string that it would evaluate, look up or make source code of has been found to be of a harmless form.
-"""
+"""A program as it is stored, and the module that runs it."""
 
 from __future__ import annotations
 
-import json
-import keyword
-import re
-from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn, Union
+from collections.abc import Mapping
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import nn
 
-from shardsave._extra_tensors import ExtraTensors
+from shardsave._graph import Bad, Reader
 from shardsave._json import NotJSON, glimpse, parse_object
-from shardsave._state import unwrap
-from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, UnsupportedModuleError
-
-Program = Union[tuple[tuple[Any, ...], dict[str, Any]], torch.export.ExportedProgram]
+from shardsave._signature import Signature
+from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError
 
 FORMAT = "shardsave-program"
 
-_HIGHER = "cond map_impl scan while_loop wrap_with_autocast wrap_with_set_grad_enabled"
-_OPERATORS = "add and_ eq floordiv ge getitem gt le lt mod mul ne neg not_ or_ pos pow sub truediv"
-_TARGET = re.compile(
-    r"torch\.ops\.(?:aten|prims)\.(?!from_file\b|save\b)[a-z_]\w*\.\w+|"
-    rf"torch\.ops\.higher_order\.(?:{'|'.join(_HIGHER.split())})|"
-    rf"_operator\.(?:{'|'.join(_OPERATORS.split())})|"
-    r"torch\.(?:sym_float|sym_int|sym_ite|sym_max|sym_min|sym_not|sym_sum|_sym_sqrt)|math\.(?:ceil|floor|sqrt|trunc)",
-    re.ASCII,
-)
 
-#: Expressions over sizes: numbers, symbols, and these functions.
-_SYMBOL = re.compile(r"[suz]\d+", re.ASCII)
-_WRITTEN_SYMBOL = re.compile(r"Symbol\('([suz]\d+)'(?:, [a-z_]+=(?:True|False))*\)", re.ASCII)
-_EXPRESSION = re.compile(r"[\w\s()+*/%<>=!&|~,.-]*", re.ASCII)
-_FUNCTIONS = frozenset([
-    "Add", "And", "CeilDiv", "CeilToInt", "CleanDiv", "Eq", "False", "Float", "FloatPow", "FloatTrueDiv", "FloorDiv",
-    "FloorToInt", "Ge", "Gt", "Identity", "IntTrueDiv", "Integer", "Le", "Lt", "Max", "Min", "Mod", "ModularIndexing",
-    "Mul", "Ne", "Not", "Or", "Pow", "PowByNatural", "PythonMod", "Rational", "RoundToInt", "ToFloat", "True",
-    "TruncToInt", "Where", "false", "int_oo", "oo", "true",
-])  # fmt: skip
-_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
-_DOTTED = re.compile(r"[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*", re.ASCII)
-_CONTAINERS = frozenset({None, "builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict"})
+class Place(NamedTuple):
+    """A tensor of a program: its name in the program, and where the checkpoint has it (``kept``: among the extra tensors)."""
+
+    name: str
+    tensor: str
+    kept: bool
+    kind: str
 
 
-def check_program(program: object) -> None:
-    """Raises TypeError for what is neither the arguments of an example nor an exported program."""
-    if program is None or isinstance(program, torch.export.ExportedProgram):
-        return
-    if isinstance(program, tuple) and len(program) == 2 and isinstance(program[0], tuple) and isinstance(program[1], dict):
-        return
-    raise TypeError("program must be (args, kwargs), a tuple and a dict for the model's forward, or an ExportedProgram")
-
-
-def capture(module: nn.Module, program: Program, extra: ExtraTensors) -> bytes:
-    """The program of ``module`` as JSON; constants that are no weights are added to ``extra``. Raises UnsupportedModuleError."""
-    from torch._export.serde import serialize
-
-    module = unwrap(module)
-    if isinstance(program, torch.export.ExportedProgram):
-        exported = program
-    else:
-        try:
-            exported = torch.export.export(module, program[0], program[1])
-        except Exception as error:
-            _refuse(
-                f"torch.export was expected to trace the model, it raised {type(error).__name__}: {str(error).splitlines()[0]}"
-            )
-    others = [name for name, value in exported.constants.items() if not isinstance(value, torch.Tensor)]
-    if others:
-        _refuse(f"constants that are tensors were expected, {others[0]} is a {type(exported.constants[others[0]]).__name__}")
-    try:
-        artifact = serialize.serialize(
-            exported, serialize_state_dict=False, serialize_constants=False, serialize_example_inputs=False
-        )
-    except Exception as error:  # arguments or results of classes that torch does not write
-        _refuse(
-            f"torch was expected to write what it traced, it raised {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        )
-    graph = json.loads(artifact.exported_program)
-    _make_plain(graph)
-    problems = list(_problems(graph))
-    if problems:
-        _refuse(f"{problems[0]}; and {len(problems) - 1} more" if len(problems) > 1 else problems[0])
-    trained = dict(module.named_parameters(remove_duplicate=False))
-
-    def places(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        made = {}
-        for name, tensor in tensors.items():
-            stored, kept = extra.place(tensor, name)
-            made[name] = {"tensor": stored, "parameter": isinstance(tensor, nn.Parameter) or name in trained, "kept": kept}
-        return made
-
-    document = {
-        "format": FORMAT,
-        "version": 1,
-        "requires": [],
-        "torch": torch.__version__,
-        "state": places(exported.state_dict),
-        "constants": places(exported.constants),
-        "graph": graph,
-    }
-    return json.dumps(document, ensure_ascii=False, allow_nan=False).encode()
-
-
-def _refuse(what: str) -> NoReturn:
-    raise UnsupportedModuleError(f"cannot save a program: {what}; nothing was written")
-
-
-def _make_plain(graph: dict[str, Any]) -> None:
-    """Leaves out where the model's source was, and gives results of the model's own classes as dicts."""
-    graph["guards_code"] = []
-    module = graph["graph_module"]
-    module["module_call_graph"] = [call for call in module["module_call_graph"] if call["fqn"] == ""]
-    for nodes in _find(graph, "nodes"):
-        for node in nodes:
-            node["metadata"] = {}
-    for call in module["module_call_graph"]:
-        for spec in ("in_spec", "out_spec"):
-            version, tree = json.loads(call["signature"][spec])
-            _as_dicts(tree)
-            call["signature"][spec] = json.dumps([version, tree])
-
-
-def _as_dicts(tree: dict[str, Any]) -> None:
-    if tree["type"] not in _CONTAINERS:
-        keys = json.loads(tree["context"]) if isinstance(tree["context"], str) else None
-        if isinstance(keys, list) and len(keys) == len(tree["children_spec"]) and all(isinstance(key, str) for key in keys):
-            tree["type"] = "builtins.dict"
-    for child in tree["children_spec"]:
-        _as_dicts(child)
-
-
-def _find(value: Any, key: str) -> Iterator[Any]:
-    if isinstance(value, dict):
-        if key in value:
-            yield value[key]
-        for part in value.values():
-            yield from _find(part, key)
-    elif isinstance(value, list):
-        for part in value:
-            yield from _find(part, key)
+_KINDS = ("parameter", "buffer", "constant")
+_PLACE = {"name": str, "tensor": str, "kept": bool, "kind": str}
 
 
 class ProgramDocument:
-    """A checked program: ``state`` and ``constants`` (name → tensor, parameter, kept), and the graph. Raises CorruptCheckpointError."""
+    """A program as it is stored, checked, to be run on ``device``. ``places``: the tensors that it needs, the graph's first inputs.
 
-    def __init__(self, data: bytes, where: str) -> None:
+    Raises CorruptCheckpointError, IncompatibleCheckpointError.
+    """
+
+    def __init__(self, data: bytes, where: str, device: torch.device) -> None:
         self.where = where
         try:
             top = parse_object(data)
@@ -160,118 +43,114 @@ class ProgramDocument:
             self._bad(refusal.wanted, refusal.found)
         if top.get("format") != FORMAT:
             self._bad(f"a document of format {FORMAT} expected", f"it is {glimpse(top.get('format'))}")
-        if top.get("requires") != []:
+        if top.get("requires") != [] or top.get("version") != 1:
             raise IncompatibleCheckpointError(
-                f"cannot load {where}: it requires {glimpse(top.get('requires'))}, which this version of shardsave does not know; "
-                f"the checkpoint is intact, load it with a newer version"
+                f"cannot load {where}: it is of version {glimpse(top.get('version'))} and requires {glimpse(top.get('requires'))}, which "
+                f"this version of shardsave does not know; the checkpoint is intact, load it with a newer version"
             )
-        self.state = self._places(top.get("state"), "state")
-        self.constants = self._places(top.get("constants"), "constants")
-        self._torch = str(top.get("torch"))
-        self._graph = top.get("graph")
+        made_by = f"; it was saved with torch {top['torch']}" if isinstance(top.get("torch"), str) else ""
+        self.training = top.get("training")
+        if not (self.training is None or isinstance(self.training, bool)):
+            self._bad("training expected to be true, false or null", f"it is {glimpse(self.training)}")
+        self.places = self._places(top.get("tensors"))
         try:
-            problem = next(_problems(self._graph), None)
-        except (RecursionError, TypeError, ValueError, KeyError, AttributeError):
-            problem = "a graph as torch.export writes it was expected, it is another"
-        if problem is not None:
-            raise CorruptCheckpointError(f"corrupt {where}: {problem}; nothing was run")
+            self.signature = Signature(top.get("arguments"))
+            self.graph = Reader(top.get("graphs"), device).graph(0)
+            self.mutations = self._mutations(top.get("mutations"))
+            wanted = len(self.places) + self.signature.inputs
+            if self.graph.inputs != wanted:
+                raise Bad("graphs[0]", f"{wanted} inputs, for its tensors and arguments,", self.graph.inputs)
+        except Bad as bad:
+            self._bad(f"{bad.where}: {bad.wanted} expected", f"it is {bad.found}{made_by}")
+        except RecursionError:
+            self._bad("values that are nested less deeply expected", "they are deeper")
 
     def _bad(self, wanted: str, found: str) -> NoReturn:
         raise CorruptCheckpointError(f"corrupt {self.where}: {wanted}, {found}; nothing was run")
 
-    def _places(self, places: Any, what: str) -> dict[str, tuple[str, bool, bool]]:
-        if not isinstance(places, dict):
-            self._bad(f"{what} expected to map names to tensors", f"it is {glimpse(places)}")
-        made = {}
-        for name, place in places.items():
+    def _places(self, listed: Any) -> list[Place]:
+        places: dict[str, Place] = {}
+        for place in listed if isinstance(listed, list) else [listed]:
             kinds = {key: type(value) for key, value in place.items()} if isinstance(place, dict) else {}
-            if kinds != {"tensor": str, "parameter": bool, "kept": bool} or not _harmless_path(name):
-                self._bad(f"{what} expected to map names to tensors", f"{glimpse(name)} is {glimpse(place)}")
-            made[name] = (place["tensor"], place["parameter"], place["kept"])
-        return made
+            name = place["name"] if kinds == _PLACE else ""
+            if not name or place["kind"] not in _KINDS or name in places or "" in name.split("."):
+                self._bad("tensors expected, each once, with a name, a place and a kind", f"one is {glimpse(place)}")
+            places[name] = Place(**place)
+        return list(places.values())
 
-    def module(
-        self, state: Mapping[str, torch.Tensor], constants: Mapping[str, torch.Tensor], device: torch.device | None
-    ) -> nn.Module:
-        """A module that runs the graph with these tensors, on ``device`` where one is given."""
-        from torch._export.serde import serialize
-        from torch.export.passes import move_to_device_pass
+    def _mutations(self, listed: Any) -> list[int]:
+        """Inputs of the graph that are overwritten by the first results of it, one by one."""
+        count = len(self.graph.result[0]) if isinstance(self.graph.result, tuple) and len(self.graph.result) == 2 else -1
+        if (
+            not isinstance(listed, list)
+            or len(listed) != count
+            or not all(type(n) is int and 0 <= n < self.graph.inputs for n in listed)
+        ):
+            raise Bad("mutations", "numbers of inputs, as many as results for them,", listed)
+        return listed
 
-        try:
-            artifact = serialize.SerializedArtifact(
-                exported_program=json.dumps(self._graph).encode(),
-                state_dict=dict(state),  # type: ignore[arg-type]
-                constants=dict(constants),  # type: ignore[arg-type]
-                example_inputs=(),  # type: ignore[arg-type]
+
+class LoadedProgram(nn.Module):
+    """Runs a program. Its tensors are its parameters and buffers, under the names that they had in the model.
+
+    Takes the arguments that the program was exported with, by place or by name; raises TypeError and ValueError for others.
+    """
+
+    def __init__(self, document: ProgramDocument, tensors: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self._document = document
+        self._tensors: list[tuple[nn.Module, str]] = []
+        modules: dict[str, nn.Module] = {"": self}
+        for place in document.places:
+            path, _, attribute = place.name.rpartition(".")
+            owner = _module_at(modules, path)
+            if owner is None or _taken(owner, attribute):
+                raise CorruptCheckpointError(
+                    f"corrupt {document.where}: names that a module can give to tensors expected, one is {glimpse(place.name)}; "
+                    f"nothing was run"
+                )
+            if place.kind == "parameter":
+                owner.register_parameter(attribute, nn.Parameter(tensors[place.name], requires_grad=False))
+            else:
+                owner.register_buffer(attribute, tensors[place.name], persistent=place.kind == "buffer")
+            self._tensors.append((owner, attribute))
+        if document.training is not None:
+            super().train(document.training)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = [getattr(owner, attribute) for owner, attribute in self._tensors]
+        given += self._document.signature.bind(args, kwargs)
+        written, result = self._document.graph(*given)
+        for place, value in zip(self._document.mutations, written):
+            given[place].copy_(value)
+        return result
+
+    def train(self, mode: bool = True) -> LoadedProgram:
+        """Raises RuntimeError for the other mode than that in which the program was exported: it would compute the same."""
+        exported = self._document.training
+        if exported is not None and mode != exported:
+            was, asked = ("training", "evaluation") if exported else ("evaluation", "training")
+            raise RuntimeError(
+                f"the program was exported in {was} mode and computes as in that, {asked} mode was asked for; export it so"
             )
-            exported = serialize.deserialize(artifact)
-            if device is not None:
-                exported = move_to_device_pass(exported, str(device))
-            return exported.module()
-        except Exception as error:
-            raise IncompatibleCheckpointError(
-                f"cannot load {self.where}: a program that torch {torch.__version__} reads was expected, it was saved with torch "
-                f"{self._torch}: {type(error).__name__}: {' '.join(str(error).split())[:300]}; nothing was run"
-            ) from error
+        return super().train(mode)
 
 
-def _problems(value: Any, path: str = "graph", key: str = "") -> Iterator[str]:
-    """What of a graph torch would evaluate, look up or make source code of, and is not of a harmless form."""
-    if isinstance(value, str):
-        wanted = _unless_harmless(key, value)
-        if wanted:
-            yield f"{path}: {wanted} was expected, it is {glimpse(value)}"
-    elif isinstance(value, list):
-        if key == "guards_code" and value:
-            yield f"{path}: no code was expected, there is {glimpse(value)}"
-        for place, part in enumerate(value):
-            yield from _problems(part, f"{path}[{place}]", key)
-    elif isinstance(value, dict):
-        if key == "metadata" and value:
-            yield f"{path}: no metadata was expected, there is {glimpse(value)}"
-        if key == "treespec_namedtuple_fields" and value:
-            yield f"{path}: arguments and results of plain types were expected, there is {glimpse(value)}"
-        if key in _BY_SYMBOL:
-            for name in value:
-                if wanted := _unless_harmless("expr_str", name):
-                    yield f"{path}: {wanted} was expected, it is {glimpse(name)}"
-        elif key in _BY_NAME:
-            for name in value:
-                if wanted := _unless_harmless("name", name):
-                    yield f"{path}: {wanted} was expected, it is {glimpse(name)}"
-        for name, part in value.items():
-            yield from _problems(part, f"{path}.{name}", name)
+def _module_at(modules: dict[str, nn.Module], path: str) -> nn.Module | None:
+    """The module that has the tensors below ``path``, made where there is none; None where a module cannot have such a child."""
+    here = modules[""]
+    for end in [place for place, letter in enumerate(path) if letter == "."] + [len(path)] * bool(path):
+        name = path[path.rfind(".", 0, end) + 1 : end]
+        if path[:end] not in modules:
+            if _taken(here, name):
+                return None
+            modules[path[:end]] = nn.Module()
+            here.add_module(name, modules[path[:end]])
+        here = modules[path[:end]]
+    return here
 
 
-_BY_SYMBOL = frozenset({"range_constraints"})
-_BY_NAME = frozenset({"tensor_values", "sym_int_values", "sym_bool_values", "sym_float_values", "custom_obj_values"})
-_PLAIN_STRINGS = frozenset({"as_string", "as_strings", "torch_version", "verifiers", "type"})
-_PATHS = frozenset({"parameter_name", "buffer_name", "tensor_constant_name", "fqn"})
-
-
-def _unless_harmless(key: str, value: str) -> str | None:
-    """What was wanted under ``key``, where ``value`` is not that."""
-    if key in ("target", "as_operator"):
-        return None if _TARGET.fullmatch(value) else "an operator of torch"
-    if key in ("expr_str", "as_expr"):
-        value = _WRITTEN_SYMBOL.sub(r"\1", value)
-        words = _NAME.findall(value)
-        harmless = _EXPRESSION.fullmatch(value) and "__" not in value and not re.search(r"\.\s*[A-Za-z_(]", value)
-        known = all(word in _FUNCTIONS or _SYMBOL.fullmatch(word) for word in words)
-        return None if harmless and known and len(value) < 10_000 else "an expression over sizes"
-    if key in ("in_spec", "out_spec"):
-        return None if _plain_tree(json.loads(value)[1]) else "tuples, lists and dicts"
-    if key in _PATHS:
-        return None if value == "" or _harmless_path(value) else "the name of a tensor"
-    if key in _PLAIN_STRINGS:
-        return None
-    harmless = value == "" or (_NAME.fullmatch(value) and not value.startswith("__") and not keyword.iskeyword(value))
-    return None if harmless else "a name"
-
-
-def _harmless_path(name: str) -> bool:
-    return bool(_DOTTED.fullmatch(name)) and not any(part.startswith("__") for part in name.split("."))
-
-
-def _plain_tree(tree: Any) -> bool:
-    return tree["type"] in _CONTAINERS and all(_plain_tree(child) for child in tree["children_spec"])
+def _taken(owner: nn.Module, name: str) -> bool:
+    return hasattr(type(owner), name) or any(
+        name in names for names in (vars(owner), owner._modules, owner._parameters, owner._buffers)
+    )

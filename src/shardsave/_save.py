@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Union
+from typing import TYPE_CHECKING, Any, NamedTuple, Union
 
 from torch import nn
 
@@ -22,7 +22,6 @@ from shardsave._format import MAX_HEADER_BYTES
 from shardsave._index import Index, Part, Record, ShardRecord, check_shard_count
 from shardsave._metadata import check_metadata
 from shardsave._peft import ADAPTER_WEIGHTS, adapted, adapter_companions, adapter_on_disk
-from shardsave._program import Program, capture, check_program
 from shardsave._progress import Progress, ProgressArgument
 from shardsave._reports import Phases, SaveReport
 from shardsave._shards import PlannedShard, ShardWriter, plan_shards
@@ -30,6 +29,9 @@ from shardsave._state import Source, State, read_state
 from shardsave._transformers import companions, on_disk, pretrained
 from shardsave._version import __version__
 from shardsave.errors import UnsupportedModuleError, an
+
+if TYPE_CHECKING:
+    from shardsave._capture import Program
 
 
 @verb()
@@ -87,7 +89,10 @@ def save(
     if (architecture or program is not None) and not isinstance(source, nn.Module):
         which = "architecture=True" if architecture else "a program"
         raise TypeError(f"{which} needs an nn.Module, there is none in {an(type(source).__name__)}")
-    check_program(program)
+    if program is not None:
+        from shardsave._capture import check_program  # with it comes torch.export, which few saves need
+
+        check_program(program)
     check_progress(progress)
     check_timeout(lock_timeout)
     bound = parse_size(max_shard_size)
@@ -181,6 +186,7 @@ def _gather(source: Source | State, bound: int, architecture: bool, program: Pro
         ) from error
     extra = ExtraTensors(state.entries)
     documents, beside = dict(state.beside.documents), state.beside.companions
+    notes: tuple[str, ...] = ()
     if adapter is not None:
         beside = adapter_companions(adapter)
     elif model is not None:
@@ -188,7 +194,10 @@ def _gather(source: Source | State, bound: int, architecture: bool, program: Pro
     if architecture and isinstance(source, nn.Module):
         documents["architecture"] = describe(source, extra)
     if program is not None and isinstance(source, nn.Module):
-        documents["program"] = capture(source, program, extra)
+        from shardsave._capture import capture
+
+        captured = capture(source, program, extra)
+        documents["program"], notes = captured.document, captured.notes
     for part, document in documents.items():
         if len(document) > MAX_HEADER_BYTES:
             raise UnsupportedModuleError(
@@ -204,7 +213,7 @@ def _gather(source: Source | State, bound: int, architecture: bool, program: Pro
     check_shard_count(len(shards))
     kept = [*state.beside.extra, *extra.kept]
     kept_shards = plan_shards(kept, sys.maxsize) if kept else []
-    return _Contents(layout.state, shards, kept_shards, documents, beside, layout.module_flags, layout.notes)
+    return _Contents(layout.state, shards, kept_shards, documents, beside, layout.module_flags, (*layout.notes, *notes))
 
 
 def _flags(state: State) -> dict[str, bool] | None:
