@@ -95,18 +95,19 @@ def load_program(
 ) -> nn.Module:
     """What a model that was saved with ``program=`` computes, as a module to call; its own classes need not be installed.
 
-    Takes arguments of the shapes that it was exported with. Results of the model's own classes come as dicts. Weights go straight
-    to ``device``. A program is a graph of torch's own operators, checked before torch sees it; nothing of the model's package is imported.
+    Takes arguments of the shapes that it was exported with; others raise TypeError or ValueError, or RuntimeError where sizes do not go
+    together. Results of the model's own classes come as dicts. Weights go straight to ``device``, and none requires grad. A program is a graph
+    of torch's own operators, run one by one; nothing of it is evaluated, nothing of the model's package is imported.
 
     Args:
         path: the checkpoint.
-        device: where it runs; by default where it was exported, its tensors being on the CPU.
+        device: where it runs; the CPU by default.
         verify: as in ``load``.
         progress: as in ``save``.
 
     Raises:
         TypeError, ValueError: for wrong arguments, before anything happens.
-        IncompatibleCheckpointError: there is no program, or this version of torch does not read it.
+        IncompatibleCheckpointError: there is no program, or a newer shardsave wrote it.
         CheckpointNotFoundError, CorruptCheckpointError, DirectoryBusyError.
 
     Example:
