@@ -20,7 +20,7 @@ import shardsave
 import zoo
 from conftest import SmallModel, same_bits, same_state
 from shardsave import _save
-from shardsave._architecture import shadows_method
+from shardsave._kinds import shadows_method
 
 X = torch.linspace(-1, 1, 160).reshape(2, 5, 16)
 

@@ -7,14 +7,9 @@ scalar, ``{"ref": number in the table}``, or an object with one tag (``{"tuple":
 
 from __future__ import annotations
 
-import base64
 import collections
-import enum
-import functools
 import json
-import math
 import pathlib
-import reprlib
 import types
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -27,9 +22,10 @@ from torch.nn.utils import parametrize
 
 from shardsave._dtypes import BY_TORCH
 from shardsave._extra_tensors import ExtraTensors
-from shardsave._imports import is_dunder, name_of, version_of
-from shardsave._json import MAX_DIGITS
+from shardsave._imports import is_dunder, version_of
+from shardsave._kinds import HEAP_TYPE, container_of, own_getstate, shadows_method, slots_of
 from shardsave._state import PLAIN_TYPES, plain_name, unwrap
+from shardsave._table import TableWriter
 from shardsave.errors import UnsupportedModuleError
 
 FORMAT = "shardsave-architecture"
@@ -50,10 +46,6 @@ HOOKS = ("_forward_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks"
 #: Where hooks are defined that only matter to weights which older versions of torch wrote.
 _RENAMES_OLD_WEIGHTS = "torch.nn.utils.parametrizations"
 
-#: Tuples and other values that have no place in the table, inside of each other.
-_MAX_DEPTH = 100
-
-_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 _MADE_AT_RUN_TIME = {"ScriptModule": "TorchScript", "GraphModule": "a traced graph"}
 
 
@@ -88,18 +80,12 @@ def _script_of(imports: Iterable[str]) -> str | None:
     return pathlib.PurePath(getattr(sys.modules["__main__"], "__file__", None) or "an interactive session").name
 
 
-class _Writer:
-    """Makes the table. Work waits in a queue, so that no depth of a model reaches the depth of Python's stack."""
+class _Writer(TableWriter):
+    """Makes the table: modules, tensors, arrays, containers and instances."""
 
     def __init__(self, extra: ExtraTensors) -> None:
-        self.objects: list[Any] = []
-        self.imports: set[str] = set()
-        self.refused: list[str] = []
+        super().__init__()
         self.dropped_hooks: list[str] = []
-        self._depth = 0
-        self._numbers: dict[int, int] = {}
-        self._alive: list[object] = []  # an id is that of one object only while the object lives
-        self._queue: collections.deque[tuple[int, Any, str]] = collections.deque()
         self._extra = extra
         self._tables: list[tuple[type, Callable[[Any, str], Any]]] = [
             (nn.Module, self._module),
@@ -114,28 +100,6 @@ class _Writer:
             write = next((write for kind, write in self._tables if isinstance(thing, kind)), self._container)
             self.objects[number] = write(thing, path)
 
-    def _number(self, thing: Any, path: str) -> int:
-        number = self._numbers.get(id(thing))
-        if number is None:
-            number = self._numbers[id(thing)] = len(self.objects)
-            self._alive.append(thing)
-            self.objects.append(None)
-            self._queue.append((number, thing, path))
-        return number
-
-    def _refuse(self, path: str, found: str) -> None:
-        self.refused.append(f"{path}: {found}")
-
-    def _import(self, thing: Any, path: str) -> str:
-        name = name_of(thing)
-        if name is None:
-            self._refuse(path, _nameless(thing))
-            return ""
-        self.imports.add(name)
-        return name
-
-    # -- what has an identity
-
     def _module(self, module: nn.Module, path: str) -> dict[str, Any]:
         kind, computed = type(module), ()
         if parametrize.is_parametrized(module):
@@ -145,9 +109,9 @@ class _Writer:
                 made = _MADE_AT_RUN_TIME[base.__name__]
                 self._refuse(path, f"{made}, whose code was made at run time; save the module that it was made from")
                 return {}
-        given = _own_getstate(kind)
+        given = own_getstate(kind)
         own = dict(vars(module)) if given is None else dict(given(module))
-        own.update({slot: getattr(module, slot) for slot in _slots(kind) if hasattr(module, slot)})
+        own.update({slot: getattr(module, slot) for slot in slots_of(kind) if hasattr(module, slot)})
         name = self._import(kind, path)
         node: dict[str, Any] = {"module": name, "training": bool(module.training)}
         node["children"] = {
@@ -256,8 +220,8 @@ class _Writer:
             all(getattr(kind, name) is getattr(base, name) for name in ("__reduce_ex__", "__reduce__"))
             and not hasattr(kind, "__getnewargs_ex__")
             and not hasattr(kind, "__getnewargs__")
-            and kind.__flags__ & _HEAP_TYPE
-            and kind.__basicsize__ <= type("Plain", (base,), {}).__basicsize__ + 8 * len(_slots(kind))
+            and kind.__flags__ & HEAP_TYPE
+            and kind.__basicsize__ <= type("Plain", (base,), {}).__basicsize__ + 8 * len(slots_of(kind))
         )
         if not plain:
             self._refuse(path, f"a {kind.__module__}.{kind.__qualname__}, which cannot be kept as data")
@@ -269,161 +233,16 @@ class _Writer:
             node["elements"] = self._values(list.__iter__(thing), path)
         elif base is set:
             node["elements"] = self._keys(set.__iter__(thing), path)
-        if (given := _own_getstate(kind)) is not None:
+        if (given := own_getstate(kind)) is not None:
             node["state"] = self._value(given(thing), f"{path}.__getstate__()")
             return node
         if (own := getattr(thing, "__dict__", {})) is thing:  # a dict whose items are its attributes too
             node["attributes_are_items"] = True
             return node
         attributes = dict(own)
-        attributes.update({slot: getattr(thing, slot) for slot in _slots(kind) if hasattr(thing, slot)})
+        attributes.update({slot: getattr(thing, slot) for slot in slots_of(kind) if hasattr(thing, slot)})
         node["attributes"] = self._attributes(attributes, path)
         return node
-
-    # -- values
-
-    def _values(self, things: Iterable[Any], path: str) -> list[Any]:
-        return [self._value(thing, f"{path}[{place}]") for place, thing in enumerate(things)]
-
-    def _pairs(self, things: Mapping[Any, Any], path: str) -> list[list[Any]]:
-        keys = self._keys(things, path)
-        return [[key, self._value(value, f"{path}[{_short(name)}]")] for key, (name, value) in zip(keys, things.items())]
-
-    def _keys(self, things: Iterable[Any], path: str) -> list[Any]:
-        """What can be looked up by its value alone: an object is another one when it is built again."""
-        made = []
-        for thing in things:
-            if not is_key(thing):
-                self._refuse(path, f"a key or element {_short(thing)}, which is looked up by what it is and not by its value")
-                continue
-            made.append(self._value(thing, f"{path}, a key"))
-        return made
-
-    def _value(self, thing: Any, path: str) -> Any:
-        if self._depth == _MAX_DEPTH:
-            self._refuse(path, f"values nested more than {_MAX_DEPTH} deep, each one inside of another")
-            return None
-        self._depth += 1
-        try:
-            return self._written(thing, path)
-        finally:
-            self._depth -= 1
-
-    def _written(self, thing: Any, path: str) -> Any:
-        kind = type(thing)
-        if thing is None or kind is bool:
-            return thing
-        if kind is str:
-            return self._text(thing, path)
-        if kind is int:
-            if abs(thing) >= 10**MAX_DIGITS:
-                self._refuse(path, f"a number of more than {MAX_DIGITS} digits")
-            return thing
-        if kind is float:
-            return thing if math.isfinite(thing) else {"float": repr(thing)}
-        simple = _SIMPLE.get(kind)
-        if simple is not None:
-            tag, value = simple
-            return {tag: value(thing)}
-        if kind is frozenset:
-            return {"frozenset": self._keys(thing, path)}
-        if kind in (tuple, torch.Size):
-            return {"size" if kind is torch.Size else "tuple": self._values(thing, path)}
-        if kind is slice:
-            return {"slice": self._values((thing.start, thing.stop, thing.step), path)}
-        if kind is functools.partial:
-            call = [self._value(thing.func, f"{path}.func"), self._values(thing.args, path), self._pairs(thing.keywords, path)]
-            return {"partial": call}
-        return self._named(thing, path)
-
-    def _named(self, thing: Any, path: str) -> Any:
-        """What is named rather than described: classes, functions, members of an enum, methods; all else goes to the table."""
-        if isinstance(thing, enum.Flag):
-            return {"flag": [self._import(type(thing), path), thing.value]}
-        if isinstance(thing, enum.Enum):
-            if thing.name not in type(thing).__members__:
-                self._refuse(path, f"{thing!r}, which has no name in its enum")
-            return {"enum": [self._import(type(thing), path), thing.name]}
-        if isinstance(thing, (type, *_FUNCTIONS)):
-            return {"import": self._import(thing, path)}
-        if isinstance(thing, types.MethodType):
-            own = next(
-                (vars(base)[thing.__name__] for base in type(thing.__self__).__mro__ if thing.__name__ in vars(base)), None
-            )
-            if own is not thing.__func__:
-                self._refuse(path, f"the method {thing.__name__}, which its class does not have; define it in the class")
-                return None
-            if vars(nn.Module).get(thing.__name__) is None and not is_dunder(thing.__name__):
-                return {"method": [self._value(thing.__self__, path), thing.__name__]}
-            self._refuse(path, f"the method {thing.__name__} of every module")
-            return None
-        if isinstance(thing, tuple) and hasattr(thing, "_fields"):
-            return {"namedtuple": [self._import(type(thing), path), self._values(thing, path)]}
-        if isinstance(thing, np.generic) and thing.dtype.kind in "biuf" and thing.dtype.itemsize <= 8:
-            return {"scalar": [thing.dtype.name, self._value(thing.item(), path)]}
-        if isinstance(thing, nn.Module):
-            thing = unwrap(thing)
-        return {"ref": self._number(thing, path)}
-
-    def _text(self, text: str, path: str) -> str:
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            self._refuse(path, "text with half of a surrogate pair")
-        return text
-
-
-_SIMPLE: Mapping[type, tuple[str, Callable[[Any], Any]]] = {
-    complex: ("complex", lambda value: [repr(value.real), repr(value.imag)]),
-    bytes: ("bytes", lambda value: base64.b64encode(value).decode()),
-    range: ("range", lambda value: [value.start, value.stop, value.step]),
-    type(...): ("ellipsis", lambda value: True),
-    torch.dtype: ("dtype", lambda value: str(value).removeprefix("torch.")),
-    torch.device: ("device", str),
-    torch.layout: ("layout", lambda value: str(value).removeprefix("torch.")),
-    torch.memory_format: ("memory_format", lambda value: str(value).removeprefix("torch.")),
-    pathlib.PosixPath: ("path", str),
-}
-
-_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made by a class statement
-_CONTAINERS = (collections.OrderedDict, dict, list, set)
-_KEYS = (type(None), bool, int, float, str, bytes, complex, range, pathlib.PurePath, torch.dtype, torch.device, enum.Enum, type,
-         *_FUNCTIONS, np.generic)  # fmt: skip
-
-
-def container_of(kind: type) -> type:
-    """The type of Python's own that ``kind`` gets its elements from; ``object`` where it has none."""
-    return next((base for base in _CONTAINERS if issubclass(kind, base)), object)
-
-
-def is_key(thing: object) -> bool:
-    """Whether ``thing`` is looked up by its value, in a set or as the key of a dict."""
-    if isinstance(thing, (tuple, frozenset)):
-        return all(map(is_key, thing))
-    return isinstance(thing, _KEYS)
-
-
-def shadows_method(owner: object, name: str, value: Any) -> bool:
-    """Whether ``value``, set on ``owner``, would be called in the place of a method.
-
-    A method of the object itself may be: some choose their ``forward`` so.
-    """
-    of_torch = isinstance(owner, nn.Module) and name in vars(nn.Module)
-    if isinstance(value, types.MethodType) and value.__self__ is owner:
-        return of_torch and name != "forward"
-    there = getattr(type(owner), name, None)
-    return callable(value) and (of_torch or (callable(there) and not isinstance(there, type)))
-
-
-def _slots(kind: type) -> list[str]:
-    return [
-        name for base in kind.__mro__ for name, value in vars(base).items() if isinstance(value, types.MemberDescriptorType)
-    ]
-
-
-def _own_getstate(kind: type) -> Callable[[Any], Any] | None:
-    given = getattr(kind, "__getstate__", None)
-    return given if given is not getattr(object, "__getstate__", None) else None
 
 
 def _dense(tensor: torch.Tensor) -> bool:
@@ -434,22 +253,6 @@ def _dense(tensor: torch.Tensor) -> bool:
             return False
         expected *= size
     return True
-
-
-def _nameless(thing: Any) -> str:
-    if isinstance(thing, types.FunctionType):
-        code = thing.__code__
-        where = f"{pathlib.PurePath(code.co_filename).name}:{code.co_firstlineno}"
-        if thing.__name__ == "<lambda>":
-            return f"lambda at {where}; use a named function"
-        return f"function {thing.__qualname__} at {where}, which cannot be imported; define it at the top of a module"
-    if isinstance(thing, type):
-        return f"class {thing.__module__}.{thing.__qualname__}, which cannot be imported; define it at the top of a module"
-    return f"{thing!r}, which cannot be imported"
-
-
-def _short(thing: object) -> str:
-    return reprlib.repr(thing)
 
 
 def _who(hook: Any) -> str:

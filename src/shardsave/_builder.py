@@ -17,9 +17,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from shardsave._architecture import DICT_TYPES, HOOKS, INTERNAL, container_of, shadows_method
+from shardsave._architecture import DICT_TYPES, HOOKS, INTERNAL
 from shardsave._imports import dotted, is_dunder
 from shardsave._json import glimpse
+from shardsave._kinds import container_of, shadows_method
 from shardsave._values import Document, Values
 from shardsave.errors import IncompatibleCheckpointError, an
 

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from shardsave._architecture import FORMAT, is_key
+from shardsave._architecture import FORMAT
 from shardsave._imports import is_dunder
 from shardsave._json import NotJSON, glimpse, parse_object
+from shardsave._kinds import is_key
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, an
 
 #: What a reader must know to build; nothing beyond version 1 yet.
