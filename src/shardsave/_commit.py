@@ -285,9 +285,8 @@ class Transaction:
         self._staging.rename(NEW_INDEX_NAME, INDEX_NAME, self._lock.fd)
         self._sync(self._lock.fd, "")
         self._committed = True
-        for (
-            name
-        ) in self._companions.replacing():  # only now: a loss of power must not leave the old weights beside a new config
+        # Only now: a loss of power must not leave the old weights beside a new config.
+        for name in self._companions.replacing():
             self._staging.rename(name, name, self._lock.fd)
         if self._companions.replacing():
             self._sync(self._lock.fd, "")
