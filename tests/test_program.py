@@ -134,16 +134,14 @@ def test_what_a_program_takes(tmp_path: Path) -> None:
         ),
         ((x, [y], 5), TypeError, "argument y: a tensor was expected, list of 1 was given"),
         ((x, y, True), TypeError, "argument count: an int was expected, bool was given"),
-        (
-            (x, y[:10], 5),
-            RuntimeError,
-            "the program was exported for arguments of which L['y'].size()[0] == (1 + L['x'].size()[0])",
-        ),
-        ((x, y, 11), RuntimeError, "the program was exported for arguments of which L['n'] >= 0 and".replace("'n'", "'count'")),
+        ((x, y[:10], 5), RuntimeError, "the program was exported for arguments of which L['y'].size()[0] == "),
     ):
         with pytest.raises(error) as raised:
             program(*arguments)
         assert message in str(raised.value)
+    if getattr(exported, "_guards_code", ()):  # newer versions of torch tell of all that they assumed
+        with pytest.raises(RuntimeError, match=r"for arguments of which L\['count'\] >= 0 and L\['count'\] <= L\['x'\].size"):
+            program(x, y, 11)
 
 
 class Nested(nn.Module):

@@ -11,6 +11,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -112,8 +113,11 @@ _DEVICE = re.compile(r"[a-z]+(?::\d{1,3})?", re.ASCII)
 FLOATS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
-class Value(int):
-    """The place of a value among those of a graph: first its inputs, then what its calls gave, in order."""
+@dataclass(frozen=True)
+class Value:
+    """A value of a graph by its place: first come the inputs, then what its calls gave, in order."""
+
+    place: int
 
 
 class Bad(Exception):
@@ -162,7 +166,7 @@ class Graph:
 
 def _values(nest: Any) -> list[int]:
     if isinstance(nest, Value):
-        return [nest]
+        return [nest.place]
     parts: Any = nest.values() if isinstance(nest, dict) else nest if isinstance(nest, (list, tuple)) else ()
     return [value for part in parts for value in _values(part)]
 
@@ -170,7 +174,7 @@ def _values(nest: Any) -> list[int]:
 def _filled(nest: Any, values: Sequence[Any]) -> Any:
     kind = type(nest)
     if kind is Value:
-        return values[nest]
+        return values[nest.place]
     if kind is list:
         return [_filled(part, values) for part in nest]
     if kind is tuple:
