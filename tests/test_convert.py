@@ -451,6 +451,16 @@ def test_files_that_were_packed_again(tmp_path: Path) -> None:
         shardsave.convert(tmp_path / "short.pt", tmp_path / "out")
 
 
+def test_by_a_torch_that_does_not_say_where_tensors_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches tensors that are taken for ones without data, as saved on the meta device, by versions of torch before 2.11."""
+    monkeypatch.setattr("shardsave._torch_file._tells_places", lambda: False)
+    state = {"a": torch.randn(1000)}
+    torch.save(state, tmp_path / "a.pt")
+    (note,) = shardsave.convert(tmp_path / "a.pt", tmp_path / "out").notes
+    assert "does not say where tensors lie, so it cannot be mapped: all of it was read into memory" in note
+    assert same(shardsave.load(tmp_path / "out"), state)
+
+
 def test_a_name_that_metadata_has_too(tmp_path: Path) -> None:
     """Catches a file whose header says one thing twice, where a tied tensor is called as a member of the metadata."""
     for name in ("format", "shardsave.crc64nvme", "__metadata__"):

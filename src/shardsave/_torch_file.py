@@ -6,6 +6,7 @@ where its bytes lie.
 
 from __future__ import annotations
 
+import functools
 import io
 import mmap
 import os
@@ -16,7 +17,6 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -85,9 +85,10 @@ def read_torch_file(path: str) -> TorchFile:
             note = f"{os.path.basename(path)} has torch's old format, which cannot be mapped: all of it was read into memory"
             return TorchFile(unpickle(window, path, "cpu"), (), (note,))
         mapping = map_file(file.fd, path)
-        with suppress(_Elsewhere):
+        try:
             return TorchFile(_mapped(file.fd, mapping, 0, length, path), (mapping,), ())
-        note = f"{os.path.basename(path)} was not written by torch as it is, so it cannot be mapped: all of it was read into memory"
+        except _Elsewhere as reason:
+            note = f"{os.path.basename(path)} {reason}, so it cannot be mapped: all of it was read into memory"
         return TorchFile(unpickle(window, path, "cpu"), (), (note,))
 
 
@@ -160,12 +161,27 @@ def _reason(error: Exception) -> str:
 
 
 class _Elsewhere(Exception):
-    """A tensor's bytes do not lie where torch would have written them."""
+    """A tensor's bytes do not lie where torch would have written them, or are not known to."""
+
+    def __init__(self, reason: str = "was not written by torch as it is") -> None:
+        super().__init__(reason)
+
+
+@functools.cache
+def _tells_places() -> bool:
+    """Whether this version of torch says of a tensor on the meta device where its bytes lie in the file; older ones do not."""
+    file = io.BytesIO()
+    torch.save(torch.zeros(1), file)
+    file.seek(0)
+    storage = torch.load(file, map_location="meta", weights_only=True).untyped_storage()
+    return getattr(storage, "_checkpoint_offset", None) is not None
 
 
 def _mapped(fd: int, mapping: mmap.mmap, begin: int, length: int, path: str) -> Any:
     """What the archive holds that is ``length`` bytes from ``begin`` in the file, its tensors mapped. Raises _Elsewhere."""
     records = _records(fd, begin, length, path)
+    if not _tells_places():
+        raise _Elsewhere(f"is read by torch {torch.__version__}, which does not say where tensors lie")
     try:
         return _place(unpickle(Window(fd, begin, length), path, "meta"), mapping, begin, records, path)
     except RecursionError:
