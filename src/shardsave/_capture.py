@@ -9,12 +9,12 @@ from typing import Any, NamedTuple, Union
 import torch
 from torch import fx, nn
 from torch.export.graph_signature import InputKind, InputSpec, OutputKind
-from torch.utils._pytree import treespec_dumps
+from torch.utils._pytree import TreeSpec
 
 from shardsave._extra_tensors import ExtraTensors
-from shardsave._program import FORMAT, ProgramDocument
+from shardsave._program import FORMAT, LoadedProgram, ProgramDocument
 from shardsave._state import unwrap
-from shardsave._traced_arguments import Condition, TracedArguments, plain, refuse
+from shardsave._traced_arguments import Condition, TracedArguments, parts_of, plain, refuse
 from shardsave.errors import CorruptCheckpointError
 
 Program = Union[tuple[tuple[Any, ...], dict[str, Any]], torch.export.ExportedProgram]
@@ -64,7 +64,7 @@ def capture(module: nn.Module, program: Program, extra: ExtraTensors) -> Capture
     if any(spec.kind not in {*_WRITTEN_BACK, OutputKind.USER_OUTPUT} for spec in signature.output_specs[len(written) :]):
         refuse("results that are a forward's were expected, it has others")
     results = iter(flat[len(written) :])
-    nest = _nested(json.loads(treespec_dumps(exported.call_spec.out_spec))[1], results)
+    nest = _nested(exported.call_spec.out_spec, results)
     places = {
         spec.target if spec.kind is not InputKind.USER_INPUT else spec.arg.name: n for n, spec in enumerate([*named, *given])
     }
@@ -82,7 +82,8 @@ def capture(module: nn.Module, program: Program, extra: ExtraTensors) -> Capture
     }
     data = json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
     try:
-        ProgramDocument(data, "the program", torch.device("cpu"))
+        read = ProgramDocument(data, "the program", torch.device("cpu"))
+        LoadedProgram(read, {place.name: torch.empty(0, device="meta") for place in read.places})
     except CorruptCheckpointError as error:
         refuse(str(error).removeprefix("corrupt the program: ").removesuffix("; nothing was run"))
     mode = (
@@ -112,7 +113,8 @@ def _place(exported: torch.export.ExportedProgram, spec: InputSpec, extra: Extra
     stored, kept = extra.place(tensor, name)
     # A buffer that no state dict has is not one of a program's either.
     kind = "constant" if spec.kind is InputKind.BUFFER and not spec.persistent else _KINDS[spec.kind]
-    return {"name": name, "tensor": stored, "kept": kept, "kind": kind}
+    trained = kind == "parameter" and tensor.requires_grad
+    return {"name": name, "tensor": stored, "kept": kept, "kind": kind, "requires_grad": trained}
 
 
 class _Writer:
@@ -154,6 +156,8 @@ class _Writer:
         for node in self._module.graph.nodes:
             if node.op == "get_attr":
                 self._written[node] = {"graph": self._graph_of(node)}
+            elif node.op == "call_function" and getattr(node.target, "__name__", "") == "lazy_load_decompositions":
+                continue  # torch.vmap has torch load more of itself
             elif node.op == "call_function":
                 name, arguments = _name_of(node.target), list(node.args)
                 if name == "higher_order.wrap_with_autocast":
@@ -210,16 +214,12 @@ def _name_of(function: Any) -> str:
     return f"{ {'_operator': 'python'}.get(module, module) }.{getattr(function, '__name__', function)}"
 
 
-def _nested(tree: dict[str, Any], following: Iterator[Any]) -> Any:
+def _nested(tree: TreeSpec, following: Iterator[Any]) -> Any:
     """The results of a forward, as it nests them; those of classes that name their parts, as dicts."""
-    if tree["type"] is None:
+    kind, names, children = parts_of(tree)
+    if kind is None:
         return next(following)
-    parts = [_nested(child, following) for child in tree["children_spec"]]
-    if tree["type"] == "builtins.list":
-        return parts
-    if tree["type"] == "builtins.tuple":
-        return {"tuple": parts}
-    keys = json.loads(tree["context"]) if isinstance(tree["context"], str) else None
-    if isinstance(keys, list) and len(keys) == len(parts) and all(isinstance(key, str) for key in keys):
-        return {"dict": dict(zip(keys, parts))}
-    refuse(f"results that are tensors, plain values, tuples, lists and dicts were expected, one is a {tree['type']}")
+    parts = [_nested(child, following) for child in children]
+    if kind is dict:
+        return {"dict": dict(zip(names, parts))}
+    return parts if kind is list else {"tuple": parts}

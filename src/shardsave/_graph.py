@@ -25,18 +25,22 @@ _OPERATOR = re.compile(r"(aten|prims)\.(\w+)\.(\w+)", re.ASCII)
 
 # Operators with a leading underscore are torch's own insides, many of which trust their arguments. These are what models are traced to.
 _INNER = re.compile(
-    r"_(?:to_copy|unsafe_view|unsafe_index\w*|softmax|log_softmax|safe_softmax|native_batch_norm_legit\w*|batch_norm_impl_index|"
-    r"aminmax|ctc_loss|euclidean_dist|fused_rms_norm|pack_padded_sequence|pad_circular|pad_enum|pad_packed_sequence|shape_as_tensor|unique2|"
-    r"native_multi_head_attention|transformer_encoder_layer_fwd|scaled_dot_product_(?!\w*backward)\w+|assert_scalar|assert_async|"
-    r"assert_tensor_metadata|local_scalar_dense|adaptive_avg_pool[23]d|cdist_forward|pdist_forward|weight_norm\w*|embedding_bag|"
-    r"embedding_bag_forward_only|fft_\w+|linalg_\w+|trilinear|upsample_\w+|convolution|grouped_mm|scaled_mm|int_mm|weight_int4pack_mm\w*|"
-    r"weight_int8pack_mm|conj|conj_physical|neg_view|prelu_kernel|stack|cat|is_all_true|is_any_true|functional_sym_constrain_range\w*|"
+    r"_(?:to_copy|unsafe_view|unsafe_index|unsafe_index_put|unsafe_masked_index|softmax|log_softmax|safe_softmax|"
+    r"native_batch_norm_legit\w*|batch_norm_impl_index|native_multi_head_attention|transformer_encoder_layer_fwd|"
+    r"scaled_dot_product_\w+|assert_scalar|assert_async|assert_tensor_metadata|functional_sym_constrain_range\w*|"
+    r"local_scalar_dense|is_all_true|is_any_true|shape_as_tensor|adaptive_avg_pool[23]d|cdist_forward|euclidean_dist|weight_norm|"
+    r"embedding_bag|embedding_bag_forward_only|ctc_loss|fft_\w+|linalg_\w+|trilinear|upsample_\w+|convolution|prelu_kernel|"
+    r"fused_rms_norm|grouped_mm|scaled_mm|int_mm|weight_int4pack_mm\w*|weight_int8pack_mm|conj|conj_physical|neg_view|aminmax|unique2|"
+    r"pack_padded_sequence|pad_packed_sequence|pad_circular|pad_enum|"
     r"_and__|_or__|_xor__|_lshift__|_rshift__|_iand__|_ior__|_ixor__)",
     re.ASCII,
 )
-# And these reach for files, for other memory than their tensors', or for one library's insides.
+# These reach for files, for other memory than their tensors', for one library's insides, or believe sizes that others computed; and of a
+# tensor that is not strided the places of its elements are data, which no operator checks again.
 _OUTER = re.compile(
-    r"from_file|save|set|set_|set_data|record_stream|resize\w*|(?:cudnn|miopen|mkldnn|fbgemm|mps|quantized|q)_\w+|\w*unsafe_\w*storage\w*",
+    r"from_file|save|set|set_|set_data|record_stream|resize\w*|segment_reduce|(?:cudnn|miopen|mkldnn|fbgemm|mps|quantized|q)_\w+|"
+    r"\w*(?:backward|sparse|mkldnn|quantize|qparams|fused_moving)\w*|coalesce|(?:(?:crow|col|ccol|row)_)?indices\w*|values\w*|"
+    r"hspmm|s?smm|sspaddmm",
     re.ASCII,
 )
 
@@ -103,12 +107,18 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = {
 }  # fmt: skip
 
 
-def named(kind: type) -> dict[str, Any]:
-    """torch's dtypes, layouts or memory formats by their names."""
-    return {str(thing).removeprefix("torch."): thing for thing in vars(torch).values() if isinstance(thing, kind)}
+def _named(kind: type, except_for: str) -> dict[str, Any]:
+    """torch's dtypes or memory formats by their names."""
+    names = {str(thing).removeprefix("torch."): thing for thing in vars(torch).values() if isinstance(thing, kind)}
+    return {name: thing for name, thing in names.items() if not re.fullmatch(except_for, name)}
 
 
-_NAMED = {"dtype": named(torch.dtype), "layout": named(torch.layout), "memory_format": named(torch.memory_format)}
+#: dtypes by their names, without those of quantized tensors, and of tensors of which torch knows the name alone.
+DTYPES = _named(torch.dtype, r"q\w+|bits\w+|u?int[1-7]")
+_NAMED = {"dtype": DTYPES, "layout": {"strided": torch.strided}, "memory_format": _named(torch.memory_format, "")}
+
+# Where torch wants one of these it takes a number or a string too, and numbers unchecked.
+_KINDS = {"ScalarType": torch.dtype, "Layout": torch.layout, "MemoryFormat": torch.memory_format, "Device": torch.device}
 _DEVICE = re.compile(r"[a-z]+(?::\d{1,3})?", re.ASCII)
 FLOATS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -214,7 +224,10 @@ class Reader:
             if not isinstance(call, list) or len(call) != 3 or not isinstance(call[1], list) or not isinstance(call[2], dict):
                 raise Bad(here, "a function, its arguments and its keywords", call)
             function = _function(call[0], here)
-            calls.append((function, self._value(call[1], known, number, here), self._named(call[2], known, number, here)))
+            arguments = [self._value(part, known, number, here) for part in call[1]]
+            keywords = self._named(call[2], known, number, here)
+            _check_kinds(function, arguments, keywords, here)
+            calls.append((function, arguments, keywords))
         return Graph(inputs, calls, self._value(document["result"], inputs + len(calls), number, f"{where}.result"))
 
     def _named(self, parts: Mapping[str, Any], known: int, number: int, where: str, depth: int = 0) -> dict[str, Any]:
@@ -222,7 +235,7 @@ class Reader:
 
     def _value(self, value: Any, known: int, number: int, where: str, depth: int = 0) -> Any:
         """A scalar, a list, or what an object with one tag stands for; ``known``: how many values of the graph there are so far."""
-        if value is None or isinstance(value, (bool, int, float, str)):
+        if value is None or isinstance(value, (bool, float, str)) or (isinstance(value, int) and -(2**63) <= value < 2**63):
             return value
         if depth > MAX_DEPTH:
             raise Bad(where, f"values nested at most {MAX_DEPTH} deep", value)
@@ -268,6 +281,18 @@ def _function(name: Any, where: str) -> Callable[..., Any]:
     if not isinstance(found, torch._ops.OpOverload):
         raise Bad(where, f"an operator of torch {torch.__version__}", name)
     return found
+
+
+def _check_kinds(function: Callable[..., Any], arguments: Sequence[Any], keywords: Mapping[str, Any], where: str) -> None:
+    """A dtype, a layout, a memory format or a device must be written as one, in the document: not as a number, nor as another's result."""
+    schema = function._schema.arguments if isinstance(function, torch._ops.OpOverload) else ()
+    for place, wanted in enumerate(schema):
+        kind = _KINDS.get(str(wanted.real_type).removeprefix("Optional[").removesuffix("]"))
+        if kind is None:
+            continue
+        value = arguments[place] if place < len(arguments) else keywords.get(wanted.name)
+        if value is not None and type(value) is not kind:
+            raise Bad(where, f"a {kind.__name__} for {wanted.name}", value)
 
 
 def _has_kernel(name: str) -> bool:

@@ -23,10 +23,14 @@ class Place(NamedTuple):
     tensor: str
     kept: bool
     kind: str
+    requires_grad: bool
 
 
 _KINDS = ("parameter", "buffer", "constant")
-_PLACE = {"name": str, "tensor": str, "kept": bool, "kind": str}
+_PLACE = {"name": str, "tensor": str, "kept": bool, "kind": str, "requires_grad": bool}
+
+#: How many modules a name leads through at most.
+_MAX_PARTS = 100
 
 
 class ProgramDocument:
@@ -73,14 +77,15 @@ class ProgramDocument:
         for place in listed if isinstance(listed, list) else [listed]:
             kinds = {key: type(value) for key, value in place.items()} if isinstance(place, dict) else {}
             name = place["name"] if kinds == _PLACE else ""
-            if not name or place["kind"] not in _KINDS or name in places or "" in name.split("."):
+            if not name or place["kind"] not in _KINDS or name in places or not _is_path(name):
                 self._bad("tensors expected, each once, with a name, a place and a kind", f"one is {glimpse(place)}")
             places[name] = Place(**place)
         return list(places.values())
 
     def _mutations(self, listed: Any) -> list[int]:
         """Inputs of the graph that are overwritten by the first results of it, one by one."""
-        count = len(self.graph.result[0]) if isinstance(self.graph.result, tuple) and len(self.graph.result) == 2 else -1
+        result = self.graph.result
+        count = len(result[0]) if isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], list) else -1
         if (
             not isinstance(listed, list)
             or len(listed) != count
@@ -110,7 +115,9 @@ class LoadedProgram(nn.Module):
                     f"nothing was run"
                 )
             if place.kind == "parameter":
-                owner.register_parameter(attribute, nn.Parameter(tensors[place.name], requires_grad=False))
+                tensor = tensors[place.name]
+                trained = place.requires_grad and (tensor.is_floating_point() or tensor.is_complex())
+                owner.register_parameter(attribute, nn.Parameter(tensor, requires_grad=trained))
             else:
                 owner.register_buffer(attribute, tensors[place.name], persistent=place.kind == "buffer")
             self._tensors.append((owner, attribute))
@@ -134,6 +141,11 @@ class LoadedProgram(nn.Module):
                 f"the program was exported in {was} mode and computes as in that, {asked} mode was asked for; export it so"
             )
         return super().train(mode)
+
+
+def _is_path(name: str) -> bool:
+    parts = name.split(".", _MAX_PARTS)
+    return len(parts) <= _MAX_PARTS and "" not in parts
 
 
 def _module_at(modules: dict[str, nn.Module], path: str) -> nn.Module | None:

@@ -7,10 +7,8 @@ from typing import Any, NamedTuple, Union
 
 import torch
 
-from shardsave._graph import FLOATS, MAX_DEPTH, Bad, named
+from shardsave._graph import DTYPES, FLOATS, MAX_DEPTH, Bad
 from shardsave._json import glimpse
-
-_DTYPES = named(torch.dtype)
 
 
 class _Size(NamedTuple):
@@ -62,9 +60,9 @@ class Signature:
                 return {name: self._tree(part, depth + 1) for name, part in tree["dict"].items()}
             self.inputs += 1
             if keys == {"tensor", "shape"} and isinstance(tree["tensor"], str) and isinstance(tree["shape"], list):
-                if tree["tensor"] not in _DTYPES:
+                if tree["tensor"] not in DTYPES:
                     raise Bad("arguments", f"a dtype of torch {torch.__version__}", tree["tensor"])
-                return _Tensor(_DTYPES[tree["tensor"]], tuple(map(_size, tree["shape"])))
+                return _Tensor(DTYPES[tree["tensor"]], tuple(map(_size, tree["shape"])))
             if keys == {"size", "min", "max"}:
                 return _size(tree)  # type: ignore[return-value]
             if keys == {"constant"}:
@@ -141,7 +139,7 @@ def _take(tree: _Tree, value: Any, shown: str, sizes: dict[str, tuple[int, str]]
             if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
                 raise TypeError(f"{shown}: an int was expected, {_kind(value)} was given")
             _check_size(tree, value, shown, sizes)
-        elif type(value) is not type(tree.value) or value != tree.value:
+        elif not _same(value, tree.value):
             raise ValueError(
                 f"{shown}: {glimpse(tree.value)} was expected, as the program was exported, {glimpse(value)} was given"
             )
@@ -158,6 +156,12 @@ def _check_size(size: Union[int, _Size], found: Any, shown: str, sizes: dict[str
     first, where = sizes.setdefault(size.name, (found, shown))
     if first != found:
         raise ValueError(f"{shown}: {first} was expected, as {where.removeprefix('argument ')}, {found} was given")
+
+
+def _same(value: Any, constant: Any) -> bool:
+    return type(value) is type(constant) and (
+        value == constant or (value != value and constant != constant)
+    )  # NaN is itself here
 
 
 def _kind(value: Any) -> str:

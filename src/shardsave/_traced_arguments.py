@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import ast
+import collections
 import functools
 import inspect
-import json
 import math
-from collections.abc import Callable
-from typing import Any, NoReturn, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
 from torch import nn
 from torch.export.graph_signature import ConstantArgument, InputSpec, SymIntArgument, TensorArgument
-from torch.utils._pytree import treespec_dumps
+from torch.utils._pytree import TreeSpec
 
+from shardsave._graph import FUNCTIONS
+from shardsave._json import glimpse
 from shardsave.errors import UnsupportedModuleError
 
 
@@ -48,32 +50,32 @@ class TracedArguments:
         self._ranges = exported.range_constraints
         self._inputs = inputs
         self._left = iter(given)
-        self._derived: list[str] = []
+        self._derived: list[tuple[str, Any]] = []
         #: What a condition may speak of: an argument, as guards write it → what stands for it in the graph; the name of a size → its place.
         self.known: dict[str, Any] = {}
         self.sizes: dict[str, str] = {}
-        positional, keyword = json.loads(treespec_dumps(exported.call_spec.in_spec))[1]["children_spec"]
-        names, rest, others = _parameters(module)
+        positional, keyword = (parts_of(spec) for spec in parts_of(exported.call_spec.in_spec).children)
+        names, rest = _positional_parameters(module)
         self.document: dict[str, Any] = {"positional": [], "keyword": {}}
-        for place, tree in enumerate(positional["children_spec"]):
+        for place, tree in enumerate(positional.children):
             name = names[place] if place < len(names) else None
             path = f"L[{name!r}]" if name is not None else f"L[{rest!r}][{place - len(names)}]"
             self.document["positional"].append([name, self._tree(tree, path)])
-        for name, tree in zip(json.loads(keyword["context"]), keyword["children_spec"]):
-            self.document["keyword"][name] = self._tree(tree, f"L[{others!r}][{name!r}]" if name in names else f"L[{name!r}]")
+        for keyword_name, tree in zip(keyword.names, keyword.children):
+            self.document["keyword"][keyword_name] = self._tree(tree, f"L[{keyword_name!r}]")
         guards = [" ".join(line.split()) for line in getattr(exported, "_guards_code", [])]
-        self.conditions = list(dict.fromkeys([*guards, *self._derived]))
+        self.conditions = list(dict.fromkeys([*guards, *self._all_derived()]))
 
-    def _tree(self, tree: dict[str, Any], path: str) -> Any:
-        kind, children = tree["type"], tree["children_spec"]
-        if kind in ("builtins.tuple", "builtins.list"):
+    def _tree(self, tree: TreeSpec, path: str) -> Any:
+        kind, names, children = parts_of(tree)
+        if kind in (tuple, list):
             return {"list": [self._tree(child, f"{path}[{place}]") for place, child in enumerate(children)]}
-        if kind in ("builtins.dict", "collections.OrderedDict"):
-            keys = json.loads(tree["context"])
-            if all(isinstance(key, str) for key in keys):
-                return {"dict": {key: self._tree(child, f"{path}[{key!r}]") for key, child in zip(keys, children)}}
+        if kind is dict and tree.type in (dict, collections.OrderedDict, collections.defaultdict):
+            return {"dict": {name: self._tree(child, f"{path}[{name!r}]") for name, child in zip(names, children)}}
         if kind is not None:
-            refuse(f"arguments that are tensors, plain values, tuples, lists and dicts were expected, one is a {kind}")
+            refuse(
+                f"arguments that are tensors, plain values, tuples, lists and dicts were expected, one is a {tree.type.__name__}"
+            )
         spec = next(self._left)
         self.known[path] = self._inputs.written(spec.arg.name)
         if isinstance(spec.arg, ConstantArgument):
@@ -94,24 +96,61 @@ class TracedArguments:
         if expression.is_Symbol:
             self.sizes.setdefault(name, path)
         else:
-            self._derived.append(f"{path} == {name}")
+            self._derived.append((path, expression))
         least, most = (bounds.lower, bounds.upper) if bounds is not None else (0, 2**63)
         return {"size": name, "min": max(0, int(least)), "max": int(most) if most < 2**62 else None}
 
+    def _all_derived(self) -> Iterator[str]:
+        """What sizes that are computed from others are; of one that no argument has, that it is a whole number."""
+        for path, expression in self._derived:
+            yield f"{path} == {expression}"
+            for symbol in expression.free_symbols:
+                if str(symbol) in self.sizes:
+                    continue
+                factor, rest = expression.coeff(symbol), expression - expression.coeff(symbol) * symbol
+                if not (factor.is_Integer and rest.is_Integer):
+                    refuse(f"sizes that are multiples of another, and a number, were expected, one is {expression}")
+                self.sizes[str(symbol)] = f"({path} - {rest}) // {factor}"
 
-def _parameters(module: nn.Module) -> tuple[list[str], str, str]:
-    """The names of a forward's positional parameters, and of the tuple and the dict that take the rest."""
+
+class Parts(NamedTuple):
+    """What a nest of arguments or results is: a ``tuple``, a ``list``, or a ``dict`` with names; of a leaf the ``kind`` is None."""
+
+    kind: type | None
+    names: list[str]
+    children: list[TreeSpec]
+
+
+def parts_of(tree: TreeSpec) -> Parts:
+    """Classes that name their parts are taken for dicts, named tuples for tuples."""
+    if tree.is_leaf():
+        return Parts(None, [], [])
+    children = list(tree.children() if hasattr(tree, "children") else tree.children_specs)
+    if tree.type is list:
+        return Parts(list, [], children)
+    if tree.type is collections.namedtuple or (isinstance(tree.type, type) and issubclass(tree.type, tuple)):
+        return Parts(tuple, [], children)
+    context = tree.context if isinstance(tree.context, (list, tuple)) else []
+    for names in (context, *context):  # that of some classes is a list of names, that of others has one
+        if isinstance(names, (list, tuple)) and len(names) == len(children) and all(isinstance(name, str) for name in names):
+            return Parts(dict, list(names), children)
+    refuse(
+        f"tensors, plain values, tuples, lists, and dicts by text were expected, there is a {tree.type.__name__} of {glimpse(context)}"
+    )
+
+
+def _positional_parameters(module: nn.Module) -> tuple[list[str], str]:
+    """The names of a forward's positional parameters, and of the tuple that takes the rest."""
     parameters = inspect.signature(module.forward).parameters.values()
-    rest = {parameter.kind: parameter.name for parameter in parameters}
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    names = [parameter.name for parameter in parameters if parameter.kind in positional]
-    return names, rest.get(inspect.Parameter.VAR_POSITIONAL, ""), rest.get(inspect.Parameter.VAR_KEYWORD, "")
+    rest = next((parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.VAR_POSITIONAL), "")
+    return [parameter.name for parameter in parameters if parameter.kind in positional], rest
 
 
 _OPERATORS = {
     ast.Eq: "eq", ast.NotEq: "ne", ast.Lt: "lt", ast.LtE: "le", ast.Gt: "gt", ast.GtE: "ge", ast.Add: "add", ast.Sub: "sub",
-    ast.Mult: "mul", ast.FloorDiv: "floordiv", ast.Mod: "mod", ast.Pow: "pow", ast.And: "and_", ast.Or: "or_", ast.Not: "not_",
-    ast.USub: "neg",
+    ast.Mult: "mul", ast.Div: "truediv", ast.FloorDiv: "floordiv", ast.Mod: "mod", ast.Pow: "pow", ast.And: "and_", ast.Or: "or_",
+    ast.Not: "not_", ast.USub: "neg",
 }  # fmt: skip
 
 
@@ -153,9 +192,12 @@ class Condition:
         if isinstance(node, ast.Compare):
             values = [self._write(value) for value in (node.left, *node.comparators)]
             return self._all(ast.And(), [self._operator(op, *pair) for op, *pair in zip(node.ops, values, values[1:])])
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("Max", "Min"):
-            function = f"torch.sym_{ast.unparse(node.func).lower()}"
-            return functools.reduce(functools.partial(self._call, function), map(self._write, node.args))
+        if isinstance(node, ast.Call):
+            name, values = ast.unparse(node.func), [self._write(value) for value in node.args]
+            if name in ("max", "min", "Max", "Min"):
+                return functools.reduce(functools.partial(self._call, f"torch.sym_{name.lower()}"), values)
+            if name in FUNCTIONS:
+                return self._call(name, *values)
         refuse(f"conditions on sizes were expected, one is {self._text}")
 
     def _all(self, kind: ast.AST, values: list[Any]) -> Any:
