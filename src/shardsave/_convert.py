@@ -25,7 +25,8 @@ from shardsave._index import INDEX_NAME
 from shardsave._map import let_go
 from shardsave._progress import Progress, ProgressArgument
 from shardsave._read import ReadTotals, Target, read_tensors
-from shardsave._reports import ConvertReport, Phases
+from shardsave._findings import ConvertReport
+from shardsave._reports import Phases
 from shardsave._save import save
 from shardsave._single import NewFile, Written, fits_torch, write_safetensors, write_torch
 from shardsave._state import Beside, Entry, State, check_savable, read_state

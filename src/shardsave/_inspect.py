@@ -11,9 +11,10 @@ from shardsave._backend import engine_name
 from shardsave._checkpoint import PARTS, Checkpoint, open_checkpoint
 from shardsave._dtypes import BY_NAME, torch_shape
 from shardsave._ending import verb
+from shardsave._findings import CheckpointInfo, Damage, TensorInfo, VerifyReport
 from shardsave._progress import Progress, ProgressArgument
 from shardsave._read import ReadTotals, Target, read_tensors
-from shardsave._reports import CheckpointInfo, Damage, Phases, TensorInfo, VerifyReport
+from shardsave._reports import Phases
 from shardsave.errors import DirectoryBusyError, ShardSaveError
 
 

@@ -16,7 +16,6 @@ from shardsave._arguments import check_path, check_progress, check_switches
 from shardsave._backend import engine_name
 from shardsave._checkpoint import Checkpoint, Located, open_checkpoint
 from shardsave._collector import collector_still
-from shardsave._conversion import conversion
 from shardsave._dtypes import BY_NAME, torch_shape
 from shardsave._ending import verb
 from shardsave._files import CallFailed, read_at
@@ -151,6 +150,8 @@ def load_model(
         chosen = {name.removeprefix(prefix): stored for name, stored in _choose(checkpoint, None, prefix).items()}
         stored = {name: checkpoint.tensors[original] for name, original in chosen.items()}
         hub, where_from = pretrained(model), os.fspath(path)
+        if hub is not None:
+            from shardsave._conversion import conversion  # no other model needs it
         converted = conversion(hub, stored, where_from) if hub is not None else adapter_names(model, stored, where_from)
         if converted is not None:
             stored = converted.stored
