@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -28,16 +29,16 @@ PAIRS = 7
 def checksums(path: Path, size: int) -> dict[str, object]:
     """The engine with and without checksums, in turn, on the same memory and file: seconds of both in each situation."""
     from shardsave import _engine
-    from shardsave._plan import Extent, blocks
+    from shardsave._plan import blocks
 
     model = models.build(size)
     tensors = [tensor for tensor in model.state_dict().values()]
     pieces = [_engine.Piece(tensor, tensor.dtype, tensor.nbytes) for tensor in tensors]
     extents, end = [], 4096
-    for number, piece in enumerate(pieces):
-        extents.append(Extent(0, end, piece.nbytes, number, 1))
+    for piece in pieces:
+        extents.append((0, end, piece.nbytes, 1))
         end += piece.nbytes
-    plan = blocks(extents, _engine.BLOCK_BYTES)
+    plan = blocks(np.array(extents), _engine.BLOCK_BYTES)
     file = path / "checksums.bin"
 
     def write(durable: bool, checksum: bool) -> float:

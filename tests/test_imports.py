@@ -13,7 +13,7 @@ import shardsave
 
 ORDER = [
     "errors", "_words", "_json", "_arguments", "_metadata", "_ending", "_version", "_native", "_collector", "_files",
-    "_assembled", "_dtypes", "_backend", "_crc64", "_state", "_extra_tensors", "_imports", "_kinds", "_table", "_architecture", "_values",
+    "_assembled", "_dtypes", "_backend", "_crc64", "_memory", "_state", "_extra_tensors", "_imports", "_kinds", "_table", "_architecture", "_values",
     "_builder", "_graph", "_signature", "_program", "_traced_arguments", "_capture",
     "_plan", "_format", "_lend", "_engine", "_portable", "_index", "_staging", "_companions", "_lock", "_clean",
     "_commit", "_find", "_checkpoint", "_map", "_reports", "_findings", "_progress", "_read", "_slots", "_fillable", "_fill",
@@ -75,5 +75,5 @@ def test_a_plain_save_and_load_import_little(tmp_path: Path) -> None:
         print(*sorted(name for name in sys.modules if name.startswith("shardsave.")))
     """
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
-    unneeded = {"_architecture", "_program", "_conversion", "_findings", "_inspect", "_convert", "_portable"}
+    unneeded = {"_architecture", "_capture", "_program", "_conversion", "_findings", "_inspect", "_convert", "_portable"}
     assert not {f"shardsave.{name}" for name in unneeded}.intersection(done.stdout.split())

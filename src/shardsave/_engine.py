@@ -10,17 +10,19 @@ import errno
 import os
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from shardsave import _ending, _lend
 from shardsave._assembled import Assembled, Memory
 from shardsave._backend import native, warn_if_portable
 from shardsave._collector import collector_still
-from shardsave._plan import Block
+from shardsave._plan import Blocks
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 #: The most that one block covers, in bytes: the size of a slot of the ring.
 BLOCK_BYTES = 8 << 20
@@ -81,7 +83,7 @@ def reserve(pieces: Sequence[Piece]) -> None:
         except MemoryError as error:
             raise _no_memory("allocation of staging memory", BLOCK_BYTES) from error
         return
-    on_cuda = {p.tensor.get_device() for p in pieces if isinstance(p.tensor, torch.Tensor) and p.tensor.is_cuda}
+    on_cuda = _cuda_devices(pieces)
     pinned = on_cuda and torch.version.hip is None and native.cuda_available()
     try:
         native.reserve_staging(slot_bytes=BLOCK_BYTES, pin_for=min(on_cuda) if pinned else -1)
@@ -95,7 +97,7 @@ def _no_memory(call: str, wanted: int) -> TransferFault:
 
 def write(
     files: Sequence[int],
-    blocks: Sequence[Block],
+    blocks: Blocks,
     pieces: Sequence[Piece],
     *,
     direct: bool,
@@ -112,7 +114,7 @@ def write(
 
 def read(
     files: Sequence[int],
-    blocks: Sequence[Block],
+    blocks: Blocks,
     pieces: Sequence[Piece],
     *,
     access: Access = "auto",
@@ -129,7 +131,7 @@ def read(
 def _run(
     write: bool,
     files: Sequence[int],
-    blocks: Sequence[Block],
+    blocks: Blocks,
     pieces: Sequence[Piece],
     access: Access,
     checksum: bool,
@@ -156,13 +158,11 @@ def _run(
                 raise
             raise _no_memory("allocation of working memory", 0) from error
     with collector_still():
-        places = [_place(piece) for piece in pieces]
-        block_table, segment_table = _block_table(blocks), _segment_table(blocks, places)
-    ordinals = sorted({memory for memory, _ in places if memory >= 0})
-    lends = any(memory == native.LENT for memory, _ in places)
-
-    cuda_devices = {t.get_device() for t, _, _ in pieces if isinstance(t, torch.Tensor) and t.is_cuda}
-    callers_stream = {device: torch.cuda.current_stream(device) for device in cuda_devices}
+        places = np.fromiter(chain.from_iterable(map(_place, pieces)), np.int64, 2 * len(pieces)).reshape(-1, 2)
+        piece_bytes = np.array([piece.nbytes for piece in pieces], dtype=np.int64)
+    kinds = set(places[:, 0].tolist())
+    elsewhere = [pieces[n] for n in np.flatnonzero(places[:, 0] != native.HOST).tolist()]
+    callers_stream = {device: torch.cuda.current_stream(device) for device in _cuda_devices(elsewhere)}
 
     def lend(piece: int, offset: int, view: memoryview) -> None:
         tensor = pieces[piece].tensor
@@ -182,14 +182,14 @@ def _run(
             write=write,
             files=np.array(files, dtype=np.int64),
             access=access,
-            blocks=block_table,
-            segments=segment_table,
-            piece_bytes=np.fromiter((piece.nbytes for piece in pieces), np.int64, len(pieces)),
+            blocks=blocks.table,
+            segments=_segment_table(blocks.segments, places),
+            piece_bytes=piece_bytes,
             checksum=checksum,
-            streams=[(ordinal, torch.cuda.current_stream(ordinal).cuda_stream) for ordinal in ordinals],
+            streams=[(device, callers_stream[device].cuda_stream) for device in sorted(kinds) if device >= 0],
             workers=_workers(access),
             slot_bytes=BLOCK_BYTES,
-            lend=lend if lends else None,
+            lend=lend if native.LENT in kinds else None,
             tick=tick_or_end,
         )
     except native.Fault as fault:
@@ -222,26 +222,12 @@ def _place(piece: Piece) -> tuple[int, int]:
     return native.LENT, 0
 
 
-def _block_table(blocks: Sequence[Block]) -> NDArray[np.int64]:
-    table = np.empty((len(blocks), 4), dtype=np.int64)
-    table[:, 0] = [block.file for block in blocks]
-    table[:, 1] = [block.offset for block in blocks]
-    table[:, 2] = [block.length for block in blocks]
-    counts = np.array([0, *(len(block.segments) for block in blocks)], dtype=np.int64)
-    table[:, 3] = np.cumsum(counts)[: len(blocks)]
-    return table
+def _segment_table(segments: NDArray[np.int64], places: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Rows of memory, address, length, offset in the block, piece, offset in the piece."""
+    piece, piece_offset, length, at = segments.T
+    memory, address = places[piece].T
+    return np.stack([memory, np.where(address != 0, address + piece_offset, 0), length, at, piece, piece_offset], axis=1)
 
 
-def _segment_table(blocks: Sequence[Block], places: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
-    """Rows of memory, address, length, place in the block, piece, offset in the piece."""
-    segments = chain.from_iterable(block.segments for block in blocks)
-    count = sum(len(block.segments) for block in blocks)
-    flat = np.fromiter(chain.from_iterable(segments), np.int64, 4 * count).reshape(count, 4)
-    piece, piece_offset, length, at = flat.T
-    memory = np.fromiter((place[0] for place in places), np.int64, len(places))
-    address = np.fromiter((place[1] for place in places), np.int64, len(places))
-    return np.ascontiguousarray(
-        np.stack(
-            [memory[piece], address[piece] + piece_offset * (address[piece] != 0), length, at, piece, piece_offset], axis=1
-        )
-    )
+def _cuda_devices(pieces: Sequence[Piece]) -> set[int]:
+    return {tensor.get_device() for tensor, _, _ in pieces if isinstance(tensor, torch.Tensor) and tensor.is_cuda}
