@@ -188,6 +188,10 @@ class Run {
       file.read_at(slot.memory(), length, end, static_cast<std::uint64_t>(block.offset));
       transfer(Direction::from_slot, first, last, slot.memory(), 0, length, slot);
     }
+    // Direct I/O is asked for where an fsync will follow.
+    if (request_.write && request_.access == Access::direct && !file.direct()) {
+      file.start_writeback(static_cast<std::uint64_t>(block.offset), length);
+    }
     for (std::size_t s = first; s < last; ++s) done_ += static_cast<std::uint64_t>(request_.segments[s].length);
   }
 
