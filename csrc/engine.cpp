@@ -84,6 +84,24 @@ void check(const Request& request) {
   }
 }
 
+// The page cache lets one writer at a time into a file (the inode's lock). Two keep it busy, one copying while the
+// other writes; more would spin at the lock.
+constexpr std::size_t kWritersAFile = 2;
+
+// The order in which blocks are written through the page cache: as many files as there are workers take turns.
+std::vector<std::size_t> in_turns(const std::vector<Block>& blocks, std::size_t files, std::size_t workers) {
+  std::vector<std::size_t> order(blocks.size()), turn(blocks.size()), seen(files);
+  for (std::size_t n = 0; n < blocks.size(); ++n) {
+    order[n] = n;
+    turn[n] = seen[static_cast<std::size_t>(blocks[n].file)]++;
+  }
+  const auto place = [&](std::size_t n) {
+    return std::make_pair(static_cast<std::size_t>(blocks[n].file) / workers, turn[n]);
+  };
+  std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return place(a) < place(b); });
+  return order;
+}
+
 class Run {
  public:
   Run(const Request& request, const Hooks& hooks)
@@ -98,6 +116,10 @@ class Run {
     const std::size_t wanted = std::max<std::size_t>(1, std::min(request.workers, request.blocks.size()));
     ring_ = Ring::shared(kSlots, request.slot_bytes, request.streams.empty() ? -1 : request.streams.front().first);
     workers_ = std::min(wanted, ring_->slots());
+    if (request.write && through_cache) {
+      if (only_host(0, request.segments.size())) workers_ = std::min(workers_, kWritersAFile * request.files.size());
+      order_ = in_turns(request.blocks, request.files.size(), workers_);
+    }
     held_.reserve(workers_);
     for (const auto& [ordinal, stream] : request.streams) {
       cuda_[ordinal] = make_cuda_device(ordinal, stream, ring_->slots());
@@ -147,7 +169,7 @@ class Run {
         Slot slot = ring_->take(stop);
         if (!slot) break;
         try {
-          move(n, slot);
+          move(order_.empty() ? n : order_[n], slot);
         } catch (...) {
           keep(std::move(slot));
           throw;
@@ -309,6 +331,7 @@ class Run {
   std::unique_ptr<Device> host_;
   std::shared_ptr<Ring> ring_;
   std::size_t workers_ = 1;
+  std::vector<std::size_t> order_;  // of the blocks, where it is not their own
   std::vector<std::atomic<std::uint64_t>> sums_;
   std::atomic<std::size_t> next_{0};
   std::atomic<std::uint64_t> done_{0};
