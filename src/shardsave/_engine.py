@@ -187,7 +187,7 @@ def _run(
             piece_bytes=np.fromiter((piece.nbytes for piece in pieces), np.int64, len(pieces)),
             checksum=checksum,
             streams=[(ordinal, torch.cuda.current_stream(ordinal).cuda_stream) for ordinal in ordinals],
-            workers=_workers(access),
+            workers=_workers(access, with_device=bool(ordinals)),
             slot_bytes=BLOCK_BYTES,
             lend=lend if lends else None,
             tick=tick_or_end,
@@ -201,8 +201,13 @@ def _run(
     return Transfer(tuple(result.sums.tolist()), tuple(result.direct), result.staging_bytes, result.pinned, tuple(result.notes))
 
 
-def _workers(access: Access) -> int:
-    """Eight workers hide the disk's and the device's latency behind each other; through the cache only processors help."""
+def _workers(access: Access, *, with_device: bool) -> int:
+    """Eight workers hide the disk's latency behind each other; through the cache only processors help.
+
+    A device has one for each slot of the ring, however few processors there are: most wait for a copy.
+    """
+    if with_device:
+        return 16
     return 8 if access != "buffered" else max(1, min(8, len(os.sched_getaffinity(0))))
 
 
