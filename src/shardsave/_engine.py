@@ -104,8 +104,8 @@ def write(
 ) -> Transfer:
     """Writes ``blocks`` of ``pieces`` to the descriptors ``files``; whole blocks, the last one of a file padded with zeros.
 
-    ``direct`` asks for O_DIRECT where the file system has it. ``tick(bytes done)`` is called on this thread at least every
-    100 ms; what it raises ends the run and is raised on. Raises TransferFault.
+    ``direct`` asks for O_DIRECT where the file system has it. ``tick(bytes done)`` is called on this thread every 10 ms
+    or so, without the extension after each block; what it raises ends the run and is raised on. Raises TransferFault.
     """
     return _run(True, files, blocks, pieces, "direct" if direct else "buffered", checksum, tick)
 
