@@ -202,13 +202,14 @@ def _run(
 
 
 def _workers(access: Access, *, with_device: bool) -> int:
-    """Eight workers hide the disk's latency behind each other; through the cache only processors help.
+    """Two for each processor, eight at most, one copying while the other waits for the disk: each has a slot to touch first.
 
-    A device has one for each slot of the ring, however few processors there are: most wait for a copy.
+    Through the cache only processors help. A device has one for each slot of the ring: most wait for a copy.
     """
     if with_device:
         return 16
-    return 8 if access != "buffered" else max(1, min(8, len(os.sched_getaffinity(0))))
+    processors = len(os.sched_getaffinity(0))
+    return max(1, min(8, processors if access == "buffered" else 2 * processors))
 
 
 def _place(piece: Piece) -> tuple[int, int]:
