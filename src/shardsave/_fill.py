@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, NoReturn, Protocol
 
 import torch
@@ -38,8 +37,7 @@ class Joins(Protocol):
     def views(self, tensors: Mapping[str, torch.Tensor]) -> list[Sequence[torch.Tensor] | None]: ...
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(NamedTuple):
     """Tensors that are read together: (stored tensor, destination). `finish` is called once they are filled.
 
     ``in_place``: the destinations are the module's own; else they are copies that `finish` passes on. It gives what that finds
@@ -79,13 +77,19 @@ class Fit:
     @property
     def reads(self) -> list[Located]:
         """The stored tensors that are read."""
-        names, joins = dict.fromkeys(self._names), self._joins.joins if self._joins is not None else []
+        names = self._names
+        if self._joins is None:
+            return [self._stored[name] for name in names]
+        joins, wanted = self._joins.joins, set(names)
         joined = {target for join in joins for target in join.targets}
-        parts = [source for join in joins if not names.keys().isdisjoint(join.targets) for source in join.sources]
+        parts = [source for join in joins if not wanted.isdisjoint(join.targets) for source in join.sources]
         return [*(self._stored[name] for name in names if name not in joined), *parts]
 
     def materialise(self) -> None:
         """Puts real memory behind meta tensors, and moves to the device asked for what is elsewhere; ties are kept."""
+        moving = [slot for slot in self._slots if not self.stays(slot.tensor)]
+        if not moving:
+            return
         owners = {name for name, _, _ in self._hooked}
         filled = {self._leaders[name] for name in self._names if name in self._leaders}
         theirs = {self._leaders[slot.name] for slot in self._slots if ancestor(slot.name, owners) is not None}
@@ -93,10 +97,9 @@ class Fit:
         parameters: dict[int, nn.Parameter] = {}
         # Parameters made in inference mode could never be trained: the caller's mode must not get into the module.
         with torch.inference_mode(False), torch.no_grad():
-            for slot in self._slots:
+            for slot in moving:
                 tensor, leader = slot.tensor, self._leaders[slot.name]
-                wanted = leader in filled or leader in theirs or counts_batches(slot)
-                if self.stays(tensor) or (tensor.is_meta and not wanted):
+                if tensor.is_meta and not (leader in filled or leader in theirs or counts_batches(slot)):
                     continue
                 if leader not in memory:
                     memory[leader] = self._new_memory(tensor, leader in filled)
@@ -106,6 +109,7 @@ class Fit:
                 tensor.data = memory[leader]
                 if tensor.grad is not None:
                     tensor.grad.data = tensor.grad.data.to(memory[leader].device)
+        self._slots = slots(self._module)
 
     def stays(self, tensor: torch.Tensor) -> bool:
         """Whether ``tensor`` is filled in the memory that it has."""
@@ -123,9 +127,8 @@ class Fit:
         The routines come first, since they can still refuse what they are given. What has to be joined in a copy comes one by one.
         """
         with collector_still():
-            current = {slot.name: slot.tensor for slot in slots(self._module)}
+            current = {slot.name: slot.tensor for slot in self._slots}
             direct, apart = self._join_in_place(current)
-            self._done = [current[name].detach() for name in self._direct]
         given: dict[str, torch.Tensor] = {}
         theirs = {name for _, _, own in self._hooked for name in own}
         apart.sort(key=lambda join: theirs.isdisjoint(join.targets))
@@ -139,11 +142,14 @@ class Fit:
 
     def _join_in_place(self, current: Mapping[str, torch.Tensor]) -> tuple[list[tuple[Located, torch.Tensor]], list[Join]]:
         """What goes straight into the module's memory, and the joins that do not."""
-        joins = self._joins.joins if self._joins is not None else []
+        self._done = [current[name].detach() for name in self._direct]
+        if self._joins is None:
+            return [*zip(map(self._stored.__getitem__, self._direct), self._done)], []
+        joins = self._joins.joins
         targets = {target for join in joins for target in join.targets}
-        direct = [(self._stored[name], current[name].detach()) for name in self._direct if name not in targets]
+        direct = [(self._stored[name], own) for name, own in zip(self._direct, self._done) if name not in targets]
         tensors = {name: current[name].detach() for name in targets if name in current}
-        views = self._joins.views(tensors) if self._joins is not None and tensors else [None] * len(joins)
+        views = self._joins.views(tensors) if tensors else [None] * len(joins)
         apart, straight, wanted = [], set(self._direct), set(self._names)
         for join, parts in zip(joins, views):
             if parts is not None and straight.issuperset(join.targets):
@@ -172,9 +178,7 @@ class Fit:
 
     def written(self) -> None:
         """Tells autograd that tensors were overwritten behind its back, so that a stale backward raises."""
-        for tensor in self._done:
-            if not tensor.is_inference():
-                torch.autograd.graph.increment_version(tensor)
+        torch.autograd.graph.increment_version(self._done)  # which passes over those of inference mode
         self._done = []
 
     @collector_still()
@@ -185,24 +189,28 @@ class Fit:
         """
         if flags is None:
             return None
-        wanted: dict[int, tuple[nn.Parameter, bool]] = {}
+        parameters: dict[int, torch.Tensor] = {}
+        wanted: dict[int, bool] = {}
         for name, parameter in self._named_parameters():
             frozen = flags.get(name)
             if frozen is None or name in self._left_alone:
                 continue
             if parameter.is_floating_point() or parameter.is_complex():
-                before = wanted.get(id(parameter), (parameter, True))[1]
-                wanted[id(parameter)] = (parameter, frozen and before)
-        for parameter, frozen in wanted.values():
+                key = id(parameter)
+                parameters[key] = parameter
+                wanted[key] = frozen and wanted.get(key, True)
+        for parameter, frozen in zip(parameters.values(), wanted.values()):
             if parameter.requires_grad == frozen:
                 with torch.inference_mode(parameter.is_inference()):  # outside, an inference tensor refuses the flag
                     parameter.requires_grad_(not frozen)
-        return sum(frozen for _, frozen in wanted.values())
+        return sum(wanted.values())
 
-    def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+    def _named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every parameter by every name that it has, and by those that hooks of its sub-module give it on disk."""
-        for name, parameter in self._module.named_parameters(remove_duplicate=False):
-            yield plain_name(name), parameter
+        # A routine of a sub-module's own may have put others in the place of those that were there.
+        for slot in slots(self._module) if self._hooked else self._slots:
+            if not slot.is_buffer:
+                yield slot.name, slot.tensor
         for name, owner, _ in self._hooked:
             for own_name, value in owner.state_dict(keep_vars=True).items():
                 if isinstance(value, nn.Parameter):
@@ -230,33 +238,35 @@ def fit_module(
     module = unwrap(module)
     refuse_sharded(module, "fill", "the module is unchanged")
     fit = Fit(module, device, stored, joins)
-    expected = expected_names(module)
+    expected = expected_names(module, fit._slots)
     theirs = _give_to_owners(fit, module, expected)
     fit.unexpected = tuple(sorted(stored.keys() - expected - theirs))
-    there = {fit._leaders[name] for name in stored if name in fit._leaders}
-    counters = {slot.name for slot in fit._slots if counts_batches(slot)}
-    missing = expected - theirs - stored.keys() - counters
-    fit.missing = tuple(sorted(name for name in missing if fit._leaders.get(name) not in there and not optional(name)))
+    if missing := expected - stored.keys() - theirs:
+        there = {fit._leaders[name] for name in stored if name in fit._leaders}
+        missing -= {slot.name for slot in fit._slots if counts_batches(slot)}
+        fit.missing = tuple(sorted(name for name in missing if fit._leaders.get(name) not in there and not optional(name)))
     for slot in fit._slots:
         if slot.name in theirs:
             check_plain(slot, where)
-    usable = [slot for slot in fit._slots if slot.name in stored and slot.name in expected and slot.name not in theirs]
+    mine = (stored.keys() & expected) - theirs
+    usable = [slot for slot in fit._slots if slot.name in mine]
     mismatched = []
     for slot in usable:
         check_shaped(slot, where)
         t, tensor = stored[slot.name], slot.tensor
         shape = torch_shape(t.dtype, t.shape)
-        if shape != tuple(tensor.shape) and not (tensor.dim() == 0 and shape == (1,)):
+        if shape != tensor.shape and not (tensor.dim() == 0 and shape == (1,)):
             mismatched.append(f"{slot.name} {list(shape)} on disk, {list(tensor.shape)} in the module")
             fit._left_alone.add(slot.name)
     fit.mismatched = tuple(sorted(mismatched))
     if strict and (fit.missing or fit.unexpected or fit.mismatched):
         _refuse_difference(fit, where)
     first: dict[str, Slot] = {}
+    dtypes = {dtype: BY_NAME[dtype].torch for dtype in {t.dtype for t in stored.values()}}
     for slot in usable:
         if slot.name in fit._left_alone:
             continue
-        check_fillable(slot, BY_NAME[stored[slot.name].dtype].torch, where)
+        check_fillable(slot, dtypes[stored[slot.name].dtype], where)
         leader = first.setdefault(fit._leaders[slot.name], slot).name
         if leader != slot.name and stored[leader] is not stored[slot.name] and not equal(stored[leader], stored[slot.name]):
             raise IncompatibleCheckpointError(
@@ -275,6 +285,8 @@ def _give_to_owners(fit: Fit, module: nn.Module, expected: set[str]) -> set[str]
     Also what the module does not expect: such routines rename, drop and make up names. One that gets nothing has no say.
     """
     hooked = hooked_modules(module)
+    if not hooked:
+        return set()
     own: dict[str, dict[str, str]] = {}
     for name in fit._stored:
         owner_name = ancestor(name, hooked)

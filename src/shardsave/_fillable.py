@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch.nn.parameter import is_lazy
 
+from shardsave._memory import any_overlap, lacks_memory, reach
 from shardsave._slots import Slot
-from shardsave._state import PLAIN_TYPES, lacks_memory
+from shardsave._state import PLAIN_TYPES
 from shardsave.errors import UnsupportedTensorError, an
 
 #: How much work numpy may put into the question whether two strided views share an element.
@@ -47,22 +48,21 @@ def check_fillable(slot: Slot, stored: torch.dtype, where: str) -> None:
         return
     if lacks_memory(tensor):
         _refuse(slot.name, where, "memory for all its elements was expected", "its storage was freed or made smaller")
-    if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride())):
+    if not tensor.is_contiguous() and any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride())):
         _refuse(slot.name, where, "memory for each element was expected", "it is expanded; call .contiguous() on it first")
 
 
 def refuse_overlaps(slots: Iterable[Slot], where: str) -> None:
     """Refuses tensors, each filled on its own, that share a part of their memory: workers would race for it."""
-    spans = []
+    there, begins, ends = [], [], []
     for slot in slots:
-        tensor = slot.tensor
-        if tensor.numel() and not tensor.is_meta:
-            reach = tensor.numel()
-            if not tensor.is_contiguous():
-                reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) + 1
-            begin = tensor.data_ptr()
-            device = "cpu" if tensor.is_cpu else str(tensor.device)
-            spans.append((device, begin, begin + reach * tensor.element_size(), slot))
+        if address := slot.tensor.data_ptr():  # there is none on the meta device, and none of an empty tensor
+            there.append(slot)
+            begins.append(address)
+            ends.append(address + reach(slot.tensor))
+    if not any_overlap(begins, ends):
+        return
+    spans = [(str(slot.tensor.device), begin, end, slot) for begin, end, slot in zip(begins, ends, there)]
     spans.sort(key=lambda span: span[:3])
     alive: list[tuple[str, int, int, Slot]] = []
     for span in spans:

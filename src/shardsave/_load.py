@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Union
 
 import torch
@@ -16,7 +16,6 @@ from shardsave._arguments import check_path, check_progress, check_switches
 from shardsave._backend import engine_name
 from shardsave._checkpoint import Checkpoint, Located, open_checkpoint
 from shardsave._collector import collector_still
-from shardsave._conversion import conversion
 from shardsave._dtypes import BY_NAME, torch_shape
 from shardsave._ending import verb
 from shardsave._files import CallFailed, read_at
@@ -24,7 +23,7 @@ from shardsave._find import cannot_read
 from shardsave._map import Maps
 from shardsave._peft import adapter_names
 from shardsave._progress import Progress, ProgressArgument
-from shardsave._read import ReadTotals, Target, read_tensors
+from shardsave._read import ReadTotals, read_tensors
 from shardsave._reports import LoadReport, Phases
 from shardsave._transformers import pretrained
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, ShardSaveError
@@ -84,11 +83,8 @@ def load(
             tensors = Maps(checkpoint).tensors(by_stored)
         else:
             with collector_still():
-                tensors = {
-                    name: torch.empty(torch_shape(t.dtype, t.shape), dtype=BY_NAME[t.dtype].torch, device=where)
-                    for name, t in by_stored.items()
-                }
-                targets = [Target(t, tensors[name]) for name, t in by_stored.items()]
+                tensors = dict(zip(by_stored, _new_tensors(by_stored.values(), where)))
+                targets = [*zip(by_stored.values(), tensors.values())]
             with Progress(progress, "loading", sum(t.nbytes for t in by_stored.values())) as shown:
                 read_tensors(checkpoint, targets, verify=verify, progress=shown, totals=ReadTotals())
         return {name.removeprefix(prefix): tensors[stored] for name, stored in chosen.items()}
@@ -148,9 +144,11 @@ def load_model(
     where = device_of(device)
     started = time.perf_counter()
     with open_checkpoint(path, _selection(None, prefix)) as checkpoint:
-        chosen = {name.removeprefix(prefix): stored for name, stored in _choose(checkpoint, None, prefix).items()}
-        stored = {name: checkpoint.tensors[original] for name, original in chosen.items()}
+        chosen = _choose(checkpoint, None, prefix)
+        stored = {name.removeprefix(prefix): checkpoint.tensors[original] for name, original in chosen.items()}
         hub, where_from = pretrained(model), os.fspath(path)
+        if hub is not None:
+            from shardsave._conversion import conversion  # no other model needs it
         converted = conversion(hub, stored, where_from) if hub is not None else adapter_names(model, stored, where_from)
         if converted is not None:
             stored = converted.stored
@@ -171,10 +169,8 @@ def load_model(
             fit.materialise()
             for group in fit.groups():
                 whole = totals.tensors
-                with collector_still():
-                    targets = [Target(located, tensor) for located, tensor in group.targets]
                 try:
-                    read_tensors(checkpoint, targets, verify=verify, progress=shown, totals=totals)
+                    read_tensors(checkpoint, group.targets, verify=verify, progress=shown, totals=totals)
                     missing, unexpected = group.finish(strict)
                 except ShardSaveError as error:
                     if group.in_place and isinstance(error, CorruptCheckpointError):
@@ -184,10 +180,12 @@ def load_model(
                     fit.written()
                 fit.missing += tuple(missing)
                 fit.unexpected += tuple(unexpected)
-                del group, targets  # before the next: the memory of one sub-module's copy, not of two
+                del group  # before the next: the memory of one sub-module's copy, not of two
         transferred = time.perf_counter()
         flags = checkpoint.flags if restore_frozen else None
-        own_flags = {n.removeprefix(prefix): f for n, f in flags.items() if n.startswith(prefix)} if flags is not None else None
+        own_flags = flags
+        if flags is not None and prefix:
+            own_flags = {n.removeprefix(prefix): f for n, f in flags.items() if n.startswith(prefix)}
         if converted is not None and own_flags is not None:
             own_flags = converted.flags(own_flags)
         frozen = fit.restore_flags(own_flags)
@@ -211,6 +209,19 @@ def load_model(
         mismatched=fit.mismatched,
         frozen=frozen,
     )
+
+
+def _new_tensors(stored: Iterable[Located], device: torch.device) -> Iterator[torch.Tensor]:
+    """Memory for each of ``stored``. Made like the first of their kind, which takes half the time that it takes to say what is wanted."""
+    firsts: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
+    for t in stored:
+        first = firsts.get((t.dtype, t.shape))
+        if first is not None:
+            yield torch.empty_like(first)
+            continue
+        made = torch.empty(torch_shape(t.dtype, t.shape), dtype=BY_NAME[t.dtype].torch, device=device)
+        firsts[t.dtype, t.shape] = made
+        yield made
 
 
 def device_of(device: Device) -> torch.device | None:

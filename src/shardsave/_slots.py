@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,15 +11,19 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from shardsave._state import plain_name
 
+#: Whose address may be asked for; what subclasses say is not always where their data lies.
+_WITH_ADDRESS = frozenset({torch.Tensor, nn.Parameter})
+
 
 class Slot(NamedTuple):
-    """One name of the module: the sub-module that owns it, its attribute there, and the tensor."""
+    """One name of the module: the sub-module that owns it, its attribute there, and the tensor; ``saved``: the state dict has it."""
 
     name: str
     owner: nn.Module
     attribute: str
     tensor: torch.Tensor
     is_buffer: bool
+    saved: bool
 
 
 def slots(module: nn.Module) -> list[Slot]:
@@ -27,25 +31,22 @@ def slots(module: nn.Module) -> list[Slot]:
     made = []
     for prefix, owner in module.named_modules(remove_duplicate=False):
         start = plain_name(f"{prefix}." if prefix else "")
+        hidden = owner._non_persistent_buffers_set
         for attribute, parameter in owner._parameters.items():
             if parameter is not None:
-                made.append(Slot(start + attribute, owner, attribute, parameter, False))
+                made.append(Slot(start + attribute, owner, attribute, parameter, False, True))
         for attribute, buffer in owner._buffers.items():
             if buffer is not None:
-                made.append(Slot(start + attribute, owner, attribute, buffer, True))
+                made.append(Slot(start + attribute, owner, attribute, buffer, True, attribute not in hidden))
     return made
 
 
-def expected_names(module: nn.Module) -> set[str]:
-    """The names that the module's own state dict has."""
-    names: set[str] = set()
+def expected_names(module: nn.Module, of: Sequence[Slot]) -> set[str]:
+    """The names that the state dict of ``module``, whose slots are ``of``, has."""
+    names = {slot.name for slot in of if slot.saved}
     for prefix, owner in module.named_modules(remove_duplicate=False):
-        start = plain_name(f"{prefix}." if prefix else "")
-        names.update(start + name for name, value in owner._parameters.items() if value is not None)
-        hidden = owner._non_persistent_buffers_set
-        names.update(start + name for name, value in owner._buffers.items() if value is not None and name not in hidden)
         if type(owner).get_extra_state is not nn.Module.get_extra_state:
-            names.add(start + "_extra_state")
+            names.add(plain_name(f"{prefix}." if prefix else "") + "_extra_state")
     return names
 
 
@@ -98,20 +99,31 @@ def counts_batches(slot: Slot) -> bool:
     return slot.attribute == "num_batches_tracked" and isinstance(slot.owner, _NormBase)
 
 
-def leaders(of: list[Slot]) -> dict[str, str]:
+def leaders(of: Sequence[Slot]) -> dict[str, str]:
     """Every name → the first name with the same memory."""
+    at_address: dict[int, Slot] = {}
     first: dict[object, str] = {}
     found = {}
     for slot in of:
         tensor = slot.tensor
-        key: object = id(tensor)
-        if _has_memory(tensor) and tensor.data_ptr():
-            key = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
-        found[slot.name] = first.setdefault(key, slot.name)
+        there = at_address.setdefault(_address(tensor) or id(tensor), slot)
+        if there.tensor is tensor:
+            found[slot.name] = there.name
+            continue
+        first.setdefault(_layout(there.tensor), there.name)
+        found[slot.name] = first.setdefault(_layout(tensor), slot.name)
     return found
 
 
-def _has_memory(tensor: torch.Tensor) -> bool:
-    """Whether there is an address to ask for."""
-    plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_nested
-    return plain and not tensor.is_meta
+def _layout(tensor: torch.Tensor) -> object:
+    """What two tensors that are the same memory have in common."""
+    if not (address := _address(tensor)):
+        return id(tensor)
+    return address, tensor.device, tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _address(tensor: torch.Tensor) -> int:
+    """Where it lies, 0 where there is no address to ask for."""
+    if type(tensor) not in _WITH_ADDRESS or tensor.layout is not torch.strided or tensor.is_nested:
+        return 0
+    return tensor.data_ptr()

@@ -13,6 +13,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from shardsave._assembled import Memory
 from shardsave._dtypes import BY_TORCH, logical_shape
+from shardsave._memory import any_overlap, lacks_memory, reach
 from shardsave.errors import UnsupportedTensorError, an
 
 Source = Union[nn.Module, Mapping[str, Any]]
@@ -115,23 +116,28 @@ def read_state(source: Source | State, *, tensors_only: bool = False) -> State:
         flags = {}
     else:
         raise TypeError(f"an nn.Module or a mapping of names to tensors is needed, not {type(source).__name__}")
-    in_module = isinstance(source, nn.Module)
+    unflagged: Literal["buffer", "tensor"] = "buffer" if isinstance(source, nn.Module) else "tensor"
     entries = []
-    at_address: dict[int, list[str]] = {}
+    first_at: dict[int, str] = {}
+    others_at: dict[int, list[str]] = {}
+    begins, ends = [], []
     for name, tensor in named.items():
         check_savable(name, tensor)
         frozen = not tensor.requires_grad if type(tensor) is nn.Parameter else flags.get(name)
-        tied_to = name
+        tied_to = None
         if address := tensor.data_ptr():
-            here = at_address.setdefault(address, [])
-            tied_to = next((first for first in here if _same_memory(named[first], tensor)), name)
-            if tied_to == name:
-                here.append(name)
-        kind: Literal["parameter", "buffer", "tensor"]
-        kind = "parameter" if frozen is not None else "buffer" if in_module else "tensor"
+            if (first := first_at.setdefault(address, name)) != name:
+                here = [first, *others_at.get(address, ())]
+                tied_to = next((other for other in here if _same_memory(named[other], tensor)), None)
+                if tied_to is None:
+                    others_at.setdefault(address, []).append(name)
+            if tied_to is None:
+                begins.append(address)
+                ends.append(address + reach(tensor))
         # Detached: who gives the Parameter other data during the save does not take this memory away.
-        entries.append(Entry(name, kind, frozen, tied_to if tied_to != name else None, tensor.detach()))
-    return State(tuple(entries), known, tuple(_overlaps(entries)))
+        entries.append(Entry(name, "parameter" if frozen is not None else unflagged, frozen, tied_to, tensor.detach()))
+    overlaps = tuple(_overlaps(entries)) if any_overlap(begins, ends) else ()
+    return State(tuple(entries), known, overlaps)
 
 
 def plain_name(name: str) -> str:
@@ -199,17 +205,6 @@ def _writeable_alias(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return np.asarray(Interface()).view(array.dtype)
 
 
-def lacks_memory(tensor: torch.Tensor) -> bool:
-    """Whether elements of a strided tensor lie beyond its storage, which somebody freed or made smaller."""
-    if tensor.numel() == 0:
-        return False
-    if tensor.is_contiguous():
-        reach = tensor.numel()
-    else:
-        reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) + 1
-    return (tensor.storage_offset() + reach) * tensor.element_size() > tensor.untyped_storage().nbytes()
-
-
 def check_savable(name: str, tensor: torch.Tensor) -> None:
     if name == "__metadata__":
         _refuse(name, "another name was expected", "safetensors keeps this one for itself")
@@ -225,17 +220,20 @@ def check_savable(name: str, tensor: torch.Tensor) -> None:
     if tensor.layout is not torch.strided or tensor.is_nested:
         layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
         _refuse(name, "a strided tensor was expected", f"its layout is {layout}")
-    if tensor.dtype not in BY_TORCH:
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        raise UnsupportedTensorError(f"cannot save {name!r}: dtype {dtype} has no safetensors equivalent; nothing was written")
+    dtype = tensor.dtype
+    if dtype not in BY_TORCH:
+        unknown = str(dtype).removeprefix("torch.")
+        raise UnsupportedTensorError(
+            f"cannot save {name!r}: dtype {unknown} has no safetensors equivalent; nothing was written"
+        )
     if lacks_memory(tensor):
         _refuse(name, "memory for all its elements was expected", "its storage was freed or made smaller")
-    if tensor.numel() == 0 and math.prod(size or 1 for size in logical_shape(tensor)) >= 1 << 63:
+    if tensor.nbytes == 0 and math.prod(size or 1 for size in logical_shape(tensor)) >= 1 << 63:
         # Some readers multiply in order and meet the zero in time, some do not, and torch has strides to compute.
         _refuse(
             name, "sizes that multiply to fewer than 2^63, its zeros aside, were expected", f"its shape is {list(tensor.shape)}"
         )
-    if tensor.dtype == torch.float4_e2m1fn_x2 and tensor.dim() == 0:
+    if dtype == torch.float4_e2m1fn_x2 and tensor.dim() == 0:
         _refuse(name, "a float4 tensor of at least one dimension was expected", "it has none")
 
 
@@ -255,14 +253,9 @@ def _overlaps(entries: list[Entry]) -> Iterator[tuple[str, str]]:
     """Pairs of neighbours in memory that share bytes without being tied; at most one pair for each entry."""
     spans = []
     for entry in entries:
-        tensor = entry.tensor
-        if entry.tied_to is None and tensor.numel() and isinstance(tensor, torch.Tensor):
-            reach = tensor.numel()
-            if not tensor.is_contiguous():
-                reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) + 1
-            begin = tensor.data_ptr()
-            device = "cpu" if tensor.is_cpu else str(tensor.device)
-            spans.append((device, begin, begin + reach * tensor.element_size(), entry.name))
+        if entry.tied_to is None and (length := reach(tensor_of(entry))):
+            begin = tensor_of(entry).data_ptr()
+            spans.append((str(tensor_of(entry).device), begin, begin + length, entry.name))
     spans.sort()
     furthest: tuple[str, int, str] | None = None
     for device, begin, end, name in spans:
