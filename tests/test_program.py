@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import json
 import subprocess
@@ -144,6 +145,30 @@ def test_what_a_program_takes(tmp_path: Path) -> None:
             program(x, y, 11)
 
 
+class Halves(nn.Module):
+    def forward(self, x: torch.Tensor, m: torch.Tensor, **more: torch.Tensor) -> Any:
+        return x.view(-1, 2, 4), x.sort(), max(x.shape[0], 5), collections.OrderedDict(m=m + x)
+
+
+def test_sizes_of_which_no_argument_has_the_plain_one(tmp_path: Path) -> None:
+    """Catches a size that is a multiple of another, keywords of a forward that takes any, and results of torch's own classes."""
+    half = torch.export.Dim("half", min=2, max=50)
+    shapes = {"x": {0: 2 * half}, "m": {0: 2 * half}}
+    model, x = Halves(), torch.randn(8, 4)
+    exported = torch.export.export(model, (), {"x": x, "m": x}, dynamic_shapes=shapes)
+    shardsave.save(model, tmp_path, program=exported)
+    program = shardsave.load_program(tmp_path)
+    x = torch.randn(12, 4)
+    halves, ordered, count, named = program(m=x, x=x)
+    assert same_bits(halves, x.view(-1, 2, 4)) and same_bits(ordered[1], x.sort().indices) and count == 12
+    assert same_bits(named["m"], x + x)
+    for wrong, error in ((torch.randn(13, 4), RuntimeError), (torch.randn(102, 4), ValueError)):
+        with pytest.raises(error):
+            program(x=wrong, m=wrong)
+    with pytest.raises((RuntimeError, ValueError)):
+        program(x=x, m=torch.randn(10, 4))
+
+
 class Nested(nn.Module):
     def forward(self, pair: list[torch.Tensor], *more: torch.Tensor, named: dict[str, torch.Tensor], scale: float = 2.0) -> Any:
         return {"sum": pair[0] + pair[1] + more[0] + named["x"] * scale, "fixed": ["text", None, 3, float("inf"), scale]}
@@ -267,6 +292,13 @@ def test_refused_at_save(tmp_path: Path) -> None:
         shardsave.UnsupportedModuleError, match="cannot save a program: torch.export was expected to trace the model"
     ):
         shardsave.save(Untraceable(), tmp_path / "ckpt", program=((TOKENS,), {}))
+    named = nn.Module()
+    named.register_buffer("_document", torch.ones(2))
+    named.forward = lambda x: x + named._document  # type: ignore[method-assign]
+    with pytest.raises(
+        shardsave.UnsupportedModuleError, match="names that a module can give to tensors expected, one is '_document'"
+    ):
+        shardsave.save(named, tmp_path / "ckpt", program=((torch.ones(2),), {}))
     other = torch.export.export(SmallModel(), (TOKENS,))
     with pytest.raises(
         shardsave.UnsupportedModuleError, match="a program of the model's own weights was expected, its .* is another"
@@ -307,6 +339,11 @@ def called(name: Any) -> Change:
 
 def argument(value: Any) -> Change:
     return lambda document: calls(document)[0].__setitem__(1, [value])
+
+
+def typed(dtype: Any) -> Change:
+    """The first call is of an operator that takes a dtype."""
+    return lambda document: calls(document)[0].__setitem__(slice(0, 3), ["aten.view.dtype", [{"value": 0}, dtype], {}])
 
 
 def tensor(**changed: Any) -> Change:
@@ -365,6 +402,21 @@ ATTACKS: dict[str, tuple[Change, str]] = {
     "a device that is no word": (argument({"device": "cpu\n"}), f"{PLAIN}{{'device': 'cpu\\n'}}"),
     "a float of another word": (argument({"float": "infinity"}), f"{PLAIN}{{'float': 'infinity'}}"),
     "a complex of words": (argument({"complex": ["1", "2"]}), f"{PLAIN}{{'complex': ['1', '2']}}"),
+    "a dtype that is a number": (typed(200), "graphs[0].calls[0]: a dtype for dtype expected, it is 200"),
+    "a dtype that is computed": (typed({"value": 0}), "graphs[0].calls[0]: a dtype for dtype expected, it is Value"),
+    "a device that is text": (
+        lambda d: calls(d)[0].__setitem__(slice(0, 3), ["aten.zeros.default", [[2]], {"device": "meta"}]),
+        "graphs[0].calls[0]: a device for device expected, it is 'meta'",
+    ),
+    "a memory format that is a number": (
+        lambda d: calls(d)[0].__setitem__(slice(0, 3), ["aten.clone.default", [{"value": 0}], {"memory_format": 4}]),
+        "graphs[0].calls[0]: a memory_format for memory_format expected, it is 4",
+    ),
+    "a layout that is not strided": (argument({"layout": "sparse_coo"}), "a layout of torch"),
+    "a quantised dtype": (argument({"dtype": "qint8"}), "a dtype of torch"),
+    "a sparse tensor": (called("aten.to_sparse.default"), f"{COMPUTES}'aten.to_sparse.default'"),
+    "a gradient": (called("aten.nll_loss2d_backward.default"), f"{COMPUTES}'aten.nll_loss2d_backward.default'"),
+    "a number of more than 64 bits": (argument(2**63), f"{PLAIN}9223372036854775808"),
     "values too deep": (argument(deep), "graphs[0].calls[0]: values nested at most 32 deep expected, it is [[["),
     "a call that is no list": (lambda d: calls(d).__setitem__(0, "x"), "a function, its arguments and its keywords expected"),
     "no graph": (lambda d: d.update(graphs=[]), "graphs: a list of graphs expected, it is []"),
@@ -386,6 +438,8 @@ ATTACKS: dict[str, tuple[Change, str]] = {
     ),
     "a tensor without a name": (tensor(name=""), EACH_ONCE),
     "a tensor with an empty part": (tensor(name="a..b"), EACH_ONCE),
+    "a tensor below very many modules": (tensor(name="a." * 120_000 + "b"), EACH_ONCE),
+    "mutations of no list": (lambda d: d["graphs"][0].update(result={"tuple": [None, None]}), "mutations: numbers of inputs"),
     "a tensor twice": (lambda d: d["tensors"].append(d["tensors"][0]), EACH_ONCE),
     "a tensor of another kind": (tensor(kind="module"), EACH_ONCE),
     "a tensor with more": (tensor(grad=True), EACH_ONCE),

@@ -96,7 +96,7 @@ def load_program(
     """What a model that was saved with ``program=`` computes, as a module to call; its own classes need not be installed.
 
     Takes arguments of the shapes that it was exported with; others raise TypeError or ValueError, or RuntimeError where sizes do not go
-    together. Results of the model's own classes come as dicts. Weights go straight to ``device``, none requires grad. A program is a graph
+    together. Results of the model's own classes come as dicts. Weights go straight to ``device``, flags come back. A program is a graph
     of torch's own operators, run one by one; nothing of it is evaluated, nothing of the model's package is imported.
 
     Args:

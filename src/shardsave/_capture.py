@@ -110,7 +110,10 @@ def _refuse_other_weights(module: nn.Module, exported: torch.export.ExportedProg
 def _place(exported: torch.export.ExportedProgram, spec: InputSpec, extra: ExtraTensors) -> dict[str, Any]:
     name = str(spec.target)
     tensor = exported.state_dict[name] if name in exported.state_dict else exported.constants[name]
-    stored, kept = extra.place(tensor, name)
+    try:
+        stored, kept = extra.place(tensor, name)
+    except RuntimeError as error:  # of torch.func, whose tensors stand for others
+        refuse(f"tensors with memory of their own were expected, {name} has none ({str(error).splitlines()[0]})")
     # A buffer that no state dict has is not one of a program's either.
     kind = "constant" if spec.kind is InputKind.BUFFER and not spec.persistent else _KINDS[spec.kind]
     trained = kind == "parameter" and tensor.requires_grad
@@ -156,8 +159,6 @@ class _Writer:
         for node in self._module.graph.nodes:
             if node.op == "get_attr":
                 self._written[node] = {"graph": self._graph_of(node)}
-            elif node.op == "call_function" and getattr(node.target, "__name__", "") == "lazy_load_decompositions":
-                continue  # torch.vmap has torch load more of itself
             elif node.op == "call_function":
                 name, arguments = _name_of(node.target), list(node.args)
                 if name == "higher_order.wrap_with_autocast":
