@@ -81,9 +81,9 @@ $(SANITIZED)/fuzz-tables: tests/fuzz/fuzz_tables.cpp $(CORE) $(wildcard csrc/*.h
 unit: $(VENV)/test.ok
 	$(BIN)/python -m pytest
 
-# Ten thousand killed savers, and many more disks after a loss of power than the normal run looks at.
+# Ten thousand killed savers, a real disk cut off at every call, and many more disks after a loss of power than the normal run looks at.
 soak: $(VENV)/test.ok
-	SHARDSAVE_KILLS=2500 SHARDSAVE_POWER_SAMPLES=300 $(BIN)/python -m pytest --timeout 7200 tests/test_power_loss.py tests/test_faults.py -k "not fails and not interrupted"
+	SHARDSAVE_KILLS=2500 SHARDSAVE_POWER_SAMPLES=300 SHARDSAVE_CUTS=300 $(BIN)/python -m pytest --timeout 7200 tests/test_power_loss.py tests/test_file_systems.py tests/test_faults.py -k "not fails and not interrupted"
 
 # Parsers beside other readers of the same contract; guided by coverage where atheris has a wheel for this Python.
 fuzz: $(VENV)/test.ok $(SANITIZED)/fuzz-tables

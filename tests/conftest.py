@@ -39,6 +39,12 @@ def compiled() -> Compile:
     return build
 
 
+@pytest.fixture(scope="session")
+def beneath(compiled: Compile) -> Path:
+    """The library that stands between a process and libc."""
+    return compiled("beneath.so", [ROOT / "tests" / "faults" / "beneath.c"], "-shared", "-fPIC", "-pthread", "-ldl")
+
+
 class SmallModel(nn.Module):
     """A little of everything: a frozen part, tied weights, a persistent and a non-persistent buffer, several dtypes."""
 

@@ -15,16 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, Compile
+from conftest import ROOT
 from faults.beneath import read_record
 
 ENGINES = ("native", "portable")
-
-
-@pytest.fixture(scope="session")
-def beneath(compiled: Compile) -> Path:
-    """The library that stands between a process and libc."""
-    return compiled("beneath.so", [ROOT / "tests" / "faults" / "beneath.c"], "-shared", "-fPIC", "-pthread", "-ldl")
 
 
 def run_beneath(beneath: Path, engine: str, arguments: list[str], *before: str, with_config: bool = False) -> str:

@@ -20,7 +20,7 @@ import shardsave
 from faults.beneath import Recorded, read_record
 from faults.power import Disk, Tree, lay_out
 from faults.savers import CONFIG, litter_in, save, with_config_in
-from test_faults import ENGINES, beneath, run_beneath  # noqa: F401
+from test_faults import ENGINES, run_beneath
 
 SAMPLES = int(os.environ.get("SHARDSAVE_POWER_SAMPLES", "12"))
 
@@ -93,7 +93,7 @@ Record = Callable[..., Path]
 
 
 @pytest.fixture(scope="module", params=ENGINES)
-def record(beneath: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Record:  # noqa: F811
+def record(beneath: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Record:
     """``record(name)`` makes a recording of ``faults.recordings`` once, and gives its folder."""
     made: dict[tuple[str, bool], Path] = {}
 
