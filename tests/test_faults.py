@@ -21,11 +21,11 @@ from faults.beneath import read_record
 ENGINES = ("native", "portable")
 
 
-def run_beneath(beneath: Path, engine: str, arguments: list[str], *before: str, with_config: bool = False) -> str:
-    """Runs ``python arguments`` with the library preloaded, saving models with a config or plain tensors; what it printed."""
+def run_beneath(beneath: Path, engine: str, arguments: list[str], *before: str, kind: str = "plain") -> str:
+    """Runs ``python arguments`` with the library preloaded, saving what `savers.KIND` says; what it printed."""
     paths = os.pathsep.join([str(ROOT / "tests"), *filter(None, sys.path)])
     preload = ["env", f"LD_PRELOAD={beneath}"]
-    wanted = {"PYTHONPATH": paths, "SHARDSAVE_ENGINE": engine, "SHARDSAVE_FAULTS_WITH_CONFIG": "1" if with_config else ""}
+    wanted = {"PYTHONPATH": paths, "SHARDSAVE_ENGINE": engine, "SHARDSAVE_FAULTS_KIND": kind}
     done = subprocess.run(
         [*before, *preload, sys.executable, "-W", "error", *arguments],
         env={**os.environ, **wanted},
@@ -54,7 +54,17 @@ def test_each_call_of_a_save_with_a_config(beneath: Path, tmp_path: Path, scenar
     """Catches the same where a file of a fixed name lies beside the weights: half of one, one that goes with a save that was not
     committed, one that is not of the same save without that a reader is told, one that the next save leaves as it is."""
     arguments = ["-m", "faults.scenarios", scenario, before, str(tmp_path)]
-    printed = run_beneath(beneath, "native", arguments, with_config=True)
+    printed = run_beneath(beneath, "native", arguments, kind="config")
+    assert min(int(number) for number in re.findall(r"(\d+) trials", printed)) >= 80
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("before", ["first", "overwrite"])
+def test_each_call_of_a_save_of_an_adapter(beneath: Path, tmp_path: Path, before: str, engine: str) -> None:
+    """Catches weights and config of two adapters side by side without that a reader is told, half of one of them, one that goes with
+    a save that was not committed, and one that the next save leaves as it is."""
+    scenarios = "adapter_fails,save_is_killed,save_is_interrupted"
+    printed = run_beneath(beneath, engine, ["-m", "faults.scenarios", scenarios, before, str(tmp_path)], kind="adapter")
     assert min(int(number) for number in re.findall(r"(\d+) trials", printed)) >= 80
 
 
