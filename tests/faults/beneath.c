@@ -272,10 +272,18 @@ int closedir(DIR* folder) {
   return ends(&call, "closedir", result, result == -1, NULL, 0, 0) ? -1 : result;
 }
 
+// Asks the OS for the first name and for what follows the last; those between are in libc's buffer, and no call.
 struct dirent* readdir(DIR* folder) {
+  const bool first = telldir(folder) == 0;
+  struct dirent* result = REAL(readdir)(folder);
+  const int kept = errno;
   Call call;
-  if (!begins(&call, "readdir", dirfd(folder), NULL)) return REAL(readdir)(folder);
-  struct dirent* result = refused(&call) ? NULL : REAL(readdir)(folder);
+  if ((!first && result != NULL) || !begins(&call, "readdir", dirfd(folder), NULL)) {
+    errno = kept;
+    return result;
+  }
+  errno = kept;
+  if (refused(&call)) result = NULL;
   return ends(&call, "readdir", 0, false, NULL, 0, 0) ? NULL : result;
 }
 

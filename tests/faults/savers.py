@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ def state(generation: int) -> dict[str, torch.Tensor]:
     return {f"t{n}": torch.full((500 + n,), float(generation)) for n in range(4)}
 
 
+@cache
 def model(generation: int) -> nn.Module:
     """The same tensors in a module, and one more that is kept with its architecture."""
     made = nn.Module()
@@ -38,6 +40,7 @@ def model(generation: int) -> nn.Module:
     return made
 
 
+@cache
 def model_with_config(generation: int) -> nn.Module:
     """The same tensors in a transformers model."""
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -51,6 +54,7 @@ def model_with_config(generation: int) -> nn.Module:
     return Model()
 
 
+@cache
 def model_with_adapter(generation: int) -> nn.Module:
     """Two layers that have a LoRA of four tensors."""
     import peft
