@@ -99,6 +99,11 @@ def with_companions_in(folder: Path) -> int | str | None:
     if not info.companions:
         return generation
     of = {name: companion_generation(folder / name) for name in sorted(info.companions)}
+    assert all(found is None or found <= generation for found in of.values()), (
+        "of a save that was not committed",
+        generation,
+        of,
+    )
     others = [f"{name} of {found}" for name, found in of.items() if found != generation]
     assert [note.split()[0] for note in info.notes] == [other.split()[0] for other in others], (of, info.notes)
     return f"{generation} with {' and '.join(others)}" if others else generation
