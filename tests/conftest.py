@@ -22,10 +22,6 @@ Compile = Callable[..., Path]
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-#: A shell's background job is started with SIGINT ignored, which its children would inherit, and never hear Ctrl-C.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 @pytest.fixture(scope="session")
 def compiled() -> Compile:
     """``compiled("name.so", [sources], *flags)`` builds a C or C++ helper once and gives its path."""
