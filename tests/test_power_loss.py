@@ -60,8 +60,8 @@ class Judge:
 
     def _found(self, tree: Tree) -> tuple[object, str]:
         digest = hashlib.sha256(repr(sorted((str(path), content) for path, content in tree.items())).encode()).digest()
+        self.disks += 1
         if digest not in self._known:
-            self.disks += 1
             folder = self._scratch / "disk"
             lay_out(tree, folder)
             self._known[digest] = _judge(folder / "runs" / "ckpt")
