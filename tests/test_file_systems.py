@@ -1,12 +1,14 @@
-"""File systems of another kind, which only root may mount: one that has less room than it promises, and one without direct I/O.
+"""File systems that only root may mount: one that has less room than it promises, one that loses its disk, one without direct I/O.
 
 Method: an ext4 image on a tmpfs that is smaller than the image: ``fallocate`` succeeds there, and what fails is the writing itself,
-or the fsync after it. And a ramfs, which refuses O_DIRECT.
+or the fsync after it. One that is cut off from its disk while a save is at work (``faults/cuts.py``). And a ramfs, which refuses
+O_DIRECT.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,8 +19,11 @@ import pytest
 import torch
 
 import shardsave
+from faults.cuts import MOUNT, cut
 from faults.savers import litter_in
-from test_faults import ENGINES
+from test_faults import ENGINES, run_beneath
+
+CUTS = int(os.environ.get("SHARDSAVE_CUTS", "6"))  # of a first save and of an overwrite each
 
 PROGRAM = """
 import sys, torch, shardsave
@@ -65,6 +70,24 @@ def thin_disk(tmp_path: Path, small_disk: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
+def disk_that_can_be_cut(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
+    """An image of an ext4 in memory, and where it is mounted; it has been cut off from its disk once."""
+    with mounted(tmp_path / "memory", "-t", "tmpfs", "-o", "size=64m", "tmpfs") as memory:
+        image = memory / "image"
+        with image.open("wb") as file:
+            file.truncate(48 << 20)
+        subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=True)
+        with mounted(tmp_path / "disk", *MOUNT, str(image)) as disk:
+            try:
+                cut(disk)
+            except OSError as error:
+                pytest.skip(f"ext4 cannot be shut down here: {error}")
+            subprocess.run(["umount", str(disk)], check=True)
+            subprocess.run(["mount", *MOUNT, str(image), str(disk)], check=True)
+            yield image, disk
+
+
+@pytest.fixture
 def without_direct_io(tmp_path: Path) -> Iterator[Path]:
     """A ramfs."""
     with mounted(tmp_path / "ramfs", "-t", "ramfs", "ramfs") as disk:
@@ -87,6 +110,14 @@ def test_a_disk_that_only_promised_room(thin_disk: Path, engine: str) -> None:
     assert printed.startswith(("SaveNotCommittedError", "OutOfSpaceError")), printed
     assert "nothing was committed, the previous checkpoint is intact" in printed
     assert run(load) == "1000\n"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_disk_that_is_cut_off(beneath: Path, disk_that_can_be_cut: tuple[Path, Path], engine: str) -> None:
+    """Catches a save that reports success, and is gone or torn when the journal has been replayed; one that costs the checkpoint
+    that was there, or leaves litter for good; and a trial that would not notice."""
+    printed = run_beneath(beneath, engine, ["-m", "faults.cuts", *map(str, disk_that_can_be_cut), str(CUTS)])
+    assert sum(int(number) for number in re.findall(r"(\d+) cuts", printed)) >= 4 * CUTS
 
 
 def test_room_that_dead_savers_hold(small_disk: Path) -> None:

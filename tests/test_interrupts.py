@@ -24,7 +24,7 @@ from shardsave import _commit
 INDEX = "model.safetensors.index.json"
 PROMISED, SLACK = 1.0, 2.0
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(120)]
 
 
 def process(program: str, folder: Path, **environment: str) -> subprocess.Popen[str]:

@@ -1,6 +1,7 @@
 // Method: a library for LD_PRELOAD that stands between the process and libc. It sees every call on files of one folder,
 // whoever makes it (the C++ core, Python's os module, ctypes), and can fail, shorten, interrupt or end the process at
-// the N-th, leave out what a call does, or write down what all of them did. Python's side is faults/beneath.py.
+// the N-th, cut the file system off from its disk there, leave out all fsyncs, or write down what all calls did.
+// Python's side is faults/beneath.py.
 //
 // Threads: any. A record is made under one lock, so that its order is the order in which the calls took effect.
 #define _GNU_SOURCE
@@ -26,7 +27,19 @@
 #include <unistd.h>
 
 // As in faults/beneath.py.
-enum fate { PASS, FAIL, FAIL_AFTER, SHORTEN, KILL, KILL_AFTER, INTERRUPT, INTERRUPT_AFTER, FAIL_FROM_HERE };
+enum fate {
+  PASS,
+  FAIL,
+  FAIL_AFTER,
+  SHORTEN,
+  KILL,
+  KILL_AFTER,
+  INTERRUPT,
+  INTERRUPT_AFTER,
+  FAIL_FROM_HERE,
+  CUT,
+  NO_SYNC
+};
 
 static struct {
   char folder[PATH_MAX];  // empty: nothing is watched
@@ -51,6 +64,15 @@ static long raw(long number, long a, long b, long c, long d) {
   static long (*real)(long, ...);
   if (real == NULL) real = (long (*)(long, ...))dlsym(RTLD_NEXT, "syscall");
   return real(number, a, b, c, d, 0L, 0L);
+}
+
+// Shuts the file system down, NOLOGFLUSH: what its journal has not committed is lost, and every later call fails.
+static void cut(void) {
+  unsigned no_log_flush = 2;
+  const long shutdown = 0x8004587d;  // FS_IOC_SHUTDOWN, _IOR('X', 125, __u32)
+  const long fd = raw(SYS_openat, AT_FDCWD, (long)plan.folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC, 0);
+  if (fd < 0 || raw(SYS_ioctl, fd, shutdown, (long)&no_log_flush, 0) != 0) abort();
+  raw(SYS_close, fd, 0, 0, 0);
 }
 
 static bool path_of(int fd, char* path) {
@@ -92,6 +114,7 @@ static bool begins(Call* call, const char* name, int fd, const char* path) {
     snprintf(plan.hit, sizeof plan.hit, "%s %s", name, call->path);
     if (call->fate == KILL) raw(SYS_kill, getpid(), SIGKILL, 0, 0);
     if (call->fate == INTERRUPT) raw(SYS_kill, getpid(), SIGINT, 0, 0);
+    if (call->fate == CUT) cut();
   }
   if (plan.record >= 0) {
     pthread_mutex_lock(&recording);
@@ -162,8 +185,6 @@ WATCH(int, mkdir, (const char* path, mode_t mode), (path, mode), -1, AT_FDCWD, p
 WATCH(int, mkdirat, (int fd, const char* path, mode_t mode), (fd, path, mode), -1, fd, path, NULL, 0, 0)
 WATCH(int, link, (const char* from, const char* to), (from, to), -1, AT_FDCWD, from, to, 0, 0)
 WATCH(int, symlink, (const char* to, const char* path), (to, path), -1, AT_FDCWD, path, to, 0, 0)
-WATCH(int, fsync, (int fd), (fd), -1, fd, NULL, NULL, 0, 0)
-WATCH(int, fdatasync, (int fd), (fd), -1, fd, NULL, NULL, 0, 0)
 WATCH(int, ftruncate, (int fd, off_t length), (fd, length), -1, fd, NULL, NULL, length, 0)
 WATCH(int, fallocate, (int fd, int mode, off_t offset, off_t length), (fd, mode, offset, length), -1, fd, NULL, NULL,
       offset + length, mode)
@@ -183,6 +204,17 @@ WATCH(DIR*, opendir, (const char* path), (path), NULL, AT_FDCWD, path, NULL, 0, 
 WATCH(DIR*, fdopendir, (int fd), (fd), NULL, fd, NULL, NULL, 0, 0)
 WATCH(void*, mmap, (void* at, size_t length, int protection, int flags, int fd, off_t offset),
       (at, length, protection, flags, fd, offset), MAP_FAILED, fd, NULL, NULL, 0, 0)
+
+#define WATCH_SYNC(name)                                                                \
+  int name(int fd) {                                                                    \
+    Call call;                                                                          \
+    if (!begins(&call, #name, fd, NULL)) return REAL(name)(fd);                         \
+    const int result = refused(&call) ? -1 : plan.fate == NO_SYNC ? 0 : REAL(name)(fd); \
+    return ends(&call, #name, result, result == -1, NULL, 0, 0) ? -1 : result;          \
+  }
+
+WATCH_SYNC(fsync)
+WATCH_SYNC(fdatasync)
 
 int renameat(int from_fd, const char* from, int to_fd, const char* to) {
   Call call;
@@ -240,10 +272,18 @@ int closedir(DIR* folder) {
   return ends(&call, "closedir", result, result == -1, NULL, 0, 0) ? -1 : result;
 }
 
+// Asks the OS for the first name and for what follows the last; those between are in libc's buffer, and no call.
 struct dirent* readdir(DIR* folder) {
+  const bool first = telldir(folder) == 0;
+  struct dirent* result = REAL(readdir)(folder);
+  const int kept = errno;
   Call call;
-  if (!begins(&call, "readdir", dirfd(folder), NULL)) return REAL(readdir)(folder);
-  struct dirent* result = refused(&call) ? NULL : REAL(readdir)(folder);
+  if ((!first && result != NULL) || !begins(&call, "readdir", dirfd(folder), NULL)) {
+    errno = kept;
+    return result;
+  }
+  errno = kept;
+  if (refused(&call)) result = NULL;
   return ends(&call, "readdir", 0, false, NULL, 0, 0) ? NULL : result;
 }
 

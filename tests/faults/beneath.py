@@ -26,6 +26,8 @@ class Fate(IntEnum):
     INTERRUPT = 6
     INTERRUPT_AFTER = 7
     FAIL_FROM_HERE = 8  # and so does every later call: the disk is gone
+    CUT = 9  # the file system loses its disk, and what its journal has not committed
+    NO_SYNC = 10  # of no single call: every fsync does nothing, and says that it was done
 
 
 class Met(NamedTuple):
@@ -38,6 +40,12 @@ class Met(NamedTuple):
 def arm(folder: Path, number: int, fate: Fate, error: int = errno.EIO) -> None:
     """Watches ``folder`` from now on, and lets the ``number``-th call on it (from 1) meet ``fate``."""
     _library.beneath_arm(os.fsencode(folder), ctypes.c_long(number), int(fate), error)
+
+
+def seen() -> int:
+    """How many calls there were since `arm`."""
+    _library.beneath_seen.restype = ctypes.c_long
+    return int(_library.beneath_seen())
 
 
 def disarm() -> Met | None:

@@ -6,6 +6,7 @@ Each phase of a recording is a file ``phase-N`` in FOLDER; the folder that is wa
 from __future__ import annotations
 
 import os
+import secrets
 import sys
 from collections.abc import Callable
 from itertools import count
@@ -14,9 +15,19 @@ from pathlib import Path
 import torch
 
 import shardsave
+from faults import savers
 from faults.beneath import Fate, arm, disarm, read_record, recorded
 from faults.power import MTIME
-from faults.savers import save, state
+from faults.savers import state
+
+STEP = int(os.environ.get("SHARDSAVE_POWER_STEP", "17"))
+
+
+def save(generation: int, folder: Path, durable: bool = True) -> None:
+    """Names that are drawn by chance follow from the generation: a disk is judged once, whichever recordings and engines lead to it."""
+    numbers = count()
+    secrets.token_hex = lambda size: f"{generation:x}{next(numbers):0{2 * size - 1}x}"
+    savers.save(generation, folder, durable)
 
 
 class Recording:
@@ -131,8 +142,8 @@ def killed_before_the_config(folder: Path) -> None:
 
 
 def killed_then_saved(folder: Path) -> None:
-    """A saver is killed at every seventh call, and another one takes over: one recording each."""
-    for nth in count(1, 7):
+    """A saver is killed at every `STEP`-th call, and another one takes over: one recording each."""
+    for nth in count(1, STEP):
         recording = Recording(folder / str(nth))
         recording.phase(lambda recording=recording: save(1, recording.target))  # type: ignore[misc]
         child = os.fork()

@@ -5,18 +5,24 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 import shardsave
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+COMPANIONS = (CONFIG, "adapter_config.json", "adapter_model.safetensors")
 
-#: With it, what is saved is a transformers model whose config tells the generation too.
-WITH_CONFIG = bool(os.environ.get("SHARDSAVE_FAULTS_WITH_CONFIG"))
+#: What is saved: "plain" (a module and its architecture), "config" (a transformers model) or "adapter" (of a PEFT model). Files of
+#: fixed names beside the weights tell the generation too.
+KIND = os.environ.get("SHARDSAVE_FAULTS_KIND", "plain")
 
 
 def state(generation: int) -> dict[str, torch.Tensor]:
@@ -24,6 +30,7 @@ def state(generation: int) -> dict[str, torch.Tensor]:
     return {f"t{n}": torch.full((500 + n,), float(generation)) for n in range(4)}
 
 
+@cache
 def model(generation: int) -> nn.Module:
     """The same tensors in a module, and one more that is kept with its architecture."""
     made = nn.Module()
@@ -33,6 +40,7 @@ def model(generation: int) -> nn.Module:
     return made
 
 
+@cache
 def model_with_config(generation: int) -> nn.Module:
     """The same tensors in a transformers model."""
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -46,41 +54,72 @@ def model_with_config(generation: int) -> nn.Module:
     return Model()
 
 
-def save(generation: int, folder: Path, durable: bool = True, with_config: bool = WITH_CONFIG) -> shardsave.SaveReport:
-    """Two shards, and an architecture and its tensors or a config."""
-    source = (model_with_config if with_config else model)(generation)
-    architecture = not with_config
-    return shardsave.save(source, folder, max_shard_size=5000, architecture=architecture, durable=durable, progress=False)
+@cache
+def model_with_adapter(generation: int) -> nn.Module:
+    """Two layers that have a LoRA of four tensors."""
+    import peft
+
+    base = nn.Module()
+    for number in range(2):
+        base.add_module(f"layer{number}", nn.Linear(100 + number, 4))
+    config = peft.LoraConfig(r=8, target_modules=["layer0", "layer1"], lora_alpha=generation)
+    made = peft.get_peft_model(base, config)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.fill_(generation)
+    return made
+
+
+def save(generation: int, folder: Path, durable: bool = True, kind: str = KIND) -> shardsave.SaveReport:
+    """Two shards, and an architecture and its tensors or a config; or one of an adapter, and its two files."""
+    source = {"plain": model, "config": model_with_config, "adapter": model_with_adapter}[kind](generation)
+    options = {"architecture": kind == "plain", "adapter_only": kind == "adapter"}
+    return shardsave.save(source, folder, max_shard_size=5000, durable=durable, progress=False, **options)
 
 
 def generation_in(folder: Path) -> int | None:
     """Which generation the directory holds, whole and bit for bit; None where there is no checkpoint.
 
-    A config beside it is whole, and of the same generation, or `inspect` says that it is not.
+    What lies beside the weights is whole, and of the same generation, or `inspect` says of which file it is not.
     """
-    found = with_config_in(folder)
+    found = with_companions_in(folder)
     return int(found.split()[0]) if isinstance(found, str) else found
 
 
-def with_config_in(folder: Path) -> int | str | None:
-    """As `generation_in`, and ``"2 with the config of 1"`` where a reader is told that the config is another one."""
+def with_companions_in(folder: Path) -> int | str | None:
+    """As `generation_in`, and ``"2 with config.json of 1"`` where a reader is told that a file beside the weights is another one."""
     generation = loaded_generation(folder)
     if generation is None:
+        for name in COMPANIONS:
+            companion_generation(folder / name)
         return None
-    info, path = shardsave.inspect(folder), folder / CONFIG
+    info = shardsave.inspect(folder)
     if info.parts:
         assert built_generation(folder) == generation
     if not info.companions:
         return generation
+    of = {name: companion_generation(folder / name) for name in sorted(info.companions)}
+    assert all(found is None or found <= generation for found in of.values()), (
+        "of a save that was not committed",
+        generation,
+        of,
+    )
+    others = [f"{name} of {found}" for name, found in of.items() if found != generation]
+    assert [note.split()[0] for note in info.notes] == [other.split()[0] for other in others], (of, info.notes)
+    return f"{generation} with {' and '.join(others)}" if others else generation
+
+
+def companion_generation(path: Path) -> int | None:
+    """Which generation a file beside the weights is of, whole; None where there is none."""
+    if not path.exists():
+        return None
     try:
-        of_config = json.loads(path.read_text())["generation"] if path.exists() else None
-    except ValueError as error:
-        raise AssertionError("half a config") from error
-    if of_config == generation:
-        assert not info.notes
-        return generation
-    assert info.notes, (of_config, generation)
-    return f"{generation} with the config of {of_config}"
+        if path.suffix == ".safetensors":
+            return generation_of(load_file(path))
+        values = json.loads(path.read_text())
+    except (ValueError, SafetensorError) as error:
+        raise AssertionError(f"half of {path.name}") from error
+    return int(values["generation" if path.name == CONFIG else "lora_alpha"])
 
 
 def loaded_generation(folder: Path) -> int | None:
@@ -89,8 +128,18 @@ def loaded_generation(folder: Path) -> int | None:
         loaded = shardsave.load(folder, progress=False)
     except shardsave.CheckpointNotFoundError:
         return None
-    generation = int(loaded["t0"][0])
-    expected = state(generation)
+    return generation_of(loaded)
+
+
+def generation_of(loaded: Mapping[str, torch.Tensor]) -> int:
+    """Of which generation all of ``loaded`` is, a model or an adapter."""
+    if "t0" in loaded:
+        generation = int(loaded["t0"][0])
+        expected = state(generation)
+    else:
+        generation = int(loaded["base_model.model.layer0.lora_A.weight"][0, 0])
+        shapes = {f"{n}.lora_{side}": shape for n in range(2) for side, shape in (("A", (8, 100 + n)), ("B", (4, 8)))}
+        expected = {f"base_model.model.layer{name}.weight": torch.full(shapes[name], float(generation)) for name in shapes}
     assert loaded.keys() == expected.keys() and all(torch.equal(loaded[name], expected[name]) for name in loaded)
     return generation
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import shardsave
 from faults.beneath import Fate, arm, disarm
 from faults.savers import Bench, generation_in, litter_in, save, state
-from faults.scenarios import FAILURES, NO_ROOM, Scenarios, held, nothing_leaked, run_scenario
+from faults.scenarios import FAILURES, NO_ROOM, Scenarios, held, nothing_leaked, run_scenarios
 from shardsave._convert import Form
 
 #: Calls without which a conversion goes on: comparing paths, closing what is done with, locks, early starts, and removing
@@ -192,4 +192,4 @@ SCENARIOS: Scenarios = {
 }
 
 if __name__ == "__main__":
-    run_scenario(SCENARIOS, *sys.argv[1:])
+    run_scenarios(SCENARIOS, *sys.argv[1:])
