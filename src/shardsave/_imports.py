@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional
 from torch import nn
 
+from shardsave._kinds import has_finaliser
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, UntrustedCodeError
 
 #: Functions of ``torch`` that compute a tensor from tensors, and nothing else. (Others read and write files.)
@@ -77,7 +78,7 @@ def resolve(
     """What each name of ``imports`` (name → the version that was saved) leads to.
 
     Imports nothing before every name is known to be trusted. Raises UntrustedCodeError with all that are not, and
-    IncompatibleCheckpointError with all that cannot be found.
+    IncompatibleCheckpointError with all that cannot be found, or must not be made from data.
     """
     for name in imports:
         _check_form(name, where)
@@ -98,12 +99,27 @@ def resolve(
         except (ImportError, AttributeError) as error:
             saved = f"saved with {version}" if version else "saved without a version"
             missing.append(f"{dotted(name)} ({saved}; {error})")
+    wrong = []
     if missing:
-        raise IncompatibleCheckpointError(
-            f"cannot build {where}: what it is made of was expected to be there, not found: {', '.join(missing)}; "
-            f"for what was renamed say classes={{'old.Name': NewClass}}; nothing was built"
+        wrong.append(
+            f"what it is made of was expected to be there, not found: {', '.join(missing)}; "
+            f"for what was renamed say classes={{'old.Name': NewClass}}"
         )
+    unfit = [f"{dotted(name)} ({why})" for name, thing in found.items() if (why := why_not_made(thing))]
+    if unfit:
+        wrong.append(f"classes that can safely be made from data expected, it asks for {', '.join(unfit)}")
+    if wrong:
+        raise IncompatibleCheckpointError(f"cannot build {where}: {'; '.join(wrong)}; nothing was built")
     return found
+
+
+def why_not_made(thing: Any) -> str | None:
+    """Why instances of a class must not be made from data; None where they may."""
+    if not isinstance(thing, type):
+        return None
+    if has_finaliser(thing):
+        return "its __del__ would run with what the file says"
+    return None
 
 
 def _check_form(name: str, where: str) -> None:

@@ -21,6 +21,11 @@ _KEYS = (type(None), bool, int, float, str, bytes, complex, range, pathlib.PureP
          *FUNCTIONS, np.generic)  # fmt: skip
 
 
+def has_finaliser(kind: type) -> bool:
+    """Whether code of ``kind`` runs when an instance goes."""
+    return any("__del__" in vars(base) for base in kind.__mro__)
+
+
 def container_of(kind: type) -> type:
     """The type of Python's own that ``kind`` gets its elements from; ``object`` where it has none."""
     return next((base for base in _CONTAINERS if issubclass(kind, base)), object)

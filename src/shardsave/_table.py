@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from shardsave._imports import is_dunder, name_of
+from shardsave._imports import dotted, is_dunder, name_of, why_not_made
 from shardsave._json import MAX_DIGITS
 from shardsave._kinds import FUNCTIONS, is_key
 from shardsave._state import unwrap
@@ -56,6 +56,8 @@ class TableWriter:
         if name is None:
             self._refuse(path, _nameless(thing))
             return ""
+        if why := why_not_made(thing):
+            self._refuse(path, f"a {dotted(name)}: {why}")
         self.imports.add(name)
         return name
 

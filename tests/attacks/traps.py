@@ -1,0 +1,139 @@
+"""Classes with code that Python runs of its own accord, as a trusted package may have them; each says in ``ran`` that it ran."""
+
+from __future__ import annotations
+
+import enum
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+ran: list[str] = []
+
+
+class Closes:
+    """What it holds is thrown away with it."""
+
+    def __del__(self) -> None:
+        ran.append(f"__del__ with {vars(self)}")
+
+
+class ClosesToo(Closes):
+    pass
+
+
+class Net(nn.Module):
+    def __del__(self) -> None:
+        ran.append("__del__ of a module")
+
+
+class Pair(NamedTuple):
+    left: Any
+    right: Any
+
+
+class ClosingPair(Pair):
+    def __del__(self) -> None:
+        ran.append(f"__del__ with {tuple(self)}")
+
+
+class Hashed(Pair):
+    def __hash__(self) -> int:
+        ran.append(f"__hash__ with {tuple(self)}")
+        return 1
+
+
+class Compared(Pair):
+    __hash__ = Pair.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        ran.append(f"__eq__ with {tuple(self)}")
+        return True
+
+
+class Iterated(Pair):
+    def __iter__(self) -> Any:
+        ran.append("__iter__")
+        return super().__iter__()
+
+
+class Said(Pair):
+    def __repr__(self) -> str:
+        ran.append("__repr__")
+        return "Said"
+
+
+class Number:
+    def __index__(self) -> int:
+        ran.append("__index__")
+        return 1
+
+
+class Guesses(enum.IntFlag):
+    ONE = 1
+    TWO = 2
+
+    @classmethod
+    def _missing_(cls, value: object) -> Any:
+        ran.append(f"_missing_ with {value}")
+        return super()._missing_(value)
+
+
+class Calls(enum.EnumMeta):
+    def __call__(cls, *arguments: Any, **named: Any) -> Any:
+        if arguments[0] == 1:
+            ran.append("__call__ of a metaclass")
+        return super().__call__(*arguments, **named)
+
+
+class Called(enum.IntFlag, metaclass=Calls):
+    ONE = 1
+
+
+class Listed(dict):
+    """Says its items by code of its own."""
+
+    def items(self) -> Any:
+        ran.append("items")
+        return super().items()
+
+
+class Reader:
+    def read(self) -> str:
+        return "what it reads"
+
+
+class Watches:
+    """Is asked for each of its attributes."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # type: ignore[override]
+        ran.append("__class__")
+        return Watches
+
+    def __getattribute__(self, name: str) -> Any:
+        ran.append(f"__getattribute__ of {name}")
+        return super().__getattribute__(name)
+
+
+class Registers(nn.Linear):
+    def register_forward_pre_hook(self, *arguments: Any, **named: Any) -> Any:
+        ran.append("register_forward_pre_hook")
+        return super().register_forward_pre_hook(*arguments, **named)
+
+    def before(self, module: nn.Module, arguments: tuple[torch.Tensor]) -> None:
+        pass
+
+
+class Answers(nn.Linear):
+    """Has a weight, whatever it is made of."""
+
+    def __getattr__(self, name: str) -> Any:
+        return 1 if name == "weight" else super().__getattr__(name)
+
+
+class Empty(Registers):
+    """Takes no state at all."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        pass
