@@ -119,6 +119,8 @@ def why_not_made(thing: Any) -> str | None:
         return None
     if has_finaliser(thing):
         return "its __del__ would run with what the file says"
+    if any(f"{base.__module__}.".startswith("torch.nn.parallel.") for base in thing.__mro__):
+        return "torch.nn.parallel calls what the file says"
     return None
 
 

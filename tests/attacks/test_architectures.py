@@ -241,6 +241,17 @@ CASES: dict[str, tuple[Change, str]] = {
         lambda document: document["objects"].insert(0, {"list": []}),
         BAD.format("a module expected at the root", "it is a list"),
     ),
+    **{
+        f"wrapper of torch.nn.parallel: {name}": (
+            lambda document, name=name: (
+                document["imports"].update({name: None}),
+                document["objects"].append({"module": name, "children": {"module": 0}}),
+            ),
+            f"cannot build $ARCH: classes that can safely be made from data expected, it asks for {name.replace(':', '.')} "
+            "(torch.nn.parallel calls what the file says); nothing was built",
+        )
+        for name in ("torch.nn.parallel.distributed:DistributedDataParallel", "torch.nn.parallel.data_parallel:DataParallel")
+    },
     "no objects": (
         lambda document: document.update(objects=[]),
         BAD.format("objects expected to be a list of objects", "they are []"),
