@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
@@ -175,7 +176,18 @@ class Builder:
         if taken:
             self._bad("attributes of the module's own expected", f"{min(taken)!r} is torch's")
         state.update(attributes)
+        if issubclass(type(module), nn.RNNBase):
+            self._check_layers(state, node)
         self._set_state(module, state, nn.Module.__setstate__)
+
+    def _check_layers(self, state: dict[str, Any], node: dict[str, Any]) -> None:
+        """``RNNBase.__setstate__`` makes names for as many layers as it is told of, and each layer has a tensor at least."""
+        held = [*state["_parameters"].values(), *state["_buffers"].values(), *state.values()]
+        tensors = sum(issubclass(type(value), torch.Tensor) for value in held) + len(node.get("parametrized", ()))
+        layers = state.get("num_layers", 0)
+        if not issubclass(type(layers), (int, np.integer)) or layers > tensors:
+            found = glimpse(node["attributes"]["num_layers"])
+            self._bad(f"at most {tensors} layers expected, which has {tensors} tensors", f"num_layers is {found}")
 
     def _fill_instance(self, made: Any, node: dict[str, Any]) -> None:
         base = container_of(type(made))

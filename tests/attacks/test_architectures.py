@@ -308,6 +308,26 @@ def test_refused(name: str, folder: Path, events: Events) -> None:
     assert zoo.Property.changed == []
 
 
+@pytest.mark.parametrize("layers", [5, 10**9, 1.0, "x", None])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_layers_that_are_not_there(kind: type[nn.RNNBase], layers: Any, tmp_path: Path) -> None:
+    """Catches a small file that has torch count layers for hours."""
+    shardsave.save(kind(2, 2), tmp_path, architecture=True, durable=False)
+
+    def change(document: Json) -> None:
+        last = len(document["objects"])
+        document["objects"][0]["attributes"].update(num_layers=layers, _all_weights={"ref": last})
+        document["objects"].extend([{"list": [{"ref": last + 1}]}, {"list": [None]}])
+
+    edit_architecture(tmp_path, change)
+    with pytest.raises(shardsave.CorruptCheckpointError) as raised:
+        shardsave.build_model(tmp_path)
+    found = json.dumps(layers) if not isinstance(layers, str) else repr(layers)
+    assert str(raised.value) == (
+        f"corrupt the architecture in {tmp_path}: at most 4 layers expected, which has 4 tensors, num_layers is {found}; nothing was built"
+    )
+
+
 def test_setstate_that_does_not_take_it(folder: Path) -> None:
     """Catches an exception of a class's own that comes out raw."""
     shardsave.save(zoo.Remembers(), folder, architecture=True)
