@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -19,8 +20,12 @@ from torch.nn.utils import parametrizations, prune
 import shardsave
 import zoo
 from conftest import SmallModel, same_bits, same_state
-from shardsave import _save
+from shardsave import _build, _save
+from shardsave._builder import Builder
+from shardsave._checkpoint import PARTS, open_checkpoint
+from shardsave._imports import resolve
 from shardsave._kinds import shadows_method
+from shardsave._values import Document
 
 X = torch.linspace(-1, 1, 160).reshape(2, 5, 16)
 
@@ -329,3 +334,17 @@ def test_a_module_inside_of_itself(architecture: bool, tmp_path: Path) -> None:
     with pytest.raises(shardsave.UnsupportedModuleError, match="or one is inside of itself; nothing was written"):
         shardsave.save(model, tmp_path / "ckpt", architecture=architecture)
     assert not (tmp_path / "ckpt").exists()
+
+
+def test_arrays_are_made_on_the_host(tmp_path: Path) -> None:
+    """Catches an array that is asked for on the device where the weights go. The meta device stands for a GPU: it has no arrays either."""
+    model = nn.Linear(2, 2)
+    model.table = np.arange(3.0)  # type: ignore[assignment]
+    shardsave.save(model, tmp_path, architecture=True, durable=False)
+    with open_checkpoint(tmp_path, parts=PARTS) as checkpoint:
+        document = Document(checkpoint.documents["architecture"], "the architecture")
+        memory = _build._Memory(checkpoint, torch.device("meta"))
+        built = Builder(document, resolve(document.imports, (), {}, "the architecture"), memory).build()
+        devices = {located.name: tensor.device.type for located, tensor in memory.targets if tensor is not None}
+    assert type(built.table) is np.ndarray and built.weight.is_meta  # type: ignore[union-attr]
+    assert devices == {"weight": "meta", "bias": "meta", "table": "cpu"}

@@ -178,30 +178,31 @@ def _take_stored_dtypes(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 class _Memory:
-    """New memory on a device for tensors of a checkpoint, once for each, and what has to be read into it."""
+    """New memory on a device, or on the host, for tensors of a checkpoint, once for each, and what has to be read into it."""
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
         self.targets: list[Target] = []
         self._checkpoint = checkpoint
         self._device = device
-        self._made: dict[tuple[bool, str], torch.Tensor] = {}
+        self._made: dict[tuple[bool, str, torch.device], torch.Tensor] = {}
 
-    def __call__(self, name: str, kept: bool, strides: list[int] | None) -> torch.Tensor | None:
+    def __call__(self, name: str, kept: bool, strides: list[int] | None, on_host: bool = False) -> torch.Tensor | None:
+        device = torch.device("cpu") if on_host else self._device
         stored = name if kept else self._checkpoint.ties.get(name, name)
         located = (self._checkpoint.kept if kept else self._checkpoint.tensors).get(stored)
         if located is None:
             return None
-        if (kept, stored) not in self._made:
+        if (kept, stored, device) not in self._made:
             shape, dtype = torch_shape(located.dtype, located.shape), BY_NAME[located.dtype].torch
             if strides is None:
-                memory = torch.empty(shape, dtype=dtype, device=self._device)
+                memory = torch.empty(shape, dtype=dtype, device=device)
             elif _fills(strides, shape):
-                memory = torch.empty_strided(shape, strides, dtype=dtype, device=self._device)
+                memory = torch.empty_strided(shape, strides, dtype=dtype, device=device)
             else:
                 return None
-            self._made[kept, stored] = memory
+            self._made[kept, stored, device] = memory
             self.targets.append((located, memory))
-        return self._made[kept, stored].detach()
+        return self._made[kept, stored, device].detach()
 
 
 def _fills(strides: list[int], shape: tuple[int, ...]) -> bool:

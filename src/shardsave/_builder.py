@@ -25,8 +25,8 @@ from shardsave._kinds import container_of, shadows_method
 from shardsave._values import Document, Values
 from shardsave.errors import IncompatibleCheckpointError, an
 
-#: ``memory(name, kept, strides)`` gives new memory for the tensor of that name, or None where the checkpoint has none.
-Memory = Callable[[str, bool, "list[int] | None"], "torch.Tensor | None"]
+#: ``memory(name, kept, strides, on_host)`` gives new memory for the tensor of that name, or None where the checkpoint has none.
+Memory = Callable[[str, bool, "list[int] | None", bool], "torch.Tensor | None"]
 
 
 class Builder:
@@ -82,7 +82,7 @@ class Builder:
         if "tensor" in node:
             return self._tensor(node)
         if "array" in node:
-            return self._new_memory(node["array"], True, None).numpy()
+            return self._array(node["array"])
         if "list" in node:
             return []
         if "set" in node:
@@ -123,12 +123,19 @@ class Builder:
             return nn.Buffer(memory)
         return memory.requires_grad_(requires_grad)
 
-    def _new_memory(self, name: object, kept: bool, strides: Any) -> torch.Tensor:
+    def _array(self, name: object) -> Any:
+        memory = self._new_memory(name, True, None, on_host=True)
+        try:
+            return memory.numpy()
+        except TypeError:
+            self._bad(f"{glimpse(name)} expected to be of a dtype of numpy", f"it is of {memory.dtype}")
+
+    def _new_memory(self, name: object, kept: bool, strides: Any, on_host: bool = False) -> torch.Tensor:
         if not isinstance(name, str):
             self._bad("the name of a tensor expected", f"it is {glimpse(name)}")
         if strides is not None and not (isinstance(strides, list) and all(type(s) is int and s >= 0 for s in strides)):
             self._bad("strides expected to be a list of numbers", f"they are {glimpse(strides)}")
-        memory = self._memory(name, kept, strides)
+        memory = self._memory(name, kept, strides, on_host)
         if memory is None:
             self._bad(f"tensor {glimpse(name)} expected in the checkpoint", "it is not there, or has other strides")
         return memory

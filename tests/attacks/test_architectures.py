@@ -328,6 +328,19 @@ def test_layers_that_are_not_there(kind: type[nn.RNNBase], layers: Any, tmp_path
     )
 
 
+def test_an_array_that_numpy_cannot_have(tmp_path: Path) -> None:
+    """Catches a tensor that is named as an array, and an error of torch's that comes out raw."""
+    model = nn.Module()
+    model.register_buffer("scratch", torch.zeros(2, dtype=torch.bfloat16), persistent=False)
+    shardsave.save(model, tmp_path, architecture=True, durable=False)
+    edit_architecture(tmp_path, lambda document: document["objects"].append({"array": "scratch"}))
+    with pytest.raises(shardsave.CorruptCheckpointError) as raised:
+        shardsave.build_model(tmp_path)
+    assert str(raised.value) == (
+        f"corrupt the architecture in {tmp_path}: 'scratch' expected to be of a dtype of numpy, it is of torch.bfloat16; nothing was built"
+    )
+
+
 def test_setstate_that_does_not_take_it(folder: Path) -> None:
     """Catches an exception of a class's own that comes out raw."""
     shardsave.save(zoo.Remembers(), folder, architecture=True)
