@@ -7,6 +7,7 @@ Instances are made without ``__init__`` and get their attributes straight, past 
 from __future__ import annotations
 
 import collections
+import functools
 import sys
 import types
 from collections.abc import Callable, Mapping
@@ -16,14 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
-from shardsave._architecture import DICT_TYPES, HOOKS, INTERNAL
+from shardsave._architecture import DICT_TYPES, INTERNAL
+from shardsave._attached import attach_hooks, compute, computed_tensors
 from shardsave._imports import dotted, is_dunder
 from shardsave._json import glimpse
-from shardsave._kinds import container_of, shadows_method
+from shardsave._kinds import container_of, in_class, shadows_method
 from shardsave._values import Document, Values
-from shardsave.errors import IncompatibleCheckpointError, an
+from shardsave.errors import IncompatibleCheckpointError, ShardSaveError, an
 
 #: ``memory(name, kept, strides, on_host)`` gives new memory for the tensor of that name, or None where the checkpoint has none.
 Memory = Callable[[str, bool, "list[int] | None", bool], "torch.Tensor | None"]
@@ -46,9 +47,19 @@ class Builder:
             self._values.made = [self._empty(node) for node in self._document.objects]
             for made, node in reversed(list(zip(self._values.made, self._document.objects))):
                 self._fill(made, node)
-            for made, node in zip(self._values.made, self._document.objects):
-                if isinstance(made, nn.Module):
-                    self._finish(made, node)
+            modules = [
+                (made, node)
+                for made, node in zip(self._values.made, self._document.objects)
+                if issubclass(type(made), nn.Module)
+            ]
+            for module, node in modules:
+                attach = functools.partial(attach_hooks, module, node, self._document, self._values)
+                self._run(type(module), "registering hooks", attach)
+                if "extra_state" in node:
+                    self._extra_states.append((module, self._values.value(node["extra_state"])))
+            for module, node in modules:  # only then, since a module whose tensors are computed is of another class
+                if names := computed_tensors(module, node, self._document):
+                    self._run(type(module), "__getattr__", functools.partial(compute, module, names))
         except RecursionError:
             self._bad("values of some depth expected", "they are nested too deeply")
         root = self._values.made[0]
@@ -64,6 +75,8 @@ class Builder:
     def _run(self, kind: type, what: str, action: Callable[[], Any]) -> None:
         try:
             action()
+        except ShardSaveError:
+            raise
         except Exception as error:
             name = next((name for name, thing in self._found.items() if thing is kind), kind.__qualname__)
             saved = self._document.imports.get(name) or "an unknown version"
@@ -214,7 +227,11 @@ class Builder:
                 self._check_attribute(made, name, value)
             object.__setattr__(made, "__dict__", made)
         elif "state" in node:
-            self._set_state(made, self._values.value(node["state"]), None)
+            state = self._values.value(node["state"])
+            if issubclass(type(state), dict) and getattr(type(made), "__setstate__", None) is None:
+                for name, value in dict.items(state):
+                    self._check_attribute(made, name, value)
+            self._set_state(made, state, None)
         else:
             self._set_state(made, self._attributes(node, made), None)
 
@@ -224,14 +241,20 @@ class Builder:
         if own is not None and own is not default:
             self._run(kind, "__setstate__", lambda: own(made, state))
             return
-        if not isinstance(state, dict):
-            self._bad(f"the state of a {kind.__qualname__} expected to be a dict", f"it is {glimpse(state)}")
-        for name, value in state.items():
-            slot = next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), None)
+        if not issubclass(type(state), dict):
+            self._bad(f"the state of a {kind.__qualname__} expected to be a dict", f"it is {an(type(state).__qualname__)}")
+        for name, value in dict.items(state):
+            slot = in_class(kind, name)
             if isinstance(slot, types.MemberDescriptorType):
                 slot.__set__(made, value)
             else:
-                vars(made)[name] = value
+                self._own_dict(made, name)[name] = value
+
+    def _own_dict(self, made: object, name: str = "__dict__") -> dict[str, Any]:
+        kind = type(made)
+        if not isinstance(in_class(kind, "__dict__"), types.GetSetDescriptorType):  # none, or a property of the class
+            self._bad(f"attributes of a {kind.__qualname__} expected", f"{name!r} is none of its slots")
+        return object.__getattribute__(made, "__dict__")  # type: ignore[no-any-return]
 
     def _attributes(self, node: dict[str, Any], owner: object) -> dict[str, Any]:
         made = {}
@@ -242,46 +265,11 @@ class Builder:
 
     def _check_attribute(self, owner: object, name: object, value: Any) -> None:
         kind = type(owner)
-        if not isinstance(name, str) or is_dunder(name):
-            self._bad(f"attributes of a {kind.__qualname__} expected", f"{glimpse(name)} is no name of one")
-        there = getattr(kind, name, None)
+        if type(name) is not str or is_dunder(name):
+            found = glimpse(name) if type(name) is str else an(type(name).__qualname__)
+            self._bad(f"attributes of a {kind.__qualname__} expected", f"{found} is no name of one")
+        there = in_class(kind, name)
         if hasattr(type(there), "__set__") and not isinstance(there, types.MemberDescriptorType):
             self._bad(f"attributes of a {kind.__qualname__} expected", f"{name!r} is a property of its class")
         if shadows_method(owner, name, value):
             self._bad(f"attributes of a {kind.__qualname__} expected", f"{name!r} would take the place of its method")
-
-    def _finish(self, module: nn.Module, node: dict[str, Any]) -> None:
-        """What torch itself must do to a module: computed tensors, and hooks."""
-        computed = node.get("parametrized", [])
-        if not isinstance(computed, list) or not all(isinstance(name, str) and name.isidentifier() for name in computed):
-            self._bad("parametrized expected to be a list of names", f"it is {glimpse(computed)}")
-        if computed:
-            shadowed = [name for name in computed if hasattr(type(module), name)]
-            if shadowed or len(set(computed)) < len(computed):
-                self._bad("parametrized expected to name tensors once", f"it is {glimpse(computed)}")
-            lists = module._modules.get("parametrizations")
-            if not isinstance(lists, nn.ModuleDict) or set(computed) - lists.keys():
-                self._bad("parametrizations of what is parametrized expected", f"{glimpse(computed)} has none")
-            parametrize._inject_new_class(module)
-            for name in computed:
-                parametrize._inject_property(module, name)
-        for group, hooks in self._values.names(node, "hooks"):
-            if group not in HOOKS or not isinstance(hooks, list):
-                self._bad(f"hooks expected to be of {', '.join(HOOKS)}", f"they are of {glimpse(group)}")
-            for entry in hooks:
-                if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[1], bool):
-                    self._bad("a hook and a flag expected", f"it is {glimpse(entry)}")
-                self._hook(module, group, self._values.value(entry[0]), entry[1])
-        if "extra_state" in node:
-            self._extra_states.append((module, self._values.value(node["extra_state"])))
-
-    def _hook(self, module: nn.Module, group: str, hook: Any, with_module: bool) -> None:
-        own_method = isinstance(hook, types.MethodType) and hook.__self__ is module
-        if not own_method and not (callable(hook) and type(hook).__module__.startswith("torch.nn.utils.")):
-            self._bad("hooks expected to be the module's methods or of torch.nn.utils", f"one is {an(type(hook).__qualname__)}")
-        if group == "_forward_pre_hooks":
-            module.register_forward_pre_hook(hook)
-        elif group == "_state_dict_hooks":
-            module._register_state_dict_hook(hook)  # type: ignore[no-untyped-call]
-        else:
-            module._register_load_state_dict_pre_hook(hook, with_module)  # type: ignore[no-untyped-call]

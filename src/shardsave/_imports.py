@@ -96,9 +96,12 @@ def resolve(
             continue
         try:
             found[name] = _import(name, where)
-        except (ImportError, AttributeError) as error:
+        except CorruptCheckpointError:
+            raise
+        except (Exception, SystemExit) as error:  # whatever a module does while it is imported
             saved = f"saved with {version}" if version else "saved without a version"
-            missing.append(f"{dotted(name)} ({saved}; {error})")
+            said = str(error) if isinstance(error, (ImportError, AttributeError)) else f"{type(error).__name__}: {error}"
+            missing.append(f"{dotted(name)} ({saved}; {said})")
     wrong = []
     if missing:
         wrong.append(

@@ -21,6 +21,11 @@ _KEYS = (type(None), bool, int, float, str, bytes, complex, range, pathlib.PureP
          *FUNCTIONS, np.generic)  # fmt: skip
 
 
+def in_class(kind: type, name: str) -> Any:
+    """What stands in ``kind`` or a base of it under ``name``, no descriptor and no metaclass asked; None where there is nothing."""
+    return next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), None)
+
+
 def has_finaliser(kind: type) -> bool:
     """Whether code of ``kind`` runs when an instance goes."""
     return any("__del__" in vars(base) for base in kind.__mro__)

@@ -20,6 +20,13 @@ from shardsave._json import NotJSON, glimpse, parse_object
 from shardsave._kinds import is_key
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, an
 
+#: The numbers of numpy, and what in Python their values are.
+_SCALARS: Mapping[str, type] = {
+    "bool": bool,
+    **dict.fromkeys([f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)], int),
+    **dict.fromkeys(["float16", "float32", "float64"], float),
+}
+
 #: What a reader must know to build; nothing beyond version 1 yet.
 SUPPORTED_FEATURES: frozenset[str] = frozenset()
 
@@ -201,10 +208,10 @@ class Values:
 
     def _read_scalar(self, content: Any) -> Any:
         name, value = content
-        dtype = np.dtype(name)
-        if dtype.kind not in "biuf" or dtype.itemsize > 8:
-            self._bad("a number of numpy expected", f"it is {glimpse(name)}")
-        return dtype.type(self.value(value))
+        number = self.value(value)
+        if type(number) is not _SCALARS.get(name):
+            self._bad("a number of numpy expected", f"it is {glimpse(content)}")
+        return np.dtype(name).type(number)
 
     def _read_partial(self, content: Any) -> Any:
         function, arguments, keywords = content

@@ -242,6 +242,35 @@ CASES: dict[str, tuple[Change, str]] = {
         BAD.format("a module expected at the root", "it is a list"),
     ),
     **{
+        f"a scalar of {name} and {value}": (
+            attribute("a", {"scalar": [name, value]}),
+            BAD.format(*wanted),
+        )
+        for name, value, wanted in [
+            (",", 1, ("a number of numpy expected", "it is [',', 1]")),
+            ("f4,f4", 1, ("a number of numpy expected", "it is ['f4,f4', 1]")),
+            ("V8", 1, ("a number of numpy expected", "it is ['V8', 1]")),
+            ("int64", {"tuple": [1, 2]}, ("a number of numpy expected", "it is ['int64', {'tuple': [1, 2]}]")),
+            ("int64", True, ("a number of numpy expected", "it is ['int64', True]")),
+            ("float32", "1", ("a number of numpy expected", "it is ['float32', '1']")),
+            ("int8", 300, ("a scalar expected", "it is ['int8', 300]")),
+        ]
+    },
+    "an attribute where there are only slots": (
+        lambda document: (
+            document["imports"].update({"zoo:Slotted": None}),
+            document["objects"].append({"object": "zoo:Slotted", "attributes": {"middle": 1}}),
+        ),
+        BAD.format("attributes of a Slotted expected", "'middle' is none of its slots"),
+    ),
+    "a state where there are only slots": (
+        lambda document: (
+            document["imports"].update({"zoo:Slotted": None}),
+            document["objects"].extend([{"object": "zoo:Slotted", "state": {"ref": 2}}, {"dict": [[1, 1]]}]),
+        ),
+        BAD.format("attributes of a Slotted expected", "an int is no name of one"),
+    ),
+    **{
         f"wrapper of torch.nn.parallel: {name}": (
             lambda document, name=name: (
                 document["imports"].update({name: None}),
@@ -338,6 +367,68 @@ def test_an_array_that_numpy_cannot_have(tmp_path: Path) -> None:
         shardsave.build_model(tmp_path)
     assert str(raised.value) == (
         f"corrupt the architecture in {tmp_path}: 'scratch' expected to be of a dtype of numpy, it is of torch.bfloat16; nothing was built"
+    )
+
+
+@pytest.mark.parametrize("group", ["attributes", "parameters", "buffers", "children"])
+def test_what_is_computed_stands_nowhere_else(group: str, tmp_path: Path) -> None:
+    """Catches an assertion of torch's that comes out raw."""
+    shardsave.save(torch.nn.utils.parametrizations.orthogonal(nn.Linear(2, 2)), tmp_path, architecture=True, durable=False)
+    edit_architecture(
+        tmp_path,
+        lambda document: (
+            document["objects"][0][group].update(
+                weight={
+                    "attributes": 1,
+                    "parameters": document["objects"][0]["parameters"]["bias"],
+                    "buffers": document["objects"][0]["parameters"]["bias"],
+                    "children": document["objects"][0]["children"]["parametrizations"],
+                }[group]
+            )
+            if group in document["objects"][0]
+            else document["objects"][0].update({group: {"weight": document["objects"][0]["parameters"]["bias"]}})
+        ),
+    )
+    with pytest.raises(shardsave.CorruptCheckpointError) as raised:
+        shardsave.build_model(tmp_path)
+    assert str(raised.value) == (
+        f"corrupt the architecture in {tmp_path}: parametrized expected to name tensors once, it is ['weight']; nothing was built"
+    )
+
+
+@pytest.mark.parametrize("name", ["_from_public_api", "hook", "with_module", "module"])
+def test_hooks_with_marks_of_torch(name: str, tmp_path: Path) -> None:
+    """Catches a hook that takes the place of the one that was checked, and an error of torch's that comes out raw."""
+    model = torch.nn.utils.spectral_norm(nn.Linear(2, 2))
+    shardsave.save(model, tmp_path, architecture=True, durable=False)
+
+    def change(document: Json) -> None:
+        document["imports"]["math:factorial"] = None
+        kind = "NormStateDictHook" if name == "_from_public_api" else "LoadStateDictPreHook"
+        node(document, "object", kind)["attributes"][name] = {"import": "math:factorial"}
+
+    edit_architecture(tmp_path, change)
+    with pytest.raises(shardsave.CorruptCheckpointError) as raised:
+        shardsave.build_model(tmp_path)
+    assert str(raised.value) == (
+        f"corrupt the architecture in {tmp_path}: hooks expected without marks of torch's own, one has {name!r}; nothing was built"
+    )
+
+
+@pytest.mark.parametrize("raised", ["ValueError('no such mode')", "SystemExit(3)"])
+def test_a_trusted_module_that_cannot_be_imported(raised: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an exception of a module's own that comes out raw, and a program that a module ends."""
+    (tmp_path / "refuses.py").write_text(f"raise {raised}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = tmp_path / "model"
+    shardsave.save(nn.Linear(2, 2), folder, architecture=True, durable=False)
+    edit_architecture(folder, lambda document: document["imports"].update({"refuses:Net": "refuses 1.0"}))
+    said = "ValueError: no such mode" if "Value" in raised else "SystemExit: 3"
+    with pytest.raises(shardsave.IncompatibleCheckpointError) as error:
+        shardsave.build_model(folder, trust=["refuses"])
+    assert str(error.value) == (
+        f"cannot build the architecture in {folder}: what it is made of was expected to be there, not found: refuses.Net (saved with "
+        f"refuses 1.0; {said}); for what was renamed say classes={{'old.Name': NewClass}}; nothing was built"
     )
 
 
