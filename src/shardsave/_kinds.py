@@ -6,7 +6,7 @@ import collections
 import enum
 import pathlib
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made by a class statement
 _CONTAINERS = (collections.OrderedDict, dict, list, set)
 _KEYS = (type(None), bool, int, float, str, bytes, complex, range, pathlib.PurePath, torch.dtype, torch.device, enum.Enum, type,
          *FUNCTIONS, np.generic)  # fmt: skip
+MAX_COLLIDING = 100
 
 
 def in_class(kind: type, name: str) -> Any:
@@ -41,6 +42,11 @@ def is_key(thing: object) -> bool:
     if isinstance(thing, (tuple, frozenset)):
         return all(map(is_key, thing))
     return isinstance(thing, _KEYS)
+
+
+def collide(keys: Iterable[object]) -> bool:
+    """Whether so many keys have one hash that a set of them takes a time that grows with the square of their number."""
+    return max(collections.Counter(map(hash, keys)).values(), default=0) > MAX_COLLIDING
 
 
 def shadows_method(owner: object, name: str, value: Any) -> bool:

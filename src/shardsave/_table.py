@@ -19,7 +19,7 @@ from torch import nn
 
 from shardsave._imports import dotted, is_dunder, name_of, why_not_made
 from shardsave._json import MAX_DIGITS
-from shardsave._kinds import FUNCTIONS, is_key
+from shardsave._kinds import FUNCTIONS, MAX_COLLIDING, collide, is_key
 from shardsave._state import unwrap
 
 #: Tuples and other values that have no place in the table, inside of each other.
@@ -68,14 +68,16 @@ class TableWriter:
         keys = self._keys(things, path)
         return [[key, self._value(value, f"{path}[{_short(name)}]")] for key, (name, value) in zip(keys, things.items())]
 
-    def _keys(self, things: Iterable[Any], path: str) -> list[Any]:
+    def _keys(self, given: Iterable[Any], path: str) -> list[Any]:
         """What can be looked up by its value alone: an object is another one when it is built again."""
-        made = []
+        made, things = [], list(given)
         for thing in things:
             if not is_key(thing):
                 self._refuse(path, f"a key or element {_short(thing)}, which is looked up by what it is and not by its value")
                 continue
             made.append(self._value(thing, f"{path}, a key"))
+        if len(made) == len(things) and collide(things):
+            self._refuse(path, f"more than {MAX_COLLIDING} keys or elements of one hash")
         return made
 
     def _value(self, thing: Any, path: str) -> Any:

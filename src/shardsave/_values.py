@@ -17,7 +17,7 @@ from torch import nn
 from shardsave._architecture import FORMAT
 from shardsave._imports import is_dunder
 from shardsave._json import NotJSON, glimpse, parse_object
-from shardsave._kinds import is_key
+from shardsave._kinds import MAX_COLLIDING, collide, is_key
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, an
 
 #: The numbers of numpy, and what in Python their values are.
@@ -110,12 +110,15 @@ class Values:
     def pairs(self, pairs: object) -> list[tuple[Any, Any]]:
         if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
             self._bad("pairs of a key and a value expected", f"it is {glimpse(pairs)}")
-        return [(*self.keys([self.value(key)]), self.value(value)) for key, value in pairs]
+        keys = self.keys([self.value(key) for key, _ in pairs])
+        return [(key, self.value(value)) for key, (_, value) in zip(keys, pairs)]
 
     def keys(self, values: list[Any]) -> list[Any]:
         for value in values:
             if not is_key(value):
                 self._bad("keys expected to be simple values", f"one is {an(type(value).__qualname__)}")
+        if collide(values):
+            self._bad("keys of different hashes expected", f"more than {MAX_COLLIDING} have the same")
         return values
 
     def value(self, value: Any) -> Any:

@@ -270,6 +270,18 @@ CASES: dict[str, tuple[Change, str]] = {
         ),
         BAD.format("attributes of a Slotted expected", "an int is no name of one"),
     ),
+    "keys of one hash": (
+        lambda document: document["objects"].append({"set": [(2**61 - 1) * factor for factor in range(101)]}),
+        BAD.format("keys of different hashes expected", "more than 100 have the same"),
+    ),
+    "keys of one hash in a dict": (
+        lambda document: document["objects"].append({"dict": [[(2**61 - 1) * factor, 0] for factor in range(101)]}),
+        BAD.format("keys of different hashes expected", "more than 100 have the same"),
+    ),
+    "keys of one hash in a frozenset": (
+        attribute("a", {"frozenset": [(2**61 - 1) * factor for factor in range(101)]}),
+        BAD.format("keys of different hashes expected", "more than 100 have the same"),
+    ),
     **{
         f"wrapper of torch.nn.parallel: {name}": (
             lambda document, name=name: (
