@@ -1,7 +1,7 @@
 """From the document that `_architecture.py` makes to a module again, calling nothing that the document chooses.
 
-Instances are made without ``__init__`` and get their attributes straight, past setters and properties; of a class's own code only
-``__setstate__`` runs, where it has one, as it would for pickle.
+Instances are made without ``__init__`` and get their attributes straight, past setters and properties. Of a class's own code runs only
+what SECURITY.md names. So a made object is never asked: ``isinstance`` and ``vars`` would run its ``__class__`` and ``__getattribute__``.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ class Builder:
         except RecursionError:
             self._bad("values of some depth expected", "they are nested too deeply")
         root = self._values.made[0]
-        if not isinstance(root, nn.Module):
+        if not issubclass(type(root), nn.Module):
             self._bad("a module expected at the root", f"it is {an(type(root).__name__)}")
-        return root
+        return root  # type: ignore[no-any-return]
 
     def set_extra_states(self) -> None:
         """Gives modules with extra state of their own what they had; once the tensors are filled, as ``load_state_dict`` does."""
@@ -221,9 +221,10 @@ class Builder:
         elif "items" in node or "elements" in node:
             self._bad("a container expected", f"a {type(made).__qualname__} with elements is none")
         if "attributes_are_items" in node:
-            if not isinstance(made, dict) or not hasattr(made, "__dict__"):
+            if not issubclass(base, dict):
                 self._bad("a dict expected", f"it is {an(type(made).__qualname__)}")
-            for name, value in made.items():
+            self._own_dict(made)
+            for name, value in dict.items(made):
                 self._check_attribute(made, name, value)
             object.__setattr__(made, "__dict__", made)
         elif "state" in node:

@@ -19,7 +19,7 @@ from torch import nn
 
 from shardsave._imports import dotted, is_dunder, name_of, why_not_made
 from shardsave._json import MAX_DIGITS
-from shardsave._kinds import FUNCTIONS, MAX_COLLIDING, collide, is_key
+from shardsave._kinds import FUNCTIONS, MAX_COLLIDING, collide, is_key, made_up
 from shardsave._state import unwrap
 
 #: Tuples and other values that have no place in the table, inside of each other.
@@ -120,6 +120,8 @@ class TableWriter:
     def _named(self, thing: Any, path: str) -> Any:
         """What is named rather than described: classes, functions, members of an enum, methods; all else goes to the table."""
         if isinstance(thing, enum.Flag):
+            if made_up(type(thing), thing.value):
+                self._refuse(path, f"{thing!r}, which has no name in its enum")
             return {"flag": [self._import(type(thing), path), thing.value]}
         if isinstance(thing, enum.Enum):
             if thing.name not in type(thing).__members__:

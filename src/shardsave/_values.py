@@ -7,7 +7,7 @@ import functools
 import pathlib
 import types
 from collections.abc import Mapping
-from enum import Enum, Flag
+from enum import Enum, EnumMeta, Flag
 from typing import Any, NoReturn
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import nn
 from shardsave._architecture import FORMAT
 from shardsave._imports import is_dunder
 from shardsave._json import NotJSON, glimpse, parse_object
-from shardsave._kinds import MAX_COLLIDING, collide, is_key
+from shardsave._kinds import MAX_COLLIDING, collide, in_class, is_key, made_up
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, an
 
 #: The numbers of numpy, and what in Python their values are.
@@ -91,7 +91,7 @@ class Values:
         if place is None:
             return None
         made = self.at(place)
-        if not isinstance(made, kind):
+        if not issubclass(type(made), kind):
             self._bad(f"{an(kind.__name__)} expected", f"object {place} is {an(type(made).__name__)}")
         return made
 
@@ -156,13 +156,20 @@ class Values:
         return frozenset(self.keys(self.values(content)))
 
     def _read_size(self, content: Any) -> torch.Size:
-        return torch.Size(self.values(content))
+        return torch.Size(self._integers(content))
 
     def _read_slice(self, content: Any) -> slice:
         return slice(*self.values(content, 3))
 
     def _read_range(self, content: Any) -> range:
-        return range(*self.values(content, 3))
+        return range(*self._integers(content, 3))
+
+    def _integers(self, content: Any, length: int | None = None) -> list[int]:
+        """Nothing that only says that it is one: it would be asked."""
+        values = self.values(content, length)
+        if not all(type(value) is int for value in values):
+            raise TypeError("integers expected")
+        return values
 
     def _read_ellipsis(self, content: Any) -> Any:
         return ...
@@ -201,7 +208,10 @@ class Values:
         name, value = content
         if type(value) is not int:
             self._bad("a flag with a number expected", f"it is {glimpse(value)}")
-        return self.class_of(name, Flag)(value)
+        kind = self.class_of(name, Flag)
+        if made_up(kind, value):
+            self._bad(f"a member of {kind.__qualname__} expected", f"{value} is none")
+        return EnumMeta.__call__(kind, value)  # a metaclass may have a call of its own
 
     def _read_namedtuple(self, content: Any) -> Any:
         name, values = content
@@ -226,7 +236,7 @@ class Values:
     def _read_method(self, content: Any) -> Any:
         owner, name = content
         instance = self.value(owner)
-        function = next((vars(base)[name] for base in type(instance).__mro__ if name in vars(base)), None)
+        function = in_class(type(instance), name)
         if is_dunder(name) or name in vars(nn.Module) or not isinstance(function, types.FunctionType):
             self._bad("a method of an object's own class expected", f"it is {glimpse(name)}")
         if type(instance) not in self._found.values():

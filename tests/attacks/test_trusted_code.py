@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import traps
 from making import Json
-from test_architectures import edit_architecture
+from test_architectures import BAD, edit_architecture
 from torch import nn
+from torch.nn.utils import parametrizations
 
 import shardsave
 
@@ -22,6 +23,7 @@ UNFIT = (
     "cannot build $ARCH: classes that can safely be made from data expected, it asks for {} (its __del__ would run with what the file "
     "says); nothing was built"
 )
+KEYS = BAD.format("keys expected to be simple values", "one is a{}")
 
 
 def asks(*objects: Json, imports: tuple[str, ...] = (), **attributes: Any) -> Callable[[Json], object]:
@@ -65,6 +67,48 @@ CASES: dict[str, tuple[Callable[[Json], object], str]] = {
         "for traps.Closes (its __del__ would run with what the file says), traps.ClosingPair (its __del__ would run with what the file "
         "says); nothing was built",
     ),
+    "a key with a hash of its own": (asks({"set": [pair("Hashed")]}, imports=("Hashed",)), KEYS.format(" Hashed")),
+    "a key with a comparison of its own": (
+        asks({"dict": [[pair("Compared"), 1], [pair("Compared"), 2]]}, imports=("Compared",)),
+        KEYS.format(" Compared"),
+    ),
+    "a key within a key": (
+        asks(imports=("Hashed",), a={"frozenset": [{"tuple": [pair("Hashed")]}]}),
+        KEYS.format(" tuple"),
+    ),
+    "a key that is iterated": (asks({"set": [pair("Iterated")]}, imports=("Iterated",)), ""),
+    "a member of a flag that is made up": (
+        asks(imports=("Guesses",), a={"flag": ["traps:Guesses", 3]}),
+        BAD.format("a member of Guesses expected", "3 is none"),
+    ),
+    "a member of a flag": (asks(imports=("Guesses",), a={"flag": ["traps:Guesses", 2]}), ""),
+    "a call of a metaclass": (asks(imports=("Called",), a={"flag": ["traps:Called", 1]}), ""),
+    "items that are attributes": (asks({"object": "Listed", "items": [["a", 1]], "attributes_are_items": True}), ""),
+    "a state in the place of a method": (
+        asks(
+            {"object": "Reader", "state": {"ref": 2}},
+            {"dict": [["read", {"import": "math:factorial"}]]},
+            imports=("math:factorial",),
+        ),
+        BAD.format("attributes of a Reader expected", "'read' would take the place of its method"),
+    ),
+    "an object that is asked for its class": (
+        asks({"object": "Watches", "attributes": {"a": 1}}, {"list": [{"ref": 1}]}, a={"ref": 1}),
+        "",
+    ),
+    "a state that is no dict, and says what it is": (
+        asks({"object": "Reader", "state": pair("Said")}, imports=("Said",)),
+        BAD.format("the state of a Reader expected to be a dict", "it is a Said"),
+    ),
+    "a size of what only says that it is a number": (
+        asks({"object": "Number"}, a={"size": [{"ref": 1}]}),
+        BAD.format("a size expected", "it is [{'ref': 1}]"),
+    ),
+    "a range of what only says that it is a number": (
+        asks({"object": "Number"}, a={"range": [0, {"ref": 1}, 1]}),
+        BAD.format("a range expected", "it is [0, {'ref': 1}, 1]"),
+    ),
+    "such an object as a key": (asks({"object": "Watches"}, {"set": [{"ref": 1}]}), KEYS.format(" Watches")),
 }
 
 
@@ -89,6 +133,58 @@ def test_runs_nothing(name: str, tmp_path: Path, ran: list[str]) -> None:
         shardsave.build_model(tmp_path, trust=["traps"])
     gc.collect()
     assert ran == []
+
+
+def test_hooks_are_registered_by_torch(tmp_path: Path, ran: list[str]) -> None:
+    """Catches a registration that runs code of the module's class, and a parametrized module that loses its own methods as hooks."""
+    model = parametrizations.orthogonal(traps.Registers(2, 2))
+    nn.Module.register_forward_pre_hook(model, model.before)
+    shardsave.save(model, tmp_path, architecture=True, durable=False)
+    again = shardsave.build_model(tmp_path, trust=["traps"])
+    [hook] = again._forward_pre_hooks.values()
+    assert hook.__self__ is again and ran == []  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("Answers", "__getattr__ of traps.Answers{} AssertionError: Module already has an attribute named 'weight'"),
+        ("Empty", "registering hooks of traps.Empty{} AttributeError: 'Empty' object has no attribute '_forward_pre_hooks'"),
+    ],
+)
+def test_classes_that_torch_cannot_work_with(kind: str, said: str, tmp_path: Path) -> None:
+    """Catches an exception that comes out raw where torch itself works on a module of a trusted class."""
+    model = parametrizations.orthogonal(traps.Registers(2, 2))
+    nn.Module.register_forward_pre_hook(model, model.before)
+    shardsave.save(model, tmp_path, architecture=True, durable=False)
+
+    def change(document: Json) -> None:
+        document["imports"][f"traps:{kind}"] = None
+        document["objects"][0]["module"] = f"traps:{kind}"
+        if kind == "Answers":
+            del document["objects"][0]["hooks"]
+        else:
+            document["objects"][0]["hooks"]["_forward_pre_hooks"][0][0] = {"method": [{"ref": 0}, "before"]}
+
+    edit_architecture(tmp_path, change)
+    with pytest.raises(shardsave.IncompatibleCheckpointError) as raised:
+        shardsave.build_model(tmp_path, trust=["traps"])
+    found = said.format(" was expected to take what was saved with an unknown version, it raised")
+    assert str(raised.value) == f"cannot build the architecture in {tmp_path}: {found}; nothing was built"
+
+
+def test_what_could_not_be_built_is_refused_at_save(tmp_path: Path) -> None:
+    """Catches an architecture that is written though its keys or flags would be refused by a build."""
+    model = nn.Linear(2, 2)
+    model.flag, model.pairs = traps.Guesses.ONE | traps.Guesses.TWO, {traps.Hashed(1, 2)}  # type: ignore[assignment]
+    model.numbers = {(2**61 - 1) * factor: 0 for factor in range(101)}  # type: ignore[assignment]
+    with pytest.raises(shardsave.UnsupportedModuleError) as raised:
+        shardsave.save(model, tmp_path, architecture=True)
+    assert str(raised.value) == (
+        "cannot save the architecture: model.flag: <Guesses.ONE|TWO: 3>, which has no name in its enum; "
+        "model.pairs: a key or element Hashed(left=1, right=2), which is looked up by what it is and not by its value; "
+        "model.numbers: more than 100 keys or elements of one hash; nothing was written"
+    )
 
 
 def test_a_finaliser_is_refused_at_save(tmp_path: Path, ran: list[str]) -> None:
