@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,66 @@ def test_one_sub_module_at_a_time(tmp_path: Path) -> None:
     shardsave.save(model, tmp_path)
     shardsave.load_model(model, tmp_path)
     assert alive == [1] * 5
+
+
+class Meddling(nn.Module):
+    """Does something to another module's tensors while it is loaded."""
+
+    def __init__(self, other: nn.Linear, meddle: Callable[[nn.Linear], object]) -> None:
+        super().__init__()
+        self.own, self.other, self.meddle = nn.Parameter(torch.rand(2)), [other], meddle
+
+    def _load_from_state_dict(self, *rest: Any) -> None:
+        super()._load_from_state_dict(*rest)  # type: ignore[no-untyped-call]
+        self.meddle(self.other[0])
+
+
+def meddled_with(meddle: Callable[[nn.Linear], object]) -> nn.Sequential:
+    other = nn.Linear(3, 3)
+    return nn.Sequential(Meddling(other, meddle), other)
+
+
+@pytest.mark.parametrize(
+    "meddle",
+    [
+        lambda other: setattr(other, "weight", nn.Parameter(torch.zeros(3, 3))),
+        lambda other: setattr(other, "weight", nn.Parameter(torch.zeros(3, 3, device="meta"))),
+        lambda other: setattr(other.weight, "data", torch.zeros(3, 3)),
+        lambda other: other.weight.detach().zero_(),
+        lambda other: setattr(other, "bias", nn.Parameter(torch.zeros(3, requires_grad=True))),
+    ],
+    ids=["replaces", "replaces by meta", "other memory", "writes", "trains"],
+)
+def test_a_loading_routine_that_replaces_what_is_another_module_s(
+    tmp_path: Path, meddle: Callable[[nn.Linear], object]
+) -> None:
+    """Catches values that go into a tensor which the module does not have any more, and flags that went with it."""
+    source = meddled_with(lambda other: None)
+    source[1].weight.requires_grad_(False)
+    source[1].bias.requires_grad_(False)
+    shardsave.save(source, tmp_path)
+    fresh = meddled_with(meddle)
+    report = shardsave.load_model(fresh, tmp_path)
+    assert same_state(fresh, source) and report.frozen == 2
+
+
+@pytest.mark.parametrize(
+    ("meddle", "words"),
+    [
+        (lambda other: delattr(other, "weight"), "1.weight is not there any more"),
+        (lambda other: setattr(other, "bias", nn.Parameter(torch.ones(5))), r"1.bias \[3\] on disk, \[5\] in the module"),
+        (lambda other: setattr(other.weight, "data", torch.ones(1, 1).expand(3, 3)), "'1.weight' .* it is expanded; .*"),
+    ],
+    ids=["gone", "another shape", "expanded"],
+)
+def test_a_loading_routine_that_makes_another_module_unfit(
+    tmp_path: Path, meddle: Callable[[nn.Linear], object], words: str
+) -> None:
+    """Catches a load that says nothing where what it was to fill is gone, and a traceback in its place."""
+    shardsave.save(meddled_with(lambda other: None), tmp_path)
+    words = rf"{words}; the loading routine of another sub-module changed that; the module is partly loaded, 1 of 3 tensors$"
+    with pytest.raises(shardsave.IncompatibleCheckpointError, match=words):
+        shardsave.load_model(meddled_with(meddle), tmp_path)
 
 
 class Counting(nn.Linear):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, NoReturn, Protocol
 
@@ -16,7 +16,7 @@ from shardsave._dtypes import BY_NAME, torch_shape
 from shardsave._fillable import check_fillable, check_plain, check_shaped, refuse_overlaps
 from shardsave._slots import Slot, ancestor, counts_batches, expected_names, hooked_modules, leaders, slots
 from shardsave._state import plain_name, refuse_sharded, unwrap
-from shardsave.errors import IncompatibleCheckpointError
+from shardsave.errors import IncompatibleCheckpointError, ShardSaveError
 
 
 class Join(NamedTuple):
@@ -70,6 +70,7 @@ class Fit:
         self._hooked: list[tuple[str, nn.Module, dict[str, str]]] = []
         self._left_alone: set[str] = set()
         self._done: list[torch.Tensor] = []
+        self.look_again: Callable[[bool], tuple[list[str], list[str]]] = lambda strict: ([], [])
 
     @property
     def _names(self) -> list[str]:
@@ -84,10 +85,13 @@ class Fit:
         parts = [source for join in joins if not names.keys().isdisjoint(join.targets) for source in join.sources]
         return [*(self._stored[name] for name in names if name not in joined), *parts]
 
-    def materialise(self) -> None:
-        """Puts real memory behind meta tensors, and moves to the device asked for what is elsewhere; ties are kept."""
+    def materialise(self, names: Iterable[str] | None = None) -> None:
+        """Puts real memory behind meta tensors, and moves to the device asked for what is elsewhere; ties are kept.
+
+        ``names``: what is going to be filled; everything that is read by default.
+        """
         owners = {name for name, _, _ in self._hooked}
-        filled = {self._leaders[name] for name in self._names if name in self._leaders}
+        filled = {self._leaders[name] for name in (self._names if names is None else names) if name in self._leaders}
         theirs = {self._leaders[slot.name] for slot in self._slots if ancestor(slot.name, owners) is not None}
         memory: dict[str, torch.Tensor] = {}
         parameters: dict[int, nn.Parameter] = {}
@@ -124,17 +128,23 @@ class Fit:
         """
         with collector_still():
             current = {slot.name: slot.tensor for slot in slots(self._module)}
-            direct, apart = self._join_in_place(current)
-            self._done = [current[name].detach() for name in self._direct]
         given: dict[str, torch.Tensor] = {}
         theirs = {name for _, _, own in self._hooked for name in own}
-        apart.sort(key=lambda join: theirs.isdisjoint(join.targets))
-        while apart and not theirs.isdisjoint(apart[0].targets):
-            yield self._join_apart(apart.pop(0), current, given)
+        for join in self._joins.joins if self._joins is not None and theirs else []:
+            if not theirs.isdisjoint(join.targets):
+                yield self._join_apart(join, current, given)
         for owner_name, owner, own in self._hooked:
             yield _give(owner_name, owner, own, self._stored, given)
+        if self._hooked and self._direct:
+            yield Group((), False, self.look_again)
+        with collector_still():
+            current = {slot.name: slot.tensor for slot in slots(self._module)} if theirs else current
+            direct, apart = self._join_in_place(current)
+            self._done = [current[name].detach() for name in self._direct]
         while apart:
-            yield self._join_apart(apart.pop(0), current, given)
+            join = apart.pop(0)
+            if theirs.isdisjoint(join.targets):
+                yield self._join_apart(join, current, given)
         yield Group(tuple(direct))
 
     def _join_in_place(self, current: Mapping[str, torch.Tensor]) -> tuple[list[tuple[Located, torch.Tensor]], list[Join]]:
@@ -240,33 +250,77 @@ def fit_module(
     for slot in fit._slots:
         if slot.name in theirs:
             check_plain(slot, where)
-    usable = [slot for slot in fit._slots if slot.name in stored and slot.name in expected and slot.name not in theirs]
+    straight = (expected & stored.keys()) - theirs
+    fit.mismatched = _leave_mismatched(fit, straight, where)
+    if strict and (fit.missing or fit.unexpected or fit.mismatched):
+        _refuse_difference(fit, where)
+    _choose_direct(fit, straight, where, equal)
+    _refuse_meta_left_over(fit._slots, expected, where)
+    fit.look_again = lambda strict: _choose_again(fit, straight, where, equal)
+    return fit
+
+
+def _leave_mismatched(fit: Fit, straight: set[str], where: str) -> tuple[str, ...]:
+    """Tells which of ``straight``, the names without a loading routine, have another shape on disk; they are left alone."""
     mismatched = []
-    for slot in usable:
+    for slot in fit._slots:
+        if slot.name not in straight:
+            continue
         check_shaped(slot, where)
-        t, tensor = stored[slot.name], slot.tensor
+        t, tensor = fit._stored[slot.name], slot.tensor
         shape = torch_shape(t.dtype, t.shape)
         if shape != tuple(tensor.shape) and not (tensor.dim() == 0 and shape == (1,)):
             mismatched.append(f"{slot.name} {list(shape)} on disk, {list(tensor.shape)} in the module")
             fit._left_alone.add(slot.name)
-    fit.mismatched = tuple(sorted(mismatched))
-    if strict and (fit.missing or fit.unexpected or fit.mismatched):
-        _refuse_difference(fit, where)
+    return tuple(sorted(mismatched))
+
+
+def _choose_direct(fit: Fit, straight: set[str], where: str, equal: Callable[[Located, Located], bool]) -> None:
+    """Chooses what is filled straight in: of the names in ``straight`` that are one tensor the first."""
+    stored = fit._stored
     first: dict[str, Slot] = {}
-    for slot in usable:
-        if slot.name in fit._left_alone:
+    for slot in fit._slots:
+        if slot.name not in straight or slot.name in fit._left_alone:
             continue
         check_fillable(slot, BY_NAME[stored[slot.name].dtype].torch, where)
         leader = first.setdefault(fit._leaders[slot.name], slot).name
         if leader != slot.name and stored[leader] is not stored[slot.name] and not equal(stored[leader], stored[slot.name]):
-            raise IncompatibleCheckpointError(
-                f"cannot load {where}: {leader!r} and {slot.name!r} are one tensor in the module and were expected to be equal on "
-                f"disk, they differ; the module is unchanged"
-            )
+            _refuse_tie(leader, slot.name, where)
     refuse_overlaps((slot for slot in first.values() if fit.stays(slot.tensor)), where)
     fit._direct = [slot.name for slot in first.values()]
-    _refuse_meta_left_over(fit._slots, expected, where)
-    return fit
+
+
+def _choose_again(
+    fit: Fit, straight: set[str], where: str, equal: Callable[[Located, Located], bool]
+) -> tuple[list[str], list[str]]:
+    """Once loading routines have run: what they put in the place of other sub-modules' tensors is what is filled.
+
+    Raises IncompatibleCheckpointError where that cannot be filled, or where they took a tensor away.
+    """
+    fit._slots = slots(fit._module)
+    fit._leaders = leaders(fit._slots)
+    before = set(fit._left_alone)
+    lost = sorted(set(fit._direct) - fit._leaders.keys())
+    try:
+        changed = _leave_mismatched(fit, straight, where) if not lost else ()
+        if lost or fit._left_alone != before:
+            name = min(lost or fit._left_alone - before)
+            found = f"{name} is not there any more" if lost else next(c for c in changed if c.startswith(f"{name} ["))
+            raise IncompatibleCheckpointError(f"cannot load {where}: the module's names and shapes were expected, {found}")
+        _choose_direct(fit, straight, where, equal)
+    except ShardSaveError as error:
+        raise IncompatibleCheckpointError(
+            f"{str(error).removesuffix('; the module is unchanged')}; the loading routine of another sub-module changed that"
+        ) from error
+    fit.materialise(fit._direct)
+    return [], []
+
+
+def _refuse_tie(left: str, right: str, where: str) -> NoReturn:
+    raise IncompatibleCheckpointError(
+        f"cannot load {where}: {left!r} and {right!r} are one tensor in the module and were expected to be equal on "
+        f"disk, they differ; the module is unchanged"
+    )
 
 
 def _give_to_owners(fit: Fit, module: nn.Module, expected: set[str]) -> set[str]:
