@@ -84,6 +84,52 @@ def test_destinations_that_share_a_part_of_their_memory(tmp_path: Path) -> None:
     refused(Pair(whole, whole.view(4, 3)), tmp_path / "whole", "'b' from .*it shares a part of it with 'a'.*")
 
 
+def test_memory_shared_with_a_loading_routine(tmp_path: Path) -> None:
+    """Catches values that a sub-module's own routine loads and the rest of the load overwrites, or the other way round."""
+
+    class Halving(Doubling):
+        """Saved halved, loaded doubled."""
+
+        def state_dict(self, *arguments: Any, **options: Any) -> Any:
+            return {name: value / 2 for name, value in super().state_dict(*arguments, **options).items()}
+
+    def tied(kind: type[nn.Linear], swap: bool = False) -> nn.Sequential:
+        own, plain = kind(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+        plain.weight = own.weight
+        return nn.Sequential(plain, own) if swap else nn.Sequential(own, plain)
+
+    shardsave.save({"0.weight": torch.zeros(3, 3), "1.weight": torch.ones(3, 3)}, tmp_path / "apart")
+    for swap in (False, True):
+        module = tied(Doubling, swap)
+        before = module[0].weight.detach().clone()
+        with pytest.raises(
+            shardsave.IncompatibleCheckpointError, match=r"one tensor .* equal on disk, they differ; .* unchanged$"
+        ):
+            shardsave.load_model(module, tmp_path / "apart")
+        assert same_bits(module[0].weight, before)
+    source = tied(Halving)
+    shardsave.save({"0.weight": source[0].weight / 2, "1.weight": source[1].weight}, tmp_path / "halved")
+    fresh = tied(Halving)
+    shardsave.load_model(fresh, tmp_path / "halved")
+    assert same_state(fresh, source)
+
+    module, base = nn.Sequential(Doubling(3, 1, bias=False), nn.Linear(3, 1, bias=False)), torch.rand(5)
+    module[0].weight.data, module[1].weight.data = base[:3].view(1, 3), base[2:].view(1, 3)
+    shardsave.save(nn.Sequential(nn.Linear(3, 1, bias=False), nn.Linear(3, 1, bias=False)), tmp_path / "lines")
+    refused(module, tmp_path / "lines", "'1.weight' from .*it shares a part of it with '0.weight'.*")
+
+
+def test_elements_that_share_their_memory(tmp_path: Path) -> None:
+    """Catches windows over one run of memory, of which each overwrites a part of the one before; and refused transposes, slices."""
+    shardsave.save({"a": torch.rand(3, 4), "b": torch.rand(4, 3)}, tmp_path)
+    windows = torch.zeros(6).as_strided((3, 4), (1, 1))
+    words = r"'a' from .*memory for each element .*its strides are \[1, 1\]; call .contiguous\(\) on it first"
+    refused(Pair(windows, torch.zeros(4, 3)), tmp_path, words)
+    strided = Pair(torch.zeros(4, 3).t(), torch.zeros(8, 9)[::2, ::3])
+    shardsave.load_model(strided, tmp_path)
+    assert all(same_bits(value, strided.state_dict()[name]) for name, value in shardsave.load(tmp_path).items())
+
+
 def test_lazy_parameters(tmp_path: Path) -> None:
     """Catches a lazy parameter that is asked for its shape; lazy modules take theirs from the checkpoint."""
     source = nn.Linear(3, 2)

@@ -14,7 +14,7 @@ from shardsave._checkpoint import Located
 from shardsave._collector import collector_still
 from shardsave._dtypes import BY_NAME, torch_shape
 from shardsave._fillable import check_fillable, check_plain, check_shaped, refuse_overlaps
-from shardsave._slots import Slot, ancestor, counts_batches, expected_names, hooked_modules, leaders, slots
+from shardsave._slots import Slot, ancestor, counts_batches, expected_names, has_memory, hooked_modules, leaders, slots
 from shardsave._state import plain_name, refuse_sharded, unwrap
 from shardsave.errors import IncompatibleCheckpointError, ShardSaveError
 
@@ -286,7 +286,9 @@ def _choose_direct(fit: Fit, straight: set[str], where: str, equal: Callable[[Lo
         leader = first.setdefault(fit._leaders[slot.name], slot).name
         if leader != slot.name and stored[leader] is not stored[slot.name] and not equal(stored[leader], stored[slot.name]):
             _refuse_tie(leader, slot.name, where)
-    refuse_overlaps((slot for slot in first.values() if fit.stays(slot.tensor)), where)
+    apart: list[tuple[Slot, str | None]] = [(slot, None) for slot in first.values()]
+    apart += _first_of_owners(fit, first, where, equal)
+    refuse_overlaps(((slot, owner) for slot, owner in apart if fit.stays(slot.tensor) and has_memory(slot.tensor)), where)
     fit._direct = [slot.name for slot in first.values()]
 
 
@@ -314,6 +316,44 @@ def _choose_again(
         ) from error
     fit.materialise(fit._direct)
     return [], []
+
+
+def _first_of_owners(
+    fit: Fit, first: Mapping[str, Slot], where: str, equal: Callable[[Located, Located], bool]
+) -> list[tuple[Slot, str]]:
+    """What sub-modules with loading routines fill, with the name of each; of tensors that are one the first, and not those of ``first``.
+
+    Raises IncompatibleCheckpointError where one is also filled by another, with another value. Only a routine whose state dict has that
+    very tensor: others change what they are given, and may come to the same value.
+    """
+    owners = {name: owner for name, owner, own in fit._hooked}
+    seen: dict[str, tuple[Slot, str | None]] = {leader: (slot, None) for leader, slot in first.items()}
+    found = []
+    for slot in fit._slots:
+        owner = ancestor(slot.name, owners) if slot.name in fit._stored else None
+        if owner is None:
+            continue
+        other, others_owner = seen.setdefault(fit._leaders[slot.name], (slot, owner))
+        if other is slot:
+            found.append((slot, owner))
+            continue
+        left, right = fit._stored[other.name], fit._stored[slot.name]
+        if owner == others_owner or left is right or not (left.shard and right.shard) or equal(left, right):
+            continue
+        if all(_saves_itself(s, name, owners) for s, name in ((slot, owner), (other, others_owner))):
+            _refuse_tie(other.name, slot.name, where)
+    return found
+
+
+def _saves_itself(slot: Slot, owner_name: str | None, owners: Mapping[str, nn.Module]) -> bool:
+    """Whether the state dict of the sub-module with a loading routine, where there is one, has the tensor of ``slot`` as it is."""
+    if owner_name is None:
+        return True
+    inner = slot.name[len(owner_name) + 1 :] if owner_name else slot.name
+    return any(
+        plain_name(name) == inner and value is slot.tensor
+        for name, value in owners[owner_name].state_dict(keep_vars=True).items()
+    )
 
 
 def _refuse_tie(left: str, right: str, where: str) -> NoReturn:

@@ -49,12 +49,28 @@ def check_fillable(slot: Slot, stored: torch.dtype, where: str) -> None:
         _refuse(slot.name, where, "memory for all its elements was expected", "its storage was freed or made smaller")
     if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride())):
         _refuse(slot.name, where, "memory for each element was expected", "it is expanded; call .contiguous() on it first")
+    if not tensor.is_contiguous() and _may_hit_itself(tensor):
+        found = f"elements of it share theirs, its strides are {list(tensor.stride())}; call .contiguous() on it first"
+        _refuse(slot.name, where, "memory for each element was expected", found)
 
 
-def refuse_overlaps(slots: Iterable[Slot], where: str) -> None:
-    """Refuses tensors, each filled on its own, that share a part of their memory: workers would race for it."""
+def _may_hit_itself(tensor: torch.Tensor) -> bool:
+    """Whether two elements may lie at one place; of strides that no slicing or transposing makes it is assumed."""
+    reach = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
+        if size > 1 and stride < reach:
+            return True
+        reach += (size - 1) * stride
+    return False
+
+
+def refuse_overlaps(slots: Iterable[tuple[Slot, str | None]], where: str) -> None:
+    """Refuses tensors, each filled on its own, that share a part of their memory: one would undo the other.
+
+    With each the name of the sub-module that fills it by a routine of its own, if one does: what these do within themselves is theirs.
+    """
     spans = []
-    for slot in slots:
+    for slot, owner in slots:
         tensor = slot.tensor
         if tensor.numel() and not tensor.is_meta:
             reach = tensor.numel()
@@ -62,14 +78,14 @@ def refuse_overlaps(slots: Iterable[Slot], where: str) -> None:
                 reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) + 1
             begin = tensor.data_ptr()
             device = "cpu" if tensor.is_cpu else str(tensor.device)
-            spans.append((device, begin, begin + reach * tensor.element_size(), slot))
+            spans.append((device, begin, begin + reach * tensor.element_size(), slot, owner))
     spans.sort(key=lambda span: span[:3])
-    alive: list[tuple[str, int, int, Slot]] = []
+    alive: list[tuple[str, int, int, Slot, str | None]] = []
     for span in spans:
-        device, begin, _, slot = span
+        device, begin, _, slot, owner = span
         alive = [other for other in alive if other[0] == device and other[2] > begin]
-        for *_, other in alive:
-            if _share_an_element(other.tensor, slot.tensor):
+        for *_, other, others_owner in alive:
+            if (owner is None or owner != others_owner) and _share_an_element(other.tensor, slot.tensor):
                 _refuse(
                     slot.name,
                     where,

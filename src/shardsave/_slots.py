@@ -105,13 +105,13 @@ def leaders(of: list[Slot]) -> dict[str, str]:
     for slot in of:
         tensor = slot.tensor
         key: object = id(tensor)
-        if _has_memory(tensor) and tensor.data_ptr():
+        if has_memory(tensor):
             key = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
         found[slot.name] = first.setdefault(key, slot.name)
     return found
 
 
-def _has_memory(tensor: torch.Tensor) -> bool:
-    """Whether there is an address to ask for."""
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Whether there is an address to ask for, and something at it."""
     plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_nested
-    return plain and not tensor.is_meta
+    return plain and not tensor.is_meta and tensor.data_ptr() != 0
