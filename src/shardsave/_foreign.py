@@ -110,11 +110,8 @@ def _from_checkpoint(path: str, key: str | None, wanted: Wanted, closing: ExitSt
     record = checkpoint.record
     ours = record is not None
     told = checkpoint.file_metadata
-    # As safetensors' save_model has it: a name that is left out → the one that has its bytes.
-    ties = dict(checkpoint.ties) or {
-        name: kept for name, kept in told.items() if kept in checkpoint.tensors and name not in checkpoint.tensors
-    }
-    names = {name: name for name in checkpoint.stored_names} | ties
+    ties = checkpoint.ties
+    names = {name: name for name in checkpoint.stored_names} | dict(ties)
     chosen = {name: stored for name, stored in names.items() if wanted(name)}
     located = {stored: checkpoint.tensors[stored] for stored in chosen.values()}
     maps = Maps(checkpoint, aligned=False)

@@ -45,7 +45,8 @@ def load(
 ) -> dict[str, torch.Tensor]:
     """Loads tensors by name from a directory, an index or one safetensors file, whoever wrote it.
 
-    Tied names share one storage. Only the bytes that are asked for are read, straight to ``device``.
+    Tied names share one storage, in files of others those of which their metadata tells. Only the bytes that are asked for are
+    read, straight to ``device``.
 
     Args:
         path: the checkpoint.
