@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +225,45 @@ def test_compiled_sub_module(tmp_path: Path) -> None:
     fresh[1] = torch.compile(fresh[1])  # type: ignore[assignment]
     shardsave.load_model(fresh, tmp_path)
     assert all(same_bits(a, b) for a, b in zip(fresh.parameters(), source.parameters()))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_wrappers_around_sub_modules(tmp_path: Path, one_process_group: None) -> None:
+    """Catches a wrapper's prefix in the middle of a name, on disk, in the way of a load, or not given to a loading routine."""
+    from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+    class Mine(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = nn.Linear(3, 3)
+
+    def model(wrap: Callable[[nn.Module], nn.Module] | None, hooked: str | None = None) -> nn.Module:
+        made = nn.ModuleDict({"a": nn.Sequential(Mine(), nn.BatchNorm1d(3)), "b": nn.Linear(3, 2)})
+        made["a"][0].module.weight.requires_grad_(False)
+        if wrap is not None:
+            made["a"] = wrap(made["a"])
+        if hooked is not None:
+            made.get_submodule(hooked).register_load_state_dict_post_hook(lambda module, keys: None)
+        return made
+
+    compiled: Callable[[nn.Module], nn.Module] = torch.compile
+    wrappers = (
+        DataParallel,
+        DistributedDataParallel,
+        compiled,
+        lambda part: DataParallel(compiled(part)),
+        lambda part: compiled(DistributedDataParallel(part)),
+    )
+    plain = model(None)
+    for number, wrap in enumerate(wrappers):
+        source = model(wrap)
+        shardsave.save(source, path := tmp_path / str(number))
+        info = shardsave.inspect(path)
+        assert set(info.names) == set(plain.state_dict()) and info.frozen == {"a.0.module.weight"}
+        for fresh in (model(None), *(model(wrap, hooked) for hooked in (None, "a", ""))):
+            report = shardsave.load_model(fresh, path)
+            assert report.frozen == 1 and [p.requires_grad for p in fresh.parameters()] == [False] + [True] * 5
+            assert all(map(same_bits, fresh.state_dict().values(), source.state_dict().values()))
 
 
 def test_optimizer_goes_on(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from shardsave._checkpoint import Located
 from shardsave._dtypes import BY_NAME, BY_TORCH, logical_shape, torch_shape
 from shardsave._fill import Join
 from shardsave._slots import expected_names
-from shardsave._state import plain_name
+from shardsave._state import Names
 from shardsave._transformers import Part, reverted
 from shardsave.errors import IncompatibleCheckpointError, UnsupportedTensorError
 
@@ -48,7 +48,8 @@ class Conversion:
 
     def flags(self, given: Mapping[str, bool]) -> dict[str, bool]:
         """Flags by names on disk, or of a model with another head, by the names in this one: frozen when all that it has is."""
-        known = {*self._names, *(plain_name(name) for name, _ in self._model.named_parameters(remove_duplicate=False))}
+        names = Names(self._model)
+        known = {*self._names, *(names.plain(name) for name, _ in self._model.named_parameters(remove_duplicate=False))}
         flags: dict[str, bool] = {}
         for name, frozen in given.items():
             for own in [name] if name in known else self._sent.get(name) or [self._with_or_without_prefix(name, known)]:

@@ -15,7 +15,7 @@ from shardsave._collector import collector_still
 from shardsave._dtypes import BY_NAME, torch_shape
 from shardsave._fillable import check_fillable, check_plain, check_shaped, refuse_overlaps
 from shardsave._slots import Slot, ancestor, counts_batches, expected_names, has_memory, hooked_modules, leaders, slots
-from shardsave._state import plain_name, refuse_sharded, unwrap
+from shardsave._state import Names, refuse_sharded, unwrap
 from shardsave.errors import IncompatibleCheckpointError, ShardSaveError
 
 
@@ -211,12 +211,15 @@ class Fit:
 
     def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Every parameter by every name that it has, and by those that hooks of its sub-module give it on disk."""
+        names = Names(self._module)
         for name, parameter in self._module.named_parameters(remove_duplicate=False):
-            yield plain_name(name), parameter
+            yield names.plain(name), parameter
         for name, owner, _ in self._hooked:
+            names = Names(owner)
             for own_name, value in owner.state_dict(keep_vars=True).items():
                 if isinstance(value, nn.Parameter):
-                    yield plain_name(f"{name}.{own_name}" if name else own_name), value
+                    plain = names.plain(own_name)
+                    yield f"{name}.{plain}" if name else plain, value
 
 
 @collector_still()
@@ -350,8 +353,9 @@ def _saves_itself(slot: Slot, owner_name: str | None, owners: Mapping[str, nn.Mo
     if owner_name is None:
         return True
     inner = slot.name[len(owner_name) + 1 :] if owner_name else slot.name
+    names = Names(owners[owner_name])
     return any(
-        plain_name(name) == inner and value is slot.tensor
+        names.plain(name) == inner and value is slot.tensor
         for name, value in owners[owner_name].state_dict(keep_vars=True).items()
     )
 
@@ -386,7 +390,8 @@ def _give(
     copies = {inner: (stored[name], _copy_of(stored[name])) for name, inner in own.items() if inner not in ready}
 
     def finish(strict: bool) -> tuple[list[str], list[str]]:
-        state = {inner: copies[inner][1] if inner in copies else ready[inner] for inner in own.values()}
+        names = Names(owner)
+        state = {names.wrapped(inner): copies[inner][1] if inner in copies else ready[inner] for inner in own.values()}
         inference = any(not is_lazy(slot.tensor) and slot.tensor.is_inference() for slot in slots(owner))
         try:
             with torch.inference_mode(inference):
@@ -398,7 +403,7 @@ def _give(
             ) from error
         start = f"{owner_name}." if owner_name else ""
         missing, unexpected = getattr(answer, "missing_keys", ()), getattr(answer, "unexpected_keys", ())
-        return [start + name for name in missing], [start + name for name in unexpected]
+        return [start + names.plain(name) for name in missing], [start + names.plain(name) for name in unexpected]
 
     return Group(tuple(copies.values()), False, finish)
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from shardsave._state import plain_name
+from shardsave._state import Names
 
 
 class Slot(NamedTuple):
@@ -25,8 +25,9 @@ class Slot(NamedTuple):
 def slots(module: nn.Module) -> list[Slot]:
     """Every parameter and buffer by every name it has, in module order."""
     made = []
+    names = Names(module)
     for prefix, owner in module.named_modules(remove_duplicate=False):
-        start = plain_name(f"{prefix}." if prefix else "")
+        start = _start(names.plain(f"{prefix}."))
         for attribute, parameter in owner._parameters.items():
             if parameter is not None:
                 made.append(Slot(start + attribute, owner, attribute, parameter, False))
@@ -38,22 +39,29 @@ def slots(module: nn.Module) -> list[Slot]:
 
 def expected_names(module: nn.Module) -> set[str]:
     """The names that the module's own state dict has."""
-    names: set[str] = set()
+    expected: set[str] = set()
+    names = Names(module)
     for prefix, owner in module.named_modules(remove_duplicate=False):
-        start = plain_name(f"{prefix}." if prefix else "")
-        names.update(start + name for name, value in owner._parameters.items() if value is not None)
+        start = _start(names.plain(f"{prefix}."))
+        expected.update(start + name for name, value in owner._parameters.items() if value is not None)
         hidden = owner._non_persistent_buffers_set
-        names.update(start + name for name, value in owner._buffers.items() if value is not None and name not in hidden)
+        expected.update(start + name for name, value in owner._buffers.items() if value is not None and name not in hidden)
         if type(owner).get_extra_state is not nn.Module.get_extra_state:
-            names.add(start + "_extra_state")
-    return names
+            expected.add(start + "_extra_state")
+    return expected
+
+
+def _start(name: str) -> str:
+    """How the names in a sub-module begin whose own name, with a dot behind it, is ``name``."""
+    return "" if name == "." else name
 
 
 def hooked_modules(module: nn.Module) -> dict[str, nn.Module]:
     """The outermost sub-modules that have a say in how they are loaded, and so are loaded by their own routine."""
     found: dict[str, nn.Module] = {}
+    names = Names(module)
     for raw_name, owner in module.named_modules(remove_duplicate=False):
-        name = plain_name(raw_name)
+        name = _start(names.plain(f"{raw_name}.")).removesuffix(".")
         if ancestor(f"{name}.", found) is None and _has_own_loading(owner):
             found[name] = owner
     return found

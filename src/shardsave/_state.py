@@ -86,6 +86,30 @@ def _holds_only_another(module: nn.Module) -> bool:
     return bool((compiled or isinstance(module, _PARALLEL)) and not own)
 
 
+class Names:
+    """The names of a module's tensors with and without the wrappers around some of its sub-modules."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._wrappers: list[tuple[str, str]] = []  # how names begin at a wrapper, and inside of it; the outer ones first
+        if any(map(_holds_only_another, module.modules())):
+            for name, part in module.named_modules(remove_duplicate=False):
+                if _holds_only_another(part):
+                    start = f"{name}." if name else ""
+                    self._wrappers.append((start, f"{start}{'module' if isinstance(part, _PARALLEL) else _COMPILED}."))
+
+    def plain(self, name: str) -> str:
+        for start, inside in reversed(self._wrappers):
+            if name.startswith(inside):
+                name = start + name[len(inside) :]
+        return plain_name(name)
+
+    def wrapped(self, name: str) -> str:
+        for start, inside in self._wrappers:
+            if name.startswith(start):
+                name = inside + name[len(start) :]
+        return name
+
+
 def refuse_sharded(module: nn.Module, verb: str, state: str) -> None:
     """Refuses FSDP's older wrapper: each of its state dicts is a collective call, which hangs where one rank alone makes it."""
     for name, part in module.named_modules():
@@ -135,18 +159,19 @@ def read_state(source: Source | State, *, tensors_only: bool = False) -> State:
 
 
 def plain_name(name: str) -> str:
-    """The name as it is without ``torch.compile`` on some sub-module."""
+    """The name as it is without ``torch.compile`` on some sub-module; `Names` knows of other wrappers too."""
     return ".".join(part for part in name.split(".") if part != _COMPILED) if _COMPILED in name else name
 
 
 def _module_tensors(module: nn.Module, tensors_only: bool) -> dict[str, torch.Tensor]:
     made: dict[str, torch.Tensor] = {}
+    names = Names(module)
     for name, value in module.state_dict(keep_vars=True).items():
-        plain = plain_name(name)
+        plain = names.plain(name)
         if tensors_only and plain.endswith(_EXTRA_STATE) and not isinstance(value, torch.Tensor):
             continue
         if plain in made:
-            _refuse(name, f"one tensor of the name {plain!r} was expected", f"without {_COMPILED!r} two have it")
+            _refuse(name, f"one tensor of the name {plain!r} was expected", "without those of wrappers two have it")
         made[plain] = _as_tensor(name, value)
     return made
 
@@ -155,7 +180,8 @@ def _flags_apart(module: nn.Module, named: Mapping[str, torch.Tensor]) -> dict[s
     """Name → frozen from the module itself, where its state dict also has tensors that are no Parameters (a hook's, buffers)."""
     if all(type(tensor) is nn.Parameter for tensor in named.values()):
         return {}
-    return {plain_name(name): not p.requires_grad for name, p in module.named_parameters(remove_duplicate=False)}
+    names = Names(module)
+    return {names.plain(name): not p.requires_grad for name, p in module.named_parameters(remove_duplicate=False)}
 
 
 def _as_tensor(name: object, value: object) -> torch.Tensor:
