@@ -12,7 +12,7 @@ import shardsave
 ORDER = [
     "errors", "_words", "_json", "_arguments", "_metadata", "_ending", "_version", "_native", "_collector", "_files",
     "_assembled", "_dtypes", "_backend", "_crc64", "_state", "_extra_tensors", "_imports", "_kinds", "_table", "_architecture", "_values",
-    "_builder", "_graph", "_signature", "_program", "_traced_arguments", "_capture",
+    "_extra_states", "_builder", "_graph", "_signature", "_program", "_traced_arguments", "_capture",
     "_plan", "_format", "_lend", "_engine", "_portable", "_index", "_staging", "_companions", "_lock", "_clean",
     "_commit", "_find", "_checkpoint", "_map", "_reports", "_progress", "_read", "_slots", "_fillable", "_fill",
     "_transformers", "_conversion", "_peft", "_shards", "_save", "_load", "_open", "_compare", "_diff", "_leavings", "_inspect",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,55 @@ def test_extra_state(tmp_path: Path) -> None:
     source[0].get_extra_state = lambda: {"count": 7}
     with pytest.raises(shardsave.UnsupportedTensorError, match=r"'0._extra_state': .* it is a dict, which would need pickle"):
         shardsave.save(source, tmp_path)
+
+
+class Remembering(nn.Linear):
+    """Has extra state that is plain data, or what it was given."""
+
+    state: Any = None
+
+    def get_extra_state(self) -> Any:
+        return self.state
+
+    def set_extra_state(self, state: Any) -> None:
+        self.state = state
+
+
+def test_extra_state_of_an_architecture(tmp_path: Path) -> None:
+    """Catches extra state that an architecture has and load_model does not, and one that needs a class taken for plain data."""
+
+    def model() -> nn.Module:
+        return nn.ModuleDict({"a": nn.Sequential(Remembering(2, 2)), "b": nn.Sequential(Remembering(2, 2), nn.Linear(2, 2))})
+
+    source, bare = model(), nn.Sequential(nn.Linear(2, 2))
+    source["a"][0].state = {"steps": [1, (2, 3)], "kinds": {"x"}, "dtype": torch.float16, 5: OrderedDict(inf=float("inf"))}
+    source["b"][0].state = 7
+    shardsave.save(source, tmp_path / "whole", architecture=True)
+    fresh = model()
+    shardsave.load_model(fresh, tmp_path / "whole")
+    assert [fresh[name][0].state for name in "ab"] == [source[name][0].state for name in "ab"]
+    assert fresh["a"][0].weight.equal(source["a"][0].weight) and fresh["b"][1].weight.equal(source["b"][1].weight)
+    part = model()["b"]
+    shardsave.load_model(part, tmp_path / "whole", prefix="b.")
+    assert part[0].state == 7
+    compiled = model()
+    compiled["b"] = torch.compile(compiled["b"])
+    shardsave.load_model(compiled, tmp_path / "whole")
+    assert compiled["b"].get_submodule("_orig_mod.0").state == 7
+
+    source["b"][0].state = {"scale": torch.ones(2), "steps": 3}
+    shardsave.save(source, tmp_path / "tensors", architecture=True)
+    fresh = model()
+    before = fresh["a"][0].weight.detach().clone()
+    words = (
+        r"'b.0._extra_state' has tensors or objects in it; build the whole model with build_model.*; the module is unchanged$"
+    )
+    with pytest.raises(shardsave.IncompatibleCheckpointError, match=words):
+        shardsave.load_model(fresh, tmp_path / "tensors")
+    assert same_bits(fresh["a"][0].weight, before)
+    report = shardsave.load_model(fresh, tmp_path / "tensors", strict=False)
+    assert report.missing == ("b.0._extra_state",) and fresh["a"][0].state == source["a"][0].state
+    assert shardsave.load_model(bare, tmp_path / "whole", strict=False).missing == ("0.bias", "0.weight")
 
 
 def weight_normed(kind: str) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
 from torch import nn
@@ -68,6 +68,7 @@ class Fit:
         self._leaders = leaders(self._slots)  # every name → the first name with the same memory
         self._direct: list[str] = []
         self._hooked: list[tuple[str, nn.Module, dict[str, str]]] = []
+        self._extra_states: Mapping[str, Any] = {}
         self._left_alone: set[str] = set()
         self._done: list[torch.Tensor] = []
         self.look_again: Callable[[bool], tuple[list[str], list[str]]] = lambda strict: ([], [])
@@ -134,7 +135,9 @@ class Fit:
             if not theirs.isdisjoint(join.targets):
                 yield self._join_apart(join, current, given)
         for owner_name, owner, own in self._hooked:
-            yield _give(owner_name, owner, own, self._stored, given)
+            start = f"{owner_name}." if owner_name else ""
+            extra = {n[len(start) :]: value for n, value in self._extra_states.items() if n.startswith(start)}
+            yield _give(owner_name, owner, own, self._stored, given, extra)
         if self._hooked and self._direct:
             yield Group((), False, self.look_again)
         with collector_still():
@@ -233,16 +236,18 @@ def fit_module(
     where: str,
     joins: Joins | None = None,
     optional: Callable[[str], bool] = lambda name: False,
+    extra_states: Mapping[str, Any] = {},
 ) -> Fit:
     """Finds out what of ``stored`` (name → stored tensor, tied names too) goes where in ``module``; changes nothing.
 
     ``equal`` tells whether two stored tensors hold the same bytes, ``optional`` which names may be missing; ``joins`` makes those of
-    ``stored`` that are no file's. Raises IncompatibleCheckpointError and
+    ``stored`` that are no file's; ``extra_states``: those that are no tensors. Raises IncompatibleCheckpointError and
     UnsupportedTensorError with the module unchanged.
     """
     module = unwrap(module)
     refuse_sharded(module, "fill", "the module is unchanged")
     fit = Fit(module, device, stored, joins)
+    fit._extra_states = extra_states
     expected = expected_names(module)
     theirs = _give_to_owners(fit, module, expected)
     fit.unexpected = tuple(sorted(stored.keys() - expected - theirs))
@@ -378,20 +383,32 @@ def _give_to_owners(fit: Fit, module: nn.Module, expected: set[str]) -> set[str]
         owner_name = ancestor(name, hooked)
         if owner_name is not None:
             own.setdefault(owner_name, {})[name] = name[len(owner_name) + 1 :] if owner_name else name
+    for name in fit._extra_states:
+        owner_name = ancestor(name, hooked)
+        if owner_name is not None:
+            own.setdefault(owner_name, {})
     fit._hooked = [(name, owner, own[name]) for name, owner in hooked.items() if name in own]
     return {name for name in expected | fit._stored.keys() if ancestor(name, own) is not None}
 
 
 def _give(
-    owner_name: str, owner: nn.Module, own: Mapping[str, str], stored: Mapping[str, Located], given: dict[str, torch.Tensor]
+    owner_name: str,
+    owner: nn.Module,
+    own: Mapping[str, str],
+    stored: Mapping[str, Located],
+    given: dict[str, torch.Tensor],
+    extra: Mapping[str, Any],
 ) -> Group:
-    """Copies for a sub-module with a loading routine of its own, which gets them together with what was joined for it."""
+    """Copies for a sub-module with a loading routine of its own, which gets them together with what was joined for it, and ``extra``."""
     ready = {inner: given.pop(name) for name, inner in own.items() if name in given}
     copies = {inner: (stored[name], _copy_of(stored[name])) for name, inner in own.items() if inner not in ready}
 
     def finish(strict: bool) -> tuple[list[str], list[str]]:
         names = Names(owner)
-        state = {names.wrapped(inner): copies[inner][1] if inner in copies else ready[inner] for inner in own.values()}
+        state: dict[str, Any] = {
+            names.wrapped(inner): copies[inner][1] if inner in copies else ready[inner] for inner in own.values()
+        }
+        state.update({names.wrapped(inner): value for inner, value in extra.items()})
         inference = any(not is_lazy(slot.tensor) and slot.tensor.is_inference() for slot in slots(owner))
         try:
             with torch.inference_mode(inference):

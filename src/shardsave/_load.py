@@ -6,7 +6,7 @@ import difflib
 import os
 import time
 from collections.abc import Iterable
-from typing import Union
+from typing import Any, Union
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from shardsave._collector import collector_still
 from shardsave._conversion import conversion
 from shardsave._dtypes import BY_NAME, torch_shape
 from shardsave._ending import verb
+from shardsave._extra_states import EXTRA_STATE, extra_states
 from shardsave._files import CallFailed, read_at
 from shardsave._find import cannot_read
 from shardsave._map import Maps
@@ -26,7 +27,10 @@ from shardsave._peft import adapter_names
 from shardsave._progress import Progress, ProgressArgument
 from shardsave._read import ReadTotals, Target, read_tensors
 from shardsave._reports import LoadReport, Phases
+from shardsave._slots import expected_names
+from shardsave._state import unwrap
 from shardsave._transformers import pretrained
+from shardsave._values import Document
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, ShardSaveError
 
 Device = Union[str, torch.device, int, None]
@@ -113,7 +117,8 @@ def load_model(
     replaced, as ``load_state_dict(assign=True)`` does. There is never a second copy of the model. Values are cast to the
     module's dtypes as ``load_state_dict`` does. Everything that can be refused is refused before a tensor is changed. Only a
     sub-module with a loading routine of its own (hooks, an override, extra state) decides itself what it takes: it is given all
-    that is stored below its name, one such sub-module after the other, before anything else is filled.
+    that is stored below its name, one such sub-module after the other, before anything else is filled. Extra
+    state that is no tensor comes from the architecture, where one was saved and it is plain data.
 
     Args:
         model: a module or sub-module; wrappers (``torch.compile``, DDP, DataParallel) are seen through.
@@ -148,7 +153,10 @@ def load_model(
     _check_names(None, prefix)
     where = device_of(device)
     started = time.perf_counter()
-    with open_checkpoint(path, _selection(None, prefix)) as checkpoint:
+    has_states = any(type(part).get_extra_state is not nn.Module.get_extra_state for part in model.modules())
+    own_states = [name for name in expected_names(unwrap(model)) if name.endswith(EXTRA_STATE)] if has_states else []
+    parts = ("architecture",) if own_states else ()
+    with open_checkpoint(path, _selection(None, prefix), parts=parts) as checkpoint:
         chosen = {name.removeprefix(prefix): stored for name, stored in _choose(checkpoint, None, prefix).items()}
         stored = {name: checkpoint.tensors[original] for name, original in chosen.items()}
         hub, where_from = pretrained(model), os.fspath(path)
@@ -164,6 +172,7 @@ def load_model(
             where=where_from,
             joins=converted,
             optional=converted.optional if converted is not None else lambda name: False,
+            extra_states=_extra_states(checkpoint, [name for name in own_states if name not in stored], prefix, strict),
         )
         reads = fit.reads
         planned = time.perf_counter()
@@ -212,6 +221,21 @@ def load_model(
         mismatched=fit.mismatched,
         frozen=frozen,
     )
+
+
+def _extra_states(checkpoint: Checkpoint, names: list[str], prefix: str, strict: bool) -> dict[str, Any]:
+    """The extra state that is no tensor of the modules whose state dict has ``names``, as the checkpoint's architecture tells it."""
+    data = checkpoint.documents.get("architecture")
+    if data is None or not names:
+        return {}
+    document = Document(data, f"the architecture in {checkpoint.path}")
+    found, others = extra_states(document, [prefix + name for name in names])
+    if others and strict:
+        raise IncompatibleCheckpointError(
+            f"cannot load {checkpoint.path}: extra state of plain data was expected, {others[0]!r} has tensors or objects in it; build the "
+            f"whole model with build_model, or leave extra state as it is with strict=False; the module is unchanged"
+        )
+    return {name.removeprefix(prefix): value for name, value in found.items()}
 
 
 def device_of(device: Device) -> torch.device | None:
