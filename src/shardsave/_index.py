@@ -18,8 +18,8 @@ from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError
 INDEX_NAME = "model.safetensors.index.json"
 LONE_NAME = "model.safetensors"
 
-#: An index larger than this is neither written nor read, in bytes (the Hub's own bound is 10 MB).
-MAX_INDEX_BYTES = 512_000_000
+#: An index larger than this is neither written nor read, in bytes: 100,000 names need some 10 MB, and objects take many times their text.
+MAX_INDEX_BYTES = 100_000_000
 
 #: The version of the record that we write. A reader goes by ``requires``, not by this number.
 VERSION = 1
