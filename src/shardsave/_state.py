@@ -246,11 +246,11 @@ def check_savable(name: str, tensor: torch.Tensor) -> None:
             _refuse(name, "a name in Unicode was expected", "it has half of a surrogate pair")
     if type(tensor) not in PLAIN_TYPES or hasattr(tensor, "__tensor_flatten__"):
         _refuse(name, "a plain tensor was expected", f"it is {an(type(tensor).__name__)}")
-    if tensor.is_meta:
-        _refuse(name, "a tensor with data was expected", "it is on the meta device")
     if tensor.layout is not torch.strided or tensor.is_nested:
         layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
         _refuse(name, "a strided tensor was expected", f"its layout is {layout}")
+    if tensor.is_meta:
+        _refuse(name, "a tensor with data was expected", "it is on the meta device")
     if tensor.dtype not in BY_TORCH:
         dtype = str(tensor.dtype).removeprefix("torch.")
         raise UnsupportedTensorError(f"cannot save {name!r}: dtype {dtype} has no safetensors equivalent; nothing was written")
