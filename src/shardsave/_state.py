@@ -81,9 +81,11 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 def _holds_only_another(module: nn.Module) -> bool:
     """Whether ``module`` is a known wrapper, with nothing of its own that would be lost without it."""
-    compiled = type(module).__name__ == "OptimizedModule" and type(module).__module__.startswith("torch.")
-    own = module._parameters or module._buffers or len(module._modules) > 1
-    return bool((compiled or isinstance(module, _PARALLEL)) and not own)
+    kind = type(module)
+    compiled = kind.__name__ == "OptimizedModule" and kind.__module__.startswith("torch.")
+    if not compiled and not issubclass(kind, _PARALLEL):
+        return False
+    return not (module._parameters or module._buffers or len(module._modules) > 1)
 
 
 class Names:
