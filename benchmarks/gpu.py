@@ -1,17 +1,21 @@
 """Device to host and host to device: shardsave on a CUDA device against the bandwidth of a pinned copy.
 
-    python gpu.py DIRECTORY SIZE
+    python gpu.py DIRECTORY SIZE [--to FILE]
 
-The limit is torch's own copy between the device and one pinned buffer of 256 MiB, repeated. A save to the page cache and a load
-from it stand beside the durable save and the cold load: the first two show the way between device and memory, the others
-that the disk alone is the limit.
+SIZE is the model's, in bytes. The limit is torch's own copy between the device and one pinned buffer of 256 MiB, repeated. A save to the
+page cache and a load from it stand beside the durable save and the cold load: the first two show the way between device and memory,
+the others that the disk alone is the limit. Each figure is told on stderr, and FILE written anew, as soon as it is there, so that a run
+that is cut off leaves what it had; all of them together are one line of JSON on stdout.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,11 +25,28 @@ import torch
 import measure
 import model as models
 
+DEVICE = "cuda"
+REPEAT = 3  # of what goes through memory alone; the best counts
+
+
+class Figures:
+    """What was found so far: bytes a second, and bytes."""
+
+    def __init__(self, file: Path | None) -> None:
+        self.found: dict[str, object] = {}
+        self._file = file
+
+    def add(self, name: str, value: object) -> None:
+        self.found[name] = value
+        print(f"{name}: {value / 1e9:.3f} GB" if isinstance(value, float) else f"{name}: {value}", file=sys.stderr, flush=True)
+        if self._file is not None:
+            self._file.write_text(json.dumps(self.found) + "\n")
+
 
 def bandwidth(to_device: bool, repeat: int = 16) -> float:
     """Bytes per second of a pinned copy in one direction, the best of three."""
     host = torch.empty(256 << 20, dtype=torch.uint8, pin_memory=True)
-    device = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    device = torch.empty(256 << 20, dtype=torch.uint8, device=DEVICE)
     target, source = (device, host) if to_device else (host, device)
     target.copy_(source)
 
@@ -33,7 +54,7 @@ def bandwidth(to_device: bool, repeat: int = 16) -> float:
         for _ in range(repeat):
             target.copy_(source, non_blocking=True)
 
-    return repeat * host.nbytes / min(_seconds(copies) for _ in range(3))
+    return repeat * host.nbytes / min(_seconds(copies) for _ in range(REPEAT))
 
 
 def _seconds(action: Callable[[], object]) -> float:
@@ -44,35 +65,84 @@ def _seconds(action: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def measure_all(path: Path, size: int) -> dict[str, object]:
+class Bench:
+    """Saves and loads of one model on the device; ``extra`` is the most memory that one of them had beyond what was there before."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        self._path = path
+        self._model = models.build(size).to(DEVICE)
+        self._values = {name: tensor.clone() for name, tensor in self._model.state_dict().items()}
+        self.nbytes = models.tensor_bytes(self._model)
+        self.extra = 0
+
+    def save(self, name: str, durable: bool) -> float:
+        """Bytes per second of a save to a new directory."""
+        import shardsave
+
+        self.remove(name)
+        measure.touch_free_memory(self.nbytes * 5 // 4)
+        return self._timed(lambda: shardsave.save(self._model, self._path / name, durable=durable, progress=False))
+
+    def load(self, name: str) -> float:
+        """Bytes per second of a load into the model, which has other values before and must have its own after."""
+        import shardsave
+
+        with torch.no_grad():
+            for parameter in self._model.parameters():
+                parameter.zero_()
+        rate = self._timed(lambda: shardsave.load_model(self._model, self._path / name, progress=False))
+        if not models.same(self._model, self._values):
+            raise RuntimeError(f"{self._path / name}: what was loaded is not what was saved")
+        return rate
+
+    def remove(self, name: str) -> None:
+        """With what of it is still to be written, which would be in the way of what comes next."""
+        shutil.rmtree(self._path / name, ignore_errors=True)
+        os.sync()
+
+    def _timed(self, action: Callable[[], object]) -> float:
+        meter = measure.Meter()
+        rate = self.nbytes / _seconds(action)
+        self.extra = max(self.extra, meter.read()["peak_extra"])
+        return rate
+
+
+def measure_all(path: Path, size: int, figures: Figures) -> None:
     import shardsave
 
-    model = models.build(size).cuda()
-    nbytes = models.tensor_bytes(model)
-    shardsave.save({"warm": torch.zeros(1, device="cuda")}, path / "first", progress=False)  # pins the ring
+    _ = shardsave.save, shardsave.load_model  # imported when they are looked up: not within what is measured
+    bench = Bench(path, size)
+    figures.add("device", torch.cuda.get_device_name())
+    figures.add("bytes", bench.nbytes)
+    # Before any memory is measured: torch keeps the pinned buffer.
+    figures.add("device_to_host", bandwidth(False))
+    figures.add("host_to_device", bandwidth(True))
     meter = measure.Meter()
-    found: dict[str, object] = {"device": torch.cuda.get_device_name(), "bytes": nbytes}
-    found["device_to_host"], found["host_to_device"] = bandwidth(False), bandwidth(True)
-    for name, durable in (("save_to_cache", False), ("save_durable", True)):
-        shutil.rmtree(path / name, ignore_errors=True)
-        found[name] = nbytes / _seconds(lambda d=durable, n=name: shardsave.save(model, path / n, durable=d, progress=False))
-    measure.make_warm(path / "save_durable")
-    found["load_warm"] = nbytes / _seconds(lambda: shardsave.load_model(model, path / "save_durable", progress=False))
-    measure.make_cold(path / "save_durable")
-    found["load_cold"] = nbytes / _seconds(lambda: shardsave.load_model(model, path / "save_durable", progress=False))
-    return found | {"peak_extra": meter.read()["peak_extra"]}
+    shardsave.save({"warm": torch.zeros(1, device=DEVICE)}, path / "first", progress=False)  # makes and pins the ring
+    ring = meter.read()["peak_extra"]
+    figures.add("save_to_cache", max(bench.save("cached", durable=False) for _ in range(REPEAT)))
+    figures.add("load_warm", max(bench.load("cached") for _ in range(REPEAT)))
+    bench.remove("cached")
+    figures.add("save_durable", bench.save("durable", durable=True))
+    measure.make_cold(path / "durable")
+    figures.add("load_cold", bench.load("durable"))
+    figures.add("peak_extra", ring + bench.extra)
 
 
 def main() -> None:
-    path = Path(sys.argv[1])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("path", type=Path, metavar="DIRECTORY")
+    parser.add_argument("size", type=int, help="bytes of the model")
+    parser.add_argument("--to", type=Path, metavar="FILE", help="write the JSON here, too, anew after each figure")
+    asked = parser.parse_args()
     if not torch.cuda.is_available():
         print(json.dumps({"skipped": "not run on a GPU: torch sees no CUDA device here"}))
         return
-    shutil.rmtree(path, ignore_errors=True)
-    try:
-        print(json.dumps(measure_all(path, int(sys.argv[2]))))
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
+    figures = Figures(asked.to)
+    asked.path.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=asked.path) as scratch:
+        measure_all(Path(scratch), asked.size, figures)
+    print(json.dumps(figures.found))
 
 
 if __name__ == "__main__":

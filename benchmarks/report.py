@@ -125,8 +125,8 @@ def costs_text(results: Results) -> str:
         ]
         parts.append(table(["engine alone", "with checksums, s", "without, s"], rows))
     if many := costs.get("many"):
-        rows = [[name, _seconds(seconds)] for name, seconds in many.items() if name != "failed"]
-        parts.append(table(["100,000 tensors of 64 bytes, the whole call", "wall, s"], rows))
+        rows = [[name, _seconds(t["planning"]), _seconds(t["whole"])] for name, t in many.items() if name != "failed"]
+        parts.append(table(["100,000 tensors of 64 bytes", "planning, header and index, s", "the whole call, s"], rows))
     return "\n\n".join(parts)
 
 

@@ -42,7 +42,8 @@ struct Request {
 struct Hooks {
   // Fills (write) or drains (read) `length` bytes of `piece` from `offset` on. Throws to end the run.
   std::function<void(std::int64_t piece, std::int64_t offset, std::byte* memory, std::size_t length)> lend;
-  // Called at least every 100 ms with the bytes moved so far. Throws to end the run.
+  // Called every 10 ms or so with the bytes moved so far, and once at the end; where the calling thread has to do the
+  // work itself, after each block. Throws to end the run.
   std::function<void(std::uint64_t done)> tick;
 };
 

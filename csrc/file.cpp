@@ -124,6 +124,10 @@ void File::write_at(const std::byte* memory, std::size_t length, std::uint64_t o
   }
 }
 
+void File::start_writeback(std::uint64_t offset, std::size_t length) {
+  sync_file_range(descriptor_, static_cast<off_t>(offset), static_cast<off_t>(length), SYNC_FILE_RANGE_WRITE);
+}
+
 void File::read_at(std::byte* memory, std::size_t length, std::size_t needed, std::uint64_t offset) {
   std::size_t done = 0;
   while (done < needed) {

@@ -38,6 +38,10 @@ class File {
   // Whole lengths or a Fault. In direct mode `memory`, `offset` and `length` are aligned.
   void write_at(const std::byte* memory, std::size_t length, std::uint64_t offset);
 
+  // Lets the disk begin with what was written here through the page cache (sync_file_range(2)), so that the fsync to
+  // come, which no signal ends, is short. An error means nothing: only fsync says what is on disk.
+  void start_writeback(std::uint64_t offset, std::size_t length);
+
   // At least `needed` of `length` bytes: the rest may lie behind the end of the file.
   void read_at(std::byte* memory, std::size_t length, std::size_t needed, std::uint64_t offset);
 

@@ -50,6 +50,29 @@ def test_measures_and_reports(tmp_path: Path, compiled: Compile) -> None:
     assert all(f"plots/{path.name}" in text for path in (tmp_path / "plots").iterdir())
 
 
+STAND_IN = """
+import sys, torch, gpu
+torch.cuda.is_available = lambda: True
+torch.cuda.synchronize = lambda: None
+torch.cuda.get_device_name = lambda: "a processor"
+gpu.DEVICE, gpu.bandwidth = "cpu", lambda to_device: 1e9
+gpu.main()
+"""
+
+
+def test_the_gpu_benchmark_comes_to_its_end(tmp_path: Path) -> None:
+    """Catches one that fails where there is a device, told on a processor in its place; a directory that is not given back."""
+    file = tmp_path / "figures.json"
+    command = [sys.executable, "-c", STAND_IN, str(tmp_path / "scratch"), "20000000", "--to", str(file)]
+    done = subprocess.run(command, cwd=BENCHMARKS, check=True, capture_output=True, text=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert json.loads(file.read_text()) == found
+    rates = {"device_to_host", "host_to_device", "save_to_cache", "load_warm", "save_durable", "load_cold"}
+    assert found.keys() == rates | {"device", "bytes", "peak_extra"} and min(found[rate] for rate in rates) > 0
+    assert 0 < found["peak_extra"] < 256_000_000
+    assert not list((tmp_path / "scratch").iterdir())
+
+
 def test_whole_models_come_back(tmp_path: Path) -> None:
     """Catches a model of torch.nn or transformers that is built otherwise than it was saved."""
     command = [sys.executable, str(BENCHMARKS / "models.py"), "--only", "torch", "--only", "transformers"]

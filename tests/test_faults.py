@@ -102,6 +102,47 @@ def test_each_call_of_a_clean(beneath: Path, tmp_path: Path) -> None:
     assert min(int(number) for number in re.findall(r"(\d+) trials", printed)) >= 10
 
 
+EARLY = """
+import fcntl, sys, torch, shardsave
+from pathlib import Path
+from faults.beneath import Fate, read_record, recorded
+
+folder = Path(sys.argv[1])
+state = {"x": torch.arange(5_000_003)}
+
+def calls(name, number=0, fate=Fate.PASS, durable=True):
+    (folder / name).mkdir()
+    with recorded(folder / name, folder / f"{name}.record", number, fate):
+        report = shardsave.save(state, folder / name / "ckpt", durable=durable, progress=False)
+    made = read_record(folder / f"{name}.record")
+    return report.direct, [call for call in made if call.path.suffix == ".safetensors" or call.call == "fcntl"]
+
+def started(made):
+    return [range(call.a, call.a + call.b) for call in made if call.call == "sync_file_range"]
+
+shardsave.save(state, folder / "warm", progress=False)
+direct, made = calls("direct")
+if direct:
+    assert not started(made)
+    record = read_record(folder / "direct.record")
+    number = next(n for n, call in enumerate(record, 1) if call.call == "fcntl" and call.a == fcntl.F_SETFL)
+    direct, made = calls("refused", number, Fate.FAIL)
+assert not direct
+names = [call.call for call in made]
+written = [(call.a, call.a + call.b) for call in made[: names.index("ftruncate")] if call.call == "pwrite"]
+assert len(written) > 4 and "sync_file_range" not in names[names.index("ftruncate") :]
+assert all(any(begin in one and end - 1 in one for one in started(made)) for begin, end in written), (written, started(made))
+assert not started(calls("in-memory", durable=False)[1])
+"""
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_writeback_begins_with_the_first_block(beneath: Path, tmp_path: Path, engine: str) -> None:
+    """Catches a durable save through the page cache that leaves all the writing to its fsync, which no Ctrl-C ends; and one that
+    is not durable and makes the disk work."""
+    run_beneath(beneath, engine, ["-c", EARLY, str(tmp_path)])
+
+
 #: The names that calls have in the library, by those of the kernel.
 KERNEL = {
     "pread64": "pread", "pwrite64": "pwrite", "newfstatat": "stat", "fstat": "stat", "lstat": "stat", "fstatat": "stat",

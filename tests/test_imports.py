@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,10 @@ import shardsave
 
 ORDER = [
     "errors", "_words", "_json", "_arguments", "_metadata", "_ending", "_version", "_native", "_collector", "_files",
-    "_assembled", "_dtypes", "_backend", "_crc64", "_state", "_extra_tensors", "_imports", "_kinds", "_table", "_architecture", "_values",
-    "_extra_states", "_builder", "_graph", "_signature", "_program", "_traced_arguments", "_capture",
+    "_assembled", "_dtypes", "_backend", "_crc64", "_memory", "_state", "_extra_tensors", "_imports", "_kinds", "_table",
+    "_architecture", "_values", "_extra_states", "_builder", "_graph", "_signature", "_program", "_traced_arguments", "_capture",
     "_plan", "_format", "_lend", "_engine", "_portable", "_index", "_staging", "_companions", "_lock", "_clean",
-    "_commit", "_find", "_checkpoint", "_map", "_reports", "_progress", "_read", "_slots", "_fillable", "_fill",
+    "_commit", "_find", "_checkpoint", "_map", "_reports", "_findings", "_progress", "_read", "_slots", "_fillable", "_fill",
     "_transformers", "_conversion", "_peft", "_shards", "_save", "_load", "_open", "_compare", "_diff", "_leavings", "_inspect",
     "_from_config", "_build", "_torch_file", "_distributed", "_foreign", "_changes", "_single", "_convert", "__init__", "_cli",
     "__main__",
@@ -60,3 +62,18 @@ def test_every_public_name_has_a_home() -> None:
     assert set(shardsave.__all__) <= set(dir(shardsave))
     with pytest.raises(AttributeError, match="module 'shardsave' has no attribute 'sav'"):
         _ = shardsave.sav  # type: ignore[attr-defined]
+
+
+def test_a_plain_save_and_load_import_little(tmp_path: Path) -> None:
+    """Catches the import of what only whole models, programs, transformers models and other verbs need: it takes longer than a save."""
+    script = """if True:
+        import sys, torch, shardsave
+        model = torch.nn.Linear(2, 2)
+        shardsave.save(model, sys.argv[1])
+        shardsave.load_model(model, sys.argv[1])
+        shardsave.load(sys.argv[1])
+        print(*sorted(name for name in sys.modules if name.startswith("shardsave.")))
+    """
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
+    unneeded = {"_architecture", "_capture", "_program", "_conversion", "_findings", "_inspect", "_convert", "_portable"}
+    assert not {f"shardsave.{name}" for name in unneeded}.intersection(done.stdout.split())

@@ -238,6 +238,29 @@ def test_extra_state_of_an_architecture(tmp_path: Path) -> None:
     assert shardsave.load_model(bare, tmp_path / "whole", strict=False).missing == ("0.bias", "0.weight")
 
 
+class Replacing(nn.Module):
+    """Has extra state and no tensor, and puts another tensor into another module when it is given that."""
+
+    def __init__(self, other: nn.Linear) -> None:
+        super().__init__()
+        self.others = [other]
+
+    def get_extra_state(self) -> int:
+        return 7
+
+    def set_extra_state(self, state: int) -> None:
+        self.others[0].weight = nn.Parameter(torch.zeros(2, 2))
+
+
+def test_extra_state_alone_that_replaces_what_is_another_module_s(tmp_path: Path) -> None:
+    """Catches destinations that are looked up again only after a routine that was given tensors."""
+    other, again = nn.Linear(2, 2), nn.Linear(2, 2)
+    source, fresh = nn.Sequential(Replacing(other), other), nn.Sequential(Replacing(again), again)
+    shardsave.save(source, tmp_path, architecture=True)
+    shardsave.load_model(fresh, tmp_path)
+    assert fresh[1].weight.equal(source[1].weight)
+
+
 def weight_normed(kind: str) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own: deprecated, and still in many models

@@ -29,20 +29,12 @@ if TYPE_CHECKING:
     from shardsave._build import build_model, load_program
     from shardsave._convert import convert
     from shardsave._diff import DiffReport, TensorChange, diff
+    from shardsave._findings import CheckpointInfo, ConvertReport, Damage, TensorInfo, VerifyReport
     from shardsave._inspect import inspect, verify
     from shardsave._leavings import CleanReport, Leaving, clean
     from shardsave._load import load, load_model
     from shardsave._open import OpenCheckpoint, TensorSlice, open
-    from shardsave._reports import (
-        CheckpointInfo,
-        ConvertReport,
-        Damage,
-        LoadReport,
-        Phases,
-        SaveReport,
-        TensorInfo,
-        VerifyReport,
-    )
+    from shardsave._reports import LoadReport, Phases, SaveReport
     from shardsave._save import save
 
 __all__ = [
@@ -90,20 +82,12 @@ _HOMES = {
     "_build": ("build_model", "load_program"),
     "_convert": ("convert",),
     "_diff": ("DiffReport", "TensorChange", "diff"),
+    "_findings": ("CheckpointInfo", "ConvertReport", "Damage", "TensorInfo", "VerifyReport"),
     "_inspect": ("inspect", "verify"),
     "_leavings": ("CleanReport", "Leaving", "clean"),
     "_load": ("load", "load_model"),
     "_open": ("OpenCheckpoint", "TensorSlice", "open"),
-    "_reports": (
-        "CheckpointInfo",
-        "ConvertReport",
-        "Damage",
-        "LoadReport",
-        "Phases",
-        "SaveReport",
-        "TensorInfo",
-        "VerifyReport",
-    ),
+    "_reports": ("LoadReport", "Phases", "SaveReport"),
     "_save": ("save",),
 }
 

@@ -83,7 +83,7 @@ def build_model(
         builder = Builder(document, found, memory)
         with torch.inference_mode(False), torch.no_grad():
             model = builder.build()
-            with Progress(progress, "loading", sum(target.located.nbytes for target in memory.targets)) as shown:
+            with Progress(progress, "loading", sum(located.nbytes for located, _ in memory.targets)) as shown:
                 read_tensors(checkpoint, memory.targets, verify=verify, progress=shown, totals=ReadTotals())
             builder.set_extra_states()
     return model
@@ -132,7 +132,7 @@ def load_program(
         memory = _Memory(checkpoint, where)
         with torch.inference_mode(False):
             tensors = _tensors(document, memory)
-            with Progress(progress, "loading", sum(target.located.nbytes for target in memory.targets)) as shown:
+            with Progress(progress, "loading", sum(located.nbytes for located, _ in memory.targets)) as shown:
                 read_tensors(checkpoint, memory.targets, verify=verify, progress=shown, totals=ReadTotals())
             return LoadedProgram(document, tensors)
 
@@ -200,7 +200,7 @@ class _Memory:
             else:
                 return None
             self._made[kept, stored] = memory
-            self.targets.append(Target(located, memory))
+            self.targets.append((located, memory))
         return self._made[kept, stored].detach()
 
 

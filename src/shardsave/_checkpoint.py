@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import repeat
 from types import TracebackType
 from typing import Any, NamedTuple, Union
 
@@ -303,7 +305,7 @@ class Checkpoint:
         return raw
 
     def _note_tensors(self, shard: str, header: Header, names: frozenset[str]) -> None:
-        held = {tensor.name for tensor in header.tensors}
+        held = set(header.tensors.names)
         if self.index is not None and held != names:
             lacking, surplus = names - held, held - names
             found = (
@@ -324,10 +326,10 @@ def _identity(status: os.stat_result) -> tuple[int, ...]:
 
 
 def _located(shard: str, header: Header) -> Iterator[tuple[str, Located]]:
-    sums = header.sums or [None] * len(header.tensors)
-    start = header.data_start
-    for (name, dtype, shape, begin, end), checksum in zip(header.tensors, sums):
-        yield name, Located(name, dtype, shape, end - begin, shard, start + begin, checksum)
+    names, dtypes, shapes, begins, nbytes = header.tensors
+    offsets = [header.data_start + begin for begin in begins]
+    sums = header.sums if header.sums is not None else repeat(None)
+    return zip(names, map(Located, names, dtypes, shapes, nbytes, repeat(shard), offsets, sums))
 
 
 def open_checkpoint(
@@ -384,13 +386,14 @@ def _open_found(
 
 
 def _shards_to_open(index: Index, wanted: Callable[[str], bool] | None) -> dict[str, frozenset[str]]:
-    named: dict[str, set[str]] = {shard: set() for shard in (index.record.shards if index.record is not None else ())}
+    named: defaultdict[str, set[str]] = defaultdict(set)
+    named.update((shard, set()) for shard in (index.record.shards if index.record is not None else ()))
     for name, shard in index.weight_map.items():
-        named.setdefault(shard, set()).add(name)
+        named[shard].add(name)
     if wanted is not None:
         needed = {shard for name, shard in index.weight_map.items() if wanted(name)}
         needed.update(index.weight_map[stored] for name, stored in index.ties.items() if wanted(name))
-        named = {shard: names for shard, names in named.items() if shard in needed}
+        return {shard: frozenset(names) for shard, names in named.items() if shard in needed}
     return {shard: frozenset(names) for shard, names in named.items()}
 
 

@@ -13,8 +13,8 @@ import os
 import secrets
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from types import TracebackType
+from typing import NamedTuple
 
 from shardsave._clean import clean, files_of, remove_dead_staging, remove_staging, staging_of_others
 from shardsave._companions import StagedCompanions, finish_dead_savers
@@ -50,8 +50,7 @@ LIST_NAME, NEW_INDEX_NAME = "names", "index"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
-@dataclass(frozen=True, slots=True)
-class CommitOutcome:
+class CommitOutcome(NamedTuple):
     """``leftovers``: names that should have been removed and could not be; ``notes``: what a reader of the report should know."""
 
     leftovers: tuple[str, ...]

@@ -19,13 +19,14 @@ from shardsave._assembled import Assembled, Part
 from shardsave._changes import Drop, Names, Rename, cast_of, check_dtype, patterns, replacements
 from shardsave._ending import verb
 from shardsave._files import kind_of
+from shardsave._findings import ConvertReport
 from shardsave._foreign import Origin, open_origin
 from shardsave._format import CHECKSUM_KEY
 from shardsave._index import INDEX_NAME
 from shardsave._map import let_go
 from shardsave._progress import Progress, ProgressArgument
 from shardsave._read import ReadTotals, Target, read_tensors
-from shardsave._reports import ConvertReport, Phases
+from shardsave._reports import Phases
 from shardsave._save import save
 from shardsave._single import NewFile, Written, fits_torch, write_safetensors, write_torch
 from shardsave._state import Beside, Entry, State, check_savable, read_state
@@ -214,7 +215,7 @@ def _verify(origin: Origin, wanted: bool, shown: Progress) -> bool | None:
         return False
     if not origin.stored or origin.checkpoint is None:
         return None
-    targets = [Target(located, None) for located in origin.stored]
+    targets: list[Target] = [(located, None) for located in origin.stored]
     read_tensors(origin.checkpoint, targets, verify=True, progress=shown, totals=ReadTotals())
     return True
 

@@ -8,14 +8,16 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Union
+from typing import TYPE_CHECKING, Union
 
 import numpy as np
-from numpy.typing import NDArray
 
 from shardsave._backend import native
 
-Bytes = Union[bytes, bytearray, memoryview, NDArray[np.uint8]]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Bytes = Union[bytes, bytearray, memoryview, NDArray[np.uint8]]
 
 _REFLECTED = 0x9A6C9329AC4BC9B5
 _ONES = 0xFFFF_FFFF_FFFF_FFFF

@@ -81,11 +81,9 @@ def item_bytes(name: str) -> int:
 def logical_shape(tensor: Memory) -> tuple[int, ...]:
     """The shape that a safetensors header gives for ``tensor``."""
     shape = tuple(tensor.shape)
-    if tensor.dtype == BY_NAME["F4"].torch:
-        if not shape:
-            return (2,)
-        return (*shape[:-1], shape[-1] * 2)
-    return shape
+    if tensor.element_size() > 1 or tensor.dtype != BY_NAME["F4"].torch:
+        return shape
+    return (*shape[:-1], shape[-1] * 2) if shape else (2,)
 
 
 def torch_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:

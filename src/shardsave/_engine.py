@@ -10,17 +10,19 @@ import errno
 import os
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from shardsave import _ending, _lend
 from shardsave._assembled import Assembled, Memory
 from shardsave._backend import native, warn_if_portable
 from shardsave._collector import collector_still
-from shardsave._plan import Block
+from shardsave._plan import Blocks
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 #: The most that one block covers, in bytes: the size of a slot of the ring.
 BLOCK_BYTES = 8 << 20
@@ -81,7 +83,7 @@ def reserve(pieces: Sequence[Piece]) -> None:
         except MemoryError as error:
             raise _no_memory("allocation of staging memory", BLOCK_BYTES) from error
         return
-    on_cuda = {p.tensor.get_device() for p in pieces if isinstance(p.tensor, torch.Tensor) and p.tensor.is_cuda}
+    on_cuda = _cuda_devices(pieces)
     pinned = on_cuda and torch.version.hip is None and native.cuda_available()
     try:
         native.reserve_staging(slot_bytes=BLOCK_BYTES, pin_for=min(on_cuda) if pinned else -1)
@@ -95,7 +97,7 @@ def _no_memory(call: str, wanted: int) -> TransferFault:
 
 def write(
     files: Sequence[int],
-    blocks: Sequence[Block],
+    blocks: Blocks,
     pieces: Sequence[Piece],
     *,
     direct: bool,
@@ -104,15 +106,15 @@ def write(
 ) -> Transfer:
     """Writes ``blocks`` of ``pieces`` to the descriptors ``files``; whole blocks, the last one of a file padded with zeros.
 
-    ``direct`` asks for O_DIRECT where the file system has it. ``tick(bytes done)`` is called on this thread at least every
-    100 ms; what it raises ends the run and is raised on. Raises TransferFault.
+    ``direct`` asks for O_DIRECT where the file system has it. ``tick(bytes done)`` is called on this thread every 10 ms
+    or so, without the extension after each block; what it raises ends the run and is raised on. Raises TransferFault.
     """
     return _run(True, files, blocks, pieces, "direct" if direct else "buffered", checksum, tick)
 
 
 def read(
     files: Sequence[int],
-    blocks: Sequence[Block],
+    blocks: Blocks,
     pieces: Sequence[Piece],
     *,
     access: Access = "auto",
@@ -129,7 +131,7 @@ def read(
 def _run(
     write: bool,
     files: Sequence[int],
-    blocks: Sequence[Block],
+    blocks: Blocks,
     pieces: Sequence[Piece],
     access: Access,
     checksum: bool,
@@ -156,13 +158,12 @@ def _run(
                 raise
             raise _no_memory("allocation of working memory", 0) from error
     with collector_still():
-        places = [_place(piece) for piece in pieces]
-        block_table, segment_table = _block_table(blocks), _segment_table(blocks, places)
-    ordinals = sorted({memory for memory, _ in places if memory >= 0})
-    lends = any(memory == native.LENT for memory, _ in places)
-
-    cuda_devices = {t.get_device() for t, _, _ in pieces if isinstance(t, torch.Tensor) and t.is_cuda}
-    callers_stream = {device: torch.cuda.current_stream(device) for device in cuda_devices}
+        places = np.fromiter(chain.from_iterable(map(_place, pieces)), np.int64, 2 * len(pieces)).reshape(-1, 2)
+        piece_bytes = np.array([piece.nbytes for piece in pieces], dtype=np.int64)
+    kinds = set(places[:, 0].tolist())
+    devices = sorted(kind for kind in kinds if kind >= 0)
+    elsewhere = [pieces[n] for n in np.flatnonzero(places[:, 0] != native.HOST).tolist()]
+    callers_stream = {device: torch.cuda.current_stream(device) for device in _cuda_devices(elsewhere)}
 
     def lend(piece: int, offset: int, view: memoryview) -> None:
         tensor = pieces[piece].tensor
@@ -182,14 +183,14 @@ def _run(
             write=write,
             files=np.array(files, dtype=np.int64),
             access=access,
-            blocks=block_table,
-            segments=segment_table,
-            piece_bytes=np.fromiter((piece.nbytes for piece in pieces), np.int64, len(pieces)),
+            blocks=blocks.table,
+            segments=_segment_table(blocks.segments, places),
+            piece_bytes=piece_bytes,
             checksum=checksum,
-            streams=[(ordinal, torch.cuda.current_stream(ordinal).cuda_stream) for ordinal in ordinals],
-            workers=_workers(access),
+            streams=[(device, callers_stream[device].cuda_stream) for device in devices],
+            workers=_workers(access, with_device=bool(devices)),
             slot_bytes=BLOCK_BYTES,
-            lend=lend if lends else None,
+            lend=lend if native.LENT in kinds else None,
             tick=tick_or_end,
         )
     except native.Fault as fault:
@@ -201,9 +202,15 @@ def _run(
     return Transfer(tuple(result.sums.tolist()), tuple(result.direct), result.staging_bytes, result.pinned, tuple(result.notes))
 
 
-def _workers(access: Access) -> int:
-    """Eight workers hide the disk's and the device's latency behind each other; through the cache only processors help."""
-    return 8 if access != "buffered" else max(1, min(8, len(os.sched_getaffinity(0))))
+def _workers(access: Access, *, with_device: bool) -> int:
+    """Two for each processor, eight at most, one copying while the other waits for the disk: each has a slot to touch first.
+
+    Through the cache only processors help. A device has one for each slot of the ring: most wait for a copy.
+    """
+    if with_device:
+        return 16
+    processors = len(os.sched_getaffinity(0))
+    return max(1, min(8, processors if access == "buffered" else 2 * processors))
 
 
 def _place(piece: Piece) -> tuple[int, int]:
@@ -222,26 +229,12 @@ def _place(piece: Piece) -> tuple[int, int]:
     return native.LENT, 0
 
 
-def _block_table(blocks: Sequence[Block]) -> NDArray[np.int64]:
-    table = np.empty((len(blocks), 4), dtype=np.int64)
-    table[:, 0] = [block.file for block in blocks]
-    table[:, 1] = [block.offset for block in blocks]
-    table[:, 2] = [block.length for block in blocks]
-    counts = np.array([0, *(len(block.segments) for block in blocks)], dtype=np.int64)
-    table[:, 3] = np.cumsum(counts)[: len(blocks)]
-    return table
+def _segment_table(segments: NDArray[np.int64], places: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Rows of memory, address, length, offset in the block, piece, offset in the piece."""
+    piece, piece_offset, length, at = segments.T
+    memory, address = places[piece].T
+    return np.stack([memory, np.where(address != 0, address + piece_offset, 0), length, at, piece, piece_offset], axis=1)
 
 
-def _segment_table(blocks: Sequence[Block], places: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
-    """Rows of memory, address, length, place in the block, piece, offset in the piece."""
-    segments = chain.from_iterable(block.segments for block in blocks)
-    count = sum(len(block.segments) for block in blocks)
-    flat = np.fromiter(chain.from_iterable(segments), np.int64, 4 * count).reshape(count, 4)
-    piece, piece_offset, length, at = flat.T
-    memory = np.fromiter((place[0] for place in places), np.int64, len(places))
-    address = np.fromiter((place[1] for place in places), np.int64, len(places))
-    return np.ascontiguousarray(
-        np.stack(
-            [memory[piece], address[piece] + piece_offset * (address[piece] != 0), length, at, piece, piece_offset], axis=1
-        )
-    )
+def _cuda_devices(pieces: Sequence[Piece]) -> set[int]:
+    return {tensor.get_device() for tensor, _, _ in pieces if isinstance(tensor, torch.Tensor) and tensor.is_cuda}

@@ -6,10 +6,8 @@ from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from shardsave._architecture import DICT_TYPES
+from shardsave._state import EXTRA_STATE
 from shardsave._values import Document, Values
-
-#: How the name in a state dict ends under which a module has its extra state.
-EXTRA_STATE = "_extra_state"
 
 _PLAIN_DICTS = {"dict": dict, **{name: kind for name, kind in DICT_TYPES.items() if name != "defaultdict"}}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
@@ -14,7 +13,8 @@ from shardsave._checkpoint import Located
 from shardsave._collector import collector_still
 from shardsave._dtypes import BY_NAME, torch_shape
 from shardsave._fillable import check_fillable, check_plain, check_shaped, refuse_overlaps
-from shardsave._slots import Slot, ancestor, counts_batches, expected_names, has_memory, hooked_modules, leaders, slots
+from shardsave._memory import address
+from shardsave._slots import Slot, ancestor, counts_batches, expected_names, hooked_modules, leaders, slots, sub_modules
 from shardsave._state import Names, refuse_sharded, unwrap
 from shardsave.errors import IncompatibleCheckpointError, ShardSaveError
 
@@ -38,8 +38,7 @@ class Joins(Protocol):
     def views(self, tensors: Mapping[str, torch.Tensor]) -> list[Sequence[torch.Tensor] | None]: ...
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(NamedTuple):
     """Tensors that are read together: (stored tensor, destination). `finish` is called once they are filled.
 
     ``in_place``: the destinations are the module's own; else they are copies that `finish` passes on. It gives what that finds
@@ -64,7 +63,8 @@ class Fit:
         self._device = device
         self._stored = stored
         self._joins = joins
-        self._slots = slots(module)
+        self._sub_modules = sub_modules(module)
+        self._slots = slots(self._sub_modules)
         self._leaders = leaders(self._slots)  # every name → the first name with the same memory
         self._direct: list[str] = []
         self._hooked: list[tuple[str, nn.Module, dict[str, str]]] = []
@@ -81,9 +81,12 @@ class Fit:
     @property
     def reads(self) -> list[Located]:
         """The stored tensors that are read."""
-        names, joins = dict.fromkeys(self._names), self._joins.joins if self._joins is not None else []
+        names = self._names
+        if self._joins is None:
+            return [self._stored[name] for name in names]
+        joins, wanted = self._joins.joins, set(names)
         joined = {target for join in joins for target in join.targets}
-        parts = [source for join in joins if not names.keys().isdisjoint(join.targets) for source in join.sources]
+        parts = [source for join in joins if not wanted.isdisjoint(join.targets) for source in join.sources]
         return [*(self._stored[name] for name in names if name not in joined), *parts]
 
     def materialise(self, names: Iterable[str] | None = None) -> None:
@@ -91,6 +94,9 @@ class Fit:
 
         ``names``: what is going to be filled; everything that is read by default.
         """
+        moving = [slot for slot in self._slots if not self.stays(slot.tensor)]
+        if not moving:
+            return
         owners = {name for name, _, _ in self._hooked}
         filled = {self._leaders[name] for name in (self._names if names is None else names) if name in self._leaders}
         theirs = {self._leaders[slot.name] for slot in self._slots if ancestor(slot.name, owners) is not None}
@@ -98,10 +104,9 @@ class Fit:
         parameters: dict[int, nn.Parameter] = {}
         # Parameters made in inference mode could never be trained: the caller's mode must not get into the module.
         with torch.inference_mode(False), torch.no_grad():
-            for slot in self._slots:
+            for slot in moving:
                 tensor, leader = slot.tensor, self._leaders[slot.name]
-                wanted = leader in filled or leader in theirs or counts_batches(slot)
-                if self.stays(tensor) or (tensor.is_meta and not wanted):
+                if tensor.is_meta and not (leader in filled or leader in theirs or counts_batches(slot)):
                     continue
                 if leader not in memory:
                     memory[leader] = self._new_memory(tensor, leader in filled)
@@ -111,6 +116,7 @@ class Fit:
                 tensor.data = memory[leader]
                 if tensor.grad is not None:
                     tensor.grad.data = tensor.grad.data.to(memory[leader].device)
+        self._slots = slots(self._sub_modules)
 
     def stays(self, tensor: torch.Tensor) -> bool:
         """Whether ``tensor`` is filled in the memory that it has."""
@@ -127,8 +133,7 @@ class Fit:
 
         The routines come first, since they can still refuse what they are given. What has to be joined in a copy comes one by one.
         """
-        with collector_still():
-            current = {slot.name: slot.tensor for slot in slots(self._module)}
+        current = {slot.name: slot.tensor for slot in self._slots}
         given: dict[str, torch.Tensor] = {}
         theirs = {name for _, _, own in self._hooked for name in own}
         for join in self._joins.joins if self._joins is not None and theirs else []:
@@ -141,9 +146,9 @@ class Fit:
         if self._hooked and self._direct:
             yield Group((), False, self.look_again)
         with collector_still():
-            current = {slot.name: slot.tensor for slot in slots(self._module)} if theirs else current
+            if self._hooked:
+                current = {slot.name: slot.tensor for slot in self._slots}
             direct, apart = self._join_in_place(current)
-            self._done = [current[name].detach() for name in self._direct]
         while apart:
             join = apart.pop(0)
             if theirs.isdisjoint(join.targets):
@@ -152,15 +157,18 @@ class Fit:
 
     def _join_in_place(self, current: Mapping[str, torch.Tensor]) -> tuple[list[tuple[Located, torch.Tensor]], list[Join]]:
         """What goes straight into the module's memory, and the joins that do not."""
-        joins = self._joins.joins if self._joins is not None else []
+        self._done = [current[name].detach() for name in self._direct]
+        if self._joins is None:
+            return [*zip(map(self._stored.__getitem__, self._direct), self._done)], []
+        joins = self._joins.joins
         targets = {target for join in joins for target in join.targets}
-        direct = [(self._stored[name], current[name].detach()) for name in self._direct if name not in targets]
+        direct = [(self._stored[name], own) for name, own in zip(self._direct, self._done) if name not in targets]
         tensors = {name: current[name].detach() for name in targets if name in current}
-        views = self._joins.views(tensors) if self._joins is not None and tensors else [None] * len(joins)
+        views = self._joins.views(tensors) if tensors else [None] * len(joins)
         apart, straight, wanted = [], set(self._direct), set(self._names)
-        for join, parts in zip(joins, views):
-            if parts is not None and straight.issuperset(join.targets):
-                direct += zip(join.sources, parts)
+        for join, inside in zip(joins, views):
+            if inside is not None and straight.issuperset(join.targets):
+                direct += zip(join.sources, inside)
             elif not wanted.isdisjoint(join.targets):
                 apart.append(join)
         return direct, apart
@@ -185,9 +193,7 @@ class Fit:
 
     def written(self) -> None:
         """Tells autograd that tensors were overwritten behind its back, so that a stale backward raises."""
-        for tensor in self._done:
-            if not tensor.is_inference():
-                torch.autograd.graph.increment_version(tensor)
+        torch.autograd.graph.increment_version(self._done)  # which passes over those of inference mode
         self._done = []
 
     @collector_still()
@@ -198,27 +204,30 @@ class Fit:
         """
         if flags is None:
             return None
-        wanted: dict[int, tuple[nn.Parameter, bool]] = {}
+        parameters: dict[int, torch.Tensor] = {}
+        wanted: dict[int, bool] = {}
         for name, parameter in self._named_parameters():
             frozen = flags.get(name)
             if frozen is None or name in self._left_alone:
                 continue
             if parameter.is_floating_point() or parameter.is_complex():
-                before = wanted.get(id(parameter), (parameter, True))[1]
-                wanted[id(parameter)] = (parameter, frozen and before)
-        for parameter, frozen in wanted.values():
+                key = id(parameter)
+                parameters[key] = parameter
+                wanted[key] = frozen and wanted.get(key, True)
+        for parameter, frozen in zip(parameters.values(), wanted.values()):
             if parameter.requires_grad == frozen:
                 with torch.inference_mode(parameter.is_inference()):  # outside, an inference tensor refuses the flag
                     parameter.requires_grad_(not frozen)
-        return sum(frozen for _, frozen in wanted.values())
+        return sum(wanted.values())
 
-    def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+    def _named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every parameter by every name that it has, and by those that hooks of its sub-module give it on disk."""
-        names = Names(self._module)
-        for name, parameter in self._module.named_parameters(remove_duplicate=False):
-            yield names.plain(name), parameter
+        # A routine of a sub-module's own may have put others in the place of those that were there.
+        for slot in slots(sub_modules(self._module)) if self._hooked else self._slots:
+            if not slot.is_buffer:
+                yield slot.name, slot.tensor
         for name, owner, _ in self._hooked:
-            names = Names(owner)
+            names = Names.of(owner)
             for own_name, value in owner.state_dict(keep_vars=True).items():
                 if isinstance(value, nn.Parameter):
                     plain = names.plain(own_name)
@@ -248,55 +257,56 @@ def fit_module(
     refuse_sharded(module, "fill", "the module is unchanged")
     fit = Fit(module, device, stored, joins)
     fit._extra_states = extra_states
-    expected = expected_names(module)
-    theirs = _give_to_owners(fit, module, expected)
+    expected = expected_names(fit._sub_modules, fit._slots)
+    theirs = _give_to_owners(fit, expected)
     fit.unexpected = tuple(sorted(stored.keys() - expected - theirs))
-    there = {fit._leaders[name] for name in stored if name in fit._leaders}
-    counters = {slot.name for slot in fit._slots if counts_batches(slot)}
-    missing = expected - theirs - stored.keys() - counters
-    fit.missing = tuple(sorted(name for name in missing if fit._leaders.get(name) not in there and not optional(name)))
+    if missing := expected - stored.keys() - theirs:
+        there = {fit._leaders[name] for name in stored if name in fit._leaders}
+        missing -= {slot.name for slot in fit._slots if counts_batches(slot)}
+        fit.missing = tuple(sorted(name for name in missing if fit._leaders.get(name) not in there and not optional(name)))
     for slot in fit._slots:
         if slot.name in theirs:
             check_plain(slot, where)
-    straight = (expected & stored.keys()) - theirs
-    fit.mismatched = _leave_mismatched(fit, straight, where)
+    straight = (stored.keys() & expected) - theirs
+    usable = [slot for slot in fit._slots if slot.name in straight]
+    fit.mismatched = _leave_mismatched(fit, usable, where)
     if strict and (fit.missing or fit.unexpected or fit.mismatched):
         _refuse_difference(fit, where)
-    _choose_direct(fit, straight, where, equal)
+    _choose_direct(fit, usable, where, equal)
     _refuse_meta_left_over(fit._slots, expected, where)
     fit.look_again = lambda strict: _choose_again(fit, straight, where, equal)
     return fit
 
 
-def _leave_mismatched(fit: Fit, straight: set[str], where: str) -> tuple[str, ...]:
-    """Tells which of ``straight``, the names without a loading routine, have another shape on disk; they are left alone."""
+def _leave_mismatched(fit: Fit, usable: Sequence[Slot], where: str) -> tuple[str, ...]:
+    """Tells which of ``usable``, those without a loading routine, have another shape on disk; they are left alone."""
     mismatched = []
-    for slot in fit._slots:
-        if slot.name not in straight:
-            continue
+    for slot in usable:
         check_shaped(slot, where)
         t, tensor = fit._stored[slot.name], slot.tensor
         shape = torch_shape(t.dtype, t.shape)
-        if shape != tuple(tensor.shape) and not (tensor.dim() == 0 and shape == (1,)):
+        if shape != tensor.shape and not (tensor.dim() == 0 and shape == (1,)):
             mismatched.append(f"{slot.name} {list(shape)} on disk, {list(tensor.shape)} in the module")
             fit._left_alone.add(slot.name)
     return tuple(sorted(mismatched))
 
 
-def _choose_direct(fit: Fit, straight: set[str], where: str, equal: Callable[[Located, Located], bool]) -> None:
-    """Chooses what is filled straight in: of the names in ``straight`` that are one tensor the first."""
+def _choose_direct(fit: Fit, usable: Sequence[Slot], where: str, equal: Callable[[Located, Located], bool]) -> None:
+    """Chooses what is filled straight in: of the names of ``usable`` that are one tensor the first."""
     stored = fit._stored
     first: dict[str, Slot] = {}
-    for slot in fit._slots:
-        if slot.name not in straight or slot.name in fit._left_alone:
+    dtypes = {dtype: BY_NAME[dtype].torch for dtype in {t.dtype for t in stored.values()}}
+    for slot in usable:
+        if slot.name in fit._left_alone:
             continue
-        check_fillable(slot, BY_NAME[stored[slot.name].dtype].torch, where)
+        check_fillable(slot, dtypes[stored[slot.name].dtype], where)
         leader = first.setdefault(fit._leaders[slot.name], slot).name
         if leader != slot.name and stored[leader] is not stored[slot.name] and not equal(stored[leader], stored[slot.name]):
             _refuse_tie(leader, slot.name, where)
-    apart: list[tuple[Slot, str | None]] = [(slot, None) for slot in first.values()]
-    apart += _first_of_owners(fit, first, where, equal)
-    refuse_overlaps(((slot, owner) for slot, owner in apart if fit.stays(slot.tensor) and has_memory(slot.tensor)), where)
+    theirs = _first_of_owners(fit, first, where, equal)
+    owners = {slot.name: owner for slot, owner in theirs}
+    apart = (*first.values(), *(slot for slot, _ in theirs if address(slot.tensor)))
+    refuse_overlaps((slot for slot in apart if fit.stays(slot.tensor)), owners, where)
     fit._direct = [slot.name for slot in first.values()]
 
 
@@ -307,17 +317,19 @@ def _choose_again(
 
     Raises IncompatibleCheckpointError where that cannot be filled, or where they took a tensor away.
     """
-    fit._slots = slots(fit._module)
+    fit._sub_modules = sub_modules(fit._module)
+    fit._slots = slots(fit._sub_modules)
     fit._leaders = leaders(fit._slots)
+    usable = [slot for slot in fit._slots if slot.name in straight]
     before = set(fit._left_alone)
     lost = sorted(set(fit._direct) - fit._leaders.keys())
     try:
-        changed = _leave_mismatched(fit, straight, where) if not lost else ()
+        changed = _leave_mismatched(fit, usable, where) if not lost else ()
         if lost or fit._left_alone != before:
             name = min(lost or fit._left_alone - before)
             found = f"{name} is not there any more" if lost else next(c for c in changed if c.startswith(f"{name} ["))
             raise IncompatibleCheckpointError(f"cannot load {where}: the module's names and shapes were expected, {found}")
-        _choose_direct(fit, straight, where, equal)
+        _choose_direct(fit, usable, where, equal)
     except ShardSaveError as error:
         raise IncompatibleCheckpointError(
             f"{str(error).removesuffix('; the module is unchanged')}; the loading routine of another sub-module changed that"
@@ -335,6 +347,8 @@ def _first_of_owners(
     very tensor: others change what they are given, and may come to the same value.
     """
     owners = {name: owner for name, owner, own in fit._hooked}
+    if not owners:
+        return []
     seen: dict[str, tuple[Slot, str | None]] = {leader: (slot, None) for leader, slot in first.items()}
     found = []
     for slot in fit._slots:
@@ -358,7 +372,7 @@ def _saves_itself(slot: Slot, owner_name: str | None, owners: Mapping[str, nn.Mo
     if owner_name is None:
         return True
     inner = slot.name[len(owner_name) + 1 :] if owner_name else slot.name
-    names = Names(owners[owner_name])
+    names = Names.of(owners[owner_name])
     return any(
         names.plain(name) == inner and value is slot.tensor
         for name, value in owners[owner_name].state_dict(keep_vars=True).items()
@@ -372,12 +386,14 @@ def _refuse_tie(left: str, right: str, where: str) -> NoReturn:
     )
 
 
-def _give_to_owners(fit: Fit, module: nn.Module, expected: set[str]) -> set[str]:
+def _give_to_owners(fit: Fit, expected: set[str]) -> set[str]:
     """Gives each sub-module with a loading routine of its own all that is stored under its name; the names that are theirs.
 
     Also what the module does not expect: such routines rename, drop and make up names. One that gets nothing has no say.
     """
-    hooked = hooked_modules(module)
+    hooked = hooked_modules(fit._sub_modules)
+    if not hooked:
+        return set()
     own: dict[str, dict[str, str]] = {}
     for name in fit._stored:
         owner_name = ancestor(name, hooked)
@@ -404,12 +420,12 @@ def _give(
     copies = {inner: (stored[name], _copy_of(stored[name])) for name, inner in own.items() if inner not in ready}
 
     def finish(strict: bool) -> tuple[list[str], list[str]]:
-        names = Names(owner)
+        names = Names.of(owner)
         state: dict[str, Any] = {
             names.wrapped(inner): copies[inner][1] if inner in copies else ready[inner] for inner in own.values()
         }
         state.update({names.wrapped(inner): value for inner, value in extra.items()})
-        inference = any(not is_lazy(slot.tensor) and slot.tensor.is_inference() for slot in slots(owner))
+        inference = any(not is_lazy(slot.tensor) and slot.tensor.is_inference() for slot in slots(sub_modules(owner)))
         try:
             with torch.inference_mode(inference):
                 answer = owner.load_state_dict(state, strict=strict)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NoReturn
 
 import numpy as np
 import torch
 from torch.nn.parameter import is_lazy
 
+from shardsave._memory import any_overlap, lacks_memory, reach
 from shardsave._slots import Slot
-from shardsave._state import PLAIN_TYPES, lacks_memory
+from shardsave._state import PLAIN_TYPES
 from shardsave.errors import UnsupportedTensorError, an
 
 #: How much work numpy may put into the question whether two strided views share an element.
@@ -47,45 +48,47 @@ def check_fillable(slot: Slot, stored: torch.dtype, where: str) -> None:
         return
     if lacks_memory(tensor):
         _refuse(slot.name, where, "memory for all its elements was expected", "its storage was freed or made smaller")
+    if tensor.is_contiguous():
+        return
     if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride())):
         _refuse(slot.name, where, "memory for each element was expected", "it is expanded; call .contiguous() on it first")
-    if not tensor.is_contiguous() and _may_hit_itself(tensor):
+    if _may_hit_itself(tensor):
         found = f"elements of it share theirs, its strides are {list(tensor.stride())}; call .contiguous() on it first"
         _refuse(slot.name, where, "memory for each element was expected", found)
 
 
 def _may_hit_itself(tensor: torch.Tensor) -> bool:
     """Whether two elements may lie at one place; of strides that no slicing or transposing makes it is assumed."""
-    reach = 1
+    behind = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
-        if size > 1 and stride < reach:
+        if size > 1 and stride < behind:
             return True
-        reach += (size - 1) * stride
+        behind += (size - 1) * stride
     return False
 
 
-def refuse_overlaps(slots: Iterable[tuple[Slot, str | None]], where: str) -> None:
-    """Refuses tensors, each filled on its own, that share a part of their memory: one would undo the other.
+def refuse_overlaps(slots: Iterable[Slot], owners: Mapping[str, str], where: str) -> None:
+    """Refuses strided tensors, each filled on its own, that share a part of their memory: one would undo the other.
 
-    With each the name of the sub-module that fills it by a routine of its own, if one does: what these do within themselves is theirs.
+    ``owners``: of those that a sub-module fills by a routine of its own its name; what these do within themselves is theirs.
     """
-    spans = []
-    for slot, owner in slots:
-        tensor = slot.tensor
-        if tensor.numel() and not tensor.is_meta:
-            reach = tensor.numel()
-            if not tensor.is_contiguous():
-                reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) + 1
-            begin = tensor.data_ptr()
-            device = "cpu" if tensor.is_cpu else str(tensor.device)
-            spans.append((device, begin, begin + reach * tensor.element_size(), slot, owner))
+    there, begins, ends = [], [], []
+    for slot in slots:
+        if begin := slot.tensor.data_ptr():  # there is none on the meta device, and none of an empty tensor
+            there.append(slot)
+            begins.append(begin)
+            ends.append(begin + reach(slot.tensor))
+    if not any_overlap(begins, ends):
+        return
+    spans = [(str(slot.tensor.device), begin, end, slot) for begin, end, slot in zip(begins, ends, there)]
     spans.sort(key=lambda span: span[:3])
-    alive: list[tuple[str, int, int, Slot, str | None]] = []
+    alive: list[tuple[str, int, int, Slot]] = []
     for span in spans:
-        device, begin, _, slot, owner = span
+        device, begin, _, slot = span
+        owner = owners.get(slot.name)
         alive = [other for other in alive if other[0] == device and other[2] > begin]
-        for *_, other, others_owner in alive:
-            if (owner is None or owner != others_owner) and _share_an_element(other.tensor, slot.tensor):
+        for *_, other in alive:
+            if (owner is None or owner != owners.get(other.name)) and _share_an_element(other.tensor, slot.tensor):
                 _refuse(
                     slot.name,
                     where,

@@ -6,8 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from shardsave._collector import collector_still
 from shardsave._crc64 import crc64
@@ -41,8 +40,7 @@ _FLAG_WORDS: dict[bool | None, str] = {True: "frozen", False: "trainable", None:
 _MODULE_FLAGS = {True: "frozen", False: "trainable"}
 
 
-@dataclass(frozen=True, slots=True)
-class ShardRecord:
+class ShardRecord(NamedTuple):
     """What the index knows of a shard: its length, that of its header (bytes), and the header's CRC-64/NVME."""
 
     length: int
@@ -50,8 +48,7 @@ class ShardRecord:
     header_crc: int
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """A file of the checkpoint that holds no tensor of ``weight_map``: an architecture, a program, or tensors of these.
 
     ``record``: as of a shard; where the whole file is JSON, its header is the whole file.
@@ -61,24 +58,21 @@ class Part:
     record: ShardRecord
 
 
-@dataclass(frozen=True, slots=True)
-class FileRecord:
+class FileRecord(NamedTuple):
     """What the index knows of a file beside the shards: its length in bytes, and the CRC-64/NVME of all of it."""
 
     length: int
     crc: int
 
 
-@dataclass(frozen=True, slots=True)
-class Superseded:
+class Superseded(NamedTuple):
     """The lone file that a save replaced: size in bytes and modification time in ns."""
 
     size: int
     mtime_ns: int
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """What we add to an index. ``flags``: name → frozen, of every parameter, tied names too; None where unknown.
 
     ``ties``: tied name → the name under which its bytes are stored. ``parts``: what it is → the file that has it.
@@ -93,19 +87,18 @@ class Record:
     shards: Mapping[str, ShardRecord]
     supersedes: Superseded | None
     writer: str
-    parts: Mapping[str, Part] = field(default_factory=dict)
-    companions: Mapping[str, FileRecord] = field(default_factory=dict)
+    parts: Mapping[str, Part] = {}
+    companions: Mapping[str, FileRecord] = {}
     module_flags: Mapping[str, bool] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Index:
+class Index(NamedTuple):
     """``weight_map``: stored name → file name. ``record`` is None in an index that others wrote, who may tell of ties all the same."""
 
     weight_map: Mapping[str, str]
     total_size: int
     record: Record | None
-    ties_of_others: Mapping[str, str] = field(default_factory=dict)
+    ties_of_others: Mapping[str, str] = {}
 
     @property
     def ties(self) -> Mapping[str, str]:

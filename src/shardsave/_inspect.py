@@ -11,9 +11,10 @@ from shardsave._backend import engine_name
 from shardsave._checkpoint import PARTS, Checkpoint, open_checkpoint
 from shardsave._dtypes import BY_NAME, torch_shape
 from shardsave._ending import verb
+from shardsave._findings import CheckpointInfo, Damage, TensorInfo, VerifyReport
 from shardsave._progress import Progress, ProgressArgument
 from shardsave._read import ReadTotals, Target, read_tensors
-from shardsave._reports import CheckpointInfo, Damage, Phases, TensorInfo, VerifyReport
+from shardsave._reports import Phases
 from shardsave.errors import DirectoryBusyError, ShardSaveError
 
 
@@ -74,10 +75,10 @@ def verify(path: str | os.PathLike[str], *, keep_going: bool = False, progress: 
     started = time.perf_counter()
     broken: dict[str, ShardSaveError] = {}
     with open_checkpoint(path, parts=PARTS, broken=broken if keep_going else None) as checkpoint:
-        targets = [Target(located, None) for located in (*checkpoint.tensors.values(), *checkpoint.kept.values())]
+        targets: list[Target] = [(located, None) for located in (*checkpoint.tensors.values(), *checkpoint.kept.values())]
         planned = time.perf_counter()
         totals = ReadTotals()
-        with Progress(progress, "verifying", sum(target.located.nbytes for target in targets)) as shown:
+        with Progress(progress, "verifying", sum(located.nbytes for located, _ in targets)) as shown:
             if keep_going:
                 damaged = [*_unopened(checkpoint, broken), *_read_on(checkpoint, targets, shown, totals)]
             else:
@@ -121,7 +122,7 @@ def _read_on(checkpoint: Checkpoint, targets: Iterable[Target], shown: Progress,
     """Reads shard after shard, so that one that cannot be read does not stand for the others."""
     by_shard: dict[str, list[Target]] = {}
     for target in targets:
-        by_shard.setdefault(target.located.shard, []).append(target)
+        by_shard.setdefault(target[0].shard, []).append(target)
     found = []
     for shard, its in by_shard.items():
         seen = len(totals.damaged)
@@ -133,5 +134,5 @@ def _read_on(checkpoint: Checkpoint, targets: Iterable[Target], shown: Progress,
             new = totals.damaged[seen:]
             found += [Damage(shard, (located.name,), message) for located, message in new]
             if not new:
-                found.append(Damage(shard, tuple(target.located.name for target in its), str(error)))
+                found.append(Damage(shard, tuple(located.name for located, _ in its), str(error)))
     return found

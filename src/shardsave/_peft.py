@@ -117,7 +117,7 @@ def adapter_names(source: object, stored: Mapping[str, Located], where: str) -> 
     model = adapted(source)
     if model is None or len(list(model.active_adapters)) != 1:
         return None
-    names = Names(model)
+    names = Names.of(model)
     tensors = {names.plain(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
     adapter = adapter_of(model, tensors)
     saved = adapter.names.keys() | adapter.computed.keys()

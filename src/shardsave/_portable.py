@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -12,13 +12,13 @@ import torch
 from shardsave import _crc64, _lend
 from shardsave._engine import BLOCK_BYTES, Piece, Tick, Transfer, TransferFault
 from shardsave._files import start_writeback
-from shardsave._plan import Block
+from shardsave._plan import Blocks
 
 
 def run(
     write: bool,
     files: Sequence[int],
-    blocks: Sequence[Block],
+    blocks: Blocks,
     pieces: Sequence[Piece],
     checksum: bool,
     durable: bool,
@@ -31,52 +31,57 @@ def run(
         staging = np.empty(BLOCK_BYTES, np.uint8).data
     except MemoryError as error:
         raise TransferFault(-1, "allocation of staging memory", errno.ENOMEM, 0, BLOCK_BYTES) from error
-    for block in blocks:
-        slot = staging[: block.length]
+    for file, offset, length, segments in _each(blocks):
+        slot = staging[:length]
+        _, _, last, at = segments[-1]
+        used = at + last
         if not write:
-            _read_block(files, block, slot)
-        for segment in block.segments:
-            piece = pieces[segment.piece]
-            part = slot[segment.at : segment.at + segment.length]
+            _read_block(files, file, offset, slot, used)
+        for number, piece_offset, count, at in segments:
+            piece = pieces[number]
+            part = slot[at : at + count]
             if write and piece.tensor is not None:
-                _lend.fill(piece.tensor, piece.dtype, segment.piece_offset, part)
+                _lend.fill(piece.tensor, piece.dtype, piece_offset, part)
             if checksum:
-                behind = piece.nbytes - segment.piece_offset - segment.length
-                sums[segment.piece] ^= _crc64.shift(_crc64.raw(np.frombuffer(part, np.uint8)), behind)
+                behind = piece.nbytes - piece_offset - count
+                sums[number] ^= _crc64.shift(_crc64.raw(np.frombuffer(part, np.uint8)), behind)
             if not write and isinstance(piece.tensor, torch.Tensor):
-                _lend.drain(piece.tensor, piece.dtype, segment.piece_offset, part)
-            done += segment.length
+                _lend.drain(piece.tensor, piece.dtype, piece_offset, part)
+            done += count
         if write:
-            slot[_end(block) :] = bytes(block.length - _end(block))
-            _write_block(files, block, slot)
+            slot[used:] = bytes(length - used)
+            _write_block(files, file, offset, slot)
             if durable:
-                start_writeback(files[block.file], block.offset, block.length)
+                start_writeback(files[file], offset, length)
         tick(done)
     finished = (_crc64.finish(value, piece.nbytes) for value, piece in zip(sums, pieces)) if checksum else ()
     return Transfer(tuple(finished), (False,) * len(files), BLOCK_BYTES, pinned=False)
 
 
-def _end(block: Block) -> int:
-    return max(segment.at + segment.length for segment in block.segments)
+def _each(blocks: Blocks) -> Iterator[tuple[int, int, int, list[list[int]]]]:
+    """Each block: file, offset, length and its segments, of which the last is the last in the block."""
+    rows = blocks.table.tolist()
+    for (file, offset, length, first), (*_, behind) in zip(rows, [*rows[1:], [len(blocks.segments)]]):
+        yield file, offset, length, blocks.segments[first:behind].tolist()
 
 
-def _write_block(files: Sequence[int], block: Block, slot: memoryview) -> None:
+def _write_block(files: Sequence[int], file: int, offset: int, slot: memoryview) -> None:
     done = 0
-    while done < block.length:
+    while done < len(slot):
         try:
-            done += os.pwrite(files[block.file], slot[done:], block.offset + done)
+            done += os.pwrite(files[file], slot[done:], offset + done)
         except OSError as error:
-            raise TransferFault(block.file, "pwrite", error.errno or 0, block.offset + done, block.length - done) from error
+            raise TransferFault(file, "pwrite", error.errno or 0, offset + done, len(slot) - done) from error
 
 
-def _read_block(files: Sequence[int], block: Block, slot: memoryview) -> None:
-    """Reads at least what the segments need; the padding may lie beyond the end of the file."""
-    done, needed = 0, _end(block)
+def _read_block(files: Sequence[int], file: int, offset: int, slot: memoryview, needed: int) -> None:
+    """Reads at least the ``needed`` first bytes; the padding may lie beyond the end of the file."""
+    done = 0
     while done < needed:
         try:
-            count = os.preadv(files[block.file], [slot[done:]], block.offset + done)
+            count = os.preadv(files[file], [slot[done:]], offset + done)
         except OSError as error:
-            raise TransferFault(block.file, "pread", error.errno or 0, block.offset + done, block.length - done) from error
+            raise TransferFault(file, "pread", error.errno or 0, offset + done, len(slot) - done) from error
         if count == 0:
-            raise TransferFault(block.file, "pread", 0, block.offset + done, needed - done, "the file ends here")
+            raise TransferFault(file, "pread", 0, offset + done, needed - done, "the file ends here")
         done += count

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from itertools import chain
+from typing import TYPE_CHECKING, Union
 
+import numpy as np
 import torch
 
 from shardsave import _engine
 from shardsave._checkpoint import Checkpoint, Located
 from shardsave._collector import collector_still
 from shardsave._dtypes import BY_NAME, item_bytes
-from shardsave._plan import Extent, blocks
+from shardsave._plan import blocks
 from shardsave._progress import Progress
 from shardsave.errors import CorruptCheckpointError, ShardSaveError
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
-class Target(NamedTuple):
-    """A stored tensor and where its bytes go; without a tensor they are only checked."""
-
-    located: Located
-    tensor: torch.Tensor | None
+#: A stored tensor and where its bytes go; without a tensor they are only checked.
+Target = tuple[Located, Union[torch.Tensor, None]]
 
 
 @dataclass
@@ -50,17 +51,20 @@ def read_tensors(
     """
     if not verify:
         totals.verified = False
-    elif any(located.checksum is None for located, _ in targets):
+    elif None in [located.checksum for located, _ in targets]:
         totals.verified = None
+    shards = sorted({located.shard for located, _ in targets})
     with collector_still():
-        order = sorted(targets, key=lambda target: (target[0].shard, target[0].offset))
-    shards = list(dict.fromkeys(located.shard for located, _ in order))
+        extents = _extents(targets, shards)
+        order = np.lexsort((extents[:, 1], extents[:, 0]))
+        extents, targets = extents[order], [targets[n] for n in order.tolist()]
     step = checkpoint.allowance
     damaged: list[tuple[Located, str]] = []
     for first in range(0, len(shards), step):
         group = shards[first : first + step]
-        chosen = [target for target in order if target.located.shard in set(group)] if len(shards) > step else order
-        damaged += _read_group(checkpoint, group, chosen, verify, progress, totals)
+        begin, end = np.searchsorted(extents[:, 0], [first, first + step]).tolist()
+        extents[begin:end, 0] -= first
+        damaged += _read_group(checkpoint, group, targets[begin:end], extents[begin:end], verify, progress, totals)
         for shard in group:
             checkpoint.release(shard)
     if damaged:
@@ -69,28 +73,36 @@ def read_tensors(
         raise CorruptCheckpointError(damaged[0][1] + more)
 
 
+def _extents(targets: Sequence[Target], shards: Sequence[str]) -> NDArray[np.int64]:
+    """Where the bytes of each target lie, as `blocks` wants it; files are numbered as ``shards`` are."""
+    number = {shard: place for place, shard in enumerate(shards)}
+    grain = {dtype: item_bytes(dtype) for dtype in BY_NAME}
+    rows = ((number[t.shard], t.offset, t.nbytes, grain[t.dtype]) for t, _ in targets)
+    return np.fromiter(chain.from_iterable(rows), np.int64, 4 * len(targets)).reshape(-1, 4)
+
+
 def _read_group(
     checkpoint: Checkpoint,
     shards: Sequence[str],
     targets: Sequence[Target],
+    extents: NDArray[np.int64],
     verify: bool,
     progress: Progress,
     totals: ReadTotals,
 ) -> list[tuple[Located, str]]:
-    number = {shard: place for place, shard in enumerate(shards)}
     with collector_still():
-        dtypes = {dtype: (BY_NAME[dtype].torch, item_bytes(dtype)) for dtype in {t.dtype for t, _ in targets}}
-        extents = [Extent(number[t.shard], t.offset, t.nbytes, at, dtypes[t.dtype][1]) for at, (t, _) in enumerate(targets)]
-        pieces = [_engine.Piece(tensor, dtypes[t.dtype][0], t.nbytes) for t, tensor in targets]
+        dtypes = {dtype: BY_NAME[dtype].torch for dtype in {t.dtype for t, _ in targets}}
+        pieces = [_engine.Piece(tensor, dtypes[t.dtype], t.nbytes) for t, tensor in targets]
         planned = blocks(extents, _engine.BLOCK_BYTES)
-    checksum = verify and any(target.located.checksum is not None for target in targets)
+        checksums = [t.checksum for t, _ in targets]
+    checksum = verify and checksums.count(None) < len(checksums)
     files = checkpoint.descriptors(shards)
     try:
         done = _engine.read(files, planned, pieces, checksum=checksum, tick=progress.tick)
     except _engine.TransferFault as fault:
         path = checkpoint.path_of(shards[max(fault.file, 0)])
         raise ShardSaveError(f"cannot read {path}: {fault}; the files on disk are as they were") from fault
-    moved = sum(piece.nbytes for piece in pieces)
+    moved = int(extents[:, 2].sum())
     progress.run_ended(moved)
     totals.bytes += moved
     totals.direct &= all(done.direct)
@@ -99,12 +111,12 @@ def _read_group(
     totals.notes = tuple(dict.fromkeys([*totals.notes, *done.notes]))
     damaged = [
         (
-            t,
-            f"corrupt shard {t.shard}: tensor {t.name!r} has checksum {found:016x}, its header says {t.checksum:016x}; "
+            t := targets[n][0],
+            f"corrupt shard {t.shard}: tensor {t.name!r} has checksum {found:016x}, its header says {wanted:016x}; "
             f"the file was changed after it was saved",
         )
-        for (t, _), found in zip(targets, done.sums)
-        if t.checksum is not None and found != t.checksum
+        for n, (wanted, found) in enumerate(zip(checksums, done.sums))
+        if found != wanted and wanted is not None
     ]
     totals.tensors += len(pieces) - len(damaged)
     return damaged

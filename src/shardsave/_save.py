@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Union
 
 from torch import nn
 
-from shardsave._architecture import describe
 from shardsave._arguments import check_path, check_progress, check_switches, check_timeout, parse_size
 from shardsave._backend import engine_name
 from shardsave._collector import collector_still
@@ -184,7 +183,7 @@ def _gather(source: Source | State, bound: int, architecture: bool, program: Pro
             f"cannot save the model: modules nested less deeply than Python's stack ({sys.getrecursionlimit()}) were expected, they are "
             "deeper, or one is inside of itself; nothing was written"
         ) from error
-    extra = ExtraTensors(state.entries)
+    extra = ExtraTensors(state.entries if architecture or program is not None else ())
     documents, beside = dict(state.beside.documents), state.beside.companions
     notes: tuple[str, ...] = ()
     if adapter is not None:
@@ -192,6 +191,8 @@ def _gather(source: Source | State, bound: int, architecture: bool, program: Pro
     elif model is not None:
         beside = companions(model)
     if architecture and isinstance(source, nn.Module):
+        from shardsave._architecture import describe  # what a plain save does without is imported here
+
         documents["architecture"] = describe(source, extra)
     if program is not None and isinstance(source, nn.Module):
         from shardsave._capture import capture

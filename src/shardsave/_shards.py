@@ -8,15 +8,16 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import NamedTuple
 
+import numpy as np
+
 from shardsave import _engine
 from shardsave._checkpoint import descriptor_allowance
-from shardsave._collector import collector_still
 from shardsave._commit import Transaction
 from shardsave._crc64 import crc64, joined
 from shardsave._dtypes import BY_TORCH, logical_shape
 from shardsave._format import encode_header, with_sums
 from shardsave._index import FileRecord, ShardRecord
-from shardsave._plan import ALIGNMENT, Block, Extent, Shard, StoredTensor, blocks, pack
+from shardsave._plan import ALIGNMENT, Blocks, Shard, StoredTensor, blocks, pack
 from shardsave._progress import Progress
 from shardsave._staging import StagedShard
 from shardsave._state import Entry
@@ -45,38 +46,32 @@ def plan_shards(
 
     ``more``: further entries of their ``__metadata__``.
     """
-    tensors = [_stored_tensor(entry) for entry in entries]
-    if not apart:
-        tensors = [tensor._replace(frozen=False) for tensor in tensors]
-    memory = {entry.name: (entry.tensor, entry.cast or entry.tensor.dtype) for entry in entries}
+    tensors, pieces = [], {}
+    for entry in entries:
+        tensor, name = entry.tensor, entry.name
+        dtype = entry.cast or tensor.dtype
+        nbytes = tensor.numel() * dtype.itemsize
+        frozen = apart and bool(entry.frozen)
+        tensors.append(StoredTensor(name, BY_TORCH[dtype].name, logical_shape(tensor), nbytes, frozen))
+        pieces[name] = _engine.Piece(tensor, dtype, nbytes)
     return [
-        PlannedShard(
-            layout,
-            encode_header(layout, more),
-            [_engine.Piece(*memory[name], nbytes) for name, _, _, nbytes, _ in layout.tensors],
-        )
+        PlannedShard(layout, encode_header(layout, more), [pieces[tensor.name] for tensor in layout.tensors])
         for layout in pack(tensors, bound)
     ]
 
 
-def plan_blocks(shards: Sequence[PlannedShard]) -> tuple[Block, ...]:
+def plan_blocks(shards: Sequence[PlannedShard]) -> Blocks:
     """The engine's blocks of ``shards``, each of which is the file of its place."""
-    extents: list[Extent] = []
-    with collector_still():
-        for file, shard in enumerate(shards):
-            start = len(shard.header)
-            for tensor, begin in zip(shard.layout.tensors, shard.layout.begins):
-                # Blocks are cut at multiples of the largest dtype, so no element is cut: one byte is the right grain.
-                extents.append(Extent(file, start + begin, tensor.nbytes, len(extents), 1))
-        return blocks(extents, _engine.BLOCK_BYTES)
-
-
-def _stored_tensor(entry: Entry) -> StoredTensor:
-    tensor = entry.tensor
-    dtype = entry.cast or tensor.dtype
-    return StoredTensor(
-        entry.name, BY_TORCH[dtype].name, logical_shape(tensor), tensor.numel() * dtype.itemsize, bool(entry.frozen)
-    )
+    extents = [np.empty((0, 4), dtype=np.int64)]
+    for file, shard in enumerate(shards):
+        layout = shard.layout
+        # Blocks are cut at multiples of the largest dtype, so no element is cut: one byte is the right grain.
+        rows = np.ones((len(layout.tensors), 4), dtype=np.int64)
+        rows[:, 0] = file
+        rows[:, 1] = np.array(layout.begins, dtype=np.int64) + len(shard.header)
+        rows[:, 2] = [tensor.nbytes for tensor in layout.tensors]
+        extents.append(rows)
+    return blocks(np.concatenate(extents), _engine.BLOCK_BYTES)
 
 
 class ShardWriter:
@@ -122,7 +117,7 @@ class ShardWriter:
         self.staging_bytes = max(self.staging_bytes, transfer.staging_bytes)
         self.pinned |= transfer.pinned
         self.notes.extend(transfer.notes)
-        progress.run_ended(sum(piece.nbytes for shard in group for piece in shard.pieces))
+        progress.run_ended(sum(shard.layout.data_bytes for shard in group))
         began = time.perf_counter()
         sums = iter(transfer.sums)
         for file, shard in zip(staged, group):

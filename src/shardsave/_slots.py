@@ -2,68 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from shardsave._state import Names
+from shardsave._memory import address
+from shardsave._state import EXTRA_STATE, Names
 
 
 class Slot(NamedTuple):
-    """One name of the module: the sub-module that owns it, its attribute there, and the tensor."""
+    """One name of the module: the sub-module that owns it, its attribute there, and the tensor; ``saved``: the state dict has it."""
 
     name: str
     owner: nn.Module
     attribute: str
     tensor: torch.Tensor
     is_buffer: bool
+    saved: bool
 
 
-def slots(module: nn.Module) -> list[Slot]:
+class SubModule(NamedTuple):
+    """One name of a sub-module: how the names of what is in it begin, without those of wrappers, and the sub-module."""
+
+    start: str
+    module: nn.Module
+
+
+def sub_modules(module: nn.Module) -> list[SubModule]:
+    """Every sub-module by every name it has, in module order; the first is the whole."""
+    found = list(module.named_modules(remove_duplicate=False))
+    names = Names(found)
+    return [SubModule("", module), *(SubModule(names.plain(f"{name}."), part) for name, part in found[1:])]
+
+
+def slots(of: Sequence[SubModule]) -> list[Slot]:
     """Every parameter and buffer by every name it has, in module order."""
     made = []
-    names = Names(module)
-    for prefix, owner in module.named_modules(remove_duplicate=False):
-        start = _start(names.plain(f"{prefix}."))
+    for start, owner in of:
+        hidden = owner._non_persistent_buffers_set
         for attribute, parameter in owner._parameters.items():
             if parameter is not None:
-                made.append(Slot(start + attribute, owner, attribute, parameter, False))
+                made.append(Slot(start + attribute, owner, attribute, parameter, False, True))
         for attribute, buffer in owner._buffers.items():
             if buffer is not None:
-                made.append(Slot(start + attribute, owner, attribute, buffer, True))
+                made.append(Slot(start + attribute, owner, attribute, buffer, True, attribute not in hidden))
     return made
 
 
-def expected_names(module: nn.Module) -> set[str]:
-    """The names that the module's own state dict has."""
-    expected: set[str] = set()
-    names = Names(module)
-    for prefix, owner in module.named_modules(remove_duplicate=False):
-        start = _start(names.plain(f"{prefix}."))
-        expected.update(start + name for name, value in owner._parameters.items() if value is not None)
-        hidden = owner._non_persistent_buffers_set
-        expected.update(start + name for name, value in owner._buffers.items() if value is not None and name not in hidden)
-        if type(owner).get_extra_state is not nn.Module.get_extra_state:
-            expected.add(start + "_extra_state")
-    return expected
+def expected_names(of: Sequence[SubModule], all_slots: Sequence[Slot]) -> set[str]:
+    """The names that the state dict of a module has."""
+    return {*(slot.name for slot in all_slots if slot.saved), *extra_state_names(of)}
 
 
-def _start(name: str) -> str:
-    """How the names in a sub-module begin whose own name, with a dot behind it, is ``name``."""
-    return "" if name == "." else name
+def extra_state_names(of: Iterable[SubModule]) -> list[str]:
+    """Those of them that are extra state."""
+    return [start + EXTRA_STATE for start, part in of if type(part).get_extra_state is not nn.Module.get_extra_state]
 
 
-def hooked_modules(module: nn.Module) -> dict[str, nn.Module]:
+def hooked_modules(of: Iterable[SubModule]) -> dict[str, nn.Module]:
     """The outermost sub-modules that have a say in how they are loaded, and so are loaded by their own routine."""
     found: dict[str, nn.Module] = {}
-    names = Names(module)
-    for raw_name, owner in module.named_modules(remove_duplicate=False):
-        name = _start(names.plain(f"{raw_name}.")).removesuffix(".")
-        if ancestor(f"{name}.", found) is None and _has_own_loading(owner):
-            found[name] = owner
+    for start, part in of:
+        if _has_own_loading(part) and ancestor(start, found) is None:
+            found[start.removesuffix(".")] = part
     return found
 
 
@@ -106,20 +110,24 @@ def counts_batches(slot: Slot) -> bool:
     return slot.attribute == "num_batches_tracked" and isinstance(slot.owner, _NormBase)
 
 
-def leaders(of: list[Slot]) -> dict[str, str]:
+def leaders(of: Sequence[Slot]) -> dict[str, str]:
     """Every name → the first name with the same memory."""
+    at_address: dict[int, Slot] = {}
     first: dict[object, str] = {}
     found = {}
     for slot in of:
         tensor = slot.tensor
-        key: object = id(tensor)
-        if has_memory(tensor):
-            key = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
-        found[slot.name] = first.setdefault(key, slot.name)
+        there = at_address.setdefault(address(tensor) or id(tensor), slot)
+        if there.tensor is tensor:
+            found[slot.name] = there.name
+            continue
+        first.setdefault(_layout(there.tensor), there.name)
+        found[slot.name] = first.setdefault(_layout(tensor), slot.name)
     return found
 
 
-def has_memory(tensor: torch.Tensor) -> bool:
-    """Whether there is an address to ask for, and something at it."""
-    plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_nested
-    return plain and not tensor.is_meta and tensor.data_ptr() != 0
+def _layout(tensor: torch.Tensor) -> object:
+    """What two tensors that are the same memory have in common."""
+    if not (begin := address(tensor)):
+        return id(tensor)
+    return begin, tensor.device, tensor.dtype, tensor.shape, tensor.stride()

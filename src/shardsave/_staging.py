@@ -9,7 +9,7 @@ import platform
 import re
 import secrets
 import sys
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from shardsave._crc64 import crc64
 from shardsave._files import CallFailed, Descriptor, allocate, call, inode_of, open_regular, read_all, write_all
@@ -21,8 +21,7 @@ STAGING_PATTERN = re.compile(r"\.shardsave-([0-9a-f]{8})[0-9a-f]{8}")
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
-@dataclass(frozen=True, slots=True)
-class StagedShard:
+class StagedShard(NamedTuple):
     """A shard that is being written: its final name, and the file that is written."""
 
     name: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, NoReturn, Union
 
 import numpy as np
@@ -13,13 +13,15 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from shardsave._assembled import Memory
 from shardsave._dtypes import BY_TORCH, logical_shape
+from shardsave._memory import any_overlap, lacks_memory, reach
 from shardsave.errors import UnsupportedTensorError, an
 
 Source = Union[nn.Module, Mapping[str, Any]]
 
 PLAIN_TYPES = frozenset({torch.Tensor, nn.Parameter, *([nn.Buffer] if hasattr(nn, "Buffer") else [])})
 _COMPILED = "_orig_mod"
-_EXTRA_STATE = "_extra_state"
+#: How the name in a state dict ends under which a module has its extra state.
+EXTRA_STATE = "_extra_state"
 _PARALLEL = (DataParallel, DistributedDataParallel)
 
 #: What the package ml_dtypes adds to numpy and torch has, too, under the same names.
@@ -91,13 +93,17 @@ def _holds_only_another(module: nn.Module) -> bool:
 class Names:
     """The names of a module's tensors with and without the wrappers around some of its sub-modules."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, named: Iterable[tuple[str, nn.Module]]) -> None:
+        """``named``: all sub-modules by all their names, in module order."""
         self._wrappers: list[tuple[str, str]] = []  # how names begin at a wrapper, and inside of it; the outer ones first
-        if any(map(_holds_only_another, module.modules())):
-            for name, part in module.named_modules(remove_duplicate=False):
-                if _holds_only_another(part):
-                    start = f"{name}." if name else ""
-                    self._wrappers.append((start, f"{start}{'module' if isinstance(part, _PARALLEL) else _COMPILED}."))
+        for name, part in named:
+            if _holds_only_another(part):
+                start = f"{name}." if name else ""
+                self._wrappers.append((start, f"{start}{'module' if isinstance(part, _PARALLEL) else _COMPILED}."))
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Names:
+        return cls(module.named_modules(remove_duplicate=False))
 
     def plain(self, name: str) -> str:
         for start, inside in reversed(self._wrappers):
@@ -141,23 +147,28 @@ def read_state(source: Source | State, *, tensors_only: bool = False) -> State:
         flags = {}
     else:
         raise TypeError(f"an nn.Module or a mapping of names to tensors is needed, not {type(source).__name__}")
-    in_module = isinstance(source, nn.Module)
+    unflagged: Literal["buffer", "tensor"] = "buffer" if isinstance(source, nn.Module) else "tensor"
     entries = []
-    at_address: dict[int, list[str]] = {}
+    first_at: dict[int, str] = {}
+    others_at: dict[int, list[str]] = {}
+    begins, ends = [], []
     for name, tensor in named.items():
         check_savable(name, tensor)
         frozen = not tensor.requires_grad if type(tensor) is nn.Parameter else flags.get(name)
-        tied_to = name
+        tied_to = None
         if address := tensor.data_ptr():
-            here = at_address.setdefault(address, [])
-            tied_to = next((first for first in here if _same_memory(named[first], tensor)), name)
-            if tied_to == name:
-                here.append(name)
-        kind: Literal["parameter", "buffer", "tensor"]
-        kind = "parameter" if frozen is not None else "buffer" if in_module else "tensor"
+            if (first := first_at.setdefault(address, name)) != name:
+                here = [first, *others_at.get(address, ())]
+                tied_to = next((other for other in here if _same_memory(named[other], tensor)), None)
+                if tied_to is None:
+                    others_at.setdefault(address, []).append(name)
+            if tied_to is None:
+                begins.append(address)
+                ends.append(address + reach(tensor))
         # Detached: who gives the Parameter other data during the save does not take this memory away.
-        entries.append(Entry(name, kind, frozen, tied_to if tied_to != name else None, tensor.detach()))
-    return State(tuple(entries), known, tuple(_overlaps(entries)))
+        entries.append(Entry(name, "parameter" if frozen is not None else unflagged, frozen, tied_to, tensor.detach()))
+    overlaps = tuple(_overlaps(entries)) if any_overlap(begins, ends) else ()
+    return State(tuple(entries), known, overlaps)
 
 
 def plain_name(name: str) -> str:
@@ -167,10 +178,10 @@ def plain_name(name: str) -> str:
 
 def _module_tensors(module: nn.Module, tensors_only: bool) -> dict[str, torch.Tensor]:
     made: dict[str, torch.Tensor] = {}
-    names = Names(module)
+    names = Names.of(module)
     for name, value in module.state_dict(keep_vars=True).items():
         plain = names.plain(name)
-        if tensors_only and plain.endswith(_EXTRA_STATE) and not isinstance(value, torch.Tensor):
+        if tensors_only and plain.endswith(EXTRA_STATE) and not isinstance(value, torch.Tensor):
             continue
         if plain in made:
             _refuse(name, f"one tensor of the name {plain!r} was expected", "without those of wrappers two have it")
@@ -182,7 +193,7 @@ def _flags_apart(module: nn.Module, named: Mapping[str, torch.Tensor]) -> dict[s
     """Name → frozen from the module itself, where its state dict also has tensors that are no Parameters (a hook's, buffers)."""
     if all(type(tensor) is nn.Parameter for tensor in named.values()):
         return {}
-    names = Names(module)
+    names = Names.of(module)
     return {names.plain(name): not p.requires_grad for name, p in module.named_parameters(remove_duplicate=False)}
 
 
@@ -193,7 +204,7 @@ def _as_tensor(name: object, value: object) -> torch.Tensor:
         return value
     if isinstance(value, np.ndarray):
         return _from_numpy(name, value)
-    if name.endswith(_EXTRA_STATE):
+    if name.endswith(EXTRA_STATE):
         _refuse(name, "extra state that is a tensor was expected", f"it is {an(type(value).__name__)}, which would need pickle")
     _refuse(name, "a tensor was expected", f"it is {an(type(value).__name__)}")
 
@@ -227,17 +238,6 @@ def _writeable_alias(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return np.asarray(Interface()).view(array.dtype)
 
 
-def lacks_memory(tensor: torch.Tensor) -> bool:
-    """Whether elements of a strided tensor lie beyond its storage, which somebody freed or made smaller."""
-    if tensor.numel() == 0:
-        return False
-    if tensor.is_contiguous():
-        reach = tensor.numel()
-    else:
-        reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) + 1
-    return (tensor.storage_offset() + reach) * tensor.element_size() > tensor.untyped_storage().nbytes()
-
-
 def check_savable(name: str, tensor: torch.Tensor) -> None:
     if name == "__metadata__":
         _refuse(name, "another name was expected", "safetensors keeps this one for itself")
@@ -253,17 +253,20 @@ def check_savable(name: str, tensor: torch.Tensor) -> None:
         _refuse(name, "a strided tensor was expected", f"its layout is {layout}")
     if tensor.is_meta:
         _refuse(name, "a tensor with data was expected", "it is on the meta device")
-    if tensor.dtype not in BY_TORCH:
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        raise UnsupportedTensorError(f"cannot save {name!r}: dtype {dtype} has no safetensors equivalent; nothing was written")
+    dtype = tensor.dtype
+    if dtype not in BY_TORCH:
+        unknown = str(dtype).removeprefix("torch.")
+        raise UnsupportedTensorError(
+            f"cannot save {name!r}: dtype {unknown} has no safetensors equivalent; nothing was written"
+        )
     if lacks_memory(tensor):
         _refuse(name, "memory for all its elements was expected", "its storage was freed or made smaller")
-    if tensor.numel() == 0 and math.prod(size or 1 for size in logical_shape(tensor)) >= 1 << 63:
+    if tensor.nbytes == 0 and math.prod(size or 1 for size in logical_shape(tensor)) >= 1 << 63:
         # Some readers multiply in order and meet the zero in time, some do not, and torch has strides to compute.
         _refuse(
             name, "sizes that multiply to fewer than 2^63, its zeros aside, were expected", f"its shape is {list(tensor.shape)}"
         )
-    if tensor.dtype == torch.float4_e2m1fn_x2 and tensor.dim() == 0:
+    if dtype == torch.float4_e2m1fn_x2 and tensor.dim() == 0:
         _refuse(name, "a float4 tensor of at least one dimension was expected", "it has none")
 
 
@@ -283,14 +286,9 @@ def _overlaps(entries: list[Entry]) -> Iterator[tuple[str, str]]:
     """Pairs of neighbours in memory that share bytes without being tied; at most one pair for each entry."""
     spans = []
     for entry in entries:
-        tensor = entry.tensor
-        if entry.tied_to is None and tensor.numel() and isinstance(tensor, torch.Tensor):
-            reach = tensor.numel()
-            if not tensor.is_contiguous():
-                reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) + 1
-            begin = tensor.data_ptr()
-            device = "cpu" if tensor.is_cpu else str(tensor.device)
-            spans.append((device, begin, begin + reach * tensor.element_size(), entry.name))
+        if entry.tied_to is None and (length := reach(tensor_of(entry))):
+            begin = tensor_of(entry).data_ptr()
+            spans.append((str(tensor_of(entry).device), begin, begin + length, entry.name))
     spans.sort()
     furthest: tuple[str, int, str] | None = None
     for device, begin, end, name in spans:

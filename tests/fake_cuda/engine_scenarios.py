@@ -22,7 +22,8 @@ from fake_cuda.fake import Bytes, Fake, random_bytes
 
 HOST, LENT = -1, -2
 SLOT = 1 << 16
-RING = 8 * SLOT
+SLOTS = 16  # with a device
+RING = SLOTS * SLOT
 
 
 def load_native() -> ModuleType:
@@ -49,12 +50,14 @@ class Part(NamedTuple):
     nbytes: int
 
 
-def run(write: bool, descriptor: int, parts: Sequence[Part], streams: dict[int, int] | None = None, **options: Any) -> Any:
+def run(
+    write: bool, descriptor: int, parts: Sequence[Part], streams: dict[int, int] | None = None, slot: int = SLOT, **options: Any
+) -> Any:
     """One run over a file that holds ``parts`` one after the other."""
     begins = np.cumsum([0, *(part.nbytes for part in parts)])
     blocks, segments = [], []
-    for start in range(0, int(begins[-1]), SLOT):
-        end = min(start + SLOT, int(begins[-1]))
+    for start in range(0, int(begins[-1]), slot):
+        end = min(start + slot, int(begins[-1]))
         blocks.append((0, start, -(-(end - start) // 4096) * 4096, len(segments)))
         for number, part in enumerate(parts):
             first, last = max(start, int(begins[number])), min(end, int(begins[number + 1]))
@@ -68,7 +71,7 @@ def run(write: bool, descriptor: int, parts: Sequence[Part], streams: dict[int, 
         "piece_bytes": np.array([part.nbytes for part in parts], np.int64),
         "streams": list((streams if streams is not None else {0: 0}).items()),
     }
-    usual = {"access": "buffered", "checksum": True, "workers": 4, "slot_bytes": SLOT, "lend": None, "tick": lambda _: None}
+    usual = {"access": "buffered", "checksum": True, "workers": 4, "slot_bytes": slot, "lend": None, "tick": lambda _: None}
     return native.run(write=write, **{**usual, **table, **options})
 
 
@@ -172,11 +175,48 @@ def a_model_larger_than_the_ring(files: Files) -> None:
     fake = Fake()
     content = random_bytes(20 * RING + 4097)
     source, target = fake.alloc(content), fake.alloc(content.nbytes)
-    saved = files.save([Part(0, source, content.nbytes)], workers=8)
+    saved = files.save([Part(0, source, content.nbytes)], workers=SLOTS)
     assert saved.staging_bytes == RING
     assert np.array_equal(files.content(content.nbytes), content)
-    files.load([Part(0, target, content.nbytes)], workers=8)
+    files.load([Part(0, target, content.nbytes)], workers=SLOTS)
     assert np.array_equal(fake.peek(target, content.nbytes), content)
+    assert_only_the_ring_is_left(fake)
+
+
+def every_slot_has_a_worker(files: Files) -> None:
+    """Fewer slots or workers than the copies of a device need to hide each other's latency."""
+    fake = Fake()
+    source = fake.alloc(random_bytes(SLOT // 2))
+    together = threading.Barrier(SLOTS)
+
+    def lend(_piece: int, _offset: int, memory: memoryview) -> None:
+        together.wait(timeout=30)
+        memory[:] = bytes(len(memory))
+
+    for access in ("buffered", "direct"):
+        parts = [Part(0, source, SLOT // 2), Part(LENT, 0, SLOT // 2)] * SLOTS
+        saved = files.save(parts, access=access, lend=lend, workers=SLOTS)
+        assert saved.staging_bytes == RING
+    assert_only_the_ring_is_left(fake)
+
+
+def a_block_goes_to_a_device_whole(files: Files) -> None:
+    """Blocks of a device, or with host memory beside it, moved in the small steps that host memory takes through the page cache."""
+    fake = Fake()
+    slot = 4 << 20
+    content = random_bytes(2 * slot + 5)
+    whole, half = Part(0, fake.alloc(slot + slot // 2), slot + slot // 2), slot // 2 + 5
+    host = np.zeros(half, np.uint8)
+    fake.work(whole.address, content[: whole.nbytes])
+    host[:] = content[whole.nbytes :]
+    parts = [whole, Part(HOST, host.ctypes.data, half)]
+    sums = files.save(parts, slot=slot).sums.tolist()
+    assert np.array_equal(files.content(content.nbytes), content)
+    fake.work(whole.address, np.zeros(whole.nbytes, np.uint8))
+    host[:] = 0
+    assert files.load(parts, slot=slot).sums.tolist() == sums
+    assert np.array_equal(np.concatenate([fake.peek(whole.address, whole.nbytes), host]), content)
+    assert fake.count("copies") == 4, "one for each block and direction"
     assert_only_the_ring_is_left(fake)
 
 

@@ -16,7 +16,7 @@ import torch
 
 import shardsave
 from shardsave._crc64 import crc64
-from shardsave._format import CHECKSUM_KEY, parse_header, read_header
+from shardsave._format import CHECKSUM_KEY, _read_any, _read_compact, parse_header, read_header
 from shardsave._index import Index, encode_index, parse_index
 
 Tensors = dict[str, tuple[str, list[int], bytes]]
@@ -92,11 +92,14 @@ def check_shard(content: bytes) -> None:
             raise Disagreement(f"refuses what safetensors accepts: {refusal}: {content!r}") from None
         return
     headers.accepted += 1
+    quick = _read_compact(raw[8:])
+    if quick is not None and [*map(list, quick[1])] != [*map(list, _read_any(raw[8:], "shard")[1])]:
+        raise Disagreement(f"is read in two ways: {content!r}")
     if isinstance(theirs, str):
         raise Disagreement(f"accepts what safetensors refuses ({theirs}): {content!r}")
     ours = {
-        t.name: (t.dtype, list(t.shape), content[parsed.data_start + t.begin : parsed.data_start + t.end])
-        for t in parsed.tensors
+        name: (dtype, list(shape), content[parsed.data_start + begin : parsed.data_start + begin + nbytes])
+        for name, dtype, shape, begin, nbytes in zip(*parsed.tensors)
     }
     if ours != theirs:
         raise Disagreement(f"reads {ours}, safetensors {theirs}: {content!r}")
