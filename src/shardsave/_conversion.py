@@ -17,7 +17,7 @@ import torch
 
 from shardsave._checkpoint import Located
 from shardsave._dtypes import BY_NAME, BY_TORCH, logical_shape, torch_shape
-from shardsave._fill import Join
+from shardsave._groups import Join
 from shardsave._slots import expected_names, slots, sub_modules
 from shardsave._state import Names
 from shardsave._transformers import Part, reverted

@@ -11,7 +11,7 @@ from typing import Any, Union
 import torch
 from torch import nn
 
-from shardsave import _fill
+from shardsave import _fit
 from shardsave._arguments import check_path, check_progress, check_switches
 from shardsave._backend import engine_name
 from shardsave._checkpoint import Checkpoint, Located, open_checkpoint
@@ -158,7 +158,7 @@ def load_model(
         converted = conversion(hub, stored, where_from) if hub is not None else adapter_names(model, stored, where_from)
         if converted is not None:
             stored = converted.stored
-        fit = _fill.fit_module(
+        fit = _fit.fit_module(
             model,
             stored,
             device=where,

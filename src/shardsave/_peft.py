@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from shardsave._checkpoint import Located
-from shardsave._fill import Join
+from shardsave._groups import Join
 from shardsave._state import Entry, Names, State, tensor_of, unwrap
 from shardsave._transformers import OnDisk
 from shardsave.errors import IncompatibleCheckpointError, UnsupportedTensorError
