@@ -258,6 +258,7 @@ def test_diff(ckpt: Path, tmp_path: Path) -> None:
         "* encoder.2.bias: frozen → trainable",
         "* narrow.weight: trainable → frozen",
         "* narrow.bias: trainable → frozen",
+        "metadata step: 7 → nothing",
     ]
     assert shown[-1].startswith(
         f"{ckpt} and {tmp_path}/b: 8 equal, 5 changed (steps, encoder.0.weight, encoder.0.bias and 2 more), "
@@ -266,6 +267,20 @@ def test_diff(ckpt: Path, tmp_path: Path) -> None:
     assert found["same"] is False and tuple(found["equal"]) == report.equal and found["removed"] == ["head.weight"]
     assert found["changed"]["encoder.0.weight"]["max_absolute"] == 0.25 and found["changed"]["steps"]["elements"] is None
     assert found["flags"]["narrow.bias"] == [False, True]
+
+
+def test_diff_of_ties_and_metadata(tmp_path: Path) -> None:
+    """Catches ties or metadata that are not shown, and metadata alone that end with the exit code of a difference."""
+    weight = torch.ones(2)
+    shardsave.save({"a": weight, "b": weight}, tmp_path / "a", metadata={"run": 7})
+    shardsave.save({"a": weight, "b": weight.clone()}, tmp_path / "b", metadata={"note": "é" * 100})
+    shardsave.save({"a": weight, "b": weight}, tmp_path / "c", metadata={"run": 8})
+    ties, run_line, note, _ = lines(run("diff", tmp_path / "a", tmp_path / "b"), 1)
+    assert (ties, run_line) == ("= b: shares a → its own", "metadata run: 7 → nothing")
+    assert note == f'metadata note: nothing → "{"é" * 58}…'
+    assert lines(run("diff", tmp_path / "a", tmp_path / "c"))[0] == "metadata run: 7 → 8"
+    found = json.loads(run("diff", tmp_path / "a", tmp_path / "c", "--json").stdout)
+    assert found["metadata"] == {"run": [7, 8]} and found["ties"] == {} and found["same"] is True
 
 
 def test_diff_in_json_has_no_infinity(tmp_path: Path) -> None:

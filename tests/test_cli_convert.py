@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -38,7 +39,9 @@ def test_options(tmp_path: Path) -> None:
     assert line.startswith(
         f"converted {tmp_path}/old.pt (torch) to {tmp_path}/ckpt (shardsave): 4.0 kB, 2 tensors in 2 shards, "
     )
-    assert "not durable" in line and line.endswith("1 dropped, 2 renamed, 2 cast")
+    assert "not durable" in line and line.endswith(
+        "1 dropped, 2 renamed, 2 cast; left out, as it lies beside 'model': 'ema' (dict)"
+    )
     info = shardsave.inspect(tmp_path / "ckpt")
     assert info.names == ("aa", "b") and info.tensors["b"].dtype == torch.float16 and info.durable is False
     (told,) = lines(
@@ -55,7 +58,16 @@ def test_what_goes_wrong(tmp_path: Path) -> None:
     path = old(tmp_path)
     said = error(run("convert", path, tmp_path / "ckpt"), 3)
     assert said.startswith(f"shardsave: cannot convert {path}: ") and "'model' (3 tensors), 'ema' (1 tensors)" in said
-    assert "dtype must be one of" in error(run("convert", path, tmp_path / "ckpt", "--key", "model", "--dtype", "int8"), 2)
+    assert "; choose one with --key 'model'; " in said
+    torch.save({"w": torch.ones(2), "step": 3}, mixed := tmp_path / "mixed.pt")
+    assert "left out with --drop 'step'" in error(run("convert", mixed, tmp_path / "ckpt"), 3)
+    done = run("convert", mixed, tmp_path / "made", "--drop", "step", "--drop", "w2", "--rename", "x", "y")
+    assert lines(done)[0].endswith("; --drop 'w2' matched no name; --rename 'x' matched no name")
+    mixed.unlink()
+    shutil.rmtree(tmp_path / "made")
+    assert ": --max-shard-size must be like" in error(run("convert", path, tmp_path / "ckpt", "--max-shard-size", "x"), 2)
+    assert ": --rename must have" in error(run("convert", path, tmp_path / "ckpt", "--rename", "(", ""), 2)
+    assert ": --dtype must be one of" in error(run("convert", path, tmp_path / "ckpt", "--key", "model", "--dtype", "int8"), 2)
     assert "they are one" in error(run("convert", path, path, "--to", "torch", "--key", "model"), 2)
     assert "No such file" in error(run("convert", tmp_path / "none", tmp_path / "ckpt"), 3)
     assert "Missing argument 'DST'" in error(run("convert", path), 2)

@@ -75,18 +75,23 @@ def test_tensors_of_all_layouts(tmp_path: Path) -> None:
 def test_nested_states(tmp_path: Path) -> None:
     """Catches the wrong one of several states, or a choice that is made for the user."""
     state = saved_by_torch(tmp_path / "one.pt", optimizer={"state": {0: {"step": torch.ones(1)}}, "param_groups": []})
-    assert shardsave.convert(tmp_path / "one.pt", tmp_path / "a").tensors == len(state) - 1
+    report = shardsave.convert(tmp_path / "one.pt", tmp_path / "a")
+    assert report.tensors == len(state) - 1
+    assert report.notes == ("left out, as it lies beside 'state_dict': 'epoch' (int), 'optimizer' (dict)",)
     torch.save({"model": {"w": torch.ones(2)}, "trainer": {"ema": {"w": torch.zeros(2)}}}, tmp_path / "deep.pt")
     shardsave.convert(tmp_path / "deep.pt", tmp_path / "b")
     assert shardsave.load(tmp_path / "b")["w"].sum() == 2
     shardsave.convert(tmp_path / "deep.pt", tmp_path / "c", key="trainer.ema")
     assert shardsave.load(tmp_path / "c")["w"].sum() == 0
+    torch.save({"a": 1, "b": {"w": torch.ones(2), "c": {"x": torch.ones(2)}}}, tmp_path / "inner.pt")
+    report = shardsave.convert(tmp_path / "inner.pt", tmp_path / "inner", key="b.c")
+    assert report.notes == ("left out, as it lies beside 'b.c': 'a' (int), 'b.w' (Tensor)",)
     torch.save({"model": {"w": torch.ones(2)}, "ema": {"w": torch.zeros(2)}, "epoch": 3}, tmp_path / "two.pt")
     with pytest.raises(shardsave.IncompatibleCheckpointError) as caught:
         shardsave.convert(tmp_path / "two.pt", tmp_path / "d")
     assert str(caught.value) == (
         f"cannot convert {tmp_path}/two.pt: one mapping of names to tensors was expected, it has 'model' (1 tensors), "
-        f"'ema' (1 tensors); choose one by its key; nothing was written"
+        f"'ema' (1 tensors); choose one with key='model'; nothing was written"
     )
     with pytest.raises(
         shardsave.IncompatibleCheckpointError, match=r"at key 'emma' was expected, there is 'model' \(1 tensors\), 'ema'"
@@ -95,7 +100,7 @@ def test_nested_states(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(2), "version": 3}, tmp_path / "mixed.pt")
     with pytest.raises(
         shardsave.IncompatibleCheckpointError,
-        match=r"it has 'version' \(int\) among its tensors, which can be left out by drop",
+        match=r"it has 'version' \(int\) among its tensors, which can be left out with drop='version'",
     ):
         shardsave.convert(tmp_path / "mixed.pt", tmp_path / "d")
     assert not (tmp_path / "d").exists()
@@ -481,4 +486,4 @@ def test_patterns_that_match_nothing(tmp_path: Path) -> None:
     report = shardsave.convert(
         tmp_path / "a.pt", tmp_path / "out", drop=["stepz", "steps"], rename=[("^embed", "e"), ("zzz", "")]
     )
-    assert report.notes == ("drop 'stepz' matched no name", "rename 'zzz' matched no name") and report.dropped == ("steps",)
+    assert report.notes == ("drop='stepz' matched no name", "rename='zzz' matched no name") and report.dropped == ("steps",)

@@ -52,6 +52,37 @@ def test_a_file_that_asks_for_a_command(tmp_path: Path, new_format: bool) -> Non
     assert os.listdir(tmp_path) == ["x.pt"]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+def test_what_torch_writes_and_is_no_state(tmp_path: Path) -> None:
+    """Catches whole programs and quantised tensors that are called corrupt files of torch.save."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.ReLU())
+    torch.jit.script(model).save(tmp_path / "script.pt")
+    torch.export.save(torch.export.export(model, (torch.ones(2, 3),)), tmp_path / "program.pt2")
+    for name, kind in (("script.pt", "a TorchScript archive"), ("program.pt2", "a program of torch.export")):
+        said = refused(shardsave.IncompatibleCheckpointError, tmp_path / name, tmp_path / "ckpt")
+        assert said.startswith(
+            f"cannot convert {tmp_path}/{name}: a file of torch.save was expected, it is {kind}; save the state"
+        )
+    values = torch.rand(3, 2)
+    kinds = {
+        "tensor": torch.quantize_per_tensor(values, 0.1, 0, torch.qint8),
+        "channel": torch.quantize_per_channel(values, torch.ones(3), torch.zeros(3), 0, torch.quint8),
+    }
+    for name, tensor in kinds.items():
+        torch.save({"plain": torch.ones(2), "w": tensor}, tmp_path / f"{name}.pt")
+        said = refused(shardsave.UnsupportedTensorError, tmp_path / f"{name}.pt", tmp_path / "ckpt")
+        assert said == f"cannot save 'w': dtype {str(tensor.dtype)[6:]} has no safetensors equivalent; nothing was written"
+    report = shardsave.convert(tmp_path / "tensor.pt", tmp_path / "rest", drop="w")
+    assert report.notes == ("tensor.pt holds quantised tensors, so it cannot be mapped: all of it was read into memory",)
+    packed = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}).state_dict()
+    torch.save(packed, tmp_path / "packed.pt")
+    said = refused(shardsave.IncompatibleCheckpointError, tmp_path / "packed.pt", tmp_path / "ckpt")
+    assert "'0._packed_params._packed_params' (tuple with a quantized tensor)" in said
+    torch.save({"w": torch.ones(3).to_sparse()}, tmp_path / "sparse.pt")
+    assert "'w'" in (said := refused(shardsave.UnsupportedTensorError, tmp_path / "sparse.pt", tmp_path / "ckpt"))
+    assert "its layout is sparse_coo" in said and not (tmp_path / "ckpt").exists()
+
+
 @pytest.mark.parametrize("call", [os.system, eval, exec, getattr, __import__, subprocess.Popen, torch.load, pickle.loads, type])
 def test_a_table_that_asks_for_code(tmp_path: Path, call: Callable[..., Any]) -> None:
     """Catches a distributed checkpoint whose table is unpickled with anything but inert records within reach."""
@@ -142,8 +173,6 @@ def test_broken_files_of_torch(tmp_path: Path) -> None:
             new.writestr(entry.filename, data[:100] if entry.filename.endswith("data/0") else data)
     message = refused(shardsave.CorruptCheckpointError, tmp_path / "short.pt", tmp_path / "ckpt")
     assert "it ends at" in message or "a file of torch.save was expected" in message
-    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "script.pt")
-    assert "TorchScript" in refused(shardsave.CorruptCheckpointError, tmp_path / "script.pt", tmp_path / "ckpt")
     assert not (tmp_path / "ckpt").exists()
 
 

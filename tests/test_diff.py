@@ -161,6 +161,34 @@ def test_everything_that_differs(tmp_path: Path, small_model: SmallModel) -> Non
     assert unknown.flags is None and unknown.same and "14 equal" in str(unknown) and "freeze flags unknown" in str(unknown)
 
 
+def test_ties_and_metadata(tmp_path: Path) -> None:
+    """Catches a tie that came or went unseen, one that is only told the other way round, and metadata that count as a difference."""
+    one, two = torch.rand(3), torch.rand(3)
+    states = {
+        "tied": {"a": one, "b": one, "c": one, "d": two},
+        "turned": {"c": one, "b": one, "a": one, "d": two},
+        "untied": {"a": one, "b": one, "c": one.clone(), "d": two},
+        "other": {"a": one, "b": one, "c": one, "d": two},
+    }
+    for name, state in states.items():
+        shardsave.save(
+            state, tmp_path / name, metadata={"run": 7, "kept": [1]} if name != "other" else {"new": "x", "kept": [1]}
+        )
+    save_file({name: value.clone() for name, value in states["tied"].items()}, tmp_path / "others.safetensors")
+
+    report = shardsave.diff(tmp_path / "tied", tmp_path / "untied")
+    assert report.ties == {"c": ("a", None)} and not report.same and not report.changed and not report.metadata
+    assert ", 1 tied otherwise (c); " in str(report)
+    assert shardsave.diff(tmp_path / "untied", tmp_path / "tied").ties == {"c": (None, "a")}
+    turned = shardsave.diff(tmp_path / "tied", tmp_path / "turned")
+    assert turned.same and turned.ties == {}
+    report = shardsave.diff(tmp_path / "tied", tmp_path / "other")
+    assert report.metadata == {"run": (7, None), "new": (None, "x")} and report.same
+    assert ", metadata differ (run, new); " in str(report)
+    report = shardsave.diff(tmp_path / "tied", tmp_path / "others.safetensors")
+    assert report.same and not report.ties and not report.metadata
+
+
 def test_equal_tensors_are_not_read(tmp_path: Path) -> None:
     """Catches bytes that are read though checksums tell; here they are damaged, and nobody looks."""
     for name in ("a", "b"):

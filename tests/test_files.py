@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import shardsave
-from conftest import SmallModel, same_bits
+from conftest import SmallModel, same_bits, same_state
 from shardsave import _checkpoint
 
 INDEX = "model.safetensors.index.json"
@@ -138,6 +138,32 @@ def test_lone_file_beside_our_index(tmp_path: Path) -> None:
     assert shardsave.load(tmp_path / "model.safetensors")["x"].sum() == 10
     shardsave.save({"x": torch.ones(2)}, tmp_path)
     assert sorted(os.listdir(tmp_path))[-1] == INDEX
+
+
+def test_ties_in_files_of_others(tmp_path: Path) -> None:
+    """Catches a name that is gone, or a second copy, where others left a tied tensor out and their metadata says so."""
+    from huggingface_hub import save_torch_state_dict
+    from safetensors.torch import save_file, save_model
+
+    model, lone = SmallModel(), tmp_path / "lone.safetensors"
+    save_model(model, str(lone))
+    state = model.state_dict()
+    (tmp_path / "hub").mkdir()
+    save_torch_state_dict(dict(state), tmp_path / "hub", max_shard_size=500)
+    shardsave.save(model, tmp_path / "ours")
+    shardsave.convert(tmp_path / "ours", tmp_path / "converted.safetensors", to="safetensors")
+    for path in (lone, tmp_path / "hub", tmp_path / "converted.safetensors"):
+        assert len(ties := shardsave.inspect(path).ties) == 1
+        loaded = shardsave.load(path)
+        assert loaded.keys() == state.keys() and all(same_bits(loaded[name], value) for name, value in state.items())
+        assert loaded["head.weight"].data_ptr() == loaded["embed.weight"].data_ptr()
+        assert shardsave.load(path, names=ties).keys() == ties.keys()
+        fresh = SmallModel()
+        shardsave.load_model(fresh, path)
+        assert same_state(fresh, model)
+    assert shardsave.inspect(tmp_path / "hub").shards[1:]
+    save_file({"pt": torch.ones(2)}, tmp_path / "named.safetensors", metadata={"format": "pt", "other": "none"})
+    assert shardsave.load(tmp_path / "named.safetensors").keys() == {"pt"}
 
 
 def test_header_is_a_pure_function_of_its_tensors(tmp_path: Path) -> None:

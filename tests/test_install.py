@@ -69,7 +69,9 @@ def test_installed_without_a_compiler(without_compiler: Path, tmp_path: Path) ->
 def test_a_native_engine_that_is_not_there(without_compiler: Path) -> None:
     """Catches a fallback that was not wanted."""
     environment = {**os.environ, "PYTHONPATH": str(without_compiler), "SHARDSAVE_ENGINE": "native"}
-    done = subprocess.run([sys.executable, "-c", "import shardsave"], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", "import shardsave; shardsave.save"], env=environment, capture_output=True, text=True
+    )
     assert done.returncode != 0
     assert "ImportError: SHARDSAVE_ENGINE=native, and there is no C++ engine: it was not built" in done.stderr
 
@@ -91,6 +93,12 @@ def test_engines(tmp_path: Path, wanted: str, engine: str) -> None:
 def test_an_engine_that_is_none(tmp_path: Path) -> None:
     """Catches a misspelt engine that is taken for the default."""
     environment = {**os.environ, "SHARDSAVE_ENGINE": "fast"}
-    done = subprocess.run([sys.executable, "-c", "import shardsave"], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", "import shardsave; shardsave.save"], env=environment, capture_output=True, text=True
+    )
     assert done.returncode != 0
     assert "ValueError: SHARDSAVE_ENGINE must be 'native' or 'portable', not 'fast'" in done.stderr
+    command = [sys.executable, "-m", "shardsave", "--version"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "shardsave: SHARDSAVE_ENGINE must be 'native' or 'portable', not 'fast'\n"

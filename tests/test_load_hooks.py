@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +103,66 @@ def test_one_sub_module_at_a_time(tmp_path: Path) -> None:
     assert alive == [1] * 5
 
 
+class Meddling(nn.Module):
+    """Does something to another module's tensors while it is loaded."""
+
+    def __init__(self, other: nn.Linear, meddle: Callable[[nn.Linear], object]) -> None:
+        super().__init__()
+        self.own, self.other, self.meddle = nn.Parameter(torch.rand(2)), [other], meddle
+
+    def _load_from_state_dict(self, *rest: Any) -> None:
+        super()._load_from_state_dict(*rest)  # type: ignore[no-untyped-call]
+        self.meddle(self.other[0])
+
+
+def meddled_with(meddle: Callable[[nn.Linear], object]) -> nn.Sequential:
+    other = nn.Linear(3, 3)
+    return nn.Sequential(Meddling(other, meddle), other)
+
+
+@pytest.mark.parametrize(
+    "meddle",
+    [
+        lambda other: setattr(other, "weight", nn.Parameter(torch.zeros(3, 3))),
+        lambda other: setattr(other, "weight", nn.Parameter(torch.zeros(3, 3, device="meta"))),
+        lambda other: setattr(other.weight, "data", torch.zeros(3, 3)),
+        lambda other: other.weight.detach().zero_(),
+        lambda other: setattr(other, "bias", nn.Parameter(torch.zeros(3, requires_grad=True))),
+    ],
+    ids=["replaces", "replaces by meta", "other memory", "writes", "trains"],
+)
+def test_a_loading_routine_that_replaces_what_is_another_module_s(
+    tmp_path: Path, meddle: Callable[[nn.Linear], object]
+) -> None:
+    """Catches values that go into a tensor which the module does not have any more, and flags that went with it."""
+    source = meddled_with(lambda other: None)
+    source[1].weight.requires_grad_(False)
+    source[1].bias.requires_grad_(False)
+    shardsave.save(source, tmp_path)
+    fresh = meddled_with(meddle)
+    report = shardsave.load_model(fresh, tmp_path)
+    assert same_state(fresh, source) and report.frozen == 2
+
+
+@pytest.mark.parametrize(
+    ("meddle", "words"),
+    [
+        (lambda other: delattr(other, "weight"), "1.weight is not there any more"),
+        (lambda other: setattr(other, "bias", nn.Parameter(torch.ones(5))), r"1.bias \[3\] on disk, \[5\] in the module"),
+        (lambda other: setattr(other.weight, "data", torch.ones(1, 1).expand(3, 3)), "'1.weight' .* it is expanded; .*"),
+    ],
+    ids=["gone", "another shape", "expanded"],
+)
+def test_a_loading_routine_that_makes_another_module_unfit(
+    tmp_path: Path, meddle: Callable[[nn.Linear], object], words: str
+) -> None:
+    """Catches a load that says nothing where what it was to fill is gone, and a traceback in its place."""
+    shardsave.save(meddled_with(lambda other: None), tmp_path)
+    words = rf"{words}; the loading routine of another sub-module changed that; the module is partly loaded, 1 of 3 tensors$"
+    with pytest.raises(shardsave.IncompatibleCheckpointError, match=words):
+        shardsave.load_model(meddled_with(meddle), tmp_path)
+
+
 class Counting(nn.Linear):
     """Has extra state that is a tensor."""
 
@@ -125,6 +187,78 @@ def test_extra_state(tmp_path: Path) -> None:
     source[0].get_extra_state = lambda: {"count": 7}
     with pytest.raises(shardsave.UnsupportedTensorError, match=r"'0._extra_state': .* it is a dict, which would need pickle"):
         shardsave.save(source, tmp_path)
+
+
+class Remembering(nn.Linear):
+    """Has extra state that is plain data, or what it was given."""
+
+    state: Any = None
+
+    def get_extra_state(self) -> Any:
+        return self.state
+
+    def set_extra_state(self, state: Any) -> None:
+        self.state = state
+
+
+def test_extra_state_of_an_architecture(tmp_path: Path) -> None:
+    """Catches extra state that an architecture has and load_model does not, and one that needs a class taken for plain data."""
+
+    def model() -> nn.Module:
+        return nn.ModuleDict({"a": nn.Sequential(Remembering(2, 2)), "b": nn.Sequential(Remembering(2, 2), nn.Linear(2, 2))})
+
+    source, bare = model(), nn.Sequential(nn.Linear(2, 2))
+    source["a"][0].state = {"steps": [1, (2, 3)], "kinds": {"x"}, "dtype": torch.float16, 5: OrderedDict(inf=float("inf"))}
+    source["b"][0].state = 7
+    shardsave.save(source, tmp_path / "whole", architecture=True)
+    fresh = model()
+    shardsave.load_model(fresh, tmp_path / "whole")
+    assert [fresh[name][0].state for name in "ab"] == [source[name][0].state for name in "ab"]
+    assert fresh["a"][0].weight.equal(source["a"][0].weight) and fresh["b"][1].weight.equal(source["b"][1].weight)
+    part = model()["b"]
+    shardsave.load_model(part, tmp_path / "whole", prefix="b.")
+    assert part[0].state == 7
+    compiled = model()
+    compiled["b"] = torch.compile(compiled["b"])
+    shardsave.load_model(compiled, tmp_path / "whole")
+    assert compiled["b"].get_submodule("_orig_mod.0").state == 7
+
+    source["b"][0].state = {"scale": torch.ones(2), "steps": 3}
+    shardsave.save(source, tmp_path / "tensors", architecture=True)
+    fresh = model()
+    before = fresh["a"][0].weight.detach().clone()
+    words = (
+        r"'b.0._extra_state' has tensors or objects in it; build the whole model with build_model.*; the module is unchanged$"
+    )
+    with pytest.raises(shardsave.IncompatibleCheckpointError, match=words):
+        shardsave.load_model(fresh, tmp_path / "tensors")
+    assert same_bits(fresh["a"][0].weight, before)
+    report = shardsave.load_model(fresh, tmp_path / "tensors", strict=False)
+    assert report.missing == ("b.0._extra_state",) and fresh["a"][0].state == source["a"][0].state
+    assert shardsave.load_model(bare, tmp_path / "whole", strict=False).missing == ("0.bias", "0.weight")
+
+
+class Replacing(nn.Module):
+    """Has extra state and no tensor, and puts another tensor into another module when it is given that."""
+
+    def __init__(self, other: nn.Linear) -> None:
+        super().__init__()
+        self.others = [other]
+
+    def get_extra_state(self) -> int:
+        return 7
+
+    def set_extra_state(self, state: int) -> None:
+        self.others[0].weight = nn.Parameter(torch.zeros(2, 2))
+
+
+def test_extra_state_alone_that_replaces_what_is_another_module_s(tmp_path: Path) -> None:
+    """Catches destinations that are looked up again only after a routine that was given tensors."""
+    other, again = nn.Linear(2, 2), nn.Linear(2, 2)
+    source, fresh = nn.Sequential(Replacing(other), other), nn.Sequential(Replacing(again), again)
+    shardsave.save(source, tmp_path, architecture=True)
+    shardsave.load_model(fresh, tmp_path)
+    assert fresh[1].weight.equal(source[1].weight)
 
 
 def weight_normed(kind: str) -> nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,52 @@ def test_destinations_that_share_a_part_of_their_memory(tmp_path: Path) -> None:
     shardsave.save({"a": torch.ones(12), "b": torch.ones(4, 3)}, tmp_path / "whole")
     whole = torch.zeros(12)
     refused(Pair(whole, whole.view(4, 3)), tmp_path / "whole", "'b' from .*it shares a part of it with 'a'.*")
+
+
+def test_memory_shared_with_a_loading_routine(tmp_path: Path) -> None:
+    """Catches values that a sub-module's own routine loads and the rest of the load overwrites, or the other way round."""
+
+    class Halving(Doubling):
+        """Saved halved, loaded doubled."""
+
+        def state_dict(self, *arguments: Any, **options: Any) -> Any:
+            return {name: value / 2 for name, value in super().state_dict(*arguments, **options).items()}
+
+    def tied(kind: type[nn.Linear], swap: bool = False) -> nn.Sequential:
+        own, plain = kind(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+        plain.weight = own.weight
+        return nn.Sequential(plain, own) if swap else nn.Sequential(own, plain)
+
+    shardsave.save({"0.weight": torch.zeros(3, 3), "1.weight": torch.ones(3, 3)}, tmp_path / "apart")
+    for swap in (False, True):
+        module = tied(Doubling, swap)
+        before = module[0].weight.detach().clone()
+        with pytest.raises(
+            shardsave.IncompatibleCheckpointError, match=r"one tensor .* equal on disk, they differ; .* unchanged$"
+        ):
+            shardsave.load_model(module, tmp_path / "apart")
+        assert same_bits(module[0].weight, before)
+    source = tied(Halving)
+    shardsave.save({"0.weight": source[0].weight / 2, "1.weight": source[1].weight}, tmp_path / "halved")
+    fresh = tied(Halving)
+    shardsave.load_model(fresh, tmp_path / "halved")
+    assert same_state(fresh, source)
+
+    module, base = nn.Sequential(Doubling(3, 1, bias=False), nn.Linear(3, 1, bias=False)), torch.rand(5)
+    module[0].weight.data, module[1].weight.data = base[:3].view(1, 3), base[2:].view(1, 3)
+    shardsave.save(nn.Sequential(nn.Linear(3, 1, bias=False), nn.Linear(3, 1, bias=False)), tmp_path / "lines")
+    refused(module, tmp_path / "lines", "'1.weight' from .*it shares a part of it with '0.weight'.*")
+
+
+def test_elements_that_share_their_memory(tmp_path: Path) -> None:
+    """Catches windows over one run of memory, of which each overwrites a part of the one before; and refused transposes, slices."""
+    shardsave.save({"a": torch.rand(3, 4), "b": torch.rand(4, 3)}, tmp_path)
+    windows = torch.zeros(6).as_strided((3, 4), (1, 1))
+    words = r"'a' from .*memory for each element .*its strides are \[1, 1\]; call .contiguous\(\) on it first"
+    refused(Pair(windows, torch.zeros(4, 3)), tmp_path, words)
+    strided = Pair(torch.zeros(4, 3).t(), torch.zeros(8, 9)[::2, ::3])
+    shardsave.load_model(strided, tmp_path)
+    assert all(same_bits(value, strided.state_dict()[name]) for name, value in shardsave.load(tmp_path).items())
 
 
 def test_lazy_parameters(tmp_path: Path) -> None:
@@ -179,6 +225,45 @@ def test_compiled_sub_module(tmp_path: Path) -> None:
     fresh[1] = torch.compile(fresh[1])  # type: ignore[assignment]
     shardsave.load_model(fresh, tmp_path)
     assert all(same_bits(a, b) for a, b in zip(fresh.parameters(), source.parameters()))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_wrappers_around_sub_modules(tmp_path: Path, one_process_group: None) -> None:
+    """Catches a wrapper's prefix in the middle of a name, on disk, in the way of a load, or not given to a loading routine."""
+    from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+    class Mine(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = nn.Linear(3, 3)
+
+    def model(wrap: Callable[[nn.Module], nn.Module] | None, hooked: str | None = None) -> nn.Module:
+        made = nn.ModuleDict({"a": nn.Sequential(Mine(), nn.BatchNorm1d(3)), "b": nn.Linear(3, 2)})
+        made["a"][0].module.weight.requires_grad_(False)
+        if wrap is not None:
+            made["a"] = wrap(made["a"])
+        if hooked is not None:
+            made.get_submodule(hooked).register_load_state_dict_post_hook(lambda module, keys: None)
+        return made
+
+    compiled: Callable[[nn.Module], nn.Module] = torch.compile
+    wrappers = (
+        DataParallel,
+        DistributedDataParallel,
+        compiled,
+        lambda part: DataParallel(compiled(part)),
+        lambda part: compiled(DistributedDataParallel(part)),
+    )
+    plain = model(None)
+    for number, wrap in enumerate(wrappers):
+        source = model(wrap)
+        shardsave.save(source, path := tmp_path / str(number))
+        info = shardsave.inspect(path)
+        assert set(info.names) == set(plain.state_dict()) and info.frozen == {"a.0.module.weight"}
+        for fresh in (model(None), *(model(wrap, hooked) for hooked in (None, "a", ""))):
+            report = shardsave.load_model(fresh, path)
+            assert report.frozen == 1 and [p.requires_grad for p in fresh.parameters()] == [False] + [True] * 5
+            assert all(map(same_bits, fresh.state_dict().values(), source.state_dict().values()))
 
 
 def test_optimizer_goes_on(tmp_path: Path) -> None:

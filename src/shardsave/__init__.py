@@ -9,7 +9,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from shardsave import _backend as _backend  # an engine that there is not is refused at once
+from shardsave._backend import check_engine as _check_engine
 from shardsave._version import __version__
 from shardsave.errors import (
     CheckpointNotFoundError,
@@ -95,6 +95,7 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     for module, names in _HOMES.items():
         if name in names:
+            _check_engine()  # not on import: the command line says it in one line
             value = globals()[name] = getattr(importlib.import_module(f"shardsave.{module}"), name)
             return value
     raise AttributeError(f"module 'shardsave' has no attribute {name!r}")

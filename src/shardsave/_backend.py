@@ -10,24 +10,30 @@ from types import ModuleType
 _VARIABLE = "SHARDSAVE_ENGINE"
 
 
-def _choose() -> tuple[ModuleType | None, str]:
-    """The extension, or None and the reason."""
+def _choose() -> tuple[ModuleType | None, str, ValueError | ImportError | None]:
+    """The extension, or None and the reason, or why there is no engine as it was asked for."""
     wanted = os.environ.get(_VARIABLE, "")
     if wanted not in ("", "native", "portable"):
-        raise ValueError(f"{_VARIABLE} must be 'native' or 'portable', not {wanted!r}")
+        return None, "", ValueError(f"{_VARIABLE} must be 'native' or 'portable', not {wanted!r}")
     if wanted == "portable":
-        return None, ""
+        return None, "", None
     try:
-        return importlib.import_module("shardsave._native"), ""
+        return importlib.import_module("shardsave._native"), "", None
     except ImportError as error:
         built = not isinstance(error, ModuleNotFoundError) or error.name != "shardsave._native"
         reason = f"it cannot be loaded: {error}" if built else "it was not built"
         if wanted == "native":
-            raise ImportError(f"{_VARIABLE}=native, and there is no C++ engine: {reason}") from error
-        return None, reason
+            return None, "", ImportError(f"{_VARIABLE}=native, and there is no C++ engine: {reason}")
+        return None, reason, None
 
 
-native, _missing_because = _choose()
+native, _missing_because, _refusal = _choose()
+
+
+def check_engine() -> None:
+    """Raises ValueError or ImportError where the engine asked for is none, or is not there."""
+    if _refusal is not None:
+        raise type(_refusal)(str(_refusal))
 
 
 def engine_name() -> str:

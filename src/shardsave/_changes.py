@@ -50,7 +50,7 @@ class Names:
     def notes(self) -> tuple[str, ...]:
         """Which patterns matched no name: most likely they were meant to."""
         given = [*(("drop", pattern) for pattern in self._drop), *(("rename", pattern.pattern) for pattern, _ in self._rename)]
-        return tuple(f"{what} {pattern!r} matched no name" for what, pattern in given if (what, pattern) not in self._used)
+        return tuple(f"{what}={pattern!r} matched no name" for what, pattern in given if (what, pattern) not in self._used)
 
 
 def cast_of(entry: Entry, target: torch.dtype | None) -> torch.dtype | None:

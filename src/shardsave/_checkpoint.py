@@ -17,7 +17,7 @@ from shardsave._crc64 import crc64
 from shardsave._files import CallFailed, Descriptor, call
 from shardsave._find import TORCH_SAVE_HINT, Found, cannot_read, find, open_regular
 from shardsave._format import Header, parse_header, read_header, read_start
-from shardsave._index import INDEX_NAME, LONE_NAME, FileRecord, Index, Part, Record, ShardRecord, parse_index
+from shardsave._index import INDEX_NAME, LONE_NAME, FileRecord, Index, Part, Record, ShardRecord, parse_index, told_ties
 from shardsave._json import glimpse
 from shardsave.errors import (
     CheckpointNotFoundError,
@@ -63,6 +63,7 @@ class Checkpoint:
         self.kept: dict[str, Located] = {}  # what a model needs beside the weights
         self.documents: dict[str, bytes] = {}  # part → its JSON
         self.file_metadata: dict[str, str] = {}  # what the header of a lone file says beside its tensors
+        self._ties: dict[str, str] = {}  # of a lone file
         self.shards: tuple[str, ...] = ()
         self._folder = folder
         self._index_name = index_name
@@ -79,7 +80,8 @@ class Checkpoint:
 
     @property
     def ties(self) -> Mapping[str, str]:
-        return self.record.ties if self.record is not None else {}
+        """Tied name → the name under which its bytes are stored."""
+        return self.index.ties if self.index is not None else self._ties
 
     @property
     def flags(self) -> Mapping[str, bool] | None:
@@ -315,6 +317,7 @@ class Checkpoint:
         self.tensors.update(_located(shard, header))
         if self.index is None:
             self.file_metadata.update(header.metadata)
+            self._ties = told_ties(header.metadata, self.tensors)
 
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:
@@ -388,9 +391,8 @@ def _shards_to_open(index: Index, wanted: Callable[[str], bool] | None) -> dict[
     for name, shard in index.weight_map.items():
         named[shard].add(name)
     if wanted is not None:
-        ties = index.record.ties if index.record is not None else {}
         needed = {shard for name, shard in index.weight_map.items() if wanted(name)}
-        needed.update(index.weight_map[stored] for name, stored in ties.items() if wanted(name))
+        needed.update(index.weight_map[stored] for name, stored in index.ties.items() if wanted(name))
         return {shard: frozenset(names) for shard, names in named.items() if shard in needed}
     return {shard: frozenset(names) for shard, names in named.items()}
 

@@ -17,9 +17,9 @@ import torch
 
 from shardsave._checkpoint import Located
 from shardsave._dtypes import BY_NAME, BY_TORCH, logical_shape, torch_shape
-from shardsave._fill import Join
-from shardsave._slots import expected_names, slots
-from shardsave._state import plain_name
+from shardsave._groups import Join
+from shardsave._slots import expected_names, slots, sub_modules
+from shardsave._state import Names
 from shardsave._transformers import Part, reverted
 from shardsave.errors import IncompatibleCheckpointError, UnsupportedTensorError
 
@@ -34,7 +34,7 @@ class Conversion:
         self.stored: dict[str, Located] = {}
         self.joins: list[Join] = []
         self._model = model
-        self._names = dict.fromkeys(expected_names(model, slots(model)), True)
+        self._names = dict.fromkeys(expected_names(own := sub_modules(model), slots(own)), True)
         self._sent: dict[str, tuple[str, ...]] = {}  # name on disk → those in the model
         self._keys: list[list[tuple[str, str]]] = []  # for each join: what each of its sources is, in the words of transformers
         self._renamings: list[Any] = []
@@ -48,7 +48,8 @@ class Conversion:
 
     def flags(self, given: Mapping[str, bool]) -> dict[str, bool]:
         """Flags by names on disk, or of a model with another head, by the names in this one: frozen when all that it has is."""
-        known = {*self._names, *(plain_name(name) for name, _ in self._model.named_parameters(remove_duplicate=False))}
+        names = Names.of(self._model)
+        known = {*self._names, *(names.plain(name) for name, _ in self._model.named_parameters(remove_duplicate=False))}
         flags: dict[str, bool] = {}
         for name, frozen in given.items():
             for own in [name] if name in known else self._sent.get(name) or [self._with_or_without_prefix(name, known)]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -52,7 +53,10 @@ class DiffReport:
     ``equal``: names with the same dtype, shape and bits. ``changed``: how those of both differ. ``added``: names of ``b`` alone,
     ``removed``: of ``a`` alone. ``flags``: of names of both, whether frozen in ``a`` and in ``b`` where that is not the same
     (None: no parameter); the whole is None where one of the two does not know its flags. A tied name counts like any other,
-    and has the bytes that it shares. ``bytes``: of tensor data, read for it. ``seconds``: the whole call, wall clock.
+    and has the bytes that it shares. ``ties``: of names of both that are tied to others than before, the name whose bytes each shares
+    in ``a`` and in ``b`` (None: it has its own). ``metadata``: of the keys whose values differ, both (None: it is not there). Of files of
+    others that tell of no ties, and of metadata of others, nothing is said.
+    ``bytes``: of tensor data, read for it. ``seconds``: the whole call, wall clock.
     """
 
     a: str
@@ -62,13 +66,15 @@ class DiffReport:
     added: tuple[str, ...]
     removed: tuple[str, ...]
     flags: Mapping[str, tuple[bool | None, bool | None]] | None
+    ties: Mapping[str, tuple[str | None, str | None]]
+    metadata: Mapping[str, tuple[Any, Any]]
     bytes: int
     seconds: float
 
     @property
     def same(self) -> bool:
-        """Whether nothing differs, as far as it is known."""
-        return not (self.changed or self.added or self.removed or self.flags)
+        """Whether nothing differs, as far as it is known, but for metadata: those are no part of a model."""
+        return not (self.changed or self.added or self.removed or self.flags or self.ties)
 
     def __str__(self) -> str:
         parts = [f"{len(self.equal)} equal"]
@@ -78,6 +84,10 @@ class DiffReport:
             parts.append("freeze flags unknown")
         else:
             parts.append(f"{len(self.flags)} frozen or thawed" + (f" ({some(self.flags)})" if self.flags else ""))
+        if self.ties:
+            parts.append(f"{len(self.ties)} tied otherwise ({some(self.ties)})")
+        if self.metadata:
+            parts.append(f"metadata differ ({some(self.metadata)})")
         return f"{self.a} and {self.b}: {', '.join(parts)}; {human_bytes(self.bytes)} read, {self.seconds:.2f} s"
 
 
@@ -122,6 +132,11 @@ def diff(a: str | os.PathLike[str], b: str | os.PathLike[str], *, progress: Prog
             else:
                 changed[name] = change
         flags = _changed_flags(left.stored_flags, right.stored_flags, pairs)
+        tell_ties = all(side.record is not None or side.ties for side in (left, right))
+        ties = _changed_ties(left.ties, right.ties, pairs) if tell_ties else {}
+        ours = left.record is not None and right.record is not None
+        kept = {**left.metadata, **right.metadata} if ours else {}
+        metadata = {key: (left.metadata.get(key), right.metadata.get(key)) for key in kept}
     return DiffReport(
         a=os.fspath(a),
         b=os.fspath(b),
@@ -130,9 +145,29 @@ def diff(a: str | os.PathLike[str], b: str | os.PathLike[str], *, progress: Prog
         added=tuple(name for name in theirs if name not in names),
         removed=tuple(name for name in names if name not in theirs),
         flags=flags,
+        ties=ties,
+        metadata={key: (before, after) for key, (before, after) in metadata.items() if before != after},
         bytes=total,
         seconds=time.perf_counter() - started,
     )
+
+
+def _changed_ties(
+    before: Mapping[str, str], after: Mapping[str, str], names: Iterable[str]
+) -> dict[str, tuple[str | None, str | None]]:
+    """Those of ``names`` that share their bytes with others than before, whichever of a group has the bytes."""
+    if before == after:
+        return {}
+    groups: list[dict[str, set[str]]] = [{}, {}]
+    for name in names:
+        for found, ties in zip(groups, (before, after)):
+            found.setdefault(ties.get(name, name), set()).add(name)
+    pairs = ((name, before.get(name), after.get(name)) for name in names)
+    return {
+        name: (left, right)
+        for name, left, right in pairs
+        if left != right and groups[0][left or name] != groups[1][right or name]
+    }
 
 
 def _must_read(x: Located, y: Located) -> bool:

@@ -20,11 +20,14 @@ import torch
 from shardsave._assembled import Assembled, Part
 from shardsave._files import CallFailed, Descriptor, call
 from shardsave._find import cannot_read
-from shardsave._index import MAX_INDEX_BYTES, is_file_name
+from shardsave._index import is_file_name
 from shardsave._torch_file import Archives, TorchFile
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, UntrustedCodeError
 
 TABLE_NAME = ".metadata"
+
+#: A table larger than this is not read, in bytes; every piece of every rank stands in it.
+_MAX_TABLE_BYTES = 512_000_000
 
 _METADATA, _FILES = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
 
@@ -118,8 +121,8 @@ def _read_table(path: str) -> _Record:
         try:
             file.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY)
             length = call(os.fstat, path, file.fd).st_size
-            if length > MAX_INDEX_BYTES:
-                _bad(path, f"at most {MAX_INDEX_BYTES} bytes were expected, it has {length}")
+            if length > _MAX_TABLE_BYTES:
+                _bad(path, f"at most {_MAX_TABLE_BYTES} bytes were expected, it has {length}")
             data = call(os.read, path, file.fd, length + 1)
         except CallFailed as error:
             raise cannot_read(path, error) from error

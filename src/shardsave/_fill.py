@@ -1,9 +1,9 @@
-"""Fitting a checkpoint into a live module: what goes where, and what cannot, before a single tensor is changed."""
+"""Filling a live module: memory for it, what is read into it and in which order, and its flags."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple, NoReturn, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,42 +11,9 @@ from torch.nn.parameter import is_lazy
 
 from shardsave._checkpoint import Located
 from shardsave._collector import collector_still
-from shardsave._dtypes import BY_NAME, torch_shape
-from shardsave._fillable import check_fillable, check_plain, check_shaped, refuse_overlaps
-from shardsave._slots import Slot, ancestor, counts_batches, expected_names, hooked_modules, leaders, slots
-from shardsave._state import plain_name, refuse_sharded, unwrap
-from shardsave.errors import IncompatibleCheckpointError
-
-
-class Join(NamedTuple):
-    """Tensors of the module that lie on disk in another layout, as several parts or as parts of another.
-
-    ``targets``: their names in the module. ``sources``: what is read for them. ``convert`` makes the former of the latter.
-    """
-
-    targets: tuple[str, ...]
-    sources: tuple[Located, ...]
-    convert: Callable[[Sequence[torch.Tensor]], Mapping[str, torch.Tensor]]
-
-
-class Joins(Protocol):
-    """All joins of a module, and where the sources of each lie in the module's tensors, where they do."""
-
-    joins: list[Join]
-
-    def views(self, tensors: Mapping[str, torch.Tensor]) -> list[Sequence[torch.Tensor] | None]: ...
-
-
-class Group(NamedTuple):
-    """Tensors that are read together: (stored tensor, destination). `finish` is called once they are filled.
-
-    ``in_place``: the destinations are the module's own; else they are copies that `finish` passes on. It gives what that finds
-    missing and unexpected.
-    """
-
-    targets: tuple[tuple[Located, torch.Tensor], ...]
-    in_place: bool = True
-    finish: Callable[[bool], tuple[list[str], list[str]]] = lambda strict: ([], [])
+from shardsave._groups import Group, Join, Joins, copy_of, give
+from shardsave._slots import Slot, ancestor, counts_batches, leaders, slots, sub_modules
+from shardsave._state import Names
 
 
 class Fit:
@@ -58,47 +25,53 @@ class Fit:
         self.missing: tuple[str, ...] = ()
         self.unexpected: tuple[str, ...] = ()
         self.mismatched: tuple[str, ...] = ()
-        self._module = module
+        self.module = module
         self._device = device
-        self._stored = stored
+        self.stored = stored
         self._joins = joins
-        self._slots = slots(module)
-        self._leaders = leaders(self._slots)  # every name → the first name with the same memory
-        self._direct: list[str] = []
-        self._hooked: list[tuple[str, nn.Module, dict[str, str]]] = []
-        self._left_alone: set[str] = set()
+        self.sub_modules = sub_modules(module)
+        self.slots = slots(self.sub_modules)
+        self.leaders = leaders(self.slots)  # every name → the first name with the same memory
+        self.direct: list[str] = []
+        self.hooked: list[tuple[str, nn.Module, dict[str, str]]] = []
+        self.extra_states: Mapping[str, Any] = {}
+        self.left_alone: set[str] = set()
         self._done: list[torch.Tensor] = []
+        self.look_again: Callable[[bool], tuple[list[str], list[str]]] = lambda strict: ([], [])
 
     @property
     def _names(self) -> list[str]:
         """The names in the module whose bytes are read."""
-        return [*(name for _, _, own in self._hooked for name in own), *self._direct]
+        return [*(name for _, _, own in self.hooked for name in own), *self.direct]
 
     @property
     def reads(self) -> list[Located]:
         """The stored tensors that are read."""
         names = self._names
         if self._joins is None:
-            return [self._stored[name] for name in names]
+            return [self.stored[name] for name in names]
         joins, wanted = self._joins.joins, set(names)
         joined = {target for join in joins for target in join.targets}
         parts = [source for join in joins if not wanted.isdisjoint(join.targets) for source in join.sources]
-        return [*(self._stored[name] for name in names if name not in joined), *parts]
+        return [*(self.stored[name] for name in names if name not in joined), *parts]
 
-    def materialise(self) -> None:
-        """Puts real memory behind meta tensors, and moves to the device asked for what is elsewhere; ties are kept."""
-        moving = [slot for slot in self._slots if not self.stays(slot.tensor)]
+    def materialise(self, names: Iterable[str] | None = None) -> None:
+        """Puts real memory behind meta tensors, and moves to the device asked for what is elsewhere; ties are kept.
+
+        ``names``: what is going to be filled; everything that is read by default.
+        """
+        moving = [slot for slot in self.slots if not self.stays(slot.tensor)]
         if not moving:
             return
-        owners = {name for name, _, _ in self._hooked}
-        filled = {self._leaders[name] for name in self._names if name in self._leaders}
-        theirs = {self._leaders[slot.name] for slot in self._slots if ancestor(slot.name, owners) is not None}
+        owners = {name for name, _, _ in self.hooked}
+        filled = {self.leaders[name] for name in (self._names if names is None else names) if name in self.leaders}
+        theirs = {self.leaders[slot.name] for slot in self.slots if ancestor(slot.name, owners) is not None}
         memory: dict[str, torch.Tensor] = {}
         parameters: dict[int, nn.Parameter] = {}
         # Parameters made in inference mode could never be trained: the caller's mode must not get into the module.
         with torch.inference_mode(False), torch.no_grad():
             for slot in moving:
-                tensor, leader = slot.tensor, self._leaders[slot.name]
+                tensor, leader = slot.tensor, self.leaders[slot.name]
                 if tensor.is_meta and not (leader in filled or leader in theirs or counts_batches(slot)):
                     continue
                 if leader not in memory:
@@ -109,7 +82,7 @@ class Fit:
                 tensor.data = memory[leader]
                 if tensor.grad is not None:
                     tensor.grad.data = tensor.grad.data.to(memory[leader].device)
-        self._slots = slots(self._module)
+        self.slots = slots(self.sub_modules)
 
     def stays(self, tensor: torch.Tensor) -> bool:
         """Whether ``tensor`` is filled in the memory that it has."""
@@ -126,42 +99,50 @@ class Fit:
 
         The routines come first, since they can still refuse what they are given. What has to be joined in a copy comes one by one.
         """
-        with collector_still():
-            current = {slot.name: slot.tensor for slot in self._slots}
-            direct, apart = self._join_in_place(current)
+        current = {slot.name: slot.tensor for slot in self.slots}
         given: dict[str, torch.Tensor] = {}
-        theirs = {name for _, _, own in self._hooked for name in own}
-        apart.sort(key=lambda join: theirs.isdisjoint(join.targets))
-        while apart and not theirs.isdisjoint(apart[0].targets):
-            yield self._join_apart(apart.pop(0), current, given)
-        for owner_name, owner, own in self._hooked:
-            yield _give(owner_name, owner, own, self._stored, given)
+        theirs = {name for _, _, own in self.hooked for name in own}
+        for join in self._joins.joins if self._joins is not None and theirs else []:
+            if not theirs.isdisjoint(join.targets):
+                yield self._join_apart(join, current, given)
+        for owner_name, owner, own in self.hooked:
+            start = f"{owner_name}." if owner_name else ""
+            extra = {n[len(start) :]: value for n, value in self.extra_states.items() if n.startswith(start)}
+            yield give(owner_name, owner, own, self.stored, given, extra)
+        if self.hooked and self.direct:
+            yield Group((), False, self.look_again)
+        with collector_still():
+            if self.hooked:
+                current = {slot.name: slot.tensor for slot in self.slots}
+            direct, apart = self._join_in_place(current)
         while apart:
-            yield self._join_apart(apart.pop(0), current, given)
+            join = apart.pop(0)
+            if theirs.isdisjoint(join.targets):
+                yield self._join_apart(join, current, given)
         yield Group(tuple(direct))
 
     def _join_in_place(self, current: Mapping[str, torch.Tensor]) -> tuple[list[tuple[Located, torch.Tensor]], list[Join]]:
         """What goes straight into the module's memory, and the joins that do not."""
-        self._done = [current[name].detach() for name in self._direct]
+        self._done = [current[name].detach() for name in self.direct]
         if self._joins is None:
-            return [*zip(map(self._stored.__getitem__, self._direct), self._done)], []
+            return [*zip(map(self.stored.__getitem__, self.direct), self._done)], []
         joins = self._joins.joins
         targets = {target for join in joins for target in join.targets}
-        direct = [(self._stored[name], own) for name, own in zip(self._direct, self._done) if name not in targets]
+        direct = [(self.stored[name], own) for name, own in zip(self.direct, self._done) if name not in targets]
         tensors = {name: current[name].detach() for name in targets if name in current}
         views = self._joins.views(tensors) if tensors else [None] * len(joins)
-        apart, straight, wanted = [], set(self._direct), set(self._names)
-        for join, parts in zip(joins, views):
-            if parts is not None and straight.issuperset(join.targets):
-                direct += zip(join.sources, parts)
+        apart, straight, wanted = [], set(self.direct), set(self._names)
+        for join, inside in zip(joins, views):
+            if inside is not None and straight.issuperset(join.targets):
+                direct += zip(join.sources, inside)
             elif not wanted.isdisjoint(join.targets):
                 apart.append(join)
         return direct, apart
 
     def _join_apart(self, join: Join, current: Mapping[str, torch.Tensor], given: dict[str, torch.Tensor]) -> Group:
         """Copies of all that is joined; what they make goes into the module, or is kept for a routine of its own."""
-        copies = [_copy_of(source) for source in join.sources]
-        straight, theirs = set(self._direct), {name for _, _, own in self._hooked for name in own}
+        copies = [copy_of(source) for source in join.sources]
+        straight, theirs = set(self.direct), {name for _, _, own in self.hooked for name in own}
 
         def finish(strict: bool) -> tuple[list[str], list[str]]:
             made = join.convert(copies)
@@ -193,7 +174,7 @@ class Fit:
         wanted: dict[int, bool] = {}
         for name, parameter in self._named_parameters():
             frozen = flags.get(name)
-            if frozen is None or name in self._left_alone:
+            if frozen is None or name in self.left_alone:
                 continue
             if parameter.is_floating_point() or parameter.is_complex():
                 key = id(parameter)
@@ -208,122 +189,15 @@ class Fit:
     def _named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every parameter by every name that it has, and by those that hooks of its sub-module give it on disk."""
         # A routine of a sub-module's own may have put others in the place of those that were there.
-        for slot in slots(self._module) if self._hooked else self._slots:
+        for slot in slots(sub_modules(self.module)) if self.hooked else self.slots:
             if not slot.is_buffer:
                 yield slot.name, slot.tensor
-        for name, owner, _ in self._hooked:
+        for name, owner, _ in self.hooked:
+            names = Names.of(owner)
             for own_name, value in owner.state_dict(keep_vars=True).items():
                 if isinstance(value, nn.Parameter):
-                    yield plain_name(f"{name}.{own_name}" if name else own_name), value
-
-
-@collector_still()
-def fit_module(
-    module: nn.Module,
-    stored: Mapping[str, Located],
-    *,
-    device: torch.device | None,
-    strict: bool,
-    equal: Callable[[Located, Located], bool],
-    where: str,
-    joins: Joins | None = None,
-    optional: Callable[[str], bool] = lambda name: False,
-) -> Fit:
-    """Finds out what of ``stored`` (name → stored tensor, tied names too) goes where in ``module``; changes nothing.
-
-    ``equal`` tells whether two stored tensors hold the same bytes, ``optional`` which names may be missing; ``joins`` makes those of
-    ``stored`` that are no file's. Raises IncompatibleCheckpointError and
-    UnsupportedTensorError with the module unchanged.
-    """
-    module = unwrap(module)
-    refuse_sharded(module, "fill", "the module is unchanged")
-    fit = Fit(module, device, stored, joins)
-    expected = expected_names(module, fit._slots)
-    theirs = _give_to_owners(fit, module, expected)
-    fit.unexpected = tuple(sorted(stored.keys() - expected - theirs))
-    if missing := expected - stored.keys() - theirs:
-        there = {fit._leaders[name] for name in stored if name in fit._leaders}
-        missing -= {slot.name for slot in fit._slots if counts_batches(slot)}
-        fit.missing = tuple(sorted(name for name in missing if fit._leaders.get(name) not in there and not optional(name)))
-    for slot in fit._slots:
-        if slot.name in theirs:
-            check_plain(slot, where)
-    mine = (stored.keys() & expected) - theirs
-    usable = [slot for slot in fit._slots if slot.name in mine]
-    mismatched = []
-    for slot in usable:
-        check_shaped(slot, where)
-        t, tensor = stored[slot.name], slot.tensor
-        shape = torch_shape(t.dtype, t.shape)
-        if shape != tensor.shape and not (tensor.dim() == 0 and shape == (1,)):
-            mismatched.append(f"{slot.name} {list(shape)} on disk, {list(tensor.shape)} in the module")
-            fit._left_alone.add(slot.name)
-    fit.mismatched = tuple(sorted(mismatched))
-    if strict and (fit.missing or fit.unexpected or fit.mismatched):
-        _refuse_difference(fit, where)
-    first: dict[str, Slot] = {}
-    dtypes = {dtype: BY_NAME[dtype].torch for dtype in {t.dtype for t in stored.values()}}
-    for slot in usable:
-        if slot.name in fit._left_alone:
-            continue
-        check_fillable(slot, dtypes[stored[slot.name].dtype], where)
-        leader = first.setdefault(fit._leaders[slot.name], slot).name
-        if leader != slot.name and stored[leader] is not stored[slot.name] and not equal(stored[leader], stored[slot.name]):
-            raise IncompatibleCheckpointError(
-                f"cannot load {where}: {leader!r} and {slot.name!r} are one tensor in the module and were expected to be equal on "
-                f"disk, they differ; the module is unchanged"
-            )
-    refuse_overlaps((slot for slot in first.values() if fit.stays(slot.tensor)), where)
-    fit._direct = [slot.name for slot in first.values()]
-    _refuse_meta_left_over(fit._slots, expected, where)
-    return fit
-
-
-def _give_to_owners(fit: Fit, module: nn.Module, expected: set[str]) -> set[str]:
-    """Gives each sub-module with a loading routine of its own all that is stored under its name; the names that are theirs.
-
-    Also what the module does not expect: such routines rename, drop and make up names. One that gets nothing has no say.
-    """
-    hooked = hooked_modules(module)
-    if not hooked:
-        return set()
-    own: dict[str, dict[str, str]] = {}
-    for name in fit._stored:
-        owner_name = ancestor(name, hooked)
-        if owner_name is not None:
-            own.setdefault(owner_name, {})[name] = name[len(owner_name) + 1 :] if owner_name else name
-    fit._hooked = [(name, owner, own[name]) for name, owner in hooked.items() if name in own]
-    return {name for name in expected | fit._stored.keys() if ancestor(name, own) is not None}
-
-
-def _give(
-    owner_name: str, owner: nn.Module, own: Mapping[str, str], stored: Mapping[str, Located], given: dict[str, torch.Tensor]
-) -> Group:
-    """Copies for a sub-module with a loading routine of its own, which gets them together with what was joined for it."""
-    ready = {inner: given.pop(name) for name, inner in own.items() if name in given}
-    copies = {inner: (stored[name], _copy_of(stored[name])) for name, inner in own.items() if inner not in ready}
-
-    def finish(strict: bool) -> tuple[list[str], list[str]]:
-        state = {inner: copies[inner][1] if inner in copies else ready[inner] for inner in own.values()}
-        inference = any(not is_lazy(slot.tensor) and slot.tensor.is_inference() for slot in slots(owner))
-        try:
-            with torch.inference_mode(inference):
-                answer = owner.load_state_dict(state, strict=strict)
-        except Exception as error:
-            raise IncompatibleCheckpointError(
-                f"cannot load {owner_name or type(owner).__name__!r}: its own load_state_dict was expected to take "
-                f"what was saved, it raised {type(error).__name__}: {' '.join(str(error).split())}"
-            ) from error
-        start = f"{owner_name}." if owner_name else ""
-        missing, unexpected = getattr(answer, "missing_keys", ()), getattr(answer, "unexpected_keys", ())
-        return [start + name for name in missing], [start + name for name in unexpected]
-
-    return Group(tuple(copies.values()), False, finish)
-
-
-def _copy_of(stored: Located) -> torch.Tensor:
-    """New memory for a stored tensor, on the CPU wherever torch makes tensors by default."""
-    return torch.empty(torch_shape(stored.dtype, stored.shape), dtype=BY_NAME[stored.dtype].torch, device="cpu")
+                    plain = names.plain(own_name)
+                    yield f"{name}.{plain}" if name else plain, value
 
 
 def _replace(slot: Slot, memory: torch.Tensor, parameters: dict[int, nn.Parameter]) -> None:
@@ -337,34 +211,6 @@ def _replace(slot: Slot, memory: torch.Tensor, parameters: dict[int, nn.Paramete
         made.__dict__.update(slot.tensor.__dict__)
         parameters[id(slot.tensor)] = made
     slot.owner._parameters[slot.attribute] = parameters[id(slot.tensor)]
-
-
-def _refuse_meta_left_over(of: list[Slot], expected: set[str], where: str) -> None:
-    left = [slot.name for slot in of if slot.is_buffer and slot.tensor.is_meta and slot.name not in expected]
-    if left:
-        raise IncompatibleCheckpointError(
-            f"cannot load {where}: buffers with data were expected, these are not saved and on the meta device: {_listed(left)}; "
-            f"give them values first; the module is unchanged"
-        )
-
-
-def _refuse_difference(fit: Fit, where: str) -> NoReturn:
-    differences = (
-        ("missing from the checkpoint", fit.missing),
-        ("not in the module", fit.unexpected),
-        ("mismatched", fit.mismatched),
-    )
-    parts = [f"{len(names)} {words}: {_listed(names)}" for words, names in differences if names]
-    hint = ""
-    if any(name.startswith(".") for name in fit.unexpected):
-        hint = "; a name begins with a dot where the prefix ends without its own: end it with one, as in 'encoder.'"
-    raise IncompatibleCheckpointError(
-        f"cannot load {where}: the module's names and shapes were expected, there are {'; '.join(parts)}{hint}; the module is unchanged"
-    )
-
-
-def _listed(names: tuple[str, ...] | list[str]) -> str:
-    return ", ".join(names)
 
 
 def _same_device(left: torch.device, right: torch.device) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NoReturn
 
 import numpy as np
@@ -48,18 +48,36 @@ def check_fillable(slot: Slot, stored: torch.dtype, where: str) -> None:
         return
     if lacks_memory(tensor):
         _refuse(slot.name, where, "memory for all its elements was expected", "its storage was freed or made smaller")
-    if not tensor.is_contiguous() and any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride())):
+    if tensor.is_contiguous():
+        return
+    if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride())):
         _refuse(slot.name, where, "memory for each element was expected", "it is expanded; call .contiguous() on it first")
+    if _may_hit_itself(tensor):
+        found = f"elements of it share theirs, its strides are {list(tensor.stride())}; call .contiguous() on it first"
+        _refuse(slot.name, where, "memory for each element was expected", found)
 
 
-def refuse_overlaps(slots: Iterable[Slot], where: str) -> None:
-    """Refuses tensors, each filled on its own, that share a part of their memory: workers would race for it."""
+def _may_hit_itself(tensor: torch.Tensor) -> bool:
+    """Whether two elements may lie at one place; of strides that no slicing or transposing makes it is assumed."""
+    behind = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
+        if size > 1 and stride < behind:
+            return True
+        behind += (size - 1) * stride
+    return False
+
+
+def refuse_overlaps(slots: Iterable[Slot], owners: Mapping[str, str], where: str) -> None:
+    """Refuses strided tensors, each filled on its own, that share a part of their memory: one would undo the other.
+
+    ``owners``: of those that a sub-module fills by a routine of its own its name; what these do within themselves is theirs.
+    """
     there, begins, ends = [], [], []
     for slot in slots:
-        if address := slot.tensor.data_ptr():  # there is none on the meta device, and none of an empty tensor
+        if begin := slot.tensor.data_ptr():  # there is none on the meta device, and none of an empty tensor
             there.append(slot)
-            begins.append(address)
-            ends.append(address + reach(slot.tensor))
+            begins.append(begin)
+            ends.append(begin + reach(slot.tensor))
     if not any_overlap(begins, ends):
         return
     spans = [(str(slot.tensor.device), begin, end, slot) for begin, end, slot in zip(begins, ends, there)]
@@ -67,9 +85,10 @@ def refuse_overlaps(slots: Iterable[Slot], where: str) -> None:
     alive: list[tuple[str, int, int, Slot]] = []
     for span in spans:
         device, begin, _, slot = span
+        owner = owners.get(slot.name)
         alive = [other for other in alive if other[0] == device and other[2] > begin]
         for *_, other in alive:
-            if _share_an_element(other.tensor, slot.tensor):
+            if (owner is None or owner != owners.get(other.name)) and _share_an_element(other.tensor, slot.tensor):
                 _refuse(
                     slot.name,
                     where,

@@ -110,11 +110,8 @@ def _from_checkpoint(path: str, key: str | None, wanted: Wanted, closing: ExitSt
     record = checkpoint.record
     ours = record is not None
     told = checkpoint.file_metadata
-    # As safetensors' save_model has it: a name that is left out → the one that has its bytes.
-    ties = dict(checkpoint.ties) or {
-        name: kept for name, kept in told.items() if kept in checkpoint.tensors and name not in checkpoint.tensors
-    }
-    names = {name: name for name in checkpoint.stored_names} | ties
+    ties = checkpoint.ties
+    names = {name: name for name in checkpoint.stored_names} | dict(ties)
     chosen = {name: stored for name, stored in names.items() if wanted(name)}
     located = {stored: checkpoint.tensors[stored] for stored in chosen.values()}
     maps = Maps(checkpoint, aligned=False)
@@ -142,13 +139,14 @@ def _from_checkpoint(path: str, key: str | None, wanted: Wanted, closing: ExitSt
 
 def _from_torch(path: str, key: str | None, wanted: Wanted) -> Origin:
     content, mappings, notes = read_torch_file(path)
-    return Origin("torch", choose_state(content, key, wanted, path), None, {}, mappings, (path,), notes)
+    values, left = choose_state(content, key, wanted, path)
+    return Origin("torch", values, None, {}, mappings, (path,), (*notes, *left))
 
 
 def _from_distributed(path: str, key: str | None, wanted: Wanted) -> Origin:
     content, mappings, notes = read_distributed(path)
-    values = choose_state(content, key, wanted, path)
-    return Origin("distributed", values, None, {}, mappings, (), notes)
+    values, left = choose_state(content, key, wanted, path)
+    return Origin("distributed", values, None, {}, mappings, (), (*notes, *left))
 
 
 def _from_shards(path: str, key: str | None, wanted: Wanted) -> Origin:
@@ -184,28 +182,49 @@ def _from_shards(path: str, key: str | None, wanted: Wanted) -> Origin:
     return Origin("torch", in_order, None, {}, tuple(mappings), tuple(os.path.join(folder, f) for f in files), tuple(notes))
 
 
-def choose_state(content: Any, key: str | None, wanted: Wanted, path: str) -> dict[str, Any]:
-    """The names and tensors that are meant in what was saved: the outermost mapping of these, or that at ``key``.
+def choose_state(content: Any, key: str | None, wanted: Wanted, path: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The names and tensors that are meant in what was saved: the outermost mapping of these, or that at ``key``; and a note of what
+    lies beside it.
 
     Raises IncompatibleCheckpointError, which lists what there is.
     """
     mappings = list(_mappings(content, ()))
     states = [(at, made) for at, made in mappings if _is_state(made, wanted)]
     if key is not None:
-        asked = next((made for at, made in mappings if ".".join(at) == key), None)
-        if asked is None:
+        found = next(((at, made) for at, made in mappings if ".".join(at) == key), None)
+        if found is None:
             _no_such_key(path, key, _listed(states) or "no mapping of names to tensors")
-        return {str(name): value for name, value in asked.items() if wanted(str(name))}
+        at, asked = found
+        return {str(name): value for name, value in asked.items() if wanted(str(name))}, _left_out(content, at)
     depth = min((len(at) for at, _ in states), default=0)
     outermost = [(at, made) for at, made in states if len(at) == depth]
     if len(outermost) == 1:
-        return {name: value for name, value in outermost[0][1].items() if wanted(name)}
+        at, chosen = outermost[0]
+        return {name: value for name, value in chosen.items() if wanted(name)}, _left_out(content, at)
     if not outermost:
         whole = content if isinstance(content, dict) else {}
-        others = [f"{name!r} ({type(value).__name__})" for name, value in whole.items() if not _is_tensor(value)]
-        among = " among its tensors, which can be left out by drop" if len(others) < len(whole) else ""
+        others = [f"{name!r} ({_kind(value)})" for name, value in whole.items() if not _is_tensor(value)]
+        first = next((str(name) for name, value in whole.items() if not _is_tensor(value)), "")
+        among = f" among its tensors, which can be left out with drop={first!r}" if len(others) < len(whole) else ""
         _refuse(path, f"it has {', '.join(others[:5])}{among}" if others else f"it is a {type(content).__name__} without any")
-    _refuse(path, f"it has {_listed(outermost)}; choose one by its key")
+    _refuse(path, f"it has {_listed(outermost)}; choose one with key={'.'.join(outermost[0][0])!r}")
+
+
+def _kind(value: object) -> str:
+    quantized = isinstance(value, (list, tuple)) and any(isinstance(part, torch.Tensor) and part.is_quantized for part in value)
+    return f"{type(value).__name__}{' with a quantized tensor' if quantized else ''}"
+
+
+def _left_out(content: Any, at: tuple[str, ...]) -> tuple[str, ...]:
+    """What a file has beside the state ``at`` those keys, on the way to it."""
+    beside = []
+    for depth, key in enumerate(at):
+        beside += [
+            f"{'.'.join((*at[:depth], str(name)))!r} ({type(value).__name__})" for name, value in content.items() if name != key
+        ]
+        content = content[key]
+    more = f" and {len(beside) - 5} more" if len(beside) > 5 else ""
+    return (f"left out, as it lies beside {'.'.join(at)!r}: {', '.join(beside[:5])}{more}",) if beside else ()
 
 
 def _refuse(path: str, found: str) -> NoReturn:

@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any, NamedTuple, NoReturn
 
 from shardsave._collector import collector_still
 from shardsave._crc64 import crc64
-from shardsave._format import MAX_HEADER_BYTES
+from shardsave._format import CHECKSUM_KEY, MAX_HEADER_BYTES
 from shardsave._json import NotJSON, glimpse, parse_object
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError
 
 INDEX_NAME = "model.safetensors.index.json"
 LONE_NAME = "model.safetensors"
 
-#: An index larger than this is neither written nor read, in bytes (the Hub's own bound is 10 MB).
-MAX_INDEX_BYTES = 512_000_000
+#: An index larger than this is neither written nor read, in bytes: 100,000 names need some 10 MB, and objects take many times their text.
+MAX_INDEX_BYTES = 100_000_000
 
 #: The version of the record that we write. A reader goes by ``requires``, not by this number.
 VERSION = 1
@@ -93,11 +93,23 @@ class Record(NamedTuple):
 
 
 class Index(NamedTuple):
-    """``weight_map``: stored name → file name. ``record`` is None in an index that others wrote."""
+    """``weight_map``: stored name → file name. ``record`` is None in an index that others wrote, who may tell of ties all the same."""
 
     weight_map: Mapping[str, str]
     total_size: int
     record: Record | None
+    ties_of_others: Mapping[str, str] = {}
+
+    @property
+    def ties(self) -> Mapping[str, str]:
+        """Tied name → the name under which its bytes are stored."""
+        return self.record.ties if self.record is not None else self.ties_of_others
+
+
+def told_ties(told: Mapping[str, Any], stored: Container[str]) -> dict[str, str]:
+    """The ties in the metadata of others, as safetensors and the Hub's library write them: a name left out → the one stored."""
+    pairs = [(name, kept) for name, kept in told.items() if name not in ("format", CHECKSUM_KEY) and isinstance(kept, str)]
+    return {name: kept for name, kept in pairs if kept in stored and name not in stored}
 
 
 def check_shard_count(count: int) -> None:
@@ -192,9 +204,10 @@ def parse_index(data: bytes, where: str) -> Index:
             _bad(where, f"weight_map expected to map {glimpse(name)} to a file", f"it has {glimpse(shard)}")
     for shard in dict.fromkeys(weight_map.values()):
         _check_file_name(shard, where)
-    total = top["metadata"].get("total_size", 0) if isinstance(top.get("metadata"), dict) else 0
+    told = top["metadata"] if isinstance(top.get("metadata"), dict) else {}
+    total = told.get("total_size", 0)
     if "shardsave" not in top:
-        return Index(weight_map, total if type(total) is int else 0, None)
+        return Index(weight_map, total if type(total) is int else 0, None, told_ties(told, weight_map))
     _check_seal(data, top["shardsave"], where)
     if type(total) is not int or total < 0:
         _bad(where, "total_size expected to be a number of bytes", f"it is {glimpse(total)}")

@@ -6,12 +6,12 @@ import difflib
 import os
 import time
 from collections.abc import Iterable, Iterator
-from typing import Union
+from typing import Any, Union
 
 import torch
 from torch import nn
 
-from shardsave import _fill
+from shardsave import _fit
 from shardsave._arguments import check_path, check_progress, check_switches
 from shardsave._backend import engine_name
 from shardsave._checkpoint import Checkpoint, Located, open_checkpoint
@@ -25,6 +25,8 @@ from shardsave._peft import adapter_names
 from shardsave._progress import Progress, ProgressArgument
 from shardsave._read import ReadTotals, read_tensors
 from shardsave._reports import LoadReport, Phases
+from shardsave._slots import extra_state_names, sub_modules
+from shardsave._state import unwrap
 from shardsave._transformers import pretrained
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, ShardSaveError
 
@@ -44,7 +46,8 @@ def load(
 ) -> dict[str, torch.Tensor]:
     """Loads tensors by name from a directory, an index or one safetensors file, whoever wrote it.
 
-    Tied names share one storage. Only the bytes that are asked for are read, straight to ``device``.
+    Tied names share one storage, in files of others those of which their metadata tells. Only the bytes that are asked for are
+    read, straight to ``device``.
 
     Args:
         path: the checkpoint.
@@ -108,7 +111,8 @@ def load_model(
     replaced, as ``load_state_dict(assign=True)`` does. There is never a second copy of the model. Values are cast to the
     module's dtypes as ``load_state_dict`` does. Everything that can be refused is refused before a tensor is changed. Only a
     sub-module with a loading routine of its own (hooks, an override, extra state) decides itself what it takes: it is given all
-    that is stored below its name, one such sub-module after the other, before anything else is filled.
+    that is stored below its name, one such sub-module after the other, before anything else is filled. Extra
+    state that is no tensor comes from the architecture, where one was saved and it is plain data.
 
     Args:
         model: a module or sub-module; wrappers (``torch.compile``, DDP, DataParallel) are seen through.
@@ -143,7 +147,9 @@ def load_model(
     _check_names(None, prefix)
     where = device_of(device)
     started = time.perf_counter()
-    with open_checkpoint(path, _selection(None, prefix)) as checkpoint:
+    has_states = any(type(part).get_extra_state is not nn.Module.get_extra_state for part in model.modules())
+    own_states = extra_state_names(sub_modules(unwrap(model))) if has_states else []
+    with open_checkpoint(path, _selection(None, prefix), parts=("architecture",) if own_states else ()) as checkpoint:
         chosen = _choose(checkpoint, None, prefix)
         stored = {name.removeprefix(prefix): checkpoint.tensors[original] for name, original in chosen.items()}
         hub, where_from = pretrained(model), os.fspath(path)
@@ -152,7 +158,7 @@ def load_model(
         converted = conversion(hub, stored, where_from) if hub is not None else adapter_names(model, stored, where_from)
         if converted is not None:
             stored = converted.stored
-        fit = _fill.fit_module(
+        fit = _fit.fit_module(
             model,
             stored,
             device=where,
@@ -161,6 +167,7 @@ def load_model(
             where=where_from,
             joins=converted,
             optional=converted.optional if converted is not None else lambda name: False,
+            extra_states=_extra_states(checkpoint, [name for name in own_states if name not in stored], prefix, strict),
         )
         reads = fit.reads
         planned = time.perf_counter()
@@ -209,6 +216,24 @@ def load_model(
         mismatched=fit.mismatched,
         frozen=frozen,
     )
+
+
+def _extra_states(checkpoint: Checkpoint, names: list[str], prefix: str, strict: bool) -> dict[str, Any]:
+    """The extra state that is no tensor of the modules whose state dict has ``names``, as the checkpoint's architecture tells it."""
+    data = checkpoint.documents.get("architecture")
+    if data is None or not names:
+        return {}
+    from shardsave._extra_states import extra_states  # no model without any needs these
+    from shardsave._values import Document
+
+    document = Document(data, f"the architecture in {checkpoint.path}")
+    found, others = extra_states(document, [prefix + name for name in names])
+    if others and strict:
+        raise IncompatibleCheckpointError(
+            f"cannot load {checkpoint.path}: extra state of plain data was expected, {others[0]!r} has tensors or objects in it; build the "
+            f"whole model with build_model, or leave extra state as it is with strict=False; the module is unchanged"
+        )
+    return {name.removeprefix(prefix): value for name, value in found.items()}
 
 
 def _new_tensors(stored: Iterable[Located], device: torch.device) -> Iterator[torch.Tensor]:

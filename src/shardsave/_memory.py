@@ -6,6 +6,17 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import nn
+
+#: Whose address may be asked for; what subclasses say is not always where their data lies.
+_WITH_ADDRESS = frozenset({torch.Tensor, nn.Parameter})
+
+
+def address(tensor: torch.Tensor) -> int:
+    """Where its first element lies, 0 where there is no address to ask for: it is on the meta device, empty, or not strided."""
+    if type(tensor) not in _WITH_ADDRESS or tensor.layout is not torch.strided or tensor.is_nested:
+        return 0
+    return tensor.data_ptr()
 
 
 def reach(tensor: torch.Tensor) -> int:

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 
 from shardsave._checkpoint import Located
-from shardsave._fill import Join
-from shardsave._state import Entry, State, plain_name, tensor_of, unwrap
+from shardsave._groups import Join
+from shardsave._state import Entry, Names, State, tensor_of, unwrap
 from shardsave._transformers import OnDisk
 from shardsave.errors import IncompatibleCheckpointError, UnsupportedTensorError
 
@@ -117,7 +117,8 @@ def adapter_names(source: object, stored: Mapping[str, Located], where: str) -> 
     model = adapted(source)
     if model is None or len(list(model.active_adapters)) != 1:
         return None
-    tensors = {plain_name(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
+    names = Names.of(model)
+    tensors = {names.plain(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
     adapter = adapter_of(model, tensors)
     saved = adapter.names.keys() | adapter.computed.keys()
     if not any(name in saved and name not in tensors for name in stored):

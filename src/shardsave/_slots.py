@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from shardsave._state import plain_name
-
-#: Whose address may be asked for; what subclasses say is not always where their data lies.
-_WITH_ADDRESS = frozenset({torch.Tensor, nn.Parameter})
+from shardsave._memory import address
+from shardsave._state import EXTRA_STATE, Names
 
 
 class Slot(NamedTuple):
@@ -26,11 +24,24 @@ class Slot(NamedTuple):
     saved: bool
 
 
-def slots(module: nn.Module) -> list[Slot]:
+class SubModule(NamedTuple):
+    """One name of a sub-module: how the names of what is in it begin, without those of wrappers, and the sub-module."""
+
+    start: str
+    module: nn.Module
+
+
+def sub_modules(module: nn.Module) -> list[SubModule]:
+    """Every sub-module by every name it has, in module order; the first is the whole."""
+    found = list(module.named_modules(remove_duplicate=False))
+    names = Names(found)
+    return [SubModule("", module), *(SubModule(names.plain(f"{name}."), part) for name, part in found[1:])]
+
+
+def slots(of: Sequence[SubModule]) -> list[Slot]:
     """Every parameter and buffer by every name it has, in module order."""
     made = []
-    for prefix, owner in module.named_modules(remove_duplicate=False):
-        start = plain_name(f"{prefix}." if prefix else "")
+    for start, owner in of:
         hidden = owner._non_persistent_buffers_set
         for attribute, parameter in owner._parameters.items():
             if parameter is not None:
@@ -41,22 +52,22 @@ def slots(module: nn.Module) -> list[Slot]:
     return made
 
 
-def expected_names(module: nn.Module, of: Sequence[Slot]) -> set[str]:
-    """The names that the state dict of ``module``, whose slots are ``of``, has."""
-    names = {slot.name for slot in of if slot.saved}
-    for prefix, owner in module.named_modules(remove_duplicate=False):
-        if type(owner).get_extra_state is not nn.Module.get_extra_state:
-            names.add(plain_name(f"{prefix}." if prefix else "") + "_extra_state")
-    return names
+def expected_names(of: Sequence[SubModule], all_slots: Sequence[Slot]) -> set[str]:
+    """The names that the state dict of a module has."""
+    return {*(slot.name for slot in all_slots if slot.saved), *extra_state_names(of)}
 
 
-def hooked_modules(module: nn.Module) -> dict[str, nn.Module]:
+def extra_state_names(of: Iterable[SubModule]) -> list[str]:
+    """Those of them that are extra state."""
+    return [start + EXTRA_STATE for start, part in of if type(part).get_extra_state is not nn.Module.get_extra_state]
+
+
+def hooked_modules(of: Iterable[SubModule]) -> dict[str, nn.Module]:
     """The outermost sub-modules that have a say in how they are loaded, and so are loaded by their own routine."""
     found: dict[str, nn.Module] = {}
-    for raw_name, owner in module.named_modules(remove_duplicate=False):
-        name = plain_name(raw_name)
-        if ancestor(f"{name}.", found) is None and _has_own_loading(owner):
-            found[name] = owner
+    for start, part in of:
+        if _has_own_loading(part) and ancestor(start, found) is None:
+            found[start.removesuffix(".")] = part
     return found
 
 
@@ -106,7 +117,7 @@ def leaders(of: Sequence[Slot]) -> dict[str, str]:
     found = {}
     for slot in of:
         tensor = slot.tensor
-        there = at_address.setdefault(_address(tensor) or id(tensor), slot)
+        there = at_address.setdefault(address(tensor) or id(tensor), slot)
         if there.tensor is tensor:
             found[slot.name] = there.name
             continue
@@ -117,13 +128,6 @@ def leaders(of: Sequence[Slot]) -> dict[str, str]:
 
 def _layout(tensor: torch.Tensor) -> object:
     """What two tensors that are the same memory have in common."""
-    if not (address := _address(tensor)):
+    if not (begin := address(tensor)):
         return id(tensor)
-    return address, tensor.device, tensor.dtype, tensor.shape, tensor.stride()
-
-
-def _address(tensor: torch.Tensor) -> int:
-    """Where it lies, 0 where there is no address to ask for."""
-    if type(tensor) not in _WITH_ADDRESS or tensor.layout is not torch.strided or tensor.is_nested:
-        return 0
-    return tensor.data_ptr()
+    return begin, tensor.device, tensor.dtype, tensor.shape, tensor.stride()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, NoReturn, Union
 
 import numpy as np
@@ -20,7 +20,8 @@ Source = Union[nn.Module, Mapping[str, Any]]
 
 PLAIN_TYPES = frozenset({torch.Tensor, nn.Parameter, *([nn.Buffer] if hasattr(nn, "Buffer") else [])})
 _COMPILED = "_orig_mod"
-_EXTRA_STATE = "_extra_state"
+#: How the name in a state dict ends under which a module has its extra state.
+EXTRA_STATE = "_extra_state"
 _PARALLEL = (DataParallel, DistributedDataParallel)
 
 #: What the package ml_dtypes adds to numpy and torch has, too, under the same names.
@@ -82,9 +83,39 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 def _holds_only_another(module: nn.Module) -> bool:
     """Whether ``module`` is a known wrapper, with nothing of its own that would be lost without it."""
-    compiled = type(module).__name__ == "OptimizedModule" and type(module).__module__.startswith("torch.")
-    own = module._parameters or module._buffers or len(module._modules) > 1
-    return bool((compiled or isinstance(module, _PARALLEL)) and not own)
+    kind = type(module)
+    compiled = kind.__name__ == "OptimizedModule" and kind.__module__.startswith("torch.")
+    if not compiled and not issubclass(kind, _PARALLEL):
+        return False
+    return not (module._parameters or module._buffers or len(module._modules) > 1)
+
+
+class Names:
+    """The names of a module's tensors with and without the wrappers around some of its sub-modules."""
+
+    def __init__(self, named: Iterable[tuple[str, nn.Module]]) -> None:
+        """``named``: all sub-modules by all their names, in module order."""
+        self._wrappers: list[tuple[str, str]] = []  # how names begin at a wrapper, and inside of it; the outer ones first
+        for name, part in named:
+            if _holds_only_another(part):
+                start = f"{name}." if name else ""
+                self._wrappers.append((start, f"{start}{'module' if isinstance(part, _PARALLEL) else _COMPILED}."))
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Names:
+        return cls(module.named_modules(remove_duplicate=False))
+
+    def plain(self, name: str) -> str:
+        for start, inside in reversed(self._wrappers):
+            if name.startswith(inside):
+                name = start + name[len(inside) :]
+        return plain_name(name)
+
+    def wrapped(self, name: str) -> str:
+        for start, inside in self._wrappers:
+            if name.startswith(start):
+                name = inside + name[len(start) :]
+        return name
 
 
 def refuse_sharded(module: nn.Module, verb: str, state: str) -> None:
@@ -141,18 +172,19 @@ def read_state(source: Source | State, *, tensors_only: bool = False) -> State:
 
 
 def plain_name(name: str) -> str:
-    """The name as it is without ``torch.compile`` on some sub-module."""
+    """The name as it is without ``torch.compile`` on some sub-module; `Names` knows of other wrappers too."""
     return ".".join(part for part in name.split(".") if part != _COMPILED) if _COMPILED in name else name
 
 
 def _module_tensors(module: nn.Module, tensors_only: bool) -> dict[str, torch.Tensor]:
     made: dict[str, torch.Tensor] = {}
+    names = Names.of(module)
     for name, value in module.state_dict(keep_vars=True).items():
-        plain = plain_name(name)
-        if tensors_only and plain.endswith(_EXTRA_STATE) and not isinstance(value, torch.Tensor):
+        plain = names.plain(name)
+        if tensors_only and plain.endswith(EXTRA_STATE) and not isinstance(value, torch.Tensor):
             continue
         if plain in made:
-            _refuse(name, f"one tensor of the name {plain!r} was expected", f"without {_COMPILED!r} two have it")
+            _refuse(name, f"one tensor of the name {plain!r} was expected", "without those of wrappers two have it")
         made[plain] = _as_tensor(name, value)
     return made
 
@@ -161,7 +193,8 @@ def _flags_apart(module: nn.Module, named: Mapping[str, torch.Tensor]) -> dict[s
     """Name → frozen from the module itself, where its state dict also has tensors that are no Parameters (a hook's, buffers)."""
     if all(type(tensor) is nn.Parameter for tensor in named.values()):
         return {}
-    return {plain_name(name): not p.requires_grad for name, p in module.named_parameters(remove_duplicate=False)}
+    names = Names.of(module)
+    return {names.plain(name): not p.requires_grad for name, p in module.named_parameters(remove_duplicate=False)}
 
 
 def _as_tensor(name: object, value: object) -> torch.Tensor:
@@ -171,7 +204,7 @@ def _as_tensor(name: object, value: object) -> torch.Tensor:
         return value
     if isinstance(value, np.ndarray):
         return _from_numpy(name, value)
-    if name.endswith(_EXTRA_STATE):
+    if name.endswith(EXTRA_STATE):
         _refuse(name, "extra state that is a tensor was expected", f"it is {an(type(value).__name__)}, which would need pickle")
     _refuse(name, "a tensor was expected", f"it is {an(type(value).__name__)}")
 
@@ -215,11 +248,11 @@ def check_savable(name: str, tensor: torch.Tensor) -> None:
             _refuse(name, "a name in Unicode was expected", "it has half of a surrogate pair")
     if type(tensor) not in PLAIN_TYPES or hasattr(tensor, "__tensor_flatten__"):
         _refuse(name, "a plain tensor was expected", f"it is {an(type(tensor).__name__)}")
-    if tensor.is_meta:
-        _refuse(name, "a tensor with data was expected", "it is on the meta device")
     if tensor.layout is not torch.strided or tensor.is_nested:
         layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
         _refuse(name, "a strided tensor was expected", f"its layout is {layout}")
+    if tensor.is_meta:
+        _refuse(name, "a tensor with data was expected", "it is on the meta device")
     dtype = tensor.dtype
     if dtype not in BY_TORCH:
         unknown = str(dtype).removeprefix("torch.")

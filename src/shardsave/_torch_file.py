@@ -16,7 +16,7 @@ import struct
 import sys
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -25,7 +25,7 @@ from shardsave._files import CallFailed, Descriptor, call, read_at
 from shardsave._find import cannot_read, open_regular
 from shardsave._map import map_file
 from shardsave._state import PLAIN_TYPES
-from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, UntrustedCodeError
+from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError, UntrustedCodeError
 
 _ZIP = b"PK\x03\x04"
 #: How those lines of torch begin that say what to do.
@@ -150,6 +150,10 @@ def unpickle(file: io.RawIOBase, path: str, location: str) -> Any:
             ) from None
         _bad(path, f"it is no file of torch.save ({_reason(error)})")
     except Exception as error:  # whatever torch says of bytes that are none of its own
+        if location == "meta" and "Quantized" in str(error):
+            raise _Elsewhere(
+                "holds quantised tensors"
+            ) from None  # there are none on the meta device; read, they are refused by name
         _bad(path, f"it is no file of torch.save ({_reason(error)})")
 
 
@@ -193,6 +197,7 @@ def _records(fd: int, begin: int, length: int, path: str) -> dict[int, int]:
     try:
         with zipfile.ZipFile(io.BufferedReader(Window(fd, begin, length))) as archive:
             found = {}
+            _refuse_program(path, archive.namelist())
             for entry in archive.infolist():
                 other_order = entry.filename.endswith("/byteorder") and archive.read(entry).decode() != sys.byteorder
                 if entry.compress_type != zipfile.ZIP_STORED or other_order:
@@ -205,6 +210,20 @@ def _records(fd: int, begin: int, length: int, path: str) -> dict[int, int]:
     except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError, OverflowError, EOFError) as error:
         _bad(path, f"it is no archive that can be read ({error})")
     return found
+
+
+def _refuse_program(path: str, records: Sequence[str]) -> None:
+    """Refuses archives of torch that hold a program beside the weights, by what they are."""
+    inner = {name.partition("/")[2] for name in records}
+    if "constants.pkl" in inner:
+        kind, advice = "a TorchScript archive", "save the state_dict() of what torch.jit.load makes of it"
+    elif {"archive_format", "archive_version"} <= inner or "serialized_exported_program.json" in {*inner, *records}:
+        kind, advice = "a program of torch.export", "save the state_dict of what torch.export.load makes of it"
+    else:
+        return
+    raise IncompatibleCheckpointError(
+        f"cannot convert {path}: a file of torch.save was expected, it is {kind}; {advice}; nothing was written"
+    )
 
 
 def _place(content: Any, mapping: mmap.mmap, begin: int, records: Mapping[int, int], path: str) -> Any:

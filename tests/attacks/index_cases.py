@@ -97,7 +97,7 @@ def file_name(name: str, glimpse: str, value: str) -> Case:
 
 def over_the_bound(folder: Path) -> None:
     saved(folder)
-    os.truncate(folder / INDEX, 512_000_001)
+    os.truncate(folder / INDEX, 100_000_001)
 
 
 def another_seal(folder: Path) -> None:
@@ -145,7 +145,7 @@ INDEXES = [
     raw("index with a name twice", "keys expected once, 'x' stands twice", b'{"weight_map":{"x":"a","x":"b"}}'),
     raw("two indexes in one file", "JSON expected, something follows it, at character 17", b'{"weight_map":{}}{}'),
     Case("index over the bound",
-         f"corrupt index {INDEX}: at most 512000000 bytes expected, it has 512000001; no shard was opened", over_the_bound),
+         f"corrupt index {INDEX}: at most 100000000 bytes expected, it has 100000001; no shard was opened", over_the_bound),
     # weight_map.
     raw("weight_map missing", "weight_map expected to map names to files, it is null", b'{"metadata":{}}'),
     others("weight_map is a list", "weight_map expected to map names to files, it is ['x']", ["x"]),

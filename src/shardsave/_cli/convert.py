@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import re
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 import click
 
 from shardsave._cli.output import GOOD, Output, wants_bar
 from shardsave._cli.paths import CHECKPOINT
+from shardsave.errors import IncompatibleCheckpointError
 
 if TYPE_CHECKING:
     import shardsave
@@ -86,8 +88,18 @@ def convert(
             progress=wants_bar(),
         )
     except ValueError as error:
-        raise click.UsageError(str(error)) from error
+        raise click.UsageError(_as_options(str(error))) from error
+    except IncompatibleCheckpointError as error:
+        raise IncompatibleCheckpointError(_as_options(str(error))) from error
+    report = replace(report, notes=tuple(map(_as_options, report.notes)))
     if as_json:
         click.echo(json.dumps(asdict(report)))
     else:
         Output().line((str(report), GOOD))
+
+
+def _as_options(message: str) -> str:
+    """A message of the library with its arguments called as they are here: ``key='x'`` is ``--key 'x'``."""
+    message = re.sub(r"(?<!\S)(drop|key|rename)=(?=['\"])", r"--\1 ", message)
+    message = re.sub(r"^(drop|dtype|key|rename) must ", r"--\1 must ", message)
+    return re.sub(r"\bmax_shard_size\b", "--max-shard-size", message)

@@ -22,7 +22,7 @@ Examples:
   shardsave diff ckpt-1000 ckpt-2000
   shardsave diff ckpt model.safetensors --json | jq '.changed | keys'
 
-Exit codes: 0 nothing differs, 1 something does, 2 wrong usage, 3 failed.""",
+Exit codes: 0 nothing differs, or metadata alone, 1 something does, 2 wrong usage, 3 failed.""",
 )
 @click.argument("a", type=CHECKPOINT)
 @click.argument("b", type=CHECKPOINT)
@@ -54,7 +54,18 @@ def _print(report: shardsave.DiffReport, output: Output) -> None:
             output.line((f"{sign} ", style), name)
     for name, (before, after) in (report.flags or {}).items():
         output.line(("* ", FROZEN), f"{name}: {_flag(before)} → {_flag(after)}")
+    for name, ties in report.ties.items():
+        output.line(
+            ("= ", TRAINABLE), f"{name}: {' → '.join(f'shares {tie}' if tie is not None else 'its own' for tie in ties)}"
+        )
+    for key, values in report.metadata.items():
+        old, new = ("nothing" if value is None else _short(json.dumps(value, ensure_ascii=False)) for value in values)
+        output.line(("metadata ", DIM), f"{key}: {old} → {new}")
     output.line((str(report), GOOD if report.same else DIM))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:59]}…"
 
 
 def _flag(frozen: bool | None) -> str:
@@ -97,6 +108,8 @@ def _as_json(report: shardsave.DiffReport) -> dict[str, object]:
         "added": report.added,
         "removed": report.removed,
         "flags": report.flags,
+        "ties": report.ties,
+        "metadata": report.metadata,
         "bytes": report.bytes,
         "seconds": report.seconds,
     }

@@ -10,6 +10,7 @@ from typing import Any
 import click
 from click.exceptions import NoArgsIsHelpError
 
+from shardsave._backend import check_engine
 from shardsave._cli.clean import clean
 from shardsave._cli.completion import completion
 from shardsave._cli.convert import convert
@@ -49,6 +50,10 @@ class Commands(click.Group):
             raise _PipeClosed from error
 
     def _run(self, *arguments: Any, **extra: Any) -> int:
+        try:
+            check_engine()
+        except (ValueError, ImportError) as error:
+            return _fail(f"shardsave: {error}", USAGE)
         try:
             code = super().main(*arguments, **extra)
             return code if isinstance(code, int) else 0
