@@ -56,6 +56,14 @@ def memory(tmp_path: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
+def let_everybody_in(folder: Path) -> None:
+    """Makes ``folder`` one that every user may enter and write to: pytest keeps its directories for the user that runs it."""
+    folder.chmod(folder.stat().st_mode | 0o077)
+    for above in folder.parents:
+        if above.stat().st_mode & 0o005 != 0o005:
+            above.chmod(above.stat().st_mode | 0o055)
+
+
 class SmallModel(nn.Module):
     """A little of everything: a frozen part, tied weights, a persistent and a non-persistent buffer, several dtypes."""
 

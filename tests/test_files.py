@@ -13,7 +13,7 @@ from torch import nn
 
 import shardsave
 from conftest import SmallModel, same_bits, same_state
-from shardsave import _checkpoint
+from shardsave import _shard_files
 
 INDEX = "model.safetensors.index.json"
 
@@ -183,7 +183,7 @@ def test_the_header_check_is_what_finds_another_saves_shard(tmp_path: Path, monk
     with pytest.raises(shardsave.CorruptCheckpointError, match="the index says a header with checksum"):
         shardsave.load(tmp_path / "a")
     index = json.loads((tmp_path / "a" / INDEX).read_text())
-    monkeypatch.setattr(_checkpoint, "crc64", lambda data: int(index["shardsave"]["shards"][name][2], 16))
+    monkeypatch.setattr(_shard_files, "crc64", lambda data: int(index["shardsave"]["shards"][name][2], 16))
     assert shardsave.load(tmp_path / "a")["x"].dtype == torch.int32
 
 

@@ -14,12 +14,12 @@ import shardsave
 ORDER = [
     "errors", "_words", "_json", "_arguments", "_metadata", "_ending", "_version", "_native", "_collector", "_files",
     "_assembled", "_dtypes", "_backend", "_crc64", "_memory", "_state", "_extra_tensors", "_kinds", "_imports", "_table",
-    "_architecture", "_values", "_attached", "_extra_states", "_builder", "_graph", "_signature", "_program", "_traced_arguments",
-    "_capture", "_plan", "_format", "_lend", "_engine", "_portable", "_index", "_staging", "_companions", "_lock", "_clean",
-    "_commit", "_find", "_checkpoint", "_map", "_reports", "_findings", "_progress", "_read", "_slots", "_fillable", "_groups",
-    "_fill", "_fit", "_transformers", "_conversion", "_peft", "_shards", "_save", "_load", "_open", "_compare", "_diff", "_leavings",
-    "_inspect", "_from_config", "_build", "_torch_file", "_distributed", "_foreign", "_changes", "_single", "_convert", "__init__",
-    "_cli", "__main__",
+    "_architecture", "_values", "_attached", "_extra_states", "_builder", "_graph", "_signature", "_program",
+    "_traced_arguments", "_capture", "_plan", "_format", "_lend", "_engine", "_portable", "_index", "_staging", "_companions",
+    "_lock", "_clean", "_commit", "_find", "_shard_files", "_checkpoint", "_choice", "_map", "_reports", "_findings",
+    "_progress", "_read", "_slots", "_fillable", "_groups", "_fill", "_fit", "_transformers", "_conversion", "_peft", "_shards",
+    "_save", "_load", "_open", "_compare", "_diff", "_leavings", "_inspect", "_from_config", "_build", "_torch_file",
+    "_distributed", "_foreign", "_changes", "_single", "_convert", "__init__", "_cli", "__main__",
 ]  # fmt: skip
 
 #: The engine chooses its fallback, which has the engine's own types.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, Compile
+from conftest import ROOT, Compile, let_everybody_in
 
 PROGRAM = """
 import ctypes, os, resource, sys, torch, shardsave
@@ -81,6 +81,5 @@ def test_no_memory_for_staging(tmp_path: Path, short: Path, engine: str, call: s
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root: it becomes a user without a process to spare")
 def test_no_threads(tmp_path: Path, short: Path) -> None:
     """Catches a save or a load that fails, hangs or dies where the system starts no thread."""
-    for folder in (tmp_path, *tmp_path.parents[:3]):  # a worker of pytest-xdist has one more above it
-        folder.chmod(folder.stat().st_mode | 0o077)
+    let_everybody_in(tmp_path)
     assert limited(tmp_path, short, 0) == f"saved {8 * SLOT}"

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import shardsave
-from conftest import SmallModel, same_bits
+from conftest import SmallModel, let_everybody_in, same_bits
 from shardsave._state import read_state
 
 
@@ -129,8 +129,7 @@ def test_a_directory_that_may_not_be_written(tmp_path: Path) -> None:
     shardsave.save({"x": torch.ones(1)}, tmp_path / "ckpt")
     (tmp_path / "ckpt").chmod(0o555)
     user = os.geteuid()
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(folder.stat().st_mode | 0o055)
+    let_everybody_in(tmp_path)
     try:
         if user == 0:
             os.seteuid(65534)
@@ -148,8 +147,7 @@ def test_a_directory_that_may_not_be_written(tmp_path: Path) -> None:
 def as_nobody(tmp_path: Path) -> Iterator[None]:
     """Permissions are those of a user who is not allowed everything, also where the tests run as root."""
     user = os.geteuid()
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(folder.stat().st_mode | 0o077)
+    let_everybody_in(tmp_path)
     try:
         if user == 0:
             os.seteuid(65534)

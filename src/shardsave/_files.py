@@ -270,3 +270,15 @@ def _sync_folder(path: str) -> None:
     with Descriptor() as folder:
         folder.open(path, os.O_RDONLY | os.O_DIRECTORY)
         call(os.fsync, path, folder.fd)
+
+
+def descriptor_allowance() -> int:
+    """How many shards may be held open: half of what this process may open yet, so that the rest of it can go on."""
+    import resource
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        in_use = len(os.listdir("/proc/self/fd"))
+    except OSError:
+        in_use = 0
+    return max(1, ((soft if soft != resource.RLIM_INFINITY else 1 << 16) - in_use) // 2)

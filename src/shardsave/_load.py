@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -15,6 +14,7 @@ from shardsave import _fit
 from shardsave._arguments import check_path, check_progress, check_switches
 from shardsave._backend import engine_name
 from shardsave._checkpoint import Checkpoint, Located, open_checkpoint
+from shardsave._choice import check_names, choose, selection
 from shardsave._collector import collector_still
 from shardsave._dtypes import BY_NAME, torch_shape
 from shardsave._ending import verb
@@ -75,12 +75,12 @@ def load(
     check_switches(verify=verify, mmap=mmap)
     check_progress(progress)
     check_path(path)
-    wanted = _check_names(names, prefix)
+    wanted = check_names(names, prefix)
     where = device_of(device) or torch.device("cpu")
     if mmap and where.type != "cpu":
         raise ValueError(f"mmap=True gives tensors on the CPU, device {where} was asked for")
-    with open_checkpoint(path, _selection(wanted, prefix)) as checkpoint:
-        chosen = _choose(checkpoint, wanted, prefix)
+    with open_checkpoint(path, selection(wanted, prefix)) as checkpoint:
+        chosen = choose(checkpoint, wanted, prefix)
         by_stored = {stored: checkpoint.tensors[stored] for stored in chosen.values()}
         if mmap:
             tensors = Maps(checkpoint).tensors(by_stored)
@@ -144,13 +144,13 @@ def load_model(
     check_switches(strict=strict, restore_frozen=restore_frozen, verify=verify)
     check_progress(progress)
     check_path(path)
-    _check_names(None, prefix)
+    check_names(None, prefix)
     where = device_of(device)
     started = time.perf_counter()
     has_states = any(type(part).get_extra_state is not nn.Module.get_extra_state for part in model.modules())
     own_states = extra_state_names(sub_modules(unwrap(model))) if has_states else []
-    with open_checkpoint(path, _selection(None, prefix), parts=("architecture",) if own_states else ()) as checkpoint:
-        chosen = _choose(checkpoint, None, prefix)
+    with open_checkpoint(path, selection(None, prefix), parts=("architecture",) if own_states else ()) as checkpoint:
+        chosen = choose(checkpoint, None, prefix)
         stored = {name.removeprefix(prefix): checkpoint.tensors[original] for name, original in chosen.items()}
         hub, where_from = pretrained(model), os.fspath(path)
         if hub is not None:
@@ -264,72 +264,6 @@ def device_of(device: Device) -> torch.device | None:
     if made.type == "meta":
         raise ValueError("device must hold data, the meta device does not")
     return made
-
-
-def _check_names(names: Iterable[str] | None, prefix: str) -> frozenset[str] | None:
-    if not isinstance(prefix, str):
-        raise TypeError(f"prefix must be a string, not {type(prefix).__name__}")
-    if names is None:
-        return None
-    if isinstance(names, (str, bytes)):
-        raise TypeError("names must be an iterable of names, not one string")
-    wanted = frozenset(names)
-    for name in wanted:
-        if not isinstance(name, str):
-            raise TypeError(f"names must be strings, not {type(name).__name__}")
-        if not name.startswith(prefix):
-            raise ValueError(f"names are given as they stand in the checkpoint: {name!r} does not begin with prefix {prefix!r}")
-    return wanted
-
-
-class _filter:
-    """Whether a name of the checkpoint is asked for."""
-
-    def __init__(self, names: frozenset[str] | None, prefix: str) -> None:
-        self._names = names
-        self._prefix = prefix
-
-    def __call__(self, name: str) -> bool:
-        return name.startswith(self._prefix) and (self._names is None or name in self._names)
-
-
-def _selection(names: frozenset[str] | None, prefix: str) -> _filter | None:
-    """None where everything is asked for, so that a great many names need not be looked at one by one."""
-    asked = _filter(names, prefix)
-    return asked if prefix or names is not None else None
-
-
-def _choose(checkpoint: Checkpoint, names: frozenset[str] | None, prefix: str) -> dict[str, str]:
-    """What is asked for: name → the name under which its bytes are stored, in the checkpoint's order."""
-    known = {name: name for name in checkpoint.stored_names} | dict(checkpoint.ties)
-    missing = sorted(names - known.keys()) if names is not None else []
-    if missing:
-        close = difflib.get_close_matches(missing[0], known, n=1)
-        hint = f" (the closest is {close[0]!r})" if close else ""
-        raise IncompatibleCheckpointError(
-            f"cannot load from {checkpoint.path}: {missing[0]!r} was asked for{hint}, the checkpoint has no tensor of that name"
-            + (f", nor {len(missing) - 1} other{'s' if len(missing) > 2 else ''} asked for" if len(missing) > 1 else "")
-        )
-    asked = _selection(names, prefix)
-    chosen = known if asked is None else {name: stored for name, stored in known.items() if asked(name)}
-    if prefix and names is None and not chosen and known:
-        raise IncompatibleCheckpointError(
-            f"cannot load from {checkpoint.path}: names that begin with {prefix!r} were asked for, {_names_like(prefix, known)}"
-        )
-    return chosen
-
-
-def _names_like(prefix: str, known: Iterable[str]) -> str:
-    """What names there are on the level on which ``prefix`` goes astray, and which of them may have been meant."""
-    parts = prefix.removesuffix(".").split(".")
-    start, depth = "", 0
-    while depth < len(parts) - 1 and any(name.startswith(f"{start}{parts[depth]}.") for name in known):
-        start, depth = f"{start}{parts[depth]}.", depth + 1
-    below = sorted({name[len(start) :].split(".")[0] for name in known if name.startswith(start)})
-    close = difflib.get_close_matches(parts[depth], below, n=1)
-    hint = f" (the closest is {start + close[0] + '.'!r})" if close else ""
-    those = f"the checkpoint's that begin with {start!r} go on with" if start else "the checkpoint's begin with"
-    return f"{those} {', '.join(below[:5])}{', …' if len(below) > 5 else ''}{hint}"
 
 
 def _equal_on_disk(checkpoint: Checkpoint, left: Located, right: Located) -> bool:

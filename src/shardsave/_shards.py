@@ -11,10 +11,10 @@ from typing import NamedTuple
 import numpy as np
 
 from shardsave import _engine
-from shardsave._checkpoint import descriptor_allowance
 from shardsave._commit import Transaction
 from shardsave._crc64 import crc64, joined
 from shardsave._dtypes import BY_TORCH, logical_shape
+from shardsave._files import descriptor_allowance
 from shardsave._format import encode_header, with_sums
 from shardsave._index import FileRecord, ShardRecord
 from shardsave._plan import ALIGNMENT, Blocks, Shard, StoredTensor, blocks, pack
