@@ -145,12 +145,42 @@ def main() -> None:
     asked = parser.parse_args()
     started = time.time()
     folder = asked.out / "data"
-    nbytes = asked.size
     folder.mkdir(parents=True, exist_ok=True)
     runner = Runner(folder, asked.raw)
     tools = [name for name in TOOLS if not asked.only or name in asked.only]
     savers = [name for name in tools if not TOOLS[name].saved_by]
     loaders = {name: [other for other in tools if TOOLS[other].saved_by == name] for name in savers}
+    described = machine.describe(asked.out, sorted({package for name in tools for package in TOOLS[name].packages}))
+    costs: dict[str, Any] = {}
+
+    def nbytes() -> int:
+        return max((sample.get("bytes", 0) for sample in runner.samples), default=0) or asked.size
+
+    def write() -> None:
+        """So that a run that is cut off leaves the figures that it has."""
+        result = {
+            "size": asked.size,
+            "bytes": nbytes(),
+            "small": asked.small,
+            "repeat": asked.repeat,
+            "minutes": (time.time() - started) / 60,
+            "machine": described,
+            "not_run": NOT_RUN,
+            "samples": runner.samples,
+            "costs": costs,
+        }
+        (asked.out / "results.json").write_text(json.dumps(result, indent=1))
+
+    if not asked.no_costs:
+        print("costs", flush=True)
+        costs["many"] = runner.other("costs.py", "many", str(folder / "costs"))
+        costs["import"] = runner.other("costs.py", "import")
+        costs["checksums"] = runner.other("costs.py", "checksums", str(folder / "costs"), str(asked.size))
+        costs["gpu"] = runner.other("gpu.py", str(folder / "gpu"), str(asked.size))
+    if asked.small:
+        print("the small model, for extra memory", flush=True)
+        for name in (name for name in savers if name.startswith("shardsave")):
+            runner.tool(name, [], asked.small, 0, asked.loads)
     for repetition in range(asked.repeat):
         print(f"repetition {repetition + 1} of {asked.repeat}", flush=True)
         # The limits stand beside the first tool, shardsave, which is compared with them; each time another one begins.
@@ -158,35 +188,10 @@ def main() -> None:
         for name in [*savers[turn:], *savers[:turn]]:
             runner.tool(name, loaders[name], asked.size, repetition, asked.loads)
             if name == savers[0]:
-                nbytes = max((sample.get("bytes", 0) for sample in runner.samples), default=0) or asked.size
-                runner.limits(nbytes, repetition)
-    if asked.small:
-        print("the small model, for extra memory", flush=True)
-        for name in (name for name in savers if name.startswith("shardsave")):
-            runner.tool(name, [], asked.small, 0, asked.loads)
-    costs = {}
-    if not asked.no_costs:
-        print("costs", flush=True)
-        costs["checksums"] = runner.other("costs.py", "checksums", str(folder / "costs"), str(asked.size))
-        costs["many"] = runner.other("costs.py", "many", str(folder / "costs"))
-        costs["import"] = runner.other("costs.py", "import")
-        costs["gpu"] = runner.other("gpu.py", str(folder / "gpu"), str(asked.size))
+                runner.limits(nbytes(), repetition)
+            write()
     shutil.rmtree(folder, ignore_errors=True)
-    packages = sorted({package for name in tools for package in TOOLS[name].packages})
-    result = {
-        "size": asked.size,
-        "bytes": nbytes,
-        "small": asked.small,
-        "repeat": asked.repeat,
-        "minutes": (time.time() - started) / 60,
-        "machine": machine.describe(asked.out, packages),
-        "not_run": NOT_RUN,
-        "samples": runner.samples,
-        "costs": costs,
-    }
-    target = asked.out / "results.json"
-    target.write_text(json.dumps(result, indent=1))
-    print(f"wrote {target} after {result['minutes']:.1f} minutes")
+    print(f"wrote {asked.out / 'results.json'} after {(time.time() - started) / 60:.1f} minutes")
 
 
 def _size(text: str) -> int:
