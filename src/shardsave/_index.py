@@ -108,8 +108,8 @@ class Index(NamedTuple):
 
 def told_ties(told: Mapping[str, Any], stored: Container[str]) -> dict[str, str]:
     """The ties in the metadata of others, as safetensors and the Hub's library write them: a name left out → the one stored."""
-    pairs = [(name, kept) for name, kept in told.items() if name not in ("format", CHECKSUM_KEY) and isinstance(kept, str)]
-    return {name: kept for name, kept in pairs if kept in stored and name not in stored}
+    pairs = [(name, kept) for name, kept in told.items() if name not in ("", "format", CHECKSUM_KEY) and isinstance(kept, str)]
+    return {name: kept for name, kept in pairs if kept and kept in stored and name not in stored}
 
 
 def check_shard_count(count: int) -> None:

@@ -17,7 +17,7 @@ import torch
 import shardsave
 from shardsave._crc64 import crc64
 from shardsave._format import CHECKSUM_KEY, _read_any, _read_compact, parse_header, read_header
-from shardsave._index import Index, encode_index, parse_index
+from shardsave._index import Index, encode_index, parse_index, told_ties
 
 Tensors = dict[str, tuple[str, list[int], bytes]]
 
@@ -104,7 +104,9 @@ def check_shard(content: bytes) -> None:
     if ours != theirs:
         raise Disagreement(f"reads {ours}, safetensors {theirs}: {content!r}")
     loaded = shardsave.load(f"/proc/self/fd/{_memory}", verify=False)
-    if {name: _bytes(tensor) for name, tensor in loaded.items()} != {name: raw for name, (_, _, raw) in theirs.items()}:
+    wanted = {name: raw for name, (_, _, raw) in theirs.items()}
+    wanted.update((name, wanted[kept]) for name, kept in told_ties(parsed.metadata, theirs).items())
+    if {name: _bytes(tensor) for name, tensor in loaded.items()} != wanted:
         raise Disagreement(f"loads other bytes than safetensors: {content!r}")
 
 
