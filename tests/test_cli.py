@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from safetensors.torch import save_file
 from torch import nn
 
 import shardsave
@@ -221,6 +222,13 @@ def test_verify(ckpt: Path) -> None:
     found = json.loads(run("verify", ckpt, "--json").stdout)
     assert found["verified"] is False and sum(map(len, found["intact"].values())) == 10
     assert [d["tensors"] for d in found["damaged"]] == [["encoder.2.weight", "encoder.2.bias"], ["encoder.1.bias"]]
+
+
+def test_verify_of_what_has_no_checksums(tmp_path: Path) -> None:
+    """Catches a file that is called intact, of which nothing but its length and header was looked at."""
+    save_file({"x": torch.ones(2)}, tmp_path / "m.safetensors")
+    first, last = lines(run("verify", tmp_path / "m.safetensors"))
+    assert first.startswith("unchecked  m.safetensors  1 tensor") and last.startswith("checked ")
 
 
 def test_verify_with_a_broken_index(ckpt: Path) -> None:

@@ -72,3 +72,15 @@ def test_what_goes_wrong(tmp_path: Path) -> None:
     assert "No such file" in error(run("convert", tmp_path / "none", tmp_path / "ckpt"), 3)
     assert "Missing argument 'DST'" in error(run("convert", path), 2)
     assert os.listdir(tmp_path) == ["old.pt"]
+
+
+def test_a_name_of_a_file_for_a_directory(tmp_path: Path) -> None:
+    """Catches a directory of the name that a file was meant to have, which no other reader opens."""
+    source = old(tmp_path)
+    for name, form in (("m.safetensors", "safetensors"), ("m.pt", "torch")):
+        said = error(run("convert", source, tmp_path / name, "--key", "model"), 2)
+        assert said.startswith(
+            f"shardsave convert: cannot convert to {tmp_path / name}: a directory was expected, that is the name of a"
+        )
+        assert f"say --to '{form}' for one; nothing was written" in said
+        assert not (tmp_path / name).exists()

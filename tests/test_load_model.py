@@ -462,3 +462,47 @@ def test_saved_tied_and_loaded_apart(tmp_path: Path) -> None:
     apart = nn.ModuleDict({"a": nn.Linear(300, 300), "b": nn.Linear(300, 300)})
     shardsave.load_model(apart, tmp_path)
     assert same_state(apart, tied) and apart["a"].weight is not apart["b"].weight
+
+
+def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
+    """Catches a parameter that stays unfilled, without a word, since another one has its name once wrappers' names are left out."""
+    shardsave.save({"scale": torch.ones(1)}, tmp_path)
+    model = nn.Module()
+    model.scale = nn.Parameter(torch.zeros(1))
+    model._orig_mod = nn.Module()
+    model._orig_mod.scale = nn.Parameter(torch.zeros(1))
+    with pytest.raises(
+        shardsave.IncompatibleCheckpointError, match="two are 'scale' without the names of wrappers; the module is unch"
+    ):
+        shardsave.load_model(model, tmp_path)
+    assert not model.scale.any() and not model._orig_mod.scale.any()
+
+
+def test_metadata_of_others_that_looks_like_a_tie(tmp_path: Path) -> None:
+    """Catches a plain remark in a file of others that keeps a module from being filled, as it happens to be a tensor's name."""
+    from safetensors.torch import save_file
+
+    save_file(nn.Linear(2, 2).state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt", "quantized": "weight"})
+    report = shardsave.load_model(nn.Linear(2, 2), tmp_path)
+    assert report.tensors == 2 and report.unexpected == ()
+
+
+def test_inference_mode_of_the_caller_stays_out_of_what_routines_keep(tmp_path: Path) -> None:
+    """Catches a tensor that a loading routine keeps, and that nobody could train with, since the load was made in inference mode."""
+
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.ones(2)
+
+        def get_extra_state(self) -> torch.Tensor:
+            return self.scale
+
+        def set_extra_state(self, state: torch.Tensor) -> None:
+            self.scale = state
+
+    shardsave.save(Keeps(), tmp_path)
+    model = Keeps()
+    with torch.inference_mode():
+        shardsave.load_model(model, tmp_path)
+    assert not model.scale.is_inference()

@@ -164,8 +164,38 @@ def test_errors_have_one_shape(tmp_path: Path) -> None:
         ),
         (
             message(shardsave.UnsupportedTensorError, lambda: shardsave.save({"x": 3}, tmp_path / "new")),
-            r"cannot save 'x': a tensor was expected, it is an int; nothing was written",
+            r"cannot save 'x': a tensor was expected, it is an int: plain values go into metadata=; nothing was written",
         ),
     ]
     for found, wanted in cases:
         assert re.fullmatch(wanted, found), found
+
+
+def test_a_load_tells_what_it_changed(tmp_path: Path) -> None:
+    """Catches values that are cast, and flags that are turned round, without a word."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[1].requires_grad_(False)
+    shardsave.save(model, tmp_path)
+    report = shardsave.load_model(model, tmp_path)
+    assert report.notes == () and report.changed_flags == 0 and str(report).endswith("2 frozen")
+    other = nn.Sequential(nn.Linear(2, 2).half(), nn.Linear(2, 2))
+    other[0].bias.requires_grad_(False)
+    report = shardsave.load_model(other, tmp_path)
+    assert report.notes == ("2 cast from float32 to float16",) and report.changed_flags == 3
+    assert str(report).endswith("2 frozen (3 flags changed); 2 cast from float32 to float16")
+
+
+def test_a_save_tells_what_of_others_it_replaced(tmp_path: Path) -> None:
+    """Catches a file of somebody else that goes without a word."""
+    from safetensors.torch import save_file
+
+    save_file({"theirs": torch.ones(2)}, tmp_path / "model.safetensors")
+    report = shardsave.save({"mine": torch.ones(2)}, tmp_path)
+    assert report.notes == ("model.safetensors, which was not saved by shardsave, was replaced",)
+    assert not (tmp_path / "model.safetensors").exists()
+    assert shardsave.save({"mine": torch.ones(2)}, tmp_path).notes == ()
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({key: value for key, value in json.loads(index.read_text()).items() if key != "shardsave"}))
+    assert shardsave.save({"mine": torch.ones(2)}, tmp_path).notes == (
+        "the checkpoint that was replaced was not saved by shardsave",
+    )

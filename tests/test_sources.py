@@ -220,3 +220,17 @@ def test_what_only_looks_like_a_wrapper(tmp_path: Path) -> None:
     with pytest.raises(shardsave.UnsupportedTensorError, match="one tensor of the name 'weight' was expected"):
         shardsave.save(model, tmp_path / "twice")
     assert not (tmp_path / "twice").exists()
+
+
+def test_what_is_met_with_what_to_do(tmp_path: Path) -> None:
+    """Catches the commonest mistakes of who comes from torch.save, met with no advice."""
+    with pytest.raises(
+        shardsave.UnsupportedTensorError, match="it is a dict: save the mapping of tensors itself, what is in 'model'"
+    ):
+        shardsave.save({"model": {"x": torch.ones(1)}}, tmp_path / "ckpt")  # type: ignore[dict-item]
+    (tmp_path / "dcp").mkdir()
+    (tmp_path / "dcp" / "__0_0.distcp").write_bytes(b"x")
+    with pytest.raises(
+        shardsave.CheckpointNotFoundError, match="it holds a distributed checkpoint, and no pickle is read here"
+    ):
+        shardsave.load(tmp_path / "dcp")

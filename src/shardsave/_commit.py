@@ -326,6 +326,11 @@ class Transaction:
         notes = [] if self._lock.held else ["the file system has no locks: savers are not ordered"]
         if self._old_unreadable:
             notes.append(f"nothing was removed, since the replaced index cannot be read ({self._old_unreadable})")
+        record = self._old.record if self._old is not None else None
+        if self.supersedes is not None and (record is None or record.supersedes != self.supersedes):
+            notes.append(f"{LONE_NAME}, which was not saved by shardsave, was replaced")
+        elif self._old is not None and record is None:
+            notes.append("the checkpoint that was replaced was not saved by shardsave")
         assert self._staging.name is not None
         leftovers: list[str] = []
         if others := staging_of_others(self._lock.fd, self._host(), self._staging.name, leftovers):

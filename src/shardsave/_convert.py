@@ -305,8 +305,17 @@ class _LettingGo:
         self._tell(done)
 
 
+_FILE_ENDINGS = (".safetensors", ".pt", ".pth", ".bin")
+
+
 def _check_destination(source: str, destination: str, to: Form, origin: Origin) -> None:
     """Refuses to write over the source, or over what is of another kind than that which is to be made."""
+    if to == "shardsave" and destination.endswith(_FILE_ENDINGS) and not os.path.isdir(destination):
+        form = "safetensors" if destination.endswith(".safetensors") else "torch"
+        raise ValueError(
+            f"cannot convert to {destination}: a directory was expected, that is the name of a file; say to={form!r} for one; "
+            f"nothing was written"
+        )
     read_from, write_to = os.path.realpath(source), os.path.realpath(destination)
     apart = f"cannot convert {source} to {destination}: two places apart from each other were expected"
     if read_from == write_to or any(_same(file, destination) for file in origin.files):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from shardsave._checkpoint import Located
 from shardsave._collector import collector_still
+from shardsave._dtypes import BY_NAME
 from shardsave._groups import Group, Join, Joins, copy_of, give
 from shardsave._slots import Slot, ancestor, counts_batches, leaders, slots, sub_modules
 from shardsave._state import Names
@@ -36,6 +38,7 @@ class Fit:
         self.hooked: list[tuple[str, nn.Module, dict[str, str]]] = []
         self.extra_states: Mapping[str, Any] = {}
         self.left_alone: set[str] = set()
+        self.changed_flags = 0  # of how many parameters
         self._done: list[torch.Tensor] = []
         self.look_again: Callable[[bool], tuple[list[str], list[str]]] = lambda strict: ([], [])
 
@@ -163,6 +166,14 @@ class Fit:
         self._done = []
 
     @collector_still()
+    def notes(self) -> tuple[str, ...]:
+        """Which values the module has in another dtype."""
+        tensors = {slot.name: slot.tensor for slot in self.slots}
+        filled = [(self.stored[name], tensors[name].dtype) for name in self.direct if name in tensors]
+        cast = Counter((BY_NAME[stored.dtype].torch, dtype) for stored, dtype in filled)
+        notes = [f"{number} cast from {have} to {want}" for (have, want), number in cast.items() if have != want]
+        return tuple(note.replace("torch.", "") for note in notes)
+
     def restore_flags(self, flags: Mapping[str, bool] | None) -> int | None:
         """Sets ``requires_grad`` of floating-point parameters to what was saved; how many are frozen now, None if unknown.
 
@@ -182,6 +193,7 @@ class Fit:
                 wanted[key] = frozen and wanted.get(key, True)
         for parameter, frozen in zip(parameters.values(), wanted.values()):
             if parameter.requires_grad == frozen:
+                self.changed_flags += 1
                 with torch.inference_mode(parameter.is_inference()):  # outside, an inference tensor refuses the flag
                     parameter.requires_grad_(not frozen)
         return sum(wanted.values())

@@ -72,6 +72,8 @@ def _hint(folder: str) -> str:
     if others:
         more = f" and {len(others) - _HINTED} more" if len(others) > _HINTED else ""
         return f"; to read another file, give its path: {', '.join(others[:_HINTED])}{more}"
+    if any(name.endswith(".distcp") for name in listed):
+        return f"; it holds a distributed checkpoint, and {TORCH_SAVE_HINT}"
     pickled = sorted(name for name in listed if name.endswith(_TORCH_SAVE_ENDINGS))
     return f"; {pickled[0]} has the name of a file of torch.save, and {TORCH_SAVE_HINT}" if pickled else ""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -32,20 +33,27 @@ def fit_module(
     joins: Joins | None = None,
     optional: Callable[[str], bool] = lambda name: False,
     extra_states: Mapping[str, Any] = {},
+    told_ties: Collection[str] = (),
 ) -> Fit:
     """Finds out what of ``stored`` (name → stored tensor, tied names too) goes where in ``module``; changes nothing.
 
     ``equal`` tells whether two stored tensors hold the same bytes, ``optional`` which names may be missing; ``joins`` makes those of
-    ``stored`` that are no file's; ``extra_states``: those that are no tensors. Raises IncompatibleCheckpointError and
-    UnsupportedTensorError with the module unchanged.
+    ``stored`` that are no file's; ``extra_states``: those that are no tensors; ``told_ties``: names that metadata of others seem to tell
+    of, and that may be none. Raises IncompatibleCheckpointError and UnsupportedTensorError with the module unchanged.
     """
     module = unwrap(module)
     refuse_sharded(module, "fill", "the module is unchanged")
     fit = Fit(module, device, stored, joins)
+    if len(fit.leaders) != len(fit.slots):
+        twice, _ = Counter(slot.name for slot in fit.slots).most_common(1)[0]
+        raise IncompatibleCheckpointError(
+            f"cannot load {where}: tensors with names of their own were expected in the module, two are {twice!r} without the names of "
+            f"wrappers; the module is unchanged"
+        )
     fit.extra_states = extra_states
     expected = expected_names(fit.sub_modules, fit.slots)
     theirs = _give_to_owners(fit, expected)
-    fit.unexpected = tuple(sorted(stored.keys() - expected - theirs))
+    fit.unexpected = tuple(sorted(stored.keys() - expected - theirs - set(told_ties)))
     if missing := expected - stored.keys() - theirs:
         there = {fit.leaders[name] for name in stored if name in fit.leaders}
         missing -= {slot.name for slot in fit.slots if counts_batches(slot)}

@@ -83,4 +83,7 @@ def give(
 
 def copy_of(stored: Located) -> torch.Tensor:
     """New memory for a stored tensor, on the CPU wherever torch makes tensors by default."""
-    return torch.empty(torch_shape(stored.dtype, stored.shape), dtype=BY_NAME[stored.dtype].torch, device="cpu")
+    with torch.inference_mode(
+        False
+    ):  # a routine may keep it, and a tensor of the caller's inference mode could never be trained
+        return torch.empty(torch_shape(stored.dtype, stored.shape), dtype=BY_NAME[stored.dtype].torch, device="cpu")

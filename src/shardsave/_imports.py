@@ -204,9 +204,9 @@ def _what(thing: Any) -> str:
 
 
 def _to_trust(name: str) -> str:
-    """The package that ``name`` is from; of torch, which does more than most would trust, ``name`` alone."""
+    """The package that ``name`` is from; of torch and of Python's own, which do more than most would trust, ``name`` alone."""
     package = name.partition(":")[0].partition(".")[0]
-    return dotted(name) if package == "torch" else package
+    return dotted(name) if package == "torch" or package in sys.stdlib_module_names else package
 
 
 def _how_to_trust(names: Iterable[str]) -> str:

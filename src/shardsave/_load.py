@@ -167,6 +167,7 @@ def load_model(
             where=where_from,
             joins=converted,
             optional=converted.optional if converted is not None else lambda name: False,
+            told_ties=[name.removeprefix(prefix) for name in checkpoint.ties] if checkpoint.record is None else (),
             extra_states=_extra_states(checkpoint, [name for name in own_states if name not in stored], prefix, strict),
         )
         reads = fit.reads
@@ -196,7 +197,7 @@ def load_model(
         if converted is not None and own_flags is not None:
             own_flags = converted.flags(own_flags)
         frozen = fit.restore_flags(own_flags)
-        notes = (*totals.notes, *checkpoint.companion_notes())
+        notes = (*totals.notes, *fit.notes(), *checkpoint.companion_notes())
     ended = time.perf_counter()
     return LoadReport(
         path=os.fspath(path),
@@ -215,6 +216,7 @@ def load_model(
         unexpected=fit.unexpected,
         mismatched=fit.mismatched,
         frozen=frozen,
+        changed_flags=fit.changed_flags,
     )
 
 

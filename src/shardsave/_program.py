@@ -106,6 +106,7 @@ class LoadedProgram(nn.Module):
         self._document = document
         self._tensors: list[tuple[nn.Module, str]] = []
         modules: dict[str, nn.Module] = {"": self}
+        parameters: dict[tuple[str, bool], nn.Parameter] = {}  # what is tied is one object, and stays one when it is moved
         for place in document.places:
             path, _, attribute = place.name.rpartition(".")
             owner = _module_at(modules, path)
@@ -114,10 +115,11 @@ class LoadedProgram(nn.Module):
                     f"corrupt {document.where}: names that a module can give to tensors expected, one is {glimpse(place.name)}; "
                     f"nothing was run"
                 )
+            memory = (place.tensor, place.kept)
             if place.kind == "parameter":
                 tensor = tensors[place.name]
                 trained = place.requires_grad and (tensor.is_floating_point() or tensor.is_complex())
-                owner.register_parameter(attribute, nn.Parameter(tensor, requires_grad=trained))
+                owner.register_parameter(attribute, parameters.setdefault(memory, nn.Parameter(tensor, requires_grad=trained)))
             else:
                 owner.register_buffer(attribute, tensors[place.name], persistent=place.kind == "buffer")
             self._tensors.append((owner, attribute))

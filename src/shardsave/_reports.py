@@ -91,7 +91,7 @@ class LoadReport(Report):
     ``verified``: whether every byte was checked against a stored checksum; None where the files have none.
     ``missing``: names of the module that the checkpoint does not have; ``unexpected``: the reverse; ``mismatched``: of both,
     with different shapes, and therefore left alone. All empty after a strict load. ``frozen``: how many parameters were
-    set to ``requires_grad=False``, None where the flags were not touched.
+    set to ``requires_grad=False``, None where the flags were not touched; ``changed_flags``: how many had another one before.
     """
 
     verified: bool | None = None
@@ -99,6 +99,7 @@ class LoadReport(Report):
     unexpected: tuple[str, ...] = ()
     mismatched: tuple[str, ...] = ()
     frozen: int | None = None
+    changed_flags: int = 0
 
     def __str__(self) -> str:
         differences = (
@@ -110,6 +111,7 @@ class LoadReport(Report):
         if self.tensors == 0:
             line = f"nothing was loaded from {self.path}"
             return self._with_notes(f"{line}: {more[0]}" if more else line, *more[1:])
-        flags = "flags left alone" if self.frozen is None else f"{self.frozen} frozen"
+        changed = f" ({count(self.changed_flags, 'flag')} changed)" if self.changed_flags else ""
+        flags = "flags left alone" if self.frozen is None else f"{self.frozen} frozen{changed}"
         checked = VERIFIED[self.verified]
         return self._with_notes(f"loaded {self.path}: {self._size_and_speed()}, {self._how()}, {checked}, {flags}", *more)

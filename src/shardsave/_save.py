@@ -50,7 +50,7 @@ def save(
     """Saves a module, a sub-module, or a mapping of names to tensors, as the checkpoint of ``directory``.
 
     The tensors keep dtype and shape, parameters their ``requires_grad``; tied tensors are stored once. A checkpoint that is
-    there already is replaced by one rename, or stays whole; other files of the directory are not touched.
+    there already is replaced by one rename, or stays whole, whoever wrote it; other files of the directory are not touched.
 
     Args:
         source: an ``nn.Module`` (wrappers such as ``torch.compile`` and DDP are seen through), or a mapping from names to

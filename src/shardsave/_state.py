@@ -206,7 +206,12 @@ def _as_tensor(name: object, value: object) -> torch.Tensor:
         return _from_numpy(name, value)
     if name.endswith(EXTRA_STATE):
         _refuse(name, "extra state that is a tensor was expected", f"it is {an(type(value).__name__)}, which would need pickle")
-    _refuse(name, "a tensor was expected", f"it is {an(type(value).__name__)}")
+    hint = ""
+    if isinstance(value, Mapping):
+        hint = f": save the mapping of tensors itself, what is in {name!r}"
+    elif isinstance(value, (bool, int, float, str)):
+        hint = ": plain values go into metadata="
+    _refuse(name, "a tensor was expected", f"it is {an(type(value).__name__)}{hint}")
 
 
 def _from_numpy(name: str, array: np.ndarray[Any, Any]) -> torch.Tensor:

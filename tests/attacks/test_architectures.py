@@ -69,9 +69,12 @@ FORM = "corrupt $ARCH: names of the form 'module:Class' expected, it asks for {}
 
 #: What is changed, and the whole message; ``zoo`` is trusted throughout.
 CASES: dict[str, tuple[Change, str]] = {
-    "os.system": (imported("os:system", {"import": "os:system"}), UNTRUSTED.format("os.system", "os")),
-    "posix.system": (imported("posix:system", {"import": "posix:system"}), UNTRUSTED.format("posix.system", "posix")),
-    "builtins.eval": (imported("builtins:eval", {"import": "builtins:eval"}), UNTRUSTED.format("builtins.eval", "builtins")),
+    "os.system": (imported("os:system", {"import": "os:system"}), UNTRUSTED.format("os.system", "os.system")),
+    "posix.system": (imported("posix:system", {"import": "posix:system"}), UNTRUSTED.format("posix.system", "posix.system")),
+    "builtins.eval": (
+        imported("builtins:eval", {"import": "builtins:eval"}),
+        UNTRUSTED.format("builtins.eval", "builtins.eval"),
+    ),
     "torch.load": (imported("torch:load", {"import": "torch:load"}), UNTRUSTED.format("torch.load", "torch.load")),
     "torch.from_file": (
         imported("torch:from_file", {"import": "torch:from_file"}),

@@ -100,6 +100,6 @@ def convert(
 
 def _as_options(message: str) -> str:
     """A message of the library with its arguments called as they are here: ``key='x'`` is ``--key 'x'``."""
-    message = re.sub(r"(?<!\S)(drop|key|rename)=(?=['\"])", r"--\1 ", message)
+    message = re.sub(r"(?<!\S)(drop|key|rename|to)=(?=['\"])", r"--\1 ", message)
     message = re.sub(r"^(drop|dtype|key|rename) must ", r"--\1 must ", message)
     return re.sub(r"\bmax_shard_size\b", "--max-shard-size", message)

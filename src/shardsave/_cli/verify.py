@@ -58,7 +58,11 @@ def _print(report: shardsave.VerifyReport, output: Output, quiet: bool) -> None:
         lost = [name for damage in by_shard.get(shard, ()) for name in damage.tensors]
         if shard not in by_shard:
             if not quiet:
-                output.line(("intact   ", GOOD), shard, f"  {count(len(intact), 'tensor')}" if intact else "")
+                output.line(
+                    ("intact   ", GOOD) if report.verified is not None or by_shard else ("unchecked", DIM),
+                    shard,
+                    f"  {count(len(intact), 'tensor')}" if intact else "",
+                )
             continue
         output.line(("DAMAGED  ", BAD), f"{shard}  {len(lost):,} of {count(len(lost) + len(intact), 'tensor')} damaged")
         for damage in by_shard[shard]:
