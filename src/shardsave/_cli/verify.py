@@ -59,7 +59,7 @@ def _print(report: shardsave.VerifyReport, output: Output, quiet: bool) -> None:
         if shard not in by_shard:
             if not quiet:
                 output.line(
-                    ("intact   ", GOOD) if report.verified is not None or by_shard else ("unchecked", DIM),
+                    ("intact   ", GOOD) if report.verified is not None or by_shard else ("unchecked  ", DIM),
                     shard,
                     f"  {count(len(intact), 'tensor')}" if intact else "",
                 )
