@@ -86,7 +86,7 @@ unit: $(VENV)/test.ok
 # Ten thousand killed savers, a real disk cut off at every call, and many more disks after a loss of power than the normal run looks at.
 soak: $(VENV)/test.ok
 	SHARDSAVE_KILLS=2500 SHARDSAVE_POWER_SAMPLES=300 SHARDSAVE_POWER_STEP=7 SHARDSAVE_CUTS=300 \
-	$(BIN)/python -m pytest --timeout 7200 tests/test_power_loss.py tests/test_file_systems.py tests/test_faults.py \
+	$(BIN)/python -m pytest --timeout 7200 tests/storage \
 	-k "power_loss or cut_off or killed_at_any_moment"
 
 # Parsers beside other readers of the same contract; guided by coverage where atheris has a wheel for this Python.
@@ -97,7 +97,7 @@ fuzz: $(VENV)/test.ok $(SANITIZED)/fuzz-tables
 
 # A tensor larger than 4 GiB: needs 5 GB of disk and 9 GB of memory, so it is not in the normal run.
 test-large: $(VENV)/test.ok
-	$(BIN)/python -m pytest -m large tests/test_large.py
+	$(BIN)/python -m pytest -m large tests/engine/test_large.py
 
 clean:
 	rm -rf build src/*.egg-info src/shardsave/*.so $(VENV)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import ROOT, Compile
+from support import ROOT, Compile
 
 BENCHMARKS = ROOT / "benchmarks"
 

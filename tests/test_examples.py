@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 import shardsave
-from shardsave import _build, _convert, _diff, _inspect, _leavings, _load, _open, _save
+from shardsave._api import build, clean, convert, diff, inspect, load, open, save
 from shardsave._cli.main import cli
 
 ROOT = Path(__file__).parent.parent
@@ -48,7 +48,7 @@ def test_commands_in_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.parametrize(
-    "module", [shardsave, _save, _load, _open, _diff, _leavings, _inspect, _build, _convert], ids=lambda module: module.__name__
+    "module", [shardsave, save, load, open, diff, clean, inspect, build, convert], ids=lambda module: module.__name__
 )
 def test_docstring_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: object) -> None:
     """Catches a docstring that shows what is not so."""

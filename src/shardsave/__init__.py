@@ -9,7 +9,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from shardsave._backend import check_engine as _check_engine
+from shardsave._common.backend import check_engine as _check_engine
 from shardsave._version import __version__
 from shardsave.errors import (
     CheckpointNotFoundError,
@@ -26,16 +26,16 @@ from shardsave.errors import (
 )
 
 if TYPE_CHECKING:
-    from shardsave._build import build_model, load_program
-    from shardsave._convert import convert
-    from shardsave._diff import DiffReport, TensorChange, diff
-    from shardsave._findings import CheckpointInfo, ConvertReport, Damage, TensorInfo, VerifyReport
-    from shardsave._inspect import inspect, verify
-    from shardsave._leavings import CleanReport, Leaving, clean
-    from shardsave._load import load, load_model
-    from shardsave._open import OpenCheckpoint, TensorSlice, open
-    from shardsave._reports import LoadReport, Phases, SaveReport
-    from shardsave._save import save
+    from shardsave._api.build import build_model, load_program
+    from shardsave._api.clean import CleanReport, Leaving, clean
+    from shardsave._api.convert import convert
+    from shardsave._api.diff import DiffReport, TensorChange, diff
+    from shardsave._api.findings import CheckpointInfo, ConvertReport, Damage, TensorInfo, VerifyReport
+    from shardsave._api.inspect import inspect, verify
+    from shardsave._api.load import load, load_model
+    from shardsave._api.open import OpenCheckpoint, TensorSlice, open
+    from shardsave._api.reports import LoadReport, Phases, SaveReport
+    from shardsave._api.save import save
 
 __all__ = [
     "CheckpointInfo",
@@ -77,26 +77,27 @@ __all__ = [
     "verify",
 ]
 
-#: Where each name comes from, when it is first asked for: looking into a checkpoint needs no torch, which takes a second.
-_HOMES = {
-    "_build": ("build_model", "load_program"),
-    "_convert": ("convert",),
-    "_diff": ("DiffReport", "TensorChange", "diff"),
-    "_findings": ("CheckpointInfo", "ConvertReport", "Damage", "TensorInfo", "VerifyReport"),
-    "_inspect": ("inspect", "verify"),
-    "_leavings": ("CleanReport", "Leaving", "clean"),
-    "_load": ("load", "load_model"),
-    "_open": ("OpenCheckpoint", "TensorSlice", "open"),
-    "_reports": ("LoadReport", "Phases", "SaveReport"),
-    "_save": ("save",),
+#: The module of `_api` that defines each name. It is imported at first use: inspecting a checkpoint needs no torch, whose import takes
+#: a second.
+_MODULES = {
+    "build": ("build_model", "load_program"),
+    "convert": ("convert",),
+    "diff": ("DiffReport", "TensorChange", "diff"),
+    "findings": ("CheckpointInfo", "ConvertReport", "Damage", "TensorInfo", "VerifyReport"),
+    "inspect": ("inspect", "verify"),
+    "clean": ("CleanReport", "Leaving", "clean"),
+    "load": ("load", "load_model"),
+    "open": ("OpenCheckpoint", "TensorSlice", "open"),
+    "reports": ("LoadReport", "Phases", "SaveReport"),
+    "save": ("save",),
 }
 
 
 def __getattr__(name: str) -> Any:
-    for module, names in _HOMES.items():
+    for module, names in _MODULES.items():
         if name in names:
             _check_engine()  # not on import: the command line says it in one line
-            value = globals()[name] = getattr(importlib.import_module(f"shardsave.{module}"), name)
+            value = globals()[name] = getattr(importlib.import_module(f"shardsave._api.{module}"), name)
             return value
     raise AttributeError(f"module 'shardsave' has no attribute {name!r}")
 

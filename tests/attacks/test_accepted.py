@@ -11,7 +11,7 @@ from file_cases import flip
 from making import FIRST, INDEX, LONE, SECOND, Json, Net, crc, edit_index, entry, foreign, record_of, saved, shard_bytes
 
 import shardsave
-from conftest import same_bits
+from support import same_bits
 
 
 def no_tensors(folder: Path) -> None:

@@ -18,7 +18,7 @@ from index_cases import INDEXES
 from making import LONE, Case, Net
 
 import shardsave
-from conftest import same_bits
+from support import same_bits
 
 CASES = [*HEADERS, *INDEXES, *FILES]
 

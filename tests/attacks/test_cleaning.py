@@ -17,7 +17,7 @@ from file_cases import SPECIALS, link_to_itself
 from making import INDEX, LONE, edit_index, saved
 
 import shardsave
-from shardsave._staging import host_id
+from shardsave._storage.staging import host_id
 
 #: A shard's name that no index has, as a dead saver would have left it.
 ORPHAN = "model-deadbeef-00001-of-00009.safetensors"

@@ -14,9 +14,11 @@ import pytest
 from test_attacks import CASES
 
 import shardsave
-from shardsave import _checkpoint, _find, _format, _index, _json
+from shardsave._common import strict_json
+from shardsave._format import header, index
+from shardsave._storage import checkpoint, find
 
-READERS = {str(module.__file__): Path(str(module.__file__)) for module in (_json, _format, _index, _find, _checkpoint)}
+READERS = {str(module.__file__): Path(str(module.__file__)) for module in (strict_json, header, index, find, checkpoint)}
 
 #: Not about bad files: what writes, and what a failing disk or another process makes.
 OF_WRITERS = {"encode_header", "encode_index", "check_shard_count"}

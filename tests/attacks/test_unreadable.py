@@ -11,7 +11,7 @@ import torch
 from making import Net, saved
 
 import shardsave
-from shardsave import _index
+from shardsave._format import index
 
 
 def nested(levels: int) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def test_index_over_the_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """Catches an index that is committed although it is too large to be read again. The bound is lowered: half a gigabyte is slow."""
     saved(tmp_path)
     before = sorted(path.name for path in tmp_path.iterdir())
-    monkeypatch.setattr(_index, "MAX_INDEX_BYTES", 1000)
+    monkeypatch.setattr(index, "MAX_INDEX_BYTES", 1000)
     words = r"^5 names and the metadata need an index of \d+ bytes, at most 1000 would be read again; nothing was committed$"
     with pytest.raises(ValueError, match=words):
         shardsave.save(Net(seed=1), tmp_path, metadata={"note": "x" * 1000})

@@ -27,7 +27,7 @@ import numpy as np
 import shardsave
 from faults.beneath import Fate, Met, arm, disarm
 from faults.savers import Bench, generation_in, next_save_works, save, state
-from shardsave import _crc64
+from shardsave._format import crc64
 
 FAILURES = [
     *(
@@ -352,9 +352,9 @@ SCENARIOS: Scenarios = {
 
 def remember_sums() -> None:
     """The portable engine sums the same few small files in each trial, byte for byte in Python: each content once."""
-    serial = _crc64._raw_serial
+    serial = crc64._raw_serial
     known = cache(lambda content: serial(np.frombuffer(content, np.uint8)))
-    _crc64._raw_serial = lambda data: known(data.tobytes())
+    crc64._raw_serial = lambda data: known(data.tobytes())
 
 
 def run_scenarios(scenarios: Scenarios, names: str, first: str, folder: str) -> None:

@@ -21,7 +21,7 @@ import shardsave
 from faults.beneath import Fate, arm, disarm
 from faults.savers import Bench, generation_in, litter_in, save, state
 from faults.scenarios import FAILURES, NO_ROOM, Scenarios, held, nothing_leaked, run_scenarios
-from shardsave._convert import Form
+from shardsave._api.convert import Form
 
 #: Calls without which a conversion goes on: comparing paths, closing what is done with, locks, early starts, and removing
 #: what the next one removes.

@@ -7,8 +7,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from shardsave._crc64 import crc64
-from shardsave._dtypes import BY_NAME
+from shardsave._format.crc64 import crc64
+from shardsave._format.dtypes import BY_NAME
 
 #: A dict is written as a list of pairs, so that a key can stand twice; a Raw is written as it is.
 Node = Any

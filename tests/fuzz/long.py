@@ -105,7 +105,9 @@ def by_coverage(name: str, seconds: float, seed: int) -> int:
 def guided(name: str, arguments: list[str]) -> None:
     import atheris
 
-    with atheris.instrument_imports(include=["shardsave._json", "shardsave._format", "shardsave._index"]):
+    with atheris.instrument_imports(
+        include=["shardsave._common.strict_json", "shardsave._format.header", "shardsave._format.index"]
+    ):
         import targets
     target: Target = {"headers": targets.fuzz_header, "indexes": targets.fuzz_index}[name]
     atheris.Setup([sys.argv[0], *arguments], target)

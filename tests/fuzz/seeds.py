@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import shardsave
-from shardsave._dtypes import BY_TORCH, DType
+from shardsave._format.dtypes import BY_TORCH, DType
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "attacks"))
 

@@ -15,9 +15,9 @@ import safetensors
 import torch
 
 import shardsave
-from shardsave._crc64 import crc64
-from shardsave._format import CHECKSUM_KEY, _read_any, _read_compact, parse_header, read_header
-from shardsave._index import Index, encode_index, parse_index, told_ties
+from shardsave._format.crc64 import crc64
+from shardsave._format.header import CHECKSUM_KEY, _read_any, _read_compact, parse_header, read_header
+from shardsave._format.index import Index, encode_index, parse_index, told_ties
 
 Tensors = dict[str, tuple[str, list[int], bytes]]
 

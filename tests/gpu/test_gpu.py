@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 import shardsave
-from conftest import SmallModel, same_bits
-from shardsave._dtypes import BY_TORCH
+from shardsave._format.dtypes import BY_TORCH
+from support import SmallModel, same_bits
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 

@@ -1,1 +1,0 @@
-"""The command line: ``shardsave …`` and ``python -m shardsave``. Nothing of it is imported by the package itself."""

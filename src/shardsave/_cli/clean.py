@@ -8,7 +8,7 @@ import click
 
 from shardsave._cli.output import DIM, GOOD, TRAINABLE, Cell, Output
 from shardsave._cli.paths import CHECKPOINT
-from shardsave._words import count, human_bytes
+from shardsave._common.words import count, human_bytes
 
 if TYPE_CHECKING:
     import shardsave

@@ -11,13 +11,13 @@ from typing import Any
 
 import click
 
-from shardsave._checkpoint import Checkpoint, open_checkpoint
 from shardsave._cli.output import DIM, FROZEN, TRAINABLE, Cell, Output
 from shardsave._cli.paths import CHECKPOINT
 from shardsave._cli.tree import Sums, guides, module_tree, rows
-from shardsave._collector import collector_still
-from shardsave._dtypes import BY_NAME, torch_shape
-from shardsave._words import count, human_bytes
+from shardsave._common.gc_pause import collector_still
+from shardsave._common.words import count, human_bytes
+from shardsave._format.dtypes import BY_NAME, torch_shape
+from shardsave._storage.checkpoint import Checkpoint, open_checkpoint
 
 #: How many rows of a kind are shown unless all are asked for.
 _MOST = 24

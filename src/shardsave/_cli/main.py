@@ -10,7 +10,6 @@ from typing import Any
 import click
 from click.exceptions import NoArgsIsHelpError
 
-from shardsave._backend import check_engine
 from shardsave._cli.clean import clean
 from shardsave._cli.completion import completion
 from shardsave._cli.convert import convert
@@ -19,6 +18,7 @@ from shardsave._cli.inspect import inspect
 from shardsave._cli.output import printable
 from shardsave._cli.plot import plot
 from shardsave._cli.verify import verify
+from shardsave._common.backend import check_engine
 from shardsave._version import __version__
 from shardsave.errors import ShardSaveError
 

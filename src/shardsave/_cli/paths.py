@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from shardsave._arguments import check_path
+from shardsave._api.arguments import check_path
 
 
 class _CheckpointPath(click.Path):

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from shardsave._checkpoint import Checkpoint, Located
 from shardsave._cli.output import printable
-from shardsave._words import count, human_bytes
+from shardsave._common.words import count, human_bytes
+from shardsave._storage.checkpoint import Checkpoint, Located
 
 #: Far apart in lightness, so that they are told apart in grey print and by those who see no hue.
 COLOURS: dict[bool | None, str] = {True: "#1d4e79", False: "#f5b54a", None: "#c9ced6"}

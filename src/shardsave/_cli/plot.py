@@ -7,10 +7,10 @@ import os
 
 import click
 
-from shardsave._checkpoint import open_checkpoint
 from shardsave._cli.paths import CHECKPOINT
-from shardsave._collector import collector_still
-from shardsave._words import human_bytes
+from shardsave._common.gc_pause import collector_still
+from shardsave._common.words import human_bytes
+from shardsave._storage.checkpoint import open_checkpoint
 
 
 @click.command(

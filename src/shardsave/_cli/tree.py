@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from shardsave._checkpoint import Checkpoint, Located
+from shardsave._storage.checkpoint import Checkpoint, Located
 
 
 @dataclass

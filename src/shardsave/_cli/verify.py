@@ -9,7 +9,7 @@ import click
 
 from shardsave._cli.output import BAD, DIM, GOOD, Output, printable, wants_bar
 from shardsave._cli.paths import CHECKPOINT
-from shardsave._words import count
+from shardsave._common.words import count
 
 if TYPE_CHECKING:
     import shardsave

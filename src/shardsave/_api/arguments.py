@@ -1,0 +1,75 @@
+"""What is wrong with an argument is said before anything happens."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import threading
+from typing import Union
+
+from shardsave._common.strict_json import glimpse
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+
+
+def check_path(path: object) -> None:
+    """Raises TypeError or ValueError for what cannot be the path of a checkpoint."""
+    if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
+        raise TypeError(f"the path of a checkpoint must be a string or a pathlib.Path, not {type(path).__name__}")
+    if not os.fspath(path):
+        raise ValueError("the path of a checkpoint must not be empty; the current directory is '.'")
+
+
+def check_switches(**switches: object) -> None:
+    """Raises TypeError for what is not True or False: a path or a device that came to stand in the wrong place."""
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, not {value!r}")
+
+
+def check_progress(progress: object) -> None:
+    """Raises TypeError for what can neither be told of progress nor say whether a bar is wanted."""
+    if progress is not None and not isinstance(progress, bool) and not callable(progress):
+        raise TypeError(f"progress must be None, True, False or a callable, not {type(progress).__name__}")
+
+
+def check_timeout(seconds: object) -> None:
+    """Raises TypeError or ValueError for what is no time to wait for the lock of a directory."""
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
+        raise TypeError(f"lock_timeout must be a number of seconds, not {type(seconds).__name__}")
+    if not seconds >= 0:
+        raise ValueError(f"lock_timeout must be at least 0 seconds, not {seconds!r}")
+    if isinstance(seconds, int) and seconds > threading.TIMEOUT_MAX:
+        raise ValueError(f"lock_timeout must be at most {threading.TIMEOUT_MAX:.0f} seconds; float('inf') waits for ever")
+
+
+def parse_size(size: Union[int, str]) -> int:
+    """``"5GB"`` → 5·10⁹ and ``"2GiB"`` → 2·2³⁰, bytes; an int is bytes already."""
+    if isinstance(size, bool) or not isinstance(size, (int, str)):
+        raise TypeError(f"max_shard_size must be an int of bytes or a string such as '5GB', not {type(size).__name__}")
+    if isinstance(size, int):
+        count = size
+    else:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size)
+        unit = _UNITS.get(match[2].upper()) if match else None
+        if match is None or unit is None:
+            raise ValueError(f"max_shard_size must be like '5GB', '500MB' or '2GiB', not {glimpse(size)}")
+        number = float(match[1]) * unit
+        if math.isinf(number):
+            raise ValueError(f"max_shard_size must be a size that some disk may have, not {glimpse(size)}")
+        count = int(number)
+    if count <= 0:
+        raise ValueError(f"max_shard_size must be at least one byte, not {size!r}")
+    return count

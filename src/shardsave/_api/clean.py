@@ -1,0 +1,145 @@
+"""`clean`: what crashed saves left in a directory, shown and removed."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from shardsave._api.arguments import check_path, check_switches, check_timeout
+from shardsave._common.os_calls import CallFailed, Descriptor, call, open_regular, read_all
+from shardsave._common.shutdown import verb
+from shardsave._common.words import count, human_bytes, some
+from shardsave._format.index import INDEX_NAME, MAX_INDEX_BYTES, Index, parse_index
+from shardsave._storage.cleanup import Leaving, find_leavings, remove_leaving
+from shardsave._storage.companions import finish_dead_savers
+from shardsave._storage.lock import DirectoryLock
+from shardsave._storage.staging import host_id
+from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError, ShardSaveError
+
+__all__ = ["CleanReport", "Leaving", "clean"]
+
+_UNTOUCHED = "nothing was removed"
+
+
+@dataclass(frozen=True)
+class CleanReport:
+    """What saves left behind in the directory ``path`` that did not end.
+
+    ``found``: all of it. ``removed``: the names of those of ``found`` that are gone now. ``leftovers``: names that should have
+    gone and would not.
+    """
+
+    path: str
+    found: tuple[Leaving, ...]
+    removed: tuple[str, ...]
+    leftovers: tuple[str, ...]
+
+    @property
+    def left(self) -> tuple[Leaving, ...]:
+        """What of ``found`` is still there."""
+        return tuple(leaving for leaving in self.found if leaving.name not in self.removed)
+
+    def __str__(self) -> str:
+        if not self.found:
+            return f"{self.path}: nothing was left behind"
+        total = human_bytes(sum(leaving.bytes for leaving in self.found))
+        parts = [f"{self.path}: {count(len(self.found), 'leaving')} of crashed saves, {total}", f"{len(self.removed)} removed"]
+        others = [leaving.name for leaving in self.left if not leaving.dead]
+        if others:
+            parts.append(f"of owners that may be alive: {some(others)}")
+        if self.leftovers:
+            parts.append(f"could not remove {some(self.leftovers)}")
+        return "; ".join(parts)
+
+
+@verb()
+def clean(
+    directory: str | os.PathLike[str], *, remove: bool = True, other_hosts: bool = False, lock_timeout: float = 60.0
+) -> CleanReport:
+    """Finds what crashed saves left in ``directory``, and removes it; the checkpoint and all other files stay as they are.
+
+    A save cleans up too, but only when it comes. Who holds the lock of the directory knows that the savers of this host whose
+    staging directories are there are gone. Of another host's nobody can know: a save may be going on there right now, and would
+    lose what it has written. Those are listed, and only removed when ``other_hosts`` is True. A config that a save had committed
+    and not yet put beside its weights is put there.
+
+    Args:
+        directory: a checkpoint's, also one that never got a first checkpoint.
+        remove: False only lists what there is.
+        other_hosts: remove also what savers of other hosts left (or, where the file system has no locks, of this one).
+        lock_timeout: seconds to wait for a save that is at work there.
+
+    Raises:
+        TypeError, ValueError: for wrong arguments, before anything happens.
+        CheckpointNotFoundError: there is no such directory.
+        CorruptCheckpointError, IncompatibleCheckpointError: the index cannot be read, so nobody knows what is needed.
+        DirectoryBusyError: a save is at work there.
+        ShardSaveError: the directory cannot be read, or what it names not be made durable first. Nothing was removed.
+
+    Example:
+        >>> import torch, shardsave
+        >>> report = shardsave.save({"x": torch.ones(2)}, "tidy")
+        >>> print(shardsave.clean("tidy"))
+        tidy: nothing was left behind
+    """
+    check_path(directory)
+    check_switches(remove=remove, other_hosts=other_hosts)
+    check_timeout(lock_timeout)
+    path = os.fspath(directory)
+    with _locked(path, lock_timeout) as lock:
+        index = _present_index(path, lock.fd)
+        found = find_leavings(lock.fd, host=host_id() if lock.held else None, index=index)
+        chosen = [leaving for leaving in found if leaving.dead or other_hosts] if remove else []
+        if chosen:
+            _make_durable(lock.fd)
+            _finish(lock.fd, index, {leaving.name for leaving in chosen})
+        removed, leftovers = [], []
+        for leaving in chosen:
+            stayed = remove_leaving(lock.fd, leaving, index)
+            leftovers += stayed
+            if not stayed:
+                removed.append(leaving.name)
+    return CleanReport(path, found, tuple(removed), tuple(dict.fromkeys(leftovers)))
+
+
+@contextmanager
+def _locked(path: str, timeout: float) -> Iterator[DirectoryLock]:
+    lock = DirectoryLock()
+    try:
+        lock.acquire(path, timeout, purpose="clean", state=_UNTOUCHED)
+        yield lock
+    except CallFailed as error:
+        kind = CheckpointNotFoundError if error.errno in (errno.ENOENT, errno.ENOTDIR) else ShardSaveError
+        raise kind(f"cannot clean {path}: {error.call}: {error.strerror}; {_UNTOUCHED}") from error
+    finally:
+        lock.close()
+
+
+def _present_index(path: str, folder: int) -> Index | None:
+    data = read_all(INDEX_NAME, folder, MAX_INDEX_BYTES)
+    if data is None:
+        return None
+    try:
+        return parse_index(data, f"index {INDEX_NAME}")
+    except (CorruptCheckpointError, IncompatibleCheckpointError) as error:
+        raise type(error)(
+            f"cannot clean {path}: an index that tells what is needed was expected, it cannot be read ({error}); {_UNTOUCHED}"
+        ) from error
+
+
+def _make_durable(folder: int) -> None:
+    """What the index replaced may go only once the index cannot be lost any more. Raises CallFailed."""
+    with Descriptor() as index:
+        if open_regular(index, INDEX_NAME, folder):
+            call(os.fsync, INDEX_NAME, index.fd)
+    call(os.fsync, "", folder)
+
+
+def _finish(folder: int, index: Index | None, dead: set[str]) -> None:
+    """A committed config that is still staged must not go with its staging directory. Raises CallFailed."""
+    companions = index.record.companions if index is not None and index.record is not None else {}
+    if finish_dead_savers(folder, companions, dead.__contains__):
+        call(os.fsync, "", folder)

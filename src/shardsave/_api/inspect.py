@@ -1,0 +1,138 @@
+"""`inspect` and `verify`: what a checkpoint holds, and whether it still does."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Mapping
+
+from shardsave._api.arguments import check_path, check_progress, check_switches
+from shardsave._api.findings import CheckpointInfo, Damage, TensorInfo, VerifyReport
+from shardsave._api.reports import Phases
+from shardsave._common.backend import engine_name
+from shardsave._common.progress import Progress, ProgressArgument
+from shardsave._common.shutdown import verb
+from shardsave._format.dtypes import BY_NAME, torch_shape
+from shardsave._loading.read import ReadTotals, Target, read_tensors
+from shardsave._storage.checkpoint import PARTS, Checkpoint, open_checkpoint
+from shardsave.errors import DirectoryBusyError, ShardSaveError
+
+
+@verb()
+def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:
+    """What the checkpoint at ``path`` holds: names, shapes, dtypes, shards, freeze flags, ties and metadata.
+
+    Reads the index and the headers, no tensor data. Raises CheckpointNotFoundError, CorruptCheckpointError,
+    IncompatibleCheckpointError, DirectoryBusyError.
+
+    Example:
+        >>> import torch, shardsave
+        >>> report = shardsave.save(torch.nn.Linear(4, 2).requires_grad_(False), "frozen-linear")
+        >>> sorted(shardsave.inspect("frozen-linear").frozen)
+        ['bias', 'weight']
+    """
+    check_path(path)
+    with open_checkpoint(path) as checkpoint:
+        tensors = {}
+        for name in checkpoint.stored_names:
+            t = checkpoint.tensors[name]
+            tensors[name] = TensorInfo(BY_NAME[t.dtype].torch, torch_shape(t.dtype, t.shape), t.nbytes, t.shard)
+        total = sum(info.nbytes for info in tensors.values())
+        tensors.update({name: tensors[stored] for name, stored in checkpoint.ties.items()})
+        flags = checkpoint.flags
+        return CheckpointInfo(
+            path=os.fspath(path),
+            bytes=total,
+            shards=checkpoint.shards,
+            tensors=tensors,
+            parameters=frozenset(flags) if flags is not None else None,
+            frozen=frozenset(name for name, frozen in flags.items() if frozen) if flags is not None else None,
+            ties=dict(checkpoint.ties),
+            metadata=dict(checkpoint.metadata),
+            durable=checkpoint.record.durable if checkpoint.record is not None else None,
+            parts={role: part.file for role, part in checkpoint.record.parts.items()} if checkpoint.record is not None else {},
+            companions=tuple(checkpoint.companions),
+            notes=checkpoint.companion_notes(),
+        )
+
+
+@verb()
+def verify(path: str | os.PathLike[str], *, keep_going: bool = False, progress: ProgressArgument = None) -> VerifyReport:
+    """Reads every byte of the checkpoint at ``path`` and compares it with the stored checksums; fills no tensor.
+
+    With ``keep_going`` damage is not raised: all that can be read is, and the report says what is damaged and what is not.
+    Raises CorruptCheckpointError that names what is damaged, and otherwise as `inspect` does.
+
+    Example:
+        >>> import torch, shardsave
+        >>> report = shardsave.save({"x": torch.ones(3)}, "three-ones")
+        >>> shardsave.verify("three-ones").verified
+        True
+    """
+    check_path(path)
+    check_switches(keep_going=keep_going)
+    check_progress(progress)
+    started = time.perf_counter()
+    broken: dict[str, ShardSaveError] = {}
+    with open_checkpoint(path, parts=PARTS, broken=broken if keep_going else None) as checkpoint:
+        targets: list[Target] = [(located, None) for located in (*checkpoint.tensors.values(), *checkpoint.kept.values())]
+        planned = time.perf_counter()
+        totals = ReadTotals()
+        with Progress(progress, "verifying", sum(located.nbytes for located, _ in targets)) as shown:
+            if keep_going:
+                damaged = [*_unopened(checkpoint, broken), *_read_on(checkpoint, targets, shown, totals)]
+            else:
+                damaged = []
+                read_tensors(checkpoint, targets, verify=True, progress=shown, totals=totals)
+        lost = {(damage.shard, name) for damage in damaged for name in damage.tensors}
+        intact: dict[str, list[str]] = {file: [] for file in checkpoint.files if file not in broken}
+        for located, _ in targets:
+            if (located.shard, located.name) not in lost:
+                intact[located.shard].append(located.name)
+        shards = len(checkpoint.shards)
+        notes = (*totals.notes, *checkpoint.companion_notes())
+    ended = time.perf_counter()
+    return VerifyReport(
+        path=os.fspath(path),
+        bytes=totals.bytes,
+        tensors=totals.tensors,
+        shards=shards,
+        seconds=ended - started,
+        phases=Phases(plan=planned - started, transfer=ended - planned),
+        engine=engine_name(),
+        direct=totals.direct,
+        staging_bytes=totals.staging_bytes,
+        pinned=totals.pinned,
+        notes=notes,
+        verified=totals.verified if not damaged else False,
+        damaged=tuple(damaged),
+        intact={shard: tuple(names) for shard, names in intact.items()},
+    )
+
+
+def _unopened(checkpoint: Checkpoint, broken: Mapping[str, ShardSaveError]) -> list[Damage]:
+    held: dict[str, list[str]] = {shard: [] for shard in broken}
+    for name, shard in (checkpoint.index.weight_map if checkpoint.index is not None else {}).items():
+        if shard in held:
+            held[shard].append(name)
+    return [Damage(shard, tuple(held[shard]), str(error)) for shard, error in broken.items()]
+
+
+def _read_on(checkpoint: Checkpoint, targets: Iterable[Target], shown: Progress, totals: ReadTotals) -> list[Damage]:
+    """Reads shard after shard, so that one that cannot be read does not stand for the others."""
+    by_shard: dict[str, list[Target]] = {}
+    for target in targets:
+        by_shard.setdefault(target[0].shard, []).append(target)
+    found = []
+    for shard, its in by_shard.items():
+        seen = len(totals.damaged)
+        try:
+            read_tensors(checkpoint, its, verify=True, progress=shown, totals=totals)
+        except DirectoryBusyError:  # it was replaced, which is no damage
+            raise
+        except ShardSaveError as error:
+            new = totals.damaged[seen:]
+            found += [Damage(shard, (located.name,), message) for located, message in new]
+            if not new:
+                found.append(Damage(shard, tuple(located.name for located, _ in its), str(error)))
+    return found

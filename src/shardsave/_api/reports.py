@@ -1,0 +1,117 @@
+"""What a save and a load give back: frozen values that print as one readable line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from shardsave._common.words import count, human_bytes, some
+
+__all__ = ["LoadReport", "Phases", "Report", "SaveReport"]
+
+VERIFIED = {True: "checksums verified", False: "not verified", None: "no checksums stored"}
+
+
+@dataclass(frozen=True)
+class Phases:
+    """Where the time went, in seconds. A load has no sync; its commit is the setting of flags and of what needed care."""
+
+    plan: float = 0.0
+    transfer: float = 0.0
+    sync: float = 0.0
+    commit: float = 0.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What all reports have.
+
+    ``bytes``: of tensor data. ``tensors``: stored tensors, a tied group counting once. ``seconds``: the whole call, wall clock.
+    ``staging_bytes``: the most staging memory held. ``direct``: whether every file was moved past the page cache.
+    """
+
+    path: str
+    bytes: int
+    tensors: int
+    shards: int
+    seconds: float
+    phases: Phases
+    engine: str
+    direct: bool
+    staging_bytes: int
+    pinned: bool
+    notes: tuple[str, ...] = field(default=(), kw_only=True)
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Tensor bytes over the wall time of the whole call."""
+        return self.bytes / self.seconds if self.seconds > 0 else 0.0
+
+    def _size_and_speed(self) -> str:
+        return (
+            f"{human_bytes(self.bytes)}, {count(self.tensors, 'tensor')} in {count(self.shards, 'shard')}, "
+            f"{self.seconds:.2f} s ({human_bytes(self.bytes_per_second)}/s)"
+        )
+
+    def _how(self) -> str:
+        words = [self.engine, "direct" if self.direct else "buffered"]
+        if self.pinned:
+            words.append("pinned")
+        return ", ".join(words)
+
+    def _with_notes(self, line: str, *more: str) -> str:
+        return "; ".join([line, *more, *self.notes])
+
+
+@dataclass(frozen=True)
+class SaveReport(Report):
+    """What a save did.
+
+    ``durable``: whether the checkpoint survives a loss of power from here on. ``leftovers``: names that should have been
+    removed and could not be. ``overlaps``: pairs of tensors that share a part of their memory and were stored apart.
+    """
+
+    durable: bool = True
+    leftovers: tuple[str, ...] = ()
+    overlaps: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        more = []
+        if self.leftovers:
+            more.append(f"could not remove {', '.join(self.leftovers)}")
+        if self.overlaps:
+            more.append(f"stored apart though overlapping: {some(f'{a} and {b}' for a, b in self.overlaps)}")
+        how = f"{self._how()}, {'durable' if self.durable else 'not durable'}"
+        return self._with_notes(f"saved {self.path}: {self._size_and_speed()}, {how}", *more)
+
+
+@dataclass(frozen=True)
+class LoadReport(Report):
+    """What a load into a module did.
+
+    ``verified``: whether every byte was checked against a stored checksum; None where the files have none.
+    ``missing``: names of the module that the checkpoint does not have; ``unexpected``: the reverse; ``mismatched``: of both,
+    with different shapes, and therefore left alone. All empty after a strict load. ``frozen``: how many parameters were
+    set to ``requires_grad=False``, None where the flags were not touched; ``changed_flags``: how many had another one before.
+    """
+
+    verified: bool | None = None
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    mismatched: tuple[str, ...] = ()
+    frozen: int | None = None
+    changed_flags: int = 0
+
+    def __str__(self) -> str:
+        differences = (
+            ("missing from the checkpoint", self.missing),
+            ("not in the module", self.unexpected),
+            ("mismatched", self.mismatched),
+        )
+        more = [f"{words}: {some(names)}" for words, names in differences if names]
+        if self.tensors == 0:
+            line = f"nothing was loaded from {self.path}"
+            return self._with_notes(f"{line}: {more[0]}" if more else line, *more[1:])
+        changed = f" ({count(self.changed_flags, 'flag')} changed)" if self.changed_flags else ""
+        flags = "flags left alone" if self.frozen is None else f"{self.frozen} frozen{changed}"
+        checked = VERIFIED[self.verified]
+        return self._with_notes(f"loaded {self.path}: {self._size_and_speed()}, {self._how()}, {checked}, {flags}", *more)

@@ -1,0 +1,95 @@
+"""What a conversion changes: which names it leaves out, what the others are called, which dtypes they get."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping
+from typing import Union
+
+import torch
+
+from shardsave._state.module import Entry
+
+Drop = Union[str, Iterable[str]]
+Rename = Iterable[tuple[str, str]]
+
+_CASTS = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
+}
+
+
+class Names:
+    """Which names of the source are wanted, and what they are called afterwards."""
+
+    def __init__(self, drop: tuple[str, ...], rename: tuple[tuple[re.Pattern[str], str], ...]) -> None:
+        self.dropped: dict[str, None] = {}
+        self.renamed: dict[str, str] = {}
+        self._used: set[tuple[str, str]] = set()  # what is done, and the pattern that it was done by
+        self._drop = drop
+        self._rename = rename
+
+    def wanted(self, name: str) -> bool:
+        matching = [pattern for pattern in self._drop if fnmatch.fnmatchcase(name, pattern)]
+        self._used.update(("drop", pattern) for pattern in matching)
+        if matching:
+            self.dropped[name] = None
+        return not matching
+
+    def new(self, name: str) -> str:
+        made = name
+        for pattern, replacement in self._rename:
+            made, matches = pattern.subn(replacement, made)
+            if matches:
+                self._used.add(("rename", pattern.pattern))
+        if made != name:
+            self.renamed[name] = made
+        return made
+
+    def notes(self) -> tuple[str, ...]:
+        """Which patterns matched no name: most likely they were meant to."""
+        given = [*(("drop", pattern) for pattern in self._drop), *(("rename", pattern.pattern) for pattern, _ in self._rename)]
+        return tuple(f"{what}={pattern!r} matched no name" for what, pattern in given if (what, pattern) not in self._used)
+
+
+def cast_of(entry: Entry, target: torch.dtype | None) -> torch.dtype | None:
+    own = entry.tensor.dtype
+    return target if target is not None and target != own and own.is_floating_point and own.itemsize > 1 else None
+
+
+def patterns(drop: object) -> tuple[str, ...]:
+    listed = (drop,) if isinstance(drop, str) else tuple(drop) if isinstance(drop, Iterable) else None
+    if listed is None or not all(isinstance(pattern, str) for pattern in listed):
+        raise TypeError("drop must be shell patterns, strings such as 'optimizer.*'")
+    return listed
+
+
+def replacements(rename: object) -> tuple[tuple[re.Pattern[str], str], ...]:
+    pairs = tuple(rename) if isinstance(rename, Iterable) and not isinstance(rename, (str, Mapping)) else None
+    if pairs is None or not all(
+        isinstance(p, (tuple, list)) and len(p) == 2 and all(isinstance(s, str) for s in p) for p in pairs
+    ):
+        raise TypeError("rename must be pairs of a regular expression and a replacement, such as [('^module[.]', '')]")
+    made = []
+    for pattern, replacement in pairs:
+        try:
+            compiled = re.compile(pattern)
+            re.sub(f"{pattern}|", replacement, "")
+        except (re.error, IndexError) as error:
+            raise ValueError(
+                f"rename must have regular expressions and what replaces them, {pattern!r} and {replacement!r}: {error}"
+            ) from error
+        made.append((compiled, replacement))
+    return tuple(made)
+
+
+def check_dtype(dtype: object) -> torch.dtype | None:
+    if dtype is None:
+        return None
+    if not isinstance(dtype, (str, torch.dtype)):
+        raise TypeError(f"dtype must be a torch.dtype or its name, not {type(dtype).__name__}")
+    found = _CASTS.get(str(dtype).removeprefix("torch."))
+    if found is None:
+        raise ValueError(f"dtype must be one of {', '.join(_CASTS)}, not {str(dtype)!r}")
+    return found

@@ -1,0 +1,237 @@
+"""Directories of ``torch.distributed.checkpoint``: one pickled table, and files in which the parts of every tensor lie.
+
+The table is unpickled into records of our own, which do nothing: of all that a pickle may ask for only the names in `_RECORDS` and
+`_VALUES` are given, and no class of torch, nor any other code, is reached by it.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import pickle
+import pickletools
+from collections import OrderedDict
+from typing import Any, NamedTuple, NoReturn, Union
+
+import numpy as np
+import torch
+
+from shardsave._common.assembled import Assembled, Part
+from shardsave._common.os_calls import CallFailed, Descriptor, call
+from shardsave._foreign.torch_file import Archives, TorchFile
+from shardsave._format.index import is_file_name
+from shardsave._storage.find import cannot_read
+from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, UntrustedCodeError
+
+TABLE_NAME = ".metadata"
+
+#: A table larger than this is not read, in bytes; every piece of every rank stands in it.
+_MAX_TABLE_BYTES = 512_000_000
+
+_METADATA, _FILES = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
+
+
+class _Record:
+    """What stands for an object of the pickle: the arguments and the state that it was to be made from."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+        self.state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __getitem__(self, name: str) -> Any:
+        """A field, None where it is not there."""
+        return self.state.get(name) if isinstance(self.state, dict) else None
+
+
+def _record(name: str) -> type[_Record]:
+    return type(name, (_Record,), {})
+
+
+_RECORDS = {
+    (module, name): _record(name)
+    for module, names in {
+        _METADATA: (
+            "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
+            "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
+        ),
+        _FILES: ("_StorageInfo", "_StoragePrefix"),
+        "torch.serialization": ("_get_layout",),
+        "pathlib": ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"),
+        "pathlib._local": ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"),
+    }.items()
+    for name in names
+}  # fmt: skip
+_VALUES: dict[tuple[str, str], Any] = {
+    ("torch", "Size"): tuple,
+    ("collections", "OrderedDict"): OrderedDict,
+    **{("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
+}
+_TABLE = _RECORDS[_METADATA, "Metadata"]
+_TENSOR = _RECORDS[_METADATA, "TensorStorageMetadata"]
+_INDEX = _RECORDS[_METADATA, "MetadataIndex"]
+_PLACE = _RECORDS[_FILES, "_StorageInfo"]
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        found = _RECORDS.get((module, name), _VALUES.get((module, name)))
+        if found is None:
+            raise _AskedFor(f"{module}.{name}")
+        return found
+
+
+class _AskedFor(Exception):
+    pass
+
+
+class PickledValue(NamedTuple):
+    """A value that such a directory holds as a pickle of its own, which is not read."""
+
+
+def read_distributed(folder: str) -> TorchFile:
+    """Reads the table of ``folder`` and maps its files; the content has the nesting that was saved."""
+    table = _read_table(os.path.join(folder, TABLE_NAME))
+    tensors, places, paths = table["state_dict_metadata"], table["storage_data"], table["planner_data"]
+    if not isinstance(tensors, dict) or not isinstance(places, dict):
+        _bad(folder, "tables of tensors and of their places were expected, there are none")
+    where: dict[tuple[Any, Any], _Record] = {}
+    for index, place in places.items():
+        if type(index) is not _INDEX or type(place) is not _PLACE:
+            _bad(folder, "a table of the places of tensors was expected, it has something else")
+        where[_key(index["fqn"], index["offset"], folder)] = place
+    archives = Archives(folder)
+    content: dict[Any, Any] = {}
+    try:
+        for name, described in tensors.items():
+            value: Union[torch.Tensor, Assembled, PickledValue] = PickledValue()
+            if type(described) is _TENSOR:
+                value = _tensor(name, described, where, archives, folder)
+            _put(content, _path_of(name, paths), value, folder)
+    finally:
+        mappings = archives.close()
+    return TorchFile(content, mappings, ())
+
+
+def _read_table(path: str) -> _Record:
+    with Descriptor() as file:
+        try:
+            file.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY)
+            length = call(os.fstat, path, file.fd).st_size
+            if length > _MAX_TABLE_BYTES:
+                _bad(path, f"at most {_MAX_TABLE_BYTES} bytes were expected, it has {length}")
+            data = call(os.read, path, file.fd, length + 1)
+        except CallFailed as error:
+            raise cannot_read(path, error) from error
+    try:
+        for opcode, argument, at in pickletools.genops(data):
+            # An honest pickle numbers what it remembers from 0 on; unpickling makes a table as long as the highest number.
+            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(str(argument)) > (at or 0):
+                _bad(path, "a pickled table was expected, it numbers what is not there")
+        made = _Unpickler(io.BytesIO(data)).load()
+    except _AskedFor as asked:
+        raise UntrustedCodeError(
+            f"cannot convert {path}: the table of a distributed checkpoint was expected, its pickle asks for {asked}; "
+            f"nothing of it was run, nothing was written"
+        ) from None
+    except CorruptCheckpointError:
+        raise
+    except (Exception, RecursionError) as error:  # unpickling broken data may raise anything
+        _bad(path, f"a pickled table was expected, it is broken ({type(error).__name__})")
+    if type(made) is not _TABLE:
+        _bad(path, f"the table of a distributed checkpoint was expected, it is a {type(made).__name__}")
+    return made
+
+
+def _tensor(
+    name: str, described: _Record, where: dict[tuple[Any, Any], _Record], archives: Archives, folder: str
+) -> Union[torch.Tensor, Assembled]:
+    properties, chunks = described["properties"], described["chunks"]
+    shape = _sizes(described["size"], name, folder)
+    state = properties.state if isinstance(properties, _Record) else None
+    dtype = state[0] if isinstance(state, tuple) and state else state.get("dtype") if isinstance(state, dict) else None
+    if not isinstance(dtype, torch.dtype) or not isinstance(chunks, list) or not chunks:
+        _bad(folder, f"{name!r} was expected to have a dtype and parts, it has none")
+    parts = []
+    for chunk in chunks:
+        begin, sizes = (
+            _sizes(chunk[field] if isinstance(chunk, _Record) else None, name, folder) for field in ("offsets", "sizes")
+        )
+        if len(begin) != len(shape) or len(sizes) != len(shape) or any(b + s > of for b, s, of in zip(begin, sizes, shape)):
+            _bad(folder, f"{name!r} of shape {shape} was expected, a part of {sizes} lies at {begin}")
+        tensor = _part(name, where.get((name, begin)), archives, folder)
+        if tensor.dtype != dtype or tuple(tensor.shape) != sizes:
+            found = f"{tensor.dtype} {tuple(tensor.shape)}"
+            _bad(folder, f"{name!r} was expected to have a part of {dtype} {sizes} at {begin}, its file has {found}")
+        parts.append(Part(begin, tensor))
+    if len(parts) == 1 and tuple(parts[0].tensor.shape) == shape:
+        return parts[0].tensor
+    if not _cover(shape, parts):
+        _bad(folder, f"{name!r} was expected to be covered by its {len(parts)} parts once, it is not")
+    return Assembled(dtype, shape, [part for part in parts if part.tensor.numel()])
+
+
+def _part(name: str, place: _Record | None, archives: Archives, folder: str) -> torch.Tensor:
+    if place is None:
+        _bad(folder, f"a place of each part of {name!r} was expected, one has none")
+    file, offset, length = place["relative_path"], place["offset"], place["length"]
+    if not isinstance(file, str) or not is_file_name(file) or type(offset) is not int or type(length) is not int:
+        _bad(folder, f"{name!r} was expected to lie in a file of this directory, its place is {file!r}")
+    if place["transform_descriptors"]:
+        raise IncompatibleCheckpointError(
+            f"cannot convert {folder}: {name!r} was expected as it is in memory, it was transformed by "
+            f"{place['transform_descriptors']!r} when it was saved; nothing was written"
+        )
+    return archives.tensor(file, offset, length)
+
+
+def _cover(shape: tuple[int, ...], parts: list[Part]) -> bool:
+    """Whether each element is in one part. Counted on the grid that the parts' borders make, which has few cells."""
+    if math.prod(shape) == 0:
+        return True
+    borders = [
+        sorted({0, n, *(p.begin[d] for p in parts), *(p.begin[d] + p.tensor.shape[d] for p in parts)})
+        for d, n in enumerate(shape)
+    ]
+    if math.prod(len(cuts) - 1 for cuts in borders) > max(1 << 20, 4 * len(parts)):
+        return False
+    count = np.zeros([len(cuts) - 1 for cuts in borders], np.int32)
+    places = [{cut: at for at, cut in enumerate(cuts)} for cuts in borders]
+    for begin, tensor in parts:
+        if tensor.numel():
+            count[tuple(slice(at[b], at[b + size]) for at, b, size in zip(places, begin, tensor.shape))] += 1
+    return bool((count == 1).all())
+
+
+def _key(name: Any, offset: Any, folder: str) -> tuple[Any, Any]:
+    return name, None if offset is None else _sizes(offset, name, folder)
+
+
+def _sizes(value: Any, name: object, folder: str) -> tuple[int, ...]:
+    if not isinstance(value, tuple) or not all(type(size) is int and 0 <= size < 1 << 62 for size in value):
+        _bad(folder, f"sizes were expected of {name!r}, it has {value!r:.60}")
+    return value
+
+
+def _path_of(name: Any, paths: Any) -> tuple[Any, ...]:
+    """Where the value stood in the nested state that was saved: the name by which it is stored is that flattened."""
+    path = paths.get(name) if isinstance(paths, dict) else None
+    good = isinstance(path, (tuple, list)) and path and all(isinstance(key, (str, int)) for key in path)
+    return tuple(path) if good and path is not None else (name,)
+
+
+def _put(content: dict[Any, Any], path: tuple[Any, ...], value: object, folder: str) -> None:
+    for key in path[:-1]:
+        content = content.setdefault(key, {})
+        if not isinstance(content, dict):
+            _bad(folder, f"one thing of the name {key!r} was expected, there are two")
+    if path[-1] in content:
+        _bad(folder, f"one thing of the name {path[-1]!r} was expected, there are two")
+    content[path[-1]] = value
+
+
+def _bad(path: str, found: str) -> NoReturn:
+    raise CorruptCheckpointError(f"corrupt distributed checkpoint: {path}: {found}; nothing was written")

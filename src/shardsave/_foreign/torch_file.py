@@ -1,0 +1,265 @@
+"""Files of ``torch.save``: which tensors they hold and where, by torch's own restricted unpickler, which runs nothing.
+
+Their pickle is read with tensors on the meta device, so that no data is touched; then the file is mapped, and each tensor is made
+where its bytes lie.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import mmap
+import os
+import pickle
+import re
+import struct
+import sys
+import warnings
+import zipfile
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+
+from shardsave._common.os_calls import CallFailed, Descriptor, call, read_at
+from shardsave._loading.mapped import map_file
+from shardsave._state.module import PLAIN_TYPES
+from shardsave._storage.find import cannot_read, open_regular
+from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError, UntrustedCodeError
+
+_ZIP = b"PK\x03\x04"
+#: How those lines of torch begin that say what to do.
+_ADVICE = ("Weights only load failed", "Please file an issue", "Check the documentation")
+_ASKED_FOR = re.compile(r"GLOBAL ([\w.<>]+)")
+
+
+class TorchFile(NamedTuple):
+    """What a file holds: ``content`` is any nesting of dicts and lists; its plain tensors lie in ``mappings``."""
+
+    content: Any
+    mappings: tuple[mmap.mmap, ...]
+    notes: tuple[str, ...]
+
+
+class Window(io.RawIOBase):
+    """A part of an open file, as a file that can be read and sought."""
+
+    def __init__(self, fd: int, begin: int, length: int) -> None:
+        self._fd, self._begin, self._length, self._at = fd, begin, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        found = read_at(self._fd, min(len(view), max(0, self._length - self._at)), self._begin + self._at)
+        view[: len(found)] = found
+        self._at += len(found)
+        return len(found)
+
+
+def read_torch_file(path: str) -> TorchFile:
+    """Reads what ``torch.save`` wrote to ``path``. Raises CheckpointNotFoundError, CorruptCheckpointError, UntrustedCodeError."""
+    file = open_regular(path, os.path.basename(path))
+    if file is None:
+        raise CheckpointNotFoundError(f"no checkpoint at {path}: No such file or directory")
+    with file:
+        try:
+            length = call(os.fstat, path, file.fd).st_size
+            start = read_at(file.fd, 4, 0)
+        except CallFailed as error:
+            raise cannot_read(path, error) from error
+        if not length:
+            _bad(path, "it is empty")
+        window = Window(file.fd, 0, length)
+        if start != _ZIP:
+            # torch's format from before version 1.6: one stream, in which tensors have no place that could be mapped.
+            note = f"{os.path.basename(path)} has torch's old format, which cannot be mapped: all of it was read into memory"
+            return TorchFile(unpickle(window, path, "cpu"), (), (note,))
+        mapping = map_file(file.fd, path)
+        try:
+            return TorchFile(_mapped(file.fd, mapping, 0, length, path), (mapping,), ())
+        except _Elsewhere as reason:
+            note = f"{os.path.basename(path)} {reason}, so it cannot be mapped: all of it was read into memory"
+        return TorchFile(unpickle(window, path, "cpu"), (), (note,))
+
+
+class Archives:
+    """Files that hold many small archives of ``torch.save``, one tensor each, as distributed savers write them."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+        self._open: dict[str, tuple[Descriptor, mmap.mmap, int]] = {}
+
+    def tensor(self, name: str, offset: int, length: int) -> torch.Tensor:
+        """The tensor of the archive that lies ``offset`` bytes into the file ``name`` and is ``length`` bytes long."""
+        path = os.path.join(self._folder, name)
+        if name not in self._open:
+            self._open[name] = self._map(path, name)
+        file, mapping, end = self._open[name]
+        if not 0 <= offset <= offset + length <= end:
+            _bad(path, f"a tensor was expected at {offset}, {length} bytes long, the file has {end}")
+        try:
+            made = _mapped(file.fd, mapping, offset, length, path)
+        except _Elsewhere:
+            made = unpickle(Window(file.fd, offset, length), path, "cpu")
+        if not isinstance(made, torch.Tensor):
+            _bad(path, f"a tensor was expected at {offset}, there is a {type(made).__name__}")
+        return made
+
+    @staticmethod
+    def _map(path: str, name: str) -> tuple[Descriptor, mmap.mmap, int]:
+        file = open_regular(path, name)
+        if file is None:
+            raise CorruptCheckpointError(
+                f"corrupt checkpoint: {path}: the file was expected, it is not there; nothing was written"
+            )
+        length = call(os.fstat, path, file.fd).st_size
+        if not length:
+            _bad(path, "it is empty")
+        return file, map_file(file.fd, path), length
+
+    def close(self) -> tuple[mmap.mmap, ...]:
+        """Closes the files, and gives the mappings in which the tensors lie."""
+        for file, _, _ in self._open.values():
+            file.abandon()
+        return tuple(mapping for _, mapping, _ in self._open.values())
+
+
+def unpickle(file: io.RawIOBase, path: str, location: str) -> Any:
+    """``torch.load(weights_only=True)``, its refusals in one line."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of TypedStorage, which old files name
+            return torch.load(io.BufferedReader(file), map_location=location, weights_only=True)
+    except CallFailed as error:
+        raise cannot_read(path, error) from error
+    except pickle.UnpicklingError as error:
+        if (asked := _ASKED_FOR.search(str(error))) is not None:
+            raise UntrustedCodeError(
+                f"cannot convert {path}: tensors, numbers, strings and containers of these were expected, its pickle asks for "
+                f"{asked[1]}; nothing of it was run, nothing was written"
+            ) from None
+        _bad(path, f"it is no file of torch.save ({_reason(error)})")
+    except Exception as error:  # whatever torch says of bytes that are none of its own
+        if location == "meta" and "Quantized" in str(error):
+            raise _Elsewhere(
+                "holds quantised tensors"
+            ) from None  # there are none on the meta device; read, they are refused by name
+        _bad(path, f"it is no file of torch.save ({_reason(error)})")
+
+
+def _reason(error: Exception) -> str:
+    """The sentence of torch's message that says what was wrong; the others advise."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    told = [line for line in lines if line and not line.startswith(_ADVICE)]
+    return told[0].split(". ")[0][:160].rstrip(".") if told else type(error).__name__
+
+
+class _Elsewhere(Exception):
+    """A tensor's bytes do not lie where torch would have written them, or are not known to."""
+
+    def __init__(self, reason: str = "was not written by torch as it is") -> None:
+        super().__init__(reason)
+
+
+@functools.cache
+def _tells_places() -> bool:
+    """Whether this version of torch says of a tensor on the meta device where its bytes lie in the file; older ones do not."""
+    file = io.BytesIO()
+    torch.save(torch.zeros(1), file)
+    file.seek(0)
+    storage = torch.load(file, map_location="meta", weights_only=True).untyped_storage()
+    return getattr(storage, "_checkpoint_offset", None) is not None
+
+
+def _mapped(fd: int, mapping: mmap.mmap, begin: int, length: int, path: str) -> Any:
+    """What the archive holds that is ``length`` bytes from ``begin`` in the file, its tensors mapped. Raises _Elsewhere."""
+    records = _records(fd, begin, length, path)
+    if not _tells_places():
+        raise _Elsewhere(f"is read by torch {torch.__version__}, which does not say where tensors lie")
+    try:
+        return _place(unpickle(Window(fd, begin, length), path, "meta"), mapping, begin, records, path)
+    except RecursionError:
+        _bad(path, "it holds containers nested too deeply, or in themselves")
+
+
+def _records(fd: int, begin: int, length: int, path: str) -> dict[int, int]:
+    """Where the archive's records begin → how long they are, bytes. Raises _Elsewhere where they are not as they are in memory."""
+    try:
+        with zipfile.ZipFile(io.BufferedReader(Window(fd, begin, length))) as archive:
+            found = {}
+            _refuse_program(path, archive.namelist())
+            for entry in archive.infolist():
+                other_order = entry.filename.endswith("/byteorder") and archive.read(entry).decode() != sys.byteorder
+                if entry.compress_type != zipfile.ZIP_STORED or other_order:
+                    raise _Elsewhere
+                # The local header has lengths of its own, of the name and of what follows it.
+                lengths = read_at(fd, 4, begin + entry.header_offset + 26)
+                found[entry.header_offset + 30 + sum(struct.unpack("<HH", lengths))] = entry.file_size
+    except CallFailed as error:
+        raise cannot_read(path, error) from error
+    except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError, OverflowError, EOFError) as error:
+        _bad(path, f"it is no archive that can be read ({error})")
+    return found
+
+
+def _refuse_program(path: str, records: Sequence[str]) -> None:
+    """Refuses archives of torch that hold a program beside the weights, by what they are."""
+    inner = {name.partition("/")[2] for name in records}
+    if "constants.pkl" in inner:
+        kind, advice = "a TorchScript archive", "save the state_dict() of what torch.jit.load makes of it"
+    elif {"archive_format", "archive_version"} <= inner or "serialized_exported_program.json" in {*inner, *records}:
+        kind, advice = "a program of torch.export", "save the state_dict of what torch.export.load makes of it"
+    else:
+        return
+    raise IncompatibleCheckpointError(
+        f"cannot convert {path}: a file of torch.save was expected, it is {kind}; {advice}; nothing was written"
+    )
+
+
+def _place(content: Any, mapping: mmap.mmap, begin: int, records: Mapping[int, int], path: str) -> Any:
+    """``content`` with each plain meta tensor in it made where its bytes lie; ``begin`` is where the archive begins in the file.
+
+    torch computes where it would have written a tensor: only a record that is there, and is as long, is taken.
+    """
+    if isinstance(content, Mapping):
+        return {key: _place(value, mapping, begin, records, path) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_place(value, mapping, begin, records, path) for value in content]
+    if type(content) not in PLAIN_TYPES or content.layout is not torch.strided or content.is_quantized or content.is_nested:
+        return content
+    storage = content.untyped_storage()
+    if storage.nbytes() == 0 or content.numel() == 0:
+        return torch.empty(content.shape, dtype=content.dtype)
+    offset = getattr(storage, "_checkpoint_offset", None)
+    if offset is None:
+        return content  # it was on the meta device when it was saved
+    if records.get(offset) != storage.nbytes():
+        raise _Elsewhere
+    offset += begin
+    reach = content.storage_offset() + sum((size - 1) * stride for size, stride in zip(content.shape, content.stride())) + 1
+    if min(*content.stride(), content.storage_offset(), 0) < 0 or reach * content.element_size() > storage.nbytes():
+        _bad(path, f"a tensor of {tuple(content.shape)} does not lie in its {storage.nbytes()} bytes")
+    raw = torch.frombuffer(mapping, dtype=torch.uint8, count=storage.nbytes(), offset=offset)
+    made = torch.empty(0, dtype=content.dtype)
+    try:
+        made.set_(raw.untyped_storage(), content.storage_offset(), content.shape, content.stride())
+    except RuntimeError as error:
+        _bad(path, f"a tensor of {tuple(content.shape)} does not lie in its {storage.nbytes()} bytes ({_reason(error)})")
+    made = made.conj() if content.is_conj() else made
+    return torch._neg_view(made) if content.is_neg() else made
+
+
+def _bad(path: str, found: str) -> NoReturn:
+    raise CorruptCheckpointError(
+        f"corrupt {os.path.basename(path)}: {path}: a file of torch.save was expected, {found}; nothing was written"
+    )

@@ -1,0 +1,136 @@
+"""CRC-64/NVME in numpy: the fallback for the C++ core, and the oracle that it is tested against.
+
+"Raw" is the register arithmetic without initial value and final inversion, as in ``csrc/crc64.h``; it is linear, so
+``raw(A + B) == shift(raw(A), len(B)) ^ raw(B)``. Parameters of the checksum: NVM Express NVM Command Set Specification,
+"64b CRC": polynomial 0xAD93D23594C93659, reflected, initial value and final XOR all ones.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Union
+
+import numpy as np
+
+from shardsave._common.backend import native
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Bytes = Union[bytes, bytearray, memoryview, NDArray[np.uint8]]
+
+_REFLECTED = 0x9A6C9329AC4BC9B5
+_ONES = 0xFFFF_FFFF_FFFF_FFFF
+_TOP = 1 << 63  # the polynomial 1 in reflected bit order
+
+#: Bytes per lane and pass: long lanes amortise the combining, short ones keep the columns in the cache.
+_LANES = 4096
+
+
+def crc64(data: Bytes) -> int:
+    """The complete CRC-64/NVME of ``data``."""
+    if native is not None:
+        return int(native.crc64(data))
+    array = np.frombuffer(data, dtype=np.uint8)
+    return finish(raw(array), array.size)
+
+
+def finish(raw_sum: int, nbytes: int) -> int:
+    """The standard checksum of ``nbytes`` bytes whose raw sum is ``raw_sum``."""
+    return raw_sum ^ shift(_ONES, nbytes) ^ _ONES
+
+
+def shift(raw_sum: int, nbytes: int) -> int:
+    """``raw_sum`` · x^(8·nbytes) mod P: what it contributes when ``nbytes`` more bytes follow."""
+    return _multiply(raw_sum, _power(nbytes)) if raw_sum else 0
+
+
+def joined(first: int, second: int, nbytes: int) -> int:
+    """The complete checksum of bytes whose is ``first``, followed by ``nbytes`` bytes whose is ``second``."""
+    return shift(first, nbytes) ^ second
+
+
+def raw(data: NDArray[np.uint8]) -> int:
+    """The raw sum of ``data``, a one-dimensional array of bytes."""
+    lane_bytes = data.size // _LANES // 8 * 8
+    if lane_bytes < 64:
+        return _raw_serial(data)
+    bulk = lane_bytes * _LANES
+    words = data[:bulk].view("<u8") if data.ctypes.data % 8 == 0 else data[:bulk].copy().view("<u8")
+    columns = words.reshape(_LANES, lane_bytes // 8)
+    state = np.zeros(_LANES, dtype=np.uint64)
+    tables = _tables()
+    for column in range(columns.shape[1]):
+        state ^= columns[:, column]
+        parts = state.view(np.uint16).reshape(_LANES, 4)
+        state = tables[0][parts[:, 0]] ^ tables[1][parts[:, 1]] ^ tables[2][parts[:, 2]] ^ tables[3][parts[:, 3]]
+    return shift(_fold(state, lane_bytes), data.size - bulk) ^ _raw_serial(data[bulk:])
+
+
+def _fold(sums: NDArray[np.uint64], lane_bytes: int) -> int:
+    """The raw sum of neighbouring lanes of ``lane_bytes`` each, joined pairwise."""
+    values = [int(value) for value in sums]
+    while len(values) > 1:
+        factor = _power(lane_bytes)
+        values = [_multiply(values[i], factor) ^ values[i + 1] for i in range(0, len(values), 2)]
+        lane_bytes *= 2
+    return values[0]
+
+
+def _raw_serial(data: NDArray[np.uint8]) -> int:
+    table = _byte_table()
+    state = 0
+    for byte in data.tobytes():
+        state = table[(state ^ byte) & 0xFF] ^ (state >> 8)
+    return state
+
+
+@lru_cache(maxsize=1)
+def _byte_table() -> list[int]:
+    table = []
+    for value in range(256):
+        for _ in range(8):
+            value = (value >> 1) ^ (_REFLECTED if value & 1 else 0)
+        table.append(value)
+    return table
+
+
+@lru_cache(maxsize=1)
+def _tables() -> tuple[NDArray[np.uint64], ...]:
+    """For each 16-bit part of a word, what it leaves in the register once the whole word has gone through."""
+    single = np.array(_byte_table(), dtype=np.uint64)
+
+    def through_zero(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        shifted: NDArray[np.uint64] = state >> np.uint64(8)
+        shifted ^= single[(state & np.uint64(0xFF)).astype(np.intp)]
+        return shifted
+
+    values = np.arange(1 << 16, dtype=np.uint64)
+    last = through_zero(through_zero(values))  # bytes 6 and 7 of the word
+    tables = [last]
+    for _ in range(3):
+        tables.append(through_zero(through_zero(tables[-1])))
+    return tuple(reversed(tables))
+
+
+@lru_cache(maxsize=4096)
+def _power(nbytes: int) -> int:
+    """x^(8·nbytes) mod P, reflected."""
+    result, square = _TOP, _TOP >> 8
+    while nbytes:
+        if nbytes & 1:
+            result = _multiply(result, square)
+        square = _multiply(square, square)
+        nbytes >>= 1
+    return result
+
+
+def _multiply(left: int, right: int) -> int:
+    """Product of two reflected polynomials mod P."""
+    product = 0
+    while left:
+        if left & _TOP:
+            product ^= right
+        left = (left << 1) & _ONES
+        right = (right >> 1) ^ (_REFLECTED if right & 1 else 0)
+    return product

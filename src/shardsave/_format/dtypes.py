@@ -1,0 +1,93 @@
+"""The dtypes that safetensors has, and what torch calls them.
+
+Source: the ``Dtype`` enumeration of the safetensors format, version 0.8.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+
+    from shardsave._common.assembled import Memory
+
+
+class DType(NamedTuple):
+    """One row: the name in a safetensors header, what torch calls it, and the bits of one element."""
+
+    name: str
+    torch_name: str
+    bits: int
+
+    @property
+    def torch(self) -> torch.dtype:
+        """torch's dtype; only this imports torch, which takes longer than to look into most checkpoints."""
+        return _torch_dtype(self.torch_name)
+
+
+@cache
+def _torch_dtype(name: str) -> torch.dtype:
+    import torch
+
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+_ROWS = (
+    DType("BOOL", "bool", 8),
+    DType("U8", "uint8", 8),
+    DType("I8", "int8", 8),
+    DType("F8_E5M2", "float8_e5m2", 8),
+    DType("F8_E4M3", "float8_e4m3fn", 8),
+    DType("F8_E8M0", "float8_e8m0fnu", 8),
+    DType("F8_E5M2FNUZ", "float8_e5m2fnuz", 8),
+    DType("F8_E4M3FNUZ", "float8_e4m3fnuz", 8),
+    DType("I16", "int16", 16),
+    DType("U16", "uint16", 16),
+    DType("F16", "float16", 16),
+    DType("BF16", "bfloat16", 16),
+    DType("I32", "int32", 32),
+    DType("U32", "uint32", 32),
+    DType("F32", "float32", 32),
+    DType("C64", "complex64", 64),
+    DType("F64", "float64", 64),
+    DType("I64", "int64", 64),
+    DType("U64", "uint64", 64),
+    # Two elements in a byte: the last logical dimension is twice that of the torch tensor.
+    DType("F4", "float4_e2m1fn_x2", 4),
+)
+
+BY_NAME = {row.name: row for row in _ROWS}
+
+if TYPE_CHECKING:
+    BY_TORCH: dict[torch.dtype, DType]
+
+
+def __getattr__(name: str) -> object:
+    """`BY_TORCH`, torch's dtype → its row, is made when it is first asked for."""
+    if name != "BY_TORCH":
+        raise AttributeError(f"module 'shardsave._format.dtypes' has no attribute {name!r}")
+    made = globals()[name] = {row.torch: row for row in _ROWS}
+    return made
+
+
+def item_bytes(name: str) -> int:
+    """The alignment, in bytes, of a tensor with this dtype; a packed dtype counts as one byte."""
+    return max(1, BY_NAME[name].bits // 8)
+
+
+def logical_shape(tensor: Memory) -> tuple[int, ...]:
+    """The shape that a safetensors header gives for ``tensor``."""
+    shape = tuple(tensor.shape)
+    if tensor.element_size() > 1 or tensor.dtype != BY_NAME["F4"].torch:
+        return shape
+    return (*shape[:-1], shape[-1] * 2) if shape else (2,)
+
+
+def torch_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the torch tensor for a header's ``shape``; the inverse of :func:`logical_shape`."""
+    if name == "F4":
+        return (*shape[:-1], shape[-1] // 2)
+    return shape

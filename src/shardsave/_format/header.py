@@ -1,0 +1,250 @@
+"""A shard's header: from tensors to bytes and back, with every way in which it can be bad.
+
+The safetensors format: eight bytes little-endian header length, JSON, data. Ours begins its data at a multiple of 4096.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from json.encoder import encode_basestring
+from operator import itemgetter
+from typing import NamedTuple, NoReturn
+
+from shardsave._common.os_calls import read_at
+from shardsave._common.strict_json import NotJSON, glimpse, parse_object
+from shardsave._format.dtypes import BY_NAME
+from shardsave._format.layout import ALIGNMENT, Shard
+from shardsave.errors import CorruptCheckpointError
+
+#: The longest JSON that safetensors' own reader takes, in bytes.
+MAX_HEADER_BYTES = 100_000_000
+
+#: The key of `__metadata__` that holds sixteen hex digits for each tensor, in data order.
+CHECKSUM_KEY = "shardsave.crc64nvme"
+
+_ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
+_HEX = re.compile(r"(?:[0-9a-f]{16})*")
+
+
+class Tensors(NamedTuple):
+    """The tensors of a header in data order, a column for each property; ``begins``: bytes from the start of the data."""
+
+    names: Sequence[str]
+    dtypes: Sequence[str]
+    shapes: Sequence[tuple[int, ...]]
+    begins: Sequence[int]
+    nbytes: Sequence[int]
+
+
+class Header(NamedTuple):
+    """A checked header; ``sums``: one for each tensor, or None where the file has none of ours."""
+
+    tensors: Tensors
+    metadata: Mapping[str, str]
+    data_start: int
+    sums: tuple[int, ...] | None
+
+
+_BEFORE_SUMS = f'{{"__metadata__":{{"format":"pt","{CHECKSUM_KEY}":"'
+
+
+def encode_header(shard: Shard, more: Mapping[str, str] | None = None) -> bytes:
+    """The whole start of a file, up to its data, with zeros where `with_sums` puts the checksums; a pure function of the tensors.
+
+    ``more``: further entries of ``__metadata__``, which no shard of a checkpoint has.
+    """
+    told = "".join(f",{encode_basestring(key)}:{encode_basestring(value)}" for key, value in (more or {}).items())
+    parts = [f'{_BEFORE_SUMS}{"0" * 16 * len(shard.tensors)}"{told}}}']
+    shapes = {sizes: ",".join(map(str, sizes)) for sizes in {tensor.shape for tensor in shard.tensors}}
+    for (name, dtype, sizes, nbytes, _), begin in zip(shard.tensors, shard.begins):
+        parts.append(
+            f'{encode_basestring(name)}:{{"dtype":"{dtype}","shape":[{shapes[sizes]}],"data_offsets":[{begin},{begin + nbytes}]}}'
+        )
+    text = (",".join(parts) + "}").encode()
+    padded = -(-(8 + len(text)) // ALIGNMENT) * ALIGNMENT - 8
+    if padded > MAX_HEADER_BYTES:
+        raise ValueError(
+            f"a shard of {len(shard.tensors)} tensors needs a header of {padded} bytes, the format allows "
+            f"{MAX_HEADER_BYTES}; choose a smaller max_shard_size"
+        )
+    return padded.to_bytes(8, "little") + text.ljust(padded)
+
+
+def with_sums(header: bytes, sums: Sequence[int]) -> bytes:
+    """``header`` with the checksums of all its tensors, in data order."""
+    digits = struct.pack(f">{len(sums)}Q", *sums).hex().encode()
+    start = 8 + len(_BEFORE_SUMS)
+    return header[:start] + digits + header[start + len(digits) :]
+
+
+def read_header(fd: int, file_length: int, where: str) -> bytes:
+    """The bytes of the header of the file behind ``fd``, for `parse_header`. Allocates no more than the file is long.
+
+    Raises CallFailed.
+    """
+    start = read_start(fd, 8)
+    return start + read_at(fd, _header_length(start, file_length, where), 8)
+
+
+def read_start(fd: int, length: int) -> bytes:
+    """The first ``length`` bytes of the file behind ``fd``, fewer where it is shorter."""
+    return read_at(fd, length, 0)
+
+
+def _header_length(start: bytes, file_length: int, where: str) -> int:
+    if len(start) < 8:
+        _bad(where, "8 bytes of header length expected", f"the file ends after {len(start)}")
+    length = int.from_bytes(start[:8], "little")
+    if length > MAX_HEADER_BYTES:
+        _bad(where, f"at most {MAX_HEADER_BYTES} bytes of header expected", f"it says {length}, as no safetensors file does")
+    if length > file_length - 8:
+        _bad(where, f"{length} bytes of header expected", f"the file has {file_length - 8} after its length")
+    return length
+
+
+def parse_header(data: bytes, file_length: int, where: str) -> Header:
+    """Checks ``data``, the length and the JSON of a header, for a file of ``file_length`` bytes.
+
+    Raises CorruptCheckpointError; every reason to refuse a header is in this function and those that it calls.
+    """
+    length = _header_length(data, file_length, where)
+    if len(data) != 8 + length:
+        _bad(where, f"{length} bytes of header expected", f"{len(data) - 8} are there")
+    if data[8:9] != b"{":
+        _bad(where, "JSON that begins with '{' expected", f"it begins with {data[8:9]!r}" if length else "it is empty")
+    content = data[8:]
+    metadata, tensors = _read_compact(content) or _read_any(content, where)
+    end = tensors.begins[-1] + tensors.nbytes[-1] if tensors.names else 0
+    if file_length - 8 - length != end:
+        _bad(where, f"{end} bytes of data expected", f"the file has {file_length - 8 - length}")
+    return Header(tensors, metadata, 8 + length, _check_sums(metadata, len(tensors.names), where))
+
+
+#: One tensor of a header in compact JSON: name, kind (all but the offsets), begin, end. Else all that follows, of which the first
+#: character is kept: behind the last tensor a space.
+_TENSOR = re.compile(
+    r'"([^"\\\x00-\x1f]*)":(\{"dtype":"[A-Z0-9_]+","shape":\[[0-9,]*\],)"data_offsets":\[(0|[1-9][0-9]{0,17}),(0|[1-9][0-9]{0,17})\]\}'
+    r'(?:,(?=")|\}(?= *\Z))|(.).*',
+    re.DOTALL,
+)
+_BEFORE_TENSORS = re.compile(r'\{(?:"__metadata__":(\{[^{}]*\}),)?')
+
+
+def _read_compact(content: bytes) -> tuple[dict[str, str], Tensors] | None:
+    """What `_read_any` makes of a header as safetensors and we write it, in a quarter of the time; None for every other one.
+
+    It refuses nothing: what is not plainly well goes the other way, which has the words. Each kind of tensor is checked once.
+    """
+    try:
+        text = content.decode()
+        before = _BEFORE_TENSORS.match(text)
+        assert before is not None, "it begins with a brace"
+        rows = _TENSOR.findall(text, before.end())
+        if rows and rows[-1][-1] == " ":
+            rows.pop()
+        if not rows or rows[-1][-1]:
+            return None
+        names, kinds, begins, ends, _ = zip(*rows)
+        checked = {kind: _check_kind(parse_object(f'{kind}"data_offsets":[]}}'.encode()), "", "") for kind in set(kinds)}
+        metadata = _check_metadata(parse_object(before[1].encode()) if before[1] is not None else {}, "")
+    except (UnicodeDecodeError, NotJSON, CorruptCheckpointError):
+        return None
+    dtypes, shapes, nbytes = zip(*map(checked.__getitem__, kinds))
+    stops = list(accumulate(nbytes, initial=0))
+    once = len({"__metadata__", *names}) == len(names) + 1
+    if not once or [*map(int, begins)] != stops[:-1] or [*map(int, ends)] != stops[1:]:
+        return None
+    return metadata, Tensors(names, dtypes, shapes, stops[:-1], nbytes)
+
+
+def _read_any(content: bytes, where: str) -> tuple[dict[str, str], Tensors]:
+    """The metadata and the tensors of any header, in whatever order and form they stand there."""
+    try:
+        entries = parse_object(content)
+    except NotJSON as refusal:
+        _bad(where, refusal.wanted, refusal.found)
+    if content.rstrip(b" ")[-1:] != b"}":
+        _bad(where, "only spaces expected after the JSON", f"there is {content.rstrip(b' ')[-1:]!r}")
+    metadata = _check_metadata(entries.pop("__metadata__", {}), where)
+    rows = [(*_check_tensor(name, entry, where), name) for name, entry in entries.items()]
+    rows.sort(key=itemgetter(0, 1))
+    end = 0
+    for begin, stop, *_, name in rows:
+        if begin != end:
+            kind = "overlap" if begin < end else "hole"
+            _bad(where, f"tensor {glimpse(name)} expected to begin at {end}", f"it begins at {begin} ({kind})")
+        end = stop
+    begins, _, dtypes, shapes, nbytes, names = zip(*rows) if rows else ((),) * 6
+    return metadata, Tensors(names, dtypes, shapes, begins, nbytes)
+
+
+def _check_metadata(metadata: object, where: str) -> dict[str, str]:
+    if not isinstance(metadata, dict):
+        _bad(where, "__metadata__ expected to be an object", f"it is {glimpse(metadata)}")
+    for key, value in metadata.items():
+        if not isinstance(value, str):
+            _bad(where, f"__metadata__ entry {glimpse(key)} expected to be a string", f"it is {glimpse(value)}")
+    return metadata
+
+
+def _check_tensor(name: str, entry: object, where: str) -> tuple[int, int, str, tuple[int, ...], int]:
+    """Checks one entry of a header: where it begins and ends, dtype, shape and bytes."""
+    dtype, shape, nbytes = _check_kind(entry, name, where)
+    assert isinstance(entry, dict)
+    offsets = entry["data_offsets"]
+    if type(offsets) is not list or len(offsets) != 2 or not all(map(_is_size, offsets)):
+        _bad_tensor(where, name, " expected to have two data_offsets below 2^63", f"it has {glimpse(offsets)}")
+    begin, end = offsets
+    if end - begin != nbytes:
+        _bad_tensor(
+            where, name, f" of {dtype} and shape {glimpse([*shape])} expected to have {nbytes} bytes", f"it has {end - begin}"
+        )
+    return begin, end, dtype, shape, nbytes
+
+
+def _check_kind(entry: object, name: str, where: str) -> tuple[str, tuple[int, ...], int]:
+    """Checks all of a tensor's entry but the offsets: dtype, shape and the bytes that it must have."""
+    if type(entry) is not dict or entry.keys() != _ENTRY_KEYS:
+        _bad_tensor(where, name, " expected to have dtype, shape and data_offsets", f"it is {glimpse(entry)}")
+    dtype, shape = entry["dtype"], entry["shape"]
+    row = BY_NAME.get(dtype) if type(dtype) is str else None
+    if row is None:
+        _bad_tensor(where, name, " expected to have a known dtype", f"it has {glimpse(dtype)}")
+    if type(shape) is not list or not all(map(_is_size, shape)):
+        _bad_tensor(where, name, " expected to have a shape of sizes below 2^63", f"it has {glimpse(shape)}")
+    elements = strides = 1
+    for size in shape:
+        elements *= size
+        strides *= size or 1  # torch counts the strides of an empty tensor as if its zeros were ones
+        if strides >= 1 << 63:
+            _bad_tensor(where, name, " expected to have fewer than 2^63 elements", f"its shape is {glimpse(shape)}")
+    bits = elements * row.bits
+    if row.bits < 8 and (bits % 8 or not shape or shape[-1] % 2):
+        _bad_tensor(where, name, f" of {dtype} expected to have an even last dimension", f"its shape is {glimpse(shape)}")
+    return dtype, tuple(shape), bits // 8
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def _check_sums(metadata: Mapping[str, str], count: int, where: str) -> tuple[int, ...] | None:
+    digits = metadata.get(CHECKSUM_KEY)
+    if digits is None:
+        return None
+    if len(digits) != 16 * count or not _HEX.fullmatch(digits):
+        found = f"it has {len(digits)} characters, {glimpse(digits)}"
+        _bad(where, f"{CHECKSUM_KEY} expected to have {count} × 16 lower-case hex digits", found)
+    raw = bytes.fromhex(digits)
+    return struct.unpack(f">{count}Q", raw)
+
+
+def _bad_tensor(where: str, name: str, wanted: str, found: str) -> NoReturn:
+    _bad(where, f"tensor {glimpse(name)}{wanted}", found)
+
+
+def _bad(where: str, wanted: str, found: str) -> NoReturn:
+    raise CorruptCheckpointError(f"corrupt {where}: header: {wanted}, {found}; nothing else was read from it")

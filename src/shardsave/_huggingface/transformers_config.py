@@ -1,0 +1,163 @@
+"""Building a transformers model by the config that lies beside its weights, where no architecture was saved.
+
+The config is data: it names one of transformers' own classes and the arguments of its constructor. Only that constructor runs, and
+only where transformers is trusted; what would make it fetch code or weights from elsewhere is taken out first.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from shardsave._common.os_calls import CallFailed, Descriptor, read_all
+from shardsave._common.strict_json import glimpse
+from shardsave._storage.companions import CONFIG_NAMES, MAX_COMPANION_BYTES
+from shardsave._storage.find import cannot_read
+from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, UntrustedCodeError
+
+CONFIG_NAME, GENERATION_NAME = CONFIG_NAMES
+
+#: Kernels are code that comes from the Hub, a pretrained backbone has weights from there.
+_FETCHED = ("attn_implementation", "experts_implementation", "use_pretrained_backbone")
+
+
+def read_config(folder: str, name: str = CONFIG_NAME) -> dict[str, Any] | None:
+    """The JSON object in the file ``name`` of ``folder``, None where there is none. Raises CorruptCheckpointError."""
+    path = os.path.join(folder, name)
+    try:
+        with Descriptor() as opened:
+            opened.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            data = read_all(name, opened.fd, MAX_COMPANION_BYTES)
+    except CallFailed as error:
+        raise cannot_read(path, error) from error
+    if data is None:
+        return None
+    try:
+        made = json.loads(data, object_hook=_special_float)
+    except (ValueError, RecursionError) as error:
+        found = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise CorruptCheckpointError(f"corrupt {name}: {path}: JSON expected, found: {found}; nothing was built") from error
+    if not isinstance(made, dict):
+        raise CorruptCheckpointError(
+            f"corrupt {name}: {path}: a JSON object expected, it is {glimpse(made)}; nothing was built"
+        )
+    return made
+
+
+def _special_float(value: dict[str, Any]) -> Any:
+    """What JSON has no number for, as transformers writes it: ``{"__float__": "Infinity"}``."""
+    special = value.get("__float__")
+    return float(special) if special in ("Infinity", "-Infinity", "NaN") and len(value) == 1 else value
+
+
+def empty_model(folder: str, config: Mapping[str, Any], trust: Collection[str], device: torch.device) -> nn.Module:
+    """The model that ``config`` describes, on ``device``; what is not saved with a model is as its constructor makes it.
+
+    Raises UntrustedCodeError before anything is imported, and IncompatibleCheckpointError.
+    """
+    where = f"a model from {os.path.join(folder, CONFIG_NAME)}"
+    kind = _model_class(config, trust, where)
+    arguments = _without_fetched(config)
+    arguments.pop("architectures", None)
+    try:
+        described = kind.config_class.from_dict(arguments)
+        with torch.device(device), _without_initialisation():
+            model: Any = kind._from_config(described)
+        model.tie_weights()
+        _initialise_unsaved(model)
+        generation = read_config(folder, GENERATION_NAME) if model.can_generate() else None
+        if generation is not None:
+            model.generation_config = type(model.generation_config).from_dict(generation)
+    except CorruptCheckpointError:
+        raise
+    except Exception as error:
+        raise IncompatibleCheckpointError(
+            f"cannot build {where}: {kind.__name__} of {_version()} was expected to be made from it, that raised "
+            f"{type(error).__name__}: {' '.join(str(error).split())}; the checkpoint is as it was"
+        ) from error
+    model.name_or_path = folder
+    made: nn.Module = model.eval()  # as from_pretrained does: a config does not say which mode the model was in
+    return made
+
+
+def _model_class(config: Mapping[str, Any], trust: Collection[str], where: str) -> Any:
+    """The class of transformers that the config names."""
+    named = config.get("architectures")
+    name = named[0] if isinstance(named, list) and len(named) == 1 else None
+    if not isinstance(name, str) or not name.isidentifier():
+        raise IncompatibleCheckpointError(
+            f"cannot build {where}: the name of one class of transformers was expected, its architectures are {glimpse(named)}; "
+            f"define the model and use load_model"
+        )
+    if "transformers" not in trust and f"transformers.{name}" not in trust:
+        raise UntrustedCodeError(
+            f"cannot build {where}: only what is trusted is imported, it asks for transformers.{name}; "
+            f"if you know it, say trust=['transformers']; nothing was imported"
+        )
+    if "quantization_config" in config:
+        raise IncompatibleCheckpointError(
+            f"cannot build {where}: a model that is not quantized was expected, it has a quantization_config; use from_pretrained"
+        )
+    try:
+        modeling = importlib.import_module("transformers.modeling_utils")
+        kind: Any = getattr(importlib.import_module("transformers"), name, None)
+    except ImportError as error:
+        raise IncompatibleCheckpointError(
+            f"cannot build {where}: transformers was expected to be there, not found: {error}; install it, or use load"
+        ) from error
+    is_model = isinstance(kind, type) and issubclass(kind, modeling.PreTrainedModel)
+    if not is_model or kind.config_class is None:
+        raise IncompatibleCheckpointError(
+            f"cannot build {where}: {name} was expected to be a model of {_version()}, it has none of that name; "
+            f"for one of your own, define it and use load_model"
+        )
+    if config.get("model_type") != kind.config_class.model_type:
+        raise IncompatibleCheckpointError(
+            f"cannot build {where}: {name} expects model_type {kind.config_class.model_type!r}, it has "
+            f"{glimpse(config.get('model_type'))}; config and model belong to different releases or models"
+        )
+    return kind
+
+
+def _without_fetched(value: Any) -> Any:
+    """``value`` without what asks for code or weights from elsewhere, at any depth."""
+    if isinstance(value, dict):
+        kept = {key: _without_fetched(part) for key, part in value.items() if key.lstrip("_") not in _FETCHED}
+        return kept | ({"use_pretrained_backbone": False} if "use_pretrained_backbone" in value else {})
+    return [_without_fetched(part) for part in value] if isinstance(value, list) else value
+
+
+@contextmanager
+def _without_initialisation() -> Iterator[None]:
+    """Weights are allocated and not drawn at random: they will be read."""
+    for name in ("transformers.initialization", "transformers.modeling_utils"):
+        try:
+            without = getattr(importlib.import_module(name), "no_init_weights", None)
+        except ImportError:
+            continue
+        if without is not None:
+            with without():
+                yield
+            return
+    yield
+
+
+def _initialise_unsaved(model: Any) -> None:
+    """Gives what transformers does not save (embeddings of sines, for example) the values that its own routine computes."""
+    patterns = [*(getattr(model, "_keys_to_ignore_on_save", None) or ()), *(model._keys_to_ignore_on_load_missing or ())]
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        tensor._is_hf_initialized = not any(re.search(pattern, name) for pattern in patterns)
+    if hasattr(model, "initialize_weights"):
+        model.initialize_weights()
+
+
+def _version() -> str:
+    return f"transformers {getattr(importlib.import_module('transformers'), '__version__', '')}"

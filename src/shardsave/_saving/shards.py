@@ -1,0 +1,157 @@
+"""A save's shards: planned from the entries that they hold, then written and sealed in groups."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+
+from shardsave._common.os_calls import descriptor_allowance
+from shardsave._common.progress import Progress
+from shardsave._engine import engine
+from shardsave._format.crc64 import crc64, joined
+from shardsave._format.dtypes import BY_TORCH, logical_shape
+from shardsave._format.header import encode_header, with_sums
+from shardsave._format.index import FileRecord, ShardRecord
+from shardsave._format.layout import ALIGNMENT, Blocks, Shard, StoredTensor, blocks, pack
+from shardsave._state.module import Entry
+from shardsave._storage.staging import StagedShard
+from shardsave._storage.transaction import Transaction
+
+#: Shards that are open at one time, at most.
+_GROUP = 256
+
+
+class PlannedShard(NamedTuple):
+    """A shard before it is written: its layout, its header without the sums, and the memory of its tensors in file order."""
+
+    layout: Shard
+    header: bytes
+    pieces: list[engine.Piece]
+
+    @property
+    def reserved_bytes(self) -> int:
+        """What is reserved on disk: blocks are whole, so the last may reach past the file's end."""
+        return len(self.header) + -(-self.layout.data_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def plan_shards(
+    entries: Sequence[Entry], bound: int, *, apart: bool = True, more: Mapping[str, str] | None = None
+) -> list[PlannedShard]:
+    """Packs ``entries`` into shards of at most ``bound`` bytes of data; ``apart``: frozen and trainable ones never in one.
+
+    ``more``: further entries of their ``__metadata__``.
+    """
+    tensors, pieces = [], {}
+    for entry in entries:
+        tensor, name = entry.tensor, entry.name
+        dtype = entry.cast or tensor.dtype
+        nbytes = tensor.numel() * dtype.itemsize
+        frozen = apart and bool(entry.frozen)
+        tensors.append(StoredTensor(name, BY_TORCH[dtype].name, logical_shape(tensor), nbytes, frozen))
+        pieces[name] = engine.Piece(tensor, dtype, nbytes)
+    return [
+        PlannedShard(layout, encode_header(layout, more), [pieces[tensor.name] for tensor in layout.tensors])
+        for layout in pack(tensors, bound)
+    ]
+
+
+def plan_blocks(shards: Sequence[PlannedShard]) -> Blocks:
+    """The engine's blocks of ``shards``, each of which is the file of its place."""
+    extents = [np.empty((0, 4), dtype=np.int64)]
+    for file, shard in enumerate(shards):
+        layout = shard.layout
+        # Blocks are cut at multiples of the largest dtype, so no element is cut: one byte is the right grain.
+        rows = np.ones((len(layout.tensors), 4), dtype=np.int64)
+        rows[:, 0] = file
+        rows[:, 1] = np.array(layout.begins, dtype=np.int64) + len(shard.header)
+        rows[:, 2] = [tensor.nbytes for tensor in layout.tensors]
+        extents.append(rows)
+    return blocks(np.concatenate(extents), engine.BLOCK_BYTES)
+
+
+class ShardWriter:
+    """Writes shards in groups for which there are descriptors enough, and collects what the index and the report need.
+
+    ``whole_sums``: checksums of whole files are wanted too.
+    """
+
+    def __init__(
+        self, transaction: Transaction, shards: Sequence[PlannedShard], names: Sequence[str], *, durable: bool, whole_sums: bool
+    ) -> None:
+        self.records: dict[str, ShardRecord] = {}
+        self.whole: dict[str, FileRecord] = {}
+        self.sync_seconds = 0.0
+        self.direct = True
+        self.staging_bytes = 0
+        self.pinned = False
+        self.notes: list[str] = []
+        self._transaction = transaction
+        self._shards = shards
+        self._names = names
+        self._durable = durable
+        self._whole_sums = whole_sums
+
+    def reserve(self) -> None:
+        """Gets the memory that the engine will need, while nothing has been written yet."""
+        try:
+            engine.reserve([piece for shard in self._shards for piece in shard.pieces])
+        except engine.TransferFault as fault:
+            reason = fault.detail or f"{os.strerror(fault.errno)} (needs {fault.length} bytes)"
+            raise self._transaction.failure(fault.call, "", fault.errno, reason, None) from fault
+
+    def write(self, progress: Progress) -> None:
+        """Writes all shards, each sealed: whole, synced and closed under its staged name."""
+        step = min(descriptor_allowance(), _GROUP)
+        for first in range(0, len(self._shards), step):
+            self._write_group(self._shards[first : first + step], self._names[first : first + step], progress)
+
+    def _write_group(self, group: Sequence[PlannedShard], names: Sequence[str], progress: Progress) -> None:
+        staged = [self._transaction.create(name, shard.reserved_bytes) for name, shard in zip(names, group)]
+        transfer = self._transfer(staged, group, progress)
+        self.direct &= all(transfer.direct)
+        self.staging_bytes = max(self.staging_bytes, transfer.staging_bytes)
+        self.pinned |= transfer.pinned
+        self.notes.extend(transfer.notes)
+        progress.run_ended(sum(shard.layout.data_bytes for shard in group))
+        began = time.perf_counter()
+        sums = iter(transfer.sums)
+        for file, shard in zip(staged, group):
+            self._seal(file, shard, list(islice(sums, len(shard.pieces))))
+        self.sync_seconds += time.perf_counter() - began
+
+    def _seal(self, file: StagedShard, shard: PlannedShard, sums: Sequence[int]) -> None:
+        header = with_sums(shard.header, sums)
+        length = len(header) + shard.layout.data_bytes
+        self._transaction.seal(file, length, header)
+        self.records[file.name] = ShardRecord(length, len(header), crc64(header))
+        if self._whole_sums:
+            self.whole[file.name] = FileRecord(length, _whole_sum(header, shard.layout, sums))
+
+    def _transfer(self, staged: Sequence[StagedShard], group: Sequence[PlannedShard], progress: Progress) -> engine.Transfer:
+        planned = plan_blocks(group)
+        try:
+            return engine.write(
+                [file.file.fd for file in staged],
+                planned,
+                [piece for shard in group for piece in shard.pieces],
+                direct=self._durable,
+                tick=progress.tick,
+            )
+        except engine.TransferFault as fault:
+            needed = sum(shard.reserved_bytes for shard in self._shards)
+            call = fault.call if fault.file < 0 else f"{fault.call} of {fault.length} bytes at offset {fault.offset}"
+            name = staged[max(fault.file, 0)].name
+            raise self._transaction.failure(call, name, fault.errno, fault.detail, needed) from fault
+
+
+def _whole_sum(header: bytes, layout: Shard, sums: Sequence[int]) -> int:
+    """The checksum of a whole file, from those of its parts."""
+    whole = crc64(header)
+    for tensor, one in zip(layout.tensors, sums):
+        whole = joined(whole, one, tensor.nbytes)
+    return whole

@@ -1,0 +1,275 @@
+"""Opening a checkpoint for reading: from a path to open, checked shards and the place of every tensor in them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import repeat
+from typing import Any, NamedTuple, Union
+
+from shardsave._common.gc_pause import collector_still
+from shardsave._common.os_calls import CallFailed, call
+from shardsave._common.strict_json import glimpse
+from shardsave._format.header import Header
+from shardsave._format.index import INDEX_NAME, LONE_NAME, FileRecord, Index, Part, Record, parse_index, told_ties
+from shardsave._storage.companions import companion_notes
+from shardsave._storage.find import Found, cannot_read, find
+from shardsave._storage.shard_files import ShardFiles
+from shardsave.errors import (
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    DirectoryBusyError,
+    IncompatibleCheckpointError,
+    ShardSaveError,
+)
+
+#: How long a reader starts over while others keep replacing the checkpoint under it, in seconds.
+CHANGING_SECONDS = 30.0
+
+#: What a checkpoint may have beside its weights.
+PARTS = ("architecture", "program", "extra tensors")
+
+#: Shards that could not be opened, and why.
+Broken = Union[dict[str, ShardSaveError], None]
+
+
+class Located(NamedTuple):
+    """Where a stored tensor lies: ``offset`` bytes into the file ``shard``; ``checksum`` is None where none was stored."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    shard: str
+    offset: int
+    checksum: int | None
+
+
+class Checkpoint(ShardFiles):
+    """A checkpoint held open."""
+
+    def __init__(self, path: str, folder: str, index_name: str, index: Index | None, index_bytes: bytes | None) -> None:
+        record = index.record if index is not None else None
+        super().__init__(path, folder, index_name if index is not None else None, record.shards if record is not None else None)
+        self.index = index
+        self._index_name = index_name
+        self._index_bytes = index_bytes
+        self.tensors: dict[str, Located] = {}
+        self.kept: dict[str, Located] = {}  # what a model needs beside the weights
+        self.documents: dict[str, bytes] = {}  # part → its JSON
+        self.file_metadata: dict[str, str] = {}  # what the header of a lone file says beside its tensors
+        self._ties: dict[str, str] = {}  # of a lone file
+
+    @property
+    def record(self) -> Record | None:
+        return self.index.record if self.index is not None else None
+
+    @property
+    def ties(self) -> Mapping[str, str]:
+        """Tied name → the name under which its bytes are stored."""
+        return self.index.ties if self.index is not None else self._ties
+
+    @property
+    def flags(self) -> Mapping[str, bool] | None:
+        """By the names that the module had which was saved."""
+        if self.record is None:
+            return None
+        return self.record.flags if self.record.module_flags is None else self.record.module_flags
+
+    @property
+    def stored_flags(self) -> Mapping[str, bool] | None:
+        """By the names that tensors have on disk, tied ones too."""
+        return self.record.flags if self.record is not None else None
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        return self.record.metadata if self.record is not None else {}
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The shards that were asked for, and the files of all parts that this version knows."""
+        parts = self.record.parts if self.record is not None else {}
+        return (*self.shards, *(parts[role].file for role in PARTS if role in parts))
+
+    @property
+    def companions(self) -> Mapping[str, FileRecord]:
+        return self.record.companions if self.record is not None else {}
+
+    def companion_notes(self) -> tuple[str, ...]:
+        """Which files beside the weights are not those that were saved with them; nothing where a save has just replaced all."""
+        notes = companion_notes(self._folder, self.companions) if self.companions else ()
+        return notes if notes and not self._index_changed() else ()
+
+    def _index_changed(self) -> bool:
+        """Whether the index is another one by now."""
+        try:
+            return find(os.path.join(self._folder, self._index_name)).index_bytes != self._index_bytes
+        except CheckpointNotFoundError:
+            return True
+
+    @property
+    def stored_names(self) -> Iterable[str]:
+        """The names under which bytes are stored, in the order of the index, whether or not their shard was opened."""
+        return self.index.weight_map if self.index is not None else self.tensors
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _admit(self, shards: Mapping[str, frozenset[str]], broken: Broken) -> None:
+        """Opens ``shards`` (file → the names that the index says it holds) and notes where their tensors lie."""
+        self.shards = tuple(shards)
+        for shard, names in sorted(shards.items()):  # as they are read
+            try:
+                file, header = self.open_shard(shard)
+                self.hold(shard, file)
+                self._note_tensors(shard, header, names)
+            except ShardSaveError as error:
+                if broken is None:
+                    raise
+                self.drop(shard)
+                broken[shard] = error
+
+    def _admit_parts(self, roles: Iterable[str], broken: Broken) -> None:
+        """Reads those of the parts ``roles`` that are there: JSON at once, of tensors where they lie."""
+        parts = self.record.parts if self.record is not None else {}
+        for role in roles:
+            if role not in parts:
+                continue
+            try:
+                self._admit_part(role, parts[role])
+            except ShardSaveError as error:
+                if broken is None:
+                    raise
+                broken[parts[role].file] = error
+
+    def _admit_part(self, role: str, part: Part) -> None:
+        shard = part.file
+        assert self.records is not None  # who has parts has records
+        self.records[shard] = part.record
+        if not shard.endswith(".json"):
+            file, header = self.open_shard(shard)
+            self.hold(shard, file)
+            self.kept.update(_located(shard, header))
+            return
+        try:
+            with self.opened(shard) as file:
+                self.documents[role] = self.checked_start(file.fd, shard, part.record)
+        except CallFailed as error:
+            raise cannot_read(self.path_of(shard), error) from error
+
+    def _note_tensors(self, shard: str, header: Header, names: frozenset[str]) -> None:
+        held = set(header.tensors.names)
+        if self.index is not None and held != names:
+            lacking, surplus = names - held, held - names
+            found = (
+                f"the index says that it holds {glimpse(min(lacking))}, it does not"
+                if lacking
+                else f"the index does not say that it holds {glimpse(min(surplus))}, it does"
+            )
+            raise CorruptCheckpointError(f"corrupt shard {shard}: {found}; index and shard belong to different saves")
+        self.tensors.update(_located(shard, header))
+        if self.index is None:
+            self.file_metadata.update(header.metadata)
+            self._ties = told_ties(header.metadata, self.tensors)
+
+
+def _located(shard: str, header: Header) -> Iterator[tuple[str, Located]]:
+    names, dtypes, shapes, begins, nbytes = header.tensors
+    offsets = [header.data_start + begin for begin in begins]
+    sums = header.sums if header.sums is not None else repeat(None)
+    return zip(names, map(Located, names, dtypes, shapes, nbytes, repeat(shard), offsets, sums))
+
+
+def open_checkpoint(
+    path: str | os.PathLike[str],
+    wanted: Callable[[str], bool] | None = None,
+    *,
+    parts: Iterable[str] = (),
+    broken: Broken = None,
+) -> Checkpoint:
+    """Opens what is at ``path``: a directory, an index or one safetensors file, written by us or by others.
+
+    With ``wanted`` only the shards that hold a wanted tensor are opened, but whole shards are listed. ``parts``: what else is read.
+    Files that cannot be opened are put into ``broken``, where that is given, and left out. Starts over while the index changes
+    under it. Raises CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError, DirectoryBusyError.
+    """
+    path = os.fspath(path)
+    deadline = time.monotonic() + CHANGING_SECONDS
+    while True:
+        found = find(path)
+        try:
+            checkpoint = _open_found(path, found, wanted, parts, broken)
+            if not broken or not _changed(path, found):
+                return checkpoint
+            checkpoint.close()
+            broken.clear()
+        except (CheckpointNotFoundError, CorruptCheckpointError):
+            if not _changed(path, found):
+                raise
+        if time.monotonic() > deadline:
+            raise DirectoryBusyError(
+                f"cannot read {path}: its index was replaced each time while its shards were opened, for "
+                f"{CHANGING_SECONDS:.0f} s; another process keeps saving there"
+            )
+
+
+@collector_still()
+def _open_found(
+    path: str, found: Found, wanted: Callable[[str], bool] | None, parts: Iterable[str], broken: Broken
+) -> Checkpoint:
+    index = parse_index(found.index_bytes, f"index {found.index_name}") if found.index_bytes is not None else None
+    if index is not None and found.lone is not None:
+        _refuse_unless_superseded(found.folder, index.record, found.lone)
+    checkpoint = Checkpoint(path, found.folder, found.index_name, index, found.index_bytes)
+    try:
+        if index is not None:
+            checkpoint._admit(_shards_to_open(index, wanted), broken)
+            checkpoint._admit_parts(parts, broken)
+        elif found.lone is not None:
+            checkpoint._admit({found.lone: frozenset()}, broken)
+    except BaseException:
+        checkpoint.close()
+        raise
+    return checkpoint
+
+
+def _shards_to_open(index: Index, wanted: Callable[[str], bool] | None) -> dict[str, frozenset[str]]:
+    named: defaultdict[str, set[str]] = defaultdict(set)
+    named.update((shard, set()) for shard in (index.record.shards if index.record is not None else ()))
+    for name, shard in index.weight_map.items():
+        named[shard].add(name)
+    if wanted is not None:
+        needed = {shard for name, shard in index.weight_map.items() if wanted(name)}
+        needed.update(index.weight_map[stored] for name, stored in index.ties.items() if wanted(name))
+        return {shard: frozenset(names) for shard, names in named.items() if shard in needed}
+    return {shard: frozenset(names) for shard, names in named.items()}
+
+
+def _changed(path: str, seen: Found) -> bool:
+    try:
+        return find(path).index_bytes != seen.index_bytes
+    except CheckpointNotFoundError:
+        return seen.index_bytes is not None
+
+
+def _refuse_unless_superseded(folder: str, record: Record | None, lone: str) -> None:
+    path = os.path.join(folder, lone)
+    try:
+        found = call(os.stat, path, path)
+    except CallFailed as error:
+        if error.errno == errno.ENOENT:
+            return  # just removed by the save that replaced it
+        raise cannot_read(path, error) from error
+    stale = record.supersedes if record is not None else None
+    if stale is not None and (stale.size, stale.mtime_ns) == (found.st_size, found.st_mtime_ns):
+        return
+    raise IncompatibleCheckpointError(
+        f"cannot tell which checkpoint is meant: {folder}: one of {INDEX_NAME} and {LONE_NAME} was expected, both are there, "
+        f"and the index does not replace the file; give the path of the one to load, or remove the other"
+    )

@@ -1,0 +1,350 @@
+"""Whole models without pickle: what is built is what was saved, and what cannot be kept is refused at save."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+import threading
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+import shardsave
+import zoo
+from shardsave._api import build, save
+from shardsave._architecture.builder import Builder
+from shardsave._architecture.kinds import shadows_method
+from shardsave._architecture.trust import resolve
+from shardsave._architecture.values import Document
+from shardsave._storage.checkpoint import PARTS, open_checkpoint
+from support import SmallModel, same_bits, same_state
+
+X = torch.linspace(-1, 1, 160).reshape(2, 5, 16)
+
+
+def saved_and_built(model: nn.Module, folder: Path, **options: Any) -> nn.Module:
+    shardsave.save(model, folder, architecture=True, durable=False)
+    return shardsave.build_model(folder, **options)
+
+
+def old_norm(norm: Callable[..., nn.Module]) -> nn.Module:
+    with pytest.warns(FutureWarning):
+        return norm(nn.Linear(16, 4))
+
+
+def pruned() -> nn.Module:
+    layer = nn.Linear(16, 4)
+    prune.l1_unstructured(layer, "weight", 0.5)
+    return layer
+
+
+def tied() -> nn.Module:
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    model[2].weight = model[0].weight
+    model[0].requires_grad_(False)
+    return model
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "LSTM": (lambda: nn.LSTM(16, 8, 2, bidirectional=True, batch_first=True), 1),
+    "GRU": (lambda: nn.GRU(16, 8), 1),
+    "MultiheadAttention": (lambda: nn.MultiheadAttention(16, 4), 3),
+    "Transformer": (lambda: nn.Transformer(16, 4, 2, 2, 32, batch_first=True), 2),
+    "weight norm": (lambda: parametrizations.weight_norm(nn.Linear(16, 4)), 1),
+    "spectral norm": (lambda: parametrizations.spectral_norm(nn.Linear(16, 4)), 1),
+    "orthogonal": (lambda: parametrizations.orthogonal(nn.Linear(16, 16)), 1),
+    "weight norm by hooks": (lambda: old_norm(torch.nn.utils.weight_norm), 1),
+    "pruned": (pruned, 1),
+    "tied": (tied, 1),
+    "channels last": (lambda: nn.Sequential(nn.Unflatten(-1, (4, 4)), nn.Conv2d(5, 8, 3)).to(memory_format=torch.channels_last), 1),
+    "compiled inside": (lambda: nn.Sequential(torch.compile(nn.Linear(16, 4), backend="eager")), 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_is_built_as_it_was(name: str, tmp_path: Path) -> None:
+    """Catches a part of a module that does not come back: computed weights, flat weights, strides, hooks that compute, ties."""
+    make, inputs = MODELS[name]
+    model = make().eval()
+    again = saved_and_built(model, tmp_path)
+    plain = repr(model).replace("OptimizedModule(\n    (_orig_mod): Linear(in_features=16, out_features=4, bias=True)\n  )",
+                                "Linear(in_features=16, out_features=4, bias=True)")  # fmt: skip
+    assert repr(again) == plain
+    if name != "compiled inside":
+        assert same_state(model, again)
+    assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in model.parameters()]
+    assert [p.stride() for p in again.parameters()] == [p.stride() for p in model.parameters()]
+    for result, wanted in zip(flat(again(*[X] * inputs)), flat(model(*[X] * inputs))):
+        assert same_bits(result, wanted)
+
+
+def flat(value: Any) -> list[torch.Tensor]:
+    return [value] if isinstance(value, torch.Tensor) else [tensor for part in value for tensor in flat(part)]
+
+
+def test_trains_on(tmp_path: Path) -> None:
+    """Catches parameters that look right and cannot be trained: not leaves, made in inference mode, or two for one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.LSTM(16, 4))
+    shardsave.save(model, tmp_path, architecture=True)
+    with torch.inference_mode():
+        again = shardsave.build_model(tmp_path)
+    for one in (model, again):
+        one.train()
+        optimizer = torch.optim.SGD(one.parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            one(X)[0].square().sum().backward()
+            optimizer.step()
+    assert same_state(model, again)
+
+
+def test_every_kind_of_attribute(tmp_path: Path) -> None:
+    """Catches a value that comes back as another, and what was shared coming back twice."""
+    model = zoo.Everything()
+    model.by_name.eval()
+    again = saved_and_built(model, tmp_path, trust=["zoo"])
+    assert isinstance(again, zoo.Everything) and not again.by_name.training and again.training
+    for name, value in zoo.everything().items():
+        built = getattr(again, f"a_{name}")
+        assert type(built) is type(value), name
+        if name not in ("config", "slotted", "cyclic", "array", "tensor", "partial"):
+            assert built == value, name
+    assert str(again.a_small) == "-0.0" and again.a_default.default_factory is list and again.a_deque.maxlen == 5
+    assert again.a_config.again is again.a_config and again.a_config.names == ["a", "b"]
+    assert (again.a_slotted.left, again.a_slotted.right) == (1, [2])
+    assert again.a_cyclic[0] is again.a_cyclic and again.a_shared is again.a_shared_again["it"]
+    assert again.a_settings.inner.depth == (1, 2) and again.a_settings.__dict__ is again.a_settings
+    assert again.a_loud["a"] is again.a_stack[1] is again.a_shared
+    assert again.a_partial.func is nn.LayerNorm and again.a_partial.keywords == {"eps": 1e-6}
+    assert (again.a_array == zoo.everything()["array"]).all() and same_bits(again.a_tensor, torch.arange(3.0))
+    assert again.same is again.first and again.values[1] is again.first.weight and again.parts[0] is again.first
+    assert again.method() == 41 and again.method.__self__ is again and again.parent_of_first[0] is again
+    assert again.absent is None and again.no_parameter is None and list(again._modules) == list(model._modules)
+    assert again.scratch is again.same_scratch and same_bits(again.scratch, model.scratch)
+    assert "scratch" not in again.state_dict() and same_bits(again.counter, model.counter)
+    assert again.remembers.cache == "made again" and again.remembers.restored == {"seen": 7, "history": (1.5, None)}
+    assert same_bits(again(torch.ones(4)), model(torch.ones(4)))
+
+
+def test_weights_are_stored_once(tmp_path: Path) -> None:
+    """Catches weights that are written a second time with the architecture, and parts that a later save leaves behind."""
+    model = SmallModel()
+    shardsave.save(model, tmp_path, architecture=True)
+    info = shardsave.inspect(tmp_path)
+    kept = [path for path in tmp_path.iterdir() if path.name == info.parts["extra tensors"]]
+    assert info.parts.keys() == {"architecture", "extra tensors"} and kept[0].stat().st_size < 4096 + 100
+    assert shardsave.load(tmp_path).keys() == model.state_dict().keys()
+    shardsave.save(model, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors.index.json", *shardsave.inspect(tmp_path).shards}
+
+
+def test_deep_models(tmp_path: Path) -> None:
+    """Catches a writer or a builder that a deep tree takes to the end of Python's stack."""
+    model: nn.Module = nn.Identity()
+    for _ in range(sys.getrecursionlimit() // 5):
+        model = nn.Sequential(model)
+    linked: list[Any] = []
+    for _ in range(sys.getrecursionlimit() * 2):
+        linked = [linked]
+    model.linked = linked  # type: ignore[assignment]
+    again = saved_and_built(model, tmp_path)
+    depth, inner = 0, again.linked
+    while inner:
+        depth, inner = depth + 1, inner[0]
+    assert depth == sys.getrecursionlimit() * 2 and sum(1 for _ in again.modules()) == sys.getrecursionlimit() // 5 + 1
+
+
+def test_what_is_no_data_is_refused(tmp_path: Path) -> None:
+    """Catches something kept that would not come back, a refusal that does not say where, and one that leaves files behind."""
+
+    class Local(nn.Module):
+        pass
+
+    model = nn.Sequential(nn.Linear(2, 2), Local())
+    model.act = lambda x: x  # type: ignore[assignment]
+    model[0].lock = threading.Lock()  # type: ignore[assignment]
+    model[0].nested = {"a": [len]}  # type: ignore[dict-item]
+    model.forward = zoo.double  # type: ignore[method-assign,assignment]
+    with pytest.raises(shardsave.UnsupportedModuleError) as raised:
+        shardsave.save(model, tmp_path / "ckpt", architecture=True)
+    line = test_what_is_no_data_is_refused.__code__.co_firstlineno + 7
+    assert str(raised.value) == (
+        "cannot save the architecture: model.forward: something set on the module in the place of its method forward(); "
+        f"model.act: lambda at test_architecture.py:{line}; use a named function; "
+        "model.1: class test_architecture.test_what_is_no_data_is_refused.<locals>.Local, which cannot be imported; define it at "
+        "the top of a module; model.0.lock: a _thread.lock, which cannot be kept as data; model.0.nested['a'][0]: "
+        "<built-in function len>, which cannot be imported; nothing was written"
+    )
+    assert not (tmp_path / "ckpt").exists()
+    with pytest.raises(TypeError, match="needs an nn.Module, there is none in a dict"):
+        shardsave.save({}, tmp_path / "ckpt", architecture=True)
+    with pytest.raises(shardsave.UnsupportedModuleError, match="model.0: a traced graph, whose code was made at run time"):
+        shardsave.save(nn.Sequential(torch.fx.symbolic_trace(nn.Linear(2, 2))), tmp_path / "ckpt", architecture=True)
+
+
+def test_what_takes_the_place_of_a_method_is_refused(tmp_path: Path) -> None:
+    """Catches a function that would be called as a method of a parameter, of a cached one, or of a class."""
+    model = nn.Linear(2, 2)
+    for name in ("detach", "size"):
+        assert shadows_method(model.weight, name, torch.relu)
+    model.forward = types.MethodType(zoo.double, model)  # type: ignore[method-assign]
+    with pytest.raises(shardsave.UnsupportedModuleError, match="the method double, which its class does not have"):
+        shardsave.save(model, tmp_path, architecture=True)
+
+
+def test_hooks_of_tensors_are_named(tmp_path: Path) -> None:
+    """Catches a hook of a parameter that vanishes in silence."""
+    model = nn.Linear(16, 4)
+    model.weight.register_hook(torch.neg)
+    model.bias.register_post_accumulate_grad_hook(print)
+    with pytest.warns(UserWarning, match=r"model.weight: tensor hook \S*neg, model.bias: tensor hook print"):
+        shardsave.save(model, tmp_path, architecture=True)
+
+
+def test_flags_and_slots(tmp_path: Path) -> None:
+    """Catches a combined flag that is refused, and a value in a slot that is lost."""
+    model = zoo.WithSlot()
+    again = saved_and_built(model, tmp_path, trust=["zoo"])
+    assert again.extra == 7 and again.flag == zoo.Permission.READ | zoo.Permission.WRITE
+
+
+def test_keys_that_would_be_others_are_refused(tmp_path: Path) -> None:
+    """Catches a dict or a set that is kept, and has keys that nobody can look up any more once it is built."""
+    model = nn.Linear(2, 2)
+    model.counts, model.seen, model.plain = {model.weight: 1}, {("a", int)}, {(1, ("b", torch.float32)): 2}  # type: ignore[assignment]
+    model.of_modules = {frozenset([nn.ReLU()])}  # type: ignore[assignment]
+    with pytest.raises(shardsave.UnsupportedModuleError) as raised:
+        shardsave.save(model, tmp_path, architecture=True)
+    words = "which is looked up by what it is and not by its value"
+    assert str(raised.value).count(words) == 2 and "model.counts: a key or element" in str(raised.value)
+    assert "model.of_modules: a key or element frozenset" in str(raised.value) and "model.seen: a key" not in str(raised.value)
+
+
+def test_an_architecture_that_nobody_could_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a document that is written, and is larger than what a reader takes."""
+    monkeypatch.setattr(save, "MAX_HEADER_BYTES", 3000)
+    model = nn.Linear(2, 2)
+    shardsave.save(model, tmp_path, architecture=True)
+    model.table = list(range(1000))  # type: ignore[assignment]
+    with pytest.raises(
+        shardsave.UnsupportedModuleError, match=r"architecture: at most 3000 bytes .* it has \d+; nothing was written"
+    ):
+        shardsave.save(model, tmp_path, architecture=True)
+
+
+def test_hooks_are_dropped_with_one_warning(tmp_path: Path) -> None:
+    """Catches hooks that vanish in silence."""
+    model = nn.Sequential(nn.Linear(16, 4), nn.ReLU())
+    model[0].register_forward_hook(lambda *_: None)
+    model[1].register_forward_pre_hook(functools.partial(print))
+    with pytest.warns(UserWarning) as warned:
+        again = saved_and_built(model, tmp_path)
+    assert [str(one.message) for one in warned] == [
+        "hooks are not kept in an architecture: model.0: forward hook test_hooks_are_dropped_with_one_warning.<locals>.<lambda>, "
+        "model.1: forward pre hook partial"
+    ]
+    assert warned[0].filename == __file__
+    assert not again[0]._forward_hooks and same_bits(again(X), model(X))
+
+
+def test_nothing_untrusted_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an import before every name is known to be trusted, and an error that names only the first."""
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "strangers.py").write_text("from torch import nn\nclass One(nn.Module): pass\nclass Two(nn.Module): pass\n")
+    monkeypatch.syspath_prepend(str(package))
+    import strangers
+
+    model = nn.Sequential(strangers.One(), strangers.Two(), zoo.Remembers())
+    shardsave.save(model, tmp_path / "ckpt", architecture=True)
+    del sys.modules["strangers"]
+    with pytest.raises(shardsave.UntrustedCodeError) as raised:
+        shardsave.build_model(tmp_path / "ckpt", trust=["strangers.One"])
+    assert str(raised.value) == (
+        f"cannot build the architecture in {tmp_path / 'ckpt'}: only what is trusted is imported, it asks for strangers.Two, "
+        f"zoo.Remembers; if you know them, say trust=['strangers', 'zoo']; nothing was imported"
+    )
+    assert "strangers" not in sys.modules
+    built = shardsave.build_model(tmp_path / "ckpt", trust=["strangers.One", "strangers.Two", "zoo"])
+    assert repr(built) == repr(model)
+    (package / "strangers.py").write_text("from torch import nn\nclass One(nn.Module): pass\n")
+    del sys.modules["strangers"]
+    with pytest.raises(
+        shardsave.IncompatibleCheckpointError, match=r"not found: strangers.Two \(saved without a version; module"
+    ):
+        shardsave.build_model(tmp_path / "ckpt", trust=["strangers", "zoo"])
+    renamed = shardsave.build_model(tmp_path / "ckpt", trust=["strangers", "zoo"], classes={"strangers.Two": zoo.Property})
+    assert type(renamed[1]) is zoo.Property
+
+
+def test_classes_of_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a class of a script or notebook that is found by chance in another one."""
+
+    class Net(nn.Module):
+        pass
+
+    Net.__module__, Net.__qualname__ = "__main__", "Net"
+    monkeypatch.setattr(sys.modules["__main__"], "Net", Net, raising=False)
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "train.py"), raising=False)
+    shardsave.save(Net(), tmp_path, architecture=True)
+    with pytest.raises(shardsave.UntrustedCodeError) as raised:
+        shardsave.build_model(tmp_path)
+    assert "say classes={'__main__.Net': Net} for those of the script that saved it; nothing was imported" in str(raised.value)
+    assert type(shardsave.build_model(tmp_path, classes={"__main__.Net": Net})) is Net
+    document = json.loads((tmp_path / shardsave.inspect(tmp_path).parts["architecture"]).read_bytes())
+    assert document["script"] == "train.py"
+
+
+def test_without_an_architecture(tmp_path: Path) -> None:
+    """Catches a build from weights alone."""
+    shardsave.save(nn.Linear(2, 2), tmp_path)
+    with pytest.raises(
+        shardsave.IncompatibleCheckpointError,
+        match="an architecture or a config of transformers was expected, there is neither",
+    ):
+        shardsave.build_model(tmp_path)
+    for wrong in ("zoo", [1], ["zoo models"]):
+        with pytest.raises((TypeError, ValueError), match="trust must be"):
+            shardsave.build_model(tmp_path, trust=wrong)  # type: ignore[arg-type]
+
+
+def test_wrong_arguments_of_a_build(tmp_path: Path) -> None:
+    """Catches an argument of the caller that the file is blamed for."""
+    shardsave.save(nn.Linear(2, 2), tmp_path, architecture=True)
+    with pytest.raises(TypeError, match="classes must be a mapping such as {'old.Name': NewClass}, not a list"):
+        shardsave.build_model(tmp_path, classes=[nn.Linear])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="not '__main__.Net' to None"):
+        shardsave.build_model(tmp_path, classes={"__main__.Net": None})
+
+
+@pytest.mark.parametrize("architecture", [True, False])
+def test_a_module_inside_of_itself(architecture: bool, tmp_path: Path) -> None:
+    """Catches a bare RecursionError, and a directory that such a save leaves behind."""
+    model = nn.Linear(2, 2)
+    model.again = model
+    with pytest.raises(shardsave.UnsupportedModuleError, match="or one is inside of itself; nothing was written"):
+        shardsave.save(model, tmp_path / "ckpt", architecture=architecture)
+    assert not (tmp_path / "ckpt").exists()
+
+
+def test_arrays_are_made_on_the_host(tmp_path: Path) -> None:
+    """Catches an array that is asked for on the device where the weights go. The meta device stands for a GPU: it has no arrays either."""
+    model = nn.Linear(2, 2)
+    model.table = np.arange(3.0)  # type: ignore[assignment]
+    shardsave.save(model, tmp_path, architecture=True, durable=False)
+    with open_checkpoint(tmp_path, parts=PARTS) as checkpoint:
+        document = Document(checkpoint.documents["architecture"], "the architecture")
+        memory = build._Memory(checkpoint, torch.device("meta"))
+        built = Builder(document, resolve(document.imports, (), {}, "the architecture"), memory).build()
+        devices = {located.name: tensor.device.type for located, tensor in memory.targets if tensor is not None}
+    assert type(built.table) is np.ndarray and built.weight.is_meta  # type: ignore[union-attr]
+    assert devices == {"weight": "meta", "bias": "meta", "table": "cpu"}

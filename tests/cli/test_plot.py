@@ -1,0 +1,84 @@
+"""The picture of a checkpoint: what is drawn is to scale, told apart in grey, and fails in one line where it cannot be drawn."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_cli import error, lines, run
+from torch import nn
+
+import shardsave
+
+
+def grey_of(path: Path) -> np.ndarray:
+    """The picture below its legend, as a printer without colour prints it: 0 is black, 255 white."""
+    with Image.open(path) as picture:
+        grey = np.asarray(picture.convert("L"))
+    return grey[100:-66]
+
+
+def test_frozen_and_trainable_to_scale_in_grey(tmp_path: Path) -> None:
+    """Catches colours that print alike, and areas that are not those of the tensors: here 3 of 4 bytes are frozen."""
+    model = nn.ParameterDict({"a": torch.ones(30_000), "b": torch.ones(10_000)})
+    model["a"].requires_grad_(False)
+    shardsave.save(model, tmp_path / "ckpt", max_shard_size="120kB", durable=False)
+    (line,) = lines(run("plot", tmp_path / "ckpt", "-o", tmp_path / "map.png"))
+    assert re.fullmatch(rf"{tmp_path}/map.png: [\d.]+ kB", line)
+    grey = grey_of(tmp_path / "map.png")
+    dark, light = np.abs(grey.astype(int) - 71) < 25, np.abs(grey.astype(int) - 188) < 12
+    assert dark.sum() / light.sum() == pytest.approx(3, rel=0.1)
+
+
+def test_what_is_drawn(tmp_path: Path) -> None:
+    """Catches a shard, a tensor's name, or a kind that the picture does not tell."""
+    model = nn.Sequential(nn.Linear(100, 100).requires_grad_(False), nn.BatchNorm1d(5000), nn.Linear(5000, 3))
+    shardsave.save(model, tmp_path / "ckpt", max_shard_size="60kB", durable=False)
+    shards = shardsave.inspect(tmp_path / "ckpt").shards
+    lines(run("plot", tmp_path / "ckpt", "-o", tmp_path / "map.svg"))
+    text = (tmp_path / "map.svg").read_text()
+    drawn = re.findall(r"<!-- (.*?) -->", text)
+    assert {f"ckpt: 180.4 kB, 9 tensors in {len(shards)} shards", "0.weight", "2.weight", *shards} <= set(drawn)
+    assert {"frozen, 40.4 kB (22%)", "trainable, 100.0 kB (55%)", "no parameter, 40.0 kB (22%)"} <= set(drawn)
+    assert all(text.lower().count(colour) > 1 for colour in ("#1d4e79", "#f5b54a", "#c9ced6"))
+
+
+def test_files_of_others(tmp_path: Path) -> None:
+    """Catches flags that are drawn though nobody knows them, and names that are taken for formulas."""
+    from safetensors.torch import save_file
+
+    save_file({r"$\frac$.x": torch.ones(100)}, tmp_path / r"$\frac$.safetensors")
+    lines(run("plot", tmp_path / r"$\frac$.safetensors", "-o", tmp_path / "map.svg"))
+    text = (tmp_path / "map.svg").read_text()
+    assert "freeze flags unknown, 400 B (100%)" in text and "#1d4e79" not in text and "#f5b54a" not in text
+
+
+@pytest.mark.parametrize("tensors", [0, 1, 300])
+def test_any_number_of_shards(tmp_path: Path, tensors: int) -> None:
+    """Catches an empty checkpoint that divides by zero, and one of many shards that makes a picture of any height."""
+    shardsave.save({f"$t_{n}\n": torch.ones(3) for n in range(tensors)}, tmp_path / "ckpt", max_shard_size=12, durable=False)
+    lines(run("plot", tmp_path / "ckpt", "-o", tmp_path / "map.png", "--width", 8))
+    with Image.open(tmp_path / "map.png") as picture:
+        width, height = picture.size
+    assert width == 960 and height <= 120 * 32
+
+
+def test_pictures_that_cannot_be_made(tmp_path: Path) -> None:
+    """Catches a traceback, or an error that does not say what is missing."""
+    shardsave.save({"x": torch.ones(3)}, tmp_path / "ckpt")
+    plain = error(run("plot", tmp_path / "ckpt", "-o", tmp_path / "map.docx"), 2)
+    assert plain.startswith("shardsave plot: a file of a kind that can be drawn was expected (") and "png" in plain
+    gone = error(run("plot", tmp_path / "ckpt", "-o", tmp_path / "none" / "map.png"), 3)
+    assert gone == f"shardsave: {tmp_path}/none/map.png: No such file or directory"
+    program = "import sys; sys.modules['matplotlib'] = None; from shardsave._cli.main import cli; cli(sys.argv[1:])"
+    command = [sys.executable, "-c", program, "plot", str(tmp_path / "ckpt"), "-o", str(tmp_path / "map.png")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (3, "") and re.fullmatch(
+        r"shardsave: matplotlib was expected, it cannot be imported \(.*\); pip install 'shardsave\[plot\]'\n", done.stderr
+    )

@@ -1,0 +1,489 @@
+"""Conversion of what the real libraries write: every source, and back, to the bit."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import random
+import subprocess
+import sys
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as distributed_checkpoint
+from safetensors.torch import load_file, load_model, save_file, save_model
+
+import shardsave
+from shardsave._common.assembled import Assembled, Part
+from shardsave._engine import gather
+from support import SmallModel, same_bits
+
+
+def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> bool:
+    return found.keys() == wanted.keys() and all(same_bits(found[name], wanted[name]) for name in wanted)
+
+
+def saved_by_torch(path: Path, **more: Any) -> dict[str, torch.Tensor]:
+    state = SmallModel().state_dict()
+    torch.save({"state_dict": state, "epoch": 3, **more} if more else state, path)
+    return state
+
+
+def distributed(state: dict[str, Any], folder: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is one process
+        distributed_checkpoint.save(state, checkpoint_id=folder)
+
+
+@pytest.mark.parametrize("ending", [".bin", ".pt", ".pth"])
+def test_files_of_torch(tmp_path: Path, ending: str) -> None:
+    """Catches a value that changes, a tie that is stored twice, flags that are guessed."""
+    state = saved_by_torch(tmp_path / f"model{ending}")
+    report = shardsave.convert(tmp_path / f"model{ending}", tmp_path / "ckpt", max_shard_size=3000)
+    assert same(shardsave.load(tmp_path / "ckpt"), state) and report.shards > 1
+    info = shardsave.inspect(tmp_path / "ckpt")
+    assert info.ties == {"head.weight": "embed.weight"} == report.ties and info.frozen is None
+    assert (
+        report.kind == "torch"
+        and "\n" not in str(report)
+        and str(report).startswith(f"converted {tmp_path}/model{ending} (torch) to")
+    )
+
+
+def test_tensors_of_all_layouts(tmp_path: Path) -> None:
+    """Catches strides, offsets, conjugation and empty tensors that are not seen when bytes are taken from the file itself."""
+    base = torch.arange(24.0).reshape(4, 6)
+    z = torch.complex(base, base + 1)
+    state = {
+        "whole": base, "transposed": base.t(), "slice": base[1:3, 2:4], "expanded": base[0].expand(3, 6), "conj": z.conj(),
+        "negative": torch.complex(base, base).clone().conj().imag, "empty": torch.empty(3, 0), "scalar": torch.tensor(2.5),
+        "bool": torch.tensor([True, False]),
+        "half": base.half(), "f8": base.to(torch.float8_e4m3fn), "long": torch.arange(3),
+    }  # fmt: skip
+    torch.save(state, tmp_path / "x.pt")
+    shardsave.convert(tmp_path / "x.pt", tmp_path / "ckpt")
+    assert same(shardsave.load(tmp_path / "ckpt"), state)
+    shardsave.convert(tmp_path / "x.pt", tmp_path / "y.pt", to="torch")
+    assert same(torch.load(tmp_path / "y.pt", weights_only=True), state)
+    assert sorted(os.listdir(tmp_path)) == ["ckpt", "x.pt", "y.pt"]
+
+
+def test_nested_states(tmp_path: Path) -> None:
+    """Catches the wrong one of several states, or a choice that is made for the user."""
+    state = saved_by_torch(tmp_path / "one.pt", optimizer={"state": {0: {"step": torch.ones(1)}}, "param_groups": []})
+    report = shardsave.convert(tmp_path / "one.pt", tmp_path / "a")
+    assert report.tensors == len(state) - 1
+    assert report.notes == ("left out, as it lies beside 'state_dict': 'epoch' (int), 'optimizer' (dict)",)
+    torch.save({"model": {"w": torch.ones(2)}, "trainer": {"ema": {"w": torch.zeros(2)}}}, tmp_path / "deep.pt")
+    shardsave.convert(tmp_path / "deep.pt", tmp_path / "b")
+    assert shardsave.load(tmp_path / "b")["w"].sum() == 2
+    shardsave.convert(tmp_path / "deep.pt", tmp_path / "c", key="trainer.ema")
+    assert shardsave.load(tmp_path / "c")["w"].sum() == 0
+    torch.save({"a": 1, "b": {"w": torch.ones(2), "c": {"x": torch.ones(2)}}}, tmp_path / "inner.pt")
+    report = shardsave.convert(tmp_path / "inner.pt", tmp_path / "inner", key="b.c")
+    assert report.notes == ("left out, as it lies beside 'b.c': 'a' (int), 'b.w' (Tensor)",)
+    torch.save({"model": {"w": torch.ones(2)}, "ema": {"w": torch.zeros(2)}, "epoch": 3}, tmp_path / "two.pt")
+    with pytest.raises(shardsave.IncompatibleCheckpointError) as caught:
+        shardsave.convert(tmp_path / "two.pt", tmp_path / "d")
+    assert str(caught.value) == (
+        f"cannot convert {tmp_path}/two.pt: one mapping of names to tensors was expected, it has 'model' (1 tensors), "
+        f"'ema' (1 tensors); choose one with key='model'; nothing was written"
+    )
+    with pytest.raises(
+        shardsave.IncompatibleCheckpointError, match=r"at key 'emma' was expected, there is 'model' \(1 tensors\), 'ema'"
+    ):
+        shardsave.convert(tmp_path / "two.pt", tmp_path / "d", key="emma")
+    torch.save({"w": torch.ones(2), "version": 3}, tmp_path / "mixed.pt")
+    with pytest.raises(
+        shardsave.IncompatibleCheckpointError,
+        match=r"it has 'version' \(int\) among its tensors, which can be left out with drop='version'",
+    ):
+        shardsave.convert(tmp_path / "mixed.pt", tmp_path / "d")
+    assert not (tmp_path / "d").exists()
+    assert shardsave.convert(tmp_path / "mixed.pt", tmp_path / "d", drop=["version"]).dropped == ("version",)
+
+
+def test_torchs_old_format(tmp_path: Path) -> None:
+    """Catches a file that cannot be mapped being refused without a word, or read without one."""
+    state = SmallModel().state_dict()
+    torch.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    report = shardsave.convert(tmp_path / "old.pt", tmp_path / "ckpt")
+    assert same(shardsave.load(tmp_path / "ckpt"), state)
+    assert report.notes == ("old.pt has torch's old format, which cannot be mapped: all of it was read into memory",)
+    assert shardsave.inspect(tmp_path / "ckpt").ties == {"head.weight": "embed.weight"}
+
+
+def shards_of_torch(folder: Path) -> dict[str, torch.Tensor]:
+    """As transformers wrote them before version 5."""
+    import json
+
+    folder.mkdir()
+    state = {"a.w": torch.arange(6.0), "b.w": torch.arange(4), "c.w": torch.ones(2, 2)}
+    files = {"pytorch_model-00001-of-00002.bin": ["a.w", "b.w"], "pytorch_model-00002-of-00002.bin": ["c.w"]}
+    for file, names in files.items():
+        torch.save({name: state[name] for name in names}, folder / file)
+    weight_map = {name: file for file, names in files.items() for name in names}
+    index = {"metadata": {"total_size": 72}, "weight_map": weight_map}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    return state
+
+
+def test_shards_of_torch(tmp_path: Path) -> None:
+    """Catches a shard that is not read, or shards that do not belong to their index."""
+    state = shards_of_torch(tmp_path / "theirs")
+    for at, path in enumerate((tmp_path / "theirs", tmp_path / "theirs" / "pytorch_model.bin.index.json")):
+        shardsave.convert(path, tmp_path / f"ckpt{at}")
+        assert same(shardsave.load(tmp_path / f"ckpt{at}"), state)
+    torch.save({"d.w": torch.ones(2)}, tmp_path / "theirs" / "pytorch_model-00002-of-00002.bin")
+    with pytest.raises(
+        shardsave.CorruptCheckpointError, match="'c.w' is only in one of them; index and shard belong to different saves"
+    ):
+        shardsave.convert(tmp_path / "theirs", tmp_path / "no")
+    (tmp_path / "theirs" / "pytorch_model-00001-of-00002.bin").unlink()
+    with pytest.raises(shardsave.CorruptCheckpointError, match="names pytorch_model-00001-of-00002.bin, there is no such file"):
+        shardsave.convert(tmp_path / "theirs", tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
+def test_what_transformers_writes(tmp_path: Path) -> None:
+    """Catches shards of others, and their layout in the hub's cache with links, that are not found or lose tensors."""
+    from transformers import BertConfig, BertModel
+
+    model = BertModel(
+        BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=99)
+    )
+    snapshot = tmp_path / "models--some--bert" / "snapshots" / "abc123"
+    blobs = tmp_path / "models--some--bert" / "blobs"
+    model.save_pretrained(snapshot, max_shard_size="20KB")
+    blobs.mkdir()
+    for file in sorted(snapshot.iterdir()):
+        file.rename(blobs / f"blob-{file.name}")
+        file.symlink_to(Path("../../blobs") / f"blob-{file.name}")
+    (tmp_path / "models--some--bert" / "refs").mkdir()
+    (tmp_path / "models--some--bert" / "refs" / "main").write_text("abc123")
+    report = shardsave.convert(tmp_path / "models--some--bert", tmp_path / "ckpt", dtype="bfloat16", rename=[("^", "bert.")])
+    wanted = {f"bert.{name}": tensor.bfloat16() for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    assert report.kind == "safetensors" and report.verified is None and same(shardsave.load(tmp_path / "ckpt"), wanted)
+
+
+def test_a_lone_file_with_odd_alignment(tmp_path: Path) -> None:
+    """Catches tensors that are taken from the wrong place where a writer does not align, and metadata that is lost."""
+    state = {"a": torch.arange(5, dtype=torch.uint8), "b": torch.arange(7.0)}
+    save_file(state, tmp_path / "x.safetensors", metadata={"format": "pt", "license": "mit"})
+    raw = (tmp_path / "x.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = raw[8 : 8 + length].rstrip() + b" "  # a writer that does not pad
+    swapped = header.replace(b'"data_offsets":[0,28]', b'"data_offsets":[5,33]').replace(
+        b'"data_offsets":[28,33]', b'"data_offsets":[0,5]'
+    )
+    data = raw[8 + length :]
+    (tmp_path / "x.safetensors").write_bytes(len(swapped).to_bytes(8, "little") + swapped + data[28:] + data[:28])
+    assert same(shardsave.load(tmp_path / "x.safetensors"), state)
+    shardsave.convert(tmp_path / "x.safetensors", tmp_path / "ckpt", dtype=torch.float16)
+    assert same(shardsave.load(tmp_path / "ckpt"), {"a": state["a"], "b": state["b"].half()})
+    assert shardsave.inspect(tmp_path / "ckpt").metadata == {"license": "mit"}
+
+
+def test_our_own_keep_all_that_is_known(tmp_path: Path) -> None:
+    """Catches flags, ties or metadata that are lost on the way, under new names too."""
+    model = SmallModel()
+    shardsave.save(model, tmp_path / "ckpt", metadata={"run": "7", "steps": [1, 2]})
+    old = shardsave.inspect(tmp_path / "ckpt")
+    report = shardsave.convert(
+        tmp_path / "ckpt", tmp_path / "new", dtype="float16", drop="narrow.*", rename=[("^encoder", "body")]
+    )
+    new = shardsave.inspect(tmp_path / "new")
+    assert old.frozen and new.frozen == {name.replace("encoder", "body") for name in old.frozen} and new.ties == old.ties
+    assert new.metadata == old.metadata and report.flags_known and report.verified and "narrow.weight" in report.dropped
+    assert new.tensors["body.0.weight"].dtype == torch.float16 and new.tensors["steps"].dtype == torch.int64
+    shardsave.convert(tmp_path / "ckpt", tmp_path / "part", drop=["embed.*"])
+    assert shardsave.inspect(tmp_path / "part").ties == {} and same_bits(
+        shardsave.load(tmp_path / "part")["head.weight"], model.head.weight
+    )
+
+
+def test_damage_does_not_get_new_checksums(tmp_path: Path) -> None:
+    """Catches a converted checkpoint whose checksums vouch for bytes that were already damaged."""
+    shardsave.save({"x": torch.ones(1000)}, tmp_path / "ckpt")
+    shard = tmp_path / "ckpt" / "model-00001-of-00001.safetensors"
+    raw = bytearray(shard.read_bytes())
+    raw[-5] ^= 1
+    shard.write_bytes(raw)
+    with pytest.raises(shardsave.CorruptCheckpointError, match="tensor 'x' has checksum"):
+        shardsave.convert(tmp_path / "ckpt", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    assert shardsave.convert(tmp_path / "ckpt", tmp_path / "new", verify=False).verified is False
+
+
+def test_distributed_checkpoints(tmp_path: Path) -> None:
+    """Catches names that lose their nesting, values beside the state that are taken for tensors, and transformed files."""
+    state = SmallModel().state_dict()
+    distributed({"model": state, "step": 3, "optimizer": {"state": {"w": {"exp_avg": torch.ones(2)}}}}, tmp_path / "dcp")
+    report = shardsave.convert(tmp_path / "dcp", tmp_path / "ckpt")
+    assert report.kind == "distributed" and same(shardsave.load(tmp_path / "ckpt"), state)
+    shardsave.convert(tmp_path / "dcp", tmp_path / "o", key="optimizer.state.w")
+    assert shardsave.load(tmp_path / "o")["exp_avg"].sum() == 2
+
+
+RANKS = """
+import os, sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+folder, rank = sys.argv[1], int(sys.argv[2])
+dist.init_process_group("gloo", init_method=f"file://{folder}.meeting", rank=rank, world_size=4)
+line, square = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
+torch.manual_seed(0)
+a, b, c = torch.randn(10, 7), torch.randn(6, 9, 5), torch.arange(64).reshape(8, 8)
+sharded = {
+    "rows": distribute_tensor(a, line, [Shard(0)]), "columns": distribute_tensor(b, line, [Shard(1)]),
+    "boxes": distribute_tensor(c, square, [Shard(0), Shard(1)]), "copies": distribute_tensor(a, line, [Replicate()]),
+}
+dcp.save({"model": sharded}, checkpoint_id=folder)
+dist.destroy_process_group()
+"""
+
+
+def test_distributed_checkpoints_of_four_ranks(tmp_path: Path) -> None:
+    """Catches parts that are put together in the wrong place: rows, columns and boxes, cast and not, in both engines' files."""
+    ranks = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", RANKS, str(tmp_path / "dcp"), str(n)]) for n in range(4)]
+    assert [rank.wait(timeout=120) for rank in ranks] == [0] * 4
+    torch.manual_seed(0)
+    a, b, c = torch.randn(10, 7), torch.randn(6, 9, 5), torch.arange(64).reshape(8, 8)
+    wanted = {"rows": a, "columns": b, "boxes": c, "copies": a}
+    shardsave.convert(tmp_path / "dcp", tmp_path / "ckpt")
+    assert same(shardsave.load(tmp_path / "ckpt"), wanted)
+    shardsave.convert(tmp_path / "dcp", tmp_path / "half.pt", to="torch", dtype="bfloat16")
+    half = {name: t.bfloat16() if t.is_floating_point() else t for name, t in wanted.items()}
+    assert same(torch.load(tmp_path / "half.pt", weights_only=True), half)
+
+
+def test_any_range_of_an_assembled_tensor() -> None:
+    """Catches an element taken from the wrong part where a block of a file begins or ends in the middle of a row."""
+    whole = torch.arange(5 * 6 * 7, dtype=torch.int16).reshape(5, 6, 7)
+    cuts = [(0, 2, 0, 3), (0, 2, 3, 6), (2, 5, 0, 1), (2, 5, 1, 6)]
+    parts = [Part((r, c, 0), whole[r:s, c:d].clone()) for r, s, c, d in cuts]
+    assembled = Assembled(torch.int16, whole.shape, parts)
+    raw = whole.reshape(-1).view(torch.uint8).numpy().tobytes()
+    pick = random.Random(1)
+    for _ in range(300):
+        begin, end = sorted(2 * pick.randrange(whole.numel() + 1) for _ in range(2))
+        found = bytearray(end - begin)
+        gather.fill(assembled, torch.int16, begin, memoryview(found))
+        assert found == raw[begin:end]
+
+
+def test_back_to_one_file(tmp_path: Path) -> None:
+    """Catches a file that its own library reads otherwise, a tie that is lost, and what is lost without a word."""
+    model = SmallModel()
+    shardsave.save(model, tmp_path / "ckpt", metadata={"run": "7", "steps": [1, 2]}, max_shard_size=3000)
+    report = shardsave.convert(tmp_path / "ckpt", tmp_path / "m.pt", to="torch")
+    found = torch.load(tmp_path / "m.pt", weights_only=True)
+    assert (
+        type(found) is dict
+        and same(found, model.state_dict())
+        and found["head.weight"].data_ptr() == found["embed.weight"].data_ptr()
+    )
+    assert report.notes == ("freeze flags were left out", "metadata was left out: run, steps")
+    report = shardsave.convert(tmp_path / "ckpt", tmp_path / "m.safetensors", to="safetensors")
+    assert report.notes == ("freeze flags were left out", "metadata was left out: steps")
+    fresh = SmallModel(seed=9)
+    load_model(fresh, tmp_path / "m.safetensors")
+    assert same(fresh.state_dict(), model.state_dict())
+    assert load_file(tmp_path / "m.safetensors").keys() == model.state_dict().keys() - {"head.weight"}
+    shardsave.convert(tmp_path / "m.safetensors", tmp_path / "again")
+    info = shardsave.inspect(tmp_path / "again")
+    assert info.ties == {"head.weight": "embed.weight"} and info.metadata == {"run": "7"} and info.frozen is None
+    shardsave.convert(tmp_path / "m.pt", tmp_path / "m2.pt", to="torch", dtype="float64")
+    assert torch.load(tmp_path / "m2.pt", weights_only=True)["embed.weight"].dtype == torch.float64
+
+
+def test_ties_of_safetensors_itself(tmp_path: Path) -> None:
+    """Catches a name that safetensors left out because it is tied, and that is gone after a conversion."""
+    save_model(SmallModel(), str(tmp_path / "m.safetensors"))
+    shardsave.convert(tmp_path / "m.safetensors", tmp_path / "ckpt")
+    assert same(shardsave.load(tmp_path / "ckpt"), SmallModel().state_dict())
+
+
+def test_only_what_is_kept_is_written(tmp_path: Path) -> None:
+    """Catches a file of torch that carries along the rest of the storage in which a kept tensor lies."""
+    big = torch.zeros(100_000)
+    torch.save({"a": big[:10], "b": big}, tmp_path / "x.pt")
+    shardsave.convert(tmp_path / "x.pt", tmp_path / "y.pt", to="torch", drop=["b"])
+    assert (tmp_path / "y.pt").stat().st_size < 5000
+
+
+def test_quantised_tensors_are_not_cast(tmp_path: Path) -> None:
+    """Catches a cast of numbers that mean nothing without their scales, or of what is no floating-point number."""
+    state = {
+        "f8": torch.ones(3).to(torch.float8_e5m2),
+        "f64": torch.ones(3).double(),
+        "i": torch.ones(3).int(),
+        "c": torch.ones(2) * 1j,
+    }
+    torch.save(state, tmp_path / "x.pt")
+    assert shardsave.convert(tmp_path / "x.pt", tmp_path / "ckpt", dtype="float32").cast == 1
+    assert same(shardsave.load(tmp_path / "ckpt"), {**state, "f64": torch.ones(3)})
+
+
+def test_progress_reaches_its_end(tmp_path: Path) -> None:
+    """Catches a bar that stops before the end, or goes back, where source and result differ in size."""
+    shardsave.save({"x": torch.ones(3_000_000)}, tmp_path / "ckpt")
+    for at, more in enumerate(({}, {"to": "torch"}, {"to": "safetensors"})):
+        seen: list[tuple[int, int]] = []
+        shardsave.convert(
+            tmp_path / "ckpt", tmp_path / str(at), dtype="float64", progress=lambda d, t: seen.append((d, t)), **more
+        )  # type: ignore[arg-type]
+        assert seen == sorted(seen) and seen[-1][0] >= seen[-1][1] == 36_000_000
+
+
+def test_elements_are_not_looked_at_across_their_alignment() -> None:
+    """Catches a cast that reads elements where a processor may not: it shows on few of them, so the address itself is looked at."""
+    raw = torch.arange(33, dtype=torch.uint8)
+    odd = torch.frombuffer(raw.numpy(), dtype=torch.uint8, offset=1).view(torch.float32)
+    aligned = gather._aligned(odd)
+    assert (
+        odd.data_ptr() % 4
+        and aligned.data_ptr() % 4 == 0
+        and same_bits(aligned, torch.frombuffer(bytearray(range(1, 33)), dtype=torch.float32))
+    )
+
+
+def test_what_lies_beside_the_weights_comes_along(tmp_path: Path) -> None:
+    """Catches a whole model that is no whole model any more once it was resharded, and one whose parts no longer fit it."""
+    model = SmallModel().eval()
+    x = torch.arange(3)
+    shardsave.save(model, tmp_path / "a", architecture=True, program=((x,), {}))
+    report = shardsave.convert(tmp_path / "a", tmp_path / "b", max_shard_size=1000)
+    assert report.shards > 1 and report.notes == ()
+    again = shardsave.build_model(tmp_path / "b", trust=["conftest"])
+    assert same(again.state_dict(), model.state_dict()) and same_bits(again.scratch, model.scratch)
+    assert same_bits(shardsave.load_program(tmp_path / "b")(x), again(x))
+    shardsave.verify(tmp_path / "b")
+    for options in ({"dtype": "bfloat16"}, {"rename": [("^", "x.")]}, {"drop": "embed.*"}):
+        report = shardsave.convert(tmp_path / "a", tmp_path / "c", **options)
+        assert report.notes == tuple(
+            f"the {part} was left out: it goes by the names and dtypes that were saved" for part in ("architecture", "program")
+        )
+        assert shardsave.inspect(tmp_path / "c").parts == {}
+    report = shardsave.convert(tmp_path / "a", tmp_path / "one.safetensors", to="safetensors")
+    assert report.notes[:2] == tuple(
+        f"the {part} was left out: one file has no place for it" for part in ("architecture", "program")
+    )
+
+
+@pytest.mark.parametrize("written", ["by us", "by them"])
+def test_a_config_comes_along(written: str, tmp_path: Path) -> None:
+    """Catches weights that transformers cannot load any more for want of a config, or with a dtype that they no longer have."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MixtralConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        num_local_experts=2,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config).eval()
+    model.lm_head.weight.requires_grad_(False)
+    if written == "by us":
+        shardsave.save(model, tmp_path / "thawed")
+        model.model.layers[0].mlp.experts.requires_grad_(False)  # one tensor in memory, several on disk
+        shardsave.save(model, tmp_path / "a")
+        flags = shardsave.diff(tmp_path / "thawed", tmp_path / "a").flags
+        assert flags and all("experts" in name and change == (False, True) for name, change in flags.items())
+    else:
+        model.save_pretrained(tmp_path / "a")
+    shardsave.convert(tmp_path / "a", tmp_path / "b", max_shard_size=4000)
+    again = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "b")
+    assert same(again.state_dict(), model.state_dict())
+    shardsave.convert(tmp_path / "a", tmp_path / "half", dtype="bfloat16")
+    half = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "half")
+    assert half.dtype == torch.bfloat16 and same(half.state_dict(), model.to(torch.bfloat16).state_dict())
+    for folder in ("b", "half"):
+        built = shardsave.build_model(tmp_path / folder, trust=["transformers"])
+        assert [p.requires_grad for p in built.parameters()] == [
+            written == "by them" or p.requires_grad for p in model.parameters()
+        ]
+
+
+@pytest.mark.parametrize("to", ["safetensors", "torch"])
+def test_after_a_killed_conversion(tmp_path: Path, to: str) -> None:
+    """Catches what a killed writer leaves behind staying for good, and what one that is alive has being taken from it."""
+    shardsave.save({"w": torch.ones(3, 5).t(), "x": torch.ones(200)}, tmp_path / "ckpt")
+    script = f"""
+import os, signal, sys, shardsave
+shardsave.convert(sys.argv[1], sys.argv[2], to="{to}", dtype="float64",
+                  progress=lambda done, total: os.kill(os.getpid(), signal.SIGKILL) if done > total // 2 else None)
+"""
+    target = tmp_path / f"out.{to}"
+    killed = subprocess.run([sys.executable, "-c", script, tmp_path / "ckpt", target], check=False)
+    left = sorted(name for name in os.listdir(tmp_path) if name.endswith(".part"))
+    assert killed.returncode == -9 and len(left) == 1
+    with open(tmp_path / f".out.{to}.{'0' * 16}.part", "w") as alive:
+        fcntl.flock(alive, fcntl.LOCK_EX)
+        (tmp_path / f".out.{to}.mine.part").touch()
+        shardsave.convert(tmp_path / "ckpt", target, to=to)
+        assert sorted(os.listdir(tmp_path)) == sorted(
+            ["ckpt", target.name, f".out.{to}.{'0' * 16}.part", f".out.{to}.mine.part"]
+        )
+    shardsave.convert(tmp_path / "ckpt", target, to=to)
+    assert sorted(os.listdir(tmp_path)) == sorted(["ckpt", target.name, f".out.{to}.mine.part"])
+
+
+def rewritten(path: Path, target: Path, compression: int = zipfile.ZIP_STORED, **changed: bytes) -> None:
+    """The same archive as another program would pack it: without torch's alignment; ``changed``: other contents by last name."""
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(target, "w", compression) as new:
+        for name in old.namelist():
+            new.writestr(name, changed.get(name.rpartition("/")[2], old.read(name)))
+
+
+def test_files_that_were_packed_again(tmp_path: Path) -> None:
+    """Catches bytes that are taken from where torch would have put them, in a file that torch did not write."""
+    state = {"a": torch.zeros(1000), "b": torch.randn(1000)}
+    torch.save(state, tmp_path / "a.pt")
+    note = "was not written by torch as it is, so it cannot be mapped: all of it was read into memory"
+    for compression in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        rewritten(tmp_path / "a.pt", tmp_path / "b.pt", compression)
+        report = shardsave.convert(tmp_path / "b.pt", tmp_path / "out")
+        assert same(shardsave.load(tmp_path / "out"), state) and report.notes in ((f"b.pt {note}",), ())
+    big = {"0": state["a"].numpy().tobytes(), "1": state["b"].numpy().byteswap().tobytes(), "byteorder": b"big"}
+    rewritten(tmp_path / "a.pt", tmp_path / "big.pt", **big)
+    assert same(torch.load(tmp_path / "big.pt", weights_only=True), state)
+    assert shardsave.convert(tmp_path / "big.pt", tmp_path / "out").notes == (f"big.pt {note}",)
+    assert same(shardsave.load(tmp_path / "out"), state)
+    rewritten(tmp_path / "a.pt", tmp_path / "short.pt", **{"1": b"1234"})
+    with pytest.raises(shardsave.CorruptCheckpointError, match="corrupt short.pt"):
+        shardsave.convert(tmp_path / "short.pt", tmp_path / "out")
+
+
+def test_by_a_torch_that_does_not_say_where_tensors_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches tensors that are taken for ones without data, as saved on the meta device, by versions of torch before 2.11."""
+    monkeypatch.setattr("shardsave._foreign.torch_file._tells_places", lambda: False)
+    state = {"a": torch.randn(1000)}
+    torch.save(state, tmp_path / "a.pt")
+    (note,) = shardsave.convert(tmp_path / "a.pt", tmp_path / "out").notes
+    assert "does not say where tensors lie, so it cannot be mapped: all of it was read into memory" in note
+    assert same(shardsave.load(tmp_path / "out"), state)
+
+
+def test_a_name_that_metadata_has_too(tmp_path: Path) -> None:
+    """Catches a file whose header says one thing twice, where a tied tensor is called as a member of the metadata."""
+    for name in ("format", "shardsave.crc64nvme", "__metadata__"):
+        shared = torch.ones(3)
+        torch.save({"w": shared, name: shared}, tmp_path / "a.pt")
+        try:
+            shardsave.convert(tmp_path / "a.pt", tmp_path / "a.safetensors", to="safetensors")
+        except (shardsave.UnsupportedTensorError, shardsave.IncompatibleCheckpointError) as refusal:
+            assert name in str(refusal) and "nothing was written" in str(refusal)
+            assert not (tmp_path / "a.safetensors").exists()
+        else:
+            assert shardsave.load(tmp_path / "a.safetensors").keys() >= {"w"}
+
+
+def test_patterns_that_match_nothing(tmp_path: Path) -> None:
+    """Catches a misspelt pattern that passes without a word."""
+    saved_by_torch(tmp_path / "a.pt")
+    report = shardsave.convert(
+        tmp_path / "a.pt", tmp_path / "out", drop=["stepz", "steps"], rename=[("^embed", "e"), ("zzz", "")]
+    )
+    assert report.notes == ("drop='stepz' matched no name", "rename='zzz' matched no name") and report.dropped == ("steps",)

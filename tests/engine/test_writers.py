@@ -1,0 +1,103 @@
+"""How the C++ engine's workers share files that are written through the page cache, where one file lets one writer in at a time.
+
+Method: ``native.run`` on files of one piece each; lent memory shows the order of the blocks, the ticks how many threads there are.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from shardsave._engine import engine
+
+native = pytest.importorskip("shardsave._native")
+
+BLOCK = 4096
+
+
+def write(
+    folder: Path,
+    memory: int,
+    pieces: list[NDArray[np.uint8]],
+    workers: int,
+    *,
+    slot: int = BLOCK,
+    lend: Callable[..., None] | None = None,
+    tick: Callable[[int], object] = lambda _: None,
+) -> list[bytes]:
+    """Writes each piece to a file of its own, and gives back what the files hold."""
+    paths = [folder / str(number) for number in range(len(pieces))]
+    descriptors = [os.open(path, os.O_RDWR | os.O_CREAT) for path in paths]
+    blocks, segments = [], []
+    for file, piece in enumerate(pieces):
+        for at in range(0, piece.nbytes, slot):
+            blocks.append((file, at, slot, len(segments)))
+            segments.append((memory, piece.ctypes.data + at if memory == native.HOST else 0, slot, 0, file, at))
+    table: dict[str, Any] = {
+        "files": np.array(descriptors, np.int64),
+        "blocks": np.array(blocks, np.int64),
+        "segments": np.array(segments, np.int64),
+        "piece_bytes": np.array([piece.nbytes for piece in pieces], np.int64),
+    }
+    try:
+        native.run(
+            write=True,
+            access="buffered",
+            checksum=True,
+            streams=[],
+            workers=workers,
+            slot_bytes=slot,
+            lend=lend,
+            tick=tick,
+            **table,
+        )
+        return [path.read_bytes() for path in paths]
+    finally:
+        native.release_ring()
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def test_files_take_turns(tmp_path: Path) -> None:
+    """Catches workers that queue at one file while others wait for nobody; and more files in turn than workers can use."""
+    count, workers = 30, 2
+    pieces = [np.full(count * BLOCK, number, np.uint8) for number in range(5)]
+    order: list[int] = []
+
+    def lend(piece: int, offset: int, view: memoryview) -> None:
+        order.append(piece)
+        view[:] = pieces[piece][offset : offset + len(view)].tobytes()
+
+    assert write(tmp_path, native.LENT, pieces, workers, lend=lend) == [piece.tobytes() for piece in pieces]
+    assert Counter(order) == dict.fromkeys(range(5), count)
+    for first in (0, 2):  # of two files in turn; each worker may hold one block back
+        half = order[first * count : (first + 1) * count]
+        assert abs(half.count(first) - half.count(first + 1)) <= 2 * workers, order
+
+
+def test_no_more_writers_than_a_file_has_room_for(tmp_path: Path) -> None:
+    """Catches workers that do nothing but wait for the lock of one file."""
+    before = len(os.listdir("/proc/self/task"))
+    seen: list[int] = []
+    piece = np.ones(64 << 20, np.uint8)
+
+    def tick(_: int) -> None:
+        seen.append(len(os.listdir("/proc/self/task")) - before)
+
+    assert write(tmp_path, native.HOST, [piece], 8, slot=1 << 20, tick=tick) == [piece.tobytes()]
+    assert max(seen) <= 2, seen
+
+
+@pytest.mark.parametrize("access", ["auto", "buffered", "direct"])
+def test_workers_of_a_device(access: engine.Access, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches as few workers as processors, where most wait for a device, and slots touched for workers that are of no use."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    assert engine._workers(access, with_device=True) == 16
+    assert engine._workers(access, with_device=False) == (1 if access == "buffered" else 2)

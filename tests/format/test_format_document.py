@@ -1,0 +1,151 @@
+"""FORMAT.md is enough to write a reader: its example, its checksum and its tables are what `save` writes."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import awscrt.checksums
+import pytest
+import torch
+
+import shardsave
+from architectures import tiny
+from shardsave._format.dtypes import BY_NAME
+from shardsave._format.index import _parse_flags
+from support import ROOT
+
+DOCUMENT = (ROOT / "FORMAT.md").read_text()
+SHARD, INDEX = "model-00001-of-00001.safetensors", "model.safetensors.index.json"
+
+
+def block_after(words: str) -> str:
+    """The first code block behind ``words``."""
+    found = re.search(r"```(?:python)?\n(.*?)```", DOCUMENT[DOCUMENT.index(words) :], re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+def hexdump(data: bytes) -> Iterator[str]:
+    """The lines of ``hexdump -C``."""
+    before, skipped = b"", False
+    for at in range(0, len(data), 16):
+        line = data[at : at + 16]
+        if line == before and len(line) == 16:
+            if not skipped:
+                yield "*"
+            skipped = True
+            continue
+        before, skipped = line, False
+        digits = [f"{byte:02x}" for byte in line]
+        text = "".join(chr(byte) if 32 <= byte < 127 else "." for byte in line)
+        yield f"{at:08x}  {' '.join(digits[:8]):<23}  {' '.join(digits[8:]):<23}  |{text}|"
+    yield f"{len(data):08x}"
+
+
+@pytest.fixture
+def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the document's example leaves behind."""
+    monkeypatch.chdir(tmp_path)
+    exec(block_after("## A whole checkpoint"), {"torch": torch, "shardsave": shardsave})
+    return tmp_path / "ckpt"
+
+
+@pytest.fixture
+def crc64nvme() -> Any:
+    """The document's function."""
+    names: dict[str, Any] = {}
+    exec(block_after("## A checksum"), names)
+    return names["crc64nvme"]
+
+
+def test_example_is_what_is_written(example: Path) -> None:
+    """Catches a file that changed, by a byte, and a document that did not. Where the change is meant, the new text is shown."""
+    assert sorted(path.name for path in example.iterdir()) == [SHARD, INDEX]
+    shown = "\n".join(hexdump((example / SHARD).read_bytes())) + "\n"
+    assert block_after("as `hexdump -C` shows it") == shown, shown
+    assert block_after(f"`{INDEX}`, one line").encode() == (example / INDEX).read_bytes(), (example / INDEX).read_text()
+
+
+def test_document_alone_is_enough_to_read(crc64nvme: Any) -> None:
+    """Catches an example that contradicts the text: a reader that has nothing but the document's blocks and its rules."""
+    lines = block_after("as `hexdump -C` shows it").splitlines()
+    data = bytearray()
+    for line in lines:
+        if line == "*":
+            repeated = data[-16:]
+            continue
+        at = int(line[:8], 16)
+        while len(data) < at:
+            data += repeated
+        data += bytes.fromhex(line[8:58].replace(" ", ""))
+    text = block_after(f"`{INDEX}`, one line").encode()
+    assert text.endswith(b'"}}\n') and f"{crc64nvme(text[:-20]):016x}".encode() == text[-20:-4]
+    index = json.loads(text)
+    record = index["shardsave"]
+    ((shard, (length, header_length, checksum)),) = record["shards"].items()
+    assert (shard, length, f"{crc64nvme(data[:header_length]):016x}") == (SHARD, len(data), checksum)
+    (n,) = struct.unpack("<Q", data[:8])
+    assert header_length == 8 + n
+    header = json.loads(data[8 : 8 + n])
+    digits = header.pop("__metadata__")["shardsave.crc64nvme"]
+    values = {}
+    for number, (name, tensor) in enumerate(header.items()):
+        begin, end = tensor["data_offsets"]
+        raw = bytes(data[header_length + begin : header_length + end])
+        assert f"{crc64nvme(raw):016x}" == digits[16 * number : 16 * number + 16]
+        values[name] = (tensor["dtype"], tensor["shape"], raw)
+    assert values == {"weight": ("F32", [1, 2], struct.pack("<2f", 1.0, -2.5)), "mask": ("U8", [3], b"\1\0\1")}
+    assert index["weight_map"] == {"mask": SHARD, "weight": SHARD} and index["metadata"] == {"total_size": 11}
+    assert record["ties"] == {"tied": "weight"} and record["flags"] == {"default": "trainable", "none": ["mask"]}
+    assert record["metadata"] == {"run": "7"} and record["supersedes"] is None and record["requires"] == []
+
+
+def test_checksum_of_the_document(crc64nvme: Any) -> None:
+    """Catches a snippet that sums something else than we do, or than an implementation of others does."""
+    assert f"{crc64nvme(b'123456789'):016x}" == "ae8b14860a799888" and crc64nvme(b"") == 0
+    for data in (b"\0", bytes(range(256)) * 3):
+        assert crc64nvme(data) == awscrt.checksums.crc64nvme(data)
+
+
+def test_dtypes_of_the_document() -> None:
+    """Catches a dtype that is written and not described, or described with another size."""
+    line = DOCUMENT[DOCUMENT.index("- `dtype` is one of") : DOCUMENT.index("- `__metadata__` →")]
+    sizes = {}
+    for names, size in re.findall(r"`([A-Z0-9_ ]+)` \((\d)[^)]*\)", line):
+        sizes.update(dict.fromkeys(names.split(), 8 * int(size)))
+    assert "`F4`, two elements to a byte" in line
+    assert sizes | {"F4": 4} == {name: row.bits for name, row in BY_NAME.items()}
+
+
+def test_members_of_the_document(tmp_path: Path) -> None:
+    """Catches a member of the index that is not in the table, is not written, or has another type than the table says."""
+    kinds = {"integer": int, "boolean": bool, "string": str, "object": dict, "list of strings": list, "`null`": type(None)}
+    section = DOCUMENT[DOCUMENT.index("## The index") : DOCUMENT.index("## An architecture")]
+    table = {name: kind for name, kind in re.findall(r"^\| `(\w+)` \| ([^|]+) \|", section, re.MULTILINE)}
+    sources = (torch.nn.Linear(1, 1), {"x": torch.ones(1)}, tiny("Mixtral"))
+    optional = ({"parts"}, set(), {"companions", "module_flags"})
+    seen = set()
+    for source, more in zip(sources, optional):
+        shardsave.save(source, tmp_path, architecture="parts" in more)
+        record = json.loads((tmp_path / INDEX).read_bytes())["shardsave"]
+        assert list(record)[-1] == "crc64nvme"
+        assert record.keys() == table.keys() - {"parts", "companions", "module_flags"} | more
+        for name, value in record.items():
+            assert type(value) in [kinds[kind] for kind in table[name].split(" or ")], name
+            seen.add((name, type(value)))
+        (tmp_path / "model.safetensors").write_bytes(b"lone")
+    assert {("flags", dict), ("flags", type(None)), ("supersedes", dict), ("supersedes", type(None))} <= seen
+
+
+def test_flags_of_the_document(tmp_path: Path) -> None:
+    """Catches an example of flags and ties that a reader takes for something else than the text says."""
+    found = re.search(r'`"flags": (\{.*?\})` with\n`"ties": (\{.*?\})`', DOCUMENT)
+    assert found is not None
+    flags, ties = json.loads(found[1]), json.loads(found[2])
+    names = ["embed.weight", "norm.running_mean", "norm.weight", *ties]
+    assert _parse_flags(flags, names, "") == {"embed.weight": True, "norm.weight": False, "head.weight": False}

@@ -1,0 +1,47 @@
+"""Blocks: every byte of every piece once, in whole elements, in aligned ranges that are no longer than they may be."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from shardsave._format.layout import ALIGNMENT, blocks
+
+
+def extents(seed: int) -> list[tuple[int, int, int, int]]:
+    """Where pieces lie, sorted: neighbours, gaps, empty ones, bytes that are wanted twice, several files."""
+    draw = random.Random(seed)
+    rows: list[tuple[int, int, int, int]] = []
+    file, at = 0, draw.randrange(9000)
+    for _ in range(draw.choice((0, 1, 3, 40))):
+        if draw.random() < 0.1:
+            file, at = file + 1, draw.randrange(9000)
+        at += draw.choice((0, 0, 0, 1, ALIGNMENT - 1, ALIGNMENT, 100_000))
+        length = 8 * draw.choice((0, 1, 8, 512, draw.randrange(10_000)))
+        rows.append((file, at, length, draw.choice((1, 2, 4, 8))))
+        at += length if draw.random() < 0.9 else 0
+    return rows
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_every_byte_once(seed: int) -> None:
+    """Catches a byte that no segment has, or two have; a cut element; a block that is not aligned, too long, or reads on over a gap."""
+    rows, most = extents(seed), ALIGNMENT * (2 + seed % 7)
+    made = blocks(np.array(rows, dtype=np.int64).reshape(-1, 4), most)
+    done = [0] * len(rows)
+    firsts = [*made.table[:, 3].tolist(), len(made.segments)]
+    assert firsts == sorted(set(firsts)) and firsts[0] == 0
+    for number, (file, offset, length, first) in enumerate(made.table.tolist()):
+        assert offset % ALIGNMENT == length % ALIGNMENT == 0 < length <= most
+        end = 0
+        for piece, piece_offset, count, at in made.segments[first : firsts[number + 1]].tolist():
+            in_file, begin, _, grain = rows[piece]
+            assert (in_file, begin + piece_offset) == (file, offset + at)
+            assert piece_offset == done[piece] and count > 0 and piece_offset % grain == 0
+            assert end <= at and (end == 0 or at - end < ALIGNMENT)
+            done[piece] += count
+            end = at + count
+        assert length - ALIGNMENT < end <= length
+    assert done == [length for _, _, length, _ in rows]

@@ -1,0 +1,206 @@
+"""Adapters: saved as PEFT lays them out, read by PEFT and by us, with the flags of the whole model."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import shardsave
+from shardsave._format.crc64 import crc64
+from support import same_bits, same_state
+
+transformers.logging.set_verbosity_error()
+
+#: PEFT asks transformers by an old name.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
+
+FILES = {"adapter_config.json", "adapter_model.safetensors", "model-00001-of-00001.safetensors", "model.safetensors.index.json"}
+
+
+def base(seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+
+
+def lora(**options: Any) -> peft.PeftConfig:
+    given = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, **options}
+    return peft.LoraConfig(**given)
+
+
+CONFIGS: dict[str, Any] = {
+    "LoRA": lora,
+    "LoRA with a whole layer": lambda: lora(modules_to_save=["lm_head"]),
+    "DoRA": lambda: lora(use_dora=True),
+    "IA3": lambda: peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "prompt": lambda: peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+}
+
+
+def adapted(kind: str, seed: int = 0) -> Any:
+    model = peft.get_peft_model(base(), CONFIGS[kind]())
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    return model
+
+
+def names_in(folder: Path) -> set[str]:
+    return set(os.listdir(folder))
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_as_peft_lays_it_out(kind: str, tmp_path: Path) -> None:
+    """Catches another name, another value or another config than PEFT's own, and base weights among them."""
+    model = adapted(kind)
+    shardsave.save(model, tmp_path / "ours", adapter_only=True, durable=False)
+    model.save_pretrained(tmp_path / "theirs")
+    assert names_in(tmp_path / "ours") == FILES
+    ours, theirs = (load_file(tmp_path / side / "adapter_model.safetensors") for side in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys() and all(same_bits(ours[name], theirs[name]) for name in ours)
+    configs = [json.loads((tmp_path / side / "adapter_config.json").read_text()) for side in ("ours", "theirs")]
+    for config in configs:
+        config.update({key: sorted(value) for key, value in config.items() if key.endswith("_modules") and value})
+    assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_peft_reads_it(kind: str, tmp_path: Path) -> None:
+    """Catches a directory that PEFT does not take for an adapter of the same model."""
+    model = adapted(kind).eval()
+    shardsave.save(model, tmp_path, adapter_only=True, durable=False)
+    again = peft.PeftModel.from_pretrained(base(), tmp_path).eval()
+    tokens = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        assert torch.equal(again(tokens).logits, model(tokens).logits)
+
+
+def test_flags_of_the_whole_model(tmp_path: Path) -> None:
+    """Catches the base model's flags lost with its weights."""
+    model = adapted("LoRA")
+    model.base_model.model.lm_head.weight.requires_grad_(True)
+    next(parameter for name, parameter in model.named_parameters() if "lora_A" in name).requires_grad_(False)
+    report = shardsave.save(model, tmp_path, adapter_only=True, durable=False)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    info = shardsave.inspect(tmp_path)
+    assert info.frozen == frozen and len(info.parameters or ()) == len(list(model.named_parameters())) > report.tensors
+    assert (
+        not info.notes and report.shards == 1 and set(info.companions) == {"adapter_config.json", "adapter_model.safetensors"}
+    )
+
+
+def test_a_model_in_the_place_of_an_adapter(tmp_path: Path) -> None:
+    """Catches an adapter that stays, which transformers would put on the new weights; and one that others changed being removed."""
+    shardsave.save(adapted("LoRA with a whole layer"), tmp_path, adapter_only=True, durable=False)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert shardsave.save(base(), tmp_path, durable=False).leftovers == ()
+    assert not names_in(tmp_path) & {"adapter_config.json", "adapter_model.safetensors"} and "tokenizer.json" in names_in(
+        tmp_path
+    )
+    shardsave.save(adapted("LoRA with a whole layer"), tmp_path, adapter_only=True, durable=False)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    shardsave.save(base(), tmp_path, durable=False)
+    assert (tmp_path / "adapter_config.json").read_text() == "{}"
+
+
+def test_next_adapter_in_the_same_place(tmp_path: Path) -> None:
+    """Catches files of two saves side by side, litter, and a checksum that is not that of the file."""
+    for seed in (1, 2):
+        model = adapted("LoRA with a whole layer", seed)
+        shardsave.save(model, tmp_path, adapter_only=True)
+        weights = (tmp_path / "adapter_model.safetensors").read_bytes()
+        record = json.loads((tmp_path / "model.safetensors.index.json").read_text())["shardsave"]
+        assert record["companions"]["adapter_model.safetensors"] == [len(weights), f"{crc64(weights):016x}"]
+        assert weights == (tmp_path / shardsave.inspect(tmp_path).shards[0]).read_bytes()
+        assert len(names_in(tmp_path)) == 4 and not shardsave.inspect(tmp_path).notes
+        name = "base_model.model.lm_head.weight"
+        assert same_bits(load_file(tmp_path / "adapter_model.safetensors")[name], shardsave.load(tmp_path)[name])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CONFIGS if kind != "prompt"])
+@pytest.mark.parametrize("writer", ["ours", "theirs"])
+def test_filled_in_place(kind: str, writer: str, tmp_path: Path) -> None:
+    """Catches an adapter that goes into other tensors than its own, a base model that is changed, and flags that are not set."""
+    model, other = adapted(kind, 1), adapted(kind, 2)
+    model.base_model.model.model.norm.weight.requires_grad_(True)
+    before = {name: (id(parameter), parameter.detach().clone()) for name, parameter in other.named_parameters()}
+    if writer == "ours":
+        shardsave.save(model, tmp_path, adapter_only=True, durable=False)
+        report = shardsave.load_model(other, tmp_path)
+    else:
+        model.save_pretrained(tmp_path)
+        report = shardsave.load_model(other, tmp_path / "adapter_model.safetensors")
+    assert not report.missing and not report.unexpected and not report.notes
+    assert same_state(other, model) and all(id(parameter) == before[name][0] for name, parameter in other.named_parameters())
+    assert other.base_model.model.model.norm.weight.requires_grad == (writer == "ours")
+    changed = {name for name, parameter in other.named_parameters() if not same_bits(parameter, before[name][1])}
+    assert len(changed) == report.tensors > 0
+
+
+def test_adapter_of_another_shape(tmp_path: Path) -> None:
+    """Catches an adapter of other layers that is taken in part, and an error that lists the base model's names."""
+    shardsave.save(adapted("LoRA"), tmp_path, adapter_only=True, durable=False)
+    other = peft.get_peft_model(base(), lora(target_modules=["q_proj", "k_proj"]))
+    with pytest.raises(shardsave.IncompatibleCheckpointError) as raised:
+        shardsave.load_model(other, tmp_path)
+    said = str(raised.value)
+    assert (
+        "there are 4 missing from the checkpoint: base_model.model.model.layers.0.self_attn.k_proj.lora_A.default.weight"
+        in said
+    )
+    assert "4 not in the module: base_model.model.model.layers.0.self_attn.v_proj.lora_A.weight" in said and "embed" not in said
+    report = shardsave.load_model(other, tmp_path, strict=False)
+    assert (len(report.missing), len(report.unexpected), report.tensors) == (4, 4, 4)
+
+
+def test_computed_for_the_file(tmp_path: Path) -> None:
+    """Catches a prompt that would be lost in silence: PEFT computes what it saves of one."""
+    shardsave.save(adapted("prompt"), tmp_path, adapter_only=True, durable=False)
+    with pytest.raises(shardsave.IncompatibleCheckpointError, match=r"PEFT computes prompt_embeddings for the file"):
+        shardsave.load_model(adapted("prompt"), tmp_path)
+
+
+def test_whole_model_with_its_adapter(tmp_path: Path) -> None:
+    """Catches a whole model that is taken for an adapter."""
+    model, other = adapted("LoRA", 1), adapted("LoRA", 2)
+    shardsave.save(model, tmp_path, durable=False)
+    shardsave.load_model(other, tmp_path)
+    assert same_state(other, model) and "adapter_config.json" not in names_in(tmp_path)
+
+
+def test_weights_of_another_save_are_noticed(tmp_path: Path) -> None:
+    """Catches a reader who is not told that PEFT would read another adapter than we do."""
+    shardsave.save(adapted("LoRA", 1), tmp_path, adapter_only=True, durable=False)
+    adapted("LoRA", 2).save_pretrained(tmp_path)
+    notes = shardsave.verify(tmp_path).notes
+    assert any(note.startswith("adapter_model.safetensors is not the one saved with these weights") for note in notes)
+
+
+def test_what_is_no_adapter(tmp_path: Path) -> None:
+    """Catches a whole model that is saved under the name of an adapter, and a choice among several that is made in silence."""
+    with pytest.raises(TypeError, match=r"adapter_only=True needs a PeftModel, there is none in a LlamaForCausalLM"):
+        shardsave.save(base(), tmp_path, adapter_only=True)
+    model = adapted("LoRA")
+    with pytest.raises(ValueError, match="adapter_only=True keeps no architecture"):
+        shardsave.save(model, tmp_path, adapter_only=True, architecture=True)
+    model.add_adapter("other", lora())
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match=r"one adapter is saved at a time, 2 are active \(default, other\)"):
+        shardsave.save(model, tmp_path, adapter_only=True)
+    assert not names_in(tmp_path)
+    model.set_adapter("other")
+    shardsave.save(model, tmp_path, adapter_only=True, durable=False)
+    assert same_bits(
+        load_file(tmp_path / "adapter_model.safetensors")["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"],
+        model.base_model.model.model.layers[0].self_attn.q_proj.lora_A["other"].weight,
+    )

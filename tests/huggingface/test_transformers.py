@@ -1,0 +1,336 @@
+"""transformers models: what is on disk is what `save_pretrained` writes, and each reads what the other wrote."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import shardsave
+from architectures import ARCHITECTURES, FUSED, tiny
+from support import ROOT, same_bits, same_state
+
+transformers = pytest.importorskip("transformers")
+CONFIGS = ("config.json", "generation_config.json")
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """No words and bars of transformers itself."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    yield
+    transformers.logging.set_verbosity(before)
+
+
+def on_disk(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of every file, as another reader sees it."""
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    return found
+
+
+def frozen_in(model: torch.nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_saved_as_save_pretrained_does(tmp_path: Path, name: str) -> None:
+    """Catches a name, a layout, a dtype or a config that other readers do not expect; a key that from_pretrained misses or has too
+    much; a bit that changes on the way; flags that are no longer by the module's names."""
+    model = tiny(name)
+    report = shardsave.save(model, tmp_path / "ours", max_shard_size="100KB")
+    assert not report.notes
+    model.save_pretrained(tmp_path / "theirs")
+    ours, theirs = on_disk(tmp_path / "ours"), on_disk(tmp_path / "theirs")
+    assert ours.keys() == theirs.keys() and all(same_bits(ours[name], theirs[name]) for name in theirs)
+    for config in CONFIGS:
+        assert (tmp_path / "ours" / config).exists() == (tmp_path / "theirs" / config).exists()
+        if (tmp_path / "theirs" / config).exists():
+            assert (tmp_path / "ours" / config).read_bytes() == (tmp_path / "theirs" / config).read_bytes()
+    again, info = type(model).from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert same_state(model, again)
+    found = shardsave.inspect(tmp_path / "ours")
+    assert found.frozen == frozen_in(model) and not found.notes and not shardsave.verify(tmp_path / "ours").notes
+    for folder in ("ours", "theirs"):
+        fresh = tiny(name, seed=1).requires_grad_(True)
+        before = list(fresh.parameters())
+        made_again = fresh._keys_to_ignore_on_save or set()
+        report = shardsave.load_model(fresh, tmp_path / folder)
+        assert all(old is new for old, new in zip(before, fresh.parameters(), strict=True))
+        assert all(
+            same_bits(a, b) for (n, a), b in zip(model.state_dict().items(), fresh.state_dict().values()) if n not in made_again
+        )
+        assert frozen_in(fresh) == (frozen_in(model) if folder == "ours" else set())
+        assert report.tensors >= len(ours) and not (report.missing or report.unexpected or report.notes)
+
+
+def test_a_name_is_its_parts(tmp_path: Path) -> None:
+    """Catches a table of mixtures that tests none: their experts must be one tensor in memory and several on disk."""
+    for name in FUSED:
+        model = tiny(name)
+        shardsave.save(model, tmp_path, durable=False)
+        assert shardsave.inspect(tmp_path).names != tuple(model.state_dict()), name
+
+
+def test_onto_meta(tmp_path: Path) -> None:
+    """Catches parts that are read into memory which the model no longer has once it was made real; flags that are lost on the way."""
+    model = tiny("Mixtral")
+    model.save_pretrained(tmp_path / "theirs")
+    shardsave.save(model, tmp_path / "ours")
+    for folder in ("ours", "theirs"):
+        with torch.device("meta"):
+            fresh = transformers.MixtralForCausalLM(model.config)
+        fresh.model.rotary_emb = type(fresh.model.rotary_emb)(model.config)
+        shardsave.load_model(fresh, tmp_path / folder)
+        assert same_state(fresh, model) and frozen_in(fresh) == (frozen_in(model) if folder == "ours" else set())
+
+
+def test_cast(tmp_path: Path) -> None:
+    """Catches parts of a tensor that are cast differently from what from_pretrained makes of them."""
+    model = tiny("Mixtral")
+    model.save_pretrained(tmp_path)
+    fresh = tiny("Mixtral", seed=1).to(torch.bfloat16)
+    shardsave.load_model(fresh, tmp_path)
+    assert same_state(fresh, type(model).from_pretrained(tmp_path, dtype=torch.bfloat16))
+
+
+def test_another_head(tmp_path: Path) -> None:
+    """Catches a base model that is not found in one with a head, or the reverse, or whose flags are not; and wrong names in a report."""
+    model = tiny("BERT")
+    shardsave.save(model, tmp_path / "head")
+    base = transformers.BertModel(model.config, add_pooling_layer=False)
+    with pytest.raises(
+        shardsave.IncompatibleCheckpointError, match=r"there are 7 not in the module: cls\.predictions\.bias, .*; the module is"
+    ):
+        shardsave.load_model(base, tmp_path / "head")
+    report = shardsave.load_model(base, tmp_path / "head", strict=False)
+    assert same_state(base, model.bert) and frozen_in(base) == frozen_in(model.bert)
+    assert all(name.startswith("cls.") for name in report.unexpected)
+    shardsave.save(base, tmp_path / "base")
+    fresh = tiny("BERT", seed=1)
+    report = shardsave.load_model(fresh, tmp_path / "base", strict=False)
+    assert same_state(fresh.bert, model.bert) and frozen_in(fresh.bert) == frozen_in(model.bert)
+    assert report.missing == tuple(
+        sorted(name for name in fresh.state_dict() if "cls" in name and "decoder.weight" not in name)
+    )
+    part = transformers.BertModel(model.config, add_pooling_layer=False)
+    shardsave.load_model(part, tmp_path / "head", prefix="bert.")
+    assert same_state(part, model.bert) and frozen_in(part) == frozen_in(model.bert)
+
+
+def test_old_names(tmp_path: Path) -> None:
+    """Catches checkpoints of years ago: other names, and buffers that nobody saves any more."""
+    model = tiny("BERT")
+    old = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor.clone()
+        for name, tensor in model.state_dict().items()
+    }
+    old["bert.embeddings.position_ids"] = torch.arange(64)[None]
+    shardsave.save(old, tmp_path)
+    fresh = tiny("BERT", seed=1)
+    shardsave.load_model(fresh, tmp_path)
+    assert same_state(fresh, model)
+
+
+def test_names_in_memory(tmp_path: Path) -> None:
+    """Catches a state dict, saved as it is in memory, that no longer loads."""
+    model = tiny("Mixtral")
+    shardsave.save(model.state_dict(), tmp_path)
+    fresh = tiny("Mixtral", seed=1)
+    shardsave.load_model(fresh, tmp_path)
+    assert same_state(fresh, model)
+
+
+def test_experts_that_do_not_fit(tmp_path: Path) -> None:
+    """Catches an expert that is not there, or a fused tensor of another size, found only when the model is half loaded."""
+    model = tiny("Mixtral")
+    shardsave.save(model, tmp_path / "all")
+    stored = shardsave.load(tmp_path / "all")
+    lost = next(name for name in stored if re.search(r"experts\.3\.w2", name))
+    shardsave.save({name: tensor for name, tensor in stored.items() if name != lost}, tmp_path / "one-lost")
+    other = next(name for name in stored if re.search(r"experts\.3\.w1", name))
+    shardsave.save({name: tensor[:-1] if name == other else tensor for name, tensor in stored.items()}, tmp_path / "one-cut")
+    before = tiny("Mixtral", seed=1)
+    fresh = tiny("Mixtral", seed=1)
+    for folder, words in (
+        (
+            "one-lost",
+            r"1 mismatched: model\.layers\.0\.mlp\.experts\.down_proj \[3, 32, 64\] on disk, \[4, 32, 64\] in the module",
+        ),
+        (
+            "one-cut",
+            r"'model\.layers\.0\.mlp\.experts\.gate_up_proj' was expected to be made of 8 stored tensors, .* raised RuntimeError",
+        ),
+    ):
+        with pytest.raises(shardsave.IncompatibleCheckpointError, match=f"{words}.*the module is unchanged"):
+            shardsave.load_model(fresh, tmp_path / folder)
+        assert same_state(fresh, before)
+
+
+def test_damaged_expert(tmp_path: Path) -> None:
+    """Catches a damaged part that is not named as it is on disk, or is taken for whole."""
+    model = tiny("Mixtral")
+    shardsave.save(model, tmp_path)
+    needle = model.model.layers[1].mlp.experts.down_proj[2].detach().numpy().tobytes()
+    (path,) = [path for path in tmp_path.glob("*.safetensors") if needle in path.read_bytes()]
+    content = bytearray(path.read_bytes())
+    content[content.index(needle) + 5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(
+        shardsave.CorruptCheckpointError, match=r"tensor 'model.layers.1.block_sparse_moe.experts.2.w2.weight' has"
+    ):
+        shardsave.load_model(tiny("Mixtral", seed=1), tmp_path)
+
+
+class Joined(transformers.PreTrainedModel):
+    """A model of a user, three of whose tensors are one on disk."""
+
+    config_class = transformers.PreTrainedConfig
+    base_model_prefix = "model"
+
+    def __init__(self, config: Any, hooked: bool = False) -> None:
+        super().__init__(config)
+        self.attention = torch.nn.ModuleDict({part: torch.nn.Linear(4, 3, bias=False) for part in ("q", "k", "v")})
+        self.out = torch.nn.Linear(3, 2)
+        self.seen: list[str] = []
+        if hooked:
+            self.attention.register_load_state_dict_pre_hook(lambda module, state, *rest: self.seen.extend(state))
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        pass
+
+
+@pytest.fixture
+def joined_on_disk() -> None:
+    from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+    from transformers.core_model_loading import Chunk, WeightConverter
+
+    parts = [f"attention.{part}.weight" for part in ("q", "k", "v")]
+    converter = WeightConverter("attention.qkv.weight", parts, operations=[Chunk(dim=0)])
+    register_checkpoint_conversion_mapping("Joined", [converter], overwrite=True)
+
+
+def test_joined_on_disk(tmp_path: Path, joined_on_disk: None) -> None:
+    """Catches tensors that have no view in what they are stored in: left out, out of order, kept from a routine of the module's own;
+    and copies that nobody is told of."""
+    model = Joined(transformers.PreTrainedConfig())
+    model.attention.requires_grad_(False)
+    report = shardsave.save(model, tmp_path / "ours")
+    assert report.notes == ("144 B were copied in memory, since they are joined on disk",)
+    model.save_pretrained(tmp_path / "theirs")
+    ours, theirs = on_disk(tmp_path / "ours"), on_disk(tmp_path / "theirs")
+    assert ours.keys() == theirs.keys() == {"attention.qkv.weight", "out.weight", "out.bias"}
+    assert all(same_bits(ours[name], theirs[name]) for name in ours)
+    assert shardsave.inspect(tmp_path / "ours").frozen == frozen_in(model)
+    for hooked in (False, True):
+        for folder in ("ours", "theirs"):
+            fresh = Joined(transformers.PreTrainedConfig(), hooked)
+            report = shardsave.load_model(fresh, tmp_path / folder)
+            assert same_state(fresh, model) and report.tensors == 3
+            assert frozen_in(fresh) == (frozen_in(model) if folder == "ours" else set())
+            assert sorted(fresh.seen) == (["k.weight", "q.weight", "v.weight"] if hooked else [])
+
+
+def test_wrapped(tmp_path: Path) -> None:
+    """Catches a wrapper that hides the model, and its prefix on disk."""
+    model = tiny("Mixtral")
+    shardsave.save(model, tmp_path / "plain")
+    shardsave.save(torch.nn.DataParallel(torch.compile(model)), tmp_path / "wrapped")
+    assert on_disk(tmp_path / "wrapped").keys() == on_disk(tmp_path / "plain").keys()
+    assert (tmp_path / "wrapped" / "config.json").read_bytes() == (tmp_path / "plain" / "config.json").read_bytes()
+
+
+def test_config_of_another_save(tmp_path: Path) -> None:
+    """Catches weights and config of two saves, or a config that somebody edited, that no reader is told of."""
+    model = tiny("BERT")
+    shardsave.save(model, tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"vocab_size": 100', '"vocab_size": 101'))
+    words = "config.json is not the one saved with these weights: [0-9]+ bytes .*; it was edited, or comes from another save"
+    assert_noted(tmp_path, words)
+    config.unlink()
+    assert_noted(tmp_path, r"config.json is not .* expected, there is none; it was edited.*")
+    os.mkfifo(config)
+    assert_noted(
+        tmp_path, r"config.json is not .* expected, it cannot be read \(open: a regular file was expected, it is a FIFO\).*"
+    )
+    config.unlink()
+    shardsave.save(model, tmp_path)
+    assert not shardsave.inspect(tmp_path).notes and "not the one" not in str(shardsave.inspect(tmp_path))
+
+
+def assert_noted(folder: Path, words: str) -> None:
+    model = tiny("BERT")
+    reports: list[Any] = [shardsave.inspect(folder), shardsave.verify(folder), shardsave.load_model(model, folder)]
+    for report in reports:
+        (note,) = report.notes
+        assert_matches(words, note)
+        assert note in str(report)
+
+
+def assert_matches(words: str, text: str) -> None:
+    assert re.fullmatch(words, text), text
+
+
+def test_other_files_stay(tmp_path: Path) -> None:
+    """Catches a save that touches a file which is not its own, follows a link out of the directory, or takes away a config."""
+    (tmp_path / "tokenizer.json").write_text("{}")
+    elsewhere = tmp_path / "elsewhere.json"
+    elsewhere.write_text("theirs")
+    folder = tmp_path / "ckpt"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "config.json").symlink_to(elsewhere)
+    model = tiny("BERT")
+    shardsave.save(model, folder)
+    assert elsewhere.read_text() == "theirs" and not (folder / "config.json").is_symlink()
+    shardsave.save(model.state_dict(), folder)
+    assert {path.name for path in folder.iterdir()} >= {"tokenizer.json", "config.json"}
+    assert shardsave.inspect(folder).companions == () and not shardsave.inspect(folder).notes
+    (folder / "config.json").unlink()
+    (folder / "config.json").mkdir()
+    with pytest.raises(shardsave.SaveNotCommittedError, match=r"config.json: .*directory; nothing was committed"):
+        shardsave.save(model, folder)
+    assert shardsave.load(folder)
+
+
+def test_the_model_is_left_alone(tmp_path: Path) -> None:
+    """Catches a save that changes the model's config, as save_pretrained does, or its tensors."""
+    model = tiny("Mixtral")
+    before = model.config.to_json_string()
+    shardsave.save(model.to(torch.bfloat16), tmp_path)
+    assert model.config.to_json_string() == before.replace('"float32"', '"bfloat16"') or model.config.to_json_string() == before
+    assert not any(hasattr(tensor, "_shardsave_sources") for tensor in model.state_dict(keep_vars=True).values())
+
+
+def test_never_imported(tmp_path: Path) -> None:
+    """Catches an import of transformers for a model that is none of its."""
+    program = "import sys, torch, shardsave; m, to = torch.nn.Linear(2, 2), sys.argv[1]; shardsave.save(m, to)"
+    check = "; shardsave.load_model(m, to); assert 'transformers' not in sys.modules"
+    paths = os.pathsep.join(filter(None, sys.path))
+    subprocess.run([sys.executable, "-c", program + check, str(tmp_path)], check=True, env={**os.environ, "PYTHONPATH": paths})
+
+
+def test_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an example that does not run, and a table of architectures that is not that of the tests."""
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "transformers.md").read_text()
+    for example in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(example, "transformers.md", "exec"), {})
+    rows = re.findall(r"^\| ([^|]+) \| `(\w+)` \| ✓", text, re.MULTILINE)
+    assert rows == [(name, kind) for name, (kind, _, _) in ARCHITECTURES.items()]

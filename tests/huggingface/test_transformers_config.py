@@ -1,0 +1,173 @@
+"""Models of transformers without an architecture: built by the config beside the weights, and by nothing else."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import shardsave
+from architectures import ARCHITECTURES, tiny
+from support import same_bits, same_state
+
+transformers.logging.set_verbosity_error()
+
+SMALL = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+LLAMA = {**SMALL, "num_key_value_heads": 1, "max_position_embeddings": 32, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def bert() -> Any:
+    return transformers.BertForMaskedLM(transformers.BertConfig(**SMALL))
+
+
+def llama(**changes: Any) -> Any:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**LLAMA, **changes}))
+
+
+def frozen_in(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
+
+
+def built(folder: Path, **options: Any) -> Any:
+    return shardsave.build_model(folder, trust=["transformers"], **options)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_built_is_what_was_saved(name: str, tmp_path: Path) -> None:
+    """Catches a weight, a buffer that is not saved, a tie, a flag or a module that is not as it was."""
+    model = tiny(name, 3).eval()
+    shardsave.save(model, tmp_path, durable=False)
+    again = built(tmp_path)
+    assert type(again) is type(model) and repr(again) == repr(model)
+    assert same_state(again, model) and frozen_in(again) == frozen_in(model) != set()
+    buffers, others = dict(model.named_buffers()), dict(again.named_buffers())
+    assert buffers.keys() == others.keys() and all(same_bits(buffers[key], others[key]) for key in buffers)
+    assert len(set(map(id, again.parameters()))) == len(set(map(id, model.parameters())))
+
+
+def test_what_save_pretrained_wrote(tmp_path: Path) -> None:
+    """Catches a builder that needs our index, or forgets the generation config."""
+    model = llama()
+    model.generation_config.max_new_tokens = 7
+    model.save_pretrained(tmp_path)
+    again = built(tmp_path)
+    assert same_state(again, model) and again.generation_config.max_new_tokens == 7 and not again.training
+
+
+def test_dtypes_are_those_of_the_files(tmp_path: Path) -> None:
+    """Catches weights that are rounded to the one dtype which a config knows."""
+    model = llama().to(torch.bfloat16)
+    model.lm_head.float()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(1 / 3)
+    shardsave.save(model, tmp_path, durable=False)
+    assert same_state(built(tmp_path), model)
+
+
+def test_nothing_is_imported_that_is_not_trusted(tmp_path: Path) -> None:
+    """Catches an import of transformers by a file's word alone."""
+    shardsave.save(bert(), tmp_path, durable=False)
+    program = (
+        "import sys, shardsave\n"
+        "try: shardsave.build_model(sys.argv[1])\n"
+        "except shardsave.UntrustedCodeError as error: print(error)\n"
+        "print('transformers' in sys.modules)"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, env={"PYTHONPATH": ":".join(sys.path)}).stdout
+    assert printed == (
+        f"cannot build a model from {tmp_path}/config.json: only what is trusted is imported, it asks for "
+        f"transformers.BertForMaskedLM; if you know it, say trust=['transformers']; nothing was imported\nFalse\n"
+    )
+
+
+def test_one_class_may_be_trusted(tmp_path: Path) -> None:
+    """Catches trust in one class that is taken for trust in none or in all."""
+    shardsave.save(bert(), tmp_path, durable=False)
+    shardsave.build_model(tmp_path, trust=["transformers.BertForMaskedLM"])
+    with pytest.raises(shardsave.UntrustedCodeError, match="asks for transformers.BertForMaskedLM"):
+        shardsave.build_model(tmp_path, trust=["transformers.BertModel"])
+
+
+def change(folder: Path, **values: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "no class": ({"architectures": []}, "the name of one class of transformers was expected, its architectures are []"),
+    "several": ({"architectures": ["A", "B"]}, "its architectures are ['A', 'B']"),
+    "a path": ({"architectures": ["os.system"]}, "its architectures are ['os.system']"),
+    "not a model": ({"architectures": ["pipeline"]}, "pipeline was expected to be a model of transformers"),
+    "no such model": ({"architectures": ["NoSuchModel"]}, "NoSuchModel was expected to be a model of transformers"),
+    "a base class": ({"architectures": ["PreTrainedModel"]}, "PreTrainedModel was expected to be a model of transformers"),
+    "another type": ({"model_type": "gpt2"}, "BertForMaskedLM expects model_type 'bert', it has 'gpt2'"),
+    "quantized": ({"quantization_config": {}}, "a model that is not quantized was expected"),
+    "bad sizes": ({"hidden_size": "many"}, "was expected to be made from it, that raised"),
+    "sizes that do not fit": (
+        {"hidden_size": 16, "num_attention_heads": 3},
+        "was expected to be made from it, that raised ValueError",
+    ),
+    "other sizes": ({"intermediate_size": 32}, "the module's names and shapes were expected, there are 6 mismatched"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:config.json is not the one saved")
+@pytest.mark.parametrize("what", BAD)
+def test_configs_that_cannot_be_built(what: str, tmp_path: Path) -> None:
+    """Catches a config that reaches for something else than a model, or fails with a bare error of others."""
+    values, said = BAD[what]
+    shardsave.save(bert(), tmp_path, durable=False)
+    change(tmp_path, **values)
+    with pytest.raises(shardsave.IncompatibleCheckpointError) as raised:
+        built(tmp_path)
+    assert said in str(raised.value)
+
+
+@pytest.mark.filterwarnings("ignore:config.json is not the one saved")
+@pytest.mark.parametrize(
+    ("text", "said"), [("[1]", "a JSON object expected, it is [1]"), ('{"a', "JSON expected"), ("[" * 99999, "nested")]
+)
+def test_configs_that_are_no_json(text: str, said: str, tmp_path: Path) -> None:
+    """Catches a broken file that ends in an error without its name."""
+    shardsave.save(bert(), tmp_path, durable=False)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(shardsave.CorruptCheckpointError, match="corrupt config.json: ") as raised:
+        built(tmp_path)
+    assert said in str(raised.value)
+
+
+def test_no_code_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a config that makes transformers load kernels, which are code, from elsewhere."""
+    import transformers.modeling_utils as modeling
+
+    asked: list[object] = []
+
+    def check(self: object, implementation: object, **options: object) -> object:
+        asked.append(implementation)
+        return original(self, implementation, **options)
+
+    original = modeling.PreTrainedModel._check_and_adjust_attn_implementation
+    monkeypatch.setattr(modeling.PreTrainedModel, "_check_and_adjust_attn_implementation", check)
+    model = bert()
+    shardsave.save(model, tmp_path, durable=False)
+    kernel = "kernels-community/flash-attn"
+    change(tmp_path, attn_implementation=kernel, _attn_implementation=kernel, experts_implementation=kernel)
+    with pytest.warns(UserWarning, match="config.json is not the one saved with these weights"):
+        assert same_state(built(tmp_path), model)
+    assert asked and kernel not in asked
+
+
+def test_numbers_that_json_does_not_have(tmp_path: Path) -> None:
+    """Catches an infinity that comes back as a dictionary."""
+    model = llama()
+    model.config.reach = float("inf")
+    shardsave.save(model, tmp_path, durable=False)
+    assert built(tmp_path).config.reach == float("inf")

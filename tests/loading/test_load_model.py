@@ -1,0 +1,508 @@
+"""`load_model` on the modules that people have: which are filled, which are refused by name, and what is left as it was."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import shardsave
+from support import SmallModel, same_bits, same_state
+
+
+class Pair(nn.Module):
+    """Two parameters, ``a`` and ``b``, wherever they lie."""
+
+    def __init__(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(a), nn.Parameter(b)
+
+
+class Doubling(nn.Linear):
+    """A sub-module with a loading routine of its own."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        state_dict[prefix + "weight"] = state_dict[prefix + "weight"] * 2
+        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[no-untyped-call]
+
+
+def refused(module: nn.Module, path: Path, words: str) -> None:
+    """Loading raises UnsupportedTensorError with ``words``, and has changed no tensor that has values."""
+    before = [t.detach().clone() if t.layout is torch.strided else t for t in module.state_dict().values()]
+    with pytest.raises(shardsave.UnsupportedTensorError, match=rf"cannot fill {words}; the module is unchanged"):
+        shardsave.load_model(module, path)
+    for old, new in zip(before, module.state_dict().values()):
+        assert old.layout is not torch.strided or old.is_meta or old.is_quantized or same_bits(old, new)
+
+
+def test_inference_tensors(tmp_path: Path) -> None:
+    """Catches a flag or a version counter that an inference tensor refuses after it was filled."""
+    source = nn.Linear(3, 2)
+    source.bias.requires_grad_(False)
+    shardsave.save(source, tmp_path)
+    with torch.inference_mode():
+        module = nn.Linear(3, 2).requires_grad_(False)
+        module.bias.requires_grad_(True)
+    shardsave.load_model(module, tmp_path)
+    assert same_state(module, source) and module.weight.is_inference()
+    assert module.weight.requires_grad and not module.bias.requires_grad
+
+
+def test_in_inference_mode(tmp_path: Path) -> None:
+    """Catches a caller's inference mode that gets into the module: a meta model filled so could never be trained."""
+    source = nn.Linear(3, 2)
+    shardsave.save(source, tmp_path)
+    with torch.device("meta"):
+        module = nn.Linear(3, 2)
+    plain = nn.Linear(3, 2)
+    with torch.inference_mode():
+        shardsave.load_model(module, tmp_path)
+        shardsave.load_model(plain, tmp_path)
+    for filled in (module, plain):
+        filled(torch.ones(3)).sum().backward()
+        assert same_state(filled, source) and filled.weight.grad is not None
+
+
+def test_destinations_that_share_a_part_of_their_memory(tmp_path: Path) -> None:
+    """Catches workers that race for the same bytes; and a refusal of views that are only interleaved."""
+    shardsave.save({"a": torch.ones(7), "b": torch.zeros(5)}, tmp_path / "apart")
+    base = torch.full((10,), 3.0)
+    refused(Pair(base[:7], base[5:]), tmp_path / "apart", "'b' from .*memory of its own was expected, it shares .* 'a'.*")
+    shardsave.save({"a": torch.ones(4, 3), "b": torch.zeros(4, 2)}, tmp_path / "columns")
+    grid = torch.full((4, 5), 3.0)
+    shardsave.load_model(Pair(grid[:, :3], grid[:, 3:]), tmp_path / "columns")
+    assert grid.tolist() == [[1, 1, 1, 0, 0]] * 4
+    shardsave.save({"a": torch.ones(12), "b": torch.ones(4, 3)}, tmp_path / "whole")
+    whole = torch.zeros(12)
+    refused(Pair(whole, whole.view(4, 3)), tmp_path / "whole", "'b' from .*it shares a part of it with 'a'.*")
+
+
+def test_memory_shared_with_a_loading_routine(tmp_path: Path) -> None:
+    """Catches values that a sub-module's own routine loads and the rest of the load overwrites, or the other way round."""
+
+    class Halving(Doubling):
+        """Saved halved, loaded doubled."""
+
+        def state_dict(self, *arguments: Any, **options: Any) -> Any:
+            return {name: value / 2 for name, value in super().state_dict(*arguments, **options).items()}
+
+    def tied(kind: type[nn.Linear], swap: bool = False) -> nn.Sequential:
+        own, plain = kind(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+        plain.weight = own.weight
+        return nn.Sequential(plain, own) if swap else nn.Sequential(own, plain)
+
+    shardsave.save({"0.weight": torch.zeros(3, 3), "1.weight": torch.ones(3, 3)}, tmp_path / "apart")
+    for swap in (False, True):
+        module = tied(Doubling, swap)
+        before = module[0].weight.detach().clone()
+        with pytest.raises(
+            shardsave.IncompatibleCheckpointError, match=r"one tensor .* equal on disk, they differ; .* unchanged$"
+        ):
+            shardsave.load_model(module, tmp_path / "apart")
+        assert same_bits(module[0].weight, before)
+    source = tied(Halving)
+    shardsave.save({"0.weight": source[0].weight / 2, "1.weight": source[1].weight}, tmp_path / "halved")
+    fresh = tied(Halving)
+    shardsave.load_model(fresh, tmp_path / "halved")
+    assert same_state(fresh, source)
+
+    module, base = nn.Sequential(Doubling(3, 1, bias=False), nn.Linear(3, 1, bias=False)), torch.rand(5)
+    module[0].weight.data, module[1].weight.data = base[:3].view(1, 3), base[2:].view(1, 3)
+    shardsave.save(nn.Sequential(nn.Linear(3, 1, bias=False), nn.Linear(3, 1, bias=False)), tmp_path / "lines")
+    refused(module, tmp_path / "lines", "'1.weight' from .*it shares a part of it with '0.weight'.*")
+
+
+def test_elements_that_share_their_memory(tmp_path: Path) -> None:
+    """Catches windows over one run of memory, of which each overwrites a part of the one before; and refused transposes, slices."""
+    shardsave.save({"a": torch.rand(3, 4), "b": torch.rand(4, 3)}, tmp_path)
+    windows = torch.zeros(6).as_strided((3, 4), (1, 1))
+    words = r"'a' from .*memory for each element .*its strides are \[1, 1\]; call .contiguous\(\) on it first"
+    refused(Pair(windows, torch.zeros(4, 3)), tmp_path, words)
+    strided = Pair(torch.zeros(4, 3).t(), torch.zeros(8, 9)[::2, ::3])
+    shardsave.load_model(strided, tmp_path)
+    assert all(same_bits(value, strided.state_dict()[name]) for name, value in shardsave.load(tmp_path).items())
+
+
+def test_lazy_parameters(tmp_path: Path) -> None:
+    """Catches a lazy parameter that is asked for its shape; lazy modules take theirs from the checkpoint."""
+    source = nn.Linear(3, 2)
+    shardsave.save(source, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lazy = nn.LazyLinear(2)
+    shardsave.load_model(lazy, tmp_path)
+    assert same_state(lazy, source)
+    bare = nn.Linear(3, 2)
+    bare.weight = nn.parameter.UninitializedParameter()
+    with pytest.raises(shardsave.UnsupportedTensorError, match=r"cannot fill 'weight' from .*it is lazy; run a forward"):
+        shardsave.load_model(bare, tmp_path)
+
+
+def test_kinds_of_destinations_that_are_refused(tmp_path: Path) -> None:
+    """Catches a raw write into memory that is not plain elements, and a cast that fails only half way through."""
+
+    class Odd(torch.Tensor):
+        pass
+
+    def holding(tensor: torch.Tensor) -> nn.Module:
+        module = nn.Module()
+        module.register_buffer("ok", torch.zeros(2))
+        module.register_buffer("x", tensor)
+        return module
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantized = torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8)
+    shardsave.save({"x": torch.ones(4), "ok": torch.ones(2)}, tmp_path / "float")
+    refused(holding(quantized), tmp_path / "float", r"'x' from .*it is quantized \(qint8\)")
+    refused(holding(torch.zeros(4).to_sparse()), tmp_path / "float", "'x' from .*its layout is sparse_coo")
+    refused(holding(torch.zeros(4).as_subclass(Odd)), tmp_path / "float", "'x' from .*it is an Odd")
+    refused(holding(torch.zeros(1).expand(4)), tmp_path / "float", r"'x' from .*it is expanded; call \.contiguous\(\).*")
+    packed = torch.zeros(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    shardsave.save({"x": packed, "ok": torch.ones(2)}, tmp_path / "packed")
+    refused(holding(torch.zeros(4)), tmp_path / "packed", "'x' from .*float4_e2m1fn_x2 was expected, it is float32, and .*")
+    same = holding(packed.clone())
+    shardsave.load_model(same, tmp_path / "packed")
+    assert same.ok.sum() == 2
+
+
+@pytest.fixture
+def one_process_group() -> Iterator[None]:
+    import torch.distributed as distributed
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_distributed_wrappers(tmp_path: Path, one_process_group: None) -> None:
+    """Catches DDP's prefix on disk or in the way of a load, a DTensor taken for its local part or for a tie at address 0, and a
+    wrapper of FSDP whose collective calls would hang a single saver."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    source = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    source[0].requires_grad_(False)
+    shardsave.save(DistributedDataParallel(source), tmp_path / "ckpt")
+    assert shardsave.inspect(tmp_path / "ckpt").names == tuple(source.state_dict())
+    fresh = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    shardsave.load_model(DistributedDataParallel(fresh), tmp_path / "ckpt")
+    assert same_state(fresh, source) and not fresh[0].weight.requires_grad
+    sharded = fully_shard(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)), mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(
+        shardsave.UnsupportedTensorError, match=r"cannot save '0.weight': .* it is a DTensor; nothing was written"
+    ):
+        shardsave.save(sharded, tmp_path / "sharded")
+    assert not (tmp_path / "sharded").exists()
+    with pytest.raises(shardsave.UnsupportedTensorError, match=r"cannot fill '0.weight' from .*it is a DTensor"):
+        shardsave.load_model(sharded, tmp_path / "ckpt")
+    older = nn.Sequential(FullyShardedDataParallel(nn.Linear(3, 3), device_id=torch.device("cpu")))
+    words = "module '0': one that is whole in this process was expected, it is a FullyShardedDataParallel"
+    with pytest.raises(shardsave.UnsupportedTensorError, match=f"cannot save {words}.*; nothing was written"):
+        shardsave.save(older, tmp_path / "sharded")
+    with pytest.raises(shardsave.UnsupportedTensorError, match=f"cannot fill {words}.*; the module is unchanged"):
+        shardsave.load_model(older, tmp_path / "ckpt")
+
+
+def test_compiled_sub_module(tmp_path: Path) -> None:
+    """Catches ``_orig_mod.`` inside names, on disk or in the module."""
+    source = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    source[0] = torch.compile(source[0])  # type: ignore[assignment]
+    shardsave.save(source, tmp_path)
+    assert shardsave.inspect(tmp_path).names == ("0.weight", "0.bias", "1.weight", "1.bias")
+    fresh = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    fresh[1] = torch.compile(fresh[1])  # type: ignore[assignment]
+    shardsave.load_model(fresh, tmp_path)
+    assert all(same_bits(a, b) for a, b in zip(fresh.parameters(), source.parameters()))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_wrappers_around_sub_modules(tmp_path: Path, one_process_group: None) -> None:
+    """Catches a wrapper's prefix in the middle of a name, on disk, in the way of a load, or not given to a loading routine."""
+    from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+    class Mine(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = nn.Linear(3, 3)
+
+    def model(wrap: Callable[[nn.Module], nn.Module] | None, hooked: str | None = None) -> nn.Module:
+        made = nn.ModuleDict({"a": nn.Sequential(Mine(), nn.BatchNorm1d(3)), "b": nn.Linear(3, 2)})
+        made["a"][0].module.weight.requires_grad_(False)
+        if wrap is not None:
+            made["a"] = wrap(made["a"])
+        if hooked is not None:
+            made.get_submodule(hooked).register_load_state_dict_post_hook(lambda module, keys: None)
+        return made
+
+    compiled: Callable[[nn.Module], nn.Module] = torch.compile
+    wrappers = (
+        DataParallel,
+        DistributedDataParallel,
+        compiled,
+        lambda part: DataParallel(compiled(part)),
+        lambda part: compiled(DistributedDataParallel(part)),
+    )
+    plain = model(None)
+    for number, wrap in enumerate(wrappers):
+        source = model(wrap)
+        shardsave.save(source, path := tmp_path / str(number))
+        info = shardsave.inspect(path)
+        assert set(info.names) == set(plain.state_dict()) and info.frozen == {"a.0.module.weight"}
+        for fresh in (model(None), *(model(wrap, hooked) for hooked in (None, "a", ""))):
+            report = shardsave.load_model(fresh, path)
+            assert report.frozen == 1 and [p.requires_grad for p in fresh.parameters()] == [False] + [True] * 5
+            assert all(map(same_bits, fresh.state_dict().values(), source.state_dict().values()))
+
+
+def test_optimizer_goes_on(tmp_path: Path) -> None:
+    """Catches parameters that an optimizer no longer reaches."""
+    model = nn.Linear(3, 2)
+    shardsave.save(model, tmp_path)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
+    before = [weakref.ref(parameter) for parameter in model.parameters()]
+    shardsave.load_model(model, tmp_path)
+    assert [ref() for ref in before] == list(model.parameters())
+    loaded = model.weight.detach().clone()
+    model(torch.ones(3)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(model.weight, loaded)
+
+
+def test_flags_are_set_last(tmp_path: Path) -> None:
+    """Catches flags that change although the load failed."""
+    source = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)).requires_grad_(False)
+    shardsave.save(source, tmp_path)
+    damage(tmp_path, source[1].weight)
+    fresh = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    with pytest.raises(shardsave.CorruptCheckpointError):
+        shardsave.load_model(fresh, tmp_path)
+    assert all(parameter.requires_grad for parameter in fresh.parameters())
+
+
+def damage(folder: Path, tensor: torch.Tensor) -> None:
+    """Flips a bit of ``tensor``'s bytes in whichever shard has them."""
+    needle = tensor.detach().numpy().tobytes()
+    for path in folder.glob("*.safetensors"):
+        content = bytearray(path.read_bytes())
+        at = content.find(needle)
+        if at >= 0:
+            content[at] ^= 1
+            path.write_bytes(content)
+            return
+    raise AssertionError("the tensor is not there")
+
+
+def test_partly_loaded_is_counted(tmp_path: Path) -> None:
+    """Catches a count of tensors that includes those whose checksum was wrong, or those that were never given on."""
+    source = nn.Sequential(Doubling(3, 3), nn.Linear(3, 2), nn.Linear(2, 2))
+    shardsave.save(source, tmp_path / "direct")
+    damage(tmp_path / "direct", source[1].weight)
+    damage(tmp_path / "direct", source[2].weight)
+    fresh = nn.Sequential(Doubling(3, 3), nn.Linear(3, 2), nn.Linear(2, 2))
+    with pytest.raises(
+        shardsave.CorruptCheckpointError, match="1 more tensors are damaged; the module is partly loaded, 4 of 6"
+    ):
+        shardsave.load_model(fresh, tmp_path / "direct")
+    assert same_bits(fresh[1].bias, source[1].bias) and torch.equal(fresh[0].weight, source[0].weight * 2)
+    shardsave.save(source, tmp_path / "hooked")
+    damage(tmp_path / "hooked", source[0].weight)
+    with pytest.raises(shardsave.CorruptCheckpointError, match="'0.weight' .*the module is partly loaded, 0 of 6 tensors"):
+        shardsave.load_model(nn.Sequential(Doubling(3, 3), nn.Linear(3, 2), nn.Linear(2, 2)), tmp_path / "hooked")
+
+
+def test_without_flags(tmp_path: Path) -> None:
+    """Catches ``restore_frozen=False`` that restores, and flags set where the file has none."""
+    shardsave.save(nn.Linear(3, 2).requires_grad_(False), tmp_path)
+    fresh = nn.Linear(3, 2)
+    report = shardsave.load_model(fresh, tmp_path, restore_frozen=False)
+    assert fresh.weight.requires_grad and report.frozen is None and "flags left alone" in str(report)
+
+
+def test_flags_are_for_floating_point_parameters(tmp_path: Path) -> None:
+    """Catches a flag on a buffer or an integer parameter, which raises, or on a head that was not loaded."""
+
+    class Mixed(nn.Module):
+        def __init__(self, classes: int) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.arange(3), requires_grad=False)
+            self.head = nn.Linear(2, classes)
+            self.register_buffer("mean", torch.zeros(2))
+
+    source = Mixed(2)
+    source.head.requires_grad_(False)
+    shardsave.save(source, tmp_path)
+    fresh = Mixed(2)
+    assert shardsave.load_model(fresh, tmp_path).frozen == 2
+    assert not fresh.table.requires_grad and not fresh.mean.requires_grad and not fresh.head.weight.requires_grad
+    other = Mixed(5)
+    report = shardsave.load_model(other, tmp_path, strict=False)
+    assert len(report.mismatched) == 2 and other.head.weight.requires_grad
+
+
+def test_tied_here_and_saved_apart_with_different_flags(tmp_path: Path) -> None:
+    """Catches a tied parameter that is frozen because one of its names was."""
+    for frozen in ("a", "b"):
+        apart = {name: nn.Parameter(torch.ones(2), requires_grad=name != frozen) for name in ("a", "b")}
+        shardsave.save(apart, tmp_path)
+        tied = Pair(torch.zeros(2), torch.zeros(2))
+        tied.b = tied.a
+        assert shardsave.load_model(tied, tmp_path).frozen == 0
+        assert tied.a.requires_grad and tied.a.tolist() == [1, 1]
+
+
+def test_names_with_spaces_and_lists(tmp_path: Path) -> None:
+    """Catches names that are taken apart where only dots may be, and lists or dicts of parameters that are not seen."""
+    source = nn.ModuleDict({"d": nn.ParameterDict({"a b": torch.ones(2), "c": torch.ones(1)})})
+    source["l"] = nn.ParameterList([torch.ones(2), torch.zeros(3)])  # type: ignore[assignment]
+    shardsave.save(source, tmp_path)
+    same = copy.deepcopy(source)
+    with torch.no_grad():
+        for parameter in same.parameters():
+            parameter.fill_(7)
+    shardsave.load_model(same, tmp_path)
+    assert same_state(same, source)
+    other = nn.ModuleDict(
+        {"d": nn.ParameterDict({"a b": torch.zeros(3), "c": torch.zeros(1)}), "l": copy.deepcopy(source["l"])}
+    )
+    report = shardsave.load_model(other, tmp_path, strict=False)
+    assert report.mismatched == ("d.a b [2] on disk, [3] in the module",)
+    assert other["d"]["a b"].tolist() == [0, 0, 0] and other["d"]["c"].tolist() == [1]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_quantised_modules_are_refused(tmp_path: Path) -> None:
+    """Catches packed weights that are saved as something else."""
+    quantised = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(3, 2)), {nn.Linear})
+    with pytest.raises(shardsave.UnsupportedTensorError, match=r"cannot save '0._packed_params.*; nothing was written"):
+        shardsave.save(quantised, tmp_path / "ckpt")
+    assert not (tmp_path / "ckpt").exists()
+
+
+def test_batch_norm_state_from_before_it_counted(tmp_path: Path) -> None:
+    """Catches a counter that is reported missing, that is reset, or that stays on the meta device; and others of that name."""
+    state = nn.BatchNorm1d(3).state_dict()
+    del state["num_batches_tracked"]
+    shardsave.save(state, tmp_path)
+    norm = nn.BatchNorm1d(3)
+    norm.num_batches_tracked += 5
+    shardsave.load_model(norm, tmp_path)
+    assert norm.num_batches_tracked == 5
+    with torch.device("meta"):
+        empty = nn.BatchNorm1d(3)
+    shardsave.load_model(empty, tmp_path)
+    assert empty.num_batches_tracked.device.type == "cpu" and empty.num_batches_tracked == 0
+    other = nn.Module()
+    other.register_buffer("num_batches_tracked", torch.zeros(()))
+    with pytest.raises(shardsave.IncompatibleCheckpointError, match="1 missing from the checkpoint: num_batches_tracked"):
+        shardsave.load_model(other, tmp_path)
+
+
+def test_meta_parameters_keep_what_others_gave_them(tmp_path: Path, small_model: nn.Module) -> None:
+    """Catches a materialised model that loses classes, attributes, ties or flags, or is not on the device asked for."""
+    shardsave.save(small_model, tmp_path)
+    for device in (None, "cpu"):
+        with torch.device("meta"):
+            empty = SmallModel()
+        empty.scratch = torch.zeros(3)
+        empty.embed.weight.no_decay = True
+        shardsave.load_model(empty, tmp_path, device=device, restore_frozen=False)
+        assert type(empty.embed.weight) is nn.Parameter and empty.embed.weight.no_decay
+        assert empty.head.weight is empty.embed.weight and same_state(empty, small_model)
+        assert all(t.device.type == "cpu" for t in empty.state_dict().values())
+        assert not empty.encoder[0].weight.requires_grad and empty.narrow.weight.requires_grad
+        assert "steps" in dict(empty.named_buffers()) and not empty.steps.is_meta
+
+
+def test_meta_parameters_that_are_not_there(tmp_path: Path) -> None:
+    """Catches undefined memory behind a parameter that a load which is not strict did not fill."""
+    shardsave.save({"weight": torch.ones(2, 3)}, tmp_path)
+    with torch.device("meta"):
+        empty = nn.Linear(3, 2)
+    report = shardsave.load_model(empty, tmp_path, strict=False)
+    assert report.missing == ("bias",) and empty.bias.is_meta and empty.weight.sum() == 6
+
+
+def test_scalars_saved_as_vectors(tmp_path: Path) -> None:
+    """Catches torch's oldest scalars, of one dimension, that are refused."""
+    shardsave.save({"x": torch.tensor([3.0])}, tmp_path)
+    module = nn.Module()
+    module.register_buffer("x", torch.tensor(0.0))
+    shardsave.load_model(module, tmp_path)
+    assert module.x.shape == () and module.x == 3
+
+
+def test_every_difference_is_listed(tmp_path: Path) -> None:
+    """Catches a strict load that names only the first few."""
+    shardsave.save({f"old.{n}": torch.ones(1) for n in range(40)} | {"shape": torch.ones(2)}, tmp_path)
+    module = nn.ParameterDict({f"new{n}": torch.zeros(1) for n in range(40)} | {"shape": torch.zeros(3)})
+    with pytest.raises(shardsave.IncompatibleCheckpointError) as caught:
+        shardsave.load_model(module, tmp_path)
+    text = str(caught.value)
+    assert all(f"old.{n}" in text and f"new{n}" in text for n in range(40)) and "shape [2] on disk, [3]" in text
+    assert text.endswith("the module is unchanged") and all(p.sum() == 0 for p in module.values())
+
+
+def test_saved_tied_and_loaded_apart(tmp_path: Path) -> None:
+    """Catches bytes that are wanted twice: by two names which are one tensor on disk, and two here."""
+    tied = nn.ModuleDict({"a": nn.Linear(300, 300), "b": nn.Linear(300, 300)})
+    tied["b"].weight = tied["a"].weight
+    shardsave.save(tied, tmp_path)
+    apart = nn.ModuleDict({"a": nn.Linear(300, 300), "b": nn.Linear(300, 300)})
+    shardsave.load_model(apart, tmp_path)
+    assert same_state(apart, tied) and apart["a"].weight is not apart["b"].weight
+
+
+def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
+    """Catches a parameter that stays unfilled, without a word, since another one has its name once wrappers' names are left out."""
+    shardsave.save({"scale": torch.ones(1)}, tmp_path)
+    model = nn.Module()
+    model.scale = nn.Parameter(torch.zeros(1))
+    model._orig_mod = nn.Module()
+    model._orig_mod.scale = nn.Parameter(torch.zeros(1))
+    with pytest.raises(
+        shardsave.IncompatibleCheckpointError, match="two are 'scale' without the names of wrappers; the module is unch"
+    ):
+        shardsave.load_model(model, tmp_path)
+    assert not model.scale.any() and not model._orig_mod.scale.any()
+
+
+def test_metadata_of_others_that_looks_like_a_tie(tmp_path: Path) -> None:
+    """Catches a plain remark in a file of others that keeps a module from being filled, as it happens to be a tensor's name."""
+    from safetensors.torch import save_file
+
+    save_file(nn.Linear(2, 2).state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt", "quantized": "weight"})
+    report = shardsave.load_model(nn.Linear(2, 2), tmp_path)
+    assert report.tensors == 2 and report.unexpected == ()
+
+
+def test_inference_mode_of_the_caller_stays_out_of_what_routines_keep(tmp_path: Path) -> None:
+    """Catches a tensor that a loading routine keeps, and that nobody could train with, since the load was made in inference mode."""
+
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.ones(2)
+
+        def get_extra_state(self) -> torch.Tensor:
+            return self.scale
+
+        def set_extra_state(self, state: torch.Tensor) -> None:
+            self.scale = state
+
+    shardsave.save(Keeps(), tmp_path)
+    model = Keeps()
+    with torch.inference_mode():
+        shardsave.load_model(model, tmp_path)
+    assert not model.scale.is_inference()

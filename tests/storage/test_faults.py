@@ -1,0 +1,197 @@
+"""Faults made beneath libc, where the C++ core, the commit in Python and the portable engine meet them alike.
+
+Method: each scenario of ``faults/scenarios.py`` runs in a process of its own with ``faults/beneath.c`` preloaded.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from faults.beneath import read_record
+from support import ROOT
+
+ENGINES = ("native", "portable")
+
+
+def run_beneath(beneath: Path, engine: str, arguments: list[str], *before: str, kind: str = "plain") -> str:
+    """Runs ``python arguments`` with the library preloaded, saving what `savers.KIND` says; what it printed."""
+    paths = os.pathsep.join([str(ROOT / "tests"), *filter(None, sys.path)])
+    preload = ["env", f"LD_PRELOAD={beneath}"]
+    wanted = {"PYTHONPATH": paths, "SHARDSAVE_ENGINE": engine, "SHARDSAVE_FAULTS_KIND": kind}
+    done = subprocess.run(
+        [*before, *preload, sys.executable, "-W", "error", *arguments],
+        env={**os.environ, **wanted},
+        capture_output=True,
+        text=True,
+        timeout=3600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def trials(printed: str) -> int:
+    """The fewest of any scenario."""
+    return min(int(number) for number in re.findall(r"(\d+) trials", printed))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("before", ["first", "overwrite"])
+def test_each_call_of_a_save(beneath: Path, memory: Path, before: str, engine: str) -> None:
+    """Catches any call whose failure is swallowed, leaks something, tears a checkpoint, leaves litter or is not told; any
+    instant at which a killed save leaves neither the old nor the new checkpoint; any at which Ctrl-C does."""
+    scenarios = "save_fails,save_loses_its_disk,save_is_killed,save_is_interrupted"
+    assert trials(run_beneath(beneath, engine, ["-m", "faults.scenarios", scenarios, before, str(memory)])) >= 60
+
+
+@pytest.mark.parametrize("before", ["first", "overwrite"])
+def test_each_call_of_a_save_with_direct_io(beneath: Path, tmp_path: Path, before: str) -> None:
+    """Catches the same where the disk is written to past the page cache, which memory has no need of."""
+    arguments = ["-m", "faults.scenarios", "direct_save_fails,save_is_killed", before, str(tmp_path)]
+    assert trials(run_beneath(beneath, "native", arguments)) >= 60
+
+
+@pytest.mark.parametrize("before", ["first", "overwrite"])
+def test_each_call_of_a_save_with_a_config(beneath: Path, memory: Path, before: str) -> None:
+    """Catches the same where a file of a fixed name lies beside the weights: half of one, one that goes with a save that was not
+    committed, one that is not of the same save without that a reader is told, one that the next save leaves as it is."""
+    arguments = ["-m", "faults.scenarios", "save_fails,save_is_killed,save_is_interrupted", before, str(memory)]
+    assert trials(run_beneath(beneath, "native", arguments, kind="config")) >= 60
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("before", ["first", "overwrite"])
+def test_each_call_of_a_save_of_an_adapter(beneath: Path, memory: Path, before: str, engine: str) -> None:
+    """Catches weights and config of two adapters side by side without that a reader is told, half of one of them, one that goes with
+    a save that was not committed, and one that the next save leaves as it is."""
+    arguments = ["-m", "faults.scenarios", "slice_fails,save_is_killed,save_is_interrupted", before, str(memory)]
+    assert trials(run_beneath(beneath, engine, arguments, kind="adapter")) >= 60
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("before", ["first", "overwrite"])
+def test_killed_at_any_moment(beneath: Path, tmp_path: Path, before: str, engine: str) -> None:
+    """Catches any instant, in whatever the saver's threads do, at which a kill tears a checkpoint; and a lock that a forked child
+    keeps when its parent is gone."""
+    scenarios = "save_is_killed_at_random,save_is_killed_beside_a_live_child"
+    assert trials(run_beneath(beneath, engine, ["-m", "faults.scenarios", scenarios, before, str(tmp_path)])) >= 10
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_each_call_of_a_load(beneath: Path, tmp_path: Path, engine: str) -> None:
+    """Catches a load that gives wrong values, an unclear error, or keeps a descriptor, because a call failed, gave less than was
+    asked for, or was interrupted."""
+    scenarios = "load_fails,load_is_interrupted"
+    assert trials(run_beneath(beneath, engine, ["-m", "faults.scenarios", scenarios, "overwrite", str(tmp_path)])) > 60
+
+
+@pytest.mark.parametrize("before", ["first", "overwrite"])
+def test_each_call_of_a_conversion(beneath: Path, memory: Path, before: str) -> None:
+    """Catches one file that is torn, a scratch file that stays for good, a descriptor that is kept."""
+    arguments = ["-m", "faults.single_file", "file_is_interrupted,file_is_killed", before, str(memory)]
+    assert trials(run_beneath(beneath, "native", arguments)) >= 40
+
+
+def test_each_failing_call_of_a_conversion(beneath: Path, memory: Path) -> None:
+    """Catches a failure that is swallowed, or told as another, and what is said to be untouched being touched."""
+    assert trials(run_beneath(beneath, "native", ["-m", "faults.single_file", "file_fails", "first", str(memory)])) >= 40
+
+
+def test_each_call_of_a_clean(beneath: Path, memory: Path) -> None:
+    """Catches a clean that damages what it is to keep, when it fails or ends half way, and one that the next cannot finish."""
+    assert trials(run_beneath(beneath, "native", ["-m", "faults.single_file", "clean_meets", "overwrite", str(memory)])) >= 10
+
+
+EARLY = """
+import fcntl, sys, torch, shardsave
+from pathlib import Path
+from faults.beneath import Fate, read_record, recorded
+
+folder = Path(sys.argv[1])
+state = {"x": torch.arange(5_000_003)}
+
+def calls(name, number=0, fate=Fate.PASS, durable=True):
+    (folder / name).mkdir()
+    with recorded(folder / name, folder / f"{name}.record", number, fate):
+        report = shardsave.save(state, folder / name / "ckpt", durable=durable, progress=False)
+    made = read_record(folder / f"{name}.record")
+    return report.direct, [call for call in made if call.path.suffix == ".safetensors" or call.call == "fcntl"]
+
+def started(made):
+    return [range(call.a, call.a + call.b) for call in made if call.call == "sync_file_range"]
+
+shardsave.save(state, folder / "warm", progress=False)
+direct, made = calls("direct")
+if direct:
+    assert not started(made)
+    record = read_record(folder / "direct.record")
+    number = next(n for n, call in enumerate(record, 1) if call.call == "fcntl" and call.a == fcntl.F_SETFL)
+    direct, made = calls("refused", number, Fate.FAIL)
+assert not direct
+names = [call.call for call in made]
+written = [(call.a, call.a + call.b) for call in made[: names.index("ftruncate")] if call.call == "pwrite"]
+assert len(written) > 4 and "sync_file_range" not in names[names.index("ftruncate") :]
+assert all(any(begin in one and end - 1 in one for one in started(made)) for begin, end in written), (written, started(made))
+assert not started(calls("in-memory", durable=False)[1])
+"""
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_writeback_begins_with_the_first_block(beneath: Path, tmp_path: Path, engine: str) -> None:
+    """Catches a durable save through the page cache that leaves all the writing to its fsync, which no Ctrl-C ends; and one that
+    is not durable and makes the disk work."""
+    run_beneath(beneath, engine, ["-c", EARLY, str(tmp_path)])
+
+
+#: The names that calls have in the library, by those of the kernel.
+KERNEL = {
+    "pread64": "pread", "pwrite64": "pwrite", "newfstatat": "stat", "fstat": "stat", "lstat": "stat", "fstatat": "stat",
+    "fstatfs": "fstatvfs", "closedir": "close", "rename": "renameat", "mkdir": "mkdirat", "unlink": "unlinkat",
+    "rmdir": "unlinkat", "open": "openat", "opendir": "openat", "getdents64": "readdir",
+}  # fmt: skip
+
+#: Calls that ask the kernel a different number of times (that they were made at all is enough), or that strace may not know.
+UNCOUNTED = {"readdir", "fdopendir", "lseek", "stat", "fcntl", "cachestat"}
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+@pytest.mark.parametrize("engine", ENGINES)
+def test_no_call_is_missed(beneath: Path, tmp_path: Path, engine: str) -> None:
+    """Catches an OS call on checkpoint files that the library does not see, and so never fails: compared with the kernel's view."""
+    program = (
+        "import sys; from pathlib import Path; from faults.beneath import recorded; from faults import savers; import shardsave\n"
+        "folder = Path(sys.argv[1])\n"
+        "savers.save(0, folder / 'warm')\n"
+        "with recorded(folder / 'watched', folder / 'record'):\n"
+        "    for generation in (1, 2): savers.save(generation, folder / 'watched' / 'ckpt')\n"
+        "    assert savers.generation_in(folder / 'watched' / 'ckpt') == 2\n"
+        "    shardsave.load(folder / 'watched' / 'ckpt', mmap=True); shardsave.verify(folder / 'watched' / 'ckpt')\n"
+    )
+    (tmp_path / "watched").mkdir()
+    trace = tmp_path / "trace"
+    strace = ["strace", "-f", "-y", "-qq", "-s", "0", "-e", "trace=%file,%desc,flock", "-o", str(trace)]
+    run_beneath(beneath, engine, ["-c", program, str(tmp_path)], *strace)
+    watched = str(tmp_path / "watched")
+    by_kernel: Counter[str] = Counter()
+    for line in trace.read_text().splitlines():
+        match = re.match(r"\d+ +(?:<\.\.\. )?(\w+)[( ]", line)
+        ours = re.search(re.escape(watched) + r"[/>\"]", line.split(" = ")[0])
+        if match and ours and match[1] not in ("readlinkat", "readlink") and not _is_the_librarys_own(line):
+            by_kernel[KERNEL.get(match[1], match[1])] += 1
+    by_library = Counter(KERNEL.get(call.call, call.call) for call in read_record(tmp_path / "record"))
+    assert by_kernel.keys() - UNCOUNTED == by_library.keys() - UNCOUNTED
+    for call in by_kernel.keys() - UNCOUNTED:
+        assert by_kernel[call] == by_library[call], call
+    assert by_kernel.keys() >= {"openat", "pwrite", "fsync", "renameat", "flock"}
+
+
+def _is_the_librarys_own(line: str) -> bool:
+    """The library looks files up itself when it records."""
+    return "/proc/self/fd/" in line

@@ -1,0 +1,307 @@
+"""The commit protocol under loss of power at any moment, judged on the model of ``faults/power.py``.
+
+Method: real saves are recorded beneath libc, then replayed up to every call; of each disk that may be found there, the directory
+must load as the old or the new checkpoint, whole, and the next save must leave no litter. To show that the model would notice, steps
+of the protocol are then taken out of the recording one at a time, and each time it must fail.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import os
+import random
+import shutil
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+
+import pytest
+from test_faults import ENGINES, run_beneath
+
+import shardsave
+from faults.beneath import Recorded, read_record
+from faults.power import Disk, Tree, lay_out
+from faults.savers import CONFIG, litter_in, save, with_companions_in
+
+SAMPLES = int(os.environ.get("SHARDSAVE_POWER_SAMPLES", "12"))
+
+Phases = list[list[Recorded]]
+
+
+class Judge:
+    """Replays recordings and remembers what it found on which disk."""
+
+    def __init__(self, scratch: Path) -> None:
+        self._scratch = scratch
+        self._known: dict[bytes, tuple[object, str]] = {}
+        self.disks = 0
+
+    def violations(
+        self, root: Path, phases: Phases, allowed: Sequence[Collection[object]], end: Collection[object]
+    ) -> list[str]:
+        """Replays ``phases``, cutting the power before each call; ``allowed`` are the generations during each, ``end`` after all."""
+        disk = Disk(root)
+        wrong: list[str] = []
+        chance = random.Random(1)
+        for phase, permitted in zip(phases, allowed):
+            for call in phase:
+                self._look(disk, chance, permitted, f"before {call.call} of {call.path.relative_to(root)}", wrong)
+                disk.apply(call)
+        self._look(disk, chance, end, "after the end", wrong)
+        return wrong
+
+    def _look(self, disk: Disk, chance: random.Random, permitted: Collection[object], when: str, wrong: list[str]) -> None:
+        for tree in disk.after_power_loss(chance, SAMPLES) if permitted else ():
+            found, litter = self._found(tree)
+            if found not in permitted:
+                wrong.append(f"{when}: {found}, {sorted(map(str, tree))}")
+            if litter:
+                wrong.append(f"{when}: the next save leaves {litter}")
+
+    def _found(self, tree: Tree) -> tuple[object, str]:
+        digest = hashlib.sha256(repr(sorted((str(path), content) for path, content in tree.items())).encode()).digest()
+        self.disks += 1
+        if digest not in self._known:
+            folder = self._scratch / "disk"
+            lay_out(tree, folder)
+            self._known[digest] = _judge(folder / "runs" / "ckpt")
+            shutil.rmtree(folder)
+        return self._known[digest]
+
+
+def _judge(target: Path) -> tuple[object, str]:
+    """The generation that ``target`` holds, or what is wrong with it; and what the next save leaves behind."""
+    try:
+        found: object = with_companions_in(target)
+    except (shardsave.ShardSaveError, AssertionError) as error:
+        return str(error)[:200], ""
+    save(9, target, durable=False, kind="config" if any(target.rglob(CONFIG)) else "plain")
+    litter = litter_in(target) - {"model.safetensors"} if found is None else litter_in(target)
+    return found, ", ".join(sorted(litter))
+
+
+@pytest.fixture(scope="module")
+def judge() -> Judge:
+    """Works in memory where there is a place for it."""
+    shm = Path("/dev/shm")
+    scratch = (shm if os.access(shm, os.W_OK) else Path("/tmp")) / f"shardsave-power-{os.getpid()}"
+    scratch.mkdir()
+    gc.freeze()  # all of torch, which no collection need go through for each disk
+    yield Judge(scratch)
+    gc.unfreeze()
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+Record = Callable[..., Path]
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def record(beneath: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Record:
+    """``record(name)`` makes a recording of ``faults.recordings`` once, and gives its folder."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def make(name: str, kind: str = "plain") -> Path:
+        if (name, kind) not in made:
+            folder = tmp_path_factory.mktemp(f"{name}-{request.param}")
+            arguments = ["-m", "faults.recordings", name, str(folder)]
+            run_beneath(beneath, request.param, arguments, kind=kind)
+            made[name, kind] = folder / "recording"
+        return made[name, kind]
+
+    return make
+
+
+def phases_of(recording: Path) -> Phases:
+    return [read_record(path) for path in sorted(recording.glob("phase-?"))]
+
+
+def test_first_save(record: Record, judge: Judge) -> None:
+    """Catches a first save that a loss of power turns into something that is neither nothing nor all, or that is not durable."""
+    recording = record("first")
+    assert not judge.violations(recording / "watched", phases_of(recording), [{None, 1}], {1})
+
+
+def test_overwrite(record: Record, judge: Judge) -> None:
+    """Catches an overwrite in which a loss of power costs the old checkpoint before the new one is safe."""
+    recording = record("overwrite")
+    before = judge.disks
+    assert not judge.violations(recording / "watched", phases_of(recording), [(), {1, 2}], {2})
+    assert judge.disks > before + 100
+
+
+def test_first_save_with_a_config(record: Record, judge: Judge) -> None:
+    """Catches a first save that is there without its config."""
+    recording = record("first", kind="config")
+    assert not judge.violations(recording / "watched", phases_of(recording), [{None, 1}], {1})
+
+
+def test_overwrite_with_another_config(record: Record, judge: Judge) -> None:
+    """Catches the old weights beside the new config; half of a config; weights and config of two saves of which no reader is told."""
+    recording = record("overwrite", kind="config")
+    during = {1, 2, "2 with config.json of 1"}
+    assert not judge.violations(recording / "watched", phases_of(recording), [(), during], {2})
+
+
+def test_config_of_a_killed_saver(record: Record, judge: Judge) -> None:
+    """Catches a dead saver's config that the next save loses before it has put it, or its own, in place."""
+    recordings = [r for r in sorted(record("killed_before_the_config", kind="config").iterdir()) if r.name != "trial"]
+    assert len(recordings) >= 6
+    for recording in recordings:
+        if recording.name.endswith("saved"):
+            allowed: set[object] = {1, 2, 3, "2 with config.json of 1", "3 with config.json of 2"}
+            end = {3}
+        else:
+            allowed, end = {1, 2, "2 with config.json of 1"}, {2}
+        assert not judge.violations(recording / "watched", phases_of(recording), [(), (), allowed], end), recording.name
+
+
+def test_in_place_of_a_lone_file(record: Record, judge: Judge) -> None:
+    """Catches a lone file that is removed before the commit that replaces it is durable."""
+    recording = record("lone")
+    assert not judge.violations(recording / "watched", phases_of(recording), [(), {1, 2}], {2})
+
+
+def test_in_a_directory_that_others_made(record: Record, judge: Judge) -> None:
+    """Catches a durable checkpoint in a directory whose own name is not durable."""
+    recording = record("made_by_others")
+    assert not judge.violations(recording / "watched", phases_of(recording), [(), (), ()], {2})
+
+
+def test_what_was_visible_is_intact(record: Record, judge: Judge) -> None:
+    """Catches a save that says "the previous checkpoint is intact" of one that a loss of power may still undo."""
+    recording = record("killed_then_no_room")
+    assert not judge.violations(recording / "watched", phases_of(recording), [(), {1, 2}, {1, 2}], {2})
+
+
+def test_after_a_killed_saver(record: Record, judge: Judge) -> None:
+    """Catches a save that builds on, or cleans up, what a dead saver had not made durable."""
+    for recording in sorted(record("killed_then_saved").iterdir()):
+        assert not judge.violations(recording / "watched", phases_of(recording), [(), (), {1, 2, 3}], {3}), recording.name
+
+
+def test_each_fsync_fails(record: Record, judge: Judge) -> None:
+    """Catches a failed fsync that is taken for success, or after which something is removed."""
+    outcomes = set()
+    for recording in record("failed_fsyncs").iterdir():
+        if recording.name == "trial":
+            continue
+        outcome = (recording / "outcome").read_text()
+        outcomes.add(outcome)
+        end = {2} if outcome == "success" else {1, 2}
+        assert not judge.violations(recording / "watched", phases_of(recording), [(), {1, 2}], end), recording.name
+    # Before the rename; after it; of what is only cleaned up.
+    assert outcomes == {"SaveNotCommittedError", "DurabilityUncertainError", "success"}
+
+
+def is_shard(call: Recorded) -> bool:
+    return call.path.name.endswith(".safetensors")
+
+
+def is_target(call: Recorded) -> bool:
+    return call.path.name == "ckpt"
+
+
+def is_staging(call: Recorded) -> bool:
+    return call.path.name.startswith(".shardsave-")
+
+
+def places(phase: list[Recorded], call: str, which: Callable[[Recorded], bool]) -> list[int]:
+    return [n for n, made in enumerate(phase) if made.call == call and which(made)]
+
+
+def without(phase: list[Recorded], left_out: Collection[int]) -> list[Recorded]:
+    assert left_out, "the step that is to be removed is not there"
+    return [call for n, call in enumerate(phase) if n not in set(left_out)]
+
+
+def index_rename(phase: list[Recorded]) -> int:
+    return places(phase, "renameat", lambda call: call.other.name.endswith(".index.json"))[0]
+
+
+def target_syncs(phase: list[Recorded]) -> dict[str, int]:
+    """The fsyncs of the checkpoint's directory, by what they make durable."""
+    staging = places(phase, "mkdirat", is_staging)[0]
+    first_move = places(phase, "linkat", is_shard)[0]
+    syncs = places(phase, "fsync", is_target)
+    return {
+        "staging's name": min(n for n in syncs if n > staging),
+        "moved shards": min(n for n in syncs if n > first_move),
+        "renamed index": min(n for n in syncs if n > index_rename(phase)),
+    }
+
+
+def fsync_before_ftruncate(phase: list[Recorded]) -> list[Recorded]:
+    made = list(phase)
+    for truncate in reversed(places(phase, "ftruncate", is_shard)):
+        sync = next(n for n in places(phase, "fsync", is_shard) if n > truncate)
+        made.insert(sync, made.pop(truncate))
+    return made
+
+
+def index_before_shards(phase: list[Recorded]) -> list[Recorded]:
+    """The index staged and renamed, and the directory fsynced, before the shards are moved."""
+    move = places(phase, "linkat", is_shard)[0]
+    index = places(phase, "openat", lambda call: call.path.name == "index")[0]
+    sync = target_syncs(phase)["renamed index"]
+    return [*phase[:move], *phase[index : sync + 1], *phase[move:index], *phase[sync + 1 :]]
+
+
+REMOVALS: dict[str, Callable[[list[Recorded]], list[Recorded]]] = {
+    "shard fsync": lambda phase: without(phase, places(phase, "fsync", is_shard)),
+    "fsync of the list of names": lambda phase: without(phase, places(phase, "fsync", lambda call: call.path.name == "names")),
+    "fsync of the staging directory": lambda phase: without(phase, places(phase, "fsync", is_staging)),
+    "fsync after making the staging directory": lambda phase: without(phase, [target_syncs(phase)["staging's name"]]),
+    "fsync after moving the shards": lambda phase: without(phase, [target_syncs(phase)["moved shards"]]),
+    "fsync of the index": lambda phase: without(phase, places(phase, "fsync", lambda call: call.path.name == "index")),
+    "no cleaning after a failed fsync": lambda phase: without(phase, [target_syncs(phase)["renamed index"]]),
+    "ftruncate before fsync": fsync_before_ftruncate,
+    "shards before index": index_before_shards,
+}
+
+
+def places_of_config(phase: list[Recorded], call: str) -> list[int]:
+    return places(phase, call, lambda made: CONFIG in (made.path.name, made.other.name))
+
+
+CONFIG_REMOVALS: dict[str, Callable[[list[Recorded]], list[Recorded]]] = {
+    "fsync of the staged config": lambda phase: without(phase, places_of_config(phase, "fsync")),
+    "fsync between the renames of index and config": lambda phase: without(phase, [target_syncs(phase)["renamed index"]]),
+    "fsyncs after the rename of the config": lambda phase: without(
+        phase, [n for n in places(phase, "fsync", is_target) if n > places_of_config(phase, "renameat")[0]]
+    ),
+}
+
+
+@pytest.mark.parametrize("step", CONFIG_REMOVALS)
+def test_a_missing_step_for_the_config_is_noticed(record: Record, judge: Judge, step: str) -> None:
+    """Catches a model that forgives what could leave a torn config, the new one beside the old weights, or the old one for good."""
+    recording = record("overwrite", kind="config")
+    old, new = phases_of(recording)
+    during = {1, 2, "2 with config.json of 1"}
+    assert judge.violations(recording / "watched", [old, CONFIG_REMOVALS[step](new)], [(), during], {2})
+
+
+@pytest.mark.parametrize("step", REMOVALS)
+def test_a_missing_step_is_noticed(record: Record, judge: Judge, step: str) -> None:
+    """Catches a model that forgives: without any one step of the protocol it must find a checkpoint lost, torn or littered."""
+    recording = record("overwrite")
+    old, new = phases_of(recording)
+    assert judge.violations(recording / "watched", [old, REMOVALS[step](new)], [(), {1, 2}], {2})
+
+
+def test_a_missing_fsync_of_the_parent_directory_is_noticed(record: Record, judge: Judge) -> None:
+    """Catches a model that forgives directories that were created and never entered durably into their parents."""
+    recording = record("first")
+    (phase,) = phases_of(recording)
+    above = places(phase, "fsync", lambda call: call.path.name in ("runs", "watched"))
+    assert len(above) == 2
+    for left_out in above:
+        assert judge.violations(recording / "watched", [without(phase, [left_out])], [{None, 1}], {1})
+
+
+def test_a_missing_fsync_at_the_lock_is_noticed(record: Record, judge: Judge) -> None:
+    """Catches a model that forgives a promise about what is visible and not durable."""
+    recording = record("killed_then_no_room")
+    old, killed, no_room = phases_of(recording)
+    without_sync = without(no_room, places(no_room, "fsync", is_target))
+    assert judge.violations(recording / "watched", [old, killed, without_sync], [(), {1, 2}, {1, 2}], {2})

@@ -1,0 +1,78 @@
+"""What tests of several wings share: paths of the project, a small model, comparisons bit for bit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "tests"
+
+Compile = Callable[..., Path]
+
+
+def let_everybody_in(folder: Path) -> None:
+    """Makes ``folder`` one that every user may enter and write to: pytest keeps its directories for the user that runs it."""
+    folder.chmod(folder.stat().st_mode | 0o077)
+    for above in folder.parents:
+        if above.stat().st_mode & 0o005 != 0o005:
+            above.chmod(above.stat().st_mode | 0o055)
+
+
+class SmallModel(nn.Module):
+    """A little of everything: a frozen part, tied weights, a persistent and a non-persistent buffer, several dtypes."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed = nn.Embedding(50, 16)
+        self.encoder = nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.Linear(32, 16))
+        self.narrow = nn.Linear(16, 16).to(torch.bfloat16)
+        self.head = nn.Linear(16, 50, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("steps", torch.arange(seed, seed + 5))
+        self.register_buffer("scratch", torch.zeros(3), persistent=False)
+        self.encoder.requires_grad_(False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        hidden = self.encoder(self.embed(tokens))
+        return self.head(self.narrow(hidden.to(torch.bfloat16)).to(hidden.dtype))
+
+
+def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether two tensors agree in dtype, shape and every bit (NaN payloads and negative zeros too)."""
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    as_bytes = [t.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8) for t in (left, right)]
+    return torch.equal(*as_bytes)
+
+
+def same_state(left: nn.Module, right: nn.Module) -> bool:
+    """Whether two modules have the same names, and under each the same bits."""
+    a, b = left.state_dict(), right.state_dict()
+    return a.keys() == b.keys() and all(same_bits(a[name], b[name]) for name in a)
+
+
+def forked(action: Callable[[], object]) -> int:
+    """Forks a child that runs ``action`` and exits without cleaning up; returns its process id."""
+    child = os.fork()
+    if child == 0:
+        try:
+            action()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    return child
+
+
+def holds_in_child(check: Callable[[], bool]) -> bool:
+    """Whether ``check`` returns true in a forked child."""
+
+    def exit_with_answer() -> None:
+        os._exit(0 if check() else 1)
+
+    return os.waitpid(forked(exit_with_answer), 0)[1] == 0
