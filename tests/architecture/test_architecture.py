@@ -19,11 +19,12 @@ from torch.nn.utils import parametrizations, prune
 
 import shardsave
 import zoo
-from shardsave._api import build, save
+from shardsave._api import build
 from shardsave._architecture.builder import Builder
 from shardsave._architecture.kinds import shadows_method
 from shardsave._architecture.trust import resolve
 from shardsave._architecture.values import Document
+from shardsave._saving import contents
 from shardsave._storage.checkpoint import PARTS, open_checkpoint
 from support import SmallModel, same_bits, same_state
 
@@ -231,7 +232,7 @@ def test_keys_that_would_be_others_are_refused(tmp_path: Path) -> None:
 
 def test_an_architecture_that_nobody_could_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a document that is written, and is larger than what a reader takes."""
-    monkeypatch.setattr(save, "MAX_HEADER_BYTES", 3000)
+    monkeypatch.setattr(contents, "MAX_HEADER_BYTES", 3000)
     model = nn.Linear(2, 2)
     shardsave.save(model, tmp_path, architecture=True)
     model.table = list(range(1000))  # type: ignore[assignment]

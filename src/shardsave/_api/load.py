@@ -18,8 +18,8 @@ from shardsave._common.os_calls import CallFailed, read_at
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
 from shardsave._format.dtypes import BY_NAME, torch_shape
-from shardsave._huggingface.peft import adapter_names
-from shardsave._huggingface.transformers_saving import pretrained
+from shardsave._huggingface.peft_loading import adapter_names
+from shardsave._huggingface.recognize import transformers_model
 from shardsave._loading import fit_module
 from shardsave._loading.mapped import Maps
 from shardsave._loading.read import ReadTotals, read_tensors
@@ -152,7 +152,7 @@ def load_model(
     with open_checkpoint(path, selection(None, prefix), parts=("architecture",) if own_states else ()) as checkpoint:
         chosen = choose(checkpoint, None, prefix)
         stored = {name.removeprefix(prefix): checkpoint.tensors[original] for name, original in chosen.items()}
-        hub, where_from = pretrained(model), os.fspath(path)
+        hub, where_from = transformers_model(model), os.fspath(path)
         if hub is not None:
             from shardsave._huggingface.transformers_loading import conversion  # no other model needs it
         converted = conversion(hub, stored, where_from) if hub is not None else adapter_names(model, stored, where_from)

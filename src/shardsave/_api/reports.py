@@ -4,21 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from shardsave._common.phases import Phases
 from shardsave._common.words import count, human_bytes, some
 
 __all__ = ["LoadReport", "Phases", "Report", "SaveReport"]
 
 VERIFIED = {True: "checksums verified", False: "not verified", None: "no checksums stored"}
-
-
-@dataclass(frozen=True)
-class Phases:
-    """Where the time went, in seconds. A load has no sync; its commit is the setting of flags and of what needed care."""
-
-    plan: float = 0.0
-    transfer: float = 0.0
-    sync: float = 0.0
-    commit: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -41,12 +41,13 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
 
 
 class Written(NamedTuple):
-    """How a file was written, for the report."""
+    """How the output was written, for the report."""
 
     direct: bool
     staging_bytes: int
     engine: str
     notes: tuple[str, ...] = ()
+    shards: int = 1
 
 
 class NewFile:

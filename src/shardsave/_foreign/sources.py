@@ -19,7 +19,8 @@ from shardsave._foreign.torch_file import read_torch_file
 from shardsave._format.header import CHECKSUM_KEY
 from shardsave._format.index import INDEX_NAME, LONE_NAME, parse_index
 from shardsave._loading.mapped import Maps
-from shardsave._state.module import Beside, Entry
+from shardsave._state.module import Entry
+from shardsave._state.parts import Parts
 from shardsave._storage.checkpoint import PARTS, Checkpoint, Located, open_checkpoint
 from shardsave._storage.companions import CONFIG_NAMES, MAX_COMPANION_BYTES
 from shardsave._storage.find import cannot_read, find
@@ -37,8 +38,8 @@ class Origin(NamedTuple):
     """What a conversion begins with. ``values`` by name are tensors, or else what a file has in their place.
 
     ``kind``: "shardsave", "safetensors", "torch" or "distributed". ``flags``: name → frozen, None where unknown. ``stored``: what
-    has checksums, in the open ``checkpoint``. ``files``: every file that it lies in. ``beside``: what comes along where nothing is
-    changed.
+    has checksums, in the open ``checkpoint``. ``files``: every file that it lies in. ``parts``, ``companions`` and
+    ``module_flags`` are carried over to the new checkpoint where no name changes.
     """
 
     kind: str
@@ -50,7 +51,9 @@ class Origin(NamedTuple):
     notes: tuple[str, ...]
     checkpoint: Checkpoint | None = None
     stored: tuple[Located, ...] = ()
-    beside: Beside = Beside()
+    parts: Parts = Parts()
+    companions: Mapping[str, bytes] = {}
+    module_flags: Mapping[str, bool] | None = None
 
 
 def open_origin(path: str, key: str | None, wanted: Wanted, closing: ExitStack) -> Origin:
@@ -62,7 +65,7 @@ def open_origin(path: str, key: str | None, wanted: Wanted, closing: ExitStack) 
         return _from_file(path, key, wanted, closing)
     folder = _snapshot(path)
     origin = _from_folder(folder, key, wanted, closing)
-    return origin._replace(beside=origin.beside._replace(companions=_configs(folder)))
+    return origin._replace(companions=_configs(folder))
 
 
 def _from_folder(path: str, key: str | None, wanted: Wanted, closing: ExitStack) -> Origin:
@@ -118,11 +121,7 @@ def _from_checkpoint(path: str, key: str | None, wanted: Wanted, closing: ExitSt
     tensors = maps.tensors(located)
     lone = {name: value for name, value in told.items() if name not in ties and name not in ("format", CHECKSUM_KEY)}
     extra = maps.tensors(checkpoint.kept)
-    beside = Beside(
-        checkpoint.documents,
-        tuple(Entry(name, "buffer", None, None, tensor) for name, tensor in extra.items()),
-        module_flags=record.module_flags if record is not None else None,
-    )
+    parts = Parts(checkpoint.documents, tuple(Entry(name, "buffer", None, None, tensor) for name, tensor in extra.items()))
     return Origin(
         "shardsave" if ours else "safetensors",
         {name: tensors[stored] for name, stored in chosen.items()},
@@ -133,7 +132,8 @@ def _from_checkpoint(path: str, key: str | None, wanted: Wanted, closing: ExitSt
         (),
         checkpoint,
         tuple(t for t in (*located.values(), *checkpoint.kept.values()) if t.checksum is not None),
-        beside,
+        parts,
+        module_flags=record.module_flags if record is not None else None,
     )
 
 

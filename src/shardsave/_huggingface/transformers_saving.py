@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import importlib
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -16,20 +15,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from shardsave._common.words import human_bytes
-from shardsave._state.module import Entry, State, tensor_of, unwrap
+from shardsave._saving.disk_layout import OnDisk
+from shardsave._state.module import Entry, State, tensor_of
 from shardsave.errors import UnsupportedTensorError
 
 _SOURCES = "_shardsave_sources"
-
-
-def pretrained(source: object) -> Any:
-    """The transformers model that ``source`` is, seen through wrappers; None where it is none."""
-    module = sys.modules.get("transformers.modeling_utils")
-    kind = getattr(module, "PreTrainedModel", None)
-    if kind is None or not isinstance(source, torch.nn.Module):
-        return None
-    inner = unwrap(source)
-    return inner if isinstance(inner, kind) else None
 
 
 def companions(model: Any) -> dict[str, bytes]:
@@ -45,39 +35,38 @@ def companions(model: Any) -> dict[str, bytes]:
     return {name: text.encode() for name, text in files.items()}
 
 
-class OnDisk(NamedTuple):
-    """A model as it is stored. ``module_flags``: name in the module → frozen, where the names in ``state`` are others."""
+class TransformersLayout:
+    """A transformers ``model`` as `save_pretrained` lays it out, configs included.
 
-    state: State
-    module_flags: Mapping[str, bool] | None
-    notes: tuple[str, ...]
-
-
-def on_disk(model: Any, state: State) -> OnDisk:
-    """``state``, the entries of ``model``, under the names and in the layout that `save_pretrained` gives them.
-
-    Without a transformers ``model`` they stay as they are. Fused tensors become views of their parts: nothing is copied, except
-    where parts are joined on disk, which is noted.
-    Raises UnsupportedTensorError.
+    ``keep_names``: names and tensors stay as they are in memory; only the configs are added.
     """
-    if model is None:
-        return OnDisk(state, state.beside.module_flags, ())
-    ignored = frozenset(getattr(model, "_keys_to_ignore_on_save", None) or ())
-    entries = _stored_as_they_do(model, [entry for entry in state.entries if entry.name not in ignored])
-    by_name = {entry.name: entry for entry in entries}
-    stored = {entry.name: tensor_of(entry) for entry in entries if entry.tied_to is None}
-    renamed = reverted(model, stored)
-    place = {name: n for n, name in enumerate(stored)}
-    made = [_entry(name, part, [by_name[source] for source in part.sources]) for name, part in renamed.items()]
-    order = {name: min(place[source] for source in part.sources) for name, part in renamed.items()}
-    made.sort(key=lambda entry: order[entry.name])  # stable: the parts of one tensor stay as they are
-    made += _ties(model, entries, renamed)
-    flags = None
-    if {entry.name for entry in made} != {entry.name for entry in state.entries}:
-        flags = {entry.name: entry.frozen for entry in state.entries if entry.frozen is not None}
-    copied = sum(part.tensor.nbytes for part in renamed.values() if part.is_copy)
-    notes = (f"{human_bytes(copied)} were copied in memory, since they are joined on disk",) if copied else ()
-    return OnDisk(state._replace(entries=tuple(made)), flags, notes)
+
+    def __init__(self, model: Any, *, keep_names: bool) -> None:
+        self._model = model
+        self._keep_names = keep_names
+
+    def apply(self, state: State) -> OnDisk:
+        """Fused tensors become views of their parts: nothing is copied, except where parts are joined on disk, which is noted."""
+        configs = companions(self._model)
+        if self._keep_names:
+            return OnDisk(state, configs)
+        model = self._model
+        ignored = frozenset(getattr(model, "_keys_to_ignore_on_save", None) or ())
+        entries = _stored_as_they_do(model, [entry for entry in state.entries if entry.name not in ignored])
+        by_name = {entry.name: entry for entry in entries}
+        stored = {entry.name: tensor_of(entry) for entry in entries if entry.tied_to is None}
+        renamed = reverted(model, stored)
+        place = {name: n for n, name in enumerate(stored)}
+        on_disk = [_entry(name, part, [by_name[source] for source in part.sources]) for name, part in renamed.items()]
+        order = {name: min(place[source] for source in part.sources) for name, part in renamed.items()}
+        on_disk.sort(key=lambda entry: order[entry.name])  # stable: the parts of one tensor keep their order
+        on_disk += _ties(model, entries, renamed)
+        flags = None
+        if {entry.name for entry in on_disk} != {entry.name for entry in state.entries}:
+            flags = {entry.name: entry.frozen for entry in state.entries if entry.frozen is not None}
+        copied = sum(part.tensor.nbytes for part in renamed.values() if part.is_copy)
+        notes = (f"{human_bytes(copied)} were copied in memory, since they are joined on disk",) if copied else ()
+        return OnDisk(state._replace(entries=tuple(on_disk)), configs, flags, notes=notes)
 
 
 class Part(NamedTuple):

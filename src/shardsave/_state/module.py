@@ -48,29 +48,15 @@ def tensor_of(entry: Entry) -> torch.Tensor:
     return entry.tensor
 
 
-class Beside(NamedTuple):
-    """What a checkpoint has beside its weights. ``documents``: part → JSON; ``extra``: tensors that a whole model needs as well.
-
-    ``companions``: file name → content. ``module_flags``: name in the module → frozen, where the names on disk are others.
-    """
-
-    documents: Mapping[str, bytes] = {}
-    extra: tuple[Entry, ...] = ()
-    companions: Mapping[str, bytes] = {}
-    module_flags: Mapping[str, bool] | None = None
-
-
 class State(NamedTuple):
     """All entries in state order. ``flags_known`` is False for a mapping without a single Parameter.
 
     ``overlaps``: pairs of names whose tensors share a part of their memory; they are stored apart.
-    ``beside``: what another checkpoint had beside them.
     """
 
     entries: tuple[Entry, ...]
     flags_known: bool
     overlaps: tuple[tuple[str, str], ...]
-    beside: Beside = Beside()
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -128,13 +114,11 @@ def refuse_sharded(module: nn.Module, verb: str, state: str) -> None:
             )
 
 
-def read_state(source: Source | State, *, tensors_only: bool = False) -> State:
+def read_state(source: Source, *, tensors_only: bool = False) -> State:
     """Reads the entries of ``source``; copies nothing. Raises UnsupportedTensorError, naming the entry.
 
     ``tensors_only``: extra state that is no tensor is left out, since it is kept elsewhere.
     """
-    if isinstance(source, State):
-        return source
     if isinstance(source, nn.Module):
         module = unwrap(source)
         refuse_sharded(module, "save", "nothing was written")

@@ -1,0 +1,91 @@
+"""What a conversion writes: the source's tensors under new names and dtypes, and what belongs beside them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from shardsave._common.assembled import Assembled, Part
+from shardsave._conversion.changes import Names, cast_of
+from shardsave._conversion.mapped_pages import ReleaseWhileReading
+from shardsave._foreign.sources import Origin
+from shardsave._state.module import Entry, State, check_savable, read_state
+from shardsave._state.parts import Parts
+from shardsave.errors import IncompatibleCheckpointError
+
+
+def converted_state(origin: Origin, names: Names, target: torch.dtype | None, path: str) -> State:
+    """The tensors of ``origin`` under their new names, each with the dtype that it will have in the file.
+
+    Raises IncompatibleCheckpointError where no tensor is left or two would have one name.
+    """
+    named: dict[str, Any] = {}
+    old_of: dict[str, str] = {}
+    for old, value in origin.values.items():
+        new = names.new(old)
+        if new in old_of:
+            raise IncompatibleCheckpointError(
+                f"cannot convert {path}: a new name for each tensor was expected, {old_of[new]!r} and {old!r} would both be {new!r}; "
+                f"nothing was written"
+            )
+        named[new], old_of[new] = value, old
+    if not named:
+        raise IncompatibleCheckpointError(
+            f"cannot convert {path}: at least one tensor was expected, none is left; nothing was written"
+        )
+    whole = read_state({name: value for name, value in named.items() if not isinstance(value, Assembled)})
+    entries = {entry.name: entry for entry in whole.entries}
+    for name, value in named.items():
+        if isinstance(value, Assembled):
+            check_savable(name, torch.empty(0, dtype=value.dtype))
+            entries[name] = Entry(name, "tensor", None, None, value)
+    flags = origin.flags or {}
+    reading = ReleaseWhileReading(origin.mappings)
+    entries_in_order = []
+    for name in named:
+        entry, frozen = entries[name], flags.get(old_of[name])
+        kind: Literal["parameter", "tensor"] = "tensor" if frozen is None else "parameter"
+        cast, tensor = cast_of(entry, target), entry.tensor
+        if cast is not None and isinstance(tensor, torch.Tensor) and tensor.dim():
+            # A cast may read faster than progress is reported, so pages are given back as they are read.
+            tensor = Assembled(tensor.dtype, tensor.shape, [Part((0,) * tensor.dim(), tensor)], reading)
+        entries_in_order.append(entry._replace(frozen=frozen, kind=kind, cast=cast, tensor=tensor))
+    return State(tuple(entries_in_order), origin.flags is not None, whole.overlaps)
+
+
+class CarriedOver(NamedTuple):
+    """What the new checkpoint takes over from the source beside its weights, and notes about what it does not."""
+
+    parts: Parts
+    companions: Mapping[str, bytes]
+    module_flags: Mapping[str, bool] | None
+    notes: tuple[str, ...]
+
+
+def carried_over(origin: Origin, names: Names, target: torch.dtype | None, *, to_directory: bool) -> CarriedOver:
+    """An architecture and a program refer to the names and dtypes that were saved, so they stay only where neither changes."""
+    companions = origin.companions
+    if target is not None:
+        companions = {name: _with_dtype(config, target) for name, config in companions.items()}
+    renamed = bool(names.dropped or names.renamed)
+    if to_directory and not renamed and target is None:
+        return CarriedOver(origin.parts, companions, origin.module_flags, ())
+    reason = "it goes by the names and dtypes that were saved" if to_directory else "one file has no place for it"
+    notes = tuple(f"the {role} was left out: {reason}" for role in sorted(origin.parts.documents))
+    return CarriedOver(Parts(), companions, None if renamed else origin.module_flags, notes)
+
+
+def _with_dtype(config: bytes, dtype: torch.dtype) -> bytes:
+    """A transformers config that expects weights of ``dtype``; unchanged where it states no dtype."""
+    try:
+        values = json.loads(config)
+    except (ValueError, RecursionError):
+        return config
+    stated = [key for key in ("dtype", "torch_dtype") if isinstance(values, dict) and isinstance(values.get(key), str)]
+    if not stated:
+        return config
+    values.update(dict.fromkeys(stated, str(dtype).removeprefix("torch.")))
+    return f"{json.dumps(values, indent=2)}\n".encode()

@@ -1,0 +1,94 @@
+"""The one path that writes a checkpoint directory: every verb that saves ends here."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import NamedTuple
+
+from shardsave._common.gc_pause import collector_still
+from shardsave._common.phases import Phases
+from shardsave._common.progress import Progress
+from shardsave._format.crc64 import crc64
+from shardsave._format.index import Part, Record, ShardRecord
+from shardsave._saving.contents import Contents
+from shardsave._saving.shards import ShardWriter
+from shardsave._storage.transaction import Transaction
+from shardsave._version import __version__
+
+
+class WriteOutcome(NamedTuple):
+    """What a committed write did. ``leftovers``: file names that should have been removed and could not be."""
+
+    tensors: int
+    shards: int
+    phases: Phases
+    direct: bool
+    staging_bytes: int
+    pinned: bool
+    notes: tuple[str, ...]
+    leftovers: tuple[str, ...]
+
+
+def write_checkpoint(
+    contents: Contents, directory: str | os.PathLike[str], *, durable: bool, lock_timeout: float, progress: Progress
+) -> WriteOutcome:
+    """Makes ``contents`` the checkpoint of ``directory``, by one rename at the end; ``lock_timeout`` is in seconds.
+
+    Raises DirectoryBusyError, OutOfSpaceError, SaveNotCommittedError: nothing was committed, a previous checkpoint is intact.
+    Raises DurabilityUncertainError: the new checkpoint is in place, but may not survive a loss of power.
+    """
+    started = time.perf_counter()
+    with Transaction(directory, durable=durable, lock_timeout=lock_timeout) as transaction:
+        names = list(transaction.shard_names(len(contents.shards)))
+        extra_names = [transaction.part_name("extra", "safetensors") for _ in contents.extra_shards]
+        transaction.check_space(contents.reserved_bytes)
+        whole_sums = contents.single_file is not None
+        writer = ShardWriter(transaction, contents.all_shards, names + extra_names, durable=durable, whole_sums=whole_sums)
+        writer.reserve()
+        companions = transaction.add_companions(contents.companions)
+        planned = time.perf_counter()
+        writer.write(progress)
+        if contents.single_file is not None:
+            transaction.add_second_name(names[0], contents.single_file)
+            companions[contents.single_file] = writer.whole[names[0]]
+        parts = {role: _stage_document(transaction, role, document) for role, document in contents.documents.items()}
+        for name in extra_names:
+            parts["extra tensors"] = Part(name, writer.records.pop(name))
+        transferred = time.perf_counter()
+        with collector_still():
+            record = Record(
+                durable=durable,
+                flags=contents.flags,
+                ties=contents.ties,
+                metadata=contents.metadata,
+                shards=writer.records,
+                supersedes=transaction.supersedes,
+                writer=f"shardsave {__version__}",
+                parts=parts,
+                companions=companions,
+                module_flags=contents.module_flags,
+            )
+            index = contents.index_for(names, record)
+        outcome = transaction.commit(index)
+    return WriteOutcome(
+        tensors=len(index.weight_map),
+        shards=len(contents.shards),
+        phases=Phases(
+            plan=planned - started,
+            transfer=transferred - planned - writer.sync_seconds,
+            sync=writer.sync_seconds,
+            commit=time.perf_counter() - transferred,
+        ),
+        direct=writer.direct,
+        staging_bytes=writer.staging_bytes,
+        pinned=writer.pinned,
+        notes=tuple(dict.fromkeys([*contents.notes, *writer.notes, *outcome.notes])),
+        leftovers=outcome.leftovers,
+    )
+
+
+def _stage_document(transaction: Transaction, role: str, document: bytes) -> Part:
+    name = transaction.part_name(role, "json")
+    transaction.stage(name, document)
+    return Part(name, ShardRecord(len(document), len(document), crc64(document)))
