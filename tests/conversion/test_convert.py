@@ -359,7 +359,7 @@ def test_what_lies_beside_the_weights_comes_along(tmp_path: Path) -> None:
     shardsave.save(model, tmp_path / "a", architecture=True, program=((x,), {}))
     report = shardsave.convert(tmp_path / "a", tmp_path / "b", max_shard_size=1000)
     assert report.shards > 1 and report.notes == ()
-    again = shardsave.build_model(tmp_path / "b", trust=["conftest"])
+    again = shardsave.build_model(tmp_path / "b", trust=["support"])
     assert same(again.state_dict(), model.state_dict()) and same_bits(again.scratch, model.scratch)
     assert same_bits(shardsave.load_program(tmp_path / "b")(x), again(x))
     shardsave.verify(tmp_path / "b")
