@@ -11,7 +11,6 @@ import collections
 import json
 import pathlib
 import types
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch.nn.utils import parametrize
 from shardsave._architecture.kinds import HEAP_TYPE, container_of, own_getstate, shadows_method, slots_of
 from shardsave._architecture.table import TableWriter
 from shardsave._architecture.trust import is_dunder, version_of
+from shardsave._common.warn_caller import warn_caller
 from shardsave._format.dtypes import BY_TORCH
 from shardsave._state.extra_tensors import ExtraTensors
 from shardsave._state.module import PLAIN_TYPES, plain_name, unwrap
@@ -59,7 +59,7 @@ def describe(module: nn.Module, extra: ExtraTensors) -> bytes:
     if writer.refused:
         raise UnsupportedModuleError(f"cannot save the architecture: {'; '.join(writer.refused)}; nothing was written")
     if writer.dropped_hooks:
-        warnings.warn(f"hooks are not kept in an architecture: {', '.join(writer.dropped_hooks)}", stacklevel=5)
+        warn_caller(f"hooks are not kept in an architecture: {', '.join(writer.dropped_hooks)}")
     document = {
         "format": FORMAT,
         "version": 1,
