@@ -6,10 +6,17 @@ is a new class.
 
 from __future__ import annotations
 
+import dataclasses
+import enum
+import functools
 import warnings
-from typing import Any
+from collections import Counter, OrderedDict, defaultdict, deque
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.utils.prune
 from torch import nn
 
 
@@ -87,6 +94,111 @@ def parts() -> nn.Module:
 
 #: What `Parts` is called with.
 NUMBERS = torch.arange(8.0).reshape(2, 4)
+
+
+class Mode(enum.Enum):
+    FAST = 1
+    EXACT = "two"
+
+
+class Access(enum.IntFlag):
+    READ = 1
+    WRITE = 2
+
+
+class Point(NamedTuple):
+    x: int
+    y: Any
+
+
+@dataclasses.dataclass
+class Config:
+    width: int = 4
+    names: list[str] = dataclasses.field(default_factory=lambda: ["a", "b"])
+
+
+class Settings(dict):
+    """Its items are its attributes too."""
+
+    def __init__(self, **items: Any) -> None:
+        super().__init__(items)
+        self.__dict__ = self
+
+
+class Stack(list):
+    limit = 3
+
+
+def double(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+class Values(nn.Module):
+    """Every kind of value that FORMAT.md has for an attribute; computed, strided and shared tensors. Sets have one element that is
+    text at most: another process keeps them in another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 2, 2).to(memory_format=torch.channels_last)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
+        self.pruned = numbered(nn.Linear(2, 2))  # what is computed from it is stored too
+        nn.utils.prune.l1_unstructured(self.pruned, "weight", 0.5)
+        self.listed = nn.ParameterList([nn.Parameter(torch.zeros(2)), self.pruned.bias])
+        self.register_module("absent", None)
+        self.register_parameter("no_parameter", None)
+        self.register_buffer("no_buffer", None)
+        shared = [1, 2]
+        self.values = {
+            "plain": (None, True, 10**300, "naïve ☃", -0.0, float("nan"), float("-inf"), 1 - 2.5j, b"\x00\xff", ...),
+            "sets": ({1, 2}, {"a"}, frozenset({(2, 3)})),
+            "dicts": (OrderedDict(b=1, a=2), defaultdict(list, {"k": [1]}), Counter("aab"), {1: {None: [2]}, (3, 4): 3.0}),
+            "sequences": (deque([1, 2], maxlen=5), slice(1, None, 2), range(0, 10, 3), Stack([1, shared])),
+            "torch": (torch.bfloat16, torch.device("cuda:1"), torch.Size([2, 3]), torch.strided, torch.channels_last),
+            "numpy": (np.arange(6, dtype=np.int16).reshape(2, 3), np.float32(0.5)),
+            "objects": (
+                Path("some/where"),
+                Mode.EXACT,
+                Access.READ | Access.WRITE,
+                Point(1, [2]),
+                Config(5),
+                Settings(width=3),
+            ),
+            "names": (torch.nn.functional.gelu, torch.tanh, nn.LayerNorm, Mode),
+            "partial": functools.partial(nn.LayerNorm, eps=1e-6),
+            "shared": (shared, {"it": shared}),
+            "tensor": torch.arange(3.0),
+        }
+        self.function = double
+        self.method = self.helper
+
+    def helper(self) -> int:
+        return 41
+
+
+def values() -> nn.Module:
+    model = Values()
+    for part in (model.conv, model.normed, model.listed):
+        numbered(part)
+    return model
+
+
+class Steps(nn.Module):
+    """A program with sizes that vary, a branch, a buffer that is written to, a keyword, and results by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("steps", torch.tensor(3))
+
+    def forward(self, x: torch.Tensor, *, twice: bool = False) -> dict[str, Any]:
+        self.steps.add_(1)
+        y = self.layer(x)
+        y = torch.cond(y.sum() > 0, lambda y: y * 2, lambda y: y - 1, (y,))
+        return {"y": y, "pair": (y.sum() * x.shape[0], [x.shape[0]]), "steps": self.steps.clone()}
+
+
+def steps() -> nn.Module:
+    return numbered(Steps()).eval()
 
 
 class Remembers(nn.Module):

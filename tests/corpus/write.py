@@ -58,6 +58,20 @@ class Case:
     file: str = ""
 
 
+def plain_result(model: nn.Module) -> Any:
+    """What a model computes of `models.NUMBERS`, as JSON: numbers that are exact."""
+    with torch.no_grad():
+        return as_json(model(models.NUMBERS))
+
+
+def as_json(result: Any) -> Any:
+    if isinstance(result, dict):
+        return {key: as_json(value) for key, value in result.items()}
+    if isinstance(result, (list, tuple)):
+        return list(map(as_json, result))
+    return result.tolist() if isinstance(result, torch.Tensor) else result
+
+
 class FixedNames:
     """In place of ``secrets.token_hex``: one value for each save, so that the order in which a save asks for names is not in the files."""
 
@@ -226,6 +240,20 @@ def hub_converted(folder: Path) -> None:
         convert(sources / "ckpt", folder, dtype="float16")
 
 
+def exported(folder: Path) -> None:
+    """A program with sizes, a branch and a buffer that it writes to."""
+    model = models.steps()
+    batch = torch.export.Dim("batch", min=2, max=64)
+    shapes = {"x": {0: batch}, "twice": None}
+    program = torch.export.export(model, (models.NUMBERS,), {"twice": False}, dynamic_shapes=shapes)
+    save(model, folder, program=program)
+
+
+def mostly_buffers(folder: Path) -> None:
+    """Most names are no parameters."""
+    save(models.numbered(nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2, affine=False))), folder)
+
+
 def one_file(folder: Path) -> None:
     with scratch() as sources:
         save(models.tied(), sources / "ckpt", metadata={"license": "mit", "steps": 3})
@@ -253,6 +281,7 @@ CASES: dict[str, Case] = {
     "tied": Case(lambda f: save(models.tied(), f), model="tied"),
     "tied-mapping": Case(tied_mapping),
     "frozen": Case(lambda f: save(models.frozen(), f), model="frozen"),
+    "buffers": Case(mostly_buffers),
     "state-dict": Case(lambda f: save(models.sequential().state_dict(), f, metadata={"kind": "state_dict"})),
     "not-durable": Case(lambda f: save(models.sequential(), f, durable=False), model="sequential"),
     "empty": Case(lambda f: save({}, f)),
@@ -267,6 +296,10 @@ CASES: dict[str, Case] = {
     "extra-state": Case(lambda f: save(models.remembers(), f, architecture=True), ("torch",), "remembers", ("corpus.models",)),
     "architecture": Case(lambda f: save(models.parts(), f, architecture=True), ("torch",), "parts", ("corpus.models",)),
     "architecture-tied": Case(lambda f: save(models.tied(), f, architecture=True), ("torch",), "tied", ("corpus.models",)),
+    "architecture-values": Case(
+        lambda f: save(models.values(), f, architecture=True), ("torch",), "values", ("corpus.models",)
+    ),
+    "program-sizes": Case(exported, ("torch",), "steps", program=True),
     "program": Case(lambda f: save(models.parts(), f, program=CALL), ("torch",), "parts", program=True),
     "converted-whole": Case(whole_converted, ("torch",), "parts", ("corpus.models",), program=True),
     "transformers": Case(lambda f: save(models.bert(), f), ("torch", "transformers"), "bert", ("transformers",)),
@@ -315,9 +348,8 @@ def write_case(name: str, folder: Path, version: str) -> Json:
     how = {"": record.directory_record, ".safetensors": record.file_record, ".pt": record.torch_record}[Path(case.file).suffix]
     found = {"needs": list(case.needs), "file": case.file, "model": case.model, "program": case.program, **how(opened)}
     found["build"] = list(case.build) if case.build is not None else None
-    if case.program or (case.build is not None and case.model == "parts"):
-        with torch.no_grad():
-            found["result"] = models.parts()(models.NUMBERS).tolist()
+    if case.program or case.model == "parts":
+        found["result"] = plain_result(getattr(models, str(case.model))())
     if name == "superseded":
         found["mtimes"] = {"model.safetensors": MTIME}
     return {"files": record.digests(folder), **found}
