@@ -1,11 +1,10 @@
-"""The corpus: every checkpoint that a released version wrote opens, and today's code writes the same bytes.
+"""The corpus: every checkpoint of every released version opens, and today's code writes the same bytes as the newest version.
 
-Method: `corpus/write.py` says what is in `corpus/<version>/` and how it was made. Nothing is read or written here but by public verbs.
+Method: `corpus/write.py` wrote `corpus/<version>/`, and describes each case there. These tests read and write through public verbs only.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -37,12 +36,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
 
 
 def having(member: str) -> list[tuple[str, str]]:
-    """The cases of which ``expected.json`` says something under ``member``."""
+    """The cases that have ``member`` in ``expected.json``."""
     return [(version, case) for version, case in CASES if EXPECTED[version][case].get(member)]
 
 
 def opened(version: str, case: str, tmp_path: Path) -> Path:
-    """The path to open; a copy where times matter, which git does not keep."""
+    """The path to open. Git keeps no modification times, so a case that needs them is copied and its times are set."""
     expected, folder = EXPECTED[version][case], CORPUS / version / case
     if "mtimes" in expected:
         folder = Path(shutil.copytree(folder, tmp_path / case))
@@ -62,7 +61,7 @@ def test_nothing_in_it_was_changed() -> None:
 
 @pytest.mark.parametrize("version, case", CASES)
 def test_opens(version: str, case: str, tmp_path: Path) -> None:
-    """Catches a released format that is refused, or of which a bit, a name, a flag, a tie or metadata is lost or made up."""
+    """Catches a released checkpoint that is refused, or that loads with another bit, name, flag, tie or metadata than was saved."""
     expected, path = EXPECTED[version][case], opened(version, case, tmp_path)
     result = read.found_in_torch(path) if path.suffix == ".pt" else read.found(path)
     for member in read.MEMBERS:
@@ -72,7 +71,7 @@ def test_opens(version: str, case: str, tmp_path: Path) -> None:
 
 
 def test_opens_with_the_portable_engine() -> None:
-    """Catches an engine that reads the same files otherwise."""
+    """Catches a portable engine that reads other values from the same files."""
     cases = ["dtypes", "layouts", "shards", "transformers"]
     command = [sys.executable, str(CORPUS / "read.py"), str(NEWEST), *cases]
     done = subprocess.run(
@@ -85,7 +84,7 @@ def test_opens_with_the_portable_engine() -> None:
 
 
 def differences(model: nn.Module, wanted: nn.Module, only: str = "") -> list[str]:
-    """The names in state dicts of which one has another value than the other, and the names of parameters with another flag."""
+    """The names whose value or freeze flag differs; of values only those with ``only`` in their name."""
     ours, theirs = ({n: v for n, v in module.state_dict().items() if only in n} for module in (model, wanted))
     values = [n for n in ours.keys() | theirs.keys() if not _same(ours.get(n), theirs.get(n))]
     ours, theirs = ({n: p.requires_grad for n, p in module.named_parameters()} for module in (model, wanted))
@@ -123,7 +122,7 @@ def test_fills_a_model(version: str, case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("version, case", having("build"))
 def test_builds_a_model(version: str, case: str) -> None:
-    """Catches a released architecture or config by which no model is built any more, or one that computes something else."""
+    """Catches a released architecture or config that no longer builds its model, or builds one that computes something else."""
     expected = EXPECTED[version][case]
     model = shardsave.build_model(CORPUS / version / case, trust=expected["build"], progress=False)
     wanted = getattr(models, expected["model"])()
@@ -147,10 +146,10 @@ def test_runs_a_program(version: str, case: str) -> None:
 
 @pytest.fixture(scope="module")
 def all_written() -> Iterator[dict[str, Path]]:
-    """The corpus as today's code writes it, by engine: at the same time, in processes that keep sets in another order."""
-    engines = ["portable"] if importlib.util.find_spec("shardsave._native") is None else ["native", "portable"]
+    """Engine → the corpus that today's code writes with it, in a process that orders sets differently (PYTHONHASHSEED)."""
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as folder:
-        written = {engine: Path(folder) / engine for engine in engines}
+        here = shardsave.save({}, Path(folder) / "empty", durable=False).engine
+        written = {engine: Path(folder) / engine for engine in (here, "portable")}
         running = []
         for engine, path in written.items():
             environment = {**os.environ, "SHARDSAVE_ENGINE": engine, "PYTHONHASHSEED": str(len(engine))}
@@ -164,22 +163,22 @@ def all_written() -> Iterator[dict[str, Path]]:
 @pytest.fixture(params=["native", "portable"])
 def written(request: pytest.FixtureRequest, all_written: dict[str, Path]) -> Path:
     if request.param not in all_written:
-        pytest.skip("the C++ engine was not built")
+        pytest.skip("the C++ engine is not there, or another was asked for")
     return all_written[request.param]
 
 
 def test_the_same_cases_are_written(written: Path) -> None:
-    """Catches a case that was added, renamed or taken away, and the committed corpus not."""
+    """Catches a case that was added, renamed or removed in the writer but not in the committed corpus."""
     assert sorted(path.name for path in written.iterdir()) == sorted(path.name for path in NEWEST.iterdir())
 
 
 @pytest.mark.parametrize("case", write.CASES)
 def test_the_same_bytes_are_written(written: Path, case: str) -> None:
-    """Catches a change of what is written, by a byte or a file name, that nobody meant."""
+    """Catches an unintended change of the written files: a byte, or a file name."""
     there, here = EXPECTED[NEWEST.name]["versions"], write.versions()
     for package in write.CASES[case].needs:
         if here[package] != there[package]:
-            pytest.skip(f"its bytes depend on {package}: written with {there[package]}, this is {here[package]}")
+            pytest.skip(f"the bytes depend on {package}: the corpus has {there[package]}, installed is {here[package]}")
     ours, theirs = ({path.name: path.read_bytes() for path in (side / case).iterdir()} for side in (written, NEWEST))
     assert sorted(ours) == sorted(theirs)
     for name in ours:

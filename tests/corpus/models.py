@@ -1,7 +1,6 @@
 """The models in the corpus.
 
-The committed architectures name these classes, so a class here keeps its name and its attributes for good. A model for a new case
-is a new class.
+The committed architectures name this module and these classes, so neither is ever renamed or changed. A new case gets a new class.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from torch import nn
 
 
 def numbered(module: nn.Module, first: int = 0) -> nn.Module:
-    """Fills every tensor of ``module`` with small whole numbers: every sum of products in a forward is then exact everywhere."""
+    """Fills every tensor of ``module`` with small whole numbers, so that a forward has the same result on every machine."""
     state = module.state_dict()
     for number, tensor in enumerate(value for value in state.values() if isinstance(value, torch.Tensor)):
         values = (torch.arange(tensor.numel()) * 7 + number + first) % 11 - 5
@@ -31,21 +30,21 @@ def numbered(module: nn.Module, first: int = 0) -> nn.Module:
 
 
 def sequential() -> nn.Module:
-    """A frozen layer, and one that is trained."""
+    """A frozen layer and a trainable one."""
     model = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 2))
     model[0].requires_grad_(False)
     return numbered(model)
 
 
 def wrapped() -> nn.Module:
-    """A compiled module: its names have no ``_orig_mod``."""
+    """A compiled module. A save leaves ``_orig_mod`` out of its names."""
     compiled = torch.compile(sequential(), backend="eager")
     assert isinstance(compiled, nn.Module)
     return compiled
 
 
 class Tied(nn.Module):
-    """A frozen embedding that is the head's weight too, and a buffer in the middle."""
+    """A frozen embedding tied to the head's weight, and buffers in the middle."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,12 +65,12 @@ def tied() -> nn.Module:
 
 
 def frozen() -> nn.Module:
-    """Nothing is trained; buffers of two dtypes."""
+    """Every parameter is frozen; buffers of two dtypes."""
     return numbered(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))).requires_grad_(False)
 
 
 class Parts(nn.Module):
-    """Tensors that no state dict has: a buffer that is not persistent, and a constant. Exact in its forward, in any order of sums."""
+    """Has tensors that are not in its state dict: a non-persistent buffer and a constant."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,14 +133,16 @@ def double(x: torch.Tensor) -> torch.Tensor:
 
 
 class Values(nn.Module):
-    """Every kind of value that FORMAT.md has for an attribute; computed, strided and shared tensors. Sets have one element that is
-    text at most: another process keeps them in another order."""
+    """Attributes with every kind of value in FORMAT.md; computed, strided and shared tensors.
+
+    No set has two strings: their order differs from process to process.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(2, 2, 2).to(memory_format=torch.channels_last)
         self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
-        self.pruned = numbered(nn.Linear(2, 2))  # what is computed from it is stored too
+        self.pruned = numbered(nn.Linear(2, 2))  # before pruning: the pruned weight is stored too
         nn.utils.prune.l1_unstructured(self.pruned, "weight", 0.5)
         self.listed = nn.ParameterList([nn.Parameter(torch.zeros(2)), self.pruned.bias])
         self.register_module("absent", None)
@@ -183,7 +184,7 @@ def values() -> nn.Module:
 
 
 class Steps(nn.Module):
-    """A program with sizes that vary, a branch, a buffer that is written to, a keyword, and results by name."""
+    """For a program with a dynamic size, a branch, a buffer that is written to, a keyword argument and named results."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -202,7 +203,7 @@ def steps() -> nn.Module:
 
 
 class Remembers(nn.Module):
-    """Extra state: of plain data in one part, a tensor in the other."""
+    """Extra state: plain data in one sub-module, a tensor in the other."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -279,7 +280,7 @@ def mixtral() -> nn.Module:
 
 
 def adapter() -> nn.Module:
-    """A LoRA adapter. One target alone: PEFT keeps targets as a set, which has another order in every process."""
+    """A LoRA adapter with one target: PEFT keeps targets in a set of strings, whose order differs from process to process."""
     import peft
 
     with warnings.catch_warnings():

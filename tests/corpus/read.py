@@ -1,6 +1,6 @@
-"""What public verbs find in a case of the corpus, in the words of `expected.json`; as a program for an engine of its own.
+"""Reads a case of the corpus through public verbs, and returns what was found in the form of ``expected.json``.
 
-Method: ``python tests/corpus/read.py FOLDER CASE…`` prints it as JSON, by case.
+Method: ``python tests/corpus/read.py FOLDER CASE…`` prints it as JSON, by case; another process can have another engine.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import shardsave
 from corpus.record import Json, tensor_record
 
-#: What `found` has and `expected.json` too.
+#: The members that `found` shares with ``expected.json``.
 MEMBERS = ("tensors", "ties", "flags", "metadata", "durable", "parts", "companions")
 
 
 def found(path: Path) -> Json:
-    """What is at ``path``, a directory or a safetensors file, after every checksum was compared; members as in `MEMBERS`."""
+    """Verifies every checksum of the directory or safetensors file at ``path`` and returns what it holds, by `MEMBERS`."""
     report = shardsave.verify(path, progress=False)
     assert report.verified is True and report.notes == (), report
     tensors, info = shardsave.load(path, progress=False), shardsave.inspect(path)
@@ -39,7 +39,7 @@ def found(path: Path) -> Json:
 
 
 def found_in_torch(path: Path) -> Json:
-    """What `convert` makes of a file of torch."""
+    """The same for a file of torch.save, which is converted first: no verb loads one."""
     with tempfile.TemporaryDirectory() as folder:
         shardsave.convert(path, Path(folder) / "ckpt", progress=False, durable=False)
         return found(Path(folder) / "ckpt")

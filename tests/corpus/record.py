@@ -1,4 +1,4 @@
-"""What a checkpoint says, read by the rules of FORMAT.md alone: neither shardsave nor another library parses the files here."""
+"""Reads a checkpoint by the rules of FORMAT.md only, without shardsave: what a reader must find in it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def crc(data: bytes) -> str:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """File → its SHA-256, of all files in ``folder``."""
+    """The SHA-256 of each file in ``folder``, by file name."""
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
@@ -49,7 +49,7 @@ def shard_tensors(path: Path) -> Json:
 
 
 def directory_record(folder: Path) -> Json:
-    """What a reader must find in a directory: names in the index's order, ties after them, flags by the names in the module."""
+    """What a reader must find in a directory. Names are in the index's order, then the ties; flags have the module's names."""
     index = json.loads((folder / INDEX).read_bytes())
     ours = index["shardsave"]
     by_shard = {shard: shard_tensors(folder / shard) for shard in ours["shards"]}
@@ -66,7 +66,7 @@ def directory_record(folder: Path) -> Json:
 
 
 def file_record(path: Path) -> Json:
-    """What a reader must find in one safetensors file; ties are told by its metadata."""
+    """What a reader must find in one safetensors file; its metadata has the ties."""
     content = path.read_bytes()
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     tensors = shard_tensors(path)

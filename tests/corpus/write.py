@@ -1,10 +1,10 @@
-"""Writes the corpus: small checkpoints of every kind, through public verbs alone, with all that is random or of the day fixed.
+"""Writes the corpus: small checkpoints of every kind, through public verbs only, with fixed random names, versions and times.
 
 Method: ``python tests/corpus/write.py FOLDER`` writes a folder for each case, and ``expected.json``: what the files of each case
-are, and what a reader must find in them (`corpus.record`, which knows nothing but FORMAT.md).
+are, and what a reader must find in them (`corpus.record` reads that by the rules of FORMAT.md).
 
-``tests/corpus/<version>/`` was written by that version. A released one is never written again: a change of the files that is meant
-gets a new folder, and a new case is added to the newest.
+``tests/corpus/<version>/`` was written by that version. The folder of a released version never changes: an intended change of the
+files gets a new folder, and a new case goes into the newest folder.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ import shardsave
 from corpus import models, record
 from corpus.record import Json
 
-#: Of the file that a save replaces, in ns since 1970.
+#: The modification time of the file that a save replaces, in ns since 1970.
 MTIME = 1_700_000_000_123_456_000
 
-#: The packages whose version the bytes of some cases depend on.
+#: The packages whose version changes the bytes of some cases.
 PACKAGES = ("peft", "torch", "transformers")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One checkpoint, or one file.
+    """One checkpoint directory, or one file.
 
-    ``write`` fills an empty folder. ``needs``: packages whose version is in the files. ``model``: the function of `corpus.models` that
-    makes the model which was saved, for tests that fill or build it; ``build``: what `build_model` must trust for that, None where it
-    cannot; ``program``: whether there is one. ``file``: what is to be opened in the folder, where it is no directory.
+    ``write`` fills an empty folder. ``needs``: the packages whose version changes the bytes. ``model``: the function in `corpus.models`
+    that makes the saved model; tests fill and build it. ``build``: what `build_model` must trust, None where it cannot build.
+    ``program``: whether the checkpoint has one. ``file``: the name of the file to open; empty for the directory itself.
     """
 
     write: Callable[[Path], object]
@@ -59,7 +59,7 @@ class Case:
 
 
 def plain_result(model: nn.Module) -> Any:
-    """What a model computes of `models.NUMBERS`, as JSON: numbers that are exact."""
+    """The model's result for `models.NUMBERS`, as JSON. The numbers are exact."""
     with torch.no_grad():
         return as_json(model(models.NUMBERS))
 
@@ -73,7 +73,7 @@ def as_json(result: Any) -> Any:
 
 
 class FixedNames:
-    """In place of ``secrets.token_hex``: one value for each save, so that the order in which a save asks for names is not in the files."""
+    """Replaces ``secrets.token_hex``. Returns one value per save, so that the files do not depend on the order of the calls."""
 
     def __init__(self) -> None:
         self._case, self._saves, self._asked = "", 0, 0
@@ -104,7 +104,7 @@ def convert(source: Path, destination: Path, **options: Any) -> None:
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """A folder for what is converted: none of it is a part of the corpus."""
+    """A folder for the sources of conversions, which are not part of the corpus."""
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
 
@@ -114,7 +114,7 @@ def numbers(count: int, dtype: torch.dtype = torch.float32, first: int = 0) -> t
 
 
 def all_dtypes(folder: Path) -> None:
-    """Every dtype that safetensors has, in an order that is not that of the file, of odd lengths."""
+    """Every dtype of safetensors, with odd lengths, in another order than that of the file."""
     state: dict[str, Any] = {}
     for length, name in enumerate(record.TORCH_NAMES.values(), start=3):
         dtype = getattr(torch, name)
@@ -124,7 +124,7 @@ def all_dtypes(folder: Path) -> None:
 
 
 def all_layouts(folder: Path) -> None:
-    """Views and values that are not copied byte by byte, or not at all."""
+    """Views that cannot be written byte by byte from memory, empty and 0-d tensors, NaN payloads, a Parameter and an array."""
     base = numbers(24).reshape(4, 6)
     z = torch.complex(base, base + 1)
     special = torch.tensor([0x7FC00001, 0xFFC00000 - 2**32, 0x80000000 - 2**32, 0x7F800000, 1], dtype=torch.int32)
@@ -139,7 +139,7 @@ def all_layouts(folder: Path) -> None:
 
 
 def names(folder: Path) -> None:
-    """Names that JSON, a file system or a pattern would treat in a way of their own."""
+    """Names with a special meaning in JSON, in a file system or in a pattern."""
     spelled = (
         "", " ", ".", "..", "a.b", "a..b", "/etc/x", "../up", "a\\b", 'quote"', "apo'strophe", "tab\tline\n", "\x00\x1f\x7f", "naïve",
         "日本語", "e\u0301", "\u00e9", "🙂", "\u2028", "*?[", "__proto__", "constructor", "total_size", "model.safetensors", "%s{}",
@@ -150,26 +150,26 @@ def names(folder: Path) -> None:
 
 
 def tied_mapping(folder: Path) -> None:
-    """Three names for one tensor, two pairs of which one is frozen, and views that overlap and are no ties."""
+    """Three names for one tensor, two for a frozen parameter, two for a view, and a view that only overlaps it."""
     one, two, base = numbers(3), nn.Parameter(numbers(2), requires_grad=False), numbers(6)
     state = {"z": one, "m": one, "a": one, "p": two, "q": two, "left": base[:4], "right": base[2:], "same": base[:4]}
     save(state, folder)
 
 
 def many(folder: Path) -> None:
-    """A header of more than 4096 bytes, in an order that is no sorted one."""
+    """A header of more than 4096 bytes; names in unsorted order."""
     save({f"layer.{(place * 37) % 101}.weight": numbers(1 + place % 3, first=place) for place in range(101)}, folder)
 
 
 def several_shards(folder: Path) -> None:
-    """Frozen tensors apart from others, and one that alone is larger than a shard may be."""
+    """Frozen tensors in shards of their own, and one tensor that is larger than ``max_shard_size``."""
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(2, 2), nn.BatchNorm1d(2))
     model[0].requires_grad_(False)
     save(models.numbered(model), folder, max_shard_size=128, metadata={"epoch": 3})
 
 
 def names_taken(folder: Path) -> None:
-    """A third save, where a file of someone else has the name that a shard would get."""
+    """The third save into a directory where someone else's file has the name of the first shard."""
     (folder / "model-00001-of-00002.safetensors").write_bytes(b"someone else's")
     (folder / "notes.txt").write_text("not ours\n")
     for number in (2, 1, 0):
@@ -177,7 +177,7 @@ def names_taken(folder: Path) -> None:
 
 
 def superseded(folder: Path) -> None:
-    """A lone file that is replaced, as it lies there when the saver dies before it has removed it."""
+    """A replaced ``model.safetensors`` that is still there, as after a saver that died before it removed the file."""
     header = b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
     lone = folder / "model.safetensors"
     for again in (False, True):
@@ -206,7 +206,7 @@ def from_distributed(folder: Path) -> None:
 
 
 def from_foreign(folder: Path) -> None:
-    """Shards of another writer, who aligns nothing and has no checksums."""
+    """Shards of another writer, without alignment and checksums."""
     weight_map = {}
     with scratch() as sources:
         for shard, name in (("a.safetensors", "x"), ("b.safetensors", "y")):
@@ -219,7 +219,7 @@ def from_foreign(folder: Path) -> None:
 
 
 def changed(folder: Path) -> None:
-    """Cast, renamed, in part, in several shards; flags, ties and metadata come along."""
+    """Cast, renamed and split into shards, some tensors dropped; flags, ties and metadata are kept."""
     with scratch() as sources:
         save(models.tied(), sources / "ckpt", metadata={"run": "7"})
         convert(
@@ -234,7 +234,7 @@ def whole_converted(folder: Path) -> None:
 
 
 def hub_converted(folder: Path) -> None:
-    """Its config says another dtype than the one that was saved."""
+    """The config gets the new dtype."""
     with scratch() as sources:
         save(models.bert(), sources / "ckpt")
         convert(sources / "ckpt", folder, dtype="float16")
@@ -317,7 +317,7 @@ CASES: dict[str, Case] = {
 
 
 def plain(version: str) -> str:
-    """Without what names a build: the corpus is the same for all builds of torch."""
+    """The version without its build: the corpus is the same for every build of torch."""
     return version.partition("+")[0]
 
 
@@ -327,7 +327,7 @@ def versions() -> dict[str, str]:
 
 @contextmanager
 def fixed(case: str, version: str) -> Iterator[None]:
-    """Fixes what is in the files and not in what is saved: names that are drawn at random, and versions."""
+    """Fixes the random names, the version of shardsave, and the build of torch ("2.13.0+cpu") that would get into the files."""
     NAMES.begin(case)
     ours = [m for name, m in sys.modules.items() if name.partition(".")[0] == "shardsave" and "__version__" in vars(m)]
     with ExitStack() as patches:
@@ -339,7 +339,7 @@ def fixed(case: str, version: str) -> Iterator[None]:
 
 
 def write_case(name: str, folder: Path, version: str) -> Json:
-    """Writes one case into the new ``folder``; what `expected.json` says of it."""
+    """Writes one case into the new ``folder`` and returns its entry for ``expected.json``."""
     case = CASES[name]
     folder.mkdir()
     with fixed(name, version):
@@ -358,9 +358,7 @@ def write_case(name: str, folder: Path, version: str) -> Json:
 def write_corpus(folder: Path, version: str) -> None:
     """Writes every case into the new ``folder``, as ``version`` of shardsave."""
     folder.mkdir(parents=True)
-    assert (
-        shardsave.save and shardsave.convert
-    )  # a verb's modules are loaded when it is first named, and the version is in them
+    assert shardsave.save and shardsave.convert  # loads their modules, whose versions `fixed` replaces
     lines = [f'"versions": {json.dumps(versions())}']
     for name in CASES:
         lines.append(f"{json.dumps(name)}: {json.dumps(write_case(name, folder / name, version), ensure_ascii=False)}")
