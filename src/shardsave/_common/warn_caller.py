@@ -1,0 +1,23 @@
+"""Warnings that point at the user's line, however deep in this package they are raised."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import warnings
+
+_PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
+_CONTEXTLIB = contextlib.__file__  # the public verbs run inside its decorators
+
+
+def warn_caller(message: str) -> None:
+    """Issues a UserWarning for the innermost frame outside this package."""
+    level = 1
+    frame = sys._getframe()
+    while frame.f_back is not None and (
+        frame.f_code.co_filename.startswith(_PACKAGE) or frame.f_code.co_filename == _CONTEXTLIB
+    ):
+        frame = frame.f_back
+        level += 1
+    warnings.warn(message, stacklevel=level)
