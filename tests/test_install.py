@@ -42,7 +42,7 @@ def without_compiler(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ours = shutil.ignore_patterns("*.so", "*.egg-info", "__pycache__")
     for name in ("src", "csrc"):
         shutil.copytree(ROOT / name, folder / "sources" / name, ignore=ours)
-    for name in ("setup.py", "pyproject.toml", "README.md"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / "sources")
     known = {name: value for name, value in os.environ.items() if not name.startswith("SHARDSAVE_")}
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "--no-index"]
@@ -54,6 +54,12 @@ def without_compiler(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert done.returncode == 0, done.stderr
     return folder / "target"
+
+
+def test_licence_is_installed(without_compiler: Path) -> None:
+    """Catches a wheel without the text of its licence."""
+    (licence,) = without_compiler.glob("shardsave-*.dist-info/licenses/LICENSE")
+    assert licence.read_bytes() == (ROOT / "LICENSE").read_bytes()
 
 
 def test_installed_without_a_compiler(without_compiler: Path, tmp_path: Path) -> None:
