@@ -74,7 +74,7 @@ wings: $(VENV)/test.ok
 
 # Every test without a marker. The time limits keep this fast: a test that exceeds one needs the marker `slow`.
 fast: $(VENV)/test.ok
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not alone and not large" --timeout 15 --session-timeout 90
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not alone and not large" --timeout 15 --session-timeout 120
 
 native-tests: $(SANITIZED)/fuzz-tables
 	mkdir -p $(SANITIZED)
