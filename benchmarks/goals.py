@@ -1,4 +1,4 @@
-"""The goals, each with the figure that was seen."""
+"""The goals, each with the figure that was measured."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ def all_goals(results: Results) -> list[Goal]:
         _against("save to the page cache, wall", 1, to_cache, results.of("safetensors", "save"), "wall", "wall", "safetensors"),
         _against("cold load into a model, wall", 1.1, cold, raw_read, "wall", "wall", "raw direct read"),
         _against("cold load to new tensors, wall", 1.1, cold_new, raw_read, "wall", "wall", "raw direct read"),
-        _against("the same", 1.1, cold_new, results.limit("fresh"), "wall", "wall", "raw direct read into new memory"),
+        _against(
+            "cold load to new tensors, wall", 1.1, cold_new, results.limit("fresh"), "wall", "wall", "raw read into new memory"
+        ),
         _against(
             "warm load into a model, wall", 1, warm, results.of("safetensors", "into", "warm"), "wall", "wall", "safetensors"
         ),
@@ -92,7 +94,7 @@ def _no_cold_buffered(results: Results) -> Goal:
     cold = results.of("shardsave", "into", "cold") + results.of("shardsave", "new", "cold")
     known = [sample for sample in cold if sample.get("cached_after") is not None]
     value = most(known, lambda sample: sample["cached_after"]) / 1e6 if known else None
-    return _at_most("a cold load reads data past the page cache: what of the files is in it afterwards", 1, value, "MB")
+    return _at_most("data of the files in the page cache after a cold load", 1, value, "MB")
 
 
 def _memory(results: Results) -> list[Goal]:

@@ -1,8 +1,8 @@
-"""Which whole models come back: saves each with ``architecture=True``, builds it again, and compares. Writes docs/models.md.
+"""Saves models with ``architecture=True``, builds them again, and compares. Writes docs/models.md.
 
     python benchmarks/models.py --to docs/models.md
 
-Tries torch.nn, and what is installed of transformers, torchvision (every classification model) and timm (one of each family).
+Tries torch.nn and, if they are installed, transformers, torchvision (every classification model) and timm (one model of each family).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import importlib
 import importlib.metadata
 import tempfile
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,14 +23,14 @@ from torch.nn.utils import parametrizations, prune
 
 import shardsave
 
-#: Models with more parameters than this are left out, so that each fits into memory three times.
+#: Larger models are left out, so that each fits into memory three times.
 MOST_PARAMETERS = 700_000_000
 
 Try = tuple[str, Callable[[], nn.Module], Callable[[nn.Module], tuple[tuple[Any, ...], dict[str, Any]]]]
 
 
 def differences(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], trust: list[str]) -> str:
-    """What is not the same in the built model; empty where all is."""
+    """Names what differs in the built model; empty if nothing does."""
     model.eval()
     with tempfile.TemporaryDirectory() as folder:
         shardsave.save(model, folder, architecture=True, durable=False, progress=False)
@@ -208,6 +209,14 @@ def outcome(attempt: Try, trust: list[str]) -> str:
     return f"differs in {wrong}" if wrong else "✓"
 
 
+def section(results: dict[str, str]) -> list[str]:
+    """The lines about one library, from the result of each model."""
+    equal = [name for name, result in results.items() if result == "✓"]
+    names = textwrap.wrap(", ".join(equal) + ".", 120, break_on_hyphens=False)
+    others = [f"- {name}: {result}" for name, result in results.items() if result != "✓"]
+    return [f"{len(equal)} of {len(results)} are equal.", "", *([*others, ""] if others else []), *names]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--to", type=Path, default=Path("docs/models.md"))
@@ -217,8 +226,9 @@ def main() -> None:
     lines = [
         "# Whole models that come back",
         "",
-        "Made by `python benchmarks/models.py`: each model is made with random weights, saved with `architecture=True`, built again by",
-        "`build_model`, and compared: `repr`, `state_dict`, `requires_grad` and outputs, bit for bit. ✓: all are equal.",
+        "`python benchmarks/models.py` writes this page. It makes each model with random weights, saves it with",
+        "`architecture=True`, and builds it again with `build_model`. Then it compares `repr`, `state_dict`, `requires_grad`",
+        "and outputs, bit for bit.",
     ]
     for group, (attempts, trust) in GROUPS.items():
         if options.only and group not in options.only:
@@ -228,15 +238,11 @@ def main() -> None:
         except ImportError:
             print(f"{group} is not installed")
             continue
-        found: dict[str, str] = {}
+        results: dict[str, str] = {}
         for attempt in attempts():
-            found[attempt[0]] = outcome(attempt, trust)
-            print(f"{group}: {attempt[0]}: {found[attempt[0]]}", flush=True)
-        right = sum(result == "✓" for result in found.values())
-        lines += ["", f"## {group} {importlib.metadata.version(group)}", "", f"{right} of {len(found)} are equal.", ""]
-        lines += ["| model | |", "| --- | --- |"]
-        lines += [f"| {name} | {result} |" for name, result in found.items() if result != "✓"]
-        lines += [f"| {', '.join(name for name, result in found.items() if result == '✓')} | ✓ |"]
+            results[attempt[0]] = outcome(attempt, trust)
+            print(f"{group}: {attempt[0]}: {results[attempt[0]]}", flush=True)
+        lines += ["", f"## {group} {importlib.metadata.version(group)}", "", *section(results)]
     options.to.parent.mkdir(exist_ok=True)
     options.to.write_text("\n".join(lines) + "\n")
 

@@ -19,7 +19,7 @@ OURS, OURS_LIGHT, THEIRS, THEIRS_LIGHT, LIMIT, INK = "#0b6e4f", "#8cc5ae", "#7a8
 
 
 def draw(results: Results, folder: Path) -> list[tuple[str, Path]]:
-    """Draws what was measured; title and file of each picture."""
+    """Draws all pictures; returns the title and file of each."""
     folder.mkdir(parents=True, exist_ok=True)
     plt.rcParams.update(
         {

@@ -1,4 +1,4 @@
-"""Makes RESULTS.md and its pictures from the JSON of a run; the text that people write stands in notes.md.
+"""Makes RESULTS.md and its pictures from the JSON of a run. notes.md has the text that is written by hand.
 
 python benchmarks/report.py bench-out/results.json --to benchmarks/RESULTS.md
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 def goals_table(results: Results) -> str:
     rows = [[goal.what, goal.wanted, goal.seen, _REACHED[goal.reached]] for goal in all_goals(results)]
-    return table(["goal", "wanted", "seen", ""], rows)
+    return table(["goal", "wanted", "measured", "result"], rows)
 
 
 def limits_table(results: Results) -> str:
@@ -133,12 +134,13 @@ def costs_text(results: Results) -> str:
 def machine_text(results: Results) -> str:
     machine = results.all["machine"]
     packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
-    return (
+    text = (
         f"{machine['processor']}, {machine['cores']} cores, {machine['memory'] / 2**30:.0f} GiB of memory, {machine['file_system']} on "
         f"one disk, Linux {machine['kernel']}, Python {machine['python']}; {packages}. "
         f"A Llama of {results.nbytes / 1e9:.2f} GB in bfloat16; {results.all['repeat']} repetitions, "
         f"{results.all['minutes']:.0f} minutes in all."
     )
+    return textwrap.fill(text, 120, break_on_hyphens=False, break_long_words=False)
 
 
 def _time(samples: list[Sample], key: str) -> str:
@@ -169,7 +171,8 @@ def main() -> None:
     not_run = "\n".join(f"- {name}: {reason}" for name, reason in results.all["not_run"].items())
     parts = [
         "# What was measured",
-        "Made by `make bench`. Medians, with the best in brackets; ratios are taken within each repetition. Smaller is better throughout.",
+        "`make bench` writes this page. Figures are medians, with the best in brackets. Ratios are taken within each\n"
+        "repetition. Smaller is always better.",
         machine_text(results),
         "## Goals",
         goals_table(results),
@@ -181,7 +184,7 @@ def main() -> None:
         "## Loading",
         loads_table(results, "cold"),
         loads_table(results, "warm"),
-        "## What the parts cost",
+        "## What each part costs",
         costs_text(results),
         "## Not measured",
         not_run,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import subprocess
 import sys
 from importlib.metadata import files
@@ -71,19 +73,31 @@ def reload_and_compare() -> None:
         same = torch.equal(embed(fresh, expected["tokens"]).cpu(), expected["output"].cpu())
     trainable = [name for name, parameter in fresh.named_parameters() if parameter.requires_grad]
     flags = trainable == json.loads((OUT / "trainable.json").read_text())
-    theirs = BertModel.from_pretrained(OUT / "ckpt").to(device).eval()
+    by_transformers = BertModel.from_pretrained(OUT / "ckpt").to(device).eval()
     with torch.no_grad():
-        theirs_same = torch.equal(embed(theirs, expected["tokens"]).cpu(), expected["output"].cpu())
+        same_by_transformers = torch.equal(embed(by_transformers, expected["tokens"]).cpu(), expected["output"].cpu())
     print(shardsave.inspect(OUT / "ckpt"))
     print(shardsave.verify(OUT / "ckpt"))
-    print(f"outputs equal: {same}; freeze flags back: {flags}; from_pretrained gives the same outputs: {theirs_same}")
-    if not (same and flags and theirs_same):
+    print(f"outputs equal: {same}; freeze flags restored: {flags}; same outputs by from_pretrained: {same_by_transformers}")
+    if not (same and flags and same_by_transformers):
         raise SystemExit("the reloaded model differs")
 
 
+def suggest_next_commands() -> None:
+    command = f"{os.path.relpath(sys.executable)} -m shardsave"
+    print("\nWhat to try next:")
+    print(f"  {command} inspect {OUT}/ckpt        # modules, shards, and how much of each is frozen")
+    print(f"  {command} verify {OUT}/ckpt         # every byte against its checksum")
+    print(f"  {command} convert {OUT}/ckpt {OUT}/half.safetensors --dtype bfloat16 --to safetensors")
+
+
 if __name__ == "__main__":
+    # Piped output is buffered in blocks by default; the lines of the child process would come before those of this one.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)
     if "--reload" in sys.argv:
         reload_and_compare()
     else:
         freeze_train_and_save()
         subprocess.run([sys.executable, __file__, "--reload"], check=True)
+        suggest_next_commands()

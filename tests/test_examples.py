@@ -1,4 +1,4 @@
-"""What README and docstrings show is run as it stands there."""
+"""The examples in documents and docstrings are run as they stand there; the form of the documents is checked."""
 
 from __future__ import annotations
 
@@ -15,16 +15,12 @@ from shardsave._api import build, clean, convert, diff, inspect, load, open, sav
 from shardsave._cli.main import cli
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-
-
-def test_readme_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches an example that does not run, in the order in which a reader meets them."""
-    monkeypatch.chdir(tmp_path)
-    examples = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(examples) >= 7
-    for example in examples:
-        exec(compile(example, "README.md", "exec"), {})
+#: With prose written by hand. RESULTS.md is not: its tables come from a program.
+DOCUMENTS = [
+    *(f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING", "FORMAT", "SECURITY", "benchmarks/notes")),
+    *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
+]
+WITH_EXAMPLES = [name for name in DOCUMENTS if name != "FORMAT.md" and "```python" in (ROOT / name).read_text()]
 
 
 def timeless(text: str) -> str:
@@ -33,13 +29,21 @@ def timeless(text: str) -> str:
     return re.sub(r"(map\.png: )[\d.]+ kB", r"\1…", text)
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/cli.md", "docs/convert.md"])
-def test_commands_in_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Catches a command that does not print what the document shows, after the examples in Python that stand before it."""
+def test_documents_have_examples() -> None:
+    """Catches blocks that are no longer found, because their fences changed."""
+    used = {"README.md", "docs/cli.md", "docs/convert.md", "docs/loading.md", "docs/saving.md", "docs/transformers.md"}
+    assert used <= set(WITH_EXAMPLES)
+    assert (ROOT / "README.md").read_text().count("```python") >= 10
+    for name in ("README.md", "docs/cli.md", "docs/convert.md"):
+        assert "```console" in (ROOT / name).read_text()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")  # PEFT asks transformers for it
+@pytest.mark.parametrize("name", WITH_EXAMPLES)
+def test_examples_in_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Catches an example that fails, and a command that prints something else than shown. All run in the order of the document."""
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```(python|console)\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
-    assert sum(kind == "console" for kind, _ in blocks) >= 1
-    for kind, block in blocks:
+    for kind, block in re.findall(r"```(python|console)\n(.*?)```", (ROOT / name).read_text(), re.DOTALL):
         if kind == "python":
             exec(compile(block, name, "exec"), {})
             continue
@@ -47,11 +51,31 @@ def test_commands_in_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
             assert timeless(CliRunner().invoke(cli, shlex.split(command)).output) == timeless(shown), command
 
 
+def prose(name: str) -> str:
+    """The text of a document without its code blocks."""
+    return re.sub(r"^```.*?^```", "", (ROOT / name).read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_form_of_documents(name: str) -> None:
+    """Catches a line that is too long to read, a table cell with more than one sentence, and a link that leads nowhere."""
+    for line in prose(name).splitlines():
+        assert len(line) <= 120 or line.startswith("!["), f"{len(line)} characters: {line}"
+        if line.startswith("|"):
+            assert not re.search(r"\. [A-Z`]", line), line
+    for target, heading in re.findall(r"\]\(([^)#:]*)#?([^):]*)\)", prose(name)):
+        path = (ROOT / name).parent / target if target else ROOT / name
+        assert path.exists(), target
+        if heading:
+            headings = re.findall(r"^#+ (.*)", prose(str(path)), re.MULTILINE)
+            assert heading in {re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in headings}, (target, heading)
+
+
 @pytest.mark.parametrize(
     "module", [shardsave, save, load, open, diff, clean, inspect, build, convert], ids=lambda module: module.__name__
 )
 def test_docstring_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: object) -> None:
-    """Catches a docstring that shows what is not so."""
+    """Catches a docstring whose example does something else than it shows."""
     monkeypatch.chdir(tmp_path)
     result = doctest.testmod(module)  # type: ignore[arg-type]
     assert result.attempted and not result.failed

@@ -42,7 +42,7 @@ def without_compiler(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ours = shutil.ignore_patterns("*.so", "*.egg-info", "__pycache__")
     for name in ("src", "csrc"):
         shutil.copytree(ROOT / name, folder / "sources" / name, ignore=ours)
-    for name in ("setup.py", "pyproject.toml", "README.md"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / "sources")
     known = {name: value for name, value in os.environ.items() if not name.startswith("SHARDSAVE_")}
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "--no-index"]
@@ -54,6 +54,46 @@ def without_compiler(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert done.returncode == 0, done.stderr
     return folder / "target"
+
+
+IMPORT_EVERY_MODULE = """
+import importlib, pkgutil, shardsave
+names = [module.name for module in pkgutil.walk_packages(shardsave.__path__, "shardsave.") if not module.name.endswith("__main__")]
+for name in names:
+    importlib.import_module(name)
+print(shardsave.__file__, *names, sep="\\n")
+"""
+
+
+def files_below(folder: Path) -> set[Path]:
+    """The package's files, relative to ``folder``, without compiled ones."""
+    files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return {path for path in files if path.suffix != ".so" and "__pycache__" not in path.parts}
+
+
+def test_every_package_and_module_is_installed(without_compiler: Path) -> None:
+    """Catches a wing that the wheel lacks because its folder has no ``__init__.py``, and a module that imports only in the source tree."""
+    source, installed = ROOT / "src" / "shardsave", without_compiler / "shardsave"
+    assert files_below(installed) == files_below(source)
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_EVERY_MODULE],
+        env={**os.environ, "PYTHONPATH": str(without_compiler), "SHARDSAVE_ENGINE": "portable"},
+        cwd=without_compiler,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    file, *names = done.stdout.splitlines()
+    assert Path(file).is_relative_to(without_compiler)
+    modules = {path.with_suffix("") for path in files_below(source) if path.suffix == ".py"}
+    expected = {path.parent if path.name == "__init__" else path for path in modules} - {Path("."), Path("__main__")}
+    assert {Path(*name.split(".")[1:]) for name in names} == expected
+
+
+def test_licence_is_installed(without_compiler: Path) -> None:
+    """Catches a wheel without the text of its licence."""
+    (licence,) = without_compiler.glob("shardsave-*.dist-info/licenses/LICENSE")
+    assert licence.read_bytes() == (ROOT / "LICENSE").read_bytes()
 
 
 def test_installed_without_a_compiler(without_compiler: Path, tmp_path: Path) -> None:
