@@ -76,7 +76,10 @@ wings: $(VENV)/test.ok
 fast: $(VENV)/test.ok
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not alone and not large" --timeout 15 --session-timeout 120
 
+# clang alone checks the lock annotations (csrc/thread_annotations.h).
 native-tests: $(SANITIZED)/fuzz-tables
+	@if command -v clang++ >/dev/null; then clang++ -std=c++17 -fsyntax-only -Wthread-safety -Werror -Icsrc $(CORE); \
+	else echo "native-tests: clang++ is not installed, so the lock annotations were not checked"; fi
 	mkdir -p $(SANITIZED)
 	$(CXX) $(STRICT) -fsanitize=address,undefined -fno-sanitize-recover=all tests/native/test_crc64.cpp csrc/crc64.cpp -o $(SANITIZED)/crc64
 	$(SANITIZED)/crc64
