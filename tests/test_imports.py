@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import shardsave
+from shardsave import errors
 from support import ROOT
 
 SOURCE = ROOT / "src" / "shardsave"
@@ -156,6 +157,17 @@ def test_every_public_name_has_a_module() -> None:
     assert set(shardsave.__all__) <= set(dir(shardsave))
     with pytest.raises(AttributeError, match="module 'shardsave' has no attribute 'sav'"):
         _ = shardsave.sav  # type: ignore[attr-defined]
+
+
+def test_every_error_is_public() -> None:
+    """Catches an exception class that is missing in ``errors.__all__`` or cannot be imported from ``shardsave``."""
+    classes = {
+        name
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and issubclass(value, Exception) and not name.startswith("_")
+    }
+    assert sorted(classes) == errors.__all__
+    assert classes <= set(shardsave.__all__)
 
 
 IMPORTED_BY = """if True:
