@@ -183,6 +183,16 @@ def imported_by(call: str, folder: Path) -> set[str]:
     return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
 
 
+def test_the_format_needs_no_torch() -> None:
+    """Catches an import of torch by a file of `_format`: reading an index must not take the second that torch needs."""
+    names = sorted(f"shardsave.{name}" for name in MODULES if wing(name) == "_format")
+    script = (
+        "import importlib, sys\nfor name in sys.argv[1:]: print(name, importlib.import_module(name) and 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *names], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [f"{name} False" for name in names]
+
+
 def test_a_plain_save_and_a_plain_load_import_little(tmp_path: Path) -> None:
     """Catches the import of what only the other direction, whole models, programs and other verbs need: it takes longer than a save."""
     saving = imported_by("shardsave.save(model, sys.argv[1])", tmp_path)

@@ -16,7 +16,7 @@ import torch
 import shardsave
 from architectures import tiny
 from shardsave._format.dtypes import BY_NAME
-from shardsave._format.index import _parse_flags
+from shardsave._format.index_parsing import _parse_flags
 from support import ROOT
 
 DOCUMENT = (ROOT / "FORMAT.md").read_text()

@@ -106,7 +106,7 @@ def guided(name: str, arguments: list[str]) -> None:
     import atheris
 
     with atheris.instrument_imports(
-        include=["shardsave._common.strict_json", "shardsave._format.header", "shardsave._format.index"]
+        include=["shardsave._common.strict_json", "shardsave._format.header", "shardsave._format.index_parsing"]
     ):
         import targets
     target: Target = {"headers": targets.fuzz_header, "indexes": targets.fuzz_index}[name]

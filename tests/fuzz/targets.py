@@ -16,8 +16,10 @@ import torch
 
 import shardsave
 from shardsave._format.crc64 import crc64
-from shardsave._format.header import CHECKSUM_KEY, _read_any, _read_compact, parse_header, read_header
-from shardsave._format.index import Index, encode_index, parse_index, told_ties
+from shardsave._format.header import CHECKSUM_KEY, _read_any, _read_compact, parse_header
+from shardsave._format.index import Index, encode_index, ties_in_metadata
+from shardsave._format.index_parsing import parse_index
+from shardsave._storage.shard_files import read_header
 
 Tensors = dict[str, tuple[str, list[int], bytes]]
 
@@ -105,7 +107,7 @@ def check_shard(content: bytes) -> None:
         raise Disagreement(f"reads {ours}, safetensors {theirs}: {content!r}")
     loaded = shardsave.load(f"/proc/self/fd/{_memory}", verify=False)
     wanted = {name: raw for name, (_, _, raw) in theirs.items()}
-    wanted.update((name, wanted[kept]) for name, kept in told_ties(parsed.metadata, theirs).items())
+    wanted.update((name, wanted[kept]) for name, kept in ties_in_metadata(parsed.metadata, theirs).items())
     if {name: _bytes(tensor) for name, tensor in loaded.items()} != wanted:
         raise Disagreement(f"loads other bytes than safetensors: {content!r}")
 

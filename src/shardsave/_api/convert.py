@@ -25,8 +25,8 @@ from shardsave._common.shutdown import verb
 from shardsave._conversion.changes import Drop, Names, Rename, cast_of, check_dtype, patterns, replacements
 from shardsave._conversion.single_file import NewFile, Written, fits_torch, write_safetensors, write_torch
 from shardsave._foreign.sources import Origin, open_origin
+from shardsave._format.file_names import INDEX_NAME, TORCH_ENDINGS
 from shardsave._format.header import CHECKSUM_KEY
-from shardsave._format.index import INDEX_NAME
 from shardsave._loading.mapped import let_go
 from shardsave._loading.read import ReadTotals, Target, read_tensors
 from shardsave._state.module import Beside, Entry, State, check_savable, read_state
@@ -305,7 +305,7 @@ class _LettingGo:
         self._tell(done)
 
 
-_FILE_ENDINGS = (".safetensors", ".pt", ".pth", ".bin")
+_FILE_ENDINGS = (".safetensors", *TORCH_ENDINGS)
 
 
 def _check_destination(source: str, destination: str, to: Form, origin: Origin) -> None:

@@ -17,8 +17,9 @@ from shardsave._common.gc_pause import collector_still
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
 from shardsave._format.crc64 import crc64
+from shardsave._format.file_names import check_shard_count
 from shardsave._format.header import MAX_HEADER_BYTES
-from shardsave._format.index import Index, Part, Record, ShardRecord, check_shard_count
+from shardsave._format.index import Index, Part, Record, ShardRecord
 from shardsave._format.metadata import check_metadata
 from shardsave._huggingface.peft import ADAPTER_WEIGHTS, adapted, adapter_companions, adapter_on_disk
 from shardsave._huggingface.transformers_saving import companions, on_disk, pretrained

@@ -20,7 +20,7 @@ import torch
 from shardsave._common.assembled import Assembled, Part
 from shardsave._common.os_calls import CallFailed, Descriptor, call
 from shardsave._foreign.torch_file import Archives, TorchFile
-from shardsave._format.index import is_file_name
+from shardsave._format.file_names import is_file_name
 from shardsave._storage.find import cannot_read
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, UntrustedCodeError
 

@@ -16,8 +16,9 @@ from shardsave._common.assembled import Assembled
 from shardsave._common.os_calls import CallFailed, Descriptor, call, read_all
 from shardsave._foreign.dcp import TABLE_NAME, read_distributed
 from shardsave._foreign.torch_file import read_torch_file
+from shardsave._format.file_names import INDEX_NAME, LONE_NAME, TORCH_ENDINGS
 from shardsave._format.header import CHECKSUM_KEY
-from shardsave._format.index import INDEX_NAME, LONE_NAME, parse_index
+from shardsave._format.index_parsing import parse_index
 from shardsave._loading.mapped import Maps
 from shardsave._state.module import Beside, Entry
 from shardsave._storage.checkpoint import PARTS, Checkpoint, Located, open_checkpoint
@@ -95,7 +96,7 @@ def _from_file(path: str, key: str | None, wanted: Wanted, closing: ExitStack) -
         return _from_distributed(os.path.dirname(path) or ".", key, wanted)
     if name.endswith(".index.json"):
         index = parse_index(find(path).index_bytes or b"", f"index {name}")
-        if all(shard.endswith((".bin", ".pt", ".pth")) for shard in index.weight_map.values()) and index.weight_map:
+        if all(shard.endswith(TORCH_ENDINGS) for shard in index.weight_map.values()) and index.weight_map:
             return _from_shards(path, key, wanted)
         return _from_checkpoint(path, key, wanted, closing)
     if name.endswith(".safetensors") or _looks_like_safetensors(path):
@@ -288,7 +289,7 @@ def _others(folder: str) -> str:
         listed = sorted(os.listdir(folder))
     except OSError:
         return ""
-    files = [name for name in listed if name.endswith((".safetensors", ".bin", ".pt", ".pth", ".index.json"))]
+    files = [name for name in listed if name.endswith((".safetensors", *TORCH_ENDINGS, ".index.json"))]
     return f"; to read another file, give its path: {', '.join(files[:3])}" if files else ""
 
 
