@@ -34,10 +34,12 @@ WINGS: dict[str, set[str]] = {
     "_saving": {"_common", "_engine", "_format", "_state", "_storage", "_version", "errors"},
     "_loading": {"_common", "_engine", "_format", "_state", "_storage", "errors"},
     "_huggingface": {"_common", "_format", "_loading", "_saving", "_state", "_storage", "errors"},
-    "_foreign": {"_common", "_format", "_loading", "_state", "_storage", "errors"},
-    "_conversion": {"_common", "_engine", "_format", "_saving", "_state", "_storage", "errors"},
+    "_foreign": {"_common", "_format", "_state", "_storage", "errors"},
+    "_conversion": {
+        "_common", "_engine", "_foreign", "_format", "_loading", "_saving", "_state", "_storage", "errors",
+    },
     "_api": {
-        "_architecture", "_common", "_conversion", "_engine", "_foreign", "_format", "_huggingface", "_loading", "_program",
+        "_architecture", "_common", "_conversion", "_engine", "_format", "_huggingface", "_loading", "_program",
         "_saving", "_state", "_storage", "_version", "errors",
     },
     "__init__": {"_api", "_common", "_version", "errors"},

@@ -22,14 +22,15 @@ from shardsave._common.assembled import Assembled, Part
 from shardsave._common.os_calls import kind_of
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
+from shardsave._common.words import some
 from shardsave._conversion.changes import Drop, Names, Rename, cast_of, check_dtype, patterns, replacements
+from shardsave._conversion.origin import Origin, open_origin
 from shardsave._conversion.single_file import NewFile, Written, fits_torch, write_safetensors, write_torch
-from shardsave._foreign.sources import Origin, open_origin
 from shardsave._format.file_names import INDEX_NAME, TORCH_ENDINGS
 from shardsave._format.header import CHECKSUM_KEY
-from shardsave._loading.mapped import let_go
 from shardsave._loading.read import ReadTotals, Target, read_tensors
 from shardsave._state.module import Beside, Entry, State, check_savable, read_state
+from shardsave._storage.mapping import let_go
 from shardsave.errors import IncompatibleCheckpointError, OutOfSpaceError, SaveNotCommittedError, ShardSaveError
 
 Form = Literal["shardsave", "safetensors", "torch"]
@@ -276,7 +277,7 @@ class _Writer:
         """What one file has no place for."""
         lost = sorted(self._origin.metadata.keys() - kept.keys())
         flags = ("freeze flags were left out",) if self._origin.flags is not None else ()
-        return (*flags, *((f"metadata was left out: {', '.join(lost[:5])}",) if lost else ()))
+        return (*flags, *((f"metadata was left out: {some(lost, 5)}",) if lost else ()))
 
 
 class _Reading:
