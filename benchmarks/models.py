@@ -1,8 +1,8 @@
-"""Which whole models come back: saves each with ``architecture=True``, builds it again, and compares. Writes docs/models.md.
+"""Saves whole models with ``architecture=True``, builds them again and compares them. Writes docs/models.md.
 
     python benchmarks/models.py --to docs/models.md
 
-Tries torch.nn, and what is installed of transformers, torchvision (every classification model) and timm (one of each family).
+Tries models of torch.nn, and, if installed, of transformers, torchvision (every classification model) and timm (one per family).
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from torch.nn.utils import parametrizations, prune
 
 import shardsave
 
-#: Models with more parameters than this are left out, so that each fits into memory three times.
+#: Models with more parameters are not tried, since each must fit into memory three times.
 MOST_PARAMETERS = 700_000_000
 
+#: A model's name, how to make it, and how to make its inputs.
 Try = tuple[str, Callable[[], nn.Module], Callable[[nn.Module], tuple[tuple[Any, ...], dict[str, Any]]]]
 
 
 def differences(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], trust: list[str]) -> str:
-    """What is not the same in the built model; empty where all is."""
+    """What differs between ``model`` and the model built from its checkpoint; empty if they are equal."""
     model.eval()
     with tempfile.TemporaryDirectory() as folder:
         shardsave.save(model, folder, architecture=True, durable=False, progress=False)
@@ -44,10 +45,10 @@ def differences(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]]
         wrong.append("flags")
     arguments, keywords = inputs
     results = []
-    for one in (model, built):
+    for candidate in (model, built):
         torch.manual_seed(0)
         with torch.no_grad():
-            results.append(one(*arguments, **keywords))
+            results.append(candidate(*arguments, **keywords))
     if not _same(*results):
         wrong.append("outputs")
     return ", ".join(wrong)
@@ -193,6 +194,7 @@ GROUPS: dict[str, tuple[Callable[[], Iterator[Try]], list[str]]] = {
 
 
 def outcome(attempt: Try, trust: list[str]) -> str:
+    """``"✓"``, or why the model does not come back equal."""
     _, make, inputs = attempt
     try:
         model = make()
@@ -228,15 +230,15 @@ def main() -> None:
         except ImportError:
             print(f"{group} is not installed")
             continue
-        found: dict[str, str] = {}
+        results: dict[str, str] = {}
         for attempt in attempts():
-            found[attempt[0]] = outcome(attempt, trust)
-            print(f"{group}: {attempt[0]}: {found[attempt[0]]}", flush=True)
-        right = sum(result == "✓" for result in found.values())
-        lines += ["", f"## {group} {importlib.metadata.version(group)}", "", f"{right} of {len(found)} are equal.", ""]
+            results[attempt[0]] = outcome(attempt, trust)
+            print(f"{group}: {attempt[0]}: {results[attempt[0]]}", flush=True)
+        right = sum(result == "✓" for result in results.values())
+        lines += ["", f"## {group} {importlib.metadata.version(group)}", "", f"{right} of {len(results)} are equal.", ""]
         lines += ["| model | |", "| --- | --- |"]
-        lines += [f"| {name} | {result} |" for name, result in found.items() if result != "✓"]
-        lines += [f"| {', '.join(name for name, result in found.items() if result == '✓')} | ✓ |"]
+        lines += [f"| {name} | {result} |" for name, result in results.items() if result != "✓"]
+        lines += [f"| {', '.join(name for name, result in results.items() if result == '✓')} | ✓ |"]
     options.to.parent.mkdir(exist_ok=True)
     options.to.write_text("\n".join(lines) + "\n")
 

@@ -1,4 +1,4 @@
-"""The pictures of RESULTS.md."""
+"""Draws the pictures of RESULTS.md."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OURS, OURS_LIGHT, THEIRS, THEIRS_LIGHT, LIMIT, INK = "#0b6e4f", "#8cc5ae", "#7a8
 
 
 def draw(results: Results, folder: Path) -> list[tuple[str, Path]]:
-    """Draws what was measured; title and file of each picture."""
+    """Draws the results; returns the title and the file of each picture."""
     folder.mkdir(parents=True, exist_ok=True)
     plt.rcParams.update(
         {
@@ -49,7 +49,7 @@ def draw(results: Results, folder: Path) -> list[tuple[str, Path]]:
 
 
 def _bars(axes: Axes, rows: list[tuple[str, float, str]], xlabel: str, unit: str = " ×") -> None:
-    """Bars of (label, value, remark), shortest above; shardsave's in their own colour."""
+    """Draws a bar for each (label, value, remark), the shortest on top; those of shardsave have their own colour."""
     rows = sorted(rows, key=lambda row: -row[1])
     longest = max((value for _, value, _ in rows), default=1)
     for place, (label, value, remark) in enumerate(rows):
@@ -75,7 +75,7 @@ def _limit_line(axes: Axes, name: str) -> None:
 
 
 def _saves(results: Results, title: str) -> None:
-    """The call alone in full colour, the fsync that a careful caller has to add in a lighter one."""
+    """Draws the call in full colour, and the fsync that a careful caller must add in a lighter colour."""
     raw = results.limit("write")
     rows = []
     for name, tool in TOOLS.items():

@@ -82,7 +82,7 @@ def with_sums(header: bytes, sums: Sequence[int]) -> bytes:
 def header_length(start: bytes, file_length: int, where: str) -> int:
     """The length of a header's JSON, from the first eight bytes of a file. Raises CorruptCheckpointError.
 
-    Never more than the file has, so a reader may allocate that much.
+    It is never longer than the rest of the file, so a reader may allocate that much.
     """
     if len(start) < 8:
         _bad(where, "8 bytes of header length expected", f"the file ends after {len(start)}")
