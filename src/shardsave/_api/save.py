@@ -13,7 +13,7 @@ from torch import nn
 from shardsave._api.arguments import check_path, check_progress, check_switches, check_timeout, parse_size
 from shardsave._api.reports import Phases, SaveReport
 from shardsave._common.backend import engine_name
-from shardsave._common.gc_pause import collector_still
+from shardsave._common.gc_pause import gc_paused
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
 from shardsave._format.crc64 import crc64
@@ -99,7 +99,7 @@ def save(
     kept_metadata = check_metadata(metadata)
     adapter = _check_adapter(source, architecture, program) if adapter_only else None
     started = time.perf_counter()
-    with collector_still():
+    with gc_paused():
         contents = _gather(source, bound, architecture, program, adapter)
     shards = [*contents.shards, *contents.extra]
     total = sum(shard.layout.data_bytes for shard in shards)
@@ -122,7 +122,7 @@ def save(
         for name in extra_names:
             parts["extra tensors"] = Part(name, writer.records.pop(name))
         before_commit = time.perf_counter()
-        with collector_still():
+        with gc_paused():
             record = Record(
                 durable=durable,
                 flags=_flags(contents.state),

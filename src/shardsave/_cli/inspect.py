@@ -14,7 +14,7 @@ import click
 from shardsave._cli.output import DIM, FROZEN, TRAINABLE, Cell, Output
 from shardsave._cli.paths import CHECKPOINT
 from shardsave._cli.tree import Sums, guides, module_tree, rows
-from shardsave._common.gc_pause import collector_still
+from shardsave._common.gc_pause import gc_paused
 from shardsave._common.words import count, human_bytes
 from shardsave._format.dtypes import BY_NAME, torch_shape
 from shardsave._storage.checkpoint import Checkpoint, open_checkpoint
@@ -50,7 +50,7 @@ def inspect(context: click.Context, directory: str, depth: int, everything: bool
     Reads the index and the headers of DIRECTORY, but no tensor data. A bar shows which share of a module's parameters is frozen, in
     bytes.
     """
-    with collector_still(), open_checkpoint(directory) as checkpoint:
+    with gc_paused(), open_checkpoint(directory) as checkpoint:
         names = _names(checkpoint, pattern)
         if as_json:
             click.echo(json.dumps(_as_json(checkpoint, names), ensure_ascii=True))

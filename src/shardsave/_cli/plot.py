@@ -8,7 +8,7 @@ import os
 import click
 
 from shardsave._cli.paths import CHECKPOINT
-from shardsave._common.gc_pause import collector_still
+from shardsave._common.gc_pause import gc_paused
 from shardsave._common.words import human_bytes
 from shardsave._storage.checkpoint import open_checkpoint
 
@@ -43,7 +43,7 @@ def plot(directory: str, output: str, width: float) -> None:
     formats = picture.formats()
     if suffix not in formats:
         raise click.UsageError(f"the picture's format must be one of {', '.join(formats)}, not {output!r}")
-    with collector_still(), open_checkpoint(directory) as checkpoint:
+    with gc_paused(), open_checkpoint(directory) as checkpoint:
         figure = picture.draw(checkpoint, width)
     picture.write(figure, output)
     click.echo(f"{output}: {human_bytes(os.path.getsize(output))}")

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def collector_still() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """No garbage collection within the block.
 
     Nothing is garbage in a table of 100,000 names and offsets, yet each collection would walk over all objects of torch. Only for

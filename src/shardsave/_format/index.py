@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Container, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from shardsave._common.gc_pause import collector_still
+from shardsave._common.gc_pause import gc_paused
 from shardsave._format.crc64 import crc64
 from shardsave._format.header import CHECKSUM_KEY
 
@@ -105,7 +105,7 @@ def ties_in_metadata(metadata: Mapping[str, Any], stored: Container[str]) -> dic
     return {name: target for name, target in pairs if target and target in stored and name not in stored}
 
 
-@collector_still()
+@gc_paused()
 def encode_index(index: Index) -> bytes:
     """The bytes of an index that has a record."""
     record = index.record

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
-from shardsave._common.gc_pause import collector_still
+from shardsave._common.gc_pause import gc_paused
 from shardsave._common.strict_json import NotJSON, glimpse, parse_object
 from shardsave._format.crc64 import crc64
 from shardsave._format.file_names import is_file_name
@@ -34,7 +34,7 @@ _MEMBERS = {"durable", "flags", "metadata", "shards", "supersedes", "ties"}
 _CRC = re.compile(r"[0-9a-f]{16}")
 
 
-@collector_still()
+@gc_paused()
 def parse_index(data: bytes, where: str) -> Index:
     """Checks an index and returns it; ``where`` names it in messages.
 

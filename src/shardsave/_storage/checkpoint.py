@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import repeat
 from typing import Any, NamedTuple, Union
 
-from shardsave._common.gc_pause import collector_still
+from shardsave._common.gc_pause import gc_paused
 from shardsave._common.os_calls import CallFailed, call
 from shardsave._common.strict_json import glimpse
 from shardsave._format.file_names import INDEX_NAME, LONE_NAME
@@ -221,7 +221,7 @@ def open_checkpoint(
             )
 
 
-@collector_still()
+@gc_paused()
 def _open_found(
     path: str, found: Found, wanted: Callable[[str], bool] | None, parts: Iterable[str], broken: Broken
 ) -> Checkpoint:
