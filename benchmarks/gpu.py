@@ -92,7 +92,7 @@ class Bench:
                 parameter.zero_()
         rate = self._timed(lambda: shardsave.load_model(self._model, self._path / name, progress=False))
         if not models.same(self._model, self._values):
-            raise RuntimeError(f"{self._path / name}: what was loaded is not what was saved")
+            raise RuntimeError(f"{self._path / name}: the loaded values differ from the saved values")
         return rate
 
     def remove(self, name: str) -> None:

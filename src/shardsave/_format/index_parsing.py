@@ -200,7 +200,7 @@ def _parse_module_flags(lists: object, where: str) -> dict[str, bool] | None:
         before = len(flags)
         flags.update(dict.fromkeys(listed, flag))
         if len(flags) != before + len(listed):
-            _bad(where, "module_flags expected to name a parameter once", f"one of {glimpse(listed)} stands twice")
+            _bad(where, "module_flags expected to name a parameter once", f"one of {glimpse(listed)} appears twice")
     return flags
 
 
