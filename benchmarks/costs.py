@@ -1,4 +1,4 @@
-"""What the parts of shardsave cost that are not the moving of bytes: checksums, a great many tensors, the import.
+"""Measures the costs of shardsave beside moving bytes: checksums, very many tensors, the import.
 
 python costs.py checksums DIRECTORY SIZE | many DIRECTORY | import
 """
@@ -28,7 +28,7 @@ PAIRS = 7
 
 
 def checksums(path: Path, size: int) -> dict[str, object]:
-    """The engine with and without checksums, in turn, on the same memory and file: seconds of both in each situation."""
+    """Runs the engine with and without checksums, in turn, on the same memory and file; returns the seconds of both for each case."""
     from shardsave._engine import engine
     from shardsave._format.layout import blocks
 
@@ -66,23 +66,23 @@ def checksums(path: Path, size: int) -> dict[str, object]:
         finally:
             os.close(fd)
 
-    situations: dict[str, Callable[[bool], float]] = {
+    cases: dict[str, Callable[[bool], float]] = {
         "save durable": lambda checksum: write(True, checksum),
         "save to cache": lambda checksum: write(False, checksum),
         "load cold": lambda checksum: read(True, checksum),
         "load warm": lambda checksum: read(False, checksum),
     }
-    found: dict[str, object] = {}
-    for name, act in situations.items():
+    seconds: dict[str, object] = {}
+    for name, act in cases.items():
         act(True)
-        # One after the other, and the order turned round each time, so that a drift of the machine falls on both.
+        # The two alternate, and their order changes each time, so that a drift of the machine affects both.
         pairs = [[act(True), act(False)] if n % 2 else list(reversed([act(False), act(True)])) for n in range(PAIRS)]
-        found[name] = {"with": [pair[0] for pair in pairs], "without": [pair[1] for pair in pairs]}
-    return found
+        seconds[name] = {"with": [pair[0] for pair in pairs], "without": [pair[1] for pair in pairs]}
+    return seconds
 
 
 class _Many(nn.Module):
-    """Small parameters in layers of nine, as in a model of very many layers or experts."""
+    """Small parameters in layers of ten, as in a model with very many layers or experts."""
 
     def __init__(self, count: int) -> None:
         super().__init__()
@@ -94,26 +94,26 @@ class _Many(nn.Module):
 
 
 def many(path: Path) -> dict[str, object]:
-    """Calls on 100,000 tensors of 64 bytes, where moving the bytes is nothing: seconds, each three times.
+    """Runs each call three times on 100,000 tensors of 64 bytes, where moving the bytes costs nothing; returns seconds.
 
-    ``whole``: of the call. ``planning``: of all but the moving of bytes, which is what the engine does once it has its tables, and
-    of a save the syncing of its shards. That leaves planning, headers, index, and the making of tensors.
+    ``whole``: the whole call. ``planning``: the call without the time in which the engine moves bytes and a save syncs its shards.
+    What remains is planning, headers, index, and creating tensors.
     """
     import shardsave
     from shardsave._engine import engine
 
     state = {f"model.layers.{n // 10}.block.weight_{n % 10}": torch.full((16,), float(n)) for n in range(TENSORS)}
     model = _Many(TENSORS)
-    found: dict[str, dict[str, list[float]]] = {}
+    seconds: dict[str, dict[str, list[float]]] = {}
     native = engine.native
-    assert native is not None, "the figures are those of the extension"
+    assert native is not None, "the extension is needed"
     moving = 0.0
 
     def run(**tables: Any) -> Any:
         nonlocal moving
         began = time.perf_counter()
         try:
-            return moved(**tables)
+            return original_run(**tables)
         finally:
             moving += time.perf_counter() - began
 
@@ -125,11 +125,11 @@ def many(path: Path) -> dict[str, object]:
         whole = time.perf_counter() - began
         if isinstance(report, shardsave.SaveReport):
             moving += report.phases.sync
-        times = found.setdefault(name, {"whole": [], "planning": []})
+        times = seconds.setdefault(name, {"whole": [], "planning": []})
         times["whole"].append(whole)
         times["planning"].append(whole - moving)
 
-    moved, native.run = native.run, run
+    original_run, native.run = native.run, run
     try:
         for _ in range(3):
             shutil.rmtree(path / "many", ignore_errors=True)
@@ -140,14 +140,14 @@ def many(path: Path) -> dict[str, object]:
             timed("load into a module", lambda: shardsave.load_model(model, path / "many", progress=False))
             timed("inspect", lambda: shardsave.inspect(path / "many"))
     finally:
-        native.run = moved
-    return found
+        native.run = original_run
+    return seconds
 
 
 def imports() -> dict[str, object]:
-    """Seconds that ``import shardsave`` adds after ``import torch``, in fresh processes, compiled before as an installed package is.
+    """Seconds that ``import shardsave`` adds after ``import torch``, in new processes, with compiled bytecode as when installed.
 
-    With the verbs of a training run, which are imported when they are first looked up.
+    Includes `save` and `load_model`, which are imported at their first use.
     """
     used = "import shardsave; shardsave.save; shardsave.load_model"
     script = f"import time, torch; a = time.perf_counter(); {used}; print(time.perf_counter() - a)"
@@ -169,15 +169,15 @@ def main() -> None:
         path.mkdir(parents=True, exist_ok=True)
     try:
         if what == "checksums" and path is not None:
-            found = checksums(path, int(arguments[1]))
+            result = checksums(path, int(arguments[1]))
         elif what == "many" and path is not None:
-            found = many(path)
+            result = many(path)
         else:
-            found = imports()
+            result = imports()
     finally:
         if path is not None:
             shutil.rmtree(path, ignore_errors=True)
-    print(json.dumps(found))
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

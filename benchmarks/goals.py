@@ -10,7 +10,7 @@ from results import Results, beyond, mid, most, ratio
 
 @dataclass(frozen=True)
 class Goal:
-    """``reached`` is None where nothing was measured."""
+    """``reached`` is None if nothing was measured."""
 
     what: str
     wanted: str
@@ -64,13 +64,13 @@ def all_goals(results: Results) -> list[Goal]:
 
 
 def _whole_modules(results: Results) -> list[Goal]:
-    ours, theirs = "shardsave, whole module", "torch.save, whole module"
+    shardsave, torch_save = "shardsave, whole module", "torch.save, whole module"
     return [
         _against(
             "whole module: durable save, wall",
             1,
-            results.of(ours, "save"),
-            results.of(theirs, "save"),
+            results.of(shardsave, "save"),
+            results.of(torch_save, "save"),
             "wall",
             "wall_synced",
             "torch.save + fsync",
@@ -79,8 +79,8 @@ def _whole_modules(results: Results) -> list[Goal]:
             _against(
                 f"whole module: {cache} load, wall",
                 1,
-                results.of(ours, "new", cache),
-                results.of(theirs, "new", cache),
+                results.of(shardsave, "new", cache),
+                results.of(torch_save, "new", cache),
                 "wall",
                 "wall",
                 "torch.load",
@@ -110,7 +110,7 @@ def _memory(results: Results) -> list[Goal]:
 
 
 def _costs(costs: dict) -> list[Goal]:
-    failed = [(what, found["failed"]) for what, found in costs.items() if "failed" in found and what != "gpu"]
+    failed = [(what, result["failed"]) for what, result in costs.items() if "failed" in result and what != "gpu"]
     goals = [Goal(f"costs.py {what}", "", f"failed: {reason}", None) for what, reason in failed]
     for name, times in costs.get("checksums", {}).items():
         if name != "failed":
@@ -145,9 +145,9 @@ def _gpu(gpu: dict, save: list) -> list[Goal]:
         reason = gpu.get("skipped") or gpu.get("failed") or "not measured"
         return [Goal(what, "≥ 90 % of the pinned copy bandwidth", reason, None) for what, _, _ in lines]
     goals = []
-    for what, mine, limit in lines:
-        share = gpu[mine] / gpu[limit]
-        seen = f"{share * 100:.0f} % ({gpu[mine] / 1e9:.1f} of {gpu[limit] / 1e9:.1f} GB/s, {gpu['device']})"
+    for what, rate, limit in lines:
+        share = gpu[rate] / gpu[limit]
+        seen = f"{share * 100:.0f} % ({gpu[rate] / 1e9:.1f} of {gpu[limit] / 1e9:.1f} GB/s, {gpu['device']})"
         goals.append(Goal(what, "≥ 90 % of the pinned copy bandwidth", seen, share >= 0.9))
     goals.append(_at_most("extra memory, CUDA", 256, gpu["peak_extra"] / 1e6, "MB"))
     if save:

@@ -1,11 +1,11 @@
-"""Device to host and host to device: shardsave on a CUDA device against the bandwidth of a pinned copy.
+"""Compares saves and loads on a CUDA device with the bandwidth of a pinned copy between device and host.
 
     python gpu.py DIRECTORY SIZE [--to FILE]
 
-SIZE is the model's, in bytes. The limit is torch's own copy between the device and one pinned buffer of 256 MiB, repeated. A save to the
-page cache and a load from it stand beside the durable save and the cold load: the first two show the way between device and memory,
-the others that the disk alone is the limit. Each figure is told on stderr, and FILE written anew, as soon as it is there, so that a run
-that is cut off leaves what it had; all of them together are one line of JSON on stdout.
+SIZE is the size of the model in bytes. The limit is torch's own copy between the device and a pinned buffer of 256 MiB, repeated. A
+save to the page cache and a load from it measure the transfer between device and memory. The durable save and the cold load show
+whether the disk alone is the limit. Each value is printed on stderr as soon as it is measured, and FILE is written again, so that an
+interrupted run keeps its values. At the end all of them are one line of JSON on stdout.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ import measure
 import model as models
 
 DEVICE = "cuda"
-REPEAT = 3  # of what goes through memory alone; the best counts
+REPEAT = 3  # for transfers through memory alone; the best one counts
 
 
 class Figures:
-    """What was found so far: bytes a second, and bytes."""
+    """The values so far: rates in bytes per second, sizes in bytes."""
 
     def __init__(self, file: Path | None) -> None:
-        self.found: dict[str, object] = {}
+        self.values: dict[str, object] = {}
         self._file = file
 
     def add(self, name: str, value: object) -> None:
-        self.found[name] = value
+        self.values[name] = value
         print(f"{name}: {value / 1e9:.3f} GB" if isinstance(value, float) else f"{name}: {value}", file=sys.stderr, flush=True)
         if self._file is not None:
-            self._file.write_text(json.dumps(self.found) + "\n")
+            self._file.write_text(json.dumps(self.values) + "\n")
 
 
 def bandwidth(to_device: bool, repeat: int = 16) -> float:
@@ -66,7 +66,7 @@ def _seconds(action: Callable[[], object]) -> float:
 
 
 class Bench:
-    """Saves and loads of one model on the device; ``extra`` is the most memory that one of them had beyond what was there before."""
+    """Saves and loads one model on the device. ``extra`` is the largest extra memory of any of these calls, in bytes."""
 
     def __init__(self, path: Path, size: int) -> None:
         self._path = path
@@ -76,7 +76,7 @@ class Bench:
         self.extra = 0
 
     def save(self, name: str, durable: bool) -> float:
-        """Bytes per second of a save to a new directory."""
+        """Saves to a new directory; returns bytes per second."""
         import shardsave
 
         self.remove(name)
@@ -84,7 +84,7 @@ class Bench:
         return self._timed(lambda: shardsave.save(self._model, self._path / name, durable=durable, progress=False))
 
     def load(self, name: str) -> float:
-        """Bytes per second of a load into the model, which has other values before and must have its own after."""
+        """Loads into the model, after setting it to zero, and checks the values; returns bytes per second."""
         import shardsave
 
         with torch.no_grad():
@@ -92,11 +92,11 @@ class Bench:
                 parameter.zero_()
         rate = self._timed(lambda: shardsave.load_model(self._model, self._path / name, progress=False))
         if not models.same(self._model, self._values):
-            raise RuntimeError(f"{self._path / name}: what was loaded is not what was saved")
+            raise RuntimeError(f"{self._path / name}: the loaded values differ from the saved values")
         return rate
 
     def remove(self, name: str) -> None:
-        """With what of it is still to be written, which would be in the way of what comes next."""
+        """Removes a directory, and waits until nothing is left to be written, which would slow the next measurement."""
         shutil.rmtree(self._path / name, ignore_errors=True)
         os.sync()
 
@@ -110,15 +110,17 @@ class Bench:
 def measure_all(path: Path, size: int, figures: Figures) -> None:
     import shardsave
 
-    _ = shardsave.save, shardsave.load_model  # imported when they are looked up: not within what is measured
+    _ = shardsave.save, shardsave.load_model  # imports them now, outside of the measurement
     bench = Bench(path, size)
     figures.add("device", torch.cuda.get_device_name())
     figures.add("bytes", bench.nbytes)
-    # Before any memory is measured: torch keeps the pinned buffer.
+    # Before memory is measured, because torch keeps the pinned buffer.
     figures.add("device_to_host", bandwidth(False))
     figures.add("host_to_device", bandwidth(True))
     meter = measure.Meter()
-    shardsave.save({"warm": torch.zeros(1, device=DEVICE)}, path / "first", progress=False)  # makes and pins the ring
+    shardsave.save(
+        {"warm": torch.zeros(1, device=DEVICE)}, path / "first", progress=False
+    )  # allocates and pins the ring of buffers
     ring = meter.read()["peak_extra"]
     figures.add("save_to_cache", max(bench.save("cached", durable=False) for _ in range(REPEAT)))
     figures.add("load_warm", max(bench.load("cached") for _ in range(REPEAT)))
@@ -133,16 +135,16 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("path", type=Path, metavar="DIRECTORY")
     parser.add_argument("size", type=int, help="bytes of the model")
-    parser.add_argument("--to", type=Path, metavar="FILE", help="write the JSON here, too, anew after each figure")
-    asked = parser.parse_args()
+    parser.add_argument("--to", type=Path, metavar="FILE", help="also write the JSON here, after each value")
+    options = parser.parse_args()
     if not torch.cuda.is_available():
         print(json.dumps({"skipped": "not run on a GPU: torch sees no CUDA device here"}))
         return
-    figures = Figures(asked.to)
-    asked.path.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=asked.path) as scratch:
-        measure_all(Path(scratch), asked.size, figures)
-    print(json.dumps(figures.found))
+    figures = Figures(options.to)
+    options.path.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=options.path) as scratch:
+        measure_all(Path(scratch), options.size, figures)
+    print(json.dumps(figures.values))
 
 
 if __name__ == "__main__":

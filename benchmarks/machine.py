@@ -1,4 +1,4 @@
-"""What a figure was measured on."""
+"""Describes the machine that ran a benchmark."""
 
 from __future__ import annotations
 

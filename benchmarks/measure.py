@@ -1,4 +1,4 @@
-"""What is measured around an operation, and the page cache seen from outside."""
+"""Measures time and memory of an operation, and inspects the page cache from outside."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Meter:
-    """Wall and processor seconds since it was made, and the most memory that the process had beyond what it had then.
+    """Measures wall time, processor time and peak extra memory since its construction.
 
-    Memory is the kernel's own peak (VmHWM, set back through /proc/self/clear_refs): resident pages of the process, so a
-    mapped file counts as far as it is mapped in, and the page cache behind read and write does not.
+    Memory is the kernel's own peak (VmHWM, reset through /proc/self/clear_refs): the resident pages of the process. So the accessed
+    pages of a mapped file count, and the page cache behind read and write does not.
     """
 
     def __init__(self) -> None:
@@ -45,9 +45,10 @@ class Meter:
 
 
 def touch_free_memory(nbytes: int) -> None:
-    """Makes ``nbytes`` of free memory the machine's own: the host of a virtual one takes back what was free for a while.
+    """Writes to ``nbytes`` of free memory, so that the host of a virtual machine provides it before the measurement.
 
-    Without it the first to use new memory, of the process or of the page cache, pays for having it fetched, now more, now less.
+    A host takes back memory that was free for a while. Otherwise the first user of new memory, for the process or the page cache,
+    would pay for getting it back, and that cost varies.
     """
     with mmap.mmap(-1, nbytes) as pages:
         for start in range(0, nbytes, resource.getpagesize()):
@@ -55,7 +56,7 @@ def touch_free_memory(nbytes: int) -> None:
 
 
 def processor_seconds() -> float:
-    """User and system time of all threads of this process. What kernel threads do on its behalf (writeback) is not in it."""
+    """User and system time of all threads of this process, without kernel threads that work for it (writeback)."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
 
@@ -77,24 +78,24 @@ def files_below(path: Path) -> list[Path]:
 
 
 def cached_bytes(path: Path) -> tuple[int, int] | None:
-    """Bytes of the files below ``path`` in the page cache, and how many of those are not on disk yet; None where unknown."""
+    """Bytes of the files below ``path`` in the page cache, and how many of these are not on disk yet; None if unknown."""
     page = resource.getpagesize()
     cached = unwritten = 0
     for file in files_below(path):
         fd = os.open(file, os.O_RDONLY)
         try:
-            found = _Pages()
-            if _libc.syscall(_CACHESTAT, fd, ctypes.byref(_Range(0, 0)), ctypes.byref(found), 0) != 0:
+            pages = _Pages()
+            if _libc.syscall(_CACHESTAT, fd, ctypes.byref(_Range(0, 0)), ctypes.byref(pages), 0) != 0:
                 return None
-            cached += found.cached * page
-            unwritten += (found.dirty + found.writeback) * page
+            cached += pages.cached * page
+            unwritten += (pages.dirty + pages.writeback) * page
         finally:
             os.close(fd)
     return cached, unwritten
 
 
 def sync_files(path: Path) -> None:
-    """What a careful caller adds to a save that does not do it: fsync of every file, then of every directory."""
+    """Calls fsync for every file and then for every directory, as a careful caller does after a save that does not sync."""
     folders = {path, path.parent}
     for file in files_below(path):
         _fsync(file)
@@ -113,7 +114,7 @@ def _fsync(path: Path) -> None:
 
 
 def make_cold(path: Path) -> None:
-    """Takes the files below ``path`` out of the page cache, or raises: a cold figure that is not cold is worth nothing."""
+    """Removes the files below ``path`` from the page cache. Raises if that fails, since a cold measurement would be worthless."""
     sync_files(path)
     for attempt in range(10):
         for file in files_below(path):
@@ -122,17 +123,17 @@ def make_cold(path: Path) -> None:
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             finally:
                 os.close(fd)
-        there = cached_bytes(path)
-        if there is None or there[0] == 0:
+        cached = cached_bytes(path)
+        if cached is None or cached[0] == 0:
             return
         if attempt and os.geteuid() == 0:
             Path("/proc/sys/vm/drop_caches").write_text("1")
         time.sleep(0.1)
-    raise RuntimeError(f"{path}: {there[0]} bytes stay in the page cache")
+    raise RuntimeError(f"{path}: {cached[0]} bytes stay in the page cache")
 
 
 def make_warm(path: Path) -> None:
-    """Brings the files below ``path`` into the page cache."""
+    """Reads the files below ``path`` into the page cache."""
     for file in files_below(path):
         with open(file, "rb", buffering=0) as opened:
             while opened.read(1 << 24):
@@ -140,5 +141,5 @@ def make_warm(path: Path) -> None:
 
 
 def disk_bytes(path: Path) -> int:
-    """Bytes of the files below ``path`` by their length."""
+    """The total length of the files below ``path`` in bytes."""
     return sum(file.stat().st_size for file in files_below(path))

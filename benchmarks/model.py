@@ -1,4 +1,4 @@
-"""The model that is saved and loaded: a Llama of any size with random weights, without the minutes that its initialisation takes."""
+"""The benchmark's model: a Llama of any size with random weights, filled faster than its own initialisation, which takes minutes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def config(size: int):
 
 
 def build(size: int, seed: int = 0) -> nn.Module:
-    """A LlamaForCausalLM in bfloat16 on the CPU, every page of it touched; the same bits for the same ``seed``."""
+    """A LlamaForCausalLM in bfloat16 on the CPU, with every page written; the same ``seed`` gives the same bits."""
     from transformers import LlamaForCausalLM
 
     with torch.device("meta"):
@@ -39,15 +39,15 @@ def build(size: int, seed: int = 0) -> nn.Module:
     random = np.random.Generator(np.random.SFC64(seed))
     for tensor in model.parameters():
         _fill(tensor.detach(), random)
-    for buffer in model.buffers():  # the rotary frequencies: not saved by anyone, but they must be finite
+    for buffer in model.buffers():  # the rotary frequencies: no library saves them, but they must be finite
         buffer.zero_()
     return model.eval()
 
 
 def _fill(tensor: torch.Tensor, random: np.random.Generator) -> None:
-    """Random bits with the exponent's top bit cleared: finite numbers below 2."""
+    """Fills ``tensor`` with random bits; the top bit of the exponent is cleared, so all numbers are finite and below 2."""
     bits = tensor.view(torch.int16).numpy().reshape(-1)
-    step = 1 << 22  # elements at a time: what is random and what is written stay in the cache
+    step = 1 << 22  # elements per step, few enough to stay in the processor's cache
     for at in range(0, bits.size, step):
         part = bits[at : at + step]
         part[:] = random.integers(0, 1 << 64, -(-part.size // 4), np.uint64).view(np.int16)[: part.size] & 0x3FFF
@@ -59,7 +59,7 @@ def tensor_bytes(model: nn.Module) -> int:
 
 def same(model: nn.Module, state) -> bool:
     """Whether ``state`` has every tensor of ``model``, bit for bit."""
-    own = model.state_dict()
-    return own.keys() == state.keys() and all(
-        torch.equal(own[name].view(torch.int16), state[name].view(torch.int16)) for name in own
+    expected = model.state_dict()
+    return expected.keys() == state.keys() and all(
+        torch.equal(expected[name].view(torch.int16), state[name].view(torch.int16)) for name in expected
     )

@@ -26,6 +26,7 @@ import shardsave
 #: Larger models are left out, so that each fits into memory three times.
 MOST_PARAMETERS = 700_000_000
 
+#: A model's name, how to make it, and how to make its inputs.
 Try = tuple[str, Callable[[], nn.Module], Callable[[nn.Module], tuple[tuple[Any, ...], dict[str, Any]]]]
 
 
@@ -45,10 +46,10 @@ def differences(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]]
         wrong.append("flags")
     arguments, keywords = inputs
     results = []
-    for one in (model, built):
+    for candidate in (model, built):
         torch.manual_seed(0)
         with torch.no_grad():
-            results.append(one(*arguments, **keywords))
+            results.append(candidate(*arguments, **keywords))
     if not _same(*results):
         wrong.append("outputs")
     return ", ".join(wrong)
@@ -194,6 +195,7 @@ GROUPS: dict[str, tuple[Callable[[], Iterator[Try]], list[str]]] = {
 
 
 def outcome(attempt: Try, trust: list[str]) -> str:
+    """``"✓"``, or why the model does not come back equal."""
     _, make, inputs = attempt
     try:
         model = make()

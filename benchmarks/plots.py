@@ -1,4 +1,4 @@
-"""The pictures of RESULTS.md."""
+"""Draws the pictures of RESULTS.md."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def draw(results: Results, folder: Path) -> list[tuple[str, Path]]:
 
 
 def _bars(axes: Axes, rows: list[tuple[str, float, str]], xlabel: str, unit: str = " ×") -> None:
-    """Bars of (label, value, remark), shortest above; shardsave's in their own colour."""
+    """Draws a bar for each (label, value, remark), the shortest on top; those of shardsave have their own colour."""
     rows = sorted(rows, key=lambda row: -row[1])
     longest = max((value for _, value, _ in rows), default=1)
     for place, (label, value, remark) in enumerate(rows):
@@ -75,7 +75,7 @@ def _limit_line(axes: Axes, name: str) -> None:
 
 
 def _saves(results: Results, title: str) -> None:
-    """The call alone in full colour, the fsync that a careful caller has to add in a lighter one."""
+    """Draws the call in full colour, and the fsync that a careful caller must add in a lighter colour."""
     raw = results.limit("write")
     rows = []
     for name, tool in TOOLS.items():

@@ -164,9 +164,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("results", type=Path)
     parser.add_argument("--to", type=Path, required=True)
-    asked = parser.parse_args()
-    results = Results(asked.results)
-    pictures = plots.draw(results, asked.to.parent / "plots")
+    options = parser.parse_args()
+    results = Results(options.results)
+    pictures = plots.draw(results, options.to.parent / "plots")
     shown = "\n\n".join(f"![{title}](plots/{path.name})" for title, path in pictures)
     not_run = "\n".join(f"- {name}: {reason}" for name, reason in results.all["not_run"].items())
     parts = [
@@ -190,8 +190,8 @@ def main() -> None:
         not_run,
         (HERE / "notes.md").read_text().strip(),
     ]
-    asked.to.write_text("\n\n".join(part for part in parts if part) + "\n")
-    print(f"wrote {asked.to} and {len(pictures)} pictures")
+    options.to.write_text("\n\n".join(part for part in parts if part) + "\n")
+    print(f"wrote {options.to} and {len(pictures)} pictures")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a run measured, looked up by name: medians over the repetitions, and ratios taken within each of them."""
+"""Looks up the results of a run by name; computes medians over the repetitions, and ratios within each repetition."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Results:
 
     def of(self, tool: str, operation: str, cache: str | None = None, size: int | None = None) -> list[Sample]:
         """The samples that did not fail, one for each repetition."""
-        wanted = (tool, operation, cache, size or self.size)
+        key = (tool, operation, cache, size or self.size)
         return [
             sample
             for sample in self.samples
-            if (sample["tool"], sample["operation"], sample.get("cache"), sample.get("size", self.size)) == wanted
+            if (sample["tool"], sample["operation"], sample.get("cache"), sample.get("size", self.size)) == key
             and "failed" not in sample
         ]
 
@@ -38,18 +38,15 @@ class Results:
 
     def limit(self, operation: str) -> list[Sample]:
         """The samples of a limit with the number of threads that was fastest."""
+        return min(self.limits(operation).values(), key=lambda samples: mid(samples, "wall"), default=[])
+
+    def limits(self, operation: str) -> dict[int, list[Sample]]:
+        """The samples of a limit for each number of threads."""
         by_threads: dict[int, list[Sample]] = {}
         for sample in self.samples:
             if sample["tool"] == "limit" and sample["operation"] == operation and "failed" not in sample:
                 by_threads.setdefault(sample["threads"], []).append(sample)
-        return min(by_threads.values(), key=lambda samples: mid(samples, "wall"), default=[])
-
-    def limits(self, operation: str) -> dict[int, list[Sample]]:
-        found: dict[int, list[Sample]] = {}
-        for sample in self.samples:
-            if sample["tool"] == "limit" and sample["operation"] == operation and "failed" not in sample:
-                found.setdefault(sample["threads"], []).append(sample)
-        return found
+        return by_threads
 
 
 def mid(samples: list[Sample], key: str) -> float:
@@ -57,14 +54,14 @@ def mid(samples: list[Sample], key: str) -> float:
 
 
 def ratio(above: list[Sample], below: list[Sample], key: str, key_below: str | None = None) -> float | None:
-    """The median of the ratios within each repetition; None where one of the two is missing."""
-    there = {sample["repetition"]: sample[key_below or key] for sample in below}
-    pairs = [sample[key] / there[sample["repetition"]] for sample in above if there.get(sample["repetition"])]
+    """The median of the ratios within each repetition; None if there are no samples for one of the two."""
+    divisors = {sample["repetition"]: sample[key_below or key] for sample in below}
+    pairs = [sample[key] / divisors[sample["repetition"]] for sample in above if divisors.get(sample["repetition"])]
     return median(pairs) if pairs else None
 
 
 def beyond(sample: Sample) -> int:
-    """The most memory beyond the model and, where new tensors were made, beyond these."""
+    """The peak extra memory, without the new tensors that a load creates."""
     new = sample["operation"].startswith("new")
     return int(sample["peak_extra"] - (sample["bytes"] if new else 0))
 

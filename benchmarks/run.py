@@ -1,9 +1,9 @@
-"""Runs the benchmark: every operation in a fresh process, operations in turn, the limits beside them, and writes one JSON file.
+"""Runs the benchmark and writes its results to one JSON file. Each operation has its own process.
 
     python benchmarks/run.py --size 2GB --repeat 3 --out bench-out
 
-Each repetition goes through all tools, beginning with another one each time; a tool saves, its files are loaded cold and warm,
-then they are removed and the disk is left to settle. ``report.py`` makes the tables and pictures.
+Each repetition runs all tools, and begins with a different one. A tool saves, its files are loaded cold and warm, then they are removed
+and the disk gets time to settle. The limits of disk and memory are measured in between. ``report.py`` makes the tables and pictures.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SETTLE_SECONDS = 0.5
 
 
 class Runner:
-    """Starts workers one after the other and collects what they measured."""
+    """Starts workers one after another and collects their measurements."""
 
     def __init__(self, folder: Path, raw: Path) -> None:
         self.samples: list[dict[str, Any]] = []
@@ -45,7 +45,7 @@ class Runner:
         self._raw = raw
 
     def limits(self, nbytes: int, repetition: int) -> None:
-        """What the disk and the memory give, with each number of threads."""
+        """Measures the limits of disk and memory with each number of threads."""
         path = self._fresh("limits")
         path.mkdir(parents=True)
         file = path / "raw.bin"
@@ -64,9 +64,9 @@ class Runner:
         self._remove(path)
 
     def tool(self, name: str, loaders: list[str], size: int, repetition: int, ways: list[str] | None) -> None:
-        """Saves with a tool, loads what it saved in each of its ways (or in ``ways`` alone), cold and warm, and removes it.
+        """Saves with a tool, loads its files cold and warm in each of the tool's ways (or only in ``ways``), and removes them.
 
-        ``loaders`` are tools that can only load and are given the same files.
+        ``loaders`` are tools that can only load; they load the same files.
         """
         path = self._fresh(name)
         self._settle()
@@ -82,7 +82,7 @@ class Runner:
         self._remove(path)
 
     def other(self, script: str, *arguments: str) -> dict[str, Any]:
-        """What one of the other scripts of this folder measures."""
+        """Runs another script of this folder and returns its measurements."""
         print(f"  {script} {' '.join(arguments)}", flush=True)
         return _run([sys.executable, str(HERE / script), *arguments])
 
@@ -99,11 +99,11 @@ class Runner:
         return self._note(command, what)
 
     def _note(self, command: list[str], what: dict[str, Any]) -> bool:
-        found = _run(command)
-        self.samples.append(what | found)
+        result = _run(command)
+        self.samples.append(what | result)
         label = " ".join(str(what[key]) for key in ("tool", "operation", "cache", "threads") if key in what)
-        print(f"  {label:45} {found.get('failed') or format(found['wall'], '8.3f') + ' s'}", flush=True)
-        return "failed" not in found
+        print(f"  {label:45} {result.get('failed') or format(result['wall'], '8.3f') + ' s'}", flush=True)
+        return "failed" not in result
 
     def _fresh(self, name: str) -> Path:
         path = self._folder / "".join(letter if letter.isalnum() else "-" for letter in name)
@@ -120,7 +120,7 @@ class Runner:
 
 
 def _run(command: list[str]) -> dict[str, Any]:
-    """The last line of what ``command`` prints, JSON; or why there is none."""
+    """Runs ``command``; returns the JSON in the last line of its output, or why there is none."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=WORKER_SECONDS, check=False)
     except subprocess.TimeoutExpired:
@@ -128,8 +128,8 @@ def _run(command: list[str]) -> dict[str, Any]:
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         return {"failed": lines[-1][:200]}
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
 
 
 def main() -> None:
@@ -137,61 +137,61 @@ def main() -> None:
     parser.add_argument("--size", type=_size, default=_size("2GB"), help="bytes of the model (default 2GB)")
     parser.add_argument("--small", type=_size, default=_size("500MB"), help="a second size, for extra memory; 0 for none")
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--only", nargs="*", choices=[*TOOLS], help="these tools alone")
-    parser.add_argument("--loads", nargs="*", help="these ways to load alone, such as: into")
+    parser.add_argument("--only", nargs="*", choices=[*TOOLS], help="only these tools")
+    parser.add_argument("--loads", nargs="*", help="only these ways to load, for example: into")
     parser.add_argument("--no-costs", action="store_true", help="leave out checksums, 100,000 tensors, import and GPU")
     parser.add_argument("--raw", type=Path, required=True, help="the compiled raw.c")
     parser.add_argument("--out", type=Path, default=Path("bench-out"))
-    asked = parser.parse_args()
+    options = parser.parse_args()
     started = time.time()
-    folder = asked.out / "data"
+    folder = options.out / "data"
     folder.mkdir(parents=True, exist_ok=True)
-    runner = Runner(folder, asked.raw)
-    tools = [name for name in TOOLS if not asked.only or name in asked.only]
+    runner = Runner(folder, options.raw)
+    tools = [name for name in TOOLS if not options.only or name in options.only]
     savers = [name for name in tools if not TOOLS[name].saved_by]
     loaders = {name: [other for other in tools if TOOLS[other].saved_by == name] for name in savers}
-    described = machine.describe(asked.out, sorted({package for name in tools for package in TOOLS[name].packages}))
+    described = machine.describe(options.out, sorted({package for name in tools for package in TOOLS[name].packages}))
     costs: dict[str, Any] = {}
 
     def nbytes() -> int:
-        return max((sample.get("bytes", 0) for sample in runner.samples), default=0) or asked.size
+        return max((sample.get("bytes", 0) for sample in runner.samples), default=0) or options.size
 
     def write() -> None:
-        """So that a run that is cut off leaves the figures that it has."""
+        """Writes the results so far, so that an interrupted run keeps them."""
         result = {
-            "size": asked.size,
+            "size": options.size,
             "bytes": nbytes(),
-            "small": asked.small,
-            "repeat": asked.repeat,
+            "small": options.small,
+            "repeat": options.repeat,
             "minutes": (time.time() - started) / 60,
             "machine": described,
             "not_run": NOT_RUN,
             "samples": runner.samples,
             "costs": costs,
         }
-        (asked.out / "results.json").write_text(json.dumps(result, indent=1))
+        (options.out / "results.json").write_text(json.dumps(result, indent=1))
 
-    if not asked.no_costs:
+    if not options.no_costs:
         print("costs", flush=True)
         costs["many"] = runner.other("costs.py", "many", str(folder / "costs"))
         costs["import"] = runner.other("costs.py", "import")
-        costs["checksums"] = runner.other("costs.py", "checksums", str(folder / "costs"), str(asked.size))
-        costs["gpu"] = runner.other("gpu.py", str(folder / "gpu"), str(asked.size))
-    if asked.small:
+        costs["checksums"] = runner.other("costs.py", "checksums", str(folder / "costs"), str(options.size))
+        costs["gpu"] = runner.other("gpu.py", str(folder / "gpu"), str(options.size))
+    if options.small:
         print("the small model, for extra memory", flush=True)
         for name in (name for name in savers if name.startswith("shardsave")):
-            runner.tool(name, [], asked.small, 0, asked.loads)
-    for repetition in range(asked.repeat):
-        print(f"repetition {repetition + 1} of {asked.repeat}", flush=True)
-        # The limits stand beside the first tool, shardsave, which is compared with them; each time another one begins.
-        turn = repetition * len(savers) // asked.repeat
+            runner.tool(name, [], options.small, 0, options.loads)
+    for repetition in range(options.repeat):
+        print(f"repetition {repetition + 1} of {options.repeat}", flush=True)
+        # Each repetition begins with a different tool. The limits run right after shardsave, which is compared with them.
+        turn = repetition * len(savers) // options.repeat
         for name in [*savers[turn:], *savers[:turn]]:
-            runner.tool(name, loaders[name], asked.size, repetition, asked.loads)
+            runner.tool(name, loaders[name], options.size, repetition, options.loads)
             if name == savers[0]:
                 runner.limits(nbytes(), repetition)
             write()
     shutil.rmtree(folder, ignore_errors=True)
-    print(f"wrote {asked.out / 'results.json'} after {(time.time() - started) / 60:.1f} minutes")
+    print(f"wrote {options.out / 'results.json'} after {(time.time() - started) / 60:.1f} minutes")
 
 
 def _size(text: str) -> int:

@@ -1,9 +1,9 @@
-"""One operation of one tool, in a process of its own. Prints one line of JSON, the last of its output.
+"""Runs one operation of one tool in its own process. The last line of its output is JSON.
 
     python worker.py TOOL OPERATION PATH SIZE [--check]
 
-OPERATION is ``save`` or the name of one of the tool's ways to load. Whatever is not the operation itself (imports, building
-the model, comparing) is outside of what is measured.
+OPERATION is ``save`` or the name of one of the tool's ways to load. Only the operation itself is measured, without imports,
+building the model, or comparing.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ def save(tool, path: Path, size: int) -> dict[str, object]:
     measure.touch_free_memory(size * 5 // 4)
     meter = measure.Meter()
     tool.save(model, path)
-    found = meter.read()
-    there = measure.cached_bytes(path)
+    call = meter.read()
+    cached = measure.cached_bytes(path)
     measure.sync_files(path)
-    after = meter.read()
-    return found | {
+    synced = meter.read()
+    return call | {
         "bytes": models.tensor_bytes(model),
-        "unwritten": there[1] if there is not None else None,
-        "wall_synced": after["wall"],
-        "cpu_synced": after["cpu"],
+        "unwritten": cached[1] if cached is not None else None,
+        "wall_synced": synced["wall"],
+        "cpu_synced": synced["cpu"],
         "disk": measure.disk_bytes(path),
     }
 
@@ -47,14 +47,14 @@ def load(tool, way: str, path: Path, size: int, check: bool) -> dict[str, object
     cached_before = measure.cached_bytes(path)
     measure.touch_free_memory(size * 5 // 4)
     meter = measure.Meter()
-    got = routine(model, path) if into else routine(path)
-    found = meter.read()
+    loaded = routine(model, path) if into else routine(path)
+    call = meter.read()
     cached_after = measure.cached_bytes(path)
-    if check and not models.same(models.build(size), model.state_dict() if into else got):
-        raise RuntimeError("what was loaded is not what was saved")
-    result = model.state_dict() if into else got
-    return found | {
-        "bytes": sum(tensor.nbytes for tensor in result.values()),
+    state = model.state_dict() if into else loaded
+    if check and not models.same(models.build(size), state):
+        raise RuntimeError("the loaded values differ from the saved values")
+    return call | {
+        "bytes": sum(tensor.nbytes for tensor in state.values()),
         "cached_before": cached_before[0] if cached_before is not None else None,
         "cached_after": cached_after[0] if cached_after is not None else None,
     }
@@ -66,16 +66,16 @@ def main() -> None:
     parser.add_argument("operation")
     parser.add_argument("path", type=Path)
     parser.add_argument("size", type=int)
-    parser.add_argument("--check", action="store_true", help="compare what was loaded with what was saved")
-    asked = parser.parse_args()
-    tool = TOOLS[asked.tool]
+    parser.add_argument("--check", action="store_true", help="compare the loaded values with the saved ones")
+    options = parser.parse_args()
+    tool = TOOLS[options.tool]
     tool.ready()
-    if asked.operation == "save":
-        found = save(tool, asked.path, asked.size)
+    if options.operation == "save":
+        result = save(tool, options.path, options.size)
     else:
-        found = load(tool, asked.operation, asked.path, asked.size, asked.check)
+        result = load(tool, options.operation, options.path, options.size, options.check)
     sys.stdout.flush()
-    print("\n" + json.dumps(found))
+    print("\n" + json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import shardsave
+from shardsave import errors
 from support import ROOT
 
 SOURCE = ROOT / "src" / "shardsave"
@@ -33,10 +34,12 @@ WINGS: dict[str, set[str]] = {
     "_saving": {"_common", "_engine", "_format", "_state", "_storage", "_version", "errors"},
     "_loading": {"_common", "_engine", "_format", "_state", "_storage", "errors"},
     "_huggingface": {"_common", "_format", "_loading", "_saving", "_state", "_storage", "errors"},
-    "_foreign": {"_common", "_format", "_loading", "_state", "_storage", "errors"},
-    "_conversion": {"_common", "_engine", "_foreign", "_format", "_loading", "_saving", "_state", "_storage", "errors"},
+    "_foreign": {"_common", "_format", "_state", "_storage", "errors"},
+    "_conversion": {
+        "_common", "_engine", "_foreign", "_format", "_loading", "_saving", "_state", "_storage", "errors",
+    },
     "_api": {
-        "_architecture", "_common", "_conversion", "_engine", "_foreign", "_format", "_huggingface", "_loading", "_program",
+        "_architecture", "_common", "_conversion", "_engine", "_format", "_huggingface", "_loading", "_program",
         "_saving", "_state", "_storage", "_version", "errors",
     },
     "__init__": {"_api", "_common", "_version", "errors"},
@@ -157,6 +160,17 @@ def test_every_public_name_has_a_module() -> None:
         _ = shardsave.sav  # type: ignore[attr-defined]
 
 
+def test_every_error_is_public() -> None:
+    """Catches an exception class that is missing in ``errors.__all__`` or cannot be imported from ``shardsave``."""
+    classes = {
+        name
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and issubclass(value, Exception) and not name.startswith("_")
+    }
+    assert sorted(classes) == errors.__all__
+    assert classes <= set(shardsave.__all__)
+
+
 IMPORTED_BY = """if True:
     import sys, torch, shardsave
     model = torch.nn.Linear(2, 2)
@@ -168,6 +182,16 @@ IMPORTED_BY = """if True:
 def imported_by(call: str, folder: Path) -> set[str]:
     command = [sys.executable, "-c", IMPORTED_BY.format(call), str(folder)]
     return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_the_format_needs_no_torch() -> None:
+    """Catches an import of torch by a file of `_format`: reading an index must not take the second that torch needs."""
+    names = sorted(f"shardsave.{name}" for name in MODULES if wing(name) == "_format")
+    script = (
+        "import importlib, sys\nfor name in sys.argv[1:]: print(name, importlib.import_module(name) and 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *names], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [f"{name} False" for name in names]
 
 
 def test_a_plain_save_and_a_plain_load_import_little(tmp_path: Path) -> None:

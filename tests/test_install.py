@@ -113,7 +113,7 @@ def test_a_native_engine_that_is_not_there(without_compiler: Path) -> None:
         [sys.executable, "-c", "import shardsave; shardsave.save"], env=environment, capture_output=True, text=True
     )
     assert done.returncode != 0
-    assert "ImportError: SHARDSAVE_ENGINE=native, and there is no C++ engine: it was not built" in done.stderr
+    assert "ImportError: SHARDSAVE_ENGINE=native was requested, but there is no C++ engine: it was not built" in done.stderr
 
 
 def test_a_native_engine_that_cannot_be_loaded(without_compiler: Path, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
-"""Everything that shardsave raises on its own account.
+"""Every error that shardsave raises itself.
 
 Every message has one shape: *what failed: where: what was wanted, what was found; the state of things now.*
-Wrong arguments are plain ``TypeError`` and ``ValueError``, raised before anything happens.
+Wrong arguments raise ``TypeError`` or ``ValueError`` before anything is read or written.
 """
 
 from __future__ import annotations
@@ -15,55 +15,57 @@ __all__ = [
     "OutOfSpaceError",
     "SaveNotCommittedError",
     "ShardSaveError",
+    "UnsupportedModuleError",
     "UnsupportedTensorError",
+    "UntrustedCodeError",
 ]
 
 
 def an(noun: str) -> str:
-    """``a list``, ``an int``: what was found, for a message."""
+    """``noun`` with its article, for a message: ``a list``, ``an int``."""
     vowel = noun[:1].lower() in "aeio" or noun[:2].lower() == "un"
     return f"{'an' if vowel else 'a'} {noun}"
 
 
 class ShardSaveError(Exception):
-    """The base of every error of this package."""
+    """Base class of all errors of this package."""
 
 
 class CheckpointNotFoundError(ShardSaveError):
-    """There is no checkpoint at the path given."""
+    """There is no checkpoint at the given path."""
 
 
 class CorruptCheckpointError(ShardSaveError):
-    """The bytes on disk are not those that were saved, or are not a legal checkpoint."""
+    """The bytes on disk are not the bytes that were saved, or are not a valid checkpoint."""
 
 
 class IncompatibleCheckpointError(ShardSaveError):
-    """The checkpoint is whole, but does not fit the module, or needs a newer reader."""
+    """The checkpoint is intact, but does not fit the module, or needs a newer version of shardsave."""
 
 
 class UnsupportedTensorError(ShardSaveError):
-    """A tensor cannot be stored, or cannot be filled; the message names it."""
+    """A tensor cannot be saved, or cannot be filled by a load; the message names it."""
 
 
 class SaveNotCommittedError(ShardSaveError):
-    """The save failed; nothing was committed, and what was there before is intact."""
+    """The save failed and nothing was committed; the previous checkpoint is intact."""
 
 
 class OutOfSpaceError(SaveNotCommittedError):
-    """The save failed for want of room on disk or of memory for staging; nothing was committed."""
+    """The disk is full, or there is no memory for staging; nothing was committed."""
 
 
 class DurabilityUncertainError(ShardSaveError):
-    """The new checkpoint is in place, but the system did not confirm that it would survive a loss of power."""
+    """The new checkpoint is in place, but the system did not confirm that it survives a loss of power."""
 
 
 class DirectoryBusyError(ShardSaveError):
-    """Others kept saving into the directory for as long as we were prepared to wait."""
+    """Other processes kept saving into the directory until the time limit was reached."""
 
 
 class UnsupportedModuleError(ShardSaveError):
-    """A module holds what cannot be kept as data, a lambda for example; the message has the place of each."""
+    """A module holds values that cannot be stored as data, such as a lambda; the message says where each one is."""
 
 
 class UntrustedCodeError(ShardSaveError):
-    """An architecture asks for classes or functions that were not trusted; the message names all, none was imported."""
+    """A file names classes or functions that are not trusted; the message lists them, and none of them was imported."""

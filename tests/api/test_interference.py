@@ -15,7 +15,7 @@ from torch import nn
 
 import shardsave
 from faults.savers import generation_in, save, state
-from shardsave._common.gc_pause import collector_still
+from shardsave._common.gc_pause import gc_paused
 from shardsave._common.os_calls import Descriptor
 from support import holds_in_child
 
@@ -121,7 +121,7 @@ def test_stderr_is_not_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s
 def test_a_child_forked_meanwhile(tmp_path: Path) -> None:
     """Catches a child (of a DataLoader, say) that inherits open files, or a garbage collector that is off for good."""
     (tmp_path / "file").write_bytes(b"x")
-    with Descriptor() as file, collector_still():
+    with Descriptor() as file, gc_paused():
         file.open(str(tmp_path / "file"), os.O_RDONLY)
         number = file.fd
         assert holds_in_child(lambda: gc.isenabled() and not os.path.exists(f"/proc/self/fd/{number}"))

@@ -141,8 +141,8 @@ INDEXES = [
         "numbers of at most 308 digits expected, one has 100000", b'{"a":' + b"1" * 100_000 + b',"weight_map":{}}'),
     raw("half of a surrogate pair deep in the index",
         "text in Unicode expected, it has half of a surrogate pair, '\\udc00'", b'{"a":[[{"b":["\\udc00"]}]],"weight_map":{}}'),
-    raw("index with weight_map twice", "keys expected once, 'weight_map' stands twice", b'{"weight_map":{},"weight_map":{}}'),
-    raw("index with a name twice", "keys expected once, 'x' stands twice", b'{"weight_map":{"x":"a","x":"b"}}'),
+    raw("index with weight_map twice", "keys expected once, 'weight_map' appears twice", b'{"weight_map":{},"weight_map":{}}'),
+    raw("index with a name twice", "keys expected once, 'x' appears twice", b'{"weight_map":{"x":"a","x":"b"}}'),
     raw("two indexes in one file", "JSON expected, something follows it, at character 17", b'{"weight_map":{}}{}'),
     Case("index over the bound",
          f"corrupt index {INDEX}: at most 100000000 bytes expected, it has 100000001; no shard was opened", over_the_bound),
@@ -196,7 +196,7 @@ INDEXES = [
           lambda index: index["metadata"].update(total_size=True)),
     text("total_size of 700 digits", "numbers of at most 308 digits expected, one has 700",
          '"total_size": 56', '"total_size": ' + "7" * 700),
-    text("member of the record twice", "keys expected once, 'durable' stands twice",
+    text("member of the record twice", "keys expected once, 'durable' appears twice",
          '"durable": false', '"durable": false, "durable": true'),
     text("user metadata that goes deep", "JSON expected, it is nested too deeply", '"run": "7"', '"run": ' + "[" * 50_000),
     # Ties.
@@ -231,7 +231,7 @@ INDEXES = [
     module_flags("module_flags is a list", "module_flags expected to be an object, it is []", []),
     module_flags("no list of trainable names", "module_flags expected to list trainable names, it has null", {"frozen": []}),
     module_flags("a frozen name is a number", "module_flags expected to list frozen names, it has [5]", {"frozen": [5]}),
-    module_flags("a name of the module twice", "module_flags expected to name a parameter once, one of ['a'] stands twice",
+    module_flags("a name of the module twice", "module_flags expected to name a parameter once, one of ['a'] appears twice",
                  {"frozen": ["a"], "trainable": ["a"]}),
     # Parts.
     record("parts is a list", "parts expected to be an object, it is []", lambda ours: ours.update(parts=[])),

@@ -15,10 +15,11 @@ from test_attacks import CASES
 
 import shardsave
 from shardsave._common import strict_json
-from shardsave._format import header, index
-from shardsave._storage import checkpoint, find
+from shardsave._format import file_names, header, index, index_parsing
+from shardsave._storage import checkpoint, find, shard_files
 
-READERS = {str(module.__file__): Path(str(module.__file__)) for module in (strict_json, header, index, find, checkpoint)}
+MODULES = (strict_json, file_names, header, index, index_parsing, find, shard_files, checkpoint)
+READERS = {str(module.__file__): Path(str(module.__file__)) for module in MODULES}
 
 #: Not about bad files: what writes, and what a failing disk or another process makes.
 OF_WRITERS = {"encode_header", "encode_index", "check_shard_count"}

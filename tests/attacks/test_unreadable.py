@@ -25,7 +25,7 @@ CIRCLE: dict[str, Any] = {}
 CIRCLE["a"] = CIRCLE
 
 JSON = "metadata must be JSON values that can be read back: metadata"
-DEEP = "metadata must be nested at most 64 levels deep, or nobody could read it back: metadata"
+DEEP = "metadata must be nested at most 64 levels deep, since deeper JSON cannot be read back: metadata"
 DEEP = f"{DEEP}{(64 * '[a]').replace('a', repr('a'))[:72]}… is deeper"
 METADATA: list[tuple[str, str, Mapping[str, Any]]] = [
     ("deep", DEEP, nested(65)),

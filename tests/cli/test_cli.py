@@ -1,4 +1,4 @@
-"""The command line: what each command prints and how it ends, on a terminal, in a pipe, and when something is wrong."""
+"""The command line: the output and exit code of each command, on a terminal, in a pipe, and after errors."""
 
 from __future__ import annotations
 
@@ -45,37 +45,37 @@ def lines(result: Result, code: int = 0) -> list[str]:
 
 
 def error(result: Result, code: int) -> str:
-    """The one line that a command which failed has on stderr; it has nothing on stdout."""
+    """Checks that a command failed with ``code`` and printed nothing on stdout; returns its single line on stderr."""
     assert (result.exit_code, result.stdout) == (code, "")
     (line,) = result.stderr.splitlines()
     return line
 
 
 def process(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """In a process of its own, with pipes for its output."""
+    """Runs a command in its own process, with pipes for its output."""
     command = [sys.executable, "-m", "shardsave", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, stdin=subprocess.DEVNULL)
 
 
 def on_terminal(*arguments: object, **environment: str) -> str:
-    """What a process of its own shows on a terminal."""
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    """Runs a command in its own process on a terminal; returns its output."""
+    screen, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     command = [sys.executable, "-m", "shardsave", *map(str, arguments)]
     child = subprocess.Popen(
-        command, stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, "TERM": "xterm", **environment}
+        command, stdin=terminal, stdout=terminal, stderr=terminal, env={**os.environ, "TERM": "xterm", **environment}
     )
-    os.close(theirs)
+    os.close(terminal)
     shown = b""
-    while select.select([ours], [], [], 60)[0]:
+    while select.select([screen], [], [], 60)[0]:
         try:
-            part = os.read(ours, 65536)
+            part = os.read(screen, 65536)
         except OSError:  # the other end is closed
             break
         if not part:
             break
         shown += part
-    os.close(ours)
+    os.close(screen)
     child.wait()
     return shown.decode()
 
@@ -93,7 +93,7 @@ def flip(path: Path, at: int = -1) -> None:
 
 
 def test_inspect(ckpt: Path) -> None:
-    """Catches a module, size, dtype, share, tie, shard or metadata that is not shown, or wrong."""
+    """Catches a module, size, dtype, share, tie, shard or metadata that is missing or wrong."""
     assert lines(run("inspect", ckpt)) == [
         f"{ckpt}: 8.6 kB, 13 tensors in 4 shards, 1 tied, 6 of 10 parameters frozen, durable",
         "",
@@ -126,7 +126,7 @@ def test_inspect(ckpt: Path) -> None:
 
 
 def test_inspect_of_an_architecture(tmp_path: Path) -> None:
-    """Catches files of a checkpoint that are not shown."""
+    """Catches a part of a checkpoint that is not shown."""
     shardsave.save(nn.BatchNorm1d(3), tmp_path, architecture=True)
     (file,) = tmp_path.glob("architecture-*.json")
     shown = lines(run("inspect", tmp_path))
@@ -137,8 +137,8 @@ def test_inspect_of_an_architecture(tmp_path: Path) -> None:
     assert part == {"file": file.name, "bytes": file.stat().st_size}
 
 
-def test_inspect_of_files_of_others(tmp_path: Path) -> None:
-    """Catches flags or durability that are claimed where nobody knows them."""
+def test_inspect_of_third_party_files(tmp_path: Path) -> None:
+    """Catches flags or durability that are shown although they are unknown."""
     from safetensors.torch import save_file
 
     save_file({"a.x": torch.ones(3), "y": torch.ones((), dtype=torch.int8)}, tmp_path / "x.safetensors")
@@ -151,8 +151,8 @@ def test_inspect_of_files_of_others(tmp_path: Path) -> None:
     ]
 
 
-def test_inspect_of_much(tmp_path: Path) -> None:
-    """Catches a screen that runs over, and a rest that cannot be seen or is not told."""
+def test_inspect_of_many_modules(tmp_path: Path) -> None:
+    """Catches output longer than a screen, and a rest that is not counted or cannot be shown."""
     model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(40)))
     shardsave.save(model, tmp_path, max_shard_size=24, durable=False)
     shown = lines(run("inspect", tmp_path))
@@ -163,7 +163,7 @@ def test_inspect_of_much(tmp_path: Path) -> None:
 
 
 def test_tensors(ckpt: Path) -> None:
-    """Catches a pattern that matches something else, and a tensor of which something is not told."""
+    """Catches a pattern that matches other names, and a tensor with a property that is not shown."""
     assert lines(run("inspect", ckpt, "--tensors", "*e*d.weight")) == [
         "tensor        dtype    shape    size  kind       shard                             tied",
         "embed.weight  float32  50×16  3.2 kB  trainable  model-00003-of-00004.safetensors",
@@ -175,23 +175,23 @@ def test_tensors(ckpt: Path) -> None:
 
 
 def test_json(ckpt: Path) -> None:
-    """Catches JSON that is none, or that does not say what `inspect` says."""
-    found, info = json.loads(run("inspect", ckpt, "--json").stdout), shardsave.inspect(ckpt)
-    assert found["path"] == str(ckpt) and found["bytes"] == info.bytes and found["durable"] is True
-    assert found["metadata"] == {"step": 7} and list(found["tensors"]) == list(info.names)
-    for name, tensor in found["tensors"].items():
+    """Catches invalid JSON, and JSON that contradicts `shardsave.inspect`."""
+    shown, info = json.loads(run("inspect", ckpt, "--json").stdout), shardsave.inspect(ckpt)
+    assert shown["path"] == str(ckpt) and shown["bytes"] == info.bytes and shown["durable"] is True
+    assert shown["metadata"] == {"step": 7} and list(shown["tensors"]) == list(info.names)
+    for name, tensor in shown["tensors"].items():
         wanted = info.tensors[name]
         assert getattr(torch, tensor["dtype"]) == wanted.dtype and tuple(tensor["shape"]) == wanted.shape
         assert (tensor["bytes"], tensor["shard"]) == (wanted.nbytes, wanted.shard)
         assert tensor["parameter"] == (name in info.parameters) and bool(tensor["frozen"]) == (name in info.frozen)
         assert tensor["tied_to"] == info.ties.get(name)
-    assert {shard: sums["tensors"] for shard, sums in found["shards"].items()} == dict(zip(info.shards, (4, 2, 2, 5)))
-    some = json.loads(run("inspect", ckpt, "--json", "--tensors", "narrow.*").stdout)
-    assert list(some["tensors"]) == ["narrow.weight", "narrow.bias"]
+    assert {shard: sums["tensors"] for shard, sums in shown["shards"].items()} == dict(zip(info.shards, (4, 2, 2, 5)))
+    matching = json.loads(run("inspect", ckpt, "--json", "--tensors", "narrow.*").stdout)
+    assert list(matching["tensors"]) == ["narrow.weight", "narrow.bias"]
 
 
 def test_verify(ckpt: Path) -> None:
-    """Catches damage that is not named, what is intact that is not, and an exit code that does not tell."""
+    """Catches damaged or intact tensors that are not named, and an exit code that does not report damage."""
     shards = [f"model-0000{n}-of-00004.safetensors" for n in range(5)]
     shown = lines(run("verify", ckpt))
     assert shown[:4] == [f"intact   {shards[n]}  {count} tensors" for n, count in ((1, 4), (2, 2), (3, 2), (4, 5))]
@@ -219,27 +219,27 @@ def test_verify(ckpt: Path) -> None:
     assert shown[-1].startswith(f"damaged {ckpt}: encoder.2.weight, encoder.2.bias, encoder.1.bias; 10 tensors intact, ")
     quiet = lines(run("verify", ckpt, "-q"), 1)
     assert len(quiet) == 7 and not any("intact" in line for line in quiet)
-    found = json.loads(run("verify", ckpt, "--json").stdout)
-    assert found["verified"] is False and sum(map(len, found["intact"].values())) == 10
-    assert [d["tensors"] for d in found["damaged"]] == [["encoder.2.weight", "encoder.2.bias"], ["encoder.1.bias"]]
+    report = json.loads(run("verify", ckpt, "--json").stdout)
+    assert report["verified"] is False and sum(map(len, report["intact"].values())) == 10
+    assert [d["tensors"] for d in report["damaged"]] == [["encoder.2.weight", "encoder.2.bias"], ["encoder.1.bias"]]
 
 
-def test_verify_of_what_has_no_checksums(tmp_path: Path) -> None:
-    """Catches a file that is called intact, of which nothing but its length and header was looked at."""
+def test_verify_without_checksums(tmp_path: Path) -> None:
+    """Catches a file that is called intact although only its length and header were checked."""
     save_file({"x": torch.ones(2)}, tmp_path / "m.safetensors")
     first, last = lines(run("verify", tmp_path / "m.safetensors"))
     assert first.startswith("unchecked  m.safetensors  1 tensor") and last.startswith("checked ")
 
 
 def test_verify_with_a_broken_index(ckpt: Path) -> None:
-    """Catches damage that ends like a mistake of whoever asked."""
+    """Catches a damaged index that is reported with the exit code of wrong usage or of a failure."""
     flip(ckpt / "model.safetensors.index.json", 20)
     assert error(run("verify", ckpt), 1).startswith("shardsave: corrupt index model.safetensors.index.json: ")
     assert error(run("inspect", ckpt), 3).startswith("shardsave: corrupt index model.safetensors.index.json: ")
 
 
 def test_diff(ckpt: Path, tmp_path: Path) -> None:
-    """Catches a difference that is not shown, or that does not show in the exit code."""
+    """Catches a difference that is not shown, or that does not change the exit code."""
     assert lines(run("diff", ckpt, ckpt))[0].startswith(f"{ckpt} and {ckpt}: 14 equal, 0 changed")
     other = SmallModel()
     other.narrow.requires_grad_(False)
@@ -271,14 +271,14 @@ def test_diff(ckpt: Path, tmp_path: Path) -> None:
     assert shown[-1].startswith(
         f"{ckpt} and {tmp_path}/b: 8 equal, 5 changed (steps, encoder.0.weight, encoder.0.bias and 2 more), "
     )
-    found = json.loads(run("diff", ckpt, tmp_path / "b", "--json").stdout)
-    assert found["same"] is False and tuple(found["equal"]) == report.equal and found["removed"] == ["head.weight"]
-    assert found["changed"]["encoder.0.weight"]["max_absolute"] == 0.25 and found["changed"]["steps"]["elements"] is None
-    assert found["flags"]["narrow.bias"] == [False, True]
+    parsed = json.loads(run("diff", ckpt, tmp_path / "b", "--json").stdout)
+    assert parsed["same"] is False and tuple(parsed["equal"]) == report.equal and parsed["removed"] == ["head.weight"]
+    assert parsed["changed"]["encoder.0.weight"]["max_absolute"] == 0.25 and parsed["changed"]["steps"]["elements"] is None
+    assert parsed["flags"]["narrow.bias"] == [False, True]
 
 
 def test_diff_of_ties_and_metadata(tmp_path: Path) -> None:
-    """Catches ties or metadata that are not shown, and metadata alone that end with the exit code of a difference."""
+    """Catches ties or metadata that are not shown, and an exit code of 1 if only metadata differs."""
     weight = torch.ones(2)
     shardsave.save({"a": weight, "b": weight}, tmp_path / "a", metadata={"run": 7})
     shardsave.save({"a": weight, "b": weight.clone()}, tmp_path / "b", metadata={"note": "é" * 100})
@@ -287,12 +287,12 @@ def test_diff_of_ties_and_metadata(tmp_path: Path) -> None:
     assert (ties, run_line) == ("= b: shares a → its own", "metadata run: 7 → nothing")
     assert note == f'metadata note: nothing → "{"é" * 58}…'
     assert lines(run("diff", tmp_path / "a", tmp_path / "c"))[0] == "metadata run: 7 → 8"
-    found = json.loads(run("diff", tmp_path / "a", tmp_path / "c", "--json").stdout)
-    assert found["metadata"] == {"run": [7, 8]} and found["ties"] == {} and found["same"] is True
+    report = json.loads(run("diff", tmp_path / "a", tmp_path / "c", "--json").stdout)
+    assert report["metadata"] == {"run": [7, 8]} and report["ties"] == {} and report["same"] is True
 
 
 def test_diff_in_json_has_no_infinity(tmp_path: Path) -> None:
-    """Catches a word that no JSON reader takes."""
+    """Catches a word that a strict JSON reader refuses."""
     for name, value in (("a", 1.0), ("b", float("inf"))):
         shardsave.save({"x": torch.tensor([value])}, tmp_path / name)
     text = run("diff", tmp_path / "a", tmp_path / "b", "--json").stdout
@@ -303,7 +303,7 @@ def test_diff_in_json_has_no_infinity(tmp_path: Path) -> None:
     ((), "y\n", 0), ((), "n\n", 1), ((), "", 1), (("--yes",), "", 0), (("--dry-run",), "y\n", 1), (("--dry-run", "--yes"), "", 1),
 ])  # fmt: skip
 def test_clean(ckpt: Path, arguments: tuple[str, ...], answer: str, left: int) -> None:
-    """Catches a removal that nobody agreed to, or that is not shown before; nobody there is no agreement."""
+    """Catches a removal that was not confirmed or not shown before. A closed stdin confirms nothing."""
     assert lines(run("clean", ckpt)) == [f"{ckpt}: nothing was left behind"]
     killed(ckpt, die_before_the_commit)
     (staging,) = ckpt.glob(".shardsave-*")
@@ -317,17 +317,17 @@ def test_clean(ckpt: Path, arguments: tuple[str, ...], answer: str, left: int) -
 
 
 def test_clean_and_other_hosts(ckpt: Path) -> None:
-    """Catches the work of a save elsewhere that is removed without being asked for, with or without --yes."""
+    """Catches files of another host that are removed without --other-hosts, with or without --yes."""
     other = ckpt / ".shardsave-0123456789abcdef"
     other.mkdir()
     shown = lines(run("clean", ckpt, "--yes"), 1)
-    assert other.exists() and "of another host" in shown[1]
-    assert shown[-1] == "of another host: only removed with --other-hosts; make sure that no save is at work there"
+    assert other.exists() and "another host" in shown[1]
+    assert shown[-1] == "files from another host are only removed with --other-hosts; make sure that no save is running there"
     assert lines(run("clean", ckpt, "--yes", "--other-hosts"))[-1].endswith("; 1 removed") and not other.exists()
 
 
-def test_clean_while_a_save_is_at_work(ckpt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a command that hangs, or removes what a living save has."""
+def test_clean_during_a_save(ckpt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a command that hangs, or that removes files of a running save."""
     import shardsave._cli.clean as command
 
     monkeypatch.setattr(command, "_PATIENCE", 0.1)
@@ -363,7 +363,7 @@ def test_errors_in_one_line(
 
 
 def test_names_that_would_move_the_cursor(tmp_path: Path) -> None:
-    """Catches names of a file that act on the terminal, or that rich takes for markup."""
+    """Catches names in a file that control the terminal, or that rich interprets as markup."""
     evil = {
         "a.\x1b[2J\n.x": torch.ones(1),
         "[red].b\u009b.y": torch.ones(1),
@@ -381,32 +381,32 @@ def test_names_that_would_move_the_cursor(tmp_path: Path) -> None:
     assert "[red]" in run("inspect", tmp_path / "ckpt").output and "schön" in run("inspect", tmp_path / "ckpt").output
 
 
-def test_plain_text_where_it_is_piped_and_colour_on_a_terminal(ckpt: Path) -> None:
-    """Catches escapes in a file, a terminal without colour, and NO_COLOR that is not heard."""
+def test_plain_text_in_a_pipe_and_colour_on_a_terminal(ckpt: Path) -> None:
+    """Catches escape sequences in a pipe, a terminal without colour, and NO_COLOR that is ignored."""
     piped = process("inspect", ckpt)
     assert piped.returncode == 0 and piped.stderr == "" and "\x1b" not in piped.stdout and "#######....." in piped.stdout
     shown = on_terminal("inspect", ckpt)
     assert "\x1b[1;36m███████░░░░░\x1b[0m" in shown and "├── " in shown
     plain = on_terminal("inspect", ckpt, NO_COLOR="1")
     assert "███████░░░░░" in plain and not re.search("\x1b\\[[0-9;]*3[0-9]", plain)
-    assert "model-00003-of-00004.safetensors  " in plain  # whole, though the terminal has 80 columns or fewer
+    assert "model-00003-of-00004.safetensors  " in plain  # the whole name, although the terminal has only 80 columns
 
 
-def test_a_terminal_without_all_letters(ckpt: Path) -> None:
-    """Catches a traceback where the output cannot encode a bar."""
+def test_a_terminal_without_some_letters(ckpt: Path) -> None:
+    """Catches a traceback if the output cannot encode a bar."""
     assert "???????" in on_terminal("inspect", ckpt, PYTHONIOENCODING="ascii")
 
 
 def test_progress_on_a_terminal(tmp_path: Path) -> None:
-    """Catches a long verification that shows nothing, or a bar in a file."""
+    """Catches a verification without a progress bar on a terminal, or with one in a pipe."""
     shardsave.save({"x": torch.ones(3_000_000)}, tmp_path, durable=False)
     assert "verifying: 100%" in on_terminal("verify", tmp_path)
     assert "verifying" not in on_terminal("verify", tmp_path, "--quiet")
     assert process("verify", tmp_path).stderr == ""
 
 
-def test_nobody_reads_on(ckpt: Path) -> None:
-    """Catches a traceback behind ``| head -1``."""
+def test_a_closed_pipe(ckpt: Path) -> None:
+    """Catches a traceback when the reader of a pipe stops reading, as ``head -1`` does."""
     program = f"set -o pipefail; {sys.executable} -m shardsave inspect {ckpt} --all --json | true"
     done = subprocess.run(["bash", "-c", program], capture_output=True, text=True)
     assert done.stderr == "" and done.returncode in (0, 141)
@@ -414,7 +414,7 @@ def test_nobody_reads_on(ckpt: Path) -> None:
 
 @pytest.mark.alone
 def test_interrupt(tmp_path: Path) -> None:
-    """Catches Ctrl-C that ends in a traceback."""
+    """Catches a traceback after Ctrl-C."""
     sparse = tmp_path / "big.safetensors"
     header = b'{"x":{"dtype":"U8","shape":[4000000000000],"data_offsets":[0,4000000000000]}}'
     sparse.write_bytes(len(header).to_bytes(8, "little") + header)
@@ -430,7 +430,7 @@ def test_interrupt(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help(command: str) -> None:
-    """Catches a command without an example, exit codes or words of its own; and examples that are not valid."""
+    """Catches a command without examples, exit codes or a short description, and an example of another command."""
     text = "\n".join(lines(run(command, "--help")))
     assert "Examples:" in text and (command == "completion" or "Exit codes: 0" in text)
     examples = re.findall(r"^\s+shardsave (\w+)", text, re.MULTILINE) or re.findall(r"shardsave (completion)", text)
@@ -447,7 +447,7 @@ def complete(words: str) -> list[str]:
 
 
 def test_completion() -> None:
-    """Catches a shell that completes nothing, and a script that the shell does not take."""
+    """Catches completion that returns nothing, and a script that the shell cannot parse."""
     assert complete("shardsave ") == sorted(COMMANDS) and complete("shardsave in") == ["inspect"]
     assert {"--tensors", "--json", "--depth"} <= set(complete("shardsave inspect --"))
     for shell in ("bash", "zsh", "fish"):
@@ -460,21 +460,21 @@ def test_completion() -> None:
 
 
 def loaded_by(program: str) -> set[str]:
-    done = subprocess.run([sys.executable, "-c", f"import sys; {program}; print(*sys.modules)"], capture_output=True, text=True)
-    return set(done.stdout.split())
+    script = f"import sys; {program}; print(*sys.modules)"
+    return set(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.split())
 
 
-def test_what_is_imported(ckpt: Path) -> None:
-    """Catches a package that costs its users the command line's libraries, and commands that wait for torch without need."""
+def test_imports(ckpt: Path) -> None:
+    """Catches a library that imports packages of the command line, and a command that imports torch without need."""
     assert loaded_by("import shardsave; shardsave.save").isdisjoint({"click", "rich", "matplotlib"})
-    look = loaded_by(
+    inspecting = loaded_by(
         f"from click.testing import CliRunner; from shardsave._cli.main import cli; CliRunner().invoke(cli, ['inspect', '{ckpt}'])"
     )
-    assert "shardsave._storage.checkpoint" in look and look.isdisjoint({"torch", "matplotlib"})
+    assert "shardsave._storage.checkpoint" in inspecting and inspecting.isdisjoint({"torch", "matplotlib"})
 
 
 def test_a_hundred_thousand_tensors(tmp_path: Path) -> None:
-    """Catches a look that takes as long as reading, or a screen that takes as long as looking."""
+    """Catches an inspection that is slow for very many tensors."""
     state = {f"layers.{n // 100}.experts.{n // 2 % 50}.{'ab'[n % 2]}": torch.ones(1) for n in range(100_000)}
     shardsave.save(state, tmp_path, durable=False)
     started = time.process_time()
@@ -483,23 +483,25 @@ def test_a_hundred_thousand_tensors(tmp_path: Path) -> None:
     assert len(shown) < 50 and "100,000 tensors" in shown[0]
 
 
-def test_a_config_of_another_save_is_told(tmp_path: Path) -> None:
-    """Catches weights beside a config that is not theirs, of which whoever looks at them is not told."""
+def test_a_config_of_another_save_is_noted(tmp_path: Path) -> None:
+    """Catches a config from another save beside the weights, without a note about it."""
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=10, n_positions=4)
     shardsave.save(transformers.GPT2LMHeadModel(config), tmp_path / "ckpt")
     assert run("inspect", tmp_path / "ckpt").stderr == ""
     (tmp_path / "ckpt" / "config.json").write_text("{}")
-    told = run("inspect", tmp_path / "ckpt", "--json")
-    assert told.exit_code == 0 and json.loads(told.stdout)["tensors"]
-    assert told.stderr.startswith(f"shardsave inspect: {tmp_path}/ckpt: config.json is not the one saved with these weights: ")
-    assert len(told.stderr.splitlines()) == 1
+    result = run("inspect", tmp_path / "ckpt", "--json")
+    assert result.exit_code == 0 and json.loads(result.stdout)["tensors"]
+    assert result.stderr.startswith(
+        f"shardsave inspect: {tmp_path}/ckpt: config.json is not the one saved with these weights: "
+    )
+    assert len(result.stderr.splitlines()) == 1
 
 
-def test_a_closed_output_is_no_traceback(tmp_path: Path) -> None:
-    """Catches a traceback where there is no standard output at all, and where a number is none."""
+def test_a_closed_output_and_a_width_of_nan(tmp_path: Path) -> None:
+    """Catches a traceback if stdout is closed, and if a width is not a number."""
     shardsave.save(SmallModel(), tmp_path / "ckpt")
     command = f"{sys.executable} -m shardsave inspect {tmp_path}/ckpt >&-"
     assert "Traceback" not in subprocess.run(command, shell=True, capture_output=True, text=True).stderr
     wrong = run("plot", tmp_path / "ckpt", "-o", tmp_path / "a.png", "--width", "nan")
-    assert "nan is no number of inches" in error(wrong, 2)
+    assert "nan is not a number of inches" in error(wrong, 2)

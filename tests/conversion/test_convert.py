@@ -1,4 +1,4 @@
-"""Conversion of what the real libraries write: every source, and back, to the bit."""
+"""Conversion of files that the real libraries wrote, from every kind of source and back, compared bit by bit."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from shardsave._engine import gather
 from support import SmallModel, same_bits
 
 
-def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> bool:
-    return found.keys() == wanted.keys() and all(same_bits(found[name], wanted[name]) for name in wanted)
+def same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return actual.keys() == expected.keys() and all(same_bits(actual[name], expected[name]) for name in expected)
 
 
 def saved_by_torch(path: Path, **more: Any) -> dict[str, torch.Tensor]:
@@ -35,13 +35,13 @@ def saved_by_torch(path: Path, **more: Any) -> dict[str, torch.Tensor]:
 
 def distributed(state: dict[str, Any], folder: Path) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is one process
+        warnings.simplefilter("ignore")  # torch warns that there is only one process
         distributed_checkpoint.save(state, checkpoint_id=folder)
 
 
 @pytest.mark.parametrize("ending", [".bin", ".pt", ".pth"])
 def test_files_of_torch(tmp_path: Path, ending: str) -> None:
-    """Catches a value that changes, a tie that is stored twice, flags that are guessed."""
+    """Catches a value that changes, a tie that is stored twice, and freeze flags that are guessed."""
     state = saved_by_torch(tmp_path / f"model{ending}")
     report = shardsave.convert(tmp_path / f"model{ending}", tmp_path / "ckpt", max_shard_size=3000)
     assert same(shardsave.load(tmp_path / "ckpt"), state) and report.shards > 1
@@ -55,7 +55,7 @@ def test_files_of_torch(tmp_path: Path, ending: str) -> None:
 
 
 def test_tensors_of_all_layouts(tmp_path: Path) -> None:
-    """Catches strides, offsets, conjugation and empty tensors that are not seen when bytes are taken from the file itself."""
+    """Catches strides, offsets, conjugation or empty tensors that are ignored when bytes are read from the mapped file."""
     base = torch.arange(24.0).reshape(4, 6)
     z = torch.complex(base, base + 1)
     state = {
@@ -73,11 +73,11 @@ def test_tensors_of_all_layouts(tmp_path: Path) -> None:
 
 
 def test_nested_states(tmp_path: Path) -> None:
-    """Catches the wrong one of several states, or a choice that is made for the user."""
+    """Catches a conversion of the wrong state, or a choice between several states that the user did not make."""
     state = saved_by_torch(tmp_path / "one.pt", optimizer={"state": {0: {"step": torch.ones(1)}}, "param_groups": []})
     report = shardsave.convert(tmp_path / "one.pt", tmp_path / "a")
     assert report.tensors == len(state) - 1
-    assert report.notes == ("left out, as it lies beside 'state_dict': 'epoch' (int), 'optimizer' (dict)",)
+    assert report.notes == ("left out, since not in 'state_dict': 'epoch' (int), 'optimizer' (dict)",)
     torch.save({"model": {"w": torch.ones(2)}, "trainer": {"ema": {"w": torch.zeros(2)}}}, tmp_path / "deep.pt")
     shardsave.convert(tmp_path / "deep.pt", tmp_path / "b")
     assert shardsave.load(tmp_path / "b")["w"].sum() == 2
@@ -85,16 +85,16 @@ def test_nested_states(tmp_path: Path) -> None:
     assert shardsave.load(tmp_path / "c")["w"].sum() == 0
     torch.save({"a": 1, "b": {"w": torch.ones(2), "c": {"x": torch.ones(2)}}}, tmp_path / "inner.pt")
     report = shardsave.convert(tmp_path / "inner.pt", tmp_path / "inner", key="b.c")
-    assert report.notes == ("left out, as it lies beside 'b.c': 'a' (int), 'b.w' (Tensor)",)
+    assert report.notes == ("left out, since not in 'b.c': 'a' (int), 'b.w' (Tensor)",)
     torch.save({"model": {"w": torch.ones(2)}, "ema": {"w": torch.zeros(2)}, "epoch": 3}, tmp_path / "two.pt")
     with pytest.raises(shardsave.IncompatibleCheckpointError) as caught:
         shardsave.convert(tmp_path / "two.pt", tmp_path / "d")
     assert str(caught.value) == (
-        f"cannot convert {tmp_path}/two.pt: one mapping of names to tensors was expected, it has 'model' (1 tensors), "
-        f"'ema' (1 tensors); choose one with key='model'; nothing was written"
+        f"cannot convert {tmp_path}/two.pt: one mapping of names to tensors was expected, it has 'model' (1 tensor), "
+        f"'ema' (1 tensor); choose one with key='model'; nothing was written"
     )
     with pytest.raises(
-        shardsave.IncompatibleCheckpointError, match=r"at key 'emma' was expected, there is 'model' \(1 tensors\), 'ema'"
+        shardsave.IncompatibleCheckpointError, match=r"at key 'emma' was expected, there is 'model' \(1 tensor\), 'ema'"
     ):
         shardsave.convert(tmp_path / "two.pt", tmp_path / "d", key="emma")
     torch.save({"w": torch.ones(2), "version": 3}, tmp_path / "mixed.pt")
@@ -108,7 +108,7 @@ def test_nested_states(tmp_path: Path) -> None:
 
 
 def test_torchs_old_format(tmp_path: Path) -> None:
-    """Catches a file that cannot be mapped being refused without a word, or read without one."""
+    """Catches a file that cannot be mapped and is refused, or is read without a note."""
     state = SmallModel().state_dict()
     torch.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     report = shardsave.convert(tmp_path / "old.pt", tmp_path / "ckpt")
@@ -118,7 +118,7 @@ def test_torchs_old_format(tmp_path: Path) -> None:
 
 
 def shards_of_torch(folder: Path) -> dict[str, torch.Tensor]:
-    """As transformers wrote them before version 5."""
+    """Writes shards as transformers did before version 5; returns their tensors."""
     import json
 
     folder.mkdir()
@@ -133,24 +133,24 @@ def shards_of_torch(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_shards_of_torch(tmp_path: Path) -> None:
-    """Catches a shard that is not read, or shards that do not belong to their index."""
-    state = shards_of_torch(tmp_path / "theirs")
-    for at, path in enumerate((tmp_path / "theirs", tmp_path / "theirs" / "pytorch_model.bin.index.json")):
+    """Catches a shard that is not read, and shards that do not belong to their index."""
+    state = shards_of_torch(tmp_path / "torch")
+    for at, path in enumerate((tmp_path / "torch", tmp_path / "torch" / "pytorch_model.bin.index.json")):
         shardsave.convert(path, tmp_path / f"ckpt{at}")
         assert same(shardsave.load(tmp_path / f"ckpt{at}"), state)
-    torch.save({"d.w": torch.ones(2)}, tmp_path / "theirs" / "pytorch_model-00002-of-00002.bin")
+    torch.save({"d.w": torch.ones(2)}, tmp_path / "torch" / "pytorch_model-00002-of-00002.bin")
     with pytest.raises(
         shardsave.CorruptCheckpointError, match="'c.w' is only in one of them; index and shard belong to different saves"
     ):
-        shardsave.convert(tmp_path / "theirs", tmp_path / "no")
-    (tmp_path / "theirs" / "pytorch_model-00001-of-00002.bin").unlink()
+        shardsave.convert(tmp_path / "torch", tmp_path / "no")
+    (tmp_path / "torch" / "pytorch_model-00001-of-00002.bin").unlink()
     with pytest.raises(shardsave.CorruptCheckpointError, match="names pytorch_model-00001-of-00002.bin, there is no such file"):
-        shardsave.convert(tmp_path / "theirs", tmp_path / "no")
+        shardsave.convert(tmp_path / "torch", tmp_path / "no")
     assert not (tmp_path / "no").exists()
 
 
-def test_what_transformers_writes(tmp_path: Path) -> None:
-    """Catches shards of others, and their layout in the hub's cache with links, that are not found or lose tensors."""
+def test_shards_of_transformers(tmp_path: Path) -> None:
+    """Catches safetensors shards, in the layout of the Hugging Face cache with links, that are not found or lose tensors."""
     from transformers import BertConfig, BertModel
 
     model = BertModel(
@@ -171,7 +171,7 @@ def test_what_transformers_writes(tmp_path: Path) -> None:
 
 
 def test_a_lone_file_with_odd_alignment(tmp_path: Path) -> None:
-    """Catches tensors that are taken from the wrong place where a writer does not align, and metadata that is lost."""
+    """Catches tensors read from the wrong place if the writer does not align them, and metadata that is lost."""
     state = {"a": torch.arange(5, dtype=torch.uint8), "b": torch.arange(7.0)}
     save_file(state, tmp_path / "x.safetensors", metadata={"format": "pt", "license": "mit"})
     raw = (tmp_path / "x.safetensors").read_bytes()
@@ -188,8 +188,8 @@ def test_a_lone_file_with_odd_alignment(tmp_path: Path) -> None:
     assert shardsave.inspect(tmp_path / "ckpt").metadata == {"license": "mit"}
 
 
-def test_our_own_keep_all_that_is_known(tmp_path: Path) -> None:
-    """Catches flags, ties or metadata that are lost on the way, under new names too."""
+def test_own_checkpoints_keep_flags_ties_and_metadata(tmp_path: Path) -> None:
+    """Catches flags, ties or metadata that are lost, also when tensors are renamed."""
     model = SmallModel()
     shardsave.save(model, tmp_path / "ckpt", metadata={"run": "7", "steps": [1, 2]})
     old = shardsave.inspect(tmp_path / "ckpt")
@@ -220,7 +220,7 @@ def test_damage_does_not_get_new_checksums(tmp_path: Path) -> None:
 
 
 def test_distributed_checkpoints(tmp_path: Path) -> None:
-    """Catches names that lose their nesting, values beside the state that are taken for tensors, and transformed files."""
+    """Catches names that lose their nesting, and other values in the checkpoint that are taken for tensors."""
     state = SmallModel().state_dict()
     distributed({"model": state, "step": 3, "optimizer": {"state": {"w": {"exp_avg": torch.ones(2)}}}}, tmp_path / "dcp")
     report = shardsave.convert(tmp_path / "dcp", tmp_path / "ckpt")
@@ -248,7 +248,7 @@ dist.destroy_process_group()
 
 
 def test_distributed_checkpoints_of_four_ranks(tmp_path: Path) -> None:
-    """Catches parts that are put together in the wrong place: rows, columns and boxes, cast and not, in both engines' files."""
+    """Catches parts that are assembled at the wrong place: rows, columns and boxes, with and without a cast."""
     ranks = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", RANKS, str(tmp_path / "dcp"), str(n)]) for n in range(4)]
     assert [rank.wait(timeout=120) for rank in ranks] == [0] * 4
     torch.manual_seed(0)
@@ -262,7 +262,7 @@ def test_distributed_checkpoints_of_four_ranks(tmp_path: Path) -> None:
 
 
 def test_any_range_of_an_assembled_tensor() -> None:
-    """Catches an element taken from the wrong part where a block of a file begins or ends in the middle of a row."""
+    """Catches an element from the wrong part when a block of a file begins or ends in the middle of a row."""
     whole = torch.arange(5 * 6 * 7, dtype=torch.int16).reshape(5, 6, 7)
     cuts = [(0, 2, 0, 3), (0, 2, 3, 6), (2, 5, 0, 1), (2, 5, 1, 6)]
     parts = [Part((r, c, 0), whole[r:s, c:d].clone()) for r, s, c, d in cuts]
@@ -271,22 +271,19 @@ def test_any_range_of_an_assembled_tensor() -> None:
     pick = random.Random(1)
     for _ in range(300):
         begin, end = sorted(2 * pick.randrange(whole.numel() + 1) for _ in range(2))
-        found = bytearray(end - begin)
-        gather.fill(assembled, torch.int16, begin, memoryview(found))
-        assert found == raw[begin:end]
+        block = bytearray(end - begin)
+        gather.fill(assembled, torch.int16, begin, memoryview(block))
+        assert block == raw[begin:end]
 
 
 def test_back_to_one_file(tmp_path: Path) -> None:
-    """Catches a file that its own library reads otherwise, a tie that is lost, and what is lost without a word."""
+    """Catches a file that its own library reads differently, a tie that is lost, and a loss without a note."""
     model = SmallModel()
     shardsave.save(model, tmp_path / "ckpt", metadata={"run": "7", "steps": [1, 2]}, max_shard_size=3000)
     report = shardsave.convert(tmp_path / "ckpt", tmp_path / "m.pt", to="torch")
-    found = torch.load(tmp_path / "m.pt", weights_only=True)
-    assert (
-        type(found) is dict
-        and same(found, model.state_dict())
-        and found["head.weight"].data_ptr() == found["embed.weight"].data_ptr()
-    )
+    state = torch.load(tmp_path / "m.pt", weights_only=True)
+    assert type(state) is dict and same(state, model.state_dict())
+    assert state["head.weight"].data_ptr() == state["embed.weight"].data_ptr()
     assert report.notes == ("freeze flags were left out", "metadata was left out: run, steps")
     report = shardsave.convert(tmp_path / "ckpt", tmp_path / "m.safetensors", to="safetensors")
     assert report.notes == ("freeze flags were left out", "metadata was left out: steps")
@@ -302,14 +299,14 @@ def test_back_to_one_file(tmp_path: Path) -> None:
 
 
 def test_ties_of_safetensors_itself(tmp_path: Path) -> None:
-    """Catches a name that safetensors left out because it is tied, and that is gone after a conversion."""
+    """Catches a tied name that safetensors omitted from the file, and that is lost by a conversion."""
     save_model(SmallModel(), str(tmp_path / "m.safetensors"))
     shardsave.convert(tmp_path / "m.safetensors", tmp_path / "ckpt")
     assert same(shardsave.load(tmp_path / "ckpt"), SmallModel().state_dict())
 
 
-def test_only_what_is_kept_is_written(tmp_path: Path) -> None:
-    """Catches a file of torch that carries along the rest of the storage in which a kept tensor lies."""
+def test_a_view_is_written_without_the_rest_of_its_storage(tmp_path: Path) -> None:
+    """Catches a file of torch.save that holds the whole storage of a converted view."""
     big = torch.zeros(100_000)
     torch.save({"a": big[:10], "b": big}, tmp_path / "x.pt")
     shardsave.convert(tmp_path / "x.pt", tmp_path / "y.pt", to="torch", drop=["b"])
@@ -317,7 +314,7 @@ def test_only_what_is_kept_is_written(tmp_path: Path) -> None:
 
 
 def test_quantised_tensors_are_not_cast(tmp_path: Path) -> None:
-    """Catches a cast of numbers that mean nothing without their scales, or of what is no floating-point number."""
+    """Catches a cast of quantised values, which mean nothing without their scales, or of values that are not floating point."""
     state = {
         "f8": torch.ones(3).to(torch.float8_e5m2),
         "f64": torch.ones(3).double(),
@@ -330,7 +327,7 @@ def test_quantised_tensors_are_not_cast(tmp_path: Path) -> None:
 
 
 def test_progress_reaches_its_end(tmp_path: Path) -> None:
-    """Catches a bar that stops before the end, or goes back, where source and result differ in size."""
+    """Catches a progress bar that stops before its end, or moves back, when source and result differ in size."""
     shardsave.save({"x": torch.ones(3_000_000)}, tmp_path / "ckpt")
     for at, more in enumerate(({}, {"to": "torch"}, {"to": "safetensors"})):
         seen: list[tuple[int, int]] = []
@@ -340,8 +337,8 @@ def test_progress_reaches_its_end(tmp_path: Path) -> None:
         assert seen == sorted(seen) and seen[-1][0] >= seen[-1][1] == 36_000_000
 
 
-def test_elements_are_not_looked_at_across_their_alignment() -> None:
-    """Catches a cast that reads elements where a processor may not: it shows on few of them, so the address itself is looked at."""
+def test_a_cast_reads_only_aligned_elements() -> None:
+    """Catches a cast of elements at unaligned addresses. Few processors fail on them, so the test checks the address itself."""
     raw = torch.arange(33, dtype=torch.uint8)
     odd = torch.frombuffer(raw.numpy(), dtype=torch.uint8, offset=1).view(torch.float32)
     aligned = gather._aligned(odd)
@@ -352,8 +349,8 @@ def test_elements_are_not_looked_at_across_their_alignment() -> None:
     )
 
 
-def test_what_lies_beside_the_weights_comes_along(tmp_path: Path) -> None:
-    """Catches a whole model that is no whole model any more once it was resharded, and one whose parts no longer fit it."""
+def test_architectures_and_programs_are_copied(tmp_path: Path) -> None:
+    """Catches an architecture or a program that is lost when a model is resharded, or kept when it no longer fits the weights."""
     model = SmallModel().eval()
     x = torch.arange(3)
     shardsave.save(model, tmp_path / "a", architecture=True, program=((x,), {}))
@@ -375,9 +372,9 @@ def test_what_lies_beside_the_weights_comes_along(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("written", ["by us", "by them"])
-def test_a_config_comes_along(written: str, tmp_path: Path) -> None:
-    """Catches weights that transformers cannot load any more for want of a config, or with a dtype that they no longer have."""
+@pytest.mark.parametrize("writer", ["shardsave", "transformers"])
+def test_a_config_is_copied(writer: str, tmp_path: Path) -> None:
+    """Catches weights that transformers cannot load, because the config is missing or names the dtype from before the cast."""
     transformers = pytest.importorskip("transformers")
     config = transformers.MixtralConfig(
         vocab_size=50, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
@@ -385,7 +382,7 @@ def test_a_config_comes_along(written: str, tmp_path: Path) -> None:
     )  # fmt: skip
     model = transformers.MixtralForCausalLM(config).eval()
     model.lm_head.weight.requires_grad_(False)
-    if written == "by us":
+    if writer == "shardsave":
         shardsave.save(model, tmp_path / "thawed")
         model.model.layers[0].mlp.experts.requires_grad_(False)  # one tensor in memory, several on disk
         shardsave.save(model, tmp_path / "a")
@@ -402,13 +399,13 @@ def test_a_config_comes_along(written: str, tmp_path: Path) -> None:
     for folder in ("b", "half"):
         built = shardsave.build_model(tmp_path / folder, trust=["transformers"])
         assert [p.requires_grad for p in built.parameters()] == [
-            written == "by them" or p.requires_grad for p in model.parameters()
+            writer == "transformers" or p.requires_grad for p in model.parameters()
         ]
 
 
 @pytest.mark.parametrize("to", ["safetensors", "torch"])
 def test_after_a_killed_conversion(tmp_path: Path, to: str) -> None:
-    """Catches what a killed writer leaves behind staying for good, and what one that is alive has being taken from it."""
+    """Catches scratch files of a killed writer that are never removed, and scratch files of a living writer that are removed."""
     shardsave.save({"w": torch.ones(3, 5).t(), "x": torch.ones(200)}, tmp_path / "ckpt")
     script = f"""
 import os, signal, sys, shardsave
@@ -431,17 +428,17 @@ shardsave.convert(sys.argv[1], sys.argv[2], to="{to}", dtype="float64",
 
 
 def rewritten(path: Path, target: Path, compression: int = zipfile.ZIP_STORED, **changed: bytes) -> None:
-    """The same archive as another program would pack it: without torch's alignment; ``changed``: other contents by last name."""
+    """Packs the archive at ``path`` again, without torch's alignment; ``changed``: file name → other content."""
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(target, "w", compression) as new:
         for name in old.namelist():
             new.writestr(name, changed.get(name.rpartition("/")[2], old.read(name)))
 
 
-def test_files_that_were_packed_again(tmp_path: Path) -> None:
-    """Catches bytes that are taken from where torch would have put them, in a file that torch did not write."""
+def test_repacked_files(tmp_path: Path) -> None:
+    """Catches bytes read from where torch would have written them, in a file that another program packed."""
     state = {"a": torch.zeros(1000), "b": torch.randn(1000)}
     torch.save(state, tmp_path / "a.pt")
-    note = "was not written by torch as it is, so it cannot be mapped: all of it was read into memory"
+    note = "is not as torch wrote it, so it cannot be mapped: all of it was read into memory"
     for compression in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         rewritten(tmp_path / "a.pt", tmp_path / "b.pt", compression)
         report = shardsave.convert(tmp_path / "b.pt", tmp_path / "out")
@@ -456,9 +453,9 @@ def test_files_that_were_packed_again(tmp_path: Path) -> None:
         shardsave.convert(tmp_path / "short.pt", tmp_path / "out")
 
 
-def test_by_a_torch_that_does_not_say_where_tensors_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches tensors that are taken for ones without data, as saved on the meta device, by versions of torch before 2.11."""
-    monkeypatch.setattr("shardsave._foreign.torch_file._tells_places", lambda: False)
+def test_a_torch_that_does_not_report_offsets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches tensors that are taken for meta tensors without data, with versions of torch before 2.11."""
+    monkeypatch.setattr("shardsave._foreign.torch_file._torch_reports_offsets", lambda: False)
     state = {"a": torch.randn(1000)}
     torch.save(state, tmp_path / "a.pt")
     (note,) = shardsave.convert(tmp_path / "a.pt", tmp_path / "out").notes
@@ -466,8 +463,8 @@ def test_by_a_torch_that_does_not_say_where_tensors_lie(tmp_path: Path, monkeypa
     assert same(shardsave.load(tmp_path / "out"), state)
 
 
-def test_a_name_that_metadata_has_too(tmp_path: Path) -> None:
-    """Catches a file whose header says one thing twice, where a tied tensor is called as a member of the metadata."""
+def test_tied_names_that_metadata_reserves(tmp_path: Path) -> None:
+    """Catches a header with a key twice, when a tied tensor has the name of a metadata entry."""
     for name in ("format", "shardsave.crc64nvme", "__metadata__"):
         shared = torch.ones(3)
         torch.save({"w": shared, name: shared}, tmp_path / "a.pt")
@@ -481,7 +478,7 @@ def test_a_name_that_metadata_has_too(tmp_path: Path) -> None:
 
 
 def test_patterns_that_match_nothing(tmp_path: Path) -> None:
-    """Catches a misspelt pattern that passes without a word."""
+    """Catches a misspelt pattern without a note."""
     saved_by_torch(tmp_path / "a.pt")
     report = shardsave.convert(
         tmp_path / "a.pt", tmp_path / "out", drop=["stepz", "steps"], rename=[("^embed", "e"), ("zzz", "")]

@@ -1,6 +1,6 @@
-"""Conversion of what it must refuse: hostile pickles, broken files, places that collide; and how much memory it takes.
+"""Sources that a conversion must refuse: hostile pickles, damaged files, colliding paths. And how much memory a conversion takes.
 
-Method: every refusal is one line of the house's shape, runs nothing, and leaves source and destination as they were.
+Method: every refusal is one line in the usual shape, runs no code, and leaves source and destination unchanged.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ import shardsave
 
 
 class Evil:
-    """What a pickle can ask for: to run a command while it is read."""
+    """Pickles as a call, which an unrestricted unpickler runs."""
 
     def __init__(self, call: Callable[..., Any], *arguments: Any) -> None:
-        self.wanted = call, arguments
+        self.reduced = call, arguments
 
     def __reduce__(self) -> Any:
-        return self.wanted
+        return self.reduced
 
 
 def refused(kind: type[Exception], *arguments: Any, **options: Any) -> str:
@@ -42,7 +42,7 @@ def refused(kind: type[Exception], *arguments: Any, **options: Any) -> str:
 
 @pytest.mark.parametrize("new_format", [True, False])
 def test_a_file_that_asks_for_a_command(tmp_path: Path, new_format: bool) -> None:
-    """Catches any way in which a file of torch.save is unpickled without torch's restrictions."""
+    """Catches a file of torch.save that is unpickled without torch's restrictions."""
     evil = Evil(os.system, f"touch {tmp_path}/owned")
     torch.save({"w": torch.ones(2), "x": evil}, tmp_path / "x.pt", _use_new_zipfile_serialization=new_format)
     assert refused(shardsave.UntrustedCodeError, tmp_path / "x.pt", tmp_path / "ckpt") == (
@@ -53,15 +53,15 @@ def test_a_file_that_asks_for_a_command(tmp_path: Path, new_format: bool) -> Non
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
-def test_what_torch_writes_and_is_no_state(tmp_path: Path) -> None:
-    """Catches whole programs and quantised tensors that are called corrupt files of torch.save."""
+def test_programs_and_quantised_tensors(tmp_path: Path) -> None:
+    """Catches programs and quantised tensors that are reported as damaged files of torch.save."""
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.ReLU())
     torch.jit.script(model).save(tmp_path / "script.pt")
     torch.export.save(torch.export.export(model, (torch.ones(2, 3),)), tmp_path / "program.pt2")
     for name, kind in (("script.pt", "a TorchScript archive"), ("program.pt2", "a program of torch.export")):
-        said = refused(shardsave.IncompatibleCheckpointError, tmp_path / name, tmp_path / "ckpt")
-        assert said.startswith(
-            f"cannot convert {tmp_path}/{name}: a file of torch.save was expected, it is {kind}; save the state"
+        message = refused(shardsave.IncompatibleCheckpointError, tmp_path / name, tmp_path / "ckpt")
+        assert message.startswith(
+            f"cannot convert {tmp_path}/{name}: a file of torch.save was expected, it is {kind}; load it with torch"
         )
     values = torch.rand(3, 2)
     kinds = {
@@ -70,22 +70,22 @@ def test_what_torch_writes_and_is_no_state(tmp_path: Path) -> None:
     }
     for name, tensor in kinds.items():
         torch.save({"plain": torch.ones(2), "w": tensor}, tmp_path / f"{name}.pt")
-        said = refused(shardsave.UnsupportedTensorError, tmp_path / f"{name}.pt", tmp_path / "ckpt")
-        assert said == f"cannot save 'w': dtype {str(tensor.dtype)[6:]} has no safetensors equivalent; nothing was written"
+        message = refused(shardsave.UnsupportedTensorError, tmp_path / f"{name}.pt", tmp_path / "ckpt")
+        assert message == f"cannot save 'w': dtype {str(tensor.dtype)[6:]} has no safetensors equivalent; nothing was written"
     report = shardsave.convert(tmp_path / "tensor.pt", tmp_path / "rest", drop="w")
     assert report.notes == ("tensor.pt holds quantised tensors, so it cannot be mapped: all of it was read into memory",)
     packed = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}).state_dict()
     torch.save(packed, tmp_path / "packed.pt")
-    said = refused(shardsave.IncompatibleCheckpointError, tmp_path / "packed.pt", tmp_path / "ckpt")
-    assert "'0._packed_params._packed_params' (tuple with a quantized tensor)" in said
+    message = refused(shardsave.IncompatibleCheckpointError, tmp_path / "packed.pt", tmp_path / "ckpt")
+    assert "'0._packed_params._packed_params' (tuple with a quantized tensor)" in message
     torch.save({"w": torch.ones(3).to_sparse()}, tmp_path / "sparse.pt")
-    assert "'w'" in (said := refused(shardsave.UnsupportedTensorError, tmp_path / "sparse.pt", tmp_path / "ckpt"))
-    assert "its layout is sparse_coo" in said and not (tmp_path / "ckpt").exists()
+    message = refused(shardsave.UnsupportedTensorError, tmp_path / "sparse.pt", tmp_path / "ckpt")
+    assert "'w'" in message and "its layout is sparse_coo" in message and not (tmp_path / "ckpt").exists()
 
 
 @pytest.mark.parametrize("call", [os.system, eval, exec, getattr, __import__, subprocess.Popen, torch.load, pickle.loads, type])
 def test_a_table_that_asks_for_code(tmp_path: Path, call: Callable[..., Any]) -> None:
-    """Catches a distributed checkpoint whose table is unpickled with anything but inert records within reach."""
+    """Catches a distributed checkpoint whose table reaches anything but inert records while it is unpickled."""
     distributed({"w": torch.ones(2)}, tmp_path / "dcp")
     for protocol in (0, 2, 4):
         (tmp_path / "dcp" / ".metadata").write_bytes(pickle.dumps(Evil(call, f"touch {tmp_path}/owned"), protocol))
@@ -98,7 +98,7 @@ def test_a_table_that_asks_for_code(tmp_path: Path, call: Callable[..., Any]) ->
 
 
 def test_a_part_that_asks_for_a_command(tmp_path: Path) -> None:
-    """Catches a tensor's own archive inside of a distributed checkpoint that is read without restrictions."""
+    """Catches the archive of a tensor in a distributed checkpoint that is unpickled without restrictions."""
     distributed({"w": torch.ones(2)}, tmp_path / "dcp")
     file = tmp_path / "dcp" / "__0_0.distcp"
     length = file.stat().st_size
@@ -118,7 +118,7 @@ TABLES: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "a pickled table was expected, it is broken"),
     "text": (b"hello, world", "a pickled table was expected, it is broken"),
     "no table": (pickle.dumps({"a": 1}), "the table of a distributed checkpoint was expected, it is a dict"),
-    "memory": (b"\x80\x02Nr\xff\xff\xff\x7f.", "it numbers what is not there"),
+    "memory": (b"\x80\x02Nr\xff\xff\xff\x7f.", "it has a memo number that is too high"),
     "bytes": (b"\x80\x05\x96" + (1 << 60).to_bytes(8, "little") + b".", "a pickled table was expected, it is broken"),
     "nesting": (b"\x80\x04" + b"]" * 10 + b"a" * 9 + b".", "it is a list"),
 }
@@ -126,7 +126,7 @@ TABLES: dict[str, tuple[bytes, str]] = {
 
 @pytest.mark.parametrize("name", TABLES)
 def test_broken_tables(tmp_path: Path, name: str) -> None:
-    """Catches a table that takes memory on its own word, or ends the conversion with an error of Python's own."""
+    """Catches a table that makes the reader allocate what it claims, or that raises an error of Python itself."""
     distributed({"w": torch.ones(2)}, tmp_path / "dcp")
     data, words = TABLES[name]
     (tmp_path / "dcp" / ".metadata").write_bytes(data)
@@ -136,7 +136,7 @@ def test_broken_tables(tmp_path: Path, name: str) -> None:
 
 
 def test_every_cut_and_many_flips_of_a_distributed_checkpoint(tmp_path: Path) -> None:
-    """Catches damage to the table that is no error of ours, and tensors that come out with another name or shape unnoticed."""
+    """Catches a damaged table that raises another error than ours, or one of several lines."""
     state = {"w": torch.arange(6.0), "b": torch.ones(2)}
     distributed(state, tmp_path / "dcp")
     table = tmp_path / "dcp" / ".metadata"
@@ -152,7 +152,7 @@ def test_every_cut_and_many_flips_of_a_distributed_checkpoint(tmp_path: Path) ->
 
 
 def test_broken_files_of_torch(tmp_path: Path) -> None:
-    """Catches a file whose pickle points outside of it, that was cut, or that is something else altogether."""
+    """Catches a file whose pickle points outside the file, that was cut, or that has another format."""
     torch.save({"w": torch.arange(1000.0)}, tmp_path / "x.pt")
     raw = (tmp_path / "x.pt").read_bytes()
     cases = {
@@ -176,8 +176,8 @@ def test_broken_files_of_torch(tmp_path: Path) -> None:
     assert not (tmp_path / "ckpt").exists()
 
 
-def test_places(tmp_path: Path) -> None:
-    """Catches a source that is overwritten, a file that becomes a directory, and a place that is created for nothing."""
+def test_colliding_paths(tmp_path: Path) -> None:
+    """Catches a source that is overwritten, a file replaced by a directory, and a directory created by a conversion that fails."""
     shardsave.save({"x": torch.ones(3)}, tmp_path / "ckpt")
     torch.save({"x": torch.ones(3)}, tmp_path / "x.pt")
     (tmp_path / "link").symlink_to("ckpt")
@@ -215,7 +215,7 @@ def test_places(tmp_path: Path) -> None:
 
 
 def test_names_that_collide_or_are_all_dropped(tmp_path: Path) -> None:
-    """Catches a tensor that is silently lost under the name of another."""
+    """Catches a tensor that is silently lost because another gets the same name."""
     torch.save({"a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "x.pt")
     message = refused(shardsave.IncompatibleCheckpointError, tmp_path / "x.pt", tmp_path / "c", rename=[("a|b", "q")])
     assert "'a' and 'b' would both be 'q'" in message
@@ -233,7 +233,7 @@ def test_names_that_collide_or_are_all_dropped(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_wrong_arguments(tmp_path: Path, options: dict[str, Any], kind: type[Exception]) -> None:
-    """Catches an argument that is found to be wrong when something was already done."""
+    """Catches a wrong argument that is refused only after something was written."""
     with pytest.raises(kind):
         shardsave.convert(tmp_path / "none", tmp_path / "new", **options)
 
@@ -252,7 +252,7 @@ except shardsave.SaveNotCommittedError as error:
 
 @pytest.mark.parametrize("to", ["torch", "safetensors", "shardsave"])
 def test_a_file_that_cannot_be_written(tmp_path: Path, to: str) -> None:
-    """Catches a failed write that leaves half a file under the final name, litter beside it, or what was there in pieces."""
+    """Catches a failed write that leaves half a file at the destination, scratch files beside it, or a damaged previous file."""
     (tmp_path / "out").mkdir()
     target = tmp_path / "out" / ("ckpt" if to == "shardsave" else "m")
     if to != "shardsave":
@@ -275,7 +275,7 @@ def now():
 source, target, to, dtype = sys.argv[1:5]
 small = {"x": torch.ones(5_000_000)}
 torch.save(small, target + ".small")
-shardsave.convert(target + ".small", target + ".warm", dtype="float64")  # what is needed once: the ring, the code
+shardsave.convert(target + ".small", target + ".warm", dtype="float64")  # allocates what is needed once: the ring of buffers, the code
 base, most, done = now(), {}, threading.Event()
 def watch():
     while not done.wait(0.002):
@@ -294,7 +294,10 @@ print(most["VmRSS"], most["RssAnon"])
     ("to", "dtype"), [("shardsave", ""), ("shardsave", "bfloat16"), ("safetensors", ""), ("torch", ""), ("torch", "float16")]
 )
 def test_memory_is_bounded(tmp_path: Path, to: str, dtype: str) -> None:
-    """Catches a conversion that holds the model, or a cast copy of it, in memory: half a gigabyte may take 256 MB, and 100 of its own."""
+    """Catches a conversion that holds the model, or a cast copy of it, in memory.
+
+    For a model of half a gigabyte, resident memory may grow by 256 MB, of which 100 MB may be anonymous.
+    """
     state = {f"w{n}": torch.ones(8_000_000) for n in range(16)}
     torch.save({"model": state}, tmp_path / "x.pt")
     done = subprocess.run(
@@ -302,7 +305,7 @@ def test_memory_is_bounded(tmp_path: Path, to: str, dtype: str) -> None:
         capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    resident, own = map(int, done.stdout.split())
-    assert resident < 256_000 and own < 100_000
+    resident, anonymous = map(int, done.stdout.split())
+    assert resident < 256_000 and anonymous < 100_000
     if to == "shardsave":
         assert same(shardsave.load(tmp_path / "new"), {name: t.bfloat16() if dtype else t for name, t in state.items()})

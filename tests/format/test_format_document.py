@@ -1,4 +1,4 @@
-"""FORMAT.md is enough to write a reader: its example, its checksum and its tables are what `save` writes."""
+"""FORMAT.md is enough to write a reader: its example, its checksum and its tables match the files that `save` writes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 import shardsave
 from architectures import tiny
 from shardsave._format.dtypes import BY_NAME
-from shardsave._format.index import _parse_flags
+from shardsave._format.index_parsing import _parse_flags
 from support import ROOT
 
 DOCUMENT = (ROOT / "FORMAT.md").read_text()
@@ -24,10 +24,10 @@ SHARD, INDEX = "model-00001-of-00001.safetensors", "model.safetensors.index.json
 
 
 def block_after(words: str) -> str:
-    """The first code block behind ``words``."""
-    found = re.search(r"```(?:python)?\n(.*?)```", DOCUMENT[DOCUMENT.index(words) :], re.DOTALL)
-    assert found is not None
-    return found[1]
+    """The first code block after ``words``."""
+    block = re.search(r"```(?:python)?\n(.*?)```", DOCUMENT[DOCUMENT.index(words) :], re.DOTALL)
+    assert block is not None
+    return block[1]
 
 
 def hexdump(data: bytes) -> Iterator[str]:
@@ -49,7 +49,7 @@ def hexdump(data: bytes) -> Iterator[str]:
 
 @pytest.fixture
 def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What the document's example leaves behind."""
+    """The directory that the document's example writes."""
     monkeypatch.chdir(tmp_path)
     exec(block_after("## A whole checkpoint"), {"torch": torch, "shardsave": shardsave})
     return tmp_path / "ckpt"
@@ -63,16 +63,16 @@ def crc64nvme() -> Any:
     return names["crc64nvme"]
 
 
-def test_example_is_what_is_written(example: Path) -> None:
-    """Catches a file that changed, by a byte, and a document that did not. Where the change is meant, the new text is shown."""
+def test_the_example_matches_the_written_files(example: Path) -> None:
+    """Catches a written file that changed by a byte when the document did not. A failure shows the new text for the document."""
     assert sorted(path.name for path in example.iterdir()) == [SHARD, INDEX]
     shown = "\n".join(hexdump((example / SHARD).read_bytes())) + "\n"
     assert block_after("as `hexdump -C` shows it") == shown, shown
     assert block_after(f"`{INDEX}`, one line").encode() == (example / INDEX).read_bytes(), (example / INDEX).read_text()
 
 
-def test_document_alone_is_enough_to_read(crc64nvme: Any) -> None:
-    """Catches an example that contradicts the text: a reader that has nothing but the document's blocks and its rules."""
+def test_a_reader_from_the_document_alone(crc64nvme: Any) -> None:
+    """Catches an example that contradicts the text. This reader uses only the document's code blocks and rules."""
     lines = block_after("as `hexdump -C` shows it").splitlines()
     data = bytearray()
     for line in lines:
@@ -106,14 +106,14 @@ def test_document_alone_is_enough_to_read(crc64nvme: Any) -> None:
 
 
 def test_checksum_of_the_document(crc64nvme: Any) -> None:
-    """Catches a snippet that sums something else than we do, or than an implementation of others does."""
+    """Catches a code block whose checksum differs from that of a third-party implementation."""
     assert f"{crc64nvme(b'123456789'):016x}" == "ae8b14860a799888" and crc64nvme(b"") == 0
     for data in (b"\0", bytes(range(256)) * 3):
         assert crc64nvme(data) == awscrt.checksums.crc64nvme(data)
 
 
 def test_dtypes_of_the_document() -> None:
-    """Catches a dtype that is written and not described, or described with another size."""
+    """Catches a dtype that is missing in the document, or has another size there."""
     line = DOCUMENT[DOCUMENT.index("- `dtype` is one of") : DOCUMENT.index("- `__metadata__` →")]
     sizes = {}
     for names, size in re.findall(r"`([A-Z0-9_ ]+)` \((\d)[^)]*\)", line):
@@ -123,7 +123,7 @@ def test_dtypes_of_the_document() -> None:
 
 
 def test_members_of_the_document(tmp_path: Path) -> None:
-    """Catches a member of the index that is not in the table, is not written, or has another type than the table says."""
+    """Catches a member of the index that is missing in the table, is never written, or has another type than in the table."""
     kinds = {"integer": int, "boolean": bool, "string": str, "object": dict, "list of strings": list, "`null`": type(None)}
     section = DOCUMENT[DOCUMENT.index("## The index") : DOCUMENT.index("## An architecture")]
     table = {name: kind for name, kind in re.findall(r"^\| `(\w+)` \| ([^|]+) \|", section, re.MULTILINE)}
@@ -143,9 +143,9 @@ def test_members_of_the_document(tmp_path: Path) -> None:
 
 
 def test_flags_of_the_document(tmp_path: Path) -> None:
-    """Catches an example of flags and ties that a reader takes for something else than the text says."""
-    found = re.search(r'`"flags": (\{.*?\})` with\n`"ties": (\{.*?\})`', DOCUMENT)
-    assert found is not None
-    flags, ties = json.loads(found[1]), json.loads(found[2])
+    """Catches an example of flags and ties that our reader does not read as the text says."""
+    example = re.search(r'`"flags": (\{.*?\})` with\n`"ties": (\{.*?\})`', DOCUMENT)
+    assert example is not None
+    flags, ties = json.loads(example[1]), json.loads(example[2])
     names = ["embed.weight", "norm.running_mean", "norm.weight", *ties]
     assert _parse_flags(flags, names, "") == {"embed.weight": True, "norm.weight": False, "head.weight": False}

@@ -1,4 +1,4 @@
-"""The two ways to read a header: quickly where it is compact JSON, and any; the first may only ever say what the second says."""
+"""The two header readers: a fast one for compact JSON and a slow one for any JSON. The fast one must never return anything else."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ def columns(tensors: header.Tensors) -> list[list[object]]:
     return [list(column) for column in tensors]
 
 
-def test_quickly_read(tmp_path: Path) -> None:
-    """Catches files of ours and of safetensors that are read the slow way, and a quick way that reads other values."""
+def test_both_readers_agree(tmp_path: Path) -> None:
+    """Catches a file of shardsave or safetensors that the fast reader does not accept, or reads differently."""
     tensors = {"scalar": torch.tensor(1.5), "ünï.{}": torch.ones(2, 3), "empty": torch.empty(0, 4), "": torch.ones(1).half()}
     shardsave.save(tensors, tmp_path)
-    ours = next(tmp_path.glob("*.safetensors")).read_bytes()
-    theirs = safetensors.numpy.save({"a": np.ones((2, 2)), "b": np.ones(3, np.int8)}, {"format": "np"})
-    for content in (ours, theirs, safetensors.numpy.save({"a": np.ones(2)})):
+    own = next(tmp_path.glob("*.safetensors")).read_bytes()
+    foreign = safetensors.numpy.save({"a": np.ones((2, 2)), "b": np.ones(3, np.int8)}, {"format": "np"})
+    for content in (own, foreign, safetensors.numpy.save({"a": np.ones(2)})):
         text = content[8 : 8 + struct.unpack("<Q", content[:8])[0]]
-        quick, slow = header._read_compact(text), header._read_any(text, "header")
-        assert quick is not None
-        assert quick[0] == slow[0] and columns(quick[1]) == columns(slow[1])
+        fast, slow = header._read_compact(text), header._read_any(text, "header")
+        assert fast is not None
+        assert fast[0] == slow[0] and columns(fast[1]) == columns(slow[1])
 
 
 @pytest.mark.parametrize(
@@ -62,9 +62,9 @@ def test_quickly_read(tmp_path: Path) -> None:
         "{}",
     ],
 )
-def test_left_to_the_slow_way(text: str) -> None:
-    """Catches a quick way that accepts what is bad, or what it cannot tell; `test_attacks` sees what the slow way says of it."""
+def test_headers_that_only_the_slow_reader_takes(text: str) -> None:
+    """Catches a fast reader that accepts a bad or doubtful header; `test_attacks` checks the messages of the slow reader."""
     assert header._read_compact(text.encode()) is None
     for good in (ONE, f"{ONE},{TWO}"):
-        read = header._read_compact(f"{{{good}}}   ".encode())
-        assert read is not None and list(read[1].names) == list(json.loads(f"{{{good}}}"))
+        parsed = header._read_compact(f"{{{good}}}   ".encode())
+        assert parsed is not None and list(parsed[1].names) == list(json.loads(f"{{{good}}}"))

@@ -1,4 +1,4 @@
-"""Headers and indexes by the grammar of JSON and of the formats, with a few things wrong: what no flipped bit would ever make."""
+"""Generates headers and indexes from the grammar of JSON and of the formats, with a few errors that flipping bits would not find."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from hypothesis import strategies as st
 from shardsave._format.crc64 import crc64
 from shardsave._format.dtypes import BY_NAME
 
-#: A dict is written as a list of pairs, so that a key can stand twice; a Raw is written as it is.
+#: JSON to be written. An object is a `Pairs`, so that a key can appear twice; a `Raw` is written unchanged.
 Node = Any
 
 
 class Raw(str):
-    """JSON text, or what is none."""
+    """Text that is written unchanged, JSON or not."""
 
 
 class Pairs(list[tuple[Node, Node]]):
-    """An object."""
+    """A JSON object."""
 
 
 def write(node: Node) -> str:
@@ -33,7 +33,7 @@ def write(node: Node) -> str:
 
 
 def pairs(value: Node) -> Node:
-    """Parsed JSON as nodes."""
+    """Turns parsed JSON into nodes."""
     if isinstance(value, dict):
         return Pairs((key, pairs(inner)) for key, inner in value.items())
     return [pairs(inner) for inner in value] if isinstance(value, list) else value
@@ -79,7 +79,7 @@ strange = st.one_of(
 
 @st.composite
 def damaged(draw: st.DrawFn, tree: Node, most: int) -> Node:
-    """``tree`` with up to ``most`` of its nodes replaced, removed, doubled or given another key."""
+    """``tree`` with up to ``most`` of its nodes replaced, removed, duplicated or renamed."""
     for _ in range(draw(st.integers(0, most))):
         places = list(_places(tree))
         if not places:
@@ -115,7 +115,7 @@ spaces = st.sampled_from(["", "", "", " ", " " * 9, "\n", "\t", "\r", "\0", "x",
 
 @st.composite
 def shards(draw: st.DrawFn) -> bytes:
-    """A whole file: tensors laid out as they should be, then a few things wrong."""
+    """A whole file with valid tensors, and then a few errors."""
     tree, at = Pairs(), 0
     for name in draw(st.lists(names, max_size=4)):
         dtype = draw(st.sampled_from([*BY_NAME, "F6_E2M3", "F31"]))
@@ -142,7 +142,7 @@ def shards(draw: st.DrawFn) -> bytes:
 
 @st.composite
 def indexes(draw: st.DrawFn) -> bytes:
-    """An index of ours or of others, with a few things wrong, sealed."""
+    """An index of shardsave or of another library with a few errors, and with a valid checksum."""
     stored = draw(st.lists(names, unique=True, max_size=4))
     file = st.sampled_from(["a.safetensors", "b.safetensors"])
     weight_map = Pairs((name, draw(file)) for name in stored)
@@ -154,8 +154,8 @@ def indexes(draw: st.DrawFn) -> bytes:
         words = ["frozen", "trainable", "none"]
         listed = draw(st.lists(st.sampled_from(every), unique=True, max_size=3)) if every else []
         flags: Node = Pairs([("default", draw(st.sampled_from(words))), (draw(st.sampled_from(words)), listed)])
-        record = [8 + draw(st.integers(0, 9)), 8, "0123456789abcdef"]
-        ours = Pairs(
+        shard = [8 + draw(st.integers(0, 9)), 8, "0123456789abcdef"]
+        record = Pairs(
             [
                 ("version", 1),
                 ("requires", []),
@@ -163,11 +163,11 @@ def indexes(draw: st.DrawFn) -> bytes:
                 ("flags", draw(st.sampled_from([None, flags]))),
                 ("ties", ties),
                 ("metadata", pairs({"run": [1, {"a": 2.5}]})),
-                ("shards", Pairs([("a.safetensors", record), ("b.safetensors", list(record))])),
+                ("shards", Pairs([("a.safetensors", shard), ("b.safetensors", list(shard))])),
                 ("supersedes", draw(st.sampled_from([None, Pairs([("size", 5), ("mtime_ns", 6)])]))),
             ]
         )
-        tree.append(("shardsave", ours))
+        tree.append(("shardsave", record))
     text = write(draw(damaged(tree, 2))).encode(errors="surrogatepass")
     if foreign or not text.endswith(b"}}"):
         return text + draw(spaces).encode()

@@ -1,7 +1,7 @@
-"""The long run: ``python tests/fuzz/long.py SECONDS [SEED]`` shares its time between the generators and both parsers.
+"""The long fuzzing run: ``python tests/fuzz/long.py SECONDS [SEED]`` divides the time between generators and between parsers.
 
-The mutator and the grammar always; the coverage-guided fuzzer where atheris is installed (``pip install atheris``). Whatever is
-found ends the run with the input, for `check_shard` or `check_index` in ``targets.py``.
+Uses the mutator and the grammar, and the coverage-guided fuzzer if atheris is installed (``pip install atheris``). The first failure
+ends the run and prints its input, for `check_shard` or `check_index` in ``targets.py``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Target = Callable[[bytes], None]
 
 
 def by_mutation(name: str, seconds: float, seed: int) -> int:
-    """Gives how many inputs were tried."""
+    """Fuzzes with the mutator; returns the number of inputs."""
     import seeds
     import targets
     from mutation import Mutator
@@ -44,6 +44,7 @@ def by_mutation(name: str, seconds: float, seed: int) -> int:
 
 
 def by_grammar(name: str, seconds: float, seed: int) -> int:
+    """Fuzzes with the grammar; returns the number of inputs."""
     import grammar
     import targets
     from hypothesis import HealthCheck, Phase, given, settings
@@ -79,7 +80,7 @@ def _until(end: float) -> Iterator[int]:
 
 
 def by_coverage(name: str, seconds: float, seed: int) -> int:
-    """In a process of its own: libFuzzer ends the one that it runs in."""
+    """Fuzzes with atheris in its own process, since libFuzzer ends its process; returns the number of inputs."""
     import seeds
 
     with tempfile.TemporaryDirectory() as corpus:
@@ -103,10 +104,11 @@ def by_coverage(name: str, seconds: float, seed: int) -> int:
 
 
 def guided(name: str, arguments: list[str]) -> None:
+    """Runs atheris in this process and does not return."""
     import atheris
 
     with atheris.instrument_imports(
-        include=["shardsave._common.strict_json", "shardsave._format.header", "shardsave._format.index"]
+        include=["shardsave._common.strict_json", "shardsave._format.header", "shardsave._format.index_parsing"]
     ):
         import targets
     target: Target = {"headers": targets.fuzz_header, "indexes": targets.fuzz_index}[name]

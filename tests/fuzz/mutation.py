@@ -1,4 +1,4 @@
-"""Bytes near to legal ones: good files, with bits turned over, parts cut, doubled and spliced, numbers and tokens replaced."""
+"""Mutates valid files: flips bits; deletes, duplicates and splices ranges; replaces numbers and tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TOKEN = re.compile(rb'"[^"]*"|[\[\]{},:]|[^\s\[\]{},:"]+')
 
 
 class Mutator:
-    """An endless stream of bad, and a few good, variations of ``seeds``; the same for the same ``seed``."""
+    """An endless stream of variations of ``seeds``, most of them invalid; the same ``seed`` gives the same stream."""
 
     def __init__(self, seeds: Sequence[bytes], seed: int) -> None:
         self._seeds = list(seeds)
@@ -37,7 +37,7 @@ class Mutator:
         return content
 
     def _at(self, content: bytes) -> int:
-        """A place, mostly where there is something else than padding."""
+        """A random offset, mostly before the padding."""
         end = len(content.rstrip(b" \0")) if self._random.random() < 0.9 else len(content)
         return self._random.randrange(end + 1)
 
@@ -78,23 +78,23 @@ class Mutator:
         return self._replace(content, _TOKEN, lambda old: self._random.choice(_TOKENS))
 
     def _swap(self, content: bytes) -> bytes:
-        """A token takes the place of another."""
-        found = list(_TOKEN.finditer(content))
-        if not found:
+        """Replaces a token by another token of ``content``."""
+        tokens = _TOKEN.findall(content)
+        if not tokens:
             return content
-        chosen = self._random.choice(found)[0]
+        chosen = self._random.choice(tokens)
         return self._replace(content, _TOKEN, lambda old: chosen)
 
     def _replace(self, content: bytes, pattern: re.Pattern[bytes], other: Callable[[bytes], bytes]) -> bytes:
-        found = list(pattern.finditer(content))
-        if not found:
+        matches = list(pattern.finditer(content))
+        if not matches:
             return content
-        match = self._random.choice(found)
+        match = self._random.choice(matches)
         return content[: match.start()] + other(match[0]) + content[match.end() :]
 
     def _pad(self, content: bytes) -> bytes:
         return content + self._random.choice((b" ", b"\n", b"\0", b"}", b"x")) * self._random.choice((1, 4, 4096))
 
     def _length(self, content: bytes) -> bytes:
-        """The first eight bytes are a number that a header may begin with."""
+        """Replaces the first eight bytes, the header's length, by another number."""
         return (self._random.choice(_NUMBERS) & (1 << 64) - 1).to_bytes(8, "little") + content[8:]

@@ -1,4 +1,4 @@
-"""What the fuzzers begin with: files as we and others write them, and the attack corpus."""
+"""The files with which the fuzzers begin: written by shardsave and by safetensors, and the attack corpus."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from header_cases import HEADERS
 from index_cases import INDEXES
 from making import INDEX, LONE, Case, entry, foreign, saved, shard_bytes
 
-#: A seed larger than this makes a slow fuzzer, and no better one.
+#: The largest seed in bytes; a larger one makes the fuzzer slower, and no better.
 LARGEST = 20_000
 
 
@@ -30,13 +30,13 @@ def shards() -> list[bytes]:
         every = {str(dtype): torch.zeros(16, dtype=torch.uint8).view(dtype) for dtype in BY_TORCH}
         shardsave.save(every, folder, durable=False)
         saved(folder / "saved")
-        made = [path.read_bytes() for path in sorted(folder.rglob("*.safetensors"))]
-        made += _attacks(folder, HEADERS, LONE)
-    made.append(safetensors.numpy.save({"x": torch.ones(2, 3).numpy(), "y": torch.ones(0).numpy()}, {"format": "np"}))
+        files = [path.read_bytes() for path in sorted(folder.rglob("*.safetensors"))]
+        files += _attacks(folder, HEADERS, LONE)
+    files.append(safetensors.numpy.save({"x": torch.ones(2, 3).numpy(), "y": torch.ones(0).numpy()}, {"format": "np"}))
     packed = ",".join(f'"{row.name}":{entry(row.name, [2, 8], (at, at + 2 * row.bits))}' for row, at in _places())
     end = sum(2 * row.bits for row in BY_TORCH.values())
-    made.append(shard_bytes("{" + packed + "}", bytes(end)))
-    return made
+    files.append(shard_bytes("{" + packed + "}", bytes(end)))
+    return files
 
 
 def _places() -> list[tuple[DType, int]]:
@@ -48,6 +48,7 @@ def _places() -> list[tuple[DType, int]]:
 
 
 def indexes() -> list[bytes]:
+    """Whole index files."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         saved(folder / "saved")
@@ -58,16 +59,16 @@ def indexes() -> list[bytes]:
         )
         (folder / "foreign").mkdir()
         foreign(folder / "foreign")
-        made = [path.read_bytes() for path in sorted(folder.rglob(INDEX))]
-        return made + _attacks(folder, INDEXES, INDEX)
+        files = [path.read_bytes() for path in sorted(folder.rglob(INDEX))]
+        return files + _attacks(folder, INDEXES, INDEX)
 
 
 def _attacks(folder: Path, cases: list[Case], name: str) -> list[bytes]:
-    made = []
+    files = []
     for number, case in enumerate(cases):
         place = folder / f"{name}-{number}"
         place.mkdir()
         case.make(place)
         if (place / name).stat().st_size <= LARGEST:
-            made.append((place / name).read_bytes())
-    return made
+            files.append((place / name).read_bytes())
+    return files

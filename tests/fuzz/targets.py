@@ -1,5 +1,5 @@
-"""What a fuzzer hands its bytes to: our parsers, which may only accept or refuse with an error of our own, and beside them
-safetensors' own reader. Whatever that refuses, ours must refuse; what both accept must be the same.
+"""The functions that are fuzzed. Our parsers may only accept, or raise one of our errors; safetensors' own reader gets the same bytes.
+Whatever that refuses, ours must refuse; if both accept, the results must be equal.
 
 The native parser of tables has a fuzzer of its own, ``fuzz_tables.cpp``.
 """
@@ -16,33 +16,35 @@ import torch
 
 import shardsave
 from shardsave._format.crc64 import crc64
-from shardsave._format.header import CHECKSUM_KEY, _read_any, _read_compact, parse_header, read_header
-from shardsave._format.index import Index, encode_index, parse_index, told_ties
+from shardsave._format.header import CHECKSUM_KEY, _read_any, _read_compact, parse_header
+from shardsave._format.index import Index, encode_index, ties_in_metadata
+from shardsave._format.index_parsing import parse_index
+from shardsave._storage.shard_files import read_header
 
 Tensors = dict[str, tuple[str, list[int], bytes]]
 
-#: The most data that is put behind a header whose offsets ask for it.
+#: The largest amount of data that is added to a header whose offsets need data.
 DATA_BYTES = 4096
 
-#: Where ours is the stricter reader, and why that is well.
+#: Refusals by which our reader is stricter than safetensors, each with the reason.
 STRICTER = (
-    "keys expected once",  # which of the two is meant?
-    "JSON that begins with '{' expected",  # the format says so
-    "only spaces expected after the JSON",  # the format says so
+    "keys expected once",  # it is unclear which of the two counts
+    "JSON that begins with '{' expected",  # required by the format
+    "only spaces expected after the JSON",  # required by the format
     "to have a known dtype",  # torch has no F6
-    "to have dtype, shape and data_offsets",  # nothing more, and by name
-    "__metadata__ expected to be an object",  # null
+    "to have dtype, shape and data_offsets",  # no other keys, and no list in place of the object
+    "__metadata__ expected to be an object",  # safetensors accepts null
     "to have an even last dimension",
-    "to have a shape of sizes below 2^63",  # of an empty tensor: torch's sizes are signed
-    "to have fewer than 2^63 elements",  # of an empty tensor: torch counts strides
-    f"{CHECKSUM_KEY} expected to have",  # our own key
+    "to have a shape of sizes below 2^63",  # for an empty tensor: sizes in torch are signed
+    "to have fewer than 2^63 elements",  # for an empty tensor: torch computes strides
+    f"{CHECKSUM_KEY} expected to have",  # only shardsave knows this key
     "numbers of at most",
 )
 
 
 @dataclass
 class Tally:
-    """What became of all inputs; `refusals` counts by place in the parser, so that one sees how far the fuzzer gets."""
+    """Counts the results of all inputs. `refusals` counts by line of the parser, which shows how far the fuzzer gets."""
 
     cases: int = 0
     accepted: int = 0
@@ -60,7 +62,7 @@ headers, indexes = Tally(), Tally()
 
 
 def fuzz_header(content: bytes) -> None:
-    """``content`` is a whole file; then its header alone, with a length and data that fit."""
+    """Checks ``content`` as a whole file, and then its header alone with matching length and data."""
     check_shard(content)
     text = content[8:].rstrip(b"\0") or content
     check_shard(len(text).to_bytes(8, "little") + text + bytes(_wanted_data(text)))
@@ -76,9 +78,9 @@ def _wanted_data(text: bytes) -> int:
 
 
 def check_shard(content: bytes) -> None:
-    """Our reader against safetensors'."""
+    """Compares our reader with safetensors' own."""
     headers.cases += 1
-    theirs = _theirs(content)
+    reference = _read_by_safetensors(content)
     with open(_memory, "wb", closefd=False) as file:
         file.truncate(0)
         file.seek(0)
@@ -88,25 +90,25 @@ def check_shard(content: bytes) -> None:
         parsed = parse_header(raw, len(content), "shard")
     except shardsave.CorruptCheckpointError as refusal:
         headers.refusals[_place(refusal)] += 1
-        if not isinstance(theirs, str) and not any(reason in str(refusal) for reason in STRICTER):
+        if not isinstance(reference, str) and not any(reason in str(refusal) for reason in STRICTER):
             raise Disagreement(f"refuses what safetensors accepts: {refusal}: {content!r}") from None
         return
     headers.accepted += 1
-    quick = _read_compact(raw[8:])
-    if quick is not None and [*map(list, quick[1])] != [*map(list, _read_any(raw[8:], "shard")[1])]:
+    compact = _read_compact(raw[8:])
+    if compact is not None and [*map(list, compact[1])] != [*map(list, _read_any(raw[8:], "shard")[1])]:
         raise Disagreement(f"is read in two ways: {content!r}")
-    if isinstance(theirs, str):
-        raise Disagreement(f"accepts what safetensors refuses ({theirs}): {content!r}")
-    ours = {
+    if isinstance(reference, str):
+        raise Disagreement(f"accepts what safetensors refuses ({reference}): {content!r}")
+    tensors = {
         name: (dtype, list(shape), content[parsed.data_start + begin : parsed.data_start + begin + nbytes])
         for name, dtype, shape, begin, nbytes in zip(*parsed.tensors)
     }
-    if ours != theirs:
-        raise Disagreement(f"reads {ours}, safetensors {theirs}: {content!r}")
+    if tensors != reference:
+        raise Disagreement(f"reads {tensors}, safetensors {reference}: {content!r}")
     loaded = shardsave.load(f"/proc/self/fd/{_memory}", verify=False)
-    wanted = {name: raw for name, (_, _, raw) in theirs.items()}
-    wanted.update((name, wanted[kept]) for name, kept in told_ties(parsed.metadata, theirs).items())
-    if {name: _bytes(tensor) for name, tensor in loaded.items()} != wanted:
+    expected = {name: raw for name, (_, _, raw) in reference.items()}
+    expected.update((name, expected[stored]) for name, stored in ties_in_metadata(parsed.metadata, reference).items())
+    if {name: _bytes(tensor) for name, tensor in loaded.items()} != expected:
         raise Disagreement(f"loads other bytes than safetensors: {content!r}")
 
 
@@ -114,16 +116,17 @@ def _bytes(tensor: torch.Tensor) -> bytes:
     return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _theirs(content: bytes) -> Tensors | str:
+def _read_by_safetensors(content: bytes) -> Tensors | str:
+    """What safetensors reads from ``content``, or its refusal."""
     try:
-        read = safetensors.deserialize(content)
+        tensors = safetensors.deserialize(content)
     except safetensors.SafetensorError as refusal:
         return str(refusal)
-    return {name: (tensor["dtype"], tensor["shape"], bytes(tensor["data"])) for name, tensor in read}
+    return {name: (tensor["dtype"], tensor["shape"], bytes(tensor["data"])) for name, tensor in tensors}
 
 
 def fuzz_index(content: bytes) -> None:
-    """``content`` as it is, and with its seal made right."""
+    """Checks ``content`` unchanged, and with a valid checksum."""
     check_index(content)
     at = content.rfind(b', "crc64nvme"')
     if at >= 0:
@@ -132,7 +135,7 @@ def fuzz_index(content: bytes) -> None:
 
 
 def check_index(content: bytes) -> None:
-    """Our parser against the JSON parser of safetensors, and what it gives against what FORMAT.md promises."""
+    """Compares our parser with the JSON parser of safetensors, and its result with the rules of FORMAT.md."""
     indexes.cases += 1
     try:
         index = parse_index(content, "index")
@@ -148,9 +151,9 @@ def check_index(content: bytes) -> None:
 
 
 def _refusal_of_json(content: bytes) -> str | None:
-    """What safetensors says to a header with any JSON at all in a place where it ignores the value."""
+    """How safetensors refuses ``content`` inside a header, at a place where it parses any JSON and ignores the value."""
     start = b'{"x":{"dtype":"U8","shape":[0],"data_offsets":[0,0],"any":'
-    refusal = _theirs((len(start) + len(content) + 2).to_bytes(8, "little") + start + content + b"}}")
+    refusal = _read_by_safetensors((len(start) + len(content) + 2).to_bytes(8, "little") + start + content + b"}}")
     return refusal if isinstance(refusal, str) else None
 
 
@@ -174,7 +177,7 @@ def _is_consistent(index: Index) -> bool:
 
 
 def _place(refusal: BaseException) -> str:
-    """Where in the parsers it was decided to refuse."""
+    """The line of the parser that refused the input."""
     place, step = "", (refusal.__context__ or refusal).__traceback__
     while step is not None:
         name = step.tb_frame.f_code.co_name

@@ -1,5 +1,5 @@
-"""Method: a short slice of what ``make fuzz`` does at length: near-legal headers and indexes by a grammar, and mutations of good
-and of bad files, each handed to our parser and to safetensors' own reader. The same inputs in each run.
+"""Method: a short part of ``make fuzz``. Almost valid headers and indexes from a grammar, and mutations of valid and invalid files, go
+to our parser and to safetensors' own reader. The inputs are the same in each run.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ SLICE = settings(
 @SLICE
 @given(shards())
 def test_headers_by_grammar(content: bytes) -> None:
-    """Catches a header that crashes the parser, or that it takes and safetensors refuses, or reads otherwise."""
+    """Catches a header that crashes the parser, that only safetensors refuses, or that safetensors reads differently."""
     targets.fuzz_header(content)
 
 
 @SLICE
 @given(indexes())
 def test_indexes_by_grammar(content: bytes) -> None:
-    """Catches an index that crashes the parser, or gives one that contradicts itself."""
+    """Catches an index that crashes the parser, or that is accepted although it contradicts itself."""
     targets.fuzz_index(content)
 
 
@@ -40,7 +40,7 @@ def test_indexes_by_grammar(content: bytes) -> None:
 def test_mutations(
     make_seeds: Callable[[], list[bytes]], target: Callable[[bytes], None], tally: targets.Tally, places: int
 ) -> None:
-    """Catches the same in files that were damaged, and a fuzzer that no longer comes past the first check."""
+    """Catches the same for mutated files, and a fuzzer that no longer gets past the first checks."""
     mutator = Mutator(make_seeds(), seed=1)
     for _ in range(15_000):
         target(mutator.next())

@@ -12,7 +12,9 @@ from shardsave._api.arguments import check_path, check_switches, check_timeout
 from shardsave._common.os_calls import CallFailed, Descriptor, call, open_regular, read_all
 from shardsave._common.shutdown import verb
 from shardsave._common.words import count, human_bytes, some
-from shardsave._format.index import INDEX_NAME, MAX_INDEX_BYTES, Index, parse_index
+from shardsave._format.file_names import INDEX_NAME
+from shardsave._format.index import MAX_INDEX_BYTES, Index
+from shardsave._format.index_parsing import parse_index
 from shardsave._storage.cleanup import Leaving, find_leavings, remove_leaving
 from shardsave._storage.companions import finish_dead_savers
 from shardsave._storage.lock import DirectoryLock

@@ -19,8 +19,9 @@ from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
 from shardsave._conversion.changes import Drop, Names, Rename, check_dtype, patterns, replacements
 from shardsave._conversion.converted import carried_over, converted_state
+from shardsave._conversion.origin import Origin, open_origin
 from shardsave._conversion.outputs import Output, write_directory, write_safetensors_file, write_torch_file
-from shardsave._foreign.sources import Origin, open_origin
+from shardsave._format.file_names import TORCH_ENDINGS
 from shardsave._loading.read import ReadTotals, Target, read_tensors
 from shardsave._state.module import Entry
 from shardsave.errors import SaveNotCommittedError
@@ -148,7 +149,7 @@ def _verify(origin: Origin, wanted: bool, shown: Progress) -> bool | None:
     return True
 
 
-_FILE_ENDINGS = (".safetensors", ".pt", ".pth", ".bin")
+_FILE_ENDINGS = (".safetensors", *TORCH_ENDINGS)
 
 
 def _check_destination(source: str, destination: str, to: Form, origin: Origin) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from shardsave._api.arguments import check_path, check_progress, check_switches
 from shardsave._api.reports import LoadReport, Phases
 from shardsave._common.backend import engine_name
-from shardsave._common.gc_pause import collector_still
+from shardsave._common.gc_pause import gc_paused
 from shardsave._common.os_calls import CallFailed, read_at
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
@@ -85,7 +85,7 @@ def load(
         if mmap:
             tensors = Maps(checkpoint).tensors(by_stored)
         else:
-            with collector_still():
+            with gc_paused():
                 tensors = dict(zip(by_stored, _new_tensors(by_stored.values(), where)))
                 targets = [*zip(by_stored.values(), tensors.values())]
             with Progress(progress, "loading", sum(t.nbytes for t in by_stored.values())) as shown:

@@ -14,7 +14,7 @@ from torch import nn
 from shardsave._api.arguments import check_path, check_progress, check_switches, check_timeout, parse_size
 from shardsave._api.reports import SaveReport
 from shardsave._common.backend import engine_name
-from shardsave._common.gc_pause import collector_still
+from shardsave._common.gc_pause import gc_paused
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
 from shardsave._format.metadata import check_metadata
@@ -98,7 +98,7 @@ def save(
     user_metadata = check_metadata(metadata)
     layout = _choose_layout(source, adapter_only, with_parts=architecture or program is not None)
     started = time.perf_counter()
-    with collector_still():
+    with gc_paused():
         contents = _contents(source, layout, architecture, program, bound, user_metadata)
     planned = time.perf_counter() - started
     with Progress(progress, "saving", contents.tensor_bytes) as shown:

@@ -1,4 +1,4 @@
-"""``shardsave clean``: what crashed saves left, shown, and removed when that is wanted."""
+"""``shardsave clean``: shows what crashed saves left behind, and removes it on request."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from shardsave._common.words import count, human_bytes
 if TYPE_CHECKING:
     import shardsave
 
-#: How long a save that is at work is waited for, in seconds: a person does that better.
+#: How long to wait for a running save, in seconds; a person can decide to wait longer.
 _PATIENCE = 5.0
 
 
 @click.command(
-    short_help="Remove what crashed saves left, after showing it.",
+    short_help="Show and remove files that crashed saves left behind.",
     epilog="""\b
 Examples:
   shardsave clean ckpt
   shardsave clean ckpt --yes
   shardsave clean ckpt --dry-run && echo tidy
 
-Exit codes: 0 nothing is left, 1 something is, 2 wrong usage, 3 failed (a save at work, or an index that cannot be read).""",
+Exit codes: 0 nothing is left, 1 something is left, 2 wrong usage, 3 failed (a save is running, or the index cannot be read).""",
 )
 @click.argument("directory", type=CHECKPOINT)
 @click.option("--yes", "-y", is_flag=True, help="Remove without asking.")
-@click.option("--dry-run", "-n", is_flag=True, help="Show only.")
+@click.option("--dry-run", "-n", is_flag=True, help="Only show.")
 @click.option(
-    "--other-hosts", is_flag=True, help="Remove also what saves of other hosts left. Make sure that none is at work there."
+    "--other-hosts", is_flag=True, help="Also remove what saves on other hosts left. Make sure that no save is running there."
 )
 @click.pass_context
 def clean(context: click.Context, directory: str, yes: bool, dry_run: bool, other_hosts: bool) -> None:
-    """Remove what crashed saves left in DIRECTORY, after showing it.
+    """Remove files that crashed saves left in DIRECTORY, after showing them.
 
-    The checkpoint, and files that no save wrote, stay as they are. What another host left is only shown, since nobody here can
-    know whether that save is still at work.
+    The checkpoint stays as it is, and so do files that no save wrote. Files from another host are only shown, because this host
+    cannot know whether that save is still running.
     """
     import shardsave
 
@@ -58,20 +58,20 @@ def _print(report: shardsave.CleanReport, chosen: list[shardsave.Leaving], outpu
         return
     rows: list[list[Cell]] = []
     for leaving in report.found:
-        whose = "dead" if leaving.dead else ("of another host", TRAINABLE)
-        rows.append([leaving.name, count(len(leaving.files), "file"), human_bytes(leaving.bytes), whose])
+        owner = "dead" if leaving.dead else ("another host", TRAINABLE)
+        rows.append([leaving.name, count(len(leaving.files), "file"), human_bytes(leaving.bytes), owner])
     output.table(["left behind", "files", "size", "owner"], rows, numbers=(1, 2))
     for leaving in report.found:
         for name in leaving.files:
             output.line(("  " + name, DIM))
     if len(chosen) < len(report.found):
-        output.line("of another host: only removed with --other-hosts; make sure that no save is at work there")
+        output.line("files from another host are only removed with --other-hosts; make sure that no save is running there")
 
 
 def _agreed(chosen: list[shardsave.Leaving]) -> bool:
     question = f"Remove {count(len(chosen), 'leaving')}, {human_bytes(sum(leaving.bytes for leaving in chosen))}?"
     try:
         return click.confirm(question, err=True)
-    except click.Abort:  # nobody is there to answer
+    except click.Abort:  # stdin is not a terminal, or it was closed
         click.echo(err=True)
         return False

@@ -1,4 +1,4 @@
-"""``shardsave completion``: what a shell needs to complete our commands and options."""
+"""``shardsave completion``: prints a script with which a shell completes commands and options."""
 
 from __future__ import annotations
 

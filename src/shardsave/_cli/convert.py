@@ -1,4 +1,4 @@
-"""``shardsave convert``: checkpoints of others into ours, and ours into one file."""
+"""``shardsave convert``: third-party checkpoints to shardsave directories, and these to single files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @click.command(
-    short_help="Convert checkpoints of others into ours, and ours into one file.",
+    short_help="Convert checkpoints from and to other formats.",
     epilog="""\b
 Examples:
   shardsave convert pytorch_model.bin ckpt
@@ -26,7 +26,7 @@ Examples:
   shardsave convert old.pt ckpt --drop 'optimizer.*' --rename '^module\\.' ''
   shardsave convert ckpt model.safetensors --to safetensors
 
-Exit codes: 0 converted, 2 wrong usage, 3 failed; then DST is as it was.""",
+Exit codes: 0 converted, 2 wrong usage, 3 failed; then DST is unchanged.""",
 )
 @click.argument("source", metavar="SRC", type=CHECKPOINT)
 @click.argument("destination", metavar="DST", type=CHECKPOINT)
@@ -41,18 +41,18 @@ Exit codes: 0 converted, 2 wrong usage, 3 failed; then DST is as it was.""",
     "--max-shard-size", metavar="SIZE", default="5GB", show_default=True, help="Bytes of data in one shard: 500MB, 2GiB."
 )
 @click.option("--dtype", metavar="DTYPE", help="Cast floating tensors: bfloat16, float16, float32, …")
-@click.option("--drop", metavar="PATTERN", multiple=True, help="Leave out names that match (*, ?, [abc]). May be repeated.")
+@click.option("--drop", metavar="PATTERN", multiple=True, help="Leave out names that match (*, ?, [abc]). Can be repeated.")
 @click.option(
     "--rename",
     metavar="REGEX NEW",
     type=(str, str),
     multiple=True,
-    help=r"Replace what matches a regular expression in every name (\1 for its first group). May be repeated.",
+    help=r"In every name, replace matches of REGEX by NEW (\1: its first group). Can be repeated.",
 )
-@click.option("--key", metavar="KEY", help="Which state is meant where SRC holds several: model, trainer.ema.")
-@click.option("--no-verify", is_flag=True, help="Do not check SRC against its checksums first.")
-@click.option("--not-durable", is_flag=True, help="Do not wait until the result would survive a loss of power.")
-@click.option("--json", "as_json", is_flag=True, help="What was done, as JSON.")
+@click.option("--key", metavar="KEY", help="Which state to convert if SRC holds several: model, trainer.ema.")
+@click.option("--no-verify", is_flag=True, help="Do not check the checksums of SRC first.")
+@click.option("--not-durable", is_flag=True, help="Do not wait until the result is safe from a loss of power.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def convert(
     source: str,
     destination: str,
@@ -66,10 +66,11 @@ def convert(
     not_durable: bool,
     as_json: bool,
 ) -> None:
-    """Convert the checkpoint SRC into DST, which is replaced as a whole or not at all.
+    """Convert the checkpoint SRC to DST, which is replaced completely or not at all.
 
-    SRC may be a checkpoint of ours, safetensors of others, a file of torch.save (.bin, .pt, .pth) or a directory of such shards, or
-    a directory of torch.distributed.checkpoint. No code in it is run. Memory is bounded whatever the model's size.
+    SRC may be a shardsave checkpoint, a safetensors file or directory from any library, a file of torch.save (.bin, .pt, .pth), a
+    directory of such shards, or a directory of torch.distributed.checkpoint. No code in it is run. The memory needed does not grow
+    with the model.
     """
     import shardsave
 
@@ -99,7 +100,7 @@ def convert(
 
 
 def _as_options(message: str) -> str:
-    """A message of the library with its arguments called as they are here: ``key='x'`` is ``--key 'x'``."""
+    """Rewrites the arguments in a library message as options: ``key='x'`` becomes ``--key 'x'``."""
     message = re.sub(r"(?<!\S)(drop|key|rename|to)=(?=['\"])", r"--\1 ", message)
     message = re.sub(r"^(drop|dtype|key|rename) must ", r"--\1 must ", message)
     return re.sub(r"\bmax_shard_size\b", "--max-shard-size", message)

@@ -1,4 +1,4 @@
-"""``shardsave diff``: what differs between two checkpoints."""
+"""``shardsave diff``: the differences between two checkpoints."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ if TYPE_CHECKING:
 
 
 @click.command(
-    short_help="Show what differs between two checkpoints.",
+    short_help="Show the differences between two checkpoints.",
     epilog="""\b
 Examples:
   shardsave diff ckpt-1000 ckpt-2000
   shardsave diff ckpt model.safetensors --json | jq '.changed | keys'
 
-Exit codes: 0 nothing differs, or metadata alone, 1 something does, 2 wrong usage, 3 failed.""",
+Exit codes: 0 equal, or only metadata differs, 1 different, 2 wrong usage, 3 failed.""",
 )
 @click.argument("a", type=CHECKPOINT)
 @click.argument("b", type=CHECKPOINT)
-@click.option("--json", "as_json", is_flag=True, help="All names and figures, as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print all names and numbers as JSON.")
 @click.pass_context
 def diff(context: click.Context, a: str, b: str, as_json: bool) -> None:
-    """Show what differs between the checkpoints A and B.
+    """Show the differences between the checkpoints A and B.
 
-    Tensors with equal checksums are equal, and not read. Of changed ones the largest absolute difference is shown, and the largest
-    relative one, |a - b| / max(|a|, |b|); "NaN" counts values that are NaN on one side only.
+    Tensors with equal checksums are equal and are not read. For a changed tensor the largest absolute difference is shown, and the
+    largest relative difference, |a - b| / max(|a|, |b|); "NaN" counts values that are NaN on one side only.
     """
     import shardsave
 
@@ -116,5 +116,5 @@ def _as_json(report: shardsave.DiffReport) -> dict[str, object]:
 
 
 def _number(figure: float | None) -> float | str | None:
-    """JSON has no infinity."""
+    """``figure`` for JSON, which has no infinity."""
     return str(figure) if figure == float("inf") else figure

@@ -1,4 +1,4 @@
-"""``shardsave inspect``: what a checkpoint holds, from its index and headers alone."""
+"""``shardsave inspect``: the contents of a checkpoint, from its index and headers alone."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ import click
 from shardsave._cli.output import DIM, FROZEN, TRAINABLE, Cell, Output
 from shardsave._cli.paths import CHECKPOINT
 from shardsave._cli.tree import Sums, guides, module_tree, rows
-from shardsave._common.gc_pause import collector_still
+from shardsave._common.gc_pause import gc_paused
 from shardsave._common.words import count, human_bytes
 from shardsave._format.dtypes import BY_NAME, torch_shape
 from shardsave._storage.checkpoint import Checkpoint, open_checkpoint
 
-#: How many rows of a kind are shown unless all are asked for.
+#: How many modules, shards and ties are shown without ``--all``.
 _MOST = 24
 
 _KINDS: dict[bool | None, Cell] = {True: ("frozen", FROZEN), False: ("trainable", TRAINABLE), None: ("buffer", DIM)}
 
 
 @click.command(
-    short_help="Show modules, sizes, dtypes, what is frozen, ties and shards.",
+    short_help="Show modules, sizes, dtypes, freeze flags, ties and shards.",
     epilog="""\b
 Examples:
   shardsave inspect ckpt
@@ -34,21 +34,23 @@ Examples:
   shardsave inspect ckpt --tensors 'encoder.*.weight'
   shardsave inspect ckpt --json | jq .shards
 
-Exit codes: 0, 1 where no tensor matches, 2 wrong usage, 3 failed.""",
+Exit codes: 0 done, 1 no tensor matches, 2 wrong usage, 3 failed.""",
 )
 @click.argument("directory", type=CHECKPOINT)
 @click.option("--depth", type=click.IntRange(0, 100), default=2, show_default=True, help="Levels of modules to show.")
-@click.option("--all", "everything", is_flag=True, help=f"Show every module, shard and tie, not the first {_MOST} of each.")
+@click.option(
+    "--all", "everything", is_flag=True, help=f"Show every module, shard and tie, not only the first {_MOST} of each."
+)
 @click.option("--tensors", "pattern", metavar="PATTERN", help="List the tensors whose names match (*, ?, [abc]).")
-@click.option("--json", "as_json", is_flag=True, help="Everything as JSON, with every tensor (or every one that matches).")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON, with all tensors (or all that match).")
 @click.pass_context
 def inspect(context: click.Context, directory: str, depth: int, everything: bool, pattern: str | None, as_json: bool) -> None:
-    """Show what a checkpoint holds: modules, sizes, dtypes, what is frozen, ties and shards.
+    """Show the contents of a checkpoint: modules, sizes, dtypes, frozen parameters, ties and shards.
 
-    Reads the index and the headers of DIRECTORY, no tensor data. The bars show how much of a module's parameters is frozen,
-    by bytes.
+    Reads the index and the headers of DIRECTORY, but no tensor data. A bar shows which share of a module's parameters is frozen, in
+    bytes.
     """
-    with collector_still(), open_checkpoint(directory) as checkpoint:
+    with gc_paused(), open_checkpoint(directory) as checkpoint:
         names = _names(checkpoint, pattern)
         if as_json:
             click.echo(json.dumps(_as_json(checkpoint, names), ensure_ascii=True))
@@ -65,7 +67,7 @@ def inspect(context: click.Context, directory: str, depth: int, everything: bool
 
 
 def _names(checkpoint: Checkpoint, pattern: str | None) -> dict[str, str]:
-    """Name → the name under which its bytes are stored, of those that match."""
+    """For each name that matches: name → the name under which its bytes are stored."""
     known = {name: name for name in checkpoint.stored_names} | dict(checkpoint.ties)
     if pattern is None:
         return known

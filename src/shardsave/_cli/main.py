@@ -1,4 +1,4 @@
-"""The commands together, and how each of them ends: exit codes, and errors in one line on stderr."""
+"""The command ``shardsave`` with all its subcommands; turns errors into one line on stderr and an exit code."""
 
 from __future__ import annotations
 
@@ -26,17 +26,19 @@ USAGE, FAILED, INTERRUPTED, PIPE_CLOSED = 2, 3, 130, 141
 
 
 class _PipeClosed(Exception):
-    """Nobody reads on what is printed, as behind ``| head``."""
+    """The reader of stdout has closed the pipe, as ``| head`` does."""
 
 
 class Commands(click.Group):
-    """A group that ends the process with one of the documented codes, and says what went wrong in one line."""
+    """A group that exits with one of the documented codes and prints an error in one line."""
 
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, *rest: Any, **extra: Any) -> Any:
         extra["standalone_mode"] = False
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="replace")  # a terminal that has not all letters gets question marks, no traceback
+                stream.reconfigure(
+                    errors="replace"
+                )  # a terminal without some letters shows question marks instead of a traceback
         sys.exit(self._run(args, "shardsave", *rest, **extra))
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -44,9 +46,9 @@ class Commands(click.Group):
             try:
                 return super().invoke(ctx)
             finally:
-                if sys.stdout is not None:  # it was closed before we came
+                if sys.stdout is not None:  # it is None if it was closed before Python started
                     sys.stdout.flush()
-        except BrokenPipeError as error:  # click would take it for itself, and end with 1
+        except BrokenPipeError as error:  # click would handle this itself and exit with 1
             raise _PipeClosed from error
 
     def _run(self, *arguments: Any, **extra: Any) -> int:
@@ -67,7 +69,7 @@ class Commands(click.Group):
             return _fail(f"{command}: {error.format_message().rstrip('.')}{hint}", code)
         except (click.Abort, KeyboardInterrupt):
             return _fail("shardsave: interrupted", INTERRUPTED)
-        except _PipeClosed:  # Python's own flush at the end must not complain
+        except _PipeClosed:  # otherwise Python's own flush at exit fails, too
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return PIPE_CLOSED
         except ShardSaveError as error:
@@ -86,10 +88,10 @@ def _fail(message: str, code: int) -> int:
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="""\b
 Exit codes:
-  0    done, and nothing is wrong
-  1    something is: damage (verify), a difference (diff), leavings that stay (clean), no match (inspect)
-  2    the command line is not right
-  3    it could not be done: no checkpoint, unreadable files, a save at work
+  0    done, nothing is wrong
+  1    something is wrong: damage (verify), a difference (diff), files left behind (clean), no match (inspect)
+  2    wrong usage
+  3    failed: no checkpoint, unreadable files, a running save
   130  interrupted
 \b
 Examples:
@@ -100,10 +102,10 @@ Examples:
 )
 @click.version_option(__version__, package_name="shardsave", prog_name="shardsave")
 def cli() -> None:
-    """Look into checkpoints, check them, compare them, and tidy up after crashes.
+    """Inspect, verify, compare and convert checkpoints, and clean up after crashes.
 
-    DIRECTORY may also be the path of an index or of one safetensors file, whoever wrote it. Output is plain text where it does not
-    go to a terminal; NO_COLOR is honoured.
+    DIRECTORY may also be the path of an index or of a safetensors file from any library. Output is plain text unless it goes to a
+    terminal; NO_COLOR is respected.
     """
 
 

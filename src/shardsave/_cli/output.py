@@ -1,4 +1,4 @@
-"""What the commands print: tables and colour on a terminal, plain lines where the output goes elsewhere."""
+"""Prints for all commands: tables and colour on a terminal, plain lines in a pipe or file."""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ import click
 if TYPE_CHECKING:
     from rich.text import Text
 
-#: A piece of text, or one with a style of rich's.
+#: Text, or text with a style of rich.
 Cell = Union[str, tuple[str, str]]
 
 FROZEN, TRAINABLE, GOOD, BAD, DIM = "bold cyan", "yellow", "green", "bold red", "dim"
 
 
 def printable(text: str) -> str:
-    """``text`` without what could move a cursor or make a second line: names come from files that anyone may have written."""
+    """``text`` with control characters escaped: names come from untrusted files, and must not move the cursor or start a new line."""
     return text if text.isprintable() else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class Output:
-    """Standard output. rich decides whether it is a terminal, and which colours it gets (NO_COLOR, TERM, FORCE_COLOR)."""
+    """Standard output. rich decides whether it is a terminal and which colours it has (NO_COLOR, TERM, FORCE_COLOR)."""
 
     def __init__(self) -> None:
         from rich.console import Console
 
-        # Lines are as long as they are: a terminal that is narrower breaks them, and cuts no name short.
+        # A width larger than any line: a narrow terminal wraps long lines itself, and no name is cut.
         self._console = Console(highlight=False, markup=False, emoji=False, width=100_000)
         self.terminal = self._console.is_terminal
 
     def line(self, *cells: Cell) -> None:
-        """One line of text, never wrapped into two."""
+        """Prints one line of text, never wrapped."""
         if self.terminal:
             self._console.print(self._text(*cells), soft_wrap=True)
         else:
             click.echo("".join(_plain(cell) for cell in cells).rstrip())
 
     def table(self, titles: Sequence[str], rows: Iterable[Sequence[Cell]], numbers: Iterable[int] = ()) -> None:
-        """Rows under ``titles``; ``numbers``: the columns that are aligned to the right."""
+        """Prints rows under ``titles``; the columns in ``numbers`` are aligned to the right."""
         right = frozenset(numbers)
         if self.terminal:
             from rich.table import Table
@@ -59,12 +59,12 @@ class Output:
             click.echo("  ".join(padded).rstrip())
 
     def bar(self, share: float | None, width: int = 12) -> list[Cell]:
-        """``share`` of something as a bar and in per cent, two cells; nothing where there is none."""
+        """Two cells: ``share`` as a bar and in per cent. Both are empty if it is None."""
         if share is None:
             return ["", ""]
         full = round(share * width)
         if 0 < share < 1:
-            full = min(max(full, 1), width - 1)  # neither all nor nothing looks like it
+            full = min(max(full, 1), width - 1)  # the bar looks full or empty only for exactly all or nothing
         marks = ("█", "░") if self.terminal else ("#", ".")
         return [(marks[0] * full + marks[1] * (width - full), FROZEN), f"{share:.0%}" if share in (0, 1) else f"{share:.1%}"]
 
@@ -82,5 +82,5 @@ def _plain(cell: Cell) -> str:
 
 
 def wants_bar() -> bool:
-    """Whether a person looks at stderr, and so at a progress bar."""
+    """Whether to show a progress bar: stderr is a terminal."""
     return sys.stderr is not None and sys.stderr.isatty()

@@ -1,4 +1,4 @@
-"""The path of a checkpoint as an argument."""
+"""The type of command-line arguments that are paths of checkpoints."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from shardsave._api.arguments import check_path
 
 
 class _CheckpointPath(click.Path):
-    """A path that a shell completes; what cannot be one is an error of usage."""
+    """A path that a shell can complete; an impossible path is a usage error."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         try:

@@ -1,4 +1,4 @@
-"""The picture of a checkpoint. The only module that imports matplotlib."""
+"""Draws a picture of a checkpoint. The only module that imports matplotlib."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from shardsave._cli.output import printable
 from shardsave._common.words import count, human_bytes
 from shardsave._storage.checkpoint import Checkpoint, Located
 
-#: Far apart in lightness, so that they are told apart in grey print and by those who see no hue.
+#: Frozen → colour. Their lightness differs, so they stay distinct in grey print and for colour-blind readers.
 COLOURS: dict[bool | None, str] = {True: "#1d4e79", False: "#f5b54a", None: "#c9ced6"}
 INK, EDGE = "#22272e", "#ffffff"
 _INK_ON: dict[bool | None, str] = {True: "#ffffff", False: INK, None: INK}
 
-#: Rows are this high in inches, unless that makes the picture higher than the second.
+#: The height of a row, and the largest height of all rows together, in inches.
 _ROW, _HIGHEST = 0.42, 30.0
 
-#: A tensor's name is written where it has this much room for a letter, in inches.
+#: The width of a letter of a tensor's name, in inches.
 _LETTER = 0.075
 
 
 def formats() -> Sequence[str]:
-    """The endings of files that can be written; without pgf, for which LaTeX has to be there."""
+    """The file endings that can be written; without pgf, which needs LaTeX."""
     return sorted(FigureCanvasAgg.get_supported_filetypes().keys() - {"pgf"})
 
 
 def draw(checkpoint: Checkpoint, width: float) -> Figure:
-    """Shards as rows, tensors as rectangles to scale, in file order."""
+    """Draws shards as rows and tensors as rectangles to scale, in file order."""
     shards = checkpoint.shards
     flags = checkpoint.stored_flags or {}
     by_shard: dict[str, list[Located]] = {shard: [] for shard in shards}
@@ -50,7 +50,7 @@ def draw(checkpoint: Checkpoint, width: float) -> Figure:
     _rectangles(axes, by_shard, flags, bytes_per_inch=longest / (width * 0.98 - names_width), lines=row > 0.15)
     axes.set_xlim(0, longest)
     axes.set_ylim(len(shards), 0)
-    step = max(1, round(0.16 / row))  # names that do not fit are left out, evenly
+    step = max(1, round(0.16 / row))  # if not all names fit, every n-th one is shown
     axes.set_yticks([place + 0.5 for place in range(0, len(shards), step)], [_short(shard, 48) for shard in shards[::step]])
     for label in axes.get_yticklabels():
         label.set_parse_math(False)
@@ -81,13 +81,13 @@ def _rectangles(
                 middle, ink = (begin + end) / 2, _INK_ON[frozen]
                 axes.text(middle, place + 0.5, text, color=ink, fontsize=7, ha="center", va="center", parse_math=False)
             begin = end
-    # A white line around a rectangle that is thinner than the line would be all that is seen of it.
+    # A rectangle thinner than its white edge would not be visible, so it gets an edge of its own colour.
     wide = [EDGE if lines and (c[1][0] - c[0][0]) / bytes_per_inch > 0.03 else colour for c, colour in zip(corners, colours)]
     axes.add_collection(PolyCollection(corners, facecolors=colours, edgecolors=wide, linewidths=0.4))
 
 
 def _label(name: str, room: int) -> str:
-    """As much of the end of a name as there is room for, from a dot on where that is possible."""
+    """The end of a name, at most ``room`` letters; it begins after a dot if possible."""
     name = printable(name)
     if len(name) <= room:
         return name

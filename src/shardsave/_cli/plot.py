@@ -8,7 +8,7 @@ import os
 import click
 
 from shardsave._cli.paths import CHECKPOINT
-from shardsave._common.gc_pause import collector_still
+from shardsave._common.gc_pause import gc_paused
 from shardsave._common.words import human_bytes
 from shardsave._storage.checkpoint import open_checkpoint
 
@@ -20,30 +20,30 @@ Examples:
   shardsave plot ckpt -o map.png
   shardsave plot ckpt -o map.svg --width 16
 
-Exit codes: 0, 2 wrong usage, 3 failed.""",
+Exit codes: 0 done, 2 wrong usage, 3 failed.""",
 )
 @click.argument("directory", type=CHECKPOINT)
 @click.option("--output", "-o", required=True, type=click.Path(dir_okay=False), help="File to write: .png, .svg, .pdf, …")
 @click.option("--width", type=click.FloatRange(4, 60), default=12.0, show_default=True, help="Width of the picture in inches.")
 def plot(directory: str, output: str, width: float) -> None:
-    """Draw a checkpoint: a row for each shard of DIRECTORY, a rectangle for each tensor, to scale.
+    """Draw a checkpoint to scale: a row for each shard of DIRECTORY, a rectangle for each tensor.
 
-    Frozen is dark and trainable light, in print too; grey is what is no parameter, or unknown. Reads headers only. Needs matplotlib:
-    pip install 'shardsave[plot]'.
+    Frozen parameters are dark and trainable ones light, also in print; grey tensors are no parameters, or their flags are unknown.
+    Reads headers only. Needs matplotlib: pip install 'shardsave[plot]'.
     """
     if not math.isfinite(width):
-        raise click.BadParameter(f"{width} is no number of inches", param_hint="'--width'")
+        raise click.BadParameter(f"{width} is not a number of inches", param_hint="'--width'")
     try:
         from shardsave._cli import picture
     except ImportError as error:
         raise click.ClickException(
-            f"matplotlib was expected, it cannot be imported ({error}); pip install 'shardsave[plot]'"
+            f"matplotlib is needed, it cannot be imported ({error}); pip install 'shardsave[plot]'"
         ) from error
     suffix = os.path.splitext(output)[1].lstrip(".").lower()
-    known = picture.formats()
-    if suffix not in known:
-        raise click.UsageError(f"a file of a kind that can be drawn was expected ({', '.join(known)}), it is {output!r}")
-    with collector_still(), open_checkpoint(directory) as checkpoint:
+    formats = picture.formats()
+    if suffix not in formats:
+        raise click.UsageError(f"the picture's format must be one of {', '.join(formats)}, not {output!r}")
+    with gc_paused(), open_checkpoint(directory) as checkpoint:
         figure = picture.draw(checkpoint, width)
     picture.write(figure, output)
     click.echo(f"{output}: {human_bytes(os.path.getsize(output))}")

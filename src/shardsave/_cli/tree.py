@@ -1,4 +1,4 @@
-"""The modules of a checkpoint as a tree, each with the sums of all that is below it."""
+"""The modules of a checkpoint as a tree; each module has the sums over all tensors below it."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from shardsave._storage.checkpoint import Checkpoint, Located
 
 @dataclass
 class Sums:
-    """What some tensors add up to; ``parameter_bytes`` is None where nobody knows which of them are parameters."""
+    """Sums over some tensors. ``parameter_bytes`` is None if none of them is a parameter, or if that is unknown."""
 
     tensors: int = 0
     bytes: int = 0
     dtypes: Counter[str] = field(default_factory=Counter)
     parameter_bytes: int | None = None
     frozen_bytes: int = 0
-    tied: int = 0  # names whose bytes count under another name
+    tied: int = 0  # names whose bytes are counted under another name
 
     def add(self, tensor: Located, frozen: bool | None) -> None:
-        """Counts a tensor; ``frozen`` is None where it is no parameter."""
+        """Adds a tensor; ``frozen`` is None if it is not a parameter."""
         self.tensors += 1
         self.bytes += tensor.nbytes
         self.dtypes[tensor.dtype] += tensor.nbytes
@@ -30,6 +30,7 @@ class Sums:
             self.frozen_bytes += tensor.nbytes if frozen else 0
 
     def join(self, other: Sums) -> None:
+        """Adds all tensors of ``other``."""
         self.tensors += other.tensors
         self.bytes += other.bytes
         self.dtypes += other.dtypes
@@ -40,7 +41,7 @@ class Sums:
 
     @property
     def frozen_share(self) -> float | None:
-        """Of the bytes of parameters; None where there are none, or nobody knows."""
+        """The frozen share of the parameters' bytes; None if there are none, or if that is unknown."""
         return self.frozen_bytes / self.parameter_bytes if self.parameter_bytes else None
 
 
@@ -54,7 +55,7 @@ class Module:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the tree as it is shown: ``last`` has one answer for each level, whether nothing follows there."""
+    """A line of the printed tree. ``last`` says for each level whether this branch is the last one there."""
 
     name: str
     last: tuple[bool, ...]
@@ -62,7 +63,7 @@ class Row:
 
 
 def module_tree(checkpoint: Checkpoint, depth: int) -> Module:
-    """The tree down to ``depth`` levels; what lies deeper counts for the module above it."""
+    """The tree down to ``depth`` levels; deeper tensors are added to the module above them."""
     flags = checkpoint.stored_flags or {}
     root = Module()
     nodes: dict[str, Module] = {}
@@ -76,7 +77,7 @@ def module_tree(checkpoint: Checkpoint, depth: int) -> Module:
             nodes[prefix] = node
         return nodes[prefix]
 
-    for name in checkpoint.stored_names:  # in the order of the state, where that is known
+    for name in checkpoint.stored_names:  # in the order of the state, if that is known
         owner(name).sums.add(checkpoint.tensors[name], flags.get(name))
     for name in checkpoint.ties:
         owner(name).sums.tied += 1
@@ -91,7 +92,7 @@ def _sum_up(module: Module) -> None:
 
 
 def rows(module: Module, most: int | None, last: tuple[bool, ...] = ()) -> Iterator[Row]:
-    """The lines below ``module``; where it has more than ``most`` children, the rest is one line of their sums."""
+    """The lines below ``module``. Of more than ``most`` children, the rest is shown as one line with their sums."""
     shown = list(module.children.items())
     rest = shown[most:] if most is not None and len(shown) > most + 1 else []
     shown = shown[: len(shown) - len(rest)]
@@ -107,7 +108,7 @@ def rows(module: Module, most: int | None, last: tuple[bool, ...] = ()) -> Itera
 
 
 def guides(row: Row, terminal: bool) -> str:
-    """What stands before a row's name to show where it hangs."""
+    """The lines or spaces before a row's name that show its place in the tree."""
     if not terminal:
         return "  " * (len(row.last) - 1)
     above = "".join("    " if last else "│   " for last in row.last[:-1])

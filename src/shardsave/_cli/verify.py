@@ -1,8 +1,9 @@
-"""``shardsave verify``: every byte against its checksum."""
+"""``shardsave verify``: compares every byte of a checkpoint with the stored checksums."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import click
@@ -23,23 +24,23 @@ Examples:
   shardsave verify ckpt --quiet || restore-backup
   shardsave verify ckpt --json | jq .damaged
 
-Exit codes: 0 whole, 1 damaged, 2 wrong usage, 3 failed (no checkpoint, say).""",
+Exit codes: 0 intact, 1 damaged, 2 wrong usage, 3 failed (for example, no checkpoint).""",
 )
 @click.argument("directory", type=CHECKPOINT)
-@click.option("--quiet", "-q", is_flag=True, help="Print nothing but what is damaged.")
-@click.option("--json", "as_json", is_flag=True, help="What is damaged and what is not, as JSON.")
+@click.option("--quiet", "-q", is_flag=True, help="Print only what is damaged.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.pass_context
 def verify(context: click.Context, directory: str, quiet: bool, as_json: bool) -> None:
     """Read every byte of a checkpoint and compare it with the stored checksums.
 
-    Goes on after damage: names every tensor of DIRECTORY that is damaged, and what is intact. Files of others have no checksums;
-    of them only lengths and headers can be checked.
+    Continues after damage: names every tensor of DIRECTORY that is damaged, and those that are intact. Third-party files have no
+    checksums, so only their lengths and headers are checked.
     """
     import shardsave
 
     try:
         report = shardsave.verify(directory, keep_going=True, progress=wants_bar() and not quiet)
-    except shardsave.CorruptCheckpointError as error:  # of the index, without which nothing else can be told
+    except shardsave.CorruptCheckpointError as error:  # the index is damaged, and without it nothing else can be checked
         click.echo(printable(f"shardsave: {error}"), err=True)
         context.exit(1)
     if as_json:
@@ -55,24 +56,27 @@ def _print(report: shardsave.VerifyReport, output: Output, quiet: bool) -> None:
         by_shard.setdefault(damage.shard, []).append(damage)
     for shard in sorted({*report.intact, *by_shard}):
         intact = report.intact.get(shard, ())
-        lost = [name for damage in by_shard.get(shard, ()) for name in damage.tensors]
-        if shard not in by_shard:
-            if not quiet:
-                output.line(
-                    ("intact   ", GOOD) if report.verified is not None or by_shard else ("unchecked  ", DIM),
-                    shard,
-                    f"  {count(len(intact), 'tensor')}" if intact else "",
-                )
-            continue
-        output.line(("DAMAGED  ", BAD), f"{shard}  {len(lost):,} of {count(len(lost) + len(intact), 'tensor')} damaged")
-        for damage in by_shard[shard]:
-            output.line(("         ", ""), damage.message)
-            for name in damage.tensors:
-                output.line(("         damaged  ", BAD), name)
-        for name in intact if not quiet else ():
-            output.line(("         intact   ", GOOD), name)
+        if shard in by_shard:
+            _print_damaged(shard, by_shard[shard], intact, output, quiet)
+        elif not quiet:
+            output.line(
+                ("intact   ", GOOD) if report.verified is not None or by_shard else ("unchecked  ", DIM),
+                shard,
+                f"  {count(len(intact), 'tensor')}" if intact else "",
+            )
     if not quiet:
         output.line((str(report), BAD if report.damaged else GOOD if report.verified else DIM))
+
+
+def _print_damaged(shard: str, damages: list[shardsave.Damage], intact: Collection[str], output: Output, quiet: bool) -> None:
+    damaged = sum(len(damage.tensors) for damage in damages)
+    output.line(("DAMAGED  ", BAD), f"{shard}  {damaged:,} of {count(damaged + len(intact), 'tensor')} damaged")
+    for damage in damages:
+        output.line(("         ", ""), damage.message)
+        for name in damage.tensors:
+            output.line(("         damaged  ", BAD), name)
+    for name in intact if not quiet else ():
+        output.line(("         intact   ", GOOD), name)
 
 
 def _as_json(report: shardsave.VerifyReport) -> dict[str, object]:

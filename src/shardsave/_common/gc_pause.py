@@ -1,4 +1,4 @@
-"""Python's garbage collector, kept still while tables of a great many small objects are made."""
+"""Pauses Python's garbage collector while tables of very many small objects are built."""
 
 from __future__ import annotations
 
@@ -9,31 +9,32 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def collector_still() -> Iterator[None]:
-    """No collection inside: of 100,000 tensors' names and places nothing is garbage, and each search walks over all of torch.
+def gc_paused() -> Iterator[None]:
+    """No garbage collection within the block.
 
-    For code that runs for a moment, never around the transfer. Whoever switched the collector off switches it on again, so
-    calls may be nested and may run in several threads.
+    Nothing is garbage in a table of 100,000 names and offsets, yet each collection would walk over all objects of torch. Only for
+    short code, never around a transfer of bytes. Only the block that disabled the collector enables it again, so blocks may be
+    nested and may run in several threads.
     """
     was_on = gc.isenabled()
     try:
         if was_on:
-            _kept_still.append(None)
+            _paused.append(None)
         gc.disable()
         yield
     finally:
         if was_on:
             gc.enable()
-            _kept_still.pop()
+            _paused.pop()
 
 
-#: One entry for each thread inside that will switch the collector on again.
-_kept_still: list[None] = []
+#: One entry for each block in progress that will enable the collector again.
+_paused: list[None] = []
 
 
 def _enable_in_child() -> None:
-    """The threads that would have done so do not exist in a forked child."""
-    if _kept_still:
+    """Enables the collector in a forked child: the threads that would have done so do not exist there."""
+    if _paused:
         gc.enable()
 
 

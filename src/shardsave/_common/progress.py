@@ -1,4 +1,4 @@
-"""How far a transfer has come, told to whoever wants to know."""
+"""Reports the progress of a transfer, as a progress bar or through a callback."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Union
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-#: A bar that nobody asked for appears only after this many seconds.
+#: A bar that was not requested appears only after this many seconds.
 LONG_SECONDS = 2.0
 
 ProgressArgument = Union[None, bool, Callable[[int, int], object]]
 
 
 def _is_terminal() -> bool:
-    """Whether a person may look at stderr; whatever stands in its place may lack, or refuse, the question."""
+    """Whether stderr is a terminal. A replacement of stderr may lack ``isatty`` or raise from it."""
     try:
         return sys.stderr.isatty()
     except (AttributeError, ValueError, OSError):
@@ -27,13 +27,13 @@ def _is_terminal() -> bool:
 
 
 class Progress:
-    """Turns the engine's ticks into a bar, or into calls of the user's function with (bytes done, bytes in all)."""
+    """Turns the engine's ticks into a progress bar, or into calls of the user's function with (bytes done, total bytes)."""
 
     def __init__(self, wanted: ProgressArgument, title: str, total: int) -> None:
         self._call = wanted if callable(wanted) else None
         self._title = title
         self._total = total
-        self._base = 0
+        self._base = 0  # bytes of the runs that have ended
         self._bar: tqdm[None] | None = None
         if wanted is True:
             self._appear_at = 0.0
@@ -51,14 +51,14 @@ class Progress:
                 self._bar.close()
 
     def tick(self, done: int) -> None:
-        """``done`` bytes of the present run have been moved."""
+        """Reports that the current run of the engine has moved ``done`` bytes."""
         done += self._base
         if self._call is not None:
             self._call(done, self._total)
         if self._bar is not None or time.monotonic() >= self._appear_at:
             try:
                 self._show(done)
-            except (AttributeError, ValueError, OSError):  # stderr is closed, gone or full: no reason to stop
+            except (AttributeError, ValueError, OSError):  # stderr is closed, missing or full: no reason to stop
                 self._bar, self._appear_at = None, float("inf")
 
     def _show(self, done: int) -> None:
@@ -69,6 +69,6 @@ class Progress:
         self._bar.update(done - self._bar.n)
 
     def run_ended(self, done: int) -> None:
-        """The present run of the engine has moved all its ``done`` bytes; another may follow."""
+        """Reports that the current run has moved all its ``done`` bytes; another run may follow."""
         self.tick(done)
         self._base += done

@@ -1,7 +1,7 @@
-"""The end of the interpreter, with saves or loads still at work on daemon threads.
+"""Ends saves and loads on daemon threads before the interpreter exits.
 
-A thread that comes back from C++ to an interpreter that is gone takes the process with it ("FATAL: exception not rethrown").
-So these are ended before the interpreter is, as if each had been interrupted; other threads are waited for by Python itself.
+A thread that returns from C++ after the interpreter is gone aborts the process ("FATAL: exception not rethrown"). So an exit handler
+interrupts these threads first and waits for them. Python itself waits for threads that are not daemons.
 """
 
 from __future__ import annotations
@@ -14,50 +14,50 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-#: How long the end of the interpreter waits for them, in seconds: a disk may hang for longer.
+#: How long the exit handler waits for them, in seconds; a hanging disk may take longer.
 _PATIENCE = 10.0
 
-_lock = threading.Lock()  # guards _at_work
-_at_work = 0
-_ending = False
+_lock = threading.Lock()  # guards _running_calls
+_running_calls = 0
+_exiting = False
 
 
 @contextmanager
 def verb() -> Iterator[None]:
-    """Around all that a verb does."""
-    global _at_work
+    """Marks the calling thread as inside a public call, so that interpreter exit waits for it."""
+    global _running_calls
     raise_if_ending()
     with _lock:
-        _at_work += 1
+        _running_calls += 1
     try:
         yield
     except SystemExit as error:
-        traceback.clear_frames(error.__traceback__)  # the tensors in them go now: torch must not be at it later, either
+        traceback.clear_frames(error.__traceback__)  # frees the tensors in them now, while torch still works
         raise
     finally:
         with _lock:
-            _at_work -= 1
+            _running_calls -= 1
 
 
 def raise_if_ending() -> None:
-    """Ends the calling thread, quietly, when the interpreter ends around it."""
-    if _ending and threading.current_thread() is not threading.main_thread():
+    """Ends the calling thread silently, unless it is the main thread, once the interpreter is exiting."""
+    if _exiting and threading.current_thread() is not threading.main_thread():
         raise SystemExit
 
 
-def _end() -> None:
-    global _ending
-    _ending = True
+def _end_running_calls() -> None:
+    global _exiting
+    _exiting = True
     deadline = time.monotonic() + _PATIENCE
-    while _at_work > 0 and time.monotonic() < deadline:
+    while _running_calls > 0 and time.monotonic() < deadline:
         time.sleep(0.001)
 
 
 def _forget_in_child() -> None:
-    """The threads that were at work do not exist in a forked child; one of them may have held the lock."""
-    global _lock, _at_work
-    _lock, _at_work = threading.Lock(), 0
+    """Forgets running calls in a forked child: their threads do not exist there, and one of them may have held the lock."""
+    global _lock, _running_calls
+    _lock, _running_calls = threading.Lock(), 0
 
 
 os.register_at_fork(after_in_child=_forget_in_child)
-atexit.register(_end)
+atexit.register(_end_running_calls)

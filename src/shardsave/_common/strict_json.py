@@ -1,4 +1,4 @@
-"""JSON as safetensors' own reader takes it: stricter than Python's, and every refusal in words."""
+"""Parses JSON as strictly as safetensors' own reader; every refusal says what was expected and what was found."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import re
 import reprlib
 from typing import Any, NoReturn
 
-#: The longest whole number that is read, in digits: what other readers, with a double for it, take too.
+#: The longest whole number that is read, in digits. Other readers store numbers as doubles, and a longer one would be infinite.
 MAX_DIGITS = 308
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class NotJSON(Exception):
-    """``data`` is not what was wanted; ``wanted`` and ``found`` are the two halves of a message."""
+    """The bytes are not the JSON that was expected; ``wanted`` and ``found`` are the two halves of a message."""
 
     def __init__(self, wanted: str, found: str) -> None:
         super().__init__(wanted, found)
@@ -24,12 +24,12 @@ class NotJSON(Exception):
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
-    """The JSON object that ``data`` is. Keys stand once, numbers are finite, text is Unicode. Raises NotJSON."""
+    """Parses ``data``, a JSON object with unique keys, finite numbers and Unicode text. Raises NotJSON."""
     try:
         text = data.decode()
-        made = json.loads(text, object_pairs_hook=_unique, parse_constant=_constant, parse_int=_integer, parse_float=_finite)
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_constant, parse_int=_integer, parse_float=_finite)
         if _SURROGATE.search(data):
-            json.dumps(made, ensure_ascii=False).encode()
+            json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         raise NotJSON("UTF-8 expected", f"byte {error.start} is {data[error.start]:#04x}") from error
     except UnicodeEncodeError as error:
@@ -37,13 +37,13 @@ def parse_object(data: bytes) -> dict[str, Any]:
     except RecursionError as error:
         raise NotJSON("JSON expected", "it is nested too deeply") from error
     except json.JSONDecodeError as error:
-        raise NotJSON("JSON expected", _broken(text, error)) from error
-    if not isinstance(made, dict):
-        raise NotJSON("a JSON object expected", f"it is {glimpse(made)}")
-    return made
+        raise NotJSON("JSON expected", _syntax_error(text, error)) from error
+    if not isinstance(value, dict):
+        raise NotJSON("a JSON object expected", f"it is {glimpse(value)}")
+    return value
 
 
-def _broken(text: str, error: json.JSONDecodeError) -> str:
+def _syntax_error(text: str, error: json.JSONDecodeError) -> str:
     if text.startswith("\ufeff"):
         return "it begins with a byte order mark"
     if not text[error.pos :].strip() or error.msg.startswith("Unterminated string"):
@@ -54,12 +54,12 @@ def _broken(text: str, error: json.JSONDecodeError) -> str:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
+    mapping = dict(pairs)
+    if len(mapping) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise NotJSON("keys expected once", f"{glimpse(twice)} stands twice")
-    return made
+        raise NotJSON("keys expected once", f"{glimpse(twice)} appears twice")
+    return mapping
 
 
 def _constant(name: str) -> NoReturn:
@@ -68,7 +68,7 @@ def _constant(name: str) -> NoReturn:
 
 def _integer(digits: str) -> float:
     if digits == "-0":
-        return -0.0  # as serde_json reads it: no size and no offset
+        return -0.0  # as serde_json reads it; a float, so it is refused as a size or an offset
     length = len(digits.lstrip("-"))
     if length > MAX_DIGITS:
         raise NotJSON(f"numbers of at most {MAX_DIGITS} digits expected", f"one has {length}")
@@ -89,7 +89,7 @@ _short.maxlevel = 3
 
 
 def glimpse(value: object) -> str:
-    """``value`` for a message: never long, whatever a file may hold."""
+    """``value`` for a message, always short, whatever the file holds."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     return _short.repr(value)

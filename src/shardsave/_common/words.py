@@ -1,4 +1,4 @@
-"""Numbers and names as a person reads them."""
+"""Numbers and names in words, for messages and reports."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 
 def human_bytes(count: float) -> str:
-    """``14200000000`` → ``14.2 GB``, in decimal units as file sizes and disks are quoted."""
+    """``14200000000`` → ``14.2 GB``; decimal units, as for disks and file sizes."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -20,7 +20,7 @@ def count(number: int, noun: str) -> str:
 
 
 def some(names: Iterable[str], most: int = 3) -> str:
-    """The first few of ``names``, and how many more there are."""
+    """``a, b, c and 4 more``: the first ``most`` of ``names``, and the number of the others."""
     listed = list(names)
     more = f" and {len(listed) - most} more" if len(listed) > most else ""
     return ", ".join(listed[:most]) + more

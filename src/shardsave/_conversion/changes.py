@@ -1,4 +1,4 @@
-"""What a conversion changes: which names it leaves out, what the others are called, which dtypes they get."""
+"""The changes that a conversion makes: names left out, names replaced, dtypes cast. Checks these arguments, too."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ _CASTS = {
 
 
 class Names:
-    """Which names of the source are wanted, and what they are called afterwards."""
+    """Decides which names of the source are converted, and their new names; keeps both for the report."""
 
     def __init__(self, drop: tuple[str, ...], rename: tuple[tuple[re.Pattern[str], str], ...]) -> None:
         self.dropped: dict[str, None] = {}
         self.renamed: dict[str, str] = {}
-        self._used: set[tuple[str, str]] = set()  # what is done, and the pattern that it was done by
+        self._used: set[tuple[str, str]] = set()  # "drop" or "rename", and the pattern that matched
         self._drop = drop
         self._rename = rename
 
     def wanted(self, name: str) -> bool:
+        """Whether no ``drop`` pattern matches ``name``."""
         matching = [pattern for pattern in self._drop if fnmatch.fnmatchcase(name, pattern)]
         self._used.update(("drop", pattern) for pattern in matching)
         if matching:
@@ -38,27 +39,35 @@ class Names:
         return not matching
 
     def new(self, name: str) -> str:
-        made = name
+        """``name`` after all replacements, in order."""
+        new_name = name
         for pattern, replacement in self._rename:
-            made, matches = pattern.subn(replacement, made)
+            new_name, matches = pattern.subn(replacement, new_name)
             if matches:
                 self._used.add(("rename", pattern.pattern))
-        if made != name:
-            self.renamed[name] = made
-        return made
+        if new_name != name:
+            self.renamed[name] = new_name
+        return new_name
 
     def notes(self) -> tuple[str, ...]:
-        """Which patterns matched no name: most likely they were meant to."""
-        given = [*(("drop", pattern) for pattern in self._drop), *(("rename", pattern.pattern) for pattern, _ in self._rename)]
-        return tuple(f"{what}={pattern!r} matched no name" for what, pattern in given if (what, pattern) not in self._used)
+        """A note for each pattern that matched no name, which is most likely a typing mistake."""
+        all_patterns = [
+            *(("drop", pattern) for pattern in self._drop),
+            *(("rename", pattern.pattern) for pattern, _ in self._rename),
+        ]
+        return tuple(
+            f"{what}={pattern!r} matched no name" for what, pattern in all_patterns if (what, pattern) not in self._used
+        )
 
 
 def cast_of(entry: Entry, target: torch.dtype | None) -> torch.dtype | None:
+    """The dtype to which ``entry`` is cast, or None. Floating tensors of 8 and 4 bits are quantised, so they are not cast."""
     own = entry.tensor.dtype
     return target if target is not None and target != own and own.is_floating_point and own.itemsize > 1 else None
 
 
 def patterns(drop: object) -> tuple[str, ...]:
+    """Checks the argument ``drop``; returns its shell patterns."""
     listed = (drop,) if isinstance(drop, str) else tuple(drop) if isinstance(drop, Iterable) else None
     if listed is None or not all(isinstance(pattern, str) for pattern in listed):
         raise TypeError("drop must be shell patterns, strings such as 'optimizer.*'")
@@ -66,30 +75,32 @@ def patterns(drop: object) -> tuple[str, ...]:
 
 
 def replacements(rename: object) -> tuple[tuple[re.Pattern[str], str], ...]:
+    """Checks the argument ``rename``; returns its compiled expressions and their replacements."""
     pairs = tuple(rename) if isinstance(rename, Iterable) and not isinstance(rename, (str, Mapping)) else None
     if pairs is None or not all(
         isinstance(p, (tuple, list)) and len(p) == 2 and all(isinstance(s, str) for s in p) for p in pairs
     ):
         raise TypeError("rename must be pairs of a regular expression and a replacement, such as [('^module[.]', '')]")
-    made = []
+    compiled_pairs = []
     for pattern, replacement in pairs:
         try:
             compiled = re.compile(pattern)
             re.sub(f"{pattern}|", replacement, "")
         except (re.error, IndexError) as error:
             raise ValueError(
-                f"rename must have regular expressions and what replaces them, {pattern!r} and {replacement!r}: {error}"
+                f"rename must have valid regular expressions and replacements, not {pattern!r} and {replacement!r}: {error}"
             ) from error
-        made.append((compiled, replacement))
-    return tuple(made)
+        compiled_pairs.append((compiled, replacement))
+    return tuple(compiled_pairs)
 
 
 def check_dtype(dtype: object) -> torch.dtype | None:
+    """Checks the argument ``dtype``, a torch.dtype or its name."""
     if dtype is None:
         return None
     if not isinstance(dtype, (str, torch.dtype)):
         raise TypeError(f"dtype must be a torch.dtype or its name, not {type(dtype).__name__}")
-    found = _CASTS.get(str(dtype).removeprefix("torch."))
-    if found is None:
+    target = _CASTS.get(str(dtype).removeprefix("torch."))
+    if target is None:
         raise ValueError(f"dtype must be one of {', '.join(_CASTS)}, not {str(dtype)!r}")
-    return found
+    return target

@@ -11,7 +11,7 @@ import torch
 from shardsave._common.assembled import Assembled, Part
 from shardsave._conversion.changes import Names, cast_of
 from shardsave._conversion.mapped_pages import ReleaseWhileReading
-from shardsave._foreign.sources import Origin
+from shardsave._conversion.origin import Origin
 from shardsave._state.module import Entry, State, check_savable, read_state
 from shardsave._state.parts import Parts
 from shardsave.errors import IncompatibleCheckpointError

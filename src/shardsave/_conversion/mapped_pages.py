@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from mmap import mmap
 
-from shardsave._loading.mapped import let_go
+from shardsave._storage.mapping import let_go
 
 #: Bytes of the new checkpoint after which the pages read so far are given back: a cast may read four times as many.
 _HELD_BYTES = 16 << 20

@@ -9,15 +9,16 @@ from contextlib import ExitStack
 from typing import NamedTuple
 
 from shardsave._common.backend import engine_name
-from shardsave._common.gc_pause import collector_still
+from shardsave._common.gc_pause import gc_paused
 from shardsave._common.progress import Progress
+from shardsave._common.words import some
 from shardsave._conversion.changes import Names
 from shardsave._conversion.converted import CarriedOver, converted_state
 from shardsave._conversion.mapped_pages import ReleaseWhileWriting
+from shardsave._conversion.origin import Origin, open_origin
 from shardsave._conversion.single_file import NewFile, Written, fits_torch, write_safetensors, write_torch
-from shardsave._foreign.sources import Origin, open_origin
+from shardsave._format.file_names import INDEX_NAME
 from shardsave._format.header import CHECKSUM_KEY
-from shardsave._format.index import INDEX_NAME
 from shardsave._format.metadata import check_metadata
 from shardsave._saving.contents import Contents, plan_contents
 from shardsave._saving.disk_layout import OnDisk
@@ -41,7 +42,7 @@ class Output(NamedTuple):
 
 def write_directory(output: Output, state: State, carried: CarriedOver, max_shard_size: int) -> Written:
     """Writes a checkpoint directory, which also takes the parts and companions that are carried over."""
-    with collector_still():
+    with gc_paused():
         on_disk = OnDisk(state, carried.companions, carried.module_flags)
         contents = plan_contents(on_disk, carried.parts, max_shard_size, check_metadata(output.origin.metadata))
     return _write_contents(contents, output.path, output.durable, ReleaseWhileWriting(output.origin.mappings, output.tick))
@@ -95,4 +96,4 @@ def _lost(origin: Origin, kept: Mapping[str, str]) -> tuple[str, ...]:
     """Notes about what one file cannot hold."""
     lost = sorted(origin.metadata.keys() - kept.keys())
     flags = ("freeze flags were left out",) if origin.flags is not None else ()
-    return (*flags, *((f"metadata was left out: {', '.join(lost[:5])}",) if lost else ()))
+    return (*flags, *((f"metadata was left out: {some(lost, 5)}",) if lost else ()))

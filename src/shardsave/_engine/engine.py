@@ -18,7 +18,7 @@ import torch
 from shardsave._common import shutdown
 from shardsave._common.assembled import Assembled, Memory
 from shardsave._common.backend import native, warn_if_portable
-from shardsave._common.gc_pause import collector_still
+from shardsave._common.gc_pause import gc_paused
 from shardsave._engine import gather
 from shardsave._format.layout import Blocks
 
@@ -158,7 +158,7 @@ def _run(
             if error in from_caller:
                 raise
             raise _no_memory("allocation of working memory", 0) from error
-    with collector_still():
+    with gc_paused():
         places = np.fromiter(chain.from_iterable(map(_place, pieces)), np.int64, 2 * len(pieces)).reshape(-1, 2)
         piece_bytes = np.array([piece.nbytes for piece in pieces], dtype=np.int64)
     kinds = set(places[:, 0].tolist())

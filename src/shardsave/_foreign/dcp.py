@@ -1,7 +1,7 @@
-"""Directories of ``torch.distributed.checkpoint``: one pickled table, and files in which the parts of every tensor lie.
+"""Reads directories of ``torch.distributed.checkpoint``: one pickled table, and files with the parts of every tensor.
 
-The table is unpickled into records of our own, which do nothing: of all that a pickle may ask for only the names in `_RECORDS` and
-`_VALUES` are given, and no class of torch, nor any other code, is reached by it.
+The table is unpickled into inert records of our own. A pickle may name only what is listed in `_RECORDS` and `_VALUES`, so it reaches
+no class of torch and no other code.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ import torch
 from shardsave._common.assembled import Assembled, Part
 from shardsave._common.os_calls import CallFailed, Descriptor, call
 from shardsave._foreign.torch_file import Archives, TorchFile
-from shardsave._format.index import is_file_name
+from shardsave._format.file_names import is_file_name
 from shardsave._storage.find import cannot_read
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, UntrustedCodeError
 
 TABLE_NAME = ".metadata"
 
-#: A table larger than this is not read, in bytes; every piece of every rank stands in it.
+#: The largest table that is read, in bytes; it lists every piece of every rank.
 _MAX_TABLE_BYTES = 512_000_000
 
 _METADATA, _FILES = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
 
 
 class _Record:
-    """What stands for an object of the pickle: the arguments and the state that it was to be made from."""
+    """Takes the place of an object in the pickle; keeps its arguments and its state, and does nothing with them."""
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
@@ -43,7 +43,7 @@ class _Record:
         self.state = state
 
     def __getitem__(self, name: str) -> Any:
-        """A field, None where it is not there."""
+        """A field, or None if it is missing."""
         return self.state.get(name) if isinstance(self.state, dict) else None
 
 
@@ -78,38 +78,38 @@ _PLACE = _RECORDS[_FILES, "_StorageInfo"]
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        found = _RECORDS.get((module, name), _VALUES.get((module, name)))
-        if found is None:
-            raise _AskedFor(f"{module}.{name}")
-        return found
+        value = _RECORDS.get((module, name), _VALUES.get((module, name)))
+        if value is None:
+            raise _ForbiddenName(f"{module}.{name}")
+        return value
 
 
-class _AskedFor(Exception):
-    pass
+class _ForbiddenName(Exception):
+    """The pickle names something outside `_RECORDS` and `_VALUES`."""
 
 
 class PickledValue(NamedTuple):
-    """A value that such a directory holds as a pickle of its own, which is not read."""
+    """Takes the place of a value that has its own pickle in the directory; that pickle is not read."""
 
 
 def read_distributed(folder: str) -> TorchFile:
-    """Reads the table of ``folder`` and maps its files; the content has the nesting that was saved."""
+    """Reads the table of ``folder`` and maps its files; the content is nested as it was when it was saved."""
     table = _read_table(os.path.join(folder, TABLE_NAME))
     tensors, places, paths = table["state_dict_metadata"], table["storage_data"], table["planner_data"]
     if not isinstance(tensors, dict) or not isinstance(places, dict):
         _bad(folder, "tables of tensors and of their places were expected, there are none")
-    where: dict[tuple[Any, Any], _Record] = {}
+    place_of: dict[tuple[Any, Any], _Record] = {}
     for index, place in places.items():
         if type(index) is not _INDEX or type(place) is not _PLACE:
             _bad(folder, "a table of the places of tensors was expected, it has something else")
-        where[_key(index["fqn"], index["offset"], folder)] = place
+        place_of[_key(index["fqn"], index["offset"], folder)] = place
     archives = Archives(folder)
     content: dict[Any, Any] = {}
     try:
-        for name, described in tensors.items():
+        for name, description in tensors.items():
             value: Union[torch.Tensor, Assembled, PickledValue] = PickledValue()
-            if type(described) is _TENSOR:
-                value = _tensor(name, described, where, archives, folder)
+            if type(description) is _TENSOR:
+                value = _tensor(name, description, place_of, archives, folder)
             _put(content, _path_of(name, paths), value, folder)
     finally:
         mappings = archives.close()
@@ -128,29 +128,29 @@ def _read_table(path: str) -> _Record:
             raise cannot_read(path, error) from error
     try:
         for opcode, argument, at in pickletools.genops(data):
-            # An honest pickle numbers what it remembers from 0 on; unpickling makes a table as long as the highest number.
+            # pickle numbers its memo from 0 on. A higher number would make the unpickler allocate a table of that length.
             if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(str(argument)) > (at or 0):
-                _bad(path, "a pickled table was expected, it numbers what is not there")
-        made = _Unpickler(io.BytesIO(data)).load()
-    except _AskedFor as asked:
+                _bad(path, "a pickled table was expected, it has a memo number that is too high")
+        table = _Unpickler(io.BytesIO(data)).load()
+    except _ForbiddenName as name:
         raise UntrustedCodeError(
-            f"cannot convert {path}: the table of a distributed checkpoint was expected, its pickle asks for {asked}; "
+            f"cannot convert {path}: the table of a distributed checkpoint was expected, its pickle asks for {name}; "
             f"nothing of it was run, nothing was written"
         ) from None
     except CorruptCheckpointError:
         raise
-    except (Exception, RecursionError) as error:  # unpickling broken data may raise anything
+    except (Exception, RecursionError) as error:  # unpickling damaged data may raise anything
         _bad(path, f"a pickled table was expected, it is broken ({type(error).__name__})")
-    if type(made) is not _TABLE:
-        _bad(path, f"the table of a distributed checkpoint was expected, it is a {type(made).__name__}")
-    return made
+    if type(table) is not _TABLE:
+        _bad(path, f"the table of a distributed checkpoint was expected, it is a {type(table).__name__}")
+    return table
 
 
 def _tensor(
-    name: str, described: _Record, where: dict[tuple[Any, Any], _Record], archives: Archives, folder: str
+    name: str, description: _Record, place_of: dict[tuple[Any, Any], _Record], archives: Archives, folder: str
 ) -> Union[torch.Tensor, Assembled]:
-    properties, chunks = described["properties"], described["chunks"]
-    shape = _sizes(described["size"], name, folder)
+    properties, chunks = description["properties"], description["chunks"]
+    shape = _sizes(description["size"], name, folder)
     state = properties.state if isinstance(properties, _Record) else None
     dtype = state[0] if isinstance(state, tuple) and state else state.get("dtype") if isinstance(state, dict) else None
     if not isinstance(dtype, torch.dtype) or not isinstance(chunks, list) or not chunks:
@@ -162,10 +162,10 @@ def _tensor(
         )
         if len(begin) != len(shape) or len(sizes) != len(shape) or any(b + s > of for b, s, of in zip(begin, sizes, shape)):
             _bad(folder, f"{name!r} of shape {shape} was expected, a part of {sizes} lies at {begin}")
-        tensor = _part(name, where.get((name, begin)), archives, folder)
+        tensor = _part(name, place_of.get((name, begin)), archives, folder)
         if tensor.dtype != dtype or tuple(tensor.shape) != sizes:
-            found = f"{tensor.dtype} {tuple(tensor.shape)}"
-            _bad(folder, f"{name!r} was expected to have a part of {dtype} {sizes} at {begin}, its file has {found}")
+            stored = f"{tensor.dtype} {tuple(tensor.shape)}"
+            _bad(folder, f"{name!r} was expected to have a part of {dtype} {sizes} at {begin}, its file has {stored}")
         parts.append(Part(begin, tensor))
     if len(parts) == 1 and tuple(parts[0].tensor.shape) == shape:
         return parts[0].tensor
@@ -189,7 +189,7 @@ def _part(name: str, place: _Record | None, archives: Archives, folder: str) -> 
 
 
 def _cover(shape: tuple[int, ...], parts: list[Part]) -> bool:
-    """Whether each element is in one part. Counted on the grid that the parts' borders make, which has few cells."""
+    """Whether each element is in exactly one part. Counts on the grid of the parts' borders, which has few cells."""
     if math.prod(shape) == 0:
         return True
     borders = [
@@ -217,19 +217,19 @@ def _sizes(value: Any, name: object, folder: str) -> tuple[int, ...]:
 
 
 def _path_of(name: Any, paths: Any) -> tuple[Any, ...]:
-    """Where the value stood in the nested state that was saved: the name by which it is stored is that flattened."""
+    """The keys that led to the value in the saved state; its stored name is these keys joined."""
     path = paths.get(name) if isinstance(paths, dict) else None
-    good = isinstance(path, (tuple, list)) and path and all(isinstance(key, (str, int)) for key in path)
-    return tuple(path) if good and path is not None else (name,)
+    valid = isinstance(path, (tuple, list)) and path and all(isinstance(key, (str, int)) for key in path)
+    return tuple(path) if valid and path is not None else (name,)
 
 
 def _put(content: dict[Any, Any], path: tuple[Any, ...], value: object, folder: str) -> None:
     for key in path[:-1]:
         content = content.setdefault(key, {})
         if not isinstance(content, dict):
-            _bad(folder, f"one thing of the name {key!r} was expected, there are two")
+            _bad(folder, f"the name {key!r} was expected once, it is there twice")
     if path[-1] in content:
-        _bad(folder, f"one thing of the name {path[-1]!r} was expected, there are two")
+        _bad(folder, f"the name {path[-1]!r} was expected once, it is there twice")
     content[path[-1]] = value
 
 

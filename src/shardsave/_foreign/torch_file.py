@@ -1,7 +1,7 @@
-"""Files of ``torch.save``: which tensors they hold and where, by torch's own restricted unpickler, which runs nothing.
+"""Reads files of ``torch.save``. Only torch's own restricted unpickler reads their pickle, so no code in a file is run.
 
-Their pickle is read with tensors on the meta device, so that no data is touched; then the file is mapped, and each tensor is made
-where its bytes lie.
+The pickle is read with tensors on the meta device, so no data is read. Then the file is mapped, and each tensor becomes a view of
+its bytes in the mapping.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from shardsave._common.os_calls import CallFailed, Descriptor, call, read_at
-from shardsave._loading.mapped import map_file
 from shardsave._state.module import PLAIN_TYPES
 from shardsave._storage.find import cannot_read, open_regular
+from shardsave._storage.mapping import map_file
 from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError, UntrustedCodeError
 
 _ZIP = b"PK\x03\x04"
-#: How those lines of torch begin that say what to do.
+#: How the lines of a torch message begin that give advice.
 _ADVICE = ("Weights only load failed", "Please file an issue", "Check the documentation")
-_ASKED_FOR = re.compile(r"GLOBAL ([\w.<>]+)")
+_GLOBAL = re.compile(r"GLOBAL ([\w.<>]+)")
 
 
 class TorchFile(NamedTuple):
-    """What a file holds: ``content`` is any nesting of dicts and lists; its plain tensors lie in ``mappings``."""
+    """What a file holds. ``content`` is any nesting of dicts and lists; its plain tensors are views of ``mappings``."""
 
     content: Any
     mappings: tuple[mmap.mmap, ...]
@@ -42,7 +42,7 @@ class TorchFile(NamedTuple):
 
 
 class Window(io.RawIOBase):
-    """A part of an open file, as a file that can be read and sought."""
+    """A byte range of an open file, as a seekable file object."""
 
     def __init__(self, fd: int, begin: int, length: int) -> None:
         self._fd, self._begin, self._length, self._at = fd, begin, length, 0
@@ -60,10 +60,10 @@ class Window(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
-        found = read_at(self._fd, min(len(view), max(0, self._length - self._at)), self._begin + self._at)
-        view[: len(found)] = found
-        self._at += len(found)
-        return len(found)
+        data = read_at(self._fd, min(len(view), max(0, self._length - self._at)), self._begin + self._at)
+        view[: len(data)] = data
+        self._at += len(data)
+        return len(data)
 
 
 def read_torch_file(path: str) -> TorchFile:
@@ -81,26 +81,26 @@ def read_torch_file(path: str) -> TorchFile:
             _bad(path, "it is empty")
         window = Window(file.fd, 0, length)
         if start != _ZIP:
-            # torch's format from before version 1.6: one stream, in which tensors have no place that could be mapped.
+            # The format of torch before version 1.6: one stream, in which tensors have no fixed place to map.
             note = f"{os.path.basename(path)} has torch's old format, which cannot be mapped: all of it was read into memory"
             return TorchFile(unpickle(window, path, "cpu"), (), (note,))
         mapping = map_file(file.fd, path)
         try:
-            return TorchFile(_mapped(file.fd, mapping, 0, length, path), (mapping,), ())
-        except _Elsewhere as reason:
+            return TorchFile(_read_mapped(file.fd, mapping, 0, length, path), (mapping,), ())
+        except _NotMappable as reason:
             note = f"{os.path.basename(path)} {reason}, so it cannot be mapped: all of it was read into memory"
         return TorchFile(unpickle(window, path, "cpu"), (), (note,))
 
 
 class Archives:
-    """Files that hold many small archives of ``torch.save``, one tensor each, as distributed savers write them."""
+    """The files of a distributed checkpoint: each holds many small archives of ``torch.save``, with one tensor per archive."""
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
         self._open: dict[str, tuple[Descriptor, mmap.mmap, int]] = {}
 
     def tensor(self, name: str, offset: int, length: int) -> torch.Tensor:
-        """The tensor of the archive that lies ``offset`` bytes into the file ``name`` and is ``length`` bytes long."""
+        """The tensor of the archive that begins ``offset`` bytes into the file ``name`` and has ``length`` bytes."""
         path = os.path.join(self._folder, name)
         if name not in self._open:
             self._open[name] = self._map(path, name)
@@ -108,12 +108,12 @@ class Archives:
         if not 0 <= offset <= offset + length <= end:
             _bad(path, f"a tensor was expected at {offset}, {length} bytes long, the file has {end}")
         try:
-            made = _mapped(file.fd, mapping, offset, length, path)
-        except _Elsewhere:
-            made = unpickle(Window(file.fd, offset, length), path, "cpu")
-        if not isinstance(made, torch.Tensor):
-            _bad(path, f"a tensor was expected at {offset}, there is a {type(made).__name__}")
-        return made
+            tensor = _read_mapped(file.fd, mapping, offset, length, path)
+        except _NotMappable:
+            tensor = unpickle(Window(file.fd, offset, length), path, "cpu")
+        if not isinstance(tensor, torch.Tensor):
+            _bad(path, f"a tensor was expected at {offset}, there is a {type(tensor).__name__}")
+        return tensor
 
     @staticmethod
     def _map(path: str, name: str) -> tuple[Descriptor, mmap.mmap, int]:
@@ -128,52 +128,51 @@ class Archives:
         return file, map_file(file.fd, path), length
 
     def close(self) -> tuple[mmap.mmap, ...]:
-        """Closes the files, and gives the mappings in which the tensors lie."""
+        """Closes the files and returns the mappings that the tensors are views of."""
         for file, _, _ in self._open.values():
             file.abandon()
         return tuple(mapping for _, mapping, _ in self._open.values())
 
 
 def unpickle(file: io.RawIOBase, path: str, location: str) -> Any:
-    """``torch.load(weights_only=True)``, its refusals in one line."""
+    """``torch.load(weights_only=True)``, with each refusal as one of our errors, in one line."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of TypedStorage, which old files name
+            warnings.simplefilter("ignore")  # torch warns of TypedStorage, which old files name
             return torch.load(io.BufferedReader(file), map_location=location, weights_only=True)
     except CallFailed as error:
         raise cannot_read(path, error) from error
     except pickle.UnpicklingError as error:
-        if (asked := _ASKED_FOR.search(str(error))) is not None:
+        if (name := _GLOBAL.search(str(error))) is not None:
             raise UntrustedCodeError(
                 f"cannot convert {path}: tensors, numbers, strings and containers of these were expected, its pickle asks for "
-                f"{asked[1]}; nothing of it was run, nothing was written"
+                f"{name[1]}; nothing of it was run, nothing was written"
             ) from None
         _bad(path, f"it is no file of torch.save ({_reason(error)})")
-    except Exception as error:  # whatever torch says of bytes that are none of its own
+    except Exception as error:  # torch may raise anything when it reads bytes that it did not write
         if location == "meta" and "Quantized" in str(error):
-            raise _Elsewhere(
-                "holds quantised tensors"
-            ) from None  # there are none on the meta device; read, they are refused by name
+            # The meta device has no quantised tensors. Once read on the CPU, they are refused by name.
+            raise _NotMappable("holds quantised tensors") from None
         _bad(path, f"it is no file of torch.save ({_reason(error)})")
 
 
 def _reason(error: Exception) -> str:
-    """The sentence of torch's message that says what was wrong; the others advise."""
+    """The sentence of a torch message that says what is wrong, without the advice around it."""
     lines = [line.strip() for line in str(error).splitlines()]
-    told = [line for line in lines if line and not line.startswith(_ADVICE)]
-    return told[0].split(". ")[0][:160].rstrip(".") if told else type(error).__name__
+    reasons = [line for line in lines if line and not line.startswith(_ADVICE)]
+    return reasons[0].split(". ")[0][:160].rstrip(".") if reasons else type(error).__name__
 
 
-class _Elsewhere(Exception):
-    """A tensor's bytes do not lie where torch would have written them, or are not known to."""
+class _NotMappable(Exception):
+    """The bytes of a tensor are not where torch writes them, or that place is unknown; the file can still be read."""
 
-    def __init__(self, reason: str = "was not written by torch as it is") -> None:
+    def __init__(self, reason: str = "is not as torch wrote it") -> None:
         super().__init__(reason)
 
 
 @functools.cache
-def _tells_places() -> bool:
-    """Whether this version of torch says of a tensor on the meta device where its bytes lie in the file; older ones do not."""
+def _torch_reports_offsets() -> bool:
+    """Whether this version of torch reports the file offset of a tensor on the meta device; versions before 2.11 do not."""
     file = io.BytesIO()
     torch.save(torch.zeros(1), file)
     file.seek(0)
@@ -181,11 +180,11 @@ def _tells_places() -> bool:
     return getattr(storage, "_checkpoint_offset", None) is not None
 
 
-def _mapped(fd: int, mapping: mmap.mmap, begin: int, length: int, path: str) -> Any:
-    """What the archive holds that is ``length`` bytes from ``begin`` in the file, its tensors mapped. Raises _Elsewhere."""
+def _read_mapped(fd: int, mapping: mmap.mmap, begin: int, length: int, path: str) -> Any:
+    """The content of the archive at ``begin``, ``length`` bytes long, with mapped tensors. Raises _NotMappable."""
     records = _records(fd, begin, length, path)
-    if not _tells_places():
-        raise _Elsewhere(f"is read by torch {torch.__version__}, which does not say where tensors lie")
+    if not _torch_reports_offsets():
+        raise _NotMappable(f"is read by torch {torch.__version__}, which does not say where tensors lie")
     try:
         return _place(unpickle(Window(fd, begin, length), path, "meta"), mapping, begin, records, path)
     except RecursionError:
@@ -193,32 +192,32 @@ def _mapped(fd: int, mapping: mmap.mmap, begin: int, length: int, path: str) -> 
 
 
 def _records(fd: int, begin: int, length: int, path: str) -> dict[int, int]:
-    """Where the archive's records begin → how long they are, bytes. Raises _Elsewhere where they are not as they are in memory."""
+    """Offset → length of each record of the archive, in bytes. Raises _NotMappable if a record is compressed or byte-swapped."""
     try:
         with zipfile.ZipFile(io.BufferedReader(Window(fd, begin, length))) as archive:
-            found = {}
+            records = {}
             _refuse_program(path, archive.namelist())
             for entry in archive.infolist():
                 other_order = entry.filename.endswith("/byteorder") and archive.read(entry).decode() != sys.byteorder
                 if entry.compress_type != zipfile.ZIP_STORED or other_order:
-                    raise _Elsewhere
-                # The local header has lengths of its own, of the name and of what follows it.
+                    raise _NotMappable
+                # The local header has its own lengths of the name and of the extra field after it.
                 lengths = read_at(fd, 4, begin + entry.header_offset + 26)
-                found[entry.header_offset + 30 + sum(struct.unpack("<HH", lengths))] = entry.file_size
+                records[entry.header_offset + 30 + sum(struct.unpack("<HH", lengths))] = entry.file_size
     except CallFailed as error:
         raise cannot_read(path, error) from error
     except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError, OverflowError, EOFError) as error:
         _bad(path, f"it is no archive that can be read ({error})")
-    return found
+    return records
 
 
 def _refuse_program(path: str, records: Sequence[str]) -> None:
-    """Refuses archives of torch that hold a program beside the weights, by what they are."""
+    """Refuses archives that hold a program beside the weights; the message names their kind."""
     inner = {name.partition("/")[2] for name in records}
     if "constants.pkl" in inner:
-        kind, advice = "a TorchScript archive", "save the state_dict() of what torch.jit.load makes of it"
+        kind, advice = "a TorchScript archive", "load it with torch.jit.load and save its state_dict()"
     elif {"archive_format", "archive_version"} <= inner or "serialized_exported_program.json" in {*inner, *records}:
-        kind, advice = "a program of torch.export", "save the state_dict of what torch.export.load makes of it"
+        kind, advice = "a program of torch.export", "load it with torch.export.load and save its state_dict"
     else:
         return
     raise IncompatibleCheckpointError(
@@ -227,9 +226,9 @@ def _refuse_program(path: str, records: Sequence[str]) -> None:
 
 
 def _place(content: Any, mapping: mmap.mmap, begin: int, records: Mapping[int, int], path: str) -> Any:
-    """``content`` with each plain meta tensor in it made where its bytes lie; ``begin`` is where the archive begins in the file.
+    """``content`` with each plain meta tensor replaced by a view of its bytes; the archive begins at ``begin`` in the file.
 
-    torch computes where it would have written a tensor: only a record that is there, and is as long, is taken.
+    torch computes the offset at which it would write a tensor. It is used only if a record begins there and has the right length.
     """
     if isinstance(content, Mapping):
         return {key: _place(value, mapping, begin, records, path) for key, value in content.items()}
@@ -242,21 +241,21 @@ def _place(content: Any, mapping: mmap.mmap, begin: int, records: Mapping[int, i
         return torch.empty(content.shape, dtype=content.dtype)
     offset = getattr(storage, "_checkpoint_offset", None)
     if offset is None:
-        return content  # it was on the meta device when it was saved
+        return content  # the tensor was on the meta device when it was saved
     if records.get(offset) != storage.nbytes():
-        raise _Elsewhere
+        raise _NotMappable
     offset += begin
-    reach = content.storage_offset() + sum((size - 1) * stride for size, stride in zip(content.shape, content.stride())) + 1
-    if min(*content.stride(), content.storage_offset(), 0) < 0 or reach * content.element_size() > storage.nbytes():
+    needed = content.storage_offset() + sum((size - 1) * stride for size, stride in zip(content.shape, content.stride())) + 1
+    if min(*content.stride(), content.storage_offset(), 0) < 0 or needed * content.element_size() > storage.nbytes():
         _bad(path, f"a tensor of {tuple(content.shape)} does not lie in its {storage.nbytes()} bytes")
     raw = torch.frombuffer(mapping, dtype=torch.uint8, count=storage.nbytes(), offset=offset)
-    made = torch.empty(0, dtype=content.dtype)
+    tensor = torch.empty(0, dtype=content.dtype)
     try:
-        made.set_(raw.untyped_storage(), content.storage_offset(), content.shape, content.stride())
+        tensor.set_(raw.untyped_storage(), content.storage_offset(), content.shape, content.stride())
     except RuntimeError as error:
         _bad(path, f"a tensor of {tuple(content.shape)} does not lie in its {storage.nbytes()} bytes ({_reason(error)})")
-    made = made.conj() if content.is_conj() else made
-    return torch._neg_view(made) if content.is_neg() else made
+    tensor = tensor.conj() if content.is_conj() else tensor
+    return torch._neg_view(tensor) if content.is_neg() else tensor
 
 
 def _bad(path: str, found: str) -> NoReturn:

@@ -1,4 +1,4 @@
-"""The dtypes that safetensors has, and what torch calls them.
+"""The dtypes of safetensors and their names in torch.
 
 Source: the ``Dtype`` enumeration of the safetensors format, version 0.8.
 """
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class DType(NamedTuple):
-    """One row: the name in a safetensors header, what torch calls it, and the bits of one element."""
+    """A dtype: its name in a safetensors header, its name in torch, and the bits of one element."""
 
     name: str
     torch_name: str
@@ -23,7 +23,7 @@ class DType(NamedTuple):
 
     @property
     def torch(self) -> torch.dtype:
-        """torch's dtype; only this imports torch, which takes longer than to look into most checkpoints."""
+        """torch's dtype. Nothing else here imports torch, since that takes longer than inspecting most checkpoints."""
         return _torch_dtype(self.torch_name)
 
 
@@ -55,7 +55,7 @@ _ROWS = (
     DType("F64", "float64", 64),
     DType("I64", "int64", 64),
     DType("U64", "uint64", 64),
-    # Two elements in a byte: the last logical dimension is twice that of the torch tensor.
+    # Two elements in one byte: the last dimension in the header is twice that of the torch tensor.
     DType("F4", "float4_e2m1fn_x2", 4),
 )
 
@@ -66,20 +66,20 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> object:
-    """`BY_TORCH`, torch's dtype → its row, is made when it is first asked for."""
+    """Builds `BY_TORCH`, torch's dtype → `DType`, at its first use."""
     if name != "BY_TORCH":
         raise AttributeError(f"module 'shardsave._format.dtypes' has no attribute {name!r}")
-    made = globals()[name] = {row.torch: row for row in _ROWS}
-    return made
+    table = globals()[name] = {row.torch: row for row in _ROWS}
+    return table
 
 
 def item_bytes(name: str) -> int:
-    """The alignment, in bytes, of a tensor with this dtype; a packed dtype counts as one byte."""
+    """The alignment of a tensor with this dtype, in bytes; 1 for a packed dtype."""
     return max(1, BY_NAME[name].bits // 8)
 
 
 def logical_shape(tensor: Memory) -> tuple[int, ...]:
-    """The shape that a safetensors header gives for ``tensor``."""
+    """The shape of ``tensor`` in a safetensors header."""
     shape = tuple(tensor.shape)
     if tensor.element_size() > 1 or tensor.dtype != BY_NAME["F4"].torch:
         return shape
@@ -87,7 +87,7 @@ def logical_shape(tensor: Memory) -> tuple[int, ...]:
 
 
 def torch_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of the torch tensor for a header's ``shape``; the inverse of :func:`logical_shape`."""
+    """The shape of the torch tensor for ``shape`` in a header; the inverse of :func:`logical_shape`."""
     if name == "F4":
         return (*shape[:-1], shape[-1] // 2)
     return shape

@@ -1,6 +1,6 @@
-"""A shard's header: from tensors to bytes and back, with every way in which it can be bad.
+"""The header of a shard: written from tensors, read back from bytes. Every reason to refuse a header is in this file.
 
-The safetensors format: eight bytes little-endian header length, JSON, data. Ours begins its data at a multiple of 4096.
+The safetensors format: the header's length in eight little-endian bytes, JSON, data. shardsave aligns the data to 4096 bytes.
 """
 
 from __future__ import annotations
@@ -13,16 +13,15 @@ from json.encoder import encode_basestring
 from operator import itemgetter
 from typing import NamedTuple, NoReturn
 
-from shardsave._common.os_calls import read_at
 from shardsave._common.strict_json import NotJSON, glimpse, parse_object
 from shardsave._format.dtypes import BY_NAME
 from shardsave._format.layout import ALIGNMENT, Shard
 from shardsave.errors import CorruptCheckpointError
 
-#: The longest JSON that safetensors' own reader takes, in bytes.
+#: The longest JSON that safetensors' own reader accepts, in bytes.
 MAX_HEADER_BYTES = 100_000_000
 
-#: The key of `__metadata__` that holds sixteen hex digits for each tensor, in data order.
+#: The key of `__metadata__` whose value has sixteen hex digits for each tensor, in data order.
 CHECKSUM_KEY = "shardsave.crc64nvme"
 
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
@@ -30,7 +29,7 @@ _HEX = re.compile(r"(?:[0-9a-f]{16})*")
 
 
 class Tensors(NamedTuple):
-    """The tensors of a header in data order, a column for each property; ``begins``: bytes from the start of the data."""
+    """The tensors of a header in data order, one column for each property. ``begins`` counts bytes from the start of the data."""
 
     names: Sequence[str]
     dtypes: Sequence[str]
@@ -40,7 +39,7 @@ class Tensors(NamedTuple):
 
 
 class Header(NamedTuple):
-    """A checked header; ``sums``: one for each tensor, or None where the file has none of ours."""
+    """A checked header. ``sums`` has a checksum for each tensor; it is None if shardsave did not write the file."""
 
     tensors: Tensors
     metadata: Mapping[str, str]
@@ -52,12 +51,12 @@ _BEFORE_SUMS = f'{{"__metadata__":{{"format":"pt","{CHECKSUM_KEY}":"'
 
 
 def encode_header(shard: Shard, more: Mapping[str, str] | None = None) -> bytes:
-    """The whole start of a file, up to its data, with zeros where `with_sums` puts the checksums; a pure function of the tensors.
+    """The bytes of a file before its data, with zeros in place of the checksums; `with_sums` fills them in.
 
-    ``more``: further entries of ``__metadata__``, which no shard of a checkpoint has.
+    They depend on the tensors alone. ``more``: further entries of ``__metadata__`` for a file that is no shard of a checkpoint.
     """
-    told = "".join(f",{encode_basestring(key)}:{encode_basestring(value)}" for key, value in (more or {}).items())
-    parts = [f'{_BEFORE_SUMS}{"0" * 16 * len(shard.tensors)}"{told}}}']
+    entries = "".join(f",{encode_basestring(key)}:{encode_basestring(value)}" for key, value in (more or {}).items())
+    parts = [f'{_BEFORE_SUMS}{"0" * 16 * len(shard.tensors)}"{entries}}}']
     shapes = {sizes: ",".join(map(str, sizes)) for sizes in {tensor.shape for tensor in shard.tensors}}
     for (name, dtype, sizes, nbytes, _), begin in zip(shard.tensors, shard.begins):
         parts.append(
@@ -80,21 +79,11 @@ def with_sums(header: bytes, sums: Sequence[int]) -> bytes:
     return header[:start] + digits + header[start + len(digits) :]
 
 
-def read_header(fd: int, file_length: int, where: str) -> bytes:
-    """The bytes of the header of the file behind ``fd``, for `parse_header`. Allocates no more than the file is long.
+def header_length(start: bytes, file_length: int, where: str) -> int:
+    """The length of a header's JSON, from the first eight bytes of a file. Raises CorruptCheckpointError.
 
-    Raises CallFailed.
+    It is never longer than the rest of the file, so a reader may allocate that much.
     """
-    start = read_start(fd, 8)
-    return start + read_at(fd, _header_length(start, file_length, where), 8)
-
-
-def read_start(fd: int, length: int) -> bytes:
-    """The first ``length`` bytes of the file behind ``fd``, fewer where it is shorter."""
-    return read_at(fd, length, 0)
-
-
-def _header_length(start: bytes, file_length: int, where: str) -> int:
     if len(start) < 8:
         _bad(where, "8 bytes of header length expected", f"the file ends after {len(start)}")
     length = int.from_bytes(start[:8], "little")
@@ -106,11 +95,11 @@ def _header_length(start: bytes, file_length: int, where: str) -> int:
 
 
 def parse_header(data: bytes, file_length: int, where: str) -> Header:
-    """Checks ``data``, the length and the JSON of a header, for a file of ``file_length`` bytes.
+    """Checks a header: ``data`` is its length and its JSON, ``file_length`` the size of the file in bytes.
 
-    Raises CorruptCheckpointError; every reason to refuse a header is in this function and those that it calls.
+    Raises CorruptCheckpointError.
     """
-    length = _header_length(data, file_length, where)
+    length = header_length(data, file_length, where)
     if len(data) != 8 + length:
         _bad(where, f"{length} bytes of header expected", f"{len(data) - 8} are there")
     if data[8:9] != b"{":
@@ -123,8 +112,8 @@ def parse_header(data: bytes, file_length: int, where: str) -> Header:
     return Header(tensors, metadata, 8 + length, _check_sums(metadata, len(tensors.names), where))
 
 
-#: One tensor of a header in compact JSON: name, kind (all but the offsets), begin, end. Else all that follows, of which the first
-#: character is kept: behind the last tensor a space.
+#: Matches one tensor of a header in compact JSON; the groups are its name, its kind (everything but the offsets), begin and end.
+#: Otherwise it matches all remaining text, and the last group is the first character of that: a space after the last tensor.
 _TENSOR = re.compile(
     r'"([^"\\\x00-\x1f]*)":(\{"dtype":"[A-Z0-9_]+","shape":\[[0-9,]*\],)"data_offsets":\[(0|[1-9][0-9]{0,17}),(0|[1-9][0-9]{0,17})\]\}'
     r'(?:,(?=")|\}(?= *\Z))|(.).*',
@@ -134,9 +123,9 @@ _BEFORE_TENSORS = re.compile(r'\{(?:"__metadata__":(\{[^{}]*\}),)?')
 
 
 def _read_compact(content: bytes) -> tuple[dict[str, str], Tensors] | None:
-    """What `_read_any` makes of a header as safetensors and we write it, in a quarter of the time; None for every other one.
+    """Reads a header in the form that safetensors and shardsave write, four times as fast as `_read_any`; else returns None.
 
-    It refuses nothing: what is not plainly well goes the other way, which has the words. Each kind of tensor is checked once.
+    Never refuses a header: on any doubt it returns None, and `_read_any` has the messages. Each kind of tensor is checked once.
     """
     try:
         text = content.decode()
@@ -153,15 +142,15 @@ def _read_compact(content: bytes) -> tuple[dict[str, str], Tensors] | None:
     except (UnicodeDecodeError, NotJSON, CorruptCheckpointError):
         return None
     dtypes, shapes, nbytes = zip(*map(checked.__getitem__, kinds))
-    stops = list(accumulate(nbytes, initial=0))
-    once = len({"__metadata__", *names}) == len(names) + 1
-    if not once or [*map(int, begins)] != stops[:-1] or [*map(int, ends)] != stops[1:]:
+    bounds = list(accumulate(nbytes, initial=0))
+    unique = len({"__metadata__", *names}) == len(names) + 1
+    if not unique or [*map(int, begins)] != bounds[:-1] or [*map(int, ends)] != bounds[1:]:
         return None
-    return metadata, Tensors(names, dtypes, shapes, stops[:-1], nbytes)
+    return metadata, Tensors(names, dtypes, shapes, bounds[:-1], nbytes)
 
 
 def _read_any(content: bytes, where: str) -> tuple[dict[str, str], Tensors]:
-    """The metadata and the tensors of any header, in whatever order and form they stand there."""
+    """The metadata and the tensors of any header; entries may be in any order, and the JSON may have any form."""
     try:
         entries = parse_object(content)
     except NotJSON as refusal:
@@ -191,7 +180,7 @@ def _check_metadata(metadata: object, where: str) -> dict[str, str]:
 
 
 def _check_tensor(name: str, entry: object, where: str) -> tuple[int, int, str, tuple[int, ...], int]:
-    """Checks one entry of a header: where it begins and ends, dtype, shape and bytes."""
+    """Checks one entry of a header; returns its begin, its end, its dtype, its shape and its size in bytes."""
     dtype, shape, nbytes = _check_kind(entry, name, where)
     assert isinstance(entry, dict)
     offsets = entry["data_offsets"]
@@ -206,23 +195,23 @@ def _check_tensor(name: str, entry: object, where: str) -> tuple[int, int, str, 
 
 
 def _check_kind(entry: object, name: str, where: str) -> tuple[str, tuple[int, ...], int]:
-    """Checks all of a tensor's entry but the offsets: dtype, shape and the bytes that it must have."""
+    """Checks a tensor's entry without its offsets; returns its dtype, its shape and the bytes that these need."""
     if type(entry) is not dict or entry.keys() != _ENTRY_KEYS:
         _bad_tensor(where, name, " expected to have dtype, shape and data_offsets", f"it is {glimpse(entry)}")
     dtype, shape = entry["dtype"], entry["shape"]
-    row = BY_NAME.get(dtype) if type(dtype) is str else None
-    if row is None:
+    known = BY_NAME.get(dtype) if type(dtype) is str else None
+    if known is None:
         _bad_tensor(where, name, " expected to have a known dtype", f"it has {glimpse(dtype)}")
     if type(shape) is not list or not all(map(_is_size, shape)):
         _bad_tensor(where, name, " expected to have a shape of sizes below 2^63", f"it has {glimpse(shape)}")
     elements = strides = 1
     for size in shape:
         elements *= size
-        strides *= size or 1  # torch counts the strides of an empty tensor as if its zeros were ones
+        strides *= size or 1  # torch computes the strides of an empty tensor as if its zeros were ones
         if strides >= 1 << 63:
             _bad_tensor(where, name, " expected to have fewer than 2^63 elements", f"its shape is {glimpse(shape)}")
-    bits = elements * row.bits
-    if row.bits < 8 and (bits % 8 or not shape or shape[-1] % 2):
+    bits = elements * known.bits
+    if known.bits < 8 and (bits % 8 or not shape or shape[-1] % 2):
         _bad_tensor(where, name, f" of {dtype} expected to have an even last dimension", f"its shape is {glimpse(shape)}")
     return dtype, tuple(shape), bits // 8
 
@@ -236,8 +225,8 @@ def _check_sums(metadata: Mapping[str, str], count: int, where: str) -> tuple[in
     if digits is None:
         return None
     if len(digits) != 16 * count or not _HEX.fullmatch(digits):
-        found = f"it has {len(digits)} characters, {glimpse(digits)}"
-        _bad(where, f"{CHECKSUM_KEY} expected to have {count} × 16 lower-case hex digits", found)
+        wanted = f"{CHECKSUM_KEY} expected to have {count} × 16 lower-case hex digits"
+        _bad(where, wanted, f"it has {len(digits)} characters, {glimpse(digits)}")
     raw = bytes.fromhex(digits)
     return struct.unpack(f">{count}Q", raw)
 

@@ -1,4 +1,4 @@
-"""The user's metadata: JSON values that will be read back as they are given."""
+"""Checks the user's metadata: only JSON values that a load returns unchanged."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any, NoReturn
 from shardsave._common.strict_json import MAX_DIGITS, NotJSON, glimpse, parse_object
 from shardsave.errors import an
 
-#: Far from what any JSON reader's own stack allows.
+#: How deep metadata may be nested: far less than the stack of any JSON reader allows.
 _LEVELS = 64
 
 
 def check_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The user's metadata as it will be read back: tuples become lists."""
+    """Returns the metadata as a load will return it: tuples become lists. Raises TypeError."""
     if metadata is None:
         return {}
     if not isinstance(metadata, Mapping):
@@ -29,14 +29,14 @@ def check_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _check_value(value: object, place: str, levels: int) -> None:
-    """Refuses what JSON does not have, or what no reader would give back, saying where it is: ``metadata['run'][0]``."""
+    """Refuses values that JSON does not have or that readers would change; ``place`` is, for example, ``metadata['run'][0]``."""
 
     def refuse(found: str) -> NoReturn:
         raise TypeError(f"metadata must be JSON values that can be read back: {place} {found}")
 
     if levels == 0:
         raise TypeError(
-            f"metadata must be nested at most {_LEVELS} levels deep, or nobody could read it back: "
+            f"metadata must be nested at most {_LEVELS} levels deep, since deeper JSON cannot be read back: "
             f"{place if len(place) <= 80 else place[:80] + '…'} is deeper"
         )
     if isinstance(value, dict):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from shardsave._common.gc_pause import collector_still
+from shardsave._common.gc_pause import gc_paused
 from shardsave._format.dtypes import BY_NAME
 from shardsave._loading.fill_groups import Group, Join, Joins, copy_of, give
 from shardsave._loading.slots import Slot, ancestor, counts_batches, leaders, slots, sub_modules
@@ -114,7 +114,7 @@ class Fit:
             yield give(owner_name, owner, own, self.stored, given, extra)
         if self.hooked and self.direct:
             yield Group((), False, self.look_again)
-        with collector_still():
+        with gc_paused():
             if self.hooked:
                 current = {slot.name: slot.tensor for slot in self.slots}
             direct, apart = self._join_in_place(current)
@@ -165,7 +165,7 @@ class Fit:
         torch.autograd.graph.increment_version(self._done)  # which passes over those of inference mode
         self._done = []
 
-    @collector_still()
+    @gc_paused()
     def notes(self) -> tuple[str, ...]:
         """Which values the module has in another dtype."""
         tensors = {slot.name: slot.tensor for slot in self.slots}

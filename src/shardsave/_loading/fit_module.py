@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from shardsave._common.gc_pause import collector_still
+from shardsave._common.gc_pause import gc_paused
 from shardsave._common.memory import address
 from shardsave._format.dtypes import BY_NAME, torch_shape
 from shardsave._loading.fill_checks import check_fillable, check_plain, check_shaped, refuse_overlaps
@@ -21,7 +21,7 @@ from shardsave._storage.checkpoint import Located
 from shardsave.errors import IncompatibleCheckpointError, ShardSaveError
 
 
-@collector_still()
+@gc_paused()
 def fit_module(
     module: nn.Module,
     stored: Mapping[str, Located],

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import mmap
-import os
-import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from shardsave._common.os_calls import CallFailed, call
 from shardsave._format.dtypes import BY_NAME, item_bytes, torch_shape
 from shardsave._storage.checkpoint import Checkpoint, Located
-from shardsave._storage.find import cannot_read
+from shardsave._storage.mapping import map_file
 from shardsave.errors import CorruptCheckpointError
-
-#: A private mapping that may be written is counted against memory and swap unless it says that it needs none of them kept
-#: (mmap(2)): without, a file larger than both cannot be mapped. Python has the name from 3.13 on; the number: asm-generic/mman.h.
-_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if platform.machine() in ("x86_64", "aarch64") else 0)
 
 
 class Maps:
@@ -91,24 +84,6 @@ class Maps:
             raise CorruptCheckpointError(
                 f"corrupt shard {shard}: data was expected, the file is empty; it was cut while the checkpoint was open"
             ) from None
-
-
-def map_file(descriptor: int, path: str) -> mmap.mmap:
-    """The file behind ``descriptor``; what is written there stays in this process. Raises ValueError where it is empty."""
-    writable = mmap.PROT_READ | mmap.PROT_WRITE
-    try:
-        length = call(os.fstat, path, descriptor).st_size  # given 0, Python asks itself, and takes a failure for an empty file
-        if length == 0:
-            raise ValueError(f"{path} is empty")
-        return call(mmap.mmap, path, descriptor, length, flags=mmap.MAP_PRIVATE | _NO_RESERVE, prot=writable)
-    except CallFailed as error:
-        raise cannot_read(path, error) from error
-
-
-def let_go(mappings: Iterable[mmap.mmap]) -> None:
-    """Gives back the memory of what has been looked at, which is read again when it is wanted again. Nothing may be written there."""
-    for mapping in mappings:
-        mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def _is_aligned(t: Located) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Union
 import numpy as np
 import torch
 
-from shardsave._common.gc_pause import collector_still
+from shardsave._common.gc_pause import gc_paused
 from shardsave._common.progress import Progress
 from shardsave._engine import engine
 from shardsave._format.dtypes import BY_NAME, item_bytes
@@ -54,7 +54,7 @@ def read_tensors(
     elif None in [located.checksum for located, _ in targets]:
         totals.verified = None
     shards = sorted({located.shard for located, _ in targets})
-    with collector_still():
+    with gc_paused():
         extents = _extents(targets, shards)
         order = np.lexsort((extents[:, 1], extents[:, 0]))
         extents, targets = extents[order], [targets[n] for n in order.tolist()]
@@ -90,7 +90,7 @@ def _read_group(
     progress: Progress,
     totals: ReadTotals,
 ) -> list[tuple[Located, str]]:
-    with collector_still():
+    with gc_paused():
         dtypes = {dtype: BY_NAME[dtype].torch for dtype in {t.dtype for t, _ in targets}}
         pieces = [engine.Piece(tensor, dtypes[t.dtype], t.nbytes) for t, tensor in targets]
         planned = blocks(extents, engine.BLOCK_BYTES)

@@ -6,8 +6,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from shardsave._format.file_names import check_shard_count
 from shardsave._format.header import MAX_HEADER_BYTES
-from shardsave._format.index import Index, Record, check_shard_count
+from shardsave._format.index import Index, Record
 from shardsave._saving.disk_layout import OnDisk
 from shardsave._saving.shards import PlannedShard, plan_shards
 from shardsave._state.module import State

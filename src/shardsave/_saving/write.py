@@ -6,7 +6,7 @@ import os
 import time
 from typing import NamedTuple
 
-from shardsave._common.gc_pause import collector_still
+from shardsave._common.gc_pause import gc_paused
 from shardsave._common.phases import Phases
 from shardsave._common.progress import Progress
 from shardsave._format.crc64 import crc64
@@ -56,7 +56,7 @@ def write_checkpoint(
         for name in extra_names:
             parts["extra tensors"] = Part(name, writer.records.pop(name))
         transferred = time.perf_counter()
-        with collector_still():
+        with gc_paused():
             record = Record(
                 durable=durable,
                 flags=contents.flags,

@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import repeat
 from typing import Any, NamedTuple, Union
 
-from shardsave._common.gc_pause import collector_still
+from shardsave._common.gc_pause import gc_paused
 from shardsave._common.os_calls import CallFailed, call
 from shardsave._common.strict_json import glimpse
+from shardsave._format.file_names import INDEX_NAME, LONE_NAME
 from shardsave._format.header import Header
-from shardsave._format.index import INDEX_NAME, LONE_NAME, FileRecord, Index, Part, Record, parse_index, told_ties
+from shardsave._format.index import FileRecord, Index, Part, Record, ties_in_metadata
+from shardsave._format.index_parsing import parse_index
 from shardsave._storage.companions import companion_notes
 from shardsave._storage.find import Found, cannot_read, find
 from shardsave._storage.shard_files import ShardFiles
@@ -176,7 +178,7 @@ class Checkpoint(ShardFiles):
         self.tensors.update(_located(shard, header))
         if self.index is None:
             self.file_metadata.update(header.metadata)
-            self._ties = told_ties(header.metadata, self.tensors)
+            self._ties = ties_in_metadata(header.metadata, self.tensors)
 
 
 def _located(shard: str, header: Header) -> Iterator[tuple[str, Located]]:
@@ -219,7 +221,7 @@ def open_checkpoint(
             )
 
 
-@collector_still()
+@gc_paused()
 def _open_found(
     path: str, found: Found, wanted: Callable[[str], bool] | None, parts: Iterable[str], broken: Broken
 ) -> Checkpoint:

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from shardsave._common.os_calls import CallFailed, Descriptor, call, inode_of, is_regular, read_all
-from shardsave._format.index import LONE_NAME, OWN_PATTERN, Index, Superseded
+from shardsave._format.file_names import LONE_NAME, OWN_PATTERN
+from shardsave._format.index import Index, Superseded
 from shardsave._storage.companions import COMPANION_NAMES, remove_replaced_adapter
 from shardsave._storage.staging import STAGING_PATTERN
 

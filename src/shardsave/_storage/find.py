@@ -8,13 +8,16 @@ import stat
 from typing import NamedTuple
 
 from shardsave._common.os_calls import CallFailed, Descriptor, call, kind_of
-from shardsave._format.index import INDEX_NAME, LONE_NAME, MAX_INDEX_BYTES
+from shardsave._common.words import some
+from shardsave._format.file_names import INDEX_NAME, LONE_NAME, TORCH_ENDINGS
+from shardsave._format.index import MAX_INDEX_BYTES
 from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, ShardSaveError
 
 #: What becomes of files of torch.save: what unpickles them runs whatever code they hold.
 TORCH_SAVE_HINT = "no pickle is read here, since that can run code: shardsave convert SRC DST makes a checkpoint of it"
 
-_TORCH_SAVE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt")
+#: `.ckpt` is only a hint: directories often have such names, too.
+_TORCH_SAVE_ENDINGS = (*TORCH_ENDINGS, ".ckpt")
 
 #: How many names a hint lists.
 _HINTED = 3
@@ -70,8 +73,7 @@ def _hint(folder: str) -> str:
         return ""
     others = sorted(name for name in listed if name.endswith((".safetensors", ".safetensors.index.json")))
     if others:
-        more = f" and {len(others) - _HINTED} more" if len(others) > _HINTED else ""
-        return f"; to read another file, give its path: {', '.join(others[:_HINTED])}{more}"
+        return f"; to read another file, give its path: {some(others, _HINTED)}"
     if any(name.endswith(".distcp") for name in listed):
         return f"; it holds a distributed checkpoint, and {TORCH_SAVE_HINT}"
     pickled = sorted(name for name in listed if name.endswith(_TORCH_SAVE_ENDINGS))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 
-from shardsave._common.os_calls import CallFailed, Descriptor, call, descriptor_allowance
+from shardsave._common.os_calls import CallFailed, Descriptor, call, descriptor_allowance, read_at
 from shardsave._format.crc64 import crc64
-from shardsave._format.header import Header, parse_header, read_header, read_start
+from shardsave._format.header import Header, header_length, parse_header
 from shardsave._format.index import ShardRecord
 from shardsave._storage.find import TORCH_SAVE_HINT, cannot_read, open_regular
 from shardsave.errors import CorruptCheckpointError, DirectoryBusyError, IncompatibleCheckpointError
@@ -162,6 +162,17 @@ class ShardFiles:
                 f"the file was changed after it was saved, or belongs to another save"
             )
         return raw
+
+
+def read_header(fd: int, file_length: int, where: str) -> bytes:
+    """The header of the file behind ``fd``, for `parse_header`; never allocates more than ``file_length`` bytes. Raises CallFailed."""
+    start = read_start(fd, 8)
+    return start + read_at(fd, header_length(start, file_length, where), 8)
+
+
+def read_start(fd: int, length: int) -> bytes:
+    """The first ``length`` bytes of the file behind ``fd``, or all bytes of a shorter file. Raises CallFailed."""
+    return read_at(fd, length, 0)
 
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:

@@ -17,19 +17,10 @@ from types import TracebackType
 from typing import NamedTuple
 
 from shardsave._common.os_calls import CallFailed, call, inode_of, make_folders, read_all
-from shardsave._common.words import count, some
-from shardsave._format.index import (
-    INDEX_NAME,
-    LONE_NAME,
-    MAX_INDEX_BYTES,
-    FileRecord,
-    Index,
-    Superseded,
-    encode_index,
-    parse_index,
-    part_name,
-    shard_names,
-)
+from shardsave._common.words import count, human_bytes, some
+from shardsave._format.file_names import INDEX_NAME, LONE_NAME, part_name, shard_names
+from shardsave._format.index import MAX_INDEX_BYTES, FileRecord, Index, Superseded, encode_index
+from shardsave._format.index_parsing import parse_index
 from shardsave._storage.cleanup import clean, files_of, remove_dead_staging, remove_staging, staging_of_others
 from shardsave._storage.companions import StagedCompanions, finish_dead_savers
 from shardsave._storage.lock import DirectoryLock
@@ -176,7 +167,9 @@ class Transaction:
                 remove_dead_staging(self._lock.fd, host=self._host(), own_staging=None, named=named, durable=self._durable)
                 free = self._free_bytes()
         if free is not None and needed > free:
-            raise OutOfSpaceError(f"cannot save to {self.path}: needs {_gb(needed)}, {_gb(free)} free; {self._state()}")
+            raise OutOfSpaceError(
+                f"cannot save to {self.path}: needs {human_bytes(needed)}, {human_bytes(free)} free; {self._state()}"
+            )
 
     def _host(self) -> str | None:
         """Whose dead savers are known to be dead; None where there is no lock."""
@@ -372,10 +365,10 @@ class Transaction:
         """The error for a call that failed before the commit, of the class that its error number asks for."""
         room = ""
         if number in _NO_ROOM and self._lock.fd >= 0:
-            wanted = f"needs {_gb(needed)}, " if needed is not None else ""
+            wanted = f"needs {human_bytes(needed)}, " if needed is not None else ""
             with contextlib.suppress(CallFailed):
                 free = self._free_bytes()
-                room = f" ({wanted}{_gb(free)} free)" if free is not None else ""
+                room = f" ({wanted}{human_bytes(free)} free)" if free is not None else ""
         kind = OutOfSpaceError if number in (*_NO_ROOM, errno.ENOMEM) else SaveNotCommittedError
         reason = reason or os.strerror(number)
         what = f"cannot write {os.path.join(self.path, name)}" if name else f"cannot save to {self.path}"
@@ -405,7 +398,3 @@ def _words(error: BaseException) -> str:
         return type(error).__name__
     about = f" of {error.path}" if error.path else ""
     return f"{error.call}{about}: {error.strerror}"
-
-
-def _gb(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 10**8 else f"{count} bytes"

@@ -1,0 +1,233 @@
+"""What a conversion reads: recognises who wrote the files at a path, opens them, and maps their tensors without reading them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Mapping
+from contextlib import ExitStack
+from mmap import mmap
+from typing import Any, NamedTuple
+
+from shardsave._common.os_calls import CallFailed, Descriptor, call, read_all
+from shardsave._common.words import some
+from shardsave._foreign.dcp import TABLE_NAME, read_distributed
+from shardsave._foreign.nested_state import Wanted, choose_state, refuse_key
+from shardsave._foreign.torch_file import TorchFile, read_torch_file
+from shardsave._format.file_names import INDEX_NAME, LONE_NAME, TORCH_ENDINGS
+from shardsave._format.header import CHECKSUM_KEY
+from shardsave._format.index_parsing import parse_index
+from shardsave._loading.mapped import Maps
+from shardsave._state.module import Entry
+from shardsave._state.parts import Parts
+from shardsave._storage.checkpoint import PARTS, Checkpoint, Located, open_checkpoint
+from shardsave._storage.companions import CONFIG_NAMES, MAX_COMPANION_BYTES
+from shardsave._storage.find import cannot_read, find
+from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError
+
+#: The names of transformers for weights that torch.save wrote.
+TORCH_NAME, TORCH_INDEX_NAME = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+
+class Origin(NamedTuple):
+    """The source of a conversion. ``values``: name → tensor, or another value that the file has under that name.
+
+    ``kind``: "shardsave", "safetensors", "torch" or "distributed". ``flags``: name → frozen; None if unknown. ``mappings``: where the
+    tensors lie. ``files``: every file that they come from. ``stored``: the tensors that have checksums, in the open ``checkpoint``.
+    ``parts`` and ``module_flags`` are carried over if no name changes, ``companions`` always.
+    """
+
+    kind: str
+    values: Mapping[str, Any]
+    flags: Mapping[str, bool] | None
+    metadata: Mapping[str, Any]
+    mappings: tuple[mmap, ...]
+    files: tuple[str, ...]
+    notes: tuple[str, ...]
+    checkpoint: Checkpoint | None = None
+    stored: tuple[Located, ...] = ()
+    parts: Parts = Parts()
+    companions: Mapping[str, bytes] = {}
+    module_flags: Mapping[str, bool] | None = None
+
+
+def open_origin(path: str, key: str | None, wanted: Wanted, closing: ExitStack) -> Origin:
+    """Recognises what is at ``path`` and opens it; ``closing`` closes it. ``key`` chooses one of several nested states.
+
+    Raises CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError, UntrustedCodeError.
+    """
+    if not _is_folder(path):
+        return _from_file(path, key, wanted, closing)
+    folder = _resolve_hub_cache(path)
+    origin = _from_folder(folder, key, wanted, closing)
+    return origin._replace(companions=_read_configs(folder))
+
+
+def _from_folder(path: str, key: str | None, wanted: Wanted, closing: ExitStack) -> Origin:
+    if _has(path, INDEX_NAME) or _has(path, LONE_NAME):
+        return _from_checkpoint(path, key, wanted, closing)
+    if _has(path, TABLE_NAME):
+        return _from_distributed(path, key, wanted)
+    if _has(path, TORCH_INDEX_NAME):
+        return _from_torch_shards(os.path.join(path, TORCH_INDEX_NAME), key, wanted)
+    if _has(path, TORCH_NAME):
+        return _from_torch(os.path.join(path, TORCH_NAME), key, wanted)
+    names = f"{LONE_NAME}, {INDEX_NAME}, {TORCH_NAME}, {TORCH_INDEX_NAME} and {TABLE_NAME}"
+    raise CheckpointNotFoundError(f"no checkpoint at {path}: one of {names} was expected, none is there{_hint(path)}")
+
+
+def _from_file(path: str, key: str | None, wanted: Wanted, closing: ExitStack) -> Origin:
+    name = os.path.basename(path)
+    if name == TABLE_NAME:
+        return _from_distributed(os.path.dirname(path) or ".", key, wanted)
+    if name.endswith(".index.json"):
+        index = parse_index(find(path).index_bytes or b"", f"index {name}")
+        if all(shard.endswith(TORCH_ENDINGS) for shard in index.weight_map.values()) and index.weight_map:
+            return _from_torch_shards(path, key, wanted)
+        return _from_checkpoint(path, key, wanted, closing)
+    if name.endswith(".safetensors") or _looks_like_safetensors(path):
+        return _from_checkpoint(path, key, wanted, closing)
+    return _from_torch(path, key, wanted)
+
+
+def _from_checkpoint(path: str, key: str | None, wanted: Wanted, closing: ExitStack) -> Origin:
+    if key is not None:
+        refuse_key(path, key, "names to tensors, without anything around them")
+    checkpoint = closing.enter_context(open_checkpoint(path, parts=PARTS))
+    record = checkpoint.record
+    names = {name: name for name in checkpoint.stored_names} | dict(checkpoint.ties)
+    chosen = {name: stored for name, stored in names.items() if wanted(name)}
+    located = {stored: checkpoint.tensors[stored] for stored in chosen.values()}
+    maps = Maps(checkpoint, aligned=False)
+    tensors = maps.tensors(located)
+    extra = maps.tensors(checkpoint.kept)
+    parts = Parts(checkpoint.documents, tuple(Entry(name, "buffer", None, None, tensor) for name, tensor in extra.items()))
+    return Origin(
+        "shardsave" if record is not None else "safetensors",
+        {name: tensors[stored] for name, stored in chosen.items()},
+        record.flags if record is not None else None,
+        checkpoint.metadata if record is not None else _foreign_metadata(checkpoint),
+        maps.mappings,
+        tuple(map(checkpoint.path_of, checkpoint.files)),
+        (),
+        checkpoint,
+        tuple(t for t in (*located.values(), *checkpoint.kept.values()) if t.checksum is not None),
+        parts,
+        module_flags=record.module_flags if record is not None else None,
+    )
+
+
+def _foreign_metadata(checkpoint: Checkpoint) -> dict[str, str]:
+    """The metadata of a single file, without the entries that mean something else there: ties, format and checksums."""
+    reserved = {*checkpoint.ties, "format", CHECKSUM_KEY}
+    return {name: value for name, value in checkpoint.file_metadata.items() if name not in reserved}
+
+
+def _from_torch(path: str, key: str | None, wanted: Wanted) -> Origin:
+    return _from_content("torch", read_torch_file(path), path, key, wanted, (path,))
+
+
+def _from_distributed(path: str, key: str | None, wanted: Wanted) -> Origin:
+    return _from_content("distributed", read_distributed(path), path, key, wanted, ())
+
+
+def _from_content(kind: str, file: TorchFile, path: str, key: str | None, wanted: Wanted, files: tuple[str, ...]) -> Origin:
+    values, left_out = choose_state(file.content, key, wanted, path)
+    return Origin(kind, values, None, {}, file.mappings, files, (*file.notes, *left_out))
+
+
+def _from_torch_shards(path: str, key: str | None, wanted: Wanted) -> Origin:
+    folder, name = os.path.split(path)
+    if key is not None:
+        refuse_key(path, key, "shards of names to tensors, without anything around them")
+    weight_map = parse_index(find(path).index_bytes or b"", f"index {name}").weight_map
+    values: dict[str, Any] = {}
+    mappings: list[mmap] = []
+    notes: list[str] = []
+    shards = dict.fromkeys(weight_map.values())
+    for shard in shards:
+        file = _read_torch_shard(folder, shard, {name for name, owner in weight_map.items() if owner == shard})
+        values.update(file.content)
+        mappings += file.mappings
+        notes += file.notes
+    in_order = {name: values[name] for name in weight_map if wanted(name)}
+    files = tuple(os.path.join(folder, shard) for shard in shards)
+    return Origin("torch", in_order, None, {}, tuple(mappings), files, tuple(notes))
+
+
+def _read_torch_shard(folder: str, shard: str, names: set[str]) -> TorchFile:
+    """Reads a shard that the index lists, with exactly ``names`` in it."""
+    try:
+        file = read_torch_file(os.path.join(folder, shard))
+    except CheckpointNotFoundError:
+        raise CorruptCheckpointError(
+            f"corrupt checkpoint {folder}: the index names {shard}, there is no such file; the checkpoint was copied or "
+            f"downloaded in part"
+        ) from None
+    held = set(file.content) if isinstance(file.content, dict) else set()
+    if not isinstance(file.content, dict) or held != names:
+        differing = sorted(map(str, held ^ names))
+        raise CorruptCheckpointError(
+            f"corrupt shard {shard}: the names that the index gives it were expected, {differing[0]!r} is only in one of them; "
+            f"index and shard belong to different saves"
+        )
+    return file
+
+
+def _read_configs(folder: str) -> dict[str, bytes]:
+    """The configs of a transformers model beside its weights: file name → content."""
+    with Descriptor() as opened:
+        try:
+            opened.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            contents = {name: read_all(name, opened.fd, MAX_COMPANION_BYTES) for name in CONFIG_NAMES}
+        except CallFailed as error:
+            raise cannot_read(error.path or folder, error) from error
+    return {name: content for name, content in contents.items() if content is not None}
+
+
+def _is_folder(path: str) -> bool:
+    try:
+        return stat.S_ISDIR(call(os.stat, path, path).st_mode)
+    except CallFailed as error:
+        raise CheckpointNotFoundError(f"no checkpoint at {path}: {error.strerror}") from error
+
+
+def _has(folder: str, name: str) -> bool:
+    path = os.path.join(folder, name)
+    try:
+        call(os.lstat, path, path)
+    except CallFailed as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            return False
+        raise cannot_read(path, error) from error
+    return True
+
+
+def _hint(folder: str) -> str:
+    """Names files in ``folder`` that could be converted if their path were given."""
+    try:
+        listed = sorted(os.listdir(folder))
+    except OSError:
+        return ""
+    files = [name for name in listed if name.endswith((".safetensors", *TORCH_ENDINGS, ".index.json"))]
+    return f"; to read another file, give its path: {some(files)}" if files else ""
+
+
+def _resolve_hub_cache(path: str) -> str:
+    """For a repository in the Hugging Face cache, the snapshot of its main branch; otherwise ``path`` itself."""
+    reference, snapshots = os.path.join(path, "refs", "main"), os.path.join(path, "snapshots")
+    if not os.path.isdir(snapshots) or not os.path.isfile(reference):
+        return path
+    with open(reference, encoding="ascii", errors="replace") as file:
+        commit = file.read(100).strip()
+    snapshot = os.path.join(snapshots, commit)
+    return snapshot if commit.isalnum() and os.path.isdir(snapshot) else path
+
+
+def _looks_like_safetensors(path: str) -> bool:
+    if not os.path.isfile(path):
+        return True  # only regular files are opened; opening it as a checkpoint raises the right error
+    with open(path, "rb") as file:
+        start = file.read(9)
+    return start[8:9] == b"{" and not start.startswith(b"PK")

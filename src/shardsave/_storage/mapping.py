@@ -1,0 +1,34 @@
+"""A file mapped into memory. No torch here: who maps a file decides what its bytes become."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import platform
+from collections.abc import Iterable
+
+from shardsave._common.os_calls import CallFailed, call
+from shardsave._storage.find import cannot_read
+
+#: A private mapping that may be written counts against memory and swap unless it asks for no reservation (mmap(2)): without this
+#: flag, a file larger than both cannot be mapped. Python has the name from 3.13 on; the number is from asm-generic/mman.h.
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if platform.machine() in ("x86_64", "aarch64") else 0)
+
+
+def map_file(descriptor: int, path: str) -> mmap.mmap:
+    """Maps the file behind ``descriptor``; writes to the mapping stay in this process. Raises ValueError if the file is empty."""
+    writable = mmap.PROT_READ | mmap.PROT_WRITE
+    try:
+        # For length 0 Python would ask for the length itself, and would take a failure of that for an empty file.
+        length = call(os.fstat, path, descriptor).st_size
+        if length == 0:
+            raise ValueError(f"{path} is empty")
+        return call(mmap.mmap, path, descriptor, length, flags=mmap.MAP_PRIVATE | _NO_RESERVE, prot=writable)
+    except CallFailed as error:
+        raise cannot_read(path, error) from error
+
+
+def let_go(mappings: Iterable[mmap.mmap]) -> None:
+    """Frees the memory of mapped pages; the next access reads them from the file again. The pages must not have been written to."""
+    for mapping in mappings:
+        mapping.madvise(mmap.MADV_DONTNEED)
