@@ -21,7 +21,9 @@ with warnings.catch_warnings(record=True) as caught:
         report = shardsave.save({"x": torch.arange(1000)}, sys.argv[1])
         assert torch.equal(shardsave.load(sys.argv[1])["x"], torch.arange(1000))
         shardsave.verify(sys.argv[1])
-said = [str(warning.message) for warning in caught if issubclass(warning.category, RuntimeWarning)]
+ours = [warning for warning in caught if issubclass(warning.category, RuntimeWarning)]
+assert all(warning.filename == "<string>" for warning in ours), "a warning that points into the package"
+said = [str(warning.message) for warning in ours]
 print(report.engine, len(said), shardsave.__file__, *said, sep="\\n")
 """
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import os
-import warnings
 from types import ModuleType
+
+from shardsave._common.warn_caller import warn_caller
 
 _VARIABLE = "SHARDSAVE_ENGINE"
 
@@ -46,9 +47,8 @@ def warn_if_portable() -> None:
     global _missing_reason
     if native is None and _missing_reason:
         reason, _missing_reason = _missing_reason, ""
-        warnings.warn(
+        warn_caller(
             f"shardsave runs without its C++ engine ({reason}): the files are the same, but saving and loading are several "
             f"times slower; install a C++ compiler and reinstall shardsave, or set {_VARIABLE}=portable to accept this",
             RuntimeWarning,
-            stacklevel=3,
         )

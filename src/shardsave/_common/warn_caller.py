@@ -11,8 +11,8 @@ _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _CONTEXTLIB = contextlib.__file__  # the public verbs run inside its decorators
 
 
-def warn_caller(message: str) -> None:
-    """Issues a UserWarning for the innermost frame outside this package."""
+def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
+    """Issues a warning for the innermost frame outside this package."""
     level = 1
     frame = sys._getframe()
     while frame.f_back is not None and (
@@ -20,4 +20,4 @@ def warn_caller(message: str) -> None:
     ):
         frame = frame.f_back
         level += 1
-    warnings.warn(message, stacklevel=level)
+    warnings.warn(message, category, stacklevel=level)
