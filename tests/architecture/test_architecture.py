@@ -21,9 +21,9 @@ import shardsave
 import zoo
 from shardsave._api import build, save
 from shardsave._architecture.builder import Builder
-from shardsave._architecture.kinds import shadows_method
+from shardsave._architecture.class_checks import shadows_method
+from shardsave._architecture.read_values import Document
 from shardsave._architecture.trust import resolve
-from shardsave._architecture.values import Document
 from shardsave._storage.checkpoint import PARTS, open_checkpoint
 from support import SmallModel, same_bits, same_state
 

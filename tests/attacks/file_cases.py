@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from making import (
+from tampering import (
     FIRST,
     INDEX,
     KEY,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from making import KEY, LONE, Case, entry, shard_bytes
+from tampering import KEY, LONE, Case, entry, shard_bytes
 
 X = entry()
 FOUR = b"\0" * 4

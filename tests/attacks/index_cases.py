@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from making import FIRST, INDEX, Case, Json, edit_index, edit_text, foreign, read_index, rewrite, saved, seal
+from tampering import FIRST, INDEX, Case, Json, edit_index, edit_text, foreign, read_index, rewrite, saved, seal
 
 import shardsave
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from file_cases import flip
-from making import FIRST, INDEX, LONE, SECOND, Json, Net, crc, edit_index, entry, foreign, record_of, saved, shard_bytes
+from tampering import FIRST, INDEX, LONE, SECOND, Json, Net, crc, edit_index, entry, foreign, record_of, saved, shard_bytes
 
 import shardsave
 from support import same_bits

@@ -15,7 +15,7 @@ import pytest
 from file_cases import FILES
 from header_cases import HEADERS
 from index_cases import INDEXES
-from making import LONE, Case, Net
+from tampering import LONE, Case, Net
 
 import shardsave
 from support import same_bits

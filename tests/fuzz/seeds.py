@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "attacks"))
 
 from header_cases import HEADERS
 from index_cases import INDEXES
-from making import INDEX, LONE, Case, entry, foreign, saved, shard_bytes
+from tampering import INDEX, LONE, Case, entry, foreign, saved, shard_bytes
 
 #: A seed larger than this makes a slow fuzzer, and no better one.
 LARGEST = 20_000

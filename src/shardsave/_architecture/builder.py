@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from shardsave._architecture.class_checks import container_of, in_class, shadows_method
 from shardsave._architecture.describe import DICT_TYPES, INTERNAL
 from shardsave._architecture.hooks import attach_hooks, compute, computed_tensors
-from shardsave._architecture.kinds import container_of, in_class, shadows_method
+from shardsave._architecture.read_values import Document, Values
 from shardsave._architecture.trust import dotted, is_dunder
-from shardsave._architecture.values import Document, Values
 from shardsave._common.strict_json import glimpse
 from shardsave.errors import IncompatibleCheckpointError, ShardSaveError, an
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from shardsave._architecture.describe import DICT_TYPES
-from shardsave._architecture.values import Document, Values
+from shardsave._architecture.read_values import Document, Values
 from shardsave._state.module import EXTRA_STATE
 
 _PLAIN_DICTS = {"dict": dict, **{name: kind for name, kind in DICT_TYPES.items() if name != "defaultdict"}}

@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
+from shardsave._architecture.class_checks import in_class
 from shardsave._architecture.describe import HOOKS
-from shardsave._architecture.kinds import in_class
-from shardsave._architecture.values import Document, Values
+from shardsave._architecture.read_values import Document, Values
 from shardsave._common.strict_json import glimpse
 from shardsave.errors import an
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional
 from torch import nn
 
-from shardsave._architecture.kinds import has_finaliser
+from shardsave._architecture.class_checks import has_finaliser
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, UntrustedCodeError
 
 #: Functions of ``torch`` that compute a tensor from tensors, and nothing else. (Others read and write files.)

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from shardsave._architecture.class_checks import MAX_COLLIDING, collide, in_class, is_key, made_up
 from shardsave._architecture.describe import FORMAT
-from shardsave._architecture.kinds import MAX_COLLIDING, collide, in_class, is_key, made_up
 from shardsave._architecture.trust import is_dunder
 from shardsave._common.strict_json import NotJSON, glimpse, parse_object
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, an

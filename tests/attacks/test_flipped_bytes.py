@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from file_cases import flip_bits
-from making import INDEX
+from tampering import INDEX
 from torch import nn
 
 import shardsave

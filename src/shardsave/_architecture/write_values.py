@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from shardsave._architecture.kinds import FUNCTIONS, MAX_COLLIDING, collide, is_key, made_up
+from shardsave._architecture.class_checks import FUNCTIONS, MAX_COLLIDING, collide, is_key, made_up
 from shardsave._architecture.trust import dotted, is_dunder, name_of, why_not_made
 from shardsave._common.strict_json import MAX_DIGITS
 from shardsave._state.module import unwrap

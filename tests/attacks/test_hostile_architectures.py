@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from making import Json, crc, edit_index, rewrite
+from tampering import Json, crc, edit_index, rewrite
 from torch import nn
 
 import shardsave

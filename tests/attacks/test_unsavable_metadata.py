@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from making import Net, saved
+from tampering import Net, saved
 
 import shardsave
 from shardsave._format import index
