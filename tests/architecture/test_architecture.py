@@ -22,7 +22,7 @@ import zoo
 from shardsave._api import build, save
 from shardsave._architecture.builder import Builder
 from shardsave._architecture.class_checks import shadows_method
-from shardsave._architecture.read_values import Document
+from shardsave._architecture.document import Document
 from shardsave._architecture.trust import resolve
 from shardsave._storage.checkpoint import PARTS, open_checkpoint
 from support import SmallModel, same_bits, same_state
@@ -178,16 +178,16 @@ def test_what_is_no_data_is_refused(tmp_path: Path) -> None:
         shardsave.save(model, tmp_path / "ckpt", architecture=True)
     line = test_what_is_no_data_is_refused.__code__.co_firstlineno + 7
     assert str(raised.value) == (
-        "cannot save the architecture: model.forward: something set on the module in the place of its method forward(); "
+        "cannot save the architecture: model.forward: a value that was set on the module in place of its method forward(); "
         f"model.act: lambda at test_architecture.py:{line}; use a named function; "
         "model.1: class test_architecture.test_what_is_no_data_is_refused.<locals>.Local, which cannot be imported; define it at "
-        "the top of a module; model.0.lock: a _thread.lock, which cannot be kept as data; model.0.nested['a'][0]: "
+        "the top of a module; model.0.lock: a _thread.lock, which cannot be saved as data; model.0.nested['a'][0]: "
         "<built-in function len>, which cannot be imported; nothing was written"
     )
     assert not (tmp_path / "ckpt").exists()
     with pytest.raises(TypeError, match="needs an nn.Module, there is none in a dict"):
         shardsave.save({}, tmp_path / "ckpt", architecture=True)
-    with pytest.raises(shardsave.UnsupportedModuleError, match="model.0: a traced graph, whose code was made at run time"):
+    with pytest.raises(shardsave.UnsupportedModuleError, match="model.0: a traced graph, whose code was generated at run time"):
         shardsave.save(nn.Sequential(torch.fx.symbolic_trace(nn.Linear(2, 2))), tmp_path / "ckpt", architecture=True)
 
 
@@ -224,7 +224,7 @@ def test_keys_that_would_be_others_are_refused(tmp_path: Path) -> None:
     model.of_modules = {frozenset([nn.ReLU()])}  # type: ignore[assignment]
     with pytest.raises(shardsave.UnsupportedModuleError) as raised:
         shardsave.save(model, tmp_path, architecture=True)
-    words = "which is looked up by what it is and not by its value"
+    words = "which is looked up by identity and not by value"
     assert str(raised.value).count(words) == 2 and "model.counts: a key or element" in str(raised.value)
     assert "model.of_modules: a key or element frozenset" in str(raised.value) and "model.seen: a key" not in str(raised.value)
 
@@ -249,7 +249,7 @@ def test_hooks_are_dropped_with_one_warning(tmp_path: Path) -> None:
     with pytest.warns(UserWarning) as warned:
         again = saved_and_built(model, tmp_path)
     assert [str(one.message) for one in warned] == [
-        "hooks are not kept in an architecture: model.0: forward hook test_hooks_are_dropped_with_one_warning.<locals>.<lambda>, "
+        "hooks are not saved with an architecture: model.0: forward hook test_hooks_are_dropped_with_one_warning.<locals>.<lambda>, "
         "model.1: forward pre hook partial"
     ]
     assert warned[0].filename == __file__
@@ -270,8 +270,8 @@ def test_nothing_untrusted_is_imported(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(shardsave.UntrustedCodeError) as raised:
         shardsave.build_model(tmp_path / "ckpt", trust=["strangers.One"])
     assert str(raised.value) == (
-        f"cannot build the architecture in {tmp_path / 'ckpt'}: only what is trusted is imported, it asks for strangers.Two, "
-        f"zoo.Remembers; if you know them, say trust=['strangers', 'zoo']; nothing was imported"
+        f"cannot build the architecture in {tmp_path / 'ckpt'}: only trusted code is imported, it asks for strangers.Two, "
+        f"zoo.Remembers; if you trust it, pass trust=['strangers', 'zoo']; nothing was imported"
     )
     assert "strangers" not in sys.modules
     built = shardsave.build_model(tmp_path / "ckpt", trust=["strangers.One", "strangers.Two", "zoo"])
@@ -298,7 +298,9 @@ def test_classes_of_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     shardsave.save(Net(), tmp_path, architecture=True)
     with pytest.raises(shardsave.UntrustedCodeError) as raised:
         shardsave.build_model(tmp_path)
-    assert "say classes={'__main__.Net': Net} for those of the script that saved it; nothing was imported" in str(raised.value)
+    assert "pass classes={'__main__.Net': Net} for classes of the script that saved it; nothing was imported" in str(
+        raised.value
+    )
     assert type(shardsave.build_model(tmp_path, classes={"__main__.Net": Net})) is Net
     document = json.loads((tmp_path / shardsave.inspect(tmp_path).parts["architecture"]).read_bytes())
     assert document["script"] == "train.py"

@@ -62,7 +62,7 @@ def nested(depth: int) -> Any:
     return value
 
 
-UNTRUSTED = "cannot build $ARCH: only what is trusted is imported, it asks for {}; if you know them, say trust=['{}']; nothing was imported"
+UNTRUSTED = "cannot build $ARCH: only trusted code is imported, it asks for {}; if you trust it, pass trust=['{}']; nothing was imported"
 BAD = "corrupt $ARCH: {}, {}; nothing was built"
 NOT_DEFINED = "corrupt $ARCH: {} expected to be a class or a function that {} defines, it is {}; nothing was built"
 FORM = "corrupt $ARCH: names of the form 'module:Class' expected, it asks for {}; nothing was imported"
@@ -94,8 +94,8 @@ CASES: dict[str, tuple[Change, str]] = {
     ),
     "through a module": (
         imported("torch.nn.functional:importlib.import_module", {"import": "torch.nn.functional:importlib.import_module"}),
-        "cannot build $ARCH: what it is made of was expected to be there, not found: torch.nn.functional.importlib.import_module "
-        "(saved without a version; module torch.nn.functional has no importlib.import_module); for what was renamed say "
+        "cannot build $ARCH: its classes and functions were expected to be importable, not found: torch.nn.functional.importlib.import_module "
+        "(saved without a version; module torch.nn.functional has no importlib.import_module); if one was renamed, pass "
         "classes={'old.Name': NewClass}; nothing was built",
     ),
     "what a trusted module imports": (
@@ -107,30 +107,30 @@ CASES: dict[str, tuple[Change, str]] = {
             document["imports"].update({"zoo:functools.partial": None}),
             attribute("a", {"import": "zoo:functools.partial"})(document),
         ),
-        "cannot build $ARCH: what it is made of was expected to be there, not found: zoo.functools.partial (saved without a version; "
-        "module zoo has no functools.partial); for what was renamed say classes={'old.Name': NewClass}; nothing was built",
+        "cannot build $ARCH: its classes and functions were expected to be importable, not found: zoo.functools.partial (saved without a version; "
+        "module zoo has no functools.partial); if one was renamed, pass classes={'old.Name': NewClass}; nothing was built",
     ),
     "partial over what is not imported": (
         attribute("a", {"partial": [{"import": "os:system"}, ["touch /tmp/x"], []]}),
-        BAD.format("names expected to stand in imports", "'os:system' does not"),
+        BAD.format("names expected to be listed in imports", "'os:system' is not"),
     ),
     "partial over a value": (
         attribute("a", {"partial": ["os.system", [], []]}),
-        BAD.format("a partial of what is imported expected", "it is of 'os.system'"),
+        BAD.format("a partial of an import or a method expected", "it is of 'os.system'"),
     ),
     "partial in the place of forward": (
         lambda document: (
             document["imports"].update({"zoo:double": None}),
             attribute("forward", {"partial": [{"import": "zoo:double"}, [1], []]})(document),
         ),
-        BAD.format("attributes of a Property expected", "'forward' would take the place of its method"),
+        BAD.format("attributes of a Property expected", "'forward' would replace its method"),
     ),
     "a function in the place of torch's": (
         lambda document: (
             document["imports"].update({"zoo:double": None}),
             attribute("_compiled_call_impl", {"import": "zoo:double"})(document),
         ),
-        BAD.format("attributes of a Property expected", "'_compiled_call_impl' would take the place of its method"),
+        BAD.format("attributes of a Property expected", "'_compiled_call_impl' would replace its method"),
     ),
     "a method of every module": (
         attribute("a", {"method": [{"ref": 0}, "load_state_dict"]}),
@@ -148,18 +148,18 @@ CASES: dict[str, tuple[Change, str]] = {
             document["imports"].update({"zoo:double": None}),
             root(hooks={"_forward_pre_hooks": [[{"import": "zoo:double"}, False]]})(document),
         ),
-        BAD.format("hooks expected to be the module's methods or of torch.nn.utils", "one is a function"),
+        BAD.format("hooks expected to be methods of the module or objects of torch.nn.utils", "one is a function"),
     ),
     "a hook of another kind": (
         root(hooks={"_forward_hooks": []}),
         BAD.format(
-            "hooks expected to be of _forward_pre_hooks, _state_dict_hooks, _load_state_dict_pre_hooks",
-            "they are of '_forward_hooks'",
+            "hooks expected to be in _forward_pre_hooks, _state_dict_hooks, _load_state_dict_pre_hooks",
+            "they are in '_forward_hooks'",
         ),
     ),
     "dunder attribute": (
         attribute("__class__", 1),
-        BAD.format("attributes expected to have names of their own", "'__class__' is Python's"),
+        BAD.format("attributes expected to have no names that Python reserves", "one is '__class__'"),
     ),
     "dunder name": (imported("zoo:__builtins__", 1), FORM.format("'zoo:__builtins__'")),
     "dunder in a path": (imported("zoo:Property.__init__.__globals__", 1), FORM.format("'zoo:Property.__init__.__globals__'")),
@@ -170,28 +170,28 @@ CASES: dict[str, tuple[Change, str]] = {
     "torch's own attribute": (attribute("_modules", {}), BAD.format("a value with one tag expected", "it is {}")),
     "torch's own dict": (
         attribute("_forward_hooks", 5),
-        BAD.format("attributes of the module's own expected", "'_forward_hooks' is torch's"),
+        BAD.format("attributes of the module itself expected", "'_forward_hooks' is one of torch's"),
     ),
     "a class that is no module": (
         lambda document: (document["imports"].update({"zoo:Config": None}), root(module="zoo:Config")(document)),
-        BAD.format("a class of Module expected", "'zoo:Config' is none"),
+        BAD.format("a subclass of Module expected", "'zoo:Config' is not one"),
     ),
     "an instance of a builtin": (
         lambda document: (
             document["imports"].update({"builtins:int": None}),
             document["objects"].append({"object": "builtins:int"}),
         ),
-        BAD.format("an instance of a class in Python expected", "builtins.int is none"),
+        BAD.format("an instance of a class written in Python expected", "builtins.int is not one"),
     ),
     "a class of torch.nn that is no module": (
         imported("torch.nn.parallel.distributed:_DDPSink", 1),
-        "corrupt $ARCH: a module or a function of torch.nn expected, it asks for torch.nn.parallel.distributed._DDPSink, which is none; "
+        "corrupt $ARCH: a module of torch.nn, or a function of it that only computes, expected, it asks for torch.nn.parallel.distributed._DDPSink, which is neither; "
         "nothing was built",
     ),
     **{
         f"a function of torch.nn that does more than compute: {name}": (
             imported(name, {"import": name}),
-            f"corrupt $ARCH: a module or a function of torch.nn expected, it asks for {name.replace(':', '.')}, which is none; "
+            f"corrupt $ARCH: a module of torch.nn, or a function of it that only computes, expected, it asks for {name.replace(':', '.')}, which is neither; "
             "nothing was built",
         )
         for name in (
@@ -203,14 +203,23 @@ CASES: dict[str, tuple[Change, str]] = {
         imported("torch.nn.utils._deprecation_utils:lazy_deprecated_import", 1),
         UNTRUSTED.format(*["torch.nn.utils._deprecation_utils.lazy_deprecated_import"] * 2),
     ),
-    "deep nesting": (attribute("a", nested(400)), BAD.format("values of some depth expected", "they are nested too deeply")),
+    "deep nesting": (
+        attribute("a", nested(400)),
+        BAD.format("values that are nested less deeply expected", "they are nested too deeply"),
+    ),
     "deeper nesting": (
         lambda document: b'{"format": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
         BAD.format("JSON expected", "it is nested too deeply"),
     ),
-    "a number out of the table": (attribute("a", {"ref": 99}), BAD.format("a number below 1 expected", "it is 99")),
-    "a number below the table": (attribute("a", {"ref": -1}), BAD.format("a number below 1 expected", "it is -1")),
-    "true as a number": (attribute("a", {"ref": True}), BAD.format("a number below 1 expected", "it is true")),
+    "a number out of the table": (
+        attribute("a", {"ref": 99}),
+        BAD.format("the number of an object, below 1, expected", "it is 99"),
+    ),
+    "a number below the table": (
+        attribute("a", {"ref": -1}),
+        BAD.format("the number of an object, below 1, expected", "it is -1"),
+    ),
+    "true as a number": (attribute("a", {"ref": True}), BAD.format("the number of an object, below 1, expected", "it is true")),
     "an unknown tag": (
         attribute("a", {"pickle": "gASVAAA="}),
         BAD.format("a value with a known tag expected", "it is {'pickle': 'gASVAAA='}"),
@@ -229,16 +238,16 @@ CASES: dict[str, tuple[Change, str]] = {
     ),
     "a tensor that is not there": (
         lambda document: document["objects"].append({"tensor": "elsewhere", "kind": "parameter"}),
-        BAD.format("tensor 'elsewhere' expected in the checkpoint", "it is not there, or has other strides"),
+        BAD.format("tensor 'elsewhere' expected in the checkpoint", "it is missing, or its shape does not allow the strides"),
     ),
     "an enum that is none": (
         lambda document: (
             document["imports"].update({"zoo:Config": None}),
             attribute("a", {"enum": ["zoo:Config", "x"]})(document),
         ),
-        BAD.format("a class of Enum expected", "'zoo:Config' is none"),
+        BAD.format("a subclass of Enum expected", "'zoo:Config' is not one"),
     ),
-    "dtype that is a function": (attribute("a", {"dtype": "load"}), BAD.format("a dtype of torch expected", "it is 'load'")),
+    "dtype that is a function": (attribute("a", {"dtype": "load"}), BAD.format("a torch.dtype expected", "it is 'load'")),
     "huge range": (attribute("a", {"range": [0, "x", 1]}), BAD.format("a range expected", "it is [0, 'x', 1]")),
     "root that is no module": (
         lambda document: document["objects"].insert(0, {"list": []}),
@@ -250,12 +259,16 @@ CASES: dict[str, tuple[Change, str]] = {
             BAD.format(*wanted),
         )
         for name, value, wanted in [
-            (",", 1, ("a number of numpy expected", "it is [',', 1]")),
-            ("f4,f4", 1, ("a number of numpy expected", "it is ['f4,f4', 1]")),
-            ("V8", 1, ("a number of numpy expected", "it is ['V8', 1]")),
-            ("int64", {"tuple": [1, 2]}, ("a number of numpy expected", "it is ['int64', {'tuple': [1, 2]}]")),
-            ("int64", True, ("a number of numpy expected", "it is ['int64', True]")),
-            ("float32", "1", ("a number of numpy expected", "it is ['float32', '1']")),
+            (",", 1, ("the name of a numpy number type and a number expected", "it is [',', 1]")),
+            ("f4,f4", 1, ("the name of a numpy number type and a number expected", "it is ['f4,f4', 1]")),
+            ("V8", 1, ("the name of a numpy number type and a number expected", "it is ['V8', 1]")),
+            (
+                "int64",
+                {"tuple": [1, 2]},
+                ("the name of a numpy number type and a number expected", "it is ['int64', {'tuple': [1, 2]}]"),
+            ),
+            ("int64", True, ("the name of a numpy number type and a number expected", "it is ['int64', True]")),
+            ("float32", "1", ("the name of a numpy number type and a number expected", "it is ['float32', '1']")),
             ("int8", 300, ("a scalar expected", "it is ['int8', 300]")),
         ]
     },
@@ -264,26 +277,26 @@ CASES: dict[str, tuple[Change, str]] = {
             document["imports"].update({"zoo:Slotted": None}),
             document["objects"].append({"object": "zoo:Slotted", "attributes": {"middle": 1}}),
         ),
-        BAD.format("attributes of a Slotted expected", "'middle' is none of its slots"),
+        BAD.format("attributes of a Slotted expected", "'middle' is not one of its slots"),
     ),
     "a state where there are only slots": (
         lambda document: (
             document["imports"].update({"zoo:Slotted": None}),
             document["objects"].extend([{"object": "zoo:Slotted", "state": {"ref": 2}}, {"dict": [[1, 1]]}]),
         ),
-        BAD.format("attributes of a Slotted expected", "an int is no name of one"),
+        BAD.format("names of attributes of a Slotted expected", "one is an int"),
     ),
     "keys of one hash": (
         lambda document: document["objects"].append({"set": [(2**61 - 1) * factor for factor in range(101)]}),
-        BAD.format("keys of different hashes expected", "more than 100 have the same"),
+        BAD.format("at most 100 keys with the same hash expected", "there are more"),
     ),
     "keys of one hash in a dict": (
         lambda document: document["objects"].append({"dict": [[(2**61 - 1) * factor, 0] for factor in range(101)]}),
-        BAD.format("keys of different hashes expected", "more than 100 have the same"),
+        BAD.format("at most 100 keys with the same hash expected", "there are more"),
     ),
     "keys of one hash in a frozenset": (
         attribute("a", {"frozenset": [(2**61 - 1) * factor for factor in range(101)]}),
-        BAD.format("keys of different hashes expected", "more than 100 have the same"),
+        BAD.format("at most 100 keys with the same hash expected", "there are more"),
     ),
     **{
         f"wrapper of torch.nn.parallel: {name}": (
@@ -291,8 +304,8 @@ CASES: dict[str, tuple[Change, str]] = {
                 document["imports"].update({name: None}),
                 document["objects"].append({"module": name, "children": {"module": 0}}),
             ),
-            f"cannot build $ARCH: classes that can safely be made from data expected, it asks for {name.replace(':', '.')} "
-            "(torch.nn.parallel calls what the file says); nothing was built",
+            f"cannot build $ARCH: classes that can safely be built from data expected, it asks for {name.replace(':', '.')} "
+            "(torch.nn.parallel calls objects that the file chooses); nothing was built",
         )
         for name in ("torch.nn.parallel.distributed:DistributedDataParallel", "torch.nn.parallel.data_parallel:DataParallel")
     },
@@ -368,7 +381,7 @@ def test_layers_that_are_not_there(kind: type[nn.RNNBase], layers: Any, tmp_path
         shardsave.build_model(tmp_path)
     found = json.dumps(layers) if not isinstance(layers, str) else repr(layers)
     assert str(raised.value) == (
-        f"corrupt the architecture in {tmp_path}: at most 4 layers expected, which has 4 tensors, num_layers is {found}; nothing was built"
+        f"corrupt the architecture in {tmp_path}: num_layers expected to be at most 4, the number of tensors, it is {found}; nothing was built"
     )
 
 
@@ -381,7 +394,7 @@ def test_an_array_that_numpy_cannot_have(tmp_path: Path) -> None:
     with pytest.raises(shardsave.CorruptCheckpointError) as raised:
         shardsave.build_model(tmp_path)
     assert str(raised.value) == (
-        f"corrupt the architecture in {tmp_path}: 'scratch' expected to be of a dtype of numpy, it is of torch.bfloat16; nothing was built"
+        f"corrupt the architecture in {tmp_path}: 'scratch' expected to have a dtype that numpy has, it has torch.bfloat16; nothing was built"
     )
 
 
@@ -407,7 +420,7 @@ def test_what_is_computed_stands_nowhere_else(group: str, tmp_path: Path) -> Non
     with pytest.raises(shardsave.CorruptCheckpointError) as raised:
         shardsave.build_model(tmp_path)
     assert str(raised.value) == (
-        f"corrupt the architecture in {tmp_path}: parametrized expected to name tensors once, it is ['weight']; nothing was built"
+        f"corrupt the architecture in {tmp_path}: parametrized expected to list names that nothing else has, it is ['weight']; nothing was built"
     )
 
 
@@ -426,7 +439,7 @@ def test_hooks_with_marks_of_torch(name: str, tmp_path: Path) -> None:
     with pytest.raises(shardsave.CorruptCheckpointError) as raised:
         shardsave.build_model(tmp_path)
     assert str(raised.value) == (
-        f"corrupt the architecture in {tmp_path}: hooks expected without marks of torch's own, one has {name!r}; nothing was built"
+        f"corrupt the architecture in {tmp_path}: hooks expected to have no attributes that torch sets on hooks, one has {name!r}; nothing was built"
     )
 
 
@@ -442,8 +455,8 @@ def test_a_trusted_module_that_cannot_be_imported(raised: str, tmp_path: Path, m
     with pytest.raises(shardsave.IncompatibleCheckpointError) as error:
         shardsave.build_model(folder, trust=["refuses"])
     assert str(error.value) == (
-        f"cannot build the architecture in {folder}: what it is made of was expected to be there, not found: refuses.Net (saved with "
-        f"refuses 1.0; {said}); for what was renamed say classes={{'old.Name': NewClass}}; nothing was built"
+        f"cannot build the architecture in {folder}: its classes and functions were expected to be importable, not found: refuses.Net (saved with "
+        f"refuses 1.0; {said}); if one was renamed, pass classes={{'old.Name': NewClass}}; nothing was built"
     )
 
 
@@ -457,7 +470,7 @@ def test_setstate_that_does_not_take_it(folder: Path) -> None:
     with pytest.raises(shardsave.IncompatibleCheckpointError) as raised:
         shardsave.build_model(folder)
     assert str(raised.value) == (
-        f"cannot build the architecture in {folder}: __setstate__ of torch.nn.modules.rnn.LSTM was expected to take what was saved "
+        f"cannot build the architecture in {folder}: __setstate__ of torch.nn.modules.rnn.LSTM was expected to accept what was saved "
         f"with torch {torch.__version__}, it raised AttributeError: 'LSTM' object has no attribute '_all_weights'; nothing was built"
     )
 

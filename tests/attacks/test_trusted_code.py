@@ -20,8 +20,8 @@ from torch.nn.utils import parametrizations
 import shardsave
 
 UNFIT = (
-    "cannot build $ARCH: classes that can safely be made from data expected, it asks for {} (its __del__ would run with what the file "
-    "says); nothing was built"
+    "cannot build $ARCH: classes that can safely be built from data expected, it asks for {} (its __del__ would run with values from the "
+    "file); nothing was built"
 )
 KEYS = BAD.format("keys expected to be simple values", "one is a{}")
 
@@ -62,10 +62,10 @@ CASES: dict[str, tuple[Callable[[Json], object], str]] = {
     ),
     "all that have one, and all that is missing": (
         asks({"object": "Closes"}, {"object": "Gone"}, imports=("ClosingPair",)),
-        "cannot build $ARCH: what it is made of was expected to be there, not found: traps.Gone (saved without a version; module traps has "
-        "no Gone); for what was renamed say classes={'old.Name': NewClass}; classes that can safely be made from data expected, it asks "
-        "for traps.Closes (its __del__ would run with what the file says), traps.ClosingPair (its __del__ would run with what the file "
-        "says); nothing was built",
+        "cannot build $ARCH: its classes and functions were expected to be importable, not found: traps.Gone (saved without a version; module traps has "
+        "no Gone); if one was renamed, pass classes={'old.Name': NewClass}; classes that can safely be built from data expected, it asks "
+        "for traps.Closes (its __del__ would run with values from the file), traps.ClosingPair (its __del__ would run with values from the file)"
+        "; nothing was built",
     ),
     "a key with a hash of its own": (asks({"set": [pair("Hashed")]}, imports=("Hashed",)), KEYS.format(" Hashed")),
     "a key with a comparison of its own": (
@@ -79,7 +79,7 @@ CASES: dict[str, tuple[Callable[[Json], object], str]] = {
     "a key that is iterated": (asks({"set": [pair("Iterated")]}, imports=("Iterated",)), ""),
     "a member of a flag that is made up": (
         asks(imports=("Guesses",), a={"flag": ["traps:Guesses", 3]}),
-        BAD.format("a member of Guesses expected", "3 is none"),
+        BAD.format("the value of a member of Guesses expected", "it is 3"),
     ),
     "a member of a flag": (asks(imports=("Guesses",), a={"flag": ["traps:Guesses", 2]}), ""),
     "a call of a metaclass": (asks(imports=("Called",), a={"flag": ["traps:Called", 1]}), ""),
@@ -90,7 +90,7 @@ CASES: dict[str, tuple[Callable[[Json], object], str]] = {
             {"dict": [["read", {"import": "math:factorial"}]]},
             imports=("math:factorial",),
         ),
-        BAD.format("attributes of a Reader expected", "'read' would take the place of its method"),
+        BAD.format("attributes of a Reader expected", "'read' would replace its method"),
     ),
     "an object that is asked for its class": (
         asks({"object": "Watches", "attributes": {"a": 1}}, {"list": [{"ref": 1}]}, a={"ref": 1}),
@@ -169,7 +169,7 @@ def test_classes_that_torch_cannot_work_with(kind: str, said: str, tmp_path: Pat
     edit_architecture(tmp_path, change)
     with pytest.raises(shardsave.IncompatibleCheckpointError) as raised:
         shardsave.build_model(tmp_path, trust=["traps"])
-    found = said.format(" was expected to take what was saved with an unknown version, it raised")
+    found = said.format(" was expected to accept what was saved with an unknown version, it raised")
     assert str(raised.value) == f"cannot build the architecture in {tmp_path}: {found}; nothing was built"
 
 
@@ -182,8 +182,8 @@ def test_what_could_not_be_built_is_refused_at_save(tmp_path: Path) -> None:
         shardsave.save(model, tmp_path, architecture=True)
     assert str(raised.value) == (
         "cannot save the architecture: model.flag: <Guesses.ONE|TWO: 3>, which has no name in its enum; "
-        "model.pairs: a key or element Hashed(left=1, right=2), which is looked up by what it is and not by its value; "
-        "model.numbers: more than 100 keys or elements of one hash; nothing was written"
+        "model.pairs: a key or element Hashed(left=1, right=2), which is looked up by identity and not by value; "
+        "model.numbers: more than 100 keys or elements with the same hash; nothing was written"
     )
 
 
@@ -194,6 +194,6 @@ def test_a_finaliser_is_refused_at_save(tmp_path: Path, ran: list[str]) -> None:
     with pytest.raises(shardsave.UnsupportedModuleError) as raised:
         shardsave.save(model, tmp_path, architecture=True)
     assert str(raised.value) == (
-        "cannot save the architecture: model.inner: a traps.Net: its __del__ would run with what the file says; "
-        "model.log: a traps.ClosesToo: its __del__ would run with what the file says; nothing was written"
+        "cannot save the architecture: model.inner: a traps.Net: its __del__ would run with values from the file; "
+        "model.log: a traps.ClosesToo: its __del__ would run with values from the file; nothing was written"
     )

@@ -1,7 +1,7 @@
-"""Kinds of Python objects: what has elements, what is looked up by its value, what a class gives to its instances.
+"""Questions about classes and objects, answered without running any of their code.
 
-Nothing here asks an object: its class may have code of its own for that (``__getattribute__``, ``__class__``, ``__iter__``), and the
-object may hold what a file says.
+An object may hold values from a file, and its class may define ``__getattribute__``, ``__class__`` or ``__iter__``. So no object is asked
+about itself; the answers come from its class.
 """
 
 from __future__ import annotations
@@ -18,73 +18,73 @@ import numpy as np
 import torch
 from torch import nn
 
-FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
+FUNCTION_TYPES = (types.FunctionType, types.BuiltinFunctionType)
 
-HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made by a class statement
+HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: the class was made by a class statement
 _CONTAINERS = (collections.OrderedDict, dict, list, set)
-_KEYS = frozenset(
-    [type(None), bool, int, float, str, bytes, complex, range, pathlib.PosixPath, torch.dtype, torch.device, *FUNCTIONS]
+_KEY_TYPES = frozenset(
+    [type(None), bool, int, float, str, bytes, complex, range, pathlib.PosixPath, torch.dtype, torch.device, *FUNCTION_TYPES]
 )
-_KINDS_OF_KEYS = (enum.Enum, type, np.generic)
-MAX_COLLIDING = 100
+_KEY_BASES = (enum.Enum, type, np.generic)
+MAX_KEYS_PER_HASH = 100
 
-_CALLED_BY_CLASSES = (classmethod, staticmethod, functools.partialmethod, functools.singledispatchmethod)
+_METHOD_TYPES = (classmethod, staticmethod, functools.partialmethod, functools.singledispatchmethod)
 
 
-def in_class(kind: type, name: str) -> Any:
-    """What stands in ``kind`` or a base of it under ``name``, no descriptor and no metaclass asked; None where there is nothing."""
+def class_attribute(kind: type, name: str) -> Any:
+    """The attribute ``name`` of ``kind`` or of a base, without calling descriptors or a metaclass; None if there is none."""
     return next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), None)
 
 
 def has_finaliser(kind: type) -> bool:
-    """Whether code of ``kind`` runs when an instance goes."""
+    """Whether code of ``kind`` runs when an instance is destroyed."""
     return any("__del__" in vars(base) for base in kind.__mro__)
 
 
-def container_of(kind: type) -> type:
-    """The type of Python's own that ``kind`` gets its elements from; ``object`` where it has none."""
+def container_base(kind: type) -> type:
+    """The built-in container that ``kind`` derives from; ``object`` if there is none."""
     return next((base for base in _CONTAINERS if issubclass(kind, base)), object)
 
 
-def is_key(thing: object) -> bool:
-    """Whether ``thing`` is looked up by its value, in a set or as the key of a dict."""
-    kind = type(thing)
-    if kind in _KEYS:
+def is_key(value: object) -> bool:
+    """Whether a set or a dict looks ``value`` up by its value, and not by its identity."""
+    kind = type(value)
+    if kind in _KEY_TYPES:
         return True
     if issubclass(kind, (tuple, frozenset)):
-        elements: Iterable[object] = (tuple if issubclass(kind, tuple) else frozenset).__iter__(thing)  # type: ignore[arg-type]
+        elements: Iterable[object] = (tuple if issubclass(kind, tuple) else frozenset).__iter__(value)  # type: ignore[arg-type]
         return _hashed_by_python(kind) and all(map(is_key, elements))
-    return issubclass(kind, _KINDS_OF_KEYS) and _hashed_by_python(kind)
+    return issubclass(kind, _KEY_BASES) and _hashed_by_python(kind)
 
 
 def _hashed_by_python(kind: type) -> bool:
-    """Whether no code of a class runs where instances are looked up."""
-    homes = (next(base for base in kind.__mro__ if name in vars(base)) for name in ("__hash__", "__eq__"))
-    return all(home.__module__ == "enum" or not home.__flags__ & HEAP_TYPE for home in homes)
+    """Whether ``__hash__`` and ``__eq__`` of ``kind`` are Python's own, so that a lookup runs no code of the class."""
+    owners = (next(base for base in kind.__mro__ if name in vars(base)) for name in ("__hash__", "__eq__"))
+    return all(owner.__module__ == "enum" or not owner.__flags__ & HEAP_TYPE for owner in owners)
 
 
-def made_up(kind: type[enum.Flag], value: int) -> bool:
-    """Whether ``value`` is that of no named member, and code of the class's own would be asked to make one."""
-    home = next(base for base in kind.__mro__ if "_missing_" in vars(base))
-    return home.__module__ != "enum" and all(member._value_ != value for member in kind.__members__.values())
+def calls_missing(kind: type[enum.Flag], value: int) -> bool:
+    """Whether ``kind(value)`` would call a ``_missing_`` that the class defines itself, since no member has this value."""
+    owner = next(base for base in kind.__mro__ if "_missing_" in vars(base))
+    return owner.__module__ != "enum" and all(member._value_ != value for member in kind.__members__.values())
 
 
-def collide(keys: Iterable[object]) -> bool:
-    """Whether so many keys have one hash that a set of them takes a time that grows with the square of their number."""
-    return max(collections.Counter(map(hash, keys)).values(), default=0) > MAX_COLLIDING
+def too_many_collide(keys: Iterable[object]) -> bool:
+    """Whether so many keys share one hash that the time for a set of them grows with the square of their number."""
+    return max(collections.Counter(map(hash, keys)).values(), default=0) > MAX_KEYS_PER_HASH
 
 
 def shadows_method(owner: object, name: str, value: Any) -> bool:
-    """Whether ``value``, set on ``owner``, would be called in the place of a method.
+    """Whether ``value``, set as attribute ``name`` of ``owner``, would be called instead of a method.
 
-    A method of the object itself may be: some choose their ``forward`` so.
+    A method of the object itself is allowed: some modules choose their ``forward`` that way.
     """
     of_torch = issubclass(type(owner), nn.Module) and name in vars(nn.Module)
     if type(value) is types.MethodType and value.__self__ is owner:
         return of_torch and name != "forward"
-    there = in_class(type(owner), name)
-    called = isinstance(there, _CALLED_BY_CLASSES) or (callable(there) and not isinstance(there, type))
-    return callable(value) and (of_torch or called)
+    original = class_attribute(type(owner), name)
+    is_method = isinstance(original, _METHOD_TYPES) or (callable(original) and not isinstance(original, type))
+    return callable(value) and (of_torch or is_method)
 
 
 def slots_of(kind: type) -> list[str]:
@@ -94,5 +94,6 @@ def slots_of(kind: type) -> list[str]:
 
 
 def own_getstate(kind: type) -> Callable[[Any], Any] | None:
-    given = getattr(kind, "__getstate__", None)
-    return given if given is not getattr(object, "__getstate__", None) else None
+    """The ``__getstate__`` of ``kind``; None if it has only the one of ``object``."""
+    getstate = getattr(kind, "__getstate__", None)
+    return getstate if getstate is not getattr(object, "__getstate__", None) else None
