@@ -247,7 +247,7 @@ def test_training_mode(functional: bool, tmp_path: Path) -> None:
     assert program.state_dict().keys() == model.state_dict().keys()
     if not functional:
         with pytest.raises(
-            RuntimeError, match="exported in training mode and computes as in that, evaluation mode was asked for"
+            RuntimeError, match="exported in training mode and computes only that, evaluation mode was asked for"
         ):
             program.eval()
     model.eval()
@@ -296,7 +296,7 @@ def test_refused_at_save(tmp_path: Path) -> None:
     named.register_buffer("_document", torch.ones(2))
     named.forward = lambda x: x + named._document  # type: ignore[method-assign]
     with pytest.raises(
-        shardsave.UnsupportedModuleError, match="names that a module can give to tensors expected, one is '_document'"
+        shardsave.UnsupportedModuleError, match="names that tensors of a module can have expected, one is '_document'"
     ):
         shardsave.save(named, tmp_path / "ckpt", program=((torch.ones(2),), {}))
     other = torch.export.export(SmallModel(), (TOKENS,))
@@ -355,10 +355,10 @@ def takes(tree: Any) -> Change:
 
 
 COMPUTES = "graphs[0].calls[0]: an operator of torch that computes expected, it is "
-PLAIN = "graphs[0].calls[0]: a value of the graph or a plain one expected, it is "
+PLAIN = "graphs[0].calls[0]: a value of the graph or a plain value expected, it is "
 LEAF = "arguments: a tensor, a size, a constant, or a list or dict of them expected, it is "
-NAMES = "names that a module can give to tensors expected, one is "
-EACH_ONCE = "tensors expected, each once, with a name, a place and a kind, one is "
+NAMES = "names that tensors of a module can have expected, one is "
+EACH_ONCE = "tensors expected, once each, with name, tensor, kept, kind, requires_grad, one is "
 deep: Any = 1
 for _ in range(60):
     deep = [deep]
@@ -402,15 +402,18 @@ ATTACKS: dict[str, tuple[Change, str]] = {
     "a device that is no word": (argument({"device": "cpu\n"}), f"{PLAIN}{{'device': 'cpu\\n'}}"),
     "a float of another word": (argument({"float": "infinity"}), f"{PLAIN}{{'float': 'infinity'}}"),
     "a complex of words": (argument({"complex": ["1", "2"]}), f"{PLAIN}{{'complex': ['1', '2']}}"),
-    "a dtype that is a number": (typed(200), "graphs[0].calls[0]: a dtype for dtype expected, it is 200"),
-    "a dtype that is computed": (typed({"value": 0}), "graphs[0].calls[0]: a dtype for dtype expected, it is Value"),
+    "a dtype that is a number": (typed(200), "graphs[0].calls[0]: a torch.dtype as argument dtype expected, it is 200"),
+    "a dtype that is computed": (
+        typed({"value": 0}),
+        "graphs[0].calls[0]: a torch.dtype as argument dtype expected, it is Value",
+    ),
     "a device that is text": (
         lambda d: calls(d)[0].__setitem__(slice(0, 3), ["aten.zeros.default", [[2]], {"device": "meta"}]),
-        "graphs[0].calls[0]: a device for device expected, it is 'meta'",
+        "graphs[0].calls[0]: a torch.device as argument device expected, it is 'meta'",
     ),
     "a memory format that is a number": (
         lambda d: calls(d)[0].__setitem__(slice(0, 3), ["aten.clone.default", [{"value": 0}], {"memory_format": 4}]),
-        "graphs[0].calls[0]: a memory_format for memory_format expected, it is 4",
+        "graphs[0].calls[0]: a torch.memory_format as argument memory_format expected, it is 4",
     ),
     "a layout that is not strided": (argument({"layout": "sparse_coo"}), "a layout of torch"),
     "a quantised dtype": (argument({"dtype": "qint8"}), "a dtype of torch"),
@@ -425,9 +428,12 @@ ATTACKS: dict[str, tuple[Change, str]] = {
     "a graph of no number of inputs": (lambda d: d["graphs"][0].update(inputs=True), "a number of inputs and a list of calls"),
     "a result of another shape": (
         lambda d: d["graphs"][0].update(result=[]),
-        "mutations: numbers of inputs, as many as results",
+        "mutations: numbers of inputs, as many as the graph",
     ),
-    "a mutation of nothing": (lambda d: d.update(mutations=[0]), "mutations: numbers of inputs, as many as results for them,"),
+    "a mutation of nothing": (
+        lambda d: d.update(mutations=[0]),
+        "mutations: numbers of inputs, as many as the graph returns values for,",
+    ),
     "a tensor named as a method": (tensor(name="forward"), f"{NAMES}'forward'"),
     "a tensor named as an attribute": (tensor(name="_document"), f"{NAMES}'_document'"),
     "a tensor below a method": (tensor(name="forward.__globals__"), f"{NAMES}'forward.__globals__'"),
@@ -497,15 +503,16 @@ def test_of_a_newer_version(stored: Document) -> None:
 
 def test_reaches_nothing_else(stored: Document) -> None:
     """Catches an operator of the dispatcher that opens a file or takes memory by its address, under any name."""
-    from shardsave._program.graph import Bad, _function
+    from shardsave._program.operators import find_function
+    from shardsave._program.refusals import BadProgram
 
     schemas = torch._C._jit_get_all_schemas()
     reached = []
     for schema in schemas:
         namespace, _, short = schema.name.partition("::")
         try:
-            _function(f"{namespace}.{short}.{schema.overload_name or 'default'}", "")
-        except Bad:
+            find_function(f"{namespace}.{short}.{schema.overload_name or 'default'}", "")
+        except BadProgram:
             continue
         reached.append(schema)
     assert len(reached) > 1000
