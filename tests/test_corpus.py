@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 import shardsave
-from conftest import ROOT, same_bits
 from corpus import models, read, record, write
+from support import ROOT, same_bits
 
 CORPUS = ROOT / "tests" / "corpus"
 RELEASES = sorted(
