@@ -13,7 +13,7 @@ from torch import nn
 from shardsave._api.arguments import check_path, check_progress, check_switches
 from shardsave._api.load import Device, device_of, load_model
 from shardsave._architecture.builder import Builder
-from shardsave._architecture.document import Document, is_dense
+from shardsave._architecture.document import Document
 from shardsave._architecture.trust import resolve
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
@@ -196,13 +196,25 @@ class _Memory:
             shape, dtype = torch_shape(located.dtype, located.shape), BY_NAME[located.dtype].torch
             if strides is None:
                 memory = torch.empty(shape, dtype=dtype, device=device)
-            elif len(strides) == len(shape) and 0 not in shape and is_dense(strides, shape):
+            elif _fills(strides, shape):
                 memory = torch.empty_strided(shape, strides, dtype=dtype, device=device)
             else:
                 return None
             self._made[kept, stored, device] = memory
             self.targets.append((located, memory))
         return self._made[kept, stored, device].detach()
+
+
+def _fills(strides: list[int], shape: tuple[int, ...]) -> bool:
+    """Whether ``strides`` lay a tensor of ``shape`` out without a gap and without sharing."""
+    if len(strides) != len(shape) or 0 in shape:
+        return False
+    expected = 1
+    for stride, size in sorted(zip(strides, shape)):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def _check_classes(classes: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from shardsave._architecture.class_checks import HEAP_TYPE, container_base, own_getstate, shadows_method, slots_of
-from shardsave._architecture.document import DICT_TYPES, FORMAT, HOOK_GROUPS, TORCH_ATTRIBUTES, is_dense
+from shardsave._architecture.document import DICT_TYPES, FORMAT, HOOK_GROUPS, TORCH_ATTRIBUTES
 from shardsave._architecture.trust import is_dunder, version_of
 from shardsave._architecture.write_values import ValueWriter
 from shardsave._format.dtypes import BY_TORCH
@@ -161,7 +161,7 @@ class _ModuleWriter(ValueWriter):
             node["kept"] = True
         if tensor.requires_grad and tensor.is_leaf:
             node["requires_grad"] = True
-        if tensor.layout is torch.strided and not tensor.is_contiguous() and is_dense(tensor.stride(), tensor.shape):
+        if tensor.layout is torch.strided and not tensor.is_contiguous() and _is_dense(tensor):
             node["strides"] = list(tensor.stride())
         if vars(tensor) and isinstance(tensor, nn.Parameter):
             node["attributes"] = self._attributes(vars(tensor), path)
@@ -228,6 +228,16 @@ class _ModuleWriter(ValueWriter):
 def _slot_values(instance: Any, kind: type) -> dict[str, Any]:
     """The values of ``__slots__``, which ``vars`` does not have."""
     return {slot: getattr(instance, slot) for slot in slots_of(kind) if hasattr(instance, slot)}
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether the elements fill their memory without gaps or overlaps, in any order of dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def _name_of_hook(hook: Any) -> str:

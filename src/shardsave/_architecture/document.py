@@ -8,7 +8,7 @@ instances), so shared objects stay shared and cycles do no harm; the first objec
 from __future__ import annotations
 
 import collections
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from torch import nn
@@ -64,13 +64,3 @@ class Document:
 
     def refuse(self, wanted: str, found: str) -> NoReturn:
         raise CorruptCheckpointError(f"corrupt {self.where}: {wanted}, {found}; nothing was built")
-
-
-def is_dense(strides: Sequence[int], shape: Sequence[int]) -> bool:
-    """Whether a tensor with ``strides`` and ``shape`` fills its memory without gaps or overlaps, in any order of dimensions."""
-    expected = 1
-    for stride, size in sorted(zip(strides, shape)):
-        if size > 1 and stride != expected:
-            return False
-        expected *= size
-    return True
