@@ -1,4 +1,4 @@
-"""Small models with what real ones have: for tests of architectures, and importable as those of a user's package would be."""
+"""Small models with everything that real ones have, for tests of architectures. They are imported like a user's package."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def double(x: torch.Tensor) -> torch.Tensor:
 
 
 class Remembers(nn.Module):
-    """Has a state of its own for pickle, and extra state for its state dict."""
+    """Has ``__getstate__`` and ``__setstate__``, and extra state for its state dict."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class Property(nn.Module):
 
 
 class Settings(dict):
-    """A dict whose items are its attributes as well: a pattern that many configurations follow."""
+    """A dict whose items are also its attributes, as in many configuration classes."""
 
     def __init__(self, **items: Any) -> None:
         super().__init__(items)
@@ -96,10 +96,10 @@ class Settings(dict):
 
 
 class Loud(dict):
-    """A dict of a class with code of its own, and attributes beside its items."""
+    """A dict whose class overrides a method, and which may have attributes beside its items."""
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        raise AssertionError("nobody is to come by here")
+        raise AssertionError("a build must not call this")
 
 
 class Permission(enum.IntFlag):
@@ -121,7 +121,7 @@ class Stack(list):
 
 
 def everything() -> dict[str, Any]:
-    """One of each kind of value that an attribute may be."""
+    """Name → value, with one value of each kind that an attribute may have."""
     shared = [1, 2]
     config = Config()
     config.again = config

@@ -1,4 +1,4 @@
-"""Whole models without pickle: what is built is what was saved, and what cannot be kept is refused at save."""
+"""Architectures: a built model equals the saved one, and a save refuses what it cannot write as data."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ import shardsave
 import zoo
 from shardsave._api import build
 from shardsave._architecture.builder import Builder
-from shardsave._architecture.kinds import shadows_method
+from shardsave._architecture.class_checks import shadows_method
+from shardsave._architecture.document import Document
 from shardsave._architecture.trust import resolve
-from shardsave._architecture.values import Document
 from shardsave._saving import contents
 from shardsave._storage.checkpoint import PARTS, open_checkpoint
 from support import SmallModel, same_bits, same_state
@@ -71,8 +71,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_is_built_as_it_was(name: str, tmp_path: Path) -> None:
-    """Catches a part of a module that does not come back: computed weights, flat weights, strides, hooks that compute, ties."""
+def test_built_model_equals_the_saved_one(name: str, tmp_path: Path) -> None:
+    """Catches a part of a module that is lost: computed weights, flat weights, strides, hooks that compute weights, ties."""
     make, inputs = MODELS[name]
     model = make().eval()
     again = saved_and_built(model, tmp_path)
@@ -91,25 +91,25 @@ def flat(value: Any) -> list[torch.Tensor]:
     return [value] if isinstance(value, torch.Tensor) else [tensor for part in value for tensor in flat(part)]
 
 
-def test_trains_on(tmp_path: Path) -> None:
-    """Catches parameters that look right and cannot be trained: not leaves, made in inference mode, or two for one."""
+def test_built_model_trains_like_the_saved_one(tmp_path: Path) -> None:
+    """Catches parameters that look right and cannot be trained: not leaves, built in inference mode, or two objects for one."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 16), nn.LSTM(16, 4))
     shardsave.save(model, tmp_path, architecture=True)
     with torch.inference_mode():
         again = shardsave.build_model(tmp_path)
-    for one in (model, again):
-        one.train()
-        optimizer = torch.optim.SGD(one.parameters(), lr=0.1)
+    for trained in (model, again):
+        trained.train()
+        optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
         for _ in range(3):
             optimizer.zero_grad()
-            one(X)[0].square().sum().backward()
+            trained(X)[0].square().sum().backward()
             optimizer.step()
     assert same_state(model, again)
 
 
 def test_every_kind_of_attribute(tmp_path: Path) -> None:
-    """Catches a value that comes back as another, and what was shared coming back twice."""
+    """Catches a value that is built as another one, and a shared object that is built twice."""
     model = zoo.Everything()
     model.by_name.eval()
     again = saved_and_built(model, tmp_path, trust=["zoo"])
@@ -137,19 +137,19 @@ def test_every_kind_of_attribute(tmp_path: Path) -> None:
 
 
 def test_weights_are_stored_once(tmp_path: Path) -> None:
-    """Catches weights that are written a second time with the architecture, and parts that a later save leaves behind."""
+    """Catches weights that are written a second time for the architecture, and parts that a later save leaves behind."""
     model = SmallModel()
     shardsave.save(model, tmp_path, architecture=True)
     info = shardsave.inspect(tmp_path)
-    kept = [path for path in tmp_path.iterdir() if path.name == info.parts["extra tensors"]]
-    assert info.parts.keys() == {"architecture", "extra tensors"} and kept[0].stat().st_size < 4096 + 100
+    extra = tmp_path / info.parts["extra tensors"]
+    assert info.parts.keys() == {"architecture", "extra tensors"} and extra.stat().st_size < 4096 + 100
     assert shardsave.load(tmp_path).keys() == model.state_dict().keys()
     shardsave.save(model, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors.index.json", *shardsave.inspect(tmp_path).shards}
 
 
 def test_deep_models(tmp_path: Path) -> None:
-    """Catches a writer or a builder that a deep tree takes to the end of Python's stack."""
+    """Catches a writer or a builder that exhausts Python's stack on a deep model."""
     model: nn.Module = nn.Identity()
     for _ in range(sys.getrecursionlimit() // 5):
         model = nn.Sequential(model)
@@ -164,8 +164,8 @@ def test_deep_models(tmp_path: Path) -> None:
     assert depth == sys.getrecursionlimit() * 2 and sum(1 for _ in again.modules()) == sys.getrecursionlimit() // 5 + 1
 
 
-def test_what_is_no_data_is_refused(tmp_path: Path) -> None:
-    """Catches something kept that would not come back, a refusal that does not say where, and one that leaves files behind."""
+def test_refused_at_save(tmp_path: Path) -> None:
+    """Catches values that are saved and cannot be built, a refusal that does not say where, and one that leaves files behind."""
 
     class Local(nn.Module):
         pass
@@ -177,23 +177,23 @@ def test_what_is_no_data_is_refused(tmp_path: Path) -> None:
     model.forward = zoo.double  # type: ignore[method-assign,assignment]
     with pytest.raises(shardsave.UnsupportedModuleError) as raised:
         shardsave.save(model, tmp_path / "ckpt", architecture=True)
-    line = test_what_is_no_data_is_refused.__code__.co_firstlineno + 7
+    line = test_refused_at_save.__code__.co_firstlineno + 7
     assert str(raised.value) == (
-        "cannot save the architecture: model.forward: something set on the module in the place of its method forward(); "
+        "cannot save the architecture: model.forward: a value that was set on the module in place of its method forward(); "
         f"model.act: lambda at test_architecture.py:{line}; use a named function; "
-        "model.1: class test_architecture.test_what_is_no_data_is_refused.<locals>.Local, which cannot be imported; define it at "
-        "the top of a module; model.0.lock: a _thread.lock, which cannot be kept as data; model.0.nested['a'][0]: "
+        "model.1: class test_architecture.test_refused_at_save.<locals>.Local, which cannot be imported; define it at "
+        "the top of a module; model.0.lock: a _thread.lock, which cannot be saved as data; model.0.nested['a'][0]: "
         "<built-in function len>, which cannot be imported; nothing was written"
     )
     assert not (tmp_path / "ckpt").exists()
     with pytest.raises(TypeError, match="needs an nn.Module, there is none in a dict"):
         shardsave.save({}, tmp_path / "ckpt", architecture=True)
-    with pytest.raises(shardsave.UnsupportedModuleError, match="model.0: a traced graph, whose code was made at run time"):
+    with pytest.raises(shardsave.UnsupportedModuleError, match="model.0: a traced graph, whose code was generated at run time"):
         shardsave.save(nn.Sequential(torch.fx.symbolic_trace(nn.Linear(2, 2))), tmp_path / "ckpt", architecture=True)
 
 
-def test_what_takes_the_place_of_a_method_is_refused(tmp_path: Path) -> None:
-    """Catches a function that would be called as a method of a parameter, of a cached one, or of a class."""
+def test_values_in_place_of_methods_are_refused(tmp_path: Path) -> None:
+    """Catches a function that would be called in place of a method of a parameter, or of the module's class."""
     model = nn.Linear(2, 2)
     for name in ("detach", "size"):
         assert shadows_method(model.weight, name, torch.relu)
@@ -202,8 +202,8 @@ def test_what_takes_the_place_of_a_method_is_refused(tmp_path: Path) -> None:
         shardsave.save(model, tmp_path, architecture=True)
 
 
-def test_hooks_of_tensors_are_named(tmp_path: Path) -> None:
-    """Catches a hook of a parameter that vanishes in silence."""
+def test_dropped_hooks_of_tensors_are_named(tmp_path: Path) -> None:
+    """Catches a hook of a parameter that is dropped without a warning."""
     model = nn.Linear(16, 4)
     model.weight.register_hook(torch.neg)
     model.bias.register_post_accumulate_grad_hook(print)
@@ -212,20 +212,20 @@ def test_hooks_of_tensors_are_named(tmp_path: Path) -> None:
 
 
 def test_flags_and_slots(tmp_path: Path) -> None:
-    """Catches a combined flag that is refused, and a value in a slot that is lost."""
+    """Catches a combined enum flag that is refused, and a value in a slot that is lost."""
     model = zoo.WithSlot()
     again = saved_and_built(model, tmp_path, trust=["zoo"])
     assert again.extra == 7 and again.flag == zoo.Permission.READ | zoo.Permission.WRITE
 
 
-def test_keys_that_would_be_others_are_refused(tmp_path: Path) -> None:
-    """Catches a dict or a set that is kept, and has keys that nobody can look up any more once it is built."""
+def test_keys_looked_up_by_identity_are_refused(tmp_path: Path) -> None:
+    """Catches a dict or a set that is saved although its keys could not be looked up after a build."""
     model = nn.Linear(2, 2)
     model.counts, model.seen, model.plain = {model.weight: 1}, {("a", int)}, {(1, ("b", torch.float32)): 2}  # type: ignore[assignment]
     model.of_modules = {frozenset([nn.ReLU()])}  # type: ignore[assignment]
     with pytest.raises(shardsave.UnsupportedModuleError) as raised:
         shardsave.save(model, tmp_path, architecture=True)
-    words = "which is looked up by what it is and not by its value"
+    words = "which is looked up by identity and not by value"
     assert str(raised.value).count(words) == 2 and "model.counts: a key or element" in str(raised.value)
     assert "model.of_modules: a key or element frozenset" in str(raised.value) and "model.seen: a key" not in str(raised.value)
 
@@ -243,17 +243,17 @@ def test_an_architecture_that_nobody_could_read(tmp_path: Path, monkeypatch: pyt
 
 
 def test_hooks_are_dropped_with_one_warning(tmp_path: Path) -> None:
-    """Catches hooks that vanish in silence."""
+    """Catches hooks that are dropped without a warning."""
     model = nn.Sequential(nn.Linear(16, 4), nn.ReLU())
     model[0].register_forward_hook(lambda *_: None)
     model[1].register_forward_pre_hook(functools.partial(print))
-    with pytest.warns(UserWarning) as warned:
+    with pytest.warns(UserWarning) as warnings:
         again = saved_and_built(model, tmp_path)
-    assert [str(one.message) for one in warned] == [
-        "hooks are not kept in an architecture: model.0: forward hook test_hooks_are_dropped_with_one_warning.<locals>.<lambda>, "
+    assert [str(warning.message) for warning in warnings] == [
+        "hooks are not saved with an architecture: model.0: forward hook test_hooks_are_dropped_with_one_warning.<locals>.<lambda>, "
         "model.1: forward pre hook partial"
     ]
-    assert warned[0].filename == __file__
+    assert warnings[0].filename == __file__
     assert not again[0]._forward_hooks and same_bits(again(X), model(X))
 
 
@@ -271,8 +271,8 @@ def test_nothing_untrusted_is_imported(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(shardsave.UntrustedCodeError) as raised:
         shardsave.build_model(tmp_path / "ckpt", trust=["strangers.One"])
     assert str(raised.value) == (
-        f"cannot build the architecture in {tmp_path / 'ckpt'}: only what is trusted is imported, it asks for strangers.Two, "
-        f"zoo.Remembers; if you know them, say trust=['strangers', 'zoo']; nothing was imported"
+        f"cannot build the architecture in {tmp_path / 'ckpt'}: only trusted code is imported, it asks for strangers.Two, "
+        f"zoo.Remembers; if you trust it, pass trust=['strangers', 'zoo']; nothing was imported"
     )
     assert "strangers" not in sys.modules
     built = shardsave.build_model(tmp_path / "ckpt", trust=["strangers.One", "strangers.Two", "zoo"])
@@ -288,7 +288,7 @@ def test_nothing_untrusted_is_imported(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_classes_of_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a class of a script or notebook that is found by chance in another one."""
+    """Catches a class of one script or notebook that is silently replaced by a class of another."""
 
     class Net(nn.Module):
         pass
@@ -299,14 +299,16 @@ def test_classes_of_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     shardsave.save(Net(), tmp_path, architecture=True)
     with pytest.raises(shardsave.UntrustedCodeError) as raised:
         shardsave.build_model(tmp_path)
-    assert "say classes={'__main__.Net': Net} for those of the script that saved it; nothing was imported" in str(raised.value)
+    assert "pass classes={'__main__.Net': Net} for classes of the script that saved it; nothing was imported" in str(
+        raised.value
+    )
     assert type(shardsave.build_model(tmp_path, classes={"__main__.Net": Net})) is Net
     document = json.loads((tmp_path / shardsave.inspect(tmp_path).parts["architecture"]).read_bytes())
     assert document["script"] == "train.py"
 
 
 def test_without_an_architecture(tmp_path: Path) -> None:
-    """Catches a build from weights alone."""
+    """Catches a build from weights alone, and wrong values for ``trust``."""
     shardsave.save(nn.Linear(2, 2), tmp_path)
     with pytest.raises(
         shardsave.IncompatibleCheckpointError,
@@ -319,7 +321,7 @@ def test_without_an_architecture(tmp_path: Path) -> None:
 
 
 def test_wrong_arguments_of_a_build(tmp_path: Path) -> None:
-    """Catches an argument of the caller that the file is blamed for."""
+    """Catches a wrong argument of the caller that is reported as a fault of the file."""
     shardsave.save(nn.Linear(2, 2), tmp_path, architecture=True)
     with pytest.raises(TypeError, match="classes must be a mapping such as {'old.Name': NewClass}, not a list"):
         shardsave.build_model(tmp_path, classes=[nn.Linear])  # type: ignore[arg-type]
@@ -328,8 +330,8 @@ def test_wrong_arguments_of_a_build(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("architecture", [True, False])
-def test_a_module_inside_of_itself(architecture: bool, tmp_path: Path) -> None:
-    """Catches a bare RecursionError, and a directory that such a save leaves behind."""
+def test_a_module_inside_itself_is_refused(architecture: bool, tmp_path: Path) -> None:
+    """Catches a plain RecursionError, and a directory that the failed save leaves behind."""
     model = nn.Linear(2, 2)
     model.again = model
     with pytest.raises(shardsave.UnsupportedModuleError, match="or one is inside of itself; nothing was written"):
@@ -337,8 +339,8 @@ def test_a_module_inside_of_itself(architecture: bool, tmp_path: Path) -> None:
     assert not (tmp_path / "ckpt").exists()
 
 
-def test_arrays_are_made_on_the_host(tmp_path: Path) -> None:
-    """Catches an array that is asked for on the device where the weights go. The meta device stands for a GPU: it has no arrays either."""
+def test_arrays_are_built_on_the_host(tmp_path: Path) -> None:
+    """Catches an array that is built on the device of the weights. The meta device stands for a GPU: it has no arrays either."""
     model = nn.Linear(2, 2)
     model.table = np.arange(3.0)  # type: ignore[assignment]
     shardsave.save(model, tmp_path, architecture=True, durable=False)

@@ -1,4 +1,4 @@
-"""Attacks on what lies in a directory: files cut, mixed up, missing, or no files at all."""
+"""Attacks on the files of a directory: cut, swapped or missing files, and things that are not regular files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from making import (
+from tampering import (
     FIRST,
     INDEX,
     KEY,
@@ -31,7 +31,7 @@ from making import (
 
 import shardsave
 
-Special = Callable[[Path], object]
+Create = Callable[[Path], object]
 
 
 def fifo(path: Path) -> None:
@@ -56,29 +56,29 @@ def link_to_itself(path: Path) -> None:
 
 def unix_socket(path: Path) -> None:
     home = os.getcwd()
-    os.chdir(path.parent)  # the name of a socket may not be long
+    os.chdir(path.parent)  # the path of a socket must be short
     try:
-        with socket.socket(socket.AF_UNIX) as made:
-            made.bind(path.name)
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(path.name)
     finally:
         os.chdir(home)
 
 
-def special(name: str, found: str, put: Special, where: str, kind: str) -> Case:
-    """Something that is no regular file under the name of a shard, of the index, or of a lone file."""
+def special(name: str, file_type: str, create: Create, where: str, kind: str) -> Case:
+    """Something that is not a regular file, under the name of a shard, of the index, or of a lone file."""
 
     def make(folder: Path) -> None:
         if where != LONE:
             saved(folder)
             (folder / where).unlink()
-        put(folder / where)
+        create(folder / where)
 
     return Case(
-        name, f"corrupt {kind} {where}: $DIR/{where}: a regular file was expected, it is {found}; it was not read", make
+        name, f"corrupt {kind} {where}: $DIR/{where}: a regular file was expected, it is {file_type}; it was not read", make
     )
 
 
-SPECIALS: list[tuple[str, str, Special]] = [
+SPECIALS: list[tuple[str, str, Create]] = [
     ("a FIFO", "a FIFO", fifo),
     ("an endless device", "a character device", endless_device),
     ("a directory", "a directory", folder_there),
@@ -87,32 +87,32 @@ SPECIALS: list[tuple[str, str, Special]] = [
 ]
 
 
-def path_of_one(name: str, found: str, put: Special) -> Case:
-    """The path given is that of something that is no regular file."""
+def path_of_special(name: str, file_type: str, create: Create) -> Case:
+    """The path to load is that of something that is not a regular file."""
 
     def make(folder: Path) -> Path:
-        put(folder / "one.safetensors")
+        create(folder / "one.safetensors")
         return folder / "one.safetensors"
 
     return Case(
         name,
-        f"corrupt shard one.safetensors: $DIR/one.safetensors: a regular file was expected, it is {found}; it was not read",
+        f"corrupt shard one.safetensors: $DIR/one.safetensors: a regular file was expected, it is {file_type}; it was not read",
         make,
     )
 
 
-def of_shard(name: str, found: str, damage: Callable[[Path], object], shard: str = FIRST) -> Case:
-    """A good checkpoint of ours, damaged."""
+def of_shard(name: str, refusal: str, damage: Callable[[Path], object], shard: str = FIRST) -> Case:
+    """A good checkpoint of shardsave, damaged."""
 
     def make(folder: Path) -> None:
         saved(folder)
         damage(folder)
 
-    return Case(name, f"corrupt shard {shard}: {found}", make)
+    return Case(name, f"corrupt shard {shard}: {refusal}", make)
 
 
 def header_changed(name: str, checksum: str, damage: Callable[[Path], object]) -> Case:
-    """A header that is not the recorded one."""
+    """A header whose checksum is not the recorded one."""
     return of_shard(
         name,
         f"the index says a header with checksum 71ace2c210f62bc9, the file has {checksum}; the file was changed after it was "
@@ -121,12 +121,12 @@ def header_changed(name: str, checksum: str, damage: Callable[[Path], object]) -
     )
 
 
-def other_tensors(name: str, found: str, damage: Callable[[Path], object]) -> Case:
-    return of_shard(name, f"{found}; index and shard belong to different saves", damage)
+def other_tensors(name: str, refusal: str, damage: Callable[[Path], object]) -> Case:
+    return of_shard(name, f"{refusal}; index and shard belong to different saves", damage)
 
 
 def others(name: str, message: str, damage: Callable[[Path], object]) -> Case:
-    """A sharded checkpoint as others write it, damaged."""
+    """A sharded checkpoint as other libraries write it, damaged."""
 
     def make(folder: Path) -> None:
         foreign(folder)
@@ -135,12 +135,12 @@ def others(name: str, message: str, damage: Callable[[Path], object]) -> Case:
     return Case(name, message, make)
 
 
-def missing(name: str, found: str, make: Callable[[Path], Path | None]) -> Case:
-    return Case(name, found, make, shardsave.CheckpointNotFoundError)
+def missing(name: str, message: str, make: Callable[[Path], Path | None]) -> Case:
+    return Case(name, message, make, shardsave.CheckpointNotFoundError)
 
 
 def flip_bits(path: Path, at: int, bits: int) -> None:
-    """In place: a file written anew would be flushed to the disk each time it is closed."""
+    """Flips bits in place. A file that was written anew would be flushed to disk each time it is closed."""
     with path.open("r+b", buffering=0) as file:
         old = os.pread(file.fileno(), 1, at)[0]
         os.pwrite(file.fileno(), bytes([old ^ bits]), at)
@@ -165,7 +165,7 @@ def shard_of_another_save(folder: Path) -> None:
 
 
 def swap(folder: Path) -> None:
-    """The two shards, recorded under each other's name."""
+    """Swaps the two shards, and records each under the name of the other."""
     first, second = (folder / FIRST).read_bytes(), (folder / SECOND).read_bytes()
     replace_shard(folder, FIRST, second)
     replace_shard(folder, SECOND, first)
@@ -206,15 +206,15 @@ def both_gone(folder: Path) -> Path:
     return folder
 
 
-def pickled(name: str, kind: str, make: Callable[[Path], object], file: str, of_an_index: bool = False) -> Case:
-    """A file as torch.save writes it, given itself or named by an index."""
+def pickled(name: str, kind: str, make: Callable[[Path], object], file: str, in_index: bool = False) -> Case:
+    """A file as torch.save writes it. It is the path to load, or is named by an index."""
 
     def put(folder: Path) -> Path | None:
-        if of_an_index:
+        if in_index:
             foreign(folder)
             (folder / file).unlink()
         make(folder / file)
-        return None if of_an_index else folder / file
+        return None if in_index else folder / file
 
     return Case(
         name,
@@ -231,11 +231,11 @@ CUT = "it was cut, half copied or half downloaded, or it belongs to another save
 GROWN = "something was appended to it, or it belongs to another save"
 
 FILES = [
-    *(special(f"shard is {word}", found, put, SECOND, "shard") for word, found, put in SPECIALS),
-    *(special(f"index is {word}", found, put, INDEX, "index") for word, found, put in SPECIALS),
-    *(special(f"lone file is {word}", found, put, LONE, "shard") for word, found, put in SPECIALS),
-    path_of_one("path of a FIFO", "a FIFO", fifo),
-    path_of_one("path of an endless device", "a character device", endless_device),
+    *(special(f"shard is {word}", file_type, create, SECOND, "shard") for word, file_type, create in SPECIALS),
+    *(special(f"index is {word}", file_type, create, INDEX, "index") for word, file_type, create in SPECIALS),
+    *(special(f"lone file is {word}", file_type, create, LONE, "shard") for word, file_type, create in SPECIALS),
+    path_of_special("path of a FIFO", "a FIFO", fifo),
+    path_of_special("path of an endless device", "a character device", endless_device),
     missing("path of nothing", "no checkpoint at $DIR/gone: No such file or directory", lambda folder: folder / "gone"),
     missing("path below a file", "no checkpoint at $DIR/a.safetensors/x: Not a directory",
             lambda folder: (foreign(folder), folder / "a.safetensors" / "x")[1]),
@@ -290,7 +290,7 @@ FILES = [
             lambda file: torch.save({"x": torch.ones(1)}, file, _use_new_zipfile_serialization=False), "saved.pth"),
     pickled("path of a pickle", "a pickle", lambda file: file.write_bytes(pickle.dumps({"x": 1})), "saved.ckpt"),
     pickled("shard of others is a file of torch.save", "a zip archive", lambda file: torch.save({"y": torch.ones(1)}, file),
-            "b.safetensors", of_an_index=True),
+            "b.safetensors", in_index=True),
     missing("directory with a file of torch.save",
             f"no checkpoint at $DIR: neither {INDEX} nor {LONE} is there; pytorch_model.bin has the name of a file of torch.save, "
             f"and {NO_PICKLE}",

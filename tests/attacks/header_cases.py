@@ -1,49 +1,53 @@
-"""Attacks on a header, each the whole of a lone ``model.safetensors``: name, what is wrong, how it is made."""
+"""Attacks on a header. Each is one file, ``model.safetensors``, with a name, the refusal that is expected, and its content."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from making import KEY, LONE, Case, entry, shard_bytes
+from tampering import KEY, LONE, Case, entry, shard_bytes
 
 X = entry()
 FOUR = b"\0" * 4
 
 
-def lone(name: str, found: str, header: str | bytes, data: bytes = FOUR, length: int | None = None) -> Case:
-    """A file of a header and data, and what its message says between *header:* and the state of things."""
-    return raw(name, found, shard_bytes(header, data, length))
+def lone(name: str, refusal: str, header: str | bytes, data: bytes = FOUR, length: int | None = None) -> Case:
+    """A file with this header and data. ``refusal``: the part of the message between *header:* and the state of things."""
+    return raw(name, refusal, shard_bytes(header, data, length))
 
 
-def raw(name: str, found: str, content: bytes) -> Case:
+def raw(name: str, refusal: str, content: bytes) -> Case:
+    """A file with this content."""
+
     def make(folder: Path) -> None:
         (folder / LONE).write_bytes(content)
 
-    return Case(name, f"corrupt shard {LONE}: header: {found}; nothing else was read from it", make)
+    return Case(name, f"corrupt shard {LONE}: header: {refusal}; nothing else was read from it", make)
 
 
-def sparse(name: str, found: str, start: bytes, size: int) -> Case:
+def sparse(name: str, refusal: str, start: bytes, size: int) -> Case:
+    """A file that begins with ``start`` and is then grown to ``size`` bytes."""
+
     def make(folder: Path) -> None:
         (folder / LONE).write_bytes(start)
         os.truncate(folder / LONE, size)
 
-    return Case(name, f"corrupt shard {LONE}: header: {found}; nothing else was read from it", make)
+    return Case(name, f"corrupt shard {LONE}: header: {refusal}; nothing else was read from it", make)
 
 
-def tensor(name: str, found: str, dtype: object = "F32", shape: object = (1,), offsets: object = (0, 4)) -> Case:
-    """A header with one tensor 'x'."""
-    return lone(name, f"tensor 'x' expected to {found}", f'{{"x":{entry(dtype, shape, offsets)}}}')  # type: ignore[arg-type]
+def tensor(name: str, refusal: str, dtype: object = "F32", shape: object = (1,), offsets: object = (0, 4)) -> Case:
+    """A header with one tensor, 'x'."""
+    return lone(name, f"tensor 'x' expected to {refusal}", f'{{"x":{entry(dtype, shape, offsets)}}}')  # type: ignore[arg-type]
 
 
 def checksums(name: str, found: str, digits: str) -> Case:
-    """A header with one tensor and our key."""
-    wanted = f"{KEY} expected to have 1 × 16 lower-case hex digits, it has {found}"
-    return lone(name, wanted, f'{{"__metadata__":{{"{KEY}":"{digits}"}},"x":{X}}}')
+    """A header with one tensor, and these digits under shardsave's key for checksums."""
+    refusal = f"{KEY} expected to have 1 × 16 lower-case hex digits, it has {found}"
+    return lone(name, refusal, f'{{"__metadata__":{{"{KEY}":"{digits}"}},"x":{X}}}')
 
 
-def too_long(says: int) -> str:
-    return f"at most 100000000 bytes of header expected, it says {says}, as no safetensors file does"
+def too_long(length: int) -> str:
+    return f"at most 100000000 bytes of header expected, it says {length}, as no safetensors file does"
 
 
 SHAPE = "have a shape of sizes below 2^63, it has "

@@ -1,4 +1,4 @@
-"""Attacks on an index: bytes that are none, an index as others write it, and our record, changed and sealed again."""
+"""Attacks on an index: bytes that are no index, indexes as other libraries write them, and shardsave's record, changed and resealed."""
 
 from __future__ import annotations
 
@@ -8,91 +8,93 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from making import FIRST, INDEX, Case, Json, edit_index, edit_text, foreign, read_index, rewrite, saved, seal
+from tampering import FIRST, INDEX, Case, Json, edit_index, edit_text, foreign, read_index, rewrite, saved, seal
 
 import shardsave
 
 
-def refused(found: str) -> str:
-    return f"corrupt index {INDEX}: {found}; no shard was opened"
+def refused(refusal: str) -> str:
+    return f"corrupt index {INDEX}: {refusal}; no shard was opened"
 
 
-def raw(name: str, found: str, content: bytes) -> Case:
-    """The index is these bytes."""
+def raw(name: str, refusal: str, content: bytes) -> Case:
+    """An index with this content."""
 
     def make(folder: Path) -> None:
         saved(folder)
         rewrite(folder / INDEX, content)
 
-    return Case(name, refused(found), make)
+    return Case(name, refused(refusal), make)
 
 
-def others(name: str, found: str, weight_map: object = None, **top: object) -> Case:
-    """An index without our record, with two good shards."""
-    return Case(name, refused(found), lambda folder: foreign(folder, weight_map, **top))
+def others(name: str, refusal: str, weight_map: object = None, **top: object) -> Case:
+    """An index without shardsave's record, with two good shards."""
+    return Case(name, refused(refusal), lambda folder: foreign(folder, weight_map, **top))
 
 
-def record(name: str, found: str, change: Callable[[Json], object]) -> Case:
-    """``change`` is done to our record, which is sealed again."""
-    return whole(name, found, lambda index: change(index["shardsave"]))
+def record(name: str, refusal: str, change: Callable[[Json], object]) -> Case:
+    """Applies ``change`` to shardsave's record and reseals the index."""
+    return whole(name, refusal, lambda index: change(index["shardsave"]))
 
 
-def whole(name: str, found: str, change: Callable[[Json], object]) -> Case:
+def whole(name: str, refusal: str, change: Callable[[Json], object]) -> Case:
+    """Applies ``change`` to the whole index and reseals it."""
+
     def make(folder: Path) -> None:
         saved(folder)
         edit_index(folder, change)
 
-    return Case(name, refused(found), make)
+    return Case(name, refused(refusal), make)
 
 
-def text(name: str, found: str, old: str, new: str) -> Case:
-    """A part of the index's text is replaced, and the whole sealed again."""
+def text(name: str, refusal: str, old: str, new: str) -> Case:
+    """Replaces a part of the text of the index and reseals it."""
 
     def make(folder: Path) -> None:
         saved(folder)
         edit_text(folder, old, new)
 
-    return Case(name, refused(found), make)
+    return Case(name, refused(refusal), make)
 
 
-def content(name: str, found: str, change: Callable[[bytes], bytes]) -> Case:
-    """The bytes of the index are changed, and no seal is made right."""
+def content(name: str, refusal: str, change: Callable[[bytes], bytes]) -> Case:
+    """Changes the bytes of the index without resealing it."""
 
     def make(folder: Path) -> None:
         saved(folder)
         rewrite(folder / INDEX, change((folder / INDEX).read_bytes()))
 
-    return Case(name, refused(found), make)
+    return Case(name, refused(refusal), make)
 
 
 def under_the_seal(folder: Path) -> None:
-    """The seal is that of another writer's index; nothing in it depends on our version."""
+    """Changes a byte under the seal. The writer is named 'test', so that the checksum in the message does not depend on our version."""
     saved(folder)
     edit_index(folder, lambda index: index["shardsave"].update(writer="test"))
     sealed = (folder / INDEX).read_bytes()
     rewrite(folder / INDEX, sealed.replace(b'"durable": false', b'"durable": true '))
 
 
-def flags(name: str, found: str, value: object) -> Case:
-    return record(name, found, lambda ours: ours.update(flags=value))
+def flags(name: str, refusal: str, value: object) -> Case:
+    return record(name, refusal, lambda ours: ours.update(flags=value))
 
 
-def module_flags(name: str, found: str, value: object) -> Case:
-    return record(name, found, lambda ours: ours.update(module_flags=value))
+def module_flags(name: str, refusal: str, value: object) -> Case:
+    return record(name, refusal, lambda ours: ours.update(module_flags=value))
 
 
-def beside(name: str, found: str, value: object) -> Case:
-    return record(name, found, lambda ours: ours.update(companions=value))
+def beside(name: str, refusal: str, value: object) -> Case:
+    return record(name, refusal, lambda ours: ours.update(companions=value))
 
 
-def shard(name: str, found: str, value: object) -> Case:
-    """What the record says of the first shard."""
-    return record(name, f"shard {FIRST} expected to have {found}", lambda ours: ours["shards"].update({FIRST: value}))
+def shard(name: str, refusal: str, value: object) -> Case:
+    """Replaces the record of the first shard."""
+    return record(name, f"shard {FIRST} expected to have {refusal}", lambda ours: ours["shards"].update({FIRST: value}))
 
 
 def file_name(name: str, glimpse: str, value: str) -> Case:
-    found = f"file names of one path component expected, it names {glimpse}"
-    return others(name, found, {"x": "a.safetensors", "y": value})
+    refusal = f"file names of one path component expected, it names {glimpse}"
+    return others(name, refusal, {"x": "a.safetensors", "y": value})
 
 
 def over_the_bound(folder: Path) -> None:
@@ -101,7 +103,7 @@ def over_the_bound(folder: Path) -> None:
 
 
 def another_seal(folder: Path) -> None:
-    """The record's checksum is right, and is not its last member."""
+    """The checksum of the record is correct, but is not its last member."""
     saved(folder)
     sealed = seal(json.dumps(read_index(folder)))[:-3]
     rewrite(folder / INDEX, sealed + b', "z": "0000000000000000"}}\n')

@@ -1,4 +1,4 @@
-"""Method: what looks like an attack and is none. A reader that refuses too much makes a good checkpoint worthless."""
+"""Method: good checkpoints that look like attacks are loaded. A reader that refuses too much makes a good checkpoint useless."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 from file_cases import flip
-from making import FIRST, INDEX, LONE, SECOND, Json, Net, crc, edit_index, entry, foreign, record_of, saved, shard_bytes
+from tampering import FIRST, INDEX, LONE, SECOND, Json, Net, crc, edit_index, entry, foreign, record_of, saved, shard_bytes
 
 import shardsave
 from support import same_bits
 
 
 def no_tensors(folder: Path) -> None:
-    """A shard that the record has and no name leads to."""
+    """Adds a shard that is recorded, and that no name in weight_map leads to."""
     (folder / "more.safetensors").write_bytes(shard_bytes('{"__metadata__":{"shardsave.crc64nvme":""}}'))
     content = (folder / "more.safetensors").read_bytes()
     edit_index(folder, lambda index: index["shardsave"]["shards"].update({"more.safetensors": record_of(content)}))
@@ -23,8 +23,8 @@ def no_tensors(folder: Path) -> None:
 
 def stale_lone_file(folder: Path) -> None:
     (folder / LONE).write_bytes(b"whatever the save replaced")
-    found = (folder / LONE).stat()
-    stale = {"size": found.st_size, "mtime_ns": found.st_mtime_ns}
+    status = (folder / LONE).stat()
+    stale = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
     edit_index(folder, lambda index: index["shardsave"].update(supersedes=stale))
 
 
@@ -57,7 +57,7 @@ def through_links(folder: Path) -> None:
 
 @pytest.mark.parametrize(("change"), [change for _, change in CHANGES], ids=[name for name, _ in CHANGES])
 def test_accepted(change: Callable[[Path], object], tmp_path: Path) -> None:
-    """Catches a reader that refuses what FORMAT.md tells it to ignore."""
+    """Catches a reader that refuses something that FORMAT.md tells readers to ignore."""
     saved(tmp_path)
     change(tmp_path)
     model = Net(seed=3)
@@ -68,8 +68,8 @@ def test_accepted(change: Callable[[Path], object], tmp_path: Path) -> None:
     assert shardsave.load(tmp_path, mmap=True).keys() == model.state_dict().keys()
 
 
-def test_index_of_others(tmp_path: Path) -> None:
-    """Catches a reader that trusts, or refuses, what an index without our record says beside weight_map."""
+def test_index_of_another_library(tmp_path: Path) -> None:
+    """Catches a reader that uses or refuses other members than weight_map in an index without shardsave's record."""
     foreign(tmp_path, metadata={"total_size": -1.5}, note=[1])
     assert shardsave.load(tmp_path).keys() == {"x", "y"}
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"x": "a.safetensors"}}))
@@ -83,8 +83,8 @@ def test_index_of_others(tmp_path: Path) -> None:
         shardsave.load(tmp_path / "other.safetensors.index.json")
 
 
-def test_header_of_others(tmp_path: Path) -> None:
-    """Catches a reader that wants our order, our padding or our alignment."""
+def test_header_of_another_library(tmp_path: Path) -> None:
+    """Catches a reader that requires the order, the padding or the alignment that shardsave writes."""
     header = f'{{"z":{entry("U8", [3], [4, 7])},"__metadata__":{{}},"a":{entry()},"e":{entry("F64", [0, 9], [7, 7])}}}   '
     (tmp_path / LONE).write_bytes(shard_bytes(header, bytes(range(7))))
     for mmap in (False, True):
@@ -93,27 +93,27 @@ def test_header_of_others(tmp_path: Path) -> None:
 
 
 def test_damaged_data(tmp_path: Path) -> None:
-    """Catches damage between headers that is not found, or whose message does not say where, what, and how the module is now."""
+    """Catches damaged data that is not noticed, or a message without the place, the checksums and the state of the module."""
     saved(tmp_path)
     content = (tmp_path / FIRST).read_bytes()
     at = 4096 + Net().base.weight.nbytes
     flip(tmp_path / FIRST, at)
     good, bad = crc(content[at : at + 8]), crc((tmp_path / FIRST).read_bytes()[at : at + 8])
-    whole = (
+    message = (
         f"corrupt shard {FIRST}: tensor 'base.bias' has checksum {bad}, its header says {good}; "
         f"the file was changed after it was saved"
     )
     for verb in (shardsave.load, shardsave.verify):
         with pytest.raises(shardsave.CorruptCheckpointError) as caught:
             verb(tmp_path)
-        assert str(caught.value) == whole
+        assert str(caught.value) == message
     model = Net(seed=3)
     with pytest.raises(shardsave.CorruptCheckpointError) as caught:
         shardsave.load_model(model, tmp_path)
-    assert str(caught.value) == f"{whole}; the module is partly loaded, 3 of 4 tensors"
+    assert str(caught.value) == f"{message}; the module is partly loaded, 3 of 4 tensors"
     assert shardsave.load(tmp_path, prefix="top.").keys() == {"weight", "bias"}
     flip(tmp_path / SECOND, 4096)
     flip(tmp_path / SECOND, 4119)
     with pytest.raises(shardsave.CorruptCheckpointError) as caught:
         shardsave.verify(tmp_path)
-    assert str(caught.value) == f"{whole}; 2 more tensors are damaged"
+    assert str(caught.value) == f"{message}; 2 more tensors are damaged"

@@ -1,5 +1,5 @@
-"""Method: every bad checkpoint of the corpus meets every verb. Each refuses it with exactly the error and the whole message that
-the table says, soon, without asking for the memory that its numbers speak of, and with the module unchanged.
+"""Method: every verb is called with every bad checkpoint of the tables. It must raise exactly the error and the message in the table: soon,
+without allocating the memory that the numbers in the file would need, and with the module unchanged.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import pytest
 from file_cases import FILES
 from header_cases import HEADERS
 from index_cases import INDEXES
-from making import LONE, Case, Net
+from tampering import LONE, Case, Net
 
 import shardsave
 from support import same_bits
 
 CASES = [*HEADERS, *INDEXES, *FILES]
 
-#: What a refusal may ask for, in bytes: the largest header, and room to parse it.
+#: How much memory a refusal may allocate, in bytes: the largest header, and room to parse it.
 MEMORY = 320 << 20
 
 
 def load_model(path: Path) -> None:
-    """Loads into a module, and sees that nothing about it has changed."""
+    """Loads into a module, and checks that nothing in it has changed."""
     model = Net(seed=1)
     before = {name: (tensor.clone(), tensor._version) for name, tensor in model.state_dict(keep_vars=True).items()}
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -51,10 +51,10 @@ VERBS: list[Callable[[Path], object]] = [
 
 @contextlib.contextmanager
 def bounded_memory() -> Iterator[None]:
-    """No more address space than there is now and `MEMORY`: what is asked for on top of that fails."""
-    now = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    """Limits the address space to its current size plus `MEMORY`, so that larger allocations fail."""
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, hard))
+    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, hard))
     try:
         yield
     finally:
@@ -62,15 +62,15 @@ def bounded_memory() -> Iterator[None]:
 
 
 def test_names_of_cases_are_unique() -> None:
-    """Catches a case that hides another in a report, and a corpus that has shrunk."""
+    """Catches two cases with the same name, which a report would not tell apart, and a corpus that has become smaller."""
     assert len({case.name for case in CASES}) == len(CASES) >= 60
 
 
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_refused(case: Case, tmp_path: Path) -> None:
-    """Catches a bad file that is loaded, a message that helps nobody, an error of Python's own, a hang, and memory asked for on
-    the word of a file."""
+    """Catches a bad file that is loaded, an unclear message, an error of Python itself, a hang, a leaked descriptor, and memory that is
+    allocated because a file says so."""
     path = case.make(tmp_path) or tmp_path
     paths = [path, path / LONE] if case in HEADERS else [path]
     descriptors = len(os.listdir("/proc/self/fd"))

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from file_cases import SPECIALS, link_to_itself
-from making import INDEX, LONE, edit_index, saved
+from tampering import INDEX, LONE, edit_index, saved
 
 import shardsave
 from shardsave._storage.staging import host_id

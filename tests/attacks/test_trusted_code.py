@@ -1,6 +1,7 @@
-"""Method: a trusted module has classes with every kind of code that Python runs of its own accord; a file asks for them, with its values.
+"""Method: a trusted module has classes with every kind of code that Python calls implicitly, and a file names them, with its own values.
 
-The build ends in exactly the error that the table says, or in a model; none of the code has run, then or when all is thrown away.
+A build must end in exactly the error in the table, or in a model. None of the code may run, neither during the build nor when the objects
+are destroyed.
 """
 
 from __future__ import annotations
@@ -12,26 +13,26 @@ from typing import Any
 
 import pytest
 import traps
-from making import Json
-from test_architectures import BAD, edit_architecture
+from tampering import Json
+from test_hostile_architectures import BAD, edit_architecture
 from torch import nn
 from torch.nn.utils import parametrizations
 
 import shardsave
 
 UNFIT = (
-    "cannot build $ARCH: classes that can safely be made from data expected, it asks for {} (its __del__ would run with what the file "
-    "says); nothing was built"
+    "cannot build $ARCH: classes that can safely be built from data expected, it asks for {} (its __del__ would run with values from the "
+    "file); nothing was built"
 )
 KEYS = BAD.format("keys expected to be simple values", "one is a{}")
 
 
 def asks(*objects: Json, imports: tuple[str, ...] = (), **attributes: Any) -> Callable[[Json], object]:
-    """More objects in the table, from number 1 on, and attributes of the root, which is number 0."""
+    """Adds objects to the table, from number 1 on, and sets attributes of the root, which is number 0."""
 
     def change(document: Json) -> None:
-        made = [node["object"] for node in objects if "object" in node]
-        document["imports"].update({f"traps:{name}" if ":" not in name else name: None for name in (*made, *imports)})
+        kinds = [node["object"] for node in objects if "object" in node]
+        document["imports"].update({f"traps:{name}" if ":" not in name else name: None for name in (*kinds, *imports)})
         document["objects"].extend(
             {**node, "object": f"traps:{node['object']}"} if "object" in node else node for node in objects
         )
@@ -41,6 +42,7 @@ def asks(*objects: Json, imports: tuple[str, ...] = (), **attributes: Any) -> Ca
 
 
 def pair(name: str) -> Json:
+    """An instance of a named tuple of `traps`."""
     return {"namedtuple": [f"traps:{name}", ["chosen", 1]]}
 
 
@@ -60,12 +62,12 @@ CASES: dict[str, tuple[Callable[[Json], object], str]] = {
         asks({"dict": [], "type": "defaultdict", "factory": {"import": "traps:Closes"}}, imports=("Closes",)),
         UNFIT.format("traps.Closes"),
     ),
-    "all that have one, and all that is missing": (
+    "several finalisers, and a missing class": (
         asks({"object": "Closes"}, {"object": "Gone"}, imports=("ClosingPair",)),
-        "cannot build $ARCH: what it is made of was expected to be there, not found: traps.Gone (saved without a version; module traps has "
-        "no Gone); for what was renamed say classes={'old.Name': NewClass}; classes that can safely be made from data expected, it asks "
-        "for traps.Closes (its __del__ would run with what the file says), traps.ClosingPair (its __del__ would run with what the file "
-        "says); nothing was built",
+        "cannot build $ARCH: its classes and functions were expected to be importable, not found: traps.Gone (saved without a version; "
+        "module traps has no Gone); if one was renamed, pass classes={'old.Name': NewClass}; classes that can safely be built from data "
+        "expected, it asks for traps.Closes (its __del__ would run with values from the file), traps.ClosingPair (its __del__ would run "
+        "with values from the file); nothing was built",
     ),
     "a key with a hash of its own": (asks({"set": [pair("Hashed")]}, imports=("Hashed",)), KEYS.format(" Hashed")),
     "a key with a comparison of its own": (
@@ -76,51 +78,55 @@ CASES: dict[str, tuple[Callable[[Json], object], str]] = {
         asks(imports=("Hashed",), a={"frozenset": [{"tuple": [pair("Hashed")]}]}),
         KEYS.format(" tuple"),
     ),
-    "a key that is iterated": (asks({"set": [pair("Iterated")]}, imports=("Iterated",)), ""),
-    "a member of a flag that is made up": (
+    "a key with an __iter__ of its own": (asks({"set": [pair("Iterated")]}, imports=("Iterated",)), ""),
+    "an unnamed value of a flag": (
         asks(imports=("Guesses",), a={"flag": ["traps:Guesses", 3]}),
-        BAD.format("a member of Guesses expected", "3 is none"),
+        BAD.format("the value of a member of Guesses expected", "it is 3"),
     ),
     "a member of a flag": (asks(imports=("Guesses",), a={"flag": ["traps:Guesses", 2]}), ""),
-    "a call of a metaclass": (asks(imports=("Called",), a={"flag": ["traps:Called", 1]}), ""),
-    "items that are attributes": (asks({"object": "Listed", "items": [["a", 1]], "attributes_are_items": True}), ""),
-    "a state in the place of a method": (
+    "a metaclass with a __call__ of its own": (asks(imports=("Called",), a={"flag": ["traps:Called", 1]}), ""),
+    "a dict with an items method of its own": (
+        asks({"object": "Listed", "items": [["a", 1]], "attributes_are_items": True}),
+        "",
+    ),
+    "a state with a function in place of a method": (
         asks(
             {"object": "Reader", "state": {"ref": 2}},
             {"dict": [["read", {"import": "math:factorial"}]]},
             imports=("math:factorial",),
         ),
-        BAD.format("attributes of a Reader expected", "'read' would take the place of its method"),
+        BAD.format("attributes of a Reader expected", "'read' would replace its method"),
     ),
-    "an object that is asked for its class": (
+    "a class with a __getattribute__ of its own": (
         asks({"object": "Watches", "attributes": {"a": 1}}, {"list": [{"ref": 1}]}, a={"ref": 1}),
         "",
     ),
-    "a state that is no dict, and says what it is": (
+    "a state that is not a dict, with a __repr__ of its own": (
         asks({"object": "Reader", "state": pair("Said")}, imports=("Said",)),
         BAD.format("the state of a Reader expected to be a dict", "it is a Said"),
     ),
-    "a size of what only says that it is a number": (
+    "a size of an object with an __index__ of its own": (
         asks({"object": "Number"}, a={"size": [{"ref": 1}]}),
         BAD.format("a size expected", "it is [{'ref': 1}]"),
     ),
-    "a range of what only says that it is a number": (
+    "a range of an object with an __index__ of its own": (
         asks({"object": "Number"}, a={"range": [0, {"ref": 1}, 1]}),
         BAD.format("a range expected", "it is [0, {'ref': 1}, 1]"),
     ),
-    "such an object as a key": (asks({"object": "Watches"}, {"set": [{"ref": 1}]}), KEYS.format(" Watches")),
+    "a key with a __getattribute__ of its own": (asks({"object": "Watches"}, {"set": [{"ref": 1}]}), KEYS.format(" Watches")),
 }
 
 
 @pytest.fixture(autouse=True)
 def ran() -> list[str]:
+    """What ran, in words."""
     traps.ran.clear()
     return traps.ran
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_runs_nothing(name: str, tmp_path: Path, ran: list[str]) -> None:
-    """Catches code of a trusted class that a file can run with its own values by way of Python: at the end of an object's life, as keys."""
+def test_runs_no_code(name: str, tmp_path: Path, ran: list[str]) -> None:
+    """Catches code of a trusted class that Python runs with values from a file: when an object is destroyed, or used as a key."""
     change, message = CASES[name]
     shardsave.save(nn.Dropout(), tmp_path, architecture=True, durable=False)
     edit_architecture(tmp_path, change)
@@ -135,8 +141,8 @@ def test_runs_nothing(name: str, tmp_path: Path, ran: list[str]) -> None:
     assert ran == []
 
 
-def test_hooks_are_registered_by_torch(tmp_path: Path, ran: list[str]) -> None:
-    """Catches a registration that runs code of the module's class, and a parametrized module that loses its own methods as hooks."""
+def test_hooks_are_registered_by_torch_itself(tmp_path: Path, ran: list[str]) -> None:
+    """Catches a registration that runs a method of the module's class, and a parametrized module that loses its own methods as hooks."""
     model = parametrizations.orthogonal(traps.Registers(2, 2))
     nn.Module.register_forward_pre_hook(model, model.before)
     shardsave.save(model, tmp_path, architecture=True, durable=False)
@@ -146,14 +152,14 @@ def test_hooks_are_registered_by_torch(tmp_path: Path, ran: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"),
+    ("kind", "problem"),
     [
         ("Answers", "__getattr__ of traps.Answers{} AssertionError: Module already has an attribute named 'weight'"),
         ("Empty", "registering hooks of traps.Empty{} AttributeError: 'Empty' object has no attribute '_forward_pre_hooks'"),
     ],
 )
-def test_classes_that_torch_cannot_work_with(kind: str, said: str, tmp_path: Path) -> None:
-    """Catches an exception that comes out raw where torch itself works on a module of a trusted class."""
+def test_classes_that_break_torch(kind: str, problem: str, tmp_path: Path) -> None:
+    """Catches an exception of torch, while it works on a module of a trusted class, that is not turned into an error of this package."""
     model = parametrizations.orthogonal(traps.Registers(2, 2))
     nn.Module.register_forward_pre_hook(model, model.before)
     shardsave.save(model, tmp_path, architecture=True, durable=False)
@@ -169,12 +175,12 @@ def test_classes_that_torch_cannot_work_with(kind: str, said: str, tmp_path: Pat
     edit_architecture(tmp_path, change)
     with pytest.raises(shardsave.IncompatibleCheckpointError) as raised:
         shardsave.build_model(tmp_path, trust=["traps"])
-    found = said.format(" was expected to take what was saved with an unknown version, it raised")
-    assert str(raised.value) == f"cannot build the architecture in {tmp_path}: {found}; nothing was built"
+    refusal = problem.format(" was expected to accept what was saved with an unknown version, it raised")
+    assert str(raised.value) == f"cannot build the architecture in {tmp_path}: {refusal}; nothing was built"
 
 
-def test_what_could_not_be_built_is_refused_at_save(tmp_path: Path) -> None:
-    """Catches an architecture that is written though its keys or flags would be refused by a build."""
+def test_keys_and_flags_are_refused_at_save(tmp_path: Path) -> None:
+    """Catches an architecture that is written although a build would refuse its keys or flags."""
     model = nn.Linear(2, 2)
     model.flag, model.pairs = traps.Guesses.ONE | traps.Guesses.TWO, {traps.Hashed(1, 2)}  # type: ignore[assignment]
     model.numbers = {(2**61 - 1) * factor: 0 for factor in range(101)}  # type: ignore[assignment]
@@ -182,18 +188,18 @@ def test_what_could_not_be_built_is_refused_at_save(tmp_path: Path) -> None:
         shardsave.save(model, tmp_path, architecture=True)
     assert str(raised.value) == (
         "cannot save the architecture: model.flag: <Guesses.ONE|TWO: 3>, which has no name in its enum; "
-        "model.pairs: a key or element Hashed(left=1, right=2), which is looked up by what it is and not by its value; "
-        "model.numbers: more than 100 keys or elements of one hash; nothing was written"
+        "model.pairs: a key or element Hashed(left=1, right=2), which is looked up by identity and not by value; "
+        "model.numbers: more than 100 keys or elements with the same hash; nothing was written"
     )
 
 
 def test_a_finaliser_is_refused_at_save(tmp_path: Path, ran: list[str]) -> None:
-    """Catches an architecture that is written, and is refused when somebody builds it."""
+    """Catches an architecture that is written although a build would refuse its class."""
     model = nn.Linear(2, 2)
     model.log, model.inner = traps.ClosesToo(), traps.Net()  # type: ignore[assignment]
     with pytest.raises(shardsave.UnsupportedModuleError) as raised:
         shardsave.save(model, tmp_path, architecture=True)
     assert str(raised.value) == (
-        "cannot save the architecture: model.inner: a traps.Net: its __del__ would run with what the file says; "
-        "model.log: a traps.ClosesToo: its __del__ would run with what the file says; nothing was written"
+        "cannot save the architecture: model.inner: a traps.Net: its __del__ would run with values from the file; "
+        "model.log: a traps.ClosesToo: its __del__ would run with values from the file; nothing was written"
     )

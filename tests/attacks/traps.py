@@ -1,4 +1,4 @@
-"""Classes with code that Python runs of its own accord, as a trusted package may have them; each says in ``ran`` that it ran."""
+"""Classes with code that Python calls implicitly, such as ``__del__``. Each piece of code records in ``ran`` that it ran."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ran: list[str] = []
 
 
 class Closes:
-    """What it holds is thrown away with it."""
+    """Has a finaliser, as classes that own a file do."""
 
     def __del__(self) -> None:
         ran.append(f"__del__ with {vars(self)}")
@@ -91,7 +91,7 @@ class Called(enum.IntFlag, metaclass=Calls):
 
 
 class Listed(dict):
-    """Says its items by code of its own."""
+    """Has an ``items`` method of its own."""
 
     def items(self) -> Any:
         ran.append("items")
@@ -100,11 +100,11 @@ class Listed(dict):
 
 class Reader:
     def read(self) -> str:
-        return "what it reads"
+        return "content"
 
 
 class Watches:
-    """Is asked for each of its attributes."""
+    """Sees every access to its attributes."""
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:  # type: ignore[override]
@@ -126,14 +126,14 @@ class Registers(nn.Linear):
 
 
 class Answers(nn.Linear):
-    """Has a weight, whatever it is made of."""
+    """Has a weight, whatever its state is."""
 
     def __getattr__(self, name: str) -> Any:
         return 1 if name == "weight" else super().__getattr__(name)
 
 
 class Empty(Registers):
-    """Takes no state at all."""
+    """Ignores its state."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         pass

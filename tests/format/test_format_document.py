@@ -14,10 +14,10 @@ import pytest
 import torch
 
 import shardsave
-from architectures import tiny
 from shardsave._format.dtypes import BY_NAME
 from shardsave._format.index_parsing import _parse_flags
 from support import ROOT
+from transformers_models import tiny
 
 DOCUMENT = (ROOT / "FORMAT.md").read_text()
 SHARD, INDEX = "model-00001-of-00001.safetensors", "model.safetensors.index.json"

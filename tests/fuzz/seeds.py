@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "attacks"))
 
 from header_cases import HEADERS
 from index_cases import INDEXES
-from making import INDEX, LONE, Case, entry, foreign, saved, shard_bytes
+from tampering import INDEX, LONE, Case, entry, foreign, saved, shard_bytes
 
 #: The largest seed in bytes; a larger one makes the fuzzer slower, and no better.
 LARGEST = 20_000

@@ -15,8 +15,8 @@ import torch
 from safetensors import safe_open
 
 import shardsave
-from architectures import ARCHITECTURES, FUSED, tiny
 from support import ROOT, same_bits, same_state
+from transformers_models import ARCHITECTURES, FUSED, tiny
 
 transformers = pytest.importorskip("transformers")
 CONFIGS = ("config.json", "generation_config.json")

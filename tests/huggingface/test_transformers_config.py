@@ -14,8 +14,8 @@ import transformers
 from torch import nn
 
 import shardsave
-from architectures import ARCHITECTURES, tiny
 from support import same_bits, same_state
+from transformers_models import ARCHITECTURES, tiny
 
 transformers.logging.set_verbosity_error()
 

@@ -13,8 +13,8 @@ from torch import nn
 from shardsave._api.arguments import check_path, check_progress, check_switches
 from shardsave._api.load import Device, device_of, load_model
 from shardsave._architecture.builder import Builder
+from shardsave._architecture.document import Document
 from shardsave._architecture.trust import resolve
-from shardsave._architecture.values import Document
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
 from shardsave._format.dtypes import BY_NAME, torch_shape

@@ -225,8 +225,8 @@ def _extra_states(checkpoint: Checkpoint, names: list[str], prefix: str, strict:
     data = checkpoint.documents.get("architecture")
     if data is None or not names:
         return {}
-    from shardsave._architecture.extra_states import extra_states  # no model without any needs these
-    from shardsave._architecture.values import Document
+    from shardsave._architecture.document import Document  # no model without any needs these
+    from shardsave._architecture.extra_states import extra_states
 
     document = Document(data, f"the architecture in {checkpoint.path}")
     found, others = extra_states(document, [prefix + name for name in names])

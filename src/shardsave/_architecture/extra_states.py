@@ -1,78 +1,79 @@
-"""Extra state that is no tensor, out of the architecture beside the weights: plain data alone, nothing is imported for it."""
+"""Extra state (``get_extra_state``) that is not a tensor, read from the architecture. Only plain data is read; nothing is imported."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from shardsave._architecture.describe import DICT_TYPES
-from shardsave._architecture.values import Document, Values
+from shardsave._architecture.document import DICT_TYPES, Document
+from shardsave._architecture.read_values import ValueReader
+from shardsave._common.strict_json import glimpse
 from shardsave._state.module import EXTRA_STATE
 
 _PLAIN_DICTS = {"dict": dict, **{name: kind for name, kind in DICT_TYPES.items() if name != "defaultdict"}}
 
 
 class NotPlain(Exception):
-    """What was met is a tensor, or an object of some class."""
+    """The value contains a tensor, or an instance of some class."""
 
 
 def extra_states(document: Document, names: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
-    """Of ``names``, such as ``layer._extra_state``, those that the document has, with their values; and those that are no plain data.
+    """Reads the extra states ``names``, such as ``layer._extra_state``. Raises CorruptCheckpointError.
 
-    Raises CorruptCheckpointError.
+    Returns name → value for those that are plain data, and a list of the names of the others. Names that the document lacks are in neither.
     """
-    found, others = {}, []
-    values = _PlainValues(document)
+    plain, others = {}, []
+    reader = _PlainValueReader(document)
     for name in names:
-        node = _module(document, name.removesuffix(EXTRA_STATE).removesuffix("."))
+        node = _module_node(document, name.removesuffix(EXTRA_STATE).removesuffix("."))
         if node is None or "extra_state" not in node:
             continue
         try:
-            found[name] = values.value(node["extra_state"])
+            plain[name] = reader.value(node["extra_state"])
         except (NotPlain, RecursionError):
             others.append(name)
-    return found, others
+    return plain, others
 
 
-def _module(document: Document, path: str) -> dict[str, Any] | None:
-    """The module at ``path`` in the document's table."""
+def _module_node(document: Document, path: str) -> dict[str, Any] | None:
+    """The entry in the table of the module at ``path``."""
     node = document.objects[0]
-    for part in path.split(".") if path else ():
+    for name in path.split(".") if path else ():
         children = node.get("children")
-        place = children.get(part) if isinstance(children, dict) else None
-        if type(place) is not int or not 0 <= place < len(document.objects):
+        number = children.get(name) if isinstance(children, dict) else None
+        if type(number) is not int or not 0 <= number < len(document.objects):
             return None
-        node = document.objects[place]
+        node = document.objects[number]
     return node
 
 
-class _PlainValues(Values):
-    """Makes the containers of the table when they are asked for, and nothing else of it."""
+class _PlainValueReader(ValueReader):
+    """Builds an object of the table when a value refers to it, and only if it is a plain container."""
 
     def __init__(self, document: Document) -> None:
         super().__init__(document, {})
         self._document = document
-        self._there: dict[int, Any] = {}
+        self._built: dict[int, Any] = {}
 
-    def at(self, place: object) -> Any:
-        if type(place) is not int or not 0 <= place < len(self._document.objects):
-            self._bad(f"a number below {len(self._document.objects)} expected", f"it is {place!r}")
-        if place in self._there:
-            return self._there[place]
-        node = self._document.objects[place]
+    def object_at(self, number: object) -> Any:
+        if type(number) is not int or not 0 <= number < len(self._document.objects):
+            self._refuse(f"the number of an object, below {len(self._document.objects)}, expected", f"it is {glimpse(number)}")
+        if number in self._built:
+            return self._built[number]
+        node = self._document.objects[number]
         if "list" in node:
-            made: Any = []
-            self._there[place] = made
-            made.extend(self.values(node["list"]))
+            container: Any = []
+            self._built[number] = container
+            container.extend(self.values(node["list"]))
         elif "set" in node:
-            made = self._there[place] = set(self.keys(self.values(node["set"])))
+            container = self._built[number] = set(self.keys(self.values(node["set"])))
         elif "dict" in node and str(node.get("type", "dict")) in _PLAIN_DICTS:
-            made = self._there[place] = _PLAIN_DICTS[str(node.get("type", "dict"))]()
+            container = self._built[number] = _PLAIN_DICTS[str(node.get("type", "dict"))]()
             for key, value in self.pairs(node["dict"]):
-                made[key] = value
+                container[key] = value
         else:
             raise NotPlain
-        return made
+        return container
 
     def imported(self, name: object) -> NoReturn:
         raise NotPlain

@@ -8,19 +8,20 @@ from typing import Any, NamedTuple, Union
 
 import torch
 from torch import fx, nn
-from torch.export.graph_signature import InputKind, InputSpec, OutputKind
+from torch.export.graph_signature import InputKind, InputSpec, OutputKind, OutputSpec
 from torch.utils._pytree import TreeSpec
 
 from shardsave._program.program import FORMAT, LoadedProgram, ProgramDocument
-from shardsave._program.traced_arguments import Condition, TracedArguments, parts_of, plain, refuse
+from shardsave._program.refusals import refuse_to_save
+from shardsave._program.traced_arguments import Condition, TracedArguments, parts_of, plain
 from shardsave._state.extra_tensors import ExtraTensors
 from shardsave._state.module import unwrap
 from shardsave.errors import CorruptCheckpointError
 
 Program = Union[tuple[tuple[Any, ...], dict[str, Any]], torch.export.ExportedProgram]
 
-_KINDS = {InputKind.PARAMETER: "parameter", InputKind.BUFFER: "buffer", InputKind.CONSTANT_TENSOR: "constant"}
-_WRITTEN_BACK = {OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION} | {
+_TENSOR_KINDS = {InputKind.PARAMETER: "parameter", InputKind.BUFFER: "buffer", InputKind.CONSTANT_TENSOR: "constant"}
+_MUTATIONS = {OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION} | {
     kind for kind in OutputKind if kind.name == "PARAMETER_MUTATION"
 }
 
@@ -31,7 +32,7 @@ class Captured(NamedTuple):
 
 
 def check_program(program: object) -> None:
-    """Raises TypeError for what is neither the arguments of an example nor an exported program."""
+    """Raises TypeError unless ``program`` holds the arguments of an example call, or is an exported program."""
     if isinstance(program, torch.export.ExportedProgram):
         return
     if isinstance(program, tuple) and len(program) == 2 and isinstance(program[0], tuple) and isinstance(program[1], dict):
@@ -40,71 +41,83 @@ def check_program(program: object) -> None:
 
 
 def capture(module: nn.Module, program: Program, extra: ExtraTensors) -> Captured:
-    """The program of ``module`` as JSON; tensors that are no weights are added to ``extra``. Raises UnsupportedModuleError."""
+    """The program of ``module``, as JSON. Tensors that are not weights are added to ``extra``. Raises UnsupportedModuleError."""
     module = unwrap(module)
     if isinstance(program, torch.export.ExportedProgram):
         exported, training = program, None
     else:
         exported, training = _export(module, *program), module.training
     _refuse_other_weights(module, exported)
-    signature = exported.graph_signature
-    others = [spec for spec in signature.input_specs if spec.kind not in {*_KINDS, InputKind.USER_INPUT}]
-    if others:
-        refuse(f"inputs that are tensors and plain values were expected, {others[0].arg.name} is a {others[0].kind.name}")
+    tensor_specs, argument_specs = _input_specs(exported)
+    input_specs = [*tensor_specs, *argument_specs]
     graphs: list[Any] = [None]
-    main = _Writer(exported.graph_module, graphs, 0)
-    named = [spec for spec in signature.input_specs if spec.kind in _KINDS]
-    given = [spec for spec in signature.input_specs if spec.kind is InputKind.USER_INPUT]
-    main.take_inputs([spec.arg.name for spec in [*named, *given]])
-    arguments = TracedArguments(exported, module, given, main)
-    main.check(arguments)
-    given_back = main.take_calls()
-    flat = given_back["tuple"] if isinstance(given_back, dict) else given_back
-    written = [spec for spec in signature.output_specs if spec.kind in _WRITTEN_BACK]
-    if any(spec.kind not in {*_WRITTEN_BACK, OutputKind.USER_OUTPUT} for spec in signature.output_specs[len(written) :]):
-        refuse("results that are a forward's were expected, it has others")
-    results = iter(flat[len(written) :])
-    nest = _nested(exported.call_spec.out_spec, results)
-    places = {
-        spec.target if spec.kind is not InputKind.USER_INPUT else spec.arg.name: n for n, spec in enumerate([*named, *given])
+    writer = _GraphWriter(exported.graph_module, graphs)
+    writer.add_inputs([spec.arg.name for spec in input_specs])
+    arguments = TracedArguments(exported, module, argument_specs, writer)
+    writer.add_checks(arguments)
+    graph_result = writer.add_calls()
+    values = graph_result["tuple"] if isinstance(graph_result, dict) else graph_result
+    mutation_specs = _mutation_specs(exported)
+    forward_result = _nest(exported.call_spec.out_spec, iter(values[len(mutation_specs) :]))
+    graphs[0] = writer.graph({"tuple": [values[: len(mutation_specs)], forward_result]})
+    input_numbers = {
+        spec.target if spec.kind is not InputKind.USER_INPUT else spec.arg.name: number
+        for number, spec in enumerate(input_specs)
     }
-    graphs[0] = main.graph({"tuple": [flat[: len(written)], nest]})
     document = {
         "format": FORMAT,
         "version": 1,
         "requires": [],
         "torch": torch.__version__,
         "training": training,
-        "tensors": [_place(exported, spec, extra) for spec in named],
+        "tensors": [_place(exported, spec, extra) for spec in tensor_specs],
         "arguments": arguments.document,
-        "mutations": [places[spec.target] for spec in written],
+        "mutations": [input_numbers[spec.target] for spec in mutation_specs],
         "graphs": graphs,
     }
     data = json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
-    try:
-        read = ProgramDocument(data, "the program", torch.device("cpu"))
-        LoadedProgram(read, {place.name: torch.empty(0, device="meta") for place in read.places})
-    except CorruptCheckpointError as error:
-        refuse(str(error).removeprefix("corrupt the program: ").removesuffix("; nothing was run"))
-    mode = (
-        "the program computes as in training mode, in which the model is; call eval() first for one to run a trained model with"
+    _check_readable(data)
+    note = (
+        "the model is in training mode, so its program always computes as in training mode; call eval() before saving a program "
+        "that runs a trained model"
     )
-    return Captured(data, (mode,) if training else ())
+    return Captured(data, (note,) if training else ())
 
 
 def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
     try:
         return torch.export.export(module, args, kwargs)
     except Exception as error:
-        refuse(f"torch.export was expected to trace the model, it raised {type(error).__name__}: {str(error).splitlines()[0]}")
+        refuse_to_save(
+            f"torch.export was expected to trace the model, it raised {type(error).__name__}: {str(error).splitlines()[0]}"
+        )
 
 
 def _refuse_other_weights(module: nn.Module, exported: torch.export.ExportedProgram) -> None:
-    """An exported program holds the tensors that it was traced with; those of another model would be stored beside this one's."""
+    """Refuses an exported program of another model: its weights would be stored in addition to those of ``module``."""
     own = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
     for name, tensor in exported.state_dict.items():
         if name not in own or own[name].data_ptr() != tensor.data_ptr() or own[name].shape != tensor.shape:
-            refuse(f"a program of the model's own weights was expected, its {name} is another tensor")
+            refuse_to_save(f"a program of the model's own weights was expected, its {name} is another tensor")
+
+
+def _input_specs(exported: torch.export.ExportedProgram) -> tuple[list[InputSpec], list[InputSpec]]:
+    """The inputs of the graph: those that are tensors of the model, and those that are arguments of a call."""
+    specs = exported.graph_signature.input_specs
+    for spec in specs:
+        if spec.kind not in {*_TENSOR_KINDS, InputKind.USER_INPUT}:
+            refuse_to_save(f"inputs that are tensors and plain values were expected, {spec.arg.name} is a {spec.kind.name}")
+    tensor_specs = [spec for spec in specs if spec.kind in _TENSOR_KINDS]
+    return tensor_specs, [spec for spec in specs if spec.kind is InputKind.USER_INPUT]
+
+
+def _mutation_specs(exported: torch.export.ExportedProgram) -> list[OutputSpec]:
+    """The results of the graph that overwrite one of its inputs. They come before the results of the forward."""
+    specs = exported.graph_signature.output_specs
+    mutation_specs = [spec for spec in specs if spec.kind in _MUTATIONS]
+    if any(spec.kind not in {*_MUTATIONS, OutputKind.USER_OUTPUT} for spec in specs[len(mutation_specs) :]):
+        refuse_to_save("results of the model's forward were expected, the exported program has others")
+    return mutation_specs
 
 
 def _place(exported: torch.export.ExportedProgram, spec: InputSpec, extra: ExtraTensors) -> dict[str, Any]:
@@ -112,79 +125,87 @@ def _place(exported: torch.export.ExportedProgram, spec: InputSpec, extra: Extra
     tensor = exported.state_dict[name] if name in exported.state_dict else exported.constants[name]
     try:
         stored, kept = extra.place(tensor, name)
-    except RuntimeError as error:  # of torch.func, whose tensors stand for others
-        refuse(f"tensors with memory of their own were expected, {name} has none ({str(error).splitlines()[0]})")
-    # A buffer that no state dict has is not one of a program's either.
-    kind = "constant" if spec.kind is InputKind.BUFFER and not spec.persistent else _KINDS[spec.kind]
-    trained = kind == "parameter" and tensor.requires_grad
-    return {"name": name, "tensor": stored, "kept": kept, "kind": kind, "requires_grad": trained}
+    except RuntimeError as error:  # tensors of torch.func only stand for others
+        refuse_to_save(f"tensors with memory of their own were expected, {name} has none ({str(error).splitlines()[0]})")
+    # A non-persistent buffer is not in the state dict of the model, so it must not be in that of the program either.
+    kind = "constant" if spec.kind is InputKind.BUFFER and not spec.persistent else _TENSOR_KINDS[spec.kind]
+    requires_grad = kind == "parameter" and tensor.requires_grad
+    return {"name": name, "tensor": stored, "kept": kept, "kind": kind, "requires_grad": requires_grad}
 
 
-class _Writer:
-    """Writes one graph of fx as a list of calls; those that it calls are added to ``graphs``, behind it."""
+def _check_readable(data: bytes) -> None:
+    """Refuses a document that `load_program` would refuse."""
+    try:
+        document = ProgramDocument(data, "the program", torch.device("cpu"))
+        LoadedProgram(document, {place.name: torch.empty(0, device="meta") for place in document.places})
+    except CorruptCheckpointError as error:
+        refuse_to_save(str(error).removeprefix("corrupt the program: ").removesuffix("; nothing was run"))
 
-    def __init__(self, module: fx.GraphModule, graphs: list[Any], number: int) -> None:
+
+class _GraphWriter:
+    """Writes one fx graph as a list of calls. Graphs that it calls are appended to ``graphs``."""
+
+    def __init__(self, module: fx.GraphModule, graphs: list[Any]) -> None:
         self._module = module
         self._graphs = graphs
-        self._number = number
         self._written: dict[fx.Node, Any] = {}
         self._nodes = {node.name: node for node in module.graph.nodes}
         self._inputs = 0
         self._calls: list[Any] = []
 
-    def take_inputs(self, names: list[str]) -> None:
+    def add_inputs(self, names: list[str]) -> None:
         self._inputs = len(names)
-        for place, name in enumerate(names):
-            self._written[self._nodes[name]] = {"value": place}
+        for number, name in enumerate(names):
+            self._written[self._nodes[name]] = {"value": number}
 
     def written(self, input_name: str) -> Any:
         return self._written[self._nodes[input_name]]
 
-    def seen(self, input_name: str) -> Any:
-        """What torch traced the graph with in the place of an input."""
+    def traced_with(self, input_name: str) -> Any:
         return self._nodes[input_name].meta["val"]
 
     def call(self, function: str, *arguments: Any, **keywords: Any) -> Any:
         self._calls.append([function, list(arguments), keywords])
         return {"value": self._inputs + len(self._calls) - 1}
 
-    def check(self, arguments: TracedArguments) -> None:
-        """Makes the graph begin with what torch assumed of its arguments."""
+    def add_checks(self, arguments: TracedArguments) -> None:
+        """Makes the graph begin with checks of what torch assumed about the arguments."""
         for condition in arguments.conditions:
             holds = Condition(condition, arguments, self.call).written
             self.call("aten._assert_scalar.default", holds, f"the program was exported for arguments of which {condition}")
 
-    def take_calls(self) -> Any:
-        """Writes all that is called; what the graph gives back."""
+    def add_calls(self) -> Any:
+        """Writes every call of the graph. Returns its result, as the document has it."""
         for node in self._module.graph.nodes:
             if node.op == "get_attr":
-                self._written[node] = {"graph": self._graph_of(node)}
+                self._written[node] = {"graph": self._add_graph(node)}
             elif node.op == "call_function":
-                name, arguments = _name_of(node.target), list(node.args)
+                name, arguments = _function_name(node.target), list(node.args)
                 if name == "higher_order.wrap_with_autocast":
                     arguments[0] = torch.device(arguments[0])
                 written = [self._value(value) for value in arguments]
-                self._written[node] = self.call(name, *written, **{name: self._value(v) for name, v in node.kwargs.items()})
+                keywords = {key: self._value(value) for key, value in node.kwargs.items()}
+                self._written[node] = self.call(name, *written, **keywords)
             elif node.op == "output":
                 return self._value(node.args[0])
             elif node not in self._written:
-                refuse(f"a graph of operators was expected, it has a {node.op} {node.target}")
+                refuse_to_save(f"a graph of operators was expected, it has a {node.op} {node.target}")
         return None
 
     def graph(self, result: Any) -> dict[str, Any]:
         return {"inputs": self._inputs, "calls": self._calls, "result": result}
 
-    def _graph_of(self, node: fx.Node) -> int:
+    def _add_graph(self, node: fx.Node) -> int:
         inner = self._module
         for part in str(node.target).split("."):
             inner = getattr(inner, part)
         if not isinstance(inner, fx.GraphModule):
-            refuse(f"a graph of operators was expected, it has {node.target}, a {type(inner).__name__}")
+            refuse_to_save(f"a graph of operators was expected, it has {node.target}, a {type(inner).__name__}")
         number = len(self._graphs)
         self._graphs.append(None)
-        writer = _Writer(inner, self._graphs, number)
-        writer.take_inputs([node.name for node in inner.graph.nodes if node.op == "placeholder"])
-        self._graphs[number] = writer.graph(writer.take_calls())
+        writer = _GraphWriter(inner, self._graphs)
+        writer.add_inputs([node.name for node in inner.graph.nodes if node.op == "placeholder"])
+        self._graphs[number] = writer.graph(writer.add_calls())
         return number
 
     def _value(self, value: Any) -> Any:
@@ -206,7 +227,7 @@ class _Writer:
         return plain(value)
 
 
-def _name_of(function: Any) -> str:
+def _function_name(function: Any) -> str:
     if isinstance(function, torch._ops.OpOverload):
         return str(function)
     if isinstance(function, torch._ops.HigherOrderOperator):
@@ -215,12 +236,12 @@ def _name_of(function: Any) -> str:
     return f"{ {'_operator': 'python'}.get(module, module) }.{getattr(function, '__name__', function)}"
 
 
-def _nested(tree: TreeSpec, following: Iterator[Any]) -> Any:
-    """The results of a forward, as it nests them; those of classes that name their parts, as dicts."""
+def _nest(tree: TreeSpec, values: Iterator[Any]) -> Any:
+    """The next ``values``, nested as a forward nests its results. Classes that name their parts become dicts."""
     kind, names, children = parts_of(tree)
     if kind is None:
-        return next(following)
-    parts = [_nested(child, following) for child in children]
+        return next(values)
+    parts = [_nest(child, values) for child in children]
     if kind is dict:
         return {"dict": dict(zip(names, parts))}
     return parts if kind is list else {"tuple": parts}

@@ -1,4 +1,4 @@
-"""Which arguments a program takes, as data, and how those of a call become the inputs of its graph."""
+"""The arguments that a program takes, and how the arguments of a call become the inputs of its graph."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any, NamedTuple, Union
 import torch
 
 from shardsave._common.strict_json import glimpse
-from shardsave._program.graph import DTYPES, FLOATS, MAX_DEPTH, Bad
+from shardsave._program.graph import DTYPES, FLOATS, MAX_DEPTH
+from shardsave._program.refusals import BadProgram
 
 
 class _Size(NamedTuple):
-    """A size that may differ from call to call: the same for all of one name."""
+    """A size that may differ from call to call. In one call, all sizes with the same name are equal."""
 
     name: str
     least: int
@@ -35,36 +36,36 @@ _Tree = Union[_Tensor, _Size, _Constant, list["_Tree"], dict[str, "_Tree"]]
 
 
 class Signature:
-    """What ``positional`` and ``keyword`` say of a call. ``inputs``: how many values it has, one for each leaf. Raises Bad."""
+    """The ``arguments`` of a document. ``inputs``: how many values they have, one for each leaf. Raises BadProgram."""
 
     def __init__(self, document: Any) -> None:
         if not isinstance(document, dict) or document.keys() != {"positional", "keyword"}:
-            raise Bad("arguments", "positional and keyword", document)
+            raise BadProgram("arguments", "positional and keyword", document)
         positional, keyword = document["positional"], document["keyword"]
         if not isinstance(positional, list) or not isinstance(keyword, dict):
-            raise Bad("arguments", "a list and names", document)
+            raise BadProgram("arguments", "a list for positional and an object for keyword", document)
         self.inputs = 0
         self._positional = []
         for pair in positional:
             if not isinstance(pair, list) or len(pair) != 2 or not (pair[0] is None or isinstance(pair[0], str)):
-                raise Bad("arguments", "a name or null, and what it stands for,", pair)
-            self._positional.append((pair[0], self._tree(pair[1], 0)))
-        self._keyword = {name: self._tree(tree, 0) for name, tree in keyword.items()}
+                raise BadProgram("arguments", "a pair of a name or null and a tree", pair)
+            self._positional.append((pair[0], self._read_tree(pair[1], 0)))
+        self._keyword = {name: self._read_tree(tree, 0) for name, tree in keyword.items()}
 
-    def _tree(self, tree: Any, depth: int) -> _Tree:
+    def _read_tree(self, tree: Any, depth: int) -> _Tree:
         if isinstance(tree, dict) and depth <= MAX_DEPTH:
             keys = tree.keys()
             if keys == {"list"} and isinstance(tree["list"], list):
-                return [self._tree(part, depth + 1) for part in tree["list"]]
+                return [self._read_tree(part, depth + 1) for part in tree["list"]]
             if keys == {"dict"} and isinstance(tree["dict"], dict):
-                return {name: self._tree(part, depth + 1) for name, part in tree["dict"].items()}
+                return {name: self._read_tree(part, depth + 1) for name, part in tree["dict"].items()}
             self.inputs += 1
             if keys == {"tensor", "shape"} and isinstance(tree["tensor"], str) and isinstance(tree["shape"], list):
                 if tree["tensor"] not in DTYPES:
-                    raise Bad("arguments", f"a dtype of torch {torch.__version__}", tree["tensor"])
-                return _Tensor(DTYPES[tree["tensor"]], tuple(map(_size, tree["shape"])))
+                    raise BadProgram("arguments", f"a dtype of torch {torch.__version__}", tree["tensor"])
+                return _Tensor(DTYPES[tree["tensor"]], tuple(map(_read_size, tree["shape"])))
             if keys == {"size", "min", "max"}:
-                return _size(tree)  # type: ignore[return-value]
+                return _read_size(tree)  # type: ignore[return-value]
             if keys == {"constant"}:
                 value = tree["constant"]
                 if value is None or isinstance(value, (bool, int, float, str)):
@@ -76,95 +77,103 @@ class Signature:
                     and value["float"] in FLOATS
                 ):
                     return _Constant(FLOATS[value["float"]])
-        raise Bad("arguments", "a tensor, a size, a constant, or a list or dict of them", tree)
+        raise BadProgram("arguments", "a tensor, a size, a constant, or a list or dict of them", tree)
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         """The leaves of a call's arguments, in order. Raises TypeError, ValueError."""
         if len(args) > len(self._positional):
             raise TypeError(f"at most {len(self._positional)} positional arguments were expected, {len(args)} were given")
-        left: dict[str, Any] = dict(kwargs)
-        inputs: list[Any] = []
+        unused: dict[str, Any] = dict(kwargs)
+        leaves: list[Any] = []
         sizes: dict[str, tuple[int, str]] = {}
         for place, (name, tree) in enumerate(self._positional):
-            shown = f"argument {name or place}"
-            value = args[place] if place < len(args) else _given(left, name, tree, shown)
-            _take(tree, value, shown, sizes, inputs)
+            where = f"argument {name or place}"
+            value = args[place] if place < len(args) else _take_by_name(unused, name, tree, where)
+            _add_leaves(tree, value, where, sizes, leaves)
         for name, tree in self._keyword.items():
-            _take(tree, _given(left, name, tree, f"argument {name}"), f"argument {name}", sizes, inputs)
-        if left:
-            raise TypeError(f"argument {next(iter(left))} was not expected: the program was exported without it")
-        return inputs
+            where = f"argument {name}"
+            _add_leaves(tree, _take_by_name(unused, name, tree, where), where, sizes, leaves)
+        if unused:
+            raise TypeError(f"argument {next(iter(unused))} was not expected: the program was exported without it")
+        return leaves
 
 
-def _size(size: Any) -> Union[int, _Size]:
+def _read_size(size: Any) -> Union[int, _Size]:
     if type(size) is int and size >= 0:
         return size
     if isinstance(size, dict) and size.keys() == {"size", "min", "max"} and isinstance(size["size"], str):
         least, most = size["min"], size["max"]
         if type(least) is int and (most is None or type(most) is int):
             return _Size(size["size"], least, most)
-    raise Bad("arguments", "a size", size)
+    raise BadProgram("arguments", "a size", size)
 
 
-def _given(left: dict[str, Any], name: str | None, tree: _Tree, shown: str) -> Any:
-    """What is given by name; what the program was exported with where that is a constant."""
-    if name is not None and name in left:
-        return left.pop(name)
+def _take_by_name(unused: dict[str, Any], name: str | None, tree: _Tree, where: str) -> Any:
+    """Removes the argument ``name`` from ``unused`` and returns it. A constant may be left out of a call."""
+    if name is not None and name in unused:
+        return unused.pop(name)
     if isinstance(tree, _Constant):
         return tree.value
-    raise TypeError(f"{shown} was expected, it was not given")
+    raise TypeError(f"{where} was expected, it was not given")
 
 
-def _take(tree: _Tree, value: Any, shown: str, sizes: dict[str, tuple[int, str]], inputs: list[Any]) -> None:
-    """Adds the leaves of ``value`` to ``inputs`` where it is what ``tree`` says; ``sizes`` has those met so far, and where."""
+def _add_leaves(tree: _Tree, value: Any, where: str, sizes: dict[str, tuple[int, str]], leaves: list[Any]) -> None:
+    """Checks ``value`` against ``tree``, and adds its leaves to ``leaves``.
+
+    ``sizes``: the name of each size that was met so far → the size, and where it was met first.
+    """
     if isinstance(tree, list):
         if not isinstance(value, (list, tuple)) or len(value) != len(tree):
-            raise TypeError(f"{shown}: a list or tuple of {len(tree)} was expected, {_kind(value)} was given")
+            raise TypeError(f"{where}: a list or tuple of {len(tree)} was expected, {_describe(value)} was given")
         for place, (part, inner) in enumerate(zip(tree, value)):
-            _take(part, inner, f"{shown}[{place}]", sizes, inputs)
+            _add_leaves(part, inner, f"{where}[{place}]", sizes, leaves)
     elif isinstance(tree, dict):
         if not isinstance(value, Mapping) or value.keys() != tree.keys():
-            raise TypeError(f"{shown}: a dict with {', '.join(tree) or 'nothing'} was expected, {_kind(value)} was given")
+            raise TypeError(f"{where}: a dict with {', '.join(tree) or 'nothing'} was expected, {_describe(value)} was given")
         for name, part in tree.items():
-            _take(part, value[name], f"{shown}[{name!r}]", sizes, inputs)
+            _add_leaves(part, value[name], f"{where}[{name!r}]", sizes, leaves)
     else:
-        if isinstance(tree, _Tensor):
-            if not isinstance(value, torch.Tensor):
-                raise TypeError(f"{shown}: a tensor was expected, {_kind(value)} was given")
-            if value.dtype != tree.dtype or value.dim() != len(tree.shape):
-                raise TypeError(f"{shown}: {tree.dtype} of {len(tree.shape)} dimensions was expected, {_kind(value)} was given")
-            for place, (size, found) in enumerate(zip(tree.shape, value.shape)):
-                _check_size(size, found, f"{shown}: size of dimension {place}", sizes)
-        elif isinstance(tree, _Size):
-            if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-                raise TypeError(f"{shown}: an int was expected, {_kind(value)} was given")
-            _check_size(tree, value, shown, sizes)
-        elif not _same(value, tree.value):
-            raise ValueError(
-                f"{shown}: {glimpse(tree.value)} was expected, as the program was exported, {glimpse(value)} was given"
-            )
-        inputs.append(value)
+        _check_leaf(tree, value, where, sizes)
+        leaves.append(value)
 
 
-def _check_size(size: Union[int, _Size], found: Any, shown: str, sizes: dict[str, tuple[int, str]]) -> None:
-    if isinstance(size, int):
-        if found != size:
-            raise ValueError(f"{shown}: {size} was expected, as the program was exported, {found} was given")
+def _check_leaf(leaf: Union[_Tensor, _Size, _Constant], value: Any, where: str, sizes: dict[str, tuple[int, str]]) -> None:
+    if isinstance(leaf, _Tensor):
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{where}: a tensor was expected, {_describe(value)} was given")
+        if value.dtype != leaf.dtype or value.dim() != len(leaf.shape):
+            raise TypeError(f"{where}: {leaf.dtype} of {len(leaf.shape)} dimensions was expected, {_describe(value)} was given")
+        for place, (expected, size) in enumerate(zip(leaf.shape, value.shape)):
+            _check_size(expected, size, f"{where}: size of dimension {place}", sizes)
+    elif isinstance(leaf, _Size):
+        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+            raise TypeError(f"{where}: an int was expected, {_describe(value)} was given")
+        _check_size(leaf, value, where, sizes)
+    elif not _is_same(value, leaf.value):
+        raise ValueError(
+            f"{where}: {glimpse(leaf.value)} was expected, as the program was exported, {glimpse(value)} was given"
+        )
+
+
+def _check_size(expected: Union[int, _Size], size: Any, where: str, sizes: dict[str, tuple[int, str]]) -> None:
+    if isinstance(expected, int):
+        if size != expected:
+            raise ValueError(f"{where}: {expected} was expected, as the program was exported, {size} was given")
         return
-    if found < size.least or (size.most is not None and found > size.most):
-        raise ValueError(f"{shown}: {size} was expected, {found} was given")
-    first, where = sizes.setdefault(size.name, (found, shown))
-    if first != found:
-        raise ValueError(f"{shown}: {first} was expected, as {where.removeprefix('argument ')}, {found} was given")
+    if size < expected.least or (expected.most is not None and size > expected.most):
+        raise ValueError(f"{where}: {expected} was expected, {size} was given")
+    first, first_where = sizes.setdefault(expected.name, (size, where))
+    if first != size:
+        raise ValueError(f"{where}: {first} was expected, as in {first_where.removeprefix('argument ')}, {size} was given")
 
 
-def _same(value: Any, constant: Any) -> bool:
+def _is_same(value: Any, constant: Any) -> bool:
     return type(value) is type(constant) and (
         value == constant or (value != value and constant != constant)
-    )  # NaN is itself here
+    )  # NaN counts as equal to itself
 
 
-def _kind(value: Any) -> str:
+def _describe(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"{value.dtype} of {value.dim()} dimensions"
     if isinstance(value, Mapping):

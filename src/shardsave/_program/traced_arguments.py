@@ -1,4 +1,4 @@
-"""The arguments of a traced model: which a call must give, and what torch assumed of their sizes, as plain data."""
+"""The arguments of a traced model, as data: which ones a call must give, and what torch assumed about their sizes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -16,55 +16,53 @@ from torch.export.graph_signature import ConstantArgument, InputSpec, SymIntArgu
 from torch.utils._pytree import TreeSpec
 
 from shardsave._common.strict_json import glimpse
-from shardsave._program.graph import FUNCTIONS
-from shardsave.errors import UnsupportedModuleError
-
-
-def refuse(what: str) -> NoReturn:
-    raise UnsupportedModuleError(f"cannot save a program: {what}; nothing was written")
+from shardsave._program.operators import FUNCTIONS
+from shardsave._program.refusals import refuse_to_save
 
 
 class Inputs(Protocol):
-    """Of a graph: what stands for an input in it, and what torch traced it with in its place."""
+    """The inputs of a graph, by name."""
 
-    def written(self, input_name: str) -> Any: ...
+    def written(self, input_name: str) -> Any:
+        """How the document refers to an input."""
 
-    def seen(self, input_name: str) -> Any: ...
+    def traced_with(self, input_name: str) -> Any:
+        """The value that torch traced the graph with in place of an input."""
 
 
 def plain(value: Any) -> Any:
-    """A scalar as JSON has it."""
+    """A scalar as the document has it."""
     if isinstance(value, float) and not math.isfinite(value):
         return {"float": str(value)}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    refuse(f"plain values were expected, one is a {type(value).__name__}")
+    refuse_to_save(f"plain values were expected, one is a {type(value).__name__}")
 
 
 class TracedArguments:
-    """What a call must give: ``document``, and ``conditions`` on the sizes, in Python's words as torch writes its guards."""
+    """``document``: the arguments that a call must give. ``conditions``: Python expressions about their sizes, as torch writes guards."""
 
     def __init__(
-        self, exported: torch.export.ExportedProgram, module: nn.Module, given: list[InputSpec], inputs: Inputs
+        self, exported: torch.export.ExportedProgram, module: nn.Module, specs: list[InputSpec], inputs: Inputs
     ) -> None:
         self._ranges = exported.range_constraints
         self._inputs = inputs
-        self._left = iter(given)
+        self._unused_specs = iter(specs)
         self._derived: list[tuple[str, Any]] = []
-        #: What a condition may speak of: an argument, as guards write it → what stands for it in the graph; the name of a size → its place.
+        #: What a condition may refer to. Arguments: as guards write them → as the document refers to them. Sizes: name → where it is.
         self.known: dict[str, Any] = {}
         self.sizes: dict[str, str] = {}
-        positional, keyword = (parts_of(spec) for spec in parts_of(exported.call_spec.in_spec).children)
-        names, rest = _positional_parameters(module)
+        positional, keyword = (parts_of(tree) for tree in parts_of(exported.call_spec.in_spec).children)
+        names, var_positional = _positional_parameters(module)
         self.document: dict[str, Any] = {"positional": [], "keyword": {}}
         for place, tree in enumerate(positional.children):
             name = names[place] if place < len(names) else None
-            path = f"L[{name!r}]" if name is not None else f"L[{rest!r}][{place - len(names)}]"
+            path = f"L[{name!r}]" if name is not None else f"L[{var_positional!r}][{place - len(names)}]"
             self.document["positional"].append([name, self._tree(tree, path)])
         for keyword_name, tree in zip(keyword.names, keyword.children):
             self.document["keyword"][keyword_name] = self._tree(tree, f"L[{keyword_name!r}]")
         guards = [" ".join(line.split()) for line in getattr(exported, "_guards_code", [])]
-        self.conditions = list(dict.fromkeys([*guards, *self._all_derived()]))
+        self.conditions = list(dict.fromkeys([*guards, *self._conditions_on_derived_sizes()]))
 
     def _tree(self, tree: TreeSpec, path: str) -> Any:
         kind, names, children = parts_of(tree)
@@ -73,20 +71,22 @@ class TracedArguments:
         if kind is dict and tree.type in (dict, collections.OrderedDict, collections.defaultdict):
             return {"dict": {name: self._tree(child, f"{path}[{name!r}]") for name, child in zip(names, children)}}
         if kind is not None:
-            refuse(
+            refuse_to_save(
                 f"arguments that are tensors, plain values, tuples, lists and dicts were expected, one is a {tree.type.__name__}"
             )
-        spec = next(self._left)
+        spec = next(self._unused_specs)
         self.known[path] = self._inputs.written(spec.arg.name)
         if isinstance(spec.arg, ConstantArgument):
             return {"constant": plain(spec.arg.value)}
-        seen = self._inputs.seen(spec.arg.name)
+        value = self._inputs.traced_with(spec.arg.name)
         if isinstance(spec.arg, SymIntArgument):
-            return self._size(seen, path)
+            return self._size(value, path)
         if not isinstance(spec.arg, TensorArgument):
-            refuse(f"arguments that are tensors and plain values were expected, {spec.arg.name} is a {type(spec.arg).__name__}")
-        shape = [self._size(size, f"{path}.size()[{place}]") for place, size in enumerate(seen.shape)]
-        return {"tensor": str(seen.dtype).removeprefix("torch."), "shape": shape}
+            refuse_to_save(
+                f"arguments that are tensors and plain values were expected, {spec.arg.name} is a {type(spec.arg).__name__}"
+            )
+        shape = [self._size(size, f"{path}.size()[{place}]") for place, size in enumerate(value.shape)]
+        return {"tensor": str(value.dtype).removeprefix("torch."), "shape": shape}
 
     def _size(self, size: Any, path: str) -> Any:
         expression = size.node.expr if isinstance(size, torch.SymInt) else size
@@ -100,8 +100,8 @@ class TracedArguments:
         least, most = (bounds.lower, bounds.upper) if bounds is not None else (0, 2**63)
         return {"size": name, "min": max(0, int(least)), "max": int(most) if most < 2**62 else None}
 
-    def _all_derived(self) -> Iterator[str]:
-        """What sizes that are computed from others are; of one that no argument has, that it is a whole number."""
+    def _conditions_on_derived_sizes(self) -> Iterator[str]:
+        """A condition for each size that torch computes from other sizes. Adds sizes that no argument has as such to ``sizes``."""
         for path, expression in self._derived:
             yield f"{path} == {expression}"
             for symbol in expression.free_symbols:
@@ -109,12 +109,14 @@ class TracedArguments:
                     continue
                 factor, rest = expression.coeff(symbol), expression - expression.coeff(symbol) * symbol
                 if not (factor.is_Integer and rest.is_Integer):
-                    refuse(f"sizes that are multiples of another, and a number, were expected, one is {expression}")
+                    refuse_to_save(
+                        f"sizes that are a multiple of another size, plus a number, were expected, one is {expression}"
+                    )
                 self.sizes[str(symbol)] = f"({path} - {rest}) // {factor}"
 
 
 class Parts(NamedTuple):
-    """What a nest of arguments or results is: a ``tuple``, a ``list``, or a ``dict`` with names; of a leaf the ``kind`` is None."""
+    """The parts of a nest of arguments or results. ``kind``: tuple, list, or dict (with ``names``); None for a leaf."""
 
     kind: type | None
     names: list[str]
@@ -122,7 +124,7 @@ class Parts(NamedTuple):
 
 
 def parts_of(tree: TreeSpec) -> Parts:
-    """Classes that name their parts are taken for dicts, named tuples for tuples."""
+    """A class that names its parts counts as a dict, a named tuple as a tuple."""
     if tree.is_leaf():
         return Parts(None, [], [])
     children = list(tree.children() if hasattr(tree, "children") else tree.children_specs)
@@ -131,20 +133,21 @@ def parts_of(tree: TreeSpec) -> Parts:
     if tree.type is collections.namedtuple or (isinstance(tree.type, type) and issubclass(tree.type, tuple)):
         return Parts(tuple, [], children)
     context = tree.context if isinstance(tree.context, (list, tuple)) else []
-    for names in (context, *context):  # that of some classes is a list of names, that of others has one
+    for names in (context, *context):  # the context of some classes is a list of names, that of others contains one
         if isinstance(names, (list, tuple)) and len(names) == len(children) and all(isinstance(name, str) for name in names):
             return Parts(dict, list(names), children)
-    refuse(
-        f"tensors, plain values, tuples, lists, and dicts by text were expected, there is a {tree.type.__name__} of {glimpse(context)}"
+    refuse_to_save(
+        f"tensors, plain values, tuples, lists, and dicts with text keys were expected, there is a {tree.type.__name__} of "
+        f"{glimpse(context)}"
     )
 
 
 def _positional_parameters(module: nn.Module) -> tuple[list[str], str]:
-    """The names of a forward's positional parameters, and of the tuple that takes the rest."""
+    """The names of a forward's positional parameters, and the name of its ``*args``."""
     parameters = inspect.signature(module.forward).parameters.values()
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    rest = next((parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.VAR_POSITIONAL), "")
-    return [parameter.name for parameter in parameters if parameter.kind in positional], rest
+    var_positional = next((one.name for one in parameters if one.kind is inspect.Parameter.VAR_POSITIONAL), "")
+    return [parameter.name for parameter in parameters if parameter.kind in positional], var_positional
 
 
 _OPERATORS = {
@@ -155,7 +158,7 @@ _OPERATORS = {
 
 
 class Condition:
-    """Writes a condition on the arguments as calls of a graph."""
+    """Writes a condition on the arguments as calls of a graph. ``written``: how the document refers to its result."""
 
     def __init__(self, text: str, arguments: TracedArguments, call: Callable[..., Any]) -> None:
         self._text = text
@@ -165,14 +168,14 @@ class Condition:
 
     def _operator(self, kind: ast.AST, *values: Any) -> Any:
         if type(kind) not in _OPERATORS:
-            refuse(f"conditions on sizes were expected, one is {self._text}")
+            refuse_to_save(f"conditions on sizes were expected, one is {self._text}")
         return self._call(f"python.{_OPERATORS[type(kind)]}", *values)
 
     def _write(self, node: ast.expr) -> Any:
         if isinstance(node, ast.Constant):
             return plain(node.value)
-        if (known := self._arguments.known.get(ast.unparse(node))) is not None:
-            return known
+        if (argument := self._arguments.known.get(ast.unparse(node))) is not None:
+            return argument
         if isinstance(node, ast.Name) and node.id in self._arguments.sizes:
             return self._write(ast.parse(self._arguments.sizes[node.id], mode="eval").body)
         if (
@@ -188,17 +191,17 @@ class Condition:
         if isinstance(node, ast.UnaryOp):
             return self._operator(node.op, self._write(node.operand))
         if isinstance(node, ast.BoolOp):
-            return self._all(node.op, [self._write(value) for value in node.values])
+            return self._joined(node.op, [self._write(value) for value in node.values])
         if isinstance(node, ast.Compare):
             values = [self._write(value) for value in (node.left, *node.comparators)]
-            return self._all(ast.And(), [self._operator(op, *pair) for op, *pair in zip(node.ops, values, values[1:])])
+            return self._joined(ast.And(), [self._operator(op, *pair) for op, *pair in zip(node.ops, values, values[1:])])
         if isinstance(node, ast.Call):
             name, values = ast.unparse(node.func), [self._write(value) for value in node.args]
             if name in ("max", "min", "Max", "Min"):
                 return functools.reduce(functools.partial(self._call, f"torch.sym_{name.lower()}"), values)
             if name in FUNCTIONS:
                 return self._call(name, *values)
-        refuse(f"conditions on sizes were expected, one is {self._text}")
+        refuse_to_save(f"conditions on sizes were expected, one is {self._text}")
 
-    def _all(self, kind: ast.AST, values: list[Any]) -> Any:
-        return functools.reduce(lambda left, right: self._operator(kind, left, right), values)
+    def _joined(self, operator: ast.AST, values: list[Any]) -> Any:
+        return functools.reduce(lambda left, right: self._operator(operator, left, right), values)

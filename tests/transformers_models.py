@@ -1,4 +1,4 @@
-"""transformers models of many architectures with random weights, so small that each is made and saved in a moment."""
+"""Models of many transformers architectures with random weights, so small that each is built and saved in a moment."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ JAMBA = {
     **DECODER, "num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
 }  # fmt: skip
 
-#: Name → class of the model, of its config, and the config's arguments; a config among these is a pair of class and arguments.
+#: Name → class of the model, class of its config, arguments of the config. An argument that is itself a config is a pair of the same kind.
 ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "BERT": ("BertForMaskedLM", "BertConfig", TEXT),
     "RoBERTa": ("RobertaForMaskedLM", "RobertaConfig", {**TEXT, "pad_token_id": 1}),
@@ -111,21 +111,21 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 
-#: Those whose experts are one tensor in memory.
+#: Architectures whose experts are one tensor in memory.
 FUSED = ("Mixtral", "Qwen2-MoE", "Qwen3-MoE", "OLMoE", "DeepSeek-V3", "Granite MoE", "Phi-MoE", "Jamba")
 
 
 def tiny(name: str, seed: int = 0) -> Any:
-    """A model of the architecture ``name``, every third parameter frozen."""
+    """A model of the architecture ``name``, with every third parameter frozen."""
     import transformers
 
-    kind, config, arguments = ARCHITECTURES[name]
-    made = {
+    model_class, config_class, arguments = ARCHITECTURES[name]
+    arguments = {
         key: getattr(transformers, value[0])(**value[1]) if _is_config(value) else value for key, value in arguments.items()
     }
     torch.manual_seed(seed)
     with contextlib.redirect_stderr(io.StringIO()):
-        model = getattr(transformers, kind)(getattr(transformers, config)(**made))
+        model = getattr(transformers, model_class)(getattr(transformers, config_class)(**arguments))
     for number, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(number % 3 != 0)
     return model

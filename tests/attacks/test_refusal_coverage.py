@@ -1,5 +1,5 @@
-"""Method: the lines on which the readers refuse something are found in their source, and the corpus is run with a trace that sees
-which of them are reached. A refusal that no attack reaches is one that nobody has tried.
+"""Method: the lines on which readers refuse something are searched for in their source, and a trace records which of them the attacks
+reach. A refusal that no attack reaches is untested.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from shardsave._storage import checkpoint, find, shard_files
 MODULES = (strict_json, file_names, header, index, index_parsing, find, shard_files, checkpoint)
 READERS = {str(module.__file__): Path(str(module.__file__)) for module in MODULES}
 
-#: Not about bad files: what writes, and what a failing disk or another process makes.
+#: Refusals that are not about bad files: those of writers, and those caused by a failing disk or another process.
 OF_WRITERS = {"encode_header", "encode_index", "check_shard_count"}
 BY_OTHERS = ("cannot_read", "DirectoryBusyError")
 
 
 def refusals(path: Path) -> dict[int, str]:
-    """Line → source of every statement that raises, or calls what does."""
+    """Line → source, for every statement that raises or calls a function that does."""
     text = path.read_text()
     tree = ast.parse(text)
     writers = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name in OF_WRITERS]
     skipped = {inner for writer in writers for inner in ast.walk(writer)}
-    found = {}
+    sources = {}
     for node in ast.walk(tree):
         raises = isinstance(node, ast.Raise) and node.exc is not None
         calls = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "_bad"
         source = ast.unparse(node) if raises or calls else ""
         if source and node not in skipped and not any(word in source for word in BY_OTHERS):
-            found[node.lineno] = source
-    return found
+            sources[node.lineno] = source
+    return sources
 
 
 def test_every_refusal_is_attacked(tmp_path: Path) -> None:
-    """Catches a refusal that was added without an attack, and one that nothing can reach."""
+    """Catches a refusal that was added without an attack, and a refusal that cannot be reached."""
     reached: dict[str, set[int]] = {name: set() for name in READERS}
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:

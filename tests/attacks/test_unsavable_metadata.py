@@ -1,4 +1,4 @@
-"""Method: what `save` is given that no load could read back. It refuses before the commit, whatever JSON itself would take."""
+"""Method: `save` gets metadata that no load could read back, although Python's JSON accepts it. It must refuse before the commit."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from making import Net, saved
+from tampering import Net, saved
 
 import shardsave
 from shardsave._format import index
 
 
 def nested(levels: int) -> dict[str, Any]:
-    made: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}
     for _ in range(levels - 1):
-        made = {"a": made}
-    return made
+        metadata = {"a": metadata}
+    return metadata
 
 
 CIRCLE: dict[str, Any] = {}
@@ -42,22 +42,22 @@ METADATA: list[tuple[str, str, Mapping[str, Any]]] = [
 
 
 @pytest.mark.parametrize("message, metadata", [case[1:] for case in METADATA], ids=[case[0] for case in METADATA])
-def test_metadata(message: str, metadata: Mapping[str, Any], tmp_path: Path) -> None:
-    """Catches a checkpoint that is saved and is then corrupt for every reader."""
+def test_refused(message: str, metadata: Mapping[str, Any], tmp_path: Path) -> None:
+    """Catches a checkpoint that is saved and that every reader then calls corrupt."""
     with pytest.raises(TypeError) as caught:
         shardsave.save({"x": torch.ones(1)}, tmp_path / "ckpt", metadata=metadata)
     assert str(caught.value) == message and not (tmp_path / "ckpt").exists()
 
 
-def test_metadata_at_the_bounds(tmp_path: Path) -> None:
-    """Catches a bound that refuses what can be read."""
+def test_metadata_at_the_limits(tmp_path: Path) -> None:
+    """Catches a limit that refuses metadata which can be read."""
     metadata = {"deep": nested(63), "long": [10**307, -(10**307)], "float": 1.7e308, "é\U0001f600": None}
     shardsave.save({"x": torch.ones(1)}, tmp_path, metadata=metadata)
     assert shardsave.inspect(tmp_path).metadata == metadata
 
 
-def test_index_over_the_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches an index that is committed although it is too large to be read again. The bound is lowered: half a gigabyte is slow."""
+def test_index_over_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an index that is committed although it is too large to be read. The limit is lowered, because large files are slow."""
     saved(tmp_path)
     before = sorted(path.name for path in tmp_path.iterdir())
     monkeypatch.setattr(index, "MAX_INDEX_BYTES", 1000)

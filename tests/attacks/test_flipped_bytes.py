@@ -1,5 +1,5 @@
-"""Method: every byte of a small checkpoint is flipped, one at a time: data, keys, JSON, padding, index. Each is found by every verb
-that looks at it, and the tensor is named where it is one.
+"""Method: one bit of every byte of a small checkpoint is flipped, one byte at a time: data, keys, JSON, padding, index. Every verb that
+reads the byte must refuse the checkpoint; if the byte belongs to a tensor, the message must name it.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from file_cases import flip_bits
-from making import INDEX
+from tampering import INDEX
 from torch import nn
 
 import shardsave
 
-#: Bit 5 makes another letter of a letter, and another digit of no digit; the low bits make other digits.
+#: The bits to flip, in turn. Bit 5 changes the case of a letter, bit 0 turns a digit into another one, and bit 7 makes a byte non-ASCII.
 FLIPS = (1, 32, 128)
 
 DATA_START = 4096
@@ -48,7 +48,7 @@ def folder(tmp_path: Path) -> Path:
 
 @contextlib.contextmanager
 def flipped(path: Path, at: int) -> Iterator[None]:
-    """The file with one bit of one byte turned over, for a while."""
+    """Flips one bit of the byte at ``at``, and flips it back afterwards."""
     bit = FLIPS[at % len(FLIPS)]
     flip_bits(path, at, bit)
     yield
@@ -56,12 +56,12 @@ def flipped(path: Path, at: int) -> Iterator[None]:
 
 
 def lengths(folder: Path) -> list[tuple[Path, int]]:
-    """Every file, and how much of it is no tensor's: the whole index, and the headers."""
+    """Every file, with the length of its beginning that holds no tensor: a header, or the whole index."""
     return [(path, path.stat().st_size if path.name == INDEX else DATA_START) for path in sorted(folder.iterdir())]
 
 
 def test_every_byte_of_headers_and_index(folder: Path) -> None:
-    """Catches a byte, padding too, whose change is seen by no check before an offset is used."""
+    """Catches a byte, padding included, that no check covers before offsets are used."""
     for path, length in lengths(folder):
         original = path.read_bytes()
         for at in range(length):
@@ -76,10 +76,10 @@ def test_every_byte_of_headers_and_index(folder: Path) -> None:
 def test_every_byte_of_tensors(folder: Path) -> None:
     """Catches a byte of a tensor that no checksum covers, and a message that names another tensor."""
     shards = [path for path, _ in lengths(folder) if path.name != INDEX]
-    places = [(path, *place) for path in shards for place in tensors_of(path)]
-    assert sorted(name for _, name, _, _ in places) == ["a.steps", "a.weight", "b.empty", "b.weight"]
-    assert sum(end - begin for _, _, begin, end in places) == sum(path.stat().st_size - DATA_START for path in shards)
-    for path, name, begin, end in places:
+    tensors = [(path, *tensor) for path in shards for tensor in tensors_of(path)]
+    assert sorted(name for _, name, _, _ in tensors) == ["a.steps", "a.weight", "b.empty", "b.weight"]
+    assert sum(end - begin for _, _, begin, end in tensors) == sum(path.stat().st_size - DATA_START for path in shards)
+    for path, name, begin, end in tensors:
         for at in range(begin, end):
             with flipped(path, at):
                 for verb in (shardsave.load, shardsave.verify):
@@ -89,7 +89,7 @@ def test_every_byte_of_tensors(folder: Path) -> None:
 
 
 def tensors_of(path: Path) -> list[tuple[str, int, int]]:
-    """Name, begin and end in the file, as safetensors has them."""
+    """The name, begin and end in the file of each tensor, from the header."""
     header = json.loads(path.read_bytes()[8:DATA_START])
     del header["__metadata__"]
     return [(name, *(DATA_START + at for at in tensor["data_offsets"])) for name, tensor in header.items()]
