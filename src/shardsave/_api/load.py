@@ -18,8 +18,7 @@ from shardsave._common.os_calls import CallFailed, read_at
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
 from shardsave._format.dtypes import BY_NAME, torch_shape
-from shardsave._huggingface.peft import adapter_names
-from shardsave._huggingface.transformers_saving import pretrained
+from shardsave._huggingface.detection import adapted, pretrained
 from shardsave._loading import fit_module
 from shardsave._loading.mapped import Maps
 from shardsave._loading.read import ReadTotals, read_tensors
@@ -155,7 +154,14 @@ def load_model(
         hub, where_from = pretrained(model), os.fspath(path)
         if hub is not None:
             from shardsave._huggingface.transformers_loading import conversion  # no other model needs it
-        converted = conversion(hub, stored, where_from) if hub is not None else adapter_names(model, stored, where_from)
+
+            converted = conversion(hub, stored, where_from)
+        elif (adapter := adapted(model)) is not None:
+            from shardsave._huggingface.peft_loading import adapter_names
+
+            converted = adapter_names(adapter, stored, where_from)
+        else:
+            converted = None
         if converted is not None:
             stored = converted.stored
         fit = fit_module.fit_module(

@@ -20,8 +20,9 @@ from shardsave._format.crc64 import crc64
 from shardsave._format.header import MAX_HEADER_BYTES
 from shardsave._format.index import Index, Part, Record, ShardRecord, check_shard_count
 from shardsave._format.metadata import check_metadata
-from shardsave._huggingface.peft import ADAPTER_WEIGHTS, adapted, adapter_companions, adapter_on_disk
-from shardsave._huggingface.transformers_saving import companions, on_disk, pretrained
+from shardsave._huggingface.detection import adapted, pretrained
+from shardsave._huggingface.peft import ADAPTER_WEIGHTS, adapter_companions, adapter_on_disk
+from shardsave._huggingface.transformers_saving import companions, on_disk
 from shardsave._saving.shards import PlannedShard, ShardWriter, plan_shards
 from shardsave._state.extra_tensors import ExtraTensors
 from shardsave._state.module import Source, State, read_state

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from shardsave._format.dtypes import BY_NAME, BY_TORCH, logical_shape, torch_shape
-from shardsave._huggingface.transformers_saving import Part, reverted
+from shardsave._huggingface.transformers_on_disk import Part, reverted
 from shardsave._loading.fill_groups import Join
 from shardsave._loading.slots import expected_names, slots, sub_modules
 from shardsave._state.module import Names
