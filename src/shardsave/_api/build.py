@@ -11,16 +11,18 @@ import torch
 from torch import nn
 
 from shardsave._api.arguments import check_path, check_progress, check_switches
-from shardsave._api.load import Device, device_of, load_model
+from shardsave._api.device import Device, check_device
+from shardsave._api.load import load_model
 from shardsave._architecture.builder import Builder
 from shardsave._architecture.trust import resolve
 from shardsave._architecture.values import Document
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
-from shardsave._format.dtypes import BY_NAME, torch_shape
+from shardsave._format.dtypes import BY_NAME
 from shardsave._huggingface.transformers_config import CONFIG_NAME, empty_model, read_config
 from shardsave._huggingface.transformers_loading import conversion
-from shardsave._loading.read import ReadTotals, Target, read_tensors
+from shardsave._loading.new_tensors import NewTensors
+from shardsave._loading.read import TensorReader
 from shardsave._program.program import LoadedProgram, ProgramDocument
 from shardsave._storage.checkpoint import PARTS, Checkpoint, open_checkpoint
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, an
@@ -72,19 +74,19 @@ def build_model(
     check_switches(verify=verify)
     check_progress(progress)
     trusted, replaced = _check_trust(trust), _check_classes(classes)
-    where = device_of(device) or torch.device("cpu")
+    where = check_device(device) or torch.device("cpu")
     with open_checkpoint(path, parts=PARTS) as checkpoint:
         data = checkpoint.documents.get("architecture")
         if data is None:
             return _built_by_config(checkpoint, trusted, where, verify, progress)
         document = Document(data, f"the architecture in {checkpoint.path}")
         found = resolve(document.imports, trusted, replaced, document.where)
-        memory = _Memory(checkpoint, where)
+        memory = NewTensors(checkpoint, where)
         builder = Builder(document, found, memory)
         with torch.inference_mode(False), torch.no_grad():
             model = builder.build()
             with Progress(progress, "loading", sum(located.nbytes for located, _ in memory.targets)) as shown:
-                read_tensors(checkpoint, memory.targets, verify=verify, progress=shown, totals=ReadTotals())
+                TensorReader(checkpoint, verify=verify, progress=shown).read(memory.targets)
             builder.set_extra_states()
     return model
 
@@ -120,7 +122,7 @@ def load_program(
     check_path(path)
     check_switches(verify=verify)
     check_progress(progress)
-    where = device_of(device) or torch.device("cpu")
+    where = check_device(device) or torch.device("cpu")
     with open_checkpoint(path, parts=PARTS) as checkpoint:
         data = checkpoint.documents.get("program")
         if data is None:
@@ -129,15 +131,15 @@ def load_program(
                 f"save with program=(args, kwargs)"
             )
         document = ProgramDocument(data, f"the program in {checkpoint.path}", where)
-        memory = _Memory(checkpoint, where)
+        memory = NewTensors(checkpoint, where)
         with torch.inference_mode(False):
             tensors = _tensors(document, memory)
             with Progress(progress, "loading", sum(located.nbytes for located, _ in memory.targets)) as shown:
-                read_tensors(checkpoint, memory.targets, verify=verify, progress=shown, totals=ReadTotals())
+                TensorReader(checkpoint, verify=verify, progress=shown).read(memory.targets)
             return LoadedProgram(document, tensors)
 
 
-def _tensors(document: ProgramDocument, memory: _Memory) -> dict[str, torch.Tensor]:
+def _tensors(document: ProgramDocument, memory: NewTensors) -> dict[str, torch.Tensor]:
     made: dict[str, torch.Tensor] = {}
     for place in document.places:
         tensor = memory(place.tensor, place.kept, None)
@@ -175,46 +177,6 @@ def _take_stored_dtypes(model: nn.Module, checkpoint: Checkpoint) -> None:
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name in found and BY_NAME[found[name].dtype].torch != tensor.dtype:
             tensor.data = torch.empty_like(tensor, dtype=BY_NAME[found[name].dtype].torch)
-
-
-class _Memory:
-    """New memory on a device, or on the host, for tensors of a checkpoint, once for each, and what has to be read into it."""
-
-    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
-        self.targets: list[Target] = []
-        self._checkpoint = checkpoint
-        self._device = device
-        self._made: dict[tuple[bool, str, torch.device], torch.Tensor] = {}
-
-    def __call__(self, name: str, kept: bool, strides: list[int] | None, on_host: bool = False) -> torch.Tensor | None:
-        device = torch.device("cpu") if on_host else self._device
-        stored = name if kept else self._checkpoint.ties.get(name, name)
-        located = (self._checkpoint.kept if kept else self._checkpoint.tensors).get(stored)
-        if located is None:
-            return None
-        if (kept, stored, device) not in self._made:
-            shape, dtype = torch_shape(located.dtype, located.shape), BY_NAME[located.dtype].torch
-            if strides is None:
-                memory = torch.empty(shape, dtype=dtype, device=device)
-            elif _fills(strides, shape):
-                memory = torch.empty_strided(shape, strides, dtype=dtype, device=device)
-            else:
-                return None
-            self._made[kept, stored, device] = memory
-            self.targets.append((located, memory))
-        return self._made[kept, stored, device].detach()
-
-
-def _fills(strides: list[int], shape: tuple[int, ...]) -> bool:
-    """Whether ``strides`` lay a tensor of ``shape`` out without a gap and without sharing."""
-    if len(strides) != len(shape) or 0 in shape:
-        return False
-    expected = 1
-    for stride, size in sorted(zip(strides, shape)):
-        if size > 1 and stride != expected:
-            return False
-        expected *= size
-    return True
 
 
 def _check_classes(classes: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from shardsave._foreign.sources import Origin, open_origin
 from shardsave._format.header import CHECKSUM_KEY
 from shardsave._format.index import INDEX_NAME
 from shardsave._loading.mapped import let_go
-from shardsave._loading.read import ReadTotals, Target, read_tensors
+from shardsave._loading.read import Target, TensorReader
 from shardsave._state.module import Beside, Entry, State, check_savable, read_state
 from shardsave.errors import IncompatibleCheckpointError, OutOfSpaceError, SaveNotCommittedError, ShardSaveError
 
@@ -216,7 +216,7 @@ def _verify(origin: Origin, wanted: bool, shown: Progress) -> bool | None:
     if not origin.stored or origin.checkpoint is None:
         return None
     targets: list[Target] = [(located, None) for located in origin.stored]
-    read_tensors(origin.checkpoint, targets, verify=True, progress=shown, totals=ReadTotals())
+    TensorReader(origin.checkpoint, verify=True, progress=shown).read(targets)
     return True
 
 

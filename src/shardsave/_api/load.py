@@ -4,32 +4,29 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator
-from typing import Any, Union
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
 from shardsave._api.arguments import check_path, check_progress, check_switches
+from shardsave._api.device import Device, check_device
 from shardsave._api.reports import LoadReport, Phases
 from shardsave._common.backend import engine_name
-from shardsave._common.gc_pause import collector_still
-from shardsave._common.os_calls import CallFailed, read_at
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
-from shardsave._format.dtypes import BY_NAME, torch_shape
 from shardsave._huggingface.detection import adapted, pretrained
 from shardsave._loading import fit_module
 from shardsave._loading.mapped import Maps
-from shardsave._loading.read import ReadTotals, read_tensors
-from shardsave._loading.selection import check_names, choose, selection
+from shardsave._loading.new_tensors import new_tensors
+from shardsave._loading.read import TensorReader
+from shardsave._loading.selection import check_names, choose, choose_located, selection
 from shardsave._loading.slots import extra_state_names, sub_modules
+from shardsave._loading.stored_bytes import same_bytes
 from shardsave._state.module import unwrap
-from shardsave._storage.checkpoint import Checkpoint, Located, open_checkpoint
-from shardsave._storage.find import cannot_read
+from shardsave._storage.checkpoint import Checkpoint, open_checkpoint
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, ShardSaveError
-
-Device = Union[str, torch.device, int, None]
 
 
 @verb()
@@ -75,7 +72,7 @@ def load(
     check_progress(progress)
     check_path(path)
     wanted = check_names(names, prefix)
-    where = device_of(device) or torch.device("cpu")
+    where = check_device(device) or torch.device("cpu")
     if mmap and where.type != "cpu":
         raise ValueError(f"mmap=True gives tensors on the CPU, device {where} was asked for")
     with open_checkpoint(path, selection(wanted, prefix)) as checkpoint:
@@ -84,11 +81,10 @@ def load(
         if mmap:
             tensors = Maps(checkpoint).tensors(by_stored)
         else:
-            with collector_still():
-                tensors = dict(zip(by_stored, _new_tensors(by_stored.values(), where)))
-                targets = [*zip(by_stored.values(), tensors.values())]
+            tensors = new_tensors(by_stored, where)
             with Progress(progress, "loading", sum(t.nbytes for t in by_stored.values())) as shown:
-                read_tensors(checkpoint, targets, verify=verify, progress=shown, totals=ReadTotals())
+                reader = TensorReader(checkpoint, verify=verify, progress=shown)
+                reader.read([*zip(by_stored.values(), tensors.values())])
         return {name.removeprefix(prefix): tensors[stored] for name, stored in chosen.items()}
 
 
@@ -144,14 +140,14 @@ def load_model(
     check_progress(progress)
     check_path(path)
     check_names(None, prefix)
-    where = device_of(device)
+    where = check_device(device)
     started = time.perf_counter()
     has_states = any(type(part).get_extra_state is not nn.Module.get_extra_state for part in model.modules())
     own_states = extra_state_names(sub_modules(unwrap(model))) if has_states else []
     with open_checkpoint(path, selection(None, prefix), parts=("architecture",) if own_states else ()) as checkpoint:
-        chosen = choose(checkpoint, None, prefix)
-        stored = {name.removeprefix(prefix): checkpoint.tensors[original] for name, original in chosen.items()}
+        stored = choose_located(checkpoint, prefix)
         hub, where_from = pretrained(model), os.fspath(path)
+        converted: Any = None
         if hub is not None:
             from shardsave._huggingface.transformers_loading import conversion  # no other model needs it
 
@@ -160,8 +156,6 @@ def load_model(
             from shardsave._huggingface.peft_loading import adapter_names
 
             converted = adapter_names(adapter, stored, where_from)
-        else:
-            converted = None
         if converted is not None:
             stored = converted.stored
         fit = fit_module.fit_module(
@@ -169,7 +163,7 @@ def load_model(
             stored,
             device=where,
             strict=strict,
-            equal=lambda left, right: _equal_on_disk(checkpoint, left, right),
+            equal=lambda left, right: same_bytes(checkpoint, left, right),
             where=where_from,
             joins=converted,
             optional=converted.optional if converted is not None else lambda name: False,
@@ -178,17 +172,17 @@ def load_model(
         )
         reads = fit.reads
         planned = time.perf_counter()
-        totals = ReadTotals()
         with Progress(progress, "loading", sum(located.nbytes for located in reads)) as shown:
+            reader = TensorReader(checkpoint, verify=verify, progress=shown)
             fit.materialise()
             for group in fit.groups():
-                whole = totals.tensors
+                whole = reader.tensors
                 try:
-                    read_tensors(checkpoint, group.targets, verify=verify, progress=shown, totals=totals)
+                    reader.read(group.targets)
                     missing, unexpected = group.finish(strict)
                 except ShardSaveError as error:
                     if group.in_place and isinstance(error, CorruptCheckpointError):
-                        whole = totals.tensors  # the others of this group were read, and are what was saved
+                        whole = reader.tensors  # the others of this group were read, and are what was saved
                     raise type(error)(f"{error}; the module is partly loaded, {whole} of {len(reads)} tensors") from error
                 finally:
                     fit.written()
@@ -203,21 +197,21 @@ def load_model(
         if converted is not None and own_flags is not None:
             own_flags = converted.flags(own_flags)
         frozen = fit.restore_flags(own_flags)
-        notes = (*totals.notes, *fit.notes(), *checkpoint.companion_notes())
+        notes = (*reader.totals.notes, *fit.notes(), *checkpoint.companion_notes())
     ended = time.perf_counter()
     return LoadReport(
         path=os.fspath(path),
-        bytes=totals.bytes,
-        tensors=totals.tensors,
+        bytes=reader.totals.bytes,
+        tensors=reader.tensors,
         shards=len({located.shard for located in reads}),
         seconds=ended - started,
         phases=Phases(plan=planned - started, transfer=transferred - planned, commit=ended - transferred),
         engine=engine_name(),
-        direct=totals.direct,
-        staging_bytes=totals.staging_bytes,
-        pinned=totals.pinned,
+        direct=reader.totals.direct,
+        staging_bytes=reader.totals.staging_bytes,
+        pinned=reader.totals.pinned,
         notes=notes,
-        verified=totals.verified,
+        verified=reader.verified,
         missing=fit.missing,
         unexpected=fit.unexpected,
         mismatched=fit.mismatched,
@@ -242,53 +236,3 @@ def _extra_states(checkpoint: Checkpoint, names: list[str], prefix: str, strict:
             f"whole model with build_model, or leave extra state as it is with strict=False; the module is unchanged"
         )
     return {name.removeprefix(prefix): value for name, value in found.items()}
-
-
-def _new_tensors(stored: Iterable[Located], device: torch.device) -> Iterator[torch.Tensor]:
-    """Memory for each of ``stored``. Made like the first of their kind, which takes half the time that it takes to say what is wanted."""
-    firsts: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
-    for t in stored:
-        first = firsts.get((t.dtype, t.shape))
-        if first is not None:
-            yield torch.empty_like(first)
-            continue
-        made = torch.empty(torch_shape(t.dtype, t.shape), dtype=BY_NAME[t.dtype].torch, device=device)
-        firsts[t.dtype, t.shape] = made
-        yield made
-
-
-def device_of(device: Device) -> torch.device | None:
-    """The device that is meant, None for none. Raises TypeError, ValueError."""
-    if device is None:
-        return None
-    if isinstance(device, bool) or not isinstance(device, (str, int, torch.device)):
-        raise TypeError(f"device must be a torch.device, its name or its number, not {type(device).__name__}")
-    try:
-        made = torch.device(device)
-        if made.type != "meta":
-            torch.empty(0, device=made)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} was asked for, torch has none: {str(error).splitlines()[0]}") from error
-    if made.type == "meta":
-        raise ValueError("device must hold data, the meta device does not")
-    return made
-
-
-def _equal_on_disk(checkpoint: Checkpoint, left: Located, right: Located) -> bool:
-    """Whether two stored tensors hold the same bytes, by their checksums where they have them."""
-    if (left.dtype, left.shape) != (right.dtype, right.shape) or not (left.shard and right.shard):
-        return False
-    if left.checksum is not None and right.checksum is not None:
-        return left.checksum == right.checksum
-    if (left.shard, left.offset) == (right.shard, right.offset):
-        return True
-    step = 1 << 20
-    a, b = checkpoint.descriptors([left.shard, right.shard])
-    try:
-        return all(
-            read_at(a, min(step, left.nbytes - at), left.offset + at)
-            == read_at(b, min(step, left.nbytes - at), right.offset + at)
-            for at in range(0, left.nbytes, step)
-        )
-    except CallFailed as error:
-        raise cannot_read(checkpoint.path_of(left.shard), error) from error

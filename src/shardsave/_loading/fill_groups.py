@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from shardsave._format.dtypes import BY_NAME, torch_shape
+from shardsave._loading.new_tensors import new_copy
 from shardsave._loading.slots import slots, sub_modules
 from shardsave._state.module import Names
 from shardsave._storage.checkpoint import Located
@@ -57,7 +57,7 @@ def give(
 ) -> Group:
     """Copies for a sub-module with a loading routine of its own, which gets them together with what was joined for it, and ``extra``."""
     ready = {inner: given.pop(name) for name, inner in own.items() if name in given}
-    copies = {inner: (stored[name], copy_of(stored[name])) for name, inner in own.items() if inner not in ready}
+    copies = {inner: (stored[name], new_copy(stored[name])) for name, inner in own.items() if inner not in ready}
 
     def finish(strict: bool) -> tuple[list[str], list[str]]:
         names = Names.of(owner)
@@ -79,11 +79,3 @@ def give(
         return [start + names.plain(name) for name in missing], [start + names.plain(name) for name in unexpected]
 
     return Group(tuple(copies.values()), False, finish)
-
-
-def copy_of(stored: Located) -> torch.Tensor:
-    """New memory for a stored tensor, on the CPU wherever torch makes tensors by default."""
-    with torch.inference_mode(
-        False
-    ):  # a routine may keep it, and a tensor of the caller's inference mode could never be trained
-        return torch.empty(torch_shape(stored.dtype, stored.shape), dtype=BY_NAME[stored.dtype].torch, device="cpu")

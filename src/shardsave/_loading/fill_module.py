@@ -12,7 +12,8 @@ from torch.nn.parameter import is_lazy
 
 from shardsave._common.gc_pause import collector_still
 from shardsave._format.dtypes import BY_NAME
-from shardsave._loading.fill_groups import Group, Join, Joins, copy_of, give
+from shardsave._loading.fill_groups import Group, Join, Joins, give
+from shardsave._loading.new_tensors import new_copy
 from shardsave._loading.slots import Slot, ancestor, counts_batches, leaders, slots, sub_modules
 from shardsave._state.module import Names
 from shardsave._storage.checkpoint import Located
@@ -144,7 +145,7 @@ class Fit:
 
     def _join_apart(self, join: Join, current: Mapping[str, torch.Tensor], given: dict[str, torch.Tensor]) -> Group:
         """Copies of all that is joined; what they make goes into the module, or is kept for a routine of its own."""
-        copies = [copy_of(source) for source in join.sources]
+        copies = [new_copy(source) for source in join.sources]
         straight, theirs = set(self.direct), {name for _, _, own in self.hooked for name in own}
 
         def finish(strict: bool) -> tuple[list[str], list[str]]:
