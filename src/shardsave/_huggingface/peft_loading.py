@@ -2,46 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from shardsave._huggingface.adapter import adapter_of
-from shardsave._loading.fill_groups import Join
+from shardsave._loading.layout import IdentityLayout
 from shardsave._state.module import Names
 from shardsave._storage.checkpoint import Located
 from shardsave.errors import IncompatibleCheckpointError
 
 
-class AdapterNames:
-    """How an adapter's tensors, by their names on disk, go into a PEFT model.
-
-    ``stored``: name in the model → stored tensor; tensors that the model does not have keep their names on disk.
-    """
+class AdapterLayout(IdentityLayout):
+    """The layout of an adapter for a PEFT model. The flags beside it are recorded by the names in the model."""
 
     def __init__(self, names: Mapping[str, str], stored: Mapping[str, Located]) -> None:
-        self.joins: list[Join] = []
-        self.stored = {names.get(name, name): located for name, located in stored.items()}
-        self._own = frozenset(names.values())
+        """``names``, ``stored``: name on disk → name in the model, and → stored tensor."""
+        super().__init__({names.get(name, name): located for name, located in stored.items()})
+        self._adapter = frozenset(names.values())
 
-    def optional(self, name: str) -> bool:
+    def may_be_missing(self, name: str) -> bool:
         """Whether ``name`` belongs to the base model."""
-        return name not in self._own
-
-    def flags(self, given: Mapping[str, bool]) -> dict[str, bool]:
-        """An adapter's flags are stored by the names in the model."""
-        return dict(given)
-
-    def views(self, tensors: Mapping[str, torch.Tensor]) -> list[Sequence[torch.Tensor] | None]:
-        """Nothing is joined."""
-        return []
+        return name not in self._adapter
 
 
-def adapter_names(model: Any, stored: Mapping[str, Located], where: str) -> AdapterNames | None:
-    """How ``stored`` goes into the active adapter of a PEFT ``model``; None if ``stored`` is not an adapter.
+def adapter_layout(model: Any, stored: Mapping[str, Located], where: str) -> AdapterLayout | None:
+    """The layout of ``stored`` (name on disk → stored tensor) for the active adapter of a PEFT ``model``; None if it is no adapter.
 
-    Raises IncompatibleCheckpointError.
+    ``where``: the path of the checkpoint, for messages. Raises IncompatibleCheckpointError.
     """
     if len(list(model.active_adapters)) != 1:
         return None
@@ -56,4 +43,4 @@ def adapter_names(model: Any, stored: Mapping[str, Located], where: str) -> Adap
             f"cannot load {where}: an adapter whose tensors are those of the model was expected, PEFT computes "
             f"{', '.join(sorted(adapter.computed))} for the file; use PeftModel.from_pretrained; the module is unchanged"
         )
-    return AdapterNames(adapter.names, stored)
+    return AdapterLayout(adapter.names, stored)

@@ -1,4 +1,4 @@
-"""Whether memory can be filled in place at all: what is refused by name, before a single tensor is changed."""
+"""Refuses tensors whose memory cannot be filled in place, by name, before any tensor is changed."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from shardsave._loading.slots import Slot
 from shardsave._state.module import PLAIN_TYPES
 from shardsave.errors import UnsupportedTensorError, an
 
-#: How much work numpy may put into the question whether two strided views share an element.
+#: The most work that numpy may spend to decide whether two strided views share an element.
 _OVERLAP_WORK = 100_000
 
 
 def check_shaped(slot: Slot, where: str) -> None:
-    """Refuses what has no shape yet."""
+    """Refuses a lazy parameter, which has no shape yet."""
     if is_lazy(slot.tensor):
         _refuse(slot.name, where, "a parameter with a shape was expected", "it is lazy; run a forward pass first")
 
 
 def check_plain(slot: Slot, where: str) -> None:
-    """Refuses tensor subclasses, whose memory is not theirs alone or not here: FSDP's DTensor has hooks that know no plain one."""
+    """Refuses tensor subclasses: their memory may be shared or on another rank, and the hooks of FSDP's DTensor expect a DTensor."""
     tensor = slot.tensor
     if hasattr(tensor, "__tensor_flatten__") or (type(tensor) not in PLAIN_TYPES and not is_lazy(tensor)):
         _refuse(slot.name, where, "a plain tensor was expected", f"it is {an(type(tensor).__name__)}")
 
 
 def check_fillable(slot: Slot, stored: torch.dtype, where: str) -> None:
-    """Refuses what cannot be written in place, with values of dtype ``stored``."""
+    """Refuses a tensor that cannot be overwritten in place with values of dtype ``stored``."""
     check_plain(slot, where)
     tensor = slot.tensor
     if tensor.layout is not torch.strided or tensor.is_nested:
@@ -52,35 +52,35 @@ def check_fillable(slot: Slot, stored: torch.dtype, where: str) -> None:
         return
     if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride())):
         _refuse(slot.name, where, "memory for each element was expected", "it is expanded; call .contiguous() on it first")
-    if _may_hit_itself(tensor):
+    if _may_overlap_itself(tensor):
         found = f"elements of it share theirs, its strides are {list(tensor.stride())}; call .contiguous() on it first"
         _refuse(slot.name, where, "memory for each element was expected", found)
 
 
-def _may_hit_itself(tensor: torch.Tensor) -> bool:
-    """Whether two elements may lie at one place; of strides that no slicing or transposing makes it is assumed."""
-    behind = 1
+def _may_overlap_itself(tensor: torch.Tensor) -> bool:
+    """Whether two elements may share memory; assumed for strides that no slicing or transposing of a dense tensor produces."""
+    end = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
-        if size > 1 and stride < behind:
+        if size > 1 and stride < end:
             return True
-        behind += (size - 1) * stride
+        end += (size - 1) * stride
     return False
 
 
 def refuse_overlaps(slots: Iterable[Slot], owners: Mapping[str, str], where: str) -> None:
-    """Refuses strided tensors, each filled on its own, that share a part of their memory: one would undo the other.
+    """Refuses strided tensors that share a part of their memory and are filled separately: one would overwrite the other.
 
-    ``owners``: of those that a sub-module fills by a routine of its own its name; what these do within themselves is theirs.
+    ``owners``: name of a tensor that a routine fills → the routine's sub-module. Tensors of one such sub-module may overlap.
     """
-    there, begins, ends = [], [], []
+    placed, begins, ends = [], [], []
     for slot in slots:
-        if begin := slot.tensor.data_ptr():  # there is none on the meta device, and none of an empty tensor
-            there.append(slot)
+        if begin := slot.tensor.data_ptr():  # 0 on the meta device and for an empty tensor
+            placed.append(slot)
             begins.append(begin)
             ends.append(begin + reach(slot.tensor))
     if not any_overlap(begins, ends):
         return
-    spans = [(str(slot.tensor.device), begin, end, slot) for begin, end, slot in zip(begins, ends, there)]
+    spans = [(str(slot.tensor.device), begin, end, slot) for begin, end, slot in zip(begins, ends, placed)]
     spans.sort(key=lambda span: span[:3])
     alive: list[tuple[str, int, int, Slot]] = []
     for span in spans:
@@ -99,15 +99,15 @@ def refuse_overlaps(slots: Iterable[Slot], owners: Mapping[str, str], where: str
 
 
 def _share_an_element(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Exactly, also for interleaved views; what is too hard to tell counts as shared."""
+    """Exact, also for interleaved views; a case that is too hard to decide counts as shared."""
     try:
-        return np.shares_memory(_layout(left), _layout(right), max_work=_OVERLAP_WORK)  # type: ignore[arg-type]
+        return np.shares_memory(_as_array(left), _as_array(right), max_work=_OVERLAP_WORK)  # type: ignore[arg-type]
     except RuntimeError:  # numpy's TooHardError, which moved between its versions
         return True
 
 
-def _layout(tensor: torch.Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.void]]:
-    """An array that lies where ``tensor`` does, for arithmetic alone: the address may be a device's and is never read."""
+def _as_array(tensor: torch.Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.void]]:
+    """An array at the address of ``tensor``, for arithmetic only: the address may be on a device and is never read."""
     item = tensor.element_size()
 
     class Interface:
