@@ -13,7 +13,7 @@ from torch import nn
 from shardsave._format.dtypes import BY_TORCH, logical_shape
 from shardsave._loading.layout import IdentityLayout, Join
 from shardsave._loading.module_plan import ModulePlan, Routine, plan_again, plan_module
-from shardsave._loading.slots import take_inventory
+from shardsave._loading.slots import take_again, take_inventory
 from shardsave._storage.checkpoint import Located
 
 
@@ -170,7 +170,7 @@ def test_what_goes_where(name: str) -> None:
     case = CASES[name]
     module = case.module()
     before = {key: value.clone() for key, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
-    plan = plan_module(take_inventory(module), IdentityLayout(case.stored), **case.options)
+    plan = plan_module(take_inventory(module, "file"), IdentityLayout(case.stored), **case.options)
     found = {field: getattr(plan, field) for field in FIELDS}
     assert {field: value for field, value in found.items() if value} == case.wanted
     assert list(plan.destinations) == list(case.wanted.get("destinations", {}))
@@ -194,10 +194,10 @@ class Halves(IdentityLayout):
 
 def test_a_layout_with_joins() -> None:
     """Catches a join whose target is read in place of its sources, and a layout that is not asked about flags or missing names."""
-    plan = plan_module(take_inventory(nn.Linear(3, 2)), Halves(), flags={"top": True, "bottom": False})
+    plan = plan_module(take_inventory(nn.Linear(3, 2), "file"), Halves(), flags={"top": True, "bottom": False})
     assert [source.name for source in plan.reads] == ["top", "bottom"] and plan.in_place == ("weight",)
     assert plan.missing == () and plan.flags == {"weight": False}
-    other = plan_module(take_inventory(nn.Linear(5, 2)), Halves())
+    other = plan_module(take_inventory(nn.Linear(5, 2), "file"), Halves())
     assert other.reads == [] and list(other.mismatched) == ["weight"]
 
 
@@ -209,7 +209,7 @@ def test_what_is_read() -> None:
     """Catches a tensor that is read twice or not at all: routines come first, one tensor of several names is read once."""
     module = nn.ModuleDict({"tied": tied(), "own": Doubling(3, 2)})
     stored = {**linear("tied.a."), "tied.b.weight": located("tied.b.weight", 2, 3), **linear("own.")}
-    plan = plan_module(take_inventory(module), IdentityLayout(stored))
+    plan = plan_module(take_inventory(module, "file"), IdentityLayout(stored))
     assert reads(plan) == ["own.weight", "own.bias", "tied.a.weight", "tied.a.bias"]
     assert plan.routed == {"own.weight", "own.bias"} and plan.notes() == ()
 
@@ -218,11 +218,11 @@ def test_planned_again() -> None:
     """Catches a plan that still speaks of tensors that a routine has replaced, and one that fills what the report says is left alone."""
     module = nn.Sequential(Doubling(3, 2), nn.Linear(3, 2), nn.Linear(3, 2))
     stored = {**linear("0."), **linear("1."), **linear("2."), "2.bias": located("2.bias", 7)}
-    inventory = take_inventory(module)
+    inventory = take_inventory(module, "file")
     plan = plan_module(inventory, IdentityLayout(stored))
     module[1].weight = nn.Parameter(torch.zeros(2, 3, dtype=torch.float16))
     module[2].weight, module[2].bias = nn.Parameter(torch.zeros(9)), nn.Parameter(torch.zeros(7))
-    again = plan_again(plan, inventory.again())
+    again = plan_again(plan, take_again(inventory))
     assert again.in_place == ("1.weight", "1.bias") and list(again.mismatched) == ["2.bias", "2.weight"]
     assert again.notes() == ("1 cast from float32 to float16",) and plan.notes() == ()
     assert plan.in_place == ("1.weight", "1.bias", "2.weight") and again.routines == plan.routines

@@ -170,9 +170,9 @@ def _build_from_config(
     for note in checkpoint.companion_notes():
         warnings.warn(note, stacklevel=4)
     model = empty_model(folder, config, trust, device)
-    layout = TransformersLayout(take_inventory(model), choose_located(checkpoint, ""), checkpoint.path)
+    layout = TransformersLayout(take_inventory(model, checkpoint.path), choose_located(checkpoint, ""), checkpoint.path)
     take_stored_dtypes(model, layout.stored)
-    inventory = take_inventory(model)
+    inventory = take_inventory(model, checkpoint.path)
     doubtful = checkpoint.ties if checkpoint.record is None else ()
     plan = plan_module(inventory, layout, flags=checkpoint.flags, doubtful=doubtful)
     filler = ModuleFiller(inventory, plan, layout, checkpoint, None)

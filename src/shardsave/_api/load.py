@@ -24,7 +24,7 @@ from shardsave._loading.module_plan import plan_module
 from shardsave._loading.new_tensors import new_tensors
 from shardsave._loading.read import TensorReader
 from shardsave._loading.selection import check_names, choose, choose_located, selection
-from shardsave._loading.slots import Inventory, take_inventory
+from shardsave._loading.slots import Inventory, has_extra_state, take_inventory
 from shardsave._storage.checkpoint import Checkpoint, Located, open_checkpoint
 from shardsave.errors import IncompatibleCheckpointError
 
@@ -142,21 +142,14 @@ def load_model(
     check_names(None, prefix)
     where = check_device(device)
     started = time.perf_counter()
-    inventory = take_inventory(model)
-    extra_names = inventory.extra_state_names()
-    with open_checkpoint(path, selection(None, prefix), parts=("architecture",) if extra_names else ()) as checkpoint:
-        layout = _choose_layout(inventory, choose_located(checkpoint, prefix), checkpoint.path)
-        plan = plan_module(
-            inventory,
-            layout,
-            flags=_without_prefix(checkpoint.flags, prefix) if restore_frozen else None,
-            extra_states=_extra_states(checkpoint, [name for name in extra_names if name not in layout.stored], prefix, strict),
-            doubtful=[name.removeprefix(prefix) for name in checkpoint.ties] if checkpoint.record is None else (),
-        )
-        filler = ModuleFiller(inventory, plan, layout, checkpoint, where)
+    with open_checkpoint(
+        path, selection(None, prefix), parts=("architecture",) if has_extra_state(model) else ()
+    ) as checkpoint:
+        filler = _plan(model, checkpoint, prefix, where, strict=strict, restore_frozen=restore_frozen)
         filler.check(strict=strict)
+        reads = filler.plan.reads
         planned = time.perf_counter()
-        with Progress(progress, "loading", sum(located.nbytes for located in plan.reads)) as shown:
+        with Progress(progress, "loading", sum(located.nbytes for located in reads)) as shown:
             reader = TensorReader(checkpoint, verify=verify, progress=shown)
             differences = filler.fill(reader, strict=strict)
         transferred = time.perf_counter()
@@ -167,7 +160,7 @@ def load_model(
         path=os.fspath(path),
         bytes=reader.totals.bytes,
         tensors=reader.tensors,
-        shards=len({located.shard for located in plan.reads}),
+        shards=len({located.shard for located in reads}),
         seconds=ended - started,
         phases=Phases(plan=planned - started, transfer=transferred - planned, commit=ended - transferred),
         engine=engine_name(),
@@ -178,10 +171,27 @@ def load_model(
         verified=reader.verified,
         missing=differences.missing,
         unexpected=differences.unexpected,
-        mismatched=tuple(sorted(plan.mismatched.values())),
+        mismatched=tuple(sorted(filler.plan.mismatched.values())),
         frozen=restored.frozen,
         changed_flags=restored.changed,
     )
+
+
+def _plan(
+    model: nn.Module, checkpoint: Checkpoint, prefix: str, device: torch.device | None, *, strict: bool, restore_frozen: bool
+) -> ModuleFiller:
+    """Plans what goes where in ``model``; nothing has been checked or changed yet."""
+    inventory = take_inventory(model, checkpoint.path)
+    layout = _choose_layout(inventory, choose_located(checkpoint, prefix), checkpoint.path)
+    extra_states = [name for name in inventory.extra_states if name not in layout.stored]
+    plan = plan_module(
+        inventory,
+        layout,
+        flags=_without_prefix(checkpoint.flags, prefix) if restore_frozen else None,
+        extra_states=_extra_states(checkpoint, extra_states, prefix, strict),
+        doubtful=[name.removeprefix(prefix) for name in checkpoint.ties] if checkpoint.record is None else (),
+    )
+    return ModuleFiller(inventory, plan, layout, checkpoint, device)
 
 
 def _choose_layout(inventory: Inventory, stored: Mapping[str, Located], where: str) -> Layout:

@@ -39,7 +39,7 @@ class TransformersLayout:
         self.stored: dict[str, Located] = {}
         self.joins: list[Join] = []
         self._model: Any = inventory.module
-        self._names = dict.fromkeys(inventory.expected_names(), True)
+        self._names = dict.fromkeys(inventory.expected, True)
         self._sent: dict[str, tuple[str, ...]] = {}  # name on disk → names in the model
         self._keys: list[list[Key]] = []  # for each join, the key of each source
         self._renamings: list[Any] = []

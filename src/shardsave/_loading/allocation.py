@@ -8,37 +8,38 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from shardsave._loading.slots import Inventory, Slot, ancestor, counts_batches
+from shardsave._loading.slots import Inventory, Slot, counts_batches
 
 
-def allocate(inventory: Inventory, filled: Collection[str], routines: set[str], device: torch.device | None) -> Inventory:
+def allocate(inventory: Inventory, filled: Collection[str], owned: Collection[str], device: torch.device | None) -> Inventory:
     """Replaces meta tensors by tensors with memory and moves tensors to ``device``; keeps ties. Returns the inventory afterwards.
 
-    ``filled``: the names that will be filled. ``routines``: the names of sub-modules that load themselves.
+    ``filled``: the names that will be filled. ``owned``: names below sub-modules that load themselves.
     """
-    moving = [slot for slot in inventory.slots if not stays(slot.tensor, device)]
+    moving = [slot for slot in inventory.slots.values() if not stays(slot.tensor, device)]
     if not moving:
         return inventory
     leaders = inventory.leaders
     filled_leaders = {leaders[name] for name in filled if name in leaders}
-    routed_leaders = {leaders[slot.name] for slot in inventory.slots if ancestor(slot.name, routines) is not None}
+    owned_leaders = {leaders[name] for name in owned if name in leaders}
+    slots = dict(inventory.slots)
     memory: dict[str, torch.Tensor] = {}
     parameters: dict[int, nn.Parameter] = {}
     # Parameters made in inference mode could never be trained: the caller's mode must not get into the module.
     with torch.inference_mode(False), torch.no_grad():
         for slot in moving:
             tensor, leader = slot.tensor, leaders[slot.name]
-            if tensor.is_meta and not (leader in filled_leaders or leader in routed_leaders or counts_batches(slot)):
+            if tensor.is_meta and not (leader in filled_leaders or leader in owned_leaders or counts_batches(slot)):
                 continue
             if leader not in memory:
                 memory[leader] = _new_memory(tensor, device, will_be_filled=leader in filled_leaders)
             if slot.is_buffer or tensor.is_meta:
-                _replace(slot, memory[leader], parameters)
+                slots[slot.name] = slot._replace(tensor=_replace(slot, memory[leader], parameters))
                 continue
             tensor.data = memory[leader]
             if tensor.grad is not None:
                 tensor.grad.data = tensor.grad.data.to(memory[leader].device)
-    return inventory.with_new_tensors()
+    return inventory._replace(slots=slots)
 
 
 def stays(tensor: torch.Tensor, device: torch.device | None) -> bool:
@@ -53,20 +54,21 @@ def _new_memory(tensor: torch.Tensor, device: torch.device | None, *, will_be_fi
     return torch.zeros_like(tensor, device=target) if tensor.is_meta else tensor.detach().to(target)
 
 
-def _replace(slot: Slot, memory: torch.Tensor, parameters: dict[int, nn.Parameter]) -> None:
-    """Puts ``memory`` in the place of a buffer or a meta parameter, with the Python attributes of the old tensor.
+def _replace(slot: Slot, memory: torch.Tensor, parameters: dict[int, nn.Parameter]) -> torch.Tensor:
+    """Puts ``memory`` in the place of a buffer or a meta parameter, with the Python attributes of the old tensor; returns the new tensor.
 
     ``parameters``: id of an old parameter → its replacement, so that a tied parameter is replaced by one and the same.
     """
     if slot.is_buffer:
         memory.__dict__.update(slot.tensor.__dict__)
         slot.owner._buffers[slot.attribute] = memory
-        return
+        return memory
     if id(slot.tensor) not in parameters:
         parameter = nn.Parameter(memory, requires_grad=slot.tensor.requires_grad)
         parameter.__dict__.update(slot.tensor.__dict__)
         parameters[id(slot.tensor)] = parameter
     slot.owner._parameters[slot.attribute] = parameters[id(slot.tensor)]
+    return parameters[id(slot.tensor)]
 
 
 def _same_device(left: torch.device, right: torch.device) -> bool:

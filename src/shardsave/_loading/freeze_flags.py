@@ -41,14 +41,15 @@ def restore_flags(parameters: Iterable[tuple[str, torch.Tensor]], flags: Mapping
     return RestoredFlags(sum(wanted.values()), len(changing))
 
 
-def named_parameters(inventory: Inventory, routines: Mapping[str, nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter by every name, also by the names that hooks give it on disk; ``routines``: the sub-modules that load themselves."""
-    for slot in inventory.slots:
+def named_parameters(inventory: Inventory, routines: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter by every name, and by the names that hooks give it on disk; ``routines``: the sub-modules that load themselves."""
+    for name, slot in inventory.slots.items():
         if not slot.is_buffer:
-            yield slot.name, slot.tensor
-    for name, owner in routines.items():
-        names = Names.of(owner)
-        for wrapped, value in owner.state_dict(keep_vars=True).items():
+            yield name, slot.tensor
+    for routine in routines:
+        module = inventory.self_loading[routine]
+        names = Names.of(module)
+        for wrapped, value in module.state_dict(keep_vars=True).items():
             if isinstance(value, nn.Parameter):
-                plain = names.plain(wrapped)
-                yield f"{name}.{plain}" if name else plain, value
+                inside = names.plain(wrapped)
+                yield f"{routine}.{inside}" if routine else inside, value

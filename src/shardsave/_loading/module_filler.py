@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,18 +13,18 @@ from shardsave._common.gc_pause import collector_still
 from shardsave._loading.allocation import allocate
 from shardsave._loading.freeze_flags import RestoredFlags, named_parameters, restore_flags
 from shardsave._loading.layout import Join, Layout
-from shardsave._loading.module_checks import check_destinations, check_meta_buffers, check_names, check_shapes
+from shardsave._loading.module_checks import check_destinations, check_differences, check_meta_buffers, check_shapes
 from shardsave._loading.module_plan import ModulePlan, plan_again
 from shardsave._loading.read import Target, TensorReader
 from shardsave._loading.routines import read_joined, run_routine
-from shardsave._loading.slots import Inventory
+from shardsave._loading.slots import Inventory, take_again
 from shardsave._loading.stored_bytes import same_bytes
-from shardsave._storage.checkpoint import Checkpoint, Located
+from shardsave._storage.checkpoint import Checkpoint
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, ShardSaveError
 
 
 class Differences(NamedTuple):
-    """Names that the checkpoint or the module lacks, also those that sub-modules with a loading routine have reported."""
+    """Names that are only in the module or only in the checkpoint, also those that sub-modules which load themselves report."""
 
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
@@ -48,38 +49,32 @@ class ModuleFiller:
         self._checkpoint = checkpoint
         self._device = device
         self._total = len(plan.reads)
-        modules = inventory.modules_with_routines() if plan.routines else {}
-        self._owners = {routine.name: modules[routine.name] for routine in plan.routines}
 
     @collector_still()
     def check(self, *, strict: bool) -> None:
         """Raises IncompatibleCheckpointError or UnsupportedTensorError if the module cannot be filled; ``strict``: also if names differ."""
         where = self._checkpoint.path
-        check_names(self._inventory, self.plan, strict, where)
+        check_differences(self._inventory, self.plan, strict, where)
         self._check_destinations()
         check_meta_buffers(self._inventory, where)
 
     def fill(self, reader: TensorReader, *, strict: bool) -> Differences:
-        """Fills the module; errors say how many tensors were loaded before.
-
-        ``strict`` is passed on to the sub-modules that load themselves.
-        """
-        self._allocate(fills_routines=True)
+        """Fills the module. Errors say how many tensors were loaded before. ``strict``: for the sub-modules that load themselves."""
+        self._allocate([*self.plan.routed, *self.plan.in_place])
         missing, unexpected = self._run_routines(reader, strict)
         self._read_in_place(reader)
         return Differences(self.plan.missing + missing, self.plan.unexpected + unexpected)
 
     def restore_flags(self) -> RestoredFlags:
         # Routines may have replaced parameters, also those of their own sub-modules.
-        inventory = self._inventory.again() if self.plan.routines else self._inventory
-        return restore_flags(named_parameters(inventory, self._owners), self.plan.flags)
+        inventory = take_again(self._inventory) if self.plan.routines else self._inventory
+        return restore_flags(named_parameters(inventory, [routine.name for routine in self.plan.routines]), self.plan.flags)
 
-    def _allocate(self, *, fills_routines: bool) -> None:
-        filled = [*(self.plan.routed if fills_routines else ()), *self.plan.in_place]
-        self._inventory = allocate(self._inventory, filled, set(self._owners), self._device)
+    def _allocate(self, filled: Collection[str]) -> None:
+        self._inventory = allocate(self._inventory, filled, self.plan.owned, self._device)
 
     def _run_routines(self, reader: TensorReader, strict: bool) -> Differences:
-        """Runs one sub-module after the other, so that only one needs memory for its copies at a time."""
+        """Lets one sub-module after the other load itself, so that the copies of only one are in memory at a time."""
         joined: dict[str, torch.Tensor] = {}
         missing: list[str] = []
         unexpected: list[str] = []
@@ -87,9 +82,9 @@ class ModuleFiller:
             if not self.plan.routed.isdisjoint(join.targets):
                 joined.update(self._read_joined(join, reader))
         for routine in self.plan.routines:
-            owner = self._owners[routine.name]
+            module = self._inventory.self_loading[routine.name]
             with self._counting(reader):
-                names = run_routine(owner, routine, self.plan.stored, joined, reader, strict)
+                names = run_routine(module, routine, self.plan.stored, joined, reader, strict)
             missing += names[0]
             unexpected += names[1]
         if self.plan.routines and self.plan.in_place:
@@ -98,12 +93,12 @@ class ModuleFiller:
         return Differences(tuple(missing), tuple(unexpected))
 
     def _follow_routines(self) -> None:
-        """Takes the inventory and plans again: routines may have replaced tensors of other sub-modules.
+        """Takes the inventory again and plans again, because a routine may have replaced tensors of other sub-modules.
 
-        Raises IncompatibleCheckpointError if one is gone, has another shape, or cannot be filled.
+        Raises IncompatibleCheckpointError if a tensor is gone, has another shape, or cannot be filled.
         """
         before = self.plan
-        self._inventory = self._inventory.again()
+        self._inventory = take_again(self._inventory)
         try:
             gone = sorted(set(before.in_place) - self._inventory.leaders.keys())
             if gone:
@@ -118,21 +113,18 @@ class ModuleFiller:
             raise IncompatibleCheckpointError(
                 f"{str(error).removesuffix('; the module is unchanged')}; the loading routine of another sub-module changed that"
             ) from error
-        self._allocate(fills_routines=False)
+        self._allocate(self.plan.in_place)
 
     def _changed(self, difference: str) -> str:
         return f"cannot load {self._checkpoint.path}: the module's names and shapes were expected, {difference}"
 
     def _check_destinations(self) -> None:
-        def same(left: Located, right: Located) -> bool:
-            return same_bytes(self._checkpoint, left, right)
-
-        check_destinations(self._inventory, self.plan, self._owners, self._device, same, self._checkpoint.path)
+        same = partial(same_bytes, self._checkpoint)
+        check_destinations(self._inventory, self.plan, self._device, same, self._checkpoint.path)
 
     def _read_in_place(self, reader: TensorReader) -> None:
         with collector_still():
-            current = self._inventory.tensors()
-            destinations = {name: current[name].detach() for name in self.plan.in_place}
+            destinations = {name: self._inventory.slots[name].tensor.detach() for name in self.plan.in_place}
             targets, unviewed = self._targets(destinations)
         for join in unviewed:
             if self.plan.routed.isdisjoint(join.targets):
@@ -141,19 +133,19 @@ class ModuleFiller:
             with self._counting(reader, in_place=True):
                 reader.read(targets)
         finally:
-            # autograd does not see these writes: told of them, a stale backward raises. Inference tensors are passed over.
+            # autograd does not notice these writes; with a new version, a stale backward raises. Inference tensors are skipped.
             torch.autograd.graph.increment_version(list(destinations.values()))
 
     def _targets(self, destinations: dict[str, torch.Tensor]) -> tuple[list[Target], list[Join]]:
-        """What is read straight into ``destinations`` (name → tensor), and the joins that are not."""
+        """What is read straight into ``destinations`` (name → tensor), and the joins that have to be read into copies."""
         stored = self.plan.stored
         joins = self.plan.joins
         if not joins:
             return [(stored[name], tensor) for name, tensor in destinations.items()], []
-        current = self._inventory.tensors()
         joined = {target for join in joins for target in join.targets}
         targets: list[Target] = [(stored[name], tensor) for name, tensor in destinations.items() if name not in joined]
-        tensors = {name: current[name].detach() for name in joined if name in current}
+        slots = self._inventory.slots
+        tensors = {name: slots[name].tensor.detach() for name in joined if name in slots}
         views = self._layout.views(tensors) if tensors else [None] * len(joins)
         unviewed, wanted = [], self.plan.routed.union(destinations)
         for join, sources in zip(joins, views):
@@ -167,16 +159,17 @@ class ModuleFiller:
         """Reads and converts ``join``, copies into the module what is read in place, and returns what routines receive."""
         with self._counting(reader):
             values = read_joined(join, reader)
-        current, in_place = self._inventory.tensors(), set(self.plan.in_place)
+        in_place = set(self.plan.in_place)
         for name, value in values.items():
-            if name in in_place and name not in self.plan.routed:
-                with torch.inference_mode(current[name].is_inference()), torch.no_grad():
-                    current[name].detach().copy_(value)
+            if name in in_place:
+                tensor = self._inventory.slots[name].tensor
+                with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+                    tensor.detach().copy_(value)
         return {name: value for name, value in values.items() if name in self.plan.routed}
 
     @contextmanager
     def _counting(self, reader: TensorReader, *, in_place: bool = False) -> Iterator[None]:
-        """Adds to errors how much was loaded. After a wrong checksum ``in_place``, the other tensors of the read are loaded too."""
+        """Adds to errors how much was loaded. If a checksum is wrong ``in_place``, the other tensors of the same read are loaded too."""
         loaded = reader.tensors
         try:
             yield

@@ -20,14 +20,14 @@ from shardsave.errors import IncompatibleCheckpointError
 
 
 def run_routine(
-    owner: nn.Module,
+    module: nn.Module,
     routine: Routine,
     stored: Mapping[str, Located],
     joined: dict[str, torch.Tensor],
     reader: TensorReader,
     strict: bool,
 ) -> tuple[list[str], list[str]]:
-    """Reads what ``owner`` receives and calls its `load_state_dict`; returns the names that it reports missing and unexpected.
+    """Reads what ``module`` receives and calls its `load_state_dict`; returns the names that it reports missing and unexpected.
 
     ``joined``: name in the module → tensor that a join has produced; those of this routine are taken out of it.
     """
@@ -36,15 +36,15 @@ def run_routine(
     copies = {inside: new_copy(tensor) for inside, tensor in located.items()}
     reader.read([(located[inside], copy) for inside, copy in copies.items()])
     values.update(copies)
-    names = Names.of(owner)
+    names = Names.of(module)
     state: dict[str, Any] = {names.wrapped(inside): values[inside] for inside in routine.tensors.values()}
     state.update({names.wrapped(inside): value for inside, value in routine.extra_state.items()})
     try:
-        with torch.inference_mode(_has_inference_tensors(owner)):
-            answer = owner.load_state_dict(state, strict=strict)
+        with torch.inference_mode(_has_inference_tensors(module)):
+            answer = module.load_state_dict(state, strict=strict)
     except Exception as error:
         raise IncompatibleCheckpointError(
-            f"cannot load {routine.name or type(owner).__name__!r}: its own load_state_dict was expected to take "
+            f"cannot load {routine.name or type(module).__name__!r}: its own load_state_dict was expected to take "
             f"what was saved, it raised {type(error).__name__}: {' '.join(str(error).split())}"
         ) from error
     start = f"{routine.name}." if routine.name else ""

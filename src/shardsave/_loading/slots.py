@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from shardsave._common.gc_pause import collector_still
 from shardsave._common.memory import address
 from shardsave._state.module import EXTRA_STATE, Names, refuse_sharded, unwrap
+from shardsave.errors import IncompatibleCheckpointError
 
 
 class Slot(NamedTuple):
@@ -25,84 +27,93 @@ class Slot(NamedTuple):
     saved: bool
 
 
-class SubModule(NamedTuple):
-    """One name of a sub-module. ``start``: the beginning of the names inside it, without the names of wrappers."""
-
-    start: str
-    module: nn.Module
+#: Every sub-module by every name, the module itself first: how the names inside it begin, without those of wrappers, and it.
+SubModules = Sequence[tuple[str, nn.Module]]
 
 
 class Inventory(NamedTuple):
-    """Everything that a load has to know about a module.
+    """Everything that a load has to know about a module, as it is at one moment.
 
-    ``leaders``: each name of a tensor → the first name with the same memory.
+    ``module``: without wrappers. ``slots``: its parameters and buffers by every name, in module order. ``leaders``: each name → the
+    first name with the same memory. ``expected``: the names in its state dict. ``extra_states``: those of extra state.
+    ``self_loading``: the outermost sub-modules that have a loading routine of their own, by name; "" is the whole module.
     """
 
     module: nn.Module
-    sub_modules: list[SubModule]
-    slots: list[Slot]
+    slots: dict[str, Slot]
     leaders: dict[str, str]
-
-    def again(self) -> Inventory:
-        """The inventory of the same module, whose tensors may have been replaced since."""
-        return _inventory(self.module)
-
-    def with_new_tensors(self) -> Inventory:
-        """The same names after tensors were replaced without a change of ties."""
-        return self._replace(slots=_slots(self.sub_modules))
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return {slot.name: slot.tensor for slot in self.slots}
-
-    def expected_names(self) -> set[str]:
-        """The names in the module's state dict."""
-        return {*(slot.name for slot in self.slots if slot.saved), *self.extra_state_names()}
-
-    def extra_state_names(self) -> list[str]:
-        """The names of extra state in the module's state dict."""
-        default = nn.Module.get_extra_state
-        return [start + EXTRA_STATE for start, part in self.sub_modules if type(part).get_extra_state is not default]
-
-    def modules_with_routines(self) -> dict[str, nn.Module]:
-        """The outermost sub-modules that have a loading routine of their own, by name; "" is the whole module."""
-        outermost: dict[str, nn.Module] = {}
-        for start, part in self.sub_modules:
-            if _has_own_routine(part) and ancestor(start, outermost) is None:
-                outermost[start.removesuffix(".")] = part
-        return outermost
+    expected: frozenset[str]
+    extra_states: tuple[str, ...]
+    self_loading: dict[str, nn.Module]
 
 
 @collector_still()
-def take_inventory(module: nn.Module) -> Inventory:
-    """The inventory of ``module``, without its wrappers. Raises UnsupportedTensorError for a wrapper of FSDP."""
+def take_inventory(module: nn.Module, where: str) -> Inventory:
+    """The inventory of ``module``; ``where``: the path of the checkpoint, for messages.
+
+    Raises UnsupportedTensorError for a wrapper of FSDP, IncompatibleCheckpointError if two tensors have one name.
+    """
     module = unwrap(module)
     refuse_sharded(module, "fill", "the module is unchanged")
-    return _inventory(module)
+    sub_modules = _sub_modules(module)
+    slots = list(_slots(sub_modules))
+    inventory = _inventory(module, sub_modules, slots)
+    if len(inventory.slots) != len(slots):
+        twice, _ = Counter(slot.name for slot in slots).most_common(1)[0]
+        raise IncompatibleCheckpointError(
+            f"cannot load {where}: tensors with names of their own were expected in the module, two are {twice!r} without the names of "
+            f"wrappers; the module is unchanged"
+        )
+    return inventory
 
 
-def _inventory(module: nn.Module) -> Inventory:
+@collector_still()
+def take_again(inventory: Inventory) -> Inventory:
+    """The inventory of the same module now, when its tensors may have been replaced; ``self_loading`` stays as it was."""
+    sub_modules = _sub_modules(inventory.module)
+    now = _inventory(inventory.module, sub_modules, list(_slots(sub_modules)))
+    return now._replace(self_loading=inventory.self_loading)
+
+
+def has_extra_state(module: nn.Module) -> bool:
+    """Whether ``module`` or one of its sub-modules has extra state."""
+    return any(_overrides_extra_state(part) for part in module.modules())
+
+
+def _inventory(module: nn.Module, sub_modules: SubModules, slots: list[Slot]) -> Inventory:
+    extra_states = tuple(start + EXTRA_STATE for start, part in sub_modules if _overrides_extra_state(part))
+    return Inventory(
+        module=module,
+        slots={slot.name: slot for slot in slots},
+        leaders=_leaders(slots),
+        expected=frozenset([*(slot.name for slot in slots if slot.saved), *extra_states]),
+        extra_states=extra_states,
+        self_loading=_self_loading(sub_modules),
+    )
+
+
+def _overrides_extra_state(module: nn.Module) -> bool:
+    return type(module).get_extra_state is not nn.Module.get_extra_state
+
+
+def _sub_modules(module: nn.Module) -> SubModules:
     named = list(module.named_modules(remove_duplicate=False))
     names = Names(named)
-    sub_modules = [SubModule("", module), *(SubModule(names.plain(f"{name}."), part) for name, part in named[1:])]
-    slots = _slots(sub_modules)
-    return Inventory(module, sub_modules, slots, _leaders(slots))
+    return [("", module), *((names.plain(f"{name}."), part) for name, part in named[1:])]
 
 
-def _slots(sub_modules: Iterable[SubModule]) -> list[Slot]:
-    """Every parameter and buffer by every name, in module order."""
-    slots = []
+def _slots(sub_modules: SubModules) -> Iterator[Slot]:
     for start, owner in sub_modules:
         not_saved = owner._non_persistent_buffers_set
         for attribute, parameter in owner._parameters.items():
             if parameter is not None:
-                slots.append(Slot(start + attribute, owner, attribute, parameter, False, True))
+                yield Slot(start + attribute, owner, attribute, parameter, False, True)
         for attribute, buffer in owner._buffers.items():
             if buffer is not None:
-                slots.append(Slot(start + attribute, owner, attribute, buffer, True, attribute not in not_saved))
-    return slots
+                yield Slot(start + attribute, owner, attribute, buffer, True, attribute not in not_saved)
 
 
-def _leaders(slots: Sequence[Slot]) -> dict[str, str]:
+def _leaders(slots: Iterable[Slot]) -> dict[str, str]:
     first_at_address: dict[int, Slot] = {}
     first_with_memory: dict[object, str] = {}
     leaders = {}
@@ -124,7 +135,15 @@ def _memory_key(tensor: torch.Tensor) -> object:
     return begin, tensor.device, tensor.dtype, tensor.shape, tensor.stride()
 
 
-def ancestor(name: str, owners: Mapping[str, object] | set[str]) -> str | None:
+def _self_loading(sub_modules: SubModules) -> dict[str, nn.Module]:
+    outermost: dict[str, nn.Module] = {}
+    for start, part in sub_modules:
+        if _has_own_routine(part) and ancestor(start, outermost) is None:
+            outermost[start.removesuffix(".")] = part
+    return outermost
+
+
+def ancestor(name: str, owners: Mapping[str, object]) -> str | None:
     """Which of ``owners``, names of sub-modules, contains ``name``; "" is the whole module."""
     if not owners:
         return None
