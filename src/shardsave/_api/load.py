@@ -74,7 +74,7 @@ def load(
     wanted = check_names(names, prefix)
     where = check_device(device) or torch.device("cpu")
     if mmap and where.type != "cpu":
-        raise ValueError(f"mmap=True gives tensors on the CPU, device {where} was asked for")
+        raise ValueError(f"mmap=True returns tensors on the CPU, device {where} was asked for")
     with open_checkpoint(path, selection(wanted, prefix)) as checkpoint:
         chosen = choose(checkpoint, wanted, prefix)
         located = {stored_name: checkpoint.tensors[stored_name] for stored_name in chosen.values()}

@@ -22,7 +22,7 @@ def check_names(names: Iterable[str] | None, prefix: str) -> frozenset[str] | No
         if not isinstance(name, str):
             raise TypeError(f"names must be strings, not {type(name).__name__}")
         if not name.startswith(prefix):
-            raise ValueError(f"names are given as they stand in the checkpoint: {name!r} does not begin with prefix {prefix!r}")
+            raise ValueError(f"names must be as they stand in the checkpoint: {name!r} does not begin with prefix {prefix!r}")
     return wanted
 
 
