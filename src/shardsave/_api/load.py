@@ -16,7 +16,7 @@ from shardsave._api.reports import LoadReport, Phases
 from shardsave._common.backend import engine_name
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
-from shardsave._huggingface.detection import adapted, pretrained
+from shardsave._huggingface.recognize import peft_model, transformers_model
 from shardsave._loading.layout import IdentityLayout, Layout
 from shardsave._loading.mapped import Maps
 from shardsave._loading.module_filler import ModuleFiller
@@ -196,11 +196,11 @@ def _plan(
 
 def _choose_layout(inventory: Inventory, stored: Mapping[str, Located], where: str) -> Layout:
     """The layout of ``stored`` (name on disk → stored tensor) for the module; only models of transformers and PEFT have another one."""
-    if pretrained(inventory.module) is not None:
+    if transformers_model(inventory.module) is not None:
         from shardsave._huggingface.transformers_loading import TransformersLayout  # no other model needs it
 
         return TransformersLayout(inventory, stored, where)
-    if (model := adapted(inventory.module)) is not None:
+    if (model := peft_model(inventory.module)) is not None:
         from shardsave._huggingface.peft_loading import adapter_layout
 
         return adapter_layout(model, stored, where) or IdentityLayout(stored)

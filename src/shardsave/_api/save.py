@@ -20,8 +20,8 @@ from shardsave._format.crc64 import crc64
 from shardsave._format.header import MAX_HEADER_BYTES
 from shardsave._format.index import Index, Part, Record, ShardRecord, check_shard_count
 from shardsave._format.metadata import check_metadata
-from shardsave._huggingface.detection import adapted, pretrained
 from shardsave._huggingface.peft import ADAPTER_WEIGHTS, adapter_companions, adapter_on_disk
+from shardsave._huggingface.recognize import peft_model, transformers_model
 from shardsave._huggingface.transformers_saving import companions, on_disk
 from shardsave._saving.shards import PlannedShard, ShardWriter, plan_shards
 from shardsave._state.extra_tensors import ExtraTensors
@@ -176,7 +176,7 @@ class _Contents(NamedTuple):
 
 def _gather(source: Source | State, bound: int, architecture: bool, program: Program | None, adapter: Any) -> _Contents:
     """Looks at ``source`` once: from here on it is only read from."""
-    model = pretrained(source)
+    model = transformers_model(source)
     try:
         state = read_state(source, tensors_only=architecture)
     except RecursionError as error:
@@ -236,7 +236,7 @@ def _stage_document(transaction: Transaction, role: str, document: bytes) -> Par
 
 
 def _check_adapter(source: Source | State, architecture: bool, program: Program | None) -> Any:
-    adapter = adapted(source)
+    adapter = peft_model(source)
     if adapter is None:
         raise TypeError(f"adapter_only=True needs a PeftModel, there is none in a {type(source).__name__}")
     if architecture or program is not None:

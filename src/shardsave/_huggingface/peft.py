@@ -9,7 +9,7 @@ import copy
 import json
 from typing import Any
 
-from shardsave._huggingface.adapter import active_adapter, adapter_of
+from shardsave._huggingface.peft_names import active_adapter, adapter_of
 from shardsave._huggingface.transformers_saving import OnDisk
 from shardsave._state.module import Entry, State, tensor_of
 from shardsave.errors import UnsupportedTensorError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from shardsave._huggingface.adapter import adapter_of
+from shardsave._huggingface.peft_names import adapter_of
 from shardsave._loading.layout import IdentityLayout
 from shardsave._state.module import Names
 from shardsave._storage.checkpoint import Located
