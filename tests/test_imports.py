@@ -200,6 +200,6 @@ def test_a_plain_save_and_a_plain_load_import_little(tmp_path: Path) -> None:
     loading = imported_by("shardsave.load_model(model, sys.argv[1]); shardsave.load(sys.argv[1])", tmp_path)
     assert {"_saving", "_engine.engine"} <= saving and {"_loading", "_engine.engine"} <= loading
     rare = {"_architecture", "_program", "_conversion", "_foreign", "_engine.portable", "_api.findings", "_api.inspect"}
-    rare |= {"_huggingface.transformers_loading", "_huggingface.transformers_config"}
+    rare |= {"_huggingface.transformers_loading", "_huggingface.transformers_config", "_huggingface.peft_loading"}
     assert not rare & saving and not rare & loading
     assert "_saving" not in loading

@@ -1,4 +1,4 @@
-"""`diff`: equal by checksum and unread, changed and by how much, against torch's own arithmetic; files of others; bad values."""
+"""`diff`: equal checksums are not read; differences agree with torch's own arithmetic; third-party files; bad values."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COUNTS = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.i
 
 
 def of(a: torch.Tensor, b: torch.Tensor, folder: Path) -> shardsave.TensorChange:
-    """The change of one tensor, saved by us and by others: both ways to find it agree."""
+    """The change of one tensor; it is the same for files of shardsave and of safetensors."""
     folder.mkdir(exist_ok=True)
     for name, tensor in (("a", a), ("b", b)):
         shardsave.save({"x": tensor}, folder / name, durable=False)
@@ -34,7 +34,7 @@ def of(a: torch.Tensor, b: torch.Tensor, folder: Path) -> shardsave.TensorChange
 
 
 def expected(a: torch.Tensor, b: torch.Tensor) -> tuple[int, float, float]:
-    """Elements, largest absolute and relative difference, where nothing is NaN or infinite."""
+    """Number of different elements, largest absolute and relative difference, for values without NaN and infinity."""
     wide = torch.complex128 if a.is_complex() else torch.float64
     a, b = a.to(wide), b.to(wide)
     absolute = (a - b).abs()
@@ -44,7 +44,7 @@ def expected(a: torch.Tensor, b: torch.Tensor) -> tuple[int, float, float]:
 
 @pytest.mark.parametrize("dtype", [*NUMBERS, *COUNTS], ids=str)
 def test_differences_of_every_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
-    """Catches values that are read as another dtype, and differences in the arithmetic of a narrow one."""
+    """Catches values read as another dtype, and differences computed in a narrow dtype."""
     torch.manual_seed(1)
     a, b = (torch.randint(-20, 20, (3, 50)).to(torch.float32) / (1 if dtype in COUNTS else 4) for _ in range(2))
     a, b = (t.abs().to(dtype) if dtype in (torch.uint16, torch.uint32, torch.uint64) else t.to(dtype) for t in (a, b))
@@ -54,7 +54,7 @@ def test_differences_of_every_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
 
 
 def test_four_bit_values(tmp_path: Path) -> None:
-    """Catches two elements of a byte that are taken for one, or a code that is taken for another number."""
+    """Catches two elements of one byte that count as one, and a code that is decoded to a wrong number."""
     a = torch.tensor([[0x10, 0x07, 0xF2]], dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
     b = torch.tensor([[0x10, 0x05, 0x73]], dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
     shardsave.save({"x": a}, tmp_path / "a")
@@ -80,14 +80,14 @@ def test_four_bit_values(tmp_path: Path) -> None:
 def test_values_that_are_no_plain_numbers(
     tmp_path: Path, a: list[float], b: list[float], elements: int, nans: int, absolute: float, relative: float
 ) -> None:
-    """Catches a NaN that swallows every other difference or is not told, and infinities or zeros that make one."""
+    """Catches a NaN that hides other differences or is not counted, and infinities or zeros that produce a NaN."""
     change = of(torch.tensor(a), torch.tensor(b), tmp_path)
     found = (change.elements, change.nans, change.max_absolute, change.max_relative)
     assert found == (elements, nans, absolute, pytest.approx(relative))
 
 
 def test_another_kind_of_nan(tmp_path: Path) -> None:
-    """Catches bits that differ without another value and are called equal."""
+    """Catches tensors that are called equal although bits differ, if no value differs."""
     a, b = (torch.tensor([bits], dtype=torch.int32).view(torch.float32) for bits in (0x7FC00000, 0x7FC00001))
     assert of(a, b, tmp_path).elements == 0
 
@@ -97,13 +97,13 @@ def test_another_kind_of_nan(tmp_path: Path) -> None:
     [(2**63 - 1, -(2**63), 2.0**64), (2**60, 2**60 + 1, 1.0), (-1, 1, 2.0)],
 )
 def test_whole_numbers_are_exact(tmp_path: Path, a: int, b: int, absolute: float) -> None:
-    """Catches a difference that overflows, and one that is lost between two numbers of 64 bits."""
+    """Catches a difference of two 64-bit integers that overflows or is rounded to zero."""
     change = of(torch.tensor([a]), torch.tensor([b]), tmp_path)
     assert (change.elements, change.max_absolute) == (1, absolute)
 
 
 def test_other_dtypes_and_shapes(tmp_path: Path) -> None:
-    """Catches a cast, or another shape, that is called equal, or compared as if it were the same."""
+    """Catches another dtype or shape that is called equal, or compared as if it were the same."""
     whole = torch.tensor([[1.0, 2.0078125]])
     shardsave.save(
         {"cast": whole, "exact": torch.ones(2), "shape": whole.clone(), "empty": torch.ones(0), "int": torch.ones(2)},
@@ -127,7 +127,7 @@ def test_other_dtypes_and_shapes(tmp_path: Path) -> None:
 
 
 def test_everything_that_differs(tmp_path: Path, small_model: SmallModel) -> None:
-    """Catches names, flags and ties that come out as something else, and a report that does not say so in one line."""
+    """Catches wrong names, flags or ties in the report, and a report that is not one readable line."""
     shardsave.save(small_model, tmp_path / "a", max_shard_size=3000)
     same = shardsave.diff(tmp_path / "a", tmp_path / "a")
     assert same.same and same.bytes == 0 and len(same.equal) == 14 and same.flags == {}
@@ -162,7 +162,7 @@ def test_everything_that_differs(tmp_path: Path, small_model: SmallModel) -> Non
 
 
 def test_ties_and_metadata(tmp_path: Path) -> None:
-    """Catches a tie that came or went unseen, one that is only told the other way round, and metadata that count as a difference."""
+    """Catches a new or a lost tie that is not reported, a reported change if only the stored name changed, and metadata in `same`."""
     one, two = torch.rand(3), torch.rand(3)
     states = {
         "tied": {"a": one, "b": one, "c": one, "d": two},
@@ -190,7 +190,7 @@ def test_ties_and_metadata(tmp_path: Path) -> None:
 
 
 def test_equal_tensors_are_not_read(tmp_path: Path) -> None:
-    """Catches bytes that are read though checksums tell; here they are damaged, and nobody looks."""
+    """Catches bytes that are read although the checksums are equal: here they are damaged, so reading them would fail."""
     for name in ("a", "b"):
         shardsave.save({"x": torch.ones(1000)}, tmp_path / name)
     path = tmp_path / "b" / "model-00001-of-00001.safetensors"
@@ -202,7 +202,7 @@ def test_equal_tensors_are_not_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damaged", ["a", "b"])
 def test_what_is_read_is_checked(tmp_path: Path, damaged: str) -> None:
-    """Catches a difference that is the disk's, not the model's; on both sides, and in the last piece of many."""
+    """Catches disk damage reported as a difference of the models; on either side, and in the last of many pieces."""
     for value, name in enumerate(("a", "b")):
         shardsave.save({"x": torch.full((1_500_000,), float(value))}, tmp_path / name, durable=False)
     path = tmp_path / damaged / "model-00001-of-00001.safetensors"
@@ -215,8 +215,8 @@ def test_what_is_read_is_checked(tmp_path: Path, damaged: str) -> None:
         shardsave.diff(tmp_path / "a", tmp_path / "b")
 
 
-def test_files_of_others(tmp_path: Path) -> None:
-    """Catches equal bytes without checksums that are called changed, and a difference in the last piece that is missed."""
+def test_third_party_files(tmp_path: Path) -> None:
+    """Catches equal bytes without checksums that are called changed, and a missed difference in the last piece."""
     state = {"x": torch.arange(1_500_000, dtype=torch.int16), "y": torch.ones(3)}
     save_file(state, tmp_path / "a.safetensors")
     shardsave.save(state, tmp_path / "b")
@@ -240,7 +240,7 @@ print(change.elements, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - befo
 
 
 def test_memory(tmp_path: Path) -> None:
-    """Catches whole tensors in memory: two of 200 MB are compared."""
+    """Catches whole tensors in memory: two tensors of 200 MB are compared."""
     for value, name in enumerate(("a", "b")):
         shardsave.save({"x": torch.full((50_000_000,), float(value))}, tmp_path / name, durable=False)
     command = [sys.executable, "-c", MEMORY, str(tmp_path / "a"), str(tmp_path / "b")]
@@ -249,7 +249,7 @@ def test_memory(tmp_path: Path) -> None:
 
 
 def test_wrong_arguments(tmp_path: Path) -> None:
-    """Catches a comparison with nothing, and an argument that stands in the wrong place."""
+    """Catches a comparison with a missing checkpoint, and a misplaced argument."""
     shardsave.save({"x": torch.ones(1)}, tmp_path / "a")
     with pytest.raises(shardsave.CheckpointNotFoundError, match="no checkpoint at .*none"):
         shardsave.diff(tmp_path / "a", tmp_path / "none")

@@ -1,4 +1,4 @@
-"""`open`: tensors one by one out of the mapped files, and what it does when files, names and times are not as expected."""
+"""`open`: tensors one by one from mapped files, and errors for bad files, unknown names and closed checkpoints."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 import shardsave
 from support import SmallModel, holds_in_child, same_bits
 
-#: Everything that basic indexing takes of a tensor of shape (4, 6, 3).
+#: Every kind of basic index for a tensor of shape (4, 6, 3).
 INDICES: list[Any] = [
     0, -1, slice(1, 3), slice(None, None, 2), ..., None, (), (1, 2, 0), (slice(2), 3), (..., 1), (slice(None), ..., 2), (None, 0, ...),
     (slice(1, 3), None, slice(0, 5, 3), -1), (0, None),
@@ -23,7 +23,7 @@ INDICES: list[Any] = [
 
 
 def lone_file(path: Path, dtype: str, shape: list[int], data: bytes, lead: int = 0) -> Path:
-    """A safetensors file as others write it: one tensor ``x``, after ``lead`` bytes of another, and no padding."""
+    """A third-party safetensors file: one tensor ``x`` after ``lead`` bytes of another one, without padding."""
     end = lead + len(data)
     parts = [f'"a":{{"dtype":"U8","shape":[{lead}],"data_offsets":[0,{lead}]}}'] if lead else []
     parts.append(f'"x":{{"dtype":"{dtype}","shape":{shape},"data_offsets":[{lead},{end}]}}')
@@ -32,8 +32,8 @@ def lone_file(path: Path, dtype: str, shape: list[int], data: bytes, lead: int =
     return path
 
 
-def test_it_is_what_load_gives(tmp_path: Path, small_model: SmallModel) -> None:
-    """Catches a name, tensor, tie, flag or metadata that is not there, in another order, or another's."""
+def test_it_equals_load(tmp_path: Path, small_model: SmallModel) -> None:
+    """Catches a name, tensor, tie, flag or metadata that is missing, wrong, or in another order."""
     shardsave.save(small_model, tmp_path, max_shard_size=3000, metadata={"run": 7})
     loaded, info = shardsave.load(tmp_path), shardsave.inspect(tmp_path)
     with shardsave.open(tmp_path) as ckpt:
@@ -52,7 +52,7 @@ def test_it_is_what_load_gives(tmp_path: Path, small_model: SmallModel) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.complex64, torch.float4_e2m1fn_x2])
 @pytest.mark.parametrize("index", INDICES, ids=str)
 def test_slices(tmp_path: Path, dtype: torch.dtype, index: Any) -> None:
-    """Catches a part that is not what indexing the tensor gives."""
+    """Catches a part that differs from the indexed tensor."""
     whole = torch.arange(4 * 6 * 3 * dtype.itemsize, dtype=torch.uint8).view(4, 6, -1)
     whole = (whole % 2).view(dtype) if dtype == torch.bool else whole.view(dtype)
     shardsave.save({"x": whole}, tmp_path)
@@ -64,7 +64,7 @@ def test_slices(tmp_path: Path, dtype: torch.dtype, index: Any) -> None:
 
 @pytest.mark.parametrize("index", INDICES, ids=str)
 def test_slices_of_tensors_that_are_not_aligned(tmp_path: Path, index: Any) -> None:
-    """Catches an element that is cut, and a part that copies the whole tensor or shares memory that no tensor may have."""
+    """Catches an element that is cut, a part that copies the whole tensor, and a part in unaligned memory."""
     whole = torch.arange(72).view(4, 6, 3)
     path = next(
         path for lead in range(1, 9)
@@ -77,7 +77,7 @@ def test_slices_of_tensors_that_are_not_aligned(tmp_path: Path, index: Any) -> N
 
 
 def test_a_scalar_and_nothing(tmp_path: Path) -> None:
-    """Catches a tensor without dimensions, or without elements, that has no part of itself."""
+    """Catches a tensor without dimensions or without elements that cannot be sliced."""
     shardsave.save({"one": torch.tensor(3.0), "none": torch.zeros(0, 5)}, tmp_path)
     with shardsave.open(tmp_path) as ckpt:
         assert ckpt.slice("one")[...] == 3 and ckpt.slice("one").shape == () and ckpt["one"].item() == 3
@@ -88,8 +88,8 @@ def test_a_scalar_and_nothing(tmp_path: Path) -> None:
             ckpt.slice("one")[0]
 
 
-def test_nothing_is_read_before_it_is_looked_at(tmp_path: Path) -> None:
-    """Catches a file that is read, copied or counted against memory when it is opened: this one is larger than any memory."""
+def test_nothing_is_read_before_access(tmp_path: Path) -> None:
+    """Catches a file that is read, copied or counted as used memory when it is opened: this one is larger than any memory."""
     path = lone_file(tmp_path / "model.safetensors", "U8", [1], b"\x07")
     size = 4 << 40
     header = b'{"x":{"dtype":"U8","shape":[%d],"data_offsets":[0,%d]}}' % (size, size)
@@ -105,7 +105,7 @@ def test_nothing_is_read_before_it_is_looked_at(tmp_path: Path) -> None:
 
 
 def test_writes_stay_private(tmp_path: Path) -> None:
-    """Catches a write into a tensor that reaches the file, or other readers of it."""
+    """Catches a write into a tensor that changes the file, or what other readers of it see."""
     shardsave.save({"x": torch.zeros(1000)}, tmp_path)
     with shardsave.open(tmp_path) as ckpt, shardsave.open(tmp_path) as other:
         ckpt["x"].fill_(5)
@@ -113,8 +113,8 @@ def test_writes_stay_private(tmp_path: Path) -> None:
     assert shardsave.verify(tmp_path).verified
 
 
-def test_one_save_whatever_is_saved_meanwhile(tmp_path: Path) -> None:
-    """Catches tensors of two saves in one open checkpoint; here the second comes between opening and asking."""
+def test_all_tensors_are_from_one_save(tmp_path: Path) -> None:
+    """Catches tensors of two saves in one open checkpoint: a second save happens between opening and reading."""
     state = {f"t{n}": torch.full((600,), 1.0) for n in range(4)}
     shardsave.save(state, tmp_path, max_shard_size=3000)
     with shardsave.open(tmp_path) as ckpt:
@@ -125,7 +125,7 @@ def test_one_save_whatever_is_saved_meanwhile(tmp_path: Path) -> None:
 
 
 def test_after_close(tmp_path: Path) -> None:
-    """Catches a closed checkpoint that crashes, gives something, or says nothing; and tensors that go with it."""
+    """Catches a closed checkpoint that crashes or still returns tensors, and tensors that become invalid with it."""
     shardsave.save({"x": torch.ones(3), "y": torch.ones(2)}, tmp_path)
     before = len(os.listdir("/proc/self/fd"))
     with shardsave.open(tmp_path) as ckpt:
@@ -143,7 +143,7 @@ def test_after_close(tmp_path: Path) -> None:
 
 
 def test_a_name_that_is_not_there(tmp_path: Path) -> None:
-    """Catches an error that is no KeyError, as a mapping's must be, or none of ours; and one that does not help."""
+    """Catches an error that is not a KeyError, as a mapping needs, or not one of this package; and one without a hint."""
     shardsave.save({"layer.weight": torch.ones(3)}, tmp_path)
     with shardsave.open(tmp_path) as ckpt:
         asked: list[Callable[[], object]] = [lambda: ckpt["layer.wieght"], lambda: ckpt.slice("layer.wieght")]
@@ -159,7 +159,7 @@ def test_a_name_that_is_not_there(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_in_a_forked_child(tmp_path: Path) -> None:
-    """Catches a child (of a DataLoader, say) whose descriptors are gone and who then maps anything else: zeros, at best."""
+    """Catches a forked child (of a DataLoader, say) whose descriptors are closed and which then maps some other file."""
     shardsave.save({"x": torch.ones(3), "y": torch.ones(2, dtype=torch.int64)}, tmp_path, max_shard_size=16)
     with shardsave.open(tmp_path) as ckpt:
         assert ckpt["x"].sum() == 3  # one shard is mapped by now, the other is not
@@ -167,7 +167,7 @@ def test_in_a_forked_child(tmp_path: Path) -> None:
 
 
 def test_more_shards_than_descriptors(tmp_path: Path) -> None:
-    """Catches a checkpoint that cannot be opened, or not be read to its end, because it has many shards."""
+    """Catches a checkpoint that cannot be opened, or not be read completely, because it has many shards."""
     state = {f"t{n}": torch.full((2,), float(n)) for n in range(60)}
     shardsave.save(state, tmp_path, max_shard_size=8, durable=False)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -181,8 +181,8 @@ def test_more_shards_than_descriptors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("length", [0, 5000])
-def test_a_file_that_is_cut_meanwhile(tmp_path: Path, length: int) -> None:
-    """Catches a tensor mapped beyond the end of its file, which kills the process that looks at it."""
+def test_a_file_that_is_cut_while_open(tmp_path: Path, length: int) -> None:
+    """Catches a tensor mapped beyond the end of its file: access to it kills the process."""
     shardsave.save({"x": torch.ones(10_000)}, tmp_path)
     with shardsave.open(tmp_path) as ckpt:
         os.truncate(tmp_path / "model-00001-of-00001.safetensors", length)
@@ -191,7 +191,7 @@ def test_a_file_that_is_cut_meanwhile(tmp_path: Path, length: int) -> None:
 
 
 def test_wrong_paths(tmp_path: Path) -> None:
-    """Catches a path that is taken for another thing, or a missing checkpoint that is no error of ours."""
+    """Catches a path of a wrong type, and a missing checkpoint that raises an error of another package."""
     with pytest.raises(shardsave.CheckpointNotFoundError, match="no checkpoint at"):
         shardsave.open(tmp_path)
     with pytest.raises(TypeError, match="the path of a checkpoint must be a string or a pathlib.Path, not int"):

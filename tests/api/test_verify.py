@@ -1,4 +1,4 @@
-"""`verify` of damaged checkpoints: with ``keep_going`` all that can be read is, and what is whole is told from what is not."""
+"""`verify` of damaged checkpoints: with ``keep_going`` everything readable is read, and the report lists damaged and intact."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def flip(path: Path, at: int) -> None:
 
 
 def test_nothing_damaged(ckpt: Path) -> None:
-    """Catches damage that is not there, and a tensor that is not said to be whole."""
+    """Catches damage reported for an intact checkpoint, and an intact tensor that the report lacks."""
     for report in (shardsave.verify(ckpt), shardsave.verify(ckpt, keep_going=True)):
         assert report.verified is True and report.damaged == () and report.tensors == 6 and report.bytes == 12_000
         assert [list(names) for names in report.intact.values()] == [["t0", "t1"], ["t2", "t3"], ["t4", "t5"]]
@@ -39,7 +39,7 @@ def test_nothing_damaged(ckpt: Path) -> None:
 
 
 def test_everything_that_is_damaged_is_named(ckpt: Path) -> None:
-    """Catches a search that ends at the first damage: a flipped bit in two shards, and a header that is not what it was."""
+    """Catches a verification that ends at the first damage: here a bit is flipped in the data of two shards and in the header of one."""
     flip(shard(ckpt, 1), -1)
     flip(shard(ckpt, 2), 100)
     flip(shard(ckpt, 3), -1)
@@ -62,7 +62,7 @@ def test_everything_that_is_damaged_is_named(ckpt: Path) -> None:
 
 @pytest.mark.parametrize("accident", ["removed", "cut", "a directory"])
 def test_shards_that_cannot_be_opened(ckpt: Path, accident: str) -> None:
-    """Catches a missing, cut or replaced file that hides what is whole."""
+    """Catches a missing, cut or replaced file that hides intact tensors."""
     lost = shard(ckpt, 2)
     if accident == "cut":
         os.truncate(lost, 5000)
@@ -77,7 +77,7 @@ def test_shards_that_cannot_be_opened(ckpt: Path, accident: str) -> None:
 
 
 def test_a_shard_that_cannot_be_read(ckpt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a bad sector in one file that ends the reading of all."""
+    """Catches a bad sector in one file that stops the verification of the other files."""
     from shardsave._engine import engine
 
     real, bad = engine.read, shard(ckpt, 2).stat().st_ino
@@ -97,7 +97,7 @@ def test_a_shard_that_cannot_be_read(ckpt: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_lone_file_and_an_index(ckpt: Path, tmp_path: Path) -> None:
-    """Catches a broken file that is its whole checkpoint and passes; and a broken index, of which nothing can be told."""
+    """Catches a broken single file that passes, and a broken index that raises no error: without it nothing is known."""
     path = tmp_path / "lone.safetensors"
     path.write_bytes(b"\x05")
     (damage,) = shardsave.verify(path, keep_going=True).damaged
@@ -111,7 +111,7 @@ def test_a_lone_file_and_an_index(ckpt: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("part", ["architecture-*.json", "extra-*.safetensors"])
 @pytest.mark.parametrize("at", [20, -1])
 def test_parts_beside_the_weights(tmp_path: Path, part: str, at: int) -> None:
-    """Catches an architecture that is damaged and passes, or that stands for the weights."""
+    """Catches a damaged architecture that passes, or that makes the weights count as damaged."""
     model = torch.nn.Linear(3, 2)
     model.register_buffer("scratch", torch.arange(3.0), persistent=False)
     shardsave.save(model, tmp_path, architecture=True)
@@ -127,8 +127,8 @@ def test_parts_beside_the_weights(tmp_path: Path, part: str, at: int) -> None:
         shardsave.verify(tmp_path)
 
 
-def test_a_save_meanwhile(ckpt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a checkpoint that is called damaged because a save replaced it while it was opened."""
+def test_a_save_during_verify(ckpt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a checkpoint that is reported damaged because a save replaced it while it was being opened."""
     from shardsave._storage import checkpoint
 
     real, saves = checkpoint.parse_index, iter([True])

@@ -19,11 +19,11 @@ from torch.nn.utils import parametrizations, prune
 
 import shardsave
 import zoo
-from shardsave._api import build
 from shardsave._architecture.builder import Builder
 from shardsave._architecture.class_checks import shadows_method
 from shardsave._architecture.document import Document
 from shardsave._architecture.trust import resolve
+from shardsave._loading.new_tensors import NewTensors
 from shardsave._saving import contents
 from shardsave._storage.checkpoint import PARTS, open_checkpoint
 from support import SmallModel, same_bits, same_state
@@ -346,7 +346,7 @@ def test_arrays_are_built_on_the_host(tmp_path: Path) -> None:
     shardsave.save(model, tmp_path, architecture=True, durable=False)
     with open_checkpoint(tmp_path, parts=PARTS) as checkpoint:
         document = Document(checkpoint.documents["architecture"], "the architecture")
-        memory = build._Memory(checkpoint, torch.device("meta"))
+        memory = NewTensors(checkpoint, torch.device("meta"))
         built = Builder(document, resolve(document.imports, (), {}, "the architecture"), memory).build()
         devices = {located.name: tensor.device.type for located, tensor in memory.targets if tensor is not None}
     assert type(built.table) is np.ndarray and built.weight.is_meta  # type: ignore[union-attr]

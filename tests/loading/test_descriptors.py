@@ -1,4 +1,4 @@
-"""Checkpoints of more shards than files can be held open. Method: the limit of this process is lowered, for real, around a load."""
+"""Checkpoints with more shards than files that can be open. Method: the real limit of this process is lowered during a load."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def ours(folder: Path) -> None:
 
 
 def foreign(folder: Path) -> None:
-    """As others write it; the index names the shards in the reverse of their own order."""
+    """As third parties write it; the index names the shards in reverse order."""
     for n in range(COUNT):
         save_file({f"t{n:02}": torch.full((10,), float(n))}, folder / f"s{n:02}.safetensors")
     weight_map = {f"t{n:02}": f"s{n:02}.safetensors" for n in reversed(range(COUNT))}
@@ -52,7 +52,7 @@ def foreign(folder: Path) -> None:
 @pytest.mark.parametrize("free", [3, 7, COUNT, COUNT + 10])
 @pytest.mark.parametrize("make", [ours, foreign])
 def test_more_shards_than_descriptors(tmp_path: Path, make: Callable[[Path], None], free: int) -> None:
-    """Catches a load that opens more files than it may, also where most of the limit is used up by others or names are reversed."""
+    """Catches a load that opens more files than it may, also if other code uses most of the limit or the names are reversed."""
     make(tmp_path)
     model = nn.ParameterDict({f"t{n:02}": torch.zeros(10) for n in range(COUNT)})
     with descriptors_left(free):
@@ -65,8 +65,8 @@ def test_more_shards_than_descriptors(tmp_path: Path, make: Callable[[Path], Non
 
 
 @pytest.mark.parametrize("make", [ours, foreign])
-def test_half_of_the_descriptors_is_left_to_others(tmp_path: Path, make: Callable[[Path], None]) -> None:
-    """Catches shards held open beside those that are being read: with twice as many nothing is left for anything else."""
+def test_half_of_the_descriptors_stays_free(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    """Catches shards that stay open while others are read: with twice as many open, no descriptor would be left for other code."""
     make(tmp_path)
     opened: list[int] = []
 
@@ -82,7 +82,7 @@ def test_half_of_the_descriptors_is_left_to_others(tmp_path: Path, make: Callabl
 
 
 def grown_name(folder: Path) -> None:
-    """The same tensors, elsewhere in their files."""
+    """The same tensors at other offsets of their files."""
     for n in range(COUNT):
         path = folder / f"s{n:02}.safetensors"
         save_file({f"t{n:02}": torch.full((10,), float(n))}, path, metadata={"note": "x" * 64})
@@ -98,7 +98,7 @@ def next_save(folder: Path) -> None:
 def test_shards_replaced_between_two_groups(
     tmp_path: Path, make: Callable[[Path], None], replace: Callable[[Path], None]
 ) -> None:
-    """Catches bytes read at the offsets of a file that is gone, and a whole checkpoint that is called corrupt."""
+    """Catches bytes read at the offsets of a file that was replaced, and an intact checkpoint that is called corrupt."""
     make(tmp_path)
     model = nn.ParameterDict({f"t{n:02}": torch.zeros(10) for n in range(COUNT)})
     verbs: list[Callable[..., object]] = [
@@ -126,7 +126,7 @@ def test_shards_replaced_between_two_groups(
 
 
 def test_a_shard_replaced_before_a_fork_opens_it_again(tmp_path: Path) -> None:
-    """Catches a child, whose descriptors are gone, that is told of damage or of a limit that has nothing to do with it."""
+    """Catches an error in a forked child that blames damage or a limit, although the fork closed the descriptors."""
     ours(tmp_path)
     with shardsave.open(tmp_path) as ckpt:
         next_save(tmp_path)
@@ -138,7 +138,7 @@ def test_a_shard_replaced_before_a_fork_opens_it_again(tmp_path: Path) -> None:
             except shardsave.DirectoryBusyError as error:
                 return str(error).endswith("; the descriptor was closed by a fork: open the checkpoint again")
             except BaseException:
-                return False  # and no further: this is a copy of the test run
+                return False  # an error must not leave this function: the child is a copy of the test run
             return False
 
         assert holds_in_child(refused)

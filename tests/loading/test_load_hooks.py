@@ -1,4 +1,4 @@
-"""Sub-modules that have a say in how they are loaded: hooks, overridden routines, extra state, parametrizations."""
+"""Sub-modules that load themselves: hooks, overridden routines, extra state, parametrizations."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Renaming(nn.Linear):
 
 
 def test_shared_sub_modules(tmp_path: Path) -> None:
-    """Catches one module under two names that is stored twice, or whose second name goes around its loading routine."""
+    """Catches one module with two names that is stored twice, or a second name that bypasses its loading routine."""
     for kind, factor in ((nn.Linear, 1), (Doubling, 2)):
         shared = nn.Linear(3, 3)
         shardsave.save(nn.ModuleDict({"a": shared, "b": shared}), tmp_path)
@@ -44,7 +44,7 @@ def test_shared_sub_modules(tmp_path: Path) -> None:
 
 
 def test_hooks_that_rename(tmp_path: Path) -> None:
-    """Catches names that only hooks know: refused as unexpected, or their flags lost."""
+    """Catches names that only hooks know and that are refused as unexpected, or whose flags are lost."""
     source = nn.Sequential(Renaming(3, 2), nn.Linear(2, 2))
     source[0].weight.requires_grad_(False)
     shardsave.save(source, tmp_path)
@@ -56,7 +56,7 @@ def test_hooks_that_rename(tmp_path: Path) -> None:
 
 
 def test_renamed_without_a_way_back(tmp_path: Path) -> None:
-    """Catches an unclear error where a module saves names that it does not take."""
+    """Catches an unclear error if a module saves names that it does not accept."""
 
     class OneWay(nn.Linear):
         def state_dict(self, *arguments: Any, **options: Any) -> Any:
@@ -69,7 +69,7 @@ def test_renamed_without_a_way_back(tmp_path: Path) -> None:
 
 
 def test_a_loading_routine_that_refuses(tmp_path: Path) -> None:
-    """Catches a refusal that comes after the rest of the module was filled, or that does not say whose it is."""
+    """Catches a refusal after the rest of the module was filled, or one that does not name the sub-module."""
     shardsave.save({"0.bias": torch.ones(3), "0.weight": torch.ones(2, 2), "1.weight": torch.ones(2, 3)}, tmp_path)
     module = nn.Sequential(Doubling(3, 3), nn.Linear(3, 2, bias=False))
     before = module[1].weight.detach().clone()
@@ -80,14 +80,14 @@ def test_a_loading_routine_that_refuses(tmp_path: Path) -> None:
 
 
 def test_loading_routines_report_without_strict(tmp_path: Path) -> None:
-    """Catches what a sub-module's own routine found missing and nobody was told of."""
+    """Catches names that a sub-module's own routine reports missing, and that the report lacks."""
     shardsave.save({"0.weight": torch.ones(3, 3), "0.more": torch.ones(1)}, tmp_path)
     report = shardsave.load_model(nn.Sequential(Doubling(3, 3)), tmp_path, strict=False)
     assert report.missing == ("0.bias",) and report.unexpected == ("0.more",)
 
 
 def test_one_sub_module_at_a_time(tmp_path: Path) -> None:
-    """Catches more than one sub-module's copy in memory, when several have loading routines of their own."""
+    """Catches the copies of more than one sub-module in memory at a time, if several load themselves."""
     alive: list[int] = []
     copies: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
 
@@ -131,10 +131,10 @@ def meddled_with(meddle: Callable[[nn.Linear], object]) -> nn.Sequential:
     ],
     ids=["replaces", "replaces by meta", "other memory", "writes", "trains"],
 )
-def test_a_loading_routine_that_replaces_what_is_another_module_s(
+def test_a_loading_routine_that_replaces_tensors_of_another_module(
     tmp_path: Path, meddle: Callable[[nn.Linear], object]
 ) -> None:
-    """Catches values that go into a tensor which the module does not have any more, and flags that went with it."""
+    """Catches values and flags that go to a tensor which is no longer in the module."""
     source = meddled_with(lambda other: None)
     source[1].weight.requires_grad_(False)
     source[1].bias.requires_grad_(False)
@@ -156,7 +156,7 @@ def test_a_loading_routine_that_replaces_what_is_another_module_s(
 def test_a_loading_routine_that_makes_another_module_unfit(
     tmp_path: Path, meddle: Callable[[nn.Linear], object], words: str
 ) -> None:
-    """Catches a load that says nothing where what it was to fill is gone, and a traceback in its place."""
+    """Catches a load that ends without an error, or with a bare traceback, if a tensor that it should fill is gone."""
     shardsave.save(meddled_with(lambda other: None), tmp_path)
     words = rf"{words}; the loading routine of another sub-module changed that; the module is partly loaded, 1 of 3 tensors$"
     with pytest.raises(shardsave.IncompatibleCheckpointError, match=words):
@@ -176,7 +176,7 @@ class Counting(nn.Linear):
 
 
 def test_extra_state(tmp_path: Path) -> None:
-    """Catches extra state that is lost; what is not a tensor would need pickle, and is refused by name."""
+    """Catches lost extra state; extra state that is not a tensor would need pickle, and is refused by name."""
     source = nn.Sequential(Counting(3, 2), nn.Linear(2, 2))
     source[0].count = 7
     shardsave.save(source, tmp_path)
@@ -190,7 +190,7 @@ def test_extra_state(tmp_path: Path) -> None:
 
 
 class Remembering(nn.Linear):
-    """Has extra state that is plain data, or what it was given."""
+    """Has extra state that is plain data, or whatever it was set to."""
 
     state: Any = None
 
@@ -202,7 +202,7 @@ class Remembering(nn.Linear):
 
 
 def test_extra_state_of_an_architecture(tmp_path: Path) -> None:
-    """Catches extra state that an architecture has and load_model does not, and one that needs a class taken for plain data."""
+    """Catches extra state in an architecture that load_model ignores, and extra state with objects that is taken for plain data."""
 
     def model() -> nn.Module:
         return nn.ModuleDict({"a": nn.Sequential(Remembering(2, 2)), "b": nn.Sequential(Remembering(2, 2), nn.Linear(2, 2))})
@@ -239,7 +239,7 @@ def test_extra_state_of_an_architecture(tmp_path: Path) -> None:
 
 
 class Replacing(nn.Module):
-    """Has extra state and no tensor, and puts another tensor into another module when it is given that."""
+    """Has extra state and no tensor, and replaces a tensor of another module when the extra state is set."""
 
     def __init__(self, other: nn.Linear) -> None:
         super().__init__()
@@ -252,8 +252,8 @@ class Replacing(nn.Module):
         self.others[0].weight = nn.Parameter(torch.zeros(2, 2))
 
 
-def test_extra_state_alone_that_replaces_what_is_another_module_s(tmp_path: Path) -> None:
-    """Catches destinations that are looked up again only after a routine that was given tensors."""
+def test_extra_state_alone_that_replaces_a_tensor_of_another_module(tmp_path: Path) -> None:
+    """Catches destinations that are planned again only after a routine that received tensors."""
     other, again = nn.Linear(2, 2), nn.Linear(2, 2)
     source, fresh = nn.Sequential(Replacing(other), other), nn.Sequential(Replacing(again), again)
     shardsave.save(source, tmp_path, architecture=True)
@@ -286,7 +286,7 @@ def weight_normed(kind: str) -> nn.Module:
     ],
 )
 def test_parametrizations(tmp_path: Path, saved: str, loaded: str) -> None:
-    """Catches parametrized weights that do not come back, also across the renaming that torch does itself."""
+    """Catches parametrized weights that are not restored, also across the renaming that torch does itself."""
     source, fresh = weight_normed(saved).eval(), weight_normed(loaded).eval()
     shardsave.save(source, tmp_path)
     shardsave.load_model(fresh, tmp_path)

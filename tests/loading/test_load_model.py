@@ -1,4 +1,4 @@
-"""`load_model` on the modules that people have: which are filled, which are refused by name, and what is left as it was."""
+"""`load_model` on many kinds of modules: which are filled, which are refused by name, and what stays unchanged."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from support import SmallModel, same_bits, same_state
 
 
 class Pair(nn.Module):
-    """Two parameters, ``a`` and ``b``, wherever they lie."""
+    """Two parameters, ``a`` and ``b``, with the memory of the two arguments."""
 
     def __init__(self, a: torch.Tensor, b: torch.Tensor) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Pair(nn.Module):
 
 
 class Doubling(nn.Linear):
-    """A sub-module with a loading routine of its own."""
+    """A sub-module that loads itself: it doubles the stored weight."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         state_dict[prefix + "weight"] = state_dict[prefix + "weight"] * 2
@@ -34,7 +34,7 @@ class Doubling(nn.Linear):
 
 
 def refused(module: nn.Module, path: Path, words: str) -> None:
-    """Loading raises UnsupportedTensorError with ``words``, and has changed no tensor that has values."""
+    """Asserts that loading raises UnsupportedTensorError with ``words``, and changes no tensor that has values."""
     before = [t.detach().clone() if t.layout is torch.strided else t for t in module.state_dict().values()]
     with pytest.raises(shardsave.UnsupportedTensorError, match=rf"cannot fill {words}; the module is unchanged"):
         shardsave.load_model(module, path)
@@ -43,7 +43,7 @@ def refused(module: nn.Module, path: Path, words: str) -> None:
 
 
 def test_inference_tensors(tmp_path: Path) -> None:
-    """Catches a flag or a version counter that an inference tensor refuses after it was filled."""
+    """Catches an error from the flag or the version counter of an inference tensor after it was filled."""
     source = nn.Linear(3, 2)
     source.bias.requires_grad_(False)
     shardsave.save(source, tmp_path)
@@ -56,7 +56,7 @@ def test_inference_tensors(tmp_path: Path) -> None:
 
 
 def test_in_inference_mode(tmp_path: Path) -> None:
-    """Catches a caller's inference mode that gets into the module: a meta model filled so could never be trained."""
+    """Catches parameters made in the caller's inference mode: a meta model filled in it could never be trained."""
     source = nn.Linear(3, 2)
     shardsave.save(source, tmp_path)
     with torch.device("meta"):
@@ -70,8 +70,8 @@ def test_in_inference_mode(tmp_path: Path) -> None:
         assert same_state(filled, source) and filled.weight.grad is not None
 
 
-def test_destinations_that_share_a_part_of_their_memory(tmp_path: Path) -> None:
-    """Catches workers that race for the same bytes; and a refusal of views that are only interleaved."""
+def test_destinations_that_overlap(tmp_path: Path) -> None:
+    """Catches workers that race for the same bytes, and a refusal of views that are interleaved but do not overlap."""
     shardsave.save({"a": torch.ones(7), "b": torch.zeros(5)}, tmp_path / "apart")
     base = torch.full((10,), 3.0)
     refused(Pair(base[:7], base[5:]), tmp_path / "apart", "'b' from .*memory of its own was expected, it shares .* 'a'.*")
@@ -85,7 +85,7 @@ def test_destinations_that_share_a_part_of_their_memory(tmp_path: Path) -> None:
 
 
 def test_memory_shared_with_a_loading_routine(tmp_path: Path) -> None:
-    """Catches values that a sub-module's own routine loads and the rest of the load overwrites, or the other way round."""
+    """Catches values that a sub-module's own routine loads and the rest of the load overwrites, or the reverse."""
 
     class Halving(Doubling):
         """Saved halved, loaded doubled."""
@@ -120,7 +120,7 @@ def test_memory_shared_with_a_loading_routine(tmp_path: Path) -> None:
 
 
 def test_elements_that_share_their_memory(tmp_path: Path) -> None:
-    """Catches windows over one run of memory, of which each overwrites a part of the one before; and refused transposes, slices."""
+    """Catches overlapping windows of one tensor that overwrite each other, and a refusal of transposed or sliced tensors."""
     shardsave.save({"a": torch.rand(3, 4), "b": torch.rand(4, 3)}, tmp_path)
     windows = torch.zeros(6).as_strided((3, 4), (1, 1))
     words = r"'a' from .*memory for each element .*its strides are \[1, 1\]; call .contiguous\(\) on it first"
@@ -131,7 +131,7 @@ def test_elements_that_share_their_memory(tmp_path: Path) -> None:
 
 
 def test_lazy_parameters(tmp_path: Path) -> None:
-    """Catches a lazy parameter that is asked for its shape; lazy modules take theirs from the checkpoint."""
+    """Catches an error because a lazy parameter has no shape; lazy modules take the shape from the checkpoint."""
     source = nn.Linear(3, 2)
     shardsave.save(source, tmp_path)
     with warnings.catch_warnings():
@@ -145,8 +145,8 @@ def test_lazy_parameters(tmp_path: Path) -> None:
         shardsave.load_model(bare, tmp_path)
 
 
-def test_kinds_of_destinations_that_are_refused(tmp_path: Path) -> None:
-    """Catches a raw write into memory that is not plain elements, and a cast that fails only half way through."""
+def test_destinations_that_are_refused(tmp_path: Path) -> None:
+    """Catches a raw write into memory that does not hold plain elements, and a cast that fails during the load."""
 
     class Odd(torch.Tensor):
         pass
@@ -186,8 +186,8 @@ def one_process_group() -> Iterator[None]:
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_distributed_wrappers(tmp_path: Path, one_process_group: None) -> None:
-    """Catches DDP's prefix on disk or in the way of a load, a DTensor taken for its local part or for a tie at address 0, and a
-    wrapper of FSDP whose collective calls would hang a single saver."""
+    """Catches DDP's prefix on disk or in a load, a DTensor taken for its local part or for a tie at address 0, and a
+    wrapper of FSDP whose collective calls would hang in a single process."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
     from torch.nn.parallel import DistributedDataParallel
@@ -229,7 +229,7 @@ def test_compiled_sub_module(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_wrappers_around_sub_modules(tmp_path: Path, one_process_group: None) -> None:
-    """Catches a wrapper's prefix in the middle of a name, on disk, in the way of a load, or not given to a loading routine."""
+    """Catches a wrapper's prefix in the middle of a name: on disk, in a load, or missing for a loading routine."""
     from torch.nn.parallel import DataParallel, DistributedDataParallel
 
     class Mine(nn.Module):
@@ -266,8 +266,8 @@ def test_wrappers_around_sub_modules(tmp_path: Path, one_process_group: None) ->
             assert all(map(same_bits, fresh.state_dict().values(), source.state_dict().values()))
 
 
-def test_optimizer_goes_on(tmp_path: Path) -> None:
-    """Catches parameters that an optimizer no longer reaches."""
+def test_optimizer_stays_valid(tmp_path: Path) -> None:
+    """Catches replaced parameters, which an optimizer would no longer update."""
     model = nn.Linear(3, 2)
     shardsave.save(model, tmp_path)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
@@ -281,7 +281,7 @@ def test_optimizer_goes_on(tmp_path: Path) -> None:
 
 
 def test_flags_are_set_last(tmp_path: Path) -> None:
-    """Catches flags that change although the load failed."""
+    """Catches flags that change in a load that fails."""
     source = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)).requires_grad_(False)
     shardsave.save(source, tmp_path)
     damage(tmp_path, source[1].weight)
@@ -292,7 +292,7 @@ def test_flags_are_set_last(tmp_path: Path) -> None:
 
 
 def damage(folder: Path, tensor: torch.Tensor) -> None:
-    """Flips a bit of ``tensor``'s bytes in whichever shard has them."""
+    """Flips a bit of ``tensor`` in the shard that has its bytes."""
     needle = tensor.detach().numpy().tobytes()
     for path in folder.glob("*.safetensors"):
         content = bytearray(path.read_bytes())
@@ -305,7 +305,7 @@ def damage(folder: Path, tensor: torch.Tensor) -> None:
 
 
 def test_partly_loaded_is_counted(tmp_path: Path) -> None:
-    """Catches a count of tensors that includes those whose checksum was wrong, or those that were never given on."""
+    """Catches a count that includes tensors with a wrong checksum, or tensors that a routine never received."""
     source = nn.Sequential(Doubling(3, 3), nn.Linear(3, 2), nn.Linear(2, 2))
     shardsave.save(source, tmp_path / "direct")
     damage(tmp_path / "direct", source[1].weight)
@@ -323,7 +323,7 @@ def test_partly_loaded_is_counted(tmp_path: Path) -> None:
 
 
 def test_without_flags(tmp_path: Path) -> None:
-    """Catches ``restore_frozen=False`` that restores, and flags set where the file has none."""
+    """Catches ``restore_frozen=False`` that still changes flags."""
     shardsave.save(nn.Linear(3, 2).requires_grad_(False), tmp_path)
     fresh = nn.Linear(3, 2)
     report = shardsave.load_model(fresh, tmp_path, restore_frozen=False)
@@ -331,7 +331,7 @@ def test_without_flags(tmp_path: Path) -> None:
 
 
 def test_flags_are_for_floating_point_parameters(tmp_path: Path) -> None:
-    """Catches a flag on a buffer or an integer parameter, which raises, or on a head that was not loaded."""
+    """Catches a flag set on a buffer or an integer parameter, which raises, or on a head that was not loaded."""
 
     class Mixed(nn.Module):
         def __init__(self, classes: int) -> None:
@@ -352,7 +352,7 @@ def test_flags_are_for_floating_point_parameters(tmp_path: Path) -> None:
 
 
 def test_tied_here_and_saved_apart_with_different_flags(tmp_path: Path) -> None:
-    """Catches a tied parameter that is frozen because one of its names was."""
+    """Catches a tied parameter that is frozen because only one of its names was frozen."""
     for frozen in ("a", "b"):
         apart = {name: nn.Parameter(torch.ones(2), requires_grad=name != frozen) for name in ("a", "b")}
         shardsave.save(apart, tmp_path)
@@ -363,7 +363,7 @@ def test_tied_here_and_saved_apart_with_different_flags(tmp_path: Path) -> None:
 
 
 def test_names_with_spaces_and_lists(tmp_path: Path) -> None:
-    """Catches names that are taken apart where only dots may be, and lists or dicts of parameters that are not seen."""
+    """Catches names that are split at anything but dots, and ParameterLists or ParameterDicts that are ignored."""
     source = nn.ModuleDict({"d": nn.ParameterDict({"a b": torch.ones(2), "c": torch.ones(1)})})
     source["l"] = nn.ParameterList([torch.ones(2), torch.zeros(3)])  # type: ignore[assignment]
     shardsave.save(source, tmp_path)
@@ -383,7 +383,7 @@ def test_names_with_spaces_and_lists(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_quantised_modules_are_refused(tmp_path: Path) -> None:
-    """Catches packed weights that are saved as something else."""
+    """Catches packed weights that are saved as other values."""
     quantised = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(3, 2)), {nn.Linear})
     with pytest.raises(shardsave.UnsupportedTensorError, match=r"cannot save '0._packed_params.*; nothing was written"):
         shardsave.save(quantised, tmp_path / "ckpt")
@@ -391,7 +391,7 @@ def test_quantised_modules_are_refused(tmp_path: Path) -> None:
 
 
 def test_batch_norm_state_from_before_it_counted(tmp_path: Path) -> None:
-    """Catches a counter that is reported missing, that is reset, or that stays on the meta device; and others of that name."""
+    """Catches a counter that is reported missing, reset, or left on the meta device; and another buffer of that name that is not missed."""
     state = nn.BatchNorm1d(3).state_dict()
     del state["num_batches_tracked"]
     shardsave.save(state, tmp_path)
@@ -409,8 +409,8 @@ def test_batch_norm_state_from_before_it_counted(tmp_path: Path) -> None:
         shardsave.load_model(other, tmp_path)
 
 
-def test_meta_parameters_keep_what_others_gave_them(tmp_path: Path, small_model: nn.Module) -> None:
-    """Catches a materialised model that loses classes, attributes, ties or flags, or is not on the device asked for."""
+def test_meta_parameters_keep_their_attributes(tmp_path: Path, small_model: nn.Module) -> None:
+    """Catches a materialised model that loses classes, attributes, ties or flags, or is on the wrong device."""
     shardsave.save(small_model, tmp_path)
     for device in (None, "cpu"):
         with torch.device("meta"):
@@ -425,8 +425,8 @@ def test_meta_parameters_keep_what_others_gave_them(tmp_path: Path, small_model:
         assert "steps" in dict(empty.named_buffers()) and not empty.steps.is_meta
 
 
-def test_meta_parameters_that_are_not_there(tmp_path: Path) -> None:
-    """Catches undefined memory behind a parameter that a load which is not strict did not fill."""
+def test_meta_parameters_that_are_not_stored(tmp_path: Path) -> None:
+    """Catches undefined memory in a parameter that a non-strict load did not fill."""
     shardsave.save({"weight": torch.ones(2, 3)}, tmp_path)
     with torch.device("meta"):
         empty = nn.Linear(3, 2)
@@ -435,7 +435,7 @@ def test_meta_parameters_that_are_not_there(tmp_path: Path) -> None:
 
 
 def test_scalars_saved_as_vectors(tmp_path: Path) -> None:
-    """Catches torch's oldest scalars, of one dimension, that are refused."""
+    """Catches a refusal of torch's oldest scalars, which have one dimension."""
     shardsave.save({"x": torch.tensor([3.0])}, tmp_path)
     module = nn.Module()
     module.register_buffer("x", torch.tensor(0.0))
@@ -455,7 +455,7 @@ def test_every_difference_is_listed(tmp_path: Path) -> None:
 
 
 def test_saved_tied_and_loaded_apart(tmp_path: Path) -> None:
-    """Catches bytes that are wanted twice: by two names which are one tensor on disk, and two here."""
+    """Catches a second tensor that stays empty: two names are one tensor on disk, and two tensors in the module."""
     tied = nn.ModuleDict({"a": nn.Linear(300, 300), "b": nn.Linear(300, 300)})
     tied["b"].weight = tied["a"].weight
     shardsave.save(tied, tmp_path)
@@ -465,7 +465,7 @@ def test_saved_tied_and_loaded_apart(tmp_path: Path) -> None:
 
 
 def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
-    """Catches a parameter that stays unfilled, without a word, since another one has its name once wrappers' names are left out."""
+    """Catches a parameter that silently stays unfilled, because without the names of wrappers another one has the same name."""
     shardsave.save({"scale": torch.ones(1)}, tmp_path)
     model = nn.Module()
     model.scale = nn.Parameter(torch.zeros(1))
@@ -478,8 +478,8 @@ def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
     assert not model.scale.any() and not model._orig_mod.scale.any()
 
 
-def test_metadata_of_others_that_looks_like_a_tie(tmp_path: Path) -> None:
-    """Catches a plain remark in a file of others that keeps a module from being filled, as it happens to be a tensor's name."""
+def test_third_party_metadata_that_looks_like_a_tie(tmp_path: Path) -> None:
+    """Catches a refusal because a metadata value in a third-party file happens to be the name of a tensor."""
     from safetensors.torch import save_file
 
     save_file(nn.Linear(2, 2).state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt", "quantized": "weight"})
@@ -487,8 +487,8 @@ def test_metadata_of_others_that_looks_like_a_tie(tmp_path: Path) -> None:
     assert report.tensors == 2 and report.unexpected == ()
 
 
-def test_inference_mode_of_the_caller_stays_out_of_what_routines_keep(tmp_path: Path) -> None:
-    """Catches a tensor that a loading routine keeps, and that nobody could train with, since the load was made in inference mode."""
+def test_routines_receive_no_inference_tensors(tmp_path: Path) -> None:
+    """Catches a tensor that a loading routine keeps and that could never be trained, because the caller was in inference mode."""
 
     class Keeps(nn.Module):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""`build_model` and `load_program`: from a checkpoint to a whole model, without its definition, or without its classes."""
+"""`build_model` and `load_program`: a whole model from a checkpoint, without calling its constructor or without its classes."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ import torch
 from torch import nn
 
 from shardsave._api.arguments import check_path, check_progress, check_switches
-from shardsave._api.load import Device, device_of, load_model
+from shardsave._api.device import Device, check_device
 from shardsave._architecture.builder import Builder
 from shardsave._architecture.document import Document
 from shardsave._architecture.trust import resolve
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
-from shardsave._format.dtypes import BY_NAME, torch_shape
-from shardsave._huggingface.transformers_config import CONFIG_NAME, empty_model, read_config
-from shardsave._huggingface.transformers_loading import conversion
-from shardsave._loading.read import ReadTotals, Target, read_tensors
+from shardsave._huggingface.transformers_config import CONFIG_NAME, empty_model, read_config, take_stored_dtypes
+from shardsave._huggingface.transformers_loading import TransformersLayout
+from shardsave._loading.module_filler import ModuleFiller
+from shardsave._loading.module_plan import plan_module
+from shardsave._loading.new_tensors import NewTensors
+from shardsave._loading.read import TensorReader
+from shardsave._loading.selection import choose_located
+from shardsave._loading.slots import take_inventory
 from shardsave._program.program import LoadedProgram, ProgramDocument
 from shardsave._storage.checkpoint import PARTS, Checkpoint, open_checkpoint
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, an
@@ -38,24 +42,25 @@ def build_model(
 ) -> nn.Module:
     """Builds the model that was saved with ``architecture=True``: its modules, attributes, weights, buffers and flags.
 
-    No ``__init__`` is called, and nothing is imported but ``torch.nn`` and what is trusted. Weights go straight to ``device``,
-    once. Trusting a module means that its code may run, with what the file says: see SECURITY.md.
+    No ``__init__`` is called, and nothing is imported except ``torch.nn`` and what you trust. Weights are read once, straight to
+    ``device``. To trust a module means that its code may run, with arguments from the file: see SECURITY.md.
 
-    Without an architecture, a model of transformers is made by the config beside the weights (``trust=["transformers"]``), in
-    evaluation mode as from_pretrained gives it; a config other than the one saved with the weights gives a warning.
+    Without an architecture, a transformers model is built from the config beside the weights (``trust=["transformers"]``), in
+    evaluation mode, as ``from_pretrained`` does. If the config is not the one that was saved with the weights, a warning says so.
 
     Args:
         path: the checkpoint.
         device: where the tensors go; the CPU by default.
-        trust: modules (``"mylib"``, with all below it, or ``"mylib.models"``) and exact classes (``"mylib.models.Net"``).
-        classes: for what was renamed, or defined in a script (``{"__main__.Net": Net}``): the name as it was saved → the class.
+        trust: modules (``"mylib"``, with everything below it, or ``"mylib.models"``) and exact classes (``"mylib.models.Net"``).
+        classes: the name as it was saved → the class, for classes that were renamed or defined in a script
+            (``{"__main__.Net": Net}``).
         verify: as in ``load``.
         progress: as in ``save``.
 
     Raises:
         TypeError, ValueError: for wrong arguments, before anything happens.
-        UntrustedCodeError: it asks for what is not trusted; all of it is named, none was imported.
-        IncompatibleCheckpointError: there is no architecture, or a class is not there any more, or takes no such state.
+        UntrustedCodeError: the checkpoint names code that you do not trust; the message lists all of it, nothing was imported.
+        IncompatibleCheckpointError: there is no architecture, or a class no longer exists, or does not accept the saved state.
         CheckpointNotFoundError, CorruptCheckpointError, DirectoryBusyError.
 
     Example:
@@ -72,19 +77,19 @@ def build_model(
     check_switches(verify=verify)
     check_progress(progress)
     trusted, replaced = _check_trust(trust), _check_classes(classes)
-    where = device_of(device) or torch.device("cpu")
+    where = check_device(device) or torch.device("cpu")
     with open_checkpoint(path, parts=PARTS) as checkpoint:
         data = checkpoint.documents.get("architecture")
         if data is None:
-            return _built_by_config(checkpoint, trusted, where, verify, progress)
+            return _build_from_config(checkpoint, trusted, where, verify, progress)
         document = Document(data, f"the architecture in {checkpoint.path}")
-        found = resolve(document.imports, trusted, replaced, document.where)
-        memory = _Memory(checkpoint, where)
-        builder = Builder(document, found, memory)
+        imported = resolve(document.imports, trusted, replaced, document.where)
+        memory = NewTensors(checkpoint, where)
+        builder = Builder(document, imported, memory)
         with torch.inference_mode(False), torch.no_grad():
             model = builder.build()
             with Progress(progress, "loading", sum(located.nbytes for located, _ in memory.targets)) as shown:
-                read_tensors(checkpoint, memory.targets, verify=verify, progress=shown, totals=ReadTotals())
+                TensorReader(checkpoint, verify=verify, progress=shown).read(memory.targets)
             builder.set_extra_states()
     return model
 
@@ -93,11 +98,12 @@ def build_model(
 def load_program(
     path: str | os.PathLike[str], *, device: Device = None, verify: bool = True, progress: ProgressArgument = None
 ) -> nn.Module:
-    """What a model that was saved with ``program=`` computes, as a module to call; its own classes need not be installed.
+    """Loads a model that was saved with ``program=`` as a module that can be called; the classes of the model need not be installed.
 
-    Takes arguments of the shapes that it was exported with; others raise TypeError or ValueError, or RuntimeError where sizes do not go
-    together. Results of the model's own classes come as dicts. Weights go straight to ``device``, flags come back. A program is a graph
-    of torch's own operators, run one by one; nothing of it is evaluated, nothing of the model's package is imported.
+    The module takes arguments of the shapes that it was exported with; others raise TypeError or ValueError, or RuntimeError if sizes do
+    not match. Results of the model's own classes become dicts. Weights are read straight to ``device``, flags are restored. A program is
+    a graph of torch's own operators, which are called one by one; no code from the file is evaluated, and nothing of the model's
+    package is imported.
 
     Args:
         path: the checkpoint.
@@ -107,7 +113,7 @@ def load_program(
 
     Raises:
         TypeError, ValueError: for wrong arguments, before anything happens.
-        IncompatibleCheckpointError: there is no program, or a newer shardsave wrote it.
+        IncompatibleCheckpointError: there is no program, or it was written by a newer shardsave.
         CheckpointNotFoundError, CorruptCheckpointError, DirectoryBusyError.
 
     Example:
@@ -120,7 +126,7 @@ def load_program(
     check_path(path)
     check_switches(verify=verify)
     check_progress(progress)
-    where = device_of(device) or torch.device("cpu")
+    where = check_device(device) or torch.device("cpu")
     with open_checkpoint(path, parts=PARTS) as checkpoint:
         data = checkpoint.documents.get("program")
         if data is None:
@@ -129,29 +135,31 @@ def load_program(
                 f"save with program=(args, kwargs)"
             )
         document = ProgramDocument(data, f"the program in {checkpoint.path}", where)
-        memory = _Memory(checkpoint, where)
+        memory = NewTensors(checkpoint, where)
         with torch.inference_mode(False):
             tensors = _tensors(document, memory)
             with Progress(progress, "loading", sum(located.nbytes for located, _ in memory.targets)) as shown:
-                read_tensors(checkpoint, memory.targets, verify=verify, progress=shown, totals=ReadTotals())
+                TensorReader(checkpoint, verify=verify, progress=shown).read(memory.targets)
             return LoadedProgram(document, tensors)
 
 
-def _tensors(document: ProgramDocument, memory: _Memory) -> dict[str, torch.Tensor]:
-    made: dict[str, torch.Tensor] = {}
+def _tensors(document: ProgramDocument, memory: NewTensors) -> dict[str, torch.Tensor]:
+    """Name in the program → a new tensor for it."""
+    tensors: dict[str, torch.Tensor] = {}
     for place in document.places:
         tensor = memory(place.tensor, place.kept, None)
         if tensor is None:
             raise CorruptCheckpointError(
                 f"corrupt {document.where}: tensor {place.tensor!r} expected in the checkpoint, it is not there; nothing was run"
             )
-        made[place.name] = tensor
-    return made
+        tensors[place.name] = tensor
+    return tensors
 
 
-def _built_by_config(
+def _build_from_config(
     checkpoint: Checkpoint, trust: frozenset[str], device: torch.device, verify: bool, progress: ProgressArgument
 ) -> nn.Module:
+    """Builds a transformers model from the config beside the weights."""
     folder = os.path.dirname(checkpoint.path_of(CONFIG_NAME))
     config = read_config(folder)
     if config is None:
@@ -162,59 +170,17 @@ def _built_by_config(
     for note in checkpoint.companion_notes():
         warnings.warn(note, stacklevel=4)
     model = empty_model(folder, config, trust, device)
-    _take_stored_dtypes(model, checkpoint)
-    load_model(model, checkpoint.path, verify=verify, progress=progress)
+    layout = TransformersLayout(take_inventory(model, checkpoint.path), choose_located(checkpoint, ""), checkpoint.path)
+    take_stored_dtypes(model, layout.stored)
+    inventory = take_inventory(model, checkpoint.path)
+    doubtful = checkpoint.ties if checkpoint.record is None else ()
+    plan = plan_module(inventory, layout, flags=checkpoint.flags, doubtful=doubtful)
+    filler = ModuleFiller(inventory, plan, layout, checkpoint, None)
+    filler.check(strict=True)
+    with Progress(progress, "loading", sum(located.nbytes for located in plan.reads)) as shown:
+        filler.fill(TensorReader(checkpoint, verify=verify, progress=shown), strict=True)
+    filler.restore_flags()
     return model
-
-
-def _take_stored_dtypes(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """A config knows one dtype for all; what was saved in another comes back in that."""
-    stored = {name: checkpoint.tensors[name] for name in checkpoint.stored_names}
-    stored.update({name: checkpoint.tensors[other] for name, other in checkpoint.ties.items()})
-    found = conversion(model, stored, checkpoint.path).stored
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if name in found and BY_NAME[found[name].dtype].torch != tensor.dtype:
-            tensor.data = torch.empty_like(tensor, dtype=BY_NAME[found[name].dtype].torch)
-
-
-class _Memory:
-    """New memory on a device, or on the host, for tensors of a checkpoint, once for each, and what has to be read into it."""
-
-    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
-        self.targets: list[Target] = []
-        self._checkpoint = checkpoint
-        self._device = device
-        self._made: dict[tuple[bool, str, torch.device], torch.Tensor] = {}
-
-    def __call__(self, name: str, kept: bool, strides: list[int] | None, on_host: bool = False) -> torch.Tensor | None:
-        device = torch.device("cpu") if on_host else self._device
-        stored = name if kept else self._checkpoint.ties.get(name, name)
-        located = (self._checkpoint.kept if kept else self._checkpoint.tensors).get(stored)
-        if located is None:
-            return None
-        if (kept, stored, device) not in self._made:
-            shape, dtype = torch_shape(located.dtype, located.shape), BY_NAME[located.dtype].torch
-            if strides is None:
-                memory = torch.empty(shape, dtype=dtype, device=device)
-            elif _fills(strides, shape):
-                memory = torch.empty_strided(shape, strides, dtype=dtype, device=device)
-            else:
-                return None
-            self._made[kept, stored, device] = memory
-            self.targets.append((located, memory))
-        return self._made[kept, stored, device].detach()
-
-
-def _fills(strides: list[int], shape: tuple[int, ...]) -> bool:
-    """Whether ``strides`` lay a tensor of ``shape`` out without a gap and without sharing."""
-    if len(strides) != len(shape) or 0 in shape:
-        return False
-    expected = 1
-    for stride, size in sorted(zip(strides, shape)):
-        if size > 1 and stride != expected:
-            return False
-        expected *= size
-    return True
 
 
 def _check_classes(classes: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -229,8 +195,8 @@ def _check_classes(classes: Mapping[str, Any] | None) -> dict[str, Any]:
 def _check_trust(trust: Iterable[str]) -> frozenset[str]:
     if isinstance(trust, (str, bytes)):
         raise TypeError("trust must be an iterable of names, not one string")
-    given = frozenset(trust)
-    for name in given:
+    names = frozenset(trust)
+    for name in names:
         if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
             raise ValueError(f"trust must be names of modules or classes, such as 'mylib.models', not {name!r}")
-    return given
+    return names

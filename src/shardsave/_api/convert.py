@@ -22,7 +22,7 @@ from shardsave._conversion.converted import carried_over, converted_state
 from shardsave._conversion.origin import Origin, open_origin
 from shardsave._conversion.outputs import Output, write_directory, write_safetensors_file, write_torch_file
 from shardsave._format.file_names import TORCH_ENDINGS
-from shardsave._loading.read import ReadTotals, Target, read_tensors
+from shardsave._loading.read import Target, TensorReader
 from shardsave._state.module import Entry
 from shardsave.errors import SaveNotCommittedError
 
@@ -145,7 +145,7 @@ def _verify(origin: Origin, wanted: bool, shown: Progress) -> bool | None:
     if not origin.stored or origin.checkpoint is None:
         return None
     targets: list[Target] = [(located, None) for located in origin.stored]
-    read_tensors(origin.checkpoint, targets, verify=True, progress=shown, totals=ReadTotals())
+    TensorReader(origin.checkpoint, verify=True, progress=shown).read(targets)
     return True
 
 

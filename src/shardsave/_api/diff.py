@@ -1,41 +1,37 @@
-"""`diff`: which tensors of two checkpoints are equal, by their checksums, and how far the others are apart."""
+"""`diff`: which tensors of two checkpoints are equal, and by how much the others differ."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from shardsave._api.arguments import check_path, check_progress
-from shardsave._common.os_calls import CallFailed, read_at
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
 from shardsave._common.words import human_bytes, some
-from shardsave._format.crc64 import crc64, finish, shift
 from shardsave._format.dtypes import BY_NAME, torch_shape
-from shardsave._loading.compare import Difference, compare
+from shardsave._loading.compare import Difference, compare_stored, must_read
+from shardsave._loading.selection import stored_names
 from shardsave._storage.checkpoint import Checkpoint, Located, open_checkpoint
-from shardsave._storage.find import cannot_read
-from shardsave.errors import CorruptCheckpointError
 
 __all__ = ["DiffReport", "TensorChange", "diff"]
 
-#: How many elements of each side are in memory at a time; an even number, since F4 has two to a byte.
-_PIECE_ELEMENTS = 1 << 18
+Pair = tuple[Located, Located]
 
 
 @dataclass(frozen=True)
 class TensorChange:
-    """How the tensor of one name differs; of each pair the first is of ``a``, the second of ``b``.
+    """How a tensor that both checkpoints have differs; in each pair, the first value is for ``a`` and the second for ``b``.
 
-    ``elements``: how many have another value, of as many as ``shape`` has; none where only bits changed that make no other value
-    (the sign of a zero, the kind of a NaN, the dtype). ``nans``: how many of them are NaN on one side only; the largest
-    differences are those of the others. ``max_absolute``: of |a - b|. ``max_relative``: of |a - b| / max(|a|, |b|), at most 2,
-    or infinite where an infinity has come or gone. All four are None where the shapes differ.
+    ``elements``: how many elements differ in value; 0 if only the dtype, the sign of a zero or the bits of a NaN changed.
+    ``nans``: how many of these are NaN on one side only; the two maxima ignore them. ``max_absolute``: the largest |a - b|.
+    ``max_relative``: the largest |a - b| / max(|a|, |b|), at most 2, or infinite if only one of the two is infinite. All four are
+    None if the shapes differ.
     """
 
     dtype: tuple[torch.dtype, torch.dtype]
@@ -48,15 +44,15 @@ class TensorChange:
 
 @dataclass(frozen=True)
 class DiffReport:
-    """What differs between the checkpoints ``a`` and ``b``.
+    """What differs between the checkpoints ``a`` and ``b``. A tied name counts like any other name.
 
-    ``equal``: names with the same dtype, shape and bits. ``changed``: how those of both differ. ``added``: names of ``b`` alone,
-    ``removed``: of ``a`` alone. ``flags``: of names of both, whether frozen in ``a`` and in ``b`` where that is not the same
-    (None: no parameter); the whole is None where one of the two does not know its flags. A tied name counts like any other,
-    and has the bytes that it shares. ``ties``: of names of both that are tied to others than before, the name whose bytes each shares
-    in ``a`` and in ``b`` (None: it has its own). ``metadata``: of the keys whose values differ, both (None: it is not there). Of files of
-    others that tell of no ties, and of metadata of others, nothing is said.
-    ``bytes``: of tensor data, read for it. ``seconds``: the whole call, wall clock.
+    ``equal``: names with the same dtype, shape and bits. ``changed``: name → how it differs. ``added``: names only in ``b``.
+    ``removed``: names only in ``a``. ``flags``: name → (frozen in ``a``, frozen in ``b``), for names in both whose flag differs (None:
+    not a parameter); the whole is None if one checkpoint does not record flags. ``ties``: name → (the name whose bytes it shares in
+    ``a``, in ``b``), for names in both that share bytes with other names than before (None: it has bytes of its own); empty if a
+    third-party file records no ties. ``metadata``: key → (value in ``a``, value in ``b``), for values that differ (None: no such
+    key); empty if a third party wrote one of the two. ``bytes``: tensor data that was read to compare. ``seconds``: wall time of the
+    whole call.
     """
 
     a: str
@@ -73,7 +69,7 @@ class DiffReport:
 
     @property
     def same(self) -> bool:
-        """Whether nothing differs, as far as it is known, but for metadata: those are no part of a model."""
+        """Whether nothing differs, as far as the files record it. Metadata do not count: they are not part of a model."""
         return not (self.changed or self.added or self.removed or self.flags or self.ties)
 
     def __str__(self) -> str:
@@ -95,8 +91,8 @@ class DiffReport:
 def diff(a: str | os.PathLike[str], b: str | os.PathLike[str], *, progress: ProgressArgument = None) -> DiffReport:
     """Compares two checkpoints by name, each a directory, an index or one safetensors file, whoever wrote it.
 
-    Where both have checksums, tensors are equal by these and nothing of them is read. Others are read, a few megabytes at a
-    time: to see whether they are equal at all, or how far they are apart. What is read is checked against its checksum.
+    Tensors with equal checksums are equal, and are not read. Other tensors of equal shape are read, a few megabytes at a time, to learn
+    whether they are equal and by how much they differ; what is read is verified against its checksum.
 
     Raises CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError, DirectoryBusyError.
 
@@ -113,77 +109,54 @@ def diff(a: str | os.PathLike[str], b: str | os.PathLike[str], *, progress: Prog
     check_progress(progress)
     started = time.perf_counter()
     with open_checkpoint(a) as left, open_checkpoint(b) as right:
-        names = {name: name for name in left.stored_names} | dict(left.ties)
-        theirs = {name: name for name in right.stored_names} | dict(right.ties)
-        pairs = {name: (left.tensors[names[name]], right.tensors[theirs[name]]) for name in names if name in theirs}
-        to_read = {pair for pair in pairs.values() if _must_read(*pair)}
-        found: dict[tuple[Located, Located], TensorChange | None] = {}
+        left_names, right_names = stored_names(left), stored_names(right)
+        pairs = {
+            name: (left.tensors[left_names[name]], right.tensors[right_names[name]])
+            for name in left_names
+            if name in right_names
+        }
+        to_read = {pair for pair in pairs.values() if must_read(*pair)}
         total = sum(x.nbytes + y.nbytes for x, y in to_read)
         with Progress(progress, "comparing", total) as shown:
-            done = 0
-            for pair in sorted(to_read, key=lambda pair: (pair[0].shard, pair[0].offset)):
-                found[pair] = _compare_stored((left, pair[0]), (right, pair[1]), shown, done)
-                done += pair[0].nbytes + pair[1].nbytes
-        equal, changed = [], {}
-        for name, pair in pairs.items():
-            change = found[pair] if pair in found else _without_reading(*pair)
-            if change is None:
-                equal.append(name)
-            else:
-                changed[name] = change
-        flags = _changed_flags(left.stored_flags, right.stored_flags, pairs)
-        tell_ties = all(side.record is not None or side.ties for side in (left, right))
-        ties = _changed_ties(left.ties, right.ties, pairs) if tell_ties else {}
-        ours = left.record is not None and right.record is not None
-        kept = {**left.metadata, **right.metadata} if ours else {}
-        metadata = {key: (left.metadata.get(key), right.metadata.get(key)) for key in kept}
+            differences = _compare_pairs(left, right, to_read, shown)
+    changes = {name: _change(pair, differences) for name, pair in pairs.items()}
     return DiffReport(
         a=os.fspath(a),
         b=os.fspath(b),
-        equal=tuple(equal),
-        changed=changed,
-        added=tuple(name for name in theirs if name not in names),
-        removed=tuple(name for name in names if name not in theirs),
-        flags=flags,
-        ties=ties,
-        metadata={key: (before, after) for key, (before, after) in metadata.items() if before != after},
+        equal=tuple(name for name, change in changes.items() if change is None),
+        changed={name: change for name, change in changes.items() if change is not None},
+        added=tuple(name for name in right_names if name not in left_names),
+        removed=tuple(name for name in left_names if name not in right_names),
+        flags=_changed_flags(left.stored_flags, right.stored_flags, pairs),
+        ties=_changed_ties(left, right, pairs),
+        metadata=_changed_metadata(left, right),
         bytes=total,
         seconds=time.perf_counter() - started,
     )
 
 
-def _changed_ties(
-    before: Mapping[str, str], after: Mapping[str, str], names: Iterable[str]
-) -> dict[str, tuple[str | None, str | None]]:
-    """Those of ``names`` that share their bytes with others than before, whichever of a group has the bytes."""
-    if before == after:
-        return {}
-    groups: list[dict[str, set[str]]] = [{}, {}]
-    for name in names:
-        for found, ties in zip(groups, (before, after)):
-            found.setdefault(ties.get(name, name), set()).add(name)
-    pairs = ((name, before.get(name), after.get(name)) for name in names)
-    return {
-        name: (left, right)
-        for name, left, right in pairs
-        if left != right and groups[0][left or name] != groups[1][right or name]
-    }
+def _compare_pairs(
+    left: Checkpoint, right: Checkpoint, pairs: Iterable[Pair], shown: Progress
+) -> dict[Pair, Difference | None]:
+    """Reads ``pairs`` in the order in which the left tensors lie on disk; None: the two tensors are equal."""
+    differences: dict[Pair, Difference | None] = {}
+    for x, y in sorted(pairs, key=lambda pair: (pair[0].shard, pair[0].offset)):
+        differences[x, y] = compare_stored((left, x), (right, y), shown.tick)
+        shown.run_ended(x.nbytes + y.nbytes)
+    return differences
 
 
-def _must_read(x: Located, y: Located) -> bool:
-    """Whether the bytes have something to tell: of equal checksums or other shapes they have not."""
-    if x.shape != y.shape or 0 in x.shape:
-        return False
-    return x.dtype != y.dtype or x.checksum is None or x.checksum != y.checksum
-
-
-def _without_reading(x: Located, y: Located) -> TensorChange | None:
-    if (x.dtype, x.shape) == (y.dtype, y.shape):
-        return None
-    return _change(x, y, Difference() if x.shape == y.shape else None)
-
-
-def _change(x: Located, y: Located, difference: Difference | None) -> TensorChange:
+def _change(pair: Pair, differences: Mapping[Pair, Difference | None]) -> TensorChange | None:
+    """How the tensors of ``pair`` differ, None if they are equal; ``differences``: what was learned of the pairs that were read."""
+    x, y = pair
+    if pair in differences:
+        difference = differences[pair]
+        if difference is None:
+            return None
+    else:
+        if (x.dtype, x.shape) == (y.dtype, y.shape):
+            return None
+        difference = Difference() if x.shape == y.shape else None
     return TensorChange(
         dtype=(BY_NAME[x.dtype].torch, BY_NAME[y.dtype].torch),
         shape=(torch_shape(x.dtype, x.shape), torch_shape(y.dtype, y.shape)),
@@ -194,50 +167,30 @@ def _change(x: Located, y: Located, difference: Difference | None) -> TensorChan
     )
 
 
-def _compare_stored(
-    left: tuple[Checkpoint, Located], right: tuple[Checkpoint, Located], shown: Progress, done: int
-) -> TensorChange | None:
-    """How two tensors of one shape differ, None where their bytes are the same; both streamed, a piece at a time."""
-    x, y = left[1], right[1]
-    difference, same = Difference(), x.dtype == y.dtype
-    for part, other in zip(_pieces(*left), _pieces(*right), strict=True):  # strict: both come to their last check
-        if x.dtype != y.dtype or part != other:
-            same = False
-            difference = difference.joined(compare(part, x.dtype, other, y.dtype))
-        done += len(part) + len(other)
-        shown.tick(done)
-    return None if same else _change(x, y, difference)
-
-
-def _pieces(checkpoint: Checkpoint, t: Located) -> Iterator[bytes]:
-    """The bytes of a stored tensor by pieces of as many elements each; raises once all have been read and their sum is wrong."""
-    step, at, total = _PIECE_ELEMENTS * BY_NAME[t.dtype].bits // 8, 0, 0
-    while at < t.nbytes:
-        wanted = min(step, t.nbytes - at)
-        try:
-            part = read_at(checkpoint.descriptor(t.shard), wanted, t.offset + at)
-        except CallFailed as error:
-            raise cannot_read(checkpoint.path_of(t.shard), error) from error
-        if len(part) < wanted:
-            raise CorruptCheckpointError(
-                f"corrupt shard {t.shard}: tensor {t.name!r} was expected to have {t.nbytes} bytes, the file ends after "
-                f"{at + len(part)} of them; it was cut while it was compared"
-            )
-        at += wanted
-        if t.checksum is not None:
-            total ^= shift(finish(crc64(part), wanted), t.nbytes - at)  # `finish` undoes itself: the raw sum, which is linear
-        yield part
-    checkpoint.release(t.shard)
-    if t.checksum is not None and (computed := finish(total, t.nbytes)) != t.checksum:
-        raise CorruptCheckpointError(
-            f"corrupt shard {t.shard}: tensor {t.name!r} has checksum {computed:016x}, its header says {t.checksum:016x}; "
-            f"the file was changed after it was saved"
-        )
-
-
 def _changed_flags(
-    left: Mapping[str, bool] | None, right: Mapping[str, bool] | None, names: Mapping[str, object]
+    left: Mapping[str, bool] | None, right: Mapping[str, bool] | None, names: Iterable[str]
 ) -> dict[str, tuple[bool | None, bool | None]] | None:
     if left is None or right is None:
         return None
     return {name: (left.get(name), right.get(name)) for name in names if left.get(name) != right.get(name)}
+
+
+def _changed_ties(left: Checkpoint, right: Checkpoint, names: Iterable[str]) -> dict[str, tuple[str | None, str | None]]:
+    """Those of ``names`` that share bytes with other names than before, no matter which name of a group the bytes are stored under."""
+    before, after = left.ties, right.ties
+    if before == after or not all(side.record is not None or side.ties for side in (left, right)):
+        return {}
+    groups: list[dict[str, set[str]]] = [{}, {}]
+    for name in names:
+        for group, ties in zip(groups, (before, after)):
+            group.setdefault(ties.get(name, name), set()).add(name)
+    pairs = ((name, before.get(name), after.get(name)) for name in names)
+    return {name: (old, new) for name, old, new in pairs if old != new and groups[0][old or name] != groups[1][new or name]}
+
+
+def _changed_metadata(left: Checkpoint, right: Checkpoint) -> dict[str, tuple[Any, Any]]:
+    if left.record is None or right.record is None:
+        return {}
+    keys = {**left.metadata, **right.metadata}
+    values = ((key, left.metadata.get(key), right.metadata.get(key)) for key in keys)
+    return {key: (before, after) for key, before, after in values if before != after}

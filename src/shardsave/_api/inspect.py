@@ -1,4 +1,4 @@
-"""`inspect` and `verify`: what a checkpoint holds, and whether it still does."""
+"""`inspect` and `verify`: what a checkpoint contains, and whether its bytes are still those that were saved."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from shardsave._common.backend import engine_name
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
 from shardsave._format.dtypes import BY_NAME, torch_shape
-from shardsave._loading.read import ReadTotals, Target, read_tensors
+from shardsave._loading.read import Target, TensorReader
 from shardsave._storage.checkpoint import PARTS, Checkpoint, open_checkpoint
 from shardsave.errors import DirectoryBusyError, ShardSaveError
 
 
 @verb()
 def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:
-    """What the checkpoint at ``path`` holds: names, shapes, dtypes, shards, freeze flags, ties and metadata.
+    """What the checkpoint at ``path`` contains: names, shapes, dtypes, shards, freeze flags, ties and metadata.
 
     Reads the index and the headers, no tensor data. Raises CheckpointNotFoundError, CorruptCheckpointError,
     IncompatibleCheckpointError, DirectoryBusyError.
@@ -58,10 +58,10 @@ def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:
 
 @verb()
 def verify(path: str | os.PathLike[str], *, keep_going: bool = False, progress: ProgressArgument = None) -> VerifyReport:
-    """Reads every byte of the checkpoint at ``path`` and compares it with the stored checksums; fills no tensor.
+    """Reads every byte of the checkpoint at ``path`` and compares it with the stored checksums; loads no tensor.
 
-    With ``keep_going`` damage is not raised: all that can be read is, and the report says what is damaged and what is not.
-    Raises CorruptCheckpointError that names what is damaged, and otherwise as `inspect` does.
+    With ``keep_going``, damage raises no error: everything that can be read is read, and the report says what is damaged and what is
+    intact. Without, raises CorruptCheckpointError, which names what is damaged. Other errors are those of `inspect`.
 
     Example:
         >>> import torch, shardsave
@@ -77,40 +77,37 @@ def verify(path: str | os.PathLike[str], *, keep_going: bool = False, progress: 
     with open_checkpoint(path, parts=PARTS, broken=broken if keep_going else None) as checkpoint:
         targets: list[Target] = [(located, None) for located in (*checkpoint.tensors.values(), *checkpoint.kept.values())]
         planned = time.perf_counter()
-        totals = ReadTotals()
         with Progress(progress, "verifying", sum(located.nbytes for located, _ in targets)) as shown:
+            reader = TensorReader(checkpoint, verify=True, progress=shown)
             if keep_going:
-                damaged = [*_unopened(checkpoint, broken), *_read_on(checkpoint, targets, shown, totals)]
+                damaged = [*_unopened(checkpoint, broken), *_read_by_shard(reader, targets)]
             else:
                 damaged = []
-                read_tensors(checkpoint, targets, verify=True, progress=shown, totals=totals)
-        lost = {(damage.shard, name) for damage in damaged for name in damage.tensors}
-        intact: dict[str, list[str]] = {file: [] for file in checkpoint.files if file not in broken}
-        for located, _ in targets:
-            if (located.shard, located.name) not in lost:
-                intact[located.shard].append(located.name)
+                reader.read(targets)
+        intact = _intact((file for file in checkpoint.files if file not in broken), targets, damaged)
         shards = len(checkpoint.shards)
-        notes = (*totals.notes, *checkpoint.companion_notes())
+        notes = (*reader.totals.notes, *checkpoint.companion_notes())
     ended = time.perf_counter()
     return VerifyReport(
         path=os.fspath(path),
-        bytes=totals.bytes,
-        tensors=totals.tensors,
+        bytes=reader.totals.bytes,
+        tensors=reader.tensors,
         shards=shards,
         seconds=ended - started,
         phases=Phases(plan=planned - started, transfer=ended - planned),
         engine=engine_name(),
-        direct=totals.direct,
-        staging_bytes=totals.staging_bytes,
-        pinned=totals.pinned,
+        direct=reader.totals.direct,
+        staging_bytes=reader.totals.staging_bytes,
+        pinned=reader.totals.pinned,
         notes=notes,
-        verified=totals.verified if not damaged else False,
+        verified=reader.verified if not damaged else False,
         damaged=tuple(damaged),
-        intact={shard: tuple(names) for shard, names in intact.items()},
+        intact=intact,
     )
 
 
 def _unopened(checkpoint: Checkpoint, broken: Mapping[str, ShardSaveError]) -> list[Damage]:
+    """The files that could not be opened, each with the names that the index says it holds."""
     held: dict[str, list[str]] = {shard: [] for shard in broken}
     for name, shard in (checkpoint.index.weight_map if checkpoint.index is not None else {}).items():
         if shard in held:
@@ -118,21 +115,31 @@ def _unopened(checkpoint: Checkpoint, broken: Mapping[str, ShardSaveError]) -> l
     return [Damage(shard, tuple(held[shard]), str(error)) for shard, error in broken.items()]
 
 
-def _read_on(checkpoint: Checkpoint, targets: Iterable[Target], shown: Progress, totals: ReadTotals) -> list[Damage]:
-    """Reads shard after shard, so that one that cannot be read does not stand for the others."""
+def _read_by_shard(reader: TensorReader, targets: Iterable[Target]) -> list[Damage]:
+    """Reads shard after shard, so that one unreadable shard does not keep the others from being verified."""
     by_shard: dict[str, list[Target]] = {}
     for target in targets:
         by_shard.setdefault(target[0].shard, []).append(target)
-    found = []
-    for shard, its in by_shard.items():
-        seen = len(totals.damaged)
+    damaged = []
+    for shard, shard_targets in by_shard.items():
+        before = len(reader.damaged)
         try:
-            read_tensors(checkpoint, its, verify=True, progress=shown, totals=totals)
-        except DirectoryBusyError:  # it was replaced, which is no damage
+            reader.read(shard_targets)
+        except DirectoryBusyError:  # the shard was replaced, which is not damage
             raise
         except ShardSaveError as error:
-            new = totals.damaged[seen:]
-            found += [Damage(shard, (located.name,), message) for located, message in new]
+            new = reader.damaged[before:]
+            damaged += [Damage(shard, (located.name,), message) for located, message in new]
             if not new:
-                found.append(Damage(shard, tuple(located.name for located, _ in its), str(error)))
-    return found
+                damaged.append(Damage(shard, tuple(located.name for located, _ in shard_targets), str(error)))
+    return damaged
+
+
+def _intact(files: Iterable[str], targets: Iterable[Target], damaged: Iterable[Damage]) -> dict[str, tuple[str, ...]]:
+    """File → the names of the tensors in it that are not damaged."""
+    lost = {(damage.shard, name) for damage in damaged for name in damage.tensors}
+    intact: dict[str, list[str]] = {file: [] for file in files}
+    for located, _ in targets:
+        if (located.shard, located.name) not in lost:
+            intact[located.shard].append(located.name)
+    return {file: tuple(names) for file, names in intact.items()}

@@ -4,33 +4,29 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator
-from typing import Any, Union
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from shardsave._api.arguments import check_path, check_progress, check_switches
+from shardsave._api.device import Device, check_device
 from shardsave._api.reports import LoadReport, Phases
 from shardsave._common.backend import engine_name
-from shardsave._common.gc_pause import gc_paused
-from shardsave._common.os_calls import CallFailed, read_at
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
-from shardsave._format.dtypes import BY_NAME, torch_shape
-from shardsave._huggingface.peft_loading import adapter_names
-from shardsave._huggingface.recognize import transformers_model
-from shardsave._loading import fit_module
+from shardsave._huggingface.recognize import peft_model, transformers_model
+from shardsave._loading.layout import IdentityLayout, Layout
 from shardsave._loading.mapped import Maps
-from shardsave._loading.read import ReadTotals, read_tensors
-from shardsave._loading.selection import check_names, choose, selection
-from shardsave._loading.slots import extra_state_names, sub_modules
-from shardsave._state.module import unwrap
+from shardsave._loading.module_filler import ModuleFiller
+from shardsave._loading.module_plan import plan_module
+from shardsave._loading.new_tensors import new_tensors
+from shardsave._loading.read import TensorReader
+from shardsave._loading.selection import check_names, choose, choose_located, selection
+from shardsave._loading.slots import Inventory, has_extra_state, take_inventory
 from shardsave._storage.checkpoint import Checkpoint, Located, open_checkpoint
-from shardsave._storage.find import cannot_read
-from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, ShardSaveError
-
-Device = Union[str, torch.device, int, None]
+from shardsave.errors import IncompatibleCheckpointError
 
 
 @verb()
@@ -46,25 +42,25 @@ def load(
 ) -> dict[str, torch.Tensor]:
     """Loads tensors by name from a directory, an index or one safetensors file, whoever wrote it.
 
-    Tied names share one storage, in files of others those of which their metadata tells. Only the bytes that are asked for are
+    Tied names share one storage; in third-party files, those that the metadata records. Only the bytes of the selected tensors are
     read, straight to ``device``.
 
     Args:
         path: the checkpoint.
         device: where the tensors go; the CPU by default.
-        names: only these, as they stand in the checkpoint; each begins with ``prefix``.
-        prefix: only names that begin with it (``"layer2."``); it is removed from the names given back.
-        verify: check every tensor read against its stored checksum, where there is one.
-        mmap: map the files instead of reading them (CPU only): private, zero-copy, at once, and not verified.
+        names: only these names, as they stand in the checkpoint; each begins with ``prefix``.
+        prefix: only names that begin with it (``"layer2."``); it is removed from the names in the result.
+        verify: compare the checksum of every tensor read with the stored one, if there is one.
+        mmap: map the files instead of reading them (CPU only): immediate, without a copy, private, and not verified.
         progress: as in ``save``.
 
     Returns:
-        A new dict from names to tensors with the dtype and shape that were saved, none requiring grad.
+        A new dict from names to tensors with the dtype and shape that were saved; none requires grad.
 
     Raises:
         TypeError, ValueError: for wrong arguments, before anything happens.
         CheckpointNotFoundError, CorruptCheckpointError, DirectoryBusyError.
-        IncompatibleCheckpointError: a name asked for is not there.
+        IncompatibleCheckpointError: the checkpoint does not have one of ``names``, or no name begins with ``prefix``.
 
     Example:
         >>> import torch, shardsave
@@ -76,21 +72,20 @@ def load(
     check_progress(progress)
     check_path(path)
     wanted = check_names(names, prefix)
-    where = device_of(device) or torch.device("cpu")
+    where = check_device(device) or torch.device("cpu")
     if mmap and where.type != "cpu":
-        raise ValueError(f"mmap=True gives tensors on the CPU, device {where} was asked for")
+        raise ValueError(f"mmap=True returns tensors on the CPU, device {where} was asked for")
     with open_checkpoint(path, selection(wanted, prefix)) as checkpoint:
         chosen = choose(checkpoint, wanted, prefix)
-        by_stored = {stored: checkpoint.tensors[stored] for stored in chosen.values()}
+        located = {stored_name: checkpoint.tensors[stored_name] for stored_name in chosen.values()}
         if mmap:
-            tensors = Maps(checkpoint).tensors(by_stored)
+            tensors = Maps(checkpoint).tensors(located)
         else:
-            with gc_paused():
-                tensors = dict(zip(by_stored, _new_tensors(by_stored.values(), where)))
-                targets = [*zip(by_stored.values(), tensors.values())]
-            with Progress(progress, "loading", sum(t.nbytes for t in by_stored.values())) as shown:
-                read_tensors(checkpoint, targets, verify=verify, progress=shown, totals=ReadTotals())
-        return {name.removeprefix(prefix): tensors[stored] for name, stored in chosen.items()}
+            tensors = new_tensors(located, where)
+            with Progress(progress, "loading", sum(t.nbytes for t in located.values())) as shown:
+                reader = TensorReader(checkpoint, verify=verify, progress=shown)
+                reader.read([*zip(located.values(), tensors.values())])
+        return {name.removeprefix(prefix): tensors[stored_name] for name, stored_name in chosen.items()}
 
 
 @verb()
@@ -105,28 +100,28 @@ def load_model(
     verify: bool = True,
     progress: ProgressArgument = None,
 ) -> LoadReport:
-    """Fills ``model`` in place from a checkpoint, and gives its parameters back the ``requires_grad`` that they had.
+    """Fills ``model`` in place from a checkpoint, and restores the ``requires_grad`` of its parameters.
 
-    ``Parameter`` objects keep their identity, so an optimizer that holds them stays valid; those on the meta device are
-    replaced, as ``load_state_dict(assign=True)`` does. There is never a second copy of the model. Values are cast to the
-    module's dtypes as ``load_state_dict`` does. Everything that can be refused is refused before a tensor is changed. Only a
-    sub-module with a loading routine of its own (hooks, an override, extra state) decides itself what it takes: it is given all
-    that is stored below its name, one such sub-module after the other, before anything else is filled. Extra
-    state that is no tensor comes from the architecture, where one was saved and it is plain data.
+    ``Parameter`` objects keep their identity, so an optimizer that holds them stays valid; those on the meta device are replaced, as
+    ``load_state_dict(assign=True)`` does. There is never a second copy of the model. Values are cast to the module's dtypes, as
+    ``load_state_dict`` does. Everything that can be refused is refused before a tensor is changed. Sub-modules that override loading
+    (hooks, overrides, extra state) receive a state dict of everything below their prefix, one at a time, before other tensors are
+    filled; only they can still refuse then. Extra state that is not a tensor comes from the architecture, if one was saved and the
+    state is plain data.
 
     Args:
-        model: a module or sub-module; wrappers (``torch.compile``, DDP, DataParallel) are seen through.
+        model: a module or sub-module, with or without wrappers (``torch.compile``, DDP, DataParallel).
         path: as in ``load``.
         device: move or materialise every tensor there; None keeps each where it is (meta becomes the CPU).
-        prefix: load only names that begin with it, without it: a part of a full checkpoint into a sub-module.
-        strict: raise when names or shapes differ; otherwise load what fits and report the rest.
-        restore_frozen: set ``requires_grad`` of every floating-point parameter to what was saved, where that is known.
+        prefix: load only names that begin with it, and remove it: for a part of a full checkpoint, into a sub-module.
+        strict: raise if names or shapes differ; otherwise load what fits and report the rest.
+        restore_frozen: set ``requires_grad`` of every floating-point parameter to what was saved, if the checkpoint records it.
         verify: as in ``load``.
         progress: as in ``save``.
 
     Raises:
         TypeError, ValueError: for wrong arguments, before anything happens.
-        IncompatibleCheckpointError: names or shapes differ (all are listed), or the module cannot be filled; unchanged.
+        IncompatibleCheckpointError: names or shapes differ (all are listed), or the module cannot be filled; it is unchanged.
         CorruptCheckpointError: a checksum is wrong; the module is then partly loaded, and the message says how far.
         CheckpointNotFoundError, UnsupportedTensorError, DirectoryBusyError.
 
@@ -145,144 +140,92 @@ def load_model(
     check_progress(progress)
     check_path(path)
     check_names(None, prefix)
-    where = device_of(device)
+    where = check_device(device)
     started = time.perf_counter()
-    has_states = any(type(part).get_extra_state is not nn.Module.get_extra_state for part in model.modules())
-    own_states = extra_state_names(sub_modules(unwrap(model))) if has_states else []
-    with open_checkpoint(path, selection(None, prefix), parts=("architecture",) if own_states else ()) as checkpoint:
-        chosen = choose(checkpoint, None, prefix)
-        stored = {name.removeprefix(prefix): checkpoint.tensors[original] for name, original in chosen.items()}
-        hub, where_from = transformers_model(model), os.fspath(path)
-        if hub is not None:
-            from shardsave._huggingface.transformers_loading import conversion  # no other model needs it
-        converted = conversion(hub, stored, where_from) if hub is not None else adapter_names(model, stored, where_from)
-        if converted is not None:
-            stored = converted.stored
-        fit = fit_module.fit_module(
-            model,
-            stored,
-            device=where,
-            strict=strict,
-            equal=lambda left, right: _equal_on_disk(checkpoint, left, right),
-            where=where_from,
-            joins=converted,
-            optional=converted.optional if converted is not None else lambda name: False,
-            told_ties=[name.removeprefix(prefix) for name in checkpoint.ties] if checkpoint.record is None else (),
-            extra_states=_extra_states(checkpoint, [name for name in own_states if name not in stored], prefix, strict),
-        )
-        reads = fit.reads
+    with open_checkpoint(
+        path, selection(None, prefix), parts=("architecture",) if has_extra_state(model) else ()
+    ) as checkpoint:
+        filler = _plan(model, checkpoint, prefix, where, strict=strict, restore_frozen=restore_frozen)
+        filler.check(strict=strict)
+        reads = filler.plan.reads
         planned = time.perf_counter()
-        totals = ReadTotals()
         with Progress(progress, "loading", sum(located.nbytes for located in reads)) as shown:
-            fit.materialise()
-            for group in fit.groups():
-                whole = totals.tensors
-                try:
-                    read_tensors(checkpoint, group.targets, verify=verify, progress=shown, totals=totals)
-                    missing, unexpected = group.finish(strict)
-                except ShardSaveError as error:
-                    if group.in_place and isinstance(error, CorruptCheckpointError):
-                        whole = totals.tensors  # the others of this group were read, and are what was saved
-                    raise type(error)(f"{error}; the module is partly loaded, {whole} of {len(reads)} tensors") from error
-                finally:
-                    fit.written()
-                fit.missing += tuple(missing)
-                fit.unexpected += tuple(unexpected)
-                del group  # before the next: the memory of one sub-module's copy, not of two
+            reader = TensorReader(checkpoint, verify=verify, progress=shown)
+            differences = filler.fill(reader, strict=strict)
         transferred = time.perf_counter()
-        flags = checkpoint.flags if restore_frozen else None
-        own_flags = flags
-        if flags is not None and prefix:
-            own_flags = {n.removeprefix(prefix): f for n, f in flags.items() if n.startswith(prefix)}
-        if converted is not None and own_flags is not None:
-            own_flags = converted.flags(own_flags)
-        frozen = fit.restore_flags(own_flags)
-        notes = (*totals.notes, *fit.notes(), *checkpoint.companion_notes())
+        restored = filler.restore_flags()
+        notes = (*reader.totals.notes, *filler.plan.notes(), *checkpoint.companion_notes())
     ended = time.perf_counter()
     return LoadReport(
         path=os.fspath(path),
-        bytes=totals.bytes,
-        tensors=totals.tensors,
+        bytes=reader.totals.bytes,
+        tensors=reader.tensors,
         shards=len({located.shard for located in reads}),
         seconds=ended - started,
         phases=Phases(plan=planned - started, transfer=transferred - planned, commit=ended - transferred),
         engine=engine_name(),
-        direct=totals.direct,
-        staging_bytes=totals.staging_bytes,
-        pinned=totals.pinned,
+        direct=reader.totals.direct,
+        staging_bytes=reader.totals.staging_bytes,
+        pinned=reader.totals.pinned,
         notes=notes,
-        verified=totals.verified,
-        missing=fit.missing,
-        unexpected=fit.unexpected,
-        mismatched=fit.mismatched,
-        frozen=frozen,
-        changed_flags=fit.changed_flags,
+        verified=reader.verified,
+        missing=differences.missing,
+        unexpected=differences.unexpected,
+        mismatched=tuple(sorted(filler.plan.mismatched.values())),
+        frozen=restored.frozen,
+        changed_flags=restored.changed,
     )
 
 
+def _plan(
+    model: nn.Module, checkpoint: Checkpoint, prefix: str, device: torch.device | None, *, strict: bool, restore_frozen: bool
+) -> ModuleFiller:
+    """Plans what goes where in ``model``; nothing has been checked or changed yet."""
+    inventory = take_inventory(model, checkpoint.path)
+    layout = _choose_layout(inventory, choose_located(checkpoint, prefix), checkpoint.path)
+    extra_states = [name for name in inventory.extra_states if name not in layout.stored]
+    plan = plan_module(
+        inventory,
+        layout,
+        flags=_without_prefix(checkpoint.flags, prefix) if restore_frozen else None,
+        extra_states=_extra_states(checkpoint, extra_states, prefix, strict),
+        doubtful=[name.removeprefix(prefix) for name in checkpoint.ties] if checkpoint.record is None else (),
+    )
+    return ModuleFiller(inventory, plan, layout, checkpoint, device)
+
+
+def _choose_layout(inventory: Inventory, stored: Mapping[str, Located], where: str) -> Layout:
+    """The layout of ``stored`` (name on disk → stored tensor) for the module; only models of transformers and PEFT have another one."""
+    if transformers_model(inventory.module) is not None:
+        from shardsave._huggingface.transformers_loading import TransformersLayout  # no other model needs it
+
+        return TransformersLayout(inventory, stored, where)
+    if (model := peft_model(inventory.module)) is not None:
+        from shardsave._huggingface.peft_loading import adapter_layout
+
+        return adapter_layout(model, stored, where) or IdentityLayout(stored)
+    return IdentityLayout(stored)
+
+
+def _without_prefix(flags: Mapping[str, bool] | None, prefix: str) -> Mapping[str, bool] | None:
+    if flags is None or not prefix:
+        return flags
+    return {name.removeprefix(prefix): frozen for name, frozen in flags.items() if name.startswith(prefix)}
+
+
 def _extra_states(checkpoint: Checkpoint, names: list[str], prefix: str, strict: bool) -> dict[str, Any]:
-    """The extra state that is no tensor of the modules whose state dict has ``names``, as the checkpoint's architecture tells it."""
+    """Name → extra state that is no tensor, from the architecture of the checkpoint, as far as it is there. ``names``: the wanted ones."""
     data = checkpoint.documents.get("architecture")
     if data is None or not names:
         return {}
-    from shardsave._architecture.document import Document  # no model without any needs these
-    from shardsave._architecture.extra_states import extra_states
+    from shardsave._architecture.document import Document
+    from shardsave._architecture.extra_states import extra_states  # only modules with extra state need these
 
     document = Document(data, f"the architecture in {checkpoint.path}")
-    found, others = extra_states(document, [prefix + name for name in names])
-    if others and strict:
+    states, not_plain = extra_states(document, [prefix + name for name in names])
+    if not_plain and strict:
         raise IncompatibleCheckpointError(
-            f"cannot load {checkpoint.path}: extra state of plain data was expected, {others[0]!r} has tensors or objects in it; build the "
-            f"whole model with build_model, or leave extra state as it is with strict=False; the module is unchanged"
+            f"cannot load {checkpoint.path}: extra state of plain data was expected, {not_plain[0]!r} has tensors or objects in it; "
+            f"build the whole model with build_model, or leave extra state as it is with strict=False; the module is unchanged"
         )
-    return {name.removeprefix(prefix): value for name, value in found.items()}
-
-
-def _new_tensors(stored: Iterable[Located], device: torch.device) -> Iterator[torch.Tensor]:
-    """Memory for each of ``stored``. Made like the first of their kind, which takes half the time that it takes to say what is wanted."""
-    firsts: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
-    for t in stored:
-        first = firsts.get((t.dtype, t.shape))
-        if first is not None:
-            yield torch.empty_like(first)
-            continue
-        made = torch.empty(torch_shape(t.dtype, t.shape), dtype=BY_NAME[t.dtype].torch, device=device)
-        firsts[t.dtype, t.shape] = made
-        yield made
-
-
-def device_of(device: Device) -> torch.device | None:
-    """The device that is meant, None for none. Raises TypeError, ValueError."""
-    if device is None:
-        return None
-    if isinstance(device, bool) or not isinstance(device, (str, int, torch.device)):
-        raise TypeError(f"device must be a torch.device, its name or its number, not {type(device).__name__}")
-    try:
-        made = torch.device(device)
-        if made.type != "meta":
-            torch.empty(0, device=made)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} was asked for, torch has none: {str(error).splitlines()[0]}") from error
-    if made.type == "meta":
-        raise ValueError("device must hold data, the meta device does not")
-    return made
-
-
-def _equal_on_disk(checkpoint: Checkpoint, left: Located, right: Located) -> bool:
-    """Whether two stored tensors hold the same bytes, by their checksums where they have them."""
-    if (left.dtype, left.shape) != (right.dtype, right.shape) or not (left.shard and right.shard):
-        return False
-    if left.checksum is not None and right.checksum is not None:
-        return left.checksum == right.checksum
-    if (left.shard, left.offset) == (right.shard, right.offset):
-        return True
-    step = 1 << 20
-    a, b = checkpoint.descriptors([left.shard, right.shard])
-    try:
-        return all(
-            read_at(a, min(step, left.nbytes - at), left.offset + at)
-            == read_at(b, min(step, left.nbytes - at), right.offset + at)
-            for at in range(0, left.nbytes, step)
-        )
-    except CallFailed as error:
-        raise cannot_read(checkpoint.path_of(left.shard), error) from error
+    return {name.removeprefix(prefix): value for name, value in states.items()}

@@ -1,8 +1,7 @@
-"""`open`: a checkpoint as a mapping from names to tensors, none of which is read before it is looked at."""
+"""`open`: a checkpoint as a mapping from names to tensors; each is memory-mapped, and read from disk on access."""
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Iterator, Mapping
 from types import TracebackType
@@ -14,6 +13,7 @@ from shardsave._api.arguments import check_path
 from shardsave._common.shutdown import verb
 from shardsave._format.dtypes import BY_NAME, torch_shape
 from shardsave._loading.mapped import Maps
+from shardsave._loading.selection import closest, stored_names
 from shardsave._storage.checkpoint import Checkpoint, Located, open_checkpoint
 from shardsave.errors import IncompatibleCheckpointError
 
@@ -21,27 +21,27 @@ __all__ = ["OpenCheckpoint", "TensorSlice", "open"]
 
 
 class NoSuchTensorError(IncompatibleCheckpointError, KeyError):
-    """A name that the checkpoint does not have: what this package raises for it, and what a mapping has to raise."""
+    """The checkpoint has no tensor of that name; a KeyError too, because every mapping has to raise one."""
 
     __str__ = Exception.__str__
 
 
 class OpenCheckpoint(Mapping[str, torch.Tensor]):
-    """An open checkpoint: a mapping from names, tied ones too, to tensors on the CPU, in the order of the index.
+    """An open checkpoint: a mapping from names, tied names too, to tensors on the CPU, in the order of the index.
 
-    ``ckpt["name"]`` is a tensor that lies in the mapped file: nothing is copied, and the disk is read where the tensor is
-    looked at. It may be written to, which changes neither the file nor what other processes see, but every other tensor that
-    this object gives for the same bytes. Nothing is verified; `load` and `verify` do that.
+    ``ckpt["name"]`` is a tensor in the mapped file: nothing is copied, and the disk is read when the values are accessed. You may
+    write to it: neither the file nor other processes see the change, but every other tensor that this object returns for the same
+    bytes does. Nothing is verified; use `load` or `verify` for that.
 
-    All shards are opened and their headers checked at once, so what is read is one save, whatever is saved there meanwhile.
-    Tensors stay valid when the checkpoint is closed; asking for another is a ``ValueError`` then. May be used by several threads,
-    and by forked children for as long as no save replaces the files.
+    All shards are opened and their headers checked when the checkpoint is opened, so all tensors are from one save, even if another
+    save replaces the files meanwhile. Tensors stay valid after `close`; reading another one then raises ``ValueError``. Several
+    threads may use the object, and so may forked children, as long as no save replaces the files.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._maps = Maps(checkpoint)
-        self._stored = {name: name for name in checkpoint.stored_names} | dict(checkpoint.ties)
+        self._stored = stored_names(checkpoint)
         self._closed = False
 
     @property
@@ -51,12 +51,12 @@ class OpenCheckpoint(Mapping[str, torch.Tensor]):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every name, tied ones too, in the order of the index."""
+        """Every name, tied names too, in the order of the index."""
         return tuple(self._stored)
 
     @property
     def frozen(self) -> frozenset[str] | None:
-        """The parameters that were frozen; None where that is unknown, as with files of others."""
+        """The frozen parameters; None if the files do not record flags, as with third-party files."""
         flags = self._checkpoint.flags
         return frozenset(name for name, frozen in flags.items() if frozen) if flags is not None else None
 
@@ -67,7 +67,7 @@ class OpenCheckpoint(Mapping[str, torch.Tensor]):
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """What was given to `save` as ``metadata``."""
+        """The ``metadata`` passed to `save`."""
         return dict(self._checkpoint.metadata)
 
     @property
@@ -75,15 +75,15 @@ class OpenCheckpoint(Mapping[str, torch.Tensor]):
         return self._closed
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """The tensor, mapped. Raises IncompatibleCheckpointError, which is a KeyError here, for a name that is not there."""
+        """The memory-mapped tensor. Raises IncompatibleCheckpointError, here also a KeyError, if there is no such name."""
         located = self._located(name)
         self._refuse_if_closed(name)
         return self._maps.tensor(located)
 
     def slice(self, name: str) -> TensorSlice:
-        """The tensor ``name`` before it is mapped: its shape and dtype, and any part of it by indexing.
+        """The tensor ``name``, not yet mapped: its shape, its dtype, and by indexing any part of it.
 
-        Raises IncompatibleCheckpointError, which is a KeyError here, for a name that is not there.
+        Raises IncompatibleCheckpointError, here also a KeyError, if there is no such name.
         """
         return TensorSlice(self, self._located(name))
 
@@ -94,8 +94,7 @@ class OpenCheckpoint(Mapping[str, torch.Tensor]):
     def _located(self, name: str) -> Located:
         if name in self._stored:
             return self._checkpoint.tensors[self._stored[name]]
-        close = difflib.get_close_matches(name, self._stored, n=1) if isinstance(name, str) else []
-        hint = f" (the closest is {close[0]!r})" if close else ""
+        hint = closest(name, self._stored) if isinstance(name, str) else ""
         raise NoSuchTensorError(
             f"cannot read from {self.path}: {name!r} was asked for{hint}, the checkpoint has no tensor of that name"
         )
@@ -116,7 +115,7 @@ class OpenCheckpoint(Mapping[str, torch.Tensor]):
     def __contains__(self, name: object) -> bool:
         return name in self._stored
 
-    # Two are equal when they are the same object: a mapping's own comparison would read every tensor.
+    # Equality is identity, because the comparison of `Mapping` would read every tensor.
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
@@ -124,7 +123,7 @@ class OpenCheckpoint(Mapping[str, torch.Tensor]):
         return f"<shardsave.OpenCheckpoint {self.path}: {len(self)} names{', closed' if self._closed else ''}>"
 
     def close(self) -> None:
-        """Closes the files; may be called any number of times."""
+        """Closes the files; a second call does nothing."""
         self._closed = True
         self._maps.close()
         self._checkpoint.close()
@@ -137,9 +136,9 @@ class OpenCheckpoint(Mapping[str, torch.Tensor]):
 
 
 class TensorSlice:
-    """A tensor of an open checkpoint that is read by parts: ``ckpt.slice("name")[0:10]`` is what ``ckpt["name"][0:10]`` is.
+    """A tensor of an open checkpoint that is read in parts: ``ckpt.slice("name")[0:10]`` equals ``ckpt["name"][0:10]``.
 
-    The difference shows in files of others whose tensors are not aligned and have to be copied: here only the part is.
+    It matters for third-party files with unaligned tensors, which have to be copied: a slice copies only the part.
     """
 
     def __init__(self, owner: OpenCheckpoint, located: Located) -> None:
@@ -155,7 +154,7 @@ class TensorSlice:
         return BY_NAME[self._located.dtype].torch
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        """The part that ``index`` takes of a tensor: numbers, slices, ``...``, ``None``, in a tuple for several dimensions."""
+        """The indexed part: ``index`` is a number, a slice, ``...`` or ``None``, or a tuple of these for several dimensions."""
         return self._owner._part(self._located, index)
 
     def __len__(self) -> int:
@@ -169,9 +168,9 @@ class TensorSlice:
 
 @verb()
 def open(path: str | os.PathLike[str]) -> OpenCheckpoint:
-    """Opens a directory, an index or one safetensors file for reading tensors one by one, without reading them all.
+    """Opens a directory, an index or one safetensors file lazily: tensors are memory-mapped and read on access.
 
-    Reads the index and the headers. Raises CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError,
+    Reads only the index and the headers. Raises CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError,
     DirectoryBusyError.
 
     Example:

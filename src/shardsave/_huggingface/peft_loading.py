@@ -1,50 +1,36 @@
-"""Loads the adapter of a PEFT model: its tensors by their names on disk go into the model, whose base stays as it is."""
+"""Loading an adapter into a PEFT model: from the names on disk to those in the module; the base model keeps its values."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
-import torch
+from collections.abc import Mapping
+from typing import Any
 
 from shardsave._huggingface.peft_names import adapter_of
-from shardsave._huggingface.recognize import peft_model
-from shardsave._loading.fill_groups import Join
+from shardsave._loading.layout import IdentityLayout
 from shardsave._state.module import Names
 from shardsave._storage.checkpoint import Located
 from shardsave.errors import IncompatibleCheckpointError
 
 
-class AdapterNames:
-    """How an adapter's tensors, by their names on disk, go into a PEFT model, whose base model stays as it is.
-
-    ``stored``: name in the model → stored tensor, and the names on disk of what the model has no use for.
-    """
+class AdapterLayout(IdentityLayout):
+    """The layout of an adapter for a PEFT model. The flags beside it are recorded by the names in the model."""
 
     def __init__(self, names: Mapping[str, str], stored: Mapping[str, Located]) -> None:
-        self.joins: list[Join] = []
-        self.stored = {names.get(name, name): located for name, located in stored.items()}
-        self._own = frozenset(names.values())
+        """``names``, ``stored``: name on disk → name in the model, and → stored tensor."""
+        super().__init__({names.get(name, name): located for name, located in stored.items()})
+        self._adapter = frozenset(names.values())
 
-    def optional(self, name: str) -> bool:
-        """Whether ``name`` is of the base model."""
-        return name not in self._own
-
-    def flags(self, given: Mapping[str, bool]) -> dict[str, bool]:
-        """They are by names in the model already."""
-        return dict(given)
-
-    def views(self, tensors: Mapping[str, torch.Tensor]) -> list[Sequence[torch.Tensor] | None]:
-        """None are joined."""
-        return []
+    def may_be_missing(self, name: str) -> bool:
+        """Whether ``name`` belongs to the base model."""
+        return name not in self._adapter
 
 
-def adapter_names(source: object, stored: Mapping[str, Located], where: str) -> AdapterNames | None:
-    """How ``stored`` goes into the active adapter of ``source``; None where one of the two is no adapter.
+def adapter_layout(model: Any, stored: Mapping[str, Located], where: str) -> AdapterLayout | None:
+    """The layout of ``stored`` (name on disk → stored tensor) for the active adapter of a PEFT ``model``; None if it is no adapter.
 
-    Raises IncompatibleCheckpointError.
+    ``where``: the path of the checkpoint, for messages. Raises IncompatibleCheckpointError.
     """
-    model = peft_model(source)
-    if model is None or len(list(model.active_adapters)) != 1:
+    if len(list(model.active_adapters)) != 1:
         return None
     names = Names.of(model)
     tensors = {names.plain(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
@@ -57,4 +43,4 @@ def adapter_names(source: object, stored: Mapping[str, Located], where: str) -> 
             f"cannot load {where}: an adapter whose tensors are those of the model was expected, PEFT computes "
             f"{', '.join(sorted(adapter.computed))} for the file; use PeftModel.from_pretrained; the module is unchanged"
         )
-    return AdapterNames(adapter.names, stored)
+    return AdapterLayout(adapter.names, stored)

@@ -1,7 +1,7 @@
-"""Building a transformers model by the config that lies beside its weights, where no architecture was saved.
+"""Builds a transformers model from the config beside its weights, if no architecture was saved.
 
 The config is data: it names one of transformers' own classes and the arguments of its constructor. Only that constructor runs, and
-only where transformers is trusted; what would make it fetch code or weights from elsewhere is taken out first.
+only if transformers is trusted; arguments that would make it fetch code or weights from elsewhere are removed first.
 """
 
 from __future__ import annotations
@@ -19,18 +19,20 @@ from torch import nn
 
 from shardsave._common.os_calls import CallFailed, Descriptor, read_all
 from shardsave._common.strict_json import glimpse
+from shardsave._format.dtypes import BY_NAME
+from shardsave._storage.checkpoint import Located
 from shardsave._storage.companions import CONFIG_NAMES, MAX_COMPANION_BYTES
 from shardsave._storage.find import cannot_read
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, UntrustedCodeError
 
 CONFIG_NAME, GENERATION_NAME = CONFIG_NAMES
 
-#: Kernels are code that comes from the Hub, a pretrained backbone has weights from there.
+#: Arguments that fetch from the Hub: kernels are code, and a pretrained backbone has weights.
 _FETCHED = ("attn_implementation", "experts_implementation", "use_pretrained_backbone")
 
 
 def read_config(folder: str, name: str = CONFIG_NAME) -> dict[str, Any] | None:
-    """The JSON object in the file ``name`` of ``folder``, None where there is none. Raises CorruptCheckpointError."""
+    """The JSON object in the file ``name`` of ``folder``, None if there is no such file. Raises CorruptCheckpointError."""
     path = os.path.join(folder, name)
     try:
         with Descriptor() as opened:
@@ -41,25 +43,25 @@ def read_config(folder: str, name: str = CONFIG_NAME) -> dict[str, Any] | None:
     if data is None:
         return None
     try:
-        made = json.loads(data, object_hook=_special_float)
+        config = json.loads(data, object_hook=_special_float)
     except (ValueError, RecursionError) as error:
         found = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise CorruptCheckpointError(f"corrupt {name}: {path}: JSON expected, found: {found}; nothing was built") from error
-    if not isinstance(made, dict):
+    if not isinstance(config, dict):
         raise CorruptCheckpointError(
-            f"corrupt {name}: {path}: a JSON object expected, it is {glimpse(made)}; nothing was built"
+            f"corrupt {name}: {path}: a JSON object expected, it is {glimpse(config)}; nothing was built"
         )
-    return made
+    return config
 
 
 def _special_float(value: dict[str, Any]) -> Any:
-    """What JSON has no number for, as transformers writes it: ``{"__float__": "Infinity"}``."""
+    """An infinity or NaN, which JSON does not have, as transformers writes it: ``{"__float__": "Infinity"}``."""
     special = value.get("__float__")
     return float(special) if special in ("Infinity", "-Infinity", "NaN") and len(value) == 1 else value
 
 
 def empty_model(folder: str, config: Mapping[str, Any], trust: Collection[str], device: torch.device) -> nn.Module:
-    """The model that ``config`` describes, on ``device``; what is not saved with a model is as its constructor makes it.
+    """The model that ``config`` describes, on ``device``; its weights are uninitialised, and what is never saved has its initial values.
 
     Raises UntrustedCodeError before anything is imported, and IncompatibleCheckpointError.
     """
@@ -84,17 +86,24 @@ def empty_model(folder: str, config: Mapping[str, Any], trust: Collection[str], 
             f"{type(error).__name__}: {' '.join(str(error).split())}; the checkpoint is as it was"
         ) from error
     model.name_or_path = folder
-    made: nn.Module = model.eval()  # as from_pretrained does: a config does not say which mode the model was in
-    return made
+    built: nn.Module = model.eval()  # as from_pretrained does, because a config does not record the mode of the model
+    return built
+
+
+def take_stored_dtypes(model: nn.Module, stored: Mapping[str, Located]) -> None:
+    """Gives each tensor of ``model`` the dtype that it has in ``stored`` (name in the model → stored tensor): a config has one for all."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in stored and BY_NAME[stored[name].dtype].torch != tensor.dtype:
+            tensor.data = torch.empty_like(tensor, dtype=BY_NAME[stored[name].dtype].torch)
 
 
 def _model_class(config: Mapping[str, Any], trust: Collection[str], where: str) -> Any:
-    """The class of transformers that the config names."""
-    named = config.get("architectures")
-    name = named[0] if isinstance(named, list) and len(named) == 1 else None
+    """The transformers class that the config names."""
+    architectures = config.get("architectures")
+    name = architectures[0] if isinstance(architectures, list) and len(architectures) == 1 else None
     if not isinstance(name, str) or not name.isidentifier():
         raise IncompatibleCheckpointError(
-            f"cannot build {where}: the name of one class of transformers was expected, its architectures are {glimpse(named)}; "
+            f"cannot build {where}: the name of one class of transformers was expected, its architectures are {glimpse(architectures)}; "
             f"define the model and use load_model"
         )
     if "transformers" not in trust and f"transformers.{name}" not in trust:
@@ -128,7 +137,7 @@ def _model_class(config: Mapping[str, Any], trust: Collection[str], where: str) 
 
 
 def _without_fetched(value: Any) -> Any:
-    """``value`` without what asks for code or weights from elsewhere, at any depth."""
+    """``value`` without the arguments that fetch code or weights from elsewhere, at any depth."""
     if isinstance(value, dict):
         kept = {key: _without_fetched(part) for key, part in value.items() if key.lstrip("_") not in _FETCHED}
         return kept | ({"use_pretrained_backbone": False} if "use_pretrained_backbone" in value else {})
@@ -137,7 +146,7 @@ def _without_fetched(value: Any) -> Any:
 
 @contextmanager
 def _without_initialisation() -> Iterator[None]:
-    """Weights are allocated and not drawn at random: they will be read."""
+    """Inside, transformers allocates weights without random values: they will be read from the checkpoint."""
     for name in ("transformers.initialization", "transformers.modeling_utils"):
         try:
             without = getattr(importlib.import_module(name), "no_init_weights", None)
@@ -151,7 +160,7 @@ def _without_initialisation() -> Iterator[None]:
 
 
 def _initialise_unsaved(model: Any) -> None:
-    """Gives what transformers does not save (embeddings of sines, for example) the values that its own routine computes."""
+    """Has transformers compute the values that it does not save, such as sinusoidal embeddings."""
     patterns = [*(getattr(model, "_keys_to_ignore_on_save", None) or ()), *(model._keys_to_ignore_on_load_missing or ())]
     for name, tensor in model.state_dict(keep_vars=True).items():
         tensor._is_hf_initialized = not any(re.search(pattern, name) for pattern in patterns)

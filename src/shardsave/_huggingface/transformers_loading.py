@@ -1,8 +1,9 @@
-"""Loading into a transformers model: from the names and the layout on disk to those in memory, as transformers itself goes.
+"""Loading into a transformers model: from the names and the layout on disk to those in memory, as `from_pretrained` converts them.
 
-Each stored name is renamed as `from_pretrained` renames it. Where several stored tensors make one of the model (the experts of a
-mixture), they are read straight into views of it: what transformers would cut out of the tensor when it saves is where it would put
-it when it loads. Only what has no such view is read into copies, one group at a time, and converted by transformers.
+Each stored name is renamed as `from_pretrained` renames it. If several stored tensors make one tensor of the model (the experts of a
+mixture), they are read straight into views of it: the slices that transformers takes of the tensor when it saves are where the parts
+belong when it loads. Only if there are no such views, the parts are read into copies, one join at a time, and transformers
+converts these.
 """
 
 from __future__ import annotations
@@ -16,42 +17,53 @@ from typing import Any
 import torch
 
 from shardsave._format.dtypes import BY_NAME, BY_TORCH, logical_shape, torch_shape
-from shardsave._huggingface.transformers_saving import Part, reverted
-from shardsave._loading.fill_groups import Join
-from shardsave._loading.slots import expected_names, slots, sub_modules
+from shardsave._huggingface.transformers_on_disk import Part, reverted
+from shardsave._loading.layout import Join
+from shardsave._loading.slots import Inventory
 from shardsave._state.module import Names
 from shardsave._storage.checkpoint import Located
 from shardsave.errors import IncompatibleCheckpointError, UnsupportedTensorError
 
+#: The name of a tensor in the model, and the pattern of the converter that takes the stored tensor, or "".
+Key = tuple[str, str]
 
-class Conversion:
-    """How the stored tensors of a checkpoint become those of a transformers model.
 
-    ``stored``: name in the model → stored tensor, also for what is joined, and the names on disk of what the model has no use for.
-    """
+class TransformersLayout:
+    """The layout of a transformers model on disk; see `shardsave._loading.layout.Layout`."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, inventory: Inventory, stored: Mapping[str, Located], where: str) -> None:
+        """``inventory``: of the model. ``stored``: name on disk → stored tensor. ``where``: the path of the checkpoint, for messages.
+
+        Raises IncompatibleCheckpointError.
+        """
         self.stored: dict[str, Located] = {}
         self.joins: list[Join] = []
-        self._model = model
-        self._names = dict.fromkeys(expected_names(own := sub_modules(model), slots(own)), True)
-        self._sent: dict[str, tuple[str, ...]] = {}  # name on disk → those in the model
-        self._keys: list[list[tuple[str, str]]] = []  # for each join: what each of its sources is, in the words of transformers
+        self._model: Any = inventory.module
+        self._names = dict.fromkeys(inventory.expected, True)
+        self._sent: dict[str, tuple[str, ...]] = {}  # name on disk → names in the model
+        self._keys: list[list[Key]] = []  # for each join, the key of each source
         self._renamings: list[Any] = []
         self._converters: list[Any] = []
+        if stored.keys() == self._names.keys() or not _converts():
+            self.stored.update(stored)
+        else:
+            self._plan(stored, where)
 
-    def optional(self, name: str) -> bool:
-        """Whether transformers does not mind that ``name`` is missing: it is not saved, or can be made again."""
+    def may_be_missing(self, name: str) -> bool:
+        """Whether transformers does not need ``name``: it is not saved, or is computed again."""
         if name in (getattr(self._model, "_keys_to_ignore_on_save", None) or ()):
             return True
         return _matches(getattr(self._model, "_keys_to_ignore_on_load_missing", None), name)
 
-    def flags(self, given: Mapping[str, bool]) -> dict[str, bool]:
-        """Flags by names on disk, or of a model with another head, by the names in this one: frozen when all that it has is."""
+    def flags(self, on_disk: Mapping[str, bool]) -> dict[str, bool]:
+        """Flags by the names in this model, from flags by the names on disk or in a model with another head.
+
+        A tensor with several flags is frozen if all of them are.
+        """
         names = Names.of(self._model)
         known = {*self._names, *(names.plain(name) for name, _ in self._model.named_parameters(remove_duplicate=False))}
         flags: dict[str, bool] = {}
-        for name, frozen in given.items():
+        for name, frozen in on_disk.items():
             for own in [name] if name in known else self._sent.get(name) or [self._with_or_without_prefix(name, known)]:
                 flags[own] = frozen and flags.get(own, True)
         return flags
@@ -61,59 +73,53 @@ class Conversion:
         return next((other for other in (name.removeprefix(prefix), prefix + name) if other in known), name)
 
     def views(self, tensors: Mapping[str, torch.Tensor]) -> list[Sequence[torch.Tensor] | None]:
-        """For each join where its sources lie in ``tensors``, those of the model by name; None where they are no part of them."""
+        """For each join, a view for each source: the slices of ``tensors`` that transformers would save, if they have the right shapes."""
         try:
             parts = reverted(self._model, tensors) if tensors else {}
         except UnsupportedTensorError:
             parts = {}
-        found: dict[tuple[str, str], list[Part]] = {}
+        parts_by_key: dict[Key, list[Part]] = {}
         for name, key in self._renamed(parts):
-            found.setdefault(key, []).append(parts[name])
-        made: list[Sequence[torch.Tensor] | None] = []
-        for join, keys in zip(self.joins, self._keys):
-            waiting = {key: iter(found.get(key, ())) for key in keys}
-            views = [next(waiting[key], None) for key in keys]
-            fits = [
-                view is not None and not view.is_copy and tuple(view.tensor.shape) == torch_shape(source.dtype, source.shape)
-                for view, source in zip(views, join.sources)
-            ]
-            used_up = all(next(rest, None) is None for rest in waiting.values())
-            made.append([view.tensor for view in views if view is not None] if all(fits) and used_up else None)
-        return made
+            parts_by_key.setdefault(key, []).append(parts[name])
+        return [_views(join, keys, parts_by_key) for join, keys in zip(self.joins, self._keys)]
 
-    def _renamed(self, names: Iterable[str]) -> list[tuple[str, tuple[str, str]]]:
-        """(name on disk, (name in the model, the pattern of a converter that takes part or "")) in the order of transformers."""
+    def _renamed(self, names: Iterable[str]) -> list[tuple[str, Key]]:
+        """(name on disk, key) for each of ``names``, in the order in which transformers takes them."""
         loading = importlib.import_module("transformers.core_model_loading")
-        prefix, renamings = self._model.base_model_prefix, copy.deepcopy(self._renamings)  # some remember what they have seen
-        made = []
+        prefix, renamings = self._model.base_model_prefix, copy.deepcopy(self._renamings)  # some of them keep a state
+        renamed_names = []
         for name in sorted(names, key=loading.dot_natural_key):
             renamed, pattern = loading.rename_source_key(name, renamings, self._converters, prefix, self._names)
             if renamed not in self._names and name in self._names:
                 renamed, pattern = loading.rename_source_key(name, [], [], prefix, self._names)
-            made.append((name, (renamed, pattern or "")))
-        return made
+            renamed_names.append((name, (renamed, pattern or "")))
+        return renamed_names
 
-    def plan(self, stored: Mapping[str, Located], where: str) -> None:
-        """Finds out what each of ``stored`` (name on disk → stored tensor) is in the model. Raises IncompatibleCheckpointError."""
+    def _plan(self, stored: Mapping[str, Located], where: str) -> None:
+        """Finds the name in the model, or the join, for each of ``stored``. Raises IncompatibleCheckpointError."""
         loading = importlib.import_module("transformers.core_model_loading")
         mapping = importlib.import_module("transformers.conversion_mapping")
         transforms = mapping.get_model_conversion_mapping(self._model)
         self._renamings = [transform for transform in transforms if isinstance(transform, loading.WeightRenaming)]
         self._converters = [transform for transform in transforms if isinstance(transform, loading.WeightConverter)]
         unneeded = _unneeded(self._model)
-        groups: dict[str, list[tuple[str, str]]] = {}
+        joined: dict[str, list[tuple[str, str]]] = {}  # name in the model → (name on disk, pattern)
         for name, (own, pattern) in self._renamed(stored):
             if own in self._names and pattern:
-                groups.setdefault(own, []).append((name, pattern))
+                joined.setdefault(own, []).append((name, pattern))
             elif own in self._names and own not in self.stored:
                 self.stored[own] = stored[name]
                 self._sent[name] = (own,)
             elif not any(_matches(unneeded, either) for either in (name, own)):
                 self.stored[name] = stored[name]
-        for own, members in groups.items():
+        for own, members in joined.items():
             self._join(own, members, stored, where)
 
     def _join(self, first: str, members: Sequence[tuple[str, str]], stored: Mapping[str, Located], where: str) -> None:
+        """Adds the join of ``members`` (name on disk, pattern), which makes the tensor ``first`` and perhaps others.
+
+        transformers converts empty tensors on the meta device, which tells the names, dtypes and shapes of the targets.
+        """
         pattern = members[0][1]
         blank = next(converter for converter in self._converters if pattern in converter.source_patterns)
         sources = tuple(stored[name] for name, _ in members)
@@ -122,11 +128,11 @@ class Conversion:
             converter = copy.deepcopy(blank)
             for (name, part), tensor in zip(members, tensors):
                 converter.add_tensor(first, name, part, tensor)
-            made = converter.convert(first, model=self._model, config=self._model.config)
-            return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+            values = converter.convert(first, model=self._model, config=self._model.config)
+            return {name: value[0] if isinstance(value, list) else value for name, value in values.items()}
 
         try:
-            made = convert(
+            targets = convert(
                 [torch.empty(torch_shape(t.dtype, t.shape), dtype=BY_NAME[t.dtype].torch, device="meta") for t in sources]
             )
         except Exception as error:
@@ -134,33 +140,36 @@ class Conversion:
                 f"cannot load {where}: {first!r} was expected to be made of {len(sources)} stored tensors, such as {members[0][0]!r}, "
                 f"transformers raised {type(error).__name__}: {' '.join(str(error).split())}; the module is unchanged"
             ) from error
-        for name, tensor in made.items():
+        for name, tensor in targets.items():
             self.stored[name] = Located(name, BY_TORCH[tensor.dtype].name, logical_shape(tensor), tensor.nbytes, "", 0, None)
-        self._sent.update(dict.fromkeys((name for name, _ in members), tuple(made)))
-        self.joins.append(Join(tuple(made), sources, convert))
+        self._sent.update(dict.fromkeys((name for name, _ in members), tuple(targets)))
+        self.joins.append(Join(tuple(targets), sources, convert))
         self._keys.append([(first, part) for _, part in members])
 
 
-def conversion(model: Any, stored: Mapping[str, Located], where: str) -> Conversion:
-    """How ``stored``, by their names on disk, become the tensors of ``model``. Raises IncompatibleCheckpointError."""
-    made = Conversion(model)
-    if stored.keys() == made._names.keys() or not _converts():
-        made.stored.update(stored)
-    else:
-        made.plan(stored, where)
-    return made
+def _views(join: Join, keys: Sequence[Key], parts: Mapping[Key, Sequence[Part]]) -> list[torch.Tensor] | None:
+    """A view for each source of ``join``, taken from ``parts`` in order; None unless all fit and no part is left over."""
+    remaining = {key: iter(parts.get(key, ())) for key in keys}
+    views = []
+    for key, source in zip(keys, join.sources):
+        part = next(remaining[key], None)
+        if part is None or part.is_copy or tuple(part.tensor.shape) != torch_shape(source.dtype, source.shape):
+            return None
+        views.append(part.tensor)
+    return views if all(next(rest, None) is None for rest in remaining.values()) else None
 
 
 def _converts() -> bool:
+    """Whether this version of transformers converts between names on disk and names in memory."""
     try:
         importlib.import_module("transformers.core_model_loading")
-    except ImportError:  # older versions have the names in memory on disk, too
+    except ImportError:  # older versions use the names in memory on disk, too
         return False
     return True
 
 
 def _unneeded(model: Any) -> list[str]:
-    """Patterns of names that transformers does not mind to find: of old versions, when some buffers were saved."""
+    """Patterns of stored names that transformers ignores: of buffers that old versions saved."""
     patterns = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
     buffers = [name for name, _ in model.named_buffers()]
     for buffer, pattern in (("rotary_emb.inv_freq", r"rotary_emb\.inv_freq"), ("position_ids", r"(^|\.)position_ids$")):

@@ -6,20 +6,14 @@ transformers is never imported here unless a model of its is at hand, and then i
 from __future__ import annotations
 
 import copy
-import importlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
-
-import torch
-from torch.overrides import TorchFunctionMode
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from shardsave._common.words import human_bytes
+from shardsave._huggingface.transformers_on_disk import Part, reverted
 from shardsave._saving.disk_layout import OnDisk
 from shardsave._state.module import Entry, State, tensor_of
-from shardsave.errors import UnsupportedTensorError
-
-_SOURCES = "_shardsave_sources"
 
 
 def companions(model: Any) -> dict[str, bytes]:
@@ -69,72 +63,6 @@ class TransformersLayout:
         return OnDisk(state._replace(entries=tuple(on_disk)), configs, flags, notes=notes)
 
 
-class Part(NamedTuple):
-    """What is stored under one name: a view of the one of its ``sources``, names in the module, or a copy of several."""
-
-    tensor: torch.Tensor
-    sources: tuple[str, ...]
-    is_copy: bool
-
-
-def reverted(model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, Part]:
-    """Name on disk → what is stored there of ``tensors``, by their names in the module, as transformers itself converts them.
-
-    Raises UnsupportedTensorError.
-    """
-    revert = _conversion("revert_weight_conversion")
-    if revert is None:
-        return {name: Part(tensor, (name,), False) for name, tensor in tensors.items()}
-    memory = {}
-    marked = {}
-    for name, tensor in tensors.items():
-        marked[name] = tensor.detach()
-        setattr(marked[name], _SOURCES, (name,))
-        memory[name] = _memory_of(tensor)
-    try:
-        with _WithoutCopies(), torch.no_grad():
-            made = dict(revert(model, marked))
-    except Exception as error:
-        raise UnsupportedTensorError(
-            f"cannot save {type(model).__name__}: transformers was expected to convert it to the layout that it has on disk, it "
-            f"raised {type(error).__name__}: {' '.join(str(error).split())}; nothing was written"
-        ) from error
-    parts = {}
-    for name, tensor in made.items():
-        sources = getattr(tensor, _SOURCES)
-        is_copy = _memory_of(tensor) not in [memory[source] for source in sources]
-        parts[name] = Part(tensor, sources, is_copy)
-    return parts
-
-
-class _WithoutCopies(TorchFunctionMode):
-    """What is cut out of a tensor stays a view of it, however it lies; and each tensor knows which it was made of."""
-
-    def __torch_function__(
-        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if function is torch.Tensor.contiguous:
-            return args[0]
-        made = function(*args, **(kwargs or {}))
-        sources = [source for tensor in _tensors((args, kwargs or {})) for source in getattr(tensor, _SOURCES, ())]
-        for tensor in _tensors(made):
-            setattr(tensor, _SOURCES, tuple(dict.fromkeys(sources)))
-        return made
-
-
-def _tensors(value: object) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple, dict)):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(part)
-
-
-def _memory_of(tensor: torch.Tensor) -> object:
-    """What tells a storage from every other, also on the meta device."""
-    return tensor.untyped_storage()._cdata
-
-
 def _entry(name: str, part: Part, sources: Iterable[Entry]) -> Entry:
     """Frozen when all that it is made of is."""
     flags = [entry.frozen for entry in sources if entry.frozen is not None]
@@ -171,11 +99,3 @@ def _ties(model: Any, entries: Iterable[Entry], stored: Mapping[str, Part]) -> l
         if len(part.sources) == 1 and entry.tied_to in once and name not in stored:
             made.append(entry._replace(name=name, tied_to=whole[entry.tied_to]))
     return made
-
-
-def _conversion(name: str, module: str = "core_model_loading") -> Any:
-    """A function of transformers that converts between the layouts in memory and on disk; None where it is too old to have any."""
-    try:
-        return getattr(importlib.import_module(f"transformers.{module}"), name, None)
-    except ImportError:
-        return None

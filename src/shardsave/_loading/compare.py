@@ -1,7 +1,8 @@
-"""How far two runs of stored values are apart, whatever their dtypes."""
+"""Compares stored tensors of two checkpoints: whether their bytes are equal, and by how much their values differ."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple, Union
 
@@ -10,6 +11,11 @@ import torch
 from numpy.typing import NDArray
 
 from shardsave._format.dtypes import BY_NAME
+from shardsave._loading.stored_bytes import stream
+from shardsave._storage.checkpoint import Checkpoint, Located
+
+#: How many elements of each side are in memory at a time.
+_PIECE_ELEMENTS = 1 << 18
 
 Values = Union[NDArray[np.float64], NDArray[np.complex128], NDArray[np.int64], NDArray[np.uint64]]
 
@@ -19,15 +25,16 @@ _PLAIN = {
 }  # fmt: skip
 _WIDE = {"b": "i8", "i": "i8", "u": "i8", "f": "f8", "c": "c16"}
 
-#: What the eight positive codes of F4 mean (OCP Microscaling Formats, E2M1); the other eight are their negatives.
+#: The values of the eight positive codes of F4 (OCP Microscaling Formats, E2M1); the other eight are their negatives.
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 class Difference(NamedTuple):
-    """``elements``: how many have another value; ``nans``: how many of these are NaN on one side only, which the others leave out.
+    """How two runs of values a and b differ.
 
-    ``max_absolute``: the largest |a - b|; ``max_relative``: the largest |a - b| / max(|a|, |b|), at most 2, or infinite
-    where an infinity has come or gone.
+    ``elements``: how many values differ. ``nans``: how many of these are NaN on one side only; the maxima ignore them.
+    ``max_absolute``: the largest |a - b|. ``max_relative``: the largest |a - b| / max(|a|, |b|), at most 2, or infinite
+    if only one of the two is infinite.
     """
 
     elements: int = 0
@@ -36,7 +43,7 @@ class Difference(NamedTuple):
     max_relative: float = 0.0
 
     def joined(self, other: Difference) -> Difference:
-        """Of this run of values and another one."""
+        """The difference of this run of values and another run together."""
         return Difference(
             self.elements + other.elements,
             self.nans + other.nans,
@@ -45,30 +52,58 @@ class Difference(NamedTuple):
         )
 
 
+def must_read(left: Located, right: Located) -> bool:
+    """Whether only the bytes can tell how two stored tensors differ; not if their shapes differ or their checksums are equal."""
+    if left.shape != right.shape or 0 in left.shape:
+        return False
+    return left.dtype != right.dtype or left.checksum is None or left.checksum != right.checksum
+
+
+def compare_stored(
+    left: tuple[Checkpoint, Located], right: tuple[Checkpoint, Located], tick: Callable[[int], object]
+) -> Difference | None:
+    """The difference of two stored tensors of one shape; None if dtype and bytes are equal. Both are read piece by piece.
+
+    ``tick`` is called after each piece with the bytes read so far, of both sides together.
+    """
+    a_dtype, b_dtype = left[1].dtype, right[1].dtype
+    difference, equal, done = Difference(), a_dtype == b_dtype, 0
+    pieces = zip(
+        stream(*left, _PIECE_ELEMENTS), stream(*right, _PIECE_ELEMENTS), strict=True
+    )  # strict: both verify their checksum
+    for a, b in pieces:
+        if a_dtype != b_dtype or a != b:
+            equal = False
+            difference = difference.joined(compare(a, a_dtype, b, b_dtype))
+        done += len(a) + len(b)
+        tick(done)
+    return None if equal else difference
+
+
 def compare(left: bytes, left_dtype: str, right: bytes, right_dtype: str) -> Difference:
-    """Compares as many values of dtypes named as in safetensors; two NaN count as equal, as do 0.0 and -0.0."""
+    """Compares the same number of values, of dtypes by their names in safetensors; NaN equals NaN, and 0.0 equals -0.0."""
     a, b = _values(left, left_dtype), _values(right, right_dtype)
     if a.dtype != b.dtype:
         wide = np.complex128 if "c" in (a.dtype.kind, b.dtype.kind) else np.float64
         a, b = a.astype(wide), b.astype(wide)
     with np.errstate(all="ignore"):
-        return _of_numbers(a, b) if a.dtype.kind in "fc" else _of_integers(a, b)
+        return _compare_floats(a, b) if a.dtype.kind in "fc" else _compare_integers(a, b)
 
 
-def _of_numbers(a: Values, b: Values) -> Difference:
+def _compare_floats(a: Values, b: Values) -> Difference:
     a_nan, b_nan = np.isnan(a), np.isnan(b)
-    alike = (a == b) | (a_nan & b_nan)
+    equal = (a == b) | (a_nan & b_nan)
     nans = int(np.count_nonzero(a_nan != b_nan))
     absolute = np.abs(a - b)
-    absolute[alike | a_nan | b_nan] = 0
+    absolute[equal | a_nan | b_nan] = 0
     relative = absolute / np.maximum(np.abs(a), np.abs(b))
     relative[absolute == 0] = 0
     relative[np.isinf(absolute)] = np.inf
-    return Difference(alike.size - int(np.count_nonzero(alike)), nans, _largest(absolute), _largest(relative))
+    return Difference(equal.size - int(np.count_nonzero(equal)), nans, _largest(absolute), _largest(relative))
 
 
-def _of_integers(a: Values, b: Values) -> Difference:
-    """Exact: as unsigned numbers the larger minus the smaller is right even where it does not fit into a signed one."""
+def _compare_integers(a: Values, b: Values) -> Difference:
+    """Exact: the larger minus the smaller may not fit into a signed integer, but always fits into an unsigned one."""
     absolute = (np.maximum(a, b) - np.minimum(a, b)).view(np.uint64).astype(np.float64)
     relative = absolute / np.maximum(np.abs(a.astype(np.float64)), np.abs(b.astype(np.float64)))
     relative[absolute == 0] = 0
@@ -93,7 +128,7 @@ def _values(data: bytes, dtype: str) -> Values:
 
 @lru_cache
 def _table(dtype: str) -> NDArray[np.float64]:
-    """What each code of a dtype of at most eight bits means."""
+    """The value of each code of a dtype with at most eight bits."""
     if dtype == "F4":
         return np.array([*_E2M1, *(-value for value in _E2M1)])
     codes = torch.arange(256, dtype=torch.uint8, device="cpu").view(BY_NAME[dtype].torch)

@@ -1,4 +1,4 @@
-"""Tensors that lie in the files themselves: mapped, private, and read only when they are looked at."""
+"""Tensors in memory-mapped files: private, and read from disk on access."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from shardsave.errors import CorruptCheckpointError
 
 
 class Maps:
-    """The shards of an open checkpoint, each mapped once, when a tensor of it is first asked for.
+    """The shards of an open checkpoint, each mapped once, when one of its tensors is first needed.
 
-    A mapping has a descriptor of its own and lives as long as a tensor in it. Without ``aligned`` no tensor is copied, also where
-    only its bytes may be looked at.
+    A mapping has its own descriptor and lives as long as a tensor in it. ``aligned``: unaligned tensors are copied; without it nothing
+    is copied, and only the bytes of an unaligned tensor may be used, not its values.
     """
 
     def __init__(self, checkpoint: Checkpoint, *, aligned: bool = True) -> None:
@@ -27,7 +27,7 @@ class Maps:
         self._mapped: dict[str, mmap.mmap] = {}
 
     def tensor(self, t: Located) -> torch.Tensor:
-        """The whole tensor. One that others stored across its alignment is copied, any other not."""
+        """The whole tensor; not copied unless a third-party file stores it unaligned."""
         dtype, shape = BY_NAME[t.dtype].torch, torch_shape(t.dtype, t.shape)
         if t.nbytes == 0:
             return torch.empty(shape, dtype=dtype, device="cpu")
@@ -35,26 +35,26 @@ class Maps:
         return (raw if _is_aligned(t) or not self._aligned else raw.clone()).view(dtype).view(shape)
 
     def tensors(self, chosen: Mapping[str, Located]) -> dict[str, torch.Tensor]:
-        """All of them, or none: each mapping has a descriptor, and the traceback of an error would keep what is here."""
-        made: dict[str, torch.Tensor] = {}
+        """All of ``chosen``, or none: on an error the mappings go, whose descriptors the error's traceback would keep open."""
+        tensors: dict[str, torch.Tensor] = {}
         try:
             for name, t in chosen.items():
-                made[name] = self.tensor(t)
+                tensors[name] = self.tensor(t)
         except BaseException:
-            made.clear()
+            tensors.clear()
             self.close()
             raise
-        return made
+        return tensors
 
     def part(self, t: Located, index: Any) -> torch.Tensor:
-        """``tensor(t)[index]``, of which only that part is copied where it has to be."""
+        """``tensor(t)[index]``; if the tensor is unaligned, only this part is copied."""
         if _is_aligned(t) or t.nbytes == 0:
             return self.tensor(t)[index]
         dtype, shape = BY_NAME[t.dtype].torch, torch_shape(t.dtype, t.shape)
         rows = self._bytes(t).view(*shape, dtype.itemsize)
-        given = index if isinstance(index, tuple) else (index,)
-        inside = slice(None) if any(i is Ellipsis for i in given) else Ellipsis  # an element's bytes stay together
-        index = (*given, inside)
+        indices = index if isinstance(index, tuple) else (index,)
+        all_bytes = slice(None) if any(i is Ellipsis for i in indices) else Ellipsis  # the bytes of an element stay together
+        index = (*indices, all_bytes)
         return rows[index].clone(memory_format=torch.contiguous_format).view(dtype).squeeze(-1)
 
     @property
@@ -62,7 +62,7 @@ class Maps:
         return tuple(self._mapped.values())
 
     def close(self) -> None:
-        """Forgets the mappings; tensors in them stay what they are."""
+        """Forgets the mappings; tensors in them stay valid."""
         self._mapped.clear()
 
     def _bytes(self, t: Located) -> torch.Tensor:
@@ -80,12 +80,12 @@ class Maps:
     def _map(self, shard: str) -> mmap.mmap:
         try:
             return map_file(self._checkpoint.descriptor(shard), self._checkpoint.path_of(shard))
-        except ValueError:  # nothing is left to map
+        except ValueError:  # the file is empty
             raise CorruptCheckpointError(
                 f"corrupt shard {shard}: data was expected, the file is empty; it was cut while the checkpoint was open"
             ) from None
 
 
 def _is_aligned(t: Located) -> bool:
-    """Others do not always align; a tensor must be."""
+    """Whether a tensor can use the bytes in place: torch needs alignment, and third-party files do not always have it."""
     return t.offset % item_bytes(t.dtype) == 0

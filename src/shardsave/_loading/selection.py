@@ -1,15 +1,16 @@
-"""Which of a checkpoint's tensors are meant by names and a prefix, and what is said where there are none."""
+"""Selects tensors of a checkpoint by ``names`` and ``prefix``; suggests close matches when nothing matches."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
 
-from shardsave._storage.checkpoint import Checkpoint
+from shardsave._storage.checkpoint import Checkpoint, Located
 from shardsave.errors import IncompatibleCheckpointError
 
 
 def check_names(names: Iterable[str] | None, prefix: str) -> frozenset[str] | None:
+    """``names`` as a set, None for all. Raises TypeError, and ValueError if one does not begin with ``prefix``."""
     if not isinstance(prefix, str):
         raise TypeError(f"prefix must be a string, not {type(prefix).__name__}")
     if names is None:
@@ -21,12 +22,12 @@ def check_names(names: Iterable[str] | None, prefix: str) -> frozenset[str] | No
         if not isinstance(name, str):
             raise TypeError(f"names must be strings, not {type(name).__name__}")
         if not name.startswith(prefix):
-            raise ValueError(f"names are given as they stand in the checkpoint: {name!r} does not begin with prefix {prefix!r}")
+            raise ValueError(f"names must be as they stand in the checkpoint: {name!r} does not begin with prefix {prefix!r}")
     return wanted
 
 
-class _Asked:
-    """Whether a name of the checkpoint is asked for."""
+class _Filter:
+    """Whether a name of the checkpoint is selected."""
 
     def __init__(self, names: frozenset[str] | None, prefix: str) -> None:
         self._names = names
@@ -36,25 +37,28 @@ class _Asked:
         return name.startswith(self._prefix) and (self._names is None or name in self._names)
 
 
-def selection(names: frozenset[str] | None, prefix: str) -> _Asked | None:
-    """None where everything is asked for, so that a great many names need not be looked at one by one."""
-    asked = _Asked(names, prefix)
-    return asked if prefix or names is not None else None
+def selection(names: frozenset[str] | None, prefix: str) -> _Filter | None:
+    """A filter for names; None if all are selected, so that a checkpoint with very many names is not searched one by one."""
+    return _Filter(names, prefix) if prefix or names is not None else None
+
+
+def stored_names(checkpoint: Checkpoint) -> dict[str, str]:
+    """Every name, tied names too → the name under which its bytes are stored, in the order of the index."""
+    return {name: name for name in checkpoint.stored_names} | dict(checkpoint.ties)
 
 
 def choose(checkpoint: Checkpoint, names: frozenset[str] | None, prefix: str) -> dict[str, str]:
-    """What is asked for: name → the name under which its bytes are stored, in the checkpoint's order."""
-    known = {name: name for name in checkpoint.stored_names} | dict(checkpoint.ties)
+    """Selected name → the name under which its bytes are stored. Raises IncompatibleCheckpointError if a name is not there."""
+    known = stored_names(checkpoint)
     missing = sorted(names - known.keys()) if names is not None else []
     if missing:
-        close = difflib.get_close_matches(missing[0], known, n=1)
-        hint = f" (the closest is {close[0]!r})" if close else ""
         raise IncompatibleCheckpointError(
-            f"cannot load from {checkpoint.path}: {missing[0]!r} was asked for{hint}, the checkpoint has no tensor of that name"
+            f"cannot load from {checkpoint.path}: {missing[0]!r} was asked for{closest(missing[0], known)}, the checkpoint has no "
+            f"tensor of that name"
             + (f", nor {len(missing) - 1} other{'s' if len(missing) > 2 else ''} asked for" if len(missing) > 1 else "")
         )
-    asked = selection(names, prefix)
-    chosen = known if asked is None else {name: stored for name, stored in known.items() if asked(name)}
+    wanted = selection(names, prefix)
+    chosen = known if wanted is None else {name: stored for name, stored in known.items() if wanted(name)}
     if prefix and names is None and not chosen and known:
         raise IncompatibleCheckpointError(
             f"cannot load from {checkpoint.path}: names that begin with {prefix!r} were asked for, {_names_like(prefix, known)}"
@@ -62,14 +66,25 @@ def choose(checkpoint: Checkpoint, names: frozenset[str] | None, prefix: str) ->
     return chosen
 
 
+def choose_located(checkpoint: Checkpoint, prefix: str) -> dict[str, Located]:
+    """Every name that begins with ``prefix``, without it → the stored tensor. Raises IncompatibleCheckpointError if there is none."""
+    chosen = choose(checkpoint, None, prefix)
+    return {name.removeprefix(prefix): checkpoint.tensors[stored] for name, stored in chosen.items()}
+
+
+def closest(name: str, known: Iterable[str], start: str = "", end: str = "") -> str:
+    """A hint for an error message: the name in ``known`` most like ``name``, between ``start`` and ``end``; empty if none is close."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (the closest is {start + close[0] + end!r})" if close else ""
+
+
 def _names_like(prefix: str, known: Iterable[str]) -> str:
-    """What names there are on the level on which ``prefix`` goes astray, and which of them may have been meant."""
+    """Which names exist at the level where ``prefix`` stops matching, and the one that was probably meant."""
     parts = prefix.removesuffix(".").split(".")
     start, depth = "", 0
     while depth < len(parts) - 1 and any(name.startswith(f"{start}{parts[depth]}.") for name in known):
         start, depth = f"{start}{parts[depth]}.", depth + 1
     below = sorted({name[len(start) :].split(".")[0] for name in known if name.startswith(start)})
-    close = difflib.get_close_matches(parts[depth], below, n=1)
-    hint = f" (the closest is {start + close[0] + '.'!r})" if close else ""
-    those = f"the checkpoint's that begin with {start!r} go on with" if start else "the checkpoint's begin with"
-    return f"{those} {', '.join(below[:5])}{', …' if len(below) > 5 else ''}{hint}"
+    group = f"the checkpoint's that begin with {start!r} go on with" if start else "the checkpoint's begin with"
+    more = ", …" if len(below) > 5 else ""
+    return f"{group} {', '.join(below[:5])}{more}{closest(parts[depth], below, start, '.')}"

@@ -1,20 +1,23 @@
-"""What a live module has to be filled: its tensors by every name, and the sub-modules that have a say in how they are loaded."""
+"""What a live module has to be filled: its tensors by every name, and the sub-modules that have loading routines of their own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from shardsave._common.gc_pause import gc_paused
 from shardsave._common.memory import address
-from shardsave._state.module import EXTRA_STATE, Names
+from shardsave._state.module import EXTRA_STATE, Names, refuse_sharded, unwrap
+from shardsave.errors import IncompatibleCheckpointError
 
 
 class Slot(NamedTuple):
-    """One name of the module: the sub-module that owns it, its attribute there, and the tensor; ``saved``: the state dict has it."""
+    """One name of a tensor: the sub-module that owns it, the attribute there, and the tensor. ``saved``: the state dict has the name."""
 
     name: str
     owner: nn.Module
@@ -24,55 +27,124 @@ class Slot(NamedTuple):
     saved: bool
 
 
-class SubModule(NamedTuple):
-    """One name of a sub-module: how the names of what is in it begin, without those of wrappers, and the sub-module."""
+#: Every sub-module by every name, the module itself first: how the names inside it begin, without those of wrappers, and it.
+SubModules = Sequence[tuple[str, nn.Module]]
 
-    start: str
+
+class Inventory(NamedTuple):
+    """Everything that a load has to know about a module, as it is at one moment.
+
+    ``module``: without wrappers. ``slots``: its parameters and buffers by every name, in module order. ``leaders``: each name → the
+    first name with the same memory. ``expected``: the names in its state dict. ``extra_states``: those of extra state.
+    ``self_loading``: the outermost sub-modules that have a loading routine of their own, by name; "" is the whole module.
+    """
+
     module: nn.Module
+    slots: dict[str, Slot]
+    leaders: dict[str, str]
+    expected: frozenset[str]
+    extra_states: tuple[str, ...]
+    self_loading: dict[str, nn.Module]
 
 
-def sub_modules(module: nn.Module) -> list[SubModule]:
-    """Every sub-module by every name it has, in module order; the first is the whole."""
-    found = list(module.named_modules(remove_duplicate=False))
-    names = Names(found)
-    return [SubModule("", module), *(SubModule(names.plain(f"{name}."), part) for name, part in found[1:])]
+@gc_paused()
+def take_inventory(module: nn.Module, where: str) -> Inventory:
+    """The inventory of ``module``; ``where``: the path of the checkpoint, for messages.
+
+    Raises UnsupportedTensorError for a wrapper of FSDP, IncompatibleCheckpointError if two tensors have one name.
+    """
+    module = unwrap(module)
+    refuse_sharded(module, "fill", "the module is unchanged")
+    sub_modules = _sub_modules(module)
+    slots = list(_slots(sub_modules))
+    inventory = _inventory(module, sub_modules, slots)
+    if len(inventory.slots) != len(slots):
+        twice, _ = Counter(slot.name for slot in slots).most_common(1)[0]
+        raise IncompatibleCheckpointError(
+            f"cannot load {where}: tensors with names of their own were expected in the module, two are {twice!r} without the names of "
+            f"wrappers; the module is unchanged"
+        )
+    return inventory
 
 
-def slots(of: Sequence[SubModule]) -> list[Slot]:
-    """Every parameter and buffer by every name it has, in module order."""
-    made = []
-    for start, owner in of:
-        hidden = owner._non_persistent_buffers_set
+@gc_paused()
+def take_again(inventory: Inventory) -> Inventory:
+    """The inventory of the same module now, when its tensors may have been replaced; ``self_loading`` stays as it was."""
+    sub_modules = _sub_modules(inventory.module)
+    now = _inventory(inventory.module, sub_modules, list(_slots(sub_modules)))
+    return now._replace(self_loading=inventory.self_loading)
+
+
+def has_extra_state(module: nn.Module) -> bool:
+    """Whether ``module`` or one of its sub-modules has extra state."""
+    return any(_overrides_extra_state(part) for part in module.modules())
+
+
+def _inventory(module: nn.Module, sub_modules: SubModules, slots: list[Slot]) -> Inventory:
+    extra_states = tuple(start + EXTRA_STATE for start, part in sub_modules if _overrides_extra_state(part))
+    return Inventory(
+        module=module,
+        slots={slot.name: slot for slot in slots},
+        leaders=_leaders(slots),
+        expected=frozenset([*(slot.name for slot in slots if slot.saved), *extra_states]),
+        extra_states=extra_states,
+        self_loading=_self_loading(sub_modules),
+    )
+
+
+def _overrides_extra_state(module: nn.Module) -> bool:
+    return type(module).get_extra_state is not nn.Module.get_extra_state
+
+
+def _sub_modules(module: nn.Module) -> SubModules:
+    named = list(module.named_modules(remove_duplicate=False))
+    names = Names(named)
+    return [("", module), *((names.plain(f"{name}."), part) for name, part in named[1:])]
+
+
+def _slots(sub_modules: SubModules) -> Iterator[Slot]:
+    for start, owner in sub_modules:
+        not_saved = owner._non_persistent_buffers_set
         for attribute, parameter in owner._parameters.items():
             if parameter is not None:
-                made.append(Slot(start + attribute, owner, attribute, parameter, False, True))
+                yield Slot(start + attribute, owner, attribute, parameter, False, True)
         for attribute, buffer in owner._buffers.items():
             if buffer is not None:
-                made.append(Slot(start + attribute, owner, attribute, buffer, True, attribute not in hidden))
-    return made
+                yield Slot(start + attribute, owner, attribute, buffer, True, attribute not in not_saved)
 
 
-def expected_names(of: Sequence[SubModule], all_slots: Sequence[Slot]) -> set[str]:
-    """The names that the state dict of a module has."""
-    return {*(slot.name for slot in all_slots if slot.saved), *extra_state_names(of)}
+def _leaders(slots: Iterable[Slot]) -> dict[str, str]:
+    first_at_address: dict[int, Slot] = {}
+    first_with_memory: dict[object, str] = {}
+    leaders = {}
+    for slot in slots:
+        tensor = slot.tensor
+        first = first_at_address.setdefault(address(tensor) or id(tensor), slot)
+        if first.tensor is tensor:
+            leaders[slot.name] = first.name
+            continue
+        first_with_memory.setdefault(_memory_key(first.tensor), first.name)
+        leaders[slot.name] = first_with_memory.setdefault(_memory_key(tensor), slot.name)
+    return leaders
 
 
-def extra_state_names(of: Iterable[SubModule]) -> list[str]:
-    """Those of them that are extra state."""
-    return [start + EXTRA_STATE for start, part in of if type(part).get_extra_state is not nn.Module.get_extra_state]
+def _memory_key(tensor: torch.Tensor) -> object:
+    """A value that is equal for two tensors exactly when they are the same elements in memory."""
+    if not (begin := address(tensor)):
+        return id(tensor)
+    return begin, tensor.device, tensor.dtype, tensor.shape, tensor.stride()
 
 
-def hooked_modules(of: Iterable[SubModule]) -> dict[str, nn.Module]:
-    """The outermost sub-modules that have a say in how they are loaded, and so are loaded by their own routine."""
-    found: dict[str, nn.Module] = {}
-    for start, part in of:
-        if _has_own_loading(part) and ancestor(start, found) is None:
-            found[start.removesuffix(".")] = part
-    return found
+def _self_loading(sub_modules: SubModules) -> dict[str, nn.Module]:
+    outermost: dict[str, nn.Module] = {}
+    for start, part in sub_modules:
+        if _has_own_routine(part) and ancestor(start, outermost) is None:
+            outermost[start.removesuffix(".")] = part
+    return outermost
 
 
-def ancestor(name: str, owners: Mapping[str, object] | set[str]) -> str | None:
-    """Which of ``owners``, names of sub-modules, ``name`` is below; "" is the whole module."""
+def ancestor(name: str, owners: Mapping[str, object]) -> str | None:
+    """Which of ``owners``, names of sub-modules, contains ``name``; "" is the whole module."""
     if not owners:
         return None
     if "" in owners:
@@ -85,12 +157,17 @@ def ancestor(name: str, owners: Mapping[str, object] | set[str]) -> str | None:
     return None
 
 
-def _has_own_loading(module: nn.Module) -> bool:
+def counts_batches(slot: Slot) -> bool:
+    """Whether the slot is the counter of a batch norm: as in torch, state from before it existed is accepted without it."""
+    return slot.attribute == "num_batches_tracked" and isinstance(slot.owner, _NormBase)
+
+
+def _has_own_routine(module: nn.Module) -> bool:
     kind = type(module)
-    overridden = kind._load_from_state_dict is not nn.Module._load_from_state_dict and not _only_versions(kind)
+    overridden = kind._load_from_state_dict is not nn.Module._load_from_state_dict and not _only_accepts_old_versions(kind)
     return bool(
         overridden
-        or {"load_state_dict", "_load_from_state_dict"} & module.__dict__.keys()  # of this one instance
+        or {"load_state_dict", "_load_from_state_dict"} & module.__dict__.keys()  # set on this one instance
         or kind.load_state_dict is not nn.Module.load_state_dict
         or kind.get_extra_state is not nn.Module.get_extra_state
         or kind.set_extra_state is not nn.Module.set_extra_state
@@ -99,35 +176,7 @@ def _has_own_loading(module: nn.Module) -> bool:
     )
 
 
-def _only_versions(kind: type[nn.Module]) -> bool:
+def _only_accepts_old_versions(kind: type[nn.Module]) -> bool:
     """torch's batch norms override loading only to accept state from before ``num_batches_tracked`` existed."""
     defining = next(base for base in kind.__mro__ if "_load_from_state_dict" in base.__dict__)
     return defining.__module__ == "torch.nn.modules.batchnorm"
-
-
-def counts_batches(slot: Slot) -> bool:
-    """A batch norm's counter: state from before torch had it is taken all the same, as torch does."""
-    return slot.attribute == "num_batches_tracked" and isinstance(slot.owner, _NormBase)
-
-
-def leaders(of: Sequence[Slot]) -> dict[str, str]:
-    """Every name → the first name with the same memory."""
-    at_address: dict[int, Slot] = {}
-    first: dict[object, str] = {}
-    found = {}
-    for slot in of:
-        tensor = slot.tensor
-        there = at_address.setdefault(address(tensor) or id(tensor), slot)
-        if there.tensor is tensor:
-            found[slot.name] = there.name
-            continue
-        first.setdefault(_layout(there.tensor), there.name)
-        found[slot.name] = first.setdefault(_layout(tensor), slot.name)
-    return found
-
-
-def _layout(tensor: torch.Tensor) -> object:
-    """What two tensors that are the same memory have in common."""
-    if not (begin := address(tensor)):
-        return id(tensor)
-    return begin, tensor.device, tensor.dtype, tensor.shape, tensor.stride()

@@ -1,0 +1,35 @@
+"""The sum of several runs of the engine: what a report says about how the bytes were moved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from shardsave._engine.engine import Transfer
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What several runs did together.
+
+    ``bytes``: how many were moved. ``direct``: whether every file bypassed the page cache. ``staging_bytes``: the most staging memory
+    that one run held. ``pinned``: whether any of it was pinned. ``notes``: those of all runs, each once.
+    """
+
+    bytes: int = 0
+    direct: bool = True
+    staging_bytes: int = 0
+    pinned: bool = False
+    notes: tuple[str, ...] = ()
+
+    def plus(self, transfer: Transfer, moved: int) -> Totals:
+        """These totals and one more run, which moved ``moved`` bytes."""
+        return replace(
+            self,
+            bytes=self.bytes + moved,
+            direct=self.direct and all(transfer.direct),
+            staging_bytes=max(self.staging_bytes, transfer.staging_bytes),
+            pinned=self.pinned or transfer.pinned,
+            notes=tuple(dict.fromkeys([*self.notes, *transfer.notes])),
+        )

@@ -1,0 +1,92 @@
+"""The tensors of a transformers model as `save_pretrained` lays them out on disk: renamed, and fused tensors taken apart.
+
+Saving writes this layout, loading reads it straight into the same views. transformers itself converts; nothing is copied where
+a tensor on disk is a part of one in memory.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from shardsave.errors import UnsupportedTensorError
+
+_SOURCES = "_shardsave_sources"
+
+
+class Part(NamedTuple):
+    """One tensor on disk: a view of the single tensor in ``sources`` (names in the module), or a copy made of one or more of them."""
+
+    tensor: torch.Tensor
+    sources: tuple[str, ...]
+    is_copy: bool
+
+
+def reverted(model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, Part]:
+    """Name on disk → the tensor stored there, as transformers reverts ``tensors`` of ``model`` (by their names in the module).
+
+    Raises UnsupportedTensorError.
+    """
+    revert = _revert_function()
+    if revert is None:
+        return {name: Part(tensor, (name,), False) for name, tensor in tensors.items()}
+    storages = {}
+    marked = {}
+    for name, tensor in tensors.items():
+        marked[name] = tensor.detach()
+        setattr(marked[name], _SOURCES, (name,))
+        storages[name] = _storage_of(tensor)
+    try:
+        with _ViewsOnly(), torch.no_grad():
+            on_disk = dict(revert(model, marked))
+    except Exception as error:
+        raise UnsupportedTensorError(
+            f"cannot save {type(model).__name__}: transformers was expected to convert it to the layout that it has on disk, it "
+            f"raised {type(error).__name__}: {' '.join(str(error).split())}; nothing was written"
+        ) from error
+    parts = {}
+    for name, tensor in on_disk.items():
+        sources = getattr(tensor, _SOURCES)
+        is_copy = _storage_of(tensor) not in [storages[source] for source in sources]
+        parts[name] = Part(tensor, sources, is_copy)
+    return parts
+
+
+class _ViewsOnly(TorchFunctionMode):
+    """A slice of a tensor stays a view, even if not contiguous; and every result remembers the tensors that it was made from."""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function is torch.Tensor.contiguous:
+            return args[0]
+        result = function(*args, **(kwargs or {}))
+        sources = [source for tensor in _tensors_in((args, kwargs or {})) for source in getattr(tensor, _SOURCES, ())]
+        for tensor in _tensors_in(result):
+            setattr(tensor, _SOURCES, tuple(dict.fromkeys(sources)))
+        return result
+
+
+def _tensors_in(value: object) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(part)
+
+
+def _storage_of(tensor: torch.Tensor) -> object:
+    """Identifies the storage of ``tensor``, also on the meta device."""
+    return tensor.untyped_storage()._cdata
+
+
+def _revert_function() -> Any:
+    """The function of transformers that converts to the layout on disk; None if this version has none and stores names as they are."""
+    try:
+        return getattr(importlib.import_module("transformers.core_model_loading"), "revert_weight_conversion", None)
+    except ImportError:
+        return None

@@ -1,0 +1,55 @@
+"""Restores the freeze flags of a loaded module: sets ``requires_grad`` of its parameters to what was saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from shardsave._loading.slots import Inventory
+from shardsave._state.module import Names
+
+
+class RestoredFlags(NamedTuple):
+    """``frozen``: how many parameters are frozen now, None if flags were left alone. ``changed``: how many had another flag before."""
+
+    frozen: int | None
+    changed: int
+
+
+def restore_flags(parameters: Iterable[tuple[str, torch.Tensor]], flags: Mapping[str, bool] | None) -> RestoredFlags:
+    """Sets the flags of floating-point ``parameters`` (name, parameter) to ``flags`` (name → frozen).
+
+    If one parameter has several names with different flags, because they were saved as several parameters, one trainable name makes
+    it trainable.
+    """
+    if flags is None:
+        return RestoredFlags(None, 0)
+    by_id: dict[int, torch.Tensor] = {}
+    wanted: dict[int, bool] = {}
+    for name, parameter in parameters:
+        frozen = flags.get(name)
+        if frozen is not None and (parameter.is_floating_point() or parameter.is_complex()):
+            by_id[id(parameter)] = parameter
+            wanted[id(parameter)] = frozen and wanted.get(id(parameter), True)
+    changing = [key for key, frozen in wanted.items() if by_id[key].requires_grad == frozen]
+    for key in changing:
+        with torch.inference_mode(by_id[key].is_inference()):  # outside of it, an inference tensor refuses the flag
+            by_id[key].requires_grad_(not wanted[key])
+    return RestoredFlags(sum(wanted.values()), len(changing))
+
+
+def named_parameters(inventory: Inventory, routines: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter by every name, and by the names that hooks give it on disk; ``routines``: the sub-modules that load themselves."""
+    for name, slot in inventory.slots.items():
+        if not slot.is_buffer:
+            yield name, slot.tensor
+    for routine in routines:
+        module = inventory.self_loading[routine]
+        names = Names.of(module)
+        for wrapped, value in module.state_dict(keep_vars=True).items():
+            if isinstance(value, nn.Parameter):
+                inside = names.plain(wrapped)
+                yield f"{routine}.{inside}" if routine else inside, value

@@ -1,0 +1,215 @@
+"""Refuses what a load cannot do, by name, before any tensor of the module is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import NoReturn
+
+import numpy as np
+import torch
+from torch.nn.parameter import is_lazy
+
+from shardsave._common.memory import address, any_overlap, lacks_memory, reach
+from shardsave._format.dtypes import BY_NAME
+from shardsave._loading.allocation import stays
+from shardsave._loading.module_plan import ModulePlan
+from shardsave._loading.slots import Inventory, Slot
+from shardsave._state.module import PLAIN_TYPES, Names
+from shardsave._storage.checkpoint import Located
+from shardsave.errors import IncompatibleCheckpointError, UnsupportedTensorError, an
+
+#: Whether two stored tensors have the same bytes.
+SameBytes = Callable[[Located, Located], bool]
+
+#: The most work that numpy may spend to decide whether two strided views share an element.
+_OVERLAP_WORK = 100_000
+
+
+def check_differences(inventory: Inventory, plan: ModulePlan, strict: bool, where: str) -> None:
+    """Refuses tensors of a kind that no load can fill, and, if ``strict``, every difference between module and checkpoint, all listed.
+
+    ``where``: the path of the checkpoint, for messages.
+    """
+    for name in inventory.slots if plan.owned else ():
+        if name in plan.owned and (inventory.slots[name].saved or name in plan.stored):
+            _check_plain(inventory.slots[name], where)
+    check_shapes(inventory, plan, where)
+    if strict and (plan.missing or plan.unexpected or plan.mismatched):
+        _refuse_differences(plan, where)
+
+
+def check_shapes(inventory: Inventory, plan: ModulePlan, where: str) -> None:
+    """Refuses lazy parameters, which have no shape yet; a routine may give them one."""
+    for name, slot in inventory.slots.items():
+        if name in plan.matched and is_lazy(slot.tensor):
+            _refuse(name, where, "a parameter with a shape was expected", "it is lazy; run a forward pass first")
+
+
+def check_destinations(
+    inventory: Inventory, plan: ModulePlan, device: torch.device | None, same_bytes: SameBytes, where: str
+) -> None:
+    """Refuses memory that cannot be filled in place, tied tensors whose stored values differ, and tensors that overlap in memory."""
+    dtypes = {dtype: BY_NAME[dtype].torch for dtype in {located.dtype for located in plan.stored.values()}}
+    slots = inventory.slots
+    for name, slot in slots.items():
+        if name in plan.matched and name not in plan.mismatched:
+            _check_fillable(slot, dtypes[plan.stored[name].dtype], where)
+    for left, right in plan.must_equal:
+        if not same_bytes(plan.stored[left], plan.stored[right]) and _keep_values(inventory, plan, (left, right)):
+            raise IncompatibleCheckpointError(
+                f"cannot load {where}: {left!r} and {right!r} are one tensor in the module and were expected to be equal on "
+                f"disk, they differ; the module is unchanged"
+            )
+    routed = {name: owner for name, owner in plan.destinations.items() if owner is not None}
+    filled = (slots[name] for name in plan.destinations if name not in routed or address(slots[name].tensor))
+    _refuse_overlaps((slot for slot in filled if stays(slot.tensor, device)), routed, where)
+
+
+def check_meta_buffers(inventory: Inventory, where: str) -> None:
+    """Refuses buffers on the meta device that are not saved: nothing would fill them."""
+    buffers = (name for name, slot in inventory.slots.items() if slot.is_buffer and slot.tensor.is_meta)
+    left = [name for name in buffers if name not in inventory.expected]
+    if left:
+        raise IncompatibleCheckpointError(
+            f"cannot load {where}: buffers with data were expected, these are not saved and on the meta device: {', '.join(left)}; "
+            f"give them values first; the module is unchanged"
+        )
+
+
+def _refuse_differences(plan: ModulePlan, where: str) -> NoReturn:
+    differences = (
+        ("missing from the checkpoint", plan.missing),
+        ("not in the module", plan.unexpected),
+        ("mismatched", sorted(plan.mismatched.values())),
+    )
+    parts = [f"{len(names)} {words}: {', '.join(names)}" for words, names in differences if names]
+    hint = ""
+    if any(name.startswith(".") for name in plan.unexpected):
+        hint = "; a name begins with a dot where the prefix ends without its own: end it with one, as in 'encoder.'"
+    raise IncompatibleCheckpointError(
+        f"cannot load {where}: the module's names and shapes were expected, there are {'; '.join(parts)}{hint}; the module is unchanged"
+    )
+
+
+def _keep_values(inventory: Inventory, plan: ModulePlan, names: Iterable[str]) -> bool:
+    """Whether the tensors ``names`` will have the values on disk.
+
+    Not if a routine fills one whose state dict does not have that very tensor: it changes what it receives, and may end with the same
+    value as the other.
+    """
+    for name in names:
+        if (owner := plan.owned.get(name)) is None:
+            continue
+        module, tensor = inventory.self_loading[owner], inventory.slots[name].tensor
+        plain, inside = Names.of(module).plain, name[len(owner) + 1 :] if owner else name
+        state = module.state_dict(keep_vars=True)
+        if not any(plain(wrapped) == inside and value is tensor for wrapped, value in state.items()):
+            return False
+    return True
+
+
+def _check_plain(slot: Slot, where: str) -> None:
+    """Refuses tensor subclasses: their memory may be shared or on another rank, and the hooks of FSDP's DTensor expect a DTensor."""
+    tensor = slot.tensor
+    if hasattr(tensor, "__tensor_flatten__") or (type(tensor) not in PLAIN_TYPES and not is_lazy(tensor)):
+        _refuse(slot.name, where, "a plain tensor was expected", f"it is {an(type(tensor).__name__)}")
+
+
+def _check_fillable(slot: Slot, stored: torch.dtype, where: str) -> None:
+    """Refuses a tensor that cannot be overwritten in place with values of dtype ``stored``."""
+    _check_plain(slot, where)
+    tensor = slot.tensor
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        _refuse(slot.name, where, "a strided tensor was expected", f"its layout is {layout}")
+    if tensor.is_quantized:
+        _refuse(slot.name, where, "a plain tensor was expected", f"it is quantized ({_short(tensor.dtype)})")
+    if tensor.dtype != stored and torch.float4_e2m1fn_x2 in (tensor.dtype, stored):
+        _refuse(
+            slot.name, where, f"dtype {_short(stored)} was expected", f"it is {_short(tensor.dtype)}, and torch has no cast"
+        )
+    if tensor.is_meta:
+        return
+    if lacks_memory(tensor):
+        _refuse(slot.name, where, "memory for all its elements was expected", "its storage was freed or made smaller")
+    if tensor.is_contiguous():
+        return
+    if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride())):
+        _refuse(slot.name, where, "memory for each element was expected", "it is expanded; call .contiguous() on it first")
+    if _may_overlap_itself(tensor):
+        found = f"elements of it share theirs, its strides are {list(tensor.stride())}; call .contiguous() on it first"
+        _refuse(slot.name, where, "memory for each element was expected", found)
+
+
+def _may_overlap_itself(tensor: torch.Tensor) -> bool:
+    """Whether two elements may share memory; assumed for strides that no slicing or transposing of a dense tensor produces."""
+    end = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
+        if size > 1 and stride < end:
+            return True
+        end += (size - 1) * stride
+    return False
+
+
+def _refuse_overlaps(slots: Iterable[Slot], owners: Mapping[str, str], where: str) -> None:
+    """Refuses strided tensors that share a part of their memory and are filled separately: one would overwrite the other.
+
+    ``owners``: name of a tensor that a routine fills → the routine's sub-module. Tensors of one such sub-module may overlap.
+    """
+    placed, begins, ends = [], [], []
+    for slot in slots:
+        if begin := slot.tensor.data_ptr():  # 0 on the meta device and for an empty tensor
+            placed.append(slot)
+            begins.append(begin)
+            ends.append(begin + reach(slot.tensor))
+    if not any_overlap(begins, ends):
+        return
+    spans = [(str(slot.tensor.device), begin, end, slot) for begin, end, slot in zip(begins, ends, placed)]
+    spans.sort(key=lambda span: span[:3])
+    alive: list[tuple[str, int, int, Slot]] = []
+    for span in spans:
+        device, begin, _, slot = span
+        owner = owners.get(slot.name)
+        alive = [other for other in alive if other[0] == device and other[2] > begin]
+        for *_, other in alive:
+            if (owner is None or owner != owners.get(other.name)) and _share_an_element(other.tensor, slot.tensor):
+                _refuse(
+                    slot.name,
+                    where,
+                    "memory of its own was expected",
+                    f"it shares a part of it with {other.name!r}; call .clone() on one of them first",
+                )
+        alive.append(span)
+
+
+def _share_an_element(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Exact, also for interleaved views; a case that is too hard to decide counts as shared."""
+    try:
+        return np.shares_memory(_as_array(left), _as_array(right), max_work=_OVERLAP_WORK)  # type: ignore[arg-type]
+    except RuntimeError:  # numpy's TooHardError, which moved between its versions
+        return True
+
+
+def _as_array(tensor: torch.Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.void]]:
+    """An array at the address of ``tensor``, for arithmetic only: the address may be on a device and is never read."""
+    item = tensor.element_size()
+
+    class Interface:
+        def __init__(self) -> None:
+            self.__array_interface__ = {
+                "version": 3,
+                "typestr": f"|V{item}",
+                "shape": tuple(tensor.shape),
+                "strides": tuple(stride * item for stride in tensor.stride()),
+                "data": (tensor.data_ptr(), True),
+            }
+
+    return np.asarray(Interface())
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _refuse(name: str, where: str, wanted: str, found: str) -> NoReturn:
+    raise UnsupportedTensorError(f"cannot fill {name!r} from {where}: {wanted}, {found}; the module is unchanged")

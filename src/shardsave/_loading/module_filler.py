@@ -1,0 +1,179 @@
+"""Fills a live module as a plan says, in phases; only the first phase can refuse without having changed anything."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from shardsave._common.gc_pause import gc_paused
+from shardsave._loading.allocation import allocate
+from shardsave._loading.freeze_flags import RestoredFlags, named_parameters, restore_flags
+from shardsave._loading.layout import Join, Layout
+from shardsave._loading.module_checks import check_destinations, check_differences, check_meta_buffers, check_shapes
+from shardsave._loading.module_plan import ModulePlan, plan_again
+from shardsave._loading.read import Target, TensorReader
+from shardsave._loading.routines import read_joined, run_routine
+from shardsave._loading.slots import Inventory, take_again
+from shardsave._loading.stored_bytes import same_bytes
+from shardsave._storage.checkpoint import Checkpoint
+from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, ShardSaveError
+
+
+class Differences(NamedTuple):
+    """Names that are only in the module or only in the checkpoint, also those that sub-modules which load themselves report."""
+
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+
+
+class ModuleFiller:
+    """Changes the module of ``inventory`` as ``plan`` says. The phases, in order:
+
+    1. `check`: everything that can be refused is refused; nothing is changed.
+    2. `fill` allocates memory for meta tensors and moves tensors to ``device``;
+    3. it runs the sub-modules that load themselves, because they can still refuse what they receive;
+    4. it reads everything else straight into the module's memory.
+    5. `restore_flags` sets ``requires_grad``.
+    """
+
+    def __init__(
+        self, inventory: Inventory, plan: ModulePlan, layout: Layout, checkpoint: Checkpoint, device: torch.device | None
+    ) -> None:
+        self.plan = plan
+        self._inventory = inventory
+        self._layout = layout
+        self._checkpoint = checkpoint
+        self._device = device
+        self._total = len(plan.reads)
+
+    @gc_paused()
+    def check(self, *, strict: bool) -> None:
+        """Raises IncompatibleCheckpointError or UnsupportedTensorError if the module cannot be filled; ``strict``: also if names differ."""
+        where = self._checkpoint.path
+        check_differences(self._inventory, self.plan, strict, where)
+        self._check_destinations()
+        check_meta_buffers(self._inventory, where)
+
+    def fill(self, reader: TensorReader, *, strict: bool) -> Differences:
+        """Fills the module. Errors say how many tensors were loaded before. ``strict``: for the sub-modules that load themselves."""
+        self._allocate([*self.plan.routed, *self.plan.in_place])
+        missing, unexpected = self._run_routines(reader, strict)
+        self._read_in_place(reader)
+        return Differences(self.plan.missing + missing, self.plan.unexpected + unexpected)
+
+    def restore_flags(self) -> RestoredFlags:
+        # Routines may have replaced parameters, also those of their own sub-modules.
+        inventory = take_again(self._inventory) if self.plan.routines else self._inventory
+        return restore_flags(named_parameters(inventory, [routine.name for routine in self.plan.routines]), self.plan.flags)
+
+    def _allocate(self, filled: Collection[str]) -> None:
+        self._inventory = allocate(self._inventory, filled, self.plan.owned, self._device)
+
+    def _run_routines(self, reader: TensorReader, strict: bool) -> Differences:
+        """Lets one sub-module after the other load itself, so that the copies of only one are in memory at a time."""
+        joined: dict[str, torch.Tensor] = {}
+        missing: list[str] = []
+        unexpected: list[str] = []
+        for join in self.plan.joins if self.plan.routed else ():
+            if not self.plan.routed.isdisjoint(join.targets):
+                joined.update(self._read_joined(join, reader))
+        for routine in self.plan.routines:
+            module = self._inventory.self_loading[routine.name]
+            with self._counting(reader):
+                names = run_routine(module, routine, self.plan.stored, joined, reader, strict)
+            missing += names[0]
+            unexpected += names[1]
+        if self.plan.routines and self.plan.in_place:
+            with self._counting(reader):
+                self._follow_routines()
+        return Differences(tuple(missing), tuple(unexpected))
+
+    def _follow_routines(self) -> None:
+        """Takes the inventory again and plans again, because a routine may have replaced tensors of other sub-modules.
+
+        Raises IncompatibleCheckpointError if a tensor is gone, has another shape, or cannot be filled.
+        """
+        before = self.plan
+        self._inventory = take_again(self._inventory)
+        try:
+            gone = sorted(set(before.in_place) - self._inventory.leaders.keys())
+            if gone:
+                raise IncompatibleCheckpointError(self._changed(f"{gone[0]} is not there any more"))
+            check_shapes(self._inventory, before, self._checkpoint.path)
+            self.plan = plan_again(before, self._inventory)
+            changed = sorted(self.plan.mismatched.keys() - before.mismatched.keys())
+            if changed:
+                raise IncompatibleCheckpointError(self._changed(self.plan.mismatched[changed[0]]))
+            self._check_destinations()
+        except ShardSaveError as error:
+            raise IncompatibleCheckpointError(
+                f"{str(error).removesuffix('; the module is unchanged')}; the loading routine of another sub-module changed that"
+            ) from error
+        self._allocate(self.plan.in_place)
+
+    def _changed(self, difference: str) -> str:
+        return f"cannot load {self._checkpoint.path}: the module's names and shapes were expected, {difference}"
+
+    def _check_destinations(self) -> None:
+        same = partial(same_bytes, self._checkpoint)
+        check_destinations(self._inventory, self.plan, self._device, same, self._checkpoint.path)
+
+    def _read_in_place(self, reader: TensorReader) -> None:
+        with gc_paused():
+            destinations = {name: self._inventory.slots[name].tensor.detach() for name in self.plan.in_place}
+            targets, unviewed = self._targets(destinations)
+        for join in unviewed:
+            if self.plan.routed.isdisjoint(join.targets):
+                self._read_joined(join, reader)
+        try:
+            with self._counting(reader, in_place=True):
+                reader.read(targets)
+        finally:
+            # autograd does not notice these writes; with a new version, a stale backward raises. Inference tensors are skipped.
+            torch.autograd.graph.increment_version(list(destinations.values()))
+
+    def _targets(self, destinations: dict[str, torch.Tensor]) -> tuple[list[Target], list[Join]]:
+        """What is read straight into ``destinations`` (name → tensor), and the joins that have to be read into copies."""
+        stored = self.plan.stored
+        joins = self.plan.joins
+        if not joins:
+            return [(stored[name], tensor) for name, tensor in destinations.items()], []
+        joined = {target for join in joins for target in join.targets}
+        targets: list[Target] = [(stored[name], tensor) for name, tensor in destinations.items() if name not in joined]
+        slots = self._inventory.slots
+        tensors = {name: slots[name].tensor.detach() for name in joined if name in slots}
+        views = self._layout.views(tensors) if tensors else [None] * len(joins)
+        unviewed, wanted = [], self.plan.routed.union(destinations)
+        for join, sources in zip(joins, views):
+            if sources is not None and destinations.keys() >= set(join.targets):
+                targets += zip(join.sources, sources)
+            elif not wanted.isdisjoint(join.targets):
+                unviewed.append(join)
+        return targets, unviewed
+
+    def _read_joined(self, join: Join, reader: TensorReader) -> dict[str, torch.Tensor]:
+        """Reads and converts ``join``, copies into the module what is read in place, and returns what routines receive."""
+        with self._counting(reader):
+            values = read_joined(join, reader)
+        in_place = set(self.plan.in_place)
+        for name, value in values.items():
+            if name in in_place:
+                tensor = self._inventory.slots[name].tensor
+                with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+                    tensor.detach().copy_(value)
+        return {name: value for name, value in values.items() if name in self.plan.routed}
+
+    @contextmanager
+    def _counting(self, reader: TensorReader, *, in_place: bool = False) -> Iterator[None]:
+        """Adds to errors how much was loaded. If a checksum is wrong ``in_place``, the other tensors of the same read are loaded too."""
+        loaded = reader.tensors
+        try:
+            yield
+        except ShardSaveError as error:
+            if in_place and isinstance(error, CorruptCheckpointError):
+                loaded = reader.tensors
+            raise type(error)(f"{error}; the module is partly loaded, {loaded} of {self._total} tensors") from error

@@ -1,0 +1,227 @@
+"""Plans how a checkpoint goes into a module: what goes where, and what differs. The plan is a value; nothing is read or changed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.parameter import is_lazy
+
+from shardsave._common.gc_pause import gc_paused
+from shardsave._format.dtypes import BY_NAME, torch_shape
+from shardsave._loading.layout import Join, Layout
+from shardsave._loading.slots import Inventory, ancestor, counts_batches
+from shardsave._storage.checkpoint import Located
+
+Casts = Mapping[tuple[torch.dtype, torch.dtype], int]
+
+
+class Routine(NamedTuple):
+    """A sub-module that loads itself, by a routine of its own: hooks, overrides, extra state. ``name`` "" is the whole module.
+
+    ``tensors``: name in the module → name inside the sub-module, for everything stored below its name. ``extra_state``: name inside
+    the sub-module → extra state that is plain data.
+    """
+
+    name: str
+    tensors: Mapping[str, str]
+    extra_state: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ModulePlan:
+    """What goes where in a module.
+
+    ``stored``, ``joins``: from the layout. ``routines``: the sub-modules that load themselves, in module order. ``owned``: each name
+    below one of them → the name of the sub-module. ``matched``: the other names that are both in the module and in the checkpoint.
+    ``destinations``: for each tensor that is filled, its first name → the sub-module that fills it; None: it is read in place.
+    ``must_equal``: pairs of names that are one tensor in the module but two on disk. ``missing``, ``unexpected``: names, sorted.
+    ``mismatched``: name → how the shapes differ; these tensors are left alone. ``casts``: (dtype on disk, dtype in the module) → how
+    many tensors that are read in place are cast. ``flags``: name → frozen, for the flags to restore; None: leave all flags alone.
+    """
+
+    stored: Mapping[str, Located]
+    joins: tuple[Join, ...]
+    routines: tuple[Routine, ...]
+    owned: Mapping[str, str]
+    matched: frozenset[str]
+    destinations: Mapping[str, str | None]
+    must_equal: tuple[tuple[str, str], ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    mismatched: Mapping[str, str]
+    casts: Casts
+    flags: Mapping[str, bool] | None
+
+    @cached_property
+    def in_place(self) -> tuple[str, ...]:
+        """One name for each tensor that is read straight into the module's memory."""
+        return tuple(name for name, routine in self.destinations.items() if routine is None)
+
+    @cached_property
+    def routed(self) -> frozenset[str]:
+        """The names of stored tensors that routines receive."""
+        return frozenset(name for routine in self.routines for name in routine.tensors)
+
+    @cached_property
+    def reads(self) -> list[Located]:
+        """The stored tensors that will be read."""
+        names = [*(name for routine in self.routines for name in routine.tensors), *self.in_place]
+        if not self.joins:
+            return [self.stored[name] for name in names]
+        wanted = set(names)
+        joined = {target for join in self.joins for target in join.targets}
+        sources = [source for join in self.joins if not wanted.isdisjoint(join.targets) for source in join.sources]
+        return [*(self.stored[name] for name in names if name not in joined), *sources]
+
+    def notes(self) -> tuple[str, ...]:
+        """Which values are cast, for the report."""
+        return tuple(
+            f"{number} cast from {have} to {want}".replace("torch.", "") for (have, want), number in self.casts.items()
+        )
+
+
+@gc_paused()
+def plan_module(
+    inventory: Inventory,
+    layout: Layout,
+    *,
+    flags: Mapping[str, bool] | None = None,
+    extra_states: Mapping[str, Any] | None = None,
+    doubtful: Collection[str] = (),
+) -> ModulePlan:
+    """Plans how the tensors of ``layout`` go into the module of ``inventory``.
+
+    ``flags``: the flags to restore, by the names that the checkpoint records. ``extra_states``: name → extra state that is plain data.
+    ``doubtful``: names that are never unexpected, because they come from third-party metadata that only looks like a record of ties.
+    """
+    stored, expected = layout.stored, inventory.expected
+    routines = _routines(inventory, stored, extra_states or {})
+    owned = _owned(inventory, stored, routines)
+    matched = frozenset(name for name in stored if name in expected and name not in owned)
+    mismatched = _mismatched(inventory, stored, matched)
+    destinations, must_equal = _destinations(inventory, stored, matched - mismatched.keys(), owned)
+    flags = layout.flags(flags) if flags is not None else None
+    return ModulePlan(
+        stored=stored,
+        joins=tuple(layout.joins),
+        routines=routines,
+        owned=owned,
+        matched=matched,
+        destinations=destinations,
+        must_equal=must_equal,
+        missing=_missing(inventory, layout, expected - stored.keys() - owned.keys()),
+        unexpected=tuple(sorted(stored.keys() - expected - owned.keys() - set(doubtful))),
+        mismatched=mismatched,
+        casts=_casts(inventory, stored, destinations),
+        flags=flags if not flags or not mismatched else {n: frozen for n, frozen in flags.items() if n not in mismatched},
+    )
+
+
+@gc_paused()
+def plan_again(plan: ModulePlan, inventory: Inventory) -> ModulePlan:
+    """``plan`` for the tensors in ``inventory``, which was taken after routines have run and perhaps replaced other tensors."""
+    matched = plan.matched - plan.mismatched.keys()
+    mismatched = _mismatched(inventory, plan.stored, matched)
+    owned = _owned(inventory, plan.stored, plan.routines)
+    destinations, must_equal = _destinations(inventory, plan.stored, matched - mismatched.keys(), owned)
+    return replace(
+        plan,
+        owned=owned,
+        destinations=destinations,
+        must_equal=must_equal,
+        mismatched={**plan.mismatched, **mismatched},
+        casts=_casts(inventory, plan.stored, destinations),
+    )
+
+
+def _routines(inventory: Inventory, stored: Iterable[str], extra_states: Mapping[str, Any]) -> tuple[Routine, ...]:
+    """The sub-modules that load themselves and for which the checkpoint has something.
+
+    A routine receives everything below its name, also names that the module does not expect: such routines rename, drop and add names.
+    """
+    self_loading = inventory.self_loading
+    tensors: dict[str, dict[str, str]] = {}
+    states: dict[str, dict[str, Any]] = {}
+    for name in stored if self_loading else ():
+        if (owner := ancestor(name, self_loading)) is not None:
+            tensors.setdefault(owner, {})[name] = _inside(name, owner)
+    for name, value in extra_states.items():
+        if (owner := ancestor(name, self_loading)) is not None:
+            states.setdefault(owner, {})[_inside(name, owner)] = value
+    names = [name for name in self_loading if name in tensors or name in states]
+    return tuple(Routine(name, tensors.get(name, {}), states.get(name, {})) for name in names)
+
+
+def _owned(inventory: Inventory, stored: Mapping[str, Located], routines: Iterable[Routine]) -> dict[str, str]:
+    """Each name, in the module or in ``stored``, that is below one of ``routines`` → the name of that routine."""
+    owners = {routine.name: routine for routine in routines}
+    names = {**inventory.slots, **dict.fromkeys(inventory.expected), **stored} if owners else {}
+    owned = {name: ancestor(name, owners) for name in names}
+    return {name: owner for name, owner in owned.items() if owner is not None}
+
+
+def _inside(name: str, owner: str) -> str:
+    """``name`` without the name of the sub-module ``owner``, which contains it."""
+    return name[len(owner) + 1 :] if owner else name
+
+
+def _missing(inventory: Inventory, layout: Layout, names: Collection[str]) -> tuple[str, ...]:
+    """Those of ``names`` that the checkpoint lacks and a load needs: not if the same tensor is stored under another name."""
+    if not names:
+        return ()
+    leaders = inventory.leaders
+    filled = {leaders[name] for name in layout.stored if name in leaders}
+    counters = {name for name, slot in inventory.slots.items() if counts_batches(slot)}
+    missing = (name for name in names if name not in counters and leaders.get(name) not in filled)
+    return tuple(sorted(name for name in missing if not layout.may_be_missing(name)))
+
+
+def _mismatched(inventory: Inventory, stored: Mapping[str, Located], matched: Collection[str]) -> dict[str, str]:
+    """Those of ``matched`` that have another shape on disk; lazy parameters have no shape, and the checks refuse them."""
+    mismatched = {}
+    for name, slot in inventory.slots.items():
+        if name in matched and not is_lazy(slot.tensor):
+            located, tensor = stored[name], slot.tensor
+            shape = torch_shape(located.dtype, located.shape)
+            # torch's oldest scalars were saved with one dimension.
+            if shape != tensor.shape and not (tensor.dim() == 0 and shape == (1,)):
+                mismatched[name] = f"{name} {list(shape)} on disk, {list(tensor.shape)} in the module"
+    return mismatched
+
+
+def _destinations(
+    inventory: Inventory, stored: Mapping[str, Located], in_place: Collection[str], owned: Mapping[str, str]
+) -> tuple[dict[str, str | None], tuple[tuple[str, str], ...]]:
+    """`ModulePlan.destinations` and `ModulePlan.must_equal`. If a tensor has names of both kinds, it is read in place."""
+    leaders = inventory.leaders
+    first: dict[str, str] = {}  # by leader
+    destinations: dict[str, str | None] = {}
+    must_equal = []
+    for name in inventory.slots:
+        if name in in_place:
+            same_tensor = first.setdefault(leaders[name], name)
+            destinations.setdefault(same_tensor, None)
+            if stored[same_tensor] is not stored[name]:
+                must_equal.append((same_tensor, name))
+    for name in inventory.slots if owned else ():
+        if name not in owned or name not in stored:
+            continue
+        same_tensor = first.setdefault(leaders[name], name)
+        if destinations.setdefault(same_tensor, owned[name]) == owned[name]:
+            continue
+        left, right = stored[same_tensor], stored[name]
+        if left is not right and left.shard and right.shard:
+            must_equal.append((same_tensor, name))
+    return destinations, tuple(must_equal)
+
+
+def _casts(inventory: Inventory, stored: Mapping[str, Located], destinations: Mapping[str, str | None]) -> Casts:
+    in_place = (name for name, routine in destinations.items() if routine is None)
+    dtypes = Counter((stored[name].dtype, inventory.slots[name].tensor.dtype) for name in in_place)
+    casts = {(BY_NAME[have].torch, want): number for (have, want), number in dtypes.items()}
+    return {(have, want): number for (have, want), number in casts.items() if have != want}
