@@ -7,16 +7,17 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 
 from shardsave._api.arguments import check_path, check_switches, check_timeout
-from shardsave._common.os_calls import CallFailed, Descriptor, call, open_regular, read_all
+from shardsave._common.os_calls import CallFailed
 from shardsave._common.shutdown import verb
 from shardsave._common.words import count, human_bytes, some
 from shardsave._format.index import INDEX_NAME, MAX_INDEX_BYTES, Index, parse_index
-from shardsave._storage.cleanup import Leaving, find_leavings, remove_leaving
 from shardsave._storage.companions import finish_dead_savers
-from shardsave._storage.lock import DirectoryLock
-from shardsave._storage.staging import host_id
+from shardsave._storage.leavings import Leaving, find_leavings, remove_leaving
+from shardsave._storage.lock import LockedDirectory
+from shardsave._storage.previous import companions_of
 from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError, ShardSaveError
 
 __all__ = ["CleanReport", "Leaving", "clean"]
@@ -89,57 +90,40 @@ def clean(
     check_switches(remove=remove, other_hosts=other_hosts)
     check_timeout(lock_timeout)
     path = os.fspath(directory)
-    with _locked(path, lock_timeout) as lock:
-        index = _present_index(path, lock.fd)
-        found = find_leavings(lock.fd, host=host_id() if lock.held else None, index=index)
+    with _locked(path, lock_timeout) as folder:
+        index = _present_index(folder)
+        found = find_leavings(folder, index)
         chosen = [leaving for leaving in found if leaving.dead or other_hosts] if remove else []
         if chosen:
-            _make_durable(lock.fd)
-            _finish(lock.fd, index, {leaving.name for leaving in chosen})
-        removed, leftovers = [], []
-        for leaving in chosen:
-            stayed = remove_leaving(lock.fd, leaving, index)
-            leftovers += stayed
-            if not stayed:
-                removed.append(leaving.name)
-    return CleanReport(path, found, tuple(removed), tuple(dict.fromkeys(leftovers)))
+            # What the index replaced may go only once the index is durable, and a committed config only once it is in place.
+            folder.sync_file(INDEX_NAME)
+            folder.sync()
+            finish_dead_savers(folder, companions_of(index), {leaving.name for leaving in chosen}.__contains__)
+        leftovers = {leaving.name: remove_leaving(folder, leaving, index) for leaving in chosen}
+    removed = tuple(name for name, stayed in leftovers.items() if not stayed)
+    return CleanReport(path, found, removed, tuple(dict.fromkeys(chain.from_iterable(leftovers.values()))))
 
 
 @contextmanager
-def _locked(path: str, timeout: float) -> Iterator[DirectoryLock]:
-    lock = DirectoryLock()
+def _locked(path: str, timeout: float) -> Iterator[LockedDirectory]:
+    folder = LockedDirectory(path, durable=True)
     try:
-        lock.acquire(path, timeout, purpose="clean", state=_UNTOUCHED)
-        yield lock
+        folder.acquire(timeout, purpose="clean", state=_UNTOUCHED)
+        yield folder
     except CallFailed as error:
         kind = CheckpointNotFoundError if error.errno in (errno.ENOENT, errno.ENOTDIR) else ShardSaveError
-        raise kind(f"cannot clean {path}: {error.call}: {error.strerror}; {_UNTOUCHED}") from error
+        raise kind(f"cannot clean {path}: {error.reason}; {_UNTOUCHED}") from error
     finally:
-        lock.close()
+        folder.close()
 
 
-def _present_index(path: str, folder: int) -> Index | None:
-    data = read_all(INDEX_NAME, folder, MAX_INDEX_BYTES)
+def _present_index(folder: LockedDirectory) -> Index | None:
+    data = folder.read_all(INDEX_NAME, MAX_INDEX_BYTES)
     if data is None:
         return None
     try:
         return parse_index(data, f"index {INDEX_NAME}")
     except (CorruptCheckpointError, IncompatibleCheckpointError) as error:
         raise type(error)(
-            f"cannot clean {path}: an index that tells what is needed was expected, it cannot be read ({error}); {_UNTOUCHED}"
+            f"cannot clean {folder.path}: an index that tells what is needed was expected, it cannot be read ({error}); {_UNTOUCHED}"
         ) from error
-
-
-def _make_durable(folder: int) -> None:
-    """What the index replaced may go only once the index cannot be lost any more. Raises CallFailed."""
-    with Descriptor() as index:
-        if open_regular(index, INDEX_NAME, folder):
-            call(os.fsync, INDEX_NAME, index.fd)
-    call(os.fsync, "", folder)
-
-
-def _finish(folder: int, index: Index | None, dead: set[str]) -> None:
-    """A committed config that is still staged must not go with its staging directory. Raises CallFailed."""
-    companions = index.record.companions if index is not None and index.record is not None else {}
-    if finish_dead_savers(folder, companions, dead.__contains__):
-        call(os.fsync, "", folder)

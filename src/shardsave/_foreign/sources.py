@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from shardsave._common.assembled import Assembled
-from shardsave._common.os_calls import CallFailed, Descriptor, call, read_all
+from shardsave._common.os_calls import CallFailed, call
 from shardsave._foreign.dcp import TABLE_NAME, read_distributed
 from shardsave._foreign.torch_file import read_torch_file
 from shardsave._format.header import CHECKSUM_KEY
@@ -22,6 +22,7 @@ from shardsave._loading.mapped import Maps
 from shardsave._state.module import Beside, Entry
 from shardsave._storage.checkpoint import PARTS, Checkpoint, Located, open_checkpoint
 from shardsave._storage.companions import CONFIG_NAMES, MAX_COMPANION_BYTES
+from shardsave._storage.directory import Directory
 from shardsave._storage.find import cannot_read, find
 from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError
 
@@ -80,10 +81,10 @@ def _from_folder(path: str, key: str | None, wanted: Wanted, closing: ExitStack)
 
 def _configs(folder: str) -> dict[str, bytes]:
     """The configs of a transformers model that lie beside its weights: file name → content."""
-    with Descriptor() as opened:
+    with Directory() as opened:
         try:
-            opened.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-            read = {name: read_all(name, opened.fd, MAX_COMPANION_BYTES) for name in CONFIG_NAMES}
+            opened.open(folder)
+            read = {name: opened.read_all(name, MAX_COMPANION_BYTES) for name in CONFIG_NAMES}
         except CallFailed as error:
             raise cannot_read(error.path or folder, error) from error
     return {name: data for name, data in read.items() if data is not None}

@@ -7,7 +7,8 @@ import os
 import stat
 from typing import NamedTuple
 
-from shardsave._common.os_calls import CallFailed, Descriptor, call, kind_of
+from shardsave._common.os_calls import CallFailed, Descriptor, NotRegular, TooLong, call, open_regular, read_whole
+from shardsave._common.words import some
 from shardsave._format.index import INDEX_NAME, LONE_NAME, MAX_INDEX_BYTES
 from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, ShardSaveError
 
@@ -15,9 +16,6 @@ from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, Sh
 TORCH_SAVE_HINT = "no pickle is read here, since that can run code: shardsave convert SRC DST makes a checkpoint of it"
 
 _TORCH_SAVE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt")
-
-#: How many names a hint lists.
-_HINTED = 3
 
 #: What a call says when nothing is there; a link that leads to itself is nothing either.
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
@@ -70,8 +68,7 @@ def _hint(folder: str) -> str:
         return ""
     others = sorted(name for name in listed if name.endswith((".safetensors", ".safetensors.index.json")))
     if others:
-        more = f" and {len(others) - _HINTED} more" if len(others) > _HINTED else ""
-        return f"; to read another file, give its path: {', '.join(others[:_HINTED])}{more}"
+        return f"; to read another file, give its path: {some(others)}"
     if any(name.endswith(".distcp") for name in listed):
         return f"; it holds a distributed checkpoint, and {TORCH_SAVE_HINT}"
     pickled = sorted(name for name in listed if name.endswith(_TORCH_SAVE_ENDINGS))
@@ -79,7 +76,7 @@ def _hint(folder: str) -> str:
 
 
 def _read_index(path: str, name: str) -> bytes | None:
-    file = open_regular(path, f"index {name}")
+    file = open_checkpoint_file(path, f"index {name}")
     if file is None:
         if os.path.islink(path):
             raise CorruptCheckpointError(
@@ -89,33 +86,25 @@ def _read_index(path: str, name: str) -> bytes | None:
         return None
     try:
         with file:
-            length, done = call(os.fstat, path, file.fd).st_size, 0
-            parts = []
-            while length <= MAX_INDEX_BYTES and (part := call(os.read, path, file.fd, 1 << 20)):
-                parts.append(part)
-                done += len(part)
-                length = max(length, done)  # some files say 0 and have no end
+            return read_whole(file.fd, path, MAX_INDEX_BYTES)
+    except TooLong as error:
+        raise CorruptCheckpointError(
+            f"corrupt index {name}: at most {MAX_INDEX_BYTES} bytes expected, it has {error.length}; no shard was opened"
+        ) from None
     except CallFailed as error:
         raise cannot_read(path, error) from error
-    if length > MAX_INDEX_BYTES:
-        raise CorruptCheckpointError(
-            f"corrupt index {name}: at most {MAX_INDEX_BYTES} bytes expected, it has {length}; no shard was opened"
-        )
-    return b"".join(parts)
 
 
-def open_regular(path: str, what: str) -> Descriptor | None:
+def open_checkpoint_file(path: str, what: str) -> Descriptor | None:
     """Opens a regular file for reading, through symbolic links; None if there is none.
 
-    Nothing else is even opened: that alone can make a device act, or wake the writer of a FIFO.
+    ``what`` names it in messages. Raises CorruptCheckpointError where there is something else, which is not even opened.
     """
-    file = Descriptor()
     try:
-        _refuse_unless_regular(call(os.stat, path, path).st_mode, path, what)
-        file.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
-        _refuse_unless_regular(call(os.fstat, path, file.fd).st_mode, path, what)  # it may have been replaced in between
+        return open_regular(path)
+    except NotRegular as error:
+        raise CorruptCheckpointError(f"corrupt {what}: {path}: {error.strerror}; it was not read") from error
     except CallFailed as error:
-        file.abandon()
         if error.errno == errno.ELOOP:
             raise CorruptCheckpointError(
                 f"corrupt {what}: {path}: a regular file was expected, it is a link that leads to itself; it was not read"
@@ -123,19 +112,8 @@ def open_regular(path: str, what: str) -> Descriptor | None:
         if error.errno in _ABSENT:
             return None
         raise cannot_read(path, error) from error
-    except BaseException:
-        file.abandon()
-        raise
-    return file
-
-
-def _refuse_unless_regular(mode: int, path: str, what: str) -> None:
-    if not stat.S_ISREG(mode):
-        raise CorruptCheckpointError(
-            f"corrupt {what}: {path}: a regular file was expected, it is a {kind_of(mode)}; it was not read"
-        )
 
 
 def cannot_read(path: str, error: CallFailed) -> ShardSaveError:
     """The error for a call that failed on a file which is there."""
-    return ShardSaveError(f"cannot read {path}: {error.call}: {error.strerror}; the files on disk are as they were")
+    return ShardSaveError(f"cannot read {path}: {error.reason}; the files on disk are as they were")

@@ -9,7 +9,7 @@ from shardsave._common.os_calls import CallFailed, Descriptor, call, descriptor_
 from shardsave._format.crc64 import crc64
 from shardsave._format.header import Header, parse_header, read_header, read_start
 from shardsave._format.index import ShardRecord
-from shardsave._storage.find import TORCH_SAVE_HINT, cannot_read, open_regular
+from shardsave._storage.find import TORCH_SAVE_HINT, cannot_read, open_checkpoint_file
 from shardsave.errors import CorruptCheckpointError, DirectoryBusyError, IncompatibleCheckpointError
 
 #: How a pickle begins, of every protocol that is binary and in use.
@@ -89,7 +89,7 @@ class ShardFiles:
 
     def opened(self, shard: str) -> Descriptor:
         path = self.path_of(shard)
-        file = open_regular(path, f"shard {shard}")
+        file = open_checkpoint_file(path, f"shard {shard}")
         if file is None and shard in self._seen:
             raise DirectoryBusyError(self._replaced(shard))
         if file is None:
