@@ -87,7 +87,7 @@ def test_what_another_host_left(tmp_path: Path) -> None:
     own.rename(other)
     for report in (shardsave.clean(tmp_path), shardsave.clean(tmp_path, remove=False, other_hosts=True)):
         assert [leaving.name for leaving in report.left] == [other.name] and not report.found[0].dead and report.removed == ()
-        assert str(report).endswith(f"; 0 removed; of owners that may be alive: {other.name}")
+        assert str(report).endswith(f"; 0 removed; kept, since their owners may be alive: {other.name}")
     assert shardsave.clean(tmp_path, other_hosts=True).removed == (other.name,)
     assert generation_in(tmp_path) == 1 and not litter_in(tmp_path)
 

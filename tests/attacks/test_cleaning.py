@@ -127,7 +127,7 @@ def test_staging_directories_of_other_hosts(staging: Path) -> None:
     command = f"shardsave clean {folder} --other-hosts"
     assert report.notes == (
         f"5 leavings of saves on other hosts, which may still be at work, stay: {', '.join(others[:3])} and 2 more "
-        f"(once they are not: {command})",
+        f"(when they have ended: {command})",
     )
     assert str(report).endswith(report.notes[0])
     subprocess.run([sys.executable, "-m", *command.split(), "--yes"], check=True, capture_output=True)
@@ -175,6 +175,6 @@ def test_index_that_is_no_file(put: Names, durable: bool, tmp_path: Path) -> Non
     kinds = {put: f"open: a regular file was expected, it is {found}" for _, found, put in SPECIALS}
     kinds[link_to_itself] = "stat: Too many levels of symbolic links"
     assert str(caught.value) == (
-        f"cannot write {tmp_path / INDEX}: {kinds[put]}; nothing was written, what was there is as it was"
+        f"cannot write {tmp_path / INDEX}: {kinds[put]}; nothing was written, existing files are unchanged"
     )
     assert os.listdir(tmp_path) == [INDEX]

@@ -1,4 +1,4 @@
-"""`clean`: what crashed saves left in a directory, shown and removed."""
+"""`clean`: lists and removes what crashed saves left in a directory."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _UNTOUCHED = "nothing was removed"
 
 @dataclass(frozen=True)
 class CleanReport:
-    """What saves left behind in the directory ``path`` that did not end.
+    """What crashed saves left behind in the directory ``path``.
 
-    ``found``: all of it. ``removed``: the names of those of ``found`` that are gone now. ``leftovers``: names that should have
-    gone and would not.
+    ``found``: all leavings. ``removed``: the names of those that were removed. ``leftovers``: names of files and directories that
+    could not be removed.
     """
 
     path: str
@@ -40,7 +40,7 @@ class CleanReport:
 
     @property
     def left(self) -> tuple[Leaving, ...]:
-        """What of ``found`` is still there."""
+        """The leavings that are still there."""
         return tuple(leaving for leaving in self.found if leaving.name not in self.removed)
 
     def __str__(self) -> str:
@@ -48,9 +48,9 @@ class CleanReport:
             return f"{self.path}: nothing was left behind"
         total = human_bytes(sum(leaving.bytes for leaving in self.found))
         parts = [f"{self.path}: {count(len(self.found), 'leaving')} of crashed saves, {total}", f"{len(self.removed)} removed"]
-        others = [leaving.name for leaving in self.left if not leaving.dead]
-        if others:
-            parts.append(f"of owners that may be alive: {some(others)}")
+        foreign = [leaving.name for leaving in self.left if not leaving.dead]
+        if foreign:
+            parts.append(f"kept, since their owners may be alive: {some(foreign)}")
         if self.leftovers:
             parts.append(f"could not remove {some(self.leftovers)}")
         return "; ".join(parts)
@@ -62,23 +62,23 @@ def clean(
 ) -> CleanReport:
     """Finds what crashed saves left in ``directory``, and removes it; the checkpoint and all other files stay as they are.
 
-    A save cleans up too, but only when it comes. Who holds the lock of the directory knows that the savers of this host whose
-    staging directories are there are gone. Of another host's nobody can know: a save may be going on there right now, and would
-    lose what it has written. Those are listed, and only removed when ``other_hosts`` is True. A config that a save had committed
-    and not yet put beside its weights is put there.
+    The next save into the directory would remove it too. While `clean` holds the directory's lock, savers of this host whose staging
+    directories are there are certainly dead. Savers of other hosts may be alive, and would lose what they have written: their
+    staging directories are listed, and only removed with ``other_hosts=True``. A config that a save had committed, but not yet put
+    beside its weights, is put there.
 
     Args:
-        directory: a checkpoint's, also one that never got a first checkpoint.
-        remove: False only lists what there is.
-        other_hosts: remove also what savers of other hosts left (or, where the file system has no locks, of this one).
-        lock_timeout: seconds to wait for a save that is at work there.
+        directory: the directory of a checkpoint, or of a first save that crashed.
+        remove: False only lists the leavings.
+        other_hosts: remove also what savers of other hosts left (or of this one, where the file system has no locks).
+        lock_timeout: seconds to wait for a save into the same directory.
 
     Raises:
         TypeError, ValueError: for wrong arguments, before anything happens.
         CheckpointNotFoundError: there is no such directory.
-        CorruptCheckpointError, IncompatibleCheckpointError: the index cannot be read, so nobody knows what is needed.
-        DirectoryBusyError: a save is at work there.
-        ShardSaveError: the directory cannot be read, or what it names not be made durable first. Nothing was removed.
+        CorruptCheckpointError, IncompatibleCheckpointError: the index cannot be read, so the needed files are unknown.
+        DirectoryBusyError: another save holds the lock.
+        ShardSaveError: the directory cannot be read, or the index cannot be made durable first. Nothing was removed.
 
     Example:
         >>> import torch, shardsave
@@ -92,8 +92,8 @@ def clean(
     path = os.fspath(directory)
     with _locked(path, lock_timeout) as folder:
         index = _present_index(folder)
-        found = find_leavings(folder, index)
-        chosen = [leaving for leaving in found if leaving.dead or other_hosts] if remove else []
+        leavings = find_leavings(folder, index)
+        chosen = [leaving for leaving in leavings if leaving.dead or other_hosts] if remove else []
         if chosen:
             # What the index replaced may go only once the index is durable, and a committed config only once it is in place.
             folder.sync_file(INDEX_NAME)
@@ -101,7 +101,7 @@ def clean(
             finish_dead_savers(folder, companions_of(index), {leaving.name for leaving in chosen}.__contains__)
         leftovers = {leaving.name: remove_leaving(folder, leaving, index) for leaving in chosen}
     removed = tuple(name for name, stayed in leftovers.items() if not stayed)
-    return CleanReport(path, found, removed, tuple(dict.fromkeys(chain.from_iterable(leftovers.values()))))
+    return CleanReport(path, leavings, removed, tuple(dict.fromkeys(chain.from_iterable(leftovers.values()))))
 
 
 @contextmanager
@@ -125,5 +125,5 @@ def _present_index(folder: LockedDirectory) -> Index | None:
         return parse_index(data, f"index {INDEX_NAME}")
     except (CorruptCheckpointError, IncompatibleCheckpointError) as error:
         raise type(error)(
-            f"cannot clean {folder.path}: an index that tells what is needed was expected, it cannot be read ({error}); {_UNTOUCHED}"
+            f"cannot clean {folder.path}: an index that names the needed files was expected, it cannot be read ({error}); {_UNTOUCHED}"
         ) from error

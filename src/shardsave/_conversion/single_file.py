@@ -146,7 +146,7 @@ class NewFile:
     def failure(self, error: CallFailed) -> ShardSaveError:
         kind = OutOfSpaceError if error.errno in OUT_OF_SPACE else SaveNotCommittedError
         return kind(
-            f"cannot write {self.path}: {error.call}: {error.strerror}; nothing was written, what was there is as it was"
+            f"cannot write {self.path}: {error.call}: {error.strerror}; nothing was written, existing files are unchanged"
         )
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ def name_taken(path: str, name: str, state: str) -> DirectoryBusyError:
     """Someone else made the file ``name`` during the save."""
     return DirectoryBusyError(
         f"cannot save to {path}: {name} was expected to be free, someone made a file of that name meanwhile, "
-        f"which is as it was; {state}"
+        f"which is unchanged; {state}"
     )
 
 
@@ -29,7 +29,7 @@ def directory_moved(path: str) -> SaveNotCommittedError:
     """The path does not lead to the locked directory any more."""
     return SaveNotCommittedError(
         f"cannot save to {path}: the directory was expected to stay where it is, it was moved, replaced or removed "
-        f"during the save; nothing was committed, what was in it is as it was"
+        f"during the save; nothing was committed, its files are unchanged"
     )
 
 
@@ -38,14 +38,14 @@ def commit_unknown(path: str, error: BaseException, unreadable: CallFailed) -> D
     cause = error.words if isinstance(error, CallFailed) else type(error).__name__
     return DurabilityUncertainError(
         f"cannot tell whether the save was committed: {path}: {cause}, then the index "
-        f"could not be read: {unreadable.words}; nothing was removed, the old or the new checkpoint is there"
+        f"could not be read: {unreadable.words}; nothing was removed, the old or the new checkpoint is in place"
     )
 
 
 def durability_unknown(path: str, error: CallFailed) -> DurabilityUncertainError:
     """The new index is in place, but the fsync of its name failed."""
     return DurabilityUncertainError(
-        f"saved, but not known to be durable: {path}: {error.words}, once the index had been renamed; "
+        f"saved, but not known to be durable: {path}: {error.words}, after the rename of the index; "
         f"the new checkpoint is in place, a loss of power may bring back the previous one; nothing was removed"
     )
 
@@ -53,6 +53,6 @@ def durability_unknown(path: str, error: CallFailed) -> DurabilityUncertainError
 def companions_unknown(path: str, error: CallFailed, names: Iterable[str]) -> DurabilityUncertainError:
     """The new checkpoint is durable, but not all of its companions replaced those of the previous one."""
     return DurabilityUncertainError(
-        f"saved, but {' and '.join(names)} may still be of the previous checkpoint: {path}: {error.words}, "
-        f"once the new weights were in place for good; the next save finishes this, until then readers are told"
+        f"saved, but {' and '.join(names)} may still belong to the previous checkpoint: {path}: {error.words}, "
+        f"after the new weights were committed; the next save completes this, until then reports name the difference"
     )

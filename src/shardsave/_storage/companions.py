@@ -116,16 +116,16 @@ def companion_notes(path: str, companions: Mapping[str, FileRecord]) -> tuple[st
                 existing = file_record(folder, name)
                 if existing == saved:
                     continue
-                found = "there is none" if existing is None else _words(existing)
+                difference = "there is none" if existing is None else f"there is one of {_words(existing)}"
                 staging = _find_staged(folder, name, saved)
             except CallFailed as error:
-                found, staging = f"it cannot be read ({error.reason})", None
-            why = (
-                f"that one lies in {staging}, where a save was ended"
+                difference, staging = f"it cannot be read ({error.reason})", None
+            cause = (
+                f"the saved one lies in {staging}, where a save was interrupted"
                 if staging
                 else "it was edited, or comes from another save"
             )
-            notes.append(f"{name} is not the one saved with these weights: {_words(saved)} expected, {found}; {why}")
+            notes.append(f"{name} is not the one saved with these weights: {_words(saved)} expected, {difference}; {cause}")
     return tuple(notes)
 
 

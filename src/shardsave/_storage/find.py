@@ -1,4 +1,4 @@
-"""From a path to the files that lie there: an index, a lone file, or both. Only regular files are ever opened."""
+"""From a path to the files of a checkpoint there: an index, a lone file, or both. Only regular files are ever opened."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from shardsave._common.words import some
 from shardsave._format.index import INDEX_NAME, LONE_NAME, MAX_INDEX_BYTES
 from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, ShardSaveError
 
-#: What becomes of files of torch.save: what unpickles them runs whatever code they hold.
+#: Said of files of torch.save: unpickling them runs whatever code they hold.
 TORCH_SAVE_HINT = "no pickle is read here, since that can run code: shardsave convert SRC DST makes a checkpoint of it"
 
 _TORCH_SAVE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt")
 
-#: What a call says when nothing is there; a link that leads to itself is nothing either.
+#: errno values when nothing is there; a symbolic link that leads to itself counts as nothing.
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
-class Found(NamedTuple):
-    """What a path leads to: an index, a lone file, or both."""
+class FoundFiles(NamedTuple):
+    """What a path leads to: an index (``index_bytes``), a lone file (its name in ``folder``), or both."""
 
     folder: str
     index_name: str
@@ -30,8 +30,8 @@ class Found(NamedTuple):
     lone: str | None
 
 
-def find(path: str) -> Found:
-    """What lies at ``path``, a directory, an index or one file. Raises CheckpointNotFoundError, CorruptCheckpointError."""
+def find(path: str) -> FoundFiles:
+    """Finds the checkpoint at ``path``: a directory, an index or one file. Raises CheckpointNotFoundError, CorruptCheckpointError."""
     try:
         is_folder = stat.S_ISDIR(call(os.stat, path, path).st_mode)
     except CallFailed as error:
@@ -40,18 +40,18 @@ def find(path: str) -> Found:
         raise CheckpointNotFoundError(f"no checkpoint at {path}: {error.strerror}") from error
     folder, name = (path, INDEX_NAME) if is_folder else os.path.split(path)
     if not is_folder and not name.endswith(".index.json"):
-        return Found(folder or ".", INDEX_NAME, None, name)
+        return FoundFiles(folder or ".", INDEX_NAME, None, name)
     index_bytes = _read_index(os.path.join(folder, name), name)
-    lone = LONE_NAME if is_folder and _is_there(os.path.join(path, LONE_NAME), even_broken=index_bytes is None) else None
+    lone = LONE_NAME if is_folder and _exists(os.path.join(path, LONE_NAME), even_broken=index_bytes is None) else None
     if index_bytes is None and lone is None:
-        index_bytes = _read_index(os.path.join(folder, name), name)  # a save has put it in the place of the lone file just now
+        index_bytes = _read_index(os.path.join(folder, name), name)  # a save has just put it in the place of the lone file
     if index_bytes is None and lone is None:
         raise CheckpointNotFoundError(f"no checkpoint at {path}: neither {name} nor {LONE_NAME} is there{_hint(folder)}")
-    return Found(folder or ".", name, index_bytes, lone)
+    return FoundFiles(folder or ".", name, index_bytes, lone)
 
 
-def _is_there(path: str, even_broken: bool) -> bool:
-    """Whether ``path`` leads to something; a link to nothing counts when nothing else is there to be read."""
+def _exists(path: str, even_broken: bool) -> bool:
+    """Whether ``path`` leads to something; ``even_broken``: or is at least a symbolic link to nothing."""
     try:
         call(os.stat, path, path, follow_symlinks=not even_broken)
     except CallFailed as error:
@@ -62,6 +62,7 @@ def _is_there(path: str, even_broken: bool) -> bool:
 
 
 def _hint(folder: str) -> str:
+    """What to try instead, from the names of the files in ``folder``."""
     try:
         listed = os.listdir(folder or ".")
     except OSError:
@@ -115,5 +116,5 @@ def open_checkpoint_file(path: str, what: str) -> Descriptor | None:
 
 
 def cannot_read(path: str, error: CallFailed) -> ShardSaveError:
-    """The error for a call that failed on a file which is there."""
+    """The error for a call that failed on an existing file."""
     return ShardSaveError(f"cannot read {path}: {error.reason}; the files on disk are as they were")

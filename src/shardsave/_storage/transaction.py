@@ -253,12 +253,12 @@ class Transaction:
 
     def _clean(self, new: Index) -> CommitOutcome:
         leftovers, foreign = clean_after_commit(self._folder, self._staging.name, self._previous, new)
-        notes = [] if self._folder.exclusive else ["the file system has no locks: savers are not ordered"]
+        notes = [] if self._folder.exclusive else ["the file system has no locks: simultaneous saves are not kept apart"]
         notes += self._previous.notes()
         if foreign:
             notes.append(
                 f"{count(len(foreign), 'leaving')} of saves on other hosts, which may still be at work, stay: {some(foreign)} "
-                f"(once they are not: shardsave clean {shlex.quote(self.path)} --other-hosts)"
+                f"(when they have ended: shardsave clean {shlex.quote(self.path)} --other-hosts)"
             )
         return CommitOutcome(leftovers, tuple(notes))
 
@@ -301,7 +301,7 @@ class Transaction:
 
     def _state(self) -> str:
         if self._phase is Phase.UNREAD:
-            return "nothing was written, what was there is as it was"
+            return "nothing was written, existing files are unchanged"
         if not self._previous.exists:
             return "nothing was committed, there was no checkpoint before"
         return "nothing was committed, the previous checkpoint is intact"
@@ -313,6 +313,6 @@ def _current_directory(path: str) -> str:
         return call(os.getcwd, "")
     except CallFailed as error:
         raise SaveNotCommittedError(
-            f"cannot save to {path}: a path from the current directory was given, that is not there any more: {error.words}; "
+            f"cannot save to {path}: a path relative to the current directory was given, which does not exist any more: {error.words}; "
             f"nothing was written"
         ) from error
