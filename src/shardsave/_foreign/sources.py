@@ -23,7 +23,7 @@ from shardsave._state.module import Beside, Entry
 from shardsave._storage.checkpoint import PARTS, Checkpoint, Located, open_checkpoint
 from shardsave._storage.companions import CONFIG_NAMES, MAX_COMPANION_BYTES
 from shardsave._storage.directory import Directory
-from shardsave._storage.find import cannot_read, find
+from shardsave._storage.find import TORCH_ENDINGS, cannot_read, find
 from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError
 
 TORCH_NAME, TORCH_INDEX_NAME = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -96,7 +96,7 @@ def _from_file(path: str, key: str | None, wanted: Wanted, closing: ExitStack) -
         return _from_distributed(os.path.dirname(path) or ".", key, wanted)
     if name.endswith(".index.json"):
         index = parse_index(find(path).index_bytes or b"", f"index {name}")
-        if all(shard.endswith((".bin", ".pt", ".pth")) for shard in index.weight_map.values()) and index.weight_map:
+        if all(shard.endswith(TORCH_ENDINGS) for shard in index.weight_map.values()) and index.weight_map:
             return _from_shards(path, key, wanted)
         return _from_checkpoint(path, key, wanted, closing)
     if name.endswith(".safetensors") or _looks_like_safetensors(path):
@@ -289,7 +289,7 @@ def _others(folder: str) -> str:
         listed = sorted(os.listdir(folder))
     except OSError:
         return ""
-    files = [name for name in listed if name.endswith((".safetensors", ".bin", ".pt", ".pth", ".index.json"))]
+    files = [name for name in listed if name.endswith((".safetensors", *TORCH_ENDINGS, ".index.json"))]
     return f"; to read another file, give its path: {', '.join(files[:3])}" if files else ""
 
 

@@ -1,13 +1,13 @@
 """What a save may delete: every removal from a checkpoint's directory is in this file.
 
-1. Its own staging directory. Without a commit, the final names that it gave to its files go too.
-2. Staging directories of dead savers of this host, and the final names in their lists.
-3. After a commit, the files that the replaced index names: shards, architecture, program, extra tensors.
-4. After a commit, the lone file and the adapter that were replaced, as long as they are what was replaced.
+1. Its own staging directory; if nothing was committed, also the final names that it has given to its files.
+2. The staging directories of dead savers of this host, and the final names in their lists.
+3. After the commit, the files that the replaced index names: shards, architecture, program, extra tensors.
+4. After the commit, the lone file and the adapter that it replaced, unless they have changed since.
 
-Of these, only names that a save can have given (`OWN_PATTERN`, the companions', those inside a staging directory), only regular files
-and links of its own making, and never a file that an index in force names. Nothing else, ever. No symbolic link is followed. What a
-replaced index names goes only once the new index is certain to stay: where durability was asked for, once it is durable.
+Nothing else, ever. Final names are removed only if a save can have given them (`OWN_PATTERN` or a companion's name), if they are regular
+files, and if the index in force does not name them. Symbolic links are not followed. Replaced files are removed only once the new
+index is certain to stay: with ``durable``, once it is durable.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, Sh
 #: Said of files of torch.save: unpickling them runs whatever code they hold.
 TORCH_SAVE_HINT = "no pickle is read here, since that can run code: shardsave convert SRC DST makes a checkpoint of it"
 
-_TORCH_SAVE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt")
+#: The usual endings of files that torch.save wrote.
+TORCH_ENDINGS = (".bin", ".pt", ".pth")
 
 #: errno values when nothing is there; a symbolic link that leads to itself counts as nothing.
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
@@ -72,7 +73,7 @@ def _hint(folder: str) -> str:
         return f"; to read another file, give its path: {some(others)}"
     if any(name.endswith(".distcp") for name in listed):
         return f"; it holds a distributed checkpoint, and {TORCH_SAVE_HINT}"
-    pickled = sorted(name for name in listed if name.endswith(_TORCH_SAVE_ENDINGS))
+    pickled = sorted(name for name in listed if name.endswith((*TORCH_ENDINGS, ".ckpt")))
     return f"; {pickled[0]} has the name of a file of torch.save, and {TORCH_SAVE_HINT}" if pickled else ""
 
 

@@ -91,10 +91,10 @@ class LockedDirectory(Directory):
     def knows_dead(self, staging: str) -> bool:
         """Whether ``staging`` is the staging directory of a saver that is certainly dead.
 
-        A living saver of this host would hold the lock. Of another host's savers nobody here can know, and of nobody's where
-        the file system has no locks.
+        Of this host only, where a living saver would hold the lock; and only where the file system has locks.
         """
-        return self.exclusive and owner_of(staging) == host_id()
+        owner = owner_of(staging)
+        return self.exclusive and owner is not None and owner == host_id()
 
     @property
     def inherited(self) -> bool:

@@ -83,7 +83,7 @@ class Staging:
         if self._inside.fd >= 0:
             return
         self._inside.name = f".shardsave-{host_id()}{secrets.token_hex(4)}"
-        assert owner_of(self.name) == host_id()
+        assert owner_of(self.name) is not None
         self._parent.mkdir(self.name)
         self._inside.open_in(self._parent)
         self._parent.sync()
