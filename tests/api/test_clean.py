@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
+import stat
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -181,6 +183,25 @@ def test_nothing_goes_before_the_index_is_durable(tmp_path: Path, monkeypatch: p
     with pytest.raises(shardsave.ShardSaveError, match=r"cannot clean .*: failing: Input/output error; nothing was removed"):
         shardsave.clean(tmp_path)
     assert sorted(os.listdir(tmp_path)) == before and shardsave.clean(tmp_path, remove=False).found
+
+
+def test_an_index_that_cannot_be_examined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches the removal of a checkpoint because its index, once opened, is taken for a missing one."""
+    save(1, tmp_path)
+    killed(tmp_path, die_before_the_commit)
+    real = os.fstat
+
+    def fstat(fd: int) -> os.stat_result:
+        if stat.S_ISREG(real(fd).st_mode):
+            raise OSError(errno.ENOENT, "No such file or directory")
+        return real(fd)
+
+    before = sorted(os.listdir(tmp_path))
+    with monkeypatch.context() as patched, pytest.raises(shardsave.ShardSaveError) as caught:
+        patched.setattr(os, "fstat", fstat)
+        shardsave.clean(tmp_path)
+    assert str(caught.value) == f"cannot clean {tmp_path}: fstat: No such file or directory; nothing was removed"
+    assert sorted(os.listdir(tmp_path)) == before
 
 
 def test_wrong_arguments(tmp_path: Path) -> None:

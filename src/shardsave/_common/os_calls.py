@@ -12,7 +12,7 @@ import os
 import stat
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from types import TracebackType
 from typing import ParamSpec, TypeVar
@@ -138,17 +138,25 @@ def _abandon_in_child() -> None:
 os.register_at_fork(after_in_child=_abandon_in_child)
 
 
-def open_regular(path: str, folder_fd: int | None = None, *, follow: bool = True) -> Descriptor:
-    """Opens the regular file ``path`` for reading, relative to ``folder_fd``. Raises CallFailed, NotRegular.
+def open_regular(
+    path: str, folder_fd: int | None = None, *, follow: bool = True, absent: Collection[int] = (errno.ENOENT,)
+) -> Descriptor | None:
+    """Opens the regular file ``path``, relative to ``folder_fd``, for reading. Raises CallFailed; NotRegular for anything else.
 
-    Anything else, without ``follow`` a symbolic link too, is not even opened: opening alone can make a device act, or wake the
-    writer of a FIFO.
+    Returns None when looking up the name fails with an errno of ``absent``. Anything else than a regular file, without ``follow`` a
+    symbolic link too, is not even opened: opening alone can make a device act, or wake the writer of a FIFO.
     """
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | (0 if follow else os.O_NOFOLLOW)
     file = Descriptor()
     try:
-        _refuse_unless_regular(call(os.stat, path, path, dir_fd=folder_fd, follow_symlinks=follow), path)
-        file.open(path, flags, folder_fd)
+        try:
+            _refuse_unless_regular(call(os.stat, path, path, dir_fd=folder_fd, follow_symlinks=follow), path)
+            file.open(path, flags, folder_fd)
+        except CallFailed as error:
+            if error.errno not in absent:
+                raise
+            return None
+        # Outside of that: a file that was opened is never taken for a missing one, which would let others be removed.
         _refuse_unless_regular(call(os.fstat, path, file.fd), path)  # it may have been replaced in between
     except BaseException:
         file.abandon()

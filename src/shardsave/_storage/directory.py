@@ -89,12 +89,7 @@ class Directory:
 
     def open_regular(self, name: str, *, follow: bool = True) -> Descriptor | None:
         """Opens the regular file ``name`` for reading, None where there is nothing. Raises NotRegular for anything else."""
-        try:
-            return open_regular(name, self.fd, follow=follow)
-        except CallFailed as error:
-            if error.errno != errno.ENOENT:
-                raise
-            return None
+        return open_regular(name, self.fd, follow=follow)
 
     def read_all(self, name: str, limit: int, *, follow: bool = True) -> bytes | None:
         """The content of the regular file ``name``, None where there is nothing. Raises TooLong beyond ``limit`` bytes."""
