@@ -133,7 +133,7 @@ class NewFile:
             if not self._moved:
                 raise self.failure(error) from error
             raise DurabilityUncertainError(
-                f"written, but not known to be durable: {self.path}: {error.call} of {error.path}: {error.strerror}, once the "
+                f"written, but not known to be durable: {self.path}: {error.words}, once the "
                 f"file had its name; a loss of power may bring back what was there before"
             ) from error
 
@@ -145,9 +145,7 @@ class NewFile:
 
     def failure(self, error: CallFailed) -> ShardSaveError:
         kind = OutOfSpaceError if error.errno in OUT_OF_SPACE else SaveNotCommittedError
-        return kind(
-            f"cannot write {self.path}: {error.call}: {error.strerror}; nothing was written, existing files are unchanged"
-        )
+        return kind(f"cannot write {self.path}: {error.reason}; nothing was written, existing files are unchanged")
 
     def close(self) -> None:
         if self._there:
