@@ -218,8 +218,9 @@ class Transaction:
         self._staging.write(NEW_INDEX_NAME, index)
         if self._folder.read_all(INDEX_NAME, MAX_INDEX_BYTES) != self._previous.index_bytes:
             raise index_replaced(self.path)
-        if not self._folder.is_in_place():
-            raise directory_moved(self.path)
+        with self._before_commit():
+            if not self._folder.is_in_place():
+                raise directory_moved(self.path)
         self._phase = self._phase.then(Phase.RENAMING)
         self._staging.rename(NEW_INDEX_NAME, INDEX_NAME)
         self._folder.sync()
