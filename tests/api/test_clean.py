@@ -1,9 +1,11 @@
-"""`clean`. Method: savers are really killed at the places where they leave the most, and what is found and removed is looked at."""
+"""`clean`. Method: savers are really killed at the places where they leave the most behind, then the reports and the files are checked."""
 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
+import stat
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -34,8 +36,8 @@ ORPHAN = "model-deadbeef-00001-of-00009.safetensors"
         (die_after_the_commit, True, 2),
     ],
 )
-def test_what_a_killed_save_left(tmp_path: Path, dying: Callable[[Path], None], first: bool, generation: int | None) -> None:
-    """Catches leavings that are not found, not told apart from the checkpoint, or not removed to the last file."""
+def test_leavings_of_a_killed_save(tmp_path: Path, dying: Callable[[Path], None], first: bool, generation: int | None) -> None:
+    """Catches leavings that are not found, are confused with the checkpoint, or are not removed completely."""
     if not first:
         save(1, tmp_path)
     kept = set(os.listdir(tmp_path))
@@ -66,7 +68,7 @@ def _size(count: int) -> str:
 
 
 def test_bytes_that_removal_frees(tmp_path: Path) -> None:
-    """Catches a shard that is counted twice, since it was moved by a link, or though the checkpoint has it."""
+    """Catches a shard that is counted twice because it was moved by a link, or that is counted although the checkpoint has it."""
     save(1, tmp_path)
     shards = [path for path in tmp_path.iterdir() if path.name != INDEX]
     old = sum(path.stat().st_blocks * 512 for path in shards)
@@ -78,8 +80,8 @@ def test_bytes_that_removal_frees(tmp_path: Path) -> None:
     assert set(leaving.files).isdisjoint(shardsave.inspect(tmp_path).shards)
 
 
-def test_what_another_host_left(tmp_path: Path) -> None:
-    """Catches a save that goes on elsewhere and loses what it has written, and leavings that nobody can get rid of."""
+def test_leavings_of_another_host(tmp_path: Path) -> None:
+    """Catches the removal of files that a living saver of another host may need, and leavings that cannot be removed at all."""
     save(1, tmp_path)
     killed(tmp_path, die_before_the_commit)
     (own,) = tmp_path.glob(".shardsave-*")
@@ -87,13 +89,13 @@ def test_what_another_host_left(tmp_path: Path) -> None:
     own.rename(other)
     for report in (shardsave.clean(tmp_path), shardsave.clean(tmp_path, remove=False, other_hosts=True)):
         assert [leaving.name for leaving in report.left] == [other.name] and not report.found[0].dead and report.removed == ()
-        assert str(report).endswith(f"; 0 removed; of owners that may be alive: {other.name}")
+        assert str(report).endswith(f"; 0 removed; kept, since their owners may be alive: {other.name}")
     assert shardsave.clean(tmp_path, other_hosts=True).removed == (other.name,)
     assert generation_in(tmp_path) == 1 and not litter_in(tmp_path)
 
 
 def test_where_there_are_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches the work of a living save that is removed because nothing says that it is alive."""
+    """Catches the removal of files of a living save, where no lock shows that it is alive."""
     killed(tmp_path, die_while_writing)
 
     def no_locks(*ignored: object) -> None:
@@ -106,7 +108,7 @@ def test_where_there_are_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_save_at_work(tmp_path: Path) -> None:
-    """Catches the work of a living save that is removed: who has the lock is waited for, and then left alone."""
+    """Catches the removal of files of a living save: `clean` waits for the lock, then gives up."""
     save(1, tmp_path)
     with Transaction(tmp_path, durable=False, lock_timeout=1) as transaction, ThreadPoolExecutor(1) as other:
         transaction.create(transaction.shard_names(1)[0], 4096)
@@ -125,7 +127,7 @@ def test_a_save_at_work(tmp_path: Path) -> None:
 
 
 def test_the_lone_file_that_was_replaced(tmp_path: Path) -> None:
-    """Catches a stale file that stays for ever, and a newer one that goes."""
+    """Catches a replaced file that stays for ever, and the removal of a newer one."""
     from safetensors.torch import save_file
 
     save_file({"x": torch.ones(1000)}, tmp_path / "model.safetensors")
@@ -137,8 +139,8 @@ def test_the_lone_file_that_was_replaced(tmp_path: Path) -> None:
     assert not shardsave.clean(tmp_path).found and (tmp_path / "model.safetensors").exists()
 
 
-def test_files_of_others_stay(tmp_path: Path) -> None:
-    """Catches a removal by a name that anyone may have put there, or one that is not reported when it fails."""
+def test_foreign_files_stay(tmp_path: Path) -> None:
+    """Catches the removal of a foreign file because a list names it, and a failed removal that is not reported."""
     save(1, tmp_path)
     killed(tmp_path, die_while_writing)
     (staging,) = tmp_path.glob(".shardsave-*")
@@ -155,7 +157,7 @@ def test_files_of_others_stay(tmp_path: Path) -> None:
 
 
 def test_an_index_that_cannot_be_read(tmp_path: Path) -> None:
-    """Catches a removal while nobody knows what the checkpoint consists of."""
+    """Catches a removal although the files of the checkpoint are not known."""
     save(1, tmp_path)
     killed(tmp_path, die_before_the_commit)
     index = tmp_path / "model.safetensors.index.json"
@@ -169,7 +171,7 @@ def test_an_index_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_nothing_goes_before_the_index_is_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches replaced shards that go while a loss of power could still bring back the index that names them."""
+    """Catches the removal of replaced shards while a loss of power could still bring back the index that names them."""
     save(1, tmp_path)
     killed(tmp_path, die_after_the_commit)
 
@@ -183,8 +185,27 @@ def test_nothing_goes_before_the_index_is_durable(tmp_path: Path, monkeypatch: p
     assert sorted(os.listdir(tmp_path)) == before and shardsave.clean(tmp_path, remove=False).found
 
 
+def test_an_index_that_cannot_be_examined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches the removal of a checkpoint because its index, once opened, is taken for a missing one."""
+    save(1, tmp_path)
+    killed(tmp_path, die_before_the_commit)
+    real = os.fstat
+
+    def fstat(fd: int) -> os.stat_result:
+        if stat.S_ISREG(real(fd).st_mode):
+            raise OSError(errno.ENOENT, "No such file or directory")
+        return real(fd)
+
+    before = sorted(os.listdir(tmp_path))
+    with monkeypatch.context() as patched, pytest.raises(shardsave.ShardSaveError) as caught:
+        patched.setattr(os, "fstat", fstat)
+        shardsave.clean(tmp_path)
+    assert str(caught.value) == f"cannot clean {tmp_path}: fstat: No such file or directory; nothing was removed"
+    assert sorted(os.listdir(tmp_path)) == before
+
+
 def test_wrong_arguments(tmp_path: Path) -> None:
-    """Catches a directory that is made by looking at it, and switches that are none."""
+    """Catches a `clean` that creates the directory, and arguments of wrong types."""
     for path in (tmp_path / "none", Path(__file__)):
         with pytest.raises(shardsave.CheckpointNotFoundError, match=r"cannot clean .*: open: N\w+ .*; nothing was removed"):
             shardsave.clean(path)

@@ -166,7 +166,7 @@ def test_an_index_that_may_not_be_read(tmp_path: Path, as_nobody: None) -> None:
         with pytest.raises(shardsave.SaveNotCommittedError) as caught:
             shardsave.save({"x": torch.zeros(1)}, folder, durable=durable)
         assert str(caught.value) == (
-            f"cannot write {index}: open: Permission denied; nothing was written, what was there is as it was"
+            f"cannot write {index}: open: Permission denied; nothing was written, existing files are unchanged"
         )
     index.chmod(0o644)
     assert shardsave.load(folder)["x"] == 1
@@ -193,7 +193,7 @@ def test_a_current_directory_that_is_gone(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(shardsave.SaveNotCommittedError) as caught:
         shardsave.save({"x": torch.ones(1)}, "ckpt")
     assert str(caught.value) == (
-        "cannot save to ckpt: a path from the current directory was given, that is not there any more: getcwd: "
+        "cannot save to ckpt: a path relative to the current directory was given, which does not exist any more: getcwd: "
         "No such file or directory; nothing was written"
     )
     for verb in (shardsave.load, shardsave.inspect, shardsave.verify):

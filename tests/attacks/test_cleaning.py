@@ -1,5 +1,5 @@
-"""Method: a save into a directory that someone has prepared. It removes no file that is not a shard of the replaced checkpoint or
-of a dead save, follows no link, waits for nothing, and says what it left.
+"""Method: a save into a directory that an attacker has prepared. The save removes only files of the replaced checkpoint and of dead
+saves, follows no symbolic link, hangs on nothing, and reports what it could not remove.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from tampering import INDEX, LONE, edit_index, saved
 import shardsave
 from shardsave._storage.staging import host_id
 
-#: A shard's name that no index has, as a dead saver would have left it.
+#: The name of a shard that no index names, as a dead saver would leave it.
 ORPHAN = "model-deadbeef-00001-of-00009.safetensors"
 
-#: Not ours: the last is no name that we give, though some count its last letter among the digits.
+#: Names that no save gives to its files. The last one ends in a letter that some regular expressions count among the digits.
 KEPT = ("config.json", "model.bin", "optimizer.safetensors", "model-00001-of-0000١.safetensors")
 
 Names = Callable[[Path], object]
@@ -34,7 +34,7 @@ def save(folder: Path) -> shardsave.SaveReport:
 
 @pytest.fixture
 def staging(tmp_path: Path) -> Path:
-    """The staging directory of a dead saver of this host, beside files that are not ours; one of them looks like a shard."""
+    """The staging directory of a dead saver of this host, beside foreign files of which one looks like a shard."""
     saved(tmp_path / "ckpt")
     for name in KEPT:
         (tmp_path / "ckpt" / name).write_text("keep")
@@ -50,8 +50,8 @@ HOSTILE = [*KEPT, INDEX, LONE, "", ".", "..", f"../{ORPHAN}", "/etc/passwd",
            None, [ORPHAN], {}]  # fmt: skip
 
 LISTS: list[tuple[str, bool, Names]] = [
-    ("names of others", False, lambda names: names.write_text(json.dumps(HOSTILE))),
-    ("names of others and a shard", True, lambda names: names.write_text(json.dumps([*HOSTILE, ORPHAN]))),
+    ("foreign names", False, lambda names: names.write_text(json.dumps(HOSTILE))),
+    ("foreign names and a shard", True, lambda names: names.write_text(json.dumps([*HOSTILE, ORPHAN]))),
     ("an object", False, lambda names: names.write_text(json.dumps({ORPHAN: ORPHAN}))),
     ("one name", False, lambda names: names.write_text(json.dumps(ORPHAN))),
     ("no JSON", False, lambda names: names.write_text("[" + json.dumps(ORPHAN))),
@@ -73,7 +73,7 @@ def linked_list(names: Path) -> None:
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("removed, put", [case[1:] for case in LISTS], ids=[case[0] for case in LISTS])
 def test_list_of_a_dead_saver(removed: bool, put: Names, staging: Path) -> None:
-    """Catches cleaning that removes what a list names, whatever that is, or that hangs or dies on a bad list."""
+    """Catches cleaning that removes every file that a list names, or that hangs or fails on a bad list."""
     put(staging / "names")
     folder = staging.parent
     save(folder)
@@ -84,7 +84,7 @@ def test_list_of_a_dead_saver(removed: bool, put: Names, staging: Path) -> None:
 
 
 def test_list_that_names_the_new_checkpoint(staging: Path) -> None:
-    """Catches cleaning that removes what the index now names."""
+    """Catches cleaning that removes a file that the new index names."""
     folder = staging.parent
     named = sorted(name for name in os.listdir(folder) if name.startswith("model-0") and name not in KEPT)
     (staging / "names").write_text(json.dumps([*named, "model-00001-of-00001.safetensors"]))
@@ -94,7 +94,7 @@ def test_list_that_names_the_new_checkpoint(staging: Path) -> None:
 
 
 def test_staging_directory_that_is_a_link(staging: Path) -> None:
-    """Catches cleaning that goes through a link into another directory."""
+    """Catches cleaning that follows a symbolic link into another directory."""
     folder, elsewhere = staging.parent, staging.parent.parent / "elsewhere"
     staging.rmdir()
     elsewhere.mkdir()
@@ -106,8 +106,8 @@ def test_staging_directory_that_is_a_link(staging: Path) -> None:
     assert sorted(os.listdir(elsewhere)) == [ORPHAN, "names"] and (folder / ORPHAN).exists()
 
 
-def test_staging_directory_with_files_of_others(staging: Path) -> None:
-    """Catches cleaning that empties a directory because of its name, or follows links inside of it."""
+def test_staging_directory_with_foreign_files(staging: Path) -> None:
+    """Catches cleaning that removes foreign files because of their directory's name, or follows symbolic links in it."""
     folder = staging.parent
     (staging / "notes.txt").write_text("keep")
     (staging / ORPHAN).symlink_to(folder / "config.json")
@@ -117,7 +117,7 @@ def test_staging_directory_with_files_of_others(staging: Path) -> None:
 
 
 def test_staging_directories_of_other_hosts(staging: Path) -> None:
-    """Catches a save that removes what may be another host's work, or leaves it there without a word; and a command that is wrong."""
+    """Catches a save that removes what a living saver of another host may need, or keeps it silently; and a wrong command in the note."""
     folder = staging.parent
     others = [f".shardsave-{n:08x}00000000" for n in range(5)]
     for name in others:
@@ -127,7 +127,7 @@ def test_staging_directories_of_other_hosts(staging: Path) -> None:
     command = f"shardsave clean {folder} --other-hosts"
     assert report.notes == (
         f"5 leavings of saves on other hosts, which may still be at work, stay: {', '.join(others[:3])} and 2 more "
-        f"(once they are not: {command})",
+        f"(when they have ended: {command})",
     )
     assert str(report).endswith(report.notes[0])
     subprocess.run([sys.executable, "-m", *command.split(), "--yes"], check=True, capture_output=True)
@@ -141,8 +141,8 @@ def test_staging_directory_that_is_a_file(staging: Path) -> None:
     assert save(staging.parent).leftovers == (staging.name,) and staging.read_text() == "keep"
 
 
-def test_old_index_that_names_files_of_others(staging: Path) -> None:
-    """Catches cleaning on the word of an index of ours that names what no save has written, or a link."""
+def test_old_index_that_names_foreign_files(staging: Path) -> None:
+    """Catches cleaning that removes a file that no save can have written, or a symbolic link, because the replaced index names it."""
     folder, record = staging.parent, [8, 8, "0" * 16]
     (folder / "model-00007-of-00007.safetensors").symlink_to(folder / "model.bin")
     names = ["config.json", "model.bin", "optimizer.safetensors", "model-00007-of-00007.safetensors", ORPHAN]
@@ -153,7 +153,7 @@ def test_old_index_that_names_files_of_others(staging: Path) -> None:
 
 
 def test_superseded_file_that_is_a_link(staging: Path) -> None:
-    """Catches cleaning that removes a link, or what it leads to, for a stale file."""
+    """Catches cleaning that takes a symbolic link for the replaced lone file, and removes it or its target."""
     folder = staging.parent
     (folder / "model.bin").rename(folder.parent / "elsewhere")
     (folder / LONE).symlink_to(folder.parent / "elsewhere")
@@ -168,13 +168,13 @@ def test_superseded_file_that_is_a_link(staging: Path) -> None:
 @pytest.mark.parametrize("durable", [True, False], ids=["durable", "not durable"])
 @pytest.mark.parametrize("put", [put for _, _, put in SPECIALS], ids=[word for word, _, _ in SPECIALS])
 def test_index_that_is_no_file(put: Names, durable: bool, tmp_path: Path) -> None:
-    """Catches a save that hangs on what lies under the index's name, replaces it, or leaves a shard behind."""
+    """Catches a save that hangs on something else under the index's name, replaces it, or leaves a shard behind."""
     put(tmp_path / INDEX)
     with pytest.raises(shardsave.SaveNotCommittedError) as caught:
         shardsave.save({"new": torch.ones(3)}, tmp_path, durable=durable)
     kinds = {put: f"open: a regular file was expected, it is {found}" for _, found, put in SPECIALS}
     kinds[link_to_itself] = "stat: Too many levels of symbolic links"
     assert str(caught.value) == (
-        f"cannot write {tmp_path / INDEX}: {kinds[put]}; nothing was written, what was there is as it was"
+        f"cannot write {tmp_path / INDEX}: {kinds[put]}; nothing was written, existing files are unchanged"
     )
     assert os.listdir(tmp_path) == [INDEX]

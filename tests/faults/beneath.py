@@ -1,4 +1,4 @@
-"""Python's side of ``beneath.c``: arming it, and reading what it wrote down. For processes that were started with it preloaded."""
+"""Python's side of ``beneath.c``: arms it, and reads its records. For processes that were started with the library preloaded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _library = ctypes.CDLL(None)
 
 
 class Fate(IntEnum):
-    """What happens to a call; ``_AFTER``: once it was done. A process is killed in the middle of what it writes."""
+    """What happens to a call, or with ``_AFTER`` right after it. A process is killed in the middle of a write."""
 
     PASS = 0
     FAIL = 1
@@ -25,31 +25,31 @@ class Fate(IntEnum):
     KILL_AFTER = 5
     INTERRUPT = 6
     INTERRUPT_AFTER = 7
-    FAIL_FROM_HERE = 8  # and so does every later call: the disk is gone
-    CUT = 9  # the file system loses its disk, and what its journal has not committed
-    NO_SYNC = 10  # of no single call: every fsync does nothing, and says that it was done
+    FAIL_FROM_HERE = 8  # this call and every later one fails: the disk is gone
+    CUT = 9  # the file system loses its disk, and everything that its journal has not committed
+    NO_SYNC = 10  # not of a single call: every fsync does nothing and reports success
 
 
 class Met(NamedTuple):
-    """The call that met its fate: its name, the path that it was about."""
+    """The call that met its fate: its name, and the path of its file."""
 
     call: str
     path: Path
 
 
 def arm(folder: Path, number: int, fate: Fate, error: int = errno.EIO) -> None:
-    """Watches ``folder`` from now on, and lets the ``number``-th call on it (from 1) meet ``fate``."""
+    """Starts to watch ``folder``; the ``number``-th call on it (from 1) meets ``fate``."""
     _library.beneath_arm(os.fsencode(folder), ctypes.c_long(number), int(fate), error)
 
 
 def seen() -> int:
-    """How many calls there were since `arm`."""
+    """The number of calls since `arm`."""
     _library.beneath_seen.restype = ctypes.c_long
     return int(_library.beneath_seen())
 
 
 def disarm() -> Met | None:
-    """Watches nothing any more; the call that met its fate, None where there were not so many calls."""
+    """Stops watching. Returns the call that met its fate, None if there were fewer calls."""
     _library.beneath_hit.restype = ctypes.c_char_p
     call, _, path = os.fsdecode(_library.beneath_hit()).partition(" ")
     _library.beneath_arm(b"", ctypes.c_long(0), 0, 0)
@@ -58,7 +58,7 @@ def disarm() -> Met | None:
 
 @contextmanager
 def recorded(folder: Path, record: Path, number: int = 0, fate: Fate = Fate.PASS) -> Iterator[None]:
-    """Adds every call on ``folder`` to ``record``, for `read_record`; the ``number``-th may meet ``fate`` (with EIO)."""
+    """Adds every call on ``folder`` to the file ``record``, for `read_record`. The ``number``-th may meet ``fate`` (with EIO)."""
     arm(folder, number, fate)
     _library.beneath_record(os.fsencode(record))
     try:
@@ -69,7 +69,7 @@ def recorded(folder: Path, record: Path, number: int = 0, fate: Fate = Fate.PASS
 
 
 class Recorded(NamedTuple):
-    """A call as it was made: ``result`` is -errno for a failure; ``a`` and ``b`` are numbers, ``data`` bytes written."""
+    """A recorded call. ``result``: -errno for a failure; ``a``, ``b``: its numbers, such as offset and length; ``data``: bytes written."""
 
     call: str
     result: int
@@ -81,7 +81,7 @@ class Recorded(NamedTuple):
 
 
 def read_record(record: Path) -> list[Recorded]:
-    """What `recorded` wrote, in the order in which the calls took effect."""
+    """The calls that `recorded` wrote, in the order in which they took effect."""
     rows = [line.split("\t") for line in record.read_text().splitlines()]
     written = record.with_name(f"{record.name}.data").read_bytes()
     ends = [int(row[6]) for row in rows]

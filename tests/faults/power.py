@@ -1,8 +1,8 @@
 """A model of what a loss of power may leave on disk, for the calls that `faults.beneath` recorded.
 
-Method: names are kept apart from contents. A file has what was written up to its last fsync; a directory has the names that it had
-at its own last fsync. Everything since (each name made, moved or removed, each write, each change of size) may be there or not,
-independently of everything else, in any order; a write may be torn at 512 bytes. Real file systems are kinder.
+Method: names are kept apart from contents. A file certainly has the content of its last fsync, a directory the names of its own last
+fsync. Every later change (a name that was made, moved or removed, a write, a new size) may be on disk or not, independently of all
+others, in any order; a write may be torn at 512 bytes. Real file systems keep more.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from faults.beneath import Recorded
 
 SECTOR = 512
 
-#: What a tree has under each path: the bytes of a file, or None for a directory.
+#: Path → the bytes of a file, or None for a directory.
 Tree = dict[Path, Union[bytes, None]]
 
 _numbers = count()
@@ -27,7 +27,7 @@ _numbers = count()
 
 @dataclass(frozen=True)
 class Change:
-    """Something that is not durable yet: bytes at an offset, a new size, or what a name leads to (None: nothing)."""
+    """A change that is not durable yet: bytes at an offset, a new size, or the node of a name (None: the name was removed)."""
 
     data: bytes = b""
     at: int = 0
@@ -43,19 +43,19 @@ class File:
     pending: list[Change] = field(default_factory=list)
 
     def content(self, changes: Sequence[Change], torn: random.Random | None = None) -> bytes:
-        """The bytes when only ``changes`` of the pending ones reached the disk; with ``torn``, writes only in part."""
-        made = bytearray(self.durable)
+        """The bytes if, of the pending changes, only ``changes`` reached the disk; with ``torn``, only parts of the writes."""
+        content = bytearray(self.durable)
         for change in changes:
             if change.size is not None:
-                del made[change.size :]
-                made.extend(bytes(change.size - len(made)))
+                del content[change.size :]
+                content.extend(bytes(change.size - len(content)))
                 continue
             for begin in range(0, len(change.data), SECTOR):
                 if torn is None or torn.random() < 0.5:
                     part = change.data[begin : begin + SECTOR]
-                    made.extend(bytes(max(0, change.at + begin + len(part) - len(made))))
-                    made[change.at + begin : change.at + begin + len(part)] = part
-        return bytes(made)
+                    content.extend(bytes(max(0, change.at + begin + len(part) - len(content))))
+                    content[change.at + begin : change.at + begin + len(part)] = part
+        return bytes(content)
 
     def sync(self) -> None:
         self.durable = self.content(self.pending)
@@ -84,14 +84,14 @@ Node = Union[File, Folder]
 
 
 class Disk:
-    """A folder and what is in it, as far as it is durable, and what is on its way."""
+    """A folder and everything in it: what is durable, and which changes are pending."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._top = Folder()
 
     def apply(self, call: Recorded) -> None:
-        """Does what ``call`` did. A call that failed did nothing: an fsync that failed made nothing durable."""
+        """Repeats ``call``. A failed call did nothing: a failed fsync made nothing durable."""
         if call.result < 0 or not call.path.is_relative_to(self._root):
             return
         match call.call:
@@ -121,7 +121,7 @@ class Disk:
                 node.sync()
 
     def after_power_loss(self, chance: random.Random, samples: int) -> Iterator[Tree]:
-        """Trees that may be found: nothing of what is on its way, all of it, one change alone, all but one, and ``samples`` others."""
+        """Trees that may be found: with no pending change, with all, with each one alone, with all but one, and ``samples`` at random."""
         changes = list(self._pending(self._top))
         everything = {change.number for change in changes}
         yield self._tree(set())
@@ -154,7 +154,7 @@ class Disk:
         return tree
 
     def _pending(self, folder: Folder) -> Iterator[Change]:
-        """What is on its way anywhere, also below names that may not be there."""
+        """All pending changes, also those below names that may not be on disk."""
         yield from folder.pending
         below = {id(node): node for node in (*folder.durable.values(), *(c.node for c in folder.pending)) if node is not None}
         for node in below.values():
@@ -177,12 +177,12 @@ class Disk:
         return file
 
 
-#: When every file was changed last, in ns: the model knows nothing of times.
+#: The modification time of every file, in ns: the model does not record times.
 MTIME = 1_700_000_000_000_000_000
 
 
 def lay_out(tree: Tree, target: Path) -> None:
-    """Makes ``tree`` under ``target``, every file with the time `MTIME`."""
+    """Makes ``tree`` under ``target``, every file with the modification time `MTIME`."""
     target.mkdir()
     for path, content in tree.items():
         if content is None:

@@ -24,14 +24,14 @@ STEP = int(os.environ.get("SHARDSAVE_POWER_STEP", "17"))
 
 
 def save(generation: int, folder: Path, durable: bool = True) -> None:
-    """Names that are drawn by chance follow from the generation: a disk is judged once, whichever recordings and engines lead to it."""
+    """Saves with random names that follow from the generation, so that different recordings and engines lead to equal disks."""
     numbers = count()
     secrets.token_hex = lambda size: f"{generation:x}{next(numbers):0{2 * size - 1}x}"
     savers.save(generation, folder, durable)
 
 
 class Recording:
-    """Phases one after the other in one folder."""
+    """Phases, one after the other, in one folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -59,9 +59,10 @@ class Recording:
 
 
 def number_of(record: Path, call: str, name: str) -> int:
-    """The place (from 1) of the last ``call`` that ended at a path named ``name``."""
+    """The number (from 1) of the last ``call`` with a path, or a new path, named ``name``."""
     calls = read_record(record)
-    return max(n for n, made in enumerate(calls, 1) if made.call == call and name in (made.path.name, made.other.name))
+    matches = (n for n, one in enumerate(calls, 1) if one.call == call and name in (one.path.name, one.other.name))
+    return max(matches)
 
 
 def first(folder: Path) -> None:
@@ -70,7 +71,7 @@ def first(folder: Path) -> None:
 
 
 def made_by_others(folder: Path) -> None:
-    """The directory is there already, made by somebody who did not fsync anything, and was saved to without durability."""
+    """The directory exists already: someone made it without any fsync, and saved into it without durability."""
     recording = Recording(folder)
     recording.phase(lambda: recording.target.mkdir(parents=True))
     recording.phase(lambda: save(1, recording.target, durable=False))
@@ -108,7 +109,7 @@ def lone(folder: Path) -> None:
 
 
 def killed_then_no_room(folder: Path) -> None:
-    """A saver dies right after its rename; the next one finds no room, and says that what is visible is intact."""
+    """A saver dies right after its rename; the next one finds no space, and says that the visible checkpoint is intact."""
     trial = Recording(folder / "trial")
     trial.phase(lambda: save(1, trial.target))
     number = number_of(trial.phase(lambda: save(2, trial.target)), "renameat", "model.safetensors.index.json")
@@ -128,7 +129,7 @@ def _find_no_room(target: Path) -> None:
 
 
 def killed_before_the_config(folder: Path) -> None:
-    """A saver is killed at each call from its rename of the index to that of the config; then another saves, or finds no room."""
+    """A saver is killed at each call from its rename of the index to that of the config; then another one saves, or finds no space."""
     trial = Recording(folder / "trial")
     trial.phase(lambda: save(1, trial.target))
     record = trial.phase(lambda: save(2, trial.target))
@@ -142,7 +143,7 @@ def killed_before_the_config(folder: Path) -> None:
 
 
 def killed_then_saved(folder: Path) -> None:
-    """A saver is killed at every `STEP`-th call, and another one takes over: one recording each."""
+    """A saver is killed at every `STEP`-th call, and another one saves: one recording each."""
     for nth in count(1, STEP):
         recording = Recording(folder / str(nth))
         recording.phase(lambda recording=recording: save(1, recording.target))  # type: ignore[misc]
@@ -159,11 +160,11 @@ def killed_then_saved(folder: Path) -> None:
 
 
 def failed_fsyncs(folder: Path) -> None:
-    """Each fsync of an overwrite fails, one recording each; ``outcome`` says what the saver was told."""
+    """Each fsync of an overwrite fails, one recording each; its file ``outcome`` has the result of the save."""
     trial = Recording(folder / "trial")
     trial.phase(lambda: save(1, trial.target))
     calls = read_record(trial.phase(lambda: save(2, trial.target)))
-    for nth in (n for n, made in enumerate(calls, 1) if made.call == "fsync"):
+    for nth in (n for n, one in enumerate(calls, 1) if one.call == "fsync"):
         recording = Recording(folder / str(nth))
         recording.phase(lambda recording=recording: save(1, recording.target))  # type: ignore[misc]
         outcome = "success"

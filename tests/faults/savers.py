@@ -1,4 +1,4 @@
-"""What the fault tests save, and how they judge a directory afterwards."""
+"""The checkpoints that fault tests save, and how they judge a directory afterwards."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ CONFIG = "config.json"
 COMPANIONS = (CONFIG, "adapter_config.json", "adapter_model.safetensors")
 
 #: What is saved: "plain" (a module and its architecture), "config" (a transformers model) or "adapter" (of a PEFT model). Files of
-#: fixed names beside the weights tell the generation too.
+#: fixed names beside the weights contain the generation too.
 KIND = os.environ.get("SHARDSAVE_FAULTS_KIND", "plain")
 
 
 def state(generation: int) -> dict[str, torch.Tensor]:
-    """Four tensors for two shards; every value tells the generation."""
+    """Four tensors for two shards; every value is the generation."""
     return {f"t{n}": torch.full((500 + n,), float(generation)) for n in range(4)}
 
 
 @cache
 def model(generation: int) -> nn.Module:
-    """The same tensors in a module, and one more that is kept with its architecture."""
-    made = nn.Module()
+    """The same tensors in a module, and one more that is saved with its architecture."""
+    module = nn.Module()
     for name, tensor in state(generation).items():
-        made.register_parameter(name, nn.Parameter(tensor))
-    made.register_buffer("scratch", torch.full((3,), float(generation)), persistent=False)
-    return made
+        module.register_parameter(name, nn.Parameter(tensor))
+    module.register_buffer("scratch", torch.full((3,), float(generation)), persistent=False)
+    return module
 
 
 @cache
@@ -56,38 +56,38 @@ def model_with_config(generation: int) -> nn.Module:
 
 @cache
 def model_with_adapter(generation: int) -> nn.Module:
-    """Two layers that have a LoRA of four tensors."""
+    """Two layers with a LoRA of four tensors."""
     import peft
 
     base = nn.Module()
     for number in range(2):
         base.add_module(f"layer{number}", nn.Linear(100 + number, 4))
     config = peft.LoraConfig(r=8, target_modules=["layer0", "layer1"], lora_alpha=generation)
-    made = peft.get_peft_model(base, config)
+    adapted = peft.get_peft_model(base, config)
     with torch.no_grad():
-        for parameter in made.parameters():
+        for parameter in adapted.parameters():
             parameter.fill_(generation)
-    return made
+    return adapted
 
 
 def save(generation: int, folder: Path, durable: bool = True, kind: str = KIND) -> shardsave.SaveReport:
-    """Two shards, and an architecture and its tensors or a config; or one of an adapter, and its two files."""
+    """Saves two shards with an architecture and its tensors, or with a config; or one shard of an adapter with its two files."""
     source = {"plain": model, "config": model_with_config, "adapter": model_with_adapter}[kind](generation)
     options = {"architecture": kind == "plain", "adapter_only": kind == "adapter"}
     return shardsave.save(source, folder, max_shard_size=5000, durable=durable, progress=False, **options)
 
 
 def generation_in(folder: Path) -> int | None:
-    """Which generation the directory holds, whole and bit for bit; None where there is no checkpoint.
+    """The generation of the checkpoint in ``folder``, which is whole bit for bit; None where there is no checkpoint.
 
-    What lies beside the weights is whole, and of the same generation, or `inspect` says of which file it is not.
+    Files beside the weights are whole, and of the same generation, or a note of `inspect` names them.
     """
-    found = with_companions_in(folder)
-    return int(found.split()[0]) if isinstance(found, str) else found
+    generation = with_companions_in(folder)
+    return int(generation.split()[0]) if isinstance(generation, str) else generation
 
 
 def with_companions_in(folder: Path) -> int | str | None:
-    """As `generation_in`, and ``"2 with config.json of 1"`` where a reader is told that a file beside the weights is another one."""
+    """As `generation_in`, or ``"2 with config.json of 1"`` where a note says that a file beside the weights is another one."""
     generation = loaded_generation(folder)
     if generation is None:
         for name in COMPANIONS:
@@ -98,19 +98,19 @@ def with_companions_in(folder: Path) -> int | str | None:
         assert built_generation(folder) == generation
     if not info.companions:
         return generation
-    of = {name: companion_generation(folder / name) for name in sorted(info.companions)}
-    assert all(found is None or found <= generation for found in of.values()), (
+    generations = {name: companion_generation(folder / name) for name in sorted(info.companions)}
+    assert all(one is None or one <= generation for one in generations.values()), (
         "of a save that was not committed",
         generation,
-        of,
+        generations,
     )
-    others = [f"{name} of {found}" for name, found in of.items() if found != generation]
-    assert [note.split()[0] for note in info.notes] == [other.split()[0] for other in others], (of, info.notes)
+    others = [f"{name} of {one}" for name, one in generations.items() if one != generation]
+    assert [note.split()[0] for note in info.notes] == [other.split()[0] for other in others], (generations, info.notes)
     return f"{generation} with {' and '.join(others)}" if others else generation
 
 
 def companion_generation(path: Path) -> int | None:
-    """Which generation a file beside the weights is of, whole; None where there is none."""
+    """The generation of a file beside the weights, which is whole; None where there is none."""
     if not path.exists():
         return None
     try:
@@ -123,7 +123,7 @@ def companion_generation(path: Path) -> int | None:
 
 
 def loaded_generation(folder: Path) -> int | None:
-    """Which generation a load gives, whole; None where there is no checkpoint."""
+    """The generation that a load returns, whole; None where there is no checkpoint."""
     try:
         loaded = shardsave.load(folder, progress=False)
     except shardsave.CheckpointNotFoundError:
@@ -132,7 +132,7 @@ def loaded_generation(folder: Path) -> int | None:
 
 
 def generation_of(loaded: Mapping[str, torch.Tensor]) -> int:
-    """Of which generation all of ``loaded`` is, a model or an adapter."""
+    """The generation of all tensors in ``loaded``, of a model or an adapter."""
     if "t0" in loaded:
         generation = int(loaded["t0"][0])
         expected = state(generation)
@@ -145,7 +145,7 @@ def generation_of(loaded: Mapping[str, torch.Tensor]) -> int:
 
 
 def built_generation(folder: Path) -> int:
-    """Which generation a build gives, whole."""
+    """The generation of the model that `build_model` returns, whole."""
     built = shardsave.build_model(folder, progress=False)
     generation = int(built.get_buffer("scratch")[0])
     expected = state(generation)
@@ -155,7 +155,7 @@ def built_generation(folder: Path) -> int:
 
 
 def litter_in(folder: Path) -> set[str]:
-    """What is in the directory and belongs to no checkpoint."""
+    """The names in the directory that belong to no checkpoint."""
     info = shardsave.inspect(folder)
     assert not info.notes, info.notes
     return set(os.listdir(folder)) - {INDEX, *info.shards, *info.parts.values(), *info.companions}
@@ -169,7 +169,7 @@ def next_save_works(folder: Path) -> None:
 
 
 class Bench:
-    """A directory that is as before for each trial: with a checkpoint of generation 1, or without (``first``)."""
+    """A directory that is reset for each trial: with a checkpoint of generation 1, or without (``first``)."""
 
     def __init__(self, folder: Path, first: bool) -> None:
         self.watched = folder / "watched"

@@ -1,8 +1,8 @@
-"""Method: let the N-th OS call that a save (or a load) makes on its directory meet a fate, for N = 1, 2, … until it needs no more
-calls; each time, whatever happens, the directory holds the old or the new checkpoint, whole, and the next save leaves no litter.
+"""Method: the N-th OS call of a save (or a load) on its directory meets a fate, for N = 1, 2, … until there are no more calls. Each
+time, whatever happens, the directory holds the old or the new checkpoint, whole, and the next save leaves no litter.
 
-``python -m faults.scenarios SCENARIO,… first|overwrite FOLDER``, with the library of ``beneath.c`` preloaded. Each prints how often
-it tried.
+``python -m faults.scenarios SCENARIO,… first|overwrite FOLDER``, with the library of ``beneath.c`` preloaded. Each scenario prints its
+number of trials.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ FAILURES = [
 ]
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
-#: How a message calls a call that failed, where it is not by its own name.
+#: The library's name of a call → its name in messages, where they differ.
 SAYS = {
     "openat": "open",
     "mkdirat": "mkdir",
@@ -54,12 +54,12 @@ SAYS = {
 
 
 def held() -> tuple[int, int]:
-    """Descriptors and threads of this process."""
+    """The numbers of descriptors and of threads of this process."""
     return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
 
 
 def nothing_leaked(before: tuple[int, int]) -> bool:
-    """Whether descriptors and threads are as ``before``; a thread that was joined may be listed for a moment longer."""
+    """Whether descriptors and threads are as ``before``. A joined thread may be listed for a moment longer."""
     deadline = time.monotonic() + 5
     while held() != before and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -78,22 +78,27 @@ def is_unlocked(folder: Path) -> bool:
 
 
 def may_pass(met: Met, fate: Fate, number: int, report: shardsave.SaveReport) -> bool:
-    """Whether a save may succeed although this call failed."""
+    """Whether a save may succeed although the call ``met`` failed."""
     if fate is Fate.SHORTEN or number == errno.EINTR or report.leftovers:
-        return True  # gone on with, or tried again; or told
+        return True  # continued or repeated; or reported
     if met.call in ("close", "closedir"):
-        return not met.path.parent.name.startswith(".shardsave-")  # was only read
+        return not met.path.parent.name.startswith(".shardsave-")  # a file that was only read
     if met.call in ("statx", "fcntl", "sync_file_range"):
-        return True  # asked for direct I/O, or for an early start, and does without
+        return True  # direct I/O or early writeback, which a save can do without
     if met.call == "linkat" and number == errno.EPERM:
         return True  # a file system without links
     if number in (errno.EROFS, errno.EPERM) and met.path.name in ("runs", "watched"):
-        return True  # directories of others, which may not be fsynced
-    return fate is Fate.FAIL_AFTER and met.call in ("mkdir", "stat", "fstatat", "openat")  # nothing was there, or it is now
+        return True  # directories above, which may belong to someone else
+    return fate is Fate.FAIL_AFTER and met.call in (
+        "mkdir",
+        "stat",
+        "fstatat",
+        "openat",
+    )  # taken for "nothing there", or repeated
 
 
 def check_message(text: str, met: Met, number: int) -> None:
-    """The message names the file and the call, and says why."""
+    """The message names the file, the call and the reason."""
     assert os.strerror(number) in text, text
     assert str(met.path).split("/.shardsave-")[0] in text, text
     call = SAYS.get(met.call, met.call)
@@ -111,7 +116,7 @@ class Attempt(NamedTuple):
 
 
 def attempt_save(bench: Bench, nth: int, fate: Fate, number: int) -> Attempt:
-    """Saves generation 2 with a fate for the ``nth`` call; nothing may be leaked, whatever comes of it."""
+    """Saves generation 2 with a fate for the ``nth`` call. Nothing may leak, whatever the result."""
     bench.reset()
     before = held()
     error, report = None, None
@@ -127,7 +132,7 @@ def attempt_save(bench: Bench, nth: int, fate: Fate, number: int) -> Attempt:
 
 
 def save_fails(bench: Bench, fate: Fate, number: int) -> int:
-    """Each call of a save fails in one way; one error tells of it."""
+    """Each call of a save fails in one way; one error reports it."""
     for nth in count(1):
         met, error, report = attempt_save(bench, nth, fate, number)
         if met is None:
@@ -151,7 +156,7 @@ def save_fails(bench: Bench, fate: Fate, number: int) -> int:
 
 
 def save_loses_its_disk(bench: Bench, fate: Fate, number: int) -> int:
-    """From the N-th call on every call fails, and after the save the disk is back: what it said of the checkpoint was true."""
+    """From the N-th call on every call fails, and after the save the disk is back: the save has reported the truth."""
     for nth in count(1):
         met, error, report = attempt_save(bench, nth, fate, number)
         found = bench.found()
@@ -189,10 +194,10 @@ def save_is_killed(bench: Bench, fate: Fate, number: int) -> int:
 
 
 def save_is_killed_at_random(bench: Bench, fate: Fate, number: int) -> int:
-    """``SHARDSAVE_KILLS`` savers get a SIGKILL at any moment, in whatever their threads are doing."""
+    """``SHARDSAVE_KILLS`` savers get a SIGKILL at random moments, whatever their threads are doing."""
     chance = random.Random(1)
     kills = int(os.environ.get("SHARDSAVE_KILLS", "100"))
-    window = 0.02  # seconds; follows the disk, so that about half of the kills come too late
+    window = 0.02  # seconds; adapts to the disk, so that about half of the kills come too late
     outcomes = set()
     for _ in range(kills):
         bench.reset()
@@ -213,10 +218,10 @@ def save_is_killed_at_random(bench: Bench, fate: Fate, number: int) -> int:
 
 
 def save_is_killed_beside_a_live_child(bench: Bench, fate: Fate, number: int) -> int:
-    """A saver forks while its engine works, goes on, and is killed; the child lives on, and keeps neither lock nor litter alive."""
+    """A saver forks while its engine works, goes on, and is killed. The child lives on, and must not keep lock or litter alive."""
     for nth in range(1, 11):
         bench.reset()
-        told, tell = os.pipe()
+        read_end, write_end = os.pipe()
         saver = os.fork()
         if saver == 0:
 
@@ -224,12 +229,12 @@ def save_is_killed_beside_a_live_child(bench: Bench, fate: Fate, number: int) ->
                 if not forked:
                     forked.append(os.fork())
                     if forked == [0]:
-                        os.write(tell, os.getpid().to_bytes(4, "little"))
+                        os.write(write_end, os.getpid().to_bytes(4, "little"))
                         signal.pause()
 
             shardsave.save(state(2), bench.target, max_shard_size=5000, progress=fork_once)
             os._exit(0)
-        child = int.from_bytes(os.read(told, 4), "little")
+        child = int.from_bytes(os.read(read_end, 4), "little")
         time.sleep(0.002 * nth)
         os.kill(saver, signal.SIGKILL)
         os.waitpid(saver, 0)
@@ -239,8 +244,8 @@ def save_is_killed_beside_a_live_child(bench: Bench, fate: Fate, number: int) ->
             next_save_works(bench.target)
         finally:
             os.kill(child, signal.SIGKILL)
-            os.close(told)
-            os.close(tell)
+            os.close(read_end)
+            os.close(write_end)
     return nth
 
 
@@ -253,7 +258,7 @@ def save_is_interrupted(bench: Bench, fate: Fate, number: int) -> int:
         interrupted = False
         try:
             save(2, bench.target)
-            for _ in range(10):  # the signal of the last call may be heard only here
+            for _ in range(10):  # the signal of the last call may be handled only here
                 pass
         except KeyboardInterrupt:
             interrupted = True
@@ -272,7 +277,7 @@ def save_is_interrupted(bench: Bench, fate: Fate, number: int) -> int:
 
 
 def loads(bench: Bench) -> list[Callable[[], object]]:
-    """Loading all, a part, a mapping, and looking: each is true when what it found is right."""
+    """Loads of everything, of a part and of a mapping, and an `inspect`. Each returns whether its result is right."""
     return [
         lambda: generation_in(bench.target) == 1,
         lambda: shardsave.load(bench.target, names=["t1"])["t1"].equal(state(1)["t1"]),
@@ -282,7 +287,7 @@ def loads(bench: Bench) -> list[Callable[[], object]]:
 
 
 def load_fails(bench: Bench, fate: Fate, number: int) -> int:
-    """Each call of a load fails in one way; one error tells of it, no wrong value comes, nothing is leaked."""
+    """Each call of a load fails in one way; one error reports it, no wrong value is returned, nothing leaks."""
     bench.reset()
     tried = 0
     for action in loads(bench):
@@ -321,7 +326,7 @@ def load_is_interrupted(bench: Bench, fate: Fate, number: int) -> int:
             interrupted = False
             try:
                 action()
-                for _ in range(10):  # the signal of the last call may be heard only here
+                for _ in range(10):  # the signal of the last call may be handled only here
                     pass
             except KeyboardInterrupt:
                 interrupted = True
@@ -333,7 +338,7 @@ def load_is_interrupted(bench: Bench, fate: Fate, number: int) -> int:
     return tried
 
 
-#: By name: what is tried with each call, and the fates that it may meet.
+#: Name → the function that tries each call, and the fates that the calls meet.
 Scenarios = dict[str, tuple[Callable[[Bench, Fate, int], int], list[tuple[Fate, int]]]]
 
 SCENARIOS: Scenarios = {
@@ -351,31 +356,31 @@ SCENARIOS: Scenarios = {
 
 
 def remember_sums() -> None:
-    """The portable engine sums the same few small files in each trial, byte for byte in Python: each content once."""
+    """Caches checksums: the portable engine computes those of the same few small files in each trial, byte by byte in Python."""
     serial = crc64._raw_serial
     known = cache(lambda content: serial(np.frombuffer(content, np.uint8)))
     crc64._raw_serial = lambda data: known(data.tobytes())
 
 
 def run_scenarios(scenarios: Scenarios, names: str, first: str, folder: str) -> None:
-    """Those of ``names``, separated by commas, one after the other."""
+    """Runs the scenarios ``names``, which are separated by commas, one after the other."""
     remember_sums()
     bench = Bench(Path(folder), first == "first")
-    save(0, Path(folder) / "warm")  # what is made once (the ring, imports) is no leak
+    save(0, Path(folder) / "warm")  # the ring and imports are made once, and are no leak
     generation_in(Path(folder) / "warm")
-    gc.freeze()  # all of torch, which no collection need go through
-    wrong = 0
+    gc.freeze()  # all of torch: no collection has to visit it
+    failed = 0
     for name in names.split(","):
         scenario, fates = scenarios[name]
         for fate, number in fates:
             try:
-                said = f"{scenario(bench, fate, number)} trials"
+                result = f"{scenario(bench, fate, number)} trials"
             except Exception:
-                wrong += 1
+                failed += 1
                 disarm()
-                said = f"FAILED\n{traceback.format_exc()}"
-            print(f"{name}, {fate.name} {errno.errorcode.get(number, '')}: {said}", flush=True)
-    sys.exit(1 if wrong else 0)
+                result = f"FAILED\n{traceback.format_exc()}"
+            print(f"{name}, {fate.name} {errno.errorcode.get(number, '')}: {result}", flush=True)
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Method: let the N-th OS call that a conversion into one file makes on its directory meet a fate, for N = 1, 2, …; each time,
-whatever happens, the file is the old or the new one, whole, and the next conversion leaves nothing beside it. The same of `clean`:
-the checkpoint stays what it is, and the next `clean` removes all that a dead save left.
+"""Method: the N-th OS call of a conversion into one file on its directory meets a fate, for N = 1, 2, …. Each time, whatever happens,
+the file is the old or the new one, whole, and the next conversion leaves nothing beside it. The same for `clean`: the checkpoint stays
+as it is, and the next `clean` removes everything that a dead save left.
 
 ``python -m faults.single_file SCENARIO first|overwrite FOLDER``, with the library of ``beneath.c`` preloaded.
 """
@@ -23,13 +23,13 @@ from faults.savers import Bench, generation_in, litter_in, save, state
 from faults.scenarios import FAILURES, NO_ROOM, Scenarios, held, nothing_leaked, run_scenarios
 from shardsave._api.convert import Form
 
-#: Calls without which a conversion goes on: comparing paths, closing what is done with, locks, early starts, and removing
-#: what the next one removes.
+#: Calls without which a conversion goes on: comparing paths, closing files that are no longer needed, locks, early writeback, and
+#: removing files that the next conversion removes.
 _SPARED = {"lstat", "stat", "close", "closedir", "flock", "unlinkat", "unlink", "statx", "fcntl", "sync_file_range", "rmdir"}
 
 
 class File:
-    """A file that is as before for each trial: of generation 1, or not there (``first``)."""
+    """A file that is reset for each trial: of generation 1, or missing (``first``)."""
 
     def __init__(self, bench: Bench, to: Form) -> None:
         self.to = to
@@ -47,12 +47,12 @@ class File:
             self.convert(self.old)
 
     def convert(self, generation: int) -> shardsave.ConvertReport:
-        """By a cast, so that a file for torch goes by way of a directory beside it."""
+        """With a cast, so that a conversion for torch makes a directory beside the file first."""
         source = self._sources / str(generation)
         return shardsave.convert(source, self.target, to=self.to, dtype="float64", progress=False)
 
     def found(self) -> int | None:
-        """Which generation the file holds, whole; None where there is none."""
+        """The generation of the file, which is whole; None where there is none."""
         if not self.target.exists():
             return None
         loaded = load_file(self.target) if self.to == "safetensors" else torch.load(self.target, weights_only=True)
@@ -68,7 +68,7 @@ class File:
 
 
 def _each(file: File, fate: Fate, number: int) -> int:
-    """One conversion after the other, each met by the fate one call later, until it needs no more calls."""
+    """Repeats the conversion and lets the fate come one call later each time, until there are no more calls."""
     for nth in count(1):
         file.reset()
         before = held()
@@ -77,7 +77,7 @@ def _each(file: File, fate: Fate, number: int) -> int:
         arm(file.watched, nth, fate, number)
         try:
             file.convert(2)
-            for _ in range(10):  # the signal of the last call may be heard only here
+            for _ in range(10):  # the signal of the last call may be handled only here
                 pass
         except shardsave.ShardSaveError as caught:
             error = str(caught)
@@ -95,8 +95,10 @@ def _each(file: File, fate: Fate, number: int) -> int:
         elif error is None:
             assert file.found() == 2, met
             passes = fate is not Fate.FAIL or met.call in _SPARED or ".part.d" in str(met.path)
-            passes |= met.path.name in ("watched", "runs") and number == errno.EROFS  # directories of others need no fsync
-            assert passes or number in (errno.EINTR, errno.EPERM), (met, "was swallowed")  # tried again; done without links
+            passes |= (
+                met.path.name in ("watched", "runs") and number == errno.EROFS
+            )  # directories above may belong to someone else
+            assert passes or number in (errno.EINTR, errno.EPERM), (met, "was swallowed")  # repeated; links are not needed
         else:
             assert os.strerror(number) in error and str(file.target.parent) in error, (met, error)
             assert file.found() == (2 if error.startswith("written, but not known to be durable") else file.old), (met, error)
@@ -105,12 +107,12 @@ def _each(file: File, fate: Fate, number: int) -> int:
 
 
 def file_fails(bench: Bench, fate: Fate, number: int) -> int:
-    """Each call fails in one way; one error tells of it."""
+    """Each call fails in one way; one error reports it."""
     return sum(_each(File(bench, to), fate, number) for to in ("safetensors", "torch"))
 
 
 def file_is_interrupted(bench: Bench, fate: Fate, number: int) -> int:
-    """Ctrl-C at each call. (By way of a directory it is shutil's to remove that, which may lose a descriptor to an interrupt.)"""
+    """Ctrl-C at each call. Not for torch: shutil removes the directory then, and may leak a descriptor when it is interrupted."""
     return _each(File(bench, "safetensors"), fate, number)
 
 
@@ -137,7 +139,7 @@ def file_is_killed(bench: Bench, fate: Fate, number: int) -> int:
 
 
 def _with_litter(bench: Bench) -> None:
-    """The old checkpoint, and what a save left that was killed when its shards had their names."""
+    """Makes the old checkpoint, and the leavings of a save that was killed when its shards had their final names."""
     bench.reset()
     child = os.fork()
     if child == 0:
@@ -149,7 +151,7 @@ def _with_litter(bench: Bench) -> None:
 
 
 def clean_meets(bench: Bench, fate: Fate, number: int) -> int:
-    """Each call of `clean` fails, is interrupted, or is the last of its process."""
+    """Each call of `clean` fails, is interrupted, or is its process's last."""
     for nth in count(1):
         _with_litter(bench)
         before = held()

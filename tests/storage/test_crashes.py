@@ -1,6 +1,6 @@
-"""Savers that are interrupted, forked and in each other's way, and directories in which others have been.
+"""Savers that are interrupted or forked, or that meet other savers, and directories in which other programs have written.
 
-What killing and failing at every call do is in ``test_faults.py``; savers are forked from this process, which has torch loaded.
+``test_faults.py`` kills savers and fails their calls, at every call; here savers are forked from this process, which has loaded torch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from support import forked
 
 
 def test_real_interrupt_ends_a_large_save(tmp_path: Path) -> None:
-    """Catches an engine that does not hear Ctrl-C, or leaves its half behind."""
+    """Catches an engine that ignores Ctrl-C, or leaves half a checkpoint behind."""
     program = (
         "import os, signal, sys, threading, torch, shardsave;"
         "t = {'x': torch.zeros(500_000_000, dtype=torch.uint8)};"
@@ -40,7 +40,7 @@ def test_real_interrupt_ends_a_large_save(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_forked_child_keeps_no_lock_and_removes_nothing(tmp_path: Path) -> None:
-    """Catches a child, forked during a save, that holds the lock for as long as it lives, or cleans up its parent's work."""
+    """Catches a child, forked during a save, that holds the lock as long as it lives, or removes its parent's files."""
     children = []
     with Transaction(tmp_path, durable=True, lock_timeout=1) as transaction:
         names = transaction.shard_names(1)
@@ -57,21 +57,21 @@ def test_forked_child_keeps_no_lock_and_removes_nothing(tmp_path: Path) -> None:
 
 
 def test_second_saver_waits_and_gives_up(tmp_path: Path) -> None:
-    """Catches savers that are not ordered, and a wait without end."""
+    """Catches two savers at work at the same time, and a wait without end."""
     with Transaction(tmp_path, durable=False, lock_timeout=1), ThreadPoolExecutor(1) as other:
         with pytest.raises(shardsave.DirectoryBusyError, match=r"expected within 0.2 s, another save holds it"):
             other.submit(shardsave.save, state(1), tmp_path, lock_timeout=0.2).result()
 
 
 def test_a_save_in_the_middle_of_another(tmp_path: Path) -> None:
-    """Catches a save from a signal handler or a callback that waits for the one that it interrupts; elsewhere it may go on."""
-    said: list[str] = []
+    """Catches a save in a signal handler or a callback that waits for the save that it interrupts; into another directory it may go on."""
+    messages: list[str] = []
 
     def handle(number: int, frame: object) -> None:
         shardsave.save(state(3), tmp_path / "elsewhere")
         with pytest.raises(shardsave.DirectoryBusyError) as caught:
             shardsave.save(state(3), tmp_path / "link")
-        said.append(str(caught.value))
+        messages.append(str(caught.value))
 
     (tmp_path / "ckpt").mkdir()
     (tmp_path / "link").symlink_to("ckpt")
@@ -80,7 +80,7 @@ def test_a_save_in_the_middle_of_another(tmp_path: Path) -> None:
         shardsave.save(state(2), tmp_path / "ckpt", progress=lambda done, total: signal.raise_signal(signal.SIGUSR1))
     finally:
         signal.signal(signal.SIGUSR1, before)
-    assert said and set(said) == {
+    assert messages and set(messages) == {
         f"cannot save to {tmp_path / 'link'}: its lock was expected, a save of this same thread holds it, which is interrupted "
         "(by a signal handler or a callback) and could not go on while this one waits; "
         "nothing was written, the previous checkpoint is intact"
@@ -98,14 +98,14 @@ def test_savers_and_readers_at_once(tmp_path: Path) -> None:
     seen = set()
     alive = set(children)
     while alive:
-        seen.update((loaded_generation(tmp_path), built_generation(tmp_path)))  # each whole; a save may come between them
+        seen.update((loaded_generation(tmp_path), built_generation(tmp_path)))  # each is whole; a save may come between them
         alive -= {child for child in alive if os.waitpid(child, os.WNOHANG)[0]}
     assert None not in seen and generation_in(tmp_path) in {17, 27, 37}
     assert not litter_in(tmp_path)
 
 
-def test_files_of_others_are_not_touched(tmp_path: Path) -> None:
-    """Catches cleaning that follows names which an index, or anyone, put in its way."""
+def test_foreign_files_are_not_touched(tmp_path: Path) -> None:
+    """Catches cleaning that removes files because an index names them, or through a symbolic link."""
     keep = {"config.json": b"{}", "tokenizer.json": b"{}", "model.bin": b"x"}
     for name, content in keep.items():
         (tmp_path / name).write_bytes(content)
@@ -120,18 +120,18 @@ def test_files_of_others_are_not_touched(tmp_path: Path) -> None:
     assert outside.read_bytes() == b"outside" and (tmp_path / "model-00003-of-00003.safetensors").is_symlink()
 
 
-def test_a_name_that_others_take_meanwhile(tmp_path: Path) -> None:
-    """Catches a shard that is moved over a file which someone else (a saver of another host, say) made during the save."""
-    theirs = tmp_path / "model-00001-of-00002.safetensors"
+def test_a_name_that_is_taken_meanwhile(tmp_path: Path) -> None:
+    """Catches a shard that replaces a file which someone else (a saver of another host, for example) made during the save."""
+    foreign = tmp_path / "model-00001-of-00002.safetensors"
     with pytest.raises(shardsave.DirectoryBusyError, match="model-00001-of-00002.safetensors was expected to be free, someone"):
-        shardsave.save(state(1), tmp_path, max_shard_size=5000, progress=lambda done, total: theirs.write_bytes(b"theirs"))
-    assert theirs.read_bytes() == b"theirs" and os.listdir(tmp_path) == [theirs.name]
+        shardsave.save(state(1), tmp_path, max_shard_size=5000, progress=lambda done, total: foreign.write_bytes(b"foreign"))
+    assert foreign.read_bytes() == b"foreign" and os.listdir(tmp_path) == [foreign.name]
     save(2, tmp_path)
-    assert theirs.read_bytes() == b"theirs" and generation_in(tmp_path) == 2
+    assert foreign.read_bytes() == b"foreign" and generation_in(tmp_path) == 2
 
 
 def test_unreadable_old_index_removes_nothing(tmp_path: Path) -> None:
-    """Catches cleaning on the word of an index that cannot be trusted."""
+    """Catches the removal of files although the index that was replaced cannot be read."""
     save(1, tmp_path)
     before = set(os.listdir(tmp_path))
     (tmp_path / INDEX).write_bytes((tmp_path / INDEX).read_bytes().replace(b'"durable": true', b'"durable": tru3'))
@@ -140,16 +140,16 @@ def test_unreadable_old_index_removes_nothing(tmp_path: Path) -> None:
     assert "nothing was removed" in str(report)
 
 
-def test_no_room_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a save that begins although it cannot end. The model claims a size that no disk has, and holds one element."""
+def test_no_space_is_reported_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a save that starts although it cannot succeed. The model claims a size that no disk has, and holds one element."""
     huge = torch.zeros(1).expand(1 << 45)
     with pytest.raises(shardsave.OutOfSpaceError, match=r"needs 140\.7 TB, .* free; nothing was committed, there was no"):
         shardsave.save({"x": huge}, tmp_path)
     assert os.listdir(tmp_path) == []
 
 
-def test_threads_and_descriptors_are_given_back(tmp_path: Path) -> None:
-    """Catches a leak in the ordinary way."""
+def test_threads_and_descriptors_are_released(tmp_path: Path) -> None:
+    """Catches a leak where nothing fails."""
     save(1, tmp_path)
     shardsave.load(tmp_path)
     before = held()

@@ -1,4 +1,4 @@
-"""Faults made beneath libc, where the C++ core, the commit in Python and the portable engine meet them alike.
+"""Faults injected beneath libc, where the C++ core, the commit in Python and the portable engine all meet them.
 
 Method: each scenario of ``faults/scenarios.py`` runs in a process of its own with ``faults/beneath.c`` preloaded.
 """
@@ -22,7 +22,7 @@ ENGINES = ("native", "portable")
 
 
 def run_beneath(beneath: Path, engine: str, arguments: list[str], *before: str, kind: str = "plain") -> str:
-    """Runs ``python arguments`` with the library preloaded, saving what `savers.KIND` says; what it printed."""
+    """Runs ``python arguments`` with the library preloaded; returns what it printed. ``kind``: what is saved, see `savers.KIND`."""
     paths = os.pathsep.join([str(ROOT / "tests"), *filter(None, sys.path)])
     preload = ["env", f"LD_PRELOAD={beneath}"]
     wanted = {"PYTHONPATH": paths, "SHARDSAVE_ENGINE": engine, "SHARDSAVE_FAULTS_KIND": kind}
@@ -38,30 +38,30 @@ def run_beneath(beneath: Path, engine: str, arguments: list[str], *before: str, 
 
 
 def trials(printed: str) -> int:
-    """The fewest of any scenario."""
+    """The number of trials of the scenario that had the fewest."""
     return min(int(number) for number in re.findall(r"(\d+) trials", printed))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("before", ["first", "overwrite"])
 def test_each_call_of_a_save(beneath: Path, memory: Path, before: str, engine: str) -> None:
-    """Catches any call whose failure is swallowed, leaks something, tears a checkpoint, leaves litter or is not told; any
-    instant at which a killed save leaves neither the old nor the new checkpoint; any at which Ctrl-C does."""
+    """Catches any call whose failure is swallowed, leaks something, tears a checkpoint, leaves litter or is not reported; and any
+    moment at which a kill or Ctrl-C leaves neither the old nor the new checkpoint."""
     scenarios = "save_fails,save_loses_its_disk,save_is_killed,save_is_interrupted"
     assert trials(run_beneath(beneath, engine, ["-m", "faults.scenarios", scenarios, before, str(memory)])) >= 60
 
 
 @pytest.mark.parametrize("before", ["first", "overwrite"])
 def test_each_call_of_a_save_with_direct_io(beneath: Path, tmp_path: Path, before: str) -> None:
-    """Catches the same where the disk is written to past the page cache, which memory has no need of."""
+    """Catches the same on a disk, where direct I/O bypasses the page cache; a file system in memory has none."""
     arguments = ["-m", "faults.scenarios", "direct_save_fails,save_is_killed", before, str(tmp_path)]
     assert trials(run_beneath(beneath, "native", arguments)) >= 60
 
 
 @pytest.mark.parametrize("before", ["first", "overwrite"])
 def test_each_call_of_a_save_with_a_config(beneath: Path, memory: Path, before: str) -> None:
-    """Catches the same where a file of a fixed name lies beside the weights: half of one, one that goes with a save that was not
-    committed, one that is not of the same save without that a reader is told, one that the next save leaves as it is."""
+    """Catches the same with a file of a fixed name beside the weights: half of it, the one of a save that was not committed, one of
+    another save that no note reports, one of another save that the next save does not replace."""
     arguments = ["-m", "faults.scenarios", "save_fails,save_is_killed,save_is_interrupted", before, str(memory)]
     assert trials(run_beneath(beneath, "native", arguments, kind="config")) >= 60
 
@@ -69,8 +69,8 @@ def test_each_call_of_a_save_with_a_config(beneath: Path, memory: Path, before: 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("before", ["first", "overwrite"])
 def test_each_call_of_a_save_of_an_adapter(beneath: Path, memory: Path, before: str, engine: str) -> None:
-    """Catches weights and config of two adapters side by side without that a reader is told, half of one of them, one that goes with
-    a save that was not committed, and one that the next save leaves as it is."""
+    """Catches weights and config of two different adapters side by side that no note reports, half of one file, the one of a save
+    that was not committed, and one that the next save does not replace."""
     arguments = ["-m", "faults.scenarios", "slice_fails,save_is_killed,save_is_interrupted", before, str(memory)]
     assert trials(run_beneath(beneath, engine, arguments, kind="adapter")) >= 60
 
@@ -78,34 +78,34 @@ def test_each_call_of_a_save_of_an_adapter(beneath: Path, memory: Path, before: 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("before", ["first", "overwrite"])
 def test_killed_at_any_moment(beneath: Path, tmp_path: Path, before: str, engine: str) -> None:
-    """Catches any instant, in whatever the saver's threads do, at which a kill tears a checkpoint; and a lock that a forked child
-    keeps when its parent is gone."""
+    """Catches any moment, whatever the saver's threads are doing, at which a kill tears a checkpoint; and a lock that a forked child
+    keeps after its parent was killed."""
     scenarios = "save_is_killed_at_random,save_is_killed_beside_a_live_child"
     assert trials(run_beneath(beneath, engine, ["-m", "faults.scenarios", scenarios, before, str(tmp_path)])) >= 10
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_each_call_of_a_load(beneath: Path, tmp_path: Path, engine: str) -> None:
-    """Catches a load that gives wrong values, an unclear error, or keeps a descriptor, because a call failed, gave less than was
-    asked for, or was interrupted."""
+    """Catches a load that returns wrong values, raises an unclear error, or keeps a descriptor, because a call failed, returned fewer
+    bytes than were asked for, or was interrupted."""
     scenarios = "load_fails,load_is_interrupted"
     assert trials(run_beneath(beneath, engine, ["-m", "faults.scenarios", scenarios, "overwrite", str(tmp_path)])) > 60
 
 
 @pytest.mark.parametrize("before", ["first", "overwrite"])
 def test_each_call_of_a_conversion(beneath: Path, memory: Path, before: str) -> None:
-    """Catches one file that is torn, a scratch file that stays for good, a descriptor that is kept."""
+    """Catches a torn file, a scratch file that stays for good, and a descriptor that stays open."""
     arguments = ["-m", "faults.single_file", "file_is_interrupted,file_is_killed", before, str(memory)]
     assert trials(run_beneath(beneath, "native", arguments)) >= 40
 
 
 def test_each_failing_call_of_a_conversion(beneath: Path, memory: Path) -> None:
-    """Catches a failure that is swallowed, or told as another, and what is said to be untouched being touched."""
+    """Catches a failure that is swallowed or reported as another, and a file that is changed although the error says it is not."""
     assert trials(run_beneath(beneath, "native", ["-m", "faults.single_file", "file_fails", "first", str(memory)])) >= 40
 
 
 def test_each_call_of_a_clean(beneath: Path, memory: Path) -> None:
-    """Catches a clean that damages what it is to keep, when it fails or ends half way, and one that the next cannot finish."""
+    """Catches a `clean` that damages the checkpoint when it fails or ends halfway, and one that the next `clean` cannot finish."""
     assert trials(run_beneath(beneath, "native", ["-m", "faults.single_file", "clean_meets", "overwrite", str(memory)])) >= 10
 
 
@@ -145,26 +145,26 @@ assert not started(calls("in-memory", durable=False)[1])
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_writeback_begins_with_the_first_block(beneath: Path, tmp_path: Path, engine: str) -> None:
-    """Catches a durable save through the page cache that leaves all the writing to its fsync, which no Ctrl-C ends; and one that
-    is not durable and makes the disk work."""
+    """Catches a durable save through the page cache that leaves all writing to its fsync, which Ctrl-C cannot interrupt; and a save
+    that is not durable and starts to write to the disk all the same."""
     run_beneath(beneath, engine, ["-c", EARLY, str(tmp_path)])
 
 
-#: The names that calls have in the library, by those of the kernel.
+#: The kernel's name of a call → the library's.
 KERNEL = {
     "pread64": "pread", "pwrite64": "pwrite", "newfstatat": "stat", "fstat": "stat", "lstat": "stat", "fstatat": "stat",
     "fstatfs": "fstatvfs", "closedir": "close", "rename": "renameat", "mkdir": "mkdirat", "unlink": "unlinkat",
     "rmdir": "unlinkat", "open": "openat", "opendir": "openat", "getdents64": "readdir",
 }  # fmt: skip
 
-#: Calls that ask the kernel a different number of times (that they were made at all is enough), or that strace may not know.
+#: Calls whose number differs from the kernel's (it is enough that there are some), or that strace may not know.
 UNCOUNTED = {"readdir", "fdopendir", "lseek", "stat", "fcntl", "cachestat"}
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
 @pytest.mark.parametrize("engine", ENGINES)
 def test_no_call_is_missed(beneath: Path, tmp_path: Path, engine: str) -> None:
-    """Catches an OS call on checkpoint files that the library does not see, and so never fails: compared with the kernel's view."""
+    """Catches an OS call on checkpoint files that the library does not see, and so never fails. strace has the kernel's view."""
     program = (
         "import sys; from pathlib import Path; from faults.beneath import recorded; from faults import savers; import shardsave\n"
         "folder = Path(sys.argv[1])\n"
@@ -193,5 +193,5 @@ def test_no_call_is_missed(beneath: Path, tmp_path: Path, engine: str) -> None:
 
 
 def _is_the_librarys_own(line: str) -> bool:
-    """The library looks files up itself when it records."""
+    """Whether the library itself made the call, to look up the path of a file that it records."""
     return "/proc/self/fd/" in line

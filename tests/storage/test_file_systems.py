@@ -1,8 +1,7 @@
-"""File systems that only root may mount: one that has less room than it promises, one that loses its disk, one without direct I/O.
+"""File systems that only root may mount: one with less space than it promises, one that loses its disk, one without direct I/O.
 
-Method: an ext4 image on a tmpfs that is smaller than the image: ``fallocate`` succeeds there, and what fails is the writing itself,
-or the fsync after it. One that is cut off from its disk while a save is at work (``faults/cuts.py``). And a ramfs, which refuses
-O_DIRECT.
+Method: an ext4 image on a tmpfs that is smaller than the image: ``fallocate`` succeeds there, and writing, or the fsync after it,
+fails. An ext4 that is cut off from its disk during a save (``faults/cuts.py``). A ramfs, which refuses O_DIRECT.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ import shardsave
 from faults.cuts import MOUNT, cut
 from faults.savers import litter_in
 
-CUTS = int(os.environ.get("SHARDSAVE_CUTS", "6"))  # of a first save and of an overwrite each
+CUTS = int(os.environ.get("SHARDSAVE_CUTS", "6"))  # per scenario, for a first save and for an overwrite
 
 PROGRAM = """
 import sys, torch, shardsave
@@ -38,7 +37,7 @@ except shardsave.ShardSaveError as error:
 
 @contextmanager
 def mounted(where: Path, *arguments: str) -> Iterator[Path]:
-    """``where``, made, with ``mount arguments where`` done; the test is skipped where that is not allowed."""
+    """Makes the directory ``where`` and runs ``mount arguments where``; skips the test where that is not allowed."""
     if os.geteuid() != 0:
         pytest.skip("only root may mount")
     where.mkdir()
@@ -60,7 +59,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def thin_disk(tmp_path: Path, small_disk: Path) -> Iterator[Path]:
-    """An empty ext4 that says it has some 50 MB and has less than 12."""
+    """An empty ext4 that reports some 50 MB and has less than 12."""
     image = small_disk / "image"
     with image.open("wb") as file:
         file.truncate(64 << 20)
@@ -71,7 +70,7 @@ def thin_disk(tmp_path: Path, small_disk: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def disk_that_can_be_cut(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
-    """An image of an ext4 in memory, and where it is mounted; it has been cut off from its disk once."""
+    """An image of an ext4 in memory, and its mount point. It has been cut off from its disk once, to see that this works."""
     with mounted(tmp_path / "memory", "-t", "tmpfs", "-o", "size=64m", "tmpfs") as memory:
         image = memory / "image"
         with image.open("wb") as file:
@@ -96,7 +95,7 @@ def without_direct_io(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_disk_that_only_promised_room(thin_disk: Path, engine: str) -> None:
-    """Catches a save that reports success for bytes that the disk never took, and one that costs the previous checkpoint."""
+    """Catches a save that reports success for bytes that the disk never stored, and one that damages the previous checkpoint."""
     environment = {**os.environ, "SHARDSAVE_ENGINE": engine}
     small = "import sys, torch, shardsave; print(shardsave.save({'x': torch.ones(1000)}, sys.argv[1]))"
     load = "import sys, shardsave; print(int(shardsave.load(sys.argv[1])['x'].sum()))"
@@ -114,14 +113,14 @@ def test_a_disk_that_only_promised_room(thin_disk: Path, engine: str) -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_disk_that_is_cut_off(beneath: Path, disk_that_can_be_cut: tuple[Path, Path], engine: str) -> None:
-    """Catches a save that reports success, and is gone or torn when the journal has been replayed; one that costs the checkpoint
-    that was there, or leaves litter for good; and a trial that would not notice."""
+    """Catches a save that reports success, and is lost or torn once the journal has been replayed; one that damages the previous
+    checkpoint, or leaves litter for good; and trials that would not notice such a save."""
     printed = run_beneath(beneath, engine, ["-m", "faults.cuts", *map(str, disk_that_can_be_cut), str(CUTS)])
     assert sum(int(number) for number in re.findall(r"(\d+) cuts", printed)) >= 4 * CUTS
 
 
-def test_room_that_dead_savers_hold(small_disk: Path) -> None:
-    """Catches killed savers whose leavings fill the disk, so that no save can ever come to the cleaning again."""
+def test_space_that_dead_savers_hold(small_disk: Path) -> None:
+    """Catches leavings of killed savers that fill the disk, so that no later save gets far enough to clean up."""
     kill = "import os, signal, sys, torch, shardsave;"
     kill += "stop = lambda done, total: os.kill(os.getpid(), signal.SIGKILL);"
     kill += "shardsave.save({'x': torch.zeros(4_000_000, dtype=torch.uint8)}, sys.argv[1], progress=stop)"
@@ -132,7 +131,7 @@ def test_room_that_dead_savers_hold(small_disk: Path) -> None:
 
 
 def test_a_file_system_that_refuses_direct_io(without_direct_io: Path) -> None:
-    """Catches a save or a load that needs O_DIRECT, says that it had it, or leaves behind what a refused call has made."""
+    """Catches a save or a load that needs O_DIRECT, reports it although it was refused, or leaves the file of a refused call behind."""
     state = {"x": torch.arange(5_000_000), "y": torch.ones(3)}
     report = shardsave.save(state, without_direct_io / "ckpt")
     assert report.durable and not report.direct

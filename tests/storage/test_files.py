@@ -1,4 +1,4 @@
-"""The files on disk as others see them: an independent reader, another CRC, and the libraries of the Hugging Face world."""
+"""The files on disk, read by others: an independent reader, another CRC implementation, and Hugging Face's libraries."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def read_as_format_says(folder: Path) -> dict[str, tuple[str, list[int], bytes]]:
-    """A reader written from FORMAT.md alone: name → dtype, shape, bytes, with every check that it asks for."""
+    """A reader written from FORMAT.md alone, with every check that it asks for. Returns name → dtype, shape, bytes."""
     content = (folder / INDEX).read_bytes()
     assert content.endswith(b'"}}\n')
     assert f"{awscrt.checksums.crc64nvme(content[:-20]):016x}".encode() == content[-20:-4]
@@ -53,7 +53,7 @@ def read_as_format_says(folder: Path) -> dict[str, tuple[str, list[int], bytes]]
 
 
 def test_an_independent_reader(tmp_path: Path, small_model: nn.Module) -> None:
-    """Catches files that are not what FORMAT.md says, and checksums that only our own code agrees with."""
+    """Catches files that do not follow FORMAT.md, and checksums that only our own code computes."""
     shardsave.save(small_model, tmp_path, max_shard_size=3000)
     found = read_as_format_says(tmp_path)
     state = small_model.state_dict()
@@ -64,7 +64,7 @@ def test_an_independent_reader(tmp_path: Path, small_model: nn.Module) -> None:
 
 
 def test_safetensors_opens_shards(tmp_path: Path, small_model: nn.Module) -> None:
-    """Catches headers that the format's own library does not take."""
+    """Catches headers that the format's own library does not accept."""
     from safetensors import safe_open
     from safetensors.torch import load_file
 
@@ -79,7 +79,7 @@ def test_safetensors_opens_shards(tmp_path: Path, small_model: nn.Module) -> Non
 
 
 def test_hub_and_accelerate_open_checkpoints(tmp_path: Path, small_model: nn.Module) -> None:
-    """Catches an index that the loaders of huggingface_hub or accelerate do not follow."""
+    """Catches an index that the loaders of huggingface_hub or accelerate do not understand."""
     from accelerate import load_checkpoint_in_model
     from huggingface_hub import load_torch_model
 
@@ -94,7 +94,7 @@ def test_hub_and_accelerate_open_checkpoints(tmp_path: Path, small_model: nn.Mod
 
 
 def test_transformers_both_ways(tmp_path: Path) -> None:
-    """Catches a checkpoint that from_pretrained does not load whole, and one of theirs that we do not."""
+    """Catches a checkpoint that from_pretrained does not load whole, and one by save_pretrained that we do not."""
     from transformers import BertConfig, BertForMaskedLM
 
     config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=100)
@@ -114,7 +114,7 @@ def test_transformers_both_ways(tmp_path: Path) -> None:
 
 
 def test_hub_cache_symlinks_and_single_paths(tmp_path: Path) -> None:
-    """Catches a reader that does not follow the links of the hub's cache, or wants a directory."""
+    """Catches a reader that does not follow the links of the Hub's cache, or accepts nothing but a directory."""
     blobs = tmp_path / "blobs"
     shardsave.save({"x": torch.ones(3)}, blobs)
     snapshot = tmp_path / "snapshot"
@@ -126,7 +126,7 @@ def test_hub_cache_symlinks_and_single_paths(tmp_path: Path) -> None:
 
 
 def test_lone_file_beside_our_index(tmp_path: Path) -> None:
-    """Catches a silent choice between our checkpoint and a file that someone saved later."""
+    """Catches a silent choice between our checkpoint and a file that another library saved later."""
     from safetensors.torch import save_file
 
     save_file({"x": torch.zeros(2)}, tmp_path / "model.safetensors")
@@ -140,8 +140,8 @@ def test_lone_file_beside_our_index(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path))[-1] == INDEX
 
 
-def test_ties_in_files_of_others(tmp_path: Path) -> None:
-    """Catches a name that is gone, or a second copy, where others left a tied tensor out and their metadata says so."""
+def test_ties_in_foreign_files(tmp_path: Path) -> None:
+    """Catches a missing name, or a second copy, where another library left a tied tensor out and recorded the tie in its metadata."""
     from huggingface_hub import save_torch_state_dict
     from safetensors.torch import save_file, save_model
 
@@ -167,7 +167,7 @@ def test_ties_in_files_of_others(tmp_path: Path) -> None:
 
 
 def test_header_is_a_pure_function_of_its_tensors(tmp_path: Path) -> None:
-    """Catches anything about the save, or about other shards, that gets into a shard."""
+    """Catches a header that depends on the save, or on other shards."""
     shardsave.save({"a": torch.ones(1000), "b": torch.ones(1000)}, tmp_path / "one", max_shard_size=4000, metadata={"run": 1})
     shardsave.save({"a": torch.ones(1000)}, tmp_path / "two", durable=False)
     first = (tmp_path / "one" / "model-00001-of-00002.safetensors").read_bytes()
@@ -175,7 +175,7 @@ def test_header_is_a_pure_function_of_its_tensors(tmp_path: Path) -> None:
 
 
 def test_the_header_check_is_what_finds_another_saves_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a reader that uses a header before it is compared with the index: only that tells two saves of one layout apart."""
+    """Catches a reader that uses a header without comparing it with the index, which alone tells two saves of one layout apart."""
     shardsave.save({"x": torch.zeros(8)}, tmp_path / "a")
     shardsave.save({"x": torch.zeros(8, dtype=torch.int32)}, tmp_path / "b")
     name = "model-00001-of-00001.safetensors"
@@ -188,7 +188,7 @@ def test_the_header_check_is_what_finds_another_saves_shard(tmp_path: Path, monk
 
 
 def test_damage_is_named(tmp_path: Path, small_model: nn.Module) -> None:
-    """Catches a corrupt shard that is loaded, or a message that does not say which tensor, or what state the module is in."""
+    """Catches a corrupt shard that is loaded, or a message that names neither the tensor nor the state of the module."""
     shardsave.save(small_model, tmp_path)
     info = shardsave.inspect(tmp_path)
     path = tmp_path / info.tensors["encoder.0.weight"].shard

@@ -1,6 +1,6 @@
-"""Method: real processes are interrupted, ended or forked while they save or load; how long they took to end is measured.
+"""Method: real processes are interrupted, terminated or forked while they save or load; the time until they end is measured.
 
-The bound is that of the promise, a second, with room for a machine that is busy with other things.
+The limit is the promised second, with some slack for a busy machine.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.alone, pytest.mark.timeout(120)]
 
 
 def process(program: str, folder: Path, **environment: str) -> subprocess.Popen[str]:
-    """A new Python with torch, shardsave, and ``folder``; what it prints is in its stdout."""
+    """Starts Python on ``program``, which can use torch, shardsave and ``folder``; its output can be read."""
     preamble = "import os, signal, sys, threading, time, torch, shardsave\nfolder = sys.argv[1]\n"
     return subprocess.Popen(
         [sys.executable, "-c", preamble + textwrap.dedent(program), str(folder)],
@@ -40,7 +40,7 @@ def process(program: str, folder: Path, **environment: str) -> subprocess.Popen[
 
 
 def generation_in(folder: Path) -> int:
-    """Which generation the directory holds, whole."""
+    """The generation of the checkpoint in ``folder``, which must be whole."""
     found = shardsave.load(folder)["x"]
     assert (found == found[0]).all()
     return int(found[0])
@@ -77,8 +77,8 @@ assert not [name for name in os.listdir(folder) if name.startswith(".shardsave")
 
 
 @pytest.mark.parametrize("engine", ["native", "portable"])
-def test_ctrl_c_is_heard_within_a_second(tmp_path: Path, engine: str) -> None:
-    """Catches a save, load or verification that goes on after Ctrl-C, leaves its half behind, or spoils what follows."""
+def test_ctrl_c_ends_within_a_second(tmp_path: Path, engine: str) -> None:
+    """Catches a save, load or verification that goes on after Ctrl-C, leaves half a checkpoint behind, or breaks the next call."""
     running = process(CTRL_C, tmp_path, SHARDSAVE_ENGINE=engine)
     out, error = running.communicate(timeout=200)
     assert running.returncode == 0, error
@@ -87,7 +87,7 @@ def test_ctrl_c_is_heard_within_a_second(tmp_path: Path, engine: str) -> None:
 
 
 def test_terminated(tmp_path: Path) -> None:
-    """SIGTERM has its default handling: the process ends at once. Catches anything but the old or the new checkpoint after it."""
+    """SIGTERM has its default handling: the process ends at once. Catches anything else afterwards than the old or new checkpoint."""
     program = """
         tensors = [{"x": torch.full((20_000_000,), n, dtype=torch.uint8)} for n in (1, 2)]
         shardsave.save(tensors[0], folder)
@@ -139,7 +139,7 @@ print("main has ended", flush=True)
 
 @pytest.mark.parametrize(("engine", "daemon"), [("native", True), ("portable", True), ("native", False)])
 def test_the_interpreter_ends_while_a_thread_works(tmp_path: Path, engine: str, daemon: bool) -> None:
-    """Catches a process that hangs or is aborted at its end, by a thread that comes back to an interpreter that is gone."""
+    """Catches a process that hangs or aborts at its end, because a thread returns to an interpreter that is gone."""
     running = []
     for number, verb in enumerate(("saving", "loading")):
         program = ENDING.replace("DAEMON", str(daemon)).replace("VERB", verb).replace("DELAY", str(0.03 + 0.05 * number))
@@ -153,7 +153,7 @@ def test_the_interpreter_ends_while_a_thread_works(tmp_path: Path, engine: str, 
 
 
 def test_the_interpreter_ends_while_a_thread_waits_for_the_lock(tmp_path: Path) -> None:
-    """Catches an end that waits for a daemon thread, which waits for a saver that does not end."""
+    """Catches an interpreter exit that waits for a daemon thread, which waits for a saver that does not end."""
     program = """
         waits = threading.Event()
         real = time.sleep

@@ -1,8 +1,8 @@
-"""The commit protocol under loss of power at any moment, judged on the model of ``faults/power.py``.
+"""The commit protocol under loss of power at any moment, judged by the model of ``faults/power.py``.
 
-Method: real saves are recorded beneath libc, then replayed up to every call; of each disk that may be found there, the directory
-must load as the old or the new checkpoint, whole, and the next save must leave no litter. To show that the model would notice, steps
-of the protocol are then taken out of the recording one at a time, and each time it must fail.
+Method: real saves are recorded beneath libc, then replayed up to every call. On each disk that a loss of power may leave there, the
+directory must load as the old or the new checkpoint, whole, and the next save must leave no litter. To show that the model would
+notice a mistake, steps of the protocol are removed from the recording, one at a time, and each time the model must find a violation.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Phases = list[list[Recorded]]
 
 
 class Judge:
-    """Replays recordings and remembers what it found on which disk."""
+    """Replays recordings, and remembers the result for each disk."""
 
     def __init__(self, scratch: Path) -> None:
         self._scratch = scratch
@@ -39,7 +39,7 @@ class Judge:
     def violations(
         self, root: Path, phases: Phases, allowed: Sequence[Collection[object]], end: Collection[object]
     ) -> list[str]:
-        """Replays ``phases``, cutting the power before each call; ``allowed`` are the generations during each, ``end`` after all."""
+        """Replays ``phases`` and cuts the power before each call. ``allowed``: the generations during each phase; ``end``: after all."""
         disk = Disk(root)
         wrong: list[str] = []
         chance = random.Random(1)
@@ -70,7 +70,7 @@ class Judge:
 
 
 def _judge(target: Path) -> tuple[object, str]:
-    """The generation that ``target`` holds, or what is wrong with it; and what the next save leaves behind."""
+    """The generation that ``target`` holds, or the error that reading it raises; and the litter that the next save leaves behind."""
     try:
         found: object = with_companions_in(target)
     except (shardsave.ShardSaveError, AssertionError) as error:
@@ -82,11 +82,11 @@ def _judge(target: Path) -> tuple[object, str]:
 
 @pytest.fixture(scope="module")
 def judge() -> Judge:
-    """Works in memory where there is a place for it."""
+    """Lays disks out in memory where there is a place for it."""
     shm = Path("/dev/shm")
     scratch = (shm if os.access(shm, os.W_OK) else Path("/tmp")) / f"shardsave-power-{os.getpid()}"
     scratch.mkdir()
-    gc.freeze()  # all of torch, which no collection need go through for each disk
+    gc.freeze()  # all of torch: no collection has to visit it for each disk
     yield Judge(scratch)
     gc.unfreeze()
     shutil.rmtree(scratch, ignore_errors=True)
@@ -97,16 +97,16 @@ Record = Callable[..., Path]
 
 @pytest.fixture(scope="module", params=ENGINES)
 def record(beneath: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Record:
-    """``record(name)`` makes a recording of ``faults.recordings`` once, and gives its folder."""
-    made: dict[tuple[str, str], Path] = {}
+    """``record(name)`` makes a recording of ``faults.recordings``, once, and returns its folder."""
+    recordings: dict[tuple[str, str], Path] = {}
 
     def make(name: str, kind: str = "plain") -> Path:
-        if (name, kind) not in made:
+        if (name, kind) not in recordings:
             folder = tmp_path_factory.mktemp(f"{name}-{request.param}")
             arguments = ["-m", "faults.recordings", name, str(folder)]
             run_beneath(beneath, request.param, arguments, kind=kind)
-            made[name, kind] = folder / "recording"
-        return made[name, kind]
+            recordings[name, kind] = folder / "recording"
+        return recordings[name, kind]
 
     return make
 
@@ -116,13 +116,13 @@ def phases_of(recording: Path) -> Phases:
 
 
 def test_first_save(record: Record, judge: Judge) -> None:
-    """Catches a first save that a loss of power turns into something that is neither nothing nor all, or that is not durable."""
+    """Catches a first save that a loss of power leaves half done, or that is not durable once it has returned."""
     recording = record("first")
     assert not judge.violations(recording / "watched", phases_of(recording), [{None, 1}], {1})
 
 
 def test_overwrite(record: Record, judge: Judge) -> None:
-    """Catches an overwrite in which a loss of power costs the old checkpoint before the new one is safe."""
+    """Catches an overwrite in which a loss of power destroys the old checkpoint before the new one is durable."""
     recording = record("overwrite")
     before = judge.disks
     assert not judge.violations(recording / "watched", phases_of(recording), [(), {1, 2}], {2})
@@ -130,20 +130,20 @@ def test_overwrite(record: Record, judge: Judge) -> None:
 
 
 def test_first_save_with_a_config(record: Record, judge: Judge) -> None:
-    """Catches a first save that is there without its config."""
+    """Catches a first save that is in place without its config."""
     recording = record("first", kind="config")
     assert not judge.violations(recording / "watched", phases_of(recording), [{None, 1}], {1})
 
 
 def test_overwrite_with_another_config(record: Record, judge: Judge) -> None:
-    """Catches the old weights beside the new config; half of a config; weights and config of two saves of which no reader is told."""
+    """Catches the old weights beside the new config; half a config; and weights and config of two saves that no note reports."""
     recording = record("overwrite", kind="config")
     during = {1, 2, "2 with config.json of 1"}
     assert not judge.violations(recording / "watched", phases_of(recording), [(), during], {2})
 
 
 def test_config_of_a_killed_saver(record: Record, judge: Judge) -> None:
-    """Catches a dead saver's config that the next save loses before it has put it, or its own, in place."""
+    """Catches a dead saver's config that the next save loses before that config, or its own, is in place."""
     recordings = [r for r in sorted(record("killed_before_the_config", kind="config").iterdir()) if r.name != "trial"]
     assert len(recordings) >= 6
     for recording in recordings:
@@ -161,26 +161,26 @@ def test_in_place_of_a_lone_file(record: Record, judge: Judge) -> None:
     assert not judge.violations(recording / "watched", phases_of(recording), [(), {1, 2}], {2})
 
 
-def test_in_a_directory_that_others_made(record: Record, judge: Judge) -> None:
+def test_in_a_directory_that_someone_else_made(record: Record, judge: Judge) -> None:
     """Catches a durable checkpoint in a directory whose own name is not durable."""
     recording = record("made_by_others")
     assert not judge.violations(recording / "watched", phases_of(recording), [(), (), ()], {2})
 
 
 def test_what_was_visible_is_intact(record: Record, judge: Judge) -> None:
-    """Catches a save that says "the previous checkpoint is intact" of one that a loss of power may still undo."""
+    """Catches a save that says "the previous checkpoint is intact" although a loss of power may still undo that one."""
     recording = record("killed_then_no_room")
     assert not judge.violations(recording / "watched", phases_of(recording), [(), {1, 2}, {1, 2}], {2})
 
 
 def test_after_a_killed_saver(record: Record, judge: Judge) -> None:
-    """Catches a save that builds on, or cleans up, what a dead saver had not made durable."""
+    """Catches a save that relies on, or cleans up, files that a dead saver had not made durable."""
     for recording in sorted(record("killed_then_saved").iterdir()):
         assert not judge.violations(recording / "watched", phases_of(recording), [(), (), {1, 2, 3}], {3}), recording.name
 
 
 def test_each_fsync_fails(record: Record, judge: Judge) -> None:
-    """Catches a failed fsync that is taken for success, or after which something is removed."""
+    """Catches a failed fsync that is reported as success, or after which something is removed."""
     outcomes = set()
     for recording in record("failed_fsyncs").iterdir():
         if recording.name == "trial":
@@ -189,7 +189,7 @@ def test_each_fsync_fails(record: Record, judge: Judge) -> None:
         outcomes.add(outcome)
         end = {2} if outcome == "success" else {1, 2}
         assert not judge.violations(recording / "watched", phases_of(recording), [(), {1, 2}], end), recording.name
-    # Before the rename; after it; of what is only cleaned up.
+    # Before the rename; after it; while cleaning up.
     assert outcomes == {"SaveNotCommittedError", "DurabilityUncertainError", "success"}
 
 
@@ -206,11 +206,11 @@ def is_staging(call: Recorded) -> bool:
 
 
 def places(phase: list[Recorded], call: str, which: Callable[[Recorded], bool]) -> list[int]:
-    return [n for n, made in enumerate(phase) if made.call == call and which(made)]
+    return [n for n, recorded in enumerate(phase) if recorded.call == call and which(recorded)]
 
 
 def without(phase: list[Recorded], left_out: Collection[int]) -> list[Recorded]:
-    assert left_out, "the step that is to be removed is not there"
+    assert left_out, "the step to remove is not there"
     return [call for n, call in enumerate(phase) if n not in set(left_out)]
 
 
@@ -219,7 +219,7 @@ def index_rename(phase: list[Recorded]) -> int:
 
 
 def target_syncs(phase: list[Recorded]) -> dict[str, int]:
-    """The fsyncs of the checkpoint's directory, by what they make durable."""
+    """The fsyncs of the checkpoint's directory, by the change that they make durable."""
     staging = places(phase, "mkdirat", is_staging)[0]
     first_move = places(phase, "linkat", is_shard)[0]
     syncs = places(phase, "fsync", is_target)
@@ -231,11 +231,11 @@ def target_syncs(phase: list[Recorded]) -> dict[str, int]:
 
 
 def fsync_before_ftruncate(phase: list[Recorded]) -> list[Recorded]:
-    made = list(phase)
+    calls = list(phase)
     for truncate in reversed(places(phase, "ftruncate", is_shard)):
         sync = next(n for n in places(phase, "fsync", is_shard) if n > truncate)
-        made.insert(sync, made.pop(truncate))
-    return made
+        calls.insert(sync, calls.pop(truncate))
+    return calls
 
 
 def index_before_shards(phase: list[Recorded]) -> list[Recorded]:
@@ -260,7 +260,7 @@ REMOVALS: dict[str, Callable[[list[Recorded]], list[Recorded]]] = {
 
 
 def places_of_config(phase: list[Recorded], call: str) -> list[int]:
-    return places(phase, call, lambda made: CONFIG in (made.path.name, made.other.name))
+    return places(phase, call, lambda recorded: CONFIG in (recorded.path.name, recorded.other.name))
 
 
 CONFIG_REMOVALS: dict[str, Callable[[list[Recorded]], list[Recorded]]] = {
@@ -274,7 +274,7 @@ CONFIG_REMOVALS: dict[str, Callable[[list[Recorded]], list[Recorded]]] = {
 
 @pytest.mark.parametrize("step", CONFIG_REMOVALS)
 def test_a_missing_step_for_the_config_is_noticed(record: Record, judge: Judge, step: str) -> None:
-    """Catches a model that forgives what could leave a torn config, the new one beside the old weights, or the old one for good."""
+    """Catches a model that overlooks a torn config, the new config beside the old weights, or the old one that stays for good."""
     recording = record("overwrite", kind="config")
     old, new = phases_of(recording)
     during = {1, 2, "2 with config.json of 1"}
@@ -283,14 +283,14 @@ def test_a_missing_step_for_the_config_is_noticed(record: Record, judge: Judge, 
 
 @pytest.mark.parametrize("step", REMOVALS)
 def test_a_missing_step_is_noticed(record: Record, judge: Judge, step: str) -> None:
-    """Catches a model that forgives: without any one step of the protocol it must find a checkpoint lost, torn or littered."""
+    """Catches a model that overlooks mistakes: without any one step of the protocol it must find a lost or torn checkpoint, or litter."""
     recording = record("overwrite")
     old, new = phases_of(recording)
     assert judge.violations(recording / "watched", [old, REMOVALS[step](new)], [(), {1, 2}], {2})
 
 
 def test_a_missing_fsync_of_the_parent_directory_is_noticed(record: Record, judge: Judge) -> None:
-    """Catches a model that forgives directories that were created and never entered durably into their parents."""
+    """Catches a model that overlooks created directories whose names were never made durable in their parents."""
     recording = record("first")
     (phase,) = phases_of(recording)
     above = places(phase, "fsync", lambda call: call.path.name in ("runs", "watched"))
@@ -300,7 +300,7 @@ def test_a_missing_fsync_of_the_parent_directory_is_noticed(record: Record, judg
 
 
 def test_a_missing_fsync_at_the_lock_is_noticed(record: Record, judge: Judge) -> None:
-    """Catches a model that forgives a promise about what is visible and not durable."""
+    """Catches a model that overlooks a checkpoint called intact that is visible but not durable."""
     recording = record("killed_then_no_room")
     old, killed, no_room = phases_of(recording)
     without_sync = without(no_room, places(no_room, "fsync", is_target))

@@ -1,4 +1,4 @@
-"""`clean`: what crashed saves left in a directory, shown and removed."""
+"""`clean`: lists and removes what crashed saves left in a directory."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 
 from shardsave._api.arguments import check_path, check_switches, check_timeout
-from shardsave._common.os_calls import CallFailed, Descriptor, call, open_regular, read_all
+from shardsave._common.os_calls import CallFailed
 from shardsave._common.shutdown import verb
 from shardsave._common.words import count, human_bytes, some
 from shardsave._format.file_names import INDEX_NAME
 from shardsave._format.index import MAX_INDEX_BYTES, Index
 from shardsave._format.index_parsing import parse_index
-from shardsave._storage.cleanup import Leaving, find_leavings, remove_leaving
 from shardsave._storage.companions import finish_dead_savers
-from shardsave._storage.lock import DirectoryLock
-from shardsave._storage.staging import host_id
+from shardsave._storage.leavings import Leaving, find_leavings, remove_leaving
+from shardsave._storage.lock import LockedDirectory
+from shardsave._storage.previous import companions_of
 from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError, ShardSaveError
 
 __all__ = ["CleanReport", "Leaving", "clean"]
@@ -28,10 +29,10 @@ _UNTOUCHED = "nothing was removed"
 
 @dataclass(frozen=True)
 class CleanReport:
-    """What saves left behind in the directory ``path`` that did not end.
+    """What crashed saves left behind in the directory ``path``.
 
-    ``found``: all of it. ``removed``: the names of those of ``found`` that are gone now. ``leftovers``: names that should have
-    gone and would not.
+    ``found``: all leavings. ``removed``: the names of those that were removed. ``leftovers``: names of files and directories that
+    could not be removed.
     """
 
     path: str
@@ -41,7 +42,7 @@ class CleanReport:
 
     @property
     def left(self) -> tuple[Leaving, ...]:
-        """What of ``found`` is still there."""
+        """The leavings that are still there."""
         return tuple(leaving for leaving in self.found if leaving.name not in self.removed)
 
     def __str__(self) -> str:
@@ -49,9 +50,9 @@ class CleanReport:
             return f"{self.path}: nothing was left behind"
         total = human_bytes(sum(leaving.bytes for leaving in self.found))
         parts = [f"{self.path}: {count(len(self.found), 'leaving')} of crashed saves, {total}", f"{len(self.removed)} removed"]
-        others = [leaving.name for leaving in self.left if not leaving.dead]
-        if others:
-            parts.append(f"of owners that may be alive: {some(others)}")
+        foreign = [leaving.name for leaving in self.left if not leaving.dead]
+        if foreign:
+            parts.append(f"kept, since their owners may be alive: {some(foreign)}")
         if self.leftovers:
             parts.append(f"could not remove {some(self.leftovers)}")
         return "; ".join(parts)
@@ -63,23 +64,23 @@ def clean(
 ) -> CleanReport:
     """Finds what crashed saves left in ``directory``, and removes it; the checkpoint and all other files stay as they are.
 
-    A save cleans up too, but only when it comes. Who holds the lock of the directory knows that the savers of this host whose
-    staging directories are there are gone. Of another host's nobody can know: a save may be going on there right now, and would
-    lose what it has written. Those are listed, and only removed when ``other_hosts`` is True. A config that a save had committed
-    and not yet put beside its weights is put there.
+    The next save into the directory would remove it too. While `clean` holds the directory's lock, savers of this host whose staging
+    directories are there are certainly dead. Savers of other hosts may be alive, and would lose what they have written: their
+    staging directories are listed, and only removed with ``other_hosts=True``. A config that a save had committed, but not yet put
+    beside its weights, is put there.
 
     Args:
-        directory: a checkpoint's, also one that never got a first checkpoint.
-        remove: False only lists what there is.
-        other_hosts: remove also what savers of other hosts left (or, where the file system has no locks, of this one).
-        lock_timeout: seconds to wait for a save that is at work there.
+        directory: the directory of a checkpoint, or of a first save that crashed.
+        remove: False only lists the leavings.
+        other_hosts: remove also what savers of other hosts left (or of this one, where the file system has no locks).
+        lock_timeout: seconds to wait for a save into the same directory.
 
     Raises:
         TypeError, ValueError: for wrong arguments, before anything happens.
         CheckpointNotFoundError: there is no such directory.
-        CorruptCheckpointError, IncompatibleCheckpointError: the index cannot be read, so nobody knows what is needed.
-        DirectoryBusyError: a save is at work there.
-        ShardSaveError: the directory cannot be read, or what it names not be made durable first. Nothing was removed.
+        CorruptCheckpointError, IncompatibleCheckpointError: the index cannot be read, so the needed files are unknown.
+        DirectoryBusyError: another save holds the lock.
+        ShardSaveError: the directory cannot be read, or the index cannot be made durable first. Nothing was removed.
 
     Example:
         >>> import torch, shardsave
@@ -91,57 +92,40 @@ def clean(
     check_switches(remove=remove, other_hosts=other_hosts)
     check_timeout(lock_timeout)
     path = os.fspath(directory)
-    with _locked(path, lock_timeout) as lock:
-        index = _present_index(path, lock.fd)
-        found = find_leavings(lock.fd, host=host_id() if lock.held else None, index=index)
-        chosen = [leaving for leaving in found if leaving.dead or other_hosts] if remove else []
+    with _locked(path, lock_timeout) as folder:
+        index = _present_index(folder)
+        leavings = find_leavings(folder, index)
+        chosen = [leaving for leaving in leavings if leaving.dead or other_hosts] if remove else []
         if chosen:
-            _make_durable(lock.fd)
-            _finish(lock.fd, index, {leaving.name for leaving in chosen})
-        removed, leftovers = [], []
-        for leaving in chosen:
-            stayed = remove_leaving(lock.fd, leaving, index)
-            leftovers += stayed
-            if not stayed:
-                removed.append(leaving.name)
-    return CleanReport(path, found, tuple(removed), tuple(dict.fromkeys(leftovers)))
+            # What the index replaced may go only once the index is durable, and a committed config only once it is in place.
+            folder.sync_file(INDEX_NAME)
+            folder.sync()
+            finish_dead_savers(folder, companions_of(index), {leaving.name for leaving in chosen}.__contains__)
+        leftovers = {leaving.name: remove_leaving(folder, leaving, index) for leaving in chosen}
+    removed = tuple(name for name, stayed in leftovers.items() if not stayed)
+    return CleanReport(path, leavings, removed, tuple(dict.fromkeys(chain.from_iterable(leftovers.values()))))
 
 
 @contextmanager
-def _locked(path: str, timeout: float) -> Iterator[DirectoryLock]:
-    lock = DirectoryLock()
+def _locked(path: str, timeout: float) -> Iterator[LockedDirectory]:
+    folder = LockedDirectory(path, durable=True)
     try:
-        lock.acquire(path, timeout, purpose="clean", state=_UNTOUCHED)
-        yield lock
+        folder.acquire(timeout, purpose="clean", state=_UNTOUCHED)
+        yield folder
     except CallFailed as error:
         kind = CheckpointNotFoundError if error.errno in (errno.ENOENT, errno.ENOTDIR) else ShardSaveError
-        raise kind(f"cannot clean {path}: {error.call}: {error.strerror}; {_UNTOUCHED}") from error
+        raise kind(f"cannot clean {path}: {error.reason}; {_UNTOUCHED}") from error
     finally:
-        lock.close()
+        folder.close()
 
 
-def _present_index(path: str, folder: int) -> Index | None:
-    data = read_all(INDEX_NAME, folder, MAX_INDEX_BYTES)
+def _present_index(folder: LockedDirectory) -> Index | None:
+    data = folder.read_all(INDEX_NAME, MAX_INDEX_BYTES)
     if data is None:
         return None
     try:
         return parse_index(data, f"index {INDEX_NAME}")
     except (CorruptCheckpointError, IncompatibleCheckpointError) as error:
         raise type(error)(
-            f"cannot clean {path}: an index that tells what is needed was expected, it cannot be read ({error}); {_UNTOUCHED}"
+            f"cannot clean {folder.path}: an index that names the needed files was expected, it cannot be read ({error}); {_UNTOUCHED}"
         ) from error
-
-
-def _make_durable(folder: int) -> None:
-    """What the index replaced may go only once the index cannot be lost any more. Raises CallFailed."""
-    with Descriptor() as index:
-        if open_regular(index, INDEX_NAME, folder):
-            call(os.fsync, INDEX_NAME, index.fd)
-    call(os.fsync, "", folder)
-
-
-def _finish(folder: int, index: Index | None, dead: set[str]) -> None:
-    """A committed config that is still staged must not go with its staging directory. Raises CallFailed."""
-    companions = index.record.companions if index is not None and index.record is not None else {}
-    if finish_dead_savers(folder, companions, dead.__contains__):
-        call(os.fsync, "", folder)

@@ -1,4 +1,7 @@
-"""The OS calls that a commit is made of, each naming itself and its file when it fails."""
+"""Calls to the operating system that name themselves and their file when they fail; and descriptors that are always closed.
+
+What is done with the names in a directory stands in `shardsave._storage.directory`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import os
 import stat
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from types import TracebackType
 from typing import ParamSpec, TypeVar
@@ -17,10 +20,16 @@ from typing import ParamSpec, TypeVar
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
-#: Of directories of others, which may not even be opened.
-_MAY_NOT_SYNC = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.EOPNOTSUPP)
+#: errno values for a full disk or an exhausted quota.
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
-_UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+#: errno values that are reported as OutOfSpaceError: a full disk, or no memory.
+OUT_OF_SPACE = (*DISK_FULL, errno.ENOMEM)
+
+#: errno values of fallocate(2) on a file system that cannot reserve blocks.
+_CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+_READ_BYTES = 1 << 20
 
 
 class CallFailed(OSError):
@@ -31,20 +40,50 @@ class CallFailed(OSError):
         self.call = call
         self.path = path
 
+    @property
+    def reason(self) -> str:
+        """``fsync: Input/output error``, for a message that names the path elsewhere."""
+        return f"{self.call}: {self.strerror}"
+
+    @property
+    def words(self) -> str:
+        """``fsync of names: Input/output error``."""
+        about = f" of {self.path}" if self.path else ""
+        return f"{self.call}{about}: {self.strerror}"
+
+
+class NotRegular(CallFailed):
+    """A regular file was expected, something else has its name."""
+
+    def __init__(self, path: str, mode: int) -> None:
+        super().__init__("open", path, errno.EINVAL, f"a regular file was expected, it is a {kind_of(mode)}")
+
+
+class TooLong(CallFailed):
+    """A file is longer than any file of its kind: ``length`` bytes, or at least as many."""
+
+    def __init__(self, path: str, limit: int, length: int) -> None:
+        super().__init__("read", path, errno.EFBIG, f"at most {limit} bytes were expected, it has {length}")
+        self.length = length
+
 
 def call(function: Callable[_P, _T], path: str, *arguments: _P.args, **options: _P.kwargs) -> _T:
-    """``function(*arguments, **options)``, an OS call about ``path``. Raises CallFailed."""
+    """Returns ``function(*arguments, **options)``, an OS call about ``path``. Raises CallFailed."""
     try:
         return function(*arguments, **options)
     except OSError as error:
-        raise CallFailed(function.__name__, path, error.errno or 0, error.strerror or str(error)) from error
+        raise _failed(function.__name__, path, error) from error
+
+
+def _failed(name: str, path: str, error: OSError) -> CallFailed:
+    return CallFailed(name, path, error.errno or 0, error.strerror or str(error))
 
 
 class Descriptor:
-    """A file or directory that can be opened, closed at the latest when nobody has this object any more.
+    """A file or directory that can be opened. It is closed at the latest when this object is garbage.
 
-    Opening and closing are one C call each: an interrupt comes between two instructions of Python, and finds a number that is
-    either noted here or not open. As a context manager it closes what was only read.
+    Opening and closing are one C call each: an interrupt comes between two instructions of Python, and then the number is
+    either noted here or not open. As a context manager it closes a file that was only read.
     """
 
     def __init__(self) -> None:
@@ -57,7 +96,7 @@ class Descriptor:
         try:
             self._numbers.extend(map(opener, (path,), (flags | os.O_CLOEXEC,)))
         except OSError as error:
-            raise CallFailed("open", path, error.errno or 0, error.strerror or str(error)) from error
+            raise _failed("open", path, error) from error
 
     @property
     def fd(self) -> int:
@@ -65,14 +104,14 @@ class Descriptor:
         return self._numbers[0] if self._numbers else -1
 
     def close(self, path: str) -> None:
-        """Closes ``path``, which was written: a failure counts. Raises CallFailed."""
+        """Closes ``path``, which was written: a failure to close may be a failure to write. Raises CallFailed."""
         try:
             deque(map(os.close, map(list.pop, [self._numbers] * len(self._numbers))), maxlen=0)
         except OSError as error:
-            raise CallFailed("close", path, error.errno or 0, error.strerror or str(error)) from error
+            raise _failed("close", path, error) from error
 
     def abandon(self) -> None:
-        """Closes what was only read, or is given up: a failure changes nothing that was promised."""
+        """Closes a file that was only read, or that is given up: a failure breaks no promise."""
         with suppress(CallFailed):
             self.close("")
 
@@ -91,7 +130,7 @@ _alive: weakref.WeakSet[Descriptor] = weakref.WeakSet()
 
 
 def _abandon_in_child() -> None:
-    """A forked child keeps no file alive that is replaced, and no lock when it lives on and its parent is killed."""
+    """A forked child must not keep replaced files on disk, nor a lock when it outlives its killed parent."""
     for descriptor in list(_alive):
         descriptor.abandon()
 
@@ -99,68 +138,39 @@ def _abandon_in_child() -> None:
 os.register_at_fork(after_in_child=_abandon_in_child)
 
 
-def allocate(fd: int, path: str, length: int) -> None:
-    """Sizes a new file to ``length`` bytes, with its blocks reserved where the file system can. Raises CallFailed.
+def open_regular(
+    path: str, folder_fd: int | None = None, *, follow: bool = True, absent: Collection[int] = (errno.ENOENT,)
+) -> Descriptor | None:
+    """Opens the regular file ``path``, relative to ``folder_fd``, for reading. Raises CallFailed; NotRegular for anything else.
 
-    fallocate(2) itself: posix_fallocate(3) writes every block where the file system has no such call.
-    """
-    if hasattr(_libc, "fallocate"):
-        while _libc.fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(length)) != 0:
-            number = ctypes.get_errno()
-            if number in _UNSUPPORTED:
-                break
-            if number != errno.EINTR:
-                raise CallFailed("fallocate", path, number, os.strerror(number))
-        else:
-            return
-    call(os.ftruncate, path, fd, length)
-
-
-def start_writeback(fd: int, offset: int, length: int) -> None:
-    """Lets the disk begin with these bytes (sync_file_range(2)), so that the fsync to come, which no signal ends, is short.
-
-    An error means nothing: only fsync says what is on disk.
-    """
-    if hasattr(_libc, "sync_file_range"):
-        _libc.sync_file_range(fd, ctypes.c_int64(offset), ctypes.c_int64(length), _SYNC_FILE_RANGE_WRITE)
-
-
-_SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def write_all(fd: int, path: str, data: bytes) -> None:
-    """Writes all of ``data`` at the beginning of a file; a short count goes on where it ended. Raises CallFailed."""
-    view = memoryview(data)
-    done = 0
-    while done < len(view):
-        done += call(os.pwrite, path, fd, view[done:], done)
-
-
-def open_regular(file: Descriptor, name: str, folder_fd: int, *, follow: bool = True) -> bool:
-    """Opens the regular file ``name`` for reading; False where there is none. Raises CallFailed.
-
-    Anything else is an error, without ``follow`` a symbolic link too, and is not even opened: that alone can make a device act.
+    Returns None when looking up the name fails with an errno of ``absent``. Anything else than a regular file, without ``follow`` a
+    symbolic link too, is not even opened: opening alone can make a device act, or wake the writer of a FIFO.
     """
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | (0 if follow else os.O_NOFOLLOW)
+    file = Descriptor()
     try:
-        _refuse_unless_regular(call(os.stat, name, name, dir_fd=folder_fd, follow_symlinks=follow), name)
-        file.open(name, flags, folder_fd)
-    except CallFailed as error:
-        if error.errno == errno.ENOENT:
-            return False
+        try:
+            _refuse_unless_regular(call(os.stat, path, path, dir_fd=folder_fd, follow_symlinks=follow), path)
+            file.open(path, flags, folder_fd)
+        except CallFailed as error:
+            if error.errno not in absent:
+                raise
+            return None
+        # Outside of that: a file that was opened is never taken for a missing one, which would let others be removed.
+        _refuse_unless_regular(call(os.fstat, path, file.fd), path)  # it may have been replaced in between
+    except BaseException:
+        file.abandon()
         raise
-    _refuse_unless_regular(call(os.fstat, name, file.fd), name)  # it may have been replaced in between
-    return True
+    return file
 
 
-def _refuse_unless_regular(status: os.stat_result, name: str) -> None:
+def _refuse_unless_regular(status: os.stat_result, path: str) -> None:
     if not stat.S_ISREG(status.st_mode):
-        raise CallFailed("open", name, errno.EINVAL, f"a regular file was expected, it is a {kind_of(status.st_mode)}")
+        raise NotRegular(path, status.st_mode)
 
 
 def kind_of(mode: int) -> str:
-    """What kind of file it is, in words."""
+    """The kind of file that ``mode`` (of `os.stat`) says, in words."""
     kinds = {
         stat.S_IFREG: "file",
         stat.S_IFDIR: "directory",
@@ -173,31 +183,20 @@ def kind_of(mode: int) -> str:
     return kinds.get(stat.S_IFMT(mode), "special file")
 
 
-def read_all(name: str, folder_fd: int, limit: int, *, follow: bool = True) -> bytes | None:
-    """The content of the regular file ``name``, None where there is none. Raises CallFailed."""
-    with Descriptor() as file:
-        if not open_regular(file, name, folder_fd, follow=follow):
-            return None
-        parts, length, done = [], call(os.fstat, name, file.fd).st_size, 0
-        while length <= limit and (part := call(os.read, name, file.fd, 1 << 20)):
-            parts.append(part)
-            done += len(part)
-            length = max(length, done)  # some files say 0 and have no end
-        if length > limit:
-            raise CallFailed("read", name, errno.EFBIG, f"at most {limit} bytes were expected, it has {length}")
-        return b"".join(parts)
-
-
-def is_regular(name: str, folder_fd: int) -> bool:
-    """Whether ``name`` itself, not what it may link to, is a regular file that is there."""
-    try:
-        return stat.S_ISREG(os.stat(name, dir_fd=folder_fd, follow_symlinks=False).st_mode)
-    except FileNotFoundError:
-        return False
+def read_whole(fd: int, path: str, limit: int) -> bytes:
+    """Reads an open file from where it stands to its end. Raises CallFailed; TooLong beyond ``limit`` bytes."""
+    parts, length, done = [], call(os.fstat, path, fd).st_size, 0
+    while length <= limit and (part := call(os.read, path, fd, _READ_BYTES)):
+        parts.append(part)
+        done += len(part)
+        length = max(length, done)  # some files report length 0 and have no end
+    if length > limit:
+        raise TooLong(path, limit, length)
+    return b"".join(parts)
 
 
 def read_at(fd: int, length: int, offset: int) -> bytes:
-    """``length`` bytes from ``offset`` on, fewer where the file ends before. Raises CallFailed."""
+    """Reads ``length`` bytes from ``offset`` on, fewer where the file ends before. Raises CallFailed."""
     parts = []
     while length > 0 and (part := call(os.pread, "", fd, length, offset)):
         parts.append(part)
@@ -206,74 +205,46 @@ def read_at(fd: int, length: int, offset: int) -> bytes:
     return b"".join(parts)
 
 
-def inode_of(name: str, folder_fd: int) -> tuple[int, int] | None:
-    """What tells the file ``name`` from every other, None where there is none. Raises CallFailed."""
-    try:
-        status = call(os.stat, name, name, dir_fd=folder_fd, follow_symlinks=False)
-    except CallFailed as error:
-        if error.errno == errno.ENOENT:
-            return None
-        raise
-    return status.st_dev, status.st_ino
+def write_all(fd: int, path: str, data: bytes) -> None:
+    """Writes all of ``data`` at the beginning of a file; goes on after a short count. Raises CallFailed."""
+    view = memoryview(data)
+    done = 0
+    while done < len(view):
+        done += call(os.pwrite, path, fd, view[done:], done)
 
 
-def make_folders(path: str, durable: bool) -> None:
-    """Creates ``path`` and what is missing above it, outermost first; ``durable``: each entered durably into its parent.
+def allocate(fd: int, path: str, length: int) -> None:
+    """Sizes a new file to ``length`` bytes, with its blocks reserved where the file system can. Raises CallFailed.
 
-    Those that were there are entered, too: nobody knows whether who made them has done so. Raises CallFailed.
+    fallocate(2) itself: posix_fallocate(3) writes every block where the file system has no such call.
     """
-    missing, there = [], path
-    while not _is_folder(there):
-        missing.append(there)
-        there = os.path.dirname(there)
-    if durable:
-        _enter_durably(there)
-    for folder in reversed(missing):
-        try:
-            call(os.mkdir, folder, folder)
-        except CallFailed:
-            if not _is_folder(folder):
-                raise
-        if durable:
-            _sync_folder(os.path.dirname(folder))
-
-
-def _enter_durably(path: str) -> None:
-    """Makes the names of ``path`` and of the directories above it durable, up to its file system's root, where that is allowed."""
-    device = call(os.stat, path, path).st_dev
-    while (parent := os.path.dirname(path)) != path:
-        if call(os.stat, parent, parent).st_dev != device:
+    if hasattr(_libc, "fallocate"):
+        while _libc.fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(length)) != 0:
+            number = ctypes.get_errno()
+            if number in _CANNOT_RESERVE:
+                break
+            if number != errno.EINTR:
+                raise CallFailed("fallocate", path, number, os.strerror(number))
+        else:
             return
-        try:
-            _sync_folder(parent)
-        except CallFailed as error:
-            if error.errno not in _MAY_NOT_SYNC:
-                raise
-        path = parent
+    call(os.ftruncate, path, fd, length)
 
 
-def _is_folder(path: str) -> bool:
-    """Whether a directory is there; something else in its place is an error. Raises CallFailed."""
-    try:
-        mode = call(os.stat, path, path).st_mode
-    except CallFailed as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR):
-            return False
-        raise
-    if not stat.S_ISDIR(mode):
-        raise CallFailed("mkdir", path, errno.EEXIST, f"a directory was expected, it is a {kind_of(mode)}")
-    return True
+def start_writeback(fd: int, offset: int, length: int) -> None:
+    """Starts to write these bytes to disk (sync_file_range(2)), so that the later fsync, which no signal interrupts, is short.
+
+    Errors are ignored: only fsync tells what is on disk.
+    """
+    if hasattr(_libc, "sync_file_range"):
+        _libc.sync_file_range(fd, ctypes.c_int64(offset), ctypes.c_int64(length), _SYNC_FILE_RANGE_WRITE)
 
 
-def _sync_folder(path: str) -> None:
-    """Makes durable which names the directory ``path`` has. Raises CallFailed."""
-    with Descriptor() as folder:
-        folder.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        call(os.fsync, path, folder.fd)
+_SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def descriptor_allowance() -> int:
-    """How many shards may be held open: half of what this process may open yet, so that the rest of it can go on."""
+    """How many shards may be held open: half of the descriptors that this process has left, so that other code can go on."""
     import resource
 
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from mmap import mmap
 from typing import Any, NamedTuple
 
-from shardsave._common.os_calls import CallFailed, Descriptor, call, read_all
+from shardsave._common.os_calls import CallFailed, call
 from shardsave._common.words import some
 from shardsave._foreign.dcp import TABLE_NAME, read_distributed
 from shardsave._foreign.nested_state import Wanted, choose_state, refuse_key
@@ -23,6 +23,7 @@ from shardsave._state.module import Entry
 from shardsave._state.parts import Parts
 from shardsave._storage.checkpoint import PARTS, Checkpoint, Located, open_checkpoint
 from shardsave._storage.companions import CONFIG_NAMES, MAX_COMPANION_BYTES
+from shardsave._storage.directory import Directory
 from shardsave._storage.find import cannot_read, find
 from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError
 
@@ -177,10 +178,10 @@ def _read_torch_shard(folder: str, shard: str, names: set[str]) -> TorchFile:
 
 def _read_configs(folder: str) -> dict[str, bytes]:
     """The configs of a transformers model beside its weights: file name → content."""
-    with Descriptor() as opened:
+    with Directory() as directory:
         try:
-            opened.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-            contents = {name: read_all(name, opened.fd, MAX_COMPANION_BYTES) for name in CONFIG_NAMES}
+            directory.open(folder)
+            contents = {name: directory.read_all(name, MAX_COMPANION_BYTES) for name in CONFIG_NAMES}
         except CallFailed as error:
             raise cannot_read(error.path or folder, error) from error
     return {name: content for name, content in contents.items() if content is not None}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import re
@@ -10,18 +9,19 @@ import secrets
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
 
 from shardsave._common.backend import engine_name
-from shardsave._common.os_calls import CallFailed, Descriptor, allocate, call, inode_of, make_folders, open_regular
+from shardsave._common.os_calls import OUT_OF_SPACE, CallFailed, Descriptor, allocate, call
 from shardsave._engine import engine
 from shardsave._format.header import CHECKSUM_KEY, with_sums
 from shardsave._saving.shards import plan_blocks, plan_shards
 from shardsave._state.module import Entry
+from shardsave._storage.directory import Directory, make_folders
 from shardsave._storage.staging import end_shard
 from shardsave.errors import (
     DurabilityUncertainError,
@@ -36,8 +36,6 @@ _STEP = 8 << 20
 
 #: How the names of files on their way end, and of the directories that they may need.
 _SCRATCH, _WORKSPACE = ".part", ".d"
-
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
 
 
 class Written(NamedTuple):
@@ -64,14 +62,14 @@ class NewFile:
         self.file = Descriptor()
         self._lock = Descriptor()
         self._durable = durable
-        self._directory = Descriptor()
+        self._directory = Directory(self.folder, durable=durable)
         self._there = False
         self._moved = False
 
     def __enter__(self) -> NewFile:
         try:
             make_folders(self.folder, self._durable)
-            self._directory.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+            self._directory.open(self.folder)
             self._remove_dead()
             self._create()
         except CallFailed as error:
@@ -106,22 +104,23 @@ class NewFile:
     def _remove_dead(self) -> None:
         """Removes what writers to the same path left that were killed."""
         pattern = re.compile(rf"({re.escape(self._stem)}[0-9a-f]{{16}}\{_SCRATCH})(?:\{_WORKSPACE})?")
-        found = map(pattern.fullmatch, call(os.listdir, self.folder, self._directory.fd))
+        found = map(pattern.fullmatch, self._directory.names())
         for name in {match[1] for match in found if match is not None}:
-            with Descriptor() as file, suppress(OSError, CallFailed):
-                there = open_regular(file, name, self._directory.fd, follow=False)
-                if there:
-                    fcntl.flock(file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(os.path.join(self.folder, name + _WORKSPACE), ignore_errors=True)
-                if there:
-                    os.unlink(name, dir_fd=self._directory.fd)
+            with suppress(OSError):
+                file = self._directory.open_regular(name, follow=False)
+                with file or nullcontext():
+                    if file is not None:
+                        fcntl.flock(file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(os.path.join(self.folder, name + _WORKSPACE), ignore_errors=True)
+                    if file is not None:
+                        self._directory.unlink(name)
 
     def commit(self) -> None:
         """Makes the file durable where that was asked for, and gives it its name."""
         try:
             if self._durable:
                 call(os.fsync, self.path, self.file.fd)
-            made = inode_of(self._scratch, self._directory.fd)
+            made = self._directory.inode_of(self._scratch)
             self.file.close(self.path)
         except CallFailed as error:
             raise self.failure(error) from error
@@ -129,28 +128,25 @@ class NewFile:
         try:
             call(os.rename, self.path, self._scratch, self._name, **folders)
             self._moved = True
-            if self._durable:
-                call(os.fsync, self.folder, self._directory.fd)
+            self._directory.sync()
         except CallFailed as error:
             self._moved = self._moved or self._has_its_name(made)
             if not self._moved:
                 raise self.failure(error) from error
             raise DurabilityUncertainError(
-                f"written, but not known to be durable: {self.path}: {error.call} of {error.path}: {error.strerror}, once the "
+                f"written, but not known to be durable: {self.path}: {error.words}, once the "
                 f"file had its name; a loss of power may bring back what was there before"
             ) from error
 
     def _has_its_name(self, made: tuple[int, int] | None) -> bool:
         """Whether a rename that failed was made all the same, as on a network file system whose answer got lost."""
         with suppress(CallFailed):
-            return made is not None and inode_of(self._name, self._directory.fd) == made
+            return made is not None and self._directory.inode_of(self._name) == made
         return False
 
     def failure(self, error: CallFailed) -> ShardSaveError:
-        kind = OutOfSpaceError if error.errno in _NO_ROOM else SaveNotCommittedError
-        return kind(
-            f"cannot write {self.path}: {error.call}: {error.strerror}; nothing was written, what was there is as it was"
-        )
+        kind = OutOfSpaceError if error.errno in OUT_OF_SPACE else SaveNotCommittedError
+        return kind(f"cannot write {self.path}: {error.reason}; nothing was written, existing files are unchanged")
 
     def close(self) -> None:
         if self._there:
@@ -159,8 +155,9 @@ class NewFile:
             if not self._moved:
                 with suppress(OSError):
                     os.unlink(self._scratch, dir_fd=self._directory.fd)
-        for opened in (self.file, self._lock, self._directory):
-            opened.abandon()
+        self.file.abandon()
+        self._lock.abandon()
+        self._directory.close()
 
 
 def write_safetensors(

@@ -23,7 +23,7 @@ import torch
 
 from shardsave._common.os_calls import CallFailed, Descriptor, call, read_at
 from shardsave._state.module import PLAIN_TYPES
-from shardsave._storage.find import cannot_read, open_regular
+from shardsave._storage.find import cannot_read, open_checkpoint_file
 from shardsave._storage.mapping import map_file
 from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError, UntrustedCodeError
 
@@ -68,7 +68,7 @@ class Window(io.RawIOBase):
 
 def read_torch_file(path: str) -> TorchFile:
     """Reads what ``torch.save`` wrote to ``path``. Raises CheckpointNotFoundError, CorruptCheckpointError, UntrustedCodeError."""
-    file = open_regular(path, os.path.basename(path))
+    file = open_checkpoint_file(path, os.path.basename(path))
     if file is None:
         raise CheckpointNotFoundError(f"no checkpoint at {path}: No such file or directory")
     with file:
@@ -117,7 +117,7 @@ class Archives:
 
     @staticmethod
     def _map(path: str, name: str) -> tuple[Descriptor, mmap.mmap, int]:
-        file = open_regular(path, name)
+        file = open_checkpoint_file(path, name)
         if file is None:
             raise CorruptCheckpointError(
                 f"corrupt checkpoint: {path}: the file was expected, it is not there; nothing was written"

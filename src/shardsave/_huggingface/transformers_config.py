@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from shardsave._common.os_calls import CallFailed, Descriptor, read_all
+from shardsave._common.os_calls import CallFailed
 from shardsave._common.strict_json import glimpse
 from shardsave._format.dtypes import BY_NAME
 from shardsave._storage.checkpoint import Located
 from shardsave._storage.companions import CONFIG_NAMES, MAX_COMPANION_BYTES
+from shardsave._storage.directory import Directory
 from shardsave._storage.find import cannot_read
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, UntrustedCodeError
 
@@ -35,9 +36,9 @@ def read_config(folder: str, name: str = CONFIG_NAME) -> dict[str, Any] | None:
     """The JSON object in the file ``name`` of ``folder``, None if there is no such file. Raises CorruptCheckpointError."""
     path = os.path.join(folder, name)
     try:
-        with Descriptor() as opened:
-            opened.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-            data = read_all(name, opened.fd, MAX_COMPANION_BYTES)
+        with Directory() as opened:
+            opened.open(folder)
+            data = opened.read_all(name, MAX_COMPANION_BYTES)
     except CallFailed as error:
         raise cannot_read(path, error) from error
     if data is None:

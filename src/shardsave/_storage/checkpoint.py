@@ -18,7 +18,7 @@ from shardsave._format.header import Header
 from shardsave._format.index import FileRecord, Index, Part, Record, ties_in_metadata
 from shardsave._format.index_parsing import parse_index
 from shardsave._storage.companions import companion_notes
-from shardsave._storage.find import Found, cannot_read, find
+from shardsave._storage.find import FoundFiles, cannot_read, find
 from shardsave._storage.shard_files import ShardFiles
 from shardsave.errors import (
     CheckpointNotFoundError,
@@ -28,18 +28,18 @@ from shardsave.errors import (
     ShardSaveError,
 )
 
-#: How long a reader starts over while others keep replacing the checkpoint under it, in seconds.
+#: How long a reader starts over, in seconds, while savers keep replacing the checkpoint.
 CHANGING_SECONDS = 30.0
 
-#: What a checkpoint may have beside its weights.
+#: The parts that a checkpoint may have beside its weights.
 PARTS = ("architecture", "program", "extra tensors")
 
-#: Shards that could not be opened, and why.
+#: Files that could not be opened → the reasons. None: the first reason is raised.
 Broken = Union[dict[str, ShardSaveError], None]
 
 
 class Located(NamedTuple):
-    """Where a stored tensor lies: ``offset`` bytes into the file ``shard``; ``checksum`` is None where none was stored."""
+    """A stored tensor and its place: ``offset`` bytes into the file ``shard``. ``checksum`` is None where none was stored."""
 
     name: str
     dtype: str
@@ -51,7 +51,7 @@ class Located(NamedTuple):
 
 
 class Checkpoint(ShardFiles):
-    """A checkpoint held open."""
+    """An open checkpoint: its index, its shards, and the place of every tensor. As a context manager it closes itself."""
 
     def __init__(self, path: str, folder: str, index_name: str, index: Index | None, index_bytes: bytes | None) -> None:
         record = index.record if index is not None else None
@@ -60,9 +60,9 @@ class Checkpoint(ShardFiles):
         self._index_name = index_name
         self._index_bytes = index_bytes
         self.tensors: dict[str, Located] = {}
-        self.kept: dict[str, Located] = {}  # what a model needs beside the weights
+        self.kept: dict[str, Located] = {}  # tensors that a model needs beside the weights
         self.documents: dict[str, bytes] = {}  # part → its JSON
-        self.file_metadata: dict[str, str] = {}  # what the header of a lone file says beside its tensors
+        self.file_metadata: dict[str, str] = {}  # `__metadata__` of a lone file
         self._ties: dict[str, str] = {}  # of a lone file
 
     @property
@@ -76,14 +76,14 @@ class Checkpoint(ShardFiles):
 
     @property
     def flags(self) -> Mapping[str, bool] | None:
-        """By the names that the module had which was saved."""
+        """Name → frozen, by the names in the module that was saved; None where unknown."""
         if self.record is None:
             return None
         return self.record.flags if self.record.module_flags is None else self.record.module_flags
 
     @property
     def stored_flags(self) -> Mapping[str, bool] | None:
-        """By the names that tensors have on disk, tied ones too."""
+        """Name → frozen, by the names on disk, tied ones too; None where unknown."""
         return self.record.flags if self.record is not None else None
 
     @property
@@ -92,7 +92,7 @@ class Checkpoint(ShardFiles):
 
     @property
     def files(self) -> tuple[str, ...]:
-        """The shards that were asked for, and the files of all parts that this version knows."""
+        """The shards that were opened, and the files of all parts that this version knows."""
         parts = self.record.parts if self.record is not None else {}
         return (*self.shards, *(parts[role].file for role in PARTS if role in parts))
 
@@ -101,12 +101,12 @@ class Checkpoint(ShardFiles):
         return self.record.companions if self.record is not None else {}
 
     def companion_notes(self) -> tuple[str, ...]:
-        """Which files beside the weights are not those that were saved with them; nothing where a save has just replaced all."""
+        """Says which files beside the weights are not those that were saved with them; nothing if a save has just replaced all."""
         notes = companion_notes(self._folder, self.companions) if self.companions else ()
         return notes if notes and not self._index_changed() else ()
 
     def _index_changed(self) -> bool:
-        """Whether the index is another one by now."""
+        """Whether the index was replaced since it was read."""
         try:
             return find(os.path.join(self._folder, self._index_name)).index_bytes != self._index_bytes
         except CheckpointNotFoundError:
@@ -124,9 +124,9 @@ class Checkpoint(ShardFiles):
         self.close()
 
     def _admit(self, shards: Mapping[str, frozenset[str]], broken: Broken) -> None:
-        """Opens ``shards`` (file → the names that the index says it holds) and notes where their tensors lie."""
+        """Opens ``shards`` (file → the names that it holds according to the index) and notes the places of their tensors."""
         self.shards = tuple(shards)
-        for shard, names in sorted(shards.items()):  # as they are read
+        for shard, names in sorted(shards.items()):  # in the order in which they will be read
             try:
                 file, header = self.open_shard(shard)
                 self.hold(shard, file)
@@ -138,7 +138,7 @@ class Checkpoint(ShardFiles):
                 broken[shard] = error
 
     def _admit_parts(self, roles: Iterable[str], broken: Broken) -> None:
-        """Reads those of the parts ``roles`` that are there: JSON at once, of tensors where they lie."""
+        """Opens those of the parts ``roles`` that there are: reads JSON whole, and notes the places of tensors."""
         parts = self.record.parts if self.record is not None else {}
         for role in roles:
             if role not in parts:
@@ -152,7 +152,7 @@ class Checkpoint(ShardFiles):
 
     def _admit_part(self, role: str, part: Part) -> None:
         shard = part.file
-        assert self.records is not None  # who has parts has records
+        assert self.records is not None  # an index with parts has records
         self.records[shard] = part.record
         if not shard.endswith(".json"):
             file, header = self.open_shard(shard)
@@ -160,7 +160,7 @@ class Checkpoint(ShardFiles):
             self.kept.update(_located(shard, header))
             return
         try:
-            with self.opened(shard) as file:
+            with self.open_file(shard) as file:
                 self.documents[role] = self.checked_start(file.fd, shard, part.record)
         except CallFailed as error:
             raise cannot_read(self.path_of(shard), error) from error
@@ -169,12 +169,12 @@ class Checkpoint(ShardFiles):
         held = set(header.tensors.names)
         if self.index is not None and held != names:
             lacking, surplus = names - held, held - names
-            found = (
+            difference = (
                 f"the index says that it holds {glimpse(min(lacking))}, it does not"
                 if lacking
                 else f"the index does not say that it holds {glimpse(min(surplus))}, it does"
             )
-            raise CorruptCheckpointError(f"corrupt shard {shard}: {found}; index and shard belong to different saves")
+            raise CorruptCheckpointError(f"corrupt shard {shard}: {difference}; index and shard belong to different saves")
         self.tensors.update(_located(shard, header))
         if self.index is None:
             self.file_metadata.update(header.metadata)
@@ -195,24 +195,24 @@ def open_checkpoint(
     parts: Iterable[str] = (),
     broken: Broken = None,
 ) -> Checkpoint:
-    """Opens what is at ``path``: a directory, an index or one safetensors file, written by us or by others.
+    """Opens the checkpoint at ``path``: a directory, an index or one safetensors file, written by shardsave or another library.
 
-    With ``wanted`` only the shards that hold a wanted tensor are opened, but whole shards are listed. ``parts``: what else is read.
-    Files that cannot be opened are put into ``broken``, where that is given, and left out. Starts over while the index changes
-    under it. Raises CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError, DirectoryBusyError.
+    With ``wanted`` only shards that hold a wanted tensor are opened; all of their tensors are listed. ``parts``: the parts to open.
+    With ``broken``, files that cannot be opened are put there and left out. Starts over if the index is replaced meanwhile.
+    Raises CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError, DirectoryBusyError.
     """
     path = os.fspath(path)
     deadline = time.monotonic() + CHANGING_SECONDS
     while True:
-        found = find(path)
+        files = find(path)
         try:
-            checkpoint = _open_found(path, found, wanted, parts, broken)
-            if not broken or not _changed(path, found):
+            checkpoint = _open_found(path, files, wanted, parts, broken)
+            if not broken or not _changed(path, files):
                 return checkpoint
             checkpoint.close()
             broken.clear()
         except (CheckpointNotFoundError, CorruptCheckpointError):
-            if not _changed(path, found):
+            if not _changed(path, files):
                 raise
         if time.monotonic() > deadline:
             raise DirectoryBusyError(
@@ -223,18 +223,18 @@ def open_checkpoint(
 
 @gc_paused()
 def _open_found(
-    path: str, found: Found, wanted: Callable[[str], bool] | None, parts: Iterable[str], broken: Broken
+    path: str, files: FoundFiles, wanted: Callable[[str], bool] | None, parts: Iterable[str], broken: Broken
 ) -> Checkpoint:
-    index = parse_index(found.index_bytes, f"index {found.index_name}") if found.index_bytes is not None else None
-    if index is not None and found.lone is not None:
-        _refuse_unless_superseded(found.folder, index.record, found.lone)
-    checkpoint = Checkpoint(path, found.folder, found.index_name, index, found.index_bytes)
+    index = parse_index(files.index_bytes, f"index {files.index_name}") if files.index_bytes is not None else None
+    if index is not None and files.lone is not None:
+        _refuse_unless_superseded(files.folder, index.record, files.lone)
+    checkpoint = Checkpoint(path, files.folder, files.index_name, index, files.index_bytes)
     try:
         if index is not None:
             checkpoint._admit(_shards_to_open(index, wanted), broken)
             checkpoint._admit_parts(parts, broken)
-        elif found.lone is not None:
-            checkpoint._admit({found.lone: frozenset()}, broken)
+        elif files.lone is not None:
+            checkpoint._admit({files.lone: frozenset()}, broken)
     except BaseException:
         checkpoint.close()
         raise
@@ -253,7 +253,8 @@ def _shards_to_open(index: Index, wanted: Callable[[str], bool] | None) -> dict[
     return {shard: frozenset(names) for shard, names in named.items()}
 
 
-def _changed(path: str, seen: Found) -> bool:
+def _changed(path: str, seen: FoundFiles) -> bool:
+    """Whether another index is at ``path`` by now than was ``seen``."""
     try:
         return find(path).index_bytes != seen.index_bytes
     except CheckpointNotFoundError:
@@ -261,15 +262,16 @@ def _changed(path: str, seen: Found) -> bool:
 
 
 def _refuse_unless_superseded(folder: str, record: Record | None, lone: str) -> None:
+    """A lone file beside an index is ignored only if the index records that it replaced exactly this file."""
     path = os.path.join(folder, lone)
     try:
-        found = call(os.stat, path, path)
+        status = call(os.stat, path, path)
     except CallFailed as error:
         if error.errno == errno.ENOENT:
-            return  # just removed by the save that replaced it
+            return  # the save that replaced it has just removed it
         raise cannot_read(path, error) from error
-    stale = record.supersedes if record is not None else None
-    if stale is not None and (stale.size, stale.mtime_ns) == (found.st_size, found.st_mtime_ns):
+    superseded = record.supersedes if record is not None else None
+    if superseded is not None and superseded == (status.st_size, status.st_mtime_ns):
         return
     raise IncompatibleCheckpointError(
         f"cannot tell which checkpoint is meant: {folder}: one of {INDEX_NAME} and {LONE_NAME} was expected, both are there, "

@@ -1,9 +1,9 @@
-"""Files beside the weights that belong to them, such as a model's config: put in place whole, and known again by their checksum.
+"""Companions: files of fixed names beside the weights that belong to them, such as a model's config.
 
-Their names are fixed, so unlike shards they cannot wait under a new name for the index to name them. One whose name is free gets
-it before the commit; one that others are to be replaced by waits in the staging directory until the index is durable. Between the
-two, new weights lie beside an old config: whoever reads can tell by the checksum in the index, and the next save finishes what a
-dead saver left.
+A companion is put in place whole, and recognised by its checksum in the index. Its name is fixed, so unlike a shard it cannot wait
+under a new name for the index to mention it. If its name is free, it gets it before the commit; if it replaces a file, it waits in
+the staging directory until the index is durable. In between, new weights lie beside an old config: a reader notices by the checksum
+in the index, and the next save finishes what a dead saver left.
 """
 
 from __future__ import annotations
@@ -12,173 +12,160 @@ import errno
 import os
 from collections.abc import Callable, Mapping
 
-from shardsave._common.os_calls import CallFailed, Descriptor, call, inode_of, open_regular, read_all
+from shardsave._common.os_calls import CallFailed, call
 from shardsave._format.crc64 import crc64, joined
 from shardsave._format.index import FileRecord
-from shardsave._storage.staging import NO_LINKS, STAGING_PATTERN, Staging, sync_there
+from shardsave._storage.directory import Directory
+from shardsave._storage.staging import Staging, owner_of
 
 #: The configs of a transformers model.
 CONFIG_NAMES = ("config.json", "generation_config.json")
 
-#: What PEFT's adapters are.
+#: The files of a PEFT adapter.
 ADAPTER_NAMES = frozenset({"adapter_config.json", "adapter_model.safetensors"})
 
 #: The only names that are put beside weights, replaced or removed.
 COMPANION_NAMES = frozenset(CONFIG_NAMES) | ADAPTER_NAMES
 
-#: What is given as bytes is at most this long.
+#: The longest companion that is passed as bytes.
 MAX_COMPANION_BYTES = 64_000_000
 
 _STEP = 1 << 20
 
+#: errno values that mean "no such file in a staging directory", or no staging directory that can be entered.
+_NOT_STAGED = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.EINVAL)
+
 
 class StagedCompanions:
-    """The companions of one save, staged. Those whose names are free get them before the commit, the others wait for it.
+    """The companions of one save into ``folder``. Those whose names are free get them before the commit, the others after it.
 
-    Every method raises CallFailed. ``folder`` is the locked directory's descriptor.
+    Every method raises CallFailed.
     """
 
-    def __init__(self, staging: Staging, *, durable: bool) -> None:
-        self.linked: set[str] = set()  # those that have their names
+    def __init__(self, folder: Directory, staging: Staging) -> None:
+        self.linked: set[str] = set()  # those that have, or may have, their final names
+        self._folder = folder
         self._staging = staging
-        self._durable = durable
         self._staged: list[str] = []
         self._free: set[str] = set()
 
-    def add(self, companions: Mapping[str, bytes], folder: int) -> dict[str, FileRecord]:
-        """Stages files, name → content, except those that lie there already; what the index says of all of them."""
+    def add(self, companions: Mapping[str, bytes]) -> dict[str, FileRecord]:
+        """Stages files, name → content, except those that lie there already. Returns the index's records of all of them."""
         for name, data in companions.items():
             assert name in COMPANION_NAMES and len(data) <= MAX_COMPANION_BYTES
-            there = read_all(name, folder, MAX_COMPANION_BYTES)
-            if there == data:
-                sync_there(name, folder, wanted=self._durable)
+            existing = self._folder.read_all(name, MAX_COMPANION_BYTES)
+            if existing == data:
+                self._folder.sync_file(name)
                 continue
-            if there is None:
+            if existing is None:
                 self._free.add(name)
-            self._staging.make(folder)
+            self._staging.make()
             self._staging.write(name, data)
             self._staged.append(name)
         return {name: FileRecord(len(data), crc64(data)) for name, data in companions.items()}
 
-    def add_second_name(self, shard: str, name: str, folder: int) -> None:
-        """Stages ``name`` for the content of the sealed ``shard``: where other readers look for it."""
+    def add_second_name(self, shard: str, name: str) -> None:
+        """Stages ``name`` for the content of the sealed ``shard``, for readers that look for it under that name."""
         assert name in COMPANION_NAMES
-        if inode_of(name, folder) is None:
+        if self._folder.inode_of(name) is None:
             self._free.add(name)
         self._staging.add_name(name, shard)
         self._staged.append(name)
 
-    def link_free(self, folder: int) -> None:
-        """Gives those their names whose names are free: nothing that is there can be taken for a part of another checkpoint."""
+    def link_free(self) -> None:
+        """Gives companions whose names are free their names: no file is there that belongs to another checkpoint."""
         for name in sorted(self._free):
-            self.linked.add(name)
-            try:
-                self._staging.link(name, folder)
-            except CallFailed as error:
-                if error.errno not in (errno.EEXIST, *NO_LINKS):
-                    raise
+            self.linked.add(name)  # before the call, which an interrupt may follow
+            if not self._staging.link(name):
                 self.linked.remove(name)
 
     def replacing(self) -> list[str]:
-        """Those that take the place of others."""
+        """The companions that replace files."""
         return [name for name in self._staged if name not in self.linked]
 
 
-def finish_dead_savers(folder: int, companions: Mapping[str, FileRecord], is_dead: Callable[[str], bool]) -> bool:
-    """Puts in place what a saver left staged that died between its commit and here; whether there was any.
+def finish_dead_savers(folder: Directory, companions: Mapping[str, FileRecord], is_dead: Callable[[str], bool]) -> None:
+    """Puts companions in place that a saver left staged when it died between its commit and here. Raises CallFailed.
 
-    ``folder`` is the locked directory's descriptor, ``companions`` are those of the index that is there, and ``is_dead`` tells whether
-    the owner of a staging directory is gone. Raises CallFailed.
+    ``folder`` is locked, ``companions`` are those of the index that is there. ``is_dead`` says of a staging directory whether its
+    saver is dead.
     """
-    done = False
+    finished = False
     for name in sorted(COMPANION_NAMES & companions.keys()):
-        staging = None if _is_there(name, folder, companions[name]) else _staged(name, folder, companions[name])
+        saved = companions[name]
+        staging = None if _is_in_place(folder, name, saved) else _find_staged(folder, name, saved)
         if staging is not None and is_dead(staging):
-            with Descriptor() as inside:
-                inside.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, folder)
-                call(os.rename, name, name, name, src_dir_fd=inside.fd, dst_dir_fd=folder)
-            done = True
-    return done
-
-
-def remove_replaced_adapter(folder: int, old: Mapping[str, FileRecord], new: Mapping[str, FileRecord]) -> list[str]:
-    """Removes the adapter of the checkpoint that was replaced by one without; gives the names that would not go.
-
-    Only what is still as it was saved. Other libraries would go on to find it, and put it on the new weights.
-    """
-    leftovers = []
-    for name in sorted(ADAPTER_NAMES & (old.keys() - new.keys())):
-        try:
-            if _file_record(name, folder, follow=False) == old[name]:
-                call(os.unlink, name, name, dir_fd=folder)
-        except CallFailed:
-            leftovers.append(name)
-    return leftovers
+            with folder.enter(staging) as inside:
+                inside.rename(name, folder, name)
+            finished = True
+    if finished:
+        folder.sync()
 
 
 def companion_notes(path: str, companions: Mapping[str, FileRecord]) -> tuple[str, ...]:
-    """What the reader of a checkpoint in the directory ``path`` should know of its companions: those that are not as saved.
+    """Says which ``companions`` of the checkpoint in the directory ``path`` are not as they were saved.
 
-    A note and no error: the weights are what was saved, and a config is a text that people edit on purpose.
+    Notes and not errors: the weights are as they were saved, and a config is a text that people edit on purpose.
     """
     notes = []
-    with Descriptor() as folder:
+    with Directory() as folder:
         for name, saved in companions.items():
             try:
                 if folder.fd < 0:
-                    folder.open(path, os.O_RDONLY | os.O_DIRECTORY)
-                there = _file_record(name, folder.fd)
-                if there == saved:
+                    folder.open(path)
+                existing = file_record(folder, name)
+                if existing == saved:
                     continue
-                found = "there is none" if there is None else _words(there)
-                staging = _staged(name, folder.fd, saved)
+                difference = "there is none" if existing is None else f"there is one of {_words(existing)}"
+                staging = _find_staged(folder, name, saved)
             except CallFailed as error:
-                found, staging = f"it cannot be read ({error.call}: {error.strerror})", None
-            why = (
-                f"that one lies in {staging}, where a save was ended"
+                difference, staging = f"it cannot be read ({error.reason})", None
+            cause = (
+                f"the saved one lies in {staging}, where a save was interrupted"
                 if staging
                 else "it was edited, or comes from another save"
             )
-            notes.append(f"{name} is not the one saved with these weights: {_words(saved)} expected, {found}; {why}")
+            notes.append(f"{name} is not the one saved with these weights: {_words(saved)} expected, {difference}; {cause}")
     return tuple(notes)
 
 
-def _words(file: FileRecord) -> str:
-    return f"{file.length} bytes with checksum {file.crc:016x}"
-
-
-def _is_there(name: str, folder: int, saved: FileRecord) -> bool:
-    try:
-        return _file_record(name, folder) == saved
-    except CallFailed as error:
-        if error.errno == errno.EINVAL:  # no regular file
-            return False
-        raise
-
-
-def _file_record(name: str, folder: int, *, follow: bool = True) -> FileRecord | None:
-    """Of the file that lies there; None where there is none. Raises CallFailed."""
-    with Descriptor() as file:
-        if not open_regular(file, name, folder, follow=follow):
-            return None
+def file_record(folder: Directory, name: str, *, follow: bool = True) -> FileRecord | None:
+    """Length and checksum of the file ``name``, None where there is none. Raises CallFailed, NotRegular."""
+    file = folder.open_regular(name, follow=follow)
+    if file is None:
+        return None
+    with file:
         length, crc, at = call(os.fstat, name, file.fd).st_size, 0, 0
         while at < length and (part := call(os.pread, name, file.fd, _STEP, at)):
             crc, at = joined(crc, crc64(part), len(part)), at + len(part)
         return FileRecord(length, crc)
 
 
-def _staged(name: str, folder: int, saved: FileRecord) -> str | None:
+def _words(file: FileRecord) -> str:
+    return f"{file.length} bytes with checksum {file.crc:016x}"
+
+
+def _is_in_place(folder: Directory, name: str, saved: FileRecord) -> bool:
+    try:
+        return file_record(folder, name) == saved
+    except CallFailed as error:
+        if error.errno != errno.EINVAL:  # not a regular file
+            raise
+        return False
+
+
+def _find_staged(folder: Directory, name: str, saved: FileRecord) -> str | None:
     """The staging directory that holds the companion as it was saved."""
-    for staging in call(os.listdir, "", folder):
-        if STAGING_PATTERN.fullmatch(staging):
-            with Descriptor() as inside:
-                try:
-                    inside.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, folder)
-                    there = _file_record(name, inside.fd, follow=False)
-                except CallFailed as error:
-                    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.EINVAL):
-                        continue
-                    raise
-            if there == saved:
-                return staging
+    for staging in folder.names():
+        if owner_of(staging) is None:
+            continue
+        try:
+            with folder.enter(staging) as inside:
+                staged = file_record(inside, name, follow=False)
+        except CallFailed as error:
+            if error.errno in _NOT_STAGED:
+                continue
+            raise
+        if staged == saved:
+            return staging
     return None

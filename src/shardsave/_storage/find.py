@@ -1,4 +1,4 @@
-"""From a path to the files that lie there: an index, a lone file, or both. Only regular files are ever opened."""
+"""From a path to the files of a checkpoint there: an index, a lone file, or both. Only regular files are ever opened."""
 
 from __future__ import annotations
 
@@ -7,27 +7,22 @@ import os
 import stat
 from typing import NamedTuple
 
-from shardsave._common.os_calls import CallFailed, Descriptor, call, kind_of
+from shardsave._common.os_calls import CallFailed, Descriptor, NotRegular, TooLong, call, open_regular, read_whole
 from shardsave._common.words import some
 from shardsave._format.file_names import INDEX_NAME, LONE_NAME, TORCH_ENDINGS
 from shardsave._format.index import MAX_INDEX_BYTES
 from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, ShardSaveError
 
-#: What becomes of files of torch.save: what unpickles them runs whatever code they hold.
+#: Said of files of torch.save: unpickling them runs whatever code they hold.
 TORCH_SAVE_HINT = "no pickle is read here, since that can run code: shardsave convert SRC DST makes a checkpoint of it"
 
-#: `.ckpt` is only a hint: directories often have such names, too.
-_TORCH_SAVE_ENDINGS = (*TORCH_ENDINGS, ".ckpt")
-
-#: How many names a hint lists.
-_HINTED = 3
-
-#: What a call says when nothing is there; a link that leads to itself is nothing either.
-_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+#: errno values of a name that leads to nothing, and of a symbolic link that leads to itself, which is no more than that.
+_MISSING = (errno.ENOENT, errno.ENOTDIR)
+_ABSENT = (*_MISSING, errno.ELOOP)
 
 
-class Found(NamedTuple):
-    """What a path leads to: an index, a lone file, or both."""
+class FoundFiles(NamedTuple):
+    """What a path leads to: an index (``index_bytes``), a lone file (its name in ``folder``), or both."""
 
     folder: str
     index_name: str
@@ -35,8 +30,8 @@ class Found(NamedTuple):
     lone: str | None
 
 
-def find(path: str) -> Found:
-    """What lies at ``path``, a directory, an index or one file. Raises CheckpointNotFoundError, CorruptCheckpointError."""
+def find(path: str) -> FoundFiles:
+    """Finds the checkpoint at ``path``: a directory, an index or one file. Raises CheckpointNotFoundError, CorruptCheckpointError."""
     try:
         is_folder = stat.S_ISDIR(call(os.stat, path, path).st_mode)
     except CallFailed as error:
@@ -45,18 +40,18 @@ def find(path: str) -> Found:
         raise CheckpointNotFoundError(f"no checkpoint at {path}: {error.strerror}") from error
     folder, name = (path, INDEX_NAME) if is_folder else os.path.split(path)
     if not is_folder and not name.endswith(".index.json"):
-        return Found(folder or ".", INDEX_NAME, None, name)
+        return FoundFiles(folder or ".", INDEX_NAME, None, name)
     index_bytes = _read_index(os.path.join(folder, name), name)
-    lone = LONE_NAME if is_folder and _is_there(os.path.join(path, LONE_NAME), even_broken=index_bytes is None) else None
+    lone = LONE_NAME if is_folder and _exists(os.path.join(path, LONE_NAME), even_broken=index_bytes is None) else None
     if index_bytes is None and lone is None:
-        index_bytes = _read_index(os.path.join(folder, name), name)  # a save has put it in the place of the lone file just now
+        index_bytes = _read_index(os.path.join(folder, name), name)  # a save has just put it in the place of the lone file
     if index_bytes is None and lone is None:
         raise CheckpointNotFoundError(f"no checkpoint at {path}: neither {name} nor {LONE_NAME} is there{_hint(folder)}")
-    return Found(folder or ".", name, index_bytes, lone)
+    return FoundFiles(folder or ".", name, index_bytes, lone)
 
 
-def _is_there(path: str, even_broken: bool) -> bool:
-    """Whether ``path`` leads to something; a link to nothing counts when nothing else is there to be read."""
+def _exists(path: str, even_broken: bool) -> bool:
+    """Whether ``path`` leads to something; ``even_broken``: or is at least a symbolic link to nothing."""
     try:
         call(os.stat, path, path, follow_symlinks=not even_broken)
     except CallFailed as error:
@@ -67,21 +62,22 @@ def _is_there(path: str, even_broken: bool) -> bool:
 
 
 def _hint(folder: str) -> str:
+    """What to try instead, from the names of the files in ``folder``."""
     try:
         listed = os.listdir(folder or ".")
     except OSError:
         return ""
     others = sorted(name for name in listed if name.endswith((".safetensors", ".safetensors.index.json")))
     if others:
-        return f"; to read another file, give its path: {some(others, _HINTED)}"
+        return f"; to read another file, give its path: {some(others)}"
     if any(name.endswith(".distcp") for name in listed):
         return f"; it holds a distributed checkpoint, and {TORCH_SAVE_HINT}"
-    pickled = sorted(name for name in listed if name.endswith(_TORCH_SAVE_ENDINGS))
+    pickled = sorted(name for name in listed if name.endswith((*TORCH_ENDINGS, ".ckpt")))
     return f"; {pickled[0]} has the name of a file of torch.save, and {TORCH_SAVE_HINT}" if pickled else ""
 
 
 def _read_index(path: str, name: str) -> bytes | None:
-    file = open_regular(path, f"index {name}")
+    file = open_checkpoint_file(path, f"index {name}")
     if file is None:
         if os.path.islink(path):
             raise CorruptCheckpointError(
@@ -91,53 +87,32 @@ def _read_index(path: str, name: str) -> bytes | None:
         return None
     try:
         with file:
-            length, done = call(os.fstat, path, file.fd).st_size, 0
-            parts = []
-            while length <= MAX_INDEX_BYTES and (part := call(os.read, path, file.fd, 1 << 20)):
-                parts.append(part)
-                done += len(part)
-                length = max(length, done)  # some files say 0 and have no end
+            return read_whole(file.fd, path, MAX_INDEX_BYTES)
+    except TooLong as error:
+        raise CorruptCheckpointError(
+            f"corrupt index {name}: at most {MAX_INDEX_BYTES} bytes expected, it has {error.length}; no shard was opened"
+        ) from None
     except CallFailed as error:
         raise cannot_read(path, error) from error
-    if length > MAX_INDEX_BYTES:
-        raise CorruptCheckpointError(
-            f"corrupt index {name}: at most {MAX_INDEX_BYTES} bytes expected, it has {length}; no shard was opened"
-        )
-    return b"".join(parts)
 
 
-def open_regular(path: str, what: str) -> Descriptor | None:
+def open_checkpoint_file(path: str, what: str) -> Descriptor | None:
     """Opens a regular file for reading, through symbolic links; None if there is none.
 
-    Nothing else is even opened: that alone can make a device act, or wake the writer of a FIFO.
+    ``what`` names it in messages. Raises CorruptCheckpointError where there is something else, which is not even opened.
     """
-    file = Descriptor()
     try:
-        _refuse_unless_regular(call(os.stat, path, path).st_mode, path, what)
-        file.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
-        _refuse_unless_regular(call(os.fstat, path, file.fd).st_mode, path, what)  # it may have been replaced in between
+        return open_regular(path, absent=_MISSING)
+    except NotRegular as error:
+        raise CorruptCheckpointError(f"corrupt {what}: {path}: {error.strerror}; it was not read") from error
     except CallFailed as error:
-        file.abandon()
         if error.errno == errno.ELOOP:
             raise CorruptCheckpointError(
                 f"corrupt {what}: {path}: a regular file was expected, it is a link that leads to itself; it was not read"
             ) from error
-        if error.errno in _ABSENT:
-            return None
         raise cannot_read(path, error) from error
-    except BaseException:
-        file.abandon()
-        raise
-    return file
-
-
-def _refuse_unless_regular(mode: int, path: str, what: str) -> None:
-    if not stat.S_ISREG(mode):
-        raise CorruptCheckpointError(
-            f"corrupt {what}: {path}: a regular file was expected, it is a {kind_of(mode)}; it was not read"
-        )
 
 
 def cannot_read(path: str, error: CallFailed) -> ShardSaveError:
-    """The error for a call that failed on a file which is there."""
-    return ShardSaveError(f"cannot read {path}: {error.call}: {error.strerror}; the files on disk are as they were")
+    """The error for a call that failed on an existing file."""
+    return ShardSaveError(f"cannot read {path}: {error.reason}; the files on disk are as they were")

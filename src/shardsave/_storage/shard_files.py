@@ -1,4 +1,4 @@
-"""The files of a checkpoint that is read: opened, checked against what the index says of them, and held open as long as that may be."""
+"""The open files of a checkpoint that is read: each is checked against its record in the index, and held open while descriptors last."""
 
 from __future__ import annotations
 
@@ -9,35 +9,35 @@ from shardsave._common.os_calls import CallFailed, Descriptor, call, descriptor_
 from shardsave._format.crc64 import crc64
 from shardsave._format.header import Header, header_length, parse_header
 from shardsave._format.index import ShardRecord
-from shardsave._storage.find import TORCH_SAVE_HINT, cannot_read, open_regular
+from shardsave._storage.find import TORCH_SAVE_HINT, cannot_read, open_checkpoint_file
 from shardsave.errors import CorruptCheckpointError, DirectoryBusyError, IncompatibleCheckpointError
 
-#: How a pickle begins, of every protocol that is binary and in use.
+#: The first two bytes of a pickle, for every binary protocol in use.
 _PICKLES = (b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5")
 
 
 class ShardFiles:
     """Open shards. Their descriptors keep the bytes readable even when a save replaces the files meanwhile.
 
-    ``index_name`` is None without an index, ``records`` where it says nothing of its shards' lengths and headers.
+    ``index_name`` is None without an index, ``records`` where the index has no records of its shards.
     """
 
     def __init__(self, path: str, folder: str, index_name: str | None, records: Mapping[str, ShardRecord] | None) -> None:
         self.path = path
         self.shards: tuple[str, ...] = ()
-        self.allowance = descriptor_allowance()  # how many shards are held open at a time
+        self.allowance = descriptor_allowance()  # how many shards are held open at the same time
         self.records = dict(records) if records is not None else None
         self._folder = folder
         self._named_by = index_name
         self._open: dict[str, Descriptor] = {}
-        self._seen: dict[str, tuple[int, ...]] = {}  # which file each shard was when it was first opened
+        self._identities: dict[str, tuple[int, ...]] = {}  # of each shard, when it was first opened
 
     def path_of(self, shard: str) -> str:
-        """The path of ``shard``, for messages and for those who open it themselves."""
+        """The path of ``shard``, for messages and for callers that open it themselves."""
         return os.path.join(self._folder, shard)
 
     def descriptors(self, shards: Sequence[str]) -> list[int]:
-        """Open descriptors of ``shards``, at most `allowance` of them; the others are closed first where they are too many."""
+        """Descriptors of ``shards``, at most `allowance` of them; other shards are closed first when there would be too many."""
         spare = self._open.keys() - set(shards)
         lacking = [shard for shard in shards if shard not in self._open]
         while spare and len(self._open) + len(lacking) > self.allowance:
@@ -45,16 +45,16 @@ class ShardFiles:
         return [self.descriptor(shard) for shard in shards]
 
     def descriptor(self, shard: str) -> int:
-        """An open descriptor of ``shard``; where it was closed for want of descriptors, or by a fork, opened and checked again.
+        """A descriptor of ``shard``, which is opened and checked again if it was closed: there were too many, or a fork closed it.
 
-        Raises DirectoryBusyError where it is another file by then.
+        Raises DirectoryBusyError when it is another file by then.
         """
         if shard not in self._open or self._open[shard].fd < 0:
             self._open[shard], _ = self.open_shard(shard)
         return self._open[shard].fd
 
     def release(self, shard: str) -> None:
-        """Closes ``shard`` when more shards are in use than descriptors can be held for."""
+        """Closes ``shard`` if not all shards can be held open."""
         if len(self.shards) > self.allowance:
             self.drop(shard)
 
@@ -68,16 +68,18 @@ class ShardFiles:
             self._open.popitem()[1].abandon()
 
     def hold(self, shard: str, file: Descriptor) -> None:
+        """Keeps the opened ``file`` for later, or closes it if too many are open."""
         if len(self._open) < self.allowance:
             self._open[shard] = file
         else:
             file.abandon()
 
     def open_shard(self, shard: str) -> tuple[Descriptor, Header]:
-        file = self.opened(shard)
+        """Opens ``shard`` and checks its header. Raises CorruptCheckpointError, IncompatibleCheckpointError, DirectoryBusyError."""
+        file = self.open_file(shard)
         try:
-            found = _identity(call(os.fstat, shard, file.fd))
-            if self._seen.setdefault(shard, found) != found:
+            identity = _identity(call(os.fstat, shard, file.fd))
+            if self._identities.setdefault(shard, identity) != identity:
                 raise DirectoryBusyError(self._replaced(shard))
             return file, self._checked_header(file.fd, shard)
         except CallFailed as error:
@@ -87,10 +89,11 @@ class ShardFiles:
             file.abandon()
             raise
 
-    def opened(self, shard: str) -> Descriptor:
+    def open_file(self, shard: str) -> Descriptor:
+        """Opens ``shard``, a shard or another file that the index names. Raises CorruptCheckpointError if it is missing."""
         path = self.path_of(shard)
-        file = open_regular(path, f"shard {shard}")
-        if file is None and shard in self._seen:
+        file = open_checkpoint_file(path, f"shard {shard}")
+        if file is None and shard in self._identities:
             raise DirectoryBusyError(self._replaced(shard))
         if file is None:
             wanted = f"the index names {shard}" if self._named_by is not None else f"{shard} was expected"
@@ -112,7 +115,7 @@ class ShardFiles:
         )
 
     def _checked_header(self, descriptor: int, shard: str) -> Header:
-        """The header of ``shard``; where the index has a record of it, not a byte is looked at before its checksum is right."""
+        """The header of ``shard``. If the index has a record of it, nothing is parsed before the header's checksum was compared."""
         where = f"shard {shard}"
         if self.records is None:
             length = call(os.fstat, shard, descriptor).st_size
@@ -137,7 +140,7 @@ class ShardFiles:
         return header
 
     def _refuse_torch_save(self, descriptor: int, shard: str) -> None:
-        """What begins like a file of torch.save is not a damaged one of another kind."""
+        """A file that begins like one of torch.save is reported as such, and not as a damaged safetensors file."""
         start = read_start(descriptor, 4)
         kind = "a zip archive" if start == b"PK\3\4" else "a pickle" if start[:2] in _PICKLES else None
         if kind is not None:
@@ -148,17 +151,17 @@ class ShardFiles:
 
     @staticmethod
     def checked_start(descriptor: int, shard: str, record: ShardRecord) -> bytes:
-        """The header of ``shard``, or all of it where it has no more; the index says its length and checksum."""
+        """The header of ``shard``, or the whole file where it is nothing else, compared with length and checksum in the index."""
         length = call(os.fstat, shard, descriptor).st_size
         if length != record.length:
-            fate = "it was cut, half copied or half downloaded" if length < record.length else "something was appended to it"
+            why = "it was cut, half copied or half downloaded" if length < record.length else "something was appended to it"
             raise CorruptCheckpointError(
-                f"corrupt shard {shard}: the index says {record.length} bytes, the file has {length}; {fate}, or it belongs to another save"
+                f"corrupt shard {shard}: the index says {record.length} bytes, the file has {length}; {why}, or it belongs to another save"
             )
         raw = read_start(descriptor, record.header_length)
-        if (found := crc64(raw)) != record.header_crc:
+        if (crc := crc64(raw)) != record.header_crc:
             raise CorruptCheckpointError(
-                f"corrupt shard {shard}: the index says a header with checksum {record.header_crc:016x}, the file has {found:016x}; "
+                f"corrupt shard {shard}: the index says a header with checksum {record.header_crc:016x}, the file has {crc:016x}; "
                 f"the file was changed after it was saved, or belongs to another save"
             )
         return raw
@@ -176,5 +179,5 @@ def read_start(fd: int, length: int) -> bytes:
 
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:
-    """What tells a file from every other, and from itself before it was changed."""
+    """Differs between two files, and between a file and itself after a change."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

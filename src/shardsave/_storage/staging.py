@@ -1,60 +1,98 @@
-"""The hidden directory in which a save makes its files, beside those that are there, until they are whole."""
+"""The hidden directory in which a save makes its files, beside the checkpoint that is there, until they are whole."""
 
 from __future__ import annotations
 
-import errno
 import fcntl
+import json
 import os
 import platform
 import re
 import secrets
 import sys
+from collections.abc import Iterable
+from errno import EEXIST
 from typing import NamedTuple
 
-from shardsave._common.os_calls import CallFailed, Descriptor, allocate, call, inode_of, open_regular, read_all, write_all
+from shardsave._common.os_calls import CallFailed, Descriptor, allocate, call, write_all
 from shardsave._format.crc64 import crc64
+from shardsave._storage.directory import NO_LINKS, Directory
+
+#: The staged index, before it is renamed.
+NEW_INDEX_NAME = "index"
+
+#: The list of final names: JSON, an array of strings. When its saver is dead, it says what the next save may remove.
+LIST_NAME = "names"
+
+_MAX_LIST_BYTES = 64_000_000
 
 #: Staging directories: eight hex digits for the host, eight at random.
-STAGING_PATTERN = re.compile(r"\.shardsave-([0-9a-f]{8})[0-9a-f]{8}")
+_PATTERN = re.compile(r"\.shardsave-([0-9a-f]{8})[0-9a-f]{8}")
 
-#: What link(2) says where the file system, or its permission, has no links.
-NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+
+def owner_of(name: str) -> str | None:
+    """The id of the host whose saver made the staging directory ``name``; None where that is not the name of one."""
+    match = _PATTERN.fullmatch(name)
+    return match[1] if match is not None else None
+
+
+def host_id() -> str:
+    """The id of this host, eight hex digits."""
+    try:
+        with open("/etc/machine-id", "rb") as file:
+            machine = file.read(64)
+    except OSError:
+        machine = b""
+    return f"{crc64(platform.node().encode() + machine) & 0xFFFF_FFFF:08x}"
+
+
+def read_list(staging: Directory) -> list[str]:
+    """The final names in the list of a dead saver; none where it wrote no whole list. Raises CallFailed."""
+    data = staging.read_all(LIST_NAME, _MAX_LIST_BYTES, follow=False)
+    try:
+        names = json.loads(data) if data is not None else []
+    except (ValueError, RecursionError):
+        return []
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
 class StagedShard(NamedTuple):
-    """A shard that is being written: its final name, and the file that is written."""
+    """A shard that is being written: its final name, and the open file."""
 
     name: str
     file: Descriptor
 
 
 class Staging:
-    """A staging directory, made when it is first needed; where ``durable``, each file in it is when it is done.
+    """A staging directory in ``parent``, made when it is first needed; where that is durable, each finished file in it is too.
 
-    Every method raises CallFailed.
+    Files have their final names in it; the index and the list have names of their own. Every method raises CallFailed.
     """
 
-    def __init__(self, *, durable: bool) -> None:
-        self.name: str | None = None
-        self._durable = durable
-        self._inside = Descriptor()
+    def __init__(self, parent: Directory) -> None:
+        self._parent = parent
+        self._inside = Directory(durable=parent.durable)
         self._shards: list[StagedShard] = []
 
-    def make(self, folder: int) -> None:
-        """Makes the directory in ``folder``, a descriptor, where it is not there yet."""
+    @property
+    def name(self) -> str:
+        """The directory's name, "" before `make`."""
+        return self._inside.name
+
+    def make(self) -> None:
+        """Makes the directory, unless it is made already."""
         if self._inside.fd >= 0:
             return
-        name = self.name = f".shardsave-{host_id()}{secrets.token_hex(4)}"
-        assert STAGING_PATTERN.fullmatch(name)
-        call(os.mkdir, name, name, dir_fd=folder)
-        self._inside.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, folder)
-        sync_file(folder, "", wanted=self._durable)
+        self._inside.name = f".shardsave-{host_id()}{secrets.token_hex(4)}"
+        assert owner_of(self.name) is not None
+        self._parent.mkdir(self.name)
+        self._inside.open_in(self._parent)
+        self._parent.sync()
 
     def create(self, name: str, length: int) -> StagedShard:
-        """A file for the data of shard ``name``, ``length`` bytes long and reserved where the file system can."""
+        """Makes the file for the data of shard ``name``, ``length`` bytes long and reserved where the file system can."""
         shard = StagedShard(name, Descriptor())
         self._shards.append(shard)
-        self._open(shard.file, name)
+        self._inside.create(name, shard.file)
         allocate(shard.file.fd, name, length)
         return shard
 
@@ -62,82 +100,63 @@ class Staging:
         """Ends a shard whose data is written: true length, then header, then fsync on this same descriptor, then close."""
         name, fd = shard.name, shard.file.fd
         end_shard(fd, name, length, header)
-        sync_file(fd, name, wanted=self._durable)
+        self._inside.sync_open(fd, name)
         shard.file.close(name)
 
     def write(self, name: str, data: bytes) -> None:
-        """Makes a file that is ``data`` and nothing else."""
-        with Descriptor() as file:
-            self._open(file, name)
-            write_all(file.fd, name, data)
-            sync_file(file.fd, name, wanted=self._durable)
-            file.close(name)
+        """Makes the file ``name`` with the content ``data``."""
+        self._inside.write(name, data)
+
+    def write_list(self, names: Iterable[str]) -> None:
+        """Writes the list of final names."""
+        self._inside.write(LIST_NAME, json.dumps([*names]).encode())
 
     def add_name(self, name: str, staged: str) -> None:
-        """Gives a sealed file a second name in here; where there are no links, a copy."""
-        inside = self._inside.fd
+        """Gives the finished file ``staged`` a second name in this directory; where there are no links, copies it."""
         try:
-            call(os.link, name, staged, name, src_dir_fd=inside, dst_dir_fd=inside, follow_symlinks=False)
+            self._inside.link(staged, self._inside, name)
         except CallFailed as error:
             if error.errno not in NO_LINKS:
                 raise
-            self.write(name, read_all(staged, inside, sys.maxsize) or b"")
+            self._inside.write(name, self._inside.read_all(staged, sys.maxsize) or b"")
 
     def sync(self) -> None:
-        """Makes the names in here durable."""
-        sync_file(self._inside.fd, self.name or "", wanted=self._durable)
+        """Makes the names in this directory durable."""
+        self._inside.sync()
 
     def inode_of(self, name: str) -> tuple[int, int] | None:
-        """Tells a file in here from every other."""
-        return inode_of(name, self._inside.fd)
+        return self._inside.inode_of(name)
 
-    def link(self, name: str, folder: int) -> None:
-        """Gives a file its name in ``folder``, where that is free; the staged name stays."""
-        call(os.link, name, name, name, src_dir_fd=self._inside.fd, dst_dir_fd=folder, follow_symlinks=False)
+    def link(self, name: str) -> bool:
+        """Gives a file its final name beside the staged one. False where the name is taken or the file system has no links."""
+        try:
+            self._inside.link(name, self._parent, name)
+        except CallFailed as error:
+            if error.errno not in (EEXIST, *NO_LINKS):
+                raise
+            return False
+        return True
 
-    def rename(self, staged: str, name: str, folder: int) -> None:
-        """Moves a file to ``name`` in ``folder``, in the place of whatever is there."""
-        call(os.rename, name, staged, name, src_dir_fd=self._inside.fd, dst_dir_fd=folder)
+    def rename(self, staged: str, name: str) -> None:
+        """Moves a file to its final name, where it replaces whatever has that name."""
+        self._inside.rename(staged, self._parent, name)
 
     def abandon(self) -> None:
-        """Closes what is open, whatever that says."""
+        """Closes the shards that are open; errors are ignored."""
         for shard in self._shards:
             shard.file.abandon()
 
     def close(self) -> None:
-        """Lets go of the directory; what is in it stays."""
-        self._inside.abandon()
-
-    def _open(self, file: Descriptor, name: str) -> None:
-        file.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, self._inside.fd)
+        """Closes the directory; what is in it stays."""
+        self._inside.close()
 
 
 def end_shard(fd: int, name: str, length: int, header: bytes) -> None:
-    """Gives a file whose data is written its true length and then its header, which is no whole number of blocks. Raises CallFailed."""
+    """Gives a file whose data is written its true length, and then its header. Raises CallFailed.
+
+    The header is written through the page cache: it is no whole number of blocks, which direct I/O would ask for.
+    """
     call(os.ftruncate, name, fd, length)
     flags = call(fcntl.fcntl, name, fd, fcntl.F_GETFL)
     call(fcntl.fcntl, name, fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
     write_all(fd, name, header)
-
-
-def sync_file(fd: int, name: str, *, wanted: bool) -> None:
-    """fsync, once: after an error the kernel has dropped the pages, and a second call would lie."""
-    if wanted:
-        call(os.fsync, name, fd)
-
-
-def sync_there(name: str, folder: int, *, wanted: bool) -> None:
-    """Makes the content of what others may have written durable."""
-    with Descriptor() as file:
-        if open_regular(file, name, folder):
-            sync_file(file.fd, name, wanted=wanted)
-
-
-def host_id() -> str:
-    """Eight hex digits for this host: what its savers leave behind is known to be dead by whoever holds the lock here."""
-    try:
-        with open("/etc/machine-id", "rb") as file:
-            machine = file.read(64)
-    except OSError:
-        machine = b""
-    return f"{crc64(platform.node().encode() + machine) & 0xFFFF_FFFF:08x}"

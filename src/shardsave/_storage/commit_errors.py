@@ -1,0 +1,58 @@
+"""The errors of a commit: what each says of the state that things are in now."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from shardsave._common.os_calls import CallFailed
+from shardsave._format.file_names import INDEX_NAME
+from shardsave.errors import DirectoryBusyError, DurabilityUncertainError, SaveNotCommittedError
+
+
+def name_taken(path: str, name: str, state: str) -> DirectoryBusyError:
+    """Someone else made the file ``name`` during the save."""
+    return DirectoryBusyError(
+        f"cannot save to {path}: {name} was expected to be free, someone made a file of that name meanwhile, "
+        f"which is unchanged; {state}"
+    )
+
+
+def index_replaced(path: str) -> DirectoryBusyError:
+    """A saver of another host, which our lock does not keep out, committed during the save."""
+    return DirectoryBusyError(
+        f"cannot save to {path}: {INDEX_NAME} was expected to stay as it was, another host replaced it; "
+        f"nothing was committed, the other checkpoint is intact"
+    )
+
+
+def directory_moved(path: str) -> SaveNotCommittedError:
+    """The path does not lead to the locked directory any more."""
+    return SaveNotCommittedError(
+        f"cannot save to {path}: the directory was expected to stay where it is, it was moved, replaced or removed "
+        f"during the save; nothing was committed, its files are unchanged"
+    )
+
+
+def commit_unknown(path: str, error: BaseException, unreadable: CallFailed) -> DurabilityUncertainError:
+    """The rename of the index was attempted, ``error`` came, and the index could not be re-read."""
+    cause = error.words if isinstance(error, CallFailed) else type(error).__name__
+    return DurabilityUncertainError(
+        f"cannot tell whether the save was committed: {path}: {cause}, then the index "
+        f"could not be read: {unreadable.words}; nothing was removed, the old or the new checkpoint is in place"
+    )
+
+
+def durability_unknown(path: str, error: CallFailed) -> DurabilityUncertainError:
+    """The new index is in place, but the fsync of its name failed."""
+    return DurabilityUncertainError(
+        f"saved, but not known to be durable: {path}: {error.words}, after the rename of the index; "
+        f"the new checkpoint is in place, a loss of power may bring back the previous one; nothing was removed"
+    )
+
+
+def companions_unknown(path: str, error: CallFailed, names: Iterable[str]) -> DurabilityUncertainError:
+    """The new checkpoint is durable, but not all of its companions replaced those of the previous one."""
+    return DurabilityUncertainError(
+        f"saved, but {' and '.join(names)} may still belong to the previous checkpoint: {path}: {error.words}, "
+        f"after the new weights were committed; the next save completes this, until then reports name the difference"
+    )

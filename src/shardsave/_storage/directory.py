@@ -1,0 +1,202 @@
+"""An open directory, and the OS calls on the names in it: every name is one path component, relative to the directory's descriptor.
+
+So a directory stays the same one whatever is renamed above it. Only `make_folders` works on paths: there is nothing to open yet.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from types import TracebackType
+
+from shardsave._common.os_calls import CallFailed, Descriptor, call, kind_of, open_regular, read_whole, write_all
+
+#: errno values of link(2) where the file system has no hard links, or does not permit this one.
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+
+#: errno values that are ignored when directories above the checkpoint's are fsynced: they may belong to someone else.
+_MAY_NOT_SYNC = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.EOPNOTSUPP)
+
+
+class Directory:
+    """A directory, once `open` has opened it; as a context manager it is closed at the end.
+
+    ``name``: how a failed call names it, "" where the message names it anyway. ``durable``: whether the ``sync`` methods wait for
+    the disk, or do nothing. Every method but `close` raises CallFailed. For one thread.
+    """
+
+    def __init__(self, name: str = "", *, durable: bool = False) -> None:
+        self.name = name
+        self.durable = durable
+        self._descriptor = Descriptor()
+
+    @property
+    def fd(self) -> int:
+        """The descriptor, -1 before `open` and after `close`."""
+        return self._descriptor.fd
+
+    def open(self, path: str) -> None:
+        """Opens the directory at ``path``, through symbolic links."""
+        self._descriptor.open(path, os.O_RDONLY | os.O_DIRECTORY)
+
+    def open_in(self, parent: Directory) -> None:
+        """Opens the directory that has this one's name in ``parent``. A symbolic link is refused."""
+        self._descriptor.open(self.name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, parent.fd)
+
+    def enter(self, name: str) -> Directory:
+        """Opens the directory ``name`` in this one. A symbolic link is refused."""
+        inside = Directory(name, durable=self.durable)
+        inside.open_in(self)
+        return inside
+
+    def close(self) -> None:
+        self._descriptor.abandon()
+
+    def __enter__(self) -> Directory:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def names(self) -> list[str]:
+        """The names in it, in no order."""
+        return call(os.listdir, self.name, self.fd)
+
+    def status_of(self, name: str, *, follow: bool = False) -> os.stat_result | None:
+        """The status of ``name``, None where there is nothing; without ``follow`` of a symbolic link itself."""
+        try:
+            return call(os.stat, name, name, dir_fd=self.fd, follow_symlinks=follow)
+        except CallFailed as error:
+            if error.errno != errno.ENOENT:
+                raise
+            return None
+
+    def is_regular(self, name: str) -> bool:
+        """Whether ``name`` is a regular file, and not a link to one."""
+        status = self.status_of(name)
+        return status is not None and stat.S_ISREG(status.st_mode)
+
+    def inode_of(self, name: str) -> tuple[int, int] | None:
+        """Device and inode number, which tell the file ``name`` from every other; None where there is nothing."""
+        status = self.status_of(name)
+        return (status.st_dev, status.st_ino) if status is not None else None
+
+    def free_bytes(self) -> int | None:
+        """The free bytes of the file system; None where it does not know them (ramfs, some network ones) and reports no blocks at all."""
+        status = call(os.fstatvfs, self.name, self.fd)
+        return status.f_bavail * status.f_frsize if status.f_blocks else None
+
+    def open_regular(self, name: str, *, follow: bool = True) -> Descriptor | None:
+        """Opens the regular file ``name`` for reading, None where there is nothing. Raises NotRegular for anything else."""
+        return open_regular(name, self.fd, follow=follow)
+
+    def read_all(self, name: str, limit: int, *, follow: bool = True) -> bytes | None:
+        """The content of the regular file ``name``, None where there is nothing. Raises TooLong beyond ``limit`` bytes."""
+        file = self.open_regular(name, follow=follow)
+        if file is None:
+            return None
+        with file:
+            return read_whole(file.fd, name, limit)
+
+    def create(self, name: str, file: Descriptor) -> None:
+        """Makes the file ``name``, which must not exist yet, and opens it as ``file``."""
+        file.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, self.fd)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Makes the file ``name``, which must not exist yet, with the content ``data``, and syncs it."""
+        with Descriptor() as file:
+            self.create(name, file)
+            write_all(file.fd, name, data)
+            self.sync_open(file.fd, name)
+            file.close(name)
+
+    def sync(self) -> None:
+        """Makes the names in it durable."""
+        self.sync_open(self.fd, self.name)
+
+    def sync_file(self, name: str) -> None:
+        """Makes the content of the regular file ``name`` durable, whoever wrote it; does nothing where there is nothing."""
+        file = self.open_regular(name)
+        if file is not None:
+            with file:
+                self.sync_open(file.fd, name)
+
+    def sync_open(self, fd: int, name: str) -> None:
+        """Makes the content of an open file durable.
+
+        By one fsync: after an error the kernel has dropped the pages, and a second call would lie.
+        """
+        if self.durable:
+            call(os.fsync, name, fd)
+
+    def mkdir(self, name: str) -> None:
+        call(os.mkdir, name, name, dir_fd=self.fd)
+
+    def link(self, name: str, into: Directory, new_name: str) -> None:
+        """Gives the file ``name`` the second name ``new_name`` in ``into``, where that is free."""
+        call(os.link, new_name, name, new_name, src_dir_fd=self.fd, dst_dir_fd=into.fd, follow_symlinks=False)
+
+    def rename(self, name: str, into: Directory, new_name: str) -> None:
+        """Moves the file ``name`` to ``new_name`` in ``into``, where it replaces whatever has that name."""
+        call(os.rename, new_name, name, new_name, src_dir_fd=self.fd, dst_dir_fd=into.fd)
+
+    def unlink(self, name: str) -> None:
+        call(os.unlink, name, name, dir_fd=self.fd)
+
+    def rmdir(self, name: str) -> None:
+        call(os.rmdir, name, name, dir_fd=self.fd)
+
+
+def make_folders(path: str, durable: bool) -> None:
+    """Creates ``path`` and the directories that are missing above it, outermost first; ``durable``: each is synced into its parent.
+
+    Existing directories above are synced too: nobody knows whether whoever made them has done so. Raises CallFailed.
+    """
+    missing, existing = [], path
+    while not _is_folder(existing):
+        missing.append(existing)
+        existing = os.path.dirname(existing)
+    if durable:
+        _sync_parents(existing)
+    for folder in reversed(missing):
+        try:
+            call(os.mkdir, folder, folder)
+        except CallFailed:
+            if not _is_folder(folder):
+                raise
+        if durable:
+            _sync_folder(os.path.dirname(folder))
+
+
+def _sync_parents(path: str) -> None:
+    """Makes the names of ``path`` and of the directories above it durable, up to its file system's root, where that is allowed."""
+    device = call(os.stat, path, path).st_dev
+    while (parent := os.path.dirname(path)) != path:
+        if call(os.stat, parent, parent).st_dev != device:
+            return
+        try:
+            _sync_folder(parent)
+        except CallFailed as error:
+            if error.errno not in _MAY_NOT_SYNC:
+                raise
+        path = parent
+
+
+def _sync_folder(path: str) -> None:
+    with Directory(path, durable=True) as folder:
+        folder.open(path)
+        folder.sync()
+
+
+def _is_folder(path: str) -> bool:
+    """Whether ``path`` is a directory; False where there is nothing. Raises CallFailed where there is something else."""
+    try:
+        mode = call(os.stat, path, path).st_mode
+    except CallFailed as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            return False
+        raise
+    if not stat.S_ISDIR(mode):
+        raise CallFailed("mkdir", path, errno.EEXIST, f"a directory was expected, it is a {kind_of(mode)}")
+    return True
