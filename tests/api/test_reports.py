@@ -43,7 +43,7 @@ def test_what_is_worth_a_word_is_said(tmp_path: Path, capsys: pytest.CaptureFixt
 
     base = torch.ones(10)
     (saved,) = lines_of(shardsave.save({"a": base[:6], "b": base[4:]}, tmp_path / "overlap"), capsys)
-    assert saved.endswith("; stored apart though overlapping: a and b")
+    assert saved.endswith("; overlapping but stored separately: a and b")
     state = {f"layer{n}": torch.ones(1) for n in range(5)} | {"bias": torch.ones(2)}
     save_file(state, tmp_path / "model.safetensors")
     (loaded,) = lines_of(shardsave.load_model(nn.Linear(2, 2), tmp_path, strict=False), capsys)

@@ -186,7 +186,7 @@ def test_what_is_no_data_is_refused(tmp_path: Path) -> None:
         "<built-in function len>, which cannot be imported; nothing was written"
     )
     assert not (tmp_path / "ckpt").exists()
-    with pytest.raises(TypeError, match="needs an nn.Module, there is none in a dict"):
+    with pytest.raises(TypeError, match="needs an nn.Module, not a dict"):
         shardsave.save({}, tmp_path / "ckpt", architecture=True)
     with pytest.raises(shardsave.UnsupportedModuleError, match="model.0: a traced graph, whose code was made at run time"):
         shardsave.save(nn.Sequential(torch.fx.symbolic_trace(nn.Linear(2, 2))), tmp_path / "ckpt", architecture=True)
@@ -332,7 +332,7 @@ def test_a_module_inside_of_itself(architecture: bool, tmp_path: Path) -> None:
     """Catches a bare RecursionError, and a directory that such a save leaves behind."""
     model = nn.Linear(2, 2)
     model.again = model
-    with pytest.raises(shardsave.UnsupportedModuleError, match="or one is inside of itself; nothing was written"):
+    with pytest.raises(shardsave.UnsupportedModuleError, match="or one contains itself; nothing was written"):
         shardsave.save(model, tmp_path / "ckpt", architecture=architecture)
     assert not (tmp_path / "ckpt").exists()
 

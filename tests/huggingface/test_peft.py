@@ -188,10 +188,10 @@ def test_weights_of_another_save_are_noticed(tmp_path: Path) -> None:
 
 def test_what_is_no_adapter(tmp_path: Path) -> None:
     """Catches a whole model that is saved under the name of an adapter, and a choice among several that is made in silence."""
-    with pytest.raises(TypeError, match=r"adapter_only=True needs a PeftModel, there is none in a LlamaForCausalLM"):
+    with pytest.raises(TypeError, match=r"adapter_only=True needs a PeftModel, not a LlamaForCausalLM"):
         shardsave.save(base(), tmp_path, adapter_only=True)
     model = adapted("LoRA")
-    with pytest.raises(ValueError, match="adapter_only=True keeps no architecture"):
+    with pytest.raises(ValueError, match="adapter_only=True saves no architecture"):
         shardsave.save(model, tmp_path, adapter_only=True, architecture=True)
     model.add_adapter("other", lora())
     model.base_model.set_adapter(["default", "other"])

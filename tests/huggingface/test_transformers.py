@@ -231,7 +231,7 @@ def test_joined_on_disk(tmp_path: Path, joined_on_disk: None) -> None:
     model = Joined(transformers.PreTrainedConfig())
     model.attention.requires_grad_(False)
     report = shardsave.save(model, tmp_path / "ours")
-    assert report.notes == ("144 B were copied in memory, since they are joined on disk",)
+    assert report.notes == ("144 B were copied in memory, since these tensors are joined on disk",)
     model.save_pretrained(tmp_path / "theirs")
     ours, theirs = on_disk(tmp_path / "ours"), on_disk(tmp_path / "theirs")
     assert ours.keys() == theirs.keys() == {"attention.qkv.weight", "out.weight", "out.bias"}

@@ -1,6 +1,6 @@
-"""Everything that knows transformers: the names and the layout of a model on disk, and which files lie beside its weights.
+"""Saves transformers models as ``save_pretrained`` would: tensors, names on disk, and the configs beside the weights.
 
-transformers is never imported here unless a model of its is at hand, and then it has been already.
+Only a transformers model gets here, so transformers has already been imported.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from shardsave._saving.disk_layout import OnDisk
 from shardsave._state.module import Entry, State, tensor_of
 from shardsave.errors import UnsupportedTensorError
 
+#: The attribute of a tensor that holds the names, in the module, of the tensors that it was made from.
 _SOURCES = "_shardsave_sources"
 
 
 def companions(model: Any) -> dict[str, bytes]:
-    """What `save_pretrained` puts beside the weights of ``model``: file name → content."""
+    """The configs that `save_pretrained` writes beside the weights of ``model``: file name → content."""
     config = copy.deepcopy(model.config)
     config.dtype = str(model.dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__]
@@ -36,7 +37,7 @@ def companions(model: Any) -> dict[str, bytes]:
 
 
 class TransformersLayout:
-    """A transformers ``model`` as `save_pretrained` lays it out, configs included.
+    """The layout of `save_pretrained` for a transformers ``model``, with its configs.
 
     ``keep_names``: names and tensors stay as they are in memory; only the configs are added.
     """
@@ -46,31 +47,33 @@ class TransformersLayout:
         self._keep_names = keep_names
 
     def apply(self, state: State) -> OnDisk:
-        """Fused tensors become views of their parts: nothing is copied, except where parts are joined on disk, which is noted."""
+        """Stores fused tensors as views of their parts. Only tensors that are joined on disk are copied, with a note."""
         configs = companions(self._model)
         if self._keep_names:
             return OnDisk(state, configs)
         model = self._model
         ignored = frozenset(getattr(model, "_keys_to_ignore_on_save", None) or ())
-        entries = _stored_as_they_do(model, [entry for entry in state.entries if entry.name not in ignored])
+        entries = _tied_as_transformers_ties(model, [entry for entry in state.entries if entry.name not in ignored])
         by_name = {entry.name: entry for entry in entries}
         stored = {entry.name: tensor_of(entry) for entry in entries if entry.tied_to is None}
         renamed = reverted(model, stored)
-        place = {name: n for n, name in enumerate(stored)}
+        position = {name: n for n, name in enumerate(stored)}
         on_disk = [_entry(name, part, [by_name[source] for source in part.sources]) for name, part in renamed.items()]
-        order = {name: min(place[source] for source in part.sources) for name, part in renamed.items()}
+        order = {name: min(position[source] for source in part.sources) for name, part in renamed.items()}
         on_disk.sort(key=lambda entry: order[entry.name])  # stable: the parts of one tensor keep their order
         on_disk += _ties(model, entries, renamed)
         flags = None
         if {entry.name for entry in on_disk} != {entry.name for entry in state.entries}:
             flags = {entry.name: entry.frozen for entry in state.entries if entry.frozen is not None}
-        copied = sum(part.tensor.nbytes for part in renamed.values() if part.is_copy)
-        notes = (f"{human_bytes(copied)} were copied in memory, since they are joined on disk",) if copied else ()
-        return OnDisk(state._replace(entries=tuple(on_disk)), configs, flags, notes=notes)
+        copied_bytes = sum(part.tensor.nbytes for part in renamed.values() if part.is_copy)
+        notes = []
+        if copied_bytes:
+            notes.append(f"{human_bytes(copied_bytes)} were copied in memory, since these tensors are joined on disk")
+        return OnDisk(state._replace(entries=tuple(on_disk)), configs, flags, notes=tuple(notes))
 
 
 class Part(NamedTuple):
-    """What is stored under one name: a view of the one of its ``sources``, names in the module, or a copy of several."""
+    """The tensor that is stored under one name: a view of one tensor in the module, or a copy of several; ``sources``: their names."""
 
     tensor: torch.Tensor
     sources: tuple[str, ...]
@@ -78,51 +81,52 @@ class Part(NamedTuple):
 
 
 def reverted(model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, Part]:
-    """Name on disk → what is stored there of ``tensors``, by their names in the module, as transformers itself converts them.
+    """Converts ``tensors``, by their names in the module, to the layout on disk as transformers does: name on disk → part.
 
     Raises UnsupportedTensorError.
     """
     revert = _conversion("revert_weight_conversion")
     if revert is None:
         return {name: Part(tensor, (name,), False) for name, tensor in tensors.items()}
-    memory = {}
-    marked = {}
+    storages = {}
+    marked_tensors = {}
     for name, tensor in tensors.items():
-        marked[name] = tensor.detach()
-        setattr(marked[name], _SOURCES, (name,))
-        memory[name] = _memory_of(tensor)
+        marked_tensors[name] = tensor.detach()
+        setattr(marked_tensors[name], _SOURCES, (name,))
+        storages[name] = _storage_of(tensor)
     try:
         with _WithoutCopies(), torch.no_grad():
-            made = dict(revert(model, marked))
+            tensors_on_disk = dict(revert(model, marked_tensors))
     except Exception as error:
         raise UnsupportedTensorError(
-            f"cannot save {type(model).__name__}: transformers was expected to convert it to the layout that it has on disk, it "
+            f"cannot save {type(model).__name__}: transformers was expected to convert it to its layout on disk, it "
             f"raised {type(error).__name__}: {' '.join(str(error).split())}; nothing was written"
         ) from error
     parts = {}
-    for name, tensor in made.items():
+    for name, tensor in tensors_on_disk.items():
         sources = getattr(tensor, _SOURCES)
-        is_copy = _memory_of(tensor) not in [memory[source] for source in sources]
+        is_copy = _storage_of(tensor) not in [storages[source] for source in sources]
         parts[name] = Part(tensor, sources, is_copy)
     return parts
 
 
 class _WithoutCopies(TorchFunctionMode):
-    """What is cut out of a tensor stays a view of it, however it lies; and each tensor knows which it was made of."""
+    """Keeps slices of a tensor as views, whatever their strides, and marks each result with the names of its sources."""
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if function is torch.Tensor.contiguous:
             return args[0]
-        made = function(*args, **(kwargs or {}))
+        result = function(*args, **(kwargs or {}))
         sources = [source for tensor in _tensors((args, kwargs or {})) for source in getattr(tensor, _SOURCES, ())]
-        for tensor in _tensors(made):
+        for tensor in _tensors(result):
             setattr(tensor, _SOURCES, tuple(dict.fromkeys(sources)))
-        return made
+        return result
 
 
 def _tensors(value: object) -> Iterator[torch.Tensor]:
+    """The tensors in nested lists, tuples and dicts."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (list, tuple, dict)):
@@ -130,19 +134,19 @@ def _tensors(value: object) -> Iterator[torch.Tensor]:
             yield from _tensors(part)
 
 
-def _memory_of(tensor: torch.Tensor) -> object:
-    """What tells a storage from every other, also on the meta device."""
+def _storage_of(tensor: torch.Tensor) -> object:
+    """The identity of the tensor's storage, also on the meta device, where storages have no address."""
     return tensor.untyped_storage()._cdata
 
 
 def _entry(name: str, part: Part, sources: Iterable[Entry]) -> Entry:
-    """Frozen when all that it is made of is."""
+    """An entry that is frozen if all of ``sources`` with a flag are."""
     flags = [entry.frozen for entry in sources if entry.frozen is not None]
     return Entry(name, "parameter" if flags else "buffer", all(flags) if flags else None, None, part.tensor)
 
 
-def _stored_as_they_do(model: Any, entries: list[Entry]) -> list[Entry]:
-    """Of names that share memory `save_pretrained` keeps the one that the model ties the others to: so do we."""
+def _tied_as_transformers_ties(model: Any, entries: list[Entry]) -> list[Entry]:
+    """Stores shared memory under the same name as `save_pretrained`: the one that the model ties the others to."""
     if all(entry.tied_to is None for entry in entries):
         return entries
     patterns = [
@@ -153,28 +157,31 @@ def _stored_as_they_do(model: Any, entries: list[Entry]) -> list[Entry]:
     groups: dict[str, list[str]] = {}
     for entry in entries:
         groups.setdefault(entry.tied_to or entry.name, []).append(entry.name)
-    keeper = {}
+    leader = {}
     for names in groups.values():
-        free = [name for name in names if not any(pattern.search(name) for pattern in patterns)]
-        keeper.update(dict.fromkeys(names, free[0] if free else max(names)))
-    return [entry._replace(tied_to=keeper[entry.name] if keeper[entry.name] != entry.name else None) for entry in entries]
+        candidates = [name for name in names if not any(pattern.search(name) for pattern in patterns)]
+        leader.update(dict.fromkeys(names, candidates[0] if candidates else max(names)))
+    return [entry._replace(tied_to=leader[entry.name] if leader[entry.name] != entry.name else None) for entry in entries]
 
 
 def _ties(model: Any, entries: Iterable[Entry], stored: Mapping[str, Part]) -> list[Entry]:
-    """The tied entries under the names that they would have on disk, as far as these are names of their own."""
+    """The tied entries with their names on disk, except those whose name on disk is already in ``stored``."""
     tied = {entry.name: entry for entry in entries if entry.tied_to is not None}
-    whole = {part.sources[0]: name for name, part in stored.items() if len(part.sources) == 1 and not part.is_copy}
-    once = {source for source in whole if sum(part.sources == (source,) for part in stored.values()) == 1} if tied else set()
-    made = []
+    name_on_disk = {part.sources[0]: name for name, part in stored.items() if len(part.sources) == 1 and not part.is_copy}
+    # Of a leader that is several tensors on disk, no single one is what the tied name shares.
+    unsplit = (
+        {name for name in name_on_disk if sum(part.sources == (name,) for part in stored.values()) == 1} if tied else set()
+    )
+    ties = []
     for name, part in reverted(model, {name: tensor_of(entry) for name, entry in tied.items()}).items() if tied else ():
         entry = tied[part.sources[0]]
-        if len(part.sources) == 1 and entry.tied_to in once and name not in stored:
-            made.append(entry._replace(name=name, tied_to=whole[entry.tied_to]))
-    return made
+        if len(part.sources) == 1 and entry.tied_to in unsplit and name not in stored:
+            ties.append(entry._replace(name=name, tied_to=name_on_disk[entry.tied_to]))
+    return ties
 
 
 def _conversion(name: str, module: str = "core_model_loading") -> Any:
-    """A function of transformers that converts between the layouts in memory and on disk; None where it is too old to have any."""
+    """The function ``name`` of transformers, which converts between the layouts in memory and on disk; None in old versions."""
     try:
         return getattr(importlib.import_module(f"transformers.{module}"), name, None)
     except ImportError:
