@@ -1,4 +1,4 @@
-"""The benchmark's harness on a model of a few megabytes: not a figure is judged, only that all of them are there."""
+"""The benchmark on a model of a few megabytes. No value is judged, only that all of them are there."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from support import ROOT, Compile
 BENCHMARKS = ROOT / "benchmarks"
 
 
-def test_measures_and_reports(tmp_path: Path, compiled: Compile) -> None:
-    """Catches a harness that no longer runs, that loses a failed operation, or a report that no longer follows its JSON."""
+def test_the_cpu_benchmark_and_its_report(tmp_path: Path, compiled: Compile) -> None:
+    """Catches a benchmark that fails or hides a failed operation, and a report that does not match the JSON."""
     raw = compiled("raw", [BENCHMARKS / "raw.c"], "-pthread")
     out = tmp_path / "out"
     command = [
@@ -45,7 +45,7 @@ def test_measures_and_reports(tmp_path: Path, compiled: Compile) -> None:
     subprocess.run([sys.executable, str(BENCHMARKS / "report.py"), str(out / "results.json"), "--to", str(report)], check=True)
     text = report.read_text()
     assert "| durable save, wall | ≤ 1.1 × raw O_DIRECT write |" in text
-    assert "| import shardsave" not in text  # not measured here, so not claimed
+    assert "| import shardsave" not in text  # not measured here, so not reported
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {"save.png", "load.png", "cost.png"}
     assert all(f"plots/{path.name}" in text for path in (tmp_path / "plots").iterdir())
 
@@ -60,21 +60,21 @@ gpu.main()
 """
 
 
-def test_the_gpu_benchmark_comes_to_its_end(tmp_path: Path) -> None:
-    """Catches one that fails where there is a device, told on a processor in its place; a directory that is not given back."""
+def test_the_gpu_benchmark(tmp_path: Path) -> None:
+    """Catches a benchmark that would fail on a GPU, which the CPU stands in for, and a directory that is not removed."""
     file = tmp_path / "figures.json"
     command = [sys.executable, "-c", STAND_IN, str(tmp_path / "scratch"), "20000000", "--to", str(file)]
     done = subprocess.run(command, cwd=BENCHMARKS, check=True, capture_output=True, text=True)
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert json.loads(file.read_text()) == found
+    values = json.loads(done.stdout.splitlines()[-1])
+    assert json.loads(file.read_text()) == values
     rates = {"device_to_host", "host_to_device", "save_to_cache", "load_warm", "save_durable", "load_cold"}
-    assert found.keys() == rates | {"device", "bytes", "peak_extra"} and min(found[rate] for rate in rates) > 0
-    assert 0 < found["peak_extra"] < 256_000_000
+    assert values.keys() == rates | {"device", "bytes", "peak_extra"} and min(values[rate] for rate in rates) > 0
+    assert 0 < values["peak_extra"] < 256_000_000
     assert not list((tmp_path / "scratch").iterdir())
 
 
-def test_whole_models_come_back(tmp_path: Path) -> None:
-    """Catches a model of torch.nn or transformers that is built otherwise than it was saved."""
+def test_whole_models(tmp_path: Path) -> None:
+    """Catches a model of torch.nn or transformers that is not built as it was saved."""
     command = [sys.executable, str(BENCHMARKS / "models.py"), "--only", "torch", "--only", "transformers"]
     subprocess.run([*command, "--to", str(tmp_path / "models.md")], check=True, capture_output=True)
     table = (tmp_path / "models.md").read_text()

@@ -1,4 +1,4 @@
-"""Savers that are really killed where they leave the most behind."""
+"""Savers that are killed by SIGKILL, at the places where they leave the most behind."""
 
 from __future__ import annotations
 

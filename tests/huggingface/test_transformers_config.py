@@ -1,4 +1,4 @@
-"""Models of transformers without an architecture: built by the config beside the weights, and by nothing else."""
+"""transformers models without an architecture: built from the config beside the weights, and from nothing else."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def built(folder: Path, **options: Any) -> Any:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_built_is_what_was_saved(name: str, tmp_path: Path) -> None:
-    """Catches a weight, a buffer that is not saved, a tie, a flag or a module that is not as it was."""
+    """Catches a weight, an unsaved buffer, a tie, a flag or a module that differs from the saved model."""
     model = tiny(name, 3).eval()
     shardsave.save(model, tmp_path, durable=False)
     again = built(tmp_path)
@@ -53,7 +53,7 @@ def test_built_is_what_was_saved(name: str, tmp_path: Path) -> None:
 
 
 def test_what_save_pretrained_wrote(tmp_path: Path) -> None:
-    """Catches a builder that needs our index, or forgets the generation config."""
+    """Catches a builder that needs an index of shardsave, or ignores the generation config."""
     model = llama()
     model.generation_config.max_new_tokens = 7
     model.save_pretrained(tmp_path)
@@ -62,7 +62,7 @@ def test_what_save_pretrained_wrote(tmp_path: Path) -> None:
 
 
 def test_dtypes_are_those_of_the_files(tmp_path: Path) -> None:
-    """Catches weights that are rounded to the one dtype which a config knows."""
+    """Catches weights that are cast to the single dtype in the config."""
     model = llama().to(torch.bfloat16)
     model.lm_head.float()
     with torch.no_grad():
@@ -72,7 +72,7 @@ def test_dtypes_are_those_of_the_files(tmp_path: Path) -> None:
 
 
 def test_nothing_is_imported_that_is_not_trusted(tmp_path: Path) -> None:
-    """Catches an import of transformers by a file's word alone."""
+    """Catches an import of transformers that only a file asks for."""
     shardsave.save(bert(), tmp_path, durable=False)
     program = (
         "import sys, shardsave\n"
@@ -89,7 +89,7 @@ def test_nothing_is_imported_that_is_not_trusted(tmp_path: Path) -> None:
 
 
 def test_one_class_may_be_trusted(tmp_path: Path) -> None:
-    """Catches trust in one class that is taken for trust in none or in all."""
+    """Catches trust in one class that counts as trust in no class or in all classes."""
     shardsave.save(bert(), tmp_path, durable=False)
     shardsave.build_model(tmp_path, trust=["transformers.BertForMaskedLM"])
     with pytest.raises(shardsave.UntrustedCodeError, match="asks for transformers.BertForMaskedLM"):
@@ -122,7 +122,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.filterwarnings("ignore:config.json is not the one saved")
 @pytest.mark.parametrize("what", BAD)
 def test_configs_that_cannot_be_built(what: str, tmp_path: Path) -> None:
-    """Catches a config that reaches for something else than a model, or fails with a bare error of others."""
+    """Catches a config that leads to anything but a model, or that fails with a bare error of transformers."""
     values, said = BAD[what]
     shardsave.save(bert(), tmp_path, durable=False)
     change(tmp_path, **values)
@@ -136,7 +136,7 @@ def test_configs_that_cannot_be_built(what: str, tmp_path: Path) -> None:
     ("text", "said"), [("[1]", "a JSON object expected, it is [1]"), ('{"a', "JSON expected"), ("[" * 99999, "nested")]
 )
 def test_configs_that_are_no_json(text: str, said: str, tmp_path: Path) -> None:
-    """Catches a broken file that ends in an error without its name."""
+    """Catches an error for a broken file that does not name the file."""
     shardsave.save(bert(), tmp_path, durable=False)
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(shardsave.CorruptCheckpointError, match="corrupt config.json: ") as raised:
@@ -145,7 +145,7 @@ def test_configs_that_are_no_json(text: str, said: str, tmp_path: Path) -> None:
 
 
 def test_no_code_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a config that makes transformers load kernels, which are code, from elsewhere."""
+    """Catches a config that makes transformers fetch kernels, which are code."""
     import transformers.modeling_utils as modeling
 
     asked: list[object] = []
@@ -166,7 +166,7 @@ def test_no_code_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_numbers_that_json_does_not_have(tmp_path: Path) -> None:
-    """Catches an infinity that comes back as a dictionary."""
+    """Catches an infinity that is loaded as a dictionary."""
     model = llama()
     model.config.reach = float("inf")
     shardsave.save(model, tmp_path, durable=False)
