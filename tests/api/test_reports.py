@@ -189,13 +189,13 @@ def test_a_save_reports_third_party_files_that_it_replaced(tmp_path: Path) -> No
     """Catches a third-party file that a save replaces without a note."""
     from safetensors.torch import save_file
 
-    save_file({"theirs": torch.ones(2)}, tmp_path / "model.safetensors")
-    report = shardsave.save({"mine": torch.ones(2)}, tmp_path)
+    save_file({"x": torch.ones(2)}, tmp_path / "model.safetensors")
+    report = shardsave.save({"x": torch.ones(2)}, tmp_path)
     assert report.notes == ("model.safetensors, which was not saved by shardsave, was replaced",)
     assert not (tmp_path / "model.safetensors").exists()
-    assert shardsave.save({"mine": torch.ones(2)}, tmp_path).notes == ()
+    assert shardsave.save({"x": torch.ones(2)}, tmp_path).notes == ()
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({key: value for key, value in json.loads(index.read_text()).items() if key != "shardsave"}))
-    assert shardsave.save({"mine": torch.ones(2)}, tmp_path).notes == (
+    assert shardsave.save({"x": torch.ones(2)}, tmp_path).notes == (
         "the checkpoint that was replaced was not saved by shardsave",
     )

@@ -52,22 +52,22 @@ def test_saved_as_save_pretrained_does(tmp_path: Path, name: str) -> None:
     """Catches a name, a layout, a dtype or a config that other readers do not expect; a missing or additional key for
     from_pretrained; a changed bit; and flags that are not recorded under the names in the module."""
     model = tiny(name)
-    ours, theirs = tmp_path / "shardsave", tmp_path / "transformers"
-    report = shardsave.save(model, ours, max_shard_size="100KB")
+    own, reference = tmp_path / "shardsave", tmp_path / "transformers"
+    report = shardsave.save(model, own, max_shard_size="100KB")
     assert not report.notes
-    model.save_pretrained(theirs)
-    actual, expected = on_disk(ours), on_disk(theirs)
+    model.save_pretrained(reference)
+    actual, expected = on_disk(own), on_disk(reference)
     assert actual.keys() == expected.keys() and all(same_bits(actual[name], expected[name]) for name in expected)
     for config in CONFIGS:
-        assert (ours / config).exists() == (theirs / config).exists()
-        if (theirs / config).exists():
-            assert (ours / config).read_bytes() == (theirs / config).read_bytes()
-    loaded, loading_info = type(model).from_pretrained(ours, output_loading_info=True)
+        assert (own / config).exists() == (reference / config).exists()
+        if (reference / config).exists():
+            assert (own / config).read_bytes() == (reference / config).read_bytes()
+    loaded, loading_info = type(model).from_pretrained(own, output_loading_info=True)
     assert not any(loading_info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert same_state(model, loaded)
-    info = shardsave.inspect(ours)
-    assert info.frozen == frozen_in(model) and not info.notes and not shardsave.verify(ours).notes
-    for folder in (ours, theirs):
+    info = shardsave.inspect(own)
+    assert info.frozen == frozen_in(model) and not info.notes and not shardsave.verify(own).notes
+    for folder in (own, reference):
         fresh = tiny(name, seed=1).requires_grad_(True)
         before = list(fresh.parameters())
         recomputed = fresh._keys_to_ignore_on_save or set()
@@ -76,7 +76,7 @@ def test_saved_as_save_pretrained_does(tmp_path: Path, name: str) -> None:
         assert all(
             same_bits(a, b) for (n, a), b in zip(model.state_dict().items(), fresh.state_dict().values()) if n not in recomputed
         )
-        assert frozen_in(fresh) == (frozen_in(model) if folder == ours else set())
+        assert frozen_in(fresh) == (frozen_in(model) if folder == own else set())
         assert report.tensors >= len(actual) and not (report.missing or report.unexpected or report.notes)
 
 
@@ -91,14 +91,14 @@ def test_fused_models_are_split_on_disk(tmp_path: Path) -> None:
 def test_a_meta_model(tmp_path: Path) -> None:
     """Catches parts that are read into memory that the materialised model does not use, and lost flags."""
     model = tiny("Mixtral")
-    model.save_pretrained(tmp_path / "theirs")
-    shardsave.save(model, tmp_path / "ours")
-    for folder in ("ours", "theirs"):
+    model.save_pretrained(tmp_path / "transformers")
+    shardsave.save(model, tmp_path / "shardsave")
+    for folder in ("shardsave", "transformers"):
         with torch.device("meta"):
             fresh = transformers.MixtralForCausalLM(model.config)
         fresh.model.rotary_emb = type(fresh.model.rotary_emb)(model.config)
         shardsave.load_model(fresh, tmp_path / folder)
-        assert same_state(fresh, model) and frozen_in(fresh) == (frozen_in(model) if folder == "ours" else set())
+        assert same_state(fresh, model) and frozen_in(fresh) == (frozen_in(model) if folder == "shardsave" else set())
 
 
 def test_casts(tmp_path: Path) -> None:
@@ -231,19 +231,19 @@ def test_joined_on_disk(tmp_path: Path, joined_on_disk: None) -> None:
     memory without a note."""
     model = Joined(transformers.PreTrainedConfig())
     model.attention.requires_grad_(False)
-    report = shardsave.save(model, tmp_path / "ours")
+    report = shardsave.save(model, tmp_path / "shardsave")
     assert report.notes == ("144 B were copied in memory, since these tensors are joined on disk",)
-    model.save_pretrained(tmp_path / "theirs")
-    ours, theirs = on_disk(tmp_path / "ours"), on_disk(tmp_path / "theirs")
-    assert ours.keys() == theirs.keys() == {"attention.qkv.weight", "out.weight", "out.bias"}
-    assert all(same_bits(ours[name], theirs[name]) for name in ours)
-    assert shardsave.inspect(tmp_path / "ours").frozen == frozen_in(model)
+    model.save_pretrained(tmp_path / "transformers")
+    actual, expected = on_disk(tmp_path / "shardsave"), on_disk(tmp_path / "transformers")
+    assert actual.keys() == expected.keys() == {"attention.qkv.weight", "out.weight", "out.bias"}
+    assert all(same_bits(actual[name], expected[name]) for name in expected)
+    assert shardsave.inspect(tmp_path / "shardsave").frozen == frozen_in(model)
     for hooked in (False, True):
-        for folder in ("ours", "theirs"):
+        for folder in ("shardsave", "transformers"):
             fresh = Joined(transformers.PreTrainedConfig(), hooked)
             report = shardsave.load_model(fresh, tmp_path / folder)
             assert same_state(fresh, model) and report.tensors == 3
-            assert frozen_in(fresh) == (frozen_in(model) if folder == "ours" else set())
+            assert frozen_in(fresh) == (frozen_in(model) if folder == "shardsave" else set())
             assert sorted(fresh.seen) == (["k.weight", "q.weight", "v.weight"] if hooked else [])
 
 

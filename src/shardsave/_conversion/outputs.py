@@ -61,7 +61,7 @@ def _write_contents(contents: Contents, path: str, durable: bool, release: Relea
 
 
 def _write_safetensors_file(output: Output, state: State) -> WriteResult:
-    """Keeps metadata that are strings, except under the name of a tensor: there the header has ties."""
+    """Keeps metadata whose value is a string, unless the key is the name of a tensor: the header has the ties there."""
     names = {entry.name for entry in state.entries}
     texts = {name: value for name, value in output.origin.metadata.items() if isinstance(value, str)}
     kept = {name: value for name, value in texts.items() if name not in names and name not in ("format", CHECKSUM_KEY)}

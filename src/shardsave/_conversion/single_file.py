@@ -127,7 +127,7 @@ class NewFile:
                     os.unlink(name, dir_fd=self._directory.fd)
 
     def commit(self) -> None:
-        """Ends the file, then renames it to ``path``; both durably if that was asked for."""
+        """Ends the scratch file and renames it to ``path``; both durably if that was asked for."""
         inode = self._end_file()
         folders = {"src_dir_fd": self._directory.fd, "dst_dir_fd": self._directory.fd}
         try:

@@ -167,13 +167,13 @@ def _tied_as_transformers_ties(model: Any, entries: list[Entry]) -> list[Entry]:
 def _ties(model: Any, entries: Iterable[Entry], stored: Mapping[str, Part]) -> list[Entry]:
     """The tied entries with their names on disk, except those whose name on disk is already in ``stored``."""
     tied = {entry.name: entry for entry in entries if entry.tied_to is not None}
+    if not tied:
+        return []
     name_on_disk = {part.sources[0]: name for name, part in stored.items() if len(part.sources) == 1 and not part.is_copy}
     # Of a leader that is several tensors on disk, no single one is what the tied name shares.
-    unsplit = (
-        {name for name in name_on_disk if sum(part.sources == (name,) for part in stored.values()) == 1} if tied else set()
-    )
+    unsplit = {name for name in name_on_disk if sum(part.sources == (name,) for part in stored.values()) == 1}
     ties = []
-    for name, part in reverted(model, {name: tensor_of(entry) for name, entry in tied.items()}).items() if tied else ():
+    for name, part in reverted(model, {name: tensor_of(entry) for name, entry in tied.items()}).items():
         entry = tied[part.sources[0]]
         if len(part.sources) == 1 and entry.tied_to in unsplit and name not in stored:
             ties.append(entry._replace(name=name, tied_to=name_on_disk[entry.tied_to]))
