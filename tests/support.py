@@ -1,4 +1,4 @@
-"""What tests of several wings share: paths of the project, a small model, comparisons bit for bit."""
+"""Shared by the tests of several wings: paths of the project, a small model, comparisons bit by bit, forked children."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Compile = Callable[..., Path]
 
 
 def let_everybody_in(folder: Path) -> None:
-    """Makes ``folder`` one that every user may enter and write to: pytest keeps its directories for the user that runs it."""
+    """Lets every user enter ``folder`` and write to it: pytest creates directories only for the user who runs it."""
     folder.chmod(folder.stat().st_mode | 0o077)
     for above in folder.parents:
         if above.stat().st_mode & 0o005 != 0o005:
@@ -24,7 +24,7 @@ def let_everybody_in(folder: Path) -> None:
 
 
 class SmallModel(nn.Module):
-    """A little of everything: a frozen part, tied weights, a persistent and a non-persistent buffer, several dtypes."""
+    """Has a frozen part, tied weights, a persistent and a non-persistent buffer, and several dtypes."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class SmallModel(nn.Module):
 
 
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Whether two tensors agree in dtype, shape and every bit (NaN payloads and negative zeros too)."""
+    """Whether two tensors have the same dtype, shape and bits (also NaN payloads and negative zeros)."""
     if left.dtype != right.dtype or left.shape != right.shape:
         return False
     as_bytes = [t.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8) for t in (left, right)]
@@ -52,9 +52,11 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 
 def same_state(left: nn.Module, right: nn.Module) -> bool:
-    """Whether two modules have the same names, and under each the same bits."""
-    a, b = left.state_dict(), right.state_dict()
-    return a.keys() == b.keys() and all(same_bits(a[name], b[name]) for name in a)
+    """Whether two modules have state dicts with the same names and the same bits."""
+    left_state, right_state = left.state_dict(), right.state_dict()
+    if left_state.keys() != right_state.keys():
+        return False
+    return all(same_bits(left_state[name], right_state[name]) for name in left_state)
 
 
 def forked(action: Callable[[], object]) -> int:

@@ -31,7 +31,7 @@ EXPECTED: dict[str, Any] = {release.name: json.loads((release / "expected.json")
 NEWEST = RELEASES[-1]
 CASES = [(version, case) for version, cases in EXPECTED.items() for case in cases if case != "versions"]
 
-#: PEFT asks transformers by an old name.
+#: PEFT calls transformers by a deprecated name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
 
 
@@ -40,8 +40,8 @@ def having(member: str) -> list[tuple[str, str]]:
     return [(version, case) for version, case in CASES if EXPECTED[version][case].get(member)]
 
 
-def opened(version: str, case: str, tmp_path: Path) -> Path:
-    """The path to open. Git keeps no modification times, so a case that needs them is copied and its times are set."""
+def path_of(version: str, case: str, tmp_path: Path) -> Path:
+    """The path to open. Git stores no modification times, so a case that needs them is copied and its times are set."""
     expected, folder = EXPECTED[version][case], CORPUS / version / case
     if "mtimes" in expected:
         folder = Path(shutil.copytree(folder, tmp_path / case))
@@ -50,8 +50,8 @@ def opened(version: str, case: str, tmp_path: Path) -> Path:
     return folder / expected["file"]
 
 
-def test_nothing_in_it_was_changed() -> None:
-    """Catches a committed file that was edited, lost, added, or whose line ends were changed by a tool."""
+def test_committed_files_are_unchanged() -> None:
+    """Catches a committed file that was edited, lost or added, or whose line endings a tool changed."""
     for release in RELEASES:
         folders = {path.name for path in release.iterdir() if path.is_dir()}
         assert folders == EXPECTED[release.name].keys() - {"versions"}
@@ -62,8 +62,8 @@ def test_nothing_in_it_was_changed() -> None:
 @pytest.mark.parametrize("version, case", CASES)
 def test_opens(version: str, case: str, tmp_path: Path) -> None:
     """Catches a released checkpoint that is refused, or that loads with another bit, name, flag, tie or metadata than was saved."""
-    expected, path = EXPECTED[version][case], opened(version, case, tmp_path)
-    result = read.found_in_torch(path) if path.suffix == ".pt" else read.found(path)
+    expected, path = EXPECTED[version][case], path_of(version, case, tmp_path)
+    result = read.read_torch_file(path) if path.suffix == ".pt" else read.read_checkpoint(path)
     for member in read.MEMBERS:
         if member in expected:
             assert result[member] == expected[member], member
@@ -84,11 +84,11 @@ def test_opens_with_the_portable_engine() -> None:
 
 
 def differences(model: nn.Module, wanted: nn.Module, only: str = "") -> list[str]:
-    """The names whose value or freeze flag differs; of values only those with ``only`` in their name."""
-    ours, theirs = ({n: v for n, v in module.state_dict().items() if only in n} for module in (model, wanted))
-    values = [n for n in ours.keys() | theirs.keys() if not _same(ours.get(n), theirs.get(n))]
-    ours, theirs = ({n: p.requires_grad for n, p in module.named_parameters()} for module in (model, wanted))
-    return sorted([*values, *(n for n in ours.keys() | theirs.keys() if ours.get(n) != theirs.get(n))])
+    """The names whose value or freeze flag differs; only values with ``only`` in their name are compared."""
+    left, right = ({n: v for n, v in module.state_dict().items() if only in n} for module in (model, wanted))
+    values = [n for n in left.keys() | right.keys() if not _same(left.get(n), right.get(n))]
+    left, right = ({n: p.requires_grad for n, p in module.named_parameters()} for module in (model, wanted))
+    return sorted([*values, *(n for n in left.keys() | right.keys() if left.get(n) != right.get(n))])
 
 
 def _same(left: Any, right: Any) -> bool:
@@ -107,13 +107,13 @@ def other(name: str) -> nn.Module:
 
 @pytest.mark.parametrize("version, case", having("model"))
 def test_fills_a_model(version: str, case: str, tmp_path: Path) -> None:
-    """Catches a released checkpoint that no longer goes into the model it was saved from, or leaves a value or flag as it was."""
+    """Catches a released checkpoint that its model no longer accepts, or that leaves a value or flag of it unchanged."""
     expected = EXPECTED[version][case]
     wanted, model = getattr(models, expected["model"])(), other(expected["model"])
     before = differences(model, wanted)
-    report = shardsave.load_model(model, opened(version, case, tmp_path), progress=False)
+    report = shardsave.load_model(model, path_of(version, case, tmp_path), progress=False)
     assert not (report.missing or report.unexpected or report.notes) and report.verified and before
-    if expected["flags"] is None:  # then flags are left alone
+    if expected["flags"] is None:  # then the load does not change flags
         for parameter, of_wanted in zip(model.parameters(), wanted.parameters()):
             assert parameter.requires_grad != of_wanted.requires_grad
             parameter.requires_grad_(of_wanted.requires_grad)
@@ -148,22 +148,22 @@ def test_runs_a_program(version: str, case: str) -> None:
 def all_written() -> Iterator[dict[str, Path]]:
     """Engine → the corpus that today's code writes with it, in a process that orders sets differently (PYTHONHASHSEED)."""
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as folder:
-        here = shardsave.save({}, Path(folder) / "empty", durable=False).engine
-        written = {engine: Path(folder) / engine for engine in (here, "portable")}
-        running = []
+        current_engine = shardsave.save({}, Path(folder) / "empty", durable=False).engine
+        written = {engine: Path(folder) / engine for engine in (current_engine, "portable")}
+        processes = []
         for engine, path in written.items():
             environment = {**os.environ, "SHARDSAVE_ENGINE": engine, "PYTHONHASHSEED": str(len(engine))}
             command = [sys.executable, str(CORPUS / "write.py"), str(path), NEWEST.name]
-            running.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-        errors = [process.communicate()[1] for process in running]
-        assert [process.returncode for process in running] == [0] * len(running), "\n".join(errors)
+            processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+        errors = [process.communicate()[1] for process in processes]
+        assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(errors)
         yield written
 
 
 @pytest.fixture(params=["native", "portable"])
 def written(request: pytest.FixtureRequest, all_written: dict[str, Path]) -> Path:
     if request.param not in all_written:
-        pytest.skip("the C++ engine is not there, or another was asked for")
+        pytest.skip("the C++ engine is missing, or another was requested")
     return all_written[request.param]
 
 
@@ -175,12 +175,12 @@ def test_the_same_cases_are_written(written: Path) -> None:
 @pytest.mark.parametrize("case", write.CASES)
 def test_the_same_bytes_are_written(written: Path, case: str) -> None:
     """Catches an unintended change of the written files: a byte, or a file name."""
-    there, here = EXPECTED[NEWEST.name]["versions"], write.versions()
+    corpus, installed = EXPECTED[NEWEST.name]["versions"], write.versions()
     for package in write.CASES[case].needs:
-        if here[package] != there[package]:
-            pytest.skip(f"the bytes depend on {package}: the corpus has {there[package]}, installed is {here[package]}")
-    ours, theirs = ({path.name: path.read_bytes() for path in (side / case).iterdir()} for side in (written, NEWEST))
-    assert sorted(ours) == sorted(theirs)
-    for name in ours:
-        assert ours[name] == theirs[name], name
+        if installed[package] != corpus[package]:
+            pytest.skip(f"the bytes depend on {package}: the corpus has {corpus[package]}, installed is {installed[package]}")
+    actual, committed = ({path.name: path.read_bytes() for path in (side / case).iterdir()} for side in (written, NEWEST))
+    assert sorted(actual) == sorted(committed)
+    for name in actual:
+        assert actual[name] == committed[name], name
     assert json.loads((written / "expected.json").read_text())[case] == EXPECTED[NEWEST.name][case]

@@ -1,4 +1,4 @@
-"""The examples in documents and docstrings are run as they stand there; the form of the documents is checked."""
+"""Runs the examples in documents and docstrings as they are, and checks the form of the documents."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shardsave._api import build, clean, convert, diff, inspect, load, open, sav
 from shardsave._cli.main import cli
 
 ROOT = Path(__file__).parent.parent
-#: With prose written by hand. RESULTS.md is not: its tables come from a program.
+#: The documents written by hand. RESULTS.md is not: a program writes it.
 DOCUMENTS = [
     *(f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING", "FORMAT", "SECURITY", "benchmarks/notes")),
     *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
@@ -24,24 +24,24 @@ WITH_EXAMPLES = [name for name in DOCUMENTS if name != "FORMAT.md" and "```pytho
 
 
 def timeless(text: str) -> str:
-    """``text`` without what differs from run to run: times, speeds, engine, and the size of a picture."""
+    """Removes from ``text`` what differs between runs: times, speeds, the engine, and the size of a picture."""
     text = re.sub(r"\d+\.\d\d s( \([\d.]+ \w+/s\), \w+, \w+)?", "… s", text)
     return re.sub(r"(map\.png: )[\d.]+ kB", r"\1…", text)
 
 
 def test_documents_have_examples() -> None:
-    """Catches blocks that are no longer found, because their fences changed."""
-    used = {"README.md", "docs/cli.md", "docs/convert.md", "docs/loading.md", "docs/saving.md", "docs/transformers.md"}
-    assert used <= set(WITH_EXAMPLES)
+    """Catches blocks of code that are not found, because their fences changed."""
+    expected = {"README.md", "docs/cli.md", "docs/convert.md", "docs/loading.md", "docs/saving.md", "docs/transformers.md"}
+    assert expected <= set(WITH_EXAMPLES)
     assert (ROOT / "README.md").read_text().count("```python") >= 10
     for name in ("README.md", "docs/cli.md", "docs/convert.md"):
         assert "```console" in (ROOT / name).read_text()
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")  # PEFT asks transformers for it
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")  # PEFT calls it by a deprecated name
 @pytest.mark.parametrize("name", WITH_EXAMPLES)
 def test_examples_in_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Catches an example that fails, and a command that prints something else than shown. All run in the order of the document."""
+    """Catches an example that fails, and a command whose output differs from the document. All run in the document's order."""
     monkeypatch.chdir(tmp_path)
     for kind, block in re.findall(r"```(python|console)\n(.*?)```", (ROOT / name).read_text(), re.DOTALL):
         if kind == "python":
@@ -75,7 +75,7 @@ def test_form_of_documents(name: str) -> None:
     "module", [shardsave, save, load, open, diff, clean, inspect, build, convert], ids=lambda module: module.__name__
 )
 def test_docstring_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: object) -> None:
-    """Catches a docstring whose example does something else than it shows."""
+    """Catches a docstring whose example has another result than it shows."""
     monkeypatch.chdir(tmp_path)
     result = doctest.testmod(module)  # type: ignore[arg-type]
     assert result.attempted and not result.failed

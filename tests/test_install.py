@@ -1,4 +1,4 @@
-"""The package where there is no compiler, and the choice of an engine. Method: it is really installed, and runs in new processes."""
+"""The package without a compiler, and the choice of an engine. Method: pip installs the package, new processes use it."""
 
 from __future__ import annotations
 
@@ -29,28 +29,28 @@ print(report.engine, len(said), shardsave.__file__, *said, sep="\\n")
 
 
 def use(folder: Path, **environment: str) -> list[str]:
-    """Saves and loads in a new process; its engine, the number of warnings, the package's file, and the warnings."""
-    known = {name: value for name, value in os.environ.items() if name != "SHARDSAVE_ENGINE"}
+    """Saves and loads in a new process. Returns its engine, the number of warnings, the package's file, and the warnings."""
+    inherited = {name: value for name, value in os.environ.items() if name != "SHARDSAVE_ENGINE"}
     command = [sys.executable, "-c", USE, str(folder)]
-    done = subprocess.run(command, env=known | environment, capture_output=True, text=True, cwd=folder.parent)
+    done = subprocess.run(command, env=inherited | environment, capture_output=True, text=True, cwd=folder.parent)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
 
 @pytest.fixture(scope="module")
 def without_compiler(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder into which pip installed the package from its sources, with compilers that fail."""
+    """A folder into which pip installs the package from its sources, with compilers that fail."""
     folder = tmp_path_factory.mktemp("install")
-    ours = shutil.ignore_patterns("*.so", "*.egg-info", "__pycache__")
+    build_products = shutil.ignore_patterns("*.so", "*.egg-info", "__pycache__")
     for name in ("src", "csrc"):
-        shutil.copytree(ROOT / name, folder / "sources" / name, ignore=ours)
+        shutil.copytree(ROOT / name, folder / "sources" / name, ignore=build_products)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / "sources")
-    known = {name: value for name, value in os.environ.items() if not name.startswith("SHARDSAVE_")}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("SHARDSAVE_")}
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "--no-index"]
     done = subprocess.run(
         [*command, "--target", str(folder / "target"), str(folder / "sources")],
-        env=known | {"CC": "/bin/false", "CXX": "/bin/false"},
+        env=inherited | {"CC": "/bin/false", "CXX": "/bin/false"},
         capture_output=True,
         text=True,
     )
@@ -74,7 +74,7 @@ def files_below(folder: Path) -> set[Path]:
 
 
 def test_every_package_and_module_is_installed(without_compiler: Path) -> None:
-    """Catches a wing that the wheel lacks because its folder has no ``__init__.py``, and a module that imports only in the source tree."""
+    """Catches a package that the wheel lacks (without ``__init__.py``), and a module that can be imported only in the source tree."""
     source, installed = ROOT / "src" / "shardsave", without_compiler / "shardsave"
     assert files_below(installed) == files_below(source)
     done = subprocess.run(
@@ -99,17 +99,17 @@ def test_licence_is_installed(without_compiler: Path) -> None:
 
 
 def test_installed_without_a_compiler(without_compiler: Path, tmp_path: Path) -> None:
-    """Catches an installation that fails, a package that does not work, or one that does not say once what it lacks."""
+    """Catches an installation that fails, a package that does not work, and a missing or repeated warning about the missing engine."""
     assert not list(without_compiler.rglob("*.so")) and (without_compiler / "shardsave" / "py.typed").exists()
-    engine, count, file, *said = use(tmp_path / "ckpt", PYTHONPATH=str(without_compiler))
+    engine, count, file, *warnings = use(tmp_path / "ckpt", PYTHONPATH=str(without_compiler))
     assert Path(file).is_relative_to(without_compiler) and (engine, count) == ("portable", "1")
-    assert said[0].startswith("shardsave runs without its C++ engine (it was not built): the files are the same, but ")
-    assert "several times slower; install a C++ compiler" in said[0]
-    assert use(tmp_path / "asked", PYTHONPATH=str(without_compiler), SHARDSAVE_ENGINE="portable")[:2] == ["portable", "0"]
+    assert warnings[0].startswith("shardsave runs without its C++ engine (it was not built): the files are the same, but ")
+    assert "several times slower; install a C++ compiler" in warnings[0]
+    assert use(tmp_path / "requested", PYTHONPATH=str(without_compiler), SHARDSAVE_ENGINE="portable")[:2] == ["portable", "0"]
 
 
-def test_a_native_engine_that_is_not_there(without_compiler: Path) -> None:
-    """Catches a fallback that was not wanted."""
+def test_a_missing_native_engine(without_compiler: Path) -> None:
+    """Catches a silent fallback when the native engine was requested."""
     environment = {**os.environ, "PYTHONPATH": str(without_compiler), "SHARDSAVE_ENGINE": "native"}
     done = subprocess.run(
         [sys.executable, "-c", "import shardsave; shardsave.save"], env=environment, capture_output=True, text=True
@@ -119,21 +119,21 @@ def test_a_native_engine_that_is_not_there(without_compiler: Path) -> None:
 
 
 def test_a_native_engine_that_cannot_be_loaded(without_compiler: Path, tmp_path: Path) -> None:
-    """Catches an extension that is damaged, or of another machine, and is said not to have been built."""
+    """Catches a damaged extension, or one for another machine, that is reported as not built."""
     shutil.copytree(without_compiler, tmp_path / "target")
     (tmp_path / "target" / "shardsave" / "_native.abi3.so").write_bytes(b"no library")
-    *_, said = use(tmp_path / "ckpt", PYTHONPATH=str(tmp_path / "target"))
-    assert said.startswith("shardsave runs without its C++ engine (it cannot be loaded: ")
+    *_, warning = use(tmp_path / "ckpt", PYTHONPATH=str(tmp_path / "target"))
+    assert warning.startswith("shardsave runs without its C++ engine (it cannot be loaded: ")
 
 
-@pytest.mark.parametrize(("wanted", "engine"), [("native", "native"), ("portable", "portable")])
-def test_engines(tmp_path: Path, wanted: str, engine: str) -> None:
-    """Catches a variable that is not heard, or a warning of what was asked for."""
-    assert use(tmp_path / "ckpt", SHARDSAVE_ENGINE=wanted)[:2] == [engine, "0"]
+@pytest.mark.parametrize("engine", ["native", "portable"])
+def test_the_requested_engine(tmp_path: Path, engine: str) -> None:
+    """Catches a requested engine that is not used, or that causes a warning."""
+    assert use(tmp_path / "ckpt", SHARDSAVE_ENGINE=engine)[:2] == [engine, "0"]
 
 
-def test_an_engine_that_is_none(tmp_path: Path) -> None:
-    """Catches a misspelt engine that is taken for the default."""
+def test_an_unknown_engine(tmp_path: Path) -> None:
+    """Catches a misspelt engine that silently becomes the default."""
     environment = {**os.environ, "SHARDSAVE_ENGINE": "fast"}
     done = subprocess.run(
         [sys.executable, "-c", "import shardsave; shardsave.save"], env=environment, capture_output=True, text=True

@@ -1,4 +1,4 @@
-"""Checkpoints for PyTorch: sharded safetensors files, durable and atomic, with freeze flags that come back.
+"""Checkpoints for PyTorch: sharded safetensors files that are written durably and atomically, and freeze flags that are restored.
 
 >>> import torch, shardsave
 >>> model = torch.nn.Linear(4, 2)
@@ -77,8 +77,8 @@ __all__ = [
     "verify",
 ]
 
-#: The module of `_api` that defines each name. It is imported at first use: inspecting a checkpoint needs no torch, whose import takes
-#: a second.
+#: The modules of `_api` and the names that each defines. A module is imported when one of its names is first used: ``import shardsave``
+#: alone must not import torch, which takes a second.
 _MODULES = {
     "build": ("build_model", "load_program"),
     "convert": ("convert",),
@@ -96,7 +96,7 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     for module, names in _MODULES.items():
         if name in names:
-            _check_engine()  # not on import: the command line says it in one line
+            _check_engine()  # not when the package is imported, so that the command line can report a wrong engine in one line
             value = globals()[name] = getattr(importlib.import_module(f"shardsave._api.{module}"), name)
             return value
     raise AttributeError(f"module 'shardsave' has no attribute {name!r}")

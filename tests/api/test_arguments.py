@@ -1,4 +1,4 @@
-"""Wrong arguments are a TypeError or a ValueError before anything happens; what is odd and allowed does what it says."""
+"""Wrong arguments raise TypeError or ValueError before anything happens; unusual but valid ones have their documented effect."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ CALLS: dict[str, Callable[..., Any]] = {
 
 @pytest.mark.parametrize(("verb", "name", "value"), [(verb, *case) for verb, cases in WRONG.items() for case in cases])
 def test_wrong_values(tmp_path: Path, verb: str, name: str, value: object) -> None:
-    """Catches an argument that is taken for something else, or found wrong only later: here there is nothing to find yet."""
+    """Catches a wrong argument that is accepted, or refused only later: there is no checkpoint yet, and none may be created."""
     with pytest.raises((TypeError, ValueError)) as caught:
         CALLS[verb](tmp_path / "ckpt", **{name: value})
     assert not (tmp_path / "ckpt").exists() and str(caught.value)
@@ -72,7 +72,7 @@ def test_wrong_values(tmp_path: Path, verb: str, name: str, value: object) -> No
 @pytest.mark.parametrize("path", WRONG_EVERYWHERE, ids=repr)
 @pytest.mark.parametrize("verb", CALLS)
 def test_wrong_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str, path: object) -> None:
-    """Catches an empty path taken for the current directory, and errors from far below."""
+    """Catches an empty path that is taken for the current directory, and an error that comes from deep inside."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises((TypeError, ValueError), match="the path of a checkpoint must"):
         CALLS[verb](path)
@@ -80,7 +80,7 @@ def test_wrong_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str,
 
 
 def test_wrong_sources_and_models(tmp_path: Path) -> None:
-    """Catches things that only look like a mapping or a module."""
+    """Catches a source or a model of a wrong type that is accepted."""
     for source in ([torch.ones(1)], torch.ones(1), "model", None, 3, nn.Linear):
         with pytest.raises(TypeError, match="an nn.Module or a mapping"):
             shardsave.save(source, tmp_path / "ckpt")  # type: ignore[arg-type]
@@ -106,42 +106,42 @@ def test_wrong_sources_and_models(tmp_path: Path) -> None:
     ],
 )
 def test_shard_sizes(tmp_path: Path, size: int | str, shards: int) -> None:
-    """Catches a unit that is not what it says."""
+    """Catches a unit with another value than its name says."""
     state = {f"t{n}": torch.ones(10) for n in range(10)}
     report = shardsave.save(state, tmp_path, max_shard_size=size)
     assert report.shards == shards == len(shardsave.inspect(tmp_path).shards)
 
 
 def test_binary_and_decimal_units(tmp_path: Path) -> None:
-    """Catches GiB taken for GB: a tensor of a mebibyte beside one byte fits the one and not the other."""
+    """Catches MiB taken for MB: one mebibyte of tensors fits one shard of 1 MiB, but needs two of 1 MB."""
     state = {"a": torch.zeros(2**20 - 1, dtype=torch.uint8), "b": torch.zeros(1, dtype=torch.uint8)}
     assert shardsave.save(state, tmp_path, max_shard_size="1MiB").shards == 1
     assert shardsave.save(state, tmp_path, max_shard_size="1MB").shards == 2
 
 
-def test_a_save_that_waits_for_ever(tmp_path: Path) -> None:
-    """Catches infinity that is refused where it has a meaning."""
+def test_an_infinite_timeout(tmp_path: Path) -> None:
+    """Catches an infinite timeout that is refused."""
     assert shardsave.save({"x": torch.ones(1)}, tmp_path, lock_timeout=float("inf")).tensors == 1
 
 
-def test_more_shards_than_numbers(tmp_path: Path) -> None:
-    """Catches a directory made for a save that cannot be."""
+def test_too_many_shards(tmp_path: Path) -> None:
+    """Catches a directory that is created for a save that is refused."""
     with pytest.raises(ValueError, match="at most 99999 shards can be numbered, 100000 would be needed; raise max_shard_size"):
         shardsave.save({str(n): torch.empty(1) for n in range(100_000)}, tmp_path / "ckpt", max_shard_size=4)
     assert not (tmp_path / "ckpt").exists()
 
 
 def test_metadata_comes_back(tmp_path: Path) -> None:
-    """Catches values that change on the way, beyond tuples that become lists."""
-    given = {"a": [1, 2.5, None, True, "ü\n\"'\\\0"], "b": {"c": {}, "": []}, "big": 2**70, "small": -1e-300, "t": (1, (2,))}
-    shardsave.save({}, tmp_path, metadata=given)
-    assert shardsave.inspect(tmp_path).metadata == given | {"t": [1, [2]]}
+    """Catches metadata that change, except that tuples become lists."""
+    metadata = {"a": [1, 2.5, None, True, "ü\n\"'\\\0"], "b": {"c": {}, "": []}, "big": 2**70, "small": -1e-300, "t": (1, (2,))}
+    shardsave.save({}, tmp_path, metadata=metadata)
+    assert shardsave.inspect(tmp_path).metadata == metadata | {"t": [1, [2]]}
     shardsave.save({}, tmp_path)
     assert shardsave.inspect(tmp_path).metadata == {}
 
 
 def test_names_and_prefix_together(tmp_path: Path) -> None:
-    """Catches one filter that undoes the other, an iterator that is asked twice, and a name that is silently left out."""
+    """Catches a filter that undoes the other, an iterator that is consumed twice, and a name that is silently left out."""
     shardsave.save({"a.x": torch.ones(1), "a.y": torch.ones(2), "b.x": torch.ones(3)}, tmp_path)
     assert shardsave.load(tmp_path, names=(name for name in ["a.y", "b.x"])).keys() == {"a.y", "b.x"}
     assert shardsave.load(tmp_path, names=["a.y"], prefix="a.").keys() == {"y"}
@@ -150,13 +150,14 @@ def test_names_and_prefix_together(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'b.x' does not begin with prefix 'a.'"):
         shardsave.load(tmp_path, names=["a.y", "b.x"], prefix="a.")
     closest = r"'a.z' was asked for \(the closest is 'a.[xy]'\), the checkpoint has no tensor of that name"
-    for more, words in (((), ""), (("a.zz",), ", nor 1 other asked for"), (("a.zz", "a.zzz"), ", nor 2 others asked for")):
-        with pytest.raises(shardsave.IncompatibleCheckpointError, match=f"{closest}{words}$"):
-            shardsave.load(tmp_path, names=["a.z", *more], prefix="a.")
+    cases = (((), ""), (("a.zz",), ", nor 1 other asked for"), (("a.zz", "a.zzz"), ", nor 2 others asked for"))
+    for other_names, ending in cases:
+        with pytest.raises(shardsave.IncompatibleCheckpointError, match=f"{closest}{ending}$"):
+            shardsave.load(tmp_path, names=["a.z", *other_names], prefix="a.")
 
 
-def test_a_prefix_that_nothing_has(tmp_path: Path) -> None:
-    """Catches an error that shows only the first level, or no name that may have been meant."""
+def test_a_prefix_of_no_name(tmp_path: Path) -> None:
+    """Catches an error that does not show where the prefix differs, or that suggests no similar one."""
     names = ["encoder.layer.0.weight", "encoder.layer.1.weight", "encoder.norm.bias", "head.weight", "scale"]
     shardsave.save({name: torch.ones(1) for name in names}, tmp_path)
     first, below = "the checkpoint's begin with encoder, head, scale", "the checkpoint's that begin with 'encoder.' go on with"
@@ -181,8 +182,8 @@ def test_a_prefix_that_nothing_has(tmp_path: Path) -> None:
         shardsave.load_model(nn.Linear(1, 1), tmp_path, prefix="head")
 
 
-def test_no_names_read_no_shard(tmp_path: Path) -> None:
-    """Catches shards that are opened though nothing in them was asked for."""
+def test_without_names_no_shard_is_read(tmp_path: Path) -> None:
+    """Catches a shard that is opened although none of its tensors was selected."""
     shardsave.save({"x": torch.ones(1)}, tmp_path)
     (tmp_path / "model-00001-of-00001.safetensors").write_bytes(b"damaged")
     assert shardsave.load(tmp_path, names=[]) == {}
@@ -190,7 +191,7 @@ def test_no_names_read_no_shard(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("device", [None, "cpu", torch.device("cpu"), torch.device("cpu", 0)])
 def test_devices(tmp_path: Path, device: Any) -> None:
-    """Catches a form of naming a device that torch has and we do not."""
+    """Catches a way of naming a device that torch accepts and shardsave does not."""
     shardsave.save({"x": torch.ones(1)}, tmp_path)
     for mmap in (False, True):
         assert shardsave.load(tmp_path, device=device, mmap=mmap)["x"].device.type == "cpu"
@@ -203,7 +204,7 @@ def test_devices(tmp_path: Path, device: Any) -> None:
 
 @pytest.mark.parametrize("mmap", [False, True])
 def test_ties_share_one_storage(tmp_path: Path, mmap: bool) -> None:
-    """Catches tied names that come back as two tensors, in memory or mapped."""
+    """Catches tied names that are loaded as two tensors, in memory or mapped."""
     weight = torch.arange(5.0)
     shardsave.save({"a": weight, "b": weight, "c": weight.clone()}, tmp_path)
     loaded = shardsave.load(tmp_path, mmap=mmap)
@@ -212,7 +213,7 @@ def test_ties_share_one_storage(tmp_path: Path, mmap: bool) -> None:
 
 
 def test_mapped_tensors_are_private_and_not_read(tmp_path: Path) -> None:
-    """Catches writes that reach the file, and a mapping that reads: here the bytes are damaged, and nobody looks."""
+    """Catches writes that reach the file, and a mapping that verifies its bytes: here they are damaged."""
     shardsave.save({"x": torch.ones(1000)}, tmp_path)
     path = tmp_path / "model-00001-of-00001.safetensors"
     content = bytearray(path.read_bytes())
@@ -227,7 +228,7 @@ def test_mapped_tensors_are_private_and_not_read(tmp_path: Path) -> None:
 
 
 def test_mapped_tensors_outlive_the_files(tmp_path: Path) -> None:
-    """Catches a mapping that a later save pulls away."""
+    """Catches a mapping whose data a later save replaces."""
     shardsave.save({"x": torch.ones(100_000)}, tmp_path)
     mapped = shardsave.load(tmp_path, mmap=True)["x"]
     shardsave.save({"x": torch.zeros(100_000)}, tmp_path)

@@ -1,4 +1,4 @@
-"""What other code does to the model, the directory and the process while a save or a load is at work."""
+"""Other code changes the model, the directory or the process while a save or a load runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from support import holds_in_child
 
 
 def test_tensors_that_change_meanwhile(tmp_path: Path) -> None:
-    """Catches a checksum of other bytes than those that were written: a save that no load accepts."""
+    """Catches a checksum of other bytes than those written: a load would refuse that checkpoint."""
     big = torch.zeros(200_000)
     parts = {str(n): big[n * 100 : n * 100 + 48] for n in range(2000)}
     ended = threading.Event()
@@ -30,19 +30,19 @@ def test_tensors_that_change_meanwhile(tmp_path: Path) -> None:
         while not ended.is_set():
             big.add_(1.0)
 
-    other = threading.Thread(target=change)
-    other.start()
+    thread = threading.Thread(target=change)
+    thread.start()
     try:
         for _ in range(5):
             shardsave.save(parts, tmp_path, durable=False)
             shardsave.verify(tmp_path)
     finally:
         ended.set()
-        other.join()
+        thread.join()
 
 
 def test_parameters_that_get_other_data_meanwhile(tmp_path: Path) -> None:
-    """Catches memory that is freed under the workers, and values of a model that was changed after the save began."""
+    """Catches memory that is freed while the workers read it, and values that were assigned after the save began."""
     model = nn.Sequential(*(nn.Linear(200, 200) for _ in range(4)))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
@@ -75,7 +75,7 @@ def test_memory_that_was_freed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("replaced", [False, True], ids=["moved", "replaced"])
 def test_the_directory_is_moved(tmp_path: Path, replaced: bool) -> None:
-    """Catches success for a checkpoint that is not where it was asked for."""
+    """Catches a save that succeeds although its checkpoint is not at the requested path."""
     save(1, tmp_path / "ckpt")
 
     def move(done: int, total: int) -> None:
@@ -91,7 +91,7 @@ def test_the_directory_is_moved(tmp_path: Path, replaced: bool) -> None:
 
 
 def test_a_path_through_a_link(tmp_path: Path) -> None:
-    """Catches `..` that is taken for the directory before a link, where the file system and `load` go through it."""
+    """Catches `..` after a symbolic link that is resolved by the text of the path, not by following the link as `load` does."""
     (tmp_path / "far" / "below").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "far" / "below")
     save(1, tmp_path / "link" / ".." / "ckpt")
@@ -99,7 +99,7 @@ def test_a_path_through_a_link(tmp_path: Path) -> None:
 
 
 class Broken(io.StringIO):
-    """A stream that takes nothing and answers nothing."""
+    """A stream that accepts no text and raises when asked whether it is a terminal."""
 
     def isatty(self) -> bool:
         raise ValueError("I/O operation on closed file")
@@ -111,7 +111,7 @@ class Broken(io.StringIO):
 @pytest.mark.parametrize("progress", [None, True])
 @pytest.mark.parametrize("stream", [None, object(), Broken()], ids=["none", "no stream", "broken"])
 def test_stderr_is_not_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: object, progress: bool | None) -> None:
-    """Catches a save that fails because nobody could be shown how far it is."""
+    """Catches a save that fails because its progress could not be shown."""
     monkeypatch.setattr(sys, "stderr", stream)
     shardsave.save({"x": torch.ones(3)}, tmp_path, progress=progress)
     assert shardsave.load(tmp_path, progress=progress)["x"].sum() == 3
@@ -130,7 +130,7 @@ def test_a_child_forked_meanwhile(tmp_path: Path) -> None:
 
 
 def test_another_default_device(tmp_path: Path) -> None:
-    """Catches tensors made wherever torch makes them by default."""
+    """Catches tensors that are created on the default device of torch."""
     shardsave.save({"x": torch.ones(3), "empty": torch.ones(0)}, tmp_path)
     torch.set_default_device("meta")
     try:

@@ -1,4 +1,4 @@
-"""What people see: reports, errors and the progress bar."""
+"""What users see: reports, error messages and the progress bar."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def lines_of(report: object, capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 
 def test_every_report_prints_as_one_line(tmp_path: Path, small_model: SmallModel, capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches a report that does not say what was done, how much, how fast and by what means."""
+    """Catches a report that does not say what was done, how much, how fast, and by which engine."""
     path = re.escape(str(tmp_path))
     for durable, words in ((True, "durable"), (False, "not durable")):
         saved = lines_of(shardsave.save(small_model, tmp_path, durable=durable), capsys)
@@ -37,13 +37,13 @@ def test_every_report_prints_as_one_line(tmp_path: Path, small_model: SmallModel
     assert len(verified) == 1 and re.fullmatch(rf"verified {path}: {SIZE}, {HOW}, checksums verified", verified[0])
 
 
-def test_what_is_worth_a_word_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches overlaps, differences and missing checksums that nobody hears of."""
+def test_reports_name_overlaps_and_differences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches overlaps, differences and missing checksums that no report names."""
     from safetensors.torch import save_file
 
     base = torch.ones(10)
     (saved,) = lines_of(shardsave.save({"a": base[:6], "b": base[4:]}, tmp_path / "overlap"), capsys)
-    assert saved.endswith("; stored apart though overlapping: a and b")
+    assert saved.endswith("; overlapping but stored separately: a and b")
     state = {f"layer{n}": torch.ones(1) for n in range(5)} | {"bias": torch.ones(2)}
     save_file(state, tmp_path / "model.safetensors")
     (loaded,) = lines_of(shardsave.load_model(nn.Linear(2, 2), tmp_path, strict=False), capsys)
@@ -56,8 +56,8 @@ def test_what_is_worth_a_word_is_said(tmp_path: Path, capsys: pytest.CaptureFixt
     assert checked.verified is None
 
 
-def test_nothing_loaded_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches a load of no tensor at all that prints as if it had been one, its checksums verified."""
+def test_a_load_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a load of no tensor whose report looks like a success with verified checksums."""
     shardsave.save({"x": torch.ones(3)}, tmp_path)
     (loaded,) = lines_of(shardsave.load_model(nn.Linear(1, 1), tmp_path, strict=False), capsys)
     assert loaded == f"nothing was loaded from {tmp_path}: missing from the checkpoint: bias, weight; not in the module: x"
@@ -67,7 +67,7 @@ def test_nothing_loaded_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_reports_have_every_figure(tmp_path: Path, small_model: SmallModel) -> None:
-    """Catches a figure that is missing, wrong, or in another unit than it says; and a report that can be changed."""
+    """Catches a figure that is missing, wrong or in a wrong unit, and a report that can be changed."""
     saved = shardsave.save(small_model, tmp_path, max_shard_size=3000)
     loaded = shardsave.load_model(SmallModel(), tmp_path)
     verified = shardsave.verify(tmp_path)
@@ -88,7 +88,7 @@ def test_reports_have_every_figure(tmp_path: Path, small_model: SmallModel) -> N
 
 
 def test_inspect_prints_flags_by_child(tmp_path: Path, small_model: SmallModel, capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches flags that cannot be read off, or are claimed where they are unknown."""
+    """Catches flags that are not shown, or that are shown although they are unknown."""
     shardsave.save(small_model, tmp_path)
     assert lines_of(shardsave.inspect(tmp_path), capsys) == [
         f"{tmp_path}: 8.6 kB, 13 tensors in 2 shards, 1 tied, 6 of 10 parameters frozen",
@@ -102,39 +102,39 @@ def test_inspect_prints_flags_by_child(tmp_path: Path, small_model: SmallModel, 
     assert line.endswith("13 tensors in 1 shard, 1 tied, freeze flags unknown")
 
 
-def test_inspect_tells_all(tmp_path: Path, small_model: SmallModel) -> None:
-    """Catches a name, shape, dtype, shard or tie that is not told, or told wrongly."""
+def test_inspect_is_complete(tmp_path: Path, small_model: SmallModel) -> None:
+    """Catches a name, shape, dtype, shard or tie that is missing or wrong."""
     shardsave.save(small_model, tmp_path, max_shard_size=3000, metadata={"run": 7}, durable=False)
     info = shardsave.inspect(tmp_path)
     state = small_model.state_dict()
     assert set(info.names) == set(state) and info.metadata == {"run": 7} and info.durable is False
     for name, tensor in state.items():
-        found = info.tensors[name]
-        assert (found.dtype, found.shape, found.nbytes) == (tensor.dtype, tuple(tensor.shape), tensor.nbytes)
+        tensor_info = info.tensors[name]
+        assert (tensor_info.dtype, tensor_info.shape, tensor_info.nbytes) == (tensor.dtype, tuple(tensor.shape), tensor.nbytes)
         index = json.loads((tmp_path / "model.safetensors.index.json").read_bytes())
-        assert found.shard == index["weight_map"][info.ties.get(name, name)] and found.shard in info.shards
+        assert tensor_info.shard == index["weight_map"][info.ties.get(name, name)] and tensor_info.shard in info.shards
     assert info.bytes == sum(tensor.nbytes for name, tensor in state.items() if name not in info.ties)
 
 
 def test_progress_bar(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Catches a bar that is forced and not shown, shown and not asked for, or that does not reach its end."""
+    """Catches a bar that is forced but not shown, shown but forbidden, or that does not reach its end."""
     state = {"x": torch.ones(3_000_000)}
-    for wanted, words in ((True, "saving: 100%"), (None, ""), (False, "")):
-        shardsave.save(state, tmp_path, progress=wanted)
-        shown = capfd.readouterr()
-        assert (words in shown.err if words else shown.err == "") and shown.out == ""
+    for progress, words in ((True, "saving: 100%"), (None, ""), (False, "")):
+        shardsave.save(state, tmp_path, progress=progress)
+        output = capfd.readouterr()
+        assert (words in output.err if words else output.err == "") and output.out == ""
     for verb, words in ((shardsave.load, "loading: 100%"), (shardsave.verify, "verifying: 100%")):
         verb(tmp_path, progress=True)
         assert words in capfd.readouterr().err
     model = nn.Module()
     model.register_buffer("x", torch.zeros(3_000_000))
-    seen: list[tuple[int, int]] = []
-    shardsave.load_model(model, tmp_path, progress=lambda done, total: seen.append((done, total)))
-    assert seen == sorted(seen) and seen[-1] == (12_000_000, 12_000_000)
+    calls: list[tuple[int, int]] = []
+    shardsave.load_model(model, tmp_path, progress=lambda done, total: calls.append((done, total)))
+    assert calls == sorted(calls) and calls[-1] == (12_000_000, 12_000_000)
 
 
 def test_errors_have_one_shape(tmp_path: Path) -> None:
-    """Catches a message without the place, what was wanted, what was found, or the state of things."""
+    """Catches a message without the path, what was expected, what is there instead, or the state afterwards."""
     shardsave.save({"x": torch.ones(3)}, tmp_path / "ckpt")
     path = re.escape(str(tmp_path))
 
@@ -167,12 +167,12 @@ def test_errors_have_one_shape(tmp_path: Path) -> None:
             r"cannot save 'x': a tensor was expected, it is an int: plain values go into metadata=; nothing was written",
         ),
     ]
-    for found, wanted in cases:
-        assert re.fullmatch(wanted, found), found
+    for text, pattern in cases:
+        assert re.fullmatch(pattern, text), text
 
 
-def test_a_load_tells_what_it_changed(tmp_path: Path) -> None:
-    """Catches values that are cast, and flags that are turned round, without a word."""
+def test_a_load_reports_casts_and_changed_flags(tmp_path: Path) -> None:
+    """Catches casts and changed flags that the report does not name."""
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[1].requires_grad_(False)
     shardsave.save(model, tmp_path)
@@ -185,17 +185,17 @@ def test_a_load_tells_what_it_changed(tmp_path: Path) -> None:
     assert str(report).endswith("2 frozen (3 flags changed); 2 cast from float32 to float16")
 
 
-def test_a_save_tells_what_of_others_it_replaced(tmp_path: Path) -> None:
-    """Catches a file of somebody else that goes without a word."""
+def test_a_save_reports_third_party_files_that_it_replaced(tmp_path: Path) -> None:
+    """Catches a third-party file that a save replaces without a note."""
     from safetensors.torch import save_file
 
-    save_file({"theirs": torch.ones(2)}, tmp_path / "model.safetensors")
-    report = shardsave.save({"mine": torch.ones(2)}, tmp_path)
+    save_file({"x": torch.ones(2)}, tmp_path / "model.safetensors")
+    report = shardsave.save({"x": torch.ones(2)}, tmp_path)
     assert report.notes == ("model.safetensors, which was not saved by shardsave, was replaced",)
     assert not (tmp_path / "model.safetensors").exists()
-    assert shardsave.save({"mine": torch.ones(2)}, tmp_path).notes == ()
+    assert shardsave.save({"x": torch.ones(2)}, tmp_path).notes == ()
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({key: value for key, value in json.loads(index.read_text()).items() if key != "shardsave"}))
-    assert shardsave.save({"mine": torch.ones(2)}, tmp_path).notes == (
+    assert shardsave.save({"x": torch.ones(2)}, tmp_path).notes == (
         "the checkpoint that was replaced was not saved by shardsave",
     )

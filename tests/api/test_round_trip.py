@@ -1,4 +1,4 @@
-"""Save and load through the public verbs: what goes in comes out, bit for bit, with names, ties, flags and metadata."""
+"""Saves and loads through the public verbs: tensors, names, ties, flags and metadata are restored bit for bit."""
 
 from __future__ import annotations
 
@@ -46,16 +46,16 @@ def odd_tensors() -> dict[str, torch.Tensor]:
     }
 
 
-def test_every_dtype_comes_back(tmp_path: Path) -> None:
-    """Catches a dtype whose name, size or copy is wrong."""
+def test_every_dtype(tmp_path: Path) -> None:
+    """Catches a dtype with a wrong name, size or copy."""
     tensors = {str(dtype): random_bits((3, 5, 4), dtype) for dtype in BY_TORCH}
     shardsave.save(tensors, tmp_path)
     loaded = shardsave.load(tmp_path)
     assert all(same_bits(tensors[name], loaded[name]) for name in tensors)
 
 
-def test_odd_tensors_come_back(tmp_path: Path) -> None:
-    """Catches raw copies of memory that is not laid out as the file is."""
+def test_odd_tensors(tmp_path: Path) -> None:
+    """Catches a plain copy of memory whose layout is not that of the file."""
     tensors = odd_tensors()
     shardsave.save(tensors, tmp_path, max_shard_size=5000)
     for loaded in (shardsave.load(tmp_path), shardsave.load(tmp_path, mmap=True)):
@@ -63,8 +63,8 @@ def test_odd_tensors_come_back(tmp_path: Path) -> None:
         assert all(same_bits(tensors[name], loaded[name]) for name in tensors)
 
 
-def test_large_strided_and_many_blocks(tmp_path: Path) -> None:
-    """Catches blocks and lent pieces that do not meet where they were cut."""
+def test_many_blocks(tmp_path: Path) -> None:
+    """Catches blocks or staged pieces that overlap or leave a gap where a tensor is cut."""
     tensors = {
         "plain": torch.randn(5_000_001),
         "strided": torch.randn(1500, 3001).t(),
@@ -75,8 +75,8 @@ def test_large_strided_and_many_blocks(tmp_path: Path) -> None:
     assert all(same_bits(tensors[name], loaded[name]) for name in tensors)
 
 
-def test_module_comes_back_with_its_flags(tmp_path: Path, small_model: nn.Module) -> None:
-    """Catches lost requires_grad, a lost tie, and parameters that lose their identity."""
+def test_a_module_and_its_flags(tmp_path: Path, small_model: nn.Module) -> None:
+    """Catches a lost requires_grad, a lost tie, and parameters that lose their identity."""
     shardsave.save(small_model, tmp_path, metadata={"run": "7", "step": 3})
     fresh = SmallModel(seed=9).requires_grad_(True)
     identities = [id(parameter) for parameter in fresh.parameters()]
@@ -95,7 +95,7 @@ def test_module_comes_back_with_its_flags(tmp_path: Path, small_model: nn.Module
 
 
 def test_flags_of_mappings(tmp_path: Path, small_model: nn.Module) -> None:
-    """Catches a plain state dict that claims to know its flags, and Parameters in a mapping that lose theirs."""
+    """Catches a plain state dict that is saved with flags, and Parameters in a mapping that lose theirs."""
     shardsave.save(small_model.state_dict(), tmp_path / "plain")
     assert shardsave.inspect(tmp_path / "plain").frozen is None
     shardsave.save(dict(small_model.named_parameters()), tmp_path / "parameters")
@@ -107,7 +107,7 @@ def test_flags_of_mappings(tmp_path: Path, small_model: nn.Module) -> None:
 
 
 def test_partial_loads(tmp_path: Path, small_model: nn.Module) -> None:
-    """Catches filters that take too much or too little, and a sub-module that gets another's tensors."""
+    """Catches a filter that selects too much or too little, and a sub-module that gets another's tensors."""
     shardsave.save(small_model, tmp_path)
     assert shardsave.load(tmp_path, prefix="narrow.").keys() == {"weight", "bias"}
     assert shardsave.load(tmp_path, names=["head.weight"]).keys() == {"head.weight"}
@@ -122,14 +122,14 @@ def test_partial_loads(tmp_path: Path, small_model: nn.Module) -> None:
 
 
 def test_partial_load_reads_only_what_it_needs(tmp_path: Path) -> None:
-    """Catches a partial load that touches other shards: they are damaged here."""
+    """Catches a partial load that reads other shards: here they are damaged."""
     shardsave.save({"a": torch.ones(1000), "b": torch.ones(1000)}, tmp_path, max_shard_size=4000)
     (tmp_path / "model-00002-of-00002.safetensors").write_bytes(b"damaged")
     assert shardsave.load(tmp_path, names=["a"])["a"].sum() == 1000
 
 
 def test_numpy_arrays(tmp_path: Path) -> None:
-    """Catches arrays that are copied wrongly, and read-only ones that warn."""
+    """Catches arrays that are copied wrongly, and read-only arrays that cause a warning."""
     arrays = {"a": np.arange(12.0).reshape(3, 4), "strided": np.arange(24).reshape(4, 6)[:, ::2]}
     arrays["a"].flags.writeable = False
     shardsave.save(arrays, tmp_path)
@@ -154,30 +154,30 @@ def test_numpy_arrays(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_saved_is_refused_by_name(tmp_path: Path, value: object, words: str) -> None:
-    """Catches a refusal that comes after something was written, or that does not say what it is about."""
+    """Catches a refusal that comes after something was written, or that does not name the tensor and the reason."""
     with pytest.raises(shardsave.UnsupportedTensorError, match=f"cannot save 'bad': .*{words}.*nothing was written"):
         shardsave.save({"good": torch.ones(1), "bad": value}, tmp_path / "ckpt")
     assert not (tmp_path / "ckpt").exists()
 
 
 def test_sizes_beside_a_zero(tmp_path: Path) -> None:
-    """Catches an empty tensor that is refused though every reader takes it, or that our own reader refuses."""
+    """Catches an empty tensor that is refused although other readers accept it, or that shardsave cannot load itself."""
     shapes = {"a": (2**31, 0, 2**31), "b": (0, 2**62), "c": (2**62, 0)}
     shardsave.save({name: torch.empty(shape) for name, shape in shapes.items()}, tmp_path)
     assert {name: tuple(tensor.shape) for name, tensor in shardsave.load(tmp_path).items()} == shapes
-    theirs = load_file(tmp_path / "model-00001-of-00001.safetensors")
-    assert {name: tuple(tensor.shape) for name, tensor in theirs.items()} == shapes
+    by_safetensors = load_file(tmp_path / "model-00001-of-00001.safetensors")
+    assert {name: tuple(tensor.shape) for name, tensor in by_safetensors.items()} == shapes
 
 
 @pytest.mark.parametrize("name", ["__metadata__", "\ud800"])
 def test_names_that_cannot_be_saved(tmp_path: Path, name: str) -> None:
-    """Catches names that safetensors writes and cannot read."""
+    """Catches names that safetensors can write but not read."""
     with pytest.raises(shardsave.UnsupportedTensorError):
         shardsave.save({name: torch.ones(1)}, tmp_path)
 
 
 def test_wrong_arguments(tmp_path: Path) -> None:
-    """Catches an argument that is found wrong only after something happened."""
+    """Catches a wrong argument that is refused only after something happened."""
     for size in ("5 gigs", "-1GB", 0, ""):
         with pytest.raises(ValueError):
             shardsave.save({}, tmp_path / "x", max_shard_size=size)
@@ -191,10 +191,10 @@ def test_wrong_arguments(tmp_path: Path) -> None:
 
 
 def test_progress_counts_to_the_end(tmp_path: Path) -> None:
-    """Catches progress that goes back, or ends before the end; and one that raises and is not heard."""
-    seen: list[tuple[int, int]] = []
-    shardsave.save({"x": torch.ones(5_000_000)}, tmp_path, progress=lambda done, total: seen.append((done, total)))
-    assert seen == sorted(seen) and seen[-1] == (20_000_000, 20_000_000)
+    """Catches progress that moves back or ends too early, and an error of the callback that is lost."""
+    calls: list[tuple[int, int]] = []
+    shardsave.save({"x": torch.ones(5_000_000)}, tmp_path, progress=lambda done, total: calls.append((done, total)))
+    assert calls == sorted(calls) and calls[-1] == (20_000_000, 20_000_000)
 
     def stop(done: int, total: int) -> None:
         raise RuntimeError("enough")
@@ -206,25 +206,25 @@ def test_progress_counts_to_the_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("chosen", ["native", "portable"])
-def test_what_a_callback_raises_comes_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: str) -> None:
-    """Catches a caller's own want of memory that is taken for the engine's, and becomes an error about room for the save."""
+def test_errors_of_a_callback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: str) -> None:
+    """Catches a MemoryError of the callback that is taken for one of the engine, and becomes an OutOfSpaceError."""
     if chosen == "portable":
         monkeypatch.setattr(engine, "native", None)
-    raised = MemoryError("of the callback")
+    callback_error = MemoryError("of the callback")
 
     def stop(done: int, total: int) -> None:
-        raise raised
+        raise callback_error
 
     shardsave.save({"x": torch.ones(5_000_000)}, tmp_path)
     for verb in (functools.partial(shardsave.save, {"x": torch.zeros(5_000_000)}), shardsave.load, shardsave.verify):
         with pytest.raises(MemoryError) as caught:
             verb(tmp_path, progress=stop)
-        assert caught.value is raised
+        assert caught.value is callback_error
     assert shardsave.load(tmp_path)["x"].min() == 1 and len(os.listdir(tmp_path)) == 2
 
 
 def test_shards_keep_the_bound_and_frozen_apart(tmp_path: Path, small_model: nn.Module) -> None:
-    """Catches shards beyond the bound, and frozen tensors that share a shard with trainable ones."""
+    """Catches shards beyond the bound, and frozen tensors in a shard with trainable ones."""
     shardsave.save(small_model, tmp_path, max_shard_size=3000)
     info = shardsave.inspect(tmp_path)
     assert info.frozen is not None and info.parameters is not None
@@ -236,7 +236,7 @@ def test_shards_keep_the_bound_and_frozen_apart(tmp_path: Path, small_model: nn.
 
 
 def test_meta_model_is_materialised(tmp_path: Path, small_model: nn.Module) -> None:
-    """Catches a meta model that stays empty, loses its ties, or has buffers without values."""
+    """Catches a meta model that stays on the meta device, loses its ties, or gets buffers without values."""
     shardsave.save(small_model, tmp_path)
     with torch.device("meta"):
         empty = SmallModel()
@@ -250,7 +250,7 @@ def test_meta_model_is_materialised(tmp_path: Path, small_model: nn.Module) -> N
 
 
 def test_strict_load_lists_everything_and_changes_nothing(tmp_path: Path, small_model: nn.Module) -> None:
-    """Catches a strict load that stops at the first difference, or has begun to write before it."""
+    """Catches a strict load that stops at the first difference, or writes before it has found all of them."""
     state = small_model.state_dict()
     state["narrow.weight"] = torch.zeros(2, 2)
     state["surplus"] = state.pop("steps")
@@ -259,12 +259,12 @@ def test_strict_load_lists_everything_and_changes_nothing(tmp_path: Path, small_
     before = copy.deepcopy(fresh.state_dict())
     with pytest.raises(shardsave.IncompatibleCheckpointError) as caught:
         shardsave.load_model(fresh, tmp_path)
-    said = (
+    differences = (
         "1 missing from the checkpoint: steps",
         "1 not in the module: surplus",
         "1 mismatched: narrow.weight [2, 2] on disk",
     )
-    assert all(words in str(caught.value) for words in said)
+    assert all(words in str(caught.value) for words in differences)
     assert all(same_bits(before[name], tensor) for name, tensor in fresh.state_dict().items())
     report = shardsave.load_model(fresh, tmp_path, strict=False)
     assert report.missing == ("steps",) and report.unexpected == ("surplus",) and len(report.mismatched) == 1
@@ -272,7 +272,7 @@ def test_strict_load_lists_everything_and_changes_nothing(tmp_path: Path, small_
 
 
 def test_casts_as_load_state_dict_does(tmp_path: Path) -> None:
-    """Catches bytes of one dtype read as another."""
+    """Catches bytes of one dtype that are read as another."""
     source = nn.Linear(30, 20)
     shardsave.save(source, tmp_path)
     target, expected = nn.Linear(30, 20).to(torch.bfloat16), nn.Linear(30, 20).to(torch.bfloat16)
@@ -282,7 +282,7 @@ def test_casts_as_load_state_dict_does(tmp_path: Path) -> None:
 
 
 def test_stale_backward_raises(tmp_path: Path) -> None:
-    """Catches writes that autograd does not learn of, and silently wrong gradients."""
+    """Catches in-place writes that autograd does not notice, and so silently wrong gradients."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     shardsave.save(model, tmp_path)
     loss = model(torch.ones(4)).sum()
@@ -291,8 +291,8 @@ def test_stale_backward_raises(tmp_path: Path) -> None:
         loss.backward()
 
 
-def test_tie_with_two_values_on_disk(tmp_path: Path, small_model: nn.Module) -> None:
-    """Catches a tied module that silently takes one of two values."""
+def test_two_values_for_one_tied_tensor(tmp_path: Path, small_model: nn.Module) -> None:
+    """Catches a tied parameter that silently takes one of two different values."""
     state = {name: tensor.clone() for name, tensor in small_model.state_dict().items()}
     shardsave.save(state, tmp_path)
     shardsave.load_model(SmallModel(), tmp_path)
@@ -303,7 +303,7 @@ def test_tie_with_two_values_on_disk(tmp_path: Path, small_model: nn.Module) -> 
 
 
 def test_module_with_its_own_loading(tmp_path: Path) -> None:
-    """Catches load hooks that are stepped over."""
+    """Catches a load hook that is not called."""
 
     class Doubling(nn.Linear):
         def _load_from_state_dict(self, state_dict, prefix, *rest):  # type: ignore[no-untyped-def]
@@ -317,7 +317,7 @@ def test_module_with_its_own_loading(tmp_path: Path) -> None:
 
 
 def test_expanded_destination_is_refused(tmp_path: Path) -> None:
-    """Catches a write through memory that several elements share."""
+    """Catches a write into memory that several elements share."""
     model = nn.Linear(3, 2)
     shardsave.save(model, tmp_path)
     model.weight = nn.Parameter(torch.zeros(1, 3).expand(2, 3))
@@ -325,7 +325,7 @@ def test_expanded_destination_is_refused(tmp_path: Path) -> None:
         shardsave.load_model(model, tmp_path)
 
 
-def test_wrappers_are_seen_through(tmp_path: Path, small_model: nn.Module) -> None:
+def test_wrappers(tmp_path: Path, small_model: nn.Module) -> None:
     """Catches names on disk that carry a wrapper's prefix."""
     shardsave.save(nn.DataParallel(torch.compile(small_model)), tmp_path)  # type: ignore[arg-type]
     assert set(shardsave.inspect(tmp_path).names) == set(small_model.state_dict())
@@ -335,7 +335,7 @@ def test_wrappers_are_seen_through(tmp_path: Path, small_model: nn.Module) -> No
 
 
 def test_hundred_thousand_tensors(tmp_path: Path) -> None:
-    """Catches work that grows faster than the number of tensors."""
+    """Catches run time that grows faster than the number of tensors."""
     tensors = {f"layers.{n}.w": torch.full((2,), n) for n in range(100_000)}
     shardsave.save(tensors, tmp_path)
     loaded = shardsave.load(tmp_path)
@@ -349,7 +349,7 @@ def test_empty_checkpoint(tmp_path: Path) -> None:
 
 
 def test_engines_write_the_same_bytes(tmp_path: Path) -> None:
-    """Catches any difference between the two engines, and a file that one of them cannot read."""
+    """Catches any difference between the files of the two engines, and a file that one of them cannot read."""
     program = (
         "import sys, torch, shardsave; sys.path[:0] = ['tests', 'tests/api'];"
         "from test_round_trip import odd_tensors; from support import same_bits; torch.manual_seed(0);"

@@ -363,12 +363,12 @@ def test_architectures_and_programs_are_copied(tmp_path: Path) -> None:
     for options in ({"dtype": "bfloat16"}, {"rename": [("^", "x.")]}, {"drop": "embed.*"}):
         report = shardsave.convert(tmp_path / "a", tmp_path / "c", **options)
         assert report.notes == tuple(
-            f"the {part} was left out: it goes by the names and dtypes that were saved" for part in ("architecture", "program")
+            f"the {part} was left out: it refers to the saved names and dtypes" for part in ("architecture", "program")
         )
         assert shardsave.inspect(tmp_path / "c").parts == {}
     report = shardsave.convert(tmp_path / "a", tmp_path / "one.safetensors", to="safetensors")
     assert report.notes[:2] == tuple(
-        f"the {part} was left out: one file has no place for it" for part in ("architecture", "program")
+        f"the {part} was left out: a single file cannot hold it" for part in ("architecture", "program")
     )
 
 

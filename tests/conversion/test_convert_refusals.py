@@ -183,7 +183,7 @@ def test_colliding_paths(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("ckpt")
     os.link(tmp_path / "x.pt", tmp_path / "y.pt")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    one, inside = "two places apart from each other were expected, they are one", "one lies inside of the other"
+    one, inside = "two separate paths were expected, they are the same", "one is inside the other"
     for source, destination, to, words in (
         ("ckpt", "ckpt", "shardsave", one), ("ckpt", "link", "shardsave", one), ("x.pt", "x.pt", "torch", one),
         ("x.pt", "y.pt", "torch", one), ("ckpt", "ckpt/new", "shardsave", inside), ("ckpt", "ckpt/m.pt", "torch", inside),

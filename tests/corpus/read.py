@@ -1,4 +1,4 @@
-"""Reads a case of the corpus through public verbs, and returns what was found in the form of ``expected.json``.
+"""Reads a case of the corpus through public verbs, and returns its content in the form of ``expected.json``.
 
 Method: ``python tests/corpus/read.py FOLDER CASE…`` prints it as JSON, by case; another process can have another engine.
 """
@@ -15,12 +15,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import shardsave
 from corpus.record import Json, tensor_record
 
-#: The members that `found` shares with ``expected.json``.
+#: The members that `read_checkpoint` shares with ``expected.json``.
 MEMBERS = ("tensors", "ties", "flags", "metadata", "durable", "parts", "companions")
 
 
-def found(path: Path) -> Json:
-    """Verifies every checksum of the directory or safetensors file at ``path`` and returns what it holds, by `MEMBERS`."""
+def read_checkpoint(path: Path) -> Json:
+    """Verifies every checksum of the directory or safetensors file at ``path`` and returns what it contains, by `MEMBERS`."""
     report = shardsave.verify(path, progress=False)
     assert report.verified is True and report.notes == (), report
     tensors, info = shardsave.load(path, progress=False), shardsave.inspect(path)
@@ -38,13 +38,13 @@ def found(path: Path) -> Json:
     }
 
 
-def found_in_torch(path: Path) -> Json:
+def read_torch_file(path: Path) -> Json:
     """The same for a file of torch.save, which is converted first: no verb loads one."""
     with tempfile.TemporaryDirectory() as folder:
         shardsave.convert(path, Path(folder) / "ckpt", progress=False, durable=False)
-        return found(Path(folder) / "ckpt")
+        return read_checkpoint(Path(folder) / "ckpt")
 
 
 if __name__ == "__main__":
     corpus = Path(sys.argv[1])
-    print(json.dumps({case: found(corpus / case) for case in sys.argv[2:]}))
+    print(json.dumps({case: read_checkpoint(corpus / case) for case in sys.argv[2:]}))

@@ -51,17 +51,17 @@ def shard_tensors(path: Path) -> Json:
 def directory_record(folder: Path) -> Json:
     """What a reader must find in a directory. Names are in the index's order, then the ties; flags have the module's names."""
     index = json.loads((folder / INDEX).read_bytes())
-    ours = index["shardsave"]
-    by_shard = {shard: shard_tensors(folder / shard) for shard in ours["shards"]}
+    own_record = index["shardsave"]
+    by_shard = {shard: shard_tensors(folder / shard) for shard in own_record["shards"]}
     stored = {name: by_shard[shard][name] for name, shard in index["weight_map"].items()}
     return {
-        "tensors": stored | {name: stored[target] for name, target in ours["ties"].items()},
-        "ties": ours["ties"],
-        "flags": _flags(ours, [*stored, *ours["ties"]]),
-        "metadata": ours["metadata"],
-        "durable": ours["durable"],
-        "parts": {role: part[0] for role, part in ours.get("parts", {}).items()},
-        "companions": sorted(ours.get("companions", {})),
+        "tensors": stored | {name: stored[target] for name, target in own_record["ties"].items()},
+        "ties": own_record["ties"],
+        "flags": _flags(own_record, [*stored, *own_record["ties"]]),
+        "metadata": own_record["metadata"],
+        "durable": own_record["durable"],
+        "parts": {role: part[0] for role, part in own_record.get("parts", {}).items()},
+        "companions": sorted(own_record.get("companions", {})),
     }
 
 
@@ -70,19 +70,19 @@ def file_record(path: Path) -> Json:
     content = path.read_bytes()
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     tensors = shard_tensors(path)
-    said: dict[str, str] = header["__metadata__"]
-    ties = {name: target for name, target in said.items() if target in tensors}
+    metadata: dict[str, str] = header["__metadata__"]
+    ties = {name: target for name, target in metadata.items() if target in tensors}
     return {"tensors": tensors | {name: tensors[target] for name, target in ties.items()}, "ties": ties, "flags": None}
 
 
 def torch_record(path: Path) -> Json:
-    """What a file of torch.save holds, by torch's own reader."""
+    """What a reader must find in a file of torch.save, read by torch itself."""
     import torch
 
     state = torch.load(path, weights_only=True)
     tensors = {name: tensor_record(tensor) for name, tensor in state.items()}
-    first: dict[int, str] = {}
-    holders = {name: first.setdefault(tensor.untyped_storage()._cdata, name) for name, tensor in state.items()}
+    first_name: dict[int, str] = {}
+    holders = {name: first_name.setdefault(tensor.untyped_storage()._cdata, name) for name, tensor in state.items()}
     return {"tensors": tensors, "ties": {name: holder for name, holder in holders.items() if holder != name}, "flags": None}
 
 
@@ -94,12 +94,12 @@ def tensor_record(tensor: Any) -> list[Any]:
     return [str(tensor.dtype).removeprefix("torch."), list(tensor.shape), crc(raw)]
 
 
-def _flags(ours: Json, names: list[str]) -> Json | None:
-    """``parameters`` and ``frozen``, each a sorted list; None where they are unknown."""
-    if "module_flags" in ours:
-        found = ours["module_flags"]
-        return {"parameters": sorted(found["frozen"] + found["trainable"]), "frozen": sorted(found["frozen"])}
-    flags = ours["flags"]
+def _flags(own_record: Json, names: list[str]) -> Json | None:
+    """``parameters`` and ``frozen``, each a sorted list; None if the flags are unknown."""
+    if "module_flags" in own_record:
+        flags = own_record["module_flags"]
+        return {"parameters": sorted(flags["frozen"] + flags["trainable"]), "frozen": sorted(flags["frozen"])}
+    flags = own_record["flags"]
     if flags is None:
         return None
     words = {name: flags["default"] for name in names}

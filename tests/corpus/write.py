@@ -1,7 +1,7 @@
-"""Writes the corpus: small checkpoints of every kind, through public verbs only, with fixed random names, versions and times.
+"""Writes the corpus: small checkpoints of every kind, through public verbs only, with fixed "random" names, versions and times.
 
-Method: ``python tests/corpus/write.py FOLDER`` writes a folder for each case, and ``expected.json``: what the files of each case
-are, and what a reader must find in them (`corpus.record` reads that by the rules of FORMAT.md).
+Method: ``python tests/corpus/write.py FOLDER`` writes a folder for each case, and ``expected.json``: the files of each case, and
+what a reader must find in them (`corpus.record` reads that by the rules of FORMAT.md).
 
 ``tests/corpus/<version>/`` was written by that version. The folder of a released version never changes: an intended change of the
 files gets a new folder, and a new case goes into the newest folder.
@@ -46,7 +46,7 @@ class Case:
     """One checkpoint directory, or one file.
 
     ``write`` fills an empty folder. ``needs``: the packages whose version changes the bytes. ``model``: the function in `corpus.models`
-    that makes the saved model; tests fill and build it. ``build``: what `build_model` must trust, None where it cannot build.
+    that creates the saved model; tests fill and build it. ``build``: what `build_model` must trust; None if it cannot build the model.
     ``program``: whether the checkpoint has one. ``file``: the name of the file to open; empty for the directory itself.
     """
 
@@ -86,7 +86,7 @@ class FixedNames:
 
     def __call__(self, nbytes: int | None = None) -> str:
         self._asked += 1
-        assert self._asked < 100, "a name is asked for again and again, since the one given is taken"
+        assert self._asked < 100, "a name is requested again and again, since it is already in use"
         return hashlib.sha256(f"{self._case} {self._saves}".encode()).hexdigest()[: 2 * (nbytes or 32)]
 
 
@@ -124,7 +124,7 @@ def all_dtypes(folder: Path) -> None:
 
 
 def all_layouts(folder: Path) -> None:
-    """Views that cannot be written byte by byte from memory, empty and 0-d tensors, NaN payloads, a Parameter and an array."""
+    """Views whose memory is not laid out as in the file, empty and 0-d tensors, NaN payloads, a Parameter and an array."""
     base = numbers(24).reshape(4, 6)
     z = torch.complex(base, base + 1)
     special = torch.tensor([0x7FC00001, 0xFFC00000 - 2**32, 0x80000000 - 2**32, 0x7F800000, 1], dtype=torch.int32)
@@ -140,13 +140,13 @@ def all_layouts(folder: Path) -> None:
 
 def names(folder: Path) -> None:
     """Names with a special meaning in JSON, in a file system or in a pattern."""
-    spelled = (
+    special_names = (
         "", " ", ".", "..", "a.b", "a..b", "/etc/x", "../up", "a\\b", 'quote"', "apo'strophe", "tab\tline\n", "\x00\x1f\x7f", "naïve",
         "日本語", "e\u0301", "\u00e9", "🙂", "\u2028", "*?[", "__proto__", "constructor", "total_size", "model.safetensors", "%s{}",
     )  # fmt: skip
     shared = numbers(2)
-    state = {name: numbers(1, first=place) for place, name in enumerate(spelled)}
-    save({**state, "tied.é": shared, '"tied"': shared}, folder, metadata={name: name for name in spelled})
+    state = {name: numbers(1, first=place) for place, name in enumerate(special_names)}
+    save({**state, "tied.é": shared, '"tied"': shared}, folder, metadata={name: name for name in special_names})
 
 
 def tied_mapping(folder: Path) -> None:
@@ -177,7 +177,7 @@ def names_taken(folder: Path) -> None:
 
 
 def superseded(folder: Path) -> None:
-    """A replaced ``model.safetensors`` that is still there, as after a saver that died before it removed the file."""
+    """A replaced ``model.safetensors`` that still exists, as after a saver that died before it removed the file."""
     header = b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
     lone = folder / "model.safetensors"
     for again in (False, True):
@@ -200,13 +200,13 @@ def from_distributed(folder: Path) -> None:
 
     state = {"model": models.tied().state_dict(), "step": 3}
     with scratch() as sources, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is one process
+        warnings.simplefilter("ignore")  # torch warns that there is only one process
         distributed_checkpoint.save(state, checkpoint_id=sources / "dcp")
         convert(sources / "dcp", folder)
 
 
 def from_foreign(folder: Path) -> None:
-    """Shards of another writer, without alignment and checksums."""
+    """Third-party shards, without alignment and checksums."""
     weight_map = {}
     with scratch() as sources:
         for shard, name in (("a.safetensors", "x"), ("b.safetensors", "y")):
@@ -241,7 +241,7 @@ def hub_converted(folder: Path) -> None:
 
 
 def exported(folder: Path) -> None:
-    """A program with sizes, a branch and a buffer that it writes to."""
+    """A program with a dynamic size, a branch and a buffer that it writes to."""
     model = models.steps()
     batch = torch.export.Dim("batch", min=2, max=64)
     shapes = {"x": {0: batch}, "twice": None}
@@ -250,7 +250,7 @@ def exported(folder: Path) -> None:
 
 
 def mostly_buffers(folder: Path) -> None:
-    """Most names are no parameters."""
+    """Most names are not parameters."""
     save(models.numbered(nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2, affine=False))), folder)
 
 
@@ -327,11 +327,13 @@ def versions() -> dict[str, str]:
 
 @contextmanager
 def fixed(case: str, version: str) -> Iterator[None]:
-    """Fixes the random names, the version of shardsave, and the build of torch ("2.13.0+cpu") that would get into the files."""
+    """Fixes the random names, the version of shardsave and the build of torch ("2.13.0+cpu"), which the files would have."""
     NAMES.begin(case)
-    ours = [m for name, m in sys.modules.items() if name.partition(".")[0] == "shardsave" and "__version__" in vars(m)]
+    versioned_modules = [
+        m for name, m in sys.modules.items() if name.partition(".")[0] == "shardsave" and "__version__" in vars(m)
+    ]
     with ExitStack() as patches:
-        for module in ours:
+        for module in versioned_modules:
             patches.enter_context(mock.patch.object(module, "__version__", version))
         patches.enter_context(mock.patch.object(torch, "__version__", TorchVersion(plain(torch.__version__))))
         patches.enter_context(mock.patch.object(secrets, "token_hex", NAMES))
@@ -344,15 +346,15 @@ def write_case(name: str, folder: Path, version: str) -> Json:
     folder.mkdir()
     with fixed(name, version):
         case.write(folder)
-    opened = folder / case.file
-    how = {"": record.directory_record, ".safetensors": record.file_record, ".pt": record.torch_record}[Path(case.file).suffix]
-    found = {"needs": list(case.needs), "file": case.file, "model": case.model, "program": case.program, **how(opened)}
-    found["build"] = list(case.build) if case.build is not None else None
+    readers = {"": record.directory_record, ".safetensors": record.file_record, ".pt": record.torch_record}
+    content = readers[Path(case.file).suffix](folder / case.file)
+    entry = {"needs": list(case.needs), "file": case.file, "model": case.model, "program": case.program, **content}
+    entry["build"] = list(case.build) if case.build is not None else None
     if case.program or case.model == "parts":
-        found["result"] = plain_result(getattr(models, str(case.model))())
+        entry["result"] = plain_result(getattr(models, str(case.model))())
     if name == "superseded":
-        found["mtimes"] = {"model.safetensors": MTIME}
-    return {"files": record.digests(folder), **found}
+        entry["mtimes"] = {"model.safetensors": MTIME}
+    return {"files": record.digests(folder), **entry}
 
 
 def write_corpus(folder: Path, version: str) -> None:

@@ -1,4 +1,4 @@
-"""Adapters: saved as PEFT lays them out, read by PEFT and by us, with the flags of the whole model."""
+"""Adapters of PEFT: saved in PEFT's layout with the flags of the whole model, loaded by PEFT and by shardsave."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from support import same_bits, same_state
 
 transformers.logging.set_verbosity_error()
 
-#: PEFT asks transformers by an old name.
+#: PEFT calls transformers by a deprecated name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
 
 FILES = {"adapter_config.json", "adapter_model.safetensors", "model-00001-of-00001.safetensors", "model.safetensors.index.json"}
@@ -32,8 +32,8 @@ def base(seed: int = 0) -> Any:
 
 
 def lora(**options: Any) -> peft.PeftConfig:
-    given = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, **options}
-    return peft.LoraConfig(**given)
+    all_options = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, **options}
+    return peft.LoraConfig(**all_options)
 
 
 CONFIGS: dict[str, Any] = {
@@ -60,15 +60,15 @@ def names_in(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_as_peft_lays_it_out(kind: str, tmp_path: Path) -> None:
-    """Catches another name, another value or another config than PEFT's own, and base weights among them."""
+def test_saved_as_peft_does(kind: str, tmp_path: Path) -> None:
+    """Catches a name, a value or a config that differs from PEFT's own, and base weights in the adapter."""
     model = adapted(kind)
-    shardsave.save(model, tmp_path / "ours", adapter_only=True, durable=False)
-    model.save_pretrained(tmp_path / "theirs")
-    assert names_in(tmp_path / "ours") == FILES
-    ours, theirs = (load_file(tmp_path / side / "adapter_model.safetensors") for side in ("ours", "theirs"))
-    assert ours.keys() == theirs.keys() and all(same_bits(ours[name], theirs[name]) for name in ours)
-    configs = [json.loads((tmp_path / side / "adapter_config.json").read_text()) for side in ("ours", "theirs")]
+    shardsave.save(model, tmp_path / "shardsave", adapter_only=True, durable=False)
+    model.save_pretrained(tmp_path / "peft")
+    assert names_in(tmp_path / "shardsave") == FILES
+    actual, expected = (load_file(tmp_path / writer / "adapter_model.safetensors") for writer in ("shardsave", "peft"))
+    assert actual.keys() == expected.keys() and all(same_bits(actual[name], expected[name]) for name in expected)
+    configs = [json.loads((tmp_path / writer / "adapter_config.json").read_text()) for writer in ("shardsave", "peft")]
     for config in configs:
         config.update({key: sorted(value) for key, value in config.items() if key.endswith("_modules") and value})
     assert configs[0] == configs[1]
@@ -76,7 +76,7 @@ def test_as_peft_lays_it_out(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_peft_reads_it(kind: str, tmp_path: Path) -> None:
-    """Catches a directory that PEFT does not take for an adapter of the same model."""
+    """Catches a directory that PEFT cannot load, or loads as another adapter."""
     model = adapted(kind).eval()
     shardsave.save(model, tmp_path, adapter_only=True, durable=False)
     again = peft.PeftModel.from_pretrained(base(), tmp_path).eval()
@@ -86,7 +86,7 @@ def test_peft_reads_it(kind: str, tmp_path: Path) -> None:
 
 
 def test_flags_of_the_whole_model(tmp_path: Path) -> None:
-    """Catches the base model's flags lost with its weights."""
+    """Catches flags of the base model that are lost because its weights are not saved."""
     model = adapted("LoRA")
     model.base_model.model.lm_head.weight.requires_grad_(True)
     next(parameter for name, parameter in model.named_parameters() if "lora_A" in name).requires_grad_(False)
@@ -99,8 +99,8 @@ def test_flags_of_the_whole_model(tmp_path: Path) -> None:
     )
 
 
-def test_a_model_in_the_place_of_an_adapter(tmp_path: Path) -> None:
-    """Catches an adapter that stays, which transformers would put on the new weights; and one that others changed being removed."""
+def test_a_model_replaces_an_adapter(tmp_path: Path) -> None:
+    """Catches an adapter that stays, and that transformers would add to the new weights; and a changed adapter that is removed."""
     shardsave.save(adapted("LoRA with a whole layer"), tmp_path, adapter_only=True, durable=False)
     (tmp_path / "tokenizer.json").write_text("{}")
     assert shardsave.save(base(), tmp_path, durable=False).leftovers == ()
@@ -113,8 +113,8 @@ def test_a_model_in_the_place_of_an_adapter(tmp_path: Path) -> None:
     assert (tmp_path / "adapter_config.json").read_text() == "{}"
 
 
-def test_next_adapter_in_the_same_place(tmp_path: Path) -> None:
-    """Catches files of two saves side by side, litter, and a checksum that is not that of the file."""
+def test_an_adapter_replaces_an_adapter(tmp_path: Path) -> None:
+    """Catches files of two saves side by side, leftovers, and a recorded checksum that is not that of the file."""
     for seed in (1, 2):
         model = adapted("LoRA with a whole layer", seed)
         shardsave.save(model, tmp_path, adapter_only=True)
@@ -128,13 +128,13 @@ def test_next_adapter_in_the_same_place(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in CONFIGS if kind != "prompt"])
-@pytest.mark.parametrize("writer", ["ours", "theirs"])
+@pytest.mark.parametrize("writer", ["shardsave", "peft"])
 def test_filled_in_place(kind: str, writer: str, tmp_path: Path) -> None:
-    """Catches an adapter that goes into other tensors than its own, a base model that is changed, and flags that are not set."""
+    """Catches an adapter that is loaded into wrong tensors, a base model that is changed, and flags that are not restored."""
     model, other = adapted(kind, 1), adapted(kind, 2)
     model.base_model.model.model.norm.weight.requires_grad_(True)
     before = {name: (id(parameter), parameter.detach().clone()) for name, parameter in other.named_parameters()}
-    if writer == "ours":
+    if writer == "shardsave":
         shardsave.save(model, tmp_path, adapter_only=True, durable=False)
         report = shardsave.load_model(other, tmp_path)
     else:
@@ -142,35 +142,33 @@ def test_filled_in_place(kind: str, writer: str, tmp_path: Path) -> None:
         report = shardsave.load_model(other, tmp_path / "adapter_model.safetensors")
     assert not report.missing and not report.unexpected and not report.notes
     assert same_state(other, model) and all(id(parameter) == before[name][0] for name, parameter in other.named_parameters())
-    assert other.base_model.model.model.norm.weight.requires_grad == (writer == "ours")
+    assert other.base_model.model.model.norm.weight.requires_grad == (writer == "shardsave")
     changed = {name for name, parameter in other.named_parameters() if not same_bits(parameter, before[name][1])}
     assert len(changed) == report.tensors > 0
 
 
 def test_adapter_of_another_shape(tmp_path: Path) -> None:
-    """Catches an adapter of other layers that is taken in part, and an error that lists the base model's names."""
+    """Catches an adapter for other layers that is loaded in part, and an error that lists names of the base model."""
     shardsave.save(adapted("LoRA"), tmp_path, adapter_only=True, durable=False)
     other = peft.get_peft_model(base(), lora(target_modules=["q_proj", "k_proj"]))
     with pytest.raises(shardsave.IncompatibleCheckpointError) as raised:
         shardsave.load_model(other, tmp_path)
-    said = str(raised.value)
-    assert (
-        "there are 4 missing from the checkpoint: base_model.model.model.layers.0.self_attn.k_proj.lora_A.default.weight"
-        in said
-    )
-    assert "4 not in the module: base_model.model.model.layers.0.self_attn.v_proj.lora_A.weight" in said and "embed" not in said
+    message = str(raised.value)
+    layer = "base_model.model.model.layers.0.self_attn"
+    assert f"there are 4 missing from the checkpoint: {layer}.k_proj.lora_A.default.weight" in message
+    assert f"4 not in the module: {layer}.v_proj.lora_A.weight" in message and "embed" not in message
     report = shardsave.load_model(other, tmp_path, strict=False)
     assert (len(report.missing), len(report.unexpected), report.tensors) == (4, 4, 4)
 
 
-def test_computed_for_the_file(tmp_path: Path) -> None:
-    """Catches a prompt that would be lost in silence: PEFT computes what it saves of one."""
+def test_tensors_computed_for_the_file(tmp_path: Path) -> None:
+    """Catches a prompt that is silently not loaded: PEFT computes the tensor that it saves for a prompt."""
     shardsave.save(adapted("prompt"), tmp_path, adapter_only=True, durable=False)
     with pytest.raises(shardsave.IncompatibleCheckpointError, match=r"PEFT computes prompt_embeddings for the file"):
         shardsave.load_model(adapted("prompt"), tmp_path)
 
 
-def test_whole_model_with_its_adapter(tmp_path: Path) -> None:
+def test_a_whole_model_with_its_adapter(tmp_path: Path) -> None:
     """Catches a whole model that is taken for an adapter."""
     model, other = adapted("LoRA", 1), adapted("LoRA", 2)
     shardsave.save(model, tmp_path, durable=False)
@@ -179,19 +177,19 @@ def test_whole_model_with_its_adapter(tmp_path: Path) -> None:
 
 
 def test_weights_of_another_save_are_noticed(tmp_path: Path) -> None:
-    """Catches a reader who is not told that PEFT would read another adapter than we do."""
+    """Catches a missing note when PEFT would load another adapter than shardsave does."""
     shardsave.save(adapted("LoRA", 1), tmp_path, adapter_only=True, durable=False)
     adapted("LoRA", 2).save_pretrained(tmp_path)
     notes = shardsave.verify(tmp_path).notes
     assert any(note.startswith("adapter_model.safetensors is not the one saved with these weights") for note in notes)
 
 
-def test_what_is_no_adapter(tmp_path: Path) -> None:
-    """Catches a whole model that is saved under the name of an adapter, and a choice among several that is made in silence."""
-    with pytest.raises(TypeError, match=r"adapter_only=True needs a PeftModel, there is none in a LlamaForCausalLM"):
+def test_wrong_models_for_adapter_only(tmp_path: Path) -> None:
+    """Catches a whole model that is saved under the name of an adapter, and a silent choice between several adapters."""
+    with pytest.raises(TypeError, match=r"adapter_only=True needs a PeftModel, not a LlamaForCausalLM"):
         shardsave.save(base(), tmp_path, adapter_only=True)
     model = adapted("LoRA")
-    with pytest.raises(ValueError, match="adapter_only=True keeps no architecture"):
+    with pytest.raises(ValueError, match="adapter_only=True saves no architecture"):
         shardsave.save(model, tmp_path, adapter_only=True, architecture=True)
     model.add_adapter("other", lora())
     model.base_model.set_adapter(["default", "other"])

@@ -1,4 +1,4 @@
-"""transformers models: what is on disk is what `save_pretrained` writes, and each reads what the other wrote."""
+"""transformers models: the files are those of `save_pretrained`, and each library loads what the other saved."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::Deprec
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    """No words and bars of transformers itself."""
+    """Switches off the messages and progress bars of transformers."""
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -35,12 +35,12 @@ def quiet() -> Iterator[None]:
 
 
 def on_disk(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of every file, as another reader sees it."""
-    found = {}
+    """Every tensor of every file, as the safetensors library reads it."""
+    tensors = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
-            found.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    return found
+            tensors.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    return tensors
 
 
 def frozen_in(model: torch.nn.Module) -> set[str]:
@@ -49,59 +49,60 @@ def frozen_in(model: torch.nn.Module) -> set[str]:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_saved_as_save_pretrained_does(tmp_path: Path, name: str) -> None:
-    """Catches a name, a layout, a dtype or a config that other readers do not expect; a key that from_pretrained misses or has too
-    much; a bit that changes on the way; flags that are no longer by the module's names."""
+    """Catches a name, a layout, a dtype or a config that other readers do not expect; a missing or additional key for
+    from_pretrained; a changed bit; and flags that are not recorded under the names in the module."""
     model = tiny(name)
-    report = shardsave.save(model, tmp_path / "ours", max_shard_size="100KB")
+    own, reference = tmp_path / "shardsave", tmp_path / "transformers"
+    report = shardsave.save(model, own, max_shard_size="100KB")
     assert not report.notes
-    model.save_pretrained(tmp_path / "theirs")
-    ours, theirs = on_disk(tmp_path / "ours"), on_disk(tmp_path / "theirs")
-    assert ours.keys() == theirs.keys() and all(same_bits(ours[name], theirs[name]) for name in theirs)
+    model.save_pretrained(reference)
+    actual, expected = on_disk(own), on_disk(reference)
+    assert actual.keys() == expected.keys() and all(same_bits(actual[name], expected[name]) for name in expected)
     for config in CONFIGS:
-        assert (tmp_path / "ours" / config).exists() == (tmp_path / "theirs" / config).exists()
-        if (tmp_path / "theirs" / config).exists():
-            assert (tmp_path / "ours" / config).read_bytes() == (tmp_path / "theirs" / config).read_bytes()
-    again, info = type(model).from_pretrained(tmp_path / "ours", output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-    assert same_state(model, again)
-    found = shardsave.inspect(tmp_path / "ours")
-    assert found.frozen == frozen_in(model) and not found.notes and not shardsave.verify(tmp_path / "ours").notes
-    for folder in ("ours", "theirs"):
+        assert (own / config).exists() == (reference / config).exists()
+        if (reference / config).exists():
+            assert (own / config).read_bytes() == (reference / config).read_bytes()
+    loaded, loading_info = type(model).from_pretrained(own, output_loading_info=True)
+    assert not any(loading_info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert same_state(model, loaded)
+    info = shardsave.inspect(own)
+    assert info.frozen == frozen_in(model) and not info.notes and not shardsave.verify(own).notes
+    for folder in (own, reference):
         fresh = tiny(name, seed=1).requires_grad_(True)
         before = list(fresh.parameters())
-        made_again = fresh._keys_to_ignore_on_save or set()
-        report = shardsave.load_model(fresh, tmp_path / folder)
+        recomputed = fresh._keys_to_ignore_on_save or set()
+        report = shardsave.load_model(fresh, folder)
         assert all(old is new for old, new in zip(before, fresh.parameters(), strict=True))
         assert all(
-            same_bits(a, b) for (n, a), b in zip(model.state_dict().items(), fresh.state_dict().values()) if n not in made_again
+            same_bits(a, b) for (n, a), b in zip(model.state_dict().items(), fresh.state_dict().values()) if n not in recomputed
         )
-        assert frozen_in(fresh) == (frozen_in(model) if folder == "ours" else set())
-        assert report.tensors >= len(ours) and not (report.missing or report.unexpected or report.notes)
+        assert frozen_in(fresh) == (frozen_in(model) if folder == own else set())
+        assert report.tensors >= len(actual) and not (report.missing or report.unexpected or report.notes)
 
 
-def test_a_name_is_its_parts(tmp_path: Path) -> None:
-    """Catches a table of mixtures that tests none: their experts must be one tensor in memory and several on disk."""
+def test_fused_models_are_split_on_disk(tmp_path: Path) -> None:
+    """Catches a table of fused models without one: experts must be one tensor in memory and several on disk."""
     for name in FUSED:
         model = tiny(name)
         shardsave.save(model, tmp_path, durable=False)
         assert shardsave.inspect(tmp_path).names != tuple(model.state_dict()), name
 
 
-def test_onto_meta(tmp_path: Path) -> None:
-    """Catches parts that are read into memory which the model no longer has once it was made real; flags that are lost on the way."""
+def test_a_meta_model(tmp_path: Path) -> None:
+    """Catches parts that are read into memory that the materialised model does not use, and lost flags."""
     model = tiny("Mixtral")
-    model.save_pretrained(tmp_path / "theirs")
-    shardsave.save(model, tmp_path / "ours")
-    for folder in ("ours", "theirs"):
+    model.save_pretrained(tmp_path / "transformers")
+    shardsave.save(model, tmp_path / "shardsave")
+    for folder in ("shardsave", "transformers"):
         with torch.device("meta"):
             fresh = transformers.MixtralForCausalLM(model.config)
         fresh.model.rotary_emb = type(fresh.model.rotary_emb)(model.config)
         shardsave.load_model(fresh, tmp_path / folder)
-        assert same_state(fresh, model) and frozen_in(fresh) == (frozen_in(model) if folder == "ours" else set())
+        assert same_state(fresh, model) and frozen_in(fresh) == (frozen_in(model) if folder == "shardsave" else set())
 
 
-def test_cast(tmp_path: Path) -> None:
-    """Catches parts of a tensor that are cast differently from what from_pretrained makes of them."""
+def test_casts(tmp_path: Path) -> None:
+    """Catches parts of a tensor that are cast differently than by from_pretrained."""
     model = tiny("Mixtral")
     model.save_pretrained(tmp_path)
     fresh = tiny("Mixtral", seed=1).to(torch.bfloat16)
@@ -110,7 +111,7 @@ def test_cast(tmp_path: Path) -> None:
 
 
 def test_another_head(tmp_path: Path) -> None:
-    """Catches a base model that is not found in one with a head, or the reverse, or whose flags are not; and wrong names in a report."""
+    """Catches a base model that is not found in a model with a head, or the reverse, lost flags, and wrong names in a report."""
     model = tiny("BERT")
     shardsave.save(model, tmp_path / "head")
     base = transformers.BertModel(model.config, add_pooling_layer=False)
@@ -134,7 +135,7 @@ def test_another_head(tmp_path: Path) -> None:
 
 
 def test_old_names(tmp_path: Path) -> None:
-    """Catches checkpoints of years ago: other names, and buffers that nobody saves any more."""
+    """Catches an old checkpoint that is refused for its old names, or for a buffer that is no longer saved."""
     model = tiny("BERT")
     old = {
         name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor.clone()
@@ -148,7 +149,7 @@ def test_old_names(tmp_path: Path) -> None:
 
 
 def test_names_in_memory(tmp_path: Path) -> None:
-    """Catches a state dict, saved as it is in memory, that no longer loads."""
+    """Catches a state dict, saved with the names in memory, that cannot be loaded."""
     model = tiny("Mixtral")
     shardsave.save(model.state_dict(), tmp_path)
     fresh = tiny("Mixtral", seed=1)
@@ -157,19 +158,19 @@ def test_names_in_memory(tmp_path: Path) -> None:
 
 
 def test_experts_that_do_not_fit(tmp_path: Path) -> None:
-    """Catches an expert that is not there, or a fused tensor of another size, found only when the model is half loaded."""
+    """Catches a missing expert, or a fused tensor of another size, that is noticed only when the model is half loaded."""
     model = tiny("Mixtral")
     shardsave.save(model, tmp_path / "all")
     stored = shardsave.load(tmp_path / "all")
-    lost = next(name for name in stored if re.search(r"experts\.3\.w2", name))
-    shardsave.save({name: tensor for name, tensor in stored.items() if name != lost}, tmp_path / "one-lost")
-    other = next(name for name in stored if re.search(r"experts\.3\.w1", name))
-    shardsave.save({name: tensor[:-1] if name == other else tensor for name, tensor in stored.items()}, tmp_path / "one-cut")
+    missing_name = next(name for name in stored if re.search(r"experts\.3\.w2", name))
+    shardsave.save({name: tensor for name, tensor in stored.items() if name != missing_name}, tmp_path / "one-missing")
+    cut_name = next(name for name in stored if re.search(r"experts\.3\.w1", name))
+    shardsave.save({name: tensor[:-1] if name == cut_name else tensor for name, tensor in stored.items()}, tmp_path / "one-cut")
     before = tiny("Mixtral", seed=1)
     fresh = tiny("Mixtral", seed=1)
     for folder, words in (
         (
-            "one-lost",
+            "one-missing",
             r"1 mismatched: model\.layers\.0\.mlp\.experts\.down_proj \[3, 32, 64\] on disk, \[4, 32, 64\] in the module",
         ),
         (
@@ -183,7 +184,7 @@ def test_experts_that_do_not_fit(tmp_path: Path) -> None:
 
 
 def test_damaged_expert(tmp_path: Path) -> None:
-    """Catches a damaged part that is not named as it is on disk, or is taken for whole."""
+    """Catches a damaged part that is loaded, or that is not reported by its name on disk."""
     model = tiny("Mixtral")
     shardsave.save(model, tmp_path)
     needle = model.model.layers[1].mlp.experts.down_proj[2].detach().numpy().tobytes()
@@ -198,7 +199,7 @@ def test_damaged_expert(tmp_path: Path) -> None:
 
 
 class Joined(transformers.PreTrainedModel):
-    """A model of a user, three of whose tensors are one on disk."""
+    """A user's model in which three tensors are one on disk."""
 
     config_class = transformers.PreTrainedConfig
     base_model_prefix = "model"
@@ -226,28 +227,28 @@ def joined_on_disk() -> None:
 
 
 def test_joined_on_disk(tmp_path: Path, joined_on_disk: None) -> None:
-    """Catches tensors that have no view in what they are stored in: left out, out of order, kept from a routine of the module's own;
-    and copies that nobody is told of."""
+    """Catches tensors that are joined on disk and so left out, loaded in a wrong order or hidden from a load hook; and copies in
+    memory without a note."""
     model = Joined(transformers.PreTrainedConfig())
     model.attention.requires_grad_(False)
-    report = shardsave.save(model, tmp_path / "ours")
-    assert report.notes == ("144 B were copied in memory, since they are joined on disk",)
-    model.save_pretrained(tmp_path / "theirs")
-    ours, theirs = on_disk(tmp_path / "ours"), on_disk(tmp_path / "theirs")
-    assert ours.keys() == theirs.keys() == {"attention.qkv.weight", "out.weight", "out.bias"}
-    assert all(same_bits(ours[name], theirs[name]) for name in ours)
-    assert shardsave.inspect(tmp_path / "ours").frozen == frozen_in(model)
+    report = shardsave.save(model, tmp_path / "shardsave")
+    assert report.notes == ("144 B were copied in memory, since these tensors are joined on disk",)
+    model.save_pretrained(tmp_path / "transformers")
+    actual, expected = on_disk(tmp_path / "shardsave"), on_disk(tmp_path / "transformers")
+    assert actual.keys() == expected.keys() == {"attention.qkv.weight", "out.weight", "out.bias"}
+    assert all(same_bits(actual[name], expected[name]) for name in expected)
+    assert shardsave.inspect(tmp_path / "shardsave").frozen == frozen_in(model)
     for hooked in (False, True):
-        for folder in ("ours", "theirs"):
+        for folder in ("shardsave", "transformers"):
             fresh = Joined(transformers.PreTrainedConfig(), hooked)
             report = shardsave.load_model(fresh, tmp_path / folder)
             assert same_state(fresh, model) and report.tensors == 3
-            assert frozen_in(fresh) == (frozen_in(model) if folder == "ours" else set())
+            assert frozen_in(fresh) == (frozen_in(model) if folder == "shardsave" else set())
             assert sorted(fresh.seen) == (["k.weight", "q.weight", "v.weight"] if hooked else [])
 
 
-def test_wrapped(tmp_path: Path) -> None:
-    """Catches a wrapper that hides the model, and its prefix on disk."""
+def test_a_wrapped_model(tmp_path: Path) -> None:
+    """Catches a wrapper that hides the model, or whose prefix is in the names on disk."""
     model = tiny("Mixtral")
     shardsave.save(model, tmp_path / "plain")
     shardsave.save(torch.nn.DataParallel(torch.compile(model)), tmp_path / "wrapped")
@@ -255,8 +256,8 @@ def test_wrapped(tmp_path: Path) -> None:
     assert (tmp_path / "wrapped" / "config.json").read_bytes() == (tmp_path / "plain" / "config.json").read_bytes()
 
 
-def test_config_of_another_save(tmp_path: Path) -> None:
-    """Catches weights and config of two saves, or a config that somebody edited, that no reader is told of."""
+def test_a_config_of_another_save(tmp_path: Path) -> None:
+    """Catches a config of another save, or an edited one, without a note in the reports."""
     model = tiny("BERT")
     shardsave.save(model, tmp_path)
     config = tmp_path / "config.json"
@@ -288,17 +289,17 @@ def assert_matches(words: str, text: str) -> None:
 
 
 def test_other_files_stay(tmp_path: Path) -> None:
-    """Catches a save that touches a file which is not its own, follows a link out of the directory, or takes away a config."""
+    """Catches a save that touches a foreign file, follows a symbolic link out of the directory, or removes a config."""
     (tmp_path / "tokenizer.json").write_text("{}")
     elsewhere = tmp_path / "elsewhere.json"
-    elsewhere.write_text("theirs")
+    elsewhere.write_text("foreign")
     folder = tmp_path / "ckpt"
     folder.mkdir()
     (folder / "tokenizer.json").write_text("{}")
     (folder / "config.json").symlink_to(elsewhere)
     model = tiny("BERT")
     shardsave.save(model, folder)
-    assert elsewhere.read_text() == "theirs" and not (folder / "config.json").is_symlink()
+    assert elsewhere.read_text() == "foreign" and not (folder / "config.json").is_symlink()
     shardsave.save(model.state_dict(), folder)
     assert {path.name for path in folder.iterdir()} >= {"tokenizer.json", "config.json"}
     assert shardsave.inspect(folder).companions == () and not shardsave.inspect(folder).notes
@@ -309,8 +310,8 @@ def test_other_files_stay(tmp_path: Path) -> None:
     assert shardsave.load(folder)
 
 
-def test_the_model_is_left_alone(tmp_path: Path) -> None:
-    """Catches a save that changes the model's config, as save_pretrained does, or its tensors."""
+def test_a_save_does_not_change_the_model(tmp_path: Path) -> None:
+    """Catches a save that changes the config, as save_pretrained does, or that leaves attributes on the tensors."""
     model = tiny("Mixtral")
     before = model.config.to_json_string()
     shardsave.save(model.to(torch.bfloat16), tmp_path)
@@ -318,8 +319,8 @@ def test_the_model_is_left_alone(tmp_path: Path) -> None:
     assert not any(hasattr(tensor, "_shardsave_sources") for tensor in model.state_dict(keep_vars=True).values())
 
 
-def test_never_imported(tmp_path: Path) -> None:
-    """Catches an import of transformers for a model that is none of its."""
+def test_transformers_is_not_imported(tmp_path: Path) -> None:
+    """Catches an import of transformers for a plain torch model."""
     program = "import sys, torch, shardsave; m, to = torch.nn.Linear(2, 2), sys.argv[1]; shardsave.save(m, to)"
     check = "; shardsave.load_model(m, to); assert 'transformers' not in sys.modules"
     paths = os.pathsep.join(filter(None, sys.path))
@@ -327,7 +328,7 @@ def test_never_imported(tmp_path: Path) -> None:
 
 
 def test_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches an example that does not run, and a table of architectures that is not that of the tests."""
+    """Catches an example that fails, and a table of architectures that differs from that of the tests."""
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "docs" / "transformers.md").read_text()
     for example in re.findall(r"```python\n(.*?)```", text, re.DOTALL):

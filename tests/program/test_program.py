@@ -284,7 +284,7 @@ def test_refused_at_save(tmp_path: Path) -> None:
     for wrong in ((TOKENS,), [(TOKENS,), {}], ((TOKENS,), None)):
         with pytest.raises(TypeError, match="program must be"):
             shardsave.save(SmallModel(), tmp_path / "ckpt", program=wrong)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="a program needs an nn.Module, there is none in a dict"):
+    with pytest.raises(TypeError, match="a program needs an nn.Module, not a dict"):
         shardsave.save({}, tmp_path / "ckpt", program=((TOKENS,), {}))
     with pytest.raises(
         shardsave.UnsupportedModuleError, match="cannot save a program: torch.export was expected to trace the model"

@@ -1,4 +1,4 @@
-"""What is wrong with an argument is said before anything happens."""
+"""Checks of arguments, which every verb makes before anything else happens."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _UNITS = {
 
 
 def check_path(path: object) -> None:
-    """Raises TypeError or ValueError for what cannot be the path of a checkpoint."""
+    """Raises TypeError or ValueError if ``path`` cannot be the path of a checkpoint."""
     if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
         raise TypeError(f"the path of a checkpoint must be a string or a pathlib.Path, not {type(path).__name__}")
     if not os.fspath(path):
@@ -33,20 +33,20 @@ def check_path(path: object) -> None:
 
 
 def check_switches(**switches: object) -> None:
-    """Raises TypeError for what is not True or False: a path or a device that came to stand in the wrong place."""
+    """Raises TypeError if a switch is not True or False, as when a path or a device is passed in its place."""
     for name, value in switches.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, not {value!r}")
 
 
 def check_progress(progress: object) -> None:
-    """Raises TypeError for what can neither be told of progress nor say whether a bar is wanted."""
+    """Raises TypeError if ``progress`` is neither a callable nor one of None, True and False."""
     if progress is not None and not isinstance(progress, bool) and not callable(progress):
         raise TypeError(f"progress must be None, True, False or a callable, not {type(progress).__name__}")
 
 
 def check_timeout(seconds: object) -> None:
-    """Raises TypeError or ValueError for what is no time to wait for the lock of a directory."""
+    """Raises TypeError or ValueError if ``seconds`` is not a time to wait for a directory's lock."""
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
         raise TypeError(f"lock_timeout must be a number of seconds, not {type(seconds).__name__}")
     if not seconds >= 0:
@@ -56,11 +56,11 @@ def check_timeout(seconds: object) -> None:
 
 
 def parse_size(size: Union[int, str]) -> int:
-    """``"5GB"`` → 5·10⁹ and ``"2GiB"`` → 2·2³⁰, bytes; an int is bytes already."""
+    """Returns bytes: ``"5GB"`` → 5·10⁹ and ``"2GiB"`` → 2·2³⁰; an int is already in bytes. Raises TypeError or ValueError."""
     if isinstance(size, bool) or not isinstance(size, (int, str)):
         raise TypeError(f"max_shard_size must be an int of bytes or a string such as '5GB', not {type(size).__name__}")
     if isinstance(size, int):
-        count = size
+        byte_count = size
     else:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size)
         unit = _UNITS.get(match[2].upper()) if match else None
@@ -68,8 +68,8 @@ def parse_size(size: Union[int, str]) -> int:
             raise ValueError(f"max_shard_size must be like '5GB', '500MB' or '2GiB', not {glimpse(size)}")
         number = float(match[1]) * unit
         if math.isinf(number):
-            raise ValueError(f"max_shard_size must be a size that some disk may have, not {glimpse(size)}")
-        count = int(number)
-    if count <= 0:
+            raise ValueError(f"max_shard_size must be a possible size of a file, not {glimpse(size)}")
+        byte_count = int(number)
+    if byte_count <= 0:
         raise ValueError(f"max_shard_size must be at least one byte, not {size!r}")
-    return count
+    return byte_count

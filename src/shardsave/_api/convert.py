@@ -1,4 +1,4 @@
-"""`convert`: from one kind of checkpoint to another, tensor by tensor, never with the whole model in memory."""
+"""`convert`: from one kind of checkpoint to another, tensor by tensor; the whole model is never in memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from shardsave._common.shutdown import verb
 from shardsave._conversion.changes import Drop, Names, Rename, check_dtype, patterns, replacements
 from shardsave._conversion.converted import carried_over, converted_state
 from shardsave._conversion.origin import Origin, open_origin
-from shardsave._conversion.outputs import Output, write_directory, write_safetensors_file, write_torch_file
+from shardsave._conversion.outputs import Output, write_output
 from shardsave._format.file_names import TORCH_ENDINGS
 from shardsave._loading.read import Target, TensorReader
 from shardsave._state.module import Entry
@@ -46,29 +46,31 @@ def convert(
 ) -> ConvertReport:
     """Converts the checkpoint at ``source``, whoever wrote it, into one at ``destination``, which is replaced as a whole or not at all.
 
-    Tensors stream from mapped files, so memory is bounded whatever the model's size. Pickle is read by ``torch.load``'s restricted
-    unpickler alone (and the table of a distributed checkpoint by one of our own that makes nothing but records): no code of a file
-    runs. Tied tensors stay tied. Freeze flags and metadata of our own checkpoints come along; of others, flags are unknown.
+    Tensors stream from mapped files, so memory is bounded for models of every size. Pickles are read only by the restricted unpickler
+    of ``torch.load`` (and the table of a distributed checkpoint by an unpickler of shardsave that only creates records): no code from
+    a file runs. Tied tensors stay tied. Freeze flags and metadata of shardsave's own checkpoints are kept; the flags of third-party
+    files are unknown.
 
     Args:
-        source: a checkpoint of ours; a safetensors file or index, or a directory with one, also of the hub's cache; a file of
+        source: a checkpoint of shardsave; a safetensors file or index, or a directory with one, also from the hub's cache; a file of
             ``torch.save`` (``.bin``, ``.pt``, ``.pth``), or the index or directory of such shards; a directory of
             ``torch.distributed.checkpoint``.
-        destination: a directory for ``to="shardsave"``, else one file.
-        to: ``"shardsave"``; ``"safetensors"``, one file for every reader; ``"torch"``, one that
+        destination: a directory for ``to="shardsave"``, otherwise one file.
+        to: ``"shardsave"``; ``"safetensors"``, one file for every reader; ``"torch"``, one file that
             ``torch.load(weights_only=True)`` reads as a plain ``state_dict``.
-        max_shard_size: as in ``save``; for ``to="shardsave"``.
-        dtype: cast floating tensors to it, as ``Tensor.to`` does. Those of 8 and 4 bits are quantised and stay as they are.
-        drop: leave out names of the source that match one of these shell patterns (``"optimizer.*"``).
-        rename: pairs of a regular expression and what replaces each of its matches in a name, one after the other.
-        key: where the state lies in a file that holds more (``"model"``, ``"trainer.ema"``); needed where there are several.
-        verify: check the source's tensors against their stored checksums, where it has them, before anything is written.
-        durable, progress: as in ``save``.
+        max_shard_size: as in ``save``; only for ``to="shardsave"``.
+        dtype: cast floating-point tensors to it, as ``Tensor.to`` does. Those of 8 and 4 bits are quantised and keep their dtype.
+        drop: leave out the source's names that match one of these shell patterns (``"optimizer.*"``).
+        rename: pairs of a regular expression and a replacement for each of its matches in a name, applied in this order.
+        key: the path of the state in a file that has more (``"model"``, ``"trainer.ema"``); required if there are several states.
+        verify: compare the checksum of every tensor of the source with the stored one, if there is one, before anything is written.
+        durable: as in ``save``.
+        progress: as in ``save``.
 
     Raises:
         TypeError, ValueError: for wrong arguments, before anything happens.
         CheckpointNotFoundError, CorruptCheckpointError: nothing was written.
-        UntrustedCodeError: a pickle asks for more than tensors and containers; nothing of it was run.
+        UntrustedCodeError: a pickle names more than tensors and containers; none of it was run.
         IncompatibleCheckpointError: it is not clear which tensors are meant; the message lists the choices.
         UnsupportedTensorError, and what ``save`` raises.
 
@@ -79,15 +81,10 @@ def convert(
         >>> shardsave.inspect("new").names
         ('head.weight', 'head.bias')
     """
-    check_path(source)
-    check_path(destination)
+    _check_arguments(source, destination, to, key)
     check_switches(verify=verify, durable=durable)
     check_progress(progress)
-    if to not in ("shardsave", "safetensors", "torch"):
-        raise ValueError(f"to must be 'shardsave', 'safetensors' or 'torch', not {to!r}")
-    if key is not None and not isinstance(key, str):
-        raise TypeError(f"key must be a string, not {type(key).__name__}")
-    bound = parse_size(max_shard_size)
+    max_shard_bytes = parse_size(max_shard_size)
     names = Names(patterns(drop), replacements(rename))
     target = check_dtype(dtype)
     read_from, write_to = os.fspath(source), os.fspath(destination)
@@ -100,27 +97,23 @@ def convert(
         total = _bytes_of([*state.entries, *carried.parts.extra])
         checked = sum(t.nbytes for t in origin.stored) if verify else 0
         with Progress(progress, "converting", checked + total) as shown:
-            verified = _verify(origin, verify, shown)
+            verified = _verify(origin, shown) if verify else False
             planned = time.perf_counter()
-            output = Output(write_to, origin, durable, shown.tick)
-            if to == "shardsave":
-                written = write_directory(output, state, carried, bound)
-            else:
-                written = (write_safetensors_file if to == "safetensors" else write_torch_file)(output, state)
+            result = write_output(Output(write_to, origin, durable, shown.tick), to, state, carried, max_shard_bytes)
     ended = time.perf_counter()
     stored = [entry for entry in state.entries if entry.tied_to is None]
     return ConvertReport(
         path=write_to,
         bytes=total,
         tensors=len(stored),
-        shards=written.shards,
+        shards=result.shards,
         seconds=ended - started,
         phases=Phases(plan=planned - started, transfer=ended - planned),
-        engine=written.engine,
-        direct=written.direct,
-        staging_bytes=written.staging_bytes,
+        engine=result.engine,
+        direct=result.direct,
+        staging_bytes=result.staging_bytes,
         pinned=False,
-        notes=tuple(dict.fromkeys([*origin.notes, *names.notes(), *carried.notes, *written.notes])),
+        notes=tuple(dict.fromkeys([*origin.notes, *names.notes(), *carried.notes, *result.notes])),
         source=read_from,
         kind=origin.kind,
         to=to,
@@ -134,14 +127,22 @@ def convert(
     )
 
 
+def _check_arguments(source: object, destination: object, to: object, key: object) -> None:
+    check_path(source)
+    check_path(destination)
+    if to not in ("shardsave", "safetensors", "torch"):
+        raise ValueError(f"to must be 'shardsave', 'safetensors' or 'torch', not {to!r}")
+    if key is not None and not isinstance(key, str):
+        raise TypeError(f"key must be a string, not {type(key).__name__}")
+
+
 def _bytes_of(entries: Sequence[Entry]) -> int:
+    """The bytes that ``entries`` will have in the file; a tied group counts once."""
     return sum(entry.tensor.numel() * (entry.cast or entry.tensor.dtype).itemsize for entry in entries if entry.tied_to is None)
 
 
-def _verify(origin: Origin, wanted: bool, shown: Progress) -> bool | None:
-    """Reads what has checksums once, before the new checkpoint gets checksums of its own, which would hide what is damaged."""
-    if not wanted:
-        return False
+def _verify(origin: Origin, shown: Progress) -> bool | None:
+    """Verifies the source before it is written with new checksums, which would hide damage. None if it has no checksums."""
     if not origin.stored or origin.checkpoint is None:
         return None
     targets: list[Target] = [(located, None) for located in origin.stored]
@@ -153,32 +154,32 @@ _FILE_ENDINGS = (".safetensors", *TORCH_ENDINGS)
 
 
 def _check_destination(source: str, destination: str, to: Form, origin: Origin) -> None:
-    """Refuses to write over the source, or over what is of another kind than that which is to be made."""
+    """Refuses a destination that overlaps the source, or that exists and is not what ``to`` writes, a directory or a regular file."""
     if to == "shardsave" and destination.endswith(_FILE_ENDINGS) and not os.path.isdir(destination):
         form = "safetensors" if destination.endswith(".safetensors") else "torch"
         raise ValueError(
-            f"cannot convert to {destination}: a directory was expected, that is the name of a file; say to={form!r} for one; "
+            f"cannot convert to {destination}: a directory was expected, this is the name of a file; pass to={form!r} to write one; "
             f"nothing was written"
         )
     read_from, write_to = os.path.realpath(source), os.path.realpath(destination)
-    apart = f"cannot convert {source} to {destination}: two places apart from each other were expected"
-    if read_from == write_to or any(_same(file, destination) for file in origin.files):
-        raise ValueError(f"{apart}, they are one; nothing was written")
+    expectation = f"cannot convert {source} to {destination}: two separate paths were expected"
+    if read_from == write_to or any(_same_file(file, destination) for file in origin.files):
+        raise ValueError(f"{expectation}, they are the same; nothing was written")
     if write_to.startswith(read_from.rstrip("/") + "/") or read_from.startswith(write_to.rstrip("/") + "/"):
-        raise ValueError(f"{apart}, one lies inside of the other; nothing was written")
+        raise ValueError(f"{expectation}, one is inside the other; nothing was written")
     try:
         mode = os.stat(destination).st_mode if to == "shardsave" else os.lstat(destination).st_mode
     except OSError:
         return
-    wanted, fits = ("a directory", stat.S_ISDIR) if to == "shardsave" else ("a regular file", stat.S_ISREG)
-    if not fits(mode):
+    kind, is_that_kind = ("a directory", stat.S_ISDIR) if to == "shardsave" else ("a regular file", stat.S_ISREG)
+    if not is_that_kind(mode):
         raise SaveNotCommittedError(
-            f"cannot convert to {destination}: {wanted}, or nothing, was expected, it is a {kind_of(mode)}; "
-            f"nothing was written, what is there is as it was"
+            f"cannot convert to {destination}: {kind}, or nothing, was expected, it is a {kind_of(mode)}; "
+            f"nothing was written, existing files are unchanged"
         )
 
 
-def _same(left: str, right: str) -> bool:
+def _same_file(left: str, right: str) -> bool:
     try:
         return os.path.samefile(left, right)
     except OSError:

@@ -1,6 +1,6 @@
-"""What the verbs give back that look into a checkpoint or convert it: frozen values that print as a few readable lines.
+"""The results of `inspect`, `verify` and `convert`: frozen values that print as a few readable lines.
 
-Apart from `_reports`, so that a training run, which saves and loads, need not make these classes.
+They are not in `shardsave._api.reports`, so that a training run, which only saves and loads, does not have to define these classes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["CheckpointInfo", "ConvertReport", "Damage", "TensorInfo", "VerifyRep
 
 @dataclass(frozen=True)
 class Damage:
-    """What is wrong in one place: ``tensors`` of ``shard`` (stored names) are damaged, or may be, as ``message`` says."""
+    """One damaged place: ``tensors`` (stored names) in ``shard`` are damaged, or may be; ``message`` says how."""
 
     shard: str
     tensors: tuple[str, ...]
@@ -30,11 +30,11 @@ class Damage:
 
 @dataclass(frozen=True)
 class VerifyReport(Report):
-    """What a verification read; without ``keep_going`` it raises where it finds damage.
+    """What a verification read. Without ``keep_going``, damage raises an error instead.
 
-    ``verified``: True when every byte was checked against a stored checksum; None where the files have none, and only
-    lengths and headers could be checked; False where something is damaged. ``damaged``: what. ``intact``: shard → the stored
-    names of its tensors that are not.
+    ``verified``: True if every byte was checked against a stored checksum; None if the files have no checksums, so that only
+    lengths and headers were checked; False if something is damaged. ``damaged``: the damaged places. ``intact``: shard → the
+    stored names of its tensors that are not damaged.
     """
 
     verified: bool | None = None
@@ -48,20 +48,20 @@ class VerifyReport(Report):
                 f"damaged {self.path}: {some(places)}; {count(self.tensors, 'tensor')} intact, {self.seconds:.2f} s"
             )
         if self.verified is None:
-            done, extent = "checked", "only lengths and headers, no checksums stored"
+            verb, extent = "checked", "only lengths and headers, no checksums stored"
         else:
-            done, extent = "verified", VERIFIED[self.verified]
-        return self._with_notes(f"{done} {self.path}: {self._size_and_speed()}, {self._how()}, {extent}")
+            verb, extent = "verified", VERIFIED[self.verified]
+        return self._with_notes(f"{verb} {self.path}: {self._size_and_speed()}, {self._how()}, {extent}")
 
 
 @dataclass(frozen=True)
 class ConvertReport(Report):
-    """What a conversion did; ``path`` is where it wrote, ``source`` what it read.
+    """What a conversion did: it read ``source`` and wrote ``path``.
 
-    ``kind``: what the source was: "shardsave", "safetensors", "torch" or "distributed"; ``to``: what was made of it. ``verified``:
-    whether the source's tensors were checked against stored checksums, None where it has none. ``cast``: how many tensors got
-    another dtype. ``dropped``, ``renamed``: names of the source. ``ties``: name → the name that it shares its bytes with.
-    ``flags_known``: whether the source knew which parameters were frozen.
+    ``kind``: the kind of the source: "shardsave", "safetensors", "torch" or "distributed"; ``to``: the kind that was written.
+    ``verified``: whether the source's tensors were checked against stored checksums; None if it has none. ``cast``: how many
+    tensors were cast to another dtype. ``dropped``, ``renamed``: names in the source. ``ties``: tied name → the name under which
+    the bytes are stored. ``flags_known``: whether the source records which parameters were frozen.
     """
 
     source: str = ""
@@ -95,15 +95,14 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What a checkpoint holds, read from its index and headers alone.
+    """What a checkpoint contains, read from its index and headers only.
 
-    ``tensors``: by name, a tied name having the entry of the tensor that it shares. ``parameters``: the names that are
-    parameters and ``frozen``: those of them that were frozen; both None where unknown, as with files of others. They are names
-    in the module, which for some transformers models are others than those on disk.
-    ``ties``: tied name → the name under which the bytes are stored. ``bytes``: of tensor data, each tie counted once.
-    ``durable``: what the save was asked for; None where unknown. ``parts``: what else it has → the file. ``companions``: the
-    files of fixed names that were saved beside the weights, such as a model's config; ``notes``: which of them are no longer
-    what was saved.
+    ``tensors``: by name; a tied name has the entry of the tensor that it shares. ``parameters``: the names of parameters;
+    ``frozen``: those of them that were frozen; both are None if unknown, as with third-party files. They are names in the module,
+    which differ from the names on disk for some transformers models. ``ties``: tied name → the name under which the bytes are
+    stored. ``bytes``: of tensor data; a tied group counts once. ``durable``: the argument of the save; None if unknown.
+    ``parts``: role of an additional part, such as "architecture" → its file. ``companions``: the files with fixed names that were
+    saved beside the weights, such as a model's config. ``notes``: the companions that are no longer as they were saved.
     """
 
     path: str
@@ -121,20 +120,20 @@ class CheckpointInfo:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every name, tied ones too, in the order of the index."""
+        """Every name, tied names too, in the order of the index."""
         return tuple(self.tensors)
 
     def __str__(self) -> str:
         stored = len(self.tensors) - len(self.ties)
-        first = f"{self.path}: {human_bytes(self.bytes)}, {count(stored, 'tensor')} in {count(len(self.shards), 'shard')}"
+        summary = f"{self.path}: {human_bytes(self.bytes)}, {count(stored, 'tensor')} in {count(len(self.shards), 'shard')}"
         if self.ties:
-            first += f", {len(self.ties)} tied"
+            summary += f", {len(self.ties)} tied"
         notes = [f"  {note}" for note in self.notes]
         if self.frozen is None or self.parameters is None:
-            return "\n".join([f"{first}, freeze flags unknown", *notes])
+            return "\n".join([f"{summary}, freeze flags unknown", *notes])
         in_order = [name for name in self.tensors if name in self.parameters]
         in_order += sorted(self.parameters - self.tensors.keys())
         total = Counter(name.split(".")[0] for name in in_order)
         frozen = Counter(name.split(".")[0] for name in self.frozen)
         groups = [f"  {child}: {frozen[child]} of {total[child]} frozen" for child in total]
-        return "\n".join([f"{first}, {len(self.frozen)} of {len(self.parameters)} parameters frozen", *groups, *notes])
+        return "\n".join([f"{summary}, {len(self.frozen)} of {len(self.parameters)} parameters frozen", *groups, *notes])

@@ -1,4 +1,4 @@
-"""What a save and a load give back: frozen values that print as one readable line."""
+"""The reports of a save and a load: frozen values that print as one readable line."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ VERIFIED = {True: "checksums verified", False: "not verified", None: "no checksu
 
 @dataclass(frozen=True)
 class Report:
-    """What all reports have.
+    """The fields that all reports have.
 
-    ``bytes``: of tensor data. ``tensors``: stored tensors, a tied group counting once. ``seconds``: the whole call, wall clock.
-    ``staging_bytes``: the most staging memory held. ``direct``: whether every file was moved past the page cache.
+    ``bytes``: of tensor data. ``tensors``: the number of stored tensors; a tied group counts once. ``seconds``: wall time of the
+    whole call. ``staging_bytes``: the most staging memory held at one time. ``direct``: whether every file was transferred without
+    the page cache.
     """
 
     path: str
@@ -34,7 +35,7 @@ class Report:
 
     @property
     def bytes_per_second(self) -> float:
-        """Tensor bytes over the wall time of the whole call."""
+        """Bytes of tensor data per second of the whole call, wall time."""
         return self.bytes / self.seconds if self.seconds > 0 else 0.0
 
     def _size_and_speed(self) -> str:
@@ -57,8 +58,8 @@ class Report:
 class SaveReport(Report):
     """What a save did.
 
-    ``durable``: whether the checkpoint survives a loss of power from here on. ``leftovers``: names that should have been
-    removed and could not be. ``overlaps``: pairs of tensors that share a part of their memory and were stored apart.
+    ``durable``: whether the checkpoint would survive a loss of power now. ``leftovers``: names of files that should have been
+    removed and could not be. ``overlaps``: pairs of tensors that share a part of their memory and were stored separately.
     """
 
     durable: bool = True
@@ -70,7 +71,7 @@ class SaveReport(Report):
         if self.leftovers:
             more.append(f"could not remove {', '.join(self.leftovers)}")
         if self.overlaps:
-            more.append(f"stored apart though overlapping: {some(f'{a} and {b}' for a, b in self.overlaps)}")
+            more.append(f"overlapping but stored separately: {some(f'{a} and {b}' for a, b in self.overlaps)}")
         how = f"{self._how()}, {'durable' if self.durable else 'not durable'}"
         return self._with_notes(f"saved {self.path}: {self._size_and_speed()}, {how}", *more)
 
@@ -79,10 +80,11 @@ class SaveReport(Report):
 class LoadReport(Report):
     """What a load into a module did.
 
-    ``verified``: whether every byte was checked against a stored checksum; None where the files have none.
-    ``missing``: names of the module that the checkpoint does not have; ``unexpected``: the reverse; ``mismatched``: of both,
-    with different shapes, and therefore left alone. All empty after a strict load. ``frozen``: how many parameters were
-    set to ``requires_grad=False``, None where the flags were not touched; ``changed_flags``: how many had another one before.
+    ``verified``: whether every byte was checked against a stored checksum; None if the files have no checksums. ``missing``: names
+    in the module that are not in the checkpoint; ``unexpected``: names in the checkpoint that are not in the module;
+    ``mismatched``: names in both whose shapes differ, and which were not loaded. All three are empty after a strict load.
+    ``frozen``: how many parameters were set to ``requires_grad=False``; None if flags were not restored. ``changed_flags``: how
+    many parameters had another flag before.
     """
 
     verified: bool | None = None

@@ -47,34 +47,34 @@ def save(
     progress: ProgressArgument = None,
     lock_timeout: float = 600.0,
 ) -> SaveReport:
-    """Saves a module, a sub-module, or a mapping of names to tensors, as the checkpoint of ``directory``.
+    """Saves a module, a sub-module, or a mapping from names to tensors as the checkpoint in ``directory``.
 
-    The tensors keep dtype and shape, parameters their ``requires_grad``; tied tensors are stored once. A checkpoint that is
-    there already is replaced by one rename, or stays whole, whoever wrote it; other files of the directory are not touched.
+    Tensors keep their dtype and shape, parameters their ``requires_grad``; tied tensors are stored once. A checkpoint that is
+    already there is replaced by one rename, or stays intact, whoever wrote it; other files in the directory are not touched.
 
     Args:
-        source: an ``nn.Module`` (wrappers such as ``torch.compile`` and DDP are seen through), or a mapping from names to
-            tensors, Parameters or numpy arrays of any dtype that safetensors has.
-        directory: created when it is not there.
-        max_shard_size: bytes of tensor data in one file, as an int or ``"5GB"``, ``"500MB"``, ``"2GiB"``.
-        durable: wait until the checkpoint would survive a loss of power. Without, it survives the end of the process.
-        metadata: JSON values by name, given back by ``inspect``; keys are strings on every level, tuples come back as lists.
-        architecture: keep the module tree as data too, so that ``build_model`` makes the whole model again without its
-            definition having to be called. What cannot be kept as data is refused; hooks are left out with one warning.
-        program: ``(args, kwargs)`` for ``forward``, or what ``torch.export.export`` made of the model: keeps what the model computes
-            as a graph of torch's operators, which ``load_program`` runs without the model's classes.
-        adapter_only: of a PEFT model keep the active adapter alone, laid out as PEFT does, with the flags of the whole model.
-        progress: None for a bar when it takes long and stderr is a terminal, True or False to force or forbid it, or a
-            callable that gets (bytes done, bytes in all).
+        source: an ``nn.Module``, with or without wrappers (``torch.compile``, DDP, DataParallel), or a mapping from names to
+            tensors, Parameters or numpy arrays of any dtype of safetensors.
+        directory: created if it does not exist.
+        max_shard_size: the most bytes of tensor data in one file, as an int or ``"5GB"``, ``"500MB"``, ``"2GiB"``.
+        durable: wait until the checkpoint would survive a loss of power; if False, it only survives the end of the process.
+        metadata: name → JSON value, returned by ``inspect``; keys are strings on every level, tuples come back as lists.
+        architecture: also store the module tree as data, so that ``build_model`` builds the whole model again without calling its
+            constructor. Anything that cannot be stored as data is refused; hooks are left out, with one warning.
+        program: ``(args, kwargs)`` for ``forward``, or the result of ``torch.export.export``: also store what the model computes,
+            as a graph of torch's operators that ``load_program`` runs without the model's classes.
+        adapter_only: save only the active adapter of a PEFT model, laid out as PEFT does, and the flags of the whole model.
+        progress: None shows a bar if the call takes long and stderr is a terminal; True or False forces or forbids the bar; a
+            callable receives (bytes done, bytes in total).
         lock_timeout: seconds to wait for another save into the same directory.
 
     Raises:
         TypeError, ValueError: for wrong arguments, before anything happens.
         UnsupportedTensorError: a tensor cannot be stored; nothing was written.
-        UnsupportedModuleError: an architecture or a program was asked for, and cannot be kept (all is listed), or a module is
-            inside of itself; nothing was written.
-        DirectoryBusyError, OutOfSpaceError, SaveNotCommittedError: nothing was committed, what was there is intact.
-        DurabilityUncertainError: the new checkpoint is in place, but perhaps not for good.
+        UnsupportedModuleError: the architecture or the program cannot be stored (all reasons are listed), or a module contains
+            itself; nothing was written.
+        DirectoryBusyError, OutOfSpaceError, SaveNotCommittedError: nothing was committed, a previous checkpoint is intact.
+        DurabilityUncertainError: the new checkpoint is in place, but may not survive a loss of power.
 
     Example:
         >>> import torch, shardsave
@@ -86,21 +86,21 @@ def save(
     check_path(directory)
     check_switches(durable=durable, architecture=architecture, adapter_only=adapter_only)
     if (architecture or program is not None) and not isinstance(source, nn.Module):
-        wanted = "architecture=True" if architecture else "a program"
-        raise TypeError(f"{wanted} needs an nn.Module, there is none in {an(type(source).__name__)}")
+        option = "architecture=True" if architecture else "a program"
+        raise TypeError(f"{option} needs an nn.Module, not {an(type(source).__name__)}")
     if program is not None:
         from shardsave._program.capture import check_program  # imports torch.export, which few saves need
 
         check_program(program)
     check_progress(progress)
     check_timeout(lock_timeout)
-    bound = parse_size(max_shard_size)
+    max_shard_bytes = parse_size(max_shard_size)
     user_metadata = check_metadata(metadata)
     layout = _choose_layout(source, adapter_only, with_parts=architecture or program is not None)
     started = time.perf_counter()
     with gc_paused():
-        contents = _contents(source, layout, architecture, program, bound, user_metadata)
-    planned = time.perf_counter() - started
+        contents = _read_contents(source, layout, architecture, program, max_shard_bytes, user_metadata)
+    plan_seconds = time.perf_counter() - started
     with Progress(progress, "saving", contents.tensor_bytes) as shown:
         outcome = write_checkpoint(contents, directory, durable=durable, lock_timeout=lock_timeout, progress=shown)
     return SaveReport(
@@ -109,7 +109,7 @@ def save(
         tensors=outcome.tensors,
         shards=outcome.shards,
         seconds=time.perf_counter() - started,
-        phases=replace(outcome.phases, plan=planned + outcome.phases.plan),
+        phases=replace(outcome.phases, plan=plan_seconds + outcome.phases.plan),
         engine=engine_name(),
         direct=outcome.direct,
         staging_bytes=outcome.staging_bytes,
@@ -122,36 +122,41 @@ def save(
 
 
 def _choose_layout(source: Source, adapter_only: bool, *, with_parts: bool) -> DiskLayout:
-    """The layout on disk for ``source``: its library's, or its own names. An architecture and a program refer to the latter."""
+    """The layout of ``source`` on disk: that of its library, or its own names, which an architecture and a program refer to."""
     if adapter_only:
         adapter = peft_model(source)
         if adapter is None:
-            raise TypeError(f"adapter_only=True needs a PeftModel, there is none in a {type(source).__name__}")
+            raise TypeError(f"adapter_only=True needs a PeftModel, not {an(type(source).__name__)}")
         if with_parts:
-            raise ValueError("adapter_only=True keeps no architecture and no program: they need the base model's weights")
+            raise ValueError("adapter_only=True saves no architecture and no program: they need the base model's weights")
         return AdapterLayout(adapter)
     model = transformers_model(source)
     return TransformersLayout(model, keep_names=with_parts) if model is not None else IdentityLayout()
 
 
-def _contents(
-    source: Source, layout: DiskLayout, architecture: bool, program: Program | None, bound: int, metadata: Mapping[str, Any]
+def _read_contents(
+    source: Source,
+    layout: DiskLayout,
+    architecture: bool,
+    program: Program | None,
+    max_shard_bytes: int,
+    metadata: Mapping[str, Any],
 ) -> Contents:
-    """Reads ``source`` once; afterwards only the memory of its tensors is read."""
+    """Everything that the save will write. Reads ``source`` once; after that, only the memory of its tensors is read."""
     try:
         state = read_state(source, tensors_only=architecture)
     except RecursionError as error:
         raise UnsupportedModuleError(
-            f"cannot save the model: modules nested less deeply than Python's stack ({sys.getrecursionlimit()}) were expected, they are "
-            "deeper, or one is inside of itself; nothing was written"
+            f"cannot save the model: its modules are nested more deeply than Python's recursion limit ({sys.getrecursionlimit()}) "
+            "allows, or one contains itself; nothing was written"
         ) from error
     parts, notes = _parts(source, state, architecture, program)
     on_disk = layout.apply(state)
-    return plan_contents(on_disk._replace(notes=(*on_disk.notes, *notes)), parts, bound, metadata)
+    return plan_contents(on_disk._replace(notes=(*on_disk.notes, *notes)), parts, max_shard_bytes, metadata)
 
 
 def _parts(source: Source, state: State, architecture: bool, program: Program | None) -> tuple[Parts, tuple[str, ...]]:
-    """The parts that were asked for, and notes for the report."""
+    """The requested parts, and notes for the report."""
     documents: dict[str, bytes] = {}
     notes: tuple[str, ...] = ()
     if not isinstance(source, nn.Module) or not (architecture or program is not None):

@@ -1,4 +1,4 @@
-"""What a conversion writes: the source's tensors under new names and dtypes, and what belongs beside them."""
+"""What a conversion will write: the source's tensors with new names and dtypes, and what it keeps from beside them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from shardsave.errors import IncompatibleCheckpointError
 
 
 def converted_state(origin: Origin, names: Names, target: torch.dtype | None, path: str) -> State:
-    """The tensors of ``origin`` under their new names, each with the dtype that it will have in the file.
+    """The state of ``origin`` with new names, each entry with the dtype that it will have in the file.
 
-    Raises IncompatibleCheckpointError where no tensor is left or two would have one name.
+    Raises IncompatibleCheckpointError if no tensor is left, or if two would have the same name; ``path`` is for the message.
     """
     named: dict[str, Any] = {}
     old_of: dict[str, str] = {}
@@ -28,7 +28,7 @@ def converted_state(origin: Origin, names: Names, target: torch.dtype | None, pa
         new = names.new(old)
         if new in old_of:
             raise IncompatibleCheckpointError(
-                f"cannot convert {path}: a new name for each tensor was expected, {old_of[new]!r} and {old!r} would both be {new!r}; "
+                f"cannot convert {path}: different new names were expected, {old_of[new]!r} and {old!r} would both be {new!r}; "
                 f"nothing was written"
             )
         named[new], old_of[new] = value, old
@@ -36,28 +36,28 @@ def converted_state(origin: Origin, names: Names, target: torch.dtype | None, pa
         raise IncompatibleCheckpointError(
             f"cannot convert {path}: at least one tensor was expected, none is left; nothing was written"
         )
-    whole = read_state({name: value for name, value in named.items() if not isinstance(value, Assembled)})
-    entries = {entry.name: entry for entry in whole.entries}
+    state = read_state({name: value for name, value in named.items() if not isinstance(value, Assembled)})
+    entries = {entry.name: entry for entry in state.entries}
     for name, value in named.items():
         if isinstance(value, Assembled):
             check_savable(name, torch.empty(0, dtype=value.dtype))
             entries[name] = Entry(name, "tensor", None, None, value)
     flags = origin.flags or {}
-    reading = ReleaseWhileReading(origin.mappings)
+    release = ReleaseWhileReading(origin.mappings)
     entries_in_order = []
     for name in named:
         entry, frozen = entries[name], flags.get(old_of[name])
         kind: Literal["parameter", "tensor"] = "tensor" if frozen is None else "parameter"
         cast, tensor = cast_of(entry, target), entry.tensor
         if cast is not None and isinstance(tensor, torch.Tensor) and tensor.dim():
-            # A cast may read faster than progress is reported, so pages are given back as they are read.
-            tensor = Assembled(tensor.dtype, tensor.shape, [Part((0,) * tensor.dim(), tensor)], reading)
+            # A cast may read faster than progress is reported, so pages are released while they are read.
+            tensor = Assembled(tensor.dtype, tensor.shape, [Part((0,) * tensor.dim(), tensor)], release)
         entries_in_order.append(entry._replace(frozen=frozen, kind=kind, cast=cast, tensor=tensor))
-    return State(tuple(entries_in_order), origin.flags is not None, whole.overlaps)
+    return State(tuple(entries_in_order), origin.flags is not None, state.overlaps)
 
 
 class CarriedOver(NamedTuple):
-    """What the new checkpoint takes over from the source beside its weights, and notes about what it does not."""
+    """What the new checkpoint keeps of the source beside the weights, and notes about what it leaves out."""
 
     parts: Parts
     companions: Mapping[str, bytes]
@@ -66,26 +66,26 @@ class CarriedOver(NamedTuple):
 
 
 def carried_over(origin: Origin, names: Names, target: torch.dtype | None, *, to_directory: bool) -> CarriedOver:
-    """An architecture and a program refer to the names and dtypes that were saved, so they stay only where neither changes."""
+    """Keeps an architecture and a program only if no name or dtype changes, since they refer to the saved ones."""
     companions = origin.companions
     if target is not None:
         companions = {name: _with_dtype(config, target) for name, config in companions.items()}
     renamed = bool(names.dropped or names.renamed)
     if to_directory and not renamed and target is None:
         return CarriedOver(origin.parts, companions, origin.module_flags, ())
-    reason = "it goes by the names and dtypes that were saved" if to_directory else "one file has no place for it"
+    reason = "it refers to the saved names and dtypes" if to_directory else "a single file cannot hold it"
     notes = tuple(f"the {role} was left out: {reason}" for role in sorted(origin.parts.documents))
     return CarriedOver(Parts(), companions, None if renamed else origin.module_flags, notes)
 
 
 def _with_dtype(config: bytes, dtype: torch.dtype) -> bytes:
-    """A transformers config that expects weights of ``dtype``; unchanged where it states no dtype."""
+    """Changes a transformers config to expect weights of ``dtype``; one that states no dtype stays as it is."""
     try:
         values = json.loads(config)
     except (ValueError, RecursionError):
         return config
-    stated = [key for key in ("dtype", "torch_dtype") if isinstance(values, dict) and isinstance(values.get(key), str)]
-    if not stated:
+    keys = [key for key in ("dtype", "torch_dtype") if isinstance(values, dict) and isinstance(values.get(key), str)]
+    if not keys:
         return config
-    values.update(dict.fromkeys(stated, str(dtype).removeprefix("torch.")))
+    values.update(dict.fromkeys(keys, str(dtype).removeprefix("torch.")))
     return f"{json.dumps(values, indent=2)}\n".encode()

@@ -1,4 +1,4 @@
-"""Gives back the memory of mapped files while a conversion reads them: their pages count as memory of the process."""
+"""Releases the pages of mapped files while a conversion reads them, since they count as memory of the process."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from mmap import mmap
 
 from shardsave._storage.mapping import let_go
 
-#: Bytes of the new checkpoint after which the pages read so far are given back: a cast may read four times as many.
+#: After how many bytes of the new checkpoint the pages are released. A cast may read four times as many bytes as it writes.
 _HELD_BYTES = 16 << 20
 
 
 class ReleaseWhileReading:
-    """Called with the number of bytes just read; now and then gives back the memory of the mapped files that they came from."""
+    """Is called with the number of bytes just read; after enough of them, releases the pages of the mapped files."""
 
     def __init__(self, mappings: tuple[mmap, ...]) -> None:
         self._mappings = mappings
@@ -26,7 +26,7 @@ class ReleaseWhileReading:
 
 
 class ReleaseWhileWriting:
-    """A progress callback: now and then gives back the memory of the mapped files, and passes each tick on to ``tick``."""
+    """A progress callback that passes each call on to ``tick``; after enough bytes, releases the pages of the mapped files."""
 
     def __init__(self, mappings: tuple[mmap, ...], tick: Callable[[int], object]) -> None:
         self._mappings = mappings

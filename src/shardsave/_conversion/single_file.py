@@ -1,7 +1,8 @@
-"""One file made of tensors, safetensors' or torch's own: written beside its place under another name, and moved there whole."""
+"""One file of tensors, a safetensors file or a file of torch.save: written beside its path under another name, then renamed."""
 
 from __future__ import annotations
 
+import enum
 import fcntl
 import os
 import re
@@ -31,14 +32,14 @@ from shardsave.errors import (
     UnsupportedTensorError,
 )
 
-#: The most that a tick covers where torch writes, in bytes.
+#: The most bytes between two ticks while torch writes.
 _STEP = 8 << 20
 
-#: How the names of files on their way end, and of the directories that they may need.
+#: The endings of the names of scratch files, and of the directories that they may need.
 _SCRATCH, _WORKSPACE = ".part", ".d"
 
 
-class Written(NamedTuple):
+class WriteResult(NamedTuple):
     """How the output was written, for the report."""
 
     direct: bool
@@ -48,10 +49,20 @@ class Written(NamedTuple):
     shards: int = 1
 
 
-class NewFile:
-    """A file on its way to ``path``: left without a commit, it is removed, and what was at ``path`` is as it was.
+class _Phase(enum.Enum):
+    """How far a `NewFile` is; the phases follow each other in this order."""
 
-    It is locked, so that whoever writes to the same path later can tell the scratch files of the living from those of the dead.
+    OPENING = enum.auto()  # nothing was created
+    WRITING = enum.auto()  # the scratch file exists
+    RENAMED = enum.auto()  # the scratch file has become the file at the path
+
+
+class NewFile:
+    """A transaction on the file at ``path``.
+
+    Entering it removes the scratch files of dead writers and creates a new one beside ``path``. The caller writes to `file` and
+    calls `commit`, which renames the scratch file to ``path``. Leaving it without a commit removes the scratch file; a file that was
+    at ``path`` is then unchanged. The scratch file is locked until the end, so that later writers to ``path`` know it is not dead.
     """
 
     def __init__(self, path: str, durable: bool) -> None:
@@ -63,8 +74,7 @@ class NewFile:
         self._lock = Descriptor()
         self._durable = durable
         self._directory = Directory(self.folder, durable=durable)
-        self._there = False
-        self._moved = False
+        self._phase = _Phase.OPENING
 
     def __enter__(self) -> NewFile:
         try:
@@ -85,76 +95,83 @@ class NewFile:
 
     @property
     def workspace(self) -> str:
-        """The path of a directory that goes when this file is done; whoever needs it makes it."""
+        """The path of a directory for the caller's files; the caller creates it, leaving the transaction removes it."""
         return os.path.join(self.folder, self._scratch + _WORKSPACE)
 
     def _create(self) -> None:
         while True:
             self._scratch = f"{self._stem}{secrets.token_hex(8)}{_SCRATCH}"
             self.file.open(self._scratch, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, self._directory.fd)
-            self._there = True
+            self._phase = _Phase.WRITING
             self._lock.open(self._scratch, os.O_RDONLY | os.O_NOFOLLOW, self._directory.fd)
-            with suppress(OSError):  # no locks here: then nobody takes it for a dead one either
+            with suppress(OSError):  # the file system has no locks: then no other writer takes this file for a dead one either
                 fcntl.flock(self._lock.fd, fcntl.LOCK_EX)
             if call(os.fstat, self._scratch, self.file.fd).st_nlink:
                 return
-            self.file.abandon()  # it was taken for a dead one before it was locked
+            self.file.abandon()  # another writer took it for a dead one, before it was locked, and removed it
             self._lock.abandon()
 
     def _remove_dead(self) -> None:
-        """Removes what writers to the same path left that were killed."""
+        """Removes what killed writers to the same path left behind."""
         pattern = re.compile(rf"({re.escape(self._stem)}[0-9a-f]{{16}}\{_SCRATCH})(?:\{_WORKSPACE})?")
-        found = map(pattern.fullmatch, self._directory.names())
-        for name in {match[1] for match in found if match is not None}:
+        matches = map(pattern.fullmatch, self._directory.names())
+        for name in {match[1] for match in matches if match is not None}:
             with suppress(OSError):
                 file = self._directory.open_regular(name, follow=False)
                 with file or nullcontext():
                     if file is not None:
-                        fcntl.flock(file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        fcntl.flock(file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if its writer is alive
                     shutil.rmtree(os.path.join(self.folder, name + _WORKSPACE), ignore_errors=True)
                     if file is not None:
                         self._directory.unlink(name)
 
     def commit(self) -> None:
-        """Makes the file durable where that was asked for, and gives it its name."""
-        try:
-            if self._durable:
-                call(os.fsync, self.path, self.file.fd)
-            made = self._directory.inode_of(self._scratch)
-            self.file.close(self.path)
-        except CallFailed as error:
-            raise self.failure(error) from error
+        """Ends the scratch file and renames it to ``path``; both durably if that was asked for."""
+        inode = self._end_file()
         folders = {"src_dir_fd": self._directory.fd, "dst_dir_fd": self._directory.fd}
         try:
             call(os.rename, self.path, self._scratch, self._name, **folders)
-            self._moved = True
+            self._phase = _Phase.RENAMED
             self._directory.sync()
         except CallFailed as error:
-            self._moved = self._moved or self._has_its_name(made)
-            if not self._moved:
+            if self._phase is _Phase.WRITING and not self._is_at_path(inode):
                 raise self.failure(error) from error
+            self._phase = _Phase.RENAMED
             raise DurabilityUncertainError(
-                f"written, but not known to be durable: {self.path}: {error.words}, once the "
-                f"file had its name; a loss of power may bring back what was there before"
+                f"written, but not known to be durable: {self.path}: {error.words}, after the "
+                f"file was renamed; a loss of power may bring back the previous file"
             ) from error
 
-    def _has_its_name(self, made: tuple[int, int] | None) -> bool:
-        """Whether a rename that failed was made all the same, as on a network file system whose answer got lost."""
+    def _end_file(self) -> tuple[int, int] | None:
+        """Makes the content durable if that was asked for, and closes the file. Returns its inode."""
+        try:
+            if self._durable:
+                call(os.fsync, self.path, self.file.fd)
+            inode = self._directory.inode_of(self._scratch)
+            self.file.close(self.path)
+        except CallFailed as error:
+            raise self.failure(error) from error
+        return inode
+
+    def _is_at_path(self, inode: tuple[int, int] | None) -> bool:
+        """Whether a failed rename took effect all the same, as on a network file system whose answer got lost."""
         with suppress(CallFailed):
-            return made is not None and self._directory.inode_of(self._name) == made
+            return inode is not None and self._directory.inode_of(self._name) == inode
         return False
 
     def failure(self, error: CallFailed) -> ShardSaveError:
+        """The error to raise if a call fails before the rename."""
         kind = OutOfSpaceError if error.errno in OUT_OF_SPACE else SaveNotCommittedError
         return kind(f"cannot write {self.path}: {error.reason}; nothing was written, existing files are unchanged")
 
     def close(self) -> None:
-        if self._there:
-            with suppress(OSError):  # which not even ignore_errors keeps rmtree from
+        """Removes whatever was created and not renamed, and closes what is open."""
+        if self._phase is not _Phase.OPENING:
+            with suppress(OSError):  # rmtree can raise it in spite of ignore_errors
                 shutil.rmtree(self.workspace, ignore_errors=True)
-            if not self._moved:
-                with suppress(OSError):
-                    os.unlink(self._scratch, dir_fd=self._directory.fd)
+        if self._phase is _Phase.WRITING:
+            with suppress(OSError):
+                os.unlink(self._scratch, dir_fd=self._directory.fd)
         self.file.abandon()
         self._lock.abandon()
         self._directory.close()
@@ -162,57 +179,57 @@ class NewFile:
 
 def write_safetensors(
     new: NewFile, entries: Sequence[Entry], metadata: Mapping[str, str], durable: bool, tick: Callable[[int], object]
-) -> Written:
-    """Makes ``new`` a safetensors file with all of ``entries``; of tied ones the first, the others named in its metadata."""
+) -> WriteResult:
+    """Writes ``entries`` into ``new`` as a safetensors file. Of a tied group only the first is stored; the metadata names the others."""
     stored = [entry for entry in entries if entry.tied_to is None]
     ties = {entry.name: entry.tied_to for entry in entries if entry.tied_to is not None}
-    if taken := sorted(ties.keys() & {"format", CHECKSUM_KEY}):
+    if reserved_names := sorted(ties.keys() & {"format", CHECKSUM_KEY}):
         raise UnsupportedTensorError(
-            f"cannot write {new.path}: a tied tensor is named in the file's metadata, {taken[0]!r} means something else there; "
-            f"rename it, or convert to a directory; nothing was written"
+            f"cannot write {new.path}: the metadata of the file names tied tensors, but {reserved_names[0]!r} has another meaning "
+            f"there; rename it, or convert to a directory; nothing was written"
         )
     (shard,) = plan_shards(stored, sys.maxsize, apart=False, more={**metadata, **ties})
     fd, path = new.file.fd, new.path
     try:
         allocate(fd, path, shard.reserved_bytes)
-        done = engine.write([fd], plan_blocks([shard]), shard.pieces, direct=durable, tick=tick)
-        end_shard(fd, path, len(shard.header) + shard.layout.data_bytes, with_sums(shard.header, done.sums))
+        transfer = engine.write([fd], plan_blocks([shard]), shard.pieces, direct=durable, tick=tick)
+        end_shard(fd, path, len(shard.header) + shard.layout.data_bytes, with_sums(shard.header, transfer.sums))
     except engine.TransferFault as fault:
         raise new.failure(CallFailed(fault.call, path, fault.errno, str(fault))) from fault
     except CallFailed as error:
         raise new.failure(error) from error
     new.commit()
-    return Written(all(done.direct), done.staging_bytes, engine_name(), done.notes)
+    return WriteResult(all(transfer.direct), transfer.staging_bytes, engine_name(), transfer.notes)
 
 
 class _Sink:
-    """What torch.save writes into: a new file, in steps, so that whoever waits is told and what was read can be let go."""
+    """The file object for torch.save. Writes in steps, between which progress is reported and pages of the source are released."""
 
     def __init__(self, new: NewFile, tick: Callable[[int], object]) -> None:
-        self.failed: BaseException | None = None  # torch raises another error over it
+        self.error: BaseException | None = None  # torch raises another error in its place
         self._new, self._tick, self._done = new, tick, 0
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
-        at = 0
+        written = 0
         try:
-            while at < len(view):
-                at += call(os.write, self._new.path, self._new.file.fd, view[at : at + _STEP])
-                self._tick(self._done + at)
+            while written < len(view):
+                written += call(os.write, self._new.path, self._new.file.fd, view[written : written + _STEP])
+                self._tick(self._done + written)
         except BaseException as error:
-            self.failed = error
+            self.error = error
             raise
-        self._done += at
-        return at
+        self._done += written
+        return written
 
     def flush(self) -> None:
         pass
 
 
-def write_torch(new: NewFile, entries: Sequence[Entry], tick: Callable[[int], object]) -> Written:
-    """Makes ``new`` a file of torch.save, with a plain dict from names to tensors; tied ones share a storage in it, too.
+def write_torch(new: NewFile, entries: Sequence[Entry], tick: Callable[[int], object]) -> WriteResult:
+    """Writes ``entries`` into ``new`` with torch.save, as a plain dict from names to tensors; tied tensors share a storage.
 
-    Each tensor of ``entries`` must lie in memory as it is to lie in the file: `fits_torch`.
+    The memory of each tensor must be as the file will be: see `fits_torch`.
     """
     state: dict[str, torch.Tensor] = {}
     for entry in entries:
@@ -222,18 +239,19 @@ def write_torch(new: NewFile, entries: Sequence[Entry], tick: Callable[[int], ob
     try:
         torch.save(state, sink)  # type: ignore[arg-type]
     except BaseException:
-        failed, sink.failed = sink.failed, None  # torch's writer has the sink, and no garbage collector sees that
-        if isinstance(failed, CallFailed):
-            raise new.failure(failed) from failed
-        if failed is not None:
-            raise failed from None
+        # Ends a reference cycle: torch's C++ writer refers to the sink, which the garbage collector cannot see.
+        error, sink.error = sink.error, None
+        if isinstance(error, CallFailed):
+            raise new.failure(error) from error
+        if error is not None:
+            raise error from None
         raise
     new.commit()
-    return Written(False, _STEP, "torch")
+    return WriteResult(False, _STEP, "torch")
 
 
 def fits_torch(entry: Entry) -> bool:
-    """Whether torch.save would write this tensor as it lies in memory, and nothing else with it."""
+    """Whether torch.save can write this tensor: uncast, contiguous memory, without conjugate and negative bits."""
     tensor = entry.tensor
     if entry.cast is not None or not isinstance(tensor, torch.Tensor):
         return False
@@ -241,7 +259,7 @@ def fits_torch(entry: Entry) -> bool:
 
 
 def _with_own_storage(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory, as a tensor whose storage has nothing else in it: torch.save writes whole storages."""
+    """A view whose storage is only the tensor's own memory, since torch.save writes whole storages."""
     storage, begin = tensor.untyped_storage(), tensor.storage_offset() * tensor.element_size()
     length = tensor.numel() * tensor.element_size()
     own = storage[begin : begin + length]

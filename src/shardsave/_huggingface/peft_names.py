@@ -1,4 +1,4 @@
-"""The active adapter of a PEFT model: which tensors belong to it, and the names that PEFT gives them on disk."""
+"""The tensors of a PEFT model that belong to its adapter, and their names on disk."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 
 class Adapter(NamedTuple):
-    """The active adapter of a model.
+    """The tensors of a model's active adapter.
 
-    ``names``: name on disk → name in the module. ``computed``: name on disk → tensor, for tensors that PEFT computes when it saves
-    and that are not in the module.
+    ``names``: name on disk → name in the module. ``computed``: name on disk → a tensor that is not in the module, since PEFT
+    computes it for the file.
     """
 
     names: Mapping[str, str]
@@ -21,20 +21,22 @@ class Adapter(NamedTuple):
 
 
 def adapter_of(model: Any, tensors: Mapping[str, torch.Tensor]) -> Adapter:
-    """The adapter that PEFT would save for ``model``; ``tensors``: all of the model's tensors, by their names in the module."""
+    """Selects from ``tensors``, all of a PEFT ``model`` by their names in the module, those that PEFT saves as its active adapter."""
+    adapter_name = active_adapter(model)
     utils = importlib.import_module("peft.utils")
-    # save_embedding_layers=False, because PEFT would otherwise look up the base model's config on the Hub.
-    on_disk = utils.get_peft_model_state_dict(
-        model, state_dict=dict(tensors), adapter_name=active_adapter(model), save_embedding_layers=False
+    # False, not "auto": to find out whether embeddings were resized, PEFT looks for the base model's config on the Hub.
+    adapter_tensors = utils.get_peft_model_state_dict(
+        model, state_dict=dict(tensors), adapter_name=adapter_name, save_embedding_layers=False
     )
-    in_module = {id(tensor): name for name, tensor in tensors.items()}
-    names = {saved: in_module[id(tensor)] for saved, tensor in on_disk.items() if id(tensor) in in_module}
-    return Adapter(names, {saved: tensor for saved, tensor in on_disk.items() if saved not in names})
+    name_of = {id(tensor): name for name, tensor in tensors.items()}
+    names = {saved: name_of[id(tensor)] for saved, tensor in adapter_tensors.items() if id(tensor) in name_of}
+    return Adapter(names, {saved: tensor for saved, tensor in adapter_tensors.items() if saved not in names})
 
 
 def active_adapter(model: Any) -> str:
-    """The name of the one active adapter of a PEFT ``model``. Raises ValueError."""
+    """The name of the active adapter. Raises ValueError if there are several, or none."""
     names = list(model.active_adapters)
     if len(names) != 1:
-        raise ValueError(f"one adapter is saved at a time, {len(names)} are active ({', '.join(names)}): choose by set_adapter")
+        active = f"{len(names)} are active ({', '.join(names)})" if names else "none is active"
+        raise ValueError(f"one adapter is saved at a time, {active}: choose one with set_adapter")
     return str(names[0])

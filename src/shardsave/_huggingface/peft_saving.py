@@ -1,4 +1,4 @@
-"""Saves the adapter of a PEFT model as PEFT's own ``save_pretrained`` would: tensors, names on disk, and the config beside them."""
+"""Saves the adapter of a PEFT model as PEFT's ``save_pretrained`` would: tensors, names on disk, and the config beside them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 
 
 class AdapterLayout:
-    """The active adapter of a PEFT ``model`` alone, as one file under the names that PEFT gives it; with the flags of the whole model."""
+    """The layout of the active adapter of a PEFT ``model``: one file with PEFT's names, and the flags of the whole model."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -26,22 +26,23 @@ class AdapterLayout:
         adapter = adapter_of(self._model, {name: tensor_of(entry) for name, entry in entries.items()})
         if not adapter.names and not adapter.computed:
             raise UnsupportedTensorError(
-                f"cannot save the adapter {active_adapter(self._model)!r}: tensors of it were expected in the model, there is none; "
+                f"cannot save the adapter {active_adapter(self._model)!r}: at least one tensor was expected, the model has none of it; "
                 "nothing was written"
             )
-        name_on_disk = {name: saved for saved, name in adapter.names.items()}
-        renamed = []
-        for saved, name in adapter.names.items():
+        name_on_disk = {name: saved_name for saved_name, name in adapter.names.items()}
+        on_disk = []
+        for saved_name, name in adapter.names.items():
             leader = entries[name].tied_to
-            renamed.append(entries[name]._replace(name=saved, tied_to=name_on_disk.get(leader) if leader is not None else None))
-        renamed += [Entry(saved, "tensor", None, None, tensor) for saved, tensor in adapter.computed.items()]
+            tied_to = name_on_disk.get(leader) if leader is not None else None
+            on_disk.append(entries[name]._replace(name=saved_name, tied_to=tied_to))
+        on_disk += [Entry(saved_name, "tensor", None, None, tensor) for saved_name, tensor in adapter.computed.items()]
         flags = {entry.name: entry.frozen for entry in state.entries if entry.frozen is not None}
         # PEFT expects one file, so adapters are never sharded.
-        return OnDisk(state._replace(entries=tuple(renamed)), companions, flags, single_file=ADAPTER_WEIGHTS)
+        return OnDisk(state._replace(entries=tuple(on_disk)), companions, flags, single_file=ADAPTER_WEIGHTS)
 
 
 def adapter_companions(model: Any) -> dict[str, bytes]:
-    """What PEFT's own `save_pretrained` puts beside an adapter: file name → content."""
+    """The config that PEFT's `save_pretrained` writes beside an adapter: file name → content."""
     config = copy.copy(model.peft_config[active_adapter(model)])
     config.inference_mode = True
     if config.base_model_name_or_path is None:

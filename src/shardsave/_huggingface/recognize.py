@@ -1,4 +1,4 @@
-"""Whether a module is a model of transformers or of PEFT. Neither is imported for the question: a model of theirs already did that."""
+"""Recognises transformers and PEFT models without importing either library: one that was never imported has no models."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from shardsave._state.module import unwrap
 
 
 def transformers_model(source: object) -> Any:
-    """The ``PreTrainedModel`` that ``source`` is, seen through wrappers; None where it is not one."""
+    """The ``PreTrainedModel`` that ``source`` is or wraps; None if it is something else."""
     return _instance_of(source, "transformers.modeling_utils", "PreTrainedModel")
 
 
 def peft_model(source: object) -> Any:
-    """The ``PeftModel`` that ``source`` is, seen through wrappers; None where it is not one."""
+    """The ``PeftModel`` that ``source`` is or wraps; None if it is something else."""
     return _instance_of(source, "peft.peft_model", "PeftModel")
 
 
 def _instance_of(source: object, module: str, class_name: str) -> Any:
-    kind = getattr(sys.modules.get(module), class_name, None)
-    if kind is None or not isinstance(source, torch.nn.Module):
+    model_class = getattr(sys.modules.get(module), class_name, None)
+    if model_class is None or not isinstance(source, torch.nn.Module):
         return None
     inner = unwrap(source)
-    return inner if isinstance(inner, kind) else None
+    return inner if isinstance(inner, model_class) else None

@@ -1,6 +1,6 @@
-"""Everything that knows transformers: the names and the layout of a model on disk, and which files lie beside its weights.
+"""Saves transformers models as ``save_pretrained`` would: tensors, names on disk, and the configs beside the weights.
 
-transformers is never imported here unless a model of its is at hand, and then it has been already.
+Only a transformers model gets here, so transformers has already been imported.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from shardsave._state.module import Entry, State, tensor_of
 
 
 def companions(model: Any) -> dict[str, bytes]:
-    """What `save_pretrained` puts beside the weights of ``model``: file name → content."""
+    """The configs that `save_pretrained` writes beside the weights of ``model``: file name → content."""
     config = copy.deepcopy(model.config)
     config.dtype = str(model.dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__]
@@ -30,7 +30,7 @@ def companions(model: Any) -> dict[str, bytes]:
 
 
 class TransformersLayout:
-    """A transformers ``model`` as `save_pretrained` lays it out, configs included.
+    """The layout of `save_pretrained` for a transformers ``model``, with its configs.
 
     ``keep_names``: names and tensors stay as they are in memory; only the configs are added.
     """
@@ -40,37 +40,39 @@ class TransformersLayout:
         self._keep_names = keep_names
 
     def apply(self, state: State) -> OnDisk:
-        """Fused tensors become views of their parts: nothing is copied, except where parts are joined on disk, which is noted."""
+        """Stores fused tensors as views of their parts. Only tensors that are joined on disk are copied, with a note."""
         configs = companions(self._model)
         if self._keep_names:
             return OnDisk(state, configs)
         model = self._model
         ignored = frozenset(getattr(model, "_keys_to_ignore_on_save", None) or ())
-        entries = _stored_as_they_do(model, [entry for entry in state.entries if entry.name not in ignored])
+        entries = _tied_as_transformers_ties(model, [entry for entry in state.entries if entry.name not in ignored])
         by_name = {entry.name: entry for entry in entries}
         stored = {entry.name: tensor_of(entry) for entry in entries if entry.tied_to is None}
         renamed = reverted(model, stored)
-        place = {name: n for n, name in enumerate(stored)}
+        position = {name: n for n, name in enumerate(stored)}
         on_disk = [_entry(name, part, [by_name[source] for source in part.sources]) for name, part in renamed.items()]
-        order = {name: min(place[source] for source in part.sources) for name, part in renamed.items()}
+        order = {name: min(position[source] for source in part.sources) for name, part in renamed.items()}
         on_disk.sort(key=lambda entry: order[entry.name])  # stable: the parts of one tensor keep their order
         on_disk += _ties(model, entries, renamed)
         flags = None
         if {entry.name for entry in on_disk} != {entry.name for entry in state.entries}:
             flags = {entry.name: entry.frozen for entry in state.entries if entry.frozen is not None}
-        copied = sum(part.tensor.nbytes for part in renamed.values() if part.is_copy)
-        notes = (f"{human_bytes(copied)} were copied in memory, since they are joined on disk",) if copied else ()
-        return OnDisk(state._replace(entries=tuple(on_disk)), configs, flags, notes=notes)
+        copied_bytes = sum(part.tensor.nbytes for part in renamed.values() if part.is_copy)
+        notes = []
+        if copied_bytes:
+            notes.append(f"{human_bytes(copied_bytes)} were copied in memory, since these tensors are joined on disk")
+        return OnDisk(state._replace(entries=tuple(on_disk)), configs, flags, notes=tuple(notes))
 
 
 def _entry(name: str, part: Part, sources: Iterable[Entry]) -> Entry:
-    """Frozen when all that it is made of is."""
+    """An entry that is frozen if all of ``sources`` with a flag are."""
     flags = [entry.frozen for entry in sources if entry.frozen is not None]
     return Entry(name, "parameter" if flags else "buffer", all(flags) if flags else None, None, part.tensor)
 
 
-def _stored_as_they_do(model: Any, entries: list[Entry]) -> list[Entry]:
-    """Of names that share memory `save_pretrained` keeps the one that the model ties the others to: so do we."""
+def _tied_as_transformers_ties(model: Any, entries: list[Entry]) -> list[Entry]:
+    """Stores shared memory under the same name as `save_pretrained`: the one that the model ties the others to."""
     if all(entry.tied_to is None for entry in entries):
         return entries
     patterns = [
@@ -81,21 +83,24 @@ def _stored_as_they_do(model: Any, entries: list[Entry]) -> list[Entry]:
     groups: dict[str, list[str]] = {}
     for entry in entries:
         groups.setdefault(entry.tied_to or entry.name, []).append(entry.name)
-    keeper = {}
+    leader = {}
     for names in groups.values():
-        free = [name for name in names if not any(pattern.search(name) for pattern in patterns)]
-        keeper.update(dict.fromkeys(names, free[0] if free else max(names)))
-    return [entry._replace(tied_to=keeper[entry.name] if keeper[entry.name] != entry.name else None) for entry in entries]
+        candidates = [name for name in names if not any(pattern.search(name) for pattern in patterns)]
+        leader.update(dict.fromkeys(names, candidates[0] if candidates else max(names)))
+    return [entry._replace(tied_to=leader[entry.name] if leader[entry.name] != entry.name else None) for entry in entries]
 
 
 def _ties(model: Any, entries: Iterable[Entry], stored: Mapping[str, Part]) -> list[Entry]:
-    """The tied entries under the names that they would have on disk, as far as these are names of their own."""
+    """The tied entries with their names on disk, except those whose name on disk is already in ``stored``."""
     tied = {entry.name: entry for entry in entries if entry.tied_to is not None}
-    whole = {part.sources[0]: name for name, part in stored.items() if len(part.sources) == 1 and not part.is_copy}
-    once = {source for source in whole if sum(part.sources == (source,) for part in stored.values()) == 1} if tied else set()
-    made = []
-    for name, part in reverted(model, {name: tensor_of(entry) for name, entry in tied.items()}).items() if tied else ():
+    if not tied:
+        return []
+    name_on_disk = {part.sources[0]: name for name, part in stored.items() if len(part.sources) == 1 and not part.is_copy}
+    # Of a leader that is several tensors on disk, no single one is what the tied name shares.
+    unsplit = {name for name in name_on_disk if sum(part.sources == (name,) for part in stored.values()) == 1}
+    ties = []
+    for name, part in reverted(model, {name: tensor_of(entry) for name, entry in tied.items()}).items():
         entry = tied[part.sources[0]]
-        if len(part.sources) == 1 and entry.tied_to in once and name not in stored:
-            made.append(entry._replace(name=name, tied_to=whole[entry.tied_to]))
-    return made
+        if len(part.sources) == 1 and entry.tied_to in unsplit and name not in stored:
+            ties.append(entry._replace(name=name, tied_to=name_on_disk[entry.tied_to]))
+    return ties

@@ -1,4 +1,4 @@
-"""Everything that one save will write, planned before anything is written."""
+"""Plans everything that one save will write, before anything is written."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from shardsave.errors import UnsupportedModuleError
 
 
 class Contents(NamedTuple):
-    """The planned content of a checkpoint directory.
+    """Everything that one save will write into a directory.
 
-    ``shards`` hold the weights, ``extra_shards`` the extra tensors of ``documents`` (none or one shard); ``documents`` are by role,
-    ``companions`` by file name. ``flags`` (name on disk → frozen) is None where the flags are unknown, ``module_flags`` where the
-    names on disk are those of the module. ``single_file``: a second name for the only shard.
+    ``shards`` hold the weights, ``extra_shards`` (none or one) the extra tensors that ``documents`` refer to. ``documents``: role →
+    content. ``companions``: file name → content. ``flags``: name on disk → frozen; None if the flags are unknown. ``module_flags``:
+    name in the module → frozen; None if the names on disk are the same. ``single_file``: a second name for the only shard.
     """
 
     state: State
@@ -46,7 +46,7 @@ class Contents(NamedTuple):
 
     @property
     def reserved_bytes(self) -> int:
-        """Bytes that must be free on disk before anything is written."""
+        """The bytes that must be free on disk before anything is written."""
         return sum(shard.reserved_bytes for shard in self.all_shards) + sum(map(len, self.documents.values()))
 
     @property
@@ -55,7 +55,7 @@ class Contents(NamedTuple):
         return {entry.name: entry.tied_to for entry in self.state.entries if entry.tied_to is not None}
 
     def index_for(self, shard_names: Sequence[str], record: Record) -> Index:
-        """The index that names each tensor's shard, in state order."""
+        """The index, which names the shard of each tensor; tensors are in the order of the state."""
         shard_of = {tensor.name: name for shard, name in zip(self.shards, shard_names) for tensor in shard.layout.tensors}
         weight_map = {entry.name: shard_of[entry.name] for entry in self.state.entries if entry.tied_to is None}
         return Index(weight_map, sum(shard.layout.data_bytes for shard in self.shards), record)
@@ -64,18 +64,18 @@ class Contents(NamedTuple):
 def plan_contents(on_disk: OnDisk, parts: Parts, max_shard_size: int, metadata: Mapping[str, Any]) -> Contents:
     """Packs what ``on_disk`` and ``parts`` hold into shards of at most ``max_shard_size`` bytes.
 
-    Raises UnsupportedModuleError for a document that is too long to be read again, ValueError for too many shards.
+    Raises UnsupportedModuleError for a document that is longer than a reader accepts, ValueError for too many shards.
     """
     for role, document in parts.documents.items():
         if len(document) > MAX_HEADER_BYTES:
             raise UnsupportedModuleError(
-                f"cannot save the {role}: at most {MAX_HEADER_BYTES} bytes of it are read again, it has {len(document)}; "
-                "nothing was written"
+                f"cannot save the {role}: at most {MAX_HEADER_BYTES} bytes were expected, since no more can be loaded, it has "
+                f"{len(document)}; nothing was written"
             )
     state = on_disk.state
     stored = [entry for entry in state.entries if entry.tied_to is None]
-    bound = max_shard_size if on_disk.single_file is None else sys.maxsize
-    shards = plan_shards(stored, bound, apart=on_disk.single_file is None)
+    max_bytes = max_shard_size if on_disk.single_file is None else sys.maxsize
+    shards = plan_shards(stored, max_bytes, apart=on_disk.single_file is None)
     check_shard_count(len(shards))
     flags = {entry.name: entry.frozen for entry in state.entries if entry.frozen is not None}
     return Contents(

@@ -1,7 +1,7 @@
-"""The interface between a save and the libraries whose conventions it follows: how a model's state is laid out on disk.
+"""The layout of a model's state on disk: the interface between a save and the libraries whose conventions it follows.
 
-A layout is chosen once for each save. It renames and splits tensors, names the files that belong beside the weights, and says
-whether the weights must be one file. Implementations that know a library are in ``_huggingface``.
+Each save chooses one layout. It renames, splits and joins tensors, supplies the files that belong beside the weights, and says
+whether the weights must be one file. The layouts of libraries are in ``_huggingface``.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from shardsave._state.module import State
 class OnDisk(NamedTuple):
     """A state as it will be stored.
 
-    ``state``: entries by their names on disk. ``companions``: file name → content of the files beside the weights.
-    ``module_flags``: name in the module → frozen, where the names on disk differ from these; else None. ``single_file``: a file
-    name under which all weights must be found as one file; None where they may be sharded.
+    ``state``: its entries have their names on disk. ``companions``: file name → content, for the files beside the weights.
+    ``module_flags``: name in the module → frozen; None if the names on disk are the same. ``single_file``: the name of the one file
+    that must hold all weights; None if they may be sharded. ``notes``: for the report.
     """
 
     state: State
@@ -28,14 +28,14 @@ class OnDisk(NamedTuple):
 
 
 class DiskLayout(Protocol):
-    """How one kind of model is laid out on disk."""
+    """The layout on disk of one kind of model."""
 
     def apply(self, state: State) -> OnDisk:
-        """Returns ``state``, whose names are those in the module, as it will be stored. Raises UnsupportedTensorError."""
+        """Returns ``state``, whose entries have their names in the module, as it will be stored. Raises UnsupportedTensorError."""
 
 
 class IdentityLayout:
-    """Names and tensors on disk are those of the module or mapping."""
+    """The layout that stores the names and tensors of the module or mapping as they are."""
 
     def apply(self, state: State) -> OnDisk:
         return OnDisk(state)

@@ -1,4 +1,4 @@
-"""A save's shards: planned from the entries that they hold, then written and sealed in groups."""
+"""The shards of a save: planned from the entries to store, then written and sealed in groups."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from shardsave._state.module import Entry
 from shardsave._storage.staging import StagedShard
 from shardsave._storage.transaction import Transaction
 
-#: Shards that are open at one time, at most.
+#: The most shards that are open at one time.
 _GROUP = 256
 
 
 class PlannedShard(NamedTuple):
-    """A shard before it is written: its layout, its header without the sums, and the memory of its tensors in file order."""
+    """A shard before it is written: its layout, its header without checksums, and the memory of its tensors in file order."""
 
     layout: Shard
     header: bytes
@@ -35,16 +35,16 @@ class PlannedShard(NamedTuple):
 
     @property
     def reserved_bytes(self) -> int:
-        """What is reserved on disk: blocks are whole, so the last may reach past the file's end."""
+        """The bytes to reserve on disk. Only whole blocks are written, so the last may reach past the end of the file."""
         return len(self.header) + -(-self.layout.data_bytes // ALIGNMENT) * ALIGNMENT
 
 
 def plan_shards(
     entries: Sequence[Entry], bound: int, *, apart: bool = True, more: Mapping[str, str] | None = None
 ) -> list[PlannedShard]:
-    """Packs ``entries`` into shards of at most ``bound`` bytes of data; ``apart``: frozen and trainable ones never in one.
+    """Packs ``entries`` into shards of at most ``bound`` bytes of data; ``apart``: frozen and trainable entries never share one.
 
-    ``more``: further entries of their ``__metadata__``.
+    ``more``: additional items of the headers' ``__metadata__``.
     """
     tensors, pieces = [], {}
     for entry in entries:
@@ -61,11 +61,11 @@ def plan_shards(
 
 
 def plan_blocks(shards: Sequence[PlannedShard]) -> Blocks:
-    """The engine's blocks of ``shards``, each of which is the file of its place."""
+    """Cuts ``shards`` into the engine's blocks; the number of a block's file is the position of its shard."""
     extents = [np.empty((0, 4), dtype=np.int64)]
     for file, shard in enumerate(shards):
         layout = shard.layout
-        # Blocks are cut at multiples of the largest dtype, so no element is cut: one byte is the right grain.
+        # Blocks are cut at multiples of the largest element size, so no element is cut: a grain of one byte is enough.
         rows = np.ones((len(layout.tensors), 4), dtype=np.int64)
         rows[:, 0] = file
         rows[:, 1] = np.array(layout.begins, dtype=np.int64) + len(shard.header)
@@ -75,9 +75,9 @@ def plan_blocks(shards: Sequence[PlannedShard]) -> Blocks:
 
 
 class ShardWriter:
-    """Writes shards in groups for which there are descriptors enough, and collects what the index and the report need.
+    """Writes shards in groups that the descriptor limit allows, and collects what the index and the report need.
 
-    ``whole_sums``: checksums of whole files are wanted too.
+    ``whole_sums``: whether to compute checksums of whole files too.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class ShardWriter:
         self._whole_sums = whole_sums
 
     def reserve(self) -> None:
-        """Gets the memory that the engine will need, while nothing has been written yet."""
+        """Allocates the memory that the engine will need, before anything is written."""
         try:
             engine.reserve([piece for shard in self._shards for piece in shard.pieces])
         except engine.TransferFault as fault:
@@ -105,7 +105,7 @@ class ShardWriter:
             raise self._transaction.failure(fault.call, "", fault.errno, reason, None) from fault
 
     def write(self, progress: Progress) -> None:
-        """Writes all shards, each sealed: whole, synced and closed under its staged name."""
+        """Writes and seals all shards: each is then complete, synced and closed under its staged name."""
         step = min(descriptor_allowance(), _GROUP)
         for first in range(0, len(self._shards), step):
             self._write_group(self._shards[first : first + step], self._names[first : first + step], progress)
@@ -118,11 +118,11 @@ class ShardWriter:
         self.pinned |= transfer.pinned
         self.notes.extend(transfer.notes)
         progress.run_ended(sum(shard.layout.data_bytes for shard in group))
-        began = time.perf_counter()
+        started = time.perf_counter()
         sums = iter(transfer.sums)
         for file, shard in zip(staged, group):
             self._seal(file, shard, list(islice(sums, len(shard.pieces))))
-        self.sync_seconds += time.perf_counter() - began
+        self.sync_seconds += time.perf_counter() - started
 
     def _seal(self, file: StagedShard, shard: PlannedShard, sums: Sequence[int]) -> None:
         header = with_sums(shard.header, sums)
@@ -133,11 +133,11 @@ class ShardWriter:
             self.whole[file.name] = FileRecord(length, _whole_sum(header, shard.layout, sums))
 
     def _transfer(self, staged: Sequence[StagedShard], group: Sequence[PlannedShard], progress: Progress) -> engine.Transfer:
-        planned = plan_blocks(group)
+        group_blocks = plan_blocks(group)
         try:
             return engine.write(
                 [file.file.fd for file in staged],
-                planned,
+                group_blocks,
                 [piece for shard in group for piece in shard.pieces],
                 direct=self._durable,
                 tick=progress.tick,
@@ -150,8 +150,8 @@ class ShardWriter:
 
 
 def _whole_sum(header: bytes, layout: Shard, sums: Sequence[int]) -> int:
-    """The checksum of a whole file, from those of its parts."""
-    whole = crc64(header)
-    for tensor, one in zip(layout.tensors, sums):
-        whole = joined(whole, one, tensor.nbytes)
-    return whole
+    """The checksum of a whole file, joined from those of its header and its tensors."""
+    whole_sum = crc64(header)
+    for tensor, tensor_sum in zip(layout.tensors, sums):
+        whole_sum = joined(whole_sum, tensor_sum, tensor.nbytes)
+    return whole_sum

@@ -1,4 +1,4 @@
-"""The one path that writes a checkpoint directory: every verb that saves ends here."""
+"""Writes a checkpoint directory. Every verb that writes one does it here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from shardsave._version import __version__
 
 
 class WriteOutcome(NamedTuple):
-    """What a committed write did. ``leftovers``: file names that should have been removed and could not be."""
+    """What a committed write did. ``leftovers``: names of files that should have been removed and could not be."""
 
     tensors: int
     shards: int
@@ -33,7 +33,7 @@ class WriteOutcome(NamedTuple):
 def write_checkpoint(
     contents: Contents, directory: str | os.PathLike[str], *, durable: bool, lock_timeout: float, progress: Progress
 ) -> WriteOutcome:
-    """Makes ``contents`` the checkpoint of ``directory``, by one rename at the end; ``lock_timeout`` is in seconds.
+    """Writes ``contents`` and commits them as the checkpoint of ``directory`` by one rename. ``lock_timeout`` is in seconds.
 
     Raises DirectoryBusyError, OutOfSpaceError, SaveNotCommittedError: nothing was committed, a previous checkpoint is intact.
     Raises DurabilityUncertainError: the new checkpoint is in place, but may not survive a loss of power.
