@@ -1,4 +1,7 @@
-// Python's view of the core. The only file that knows Python; it holds the GIL only in tick and lend.
+// The extension module shardsave._native: the engine's functions for Python. No other file of the core knows Python.
+//
+// Threads: a run releases the GIL and takes it only for the two hooks. A hook's Python error ends the run and is
+// raised. Ownership: the tables are copied; the caller keeps the memory at their addresses alive during the run.
 #include <pybind11/functional.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -19,12 +22,12 @@ namespace {
 using Table = py::array_t<std::int64_t, py::array::c_style>;
 
 template <class Row>
-std::vector<Row> rows(const Table& table, const char* what) {
+std::vector<Row> rows(const Table& table, const char* name) {
   constexpr auto columns = static_cast<py::ssize_t>(sizeof(Row) / sizeof(std::int64_t));
-  if (table.ndim() != 2 || table.shape(1) != columns) throw py::value_error(std::string(what) + ": wrong shape");
-  std::vector<Row> made(static_cast<std::size_t>(table.shape(0)));
-  if (!made.empty()) std::memcpy(made.data(), table.data(), made.size() * sizeof(Row));
-  return made;
+  if (table.ndim() != 2 || table.shape(1) != columns) throw py::value_error(std::string(name) + ": wrong shape");
+  std::vector<Row> rows(static_cast<std::size_t>(table.shape(0)));
+  if (!rows.empty()) std::memcpy(rows.data(), table.data(), rows.size() * sizeof(Row));
+  return rows;
 }
 
 Access access_named(const std::string& name) {
@@ -68,12 +71,14 @@ PYBIND11_MODULE(_native, m) {
   m.attr("HOST") = kHost;
   m.attr("LENT") = kLent;
   m.attr("DISCARD") = kDiscard;
+  m.attr("SLOTS") = kSlots;
+  m.attr("DEVICE_SLOTS") = kDeviceSlots;
 
   static py::handle fault = PyErr_NewException("shardsave._native.Fault", nullptr, nullptr);
   m.attr("Fault") = fault;
-  py::register_exception_translator([](std::exception_ptr thrown) {
+  py::register_exception_translator([](std::exception_ptr exception) {
     try {
-      if (thrown) std::rethrow_exception(thrown);
+      if (exception) std::rethrow_exception(exception);
     } catch (const Fault& f) {
       const py::tuple arguments = py::make_tuple(f.file, f.call, f.number, f.offset, f.length, f.detail);
       PyErr_SetObject(fault.ptr(), arguments.ptr());
@@ -98,7 +103,7 @@ PYBIND11_MODULE(_native, m) {
       "crc64",
       [](const py::buffer& data) {
         const py::buffer_info info = data.request();
-        if (!PyBuffer_IsContiguous(info.view(), 'C')) throw py::value_error("a contiguous buffer is needed");
+        if (!PyBuffer_IsContiguous(info.view(), 'C')) throw py::value_error("the buffer must be contiguous");
         const auto length = static_cast<std::size_t>(info.size * info.itemsize);
         return crc64_finish(crc64_raw(info.ptr, length), length);
       },

@@ -76,23 +76,23 @@ std::uint64_t table_update(std::uint64_t state, const unsigned char* data, std::
   return state;
 }
 
-// Copies when `destination` is not null. The same signature for every implementation.
+// Sums `length` bytes of `source`, and copies them when `destination` is not null. Every implementation has this type.
 using Update = std::uint64_t (*)(std::uint64_t state, unsigned char* destination, const unsigned char* source,
                                  std::size_t length, Stores stores);
 
 std::uint64_t update_table(std::uint64_t state, unsigned char* destination, const unsigned char* source,
                            std::size_t length, Stores) {
   constexpr std::size_t kStep = 4096;
-  unsigned char once[kStep];
+  unsigned char buffer[kStep];
   while (length != 0) {
     const std::size_t step = length < kStep ? length : kStep;
-    // What is summed is what is stored, also when another thread changes the source meanwhile: it is read once.
+    // The source is read once, so that the sum is that of the copy even if another thread changes the source meanwhile.
     const unsigned char* summed = source;
     if (destination != nullptr) {
-      std::memcpy(once, source, step);
-      std::memcpy(destination, once, step);
+      std::memcpy(buffer, source, step);
+      std::memcpy(destination, buffer, step);
       destination += step;
-      summed = once;
+      summed = buffer;
     }
     state = table_update(state, summed, step);
     source += step;
@@ -102,9 +102,9 @@ std::uint64_t update_table(std::uint64_t state, unsigned char* destination, cons
 }
 
 // Folding (Gopal et al., "Fast CRC Computation for Generic Polynomials Using PCLMULQDQ"): a 128-bit accumulator (low
-// half: earlier bytes) stands for low·x^64 + high. To move it `distance` bits on, multiply low by x^(distance + 64) and
-// high by x^distance. A carry-less product of reflected operands comes out divided by x, so each constant has one power
-// of x less.
+// half: earlier bytes) represents low·x^64 + high. To shift it by `distance` bits, multiply low by x^(distance + 64)
+// and high by x^distance. The carry-less product of reflected operands is the product divided by x, so each constant
+// has one power of x less.
 struct Fold {
   std::uint64_t low, high;
 };
@@ -253,10 +253,10 @@ __attribute__((target("+crypto"))) std::uint64_t update_pmull(std::uint64_t stat
 struct Implementation {
   const char* name;
   Update update;
-  bool (*there)();
+  bool (*supported)();
 };
 
-// Best first.
+// The fastest first.
 constexpr Implementation kImplementations[] = {
 #if SHARDSAVE_X86
     {"vpclmulqdq", update_vpclmul,
@@ -276,13 +276,13 @@ constexpr Implementation kImplementations[] = {
 std::atomic<const Implementation*> chosen{nullptr};
 
 const Implementation& implementation() {
-  const Implementation* found = chosen.load(std::memory_order_acquire);
-  if (found == nullptr) {
-    found = kImplementations;
-    while (!found->there()) ++found;
-    chosen.store(found, std::memory_order_release);
+  const Implementation* candidate = chosen.load(std::memory_order_acquire);
+  if (candidate == nullptr) {
+    candidate = kImplementations;
+    while (!candidate->supported()) ++candidate;
+    chosen.store(candidate, std::memory_order_release);
   }
-  return *found;
+  return *candidate;
 }
 
 }  // namespace
@@ -295,10 +295,6 @@ std::uint64_t copy_crc64_raw(void* destination, const void* source, std::size_t 
   if (length == 0) return 0;
   return implementation().update(0, static_cast<unsigned char*>(destination), static_cast<const unsigned char*>(source),
                                  length, stores);
-}
-
-void copy_bytes(void* destination, const void* source, std::size_t length, Stores) {
-  if (length != 0) std::memcpy(destination, source, length);
 }
 
 std::uint64_t crc64_shift(std::uint64_t raw, std::uint64_t bytes) {
@@ -316,7 +312,7 @@ const char* crc64_implementation() { return implementation().name; }
 
 bool crc64_force_implementation(const char* name) {
   for (const Implementation& candidate : kImplementations) {
-    if (std::strcmp(candidate.name, name) == 0 && candidate.there()) {
+    if (std::strcmp(candidate.name, name) == 0 && candidate.supported()) {
       chosen.store(&candidate, std::memory_order_release);
       return true;
     }

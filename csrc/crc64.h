@@ -1,10 +1,10 @@
-// CRC-64/NVME, alone or in one loop with a copy, and the arithmetic that makes it linear.
+// CRC-64/NVME, alone or in one loop with a copy, and the arithmetic that combines checksums of parts.
 //
 // "Raw" is the register arithmetic with no initial value and no final inversion: raw(A ‖ B) = shift(raw(A), |B|) ^
-// raw(B). So blocks of one tensor can be summed by any worker in any order, each shifted by its distance from the
-// tensor's end, and XORed together; finish() then adds the initial value and the inversion that the standard asks for.
+// raw(B). So workers can sum the blocks of one tensor in any order: each sum is shifted by its distance from the
+// tensor's end, and all are XORed. crc64_finish() adds the initial value and the inversion that the standard requires.
 //
-// All functions may be called from any thread.
+// Threads: all functions may be called from any thread.
 #pragma once
 
 #include <cstddef>
@@ -12,8 +12,8 @@
 
 namespace shardsave {
 
-// How the copying loop stores: `streaming` goes past the caches (for memory that is not read again soon), `cached`
-// keeps the destination in them (for a small staging area that is).
+// How the copying loop stores: `streaming` writes past the processor's caches (for memory that is not read again soon),
+// `cached` leaves the destination in them (for a small staging area that is read again at once).
 enum class Stores { streaming, cached };
 
 std::uint64_t crc64_raw(const void* data, std::size_t length);
@@ -25,13 +25,12 @@ std::uint64_t crc64_shift(std::uint64_t raw, std::uint64_t bytes);
 // The standard checksum of `length` bytes whose raw sum is `raw`.
 std::uint64_t crc64_finish(std::uint64_t raw, std::uint64_t length);
 
-// Copies without a sum, with the same stores.
-void copy_bytes(void* destination, const void* source, std::size_t length, Stores stores);
-
-// "vpclmulqdq", "pclmulqdq", "pmull" or "table": the best of this processor, chosen at the first call, or as forced.
+// "vpclmulqdq", "pclmulqdq", "pmull" or "table": the fastest that this processor supports, chosen at the first call, or
+// the forced one.
 const char* crc64_implementation();
 
-// For tests: use this implementation from now on; false (and no change) when the processor does not have it.
+// For tests: uses this implementation from now on. Returns false, and changes nothing, when the processor does not
+// support it.
 bool crc64_force_implementation(const char* name);
 
 }  // namespace shardsave

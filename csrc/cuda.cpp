@@ -4,24 +4,24 @@
 #include <unistd.h>
 
 #include <map>
-#include <mutex>
 #include <optional>
 #include <utility>
 #include <vector>
 
 #include "cuda_driver.h"
+#include "mutex.h"
 
 namespace shardsave {
 namespace {
 
 using cuda::Result;
 
-// The driver, loaded at the first question and kept for the life of the process: dlclose would unmap code in which the
-// driver's own threads run.
+// The driver, loaded at the first use and kept for the life of the process: dlclose would unmap code in which the
+// driver's own threads run. Constant once constructed, so any thread may use it.
 struct Driver {
   cuda::Calls calls;
   pid_t owner = getpid();
-  std::string unavailable;  // why it cannot be used; empty when it can
+  std::string unavailable;  // why the driver cannot be used; empty when it can
 
   Driver() {
     void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
@@ -50,17 +50,17 @@ struct Driver {
     return std::string(name) + " (" + std::to_string(result) + "): " + text;
   }
 
-  // A fork does not carry the driver's contexts over: in the child its calls fail, hang or crash.
+  // A fork does not copy the driver's contexts: in the child its calls fail, hang or crash.
   bool forked() const { return getpid() != owner; }
 };
 
 const Driver& driver() {
-  static const Driver* const loaded =
-      new Driver;  // not destroyed: threads may still be at work while the process exits
+  // Never destroyed: threads may still run while the process exits.
+  static const Driver* const loaded = new Driver;
   return *loaded;
 }
 
-// The driver's calls on behalf of one device; an error names it, since the driver's own words never do.
+// The driver's calls for one device. Errors name the device, since the driver's own descriptions never do.
 class Checked {
  public:
   Checked(const Driver& driver, int ordinal) : driver_(driver), ordinal_(ordinal) {}
@@ -88,47 +88,49 @@ class Checked {
   const int ordinal_;
 };
 
-// Another thread may be capturing a CUDA graph in the global mode: then most of our calls would fail on this thread and
-// invalidate that capture (cuThreadExchangeStreamCaptureMode), although nothing we do is part of it.
+// Sets this thread's capture mode to relaxed during its lifetime. Another thread may be capturing a CUDA graph in the
+// global mode: then most of our calls would fail on this thread and invalidate that capture
+// (cuThreadExchangeStreamCaptureMode), although none of our work is part of it.
 class RelaxedCapture {
  public:
   explicit RelaxedCapture(const Checked& cuda) : cuda_(cuda) {
-    cuda_.check("cuThreadExchangeStreamCaptureMode", cuda_->cuThreadExchangeStreamCaptureMode(&before_));
+    cuda_.check("cuThreadExchangeStreamCaptureMode", cuda_->cuThreadExchangeStreamCaptureMode(&previous_));
   }
   ~RelaxedCapture() {
-    int mode = before_;
+    int mode = previous_;
     if (cuda_->cuThreadExchangeStreamCaptureMode(&mode) == cuda::success) return;
-    mode = before_;  // the thread may be the caller's: once more, rather than leave it changed
+    mode = previous_;  // a second attempt: the thread may be the caller's, and must not be left in a changed mode
     cuda_->cuThreadExchangeStreamCaptureMode(&mode);
   }
   RelaxedCapture(const RelaxedCapture&) = delete;
 
  private:
   const Checked& cuda_;
-  int before_ = cuda::capture_relaxed;  // exchanged: holds the thread's own mode from then on
+  int previous_ = cuda::capture_relaxed;  // the call exchanges it for the thread's own mode
 };
 
-// The context is current while this lives, and what was current before is so again afterwards.
-class Current {
+// Makes a context current during its lifetime; then the previous one is current again.
+class CurrentContext {
  public:
-  Current(const Checked& cuda, cuda::Context context) : cuda_(cuda) {
+  CurrentContext(const Checked& cuda, cuda::Context context) : cuda_(cuda) {
     cuda_.check("cuCtxPushCurrent", cuda_->cuCtxPushCurrent_v2(context));
   }
-  ~Current() {
+  ~CurrentContext() {
     cuda::Context popped = nullptr;
     cuda_->cuCtxPopCurrent_v2(&popped);
   }
-  Current(const Current&) = delete;
+  CurrentContext(const CurrentContext&) = delete;
 
  private:
   const Checked& cuda_;
 };
 
-// Both scopes for giving things back, which must not throw. Opened at the second try where the first fails, which may
-// be the failure of earlier asynchronous work: any call may return one. When both fail the device is lost.
-class Closing {
+// Both scopes for releasing resources, which must not throw. When the first attempt to open them fails, the error may
+// be that of earlier asynchronous work, which any call may return; hence a second attempt. When that fails too, the
+// device is lost.
+class ReleaseScopes {
  public:
-  Closing(const Checked& cuda, cuda::Context context) {
+  ReleaseScopes(const Checked& cuda, cuda::Context context) {
     for (int attempt = 0; attempt < 2; ++attempt) {
       try {
         if (!relaxed_) relaxed_.emplace(cuda);
@@ -138,53 +140,55 @@ class Closing {
       }
     }
   }
-  // Before the context is released, which may destroy it.
+  // To be called before the context is released, since that may destroy it.
   void leave_context() { current_.reset(); }
 
  private:
   std::optional<RelaxedCapture> relaxed_;
-  std::optional<Current> current_;
+  std::optional<CurrentContext> current_;
 };
 
-// Every entry opens its own scopes, rather than enter_thread() once: one worker serves several devices in a run, and
-// the thread that makes and destroys a device is the caller's, whose context and capture mode are not ours to change.
-// Both together cost well below a microsecond.
+// Copies on one stream of its own, with one event for each slot.
+//
+// Every function opens its own scopes, rather than enter_thread() once: one worker uses several devices in a run, and
+// the thread that creates and destroys a device is the caller's, whose context and capture mode must not change. Both
+// scopes together cost well below a microsecond.
 class CudaDevice final : public Device {
  public:
   CudaDevice(const Driver& driver, int ordinal, std::size_t slots) : cuda_(driver, ordinal), slots_(slots) {}
 
-  // Apart from the constructor, so that the destructor gives back what was acquired before a call failed.
+  // Separate from the constructor, so that the destructor releases what was acquired before a call failed.
   void open(int ordinal, cuda::Stream caller_stream) {
     RelaxedCapture relaxed(cuda_);
     cuda_.check("cuDeviceGet", cuda_->cuDeviceGet(&device_, ordinal));
-    // torch's own context: a context of ours would neither know its memory nor share its streams and events.
+    // torch's own context: a context of ours could use neither its memory nor its streams and events.
     cuda_.check("cuDevicePrimaryCtxRetain", cuda_->cuDevicePrimaryCtxRetain(&context_, device_));
-    Current current(cuda_, context_);
+    CurrentContext current(cuda_, context_);
     refuse_capturing(caller_stream);
-    // Non-blocking, or every copy would wait for the default stream's kernels, and they for our copies.
+    // Non-blocking: else every copy would wait for the default stream's kernels, and they for our copies.
     cuda_.check("cuStreamCreate", cuda_->cuStreamCreate(&stream_, cuda::stream_non_blocking));
     cuda_.check("cuEventCreate", cuda_->cuEventCreate(&ordering_, cuda::event_no_timing | cuda::event_blocking_sync));
-    // On a save the tensors may still be being computed, on a load their memory may still be in use by work queued
-    // before torch's caching allocator handed it out again: every copy comes after what the caller has queued so far.
+    // On a save, queued work may still compute the tensors. On a load, queued work may still use their memory, since
+    // torch's caching allocator hands it out again at once. So every copy comes after the caller's work queued so far.
     cuda_.check("cuEventRecord", cuda_->cuEventRecord(ordering_, caller_stream));
     cuda_.check("cuStreamWaitEvent", cuda_->cuStreamWaitEvent(stream_, ordering_, 0));
     for (Slot& slot : slots_) {
-      // Blocking: without it, every waiting worker spins on a processor of its own.
+      // Blocking: else every waiting worker would spin on a processor of its own.
       const unsigned flags = cuda::event_no_timing | cuda::event_blocking_sync;
       cuda_.check("cuEventCreate", cuda_->cuEventCreate(&slot.done, flags));
     }
   }
 
-  // The engine destroys the device when its workers have ended and before a slot is used for anything else or unmapped.
-  // A worker that failed may have left copies in flight between its slot and the tensors: they are waited for here.
+  // The engine destroys the device after its workers have ended and before a slot is used again or unmapped. A failed
+  // worker may have left copies in flight between its slot and the tensors: the destructor waits for them.
   ~CudaDevice() override {
     if (context_ == nullptr || driver().forked()) return;
-    Closing scopes(cuda_, context_);
+    ReleaseScopes scopes(cuda_, context_);
     if (stream_ != nullptr) {
-      // Twice, as in Closing; a device that fails both is lost, and a lost device copies nothing any more.
+      // Two attempts, as in ReleaseScopes; a device that fails both is lost, and a lost device no longer copies.
       if (cuda_->cuStreamSynchronize(stream_) != cuda::success) cuda_->cuStreamSynchronize(stream_);
     }
-    // Once each: a destroy that reports an earlier failure has destroyed all the same.
+    // One attempt each: a destroy call that reports an earlier failure has still destroyed its object.
     for (const Slot& slot : slots_) {
       if (slot.done != nullptr) cuda_->cuEventDestroy_v2(slot.done);
     }
@@ -196,26 +200,25 @@ class CudaDevice final : public Device {
 
   void enter_thread() override { cuda_.require_usable(); }
 
-  bool submit(Direction direction, std::byte* slot, std::uint64_t address, std::size_t length, std::size_t slot_index,
-              bool /*want_sum*/, std::uint64_t* /*raw_sum*/) override {
-    if (length == 0) return false;
+  void submit(Direction direction, std::byte* slot, std::uint64_t address, std::size_t length,
+              std::size_t slot_index) override {
+    if (length == 0) return;
     RelaxedCapture relaxed(cuda_);
-    Current current(cuda_, context_);
+    CurrentContext current(cuda_, context_);
     slots_[slot_index].busy = true;
     if (direction == Direction::to_slot) {
       cuda_.check("cuMemcpyDtoHAsync", cuda_->cuMemcpyDtoHAsync_v2(slot, address, length, stream_));
     } else {
       cuda_.check("cuMemcpyHtoDAsync", cuda_->cuMemcpyHtoDAsync_v2(address, slot, length, stream_));
     }
-    return false;  // the bytes are summed in the slot
   }
 
-  // The event is recorded here and not after each copy: a block of many small tensors needs only one.
+  // Records the event here, not after each copy: a block of many small tensors needs only one.
   void complete(std::size_t slot_index) override {
     Slot& slot = slots_[slot_index];
     if (!slot.busy) return;
     RelaxedCapture relaxed(cuda_);
-    Current current(cuda_, context_);
+    CurrentContext current(cuda_, context_);
     cuda_.check("cuEventRecord", cuda_->cuEventRecord(slot.done, stream_));
     cuda_.check("cuEventSynchronize", cuda_->cuEventSynchronize(slot.done));
     slot.busy = false;
@@ -224,10 +227,10 @@ class CudaDevice final : public Device {
  private:
   struct Slot {
     cuda::Event done = nullptr;
-    bool busy = false;  // has copies that nobody has waited for; only the slot's worker looks at it
+    bool busy = false;  // has copies that were not waited for; only the worker that holds the slot uses it
   };
 
-  // An event recorded on a capturing stream becomes part of the graph, and waiting for it would draw our stream in too.
+  // An event recorded on a capturing stream becomes part of the graph, and waiting for it would add our stream as well.
   void refuse_capturing(cuda::Stream caller_stream) const {
     int status = cuda::not_capturing;
     cuda_.check("cuStreamIsCapturing", cuda_->cuStreamIsCapturing(caller_stream, &status));
@@ -245,16 +248,22 @@ class CudaDevice final : public Device {
   std::vector<Slot> slots_;
 };
 
-// Memory that is pinned now, and the device whose primary context is retained for as long: with the last reference to
-// that context the registration would go too. The ring that asked for the pinning owns the entry.
+// The device whose primary context is retained while memory is pinned: with the last reference to that context the
+// registration would end too.
+struct Pin {
+  cuda::DeviceHandle device = 0;
+  cuda::Context context = nullptr;
+};
+
+// All memory that is pinned now. The ring that pinned it owns the entry.
 struct Pins {
-  std::mutex mutex;
-  std::map<void*, std::pair<cuda::DeviceHandle, cuda::Context>> of;  // guarded by mutex
+  Mutex mutex;
+  std::map<void*, Pin> by_memory GUARDED_BY(mutex);
 };
 
 Pins& pins() {
-  static Pins* const kept = new Pins;
-  return *kept;
+  static Pins* const process_pins = new Pins;
+  return *process_pins;
 }
 
 }  // namespace
@@ -270,51 +279,52 @@ std::unique_ptr<Device> make_cuda_device(int ordinal, std::uint64_t caller_strea
   return device;
 }
 
-bool cuda_pin(int ordinal, void* memory, std::size_t length, std::string* why) {
+bool cuda_pin(int ordinal, void* memory, std::size_t length, std::string* reason) {
   const Checked cuda(driver(), ordinal);
-  cuda::DeviceHandle device = 0;
-  cuda::Context context = nullptr;
-  decltype(Pins::of) made;
-  made[memory];  // now, since what is registered must find its entry
+  Pin pin;
+  std::map<void*, Pin> entry;
+  entry[memory];  // allocated first: memory that is registered must get its entry
   try {
     cuda.require_usable();
     RelaxedCapture relaxed(cuda);
-    cuda.check("cuDeviceGet", cuda->cuDeviceGet(&device, ordinal));
-    cuda.check("cuDevicePrimaryCtxRetain", cuda->cuDevicePrimaryCtxRetain(&context, device));
+    cuda.check("cuDeviceGet", cuda->cuDeviceGet(&pin.device, ordinal));
+    cuda.check("cuDevicePrimaryCtxRetain", cuda->cuDevicePrimaryCtxRetain(&pin.context, pin.device));
     try {
-      Current current(cuda, context);
+      CurrentContext current(cuda, pin.context);
       cuda.check("cuMemHostRegister", cuda->cuMemHostRegister_v2(memory, length, cuda::register_portable));
     } catch (const DeviceError&) {
-      cuda->cuDevicePrimaryCtxRelease_v2(device);
+      cuda->cuDevicePrimaryCtxRelease_v2(pin.device);
       throw;
     }
   } catch (const DeviceError& error) {
-    *why = error.call + ": " + error.reason;
+    *reason = error.call + ": " + error.reason;
     return false;
   }
-  made[memory] = {device, context};
-  const std::lock_guard<std::mutex> lock(pins().mutex);
-  pins().of.merge(made);
+  entry[memory] = pin;
+  Pins& all = pins();
+  MutexLock hold(all.mutex);
+  all.by_memory.merge(entry);
   return true;
 }
 
 void cuda_unpin(void* memory) {
   if (!cuda_available() || driver().forked()) return;
-  std::pair<cuda::DeviceHandle, cuda::Context> pin;
+  Pin pin;
   {
-    const std::lock_guard<std::mutex> lock(pins().mutex);
-    const auto found = pins().of.find(memory);
-    if (found == pins().of.end()) return;
-    pin = found->second;
-    pins().of.erase(found);
+    Pins& all = pins();
+    MutexLock hold(all.mutex);
+    const auto entry = all.by_memory.find(memory);
+    if (entry == all.by_memory.end()) return;
+    pin = entry->second;
+    all.by_memory.erase(entry);
   }
-  // Failures are not reported: on a lost device, or when the driver has shut down before us at the end of the process,
-  // nothing is pinned any more.
-  const Checked cuda(driver(), pin.first);
-  Closing scopes(cuda, pin.second);
+  // Failures are not reported: on a lost device, or after the driver has shut down at the end of the process, nothing
+  // is pinned any more.
+  const Checked cuda(driver(), pin.device);
+  ReleaseScopes scopes(cuda, pin.context);
   cuda->cuMemHostUnregister(memory);
   scopes.leave_context();
-  cuda->cuDevicePrimaryCtxRelease_v2(pin.first);
+  cuda->cuDevicePrimaryCtxRelease_v2(pin.device);
 }
 
 }  // namespace shardsave

@@ -1,5 +1,7 @@
-// What we use of the CUDA driver API: types of our own, every prototype once. Nothing here needs a CUDA header; where
-// one is installed, tests/fake_cuda/check_prototypes.cpp compares every line of this file with it at compile time.
+// The part of the CUDA driver API that we use: types of our own, every prototype once. Nothing here needs a CUDA
+// header; where one is installed, tests/fake_cuda/check_prototypes.cpp compares every line with it at compile time.
+//
+// Threads: declarations only; the driver's functions may be called from any thread.
 #pragma once
 
 #include <cstddef>

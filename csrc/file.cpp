@@ -7,7 +7,8 @@
 #include <unistd.h>
 
 #include <cerrno>
-#include <mutex>
+
+#include "mutex.h"
 
 namespace shardsave {
 namespace {
@@ -16,35 +17,36 @@ namespace {
 #define STATX_DIOALIGN 0x00002000U
 #endif
 
-// The kernel's layout of struct statx up to stx_dio_offset_align (linux/stat.h); older C libraries stop before it.
+// The kernel's layout of struct statx up to stx_dio_offset_align (linux/stat.h); that of older C libraries ends
+// earlier.
 struct StatxTail {
   alignas(8) unsigned char before[0x98];
   std::uint32_t memory_alignment;
   std::uint32_t offset_alignment;
-  unsigned char behind[0x60];
+  unsigned char after[0x60];
 };
 static_assert(sizeof(StatxTail) == 256);
 
-enum class Direct { unknown, refused, reported };
+enum class Support { unknown, refused, reported };
 
-// What the file system says of direct I/O. Unknown on kernels before 6.1.
-Direct ask_direct(int descriptor) {
+// What the file system reports about direct I/O; unknown on kernels before 6.1.
+Support direct_support(int descriptor) {
   StatxTail answer{};
   if (statx(descriptor, "", AT_EMPTY_PATH, STATX_DIOALIGN, reinterpret_cast<struct statx*>(&answer)) != 0) {
-    return Direct::unknown;
+    return Support::unknown;
   }
   std::uint32_t mask;
   __builtin_memcpy(&mask, answer.before, sizeof mask);
-  if ((mask & STATX_DIOALIGN) == 0) return Direct::unknown;
-  if (answer.memory_alignment == 0 || answer.offset_alignment == 0) return Direct::refused;
-  return answer.memory_alignment <= kAlignment && answer.offset_alignment <= kAlignment ? Direct::reported
-                                                                                        : Direct::refused;
+  if ((mask & STATX_DIOALIGN) == 0) return Support::unknown;
+  if (answer.memory_alignment == 0 || answer.offset_alignment == 0) return Support::refused;
+  const bool fits = answer.memory_alignment <= kAlignment && answer.offset_alignment <= kAlignment;
+  return fits ? Support::reported : Support::refused;
 }
 
-// Whether so much of a file is in the page cache that reading it there is the shorter way. The kernel may have taken a
-// few pages of a file that was read a moment ago; what is missing costs some seven times as much through the cache as
-// past it, so a sixteenth may be. cachestat(2) may be refused to one who neither owns the file nor may write it; any
-// error means that a few pages are asked for without waiting instead (preadv2(2), RWF_NOWAIT).
+// Whether so much of a file is in the page cache that reading through the cache is faster. The kernel may have evicted
+// a few pages of a file that was read a moment ago; a missing page costs some seven times as much through the cache as
+// past it, so a sixteenth of the pages may be missing. cachestat(2) may be refused to a user who neither owns the file
+// nor may write to it; after any error a few pages are read without waiting instead (preadv2(2), RWF_NOWAIT).
 bool mostly_cached(int descriptor) {
   struct stat status;
   if (fstat(descriptor, &status) != 0 || status.st_size == 0) return false;
@@ -57,11 +59,11 @@ bool mostly_cached(int descriptor) {
   } range{0, 0};
   struct {
     std::uint64_t cached, dirty, writeback, evicted, recently_evicted;
-  } found{};
+  } pages_by_state{};
   const auto page = static_cast<std::uint64_t>(sysconf(_SC_PAGESIZE));
-  if (syscall(SYS_cachestat, descriptor, &range, &found, 0) == 0) {
+  if (syscall(SYS_cachestat, descriptor, &range, &pages_by_state, 0) == 0) {
     const std::uint64_t pages = (size + page - 1) / page;
-    return found.cached >= pages - pages / 16;
+    return pages_by_state.cached >= pages - pages / 16;
   }
 #ifdef RWF_NOWAIT
   constexpr std::uint64_t kProbes = 32;
@@ -82,21 +84,22 @@ std::size_t round_down(std::size_t length) { return length / kAlignment * kAlign
 
 void File::prepare(Access access) {
   const int flags = fcntl(descriptor_, F_GETFL);
-  if (flags < 0) throw Fault{place_, "fcntl", errno, 0, 0, ""};
+  if (flags < 0) throw Fault{index_, "fcntl", errno, 0, 0, ""};
   const bool wanted = access == Access::direct || (access == Access::automatic && !mostly_cached(descriptor_));
-  const Direct answer = wanted ? ask_direct(descriptor_) : Direct::refused;
-  if (answer == Direct::refused) {
+  const Support support = wanted ? direct_support(descriptor_) : Support::refused;
+  if (support == Support::refused) {
     if ((flags & O_DIRECT) != 0) fcntl(descriptor_, F_SETFL, flags & ~O_DIRECT);
     return;
   }
   direct_ = fcntl(descriptor_, F_SETFL, flags | O_DIRECT) == 0;
-  reported_ = answer == Direct::reported;
+  reported_ = support == Support::reported;
 }
 
-// Some file systems take the flag and refuse the call. Other workers may be in the same place: the flag goes once.
+// Turns O_DIRECT off, since some file systems accept the flag and refuse the call. Several workers may come here at
+// once: the first one turns it off. Returns false when that fails.
 bool File::fall_back() {
-  static std::mutex once;
-  std::lock_guard<std::mutex> hold(once);
+  static Mutex one_at_a_time;
+  MutexLock hold(one_at_a_time);
   if (!direct_) return true;
   const int flags = fcntl(descriptor_, F_GETFL);
   if (flags < 0 || fcntl(descriptor_, F_SETFL, flags & ~O_DIRECT) != 0) return false;
@@ -112,15 +115,15 @@ void File::write_at(const std::byte* memory, std::size_t length, std::uint64_t o
     if (count > 0) {
       auto moved = static_cast<std::size_t>(count);
       if (was_direct && done + moved < length) {
-        moved = round_down(moved);  // the rest must begin aligned; what is written twice is the same
-        if (moved == 0 && !fall_back()) throw Fault{place_, "fcntl", errno, offset + done, length - done, ""};
+        moved = round_down(moved);  // the rest must start aligned; bytes that are written twice are the same
+        if (moved == 0 && !fall_back()) throw Fault{index_, "fcntl", errno, offset + done, length - done, ""};
       }
       done += moved;
       continue;
     }
     if (count < 0 && errno == EINTR) continue;
     if (count < 0 && errno == EINVAL && was_direct && fall_back()) continue;
-    throw Fault{place_, "pwrite", count < 0 ? errno : ENOSPC, offset + done, length - done, ""};
+    throw Fault{index_, "pwrite", count < 0 ? errno : ENOSPC, offset + done, length - done, ""};
   }
 }
 
@@ -137,14 +140,14 @@ void File::read_at(std::byte* memory, std::size_t length, std::size_t needed, st
       const std::size_t reached = done + static_cast<std::size_t>(count);
       if (reached >= needed) return;
       const std::size_t aligned = was_direct ? round_down(reached) : reached;
-      if (aligned == done && !fall_back()) throw Fault{place_, "fcntl", errno, offset + done, length - done, ""};
+      if (aligned == done && !fall_back()) throw Fault{index_, "fcntl", errno, offset + done, length - done, ""};
       done = aligned;
       continue;
     }
     if (count < 0 && errno == EINTR) continue;
     if (count < 0 && errno == EINVAL && was_direct && fall_back()) continue;
-    if (count == 0) throw Fault{place_, "pread", 0, offset + done, needed - done, "the file ends here"};
-    throw Fault{place_, "pread", errno, offset + done, length - done, ""};
+    if (count == 0) throw Fault{index_, "pread", 0, offset + done, needed - done, "the file ends here"};
+    throw Fault{index_, "pread", errno, offset + done, length - done, ""};
   }
 }
 

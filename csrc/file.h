@@ -1,7 +1,7 @@
-// Reading and writing a descriptor at offsets, past the page cache or through it.
+// Reads and writes a descriptor at offsets, past the page cache or through it.
 //
-// Threads: any number of workers may call write_at and read_at on one File at once; prepare_* is called before they
-// start.
+// Threads: any number of workers may use one File at once; prepare() is called before they start.
+// Ownership: the caller owns the descriptor. Its O_DIRECT flag may differ after a run.
 #pragma once
 
 #include <atomic>
@@ -11,11 +11,11 @@
 
 namespace shardsave {
 
-// What O_DIRECT asks for at most: memory, offset and length are multiples of this (open(2), NOTES).
+// The strictest alignment that O_DIRECT may require: memory, offset and length are multiples of it (open(2), NOTES).
 constexpr std::size_t kAlignment = 4096;
 
-// A call that failed. `file` is the place in the run's list, -1 where no file is concerned; `number` is errno, or 0
-// where `detail` says it all.
+// A failed call. `file` is an index into the run's list of files, or -1 for a call on no file. `number` is errno, or 0
+// when `detail` describes the failure.
 struct Fault {
   int file = -1;
   std::string call;
@@ -29,35 +29,37 @@ enum class Access { buffered, direct, automatic };
 
 class File {
  public:
-  File(int place, int descriptor) : place_(place), descriptor_(descriptor) {}
+  // `index` is the one that a Fault names.
+  File(int index, int descriptor) : index_(index), descriptor_(descriptor) {}
 
-  // Turns O_DIRECT on where it is wanted and the file system has it. Automatic: only for a file that is not
+  // Turns O_DIRECT on where it is wanted and the file system supports it. Automatic: only for a file that is not
   // (almost) wholly cached.
   void prepare(Access access);
 
-  // Whole lengths or a Fault. In direct mode `memory`, `offset` and `length` are aligned.
+  // Writes all `length` bytes or throws a Fault. In direct mode `memory`, `offset` and `length` are aligned.
   void write_at(const std::byte* memory, std::size_t length, std::uint64_t offset);
 
-  // Lets the disk begin with what was written here through the page cache (sync_file_range(2)), so that the fsync to
-  // come, which no signal ends, is short. An error means nothing: only fsync says what is on disk.
+  // Starts to write to the disk what the page cache holds of this range (sync_file_range(2)), so that the later fsync,
+  // which no signal interrupts, is short. Errors are ignored: only fsync tells what is on the disk.
   void start_writeback(std::uint64_t offset, std::size_t length);
 
-  // At least `needed` of `length` bytes: the rest may lie behind the end of the file.
+  // Reads at least `needed` of `length` bytes, or throws a Fault; the rest may lie after the end of the file.
   void read_at(std::byte* memory, std::size_t length, std::size_t needed, std::uint64_t offset);
 
-  // Whether O_DIRECT is on; false again when the first direct call was refused.
+  // Whether O_DIRECT is on; false again after a direct call was refused.
   bool direct() const { return direct_.load(std::memory_order_relaxed); }
 
-  // Whether the file system says that direct means direct (statx STATX_DIOALIGN); tmpfs takes the flag and ignores it.
+  // Whether the file system reports support for direct I/O (statx STATX_DIOALIGN); tmpfs accepts the flag and ignores
+  // it.
   bool reported_direct() const { return direct() && reported_; }
 
  private:
   bool fall_back();
 
-  int place_;
-  int descriptor_;
+  const int index_;
+  const int descriptor_;
   std::atomic<bool> direct_{false};
-  bool reported_ = false;
+  bool reported_ = false;  // set by prepare()
 };
 
 }  // namespace shardsave

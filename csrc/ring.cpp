@@ -3,52 +3,59 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cerrno>
 #include <chrono>
 #include <condition_variable>
-#include <mutex>
 #include <thread>
 #include <utility>
 #include <vector>
 
 #include "cuda.h"
 #include "file.h"
+#include "mutex.h"
 
 namespace shardsave {
 
 struct Ring::State {
+  const std::size_t slot_bytes;
+  const pid_t owner = getpid();
+  // Set by acquire(), before the ring is shared.
   std::byte* memory = nullptr;
   std::size_t slots = 0;
-  std::size_t slot_bytes = 0;
-  pid_t owner = getpid();
 
-  std::mutex mutex;  // guards the members below
+  Mutex mutex;
   std::condition_variable given_back;
-  std::vector<bool> taken;
-  bool pinned = false;
-  std::string note;
+  std::vector<bool> taken GUARDED_BY(mutex);
+  bool pinned GUARDED_BY(mutex) = false;
+  std::string note GUARDED_BY(mutex);
+
+  explicit State(std::size_t slot_bytes) : slot_bytes(slot_bytes) {}
 
   ~State() {
     if (pinned) cuda_unpin(memory);
     if (memory != nullptr) munmap(memory, slots * slot_bytes);
   }
+
+  void acquire(int pin_for) REQUIRES(mutex);
 };
 
 namespace {
 
 struct Process {
-  std::mutex mutex;  // guards the members below
-  std::shared_ptr<Ring> ring;
-  pid_t owner = 0;
+  const pid_t owner = getpid();
+  Mutex mutex;
+  std::shared_ptr<Ring> ring GUARDED_BY(mutex);
 };
 
-// Replaced, never destroyed, in a forked child: a parent's thread may have held the mutex at the fork.
+// Replaced, never destroyed, in a forked child: a thread of the parent may have held the mutex at the fork. Several
+// threads of the child may come here at once; the first one to store its Process wins.
 Process& process() {
-  static Process* current = new Process;
-  static pid_t made_in = getpid();
-  if (made_in != getpid()) {
-    current = new Process;
-    made_in = getpid();
+  static std::atomic<Process*> shared{new Process};
+  Process* current = shared.load();
+  while (current->owner != getpid()) {
+    auto replacement = std::make_unique<Process>();
+    if (shared.compare_exchange_strong(current, replacement.get())) current = replacement.release();
   }
   return *current;
 }
@@ -68,7 +75,7 @@ Mapping map(std::size_t length) {
   return {static_cast<std::byte*>(memory), Unmap{length}};
 }
 
-// In parallel: pinning pages that were never touched, one by one, is several times slower.
+// Touches every page, one thread for each slot: pinning pages that were never touched is several times slower.
 void touch(std::byte* memory, std::size_t slots, std::size_t slot_bytes) {
   std::vector<std::thread> touchers;
   for (std::size_t slot = 0; slot < slots; ++slot) {
@@ -77,87 +84,96 @@ void touch(std::byte* memory, std::size_t slots, std::size_t slot_bytes) {
     };
     try {
       touchers.emplace_back(touch_slot);
-    } catch (const std::exception&) {  // no thread to be had, or no memory for one
+    } catch (const std::exception&) {  // the system has no more threads, or no memory for one
       touch_slot();
     }
   }
   for (auto& toucher : touchers) toucher.join();
 }
 
-std::string not_pinned(const std::string& why) { return "staging memory could not be pinned (" + why + ")"; }
+std::string not_pinned(const std::string& reason) { return "staging memory could not be pinned (" + reason + ")"; }
 
 }  // namespace
 
 Ring::Ring(std::unique_ptr<State> state) : state_(std::move(state)) {}
 
 Ring::~Ring() {
-  // A forked child's copy: its memory was never there, and a parent's thread may have held the mutex.
+  // In a forked child the memory was never mapped, and a thread of the parent may have held the mutex.
   if (state_->owner != getpid()) (void)state_.release();
 }
 
-std::shared_ptr<Ring> Ring::shared(std::size_t slots, std::size_t slot_bytes, int pin_for) {
+std::shared_ptr<Ring> Ring::shared(std::size_t slot_bytes, int pin_for) {
   Process& here = process();
-  std::lock_guard<std::mutex> hold(here.mutex);
+  MutexLock hold(here.mutex);
   bool fits = here.ring && here.ring->state_->slot_bytes == slot_bytes;
   if (fits && pin_for >= 0 && !here.ring->pinned()) {
-    fits = !here.ring->note().empty();  // it was refused once; a ring made for host memory is replaced
+    fits = !here.ring->note().empty();  // pinning was refused before; a ring for host memory alone is replaced
     if (fits && here.ring.use_count() == 1) here.ring->pin_again(pin_for);
   }
   if (!fits) {
     here.ring.reset();  // runs that still use it keep it alive
-    here.ring = make(slots, slot_bytes, pin_for);
+    here.ring = make(slot_bytes, pin_for);
   }
   return here.ring;
 }
 
-// What was refused may be granted now: asked once a run, which costs one call, and only while no run uses the ring.
+// What was refused may be granted now. This costs one call for each run, and is tried only while no run uses the ring.
 void Ring::pin_again(int pin_for) {
-  std::string why;
-  const bool pinned = cuda_pin(pin_for, state_->memory, bytes(), &why);
-  std::lock_guard<std::mutex> hold(state_->mutex);
+  std::string reason;
+  const bool pinned = cuda_pin(pin_for, state_->memory, bytes(), &reason);
+  MutexLock hold(state_->mutex);
   state_->pinned = pinned;
   if (pinned) {
     state_->note.clear();
   } else {
-    state_->note = not_pinned(why);
+    state_->note = not_pinned(reason);
   }
 }
 
-std::shared_ptr<Ring> Ring::make(std::size_t slots, std::size_t slot_bytes, int pin_for) {
-  auto state = std::make_unique<State>();
-  state->slot_bytes = slot_bytes;
-  std::string why;
-  for (std::size_t count = slots; count >= 1 && !state->pinned; count /= 2) {
-    Mapping memory = map(count * slot_bytes);
-    if (!memory) continue;
-    bool pinned = false;
+std::shared_ptr<Ring> Ring::make(std::size_t slot_bytes, int pin_for) {
+  auto state = std::make_unique<State>(slot_bytes);
+  {
+    MutexLock hold(state->mutex);
+    state->acquire(pin_for);
+  }
+  return std::shared_ptr<Ring>(new Ring(std::move(state)));
+}
+
+// Maps as many of the wanted slots as there is memory for, and pins them for a device; fewer where fewer can be pinned.
+// When none can be pinned, keeps the largest mapping.
+void Ring::State::acquire(int pin_for) {
+  const std::size_t wanted = pin_for < 0 ? kSlots : kDeviceSlots;
+  std::string reason;
+  for (std::size_t count = wanted; count >= 1 && !pinned; count /= 2) {
+    Mapping mapping = map(count * slot_bytes);
+    if (!mapping) continue;
+    bool mapping_pinned = false;
     if (pin_for >= 0) {
-      touch(memory.get(), count, slot_bytes);
-      pinned = cuda_pin(pin_for, memory.get(), count * slot_bytes, &why);
+      touch(mapping.get(), count, slot_bytes);
+      mapping_pinned = cuda_pin(pin_for, mapping.get(), count * slot_bytes, &reason);
     }
-    if (state->memory == nullptr || pinned) {
-      if (state->memory != nullptr) munmap(state->memory, state->slots * slot_bytes);
-      state->memory = memory.release();
-      state->slots = count;
-      state->pinned = pinned;
+    if (memory == nullptr || mapping_pinned) {
+      if (memory != nullptr) munmap(memory, slots * slot_bytes);
+      memory = mapping.release();
+      slots = count;
+      pinned = mapping_pinned;
     }
     if (pin_for < 0) break;
   }
-  if (state->memory == nullptr) throw Fault{-1, "mmap of staging memory", ENOMEM, 0, slot_bytes, ""};
-  if (pin_for >= 0 && !state->pinned) state->note = not_pinned(why);
-  if (pin_for >= 0 && state->pinned && state->slots < slots) state->note = "less staging memory was pinned than wanted";
-  state->taken.assign(state->slots, false);
-  return std::shared_ptr<Ring>(new Ring(std::move(state)));
+  if (memory == nullptr) throw Fault{-1, "mmap of staging memory", ENOMEM, 0, slot_bytes, ""};
+  if (pin_for >= 0 && !pinned) note = not_pinned(reason);
+  if (pin_for >= 0 && pinned && slots < wanted) note = "less staging memory was pinned than wanted";
+  taken.assign(slots, false);
 }
 
 void Ring::release() {
   Process& here = process();
-  std::lock_guard<std::mutex> hold(here.mutex);
+  MutexLock hold(here.mutex);
   if (here.ring.use_count() == 1) here.ring.reset();
 }
 
 Slot Ring::take(const std::function<bool()>& stop) {
-  std::unique_lock<std::mutex> hold(state_->mutex);
+  MutexLock hold(state_->mutex);
   while (!stop()) {
     for (std::size_t index = 0; index < state_->slots; ++index) {
       if (!state_->taken[index]) {
@@ -165,14 +181,14 @@ Slot Ring::take(const std::function<bool()>& stop) {
         return Slot(shared_from_this(), index, state_->memory + index * state_->slot_bytes);
       }
     }
-    state_->given_back.wait_for(hold, std::chrono::milliseconds(50));  // `stop` may turn true without a notice
+    hold.wait_for(state_->given_back, std::chrono::milliseconds(50));  // `stop` may turn true without a notice
   }
   return Slot();
 }
 
 void Ring::give_back(std::size_t index) {
   {
-    std::lock_guard<std::mutex> hold(state_->mutex);
+    MutexLock hold(state_->mutex);
     state_->taken[index] = false;
   }
   state_->given_back.notify_one();
@@ -182,12 +198,12 @@ std::size_t Ring::slots() const { return state_->slots; }
 std::size_t Ring::bytes() const { return state_->slots * state_->slot_bytes; }
 
 bool Ring::pinned() const {
-  std::lock_guard<std::mutex> hold(state_->mutex);
+  MutexLock hold(state_->mutex);
   return state_->pinned;
 }
 
 std::string Ring::note() const {
-  std::lock_guard<std::mutex> hold(state_->mutex);
+  MutexLock hold(state_->mutex);
   return state_->note;
 }
 

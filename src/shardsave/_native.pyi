@@ -11,8 +11,12 @@ HOST: int
 LENT: int
 DISCARD: int
 
+#: How many slots the ring has for host memory alone, and with a device: more workers than that only wait.
+SLOTS: int
+DEVICE_SLOTS: int
+
 class Fault(Exception):
-    """A call failed. ``args``: file (index into `files`, or -1), call, errno (or 0), offset, length, detail."""
+    """A failed call. ``args``: file (index into `files`, or -1), call, errno (or 0), offset, length, detail."""
 
 class RunResult:
     sums: NDArray[np.uint64]

@@ -1,0 +1,67 @@
+// The request for one run: tables that say which bytes of which files move to or from which memory.
+//
+// Threads: constant while a run uses it.
+// Ownership: the caller owns the descriptors, the streams, and the memory at the addresses.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "file.h"
+
+namespace shardsave {
+
+// Values of Segment::memory that are not CUDA ordinals. Host memory has an address; lent memory is filled or drained by
+// Hooks::lend; discarded bytes are only read and summed.
+constexpr std::int64_t kHost = -1, kLent = -2, kDiscard = -3;
+
+// A run of bytes of one piece within one block. `at` counts from the start of the block, `piece_offset` from that of
+// the piece. The columns are those of the caller's table; all numbers but `memory` and `piece` are bytes or addresses.
+struct Segment {
+  std::int64_t memory, address, length, at, piece, piece_offset;
+};
+
+// Aligned bytes of one file that move in one slot. The segments of a block end where those of the next one begin.
+struct Block {
+  std::int64_t file, offset, length, first_segment;
+};
+
+// The segments of one block, or of all blocks, in order.
+class Segments {
+ public:
+  Segments(const Segment* begin, const Segment* end) : begin_(begin), end_(end) {}
+  const Segment* begin() const { return begin_; }
+  const Segment* end() const { return end_; }
+  const Segment& back() const { return end_[-1]; }
+
+ private:
+  const Segment* begin_;
+  const Segment* end_;
+};
+
+struct Request {
+  bool write = false;
+  Access access = Access::buffered;
+  bool checksum = true;
+  std::vector<int> files;
+  std::vector<Block> blocks;
+  std::vector<Segment> segments;
+  std::vector<std::int64_t> piece_bytes;
+  std::vector<std::pair<int, std::uint64_t>> streams;  // CUDA ordinal, the caller's stream on that device
+  std::size_t workers = 1;
+  std::size_t slot_bytes = 0;
+
+  Segments all_segments() const { return {segments.data(), segments.data() + segments.size()}; }
+
+  // Of a checked request (request_check.h): never empty.
+  Segments segments_of(std::size_t block) const {
+    const auto first = static_cast<std::size_t>(blocks[block].first_segment);
+    const bool is_last = block + 1 == blocks.size();
+    const std::size_t end = is_last ? segments.size() : static_cast<std::size_t>(blocks[block + 1].first_segment);
+    return {segments.data() + first, segments.data() + end};
+  }
+};
+
+}  // namespace shardsave
