@@ -55,7 +55,6 @@ FORBIDDEN = {
 
 #: Imports that break a rule today, as (importing file, imported file). This table only ever becomes shorter.
 EXCEPTIONS: set[tuple[str, str]] = {
-    ("_engine.engine", "_engine.portable"),  # the engine's types still stand above its fallback
     ("_api.save", "_huggingface.peft"),  # saving and loading of adapters still stand in one file
 }
 

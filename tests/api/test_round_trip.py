@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import shardsave
-from shardsave._engine import engine
+from shardsave._common import backend
 from shardsave._format.dtypes import BY_TORCH
 from support import ROOT, SmallModel, same_bits
 
@@ -209,7 +209,7 @@ def test_progress_counts_to_the_end(tmp_path: Path) -> None:
 def test_what_a_callback_raises_comes_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: str) -> None:
     """Catches a caller's own want of memory that is taken for the engine's, and becomes an error about room for the save."""
     if chosen == "portable":
-        monkeypatch.setattr(engine, "native", None)
+        monkeypatch.setattr(backend, "native", None)
     raised = MemoryError("of the callback")
 
     def stop(done: int, total: int) -> None:

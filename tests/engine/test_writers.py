@@ -15,8 +15,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from shardsave._engine import engine
-
 native = pytest.importorskip("shardsave._native")
 
 BLOCK = 4096
@@ -93,11 +91,3 @@ def test_no_more_writers_than_a_file_has_room_for(tmp_path: Path) -> None:
 
     assert write(tmp_path, native.HOST, [piece], 8, slot=1 << 20, tick=tick) == [piece.tobytes()]
     assert max(seen) <= 2, seen
-
-
-@pytest.mark.parametrize("access", ["auto", "buffered", "direct"])
-def test_workers_of_a_device(access: engine.Access, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches as few workers as processors, where most wait for a device, and slots touched for workers that are of no use."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
-    assert engine._workers(access, with_device=True) == 16
-    assert engine._workers(access, with_device=False) == (1 if access == "buffered" else 2)

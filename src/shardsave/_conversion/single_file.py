@@ -19,6 +19,7 @@ import torch
 from shardsave._common.backend import engine_name
 from shardsave._common.os_calls import CallFailed, Descriptor, allocate, call, inode_of, make_folders, open_regular
 from shardsave._engine import engine
+from shardsave._engine.transfer import TransferFault
 from shardsave._format.header import CHECKSUM_KEY, with_sums
 from shardsave._saving.shards import plan_blocks, plan_shards
 from shardsave._state.module import Entry
@@ -177,9 +178,16 @@ def write_safetensors(
     fd, path = new.file.fd, new.path
     try:
         allocate(fd, path, shard.reserved_bytes)
-        done = engine.write([fd], plan_blocks([shard]), shard.pieces, direct=durable, tick=tick)
+        done = engine.write(
+            [fd],
+            plan_blocks([shard]),
+            shard.pieces,
+            access="direct" if durable else "buffered",
+            start_writeback=durable,
+            tick=tick,
+        )
         end_shard(fd, path, len(shard.header) + shard.layout.data_bytes, with_sums(shard.header, done.sums))
-    except engine.TransferFault as fault:
+    except TransferFault as fault:
         raise new.failure(CallFailed(fault.call, path, fault.errno, str(fault))) from fault
     except CallFailed as error:
         raise new.failure(error) from error

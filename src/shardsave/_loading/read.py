@@ -13,8 +13,9 @@ import torch
 from shardsave._common.gc_pause import collector_still
 from shardsave._common.progress import Progress
 from shardsave._engine import engine
+from shardsave._engine.blocks import blocks
+from shardsave._engine.transfer import BLOCK_BYTES, Piece, TransferFault
 from shardsave._format.dtypes import BY_NAME, item_bytes
-from shardsave._format.layout import blocks
 from shardsave._storage.checkpoint import Checkpoint, Located
 from shardsave.errors import CorruptCheckpointError, ShardSaveError
 
@@ -92,14 +93,14 @@ def _read_group(
 ) -> list[tuple[Located, str]]:
     with collector_still():
         dtypes = {dtype: BY_NAME[dtype].torch for dtype in {t.dtype for t, _ in targets}}
-        pieces = [engine.Piece(tensor, dtypes[t.dtype], t.nbytes) for t, tensor in targets]
-        planned = blocks(extents, engine.BLOCK_BYTES)
+        pieces = [Piece(tensor, dtypes[t.dtype], t.nbytes) for t, tensor in targets]
+        planned = blocks(extents, BLOCK_BYTES)
         checksums = [t.checksum for t, _ in targets]
     checksum = verify and checksums.count(None) < len(checksums)
     files = checkpoint.descriptors(shards)
     try:
         done = engine.read(files, planned, pieces, checksum=checksum, tick=progress.tick)
-    except engine.TransferFault as fault:
+    except TransferFault as fault:
         path = checkpoint.path_of(shards[max(fault.file, 0)])
         raise ShardSaveError(f"cannot read {path}: {fault}; the files on disk are as they were") from fault
     moved = int(extents[:, 2].sum())

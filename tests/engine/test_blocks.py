@@ -7,7 +7,8 @@ import random
 import numpy as np
 import pytest
 
-from shardsave._format.layout import ALIGNMENT, blocks
+from shardsave._engine.blocks import blocks
+from shardsave._format.layout import ALIGNMENT
 
 
 def extents(seed: int) -> list[tuple[int, int, int, int]]:
