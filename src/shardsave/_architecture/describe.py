@@ -23,9 +23,10 @@ from torch.nn.utils import parametrize
 from shardsave._architecture.kinds import HEAP_TYPE, container_of, own_getstate, shadows_method, slots_of
 from shardsave._architecture.table import TableWriter
 from shardsave._architecture.trust import is_dunder, version_of
+from shardsave._common.memory import PLAIN_TYPES
 from shardsave._format.dtypes import BY_TORCH
 from shardsave._state.extra_tensors import ExtraTensors
-from shardsave._state.module import PLAIN_TYPES, plain_name, unwrap
+from shardsave._state.module import plain_name, unwrap
 from shardsave.errors import UnsupportedModuleError
 
 FORMAT = "shardsave-architecture"

@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from torch.nn.parameter import is_lazy
 
-from shardsave._common.memory import any_overlap, lacks_memory, reach
+from shardsave._common.memory import PLAIN_TYPES, any_overlap, lacks_memory, reach
 from shardsave._loading.slots import Slot
-from shardsave._state.module import PLAIN_TYPES
 from shardsave.errors import UnsupportedTensorError, an
 
 #: How much work numpy may put into the question whether two strided views share an element.

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from shardsave._common.memory import address
+from shardsave._common.memory import address, shared_names
 from shardsave._state.module import EXTRA_STATE, Names
 
 
@@ -112,22 +112,6 @@ def counts_batches(slot: Slot) -> bool:
 
 def leaders(of: Sequence[Slot]) -> dict[str, str]:
     """Every name → the first name with the same memory."""
-    at_address: dict[int, Slot] = {}
-    first: dict[object, str] = {}
-    found = {}
-    for slot in of:
-        tensor = slot.tensor
-        there = at_address.setdefault(address(tensor) or id(tensor), slot)
-        if there.tensor is tensor:
-            found[slot.name] = there.name
-            continue
-        first.setdefault(_layout(there.tensor), there.name)
-        found[slot.name] = first.setdefault(_layout(tensor), slot.name)
-    return found
-
-
-def _layout(tensor: torch.Tensor) -> object:
-    """What two tensors that are the same memory have in common."""
-    if not (begin := address(tensor)):
-        return id(tensor)
-    return begin, tensor.device, tensor.dtype, tensor.shape, tensor.stride()
+    named = {slot.name: slot.tensor for slot in of}
+    shared = shared_names(named, lambda tensor: address(tensor) or id(tensor))
+    return {name: shared.get(name, name) for name in named}

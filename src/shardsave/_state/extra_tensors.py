@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
 
 import torch
 
-from shardsave._state.module import PLAIN_TYPES, Entry, check_savable
+from shardsave._common.memory import address, memory_key
+from shardsave._state.module import Entry, check_savable
 
 
 class ExtraTensors:
@@ -16,14 +16,14 @@ class ExtraTensors:
     def __init__(self, entries: Sequence[Entry]) -> None:
         self.kept: list[Entry] = []
         self._by_name = {entry.name: entry.tensor for entry in entries if isinstance(entry.tensor, torch.Tensor)}
-        by_name = reversed(self._by_name.items())
-        self._by_memory = {place: name for name, tensor in by_name if (place := _memory(tensor)) is not None}
-        self._kept_by_memory: dict[Any, str] = {}
+        named = reversed(self._by_name.items())  # of names with one memory the first is kept
+        self._by_memory = {memory_key(tensor): name for name, tensor in named if address(tensor)}
+        self._kept_by_memory: dict[Hashable, str] = {}
         self._taken = {"", "__metadata__"}
 
     def place(self, tensor: torch.Tensor, name: str) -> tuple[str, bool]:
         """The name under which the checkpoint has the data of ``tensor``, and whether it is an extra one."""
-        memory = _memory(tensor)
+        memory = memory_key(tensor) if address(tensor) else None
         stored = self._by_memory.get(memory) if memory is not None else None
         if stored is None and memory is None and name in self._by_name:
             there = self._by_name[name]
@@ -40,10 +40,3 @@ class ExtraTensors:
         if memory is not None:
             self._kept_by_memory[memory] = name
         return name, True
-
-
-def _memory(tensor: torch.Tensor) -> tuple[Any, ...] | None:
-    """What two tensors that are the same memory have in common; None where there is none."""
-    if type(tensor) not in PLAIN_TYPES or tensor.layout is not torch.strided or not (address := tensor.data_ptr()):
-        return None
-    return address, tensor.dtype, tensor.shape, tensor.stride(), str(tensor.device), tensor.is_conj(), tensor.is_neg()

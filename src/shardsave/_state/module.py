@@ -12,13 +12,12 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from shardsave._common.assembled import Memory
-from shardsave._common.memory import any_overlap, lacks_memory, reach
+from shardsave._common.memory import PLAIN_TYPES, any_overlap, lacks_memory, reach, shared_names
 from shardsave._format.dtypes import BY_TORCH, logical_shape
 from shardsave.errors import UnsupportedTensorError, an
 
 Source = Union[nn.Module, Mapping[str, Any]]
 
-PLAIN_TYPES = frozenset({torch.Tensor, nn.Parameter, *([nn.Buffer] if hasattr(nn, "Buffer") else [])})
 _COMPILED = "_orig_mod"
 #: How the name in a state dict ends under which a module has its extra state.
 EXTRA_STATE = "_extra_state"
@@ -148,27 +147,16 @@ def read_state(source: Source | State, *, tensors_only: bool = False) -> State:
     else:
         raise TypeError(f"an nn.Module or a mapping of names to tensors is needed, not {type(source).__name__}")
     unflagged: Literal["buffer", "tensor"] = "buffer" if isinstance(source, nn.Module) else "tensor"
-    entries = []
-    first_at: dict[int, str] = {}
-    others_at: dict[int, list[str]] = {}
-    begins, ends = [], []
     for name, tensor in named.items():
         check_savable(name, tensor)
+    ties = shared_names(named, torch.Tensor.data_ptr)
+    entries = []
+    for name, tensor in named.items():
         frozen = not tensor.requires_grad if type(tensor) is nn.Parameter else flags.get(name)
-        tied_to = None
-        if address := tensor.data_ptr():
-            if (first := first_at.setdefault(address, name)) != name:
-                here = [first, *others_at.get(address, ())]
-                tied_to = next((other for other in here if _same_memory(named[other], tensor)), None)
-                if tied_to is None:
-                    others_at.setdefault(address, []).append(name)
-            if tied_to is None:
-                begins.append(address)
-                ends.append(address + reach(tensor))
-        # Detached: who gives the Parameter other data during the save does not take this memory away.
-        entries.append(Entry(name, "parameter" if frozen is not None else unflagged, frozen, tied_to, tensor.detach()))
-    overlaps = tuple(_overlaps(entries)) if any_overlap(begins, ends) else ()
-    return State(tuple(entries), known, overlaps)
+        kind = "parameter" if frozen is not None else unflagged
+        # Detached: giving the Parameter other data during the save does not take this memory away.
+        entries.append(Entry(name, kind, frozen, ties.get(name), tensor.detach()))
+    return State(tuple(entries), known, tuple(_overlaps(entries)))
 
 
 def plain_name(name: str) -> str:
@@ -275,26 +263,16 @@ def check_savable(name: str, tensor: torch.Tensor) -> None:
         _refuse(name, "a float4 tensor of at least one dimension was expected", "it has none")
 
 
-def _same_memory(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Whether two tensors that begin at the same address are the same elements."""
-    return (
-        left.device == right.device
-        and left.dtype == right.dtype
-        and left.shape == right.shape
-        and left.stride() == right.stride()
-        and left.is_conj() == right.is_conj()
-        and left.is_neg() == right.is_neg()
-    )
-
-
 def _overlaps(entries: list[Entry]) -> Iterator[tuple[str, str]]:
     """Pairs of neighbours in memory that share bytes without being tied; at most one pair for each entry."""
-    spans = []
-    for entry in entries:
-        if entry.tied_to is None and (length := reach(tensor_of(entry))):
-            begin = tensor_of(entry).data_ptr()
-            spans.append((str(tensor_of(entry).device), begin, begin + length, entry.name))
-    spans.sort()
+    apart = [entry for entry in entries if entry.tied_to is None]
+    begins = [tensor_of(entry).data_ptr() for entry in apart]
+    ends = [begin + reach(tensor_of(entry)) for begin, entry in zip(begins, apart)]
+    if not any_overlap(begins, ends):
+        return
+    spans = sorted(
+        (str(tensor_of(entry).device), begin, end, entry.name) for begin, end, entry in zip(begins, ends, apart) if begin < end
+    )
     furthest: tuple[str, int, str] | None = None
     for device, begin, end, name in spans:
         if furthest is not None and furthest[0] == device and begin < furthest[1]:
