@@ -29,7 +29,8 @@ from shardsave._format.header import CHECKSUM_KEY
 from shardsave._format.index import INDEX_NAME
 from shardsave._loading.mapped import let_go
 from shardsave._loading.read import ReadTotals, Target, read_tensors
-from shardsave._state.module import Beside, Entry, State, check_savable, read_state
+from shardsave._state.module import Beside, Entry, State, read_state
+from shardsave._state.savable import check_savable
 from shardsave.errors import IncompatibleCheckpointError, OutOfSpaceError, SaveNotCommittedError, ShardSaveError
 
 Form = Literal["shardsave", "safetensors", "torch"]

@@ -25,7 +25,7 @@ from shardsave._loading.mapped import Maps
 from shardsave._loading.read import ReadTotals, read_tensors
 from shardsave._loading.selection import check_names, choose, selection
 from shardsave._loading.slots import extra_state_names, sub_modules
-from shardsave._state.module import unwrap
+from shardsave._state.wrappers import unwrap
 from shardsave._storage.checkpoint import Checkpoint, Located, open_checkpoint
 from shardsave._storage.find import cannot_read
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, ShardSaveError

@@ -26,7 +26,7 @@ from shardsave._architecture.trust import is_dunder, version_of
 from shardsave._common.memory import PLAIN_TYPES
 from shardsave._format.dtypes import BY_TORCH
 from shardsave._state.extra_tensors import ExtraTensors
-from shardsave._state.module import plain_name, unwrap
+from shardsave._state.wrappers import plain_name, unwrap
 from shardsave.errors import UnsupportedModuleError
 
 FORMAT = "shardsave-architecture"

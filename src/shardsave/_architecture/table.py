@@ -20,7 +20,7 @@ from torch import nn
 from shardsave._architecture.kinds import FUNCTIONS, MAX_COLLIDING, collide, is_key, made_up
 from shardsave._architecture.trust import dotted, is_dunder, name_of, why_not_made
 from shardsave._common.strict_json import MAX_DIGITS
-from shardsave._state.module import unwrap
+from shardsave._state.wrappers import unwrap
 
 #: Tuples and other values that have no place in the table, inside of each other.
 _MAX_DEPTH = 100

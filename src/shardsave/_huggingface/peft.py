@@ -16,7 +16,8 @@ import torch
 
 from shardsave._huggingface.transformers_saving import OnDisk
 from shardsave._loading.fill_groups import Join
-from shardsave._state.module import Entry, Names, State, tensor_of, unwrap
+from shardsave._state.module import Entry, State, tensor_of
+from shardsave._state.wrappers import Names, unwrap
 from shardsave._storage.checkpoint import Located
 from shardsave.errors import IncompatibleCheckpointError, UnsupportedTensorError
 

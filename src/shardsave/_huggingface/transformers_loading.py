@@ -19,7 +19,7 @@ from shardsave._format.dtypes import BY_NAME, BY_TORCH, logical_shape, torch_sha
 from shardsave._huggingface.transformers_saving import Part, reverted
 from shardsave._loading.fill_groups import Join
 from shardsave._loading.slots import expected_names, slots, sub_modules
-from shardsave._state.module import Names
+from shardsave._state.wrappers import Names
 from shardsave._storage.checkpoint import Located
 from shardsave.errors import IncompatibleCheckpointError, UnsupportedTensorError
 

@@ -16,7 +16,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from shardsave._common.words import human_bytes
-from shardsave._state.module import Entry, State, tensor_of, unwrap
+from shardsave._state.module import Entry, State, tensor_of
+from shardsave._state.wrappers import unwrap
 from shardsave.errors import UnsupportedTensorError
 
 _SOURCES = "_shardsave_sources"

@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from shardsave._format.dtypes import BY_NAME, torch_shape
 from shardsave._loading.slots import slots, sub_modules
-from shardsave._state.module import Names
+from shardsave._state.wrappers import Names
 from shardsave._storage.checkpoint import Located
 from shardsave.errors import IncompatibleCheckpointError
 

@@ -14,7 +14,7 @@ from shardsave._common.gc_pause import collector_still
 from shardsave._format.dtypes import BY_NAME
 from shardsave._loading.fill_groups import Group, Join, Joins, copy_of, give
 from shardsave._loading.slots import Slot, ancestor, counts_batches, leaders, slots, sub_modules
-from shardsave._state.module import Names
+from shardsave._state.wrappers import Names
 from shardsave._storage.checkpoint import Located
 
 

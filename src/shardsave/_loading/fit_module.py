@@ -16,7 +16,7 @@ from shardsave._loading.fill_checks import check_fillable, check_plain, check_sh
 from shardsave._loading.fill_groups import Joins
 from shardsave._loading.fill_module import Fit
 from shardsave._loading.slots import Slot, ancestor, counts_batches, expected_names, hooked_modules, leaders, slots, sub_modules
-from shardsave._state.module import Names, refuse_sharded, unwrap
+from shardsave._state.wrappers import Names, refuse_sharded, unwrap
 from shardsave._storage.checkpoint import Located
 from shardsave.errors import IncompatibleCheckpointError, ShardSaveError
 

@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from shardsave._common.memory import address, shared_names
-from shardsave._state.module import EXTRA_STATE, Names
+from shardsave._state.module import EXTRA_STATE
+from shardsave._state.wrappers import Names
 
 
 class Slot(NamedTuple):

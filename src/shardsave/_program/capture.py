@@ -14,7 +14,7 @@ from torch.utils._pytree import TreeSpec
 from shardsave._program.program import FORMAT, LoadedProgram, ProgramDocument
 from shardsave._program.traced_arguments import Condition, TracedArguments, parts_of, plain, refuse
 from shardsave._state.extra_tensors import ExtraTensors
-from shardsave._state.module import unwrap
+from shardsave._state.wrappers import unwrap
 from shardsave.errors import CorruptCheckpointError
 
 Program = Union[tuple[tuple[Any, ...], dict[str, Any]], torch.export.ExportedProgram]

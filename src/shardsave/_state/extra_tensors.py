@@ -7,7 +7,8 @@ from collections.abc import Hashable, Sequence
 import torch
 
 from shardsave._common.memory import address, memory_key
-from shardsave._state.module import Entry, check_savable
+from shardsave._state.module import Entry
+from shardsave._state.savable import check_savable
 
 
 class ExtraTensors:

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple, NoReturn, Union
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple, Union
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from shardsave._common.assembled import Memory
-from shardsave._common.memory import PLAIN_TYPES, any_overlap, lacks_memory, reach, shared_names
-from shardsave._format.dtypes import BY_TORCH, logical_shape
-from shardsave.errors import UnsupportedTensorError, an
+from shardsave._common.memory import any_overlap, reach, shared_names
+from shardsave._state.numpy_arrays import tensor_of_array
+from shardsave._state.savable import check_savable, refuse
+from shardsave._state.wrappers import Names, refuse_sharded, unwrap
+from shardsave.errors import an
 
 Source = Union[nn.Module, Mapping[str, Any]]
 
-_COMPILED = "_orig_mod"
 #: How the name in a state dict ends under which a module has its extra state.
 EXTRA_STATE = "_extra_state"
-_PARALLEL = (DataParallel, DistributedDataParallel)
-
-#: What the package ml_dtypes adds to numpy and torch has, too, under the same names.
-_ML_DTYPES = frozenset({"bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"})
 
 
 class Entry(NamedTuple):
@@ -72,61 +67,6 @@ class State(NamedTuple):
     beside: Beside = Beside()
 
 
-def unwrap(module: nn.Module) -> nn.Module:
-    """The module inside ``torch.compile``, DistributedDataParallel and DataParallel, in whatever order they are nested."""
-    while True:
-        if not _holds_only_another(module):
-            return module
-        module = module.module if isinstance(module, _PARALLEL) else module._orig_mod  # type: ignore[assignment]
-
-
-def _holds_only_another(module: nn.Module) -> bool:
-    """Whether ``module`` is a known wrapper, with nothing of its own that would be lost without it."""
-    kind = type(module)
-    compiled = kind.__name__ == "OptimizedModule" and kind.__module__.startswith("torch.")
-    if not compiled and not issubclass(kind, _PARALLEL):
-        return False
-    return not (module._parameters or module._buffers or len(module._modules) > 1)
-
-
-class Names:
-    """The names of a module's tensors with and without the wrappers around some of its sub-modules."""
-
-    def __init__(self, named: Iterable[tuple[str, nn.Module]]) -> None:
-        """``named``: all sub-modules by all their names, in module order."""
-        self._wrappers: list[tuple[str, str]] = []  # how names begin at a wrapper, and inside of it; the outer ones first
-        for name, part in named:
-            if _holds_only_another(part):
-                start = f"{name}." if name else ""
-                self._wrappers.append((start, f"{start}{'module' if isinstance(part, _PARALLEL) else _COMPILED}."))
-
-    @classmethod
-    def of(cls, module: nn.Module) -> Names:
-        return cls(module.named_modules(remove_duplicate=False))
-
-    def plain(self, name: str) -> str:
-        for start, inside in reversed(self._wrappers):
-            if name.startswith(inside):
-                name = start + name[len(inside) :]
-        return plain_name(name)
-
-    def wrapped(self, name: str) -> str:
-        for start, inside in self._wrappers:
-            if name.startswith(start):
-                name = inside + name[len(start) :]
-        return name
-
-
-def refuse_sharded(module: nn.Module, verb: str, state: str) -> None:
-    """Refuses FSDP's older wrapper: each of its state dicts is a collective call, which hangs where one rank alone makes it."""
-    for name, part in module.named_modules():
-        if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(part).__mro__):
-            raise UnsupportedTensorError(
-                f"cannot {verb} module {name!r}: one that is whole in this process was expected, it is a "
-                f"FullyShardedDataParallel; take its full state dict; {state}"
-            )
-
-
 def read_state(source: Source | State, *, tensors_only: bool = False) -> State:
     """Reads the entries of ``source``; copies nothing. Raises UnsupportedTensorError, naming the entry.
 
@@ -159,11 +99,6 @@ def read_state(source: Source | State, *, tensors_only: bool = False) -> State:
     return State(tuple(entries), known, tuple(_overlaps(entries)))
 
 
-def plain_name(name: str) -> str:
-    """The name as it is without ``torch.compile`` on some sub-module; `Names` knows of other wrappers too."""
-    return ".".join(part for part in name.split(".") if part != _COMPILED) if _COMPILED in name else name
-
-
 def _module_tensors(module: nn.Module, tensors_only: bool) -> dict[str, torch.Tensor]:
     made: dict[str, torch.Tensor] = {}
     names = Names.of(module)
@@ -172,7 +107,7 @@ def _module_tensors(module: nn.Module, tensors_only: bool) -> dict[str, torch.Te
         if tensors_only and plain.endswith(EXTRA_STATE) and not isinstance(value, torch.Tensor):
             continue
         if plain in made:
-            _refuse(name, f"one tensor of the name {plain!r} was expected", "without those of wrappers two have it")
+            refuse(name, f"one tensor of the name {plain!r} was expected", "without those of wrappers two have it")
         made[plain] = _as_tensor(name, value)
     return made
 
@@ -187,80 +122,19 @@ def _flags_apart(module: nn.Module, named: Mapping[str, torch.Tensor]) -> dict[s
 
 def _as_tensor(name: object, value: object) -> torch.Tensor:
     if not isinstance(name, str):
-        _refuse(name, "a name that is a string was expected", f"it is {an(type(name).__name__)}")
+        refuse(name, "a name that is a string was expected", f"it is {an(type(name).__name__)}")
     if isinstance(value, torch.Tensor):
         return value
     if isinstance(value, np.ndarray):
-        return _from_numpy(name, value)
+        return tensor_of_array(name, value)
     if name.endswith(EXTRA_STATE):
-        _refuse(name, "extra state that is a tensor was expected", f"it is {an(type(value).__name__)}, which would need pickle")
+        refuse(name, "extra state that is a tensor was expected", f"it is {an(type(value).__name__)}, which would need pickle")
     hint = ""
     if isinstance(value, Mapping):
         hint = f": save the mapping of tensors itself, what is in {name!r}"
     elif isinstance(value, (bool, int, float, str)):
         hint = ": plain values go into metadata="
-    _refuse(name, "a tensor was expected", f"it is {an(type(value).__name__)}{hint}")
-
-
-def _from_numpy(name: str, array: np.ndarray[Any, Any]) -> torch.Tensor:
-    if isinstance(array, np.ma.MaskedArray):
-        _refuse(name, "an array without a mask was expected", "it is a masked one; pass its .filled(…)")
-    if any(stride < 0 or stride % max(1, array.itemsize) for stride in array.strides):
-        wanted = "an array with positive strides of whole elements was expected"
-        _refuse(name, wanted, f"its strides are {array.strides} bytes; pass numpy.ascontiguousarray(…)")
-    if not array.dtype.isnative:
-        _refuse(name, "an array in native byte order was expected", f"its dtype is {array.dtype.str}")
-    if not array.flags.writeable:  # torch warns of writing to it; nobody will
-        array = np.lib.stride_tricks.as_strided(_writeable_alias(array), array.shape, array.strides)
-    try:
-        if array.dtype.name in _ML_DTYPES:
-            as_integer = torch.from_numpy(array.view(np.uint16 if array.itemsize == 2 else np.uint8))
-            return as_integer.view(getattr(torch, array.dtype.name))
-        return torch.from_numpy(array)
-    except TypeError:
-        _refuse(name, "a dtype that torch has was expected", f"it is {array.dtype}")
-
-
-def _writeable_alias(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    class Interface:
-        def __init__(self) -> None:
-            self.keep = array
-            address, _ = array.__array_interface__["data"]
-            self.__array_interface__ = {**array.__array_interface__, "data": (address, False)}
-
-    return np.asarray(Interface()).view(array.dtype)
-
-
-def check_savable(name: str, tensor: torch.Tensor) -> None:
-    if name == "__metadata__":
-        _refuse(name, "another name was expected", "safetensors keeps this one for itself")
-    if not name.isascii():
-        try:
-            name.encode()
-        except UnicodeEncodeError:
-            _refuse(name, "a name in Unicode was expected", "it has half of a surrogate pair")
-    if type(tensor) not in PLAIN_TYPES or hasattr(tensor, "__tensor_flatten__"):
-        _refuse(name, "a plain tensor was expected", f"it is {an(type(tensor).__name__)}")
-    if tensor.layout is not torch.strided or tensor.is_nested:
-        layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
-        _refuse(name, "a strided tensor was expected", f"its layout is {layout}")
-    if tensor.is_meta:
-        _refuse(name, "a tensor with data was expected", "it is on the meta device")
-    dtype = tensor.dtype
-    if dtype not in BY_TORCH:
-        unknown = str(dtype).removeprefix("torch.")
-        raise UnsupportedTensorError(
-            f"cannot save {name!r}: dtype {unknown} has no safetensors equivalent; nothing was written"
-        )
-    if lacks_memory(tensor):
-        _refuse(name, "memory for all its elements was expected", "its storage was freed or made smaller")
-    if tensor.nbytes == 0 and math.prod(size or 1 for size in logical_shape(tensor)) >= 1 << 63:
-        # Some readers multiply in order and meet the zero in time, some do not, and torch has strides to compute.
-        _refuse(
-            name, "sizes that multiply to fewer than 2^63, its zeros aside, were expected", f"its shape is {list(tensor.shape)}"
-        )
-    if dtype == torch.float4_e2m1fn_x2 and tensor.dim() == 0:
-        _refuse(name, "a float4 tensor of at least one dimension was expected", "it has none")
+    refuse(name, "a tensor was expected", f"it is {an(type(value).__name__)}{hint}")
 
 
 def _overlaps(entries: list[Entry]) -> Iterator[tuple[str, str]]:
@@ -279,7 +153,3 @@ def _overlaps(entries: list[Entry]) -> Iterator[tuple[str, str]]:
             yield furthest[2], name
         if furthest is None or furthest[0] != device or end > furthest[1]:
             furthest = (device, end, name)
-
-
-def _refuse(name: object, wanted: str, found: str) -> NoReturn:
-    raise UnsupportedTensorError(f"cannot save {name!r}: {wanted}, {found}; nothing was written")
