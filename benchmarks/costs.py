@@ -29,13 +29,14 @@ PAIRS = 7
 
 def checksums(path: Path, size: int) -> dict[str, object]:
     """The engine with and without checksums, in turn, on the same memory and file: seconds of both in each situation."""
+    from shardsave._common.sources import TensorSource
     from shardsave._engine import engine
     from shardsave._engine.blocks import blocks
-    from shardsave._engine.transfer import BLOCK_BYTES, Access, Piece
+    from shardsave._engine.transfer import BLOCK_BYTES, Access
 
     model = models.build(size)
     tensors = [tensor for tensor in model.state_dict().values()]
-    pieces = [Piece(tensor, tensor.dtype, tensor.nbytes) for tensor in tensors]
+    pieces = [TensorSource.of(tensor) for tensor in tensors]
     extents, end = [], 4096
     for piece in pieces:
         extents.append((0, end, piece.nbytes, 1))

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 
 import shardsave
 from shardsave._common.assembled import Assembled, Part
-from shardsave._engine import gather
+from shardsave._common.boxes import aligned
 from support import SmallModel, same_bits
 
 
@@ -272,7 +272,7 @@ def test_any_range_of_an_assembled_tensor() -> None:
     for _ in range(300):
         begin, end = sorted(2 * pick.randrange(whole.numel() + 1) for _ in range(2))
         found = bytearray(end - begin)
-        gather.fill(assembled, torch.int16, begin, memoryview(found))
+        assembled.gather(begin, memoryview(found))
         assert found == raw[begin:end]
 
 
@@ -344,11 +344,11 @@ def test_elements_are_not_looked_at_across_their_alignment() -> None:
     """Catches a cast that reads elements where a processor may not: it shows on few of them, so the address itself is looked at."""
     raw = torch.arange(33, dtype=torch.uint8)
     odd = torch.frombuffer(raw.numpy(), dtype=torch.uint8, offset=1).view(torch.float32)
-    aligned = gather._aligned(odd)
+    copy = aligned(odd)
     assert (
         odd.data_ptr() % 4
-        and aligned.data_ptr() % 4 == 0
-        and same_bits(aligned, torch.frombuffer(bytearray(range(1, 33)), dtype=torch.float32))
+        and copy.data_ptr() % 4 == 0
+        and same_bits(copy, torch.frombuffer(bytearray(range(1, 33)), dtype=torch.float32))
     )
 
 
@@ -359,7 +359,7 @@ def test_what_lies_beside_the_weights_comes_along(tmp_path: Path) -> None:
     shardsave.save(model, tmp_path / "a", architecture=True, program=((x,), {}))
     report = shardsave.convert(tmp_path / "a", tmp_path / "b", max_shard_size=1000)
     assert report.shards > 1 and report.notes == ()
-    again = shardsave.build_model(tmp_path / "b", trust=["conftest"])
+    again = shardsave.build_model(tmp_path / "b", trust=["support"])
     assert same(again.state_dict(), model.state_dict()) and same_bits(again.scratch, model.scratch)
     assert same_bits(shardsave.load_program(tmp_path / "b")(x), again(x))
     shardsave.verify(tmp_path / "b")

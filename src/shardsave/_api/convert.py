@@ -105,7 +105,7 @@ def convert(
     with ExitStack() as closing:
         origin = open_origin(read_from, key, names.wanted, closing)
         _check_destination(read_from, write_to, to, origin)
-        state = _state(origin, names, target, read_from)
+        state, cast = _state(origin, names, target, read_from)
         beside, left_out = _beside(origin, names, to, target)
         if to == "shardsave":
             state = state._replace(beside=beside)
@@ -135,7 +135,7 @@ def convert(
         to=to,
         durable=durable,
         verified=verified,
-        cast=sum(entry.cast is not None for entry in stored),
+        cast=cast,
         dropped=tuple(names.dropped),
         renamed=tuple(names.renamed),
         ties={entry.name: entry.tied_to for entry in state.entries if entry.tied_to is not None},
@@ -143,8 +143,8 @@ def convert(
     )
 
 
-def _state(origin: Origin, names: Names, target: torch.dtype | None, path: str) -> State:
-    """What is to be stored, under new names and with the dtypes that it is to have."""
+def _state(origin: Origin, names: Names, target: torch.dtype | None, path: str) -> tuple[State, int]:
+    """What is to be stored, under new names and with the dtypes that it is to have; and how many stored tensors are cast."""
     named: dict[str, Any] = {}
     old_of: dict[str, str] = {}
     for old, value in origin.values.items():
@@ -167,16 +167,18 @@ def _state(origin: Origin, names: Names, target: torch.dtype | None, path: str) 
             entries[name] = Entry(name, "tensor", None, None, value)
     flags = origin.flags or {}
     reading = _Reading(origin.mappings)
-    made = []
+    made, casts = [], 0
     for name in named:
         entry, frozen = entries[name], flags.get(old_of[name])
         kind: Literal["parameter", "tensor"] = "tensor" if frozen is None else "parameter"
-        cast, tensor = cast_of(entry, target), entry.tensor
-        if cast is not None and isinstance(tensor, torch.Tensor) and tensor.dim():
+        source, cast = entry.source, cast_of(entry, target)
+        if cast is not None:
+            casts += entry.tied_to is None
+            parts = source.parts if isinstance(source, Assembled) else [Part((0,) * entry.tensor.dim(), entry.tensor)]
             # A cast may read faster than progress is told: so what was read is let go as it goes along.
-            tensor = Assembled(tensor.dtype, tensor.shape, [Part((0,) * tensor.dim(), tensor)], reading)
-        made.append(entry._replace(frozen=frozen, kind=kind, cast=cast, tensor=tensor))
-    return State(tuple(made), origin.flags is not None, whole.overlaps)
+            source = Assembled(cast, source.shape, parts, reading)
+        made.append(entry._replace(frozen=frozen, kind=kind, source=source))
+    return State(tuple(made), origin.flags is not None, whole.overlaps), casts
 
 
 def _beside(origin: Origin, names: Names, to: Form, target: torch.dtype | None) -> tuple[Beside, tuple[str, ...]]:
@@ -207,7 +209,7 @@ def _with_dtype(config: bytes, dtype: torch.dtype) -> bytes:
 
 def _bytes_of(state: State) -> int:
     stored = [*(entry for entry in state.entries if entry.tied_to is None), *state.beside.extra]
-    return sum(entry.tensor.numel() * (entry.cast or entry.tensor.dtype).itemsize for entry in stored)
+    return sum(entry.source.nbytes for entry in stored)
 
 
 def _verify(origin: Origin, wanted: bool, shown: Progress) -> bool | None:
@@ -270,7 +272,7 @@ class _Writer:
                 raise kind(
                     f"cannot write {new.path} by way of a directory beside it: {error}; what was at {new.path} is as it was"
                 ) from error
-            again = _state(ready, Names((), ()), None, new.workspace)
+            again, _ = _state(ready, Names((), ()), None, new.workspace)
             return write_torch(new, again.entries, _LettingGo(ready.mappings, self._shown.tick))
 
     def _lost(self, kept: Mapping[str, str]) -> tuple[str, ...]:

@@ -54,7 +54,7 @@ class Names:
 
 
 def cast_of(entry: Entry, target: torch.dtype | None) -> torch.dtype | None:
-    own = entry.tensor.dtype
+    own = entry.source.dtype
     return target if target is not None and target != own and own.is_floating_point and own.itemsize > 1 else None
 
 

@@ -18,6 +18,7 @@ import torch
 
 from shardsave._common.backend import engine_name
 from shardsave._common.os_calls import CallFailed, Descriptor, allocate, call, inode_of, make_folders, open_regular
+from shardsave._common.sources import TensorSource
 from shardsave._engine import engine
 from shardsave._engine.transfer import TransferFault
 from shardsave._format.header import CHECKSUM_KEY, with_sums
@@ -226,7 +227,7 @@ def write_torch(new: NewFile, entries: Sequence[Entry], tick: Callable[[int], ob
     """
     state: dict[str, torch.Tensor] = {}
     for entry in entries:
-        assert fits_torch(entry) and isinstance(entry.tensor, torch.Tensor)
+        assert fits_torch(entry)
         state[entry.name] = state[entry.tied_to] if entry.tied_to is not None else _with_own_storage(entry.tensor)
     sink = _Sink(new, tick)
     try:
@@ -244,10 +245,7 @@ def write_torch(new: NewFile, entries: Sequence[Entry], tick: Callable[[int], ob
 
 def fits_torch(entry: Entry) -> bool:
     """Whether torch.save would write this tensor as it lies in memory, and nothing else with it."""
-    tensor = entry.tensor
-    if entry.cast is not None or not isinstance(tensor, torch.Tensor):
-        return False
-    return tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
+    return isinstance(entry.source, TensorSource) and entry.source.memory() is not None
 
 
 def _with_own_storage(tensor: torch.Tensor) -> torch.Tensor:

@@ -11,9 +11,7 @@ import numpy as np
 import torch
 
 import shardsave._native as extension
-from shardsave._common.assembled import Assembled
 from shardsave._common.gc_pause import collector_still
-from shardsave._engine import gather
 from shardsave._engine.transfer import BLOCK_BYTES, Piece, Request, Tick, Transfer, TransferFault
 from shardsave._engine.workers import worker_count
 
@@ -37,14 +35,11 @@ def run(request: Request, tick: Tick) -> Transfer:
     """Runs the C++ engine, which starts writeback exactly where direct access was asked for and the file system refused it."""
     if request.start_writeback and request.access != "direct":
         raise ValueError("start_writeback needs access='direct'")
-    pieces = request.pieces
-    with collector_still():
-        places = np.fromiter(chain.from_iterable(map(_place, pieces)), np.int64, 2 * len(pieces)).reshape(-1, 2)
-        piece_bytes = np.array([piece.nbytes for piece in pieces], dtype=np.int64)
+    places = _places(request.pieces)
     kinds = set(places[:, 0].tolist())
     devices = sorted(kind for kind in kinds if kind >= 0)
-    elsewhere = [pieces[n] for n in np.flatnonzero(places[:, 0] != extension.HOST).tolist()]
-    callers_stream = {device: torch.cuda.current_stream(device) for device in _cuda_devices(elsewhere)}
+    not_on_host = [request.pieces[n] for n in np.flatnonzero(places[:, 0] != extension.HOST).tolist()]
+    callers_stream = {device: torch.cuda.current_stream(device) for device in _cuda_devices(not_on_host)}
     try:
         result = extension.run(
             write=request.write,
@@ -52,7 +47,7 @@ def run(request: Request, tick: Tick) -> Transfer:
             access=request.access,
             blocks=request.blocks.table,
             segments=_segment_table(request.blocks.segments, places),
-            piece_bytes=piece_bytes,
+            piece_bytes=request.blocks.piece_bytes,
             checksum=request.checksum,
             streams=[(device, callers_stream[device].cuda_stream) for device in devices],
             workers=worker_count(request.access, with_device=bool(devices)),
@@ -66,37 +61,33 @@ def run(request: Request, tick: Tick) -> Transfer:
 
 
 def _lender(request: Request, callers_stream: dict[int, torch.cuda.Stream]) -> Lend:
-    """What workers call for memory that only torch can reach."""
+    """The function that workers call for pieces whose bytes they cannot reach themselves."""
 
     def lend(number: int, offset: int, view: memoryview) -> None:
-        piece = request.pieces[number]
-        tensor = piece.tensor
-        assert tensor is not None
+        source = request.pieces[number]
+        assert source is not None
         # Workers have streams of their own (torch's current stream is thread-local): copies must follow the caller's work.
-        device = tensor.get_device() if isinstance(tensor, torch.Tensor) and tensor.is_cuda else None
-        with torch.cuda.stream(callers_stream[device]) if device is not None else contextlib.nullcontext():
+        stream = callers_stream.get(source.cuda_device)
+        with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
             if request.write:
-                gather.fill(tensor, piece.dtype, offset, view)
+                source.gather(offset, view)
             else:
-                assert isinstance(tensor, torch.Tensor)
-                gather.drain(tensor, piece.dtype, offset, view)
+                source.scatter(offset, view)
 
     return lend
 
 
-def _place(piece: Piece) -> tuple[int, int]:
-    """Which memory a piece lies in, as a value of the extension's first column, and its address there."""
-    tensor, dtype, _ = piece
-    if tensor is None:
-        return extension.DISCARD, 0
-    if isinstance(tensor, Assembled):
-        return extension.LENT, 0
-    if tensor.dtype == dtype and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
-        if tensor.is_cpu:
-            return extension.HOST, tensor.data_ptr()
-        if tensor.is_cuda and _reaches_cuda():
-            return tensor.get_device(), tensor.data_ptr()
-    return extension.LENT, 0
+@collector_still()
+def _places(pieces: Sequence[Piece]) -> NDArray[np.int64]:
+    """For each piece the memory that it lies in, as a value of the extension's first column, and its address there."""
+    discarded, lent = (extension.DISCARD, 0), (extension.LENT, 0)
+    # `ByteSource.memory` counts devices as the extension does: HOST is -1.
+    rows = (discarded if source is None else source.memory() or lent for source in pieces)
+    places = np.fromiter(chain.from_iterable(rows), np.int64, 2 * len(pieces)).reshape(-1, 2)
+    on_device = places[:, 0] >= 0
+    if on_device.any() and not _reaches_cuda():
+        places[on_device] = lent
+    return places
 
 
 def _segment_table(segments: NDArray[np.int64], places: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -107,7 +98,7 @@ def _segment_table(segments: NDArray[np.int64], places: NDArray[np.int64]) -> ND
 
 
 def _cuda_devices(pieces: Sequence[Piece]) -> set[int]:
-    return {tensor.get_device() for tensor, _, _ in pieces if isinstance(tensor, torch.Tensor) and tensor.is_cuda}
+    return {source.cuda_device for source in pieces if source is not None} - {-1}
 
 
 def _reaches_cuda() -> bool:

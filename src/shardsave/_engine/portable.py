@@ -6,10 +6,8 @@ import os
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import torch
 
 from shardsave._common import os_calls
-from shardsave._engine import gather
 from shardsave._engine.blocks import Blocks
 from shardsave._engine.transfer import BLOCK_BYTES, Piece, Request, Tick, Transfer, TransferFault, out_of_memory
 from shardsave._format import crc64
@@ -22,7 +20,7 @@ def reserve(pieces: Sequence[Piece]) -> None:
 
 def run(request: Request, tick: Tick) -> Transfer:
     """As `shardsave._engine.engine.write` and `read`, always through the page cache."""
-    files, pieces = request.files, request.pieces
+    files, pieces, piece_bytes = request.files, request.pieces, request.blocks.piece_bytes.tolist()
     sums = [0] * len(pieces)
     done = 0
     staging = _staging_memory()
@@ -33,15 +31,15 @@ def run(request: Request, tick: Tick) -> Transfer:
         if not request.write:
             _read_block(files, file, offset, slot, used)
         for number, piece_offset, count, at in segments:
-            piece = pieces[number]
+            source = pieces[number]
             part = slot[at : at + count]
-            if request.write and piece.tensor is not None:
-                gather.fill(piece.tensor, piece.dtype, piece_offset, part)
+            if request.write and source is not None:
+                source.gather(piece_offset, part)
             if request.checksum:
-                behind = piece.nbytes - piece_offset - count
+                behind = piece_bytes[number] - piece_offset - count
                 sums[number] ^= crc64.shift(crc64.raw(np.frombuffer(part, np.uint8)), behind)
-            if not request.write and isinstance(piece.tensor, torch.Tensor):
-                gather.drain(piece.tensor, piece.dtype, piece_offset, part)
+            if not request.write and source is not None:
+                source.scatter(piece_offset, part)
             done += count
         if request.write:
             slot[used:] = bytes(length - used)
@@ -49,7 +47,7 @@ def run(request: Request, tick: Tick) -> Transfer:
             if request.start_writeback:
                 os_calls.start_writeback(files[file], offset, length)
         tick(done)
-    finished = (crc64.finish(value, piece.nbytes) for value, piece in zip(sums, pieces)) if request.checksum else ()
+    finished = map(crc64.finish, sums, piece_bytes) if request.checksum else ()
     return Transfer(tuple(finished), (False,) * len(files), BLOCK_BYTES, pinned=False)
 
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, Union
 
-import torch
-
-from shardsave._common.assembled import Memory
+from shardsave._common.sources import ByteSource
 from shardsave._engine.blocks import Blocks
 
 #: The size of one slot of staging memory, in bytes: a block is never longer.
@@ -21,17 +19,8 @@ Access = Literal["buffered", "direct", "auto"]
 #: Called with the number of bytes done so far.
 Tick = Callable[[int], object]
 
-
-class Piece(NamedTuple):
-    """The memory that a run of a file's bytes comes from or goes to.
-
-    ``dtype`` and ``nbytes`` are those in the file; the tensor may have another dtype. Without a ``tensor``, the bytes are only read
-    and summed.
-    """
-
-    tensor: Memory | None
-    dtype: torch.dtype
-    nbytes: int
+#: What one run of a file's bytes comes from or goes to; None: the bytes are only read and summed.
+Piece = Union[ByteSource, None]
 
 
 class Request(NamedTuple):

@@ -14,6 +14,7 @@ import torch
 
 from shardsave._common.assembled import Assembled
 from shardsave._common.os_calls import CallFailed, Descriptor, call, read_all
+from shardsave._common.sources import TensorSource
 from shardsave._foreign.dcp import TABLE_NAME, read_distributed
 from shardsave._foreign.torch_file import read_torch_file
 from shardsave._format.header import CHECKSUM_KEY
@@ -120,7 +121,7 @@ def _from_checkpoint(path: str, key: str | None, wanted: Wanted, closing: ExitSt
     extra = maps.tensors(checkpoint.kept)
     beside = Beside(
         checkpoint.documents,
-        tuple(Entry(name, "buffer", None, None, tensor) for name, tensor in extra.items()),
+        tuple(Entry(name, "buffer", None, None, TensorSource.of(tensor)) for name, tensor in extra.items()),
         module_flags=record.module_flags if record is not None else None,
     )
     return Origin(

@@ -1,6 +1,6 @@
 """Which tensor goes into which shard, and at which offset: layout arithmetic, no I/O.
 
-Everything here is a pure function of the stored tensors, so every process that sees the same tensors plans the same files.
+Everything here is a pure function of the stored tensors: every process that has the same tensors plans the same files.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from typing import NamedTuple
 
 from shardsave._format.dtypes import item_bytes
 
-#: Data begins, and blocks begin and end, at a multiple of this many bytes: what O_DIRECT asks for at most (open(2), statx(2)).
+#: The data of a file begins at a multiple of this, in bytes, and blocks are cut at multiples of it: no file system asks for more
+#: with O_DIRECT (open(2), statx(2)).
 ALIGNMENT = 4096
 
 
 class StoredTensor(NamedTuple):
-    """What a file has: ``shape`` as the header says it, ``nbytes`` in the file; ``frozen`` decides whom it is packed with."""
+    """A tensor in a file: ``dtype`` and ``shape`` as in the header; ``frozen`` and trainable tensors are packed apart."""
 
     name: str
     dtype: str
@@ -26,7 +27,7 @@ class StoredTensor(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """The tensors of one file in file order; ``begins`` are byte offsets from the start of the data."""
+    """The tensors of one file in file order; ``begins``: where each begins, in bytes from the start of the data."""
 
     tensors: tuple[StoredTensor, ...]
     begins: tuple[int, ...]
@@ -34,17 +35,17 @@ class Shard(NamedTuple):
 
 
 def pack(tensors: Sequence[StoredTensor], max_shard_size: int) -> tuple[Shard, ...]:
-    """Distributes ``tensors`` over shards of at most ``max_shard_size`` bytes of data, frozen and trainable apart.
+    """Distributes ``tensors`` over shards of at most ``max_shard_size`` bytes of data; frozen and trainable tensors are kept apart.
 
-    Greedy in the order given; a tensor larger than the bound gets a shard of its own. Between two repeated blocks
-    (``layers.3.`` and ``layers.4.``) a shard ends early when it is at least three quarters full, so that a block is not
-    torn when a little room is all that it costs. No tensors at all are one empty shard.
+    Greedy, in the order of ``tensors``; a tensor larger than the bound has a shard of its own. Between two repeated layers
+    (``layers.3.`` and ``layers.4.``) a shard ends early if it is at least three quarters full: a layer stays in one file where that
+    costs only a little room. Without tensors there is one empty shard.
     """
     groups: list[list[StoredTensor]] = []
     for frozen in (True, False):
-        chosen = [tensor for tensor in tensors if tensor.frozen == frozen]
-        if chosen:
-            groups.extend(_greedy(chosen, max_shard_size))
+        alike = [tensor for tensor in tensors if tensor.frozen == frozen]
+        if alike:
+            groups.extend(_greedy(alike, max_shard_size))
     return tuple(_lay_out(group) for group in groups) or (_lay_out([]),)
 
 
@@ -54,7 +55,7 @@ def _greedy(tensors: Iterable[StoredTensor], bound: int) -> list[list[StoredTens
     room = bound
     for tensor in tensors:
         nearly_full = bool(current) and room <= bound // 4
-        at_boundary = nearly_full and _repeated_block(tensor.name) != _repeated_block(current[-1].name)
+        at_boundary = nearly_full and _repeated_layer(tensor.name) != _repeated_layer(current[-1].name)
         if current and (tensor.nbytes > room or at_boundary):
             groups.append(current)
             current, room = [], bound
@@ -65,8 +66,8 @@ def _greedy(tensors: Iterable[StoredTensor], bound: int) -> list[list[StoredTens
     return groups
 
 
-def _repeated_block(name: str) -> str | None:
-    """``layers.3.mlp.weight`` → ``layers.3``: the name up to its first number, or None where there is none."""
+def _repeated_layer(name: str) -> str | None:
+    """``layers.3.mlp.weight`` → ``layers.3``: the name up to its first number; None without a number."""
     parts = name.split(".")
     for depth, part in enumerate(parts):
         if part.isdecimal():
@@ -76,6 +77,6 @@ def _repeated_block(name: str) -> str | None:
 
 def _lay_out(tensors: Sequence[StoredTensor]) -> Shard:
     align = {dtype: -item_bytes(dtype) for dtype in {tensor.dtype for tensor in tensors}}
-    ordered = sorted(tensors, key=lambda tensor: align[tensor.dtype])  # stable: state order within an alignment
+    ordered = sorted(tensors, key=lambda tensor: align[tensor.dtype])  # stable: tensors of one alignment stay in state order
     *begins, end = accumulate((tensor.nbytes for tensor in ordered), initial=0)
     return Shard(tuple(ordered), tuple(begins), end)

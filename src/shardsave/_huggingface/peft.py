@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from shardsave._common.sources import TensorSource
 from shardsave._huggingface.transformers_saving import OnDisk
 from shardsave._loading.fill_groups import Join
-from shardsave._state.module import Entry, State, tensor_of
+from shardsave._state.module import Entry, State
 from shardsave._state.wrappers import Names, unwrap
 from shardsave._storage.checkpoint import Located
 from shardsave.errors import IncompatibleCheckpointError, UnsupportedTensorError
@@ -57,7 +58,7 @@ def adapter_of(model: Any, tensors: Mapping[str, torch.Tensor]) -> Adapter:
 def adapter_on_disk(model: Any, state: State) -> OnDisk:
     """Of ``state``, the entries of a PEFT ``model``, its adapter under the names that PEFT gives it; and the flags of all."""
     entries = {entry.name: entry for entry in state.entries}
-    adapter = adapter_of(model, {name: tensor_of(entry) for name, entry in entries.items()})
+    adapter = adapter_of(model, {name: entry.tensor for name, entry in entries.items()})
     if not adapter.names and not adapter.computed:
         raise UnsupportedTensorError(
             f"cannot save the adapter {_active(model)!r}: tensors of it were expected in the model, there is none; nothing was written"
@@ -67,7 +68,7 @@ def adapter_on_disk(model: Any, state: State) -> OnDisk:
     for saved, name in adapter.names.items():
         leader = entries[name].tied_to
         made.append(entries[name]._replace(name=saved, tied_to=saved_as.get(leader) if leader is not None else None))
-    made += [Entry(saved, "tensor", None, None, tensor) for saved, tensor in adapter.computed.items()]
+    made += [Entry(saved, "tensor", None, None, TensorSource.of(tensor)) for saved, tensor in adapter.computed.items()]
     flags = {entry.name: entry.frozen for entry in state.entries if entry.frozen is not None}
     return OnDisk(state._replace(entries=tuple(made)), flags, ())
 

@@ -135,7 +135,9 @@ class Conversion:
                 f"transformers raised {type(error).__name__}: {' '.join(str(error).split())}; the module is unchanged"
             ) from error
         for name, tensor in made.items():
-            self.stored[name] = Located(name, BY_TORCH[tensor.dtype].name, logical_shape(tensor), tensor.nbytes, "", 0, None)
+            self.stored[name] = Located(
+                name, BY_TORCH[tensor.dtype].name, logical_shape(tensor.dtype, tensor.shape), tensor.nbytes, "", 0, None
+            )
         self._sent.update(dict.fromkeys((name for name, _ in members), tuple(made)))
         self.joins.append(Join(tuple(made), sources, convert))
         self._keys.append([(first, part) for _, part in members])

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.overrides import TorchFunctionMode
 
+from shardsave._common.sources import TensorSource
 from shardsave._common.words import human_bytes
-from shardsave._state.module import Entry, State, tensor_of
+from shardsave._state.module import Entry, State
 from shardsave._state.wrappers import unwrap
 from shardsave.errors import UnsupportedTensorError
 
@@ -66,7 +67,7 @@ def on_disk(model: Any, state: State) -> OnDisk:
     ignored = frozenset(getattr(model, "_keys_to_ignore_on_save", None) or ())
     entries = _stored_as_they_do(model, [entry for entry in state.entries if entry.name not in ignored])
     by_name = {entry.name: entry for entry in entries}
-    stored = {entry.name: tensor_of(entry) for entry in entries if entry.tied_to is None}
+    stored = {entry.name: entry.tensor for entry in entries if entry.tied_to is None}
     renamed = reverted(model, stored)
     place = {name: n for n, name in enumerate(stored)}
     made = [_entry(name, part, [by_name[source] for source in part.sources]) for name, part in renamed.items()]
@@ -150,7 +151,7 @@ def _memory_of(tensor: torch.Tensor) -> object:
 def _entry(name: str, part: Part, sources: Iterable[Entry]) -> Entry:
     """Frozen when all that it is made of is."""
     flags = [entry.frozen for entry in sources if entry.frozen is not None]
-    return Entry(name, "parameter" if flags else "buffer", all(flags) if flags else None, None, part.tensor)
+    return Entry(name, "parameter" if flags else "buffer", all(flags) if flags else None, None, TensorSource.of(part.tensor))
 
 
 def _stored_as_they_do(model: Any, entries: list[Entry]) -> list[Entry]:
@@ -178,7 +179,7 @@ def _ties(model: Any, entries: Iterable[Entry], stored: Mapping[str, Part]) -> l
     whole = {part.sources[0]: name for name, part in stored.items() if len(part.sources) == 1 and not part.is_copy}
     once = {source for source in whole if sum(part.sources == (source,) for part in stored.values()) == 1} if tied else set()
     made = []
-    for name, part in reverted(model, {name: tensor_of(entry) for name, entry in tied.items()}).items() if tied else ():
+    for name, part in reverted(model, {name: entry.tensor for name, entry in tied.items()}).items() if tied else ():
         entry = tied[part.sources[0]]
         if len(part.sources) == 1 and entry.tied_to in once and name not in stored:
             made.append(entry._replace(name=name, tied_to=whole[entry.tied_to]))

@@ -12,9 +12,10 @@ import torch
 
 from shardsave._common.gc_pause import collector_still
 from shardsave._common.progress import Progress
+from shardsave._common.sources import TensorSource
 from shardsave._engine import engine
 from shardsave._engine.blocks import blocks
-from shardsave._engine.transfer import BLOCK_BYTES, Piece, TransferFault
+from shardsave._engine.transfer import BLOCK_BYTES, TransferFault
 from shardsave._format.dtypes import BY_NAME, item_bytes
 from shardsave._storage.checkpoint import Checkpoint, Located
 from shardsave.errors import CorruptCheckpointError, ShardSaveError
@@ -93,7 +94,7 @@ def _read_group(
 ) -> list[tuple[Located, str]]:
     with collector_still():
         dtypes = {dtype: BY_NAME[dtype].torch for dtype in {t.dtype for t, _ in targets}}
-        pieces = [Piece(tensor, dtypes[t.dtype], t.nbytes) for t, tensor in targets]
+        pieces = [TensorSource(tensor, dtypes[t.dtype]) if tensor is not None else None for t, tensor in targets]
         planned = blocks(extents, BLOCK_BYTES)
         checksums = [t.checksum for t, _ in targets]
     checksum = verify and checksums.count(None) < len(checksums)

@@ -12,9 +12,10 @@ import numpy as np
 
 from shardsave._common.os_calls import descriptor_allowance
 from shardsave._common.progress import Progress
+from shardsave._common.sources import ByteSource
 from shardsave._engine import engine
 from shardsave._engine.blocks import Blocks, blocks
-from shardsave._engine.transfer import BLOCK_BYTES, Piece, Transfer, TransferFault
+from shardsave._engine.transfer import BLOCK_BYTES, Transfer, TransferFault
 from shardsave._format.crc64 import crc64, joined
 from shardsave._format.dtypes import BY_TORCH, logical_shape
 from shardsave._format.header import encode_header, with_sums
@@ -33,7 +34,7 @@ class PlannedShard(NamedTuple):
 
     layout: Shard
     header: bytes
-    pieces: list[Piece]
+    pieces: list[ByteSource]
 
     @property
     def reserved_bytes(self) -> int:
@@ -50,12 +51,11 @@ def plan_shards(
     """
     tensors, pieces = [], {}
     for entry in entries:
-        tensor, name = entry.tensor, entry.name
-        dtype = entry.cast or tensor.dtype
-        nbytes = tensor.numel() * dtype.itemsize
+        source, dtype = entry.source, entry.source.dtype
         frozen = apart and bool(entry.frozen)
-        tensors.append(StoredTensor(name, BY_TORCH[dtype].name, logical_shape(tensor), nbytes, frozen))
-        pieces[name] = Piece(tensor, dtype, nbytes)
+        shape = logical_shape(dtype, source.shape)
+        tensors.append(StoredTensor(entry.name, BY_TORCH[dtype].name, shape, source.nbytes, frozen))
+        pieces[entry.name] = source
     return [
         PlannedShard(layout, encode_header(layout, more), [pieces[tensor.name] for tensor in layout.tensors])
         for layout in pack(tensors, bound)

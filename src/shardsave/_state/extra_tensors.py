@@ -7,6 +7,7 @@ from collections.abc import Hashable, Sequence
 import torch
 
 from shardsave._common.memory import address, memory_key
+from shardsave._common.sources import TensorSource
 from shardsave._state.module import Entry
 from shardsave._state.savable import check_savable
 
@@ -16,7 +17,7 @@ class ExtraTensors:
 
     def __init__(self, entries: Sequence[Entry]) -> None:
         self.kept: list[Entry] = []
-        self._by_name = {entry.name: entry.tensor for entry in entries if isinstance(entry.tensor, torch.Tensor)}
+        self._by_name = {entry.name: entry.tensor for entry in entries}
         named = reversed(self._by_name.items())  # of names with one memory the first is kept
         self._by_memory = {memory_key(tensor): name for name, tensor in named if address(tensor)}
         self._kept_by_memory: dict[Hashable, str] = {}
@@ -37,7 +38,7 @@ class ExtraTensors:
             name += "_"
         check_savable(name, tensor)
         self._taken.add(name)
-        self.kept.append(Entry(name, "buffer", None, None, tensor.detach()))
+        self.kept.append(Entry(name, "buffer", None, None, TensorSource.of(tensor.detach())))
         if memory is not None:
             self._kept_by_memory[memory] = name
         return name, True

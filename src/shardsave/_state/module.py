@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from shardsave._common.assembled import Memory
 from shardsave._common.memory import any_overlap, reach, shared_names
+from shardsave._common.sources import ByteSource, TensorSource
 from shardsave._state.numpy_arrays import tensor_of_array
 from shardsave._state.savable import check_savable, refuse
 from shardsave._state.wrappers import Names, refuse_sharded, unwrap
@@ -25,21 +25,20 @@ EXTRA_STATE = "_extra_state"
 class Entry(NamedTuple):
     """One name of a module. ``frozen`` is None where there is no flag; ``tied_to`` is the entry whose memory this one shares.
 
-    ``cast``: the dtype that it is to have in the file, where that is not the tensor's own.
+    ``source`` has the bytes for the file; for an entry of a module it is a `TensorSource`.
     """
 
     name: str
     kind: Literal["parameter", "buffer", "tensor"]
     frozen: bool | None
     tied_to: str | None
-    tensor: Memory
-    cast: torch.dtype | None = None
+    source: ByteSource
 
-
-def tensor_of(entry: Entry) -> torch.Tensor:
-    """The tensor of an entry of a module; only a conversion has entries made of parts."""
-    assert isinstance(entry.tensor, torch.Tensor)
-    return entry.tensor
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The tensor of an entry of a module; entries of a conversion may have other sources."""
+        assert isinstance(self.source, TensorSource)
+        return self.source.tensor
 
 
 class Beside(NamedTuple):
@@ -95,7 +94,7 @@ def read_state(source: Source | State, *, tensors_only: bool = False) -> State:
         frozen = not tensor.requires_grad if type(tensor) is nn.Parameter else flags.get(name)
         kind = "parameter" if frozen is not None else unflagged
         # Detached: giving the Parameter other data during the save does not take this memory away.
-        entries.append(Entry(name, kind, frozen, ties.get(name), tensor.detach()))
+        entries.append(Entry(name, kind, frozen, ties.get(name), TensorSource(tensor.detach(), tensor.dtype)))
     return State(tuple(entries), known, tuple(_overlaps(entries)))
 
 
@@ -140,12 +139,13 @@ def _as_tensor(name: object, value: object) -> torch.Tensor:
 def _overlaps(entries: list[Entry]) -> Iterator[tuple[str, str]]:
     """Pairs of neighbours in memory that share bytes without being tied; at most one pair for each entry."""
     apart = [entry for entry in entries if entry.tied_to is None]
-    begins = [tensor_of(entry).data_ptr() for entry in apart]
-    ends = [begin + reach(tensor_of(entry)) for begin, entry in zip(begins, apart)]
+    tensors = [entry.tensor for entry in apart]
+    begins = [tensor.data_ptr() for tensor in tensors]
+    ends = [begin + reach(tensor) for begin, tensor in zip(begins, tensors)]
     if not any_overlap(begins, ends):
         return
     spans = sorted(
-        (str(tensor_of(entry).device), begin, end, entry.name) for begin, end, entry in zip(begins, ends, apart) if begin < end
+        (str(entry.tensor.device), begin, end, entry.name) for begin, end, entry in zip(begins, ends, apart) if begin < end
     )
     furthest: tuple[str, int, str] | None = None
     for device, begin, end, name in spans:

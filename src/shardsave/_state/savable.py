@@ -41,7 +41,7 @@ def check_savable(name: str, tensor: torch.Tensor) -> None:
         )
     if lacks_memory(tensor):
         refuse(name, "memory for all its elements was expected", "its storage was freed or made smaller")
-    if tensor.nbytes == 0 and math.prod(size or 1 for size in logical_shape(tensor)) >= 1 << 63:
+    if tensor.nbytes == 0 and math.prod(size or 1 for size in logical_shape(dtype, tensor.shape)) >= 1 << 63:
         # Some readers multiply sizes in order and may overflow before they meet the zero; torch computes strides.
         refuse(
             name, "sizes that multiply to fewer than 2^63, its zeros aside, were expected", f"its shape is {list(tensor.shape)}"
