@@ -1,4 +1,4 @@
-"""How many workers the C++ engine gets, for each way to open files."""
+"""How many workers the C++ engine has, for each way to open files."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ native = pytest.importorskip("shardsave._native")
 
 
 @pytest.mark.parametrize("access", ["auto", "buffered", "direct"])
-def test_workers_of_a_device(access: Access, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches as few workers as processors, where most wait for a device, and slots touched for workers that are of no use."""
+def test_worker_count(access: Access, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches too few workers for a device, which most of them wait for; and more workers than slots, or than can be of use."""
     from shardsave._engine.workers import worker_count
 
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})

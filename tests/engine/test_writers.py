@@ -1,6 +1,6 @@
-"""How the C++ engine's workers share files that are written through the page cache, where one file lets one writer in at a time.
+"""How the C++ engine's workers share files that are written through the page cache: a file admits one writer at a time.
 
-Method: ``native.run`` on files of one piece each; lent memory shows the order of the blocks, the ticks how many threads there are.
+Method: ``native.run`` on files of one piece each; lent memory shows the order of the blocks, ticks count the threads.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def write(
     lend: Callable[..., None] | None = None,
     tick: Callable[[int], object] = lambda _: None,
 ) -> list[bytes]:
-    """Writes each piece to a file of its own, and gives back what the files hold."""
+    """Writes each piece to a file of its own, and returns the contents of the files."""
     paths = [folder / str(number) for number in range(len(pieces))]
     descriptors = [os.open(path, os.O_RDWR | os.O_CREAT) for path in paths]
     blocks, segments = [], []
@@ -64,7 +64,7 @@ def write(
 
 
 def test_files_take_turns(tmp_path: Path) -> None:
-    """Catches workers that queue at one file while others wait for nobody; and more files in turn than workers can use."""
+    """Catches workers that all wait for one file while others are free; and more files at a time than workers can use."""
     count, workers = 30, 2
     pieces = [np.full(count * BLOCK, number, np.uint8) for number in range(5)]
     order: list[int] = []
@@ -75,13 +75,13 @@ def test_files_take_turns(tmp_path: Path) -> None:
 
     assert write(tmp_path, native.LENT, pieces, workers, lend=lend) == [piece.tobytes() for piece in pieces]
     assert Counter(order) == dict.fromkeys(range(5), count)
-    for first in (0, 2):  # of two files in turn; each worker may hold one block back
+    for first in (0, 2):  # two files at a time, in turn; each worker may hold back one block
         half = order[first * count : (first + 1) * count]
         assert abs(half.count(first) - half.count(first + 1)) <= 2 * workers, order
 
 
 def test_no_more_writers_than_a_file_has_room_for(tmp_path: Path) -> None:
-    """Catches workers that do nothing but wait for the lock of one file."""
+    """Catches workers that only wait for the lock of one file."""
     before = len(os.listdir("/proc/self/task"))
     seen: list[int] = []
     piece = np.ones(64 << 20, np.uint8)

@@ -1,4 +1,4 @@
-"""Tensors that a whole model needs and its weights do not have."""
+"""Extra tensors: what a whole model needs and its weights do not contain."""
 
 from __future__ import annotations
 
@@ -13,25 +13,30 @@ from shardsave._state.savable import check_savable
 
 
 class ExtraTensors:
-    """What a model needs and its weights (``entries``) do not have: non-persistent buffers, tensors in attributes, constants."""
+    """Collects the tensors of a model that are not among its weights: non-persistent buffers, tensors in attributes, constants.
+
+    ``entries``: the weights. ``kept``: the extra tensors so far.
+    """
 
     def __init__(self, entries: Sequence[Entry]) -> None:
         self.kept: list[Entry] = []
         self._by_name = {entry.name: entry.tensor for entry in entries}
-        named = reversed(self._by_name.items())  # of names with one memory the first is kept
+        named = reversed(self._by_name.items())  # the first of several names with one memory wins
         self._by_memory = {memory_key(tensor): name for name, tensor in named if address(tensor)}
         self._kept_by_memory: dict[Hashable, str] = {}
         self._taken = {"", "__metadata__"}
 
     def place(self, tensor: torch.Tensor, name: str) -> tuple[str, bool]:
-        """The name under which the checkpoint has the data of ``tensor``, and whether it is an extra one."""
+        """Returns the name under which the checkpoint holds the data of ``tensor``, and whether it is an extra tensor.
+
+        ``name``: the wanted name of an extra tensor. Raises UnsupportedTensorError.
+        """
         memory = memory_key(tensor) if address(tensor) else None
-        stored = self._by_memory.get(memory) if memory is not None else None
-        if stored is None and memory is None and name in self._by_name:
-            there = self._by_name[name]
-            stored = name if (there.shape, there.dtype) == (tensor.shape, tensor.dtype) else None
-        if stored is not None:
-            return stored, False
+        if memory is not None and memory in self._by_memory:
+            return self._by_memory[memory], False
+        weight = self._by_name.get(name)
+        if memory is None and weight is not None and (weight.shape, weight.dtype) == (tensor.shape, tensor.dtype):
+            return name, False
         if memory is not None and memory in self._kept_by_memory:
             return self._kept_by_memory[memory], True
         while name in self._taken:

@@ -1,4 +1,4 @@
-"""What a module or a mapping has to save: its tensors by name, their freeze flags, and which of them share memory."""
+"""What there is to save: the tensors of a module or a mapping by name, their freeze flags, and which of them share memory."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from shardsave.errors import an
 
 Source = Union[nn.Module, Mapping[str, Any]]
 
-#: How the name in a state dict ends under which a module has its extra state.
+#: The last part of the name under which a state dict has a module's extra state.
 EXTRA_STATE = "_extra_state"
 
 
 class Entry(NamedTuple):
-    """One name of a module. ``frozen`` is None where there is no flag; ``tied_to`` is the entry whose memory this one shares.
+    """One name of a module or a mapping.
 
-    ``source`` has the bytes for the file; for an entry of a module it is a `TensorSource`.
+    ``frozen``: None without a freeze flag. ``tied_to``: the first name with the same memory; None for the first name itself.
+    ``source``: what has the bytes for the file, a `TensorSource` for entries of a module.
     """
 
     name: str
@@ -78,7 +79,7 @@ def read_state(source: Source | State, *, tensors_only: bool = False) -> State:
         refuse_sharded(module, "save", "nothing was written")
         named = _module_tensors(module, tensors_only)
         known = True
-        flags = _flags_apart(module, named)
+        flags = _module_flags(module, named)
     elif isinstance(source, Mapping):
         named = {name: _as_tensor(name, value) for name, value in source.items()}
         known = any(type(tensor) is nn.Parameter for tensor in named.values())
@@ -99,20 +100,23 @@ def read_state(source: Source | State, *, tensors_only: bool = False) -> State:
 
 
 def _module_tensors(module: nn.Module, tensors_only: bool) -> dict[str, torch.Tensor]:
-    made: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     names = Names.of(module)
     for name, value in module.state_dict(keep_vars=True).items():
         plain = names.plain(name)
         if tensors_only and plain.endswith(EXTRA_STATE) and not isinstance(value, torch.Tensor):
             continue
-        if plain in made:
-            refuse(name, f"one tensor of the name {plain!r} was expected", "without those of wrappers two have it")
-        made[plain] = _as_tensor(name, value)
-    return made
+        if plain in tensors:
+            refuse(name, f"one tensor of the name {plain!r} was expected", "without the names of wrappers there are two")
+        tensors[plain] = _as_tensor(name, value)
+    return tensors
 
 
-def _flags_apart(module: nn.Module, named: Mapping[str, torch.Tensor]) -> dict[str, bool]:
-    """Name → frozen from the module itself, where its state dict also has tensors that are no Parameters (a hook's, buffers)."""
+def _module_flags(module: nn.Module, named: Mapping[str, torch.Tensor]) -> dict[str, bool]:
+    """Name → frozen, from the module itself; empty if all tensors in its state dict are Parameters, which have their own flags.
+
+    Other tensors in a state dict are buffers, or what a hook put in the place of a Parameter.
+    """
     if all(type(tensor) is nn.Parameter for tensor in named.values()):
         return {}
     names = Names.of(module)
