@@ -1,12 +1,12 @@
-/* The limits that the benchmark measures against: what the disk and the memory give to a program that does nothing else.
+/* Measures the limits of the disk and the memory, with which the benchmark compares shardsave.
  *
  *   raw write  FILE BYTES THREADS   O_DIRECT: fallocate, pwrite of 8 MiB blocks with one copy into an aligned buffer, fsync
- *   raw read   FILE BYTES THREADS   O_DIRECT: pread into an aligned buffer, one copy out of it into memory touched before
- *   raw fresh  FILE BYTES THREADS   the same into memory that nobody has touched, as new tensors are
- *   raw warm   FILE BYTES THREADS   pread through the page cache straight into memory touched before
+ *   raw read   FILE BYTES THREADS   O_DIRECT: pread into an aligned buffer, one copy from it to memory touched before
+ *   raw fresh  FILE BYTES THREADS   the same to memory that was never touched, like that of new tensors
+ *   raw warm   FILE BYTES THREADS   pread through the page cache directly into memory touched before
  *   raw memcpy -    BYTES THREADS   memory to memory, both touched before
  *
- * Prints one line of JSON: wall and processor seconds of the operation alone. */
+ * Prints one line of JSON: the wall and processor seconds of the operation alone. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -30,30 +30,30 @@ static size_t total;
 static int descriptor = -1;
 static atomic_size_t next_block;
 
-static void fail(const char *what) {
-  fprintf(stderr, "%s: %s\n", what, strerror(errno));
+static void fail(const char *call) {
+  fprintf(stderr, "%s: %s\n", call, strerror(errno));
   exit(1);
 }
 
-/* Staging memory has huge pages; what stands for the model has the ordinary ones that torch allocates. */
+/* Staging memory has huge pages; the model's memory has ordinary pages, as torch allocates them. */
 static void *map(size_t length, enum kind kind) {
-  char *made = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (made == MAP_FAILED) fail("mmap");
-  if (kind == STAGING) madvise(made, length, MADV_HUGEPAGE);
+  char *mapping = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapping == MAP_FAILED) fail("mmap");
+  if (kind == STAGING) madvise(mapping, length, MADV_HUGEPAGE);
   if (kind == TOUCHED) {
     uint64_t state = 88172645463325252u;
     for (size_t at = 0; at + 8 <= length; at += 8) {
       state ^= state << 13, state ^= state >> 7, state ^= state << 17;
-      memcpy(made + at, &state, 8);
+      memcpy(mapping + at, &state, 8);
     }
   }
-  return made;
+  return mapping;
 }
 
-static void move_all(int writing, char *into, size_t length, size_t needed, off_t offset) {
+static void transfer(int writing, char *buffer, size_t length, size_t needed, off_t offset) {
   for (size_t done = 0; done < needed;) {
-    const ssize_t count = writing ? pwrite(descriptor, into + done, length - done, offset + (off_t)done)
-                                  : pread(descriptor, into + done, length - done, offset + (off_t)done);
+    const ssize_t count = writing ? pwrite(descriptor, buffer + done, length - done, offset + (off_t)done)
+                                  : pread(descriptor, buffer + done, length - done, offset + (off_t)done);
     if (count < 0 && errno == EINTR) continue;
     if (count <= 0) fail(writing ? "pwrite" : "pread");
     done += (size_t)count;
@@ -72,12 +72,12 @@ static void *work(void *unused) {
     if (writing) {
       memcpy(buffer, memory + at, length);
       memset(buffer + length, 0, padded - length);
-      move_all(1, buffer, padded, padded, (off_t)at);
+      transfer(1, buffer, padded, padded, (off_t)at);
     } else if (reading) {
-      move_all(0, buffer, padded, length, (off_t)at);
+      transfer(0, buffer, padded, length, (off_t)at);
       memcpy(memory + at, buffer, length);
     } else if (strcmp(operation, "warm") == 0) {
-      move_all(0, memory + at, length, length, (off_t)at);
+      transfer(0, memory + at, length, length, (off_t)at);
     } else {
       memcpy(target + at, memory + at, length);
     }
@@ -85,13 +85,13 @@ static void *work(void *unused) {
   return NULL;
 }
 
-static double wall(void) {
+static double wall_seconds(void) {
   struct timespec now;
   clock_gettime(CLOCK_MONOTONIC, &now);
   return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
-static double processor(void) {
+static double processor_seconds(void) {
   struct rusage used;
   getrusage(RUSAGE_SELF, &used);
   return (double)(used.ru_utime.tv_sec + used.ru_stime.tv_sec) +
@@ -112,7 +112,7 @@ int main(int count, char **arguments) {
   memory = map(total, strcmp(operation, "fresh") == 0 ? NEW : TOUCHED);
   if (copying) target = map(total, TOUCHED);
 
-  const double began = wall(), used = processor();
+  const double start = wall_seconds(), start_processor = processor_seconds();
   if (writing) {
     descriptor = open(arguments[2], O_RDWR | O_CREAT | O_EXCL | O_DIRECT | O_CLOEXEC, 0666);
     if (descriptor < 0) fail("open");
@@ -128,6 +128,7 @@ int main(int count, char **arguments) {
   for (int n = 0; n < threads; ++n) pthread_join(workers[n], NULL);
   if (writing && (ftruncate(descriptor, (off_t)total) != 0 || fsync(descriptor) != 0)) fail("fsync");
   if (descriptor >= 0 && close(descriptor) != 0) fail("close");
-  printf("{\"wall\": %.6f, \"cpu\": %.6f, \"bytes\": %zu}\n", wall() - began, processor() - used, total);
+  printf("{\"wall\": %.6f, \"cpu\": %.6f, \"bytes\": %zu}\n", wall_seconds() - start,
+         processor_seconds() - start_processor, total);
   return 0;
 }

@@ -1,7 +1,7 @@
 // The extension module shardsave._native: the engine's functions for Python. No other file of the core knows Python.
 //
-// Threads: a run releases the GIL and takes it only for the two hooks. A hook's Python error ends the run and is
-// raised. Ownership: the tables are copied; the caller keeps the memory at their addresses alive during the run.
+// Threads: a run releases the GIL and takes it only for its two hooks; what a hook raises ends the run and is raised.
+// Ownership: the tables are copied; the caller keeps the memory at their addresses alive during the run.
 #include <pybind11/functional.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>

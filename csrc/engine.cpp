@@ -30,6 +30,7 @@ constexpr std::size_t kCachedStep = 1 << 20;
 // release.
 constexpr std::chrono::milliseconds kTickInterval{10};
 
+// Whether no segment has to wait for a device or for the caller.
 bool needs_no_wait(const Segments& segments) {
   return std::all_of(segments.begin(), segments.end(),
                      [](const Segment& segment) { return segment.memory == kHost || segment.memory == kDiscard; });
@@ -106,7 +107,7 @@ class Run {
     }
   }
 
-  // A worker's life: moves one block after another until none is left or the run has failed.
+  // One worker: moves one block after another until none is left or the run has failed.
   void work(bool on_calling_thread) {
     try {
       for (auto& [ordinal, device] : devices_) device->enter_thread();

@@ -20,8 +20,7 @@ namespace shardsave {
 struct Ring::State {
   const std::size_t slot_bytes;
   const pid_t owner = getpid();
-  // Set by acquire(), before the ring is shared.
-  std::byte* memory = nullptr;
+  std::byte* memory = nullptr;  // constant after acquire(), as is `slots`
   std::size_t slots = 0;
 
   Mutex mutex;
@@ -42,6 +41,7 @@ struct Ring::State {
 
 namespace {
 
+// The ring of one process.
 struct Process {
   const pid_t owner = getpid();
   Mutex mutex;

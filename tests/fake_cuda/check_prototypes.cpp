@@ -1,5 +1,5 @@
 // Compiled with -fsyntax-only where a real cuda.h is installed: every prototype and constant of csrc/cuda_driver.h must
-// say what the header says. A wrong one would truncate a pointer or pass an argument in the wrong register, silently.
+// equal the header's. A wrong one would silently truncate a pointer or pass an argument in the wrong register.
 #include <cuda.h>
 
 #include <type_traits>
@@ -8,7 +8,7 @@
 
 namespace ours = shardsave::cuda;
 
-// How we spell the header's types.
+// Maps the header's types to ours.
 template <class T>
 struct Spelled {
   using type = T;
@@ -50,7 +50,7 @@ struct Spelled<Result(Arguments...)> {
 
 #define SAME(name, ...)                                                               \
   static_assert(std::is_same_v<Ours<decltype(&::name)>, decltype(ours::Calls::name)>, \
-                #name " does not have the types that cuda.h gives it");
+                #name " has other types than in cuda.h");
 SHARDSAVE_CUDA_CALLS(SAME)
 #undef SAME
 
@@ -65,7 +65,7 @@ static_assert(CU_MEMHOSTREGISTER_PORTABLE == ours::register_portable);
 static_assert(CU_STREAM_CAPTURE_MODE_RELAXED == ours::capture_relaxed);
 static_assert(CU_STREAM_CAPTURE_STATUS_NONE == ours::not_capturing);
 
-// Where the plain symbol is an older function, the header's macro must lead to the one that we take.
+// Where the plain symbol is an older function, the header's macro must lead to the symbol that we use.
 #define TEXT_OF(name) #name
 #define TEXT(name) TEXT_OF(name)
 constexpr bool same(const char* left, const char* right) {

@@ -1,9 +1,11 @@
-// What the fake lets tests do and see, through ctypes.
+// The functions with which tests control and observe the fake, through ctypes.
+//
+// Threads: any; each function locks the world.
 #include "world.h"
 
 using namespace fake;
 
-// Device memory, undefined. Torch holds the primary context of a device where it has memory.
+// Allocates device memory with undefined content. Torch holds the primary context of a device where it has memory.
 EXPORT std::uint64_t fake_alloc(int device, std::size_t bytes) {
   LOCKED;
   World& w = world();
@@ -20,7 +22,7 @@ EXPORT void fake_free(std::uint64_t address) {
   world().allocations.erase(address);
 }
 
-// Reads device memory as it is at this moment, with whatever is still queued left undone.
+// Reads device memory as it is now; queued work stays undone.
 EXPORT int fake_peek(int device, std::uint64_t address, void* host, std::size_t bytes) {
   LOCKED;
   const std::byte* memory = device_bytes(address, bytes, device);
@@ -38,8 +40,8 @@ EXPORT Handle fake_stream(int device) {
   return w.next_handle;
 }
 
-// A kernel of the caller's: it will write `bytes` of `content` to `address`, once something waits for it. `stream` 0 is
-// the default stream.
+// Queues a kernel of the caller's, which writes `bytes` of `content` to `address` as soon as something waits for it.
+// `stream` 0 is the default stream.
 EXPORT int fake_work(int device, Handle stream, std::uint64_t address, const void* content, std::size_t bytes) {
   LOCKED;
   World& w = world();
@@ -54,13 +56,13 @@ EXPORT int fake_work(int device, Handle stream, std::uint64_t address, const voi
   return ok;
 }
 
-// torch.cuda.synchronize() of everything.
+// torch.cuda.synchronize() for every device.
 EXPORT void fake_finish() {
   LOCKED;
   for (const auto& [handle, stream] : world().streams) run_until(handle, stream.queued);
 }
 
-// The calling thread begins to capture `stream` in the global mode.
+// Begins a capture of `stream` by the calling thread, in the global mode.
 EXPORT void fake_begin_capture(Handle stream) {
   LOCKED;
   world().streams[stream].capturing = true;
@@ -68,16 +70,16 @@ EXPORT void fake_begin_capture(Handle stream) {
   world().capture_thread = this_thread();
 }
 
-// Ends it; whether the capture is still whole.
+// Ends the capture; returns 1 if it is still valid.
 EXPORT int fake_end_capture(Handle stream) {
   LOCKED;
-  const bool whole = world().capture_alive;
+  const bool valid = world().capture_alive;
   world().streams[stream].capturing = false;
   world().capture_alive = false;
-  return whole ? 1 : 0;
+  return valid ? 1 : 0;
 }
 
-// The N-th call from now on fails with `code`; 0: none does. With `lost` every later one does, too.
+// The N-th call from now on fails with `code`; with 0 none fails. With `lost` every later call fails too.
 EXPORT void fake_fail_at(std::uint64_t n, Result code, int lost) {
   LOCKED;
   World& w = world();
@@ -87,7 +89,8 @@ EXPORT void fake_fail_at(std::uint64_t n, Result code, int lost) {
   w.failed_call.clear();
 }
 
-// The device is lost when the N-th copy from now on is half done; 0: it is not, and a lost one is as new.
+// The device is lost in the middle of the N-th copy from now on; with 0 no copy loses it, and a lost device works
+// again.
 EXPORT void fake_lose_at_copy(std::uint64_t n) {
   LOCKED;
   World& w = world();
@@ -125,7 +128,7 @@ EXPORT std::int64_t fake_count(const char* what) {
   return -1;
 }
 
-// Broken rules, one a line. The text is valid until the thread's next call.
+// The violations, one per line. The text is valid until the thread's next call.
 EXPORT const char* fake_violations() {
   LOCKED;
   static thread_local std::string text;
@@ -133,7 +136,7 @@ EXPORT const char* fake_violations() {
   return text.c_str();
 }
 
-// The call that fake_fail_at made fail; empty when none was.
+// The call that failed because of fake_fail_at; empty when none did.
 EXPORT const char* fake_failed_call() {
   LOCKED;
   static thread_local std::string text;

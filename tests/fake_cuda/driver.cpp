@@ -1,4 +1,6 @@
-// The driver API as the fake has it; what it does, and why it is hostile, stands in world.h.
+// The fake's functions of the driver API. world.h says what they promise, and in which ways they are hostile.
+//
+// Threads: any; each function locks the world.
 #include "world.h"
 
 using namespace fake;
@@ -15,10 +17,10 @@ Result copy(const char* call, Operation::Kind kind, std::uint64_t device, std::b
   const std::uint64_t address = reinterpret_cast<std::uint64_t>(host);
   if (device_bytes(device, bytes, current_device()) == nullptr ||
       (address >= w.space && address < w.space + space_bytes)) {
-    w.violated(std::string(call) + " outside of the allocations of the current context");
+    w.violated(std::string(call) + " outside the allocations of the current context");
     return invalid_value;
   }
-  if (kind == Operation::to_host) std::memset(host, 0xA5, bytes);  // undefined from now until it is waited for
+  if (kind == Operation::to_host) std::memset(host, 0xA5, bytes);  // undefined until something waits for the copy
   enqueue(handle, {kind, device, host, bytes});
   return ok;
 }
@@ -85,8 +87,8 @@ EXPORT Result cuDevicePrimaryCtxRetain(Handle* context, int device) {
   return ok;
 }
 
-// A call that gives something back does so even when it reports a failure, which may be that of earlier work; and
-// giving back on a lost device is counted.
+// A call that releases something does so even when it reports a failure, which may be that of earlier work. Releases on
+// a lost device count as well.
 EXPORT Result cuDevicePrimaryCtxRelease_v2(int device) {
   LOCKED;
   World& w = world();
@@ -99,10 +101,10 @@ EXPORT Result cuDevicePrimaryCtxRelease_v2(int device) {
   --w.devices[device].references;
   if (!w.devices[device].alive()) {
     for (const auto& [handle, stream] : w.streams) {
-      if (stream.device == device && !stream.of_test) w.violated("a primary context went with a stream alive in it");
+      if (stream.device == device && !stream.of_test) w.violated("a primary context ended with a stream alive in it");
     }
     for (const auto& [handle, event] : w.events) {
-      if (event.device == device) w.violated("a primary context went with an event alive in it");
+      if (event.device == device) w.violated("a primary context ended with an event alive in it");
     }
   }
   return failed;
@@ -154,13 +156,13 @@ EXPORT Result cuStreamDestroy_v2(Handle stream) {
   LOCKED;
   World& w = world();
   const Result failed = enter("cuStreamDestroy", Needs::context);
-  const auto found = w.streams.find(stream);
-  if (found == w.streams.end()) {
+  const auto entry = w.streams.find(stream);
+  if (entry == w.streams.end()) {
     w.violated("cuStreamDestroy on a stream that is not alive");
     return invalid_handle;
   }
-  if (!found->second.operations.empty() && !w.lost) w.violated("a stream was destroyed with copies in flight");
-  w.streams.erase(found);
+  if (!entry->second.operations.empty() && !w.lost) w.violated("a stream was destroyed with copies in flight");
+  w.streams.erase(entry);
   return failed;
 }
 
@@ -192,7 +194,7 @@ EXPORT Result cuStreamWaitEvent(Handle stream, Handle event, unsigned flags) {
   if (flags != 0) return invalid_value;
   ++world().waits;
   Operation wait{Operation::wait};
-  wait.stream = waited->stream;  // what the event stands for now; recording it again does not change that
+  wait.stream = waited->stream;  // what the event refers to now; a later record does not change the wait
   wait.sequence = waited->sequence;
   enqueue(handle, std::move(wait));
   return ok;
@@ -202,7 +204,7 @@ EXPORT Result cuEventCreate(Handle* event, unsigned flags) {
   LOCKED;
   World& w = world();
   if (const Result failed = enter("cuEventCreate", Needs::context)) return failed;
-  if (flags != 3) w.violated("an event that spins while it waits, or that takes times");
+  if (flags != 3) w.violated("an event that spins while it waits, or that records times");
   *event = ++w.next_handle;
   w.events[*event].device = current_device();
   return ok;
@@ -275,27 +277,27 @@ EXPORT Result cuMemHostUnregister(void* host) {
   LOCKED;
   World& w = world();
   const Result failed = enter("cuMemHostUnregister", Needs::context);
-  const auto found = w.registrations.find(static_cast<std::byte*>(host));
-  if (found == w.registrations.end()) {
-    w.violated("memory was unpinned that is not pinned");
+  const auto entry = w.registrations.find(static_cast<std::byte*>(host));
+  if (entry == w.registrations.end()) {
+    w.violated("memory that is not pinned was unpinned");
     return not_registered;
   }
   for (const auto& [handle, stream] : w.streams) {
     for (const Operation& operation : stream.operations) {
-      const bool inside = operation.host >= found->first && operation.host < found->first + found->second;
+      const bool inside = operation.host >= entry->first && operation.host < entry->first + entry->second;
       if (inside && !w.lost) w.violated("memory was unpinned with a copy in flight");
     }
   }
-  w.registrations.erase(found);
+  w.registrations.erase(entry);
   return failed;
 }
 
 // Symbols of older API versions, which take 32-bit pointers and lengths.
-#define OLD(name)                                                          \
-  EXPORT Result name() {                                                   \
-    LOCKED;                                                                \
-    world().violated("the symbol " #name " of an old API version called"); \
-    return invalid_value;                                                  \
+#define OLD(name)                                                            \
+  EXPORT Result name() {                                                     \
+    LOCKED;                                                                  \
+    world().violated("a call of " #name ", a symbol of an old API version"); \
+    return invalid_value;                                                    \
   }
 OLD(cuMemcpyDtoHAsync)
 OLD(cuMemcpyHtoDAsync)

@@ -1,4 +1,8 @@
-// csrc/cuda.h as C functions, so that tests can drive a Device without the engine around it. Errors are text in `why`.
+// csrc/cuda.h as C functions, so that tests can use a Device without the engine. A function that fails returns 0 or
+// null, with the error as text in `reason`.
+//
+// Threads: as csrc/cuda.h.
+// Ownership: the caller destroys what shim_make returns, and unpins what it pinned.
 #include <algorithm>
 #include <cstring>
 
@@ -12,59 +16,58 @@ using shardsave::Direction;
 
 namespace {
 
-constexpr std::size_t why_bytes = 512;
+constexpr std::size_t reason_bytes = 512;
 
-void say(char* why, const std::string& text) {
-  const std::size_t length = std::min(text.size(), why_bytes - 1);
-  std::memcpy(why, text.data(), length);
-  why[length] = '\0';
+void copy_text(char* reason, const std::string& text) {
+  const std::size_t length = std::min(text.size(), reason_bytes - 1);
+  std::memcpy(reason, text.data(), length);
+  reason[length] = '\0';
 }
 
 template <class Action>
-int attempt(char* why, Action action) {
+int attempt(char* reason, Action action) {
   try {
     action();
     return 1;
   } catch (const DeviceError& error) {
-    say(why, error.call + ": " + error.reason);
+    copy_text(reason, error.call + ": " + error.reason);
     return 0;
   }
 }
 
 }  // namespace
 
-EXPORT int shim_available(char* why) {
-  say(why, shardsave::cuda_unavailable_reason());
+EXPORT int shim_available(char* reason) {
+  copy_text(reason, shardsave::cuda_unavailable_reason());
   return shardsave::cuda_available() ? 1 : 0;
 }
 
-EXPORT Device* shim_make(int ordinal, std::uint64_t stream, std::size_t slots, char* why) {
-  Device* made = nullptr;
-  attempt(why, [&] { made = shardsave::make_cuda_device(ordinal, stream, slots).release(); });
-  return made;
+EXPORT Device* shim_make(int ordinal, std::uint64_t stream, std::size_t slots, char* reason) {
+  Device* device = nullptr;
+  attempt(reason, [&] { device = shardsave::make_cuda_device(ordinal, stream, slots).release(); });
+  return device;
 }
 
-EXPORT int shim_enter(Device* device, char* why) {
-  return attempt(why, [&] { device->enter_thread(); });
+EXPORT int shim_enter(Device* device, char* reason) {
+  return attempt(reason, [&] { device->enter_thread(); });
 }
 
 EXPORT int shim_submit(Device* device, int to_slot, std::byte* slot, std::uint64_t address, std::size_t length,
-                       std::size_t slot_index, char* why) {
+                       std::size_t slot_index, char* reason) {
   const Direction direction = to_slot != 0 ? Direction::to_slot : Direction::from_slot;
-  std::uint64_t sum = 0;
-  return attempt(why, [&] { device->submit(direction, slot, address, length, slot_index, false, &sum); });
+  return attempt(reason, [&] { device->submit(direction, slot, address, length, slot_index); });
 }
 
-EXPORT int shim_complete(Device* device, std::size_t slot_index, char* why) {
-  return attempt(why, [&] { device->complete(slot_index); });
+EXPORT int shim_complete(Device* device, std::size_t slot_index, char* reason) {
+  return attempt(reason, [&] { device->complete(slot_index); });
 }
 
 EXPORT void shim_destroy(Device* device) { delete device; }
 
-EXPORT int shim_pin(int ordinal, void* memory, std::size_t length, char* why) {
-  std::string reason;
-  const bool pinned = shardsave::cuda_pin(ordinal, memory, length, &reason);
-  say(why, reason);
+EXPORT int shim_pin(int ordinal, void* memory, std::size_t length, char* reason) {
+  std::string text;
+  const bool pinned = shardsave::cuda_pin(ordinal, memory, length, &text);
+  copy_text(reason, text);
   return pinned ? 1 : 0;
 }
 

@@ -1,14 +1,16 @@
-// A hostile libcuda.so.1 for tests: it keeps every promise of the driver API's documents and none beyond.
+// The state of a hostile libcuda.so.1 for tests, which keeps every promise of the driver API's documents, and no other.
 //
-// - Device memory is an address range without access: whoever dereferences a device pointer crashes.
-// - An asynchronous copy happens only when somebody waits for it, in stream order, as late as the API allows. Until
-// then
-//   its destination on the host is 0xA5; so is device memory that nobody has written.
+// - Device memory is an address range without access: dereferencing a device pointer crashes.
+// - An asynchronous copy happens only when something waits for it, in stream order, as late as the API allows.
+//   Until then its destination on the host holds 0xA5; so does device memory that was never written.
 // - Work that a test queues on a stream (fake_work) stays undone until something is ordered after it.
-// - A call without a current context, on a handle that is not alive, on the symbol of an old API version, or with flags
-//   that would cost us something is refused or noted in fake_violations().
-// - The N-th call fails on request; the device is lost in the middle of a copy on request; pinning has a limit.
-// - A ledger counts what is alive. Functions for tests begin with fake_ and are reached through ctypes.
+// - A call is refused, or noted in fake_violations(), when it has no current context, a handle that is not alive, a
+//   symbol of an old API version, or flags that would make it slower.
+// - On request the N-th call fails, the device is lost in the middle of a copy, or pinning has a limit.
+// - fake_count() says what is alive. Functions for tests begin with fake_ and are called through ctypes.
+//
+// Threads: one World for the process; functions that use it are called with its mutex locked (LOCKED).
+// Ownership: the World is never destroyed, since threads may use it while the process exits.
 #pragma once
 
 #include <sys/mman.h>
@@ -50,8 +52,8 @@ struct Operation {
   std::uint64_t device = 0;
   std::byte* host = nullptr;
   std::size_t bytes = 0;
-  std::vector<std::byte> content = {};  // of work: what it writes
-  Handle stream = 0;                    // of wait: what it waits for
+  std::vector<std::byte> content = {};  // of work: the bytes that it writes
+  Handle stream = 0;                    // of wait: the stream that it waits for
   std::uint64_t sequence = 0;
 };
 
@@ -84,27 +86,27 @@ struct Device {
 inline constexpr Handle context_base = 0xC0DE0000;  // + device
 inline constexpr std::size_t space_bytes = std::size_t{64} << 30;
 
-inline std::uint64_t number_from(const char* name, std::uint64_t otherwise) {
+inline std::uint64_t environment_number(const char* name, std::uint64_t default_number) {
   const char* text = std::getenv(name);
-  return text != nullptr ? std::strtoull(text, nullptr, 10) : otherwise;
+  return text != nullptr ? std::strtoull(text, nullptr, 10) : default_number;
 }
 
 struct World {
-  std::mutex mutex;  // guards all that follows; copies are carried out while it is held
+  std::mutex mutex;  // guards all fields below, and all device memory
   pid_t process = 0;
   bool lost = false;
   std::uint64_t calls = 0;
-  std::uint64_t fail_at = number_from("FAKE_CUDA_FAIL_AT", 0);
-  Result fail_code = static_cast<Result>(number_from("FAKE_CUDA_FAIL_CODE", launch_failed));
+  std::uint64_t fail_at = environment_number("FAKE_CUDA_FAIL_AT", 0);
+  Result fail_code = static_cast<Result>(environment_number("FAKE_CUDA_FAIL_CODE", launch_failed));
   std::uint64_t lose_at_call = 0;
   std::uint64_t lose_at_copy = 0;
   std::string failed_call;
-  std::uint64_t pin_limit = number_from("FAKE_CUDA_PIN_LIMIT", ~std::uint64_t{0});
+  std::uint64_t pin_limit = environment_number("FAKE_CUDA_PIN_LIMIT", ~std::uint64_t{0});
   bool capture_alive = false;
   pid_t capture_thread = 0;
   std::uint64_t copies = 0, pageable_copies = 0, pins = 0, waits = 0;
   std::string violations;
-  std::vector<Device> devices = std::vector<Device>(number_from("FAKE_CUDA_DEVICES", 2));
+  std::vector<Device> devices = std::vector<Device>(environment_number("FAKE_CUDA_DEVICES", 2));
   std::map<Handle, Stream> streams;
   std::map<Handle, Event> events;
   std::map<std::byte*, std::size_t> registrations;
@@ -113,12 +115,12 @@ struct World {
   std::uint64_t space = 0;
   std::uint64_t space_used = 0;
 
-  // What cuInit does for this process; tests may come before it.
+  // What cuInit does for this process; tests may call it earlier.
   bool start() {
     if (space == 0) {
-      void* made = mmap(nullptr, space_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-      if (made == MAP_FAILED) return false;
-      space = reinterpret_cast<std::uint64_t>(made);
+      void* memory = mmap(nullptr, space_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      if (memory == MAP_FAILED) return false;
+      space = reinterpret_cast<std::uint64_t>(memory);
       process = getpid();
     }
     return process == getpid();
@@ -128,8 +130,8 @@ struct World {
 };
 
 inline World& world() {
-  static World* const kept = new World;
-  return *kept;
+  static World* const process_world = new World;
+  return *process_world;
 }
 
 inline pid_t this_thread() { return static_cast<pid_t>(syscall(SYS_gettid)); }
@@ -148,12 +150,12 @@ struct ThreadState {
 };
 inline thread_local ThreadState thread_state;
 
-// --- What every call goes through ---
+// --- Checks at the start of every call ---
 
-// `thread`: nothing but the calling thread's own state, which a lost device does not touch.
+// `thread`: only the calling thread's own state, which a lost device does not affect.
 enum class Needs { nothing, thread, init, context };
 
-// Counts the call and says how it fails before it does anything; ok: it may go on.
+// Counts the call. Returns the error with which it fails at once, or ok.
 inline Result enter(const char* call, Needs needs) {
   World& w = world();
   ++w.calls;
@@ -171,7 +173,7 @@ inline Result enter(const char* call, Needs needs) {
   if (w.lost) return launch_failed;
   if (w.capture_alive && w.capture_thread != this_thread() && thread_state.capture_mode != 2) {
     w.capture_alive = false;
-    w.violated(std::string(call) + " poisoned the capture of another thread");
+    w.violated(std::string(call) + " invalidated the capture of another thread");
     return capture_unsupported;
   }
   if (needs == Needs::context) {
@@ -185,19 +187,19 @@ inline Result enter(const char* call, Needs needs) {
 
 inline int current_device() { return static_cast<int>(thread_state.contexts.back() - context_base); }
 
-// The handle of the stream meant: 0 and 1 are the current context's default stream, 2 that of the thread.
+// The handle of a stream: 0 and 1 stand for the current context's default stream, 2 for the thread's; 0 on failure.
 inline Handle resolve(Handle stream, const char* call) {
   World& w = world();
   if (stream <= 2) {
     const Handle own = stream == 2 ? (std::uint64_t(this_thread()) << 8) + 1 : 1;
     const Handle handle = (own << 16) + std::uint64_t(current_device());
-    Stream& made = w.streams[handle];
-    made.device = current_device();
-    made.of_test = true;
+    Stream& default_stream = w.streams[handle];
+    default_stream.device = current_device();
+    default_stream.of_test = true;
     return handle;
   }
-  const auto found = w.streams.find(stream);
-  if (found == w.streams.end() || found->second.device != current_device()) {
+  const auto entry = w.streams.find(stream);
+  if (entry == w.streams.end() || entry->second.device != current_device()) {
     w.violated(std::string(call) + " on a stream that is not alive in the current context");
     return 0;
   }
@@ -205,12 +207,12 @@ inline Handle resolve(Handle stream, const char* call) {
 }
 
 inline Event* event_of(Handle event, const char* call) {
-  const auto found = world().events.find(event);
-  if (found == world().events.end() || found->second.device != current_device()) {
+  const auto entry = world().events.find(event);
+  if (entry == world().events.end() || entry->second.device != current_device()) {
     world().violated(std::string(call) + " on an event that is not alive in the current context");
     return nullptr;
   }
-  return &found->second;
+  return &entry->second;
 }
 
 inline std::byte* device_bytes(std::uint64_t address, std::size_t bytes, int device) {
@@ -255,9 +257,9 @@ inline void carry_out(const Operation& operation, int device) {
 
 inline void run_until(Handle handle, std::uint64_t sequence) {
   World& w = world();
-  const auto found = w.streams.find(handle);
-  if (found == w.streams.end()) return;
-  Stream& stream = found->second;
+  const auto entry = w.streams.find(handle);
+  if (entry == w.streams.end()) return;
+  Stream& stream = entry->second;
   while (stream.done < sequence && !stream.operations.empty() && !w.lost) {
     const Operation operation = std::move(stream.operations.front());
     stream.operations.pop_front();

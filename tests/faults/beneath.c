@@ -1,9 +1,9 @@
-// Method: a library for LD_PRELOAD that stands between the process and libc. It sees every call on files of one folder,
-// whoever makes it (the C++ core, Python's os module, ctypes), and can fail, shorten, interrupt or end the process at
-// the N-th, cut the file system off from its disk there, leave out all fsyncs, or write down what all calls did.
-// Python's side is faults/beneath.py.
+// Method: a library for LD_PRELOAD between the process and libc. It sees every call on the files of one folder, from
+// the C++ core, Python's os module or ctypes. The N-th call can fail, be shortened, be interrupted, end the process, or
+// cut the file system off from its disk; all fsyncs can be skipped; all calls can be recorded. Python uses it through
+// faults/beneath.py.
 //
-// Threads: any. A record is made under one lock, so that its order is the order in which the calls took effect.
+// Threads: any. Recorded calls run under one lock, so the order of the records is that in which the calls took effect.
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <dlfcn.h>
@@ -26,7 +26,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-// As in faults/beneath.py.
+// The values are those of Fate in faults/beneath.py.
 enum fate {
   PASS,
   FAIL,
@@ -42,13 +42,13 @@ enum fate {
 };
 
 static struct {
-  char folder[PATH_MAX];  // empty: nothing is watched
-  size_t length;
-  atomic_long number, seen;  // the call to be met by `fate`, the calls seen
+  char folder[PATH_MAX];     // empty: nothing is watched
+  size_t length;             // of the folder's path
+  atomic_long number, seen;  // of the call that meets `fate`; of the last call so far
   int fate, error;
-  char hit[2 * PATH_MAX];  // the name and the path of the call that was met
+  char hit[2 * PATH_MAX];  // the name and the path of the call that met `fate`
   int record;              // descriptor of the record, or -1
-  int data;                // descriptor of the bytes written, or -1
+  int data;                // descriptor of the file for written bytes, or -1
   long data_length;
 } plan = {.record = -1, .data = -1};
 
@@ -66,7 +66,8 @@ static long raw(long number, long a, long b, long c, long d) {
   return real(number, a, b, c, d, 0L, 0L);
 }
 
-// Shuts the file system down, NOLOGFLUSH: what its journal has not committed is lost, and every later call fails.
+// Shuts the file system down with NOLOGFLUSH: changes that its journal has not committed are lost, and every later call
+// fails.
 static void cut(void) {
   unsigned no_log_flush = 2;
   const long shutdown = 0x8004587d;  // FS_IOC_SHUTDOWN, _IOR('X', 125, __u32)
@@ -78,9 +79,9 @@ static void cut(void) {
 static bool path_of(int fd, char* path) {
   char link[32];
   snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
-  const int kept = errno;
+  const int saved_errno = errno;
   const long length = raw(SYS_readlinkat, AT_FDCWD, (long)link, (long)path, PATH_MAX - 1);
-  errno = kept;
+  errno = saved_errno;
   if (length < 0) return false;
   path[length] = '\0';
   return true;
@@ -90,7 +91,7 @@ static bool inside(const char* path) {
   return strncmp(path, plan.folder, plan.length) == 0 && (path[plan.length] == '/' || path[plan.length] == '\0');
 }
 
-// The absolute path that `name` has for the descriptor `fd`; that of `fd` itself without a name.
+// Writes to `path` the absolute path of `name` relative to the descriptor `fd`; without a name, the path of `fd`.
 static bool resolve(int fd, const char* name, char* path) {
   if (name == NULL || name[0] == '\0') return fd >= 0 && path_of(fd, path);
   if (name[0] == '/') return snprintf(path, PATH_MAX, "%s", name) < PATH_MAX;
@@ -128,30 +129,30 @@ static bool refused(const Call* call) {
   return call->fate == FAIL;
 }
 
-// How much of `length` bytes a call is allowed; direct I/O asks for whole sectors.
+// How many of `length` bytes a call may move; direct I/O requires whole sectors.
 static size_t allowed(const Call* call, size_t length) {
   if ((call->fate != SHORTEN && call->fate != KILL_AFTER) || length < 2) return length;
   const size_t half = length / 2;
   return half >= 512 ? half / 512 * 512 : half;
 }
 
-// Ends a call that gave `failed` or not; true when it has to report an error although it was done.
+// Ends a call and records it. Returns true when the call must report an error although it succeeded.
 static bool ends(Call* call, const char* name, long result, bool failed, const char* other, long a, long b) {
-  const int kept = errno;
+  const int saved_errno = errno;
   if (call->recorded) {
     char line[3 * PATH_MAX];
-    const int length = snprintf(line, sizeof line, "%s\t%ld\t%s\t%s\t%ld\t%ld\t%ld\n", name, failed ? -kept : result,
-                                call->path, other ? other : "", a, b, plan.data_length);
+    const int length = snprintf(line, sizeof line, "%s\t%ld\t%s\t%s\t%ld\t%ld\t%ld\n", name,
+                                failed ? -saved_errno : result, call->path, other ? other : "", a, b, plan.data_length);
     if (raw(SYS_write, plan.record, (long)line, length, 0) != length) abort();
     pthread_mutex_unlock(&recording);
   }
   if (call->fate == KILL_AFTER) raw(SYS_kill, getpid(), SIGKILL, 0, 0);
   if (call->fate == INTERRUPT_AFTER) raw(SYS_kill, getpid(), SIGINT, 0, 0);
-  errno = call->fate == FAIL_AFTER && !failed ? plan.error : kept;
+  errno = call->fate == FAIL_AFTER && !failed ? plan.error : saved_errno;
   return call->fate == FAIL_AFTER && !failed;
 }
 
-static void keep(const Call* call, const void* data, ssize_t length) {
+static void record_bytes(const Call* call, const void* data, ssize_t length) {
   if (!call->recorded || length <= 0) return;
   if (raw(SYS_write, plan.data, (long)data, length, 0) != length) abort();
   plan.data_length += length;
@@ -160,13 +161,14 @@ static void keep(const Call* call, const void* data, ssize_t length) {
 #define REAL(name) ((__typeof__(&name))real_function(#name))
 
 static void* real_function(const char* name) {
-  void* found = dlsym(RTLD_NEXT, name);
-  if (found == NULL) abort();
-  return found;
+  void* function = dlsym(RTLD_NEXT, name);
+  if (function == NULL) abort();
+  return function;
 }
 
-// A function whose failure is `bad`: WATCH(return type, name, parameters, arguments, bad, descriptor, path, other path,
-// two numbers for the record). A handle that nobody gets to know would stay open: such a call fails before it is done.
+// Defines a watched function that returns `bad` on failure: WATCH(return type, name, parameters, arguments, bad,
+// descriptor, path, other path, two numbers for the record). A call that returns a handle fails before it runs, never
+// after: the caller would not know the handle and could not close it.
 #define WATCH(type, name, parameters, arguments, bad, fd, path, other, a, b)                    \
   type name parameters {                                                                        \
     Call call;                                                                                  \
@@ -243,7 +245,7 @@ int openat(int fd, const char* path, int flags, ...) {
   if (!begins(&call, "openat", fd, path)) return REAL(openat)(fd, path, flags, mode);
   const int result = refused(&call) ? -1 : REAL(openat)(fd, path, flags, mode);
   if (!ends(&call, "openat", result, result == -1, NULL, flags, 0)) return result;
-  raw(SYS_close, result, 0, 0, 0);  // nobody gets to know this descriptor; what the call created stays
+  raw(SYS_close, result, 0, 0, 0);  // the caller never learns this descriptor; a file that the call created stays
   return -1;
 }
 
@@ -255,7 +257,7 @@ int open(const char* path, int flags, ...) {
   return openat(AT_FDCWD, path, flags, mode);
 }
 
-// Closes whatever happens: a close that fails has closed all the same (close(2)).
+// Always closes: a close that fails has still closed the descriptor (close(2)).
 int close(int fd) {
   Call call;
   if (!begins(&call, "close", fd, NULL)) return REAL(close)(fd);
@@ -272,17 +274,18 @@ int closedir(DIR* folder) {
   return ends(&call, "closedir", result, result == -1, NULL, 0, 0) ? -1 : result;
 }
 
-// Asks the OS for the first name and for what follows the last; those between are in libc's buffer, and no call.
+// A call of the OS for the first entry and for the end; the entries in between come from libc's buffer and are no
+// calls.
 struct dirent* readdir(DIR* folder) {
   const bool first = telldir(folder) == 0;
   struct dirent* result = REAL(readdir)(folder);
-  const int kept = errno;
+  const int saved_errno = errno;
   Call call;
   if ((!first && result != NULL) || !begins(&call, "readdir", dirfd(folder), NULL)) {
-    errno = kept;
+    errno = saved_errno;
     return result;
   }
-  errno = kept;
+  errno = saved_errno;
   if (refused(&call)) result = NULL;
   return ends(&call, "readdir", 0, false, NULL, 0, 0) ? NULL : result;
 }
@@ -295,12 +298,12 @@ int fcntl(int fd, int command, ...) {
   Call call;
   if (!begins(&call, "fcntl", fd, NULL)) return REAL(fcntl)(fd, command, argument);
   const bool duplicates = command == F_DUPFD || command == F_DUPFD_CLOEXEC;
-  if (duplicates && call.fate == FAIL_AFTER) call.fate = FAIL;  // nobody would get to know the descriptor
+  if (duplicates && call.fate == FAIL_AFTER) call.fate = FAIL;  // the caller would never learn the descriptor
   const int result = refused(&call) ? -1 : REAL(fcntl)(fd, command, argument);
   return ends(&call, "fcntl", result, result == -1, NULL, command, 0) ? -1 : result;
 }
 
-// cachestat(2) has no function of its own in libc.
+// cachestat(2) has no function in libc.
 long syscall(long number, ...) {
   long a[6];
   va_list more;
@@ -323,7 +326,7 @@ long syscall(long number, ...) {
     length = allowed(&call, length);                                                       \
     const long at = (long)(offset);                                                        \
     const ssize_t result = refused(&call) ? -1 : REAL(name) arguments;                     \
-    if (is_write) keep(&call, memory, result);                                             \
+    if (is_write) record_bytes(&call, memory, result);                                     \
     return ends(&call, #name, result, result == -1, NULL, at, (long)length) ? -1 : result; \
   }
 
@@ -335,7 +338,7 @@ WATCH_TRANSFER(write, memory, (int fd, const void* memory, size_t length), (fd, 
 WATCH_TRANSFER(pwrite, memory, (int fd, const void* memory, size_t length, off_t offset), (fd, memory, length, offset),
                fd, offset, true)
 
-// One vector is all that is used; with more, the call is watched and never shortened.
+// Callers use one vector; a call with more is watched, but never shortened.
 #define WATCH_VECTORS(name, parameters, arguments)                                                  \
   ssize_t name parameters {                                                                         \
     Call call;                                                                                      \
@@ -367,7 +370,7 @@ ALSO_CALLED(readdir, readdir64)
 ALSO_CALLED(fcntl, fcntl64)
 ALSO_CALLED(mmap, mmap64)
 
-// Watches `folder` from now on (an empty string: nothing), and lets its N-th call meet `fate`.
+// From now on watches `folder` (an empty string: nothing); its N-th call meets `fate`.
 void beneath_arm(const char* folder, long number, int fate, int error) {
   plan.length = 0;
   snprintf(plan.folder, sizeof plan.folder, "%s", folder);
@@ -382,7 +385,7 @@ void beneath_arm(const char* folder, long number, int fate, int error) {
 long beneath_seen(void) { return atomic_load(&plan.seen); }
 const char* beneath_hit(void) { return plan.hit; }
 
-// Adds what is done to the file `path`, and the bytes written to `path`.data; NULL ends it.
+// Appends a record of every call to the file `path`, and the bytes written to `path`.data; NULL stops it.
 void beneath_record(const char* path) {
   if (plan.record >= 0) {
     raw(SYS_close, plan.record, 0, 0, 0);

@@ -1,7 +1,7 @@
-// Method: the tables of a small, legal run with some numbers replaced by hostile ones, rows swapped, dropped and
-// doubled. run() must refuse exactly what an independent reading of the contract in 128-bit arithmetic refuses, with
-// std::invalid_argument and before a hook is called; what it accepts may only end well or with the fault of a call on
-// the file. Under ASan and UBSan. Addresses are real wherever they would be used. fuzz_tables SECONDS [SEED]
+// Method: the tables of a small, legal run, with some numbers replaced by hostile ones and with rows swapped, dropped
+// and doubled. run() must refuse exactly what a second implementation of the contract, in 128-bit arithmetic, refuses:
+// with std::invalid_argument and before any hook is called. What it accepts must succeed, or end with a Fault of a call
+// on the file. Addresses that would be used are real. Under ASan and UBSan. Usage: fuzz_tables SECONDS [SEED]
 #include <fcntl.h>
 #include <sanitizer/common_interface_defs.h>
 #include <sys/stat.h>
@@ -35,45 +35,47 @@ constexpr std::int64_t kMost = std::numeric_limits<std::int64_t>::max();
 
 std::uint64_t current_case = 0;
 
-void say_case() {
+void print_case() {
   std::fprintf(stderr, "fuzz_tables: case %" PRIu64 " (fuzz_tables 0 %" PRIu64 ")\n", current_case, current_case);
 }
 
-#define CHECK(condition)                                          \
-  do {                                                            \
-    if (!(condition)) {                                           \
-      std::printf("%s:%d: %s\n", __FILE__, __LINE__, #condition); \
-      say_case();                                                 \
-      std::abort();                                               \
-    }                                                             \
+#define CHECK(condition)                                                   \
+  do {                                                                     \
+    if (!(condition)) {                                                    \
+      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
+      print_case();                                                        \
+      std::abort();                                                        \
+    }                                                                      \
   } while (false)
 
 struct Case {
   Request request;
-  std::vector<std::vector<std::byte>> memory;  // of each piece, as large as it was before piece_bytes was tampered with
+  std::vector<std::vector<std::byte>> memory;  // of each piece, with its size before piece_bytes was changed
 };
 
-class Maker {
+// Generates cases from a seed. For one thread.
+class Generator {
  public:
-  explicit Maker(std::uint64_t seed) : random_(seed) {}
+  explicit Generator(std::uint64_t seed) : random_(seed) {}
 
-  Case make(int file) {
-    Case made = legal(file);
+  Case generate(int file) {
+    Case hostile_case = legal(file);
+    Request& request = hostile_case.request;
     if (below(50) == 0) {
-      made.request.blocks.clear();
-      if (below(2) == 0) made.request.segments.clear();
+      request.blocks.clear();
+      if (below(2) == 0) request.segments.clear();
     }
-    for (std::size_t left = below(4); left > 0; --left) tamper(made.request);
-    make_addresses_real(made);
-    return made;
+    for (std::size_t changes = below(4); changes > 0; --changes) tamper(request);
+    set_addresses(hostile_case);
+    return hostile_case;
   }
 
  private:
   std::size_t below(std::size_t bound) { return static_cast<std::size_t>(random_() % bound); }
 
   Case legal(int file) {
-    Case made;
-    Request& request = made.request;
+    Case legal_case;
+    Request& request = legal_case.request;
     request.files.assign(1 + below(2), file);
     request.workers = 1 + below(3);
     request.slot_bytes = static_cast<std::size_t>(kSlot);
@@ -83,23 +85,23 @@ class Maker {
     std::int64_t end = 0;
     const std::size_t pieces = 1 + below(4);
     for (std::size_t piece = 0; piece < pieces; ++piece) {
-      made.memory.emplace_back(1 + below(100'000));
-      const auto size = static_cast<std::int64_t>(made.memory.back().size());
+      legal_case.memory.emplace_back(1 + below(100'000));
+      const auto size = static_cast<std::int64_t>(legal_case.memory.back().size());
       const auto kinds = request.write ? 2 : 3;
       const std::int64_t kind = -1 - static_cast<std::int64_t>(below(kinds));
       request.piece_bytes.push_back(size);
-      for (std::int64_t done = 0; done < size;) {
+      for (std::int64_t offset = 0; offset < size;) {
         const std::int64_t start = end / kSlot * kSlot;
         if (request.blocks.empty() || request.blocks.back().offset != start) {
           request.blocks.push_back({0, start, kSlot, static_cast<std::int64_t>(request.segments.size())});
         }
-        const std::int64_t length = std::min(size - done, start + kSlot - end);
-        request.segments.push_back({kind, 0, length, end - start, static_cast<std::int64_t>(piece), done});
-        done += length;
+        const std::int64_t length = std::min(size - offset, start + kSlot - end);
+        request.segments.push_back({kind, 0, length, end - start, static_cast<std::int64_t>(piece), offset});
+        offset += length;
         end += length;
       }
     }
-    return made;
+    return legal_case;
   }
 
   std::int64_t hostile(std::int64_t old) {
@@ -196,18 +198,19 @@ class Maker {
     }
   }
 
-  // A host address is that of the piece's memory, or one that has to be refused; where the memory does not reach, the
-  // segment is lent.
-  void make_addresses_real(Case& made) {
-    for (Segment& segment : made.request.segments) {
+  // Gives each segment of host memory its address in the piece's memory, or an address that must be refused. A segment
+  // outside the piece's memory becomes lent.
+  void set_addresses(Case& hostile_case) {
+    const std::vector<std::vector<std::byte>>& memories = hostile_case.memory;
+    for (Segment& segment : hostile_case.request.segments) {
       if (segment.memory != kHost) continue;
-      const bool there = segment.piece >= 0 && segment.piece < static_cast<std::int64_t>(made.memory.size());
-      const auto& memory = made.memory[there ? static_cast<std::size_t>(segment.piece) : 0];
+      const bool has_memory = segment.piece >= 0 && segment.piece < static_cast<std::int64_t>(memories.size());
+      const std::vector<std::byte>& memory = memories[has_memory ? static_cast<std::size_t>(segment.piece) : 0];
       const auto size = static_cast<Wide>(memory.size());
-      if (there && segment.piece_offset >= 0 && segment.length >= 0 &&
+      if (has_memory && segment.piece_offset >= 0 && segment.length >= 0 &&
           static_cast<Wide>(segment.piece_offset) + segment.length <= size) {
-        const auto base = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(memory.data()));
-        segment.address = base + segment.piece_offset;
+        const auto address = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(memory.data()));
+        segment.address = address + segment.piece_offset;
         if (below(40) == 0) {
           constexpr std::int64_t bad[] = {0, -1, ~kMost, kMost};
           segment.address = bad[below(std::size(bad))];
@@ -221,7 +224,7 @@ class Maker {
   std::mt19937_64 random_;
 };
 
-// The contract once more, in the words of engine.h and in numbers that cannot overflow.
+// The contract of request.h, a second time, in numbers that cannot overflow.
 bool legal(const Request& request) {
   if (request.slot_bytes == 0 || request.slot_bytes % kPage != 0 || request.slot_bytes > (std::size_t{1} << 40))
     return false;
@@ -264,13 +267,13 @@ bool legal(const Request& request) {
 }
 
 struct Counts {
-  std::uint64_t cases = 0, refused = 0, well = 0, faults = 0;
+  std::uint64_t cases = 0, refused = 0, succeeded = 0, faults = 0;
 };
 
-void try_one(std::uint64_t seed, int file, Counts* counts) {
+void try_case(std::uint64_t seed, int file, Counts* counts) {
   current_case = seed;
-  const Case made = Maker(seed).make(file);
-  const Request& request = made.request;
+  const Case hostile_case = Generator(seed).generate(file);
+  const Request& request = hostile_case.request;
   std::atomic<std::uint64_t> hooks_called{0};
   Hooks hooks;
   hooks.tick = [&](std::uint64_t) { ++hooks_called; };
@@ -288,7 +291,7 @@ void try_one(std::uint64_t seed, int file, Counts* counts) {
     const Result result = run(request, hooks);
     CHECK(expected);
     CHECK(result.sums.size() == (request.checksum ? request.piece_bytes.size() : 0));
-    ++counts->well;
+    ++counts->succeeded;
   } catch (const std::invalid_argument&) {
     CHECK(!expected);
     CHECK(hooks_called == 0);
@@ -305,7 +308,7 @@ void try_one(std::uint64_t seed, int file, Counts* counts) {
 int main(int count, char** arguments) {
   const double seconds = count > 1 ? std::atof(arguments[1]) : 5;
   const std::uint64_t first = count > 2 ? std::strtoull(arguments[2], nullptr, 10) : 1;
-  __sanitizer_set_death_callback(say_case);
+  __sanitizer_set_death_callback(print_case);
   char path[] = "fuzz-tables-XXXXXX";
   const int file = mkstemp(path);
   CHECK(file >= 0 && unlink(path) == 0);
@@ -313,12 +316,12 @@ int main(int count, char** arguments) {
   const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
   do {
     CHECK(ftruncate(file, 300'000) == 0);
-    try_one(first + counts.cases, file, &counts);
+    try_case(first + counts.cases, file, &counts);
   } while (std::chrono::steady_clock::now() < end);
   close(file);
   Ring::release();
-  std::printf("fuzz_tables: %" PRIu64 " cases from %" PRIu64 ": %" PRIu64 " refused, %" PRIu64 " ended well, %" PRIu64
-              " with a fault of the file\n",
-              counts.cases, first, counts.refused, counts.well, counts.faults);
-  CHECK(seconds == 0 || (counts.refused > 0 && counts.well > 0));
+  std::printf("fuzz_tables: %" PRIu64 " cases from %" PRIu64 ": %" PRIu64 " refused, %" PRIu64 " succeeded, %" PRIu64
+              " ended with a Fault of the file\n",
+              counts.cases, first, counts.refused, counts.succeeded, counts.faults);
+  CHECK(seconds == 0 || (counts.refused > 0 && counts.succeeded > 0));
 }

@@ -1,4 +1,7 @@
-// For LD_PRELOAD: memory that runs short. From short_of_memory(N) on, nothing of N bytes or more can be had at once.
+// Method: a library for LD_PRELOAD that simulates a lack of memory. After short_of_memory(N), every allocation or
+// mapping of N bytes or more fails.
+//
+// Threads: short_of_memory() is called before other threads start.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <stdint.h>

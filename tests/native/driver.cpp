@@ -1,6 +1,6 @@
-// Method: random schedules of the core without Python: blocks, workers, lent and host memory, cancelled and failing
-// runs, several at once. What was written is read back and compared byte for byte and sum for sum. Under ASan, UBSan
-// and TSan. driver COUNT [SEED]
+// Method: random schedules of the core without Python: blocks with and without gaps, workers, lent and host memory,
+// cancelled and failing runs, several at once. What was written is read back and compared byte for byte and sum for
+// sum; gaps must be zeros. Under ASan, UBSan and TSan. Usage: driver COUNT [SEED]
 #include <fcntl.h>
 #include <unistd.h>
 
@@ -20,104 +20,157 @@
 
 using namespace shardsave;
 
-#define CHECK(condition)                                          \
-  do {                                                            \
-    if (!(condition)) {                                           \
-      std::printf("%s:%d: %s\n", __FILE__, __LINE__, #condition); \
-      std::abort();                                               \
-    }                                                             \
+#define CHECK(condition)                                                   \
+  do {                                                                     \
+    if (!(condition)) {                                                    \
+      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
+      std::abort();                                                        \
+    }                                                                      \
   } while (false)
 
 namespace {
 
 struct Stop {};
 
-constexpr std::size_t kSlot = 64 * 1024;
+constexpr std::size_t kSlotBytes = 64 * 1024;
+constexpr auto kBlock = static_cast<std::int64_t>(kSlotBytes);
 
-std::int64_t place(const std::vector<std::byte>& memory) {
+using Pieces = std::vector<std::vector<std::byte>>;
+
+std::int64_t address_of(const std::vector<std::byte>& memory) {
   return static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(memory.data()));
 }
 
-void one_schedule(std::uint64_t seed, const std::string& folder) {
-  std::mt19937_64 random(seed);
-  const auto below = [&random](std::uint64_t bound) { return static_cast<std::size_t>(random() % bound); };
-  const std::string path = folder + "/schedule-" + std::to_string(seed);
-  const int file = open(path.c_str(), O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
-  CHECK(file >= 0);
-
-  std::vector<std::vector<std::byte>> pieces(1 + below(6));
-  for (auto& piece : pieces) {
-    piece.resize(1 + below(200'000));
-    for (auto& byte : piece) byte = static_cast<std::byte>(random());
+// One file, the pieces that a run writes to it, and a run that may be told to fail. For one thread.
+class Schedule {
+ public:
+  Schedule(std::uint64_t seed, int file) : random_(seed), file_(file) {
+    request_.files = {file};
+    request_.workers = 1 + below(6);
+    request_.slot_bytes = kSlotBytes;
+    request_.access = below(2) == 0 ? Access::direct : Access::buffered;
+    request_.write = true;
+    const bool with_gaps = below(2) == 0;
+    pieces_.resize(1 + below(6));
+    for (std::vector<std::byte>& piece : pieces_) {
+      piece.resize(1 + below(200'000));
+      for (std::byte& byte : piece) byte = static_cast<std::byte>(random_());
+      if (with_gaps) end_ += static_cast<std::int64_t>(below(2 * kSlotBytes));
+      add_segments(piece, below(3) == 0 ? kLent : kHost);
+    }
   }
-  std::vector<std::int64_t> memory(pieces.size());
-  for (auto& kind : memory) kind = below(3) == 0 ? kLent : kHost;
 
-  Request request;
-  request.files = {file};
-  request.workers = 1 + below(6);
-  request.slot_bytes = kSlot;
-  request.access = below(2) == 0 ? Access::direct : Access::buffered;
-  request.write = true;
-  std::int64_t end = 0;
-  for (std::size_t piece = 0; piece < pieces.size(); ++piece) {
-    const auto size = static_cast<std::int64_t>(pieces[piece].size());
-    request.piece_bytes.push_back(size);
-    for (std::int64_t done = 0; done < size;) {
-      const std::int64_t block_start = end / static_cast<std::int64_t>(kSlot) * static_cast<std::int64_t>(kSlot);
-      if (request.blocks.empty() || request.blocks.back().offset != block_start) {
-        request.blocks.push_back({0, block_start, kSlot, static_cast<std::int64_t>(request.segments.size())});
+  void run_and_compare() {
+    const int failing_lend = below(4) == 0 ? static_cast<int>(below(6)) : -1;
+    const bool cancelled = below(5) == 0;
+    Result written;
+    try {
+      written = write(failing_lend, cancelled);
+    } catch (const Stop&) {
+      CHECK(cancelled || failing_lend >= 0);
+      return;
+    }
+    compare_file();
+    read_back(written);
+  }
+
+ private:
+  std::size_t below(std::uint64_t bound) { return static_cast<std::size_t>(random_() % bound); }
+
+  // Adds the piece at the end of the file: a segment for each block that it reaches.
+  void add_segments(const std::vector<std::byte>& piece, std::int64_t memory) {
+    const auto number = static_cast<std::int64_t>(request_.piece_bytes.size());
+    const auto size = static_cast<std::int64_t>(piece.size());
+    request_.piece_bytes.push_back(size);
+    for (std::int64_t offset = 0; offset < size;) {
+      const std::int64_t block_start = end_ / kBlock * kBlock;
+      if (request_.blocks.empty() || request_.blocks.back().offset != block_start) {
+        request_.blocks.push_back({0, block_start, kBlock, static_cast<std::int64_t>(request_.segments.size())});
       }
-      const std::int64_t length = std::min(size - done, block_start + static_cast<std::int64_t>(kSlot) - end);
-      const std::int64_t address = memory[piece] == kHost ? place(pieces[piece]) + done : 0;
-      request.segments.push_back(
-          {memory[piece], address, length, end - block_start, static_cast<std::int64_t>(piece), done});
-      done += length;
-      end += length;
+      const std::int64_t length = std::min(size - offset, block_start + kBlock - end_);
+      const std::int64_t address = memory == kHost ? address_of(piece) + offset : 0;
+      request_.segments.push_back({memory, address, length, end_ - block_start, number, offset});
+      offset += length;
+      end_ += length;
     }
   }
-  Hooks hooks;
-  std::atomic<int> lends{0};
-  const int fail_at = below(4) == 0 ? static_cast<int>(below(6)) : -1;
-  const bool cancel = below(5) == 0;
-  hooks.tick = [&](std::uint64_t) {
-    if (cancel) throw Stop{};
-  };
-  hooks.lend = [&](std::int64_t piece, std::int64_t offset, std::byte* slot, std::size_t length) {
-    if (lends++ == fail_at) throw Stop{};
-    std::memcpy(slot, pieces[static_cast<std::size_t>(piece)].data() + offset, length);
-  };
-  try {
-    const Result written = run(request, hooks);
-    std::vector<std::vector<std::byte>> back(pieces.size());
-    for (std::size_t piece = 0; piece < pieces.size(); ++piece) {
-      CHECK(written.sums[piece] ==
-            crc64_finish(crc64_raw(pieces[piece].data(), pieces[piece].size()), pieces[piece].size()));
-      back[piece].resize(pieces[piece].size());
+
+  Result write(int failing_lend, bool cancelled) {
+    std::atomic<int> lends{0};
+    Hooks hooks;
+    hooks.tick = [cancelled](std::uint64_t) {
+      if (cancelled) throw Stop{};
+    };
+    hooks.lend = [&](std::int64_t piece, std::int64_t offset, std::byte* slot, std::size_t length) {
+      if (lends++ == failing_lend) throw Stop{};
+      std::memcpy(slot, pieces_[static_cast<std::size_t>(piece)].data() + offset, length);
+    };
+    return run(request_, hooks);
+  }
+
+  // Every block that was written has the bytes of its segments, and zeros elsewhere.
+  void compare_file() const {
+    // A descriptor of its own, without the O_DIRECT that a run leaves on the other one: it would require aligned
+    // memory.
+    const int reader = open(("/proc/self/fd/" + std::to_string(file_)).c_str(), O_RDONLY | O_CLOEXEC);
+    CHECK(reader >= 0);
+    for (std::size_t number = 0; number < request_.blocks.size(); ++number) {
+      std::vector<std::byte> expected(kSlotBytes), content(kSlotBytes);
+      for (const Segment& segment : request_.segments_of(number)) {
+        const std::byte* source = pieces_[static_cast<std::size_t>(segment.piece)].data() + segment.piece_offset;
+        std::memcpy(expected.data() + segment.at, source, static_cast<std::size_t>(segment.length));
+      }
+      CHECK(pread(reader, content.data(), kSlotBytes, request_.blocks[number].offset) == kBlock);
+      CHECK(content == expected);
     }
-    request.write = false;
-    request.access = Access::automatic;
-    for (Segment& segment : request.segments) {
-      const auto piece = static_cast<std::size_t>(segment.piece);
-      segment.address = segment.memory == kHost ? place(back[piece]) + segment.piece_offset : 0;
+    close(reader);
+  }
+
+  void read_back(const Result& written) {
+    Pieces copies(pieces_.size());
+    for (std::size_t piece = 0; piece < pieces_.size(); ++piece) {
+      const std::size_t size = pieces_[piece].size();
+      CHECK(written.sums[piece] == crc64_finish(crc64_raw(pieces_[piece].data(), size), size));
+      copies[piece].resize(size);
     }
+    request_.write = false;
+    request_.access = Access::automatic;
+    for (Segment& segment : request_.segments) {
+      const std::vector<std::byte>& copy = copies[static_cast<std::size_t>(segment.piece)];
+      segment.address = segment.memory == kHost ? address_of(copy) + segment.piece_offset : 0;
+    }
+    Hooks hooks;
     hooks.tick = [](std::uint64_t) {};
     hooks.lend = [&](std::int64_t piece, std::int64_t offset, std::byte* slot, std::size_t length) {
-      std::memcpy(back[static_cast<std::size_t>(piece)].data() + offset, slot, length);
+      std::memcpy(copies[static_cast<std::size_t>(piece)].data() + offset, slot, length);
     };
-    const Result read = run(request, hooks);
-    CHECK(read.sums == written.sums);
-    CHECK(back == pieces);
-    CHECK(ftruncate(file, end / 2) == 0);
+    CHECK(run(request_, hooks).sums == written.sums);
+    CHECK(copies == pieces_);
+    read_cut_file(hooks);
+  }
+
+  void read_cut_file(const Hooks& hooks) {
+    CHECK(ftruncate(file_, end_ / 2) == 0);
     try {
-      run(request, hooks);
-      CHECK(end / 2 == end);
+      run(request_, hooks);
+      CHECK(end_ / 2 == end_);
     } catch (const Fault& fault) {
       CHECK(fault.file == 0 && fault.call == "pread" && fault.number == 0);
     }
-  } catch (const Stop&) {
-    CHECK(cancel || fail_at >= 0);
   }
+
+  std::mt19937_64 random_;
+  const int file_;
+  Pieces pieces_;
+  Request request_;
+  std::int64_t end_ = 0;  // of the file
+};
+
+void run_schedule(std::uint64_t seed, const std::string& folder) {
+  const std::string path = folder + "/schedule-" + std::to_string(seed);
+  const int file = open(path.c_str(), O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+  CHECK(file >= 0);
+  Schedule(seed, file).run_and_compare();
   close(file);
   unlink(path.c_str());
 }
@@ -133,10 +186,10 @@ int main(int count, char** arguments) {
   std::vector<std::thread> threads;
   for (int n = 0; n < 3; ++n) {
     threads.emplace_back([&] {
-      for (int k; (k = next++) < schedules;) one_schedule(seed + static_cast<std::uint64_t>(k), folder);
+      for (int k; (k = next++) < schedules;) run_schedule(seed + static_cast<std::uint64_t>(k), folder);
     });
   }
-  for (auto& thread : threads) thread.join();
+  for (std::thread& thread : threads) thread.join();
   Ring::release();
   rmdir(folder);
   std::printf("%d schedules ok\n", schedules);

@@ -1,7 +1,6 @@
 // Method: fail the N-th allocation, the N-th mmap and the N-th start of a thread, for N = 1, 2, … until a save and a
-// load succeed untouched; once only, and from the N-th on. What must hold each time: right bytes or a Fault that says
-// ENOMEM, no thread left, the next run as if nothing had been. Under ASan, whose leak check sees what is not given
-// back.
+// load need fewer calls; once only, and from the N-th call on. Each time the bytes must be right or a Fault must say
+// ENOMEM, no thread may be left, and the next run must succeed. Under ASan, whose leak check finds what is not freed.
 #include <dlfcn.h>
 #include <fcntl.h>
 #include <pthread.h>
@@ -41,8 +40,8 @@ enum Kind { kNone, kAllocation, kMapping, kThread };
 
 std::atomic<int> armed{kNone};
 std::atomic<long> calls{0}, fail_at{0};
-std::atomic<long> mapped{0};  // bytes, which the leak check does not see
-std::atomic<bool> lasting{false};
+std::atomic<long> mapped{0};       // bytes, which the leak check does not see
+std::atomic<bool> lasting{false};  // every call from the N-th on fails
 
 bool refused(Kind kind) {
   if (armed.load() != kind) return false;
@@ -86,7 +85,7 @@ namespace {
 
 constexpr std::int64_t kBlocks = 12, kPiece = kBlocks * kSlot / 2;
 
-// Two pieces, one in host memory and one lent, in turn half a block each.
+// A request for two pieces, one in host memory and one lent; each has one half of every block.
 struct World {
   std::vector<std::byte> pieces[2];
   int file;
@@ -104,9 +103,9 @@ struct World {
     request.piece_bytes = {kPiece, kPiece};
     for (std::int64_t block = 0; block < kBlocks; ++block) {
       request.blocks.push_back({0, block * kSlot, kSlot, 2 * block});
-      const std::int64_t done = block * kSlot / 2;
-      request.segments.push_back({kHost, 0, kSlot / 2, 0, 0, done});
-      request.segments.push_back({kLent, 0, kSlot / 2, kSlot / 2, 1, done});
+      const std::int64_t offset = block * kSlot / 2;
+      request.segments.push_back({kHost, 0, kSlot / 2, 0, 0, offset});
+      request.segments.push_back({kLent, 0, kSlot / 2, kSlot / 2, 1, offset});
     }
   }
 
@@ -114,8 +113,8 @@ struct World {
     request.write = write;
     request.access = write ? Access::direct : Access::automatic;
     for (Segment& segment : request.segments) {
-      const auto begin = reinterpret_cast<std::uintptr_t>(memory[0].data());
-      segment.address = segment.memory == kHost ? static_cast<std::int64_t>(begin) + segment.piece_offset : 0;
+      const auto address = reinterpret_cast<std::uintptr_t>(memory[0].data());
+      segment.address = segment.memory == kHost ? static_cast<std::int64_t>(address) + segment.piece_offset : 0;
     }
     Hooks hooks;
     hooks.tick = [](std::uint64_t) {};
@@ -127,7 +126,7 @@ struct World {
   }
 };
 
-long threads() {
+long thread_count() {
   const std::filesystem::directory_iterator tasks("/proc/self/task"), end;
   return std::distance(tasks, end);
 }
@@ -137,47 +136,47 @@ struct Outcome {
   std::size_t staging_bytes;
 };
 
-// A save and a load into fresh memory, armed; and whether both came through.
+// A save and a load into fresh memory, while calls of `kind` fail.
 Outcome attempt(World& world, Kind kind) {
-  std::vector<std::byte> back[2] = {std::vector<std::byte>(kPiece), std::vector<std::byte>(kPiece)};
+  std::vector<std::byte> copies[2] = {std::vector<std::byte>(kPiece), std::vector<std::byte>(kPiece)};
   Outcome outcome{false, 0};
   calls = 0;
   armed = kind;
   try {
     const Result saved = world.run_on(world.pieces, true);
-    const Result loaded = world.run_on(back, false);
+    const Result loaded = world.run_on(copies, false);
     armed = kNone;
     outcome = {true, loaded.staging_bytes};
     CHECK(saved.sums == loaded.sums);
     CHECK(saved.sums[1] == crc64_finish(crc64_raw(world.pieces[1].data(), kPiece), kPiece));
-    CHECK(back[0] == world.pieces[0] && back[1] == world.pieces[1]);
+    CHECK(copies[0] == world.pieces[0] && copies[1] == world.pieces[1]);
   } catch (const Fault& fault) {
     armed = kNone;
     CHECK(fault.file == -1 && fault.number == ENOMEM && !fault.call.empty());
   } catch (const std::bad_alloc&) {
     armed = kNone;
-    CHECK(kind == kAllocation && lasting);  // not even the words of a Fault could be had
+    CHECK(kind == kAllocation && lasting);  // there was no memory for the text of a Fault
   }
   return outcome;
 }
 
-// How many runs failed, and the smallest ring that one made do with.
-std::pair<long, std::size_t> until_it_succeeds(World& world, Kind kind) {
+// How many runs failed, and the size of the smallest ring with which one succeeded.
+std::pair<long, std::size_t> fail_each_call(World& world, Kind kind) {
   long failed = 0;
   std::size_t smallest = SIZE_MAX;
   for (fail_at = 1;; ++fail_at) {
     Ring::release();
     CHECK(mapped == 0);
-    const long before = threads();
+    const long threads = thread_count();
     const Outcome outcome = attempt(world, kind);
-    const bool untouched = calls < fail_at;
-    for (int waited = 0; threads() != before && waited < 5000; ++waited)
-      usleep(1000);  // joined, and listed a moment longer
-    CHECK(threads() == before);
+    const bool none_failed = calls < fail_at;
+    // The system lists a joined thread a moment longer.
+    for (int waits = 0; thread_count() != threads && waits < 5000; ++waits) usleep(1000);
+    CHECK(thread_count() == threads);
     if (outcome.succeeded) smallest = std::min(smallest, outcome.staging_bytes);
     failed += outcome.succeeded ? 0 : 1;
     CHECK(attempt(world, kNone).succeeded);
-    if (untouched) {
+    if (none_failed) {
       CHECK(outcome.succeeded && fail_at > 1);
       return {failed, smallest};
     }
@@ -191,16 +190,16 @@ int main() {
   CHECK(scratch != nullptr);
   World world(fileno(scratch));
   mapped = 0;
-  constexpr std::size_t kWhole = 8 * kSlot;
-  for (const bool from_then_on : {false, true}) {
-    lasting = from_then_on;
-    const auto [allocations, ring] = until_it_succeeds(world, kAllocation);
-    CHECK(allocations > 10 && ring == kWhole);
-    const auto [mappings, smaller] = until_it_succeeds(world, kMapping);
-    CHECK(mappings == (from_then_on ? 1 : 0) && smaller == (from_then_on ? kWhole : kWhole / 2));
-    const auto [starts, same] = until_it_succeeds(world, kThread);
-    CHECK(starts == 0 && same == kWhole);
-    std::printf("%s: %ld allocations\n", from_then_on ? "from the N-th on" : "the N-th", allocations);
+  constexpr std::size_t kWholeRing = kSlots * kSlot;
+  for (const bool from_there_on : {false, true}) {
+    lasting = from_there_on;
+    const auto [allocations, ring] = fail_each_call(world, kAllocation);
+    CHECK(allocations > 10 && ring == kWholeRing);
+    const auto [mappings, smaller_ring] = fail_each_call(world, kMapping);
+    CHECK(mappings == (from_there_on ? 1 : 0) && smaller_ring == (from_there_on ? kWholeRing : kWholeRing / 2));
+    const auto [starts, same_ring] = fail_each_call(world, kThread);
+    CHECK(starts == 0 && same_ring == kWholeRing);
+    std::printf("%s: %ld allocations\n", from_there_on ? "from the N-th on" : "the N-th", allocations);
   }
   Ring::release();
   CHECK(mapped == 0);
