@@ -1,4 +1,4 @@
-"""Sources: everything that has bytes for a file, or takes bytes from one. The engine knows nothing else of tensors."""
+"""Sources: everything that has bytes for a file or takes bytes from one. The engine knows tensors only as sources."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ class ByteSource(Protocol):
         """The ordinal of the CUDA device on which the elements lie, -1 if they lie elsewhere."""
 
     def memory(self) -> tuple[int, int] | None:
-        """The `cuda_device` and the address of memory that holds the very bytes of the file; None if there is no such memory."""
+        """The `cuda_device` and the address, if the memory there holds exactly the bytes of the file; None otherwise."""
 
     def gather(self, offset: int, view: memoryview) -> None:
         """Fills ``view`` with the bytes that follow ``offset``."""
 
     def scatter(self, offset: int, view: memoryview) -> None:
-        """Takes ``view`` as the bytes that follow ``offset``."""
+        """Stores ``view`` as the bytes that follow ``offset``."""
 
 
 class TensorSource(NamedTuple):
-    """A strided tensor; ``dtype`` is that of the file, to which and from which elements are cast as `Tensor.copy_` does."""
+    """A strided tensor. Where ``dtype``, that of the file, is another than the tensor's, elements are cast as `Tensor.copy_` does."""
 
     tensor: torch.Tensor
     dtype: torch.dtype

@@ -29,10 +29,12 @@ def write(
 ) -> Transfer:
     """Writes ``blocks`` of ``pieces`` to the descriptors ``files``; whole blocks, the last one of a file padded with zeros.
 
-    ``start_writeback`` goes with ``access="direct"``: it is for the files whose file system refuses O_DIRECT. ``tick(bytes done)`` is
-    called on this thread about every 10 ms, or after each block without the extension; what it raises ends the run and is raised.
-    Raises TransferFault.
+    ``start_writeback`` is for files whose file system refuses O_DIRECT: the disk begins at once with what is written through the page
+    cache. It needs ``access="direct"``. ``tick(bytes done)`` is called on this thread about every 10 ms, or after each block without
+    the extension; what it raises ends the run and is raised. Raises TransferFault.
     """
+    if start_writeback and access != "direct":
+        raise ValueError(f"start_writeback needs access='direct', not {access!r}")
     return _run(Request(True, files, blocks, pieces, access, start_writeback, checksum), tick)
 
 

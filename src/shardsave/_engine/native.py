@@ -33,8 +33,6 @@ def reserve(pieces: Sequence[Piece]) -> None:
 
 def run(request: Request, tick: Tick) -> Transfer:
     """Runs the C++ engine, which starts writeback exactly where direct access was asked for and the file system refused it."""
-    if request.start_writeback and request.access != "direct":
-        raise ValueError("start_writeback needs access='direct'")
     places = _places(request.pieces)
     kinds = set(places[:, 0].tolist())
     devices = sorted(kind for kind in kinds if kind >= 0)
