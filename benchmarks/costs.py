@@ -29,17 +29,19 @@ PAIRS = 7
 
 def checksums(path: Path, size: int) -> dict[str, object]:
     """Runs the engine with and without checksums, in turn, on the same memory and file; returns the seconds of both for each case."""
+    from shardsave._common.sources import TensorSource
     from shardsave._engine import engine
-    from shardsave._format.layout import blocks
+    from shardsave._engine.blocks import blocks
+    from shardsave._engine.transfer import BLOCK_BYTES, Access
 
     model = models.build(size)
     tensors = [tensor for tensor in model.state_dict().values()]
-    pieces = [engine.Piece(tensor, tensor.dtype, tensor.nbytes) for tensor in tensors]
+    pieces = [TensorSource.of(tensor) for tensor in tensors]
     extents, end = [], 4096
     for piece in pieces:
         extents.append((0, end, piece.nbytes, 1))
         end += piece.nbytes
-    plan = blocks(np.array(extents), engine.BLOCK_BYTES)
+    plan = blocks(np.array(extents), BLOCK_BYTES)
     file = path / "checksums.bin"
 
     def write(durable: bool, checksum: bool) -> float:
@@ -49,7 +51,8 @@ def checksums(path: Path, size: int) -> dict[str, object]:
         try:
             began = time.perf_counter()
             os.posix_fallocate(fd, 0, -(-end // 4096) * 4096)
-            engine.write([fd], plan, pieces, direct=durable, checksum=checksum, tick=lambda _: None)
+            access: Access = "direct" if durable else "buffered"
+            engine.write([fd], plan, pieces, access=access, start_writeback=durable, checksum=checksum, tick=lambda _: None)
             if durable:
                 os.fsync(fd)
             return time.perf_counter() - began
@@ -100,12 +103,11 @@ def many(path: Path) -> dict[str, object]:
     What remains is planning, headers, index, and creating tensors.
     """
     import shardsave
-    from shardsave._engine import engine
+    from shardsave._common.backend import native
 
     state = {f"model.layers.{n // 10}.block.weight_{n % 10}": torch.full((16,), float(n)) for n in range(TENSORS)}
     model = _Many(TENSORS)
     seconds: dict[str, dict[str, list[float]]] = {}
-    native = engine.native
     assert native is not None, "the extension is needed"
     moving = 0.0
 

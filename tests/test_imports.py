@@ -56,11 +56,6 @@ FORBIDDEN = {
     ("_api.load", "_saving.*"): "a plain load must not import code that only saves need",
 }
 
-#: Imports that break a rule today, as (importing file, imported file). This table only ever becomes shorter.
-EXCEPTIONS: set[tuple[str, str]] = {
-    ("_engine.engine", "_engine.portable"),  # the engine's types still stand above its fallback
-}
-
 
 #: Every file of the package by its dotted name without ``shardsave.``; the empty ``__init__`` of wings are left out.
 MODULES = {
@@ -111,22 +106,17 @@ def test_wings_import_only_what_the_table_allows() -> None:
     """Catches a wing that learns what it must not know."""
     wrong = {(a, b) for a, b in EDGES if wing(a) != wing(b) and wing(b) not in WINGS[wing(a)]}
     wrong |= {(a, b) for a, b in EDGES for (x, y) in FORBIDDEN if matches(a, x) and matches(b, y)}
-    assert not wrong - EXCEPTIONS, wrong - EXCEPTIONS
+    assert not wrong, wrong
 
 
 def test_no_two_files_import_each_other() -> None:
     """Catches a cycle of imports between files, however long, also one that is hidden within functions."""
-    left = {(a, b) for a, b in EDGES if (a, b) not in EXCEPTIONS}
+    left = set(EDGES)
     while left:
         importing = {a for a, _ in left}
         ends = {(a, b) for a, b in left if b not in importing}
         assert ends, f"a cycle among {sorted(left)}"
         left -= ends
-
-
-def test_exceptions_are_still_needed() -> None:
-    """Catches an exception that stays in the table after its reason has gone."""
-    assert EXCEPTIONS <= EDGES
 
 
 def test_wings_are_empty_packages() -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import shardsave
-from shardsave._engine import engine
+from shardsave._common import backend
 from shardsave._format.dtypes import BY_TORCH
 from support import ROOT, SmallModel, same_bits
 
@@ -209,7 +209,7 @@ def test_progress_counts_to_the_end(tmp_path: Path) -> None:
 def test_errors_of_a_callback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: str) -> None:
     """Catches a MemoryError of the callback that is taken for one of the engine, and becomes an OutOfSpaceError."""
     if chosen == "portable":
-        monkeypatch.setattr(engine, "native", None)
+        monkeypatch.setattr(backend, "native", None)
     callback_error = MemoryError("of the callback")
 
     def stop(done: int, total: int) -> None:

@@ -1,4 +1,4 @@
-"""What `save` takes: modules and parts of them, mappings, numpy arrays; and where it cannot write."""
+"""What `save` accepts: modules and parts of them, mappings, numpy arrays; and places where it cannot write."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from support import SmallModel, let_everybody_in, same_bits
 
 
 def test_a_sub_module(tmp_path: Path, small_model: SmallModel) -> None:
-    """Catches names that carry the path of the sub-module, or flags that get lost there."""
+    """Catches names that contain the path of the sub-module, and flags that are lost."""
     shardsave.save(small_model.encoder, tmp_path)
     info = shardsave.inspect(tmp_path)
     assert info.names == tuple(small_model.encoder.state_dict())
@@ -31,7 +31,7 @@ def test_a_sub_module(tmp_path: Path, small_model: SmallModel) -> None:
 
 
 def test_mappings_of_parameters(tmp_path: Path) -> None:
-    """Catches flags that are claimed for a plain tensor beside a Parameter, and ties inside a mapping."""
+    """Catches a flag for a plain tensor beside a Parameter, and ties within a mapping that are lost."""
     weight = nn.Parameter(torch.ones(3), requires_grad=False)
     state = {"w": weight, "again": weight, "free": nn.Parameter(torch.ones(2)), "plain": torch.ones(1)}
     shardsave.save(state, tmp_path)
@@ -58,7 +58,7 @@ ARRAYS: dict[str, Any] = {
 
 @pytest.mark.parametrize("read_only", [False, True])
 def test_numpy_arrays_of_all_kinds(tmp_path: Path, read_only: bool) -> None:
-    """Catches an array whose dtype, strides or protection are not what torch expects; no warning may come of it."""
+    """Catches an array whose dtype, strides or write protection torch does not expect; warnings count as errors."""
     arrays = {name: array.copy(order="K") if read_only else array for name, array in ARRAYS.items()}
     for array in arrays.values():
         array.flags.writeable = not read_only
@@ -71,7 +71,7 @@ def test_numpy_arrays_of_all_kinds(tmp_path: Path, read_only: bool) -> None:
 
 
 def test_numpy_arrays_are_not_copied() -> None:
-    """Catches a copy of an array on its way to the engine: the entry has the array's own address."""
+    """Catches a copy of an array on its way to the engine: the entry must have the array's own address."""
     writable = {name: array for name, array in ARRAYS.items() if array.size}
     read_only = {f"{name}, read only": array.copy(order="K") for name, array in writable.items()}
     for array in read_only.values():
@@ -104,7 +104,7 @@ def structured() -> Any:
 )
 @pytest.mark.parametrize("read_only", [False, True])
 def test_arrays_that_cannot_be_saved(tmp_path: Path, array: Any, words: str, read_only: bool) -> None:
-    """Catches an array that is stored as something else, its bytes swapped or its mask lost, or an error without its name."""
+    """Catches an array that is stored with other values, its bytes swapped or its mask lost; and an error without its name."""
     if read_only and isinstance(array, np.ndarray):
         array.flags.writeable = False
     with pytest.raises(shardsave.UnsupportedTensorError, match=f"cannot save 'x': .*{words}.*; nothing was written"):
@@ -125,7 +125,7 @@ def test_a_file_where_the_directory_should_be(tmp_path: Path) -> None:
 
 
 def test_a_directory_that_may_not_be_written(tmp_path: Path) -> None:
-    """Catches an error that does not say why, or a checkpoint that suffers from a save that was not allowed."""
+    """Catches an error without the reason, and a checkpoint that is damaged by a save that was not permitted."""
     shardsave.save({"x": torch.ones(1)}, tmp_path / "ckpt")
     (tmp_path / "ckpt").chmod(0o555)
     user = os.geteuid()
@@ -145,7 +145,7 @@ def test_a_directory_that_may_not_be_written(tmp_path: Path) -> None:
 
 @pytest.fixture
 def as_nobody(tmp_path: Path) -> Iterator[None]:
-    """Permissions are those of a user who is not allowed everything, also where the tests run as root."""
+    """Runs the test as a user whose permissions are checked, even if the tests run as root."""
     user = os.geteuid()
     let_everybody_in(tmp_path)
     try:
@@ -157,7 +157,7 @@ def as_nobody(tmp_path: Path) -> Iterator[None]:
 
 
 def test_an_index_that_may_not_be_read(tmp_path: Path, as_nobody: None) -> None:
-    """Catches an error that says there was no checkpoint, where nobody could look."""
+    """Catches an error that says there was no checkpoint although nobody could read the directory."""
     folder = tmp_path / "ckpt"
     shardsave.save({"x": torch.ones(1)}, folder)
     index = folder / "model.safetensors.index.json"
@@ -174,7 +174,7 @@ def test_an_index_that_may_not_be_read(tmp_path: Path, as_nobody: None) -> None:
 
 @pytest.mark.parametrize("mask", [0o777, 0o577, 0o377, 0o677])
 def test_a_mask_that_takes_all_permissions(tmp_path: Path, as_nobody: None, mask: int) -> None:
-    """Catches a staging directory that stays because even its maker may not open it."""
+    """Catches a staging directory that is left behind because its own creator may not open it."""
     shardsave.save({"x": torch.ones(1)}, tmp_path / "ckpt")
     before = os.umask(mask)
     try:
@@ -186,7 +186,7 @@ def test_a_mask_that_takes_all_permissions(tmp_path: Path, as_nobody: None, mask
 
 
 def test_a_current_directory_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches an error of Python's own, for a path that begins nowhere."""
+    """Catches a bare error of Python for a relative path from a directory that no longer exists."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     (tmp_path / "here").rmdir()
@@ -202,8 +202,8 @@ def test_a_current_directory_that_is_gone(tmp_path: Path, monkeypatch: pytest.Mo
     assert shardsave.save({"x": torch.ones(1)}, tmp_path / "ckpt").tensors == 1
 
 
-def test_what_only_looks_like_a_wrapper(tmp_path: Path) -> None:
-    """Catches tensors that are lost because a name, or a class, looks like that of a wrapper."""
+def test_modules_that_look_like_wrappers(tmp_path: Path) -> None:
+    """Catches tensors that are lost because a name or a class looks like a wrapper's."""
     model = nn.Module()
     model._orig_mod, model.head = nn.Linear(2, 2), nn.Linear(2, 3)
     shardsave.save(model, tmp_path / "named")
@@ -222,8 +222,8 @@ def test_what_only_looks_like_a_wrapper(tmp_path: Path) -> None:
     assert not (tmp_path / "twice").exists()
 
 
-def test_what_is_met_with_what_to_do(tmp_path: Path) -> None:
-    """Catches the commonest mistakes of who comes from torch.save, met with no advice."""
+def test_errors_with_advice(tmp_path: Path) -> None:
+    """Catches an error without advice for the most common mistakes of users of torch.save."""
     with pytest.raises(
         shardsave.UnsupportedTensorError, match="it is a dict: save the mapping of tensors itself, what is in 'model'"
     ):

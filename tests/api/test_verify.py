@@ -79,12 +79,13 @@ def test_shards_that_cannot_be_opened(ckpt: Path, accident: str) -> None:
 def test_a_shard_that_cannot_be_read(ckpt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a bad sector in one file that stops the verification of the other files."""
     from shardsave._engine import engine
+    from shardsave._engine.transfer import TransferFault
 
     real, bad = engine.read, shard(ckpt, 2).stat().st_ino
 
     def read(files: list[int], *rest: object, **options: object) -> object:
         if any(os.fstat(file).st_ino == bad for file in files):
-            raise engine.TransferFault(0, "pread", 5, 4096, 4000)
+            raise TransferFault(0, "pread", 5, 4096, 4000)
         return real(files, *rest, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(engine, "read", read)

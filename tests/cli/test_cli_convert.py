@@ -53,7 +53,7 @@ def test_errors(tmp_path: Path) -> None:
     assert ": --max-shard-size must be like" in error(run("convert", path, tmp_path / "ckpt", "--max-shard-size", "x"), 2)
     assert ": --rename must have" in error(run("convert", path, tmp_path / "ckpt", "--rename", "(", ""), 2)
     assert ": --dtype must be one of" in error(run("convert", path, tmp_path / "ckpt", "--key", "model", "--dtype", "int8"), 2)
-    assert "they are one" in error(run("convert", path, path, "--to", "torch", "--key", "model"), 2)
+    assert "they are the same" in error(run("convert", path, path, "--to", "torch", "--key", "model"), 2)
     assert "No such file" in error(run("convert", tmp_path / "none", tmp_path / "ckpt"), 3)
     assert "Missing argument 'DST'" in error(run("convert", path), 2)
     assert os.listdir(tmp_path) == ["old.pt"]
@@ -65,7 +65,7 @@ def test_a_directory_with_the_name_of_a_file(tmp_path: Path) -> None:
     for name, form in (("m.safetensors", "safetensors"), ("m.pt", "torch")):
         message = error(run("convert", source, tmp_path / name, "--key", "model"), 2)
         assert message.startswith(
-            f"shardsave convert: cannot convert to {tmp_path / name}: a directory was expected, that is the name of a"
+            f"shardsave convert: cannot convert to {tmp_path / name}: a directory was expected, this is the name of a"
         )
         assert f"say --to '{form}' for one; nothing was written" in message
         assert not (tmp_path / name).exists()

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 
 import shardsave
 from shardsave._common.assembled import Assembled, Part
-from shardsave._engine import gather
+from shardsave._common.boxes import aligned
 from support import SmallModel, same_bits
 
 
@@ -272,7 +272,7 @@ def test_any_range_of_an_assembled_tensor() -> None:
     for _ in range(300):
         begin, end = sorted(2 * pick.randrange(whole.numel() + 1) for _ in range(2))
         block = bytearray(end - begin)
-        gather.fill(assembled, torch.int16, begin, memoryview(block))
+        assembled.gather(begin, memoryview(block))
         assert block == raw[begin:end]
 
 
@@ -341,11 +341,11 @@ def test_a_cast_reads_only_aligned_elements() -> None:
     """Catches a cast of elements at unaligned addresses. Few processors fail on them, so the test checks the address itself."""
     raw = torch.arange(33, dtype=torch.uint8)
     odd = torch.frombuffer(raw.numpy(), dtype=torch.uint8, offset=1).view(torch.float32)
-    aligned = gather._aligned(odd)
+    copy = aligned(odd)
     assert (
         odd.data_ptr() % 4
-        and aligned.data_ptr() % 4 == 0
-        and same_bits(aligned, torch.frombuffer(bytearray(range(1, 33)), dtype=torch.float32))
+        and copy.data_ptr() % 4 == 0
+        and same_bits(copy, torch.frombuffer(bytearray(range(1, 33)), dtype=torch.float32))
     )
 
 

@@ -1,7 +1,7 @@
 """CUDA through the driver API, on the hostile fake driver of ``tests/fake_cuda``.
 
-Method: each scenario runs in a process of its own, in which ``libcuda.so.1`` is the fake. ``device_scenarios`` drive
-``csrc/cuda.cpp`` alone, ``engine_scenarios`` the whole C++ engine; what each would catch stands in its docstring.
+Method: each scenario runs in a process of its own, in which ``libcuda.so.1`` is the fake. ``device_scenarios`` test
+``csrc/cuda.cpp`` alone, ``engine_scenarios`` the whole C++ engine; the docstring of a scenario says what it catches.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ENGINE_SCENARIOS = [
 
 
 def _built(compiled: Compile, name: str, sources: list[Path], *flags: str) -> Path:
-    """As ``compiled``, which knows nothing of headers."""
+    """As ``compiled``, and compiles again if a header has changed."""
     target = ROOT / "build" / "tests" / name
     headers = [*FAKE.glob("*.h"), *CORE.glob("*.h")]
     if target.exists() and any(header.stat().st_mtime > target.stat().st_mtime for header in headers):
@@ -41,7 +41,7 @@ def _built(compiled: Compile, name: str, sources: list[Path], *flags: str) -> Pa
 
 @pytest.fixture(scope="session")
 def driver(compiled: Compile) -> Path:
-    """The fake's folder."""
+    """The folder of the fake driver."""
     sources = [FAKE / "driver.cpp", FAKE / "control.cpp"]
     return _built(compiled, "fake_cuda/libcuda.so.1", sources, "-Wl,-soname,libcuda.so.1").parent
 
@@ -66,7 +66,7 @@ def _run(module: str, name: str, libraries: Path, environment: Mapping[str, str]
 
 @pytest.mark.parametrize("name", device_scenarios.SCENARIOS)
 def test_device(name: str, driver: Path, shim: Path) -> None:
-    """Catches what the scenario's docstring says, in `csrc/cuda.cpp`."""
+    """Catches what the docstring of the scenario says, in `csrc/cuda.cpp`."""
     _run("device_scenarios", name, driver, {"SHIM": str(shim)})
 
 
@@ -78,19 +78,19 @@ def _need_engine() -> None:
 
 
 def test_engine_scenarios_are_found() -> None:
-    """Catches a change of the scenarios' form that would make the tests below vanish."""
+    """Catches a new form of the scenarios in which the tests below would find none."""
     assert len(ENGINE_SCENARIOS) >= 14 and len(device_scenarios.SCENARIOS) >= 15
 
 
 @pytest.mark.parametrize("name", ENGINE_SCENARIOS)
 def test_engine(name: str, driver: Path, tmp_path: Path) -> None:
-    """Catches what the scenario's docstring says, in the engine with its ring, workers and devices."""
+    """Catches what the docstring of the scenario says, in the engine with its ring, workers and devices."""
     _need_engine()
     _run("engine_scenarios", name, driver, {"SCENARIO_DIR": str(tmp_path)})
 
 
 def _reasons(libraries: Path, shim: Path, **environment: str) -> str:
-    """Why CUDA is unavailable; the device layer and the engine must say the same."""
+    """The reason why CUDA is unavailable; the device layer and the engine must report the same."""
     reason = _run("device_scenarios", "unavailable", libraries, {"SHIM": str(shim), **environment})
     _need_engine()
     assert _run("engine_scenarios", "unavailable", libraries, environment) == reason
@@ -98,26 +98,26 @@ def _reasons(libraries: Path, shim: Path, **environment: str) -> str:
 
 
 def test_without_a_driver(shim: Path, tmp_path: Path) -> None:
-    """Catches a crash, or an unclear reason, where libcuda.so.1 cannot be loaded."""
+    """Catches a crash or an unclear reason if libcuda.so.1 cannot be loaded."""
     (tmp_path / "libcuda.so.1").write_text("no library")
     assert "libcuda.so.1" in _reasons(tmp_path, shim)
 
 
 def test_with_a_driver_that_is_too_old(compiled: Compile, shim: Path) -> None:
-    """Catches a call through a null pointer where the driver lacks a function."""
+    """Catches a call through a null pointer if the driver lacks a function."""
     sources = [FAKE / "driver.cpp", FAKE / "control.cpp"]
     old = _built(compiled, "fake_cuda/old/libcuda.so.1", sources, "-DcuStreamIsCapturing=cuNotThereYet")
     assert _reasons(old.parent, shim) == "libcuda.so.1 has no cuStreamIsCapturing: the CUDA driver is too old"
 
 
 def test_with_a_driver_and_no_device(driver: Path, shim: Path) -> None:
-    """Catches a driver without a device taken for a usable one."""
+    """Catches a driver without a device that counts as usable."""
     reason = "cuInit: CUDA_ERROR_NO_DEVICE (100): no CUDA-capable device is detected"
     assert _reasons(driver, shim, FAKE_CUDA_DEVICES="0") == reason
 
 
 def test_with_a_driver_that_does_not_start(driver: Path, shim: Path) -> None:
-    """Catches a failed cuInit taken for success."""
+    """Catches a failed cuInit that counts as success."""
     reason = "cuInit: CUDA_ERROR_OUT_OF_MEMORY (2): out of memory"
     assert _reasons(driver, shim, FAKE_CUDA_FAIL_AT="1", FAKE_CUDA_FAIL_CODE="2") == reason
 
@@ -147,7 +147,7 @@ def test_prototypes_are_those_of_cuda_h(header: str) -> None:
     ],
 )
 def test_a_wrong_prototype_is_noticed(ours: str, wrong: str, tmp_path: Path) -> None:
-    """Catches a check that checks nothing."""
+    """Catches a check of prototypes that accepts everything."""
     declared = (CORE / "cuda_driver.h").read_text()
     assert ours in declared
     (tmp_path / "csrc").mkdir()

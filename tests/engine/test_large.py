@@ -11,20 +11,20 @@ import torch
 
 import shardsave
 
-ELEMENTS = 2**30 + 12_345  # of four bytes: beyond every 32-bit count of bytes
+ELEMENTS = 2**30 + 12_345  # of four bytes each: more bytes than 32 bits can count
 
 pytestmark = [pytest.mark.large, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    """A folder that goes at once: pytest would keep the last few."""
+    """A folder that is removed at once: pytest would keep the last few."""
     yield tmp_path / "ckpt"
     shutil.rmtree(tmp_path)
 
 
 def test_larger_than_four_gibibytes(folder: Path) -> None:
-    """Catches an offset or a length that is cut to 32 bits, and a tensor that is split because it is beyond the bound."""
+    """Catches an offset or a length that is cut to 32 bits, and a tensor that is split because it exceeds the bound."""
     from safetensors import safe_open
 
     large = torch.arange(ELEMENTS, dtype=torch.int32)
@@ -53,7 +53,7 @@ def test_larger_than_four_gibibytes(folder: Path) -> None:
 
 
 def test_many_small_beside_one_large(folder: Path) -> None:
-    """Catches data offsets beyond 4 GiB inside one shard, where what lies behind a large tensor begins."""
+    """Catches wrong offsets beyond 4 GiB inside one shard, for tensors that follow a large one."""
     from safetensors import safe_open
 
     state = {"large": torch.zeros(2**30 + 1, dtype=torch.int32), **{f"s{n}": torch.full((3,), n).byte() for n in range(50)}}

@@ -1,6 +1,6 @@
-"""Want of memory and of threads, in real processes: a smaller ring, fewer workers, or an error before anything is written.
+"""A lack of memory or of threads, in real processes: a smaller ring, fewer workers, or an error before anything is written.
 
-Method: ``memory/short.c`` beneath libc refuses every allocation and mapping of so many bytes; the system itself refuses threads.
+Method: ``memory/short.c``, preloaded, refuses each allocation and mapping of a given size or more; the system itself refuses threads.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PROGRAM = """
 import ctypes, os, resource, sys, torch, shardsave
 folder, limit = sys.argv[1], int(sys.argv[2])
 torch.set_num_threads(1)
-shardsave.save, shardsave.load  # imported before anything is short
+shardsave.save, shardsave.load  # imported while there is enough memory
 state = {"x": torch.arange(3_000_000), "s": torch.arange(1_000_000).reshape(1000, 1000).t()}
 expected = {name: tensor.sum() for name, tensor in state.items()}
 if limit:
@@ -50,7 +50,7 @@ def short(compiled: Compile) -> Path:
 
 
 def limited(folder: Path, short: Path, limit: int, engine: str = "native") -> str:
-    """What a save said that could have no ``limit`` bytes at once; 0: that could start no thread."""
+    """What a save printed to which ``limit`` bytes at once, or more, were refused; with 0 every thread was refused."""
     done = subprocess.run(
         ["env", f"LD_PRELOAD={short}", sys.executable, "-c", PROGRAM, str(folder), str(limit)],
         env={**os.environ, "SHARDSAVE_ENGINE": engine},
@@ -64,13 +64,13 @@ def limited(folder: Path, short: Path, limit: int, engine: str = "native") -> st
 
 @pytest.mark.parametrize(("limit", "slots"), [(8 * SLOT, 4), (SLOT + 1, 1)])
 def test_a_smaller_ring(tmp_path: Path, short: Path, limit: int, slots: int) -> None:
-    """Catches a save that fails although there is memory for a part of the ring."""
+    """Catches a save that fails although there is memory for some slots of the ring."""
     assert limited(tmp_path, short, limit) == f"saved {slots * SLOT}"
 
 
 @pytest.mark.parametrize(("engine", "call"), [("native", "mmap"), ("portable", "allocation")])
 def test_no_memory_for_staging(tmp_path: Path, short: Path, engine: str, call: str) -> None:
-    """Catches want of memory that is found after something was written, or is no OutOfSpaceError that says how much is wanted."""
+    """Catches a lack of memory that shows only after something was written, and an error without the number of bytes needed."""
     assert limited(tmp_path, short, SLOT, engine) == (
         f"OutOfSpaceError cannot save to {tmp_path}: {call} of staging memory: Cannot allocate memory (needs {SLOT} bytes); "
         f"nothing was committed, there was no checkpoint before"
@@ -78,8 +78,8 @@ def test_no_memory_for_staging(tmp_path: Path, short: Path, engine: str, call: s
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="needs root: it becomes a user without a process to spare")
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root: the process becomes a user that may start no thread")
 def test_no_threads(tmp_path: Path, short: Path) -> None:
-    """Catches a save or a load that fails, hangs or dies where the system starts no thread."""
+    """Catches a save or a load that fails, hangs or crashes if the system refuses to start threads."""
     let_everybody_in(tmp_path)
     assert limited(tmp_path, short, 0) == f"saved {8 * SLOT}"

@@ -1,6 +1,6 @@
-"""How the C++ engine's workers share files that are written through the page cache, where one file lets one writer in at a time.
+"""How the C++ engine's workers share files that are written through the page cache: a file admits one writer at a time.
 
-Method: ``native.run`` on files of one piece each; lent memory shows the order of the blocks, the ticks how many threads there are.
+Method: ``native.run`` on files of one piece each; lent memory shows the order of the blocks, ticks count the threads.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-
-from shardsave._engine import engine
 
 native = pytest.importorskip("shardsave._native")
 
@@ -32,7 +30,7 @@ def write(
     lend: Callable[..., None] | None = None,
     tick: Callable[[int], object] = lambda _: None,
 ) -> list[bytes]:
-    """Writes each piece to a file of its own, and gives back what the files hold."""
+    """Writes each piece to a file of its own, and returns the contents of the files."""
     paths = [folder / str(number) for number in range(len(pieces))]
     descriptors = [os.open(path, os.O_RDWR | os.O_CREAT) for path in paths]
     blocks, segments = [], []
@@ -66,7 +64,7 @@ def write(
 
 
 def test_files_take_turns(tmp_path: Path) -> None:
-    """Catches workers that queue at one file while others wait for nobody; and more files in turn than workers can use."""
+    """Catches workers that all wait for one file while others are free; and more files at a time than workers can use."""
     count, workers = 30, 2
     pieces = [np.full(count * BLOCK, number, np.uint8) for number in range(5)]
     order: list[int] = []
@@ -77,13 +75,13 @@ def test_files_take_turns(tmp_path: Path) -> None:
 
     assert write(tmp_path, native.LENT, pieces, workers, lend=lend) == [piece.tobytes() for piece in pieces]
     assert Counter(order) == dict.fromkeys(range(5), count)
-    for first in (0, 2):  # of two files in turn; each worker may hold one block back
+    for first in (0, 2):  # two files at a time, in turn; each worker may hold back one block
         half = order[first * count : (first + 1) * count]
         assert abs(half.count(first) - half.count(first + 1)) <= 2 * workers, order
 
 
 def test_no_more_writers_than_a_file_has_room_for(tmp_path: Path) -> None:
-    """Catches workers that do nothing but wait for the lock of one file."""
+    """Catches workers that only wait for the lock of one file."""
     before = len(os.listdir("/proc/self/task"))
     seen: list[int] = []
     piece = np.ones(64 << 20, np.uint8)
@@ -93,11 +91,3 @@ def test_no_more_writers_than_a_file_has_room_for(tmp_path: Path) -> None:
 
     assert write(tmp_path, native.HOST, [piece], 8, slot=1 << 20, tick=tick) == [piece.tobytes()]
     assert max(seen) <= 2, seen
-
-
-@pytest.mark.parametrize("access", ["auto", "buffered", "direct"])
-def test_workers_of_a_device(access: engine.Access, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches as few workers as processors, where most wait for a device, and slots touched for workers that are of no use."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
-    assert engine._workers(access, with_device=True) == 16
-    assert engine._workers(access, with_device=False) == (1 if access == "buffered" else 2)

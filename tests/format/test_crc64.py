@@ -1,4 +1,4 @@
-"""CRC-64/NVME: numpy, the C++ core and an implementation of others agree."""
+"""CRC-64/NVME: numpy, the C++ core and a third-party implementation agree."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_check_value() -> None:
 @settings(max_examples=40, deadline=None)
 @given(length=st.integers(0, 700_000), begin=st.integers(0, 17), seed=st.integers(0, 10**6))
 def test_agrees_with_another_implementation(length: int, begin: int, seed: int) -> None:
-    """Catches lengths and alignments at which lanes, or folds, are joined wrongly."""
+    """Catches lengths and alignments at which lanes or folds are joined wrongly."""
     data = np.random.default_rng(seed).integers(0, 256, begin + length, dtype=np.uint8)[begin:]
     expected = awscrt.checksums.crc64nvme(data.tobytes())
     assert crc64.finish(crc64.raw(data), length) == expected
@@ -32,14 +32,14 @@ def test_agrees_with_another_implementation(length: int, begin: int, seed: int) 
 @settings(max_examples=30, deadline=None)
 @given(left=st.binary(max_size=3000), right=st.binary(max_size=3000))
 def test_is_linear(left: bytes, right: bytes) -> None:
-    """Catches a shift by the wrong distance, on which all sums over blocks rest."""
+    """Catches a shift by the wrong distance: sums over blocks depend on it."""
     parts = [crc64.raw(np.frombuffer(part, np.uint8)) for part in (left, right, left + right)]
     assert crc64.shift(parts[0], len(right)) ^ parts[1] == parts[2]
 
 
 @pytest.mark.parametrize("name", ["vpclmulqdq", "pclmulqdq", "pmull", "table"])
 def test_every_implementation_of_this_processor(name: str) -> None:
-    """Catches an implementation that is chosen on other machines only."""
+    """Catches a mistake in an implementation that is only chosen on other processors."""
     if native is None:
         pytest.skip("the extension is not in use")
     best = native.crc64_implementation()

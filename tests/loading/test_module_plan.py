@@ -19,7 +19,7 @@ from shardsave._storage.checkpoint import Located
 
 def located(name: str, *shape: int, dtype: torch.dtype = torch.float32, shard: str = "file") -> Located:
     tensor = torch.empty(shape, dtype=dtype, device="meta")
-    return Located(name, BY_TORCH[dtype].name, logical_shape(tensor), tensor.nbytes, shard, 0, None)
+    return Located(name, BY_TORCH[dtype].name, logical_shape(tensor.dtype, tensor.shape), tensor.nbytes, shard, 0, None)
 
 
 def linear(prefix: str = "") -> dict[str, Located]:

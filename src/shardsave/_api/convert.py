@@ -92,7 +92,7 @@ def convert(
     with ExitStack() as closing:
         origin = open_origin(read_from, key, names.wanted, closing)
         _check_destination(read_from, write_to, to, origin)
-        state = converted_state(origin, names, target, read_from)
+        state, casts = converted_state(origin, names, target, read_from)
         carried = carried_over(origin, names, target, to_directory=to == "shardsave")
         total = _bytes_of([*state.entries, *carried.parts.extra])
         checked = sum(t.nbytes for t in origin.stored) if verify else 0
@@ -119,7 +119,7 @@ def convert(
         to=to,
         durable=durable,
         verified=verified,
-        cast=sum(entry.cast is not None for entry in stored),
+        cast=casts,
         dropped=tuple(names.dropped),
         renamed=tuple(names.renamed),
         ties={entry.name: entry.tied_to for entry in state.entries if entry.tied_to is not None},
@@ -138,7 +138,7 @@ def _check_arguments(source: object, destination: object, to: object, key: objec
 
 def _bytes_of(entries: Sequence[Entry]) -> int:
     """The bytes that ``entries`` will have in the file; a tied group counts once."""
-    return sum(entry.tensor.numel() * (entry.cast or entry.tensor.dtype).itemsize for entry in entries if entry.tied_to is None)
+    return sum(entry.source.nbytes for entry in entries if entry.tied_to is None)
 
 
 def _verify(origin: Origin, shown: Progress) -> bool | None:

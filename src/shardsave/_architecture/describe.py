@@ -22,10 +22,11 @@ from shardsave._architecture.class_checks import HEAP_TYPE, container_base, own_
 from shardsave._architecture.document import DICT_TYPES, FORMAT, HOOK_GROUPS, TORCH_ATTRIBUTES
 from shardsave._architecture.trust import is_dunder, version_of
 from shardsave._architecture.write_values import ValueWriter
+from shardsave._common.memory import PLAIN_TYPES
 from shardsave._common.warn_caller import warn_caller
 from shardsave._format.dtypes import BY_TORCH
 from shardsave._state.extra_tensors import ExtraTensors
-from shardsave._state.module import PLAIN_TYPES, plain_name, unwrap
+from shardsave._state.wrappers import plain_name, unwrap
 from shardsave.errors import UnsupportedModuleError
 
 #: The module of hooks that only rename weights which older versions of torch wrote.

@@ -27,7 +27,7 @@ from shardsave._architecture.class_checks import (
 )
 from shardsave._architecture.trust import dotted, is_dunder, name_of, why_unsafe
 from shardsave._common.strict_json import MAX_DIGITS
-from shardsave._state.module import unwrap
+from shardsave._state.wrappers import unwrap
 
 #: How deep values without a number in the table, such as tuples, may be nested.
 _MAX_DEPTH = 100

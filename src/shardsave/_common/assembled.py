@@ -1,74 +1,71 @@
-"""A tensor whose bytes lie in several places, as distributed savers leave them behind: cut like a tensor, never put together."""
+"""A tensor whose elements lie in several places, as distributed savers leave them; it is never put together in memory."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Union
+from typing import NamedTuple
 
 import torch
 
+from shardsave._common.boxes import Box, boxes_in_file, copy_in, copy_out
+
 
 class Part(NamedTuple):
-    """A box of the whole: where it begins in each dimension, and its elements."""
+    """Some elements of the whole: a box that begins at index ``begin`` and has the shape of ``tensor``."""
 
     begin: tuple[int, ...]
     tensor: torch.Tensor
 
 
 class Assembled:
-    """A tensor on the CPU made of ``parts``, which cover each of its elements once.
+    """A source on the CPU that consists of ``parts``, which cover each element once.
 
-    ``copied`` is told of how many bytes were copied out of them, on whatever thread does so.
+    ``dtype`` is that of the file; parts of another dtype are cast. ``copied`` is called with the number of bytes that were read from
+    the parts, on the thread that read them.
     """
 
-    is_cpu, is_cuda, requires_grad = True, False, False
+    cuda_device = -1
 
     def __init__(
         self, dtype: torch.dtype, shape: Sequence[int], parts: Sequence[Part], copied: Callable[[int], None] | None = None
     ) -> None:
-        self.copied = copied
         self.dtype = dtype
-        self.shape = torch.Size(shape)
+        self.shape = tuple(shape)
         self.parts = tuple(parts)
+        self._copied = copied
 
-    def dim(self) -> int:
-        return len(self.shape)
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
-    def numel(self) -> int:
-        return math.prod(self.shape)
+    def memory(self) -> None:
+        return None
 
-    def element_size(self) -> int:
-        return self.dtype.itemsize
+    def gather(self, offset: int, view: memoryview) -> None:
+        with torch.no_grad():
+            for box, target in boxes_in_file(self.shape, self.dtype, offset, view):
+                for elements, place in self._overlaps(box, target):
+                    copy_out(elements, place)
+                    if self._copied is not None:
+                        self._copied(elements.numel() * elements.element_size())
 
-    def detach(self) -> Assembled:
-        return self
+    def scatter(self, offset: int, view: memoryview) -> None:
+        with torch.no_grad():
+            for box, source in boxes_in_file(self.shape, self.dtype, offset, view):
+                for elements, place in self._overlaps(box, source):
+                    copy_in(place, elements)
 
-    def __getitem__(self, index: int | slice) -> Assembled:
-        """A row, or the rows from ``index.start`` to ``index.stop``; both are numbers that the tensor has."""
-        first, stop = (index, index + 1) if isinstance(index, int) else (index.start, index.stop)
-        cut = []
-        for (begin, *rest), tensor in self.parts:
-            low, high = max(first, begin), min(stop, begin + tensor.shape[0])
-            if low >= high:
-                continue
-            if isinstance(index, int):
-                cut.append(Part(tuple(rest), tensor[low - begin]))
+    def _overlaps(self, box: Box, view: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """What each part has of ``box``, beside the same elements of ``view``, which is the whole box."""
+        wanted = (*box, *(slice(0, size) for size in self.shape[len(box) :]))
+        for begins, tensor in self.parts:
+            in_part, in_view = [], []
+            for rows, begin, size in zip(wanted, begins, tensor.shape):
+                first, stop = max(rows.start, begin), min(rows.stop, begin + size)
+                in_part.append(slice(first - begin, stop - begin))
+                in_view.append(slice(first - rows.start, stop - rows.start))
+                if first >= stop:
+                    break
             else:
-                cut.append(Part((low - first, *rest), tensor[low - begin : high - begin]))
-        rows = () if isinstance(index, int) else (stop - first,)
-        return Assembled(self.dtype, (*rows, *self.shape[1:]), cut, self.copied)
-
-    def over(self, target: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Each part beside the view of ``target``, a tensor of the same shape, where it belongs."""
-        for begin, tensor in self.parts:
-            view = target
-            for dimension, (start, size) in enumerate(zip(begin, tensor.shape)):
-                view = view.narrow(dimension, start, size)
-            yield tensor, view
-            if self.copied is not None:
-                self.copied(tensor.numel() * tensor.element_size())
-
-
-#: What a save takes bytes from.
-Memory = Union[torch.Tensor, Assembled]
+                yield tensor[tuple(in_part)], view[tuple(in_view)]

@@ -1,26 +1,58 @@
-"""Where in memory a strided tensor lies, from its first element to behind its last, and whether two share a part of it."""
+"""Where in memory a tensor lies: its address, its extent, and which tensors have the same memory or share a part of it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import nn
 
-#: Whose address may be asked for; what subclasses say is not always where their data lies.
-_WITH_ADDRESS = frozenset({torch.Tensor, nn.Parameter})
+#: Types whose `data_ptr()` is trusted; tensor subclasses may report another address.
+PLAIN_TYPES = frozenset({torch.Tensor, nn.Parameter, *([nn.Buffer] if hasattr(nn, "Buffer") else [])})
 
 
 def address(tensor: torch.Tensor) -> int:
-    """Where its first element lies, 0 where there is no address to ask for: it is on the meta device, empty, or not strided."""
-    if type(tensor) not in _WITH_ADDRESS or tensor.layout is not torch.strided or tensor.is_nested:
+    """The address of the first element; 0 if there is none: a tensor that is empty, on the meta device, not strided or a subclass."""
+    if type(tensor) not in PLAIN_TYPES or tensor.layout is not torch.strided or tensor.is_nested:
         return 0
     return tensor.data_ptr()
 
 
+def memory_key(tensor: torch.Tensor) -> Hashable:
+    """Equal for two tensors if they are the same elements in the same memory; a tensor without an address only equals itself.
+
+    The conjugate and negative bits count: two such views of one memory have different values.
+    """
+    begin = address(tensor)
+    if not begin:
+        return id(tensor)
+    return begin, tensor.device, tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg()
+
+
+def shared_names(named: Mapping[str, torch.Tensor], begin_of: Callable[[torch.Tensor], int]) -> dict[str, str]:
+    """For each name whose tensor has the same memory as an earlier one: the first name with that memory.
+
+    ``begin_of`` returns a tensor's address, or 0 for a tensor that is not to be compared.
+    """
+    first_at: dict[int, str] = {}
+    first_with: dict[Hashable, str] = {}
+    shared = {}
+    for name, tensor in named.items():
+        begin = begin_of(tensor)
+        if not begin:
+            continue
+        first = first_at.setdefault(begin, name)
+        if named[first] is not tensor:  # keys are slow to make, so only tensors with one address get them
+            first_with.setdefault(memory_key(named[first]), first)
+            first = first_with.setdefault(memory_key(tensor), name)
+        if first != name:
+            shared[name] = first
+    return shared
+
+
 def reach(tensor: torch.Tensor) -> int:
-    """The bytes from the first element to behind the last; none for an empty tensor."""
+    """The number of bytes from the first element to the end of the last; 0 for an empty tensor."""
     if tensor.is_contiguous():  # as an empty one is
         return tensor.nbytes
     elements = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) + 1
@@ -28,13 +60,13 @@ def reach(tensor: torch.Tensor) -> int:
 
 
 def lacks_memory(tensor: torch.Tensor) -> bool:
-    """Whether elements of a strided tensor lie beyond its storage, which somebody freed or made smaller."""
+    """Whether elements of a strided tensor lie beyond its storage, which was freed or made smaller."""
     needed = reach(tensor)
     return needed > 0 and tensor.storage_offset() * tensor.element_size() + needed > tensor.untyped_storage().nbytes()
 
 
 def any_overlap(begins: Sequence[int], ends: Sequence[int]) -> bool:
-    """Whether two of many ranges of addresses meet; those of two devices may seem to."""
+    """Whether two of many address ranges overlap; ranges on different devices may appear to."""
     first = np.array(begins, dtype=np.uint64)
     order = np.argsort(first, kind="stable")
     furthest = np.maximum.accumulate(np.array(ends, dtype=np.uint64)[order])

@@ -62,7 +62,7 @@ class Names:
 
 def cast_of(entry: Entry, target: torch.dtype | None) -> torch.dtype | None:
     """The dtype to which ``entry`` is cast, or None. Floating tensors of 8 and 4 bits are quantised, so they are not cast."""
-    own = entry.tensor.dtype
+    own = entry.source.dtype
     return target if target is not None and target != own and own.is_floating_point and own.itemsize > 1 else None
 
 

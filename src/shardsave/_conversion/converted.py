@@ -12,13 +12,14 @@ from shardsave._common.assembled import Assembled, Part
 from shardsave._conversion.changes import Names, cast_of
 from shardsave._conversion.mapped_pages import ReleaseWhileReading
 from shardsave._conversion.origin import Origin
-from shardsave._state.module import Entry, State, check_savable, read_state
+from shardsave._state.module import Entry, State, read_state
 from shardsave._state.parts import Parts
+from shardsave._state.savable import check_savable
 from shardsave.errors import IncompatibleCheckpointError
 
 
-def converted_state(origin: Origin, names: Names, target: torch.dtype | None, path: str) -> State:
-    """The state of ``origin`` with new names, each entry with the dtype that it will have in the file.
+def converted_state(origin: Origin, names: Names, target: torch.dtype | None, path: str) -> tuple[State, int]:
+    """The state of ``origin`` with new names and the dtypes in the new file, and how many stored tensors are cast.
 
     Raises IncompatibleCheckpointError if no tensor is left, or if two would have the same name; ``path`` is for the message.
     """
@@ -44,16 +45,18 @@ def converted_state(origin: Origin, names: Names, target: torch.dtype | None, pa
             entries[name] = Entry(name, "tensor", None, None, value)
     flags = origin.flags or {}
     release = ReleaseWhileReading(origin.mappings)
-    entries_in_order = []
+    entries_in_order, casts = [], 0
     for name in named:
         entry, frozen = entries[name], flags.get(old_of[name])
         kind: Literal["parameter", "tensor"] = "tensor" if frozen is None else "parameter"
-        cast, tensor = cast_of(entry, target), entry.tensor
-        if cast is not None and isinstance(tensor, torch.Tensor) and tensor.dim():
+        source, cast = entry.source, cast_of(entry, target)
+        if cast is not None:
+            casts += entry.tied_to is None
+            parts = source.parts if isinstance(source, Assembled) else [Part((0,) * entry.tensor.dim(), entry.tensor)]
             # A cast may read faster than progress is reported, so pages are released while they are read.
-            tensor = Assembled(tensor.dtype, tensor.shape, [Part((0,) * tensor.dim(), tensor)], release)
-        entries_in_order.append(entry._replace(frozen=frozen, kind=kind, cast=cast, tensor=tensor))
-    return State(tuple(entries_in_order), origin.flags is not None, state.overlaps)
+            source = Assembled(cast, source.shape, parts, release)
+        entries_in_order.append(entry._replace(frozen=frozen, kind=kind, source=source))
+    return State(tuple(entries_in_order), origin.flags is not None, state.overlaps), casts
 
 
 class CarriedOver(NamedTuple):

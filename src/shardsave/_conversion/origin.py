@@ -11,6 +11,7 @@ from mmap import mmap
 from typing import Any, NamedTuple
 
 from shardsave._common.os_calls import CallFailed, call
+from shardsave._common.sources import TensorSource
 from shardsave._common.words import some
 from shardsave._foreign.dcp import TABLE_NAME, read_distributed
 from shardsave._foreign.nested_state import Wanted, choose_state, refuse_key
@@ -103,7 +104,10 @@ def _from_checkpoint(path: str, key: str | None, wanted: Wanted, closing: ExitSt
     maps = Maps(checkpoint, aligned=False)
     tensors = maps.tensors(located)
     extra = maps.tensors(checkpoint.kept)
-    parts = Parts(checkpoint.documents, tuple(Entry(name, "buffer", None, None, tensor) for name, tensor in extra.items()))
+    parts = Parts(
+        checkpoint.documents,
+        tuple(Entry(name, "buffer", None, None, TensorSource.of(tensor)) for name, tensor in extra.items()),
+    )
     return Origin(
         "shardsave" if record is not None else "safetensors",
         {name: tensors[stored] for name, stored in chosen.items()},

@@ -93,7 +93,7 @@ def _write_torch(output: Output, state: State, file: NewFile) -> WriteResult:
             raise kind(
                 f"cannot write {file.path} by way of a directory beside it: {error}; a file that was at {file.path} is unchanged"
             ) from error
-        state = converted_state(mapped, Names((), ()), None, file.workspace)
+        state, _ = converted_state(mapped, Names((), ()), None, file.workspace)
         return write_torch(file, state.entries, ReleaseWhileWriting(mapped.mappings, output.tick))
 
 

@@ -18,7 +18,9 @@ import torch
 
 from shardsave._common.backend import engine_name
 from shardsave._common.os_calls import OUT_OF_SPACE, CallFailed, Descriptor, allocate, call
+from shardsave._common.sources import TensorSource
 from shardsave._engine import engine
+from shardsave._engine.transfer import Access, TransferFault
 from shardsave._format.header import CHECKSUM_KEY, with_sums
 from shardsave._saving.shards import plan_blocks, plan_shards
 from shardsave._state.module import Entry
@@ -192,9 +194,10 @@ def write_safetensors(
     fd, path = new.file.fd, new.path
     try:
         allocate(fd, path, shard.reserved_bytes)
-        transfer = engine.write([fd], plan_blocks([shard]), shard.pieces, direct=durable, tick=tick)
+        access: Access = "direct" if durable else "buffered"
+        transfer = engine.write([fd], plan_blocks([shard]), shard.pieces, access=access, start_writeback=durable, tick=tick)
         end_shard(fd, path, len(shard.header) + shard.layout.data_bytes, with_sums(shard.header, transfer.sums))
-    except engine.TransferFault as fault:
+    except TransferFault as fault:
         raise new.failure(CallFailed(fault.call, path, fault.errno, str(fault))) from fault
     except CallFailed as error:
         raise new.failure(error) from error
@@ -233,7 +236,7 @@ def write_torch(new: NewFile, entries: Sequence[Entry], tick: Callable[[int], ob
     """
     state: dict[str, torch.Tensor] = {}
     for entry in entries:
-        assert fits_torch(entry) and isinstance(entry.tensor, torch.Tensor)
+        assert fits_torch(entry)
         state[entry.name] = state[entry.tied_to] if entry.tied_to is not None else _with_own_storage(entry.tensor)
     sink = _Sink(new, tick)
     try:
@@ -252,10 +255,7 @@ def write_torch(new: NewFile, entries: Sequence[Entry], tick: Callable[[int], ob
 
 def fits_torch(entry: Entry) -> bool:
     """Whether torch.save can write this tensor: uncast, contiguous memory, without conjugate and negative bits."""
-    tensor = entry.tensor
-    if entry.cast is not None or not isinstance(tensor, torch.Tensor):
-        return False
-    return tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
+    return isinstance(entry.source, TensorSource) and entry.source.memory() is not None
 
 
 def _with_own_storage(tensor: torch.Tensor) -> torch.Tensor:

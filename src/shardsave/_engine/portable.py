@@ -1,62 +1,61 @@
-"""The engine without the extension: one buffer, numpy and torch. Byte for byte what the C++ engine makes, and its oracle."""
+"""The engine without the extension: one buffer, numpy and torch. It writes the same bytes as the C++ engine, whose oracle it is."""
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import torch
 
-from shardsave._common.os_calls import start_writeback
-from shardsave._engine import gather
-from shardsave._engine.engine import BLOCK_BYTES, Piece, Tick, Transfer, TransferFault
+from shardsave._common import os_calls
+from shardsave._engine.blocks import Blocks
+from shardsave._engine.transfer import BLOCK_BYTES, Piece, Request, Tick, Transfer, TransferFault, out_of_memory
 from shardsave._format import crc64
-from shardsave._format.layout import Blocks
 
 
-def run(
-    write: bool,
-    files: Sequence[int],
-    blocks: Blocks,
-    pieces: Sequence[Piece],
-    checksum: bool,
-    durable: bool,
-    tick: Tick,
-) -> Transfer:
+def reserve(pieces: Sequence[Piece]) -> None:
+    """As `shardsave._engine.engine.reserve`."""
+    _staging_memory()
+
+
+def run(request: Request, tick: Tick) -> Transfer:
     """As `shardsave._engine.engine.write` and `read`, always through the page cache."""
+    files, pieces, piece_bytes = request.files, request.pieces, request.blocks.piece_bytes.tolist()
     sums = [0] * len(pieces)
     done = 0
-    try:
-        staging = np.empty(BLOCK_BYTES, np.uint8).data
-    except MemoryError as error:
-        raise TransferFault(-1, "allocation of staging memory", errno.ENOMEM, 0, BLOCK_BYTES) from error
-    for file, offset, length, segments in _each(blocks):
+    staging = _staging_memory()
+    for file, offset, length, segments in _each(request.blocks):
         slot = staging[:length]
         _, _, last, at = segments[-1]
         used = at + last
-        if not write:
+        if not request.write:
             _read_block(files, file, offset, slot, used)
         for number, piece_offset, count, at in segments:
-            piece = pieces[number]
+            source = pieces[number]
             part = slot[at : at + count]
-            if write and piece.tensor is not None:
-                gather.fill(piece.tensor, piece.dtype, piece_offset, part)
-            if checksum:
-                behind = piece.nbytes - piece_offset - count
+            if request.write and source is not None:
+                source.gather(piece_offset, part)
+            if request.checksum:
+                behind = piece_bytes[number] - piece_offset - count
                 sums[number] ^= crc64.shift(crc64.raw(np.frombuffer(part, np.uint8)), behind)
-            if not write and isinstance(piece.tensor, torch.Tensor):
-                gather.drain(piece.tensor, piece.dtype, piece_offset, part)
+            if not request.write and source is not None:
+                source.scatter(piece_offset, part)
             done += count
-        if write:
+        if request.write:
             slot[used:] = bytes(length - used)
             _write_block(files, file, offset, slot)
-            if durable:
-                start_writeback(files[file], offset, length)
+            if request.start_writeback:
+                os_calls.start_writeback(files[file], offset, length)
         tick(done)
-    finished = (crc64.finish(value, piece.nbytes) for value, piece in zip(sums, pieces)) if checksum else ()
+    finished = map(crc64.finish, sums, piece_bytes) if request.checksum else ()
     return Transfer(tuple(finished), (False,) * len(files), BLOCK_BYTES, pinned=False)
+
+
+def _staging_memory() -> memoryview:
+    try:
+        return np.empty(BLOCK_BYTES, np.uint8).data
+    except MemoryError as error:
+        raise out_of_memory("allocation of staging memory", BLOCK_BYTES) from error
 
 
 def _each(blocks: Blocks) -> Iterator[tuple[int, int, int, list[list[int]]]]:

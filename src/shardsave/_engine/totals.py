@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from shardsave._engine.engine import Transfer
+    from shardsave._engine.transfer import Transfer
 
 
 @dataclass(frozen=True)

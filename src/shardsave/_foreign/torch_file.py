@@ -21,8 +21,8 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 
+from shardsave._common.memory import PLAIN_TYPES
 from shardsave._common.os_calls import CallFailed, Descriptor, call, read_at
-from shardsave._state.module import PLAIN_TYPES
 from shardsave._storage.find import cannot_read, open_checkpoint_file
 from shardsave._storage.mapping import map_file
 from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError, UntrustedCodeError

@@ -1,6 +1,6 @@
-"""CRC-64/NVME in numpy: the fallback for the C++ core, and the oracle that it is tested against.
+"""CRC-64/NVME in numpy: the fallback for the C++ core, and the oracle in its tests.
 
-"Raw" is the register arithmetic without initial value and final inversion, as in ``csrc/crc64.h``; it is linear, so
+A raw sum is the register without initial value and final inversion, as in ``csrc/crc64.h``; it is linear:
 ``raw(A + B) == shift(raw(A), len(B)) ^ raw(B)``. Parameters of the checksum: NVM Express NVM Command Set Specification,
 "64b CRC": polynomial 0xAD93D23594C93659, reflected, initial value and final XOR all ones.
 """
@@ -23,7 +23,8 @@ _REFLECTED = 0x9A6C9329AC4BC9B5
 _ONES = 0xFFFF_FFFF_FFFF_FFFF
 _TOP = 1 << 63  # the polynomial 1 in reflected bit order
 
-#: Bytes per lane and pass: long lanes amortise the combining, short ones keep the columns in the cache.
+#: How many lanes are computed side by side: more lanes need fewer calls of numpy, fewer lanes keep the state in the cache and cost
+#: less to join.
 _LANES = 4096
 
 
@@ -41,12 +42,12 @@ def finish(raw_sum: int, nbytes: int) -> int:
 
 
 def shift(raw_sum: int, nbytes: int) -> int:
-    """``raw_sum`` · x^(8·nbytes) mod P: what it contributes when ``nbytes`` more bytes follow."""
+    """``raw_sum`` · x^(8·nbytes) mod P: what ``raw_sum`` contributes to a sum if ``nbytes`` more bytes follow."""
     return _multiply(raw_sum, _power(nbytes)) if raw_sum else 0
 
 
 def joined(first: int, second: int, nbytes: int) -> int:
-    """The complete checksum of bytes whose is ``first``, followed by ``nbytes`` bytes whose is ``second``."""
+    """The complete checksum of two runs of bytes with the checksums ``first`` and ``second``; the second run has ``nbytes`` bytes."""
     return shift(first, nbytes) ^ second
 
 
@@ -68,7 +69,7 @@ def raw(data: NDArray[np.uint8]) -> int:
 
 
 def _fold(sums: NDArray[np.uint64], lane_bytes: int) -> int:
-    """The raw sum of neighbouring lanes of ``lane_bytes`` each, joined pairwise."""
+    """The raw sum of all lanes, of ``lane_bytes`` bytes each: neighbours are joined pairwise."""
     values = [int(value) for value in sums]
     while len(values) > 1:
         factor = _power(lane_bytes)
@@ -97,7 +98,7 @@ def _byte_table() -> list[int]:
 
 @lru_cache(maxsize=1)
 def _tables() -> tuple[NDArray[np.uint64], ...]:
-    """For each 16-bit part of a word, what it leaves in the register once the whole word has gone through."""
+    """For each of the four 16-bit parts of a word: part → its contribution to the register after the whole word."""
     single = np.array(_byte_table(), dtype=np.uint64)
 
     def through_zero(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -126,7 +127,7 @@ def _power(nbytes: int) -> int:
 
 
 def _multiply(left: int, right: int) -> int:
-    """Product of two reflected polynomials mod P."""
+    """The product of two reflected polynomials mod P."""
     product = 0
     while left:
         if left & _TOP:

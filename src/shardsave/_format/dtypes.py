@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     import torch
 
-    from shardsave._common.assembled import Memory
-
 
 class DType(NamedTuple):
     """A dtype: its name in a safetensors header, its name in torch, and the bits of one element."""
@@ -78,11 +76,10 @@ def item_bytes(name: str) -> int:
     return max(1, BY_NAME[name].bits // 8)
 
 
-def logical_shape(tensor: Memory) -> tuple[int, ...]:
-    """The shape of ``tensor`` in a safetensors header."""
-    shape = tuple(tensor.shape)
-    if tensor.element_size() > 1 or tensor.dtype != BY_NAME["F4"].torch:
-        return shape
+def logical_shape(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in a safetensors header of a torch tensor with ``dtype`` and ``shape``."""
+    if dtype.itemsize > 1 or dtype != BY_NAME["F4"].torch:
+        return tuple(shape)
     return (*shape[:-1], shape[-1] * 2) if shape else (2,)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from shardsave._huggingface.peft_names import adapter_of
 from shardsave._loading.layout import IdentityLayout
-from shardsave._state.module import Names
+from shardsave._state.wrappers import Names
 from shardsave._storage.checkpoint import Located
 from shardsave.errors import IncompatibleCheckpointError
 

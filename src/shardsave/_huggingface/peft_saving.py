@@ -6,9 +6,10 @@ import copy
 import json
 from typing import Any
 
+from shardsave._common.sources import TensorSource
 from shardsave._huggingface.peft_names import active_adapter, adapter_of
 from shardsave._saving.disk_layout import OnDisk
-from shardsave._state.module import Entry, State, tensor_of
+from shardsave._state.module import Entry, State
 from shardsave.errors import UnsupportedTensorError
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -23,7 +24,7 @@ class AdapterLayout:
     def apply(self, state: State) -> OnDisk:
         companions = adapter_companions(self._model)
         entries = {entry.name: entry for entry in state.entries}
-        adapter = adapter_of(self._model, {name: tensor_of(entry) for name, entry in entries.items()})
+        adapter = adapter_of(self._model, {name: entry.tensor for name, entry in entries.items()})
         if not adapter.names and not adapter.computed:
             raise UnsupportedTensorError(
                 f"cannot save the adapter {active_adapter(self._model)!r}: at least one tensor was expected, the model has none of it; "
@@ -35,7 +36,9 @@ class AdapterLayout:
             leader = entries[name].tied_to
             tied_to = name_on_disk.get(leader) if leader is not None else None
             on_disk.append(entries[name]._replace(name=saved_name, tied_to=tied_to))
-        on_disk += [Entry(saved_name, "tensor", None, None, tensor) for saved_name, tensor in adapter.computed.items()]
+        on_disk += [
+            Entry(saved_name, "tensor", None, None, TensorSource.of(tensor)) for saved_name, tensor in adapter.computed.items()
+        ]
         flags = {entry.name: entry.frozen for entry in state.entries if entry.frozen is not None}
         # PEFT expects one file, so adapters are never sharded.
         return OnDisk(state._replace(entries=tuple(on_disk)), companions, flags, single_file=ADAPTER_WEIGHTS)

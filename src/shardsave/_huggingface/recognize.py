@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from shardsave._state.module import unwrap
+from shardsave._state.wrappers import unwrap
 
 
 def transformers_model(source: object) -> Any:

@@ -20,7 +20,7 @@ from shardsave._format.dtypes import BY_NAME, BY_TORCH, logical_shape, torch_sha
 from shardsave._huggingface.transformers_on_disk import Part, reverted
 from shardsave._loading.layout import Join
 from shardsave._loading.slots import Inventory
-from shardsave._state.module import Names
+from shardsave._state.wrappers import Names
 from shardsave._storage.checkpoint import Located
 from shardsave.errors import IncompatibleCheckpointError, UnsupportedTensorError
 
@@ -141,7 +141,9 @@ class TransformersLayout:
                 f"transformers raised {type(error).__name__}: {' '.join(str(error).split())}; the module is unchanged"
             ) from error
         for name, tensor in targets.items():
-            self.stored[name] = Located(name, BY_TORCH[tensor.dtype].name, logical_shape(tensor), tensor.nbytes, "", 0, None)
+            self.stored[name] = Located(
+                name, BY_TORCH[tensor.dtype].name, logical_shape(tensor.dtype, tensor.shape), tensor.nbytes, "", 0, None
+            )
         self._sent.update(dict.fromkeys((name for name, _ in members), tuple(targets)))
         self.joins.append(Join(tuple(targets), sources, convert))
         self._keys.append([(first, part) for _, part in members])

@@ -10,10 +10,11 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from shardsave._common.sources import TensorSource
 from shardsave._common.words import human_bytes
 from shardsave._huggingface.transformers_on_disk import Part, reverted
 from shardsave._saving.disk_layout import OnDisk
-from shardsave._state.module import Entry, State, tensor_of
+from shardsave._state.module import Entry, State
 
 
 def companions(model: Any) -> dict[str, bytes]:
@@ -48,7 +49,7 @@ class TransformersLayout:
         ignored = frozenset(getattr(model, "_keys_to_ignore_on_save", None) or ())
         entries = _tied_as_transformers_ties(model, [entry for entry in state.entries if entry.name not in ignored])
         by_name = {entry.name: entry for entry in entries}
-        stored = {entry.name: tensor_of(entry) for entry in entries if entry.tied_to is None}
+        stored = {entry.name: entry.tensor for entry in entries if entry.tied_to is None}
         renamed = reverted(model, stored)
         position = {name: n for n, name in enumerate(stored)}
         on_disk = [_entry(name, part, [by_name[source] for source in part.sources]) for name, part in renamed.items()]
@@ -68,7 +69,7 @@ class TransformersLayout:
 def _entry(name: str, part: Part, sources: Iterable[Entry]) -> Entry:
     """An entry that is frozen if all of ``sources`` with a flag are."""
     flags = [entry.frozen for entry in sources if entry.frozen is not None]
-    return Entry(name, "parameter" if flags else "buffer", all(flags) if flags else None, None, part.tensor)
+    return Entry(name, "parameter" if flags else "buffer", all(flags) if flags else None, None, TensorSource.of(part.tensor))
 
 
 def _tied_as_transformers_ties(model: Any, entries: list[Entry]) -> list[Entry]:
@@ -99,7 +100,7 @@ def _ties(model: Any, entries: Iterable[Entry], stored: Mapping[str, Part]) -> l
     # Of a leader that is several tensors on disk, no single one is what the tied name shares.
     unsplit = {name for name in name_on_disk if sum(part.sources == (name,) for part in stored.values()) == 1}
     ties = []
-    for name, part in reverted(model, {name: tensor_of(entry) for name, entry in tied.items()}).items():
+    for name, part in reverted(model, {name: entry.tensor for name, entry in tied.items()}).items():
         entry = tied[part.sources[0]]
         if len(part.sources) == 1 and entry.tied_to in unsplit and name not in stored:
             ties.append(entry._replace(name=name, tied_to=name_on_disk[entry.tied_to]))

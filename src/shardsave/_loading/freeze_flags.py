@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from shardsave._loading.slots import Inventory
-from shardsave._state.module import Names
+from shardsave._state.wrappers import Names
 
 
 class RestoredFlags(NamedTuple):

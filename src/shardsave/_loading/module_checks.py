@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch.nn.parameter import is_lazy
 
-from shardsave._common.memory import address, any_overlap, lacks_memory, reach
+from shardsave._common.memory import PLAIN_TYPES, address, any_overlap, lacks_memory, reach
 from shardsave._format.dtypes import BY_NAME
 from shardsave._loading.allocation import stays
 from shardsave._loading.module_plan import ModulePlan
 from shardsave._loading.slots import Inventory, Slot
-from shardsave._state.module import PLAIN_TYPES, Names
+from shardsave._state.wrappers import Names
 from shardsave._storage.checkpoint import Located
 from shardsave.errors import IncompatibleCheckpointError, UnsupportedTensorError, an
 

@@ -11,10 +11,12 @@ import torch
 
 from shardsave._common.gc_pause import gc_paused
 from shardsave._common.progress import Progress
+from shardsave._common.sources import TensorSource
 from shardsave._engine import engine
+from shardsave._engine.blocks import blocks
 from shardsave._engine.totals import Totals
+from shardsave._engine.transfer import BLOCK_BYTES, TransferFault
 from shardsave._format.dtypes import BY_NAME, item_bytes
-from shardsave._format.layout import blocks
 from shardsave._storage.checkpoint import Checkpoint, Located
 from shardsave.errors import CorruptCheckpointError, ShardSaveError
 
@@ -70,14 +72,14 @@ class TensorReader:
         """Reads the targets that lie in ``shards``, all of which are open at the same time; returns the damaged tensors."""
         with gc_paused():
             dtypes = {dtype: BY_NAME[dtype].torch for dtype in {t.dtype for t, _ in targets}}
-            pieces = [engine.Piece(tensor, dtypes[t.dtype], t.nbytes) for t, tensor in targets]
-            planned = blocks(extents, engine.BLOCK_BYTES)
+            pieces = [TensorSource(tensor, dtypes[t.dtype]) if tensor is not None else None for t, tensor in targets]
+            planned = blocks(extents, BLOCK_BYTES)
             checksums = [t.checksum for t, _ in targets]
         checksum = self._verify and checksums.count(None) < len(checksums)
         files = self._checkpoint.descriptors(shards)
         try:
             transfer = engine.read(files, planned, pieces, checksum=checksum, tick=self._progress.tick)
-        except engine.TransferFault as fault:
+        except TransferFault as fault:
             path = self._checkpoint.path_of(shards[max(fault.file, 0)])
             raise ShardSaveError(f"cannot read {path}: {fault}; the files on disk are as they were") from fault
         moved = int(extents[:, 2].sum())

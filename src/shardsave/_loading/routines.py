@@ -14,7 +14,7 @@ from shardsave._loading.layout import Join
 from shardsave._loading.module_plan import Routine
 from shardsave._loading.new_tensors import new_copy
 from shardsave._loading.read import TensorReader
-from shardsave._state.module import Names
+from shardsave._state.wrappers import Names
 from shardsave._storage.checkpoint import Located
 from shardsave.errors import IncompatibleCheckpointError
 

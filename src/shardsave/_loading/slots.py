@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from shardsave._common.gc_pause import gc_paused
-from shardsave._common.memory import address
-from shardsave._state.module import EXTRA_STATE, Names, refuse_sharded, unwrap
+from shardsave._common.memory import address, shared_names
+from shardsave._state.module import EXTRA_STATE
+from shardsave._state.wrappers import Names, refuse_sharded, unwrap
 from shardsave.errors import IncompatibleCheckpointError
 
 
@@ -114,25 +115,10 @@ def _slots(sub_modules: SubModules) -> Iterator[Slot]:
 
 
 def _leaders(slots: Iterable[Slot]) -> dict[str, str]:
-    first_at_address: dict[int, Slot] = {}
-    first_with_memory: dict[object, str] = {}
-    leaders = {}
-    for slot in slots:
-        tensor = slot.tensor
-        first = first_at_address.setdefault(address(tensor) or id(tensor), slot)
-        if first.tensor is tensor:
-            leaders[slot.name] = first.name
-            continue
-        first_with_memory.setdefault(_memory_key(first.tensor), first.name)
-        leaders[slot.name] = first_with_memory.setdefault(_memory_key(tensor), slot.name)
-    return leaders
-
-
-def _memory_key(tensor: torch.Tensor) -> object:
-    """A value that is equal for two tensors exactly when they are the same elements in memory."""
-    if not (begin := address(tensor)):
-        return id(tensor)
-    return begin, tensor.device, tensor.dtype, tensor.shape, tensor.stride()
+    """Every name → the first name with the same memory."""
+    named = {slot.name: slot.tensor for slot in slots}
+    shared = shared_names(named, lambda tensor: address(tensor) or id(tensor))
+    return {name: shared.get(name, name) for name in named}
 
 
 def _self_loading(sub_modules: SubModules) -> dict[str, nn.Module]:

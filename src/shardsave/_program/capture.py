@@ -15,7 +15,7 @@ from shardsave._program.program import FORMAT, LoadedProgram, ProgramDocument
 from shardsave._program.refusals import refuse_to_save
 from shardsave._program.traced_arguments import Condition, TracedArguments, parts_of, plain
 from shardsave._state.extra_tensors import ExtraTensors
-from shardsave._state.module import unwrap
+from shardsave._state.wrappers import unwrap
 from shardsave.errors import CorruptCheckpointError
 
 Program = Union[tuple[tuple[Any, ...], dict[str, Any]], torch.export.ExportedProgram]

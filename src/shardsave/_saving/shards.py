@@ -12,12 +12,15 @@ import numpy as np
 
 from shardsave._common.os_calls import descriptor_allowance
 from shardsave._common.progress import Progress
+from shardsave._common.sources import ByteSource
 from shardsave._engine import engine
+from shardsave._engine.blocks import Blocks, blocks
+from shardsave._engine.transfer import BLOCK_BYTES, Transfer, TransferFault
 from shardsave._format.crc64 import crc64, joined
 from shardsave._format.dtypes import BY_TORCH, logical_shape
 from shardsave._format.header import encode_header, with_sums
 from shardsave._format.index import FileRecord, ShardRecord
-from shardsave._format.layout import ALIGNMENT, Blocks, Shard, StoredTensor, blocks, pack
+from shardsave._format.layout import ALIGNMENT, Shard, StoredTensor, pack
 from shardsave._state.module import Entry
 from shardsave._storage.staging import StagedShard
 from shardsave._storage.transaction import Transaction
@@ -31,7 +34,7 @@ class PlannedShard(NamedTuple):
 
     layout: Shard
     header: bytes
-    pieces: list[engine.Piece]
+    pieces: list[ByteSource]
 
     @property
     def reserved_bytes(self) -> int:
@@ -48,12 +51,11 @@ def plan_shards(
     """
     tensors, pieces = [], {}
     for entry in entries:
-        tensor, name = entry.tensor, entry.name
-        dtype = entry.cast or tensor.dtype
-        nbytes = tensor.numel() * dtype.itemsize
+        source, dtype = entry.source, entry.source.dtype
         frozen = apart and bool(entry.frozen)
-        tensors.append(StoredTensor(name, BY_TORCH[dtype].name, logical_shape(tensor), nbytes, frozen))
-        pieces[name] = engine.Piece(tensor, dtype, nbytes)
+        shape = logical_shape(dtype, source.shape)
+        tensors.append(StoredTensor(entry.name, BY_TORCH[dtype].name, shape, source.nbytes, frozen))
+        pieces[entry.name] = source
     return [
         PlannedShard(layout, encode_header(layout, more), [pieces[tensor.name] for tensor in layout.tensors])
         for layout in pack(tensors, bound)
@@ -71,7 +73,7 @@ def plan_blocks(shards: Sequence[PlannedShard]) -> Blocks:
         rows[:, 1] = np.array(layout.begins, dtype=np.int64) + len(shard.header)
         rows[:, 2] = [tensor.nbytes for tensor in layout.tensors]
         extents.append(rows)
-    return blocks(np.concatenate(extents), engine.BLOCK_BYTES)
+    return blocks(np.concatenate(extents), BLOCK_BYTES)
 
 
 class ShardWriter:
@@ -100,7 +102,7 @@ class ShardWriter:
         """Allocates the memory that the engine will need, before anything is written."""
         try:
             engine.reserve([piece for shard in self._shards for piece in shard.pieces])
-        except engine.TransferFault as fault:
+        except TransferFault as fault:
             reason = fault.detail or f"{os.strerror(fault.errno)} (needs {fault.length} bytes)"
             raise self._transaction.failure(fault.call, "", fault.errno, reason, None) from fault
 
@@ -132,17 +134,18 @@ class ShardWriter:
         if self._whole_sums:
             self.whole[file.name] = FileRecord(length, _whole_sum(header, shard.layout, sums))
 
-    def _transfer(self, staged: Sequence[StagedShard], group: Sequence[PlannedShard], progress: Progress) -> engine.Transfer:
+    def _transfer(self, staged: Sequence[StagedShard], group: Sequence[PlannedShard], progress: Progress) -> Transfer:
         group_blocks = plan_blocks(group)
         try:
             return engine.write(
                 [file.file.fd for file in staged],
                 group_blocks,
                 [piece for shard in group for piece in shard.pieces],
-                direct=self._durable,
+                access="direct" if self._durable else "buffered",
+                start_writeback=self._durable,
                 tick=progress.tick,
             )
-        except engine.TransferFault as fault:
+        except TransferFault as fault:
             needed = sum(shard.reserved_bytes for shard in self._shards)
             call = fault.call if fault.file < 0 else f"{fault.call} of {fault.length} bytes at offset {fault.offset}"
             name = staged[max(fault.file, 0)].name

@@ -1,49 +1,49 @@
-"""Tensors that a whole model needs and its weights do not have."""
+"""Extra tensors: what a whole model needs and its weights do not contain."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
 
 import torch
 
-from shardsave._state.module import PLAIN_TYPES, Entry, check_savable
+from shardsave._common.memory import address, memory_key
+from shardsave._common.sources import TensorSource
+from shardsave._state.module import Entry
+from shardsave._state.savable import check_savable
 
 
 class ExtraTensors:
-    """What a model needs and its weights (``entries``) do not have: non-persistent buffers, tensors in attributes, constants."""
+    """Collects the tensors of a model that are not among its weights: non-persistent buffers, tensors in attributes, constants.
+
+    ``entries``: the weights. ``kept``: the extra tensors so far.
+    """
 
     def __init__(self, entries: Sequence[Entry]) -> None:
         self.kept: list[Entry] = []
-        self._by_name = {entry.name: entry.tensor for entry in entries if isinstance(entry.tensor, torch.Tensor)}
-        by_name = reversed(self._by_name.items())
-        self._by_memory = {place: name for name, tensor in by_name if (place := _memory(tensor)) is not None}
-        self._kept_by_memory: dict[Any, str] = {}
+        self._by_name = {entry.name: entry.tensor for entry in entries}
+        named = reversed(self._by_name.items())  # the first of several names with one memory wins
+        self._by_memory = {memory_key(tensor): name for name, tensor in named if address(tensor)}
+        self._kept_by_memory: dict[Hashable, str] = {}
         self._taken = {"", "__metadata__"}
 
     def place(self, tensor: torch.Tensor, name: str) -> tuple[str, bool]:
-        """The name under which the checkpoint has the data of ``tensor``, and whether it is an extra one."""
-        memory = _memory(tensor)
-        stored = self._by_memory.get(memory) if memory is not None else None
-        if stored is None and memory is None and name in self._by_name:
-            there = self._by_name[name]
-            stored = name if (there.shape, there.dtype) == (tensor.shape, tensor.dtype) else None
-        if stored is not None:
-            return stored, False
+        """Returns the name under which the checkpoint holds the data of ``tensor``, and whether it is an extra tensor.
+
+        ``name``: the wanted name of an extra tensor. Raises UnsupportedTensorError.
+        """
+        memory = memory_key(tensor) if address(tensor) else None
+        if memory is not None and memory in self._by_memory:
+            return self._by_memory[memory], False
+        weight = self._by_name.get(name)
+        if memory is None and weight is not None and (weight.shape, weight.dtype) == (tensor.shape, tensor.dtype):
+            return name, False
         if memory is not None and memory in self._kept_by_memory:
             return self._kept_by_memory[memory], True
         while name in self._taken:
             name += "_"
         check_savable(name, tensor)
         self._taken.add(name)
-        self.kept.append(Entry(name, "buffer", None, None, tensor.detach()))
+        self.kept.append(Entry(name, "buffer", None, None, TensorSource.of(tensor.detach())))
         if memory is not None:
             self._kept_by_memory[memory] = name
         return name, True
-
-
-def _memory(tensor: torch.Tensor) -> tuple[Any, ...] | None:
-    """What two tensors that are the same memory have in common; None where there is none."""
-    if type(tensor) not in PLAIN_TYPES or tensor.layout is not torch.strided or not (address := tensor.data_ptr()):
-        return None
-    return address, tensor.dtype, tensor.shape, tensor.stride(), str(tensor.device), tensor.is_conj(), tensor.is_neg()

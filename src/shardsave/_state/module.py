@@ -1,51 +1,45 @@
-"""What a module or a mapping has to save: its tensors by name, their freeze flags, and which of them share memory."""
+"""What there is to save: the tensors of a module or a mapping by name, their freeze flags, and which of them share memory."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple, NoReturn, Union
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple, Union
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from shardsave._common.assembled import Memory
-from shardsave._common.memory import any_overlap, lacks_memory, reach
-from shardsave._format.dtypes import BY_TORCH, logical_shape
-from shardsave.errors import UnsupportedTensorError, an
+from shardsave._common.memory import any_overlap, reach, shared_names
+from shardsave._common.sources import ByteSource, TensorSource
+from shardsave._state.numpy_arrays import tensor_of_array
+from shardsave._state.savable import check_savable, refuse
+from shardsave._state.wrappers import Names, refuse_sharded, unwrap
+from shardsave.errors import an
 
 Source = Union[nn.Module, Mapping[str, Any]]
 
-PLAIN_TYPES = frozenset({torch.Tensor, nn.Parameter, *([nn.Buffer] if hasattr(nn, "Buffer") else [])})
-_COMPILED = "_orig_mod"
-#: How the name in a state dict ends under which a module has its extra state.
+#: The last part of the name under which a state dict has a module's extra state.
 EXTRA_STATE = "_extra_state"
-_PARALLEL = (DataParallel, DistributedDataParallel)
-
-#: What the package ml_dtypes adds to numpy and torch has, too, under the same names.
-_ML_DTYPES = frozenset({"bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"})
 
 
 class Entry(NamedTuple):
-    """One name of a module. ``frozen`` is None where there is no flag; ``tied_to`` is the entry whose memory this one shares.
+    """One name of a module or a mapping.
 
-    ``cast``: the dtype that it is to have in the file, where that is not the tensor's own.
+    ``frozen``: None without a freeze flag. ``tied_to``: the first name with the same memory; None for the first name itself.
+    ``source``: what has the bytes for the file, a `TensorSource` for entries of a module.
     """
 
     name: str
     kind: Literal["parameter", "buffer", "tensor"]
     frozen: bool | None
     tied_to: str | None
-    tensor: Memory
-    cast: torch.dtype | None = None
+    source: ByteSource
 
-
-def tensor_of(entry: Entry) -> torch.Tensor:
-    """The tensor of an entry of a module; only a conversion has entries made of parts."""
-    assert isinstance(entry.tensor, torch.Tensor)
-    return entry.tensor
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The tensor of an entry of a module; entries of a conversion may have other sources."""
+        assert isinstance(self.source, TensorSource)
+        return self.source.tensor
 
 
 class State(NamedTuple):
@@ -59,61 +53,6 @@ class State(NamedTuple):
     overlaps: tuple[tuple[str, str], ...]
 
 
-def unwrap(module: nn.Module) -> nn.Module:
-    """The module inside ``torch.compile``, DistributedDataParallel and DataParallel, in whatever order they are nested."""
-    while True:
-        if not _holds_only_another(module):
-            return module
-        module = module.module if isinstance(module, _PARALLEL) else module._orig_mod  # type: ignore[assignment]
-
-
-def _holds_only_another(module: nn.Module) -> bool:
-    """Whether ``module`` is a known wrapper, with nothing of its own that would be lost without it."""
-    kind = type(module)
-    compiled = kind.__name__ == "OptimizedModule" and kind.__module__.startswith("torch.")
-    if not compiled and not issubclass(kind, _PARALLEL):
-        return False
-    return not (module._parameters or module._buffers or len(module._modules) > 1)
-
-
-class Names:
-    """The names of a module's tensors with and without the wrappers around some of its sub-modules."""
-
-    def __init__(self, named: Iterable[tuple[str, nn.Module]]) -> None:
-        """``named``: all sub-modules by all their names, in module order."""
-        self._wrappers: list[tuple[str, str]] = []  # how names begin at a wrapper, and inside of it; the outer ones first
-        for name, part in named:
-            if _holds_only_another(part):
-                start = f"{name}." if name else ""
-                self._wrappers.append((start, f"{start}{'module' if isinstance(part, _PARALLEL) else _COMPILED}."))
-
-    @classmethod
-    def of(cls, module: nn.Module) -> Names:
-        return cls(module.named_modules(remove_duplicate=False))
-
-    def plain(self, name: str) -> str:
-        for start, inside in reversed(self._wrappers):
-            if name.startswith(inside):
-                name = start + name[len(inside) :]
-        return plain_name(name)
-
-    def wrapped(self, name: str) -> str:
-        for start, inside in self._wrappers:
-            if name.startswith(start):
-                name = inside + name[len(start) :]
-        return name
-
-
-def refuse_sharded(module: nn.Module, verb: str, state: str) -> None:
-    """Refuses FSDP's older wrapper: each of its state dicts is a collective call, which hangs where one rank alone makes it."""
-    for name, part in module.named_modules():
-        if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(part).__mro__):
-            raise UnsupportedTensorError(
-                f"cannot {verb} module {name!r}: one that is whole in this process was expected, it is a "
-                f"FullyShardedDataParallel; take its full state dict; {state}"
-            )
-
-
 def read_state(source: Source, *, tensors_only: bool = False) -> State:
     """Reads the entries of ``source``; copies nothing. Raises UnsupportedTensorError, naming the entry.
 
@@ -124,7 +63,7 @@ def read_state(source: Source, *, tensors_only: bool = False) -> State:
         refuse_sharded(module, "save", "nothing was written")
         named = _module_tensors(module, tensors_only)
         known = True
-        flags = _flags_apart(module, named)
+        flags = _module_flags(module, named)
     elif isinstance(source, Mapping):
         named = {name: _as_tensor(name, value) for name, value in source.items()}
         known = any(type(tensor) is nn.Parameter for tensor in named.values())
@@ -132,49 +71,36 @@ def read_state(source: Source, *, tensors_only: bool = False) -> State:
     else:
         raise TypeError(f"an nn.Module or a mapping of names to tensors is needed, not {type(source).__name__}")
     unflagged: Literal["buffer", "tensor"] = "buffer" if isinstance(source, nn.Module) else "tensor"
-    entries = []
-    first_at: dict[int, str] = {}
-    others_at: dict[int, list[str]] = {}
-    begins, ends = [], []
     for name, tensor in named.items():
         check_savable(name, tensor)
+    ties = shared_names(named, torch.Tensor.data_ptr)
+    entries = []
+    for name, tensor in named.items():
         frozen = not tensor.requires_grad if type(tensor) is nn.Parameter else flags.get(name)
-        tied_to = None
-        if address := tensor.data_ptr():
-            if (first := first_at.setdefault(address, name)) != name:
-                here = [first, *others_at.get(address, ())]
-                tied_to = next((other for other in here if _same_memory(named[other], tensor)), None)
-                if tied_to is None:
-                    others_at.setdefault(address, []).append(name)
-            if tied_to is None:
-                begins.append(address)
-                ends.append(address + reach(tensor))
-        # Detached: who gives the Parameter other data during the save does not take this memory away.
-        entries.append(Entry(name, "parameter" if frozen is not None else unflagged, frozen, tied_to, tensor.detach()))
-    overlaps = tuple(_overlaps(entries)) if any_overlap(begins, ends) else ()
-    return State(tuple(entries), known, overlaps)
-
-
-def plain_name(name: str) -> str:
-    """The name as it is without ``torch.compile`` on some sub-module; `Names` knows of other wrappers too."""
-    return ".".join(part for part in name.split(".") if part != _COMPILED) if _COMPILED in name else name
+        kind = "parameter" if frozen is not None else unflagged
+        # Detached: giving the Parameter other data during the save does not take this memory away.
+        entries.append(Entry(name, kind, frozen, ties.get(name), TensorSource(tensor.detach(), tensor.dtype)))
+    return State(tuple(entries), known, tuple(_overlaps(entries)))
 
 
 def _module_tensors(module: nn.Module, tensors_only: bool) -> dict[str, torch.Tensor]:
-    made: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     names = Names.of(module)
     for name, value in module.state_dict(keep_vars=True).items():
         plain = names.plain(name)
         if tensors_only and plain.endswith(EXTRA_STATE) and not isinstance(value, torch.Tensor):
             continue
-        if plain in made:
-            _refuse(name, f"one tensor of the name {plain!r} was expected", "without those of wrappers two have it")
-        made[plain] = _as_tensor(name, value)
-    return made
+        if plain in tensors:
+            refuse(name, f"one tensor of the name {plain!r} was expected", "without the names of wrappers there are two")
+        tensors[plain] = _as_tensor(name, value)
+    return tensors
 
 
-def _flags_apart(module: nn.Module, named: Mapping[str, torch.Tensor]) -> dict[str, bool]:
-    """Name → frozen from the module itself, where its state dict also has tensors that are no Parameters (a hook's, buffers)."""
+def _module_flags(module: nn.Module, named: Mapping[str, torch.Tensor]) -> dict[str, bool]:
+    """Name → frozen, from the module itself; empty if all tensors in its state dict are Parameters, which have their own flags.
+
+    Other tensors in a state dict are buffers, or what a hook put in the place of a Parameter.
+    """
     if all(type(tensor) is nn.Parameter for tensor in named.values()):
         return {}
     names = Names.of(module)
@@ -183,109 +109,35 @@ def _flags_apart(module: nn.Module, named: Mapping[str, torch.Tensor]) -> dict[s
 
 def _as_tensor(name: object, value: object) -> torch.Tensor:
     if not isinstance(name, str):
-        _refuse(name, "a name that is a string was expected", f"it is {an(type(name).__name__)}")
+        refuse(name, "a name that is a string was expected", f"it is {an(type(name).__name__)}")
     if isinstance(value, torch.Tensor):
         return value
     if isinstance(value, np.ndarray):
-        return _from_numpy(name, value)
+        return tensor_of_array(name, value)
     if name.endswith(EXTRA_STATE):
-        _refuse(name, "extra state that is a tensor was expected", f"it is {an(type(value).__name__)}, which would need pickle")
+        refuse(name, "extra state that is a tensor was expected", f"it is {an(type(value).__name__)}, which would need pickle")
     hint = ""
     if isinstance(value, Mapping):
         hint = f": save the mapping of tensors itself, what is in {name!r}"
     elif isinstance(value, (bool, int, float, str)):
         hint = ": plain values go into metadata="
-    _refuse(name, "a tensor was expected", f"it is {an(type(value).__name__)}{hint}")
-
-
-def _from_numpy(name: str, array: np.ndarray[Any, Any]) -> torch.Tensor:
-    if isinstance(array, np.ma.MaskedArray):
-        _refuse(name, "an array without a mask was expected", "it is a masked one; pass its .filled(…)")
-    if any(stride < 0 or stride % max(1, array.itemsize) for stride in array.strides):
-        wanted = "an array with positive strides of whole elements was expected"
-        _refuse(name, wanted, f"its strides are {array.strides} bytes; pass numpy.ascontiguousarray(…)")
-    if not array.dtype.isnative:
-        _refuse(name, "an array in native byte order was expected", f"its dtype is {array.dtype.str}")
-    if not array.flags.writeable:  # torch warns of writing to it; nobody will
-        array = np.lib.stride_tricks.as_strided(_writeable_alias(array), array.shape, array.strides)
-    try:
-        if array.dtype.name in _ML_DTYPES:
-            as_integer = torch.from_numpy(array.view(np.uint16 if array.itemsize == 2 else np.uint8))
-            return as_integer.view(getattr(torch, array.dtype.name))
-        return torch.from_numpy(array)
-    except TypeError:
-        _refuse(name, "a dtype that torch has was expected", f"it is {array.dtype}")
-
-
-def _writeable_alias(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    class Interface:
-        def __init__(self) -> None:
-            self.keep = array
-            address, _ = array.__array_interface__["data"]
-            self.__array_interface__ = {**array.__array_interface__, "data": (address, False)}
-
-    return np.asarray(Interface()).view(array.dtype)
-
-
-def check_savable(name: str, tensor: torch.Tensor) -> None:
-    if name == "__metadata__":
-        _refuse(name, "another name was expected", "safetensors keeps this one for itself")
-    if not name.isascii():
-        try:
-            name.encode()
-        except UnicodeEncodeError:
-            _refuse(name, "a name in Unicode was expected", "it has half of a surrogate pair")
-    if type(tensor) not in PLAIN_TYPES or hasattr(tensor, "__tensor_flatten__"):
-        _refuse(name, "a plain tensor was expected", f"it is {an(type(tensor).__name__)}")
-    if tensor.layout is not torch.strided or tensor.is_nested:
-        layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
-        _refuse(name, "a strided tensor was expected", f"its layout is {layout}")
-    if tensor.is_meta:
-        _refuse(name, "a tensor with data was expected", "it is on the meta device")
-    dtype = tensor.dtype
-    if dtype not in BY_TORCH:
-        unknown = str(dtype).removeprefix("torch.")
-        raise UnsupportedTensorError(
-            f"cannot save {name!r}: dtype {unknown} has no safetensors equivalent; nothing was written"
-        )
-    if lacks_memory(tensor):
-        _refuse(name, "memory for all its elements was expected", "its storage was freed or made smaller")
-    if tensor.nbytes == 0 and math.prod(size or 1 for size in logical_shape(tensor)) >= 1 << 63:
-        # Some readers multiply in order and meet the zero in time, some do not, and torch has strides to compute.
-        _refuse(
-            name, "sizes that multiply to fewer than 2^63, its zeros aside, were expected", f"its shape is {list(tensor.shape)}"
-        )
-    if dtype == torch.float4_e2m1fn_x2 and tensor.dim() == 0:
-        _refuse(name, "a float4 tensor of at least one dimension was expected", "it has none")
-
-
-def _same_memory(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Whether two tensors that begin at the same address are the same elements."""
-    return (
-        left.device == right.device
-        and left.dtype == right.dtype
-        and left.shape == right.shape
-        and left.stride() == right.stride()
-        and left.is_conj() == right.is_conj()
-        and left.is_neg() == right.is_neg()
-    )
+    refuse(name, "a tensor was expected", f"it is {an(type(value).__name__)}{hint}")
 
 
 def _overlaps(entries: list[Entry]) -> Iterator[tuple[str, str]]:
     """Pairs of neighbours in memory that share bytes without being tied; at most one pair for each entry."""
-    spans = []
-    for entry in entries:
-        if entry.tied_to is None and (length := reach(tensor_of(entry))):
-            begin = tensor_of(entry).data_ptr()
-            spans.append((str(tensor_of(entry).device), begin, begin + length, entry.name))
-    spans.sort()
+    apart = [entry for entry in entries if entry.tied_to is None]
+    tensors = [entry.tensor for entry in apart]
+    begins = [tensor.data_ptr() for tensor in tensors]
+    ends = [begin + reach(tensor) for begin, tensor in zip(begins, tensors)]
+    if not any_overlap(begins, ends):
+        return
+    spans = sorted(
+        (str(entry.tensor.device), begin, end, entry.name) for begin, end, entry in zip(begins, ends, apart) if begin < end
+    )
     furthest: tuple[str, int, str] | None = None
     for device, begin, end, name in spans:
         if furthest is not None and furthest[0] == device and begin < furthest[1]:
             yield furthest[2], name
         if furthest is None or furthest[0] != device or end > furthest[1]:
             furthest = (device, end, name)
-
-
-def _refuse(name: object, wanted: str, found: str) -> NoReturn:
-    raise UnsupportedTensorError(f"cannot save {name!r}: {wanted}, {found}; nothing was written")

@@ -1,4 +1,4 @@
-"""Blocks: every byte of every piece once, in whole elements, in aligned ranges that are no longer than they may be."""
+"""Blocks hold every byte of every piece once, in whole elements, in aligned ranges of bounded length."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import random
 import numpy as np
 import pytest
 
-from shardsave._format.layout import ALIGNMENT, blocks
+from shardsave._engine.blocks import blocks
+from shardsave._format.layout import ALIGNMENT
 
 
 def extents(seed: int) -> list[tuple[int, int, int, int]]:
-    """Where pieces lie, sorted: neighbours, gaps, empty ones, bytes that are wanted twice, several files."""
+    """Where pieces lie, sorted: neighbours, gaps, empty pieces, bytes that two pieces share, several files."""
     draw = random.Random(seed)
     rows: list[tuple[int, int, int, int]] = []
     file, at = 0, draw.randrange(9000)
@@ -27,16 +28,16 @@ def extents(seed: int) -> list[tuple[int, int, int, int]]:
 
 @pytest.mark.parametrize("seed", range(200))
 def test_every_byte_once(seed: int) -> None:
-    """Catches a byte that no segment has, or two have; a cut element; a block that is not aligned, too long, or reads on over a gap."""
+    """Catches a byte in no segment, or in two; a cut element; a block that is not aligned, too long, or spans a gap."""
     rows, most = extents(seed), ALIGNMENT * (2 + seed % 7)
-    made = blocks(np.array(rows, dtype=np.int64).reshape(-1, 4), most)
+    plan = blocks(np.array(rows, dtype=np.int64).reshape(-1, 4), most)
     done = [0] * len(rows)
-    firsts = [*made.table[:, 3].tolist(), len(made.segments)]
+    firsts = [*plan.table[:, 3].tolist(), len(plan.segments)]
     assert firsts == sorted(set(firsts)) and firsts[0] == 0
-    for number, (file, offset, length, first) in enumerate(made.table.tolist()):
+    for number, (file, offset, length, first) in enumerate(plan.table.tolist()):
         assert offset % ALIGNMENT == length % ALIGNMENT == 0 < length <= most
         end = 0
-        for piece, piece_offset, count, at in made.segments[first : firsts[number + 1]].tolist():
+        for piece, piece_offset, count, at in plan.segments[first : firsts[number + 1]].tolist():
             in_file, begin, _, grain = rows[piece]
             assert (in_file, begin + piece_offset) == (file, offset + at)
             assert piece_offset == done[piece] and count > 0 and piece_offset % grain == 0
@@ -44,4 +45,4 @@ def test_every_byte_once(seed: int) -> None:
             done[piece] += count
             end = at + count
         assert length - ALIGNMENT < end <= length
-    assert done == [length for _, _, length, _ in rows]
+    assert done == plan.piece_bytes.tolist() == [length for _, _, length, _ in rows]

@@ -1,0 +1,84 @@
+"""Sources: everything that has bytes for a file or takes bytes from one. The engine knows tensors only as sources."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+
+from shardsave._common.boxes import boxes_in_file, copy_in, copy_out
+
+
+class ByteSource(Protocol):
+    """Elements of ``dtype`` and ``shape``, which a file holds in C order; offsets are bytes in that order.
+
+    Threads: `gather` and `scatter` are called on any thread, several at a time, for ranges that do not overlap.
+    """
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in the file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape as torch counts it."""
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes in the file."""
+
+    @property
+    def cuda_device(self) -> int:
+        """The ordinal of the CUDA device on which the elements lie, -1 if they lie elsewhere."""
+
+    def memory(self) -> tuple[int, int] | None:
+        """The `cuda_device` and the address, if the memory there holds exactly the bytes of the file; None otherwise."""
+
+    def gather(self, offset: int, view: memoryview) -> None:
+        """Fills ``view`` with the bytes that follow ``offset``."""
+
+    def scatter(self, offset: int, view: memoryview) -> None:
+        """Stores ``view`` as the bytes that follow ``offset``."""
+
+
+class TensorSource(NamedTuple):
+    """A strided tensor. Where ``dtype``, that of the file, is another than the tensor's, elements are cast as `Tensor.copy_` does."""
+
+    tensor: torch.Tensor
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> TensorSource:
+        """``tensor`` as it is, without a cast."""
+        return cls(tensor, tensor.dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tensor.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.numel() * self.dtype.itemsize
+
+    @property
+    def cuda_device(self) -> int:
+        return self.tensor.get_device() if self.tensor.is_cuda else -1
+
+    def memory(self) -> tuple[int, int] | None:
+        tensor, dtype = self
+        if tensor.dtype == dtype and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
+            if tensor.is_cpu:
+                return -1, tensor.data_ptr()
+            if tensor.is_cuda:
+                return tensor.get_device(), tensor.data_ptr()
+        return None
+
+    def gather(self, offset: int, view: memoryview) -> None:
+        with torch.no_grad():
+            for box, target in boxes_in_file(self.shape, self.dtype, offset, view):
+                copy_out(self.tensor.detach()[box], target)
+
+    def scatter(self, offset: int, view: memoryview) -> None:
+        with torch.inference_mode(self.tensor.is_inference()), torch.no_grad():
+            for box, source in boxes_in_file(self.shape, self.dtype, offset, view):
+                copy_in(source, self.tensor.detach()[box])

@@ -1,0 +1,83 @@
+"""What a transfer is: the request, its result and its error. Both engines, `native` and `portable`, implement `Engine`."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, Protocol, Union
+
+from shardsave._common.sources import ByteSource
+from shardsave._engine.blocks import Blocks
+
+#: The size of one slot of staging memory, in bytes: a block is never longer.
+BLOCK_BYTES = 8 << 20
+
+#: How files are opened: through the page cache, past it (O_DIRECT) where the file system allows, or chosen for each file.
+Access = Literal["buffered", "direct", "auto"]
+
+#: Called with the number of bytes done so far.
+Tick = Callable[[int], object]
+
+#: What one run of a file's bytes comes from or goes to; None: the bytes are only read and summed.
+Piece = Union[ByteSource, None]
+
+
+class Request(NamedTuple):
+    """One run of an engine: ``blocks`` of the descriptors ``files`` are written from ``pieces``, or read into them.
+
+    ``start_writeback``: the disk begins at once with blocks that were written through the page cache, so that a later fsync has less
+    to wait for.
+    """
+
+    write: bool
+    files: Sequence[int]
+    blocks: Blocks
+    pieces: Sequence[Piece]
+    access: Access
+    start_writeback: bool
+    checksum: bool
+
+
+class Transfer(NamedTuple):
+    """The result of a run. ``sums``: the CRC-64/NVME of each piece, empty without ``checksum``. ``direct``: one answer for each file."""
+
+    sums: tuple[int, ...]
+    direct: tuple[bool, ...]
+    staging_bytes: int
+    pinned: bool
+    notes: tuple[str, ...] = ()
+
+
+class TransferFault(Exception):
+    """A call on a file or a device failed; ``file`` is an index into the list of files, or -1."""
+
+    def __init__(self, file: int, call: str, errno: int, offset: int, length: int, detail: str = "") -> None:
+        super().__init__(file, call, errno, offset, length, detail)
+        self.file = file
+        self.call = call
+        self.errno = errno
+        self.offset = offset
+        self.length = length
+        self.detail = detail
+
+    def __str__(self) -> str:
+        reason = self.detail or os.strerror(self.errno)
+        if self.file < 0:
+            return f"{self.call}: {reason}"
+        return f"{self.call} of {self.length} bytes at offset {self.offset}: {reason}"
+
+
+def out_of_memory(call: str, length: int) -> TransferFault:
+    """The fault for ``length`` bytes of memory that the system did not have."""
+    return TransferFault(-1, call, errno.ENOMEM, 0, length)
+
+
+class Engine(Protocol):
+    """What both engines can do."""
+
+    def reserve(self, pieces: Sequence[Piece]) -> None:
+        """Allocates the staging memory for a run with ``pieces``. Raises TransferFault."""
+
+    def run(self, request: Request, tick: Tick) -> Transfer:
+        """Moves the bytes of ``request``. What ``tick`` raises ends the run and is raised. Raises TransferFault and MemoryError."""

@@ -1,0 +1,20 @@
+"""How many threads the C++ engine uses."""
+
+from __future__ import annotations
+
+import os
+
+from shardsave._engine.transfer import Access
+from shardsave._native import DEVICE_SLOTS, SLOTS
+
+
+def worker_count(access: Access, *, with_device: bool) -> int:
+    """Two workers for each processor, so that one copies while the other waits for the disk; never more than the ring has slots.
+
+    Each worker has to touch the memory of a slot first, so there are no more than are of use. Through the page cache nobody waits for
+    the disk: one for each processor. With a device most workers wait for a copy: one for each slot.
+    """
+    if with_device:
+        return DEVICE_SLOTS
+    processors = len(os.sched_getaffinity(0))
+    return max(1, min(SLOTS, processors if access == "buffered" else 2 * processors))

@@ -1,0 +1,50 @@
+"""Which tensors can be saved; what cannot is refused by name, before anything is written."""
+
+from __future__ import annotations
+
+import math
+from typing import NoReturn
+
+import torch
+
+from shardsave._common.memory import PLAIN_TYPES, lacks_memory
+from shardsave._format.dtypes import BY_TORCH, logical_shape
+from shardsave.errors import UnsupportedTensorError, an
+
+
+def refuse(name: object, wanted: str, found: str) -> NoReturn:
+    """Raises UnsupportedTensorError for the entry ``name``."""
+    raise UnsupportedTensorError(f"cannot save {name!r}: {wanted}, {found}; nothing was written")
+
+
+def check_savable(name: str, tensor: torch.Tensor) -> None:
+    """Raises UnsupportedTensorError if a file cannot hold ``tensor`` under ``name``."""
+    if name == "__metadata__":
+        refuse(name, "another name was expected", "safetensors keeps this one for itself")
+    if not name.isascii():
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            refuse(name, "a name in Unicode was expected", "it has half of a surrogate pair")
+    if type(tensor) not in PLAIN_TYPES or hasattr(tensor, "__tensor_flatten__"):
+        refuse(name, "a plain tensor was expected", f"it is {an(type(tensor).__name__)}")
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        refuse(name, "a strided tensor was expected", f"its layout is {layout}")
+    if tensor.is_meta:
+        refuse(name, "a tensor with data was expected", "it is on the meta device")
+    dtype = tensor.dtype
+    if dtype not in BY_TORCH:
+        unknown = str(dtype).removeprefix("torch.")
+        raise UnsupportedTensorError(
+            f"cannot save {name!r}: dtype {unknown} has no safetensors equivalent; nothing was written"
+        )
+    if lacks_memory(tensor):
+        refuse(name, "memory for all its elements was expected", "its storage was freed or made smaller")
+    if tensor.nbytes == 0 and math.prod(size or 1 for size in logical_shape(dtype, tensor.shape)) >= 1 << 63:
+        # Some readers multiply sizes in order and may overflow before they meet the zero; torch computes strides.
+        refuse(
+            name, "sizes that multiply to fewer than 2^63, its zeros aside, were expected", f"its shape is {list(tensor.shape)}"
+        )
+    if dtype == torch.float4_e2m1fn_x2 and tensor.dim() == 0:
+        refuse(name, "a float4 tensor of at least one dimension was expected", "it has none")
