@@ -67,5 +67,5 @@ def test_a_directory_with_the_name_of_a_file(tmp_path: Path) -> None:
         assert message.startswith(
             f"shardsave convert: cannot convert to {tmp_path / name}: a directory was expected, this is the name of a"
         )
-        assert f"say --to '{form}' for one; nothing was written" in message
+        assert f"pass --to '{form}' to write one; nothing was written" in message
         assert not (tmp_path / name).exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from shardsave._architecture.document import Document
 from shardsave._architecture.trust import resolve
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
+from shardsave._common.warn_caller import warn_caller
 from shardsave._huggingface.transformers_config import CONFIG_NAME, empty_model, read_config, take_stored_dtypes
 from shardsave._huggingface.transformers_loading import TransformersLayout
 from shardsave._loading.module_filler import ModuleFiller
@@ -168,7 +168,7 @@ def _build_from_config(
             f"neither; save with architecture=True, or define the model and use load_model"
         )
     for note in checkpoint.companion_notes():
-        warnings.warn(note, stacklevel=4)
+        warn_caller(note)
     model = empty_model(folder, config, trust, device)
     layout = TransformersLayout(take_inventory(model, checkpoint.path), choose_located(checkpoint, ""), checkpoint.path)
     take_stored_dtypes(model, layout.stored)

@@ -58,7 +58,9 @@ def _write_contents(contents: Contents, path: str, durable: bool, release: Relea
     with Progress(release, "converting", contents.tensor_bytes) as progress:
         outcome = write_checkpoint(contents, path, durable=durable, lock_timeout=_LOCK_TIMEOUT, progress=progress)
     notes = (f"could not remove {', '.join(outcome.leftovers)}",) if outcome.leftovers else ()
-    return WriteResult(outcome.direct, outcome.staging_bytes, engine_name(), (*outcome.notes, *notes), outcome.shards)
+    return WriteResult(
+        outcome.totals.direct, outcome.totals.staging_bytes, engine_name(), (*outcome.notes, *notes), outcome.shards
+    )
 
 
 def _write_safetensors_file(output: Output, state: State) -> WriteResult:

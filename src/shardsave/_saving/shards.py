@@ -15,6 +15,7 @@ from shardsave._common.progress import Progress
 from shardsave._common.sources import ByteSource
 from shardsave._engine import engine
 from shardsave._engine.blocks import Blocks, blocks
+from shardsave._engine.totals import Totals
 from shardsave._engine.transfer import BLOCK_BYTES, Transfer, TransferFault
 from shardsave._format.crc64 import crc64, joined
 from shardsave._format.dtypes import BY_TORCH, logical_shape
@@ -88,10 +89,7 @@ class ShardWriter:
         self.records: dict[str, ShardRecord] = {}
         self.whole: dict[str, FileRecord] = {}
         self.sync_seconds = 0.0
-        self.direct = True
-        self.staging_bytes = 0
-        self.pinned = False
-        self.notes: list[str] = []
+        self.totals = Totals()
         self._transaction = transaction
         self._shards = shards
         self._names = names
@@ -115,11 +113,9 @@ class ShardWriter:
     def _write_group(self, group: Sequence[PlannedShard], names: Sequence[str], progress: Progress) -> None:
         staged = [self._transaction.create(name, shard.reserved_bytes) for name, shard in zip(names, group)]
         transfer = self._transfer(staged, group, progress)
-        self.direct &= all(transfer.direct)
-        self.staging_bytes = max(self.staging_bytes, transfer.staging_bytes)
-        self.pinned |= transfer.pinned
-        self.notes.extend(transfer.notes)
-        progress.run_ended(sum(shard.layout.data_bytes for shard in group))
+        group_bytes = sum(shard.layout.data_bytes for shard in group)
+        self.totals = self.totals.plus(transfer, group_bytes)
+        progress.run_ended(group_bytes)
         started = time.perf_counter()
         sums = iter(transfer.sums)
         for file, shard in zip(staged, group):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from shardsave._common.gc_pause import gc_paused
 from shardsave._common.phases import Phases
 from shardsave._common.progress import Progress
+from shardsave._engine.totals import Totals
 from shardsave._format.crc64 import crc64
 from shardsave._format.index import Part, Record, ShardRecord
 from shardsave._saving.contents import Contents
@@ -23,9 +24,7 @@ class WriteOutcome(NamedTuple):
     tensors: int
     shards: int
     phases: Phases
-    direct: bool
-    staging_bytes: int
-    pinned: bool
+    totals: Totals
     notes: tuple[str, ...]
     leftovers: tuple[str, ...]
 
@@ -80,10 +79,8 @@ def write_checkpoint(
             sync=writer.sync_seconds,
             commit=time.perf_counter() - transferred,
         ),
-        direct=writer.direct,
-        staging_bytes=writer.staging_bytes,
-        pinned=writer.pinned,
-        notes=tuple(dict.fromkeys([*contents.notes, *writer.notes, *outcome.notes])),
+        totals=writer.totals,
+        notes=tuple(dict.fromkeys([*contents.notes, *writer.totals.notes, *outcome.notes])),
         leftovers=outcome.leftovers,
     )
 
