@@ -27,6 +27,7 @@ from shardsave._saving.write import write_checkpoint
 from shardsave._state.extra_tensors import ExtraTensors
 from shardsave._state.module import Source, State, read_state
 from shardsave._state.parts import Parts
+from shardsave._state.wrappers import unwrap
 from shardsave.errors import UnsupportedModuleError, an
 
 if TYPE_CHECKING:
@@ -161,14 +162,15 @@ def _parts(source: Source, state: State, architecture: bool, program: Program | 
     notes: tuple[str, ...] = ()
     if not isinstance(source, nn.Module) or not (architecture or program is not None):
         return Parts(), notes
+    module = unwrap(source)
     extra = ExtraTensors(state.entries)
     if architecture:
         from shardsave._architecture.describe import describe  # a plain save must not import this
 
-        documents["architecture"] = describe(source, extra)
+        documents["architecture"] = describe(module, extra)
     if program is not None:
         from shardsave._program.capture import capture
 
-        captured = capture(source, program, extra)
+        captured = capture(module, program, extra)
         documents["program"], notes = captured.document, captured.notes
     return Parts(documents, tuple(extra.kept)), notes

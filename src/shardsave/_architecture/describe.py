@@ -41,7 +41,7 @@ def describe(module: nn.Module, extra: ExtraTensors) -> bytes:
     Warns of hooks that are not saved. Raises UnsupportedModuleError, which lists everything that cannot be saved.
     """
     writer = _ModuleWriter(extra)
-    writer.describe(unwrap(module))
+    writer.describe(module)
     if writer.refused:
         raise UnsupportedModuleError(f"cannot save the architecture: {'; '.join(writer.refused)}; nothing was written")
     if writer.dropped_hooks:

@@ -15,7 +15,6 @@ from shardsave._program.program import FORMAT, LoadedProgram, ProgramDocument
 from shardsave._program.refusals import refuse_to_save
 from shardsave._program.traced_arguments import Condition, TracedArguments, parts_of, plain
 from shardsave._state.extra_tensors import ExtraTensors
-from shardsave._state.wrappers import unwrap
 from shardsave.errors import CorruptCheckpointError
 
 Program = Union[tuple[tuple[Any, ...], dict[str, Any]], torch.export.ExportedProgram]
@@ -42,7 +41,6 @@ def check_program(program: object) -> None:
 
 def capture(module: nn.Module, program: Program, extra: ExtraTensors) -> Captured:
     """The program of ``module``, as JSON. Tensors that are not weights are added to ``extra``. Raises UnsupportedModuleError."""
-    module = unwrap(module)
     if isinstance(program, torch.export.ExportedProgram):
         exported, training = program, None
     else:
