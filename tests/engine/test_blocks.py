@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from shardsave._engine.blocks import blocks
-from shardsave._format.layout import ALIGNMENT
+from shardsave._format.packing import ALIGNMENT
 
 
 def extents(seed: int) -> list[tuple[int, int, int, int]]:

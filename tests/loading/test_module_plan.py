@@ -11,7 +11,7 @@ from test_load_model import Doubling
 from torch import nn
 
 from shardsave._format.dtypes import BY_TORCH, logical_shape
-from shardsave._loading.layout import IdentityLayout, Join
+from shardsave._loading.disk_layout import IdentityLayout, Join
 from shardsave._loading.module_plan import ModulePlan, Routine, plan_again, plan_module
 from shardsave._loading.slots import take_again, take_inventory
 from shardsave._storage.checkpoint import Located

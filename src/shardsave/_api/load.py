@@ -17,7 +17,7 @@ from shardsave._common.backend import engine_name
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
 from shardsave._huggingface.recognize import peft_model, transformers_model
-from shardsave._loading.layout import IdentityLayout, Layout
+from shardsave._loading.disk_layout import DiskLayout, IdentityLayout
 from shardsave._loading.mapped import Maps
 from shardsave._loading.module_filler import ModuleFiller
 from shardsave._loading.module_plan import plan_module
@@ -194,7 +194,7 @@ def _plan(
     return ModuleFiller(inventory, plan, layout, checkpoint, device)
 
 
-def _choose_layout(inventory: Inventory, stored: Mapping[str, Located], where: str) -> Layout:
+def _choose_layout(inventory: Inventory, stored: Mapping[str, Located], where: str) -> DiskLayout:
     """The layout of ``stored`` (name on disk → stored tensor) for the module; only models of transformers and PEFT have another one."""
     if transformers_model(inventory.module) is not None:
         from shardsave._huggingface.transformers_loading import TransformersLayout  # no other model needs it

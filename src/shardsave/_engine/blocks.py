@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from shardsave._format.layout import ALIGNMENT
+from shardsave._format.packing import ALIGNMENT
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -15,7 +15,7 @@ from typing import NamedTuple, NoReturn
 
 from shardsave._common.strict_json import NotJSON, glimpse, parse_object
 from shardsave._format.dtypes import BY_NAME
-from shardsave._format.layout import ALIGNMENT, Shard
+from shardsave._format.packing import ALIGNMENT, Shard
 from shardsave.errors import CorruptCheckpointError
 
 #: The longest JSON that safetensors' own reader accepts, in bytes.

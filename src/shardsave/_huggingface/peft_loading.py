@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from shardsave._huggingface.peft_names import adapter_of
-from shardsave._loading.layout import IdentityLayout
+from shardsave._loading.disk_layout import IdentityLayout
 from shardsave._state.wrappers import Names
 from shardsave._storage.checkpoint import Located
 from shardsave.errors import IncompatibleCheckpointError

@@ -18,7 +18,7 @@ import torch
 
 from shardsave._format.dtypes import BY_NAME, BY_TORCH, logical_shape, torch_shape
 from shardsave._huggingface.transformers_on_disk import Part, reverted
-from shardsave._loading.layout import Join
+from shardsave._loading.disk_layout import Join
 from shardsave._loading.slots import Inventory
 from shardsave._state.wrappers import Names
 from shardsave._storage.checkpoint import Located
@@ -29,7 +29,7 @@ Key = tuple[str, str]
 
 
 class TransformersLayout:
-    """The layout of a transformers model on disk; see `shardsave._loading.layout.Layout`."""
+    """The layout of a transformers model on disk; see `shardsave._loading.disk_layout.DiskLayout`."""
 
     def __init__(self, inventory: Inventory, stored: Mapping[str, Located], where: str) -> None:
         """``inventory``: of the model. ``stored``: name on disk → stored tensor. ``where``: the path of the checkpoint, for messages.

@@ -11,8 +11,8 @@ import torch
 
 from shardsave._common.gc_pause import gc_paused
 from shardsave._loading.allocation import allocate
+from shardsave._loading.disk_layout import DiskLayout, Join
 from shardsave._loading.freeze_flags import RestoredFlags, named_parameters, restore_flags
-from shardsave._loading.layout import Join, Layout
 from shardsave._loading.module_checks import check_destinations, check_differences, check_meta_buffers, check_shapes
 from shardsave._loading.module_plan import ModulePlan, plan_again
 from shardsave._loading.read import Target, TensorReader
@@ -41,7 +41,7 @@ class ModuleFiller:
     """
 
     def __init__(
-        self, inventory: Inventory, plan: ModulePlan, layout: Layout, checkpoint: Checkpoint, device: torch.device | None
+        self, inventory: Inventory, plan: ModulePlan, layout: DiskLayout, checkpoint: Checkpoint, device: torch.device | None
     ) -> None:
         self.plan = plan
         self._inventory = inventory

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from shardsave._common.gc_pause import gc_paused
 from shardsave._format.dtypes import BY_NAME, torch_shape
-from shardsave._loading.layout import Join, Layout
+from shardsave._loading.disk_layout import DiskLayout, Join
 from shardsave._loading.slots import Inventory, ancestor, counts_batches
 from shardsave._storage.checkpoint import Located
 
@@ -88,7 +88,7 @@ class ModulePlan:
 @gc_paused()
 def plan_module(
     inventory: Inventory,
-    layout: Layout,
+    layout: DiskLayout,
     *,
     flags: Mapping[str, bool] | None = None,
     extra_states: Mapping[str, Any] | None = None,
@@ -170,7 +170,7 @@ def _inside(name: str, owner: str) -> str:
     return name[len(owner) + 1 :] if owner else name
 
 
-def _missing(inventory: Inventory, layout: Layout, names: Collection[str]) -> tuple[str, ...]:
+def _missing(inventory: Inventory, layout: DiskLayout, names: Collection[str]) -> tuple[str, ...]:
     """Those of ``names`` that the checkpoint lacks and a load needs: not if the same tensor is stored under another name."""
     if not names:
         return ()

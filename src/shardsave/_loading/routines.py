@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from shardsave._loading.layout import Join
+from shardsave._loading.disk_layout import Join
 from shardsave._loading.module_plan import Routine
 from shardsave._loading.new_tensors import new_copy
 from shardsave._loading.read import TensorReader

@@ -21,7 +21,7 @@ from shardsave._format.crc64 import crc64, joined
 from shardsave._format.dtypes import BY_TORCH, logical_shape
 from shardsave._format.header import encode_header, with_sums
 from shardsave._format.index import FileRecord, ShardRecord
-from shardsave._format.layout import ALIGNMENT, Shard, StoredTensor, pack
+from shardsave._format.packing import ALIGNMENT, Shard, StoredTensor, pack
 from shardsave._state.module import Entry
 from shardsave._storage.staging import StagedShard
 from shardsave._storage.transaction import Transaction

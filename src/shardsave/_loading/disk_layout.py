@@ -24,7 +24,7 @@ class Join(NamedTuple):
     convert: Callable[[Sequence[torch.Tensor]], Mapping[str, torch.Tensor]]
 
 
-class Layout(Protocol):
+class DiskLayout(Protocol):
     """What a load has to know about the names and the layout on disk; computed from a module and a checkpoint, and then fixed."""
 
     @property
