@@ -17,7 +17,10 @@ from shardsave._cli.main import cli
 ROOT = Path(__file__).parent.parent
 #: The documents written by hand. RESULTS.md is not: a program writes it.
 DOCUMENTS = [
-    *(f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING", "FORMAT", "SECURITY", "benchmarks/notes")),
+    *(
+        f"{name}.md"
+        for name in ("README", "ARCHITECTURE", "CHANGELOG", "CONTRIBUTING", "FORMAT", "SECURITY", "benchmarks/notes")
+    ),
     *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
 ]
 WITH_EXAMPLES = [name for name in DOCUMENTS if name != "FORMAT.md" and "```python" in (ROOT / name).read_text()]

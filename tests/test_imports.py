@@ -1,6 +1,6 @@
 """Which wing of the package may import which: every import statement is read with ast, nothing is run.
 
-The same table stands in ARCHITECTURE.md.
+ARCHITECTURE.md has the same table, with what each wing knows.
 """
 
 from __future__ import annotations
@@ -100,6 +100,14 @@ def test_the_table_names_every_wing_and_only_earlier_ones() -> None:
     for name, allowed in WINGS.items():
         assert allowed <= seen, f"{name} may import {allowed - seen}, which stands below it"
         seen.add(name)
+
+
+def test_the_table_in_the_document() -> None:
+    """Catches an ARCHITECTURE.md that lists other wings than the table, or other imports."""
+    section = (ROOT / "ARCHITECTURE.md").read_text().split("## Wings")[1].split("\n## ")[0]
+    rows = re.findall(r"^- `(\w+)`: (?:.|\n  )*?Imports ((?:.|\n  )*?)\.$", section, re.MULTILINE)
+    assert {name: set(re.findall(r"`(\w+)`", listed)) for name, listed in rows} == WINGS
+    assert [name for name, _ in rows] == list(WINGS)
 
 
 def test_wings_import_only_what_the_table_allows() -> None:
