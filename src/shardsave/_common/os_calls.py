@@ -12,7 +12,7 @@ import os
 import stat
 import weakref
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
 from typing import ParamSpec, TypeVar
@@ -138,13 +138,11 @@ def _abandon_in_child() -> None:
 os.register_at_fork(after_in_child=_abandon_in_child)
 
 
-def open_regular(
-    path: str, folder_fd: int | None = None, *, follow: bool = True, absent: Collection[int] = (errno.ENOENT,)
-) -> Descriptor | None:
-    """Opens the regular file ``path``, relative to ``folder_fd``, for reading. Raises CallFailed; NotRegular for anything else.
+def open_regular(path: str, folder_fd: int | None = None, *, follow: bool = True) -> Descriptor | None:
+    """Opens the regular file ``path``, relative to ``folder_fd``, for reading; returns None where there is nothing.
 
-    Returns None when looking up the name fails with an errno of ``absent``. Anything else than a regular file, without ``follow`` a
-    symbolic link too, is not even opened: opening alone can make a device act, or wake the writer of a FIFO.
+    Raises CallFailed; NotRegular for anything else, without ``follow`` a symbolic link too. That is not even opened: opening alone
+    can make a device act, or wake the writer of a FIFO.
     """
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | (0 if follow else os.O_NOFOLLOW)
     file = Descriptor()
@@ -153,10 +151,10 @@ def open_regular(
             _refuse_unless_regular(call(os.stat, path, path, dir_fd=folder_fd, follow_symlinks=follow), path)
             file.open(path, flags, folder_fd)
         except CallFailed as error:
-            if error.errno not in absent:
+            if error.errno != errno.ENOENT:
                 raise
             return None
-        # Outside of that: a file that was opened is never taken for a missing one, which would let others be removed.
+        # Not inside the inner try: whoever removes files must never take an opened index for a missing one.
         _refuse_unless_regular(call(os.fstat, path, file.fd), path)  # it may have been replaced in between
     except BaseException:
         file.abandon()

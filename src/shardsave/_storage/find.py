@@ -17,8 +17,7 @@ from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, Sh
 TORCH_SAVE_HINT = "no pickle is read here, since that can run code: shardsave convert SRC DST makes a checkpoint of it"
 
 #: errno values of a name that leads to nothing, and of a symbolic link that leads to itself, which is no more than that.
-_MISSING = (errno.ENOENT, errno.ENOTDIR)
-_ABSENT = (*_MISSING, errno.ELOOP)
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
 class FoundFiles(NamedTuple):
@@ -102,7 +101,7 @@ def open_checkpoint_file(path: str, what: str) -> Descriptor | None:
     ``what`` names it in messages. Raises CorruptCheckpointError where there is something else, which is not even opened.
     """
     try:
-        return open_regular(path, absent=_MISSING)
+        return open_regular(path)
     except NotRegular as error:
         raise CorruptCheckpointError(f"corrupt {what}: {path}: {error.strerror}; it was not read") from error
     except CallFailed as error:
@@ -110,6 +109,8 @@ def open_checkpoint_file(path: str, what: str) -> Descriptor | None:
             raise CorruptCheckpointError(
                 f"corrupt {what}: {path}: a regular file was expected, it is a link that leads to itself; it was not read"
             ) from error
+        if error.errno in _ABSENT:  # also from fstat: a file system in user space may forget an open file that a save removes
+            return None
         raise cannot_read(path, error) from error
 
 
