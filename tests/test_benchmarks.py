@@ -7,7 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from support import ROOT, Compile
+
+pytestmark = pytest.mark.slow
 
 BENCHMARKS = ROOT / "benchmarks"
 

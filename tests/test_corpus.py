@@ -32,7 +32,7 @@ NEWEST = RELEASES[-1]
 CASES = [(version, case) for version, cases in EXPECTED.items() for case in cases if case != "versions"]
 
 #: PEFT calls transformers by a deprecated name.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")]
 
 
 def having(member: str) -> list[tuple[str, str]]:

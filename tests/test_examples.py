@@ -14,6 +14,8 @@ import shardsave
 from shardsave._api import build, clean, convert, diff, inspect, load, open, save
 from shardsave._cli.main import cli
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 #: The documents written by hand. RESULTS.md is not: a program writes it.
 DOCUMENTS = [

@@ -12,6 +12,8 @@ import pytest
 
 from support import ROOT
 
+pytestmark = pytest.mark.slow
+
 USE = """
 import sys, warnings, torch
 with warnings.catch_warnings(record=True) as caught:

@@ -124,6 +124,7 @@ def test_an_infinite_timeout(tmp_path: Path) -> None:
     assert shardsave.save({"x": torch.ones(1)}, tmp_path, lock_timeout=float("inf")).tensors == 1
 
 
+@pytest.mark.slow
 def test_too_many_shards(tmp_path: Path) -> None:
     """Catches a directory that is created for a save that is refused."""
     with pytest.raises(ValueError, match="at most 99999 shards can be numbered, 100000 would be needed; raise max_shard_size"):

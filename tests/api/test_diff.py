@@ -239,6 +239,7 @@ print(change.elements, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - befo
 """
 
 
+@pytest.mark.slow
 def test_memory(tmp_path: Path) -> None:
     """Catches whole tensors in memory: two tensors of 200 MB are compared."""
     for value, name in enumerate(("a", "b")):

@@ -325,6 +325,7 @@ def test_expanded_destination_is_refused(tmp_path: Path) -> None:
         shardsave.load_model(model, tmp_path)
 
 
+@pytest.mark.slow
 def test_wrappers(tmp_path: Path, small_model: nn.Module) -> None:
     """Catches names on disk that carry a wrapper's prefix."""
     shardsave.save(nn.DataParallel(torch.compile(small_model)), tmp_path)  # type: ignore[arg-type]
@@ -334,6 +335,7 @@ def test_wrappers(tmp_path: Path, small_model: nn.Module) -> None:
     assert same_bits(fresh.narrow.weight, small_model.narrow.weight)
 
 
+@pytest.mark.slow
 def test_hundred_thousand_tensors(tmp_path: Path) -> None:
     """Catches run time that grows faster than the number of tensors."""
     tensors = {f"layers.{n}.w": torch.full((2,), n) for n in range(100_000)}
@@ -348,6 +350,7 @@ def test_empty_checkpoint(tmp_path: Path) -> None:
     assert shardsave.load(tmp_path) == {} and shardsave.verify(tmp_path).tensors == 0
 
 
+@pytest.mark.slow
 def test_engines_write_the_same_bytes(tmp_path: Path) -> None:
     """Catches any difference between the files of the two engines, and a file that one of them cannot read."""
     program = (

@@ -17,6 +17,8 @@ from torch import nn
 
 import shardsave
 
+pytestmark = pytest.mark.slow
+
 #: The bits to flip, in turn. Bit 5 changes the case of a letter, bit 0 turns a digit into another one, and bit 7 makes a byte non-ASCII.
 FLIPS = (1, 32, 128)
 

@@ -16,6 +16,8 @@ from shardsave._program.program import LoadedProgram, ProgramDocument
 from shardsave._program.refusals import BadProgram
 from support import SmallModel
 
+pytestmark = pytest.mark.slow
+
 Document = dict[str, Any]
 Change = Callable[[Document], object]
 

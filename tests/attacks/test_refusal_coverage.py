@@ -42,6 +42,7 @@ def refusals(path: Path) -> dict[int, str]:
     return sources
 
 
+@pytest.mark.slow
 def test_every_refusal_is_attacked(tmp_path: Path) -> None:
     """Catches a refusal that was added without an attack, and a refusal that cannot be reached."""
     reached: dict[str, set[int]] = {name: set() for name in READERS}

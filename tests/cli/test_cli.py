@@ -397,6 +397,7 @@ def test_a_terminal_without_some_letters(ckpt: Path) -> None:
     assert "???????" in on_terminal("inspect", ckpt, PYTHONIOENCODING="ascii")
 
 
+@pytest.mark.slow
 def test_progress_on_a_terminal(tmp_path: Path) -> None:
     """Catches a verification without a progress bar on a terminal, or with one in a pipe."""
     shardsave.save({"x": torch.ones(3_000_000)}, tmp_path, durable=False)
@@ -412,6 +413,7 @@ def test_a_closed_pipe(ckpt: Path) -> None:
     assert done.stderr == "" and done.returncode in (0, 141)
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 def test_interrupt(tmp_path: Path) -> None:
     """Catches a traceback after Ctrl-C."""
@@ -464,6 +466,7 @@ def loaded_by(program: str) -> set[str]:
     return set(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.split())
 
 
+@pytest.mark.slow
 def test_imports(ckpt: Path) -> None:
     """Catches a library that imports packages of the command line, and a command that imports torch without need."""
     assert loaded_by("import shardsave; shardsave.save").isdisjoint({"click", "rich", "matplotlib"})
@@ -473,6 +476,7 @@ def test_imports(ckpt: Path) -> None:
     assert "shardsave._storage.checkpoint" in inspecting and inspecting.isdisjoint({"torch", "matplotlib"})
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_tensors(tmp_path: Path) -> None:
     """Catches an inspection that is slow for very many tensors."""
     state = {f"layers.{n // 100}.experts.{n // 2 % 50}.{'ab'[n % 2]}": torch.ones(1) for n in range(100_000)}

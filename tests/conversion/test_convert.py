@@ -247,6 +247,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_distributed_checkpoints_of_four_ranks(tmp_path: Path) -> None:
     """Catches parts that are assembled at the wrong place: rows, columns and boxes, with and without a cast."""
     ranks = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", RANKS, str(tmp_path / "dcp"), str(n)]) for n in range(4)]
@@ -403,6 +404,7 @@ def test_a_config_is_copied(writer: str, tmp_path: Path) -> None:
         ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["safetensors", "torch"])
 def test_after_a_killed_conversion(tmp_path: Path, to: str) -> None:
     """Catches scratch files of a killed writer that are never removed, and scratch files of a living writer that are removed."""

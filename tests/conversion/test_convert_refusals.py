@@ -21,6 +21,8 @@ from test_convert import distributed, same
 
 import shardsave
 
+pytestmark = pytest.mark.slow
+
 
 class Evil:
     """Pickles as a call, which an unrestricted unpickler runs."""

@@ -19,6 +19,8 @@ import pytest
 from fake_cuda import device_scenarios
 from support import ROOT, Compile
 
+pytestmark = pytest.mark.slow
+
 FAKE = ROOT / "tests" / "fake_cuda"
 CORE = ROOT / "csrc"
 LIBRARY = ("-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-pthread", "-ldl")

@@ -14,6 +14,8 @@ import pytest
 
 from support import ROOT, Compile, let_everybody_in
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = """
 import ctypes, os, resource, sys, torch, shardsave
 folder, limit = sys.argv[1], int(sys.argv[2])

@@ -122,6 +122,7 @@ def test_dtypes_of_the_document() -> None:
     assert sizes | {"F4": 4} == {name: row.bits for name, row in BY_NAME.items()}
 
 
+@pytest.mark.slow
 def test_members_of_the_document(tmp_path: Path) -> None:
     """Catches a member of the index that is missing in the table, is never written, or has another type than in the table."""
     kinds = {"integer": int, "boolean": bool, "string": str, "object": dict, "list of strings": list, "`null`": type(None)}

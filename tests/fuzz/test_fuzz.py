@@ -13,6 +13,8 @@ from grammar import indexes, shards
 from hypothesis import HealthCheck, given, settings
 from mutation import Mutator
 
+pytestmark = pytest.mark.slow
+
 SLICE = settings(
     max_examples=1500, derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
 )

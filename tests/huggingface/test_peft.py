@@ -20,7 +20,7 @@ from support import same_bits, same_state
 transformers.logging.set_verbosity_error()
 
 #: PEFT calls transformers by a deprecated name.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")]
 
 FILES = {"adapter_config.json", "adapter_model.safetensors", "model-00001-of-00001.safetensors", "model.safetensors.index.json"}
 

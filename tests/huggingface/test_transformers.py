@@ -21,7 +21,10 @@ from transformers_models import ARCHITECTURES, FUSED, tiny
 transformers = pytest.importorskip("transformers")
 CONFIGS = ("config.json", "generation_config.json")
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning"),
+]
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,8 @@ import shardsave
 from support import same_bits, same_state
 from transformers_models import ARCHITECTURES, tiny
 
+pytestmark = pytest.mark.slow
+
 transformers.logging.set_verbosity_error()
 
 SMALL = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}

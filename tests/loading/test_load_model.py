@@ -215,6 +215,7 @@ def test_distributed_wrappers(tmp_path: Path, one_process_group: None) -> None:
         shardsave.load_model(older, tmp_path / "ckpt")
 
 
+@pytest.mark.slow
 def test_compiled_sub_module(tmp_path: Path) -> None:
     """Catches ``_orig_mod.`` inside names, on disk or in the module."""
     source = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))

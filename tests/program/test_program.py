@@ -16,6 +16,8 @@ from torch import nn
 import shardsave
 from support import SmallModel, same_bits
 
+pytestmark = pytest.mark.slow
+
 TOKENS = torch.arange(6)
 
 

@@ -22,6 +22,8 @@ from faults.scenarios import held, nothing_leaked
 from shardsave._storage.transaction import Transaction
 from support import forked
 
+pytestmark = pytest.mark.slow
+
 
 def test_real_interrupt_ends_a_large_save(tmp_path: Path) -> None:
     """Catches an engine that ignores Ctrl-C, or leaves half a checkpoint behind."""

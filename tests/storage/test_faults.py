@@ -18,6 +18,8 @@ import pytest
 from faults.beneath import read_record
 from support import ROOT
 
+pytestmark = pytest.mark.slow
+
 ENGINES = ("native", "portable")
 
 

@@ -22,6 +22,8 @@ import shardsave
 from faults.cuts import MOUNT, cut
 from faults.savers import litter_in
 
+pytestmark = pytest.mark.slow
+
 CUTS = int(os.environ.get("SHARDSAVE_CUTS", "6"))  # per scenario, for a first save and for an overwrite
 
 PROGRAM = """

@@ -78,6 +78,7 @@ def test_safetensors_opens_shards(tmp_path: Path, small_model: nn.Module) -> Non
     assert len(merged) == len(small_model.state_dict()) - 1
 
 
+@pytest.mark.slow
 def test_hub_and_accelerate_open_checkpoints(tmp_path: Path, small_model: nn.Module) -> None:
     """Catches an index that the loaders of huggingface_hub or accelerate do not understand."""
     from accelerate import load_checkpoint_in_model

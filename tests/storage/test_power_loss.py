@@ -23,6 +23,8 @@ from faults.beneath import Recorded, read_record
 from faults.power import Disk, Tree, lay_out
 from faults.savers import CONFIG, litter_in, save, with_companions_in
 
+pytestmark = pytest.mark.slow
+
 SAMPLES = int(os.environ.get("SHARDSAVE_POWER_SAMPLES", "12"))
 
 Phases = list[list[Recorded]]
