@@ -7,12 +7,12 @@ The index is a Hugging Face index. Its last key holds shardsave's record, and th
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Container, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from shardsave._common.gc_pause import gc_paused
 from shardsave._format.crc64 import crc64
+from shardsave._format.freeze_flags import encode_flags, encode_module_flags
 from shardsave._format.header import CHECKSUM_KEY
 
 #: The largest index that is written or read, in bytes. 100,000 names need some 10 MB; as Python objects they need many times that.
@@ -23,12 +23,6 @@ VERSION = 1
 
 #: What follows the checksum, which is the last value of the record.
 END = b'"}}\n'
-
-#: Frozen → the word for it in ``flags``; None: the tensor is not a parameter.
-FLAG_WORDS: dict[bool | None, str] = {True: "frozen", False: "trainable", None: "none"}
-
-#: Frozen → the word for it in ``module_flags``.
-MODULE_FLAG_WORDS = {True: "frozen", False: "trainable"}
 
 
 class ShardRecord(NamedTuple):
@@ -133,7 +127,7 @@ def _encode_record(record: Record, names: Iterable[str]) -> dict[str, Any]:
         "requires": [],
         "writer": record.writer,
         "durable": record.durable,
-        "flags": _encode_flags(record.flags, names),
+        "flags": encode_flags(record.flags, names),
         "ties": dict(record.ties),
         "metadata": dict(record.metadata),
         "shards": {name: _encode_shard(shard) for name, shard in record.shards.items()},
@@ -144,24 +138,9 @@ def _encode_record(record: Record, names: Iterable[str]) -> dict[str, Any]:
     if record.companions:
         encoded["companions"] = {name: [file.length, f"{file.crc:016x}"] for name, file in record.companions.items()}
     if record.module_flags is not None:
-        encoded["module_flags"] = {
-            word: [name for name, frozen in record.module_flags.items() if frozen == flag]
-            for flag, word in MODULE_FLAG_WORDS.items()
-        }
+        encoded["module_flags"] = encode_module_flags(record.module_flags)
     return encoded
 
 
 def _encode_shard(shard: ShardRecord) -> list[int | str]:
     return [shard.length, shard.header_length, f"{shard.header_crc:016x}"]
-
-
-def _encode_flags(flags: Mapping[str, bool] | None, names: Iterable[str]) -> dict[str, Any] | None:
-    if flags is None:
-        return None
-    words = {name: FLAG_WORDS[flags.get(name)] for name in names}
-    default = max(FLAG_WORDS.values(), key=Counter(words.values()).__getitem__)
-    compact: dict[str, Any] = {"default": default}
-    for name, word in words.items():
-        if word != default:
-            compact.setdefault(word, []).append(name)
-    return compact

@@ -10,11 +10,10 @@ from shardsave._common.gc_pause import gc_paused
 from shardsave._common.strict_json import NotJSON, glimpse, parse_object
 from shardsave._format.crc64 import crc64
 from shardsave._format.file_names import is_file_name
+from shardsave._format.freeze_flags import FLAG_WORDS, MODULE_FLAG_WORDS
 from shardsave._format.header import MAX_HEADER_BYTES
 from shardsave._format.index import (
     END,
-    FLAG_WORDS,
-    MODULE_FLAG_WORDS,
     FileRecord,
     Index,
     Part,
