@@ -26,7 +26,7 @@ struct Hooks {
 
 struct Result {
   std::vector<std::uint64_t> sums;  // the checksum of each piece; empty without `checksum`
-  std::vector<bool> direct;         // for each file, whether it was moved past the page cache
+  std::vector<bool> direct;         // for each file, whether it is known to have bypassed the page cache
   std::size_t staging_bytes = 0;
   bool pinned = false;
   std::vector<std::string> notes;

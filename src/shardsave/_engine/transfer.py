@@ -42,7 +42,7 @@ class Request(NamedTuple):
 class Transfer(NamedTuple):
     """The result of a run. ``sums``: the CRC-64/NVME of each piece, empty without ``checksum``.
 
-    ``direct``: for each file, whether it bypassed the page cache.
+    ``direct``: for each file, whether it is known to have bypassed the page cache (the kernel says so from 6.1 on).
     """
 
     sums: tuple[int, ...]

@@ -200,7 +200,8 @@ def open_checkpoint(
     With ``wanted`` only shards that hold a wanted tensor are opened; all tensors of these shards are listed. ``parts``: the roles of
     the parts to open. With ``broken``, a file that cannot be opened is left out, and its error is put there. Starts over if the index
     is replaced meanwhile.
-    Raises CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError, DirectoryBusyError.
+    Raises CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError, DirectoryBusyError; ShardSaveError itself if
+    a file cannot be read.
     """
     path = os.fspath(path)
     deadline = time.monotonic() + CHANGING_SECONDS

@@ -24,7 +24,7 @@ CONFIG_NAMES = ("config.json", "generation_config.json")
 #: The files of a PEFT adapter.
 ADAPTER_NAMES = frozenset({"adapter_config.json", "adapter_model.safetensors"})
 
-#: The names of all companions: a save creates, replaces or removes no other companion.
+#: The names of all companions. A save touches no other file with a fixed name, except the index and the lone file.
 COMPANION_NAMES = frozenset(CONFIG_NAMES) | ADAPTER_NAMES
 
 #: The largest companion that a save accepts as bytes.
@@ -121,7 +121,7 @@ def companion_notes(path: str, companions: Mapping[str, FileRecord]) -> tuple[st
             except CallFailed as error:
                 difference, staging = f"it cannot be read ({error.reason})", None
             cause = (
-                f"the saved one lies in {staging}, where a save was interrupted"
+                f"the saved one is still in {staging}, where a save was interrupted"
                 if staging
                 else "it was edited, or comes from another save"
             )
@@ -130,7 +130,7 @@ def companion_notes(path: str, companions: Mapping[str, FileRecord]) -> tuple[st
 
 
 def file_record(folder: Directory, name: str, *, follow: bool = True) -> FileRecord | None:
-    """Length and checksum of the file ``name``, None where there is none. Raises CallFailed, NotRegular."""
+    """Length and checksum of the file ``name``; None if there is no such file. Raises CallFailed, NotRegular."""
     file = folder.open_regular(name, follow=follow)
     if file is None:
         return None

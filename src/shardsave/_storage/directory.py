@@ -13,7 +13,7 @@ from types import TracebackType
 
 from shardsave._common.os_calls import CallFailed, Descriptor, call, kind_of, open_regular, read_whole, write_all
 
-#: errno values of link(2) where the file system has no hard links, or does not permit this one.
+#: errno values of link(2) if the file system has no hard links, or does not permit this one.
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 #: errno values that are ignored when directories above the checkpoint's are fsynced: they may belong to someone else.

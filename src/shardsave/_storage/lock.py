@@ -66,8 +66,8 @@ class LockedDirectory(Directory):
                     raise CallFailed("flock", self.path, error.errno or 0, error.strerror or str(error)) from error
             if any(other._locked and other._is_same_directory(self) for other in _locks_of_this_thread()):
                 raise DirectoryBusyError(
-                    f"cannot {purpose} {self.path}: its lock was expected, a save of this same thread holds it, which is "
-                    f"interrupted (by a signal handler or a callback) and could not go on while this one waits; {state}"
+                    f"cannot {purpose} {self.path}: its lock was expected, a save on this same thread holds it; that save is "
+                    f"interrupted (by a signal handler or a callback) and could not continue while this one waits; {state}"
                 )
             if time.monotonic() >= deadline:
                 raise DirectoryBusyError(

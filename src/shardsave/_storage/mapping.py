@@ -19,7 +19,7 @@ def map_file(descriptor: int, path: str) -> mmap.mmap:
     """Maps the file behind ``descriptor``; writes to the mapping stay in this process. Raises ValueError if the file is empty."""
     writable = mmap.PROT_READ | mmap.PROT_WRITE
     try:
-        # The length is passed: if it is 0, Python calls fstat itself, and treats a failure of that like an empty file.
+        # With length 0 Python would call fstat itself, and would treat a failure of that like an empty file.
         length = call(os.fstat, path, descriptor).st_size
         if length == 0:
             raise ValueError(f"{path} is empty")

@@ -147,7 +147,7 @@ class Staging:
             shard.file.abandon()
 
     def close(self) -> None:
-        """Closes the directory; what is in it stays."""
+        """Closes the directory; its files stay."""
         self._inside.close()
 
 

@@ -284,10 +284,10 @@ class Transaction:
         """The error for a call that failed before the commit; its errno decides between OutOfSpaceError and SaveNotCommittedError."""
         room = ""
         if error.errno in DISK_FULL and self._folder.fd >= 0:
-            wanted = f"needs {human_bytes(needed)}, " if needed is not None else ""
+            need = f"needs {human_bytes(needed)}, " if needed is not None else ""
             with contextlib.suppress(CallFailed):
                 free = self._folder.free_bytes()
-                room = f" ({wanted}{human_bytes(free)} free)" if free is not None else ""
+                room = f" ({need}{human_bytes(free)} free)" if free is not None else ""
         kind = OutOfSpaceError if error.errno in OUT_OF_SPACE else SaveNotCommittedError
         what = f"cannot write {os.path.join(self.path, error.path)}" if error.path else f"cannot save to {self.path}"
         return kind(f"{what}: {error.reason}{room}; {self._state()}")
