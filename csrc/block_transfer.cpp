@@ -7,7 +7,8 @@
 
 namespace shardsave {
 
-// What goes on to the page cache is read again at once and should stay in the processor's caches; the rest should not.
+// A slot that goes to the page cache is read again at once, so its bytes should stay in the processor's caches;
+// otherwise they should not take up room there.
 BlockTransfer::BlockTransfer(const Hooks& hooks, const Devices& devices, PieceSums& sums, bool through_cache)
     : hooks_(hooks),
       devices_(devices),
@@ -59,7 +60,7 @@ void BlockTransfer::drain(const Segments& segments, const Window& window) const 
       submit(Direction::from_slot, part, window.slot_index);
       submitted = true;
     }
-    sum_staged(part);  // while the device copies; before the caller can change lent memory
+    sum_staged(part);  // summed while the device copies, and before the hook can change lent memory
     if (part.segment.memory == kLent) lend(part);
   });
   if (submitted) complete(window.slot_index);

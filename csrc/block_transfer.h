@@ -29,15 +29,15 @@ class BlockTransfer {
   // `through_cache`: slots go to the page cache right after fill().
   BlockTransfer(const Hooks& hooks, const Devices& devices, PieceSums& sums, bool through_cache);
 
-  // Fills the whole window: with the segments' bytes, and with zeros where no segment is. Throws DeviceError; what a
-  // hook threw.
+  // Fills the whole window: with the segments' bytes, and with zeros everywhere else. Throws DeviceError, and whatever
+  // a hook throws.
   void fill(const Segments& segments, const Window& window) const;
 
-  // Copies the segments' bytes out of the window. Throws likewise.
+  // Copies the segments' bytes out of the window. Throws the same.
   void drain(const Segments& segments, const Window& window) const;
 
  private:
-  // The part of a segment that lies in a window.
+  // The part of a segment that is in a window.
   struct Part {
     const Segment& segment;
     std::int64_t offset;  // in the segment

@@ -109,7 +109,7 @@ struct Fold {
   std::uint64_t low, high;
 };
 constexpr Fold fold_by(std::uint64_t distance) { return {power(distance + 63), power(distance - 1)}; }
-[[maybe_unused]] constexpr Fold kBy16 = fold_by(128), kBy64 = fold_by(512), kBy256 = fold_by(2048);  // bytes
+[[maybe_unused]] constexpr Fold kBy16 = fold_by(128), kBy64 = fold_by(512), kBy256 = fold_by(2048);  // named by bytes
 
 #if SHARDSAVE_X86
 

@@ -248,8 +248,8 @@ class CudaDevice final : public Device {
   std::vector<Slot> slots_;
 };
 
-// The device whose primary context is retained while memory is pinned: with the last reference to that context the
-// registration would end too.
+// The device whose primary context is retained while memory is pinned: when the last reference to that context is
+// released, the memory is no longer pinned.
 struct Pin {
   cuda::DeviceHandle device = 0;
   cuda::Context context = nullptr;

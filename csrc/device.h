@@ -1,4 +1,4 @@
-// An asynchronous device: copies bytes between a slot of the ring and memory of its own, while the worker goes on.
+// An asynchronous device: copies bytes between a slot of the ring and memory of its own, while the worker continues.
 // Host memory is no device; host_copy.h copies it.
 //
 // Threads: all workers of one run share one Device. Each worker calls enter_thread() first. submit() and complete() may
@@ -21,7 +21,7 @@ class Device {
   // Makes the device usable on the calling worker thread. Throws DeviceError.
   virtual void enter_thread() = 0;
 
-  // Starts to copy `length` bytes between `slot`, which lies in slot number `slot_index`, and `address`. Until
+  // Starts to copy `length` bytes between `slot`, which is in slot number `slot_index`, and `address`. Until
   // complete() the bytes at the destination are undefined, and those at the source must not change. Throws DeviceError;
   // earlier copies of the slot may then still be in flight.
   virtual void submit(Direction direction, std::byte* slot, std::uint64_t address, std::size_t length,

@@ -26,8 +26,8 @@ namespace {
 // Through the page cache a slot is used in steps that stay in the processor's caches; smaller steps cost more calls.
 constexpr std::size_t kCachedStep = 1 << 20;
 
-// How often the calling thread learns of the progress: at the speed of memory some 50 MB, which a caller may want to
-// release.
+// How often the tick hook is called. At the speed of memory some 50 MB are moved in between, and the hook may release
+// the mapped pages of these.
 constexpr std::chrono::milliseconds kTickInterval{10};
 
 // Whether no segment has to wait for a device or for the caller.
@@ -45,7 +45,7 @@ std::deque<File> prepared_files(const Request& request) {
   return files;
 }
 
-// One call of run(). Its fields are constant while workers run, but for the atomic ones and those under the mutex.
+// One call of run(). Its fields are constant while workers run, except the atomic ones and those under the mutex.
 class Run {
  public:
   Run(const Request& request, const Hooks& hooks)
@@ -142,14 +142,14 @@ class Run {
     const Segments segments = request_.segments_of(number);
     File& file = files_[static_cast<std::size_t>(block.file)];
     const auto length = static_cast<std::size_t>(block.length);
-    // Each step uses the first part of the slot, which so stays in the processor's caches. Direct I/O and memory that
-    // has to be waited for move in one step.
+    // Every step uses the same first part of the slot, so this stays in the processor's caches. Blocks that use direct
+    // I/O, or memory that has to be waited for, move in one step.
     const bool in_steps = needs_no_wait(segments) && !file.direct();
     const std::size_t step = in_steps ? std::min(kCachedStep, length) : length;
     for (std::size_t begin = 0; begin < length && !stop_; begin += step) {
       move_window(block, segments, file, {slot.memory(), begin, std::min(step, length - begin), slot.index()});
     }
-    // Direct I/O is requested where an fsync will follow.
+    // A caller that requests direct I/O will fsync the file.
     if (request_.write && request_.access == Access::direct && !file.direct()) {
       file.start_writeback(static_cast<std::uint64_t>(block.offset), length);
     }
@@ -211,7 +211,7 @@ class Run {
   Devices devices_;  // after held_: devices are closed before their slots are given back
 };
 
-// Turns the exceptions of devices and of the C++ library into the Fault that callers know.
+// Turns the exceptions of devices and of the C++ library into a Fault, which callers handle.
 template <class Action>
 auto with_faults(Action action) {
   try {

@@ -16,23 +16,24 @@
 namespace shardsave {
 
 struct Hooks {
-  // Fills (write) or drains (read) `length` bytes of `piece` from `offset` on. Throws to end the run.
+  // Stores in `memory` (write) or takes from it (read) the `length` bytes of `piece` from `offset` on. An exception
+  // ends the run.
   std::function<void(std::int64_t piece, std::int64_t offset, std::byte* memory, std::size_t length)> lend;
-  // Called about every 10 ms with the bytes moved so far, and once at the end; after each block where the calling
-  // thread does the work itself. Throws to end the run.
+  // Called with the number of bytes moved so far: about every 10 ms, or after each block if the calling thread does the
+  // work itself; and once at the end. An exception ends the run.
   std::function<void(std::uint64_t done)> tick;
 };
 
 struct Result {
   std::vector<std::uint64_t> sums;  // the checksum of each piece; empty without `checksum`
-  std::vector<bool> direct;         // for each file, whether it was moved past the page cache
+  std::vector<bool> direct;         // for each file, whether it is known to have bypassed the page cache
   std::size_t staging_bytes = 0;
   bool pinned = false;
   std::vector<std::string> notes;
 };
 
-// Throws std::invalid_argument for tables that do not fit together, before anything is touched; Fault; what a hook
-// threw.
+// Throws std::invalid_argument for tables that do not fit together, before anything is touched; a Fault; whatever a
+// hook throws.
 Result run(const Request& request, const Hooks& hooks);
 
 // Creates the ring that the next run with such slots uses, so that a lack of memory is known before anything is

@@ -32,8 +32,8 @@ class File {
   // `index` is the one that a Fault names.
   File(int index, int descriptor) : index_(index), descriptor_(descriptor) {}
 
-  // Turns O_DIRECT on where it is wanted and the file system supports it. Automatic: only for a file that is not
-  // (almost) wholly cached.
+  // Turns O_DIRECT on if `access` asks for it and the file system supports it, otherwise off. Automatic: on for a file
+  // that is not (almost) wholly cached.
   void prepare(Access access);
 
   // Writes all `length` bytes or throws a Fault. In direct mode `memory`, `offset` and `length` are aligned.

@@ -11,7 +11,7 @@
 namespace shardsave {
 
 // Copies `length` bytes between memory that does not overlap. Returns their raw CRC (crc64.h) with `checksum`, else 0.
-// `stores` is a choice of the loop with the checksum; without one this is memcpy, which makes its own.
+// `stores` only matters with `checksum`; without it this is memcpy, which decides itself how to store.
 std::uint64_t host_copy(std::byte* destination, const std::byte* source, std::size_t length, Stores stores,
                         bool checksum);
 

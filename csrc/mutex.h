@@ -29,8 +29,8 @@ class SCOPED_CAPABILITY MutexLock {
   void lock() ACQUIRE() { lock_.lock(); }
   void unlock() RELEASE() { lock_.unlock(); }
 
-  // Releases the mutex while it waits and holds it again on return; returns on a notice, after `timeout`, or for no
-  // reason (std::condition_variable::wait_for).
+  // Releases the mutex while it waits and holds it again on return; returns on a notice, after `timeout`, or spuriously
+  // (std::condition_variable::wait_for).
   void wait_for(std::condition_variable& condition, std::chrono::milliseconds timeout) {
     condition.wait_for(lock_, timeout);
   }

@@ -17,7 +17,7 @@ namespace shardsave {
 // Hooks::lend; discarded bytes are only read and summed.
 constexpr std::int64_t kHost = -1, kLent = -2, kDiscard = -3;
 
-// A run of bytes of one piece within one block. `at` counts from the start of the block, `piece_offset` from that of
+// Consecutive bytes of one piece within one block. `at` counts from the start of the block, `piece_offset` from that of
 // the piece. The columns are those of the caller's table; all numbers but `memory` and `piece` are bytes or addresses.
 struct Segment {
   std::int64_t memory, address, length, at, piece, piece_offset;

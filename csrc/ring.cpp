@@ -117,7 +117,8 @@ std::shared_ptr<Ring> Ring::shared(std::size_t slot_bytes, int pin_for) {
   return here.ring;
 }
 
-// What was refused may be granted now. This costs one call for each run, and is tried only while no run uses the ring.
+// A driver that refused to pin the ring may accept it now. This costs one call for each run, and is tried only while no
+// run uses the ring.
 void Ring::pin_again(int pin_for) {
   std::string reason;
   const bool pinned = cuda_pin(pin_for, state_->memory, bytes(), &reason);
@@ -139,8 +140,8 @@ std::shared_ptr<Ring> Ring::make(std::size_t slot_bytes, int pin_for) {
   return std::shared_ptr<Ring>(new Ring(std::move(state)));
 }
 
-// Maps as many of the wanted slots as there is memory for, and pins them for a device; fewer where fewer can be pinned.
-// When none can be pinned, keeps the largest mapping.
+// Maps as many of the wanted slots as there is memory for, and pins them for a device. If that many cannot be pinned,
+// tries with fewer; if none can be pinned, keeps the largest mapping.
 void Ring::State::acquire(int pin_for) {
   const std::size_t wanted = pin_for < 0 ? kSlots : kDeviceSlots;
   std::string reason;

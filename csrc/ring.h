@@ -15,8 +15,8 @@
 namespace shardsave {
 
 // How many slots a ring has, for host memory alone and with a device: 64 MiB with the usual slots of 8 MiB, twice that
-// with a device. At 50 GB/s a slot is copied in 0.17 ms, not much longer than a worker that waited for it takes to wake
-// up, while other workers hold slots that are summed or written.
+// with a device. At 50 GB/s a device copies a slot in 0.17 ms, and the worker that waits for the copy needs almost as
+// long to wake up. More slots keep the device busy during that time, and while other workers sum or write theirs.
 constexpr std::size_t kSlots = 8, kDeviceSlots = 16;
 
 class Ring;
@@ -43,7 +43,7 @@ class Ring : public std::enable_shared_from_this<Ring> {
  public:
   // The process's ring, with slots of `slot_bytes`. `pin_for` is a CUDA ordinal, or -1 for host memory alone; it
   // decides how many slots are wanted. With too little memory a ring has half as many, and so on down to one. A ring
-  // that could not be pinned is used as it is, and a later call tries to pin it again. Throws Fault (file.h) when there
+  // that could not be pinned is used unpinned, and a later call tries to pin it again. Throws Fault (file.h) when there
   // is no memory for one slot.
   static std::shared_ptr<Ring> shared(std::size_t slot_bytes, int pin_for);
 

@@ -28,7 +28,7 @@ def an(noun: str) -> str:
 
 
 class ShardSaveError(Exception):
-    """Base class of all errors of this package."""
+    """Base class of all errors of this package. Raised itself if an existing file cannot be read, for example."""
 
 
 class CheckpointNotFoundError(ShardSaveError):
@@ -40,7 +40,7 @@ class CorruptCheckpointError(ShardSaveError):
 
 
 class IncompatibleCheckpointError(ShardSaveError):
-    """The checkpoint is intact, but does not fit the module, or needs a newer version of shardsave."""
+    """The files are not damaged, but do not fit the module, need a newer shardsave, or are of a kind that the call cannot read."""
 
 
 class UnsupportedTensorError(ShardSaveError):
@@ -56,11 +56,11 @@ class OutOfSpaceError(SaveNotCommittedError):
 
 
 class DurabilityUncertainError(ShardSaveError):
-    """The new checkpoint is in place, but the system did not confirm that it survives a loss of power."""
+    """The save was committed, or may have been; the system did not confirm that all of it is on disk. The message says what is known."""
 
 
 class DirectoryBusyError(ShardSaveError):
-    """Other processes kept saving into the directory until the time limit was reached."""
+    """Another save uses the directory: it held the lock until the time limit was reached, or it changed files meanwhile."""
 
 
 class UnsupportedModuleError(ShardSaveError):

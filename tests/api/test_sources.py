@@ -193,7 +193,7 @@ def test_a_current_directory_that_is_gone(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(shardsave.SaveNotCommittedError) as caught:
         shardsave.save({"x": torch.ones(1)}, "ckpt")
     assert str(caught.value) == (
-        "cannot save to ckpt: a path relative to the current directory was given, which does not exist any more: getcwd: "
+        "cannot save to ckpt: the path is relative to the current directory, which does not exist any more: getcwd: "
         "No such file or directory; nothing was written"
     )
     for verb in (shardsave.load, shardsave.inspect, shardsave.verify):

@@ -300,14 +300,14 @@ FILES = [
             "1.safetensors, 2.safetensors and 2 more",
             lambda folder: ([(folder / f"{n}.safetensors").touch() for n in range(5)], folder)[1]),
     Case("our record stripped from the index",
-         f"corrupt index {INDEX}: a record of {FIRST} expected, which shardsave wrote, it has none; one of the two was changed or "
-         "replaced after it was saved",
+         f"corrupt index {INDEX}: a record of {FIRST} expected, since shardsave wrote that file, it has none; one of the two was changed "
+         "or replaced after it was saved",
          lambda folder: (saved(folder), without_our_record(folder))[1]),
     of_shard("our key stripped from a shard",
              "checksums of its tensors expected, as the index has a record of it, its header has none; the file was changed after "
              "it was saved", without_our_key),
     Case("lone file of another save beside our index",
          f"cannot tell which checkpoint is meant: $DIR: one of {INDEX} and {LONE} was expected, both are there, and the index does "
-         "not replace the file; give the path of the one to load, or remove the other",
+         "not record that it replaced the file; give the path of the one to load, or remove the other",
          lambda folder: (saved(folder), lone_of_another_save(folder))[1], shardsave.IncompatibleCheckpointError),
 ]  # fmt: skip

@@ -83,8 +83,8 @@ def test_a_save_in_the_middle_of_another(tmp_path: Path) -> None:
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert messages and set(messages) == {
-        f"cannot save to {tmp_path / 'link'}: its lock was expected, a save of this same thread holds it, which is interrupted "
-        "(by a signal handler or a callback) and could not go on while this one waits; "
+        f"cannot save to {tmp_path / 'link'}: its lock was expected, a save on this same thread holds it; that save is "
+        "interrupted (by a signal handler or a callback) and could not continue while this one waits; "
         "nothing was written, the previous checkpoint is intact"
     }
     assert generation_in(tmp_path / "ckpt") == 2 and generation_in(tmp_path / "elsewhere") == 3

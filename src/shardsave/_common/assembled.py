@@ -1,4 +1,4 @@
-"""A tensor whose elements lie in several places, as distributed savers leave them; it is never put together in memory."""
+"""A tensor in several parts, as distributed savers write it. The whole tensor is never assembled in memory."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ class Assembled:
                     copy_in(place, elements)
 
     def _overlaps(self, box: Box, view: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """What each part has of ``box``, beside the same elements of ``view``, which is the whole box."""
-        wanted = (*box, *(slice(0, size) for size in self.shape[len(box) :]))
+        """For each part that meets ``box``: its elements in the box, and the same elements of ``view``, which is the whole box."""
+        all_slices = (*box, *(slice(0, size) for size in self.shape[len(box) :]))
         for begins, tensor in self.parts:
             in_part, in_view = [], []
-            for rows, begin, size in zip(wanted, begins, tensor.shape):
+            for rows, begin, size in zip(all_slices, begins, tensor.shape):
                 first, stop = max(rows.start, begin), min(rows.stop, begin + size)
                 in_part.append(slice(first - begin, stop - begin))
                 in_view.append(slice(first - rows.start, stop - rows.start))

@@ -13,17 +13,17 @@ _VARIABLE = "SHARDSAVE_ENGINE"
 
 def _choose() -> tuple[ModuleType | None, str, ValueError | ImportError | None]:
     """Returns the extension or None, the reason why it is missing, and the error if the requested engine is not available."""
-    wanted = os.environ.get(_VARIABLE, "")
-    if wanted not in ("", "native", "portable"):
-        return None, "", ValueError(f"{_VARIABLE} must be 'native' or 'portable', not {wanted!r}")
-    if wanted == "portable":
+    request = os.environ.get(_VARIABLE, "")
+    if request not in ("", "native", "portable"):
+        return None, "", ValueError(f"{_VARIABLE} must be 'native' or 'portable', not {request!r}")
+    if request == "portable":
         return None, "", None
     try:
         return importlib.import_module("shardsave._native"), "", None
     except ImportError as error:
         was_built = not isinstance(error, ModuleNotFoundError) or error.name != "shardsave._native"
         reason = f"it cannot be loaded: {error}" if was_built else "it was not built"
-        if wanted == "native":
+        if request == "native":
             return None, "", ImportError(f"{_VARIABLE}=native was requested, but there is no C++ engine: {reason}")
         return None, reason, None
 

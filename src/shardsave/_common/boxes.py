@@ -1,4 +1,4 @@
-"""A range of a tensor's elements as boxes of whole rows, each of them one copy through torch: any layout, device and dtype.
+"""Splits a range of a tensor's elements into boxes of whole rows. torch copies each box at once, for any strides, device and dtype.
 
 A range counts elements in C order, as a file holds them. Each box is copied straight to its place, so nothing larger than the range
 is ever allocated.
@@ -14,7 +14,7 @@ import torch
 #: Which elements of a tensor: a slice for each of its first dimensions; the other dimensions are whole.
 Box = tuple[slice, ...]
 
-#: dtypes that torch can hold but hardly compute with are copied as integers of their size.
+#: Element size → an integer dtype: torch has some small dtypes that it cannot copy, so they are copied as integers.
 _AS_INTEGER = {1: torch.uint8, 2: torch.int16}
 
 
@@ -48,7 +48,7 @@ def _within(row: int, shape: Sequence[int], start: int, stop: int) -> Iterator[B
 def boxes_in_file(
     shape: Sequence[int], dtype: torch.dtype, offset: int, view: memoryview
 ) -> Iterator[tuple[Box, torch.Tensor]]:
-    """The boxes of the ``len(view)`` bytes that follow ``offset`` in a file's copy, each with its elements in ``view``."""
+    """The boxes of the ``len(view)`` bytes from ``offset`` on of a tensor in a file, each with a tensor over its bytes in ``view``."""
     item = dtype.itemsize
     if offset % item or len(view) % item:
         raise ValueError(f"range of {len(view)} bytes at {offset} cuts an element of {item} bytes")
@@ -73,7 +73,7 @@ def copy_in(source: torch.Tensor, elements: torch.Tensor) -> None:
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor``, or a copy of it if it lies in a mapped file at an address that its dtype does not allow."""
+    """``tensor``, or a copy of it if it is in a mapped file at an address that its dtype does not allow."""
     if tensor.data_ptr() % tensor.element_size() == 0:
         return tensor
     copy = torch.empty(tensor.shape, dtype=tensor.dtype)

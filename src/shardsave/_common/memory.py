@@ -1,4 +1,4 @@
-"""Where in memory a tensor lies: its address, its extent, and which tensors have the same memory or share a part of it."""
+"""Where in memory a tensor is: its address, its extent, and which tensors have the same memory or share a part of it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def shared_names(named: Mapping[str, torch.Tensor], begin_of: Callable[[torch.Te
 
 def reach(tensor: torch.Tensor) -> int:
     """The number of bytes from the first element to the end of the last; 0 for an empty tensor."""
-    if tensor.is_contiguous():  # as an empty one is
+    if tensor.is_contiguous():  # an empty tensor is
         return tensor.nbytes
     elements = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) + 1
     return elements * tensor.element_size()
@@ -66,7 +66,7 @@ def lacks_memory(tensor: torch.Tensor) -> bool:
 
 
 def any_overlap(begins: Sequence[int], ends: Sequence[int]) -> bool:
-    """Whether two of many address ranges overlap; ranges on different devices may appear to."""
+    """Whether any two address ranges overlap; ranges on different devices may seem to overlap."""
     first = np.array(begins, dtype=np.uint64)
     order = np.argsort(first, kind="stable")
     furthest = np.maximum.accumulate(np.array(ends, dtype=np.uint64)[order])

@@ -1,6 +1,6 @@
 """Calls to the operating system that name themselves and their file when they fail; and descriptors that are always closed.
 
-What is done with the names in a directory stands in `shardsave._storage.directory`.
+Calls on the names in a directory are in `shardsave._storage.directory`.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class NotRegular(CallFailed):
 
 
 class TooLong(CallFailed):
-    """A file is longer than any file of its kind: ``length`` bytes, or at least as many."""
+    """A file is longer than a file of its kind may be; it has ``length`` bytes or more."""
 
     def __init__(self, path: str, limit: int, length: int) -> None:
         super().__init__("read", path, errno.EFBIG, f"at most {limit} bytes were expected, it has {length}")
@@ -82,8 +82,8 @@ def _failed(name: str, path: str, error: OSError) -> CallFailed:
 class Descriptor:
     """A file or directory that can be opened. It is closed at the latest when this object is garbage.
 
-    Opening and closing are one C call each: an interrupt comes between two instructions of Python, and then the number is
-    either noted here or not open. As a context manager it closes a file that was only read.
+    Opening and closing are one C call each: an interrupt comes between two instructions of Python, and at that moment the number
+    is either noted here or not open. As a context manager it closes a file that was only read.
     """
 
     def __init__(self) -> None:
@@ -130,7 +130,7 @@ _alive: weakref.WeakSet[Descriptor] = weakref.WeakSet()
 
 
 def _abandon_in_child() -> None:
-    """A forked child must not keep replaced files on disk, nor a lock when it outlives its killed parent."""
+    """Closes all descriptors in a forked child: it must not keep replaced files on disk, nor a lock after its parent was killed."""
     for descriptor in list(_alive):
         descriptor.abandon()
 
@@ -141,8 +141,8 @@ os.register_at_fork(after_in_child=_abandon_in_child)
 def open_regular(path: str, folder_fd: int | None = None, *, follow: bool = True) -> Descriptor | None:
     """Opens the regular file ``path``, relative to ``folder_fd``, for reading; returns None where there is nothing.
 
-    Raises CallFailed; NotRegular for anything else, without ``follow`` a symbolic link too. That is not even opened: opening alone
-    can make a device act, or wake the writer of a FIFO.
+    Raises CallFailed; NotRegular for anything but a regular file (without ``follow``, also for a symbolic link). That is not even
+    opened: opening alone can make a device act, or wake the writer of a FIFO.
     """
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | (0 if follow else os.O_NOFOLLOW)
     file = Descriptor()
@@ -154,7 +154,7 @@ def open_regular(path: str, folder_fd: int | None = None, *, follow: bool = True
             if error.errno != errno.ENOENT:
                 raise
             return None
-        # Not inside the inner try: whoever removes files must never take an opened index for a missing one.
+        # Outside the inner try: an opened file must never count as missing. If an index did, the files that it names could be removed.
         _refuse_unless_regular(call(os.fstat, path, file.fd), path)  # it may have been replaced in between
     except BaseException:
         file.abandon()
@@ -168,7 +168,7 @@ def _refuse_unless_regular(status: os.stat_result, path: str) -> None:
 
 
 def kind_of(mode: int) -> str:
-    """The kind of file that ``mode`` (of `os.stat`) says, in words."""
+    """The kind of a file with this ``mode`` (of `os.stat`), in words."""
     kinds = {
         stat.S_IFREG: "file",
         stat.S_IFDIR: "directory",
@@ -182,7 +182,7 @@ def kind_of(mode: int) -> str:
 
 
 def read_whole(fd: int, path: str, limit: int) -> bytes:
-    """Reads an open file from where it stands to its end. Raises CallFailed; TooLong beyond ``limit`` bytes."""
+    """Reads an open file from its current position to its end. Raises CallFailed; TooLong if there are more than ``limit`` bytes."""
     parts, length, done = [], call(os.fstat, path, fd).st_size, 0
     while length <= limit and (part := call(os.read, path, fd, _READ_BYTES)):
         parts.append(part)
@@ -194,7 +194,7 @@ def read_whole(fd: int, path: str, limit: int) -> bytes:
 
 
 def read_at(fd: int, length: int, offset: int) -> bytes:
-    """Reads ``length`` bytes from ``offset`` on, fewer where the file ends before. Raises CallFailed."""
+    """Reads ``length`` bytes from ``offset`` on, fewer if the file ends before. Raises CallFailed."""
     parts = []
     while length > 0 and (part := call(os.pread, "", fd, length, offset)):
         parts.append(part)
@@ -204,7 +204,7 @@ def read_at(fd: int, length: int, offset: int) -> bytes:
 
 
 def write_all(fd: int, path: str, data: bytes) -> None:
-    """Writes all of ``data`` at the beginning of a file; goes on after a short count. Raises CallFailed."""
+    """Writes all of ``data`` at the beginning of a file; continues after a short write. Raises CallFailed."""
     view = memoryview(data)
     done = 0
     while done < len(view):
@@ -212,9 +212,9 @@ def write_all(fd: int, path: str, data: bytes) -> None:
 
 
 def allocate(fd: int, path: str, length: int) -> None:
-    """Sizes a new file to ``length`` bytes, with its blocks reserved where the file system can. Raises CallFailed.
+    """Gives a new file ``length`` bytes, reserved on disk if the file system supports that. Raises CallFailed.
 
-    fallocate(2) itself: posix_fallocate(3) writes every block where the file system has no such call.
+    Calls fallocate(2) itself: posix_fallocate(3) writes to every block if the file system does not support the call.
     """
     if hasattr(_libc, "fallocate"):
         while _libc.fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(length)) != 0:
@@ -242,7 +242,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def descriptor_allowance() -> int:
-    """How many shards may be held open: half of the descriptors that this process has left, so that other code can go on."""
+    """How many shards may be held open: half of the descriptors that this process may still open. The rest is for other code."""
     import resource
 
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-#: How long the exit handler waits for them, in seconds; a hanging disk may take longer.
+#: How long the exit handler waits for running calls, in seconds. With a hanging disk they may take longer.
 _PATIENCE = 10.0
 
 _lock = threading.Lock()  # guards _running_calls

@@ -21,7 +21,7 @@ class ByteSource(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape as torch counts it."""
+        """The shape in torch; the header's shape differs from it for packed dtypes."""
 
     @property
     def nbytes(self) -> int:
@@ -29,7 +29,7 @@ class ByteSource(Protocol):
 
     @property
     def cuda_device(self) -> int:
-        """The ordinal of the CUDA device on which the elements lie, -1 if they lie elsewhere."""
+        """The ordinal of the CUDA device that holds the elements; -1 if they are elsewhere."""
 
     def memory(self) -> tuple[int, int] | None:
         """The `cuda_device` and the address, if the memory there holds exactly the bytes of the file; None otherwise."""
@@ -42,7 +42,7 @@ class ByteSource(Protocol):
 
 
 class TensorSource(NamedTuple):
-    """A strided tensor. Where ``dtype``, that of the file, is another than the tensor's, elements are cast as `Tensor.copy_` does."""
+    """A strided tensor. If ``dtype``, the dtype in the file, differs from the tensor's, elements are cast as `Tensor.copy_` does."""
 
     tensor: torch.Tensor
     dtype: torch.dtype

@@ -31,7 +31,7 @@ class Blocks(NamedTuple):
 def blocks(extents: NDArray[np.int64], block_bytes: int) -> Blocks:
     """Cuts ``extents`` into blocks of at most ``block_bytes``, a multiple of `ALIGNMENT`.
 
-    The n-th row of ``extents`` says where piece n lies: file, offset, length, and grain; the piece is only cut at multiples of the
+    The n-th row of ``extents`` says where piece n is: file, offset, length, and grain; the piece is only cut at multiples of the
     grain. Rows are sorted by file and offset. Neighbours share blocks; a gap of a page or more starts a new block. Blocks do not
     overlap if the extents begin at an aligned offset and have no gaps, as in a file that is written; otherwise two blocks may read
     the same page.
@@ -39,42 +39,45 @@ def blocks(extents: NDArray[np.int64], block_bytes: int) -> Blocks:
     piece = np.flatnonzero(extents[:, 2])
     file, offset, length, grain = extents[piece].T
     end = offset + length
-    apart = (file[1:] != file[:-1]) | (offset[1:] - end[:-1] >= ALIGNMENT)
-    apart |= offset[1:] < end[:-1]  # two pieces have the same bytes
-    runs = [0, *(np.flatnonzero(apart) + 1).tolist(), len(piece)]
-    at, position = _block_begins(runs, offset.tolist(), end.tolist(), grain.tolist(), block_bytes)
+    is_boundary = (file[1:] != file[:-1]) | (offset[1:] - end[:-1] >= ALIGNMENT)
+    is_boundary |= offset[1:] < end[:-1]  # two pieces have the same bytes
+    boundaries = [0, *(np.flatnonzero(is_boundary) + 1).tolist(), len(piece)]
+    first_extent, position = _block_begins(boundaries, offset.tolist(), end.tolist(), grain.tolist(), block_bytes)
 
     # If a block begins inside an extent, the rest of the extent is another segment, right after the segment of its first part.
-    inside = position > offset[at]
-    cut, behind = at[inside], at[inside] + 1
-    extent = np.insert(np.arange(len(piece)), behind, cut)
-    begin = np.insert(offset, behind, position[inside])
+    is_cut = position > offset[first_extent]
+    cut_extent = first_extent[is_cut]
+    extent = np.insert(np.arange(len(piece)), cut_extent + 1, cut_extent)
+    begin = np.insert(offset, cut_extent + 1, position[is_cut])
     stop = end[extent]
-    continued = np.flatnonzero(extent[1:] == extent[:-1])
-    stop[continued] = begin[continued + 1]
+    cut_segment = np.flatnonzero(extent[1:] == extent[:-1])
+    stop[cut_segment] = begin[cut_segment + 1]
 
-    start = position - position % ALIGNMENT
-    first = at + np.cumsum(inside)
-    counts = np.diff(first, append=len(extent))
-    within = begin - np.repeat(start, counts)
-    used = stop[first + counts - 1] - start
-    table = np.stack([file[at], start, -(-used // ALIGNMENT) * ALIGNMENT, first], axis=1)
-    segments = np.stack([piece[extent], begin - offset[extent], stop - begin, within], axis=1)
+    block_offset = position - position % ALIGNMENT
+    first_segment = first_extent + np.cumsum(is_cut)
+    counts = np.diff(first_segment, append=len(extent))
+    offset_in_block = begin - np.repeat(block_offset, counts)
+    used_bytes = stop[first_segment + counts - 1] - block_offset
+    table = np.stack([file[first_extent], block_offset, -(-used_bytes // ALIGNMENT) * ALIGNMENT, first_segment], axis=1)
+    segments = np.stack([piece[extent], begin - offset[extent], stop - begin, offset_in_block], axis=1)
     return Blocks(table, segments, extents[:, 2].copy())
 
 
 def _block_begins(
-    runs: Sequence[int], offset: Sequence[int], end: Sequence[int], grain: Sequence[int], block_bytes: int
+    boundaries: Sequence[int], offset: Sequence[int], end: Sequence[int], grain: Sequence[int], block_bytes: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """For each block the number of its first extent, and its position in the file; ``runs``: the extents at which neighbours end."""
+    """For each block: the number of its first extent, and the position in the file of its first byte that belongs to an extent.
+
+    ``boundaries``: the numbers of the extents that cannot share a block with the extent before them, and last the number of all extents.
+    """
     begins: list[tuple[int, int]] = []
-    for at, last in pairwise(runs):
-        position = offset[at] if at < last else 0
-        while at < last:
-            begins.append((at, position))
+    for extent, stop in pairwise(boundaries):
+        position = offset[extent] if extent < stop else 0
+        while extent < stop:
+            begins.append((extent, position))
             limit = position - position % ALIGNMENT + block_bytes
-            at = bisect_right(end, limit, at, last)
-            if at < last:  # this extent does not fit; if a part of it does, it is cut at a multiple of its grain
-                position = max(position, offset[at], limit - (limit - offset[at]) % grain[at])
+            extent = bisect_right(end, limit, extent, stop)
+            if extent < stop:  # this extent does not fit; if a part of it does, it is cut at a multiple of its grain
+                position = max(position, offset[extent], limit - (limit - offset[extent]) % grain[extent])
     extents, positions = np.array(begins, dtype=np.int64).reshape(-1, 2).T
     return extents, positions

@@ -27,11 +27,11 @@ def write(
     checksum: bool = True,
     tick: Tick,
 ) -> Transfer:
-    """Writes ``blocks`` of ``pieces`` to the descriptors ``files``; whole blocks, the last one of a file padded with zeros.
+    """Writes ``blocks`` of ``pieces`` to the descriptors ``files``. Whole blocks are written; the last one of a file is padded with zeros.
 
-    ``start_writeback`` is for files whose file system refuses O_DIRECT: the disk begins at once with what is written through the page
-    cache. It needs ``access="direct"``. ``tick(bytes done)`` is called on this thread about every 10 ms, or after each block without
-    the extension; what it raises ends the run and is raised. Raises TransferFault.
+    ``start_writeback`` is for files whose file system refuses O_DIRECT: the disk starts at once on blocks that are written through the
+    page cache. It needs ``access="direct"``. ``tick(bytes done)`` is called on this thread about every 10 ms, or after each block
+    without the extension; an exception from it ends the run and is raised. Raises TransferFault.
     """
     if start_writeback and access != "direct":
         raise ValueError(f"start_writeback needs access='direct', not {access!r}")
@@ -55,7 +55,7 @@ def read(
 
 
 def _chosen_engine() -> Engine:
-    # Imported here: a process uses one of them.
+    # Imported here, since a process uses only one of them.
     if backend.native is None:
         from shardsave._engine import portable
 

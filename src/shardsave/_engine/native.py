@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def reserve(pieces: Sequence[Piece]) -> None:
-    """As `shardsave._engine.engine.reserve`; pinned if there are pieces on a CUDA device."""
+    """As `shardsave._engine.engine.reserve`; the memory is pinned if there are pieces on a CUDA device."""
     devices = _cuda_devices(pieces)
     pinned = devices and _reaches_cuda()
     try:
@@ -32,7 +32,7 @@ def reserve(pieces: Sequence[Piece]) -> None:
 
 
 def run(request: Request, tick: Tick) -> Transfer:
-    """Runs the C++ engine, which starts writeback exactly where direct access was asked for and the file system refused it."""
+    """Runs the C++ engine. It ignores ``start_writeback``: it starts writeback if direct access was requested and refused."""
     places = _places(request.pieces)
     kinds = set(places[:, 0].tolist())
     devices = sorted(kind for kind in kinds if kind >= 0)
@@ -77,7 +77,7 @@ def _lender(request: Request, callers_stream: dict[int, torch.cuda.Stream]) -> L
 
 @gc_paused()
 def _places(pieces: Sequence[Piece]) -> NDArray[np.int64]:
-    """For each piece the memory that it lies in, as a value of the extension's first column, and its address there."""
+    """For each piece: its memory (a CUDA ordinal, or HOST, LENT or DISCARD of the extension) and its address there."""
     discarded, lent = (extension.DISCARD, 0), (extension.LENT, 0)
     # `ByteSource.memory` counts devices as the extension does: HOST is -1.
     rows = (discarded if source is None else source.memory() or lent for source in pieces)

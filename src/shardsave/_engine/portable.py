@@ -1,4 +1,4 @@
-"""The engine without the extension: one buffer, numpy and torch. It writes the same bytes as the C++ engine, whose oracle it is."""
+"""The engine without the extension: one buffer, numpy and torch. It writes the same bytes as the C++ engine, and is its oracle in tests."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def run(request: Request, tick: Tick) -> Transfer:
     sums = [0] * len(pieces)
     done = 0
     staging = _staging_memory()
-    for file, offset, length, segments in _each(request.blocks):
+    for file, offset, length, segments in _each_block(request.blocks):
         slot = staging[:length]
-        _, _, last, at = segments[-1]
-        used = at + last
+        _, _, last_length, at = segments[-1]
+        used = at + last_length
         if not request.write:
             _read_block(files, file, offset, slot, used)
         for number, piece_offset, count, at in segments:
@@ -36,8 +36,8 @@ def run(request: Request, tick: Tick) -> Transfer:
             if request.write and source is not None:
                 source.gather(piece_offset, part)
             if request.checksum:
-                behind = piece_bytes[number] - piece_offset - count
-                sums[number] ^= crc64.shift(crc64.raw(np.frombuffer(part, np.uint8)), behind)
+                bytes_after = piece_bytes[number] - piece_offset - count
+                sums[number] ^= crc64.shift(crc64.raw(np.frombuffer(part, np.uint8)), bytes_after)
             if not request.write and source is not None:
                 source.scatter(piece_offset, part)
             done += count
@@ -58,11 +58,11 @@ def _staging_memory() -> memoryview:
         raise out_of_memory("allocation of staging memory", BLOCK_BYTES) from error
 
 
-def _each(blocks: Blocks) -> Iterator[tuple[int, int, int, list[list[int]]]]:
-    """Each block: file, offset, length and its segments, of which the last is the last in the block."""
+def _each_block(blocks: Blocks) -> Iterator[tuple[int, int, int, list[list[int]]]]:
+    """For each block: file, offset, length and its segments, in the order of their offsets in the block."""
     rows = blocks.table.tolist()
-    for (file, offset, length, first), (*_, behind) in zip(rows, [*rows[1:], [len(blocks.segments)]]):
-        yield file, offset, length, blocks.segments[first:behind].tolist()
+    for (file, offset, length, first), (*_, next_first) in zip(rows, [*rows[1:], [len(blocks.segments)]]):
+        yield file, offset, length, blocks.segments[first:next_first].tolist()
 
 
 def _write_block(files: Sequence[int], file: int, offset: int, slot: memoryview) -> None:

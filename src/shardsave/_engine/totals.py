@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 class Totals:
     """What several runs did together.
 
-    ``bytes``: how many were moved. ``direct``: whether every file bypassed the page cache. ``staging_bytes``: the most staging memory
-    that one run held. ``pinned``: whether any of it was pinned. ``notes``: those of all runs, each once.
+    ``bytes``: how many were moved. ``direct``: whether every file is known to have bypassed the page cache.
+    ``staging_bytes``: the most staging memory that one run held. ``pinned``: whether any of it was pinned. ``notes``: those of all
+    runs, each once.
     """
 
     bytes: int = 0

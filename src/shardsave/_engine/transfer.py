@@ -13,13 +13,13 @@ from shardsave._engine.blocks import Blocks
 #: The size of one slot of staging memory, in bytes: a block is never longer.
 BLOCK_BYTES = 8 << 20
 
-#: How files are opened: through the page cache, past it (O_DIRECT) where the file system allows, or chosen for each file.
+#: How files are accessed: through the page cache, past it (O_DIRECT) if the file system allows that, or chosen for each file.
 Access = Literal["buffered", "direct", "auto"]
 
 #: Called with the number of bytes done so far.
 Tick = Callable[[int], object]
 
-#: What one run of a file's bytes comes from or goes to; None: the bytes are only read and summed.
+#: The source or the destination of one stored tensor's bytes; None: the bytes are only read and summed.
 Piece = Union[ByteSource, None]
 
 
@@ -40,7 +40,10 @@ class Request(NamedTuple):
 
 
 class Transfer(NamedTuple):
-    """The result of a run. ``sums``: the CRC-64/NVME of each piece, empty without ``checksum``. ``direct``: one answer for each file."""
+    """The result of a run. ``sums``: the CRC-64/NVME of each piece, empty without ``checksum``.
+
+    ``direct``: for each file, whether it is known to have bypassed the page cache (the kernel says so from 6.1 on).
+    """
 
     sums: tuple[int, ...]
     direct: tuple[bool, ...]

@@ -9,10 +9,10 @@ from shardsave._native import DEVICE_SLOTS, SLOTS
 
 
 def worker_count(access: Access, *, with_device: bool) -> int:
-    """Two workers for each processor, so that one copies while the other waits for the disk; never more than the ring has slots.
+    """Two workers for each processor, so that one copies while the other waits for the disk; at most one for each slot of the ring.
 
-    Each worker has to touch the memory of a slot first, so there are no more than are of use. Through the page cache nobody waits for
-    the disk: one for each processor. With a device most workers wait for a copy: one for each slot.
+    If ``access`` is "buffered" no worker waits for the disk: one for each processor is enough. With a device most workers wait for a
+    copy: one for each slot. More workers than are useful would cost time, since each one touches the memory of another slot first.
     """
     if with_device:
         return DEVICE_SLOTS

@@ -101,16 +101,16 @@ def _tables() -> tuple[NDArray[np.uint64], ...]:
     """For each of the four 16-bit parts of a word: part → its contribution to the register after the whole word."""
     single = np.array(_byte_table(), dtype=np.uint64)
 
-    def through_zero(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    def after_zero_byte(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
         shifted: NDArray[np.uint64] = state >> np.uint64(8)
         shifted ^= single[(state & np.uint64(0xFF)).astype(np.intp)]
         return shifted
 
     values = np.arange(1 << 16, dtype=np.uint64)
-    last = through_zero(through_zero(values))  # bytes 6 and 7 of the word
+    last = after_zero_byte(after_zero_byte(values))  # bytes 6 and 7 of the word
     tables = [last]
     for _ in range(3):
-        tables.append(through_zero(through_zero(tables[-1])))
+        tables.append(after_zero_byte(after_zero_byte(tables[-1])))
     return tuple(reversed(tables))
 
 

@@ -9,7 +9,7 @@ INDEX_NAME = "model.safetensors.index.json"
 #: A checkpoint in one file, without an index.
 LONE_NAME = "model.safetensors"
 
-#: Endings of files that ``torch.save`` wrote and that have one usual meaning.
+#: Endings of files that are almost always written by ``torch.save``.
 TORCH_ENDINGS = (".bin", ".pt", ".pth")
 
 #: Exactly the names that `shard_names` and `part_name` return: a save may remove such a file once no index names it.

@@ -80,7 +80,7 @@ def with_sums(header: bytes, sums: Sequence[int]) -> bytes:
 
 
 def header_length(start: bytes, file_length: int, where: str) -> int:
-    """The length of a header's JSON, from the first eight bytes of a file. Raises CorruptCheckpointError.
+    """The length of a header's JSON, read from ``start``, the first bytes of a file. Raises CorruptCheckpointError.
 
     It is never longer than the rest of the file, so a reader may allocate that much.
     """
@@ -113,7 +113,7 @@ def parse_header(data: bytes, file_length: int, where: str) -> Header:
 
 
 #: Matches one tensor of a header in compact JSON; the groups are its name, its kind (everything but the offsets), begin and end.
-#: Otherwise it matches all remaining text, and the last group is the first character of that: a space after the last tensor.
+#: If there is none, it matches all remaining text, and the last group is the first character of that: a space if only padding is left.
 _TENSOR = re.compile(
     r'"([^"\\\x00-\x1f]*)":(\{"dtype":"[A-Z0-9_]+","shape":\[[0-9,]*\],)"data_offsets":\[(0|[1-9][0-9]{0,17}),(0|[1-9][0-9]{0,17})\]\}'
     r'(?:,(?=")|\}(?= *\Z))|(.).*',
@@ -125,7 +125,7 @@ _BEFORE_TENSORS = re.compile(r'\{(?:"__metadata__":(\{[^{}]*\}),)?')
 def _read_compact(content: bytes) -> tuple[dict[str, str], Tensors] | None:
     """Reads a header in the form that safetensors and shardsave write, four times as fast as `_read_any`; else returns None.
 
-    Never refuses a header: on any doubt it returns None, and `_read_any` has the messages. Each kind of tensor is checked once.
+    Never refuses a header: if there is any doubt it returns None, and `_read_any` decides. Each kind of tensor is checked once.
     """
     try:
         text = content.decode()
@@ -225,8 +225,8 @@ def _check_sums(metadata: Mapping[str, str], count: int, where: str) -> tuple[in
     if digits is None:
         return None
     if len(digits) != 16 * count or not _HEX.fullmatch(digits):
-        wanted = f"{CHECKSUM_KEY} expected to have {count} × 16 lower-case hex digits"
-        _bad(where, wanted, f"it has {len(digits)} characters, {glimpse(digits)}")
+        expectation = f"{CHECKSUM_KEY} expected to have {count} × 16 lower-case hex digits"
+        _bad(where, expectation, f"it has {len(digits)} characters, {glimpse(digits)}")
     raw = bytes.fromhex(digits)
     return struct.unpack(f">{count}Q", raw)
 

@@ -1,4 +1,4 @@
-"""Which tensor goes into which shard, and at which offset: layout arithmetic, no I/O.
+"""Which tensor is stored in which shard, and at which offset: arithmetic only, no I/O.
 
 Everything here is a pure function of the stored tensors: every process that has the same tensors plans the same files.
 """
@@ -38,7 +38,7 @@ def pack(tensors: Sequence[StoredTensor], max_shard_size: int) -> tuple[Shard, .
     """Distributes ``tensors`` over shards of at most ``max_shard_size`` bytes of data; frozen and trainable tensors are kept apart.
 
     Greedy, in the order of ``tensors``; a tensor larger than the bound has a shard of its own. Between two repeated layers
-    (``layers.3.`` and ``layers.4.``) a shard ends early if it is at least three quarters full: a layer stays in one file where that
+    (``layers.3.`` and ``layers.4.``) a shard ends early if it is at least three quarters full: a layer stays in one file if that
     costs only a little room. Without tensors there is one empty shard.
     """
     groups: list[list[StoredTensor]] = []

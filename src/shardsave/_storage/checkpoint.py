@@ -28,18 +28,18 @@ from shardsave.errors import (
     ShardSaveError,
 )
 
-#: How long a reader starts over, in seconds, while savers keep replacing the checkpoint.
+#: For how many seconds a reader starts over while savers keep replacing the checkpoint.
 CHANGING_SECONDS = 30.0
 
 #: The parts that a checkpoint may have beside its weights.
 PARTS = ("architecture", "program", "extra tensors")
 
-#: Files that could not be opened → the reasons. None: the first reason is raised.
+#: File that could not be opened → its error. None instead of a dict: the first error is raised.
 Broken = Union[dict[str, ShardSaveError], None]
 
 
 class Located(NamedTuple):
-    """A stored tensor and its place: ``offset`` bytes into the file ``shard``. ``checksum`` is None where none was stored."""
+    """A stored tensor and its place: ``offset`` bytes into the file ``shard``. ``checksum`` is None if the file has none."""
 
     name: str
     dtype: str
@@ -60,7 +60,7 @@ class Checkpoint(ShardFiles):
         self._index_name = index_name
         self._index_bytes = index_bytes
         self.tensors: dict[str, Located] = {}
-        self.kept: dict[str, Located] = {}  # tensors that a model needs beside the weights
+        self.kept: dict[str, Located] = {}  # the extra tensors
         self.documents: dict[str, bytes] = {}  # part → its JSON
         self.file_metadata: dict[str, str] = {}  # `__metadata__` of a lone file
         self._ties: dict[str, str] = {}  # of a lone file
@@ -76,14 +76,14 @@ class Checkpoint(ShardFiles):
 
     @property
     def flags(self) -> Mapping[str, bool] | None:
-        """Name → frozen, by the names in the module that was saved; None where unknown."""
+        """Name in the saved module → frozen; None if unknown."""
         if self.record is None:
             return None
         return self.record.flags if self.record.module_flags is None else self.record.module_flags
 
     @property
     def stored_flags(self) -> Mapping[str, bool] | None:
-        """Name → frozen, by the names on disk, tied ones too; None where unknown."""
+        """Name on disk → frozen, including tied names; None if unknown."""
         return self.record.flags if self.record is not None else None
 
     @property
@@ -101,7 +101,7 @@ class Checkpoint(ShardFiles):
         return self.record.companions if self.record is not None else {}
 
     def companion_notes(self) -> tuple[str, ...]:
-        """Says which files beside the weights are not those that were saved with them; nothing if a save has just replaced all."""
+        """Names the companions that were not saved with these weights; empty if a save has replaced the checkpoint meanwhile."""
         notes = companion_notes(self._folder, self.companions) if self.companions else ()
         return notes if notes and not self._index_changed() else ()
 
@@ -138,7 +138,7 @@ class Checkpoint(ShardFiles):
                 broken[shard] = error
 
     def _admit_parts(self, roles: Iterable[str], broken: Broken) -> None:
-        """Opens those of the parts ``roles`` that there are: reads JSON whole, and notes the places of tensors."""
+        """Opens those parts ``roles`` that the checkpoint has: reads JSON whole, and notes the places of extra tensors."""
         parts = self.record.parts if self.record is not None else {}
         for role in roles:
             if role not in parts:
@@ -168,10 +168,10 @@ class Checkpoint(ShardFiles):
     def _note_tensors(self, shard: str, header: Header, names: frozenset[str]) -> None:
         held = set(header.tensors.names)
         if self.index is not None and held != names:
-            lacking, surplus = names - held, held - names
+            missing, surplus = names - held, held - names
             difference = (
-                f"the index says that it holds {glimpse(min(lacking))}, it does not"
-                if lacking
+                f"the index says that it holds {glimpse(min(missing))}, it does not"
+                if missing
                 else f"the index does not say that it holds {glimpse(min(surplus))}, it does"
             )
             raise CorruptCheckpointError(f"corrupt shard {shard}: {difference}; index and shard belong to different saves")
@@ -197,9 +197,11 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Opens the checkpoint at ``path``: a directory, an index or one safetensors file, written by shardsave or another library.
 
-    With ``wanted`` only shards that hold a wanted tensor are opened; all of their tensors are listed. ``parts``: the parts to open.
-    With ``broken``, files that cannot be opened are put there and left out. Starts over if the index is replaced meanwhile.
-    Raises CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError, DirectoryBusyError.
+    With ``wanted`` only shards that hold a wanted tensor are opened; all tensors of these shards are listed. ``parts``: the roles of
+    the parts to open. With ``broken``, a file that cannot be opened is left out, and its error is put there. Starts over if the index
+    is replaced meanwhile.
+    Raises CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError, DirectoryBusyError; ShardSaveError itself if
+    a file cannot be read.
     """
     path = os.fspath(path)
     deadline = time.monotonic() + CHANGING_SECONDS
@@ -254,7 +256,7 @@ def _shards_to_open(index: Index, wanted: Callable[[str], bool] | None) -> dict[
 
 
 def _changed(path: str, seen: FoundFiles) -> bool:
-    """Whether another index is at ``path`` by now than was ``seen``."""
+    """Whether the index at ``path`` is no longer the one in ``seen``."""
     try:
         return find(path).index_bytes != seen.index_bytes
     except CheckpointNotFoundError:
@@ -262,7 +264,7 @@ def _changed(path: str, seen: FoundFiles) -> bool:
 
 
 def _refuse_unless_superseded(folder: str, record: Record | None, lone: str) -> None:
-    """A lone file beside an index is ignored only if the index records that it replaced exactly this file."""
+    """Raises IncompatibleCheckpointError for a lone file beside an index, unless the index records that it replaced this file."""
     path = os.path.join(folder, lone)
     try:
         status = call(os.stat, path, path)
@@ -275,5 +277,5 @@ def _refuse_unless_superseded(folder: str, record: Record | None, lone: str) -> 
         return
     raise IncompatibleCheckpointError(
         f"cannot tell which checkpoint is meant: {folder}: one of {INDEX_NAME} and {LONE_NAME} was expected, both are there, "
-        f"and the index does not replace the file; give the path of the one to load, or remove the other"
+        f"and the index does not record that it replaced the file; give the path of the one to load, or remove the other"
     )

@@ -6,7 +6,7 @@
 4. After the commit, the lone file and the adapter that it replaced, unless they have changed since.
 
 Nothing else, ever. Final names are removed only if a save can have given them (`OWN_PATTERN` or a companion's name), if they are regular
-files, and if the index in force does not name them. Symbolic links are not followed. Replaced files are removed only once the new
+files, and if the current index does not name them. Symbolic links are not followed. Replaced files are removed only once the new
 index is certain to stay: with ``durable``, once it is durable.
 """
 
@@ -29,16 +29,16 @@ _P = ParamSpec("_P")
 
 
 class Cleaned(NamedTuple):
-    """``leftovers``: names that could not be removed. ``foreign``: staging directories whose savers may be alive, which stay."""
+    """``leftovers``: names that could not be removed. ``foreign``: staging directories that stay because their savers may be alive."""
 
     leftovers: tuple[str, ...]
     foreign: tuple[str, ...]
 
 
 def clean_after_commit(folder: LockedDirectory, own_staging: str, previous: Previous, new: Index) -> Cleaned:
-    """Removes what ``new``, which was just committed in place of ``previous``, does not need.
+    """Removes what the new index does not need; ``new`` was just committed in place of ``previous``.
 
-    Where the replaced index cannot be read, only the own staging directory is removed: nobody knows what the other files are.
+    If the replaced index cannot be read, only this save's staging directory is removed: nobody knows what the other files are.
     """
     names, leftovers = _names_in(folder)
     foreign = sorted(name for name in names if name != own_staging and owner_of(name) and not folder.knows_dead(name))
@@ -65,18 +65,18 @@ def remove_dead_staging(folder: LockedDirectory, named: frozenset[str], own_stag
 
 
 def remove_staging(folder: Directory, staging: str, named: frozenset[str], *, finals: Iterable[str] | None = None) -> list[str]:
-    """Removes a staging directory, and the final names of its files unless an index names them (``named``).
+    """Removes a staging directory and the final names of its files, except the files that an index names (``named``).
 
-    ``finals``: the final names; without, those in the directory's own list. A companion's final name goes when it is a link to the
-    staged file. The list goes last, and only once the final names are certain to be gone: so the next save can finish a removal
-    that ends in the middle. Returns the names that could not be removed.
+    ``finals``: the final names; without it, those in the directory's own list. A companion's final name is removed if it is a link to
+    the staged file. The list is removed last, and only once the final names are certain to be gone, so that the next save can finish
+    an interrupted removal. Returns the names that could not be removed.
     """
     with Directory(staging, durable=folder.durable) as inside:
         try:
             inside.open_in(folder)
             listed = set(read_list(inside) if finals is None else finals) - named
         except CallFailed as error:
-            if error.errno == errno.EACCES:  # made under a umask that took even our own permissions; nothing can be in it
+            if error.errno == errno.EACCES:  # created under a umask that denies even its owner; it is empty
                 return _leftover(staging, folder.rmdir, staging)
             return [] if error.errno == errno.ENOENT else [staging]
         contents, leftovers = _names_in(inside)
@@ -89,7 +89,7 @@ def remove_staging(folder: Directory, staging: str, named: frozenset[str], *, fi
             leftovers += _leftover(staging, folder.sync)
         if leftovers:
             return list(dict.fromkeys([*leftovers, staging]))
-        for name in sorted(filter(is_staged, contents), key=LIST_NAME.__eq__):
+        for name in sorted(filter(is_staged, contents), key=LIST_NAME.__eq__):  # the list comes last
             leftovers += _leftover(f"{staging}/{name}", inside.unlink, name)
     return leftovers + _leftover(staging, folder.rmdir, staging)
 
@@ -103,9 +103,9 @@ def remove_superseded(folder: Directory, index: Index | None, named: frozenset[s
 
 
 def _remove_replaced_adapter(folder: Directory, old: Mapping[str, FileRecord], new: Mapping[str, FileRecord]) -> list[str]:
-    """Removes the adapter of the replaced checkpoint (companions ``old``) where the new one has none, if it is still as it was saved.
+    """Removes adapter files among the replaced companions ``old`` that are not in ``new``, unless they changed since they were saved.
 
-    Other libraries would go on to find it, and apply it to the new weights.
+    Other libraries would otherwise find that adapter and apply it to the new weights.
     """
     leftovers = []
     for name in sorted(ADAPTER_NAMES & (old.keys() - new.keys())):
@@ -153,7 +153,7 @@ def _unlink_unchanged(folder: Directory, name: str, saved: FileRecord) -> None:
 
 
 def _names_in(folder: Directory) -> tuple[list[str], list[str]]:
-    """The names in a directory; and what to report as a leftover where it cannot be listed."""
+    """The names in a directory; and if it cannot be listed, what to report as a leftover."""
     try:
         return folder.names(), []
     except CallFailed:
@@ -161,7 +161,7 @@ def _names_in(folder: Directory) -> tuple[list[str], list[str]]:
 
 
 def _leftover(name: str, action: Callable[_P, None], *arguments: _P.args, **options: _P.kwargs) -> list[str]:
-    """Runs ``action``. Returns ``[name]`` where it failed, nothing where it succeeded or the file was gone already."""
+    """Runs ``action``. Returns ``[name]`` if it failed, an empty list if it succeeded or the file was gone already."""
     try:
         action(*arguments, **options)
     except CallFailed as error:

@@ -1,4 +1,4 @@
-"""The errors of a commit: what each says of the state that things are in now."""
+"""The errors of a commit. Each message says in which state the directory is now."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from shardsave.errors import DirectoryBusyError, DurabilityUncertainError, SaveN
 
 
 def name_taken(path: str, name: str, state: str) -> DirectoryBusyError:
-    """Someone else made the file ``name`` during the save."""
+    """Another program created the file ``name`` during the save."""
     return DirectoryBusyError(
         f"cannot save to {path}: {name} was expected to be free, someone made a file of that name meanwhile, "
         f"which is unchanged; {state}"
@@ -34,7 +34,7 @@ def directory_moved(path: str) -> SaveNotCommittedError:
 
 
 def commit_unknown(path: str, error: BaseException, unreadable: CallFailed) -> DurabilityUncertainError:
-    """The rename of the index was attempted, ``error`` came, and the index could not be re-read."""
+    """``error`` was raised during or after the rename of the index, and then the index could not be re-read."""
     cause = error.words if isinstance(error, CallFailed) else type(error).__name__
     return DurabilityUncertainError(
         f"cannot tell whether the save was committed: {path}: {cause}, then the index "

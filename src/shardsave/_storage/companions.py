@@ -1,9 +1,9 @@
-"""Companions: files of fixed names beside the weights that belong to them, such as a model's config.
+"""Companions: files with fixed names beside the weights that belong to them, such as a model's config.
 
 A companion is put in place whole, and recognised by its checksum in the index. Its name is fixed, so unlike a shard it cannot wait
-under a new name for the index to mention it. If its name is free, it gets it before the commit; if it replaces a file, it waits in
-the staging directory until the index is durable. In between, new weights lie beside an old config: a reader notices by the checksum
-in the index, and the next save finishes what a dead saver left.
+under a new name for the commit. If its name is free, the companion is linked to it before the commit. If it replaces a file, it
+stays in the staging directory until the index is durable. In between, new weights are beside an old config: a reader detects this
+by the checksum in the index, and if the saver dies in between, the next save puts the companion in place.
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ CONFIG_NAMES = ("config.json", "generation_config.json")
 #: The files of a PEFT adapter.
 ADAPTER_NAMES = frozenset({"adapter_config.json", "adapter_model.safetensors"})
 
-#: The only names that are put beside weights, replaced or removed.
+#: The names of all companions. A save touches no other file with a fixed name, except the index and the lone file.
 COMPANION_NAMES = frozenset(CONFIG_NAMES) | ADAPTER_NAMES
 
-#: The longest companion that is passed as bytes.
+#: The largest companion that a save accepts as bytes.
 MAX_COMPANION_BYTES = 64_000_000
 
 _STEP = 1 << 20
 
-#: errno values that mean "no such file in a staging directory", or no staging directory that can be entered.
+#: errno values of a staging directory that cannot be entered, and of a name in it that is no regular file.
 _NOT_STAGED = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.EINVAL)
 
 
 class StagedCompanions:
-    """The companions of one save into ``folder``. Those whose names are free get them before the commit, the others after it.
+    """The companions of one save into ``folder``. Those with free names are put in place before the commit, the others after it.
 
     Every method raises CallFailed.
     """
 
     def __init__(self, folder: Directory, staging: Staging) -> None:
-        self.linked: set[str] = set()  # those that have, or may have, their final names
+        self.linked: set[str] = set()  # companions that are, or may be, in place
         self._folder = folder
         self._staging = staging
         self._staged: list[str] = []
         self._free: set[str] = set()
 
     def add(self, companions: Mapping[str, bytes]) -> dict[str, FileRecord]:
-        """Stages files, name → content, except those that lie there already. Returns the index's records of all of them."""
+        """Stages files (name → content), except those that are in place already. Returns the records of all files for the index."""
         for name, data in companions.items():
             assert name in COMPANION_NAMES and len(data) <= MAX_COMPANION_BYTES
             existing = self._folder.read_all(name, MAX_COMPANION_BYTES)
@@ -65,7 +65,7 @@ class StagedCompanions:
         return {name: FileRecord(len(data), crc64(data)) for name, data in companions.items()}
 
     def add_second_name(self, shard: str, name: str) -> None:
-        """Stages ``name`` for the content of the sealed ``shard``, for readers that look for it under that name."""
+        """Stages ``name``, a companion's, as a second name of the sealed ``shard``, for readers that look for that name."""
         assert name in COMPANION_NAMES
         if self._folder.inode_of(name) is None:
             self._free.add(name)
@@ -73,9 +73,9 @@ class StagedCompanions:
         self._staged.append(name)
 
     def link_free(self) -> None:
-        """Gives companions whose names are free their names: no file is there that belongs to another checkpoint."""
+        """Links the companions whose names are free to these names. No file of another checkpoint has such a name."""
         for name in sorted(self._free):
-            self.linked.add(name)  # before the call, which an interrupt may follow
+            self.linked.add(name)  # before the call, because an interrupt may follow it
             if not self._staging.link(name):
                 self.linked.remove(name)
 
@@ -85,10 +85,10 @@ class StagedCompanions:
 
 
 def finish_dead_savers(folder: Directory, companions: Mapping[str, FileRecord], is_dead: Callable[[str], bool]) -> None:
-    """Puts companions in place that a saver left staged when it died between its commit and here. Raises CallFailed.
+    """Puts staged companions in place whose saver died after its commit, before it had moved them. Raises CallFailed.
 
-    ``folder`` is locked, ``companions`` are those of the index that is there. ``is_dead`` says of a staging directory whether its
-    saver is dead.
+    ``folder`` is locked; ``companions`` are those of its current index. ``is_dead`` says whether the saver of a staging directory is
+    dead.
     """
     finished = False
     for name in sorted(COMPANION_NAMES & companions.keys()):
@@ -105,7 +105,7 @@ def finish_dead_savers(folder: Directory, companions: Mapping[str, FileRecord], 
 def companion_notes(path: str, companions: Mapping[str, FileRecord]) -> tuple[str, ...]:
     """Says which ``companions`` of the checkpoint in the directory ``path`` are not as they were saved.
 
-    Notes and not errors: the weights are as they were saved, and a config is a text that people edit on purpose.
+    These are notes and not errors: the weights are as they were saved, and people edit configs on purpose.
     """
     notes = []
     with Directory() as folder:
@@ -121,7 +121,7 @@ def companion_notes(path: str, companions: Mapping[str, FileRecord]) -> tuple[st
             except CallFailed as error:
                 difference, staging = f"it cannot be read ({error.reason})", None
             cause = (
-                f"the saved one lies in {staging}, where a save was interrupted"
+                f"the saved one is still in {staging}, where a save was interrupted"
                 if staging
                 else "it was edited, or comes from another save"
             )
@@ -130,7 +130,7 @@ def companion_notes(path: str, companions: Mapping[str, FileRecord]) -> tuple[st
 
 
 def file_record(folder: Directory, name: str, *, follow: bool = True) -> FileRecord | None:
-    """Length and checksum of the file ``name``, None where there is none. Raises CallFailed, NotRegular."""
+    """Length and checksum of the file ``name``; None if there is no such file. Raises CallFailed, NotRegular."""
     file = folder.open_regular(name, follow=follow)
     if file is None:
         return None
@@ -155,7 +155,7 @@ def _is_in_place(folder: Directory, name: str, saved: FileRecord) -> bool:
 
 
 def _find_staged(folder: Directory, name: str, saved: FileRecord) -> str | None:
-    """The staging directory that holds the companion as it was saved."""
+    """The name of the staging directory that holds the companion as it was saved; None if there is none."""
     for staging in folder.names():
         if owner_of(staging) is None:
             continue

@@ -1,6 +1,7 @@
 """An open directory, and the OS calls on the names in it: every name is one path component, relative to the directory's descriptor.
 
-So a directory stays the same one whatever is renamed above it. Only `make_folders` works on paths: there is nothing to open yet.
+So a `Directory` stays the same directory even if a directory above it is renamed. Only `make_folders` uses paths: the directories
+that it creates do not exist yet.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from types import TracebackType
 
 from shardsave._common.os_calls import CallFailed, Descriptor, call, kind_of, open_regular, read_whole, write_all
 
-#: errno values of link(2) where the file system has no hard links, or does not permit this one.
+#: errno values of link(2) if the file system has no hard links, or does not permit this one.
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 #: errno values that are ignored when directories above the checkpoint's are fsynced: they may belong to someone else.
@@ -20,10 +21,10 @@ _MAY_NOT_SYNC = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.EOP
 
 
 class Directory:
-    """A directory, once `open` has opened it; as a context manager it is closed at the end.
+    """A directory, to be opened by `open` or `open_in`. As a context manager it is closed at the end.
 
-    ``name``: how a failed call names it, "" where the message names it anyway. ``durable``: whether the ``sync`` methods wait for
-    the disk, or do nothing. Every method but `close` raises CallFailed. For one thread.
+    ``name``: its name in errors, "" if the message names the directory elsewhere. ``durable``: whether the ``sync`` methods wait for
+    the disk; otherwise they do nothing. Every method but `close` raises CallFailed. Threads: for one thread only.
     """
 
     def __init__(self, name: str = "", *, durable: bool = False) -> None:
@@ -60,11 +61,11 @@ class Directory:
         self.close()
 
     def names(self) -> list[str]:
-        """The names in it, in no order."""
+        """The names in it, in no particular order."""
         return call(os.listdir, self.name, self.fd)
 
     def status_of(self, name: str, *, follow: bool = False) -> os.stat_result | None:
-        """The status of ``name``, None where there is nothing; without ``follow`` of a symbolic link itself."""
+        """The status of ``name``, None if there is nothing. Without ``follow``, the status of a symbolic link is its own."""
         try:
             return call(os.stat, name, name, dir_fd=self.fd, follow_symlinks=follow)
         except CallFailed as error:
@@ -78,21 +79,21 @@ class Directory:
         return status is not None and stat.S_ISREG(status.st_mode)
 
     def inode_of(self, name: str) -> tuple[int, int] | None:
-        """Device and inode number, which tell the file ``name`` from every other; None where there is nothing."""
+        """Device and inode number of ``name``, which identify a file; None if there is nothing."""
         status = self.status_of(name)
         return (status.st_dev, status.st_ino) if status is not None else None
 
     def free_bytes(self) -> int | None:
-        """The free bytes of the file system; None where it does not know them (ramfs, some network ones) and reports no blocks at all."""
+        """The free bytes of the file system; None if it does not know them and reports no blocks at all (ramfs, some on networks)."""
         status = call(os.fstatvfs, self.name, self.fd)
         return status.f_bavail * status.f_frsize if status.f_blocks else None
 
     def open_regular(self, name: str, *, follow: bool = True) -> Descriptor | None:
-        """Opens the regular file ``name`` for reading, None where there is nothing. Raises NotRegular for anything else."""
+        """Opens the regular file ``name`` for reading; returns None if there is nothing. Raises NotRegular for anything else."""
         return open_regular(name, self.fd, follow=follow)
 
     def read_all(self, name: str, limit: int, *, follow: bool = True) -> bytes | None:
-        """The content of the regular file ``name``, None where there is nothing. Raises TooLong beyond ``limit`` bytes."""
+        """The content of the regular file ``name``, None if there is nothing. Raises TooLong if it is longer than ``limit`` bytes."""
         file = self.open_regular(name, follow=follow)
         if file is None:
             return None
@@ -100,11 +101,11 @@ class Directory:
             return read_whole(file.fd, name, limit)
 
     def create(self, name: str, file: Descriptor) -> None:
-        """Makes the file ``name``, which must not exist yet, and opens it as ``file``."""
+        """Creates the file ``name``, which must not exist yet, and opens it as ``file``."""
         file.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, self.fd)
 
     def write(self, name: str, data: bytes) -> None:
-        """Makes the file ``name``, which must not exist yet, with the content ``data``, and syncs it."""
+        """Creates the file ``name``, which must not exist yet, with the content ``data``, and syncs it."""
         with Descriptor() as file:
             self.create(name, file)
             write_all(file.fd, name, data)
@@ -116,7 +117,7 @@ class Directory:
         self.sync_open(self.fd, self.name)
 
     def sync_file(self, name: str) -> None:
-        """Makes the content of the regular file ``name`` durable, whoever wrote it; does nothing where there is nothing."""
+        """Makes the content of the regular file ``name`` durable, whoever wrote it; does nothing if there is no such file."""
         file = self.open_regular(name)
         if file is not None:
             with file:
@@ -125,7 +126,7 @@ class Directory:
     def sync_open(self, fd: int, name: str) -> None:
         """Makes the content of an open file durable.
 
-        By one fsync: after an error the kernel has dropped the pages, and a second call would lie.
+        With one fsync and no retry: after an error the kernel has dropped the pages, and a second fsync would report success.
         """
         if self.durable:
             call(os.fsync, name, fd)
@@ -134,7 +135,7 @@ class Directory:
         call(os.mkdir, name, name, dir_fd=self.fd)
 
     def link(self, name: str, into: Directory, new_name: str) -> None:
-        """Gives the file ``name`` the second name ``new_name`` in ``into``, where that is free."""
+        """Gives the file ``name`` the second name ``new_name`` in ``into``, which must be free."""
         call(os.link, new_name, name, new_name, src_dir_fd=self.fd, dst_dir_fd=into.fd, follow_symlinks=False)
 
     def rename(self, name: str, into: Directory, new_name: str) -> None:
@@ -149,9 +150,10 @@ class Directory:
 
 
 def make_folders(path: str, durable: bool) -> None:
-    """Creates ``path`` and the directories that are missing above it, outermost first; ``durable``: each is synced into its parent.
+    """Creates ``path`` and the directories that are missing above it, outermost first. Raises CallFailed.
 
-    Existing directories above are synced too: nobody knows whether whoever made them has done so. Raises CallFailed.
+    With ``durable``, the parent of each new directory is synced. Existing directories above are synced too, because nobody knows
+    whether their creators did so.
     """
     missing, existing = [], path
     while not _is_folder(existing):
@@ -170,7 +172,7 @@ def make_folders(path: str, durable: bool) -> None:
 
 
 def _sync_parents(path: str) -> None:
-    """Makes the names of ``path`` and of the directories above it durable, up to its file system's root, where that is allowed."""
+    """Makes the names of ``path`` and of the directories above it durable, up to its file system's root, if that is allowed."""
     device = call(os.stat, path, path).st_dev
     while (parent := os.path.dirname(path)) != path:
         if call(os.stat, parent, parent).st_dev != device:
@@ -190,7 +192,7 @@ def _sync_folder(path: str) -> None:
 
 
 def _is_folder(path: str) -> bool:
-    """Whether ``path`` is a directory; False where there is nothing. Raises CallFailed where there is something else."""
+    """Whether ``path`` is a directory; False if there is nothing. Raises CallFailed if there is something else."""
     try:
         mode = call(os.stat, path, path).st_mode
     except CallFailed as error:

@@ -13,10 +13,10 @@ from shardsave._format.file_names import INDEX_NAME, LONE_NAME, TORCH_ENDINGS
 from shardsave._format.index import MAX_INDEX_BYTES
 from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, ShardSaveError
 
-#: Said of files of torch.save: unpickling them runs whatever code they hold.
+#: The advice for a file of torch.save, which is not read: unpickling it runs whatever code it holds.
 TORCH_SAVE_HINT = "no pickle is read here, since that can run code: shardsave convert SRC DST makes a checkpoint of it"
 
-#: errno values of a name that leads to nothing, and of a symbolic link that leads to itself, which is no more than that.
+#: errno values of a path that leads to nothing, and of a symbolic link that leads to itself.
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
@@ -43,14 +43,14 @@ def find(path: str) -> FoundFiles:
     index_bytes = _read_index(os.path.join(folder, name), name)
     lone = LONE_NAME if is_folder and _exists(os.path.join(path, LONE_NAME), even_broken=index_bytes is None) else None
     if index_bytes is None and lone is None:
-        index_bytes = _read_index(os.path.join(folder, name), name)  # a save has just put it in the place of the lone file
+        index_bytes = _read_index(os.path.join(folder, name), name)  # a save may just have replaced the lone file by an index
     if index_bytes is None and lone is None:
         raise CheckpointNotFoundError(f"no checkpoint at {path}: neither {name} nor {LONE_NAME} is there{_hint(folder)}")
     return FoundFiles(folder or ".", name, index_bytes, lone)
 
 
 def _exists(path: str, even_broken: bool) -> bool:
-    """Whether ``path`` leads to something; ``even_broken``: or is at least a symbolic link to nothing."""
+    """Whether ``path`` leads to something. With ``even_broken``, a symbolic link to nothing counts as something."""
     try:
         call(os.stat, path, path, follow_symlinks=not even_broken)
     except CallFailed as error:
@@ -61,7 +61,7 @@ def _exists(path: str, even_broken: bool) -> bool:
 
 
 def _hint(folder: str) -> str:
-    """What to try instead, from the names of the files in ``folder``."""
+    """Suggests what to try instead; it looks only at the names of the files in ``folder``."""
     try:
         listed = os.listdir(folder or ".")
     except OSError:
@@ -98,7 +98,7 @@ def _read_index(path: str, name: str) -> bytes | None:
 def open_checkpoint_file(path: str, what: str) -> Descriptor | None:
     """Opens a regular file for reading, through symbolic links; None if there is none.
 
-    ``what`` names it in messages. Raises CorruptCheckpointError where there is something else, which is not even opened.
+    ``what`` names it in messages. Raises CorruptCheckpointError for anything but a regular file, without opening it.
     """
     try:
         return open_regular(path)

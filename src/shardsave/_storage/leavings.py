@@ -22,7 +22,7 @@ class Leaving:
     """What a crashed save left behind: its staging directory, or the lone file that it replaced.
 
     ``files``: the files that are removed with it, relative to the checkpoint's directory. ``bytes``: the disk space that this frees.
-    ``dead``: whether its owner is known to be gone; for another host nobody here can know that.
+    ``dead``: whether its saver is known to be dead; False for a saver of another host, whose processes are not visible from here.
     """
 
     name: str
@@ -55,7 +55,7 @@ def remove_leaving(folder: LockedDirectory, leaving: Leaving, index: Index | Non
 
 
 def _files_of_staging(folder: Directory, staging: str, named: frozenset[str]) -> tuple[str, ...]:
-    """The files that `remove_staging` would remove; none where ``staging`` is no directory that can be read."""
+    """The files that `remove_staging` would remove; none if ``staging`` is not a readable directory."""
     try:
         with folder.enter(staging) as inside:
             finals = set(filter(OWN_PATTERN.fullmatch, read_list(inside))) - named
@@ -68,7 +68,7 @@ def _files_of_staging(folder: Directory, staging: str, named: frozenset[str]) ->
 
 
 def _disk_bytes(folder: Directory, files: Iterable[str], kept: set[tuple[int, int]]) -> int:
-    """The disk space of ``files``, each inode once, and without ``kept``: shards are moved by links, so a file may have two names."""
+    """The disk space that removing ``files`` frees: each inode counts once, since a link may give it two names; ``kept`` inodes do not."""
     sizes = {}
     for name in files:
         with suppress(CallFailed):

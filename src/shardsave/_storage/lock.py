@@ -22,12 +22,12 @@ _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 class LockedDirectory(Directory):
-    """The directory at ``path``, which `acquire` opens and locks, where the file system has locks.
+    """The directory at ``path``. `acquire` opens it, and locks it if the file system has locks.
 
-    The lock goes with the descriptor: it is closed and never unlocked, since unlocking in a forked child would free the
-    parent's lock too (flock(2)). A child's copy is closed right after the fork, as every `Descriptor` is.
+    The lock ends when the descriptor is closed. It is never unlocked: unlocking in a forked child would free the parent's lock too
+    (flock(2)). A child's copy of the descriptor is closed right after the fork, as every `Descriptor` is.
 
-    ``exclusive``: False where the file system has no locks, so that other savers may be at work here.
+    ``exclusive``: False if the file system has no locks; other savers may then write into this directory at the same time.
     """
 
     def __init__(self, path: str, *, durable: bool) -> None:
@@ -40,7 +40,7 @@ class LockedDirectory(Directory):
     def acquire(self, timeout: float, *, purpose: str = "save to", state: str = _AS_BEFORE) -> None:
         """Opens the directory and waits up to ``timeout`` seconds for its lock. Raises DirectoryBusyError, CallFailed.
 
-        ``purpose`` and ``state`` are for the message: what cannot be done, and the state that things are in then.
+        ``purpose`` and ``state`` are for the message: what cannot be done, and in which state that leaves the directory.
         """
         deadline = time.monotonic() + timeout
         _locks_of_this_thread().append(self)
@@ -56,7 +56,7 @@ class LockedDirectory(Directory):
         while True:
             raise_if_ending()
             try:
-                # Noted by the same C call: otherwise a save in a signal handler could come in between, and wait for this one.
+                # Locked and noted in one C call: otherwise a signal handler could run in between, and a save in it would wait for this one.
                 return self._locked.extend(map(fcntl.flock, (self.fd,), (fcntl.LOCK_EX | fcntl.LOCK_NB,)))
             except OSError as error:
                 if error.errno in _NO_LOCKS:
@@ -66,8 +66,8 @@ class LockedDirectory(Directory):
                     raise CallFailed("flock", self.path, error.errno or 0, error.strerror or str(error)) from error
             if any(other._locked and other._is_same_directory(self) for other in _locks_of_this_thread()):
                 raise DirectoryBusyError(
-                    f"cannot {purpose} {self.path}: its lock was expected, a save of this same thread holds it, which is "
-                    f"interrupted (by a signal handler or a callback) and could not go on while this one waits; {state}"
+                    f"cannot {purpose} {self.path}: its lock was expected, a save on this same thread holds it; that save is "
+                    f"interrupted (by a signal handler or a callback) and could not continue while this one waits; {state}"
                 )
             if time.monotonic() >= deadline:
                 raise DirectoryBusyError(
@@ -76,14 +76,14 @@ class LockedDirectory(Directory):
             time.sleep(_POLL_SECONDS)
 
     def is_in_place(self) -> bool:
-        """Whether the path still leads to the directory that was locked, and not to one that took its place meanwhile."""
+        """Whether the path still leads to the directory that was locked, and not to another one that has replaced it."""
         try:
-            there = call(os.stat, self.path, self.path)
+            status = call(os.stat, self.path, self.path)
         except CallFailed as error:
             if error.errno != errno.ENOENT:
                 raise
             return False
-        return os.path.samestat(there, call(os.fstat, self.path, self.fd))
+        return os.path.samestat(status, call(os.fstat, self.path, self.fd))
 
     def _is_same_directory(self, other: LockedDirectory) -> bool:
         return self.fd >= 0 and other.fd >= 0 and os.path.samestat(os.fstat(self.fd), os.fstat(other.fd))
@@ -91,7 +91,8 @@ class LockedDirectory(Directory):
     def knows_dead(self, staging: str) -> bool:
         """Whether ``staging`` is the staging directory of a saver that is certainly dead.
 
-        Of this host only, where a living saver would hold the lock; and only where the file system has locks.
+        This is only known for savers of this host, which would hold the lock if they were alive, and only if the file system has
+        locks.
         """
         owner = owner_of(staging)
         return self.exclusive and owner is not None and owner == host_id()
@@ -113,7 +114,7 @@ _threads = threading.local()
 
 
 def _locks_of_this_thread() -> list[LockedDirectory]:
-    """Those that are held or waited for: more than one where a save runs in the middle of another."""
+    """The locks that this thread holds or waits for: more than one if a save interrupts another save on the same thread."""
     if not hasattr(_threads, "locks"):
         _threads.locks = []
     locks: list[LockedDirectory] = _threads.locks

@@ -1,4 +1,4 @@
-"""A file mapped into memory. No torch here: who maps a file decides what its bytes become."""
+"""A file mapped into memory. No torch here: the caller decides what the bytes become."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def map_file(descriptor: int, path: str) -> mmap.mmap:
     """Maps the file behind ``descriptor``; writes to the mapping stay in this process. Raises ValueError if the file is empty."""
     writable = mmap.PROT_READ | mmap.PROT_WRITE
     try:
-        # For length 0 Python would ask for the length itself, and would take a failure of that for an empty file.
+        # With length 0 Python would call fstat itself, and would treat a failure of that like an empty file.
         length = call(os.fstat, path, descriptor).st_size
         if length == 0:
             raise ValueError(f"{path} is empty")

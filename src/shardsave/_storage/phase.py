@@ -6,7 +6,7 @@ from enum import IntEnum
 
 
 class Phase(IntEnum):
-    """How far a transaction has come. A phase is only ever left for a later one: `then`."""
+    """How far a transaction has come. It only moves forward, by `then`."""
 
     #: The directory has not been read yet, and nothing was written.
     UNREAD = 0
@@ -21,7 +21,7 @@ class Phase(IntEnum):
     #: The index was re-read after a failure, and is the previous one.
     NOT_COMMITTED = 3
 
-    #: The new index is in place, durably where that was asked for. What follows (companions, cleaning) cannot undo that.
+    #: The new index is in place, and durable if that was requested. What follows (companions, cleaning) cannot undo that.
     COMMITTED = 4
 
     def then(self, later: Phase) -> Phase:

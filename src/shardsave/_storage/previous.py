@@ -16,7 +16,7 @@ from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError
 class Previous:
     """An index, a lone file, both, or nothing.
 
-    ``index_bytes``: the index as it lies there. ``unreadable``: the reason why ``index`` is None although there are bytes.
+    ``index_bytes``: the content of the index file. ``unreadable``: why ``index`` is None although that file exists.
     """
 
     index_bytes: bytes | None = None
@@ -75,5 +75,5 @@ def files_of(index: Index | None) -> frozenset[str]:
 
 
 def companions_of(index: Index | None) -> Mapping[str, FileRecord]:
-    """The files beside the weights that ``index`` names."""
+    """The companions that ``index`` names."""
     return index.record.companions if index is not None and index.record is not None else {}

@@ -1,4 +1,4 @@
-"""The open files of a checkpoint that is read: each is checked against its record in the index, and held open while descriptors last."""
+"""The open files of a checkpoint that is read: each is checked against its record in the index, and held open if descriptors suffice."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PICKLES = (b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5")
 class ShardFiles:
     """Open shards. Their descriptors keep the bytes readable even when a save replaces the files meanwhile.
 
-    ``index_name`` is None without an index, ``records`` where the index has no records of its shards.
+    ``index_name`` is None without an index; ``records`` is None if the index has no records of its shards.
     """
 
     def __init__(self, path: str, folder: str, index_name: str | None, records: Mapping[str, ShardRecord] | None) -> None:
@@ -37,17 +37,17 @@ class ShardFiles:
         return os.path.join(self._folder, shard)
 
     def descriptors(self, shards: Sequence[str]) -> list[int]:
-        """Descriptors of ``shards``, at most `allowance` of them; other shards are closed first when there would be too many."""
-        spare = self._open.keys() - set(shards)
-        lacking = [shard for shard in shards if shard not in self._open]
-        while spare and len(self._open) + len(lacking) > self.allowance:
-            self.drop(spare.pop())
+        """Descriptors of ``shards``, at most `allowance` of them. Other shards are closed first if too many would be open."""
+        unneeded = self._open.keys() - set(shards)
+        closed = [shard for shard in shards if shard not in self._open]
+        while unneeded and len(self._open) + len(closed) > self.allowance:
+            self.drop(unneeded.pop())
         return [self.descriptor(shard) for shard in shards]
 
     def descriptor(self, shard: str) -> int:
-        """A descriptor of ``shard``, which is opened and checked again if it was closed: there were too many, or a fork closed it.
+        """A descriptor of ``shard``. If the shard was closed (because too many were open, or by a fork), it is opened and checked again.
 
-        Raises DirectoryBusyError when it is another file by then.
+        Raises DirectoryBusyError if the file was replaced in between.
         """
         if shard not in self._open or self._open[shard].fd < 0:
             self._open[shard], _ = self.open_shard(shard)
@@ -96,26 +96,26 @@ class ShardFiles:
         if file is None and shard in self._identities:
             raise DirectoryBusyError(self._replaced(shard))
         if file is None:
-            wanted = f"the index names {shard}" if self._named_by is not None else f"{shard} was expected"
-            found = "it is a link to nothing" if os.path.islink(path) else "there is no such file"
+            expectation = f"the index names {shard}" if self._named_by is not None else f"{shard} was expected"
+            state = "it is a link to nothing" if os.path.islink(path) else "there is no such file"
             raise CorruptCheckpointError(
-                f"corrupt checkpoint {self.path}: {wanted}, {found}; the checkpoint was copied or downloaded in part"
+                f"corrupt checkpoint {self.path}: {expectation}, {state}; the checkpoint was copied or downloaded in part"
             )
         return file
 
     def _replaced(self, shard: str) -> str:
         if len(self.shards) > self.allowance:
-            why = f"only {self.allowance} of {len(self.shards)} shards could be held open"
+            cause = f"only {self.allowance} of {len(self.shards)} shards could be held open"
             advice = "load again, or raise the limit of open files (ulimit -n)"
         else:
-            why, advice = "the descriptor was closed by a fork", "open the checkpoint again"
+            cause, advice = "the descriptor was closed by a fork", "open the checkpoint again"
         return (
             f"cannot read {self.path_of(shard)}: the file that was there at first was expected, it was replaced or removed "
-            f"during the load, most likely by a save; {why}: {advice}"
+            f"during the load, most likely by a save; {cause}: {advice}"
         )
 
     def _checked_header(self, descriptor: int, shard: str) -> Header:
-        """The header of ``shard``. If the index has a record of it, nothing is parsed before the header's checksum was compared."""
+        """The header of ``shard``. If the index has a record of it, its checksum is compared before anything is parsed."""
         where = f"shard {shard}"
         if self.records is None:
             length = call(os.fstat, shard, descriptor).st_size
@@ -126,7 +126,7 @@ class ShardFiles:
                 raise
             if self._named_by is not None and header.sums is not None:
                 raise CorruptCheckpointError(
-                    f"corrupt index {self._named_by}: a record of {shard} expected, which shardsave wrote, it has none; "
+                    f"corrupt index {self._named_by}: a record of {shard} expected, since shardsave wrote that file, it has none; "
                     f"one of the two was changed or replaced after it was saved"
                 )
             return header
@@ -140,7 +140,7 @@ class ShardFiles:
         return header
 
     def _refuse_torch_save(self, descriptor: int, shard: str) -> None:
-        """A file that begins like one of torch.save is reported as such, and not as a damaged safetensors file."""
+        """Raises IncompatibleCheckpointError if the file begins like one of torch.save: it is no damaged safetensors file."""
         start = read_start(descriptor, 4)
         kind = "a zip archive" if start == b"PK\3\4" else "a pickle" if start[:2] in _PICKLES else None
         if kind is not None:
@@ -151,12 +151,13 @@ class ShardFiles:
 
     @staticmethod
     def checked_start(descriptor: int, shard: str, record: ShardRecord) -> bytes:
-        """The header of ``shard``, or the whole file where it is nothing else, compared with length and checksum in the index."""
+        """Reads the header of ``shard`` (of a JSON part, the whole file); refuses a length or a checksum that differs from ``record``."""
         length = call(os.fstat, shard, descriptor).st_size
         if length != record.length:
-            why = "it was cut, half copied or half downloaded" if length < record.length else "something was appended to it"
+            cause = "it was cut, half copied or half downloaded" if length < record.length else "something was appended to it"
             raise CorruptCheckpointError(
-                f"corrupt shard {shard}: the index says {record.length} bytes, the file has {length}; {why}, or it belongs to another save"
+                f"corrupt shard {shard}: the index says {record.length} bytes, the file has {length}; {cause}, "
+                f"or it belongs to another save"
             )
         raw = read_start(descriptor, record.header_length)
         if (crc := crc64(raw)) != record.header_crc:
@@ -179,5 +180,5 @@ def read_start(fd: int, length: int) -> bytes:
 
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:
-    """Differs between two files, and between a file and itself after a change."""
+    """A value that differs between two files, and changes when a file is written to."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

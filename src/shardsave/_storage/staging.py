@@ -1,4 +1,4 @@
-"""The hidden directory in which a save makes its files, beside the checkpoint that is there, until they are whole."""
+"""The staging directory: a hidden directory in the checkpoint's own, in which a save creates its files."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from shardsave._common.os_calls import CallFailed, Descriptor, allocate, call, w
 from shardsave._format.crc64 import crc64
 from shardsave._storage.directory import NO_LINKS, Directory
 
-#: The staged index, before it is renamed.
+#: The name of the new index until it is renamed.
 NEW_INDEX_NAME = "index"
 
-#: The list of final names: JSON, an array of strings. When its saver is dead, it says what the next save may remove.
+#: The list of final names: JSON, an array of strings. If its saver dies, it says what the next save may remove.
 LIST_NAME = "names"
 
 _MAX_LIST_BYTES = 64_000_000
@@ -30,7 +30,7 @@ _PATTERN = re.compile(r"\.shardsave-([0-9a-f]{8})[0-9a-f]{8}")
 
 
 def owner_of(name: str) -> str | None:
-    """The id of the host whose saver made the staging directory ``name``; None where that is not the name of one."""
+    """The id of the host whose saver created the staging directory ``name``; None if this is no name of a staging directory."""
     match = _PATTERN.fullmatch(name)
     return match[1] if match is not None else None
 
@@ -46,7 +46,7 @@ def host_id() -> str:
 
 
 def read_list(staging: Directory) -> list[str]:
-    """The final names in the list of a dead saver; none where it wrote no whole list. Raises CallFailed."""
+    """The final names in the list of a dead saver; none if it did not finish the list. Raises CallFailed."""
     data = staging.read_all(LIST_NAME, _MAX_LIST_BYTES, follow=False)
     try:
         names = json.loads(data) if data is not None else []
@@ -63,9 +63,9 @@ class StagedShard(NamedTuple):
 
 
 class Staging:
-    """A staging directory in ``parent``, made when it is first needed; where that is durable, each finished file in it is too.
+    """A staging directory in ``parent``, created when it is first needed. If ``parent`` is durable, each finished file is durable too.
 
-    Files have their final names in it; the index and the list have names of their own. Every method raises CallFailed.
+    Files already have their final names in it; only the index and the list have other names. Every method raises CallFailed.
     """
 
     def __init__(self, parent: Directory) -> None:
@@ -79,7 +79,7 @@ class Staging:
         return self._inside.name
 
     def make(self) -> None:
-        """Makes the directory, unless it is made already."""
+        """Creates the directory, unless it exists already."""
         if self._inside.fd >= 0:
             return
         self._inside.name = f".shardsave-{host_id()}{secrets.token_hex(4)}"
@@ -89,7 +89,7 @@ class Staging:
         self._parent.sync()
 
     def create(self, name: str, length: int) -> StagedShard:
-        """Makes the file for the data of shard ``name``, ``length`` bytes long and reserved where the file system can."""
+        """Creates the file of shard ``name`` with room for ``length`` bytes, reserved on disk if the file system supports that."""
         shard = StagedShard(name, Descriptor())
         self._shards.append(shard)
         self._inside.create(name, shard.file)
@@ -97,14 +97,14 @@ class Staging:
         return shard
 
     def seal(self, shard: StagedShard, length: int, header: bytes) -> None:
-        """Ends a shard whose data is written: true length, then header, then fsync on this same descriptor, then close."""
+        """Finishes a shard whose data is written: sets its true length, writes its header, fsyncs this same descriptor, closes it."""
         name, fd = shard.name, shard.file.fd
         end_shard(fd, name, length, header)
         self._inside.sync_open(fd, name)
         shard.file.close(name)
 
     def write(self, name: str, data: bytes) -> None:
-        """Makes the file ``name`` with the content ``data``."""
+        """Creates the file ``name`` with the content ``data``."""
         self._inside.write(name, data)
 
     def write_list(self, names: Iterable[str]) -> None:
@@ -112,7 +112,7 @@ class Staging:
         self._inside.write(LIST_NAME, json.dumps([*names]).encode())
 
     def add_name(self, name: str, staged: str) -> None:
-        """Gives the finished file ``staged`` a second name in this directory; where there are no links, copies it."""
+        """Gives the finished file ``staged`` a second name in this directory; copies it if the file system has no links."""
         try:
             self._inside.link(staged, self._inside, name)
         except CallFailed as error:
@@ -128,7 +128,7 @@ class Staging:
         return self._inside.inode_of(name)
 
     def link(self, name: str) -> bool:
-        """Gives a file its final name beside the staged one. False where the name is taken or the file system has no links."""
+        """Links a staged file to its final name. Returns False if that is taken or the file system has no links."""
         try:
             self._inside.link(name, self._parent, name)
         except CallFailed as error:
@@ -147,14 +147,14 @@ class Staging:
             shard.file.abandon()
 
     def close(self) -> None:
-        """Closes the directory; what is in it stays."""
+        """Closes the directory; its files stay."""
         self._inside.close()
 
 
 def end_shard(fd: int, name: str, length: int, header: bytes) -> None:
     """Gives a file whose data is written its true length, and then its header. Raises CallFailed.
 
-    The header is written through the page cache: it is no whole number of blocks, which direct I/O would ask for.
+    The header is written through the page cache, since its memory is not aligned as direct I/O requires.
     """
     call(os.ftruncate, name, fd, length)
     flags = call(fcntl.fcntl, name, fd, fcntl.F_GETFL)

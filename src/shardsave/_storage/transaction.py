@@ -51,17 +51,17 @@ class Transaction:
 
     def __init__(self, directory: str | os.PathLike[str], *, durable: bool, lock_timeout: float) -> None:
         # Not normalised: only the file system knows what `link/..` means.
-        given = os.fspath(directory)
-        self.path = given if os.path.isabs(given) else os.path.join(_current_directory(given), given)
+        path = os.fspath(directory)
+        self.path = path if os.path.isabs(path) else os.path.join(_current_directory(path), path)
         self._lock_timeout = lock_timeout
         self._folder = LockedDirectory(self.path, durable=durable)
         self._staging = Staging(self._folder)
         self._companions = StagedCompanions(self._folder, self._staging)
         self._previous = Previous()
         self._phase = Phase.UNREAD
-        self._names: list[str] = []  # all names for files of this save
-        self._staged: list[str] = []  # those of staged files, which the commit moves
-        self._moving: list[str] = []  # those that files have, or may have, as final names
+        self._names: list[str] = []  # the final names of all shards and parts of this save
+        self._staged: list[str] = []  # those of files in the staging directory, which the commit moves
+        self._moving: list[str] = []  # those of files that have, or may have, been moved
 
     @property
     def supersedes(self) -> Superseded | None:
@@ -93,7 +93,7 @@ class Transaction:
             raise kind(f"cannot save to {self.path}: {error.words}; nothing was written") from error
 
     def _read_previous(self) -> None:
-        """Makes the previous commit durable, whoever made it, before anything rests on it; then reads and finishes it."""
+        """Makes the previous commit durable before this save relies on it, whoever made it; then reads it, and finishes its companions."""
         with self._before_commit():
             if self._folder.durable:
                 self._folder.sync_file(INDEX_NAME)
@@ -112,7 +112,7 @@ class Transaction:
         return names
 
     def part_name(self, stem: str, extension: str) -> str:
-        """A name that was never used before, for a file of the checkpoint that is no shard."""
+        """A new name for a part, not taken in the directory: a committed file is never replaced."""
         name = part_name(stem, secrets.token_hex(4), extension)
         while name in self._taken_names() or name in self._names:
             name = part_name(stem, secrets.token_hex(4), extension)
@@ -124,11 +124,11 @@ class Transaction:
             return {*self._folder.names(), *self._previous.files}
 
     def check_space(self, needed: int) -> None:
-        """Raises OutOfSpaceError when fewer than ``needed`` bytes are free, even after dead savers' files were removed."""
+        """Raises OutOfSpaceError if fewer than ``needed`` bytes are free, even after the files of dead savers were removed."""
         with self._before_commit():
             free = self._folder.free_bytes()
             if free is not None and needed > free and not self._previous.unreadable:
-                # Allowed before the commit: the visible checkpoint was made durable right after the lock (if that was asked for).
+                # Allowed before the commit: the visible checkpoint was made durable right after the lock (if that was requested).
                 remove_dead_staging(self._folder, self._previous.files)
                 free = self._folder.free_bytes()
         if free is not None and needed > free:
@@ -136,31 +136,31 @@ class Transaction:
             raise OutOfSpaceError(f"cannot save to {self.path}: {room}; {self._state()}")
 
     def create(self, name: str, length: int) -> StagedShard:
-        """Makes the staged file of shard ``name``, ``length`` bytes long and reserved where the file system can."""
+        """Creates the staged file of shard ``name`` with room for ``length`` bytes, reserved on disk if the file system supports that."""
         with self._before_commit():
             self._staging.make()
             self._staged.append(name)
             return self._staging.create(name, length)
 
     def seal(self, shard: StagedShard, length: int, header: bytes) -> None:
-        """Ends a shard whose data is written: gives it its true length and its header, syncs and closes it."""
+        """Finishes a shard whose data is written: sets its true length, writes its header, syncs and closes it."""
         with self._before_commit():
             self._staging.seal(shard, length, header)
 
     def stage(self, name: str, data: bytes) -> None:
-        """Makes the staged file ``name``, a part of the checkpoint, with the content ``data``."""
+        """Creates the staged file ``name``, a part of the checkpoint, with the content ``data``."""
         with self._before_commit():
             self._staging.make()
             self._staged.append(name)
             self._staging.write(name, data)
 
     def add_companions(self, companions: Mapping[str, bytes]) -> dict[str, FileRecord]:
-        """Stages files that will lie beside the weights, name → content. Returns their records for the index."""
+        """Stages companions (name → content). Returns their records for the index."""
         with self._before_commit():
             return self._companions.add(companions)
 
     def add_second_name(self, shard: str, name: str) -> None:
-        """Stages ``name``, a companion's, for the content of the sealed ``shard``."""
+        """Stages ``name``, a companion's, as a second name of the sealed ``shard``."""
         with self._before_commit():
             self._companions.add_second_name(shard, name)
 
@@ -192,9 +192,9 @@ class Transaction:
         self._folder.sync()
 
     def _move(self, name: str) -> None:
-        """By link(2), which unlike rename(2) never replaces a file: someone else may have made one of this name meanwhile.
+        """Gives a staged file its final name by link(2), which unlike rename(2) never replaces a file that another program created.
 
-        The staged name goes with its directory. Where there are no links, rename(2) is used if the name is free.
+        The staged name is removed later, with its directory. Without links, rename(2) is used if the final name is free.
         """
         if self._staging.link(name):
             return
@@ -206,7 +206,7 @@ class Transaction:
             raise name_taken(self.path, name, self._state())
 
     def _publish(self, index: bytes) -> None:
-        """Renames the index, unless another host has replaced it, or the directory has been moved, meanwhile."""
+        """Renames the index, unless another host has replaced it or the directory was moved since this save began."""
         self._staging.write(NEW_INDEX_NAME, index)
         if self._folder.read_all(INDEX_NAME, MAX_INDEX_BYTES) != self._previous.index_bytes:
             raise index_replaced(self.path)
@@ -219,7 +219,7 @@ class Transaction:
         self._phase = self._phase.then(Phase.COMMITTED)
 
     def _replace_companions(self) -> None:
-        """Only after the commit: a loss of power must not leave the old weights beside a new config."""
+        """Renames companions that replace files. Only after the commit: a loss of power must not leave old weights beside a new config."""
         for name in self._companions.replacing():
             self._staging.rename(name, name)
         if self._companions.replacing():
@@ -256,10 +256,10 @@ class Transaction:
         return CommitOutcome(leftovers, tuple(notes))
 
     def close(self) -> None:
-        """Ends the transaction: removes what belongs to no checkpoint, frees the lock. May be called any number of times."""
+        """Ends the transaction: removes files that belong to no checkpoint, frees the lock. May be called any number of times."""
         if self._folder.inherited:
             return
-        with contextlib.ExitStack() as ending:  # an interrupt in the middle leaves litter for the next save, never a lock
+        with contextlib.ExitStack() as ending:  # an interrupt may leave files for the next save to remove, never a lock
             ending.callback(self._folder.close)
             ending.callback(self._staging.close)
             self._staging.abandon()
@@ -269,7 +269,7 @@ class Transaction:
 
     @contextlib.contextmanager
     def _before_commit(self) -> Iterator[None]:
-        """Where an OS call that fails means that nothing was committed."""
+        """Raises the error for an OS call that fails in the block: nothing was committed."""
         assert self._phase <= Phase.STAGING
         try:
             yield
@@ -281,13 +281,13 @@ class Transaction:
         return self._failure(CallFailed(call, name, number, reason or os.strerror(number)), needed)
 
     def _failure(self, error: CallFailed, needed: int | None = None) -> ShardSaveError:
-        """The error for a call that failed before the commit, of the class that its error number asks for."""
+        """The error for a call that failed before the commit; its errno decides between OutOfSpaceError and SaveNotCommittedError."""
         room = ""
         if error.errno in DISK_FULL and self._folder.fd >= 0:
-            wanted = f"needs {human_bytes(needed)}, " if needed is not None else ""
+            need = f"needs {human_bytes(needed)}, " if needed is not None else ""
             with contextlib.suppress(CallFailed):
                 free = self._folder.free_bytes()
-                room = f" ({wanted}{human_bytes(free)} free)" if free is not None else ""
+                room = f" ({need}{human_bytes(free)} free)" if free is not None else ""
         kind = OutOfSpaceError if error.errno in OUT_OF_SPACE else SaveNotCommittedError
         what = f"cannot write {os.path.join(self.path, error.path)}" if error.path else f"cannot save to {self.path}"
         return kind(f"{what}: {error.reason}{room}; {self._state()}")
@@ -301,11 +301,11 @@ class Transaction:
 
 
 def _current_directory(path: str) -> str:
-    """Where the relative ``path`` begins."""
+    """The current directory, in which the relative ``path`` begins."""
     try:
         return call(os.getcwd, "")
     except CallFailed as error:
         raise SaveNotCommittedError(
-            f"cannot save to {path}: a path relative to the current directory was given, which does not exist any more: {error.words}; "
+            f"cannot save to {path}: the path is relative to the current directory, which does not exist any more: {error.words}; "
             f"nothing was written"
         ) from error
