@@ -178,7 +178,7 @@ def test_ties_and_metadata(tmp_path: Path) -> None:
 
     report = shardsave.diff(tmp_path / "tied", tmp_path / "untied")
     assert report.ties == {"c": ("a", None)} and not report.same and not report.changed and not report.metadata
-    assert ", 1 tied otherwise (c); " in str(report)
+    assert ", 1 tied differently (c); " in str(report)
     assert shardsave.diff(tmp_path / "untied", tmp_path / "tied").ties == {"c": (None, "a")}
     turned = shardsave.diff(tmp_path / "tied", tmp_path / "turned")
     assert turned.same and turned.ties == {}
