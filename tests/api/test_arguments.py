@@ -160,11 +160,14 @@ def test_a_prefix_of_no_name(tmp_path: Path) -> None:
     """Catches an error that does not show where the prefix differs, or that suggests no similar one."""
     names = ["encoder.layer.0.weight", "encoder.layer.1.weight", "encoder.norm.bias", "head.weight", "scale"]
     shardsave.save({name: torch.ones(1) for name in names}, tmp_path)
-    first, below = "the checkpoint's begin with encoder, head, scale", "the checkpoint's that begin with 'encoder.' go on with"
+    first, below = (
+        "the checkpoint's names begin with encoder, head, scale",
+        "the checkpoint's names that begin with 'encoder.' continue with",
+    )
     cases = {
         "encoder.layr.": f"{below} layer, norm (the closest is 'encoder.layer.')",
         "encoder.layr": f"{below} layer, norm (the closest is 'encoder.layer.')",
-        "encoder.layer.2.": "the checkpoint's that begin with 'encoder.layer.' go on with 0, 1",
+        "encoder.layer.2.": "the checkpoint's names that begin with 'encoder.layer.' continue with 0, 1",
         "encodr.layer.": f"{first} (the closest is 'encoder.')",
         "xyz.": first,
         ".": first,
@@ -177,7 +180,7 @@ def test_a_prefix_of_no_name(tmp_path: Path) -> None:
                 f"cannot load from {tmp_path}: names that begin with {prefix!r} were asked for, {words}"
             )
     with pytest.raises(
-        shardsave.IncompatibleCheckpointError, match=r"1 not in the module: \.weight; a name begins with a dot where"
+        shardsave.IncompatibleCheckpointError, match=r"1 not in the module: \.weight; a name begins with a dot, because"
     ):
         shardsave.load_model(nn.Linear(1, 1), tmp_path, prefix="head")
 

@@ -225,7 +225,7 @@ def test_modules_that_look_like_wrappers(tmp_path: Path) -> None:
 def test_errors_with_advice(tmp_path: Path) -> None:
     """Catches an error without advice for the most common mistakes of users of torch.save."""
     with pytest.raises(
-        shardsave.UnsupportedTensorError, match="it is a dict: save the mapping of tensors itself, what is in 'model'"
+        shardsave.UnsupportedTensorError, match="it is a dict: save the mapping of tensors itself, the one in 'model'"
     ):
         shardsave.save({"model": {"x": torch.ones(1)}}, tmp_path / "ckpt")  # type: ignore[dict-item]
     (tmp_path / "dcp").mkdir()

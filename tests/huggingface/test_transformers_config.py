@@ -83,8 +83,8 @@ def test_nothing_is_imported_that_is_not_trusted(tmp_path: Path) -> None:
     command = [sys.executable, "-c", program, str(tmp_path)]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, env={"PYTHONPATH": ":".join(sys.path)}).stdout
     assert printed == (
-        f"cannot build a model from {tmp_path}/config.json: only what is trusted is imported, it asks for "
-        f"transformers.BertForMaskedLM; if you know it, say trust=['transformers']; nothing was imported\nFalse\n"
+        f"cannot build a model from {tmp_path}/config.json: only what is trusted is imported, the config names "
+        f"transformers.BertForMaskedLM; if you trust it, pass trust=['transformers']; nothing was imported\nFalse\n"
     )
 
 
@@ -92,7 +92,7 @@ def test_one_class_may_be_trusted(tmp_path: Path) -> None:
     """Catches trust in one class that counts as trust in no class or in all classes."""
     shardsave.save(bert(), tmp_path, durable=False)
     shardsave.build_model(tmp_path, trust=["transformers.BertForMaskedLM"])
-    with pytest.raises(shardsave.UntrustedCodeError, match="asks for transformers.BertForMaskedLM"):
+    with pytest.raises(shardsave.UntrustedCodeError, match="the config names transformers.BertForMaskedLM"):
         shardsave.build_model(tmp_path, trust=["transformers.BertModel"])
 
 

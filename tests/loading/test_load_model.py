@@ -208,7 +208,7 @@ def test_distributed_wrappers(tmp_path: Path, one_process_group: None) -> None:
     with pytest.raises(shardsave.UnsupportedTensorError, match=r"cannot fill '0.weight' from .*it is a DTensor"):
         shardsave.load_model(sharded, tmp_path / "ckpt")
     older = nn.Sequential(FullyShardedDataParallel(nn.Linear(3, 3), device_id=torch.device("cpu")))
-    words = "module '0': one that is whole in this process was expected, it is a FullyShardedDataParallel"
+    words = "module '0': a module that is whole in this process was expected, it is a FullyShardedDataParallel"
     with pytest.raises(shardsave.UnsupportedTensorError, match=f"cannot save {words}.*; nothing was written"):
         shardsave.save(older, tmp_path / "sharded")
     with pytest.raises(shardsave.UnsupportedTensorError, match=f"cannot fill {words}.*; the module is unchanged"):
@@ -472,7 +472,7 @@ def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
     model._orig_mod = nn.Module()
     model._orig_mod.scale = nn.Parameter(torch.zeros(1))
     with pytest.raises(
-        shardsave.IncompatibleCheckpointError, match="two are 'scale' without the names of wrappers; the module is unch"
+        shardsave.IncompatibleCheckpointError, match="two are named 'scale' without the names of wrappers; the module is unch"
     ):
         shardsave.load_model(model, tmp_path)
     assert not model.scale.any() and not model._orig_mod.scale.any()
