@@ -72,7 +72,7 @@ def test_wrong_values(tmp_path: Path, verb: str, name: str, value: object) -> No
 @pytest.mark.parametrize("path", WRONG_EVERYWHERE, ids=repr)
 @pytest.mark.parametrize("verb", CALLS)
 def test_wrong_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str, path: object) -> None:
-    """Catches an empty path that is taken for the current directory, and an error that comes from deep inside."""
+    """Catches an empty path that means the current directory, and an error that does not speak of the path."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises((TypeError, ValueError), match="the path of a checkpoint must"):
         CALLS[verb](path)
@@ -113,7 +113,7 @@ def test_shard_sizes(tmp_path: Path, size: int | str, shards: int) -> None:
 
 
 def test_binary_and_decimal_units(tmp_path: Path) -> None:
-    """Catches MiB taken for MB: one mebibyte of tensors fits one shard of 1 MiB, but needs two of 1 MB."""
+    """Catches a MiB that counts as a MB: one mebibyte of tensors fits one shard of 1 MiB, but needs two of 1 MB."""
     state = {"a": torch.zeros(2**20 - 1, dtype=torch.uint8), "b": torch.zeros(1, dtype=torch.uint8)}
     assert shardsave.save(state, tmp_path, max_shard_size="1MiB").shards == 1
     assert shardsave.save(state, tmp_path, max_shard_size="1MB").shards == 2

@@ -66,8 +66,8 @@ def test_numpy_arrays_of_all_kinds(tmp_path: Path, read_only: bool) -> None:
     loaded = shardsave.load(tmp_path)
     for name, array in arrays.items():
         assert str(loaded[name].dtype) == f"torch.{array.dtype.name}" and loaded[name].shape == array.shape
-        found = loaded[name].contiguous().view(torch.uint8) if array.ndim and array.size else loaded[name]
-        assert found.numpy().tobytes() == array.tobytes(), name
+        values = loaded[name].contiguous().view(torch.uint8) if array.ndim and array.size else loaded[name]
+        assert values.numpy().tobytes() == array.tobytes(), name
 
 
 def test_numpy_arrays_are_not_copied() -> None:

@@ -110,10 +110,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a base class": ({"architectures": ["PreTrainedModel"]}, "PreTrainedModel was expected to be a model of transformers"),
     "another type": ({"model_type": "gpt2"}, "BertForMaskedLM expects model_type 'bert', it has 'gpt2'"),
     "quantized": ({"quantization_config": {}}, "a model that is not quantized was expected"),
-    "bad sizes": ({"hidden_size": "many"}, "was expected to be made from it, that raised"),
+    "bad sizes": ({"hidden_size": "many"}, "was expected to be built from it, it raised"),
     "sizes that do not fit": (
         {"hidden_size": 16, "num_attention_heads": 3},
-        "was expected to be made from it, that raised ValueError",
+        "was expected to be built from it, it raised ValueError",
     ),
     "other sizes": ({"intermediate_size": 32}, "the module's names and shapes were expected, there are 6 mismatched"),
 }

@@ -62,7 +62,7 @@ def _special_float(value: dict[str, Any]) -> Any:
 
 
 def empty_model(folder: str, config: Mapping[str, Any], trust: Collection[str], device: torch.device) -> nn.Module:
-    """The model that ``config`` describes, on ``device``. Its weights have no values; tensors that are never saved have their initial values.
+    """The model of ``config`` on ``device``: weights have no values yet, and tensors that are never saved have their initial values.
 
     Raises UntrustedCodeError before anything is imported, and IncompatibleCheckpointError.
     """
@@ -83,12 +83,12 @@ def empty_model(folder: str, config: Mapping[str, Any], trust: Collection[str], 
         raise
     except Exception as error:
         raise IncompatibleCheckpointError(
-            f"cannot build {where}: {model_class.__name__} of {_version()} was expected to be made from it, that raised "
+            f"cannot build {where}: {model_class.__name__} of {_version()} was expected to be built from it, it raised "
             f"{type(error).__name__}: {' '.join(str(error).split())}; the checkpoint is as it was"
         ) from error
     model.name_or_path = folder
-    built: nn.Module = model.eval()  # as from_pretrained does, because a config does not record the mode of the model
-    return built
+    eval_model: nn.Module = model.eval()  # as from_pretrained does, because a config does not record the mode of the model
+    return eval_model
 
 
 def take_stored_dtypes(model: nn.Module, stored: Mapping[str, Located]) -> None:
