@@ -35,7 +35,8 @@ class OpenCheckpoint(Mapping[str, torch.Tensor]):
 
     All shards are opened and their headers checked when the checkpoint is opened, so all tensors are from one save, even if another
     save replaces the files meanwhile. Tensors stay valid after `close`; reading another one then raises ``ValueError``. Several
-    threads may use the object, and so may forked children, as long as no save replaces the files.
+    threads may use the object, and so may forked children. If a save has replaced the files, a shard that has to be opened again
+    raises DirectoryBusyError: in a forked child, or if there are more shards than files that can be open.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
