@@ -112,7 +112,7 @@ def test_the_table_in_the_document() -> None:
 
 
 def test_wings_import_only_what_the_table_allows() -> None:
-    """Catches a wing that learns what it must not know."""
+    """Catches a wing that imports another one that it must not know."""
     wrong = {(a, b) for a, b in EDGES if wing(a) != wing(b) and wing(b) not in WINGS[wing(a)]}
     wrong |= {(a, b) for a, b in EDGES for (x, y) in FORBIDDEN if matches(a, x) and matches(b, y)}
     assert not wrong, wrong

@@ -72,7 +72,7 @@ def test_wrong_values(tmp_path: Path, verb: str, name: str, value: object) -> No
 @pytest.mark.parametrize("path", WRONG_EVERYWHERE, ids=repr)
 @pytest.mark.parametrize("verb", CALLS)
 def test_wrong_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str, path: object) -> None:
-    """Catches an empty path that is taken for the current directory, and an error that comes from deep inside."""
+    """Catches an empty path that means the current directory, and an error that does not speak of the path."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises((TypeError, ValueError), match="the path of a checkpoint must"):
         CALLS[verb](path)
@@ -113,7 +113,7 @@ def test_shard_sizes(tmp_path: Path, size: int | str, shards: int) -> None:
 
 
 def test_binary_and_decimal_units(tmp_path: Path) -> None:
-    """Catches MiB taken for MB: one mebibyte of tensors fits one shard of 1 MiB, but needs two of 1 MB."""
+    """Catches a MiB that counts as a MB: one mebibyte of tensors fits one shard of 1 MiB, but needs two of 1 MB."""
     state = {"a": torch.zeros(2**20 - 1, dtype=torch.uint8), "b": torch.zeros(1, dtype=torch.uint8)}
     assert shardsave.save(state, tmp_path, max_shard_size="1MiB").shards == 1
     assert shardsave.save(state, tmp_path, max_shard_size="1MB").shards == 2
@@ -161,11 +161,14 @@ def test_a_prefix_of_no_name(tmp_path: Path) -> None:
     """Catches an error that does not show where the prefix differs, or that suggests no similar one."""
     names = ["encoder.layer.0.weight", "encoder.layer.1.weight", "encoder.norm.bias", "head.weight", "scale"]
     shardsave.save({name: torch.ones(1) for name in names}, tmp_path)
-    first, below = "the checkpoint's begin with encoder, head, scale", "the checkpoint's that begin with 'encoder.' go on with"
+    first, below = (
+        "the checkpoint's names begin with encoder, head, scale",
+        "the checkpoint's names that begin with 'encoder.' continue with",
+    )
     cases = {
         "encoder.layr.": f"{below} layer, norm (the closest is 'encoder.layer.')",
         "encoder.layr": f"{below} layer, norm (the closest is 'encoder.layer.')",
-        "encoder.layer.2.": "the checkpoint's that begin with 'encoder.layer.' go on with 0, 1",
+        "encoder.layer.2.": "the checkpoint's names that begin with 'encoder.layer.' continue with 0, 1",
         "encodr.layer.": f"{first} (the closest is 'encoder.')",
         "xyz.": first,
         ".": first,
@@ -178,7 +181,7 @@ def test_a_prefix_of_no_name(tmp_path: Path) -> None:
                 f"cannot load from {tmp_path}: names that begin with {prefix!r} were asked for, {words}"
             )
     with pytest.raises(
-        shardsave.IncompatibleCheckpointError, match=r"1 not in the module: \.weight; a name begins with a dot where"
+        shardsave.IncompatibleCheckpointError, match=r"1 not in the module: \.weight; a name begins with a dot, because"
     ):
         shardsave.load_model(nn.Linear(1, 1), tmp_path, prefix="head")
 

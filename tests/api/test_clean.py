@@ -186,7 +186,7 @@ def test_nothing_goes_before_the_index_is_durable(tmp_path: Path, monkeypatch: p
 
 
 def test_an_index_that_cannot_be_examined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches the removal of a checkpoint because its index, once opened, is taken for a missing one."""
+    """Catches the removal of a checkpoint because its index, once opened, counts as missing."""
     save(1, tmp_path)
     killed(tmp_path, die_before_the_commit)
     real = os.fstat

@@ -27,10 +27,10 @@ def of(a: torch.Tensor, b: torch.Tensor, folder: Path) -> shardsave.TensorChange
     for name, tensor in (("a", a), ("b", b)):
         shardsave.save({"x": tensor}, folder / name, durable=False)
         save_file({"x": tensor}, folder / f"{name}.safetensors")
-    ours = shardsave.diff(folder / "a", folder / "b")
-    theirs = shardsave.diff(folder / "a.safetensors", folder / "b.safetensors")
-    assert ours.changed == theirs.changed and not ours.same and not ours.equal
-    return ours.changed["x"]
+    report = shardsave.diff(folder / "a", folder / "b")
+    third_party = shardsave.diff(folder / "a.safetensors", folder / "b.safetensors")
+    assert report.changed == third_party.changed and not report.same and not report.equal
+    return report.changed["x"]
 
 
 def expected(a: torch.Tensor, b: torch.Tensor) -> tuple[int, float, float]:
@@ -82,8 +82,8 @@ def test_values_that_are_no_plain_numbers(
 ) -> None:
     """Catches a NaN that hides other differences or is not counted, and infinities or zeros that produce a NaN."""
     change = of(torch.tensor(a), torch.tensor(b), tmp_path)
-    found = (change.elements, change.nans, change.max_absolute, change.max_relative)
-    assert found == (elements, nans, absolute, pytest.approx(relative))
+    figures = (change.elements, change.nans, change.max_absolute, change.max_relative)
+    assert figures == (elements, nans, absolute, pytest.approx(relative))
 
 
 def test_another_kind_of_nan(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_ties_and_metadata(tmp_path: Path) -> None:
 
     report = shardsave.diff(tmp_path / "tied", tmp_path / "untied")
     assert report.ties == {"c": ("a", None)} and not report.same and not report.changed and not report.metadata
-    assert ", 1 tied otherwise (c); " in str(report)
+    assert ", 1 tied differently (c); " in str(report)
     assert shardsave.diff(tmp_path / "untied", tmp_path / "tied").ties == {"c": (None, "a")}
     turned = shardsave.diff(tmp_path / "tied", tmp_path / "turned")
     assert turned.same and turned.ties == {}

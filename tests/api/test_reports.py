@@ -164,7 +164,7 @@ def test_errors_have_one_shape(tmp_path: Path) -> None:
         ),
         (
             message(shardsave.UnsupportedTensorError, lambda: shardsave.save({"x": 3}, tmp_path / "new")),
-            r"cannot save 'x': a tensor was expected, it is an int: plain values go into metadata=; nothing was written",
+            r"cannot save 'x': a tensor was expected, it is an int: pass plain values as metadata=; nothing was written",
         ),
     ]
     for text, pattern in cases:

@@ -95,7 +95,7 @@ def test_a_module_and_its_flags(tmp_path: Path, small_model: nn.Module) -> None:
 
 
 def test_flags_of_mappings(tmp_path: Path, small_model: nn.Module) -> None:
-    """Catches a plain state dict that is saved with flags, and Parameters in a mapping that lose theirs."""
+    """Catches a plain state dict that is saved with flags, and Parameters in a mapping that lose their flags."""
     shardsave.save(small_model.state_dict(), tmp_path / "plain")
     assert shardsave.inspect(tmp_path / "plain").frozen is None
     shardsave.save(dict(small_model.named_parameters()), tmp_path / "parameters")
@@ -207,7 +207,7 @@ def test_progress_counts_to_the_end(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("chosen", ["native", "portable"])
 def test_errors_of_a_callback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: str) -> None:
-    """Catches a MemoryError of the callback that is taken for one of the engine, and becomes an OutOfSpaceError."""
+    """Catches a MemoryError of the callback that counts as an error of the engine, and becomes an OutOfSpaceError."""
     if chosen == "portable":
         monkeypatch.setattr(backend, "native", None)
     callback_error = MemoryError("of the callback")

@@ -66,8 +66,8 @@ def test_numpy_arrays_of_all_kinds(tmp_path: Path, read_only: bool) -> None:
     loaded = shardsave.load(tmp_path)
     for name, array in arrays.items():
         assert str(loaded[name].dtype) == f"torch.{array.dtype.name}" and loaded[name].shape == array.shape
-        found = loaded[name].contiguous().view(torch.uint8) if array.ndim and array.size else loaded[name]
-        assert found.numpy().tobytes() == array.tobytes(), name
+        values = loaded[name].contiguous().view(torch.uint8) if array.ndim and array.size else loaded[name]
+        assert values.numpy().tobytes() == array.tobytes(), name
 
 
 def test_numpy_arrays_are_not_copied() -> None:
@@ -225,7 +225,7 @@ def test_modules_that_look_like_wrappers(tmp_path: Path) -> None:
 def test_errors_with_advice(tmp_path: Path) -> None:
     """Catches an error without advice for the most common mistakes of users of torch.save."""
     with pytest.raises(
-        shardsave.UnsupportedTensorError, match="it is a dict: save the mapping of tensors itself, what is in 'model'"
+        shardsave.UnsupportedTensorError, match="it is a dict: save the mapping of tensors itself, the one in 'model'"
     ):
         shardsave.save({"model": {"x": torch.ones(1)}}, tmp_path / "ckpt")  # type: ignore[dict-item]
     (tmp_path / "dcp").mkdir()

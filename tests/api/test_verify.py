@@ -31,7 +31,7 @@ def flip(path: Path, at: int) -> None:
 
 
 def test_nothing_damaged(ckpt: Path) -> None:
-    """Catches damage reported for an intact checkpoint, and an intact tensor that the report lacks."""
+    """Catches damage reported for an intact checkpoint, and an intact tensor that is not in the report."""
     for report in (shardsave.verify(ckpt), shardsave.verify(ckpt, keep_going=True)):
         assert report.verified is True and report.damaged == () and report.tensors == 6 and report.bytes == 12_000
         assert [list(names) for names in report.intact.values()] == [["t0", "t1"], ["t2", "t3"], ["t4", "t5"]]

@@ -169,7 +169,7 @@ def test_tensors_computed_for_the_file(tmp_path: Path) -> None:
 
 
 def test_a_whole_model_with_its_adapter(tmp_path: Path) -> None:
-    """Catches a whole model that is taken for an adapter."""
+    """Catches a whole model that is loaded as an adapter."""
     model, other = adapted("LoRA", 1), adapted("LoRA", 2)
     shardsave.save(model, tmp_path, durable=False)
     shardsave.load_model(other, tmp_path)

@@ -85,8 +85,8 @@ def test_nothing_is_imported_that_is_not_trusted(tmp_path: Path) -> None:
     command = [sys.executable, "-c", program, str(tmp_path)]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, env={"PYTHONPATH": ":".join(sys.path)}).stdout
     assert printed == (
-        f"cannot build a model from {tmp_path}/config.json: only what is trusted is imported, it asks for "
-        f"transformers.BertForMaskedLM; if you know it, say trust=['transformers']; nothing was imported\nFalse\n"
+        f"cannot build a model from {tmp_path}/config.json: only what is trusted is imported, the config names "
+        f"transformers.BertForMaskedLM; if you trust it, pass trust=['transformers']; nothing was imported\nFalse\n"
     )
 
 
@@ -94,7 +94,7 @@ def test_one_class_may_be_trusted(tmp_path: Path) -> None:
     """Catches trust in one class that counts as trust in no class or in all classes."""
     shardsave.save(bert(), tmp_path, durable=False)
     shardsave.build_model(tmp_path, trust=["transformers.BertForMaskedLM"])
-    with pytest.raises(shardsave.UntrustedCodeError, match="asks for transformers.BertForMaskedLM"):
+    with pytest.raises(shardsave.UntrustedCodeError, match="the config names transformers.BertForMaskedLM"):
         shardsave.build_model(tmp_path, trust=["transformers.BertModel"])
 
 
@@ -112,10 +112,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a base class": ({"architectures": ["PreTrainedModel"]}, "PreTrainedModel was expected to be a model of transformers"),
     "another type": ({"model_type": "gpt2"}, "BertForMaskedLM expects model_type 'bert', it has 'gpt2'"),
     "quantized": ({"quantization_config": {}}, "a model that is not quantized was expected"),
-    "bad sizes": ({"hidden_size": "many"}, "was expected to be made from it, that raised"),
+    "bad sizes": ({"hidden_size": "many"}, "was expected to be built from it, it raised"),
     "sizes that do not fit": (
         {"hidden_size": 16, "num_attention_heads": 3},
-        "was expected to be made from it, that raised ValueError",
+        "was expected to be built from it, it raised ValueError",
     ),
     "other sizes": ({"intermediate_size": 32}, "the module's names and shapes were expected, there are 6 mismatched"),
 }

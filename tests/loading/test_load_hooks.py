@@ -134,7 +134,7 @@ def meddled_with(meddle: Callable[[nn.Linear], object]) -> nn.Sequential:
 def test_a_loading_routine_that_replaces_tensors_of_another_module(
     tmp_path: Path, meddle: Callable[[nn.Linear], object]
 ) -> None:
-    """Catches values and flags that go to a tensor which is no longer in the module."""
+    """Catches values and flags that are written to a tensor which is no longer in the module."""
     source = meddled_with(lambda other: None)
     source[1].weight.requires_grad_(False)
     source[1].bias.requires_grad_(False)
@@ -147,7 +147,7 @@ def test_a_loading_routine_that_replaces_tensors_of_another_module(
 @pytest.mark.parametrize(
     ("meddle", "words"),
     [
-        (lambda other: delattr(other, "weight"), "1.weight is not there any more"),
+        (lambda other: delattr(other, "weight"), "1.weight was removed"),
         (lambda other: setattr(other, "bias", nn.Parameter(torch.ones(5))), r"1.bias \[3\] on disk, \[5\] in the module"),
         (lambda other: setattr(other.weight, "data", torch.ones(1, 1).expand(3, 3)), "'1.weight' .* it is expanded; .*"),
     ],
@@ -156,9 +156,9 @@ def test_a_loading_routine_that_replaces_tensors_of_another_module(
 def test_a_loading_routine_that_makes_another_module_unfit(
     tmp_path: Path, meddle: Callable[[nn.Linear], object], words: str
 ) -> None:
-    """Catches a load that ends without an error, or with a bare traceback, if a tensor that it should fill is gone."""
+    """Catches a load that ends without an error, or with a bare traceback, if a tensor that it should fill was removed."""
     shardsave.save(meddled_with(lambda other: None), tmp_path)
-    words = rf"{words}; the loading routine of another sub-module changed that; the module is partly loaded, 1 of 3 tensors$"
+    words = rf"{words}; the loading routine of another sub-module caused this; the module is partly loaded, 1 of 3 tensors$"
     with pytest.raises(shardsave.IncompatibleCheckpointError, match=words):
         shardsave.load_model(meddled_with(meddle), tmp_path)
 
@@ -202,7 +202,7 @@ class Remembering(nn.Linear):
 
 
 def test_extra_state_of_an_architecture(tmp_path: Path) -> None:
-    """Catches extra state in an architecture that load_model ignores, and extra state with objects that is taken for plain data."""
+    """Catches extra state in an architecture that load_model ignores, and extra state with objects that counts as plain data."""
 
     def model() -> nn.Module:
         return nn.ModuleDict({"a": nn.Sequential(Remembering(2, 2)), "b": nn.Sequential(Remembering(2, 2), nn.Linear(2, 2))})
@@ -290,5 +290,5 @@ def test_parametrizations(tmp_path: Path, saved: str, loaded: str) -> None:
     source, fresh = weight_normed(saved).eval(), weight_normed(loaded).eval()
     shardsave.save(source, tmp_path)
     shardsave.load_model(fresh, tmp_path)
-    given = torch.randn(5, 3)
-    assert torch.equal(source(given), fresh(given))
+    inputs = torch.randn(5, 3)
+    assert torch.equal(source(inputs), fresh(inputs))

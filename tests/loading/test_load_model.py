@@ -56,7 +56,7 @@ def test_inference_tensors(tmp_path: Path) -> None:
 
 
 def test_in_inference_mode(tmp_path: Path) -> None:
-    """Catches parameters made in the caller's inference mode: a meta model filled in it could never be trained."""
+    """Catches parameters created in the caller's inference mode: a meta model filled in it could never be trained."""
     source = nn.Linear(3, 2)
     shardsave.save(source, tmp_path)
     with torch.device("meta"):
@@ -186,7 +186,7 @@ def one_process_group() -> Iterator[None]:
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_distributed_wrappers(tmp_path: Path, one_process_group: None) -> None:
-    """Catches DDP's prefix on disk or in a load, a DTensor taken for its local part or for a tie at address 0, and a
+    """Catches DDP's prefix on disk or in a load, a DTensor that counts as its local part or as a tie at address 0, and a
     wrapper of FSDP whose collective calls would hang in a single process."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -208,7 +208,7 @@ def test_distributed_wrappers(tmp_path: Path, one_process_group: None) -> None:
     with pytest.raises(shardsave.UnsupportedTensorError, match=r"cannot fill '0.weight' from .*it is a DTensor"):
         shardsave.load_model(sharded, tmp_path / "ckpt")
     older = nn.Sequential(FullyShardedDataParallel(nn.Linear(3, 3), device_id=torch.device("cpu")))
-    words = "module '0': one that is whole in this process was expected, it is a FullyShardedDataParallel"
+    words = "module '0': a module that is whole in this process was expected, it is a FullyShardedDataParallel"
     with pytest.raises(shardsave.UnsupportedTensorError, match=f"cannot save {words}.*; nothing was written"):
         shardsave.save(older, tmp_path / "sharded")
     with pytest.raises(shardsave.UnsupportedTensorError, match=f"cannot fill {words}.*; the module is unchanged"):
@@ -239,13 +239,13 @@ def test_wrappers_around_sub_modules(tmp_path: Path, one_process_group: None) ->
             self.module = nn.Linear(3, 3)
 
     def model(wrap: Callable[[nn.Module], nn.Module] | None, hooked: str | None = None) -> nn.Module:
-        made = nn.ModuleDict({"a": nn.Sequential(Mine(), nn.BatchNorm1d(3)), "b": nn.Linear(3, 2)})
-        made["a"][0].module.weight.requires_grad_(False)
+        modules = nn.ModuleDict({"a": nn.Sequential(Mine(), nn.BatchNorm1d(3)), "b": nn.Linear(3, 2)})
+        modules["a"][0].module.weight.requires_grad_(False)
         if wrap is not None:
-            made["a"] = wrap(made["a"])
+            modules["a"] = wrap(modules["a"])
         if hooked is not None:
-            made.get_submodule(hooked).register_load_state_dict_post_hook(lambda module, keys: None)
-        return made
+            modules.get_submodule(hooked).register_load_state_dict_post_hook(lambda module, keys: None)
+        return modules
 
     compiled: Callable[[nn.Module], nn.Module] = torch.compile
     wrappers = (
@@ -392,7 +392,7 @@ def test_quantised_modules_are_refused(tmp_path: Path) -> None:
 
 
 def test_batch_norm_state_from_before_it_counted(tmp_path: Path) -> None:
-    """Catches a counter that is reported missing, reset, or left on the meta device; and another buffer of that name that is not missed."""
+    """Catches a counter that is reported missing, reset, or left on the meta device; and another such buffer that is not reported."""
     state = nn.BatchNorm1d(3).state_dict()
     del state["num_batches_tracked"]
     shardsave.save(state, tmp_path)
@@ -473,7 +473,7 @@ def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
     model._orig_mod = nn.Module()
     model._orig_mod.scale = nn.Parameter(torch.zeros(1))
     with pytest.raises(
-        shardsave.IncompatibleCheckpointError, match="two are 'scale' without the names of wrappers; the module is unch"
+        shardsave.IncompatibleCheckpointError, match="two are named 'scale' without the names of wrappers; the module is unch"
     ):
         shardsave.load_model(model, tmp_path)
     assert not model.scale.any() and not model._orig_mod.scale.any()

@@ -1,4 +1,4 @@
-"""The plan of a load as a value: a table of modules and stored tensors, and what goes where; no file is read, no module changed."""
+"""The plan of a load as a value: a table of modules, stored tensors and the plan expected for them; no file is read, no module changed."""
 
 from __future__ import annotations
 
@@ -165,14 +165,14 @@ FIELDS = ("routines", "destinations", "must_equal", "missing", "unexpected", "mi
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_goes_where(name: str) -> None:
-    """Catches a name that goes to the wrong place, or to none, and a plan that changes the module."""
+def test_plans(name: str) -> None:
+    """Catches a name with a wrong destination, or with none, and planning that changes the module."""
     case = CASES[name]
     module = case.module()
     before = {key: value.clone() for key, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
     plan = plan_module(take_inventory(module, "file"), IdentityLayout(case.stored), **case.options)
-    found = {field: getattr(plan, field) for field in FIELDS}
-    assert {field: value for field, value in found.items() if value} == case.wanted
+    planned = {field: getattr(plan, field) for field in FIELDS}
+    assert {field: value for field, value in planned.items() if value} == case.wanted
     assert list(plan.destinations) == list(case.wanted.get("destinations", {}))
     assert all(torch.equal(value, module.state_dict()[key]) for key, value in before.items())
 
@@ -215,7 +215,7 @@ def test_what_is_read() -> None:
 
 
 def test_planned_again() -> None:
-    """Catches a plan that still speaks of tensors that a routine has replaced, and one that fills what the report says is left alone."""
+    """Catches a plan that still contains tensors that a routine replaced, and one that fills tensors that the report calls mismatched."""
     module = nn.Sequential(Doubling(3, 2), nn.Linear(3, 2), nn.Linear(3, 2))
     stored = {**linear("0."), **linear("1."), **linear("2."), "2.bias": located("2.bias", 7)}
     inventory = take_inventory(module, "file")

@@ -1,4 +1,4 @@
-"""Checks of arguments, which every verb makes before anything else happens."""
+"""Checks of arguments. Every verb makes them before anything else happens."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def check_path(path: object) -> None:
 
 
 def check_switches(**switches: object) -> None:
-    """Raises TypeError if a switch is not True or False, as when a path or a device is passed in its place."""
+    """Raises TypeError if a switch is not True or False, for example if a path or a device is passed in its place."""
     for name, value in switches.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, not {value!r}")
@@ -56,7 +56,7 @@ def check_timeout(seconds: object) -> None:
 
 
 def parse_size(size: Union[int, str]) -> int:
-    """Returns bytes: ``"5GB"`` → 5·10⁹ and ``"2GiB"`` → 2·2³⁰; an int is already in bytes. Raises TypeError or ValueError."""
+    """Returns ``size`` in bytes: ``"5GB"`` is 5·10⁹, ``"2GiB"`` is 2·2³⁰, an int is already in bytes. Raises TypeError or ValueError."""
     if isinstance(size, bool) or not isinstance(size, (int, str)):
         raise TypeError(f"max_shard_size must be an int of bytes or a string such as '5GB', not {type(size).__name__}")
     if isinstance(size, int):
@@ -68,7 +68,7 @@ def parse_size(size: Union[int, str]) -> int:
             raise ValueError(f"max_shard_size must be like '5GB', '500MB' or '2GiB', not {glimpse(size)}")
         number = float(match[1]) * unit
         if math.isinf(number):
-            raise ValueError(f"max_shard_size must be a possible size of a file, not {glimpse(size)}")
+            raise ValueError(f"max_shard_size must be a size that a file can have, not {glimpse(size)}")
         byte_count = int(number)
     if byte_count <= 0:
         raise ValueError(f"max_shard_size must be at least one byte, not {size!r}")

@@ -76,20 +76,20 @@ def build_model(
     check_path(path)
     check_switches(verify=verify)
     check_progress(progress)
-    trusted, replaced = _check_trust(trust), _check_classes(classes)
-    where = check_device(device) or torch.device("cpu")
+    trusted, replacements = _check_trust(trust), _check_classes(classes)
+    target_device = check_device(device) or torch.device("cpu")
     with open_checkpoint(path, parts=PARTS) as checkpoint:
         data = checkpoint.documents.get("architecture")
         if data is None:
-            return _build_from_config(checkpoint, trusted, where, verify, progress)
+            return _build_from_config(checkpoint, trusted, target_device, verify, progress)
         document = Document(data, f"the architecture in {checkpoint.path}")
-        imported = resolve(document.imports, trusted, replaced, document.where)
-        memory = NewTensors(checkpoint, where)
+        imported = resolve(document.imports, trusted, replacements, document.where)
+        memory = NewTensors(checkpoint, target_device)
         builder = Builder(document, imported, memory)
         with torch.inference_mode(False), torch.no_grad():
             model = builder.build()
-            with Progress(progress, "loading", sum(located.nbytes for located, _ in memory.targets)) as shown:
-                TensorReader(checkpoint, verify=verify, progress=shown).read(memory.targets)
+            with Progress(progress, "loading", sum(located.nbytes for located, _ in memory.targets)) as reporter:
+                TensorReader(checkpoint, verify=verify, progress=reporter).read(memory.targets)
             builder.set_extra_states()
     return model
 
@@ -101,13 +101,13 @@ def load_program(
     """Loads a model that was saved with ``program=`` as a module that can be called; the classes of the model need not be installed.
 
     The module takes arguments of the shapes that it was exported with; others raise TypeError or ValueError, or RuntimeError if sizes do
-    not match. Results of the model's own classes become dicts. Weights are read straight to ``device``, flags are restored. A program is
-    a graph of torch's own operators, which are called one by one; no code from the file is evaluated, and nothing of the model's
+    not match. Results of the model's own classes become dicts. Weights are read straight to ``device``, and flags are restored. A program
+    is a graph of torch's own operators, which are called one by one. No code from the file is evaluated, and nothing of the model's
     package is imported.
 
     Args:
         path: the checkpoint.
-        device: where it runs; the CPU by default.
+        device: where the program runs; the CPU by default.
         verify: as in ``load``.
         progress: as in ``save``.
 
@@ -126,7 +126,7 @@ def load_program(
     check_path(path)
     check_switches(verify=verify)
     check_progress(progress)
-    where = check_device(device) or torch.device("cpu")
+    target_device = check_device(device) or torch.device("cpu")
     with open_checkpoint(path, parts=PARTS) as checkpoint:
         data = checkpoint.documents.get("program")
         if data is None:
@@ -134,12 +134,12 @@ def load_program(
                 f"cannot load a program from {checkpoint.path}: a program was expected, the checkpoint has none; "
                 f"save with program=(args, kwargs)"
             )
-        document = ProgramDocument(data, f"the program in {checkpoint.path}", where)
-        memory = NewTensors(checkpoint, where)
+        document = ProgramDocument(data, f"the program in {checkpoint.path}", target_device)
+        memory = NewTensors(checkpoint, target_device)
         with torch.inference_mode(False):
             tensors = _tensors(document, memory)
-            with Progress(progress, "loading", sum(located.nbytes for located, _ in memory.targets)) as shown:
-                TensorReader(checkpoint, verify=verify, progress=shown).read(memory.targets)
+            with Progress(progress, "loading", sum(located.nbytes for located, _ in memory.targets)) as reporter:
+                TensorReader(checkpoint, verify=verify, progress=reporter).read(memory.targets)
             return LoadedProgram(document, tensors)
 
 
@@ -177,8 +177,8 @@ def _build_from_config(
     plan = plan_module(inventory, layout, flags=checkpoint.flags, doubtful=doubtful)
     filler = ModuleFiller(inventory, plan, layout, checkpoint, None)
     filler.check(strict=True)
-    with Progress(progress, "loading", sum(located.nbytes for located in plan.reads)) as shown:
-        filler.fill(TensorReader(checkpoint, verify=verify, progress=shown), strict=True)
+    with Progress(progress, "loading", sum(located.nbytes for located in plan.reads)) as reporter:
+        filler.fill(TensorReader(checkpoint, verify=verify, progress=reporter), strict=True)
     filler.restore_flags()
     return model
 
@@ -186,9 +186,11 @@ def _build_from_config(
 def _check_classes(classes: Mapping[str, Any] | None) -> dict[str, Any]:
     if classes is not None and not isinstance(classes, Mapping):
         raise TypeError(f"classes must be a mapping such as {{'old.Name': NewClass}}, not {an(type(classes).__name__)}")
-    for name, thing in (classes or {}).items():
-        if not isinstance(name, str) or not callable(thing):
-            raise TypeError(f"classes must map names as they were saved to classes or functions, not {name!r} to {thing!r}")
+    for name, replacement in (classes or {}).items():
+        if not isinstance(name, str) or not callable(replacement):
+            raise TypeError(
+                f"classes must map names as they were saved to classes or functions, not {name!r} to {replacement!r}"
+            )
     return dict(classes or {})
 
 

@@ -50,9 +50,9 @@ class CleanReport:
             return f"{self.path}: nothing was left behind"
         total = human_bytes(sum(leaving.bytes for leaving in self.found))
         parts = [f"{self.path}: {count(len(self.found), 'leaving')} of crashed saves, {total}", f"{len(self.removed)} removed"]
-        foreign = [leaving.name for leaving in self.left if not leaving.dead]
-        if foreign:
-            parts.append(f"kept, since their owners may be alive: {some(foreign)}")
+        kept = [leaving.name for leaving in self.left if not leaving.dead]
+        if kept:
+            parts.append(f"kept, since their owners may be alive: {some(kept)}")
         if self.leftovers:
             parts.append(f"could not remove {some(self.leftovers)}")
         return "; ".join(parts)
@@ -64,10 +64,10 @@ def clean(
 ) -> CleanReport:
     """Finds what crashed saves left in ``directory``, and removes it; the checkpoint and all other files stay as they are.
 
-    The next save into the directory would remove it too. While `clean` holds the directory's lock, savers of this host whose staging
-    directories are there are certainly dead. Savers of other hosts may be alive, and would lose what they have written: their
-    staging directories are listed, and only removed with ``other_hosts=True``. A config that a save had committed, but not yet put
-    beside its weights, is put there.
+    The next save into the directory would remove it too. `clean` holds the directory's lock, so a saver of this host whose staging
+    directory is still there is certainly dead. A saver of another host may be alive, and would lose what it has written: its
+    staging directory is listed, but removed only with ``other_hosts=True``. If a crashed save had committed a config, but not yet
+    put it beside the weights, `clean` puts it there.
 
     Args:
         directory: the directory of a checkpoint, or of a first save that crashed.
@@ -97,12 +97,12 @@ def clean(
         leavings = find_leavings(folder, index)
         chosen = [leaving for leaving in leavings if leaving.dead or other_hosts] if remove else []
         if chosen:
-            # What the index replaced may go only once the index is durable, and a committed config only once it is in place.
+            # Replaced files may be removed only once the index is durable, and a staged config that was committed only once it is in place.
             folder.sync_file(INDEX_NAME)
             folder.sync()
             finish_dead_savers(folder, companions_of(index), {leaving.name for leaving in chosen}.__contains__)
         leftovers = {leaving.name: remove_leaving(folder, leaving, index) for leaving in chosen}
-    removed = tuple(name for name, stayed in leftovers.items() if not stayed)
+    removed = tuple(name for name, remaining in leftovers.items() if not remaining)
     return CleanReport(path, leavings, removed, tuple(dict.fromkeys(chain.from_iterable(leftovers.values()))))
 
 

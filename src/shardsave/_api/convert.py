@@ -59,10 +59,11 @@ def convert(
         to: ``"shardsave"``; ``"safetensors"``, one file for every reader; ``"torch"``, one file that
             ``torch.load(weights_only=True)`` reads as a plain ``state_dict``.
         max_shard_size: as in ``save``; only for ``to="shardsave"``.
-        dtype: cast floating-point tensors to it, as ``Tensor.to`` does. Those of 8 and 4 bits are quantised and keep their dtype.
+        dtype: cast floating-point tensors to it, as ``Tensor.to`` does. Tensors of 8 or 4 bits are quantised and keep their dtype.
         drop: leave out the source's names that match one of these shell patterns (``"optimizer.*"``).
         rename: pairs of a regular expression and a replacement for each of its matches in a name, applied in this order.
-        key: the path of the state in a file that has more (``"model"``, ``"trainer.ema"``); required if there are several states.
+        key: the path to the state in a file that holds other objects too (``"model"``, ``"trainer.ema"``); required if the file has
+            several states.
         verify: compare the checksum of every tensor of the source with the stored one, if there is one, before anything is written.
         durable: as in ``save``.
         progress: as in ``save``.
@@ -87,24 +88,24 @@ def convert(
     max_shard_bytes = parse_size(max_shard_size)
     names = Names(patterns(drop), replacements(rename))
     target = check_dtype(dtype)
-    read_from, write_to = os.fspath(source), os.fspath(destination)
+    source_path, destination_path = os.fspath(source), os.fspath(destination)
     started = time.perf_counter()
-    with ExitStack() as closing:
-        origin = open_origin(read_from, key, names.wanted, closing)
-        _check_destination(read_from, write_to, to, origin)
-        state, casts = converted_state(origin, names, target, read_from)
+    with ExitStack() as stack:
+        origin = open_origin(source_path, key, names.wanted, stack)
+        _check_destination(source_path, destination_path, to, origin)
+        state, casts = converted_state(origin, names, target, source_path)
         carried = carried_over(origin, names, target, to_directory=to == "shardsave")
-        total = _bytes_of([*state.entries, *carried.parts.extra])
-        checked = sum(t.nbytes for t in origin.stored) if verify else 0
-        with Progress(progress, "converting", checked + total) as shown:
-            verified = _verify(origin, shown) if verify else False
+        bytes_to_write = _bytes_of([*state.entries, *carried.parts.extra])
+        bytes_to_verify = sum(t.nbytes for t in origin.stored) if verify else 0
+        with Progress(progress, "converting", bytes_to_verify + bytes_to_write) as reporter:
+            verified = _verify(origin, reporter) if verify else False
             planned = time.perf_counter()
-            result = write_output(Output(write_to, origin, durable, shown.tick), to, state, carried, max_shard_bytes)
+            result = write_output(Output(destination_path, origin, durable, reporter.tick), to, state, carried, max_shard_bytes)
     ended = time.perf_counter()
     stored = [entry for entry in state.entries if entry.tied_to is None]
     return ConvertReport(
-        path=write_to,
-        bytes=total,
+        path=destination_path,
+        bytes=bytes_to_write,
         tensors=len(stored),
         shards=result.shards,
         seconds=ended - started,
@@ -114,7 +115,7 @@ def convert(
         staging_bytes=result.staging_bytes,
         pinned=False,
         notes=tuple(dict.fromkeys([*origin.notes, *names.notes(), *carried.notes, *result.notes])),
-        source=read_from,
+        source=source_path,
         kind=origin.kind,
         to=to,
         durable=durable,
@@ -141,12 +142,12 @@ def _bytes_of(entries: Sequence[Entry]) -> int:
     return sum(entry.source.nbytes for entry in entries if entry.tied_to is None)
 
 
-def _verify(origin: Origin, shown: Progress) -> bool | None:
+def _verify(origin: Origin, reporter: Progress) -> bool | None:
     """Verifies the source before it is written with new checksums, which would hide damage. None if it has no checksums."""
     if not origin.stored or origin.checkpoint is None:
         return None
     targets: list[Target] = [(located, None) for located in origin.stored]
-    TensorReader(origin.checkpoint, verify=True, progress=shown).read(targets)
+    TensorReader(origin.checkpoint, verify=True, progress=reporter).read(targets)
     return True
 
 
@@ -154,25 +155,25 @@ _FILE_ENDINGS = (".safetensors", *TORCH_ENDINGS)
 
 
 def _check_destination(source: str, destination: str, to: Form, origin: Origin) -> None:
-    """Refuses a destination that overlaps the source, or that exists and is not what ``to`` writes, a directory or a regular file."""
+    """Refuses a destination that overlaps the source, or that exists as another kind of file than the one that ``to`` writes."""
     if to == "shardsave" and destination.endswith(_FILE_ENDINGS) and not os.path.isdir(destination):
         form = "safetensors" if destination.endswith(".safetensors") else "torch"
         raise ValueError(
             f"cannot convert to {destination}: a directory was expected, this is the name of a file; pass to={form!r} to write one; "
             f"nothing was written"
         )
-    read_from, write_to = os.path.realpath(source), os.path.realpath(destination)
+    source_path, destination_path = os.path.realpath(source), os.path.realpath(destination)
     expectation = f"cannot convert {source} to {destination}: two separate paths were expected"
-    if read_from == write_to or any(_same_file(file, destination) for file in origin.files):
+    if source_path == destination_path or any(_same_file(file, destination) for file in origin.files):
         raise ValueError(f"{expectation}, they are the same; nothing was written")
-    if write_to.startswith(read_from.rstrip("/") + "/") or read_from.startswith(write_to.rstrip("/") + "/"):
+    if destination_path.startswith(source_path.rstrip("/") + "/") or source_path.startswith(destination_path.rstrip("/") + "/"):
         raise ValueError(f"{expectation}, one is inside the other; nothing was written")
     try:
         mode = os.stat(destination).st_mode if to == "shardsave" else os.lstat(destination).st_mode
     except OSError:
         return
-    kind, is_that_kind = ("a directory", stat.S_ISDIR) if to == "shardsave" else ("a regular file", stat.S_ISREG)
-    if not is_that_kind(mode):
+    kind, is_expected_kind = ("a directory", stat.S_ISDIR) if to == "shardsave" else ("a regular file", stat.S_ISREG)
+    if not is_expected_kind(mode):
         raise SaveNotCommittedError(
             f"cannot convert to {destination}: {kind}, or nothing, was expected, it is a {kind_of(mode)}; "
             f"nothing was written, existing files are unchanged"

@@ -20,7 +20,7 @@ def check_device(device: Device) -> torch.device | None:
         if checked.type != "meta":
             torch.empty(0, device=checked)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} was asked for, torch has none: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"device {device!r} was asked for, torch has no such device: {str(error).splitlines()[0]}") from error
     if checked.type == "meta":
         raise ValueError("device must hold data, the meta device does not")
     return checked

@@ -1,4 +1,4 @@
-"""`diff`: which tensors of two checkpoints are equal, and by how much the others differ."""
+"""`diff`: which tensors of two checkpoints are equal, and by how much the other tensors differ."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ Pair = tuple[Located, Located]
 
 @dataclass(frozen=True)
 class TensorChange:
-    """How a tensor that both checkpoints have differs; in each pair, the first value is for ``a`` and the second for ``b``.
+    """The difference of a tensor that both checkpoints have. In each pair, the first value is for ``a`` and the second for ``b``.
 
     ``elements``: how many elements differ in value; 0 if only the dtype, the sign of a zero or the bits of a NaN changed.
     ``nans``: how many of these are NaN on one side only; the two maxima ignore them. ``max_absolute``: the largest |a - b|.
-    ``max_relative``: the largest |a - b| / max(|a|, |b|), at most 2, or infinite if only one of the two is infinite. All four are
-    None if the shapes differ.
+    ``max_relative``: the largest |a - b| / max(|a|, |b|), at most 2, or infinite if |a - b| is infinite. All four are None if the
+    shapes differ.
     """
 
     dtype: tuple[torch.dtype, torch.dtype]
@@ -48,11 +48,11 @@ class DiffReport:
 
     ``equal``: names with the same dtype, shape and bits. ``changed``: name → how it differs. ``added``: names only in ``b``.
     ``removed``: names only in ``a``. ``flags``: name → (frozen in ``a``, frozen in ``b``), for names in both whose flag differs (None:
-    not a parameter); the whole is None if one checkpoint does not record flags. ``ties``: name → (the name whose bytes it shares in
-    ``a``, in ``b``), for names in both that share bytes with other names than before (None: it has bytes of its own); empty if a
-    third-party file records no ties. ``metadata``: key → (value in ``a``, value in ``b``), for values that differ (None: no such
-    key); empty if a third party wrote one of the two. ``bytes``: tensor data that was read to compare. ``seconds``: wall time of the
-    whole call.
+    not a parameter); ``flags`` itself is None if one checkpoint does not record flags. ``ties``: name → (the name whose bytes it
+    shares in ``a``, the same in ``b``), for names in both that share bytes with different names in ``a`` and in ``b`` (None: it has
+    bytes of its own); empty if a third-party file records no ties. ``metadata``: key → (value in ``a``, value in ``b``), for values
+    that differ (None: no such key); empty if a third party wrote one of the two. ``bytes``: how many bytes of tensor data were read
+    to compare. ``seconds``: wall time of the whole call.
     """
 
     a: str
@@ -81,7 +81,7 @@ class DiffReport:
         else:
             parts.append(f"{len(self.flags)} frozen or thawed" + (f" ({some(self.flags)})" if self.flags else ""))
         if self.ties:
-            parts.append(f"{len(self.ties)} tied otherwise ({some(self.ties)})")
+            parts.append(f"{len(self.ties)} tied differently ({some(self.ties)})")
         if self.metadata:
             parts.append(f"metadata differ ({some(self.metadata)})")
         return f"{self.a} and {self.b}: {', '.join(parts)}; {human_bytes(self.bytes)} read, {self.seconds:.2f} s"
@@ -100,8 +100,8 @@ def diff(a: str | os.PathLike[str], b: str | os.PathLike[str], *, progress: Prog
         >>> import torch, shardsave
         >>> report = shardsave.save({"x": torch.ones(2), "y": torch.zeros(3)}, "before")
         >>> report = shardsave.save({"x": torch.ones(2), "y": torch.tensor([0.0, 0.5, 0.0])}, "after")
-        >>> found = shardsave.diff("before", "after")
-        >>> found.equal, found.changed["y"].max_absolute
+        >>> report = shardsave.diff("before", "after")
+        >>> report.equal, report.changed["y"].max_absolute
         (('x',), 0.5)
     """
     for path in (a, b):
@@ -117,8 +117,8 @@ def diff(a: str | os.PathLike[str], b: str | os.PathLike[str], *, progress: Prog
         }
         to_read = {pair for pair in pairs.values() if must_read(*pair)}
         total = sum(x.nbytes + y.nbytes for x, y in to_read)
-        with Progress(progress, "comparing", total) as shown:
-            differences = _compare_pairs(left, right, to_read, shown)
+        with Progress(progress, "comparing", total) as reporter:
+            differences = _compare_pairs(left, right, to_read, reporter)
     changes = {name: _change(pair, differences) for name, pair in pairs.items()}
     return DiffReport(
         a=os.fspath(a),
@@ -136,18 +136,18 @@ def diff(a: str | os.PathLike[str], b: str | os.PathLike[str], *, progress: Prog
 
 
 def _compare_pairs(
-    left: Checkpoint, right: Checkpoint, pairs: Iterable[Pair], shown: Progress
+    left: Checkpoint, right: Checkpoint, pairs: Iterable[Pair], reporter: Progress
 ) -> dict[Pair, Difference | None]:
-    """Reads ``pairs`` in the order in which the left tensors lie on disk; None: the two tensors are equal."""
+    """Reads and compares ``pairs``, in the order of the left tensors on disk. None: the two tensors are equal."""
     differences: dict[Pair, Difference | None] = {}
     for x, y in sorted(pairs, key=lambda pair: (pair[0].shard, pair[0].offset)):
-        differences[x, y] = compare_stored((left, x), (right, y), shown.tick)
-        shown.run_ended(x.nbytes + y.nbytes)
+        differences[x, y] = compare_stored((left, x), (right, y), reporter.tick)
+        reporter.run_ended(x.nbytes + y.nbytes)
     return differences
 
 
 def _change(pair: Pair, differences: Mapping[Pair, Difference | None]) -> TensorChange | None:
-    """How the tensors of ``pair`` differ, None if they are equal; ``differences``: what was learned of the pairs that were read."""
+    """How the tensors of ``pair`` differ, None if they are equal. ``differences``: the results for the pairs that were read."""
     x, y = pair
     if pair in differences:
         difference = differences[pair]
@@ -176,7 +176,7 @@ def _changed_flags(
 
 
 def _changed_ties(left: Checkpoint, right: Checkpoint, names: Iterable[str]) -> dict[str, tuple[str | None, str | None]]:
-    """Those of ``names`` that share bytes with other names than before, no matter which name of a group the bytes are stored under."""
+    """Those of ``names`` that share bytes with different names in the two checkpoints, whichever name of a group has the bytes."""
     before, after = left.ties, right.ties
     if before == after or not all(side.record is not None or side.ties for side in (left, right)):
         return {}

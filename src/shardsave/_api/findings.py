@@ -51,7 +51,7 @@ class VerifyReport(Report):
             verb, extent = "checked", "only lengths and headers, no checksums stored"
         else:
             verb, extent = "verified", VERIFIED[self.verified]
-        return self._with_notes(f"{verb} {self.path}: {self._size_and_speed()}, {self._how()}, {extent}")
+        return self._with_notes(f"{verb} {self.path}: {self._size_and_speed()}, {self._engine_and_access()}, {extent}")
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class ConvertReport(Report):
 
     def __str__(self) -> str:
         counts = (("dropped", len(self.dropped)), ("renamed", len(self.renamed)), ("cast", self.cast), ("tied", len(self.ties)))
-        more = [f"{count:,} {word}" for word, count in counts if count]
-        how = f"{self._how()}, {'durable' if self.durable else 'not durable'}, {VERIFIED[self.verified]}"
+        more = [f"{number:,} {word}" for word, number in counts if number]
+        how = f"{self._engine_and_access()}, {'durable' if self.durable else 'not durable'}, {VERIFIED[self.verified]}"
         line = f"converted {self.source} ({self.kind}) to {self.path} ({self.to}): {self._size_and_speed()}, {how}"
         return self._with_notes(line, *([", ".join(more)] if more else []))
 
@@ -98,11 +98,11 @@ class CheckpointInfo:
     """What a checkpoint contains, read from its index and headers only.
 
     ``tensors``: by name; a tied name has the entry of the tensor that it shares. ``parameters``: the names of parameters;
-    ``frozen``: those of them that were frozen; both are None if unknown, as with third-party files. They are names in the module,
-    which differ from the names on disk for some transformers models. ``ties``: tied name → the name under which the bytes are
-    stored. ``bytes``: of tensor data; a tied group counts once. ``durable``: the argument of the save; None if unknown.
-    ``parts``: role of an additional part, such as "architecture" → its file. ``companions``: the files with fixed names that were
-    saved beside the weights, such as a model's config. ``notes``: the companions that are no longer as they were saved.
+    ``frozen``: those of them that were frozen; both are None if unknown, as with third-party files. These are the names in the
+    module, which differ from the names on disk for some transformers models. ``ties``: tied name → the name under which the bytes are
+    stored. ``bytes``: how many bytes of tensor data; a tied group counts once. ``durable``: the argument of the save; None if unknown.
+    ``parts``: role of a part (such as "architecture") → its file name. ``companions``: the files with fixed names that were
+    saved beside the weights, such as a model's config. ``notes``: which companions were changed or removed since.
     """
 
     path: str

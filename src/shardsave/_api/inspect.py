@@ -61,7 +61,7 @@ def verify(path: str | os.PathLike[str], *, keep_going: bool = False, progress: 
     """Reads every byte of the checkpoint at ``path`` and compares it with the stored checksums; loads no tensor.
 
     With ``keep_going``, damage raises no error: everything that can be read is read, and the report says what is damaged and what is
-    intact. Without, raises CorruptCheckpointError, which names what is damaged. Other errors are those of `inspect`.
+    intact. Without it, CorruptCheckpointError is raised, which names what is damaged. Other errors are those of `inspect`.
 
     Example:
         >>> import torch, shardsave
@@ -77,8 +77,8 @@ def verify(path: str | os.PathLike[str], *, keep_going: bool = False, progress: 
     with open_checkpoint(path, parts=PARTS, broken=broken if keep_going else None) as checkpoint:
         targets: list[Target] = [(located, None) for located in (*checkpoint.tensors.values(), *checkpoint.kept.values())]
         planned = time.perf_counter()
-        with Progress(progress, "verifying", sum(located.nbytes for located, _ in targets)) as shown:
-            reader = TensorReader(checkpoint, verify=True, progress=shown)
+        with Progress(progress, "verifying", sum(located.nbytes for located, _ in targets)) as reporter:
+            reader = TensorReader(checkpoint, verify=True, progress=reporter)
             if keep_going:
                 damaged = [*_unopened(checkpoint, broken), *_read_by_shard(reader, targets)]
             else:
@@ -107,12 +107,12 @@ def verify(path: str | os.PathLike[str], *, keep_going: bool = False, progress: 
 
 
 def _unopened(checkpoint: Checkpoint, broken: Mapping[str, ShardSaveError]) -> list[Damage]:
-    """The files that could not be opened, each with the names that the index says it holds."""
-    held: dict[str, list[str]] = {shard: [] for shard in broken}
+    """The files that could not be opened, each with the names of the tensors that it holds according to the index."""
+    names_by_shard: dict[str, list[str]] = {shard: [] for shard in broken}
     for name, shard in (checkpoint.index.weight_map if checkpoint.index is not None else {}).items():
-        if shard in held:
-            held[shard].append(name)
-    return [Damage(shard, tuple(held[shard]), str(error)) for shard, error in broken.items()]
+        if shard in names_by_shard:
+            names_by_shard[shard].append(name)
+    return [Damage(shard, tuple(names_by_shard[shard]), str(error)) for shard, error in broken.items()]
 
 
 def _read_by_shard(reader: TensorReader, targets: Iterable[Target]) -> list[Damage]:
@@ -137,9 +137,9 @@ def _read_by_shard(reader: TensorReader, targets: Iterable[Target]) -> list[Dama
 
 def _intact(files: Iterable[str], targets: Iterable[Target], damaged: Iterable[Damage]) -> dict[str, tuple[str, ...]]:
     """File → the names of the tensors in it that are not damaged."""
-    lost = {(damage.shard, name) for damage in damaged for name in damage.tensors}
+    damaged_names = {(damage.shard, name) for damage in damaged for name in damage.tensors}
     intact: dict[str, list[str]] = {file: [] for file in files}
     for located, _ in targets:
-        if (located.shard, located.name) not in lost:
+        if (located.shard, located.name) not in damaged_names:
             intact[located.shard].append(located.name)
     return {file: tuple(names) for file, names in intact.items()}

@@ -42,16 +42,17 @@ def load(
 ) -> dict[str, torch.Tensor]:
     """Loads tensors by name from a directory, an index or one safetensors file, whoever wrote it.
 
-    Tied names share one storage; in third-party files, those that the metadata records. Only the bytes of the selected tensors are
+    Tied names share one storage, in third-party files only if their metadata records the tie. Only the bytes of the selected tensors are
     read, straight to ``device``.
 
     Args:
         path: the checkpoint.
         device: where the tensors go; the CPU by default.
-        names: only these names, as they stand in the checkpoint; each begins with ``prefix``.
+        names: only these names, written as in the checkpoint; each begins with ``prefix``.
         prefix: only names that begin with it (``"layer2."``); it is removed from the names in the result.
         verify: compare the checksum of every tensor read with the stored one, if there is one.
-        mmap: map the files instead of reading them (CPU only): immediate, without a copy, private, and not verified.
+        mmap: map the files instead of reading them (CPU only): this returns at once, and verifies nothing. Writes into the tensors do
+            not reach the files. Only unaligned tensors of third-party files are copied.
         progress: as in ``save``.
 
     Returns:
@@ -72,18 +73,18 @@ def load(
     check_progress(progress)
     check_path(path)
     wanted = check_names(names, prefix)
-    where = check_device(device) or torch.device("cpu")
-    if mmap and where.type != "cpu":
-        raise ValueError(f"mmap=True returns tensors on the CPU, device {where} was asked for")
+    target_device = check_device(device) or torch.device("cpu")
+    if mmap and target_device.type != "cpu":
+        raise ValueError(f"mmap=True returns tensors on the CPU, device {target_device} was asked for")
     with open_checkpoint(path, selection(wanted, prefix)) as checkpoint:
         chosen = choose(checkpoint, wanted, prefix)
         located = {stored_name: checkpoint.tensors[stored_name] for stored_name in chosen.values()}
         if mmap:
             tensors = Maps(checkpoint).tensors(located)
         else:
-            tensors = new_tensors(located, where)
-            with Progress(progress, "loading", sum(t.nbytes for t in located.values())) as shown:
-                reader = TensorReader(checkpoint, verify=verify, progress=shown)
+            tensors = new_tensors(located, target_device)
+            with Progress(progress, "loading", sum(t.nbytes for t in located.values())) as reporter:
+                reader = TensorReader(checkpoint, verify=verify, progress=reporter)
                 reader.read([*zip(located.values(), tensors.values())])
         return {name.removeprefix(prefix): tensors[stored_name] for name, stored_name in chosen.items()}
 
@@ -106,14 +107,14 @@ def load_model(
     ``load_state_dict(assign=True)`` does. There is never a second copy of the model. Values are cast to the module's dtypes, as
     ``load_state_dict`` does. Everything that can be refused is refused before a tensor is changed. Sub-modules that override loading
     (hooks, overrides, extra state) receive a state dict of everything below their prefix, one at a time, before other tensors are
-    filled; only they can still refuse then. Extra state that is not a tensor comes from the architecture, if one was saved and the
-    state is plain data.
+    filled; at that point, only they can still refuse. Extra state that is not a tensor comes from the architecture, if one was saved
+    and the state is plain data.
 
     Args:
         model: a module or sub-module, with or without wrappers (``torch.compile``, DDP, DataParallel).
         path: as in ``load``.
-        device: move or materialise every tensor there; None keeps each where it is (meta becomes the CPU).
-        prefix: load only names that begin with it, and remove it: for a part of a full checkpoint, into a sub-module.
+        device: move every tensor there; None leaves each on its device. Meta tensors get memory there, or on the CPU.
+        prefix: load only names that begin with it, and remove it from them: to load a part of a full checkpoint into a sub-module.
         strict: raise if names or shapes differ; otherwise load what fits and report the rest.
         restore_frozen: set ``requires_grad`` of every floating-point parameter to what was saved, if the checkpoint records it.
         verify: as in ``load``.
@@ -122,7 +123,8 @@ def load_model(
     Raises:
         TypeError, ValueError: for wrong arguments, before anything happens.
         IncompatibleCheckpointError: names or shapes differ (all are listed), or the module cannot be filled; it is unchanged.
-        CorruptCheckpointError: a checksum is wrong; the module is then partly loaded, and the message says how far.
+        CorruptCheckpointError: a checksum is wrong; the module is then partly loaded, and the message says how many tensors
+            were loaded.
         CheckpointNotFoundError, UnsupportedTensorError, DirectoryBusyError.
 
     Example:
@@ -140,20 +142,20 @@ def load_model(
     check_progress(progress)
     check_path(path)
     check_names(None, prefix)
-    where = check_device(device)
+    target_device = check_device(device)
     started = time.perf_counter()
     with open_checkpoint(
         path, selection(None, prefix), parts=("architecture",) if has_extra_state(model) else ()
     ) as checkpoint:
-        filler = _plan(model, checkpoint, prefix, where, strict=strict, restore_frozen=restore_frozen)
+        filler = _plan(model, checkpoint, prefix, target_device, strict=strict, restore_frozen=restore_frozen)
         filler.check(strict=strict)
         reads = filler.plan.reads
         planned = time.perf_counter()
-        with Progress(progress, "loading", sum(located.nbytes for located in reads)) as shown:
-            reader = TensorReader(checkpoint, verify=verify, progress=shown)
+        with Progress(progress, "loading", sum(located.nbytes for located in reads)) as reporter:
+            reader = TensorReader(checkpoint, verify=verify, progress=reporter)
             differences = filler.fill(reader, strict=strict)
         transferred = time.perf_counter()
-        restored = filler.restore_flags()
+        restored_flags = filler.restore_flags()
         notes = (*reader.totals.notes, *filler.plan.notes(), *checkpoint.companion_notes())
     ended = time.perf_counter()
     return LoadReport(
@@ -172,15 +174,15 @@ def load_model(
         missing=differences.missing,
         unexpected=differences.unexpected,
         mismatched=tuple(sorted(filler.plan.mismatched.values())),
-        frozen=restored.frozen,
-        changed_flags=restored.changed,
+        frozen=restored_flags.frozen,
+        changed_flags=restored_flags.changed,
     )
 
 
 def _plan(
     model: nn.Module, checkpoint: Checkpoint, prefix: str, device: torch.device | None, *, strict: bool, restore_frozen: bool
 ) -> ModuleFiller:
-    """Plans what goes where in ``model``; nothing has been checked or changed yet."""
+    """Plans which stored tensor fills which tensor of ``model``; nothing is checked or changed yet."""
     inventory = take_inventory(model, checkpoint.path)
     layout = _choose_layout(inventory, choose_located(checkpoint, prefix), checkpoint.path)
     extra_states = [name for name in inventory.extra_states if name not in layout.stored]
@@ -195,7 +197,7 @@ def _plan(
 
 
 def _choose_layout(inventory: Inventory, stored: Mapping[str, Located], where: str) -> DiskLayout:
-    """The layout of ``stored`` (name on disk → stored tensor) for the module; only models of transformers and PEFT have another one."""
+    """The layout of ``stored`` (name on disk → stored tensor) for the module; only models of transformers and PEFT have their own."""
     if transformers_model(inventory.module) is not None:
         from shardsave._huggingface.transformers_loading import TransformersLayout  # no other model needs it
 
@@ -214,7 +216,7 @@ def _without_prefix(flags: Mapping[str, bool] | None, prefix: str) -> Mapping[st
 
 
 def _extra_states(checkpoint: Checkpoint, names: list[str], prefix: str, strict: bool) -> dict[str, Any]:
-    """Name → extra state that is no tensor, from the architecture of the checkpoint, as far as it is there. ``names``: the wanted ones."""
+    """Name → extra state that is not a tensor, from the checkpoint's architecture, for those of ``names`` that it has."""
     data = checkpoint.documents.get("architecture")
     if data is None or not names:
         return {}

@@ -21,7 +21,7 @@ __all__ = ["OpenCheckpoint", "TensorSlice", "open"]
 
 
 class NoSuchTensorError(IncompatibleCheckpointError, KeyError):
-    """The checkpoint has no tensor of that name; a KeyError too, because every mapping has to raise one."""
+    """The checkpoint has no tensor of that name. It is also a KeyError, because every mapping has to raise one."""
 
     __str__ = Exception.__str__
 
@@ -35,7 +35,8 @@ class OpenCheckpoint(Mapping[str, torch.Tensor]):
 
     All shards are opened and their headers checked when the checkpoint is opened, so all tensors are from one save, even if another
     save replaces the files meanwhile. Tensors stay valid after `close`; reading another one then raises ``ValueError``. Several
-    threads may use the object, and so may forked children, as long as no save replaces the files.
+    threads may use the object, and so may forked children. If a save has replaced the files, a shard that has to be opened again
+    raises DirectoryBusyError: in a forked child, or if there are more shards than files that can be open.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -81,7 +82,7 @@ class OpenCheckpoint(Mapping[str, torch.Tensor]):
         return self._maps.tensor(located)
 
     def slice(self, name: str) -> TensorSlice:
-        """The tensor ``name``, not yet mapped: its shape, its dtype, and by indexing any part of it.
+        """The tensor ``name``, not yet mapped: it has a shape and a dtype, and indexing returns any part of it.
 
         Raises IncompatibleCheckpointError, here also a KeyError, if there is no such name.
         """
@@ -138,7 +139,7 @@ class OpenCheckpoint(Mapping[str, torch.Tensor]):
 class TensorSlice:
     """A tensor of an open checkpoint that is read in parts: ``ckpt.slice("name")[0:10]`` equals ``ckpt["name"][0:10]``.
 
-    It matters for third-party files with unaligned tensors, which have to be copied: a slice copies only the part.
+    This matters for third-party files with unaligned tensors, which have to be copied: a slice copies only the part.
     """
 
     def __init__(self, owner: OpenCheckpoint, located: Located) -> None:

@@ -16,9 +16,9 @@ VERIFIED = {True: "checksums verified", False: "not verified", None: "no checksu
 class Report:
     """The fields that all reports have.
 
-    ``bytes``: of tensor data. ``tensors``: the number of stored tensors; a tied group counts once. ``seconds``: wall time of the
-    whole call. ``staging_bytes``: the most staging memory held at one time. ``direct``: whether every file was transferred without
-    the page cache.
+    ``bytes``: how many bytes of tensor data. ``tensors``: the number of stored tensors; a tied group counts once.
+    ``seconds``: wall time of the whole call. ``staging_bytes``: the most staging memory held at one time. ``direct``: whether every
+    file was transferred without the page cache.
     """
 
     path: str
@@ -44,7 +44,7 @@ class Report:
             f"{self.seconds:.2f} s ({human_bytes(self.bytes_per_second)}/s)"
         )
 
-    def _how(self) -> str:
+    def _engine_and_access(self) -> str:
         words = [self.engine, "direct" if self.direct else "buffered"]
         if self.pinned:
             words.append("pinned")
@@ -72,7 +72,7 @@ class SaveReport(Report):
             more.append(f"could not remove {', '.join(self.leftovers)}")
         if self.overlaps:
             more.append(f"overlapping but stored separately: {some(f'{a} and {b}' for a, b in self.overlaps)}")
-        how = f"{self._how()}, {'durable' if self.durable else 'not durable'}"
+        how = f"{self._engine_and_access()}, {'durable' if self.durable else 'not durable'}"
         return self._with_notes(f"saved {self.path}: {self._size_and_speed()}, {how}", *more)
 
 
@@ -107,4 +107,6 @@ class LoadReport(Report):
         changed = f" ({count(self.changed_flags, 'flag')} changed)" if self.changed_flags else ""
         flags = "flags left alone" if self.frozen is None else f"{self.frozen} frozen{changed}"
         checked = VERIFIED[self.verified]
-        return self._with_notes(f"loaded {self.path}: {self._size_and_speed()}, {self._how()}, {checked}, {flags}", *more)
+        return self._with_notes(
+            f"loaded {self.path}: {self._size_and_speed()}, {self._engine_and_access()}, {checked}, {flags}", *more
+        )

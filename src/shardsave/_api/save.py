@@ -58,13 +58,13 @@ def save(
             tensors, Parameters or numpy arrays of any dtype of safetensors.
         directory: created if it does not exist.
         max_shard_size: the most bytes of tensor data in one file, as an int or ``"5GB"``, ``"500MB"``, ``"2GiB"``.
-        durable: wait until the checkpoint would survive a loss of power; if False, it only survives the end of the process.
+        durable: wait until the checkpoint would survive a loss of power; if False, it survives only the end of the process.
         metadata: name → JSON value, returned by ``inspect``; keys are strings on every level, tuples come back as lists.
         architecture: also store the module tree as data, so that ``build_model`` builds the whole model again without calling its
             constructor. Anything that cannot be stored as data is refused; hooks are left out, with one warning.
         program: ``(args, kwargs)`` for ``forward``, or the result of ``torch.export.export``: also store what the model computes,
             as a graph of torch's operators that ``load_program`` runs without the model's classes.
-        adapter_only: save only the active adapter of a PEFT model, laid out as PEFT does, and the flags of the whole model.
+        adapter_only: save only the active adapter of a PEFT model, in PEFT's layout, and the flags of the whole model.
         progress: None shows a bar if the call takes long and stderr is a terminal; True or False forces or forbids the bar; a
             callable receives (bytes done, bytes in total).
         lock_timeout: seconds to wait for another save into the same directory.
@@ -102,8 +102,8 @@ def save(
     with gc_paused():
         contents = _read_contents(source, layout, architecture, program, max_shard_bytes, user_metadata)
     plan_seconds = time.perf_counter() - started
-    with Progress(progress, "saving", contents.tensor_bytes) as shown:
-        outcome = write_checkpoint(contents, directory, durable=durable, lock_timeout=lock_timeout, progress=shown)
+    with Progress(progress, "saving", contents.tensor_bytes) as reporter:
+        outcome = write_checkpoint(contents, directory, durable=durable, lock_timeout=lock_timeout, progress=reporter)
     return SaveReport(
         path=os.fspath(directory),
         bytes=contents.tensor_bytes,
@@ -123,7 +123,7 @@ def save(
 
 
 def _choose_layout(source: Source, adapter_only: bool, *, with_parts: bool) -> DiskLayout:
-    """The layout of ``source`` on disk: that of its library, or its own names, which an architecture and a program refer to."""
+    """The layout of ``source`` on disk. ``with_parts``: keep the names in the module, which an architecture and a program refer to."""
     if adapter_only:
         adapter = peft_model(source)
         if adapter is None:

@@ -13,10 +13,10 @@ from shardsave.errors import IncompatibleCheckpointError
 
 
 class AdapterLayout(IdentityLayout):
-    """The layout of an adapter for a PEFT model. The flags beside it are recorded by the names in the model."""
+    """The layout of an adapter for a PEFT model. Its checkpoint records flags by the names in the model."""
 
     def __init__(self, names: Mapping[str, str], stored: Mapping[str, Located]) -> None:
-        """``names``, ``stored``: name on disk → name in the model, and → stored tensor."""
+        """``names``: name on disk → name in the model. ``stored``: name on disk → stored tensor."""
         super().__init__({names.get(name, name): located for name, located in stored.items()})
         self._adapter = frozenset(names.values())
 
@@ -26,7 +26,8 @@ class AdapterLayout(IdentityLayout):
 
 
 def adapter_layout(model: Any, stored: Mapping[str, Located], where: str) -> AdapterLayout | None:
-    """The layout of ``stored`` (name on disk → stored tensor) for the active adapter of a PEFT ``model``; None if it is no adapter.
+    """The layout of ``stored`` (name on disk → stored tensor) for the active adapter of a PEFT ``model``; None if ``stored`` is no adapter,
+    or if the model does not have exactly one active adapter.
 
     ``where``: the path of the checkpoint, for messages. Raises IncompatibleCheckpointError.
     """
@@ -40,7 +41,7 @@ def adapter_layout(model: Any, stored: Mapping[str, Located], where: str) -> Ada
         return None
     if adapter.computed:
         raise IncompatibleCheckpointError(
-            f"cannot load {where}: an adapter whose tensors are those of the model was expected, PEFT computes "
+            f"cannot load {where}: an adapter whose tensors are all in the model was expected, PEFT computes "
             f"{', '.join(sorted(adapter.computed))} for the file; use PeftModel.from_pretrained; the module is unchanged"
         )
     return AdapterLayout(adapter.names, stored)

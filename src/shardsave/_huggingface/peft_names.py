@@ -24,7 +24,7 @@ def adapter_of(model: Any, tensors: Mapping[str, torch.Tensor]) -> Adapter:
     """Selects from ``tensors``, all of a PEFT ``model`` by their names in the module, those that PEFT saves as its active adapter."""
     adapter_name = active_adapter(model)
     utils = importlib.import_module("peft.utils")
-    # False, not "auto": to find out whether embeddings were resized, PEFT looks for the base model's config on the Hub.
+    # False, because with "auto" PEFT looks for the base model's config on the Hub, to learn whether embeddings were resized.
     adapter_tensors = utils.get_peft_model_state_dict(
         model, state_dict=dict(tensors), adapter_name=adapter_name, save_embedding_layers=False
     )

@@ -27,7 +27,7 @@ class AdapterLayout:
         adapter = adapter_of(self._model, {name: entry.tensor for name, entry in entries.items()})
         if not adapter.names and not adapter.computed:
             raise UnsupportedTensorError(
-                f"cannot save the adapter {active_adapter(self._model)!r}: at least one tensor was expected, the model has none of it; "
+                f"cannot save the adapter {active_adapter(self._model)!r}: at least one tensor was expected, it has none; "
                 "nothing was written"
             )
         name_on_disk = {name: saved_name for saved_name, name in adapter.names.items()}

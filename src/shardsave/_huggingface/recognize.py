@@ -1,4 +1,4 @@
-"""Recognises transformers and PEFT models without importing either library: one that was never imported has no models."""
+"""Recognises transformers and PEFT models without importing either library: a library that was never imported has no models."""
 
 from __future__ import annotations
 

@@ -46,8 +46,8 @@ def read_config(folder: str, name: str = CONFIG_NAME) -> dict[str, Any] | None:
     try:
         config = json.loads(data, object_hook=_special_float)
     except (ValueError, RecursionError) as error:
-        found = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise CorruptCheckpointError(f"corrupt {name}: {path}: JSON expected, found: {found}; nothing was built") from error
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise CorruptCheckpointError(f"corrupt {name}: {path}: JSON expected, found: {reason}; nothing was built") from error
     if not isinstance(config, dict):
         raise CorruptCheckpointError(
             f"corrupt {name}: {path}: a JSON object expected, it is {glimpse(config)}; nothing was built"
@@ -62,18 +62,18 @@ def _special_float(value: dict[str, Any]) -> Any:
 
 
 def empty_model(folder: str, config: Mapping[str, Any], trust: Collection[str], device: torch.device) -> nn.Module:
-    """The model that ``config`` describes, on ``device``; its weights are uninitialised, and what is never saved has its initial values.
+    """The model of ``config`` on ``device``: weights have no values yet, and tensors that are never saved have their initial values.
 
     Raises UntrustedCodeError before anything is imported, and IncompatibleCheckpointError.
     """
     where = f"a model from {os.path.join(folder, CONFIG_NAME)}"
-    kind = _model_class(config, trust, where)
+    model_class = _model_class(config, trust, where)
     arguments = _without_fetched(config)
     arguments.pop("architectures", None)
     try:
-        described = kind.config_class.from_dict(arguments)
+        model_config = model_class.config_class.from_dict(arguments)
         with torch.device(device), _without_initialisation():
-            model: Any = kind._from_config(described)
+            model: Any = model_class._from_config(model_config)
         model.tie_weights()
         _initialise_unsaved(model)
         generation = read_config(folder, GENERATION_NAME) if model.can_generate() else None
@@ -83,16 +83,16 @@ def empty_model(folder: str, config: Mapping[str, Any], trust: Collection[str], 
         raise
     except Exception as error:
         raise IncompatibleCheckpointError(
-            f"cannot build {where}: {kind.__name__} of {_version()} was expected to be made from it, that raised "
+            f"cannot build {where}: {model_class.__name__} of {_version()} was expected to be built from it, it raised "
             f"{type(error).__name__}: {' '.join(str(error).split())}; the checkpoint is as it was"
         ) from error
     model.name_or_path = folder
-    built: nn.Module = model.eval()  # as from_pretrained does, because a config does not record the mode of the model
-    return built
+    eval_model: nn.Module = model.eval()  # as from_pretrained does, because a config does not record the mode of the model
+    return eval_model
 
 
 def take_stored_dtypes(model: nn.Module, stored: Mapping[str, Located]) -> None:
-    """Gives each tensor of ``model`` the dtype that it has in ``stored`` (name in the model → stored tensor): a config has one for all."""
+    """Gives each tensor of ``model`` the dtype that it has in ``stored`` (name in the model → stored tensor); a config has one for all."""
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name in stored and BY_NAME[stored[name].dtype].torch != tensor.dtype:
             tensor.data = torch.empty_like(tensor, dtype=BY_NAME[stored[name].dtype].torch)
@@ -109,8 +109,8 @@ def _model_class(config: Mapping[str, Any], trust: Collection[str], where: str) 
         )
     if "transformers" not in trust and f"transformers.{name}" not in trust:
         raise UntrustedCodeError(
-            f"cannot build {where}: only what is trusted is imported, it asks for transformers.{name}; "
-            f"if you know it, say trust=['transformers']; nothing was imported"
+            f"cannot build {where}: only what is trusted is imported, the config names transformers.{name}; "
+            f"if you trust it, pass trust=['transformers']; nothing was imported"
         )
     if "quantization_config" in config:
         raise IncompatibleCheckpointError(
@@ -118,23 +118,23 @@ def _model_class(config: Mapping[str, Any], trust: Collection[str], where: str) 
         )
     try:
         modeling = importlib.import_module("transformers.modeling_utils")
-        kind: Any = getattr(importlib.import_module("transformers"), name, None)
+        model_class: Any = getattr(importlib.import_module("transformers"), name, None)
     except ImportError as error:
         raise IncompatibleCheckpointError(
-            f"cannot build {where}: transformers was expected to be there, not found: {error}; install it, or use load"
+            f"cannot build {where}: transformers was expected to be installed, its import failed: {error}; install it, or use load"
         ) from error
-    is_model = isinstance(kind, type) and issubclass(kind, modeling.PreTrainedModel)
-    if not is_model or kind.config_class is None:
+    is_model = isinstance(model_class, type) and issubclass(model_class, modeling.PreTrainedModel)
+    if not is_model or model_class.config_class is None:
         raise IncompatibleCheckpointError(
             f"cannot build {where}: {name} was expected to be a model of {_version()}, it has none of that name; "
-            f"for one of your own, define it and use load_model"
+            f"if the class is your own, create the model and use load_model"
         )
-    if config.get("model_type") != kind.config_class.model_type:
+    if config.get("model_type") != model_class.config_class.model_type:
         raise IncompatibleCheckpointError(
-            f"cannot build {where}: {name} expects model_type {kind.config_class.model_type!r}, it has "
+            f"cannot build {where}: {name} expects model_type {model_class.config_class.model_type!r}, it has "
             f"{glimpse(config.get('model_type'))}; config and model belong to different releases or models"
         )
-    return kind
+    return model_class
 
 
 def _without_fetched(value: Any) -> Any:

@@ -2,8 +2,8 @@
 
 Each stored name is renamed as `from_pretrained` renames it. If several stored tensors make one tensor of the model (the experts of a
 mixture), they are read straight into views of it: the slices that transformers takes of the tensor when it saves are where the parts
-belong when it loads. Only if there are no such views, the parts are read into copies, one join at a time, and transformers
-converts these.
+belong when it loads. If there are no such views, the parts are read into copies, one join at a time, and transformers converts
+them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class TransformersLayout:
         self.joins: list[Join] = []
         self._model: Any = inventory.module
         self._names = dict.fromkeys(inventory.expected, True)
-        self._sent: dict[str, tuple[str, ...]] = {}  # name on disk → names in the model
+        self._targets: dict[str, tuple[str, ...]] = {}  # name on disk → names in the model
         self._keys: list[list[Key]] = []  # for each join, the key of each source
         self._renamings: list[Any] = []
         self._converters: list[Any] = []
@@ -50,7 +50,7 @@ class TransformersLayout:
             self._plan(stored, where)
 
     def may_be_missing(self, name: str) -> bool:
-        """Whether transformers does not need ``name``: it is not saved, or is computed again."""
+        """Whether transformers does not need ``name``: it is never saved, or it is computed again."""
         if name in (getattr(self._model, "_keys_to_ignore_on_save", None) or ()):
             return True
         return _matches(getattr(self._model, "_keys_to_ignore_on_load_missing", None), name)
@@ -64,8 +64,10 @@ class TransformersLayout:
         known = {*self._names, *(names.plain(name) for name, _ in self._model.named_parameters(remove_duplicate=False))}
         flags: dict[str, bool] = {}
         for name, frozen in on_disk.items():
-            for own in [name] if name in known else self._sent.get(name) or [self._with_or_without_prefix(name, known)]:
-                flags[own] = frozen and flags.get(own, True)
+            for name_in_model in (
+                [name] if name in known else self._targets.get(name) or [self._with_or_without_prefix(name, known)]
+            ):
+                flags[name_in_model] = frozen and flags.get(name_in_model, True)
         return flags
 
     def _with_or_without_prefix(self, name: str, known: set[str]) -> str:
@@ -104,28 +106,28 @@ class TransformersLayout:
         self._converters = [transform for transform in transforms if isinstance(transform, loading.WeightConverter)]
         unneeded = _unneeded(self._model)
         joined: dict[str, list[tuple[str, str]]] = {}  # name in the model → (name on disk, pattern)
-        for name, (own, pattern) in self._renamed(stored):
-            if own in self._names and pattern:
-                joined.setdefault(own, []).append((name, pattern))
-            elif own in self._names and own not in self.stored:
-                self.stored[own] = stored[name]
-                self._sent[name] = (own,)
-            elif not any(_matches(unneeded, either) for either in (name, own)):
+        for name, (name_in_model, pattern) in self._renamed(stored):
+            if name_in_model in self._names and pattern:
+                joined.setdefault(name_in_model, []).append((name, pattern))
+            elif name_in_model in self._names and name_in_model not in self.stored:
+                self.stored[name_in_model] = stored[name]
+                self._targets[name] = (name_in_model,)
+            elif not any(_matches(unneeded, candidate) for candidate in (name, name_in_model)):
                 self.stored[name] = stored[name]
-        for own, members in joined.items():
-            self._join(own, members, stored, where)
+        for name_in_model, members in joined.items():
+            self._join(name_in_model, members, stored, where)
 
     def _join(self, first: str, members: Sequence[tuple[str, str]], stored: Mapping[str, Located], where: str) -> None:
         """Adds the join of ``members`` (name on disk, pattern), which makes the tensor ``first`` and perhaps others.
 
-        transformers converts empty tensors on the meta device, which tells the names, dtypes and shapes of the targets.
+        transformers first converts empty tensors on the meta device, to learn the names, dtypes and shapes of the targets.
         """
         pattern = members[0][1]
-        blank = next(converter for converter in self._converters if pattern in converter.source_patterns)
+        template = next(converter for converter in self._converters if pattern in converter.source_patterns)
         sources = tuple(stored[name] for name, _ in members)
 
         def convert(tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-            converter = copy.deepcopy(blank)
+            converter = copy.deepcopy(template)
             for (name, part), tensor in zip(members, tensors):
                 converter.add_tensor(first, name, part, tensor)
             values = converter.convert(first, model=self._model, config=self._model.config)
@@ -144,7 +146,7 @@ class TransformersLayout:
             self.stored[name] = Located(
                 name, BY_TORCH[tensor.dtype].name, logical_shape(tensor.dtype, tensor.shape), tensor.nbytes, "", 0, None
             )
-        self._sent.update(dict.fromkeys((name for name, _ in members), tuple(targets)))
+        self._targets.update(dict.fromkeys((name for name, _ in members), tuple(targets)))
         self.joins.append(Join(tuple(targets), sources, convert))
         self._keys.append([(first, part) for _, part in members])
 
@@ -171,7 +173,7 @@ def _converts() -> bool:
 
 
 def _unneeded(model: Any) -> list[str]:
-    """Patterns of stored names that transformers ignores: of buffers that old versions saved."""
+    """Patterns of stored names that transformers ignores, such as those of buffers that only old versions saved."""
     patterns = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
     buffers = [name for name, _ in model.named_buffers()]
     for buffer, pattern in (("rotary_emb.inv_freq", r"rotary_emb\.inv_freq"), ("position_ids", r"(^|\.)position_ids$")):

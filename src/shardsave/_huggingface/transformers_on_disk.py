@@ -1,7 +1,7 @@
 """The tensors of a transformers model as `save_pretrained` lays them out on disk: renamed, and fused tensors taken apart.
 
-Saving writes this layout, loading reads it straight into the same views. transformers itself converts; nothing is copied where
-a tensor on disk is a part of one in memory.
+Saving writes this layout, loading reads it straight into the same views. transformers itself converts. A tensor on disk that is
+a part of one in memory is not copied.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def reverted(model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, Part]
             on_disk = dict(revert(model, marked))
     except Exception as error:
         raise UnsupportedTensorError(
-            f"cannot save {type(model).__name__}: transformers was expected to convert it to the layout that it has on disk, it "
+            f"cannot save {type(model).__name__}: transformers was expected to convert it to its layout on disk, it "
             f"raised {type(error).__name__}: {' '.join(str(error).split())}; nothing was written"
         ) from error
     parts = {}

@@ -1,6 +1,6 @@
 """Saves transformers models as ``save_pretrained`` would: tensors, names on disk, and the configs beside the weights.
 
-Only a transformers model gets here, so transformers has already been imported.
+Only used for a transformers model, so transformers has already been imported.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _entry(name: str, part: Part, sources: Iterable[Entry]) -> Entry:
 
 
 def _tied_as_transformers_ties(model: Any, entries: list[Entry]) -> list[Entry]:
-    """Stores shared memory under the same name as `save_pretrained`: the one that the model ties the others to."""
+    """Stores tied tensors under the same name as `save_pretrained`: the one to which the model ties the others."""
     if all(entry.tied_to is None for entry in entries):
         return entries
     patterns = [
@@ -97,7 +97,7 @@ def _ties(model: Any, entries: Iterable[Entry], stored: Mapping[str, Part]) -> l
     if not tied:
         return []
     name_on_disk = {part.sources[0]: name for name, part in stored.items() if len(part.sources) == 1 and not part.is_copy}
-    # Of a leader that is several tensors on disk, no single one is what the tied name shares.
+    # If a leader is several tensors on disk, the tied name shares memory with no single one of them.
     unsplit = {name for name in name_on_disk if sum(part.sources == (name,) for part in stored.values()) == 1}
     ties = []
     for name, part in reverted(model, {name: entry.tensor for name, entry in tied.items()}).items():

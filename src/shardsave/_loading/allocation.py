@@ -1,4 +1,4 @@
-"""Gives the tensors of a module the memory that they will be filled in: real memory for the meta device, and the requested device."""
+"""Allocates the memory in which the tensors of a module will be filled: for meta tensors, and on the requested device."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def allocate(inventory: Inventory, filled: Collection[str], owned: Collection[st
     slots = dict(inventory.slots)
     memory: dict[str, torch.Tensor] = {}
     parameters: dict[int, nn.Parameter] = {}
-    # Parameters made in inference mode could never be trained: the caller's mode must not get into the module.
+    # A parameter created in inference mode could never be trained, so the caller's mode must not affect the module.
     with torch.inference_mode(False), torch.no_grad():
         for slot in moving:
             tensor, leader = slot.tensor, leaders[slot.name]
@@ -57,7 +57,7 @@ def _new_memory(tensor: torch.Tensor, device: torch.device | None, *, will_be_fi
 def _replace(slot: Slot, memory: torch.Tensor, parameters: dict[int, nn.Parameter]) -> torch.Tensor:
     """Puts ``memory`` in the place of a buffer or a meta parameter, with the Python attributes of the old tensor; returns the new tensor.
 
-    ``parameters``: id of an old parameter → its replacement, so that a tied parameter is replaced by one and the same.
+    ``parameters``: id of an old parameter → its replacement, so that all names of a tied parameter get the same object.
     """
     if slot.is_buffer:
         memory.__dict__.update(slot.tensor.__dict__)

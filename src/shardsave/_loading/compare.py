@@ -30,11 +30,11 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 class Difference(NamedTuple):
-    """How two runs of values a and b differ.
+    """How two sequences of values a and b differ.
 
     ``elements``: how many values differ. ``nans``: how many of these are NaN on one side only; the maxima ignore them.
     ``max_absolute``: the largest |a - b|. ``max_relative``: the largest |a - b| / max(|a|, |b|), at most 2, or infinite
-    if only one of the two is infinite.
+    if |a - b| is infinite.
     """
 
     elements: int = 0
@@ -43,7 +43,7 @@ class Difference(NamedTuple):
     max_relative: float = 0.0
 
     def joined(self, other: Difference) -> Difference:
-        """The difference of this run of values and another run together."""
+        """The difference over both: the values of this one and the values of ``other``."""
         return Difference(
             self.elements + other.elements,
             self.nans + other.nans,
@@ -53,7 +53,7 @@ class Difference(NamedTuple):
 
 
 def must_read(left: Located, right: Located) -> bool:
-    """Whether only the bytes can tell how two stored tensors differ; not if their shapes differ or their checksums are equal."""
+    """Whether two stored tensors must be read to learn how they differ: not if shapes differ, or dtypes and checksums are equal."""
     if left.shape != right.shape or 0 in left.shape:
         return False
     return left.dtype != right.dtype or left.checksum is None or left.checksum != right.checksum
@@ -70,7 +70,7 @@ def compare_stored(
     difference, equal, done = Difference(), a_dtype == b_dtype, 0
     pieces = zip(
         stream(*left, _PIECE_ELEMENTS), stream(*right, _PIECE_ELEMENTS), strict=True
-    )  # strict: both verify their checksum
+    )  # strict: both streams must end, since they then verify their checksum
     for a, b in pieces:
         if a_dtype != b_dtype or a != b:
             equal = False
@@ -81,7 +81,7 @@ def compare_stored(
 
 
 def compare(left: bytes, left_dtype: str, right: bytes, right_dtype: str) -> Difference:
-    """Compares the same number of values, of dtypes by their names in safetensors; NaN equals NaN, and 0.0 equals -0.0."""
+    """Compares two sequences of equally many values. Dtypes are named as in safetensors. NaN equals NaN, and 0.0 equals -0.0."""
     a, b = _values(left, left_dtype), _values(right, right_dtype)
     if a.dtype != b.dtype:
         wide = np.complex128 if "c" in (a.dtype.kind, b.dtype.kind) else np.float64
@@ -103,7 +103,7 @@ def _compare_floats(a: Values, b: Values) -> Difference:
 
 
 def _compare_integers(a: Values, b: Values) -> Difference:
-    """Exact: the larger minus the smaller may not fit into a signed integer, but always fits into an unsigned one."""
+    """The difference is exact: the larger minus the smaller may not fit into a signed integer, but always fits into an unsigned one."""
     absolute = (np.maximum(a, b) - np.minimum(a, b)).view(np.uint64).astype(np.float64)
     relative = absolute / np.maximum(np.abs(a.astype(np.float64)), np.abs(b.astype(np.float64)))
     relative[absolute == 0] = 0

@@ -1,4 +1,4 @@
-"""How the tensors of a checkpoint become the tensors of a module: the protocol, and the layout of files that hold a module as it is.
+"""How the tensors of a checkpoint become the tensors of a module: the protocol, and the layout of a plain module.
 
 Libraries that rename, fuse or split tensors on disk implement the protocol in `_huggingface`.
 """
@@ -14,7 +14,8 @@ from shardsave._storage.checkpoint import Located
 
 
 class Join(NamedTuple):
-    """Stored tensors that are converted together: several parts of one tensor of the module, or one tensor that holds several of it.
+    """Stored tensors that are converted together: several parts of one tensor of the module, or one tensor that
+    contains several.
 
     ``targets``: names in the module. ``sources``: the stored tensors. ``convert``: values of the sources → values of the targets.
     """
@@ -25,7 +26,7 @@ class Join(NamedTuple):
 
 
 class DiskLayout(Protocol):
-    """What a load has to know about the names and the layout on disk; computed from a module and a checkpoint, and then fixed."""
+    """What a load has to know about names and tensors on disk. It is computed from a module and a checkpoint, and then never changes."""
 
     @property
     def stored(self) -> Mapping[str, Located]:

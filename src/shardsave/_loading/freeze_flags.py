@@ -13,7 +13,7 @@ from shardsave._state.wrappers import Names
 
 
 class RestoredFlags(NamedTuple):
-    """``frozen``: how many parameters are frozen now, None if flags were left alone. ``changed``: how many had another flag before."""
+    """``frozen``: how many parameters are frozen now; None if flags were not restored. ``changed``: how many had another flag before."""
 
     frozen: int | None
     changed: int
@@ -36,7 +36,7 @@ def restore_flags(parameters: Iterable[tuple[str, torch.Tensor]], flags: Mapping
             wanted[id(parameter)] = frozen and wanted.get(id(parameter), True)
     changing = [key for key, frozen in wanted.items() if by_id[key].requires_grad == frozen]
     for key in changing:
-        with torch.inference_mode(by_id[key].is_inference()):  # outside of it, an inference tensor refuses the flag
+        with torch.inference_mode(by_id[key].is_inference()):  # outside inference mode, an inference tensor refuses the flag
             by_id[key].requires_grad_(not wanted[key])
     return RestoredFlags(sum(wanted.values()), len(changing))
 

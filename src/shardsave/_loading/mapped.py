@@ -17,8 +17,8 @@ from shardsave.errors import CorruptCheckpointError
 class Maps:
     """The shards of an open checkpoint, each mapped once, when one of its tensors is first needed.
 
-    A mapping has its own descriptor and lives as long as a tensor in it. ``aligned``: unaligned tensors are copied; without it nothing
-    is copied, and only the bytes of an unaligned tensor may be used, not its values.
+    A mapping has its own descriptor and lives as long as a tensor in it. ``aligned``: unaligned tensors are copied. If False,
+    nothing is copied, and only the bytes of an unaligned tensor may be used, not its values.
     """
 
     def __init__(self, checkpoint: Checkpoint, *, aligned: bool = True) -> None:
@@ -35,7 +35,7 @@ class Maps:
         return (raw if _is_aligned(t) or not self._aligned else raw.clone()).view(dtype).view(shape)
 
     def tensors(self, chosen: Mapping[str, Located]) -> dict[str, torch.Tensor]:
-        """All of ``chosen``, or none: on an error the mappings go, whose descriptors the error's traceback would keep open."""
+        """Maps all of ``chosen``, or none: on an error the mappings are dropped, since its traceback would keep their descriptors open."""
         tensors: dict[str, torch.Tensor] = {}
         try:
             for name, t in chosen.items():

@@ -1,4 +1,4 @@
-"""Refuses what a load cannot do, by name, before any tensor of the module is changed."""
+"""Refuses, by name, every tensor that a load cannot fill, before any tensor of the module is changed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def check_differences(inventory: Inventory, plan: ModulePlan, strict: bool, wher
 
 
 def check_shapes(inventory: Inventory, plan: ModulePlan, where: str) -> None:
-    """Refuses lazy parameters, which have no shape yet; a routine may give them one."""
+    """Refuses lazy parameters, which have no shape yet, except those of a routine, which may give them one."""
     for name, slot in inventory.slots.items():
         if name in plan.matched and is_lazy(slot.tensor):
             _refuse(name, where, "a parameter with a shape was expected", "it is lazy; run a forward pass first")
@@ -60,18 +60,18 @@ def check_destinations(
                 f"cannot load {where}: {left!r} and {right!r} are one tensor in the module and were expected to be equal on "
                 f"disk, they differ; the module is unchanged"
             )
-    routed = {name: owner for name, owner in plan.destinations.items() if owner is not None}
-    filled = (slots[name] for name in plan.destinations if name not in routed or address(slots[name].tensor))
-    _refuse_overlaps((slot for slot in filled if stays(slot.tensor, device)), routed, where)
+    owners = {name: owner for name, owner in plan.destinations.items() if owner is not None}
+    filled = (slots[name] for name in plan.destinations if name not in owners or address(slots[name].tensor))
+    _refuse_overlaps((slot for slot in filled if stays(slot.tensor, device)), owners, where)
 
 
 def check_meta_buffers(inventory: Inventory, where: str) -> None:
     """Refuses buffers on the meta device that are not saved: nothing would fill them."""
     buffers = (name for name, slot in inventory.slots.items() if slot.is_buffer and slot.tensor.is_meta)
-    left = [name for name in buffers if name not in inventory.expected]
-    if left:
+    unfilled = [name for name in buffers if name not in inventory.expected]
+    if unfilled:
         raise IncompatibleCheckpointError(
-            f"cannot load {where}: buffers with data were expected, these are not saved and on the meta device: {', '.join(left)}; "
+            f"cannot load {where}: buffers with data were expected, these are not saved and on the meta device: {', '.join(unfilled)}; "
             f"give them values first; the module is unchanged"
         )
 
@@ -85,7 +85,7 @@ def _refuse_differences(plan: ModulePlan, where: str) -> NoReturn:
     parts = [f"{len(names)} {words}: {', '.join(names)}" for words, names in differences if names]
     hint = ""
     if any(name.startswith(".") for name in plan.unexpected):
-        hint = "; a name begins with a dot where the prefix ends without its own: end it with one, as in 'encoder.'"
+        hint = "; a name begins with a dot, because the prefix does not end with one: pass a prefix such as 'encoder.'"
     raise IncompatibleCheckpointError(
         f"cannot load {where}: the module's names and shapes were expected, there are {'; '.join(parts)}{hint}; the module is unchanged"
     )
@@ -94,8 +94,8 @@ def _refuse_differences(plan: ModulePlan, where: str) -> NoReturn:
 def _keep_values(inventory: Inventory, plan: ModulePlan, names: Iterable[str]) -> bool:
     """Whether the tensors ``names`` will have the values on disk.
 
-    Not if a routine fills one whose state dict does not have that very tensor: it changes what it receives, and may end with the same
-    value as the other.
+    Not if a routine fills one of them, and its module's state dict does not contain that very tensor: such a routine converts what it
+    receives, so both tensors may have the same value in the end.
     """
     for name in names:
         if (owner := plan.owned.get(name)) is None:
@@ -137,8 +137,8 @@ def _check_fillable(slot: Slot, stored: torch.dtype, where: str) -> None:
     if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride())):
         _refuse(slot.name, where, "memory for each element was expected", "it is expanded; call .contiguous() on it first")
     if _may_overlap_itself(tensor):
-        found = f"elements of it share theirs, its strides are {list(tensor.stride())}; call .contiguous() on it first"
-        _refuse(slot.name, where, "memory for each element was expected", found)
+        actual = f"some elements share memory, its strides are {list(tensor.stride())}; call .contiguous() on it first"
+        _refuse(slot.name, where, "memory for each element was expected", actual)
 
 
 def _may_overlap_itself(tensor: torch.Tensor) -> bool:
@@ -211,5 +211,5 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _refuse(name: str, where: str, wanted: str, found: str) -> NoReturn:
-    raise UnsupportedTensorError(f"cannot fill {name!r} from {where}: {wanted}, {found}; the module is unchanged")
+def _refuse(name: str, where: str, expected: str, actual: str) -> NoReturn:
+    raise UnsupportedTensorError(f"cannot fill {name!r} from {where}: {expected}, {actual}; the module is unchanged")

@@ -24,7 +24,7 @@ from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError
 
 
 class Differences(NamedTuple):
-    """Names that are only in the module or only in the checkpoint, also those that sub-modules which load themselves report."""
+    """Names that are only in the module or only in the checkpoint, including those that self-loading sub-modules report."""
 
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
@@ -74,7 +74,10 @@ class ModuleFiller:
         self._inventory = allocate(self._inventory, filled, self.plan.owned, self._device)
 
     def _run_routines(self, reader: TensorReader, strict: bool) -> Differences:
-        """Lets one sub-module after the other load itself, so that the copies of only one are in memory at a time."""
+        """Lets one sub-module after the other load itself, so that the copies of only one are in memory at a time.
+
+        Joined tensors are the exception: they are read and converted before the first sub-module runs.
+        """
         joined: dict[str, torch.Tensor] = {}
         missing: list[str] = []
         unexpected: list[str] = []
@@ -97,21 +100,21 @@ class ModuleFiller:
 
         Raises IncompatibleCheckpointError if a tensor is gone, has another shape, or cannot be filled.
         """
-        before = self.plan
+        old_plan = self.plan
         self._inventory = take_again(self._inventory)
         try:
-            gone = sorted(set(before.in_place) - self._inventory.leaders.keys())
-            if gone:
-                raise IncompatibleCheckpointError(self._changed(f"{gone[0]} is not there any more"))
-            check_shapes(self._inventory, before, self._checkpoint.path)
-            self.plan = plan_again(before, self._inventory)
-            changed = sorted(self.plan.mismatched.keys() - before.mismatched.keys())
+            removed = sorted(set(old_plan.in_place) - self._inventory.leaders.keys())
+            if removed:
+                raise IncompatibleCheckpointError(self._changed(f"{removed[0]} was removed"))
+            check_shapes(self._inventory, old_plan, self._checkpoint.path)
+            self.plan = plan_again(old_plan, self._inventory)
+            changed = sorted(self.plan.mismatched.keys() - old_plan.mismatched.keys())
             if changed:
                 raise IncompatibleCheckpointError(self._changed(self.plan.mismatched[changed[0]]))
             self._check_destinations()
         except ShardSaveError as error:
             raise IncompatibleCheckpointError(
-                f"{str(error).removesuffix('; the module is unchanged')}; the loading routine of another sub-module changed that"
+                f"{str(error).removesuffix('; the module is unchanged')}; the loading routine of another sub-module caused this"
             ) from error
         self._allocate(self.plan.in_place)
 
@@ -133,7 +136,7 @@ class ModuleFiller:
             with self._counting(reader, in_place=True):
                 reader.read(targets)
         finally:
-            # autograd does not notice these writes; with a new version, a stale backward raises. Inference tensors are skipped.
+            # autograd does not notice these writes; with a new version number, a stale backward raises. Inference tensors are skipped.
             torch.autograd.graph.increment_version(list(destinations.values()))
 
     def _targets(self, destinations: dict[str, torch.Tensor]) -> tuple[list[Target], list[Join]]:

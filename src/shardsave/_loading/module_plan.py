@@ -1,4 +1,4 @@
-"""Plans how a checkpoint goes into a module: what goes where, and what differs. The plan is a value; nothing is read or changed."""
+"""Plans a load: which stored tensor fills which tensor of a module, and what differs. The plan is a value; nothing is read or changed."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ class Routine(NamedTuple):
 
 @dataclass(frozen=True)
 class ModulePlan:
-    """What goes where in a module.
+    """Which stored tensor fills which tensor of a module, and how.
 
     ``stored``, ``joins``: from the layout. ``routines``: the sub-modules that load themselves, in module order. ``owned``: each name
     below one of them → the name of the sub-module. ``matched``: the other names that are both in the module and in the checkpoint.
     ``destinations``: for each tensor that is filled, its first name → the sub-module that fills it; None: it is read in place.
     ``must_equal``: pairs of names that are one tensor in the module but two on disk. ``missing``, ``unexpected``: names, sorted.
-    ``mismatched``: name → how the shapes differ; these tensors are left alone. ``casts``: (dtype on disk, dtype in the module) → how
-    many tensors that are read in place are cast. ``flags``: name → frozen, for the flags to restore; None: leave all flags alone.
+    ``mismatched``: name → how the shapes differ; these tensors are not loaded. ``casts``: (dtype on disk, dtype in the module) → how
+    many tensors that are read in place are cast. ``flags``: name → frozen, for the flags to restore; None: no flag is restored.
     """
 
     stored: Mapping[str, Located]
@@ -81,7 +81,7 @@ class ModulePlan:
     def notes(self) -> tuple[str, ...]:
         """Which values are cast, for the report."""
         return tuple(
-            f"{number} cast from {have} to {want}".replace("torch.", "") for (have, want), number in self.casts.items()
+            f"{number} cast from {stored} to {wanted}".replace("torch.", "") for (stored, wanted), number in self.casts.items()
         )
 
 
@@ -94,7 +94,7 @@ def plan_module(
     extra_states: Mapping[str, Any] | None = None,
     doubtful: Collection[str] = (),
 ) -> ModulePlan:
-    """Plans how the tensors of ``layout`` go into the module of ``inventory``.
+    """Plans how the stored tensors of ``layout`` fill the module of ``inventory``.
 
     ``flags``: the flags to restore, by the names that the checkpoint records. ``extra_states``: name → extra state that is plain data.
     ``doubtful``: names that are never unexpected, because they come from third-party metadata that only looks like a record of ties.
@@ -124,7 +124,7 @@ def plan_module(
 
 @gc_paused()
 def plan_again(plan: ModulePlan, inventory: Inventory) -> ModulePlan:
-    """``plan`` for the tensors in ``inventory``, which was taken after routines have run and perhaps replaced other tensors."""
+    """``plan`` for the tensors in ``inventory``, which was taken again because routines may have replaced other tensors."""
     matched = plan.matched - plan.mismatched.keys()
     mismatched = _mismatched(inventory, plan.stored, matched)
     owned = _owned(inventory, plan.stored, plan.routines)
@@ -171,7 +171,7 @@ def _inside(name: str, owner: str) -> str:
 
 
 def _missing(inventory: Inventory, layout: DiskLayout, names: Collection[str]) -> tuple[str, ...]:
-    """Those of ``names`` that the checkpoint lacks and a load needs: not if the same tensor is stored under another name."""
+    """Those of ``names`` that the checkpoint lacks and a load needs. A tensor that is stored under another of its names is not missing."""
     if not names:
         return ()
     leaders = inventory.leaders
@@ -197,7 +197,7 @@ def _mismatched(inventory: Inventory, stored: Mapping[str, Located], matched: Co
 def _destinations(
     inventory: Inventory, stored: Mapping[str, Located], in_place: Collection[str], owned: Mapping[str, str]
 ) -> tuple[dict[str, str | None], tuple[tuple[str, str], ...]]:
-    """`ModulePlan.destinations` and `ModulePlan.must_equal`. If a tensor has names of both kinds, it is read in place."""
+    """`ModulePlan.destinations` and `ModulePlan.must_equal`. A tensor with names in ``in_place`` and in ``owned`` is read in place."""
     leaders = inventory.leaders
     first: dict[str, str] = {}  # by leader
     destinations: dict[str, str | None] = {}
@@ -223,5 +223,5 @@ def _destinations(
 def _casts(inventory: Inventory, stored: Mapping[str, Located], destinations: Mapping[str, str | None]) -> Casts:
     in_place = (name for name, routine in destinations.items() if routine is None)
     dtypes = Counter((stored[name].dtype, inventory.slots[name].tensor.dtype) for name in in_place)
-    casts = {(BY_NAME[have].torch, want): number for (have, want), number in dtypes.items()}
-    return {(have, want): number for (have, want), number in casts.items() if have != want}
+    casts = {(BY_NAME[name].torch, wanted): number for (name, wanted), number in dtypes.items()}
+    return {(on_disk, wanted): number for (on_disk, wanted), number in casts.items() if on_disk != wanted}

@@ -16,7 +16,7 @@ from shardsave._storage.checkpoint import Checkpoint, Located
 def new_tensors(stored: Mapping[str, Located], device: torch.device) -> dict[str, torch.Tensor]:
     """An uninitialised tensor on ``device`` for each stored tensor.
 
-    `torch.empty_like` takes half the time of `torch.empty`, so only the first tensor of each dtype and shape is made by the latter.
+    `torch.empty_like` takes half the time of `torch.empty`, so only the first tensor of each dtype and shape is created by `torch.empty`.
     """
     tensors = {}
     first_of_kind: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
@@ -31,7 +31,7 @@ def new_tensors(stored: Mapping[str, Located], device: torch.device) -> dict[str
 
 def new_copy(located: Located) -> torch.Tensor:
     """An uninitialised tensor for a copy of a stored tensor; on the CPU even if torch's default device is another."""
-    # A loading routine may keep the tensor, and a tensor made in the caller's inference mode could never be trained.
+    # A loading routine may keep the tensor, and a tensor created in the caller's inference mode could never be trained.
     with torch.inference_mode(False):
         return _new_tensor(located, torch.device("cpu"))
 

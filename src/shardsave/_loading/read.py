@@ -28,9 +28,9 @@ Target = tuple[Located, Union[torch.Tensor, None]]
 
 
 class TensorReader:
-    """Reads tensors of one open checkpoint, in one run or in several, and adds up what the report of the load will say.
+    """Reads tensors of one open checkpoint, in one run or in several, and adds up the figures for the report.
 
-    ``tensors``: how many were read and have the right checksum, or none. ``damaged``: the tensors whose checksum is wrong, each with a
+    ``tensors``: how many were read; those with a wrong checksum do not count. ``damaged``: the tensors whose checksum is wrong, each with a
     message. ``verified``: whether every byte was verified; None: some tensors have no stored checksum.
     """
 
@@ -69,7 +69,7 @@ class TensorReader:
     def _read_group(
         self, shards: Sequence[str], targets: Sequence[Target], extents: NDArray[np.int64]
     ) -> list[tuple[Located, str]]:
-        """Reads the targets that lie in ``shards``, all of which are open at the same time; returns the damaged tensors."""
+        """Reads ``targets``, all in ``shards``, which are open at the same time; returns the damaged tensors."""
         with gc_paused():
             dtypes = {dtype: BY_NAME[dtype].torch for dtype in {t.dtype for t, _ in targets}}
             pieces = [TensorSource(tensor, dtypes[t.dtype]) if tensor is not None else None for t, tensor in targets]
@@ -103,8 +103,8 @@ def damage_message(located: Located, computed: int) -> str:
 
 
 def _extents(targets: Sequence[Target], shards: Sequence[str]) -> NDArray[np.int64]:
-    """Where the bytes of each target lie, in the form that `blocks` takes; a file's number is its place in ``shards``."""
-    number = {shard: place for place, shard in enumerate(shards)}
+    """The file and the byte range of each target, in the form that `blocks` takes; a file's number is its position in ``shards``."""
+    number = {shard: position for position, shard in enumerate(shards)}
     grain = {dtype: item_bytes(dtype) for dtype in BY_NAME}
     rows = ((number[t.shard], t.offset, t.nbytes, grain[t.dtype]) for t, _ in targets)
     return np.fromiter(chain.from_iterable(rows), np.int64, 4 * len(targets)).reshape(-1, 4)

@@ -29,7 +29,7 @@ def run_routine(
 ) -> tuple[list[str], list[str]]:
     """Reads what ``module`` receives and calls its `load_state_dict`; returns the names that it reports missing and unexpected.
 
-    ``joined``: name in the module → tensor that a join has produced; those of this routine are taken out of it.
+    ``joined``: name in the module → tensor that a join has produced; this function removes those that the routine receives.
     """
     values = {inside: joined.pop(name) for name, inside in routine.tensors.items() if name in joined}
     located = {inside: stored[name] for name, inside in routine.tensors.items() if inside not in values}
@@ -44,7 +44,7 @@ def run_routine(
             answer = module.load_state_dict(state, strict=strict)
     except Exception as error:
         raise IncompatibleCheckpointError(
-            f"cannot load {routine.name or type(module).__name__!r}: its own load_state_dict was expected to take "
+            f"cannot load {routine.name or type(module).__name__!r}: its own load_state_dict was expected to accept "
             f"what was saved, it raised {type(error).__name__}: {' '.join(str(error).split())}"
         ) from error
     start = f"{routine.name}." if routine.name else ""

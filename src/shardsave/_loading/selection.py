@@ -22,7 +22,7 @@ def check_names(names: Iterable[str] | None, prefix: str) -> frozenset[str] | No
         if not isinstance(name, str):
             raise TypeError(f"names must be strings, not {type(name).__name__}")
         if not name.startswith(prefix):
-            raise ValueError(f"names must be as they stand in the checkpoint: {name!r} does not begin with prefix {prefix!r}")
+            raise ValueError(f"names must be written as in the checkpoint: {name!r} does not begin with prefix {prefix!r}")
     return wanted
 
 
@@ -48,7 +48,9 @@ def stored_names(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def choose(checkpoint: Checkpoint, names: frozenset[str] | None, prefix: str) -> dict[str, str]:
-    """Selected name → the name under which its bytes are stored. Raises IncompatibleCheckpointError if a name is not there."""
+    """Selected name → the name under which its bytes are stored. Raises IncompatibleCheckpointError if a name is
+    not there, or none begins with ``prefix``.
+    """
     known = stored_names(checkpoint)
     missing = sorted(names - known.keys()) if names is not None else []
     if missing:
@@ -85,6 +87,6 @@ def _names_like(prefix: str, known: Iterable[str]) -> str:
     while depth < len(parts) - 1 and any(name.startswith(f"{start}{parts[depth]}.") for name in known):
         start, depth = f"{start}{parts[depth]}.", depth + 1
     below = sorted({name[len(start) :].split(".")[0] for name in known if name.startswith(start)})
-    group = f"the checkpoint's that begin with {start!r} go on with" if start else "the checkpoint's begin with"
+    group = f"the checkpoint's names that begin with {start!r} continue with" if start else "the checkpoint's names begin with"
     more = ", …" if len(below) > 5 else ""
     return f"{group} {', '.join(below[:5])}{more}{closest(parts[depth], below, start, '.')}"

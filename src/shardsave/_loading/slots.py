@@ -1,4 +1,4 @@
-"""What a live module has to be filled: its tensors by every name, and the sub-modules that have loading routines of their own."""
+"""The inventory of a live module: its tensors by every name, and the sub-modules that have loading routines of their own."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ class Slot(NamedTuple):
     saved: bool
 
 
-#: Every sub-module by every name, the module itself first: how the names inside it begin, without those of wrappers, and it.
+#: For every name of every sub-module, the module itself first: the prefix of names inside it (without wrappers), and the sub-module.
 SubModules = Sequence[tuple[str, nn.Module]]
 
 
 class Inventory(NamedTuple):
-    """Everything that a load has to know about a module, as it is at one moment.
+    """Everything that a load has to know about a module, at one moment.
 
     ``module``: without wrappers. ``slots``: its parameters and buffers by every name, in module order. ``leaders``: each name → the
-    first name with the same memory. ``expected``: the names in its state dict. ``extra_states``: those of extra state.
+    first name with the same memory. ``expected``: the names in its state dict. ``extra_states``: the names of extra state.
     ``self_loading``: the outermost sub-modules that have a loading routine of their own, by name; "" is the whole module.
     """
 
@@ -60,10 +60,10 @@ def take_inventory(module: nn.Module, where: str) -> Inventory:
     slots = list(_slots(sub_modules))
     inventory = _inventory(module, sub_modules, slots)
     if len(inventory.slots) != len(slots):
-        twice, _ = Counter(slot.name for slot in slots).most_common(1)[0]
+        duplicate, _ = Counter(slot.name for slot in slots).most_common(1)[0]
         raise IncompatibleCheckpointError(
-            f"cannot load {where}: tensors with names of their own were expected in the module, two are {twice!r} without the names of "
-            f"wrappers; the module is unchanged"
+            f"cannot load {where}: one tensor for each name was expected in the module, two are named {duplicate!r} without the names "
+            f"of wrappers; the module is unchanged"
         )
     return inventory
 
@@ -144,7 +144,7 @@ def ancestor(name: str, owners: Mapping[str, object]) -> str | None:
 
 
 def counts_batches(slot: Slot) -> bool:
-    """Whether the slot is the counter of a batch norm: as in torch, state from before it existed is accepted without it."""
+    """Whether the slot is the counter of a batch norm. As in torch, a state that is older than this counter is accepted without it."""
     return slot.attribute == "num_batches_tracked" and isinstance(slot.owner, _NormBase)
 
 

@@ -27,7 +27,7 @@ from shardsave._storage.staging import StagedShard
 from shardsave._storage.transaction import Transaction
 
 #: The most shards that are open at one time.
-_GROUP = 256
+_MAX_OPEN_SHARDS = 256
 
 
 class PlannedShard(NamedTuple):
@@ -46,7 +46,7 @@ class PlannedShard(NamedTuple):
 def plan_shards(
     entries: Sequence[Entry], bound: int, *, apart: bool = True, more: Mapping[str, str] | None = None
 ) -> list[PlannedShard]:
-    """Packs ``entries`` into shards of at most ``bound`` bytes of data; ``apart``: frozen and trainable entries never share one.
+    """Packs ``entries`` into shards of at most ``bound`` bytes of data; ``apart``: no shard holds both frozen and trainable entries.
 
     ``more``: additional items of the headers' ``__metadata__``.
     """
@@ -80,14 +80,15 @@ def plan_blocks(shards: Sequence[PlannedShard]) -> Blocks:
 class ShardWriter:
     """Writes shards in groups that the descriptor limit allows, and collects what the index and the report need.
 
-    ``whole_sums``: whether to compute checksums of whole files too.
+    ``records``: file name → what the index records of a shard. ``file_records``: the same with checksums of whole files, which are
+    computed only with ``whole_sums``.
     """
 
     def __init__(
         self, transaction: Transaction, shards: Sequence[PlannedShard], names: Sequence[str], *, durable: bool, whole_sums: bool
     ) -> None:
         self.records: dict[str, ShardRecord] = {}
-        self.whole: dict[str, FileRecord] = {}
+        self.file_records: dict[str, FileRecord] = {}
         self.sync_seconds = 0.0
         self.totals = Totals()
         self._transaction = transaction
@@ -106,7 +107,7 @@ class ShardWriter:
 
     def write(self, progress: Progress) -> None:
         """Writes and seals all shards: each is then complete, synced and closed under its staged name."""
-        step = min(descriptor_allowance(), _GROUP)
+        step = min(descriptor_allowance(), _MAX_OPEN_SHARDS)
         for first in range(0, len(self._shards), step):
             self._write_group(self._shards[first : first + step], self._names[first : first + step], progress)
 
@@ -128,7 +129,7 @@ class ShardWriter:
         self._transaction.seal(file, length, header)
         self.records[file.name] = ShardRecord(length, len(header), crc64(header))
         if self._whole_sums:
-            self.whole[file.name] = FileRecord(length, _whole_sum(header, shard.layout, sums))
+            self.file_records[file.name] = FileRecord(length, _whole_sum(header, shard.layout, sums))
 
     def _transfer(self, staged: Sequence[StagedShard], group: Sequence[PlannedShard], progress: Progress) -> Transfer:
         group_blocks = plan_blocks(group)

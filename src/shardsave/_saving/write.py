@@ -1,4 +1,4 @@
-"""Writes a checkpoint directory. Every verb that writes one does it here."""
+"""Writes a checkpoint directory. Every verb that writes one calls `write_checkpoint`."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def write_checkpoint(
         writer.write(progress)
         if contents.single_file is not None:
             transaction.add_second_name(names[0], contents.single_file)
-            companions[contents.single_file] = writer.whole[names[0]]
+            companions[contents.single_file] = writer.file_records[names[0]]
         parts = {role: _stage_document(transaction, role, document) for role, document in contents.documents.items()}
         for name in extra_names:
             parts["extra tensors"] = Part(name, writer.records.pop(name))

@@ -1,4 +1,4 @@
-"""Extra tensors: what a whole model needs and its weights do not contain."""
+"""Extra tensors: tensors that a whole model needs and its weights do not contain."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ExtraTensors:
     def __init__(self, entries: Sequence[Entry]) -> None:
         self.kept: list[Entry] = []
         self._by_name = {entry.name: entry.tensor for entry in entries}
-        named = reversed(self._by_name.items())  # the first of several names with one memory wins
+        named = reversed(self._by_name.items())  # of several names with the same memory, the first wins
         self._by_memory = {memory_key(tensor): name for name, tensor in named if address(tensor)}
         self._kept_by_memory: dict[Hashable, str] = {}
         self._taken = {"", "__metadata__"}

@@ -1,4 +1,4 @@
-"""What there is to save: the tensors of a module or a mapping by name, their freeze flags, and which of them share memory."""
+"""The state to save: the tensors of a module or a mapping by name, their freeze flags, and which of them share memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Entry(NamedTuple):
     """One name of a module or a mapping.
 
     ``frozen``: None without a freeze flag. ``tied_to``: the first name with the same memory; None for the first name itself.
-    ``source``: what has the bytes for the file, a `TensorSource` for entries of a module.
+    ``source``: where the bytes for the file come from; a `TensorSource` for entries of a module or a mapping.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Entry(NamedTuple):
 
     @property
     def tensor(self) -> torch.Tensor:
-        """The tensor of an entry of a module; entries of a conversion may have other sources."""
+        """The tensor of an entry of a module or a mapping; entries of a conversion may have other sources."""
         assert isinstance(self.source, TensorSource)
         return self.source.tensor
 
@@ -45,7 +45,7 @@ class Entry(NamedTuple):
 class State(NamedTuple):
     """All entries in state order. ``flags_known`` is False for a mapping without a single Parameter.
 
-    ``overlaps``: pairs of names whose tensors share a part of their memory; they are stored apart.
+    ``overlaps``: pairs of names whose tensors share a part of their memory; they are stored separately.
     """
 
     entries: tuple[Entry, ...]
@@ -56,31 +56,31 @@ class State(NamedTuple):
 def read_state(source: Source, *, tensors_only: bool = False) -> State:
     """Reads the entries of ``source``; copies nothing. Raises UnsupportedTensorError, naming the entry.
 
-    ``tensors_only``: extra state that is no tensor is left out, since it is kept elsewhere.
+    ``tensors_only``: extra state that is not a tensor is left out, since the architecture holds it.
     """
     if isinstance(source, nn.Module):
         module = unwrap(source)
         refuse_sharded(module, "save", "nothing was written")
         named = _module_tensors(module, tensors_only)
-        known = True
+        flags_known = True
         flags = _module_flags(module, named)
     elif isinstance(source, Mapping):
         named = {name: _as_tensor(name, value) for name, value in source.items()}
-        known = any(type(tensor) is nn.Parameter for tensor in named.values())
+        flags_known = any(type(tensor) is nn.Parameter for tensor in named.values())
         flags = {}
     else:
         raise TypeError(f"an nn.Module or a mapping of names to tensors is needed, not {type(source).__name__}")
-    unflagged: Literal["buffer", "tensor"] = "buffer" if isinstance(source, nn.Module) else "tensor"
+    kind_without_flag: Literal["buffer", "tensor"] = "buffer" if isinstance(source, nn.Module) else "tensor"
     for name, tensor in named.items():
         check_savable(name, tensor)
     ties = shared_names(named, torch.Tensor.data_ptr)
     entries = []
     for name, tensor in named.items():
         frozen = not tensor.requires_grad if type(tensor) is nn.Parameter else flags.get(name)
-        kind = "parameter" if frozen is not None else unflagged
-        # Detached: giving the Parameter other data during the save does not take this memory away.
+        kind = "parameter" if frozen is not None else kind_without_flag
+        # Detached: if the Parameter gets other data during the save, this memory stays alive.
         entries.append(Entry(name, kind, frozen, ties.get(name), TensorSource(tensor.detach(), tensor.dtype)))
-    return State(tuple(entries), known, tuple(_overlaps(entries)))
+    return State(tuple(entries), flags_known, tuple(_overlaps(entries)))
 
 
 def _module_tensors(module: nn.Module, tensors_only: bool) -> dict[str, torch.Tensor]:
@@ -99,7 +99,7 @@ def _module_tensors(module: nn.Module, tensors_only: bool) -> dict[str, torch.Te
 def _module_flags(module: nn.Module, named: Mapping[str, torch.Tensor]) -> dict[str, bool]:
     """Name → frozen, from the module itself; empty if all tensors in its state dict are Parameters, which have their own flags.
 
-    Other tensors in a state dict are buffers, or what a hook put in the place of a Parameter.
+    Other tensors in a state dict are buffers, or tensors that a hook put in the place of a Parameter.
     """
     if all(type(tensor) is nn.Parameter for tensor in named.values()):
         return {}
@@ -118,22 +118,22 @@ def _as_tensor(name: object, value: object) -> torch.Tensor:
         refuse(name, "extra state that is a tensor was expected", f"it is {an(type(value).__name__)}, which would need pickle")
     hint = ""
     if isinstance(value, Mapping):
-        hint = f": save the mapping of tensors itself, what is in {name!r}"
+        hint = f": save the mapping of tensors itself, the one in {name!r}"
     elif isinstance(value, (bool, int, float, str)):
-        hint = ": plain values go into metadata="
+        hint = ": pass plain values as metadata="
     refuse(name, "a tensor was expected", f"it is {an(type(value).__name__)}{hint}")
 
 
 def _overlaps(entries: list[Entry]) -> Iterator[tuple[str, str]]:
     """Pairs of neighbours in memory that share bytes without being tied; at most one pair for each entry."""
-    apart = [entry for entry in entries if entry.tied_to is None]
-    tensors = [entry.tensor for entry in apart]
+    stored = [entry for entry in entries if entry.tied_to is None]
+    tensors = [entry.tensor for entry in stored]
     begins = [tensor.data_ptr() for tensor in tensors]
     ends = [begin + reach(tensor) for begin, tensor in zip(begins, tensors)]
     if not any_overlap(begins, ends):
         return
     spans = sorted(
-        (str(entry.tensor.device), begin, end, entry.name) for begin, end, entry in zip(begins, ends, apart) if begin < end
+        (str(entry.tensor.device), begin, end, entry.name) for begin, end, entry in zip(begins, ends, stored) if begin < end
     )
     furthest: tuple[str, int, str] | None = None
     for device, begin, end, name in spans:

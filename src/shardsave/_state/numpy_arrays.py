@@ -16,13 +16,13 @@ _ML_DTYPES = frozenset({"bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3
 def tensor_of_array(name: str, array: np.ndarray[Any, Any]) -> torch.Tensor:
     """A tensor in the memory of ``array``. Raises UnsupportedTensorError, naming the entry ``name``."""
     if isinstance(array, np.ma.MaskedArray):
-        refuse(name, "an array without a mask was expected", "it is a masked one; pass its .filled(…)")
+        refuse(name, "an array without a mask was expected", "it has a mask; pass the result of its .filled(…)")
     if any(stride < 0 or stride % max(1, array.itemsize) for stride in array.strides):
-        wanted = "an array with positive strides of whole elements was expected"
-        refuse(name, wanted, f"its strides are {array.strides} bytes; pass numpy.ascontiguousarray(…)")
+        expected = "an array with positive strides of whole elements was expected"
+        refuse(name, expected, f"its strides are {array.strides} bytes; pass numpy.ascontiguousarray(…)")
     if not array.dtype.isnative:
         refuse(name, "an array in native byte order was expected", f"its dtype is {array.dtype.str}")
-    if not array.flags.writeable:  # torch warns that the tensor could be written to; nobody does
+    if not array.flags.writeable:  # torch would warn about writes into the tensor; nothing writes into it
         array = np.lib.stride_tricks.as_strided(_writeable_alias(array), array.shape, array.strides)
     try:
         if array.dtype.name in _ML_DTYPES:

@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside its weights so that more than weights can be restored from it."""
+"""The parts of a checkpoint: what it holds beside its weights, so that a whole model can be restored from it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from shardsave._state.module import Entry
 
 
 class Parts(NamedTuple):
-    """An architecture, a program: each a document, and together the extra tensors that the documents refer to.
+    """The documents of an architecture and a program, and the extra tensors that all documents together refer to.
 
     ``documents``: role → JSON, as bytes. ``extra``: tensors that the weights do not contain (non-persistent buffers, constants).
     """

@@ -1,4 +1,4 @@
-"""Which tensors can be saved; what cannot is refused by name, before anything is written."""
+"""Checks whether tensors can be saved; others are refused by name, before anything is written."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from shardsave._format.dtypes import BY_TORCH, logical_shape
 from shardsave.errors import UnsupportedTensorError, an
 
 
-def refuse(name: object, wanted: str, found: str) -> NoReturn:
+def refuse(name: object, expected: str, actual: str) -> NoReturn:
     """Raises UnsupportedTensorError for the entry ``name``."""
-    raise UnsupportedTensorError(f"cannot save {name!r}: {wanted}, {found}; nothing was written")
+    raise UnsupportedTensorError(f"cannot save {name!r}: {expected}, {actual}; nothing was written")
 
 
 def check_savable(name: str, tensor: torch.Tensor) -> None:
@@ -42,7 +42,7 @@ def check_savable(name: str, tensor: torch.Tensor) -> None:
     if lacks_memory(tensor):
         refuse(name, "memory for all its elements was expected", "its storage was freed or made smaller")
     if tensor.nbytes == 0 and math.prod(size or 1 for size in logical_shape(dtype, tensor.shape)) >= 1 << 63:
-        # Some readers multiply sizes in order and may overflow before they meet the zero; torch computes strides.
+        # Some readers multiply sizes in order and may overflow before they meet the zero; torch multiplies them to strides.
         refuse(
             name, "sizes that multiply to fewer than 2^63, its zeros aside, were expected", f"its shape is {list(tensor.shape)}"
         )

@@ -22,7 +22,7 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 def _is_wrapper(module: nn.Module) -> bool:
-    """Whether ``module`` is a known wrapper without tensors or sub-modules of its own, which would be lost without it."""
+    """Whether ``module`` is a known wrapper without tensors or sub-modules of its own, which unwrapping would lose."""
     kind = type(module)
     compiled = kind.__name__ == "OptimizedModule" and kind.__module__.startswith("torch.")
     if not compiled and not issubclass(kind, _PARALLEL):
@@ -35,7 +35,7 @@ class Names:
 
     def __init__(self, named: Iterable[tuple[str, nn.Module]]) -> None:
         """``named``: all sub-modules by all their names, in module order."""
-        # For each wrapper the prefix of its own names and of those inside it; outer wrappers come first.
+        # For each wrapper, the prefix of its own name and the prefix of names inside it; outer wrappers come first.
         self._wrappers: list[tuple[str, str]] = []
         for name, part in named:
             if _is_wrapper(part):
@@ -62,18 +62,18 @@ class Names:
 
 
 def plain_name(name: str) -> str:
-    """``name`` without the attribute of ``torch.compile``; for other wrappers the module itself is needed: `Names`."""
+    """``name`` without the attribute of ``torch.compile``; the names of other wrappers are known only from the module: see `Names`."""
     return ".".join(part for part in name.split(".") if part != _COMPILED) if _COMPILED in name else name
 
 
 def refuse_sharded(module: nn.Module, verb: str, state: str) -> None:
-    """Refuses FSDP's older wrapper: its state dict is a collective call, which hangs if one rank alone makes it.
+    """Refuses FSDP's older wrapper: its `state_dict` is a collective call, which hangs if one rank alone calls it.
 
     ``verb`` and ``state`` complete the message. Raises UnsupportedTensorError.
     """
     for name, part in module.named_modules():
         if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(part).__mro__):
             raise UnsupportedTensorError(
-                f"cannot {verb} module {name!r}: one that is whole in this process was expected, it is a "
-                f"FullyShardedDataParallel; take its full state dict; {state}"
+                f"cannot {verb} module {name!r}: a module that is whole in this process was expected, it is a "
+                f"FullyShardedDataParallel; use its full state dict; {state}"
             )
