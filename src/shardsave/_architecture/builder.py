@@ -25,7 +25,8 @@ from shardsave._architecture.hooks import attach_hooks, attach_parametrizations,
 from shardsave._architecture.read_values import ValueReader
 from shardsave._architecture.trust import dotted, is_dunder
 from shardsave._common.strict_json import glimpse
-from shardsave.errors import IncompatibleCheckpointError, ShardSaveError, an
+from shardsave._common.words import an
+from shardsave.errors import IncompatibleCheckpointError, ShardSaveError
 
 #: ``memory(name, kept, strides, on_host)`` returns a new tensor for the stored tensor ``name``, to be filled later. ``kept``: it is one
 #: of the extra tensors. Returns None if there is no such tensor, or if the strides do not fit its shape.

@@ -12,7 +12,7 @@ from shardsave._architecture.class_checks import class_attribute
 from shardsave._architecture.document import HOOK_GROUPS, Document
 from shardsave._architecture.read_values import ValueReader
 from shardsave._common.strict_json import glimpse
-from shardsave.errors import an
+from shardsave._common.words import an
 
 #: Attributes by which torch marks hooks, or which its wrapper of a hook copies from the hook.
 _MARKS = frozenset(["_from_public_api", "hook", "module", "with_module"])

@@ -24,7 +24,7 @@ from shardsave._architecture.class_checks import (
 from shardsave._architecture.document import Document
 from shardsave._architecture.trust import is_dunder
 from shardsave._common.strict_json import glimpse
-from shardsave.errors import an
+from shardsave._common.words import an
 
 #: Numpy's number types, and the Python type of the number that the document has for each.
 _SCALARS: Mapping[str, type] = {

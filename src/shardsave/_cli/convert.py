@@ -14,7 +14,7 @@ from shardsave._cli.paths import CHECKPOINT
 from shardsave.errors import IncompatibleCheckpointError
 
 if TYPE_CHECKING:
-    import shardsave
+    from shardsave._api.convert import Form
 
 
 @click.command(
@@ -56,7 +56,7 @@ Exit codes: 0 converted, 2 wrong usage, 3 failed; then DST is unchanged.""",
 def convert(
     source: str,
     destination: str,
-    to: shardsave._convert.Form,
+    to: Form,
     max_shard_size: str,
     dtype: str | None,
     drop: tuple[str, ...],
