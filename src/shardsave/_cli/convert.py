@@ -1,4 +1,4 @@
-"""``shardsave convert``: third-party checkpoints to shardsave directories, and these to single files."""
+"""``shardsave convert``: turns third-party checkpoints into shardsave directories, and these into single files."""
 
 from __future__ import annotations
 
