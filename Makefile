@@ -19,7 +19,7 @@ BENCH_OPTIONS ?=
 demo: build $(VENV)/demo.ok
 	$(BIN)/python examples/demo.py
 
-# Before each commit: under a minute on two cores once all is installed. .pre-commit-config.yaml runs the same four.
+# Before each commit: takes under a minute on two cores once everything is installed. .pre-commit-config.yaml runs the same four.
 check: lint types wings fast
 
 test: build $(VENV)/test.ok lint types native-tests unit
@@ -46,7 +46,7 @@ $(VENV)/demo.ok: $(VENV)/build.ok
 picture: demo $(VENV)/test.ok
 	$(BIN)/shardsave plot demo-out/ckpt -o docs/checkpoint.png
 
-# Takes about 25 minutes, and disk space for twice the model's size.
+# Takes about 25 minutes, and needs disk space for twice the model's size.
 # More options: BENCH_OPTIONS="--size 1GB --repeat 5"; benchmarks/run.py --help lists them.
 bench: build $(VENV)/bench.ok build/benchmarks/raw
 	$(BIN)/python benchmarks/run.py --raw build/benchmarks/raw --out bench-out $(BENCH_OPTIONS)
@@ -68,7 +68,7 @@ lint: $(VENV)/test.ok
 types: $(VENV)/test.ok
 	$(BIN)/mypy
 
-# Which part of the package may import which.
+# Checks which part of the package imports which.
 wings: $(VENV)/test.ok
 	$(BIN)/python -m pytest tests/test_imports.py
 
@@ -76,7 +76,7 @@ wings: $(VENV)/test.ok
 fast: $(VENV)/test.ok
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not alone and not large" --timeout 15 --session-timeout 120
 
-# clang alone checks the lock annotations (csrc/thread_annotations.h).
+# Only clang checks the lock annotations (csrc/thread_annotations.h).
 native-tests: $(SANITIZED)/fuzz-tables
 	@if command -v clang++ >/dev/null; then clang++ -std=c++17 -fsyntax-only -Wthread-safety -Werror -Icsrc $(CORE); \
 	else echo "native-tests: clang++ is not installed, so the lock annotations were not checked"; fi
@@ -95,7 +95,7 @@ $(SANITIZED)/fuzz-tables: tests/fuzz/fuzz_tables.cpp $(CORE) $(wildcard csrc/*.h
 	mkdir -p $(SANITIZED)
 	$(CXX) $(STRICT) -fsanitize=address,undefined -fno-sanitize-recover=all $< $(CORE) -o $@ -ldl -pthread
 
-# Two files at a time; then, one by one, the tests that measure time or memory, which other tests would disturb.
+# Runs two test files at a time; then, one by one, the tests that measure time or memory, which other tests would disturb.
 unit: $(VENV)/test.ok
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not large and not alone"
 	$(BIN)/python -m pytest -m alone

@@ -1,4 +1,4 @@
-"""Builds the C++ engine. All else about the package stands in pyproject.toml.
+"""Builds the C++ engine. Everything else about the package is in pyproject.toml.
 
 Switches, from the environment: SHARDSAVE_WERROR=1, SHARDSAVE_DEBUG=1, SHARDSAVE_COVERAGE=1,
 SHARDSAVE_SANITIZE=address,undefined (or thread), SHARDSAVE_REQUIRE_NATIVE=1 (a build failure fails the installation).
@@ -19,7 +19,7 @@ def switched_on(name: str) -> bool:
 
 
 class OptionalBuild(build_ext):
-    """Goes on without the extension where there is no compiler: the portable engine then does the work."""
+    """Continues without the extension if it cannot be built, for example without a compiler; shardsave then uses its portable engine."""
 
     def run(self) -> None:
         try:

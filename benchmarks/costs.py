@@ -1,4 +1,4 @@
-"""Measures the costs of shardsave beside moving bytes: checksums, very many tensors, the import.
+"""Measures what shardsave costs besides moving bytes: checksums, very many tensors, the import.
 
 python costs.py checksums DIRECTORY SIZE | many DIRECTORY | import
 """
@@ -28,7 +28,7 @@ PAIRS = 7
 
 
 def checksums(path: Path, size: int) -> dict[str, object]:
-    """Runs the engine with and without checksums, in turn, on the same memory and file; returns the seconds of both for each case."""
+    """Runs the engine with and without checksums, in turn, on the same memory and file; returns the seconds of both in each case."""
     from shardsave._common.sources import TensorSource
     from shardsave._engine import engine
     from shardsave._engine.blocks import blocks
@@ -76,10 +76,10 @@ def checksums(path: Path, size: int) -> dict[str, object]:
         "load warm": lambda checksum: read(False, checksum),
     }
     seconds: dict[str, object] = {}
-    for name, act in cases.items():
-        act(True)
-        # The two alternate, and their order changes each time, so that a drift of the machine affects both.
-        pairs = [[act(True), act(False)] if n % 2 else list(reversed([act(False), act(True)])) for n in range(PAIRS)]
+    for name, case in cases.items():
+        case(True)
+        # Runs with and without checksums alternate, and their order changes each time, so that a drift of the machine affects both.
+        pairs = [[case(True), case(False)] if n % 2 else list(reversed([case(False), case(True)])) for n in range(PAIRS)]
         seconds[name] = {"with": [pair[0] for pair in pairs], "without": [pair[1] for pair in pairs]}
     return seconds
 

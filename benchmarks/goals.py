@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from statistics import median
 
-from results import Results, beyond, mid, most, ratio
+from results import Results, extra_memory, largest, median_of, ratio
 
 
 @dataclass(frozen=True)
 class Goal:
-    """``reached`` is None if nothing was measured."""
+    """A goal and its measured figure, as text. ``reached`` is None if nothing was measured."""
 
     what: str
     wanted: str
-    seen: str
+    measured: str
     reached: bool | None
 
 
@@ -28,9 +28,9 @@ def _at_most(what: str, bound: float, value: float | None, unit: str, detail: st
 
 def _against(what: str, bound: float, above: list, below: list, key: str, key_below: str, other: str) -> Goal:
     value = ratio(above, below, key, key_below)
-    detail = f"{mid(above, key):.2f} s against {mid(below, key_below):.2f} s" if above and below else ""
+    detail = f"{median_of(above, key):.2f} s against {median_of(below, key_below):.2f} s" if above and below else ""
     goal = _at_most(what, bound, value, "×", detail)
-    return Goal(goal.what, f"{goal.wanted} {other}", goal.seen, goal.reached)
+    return Goal(goal.what, f"{goal.wanted} {other}", goal.measured, goal.reached)
 
 
 def all_goals(results: Results) -> list[Goal]:
@@ -93,7 +93,7 @@ def _whole_modules(results: Results) -> list[Goal]:
 def _no_cold_buffered(results: Results) -> Goal:
     cold = results.of("shardsave", "into", "cold") + results.of("shardsave", "new", "cold")
     known = [sample for sample in cold if sample.get("cached_after") is not None]
-    value = most(known, lambda sample: sample["cached_after"]) / 1e6 if known else None
+    value = largest(known, lambda sample: sample["cached_after"]) / 1e6 if known else None
     return _at_most("data of the files in the page cache after a cold load", 1, value, "MB")
 
 
@@ -104,7 +104,7 @@ def _memory(results: Results) -> list[Goal]:
             operations = [("shardsave", "save", None), ("shardsave, durable=False", "save", None)]
             operations += [("shardsave", way, cache) for way in ("into", "new") for cache in ("cold", "warm")]
             samples = [s for tool, way, cache in operations for s in results.of(tool, way, cache, size)]
-            value = most(samples, beyond) / 1e6 if samples else None
+            value = largest(samples, extra_memory) / 1e6 if samples else None
             goals.append(_at_most(f"extra memory of saves and loads, CPU, {size / 1e9:g} GB", 256, value, "MB"))
     return goals
 
@@ -137,21 +137,23 @@ def _costs(costs: dict) -> list[Goal]:
 
 
 def _gpu(gpu: dict, save: list) -> list[Goal]:
-    lines = (
+    directions = (
         ("device to host (save to the page cache)", "save_to_cache", "device_to_host"),
         ("host to device (warm load)", "load_warm", "host_to_device"),
     )
     if "device" not in gpu:
         reason = gpu.get("skipped") or gpu.get("failed") or "not measured"
-        return [Goal(what, "≥ 90 % of the pinned copy bandwidth", reason, None) for what, _, _ in lines]
+        return [Goal(what, "≥ 90 % of the pinned copy bandwidth", reason, None) for what, _, _ in directions]
     goals = []
-    for what, rate, limit in lines:
+    for what, rate, limit in directions:
         share = gpu[rate] / gpu[limit]
-        seen = f"{share * 100:.0f} % ({gpu[rate] / 1e9:.1f} of {gpu[limit] / 1e9:.1f} GB/s, {gpu['device']})"
-        goals.append(Goal(what, "≥ 90 % of the pinned copy bandwidth", seen, share >= 0.9))
+        measured = f"{share * 100:.0f} % ({gpu[rate] / 1e9:.1f} of {gpu[limit] / 1e9:.1f} GB/s, {gpu['device']})"
+        goals.append(Goal(what, "≥ 90 % of the pinned copy bandwidth", measured, share >= 0.9))
     goals.append(_at_most("extra memory, CUDA", 256, gpu["peak_extra"] / 1e6, "MB"))
     if save:
-        disk = save[0]["bytes"] / mid(save, "wall")
-        seen = f"{gpu['save_durable'] / 1e9:.2f} GB/s, from the CPU {disk / 1e9:.2f} GB/s"
-        goals.append(Goal("durable save from the GPU", "limited by the disk alone", seen, gpu["save_durable"] >= 0.9 * disk))
+        disk = save[0]["bytes"] / median_of(save, "wall")
+        measured = f"{gpu['save_durable'] / 1e9:.2f} GB/s, from the CPU {disk / 1e9:.2f} GB/s"
+        goals.append(
+            Goal("durable save from the GPU", "limited by the disk alone", measured, gpu["save_durable"] >= 0.9 * disk)
+        )
     return goals

@@ -4,8 +4,8 @@
 
 SIZE is the size of the model in bytes. The limit is torch's own copy between the device and a pinned buffer of 256 MiB, repeated. A
 save to the page cache and a load from it measure the transfer between device and memory. The durable save and the cold load show
-whether the disk alone is the limit. Each value is printed on stderr as soon as it is measured, and FILE is written again, so that an
-interrupted run keeps its values. At the end all of them are one line of JSON on stdout.
+whether the disk alone is the limit. Each value is printed on stderr as soon as it is measured, and FILE is rewritten, so that an
+interrupted run keeps its values. At the end all values are printed on stdout as one line of JSON.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import measure
 import model as models
 
 DEVICE = "cuda"
-REPEAT = 3  # for transfers through memory alone; the best one counts
+REPEAT = 3  # how often transfers without the disk are measured; the best value counts
 
 
 class Figures:
@@ -96,7 +96,7 @@ class Bench:
         return rate
 
     def remove(self, name: str) -> None:
-        """Removes a directory, and waits until nothing is left to be written, which would slow the next measurement."""
+        """Removes a directory, and waits until the disk has no writes left, since they would slow the next measurement."""
         shutil.rmtree(self._path / name, ignore_errors=True)
         os.sync()
 
@@ -114,13 +114,12 @@ def measure_all(path: Path, size: int, figures: Figures) -> None:
     bench = Bench(path, size)
     figures.add("device", torch.cuda.get_device_name())
     figures.add("bytes", bench.nbytes)
-    # Before memory is measured, because torch keeps the pinned buffer.
+    # The bandwidth is measured before memory is, because torch keeps the pinned buffer.
     figures.add("device_to_host", bandwidth(False))
     figures.add("host_to_device", bandwidth(True))
     meter = measure.Meter()
-    shardsave.save(
-        {"warm": torch.zeros(1, device=DEVICE)}, path / "first", progress=False
-    )  # allocates and pins the ring of buffers
+    # Allocates and pins the ring of buffers.
+    shardsave.save({"warm": torch.zeros(1, device=DEVICE)}, path / "first", progress=False)
     ring = meter.read()["peak_extra"]
     figures.add("save_to_cache", max(bench.save("cached", durable=False) for _ in range(REPEAT)))
     figures.add("load_warm", max(bench.load("cached") for _ in range(REPEAT)))

@@ -1,4 +1,4 @@
-"""Measures time and memory of an operation, and inspects the page cache from outside."""
+"""Measures time and memory of an operation, and asks the kernel what the page cache holds."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Meter:
     """Measures wall time, processor time and peak extra memory since its construction.
 
     Memory is the kernel's own peak (VmHWM, reset through /proc/self/clear_refs): the resident pages of the process. So the accessed
-    pages of a mapped file count, and the page cache behind read and write does not.
+    pages of a mapped file count, but the page cache that read and write use does not.
     """
 
     def __init__(self) -> None:
@@ -47,8 +47,8 @@ class Meter:
 def touch_free_memory(nbytes: int) -> None:
     """Writes to ``nbytes`` of free memory, so that the host of a virtual machine provides it before the measurement.
 
-    A host takes back memory that was free for a while. Otherwise the first user of new memory, for the process or the page cache,
-    would pay for getting it back, and that cost varies.
+    A host takes back memory that was free for a while. Without this call, the first use of such memory, by the process or the page
+    cache, would include the time to get it back, and that time varies.
     """
     with mmap.mmap(-1, nbytes) as pages:
         for start in range(0, nbytes, resource.getpagesize()):

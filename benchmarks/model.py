@@ -1,4 +1,4 @@
-"""The benchmark's model: a Llama of any size with random weights, filled faster than its own initialisation, which takes minutes."""
+"""The benchmark's model: a Llama of any size with random weights, filled without its own initialisation, which takes minutes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def config(size: int):
 
 
 def build(size: int, seed: int = 0) -> nn.Module:
-    """A LlamaForCausalLM in bfloat16 on the CPU, with every page written; the same ``seed`` gives the same bits."""
+    """A LlamaForCausalLM in bfloat16 on the CPU, with every page written; the same ``seed`` produces the same bits."""
     from transformers import LlamaForCausalLM
 
     with torch.device("meta"):
@@ -39,7 +39,7 @@ def build(size: int, seed: int = 0) -> nn.Module:
     random = np.random.Generator(np.random.SFC64(seed))
     for tensor in model.parameters():
         _fill(tensor.detach(), random)
-    for buffer in model.buffers():  # the rotary frequencies: no library saves them, but they must be finite
+    for buffer in model.buffers():  # no library saves these, the rotary frequencies, but they must be finite
         buffer.zero_()
     return model.eval()
 

@@ -23,27 +23,27 @@ from torch.nn.utils import parametrizations, prune
 
 import shardsave
 
-#: Larger models are left out, so that each fits into memory three times.
+#: Larger models are left out, so that three copies of each model fit into memory.
 MOST_PARAMETERS = 700_000_000
 
-#: A model's name, how to make it, and how to make its inputs.
+#: The name of a model, a function that creates it, and a function that creates its inputs.
 Try = tuple[str, Callable[[], nn.Module], Callable[[nn.Module], tuple[tuple[Any, ...], dict[str, Any]]]]
 
 
 def differences(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], trust: list[str]) -> str:
-    """Names what differs in the built model; empty if nothing does."""
+    """Names what differs in the built model; empty if it is equal."""
     model.eval()
     with tempfile.TemporaryDirectory() as folder:
         shardsave.save(model, folder, architecture=True, durable=False, progress=False)
         built = shardsave.build_model(folder, trust=trust, progress=False)
-    wrong = []
+    differing = []
     if repr(model) != repr(built):
-        wrong.append("repr")
+        differing.append("repr")
     before, after = model.state_dict(), built.state_dict()
     if before.keys() != after.keys() or not all(_same(before[name], after[name]) for name in before):
-        wrong.append("state_dict")
+        differing.append("state_dict")
     if [p.requires_grad for p in model.parameters()] != [p.requires_grad for p in built.parameters()]:
-        wrong.append("flags")
+        differing.append("flags")
     arguments, keywords = inputs
     results = []
     for candidate in (model, built):
@@ -51,8 +51,8 @@ def differences(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]]
         with torch.no_grad():
             results.append(candidate(*arguments, **keywords))
     if not _same(*results):
-        wrong.append("outputs")
-    return ", ".join(wrong)
+        differing.append("outputs")
+    return ", ".join(differing)
 
 
 def _same(left: Any, right: Any) -> bool:
@@ -195,7 +195,7 @@ GROUPS: dict[str, tuple[Callable[[], Iterator[Try]], list[str]]] = {
 
 
 def outcome(attempt: Try, trust: list[str]) -> str:
-    """``"✓"``, or why the model does not come back equal."""
+    """``"✓"`` if the built model is equal; otherwise the reason why not."""
     _, make, inputs = attempt
     try:
         model = make()
@@ -205,18 +205,18 @@ def outcome(attempt: Try, trust: list[str]) -> str:
     if count > MOST_PARAMETERS:
         return f"not tried: {count / 1e6:.0f} million parameters"
     try:
-        wrong = differences(model, inputs(model), trust)
+        differing = differences(model, inputs(model), trust)
     except Exception as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    return f"differs in {wrong}" if wrong else "✓"
+    return f"differs in {differing}" if differing else "✓"
 
 
 def section(results: dict[str, str]) -> list[str]:
     """The lines about one library, from the result of each model."""
     equal = [name for name, result in results.items() if result == "✓"]
     names = textwrap.wrap(", ".join(equal) + ".", 120, break_on_hyphens=False)
-    others = [f"- {name}: {result}" for name, result in results.items() if result != "✓"]
-    return [f"{len(equal)} of {len(results)} are equal.", "", *([*others, ""] if others else []), *names]
+    failures = [f"- {name}: {result}" for name, result in results.items() if result != "✓"]
+    return [f"{len(equal)} of {len(results)} are equal.", "", *([*failures, ""] if failures else []), *names]
 
 
 def main() -> None:

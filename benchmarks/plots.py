@@ -12,10 +12,10 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
-from results import Results, beyond, mid, ratio
+from results import Results, extra_memory, median_of, ratio
 from rivals import TOOLS
 
-OURS, OURS_LIGHT, THEIRS, THEIRS_LIGHT, LIMIT, INK = "#0b6e4f", "#8cc5ae", "#7a869a", "#c6ccd6", "#c0392b", "#22272e"
+OURS, OURS_LIGHT, OTHER, OTHER_LIGHT, LIMIT, INK = "#0b6e4f", "#8cc5ae", "#7a869a", "#c6ccd6", "#c0392b", "#22272e"
 
 
 def draw(results: Results, folder: Path) -> list[tuple[str, Path]]:
@@ -49,12 +49,12 @@ def draw(results: Results, folder: Path) -> list[tuple[str, Path]]:
 
 
 def _bars(axes: Axes, rows: list[tuple[str, float, str]], xlabel: str, unit: str = " ×") -> None:
-    """Draws a bar for each (label, value, remark), the shortest on top; those of shardsave have their own colour."""
+    """Draws a bar for each (label, value, remark), the shortest on top. Bars of shardsave have their own colour."""
     rows = sorted(rows, key=lambda row: -row[1])
     longest = max((value for _, value, _ in rows), default=1)
     for place, (label, value, remark) in enumerate(rows):
         ours = label.startswith("shardsave")
-        axes.barh(place, value, height=0.66, color=OURS if ours else THEIRS)
+        axes.barh(place, value, height=0.66, color=OURS if ours else OTHER)
         number = f"{value:.2f}" if value < 10 else f"{value:.0f}"
         text = axes.text(value + longest * 0.012, place, f"{number}{unit}", va="center", weight="bold" if ours else "normal")
         if remark:
@@ -75,7 +75,7 @@ def _limit_line(axes: Axes, name: str) -> None:
 
 
 def _saves(results: Results, title: str) -> None:
-    """Draws the call in full colour, and the fsync that a careful caller must add in a lighter colour."""
+    """Draws the call in full colour; behind it, in a lighter colour, the call with the fsync that a careful caller must add."""
     raw = results.limit("write")
     rows = []
     for name, tool in TOOLS.items():
@@ -87,8 +87,8 @@ def _saves(results: Results, title: str) -> None:
     longest = max((row[2] for row in rows), default=1)
     for place, (name, call, synced, tool) in enumerate(rows):
         ours = name.startswith("shardsave")
-        axes.barh(place, synced, height=0.66, color=OURS_LIGHT if ours else THEIRS_LIGHT)
-        axes.barh(place, call, height=0.66, color=OURS if ours else THEIRS)
+        axes.barh(place, synced, height=0.66, color=OURS_LIGHT if ours else OTHER_LIGHT)
+        axes.barh(place, call, height=0.66, color=OURS if ours else OTHER)
         text = axes.text(synced + longest * 0.012, place, f"{synced:.2f} ×", va="center", weight="bold" if ours else "normal")
         marks = [] if tool.durable else ["not durable by itself"]
         marks += [] if tool.atomic == "yes" else ["not atomic"]
@@ -96,13 +96,13 @@ def _saves(results: Results, title: str) -> None:
     axes.set_yticks(range(len(rows)), [row[0] for row in rows])
     for tick, row in zip(axes.get_yticklabels(), rows):
         tick.set_weight("bold" if row[0].startswith("shardsave") else "normal")
-    axes.set_xlabel(f"wall time, relative to a raw O_DIRECT write ({mid(raw, 'wall'):.2f} s)" if raw else "wall time")
+    axes.set_xlabel(f"wall time, relative to a raw O_DIRECT write ({median_of(raw, 'wall'):.2f} s)" if raw else "wall time")
     axes.set_xlim(0, longest * 1.35)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color="#e6e9ee")
     axes.set_axisbelow(True)
     axes.legend(
-        handles=[Patch(color=THEIRS, label="the call"), Patch(color=THEIRS_LIGHT, label="fsync added, until all is on disk")],
+        handles=[Patch(color=OTHER, label="the call"), Patch(color=OTHER_LIGHT, label="fsync added, until all is on disk")],
         loc="upper right",
         frameon=False,
     )
@@ -120,7 +120,7 @@ def _loads(results: Results, title: str) -> None:
                 value = ratio(results.of(tool.name, way, cache), raw, "wall")
                 if way.startswith("into") and value is not None:
                     rows.append((tool.name + (", mmap" if "mapped" in way else ""), value, ""))
-        seconds = f" ({mid(raw, 'wall'):.2f} s)" if raw else ""
+        seconds = f" ({median_of(raw, 'wall'):.2f} s)" if raw else ""
         _bars(axes, rows, f"{cache}: wall time, relative to {name}{seconds}")
         _limit_line(axes, name)
     figure.suptitle(f"{title}, {results.nbytes / 1e9:.1f} GB", x=0.02, ha="left", weight="bold", fontsize=13)
@@ -129,12 +129,12 @@ def _loads(results: Results, title: str) -> None:
 
 def _costs(results: Results, title: str) -> None:
     figure, panels = plt.subplots(1, 3, figsize=(16, 4.6))
-    saving = [(name, mid(s, "cpu_synced"), "") for name in TOOLS if (s := results.of(name, "save"))]
+    saving = [(name, median_of(s, "cpu_synced"), "") for name in TOOLS if (s := results.of(name, "save"))]
     _bars(panels[0], saving, "save to disk: processor seconds", " s")
-    loading = [(name, mid(s, "cpu"), "") for name in TOOLS if (s := results.of(name, "into", "cold"))]
+    loading = [(name, median_of(s, "cpu"), "") for name in TOOLS if (s := results.of(name, "into", "cold"))]
     _bars(panels[1], loading, "cold load into the model: processor seconds", " s")
     memory = [
-        (name, max(map(beyond, samples)) / 1e6, "mapped file" if "into" in tool.through_map else "")
+        (name, max(map(extra_memory, samples)) / 1e6, "mapped file" if "into" in tool.through_map else "")
         for name, tool in TOOLS.items()
         if (samples := results.of(name, "into", "warm"))
     ]

@@ -1,4 +1,4 @@
-"""Makes RESULTS.md and its pictures from the JSON of a run. notes.md has the text that is written by hand.
+"""Writes RESULTS.md and its pictures from the JSON of a run. The text that is written by hand comes from notes.md.
 
 python benchmarks/report.py bench-out/results.json --to benchmarks/RESULTS.md
 """
@@ -16,7 +16,7 @@ sys.path.insert(0, str(HERE))
 
 import plots  # noqa: E402
 from goals import all_goals  # noqa: E402
-from results import Results, Sample, beyond, mid, ratio  # noqa: E402
+from results import Results, Sample, extra_memory, median_of, ratio  # noqa: E402
 from rivals import TOOLS  # noqa: E402
 
 _REACHED = {True: "reached", False: "**missed**", None: "not measured"}
@@ -29,7 +29,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def goals_table(results: Results) -> str:
-    rows = [[goal.what, goal.wanted, goal.seen, _REACHED[goal.reached]] for goal in all_goals(results)]
+    rows = [[goal.what, goal.wanted, goal.measured, _REACHED[goal.reached]] for goal in all_goals(results)]
     return table(["goal", "wanted", "measured", "result"], rows)
 
 
@@ -46,7 +46,11 @@ def limits_table(results: Results) -> str:
         for threads, samples in results.limits(operation).items():
             best = " (the limit)" if samples == results.limit(operation) else ""
             rows.append(
-                [f"{name}, {threads} thread{'s' * (threads > 1)}{best}", _time(samples, "wall"), f"{mid(samples, 'cpu'):.2f}"]
+                [
+                    f"{name}, {threads} thread{'s' * (threads > 1)}{best}",
+                    _time(samples, "wall"),
+                    f"{median_of(samples, 'cpu'):.2f}",
+                ]
             )
     return table(["limit", "wall, s", "processor, s"], rows)
 
@@ -68,9 +72,9 @@ def saves_table(results: Results) -> str:
                 _time(samples, "wall"),
                 _time(samples, "wall_synced"),
                 _times(ratio(samples, raw, "wall_synced", "wall")),
-                f"{mid(samples, 'cpu'):.2f}",
-                f"{mid(samples, 'cpu_synced'):.2f}",
-                _mb(max(map(beyond, samples))),
+                f"{median_of(samples, 'cpu'):.2f}",
+                f"{median_of(samples, 'cpu_synced'):.2f}",
+                _mb(max(map(extra_memory, samples))),
                 _mb(samples[0]["disk"]),
                 "all on disk" if unwritten == 0 else f"{_mb(unwritten)} MB in memory only",
                 tool.atomic,
@@ -98,8 +102,8 @@ def loads_table(results: Results, cache: str) -> str:
                     label,
                     _time(samples, "wall"),
                     "(maps)" if mapped else _times(ratio(samples, raw, "wall")),
-                    f"{mid(samples, 'cpu'):.2f}",
-                    "(maps)" if mapped else _mb(max(map(beyond, samples))) + " mapped" * (way in tool.through_map),
+                    f"{median_of(samples, 'cpu'):.2f}",
+                    "(maps)" if mapped else _mb(max(map(extra_memory, samples))) + " mapped" * (way in tool.through_map),
                     _mb(max(sample["read_from_disk"] for sample in samples)),
                     _mb(max(sample["cached_after"] or 0 for sample in samples)),
                 ]
@@ -144,8 +148,8 @@ def machine_text(results: Results) -> str:
 
 
 def _time(samples: list[Sample], key: str) -> str:
-    least = min(sample[key] for sample in samples)
-    return f"{mid(samples, key):.2f} (min {least:.2f})" if mid(samples, key) >= 0.01 else f"{mid(samples, key):.4f}"
+    least, middle = min(sample[key] for sample in samples), median_of(samples, key)
+    return f"{middle:.2f} (min {least:.2f})" if middle >= 0.01 else f"{middle:.4f}"
 
 
 def _seconds(values: list[float]) -> str:

@@ -38,7 +38,7 @@ class Results:
 
     def limit(self, operation: str) -> list[Sample]:
         """The samples of a limit with the number of threads that was fastest."""
-        return min(self.limits(operation).values(), key=lambda samples: mid(samples, "wall"), default=[])
+        return min(self.limits(operation).values(), key=lambda samples: median_of(samples, "wall"), default=[])
 
     def limits(self, operation: str) -> dict[int, list[Sample]]:
         """The samples of a limit for each number of threads."""
@@ -49,7 +49,7 @@ class Results:
         return by_threads
 
 
-def mid(samples: list[Sample], key: str) -> float:
+def median_of(samples: list[Sample], key: str) -> float:
     return median(sample[key] for sample in samples)
 
 
@@ -60,11 +60,11 @@ def ratio(above: list[Sample], below: list[Sample], key: str, key_below: str | N
     return median(pairs) if pairs else None
 
 
-def beyond(sample: Sample) -> int:
+def extra_memory(sample: Sample) -> int:
     """The peak extra memory, without the new tensors that a load creates."""
     new = sample["operation"].startswith("new")
     return int(sample["peak_extra"] - (sample["bytes"] if new else 0))
 
 
-def most(samples: list[Sample], of: Callable[[Sample], float]) -> float:
+def largest(samples: list[Sample], of: Callable[[Sample], float]) -> float:
     return max((of(sample) for sample in samples), default=0)

@@ -1,9 +1,9 @@
-"""Runs the benchmark and writes its results to one JSON file. Each operation has its own process.
+"""Runs the benchmark and writes its results to one JSON file. Each operation runs in its own process.
 
     python benchmarks/run.py --size 2GB --repeat 3 --out bench-out
 
 Each repetition runs all tools, and begins with a different one. A tool saves, its files are loaded cold and warm, then they are removed
-and the disk gets time to settle. The limits of disk and memory are measured in between. ``report.py`` makes the tables and pictures.
+and the disk gets time to settle. The limits of disk and memory are measured after shardsave. ``report.py`` writes tables and pictures.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Runner:
                     measure.make_warm(file)
                 measure.touch_free_memory(nbytes * 5 // 4)
                 command = [str(self._raw), operation, str(file), str(nbytes), str(threads)]
-                self._note(command, {"tool": "limit", "operation": operation, "threads": threads, "repetition": repetition})
+                self._record(command, {"tool": "limit", "operation": operation, "threads": threads, "repetition": repetition})
         self._remove(path)
 
     def tool(self, name: str, loaders: list[str], size: int, repetition: int, ways: list[str] | None) -> None:
@@ -70,23 +70,23 @@ class Runner:
         """
         path = self._fresh(name)
         self._settle()
-        where = {"size": size, "repetition": repetition}
-        saved = self._worker(name, "save", path, size, where | {"tool": name, "operation": "save"})
+        common_labels = {"size": size, "repetition": repetition}
+        saved = self._worker(name, "save", path, size, common_labels | {"tool": name, "operation": "save"})
         for loader in [name, *loaders] if saved else ():
             tool = TOOLS[loader]
             for way in (way for way in tool.loads if ways is None or way in ways):
                 for cache in ("cold", "warm") if way not in tool.mapped else ("warm",):
                     (measure.make_cold if cache == "cold" else measure.make_warm)(path)
-                    what = where | {"tool": loader, "operation": way, "cache": cache}
-                    self._worker(loader, way, path, size, what, check=repetition == 0)
+                    labels = common_labels | {"tool": loader, "operation": way, "cache": cache}
+                    self._worker(loader, way, path, size, labels, check=repetition == 0)
         self._remove(path)
 
-    def other(self, script: str, *arguments: str) -> dict[str, Any]:
+    def script(self, script: str, *arguments: str) -> dict[str, Any]:
         """Runs another script of this folder and returns its measurements."""
         print(f"  {script} {' '.join(arguments)}", flush=True)
         return _run([sys.executable, str(HERE / script), *arguments])
 
-    def _worker(self, tool: str, operation: str, path: Path, size: int, what: dict[str, Any], *, check: bool = False) -> bool:
+    def _worker(self, tool: str, operation: str, path: Path, size: int, labels: dict[str, Any], *, check: bool = False) -> bool:
         command = [
             sys.executable,
             str(HERE / "worker.py"),
@@ -96,12 +96,12 @@ class Runner:
             str(size),
             *(["--check"] if check else []),
         ]
-        return self._note(command, what)
+        return self._record(command, labels)
 
-    def _note(self, command: list[str], what: dict[str, Any]) -> bool:
+    def _record(self, command: list[str], labels: dict[str, Any]) -> bool:
         result = _run(command)
-        self.samples.append(what | result)
-        label = " ".join(str(what[key]) for key in ("tool", "operation", "cache", "threads") if key in what)
+        self.samples.append(labels | result)
+        label = " ".join(str(labels[key]) for key in ("tool", "operation", "cache", "threads") if key in labels)
         print(f"  {label:45} {result.get('failed') or format(result['wall'], '8.3f') + ' s'}", flush=True)
         return "failed" not in result
 
@@ -173,10 +173,10 @@ def main() -> None:
 
     if not options.no_costs:
         print("costs", flush=True)
-        costs["many"] = runner.other("costs.py", "many", str(folder / "costs"))
-        costs["import"] = runner.other("costs.py", "import")
-        costs["checksums"] = runner.other("costs.py", "checksums", str(folder / "costs"), str(options.size))
-        costs["gpu"] = runner.other("gpu.py", str(folder / "gpu"), str(options.size))
+        costs["many"] = runner.script("costs.py", "many", str(folder / "costs"))
+        costs["import"] = runner.script("costs.py", "import")
+        costs["checksums"] = runner.script("costs.py", "checksums", str(folder / "costs"), str(options.size))
+        costs["gpu"] = runner.script("gpu.py", str(folder / "gpu"), str(options.size))
     if options.small:
         print("the small model, for extra memory", flush=True)
         for name in (name for name in savers if name.startswith("shardsave")):

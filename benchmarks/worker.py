@@ -1,9 +1,9 @@
-"""Runs one operation of one tool in its own process. The last line of its output is JSON.
+"""Runs one operation of one tool, in this process alone. The last line of the output is JSON.
 
     python worker.py TOOL OPERATION PATH SIZE [--check]
 
-OPERATION is ``save`` or the name of one of the tool's ways to load. Only the operation itself is measured, without imports,
-building the model, or comparing.
+OPERATION is ``save`` or the name of one of the tool's ways to load. Only the operation itself is measured, without
+imports, without building the model, and without the comparison.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every tool that is measured, by name, shardsave first. To add one: a `Tool` in a module of this folder."""
+"""Every tool that is measured, by name, shardsave first. To add one, write a `Tool` in a module of this folder."""
 
 from rivals import distributed, hugging_face, loaders, safetensors_, shardsave_, torch_save
 
@@ -8,7 +8,7 @@ TOOLS = {
     for tool in module.TOOLS
 }
 
-#: Looked at and not measured, and why.
+#: Tools that are not measured → the reason.
 NOT_RUN = {
     "tensorizer": "not installed: pip was still trying versions of its dependency boto3 after three minutes",
     "torchstore": "not installed: it depends on torch==2.9.0",

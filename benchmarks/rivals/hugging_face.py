@@ -1,4 +1,4 @@
-"""transformers, huggingface_hub and accelerate: each its own way to sharded safetensors files."""
+"""transformers, huggingface_hub and accelerate: each writes sharded safetensors files in its own way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""safetensors' own save_file, load_model and load_file; and load_file with a copy of every tensor, which has the data in memory."""
+"""save_file, load_model and load_file of safetensors; also load_file and then a copy of every tensor, so that the data is in memory."""
 
 from __future__ import annotations
 

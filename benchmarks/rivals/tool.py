@@ -1,4 +1,4 @@
-"""What the benchmark needs to know of a tool."""
+"""What the benchmark needs to know about a tool."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Tool:
-    """``save(model, directory)``; ``loads``: a name that begins with ``into`` is called with (model, directory) and fills the
-    model, one that begins with ``new`` with (directory) and gives a mapping of names to tensors.
+    """A tool, and how the benchmark calls it.
 
-    ``ready`` imports what the tool needs. ``packages`` are those whose versions the report names. The words say what a loss
-    of power or a crash in the middle of an overwrite does (``durable``, ``atomic``) and who finds a flipped bit (``checked``),
-    as the tool's sources have it. ``mapped``: ways to load that give mapped tensors, and so come back before the data is
-    read; ``through_map``: those that read by way of a map, whose pages count as the process's though they are the cache's.
+    ``ready()`` imports what the tool needs. ``save(model, directory)`` saves. ``loads``: each way to load → its function. A way that
+    begins with ``into`` is called with (model, directory) and fills the model. A way that begins with ``new`` is called with (directory)
+    and returns a mapping from names to tensors.
+
+    ``packages``: the packages whose versions the report lists. ``durable``: whether a finished save survives a loss of power.
+    ``atomic``: whether a crash during an overwrite leaves the old files intact. ``checked``: who finds a flipped bit. These three are
+    read from the tool's sources. ``mapped``: the ways to load that return mapped tensors, and so return before the data is read.
+    ``through_map``: the ways that read through a mapping; its pages count as memory of the process, but belong to the page cache.
     """
 
     name: str
@@ -31,4 +34,4 @@ class Tool:
     checked: str
     mapped: frozenset[str] = frozenset()
     through_map: frozenset[str] = frozenset()
-    saved_by: str = ""  # the tool whose files this one loads, when it cannot save
+    saved_by: str = ""  # the tool whose files this one loads, if it cannot save

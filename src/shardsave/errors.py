@@ -21,12 +21,6 @@ __all__ = [
 ]
 
 
-def an(noun: str) -> str:
-    """``noun`` with its article, for a message: ``a list``, ``an int``."""
-    vowel = noun[:1].lower() in "aeio" or noun[:2].lower() == "un"
-    return f"{'an' if vowel else 'a'} {noun}"
-
-
 class ShardSaveError(Exception):
     """Base class of all errors of this package. Raised itself if an existing file cannot be read, for example."""
 

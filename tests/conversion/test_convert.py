@@ -140,7 +140,7 @@ def test_shards_of_torch(tmp_path: Path) -> None:
         assert same(shardsave.load(tmp_path / f"ckpt{at}"), state)
     torch.save({"d.w": torch.ones(2)}, tmp_path / "torch" / "pytorch_model-00002-of-00002.bin")
     with pytest.raises(
-        shardsave.CorruptCheckpointError, match="'c.w' is only in one of them; index and shard belong to different saves"
+        shardsave.CorruptCheckpointError, match="'c.w' is only in the index; index and shard belong to different saves"
     ):
         shardsave.convert(tmp_path / "torch", tmp_path / "no")
     (tmp_path / "torch" / "pytorch_model-00001-of-00002.bin").unlink()
@@ -461,7 +461,7 @@ def test_a_torch_that_does_not_report_offsets(tmp_path: Path, monkeypatch: pytes
     state = {"a": torch.randn(1000)}
     torch.save(state, tmp_path / "a.pt")
     (note,) = shardsave.convert(tmp_path / "a.pt", tmp_path / "out").notes
-    assert "does not say where tensors lie, so it cannot be mapped: all of it was read into memory" in note
+    assert "does not report the offsets of tensors, so it cannot be mapped: all of it was read into memory" in note
     assert same(shardsave.load(tmp_path / "out"), state)
 
 

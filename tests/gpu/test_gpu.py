@@ -1,6 +1,6 @@
-"""Saving and loading on a real GPU, through the public API. Skipped where torch sees none.
+"""Saving and loading on a real GPU, through the public API. Skipped if torch sees no GPU.
 
-What a fake driver cannot show: that the real one orders, pins and captures as `csrc/cuda.cpp` expects it to.
+These tests show what a fake driver cannot: that the real driver orders, pins and captures as `csrc/cuda.cpp` expects.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from support import SmallModel, same_bits
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 
 DEVICE = "cuda:0"
-#: Long enough for a copy that does not wait to be finished before the work in front of it: some 0.2 s.
+#: About 0.2 s of work on a stream. A copy that does not wait for this work is finished before it.
 BUSY_CYCLES = 400_000_000
 
 
 @pytest.fixture(autouse=True)
 def finished() -> Iterator[None]:
-    """No test leaves work behind, and an asynchronous failure belongs to the test that caused it."""
+    """Waits for all work after each test, so that an asynchronous failure belongs to the test that caused it."""
     yield
     torch.cuda.synchronize()
 
@@ -40,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def _bits(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> torch.Tensor:
-    """A tensor with any bit pattern that its dtype has (NaN payloads, negative zeros)."""
+    """A tensor of random bits, with every pattern that its dtype has (NaN payloads, negative zeros)."""
     generator = torch.Generator().manual_seed(seed)
     size = torch.Size(shape).numel() * dtype.itemsize
     raw = torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator)
@@ -70,7 +70,7 @@ class Holder(nn.Module):
 
 @contextmanager
 def _current(kind: str) -> Iterator[None]:
-    """Within it torch's current stream is the default one, or another."""
+    """Makes torch's current stream the default stream, or another one."""
     if kind == "default":
         yield
         return
@@ -86,7 +86,7 @@ streams = pytest.mark.parametrize("kind", ["default", "other"])
 def test_every_dtype_bit_for_bit(folder: Path) -> None:
     """Catches a dtype, a size or an offset that the device path moves wrongly, in either direction."""
     shapes = ((), (0, 3), (1,), (3, 5, 7), (1000, 1025))
-    packed = torch.float4_e2m1fn_x2  # two elements in a byte: there are none without a dimension
+    packed = torch.float4_e2m1fn_x2  # two elements in a byte, so it has no scalars
 
     def state_on(device: str) -> dict[str, torch.Tensor]:
         return {
@@ -158,7 +158,7 @@ def test_memory_in_use_before_a_load(kind: str, folder: Path) -> None:
 
 @streams
 def test_memory_in_use_before_a_load_to_a_new_dict(kind: str, folder: Path) -> None:
-    """Catches the same in `load`, which allocates by itself."""
+    """Catches the same error in `load`, which allocates the memory itself."""
     content = _bits((16 << 20,), torch.float32)
     _save({"weight": content.to(DEVICE)}, folder)
     torch.cuda.synchronize()
@@ -185,7 +185,7 @@ VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 @streams
 @pytest.mark.parametrize("view", VIEWS)
 def test_non_contiguous_tensors(view: str, kind: str, folder: Path) -> None:
-    """Catches a device tensor saved as if it were contiguous, or lent pieces that do not wait for the current stream."""
+    """Catches a device tensor that is saved as if it were contiguous, or gathered without waiting for the current stream."""
     content = _bits((3000, 1001), torch.float32)
     source, base = content.to(DEVICE), torch.zeros(content.shape, device=DEVICE)
     torch.cuda.synchronize()
@@ -197,7 +197,7 @@ def test_non_contiguous_tensors(view: str, kind: str, folder: Path) -> None:
 
 
 def test_loading_into_a_non_contiguous_parameter(folder: Path) -> None:
-    """Catches a device destination filled as if it were contiguous."""
+    """Catches a device tensor that is filled as if it were contiguous."""
     content = _bits((1001, 3000), torch.float32)
     _save({"weight": content}, folder)
     module = nn.Module()
@@ -207,7 +207,7 @@ def test_loading_into_a_non_contiguous_parameter(folder: Path) -> None:
 
 
 def test_casting_into_the_modules_dtype(folder: Path) -> None:
-    """Catches values that a load onto the device casts otherwise than ``load_state_dict`` does."""
+    """Catches a load onto the device that casts values differently from ``load_state_dict``."""
     content = torch.randn(1000, 1000)
     _save({"weight": content.to(DEVICE)}, folder)
     module = nn.Module()
@@ -217,7 +217,7 @@ def test_casting_into_the_modules_dtype(folder: Path) -> None:
 
 
 def test_a_model_larger_than_the_ring(folder: Path) -> None:
-    """Catches a slot used again too early, and memory that grows with the model, on the host or on the device."""
+    """Catches a slot that is reused too early, and memory that grows with the model, on the host or on the device."""
     state = {f"layers.{number}.weight": torch.randn(64 << 20, device=DEVICE) for number in range(5)}
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -231,7 +231,7 @@ def test_a_model_larger_than_the_ring(folder: Path) -> None:
 
 
 def test_a_meta_model_is_made_on_the_device(folder: Path) -> None:
-    """Catches a parameter left on meta, made elsewhere, or a buffer forgotten."""
+    """Catches a parameter that stays on meta or is created on another device, and a forgotten buffer."""
     saved = nn.Sequential(nn.Linear(100, 50), nn.BatchNorm1d(50), nn.Linear(50, 10)).to(DEVICE)
     saved[0].requires_grad_(False)
     _save(saved, folder)
@@ -247,14 +247,14 @@ def test_a_meta_model_is_made_on_the_device(folder: Path) -> None:
 
 
 def test_a_capture_on_another_thread_stays_whole(folder: Path, tmp_path: Path) -> None:
-    """Catches a call of ours, pinning included, that poisons a CUDA graph being captured at the same time."""
+    """Catches a call of ours, such as pinning, that invalidates a CUDA graph that another thread is capturing."""
     module = Holder(16 << 20, DEVICE)
     with torch.no_grad():
         module.weight.normal_()
-    _save(module, tmp_path / "warm")  # so that torch allocates nothing while the capture is on
+    _save(module, tmp_path / "warm")  # so that torch allocates nothing during the capture
     shardsave.load_model(module, tmp_path / "warm", progress=False)
     if hasattr(shardsave, "_native"):
-        shardsave._native.release_ring()  # the ring is pinned anew, within the capture
+        shardsave._native.release_ring()  # so that the ring is pinned again during the capture
     expected = module.weight.detach().clone()
     values, graph = torch.arange(1000.0, device=DEVICE), torch.cuda.CUDAGraph()
     result = torch.zeros_like(values)
@@ -326,7 +326,7 @@ assert torch.equal(shardsave.load(folder, device="cpu", progress=False)["weight"
 
 
 def test_a_forked_child_is_refused(folder: Path) -> None:
-    """Catches a save in a forked child that hangs, crashes or writes nonsense, and a parent that suffers from it."""
+    """Catches a save in a forked child that hangs, crashes or writes wrong bytes, and a parent that cannot save or load afterwards."""
     done = subprocess.run([sys.executable, "-c", FORKING, str(folder)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
@@ -349,7 +349,7 @@ def test_a_model_on_two_devices(folder: Path) -> None:
 
 
 def test_a_live_model_moves_with_its_ties_and_gradients(folder: Path) -> None:
-    """Catches memory that two parameters shared and only one of them was filled in, and gradients left on the other device."""
+    """Catches a move after which two parameters no longer share memory or only one is filled, and gradients left on the old device."""
 
     class Sharing(nn.Module):
         def __init__(self) -> None:

@@ -182,7 +182,7 @@ def test_nested_and_constant_arguments(tmp_path: Path) -> None:
     result = program((x[0], x[1]), x[2], named={"x": x[3]})
     assert same_bits(result["sum"], torch.full((3,), 12.0)) and result["fixed"] == ["text", None, 3, float("inf"), 3.0]
     for keywords, error, message in (
-        ({"named": {"y": x[3]}}, TypeError, "argument named: a dict with x was expected, one with y was given"),
+        ({"named": {"y": x[3]}}, TypeError, "argument named: a dict with x was expected, a dict with y was given"),
         (
             {"named": {"x": x[3]}, "scale": 4.0},
             ValueError,

@@ -17,6 +17,7 @@ from shardsave._architecture.trust import resolve
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
 from shardsave._common.warn_caller import warn_caller
+from shardsave._common.words import an
 from shardsave._huggingface.transformers_config import CONFIG_NAME, empty_model, read_config, take_stored_dtypes
 from shardsave._huggingface.transformers_loading import TransformersLayout
 from shardsave._loading.module_filler import ModuleFiller
@@ -27,7 +28,7 @@ from shardsave._loading.selection import choose_located
 from shardsave._loading.slots import take_inventory
 from shardsave._program.program import LoadedProgram, ProgramDocument
 from shardsave._storage.checkpoint import PARTS, Checkpoint, open_checkpoint
-from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, an
+from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError
 
 
 @verb()

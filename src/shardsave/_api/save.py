@@ -17,6 +17,7 @@ from shardsave._common.backend import engine_name
 from shardsave._common.gc_pause import gc_paused
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
+from shardsave._common.words import an
 from shardsave._format.metadata import check_metadata
 from shardsave._huggingface.peft_saving import AdapterLayout
 from shardsave._huggingface.recognize import peft_model, transformers_model
@@ -28,7 +29,7 @@ from shardsave._state.extra_tensors import ExtraTensors
 from shardsave._state.module import Source, State, read_state
 from shardsave._state.parts import Parts
 from shardsave._state.wrappers import unwrap
-from shardsave.errors import UnsupportedModuleError, an
+from shardsave.errors import UnsupportedModuleError
 
 if TYPE_CHECKING:
     from shardsave._program.capture import Program

@@ -1,8 +1,8 @@
-"""From an architecture document to a module, without calling anything that the document chooses.
+"""Builds the module that an architecture document describes. Calls nothing that the document chooses.
 
-Instances are made without ``__init__``, and their attributes are set directly, past setters and properties. SECURITY.md lists the code of
-a class that still runs. A built object is never asked about itself: ``isinstance`` and ``vars`` would run its ``__class__`` and
-``__getattribute__``.
+Instances are created without ``__init__``, and their attributes are set directly, so that no setter and no property runs. SECURITY.md
+lists the code of a class that still runs. ``isinstance`` and ``vars`` are not called on a built object, because they would run its
+``__class__`` and ``__getattribute__``.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ from shardsave._architecture.hooks import attach_hooks, attach_parametrizations,
 from shardsave._architecture.read_values import ValueReader
 from shardsave._architecture.trust import dotted, is_dunder
 from shardsave._common.strict_json import glimpse
-from shardsave.errors import IncompatibleCheckpointError, ShardSaveError, an
+from shardsave._common.words import an
+from shardsave.errors import IncompatibleCheckpointError, ShardSaveError
 
-#: ``memory(name, kept, strides, on_host)`` returns a new tensor for the stored tensor ``name``, to be filled later. ``kept``: it is one
-#: of the extra tensors. Returns None if there is no such tensor, or if the strides do not fit its shape.
+#: ``memory(name, kept, strides, on_host)`` returns a new tensor for the stored tensor ``name``, to be filled later. ``kept``: the
+#: tensor is one of the extra tensors. Returns None if there is no such tensor, or if the strides do not fit its shape.
 Memory = Callable[[str, bool, "list[int] | None", bool], "torch.Tensor | None"]
 
 
 class Builder:
-    """Builds the objects of a document: first all of them empty, then their contents, starting with the innermost."""
+    """Builds the objects of a document: first creates all of them empty, then fills them, from the last one to the first."""
 
     def __init__(self, document: Document, resolved: Mapping[str, Any], memory: Memory) -> None:
         self._document = document
@@ -48,10 +49,10 @@ class Builder:
         nodes = self._document.objects
         try:
             self._values.objects = [self._new(node) for node in nodes]
-            built = list(zip(self._values.objects, nodes))
-            for value, node in reversed(built):
+            values_and_nodes = list(zip(self._values.objects, nodes))
+            for value, node in reversed(values_and_nodes):
                 self._fill(value, node)
-            self._attach([(value, node) for value, node in built if issubclass(type(value), nn.Module)])
+            self._attach([(value, node) for value, node in values_and_nodes if issubclass(type(value), nn.Module)])
         except RecursionError:
             self._refuse("values that are nested less deeply expected", "they are nested too deeply")
         root = self._values.objects[0]
@@ -75,13 +76,13 @@ class Builder:
                 self._run(type(module), "__getattr__", functools.partial(attach_parametrizations, module, names))
 
     def _run(self, kind: type, name: str, action: Callable[[], Any]) -> None:
-        """Runs code of ``kind``, called ``name`` in messages. Its exceptions become IncompatibleCheckpointError."""
+        """Runs ``action``, which calls ``name`` of the class ``kind``. Its exceptions become IncompatibleCheckpointError."""
         try:
             action()
         except ShardSaveError:
             raise
         except Exception as error:
-            class_name = next((name for name, target in self._resolved.items() if target is kind), kind.__qualname__)
+            class_name = next((known for known, target in self._resolved.items() if target is kind), kind.__qualname__)
             version = self._document.imports.get(class_name) or "an unknown version"
             raise IncompatibleCheckpointError(
                 f"cannot build {self._document.where}: {name} of {dotted(class_name)} was expected to accept what was saved with "
@@ -206,13 +207,16 @@ class Builder:
         self._set_state(module, state, nn.Module.__setstate__)
 
     def _check_layers(self, state: dict[str, Any], node: dict[str, Any]) -> None:
-        """Bounds ``num_layers``: ``RNNBase.__setstate__`` makes names for that many layers. Each layer has at least one tensor."""
+        """Refuses a ``num_layers`` above the number of tensors, because each layer has at least one.
+
+        ``RNNBase.__setstate__`` creates names for that many layers, however large the number is.
+        """
         members = [*state["_parameters"].values(), *state["_buffers"].values(), *state.values()]
         tensors = sum(issubclass(type(value), torch.Tensor) for value in members) + len(node.get("parametrized", ()))
         layers = state.get("num_layers", 0)
         if not issubclass(type(layers), (int, np.integer)) or layers > tensors:
-            written = glimpse(node["attributes"]["num_layers"])
-            self._refuse(f"num_layers expected to be at most {tensors}, the number of tensors", f"it is {written}")
+            shown = glimpse(node["attributes"]["num_layers"])
+            self._refuse(f"num_layers expected to be at most {tensors}, the number of tensors", f"it is {shown}")
 
     def _fill_instance(self, instance: Any, node: dict[str, Any]) -> None:
         kind = type(instance)

@@ -1,7 +1,7 @@
 """Questions about classes and objects, answered without running any of their code.
 
-An object may hold values from a file, and its class may define ``__getattribute__``, ``__class__`` or ``__iter__``. So no object is asked
-about itself; the answers come from its class.
+An object may hold values from a file, and its class may define ``__getattribute__``, ``__class__`` or ``__iter__``. So the
+answers come from the type of an object and from the attributes of its class.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import nn
 
 FUNCTION_TYPES = (types.FunctionType, types.BuiltinFunctionType)
 
-HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: the class was made by a class statement
+HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: the class was created by a class statement
 _CONTAINERS = (collections.OrderedDict, dict, list, set)
 _KEY_TYPES = frozenset(
     [type(None), bool, int, float, str, bytes, complex, range, pathlib.PosixPath, torch.dtype, torch.device, *FUNCTION_TYPES]
@@ -70,7 +70,7 @@ def calls_missing(kind: type[enum.Flag], value: int) -> bool:
 
 
 def too_many_collide(keys: Iterable[object]) -> bool:
-    """Whether so many keys share one hash that the time for a set of them grows with the square of their number."""
+    """Whether too many keys have the same hash: the time to build a set of them grows with the square of their number."""
     return max(collections.Counter(map(hash, keys)).values(), default=0) > MAX_KEYS_PER_HASH
 
 
@@ -79,12 +79,12 @@ def shadows_method(owner: object, name: str, value: Any) -> bool:
 
     A method of the object itself is allowed: some modules choose their ``forward`` that way.
     """
-    of_torch = issubclass(type(owner), nn.Module) and name in vars(nn.Module)
+    of_nn_module = issubclass(type(owner), nn.Module) and name in vars(nn.Module)
     if type(value) is types.MethodType and value.__self__ is owner:
-        return of_torch and name != "forward"
+        return of_nn_module and name != "forward"
     original = class_attribute(type(owner), name)
     is_method = isinstance(original, _METHOD_TYPES) or (callable(original) and not isinstance(original, type))
-    return callable(value) and (of_torch or is_method)
+    return callable(value) and (of_nn_module or is_method)
 
 
 def slots_of(kind: type) -> list[str]:
@@ -94,6 +94,6 @@ def slots_of(kind: type) -> list[str]:
 
 
 def own_getstate(kind: type) -> Callable[[Any], Any] | None:
-    """The ``__getstate__`` of ``kind``; None if it has only the one of ``object``."""
+    """The ``__getstate__`` that ``kind`` or a base defines; None if there is only that of ``object``."""
     getstate = getattr(kind, "__getstate__", None)
     return getstate if getstate is not getattr(object, "__getstate__", None) else None

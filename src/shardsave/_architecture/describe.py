@@ -1,6 +1,6 @@
-"""From a module to its architecture document, which `save` writes beside the weights; `build_model` rebuilds the module from it.
+"""Writes the architecture document of a module. `save` stores it beside the weights; `build_model` rebuilds the module from it.
 
-Only data is written: which class each module has, and its attributes, but none of its code. `document.py` has the form of the document.
+Only data is written: which class each module has, and its attributes, but none of its code. `document.py` describes the document.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from shardsave._state.extra_tensors import ExtraTensors
 from shardsave._state.wrappers import plain_name, unwrap
 from shardsave.errors import UnsupportedModuleError
 
-#: The module of hooks that only rename weights which older versions of torch wrote.
+#: Hooks from this module of torch only rename weights that older versions of torch saved, so they need not be saved.
 _RENAMES_OLD_WEIGHTS = "torch.nn.utils.parametrizations"
 
 _GENERATED_CLASSES = {"ScriptModule": "TorchScript", "GraphModule": "a traced graph"}
@@ -227,7 +227,7 @@ class _ModuleWriter(ValueWriter):
 
 
 def _slot_values(instance: Any, kind: type) -> dict[str, Any]:
-    """The values of ``__slots__``, which ``vars`` does not have."""
+    """The values of ``__slots__``, which ``vars`` does not contain."""
     return {slot: getattr(instance, slot) for slot in slots_of(kind) if hasattr(instance, slot)}
 
 

@@ -1,7 +1,7 @@
-"""The architecture document: the names that its writer and its reader share, and the check of its outline.
+"""The architecture document: the names that its writer and its reader share, and the check of its top level.
 
 The document is one JSON object. ``objects`` is a table of everything that has an identity (modules, tensors, lists, dicts, other
-instances), so shared objects stay shared and cycles do no harm; the first object is the module itself. A value is a JSON scalar,
+instances), so shared objects stay shared and cycles are possible; the first object is the module itself. A value is a JSON scalar,
 ``{"ref": number in the table}``, or an object with one tag (``{"tuple": […]}``, ``{"dtype": "float32"}``).
 """
 
@@ -18,7 +18,7 @@ from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError
 
 FORMAT = "shardsave-architecture"
 
-#: Features that this reader supports of those that a document may list in ``requires``; there are none yet.
+#: The features that this reader supports; a document lists those that it needs in ``requires``. There are none yet.
 SUPPORTED_FEATURES: frozenset[str] = frozenset()
 
 #: Dict types other than ``dict``, by their names in the document.
@@ -28,7 +28,7 @@ DICT_TYPES: Mapping[str, type] = {
     "Counter": collections.Counter,
 }
 
-#: Attributes that torch gives to every module; all others belong to the module itself.
+#: Attributes that torch itself sets on every module; all other attributes are set by the module's own code.
 TORCH_ATTRIBUTES = frozenset(nn.Module().__dict__) - {"training"}
 
 #: Groups whose hooks are saved if they are methods of the module, or objects of torch.nn.utils that compute a weight.
@@ -36,7 +36,7 @@ HOOK_GROUPS = ("_forward_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_
 
 
 class Document:
-    """A document with a checked outline: ``imports`` (name → saved version) and ``objects``, the table.
+    """A document with a checked top level: ``imports`` (name → saved version) and ``objects``, the table.
 
     Raises CorruptCheckpointError, and IncompatibleCheckpointError for a document that needs a newer reader.
     """

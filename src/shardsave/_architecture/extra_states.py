@@ -1,4 +1,4 @@
-"""Extra state (``get_extra_state``) that is not a tensor, read from the architecture. Only plain data is read; nothing is imported."""
+"""Reads extra state (``get_extra_state``) that is not a tensor from an architecture: only plain data, and nothing is imported."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class NotPlain(Exception):
 def extra_states(document: Document, names: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
     """Reads the extra states ``names``, such as ``layer._extra_state``. Raises CorruptCheckpointError.
 
-    Returns name → value for those that are plain data, and a list of the names of the others. Names that the document lacks are in neither.
+    Returns name → value for those that are plain data, and the names of those that are not. Names that the document lacks are in neither.
     """
-    plain, others = {}, []
+    plain, not_plain = {}, []
     reader = _PlainValueReader(document)
     for name in names:
         node = _module_node(document, name.removesuffix(EXTRA_STATE).removesuffix("."))
@@ -31,12 +31,12 @@ def extra_states(document: Document, names: Iterable[str]) -> tuple[dict[str, An
         try:
             plain[name] = reader.value(node["extra_state"])
         except (NotPlain, RecursionError):
-            others.append(name)
-    return plain, others
+            not_plain.append(name)
+    return plain, not_plain
 
 
 def _module_node(document: Document, path: str) -> dict[str, Any] | None:
-    """The entry in the table of the module at ``path``."""
+    """The module at ``path``, as the table of the document has it; None if there is none."""
     node = document.objects[0]
     for name in path.split(".") if path else ():
         children = node.get("children")

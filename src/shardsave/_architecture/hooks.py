@@ -1,4 +1,4 @@
-"""Has torch attach hooks and parametrizations (computed tensors) to a module that has been filled."""
+"""Attaches hooks and parametrizations (computed tensors) to a filled module, by torch's own functions."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from shardsave._architecture.class_checks import class_attribute
 from shardsave._architecture.document import HOOK_GROUPS, Document
 from shardsave._architecture.read_values import ValueReader
 from shardsave._common.strict_json import glimpse
-from shardsave.errors import an
+from shardsave._common.words import an
 
-#: Attributes by which torch marks hooks, or which its wrapper of a hook copies from the hook.
+#: Attributes that torch sets on a hook to mark it, or that torch's wrapper copies from the hook.
 _MARKS = frozenset(["_from_public_api", "hook", "module", "with_module"])
 
 
@@ -65,7 +65,7 @@ def computed_tensors(module: nn.Module, node: dict[str, Any], document: Document
 
 
 def attach_parametrizations(module: nn.Module, names: list[str]) -> None:
-    """Makes the tensors ``names`` properties that torch computes on access."""
+    """Turns the tensors ``names`` into properties that torch computes on access."""
     parametrize._inject_new_class(module)
     for name in names:
         parametrize._inject_property(module, name)

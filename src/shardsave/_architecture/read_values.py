@@ -1,4 +1,4 @@
-"""From the values of an architecture document to Python values."""
+"""Reads Python values from the values of an architecture document."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from shardsave._architecture.class_checks import (
 from shardsave._architecture.document import Document
 from shardsave._architecture.trust import is_dunder
 from shardsave._common.strict_json import glimpse
-from shardsave.errors import an
+from shardsave._common.words import an
 
-#: Numpy's number types, and the Python type of the number that the document has for each.
+#: The name of a number type of numpy → the Python type of its numbers in the document.
 _SCALARS: Mapping[str, type] = {
     "bool": bool,
     **dict.fromkeys([f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)], int),
@@ -67,7 +67,7 @@ class ValueReader:
         return list(items.items())
 
     def member(self, number: object, kind: type) -> Any:
-        """The object ``number``, which must be a ``kind``; None for null."""
+        """The object ``number``, which must be an instance of ``kind``; None for null."""
         if number is None:
             return None
         value = self.object_at(number)
@@ -144,7 +144,7 @@ class ValueReader:
         return range(*self._integers(content, 3))
 
     def _integers(self, content: Any, length: int | None = None) -> list[int]:
-        """Accepts only true ints: of any other object, the caller would run ``__index__``."""
+        """Accepts only values of type int: the caller would run ``__index__`` of any other object."""
         values = self.values(content, length)
         if not all(type(value) is int for value in values):
             raise TypeError("integers expected")

@@ -1,7 +1,7 @@
 """Which classes and functions `build_model` may import: how a document names them, which are trusted, and what a name resolves to.
 
-A name is ``module:qualified name``. It must resolve to something that this module itself defines, and is followed through classes only,
-never through another module: trusting ``mylib`` does not trust what ``mylib`` imports.
+A name is ``module:qualified name``. It must name a class or a function that this module itself defines, and it is looked up through classes
+only, never through another module: trusting ``mylib`` does not trust what ``mylib`` imports.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import nn
 from shardsave._architecture.class_checks import FUNCTION_TYPES, has_finaliser
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, UntrustedCodeError
 
-#: Functions of ``torch`` that only compute tensors from tensors. (Others read and write files.)
+#: Functions of ``torch`` that only compute tensors from tensors. (Other functions of ``torch`` read and write files.)
 _TORCH_FUNCTIONS = frozenset([
     "abs", "add", "bmm", "cat", "celu", "clamp", "cos", "div", "einsum", "erf", "exp", "hardshrink", "log", "log1p",
     "log_softmax", "matmul", "maximum", "minimum", "mul", "neg", "relu", "rsqrt", "selu", "sigmoid", "sin", "softmax",
@@ -30,7 +30,7 @@ _TORCH_FUNCTIONS = frozenset([
 ])  # fmt: skip
 _BUILTIN_TYPES = frozenset(["bool", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "set", "str", "tuple"])
 
-#: Where torch.nn has functions that only compute, and classes beside its modules that do. Its other parts import, compile or register.
+#: The modules of torch.nn whose functions only compute, and those whose classes only compute. Others import, compile or register.
 _NN_FUNCTIONS = ("torch.nn.functional", "torch.nn.init")
 _NN_UTILITIES = frozenset(
     f"torch.nn.utils.{name}" for name in ("weight_norm", "spectral_norm", "prune", "parametrize", "parametrizations", "rnn")
@@ -44,7 +44,7 @@ def name_of(target: Any) -> str | None:
     """The name under which a class or function can be imported again; None if there is none (a lambda, a local class)."""
     module, qualified, short = (getattr(target, key, None) for key in ("__module__", "__qualname__", "__name__"))
     homes = [f"{home.__name__}:{short}" for home in _HOMES if isinstance(short, str) and vars(home).get(short) is target]
-    if homes and isinstance(target, types.BuiltinFunctionType):  # the __module__ of torch's is torch._C
+    if homes and isinstance(target, types.BuiltinFunctionType):  # those of torch have the __module__ torch._C
         return homes[0]
     if module == "builtins" and short not in _BUILTIN_TYPES:
         return None
@@ -75,8 +75,8 @@ def resolve(
 ) -> dict[str, Any]:
     """Imports the names in ``imports`` (name → saved version). Returns name → class or function.
 
-    Imports nothing until every name is known to be trusted. Raises UntrustedCodeError with all names that are not, and
-    IncompatibleCheckpointError with all that are missing or must not be built from data.
+    Imports nothing until every name is known to be trusted. Raises UntrustedCodeError, which lists every name that is not trusted, and
+    IncompatibleCheckpointError, which lists every name that is missing or must not be built from data.
     """
     for name in imports:
         _check_form(name, where)
@@ -173,7 +173,7 @@ def _import(name: str, where: str) -> Any:
 
 
 def _follow(module: types.ModuleType | None, qualified: str) -> Any:
-    """What ``qualified`` names in ``module``, followed through classes only; None if it names nothing."""
+    """The object that ``qualified`` names in ``module``, looked up through classes only; None if there is none."""
     target: Any = module
     for part in qualified.split("."):
         if target is None or (target is not module and not isinstance(target, type)):
@@ -189,12 +189,12 @@ def _defined_in(target: Any, module: str) -> bool:
 
 
 def _is_harmless(kind: type) -> bool:
-    """For classes of ``torch.nn``: modules, parameters, enums, named tuples, and the hooks by which its utilities compute a weight."""
+    """For classes of ``torch.nn``: whether this is a module, a tensor, an enum, a named tuple, or a hook that computes a weight."""
     return issubclass(kind, (nn.Module, torch.Tensor, enum.Enum, tuple)) or kind.__module__ in _NN_UTILITIES
 
 
 def _only_computes(function: Any, module: str) -> bool:
-    """For functions of ``torch.nn``: the public ones that compute from tensors and call none of their arguments."""
+    """For functions of ``torch.nn``: whether this is a public one that computes from tensors and calls none of its arguments."""
     return module in _NN_FUNCTIONS and not function.__name__.startswith("_") and "distance" not in function.__name__
 
 
@@ -209,7 +209,7 @@ def _package_of(name: str) -> str:
 
 
 def _trust_entry(name: str) -> str:
-    """The package of ``name``; for torch and the standard library, whose other functions few would trust, ``name`` alone."""
+    """The entry of ``trust`` that would cover ``name``: its package; for torch and the standard library only ``name`` itself."""
     package = _package_of(name)
     return dotted(name) if package == "torch" or package in sys.stdlib_module_names else package
 
@@ -217,9 +217,9 @@ def _trust_entry(name: str) -> str:
 def _arguments_to_pass(names: Iterable[str]) -> str:
     """The arguments of `build_model` that would trust ``names``."""
     packages = sorted({_trust_entry(name) for name in names} - {"__main__"})
-    of_script = [dotted(name) for name in names if name.startswith("__main__:")]
-    classes = ", ".join(f"'{name}': {name.rpartition('.')[2]}" for name in of_script)
+    script_classes = [dotted(name) for name in names if name.startswith("__main__:")]
+    classes = ", ".join(f"'{name}': {name.rpartition('.')[2]}" for name in script_classes)
     arguments = [f"trust={packages}"] if packages else []
-    if of_script:
+    if script_classes:
         arguments.append(f"classes={{{classes}}} for classes of the script that saved it")
     return ", ".join(arguments)

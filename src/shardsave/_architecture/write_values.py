@@ -1,4 +1,4 @@
-"""From Python values to the values of an architecture document, with a table of the objects that have an identity."""
+"""Writes Python values as values of an architecture document, with a table of the objects that have an identity."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ _MAX_DEPTH = 100
 
 
 class ValueWriter:
-    """Writes values. An object with an identity gets a number in ``objects`` and waits in a queue until it is written there, so a deep
-    model cannot exhaust Python's stack. ``refused`` lists everything that cannot be saved, with its path in the module."""
+    """Writes values. An object with an identity gets a number in ``objects`` and waits in a queue until it is written there, so that
+    a deep model does not exhaust Python's stack. ``refused`` lists everything that cannot be saved, with its path in the module."""
 
     def __init__(self) -> None:
         self.objects: list[Any] = []
@@ -76,7 +76,7 @@ class ValueWriter:
         return [[key, self._value(value, f"{path}[{_short(name)}]")] for key, (name, value) in zip(keys, mapping.items())]
 
     def _keys(self, keys: Iterable[Any], path: str) -> list[Any]:
-        """Refuses keys that are looked up by identity: the object that is built in their place is another one."""
+        """Refuses keys that are looked up by identity: the built key is a new object, which no lookup by the old one finds."""
         written, keys = [], list(keys)
         for key in keys:
             if not is_key(key):
@@ -163,7 +163,7 @@ class ValueWriter:
         return text
 
 
-#: Type → tag, and the function from a value to what follows the tag.
+#: Type → tag, and the function that encodes a value for this tag.
 _ENCODERS: Mapping[type, tuple[str, Callable[[Any], Any]]] = {
     complex: ("complex", lambda value: [repr(value.real), repr(value.imag)]),
     bytes: ("bytes", lambda value: base64.b64encode(value).decode()),

@@ -13,7 +13,7 @@ from shardsave._common.words import count, human_bytes
 if TYPE_CHECKING:
     import shardsave
 
-#: How long to wait for a running save, in seconds; a person can decide to wait longer.
+#: How many seconds to wait for a running save; the user can then decide to wait longer.
 _PATIENCE = 5.0
 
 

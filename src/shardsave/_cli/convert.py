@@ -1,4 +1,4 @@
-"""``shardsave convert``: third-party checkpoints to shardsave directories, and these to single files."""
+"""``shardsave convert``: turns third-party checkpoints into shardsave directories, and these into single files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shardsave._cli.paths import CHECKPOINT
 from shardsave.errors import IncompatibleCheckpointError
 
 if TYPE_CHECKING:
-    import shardsave
+    from shardsave._api.convert import Form
 
 
 @click.command(
@@ -56,7 +56,7 @@ Exit codes: 0 converted, 2 wrong usage, 3 failed; then DST is unchanged.""",
 def convert(
     source: str,
     destination: str,
-    to: shardsave._convert.Form,
+    to: Form,
     max_shard_size: str,
     dtype: str | None,
     drop: tuple[str, ...],

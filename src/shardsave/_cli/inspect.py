@@ -67,7 +67,7 @@ def inspect(context: click.Context, directory: str, depth: int, everything: bool
 
 
 def _names(checkpoint: Checkpoint, pattern: str | None) -> dict[str, str]:
-    """For each name that matches: name → the name under which its bytes are stored."""
+    """Each name that matches → the name under which its bytes are stored."""
     known = {name: name for name in checkpoint.stored_names} | dict(checkpoint.ties)
     if pattern is None:
         return known

@@ -30,15 +30,14 @@ class _PipeClosed(Exception):
 
 
 class Commands(click.Group):
-    """A group that exits with one of the documented codes and prints an error in one line."""
+    """A group that exits with one of the documented codes and prints each error in one line."""
 
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, *rest: Any, **extra: Any) -> Any:
         extra["standalone_mode"] = False
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
-                stream.reconfigure(
-                    errors="replace"
-                )  # a terminal without some letters shows question marks instead of a traceback
+                # A terminal that lacks some letters shows question marks instead of a traceback.
+                stream.reconfigure(errors="replace")
         sys.exit(self._run(args, "shardsave", *rest, **extra))
 
     def invoke(self, ctx: click.Context) -> Any:

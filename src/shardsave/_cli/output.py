@@ -1,4 +1,4 @@
-"""Prints for all commands: tables and colour on a terminal, plain lines in a pipe or file."""
+"""Prints the output of all commands: tables and colour on a terminal, plain lines in a pipe or file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Output:
     def __init__(self) -> None:
         from rich.console import Console
 
-        # A width larger than any line: a narrow terminal wraps long lines itself, and no name is cut.
+        # Wider than any line, so that no name is cut; a narrow terminal wraps long lines itself.
         self._console = Console(highlight=False, markup=False, emoji=False, width=100_000)
         self.terminal = self._console.is_terminal
 
@@ -64,7 +64,7 @@ class Output:
             return ["", ""]
         full = round(share * width)
         if 0 < share < 1:
-            full = min(max(full, 1), width - 1)  # the bar looks full or empty only for exactly all or nothing
+            full = min(max(full, 1), width - 1)  # the bar looks full only for 100 %, and empty only for 0 %
         marks = ("█", "░") if self.terminal else ("#", ".")
         return [(marks[0] * full + marks[1] * (width - full), FROZEN), f"{share:.0%}" if share in (0, 1) else f"{share:.1%}"]
 

@@ -10,7 +10,7 @@ from shardsave._api.arguments import check_path
 
 
 class _CheckpointPath(click.Path):
-    """A path that a shell can complete; an impossible path is a usage error."""
+    """A path that a shell can complete; a path that cannot exist is a usage error."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         try:

@@ -16,12 +16,12 @@ from shardsave._cli.output import printable
 from shardsave._common.words import count, human_bytes
 from shardsave._storage.checkpoint import Checkpoint, Located
 
-#: Frozen → colour. Their lightness differs, so they stay distinct in grey print and for colour-blind readers.
+#: Freeze flag → colour. The colours differ in lightness, so they stay distinct in grey print and for colour-blind readers.
 COLOURS: dict[bool | None, str] = {True: "#1d4e79", False: "#f5b54a", None: "#c9ced6"}
 INK, EDGE = "#22272e", "#ffffff"
 _INK_ON: dict[bool | None, str] = {True: "#ffffff", False: INK, None: INK}
 
-#: The height of a row, and the largest height of all rows together, in inches.
+#: The height of a row, and the greatest height of all rows together, in inches.
 _ROW, _HIGHEST = 0.42, 30.0
 
 #: The width of a letter of a tensor's name, in inches.

@@ -55,7 +55,7 @@ class Module:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the printed tree. ``last`` says for each level whether this branch is the last one there."""
+    """A line of the printed tree. ``last``: for each level, whether the branch is the last one of that level."""
 
     name: str
     last: tuple[bool, ...]
@@ -92,14 +92,14 @@ def _sum_up(module: Module) -> None:
 
 
 def rows(module: Module, most: int | None, last: tuple[bool, ...] = ()) -> Iterator[Row]:
-    """The lines below ``module``. Of more than ``most`` children, the rest is shown as one line with their sums."""
-    shown = list(module.children.items())
-    rest = shown[most:] if most is not None and len(shown) > most + 1 else []
-    shown = shown[: len(shown) - len(rest)]
+    """The lines below ``module``. If it has more than ``most`` + 1 children, those after the first ``most`` share one line of sums."""
+    children = list(module.children.items())
+    rest = children[most:] if most is not None and len(children) > most + 1 else []
+    shown = children[: len(children) - len(rest)]
     for place, (name, child) in enumerate(shown):
-        at = (*last, place == len(shown) - 1 and not rest)
-        yield Row(name, at, child.sums)
-        yield from rows(child, most, at)
+        child_last = (*last, place == len(shown) - 1 and not rest)
+        yield Row(name, child_last, child.sums)
+        yield from rows(child, most, child_last)
     if rest:
         joined = Sums()
         for _, child in rest:

@@ -5,6 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 
+def an(noun: str) -> str:
+    """``noun`` with its article, for a message: ``a list``, ``an int``."""
+    vowel = noun[:1].lower() in "aeio" or noun[:2].lower() == "un"
+    return f"{'an' if vowel else 'a'} {noun}"
+
+
 def human_bytes(count: float) -> str:
     """``14200000000`` → ``14.2 GB``; decimal units, as for disks and file sizes."""
     for unit in ("B", "kB", "MB", "GB"):

@@ -21,7 +21,7 @@ _CASTS = {
 
 
 class Names:
-    """Decides which names of the source are converted, and their new names; keeps both for the report."""
+    """Decides which names of the source are converted, and their new names; remembers dropped and renamed names for the report."""
 
     def __init__(self, drop: tuple[str, ...], rename: tuple[tuple[re.Pattern[str], str], ...]) -> None:
         self.dropped: dict[str, None] = {}
@@ -56,7 +56,9 @@ class Names:
             *(("rename", pattern.pattern) for pattern, _ in self._rename),
         ]
         return tuple(
-            f"{what}={pattern!r} matched no name" for what, pattern in all_patterns if (what, pattern) not in self._used
+            f"{argument}={pattern!r} matched no name"
+            for argument, pattern in all_patterns
+            if (argument, pattern) not in self._used
         )
 
 

@@ -1,4 +1,4 @@
-"""What a conversion will write: the source's tensors with new names and dtypes, and what it keeps from beside them."""
+"""What a conversion will write: the source's tensors with new names and dtypes, and what it keeps beside the weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from shardsave.errors import IncompatibleCheckpointError
 
 
 def converted_state(origin: Origin, names: Names, target: torch.dtype | None, path: str) -> tuple[State, int]:
-    """The state of ``origin`` with new names and the dtypes in the new file, and how many stored tensors are cast.
+    """Returns the state of ``origin`` with the names and dtypes of the new file, and how many stored tensors are cast.
 
     Raises IncompatibleCheckpointError if no tensor is left, or if two would have the same name; ``path`` is for the message.
     """
@@ -60,7 +60,7 @@ def converted_state(origin: Origin, names: Names, target: torch.dtype | None, pa
 
 
 class CarriedOver(NamedTuple):
-    """What the new checkpoint keeps of the source beside the weights, and notes about what it leaves out."""
+    """What the new checkpoint keeps of the source besides the weights, and notes about what it leaves out."""
 
     parts: Parts
     companions: Mapping[str, bytes]
@@ -69,16 +69,16 @@ class CarriedOver(NamedTuple):
 
 
 def carried_over(origin: Origin, names: Names, target: torch.dtype | None, *, to_directory: bool) -> CarriedOver:
-    """Keeps an architecture and a program only if no name or dtype changes, since they refer to the saved ones."""
+    """Keeps an architecture and a program only if no name or dtype changes, since both refer to the saved ones."""
     companions = origin.companions
     if target is not None:
         companions = {name: _with_dtype(config, target) for name, config in companions.items()}
-    renamed = bool(names.dropped or names.renamed)
-    if to_directory and not renamed and target is None:
+    names_differ = bool(names.dropped or names.renamed)
+    if to_directory and not names_differ and target is None:
         return CarriedOver(origin.parts, companions, origin.module_flags, ())
     reason = "it refers to the saved names and dtypes" if to_directory else "a single file cannot hold it"
     notes = tuple(f"the {role} was left out: {reason}" for role in sorted(origin.parts.documents))
-    return CarriedOver(Parts(), companions, None if renamed else origin.module_flags, notes)
+    return CarriedOver(Parts(), companions, None if names_differ else origin.module_flags, notes)
 
 
 def _with_dtype(config: bytes, dtype: torch.dtype) -> bytes:

@@ -7,12 +7,12 @@ from mmap import mmap
 
 from shardsave._storage.mapping import let_go
 
-#: After how many bytes of the new checkpoint the pages are released. A cast may read four times as many bytes as it writes.
+#: Pages are released whenever this many bytes of the new checkpoint have been written. A cast may read four times as many as it writes.
 _HELD_BYTES = 16 << 20
 
 
 class ReleaseWhileReading:
-    """Is called with the number of bytes just read; after enough of them, releases the pages of the mapped files."""
+    """A callback for the number of bytes just read. After enough bytes it releases the pages of the mapped files."""
 
     def __init__(self, mappings: tuple[mmap, ...]) -> None:
         self._mappings = mappings
@@ -26,7 +26,7 @@ class ReleaseWhileReading:
 
 
 class ReleaseWhileWriting:
-    """A progress callback that passes each call on to ``tick``; after enough bytes, releases the pages of the mapped files."""
+    """A progress callback that passes each call on to ``tick``. After enough bytes it releases the pages of the mapped files."""
 
     def __init__(self, mappings: tuple[mmap, ...], tick: Callable[[int], object]) -> None:
         self._mappings = mappings

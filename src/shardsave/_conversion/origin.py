@@ -1,4 +1,4 @@
-"""What a conversion reads: recognises who wrote the files at a path, opens them, and maps their tensors without reading them."""
+"""Opens the source of a conversion: recognises which tool wrote the files at a path, and maps their tensors without reading them."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from shardsave._storage.directory import Directory
 from shardsave._storage.find import cannot_read, find
 from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError
 
-#: The names of transformers for weights that torch.save wrote.
+#: The file names that transformers uses for weights written by torch.save.
 TORCH_NAME, TORCH_INDEX_NAME = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
 class Origin(NamedTuple):
-    """The source of a conversion. ``values``: name → tensor, or another value that the file has under that name.
+    """The source of a conversion. ``values``: name → tensor, or another value that the file has under this name.
 
-    ``kind``: "shardsave", "safetensors", "torch" or "distributed". ``flags``: name → frozen; None if unknown. ``mappings``: where the
-    tensors lie. ``files``: every file that they come from. ``stored``: the tensors that have checksums, in the open ``checkpoint``.
-    ``parts`` and ``module_flags`` are carried over if no name changes, ``companions`` always.
+    ``kind``: "shardsave", "safetensors", "torch" or "distributed". ``flags``: name → frozen; None if unknown. ``mappings``: the
+    memory of the tensors. ``files``: every file that has some of them. ``stored``: those tensors of the open
+    ``checkpoint`` that have checksums. ``parts`` and ``module_flags`` are carried over if no name changes, ``companions`` always.
     """
 
     kind: str
@@ -95,7 +95,7 @@ def _from_file(path: str, key: str | None, wanted: Wanted, closing: ExitStack) -
 
 def _from_checkpoint(path: str, key: str | None, wanted: Wanted, closing: ExitStack) -> Origin:
     if key is not None:
-        refuse_key(path, key, "names to tensors, without anything around them")
+        refuse_key(path, key, "only one mapping of names to tensors, which has no key")
     checkpoint = closing.enter_context(open_checkpoint(path, parts=PARTS))
     record = checkpoint.record
     names = {name: name for name in checkpoint.stored_names} | dict(checkpoint.ties)
@@ -145,7 +145,7 @@ def _from_content(kind: str, file: TorchFile, path: str, key: str | None, wanted
 def _from_torch_shards(path: str, key: str | None, wanted: Wanted) -> Origin:
     folder, name = os.path.split(path)
     if key is not None:
-        refuse_key(path, key, "shards of names to tensors, without anything around them")
+        refuse_key(path, key, "in each shard only one mapping of names to tensors, which has no key")
     weight_map = parse_index(find(path).index_bytes or b"", f"index {name}").weight_map
     values: dict[str, Any] = {}
     mappings: list[mmap] = []
@@ -162,7 +162,7 @@ def _from_torch_shards(path: str, key: str | None, wanted: Wanted) -> Origin:
 
 
 def _read_torch_shard(folder: str, shard: str, names: set[str]) -> TorchFile:
-    """Reads a shard that the index lists, with exactly ``names`` in it."""
+    """Reads a shard that the index lists. The shard must have exactly ``names``."""
     try:
         file = read_torch_file(os.path.join(folder, shard))
     except CheckpointNotFoundError:
@@ -172,9 +172,10 @@ def _read_torch_shard(folder: str, shard: str, names: set[str]) -> TorchFile:
         ) from None
     held = set(file.content) if isinstance(file.content, dict) else set()
     if not isinstance(file.content, dict) or held != names:
-        differing = sorted(map(str, held ^ names))
+        differing = sorted(held ^ names, key=str)
+        owner = "the index" if differing[0] in names else "the shard"
         raise CorruptCheckpointError(
-            f"corrupt shard {shard}: the names that the index gives it were expected, {differing[0]!r} is only in one of them; "
+            f"corrupt shard {shard}: the names that the index lists for it were expected, {str(differing[0])!r} is only in {owner}; "
             f"index and shard belong to different saves"
         )
     return file

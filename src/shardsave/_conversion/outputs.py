@@ -64,7 +64,7 @@ def _write_contents(contents: Contents, path: str, durable: bool, release: Relea
 
 
 def _write_safetensors_file(output: Output, state: State) -> WriteResult:
-    """Keeps metadata whose value is a string, unless the key is the name of a tensor: the header has the ties there."""
+    """Keeps metadata whose value is a string, unless the key is the name of a tensor: the header stores ties under such keys."""
     names = {entry.name for entry in state.entries}
     texts = {name: value for name, value in output.origin.metadata.items() if isinstance(value, str)}
     kept = {name: value for name, value in texts.items() if name not in names and name not in ("format", CHECKSUM_KEY)}
@@ -84,7 +84,7 @@ def _write_torch(output: Output, state: State, file: NewFile) -> WriteResult:
     origin = output.origin
     if all(fits_torch(entry) for entry in state.entries if entry.tied_to is None):
         return write_torch(file, state.entries, ReleaseWhileWriting(origin.mappings, output.tick))
-    # torch.save needs tensors whose memory is as the file will be: they are first written to a checkpoint, which is then mapped.
+    # torch.save writes memory unchanged. So tensors that must change are first written to a checkpoint, which is then mapped.
     with ExitStack() as closing:
         try:
             contents = plan_contents(OnDisk(state), Parts(), sys.maxsize, {})
@@ -100,7 +100,7 @@ def _write_torch(output: Output, state: State, file: NewFile) -> WriteResult:
 
 
 def _notes_on_losses(origin: Origin, kept: Mapping[str, str]) -> tuple[str, ...]:
-    """Notes about what a single file cannot hold; ``kept``: the metadata that it has."""
+    """Notes about what a single file cannot hold. ``kept``: the metadata that it does hold."""
     lost_keys = sorted(origin.metadata.keys() - kept.keys())
     notes = ("freeze flags were left out",) if origin.flags is not None else ()
     return (*notes, f"metadata was left out: {some(lost_keys, 5)}") if lost_keys else notes

@@ -1,4 +1,4 @@
-"""One file of tensors, a safetensors file or a file of torch.save: written beside its path under another name, then renamed."""
+"""Writes one file of tensors, a safetensors file or a file of torch.save: first under another name beside its path, then renamed."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class WriteResult(NamedTuple):
 
 
 class _Phase(enum.Enum):
-    """How far a `NewFile` is; the phases follow each other in this order."""
+    """The phases of a `NewFile`, in this order."""
 
     OPENING = enum.auto()  # nothing was created
     WRITING = enum.auto()  # the scratch file exists
@@ -64,7 +64,7 @@ class NewFile:
 
     Entering it removes the scratch files of dead writers and creates a new one beside ``path``. The caller writes to `file` and
     calls `commit`, which renames the scratch file to ``path``. Leaving it without a commit removes the scratch file; a file that was
-    at ``path`` is then unchanged. The scratch file is locked until the end, so that later writers to ``path`` know it is not dead.
+    at ``path`` is then unchanged. The scratch file is locked until the end: later writers to ``path`` see that its writer is alive.
     """
 
     def __init__(self, path: str, durable: bool) -> None:
@@ -106,11 +106,12 @@ class NewFile:
             self.file.open(self._scratch, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, self._directory.fd)
             self._phase = _Phase.WRITING
             self._lock.open(self._scratch, os.O_RDONLY | os.O_NOFOLLOW, self._directory.fd)
-            with suppress(OSError):  # the file system has no locks: then no other writer takes this file for a dead one either
+            # On a file system without locks the call fails. There, no other writer can remove this file as a dead one either.
+            with suppress(OSError):
                 fcntl.flock(self._lock.fd, fcntl.LOCK_EX)
             if call(os.fstat, self._scratch, self.file.fd).st_nlink:
                 return
-            self.file.abandon()  # another writer took it for a dead one, before it was locked, and removed it
+            self.file.abandon()  # before it was locked, another writer removed it as a dead one
             self._lock.abandon()
 
     def _remove_dead(self) -> None:
@@ -128,7 +129,7 @@ class NewFile:
                         self._directory.unlink(name)
 
     def commit(self) -> None:
-        """Ends the scratch file and renames it to ``path``; both durably if that was asked for."""
+        """Completes the scratch file and renames it to ``path``, both durably if the caller requested that."""
         inode = self._end_file()
         folders = {"src_dir_fd": self._directory.fd, "dst_dir_fd": self._directory.fd}
         try:
@@ -145,7 +146,7 @@ class NewFile:
             ) from error
 
     def _end_file(self) -> tuple[int, int] | None:
-        """Makes the content durable if that was asked for, and closes the file. Returns its inode."""
+        """Makes the content durable if the caller requested that, and closes the file. Returns its inode."""
         try:
             if self._durable:
                 call(os.fsync, self.path, self.file.fd)
@@ -156,7 +157,7 @@ class NewFile:
         return inode
 
     def _is_at_path(self, inode: tuple[int, int] | None) -> bool:
-        """Whether a failed rename took effect all the same, as on a network file system whose answer got lost."""
+        """Whether a failed rename took effect all the same. A network file system may lose the answer to a successful rename."""
         with suppress(CallFailed):
             return inode is not None and self._directory.inode_of(self._name) == inode
         return False
@@ -182,7 +183,7 @@ class NewFile:
 def write_safetensors(
     new: NewFile, entries: Sequence[Entry], metadata: Mapping[str, str], durable: bool, tick: Callable[[int], object]
 ) -> WriteResult:
-    """Writes ``entries`` into ``new`` as a safetensors file. Of a tied group only the first is stored; the metadata names the others."""
+    """Writes ``entries`` into ``new`` as a safetensors file. Of tied tensors only the first is stored; the metadata names the rest."""
     stored = [entry for entry in entries if entry.tied_to is None]
     ties = {entry.name: entry.tied_to for entry in entries if entry.tied_to is not None}
     if reserved_names := sorted(ties.keys() & {"format", CHECKSUM_KEY}):
@@ -232,7 +233,7 @@ class _Sink:
 def write_torch(new: NewFile, entries: Sequence[Entry], tick: Callable[[int], object]) -> WriteResult:
     """Writes ``entries`` into ``new`` with torch.save, as a plain dict from names to tensors; tied tensors share a storage.
 
-    The memory of each tensor must be as the file will be: see `fits_torch`.
+    `fits_torch` must be true of every entry.
     """
     state: dict[str, torch.Tensor] = {}
     for entry in entries:
@@ -242,7 +243,7 @@ def write_torch(new: NewFile, entries: Sequence[Entry], tick: Callable[[int], ob
     try:
         torch.save(state, sink)  # type: ignore[arg-type]
     except BaseException:
-        # Ends a reference cycle: torch's C++ writer refers to the sink, which the garbage collector cannot see.
+        # Ends a reference cycle that the garbage collector cannot see, because torch's C++ writer refers to the sink.
         error, sink.error = sink.error, None
         if isinstance(error, CallFailed):
             raise new.failure(error) from error
@@ -259,7 +260,7 @@ def fits_torch(entry: Entry) -> bool:
 
 
 def _with_own_storage(tensor: torch.Tensor) -> torch.Tensor:
-    """A view whose storage is only the tensor's own memory, since torch.save writes whole storages."""
+    """A view of ``tensor`` whose storage is only the tensor's own memory, since torch.save writes whole storages."""
     storage, begin = tensor.untyped_storage(), tensor.storage_offset() * tensor.element_size()
     length = tensor.numel() * tensor.element_size()
     own = storage[begin : begin + length]

@@ -1,7 +1,7 @@
 """Reads directories of ``torch.distributed.checkpoint``: one pickled table, and files with the parts of every tensor.
 
-The table is unpickled into inert records of our own. A pickle may name only what is listed in `_RECORDS` and `_VALUES`, so it reaches
-no class of torch and no other code.
+The table is unpickled into inert records of our own. A pickle may use only the names in `_RECORDS` and `_VALUES`, so it
+reaches no class of torch and no other code.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _METADATA, _FILES = "torch.distributed.checkpoint.metadata", "torch.distributed.
 
 
 class _Record:
-    """Takes the place of an object in the pickle; keeps its arguments and its state, and does nothing with them."""
+    """Takes the place of an object in the pickle. It keeps the arguments and the state of that object, and does nothing with them."""
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
@@ -85,7 +85,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _ForbiddenName(Exception):
-    """The pickle names something outside `_RECORDS` and `_VALUES`."""
+    """The pickle uses a name that is not in `_RECORDS` and `_VALUES`."""
 
 
 class PickledValue(NamedTuple):
@@ -101,7 +101,7 @@ def read_distributed(folder: str) -> TorchFile:
     place_of: dict[tuple[Any, Any], _Record] = {}
     for index, place in places.items():
         if type(index) is not _INDEX or type(place) is not _PLACE:
-            _bad(folder, "a table of the places of tensors was expected, it has something else")
+            _bad(folder, "a table of the places of tensors was expected, one of its entries is something else")
         place_of[_key(index["fqn"], index["offset"], folder)] = place
     archives = Archives(folder)
     content: dict[Any, Any] = {}
@@ -127,9 +127,10 @@ def _read_table(path: str) -> _Record:
         except CallFailed as error:
             raise cannot_read(path, error) from error
     try:
-        for opcode, argument, at in pickletools.genops(data):
-            # pickle numbers its memo from 0 on. A higher number would make the unpickler allocate a table of that length.
-            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(str(argument)) > (at or 0):
+        for opcode, argument, position in pickletools.genops(data):
+            # pickle numbers its memo from 0 on, so no number exceeds its position in the file. A huge number would make the unpickler
+            # allocate a table of that length.
+            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(str(argument)) > (position or 0):
                 _bad(path, "a pickled table was expected, it has a memo number that is too high")
         table = _Unpickler(io.BytesIO(data)).load()
     except _ForbiddenName as name:
@@ -160,7 +161,7 @@ def _tensor(
         begin, sizes = (
             _sizes(chunk[field] if isinstance(chunk, _Record) else None, name, folder) for field in ("offsets", "sizes")
         )
-        if len(begin) != len(shape) or len(sizes) != len(shape) or any(b + s > of for b, s, of in zip(begin, sizes, shape)):
+        if len(begin) != len(shape) or len(sizes) != len(shape) or any(b + s > n for b, s, n in zip(begin, sizes, shape)):
             _bad(folder, f"{name!r} of shape {shape} was expected, a part of {sizes} lies at {begin}")
         tensor = _part(name, place_of.get((name, begin)), archives, folder)
         if tensor.dtype != dtype or tuple(tensor.shape) != sizes:
@@ -182,7 +183,7 @@ def _part(name: str, place: _Record | None, archives: Archives, folder: str) -> 
         _bad(folder, f"{name!r} was expected to lie in a file of this directory, its place is {file!r}")
     if place["transform_descriptors"]:
         raise IncompatibleCheckpointError(
-            f"cannot convert {folder}: {name!r} was expected as it is in memory, it was transformed by "
+            f"cannot convert {folder}: {name!r} was expected to be stored without a transformation, it was transformed by "
             f"{place['transform_descriptors']!r} when it was saved; nothing was written"
         )
     return archives.tensor(file, offset, length)
@@ -199,10 +200,10 @@ def _cover(shape: tuple[int, ...], parts: list[Part]) -> bool:
     if math.prod(len(cuts) - 1 for cuts in borders) > max(1 << 20, 4 * len(parts)):
         return False
     count = np.zeros([len(cuts) - 1 for cuts in borders], np.int32)
-    places = [{cut: at for at, cut in enumerate(cuts)} for cuts in borders]
+    cell_numbers = [{cut: cell for cell, cut in enumerate(cuts)} for cuts in borders]
     for begin, tensor in parts:
         if tensor.numel():
-            count[tuple(slice(at[b], at[b + size]) for at, b, size in zip(places, begin, tensor.shape))] += 1
+            count[tuple(slice(cells[b], cells[b + n]) for cells, b, n in zip(cell_numbers, begin, tensor.shape))] += 1
     return bool((count == 1).all())
 
 

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 
 from shardsave._common.assembled import Assembled
-from shardsave._common.words import count, some
+from shardsave._common.words import an, count, some
 from shardsave.errors import IncompatibleCheckpointError
 
 #: How many keys may lead to a state.
@@ -72,7 +72,7 @@ def _mappings(content: Any, keys: tuple[str, ...]) -> Iterator[_Place]:
 
 
 def _is_state(mapping: dict[Any, Any], wanted: Wanted) -> bool:
-    """Whether ``mapping`` has tensors, and nothing else among its wanted values."""
+    """Whether ``mapping`` has tensors, and its wanted values are tensors only."""
     if not all(isinstance(name, str) for name in mapping):
         return False
     return any(map(_is_tensor, mapping.values())) and all(_is_tensor(value) for name, value in mapping.items() if wanted(name))
@@ -87,13 +87,14 @@ def _list_states(states: list[_Place]) -> str:
 
 
 def _describe(content: Any) -> str:
-    """What a file without a state has instead, for a message."""
+    """Describes the content of a file without a state, for a message."""
     outer = content if isinstance(content, dict) else {}
-    others = {str(name): value for name, value in outer.items() if not _is_tensor(value)}
-    if not others:
-        return f"it is a {type(content).__name__} without any"
-    among = f" among its tensors, which can be left out with drop={next(iter(others))!r}" if len(others) < len(outer) else ""
-    return f"it has {some((f'{name!r} ({_kind(value)})' for name, value in others.items()), _LISTED)}{among}"
+    not_tensors = {str(name): value for name, value in outer.items() if not _is_tensor(value)}
+    if not not_tensors:
+        return f"it has none, it is {an(type(content).__name__)}"
+    has_tensors = len(not_tensors) < len(outer)
+    advice = f" among its tensors, which can be left out with drop={next(iter(not_tensors))!r}" if has_tensors else ""
+    return f"it has {some((f'{name!r} ({_kind(value)})' for name, value in not_tensors.items()), _LISTED)}{advice}"
 
 
 def _kind(value: object) -> str:

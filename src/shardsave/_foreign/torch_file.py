@@ -28,7 +28,7 @@ from shardsave._storage.mapping import map_file
 from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError, UntrustedCodeError
 
 _ZIP = b"PK\x03\x04"
-#: How the lines of a torch message begin that give advice.
+#: The beginnings of those lines of a torch message that only give advice.
 _ADVICE = ("Weights only load failed", "Please file an issue", "Check the documentation")
 _GLOBAL = re.compile(r"GLOBAL ([\w.<>]+)")
 
@@ -45,7 +45,7 @@ class Window(io.RawIOBase):
     """A byte range of an open file, as a seekable file object."""
 
     def __init__(self, fd: int, begin: int, length: int) -> None:
-        self._fd, self._begin, self._length, self._at = fd, begin, length, 0
+        self._fd, self._begin, self._length, self._position = fd, begin, length, 0
 
     def readable(self) -> bool:
         return True
@@ -54,15 +54,15 @@ class Window(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
-        self._at = max(0, base + offset)
-        return self._at
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
+        self._position = max(0, base + offset)
+        return self._position
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
-        data = read_at(self._fd, min(len(view), max(0, self._length - self._at)), self._begin + self._at)
+        data = read_at(self._fd, min(len(view), max(0, self._length - self._position)), self._begin + self._position)
         view[: len(data)] = data
-        self._at += len(data)
+        self._position += len(data)
         return len(data)
 
 
@@ -157,14 +157,14 @@ def unpickle(file: io.RawIOBase, path: str, location: str) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """The sentence of a torch message that says what is wrong, without the advice around it."""
+    """The sentence of a torch message that describes the problem, without the advice around it."""
     lines = [line.strip() for line in str(error).splitlines()]
     reasons = [line for line in lines if line and not line.startswith(_ADVICE)]
     return reasons[0].split(". ")[0][:160].rstrip(".") if reasons else type(error).__name__
 
 
 class _NotMappable(Exception):
-    """The bytes of a tensor are not where torch writes them, or that place is unknown; the file can still be read."""
+    """The bytes of a tensor are not where torch writes them, or their offset is unknown. The file can still be read into memory."""
 
     def __init__(self, reason: str = "is not as torch wrote it") -> None:
         super().__init__(reason)
@@ -184,7 +184,7 @@ def _read_mapped(fd: int, mapping: mmap.mmap, begin: int, length: int, path: str
     """The content of the archive at ``begin``, ``length`` bytes long, with mapped tensors. Raises _NotMappable."""
     records = _records(fd, begin, length, path)
     if not _torch_reports_offsets():
-        raise _NotMappable(f"is read by torch {torch.__version__}, which does not say where tensors lie")
+        raise _NotMappable(f"is read by torch {torch.__version__}, which does not report the offsets of tensors")
     try:
         return _place(unpickle(Window(fd, begin, length), path, "meta"), mapping, begin, records, path)
     except RecursionError:
@@ -198,8 +198,8 @@ def _records(fd: int, begin: int, length: int, path: str) -> dict[int, int]:
             records = {}
             _refuse_program(path, archive.namelist())
             for entry in archive.infolist():
-                other_order = entry.filename.endswith("/byteorder") and archive.read(entry).decode() != sys.byteorder
-                if entry.compress_type != zipfile.ZIP_STORED or other_order:
+                byte_swapped = entry.filename.endswith("/byteorder") and archive.read(entry).decode() != sys.byteorder
+                if entry.compress_type != zipfile.ZIP_STORED or byte_swapped:
                     raise _NotMappable
                 # The local header has its own lengths of the name and of the extra field after it.
                 lengths = read_at(fd, 4, begin + entry.header_offset + 26)
@@ -228,7 +228,7 @@ def _refuse_program(path: str, records: Sequence[str]) -> None:
 def _place(content: Any, mapping: mmap.mmap, begin: int, records: Mapping[int, int], path: str) -> Any:
     """``content`` with each plain meta tensor replaced by a view of its bytes; the archive begins at ``begin`` in the file.
 
-    torch computes the offset at which it would write a tensor. It is used only if a record begins there and has the right length.
+    torch computes the offset at which it would write a tensor. The offset is used only if a record of the right length begins there.
     """
     if isinstance(content, Mapping):
         return {key: _place(value, mapping, begin, records, path) for key, value in content.items()}

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from shardsave._common.strict_json import MAX_DIGITS, NotJSON, glimpse, parse_object
-from shardsave.errors import an
+from shardsave._common.words import an
 
 #: How deep metadata may be nested: far less than the stack of any JSON reader allows.
 _LEVELS = 64

@@ -10,13 +10,14 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from shardsave._common.memory import PLAIN_TYPES, address, any_overlap, lacks_memory, reach
+from shardsave._common.words import an
 from shardsave._format.dtypes import BY_NAME
 from shardsave._loading.allocation import stays
 from shardsave._loading.module_plan import ModulePlan
 from shardsave._loading.slots import Inventory, Slot
 from shardsave._state.wrappers import Names
 from shardsave._storage.checkpoint import Located
-from shardsave.errors import IncompatibleCheckpointError, UnsupportedTensorError, an
+from shardsave.errors import IncompatibleCheckpointError, UnsupportedTensorError
 
 #: Whether two stored tensors have the same bytes.
 SameBytes = Callable[[Located, Located], bool]

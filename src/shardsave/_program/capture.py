@@ -1,4 +1,4 @@
-"""From a model to a program: what ``torch.export`` traces, written as plain data."""
+"""Writes the program of a model: the graph that ``torch.export`` traces, as plain data."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _refuse_other_weights(module: nn.Module, exported: torch.export.ExportedProg
 
 
 def _input_specs(exported: torch.export.ExportedProgram) -> tuple[list[InputSpec], list[InputSpec]]:
-    """The inputs of the graph: those that are tensors of the model, and those that are arguments of a call."""
+    """The inputs of the graph: first those that are tensors of the model, then those that are arguments of a call."""
     specs = exported.graph_signature.input_specs
     for spec in specs:
         if spec.kind not in {*_TENSOR_KINDS, InputKind.USER_INPUT}:
@@ -114,7 +114,7 @@ def _mutation_specs(exported: torch.export.ExportedProgram) -> list[OutputSpec]:
     specs = exported.graph_signature.output_specs
     mutation_specs = [spec for spec in specs if spec.kind in _MUTATIONS]
     if any(spec.kind not in {*_MUTATIONS, OutputKind.USER_OUTPUT} for spec in specs[len(mutation_specs) :]):
-        refuse_to_save("results of the model's forward were expected, the exported program has others")
+        refuse_to_save("results of the model's forward were expected, the exported program has other outputs")
     return mutation_specs
 
 
@@ -123,7 +123,7 @@ def _place(exported: torch.export.ExportedProgram, spec: InputSpec, extra: Extra
     tensor = exported.state_dict[name] if name in exported.state_dict else exported.constants[name]
     try:
         stored, kept = extra.place(tensor, name)
-    except RuntimeError as error:  # tensors of torch.func only stand for others
+    except RuntimeError as error:  # a tensor of torch.func wraps another tensor
         refuse_to_save(f"tensors with memory of their own were expected, {name} has none ({str(error).splitlines()[0]})")
     # A non-persistent buffer is not in the state dict of the model, so it must not be in that of the program either.
     kind = "constant" if spec.kind is InputKind.BUFFER and not spec.persistent else _TENSOR_KINDS[spec.kind]
@@ -167,13 +167,13 @@ class _GraphWriter:
         return {"value": self._inputs + len(self._calls) - 1}
 
     def add_checks(self, arguments: TracedArguments) -> None:
-        """Makes the graph begin with checks of what torch assumed about the arguments."""
+        """Writes calls that check what torch assumed about the arguments; the graph begins with them."""
         for condition in arguments.conditions:
             holds = Condition(condition, arguments, self.call).written
             self.call("aten._assert_scalar.default", holds, f"the program was exported for arguments of which {condition}")
 
     def add_calls(self) -> Any:
-        """Writes every call of the graph. Returns its result, as the document has it."""
+        """Writes every call of the graph. Returns the graph's result in the form of the document."""
         for node in self._module.graph.nodes:
             if node.op == "get_attr":
                 self._written[node] = {"graph": self._add_graph(node)}

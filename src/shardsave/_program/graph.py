@@ -1,7 +1,7 @@
-"""A program's graph: how it is read from a document, and how it runs.
+"""Reads the graphs of a program from a document, and runs them.
 
 Nothing in a graph is evaluated, compiled or imported. Each call names one function or operator (`operators.py`) and has plain values as
-arguments. The graph runs one call after the other.
+arguments. A graph runs one call after the other.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from shardsave._program.operators import check_arguments, find_function
 from shardsave._program.refusals import BadProgram
 
-#: How deep values and graphs may be nested: deeper than in any model, and far from the limit of Python's stack.
+#: How deep values may be nested: deeper than in any model, and far from the limit of Python's stack.
 MAX_DEPTH = 32
 
 
@@ -59,7 +59,7 @@ class Graph:
     def __init__(self, inputs: int, calls: list[tuple[Callable[..., Any], list[Any], dict[str, Any]]], result: Any) -> None:
         self.inputs = inputs
         self.result = result
-        # A value is released after its last use, as Python does it in a forward.
+        # A value is released after its last use, as Python does while it runs a forward.
         last_call: dict[int, int] = {}
         for place, (_, arguments, keywords) in enumerate(calls):
             last_call[inputs + place] = place
@@ -115,7 +115,8 @@ class GraphReader:
         self._graphs: dict[int, Graph] = {}
 
     def graph(self, number: int) -> Graph:
-        # The last graph is read first. A graph calls only later ones, so there is no cycle, and the depth of calls is bounded by the list.
+        # The last graph is read first. A graph calls only later ones, so there is no cycle, and the length of the list bounds the depth of
+        # calls.
         for later in range(len(self._documents) - 1, number - 1, -1):
             if later not in self._graphs:
                 self._graphs[later] = self._read(later)
@@ -144,7 +145,7 @@ class GraphReader:
         return {name: self._value(part, known, number, where, depth) for name, part in parts.items()}
 
     def _value(self, value: Any, known: int, number: int, where: str, depth: int = 0) -> Any:
-        """A scalar, a list, or what an object with one tag stands for. ``known``: how many values graph ``number`` has at this point."""
+        """Reads a scalar, a list, or an object with one tag. ``known``: how many inputs and results graph ``number`` has so far."""
         if value is None or isinstance(value, (bool, float, str)) or (isinstance(value, int) and -(2**63) <= value < 2**63):
             return value
         if depth > MAX_DEPTH:

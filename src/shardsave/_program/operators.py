@@ -1,7 +1,7 @@
 """Which operators and functions a program may call.
 
-A name in a program is that of a function in ``FUNCTIONS``, or of an operator in torch's dispatcher that computes. It is only looked up:
-nothing is evaluated, and nothing that it names is imported.
+A program may name a function in ``FUNCTIONS``, or an operator in torch's dispatcher that only computes. The name is only looked up: nothing
+is evaluated, and nothing that a program names is imported.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from shardsave._program.refusals import BadProgram
 
 _OPERATOR = re.compile(r"(aten|prims)\.(\w+)\.(\w+)", re.ASCII)
 
-# Operators with a leading underscore are internals of torch, and many of them trust their arguments. Only those that models are traced to
+# Operators with a leading underscore are internals of torch, and many of them trust their arguments. Only those that occur in traced models
 # are allowed.
-_INNER = re.compile(
+_ALLOWED_INTERNALS = re.compile(
     r"_(?:to_copy|unsafe_view|unsafe_index|unsafe_index_put|unsafe_masked_index|softmax|log_softmax|safe_softmax|"
     r"native_batch_norm_legit\w*|batch_norm_impl_index|native_multi_head_attention|transformer_encoder_layer_fwd|"
     r"scaled_dot_product_\w+|assert_scalar|assert_async|assert_tensor_metadata|functional_sym_constrain_range\w*|"
@@ -32,9 +32,9 @@ _INNER = re.compile(
     r"_and__|_or__|_xor__|_lshift__|_rshift__|_iand__|_ior__|_ixor__)",
     re.ASCII,
 )
-# These are refused: they open files, reach memory other than their tensors', are internals of one library, or trust sizes that others have
-# computed. Sparse tensors are refused because the positions of their elements are data, which no operator checks again.
-_OUTER = re.compile(
+# These are refused: they open files, reach memory that is not of their tensors, are internals of one library, or trust sizes that another
+# operator computed. Sparse tensors are refused because the positions of their elements are data, which no operator checks again.
+_REFUSED = re.compile(
     r"from_file|save|set|set_|set_data|record_stream|resize\w*|segment_reduce|(?:cudnn|miopen|mkldnn|fbgemm|mps|quantized|q)_\w+|"
     r"\w*(?:backward|sparse|mkldnn|quantize|qparams|fused_moving)\w*|coalesce|(?:(?:crow|col|ccol|row)_)?indices\w*|values\w*|"
     r"hspmm|s?smm|sspaddmm",
@@ -119,7 +119,7 @@ def find_function(name: Any, where: str) -> Callable[..., Any]:
     if isinstance(name, str) and name in FUNCTIONS:
         return FUNCTIONS[name]
     parts = _OPERATOR.fullmatch(name) if isinstance(name, str) else None
-    if parts is None or _OUTER.fullmatch(parts[2]) or (parts[2][0] == "_" and not _INNER.fullmatch(parts[2])):
+    if parts is None or _REFUSED.fullmatch(parts[2]) or (parts[2][0] == "_" and not _ALLOWED_INTERNALS.fullmatch(parts[2])):
         raise BadProgram(where, "an operator of torch that computes", name)
     namespace, short, overload = parts.groups()
     if namespace == "prims":
@@ -146,7 +146,7 @@ def check_arguments(function: Callable[..., Any], arguments: Sequence[Any], keyw
 
 
 def _has_kernel(name: str) -> bool:
-    """Whether the dispatcher has the operator. It lacks functions that only TorchScript has, some of which open files."""
+    """Whether the dispatcher has the operator. Functions that only TorchScript has are not in it; some of them open files."""
     try:
         return torch._C._dispatch_has_kernel(name)
     except RuntimeError:  # the name is not a legal one

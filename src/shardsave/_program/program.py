@@ -1,4 +1,4 @@
-"""A program as it is stored, and the module that runs it."""
+"""The stored form of a program, and the module that runs it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FORMAT = "shardsave-program"
 
 
 class Place(NamedTuple):
-    """A tensor of a program: ``name`` in the program, ``tensor`` in the checkpoint (among the extra tensors if ``kept``)."""
+    """A tensor of a program. ``name``: in the program. ``tensor``: its name in the checkpoint, among the extra tensors if ``kept``."""
 
     name: str
     tensor: str
@@ -85,7 +85,7 @@ class ProgramDocument:
         return list(places.values())
 
     def _read_mutations(self, numbers: Any) -> list[int]:
-        """The inputs of the graph that are overwritten after a run, in the order of the values that the graph returns for them."""
+        """The inputs of the graph that are overwritten after a run, in the order in which the graph returns their new values."""
         result = self.graph.result
         count = len(result[0]) if isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], list) else -1
         if (
@@ -100,7 +100,8 @@ class ProgramDocument:
 class LoadedProgram(nn.Module):
     """Runs a program. Its tensors are its parameters and buffers, under the names that they had in the model.
 
-    Takes the arguments that the program was exported with, by position or by name. Raises TypeError and ValueError for others.
+    Takes the arguments that the program was exported with, by position or by name. Raises TypeError and ValueError for
+    other arguments.
     """
 
     def __init__(self, document: ProgramDocument, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -108,9 +109,8 @@ class LoadedProgram(nn.Module):
         self._document = document
         self._tensors: list[tuple[nn.Module, str]] = []
         modules: dict[str, nn.Module] = {"": self}
-        parameters: dict[
-            tuple[str, bool], nn.Parameter
-        ] = {}  # tied parameters are one object, so they stay tied when they are moved
+        # Tied parameters are one object, so they stay tied when they are moved.
+        parameters: dict[tuple[str, bool], nn.Parameter] = {}
         for place in document.places:
             path, _, attribute = place.name.rpartition(".")
             owner = _module_at(modules, path)
@@ -139,7 +139,7 @@ class LoadedProgram(nn.Module):
         return result
 
     def train(self, mode: bool = True) -> LoadedProgram:
-        """Raises RuntimeError for a mode other than that of the export, because the program would not compute anything else."""
+        """Raises RuntimeError for a mode other than that of the export, since the program computes in that mode only."""
         exported = self._document.training
         if exported is not None and mode != exported:
             export_mode, mode_wanted = ("training", "evaluation") if exported else ("evaluation", "training")

@@ -1,4 +1,4 @@
-"""How a program is refused: when it is read, and when it is saved."""
+"""The errors for a program that cannot be read, or cannot be saved."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from shardsave.errors import UnsupportedModuleError
 
 
 class BadProgram(Exception):
-    """A program document breaks a rule at ``where``: what was wanted there, and a short view of what was found."""
+    """A program document breaks a rule at ``where``: ``wanted`` describes what was expected there, ``found`` shows the value in short."""
 
     def __init__(self, where: str, wanted: str, found: Any) -> None:
         super().__init__(where, wanted, found)

@@ -36,7 +36,7 @@ _Tree = Union[_Tensor, _Size, _Constant, list["_Tree"], dict[str, "_Tree"]]
 
 
 class Signature:
-    """The ``arguments`` of a document. ``inputs``: how many values they have, one for each leaf. Raises BadProgram."""
+    """The ``arguments`` of a document. ``inputs``: the number of their leaves; each leaf is an input of the graph. Raises BadProgram."""
 
     def __init__(self, document: Any) -> None:
         if not isinstance(document, dict) or document.keys() != {"positional", "keyword"}:
@@ -80,7 +80,7 @@ class Signature:
         raise BadProgram("arguments", "a tensor, a size, a constant, or a list or dict of them", tree)
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
-        """The leaves of a call's arguments, in order. Raises TypeError, ValueError."""
+        """Returns the leaves of a call's arguments, in order. Raises TypeError, ValueError."""
         if len(args) > len(self._positional):
             raise TypeError(f"at most {len(self._positional)} positional arguments were expected, {len(args)} were given")
         unused: dict[str, Any] = dict(kwargs)
@@ -168,14 +168,13 @@ def _check_size(expected: Union[int, _Size], size: Any, where: str, sizes: dict[
 
 
 def _is_same(value: Any, constant: Any) -> bool:
-    return type(value) is type(constant) and (
-        value == constant or (value != value and constant != constant)
-    )  # NaN counts as equal to itself
+    # NaN counts as equal to itself.
+    return type(value) is type(constant) and (value == constant or (value != value and constant != constant))
 
 
 def _describe(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"{value.dtype} of {value.dim()} dimensions"
     if isinstance(value, Mapping):
-        return f"one with {', '.join(map(str, value)) or 'nothing'}"
+        return f"a dict with {', '.join(map(str, value)) or 'nothing'}"
     return type(value).__name__ + (f" of {len(value)}" if isinstance(value, (list, tuple)) else "")

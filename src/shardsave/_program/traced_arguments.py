@@ -1,4 +1,4 @@
-"""The arguments of a traced model, as data: which ones a call must give, and what torch assumed about their sizes."""
+"""The arguments of a traced model, as data: which ones a call must pass, and what torch assumed about their sizes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Inputs(Protocol):
 
 
 def plain(value: Any) -> Any:
-    """A scalar as the document has it."""
+    """A scalar in the form of the document."""
     if isinstance(value, float) and not math.isfinite(value):
         return {"float": str(value)}
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -40,7 +40,7 @@ def plain(value: Any) -> Any:
 
 
 class TracedArguments:
-    """``document``: the arguments that a call must give. ``conditions``: Python expressions about their sizes, as torch writes guards."""
+    """``document``: the arguments that a call must pass. ``conditions``: Python expressions about sizes, in the form of guards."""
 
     def __init__(
         self, exported: torch.export.ExportedProgram, module: nn.Module, specs: list[InputSpec], inputs: Inputs
@@ -49,8 +49,8 @@ class TracedArguments:
         self._inputs = inputs
         self._unused_specs = iter(specs)
         self._derived: list[tuple[str, Any]] = []
-        #: What a condition may refer to. Arguments: as guards write them → as the document refers to them. Sizes: name → where it is.
-        self.known: dict[str, Any] = {}
+        #: What a condition may refer to: an argument in a guard → how the document refers to it; the name of a size → an expression for it.
+        self.arguments: dict[str, Any] = {}
         self.sizes: dict[str, str] = {}
         positional, keyword = (parts_of(tree) for tree in parts_of(exported.call_spec.in_spec).children)
         names, var_positional = _positional_parameters(module)
@@ -75,7 +75,7 @@ class TracedArguments:
                 f"arguments that are tensors, plain values, tuples, lists and dicts were expected, one is a {tree.type.__name__}"
             )
         spec = next(self._unused_specs)
-        self.known[path] = self._inputs.written(spec.arg.name)
+        self.arguments[path] = self._inputs.written(spec.arg.name)
         if isinstance(spec.arg, ConstantArgument):
             return {"constant": plain(spec.arg.value)}
         value = self._inputs.traced_with(spec.arg.name)
@@ -101,7 +101,7 @@ class TracedArguments:
         return {"size": name, "min": max(0, int(least)), "max": int(most) if most < 2**62 else None}
 
     def _conditions_on_derived_sizes(self) -> Iterator[str]:
-        """A condition for each size that torch computes from other sizes. Adds sizes that no argument has as such to ``sizes``."""
+        """A condition for each size that torch computes from other sizes. Adds symbols that occur only in these to ``sizes``."""
         for path, expression in self._derived:
             yield f"{path} == {expression}"
             for symbol in expression.free_symbols:
@@ -133,7 +133,7 @@ def parts_of(tree: TreeSpec) -> Parts:
     if tree.type is collections.namedtuple or (isinstance(tree.type, type) and issubclass(tree.type, tuple)):
         return Parts(tuple, [], children)
     context = tree.context if isinstance(tree.context, (list, tuple)) else []
-    for names in (context, *context):  # the context of some classes is a list of names, that of others contains one
+    for names in (context, *context):  # in some classes the context is the list of names, in other classes it contains the list
         if isinstance(names, (list, tuple)) and len(names) == len(children) and all(isinstance(name, str) for name in names):
             return Parts(dict, list(names), children)
     refuse_to_save(
@@ -146,7 +146,9 @@ def _positional_parameters(module: nn.Module) -> tuple[list[str], str]:
     """The names of a forward's positional parameters, and the name of its ``*args``."""
     parameters = inspect.signature(module.forward).parameters.values()
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    var_positional = next((one.name for one in parameters if one.kind is inspect.Parameter.VAR_POSITIONAL), "")
+    var_positional = next(
+        (parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.VAR_POSITIONAL), ""
+    )
     return [parameter.name for parameter in parameters if parameter.kind in positional], var_positional
 
 
@@ -160,9 +162,9 @@ _OPERATORS = {
 class Condition:
     """Writes a condition on the arguments as calls of a graph. ``written``: how the document refers to its result."""
 
-    def __init__(self, text: str, arguments: TracedArguments, call: Callable[..., Any]) -> None:
+    def __init__(self, text: str, traced: TracedArguments, call: Callable[..., Any]) -> None:
         self._text = text
-        self._arguments = arguments
+        self._traced = traced
         self._call = call
         self.written = self._write(ast.parse(text, mode="eval").body)
 
@@ -174,16 +176,16 @@ class Condition:
     def _write(self, node: ast.expr) -> Any:
         if isinstance(node, ast.Constant):
             return plain(node.value)
-        if (argument := self._arguments.known.get(ast.unparse(node))) is not None:
+        if (argument := self._traced.arguments.get(ast.unparse(node))) is not None:
             return argument
-        if isinstance(node, ast.Name) and node.id in self._arguments.sizes:
-            return self._write(ast.parse(self._arguments.sizes[node.id], mode="eval").body)
+        if isinstance(node, ast.Name) and node.id in self._traced.sizes:
+            return self._write(ast.parse(self._traced.sizes[node.id], mode="eval").body)
         if (
             isinstance(node, ast.Subscript)
             and isinstance(node.slice, ast.Constant)
             and ast.unparse(node.value).endswith(".size()")
         ):
-            tensor = self._arguments.known.get(ast.unparse(node.value).removesuffix(".size()"))
+            tensor = self._traced.arguments.get(ast.unparse(node.value).removesuffix(".size()"))
             if tensor is not None:
                 return self._call("aten.sym_size.int", tensor, node.slice.value)
         if isinstance(node, ast.BinOp):

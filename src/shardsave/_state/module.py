@@ -11,10 +11,10 @@ from torch import nn
 
 from shardsave._common.memory import any_overlap, reach, shared_names
 from shardsave._common.sources import ByteSource, TensorSource
+from shardsave._common.words import an
 from shardsave._state.numpy_arrays import tensor_of_array
 from shardsave._state.savable import check_savable, refuse
 from shardsave._state.wrappers import Names, refuse_sharded, unwrap
-from shardsave.errors import an
 
 Source = Union[nn.Module, Mapping[str, Any]]
 

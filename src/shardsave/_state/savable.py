@@ -8,8 +8,9 @@ from typing import NoReturn
 import torch
 
 from shardsave._common.memory import PLAIN_TYPES, lacks_memory
+from shardsave._common.words import an
 from shardsave._format.dtypes import BY_TORCH, logical_shape
-from shardsave.errors import UnsupportedTensorError, an
+from shardsave.errors import UnsupportedTensorError
 
 
 def refuse(name: object, expected: str, actual: str) -> NoReturn:
