@@ -114,5 +114,5 @@ def counts_batches(slot: Slot) -> bool:
 def leaders(of: Sequence[Slot]) -> dict[str, str]:
     """Every name → the first name with the same memory."""
     named = {slot.name: slot.tensor for slot in of}
-    shared = shared_names(named, lambda tensor: address(tensor) or id(tensor))
-    return {name: shared.get(name, name) for name in named}
+    shared = shared_names(named, [address(tensor) or id(tensor) for tensor in named.values()])
+    return {**dict(zip(named, named)), **shared}
