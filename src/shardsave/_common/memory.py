@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -30,16 +30,15 @@ def memory_key(tensor: torch.Tensor) -> Hashable:
     return begin, tensor.device, tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg()
 
 
-def shared_names(named: Mapping[str, torch.Tensor], begin_of: Callable[[torch.Tensor], int]) -> dict[str, str]:
+def shared_names(named: Mapping[str, torch.Tensor], begins: Iterable[int]) -> dict[str, str]:
     """For each name whose tensor has the same memory as an earlier one: the first name with that memory.
 
-    ``begin_of`` returns a tensor's address, or 0 for a tensor that is not to be compared.
+    ``begins``: the address of each tensor, 0 for a tensor that is not to be compared.
     """
     first_at: dict[int, str] = {}
     first_with: dict[Hashable, str] = {}
     shared = {}
-    for name, tensor in named.items():
-        begin = begin_of(tensor)
+    for (name, tensor), begin in zip(named.items(), begins):
         if not begin:
             continue
         first = first_at.setdefault(begin, name)

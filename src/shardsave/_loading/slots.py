@@ -117,7 +117,7 @@ def _slots(sub_modules: SubModules) -> Iterator[Slot]:
 def _leaders(slots: Iterable[Slot]) -> dict[str, str]:
     """Every name → the first name with the same memory."""
     named = {slot.name: slot.tensor for slot in slots}
-    shared = shared_names(named, lambda tensor: address(tensor) or id(tensor))
+    shared = shared_names(named, [address(tensor) or id(tensor) for tensor in named.values()])
     return {name: shared.get(name, name) for name in named}
 
 

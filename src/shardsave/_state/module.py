@@ -73,7 +73,7 @@ def read_state(source: Source, *, tensors_only: bool = False) -> State:
     kind_without_flag: Literal["buffer", "tensor"] = "buffer" if isinstance(source, nn.Module) else "tensor"
     for name, tensor in named.items():
         check_savable(name, tensor)
-    ties = shared_names(named, torch.Tensor.data_ptr)
+    ties = shared_names(named, map(torch.Tensor.data_ptr, named.values()))
     entries = []
     for name, tensor in named.items():
         frozen = not tensor.requires_grad if type(tensor) is nn.Parameter else flags.get(name)
