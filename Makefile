@@ -74,7 +74,7 @@ wings: $(VENV)/test.ok
 
 # Every test without a marker. The time limits keep this fast: a test that exceeds one needs the marker `slow`.
 fast: $(VENV)/test.ok
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not alone and not large" --timeout 15 --session-timeout 120
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not alone and not large" --timeout 15 --session-timeout 120
 
 # Only clang checks the lock annotations (csrc/thread_annotations.h).
 native-tests: $(SANITIZED)/fuzz-tables
@@ -97,7 +97,7 @@ $(SANITIZED)/fuzz-tables: tests/fuzz/fuzz_tables.cpp $(CORE) $(wildcard csrc/*.h
 
 # Runs two test files at a time; then, one by one, the tests that measure time or memory, which other tests would disturb.
 unit: $(VENV)/test.ok
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not large and not alone"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not large and not alone"
 	$(BIN)/python -m pytest -m alone
 
 # Longer fault tests: ten thousand killed savers, a real file system shut down at every call, and more disk states after a

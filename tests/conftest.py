@@ -55,3 +55,8 @@ def memory(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture
 def small_model() -> nn.Module:
     return SmallModel()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests of storage take minutes: they come first, so that at the end no worker waits for another."""
+    items.sort(key=lambda item: item.path.parent.name != "storage")

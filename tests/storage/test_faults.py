@@ -5,43 +5,17 @@ Method: each scenario of ``faults/scenarios.py`` runs in a process of its own wi
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from faults.beneath import read_record
-from support import ROOT
+from faults.running import ENGINES, run_beneath, trials
 
 pytestmark = pytest.mark.slow
-
-ENGINES = ("native", "portable")
-
-
-def run_beneath(beneath: Path, engine: str, arguments: list[str], *before: str, kind: str = "plain") -> str:
-    """Runs ``python arguments`` with the library preloaded; returns what it printed. ``kind``: what is saved, see `savers.KIND`."""
-    paths = os.pathsep.join([str(ROOT / "tests"), *filter(None, sys.path)])
-    preload = ["env", f"LD_PRELOAD={beneath}"]
-    wanted = {"PYTHONPATH": paths, "SHARDSAVE_ENGINE": engine, "SHARDSAVE_FAULTS_KIND": kind}
-    done = subprocess.run(
-        [*before, *preload, sys.executable, "-W", "error", *arguments],
-        env={**os.environ, **wanted},
-        capture_output=True,
-        text=True,
-        timeout=3600,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def trials(printed: str) -> int:
-    """The number of trials of the scenario that had the fewest."""
-    return min(int(number) for number in re.findall(r"(\d+) trials", printed))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -84,31 +58,6 @@ def test_killed_at_any_moment(beneath: Path, tmp_path: Path, before: str, engine
     keeps after its parent was killed."""
     scenarios = "save_is_killed_at_random,save_is_killed_beside_a_live_child"
     assert trials(run_beneath(beneath, engine, ["-m", "faults.scenarios", scenarios, before, str(tmp_path)])) >= 10
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_each_call_of_a_load(beneath: Path, tmp_path: Path, engine: str) -> None:
-    """Catches a load that returns wrong values, raises an unclear error, or keeps a descriptor, because a call failed, returned fewer
-    bytes than were asked for, or was interrupted."""
-    scenarios = "load_fails,load_is_interrupted"
-    assert trials(run_beneath(beneath, engine, ["-m", "faults.scenarios", scenarios, "overwrite", str(tmp_path)])) > 60
-
-
-@pytest.mark.parametrize("before", ["first", "overwrite"])
-def test_each_call_of_a_conversion(beneath: Path, memory: Path, before: str) -> None:
-    """Catches a torn file, a scratch file that stays for good, and a descriptor that stays open."""
-    arguments = ["-m", "faults.single_file", "file_is_interrupted,file_is_killed", before, str(memory)]
-    assert trials(run_beneath(beneath, "native", arguments)) >= 40
-
-
-def test_each_failing_call_of_a_conversion(beneath: Path, memory: Path) -> None:
-    """Catches a failure that is swallowed or reported as another, and a file that is changed although the error says it is not."""
-    assert trials(run_beneath(beneath, "native", ["-m", "faults.single_file", "file_fails", "first", str(memory)])) >= 40
-
-
-def test_each_call_of_a_clean(beneath: Path, memory: Path) -> None:
-    """Catches a `clean` that damages the checkpoint when it fails or ends halfway, and one that the next `clean` cannot finish."""
-    assert trials(run_beneath(beneath, "native", ["-m", "faults.single_file", "clean_meets", "overwrite", str(memory)])) >= 10
 
 
 EARLY = """

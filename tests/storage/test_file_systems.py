@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_faults import ENGINES, run_beneath
 
 import shardsave
 from faults.cuts import MOUNT, cut
+from faults.running import ENGINES, run_beneath
 from faults.savers import litter_in
 
 pytestmark = pytest.mark.slow

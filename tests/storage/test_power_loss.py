@@ -16,11 +16,11 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import pytest
-from test_faults import ENGINES, run_beneath
 
 import shardsave
 from faults.beneath import Recorded, read_record
 from faults.power import Disk, Tree, lay_out
+from faults.running import ENGINES, run_beneath
 from faults.savers import CONFIG, litter_in, save, with_companions_in
 
 pytestmark = pytest.mark.slow

@@ -1,0 +1,36 @@
+"""Loads, conversions and `clean` under the same faults as saves. Method: see ``tests/faults``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from faults.running import ENGINES, run_beneath, trials
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_each_call_of_a_load(beneath: Path, tmp_path: Path, engine: str) -> None:
+    """Catches a load that returns wrong values, raises an unclear error, or keeps a descriptor, because a call failed, returned fewer
+    bytes than were asked for, or was interrupted."""
+    scenarios = "load_fails,load_is_interrupted"
+    assert trials(run_beneath(beneath, engine, ["-m", "faults.scenarios", scenarios, "overwrite", str(tmp_path)])) > 60
+
+
+@pytest.mark.parametrize("before", ["first", "overwrite"])
+def test_each_call_of_a_conversion(beneath: Path, memory: Path, before: str) -> None:
+    """Catches a torn file, a scratch file that stays for good, and a descriptor that stays open."""
+    arguments = ["-m", "faults.single_file", "file_is_interrupted,file_is_killed", before, str(memory)]
+    assert trials(run_beneath(beneath, "native", arguments)) >= 40
+
+
+def test_each_failing_call_of_a_conversion(beneath: Path, memory: Path) -> None:
+    """Catches a failure that is swallowed or reported as another, and a file that is changed although the error says it is not."""
+    assert trials(run_beneath(beneath, "native", ["-m", "faults.single_file", "file_fails", "first", str(memory)])) >= 40
+
+
+def test_each_call_of_a_clean(beneath: Path, memory: Path) -> None:
+    """Catches a `clean` that damages the checkpoint when it fails or ends halfway, and one that the next `clean` cannot finish."""
+    assert trials(run_beneath(beneath, "native", ["-m", "faults.single_file", "clean_meets", "overwrite", str(memory)])) >= 10
