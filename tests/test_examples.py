@@ -76,6 +76,15 @@ def test_form_of_documents(name: str) -> None:
             assert heading in {re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in headings}, (target, heading)
 
 
+@pytest.mark.parametrize("name", ["ARCHITECTURE.md", "CONTRIBUTING.md", "FORMAT.md", "SECURITY.md"])
+def test_files_that_documents_name(name: str) -> None:
+    """Catches a document that names a file of the project which has moved."""
+    folders = [ROOT / "src", ROOT / "csrc", ROOT / "tests", ROOT / "benchmarks", ROOT / "examples"]
+    files = [f"/{path.relative_to(ROOT)}" for folder in folders for path in folder.rglob("*") if path.is_file()]
+    for named in re.findall(r"`([\w/]+\.(?:py|cpp|h|c))`", (ROOT / name).read_text()):
+        assert any(file.endswith(f"/{named}") for file in files), named
+
+
 @pytest.mark.parametrize(
     "module", [shardsave, save, load, open, diff, clean, inspect, build, convert], ids=lambda module: module.__name__
 )
