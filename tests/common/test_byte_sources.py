@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from shardsave._common.assembled import Assembled, Part
+from shardsave._common.assembled import Assembled, Chunk
 from shardsave._common.boxes import boxes
 from shardsave._common.sources import ByteSource, TensorSource
 from support import same_bits
@@ -20,10 +20,10 @@ def file_bytes(tensor: torch.Tensor, dtype: torch.dtype) -> bytes:
     return plain.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def cut(tensor: torch.Tensor) -> list[Part]:
+def cut(tensor: torch.Tensor) -> list[Chunk]:
     """Four parts of a tensor of three dimensions, which begin and end at different places."""
     boxes = [(0, 2, 0, 3), (0, 2, 3, 6), (2, 5, 0, 1), (2, 5, 1, 6)]
-    return [Part((top, left, 0), tensor[top:bottom, left:right].clone()) for top, bottom, left, right in boxes]
+    return [Chunk((top, left, 0), tensor[top:bottom, left:right].clone()) for top, bottom, left, right in boxes]
 
 
 def whole_of(source: ByteSource) -> torch.Tensor:
@@ -31,8 +31,8 @@ def whole_of(source: ByteSource) -> torch.Tensor:
     if isinstance(source, TensorSource):
         return source.tensor
     assert isinstance(source, Assembled)
-    whole = torch.empty(source.shape, dtype=source.parts[0].tensor.dtype)
-    for begin, tensor in source.parts:
+    whole = torch.empty(source.shape, dtype=source.chunks[0].tensor.dtype)
+    for begin, tensor in source.chunks:
         whole[tuple(slice(first, first + size) for first, size in zip(begin, tensor.shape))] = tensor
     return whole
 
@@ -78,7 +78,7 @@ def test_any_range_is_gathered(name: str) -> None:
 def test_any_range_is_scattered(name: str) -> None:
     """Catches bytes that go to the wrong element, or to elements outside of the range."""
     source = SOURCES[name]
-    elements = [source.tensor] if isinstance(source, TensorSource) else [part.tensor for part in source.parts]  # type: ignore[attr-defined]
+    elements = [source.tensor] if isinstance(source, TensorSource) else [chunk.tensor for chunk in source.chunks]  # type: ignore[attr-defined]
     before = [tensor.clone() for tensor in elements]
     values = bytearray(file_bytes(torch.arange(source.nbytes // source.dtype.itemsize) % 50, source.dtype))
     try:

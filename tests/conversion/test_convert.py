@@ -18,7 +18,7 @@ import torch.distributed.checkpoint as distributed_checkpoint
 from safetensors.torch import load_file, load_model, save_file, save_model
 
 import shardsave
-from shardsave._common.assembled import Assembled, Part
+from shardsave._common.assembled import Assembled, Chunk
 from shardsave._common.boxes import aligned
 from support import SmallModel, same_bits
 
@@ -266,7 +266,7 @@ def test_any_range_of_an_assembled_tensor() -> None:
     """Catches an element from the wrong part when a block of a file begins or ends in the middle of a row."""
     whole = torch.arange(5 * 6 * 7, dtype=torch.int16).reshape(5, 6, 7)
     cuts = [(0, 2, 0, 3), (0, 2, 3, 6), (2, 5, 0, 1), (2, 5, 1, 6)]
-    parts = [Part((r, c, 0), whole[r:s, c:d].clone()) for r, s, c, d in cuts]
+    parts = [Chunk((r, c, 0), whole[r:s, c:d].clone()) for r, s, c, d in cuts]
     assembled = Assembled(torch.int16, whole.shape, parts)
     raw = whole.reshape(-1).view(torch.uint8).numpy().tobytes()
     pick = random.Random(1)

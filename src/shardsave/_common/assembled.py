@@ -1,4 +1,4 @@
-"""A tensor in several parts, as distributed savers write it. The whole tensor is never assembled in memory."""
+"""A tensor in several chunks, as distributed savers write it. The whole tensor is never assembled in memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from shardsave._common.boxes import Box, boxes_in_file, copy_in, copy_out
 
 
-class Part(NamedTuple):
+class Chunk(NamedTuple):
     """Some elements of the whole: a box that begins at index ``begin`` and has the shape of ``tensor``."""
 
     begin: tuple[int, ...]
@@ -19,20 +19,20 @@ class Part(NamedTuple):
 
 
 class Assembled:
-    """A source on the CPU that consists of ``parts``, which cover each element once.
+    """A source on the CPU that consists of ``chunks``, which cover each element once.
 
-    ``dtype`` is that of the file; parts of another dtype are cast. ``copied`` is called with the number of bytes that were read from
-    the parts, on the thread that read them.
+    ``dtype`` is that of the file; chunks of another dtype are cast. ``copied`` is called with the number of bytes that were read from
+    the chunks, on the thread that read them.
     """
 
     cuda_device = -1
 
     def __init__(
-        self, dtype: torch.dtype, shape: Sequence[int], parts: Sequence[Part], copied: Callable[[int], None] | None = None
+        self, dtype: torch.dtype, shape: Sequence[int], chunks: Sequence[Chunk], copied: Callable[[int], None] | None = None
     ) -> None:
         self.dtype = dtype
         self.shape = tuple(shape)
-        self.parts = tuple(parts)
+        self.chunks = tuple(chunks)
         self._copied = copied
 
     @property
@@ -57,15 +57,15 @@ class Assembled:
                     copy_in(place, elements)
 
     def _overlaps(self, box: Box, view: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """For each part that meets ``box``: its elements in the box, and the same elements of ``view``, which is the whole box."""
+        """For each chunk that meets ``box``: its elements in the box, and the same elements of ``view``, which is the whole box."""
         all_slices = (*box, *(slice(0, size) for size in self.shape[len(box) :]))
-        for begins, tensor in self.parts:
-            in_part, in_view = [], []
+        for begins, tensor in self.chunks:
+            in_chunk, in_view = [], []
             for rows, begin, size in zip(all_slices, begins, tensor.shape):
                 first, stop = max(rows.start, begin), min(rows.stop, begin + size)
-                in_part.append(slice(first - begin, stop - begin))
+                in_chunk.append(slice(first - begin, stop - begin))
                 in_view.append(slice(first - rows.start, stop - rows.start))
                 if first >= stop:
                     break
             else:
-                yield tensor[tuple(in_part)], view[tuple(in_view)]
+                yield tensor[tuple(in_chunk)], view[tuple(in_view)]

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from shardsave._common.assembled import Assembled, Part
+from shardsave._common.assembled import Assembled, Chunk
 from shardsave._conversion.changes import Names, cast_of
 from shardsave._conversion.mapped_pages import ReleaseWhileReading
 from shardsave._conversion.origin import Origin
@@ -52,9 +52,9 @@ def converted_state(origin: Origin, names: Names, target: torch.dtype | None, pa
         source, cast = entry.source, cast_of(entry, target)
         if cast is not None:
             casts += entry.tied_to is None
-            parts = source.parts if isinstance(source, Assembled) else [Part((0,) * entry.tensor.dim(), entry.tensor)]
+            chunks = source.chunks if isinstance(source, Assembled) else [Chunk((0,) * entry.tensor.dim(), entry.tensor)]
             # A cast may read faster than progress is reported, so pages are released while they are read.
-            source = Assembled(cast, source.shape, parts, release)
+            source = Assembled(cast, source.shape, chunks, release)
         entries_in_order.append(entry._replace(frozen=frozen, kind=kind, source=source))
     return State(tuple(entries_in_order), origin.flags is not None, state.overlaps), casts
 

@@ -1,4 +1,4 @@
-"""Reads directories of ``torch.distributed.checkpoint``: one pickled table, and files with the parts of every tensor.
+"""Reads directories of ``torch.distributed.checkpoint``: one pickled table, and files with the chunks of every tensor.
 
 The table is unpickled into inert records of our own. A pickle may use only the names in `_RECORDS` and `_VALUES`, so it
 reaches no class of torch and no other code.
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, NoReturn, Union
 import numpy as np
 import torch
 
-from shardsave._common.assembled import Assembled, Part
+from shardsave._common.assembled import Assembled, Chunk
 from shardsave._common.os_calls import CallFailed, Descriptor, call
 from shardsave._foreign.torch_file import Archives, TorchFile
 from shardsave._format.file_names import is_file_name
@@ -150,32 +150,32 @@ def _read_table(path: str) -> _Record:
 def _tensor(
     name: str, description: _Record, place_of: dict[tuple[Any, Any], _Record], archives: Archives, folder: str
 ) -> Union[torch.Tensor, Assembled]:
-    properties, chunks = description["properties"], description["chunks"]
+    properties, records = description["properties"], description["chunks"]
     shape = _sizes(description["size"], name, folder)
     state = properties.state if isinstance(properties, _Record) else None
     dtype = state[0] if isinstance(state, tuple) and state else state.get("dtype") if isinstance(state, dict) else None
-    if not isinstance(dtype, torch.dtype) or not isinstance(chunks, list) or not chunks:
+    if not isinstance(dtype, torch.dtype) or not isinstance(records, list) or not records:
         _bad(folder, f"{name!r} was expected to have a dtype and parts, it has none")
-    parts = []
-    for chunk in chunks:
+    chunks = []
+    for record in records:
         begin, sizes = (
-            _sizes(chunk[field] if isinstance(chunk, _Record) else None, name, folder) for field in ("offsets", "sizes")
+            _sizes(record[field] if isinstance(record, _Record) else None, name, folder) for field in ("offsets", "sizes")
         )
         if len(begin) != len(shape) or len(sizes) != len(shape) or any(b + s > n for b, s, n in zip(begin, sizes, shape)):
             _bad(folder, f"{name!r} of shape {shape} was expected, a part of {sizes} lies at {begin}")
-        tensor = _part(name, place_of.get((name, begin)), archives, folder)
+        tensor = _chunk_tensor(name, place_of.get((name, begin)), archives, folder)
         if tensor.dtype != dtype or tuple(tensor.shape) != sizes:
             stored = f"{tensor.dtype} {tuple(tensor.shape)}"
             _bad(folder, f"{name!r} was expected to have a part of {dtype} {sizes} at {begin}, its file has {stored}")
-        parts.append(Part(begin, tensor))
-    if len(parts) == 1 and tuple(parts[0].tensor.shape) == shape:
-        return parts[0].tensor
-    if not _cover(shape, parts):
-        _bad(folder, f"{name!r} was expected to be covered by its {len(parts)} parts once, it is not")
-    return Assembled(dtype, shape, [part for part in parts if part.tensor.numel()])
+        chunks.append(Chunk(begin, tensor))
+    if len(chunks) == 1 and tuple(chunks[0].tensor.shape) == shape:
+        return chunks[0].tensor
+    if not _cover(shape, chunks):
+        _bad(folder, f"{name!r} was expected to be covered by its {len(chunks)} parts once, it is not")
+    return Assembled(dtype, shape, [chunk for chunk in chunks if chunk.tensor.numel()])
 
 
-def _part(name: str, place: _Record | None, archives: Archives, folder: str) -> torch.Tensor:
+def _chunk_tensor(name: str, place: _Record | None, archives: Archives, folder: str) -> torch.Tensor:
     if place is None:
         _bad(folder, f"a place of each part of {name!r} was expected, one has none")
     file, offset, length = place["relative_path"], place["offset"], place["length"]
@@ -189,19 +189,19 @@ def _part(name: str, place: _Record | None, archives: Archives, folder: str) -> 
     return archives.tensor(file, offset, length)
 
 
-def _cover(shape: tuple[int, ...], parts: list[Part]) -> bool:
-    """Whether each element is in exactly one part. Counts on the grid of the parts' borders, which has few cells."""
+def _cover(shape: tuple[int, ...], chunks: list[Chunk]) -> bool:
+    """Whether each element is in exactly one chunk. Counts on the grid of the chunks' borders, which has few cells."""
     if math.prod(shape) == 0:
         return True
     borders = [
-        sorted({0, n, *(p.begin[d] for p in parts), *(p.begin[d] + p.tensor.shape[d] for p in parts)})
+        sorted({0, n, *(c.begin[d] for c in chunks), *(c.begin[d] + c.tensor.shape[d] for c in chunks)})
         for d, n in enumerate(shape)
     ]
-    if math.prod(len(cuts) - 1 for cuts in borders) > max(1 << 20, 4 * len(parts)):
+    if math.prod(len(cuts) - 1 for cuts in borders) > max(1 << 20, 4 * len(chunks)):
         return False
     count = np.zeros([len(cuts) - 1 for cuts in borders], np.int32)
     cell_numbers = [{cut: cell for cell, cut in enumerate(cuts)} for cuts in borders]
-    for begin, tensor in parts:
+    for begin, tensor in chunks:
         if tensor.numel():
             count[tuple(slice(cells[b], cells[b + n]) for cells, b, n in zip(cell_numbers, begin, tensor.shape))] += 1
     return bool((count == 1).all())

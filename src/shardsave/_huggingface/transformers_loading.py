@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from shardsave._format.dtypes import BY_NAME, BY_TORCH, logical_shape, torch_shape
-from shardsave._huggingface.transformers_on_disk import Part, reverted
+from shardsave._huggingface.transformers_on_disk import DiskTensor, reverted
 from shardsave._loading.disk_layout import Join
 from shardsave._loading.slots import Inventory
 from shardsave._state.wrappers import Names
@@ -80,7 +80,7 @@ class TransformersLayout:
             parts = reverted(self._model, tensors) if tensors else {}
         except UnsupportedTensorError:
             parts = {}
-        parts_by_key: dict[Key, list[Part]] = {}
+        parts_by_key: dict[Key, list[DiskTensor]] = {}
         for name, key in self._renamed(parts):
             parts_by_key.setdefault(key, []).append(parts[name])
         return [_views(join, keys, parts_by_key) for join, keys in zip(self.joins, self._keys)]
@@ -151,7 +151,7 @@ class TransformersLayout:
         self._keys.append([(first, part) for _, part in members])
 
 
-def _views(join: Join, keys: Sequence[Key], parts: Mapping[Key, Sequence[Part]]) -> list[torch.Tensor] | None:
+def _views(join: Join, keys: Sequence[Key], parts: Mapping[Key, Sequence[DiskTensor]]) -> list[torch.Tensor] | None:
     """A view for each source of ``join``, taken from ``parts`` in order; None unless all fit and no part is left over."""
     remaining = {key: iter(parts.get(key, ())) for key in keys}
     views = []

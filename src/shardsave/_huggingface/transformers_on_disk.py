@@ -18,7 +18,7 @@ from shardsave.errors import UnsupportedTensorError
 _SOURCES = "_shardsave_sources"
 
 
-class Part(NamedTuple):
+class DiskTensor(NamedTuple):
     """One tensor on disk: a view of the single tensor in ``sources`` (names in the module), or a copy made of one or more of them."""
 
     tensor: torch.Tensor
@@ -26,14 +26,14 @@ class Part(NamedTuple):
     is_copy: bool
 
 
-def reverted(model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, Part]:
+def reverted(model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, DiskTensor]:
     """Name on disk → the tensor stored there, as transformers reverts ``tensors`` of ``model`` (by their names in the module).
 
     Raises UnsupportedTensorError.
     """
     revert = _revert_function()
     if revert is None:
-        return {name: Part(tensor, (name,), False) for name, tensor in tensors.items()}
+        return {name: DiskTensor(tensor, (name,), False) for name, tensor in tensors.items()}
     storages = {}
     marked = {}
     for name, tensor in tensors.items():
@@ -52,7 +52,7 @@ def reverted(model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, Part]
     for name, tensor in on_disk.items():
         sources = getattr(tensor, _SOURCES)
         is_copy = _storage_of(tensor) not in [storages[source] for source in sources]
-        parts[name] = Part(tensor, sources, is_copy)
+        parts[name] = DiskTensor(tensor, sources, is_copy)
     return parts
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from shardsave._common.sources import TensorSource
 from shardsave._common.words import human_bytes
-from shardsave._huggingface.transformers_on_disk import Part, reverted
+from shardsave._huggingface.transformers_on_disk import DiskTensor, reverted
 from shardsave._saving.disk_layout import OnDisk
 from shardsave._state.module import Entry, State
 
@@ -66,7 +66,7 @@ class TransformersLayout:
         return OnDisk(state._replace(entries=tuple(on_disk)), configs, flags, notes=tuple(notes))
 
 
-def _entry(name: str, part: Part, sources: Iterable[Entry]) -> Entry:
+def _entry(name: str, part: DiskTensor, sources: Iterable[Entry]) -> Entry:
     """An entry that is frozen if all of ``sources`` with a flag are."""
     flags = [entry.frozen for entry in sources if entry.frozen is not None]
     return Entry(name, "parameter" if flags else "buffer", all(flags) if flags else None, None, TensorSource.of(part.tensor))
@@ -91,7 +91,7 @@ def _tied_as_transformers_ties(model: Any, entries: list[Entry]) -> list[Entry]:
     return [entry._replace(tied_to=leader[entry.name] if leader[entry.name] != entry.name else None) for entry in entries]
 
 
-def _ties(model: Any, entries: Iterable[Entry], stored: Mapping[str, Part]) -> list[Entry]:
+def _ties(model: Any, entries: Iterable[Entry], stored: Mapping[str, DiskTensor]) -> list[Entry]:
     """The tied entries with their names on disk, except those whose name on disk is already in ``stored``."""
     tied = {entry.name: entry for entry in entries if entry.tied_to is not None}
     if not tied:
