@@ -100,6 +100,12 @@ HEADERS = [
     lone("control character in a name", "JSON expected, it is broken at character 2", b'{"\n":1}', b""),
     lone("deep lists", "JSON expected, it is nested too deeply", '{"x":' + "[" * 100_000, b""),
     lone("deep objects", "JSON expected, it is nested too deeply", '{"x":' * 100_000, b""),
+    lone(
+        "a great many values",
+        "JSON that takes at most 800000000 bytes of memory expected, it may take 1057000415",
+        '{"x":[' + "[]," * 7_000_000 + "0]}",
+        b"",
+    ),
     lone("NaN", "JSON expected, NaN is no JSON value", f'{{"x":{X},"y":NaN}}'),
     lone("Infinity", "JSON expected, -Infinity is no JSON value", f'{{"x":{X},"y":-Infinity}}'),
     lone("huge exponent", "finite numbers expected, there is 1e999", f'{{"x":{X},"y":1e999}}'),

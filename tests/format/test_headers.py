@@ -23,13 +23,17 @@ def columns(tensors: header.Tensors) -> list[list[object]]:
 
 
 def test_both_readers_agree(tmp_path: Path) -> None:
-    """Catches a file of shardsave or safetensors that the fast reader does not accept, or reads differently."""
+    """Catches a file of shardsave, safetensors or `json.dumps` that the fast reader does not accept, or reads differently."""
     tensors = {"scalar": torch.tensor(1.5), "ünï.{}": torch.ones(2, 3), "empty": torch.empty(0, 4), "": torch.ones(1).half()}
+    tensors |= {'"quoted"\n\\': torch.ones(1), "😀]},{": torch.ones(2)}
     shardsave.save(tensors, tmp_path)
     own = next(tmp_path.glob("*.safetensors")).read_bytes()
     foreign = safetensors.numpy.save({"a": np.ones((2, 2)), "b": np.ones(3, np.int8)}, {"format": "np"})
-    for content in (own, foreign, safetensors.numpy.save({"a": np.ones(2)})):
-        text = content[8 : 8 + struct.unpack("<Q", content[:8])[0]]
+    texts = [
+        content[8 : 8 + struct.unpack("<Q", content[:8])[0]]
+        for content in (own, foreign, safetensors.numpy.save({"a": np.ones(2)}, {"config": '{"a": {}, "b": [1]}'}))
+    ]
+    for text in [*texts, *(json.dumps(json.loads(text)).encode() for text in texts)]:
         fast, slow = header._read_compact(text), header._read_any(text, "header")
         assert fast is not None
         assert fast[0] == slow[0] and columns(fast[1]) == columns(slow[1])
@@ -53,11 +57,15 @@ def test_both_readers_agree(tmp_path: Path) -> None:
         f"{{{ONE},{TWO.replace('[4,8]', '[0,4]')}}}",
         f"{{{ONE},{TWO.replace('F32', 'F31')}}}",
         f"{{{TWO},{ONE}}}",
-        f"{{{ONE}, {TWO}}}",
+        f"{{{ONE} ,{TWO}}}",
+        f"{{{ONE}, {TWO}, }}",
+        f'{{"__metadata__":{{"a":"}}, "}},{ONE}}}',
         f'{{"__metadata__":{{"a":1}},{ONE}}}',
         f'{{"__metadata__":{{"a":"b","a":"c"}},{ONE}}}',
         f'{{"__metadata__":{{}},"__metadata__":{{}},{ONE}}}',
-        f"{{{ONE.replace('x', chr(92) + 'u0078')}}}",
+        f"{{{ONE.replace('x', chr(92) + 'ud800')}}}",
+        f"{{{ONE.replace('x', chr(92) + 'x')}}}",
+        f"{{{ONE.replace('x', chr(92) + 'u0079')},{TWO}}}",
         f"{{{ONE.replace('x', chr(10))}}}",
         "{}",
     ],

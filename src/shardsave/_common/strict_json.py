@@ -6,12 +6,29 @@ import json
 import math
 import re
 import reprlib
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Union
+
+Buffer = Union[bytes, memoryview]
 
 #: The longest whole number that is read, in digits. Other readers store numbers as doubles, and a longer one would be infinite.
 MAX_DIGITS = 308
 
+#: The most memory that one document may take as text and as Python objects, in bytes, by the estimate of `check_memory`.
+MAX_DOCUMENT_MEMORY = 800_000_000
+
+#: Upper bounds of the memory that CPython (64 bits) takes for what begins with each character, or follows it, in bytes: an object; an
+#: array, with room for four values; half a string, without its text; a key, in its object and while that is read; a number, in its array.
+_VALUE_COSTS = {b"{": 112, b"[": 100, b'"': 32, b":": 130, b",": 48}
+
+#: No JSON takes more memory for each of its bytes, so shorter documents are not counted.
+_LARGEST_COST = 40
+
+_FOUR_BYTES = re.compile(rb"[\xf0-\xf4]")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+#: Matches one escape, or the two of a surrogate pair; the group is half of a pair alone.
+_ESCAPE = re.compile(rb"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]|u([dD][89a-fA-F]..)|.)", re.DOTALL)
+_NOT_SPACE = re.compile(r"\S")
 
 
 class NotJSON(Exception):
@@ -23,17 +40,31 @@ class NotJSON(Exception):
         self.found = found
 
 
-def parse_object(data: bytes) -> dict[str, Any]:
+def check_memory(data: Buffer) -> None:
+    """Raises NotJSON if ``data`` could take more than `MAX_DOCUMENT_MEMORY` once it is parsed.
+
+    Many small values take up to 38 times the memory of their text; what a saver writes takes 4 to 7 times. Nothing is parsed:
+    characters are counted, also those within strings.
+    """
+    if len(data) * _LARGEST_COST <= MAX_DOCUMENT_MEMORY:
+        return
+    data = bytes(data)
+    width = 1 if data.isascii() else 4 if _FOUR_BYTES.search(data) else 2
+    most = len(data) * width + sum(cost * data.count(character) for character, cost in _VALUE_COSTS.items())
+    if most > MAX_DOCUMENT_MEMORY:
+        raise NotJSON(f"JSON that takes at most {MAX_DOCUMENT_MEMORY} bytes of memory expected", f"it may take {most}")
+
+
+def parse_object(data: Buffer) -> dict[str, Any]:
     """Parses ``data``, a JSON object with unique keys, finite numbers and Unicode text. Raises NotJSON."""
+    check_memory(data)
     try:
-        text = data.decode()
+        text = str(data, "utf-8")
         value = json.loads(text, object_pairs_hook=_unique, parse_constant=_constant, parse_int=_integer, parse_float=_finite)
         if _SURROGATE.search(data):
-            json.dumps(value, ensure_ascii=False).encode()
+            _refuse_half_pairs(data)
     except UnicodeDecodeError as error:
         raise NotJSON("UTF-8 expected", f"byte {error.start} is {data[error.start]:#04x}") from error
-    except UnicodeEncodeError as error:
-        raise NotJSON("text in Unicode expected", f"it has half of a surrogate pair, {error.object[error.start]!r}") from error
     except RecursionError as error:
         raise NotJSON("JSON expected", "it is nested too deeply") from error
     except json.JSONDecodeError as error:
@@ -43,11 +74,17 @@ def parse_object(data: bytes) -> dict[str, Any]:
     return value
 
 
+def _refuse_half_pairs(data: Buffer) -> None:
+    for escape in _ESCAPE.finditer(data):
+        if escape[1] is not None:
+            raise NotJSON("text in Unicode expected", f"it has half of a surrogate pair, {chr(int(escape[1], 16))!r}")
+
+
 def _syntax_error(text: str, error: json.JSONDecodeError) -> str:
     if text.startswith("\ufeff"):
         return "it begins with a byte order mark"
-    if not text[error.pos :].strip() or error.msg.startswith("Unterminated string"):
-        return "it is empty" if not text.strip() else f"it ends in the middle, after {len(text)} characters"
+    if not _NOT_SPACE.search(text, error.pos) or error.msg.startswith("Unterminated string"):
+        return "it is empty" if not _NOT_SPACE.search(text) else f"it ends in the middle, after {len(text)} characters"
     if error.msg.startswith("Extra data"):
         return f"something follows it, at character {error.pos}"
     return f"it is broken at character {error.pos}"

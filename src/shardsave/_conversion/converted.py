@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from shardsave._common.assembled import Assembled, Chunk
+from shardsave._common.strict_json import NotJSON, check_memory
 from shardsave._conversion.changes import Names, cast_of
 from shardsave._conversion.mapped_pages import ReleaseWhileReading
 from shardsave._conversion.origin import Origin
@@ -84,8 +85,9 @@ def carried_over(origin: Origin, names: Names, target: torch.dtype | None, *, to
 def _with_dtype(config: bytes, dtype: torch.dtype) -> bytes:
     """Changes a transformers config to expect weights of ``dtype``; one that states no dtype stays as it is."""
     try:
+        check_memory(config)
         values = json.loads(config)
-    except (ValueError, RecursionError):
+    except (NotJSON, ValueError, RecursionError):
         return config
     keys = [key for key in ("dtype", "torch_dtype") if isinstance(values, dict) and isinstance(values.get(key), str)]
     if not keys:

@@ -11,6 +11,7 @@ from collections.abc import Container, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from shardsave._common.gc_pause import gc_paused
+from shardsave._common.strict_json import NotJSON, check_memory
 from shardsave._format.crc64 import crc64
 from shardsave._format.freeze_flags import encode_flags, encode_module_flags
 from shardsave._format.header import CHECKSUM_KEY
@@ -118,6 +119,13 @@ def encode_index(index: Index) -> bytes:
             f"{len(names)} names and the metadata need an index of {len(data)} bytes, at most {MAX_INDEX_BYTES} "
             f"would be read again; nothing was committed"
         )
+    try:
+        check_memory(data)
+    except NotJSON as refusal:
+        raise ValueError(
+            f"{len(names)} names and the metadata need an index that could not be read again: {refusal.wanted}, {refusal.found}; "
+            f"nothing was committed"
+        ) from None
     return data
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from shardsave._common.os_calls import CallFailed
-from shardsave._common.strict_json import glimpse
+from shardsave._common.strict_json import NotJSON, check_memory, glimpse
 from shardsave._format.dtypes import BY_NAME
 from shardsave._storage.checkpoint import Located
 from shardsave._storage.companions import CONFIG_NAMES, MAX_COMPANION_BYTES
@@ -44,7 +44,10 @@ def read_config(folder: str, name: str = CONFIG_NAME) -> dict[str, Any] | None:
     if data is None:
         return None
     try:
+        check_memory(data)
         config = json.loads(data, object_hook=_special_float)
+    except NotJSON as refusal:
+        raise CorruptCheckpointError(f"corrupt {name}: {path}: {refusal.wanted}, {refusal.found}; nothing was built") from None
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise CorruptCheckpointError(f"corrupt {name}: {path}: JSON expected, found: {reason}; nothing was built") from error

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from shardsave._common.strict_json import NotJSON, check_memory
 from shardsave._format.file_names import check_shard_count
 from shardsave._format.header import MAX_HEADER_BYTES
 from shardsave._format.index import Index, Record
@@ -72,6 +73,12 @@ def plan_contents(on_disk: OnDisk, parts: Parts, max_shard_size: int, metadata: 
                 f"cannot save the {role}: at most {MAX_HEADER_BYTES} bytes were expected, since no more can be loaded, it has "
                 f"{len(document)}; nothing was written"
             )
+        try:
+            check_memory(document)
+        except NotJSON as refusal:
+            raise UnsupportedModuleError(
+                f"cannot save the {role}: {refusal.wanted}, since no more can be loaded, {refusal.found}; nothing was written"
+            ) from None
     state = on_disk.state
     stored = [entry for entry in state.entries if entry.tied_to is None]
     max_bytes = max_shard_size if on_disk.single_file is None else sys.maxsize

@@ -14,6 +14,7 @@ from errno import EEXIST
 from typing import NamedTuple
 
 from shardsave._common.os_calls import CallFailed, Descriptor, allocate, call, write_all
+from shardsave._common.strict_json import NotJSON, check_memory
 from shardsave._format.crc64 import crc64
 from shardsave._storage.directory import NO_LINKS, Directory
 
@@ -49,8 +50,9 @@ def read_list(staging: Directory) -> list[str]:
     """The final names in the list of a dead saver; none if it did not finish the list. Raises CallFailed."""
     data = staging.read_all(LIST_NAME, _MAX_LIST_BYTES, follow=False)
     try:
+        check_memory(data or b"")
         names = json.loads(data) if data is not None else []
-    except (ValueError, RecursionError):
+    except (NotJSON, ValueError, RecursionError):
         return []
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
