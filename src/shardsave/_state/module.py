@@ -112,7 +112,7 @@ def _with_offloaded(module: nn.Module, named: dict[str, torch.Tensor]) -> Mappin
     first: dict[int, str] = {}
     for name, tensor in named.items():
         if name in offloaded:
-            value, problem = offloaded[name]
+            value, problem, _ = offloaded[name]
             if value is None:
                 refuse(name, "a tensor with data was expected", f"accelerate offloads it, and {problem}")
             check_savable(name, torch.empty(0, dtype=tensor.dtype))

@@ -27,17 +27,20 @@ class Offloaded(NamedTuple):
     """Where the values of one tensor of a module are while its sub-module does not run.
 
     ``tensor``: the memory or the mapped file from which accelerate reads them; None if they cannot be read. ``problem``: why they
-    cannot be read there or, if there is a ``tensor``, why a load must not change it; "" if there is no problem.
+    cannot be read there or, if there is a ``tensor``, why a load must not change it; "" if there is no problem. ``spare``: the module
+    computes with a buffer of its own, and accelerate puts these values in its place when the hook is removed.
     """
 
     tensor: torch.Tensor | None
     problem: str
+    spare: bool = False
 
 
 def offloaded_tensors(module: nn.Module, *, fill: bool) -> dict[str, Offloaded]:
     """Name without wrappers → its values, for each tensor of ``module`` that accelerate reads from a map before it computes.
 
-    That is also true of a tensor that has memory at this moment: the next forward pass replaces it. ``fill``: map files for writing.
+    That is also true of a tensor that has memory at this moment: the next forward pass replaces it. ``fill``: map files for writing,
+    and include spare copies.
     """
     named = list(module.named_modules(remove_duplicate=False))
     hooked = [(f"{name}." if name else "", part) for name, part in named if vars(part).get(_HOOK) is not None]
@@ -51,6 +54,10 @@ def offloaded_tensors(module: nn.Module, *, fill: bool) -> dict[str, Offloaded]:
             for inside, placeholder in _placeholders(part, hook):
                 if type(placeholder) in PLAIN_TYPES:  # others hold quantized values in a form of their own
                     offloaded[plain(start + inside)] = _checked(_find(hook, inside, placeholder, files), placeholder)
+            for inside, buffer in _own_buffers(part, hook) if fill else ():
+                found = _checked(_find(hook, inside, buffer, files), buffer)
+                if not found.problem:
+                    offloaded.setdefault(plain(start + inside), found._replace(spare=True))
     return offloaded
 
 
@@ -71,14 +78,26 @@ def _placeholders(module: nn.Module, hook: Any) -> Iterator[tuple[str, torch.Ten
         return
     if not hook.offload:
         return
-    recurse = bool(getattr(hook, "place_submodules", False))
-    yield from module.named_parameters(recurse=recurse)
-    if not getattr(hook, "offload_buffers", False):
-        return
-    for name, part in module.named_modules() if recurse else [("", module)]:
+    yield from module.named_parameters(recurse=_recurses(hook))
+    if getattr(hook, "offload_buffers", False):
+        yield from _saved_buffers(module, hook)
+
+
+def _own_buffers(module: nn.Module, hook: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """The buffers that ``hook`` leaves to ``module``, by their names in it."""
+    if getattr(hook, "offload", False) and not getattr(hook, "offload_buffers", False):
+        yield from _saved_buffers(module, hook)
+
+
+def _saved_buffers(module: nn.Module, hook: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, part in module.named_modules() if _recurses(hook) else [("", module)]:
         for attribute, buffer in part.named_buffers(recurse=False):
             if attribute not in part._non_persistent_buffers_set:
                 yield f"{name}.{attribute}" if name else attribute, buffer
+
+
+def _recurses(hook: Any) -> bool:
+    return bool(getattr(hook, "place_submodules", False))
 
 
 def _find(hook: Any, name: str, placeholder: torch.Tensor, files: _Files) -> Offloaded:
