@@ -28,7 +28,10 @@ def by_blocks(model: nn.Module, _: Path) -> nn.Module:
     """What dispatch_model does with a GPU and "cpu" in its device map: values in the state dict of an OffloadedWeightsLoader."""
     weights = accelerate.utils.OffloadedWeightsLoader(state_dict={name: t.clone() for name, t in model.state_dict().items()})
     hooks.attach_align_device_hook_on_blocks(
-        model, execution_device={"": "cpu", **dict.fromkeys(SPLIT, "cpu")}, offload=dict.fromkeys(SPLIT, True), weights_map=weights
+        model,
+        execution_device={"": "cpu", **dict.fromkeys(SPLIT, "cpu")},
+        offload=dict.fromkeys(SPLIT, True),
+        weights_map=weights,
     )
     return model
 
@@ -264,7 +267,9 @@ def test_placeholders_of_nobody(tmp_path: Path) -> None:
 def test_programs_are_refused(tmp_path: Path) -> None:
     """Catches torch.export run on an offloaded model, in which it leaves tensors of its own."""
     model = accelerate.cpu_offload(nn.Sequential(nn.Linear(2, 2)))
-    with pytest.raises(shardsave.UnsupportedModuleError, match="cannot save a program: .*accelerate offloads it.*; nothing was written"):
+    with pytest.raises(
+        shardsave.UnsupportedModuleError, match="cannot save a program: .*accelerate offloads it.*; nothing was written"
+    ):
         shardsave.save(model, tmp_path, program=((torch.ones(2),), {}))
     model(torch.ones(2))
 

@@ -123,10 +123,12 @@ def _check_plain(slot: Slot, where: str) -> None:
 
 def _check_offloaded(slot: Slot, device: torch.device | None, where: str) -> None:
     """Refuses a tensor that accelerate reads from a place that a load cannot fill, or that ``device`` would move."""
-    if slot.offloaded is None or slot.offloaded.spare:
+    offloaded = slot.offloaded
+    if offloaded is None or offloaded.spare:
         return
-    if slot.offloaded.problem:
-        _refuse(slot.name, where, "a tensor that can be filled was expected", f"accelerate offloads it, and {slot.offloaded.problem}")
+    if offloaded.problem:
+        actual = f"accelerate offloads it, and {offloaded.problem}"
+        _refuse(slot.name, where, "a tensor that can be filled was expected", actual)
     if device is not None:
         _refuse(slot.name, where, "a tensor that can be moved was expected", "accelerate offloads it; leave out device=")
 

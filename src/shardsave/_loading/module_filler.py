@@ -143,9 +143,10 @@ class ModuleFiller:
     def _update_spare_copies(self) -> None:
         """Copies buffers to where accelerate keeps a copy of them, which it puts in their place when its hooks are removed."""
         for slot in self._inventory.slots.values():
-            if slot.offloaded is not None and slot.offloaded.spare and slot.offloaded.tensor is not None and not slot.tensor.is_meta:
+            spare = slot.offloaded.tensor if slot.offloaded is not None and slot.offloaded.spare else None
+            if spare is not None and not slot.tensor.is_meta:
                 with torch.no_grad():
-                    slot.offloaded.tensor.copy_(slot.tensor)
+                    spare.copy_(slot.tensor)
 
     def _targets(self, destinations: dict[str, torch.Tensor]) -> tuple[list[Target], list[Join]]:
         """What is read straight into ``destinations`` (name → tensor), and the joins that have to be read into copies."""

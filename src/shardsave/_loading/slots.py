@@ -14,7 +14,8 @@ from shardsave._common.gc_pause import gc_paused
 from shardsave._common.memory import address, shared_names
 from shardsave._state.module import EXTRA_STATE
 from shardsave._state.offload import Offloaded, offloaded_tensors
-from shardsave._state.wrappers import Names, refuse_sharded, unwrap
+from shardsave._state.sharded import refuse_sharded
+from shardsave._state.wrappers import Names, unwrap
 from shardsave.errors import IncompatibleCheckpointError
 
 

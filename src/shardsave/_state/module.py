@@ -15,7 +15,8 @@ from shardsave._common.words import an
 from shardsave._state.numpy_arrays import tensor_of_array
 from shardsave._state.offload import offloaded_tensors
 from shardsave._state.savable import check_savable, refuse
-from shardsave._state.wrappers import Names, refuse_sharded, unwrap
+from shardsave._state.sharded import refuse_emptied, refuse_partitioned, refuse_sharded
+from shardsave._state.wrappers import Names, unwrap
 
 Source = Union[nn.Module, Mapping[str, Any]]
 
@@ -63,6 +64,7 @@ def read_state(source: Source, *, tensors_only: bool = False) -> State:
     if isinstance(source, nn.Module):
         module = unwrap(source)
         refuse_sharded(module, "save", "nothing was written")
+        refuse_emptied(module)
         named = _module_tensors(module, tensors_only)
         flags_known = True
         flags = _module_flags(module, named)
@@ -138,6 +140,7 @@ def _as_tensor(name: object, value: object) -> torch.Tensor:
     if not isinstance(name, str):
         refuse(name, "a name that is a string was expected", f"it is {an(type(name).__name__)}")
     if isinstance(value, torch.Tensor):
+        refuse_partitioned(name, value, "save", "nothing was written")
         return value
     if isinstance(value, np.ndarray):
         return tensor_of_array(name, value)

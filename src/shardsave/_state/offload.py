@@ -102,7 +102,7 @@ def _recurses(hook: Any) -> bool:
 
 def _find(hook: Any, name: str, placeholder: torch.Tensor, files: _Files) -> Offloaded:
     """The values that ``hook`` reads for ``name``."""
-    weights = getattr(hook, "weights_map", None)
+    weights: Any = getattr(hook, "weights_map", None)
     if not isinstance(weights, Mapping):
         return Offloaded(None, f"the hook that holds its values is {type(hook).__module__}.{type(hook).__qualname__}")
     while hasattr(weights, "dataset") and hasattr(weights, "prefix"):
@@ -119,7 +119,8 @@ def _find(hook: Any, name: str, placeholder: torch.Tensor, files: _Files) -> Off
             return files.safetensors(entry, name, placeholder.dtype)
         return files.memory_map(os.path.join(weights.save_folder, f"{name}.dat"), entry)
     except Exception as error:  # whatever the file or safetensors says, it is the reason
-        return Offloaded(None, f"accelerate's copy on disk cannot be read, {type(error).__name__}: {' '.join(str(error).split())}")
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return Offloaded(None, f"accelerate's copy on disk cannot be read, {reason}")
 
 
 def _in_memory(weights: Mapping[str, Any], name: str) -> Offloaded:
@@ -154,8 +155,8 @@ class _Files:
         dtype, shape = getattr(torch, entry["dtype"]), tuple(entry["shape"])
         nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         state = os.lstat(path)
-        own = stat.S_ISREG(state.st_mode) and state.st_nlink == 1
-        problem = "" if own and os.access(path, os.W_OK) else f"accelerate reads it from {path}, which is no writable file of its own"
+        own = stat.S_ISREG(state.st_mode) and state.st_nlink == 1 and os.access(path, os.W_OK)
+        problem = "" if own else f"accelerate reads it from {path}, which is no writable file of its own"
         if os.stat(path).st_size < nbytes:  # numpy would make the file longer
             return Offloaded(None, f"accelerate's copy {path} has {os.stat(path).st_size} bytes instead of {nbytes}")
         if (path, "") not in self._tensors:
