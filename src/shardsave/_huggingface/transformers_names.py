@@ -38,7 +38,9 @@ class NamesInMemory:
             renamed_names.append((name, (renamed, pattern or "")))
         return renamed_names
 
-    def convert(self, first: str, members: Sequence[tuple[str, str]], tensors: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
+    def convert(
+        self, first: str, members: Sequence[tuple[str, str]], tensors: Iterable[torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         """Converts ``tensors`` of ``members`` (name on disk, pattern), whose keys all name ``first``: name in memory → tensor."""
         pattern = members[0][1]
         converter = copy.deepcopy(next(c for c in self._converters if pattern in c.source_patterns))

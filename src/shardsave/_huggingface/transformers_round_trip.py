@@ -27,23 +27,21 @@ def not_given_back(
         members.setdefault((first, bool(pattern)), []).append((name, pattern))
     right: set[str] = set()
     wrong: set[str] = set()
-    for (first, is_converted), parts in members.items():
+    for (first, _), parts in members.items():
         sources = {source for name, _ in parts for source in on_disk[name].sources}
-        values = [on_disk[name].tensor for name, _ in parts]
-        if is_converted:
-            made = _converted(in_memory, first, parts, values)
-        else:
-            made = {first: values[0]} if len(values) == 1 else {}
+        made = _made(in_memory, first, parts, [on_disk[name].tensor for name, _ in parts])
         targets = {leaders.get(name, name): tensor for name, tensor in made.items()}
         same = targets.keys() == sources and all(_alike(tensors[name], tensor) for name, tensor in targets.items())
         (right if same else wrong).update(targets)
     return [name for name in tensors if name in wrong or name not in right]
 
 
-def _converted(
+def _made(
     in_memory: NamesInMemory, first: str, parts: list[tuple[str, str]], values: list[torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """What transformers makes of empty tensors like ``values``; nothing if it cannot."""
+    """What transformers makes of tensors like ``values``, by the names in memory; nothing if it cannot."""
+    if not parts[0][1]:
+        return {first: values[0]} if len(values) == 1 else {}
     try:
         return in_memory.convert(first, parts, [torch.empty(v.shape, dtype=v.dtype, device="meta") for v in values])
     except Exception:  # whatever transformers raises, the tensors do not come back
