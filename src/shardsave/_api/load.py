@@ -157,7 +157,7 @@ def load_model(
             differences = filler.fill(reader, strict=strict)
         transferred = time.perf_counter()
         restored_flags = filler.restore_flags()
-        notes = (*reader.totals.notes, *filler.plan.notes(), *checkpoint.companion_notes())
+        notes = (*reader.totals.notes, *filler.plan.notes(), *restored_flags.notes, *checkpoint.companion_notes())
     ended = time.perf_counter()
     return LoadReport(
         path=os.fspath(path),
