@@ -85,6 +85,8 @@ def test_the_model_and_its_adapter_come_back(kind: str, tmp_path: Path) -> None:
     for config in configs:
         config.update({key: sorted(value) for key, value in config.items() if isinstance(value, list)})
     assert configs[0] == configs[1]
+    separate = peft.PeftModel.from_pretrained(tiny(CASES[kind][0]), tmp_path / "own").base_model.model.state_dict()
+    assert all(same_bits(separate[name], value) for name, value in model.state_dict().items() if "lora_" in name)
     info = shardsave.inspect(tmp_path / "own")
     assert info.frozen == frozen_in(model) and not info.notes and not shardsave.verify(tmp_path / "own").notes
     fresh = adapted(*CASES[kind], seed=1).requires_grad_(True)
