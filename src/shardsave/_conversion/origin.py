@@ -36,8 +36,8 @@ class Origin(NamedTuple):
     """The source of a conversion. ``values``: name → tensor, or another value that the file has under this name.
 
     ``kind``: "shardsave", "safetensors", "torch" or "distributed". ``flags``: name → frozen; None if unknown. ``mappings``: the
-    memory of the tensors. ``files``: every file that has some of them. ``stored``: those tensors of the open
-    ``checkpoint`` that have checksums. ``parts`` and ``module_flags`` are carried over if no name changes, ``companions`` always.
+    memory of the tensors. ``files``: every file that has some of them. ``dropped``: the names that are not wanted. ``stored``: those
+    tensors of the open ``checkpoint`` that have checksums. ``parts`` and ``module_flags`` are carried over if no name changes, ``companions`` always.
     """
 
     kind: str
@@ -47,6 +47,7 @@ class Origin(NamedTuple):
     mappings: tuple[mmap, ...]
     files: tuple[str, ...]
     notes: tuple[str, ...]
+    dropped: tuple[str, ...] = ()
     checkpoint: Checkpoint | None = None
     stored: tuple[Located, ...] = ()
     parts: Parts = Parts()
@@ -116,6 +117,7 @@ def _from_checkpoint(path: str, key: str | None, wanted: Wanted, closing: ExitSt
         maps.mappings,
         tuple(map(checkpoint.path_of, checkpoint.files)),
         (),
+        tuple(name for name in names if name not in chosen),
         checkpoint,
         tuple(t for t in (*located.values(), *checkpoint.kept.values()) if t.checksum is not None),
         parts,
@@ -138,8 +140,8 @@ def _from_distributed(path: str, key: str | None, wanted: Wanted) -> Origin:
 
 
 def _from_content(kind: str, file: TorchFile, path: str, key: str | None, wanted: Wanted, files: tuple[str, ...]) -> Origin:
-    values, left_out = choose_state(file.content, key, wanted, path)
-    return Origin(kind, values, None, {}, file.mappings, files, (*file.notes, *left_out))
+    choice = choose_state(file.content, key, wanted, path)
+    return Origin(kind, choice.state, None, {}, file.mappings, files, (*file.notes, *choice.notes), choice.dropped)
 
 
 def _from_torch_shards(path: str, key: str | None, wanted: Wanted) -> Origin:
@@ -158,7 +160,8 @@ def _from_torch_shards(path: str, key: str | None, wanted: Wanted) -> Origin:
         notes += file.notes
     in_order = {name: values[name] for name in weight_map if wanted(name)}
     files = tuple(os.path.join(folder, shard) for shard in shards)
-    return Origin("torch", in_order, None, {}, tuple(mappings), files, tuple(notes))
+    dropped = tuple(name for name in weight_map if name not in in_order)
+    return Origin("torch", in_order, None, {}, tuple(mappings), files, tuple(notes), dropped)
 
 
 def _read_torch_shard(folder: str, shard: str, names: set[str]) -> TorchFile:

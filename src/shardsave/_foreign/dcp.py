@@ -12,13 +12,14 @@ import os
 import pickle
 import pickletools
 from collections import OrderedDict
-from typing import Any, NamedTuple, NoReturn, Union
+from typing import Any, NoReturn, Union
 
 import numpy as np
 import torch
 
 from shardsave._common.assembled import Assembled, Chunk
 from shardsave._common.os_calls import CallFailed, Descriptor, call
+from shardsave._foreign.containers import Unread
 from shardsave._foreign.torch_file import Archives, TorchFile
 from shardsave._format.file_names import is_file_name
 from shardsave._storage.find import cannot_read
@@ -88,10 +89,6 @@ class _ForbiddenName(Exception):
     """The pickle uses a name that is not in `_RECORDS` and `_VALUES`."""
 
 
-class PickledValue(NamedTuple):
-    """Takes the place of a value that has its own pickle in the directory; that pickle is not read."""
-
-
 def read_distributed(folder: str) -> TorchFile:
     """Reads the table of ``folder`` and maps its files; the content is nested as it was when it was saved."""
     table = _read_table(os.path.join(folder, TABLE_NAME))
@@ -107,7 +104,7 @@ def read_distributed(folder: str) -> TorchFile:
     content: dict[Any, Any] = {}
     try:
         for name, description in tensors.items():
-            value: Union[torch.Tensor, Assembled, PickledValue] = PickledValue()
+            value: Union[torch.Tensor, Assembled, Unread] = Unread("pickled value")  # it has a pickle of its own
             if type(description) is _TENSOR:
                 value = _tensor(name, description, place_of, archives, folder)
             _put(content, _path_of(name, paths), value, folder)
