@@ -54,7 +54,7 @@ def convert(
     Args:
         source: a checkpoint of shardsave; a safetensors file or index, or a directory with one, also from the hub's cache; a file of
             ``torch.save`` (``.bin``, ``.pt``, ``.pth``), or the index or directory of such shards; a directory of
-            ``torch.distributed.checkpoint``.
+            ``torch.distributed.checkpoint``, also of its safetensors files from several ranks.
         destination: a directory for ``to="shardsave"``, otherwise one file.
         to: ``"shardsave"``; ``"safetensors"``, one file for every reader; ``"torch"``, one file that
             ``torch.load(weights_only=True)`` reads as a plain ``state_dict``.

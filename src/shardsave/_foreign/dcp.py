@@ -7,17 +7,16 @@ reaches no class of torch and no other code.
 from __future__ import annotations
 
 import io
-import math
 import os
 import pickle
 import pickletools
 from collections import OrderedDict
 from typing import Any, NoReturn, Union
 
-import numpy as np
 import torch
 
 from shardsave._common.assembled import Assembled, Chunk
+from shardsave._common.coverage import covered_once
 from shardsave._common.os_calls import CallFailed, Descriptor, call
 from shardsave._foreign.containers import Unread
 from shardsave._foreign.torch_file import Archives, TorchFile
@@ -167,7 +166,7 @@ def _tensor(
         chunks.append(Chunk(begin, tensor))
     if len(chunks) == 1 and tuple(chunks[0].tensor.shape) == shape:
         return chunks[0].tensor
-    if not _cover(shape, chunks):
+    if not covered_once(shape, [(begin, tuple(tensor.shape)) for begin, tensor in chunks]):
         _bad(folder, f"{name!r} was expected to be covered by its {len(chunks)} parts once, it is not")
     return Assembled(dtype, shape, [chunk for chunk in chunks if chunk.tensor.numel()])
 
@@ -184,24 +183,6 @@ def _chunk_tensor(name: str, place: _Record | None, archives: Archives, folder: 
             f"{place['transform_descriptors']!r} when it was saved; nothing was written"
         )
     return archives.tensor(file, offset, length)
-
-
-def _cover(shape: tuple[int, ...], chunks: list[Chunk]) -> bool:
-    """Whether each element is in exactly one chunk. Counts on the grid of the chunks' borders, which has few cells."""
-    if math.prod(shape) == 0:
-        return True
-    borders = [
-        sorted({0, n, *(c.begin[d] for c in chunks), *(c.begin[d] + c.tensor.shape[d] for c in chunks)})
-        for d, n in enumerate(shape)
-    ]
-    if math.prod(len(cuts) - 1 for cuts in borders) > max(1 << 20, 4 * len(chunks)):
-        return False
-    count = np.zeros([len(cuts) - 1 for cuts in borders], np.int32)
-    cell_numbers = [{cut: cell for cell, cut in enumerate(cuts)} for cuts in borders]
-    for begin, tensor in chunks:
-        if tensor.numel():
-            count[tuple(slice(cells[b], cells[b + n]) for cells, b, n in zip(cell_numbers, begin, tensor.shape))] += 1
-    return bool((count == 1).all())
 
 
 def _key(name: Any, offset: Any, folder: str) -> tuple[Any, Any]:
