@@ -43,8 +43,8 @@ def load(
 ) -> dict[str, torch.Tensor]:
     """Loads tensors by name from a directory, an index or one safetensors file, whoever wrote it.
 
-    The chunks of a distributed save in safetensors files (``HuggingFaceStorageWriter``) are joined if the directory is given. Tied names share one storage, in third-party files only if their metadata records the tie. Only the bytes of the selected tensors are
-    read, straight to ``device``.
+    Tied names share one storage, in third-party files only if their metadata records the tie. Only the bytes of the selected tensors are
+    read, straight to ``device``. In a directory of files from several ranks (``HuggingFaceStorageWriter``), their chunks are joined.
 
     Args:
         path: the checkpoint.
