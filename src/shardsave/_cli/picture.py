@@ -12,10 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from shardsave._cli.output import printable
 from shardsave._common.words import count, human_bytes
-from shardsave._storage.checkpoint import Checkpoint
-from shardsave._storage.located import Located
+from shardsave._printable import printable
+from shardsave._storage.checkpoint import Checkpoint, Located
 
 #: Freeze flag → colour. The colours differ in lightness, so they stay distinct in grey print and for colour-blind readers.
 COLOURS: dict[bool | None, str] = {True: "#1d4e79", False: "#f5b54a", None: "#c9ced6"}

@@ -281,4 +281,4 @@ class _Placing:
 def _bad(path: str, found: str) -> NoReturn:
     raise CorruptCheckpointError(
         f"corrupt {os.path.basename(path)}: {path}: a file of torch.save was expected, {found}; nothing was written"
-    )
+    ) from None  # torch's own messages have names from the file as they are
