@@ -355,6 +355,7 @@ SCENARIOS: Scenarios = {
     "direct_save_fails": (save_fails, [(Fate.FAIL, errno.EIO), (Fate.FAIL_AFTER, errno.EIO), (Fate.SHORTEN, 0)]),
     "save_loses_its_disk": (save_loses_its_disk, [(Fate.FAIL_FROM_HERE, errno.EIO), (Fate.FAIL_FROM_HERE, errno.EROFS)]),
     "save_is_killed": (save_is_killed, [(Fate.KILL, 0), (Fate.KILL_AFTER, 0)]),
+    "links_are_replaced": (save_is_killed, [(Fate.KILL_AFTER, 0)]),
     "save_is_killed_at_random": (save_is_killed_at_random, [(Fate.KILL, 0)]),
     "save_is_killed_beside_a_live_child": (save_is_killed_beside_a_live_child, [(Fate.KILL, 0)]),
     "save_is_interrupted": (save_is_interrupted, [(Fate.INTERRUPT, 0), (Fate.INTERRUPT_AFTER, 0)]),

@@ -16,7 +16,7 @@ def cleaning_notes(path: str, cleaner: Cleaner, replaced_links: Iterable[str], f
     ``replaced_links``: symbolic links that the commit replaced. ``finished``: companions of a dead saver that were put in place.
     """
     notes = [f"{name} of an interrupted save was put in place first" for name in finished]
-    links = sorted({*replaced_links, *cleaner.links} - {*cleaner.strangers, *cleaner.leftovers})
+    links = sorted({*replaced_links, *cleaner.links})
     if links:
         notes.append(f"symbolic links were removed or replaced, not what they led to: {some(links)}")
     notes += strangers_notes(cleaner.strangers)
@@ -39,6 +39,6 @@ def strangers_notes(strangers: Mapping[str, int]) -> list[str]:
 def lone_stays(path: str) -> str:
     """A warning: the replaced lone file is still there, and other libraries prefer it to an index."""
     return (
-        f"{LONE_NAME} could not be removed from {path}: transformers and other libraries will read that file, and not the weights "
-        f"that were just saved, until it is removed"
+        f"{LONE_NAME} is still in {path}: transformers and other libraries will read that file, and not the weights that were just "
+        f"saved, until it is removed"
     )

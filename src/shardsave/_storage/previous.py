@@ -47,13 +47,13 @@ class Previous:
     def companions(self) -> Mapping[str, FileRecord]:
         return companions_of(self.index)
 
-    def notes(self) -> list[str]:
+    def notes(self, *, lone_is_gone: bool) -> list[str]:
         """What the report of a save says about the checkpoint that it replaced."""
         notes = []
         if self.unreadable:
             notes.append(f"nothing was removed that the replaced index names, since {self.unreadable}")
         record = self.index.record if self.index is not None else None
-        if self.lone is not None and (record is None or record.supersedes != self.lone):
+        if lone_is_gone and (record is None or record.supersedes != self.lone):
             notes.append(f"{LONE_NAME}, which was not saved by shardsave, was replaced")
         elif self.index is not None and record is None:
             notes.append("the checkpoint that was replaced was not saved by shardsave")

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from shardsave._common.os_calls import DISK_FULL, OUT_OF_SPACE, CallFailed, call
 from shardsave._common.words import human_bytes, some
-from shardsave._format.file_names import INDEX_NAME, part_name, shard_names
+from shardsave._format.file_names import INDEX_NAME, LONE_NAME, part_name, shard_names
 from shardsave._format.index import MAX_INDEX_BYTES, FileRecord, Index, Superseded, encode_index
 from shardsave._storage.cleaning_notes import cleaning_notes, lone_stays
 from shardsave._storage.cleanup import Cleaner
@@ -261,8 +261,9 @@ class Transaction:
         cleaner.after_commit(self._previous, new)
         replaced = self._companions.replacing()
         notes = [] if self._folder.exclusive else ["the file system has no locks: simultaneous saves are not kept apart"]
-        notes += self._previous.notes()
-        notes += cleaning_notes(self.path, cleaner, self._previous.links | self._companions.links, self._finished)
+        notes += self._previous.notes(lone_is_gone=LONE_NAME in cleaner.removed)
+        links = (self._previous.links | self._companions.links) - {LONE_NAME}
+        notes += cleaning_notes(self.path, cleaner, links, self._finished)
         removed = dict.fromkeys([*self._removed, *cleaner.removed, *replaced])
         warning = lone_stays(self.path) if cleaner.lone_stays else ""
         return CommitOutcome(tuple(removed), tuple(cleaner.leftovers), tuple(notes), warning)
