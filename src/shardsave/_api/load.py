@@ -14,6 +14,7 @@ from shardsave._api.arguments import check_path, check_progress, check_switches
 from shardsave._api.device import Device, check_device
 from shardsave._api.reports import LoadReport, Phases
 from shardsave._common.backend import engine_name
+from shardsave._common.gc_pause import gc_paused
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
 from shardsave._huggingface.added_adapter import has_added_adapter
@@ -149,9 +150,10 @@ def load_model(
     with open_checkpoint(
         path, selection(None, prefix), parts=("architecture",) if has_extra_state(model) else ()
     ) as checkpoint:
-        filler = _plan(model, checkpoint, prefix, target_device, strict=strict, restore_frozen=restore_frozen)
-        filler.check(strict=strict)
-        reads = filler.plan.reads
+        with gc_paused():
+            filler = _plan(model, checkpoint, prefix, target_device, strict=strict, restore_frozen=restore_frozen)
+            filler.check(strict=strict)
+            reads = filler.plan.reads
         planned = time.perf_counter()
         with Progress(progress, "loading", sum(located.nbytes for located in reads)) as reporter:
             reader = TensorReader(checkpoint, verify=verify, progress=reporter)

@@ -35,6 +35,10 @@ def shared_names(named: Mapping[str, torch.Tensor], begins: Iterable[int]) -> di
 
     ``begins``: the address of each tensor, 0 for a tensor that is not to be compared.
     """
+    begins = list(begins)
+    addresses = [begin for begin in begins if begin]
+    if len(set(addresses)) == len(addresses):
+        return {}
     first_at: dict[int, str] = {}
     first_with: dict[Hashable, str] = {}
     shared = {}

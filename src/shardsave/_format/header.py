@@ -170,7 +170,7 @@ def _read_tensors(text: str, position: int) -> Tensors | None:
             checked[kind] = _check_kind(parse_object(f'{kind}"data_offsets":[]}}'.encode()), "", "")
         dtypes, shapes, nbytes = zip(*map(checked.__getitem__, kinds))
         bounds = list(accumulate(nbytes, initial=end))
-        if [*map(int, begins)] != bounds[:-1] or [*map(int, ends)] != bounds[1:]:
+        if [*map(int, begins)] != bounds[:-1] or ends[:-1] != begins[1:] or int(ends[-1]) != bounds[-1]:
             return None
         if "\\" in text[position:until]:
             names = tuple(_unescaped(name) if "\\" in name else name for name in names)

@@ -39,27 +39,31 @@ def restore_flags(
         return RestoredFlags(None, 0)
     origins = origins or {}
     followed: set[str] = set()
-    by_id: dict[int, torch.Tensor] = {}
-    wanted: dict[int, bool] = {}
+    wanted: dict[int, tuple[torch.Tensor, bool]] = {}  # by identity
     for name, parameter in parameters:
-        sources = origins.get(name, (name,))
-        followed.update(sources)
-        known = [flags[source] for source in ([name] if name in sources else sources) if source in flags]
-        frozen = all(known) if known else None
+        sources = origins.get(name)
+        if sources is None or name in sources:
+            followed.update(sources or (name,))
+            frozen = flags.get(name)
+        else:
+            followed.update(sources)
+            known = [flags[source] for source in sources if source in flags]
+            frozen = all(known) if known else None
         if frozen is not None and (parameter.is_floating_point() or parameter.is_complex()):
-            by_id[id(parameter)] = parameter
-            wanted[id(parameter)] = frozen and wanted.get(id(parameter), True)
-    changing = [key for key, frozen in wanted.items() if by_id[key].requires_grad == frozen]
-    for key in changing:
-        with torch.inference_mode(by_id[key].is_inference()):  # outside inference mode, an inference tensor refuses the flag
-            by_id[key].requires_grad_(not wanted[key])
+            if frozen and (other := wanted.get(id(parameter))) is not None:
+                frozen = other[1]
+            wanted[id(parameter)] = parameter, frozen
+    changing = [(parameter, frozen) for parameter, frozen in wanted.values() if parameter.requires_grad == frozen]
+    for parameter, frozen in changing:
+        with torch.inference_mode(parameter.is_inference()):  # outside inference mode, an inference tensor refuses the flag
+            parameter.requires_grad_(not frozen)
     lost = [name for name in routed if name in flags and name not in followed]
     notes = []
     if lost:
         notes = [
             f"the flags of {some(lost)} were not restored: the module loads these itself, and no parameter is known to hold them"
         ]
-    return RestoredFlags(sum(wanted.values()), len(changing), tuple(notes))
+    return RestoredFlags(sum(frozen for _, frozen in wanted.values()), len(changing), tuple(notes))
 
 
 def named_parameters(inventory: Inventory, routines: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -46,7 +46,7 @@ def check_differences(inventory: Inventory, plan: ModulePlan, strict: bool, wher
 def check_shapes(inventory: Inventory, plan: ModulePlan, where: str) -> None:
     """Refuses lazy parameters, which have no shape yet, except those of a routine, which may give them one."""
     for name, slot in inventory.slots.items():
-        if name in plan.matched and is_lazy(slot.tensor):
+        if is_lazy(slot.tensor) and name in plan.matched:
             _refuse(name, where, "a parameter with a shape was expected", "it is lazy; run a forward pass first")
 
 

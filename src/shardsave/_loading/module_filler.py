@@ -69,6 +69,7 @@ class ModuleFiller:
         self._update_spare_copies()
         return Differences(self.plan.missing + missing, self.plan.unexpected + unexpected)
 
+    @gc_paused()
     def restore_flags(self) -> RestoredFlags:
         # Routines may have replaced parameters, also those of their own sub-modules.
         inventory = take_again(self._inventory) if self.plan.routines else self._inventory

@@ -70,8 +70,8 @@ def choose(checkpoint: Checkpoint, names: frozenset[str] | None, prefix: str) ->
 
 def choose_located(checkpoint: Checkpoint, prefix: str) -> dict[str, Located]:
     """Every name that begins with ``prefix``, without it → the stored tensor. Raises IncompatibleCheckpointError if there is none."""
-    chosen = choose(checkpoint, None, prefix)
-    return {name.removeprefix(prefix): checkpoint.tensors[stored] for name, stored in chosen.items()}
+    tensors, chosen = checkpoint.tensors, choose(checkpoint, None, prefix)
+    return {name.removeprefix(prefix) if prefix else name: tensors[stored] for name, stored in chosen.items()}
 
 
 def closest(name: str, known: Iterable[str], start: str = "", end: str = "") -> str:

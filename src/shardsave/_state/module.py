@@ -83,8 +83,8 @@ def read_state(source: Source, *, tensors_only: bool = False) -> State:
     for name, tensor in named.items():
         frozen = not tensor.requires_grad if type(tensor) is nn.Parameter else flags.get(name)
         kind = "parameter" if frozen is not None else kind_without_flag
-        # Detached: if the Parameter gets other data during the save, this memory stays alive.
-        entries.append(Entry(name, kind, frozen, ties.get(name), TensorSource(values[name].detach(), tensor.dtype)))
+        # `Tensor.data`: if the Parameter gets other data during the save, this memory stays alive. It is cheaper than `detach`.
+        entries.append(Entry(name, kind, frozen, ties.get(name), TensorSource(values[name].data, tensor.dtype)))
     return State(tuple(entries), flags_known, tuple(_overlaps(entries)))
 
 
