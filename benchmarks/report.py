@@ -17,7 +17,8 @@ sys.path.insert(0, str(HERE))
 import plots  # noqa: E402
 from goals import all_goals  # noqa: E402
 from results import Results, Sample, extra_memory, median_of, ratio  # noqa: E402
-from rivals import TOOLS  # noqa: E402
+from rivals import OURS, TOOLS  # noqa: E402
+from rivals.tool import Tool  # noqa: E402
 
 _REACHED = {True: "reached", False: "**missed**", None: "not measured"}
 
@@ -63,7 +64,7 @@ def saves_table(results: Results) -> str:
         if tool.save is None or not (samples or results.failure(name, "save")):
             continue
         if not samples:
-            rows.append([name, f"failed: {results.failure(name, 'save')}", *[""] * 9])
+            rows.append([name, f"failed: {results.failure(name, 'save')}", *[""] * 10])
             continue
         unwritten = max(sample["unwritten"] or 0 for sample in samples)
         rows.append(
@@ -72,6 +73,7 @@ def saves_table(results: Results) -> str:
                 _time(samples, "wall"),
                 _time(samples, "wall_synced"),
                 _times(ratio(samples, raw, "wall_synced", "wall")),
+                _times(ratio(samples, results.of(_ours(tool), "save"), "wall_synced")),
                 f"{median_of(samples, 'cpu'):.2f}",
                 f"{median_of(samples, 'cpu_synced'):.2f}",
                 _mb(max(map(extra_memory, samples))),
@@ -81,8 +83,46 @@ def saves_table(results: Results) -> str:
                 tool.checked,
             ]
         )
-    head = ["save", "wall, s", "wall to disk, s", "× raw write", "processor, s", "processor to disk, s", "extra memory, MB"]
-    return table([*head, "on disk, MB", "when it returns", "atomic", "flipped bit found by"], rows)
+    head = ["save", "wall, s", "wall to disk, s", "× raw write", "× ours", "processor, s", "processor to disk, s"]
+    return table([*head, "extra memory, MB", "on disk, MB", "when it returns", "atomic", "flipped bit found by"], rows)
+
+
+def overwrites_table(results: Results) -> str:
+    rows = []
+    raw = results.limit("write")
+    for name, tool in TOOLS.items():
+        samples = results.of(name, "overwrite")
+        if not samples:
+            if reason := results.failure(name, "overwrite"):
+                rows.append([name, f"failed: {reason}", *[""] * 6])
+            continue
+        rows.append(
+            [
+                name,
+                _time(samples, "wall"),
+                _time(samples, "wall_synced"),
+                _times(ratio(samples, raw, "wall_synced", "wall")),
+                _times(ratio(samples, results.of(name, "save"), "wall_synced")),
+                _times(ratio(samples, results.of(_ours(tool), "overwrite"), "wall_synced")),
+                _time(samples, "wall_finished"),
+                tool.atomic,
+            ]
+        )
+    head = [
+        "overwrite",
+        "wall, s",
+        "wall to disk, s",
+        "× raw write",
+        "× first save",
+        "× ours",
+        "until the old files are gone, s",
+    ]
+    return table([*head, "atomic"], rows)
+
+
+def _ours(tool: Tool) -> str:
+    """The tool of ours with which ``tool`` is compared; for one of ours, itself."""
+    return tool.name if tool.name in OURS else tool.compared_with[0]
 
 
 def loads_table(results: Results, cache: str) -> str:
@@ -94,7 +134,7 @@ def loads_table(results: Results, cache: str) -> str:
             label = f"{name}: {_WAYS[way]}"
             if not samples:
                 if reason := results.failure(name, way, cache):
-                    rows.append([label, f"failed: {reason}", *[""] * 5])
+                    rows.append([label, f"failed: {reason}", *[""] * 6])
                 continue
             mapped = way in tool.mapped
             rows.append(
@@ -102,6 +142,7 @@ def loads_table(results: Results, cache: str) -> str:
                     label,
                     _time(samples, "wall"),
                     "(maps)" if mapped else _times(ratio(samples, raw, "wall")),
+                    "(maps)" if mapped else _times(ratio(samples, results.of(_ours(tool), way, cache), "wall")),
                     f"{median_of(samples, 'cpu'):.2f}",
                     "(maps)" if mapped else _mb(max(map(extra_memory, samples))) + " mapped" * (way in tool.through_map),
                     _mb(max(sample["read_from_disk"] for sample in samples)),
@@ -109,7 +150,7 @@ def loads_table(results: Results, cache: str) -> str:
                 ]
             )
     limit = "raw read" if cache == "cold" else "memcpy"
-    head = [f"{cache} load", "wall, s", f"× {limit}", "processor, s", "extra memory, MB", "read from disk, MB"]
+    head = [f"{cache} load", "wall, s", f"× {limit}", "× ours", "processor, s", "extra memory, MB", "read from disk, MB"]
     return table([*head, "in the page cache afterwards, MB"], rows)
 
 
@@ -141,8 +182,8 @@ def machine_text(results: Results) -> str:
     text = (
         f"{machine['processor']}, {machine['cores']} cores, {machine['memory'] / 2**30:.0f} GiB of memory, {machine['file_system']} on "
         f"one disk, Linux {machine['kernel']}, Python {machine['python']}; {packages}. "
-        f"A Llama of {results.nbytes / 1e9:.2f} GB in bfloat16; {results.all['repeat']} repetitions, "
-        f"{results.all['minutes']:.0f} minutes in all."
+        f"A Llama of {results.nbytes / 1e9:.2f} GB in bfloat16; {results.all['turns']} turns of each comparison, "
+        f"{sum(piece['minutes'] for piece in results.all['pieces'].values()):.0f} minutes in all."
     )
     return textwrap.fill(text, 120, break_on_hyphens=False, break_long_words=False)
 
@@ -175,8 +216,8 @@ def main() -> None:
     not_run = "\n".join(f"- {name}: {reason}" for name, reason in results.all["not_run"].items())
     parts = [
         "# What was measured",
-        "`make bench` writes this page. Figures are medians, with the best in brackets. Ratios are taken within each\n"
-        "repetition. Smaller is always better.",
+        "`make bench` writes this page. Figures are medians, with the best in brackets. Each rival was measured in turns\n"
+        "with shardsave and the limits, and ratios are taken within each turn. Smaller is always better.",
         machine_text(results),
         "## Goals",
         goals_table(results),
@@ -185,6 +226,8 @@ def main() -> None:
         limits_table(results),
         "## Saving",
         saves_table(results),
+        "## Overwriting",
+        overwrites_table(results),
         "## Loading",
         loads_table(results, "cold"),
         loads_table(results, "warm"),

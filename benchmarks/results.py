@@ -1,4 +1,4 @@
-"""Looks up the results of a run by name; computes medians over the repetitions, and ratios within each repetition."""
+"""Looks up the results of a run by name; computes medians over all turns, and ratios within each turn."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ from typing import Any
 
 Sample = dict[str, Any]
 
+#: How many turns a comparison needs. One turn says little: the first use of new memory, for example, may take twice as long as in the next.
+ENOUGH_TURNS = 3
+
 
 class Results:
     """The content of ``results.json``."""
 
     def __init__(self, path: Path) -> None:
         self.all: dict[str, Any] = json.loads(path.read_text())
-        self.samples: list[Sample] = self.all["samples"]
+        self.samples: list[Sample] = [sample for piece in self.all["pieces"].values() for sample in piece["samples"]]
         self.size: int = self.all["size"]
         self.nbytes: int = self.all["bytes"]
 
     def of(self, tool: str, operation: str, cache: str | None = None, size: int | None = None) -> list[Sample]:
-        """The samples that did not fail, one for each repetition."""
+        """The samples that did not fail, one for each turn of each piece that the tool took part in."""
         key = (tool, operation, cache, size or self.size)
         return [
             sample
@@ -53,11 +56,17 @@ def median_of(samples: list[Sample], key: str) -> float:
     return median(sample[key] for sample in samples)
 
 
+def ratios(above: list[Sample], below: list[Sample], key: str, key_below: str | None = None) -> list[float]:
+    """The ratios of samples that were measured in the same turn."""
+    divisors = {(sample["piece"], sample["turn"]): sample[key_below or key] for sample in below}
+    pairs = [(sample[key], divisors.get((sample["piece"], sample["turn"]))) for sample in above]
+    return [value / divisor for value, divisor in pairs if divisor]
+
+
 def ratio(above: list[Sample], below: list[Sample], key: str, key_below: str | None = None) -> float | None:
-    """The median of the ratios within each repetition; None if there are no samples for one of the two."""
-    divisors = {sample["repetition"]: sample[key_below or key] for sample in below}
-    pairs = [sample[key] / divisors[sample["repetition"]] for sample in above if divisors.get(sample["repetition"])]
-    return median(pairs) if pairs else None
+    """The median of `ratios`; None if the two were never measured in the same turn."""
+    values = ratios(above, below, key, key_below)
+    return median(values) if values else None
 
 
 def extra_memory(sample: Sample) -> int:

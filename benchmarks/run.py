@@ -1,9 +1,11 @@
-"""Runs the benchmark and writes its results to one JSON file. Each operation runs in its own process.
+"""Runs the benchmark in pieces and writes its results to one JSON file. Each operation runs in its own process.
 
-    python benchmarks/run.py --size 2GB --repeat 3 --out bench-out
+    python benchmarks/run.py --raw build/benchmarks/raw --out bench-out [--minutes 20]
 
-Each repetition runs all tools, and begins with a different one. A tool saves, its files are loaded cold and warm, then they are removed
-and the disk gets time to settle. The limits of disk and memory are measured after shardsave. ``report.py`` writes tables and pictures.
+A piece measures one rival together with ours, in turns: the rival saves, we save, the disk's limit is measured, the rival overwrites, we
+overwrite, and so on, three times, each time in another order. So whatever the machine does meanwhile affects all of them. A
+run continues what an earlier run left undone; with ``--minutes`` it ends before a piece that would take it beyond that time.
+``report.py`` writes tables and pictures.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ sys.path.insert(0, str(HERE))
 
 import machine  # noqa: E402
 import measure  # noqa: E402
-from rivals import NOT_RUN, TOOLS  # noqa: E402
+from rivals import NOT_RUN, OURS, TOOLS  # noqa: E402
 
 WORKER_SECONDS = 600
 LIMITS = {
@@ -35,58 +38,62 @@ LIMITS = {
 }  # operation → numbers of threads
 SETTLE_SECONDS = 0.5
 
+#: What is measured with no rival → the script of this folder and its arguments (FOLDER and SIZE stand for their values).
+COSTS = {
+    "many": ("costs.py", "many", "FOLDER"),
+    "import": ("costs.py", "import"),
+    "checksums": ("costs.py", "checksums", "FOLDER", "SIZE"),
+    "gpu": ("gpu.py", "FOLDER", "SIZE"),
+}
 
-class Runner:
-    """Starts workers one after another and collects their measurements."""
 
-    def __init__(self, folder: Path, raw: Path) -> None:
+class Piece:
+    """Measures some tools in turns. ``samples``: the measurements so far."""
+
+    def __init__(self, name: str, tools: list[str], folder: Path, raw: Path | None, ways: list[str] | None) -> None:
+        """``tools``: the first says which ways to load are measured. ``raw``: the program that measures the limits, None to leave them
+        out. ``ways``: only these ways to load.
+        """
         self.samples: list[dict[str, Any]] = []
+        self._name = name
+        self._tools = tools
         self._folder = folder
         self._raw = raw
+        self._ways = ways
 
-    def limits(self, nbytes: int, repetition: int) -> None:
-        """Measures the limits of disk and memory with each number of threads."""
-        path = self._fresh("limits")
-        path.mkdir(parents=True)
-        file = path / "raw.bin"
-        for operation, counts in LIMITS.items():
-            for threads in counts:
-                if operation == "write":
-                    file.unlink(missing_ok=True)
-                    self._settle()
-                elif operation in ("read", "fresh"):
-                    measure.make_cold(file)
-                elif operation == "warm":
-                    measure.make_warm(file)
-                measure.touch_free_memory(nbytes * 5 // 4)
-                command = [str(self._raw), operation, str(file), str(nbytes), str(threads)]
-                self._record(command, {"tool": "limit", "operation": operation, "threads": threads, "repetition": repetition})
-        self._remove(path)
-
-    def tool(self, name: str, loaders: list[str], size: int, repetition: int, ways: list[str] | None) -> None:
-        """Saves with a tool, loads its files cold and warm in each of the tool's ways (or only in ``ways``), and removes them.
-
-        ``loaders`` are tools that can only load; they load the same files.
-        """
-        path = self._fresh(name)
+    def turn(self, number: int, size: int) -> None:
+        """One turn: each operation of all tools, one after the other, and next to it the limit of disk or memory."""
+        first = number % len(self._tools)
+        tools = [*self._tools[first:], *self._tools[:first]]
+        labels = {"piece": self._name, "turn": number, "size": size}
+        savers = [tool for tool in tools if TOOLS[tool].save is not None]
+        for tool in savers:
+            shutil.rmtree(self._path(tool), ignore_errors=True)
+            self._settle()
+            self._worker(tool, "save", size, labels)
+        nbytes = max((sample["bytes"] for sample in self.samples if "bytes" in sample), default=size)
+        self._limits(("write",), nbytes, labels)
+        for cache, limits in (("cold", ("read", "fresh")), ("warm", ("warm", "memcpy"))):
+            for way in TOOLS[self._tools[0]].loads:
+                for tool in tools if self._ways is None or way in self._ways else ():
+                    if way in TOOLS[tool].loads and not (cache == "cold" and way in TOOLS[tool].mapped):
+                        self._load(tool, way, cache, size, labels)
+            self._limits(limits, nbytes, labels)
+        for tool in savers:
+            if self._path(tool).exists():
+                self._settle()
+                self._worker(tool, "overwrite", size, labels)
+        shutil.rmtree(self._folder, ignore_errors=True)
         self._settle()
-        common_labels = {"size": size, "repetition": repetition}
-        saved = self._worker(name, "save", path, size, common_labels | {"tool": name, "operation": "save"})
-        for loader in [name, *loaders] if saved else ():
-            tool = TOOLS[loader]
-            for way in (way for way in tool.loads if ways is None or way in ways):
-                for cache in ("cold", "warm") if way not in tool.mapped else ("warm",):
-                    (measure.make_cold if cache == "cold" else measure.make_warm)(path)
-                    labels = common_labels | {"tool": loader, "operation": way, "cache": cache}
-                    self._worker(loader, way, path, size, labels, check=repetition == 0)
-        self._remove(path)
 
-    def script(self, script: str, *arguments: str) -> dict[str, Any]:
-        """Runs another script of this folder and returns its measurements."""
-        print(f"  {script} {' '.join(arguments)}", flush=True)
-        return _run([sys.executable, str(HERE / script), *arguments])
+    def _load(self, tool: str, way: str, cache: str, size: int, labels: dict[str, Any]) -> None:
+        path = self._path(TOOLS[tool].saved_by or tool)
+        if path.exists():
+            (measure.make_cold if cache == "cold" else measure.make_warm)(path)
+            self._worker(tool, way, size, labels | {"cache": cache}, check=labels["turn"] == 0)
 
-    def _worker(self, tool: str, operation: str, path: Path, size: int, labels: dict[str, Any], *, check: bool = False) -> bool:
+    def _worker(self, tool: str, operation: str, size: int, labels: dict[str, Any], *, check: bool = False) -> None:
+        path = self._path(TOOLS[tool].saved_by or tool)
         command = [
             sys.executable,
             str(HERE / "worker.py"),
@@ -96,26 +103,38 @@ class Runner:
             str(size),
             *(["--check"] if check else []),
         ]
-        return self._record(command, labels)
+        self._record(command, labels | {"tool": tool, "operation": operation})
 
-    def _record(self, command: list[str], labels: dict[str, Any]) -> bool:
+    def _limits(self, operations: Iterable[str], nbytes: int, labels: dict[str, Any]) -> None:
+        """Measures the limits of disk and memory with each number of threads."""
+        if self._raw is None:
+            return
+        file = self._folder / "raw.bin"
+        for operation in operations:
+            for threads in LIMITS[operation]:
+                if operation == "write":
+                    file.unlink(missing_ok=True)
+                    self._settle()
+                elif operation in ("read", "fresh"):
+                    measure.make_cold(file)
+                elif operation == "warm":
+                    measure.make_warm(file)
+                measure.touch_free_memory(nbytes * 5 // 4)
+                command = [str(self._raw), operation, str(file), str(nbytes), str(threads)]
+                self._record(command, labels | {"tool": "limit", "operation": operation, "threads": threads})
+
+    def _record(self, command: list[str], labels: dict[str, Any]) -> None:
         result = _run(command)
         self.samples.append(labels | result)
         label = " ".join(str(labels[key]) for key in ("tool", "operation", "cache", "threads") if key in labels)
         print(f"  {label:45} {result.get('failed') or format(result['wall'], '8.3f') + ' s'}", flush=True)
-        return "failed" not in result
 
-    def _fresh(self, name: str) -> Path:
-        path = self._folder / "".join(letter if letter.isalnum() else "-" for letter in name)
-        shutil.rmtree(path, ignore_errors=True)
-        return path
-
-    def _remove(self, path: Path) -> None:
-        shutil.rmtree(path, ignore_errors=True)
-        self._settle()
+    def _path(self, tool: str) -> Path:
+        return self._folder / "".join(letter if letter.isalnum() else "-" for letter in tool)
 
     def _settle(self) -> None:
         os.sync()
+        self._folder.mkdir(parents=True, exist_ok=True)
         time.sleep(SETTLE_SECONDS)
 
 
@@ -132,66 +151,108 @@ def _run(command: list[str]) -> dict[str, Any]:
     return result
 
 
+class Run:
+    """A run of several pieces, which continues the results of earlier runs."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._options = options
+        self._file: Path = options.out / "results.json"
+        self._folder: Path = options.out / "data"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        settings = {"size": options.size, "small": options.small, "turns": options.turns, "ways": options.loads}
+        packages = sorted({package for tool in TOOLS.values() for package in tool.packages})
+        settings |= {"machine": machine.describe(options.out, packages), "not_run": NOT_RUN}
+        self._results = {**settings, "bytes": 0, "pieces": {}, "costs": {}}
+        if self._file.exists() and not options.fresh:
+            earlier = json.loads(self._file.read_text())
+            changed = [name for name, value in settings.items() if earlier.get(name) != json.loads(json.dumps(value))]
+            if changed:
+                raise SystemExit(f"{self._file} was measured with another {', '.join(changed)}: --fresh starts again")
+            self._results = earlier
+
+    def pieces(self) -> dict[str, Callable[[], None]]:
+        """Every piece by name."""
+        pieces: dict[str, Callable[[], None]] = {f"cost {what}": self._cost(what) for what in COSTS}
+        if self._options.small:
+            pieces["small"] = self._comparison("small", OURS, self._options.small, turns=1, limits=False)
+        pieces["limits"] = self._comparison("limits", OURS[:1], self._options.size)
+        for name, tool in TOOLS.items():
+            if name not in OURS:
+                together = [name, *([tool.saved_by] if tool.saved_by else []), *tool.compared_with]
+                pieces[name] = self._comparison(name, together, self._options.size)
+        return pieces
+
+    def measure(self) -> None:
+        """Measures the wanted pieces, or those that are not there yet, as long as there is time."""
+        started = time.monotonic()
+        pieces = self.pieces()
+        names = self._options.pieces or [name for name in pieces if name not in self._done()]
+        longest = 0.0
+        for number, name in enumerate(names):
+            began = time.monotonic()
+            if self._options.minutes and began - started + longest > 60 * self._options.minutes:
+                print(f"{len(names) - number} pieces are left: {', '.join(names[number:])}; run this again")
+                break
+            print(f"{name} ({number + 1} of {len(names)})", flush=True)
+            pieces[name]()
+            longest = max(longest, time.monotonic() - began)
+        shutil.rmtree(self._folder, ignore_errors=True)
+        print(f"wrote {self._file} after {(time.monotonic() - started) / 60:.1f} minutes")
+
+    def _done(self) -> set[str]:
+        return {*self._results["pieces"], *(f"cost {what}" for what in self._results["costs"])}
+
+    def _comparison(self, name: str, tools: list[str], size: int, *, turns: int = 0, limits: bool = True) -> Callable[[], None]:
+        def measure_piece() -> None:
+            began = time.monotonic()
+            piece = Piece(name, tools, self._folder / "piece", self._options.raw if limits else None, self._options.loads)
+            for number in range(turns or self._options.turns):
+                piece.turn(number, size)
+            measured = [sample["bytes"] for sample in piece.samples if "bytes" in sample and size == self._options.size]
+            self._results["bytes"] = max([self._results["bytes"], *measured])
+            self._results["pieces"][name] = {"minutes": (time.monotonic() - began) / 60, "samples": piece.samples}
+            self._write()
+
+        return measure_piece
+
+    def _cost(self, what: str) -> Callable[[], None]:
+        def measure_cost() -> None:
+            script, *arguments = COSTS[what]
+            values = {"FOLDER": str(self._folder / "costs"), "SIZE": str(self._options.size)}
+            command = [sys.executable, str(HERE / script), *(values.get(argument, argument) for argument in arguments)]
+            self._results["costs"][what] = _run(command)
+            self._write()
+
+        return measure_cost
+
+    def _write(self) -> None:
+        """Writes the results so far, so that an interrupted run keeps them."""
+        temporary = self._file.with_suffix(".part")
+        temporary.write_text(json.dumps(self._results, indent=1))
+        temporary.replace(self._file)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=_size, default=_size("2GB"), help="bytes of the model (default 2GB)")
     parser.add_argument("--small", type=_size, default=_size("500MB"), help="a second size, for extra memory; 0 for none")
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--only", nargs="*", choices=[*TOOLS], help="only these tools")
+    parser.add_argument(
+        "--turns", type=int, default=3, help="how often each comparison is measured; with less than 3 none counts"
+    )
+    parser.add_argument("--minutes", type=float, default=0, help="stop before a piece that would take longer than this in all")
+    parser.add_argument(
+        "--pieces", nargs="*", help="only these, even if they were measured before: 'cost many', small, limits, rivals"
+    )
     parser.add_argument("--loads", nargs="*", help="only these ways to load, for example: into")
-    parser.add_argument("--no-costs", action="store_true", help="leave out checksums, 100,000 tensors, import and GPU")
+    parser.add_argument("--fresh", action="store_true", help="forget what was measured before")
     parser.add_argument("--raw", type=Path, required=True, help="the compiled raw.c")
     parser.add_argument("--out", type=Path, default=Path("bench-out"))
     options = parser.parse_args()
-    started = time.time()
-    folder = options.out / "data"
-    folder.mkdir(parents=True, exist_ok=True)
-    runner = Runner(folder, options.raw)
-    tools = [name for name in TOOLS if not options.only or name in options.only]
-    savers = [name for name in tools if not TOOLS[name].saved_by]
-    loaders = {name: [other for other in tools if TOOLS[other].saved_by == name] for name in savers}
-    described = machine.describe(options.out, sorted({package for name in tools for package in TOOLS[name].packages}))
-    costs: dict[str, Any] = {}
-
-    def nbytes() -> int:
-        return max((sample.get("bytes", 0) for sample in runner.samples), default=0) or options.size
-
-    def write() -> None:
-        """Writes the results so far, so that an interrupted run keeps them."""
-        result = {
-            "size": options.size,
-            "bytes": nbytes(),
-            "small": options.small,
-            "repeat": options.repeat,
-            "minutes": (time.time() - started) / 60,
-            "machine": described,
-            "not_run": NOT_RUN,
-            "samples": runner.samples,
-            "costs": costs,
-        }
-        (options.out / "results.json").write_text(json.dumps(result, indent=1))
-
-    if not options.no_costs:
-        print("costs", flush=True)
-        costs["many"] = runner.script("costs.py", "many", str(folder / "costs"))
-        costs["import"] = runner.script("costs.py", "import")
-        costs["checksums"] = runner.script("costs.py", "checksums", str(folder / "costs"), str(options.size))
-        costs["gpu"] = runner.script("gpu.py", str(folder / "gpu"), str(options.size))
-    if options.small:
-        print("the small model, for extra memory", flush=True)
-        for name in (name for name in savers if name.startswith("shardsave")):
-            runner.tool(name, [], options.small, 0, options.loads)
-    for repetition in range(options.repeat):
-        print(f"repetition {repetition + 1} of {options.repeat}", flush=True)
-        # Each repetition begins with a different tool. The limits run right after shardsave, which is compared with them.
-        turn = repetition * len(savers) // options.repeat
-        for name in [*savers[turn:], *savers[:turn]]:
-            runner.tool(name, loaders[name], options.size, repetition, options.loads)
-            if name == savers[0]:
-                runner.limits(nbytes(), repetition)
-            write()
-    shutil.rmtree(folder, ignore_errors=True)
-    print(f"wrote {options.out / 'results.json'} after {(time.time() - started) / 60:.1f} minutes")
+    run = Run(options)
+    unknown = [name for name in options.pieces or () if name not in run.pieces()]
+    if unknown:
+        parser.error(f"no piece {unknown[0]!r}; there are: {', '.join(run.pieces())}")
+    run.measure()
 
 
 def _size(text: str) -> int:

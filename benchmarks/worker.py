@@ -2,8 +2,8 @@
 
     python worker.py TOOL OPERATION PATH SIZE [--check]
 
-OPERATION is ``save`` or the name of one of the tool's ways to load. Only the operation itself is measured, without
-imports, without building the model, and without the comparison.
+OPERATION is ``save``, ``overwrite`` (a save of the same model with other values, in the place of a saved one) or the name of one of the
+tool's ways to load. Only the operation itself is measured, without imports, without building the model, and without the comparison.
 """
 
 from __future__ import annotations
@@ -19,22 +19,25 @@ import model as models
 from rivals import TOOLS
 
 
-def save(tool, path: Path, size: int) -> dict[str, object]:
-    model = models.build(size)
+def save(tool, path: Path, size: int, seed: int) -> dict[str, object]:
+    model = models.build(size, seed)
     path.mkdir(parents=True, exist_ok=True)
     gc.collect()
     measure.touch_free_memory(size * 5 // 4)
     meter = measure.Meter()
-    tool.save(model, path)
+    result = tool.save(model, path)
     call = meter.read()
+    tool.finish(result)
+    finished = meter.read()
     cached = measure.cached_bytes(path)
     measure.sync_files(path)
     synced = meter.read()
     return call | {
         "bytes": models.tensor_bytes(model),
         "unwritten": cached[1] if cached is not None else None,
-        "wall_synced": synced["wall"],
-        "cpu_synced": synced["cpu"],
+        "wall_synced": call["wall"] + synced["wall"] - finished["wall"],
+        "cpu_synced": call["cpu"] + synced["cpu"] - finished["cpu"],
+        "wall_finished": finished["wall"],
         "disk": measure.disk_bytes(path),
     }
 
@@ -70,8 +73,8 @@ def main() -> None:
     options = parser.parse_args()
     tool = TOOLS[options.tool]
     tool.ready()
-    if options.operation == "save":
-        result = save(tool, options.path, options.size)
+    if options.operation in ("save", "overwrite"):
+        result = save(tool, options.path, options.size, seed=0 if options.operation == "save" else 1)
     else:
         result = load(tool, options.operation, options.path, options.size, options.check)
     sys.stdout.flush()

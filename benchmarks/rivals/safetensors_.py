@@ -42,6 +42,7 @@ def _new(path: Path):
 TOOLS = (
     Tool(
         name="safetensors",
+        compared_with=("shardsave", "shardsave, durable=False"),
         packages=("safetensors",),
         ready=_ready,
         save=_save,

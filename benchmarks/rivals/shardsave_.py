@@ -17,22 +17,28 @@ def _ready() -> None:
         getattr(shardsave, name)
 
 
-def _save(model: nn.Module, path: Path) -> None:
+def _save(model: nn.Module, path: Path):
     import shardsave
 
-    shardsave.save(model, path, progress=False)
+    return shardsave.save(model, path, progress=False)
 
 
-def _save_to_cache(model: nn.Module, path: Path) -> None:
+def _finish(report) -> None:
+    """Waits until the files of a replaced checkpoint are removed."""
+    if hasattr(report, "wait_cleaned"):
+        report.wait_cleaned()
+
+
+def _save_to_cache(model: nn.Module, path: Path):
     import shardsave
 
-    shardsave.save(model, path, durable=False, progress=False)
+    return shardsave.save(model, path, durable=False, progress=False)
 
 
-def _save_module(model: nn.Module, path: Path) -> None:
+def _save_module(model: nn.Module, path: Path):
     import shardsave
 
-    shardsave.save(model, path, architecture=True, progress=False)
+    return shardsave.save(model, path, architecture=True, progress=False)
 
 
 def _new_module(path: Path):
@@ -75,6 +81,7 @@ TOOLS = (
         durable=True,
         atomic="yes",
         checked="every tensor",
+        finish=_finish,
         mapped=frozenset({"new, mapped"}),
     ),
     Tool(
@@ -86,6 +93,7 @@ TOOLS = (
         durable=True,
         atomic="yes",
         checked="every tensor",
+        finish=_finish,
     ),
     Tool(
         name="shardsave, durable=False",
@@ -96,5 +104,6 @@ TOOLS = (
         durable=False,
         atomic="yes",
         checked="every tensor",
+        finish=_finish,
     ),
 )

@@ -35,3 +35,5 @@ class Tool:
     mapped: frozenset[str] = frozenset()
     through_map: frozenset[str] = frozenset()
     saved_by: str = ""  # the tool whose files this one loads, if it cannot save
+    compared_with: tuple[str, ...] = ("shardsave",)  # the tools of ours that are measured in turns with this one
+    finish: Callable[[Any], object] = lambda result: None  # waits for what a save, which returned ``result``, does afterwards

@@ -59,6 +59,7 @@ TOOLS = (
     ),
     Tool(
         name="torch.save, whole module",
+        compared_with=("shardsave, whole module",),
         packages=("torch",),
         ready=_ready,
         save=_save_module,
