@@ -13,7 +13,8 @@ from shardsave._api.arguments import check_path, check_progress, check_switches
 from shardsave._api.device import Device, check_device
 from shardsave._architecture.builder import Builder
 from shardsave._architecture.document import Document
-from shardsave._architecture.trust import resolve
+from shardsave._architecture.imports import resolve
+from shardsave._architecture.trust import Trust, check_entries
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
 from shardsave._common.warn_caller import warn_caller
@@ -84,9 +85,9 @@ def build_model(
         if data is None:
             return _build_from_config(checkpoint, trusted, target_device, verify, progress)
         document = Document(data, f"the architecture in {checkpoint.path}")
-        imported = resolve(document.imports, trusted, replacements, document.where)
+        imports = resolve(document, Trust(trusted, replacements))
         memory = NewTensors(checkpoint, target_device)
-        builder = Builder(document, imported, memory)
+        builder = Builder(document, imports, memory)
         with torch.inference_mode(False), torch.no_grad():
             model = builder.build()
             with Progress(progress, "loading", sum(located.nbytes for located, _ in memory.targets)) as reporter:
@@ -202,4 +203,5 @@ def _check_trust(trust: Iterable[str]) -> frozenset[str]:
     for name in names:
         if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
             raise ValueError(f"trust must be names of modules or classes, such as 'mylib.models', not {name!r}")
+    check_entries(names)
     return names

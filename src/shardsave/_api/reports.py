@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from shardsave._common.phases import Phases
-from shardsave._common.words import count, human_bytes, some
+from shardsave._common.words import build_arguments, count, human_bytes, some
 
 __all__ = ["LoadReport", "Phases", "Report", "SaveReport"]
 
@@ -60,11 +60,15 @@ class SaveReport(Report):
 
     ``durable``: whether the checkpoint would survive a loss of power now. ``leftovers``: names of files that should have been
     removed and could not be. ``overlaps``: pairs of tensors that share a part of their memory and were stored separately.
+    ``trust``, ``script_classes``: what `build_model` needs to build a saved architecture: the entries of its ``trust``, and the names
+    of classes of a script, which it needs in ``classes``.
     """
 
     durable: bool = True
     leftovers: tuple[str, ...] = ()
     overlaps: tuple[tuple[str, str], ...] = ()
+    trust: tuple[str, ...] = ()
+    script_classes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         more = []
@@ -72,6 +76,8 @@ class SaveReport(Report):
             more.append(f"could not remove {', '.join(self.leftovers)}")
         if self.overlaps:
             more.append(f"overlapping but stored separately: {some(f'{a} and {b}' for a, b in self.overlaps)}")
+        if self.trust or self.script_classes:
+            more.append(f"build with {build_arguments(self.trust, self.script_classes)}")
         how = f"{self._engine_and_access()}, {'durable' if self.durable else 'not durable'}"
         return self._with_notes(f"saved {self.path}: {self._size_and_speed()}, {how}", *more)
 
