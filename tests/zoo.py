@@ -66,6 +66,8 @@ class Remembers(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        if state.get("cache") == "raises":
+            raise ValueError("a cache that raises")
         self.cache = "made again"
 
     def get_extra_state(self) -> Any:

@@ -125,11 +125,25 @@ class Registers(nn.Linear):
         pass
 
 
-class Answers(nn.Linear):
-    """Has a weight, whatever its state is."""
+class Answers(Registers):
+    """Sees every access to its attributes, and has a weight, whatever its state is."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # type: ignore[override]
+        ran.append("__class__")
+        return Answers
+
+    def __getattribute__(self, name: str) -> Any:
+        ran.append(f"__getattribute__ of {name}")
+        return super().__getattribute__(name)
 
     def __getattr__(self, name: str) -> Any:
-        return 1 if name == "weight" else super().__getattr__(name)
+        ran.append(f"__getattr__ of {name}")
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        ran.append(f"__setattr__ of {name}")
+        super().__setattr__(name, value)
 
 
 class Empty(Registers):

@@ -115,7 +115,7 @@ def flag_member(kind: type, value: int) -> Any:
     None if no member has it and code of the class would run to combine members.
     """
     member = class_attribute(kind, "_value2member_map_").get(value)
-    if member is not None:
+    if any(named is member for named in class_attribute(kind, "_member_map_").values()):  # combinations are kept there too
         return member
     if type(kind) is not enum.EnumMeta or not all(map(_of_enum, _own_routines(kind))):
         return None

@@ -74,7 +74,8 @@ def attach_parametrizations(module: nn.Module, names: list[str]) -> None:
     for name in names:
         parametrize._inject_property(plain, name)
     kind = type(module)
-    members = {name: value for name, value in vars(type(plain)).items() if name in (*names, "__getstate__", "__deepcopy__")}
+    wanted = {*names, "__module__", "__getstate__", "__deepcopy__"}
+    members = {name: value for name, value in vars(type(plain)).items() if name in wanted}
     if owner_of(kind, "__deepcopy__") is not None:
         del members["__deepcopy__"]
     derived = type(f"Parametrized{type.__dict__['__name__'].__get__(kind)}", (kind,), members)

@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional
 from torch import nn
 
+from shardsave._architecture.class_checks import title
+from shardsave._common.words import an
+
 State = dict[str, Any]
 
 
@@ -39,10 +42,10 @@ def _recurrent(state: State) -> None:
     state.setdefault("proj_size", 0)
     rows = state.get("_all_weights")
     if type(rows) is not list or not all(type(row) is list and all(type(name) is str for name in row) for row in rows):
-        raise Unfit("_all_weights expected to be lists of names", "it is something else")
+        raise Unfit("_all_weights expected to be lists of names", f"it is {an(title(type(rows)))}")
     weights = state.get("_flat_weights")
     if type(weights) is not list or not all(weight is None or issubclass(type(weight), torch.Tensor) for weight in weights):
-        raise Unfit("_flat_weights expected to be a list of tensors", "it is something else")
+        raise Unfit("_flat_weights expected to be a list of tensors", f"it is {an(title(type(weights)))}")
     state["_flat_weight_refs"] = [weakref.ref(weight) if weight is not None else None for weight in weights]
 
 
