@@ -284,7 +284,9 @@ def test_nothing_untrusted_is_imported(tmp_path: Path, monkeypatch: pytest.Monke
         shardsave.IncompatibleCheckpointError, match=r"not found: strangers.Two \(saved without a version; module"
     ):
         shardsave.build_model(tmp_path / "ckpt", trust=["strangers", "zoo.Remembers"])
-    renamed = shardsave.build_model(tmp_path / "ckpt", trust=["strangers", "zoo.Remembers"], classes={"strangers.Two": zoo.Property})
+    renamed = shardsave.build_model(
+        tmp_path / "ckpt", trust=["strangers", "zoo.Remembers"], classes={"strangers.Two": zoo.Property}
+    )
     assert type(renamed[1]) is zoo.Property
 
 

@@ -151,3 +151,47 @@ class Empty(Registers):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         pass
+
+
+class Callable:
+    """Calls what it holds, as a partial does."""
+
+    def __call__(self, *arguments: Any) -> Any:
+        ran.append("__call__")
+        return self.function(*arguments)  # type: ignore[attr-defined]
+
+
+class CallableMember(enum.Enum):
+    ONE = 1
+
+    def __call__(self) -> None:
+        ran.append("__call__ of a member")
+
+
+class CallablePair(Pair):
+    def __call__(self) -> None:
+        ran.append("__call__ of a tuple")
+
+
+class TakesState(dict):
+    def __setstate__(self, state: Any) -> None:
+        ran.append("__setstate__")
+
+
+class Watched(nn.Module):
+    def __init_subclass__(cls) -> None:
+        ran.append("__init_subclass__")
+
+
+class Makes(type):
+    def __new__(mcs, name: str, bases: tuple[type, ...], members: dict[str, Any]) -> Any:
+        ran.append("__new__ of a metaclass")
+        return super().__new__(mcs, name, bases, members)
+
+    def __getattribute__(cls, name: str) -> Any:
+        ran.append(f"__getattribute__ of a metaclass: {name}")
+        return super().__getattribute__(name)
+
+
+class Made(nn.Module, metaclass=Makes):
+    pass

@@ -169,9 +169,7 @@ class _Needed(NamedTuple):
     script_classes: tuple[str, ...] = ()
 
 
-def _parts(
-    source: Source, state: State, architecture: bool, program: Program | None
-) -> tuple[Parts, tuple[str, ...], _Needed]:
+def _parts(source: Source, state: State, architecture: bool, program: Program | None) -> tuple[Parts, tuple[str, ...], _Needed]:
     """The requested parts, notes for the report, and what a build of the architecture needs."""
     documents: dict[str, bytes] = {}
     notes: tuple[str, ...] = ()

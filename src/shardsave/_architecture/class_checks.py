@@ -30,7 +30,9 @@ _KEY_BASES = (enum.Enum, type, np.generic)
 MAX_KEYS_PER_HASH = 100
 
 #: What Python calls of a flag to combine its members.
-_COMBINES = frozenset(["_missing_", "__new_member__", "_iter_member_", "_create_pseudo_member_", "_numeric_repr_", "_decompose"])
+_COMBINES = frozenset(
+    ["_missing_", "__new_member__", "_iter_member_", "_create_pseudo_member_", "_numeric_repr_", "_decompose"]
+)
 
 _METHOD_TYPES = (classmethod, staticmethod, functools.partialmethod, functools.singledispatchmethod)
 
@@ -119,7 +121,7 @@ def flag_member(kind: type, value: int) -> Any:
         return member
     if type(kind) is not enum.EnumMeta or not all(map(_of_enum, _own_routines(kind))):
         return None
-    return enum.EnumMeta.__call__(kind, value)
+    return enum.EnumMeta.__call__(kind, value)  # type: ignore[arg-type]
 
 
 def _own_routines(kind: type) -> Iterator[Any]:

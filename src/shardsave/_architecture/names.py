@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional
 
-from shardsave._architecture.class_checks import FUNCTION_TYPES, module_of, namespace
+from shardsave._architecture.class_checks import FUNCTION_TYPES, module_of, namespace, title
 from shardsave._architecture.reviewed import BUILTIN_TYPES
 from shardsave.errors import CorruptCheckpointError
 
@@ -87,7 +87,7 @@ def import_target(name: str, where: str) -> Any:
     target = follow(importlib.import_module(module), qualified)
     if target is None:
         raise AttributeError(f"module {module} has no {qualified}")
-    if not isinstance(target, (type, *FUNCTION_TYPES)) or not _defined_in(target, module):
+    if not issubclass(type(target), (type, *FUNCTION_TYPES)) or not _defined_in(target, module):
         raise CorruptCheckpointError(
             f"corrupt {where}: {dotted(name)} expected to be a class or a function that {module} defines, it is "
             f"{_origin_of(target)}; nothing was built"
@@ -106,12 +106,13 @@ def follow(module: types.ModuleType | None, qualified: str) -> Any:
 
 
 def _defined_in(target: Any, module: str) -> bool:
-    if isinstance(target, types.BuiltinFunctionType) and any(home.__name__ == module for home in _HOMES):
+    if type(target) is types.BuiltinFunctionType and any(home.__name__ == module for home in _HOMES):
         return True
     return bool((module_of(target) if issubclass(type(target), type) else target.__module__) == module)
 
 
 def _origin_of(target: Any) -> str:
-    if isinstance(target, types.ModuleType):
+    if issubclass(type(target), types.ModuleType):
         return f"the module {target.__name__}"
-    return f"{type(target).__name__} of {getattr(target, '__module__', 'nowhere')}"
+    kind = type(target)
+    return f"{title(kind)} of {module_of(target) if issubclass(kind, type) else getattr(target, '__module__', 'nowhere')}"

@@ -6,8 +6,6 @@ import abc
 import typing
 from collections.abc import Collection
 
-from torch import nn
-
 from shardsave._architecture.class_checks import bases_of, class_attribute, has_finaliser, module_of, owner_of
 from shardsave._architecture.reviewed import is_utility
 from shardsave._architecture.states import REVIEWED_STATES
@@ -35,11 +33,6 @@ def own_setstate(kind: type) -> bool:
     return owner is not None and owner not in REVIEWED_STATES
 
 
-def own_extra_state(kind: type) -> bool:
-    """Whether ``kind`` has a ``set_extra_state`` that is not the one of every module."""
-    return owner_of(kind, "set_extra_state") is not nn.Module
-
-
 def own_call(kind: type) -> bool:
     """Whether instances of ``kind``, which is no module, can be called."""
     return class_attribute(kind, "__call__") is not None and not is_utility(kind)
@@ -62,8 +55,6 @@ def routines(target: object, uses: Collection[Use]) -> list[str]:
     words = []
     if own_setstate(kind) and not {Use.MODULE, Use.OBJECT}.isdisjoint(uses):
         words.append("its __setstate__ would run on values from the file")
-    if Use.EXTRA_STATE in uses and own_extra_state(kind):
-        words.append("its set_extra_state would run on values from the file")
     if own_call(kind) and not _INSTANCES.isdisjoint(uses):
         words.append("the model could call an instance, with values from the file")
     if Use.COMPUTED in uses and (creation := own_creation(kind)):

@@ -24,6 +24,7 @@ _MOST_NAMES = 200
 
 _CALLED = "the model could call it, with values from the file"
 _BOUND = "it is to be called with more than plain values from the file"
+_EXTRA_STATE = "its set_extra_state would run on values from the file"
 _NO_MODULE = "it is neither a module nor a hook that computes a weight"
 
 _PACKAGES_OF_TORCH = frozenset(["torch", "functorch", "torchgen"])
@@ -99,6 +100,8 @@ def lacking(name: str, uses: Collection[Use], trust: Trust, target: Any = _UNKNO
         reasons.append(_CALLED)
     if Use.BOUND in uses:
         reasons.append(_BOUND)
+    if Use.EXTRA_STATE in uses:
+        reasons.append(_EXTRA_STATE)
     if target is not _UNKNOWN:
         reasons += routines(target, uses)
         if in_torch_nn(name) and name not in VALUES and not (issubclass(type(target), type) and only_computes(target)):

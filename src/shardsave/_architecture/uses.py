@@ -16,8 +16,8 @@ class Use(Enum):
     OBJECT = "an instance"
     MEMBER = "a member of an enum"
     TUPLE = "a named tuple"
-    VALUE = "a value"
-    BOUND = "a value with arguments"
+    VALUE = "a value that the model can call"
+    BOUND = "a value that is called with more than plain values"
     EXTRA_STATE = "a module with extra state"
     COMPUTED = "a module with computed tensors"
 
@@ -87,7 +87,7 @@ class Uses:
         return name if isinstance(name, str) and name in self.names else None
 
 
-#: Tags of values that contain no object of the table and nothing that can be called; those whose content is a list of values are `_SEQUENCES`.
+#: Tags of values that contain no object of the table and nothing that can be called, and those that do so if their parts do.
 _PLAIN = frozenset(
     ["float", "complex", "bytes", "ellipsis", "dtype", "device", "layout", "memory_format", "path", "scalar", "size", "range"]
 )

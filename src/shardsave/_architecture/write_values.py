@@ -36,7 +36,10 @@ _MAX_DEPTH = 100
 
 class ValueWriter:
     """Writes values. An object with an identity gets a number in ``objects`` and waits in a queue until it is written there, so that
-    a deep model does not exhaust Python's stack. ``imports``: name → class or function. ``refused`` lists everything that cannot be saved, with its path in the module."""
+    a deep model does not exhaust Python's stack.
+
+    ``imports``: name → class or function. ``refused`` lists everything that cannot be saved, with its path in the module.
+    """
 
     def __init__(self) -> None:
         self.objects: list[Any] = []
