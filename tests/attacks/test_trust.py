@@ -161,13 +161,8 @@ def unpickles(scene: Scene) -> None:
 
 
 BERT = "transformers.models.bert.modeling_bert"
-BERT_CLASSES = [
-    "transformers.activations.GELUActivation",
-    f"{BERT}.Bert{part}"
-    for part in (
-        "Attention", "Embeddings", "Encoder", "Intermediate", "Layer", "Model", "Output", "Pooler", "SelfAttention", "SelfOutput",
-    )
-]  # fmt: skip
+PARTS = "Attention Embeddings Encoder Intermediate Layer Model Output Pooler SelfAttention SelfOutput".split()
+BERT_CLASSES = ["transformers.activations.GELUActivation", *(f"{BERT}.Bert{part}" for part in PARTS)]
 
 #: The edit, what is trusted, and what of the message says why that is not enough.
 GADGETS: dict[str, tuple[Callable[[Scene], None], list[str], str]] = {
