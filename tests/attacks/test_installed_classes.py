@@ -17,6 +17,7 @@ import sys
 import types
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,6 +33,11 @@ from shardsave._architecture.names import follow
 from shardsave._architecture.states import REVIEWED_STATES
 from shardsave._architecture.trust import Trust
 
+ROUTINES = [
+    "__setstate__", "set_extra_state", "__getattr__", "__getattribute__", "__setattr__", "__init_subclass__", "__set_name__",
+    "__del__", "metaclass", "_missing_", "__instancecheck__", "__class__(", "__new__", "__setitem__", "__hash__", "__eq__", "__call__",
+]  # fmt: skip
+
 #: A part of each package that is imported quickly.
 QUICK = {
     "transformers": ["transformers.models.bert", "transformers.models.roformer", "transformers.models.bert_japanese"],
@@ -41,14 +47,14 @@ QUICK = {
 }
 
 
-def modules_below(names: list[str]) -> Iterator[types.ModuleType]:
-    """The modules ``names`` and all below them that can be imported here."""
+def modules_of(names: list[str], below: bool = True) -> Iterator[types.ModuleType]:
+    """The modules ``names``, and all below them, that can be imported here."""
     for name in names:
         with contextlib.suppress(BaseException):  # optional packages are missing, and some modules exit
             module = importlib.import_module(name)
             yield module
-            below = [info.name for info in pkgutil.iter_modules(getattr(module, "__path__", []), f"{name}.")]
-            yield from modules_below([name for name in below if not name.endswith("__main__")])
+            inner = pkgutil.iter_modules(getattr(module, "__path__", []) if below else [], f"{name}.")
+            yield from modules_of([info.name for info in inner if not info.name.endswith("__main__")])
 
 
 def classes_of(module: types.ModuleType) -> Iterator[type]:
@@ -92,8 +98,8 @@ def tables(kind: type, name: str) -> Iterator[list[dict[str, Any]]]:
         yield [root, {"object": name, "state": {"ref": 2}}, {"dict": [["text", {"ref": 1}]]}]
 
 
-def calls_during_build(document: dict[str, Any], package: str) -> tuple[list[str], Exception | None]:
-    """The functions of ``package`` that ran, and the refusal."""
+def calls_during_build(document: dict[str, Any], package: str, *trust: str) -> tuple[list[str], Exception | None]:
+    """The functions of ``package`` that ran during a build with this trust, and the refusal."""
     folder = str(sys.modules[package].__path__[0])
     data = json.dumps({"format": FORMAT, "requires": [], **document}).encode()
     ran: list[str] = []
@@ -106,7 +112,7 @@ def calls_during_build(document: dict[str, Any], package: str) -> tuple[list[str
     sys.setprofile(watch)
     try:
         opened = Document(data, "it")
-        builder = Builder(opened, resolve(opened, Trust([package])), lambda *_: torch.zeros(1))
+        builder = Builder(opened, resolve(opened, Trust(trust)), lambda *_: torch.zeros(1))
         builder.build()
         builder.set_extra_states()
         del builder
@@ -117,17 +123,17 @@ def calls_during_build(document: dict[str, Any], package: str) -> tuple[list[str
     return ran, refusal
 
 
-def scan(package: str, names: list[str]) -> tuple[int, set[str]]:
-    """Builds every class below ``names``. Returns how many classes there are, and those that were refused for want of an exact name."""
+def scan(package: str, names: list[str], below: bool = True) -> tuple[int, set[str]]:
+    """Builds every class of the modules ``names``. Returns how many classes there are, and those that were refused for want of an exact name."""
     count, refused, wrong = 0, set(), []
     logging.disable(logging.CRITICAL)
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for module in modules_below(names):
+        for module in modules_of(names, below):
             for kind in classes_of(module):
                 count += 1
                 for document in documents(kind):
-                    ran, refusal = calls_during_build(document, package)
+                    ran, refusal = calls_during_build(document, package, package)
                     if ran:
                         wrong.append(f"{module.__name__}.{kind.__name__}: {ran}")
                 if isinstance(refusal, UntrustedCodeError):  # of the last document, which has the least that a class can do
@@ -149,11 +155,38 @@ def test_classes_of_a_part(package: str) -> None:
         assert "transformers.models.bert.modeling_bert.BertSelfAttention" not in refused
 
 
+def test_the_profiler_sees_what_runs() -> None:
+    """Catches a scan that would not notice anything."""
+    tokenization = pytest.importorskip("transformers.models.roformer.tokenization_roformer")
+    for document in documents(tokenization.RoFormerTokenizer):
+        exact = "transformers.models.roformer.tokenization_roformer.RoFormerTokenizer"
+        ran, refusal = calls_during_build(document, "transformers", "transformers", exact)
+        assert any("__setstate__" in name for name in ran) and not isinstance(refusal, UntrustedCodeError)
+
+
+def with_routines(package: str) -> Iterator[str]:
+    """The modules of ``package`` whose source has one of the words `ROUTINES`."""
+    [folder] = importlib.import_module(package).__path__
+    for path in sorted(Path(folder).rglob("*.py")):
+        if any(routine in path.read_text(errors="replace") for routine in ROUTINES):
+            parts = [package, *path.relative_to(folder).with_suffix("").parts]
+            yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("package", QUICK)
+def test_modules_with_routines(package: str) -> None:
+    """Catches a routine of a trusted package that runs with values from a file, wherever the package defines one."""
+    pytest.importorskip(package)
+    count, refused = scan(package, list(with_routines(package)), below=False)
+    assert count > 10 and len(refused) < count
+
+
+@pytest.mark.large
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("package", QUICK)
 def test_all_installed_classes(package: str) -> None:
-    """Catches a routine of a trusted package that runs with values from a file."""
+    """Catches a routine of a trusted package that runs with values from a file. This imports every module: five minutes for transformers."""
     pytest.importorskip(package)
     count, refused = scan(package, [package])
     assert count > 100 and len(refused) < count
@@ -164,7 +197,7 @@ def test_every_setstate_of_torch_nn_is_reviewed() -> None:
     unreviewed = set()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for module in modules_below(["torch.nn"]):
+        for module in modules_of(["torch.nn"]):
             for kind in classes_of(module):
                 if issubclass(kind, nn.Module) and not module.__name__.startswith("torch.nn.parallel"):
                     owner = next((base for base in bases_of(kind) if "__setstate__" in namespace(base)), None)

@@ -161,7 +161,18 @@ def unpickles(scene: Scene) -> None:
 
 
 BERT = "transformers.models.bert.modeling_bert"
-PARTS = "Attention Embeddings Encoder Intermediate Layer Model Output Pooler SelfAttention SelfOutput".split()
+PARTS = [
+    "Attention",
+    "Embeddings",
+    "Encoder",
+    "Intermediate",
+    "Layer",
+    "Model",
+    "Output",
+    "Pooler",
+    "SelfAttention",
+    "SelfOutput",
+]
 BERT_CLASSES = ["transformers.activations.GELUActivation", *(f"{BERT}.Bert{part}" for part in PARTS)]
 
 #: The edit, what is trusted, and what of the message says why that is not enough.
