@@ -86,6 +86,23 @@ CASES: dict[str, tuple[Callable[[Json], object], str]] = {
         asks(imports=("Guesses",), a={"flag": ["traps:Guesses", 3]}),
         BAD.format("the value of a member of Guesses expected", "it is 3"),
     ),
+    "an unnamed value of a flag with a __setattr__": (
+        asks(imports=("Sets",), a={"flag": ["traps:Sets", 3]}),
+        BAD.format("the value of a member of Sets expected", "it is 3"),
+    ),
+    "a key that looks up its name": (
+        asks({"set": [{"enum": ["traps:Looks", "ONE"]}]}, imports=("Looks",)),
+        KEYS.format(" Looks"),
+    ),
+    "a member that looks up its name": (asks(imports=("Looks",), a={"enum": ["traps:Looks", "ONE"]}), ""),
+    "a slot of another class": (asks({"object": "BorrowsSlot", "attributes": {"slot": 1}}), ""),
+    "a module with a metaclass": (
+        lambda document: (
+            document["imports"].update({"traps:Made": None}),
+            document["objects"].append({"module": "traps:Made"}),
+        ),
+        "",
+    ),
     "a member of a flag": (asks(imports=("Guesses",), a={"flag": ["traps:Guesses", 2]}), ""),
     "a metaclass with a __call__ of its own": (asks(imports=("Called",), a={"flag": ["traps:Called", 1]}), ""),
     "a dict with an items method of its own": (

@@ -79,6 +79,34 @@ class Guesses(enum.IntFlag):
         return super()._missing_(value)
 
 
+class Sets(enum.IntFlag):
+    ONE = 1
+    TWO = 2
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "_value_" and value == 3:
+            ran.append("__setattr__ of a flag")
+        super().__setattr__(name, value)
+
+
+class Looks(enum.Enum):
+    """Looks up its name through code of its own, which ``hash`` does."""
+
+    ONE = 1
+
+    def __getattribute__(self, name: str) -> Any:
+        ran.append(f"__getattribute__ of a member: {name}")
+        return super().__getattribute__(name)
+
+
+class Slots:
+    __slots__ = ("slot",)
+
+
+class BorrowsSlot:
+    slot = Slots.slot  # type: ignore[attr-defined]
+
+
 class Calls(enum.EnumMeta):
     def __call__(cls, *arguments: Any, **named: Any) -> Any:
         if arguments[0] == 1:

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from shardsave._architecture.class_checks import (
+    bases_of,
     class_attribute,
     container_base,
     instance_dict,
@@ -275,7 +276,7 @@ class Builder:
                 self._refuse(problem.wanted, problem.found)
         for name, value in dict.items(state):
             slot = class_attribute(kind, name)
-            if isinstance(slot, types.MemberDescriptorType):
+            if type(slot) is types.MemberDescriptorType and slot.__objclass__ in bases_of(kind):
                 slot.__set__(instance, value)
             else:
                 self._dict_of(instance, name)[name] = value
@@ -299,7 +300,7 @@ class Builder:
             shown = glimpse(name) if type(name) is str else an(title(type(name)))
             self._refuse(f"names of attributes of {an(title(kind))} expected", f"one is {shown}")
         in_class = class_attribute(kind, name)
-        if owner_of(type(in_class), "__set__") is not None and not isinstance(in_class, types.MemberDescriptorType):
+        if owner_of(type(in_class), "__set__") is not None and type(in_class) is not types.MemberDescriptorType:
             self._refuse(f"attributes of {an(title(kind))} expected", f"{glimpse(name)} is a property of its class")
         if shadows_method(owner, name, value):
             self._refuse(f"attributes of {an(title(kind))} expected", f"{glimpse(name)} would replace its method")

@@ -30,9 +30,10 @@ _KEY_BASES = (enum.Enum, type, np.generic)
 MAX_KEYS_PER_HASH = 100
 
 #: What Python calls of a flag to combine its members.
-_COMBINES = frozenset(
-    ["_missing_", "__new_member__", "_iter_member_", "_create_pseudo_member_", "_numeric_repr_", "_decompose"]
-)
+_COMBINES = frozenset([
+    "_missing_", "__new_member__", "_iter_member_", "_create_pseudo_member_", "_numeric_repr_", "_decompose", "__new__",
+    "__setattr__", "__getattribute__", "__getattr__",
+])  # fmt: skip
 
 _METHOD_TYPES = (classmethod, staticmethod, functools.partialmethod, functools.singledispatchmethod)
 
@@ -71,7 +72,7 @@ def class_attribute(kind: type, name: str) -> Any:
 def instance_dict(instance: object) -> dict[str, Any] | None:
     """``vars(instance)``; None if it has none, or if its class has a property in its place."""
     descriptor = class_attribute(type(instance), "__dict__")
-    return descriptor.__get__(instance) if isinstance(descriptor, types.GetSetDescriptorType) else None
+    return descriptor.__get__(instance) if type(descriptor) is types.GetSetDescriptorType else None
 
 
 def has_finaliser(kind: type) -> bool:
@@ -101,8 +102,8 @@ def is_key(value: object) -> bool:
 
 
 def _hashed_by_python(kind: type) -> bool:
-    """Whether ``__hash__`` and ``__eq__`` of ``kind`` are Python's own, so that a lookup runs no code of the class."""
-    owners = (owner_of(kind, name) for name in ("__hash__", "__eq__"))
+    """Whether a lookup runs no code of ``kind``: what it calls is Python's own."""
+    owners = (owner_of(kind, name) for name in ("__hash__", "__eq__", "__getattribute__"))  # an enum looks up its ``_name_``
     return all(owner is not None and (module_of(owner) == "enum" or not is_heap_type(owner)) for owner in owners)
 
 
@@ -151,16 +152,13 @@ def shadows_method(owner: object, name: str, value: Any) -> bool:
     if type(value) is types.MethodType and value.__self__ is owner:
         return of_nn_module and name != "forward"
     original = class_attribute(type(owner), name)
-    is_method = isinstance(original, _METHOD_TYPES) or (callable(original) and not isinstance(original, type))
+    is_method = issubclass(type(original), _METHOD_TYPES) or (callable(original) and not issubclass(type(original), type))
     return callable(value) and (of_nn_module or is_method)
 
 
 def slots_of(kind: type) -> list[str]:
     return [
-        name
-        for base in bases_of(kind)
-        for name, value in namespace(base).items()
-        if isinstance(value, types.MemberDescriptorType)
+        name for base in bases_of(kind) for name, value in namespace(base).items() if type(value) is types.MemberDescriptorType
     ]
 
 
