@@ -273,7 +273,8 @@ def test_nothing_untrusted_is_imported(tmp_path: Path, monkeypatch: pytest.Monke
         shardsave.build_model(tmp_path / "ckpt", trust=["strangers.One"])
     assert str(raised.value) == (
         f"cannot build the architecture in {tmp_path / 'ckpt'}: only trusted code is used, it asks for strangers.Two, "
-        f"zoo.Remembers; if you trust it, pass trust=['strangers', 'strangers.One', 'zoo']; nothing was imported"
+        f"zoo.Remembers (its set_extra_state would run on values from the file); if you trust it, pass "
+        f"trust=['strangers', 'strangers.One', 'zoo.Remembers']; nothing was imported"
     )
     assert "strangers" not in sys.modules
     built = shardsave.build_model(tmp_path / "ckpt", trust=["strangers.One", "strangers.Two", "zoo.Remembers"])

@@ -124,7 +124,7 @@ def calls_during_build(document: dict[str, Any], package: str, *trust: str) -> t
 
 
 def scan(package: str, names: list[str], below: bool = True) -> tuple[int, set[str]]:
-    """Builds every class of the modules ``names``. Returns how many classes there are, and those that were refused for want of an exact name."""
+    """Builds every class of the modules ``names``. Returns the number of classes, and those that need an exact name."""
     count, refused, wrong = 0, set(), []
     logging.disable(logging.CRITICAL)
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
@@ -186,7 +186,7 @@ def test_modules_with_routines(package: str) -> None:
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("package", QUICK)
 def test_all_installed_classes(package: str) -> None:
-    """Catches a routine of a trusted package that runs with values from a file. This imports every module: five minutes for transformers."""
+    """Catches a routine of a trusted package that runs with values from a file, in any module: transformers takes five minutes."""
     pytest.importorskip(package)
     count, refused = scan(package, [package])
     assert count > 100 and len(refused) < count

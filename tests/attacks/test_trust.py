@@ -7,7 +7,9 @@ the build, nor after the built model was called.
 from __future__ import annotations
 
 import base64
+import json
 import pickle
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -16,12 +18,14 @@ from typing import Any
 import pytest
 import torch
 import traps
+from click.testing import CliRunner
 from tampering import Json
 from test_hostile_architectures import edit_architecture
 from torch import nn
 
 import shardsave
 import zoo
+from shardsave._cli.main import cli
 
 READS = "transformers.dynamic_module_utils:get_class_in_module"
 ROFORMER = "transformers.models.roformer.tokenization_roformer:RoFormerTokenizer"
@@ -383,3 +387,31 @@ def test_an_inspection_lists_what_a_build_asks_for(scene: Scene, monkeypatch: py
     assert info.uses["zoo.Everything.helper"] == ("a method that the model can call",)
     assert info.versions["torch.tanh"] == f"torch {torch.__version__}" and "torch.tanh" not in info.needs
     assert {"bell\x07", "stranger", "zoo", "zoo.double", "zoo.Everything.helper"} <= set(info.trust)
+
+
+def test_the_command_line_lists_what_a_build_asks_for(scene: Scene) -> None:
+    """Catches a name that is not listed, an import of it, and control characters of a name on a terminal."""
+    model = nn.Sequential(zoo.Outer.Inner(), nn.GELU())
+    model.norm = nn.LayerNorm  # type: ignore[assignment]
+    scene.save(model)
+    strange = {"strangers:Net": None, "bell\x07\u202e:Net": "x\x1b"}
+    edit_architecture(scene.checkpoint, lambda document: document["imports"].update(strange))
+    shown = CliRunner().invoke(cli, ["inspect", str(scene.checkpoint), "--architecture"]).output
+    assert sorted(line.split("  ")[0] for line in shown.splitlines()[:7]) == [
+        r"bell\x07\u202e.Net",
+        "name",
+        "strangers.Net",
+        "torch.nn.modules.activation.GELU",
+        "torch.nn.modules.container.Sequential",
+        "torch.nn.modules.normalization.LayerNorm",
+        "zoo.Outer.Inner",
+    ]
+    assert shown.replace("\n", "").isprintable() and "strangers" not in sys.modules
+    assert shown.splitlines()[8].endswith("'strangers', 'torch.nn.modules.normalization.LayerNorm', 'zoo']")
+    as_json = CliRunner().invoke(cli, ["inspect", str(scene.checkpoint), "--architecture", "--json"])
+    asked = json.loads(as_json.output)["architecture"]
+    assert asked["needs"]["zoo.Outer.Inner"] == "zoo" and asked["uses"]["zoo.Outer.Inner"] == ["a module"]
+    shardsave.save(nn.Linear(2, 2), scene.checkpoint)
+    none = CliRunner().invoke(cli, ["inspect", str(scene.checkpoint), "--architecture"])
+    assert none.exit_code == 1
+    assert none.output == f"shardsave inspect: {scene.checkpoint}: the checkpoint has no architecture\n"

@@ -45,7 +45,8 @@ def build_model(
     """Builds the model that was saved with ``architecture=True``: its modules, attributes, weights, buffers and flags.
 
     No ``__init__`` is called, and nothing is imported except ``torch.nn`` and what you trust. Weights are read once, straight to
-    ``device``. To trust a module means that its code may run, with arguments from the file: see SECURITY.md.
+    ``device``. A trusted package runs no code on values from the file while the model is built; what is trusted by its exact name does:
+    see SECURITY.md. The report of the save has the list that a build needs.
 
     Without an architecture, a transformers model is built from the config beside the weights (``trust=["transformers"]``), in
     evaluation mode, as ``from_pretrained`` does. If the config is not the one that was saved with the weights, a warning says so.
@@ -53,7 +54,8 @@ def build_model(
     Args:
         path: the checkpoint.
         device: where the tensors go; the CPU by default.
-        trust: modules (``"mylib"``, with everything below it, or ``"mylib.models"``) and exact classes (``"mylib.models.Net"``).
+        trust: packages and modules (``"mylib"``, with everything below it, or ``"mylib.models"``), whose classes may be instantiated,
+            and exact names of classes, functions and methods (``"mylib.models.Net"``), which may also run and be called.
         classes: the name as it was saved → the class, for classes that were renamed or defined in a script
             (``{"__main__.Net": Net}``).
         verify: as in ``load``.
@@ -61,7 +63,7 @@ def build_model(
 
     Raises:
         TypeError, ValueError: for wrong arguments, before anything happens.
-        UntrustedCodeError: the checkpoint names code that you do not trust; the message lists all of it, nothing was imported.
+        UntrustedCodeError: the checkpoint asks for code that you do not trust; the message lists it, with what would run.
         IncompatibleCheckpointError: there is no architecture, or a class no longer exists, or does not accept the saved state.
         CheckpointNotFoundError, CorruptCheckpointError, DirectoryBusyError.
 
