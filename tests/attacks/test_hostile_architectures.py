@@ -466,6 +466,34 @@ def test_trusted_module_that_raises_when_imported(exception: str, tmp_path: Path
     assert message == MISSING.format("refuses.Net", f"saved with refuses 1.0; {reason}")
 
 
+@pytest.mark.parametrize(
+    "opening, closing", [('{"tuple":[', "]}"), ('{"frozenset":[{"tuple":[', "]}]}"), ('{"slice":[1,2,', "]}")]
+)
+@pytest.mark.parametrize("verb", ["build", "inspect", "load"])
+def test_values_of_any_depth(verb: str, opening: str, closing: str, tmp_path: Path) -> None:
+    """Catches a depth at which Python's own error for too deep a recursion appears."""
+    outcomes = set()
+    for depth in [1, *range(50, 1000, 90), 50_000]:
+        shardsave.save(zoo.Remembers(), tmp_path, architecture=True, durable=False)
+
+        def change(document: Json) -> bytes:
+            document["objects"][0].update(attributes={"deep": "DEEP"}, extra_state="DEEP")
+            return json.dumps(document).replace('"DEEP"', opening * depth + "1" + closing * depth).encode()
+
+        edit_architecture(tmp_path, change)
+        try:
+            if verb == "build":
+                shardsave.build_model(tmp_path, trust=["zoo.Remembers"])
+            elif verb == "inspect":
+                shardsave.inspect(tmp_path, architecture=True)
+            else:
+                shardsave.load_model(zoo.Remembers(), tmp_path, strict=False)
+            outcomes.add("done")
+        except shardsave.ShardSaveError:
+            outcomes.add("refused")
+    assert outcomes == {"done", "refused"}
+
+
 def test_setstate_that_raises(folder: Path) -> None:
     """Catches an exception of ``__setstate__`` that is not turned into an error of this package."""
     shardsave.save(zoo.Remembers(), folder, architecture=True)
