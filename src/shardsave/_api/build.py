@@ -170,8 +170,9 @@ def _build_from_config(
         )
     for note in checkpoint.companion_notes():
         warn_caller(note)
-    model = empty_model(folder, config, trust, device)
-    layout = TransformersLayout(take_inventory(model, checkpoint.path), choose_located(checkpoint, ""), checkpoint.path)
+    stored = choose_located(checkpoint, "")
+    model = empty_model(folder, config, trust, device, stored)
+    layout = TransformersLayout(take_inventory(model, checkpoint.path), stored, checkpoint.path)
     take_stored_dtypes(model, layout.stored)
     inventory = take_inventory(model, checkpoint.path)
     doubtful = checkpoint.ties if checkpoint.record is None else ()
