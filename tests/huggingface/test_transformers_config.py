@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -98,6 +99,21 @@ def test_one_class_may_be_trusted(tmp_path: Path) -> None:
         shardsave.build_model(tmp_path, trust=["transformers.BertModel"])
 
 
+@pytest.mark.parametrize(("name", "module"), [("BART", "bart.modeling_bart:BartDecoder"), ("T5", "t5.modeling_t5:T5Stack")])
+def test_classes_that_are_not_exported(name: str, module: str, tmp_path: Path) -> None:
+    """Catches a model that is found only if the package exports its name; a decoder on its own has none."""
+    place, _, class_name = module.partition(":")
+    model_class = getattr(importlib.import_module(f"transformers.models.{place}"), class_name)
+    assert not hasattr(transformers, class_name)
+    torch.manual_seed(5)
+    model = model_class(tiny(name).config).eval()
+    shardsave.save(model, tmp_path, durable=False)
+    with pytest.raises(shardsave.UntrustedCodeError, match=f"the config names transformers.{class_name}"):
+        shardsave.build_model(tmp_path, trust=["transformers.PreTrainedModel"])
+    again = shardsave.build_model(tmp_path, trust=[f"transformers.{class_name}"])
+    assert type(again) is model_class and same_state(again, model)
+
+
 def change(folder: Path, **values: Any) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
@@ -108,6 +124,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "several": ({"architectures": ["A", "B"]}, "its architectures are ['A', 'B']"),
     "a path": ({"architectures": ["os.system"]}, "its architectures are ['os.system']"),
     "not a model": ({"architectures": ["pipeline"]}, "pipeline was expected to be a model of transformers"),
+    "of another model": ({"architectures": ["BartDecoder"]}, "BartDecoder was expected to be a model of transformers"),
     "no such model": ({"architectures": ["NoSuchModel"]}, "NoSuchModel was expected to be a model of transformers"),
     "a base class": ({"architectures": ["PreTrainedModel"]}, "PreTrainedModel was expected to be a model of transformers"),
     "another type": ({"model_type": "gpt2"}, "BertForMaskedLM expects model_type 'bert', it has 'gpt2'"),

@@ -12,6 +12,7 @@ import importlib
 import json
 import math
 import os
+import pkgutil
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -166,24 +167,42 @@ def _model_class(config: Mapping[str, Any], trust: Collection[str], where: str) 
             f"cannot build {where}: a model that is not quantized was expected, it has a quantization_config; use from_pretrained"
         )
     try:
-        modeling = importlib.import_module("transformers.modeling_utils")
-        model_class: Any = getattr(importlib.import_module("transformers"), name, None)
+        importlib.import_module("transformers.modeling_utils")
+        model_class = _find_class(name, config.get("model_type"))
     except ImportError as error:
         raise IncompatibleCheckpointError(
             f"cannot build {where}: transformers was expected to be installed, its import failed: {error}; install it, or use load"
         ) from error
-    is_model = isinstance(model_class, type) and issubclass(model_class, modeling.PreTrainedModel)
-    if not is_model or model_class.config_class is None:
+    if model_class is None or model_class.config_class is None:
         raise IncompatibleCheckpointError(
             f"cannot build {where}: {name} was expected to be a model of {_version()}, it has none of that name; "
             f"if the class is your own, create the model and use load_model"
         )
-    if config.get("model_type") != model_class.config_class.model_type:
+    if (config.get("model_type") or "") != model_class.config_class.model_type:  # some inner configs have an empty one
         raise IncompatibleCheckpointError(
             f"cannot build {where}: {name} expects model_type {model_class.config_class.model_type!r}, it has "
             f"{glimpse(config.get('model_type'))}; config and model belong to different releases or models"
         )
     return model_class
+
+
+def _find_class(name: str, model_type: Any) -> Any:
+    """The model of transformers called ``name``, None if there is none. The package exports most models; others, such as a decoder on
+    its own, are in the modules of their type of model only."""
+    transformers = importlib.import_module("transformers")
+    places = [transformers]
+    if not hasattr(transformers, name) and isinstance(model_type, str) and model_type in transformers.CONFIG_MAPPING:
+        package_name = transformers.CONFIG_MAPPING[model_type].__module__.rpartition(".")[0]
+        if package_name.startswith("transformers.models."):
+            package = importlib.import_module(package_name)
+            modules = [module.name for module in pkgutil.iter_modules(package.__path__) if module.name.startswith("modeling_")]
+            places = [importlib.import_module(f"{package_name}.{module}") for module in modules]
+    for place in places:
+        found = getattr(place, name, None)
+        is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+        if is_model and found.__module__.partition(".")[0] == "transformers":
+            return found
+    return None
 
 
 @contextmanager
