@@ -175,6 +175,38 @@ def test_arguments_that_a_class_reads_without_declaring_them(tmp_path: Path) -> 
         assert same_state(built(tmp_path / "alias"), gpt2)
 
 
+@pytest.mark.filterwarnings("ignore:config.json is not the one saved")
+@pytest.mark.parametrize("name", ["Llama", "BART"])
+@pytest.mark.parametrize("writer", ["shardsave", "transformers"])
+def test_a_head_that_the_config_ties_and_the_checkpoint_does_not(name: str, writer: str, tmp_path: Path) -> None:
+    """Catches a head that is lost to the embedding, or refused; `from_pretrained` keeps it. An equal head stays tied."""
+    model = tiny(name, 7).eval()
+    head = model.lm_head.weight = nn.Parameter(torch.randn_like(model.lm_head.weight))
+    model.config.tie_word_embeddings = False
+    shardsave.save(model, tmp_path, durable=False) if writer == "shardsave" else model.save_pretrained(tmp_path)
+    change(tmp_path, tie_word_embeddings=True)
+    with pytest.warns(UserWarning, match=r"^lm_head.weight and model.\S+ have different values in .*, so they are not tied"):
+        again = built(tmp_path)
+    assert same_state(again, model) and same_bits(again.lm_head.weight, head)
+    assert "lm_head.weight" not in again.all_tied_weights_keys
+    reference = type(model).from_pretrained(tmp_path)
+    assert same_state(reference, again) and len(set(map(id, reference.parameters()))) == len(set(map(id, again.parameters())))
+    shardsave.save(again, tmp_path / "twice", durable=False)
+    with pytest.warns(UserWarning, match="so they are not tied"):
+        assert same_state(built(tmp_path / "twice"), model)
+
+
+def test_an_equal_head_stays_tied(tmp_path: Path) -> None:
+    """Catches a tie that is cut only because a file has the tensor twice."""
+    model = llama()
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.model.embed_tokens.weight)
+    model.save_pretrained(tmp_path)
+    change(tmp_path, tie_word_embeddings=True)
+    again = built(tmp_path)
+    assert again.lm_head.weight is again.model.embed_tokens.weight and same_state(again, model)
+
+
 def test_numbers_that_json_does_not_have(tmp_path: Path) -> None:
     """Catches an infinity that is loaded as a dictionary."""
     model = transformers.Mamba2ForCausalLM(

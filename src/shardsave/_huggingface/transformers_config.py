@@ -14,7 +14,7 @@ import math
 import os
 import pkgutil
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -139,6 +139,31 @@ def _failure(error: Exception) -> str:
     if isinstance(error, (Offline, ConnectionError)):
         return "it asked for something from the Hub, and nothing is fetched while a model is built; use from_pretrained"
     return f"it raised {type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def untie_differing(
+    model: Any, stored: Mapping[str, Located], same_bytes: Callable[[Located, Located], bool]
+) -> list[tuple[str, str]]:
+    """Separates parameters that the config ties although they differ in ``stored`` (name in the model → stored tensor), as
+    `from_pretrained` does. Returns their names: the one that keeps the tensor, and the one that got its own.
+    """
+    first: dict[int, str] = {}
+    separated = []
+    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    for name, parameter in model.state_dict(keep_vars=True).items():
+        if name not in stored or not isinstance(parameter, nn.Parameter):
+            continue
+        kept = first.setdefault(id(parameter), name)
+        if stored[kept] is stored[name] or same_bytes(stored[kept], stored[name]):
+            continue
+        owner, _, attribute = name.rpartition(".")
+        own = nn.Parameter(torch.empty_like(parameter), requires_grad=parameter.requires_grad)
+        setattr(model.get_submodule(owner), attribute, own)
+        for pair in ((name, kept), (kept, name)):
+            if ties.get(pair[0]) == pair[1]:
+                del ties[pair[0]]
+        separated.append((kept, name))
+    return separated
 
 
 def take_stored_dtypes(model: nn.Module, stored: Mapping[str, Located]) -> None:
