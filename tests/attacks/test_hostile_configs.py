@@ -257,6 +257,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("BERT", {"transformers_version": "\x1b[31m"}, r"transformers_version: a word expected, it is '\x1b[31m'"),
     ("Llama", {"rope_parameters": nested(900)}, DEEP),
     ("Llama", {"per_layer_config": nested(900)}, "per_layer_config.a: arguments of the layer with that number expected"),
+    (
+        "Llama",
+        {"per_layer_config": {str(number): {} for number in range(2000)}},
+        "per_layer_config: at most 1045 layers expected",
+    ),
     ("Llama", {"per_layer_config": {"0": {"num_hidden_layers": MANY}}}, "per_layer_config.0.num_hidden_layers: a number"),
     ("Llama", {"rope_parameters": {"rope_type": "/x", "rope_theta": 1}}, "rope_parameters.rope_type: a word expected"),
     ("Qwen3", {"num_hidden_layers": MANY, "layer_types": None}, "num_hidden_layers: a number up to"),

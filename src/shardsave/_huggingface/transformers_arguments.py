@@ -15,6 +15,7 @@ import inspect
 import re
 import typing
 from collections.abc import Iterator, Mapping
+from functools import cache
 from types import CodeType
 from typing import Any
 
@@ -108,14 +109,16 @@ class ConfigArguments:
     def choose(self, config_class: Any, values: Mapping[str, Any], place: str = "", depth: int = 0) -> dict[str, Any]:
         """The arguments for ``config_class`` among ``values``, the content of its file. Other keys are left out."""
         self._check_depth(place, depth)
-        names, configs, chosen = _argument_names(config_class), _sub_configs(config_class), {}
+        names, configs = _argument_names(config_class), _sub_configs(config_class)
+        chosen: dict[str, Any] = {}
         for name, value in values.items():
             if name not in names:
                 continue
-            inner = configs.get(_OLD_CONFIGS.get(name, name.removesuffix("_dict")))
-            if name == "backbone_kwargs":
-                inner = "timm_backbone"
-            if not isinstance(value, dict):
+            own_name = _OLD_CONFIGS.get(name, name.removesuffix("_dict"))
+            inner = "timm_backbone" if name == "backbone_kwargs" else configs.get(own_name)
+            if name == "use_pretrained_backbone":
+                chosen[name] = False  # its weights are in the checkpoint, not on the Hub
+            elif not isinstance(value, dict):
                 self._check(name, value, place + name)
                 chosen[name] = value
             elif name == "per_layer_config":
@@ -131,6 +134,8 @@ class ConfigArguments:
     def _per_layer(self, config_class: Any, layers: Mapping[str, Any], place: str, depth: int) -> dict[str, Any]:
         """Number of a layer → what differs in it."""
         chosen = {}
+        if len(layers) > self._layers:
+            self._refuse(place, f"at most {self._layers} layers", layers)
         for number, values in layers.items():
             where = f"{place}.{number}"
             if not number.isdecimal() or not isinstance(values, dict):
@@ -221,7 +226,8 @@ def generation_arguments(generation_class: Any, values: Mapping[str, Any]) -> di
     }
 
 
-def _argument_names(config_class: Any) -> set[str]:
+@cache
+def _argument_names(config_class: Any) -> frozenset[str]:
     """The arguments that ``config_class`` names: in its signature, by an alias, or as an older name that its own code reads."""
     base = _base_class()
     names = set(_signature(config_class))
@@ -235,7 +241,7 @@ def _argument_names(config_class: Any) -> set[str]:
     for pair in config_class.attribute_map.items():  # one of the two is declared; files have either
         names |= {name for name in pair if not hasattr(base, name)} if names.intersection(pair) else set()
     names |= set(_UNDECLARED.get(config_class.model_type, ()))
-    return {name for name in names if name not in _UNUSED | _IMPLEMENTATIONS and not _is_routine(config_class, name)}
+    return frozenset(name for name in names - _UNUSED - _IMPLEMENTATIONS if not _is_routine(config_class, name))
 
 
 def _is_routine(config_class: Any, name: str) -> bool:
@@ -244,13 +250,14 @@ def _is_routine(config_class: Any, name: str) -> bool:
     return callable(attribute) or isinstance(attribute, (classmethod, staticmethod))
 
 
-def _signature(config_class: Any) -> Iterator[str]:
+@cache
+def _signature(config_class: Any) -> frozenset[str]:
     """The arguments of the constructor, and the fields of a data class, whose constructor may take them as ``**kwargs``."""
-    if dataclasses.is_dataclass(config_class):
-        yield from (field.name for field in dataclasses.fields(config_class) if field.init)
-    for name, parameter in inspect.signature(config_class.__init__).parameters.items():
-        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY) and name != "self":
-            yield name
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(config_class.__init__).parameters.items()
+    names = {name for name, parameter in parameters if parameter.kind in kinds and name != "self"}
+    fields = dataclasses.fields(config_class) if dataclasses.is_dataclass(config_class) else ()
+    return frozenset(names | {field.name for field in fields if field.init})
 
 
 def _named_in(code: CodeType) -> Iterator[str]:
@@ -264,6 +271,7 @@ def _named_in(code: CodeType) -> Iterator[str]:
             yield instruction.argval
 
 
+@cache
 def _sub_configs(config_class: Any) -> dict[str, Any]:
     """Argument → the class of the sub-config that it holds; or the type of model, if any of transformers' may stand there."""
     base = _base_class()

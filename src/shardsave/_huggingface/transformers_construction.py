@@ -8,7 +8,7 @@ import importlib
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,12 +41,14 @@ def offline() -> Iterator[None]:
     """
     with _constructing:
         replaced: list[tuple[Any, str, Any]] = []
+        inside = {threading.get_ident()}
         try:
-            for owner, name, guard in _guards(threading.get_ident()):
+            for owner, name, guard in _guards(inside):
                 replaced.append((owner, name, vars(owner).get(name, _ABSENT)))
                 setattr(owner, name, guard)
             yield
         finally:
+            inside.clear()  # first, so that a guard that an interrupt leaves behind refuses nothing
             for owner, name, before in reversed(replaced):
                 if before is _ABSENT:
                     delattr(owner, name)
@@ -61,36 +63,36 @@ class Offline(ConnectionError):
 _ABSENT = object()
 
 
-def _guards(thread: int) -> Iterator[tuple[Any, str, Any]]:
-    """Owner, attribute, and what stands there while ``thread`` is offline."""
+def _guards(inside: Collection[int]) -> Iterator[tuple[Any, str, Any]]:
+    """Owner, attribute, and what stands there while the threads ``inside`` are offline."""
     try:
         constants: Any = importlib.import_module("huggingface_hub.constants")
     except ImportError:
         pass
     else:
-        yield constants, "HF_HUB_OFFLINE", _OfflineIn(thread, constants.HF_HUB_OFFLINE)
+        yield constants, "HF_HUB_OFFLINE", _OfflineIn(inside, constants.HF_HUB_OFFLINE)
     for name in ("connect", "connect_ex", "sendto"):
-        yield socket.socket, name, _refusing(thread, getattr(socket.socket, name))
+        yield socket.socket, name, _refusing(inside, getattr(socket.socket, name))
     for name in ("getaddrinfo", "gethostbyname", "gethostbyname_ex"):
-        yield socket, name, _refusing(thread, getattr(socket, name))
+        yield socket, name, _refusing(inside, getattr(socket, name))
 
 
 class _OfflineIn:
-    """A constant that is true in one thread, and as it was in all others."""
+    """A constant that is true in the threads ``inside``, and as it was in all others."""
 
-    def __init__(self, thread: int, elsewhere: Any) -> None:
-        self._thread = thread
+    def __init__(self, inside: Collection[int], elsewhere: Any) -> None:
+        self._inside = inside
         self._elsewhere = elsewhere
 
     def __bool__(self) -> bool:
-        return threading.get_ident() == self._thread or bool(self._elsewhere)
+        return threading.get_ident() in self._inside or bool(self._elsewhere)
 
 
-def _refusing(thread: int, routine: Callable[..., Any]) -> Callable[..., Any]:
-    """``routine``, which raises in ``thread``; a method, if it stands in a class."""
+def _refusing(inside: Collection[int], routine: Callable[..., Any]) -> Callable[..., Any]:
+    """``routine``, which raises in the threads ``inside``; a method, if it stands in a class."""
 
     def guarded(*arguments: Any, **options: Any) -> Any:
-        if threading.get_ident() == thread:
+        if threading.get_ident() in inside:
             raise Offline("nothing is fetched while a model is built")
         return routine(*arguments, **options)
 
