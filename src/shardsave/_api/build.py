@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,13 @@ from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
 from shardsave._common.warn_caller import warn_caller
 from shardsave._common.words import an
-from shardsave._huggingface.transformers_config import CONFIG_NAME, empty_model, read_config, take_stored_dtypes
+from shardsave._huggingface.transformers_config import (
+    CONFIG_NAME,
+    empty_model,
+    read_config,
+    take_stored_dtypes,
+    untie_differing,
+)
 from shardsave._huggingface.transformers_loading import TransformersLayout
 from shardsave._loading.module_filler import ModuleFiller
 from shardsave._loading.module_plan import plan_module
@@ -27,6 +34,7 @@ from shardsave._loading.new_tensors import NewTensors
 from shardsave._loading.read import TensorReader
 from shardsave._loading.selection import choose_located
 from shardsave._loading.slots import take_inventory
+from shardsave._loading.stored_bytes import same_bytes
 from shardsave._program.program import LoadedProgram, ProgramDocument
 from shardsave._storage.checkpoint import PARTS, Checkpoint, open_checkpoint
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError
@@ -173,8 +181,14 @@ def _build_from_config(
         )
     for note in checkpoint.companion_notes():
         warn_caller(note)
-    model = empty_model(folder, config, trust, device)
-    layout = TransformersLayout(take_inventory(model, checkpoint.path), choose_located(checkpoint, ""), checkpoint.path)
+    stored = choose_located(checkpoint, "")
+    model = empty_model(folder, config, trust, device, stored)
+    layout = TransformersLayout(take_inventory(model, checkpoint.path), stored, checkpoint.path)
+    for kept, name in untie_differing(model, layout.stored, partial(same_bytes, checkpoint)):
+        warn_caller(
+            f"{name} and {kept} have different values in {checkpoint.path}, so they are not tied, although the config ties them "
+            f"(tie_word_embeddings); each has its own values"
+        )
     take_stored_dtypes(model, layout.stored)
     inventory = take_inventory(model, checkpoint.path)
     doubtful = checkpoint.ties if checkpoint.record is None else ()
