@@ -65,7 +65,8 @@ def reach(tensor: torch.Tensor) -> int:
 def lacks_memory(tensor: torch.Tensor) -> bool:
     """Whether elements of a strided tensor lie beyond its storage, which was freed or made smaller."""
     needed = reach(tensor)
-    return needed > 0 and tensor.storage_offset() * tensor.element_size() + needed > tensor.untyped_storage().nbytes()
+    offset = tensor.storage_offset()
+    return needed > 0 and needed + (offset and offset * tensor.element_size()) > tensor.untyped_storage().nbytes()
 
 
 def same_bytes(left: torch.Tensor, right: torch.Tensor) -> bool:

@@ -25,7 +25,7 @@ class RestoredFlags(NamedTuple):
 def restore_flags(
     parameters: Iterable[tuple[str, torch.Tensor]],
     flags: Mapping[str, bool] | None,
-    routed: Iterable[str] = (),
+    routed: Sequence[str] = (),
     origins: Mapping[str, Sequence[str]] | None = None,
 ) -> RestoredFlags:
     """Sets the flags of floating-point ``parameters`` (name, parameter) to ``flags`` (name → frozen).
@@ -41,12 +41,12 @@ def restore_flags(
     followed: set[str] = set()
     wanted: dict[int, tuple[torch.Tensor, bool]] = {}  # by identity
     for name, parameter in parameters:
-        sources = origins.get(name)
-        if sources is None or name in sources:
-            followed.update(sources or (name,))
+        sources = origins.get(name, (name,))
+        if routed:
+            followed.update(sources)
+        if name in sources:
             frozen = flags.get(name)
         else:
-            followed.update(sources)
             known = [flags[source] for source in sources if source in flags]
             frozen = all(known) if known else None
         if frozen is not None and (parameter.is_floating_point() or parameter.is_complex()):

@@ -15,6 +15,7 @@ from shardsave._format.dtypes import BY_NAME
 from shardsave._loading.allocation import stays
 from shardsave._loading.module_plan import ModulePlan
 from shardsave._loading.slots import Inventory, Slot
+from shardsave._state.offload import Offloaded
 from shardsave._state.wrappers import Names
 from shardsave._storage.checkpoint import Located
 from shardsave.errors import IncompatibleCheckpointError, UnsupportedTensorError
@@ -46,7 +47,7 @@ def check_differences(inventory: Inventory, plan: ModulePlan, strict: bool, wher
 def check_shapes(inventory: Inventory, plan: ModulePlan, where: str) -> None:
     """Refuses lazy parameters, which have no shape yet, except those of a routine, which may give them one."""
     for name, slot in inventory.slots.items():
-        if is_lazy(slot.tensor) and name in plan.matched:
+        if type(slot.tensor) not in PLAIN_TYPES and is_lazy(slot.tensor) and name in plan.matched:
             _refuse(name, where, "a parameter with a shape was expected", "it is lazy; run a forward pass first")
 
 
@@ -58,7 +59,8 @@ def check_destinations(
     slots = inventory.slots
     for name, slot in slots.items():
         if name in plan.matched and name not in plan.mismatched:
-            _check_offloaded(slot, device, where)
+            if slot.offloaded is not None:
+                _check_offloaded(slot, slot.offloaded, device, where)
             _check_fillable(slot, dtypes[plan.stored[name].dtype], where)
     for left, right in plan.must_equal:
         if not same_bytes(plan.stored[left], plan.stored[right]) and _keep_values(inventory, plan, (left, right)):
@@ -121,10 +123,9 @@ def _check_plain(slot: Slot, where: str) -> None:
         _refuse(slot.name, where, "a plain tensor was expected", f"it is {an(type(tensor).__name__)}")
 
 
-def _check_offloaded(slot: Slot, device: torch.device | None, where: str) -> None:
+def _check_offloaded(slot: Slot, offloaded: Offloaded, device: torch.device | None, where: str) -> None:
     """Refuses a tensor that accelerate reads from a place that a load cannot fill, or that ``device`` would move."""
-    offloaded = slot.offloaded
-    if offloaded is None or offloaded.spare:
+    if offloaded.spare:
         return
     if offloaded.problem:
         actual = f"accelerate offloads it, and {offloaded.problem}"

@@ -12,6 +12,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from shardsave._common.gc_pause import gc_paused
+from shardsave._common.memory import PLAIN_TYPES
 from shardsave._format.dtypes import BY_NAME, torch_shape
 from shardsave._loading.disk_layout import DiskLayout, Join
 from shardsave._loading.slots import Inventory, ancestor, counts_batches
@@ -102,7 +103,7 @@ def plan_module(
     stored, expected = layout.stored, inventory.expected
     routines = _routines(inventory, stored, extra_states or {})
     owned = _owned(inventory, stored, routines)
-    matched = frozenset(name for name in stored if name in expected and name not in owned)
+    matched = expected & stored.keys() - owned.keys()
     mismatched = _mismatched(inventory, stored, matched)
     destinations, must_equal = _destinations(inventory, stored, matched - mismatched.keys(), owned)
     flags = layout.flags(flags) if flags is not None else None
@@ -185,8 +186,8 @@ def _mismatched(inventory: Inventory, stored: Mapping[str, Located], matched: Co
     """Those of ``matched`` that have another shape on disk; lazy parameters have no shape, and the checks refuse them."""
     mismatched = {}
     for name, slot in inventory.slots.items():
-        if name in matched and not is_lazy(slot.tensor):
-            located, tensor = stored[name], slot.tensor
+        located, tensor = stored.get(name), slot.tensor
+        if located is not None and name in matched and (type(tensor) in PLAIN_TYPES or not is_lazy(tensor)):
             shape = torch_shape(located.dtype, located.shape)
             # torch's oldest scalars were saved with one dimension.
             if shape != tensor.shape and not (tensor.dim() == 0 and shape == (1,)):
@@ -221,7 +222,8 @@ def _destinations(
 
 
 def _casts(inventory: Inventory, stored: Mapping[str, Located], destinations: Mapping[str, str | None]) -> Casts:
-    in_place = (name for name, routine in destinations.items() if routine is None)
-    dtypes = Counter((stored[name].dtype, inventory.slots[name].tensor.dtype) for name in in_place)
+    slots = inventory.slots
+    in_place = [name for name, routine in destinations.items() if routine is None]
+    dtypes = Counter(zip([stored[name].dtype for name in in_place], [slots[name].tensor.dtype for name in in_place]))
     casts = {(BY_NAME[name].torch, wanted): number for (name, wanted), number in dtypes.items()}
     return {(on_disk, wanted): number for (on_disk, wanted), number in casts.items() if on_disk != wanted}

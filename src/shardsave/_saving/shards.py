@@ -9,6 +9,7 @@ from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from shardsave._common.os_calls import CallFailed, descriptor_allowance
 from shardsave._common.progress import Progress
@@ -51,12 +52,13 @@ def plan_shards(
     ``more``: additional items of the headers' ``__metadata__``.
     """
     tensors, pieces = [], {}
-    for entry in entries:
-        source, dtype = entry.source, entry.source.dtype
-        frozen = apart and bool(entry.frozen)
-        shape = logical_shape(dtype, source.shape)
-        tensors.append(StoredTensor(entry.name, BY_TORCH[dtype].name, shape, source.nbytes, frozen))
-        pieces[entry.name] = source
+    kinds: dict[tuple[torch.dtype, tuple[int, ...]], tuple[str, tuple[int, ...], int]] = {}  # many tensors are of few kinds
+    for name, _, frozen, _, source in entries:
+        dtype, shape = kind = source.dtype, source.shape
+        if kind not in kinds:
+            kinds[kind] = BY_TORCH[dtype].name, logical_shape(dtype, shape), source.nbytes
+        tensors.append(tuple.__new__(StoredTensor, (name, *kinds[kind], apart and bool(frozen))))
+        pieces[name] = source
     return [
         PlannedShard(layout, encode_header(layout, more), [pieces[tensor.name] for tensor in layout.tensors])
         for layout in pack(tensors, bound)

@@ -84,7 +84,9 @@ def read_state(source: Source, *, tensors_only: bool = False) -> State:
         frozen = not tensor.requires_grad if type(tensor) is nn.Parameter else flags.get(name)
         kind = "parameter" if frozen is not None else kind_without_flag
         # `Tensor.data`: if the Parameter gets other data during the save, this memory stays alive. It is cheaper than `detach`.
-        entries.append(Entry(name, kind, frozen, ties.get(name), TensorSource(values[name].data, tensor.dtype)))
+        # `tuple.__new__` is faster than the `__new__` of a named tuple, which is Python code.
+        in_memory = tuple.__new__(TensorSource, (values[name].data, tensor.dtype))
+        entries.append(tuple.__new__(Entry, (name, kind, frozen, ties.get(name), in_memory)))
     return State(tuple(entries), flags_known, tuple(_overlaps(entries)))
 
 
