@@ -22,6 +22,7 @@ from shardsave._common import strict_json
 from shardsave._format import header
 from shardsave._format.header import parse_header
 from shardsave._format.index_parsing import parse_index
+from shardsave._huggingface.transformers_config import read_config
 from shardsave._program.program import ProgramDocument
 
 LENGTH = 500_000
@@ -129,6 +130,14 @@ def test_memory_of_a_hostile_document(reader: str, values: str) -> None:
         content = len(content).to_bytes(8, "little") + content
     ratio, refusal = peak(READERS[reader], content)
     assert refusal and ratio < RATIO, refusal
+
+
+def test_memory_of_a_hostile_config(tmp_path: Path) -> None:
+    """Catches a config.json that fills the memory before it is refused."""
+    content = f'{{"a":{VALUES["arrays in arrays"](LENGTH)}}}'.encode()
+    (tmp_path / "config.json").write_bytes(content)
+    ratio, refusal = peak(lambda _: read_config(str(tmp_path)), content)
+    assert refusal.startswith("corrupt config.json") and "bytes of memory expected" in refusal and ratio < RATIO
 
 
 @pytest.mark.parametrize("values", VALUES)
