@@ -213,7 +213,8 @@ def main() -> None:
     results = Results(options.results)
     pictures = plots.draw(results, options.to.parent / "plots")
     shown = "\n\n".join(f"![{title}](plots/{path.name})" for title, path in pictures)
-    not_run = "\n".join(f"- {name}: {reason}" for name, reason in results.all["not_run"].items())
+    reasons = {**results.all["not_run"], **dict.fromkeys(results.all["left"], "not measured yet: run `make bench` again")}
+    not_run = "\n".join(f"- {name}: {reason}" for name, reason in reasons.items())
     parts = [
         "# What was measured",
         "`make bench` writes this page. Figures are medians, with the best in brackets. Each rival was measured in turns\n"

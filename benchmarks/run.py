@@ -197,6 +197,8 @@ class Run:
             pieces[name]()
             longest = max(longest, time.monotonic() - began)
         shutil.rmtree(self._folder, ignore_errors=True)
+        self._results["left"] = [name for name in pieces if name not in self._done()]
+        self._write()
         print(f"wrote {self._file} after {(time.monotonic() - started) / 60:.1f} minutes")
 
     def _done(self) -> set[str]:

@@ -55,6 +55,7 @@ def test_the_cpu_benchmark_and_its_report(tmp_path: Path, compiled: Compile) -> 
     report = tmp_path / "RESULTS.md"
     subprocess.run([sys.executable, str(BENCHMARKS / "report.py"), str(out / "results.json"), "--to", str(report)], check=True)
     text = report.read_text()
+    assert "- safetensors: not measured yet" in text
     assert "| import shardsave" not in text  # not measured here, so not reported
     assert "| durable save, wall | ≤ 1.1 × raw O_DIRECT write | measured in only 2 of 3 turns | not measured |" in text
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {"save.png", "load.png", "cost.png"}
