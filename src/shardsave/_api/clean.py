@@ -11,7 +11,7 @@ from itertools import chain
 
 from shardsave._api.arguments import check_path, check_switches, check_timeout
 from shardsave._api.reports import Printed
-from shardsave._common.os_calls import CallFailed
+from shardsave._common.os_calls import CallFailed, absolute_path
 from shardsave._common.shutdown import verb
 from shardsave._common.words import count, human_bytes, some
 from shardsave._format.file_names import INDEX_NAME
@@ -93,8 +93,7 @@ def clean(
     check_path(directory)
     check_switches(remove=remove, other_hosts=other_hosts)
     check_timeout(lock_timeout)
-    path = os.fspath(directory)
-    with _locked(path, lock_timeout) as folder:
+    with _locked(absolute_path(os.fspath(directory)), lock_timeout) as folder:
         index = _present_index(folder)
         leavings = find_leavings(folder, index)
         chosen = [leaving for leaving in leavings if leaving.dead or other_hosts] if remove else []
@@ -105,7 +104,7 @@ def clean(
             finish_dead_savers(folder, companions_of(index), {leaving.name for leaving in chosen}.__contains__)
         leftovers = {leaving.name: remove_leaving(folder, leaving, index) for leaving in chosen}
     removed = tuple(name for name, remaining in leftovers.items() if not remaining)
-    return CleanReport(path, leavings, removed, tuple(dict.fromkeys(chain.from_iterable(leftovers.values()))))
+    return CleanReport(os.fspath(directory), leavings, removed, tuple(dict.fromkeys(chain.from_iterable(leftovers.values()))))
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch
 from shardsave._api.arguments import check_path, check_progress, check_switches, parse_size
 from shardsave._api.findings import ConvertReport
 from shardsave._api.reports import Phases
-from shardsave._common.os_calls import kind_of
+from shardsave._common.os_calls import absolute_path, kind_of
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
 from shardsave._conversion.changes import Drop, Names, Rename, check_dtype, patterns, replacements
@@ -25,6 +25,7 @@ from shardsave._format.file_names import TORCH_ENDINGS
 from shardsave._loading.read import Target, TensorReader
 from shardsave._printable import printable
 from shardsave._state.module import Entry
+from shardsave._storage.directory import path_to_write
 from shardsave.errors import SaveNotCommittedError
 
 Form = Literal["shardsave", "safetensors", "torch"]
@@ -89,7 +90,7 @@ def convert(
     max_shard_bytes = parse_size(max_shard_size)
     names = Names(patterns(drop), replacements(rename))
     target = check_dtype(dtype)
-    source_path, destination_path = os.fspath(source), os.fspath(destination)
+    source_path, destination_path = absolute_path(os.fspath(source)), path_to_write(os.fspath(destination))
     started = time.perf_counter()
     with ExitStack() as stack:
         origin = open_origin(source_path, key, names.wanted, stack)
@@ -105,7 +106,7 @@ def convert(
     ended = time.perf_counter()
     stored = [entry for entry in state.entries if entry.tied_to is None]
     return ConvertReport(
-        path=destination_path,
+        path=os.fspath(destination),
         bytes=bytes_to_write,
         tensors=len(stored),
         shards=result.shards,
@@ -116,7 +117,7 @@ def convert(
         staging_bytes=result.staging_bytes,
         pinned=False,
         notes=tuple(dict.fromkeys([*origin.notes, *names.notes(), *carried.notes, *result.notes])),
-        source=source_path,
+        source=os.fspath(source),
         kind=origin.kind,
         to=to,
         durable=durable,

@@ -48,7 +48,7 @@ class OpenCheckpoint(Mapping[str, torch.Tensor]):
 
     @property
     def path(self) -> str:
-        """The path that was opened."""
+        """The absolute path that was opened."""
         return self._checkpoint.path
 
     @property

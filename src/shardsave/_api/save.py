@@ -15,6 +15,7 @@ from shardsave._api.arguments import check_path, check_progress, check_switches,
 from shardsave._api.reports import SaveReport
 from shardsave._common.backend import engine_name
 from shardsave._common.gc_pause import gc_paused
+from shardsave._common.os_calls import absolute_path
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
 from shardsave._common.words import an
@@ -86,6 +87,7 @@ def save(
         2
     """
     check_path(directory)
+    path = absolute_path(os.fspath(directory))
     check_switches(durable=durable, architecture=architecture, adapter_only=adapter_only)
     if (architecture or program is not None) and not isinstance(source, nn.Module):
         option = "architecture=True" if architecture else "a program"
@@ -104,7 +106,7 @@ def save(
         contents = _read_contents(source, layout, architecture, program, max_shard_bytes, user_metadata)
     plan_seconds = time.perf_counter() - started
     with Progress(progress, "saving", contents.tensor_bytes) as reporter:
-        outcome = write_checkpoint(contents, directory, durable=durable, lock_timeout=lock_timeout, progress=reporter)
+        outcome = write_checkpoint(contents, path, durable=durable, lock_timeout=lock_timeout, progress=reporter)
     return SaveReport(
         path=os.fspath(directory),
         bytes=contents.tensor_bytes,

@@ -53,14 +53,14 @@ def inspect(context: click.Context, directory: str, depth: int, everything: bool
     with gc_paused(), open_checkpoint(directory) as checkpoint:
         names = _names(checkpoint, pattern)
         if as_json:
-            click.echo(json.dumps(_as_json(checkpoint, names), ensure_ascii=True))
+            click.echo(json.dumps(_as_json(directory, checkpoint, names), ensure_ascii=True))
         elif pattern is not None:
             if names:
                 _print_tensors(checkpoint, names)
             else:
                 click.echo(f"shardsave inspect: {directory}: no name matches {pattern!r}", err=True)
         else:
-            _print_tree(checkpoint, depth, None if everything else _MOST)
+            _print_tree(directory, checkpoint, depth, None if everything else _MOST)
         for note in checkpoint.companion_notes():
             click.echo(f"shardsave inspect: {directory}: {note}", err=True)
     context.exit(1 if pattern is not None and not names else 0)
@@ -75,10 +75,10 @@ def _names(checkpoint: Checkpoint, pattern: str | None) -> dict[str, str]:
     return {name: stored for name, stored in known.items() if matches(name)}
 
 
-def _print_tree(checkpoint: Checkpoint, depth: int, most: int | None) -> None:
+def _print_tree(directory: str, checkpoint: Checkpoint, depth: int, most: int | None) -> None:
     output = Output()
     root = module_tree(checkpoint, depth)
-    output.line(_headline(checkpoint, root.sums))
+    output.line(_headline(directory, checkpoint, root.sums))
     lines: list[list[Cell]] = [["(all)", *_figures(root.sums, output)]]
     for row in rows(root, most):
         lines.append([guides(row, output.terminal) + row.name, *_figures(row.sums, output)])
@@ -102,9 +102,9 @@ def _print_tree(checkpoint: Checkpoint, depth: int, most: int | None) -> None:
         output.line(("metadata  ", DIM), json.dumps(checkpoint.metadata, ensure_ascii=False))
 
 
-def _headline(checkpoint: Checkpoint, sums: Sums) -> str:
+def _headline(directory: str, checkpoint: Checkpoint, sums: Sums) -> str:
     words = [
-        f"{checkpoint.path}: {human_bytes(sums.bytes)}",
+        f"{directory}: {human_bytes(sums.bytes)}",
         f"{count(sums.tensors, 'tensor')} in {count(len(checkpoint.shards), 'shard')}",
     ]
     if checkpoint.ties:
@@ -158,7 +158,7 @@ def _print_tensors(checkpoint: Checkpoint, names: dict[str, str]) -> None:
     output.table(["tensor", "dtype", "shape", "size", "kind", "shard", "tied"], lines, numbers=(2, 3))
 
 
-def _as_json(checkpoint: Checkpoint, names: dict[str, str]) -> dict[str, Any]:
+def _as_json(directory: str, checkpoint: Checkpoint, names: dict[str, str]) -> dict[str, Any]:
     flags = checkpoint.stored_flags
     tensors = {}
     for name, stored in names.items():
@@ -173,7 +173,7 @@ def _as_json(checkpoint: Checkpoint, names: dict[str, str]) -> dict[str, Any]:
             "tied_to": stored if stored != name else None,
         }
     return {
-        "path": checkpoint.path,
+        "path": directory,
         "bytes": sum(t.nbytes for t in checkpoint.tensors.values()),
         "durable": checkpoint.record.durable if checkpoint.record is not None else None,
         "metadata": checkpoint.metadata,

@@ -67,6 +67,23 @@ class TooLong(CallFailed):
         self.length = length
 
 
+def absolute_path(path: str) -> str:
+    """The absolute path that ``path`` means now, for a call that runs on while other code may change the current directory.
+
+    Not normalised: only the file system knows what `link/..` means. A relative path is returned as it is if the current directory has
+    been removed, or if its own path does not lead this process to it.
+    """
+    if os.path.isabs(path):
+        return path
+    try:
+        here = os.getcwd()
+        if os.path.samestat(os.stat(here), os.stat(os.curdir)):
+            return here if path == os.curdir else os.path.join(here, path.removeprefix("./"))
+    except OSError:
+        pass
+    return path
+
+
 def call(function: Callable[_P, _T], path: str, *arguments: _P.args, **options: _P.kwargs) -> _T:
     """Returns ``function(*arguments, **options)``, an OS call about ``path``. Raises CallFailed."""
     try:
