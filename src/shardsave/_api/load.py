@@ -14,6 +14,7 @@ from shardsave._api.arguments import check_path, check_progress, check_switches
 from shardsave._api.device import Device, check_device
 from shardsave._api.reports import LoadReport, Phases
 from shardsave._common.backend import engine_name
+from shardsave._common.imports import import_at_use
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
 from shardsave._huggingface.recognize import peft_model, transformers_model
@@ -199,10 +200,12 @@ def _plan(
 def _choose_layout(inventory: Inventory, stored: Mapping[str, Located], where: str) -> DiskLayout:
     """The layout of ``stored`` (name on disk → stored tensor) for the module; only models of transformers and PEFT have their own."""
     if transformers_model(inventory.module) is not None:
-        from shardsave._huggingface.transformers_loading import TransformersLayout  # no other model needs it
+        import_at_use("shardsave._huggingface.transformers_loading")  # no other model needs it
+        from shardsave._huggingface.transformers_loading import TransformersLayout
 
         return TransformersLayout(inventory, stored, where)
     if (model := peft_model(inventory.module)) is not None:
+        import_at_use("shardsave._huggingface.peft_loading")
         from shardsave._huggingface.peft_loading import adapter_layout
 
         return adapter_layout(model, stored, where) or IdentityLayout(stored)
@@ -220,8 +223,9 @@ def _extra_states(checkpoint: Checkpoint, names: list[str], prefix: str, strict:
     data = checkpoint.documents.get("architecture")
     if data is None or not names:
         return {}
+    import_at_use("shardsave._architecture.extra_states")  # only modules with extra state need these
     from shardsave._architecture.document import Document
-    from shardsave._architecture.extra_states import extra_states  # only modules with extra state need these
+    from shardsave._architecture.extra_states import extra_states
 
     document = Document(data, f"the architecture in {checkpoint.path}")
     states, not_plain = extra_states(document, [prefix + name for name in names])

@@ -15,6 +15,7 @@ from shardsave._api.arguments import check_path, check_progress, check_switches,
 from shardsave._api.reports import SaveReport
 from shardsave._common.backend import engine_name
 from shardsave._common.gc_pause import gc_paused
+from shardsave._common.imports import import_at_use
 from shardsave._common.os_calls import absolute_path
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
@@ -93,7 +94,8 @@ def save(
         option = "architecture=True" if architecture else "a program"
         raise TypeError(f"{option} needs an nn.Module, not {an(type(source).__name__)}")
     if program is not None:
-        from shardsave._program.capture import check_program  # imports torch.export, which few saves need
+        import_at_use("shardsave._program.capture")  # imports torch.export, which few saves need
+        from shardsave._program.capture import check_program
 
         check_program(program)
     check_progress(progress)
@@ -168,7 +170,8 @@ def _parts(source: Source, state: State, architecture: bool, program: Program | 
     module = unwrap(source)
     extra = ExtraTensors(state.entries)
     if architecture:
-        from shardsave._architecture.describe import describe  # a plain save must not import this
+        import_at_use("shardsave._architecture.describe")  # a plain save must not import this
+        from shardsave._architecture.describe import describe
 
         documents["architecture"] = describe(module, extra)
     if program is not None:

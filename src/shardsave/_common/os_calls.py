@@ -9,6 +9,7 @@ import ctypes
 import errno
 import functools
 import os
+import resource
 import stat
 import weakref
 from collections import deque
@@ -260,8 +261,6 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 def descriptor_allowance() -> int:
     """How many shards may be held open: half of the descriptors that this process may still open. The rest is for other code."""
-    import resource
-
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         in_use = len(os.listdir("/proc/self/fd"))

@@ -9,13 +9,13 @@ them.
 from __future__ import annotations
 
 import copy
-import importlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from shardsave._common.imports import import_at_use
 from shardsave._format.dtypes import BY_NAME, BY_TORCH, logical_shape, torch_shape
 from shardsave._huggingface.transformers_on_disk import DiskTensor, reverted
 from shardsave._loading.disk_layout import Join
@@ -87,7 +87,7 @@ class TransformersLayout:
 
     def _renamed(self, names: Iterable[str]) -> list[tuple[str, Key]]:
         """(name on disk, key) for each of ``names``, in the order in which transformers takes them."""
-        loading = importlib.import_module("transformers.core_model_loading")
+        loading = import_at_use("transformers.core_model_loading")
         prefix, renamings = self._model.base_model_prefix, copy.deepcopy(self._renamings)  # some of them keep a state
         renamed_names = []
         for name in sorted(names, key=loading.dot_natural_key):
@@ -99,8 +99,8 @@ class TransformersLayout:
 
     def _plan(self, stored: Mapping[str, Located], where: str) -> None:
         """Finds the name in the model, or the join, for each of ``stored``. Raises IncompatibleCheckpointError."""
-        loading = importlib.import_module("transformers.core_model_loading")
-        mapping = importlib.import_module("transformers.conversion_mapping")
+        loading = import_at_use("transformers.core_model_loading")
+        mapping = import_at_use("transformers.conversion_mapping")
         transforms = mapping.get_model_conversion_mapping(self._model)
         self._renamings = [transform for transform in transforms if isinstance(transform, loading.WeightRenaming)]
         self._converters = [transform for transform in transforms if isinstance(transform, loading.WeightConverter)]
@@ -166,7 +166,7 @@ def _views(join: Join, keys: Sequence[Key], parts: Mapping[Key, Sequence[DiskTen
 def _converts() -> bool:
     """Whether this version of transformers converts between names on disk and names in memory."""
     try:
-        importlib.import_module("transformers.core_model_loading")
+        import_at_use("transformers.core_model_loading")
     except ImportError:  # older versions use the names in memory on disk, too
         return False
     return True
