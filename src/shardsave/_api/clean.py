@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 
@@ -93,7 +93,10 @@ def clean(
     check_path(directory)
     check_switches(remove=remove, other_hosts=other_hosts)
     check_timeout(lock_timeout)
-    with _locked(absolute_path(os.fspath(directory)), lock_timeout) as folder:
+    folder = LockedDirectory(absolute_path(os.fspath(directory)), durable=True)
+    # Closed twice, since one interrupt may come at the beginning of a `close`, which then does nothing.
+    with closing(folder), folder, _naming_failures(folder.path):
+        folder.acquire(lock_timeout, purpose="clean", state=_UNTOUCHED)
         index = _present_index(folder)
         leavings = find_leavings(folder, index)
         chosen = [leaving for leaving in leavings if leaving.dead or other_hosts] if remove else []
@@ -108,16 +111,13 @@ def clean(
 
 
 @contextmanager
-def _locked(path: str, timeout: float) -> Iterator[LockedDirectory]:
-    folder = LockedDirectory(path, durable=True)
+def _naming_failures(path: str) -> Iterator[None]:
+    """Raises the error for an OS call that fails in the block."""
     try:
-        folder.acquire(timeout, purpose="clean", state=_UNTOUCHED)
-        yield folder
+        yield
     except CallFailed as error:
         kind = CheckpointNotFoundError if error.errno in (errno.ENOENT, errno.ENOTDIR) else ShardSaveError
         raise kind(f"cannot clean {path}: {error.reason}; {_UNTOUCHED}") from error
-    finally:
-        folder.close()
 
 
 def _present_index(folder: LockedDirectory) -> Index | None:

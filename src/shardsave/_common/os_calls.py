@@ -104,8 +104,10 @@ class Descriptor:
     is either noted here or not open. As a context manager it closes a file that was only read.
     """
 
+    _numbers: list[int] = []  # noqa: RUF012 - of an object whose `__init__` was interrupted; never added to
+
     def __init__(self) -> None:
-        self._numbers: list[int] = []
+        self._numbers = []
         _alive.add(self)
 
     def open(self, path: str, flags: int, folder_fd: int | None = None, mode: int = 0o666) -> None:
