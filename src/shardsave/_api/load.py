@@ -12,6 +12,7 @@ from torch import nn
 
 from shardsave._api.arguments import check_path, check_progress, check_switches
 from shardsave._api.device import Device, check_device
+from shardsave._api.operators import check_operators
 from shardsave._api.reports import LoadReport, Phases
 from shardsave._common.backend import engine_name
 from shardsave._common.imports import import_at_use
@@ -73,6 +74,7 @@ def load(
     check_switches(verify=verify, mmap=mmap)
     check_progress(progress)
     check_path(path)
+    check_operators("load", path, "nothing was loaded")
     wanted = check_names(names, prefix)
     target_device = check_device(device) or torch.device("cpu")
     if mmap and target_device.type != "cpu":
@@ -142,6 +144,7 @@ def load_model(
     check_switches(strict=strict, restore_frozen=restore_frozen, verify=verify)
     check_progress(progress)
     check_path(path)
+    check_operators("load", path, "the module is unchanged")
     check_names(None, prefix)
     target_device = check_device(device)
     started = time.perf_counter()
