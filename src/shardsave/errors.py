@@ -15,6 +15,7 @@ __all__ = [
     "DirectoryBusyError",
     "DurabilityUncertainError",
     "IncompatibleCheckpointError",
+    "NoSuchTensorError",
     "OutOfSpaceError",
     "SaveNotCommittedError",
     "ShardSaveError",
@@ -31,8 +32,8 @@ class ShardSaveError(Exception):
         super().__init__(*(printable(argument) if isinstance(argument, str) else argument for argument in arguments))
 
 
-class CheckpointNotFoundError(ShardSaveError):
-    """There is no checkpoint at the given path."""
+class CheckpointNotFoundError(ShardSaveError, FileNotFoundError):
+    """There is no checkpoint at the given path. It is also a FileNotFoundError."""
 
 
 class CorruptCheckpointError(ShardSaveError):
@@ -41,6 +42,12 @@ class CorruptCheckpointError(ShardSaveError):
 
 class IncompatibleCheckpointError(ShardSaveError):
     """The files are not damaged, but do not fit the module, need a newer shardsave, or are of a kind that the call cannot read."""
+
+
+class NoSuchTensorError(IncompatibleCheckpointError, KeyError):
+    """An open checkpoint has no tensor of that name. It is also a KeyError, because every mapping has to raise one."""
+
+    __str__ = Exception.__str__
 
 
 class UnsupportedTensorError(ShardSaveError):

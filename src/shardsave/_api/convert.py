@@ -13,6 +13,7 @@ import torch
 
 from shardsave._api.arguments import check_path, check_progress, check_switches, parse_size
 from shardsave._api.findings import ConvertReport
+from shardsave._api.operators import check_operators
 from shardsave._api.reports import Phases
 from shardsave._common.os_calls import absolute_path, kind_of
 from shardsave._common.progress import Progress, ProgressArgument
@@ -85,6 +86,7 @@ def convert(
         ('head.weight', 'head.bias')
     """
     _check_arguments(source, destination, to, key)
+    check_operators("convert", source, "nothing was written")
     check_switches(verify=verify, durable=durable)
     check_progress(progress)
     max_shard_bytes = parse_size(max_shard_size)
@@ -107,7 +109,7 @@ def convert(
     stored = [entry for entry in state.entries if entry.tied_to is None]
     return ConvertReport(
         path=os.fspath(destination),
-        bytes=bytes_to_write,
+        bytes=_bytes_of(state.entries),
         tensors=len(stored),
         shards=result.shards,
         seconds=ended - started,

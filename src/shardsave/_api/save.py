@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Union
 from torch import nn
 
 from shardsave._api.arguments import check_path, check_progress, check_switches, check_timeout, parse_size
+from shardsave._api.operators import check_operators
 from shardsave._api.reports import SaveReport
 from shardsave._common.backend import engine_name
 from shardsave._common.gc_pause import gc_paused
@@ -88,6 +89,7 @@ def save(
         2
     """
     check_path(directory)
+    check_operators("save to", directory, "nothing was written")
     path = absolute_path(os.fspath(directory))
     check_switches(durable=durable, architecture=architecture, adapter_only=adapter_only)
     if (architecture or program is not None) and not isinstance(source, nn.Module):
@@ -111,7 +113,7 @@ def save(
         outcome = write_checkpoint(contents, path, durable=durable, lock_timeout=lock_timeout, progress=reporter)
     return SaveReport(
         path=os.fspath(directory),
-        bytes=contents.tensor_bytes,
+        bytes=contents.weight_bytes,
         tensors=outcome.tensors,
         shards=outcome.shards,
         seconds=time.perf_counter() - started,

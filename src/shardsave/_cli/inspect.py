@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from shardsave._api.findings import counted_once
 from shardsave._cli.output import DIM, FROZEN, TRAINABLE, Cell, Output
 from shardsave._cli.paths import CHECKPOINT
 from shardsave._cli.tree import Sums, guides, module_tree, rows
@@ -110,8 +111,11 @@ def _headline(directory: str, checkpoint: Checkpoint, sums: Sums) -> str:
     if checkpoint.ties:
         words.append(f"{len(checkpoint.ties):,} tied")
     flags = checkpoint.flags
+    names = counted_once(flags or (), checkpoint.ties)
     words.append(
-        "freeze flags unknown" if flags is None else f"{sum(flags.values()):,} of {count(len(flags), 'parameter')} frozen"
+        "freeze flags unknown"
+        if flags is None
+        else f"{sum(map(flags.__getitem__, names)):,} of {count(len(names), 'parameter')} frozen"
     )
     if checkpoint.record is not None:
         words.append("durable" if checkpoint.record.durable else "not durable")
