@@ -7,6 +7,8 @@ Wrong arguments raise ``TypeError`` or ``ValueError`` before anything is read or
 
 from __future__ import annotations
 
+import errno
+
 from shardsave._printable import printable
 
 __all__ = [
@@ -34,6 +36,8 @@ class ShardSaveError(Exception):
 
 class CheckpointNotFoundError(ShardSaveError, FileNotFoundError):
     """There is no checkpoint at the given path. It is also a FileNotFoundError."""
+
+    errno = errno.ENOENT
 
 
 class CorruptCheckpointError(ShardSaveError):

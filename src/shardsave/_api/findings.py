@@ -147,9 +147,10 @@ class CheckpointInfo(Printed):
         else:
             names = counted_once(self.parameters, self.ties)
             yield f"{summary}, {len(names & self.frozen)} of {count(len(names), 'parameter')} frozen"
-            in_order = [name for name in self.tensors if name in names]
-            in_order += sorted(names - self.tensors.keys())
-            total = Counter(name.split(".")[0] for name in in_order)
+            in_order = [name for name in self.tensors if name in self.parameters]
+            in_order += sorted(self.parameters - self.tensors.keys())
+            total = Counter(name.split(".")[0] for name in names)
             frozen = Counter(name.split(".")[0] for name in names & self.frozen)
-            yield from (f"  {child}: {frozen[child]} of {total[child]} frozen" for child in total)
+            for child in dict.fromkeys(name.split(".")[0] for name in in_order):
+                yield f"  {child}: " + (f"{frozen[child]} of {total[child]} frozen" if total[child] else "tied")
         yield from (f"  {note}" for note in self.notes)
