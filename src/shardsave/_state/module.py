@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from shardsave._common.memory import any_overlap, reach, shared_names
+from shardsave._common.memory import any_overlap, reach, same_bytes, shared_names
 from shardsave._common.sources import ByteSource, SwappedSource, TensorSource
 from shardsave._common.words import an
 from shardsave._state.numpy_arrays import is_swapped, tensor_of_array
+from shardsave._state.offload import offloaded_tensors
 from shardsave._state.savable import check_savable, refuse, refuse_optimizer
-from shardsave._state.wrappers import Names, refuse_sharded, unwrap
+from shardsave._state.sharded import refuse_partitioned, refuse_sharded
+from shardsave._state.wrappers import Names, unwrap
 
 Source = Union[nn.Module, Mapping[str, Any]]
 
@@ -59,32 +61,35 @@ def read_state(source: Source, *, tensors_only: bool = False) -> State:
     ``tensors_only``: extra state that is not a tensor is left out, since the architecture holds it.
     """
     swapped: set[str] = set()  # the names of arrays in the byte order of another kind of processor
+    values: Mapping[str, torch.Tensor]
     if isinstance(source, nn.Module):
         module = unwrap(source)
-        refuse_sharded(module, "save", "nothing was written")
+        refuse_sharded(module, "save", "nothing was written", emptied=True)
         named = _module_tensors(module, tensors_only, swapped)
         flags_known = True
         flags = _module_flags(module, named)
+        values = _with_offloaded(module, named)
     elif isinstance(source, Mapping):
         refuse_optimizer(source)
         named = {name: _as_tensor(name, value) for name, value in source.items()}
         swapped.update(name for name, value in source.items() if is_swapped(value))
         flags_known = any(type(tensor) is nn.Parameter for tensor in named.values())
         flags = {}
+        values = named
     else:
         raise TypeError(f"an nn.Module or a mapping of names to tensors is needed, not {type(source).__name__}")
     kind_without_flag: Literal["buffer", "tensor"] = "buffer" if isinstance(source, nn.Module) else "tensor"
-    for name, tensor in named.items():
+    for name, tensor in values.items():
         check_savable(name, tensor)
     # Swapped bytes have other values than the tensor that seems to share them, so they are never tied.
-    ties = shared_names(named, (0 if name in swapped else tensor.data_ptr() for name, tensor in named.items()))
+    ties = shared_names(values, (0 if name in swapped else tensor.data_ptr() for name, tensor in values.items()))
     entries = []
     for name, tensor in named.items():
         frozen = not tensor.requires_grad if type(tensor) is nn.Parameter else flags.get(name)
         kind = "parameter" if frozen is not None else kind_without_flag
         # Detached: if the Parameter gets other data during the save, this memory stays alive.
         source_type = SwappedSource if name in swapped else TensorSource
-        entries.append(Entry(name, kind, frozen, ties.get(name), source_type(tensor.detach(), tensor.dtype)))
+        entries.append(Entry(name, kind, frozen, ties.get(name), source_type(values[name].detach(), tensor.dtype)))
     return State(tuple(entries), flags_known, tuple(_overlaps(entries)))
 
 
@@ -103,6 +108,29 @@ def _module_tensors(module: nn.Module, tensors_only: bool, swapped: set[str]) ->
     return tensors
 
 
+def _with_offloaded(module: nn.Module, named: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """``named`` with the values of tensors that accelerate offloads. They are cast to the dtype of their placeholders, as accelerate does.
+
+    Two names of one placeholder with equal values get the same memory: copies on disk are not tied.
+    """
+    offloaded = offloaded_tensors(module, fill=False)
+    if not offloaded:
+        return named
+    values = dict(named)
+    first: dict[int, str] = {}
+    for name, tensor in named.items():
+        if name in offloaded:
+            value, problem, _ = offloaded[name]
+            if value is None:
+                refuse(name, "a tensor with data was expected", f"accelerate offloads it, and {problem}")
+            check_savable(name, torch.empty(0, dtype=tensor.dtype))
+            values[name] = value
+        leader = first.setdefault(id(tensor), name)
+        if leader != name and same_bytes(values[leader], values[name]):
+            values[name] = values[leader]
+    return values
+
+
 def _module_flags(module: nn.Module, named: Mapping[str, torch.Tensor]) -> dict[str, bool]:
     """Name → frozen, from the module itself; empty if all tensors in its state dict are Parameters, which have their own flags.
 
@@ -118,6 +146,7 @@ def _as_tensor(name: object, value: object) -> torch.Tensor:
     if not isinstance(name, str):
         refuse(name, "a name that is a string was expected", f"it is {an(type(name).__name__)}")
     if isinstance(value, torch.Tensor):
+        refuse_partitioned(name, value, "save", "nothing was written")
         return value
     if isinstance(value, np.ndarray):
         return tensor_of_array(name, value)
