@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from shardsave._common.imports import import_at_use
+
 #: The name of a tensor in the model, and the pattern of the converter that takes the stored tensor, or "".
 Key = tuple[str, str]
 
