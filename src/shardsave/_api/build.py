@@ -12,6 +12,7 @@ from torch import nn
 
 from shardsave._api.arguments import check_path, check_progress, check_switches
 from shardsave._api.device import Device, check_device
+from shardsave._api.operators import check_operators
 from shardsave._architecture.builder import Builder
 from shardsave._architecture.document import Document
 from shardsave._architecture.imports import resolve
@@ -86,6 +87,7 @@ def build_model(
         )
     """
     check_path(path)
+    check_operators("build a model from", path, "nothing was built")
     check_switches(verify=verify)
     check_progress(progress)
     trusted, replacements = _check_trust(trust), _check_classes(classes)
@@ -136,6 +138,7 @@ def load_program(
         torch.Size([3, 2])
     """
     check_path(path)
+    check_operators("load a program from", path, "nothing was built")
     check_switches(verify=verify)
     check_progress(progress)
     target_device = check_device(device) or torch.device("cpu")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 
 from shardsave._api.arguments import check_path, check_switches, check_timeout
 from shardsave._api.reports import Printed
-from shardsave._common.os_calls import CallFailed
+from shardsave._common.os_calls import CallFailed, absolute_path
 from shardsave._common.shutdown import verb
 from shardsave._common.words import count, human_bytes, some
 from shardsave._format.file_names import INDEX_NAME
@@ -104,8 +104,10 @@ def clean(
     check_path(directory)
     check_switches(remove=remove, other_hosts=other_hosts)
     check_timeout(lock_timeout)
-    path = os.fspath(directory)
-    with _locked(path, lock_timeout) as folder:
+    folder = LockedDirectory(absolute_path(os.fspath(directory)), durable=True)
+    # Closed twice, since one interrupt may come at the beginning of a `close`, which then does nothing.
+    with closing(folder), folder, _naming_failures(folder.path):
+        folder.acquire(lock_timeout, purpose="clean", state=_UNTOUCHED)
         _learn_owner(folder)
         index = _present_index(folder)
         leavings = find_leavings(folder, index)
@@ -119,20 +121,17 @@ def clean(
         leftovers = {leaving.name: remove_leaving(folder, leaving, index) for leaving in chosen}
     removed = tuple(name for name, remaining in leftovers.items() if not remaining)
     left = tuple(dict.fromkeys(chain.from_iterable(leftovers.values())))
-    return CleanReport(path, leavings, removed, left, tuple(completed))
+    return CleanReport(os.fspath(directory), leavings, removed, left, tuple(completed))
 
 
 @contextmanager
-def _locked(path: str, timeout: float) -> Iterator[LockedDirectory]:
-    folder = LockedDirectory(path, durable=True)
+def _naming_failures(path: str) -> Iterator[None]:
+    """Raises the error for an OS call that fails in the block."""
     try:
-        folder.acquire(timeout, purpose="clean", state=_UNTOUCHED)
-        yield folder
+        yield
     except CallFailed as error:
         kind = CheckpointNotFoundError if error.errno in (errno.ENOENT, errno.ENOTDIR) else ShardSaveError
         raise kind(f"cannot clean {path}: {error.reason}; {_UNTOUCHED}") from error
-    finally:
-        folder.close()
 
 
 def _learn_owner(folder: LockedDirectory) -> None:

@@ -13,8 +13,9 @@ import torch
 
 from shardsave._api.arguments import check_path, check_progress, check_switches, parse_size
 from shardsave._api.findings import ConvertReport
+from shardsave._api.operators import check_operators
 from shardsave._api.reports import Phases
-from shardsave._common.os_calls import kind_of
+from shardsave._common.os_calls import absolute_path, kind_of
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
 from shardsave._conversion.changes import Drop, Names, Rename, check_dtype, patterns, replacements
@@ -25,6 +26,7 @@ from shardsave._format.file_names import TORCH_ENDINGS
 from shardsave._loading.read import Target, TensorReader
 from shardsave._printable import printable
 from shardsave._state.module import Entry
+from shardsave._storage.directory import path_to_write
 from shardsave.errors import SaveNotCommittedError
 
 Form = Literal["shardsave", "safetensors", "torch"]
@@ -84,12 +86,13 @@ def convert(
         ('head.weight', 'head.bias')
     """
     _check_arguments(source, destination, to, key)
+    check_operators("convert", source, "nothing was written")
     check_switches(verify=verify, durable=durable)
     check_progress(progress)
     max_shard_bytes = parse_size(max_shard_size)
     names = Names(patterns(drop), replacements(rename))
     target = check_dtype(dtype)
-    source_path, destination_path = os.fspath(source), os.fspath(destination)
+    source_path, destination_path = absolute_path(os.fspath(source)), path_to_write(os.fspath(destination))
     started = time.perf_counter()
     with ExitStack() as stack:
         origin = open_origin(source_path, key, names.wanted, stack)
@@ -105,8 +108,8 @@ def convert(
     ended = time.perf_counter()
     stored = [entry for entry in state.entries if entry.tied_to is None]
     return ConvertReport(
-        path=destination_path,
-        bytes=bytes_to_write,
+        path=os.fspath(destination),
+        bytes=_bytes_of(state.entries),
         tensors=len(stored),
         shards=result.shards,
         seconds=ended - started,
@@ -116,7 +119,7 @@ def convert(
         staging_bytes=result.staging_bytes,
         pinned=False,
         notes=tuple(dict.fromkeys([*origin.notes, *names.notes(), *carried.notes, *result.notes])),
-        source=source_path,
+        source=os.fspath(source),
         kind=origin.kind,
         to=to,
         durable=durable,

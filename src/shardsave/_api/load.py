@@ -12,8 +12,10 @@ from torch import nn
 
 from shardsave._api.arguments import check_path, check_progress, check_switches
 from shardsave._api.device import Device, check_device
+from shardsave._api.operators import check_operators
 from shardsave._api.reports import LoadReport, Phases
 from shardsave._common.backend import engine_name
+from shardsave._common.imports import import_at_use
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
 from shardsave._huggingface.added_adapter import has_added_adapter
@@ -74,6 +76,7 @@ def load(
     check_switches(verify=verify, mmap=mmap)
     check_progress(progress)
     check_path(path)
+    check_operators("load", path, "nothing was loaded")
     wanted = check_names(names, prefix)
     target_device = check_device(device) or torch.device("cpu")
     if mmap and target_device.type != "cpu":
@@ -143,6 +146,7 @@ def load_model(
     check_switches(strict=strict, restore_frozen=restore_frozen, verify=verify)
     check_progress(progress)
     check_path(path)
+    check_operators("load", path, "the module is unchanged")
     check_names(None, prefix)
     target_device = check_device(device)
     started = time.perf_counter()
@@ -202,13 +206,16 @@ def _choose_layout(inventory: Inventory, stored: Mapping[str, Located], where: s
     """The layout of ``stored`` (name on disk → stored tensor) for the module; only models of transformers and PEFT have their own."""
     if (transformer := transformers_model(inventory.module)) is not None:
         if has_added_adapter(transformer):
+            import_at_use("shardsave._huggingface.added_adapter_loading")  # no other model needs these
             from shardsave._huggingface.added_adapter_loading import AddedAdapterLayout
 
             return AddedAdapterLayout(inventory, stored, where)
-        from shardsave._huggingface.transformers_loading import TransformersLayout  # no other model needs it
+        import_at_use("shardsave._huggingface.transformers_loading")
+        from shardsave._huggingface.transformers_loading import TransformersLayout
 
         return TransformersLayout(inventory, stored, where)
     if (model := peft_model(inventory.module)) is not None:
+        import_at_use("shardsave._huggingface.peft_loading")
         from shardsave._huggingface.peft_loading import adapter_layout
 
         return adapter_layout(model, stored, where) or IdentityLayout(stored)
@@ -226,8 +233,9 @@ def _extra_states(checkpoint: Checkpoint, names: list[str], prefix: str, strict:
     data = checkpoint.documents.get("architecture")
     if data is None or not names:
         return {}
+    import_at_use("shardsave._architecture.extra_states")  # only modules with extra state need these
     from shardsave._architecture.document import Document
-    from shardsave._architecture.extra_states import extra_states  # only modules with extra state need these
+    from shardsave._architecture.extra_states import extra_states
 
     document = Document(data, f"the architecture in {checkpoint.path}")
     states, not_plain = extra_states(document, [prefix + name for name in names])

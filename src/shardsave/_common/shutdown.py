@@ -14,6 +14,8 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from shardsave._common.gc_pause import end_pauses
+
 #: How long the exit handler waits for running calls, in seconds. With a hanging disk they may take longer.
 _PATIENCE = 10.0
 
@@ -35,6 +37,7 @@ def verb() -> Iterator[None]:
         traceback.clear_frames(error.__traceback__)  # frees the tensors in them now, while torch still works
         raise
     finally:
+        end_pauses()
         with _lock:
             _running_calls -= 1
 

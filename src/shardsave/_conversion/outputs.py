@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import NamedTuple
 
 from shardsave._common.backend import engine_name
@@ -70,13 +70,13 @@ def _write_safetensors_file(output: Output, state: State) -> WriteResult:
     texts = {name: value for name, value in output.origin.metadata.items() if isinstance(value, str)}
     kept = {name: value for name, value in texts.items() if name not in names and name not in ("format", CHECKSUM_KEY)}
     release = ReleaseWhileWriting(output.origin.mappings, output.tick)
-    with NewFile(output.path, output.durable) as file:
+    with closing(NewFile(output.path, output.durable)) as file, file:
         result = write_safetensors(file, state.entries, kept, output.durable, release)
     return result._replace(notes=(*result.notes, *_notes_on_losses(output.origin, kept), *file.notes()), removed=file.removed)
 
 
 def _write_torch_file(output: Output, state: State) -> WriteResult:
-    with NewFile(output.path, output.durable) as file:
+    with closing(NewFile(output.path, output.durable)) as file, file:
         result = _write_torch(output, state, file)
     return result._replace(notes=(*result.notes, *_notes_on_losses(output.origin, {}), *file.notes()), removed=file.removed)
 

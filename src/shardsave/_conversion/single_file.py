@@ -27,7 +27,7 @@ from shardsave._saving.shards import plan_blocks, plan_shards
 from shardsave._state.module import Entry
 from shardsave._storage.cleaning_notes import strangers_notes
 from shardsave._storage.cleanup import bytes_visible
-from shardsave._storage.directory import Directory, make_folders
+from shardsave._storage.directory import Directory, make_folders, path_to_write
 from shardsave._storage.staging import end_shard
 from shardsave.errors import (
     DurabilityUncertainError,
@@ -72,7 +72,7 @@ class NewFile:
     """
 
     def __init__(self, path: str, durable: bool) -> None:
-        self.path = path if os.path.isabs(path) else os.path.join(os.getcwd(), path)
+        self.path = path_to_write(path)
         self.folder, self._name = os.path.split(self.path)
         self._stem = f".{self._name[:100]}."
         self._scratch = ""

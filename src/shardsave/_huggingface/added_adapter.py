@@ -5,12 +5,12 @@ PEFT wraps the layers that an adapter changes, so the weights of the model have 
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 
+from shardsave._common.imports import import_at_use
 from shardsave._huggingface.peft_names import active_adapters, adapter_of
 from shardsave._huggingface.transformers_names import NamesInMemory, converts, model_transforms
 from shardsave._state.wrappers import Names
@@ -58,15 +58,15 @@ def added_adapter(model: Any, tensors: Mapping[str, torch.Tensor]) -> AddedAdapt
 def not_read(model: Any, added: AddedAdapter) -> list[str]:
     """The names in memory of the adapter's tensors that transformers' `load_adapter` would not find under PEFT's names."""
     try:
-        conversion = importlib.import_module("peft.utils.transformers_weight_conversion")
+        conversion = import_at_use("peft.utils.transformers_weight_conversion")
     except ImportError:  # older versions of transformers leave the names to PEFT
         return []
     if not added.own or not converts():
         return []
     (active,) = active_adapters(model)
     transforms = conversion.build_peft_weight_mapping(model_transforms(model), active, peft_config=model.peft_config[active])
-    renaming = importlib.import_module("transformers.core_model_loading").WeightRenaming
-    wrapper = importlib.import_module("peft.utils.other").AuxiliaryTrainingWrapper
+    renaming = import_at_use("transformers.core_model_loading").WeightRenaming
+    wrapper = import_at_use("peft.utils.other").AuxiliaryTrainingWrapper
     for name, module in model.named_modules():
         if isinstance(module, wrapper):
             names = module.adapter_state_dict_load_map(active)
@@ -77,8 +77,8 @@ def not_read(model: Any, added: AddedAdapter) -> list[str]:
 
 def _wrapped(model: Any) -> list[tuple[str, str]]:
     """For each layer of PEFT, the prefix of its own name and that of the layer inside it; inner layers come first."""
-    tuners = importlib.import_module("peft.tuners.tuners_utils")
-    utils = importlib.import_module("peft.utils.other")
+    tuners = import_at_use("peft.tuners.tuners_utils")
+    utils = import_at_use("peft.utils.other")
     names = Names.of(model)
     found = []
     originals: dict[int, str] = {}  # id of the module inside a wrapper → the prefix of the wrapper

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 
+from shardsave._common.imports import import_at_use
 from shardsave._printable import printable
 
 
@@ -25,7 +25,7 @@ class Adapter(NamedTuple):
 def adapter_of(model: Any, tensors: Mapping[str, torch.Tensor]) -> Adapter:
     """Selects from ``tensors``, all of a PEFT ``model`` by their names in the module, those that PEFT saves as its active adapter."""
     adapter_name = active_adapter(model)
-    utils = importlib.import_module("peft.utils")
+    utils = import_at_use("peft.utils")
     # False, because with "auto" PEFT looks for the base model's config on the Hub, to learn whether embeddings were resized.
     adapter_tensors = utils.get_peft_model_state_dict(
         model, state_dict=dict(tensors), adapter_name=adapter_name, save_embedding_layers=False

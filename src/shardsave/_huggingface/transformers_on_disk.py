@@ -6,13 +6,13 @@ a part of one in memory is not copied.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch.overrides import TorchFunctionMode
 
+from shardsave._common.imports import import_at_use
 from shardsave.errors import UnsupportedTensorError
 
 _SOURCES = "_shardsave_sources"
@@ -87,6 +87,6 @@ def _storage_of(tensor: torch.Tensor) -> object:
 def _revert_function() -> Any:
     """The function of transformers that converts to the layout on disk; None if this version has none and stores names as they are."""
     try:
-        return getattr(importlib.import_module("transformers.core_model_loading"), "revert_weight_conversion", None)
+        return getattr(import_at_use("transformers.core_model_loading"), "revert_weight_conversion", None)
     except ImportError:
         return None

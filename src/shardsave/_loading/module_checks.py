@@ -92,6 +92,8 @@ def _refuse_differences(plan: ModulePlan, where: str) -> NoReturn:
     hint = ""
     if any(name.startswith(".") for name in plan.unexpected):
         hint = "; a name begins with a dot, because the prefix does not end with one: pass a prefix such as 'encoder.'"
+    elif plan.mismatched:
+        hint = "; strict=False loads what fits and reports the rest"
     raise IncompatibleCheckpointError(
         f"cannot load {where}: the module's names and shapes were expected, there are {'; '.join(parts)}{hint}; the module is unchanged"
     )

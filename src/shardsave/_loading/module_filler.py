@@ -62,7 +62,8 @@ class ModuleFiller:
 
     def fill(self, reader: TensorReader, *, strict: bool) -> Differences:
         """Fills the module. Errors say how many tensors were loaded before. ``strict``: for the sub-modules that load themselves."""
-        self._allocate([*self.plan.routed, *self.plan.in_place])
+        with self._counting(reader):
+            self._allocate([*self.plan.routed, *self.plan.in_place])
         missing, unexpected = self._run_routines(reader, strict)
         self._unused = frozenset(unexpected)
         self._read_in_place(reader)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from shardsave._loading.disk_layout import Join
+from shardsave._loading.memory_errors import memory_for
 from shardsave._loading.module_plan import Routine
 from shardsave._loading.new_tensors import new_copy
 from shardsave._loading.origins import Origins
@@ -73,7 +74,8 @@ def read_joined(join: Join, reader: TensorReader) -> Mapping[str, torch.Tensor]:
     """Reads the sources of ``join`` into copies and converts them: name in the module → its value."""
     copies = [new_copy(source) for source in join.sources]
     reader.read([*zip(join.sources, copies)])
-    return join.convert(copies)
+    with memory_for(join.targets[0], sum(copy.nbytes for copy in copies), None):
+        return join.convert(copies)
 
 
 def _has_inference_tensors(module: nn.Module) -> bool:

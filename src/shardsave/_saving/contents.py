@@ -45,6 +45,11 @@ class Contents(NamedTuple):
         return sum(shard.layout.data_bytes for shard in self.all_shards)
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights alone, as `inspect` counts them."""
+        return sum(shard.layout.data_bytes for shard in self.shards)
+
+    @property
     def reserved_bytes(self) -> int:
         """The bytes that must be free on disk before anything is written."""
         return sum(shard.reserved_bytes for shard in self.all_shards) + sum(map(len, self.documents.values()))
@@ -58,7 +63,7 @@ class Contents(NamedTuple):
         """The index, which names the shard of each tensor; tensors are in the order of the state."""
         shard_of = {tensor.name: name for shard, name in zip(self.shards, shard_names) for tensor in shard.layout.tensors}
         weight_map = {entry.name: shard_of[entry.name] for entry in self.state.entries if entry.tied_to is None}
-        return Index(weight_map, sum(shard.layout.data_bytes for shard in self.shards), record)
+        return Index(weight_map, self.weight_bytes, record)
 
 
 def plan_contents(on_disk: OnDisk, parts: Parts, max_shard_size: int, metadata: Mapping[str, Any]) -> Contents:

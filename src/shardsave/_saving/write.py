@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import closing
 from typing import NamedTuple
 
 from shardsave._common.gc_pause import gc_paused
@@ -41,7 +42,8 @@ def write_checkpoint(
     Raises DurabilityUncertainError: the new checkpoint is in place, but may not survive a loss of power.
     """
     started = time.perf_counter()
-    with Transaction(directory, durable=durable, lock_timeout=lock_timeout) as transaction:
+    # Closed twice, since one interrupt may come at the beginning of a `close`, which then does nothing.
+    with closing(Transaction(directory, durable=durable, lock_timeout=lock_timeout)) as transaction, transaction:
         names = list(transaction.shard_names(len(contents.shards)))
         extra_names = [transaction.part_name("extra", "safetensors") for _ in contents.extra_shards]
         transaction.check_space(contents.reserved_bytes)

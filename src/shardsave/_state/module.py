@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from shardsave._common.memory import any_overlap, reach, same_bytes, shared_names
-from shardsave._common.sources import ByteSource, TensorSource
+from shardsave._common.sources import ByteSource, SwappedSource, TensorSource
 from shardsave._common.words import an
-from shardsave._state.numpy_arrays import tensor_of_array
+from shardsave._state.numpy_arrays import is_swapped, tensor_of_array
 from shardsave._state.offload import offloaded_tensors
-from shardsave._state.savable import check_savable, refuse
+from shardsave._state.savable import check_savable, refuse, refuse_optimizer
 from shardsave._state.sharded import refuse_partitioned, refuse_sharded
 from shardsave._state.wrappers import Names, unwrap
 
@@ -60,16 +60,19 @@ def read_state(source: Source, *, tensors_only: bool = False) -> State:
 
     ``tensors_only``: extra state that is not a tensor is left out, since the architecture holds it.
     """
+    swapped: set[str] = set()  # the names of arrays in the byte order of another kind of processor
     values: Mapping[str, torch.Tensor]
     if isinstance(source, nn.Module):
         module = unwrap(source)
         refuse_sharded(module, "save", "nothing was written", emptied=True)
-        named = _module_tensors(module, tensors_only)
+        named = _module_tensors(module, tensors_only, swapped)
         flags_known = True
         flags = _module_flags(module, named)
         values = _with_offloaded(module, named)
     elif isinstance(source, Mapping):
+        refuse_optimizer(source)
         named = {name: _as_tensor(name, value) for name, value in source.items()}
+        swapped.update(name for name, value in source.items() if is_swapped(value))
         flags_known = any(type(tensor) is nn.Parameter for tensor in named.values())
         flags = {}
         values = named
@@ -78,17 +81,19 @@ def read_state(source: Source, *, tensors_only: bool = False) -> State:
     kind_without_flag: Literal["buffer", "tensor"] = "buffer" if isinstance(source, nn.Module) else "tensor"
     for name, tensor in values.items():
         check_savable(name, tensor)
-    ties = shared_names(values, map(torch.Tensor.data_ptr, values.values()))
+    # Swapped bytes have other values than the tensor that seems to share them, so they are never tied.
+    ties = shared_names(values, (0 if name in swapped else tensor.data_ptr() for name, tensor in values.items()))
     entries = []
     for name, tensor in named.items():
         frozen = not tensor.requires_grad if type(tensor) is nn.Parameter else flags.get(name)
         kind = "parameter" if frozen is not None else kind_without_flag
         # Detached: if the Parameter gets other data during the save, this memory stays alive.
-        entries.append(Entry(name, kind, frozen, ties.get(name), TensorSource(values[name].detach(), tensor.dtype)))
+        source_type = SwappedSource if name in swapped else TensorSource
+        entries.append(Entry(name, kind, frozen, ties.get(name), source_type(values[name].detach(), tensor.dtype)))
     return State(tuple(entries), flags_known, tuple(_overlaps(entries)))
 
 
-def _module_tensors(module: nn.Module, tensors_only: bool) -> dict[str, torch.Tensor]:
+def _module_tensors(module: nn.Module, tensors_only: bool, swapped: set[str]) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     names = Names.of(module)
     for name, value in module.state_dict(keep_vars=True).items():
@@ -98,6 +103,8 @@ def _module_tensors(module: nn.Module, tensors_only: bool) -> dict[str, torch.Te
         if plain in tensors:
             refuse(name, f"one tensor of the name {plain!r} was expected", "without the names of wrappers there are two")
         tensors[plain] = _as_tensor(name, value)
+        if is_swapped(value):
+            swapped.add(plain)
     return tensors
 
 
@@ -148,7 +155,9 @@ def _as_tensor(name: object, value: object) -> torch.Tensor:
     hint = ""
     if isinstance(value, Mapping):
         hint = f": save the mapping of tensors itself, the one in {name!r}"
-    elif isinstance(value, (bool, int, float, str)):
+    elif isinstance(value, (list, tuple)) and value and all(isinstance(part, torch.Tensor) for part in value):
+        hint = f": give each tensor a name of its own, such as {name + '.0'!r}"
+    elif isinstance(value, (bool, int, float, str, list, tuple, type(None))):
         hint = ": pass plain values as metadata="
     refuse(name, "a tensor was expected", f"it is {an(type(value).__name__)}{hint}")
 

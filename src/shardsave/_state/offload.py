@@ -6,7 +6,6 @@ The hooks are recognised by their attributes; accelerate is never imported. Sour
 
 from __future__ import annotations
 
-import importlib
 import os
 import stat
 import sys
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from shardsave._common.imports import import_at_use
 from shardsave._common.memory import PLAIN_TYPES
 from shardsave._state.wrappers import Names
 
@@ -171,7 +171,7 @@ class _Files:
         """A tensor of a safetensors file, which may be the checkpoint that the model came from. ``dtype``: of the placeholder."""
         path, name_in_file = str(entry["safetensors_file"]), str(entry.get("weight_name", name))
         if path not in self._readers:
-            self._readers[path] = importlib.import_module("safetensors").safe_open(path, framework="pt", device="cpu")
+            self._readers[path] = import_at_use("safetensors").safe_open(path, framework="pt", device="cpu")
         if (path, name_in_file) not in self._tensors:
             tensor = self._readers[path].get_tensor(name_in_file)  # mapped, not read
             on_the_way = getattr(torch, entry.get("dtype", ""), dtype)

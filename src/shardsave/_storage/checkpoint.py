@@ -11,7 +11,7 @@ from itertools import repeat
 from typing import Any, Union
 
 from shardsave._common.gc_pause import gc_paused
-from shardsave._common.os_calls import CallFailed, call
+from shardsave._common.os_calls import CallFailed, absolute_path, call
 from shardsave._common.strict_json import glimpse
 from shardsave._format.file_names import INDEX_NAME, LONE_NAME
 from shardsave._format.header import Header
@@ -223,7 +223,7 @@ def open_checkpoint(
     Raises CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError, DirectoryBusyError; ShardSaveError itself if
     a file cannot be read.
     """
-    path = os.fspath(path)
+    path = absolute_path(os.fspath(path))
     deadline = time.monotonic() + CHANGING_SECONDS
     while True:
         files = find(path)

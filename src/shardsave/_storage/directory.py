@@ -11,7 +11,8 @@ import os
 import stat
 from types import TracebackType
 
-from shardsave._common.os_calls import CallFailed, Descriptor, call, kind_of, open_regular, read_whole, write_all
+from shardsave._common.os_calls import CallFailed, Descriptor, absolute_path, call, kind_of, open_regular, read_whole, write_all
+from shardsave.errors import SaveNotCommittedError
 
 #: errno values of link(2) if the file system has no hard links, or does not permit this one.
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
@@ -156,6 +157,20 @@ class Directory:
 
     def rmdir(self, name: str) -> None:
         call(os.rmdir, name, name, dir_fd=self.fd)
+
+
+def path_to_write(path: str) -> str:
+    """The absolute path of a checkpoint or file that will be written. Raises SaveNotCommittedError if there is no current directory."""
+    path = absolute_path(path)
+    if os.path.isabs(path):
+        return path
+    try:
+        return os.path.join(call(os.getcwd, ""), path)
+    except CallFailed as error:
+        raise SaveNotCommittedError(
+            f"cannot save to {path}: the path is relative to the current directory, which does not exist any more: {error.words}; "
+            f"nothing was written"
+        ) from error
 
 
 def make_folders(path: str, durable: bool) -> None:

@@ -8,6 +8,7 @@ import os
 import stat
 import threading
 import time
+import weakref
 
 from shardsave._common.os_calls import CallFailed, call
 from shardsave._common.shutdown import raise_if_ending
@@ -47,7 +48,7 @@ class LockedDirectory(Directory):
         ``purpose`` and ``state`` are for the message: what cannot be done, and in which state that leaves the directory.
         """
         deadline = time.monotonic() + timeout
-        _locks_of_this_thread().append(self)
+        _locks_of_this_thread().add(self)
         while True:
             self.open(self.path)
             self._wait(timeout, deadline, purpose, state)
@@ -156,17 +157,18 @@ class LockedDirectory(Directory):
     def close(self) -> None:
         """Frees the lock. May be called any number of times."""
         super().close()
-        own = _locks_of_this_thread()
-        if self in own:
-            own.remove(self)
+        _locks_of_this_thread().discard(self)
 
 
 _threads = threading.local()
 
 
-def _locks_of_this_thread() -> list[LockedDirectory]:
-    """The locks that this thread holds or waits for: more than one if a save interrupts another save on the same thread."""
+def _locks_of_this_thread() -> weakref.WeakSet[LockedDirectory]:
+    """The locks that this thread holds or waits for: more than one if a save interrupts another save on the same thread.
+
+    A lock that was not closed, because of an interrupt, is freed with the last reference to its directory.
+    """
     if not hasattr(_threads, "locks"):
-        _threads.locks = []
-    locks: list[LockedDirectory] = _threads.locks
+        _threads.locks = weakref.WeakSet()
+    locks: weakref.WeakSet[LockedDirectory] = _threads.locks
     return locks

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import NamedTuple
 
-from shardsave._common.os_calls import DISK_FULL, OUT_OF_SPACE, CallFailed, call
+from shardsave._common.os_calls import DISK_FULL, OUT_OF_SPACE, CallFailed
 from shardsave._common.words import human_bytes, some
 from shardsave._format.file_names import INDEX_NAME, LONE_NAME, part_name, shard_names
 from shardsave._format.index import MAX_INDEX_BYTES, FileRecord, Index, Superseded, encode_index
@@ -28,7 +28,7 @@ from shardsave._storage.commit_errors import (
     name_taken,
 )
 from shardsave._storage.companions import StagedCompanions, finish_dead_savers
-from shardsave._storage.directory import make_folders
+from shardsave._storage.directory import make_folders, path_to_write
 from shardsave._storage.lock import LockedDirectory
 from shardsave._storage.phase import Phase
 from shardsave._storage.previous import Previous, read_previous
@@ -53,9 +53,7 @@ class Transaction:
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, durable: bool, lock_timeout: float) -> None:
-        # Not normalised: only the file system knows what `link/..` means.
-        path = os.fspath(directory)
-        self.path = path if os.path.isabs(path) else os.path.join(_current_directory(path), path)
+        self.path = path_to_write(os.fspath(directory))
         self._lock_timeout = lock_timeout
         self._folder = LockedDirectory(self.path, durable=durable)
         self._staging = Staging(self._folder)
@@ -313,14 +311,3 @@ class Transaction:
         if not self._previous.exists:
             return f"nothing was committed, there was no checkpoint before{gone}"
         return f"nothing was committed, the previous checkpoint is intact{gone}"
-
-
-def _current_directory(path: str) -> str:
-    """The current directory, in which the relative ``path`` begins."""
-    try:
-        return call(os.getcwd, "")
-    except CallFailed as error:
-        raise SaveNotCommittedError(
-            f"cannot save to {path}: the path is relative to the current directory, which does not exist any more: {error.words}; "
-            f"nothing was written"
-        ) from error
