@@ -79,10 +79,6 @@ def _without_adapter(state: State, added: AddedAdapter) -> tuple[Entry, ...]:
 def _adapter_entries(state: State, added: AddedAdapter) -> list[Entry]:
     """The entries of PEFT's file."""
     by_name = {entry.name: entry for entry in state.entries}
-    name_on_disk = {name: saved for saved, name in added.own.items()}
-    entries = []
-    for saved, name in added.own.items():
-        leader = by_name[name].tied_to
-        entries.append(by_name[name]._replace(name=saved, tied_to=name_on_disk.get(leader) if leader is not None else None))
+    entries = [by_name[name]._replace(name=saved, tied_to=None) for saved, name in added.own.items()]
     entries += [Entry(saved, "tensor", None, None, TensorSource.of(tensor)) for saved, tensor in added.copies.items()]
     return entries

@@ -91,7 +91,7 @@ class ModuleFiller:
         for routine in self.plan.routines:
             module = self._inventory.self_loading[routine.name]
             with self._counting(reader):
-                answer = run_routine(module, routine, self.plan.stored, joined, reader, strict)
+                answer = run_routine(module, routine, self.plan.stored, joined, reader, strict, self._layout.may_be_missing)
             missing += answer.missing
             unexpected += answer.unexpected
             self._origins.update(answer.origins)
@@ -134,6 +134,7 @@ class ModuleFiller:
         with gc_paused():
             destinations = {name: self._inventory.slots[name].tensor.detach() for name in self.plan.in_place}
             targets, unviewed = self._targets(destinations)
+            targets += [(beside.located, beside.memory()) for beside in self.plan.beside]
         for join in unviewed:
             if self.plan.routed.isdisjoint(join.targets):
                 self._read_joined(join, reader)
