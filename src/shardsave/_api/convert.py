@@ -23,6 +23,7 @@ from shardsave._conversion.origin import Origin, open_origin
 from shardsave._conversion.outputs import Output, write_output
 from shardsave._format.file_names import TORCH_ENDINGS
 from shardsave._loading.read import Target, TensorReader
+from shardsave._printable import printable
 from shardsave._state.module import Entry
 from shardsave.errors import SaveNotCommittedError
 
@@ -159,11 +160,11 @@ def _check_destination(source: str, destination: str, to: Form, origin: Origin) 
     if to == "shardsave" and destination.endswith(_FILE_ENDINGS) and not os.path.isdir(destination):
         form = "safetensors" if destination.endswith(".safetensors") else "torch"
         raise ValueError(
-            f"cannot convert to {destination}: a directory was expected, this is the name of a file; pass to={form!r} to write one; "
-            f"nothing was written"
+            f"cannot convert to {printable(destination)}: a directory was expected, this is the name of a file; pass to={form!r} "
+            f"to write one; nothing was written"
         )
     source_path, destination_path = os.path.realpath(source), os.path.realpath(destination)
-    expectation = f"cannot convert {source} to {destination}: two separate paths were expected"
+    expectation = f"cannot convert {printable(source)} to {printable(destination)}: two separate paths were expected"
     if source_path == destination_path or any(_same_file(file, destination) for file in origin.files):
         raise ValueError(f"{expectation}, they are the same; nothing was written")
     if destination_path.startswith(source_path.rstrip("/") + "/") or source_path.startswith(destination_path.rstrip("/") + "/"):

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from shardsave._cli.output import printable
 from shardsave._common.words import count, human_bytes
+from shardsave._printable import printable
 from shardsave._storage.checkpoint import Checkpoint, Located
 
 #: Freeze flag → colour. The colours differ in lightness, so they stay distinct in grey print and for colour-blind readers.

@@ -9,6 +9,7 @@ from typing import Union
 
 import torch
 
+from shardsave._printable import printable
 from shardsave._state.module import Entry
 
 Drop = Union[str, Iterable[str]]
@@ -90,7 +91,7 @@ def replacements(rename: object) -> tuple[tuple[re.Pattern[str], str], ...]:
             re.sub(f"{pattern}|", replacement, "")
         except (re.error, IndexError) as error:
             raise ValueError(
-                f"rename must have valid regular expressions and replacements, not {pattern!r} and {replacement!r}: {error}"
+                f"rename must have valid regular expressions and replacements, not {pattern!r} and {replacement!r}: {printable(str(error))}"
             ) from error
         compiled_pairs.append((compiled, replacement))
     return tuple(compiled_pairs)

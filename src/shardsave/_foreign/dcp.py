@@ -235,4 +235,4 @@ def _put(content: dict[Any, Any], path: tuple[Any, ...], value: object, folder: 
 
 
 def _bad(path: str, found: str) -> NoReturn:
-    raise CorruptCheckpointError(f"corrupt distributed checkpoint: {path}: {found}; nothing was written")
+    raise CorruptCheckpointError(f"corrupt distributed checkpoint: {path}: {found}; nothing was written") from None

@@ -261,4 +261,4 @@ def _place(content: Any, mapping: mmap.mmap, begin: int, records: Mapping[int, i
 def _bad(path: str, found: str) -> NoReturn:
     raise CorruptCheckpointError(
         f"corrupt {os.path.basename(path)}: {path}: a file of torch.save was expected, {found}; nothing was written"
-    )
+    ) from None  # torch's own messages have names from the file as they are

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from shardsave._printable import printable
+
 
 class Adapter(NamedTuple):
     """The tensors of a model's active adapter.
@@ -37,7 +39,7 @@ def active_adapter(model: Any) -> str:
     """The name of the active adapter. Raises ValueError if there are several, or none."""
     names = active_adapters(model)
     if len(names) != 1:
-        active = f"{len(names)} are active ({', '.join(names)})" if names else "none is active"
+        active = f"{len(names)} are active ({printable(', '.join(names))})" if names else "none is active"
         raise ValueError(f"one adapter is saved at a time, {active}: choose one with set_adapter")
     return names[0]
 

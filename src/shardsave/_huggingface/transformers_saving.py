@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from shardsave._common.sources import TensorSource
@@ -85,10 +85,12 @@ def _leaders(entries: Iterable[Entry]) -> dict[str, str]:
     return {entry.name: entry.tied_to or entry.name for entry in entries}
 
 
-def _entry(name: str, part: DiskTensor, sources: Iterable[Entry]) -> Entry:
-    """An entry that is frozen if all of ``sources`` with a flag are."""
+def _entry(name: str, part: DiskTensor, sources: Sequence[Entry]) -> Entry:
+    """An entry that is frozen if all of ``sources`` with a flag are; it is cast if all of them are cast to one dtype."""
     flags = [entry.frozen for entry in sources if entry.frozen is not None]
-    return Entry(name, "parameter" if flags else "buffer", all(flags) if flags else None, None, TensorSource.of(part.tensor))
+    dtypes = {entry.source.dtype for entry in sources}
+    source = TensorSource(part.tensor, dtypes.pop() if len(dtypes) == 1 else part.tensor.dtype)
+    return Entry(name, "parameter" if flags else "buffer", all(flags) if flags else None, None, source)
 
 
 def _tied_as_transformers_ties(model: Any, entries: list[Entry]) -> list[Entry]:

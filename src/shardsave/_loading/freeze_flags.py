@@ -66,7 +66,7 @@ def named_parameters(inventory: Inventory, routines: Iterable[str]) -> Iterator[
     """Every parameter by every name, and by the names that hooks give it on disk; ``routines``: the sub-modules that load themselves."""
     for name, slot in inventory.slots.items():
         if not slot.is_buffer:
-            yield name, slot.tensor
+            yield name, slot.owner._parameters[slot.attribute]  # type: ignore[misc]  # the slot's tensor may be offloaded
     for routine in routines:
         module = inventory.self_loading[routine]
         names = Names.of(module)

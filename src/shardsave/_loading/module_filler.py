@@ -66,6 +66,7 @@ class ModuleFiller:
         missing, unexpected = self._run_routines(reader, strict)
         self._unused = frozenset(unexpected)
         self._read_in_place(reader)
+        self._update_spare_copies()
         return Differences(self.plan.missing + missing, self.plan.unexpected + unexpected)
 
     def restore_flags(self) -> RestoredFlags:
@@ -144,6 +145,14 @@ class ModuleFiller:
         finally:
             # autograd does not notice these writes; with a new version number, a stale backward raises. Inference tensors are skipped.
             torch.autograd.graph.increment_version(list(destinations.values()))
+
+    def _update_spare_copies(self) -> None:
+        """Copies buffers to where accelerate keeps a copy of them, which it puts in their place when its hooks are removed."""
+        for slot in self._inventory.slots.values():
+            spare = slot.offloaded.tensor if slot.offloaded is not None and slot.offloaded.spare else None
+            if spare is not None and not slot.tensor.is_meta:
+                with torch.no_grad():
+                    spare.copy_(slot.tensor)
 
     def _targets(self, destinations: dict[str, torch.Tensor]) -> tuple[list[Target], list[Join]]:
         """What is read straight into ``destinations`` (name → tensor), and the joins that have to be read into copies."""
