@@ -147,6 +147,29 @@ def test_filled_in_place(kind: str, writer: str, tmp_path: Path) -> None:
     assert len(changed) == report.tensors > 0
 
 
+def test_a_directory_of_peft(tmp_path: Path) -> None:
+    """Catches a directory that PEFT wrote and that is refused although its one file is readable; a base model's directory that is
+    mistaken for an adapter; and files of a save that was interrupted before its commit."""
+    folder = tmp_path / "adapter"
+    adapted("LoRA").save_pretrained(folder)
+    expected = load_file(folder / "adapter_model.safetensors")
+    loaded = shardsave.load(folder)
+    assert loaded.keys() == expected.keys() and all(same_bits(loaded[name], expected[name]) for name in expected)
+    assert shardsave.inspect(folder).names == tuple(expected) and shardsave.verify(folder).tensors == len(expected)
+    with shardsave.open(folder) as opened:
+        assert opened.keys() == expected.keys()
+    shardsave.convert(folder, tmp_path / "converted")
+    assert shardsave.load(tmp_path / "converted").keys() == expected.keys()
+    (folder / ".shardsave-0123456789abcdef").mkdir()
+    with pytest.raises(shardsave.CheckpointNotFoundError):
+        shardsave.load(folder)
+    (folder / ".shardsave-0123456789abcdef").rmdir()
+    base().save_pretrained(folder)  # the model and its adapter in one directory: the model
+    assert "lm_head.weight" in shardsave.inspect(folder).names
+    shardsave.save(adapted("LoRA"), tmp_path / "converted", adapter_only=True)
+    assert shardsave.inspect(tmp_path / "converted").companions
+
+
 def test_adapter_of_another_shape(tmp_path: Path) -> None:
     """Catches an adapter for other layers that is loaded in part, and an error that lists names of the base model."""
     shardsave.save(adapted("LoRA"), tmp_path, adapter_only=True, durable=False)

@@ -9,11 +9,10 @@ import torch
 
 from shardsave._huggingface.added_adapter import PREFIX, AddedAdapter, added_adapter
 from shardsave._huggingface.peft_loading import besides, in_dict
-from shardsave._huggingface.peft_names import active_adapters
+from shardsave._huggingface.peft_names import active_adapters, named_tensors
 from shardsave._huggingface.transformers_loading import TransformersLayout
 from shardsave._loading.disk_layout import Beside, Join
 from shardsave._loading.slots import Inventory
-from shardsave._state.wrappers import Names
 from shardsave._storage.checkpoint import Located
 
 Values = Mapping[str, torch.Tensor]
@@ -25,9 +24,7 @@ class AddedAdapterLayout:
     def __init__(self, inventory: Inventory, stored: Mapping[str, Located], where: str) -> None:
         """The arguments are those of `TransformersLayout`. Raises IncompatibleCheckpointError."""
         model: Any = inventory.module
-        names = Names.of(model)
-        tensors = {names.plain(name): tensor.detach() for name, tensor in model.state_dict().items()}
-        added = added_adapter(model, tensors)
+        added = added_adapter(model, named_tensors(model))
         in_memory = stored.keys() >= inventory.expected  # an architecture refers to the names in memory
         self._plain = {} if in_memory else added.plain
         self._in_memory = {plain: name for name, plain in self._plain.items()}

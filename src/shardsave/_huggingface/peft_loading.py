@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from shardsave._format.dtypes import torch_shape
-from shardsave._huggingface.peft_names import active_adapters, adapter_of
+from shardsave._huggingface.peft_names import active_adapters, adapter_of, named_tensors
 from shardsave._loading.disk_layout import Beside, IdentityLayout
-from shardsave._state.wrappers import Names
 from shardsave._storage.checkpoint import Located
 from shardsave.errors import IncompatibleCheckpointError
 
@@ -40,9 +39,7 @@ def adapter_layout(model: Any, stored: Mapping[str, Located], where: str) -> Ada
     active = active_adapters(model)
     if len(active) != 1:
         return None
-    names = Names.of(model)
-    # Detached, so that each name of a tensor that several layers share has a tensor of its own.
-    tensors = {names.plain(name): tensor.detach() for name, tensor in model.state_dict().items()}
+    tensors = named_tensors(model)
     adapter = adapter_of(model, tensors)
     base = tensors.keys() - set(adapter.names.values())
     saved = adapter.names.keys() | adapter.computed.keys()

@@ -7,12 +7,11 @@ import json
 from typing import Any
 
 from shardsave._common.sources import TensorSource
+from shardsave._format.file_names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from shardsave._huggingface.peft_names import active_adapter, adapter_of
 from shardsave._saving.disk_layout import OnDisk
 from shardsave._state.module import Entry, State
 from shardsave.errors import UnsupportedTensorError
-
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 class AdapterLayout:

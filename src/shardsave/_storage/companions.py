@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 
 from shardsave._common.os_calls import CallFailed, call
 from shardsave._format.crc64 import crc64, joined
+from shardsave._format.file_names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from shardsave._format.index import FileRecord
 from shardsave._storage.directory import Directory
 from shardsave._storage.staging import Staging, owner_of
@@ -22,7 +23,7 @@ from shardsave._storage.staging import Staging, owner_of
 CONFIG_NAMES = ("config.json", "generation_config.json")
 
 #: The files of a PEFT adapter.
-ADAPTER_NAMES = frozenset({"adapter_config.json", "adapter_model.safetensors"})
+ADAPTER_NAMES = frozenset({ADAPTER_CONFIG, ADAPTER_WEIGHTS})
 
 #: The names of all companions. A save touches no other file with a fixed name, except the index and the lone file.
 COMPANION_NAMES = frozenset(CONFIG_NAMES) | ADAPTER_NAMES
