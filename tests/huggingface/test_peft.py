@@ -207,6 +207,25 @@ def test_weights_of_another_save_are_noticed(tmp_path: Path) -> None:
     assert any(note.startswith("adapter_model.safetensors is not the one saved with these weights") for note in notes)
 
 
+def test_only_verify_reads_an_adapter_to_its_end(tmp_path: Path) -> None:
+    """Catches an inspect or a load that reads an adapter's weights a second time, to learn whether they are those of the save; and a
+    verify that does not."""
+    shardsave.save(adapted("LoRA"), tmp_path, adapter_only=True)
+    weights = tmp_path / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    weights.unlink()  # a copy of the directory has two files, not one with two names
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert not shardsave.inspect(tmp_path).notes and not shardsave.load_model(adapted("LoRA", 2), tmp_path).notes
+    (note,) = shardsave.verify(tmp_path).notes
+    assert note.startswith("adapter_model.safetensors is not the one saved with these weights")
+    content[20] ^= 1  # in the header
+    weights.write_bytes(content)
+    assert [report.notes[0][:25] for report in (shardsave.inspect(tmp_path), shardsave.verify(tmp_path))] == [note[:25]] * 2
+    weights.write_bytes(content[:-1])
+    assert shardsave.inspect(tmp_path).notes
+
+
 def test_wrong_models_for_adapter_only(tmp_path: Path) -> None:
     """Catches a whole model that is saved under the name of an adapter, and a silent choice between several adapters."""
     with pytest.raises(TypeError, match=r"adapter_only=True needs a PeftModel, not a LlamaForCausalLM"):
