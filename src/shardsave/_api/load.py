@@ -26,7 +26,8 @@ from shardsave._loading.new_tensors import new_tensors
 from shardsave._loading.read import TensorReader
 from shardsave._loading.selection import check_names, choose, choose_located, selection
 from shardsave._loading.slots import Inventory, has_extra_state, take_inventory
-from shardsave._storage.checkpoint import Checkpoint, Located, open_checkpoint
+from shardsave._storage.checkpoint import Checkpoint, open_checkpoint
+from shardsave._storage.located import Located
 from shardsave.errors import IncompatibleCheckpointError
 
 
@@ -44,7 +45,7 @@ def load(
     """Loads tensors by name from a directory, an index or one safetensors file, whoever wrote it.
 
     Tied names share one storage, in third-party files only if their metadata records the tie. Only the bytes of the selected tensors are
-    read, straight to ``device``.
+    read, straight to ``device``. In a directory of files from several ranks (``HuggingFaceStorageWriter``), their chunks are joined.
 
     Args:
         path: the checkpoint.
@@ -163,7 +164,7 @@ def load_model(
         path=os.fspath(path),
         bytes=reader.totals.bytes,
         tensors=reader.tensors,
-        shards=len({located.shard for located in reads}),
+        shards=len({place.shard for located in reads for place in located.places}),
         seconds=ended - started,
         phases=Phases(plan=planned - started, transfer=transferred - planned, commit=ended - transferred),
         engine=engine_name(),
