@@ -113,6 +113,16 @@ def test_a_model_replaces_an_adapter(tmp_path: Path) -> None:
     assert (tmp_path / "adapter_config.json").read_text() == "{}"
 
 
+def test_an_adapter_of_peft_stays_loudly(tmp_path: Path) -> None:
+    """Catches an adapter of another tool that stays beside new weights, to which from_pretrained adds it, without a note."""
+    adapted("LoRA").save_pretrained(tmp_path)
+    (note,) = shardsave.save(base(), tmp_path, durable=False).notes
+    assert note == "adapter_config.json, which is not of this save, stays: from_pretrained adds its adapter to these weights"
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    assert any("lora" in name for name in model.state_dict())  # what the note says
+    assert not shardsave.save(base().state_dict(), tmp_path, durable=False).notes
+
+
 def test_an_adapter_replaces_an_adapter(tmp_path: Path) -> None:
     """Catches files of two saves side by side, leftovers, and a recorded checksum that is not that of the file."""
     for seed in (1, 2):

@@ -103,6 +103,18 @@ def finish_dead_savers(folder: Directory, companions: Mapping[str, FileRecord], 
         folder.sync()
 
 
+def foreign_adapter(folder: Directory, companions: Iterable[str]) -> list[str]:
+    """A note if another tool's adapter is beside a transformers model whose ``companions`` have none."""
+    if CONFIG_NAMES[0] not in companions or ADAPTER_CONFIG in companions:
+        return []
+    try:
+        if folder.inode_of(ADAPTER_CONFIG) is None:
+            return []
+    except CallFailed:  # the checkpoint is in place: a note is not worth an error
+        return []
+    return [f"{ADAPTER_CONFIG}, which is not of this save, stays: from_pretrained adds its adapter to these weights"]
+
+
 def companion_notes(
     path: str, companions: Mapping[str, FileRecord], shards: Iterable[ShardRecord], *, whole: bool
 ) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ from shardsave._storage.commit_errors import (
     index_replaced,
     name_taken,
 )
-from shardsave._storage.companions import StagedCompanions, finish_dead_savers
+from shardsave._storage.companions import StagedCompanions, finish_dead_savers, foreign_adapter
 from shardsave._storage.directory import make_folders
 from shardsave._storage.lock import LockedDirectory
 from shardsave._storage.phase import Phase
@@ -253,6 +253,8 @@ class Transaction:
                 f"{count(len(foreign), 'leaving')} of saves on other hosts, which may still be at work, stay: {some(foreign)} "
                 f"(when they have ended: shardsave clean {shlex.quote(self.path)} --other-hosts)"
             )
+        if new.record is not None:
+            notes += foreign_adapter(self._folder, new.record.companions)
         return CommitOutcome(leftovers, tuple(notes))
 
     def close(self) -> None:
