@@ -126,6 +126,34 @@ def test_what_from_pretrained_does_not_read_is_noted(tmp_path: Path) -> None:
     assert same_state(fresh, dora)
 
 
+def shira(r: int, seed: int) -> Callable[[], Any]:
+    return lambda: peft.ShiraConfig(r=r, target_modules=["q_proj"], random_seed=seed)
+
+
+def indices(model: Any) -> list[torch.Tensor]:
+    return [part.shira_indices["default"] for part in model.modules() if hasattr(part, "shira_indices")]
+
+
+def test_tensors_outside_the_state_dict(tmp_path: Path) -> None:
+    """Catches SHiRA's indices that are lost, so that values come back at other places, and indices of another number that are not
+    refused before anything is changed."""
+    model = adapted("Llama", shira(1, 1), seed=1)
+    (note,) = shardsave.save(model, tmp_path).notes
+    assert "does not know PEFT's name of base_model.model.model.layers.0.self_attn.q_proj.shira_indices" in note
+    fresh = adapted("Llama", shira(1, 2), seed=2)
+    assert not torch.equal(indices(fresh)[0], indices(model)[0])
+    report = shardsave.load_model(fresh, tmp_path)
+    assert same_state(fresh, model) and all(map(torch.equal, indices(fresh), indices(model)))
+    assert report.tensors == len(shardsave.inspect(tmp_path).tensors) and not report.notes
+    other = adapted("Llama", shira(2, 2), seed=2)
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with pytest.raises(
+        shardsave.IncompatibleCheckpointError, match=r"shira_indices' of shape \[2, 128\] was expected, it is \[2, 64\]"
+    ):
+        shardsave.load_model(other, tmp_path)
+    assert all(same_bits(tensor, before[name]) for name, tensor in other.state_dict().items())
+
+
 def test_names_in_memory_with_an_adapter(tmp_path: Path) -> None:
     """Catches a model with an adapter that is not filled from names in memory, as an architecture and older versions have them."""
     model = adapted("Mixtral", lora())

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from safetensors import safe_open
 
 import shardsave
+from shardsave._huggingface.transformers_names import NamesInMemory
 from support import ROOT, same_bits, same_state
 from transformers_models import ARCHITECTURES, FUSED, IMAGE, tiny
 
@@ -248,6 +250,26 @@ def test_joined_on_disk(tmp_path: Path, joined_on_disk: None) -> None:
             assert same_state(fresh, model) and report.tensors == 3
             assert frozen_in(fresh) == (frozen_in(model) if folder == "shardsave" else set())
             assert sorted(fresh.seen) == (["k.weight", "q.weight", "v.weight"] if hooked else [])
+
+
+def test_experts_of_one_layer_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches the experts of all layers in memory at the same time, if a hook makes each layer load itself."""
+    model, fresh = tiny("Mixtral"), tiny("Mixtral", seed=1)
+    joined: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    alive = []
+    convert = NamesInMemory.convert
+
+    def watched(*arguments: Any) -> dict[str, torch.Tensor]:
+        values = convert(*arguments)
+        joined.update(value for value in values.values() if not value.is_meta)
+        return values
+
+    monkeypatch.setattr(NamesInMemory, "convert", watched)
+    for layer in fresh.model.layers:
+        layer.register_load_state_dict_pre_hook(lambda *_: alive.append(len(joined)))
+    shardsave.save(model, tmp_path)
+    shardsave.load_model(fresh, tmp_path)
+    assert same_state(fresh, model) and alive == [2, 2]
 
 
 def pixio(seed: int, kind: str = "PixioBackbone") -> Any:

@@ -110,7 +110,7 @@ def verify(path: str | os.PathLike[str], *, keep_going: bool = False, progress: 
                 reader.read(targets)
         intact = _intact((file for file in checkpoint.files if file not in broken), targets, damaged)
         shards = len(checkpoint.shards)
-        notes = (*reader.totals.notes, *checkpoint.companion_notes())
+        notes = (*reader.totals.notes, *checkpoint.companion_notes(whole=True))
     ended = time.perf_counter()
     return VerifyReport(
         path=os.fspath(path),

@@ -16,7 +16,7 @@ from shardsave._common.words import some
 from shardsave._foreign.dcp import TABLE_NAME, read_distributed
 from shardsave._foreign.nested_state import Wanted, choose_state, refuse_key
 from shardsave._foreign.torch_file import TorchFile, read_torch_file
-from shardsave._format.file_names import INDEX_NAME, LONE_NAME, TORCH_ENDINGS
+from shardsave._format.file_names import ADAPTER_WEIGHTS, INDEX_NAME, LONE_NAME, TORCH_ENDINGS
 from shardsave._format.header import CHECKSUM_KEY
 from shardsave._format.index_parsing import parse_index
 from shardsave._format.rank_files import SHARDING_KEY, SHARDING_VERSION_KEY, is_rank_file
@@ -79,6 +79,8 @@ def _from_folder(path: str, key: str | None, wanted: Wanted, closing: ExitStack)
         return _from_torch_shards(os.path.join(path, TORCH_INDEX_NAME), key, wanted)
     if _has(path, TORCH_NAME):
         return _from_torch(os.path.join(path, TORCH_NAME), key, wanted)
+    if _has(path, ADAPTER_WEIGHTS):
+        return _from_checkpoint(path, key, wanted, closing)
     names = f"{LONE_NAME}, {INDEX_NAME}, {TORCH_NAME}, {TORCH_INDEX_NAME} and {TABLE_NAME}"
     raise CheckpointNotFoundError(f"no checkpoint at {path}: one of {names} was expected, none is there{_hint(path)}")
 

@@ -9,6 +9,9 @@ INDEX_NAME = "model.safetensors.index.json"
 #: A checkpoint in one file, without an index.
 LONE_NAME = "model.safetensors"
 
+#: The files of an adapter as PEFT writes it.
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
 #: Endings of files that are almost always written by ``torch.save``.
 TORCH_ENDINGS = (".bin", ".pt", ".pth")
 

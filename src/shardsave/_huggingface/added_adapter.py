@@ -16,7 +16,7 @@ from shardsave._huggingface.transformers_names import NamesInMemory, converts, m
 from shardsave._state.wrappers import Names
 
 #: What PEFT puts before the names of a model in the file of its adapter.
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 
 
 class AddedAdapter(NamedTuple):
@@ -46,17 +46,17 @@ def added_adapter(model: Any, tensors: Mapping[str, torch.Tensor]) -> AddedAdapt
         adapter = adapter_of(model, tensors)
         for saved, name in adapter.names.items():
             if active[0] in name.split("."):
-                own[_PREFIX + saved] = name
+                own[PREFIX + saved] = name
             else:  # of the base model, such as the biases with bias="all"
-                copies[_PREFIX + saved] = tensors[name]
-        copies.update((_PREFIX + saved, tensor) for saved, tensor in adapter.computed.items())
+                copies[PREFIX + saved] = tensors[name]
+        copies.update((PREFIX + saved, tensor) for saved, tensor in adapter.computed.items())
     wrapped = _wrapped(model)
     in_file = set(own.values())
     return AddedAdapter({name: _without(wrapped, name) for name in tensors if name not in in_file}, own, copies)
 
 
 def not_read(model: Any, added: AddedAdapter) -> list[str]:
-    """The names in memory of the adapter's tensors that transformers' `load_adapter` would not find under PEFT's names."""
+    """The adapter's tensors for which transformers' `load_adapter` would not know PEFT's names; those with a name in memory by that."""
     try:
         conversion = import_at_use("peft.utils.transformers_weight_conversion")
     except ImportError:  # older versions of transformers leave the names to PEFT
@@ -71,8 +71,13 @@ def not_read(model: Any, added: AddedAdapter) -> list[str]:
         if isinstance(module, wrapper):
             names = module.adapter_state_dict_load_map(active)
             transforms += [renaming(f"{name}.{saved}", f"{name}.{inside}") for saved, inside in names.items()]
-    in_memory = NamesInMemory(model, {*added.plain, *added.own.values()}, transforms)
-    return [added.own[saved] for saved, (name, pattern) in in_memory.of(added.own) if not pattern and name != added.own[saved]]
+    known = {*added.plain, *added.own.values()}
+    renamed = NamesInMemory(model, known, transforms).of([*added.own, *added.copies])
+    return [
+        added.own.get(saved, saved)
+        for saved, (name, pattern) in renamed
+        if not pattern and name != added.own.get(saved, name if name in known else None)
+    ]
 
 
 def _wrapped(model: Any) -> list[tuple[str, str]]:

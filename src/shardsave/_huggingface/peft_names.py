@@ -9,6 +9,7 @@ import torch
 
 from shardsave._common.imports import import_at_use
 from shardsave._printable import printable
+from shardsave._state.wrappers import Names
 
 
 class Adapter(NamedTuple):
@@ -33,6 +34,17 @@ def adapter_of(model: Any, tensors: Mapping[str, torch.Tensor]) -> Adapter:
     name_of = {id(tensor): name for name, tensor in tensors.items()}
     names = {saved: name_of[id(tensor)] for saved, tensor in adapter_tensors.items() if id(tensor) in name_of}
     return Adapter(names, {saved: tensor for saved, tensor in adapter_tensors.items() if saved not in names})
+
+
+def named_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """The tensors of ``model`` by their names without wrappers; each name of a shared tensor has a tensor object of its own."""
+    names = Names.of(model)
+    tensors: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        tensors[names.plain(name)] = tensor.detach() if id(tensor) in seen else tensor
+        seen.add(id(tensor))
+    return tensors
 
 
 def active_adapter(model: Any) -> str:

@@ -17,7 +17,7 @@ import torch
 from shardsave._format.dtypes import BY_NAME, BY_TORCH, logical_shape, torch_shape
 from shardsave._huggingface.transformers_names import Key, NamesInMemory, converts
 from shardsave._huggingface.transformers_on_disk import DiskTensor, reverted
-from shardsave._loading.disk_layout import Join
+from shardsave._loading.disk_layout import Beside, Join
 from shardsave._loading.slots import Inventory
 from shardsave._state.wrappers import Names
 from shardsave._storage.checkpoint import Located
@@ -34,6 +34,7 @@ class TransformersLayout:
         """
         self.stored: dict[str, Located] = {}
         self.joins: list[Join] = []
+        self.beside: Sequence[Beside] = ()
         self._model: Any = inventory.module
         self._names = dict.fromkeys(inventory.expected, True)
         self._targets: dict[str, tuple[str, ...]] = {}  # name on disk → names in the model

@@ -82,18 +82,24 @@ class ModuleFiller:
     def _run_routines(self, reader: TensorReader, strict: bool) -> Differences:
         """Lets one sub-module after the other load itself, so that the copies of only one are in memory at a time.
 
-        Joined tensors are the exception: they are read and converted before the first sub-module runs.
+        Only joined tensors that are not all of one sub-module are read and converted before the first one runs.
         """
         joined: dict[str, torch.Tensor] = {}
         missing: list[str] = []
         unexpected: list[str] = []
+        own_joins: dict[str, list[Join]] = {}
         for join in self.plan.joins if self.plan.routed else ():
-            if not self.plan.routed.isdisjoint(join.targets):
+            owners = {self.plan.owned.get(target) for target in join.targets}
+            if len(owners) == 1 and (owner := owners.pop()) is not None:
+                own_joins.setdefault(owner, []).append(join)
+            elif not self.plan.routed.isdisjoint(join.targets):
                 joined.update(self._read_joined(join, reader))
         for routine in self.plan.routines:
+            for join in own_joins.get(routine.name, ()):
+                joined.update(self._read_joined(join, reader))
             module = self._inventory.self_loading[routine.name]
             with self._counting(reader):
-                answer = run_routine(module, routine, self.plan.stored, joined, reader, strict)
+                answer = run_routine(module, routine, self.plan.stored, joined, reader, strict, self._layout.may_be_missing)
             missing += answer.missing
             unexpected += answer.unexpected
             self._origins.update(answer.origins)
@@ -136,6 +142,7 @@ class ModuleFiller:
         with gc_paused():
             destinations = {name: self._inventory.slots[name].tensor.detach() for name in self.plan.in_place}
             targets, unviewed = self._targets(destinations)
+            targets += [(beside.located, beside.memory()) for beside in self.plan.beside]
         for join in unviewed:
             if self.plan.routed.isdisjoint(join.targets):
                 self._read_joined(join, reader)

@@ -92,9 +92,13 @@ class Checkpoint(ShardFiles):
     def companions(self) -> Mapping[str, FileRecord]:
         return self.record.companions if self.record is not None else {}
 
-    def companion_notes(self) -> tuple[str, ...]:
-        """Names the companions that were not saved with these weights; empty if a save has replaced the checkpoint meanwhile."""
-        notes = companion_notes(self._folder, self.companions) if self.companions else ()
+    def companion_notes(self, *, whole: bool = False) -> tuple[str, ...]:
+        """Names the companions that were not saved with these weights; empty if a save has replaced the checkpoint meanwhile.
+
+        ``whole``: read the weights of an adapter to their end, not only their header.
+        """
+        shards = self.record.shards.values() if self.record is not None else ()
+        notes = companion_notes(self._folder, self.companions, shards, whole=whole) if self.companions else ()
         return notes if notes and not self._index_changed() else ()
 
     def _index_changed(self) -> bool:

@@ -11,12 +11,13 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from shardsave._common.os_calls import CallFailed, NotRegular, call
 from shardsave._format.crc64 import crc64, joined
-from shardsave._format.index import FileRecord
+from shardsave._format.file_names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from shardsave._format.index import FileRecord, ShardRecord
 from shardsave._storage.directory import Directory
 from shardsave._storage.lock import LockedDirectory
 from shardsave._storage.staging import Staging, owner_of
@@ -25,7 +26,7 @@ from shardsave._storage.staging import Staging, owner_of
 CONFIG_NAMES = ("config.json", "generation_config.json")
 
 #: The files of a PEFT adapter.
-ADAPTER_NAMES = frozenset({"adapter_config.json", "adapter_model.safetensors"})
+ADAPTER_NAMES = frozenset({ADAPTER_CONFIG, ADAPTER_WEIGHTS})
 
 #: The names of all companions. A save touches no other file with a fixed name, except the index and the lone file.
 COMPANION_NAMES = frozenset(CONFIG_NAMES) | ADAPTER_NAMES
@@ -139,10 +140,25 @@ def _finish(folder: LockedDirectory, companions: Mapping[str, FileRecord], insid
     return finished
 
 
-def companion_notes(path: str, companions: Mapping[str, FileRecord]) -> tuple[str, ...]:
+def foreign_adapter(folder: Directory, companions: Iterable[str]) -> list[str]:
+    """A note if another tool's adapter is beside a transformers model whose ``companions`` have none."""
+    if CONFIG_NAMES[0] not in companions or ADAPTER_CONFIG in companions:
+        return []
+    try:
+        if folder.inode_of(ADAPTER_CONFIG) is None:
+            return []
+    except CallFailed:  # the checkpoint is in place: a note is not worth an error
+        return []
+    return [f"{ADAPTER_CONFIG}, which is not of this save, stays: from_pretrained adds its adapter to these weights"]
+
+
+def companion_notes(
+    path: str, companions: Mapping[str, FileRecord], shards: Iterable[ShardRecord], *, whole: bool
+) -> tuple[str, ...]:
     """Says which ``companions`` of the checkpoint in the directory ``path`` are not as they were saved.
 
-    These are notes and not errors: the weights are as they were saved, and people edit configs on purpose.
+    The weights of an adapter are a second name of one of ``shards``. Unless ``whole``, only their header is read, which has the checksum of
+    each tensor. These are notes and not errors: the weights are as they were saved, and people edit configs on purpose.
     """
     notes = []
     with Directory() as folder:
@@ -150,6 +166,8 @@ def companion_notes(path: str, companions: Mapping[str, FileRecord]) -> tuple[st
             try:
                 if folder.fd < 0:
                     folder.open(path)
+                if name == ADAPTER_WEIGHTS and not whole and _has_header(folder, saved, shards):
+                    continue
                 existing = file_record(folder, name)
                 if existing == saved:
                     continue
@@ -164,6 +182,18 @@ def companion_notes(path: str, companions: Mapping[str, FileRecord]) -> tuple[st
             )
             notes.append(f"{name} is not the one saved with these weights: {_words(saved)} expected, {difference}; {cause}")
     return tuple(notes)
+
+
+def _has_header(folder: Directory, saved: FileRecord, shards: Iterable[ShardRecord]) -> bool:
+    """Whether the adapter in ``folder`` has the saved length, and the header of one of ``shards`` of that length. Raises CallFailed."""
+    file = folder.open_regular(ADAPTER_WEIGHTS)
+    if file is None:
+        return False
+    with file:
+        if call(os.fstat, ADAPTER_WEIGHTS, file.fd).st_size != saved.length:
+            return False
+        alike = {(shard.header_length, shard.header_crc) for shard in shards if shard.length == saved.length}
+        return any(crc64(call(os.pread, ADAPTER_WEIGHTS, file.fd, length, 0)) == crc for length, crc in alike)
 
 
 def file_record(folder: Directory, name: str, *, follow: bool = True) -> FileRecord | None:

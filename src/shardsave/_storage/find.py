@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 from shardsave._common.os_calls import CallFailed, Descriptor, NotRegular, TooLong, call, open_regular, read_whole
 from shardsave._common.words import some
-from shardsave._format.file_names import INDEX_NAME, LONE_NAME, TORCH_ENDINGS
+from shardsave._format.file_names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX_NAME, LONE_NAME, TORCH_ENDINGS
 from shardsave._format.index import MAX_INDEX_BYTES
 from shardsave._format.rank_files import is_rank_file
+from shardsave._storage.staging import owner_of
 from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, ShardSaveError
 
 #: The advice for a file of torch.save, which is not read: unpickling it runs whatever code it holds.
@@ -45,12 +46,23 @@ def find(path: str) -> FoundFiles:
     index_bytes = _read_index(os.path.join(folder, name), name)
     lone = LONE_NAME if is_folder and _exists(os.path.join(path, LONE_NAME), even_broken=index_bytes is None) else None
     if index_bytes is None and lone is None:
+        lone = ADAPTER_WEIGHTS if is_folder and _has_adapter(path) else None
         index_bytes = _read_index(os.path.join(folder, name), name)  # a save may just have replaced the lone file by an index
+        lone = lone if index_bytes is None else None
     if index_bytes is None and lone is None:
         if is_folder and (ranks := _rank_files(folder)):
             return FoundFiles(folder, name, None, None, ranks)
         raise CheckpointNotFoundError(f"no checkpoint at {path}: neither {name} nor {LONE_NAME} is there{_hint(folder)}")
     return FoundFiles(folder or ".", name, index_bytes, lone)
+
+
+def _has_adapter(folder: str) -> bool:
+    """Whether PEFT has written an adapter into ``folder``: the files of one, and no save of ours that has not committed them."""
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return False
+    return {ADAPTER_CONFIG, ADAPTER_WEIGHTS} <= {*names} and not any(owner_of(name) for name in names)
 
 
 def _rank_files(folder: str) -> tuple[str, ...]:

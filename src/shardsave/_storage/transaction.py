@@ -27,7 +27,7 @@ from shardsave._storage.commit_errors import (
     index_replaced,
     name_taken,
 )
-from shardsave._storage.companions import StagedCompanions, finish_dead_savers
+from shardsave._storage.companions import StagedCompanions, finish_dead_savers, foreign_adapter
 from shardsave._storage.directory import make_folders, path_to_write
 from shardsave._storage.lock import LockedDirectory
 from shardsave._storage.phase import Phase
@@ -262,6 +262,8 @@ class Transaction:
         notes += self._previous.notes(lone_is_gone=LONE_NAME in cleaner.removed)
         links = (self._previous.links | self._companions.links) - {LONE_NAME}
         notes += cleaning_notes(self.path, cleaner, links, self._finished)
+        if new.record is not None:
+            notes += foreign_adapter(self._folder, new.record.companions)
         removed = dict.fromkeys([*self._removed, *cleaner.removed, *replaced])
         warning = lone_stays(self.path) if cleaner.lone_stays else ""
         return CommitOutcome(tuple(removed), tuple(cleaner.leftovers), tuple(notes), warning)
