@@ -15,6 +15,7 @@ from shardsave._format.dtypes import BY_NAME
 from shardsave._loading.allocation import stays
 from shardsave._loading.module_plan import ModulePlan
 from shardsave._loading.slots import Inventory, Slot
+from shardsave._state.offload import Offloaded
 from shardsave._state.wrappers import Names
 from shardsave._storage.checkpoint import Located
 from shardsave.errors import IncompatibleCheckpointError, UnsupportedTensorError
@@ -33,10 +34,6 @@ def check_differences(inventory: Inventory, plan: ModulePlan, strict: bool, wher
     """
     for name in inventory.slots if plan.owned else ():
         if name in plan.owned and (inventory.slots[name].saved or name in plan.stored):
-            offloaded = inventory.slots[name].offloaded
-            if offloaded is not None and not offloaded.spare:
-                owner = type(inventory.self_loading[plan.owned[name]]).__name__
-                _refuse(name, where, "a tensor with memory was expected", f"accelerate offloads it, and {owner} loads itself")
             _check_plain(inventory.slots[name], where)
     check_shapes(inventory, plan, where)
     if strict and (plan.missing or plan.unexpected or plan.mismatched):
@@ -57,8 +54,9 @@ def check_destinations(
     dtypes = {dtype: BY_NAME[dtype].torch for dtype in {located.dtype for located in plan.stored.values()}}
     slots = inventory.slots
     for name, slot in slots.items():
+        if slot.offloaded is not None and (name in plan.owned or name in plan.matched):
+            _check_offloaded(slot, slot.offloaded, device, where)
         if name in plan.matched and name not in plan.mismatched:
-            _check_offloaded(slot, device, where)
             _check_fillable(slot, dtypes[plan.stored[name].dtype], where)
     for left, right in plan.must_equal:
         if not same_bytes(plan.stored[left], plan.stored[right]) and _keep_values(inventory, plan, (left, right)):
@@ -121,15 +119,12 @@ def _check_plain(slot: Slot, where: str) -> None:
         _refuse(slot.name, where, "a plain tensor was expected", f"it is {an(type(tensor).__name__)}")
 
 
-def _check_offloaded(slot: Slot, device: torch.device | None, where: str) -> None:
+def _check_offloaded(slot: Slot, offloaded: Offloaded, device: torch.device | None, where: str) -> None:
     """Refuses a tensor that accelerate reads from a place that a load cannot fill, or that ``device`` would move."""
-    offloaded = slot.offloaded
-    if offloaded is None or offloaded.spare:
-        return
     if offloaded.problem:
         actual = f"accelerate offloads it, and {offloaded.problem}"
         _refuse(slot.name, where, "a tensor that can be filled was expected", actual)
-    if device is not None:
+    if device is not None and not offloaded.spare:
         _refuse(slot.name, where, "a tensor that can be moved was expected", "accelerate offloads it; leave out device=")
 
 

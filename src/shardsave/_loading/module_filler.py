@@ -15,6 +15,7 @@ from shardsave._loading.disk_layout import DiskLayout, Join
 from shardsave._loading.freeze_flags import RestoredFlags, named_parameters, restore_flags
 from shardsave._loading.module_checks import check_destinations, check_differences, check_meta_buffers, check_shapes
 from shardsave._loading.module_plan import ModulePlan, plan_again
+from shardsave._loading.onload import onloaded
 from shardsave._loading.read import Target, TensorReader
 from shardsave._loading.routines import read_joined, run_routine
 from shardsave._loading.slots import Inventory, take_again
@@ -87,7 +88,8 @@ class ModuleFiller:
                 joined.update(self._read_joined(join, reader))
         for routine in self.plan.routines:
             module = self._inventory.self_loading[routine.name]
-            with self._counting(reader):
+            owned = (slot for name, slot in self._inventory.slots.items() if self.plan.owned.get(name) == routine.name)
+            with self._counting(reader), onloaded(owned):
                 names = run_routine(module, routine, self.plan.stored, joined, reader, strict)
             missing += names[0]
             unexpected += names[1]
