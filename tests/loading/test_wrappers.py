@@ -16,7 +16,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.optim.swa_utils import AveragedModel
 
 import shardsave
-from support import same_bits
+from support import same_bits, same_state
 
 accelerate = pytest.importorskip("accelerate")
 
@@ -130,3 +130,15 @@ def test_hooks_on_a_wrapper(tmp_path: Path) -> None:
     model.register_load_state_dict_pre_hook(lambda *_: calls.append(1))
     shardsave.load_model(model, tmp_path)
     assert calls
+
+
+@pytest.mark.parametrize("layers", [["checkpoint"], ["checkpoint", "beside"], ["compile", "offload", "parallel", "beside"]])
+def test_architectures(tmp_path: Path, layers: list[str]) -> None:
+    """Catches a wrapper in an architecture: a build would ask for trust in torch's private classes."""
+    source = nested(layers, 0, nn.Linear)
+    shardsave.save(source, tmp_path, architecture=True)
+    model = shardsave.build_model(tmp_path)
+    assert {type(part) for part in model.modules()} <= {nn.Linear, nn.Sequential, nn.BatchNorm1d}
+    bare = nested([layer for layer in layers if layer not in WITHOUT_NAMES], 1, nn.Linear)
+    shardsave.load_model(bare, tmp_path)
+    assert same_state(model, bare)

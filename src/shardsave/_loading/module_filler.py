@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -19,7 +18,6 @@ from shardsave._loading.onload import onloaded
 from shardsave._loading.read import Target, TensorReader
 from shardsave._loading.routines import read_joined, run_routine
 from shardsave._loading.slots import Inventory, take_again
-from shardsave._loading.stored_bytes import same_bytes
 from shardsave._storage.checkpoint import Checkpoint
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, ShardSaveError
 
@@ -50,6 +48,7 @@ class ModuleFiller:
         self._checkpoint = checkpoint
         self._device = device
         self._total = len(plan.reads)
+        self._apart: frozenset[str] = frozenset()
 
     @gc_paused()
     def check(self, *, strict: bool) -> None:
@@ -125,19 +124,21 @@ class ModuleFiller:
         return f"cannot load {self._checkpoint.path}: the module's names and shapes were expected, {difference}"
 
     def _check_destinations(self) -> None:
-        same = partial(same_bytes, self._checkpoint)
-        check_destinations(self._inventory, self.plan, self._device, same, self._checkpoint.path)
+        self._apart = check_destinations(self._inventory, self.plan, self._device, self._checkpoint)
 
     def _read_in_place(self, reader: TensorReader) -> None:
         with gc_paused():
             destinations = {name: self._inventory.slots[name].tensor.detach() for name in self.plan.in_place}
-            targets, unviewed = self._targets(destinations)
+            targets, unviewed = self._targets({name: t for name, t in destinations.items() if name not in self._apart})
         for join in unviewed:
             if self.plan.routed.isdisjoint(join.targets):
                 self._read_joined(join, reader)
         try:
             with self._counting(reader, in_place=True):
                 reader.read(targets)
+                for name in destinations:
+                    if name in self._apart:
+                        reader.read([(self.plan.stored[name], destinations[name])])
         finally:
             # autograd does not notice these writes; with a new version number, a stale backward raises. Inference tensors are skipped.
             torch.autograd.graph.increment_version(list(destinations.values()))
