@@ -22,28 +22,29 @@ SOURCE = ROOT / "src" / "shardsave"
 
 #: Each wing and the wings that it may import, ground floor first: a wing is only ever named in rows below its own.
 WINGS: dict[str, set[str]] = {
-    "errors": set(),
+    "_printable": set(),
+    "errors": {"_printable"},
     "_version": set(),
-    "_common": {"errors"},
+    "_common": {"_printable", "errors"},
     "_format": {"_common", "errors"},
     "_state": {"_common", "_format", "errors"},
     "_engine": {"_common", "_format"},
     "_storage": {"_common", "_format", "errors"},
     "_architecture": {"_common", "_format", "_state", "errors"},
-    "_program": {"_common", "_format", "_state", "errors"},
+    "_program": {"_common", "_format", "_printable", "_state", "errors"},
     "_saving": {"_common", "_engine", "_format", "_state", "_storage", "_version", "errors"},
     "_loading": {"_common", "_engine", "_format", "_state", "_storage", "errors"},
-    "_huggingface": {"_common", "_format", "_loading", "_saving", "_state", "_storage", "errors"},
+    "_huggingface": {"_common", "_format", "_loading", "_printable", "_saving", "_state", "_storage", "errors"},
     "_foreign": {"_common", "_format", "_state", "_storage", "errors"},
     "_conversion": {
-        "_common", "_engine", "_foreign", "_format", "_loading", "_saving", "_state", "_storage", "errors",
+        "_common", "_engine", "_foreign", "_format", "_loading", "_printable", "_saving", "_state", "_storage", "errors",
     },
     "_api": {
-        "_architecture", "_common", "_conversion", "_engine", "_format", "_huggingface", "_loading", "_program",
-        "_saving", "_state", "_storage", "_version", "errors",
+        "_architecture", "_common", "_conversion", "_engine", "_format", "_huggingface", "_loading", "_printable",
+        "_program", "_saving", "_state", "_storage", "_version", "errors",
     },
     "__init__": {"_api", "_common", "_version", "errors"},
-    "_cli": {"__init__", "_api", "_common", "_format", "_storage", "_version", "errors"},
+    "_cli": {"__init__", "_api", "_common", "_format", "_printable", "_storage", "_version", "errors"},
     "__main__": {"_cli"},
 }  # fmt: skip
 

@@ -1,10 +1,13 @@
 """Every error that shardsave raises itself.
 
-Every message has one shape: *what failed: where: what was wanted, what was found; the state of things now.*
+Every message has one shape: *what failed: where: what was wanted, what was found; the state of things now.* It is one line that a
+terminal can show: control characters in names and paths are escaped.
 Wrong arguments raise ``TypeError`` or ``ValueError`` before anything is read or written.
 """
 
 from __future__ import annotations
+
+from shardsave._printable import printable
 
 __all__ = [
     "CheckpointNotFoundError",
@@ -23,6 +26,9 @@ __all__ = [
 
 class ShardSaveError(Exception):
     """Base class of all errors of this package. Raised itself if an existing file cannot be read, for example."""
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*(printable(argument) if isinstance(argument, str) else argument for argument in arguments))
 
 
 class CheckpointNotFoundError(ShardSaveError):

@@ -15,12 +15,13 @@ import pytest
 from file_cases import FILES
 from header_cases import HEADERS
 from index_cases import INDEXES
+from rank_cases import RANKS
 from tampering import LONE, Case, Net
 
 import shardsave
 from support import same_bits
 
-CASES = [*HEADERS, *INDEXES, *FILES]
+CASES = [*HEADERS, *INDEXES, *FILES, *RANKS]
 
 #: How much memory a refusal may allocate, in bytes: the largest header, and room to parse it.
 MEMORY = 320 << 20

@@ -28,7 +28,9 @@ def test_options(tmp_path: Path) -> None:
     assert line.startswith(
         f"converted {tmp_path}/old.pt (torch) to {tmp_path}/ckpt (shardsave): 4.0 kB, 2 tensors in 2 shards, "
     )
-    assert "not durable" in line and line.endswith("1 dropped, 2 renamed, 2 cast; left out, since not in 'model': 'ema' (dict)")
+    assert "not durable" in line and line.endswith(
+        "1 dropped, 2 renamed, 2 cast; left out, since not in 'model': 'ema' (dict, 1 tensor, 4 B)"
+    )
     info = shardsave.inspect(tmp_path / "ckpt")
     assert info.names == ("aa", "b") and info.tensors["b"].dtype == torch.float16 and info.durable is False
     to_file = ["convert", tmp_path / "ckpt", tmp_path / "m.safetensors", "--to", "safetensors", "--no-verify", "--json"]
@@ -42,8 +44,11 @@ def test_errors(tmp_path: Path) -> None:
     """Catches a traceback, a message of several lines, or an exit code that says success."""
     path = old(tmp_path)
     message = error(run("convert", path, tmp_path / "ckpt"), 3)
-    assert message.startswith(f"shardsave: cannot convert {path}: ") and "'model' (3 tensors), 'ema' (1 tensor)" in message
-    assert "; choose one with --key 'model'; " in message
+    assert (
+        message.startswith(f"shardsave: cannot convert {path}: ")
+        and "'model' (3 tensors, 8.0 kB), 'ema' (1 tensor, 4 B)" in message
+    )
+    assert "; choose one with --key 'model', or leave out what is not wanted with --drop 'ema'; " in message
     torch.save({"w": torch.ones(2), "step": 3}, mixed := tmp_path / "mixed.pt")
     assert "left out with --drop 'step'" in error(run("convert", mixed, tmp_path / "ckpt"), 3)
     result = run("convert", mixed, tmp_path / "converted", "--drop", "step", "--drop", "w2", "--rename", "x", "y")

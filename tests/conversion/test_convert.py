@@ -72,41 +72,6 @@ def test_tensors_of_all_layouts(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["ckpt", "x.pt", "y.pt"]
 
 
-def test_nested_states(tmp_path: Path) -> None:
-    """Catches a conversion of the wrong state, or a choice between several states that the user did not make."""
-    state = saved_by_torch(tmp_path / "one.pt", optimizer={"state": {0: {"step": torch.ones(1)}}, "param_groups": []})
-    report = shardsave.convert(tmp_path / "one.pt", tmp_path / "a")
-    assert report.tensors == len(state) - 1
-    assert report.notes == ("left out, since not in 'state_dict': 'epoch' (int), 'optimizer' (dict)",)
-    torch.save({"model": {"w": torch.ones(2)}, "trainer": {"ema": {"w": torch.zeros(2)}}}, tmp_path / "deep.pt")
-    shardsave.convert(tmp_path / "deep.pt", tmp_path / "b")
-    assert shardsave.load(tmp_path / "b")["w"].sum() == 2
-    shardsave.convert(tmp_path / "deep.pt", tmp_path / "c", key="trainer.ema")
-    assert shardsave.load(tmp_path / "c")["w"].sum() == 0
-    torch.save({"a": 1, "b": {"w": torch.ones(2), "c": {"x": torch.ones(2)}}}, tmp_path / "inner.pt")
-    report = shardsave.convert(tmp_path / "inner.pt", tmp_path / "inner", key="b.c")
-    assert report.notes == ("left out, since not in 'b.c': 'a' (int), 'b.w' (Tensor)",)
-    torch.save({"model": {"w": torch.ones(2)}, "ema": {"w": torch.zeros(2)}, "epoch": 3}, tmp_path / "two.pt")
-    with pytest.raises(shardsave.IncompatibleCheckpointError) as caught:
-        shardsave.convert(tmp_path / "two.pt", tmp_path / "d")
-    assert str(caught.value) == (
-        f"cannot convert {tmp_path}/two.pt: one mapping of names to tensors was expected, it has 'model' (1 tensor), "
-        f"'ema' (1 tensor); choose one with key='model'; nothing was written"
-    )
-    with pytest.raises(
-        shardsave.IncompatibleCheckpointError, match=r"at key 'emma' was expected, there is 'model' \(1 tensor\), 'ema'"
-    ):
-        shardsave.convert(tmp_path / "two.pt", tmp_path / "d", key="emma")
-    torch.save({"w": torch.ones(2), "version": 3}, tmp_path / "mixed.pt")
-    with pytest.raises(
-        shardsave.IncompatibleCheckpointError,
-        match=r"it has 'version' \(int\) among its tensors, which can be left out with drop='version'",
-    ):
-        shardsave.convert(tmp_path / "mixed.pt", tmp_path / "d")
-    assert not (tmp_path / "d").exists()
-    assert shardsave.convert(tmp_path / "mixed.pt", tmp_path / "d", drop=["version"]).dropped == ("version",)
-
-
 def test_torchs_old_format(tmp_path: Path) -> None:
     """Catches a file that cannot be mapped and is refused, or is read without a note."""
     state = SmallModel().state_dict()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from shardsave._api.arguments import check_path, check_switches, check_timeout
+from shardsave._api.reports import Printed
 from shardsave._common.os_calls import CallFailed
 from shardsave._common.shutdown import verb
 from shardsave._common.words import count, human_bytes, some
@@ -28,7 +29,7 @@ _UNTOUCHED = "nothing was removed"
 
 
 @dataclass(frozen=True)
-class CleanReport:
+class CleanReport(Printed):
     """What crashed saves left behind in the directory ``path``.
 
     ``found``: all leavings. ``removed``: the names of those that were removed. ``leftovers``: names of files and directories that
@@ -45,9 +46,10 @@ class CleanReport:
         """The leavings that are still there."""
         return tuple(leaving for leaving in self.found if leaving.name not in self.removed)
 
-    def __str__(self) -> str:
+    def _lines(self) -> Iterator[str]:
         if not self.found:
-            return f"{self.path}: nothing was left behind"
+            yield f"{self.path}: nothing was left behind"
+            return
         total = human_bytes(sum(leaving.bytes for leaving in self.found))
         parts = [f"{self.path}: {count(len(self.found), 'leaving')} of crashed saves, {total}", f"{len(self.removed)} removed"]
         kept = [leaving.name for leaving in self.left if not leaving.dead]
@@ -55,7 +57,7 @@ class CleanReport:
             parts.append(f"kept, since their owners may be alive: {some(kept)}")
         if self.leftovers:
             parts.append(f"could not remove {some(self.leftovers)}")
-        return "; ".join(parts)
+        yield "; ".join(parts)
 
 
 @verb()

@@ -23,6 +23,7 @@ from shardsave._conversion.origin import Origin, open_origin
 from shardsave._conversion.outputs import Output, write_output
 from shardsave._format.file_names import TORCH_ENDINGS
 from shardsave._loading.read import Target, TensorReader
+from shardsave._printable import printable
 from shardsave._state.module import Entry
 from shardsave.errors import SaveNotCommittedError
 
@@ -54,16 +55,16 @@ def convert(
     Args:
         source: a checkpoint of shardsave; a safetensors file or index, or a directory with one, also from the hub's cache; a file of
             ``torch.save`` (``.bin``, ``.pt``, ``.pth``), or the index or directory of such shards; a directory of
-            ``torch.distributed.checkpoint``.
+            ``torch.distributed.checkpoint``, also of its safetensors files from several ranks.
         destination: a directory for ``to="shardsave"``, otherwise one file.
         to: ``"shardsave"``; ``"safetensors"``, one file for every reader; ``"torch"``, one file that
             ``torch.load(weights_only=True)`` reads as a plain ``state_dict``.
         max_shard_size: as in ``save``; only for ``to="shardsave"``.
         dtype: cast floating-point tensors to it, as ``Tensor.to`` does. Tensors of 8 or 4 bits are quantised and keep their dtype.
-        drop: leave out the source's names that match one of these shell patterns (``"optimizer.*"``).
+        drop: leave out what has a name, or a path of keys in its file, that matches one of these shell patterns (``"optimizer.*"``).
         rename: pairs of a regular expression and a replacement for each of its matches in a name, applied in this order.
-        key: the path to the state in a file that holds other objects too (``"model"``, ``"trainer.ema"``); required if the file has
-            several states.
+        key: the path to the state in a file that holds other objects too (``"model"``, ``"trainer.ema"``); required if other tensors
+            than training state are outside of it, and ``drop`` does not leave them out.
         verify: compare the checksum of every tensor of the source with the stored one, if there is one, before anything is written.
         durable: as in ``save``.
         progress: as in ``save``.
@@ -121,7 +122,7 @@ def convert(
         durable=durable,
         verified=verified,
         cast=casts,
-        dropped=tuple(names.dropped),
+        dropped=origin.dropped,
         renamed=tuple(names.renamed),
         ties={entry.name: entry.tied_to for entry in state.entries if entry.tied_to is not None},
         flags_known=state.flags_known,
@@ -159,11 +160,11 @@ def _check_destination(source: str, destination: str, to: Form, origin: Origin) 
     if to == "shardsave" and destination.endswith(_FILE_ENDINGS) and not os.path.isdir(destination):
         form = "safetensors" if destination.endswith(".safetensors") else "torch"
         raise ValueError(
-            f"cannot convert to {destination}: a directory was expected, this is the name of a file; pass to={form!r} to write one; "
-            f"nothing was written"
+            f"cannot convert to {printable(destination)}: a directory was expected, this is the name of a file; pass to={form!r} "
+            f"to write one; nothing was written"
         )
     source_path, destination_path = os.path.realpath(source), os.path.realpath(destination)
-    expectation = f"cannot convert {source} to {destination}: two separate paths were expected"
+    expectation = f"cannot convert {printable(source)} to {printable(destination)}: two separate paths were expected"
     if source_path == destination_path or any(_same_file(file, destination) for file in origin.files):
         raise ValueError(f"{expectation}, they are the same; nothing was written")
     if destination_path.startswith(source_path.rstrip("/") + "/") or source_path.startswith(destination_path.rstrip("/") + "/"):

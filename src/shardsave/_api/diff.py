@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from shardsave._api.arguments import check_path, check_progress
+from shardsave._api.reports import Printed
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
 from shardsave._common.words import human_bytes, some
@@ -43,7 +44,7 @@ class TensorChange:
 
 
 @dataclass(frozen=True)
-class DiffReport:
+class DiffReport(Printed):
     """What differs between the checkpoints ``a`` and ``b``. A tied name counts like any other name.
 
     ``equal``: names with the same dtype, shape and bits. ``changed``: name → how it differs. ``added``: names only in ``b``.
@@ -72,7 +73,7 @@ class DiffReport:
         """Whether nothing differs, as far as the files record it. Metadata do not count: they are not part of a model."""
         return not (self.changed or self.added or self.removed or self.flags or self.ties)
 
-    def __str__(self) -> str:
+    def _lines(self) -> Iterator[str]:
         parts = [f"{len(self.equal)} equal"]
         for word, names in (("changed", self.changed), ("added", self.added), ("removed", self.removed)):
             parts.append(f"{len(names)} {word}" + (f" ({some(names)})" if names else ""))
@@ -84,7 +85,7 @@ class DiffReport:
             parts.append(f"{len(self.ties)} tied differently ({some(self.ties)})")
         if self.metadata:
             parts.append(f"metadata differ ({some(self.metadata)})")
-        return f"{self.a} and {self.b}: {', '.join(parts)}; {human_bytes(self.bytes)} read, {self.seconds:.2f} s"
+        yield f"{self.a} and {self.b}: {', '.join(parts)}; {human_bytes(self.bytes)} read, {self.seconds:.2f} s"
 
 
 @verb()

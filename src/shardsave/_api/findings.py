@@ -6,12 +6,13 @@ They are not in `shardsave._api.reports`, so that a training run, which only sav
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from shardsave._api.reports import VERIFIED, Report
+from shardsave._api.reports import VERIFIED, Printed, Report
 from shardsave._common.words import count, human_bytes, some
+from shardsave._printable import printable
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +28,9 @@ class Damage:
     tensors: tuple[str, ...]
     message: str
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "message", printable(self.message))
+
 
 @dataclass(frozen=True)
 class VerifyReport(Report):
@@ -41,17 +45,18 @@ class VerifyReport(Report):
     damaged: tuple[Damage, ...] = ()
     intact: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def __str__(self) -> str:
+    def _lines(self) -> Iterator[str]:
         if self.damaged:
             places = dict.fromkeys(name for damage in self.damaged for name in (damage.tensors or [damage.shard]))
-            return self._with_notes(
+            yield self._with_notes(
                 f"damaged {self.path}: {some(places)}; {count(self.tensors, 'tensor')} intact, {self.seconds:.2f} s"
             )
+            return
         if self.verified is None:
             verb, extent = "checked", "only lengths and headers, no checksums stored"
         else:
             verb, extent = "verified", VERIFIED[self.verified]
-        return self._with_notes(f"{verb} {self.path}: {self._size_and_speed()}, {self._engine_and_access()}, {extent}")
+        yield self._with_notes(f"{verb} {self.path}: {self._size_and_speed()}, {self._engine_and_access()}, {extent}")
 
 
 @dataclass(frozen=True)
@@ -75,12 +80,12 @@ class ConvertReport(Report):
     ties: Mapping[str, str] = field(default_factory=dict)
     flags_known: bool = False
 
-    def __str__(self) -> str:
+    def _lines(self) -> Iterator[str]:
         counts = (("dropped", len(self.dropped)), ("renamed", len(self.renamed)), ("cast", self.cast), ("tied", len(self.ties)))
         more = [f"{number:,} {word}" for word, number in counts if number]
         how = f"{self._engine_and_access()}, {'durable' if self.durable else 'not durable'}, {VERIFIED[self.verified]}"
         line = f"converted {self.source} ({self.kind}) to {self.path} ({self.to}): {self._size_and_speed()}, {how}"
-        return self._with_notes(line, *([", ".join(more)] if more else []))
+        yield self._with_notes(line, *([", ".join(more)] if more else []))
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,7 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
-class CheckpointInfo:
+class CheckpointInfo(Printed):
     """What a checkpoint contains, read from its index and headers only.
 
     ``tensors``: by name; a tied name has the entry of the tensor that it shares. ``parameters``: the names of parameters;
@@ -118,22 +123,26 @@ class CheckpointInfo:
     companions: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "notes", tuple(map(printable, self.notes)))
+
     @property
     def names(self) -> tuple[str, ...]:
         """Every name, tied names too, in the order of the index."""
         return tuple(self.tensors)
 
-    def __str__(self) -> str:
+    def _lines(self) -> Iterator[str]:
         stored = len(self.tensors) - len(self.ties)
         summary = f"{self.path}: {human_bytes(self.bytes)}, {count(stored, 'tensor')} in {count(len(self.shards), 'shard')}"
         if self.ties:
             summary += f", {len(self.ties)} tied"
-        notes = [f"  {note}" for note in self.notes]
         if self.frozen is None or self.parameters is None:
-            return "\n".join([f"{summary}, freeze flags unknown", *notes])
-        in_order = [name for name in self.tensors if name in self.parameters]
-        in_order += sorted(self.parameters - self.tensors.keys())
-        total = Counter(name.split(".")[0] for name in in_order)
-        frozen = Counter(name.split(".")[0] for name in self.frozen)
-        groups = [f"  {child}: {frozen[child]} of {total[child]} frozen" for child in total]
-        return "\n".join([f"{summary}, {len(self.frozen)} of {len(self.parameters)} parameters frozen", *groups, *notes])
+            yield f"{summary}, freeze flags unknown"
+        else:
+            yield f"{summary}, {len(self.frozen)} of {len(self.parameters)} parameters frozen"
+            in_order = [name for name in self.tensors if name in self.parameters]
+            in_order += sorted(self.parameters - self.tensors.keys())
+            total = Counter(name.split(".")[0] for name in in_order)
+            frozen = Counter(name.split(".")[0] for name in self.frozen)
+            yield from (f"  {child}: {frozen[child]} of {total[child]} frozen" for child in total)
+        yield from (f"  {note}" for note in self.notes)

@@ -75,7 +75,8 @@ def verify(path: str | os.PathLike[str], *, keep_going: bool = False, progress: 
     started = time.perf_counter()
     broken: dict[str, ShardSaveError] = {}
     with open_checkpoint(path, parts=PARTS, broken=broken if keep_going else None) as checkpoint:
-        targets: list[Target] = [(located, None) for located in (*checkpoint.tensors.values(), *checkpoint.kept.values())]
+        stored = (*checkpoint.tensors.values(), *checkpoint.kept.values())
+        targets: list[Target] = [(place, None) for located in stored for place in located.places]
         planned = time.perf_counter()
         with Progress(progress, "verifying", sum(located.nbytes for located, _ in targets)) as reporter:
             reader = TensorReader(checkpoint, verify=True, progress=reporter)
@@ -91,7 +92,7 @@ def verify(path: str | os.PathLike[str], *, keep_going: bool = False, progress: 
     return VerifyReport(
         path=os.fspath(path),
         bytes=reader.totals.bytes,
-        tensors=reader.tensors,
+        tensors=reader.tensors - (len(targets) - len(stored)),
         shards=shards,
         seconds=ended - started,
         phases=Phases(plan=planned - started, transfer=ended - planned),

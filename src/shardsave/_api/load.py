@@ -16,6 +16,7 @@ from shardsave._api.reports import LoadReport, Phases
 from shardsave._common.backend import engine_name
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
+from shardsave._huggingface.added_adapter import has_added_adapter
 from shardsave._huggingface.recognize import peft_model, transformers_model
 from shardsave._loading.disk_layout import DiskLayout, IdentityLayout
 from shardsave._loading.mapped import Maps
@@ -25,7 +26,8 @@ from shardsave._loading.new_tensors import new_tensors
 from shardsave._loading.read import TensorReader
 from shardsave._loading.selection import check_names, choose, choose_located, names_of_wrappers, selection
 from shardsave._loading.slots import Inventory, has_extra_state, take_inventory
-from shardsave._storage.checkpoint import Checkpoint, Located, open_checkpoint
+from shardsave._storage.checkpoint import Checkpoint, open_checkpoint
+from shardsave._storage.located import Located
 from shardsave.errors import IncompatibleCheckpointError
 
 
@@ -43,7 +45,7 @@ def load(
     """Loads tensors by name from a directory, an index or one safetensors file, whoever wrote it.
 
     Tied names share one storage, in third-party files only if their metadata records the tie. Only the bytes of the selected tensors are
-    read, straight to ``device``.
+    read, straight to ``device``. In a directory of files from several ranks (``HuggingFaceStorageWriter``), their chunks are joined.
 
     Args:
         path: the checkpoint.
@@ -156,13 +158,13 @@ def load_model(
             differences = filler.fill(reader, strict=strict)
         transferred = time.perf_counter()
         restored_flags = filler.restore_flags()
-        notes = (*reader.totals.notes, *filler.plan.notes(), *checkpoint.companion_notes())
+        notes = (*reader.totals.notes, *filler.plan.notes(), *restored_flags.notes, *checkpoint.companion_notes())
     ended = time.perf_counter()
     return LoadReport(
         path=os.fspath(path),
         bytes=reader.totals.bytes,
         tensors=reader.tensors,
-        shards=len({located.shard for located in reads}),
+        shards=len({place.shard for located in reads for place in located.places}),
         seconds=ended - started,
         phases=Phases(plan=planned - started, transfer=transferred - planned, commit=ended - transferred),
         engine=engine_name(),
@@ -201,7 +203,11 @@ def _plan(
 
 def _choose_layout(inventory: Inventory, stored: Mapping[str, Located], where: str) -> DiskLayout:
     """The layout of ``stored`` (name on disk → stored tensor) for the module; only models of transformers and PEFT have their own."""
-    if transformers_model(inventory.module) is not None:
+    if (transformer := transformers_model(inventory.module)) is not None:
+        if has_added_adapter(transformer):
+            from shardsave._huggingface.added_adapter_loading import AddedAdapterLayout
+
+            return AddedAdapterLayout(inventory, stored, where)
         from shardsave._huggingface.transformers_loading import TransformersLayout  # no other model needs it
 
         return TransformersLayout(inventory, stored, where)

@@ -14,6 +14,7 @@ from shardsave._common.shutdown import verb
 from shardsave._format.dtypes import BY_NAME, torch_shape
 from shardsave._loading.mapped import Maps
 from shardsave._loading.selection import closest, stored_names
+from shardsave._printable import printable
 from shardsave._storage.checkpoint import Checkpoint, Located, open_checkpoint
 from shardsave.errors import IncompatibleCheckpointError
 
@@ -103,7 +104,7 @@ class OpenCheckpoint(Mapping[str, torch.Tensor]):
     def _refuse_if_closed(self, name: str) -> None:
         if self._closed:
             raise ValueError(
-                f"cannot read {name!r} from {self.path}: an open checkpoint was expected, it was closed; "
+                f"cannot read {name!r} from {printable(self.path)}: an open checkpoint was expected, it was closed; "
                 f"tensors that were asked for before are still valid"
             )
 
@@ -121,7 +122,7 @@ class OpenCheckpoint(Mapping[str, torch.Tensor]):
     __hash__ = object.__hash__
 
     def __repr__(self) -> str:
-        return f"<shardsave.OpenCheckpoint {self.path}: {len(self)} names{', closed' if self._closed else ''}>"
+        return f"<shardsave.OpenCheckpoint {printable(self.path)}: {len(self)} names{', closed' if self._closed else ''}>"
 
     def close(self) -> None:
         """Closes the files; a second call does nothing."""

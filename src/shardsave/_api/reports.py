@@ -1,19 +1,35 @@
-"""The reports of a save and a load: frozen values that print as one readable line."""
+"""The reports of a save and a load: frozen values that print as one readable line.
+
+Fields are values, so names and paths in them are as they are in the file. What is printed, and sentences such as notes, are escaped for
+a terminal.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from shardsave._common.phases import Phases
 from shardsave._common.words import count, human_bytes, some
+from shardsave._printable import printable
 
 __all__ = ["LoadReport", "Phases", "Report", "SaveReport"]
 
 VERIFIED = {True: "checksums verified", False: "not verified", None: "no checksums stored"}
 
 
+class Printed:
+    """Prints as its `_lines`, each escaped by itself: a line feed in a name starts no line."""
+
+    def _lines(self) -> Iterator[str]:
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return "\n".join(map(printable, self._lines()))
+
+
 @dataclass(frozen=True)
-class Report:
+class Report(Printed):
     """The fields that all reports have.
 
     ``bytes``: how many bytes of tensor data. ``tensors``: the number of stored tensors; a tied group counts once.
@@ -32,6 +48,9 @@ class Report:
     staging_bytes: int
     pinned: bool
     notes: tuple[str, ...] = field(default=(), kw_only=True)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "notes", tuple(map(printable, self.notes)))
 
     @property
     def bytes_per_second(self) -> float:
@@ -66,14 +85,14 @@ class SaveReport(Report):
     leftovers: tuple[str, ...] = ()
     overlaps: tuple[tuple[str, str], ...] = ()
 
-    def __str__(self) -> str:
+    def _lines(self) -> Iterator[str]:
         more = []
         if self.leftovers:
             more.append(f"could not remove {', '.join(self.leftovers)}")
         if self.overlaps:
             more.append(f"overlapping but stored separately: {some(f'{a} and {b}' for a, b in self.overlaps)}")
         how = f"{self._engine_and_access()}, {'durable' if self.durable else 'not durable'}"
-        return self._with_notes(f"saved {self.path}: {self._size_and_speed()}, {how}", *more)
+        yield self._with_notes(f"saved {self.path}: {self._size_and_speed()}, {how}", *more)
 
 
 @dataclass(frozen=True)
@@ -94,7 +113,7 @@ class LoadReport(Report):
     frozen: int | None = None
     changed_flags: int = 0
 
-    def __str__(self) -> str:
+    def _lines(self) -> Iterator[str]:
         differences = (
             ("missing from the checkpoint", self.missing),
             ("not in the module", self.unexpected),
@@ -103,10 +122,11 @@ class LoadReport(Report):
         more = [f"{words}: {some(names)}" for words, names in differences if names]
         if self.tensors == 0:
             line = f"nothing was loaded from {self.path}"
-            return self._with_notes(f"{line}: {more[0]}" if more else line, *more[1:])
+            yield self._with_notes(f"{line}: {more[0]}" if more else line, *more[1:])
+            return
         changed = f" ({count(self.changed_flags, 'flag')} changed)" if self.changed_flags else ""
         flags = "flags left alone" if self.frozen is None else f"{self.frozen} frozen{changed}"
         checked = VERIFIED[self.verified]
-        return self._with_notes(
+        yield self._with_notes(
             f"loaded {self.path}: {self._size_and_speed()}, {self._engine_and_access()}, {checked}, {flags}", *more
         )

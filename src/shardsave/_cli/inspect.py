@@ -128,7 +128,8 @@ def _shard_sums(checkpoint: Checkpoint) -> dict[str, Sums]:
     flags = checkpoint.stored_flags or {}
     sums = {shard: Sums() for shard in checkpoint.shards}
     for name, tensor in checkpoint.tensors.items():
-        sums[tensor.shard].add(tensor, flags.get(name))
+        for place in tensor.places:
+            sums[place.shard].add(place, flags.get(name))
     return sums
 
 

@@ -15,10 +15,10 @@ from shardsave._cli.completion import completion
 from shardsave._cli.convert import convert
 from shardsave._cli.diff import diff
 from shardsave._cli.inspect import inspect
-from shardsave._cli.output import printable
 from shardsave._cli.plot import plot
 from shardsave._cli.verify import verify
 from shardsave._common.backend import check_engine
+from shardsave._printable import printable
 from shardsave._version import __version__
 from shardsave.errors import ShardSaveError
 

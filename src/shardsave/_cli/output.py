@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Union
 
 import click
 
+from shardsave._printable import printable
+
 if TYPE_CHECKING:
     from rich.text import Text
 
@@ -15,11 +17,6 @@ if TYPE_CHECKING:
 Cell = Union[str, tuple[str, str]]
 
 FROZEN, TRAINABLE, GOOD, BAD, DIM = "bold cyan", "yellow", "green", "bold red", "dim"
-
-
-def printable(text: str) -> str:
-    """``text`` with control characters escaped: names come from untrusted files, and must not move the cursor or start a new line."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class Output:

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from shardsave._cli.output import printable
 from shardsave._common.words import count, human_bytes
+from shardsave._printable import printable
 from shardsave._storage.checkpoint import Checkpoint, Located
 
 #: Freeze flag → colour. The colours differ in lightness, so they stay distinct in grey print and for colour-blind readers.
@@ -38,8 +38,9 @@ def draw(checkpoint: Checkpoint, width: float) -> Figure:
     shards = checkpoint.shards
     flags = checkpoint.stored_flags or {}
     by_shard: dict[str, list[Located]] = {shard: [] for shard in shards}
-    for tensor in sorted(checkpoint.tensors.values(), key=lambda tensor: tensor.offset):
-        by_shard[tensor.shard].append(tensor)
+    places = (place for tensor in checkpoint.tensors.values() for place in tensor.places)
+    for place in sorted(places, key=lambda place: place.offset):
+        by_shard[place.shard].append(place)
     height = min(max(len(shards), 1) * _ROW, _HIGHEST)
     row = height / max(len(shards), 1)
     longest = max((sum(t.nbytes for t in tensors) for tensors in by_shard.values()), default=0) or 1

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from shardsave._cli.output import BAD, DIM, GOOD, Output, printable, wants_bar
+from shardsave._cli.output import BAD, DIM, GOOD, Output, wants_bar
 from shardsave._cli.paths import CHECKPOINT
 from shardsave._common.words import count
+from shardsave._printable import printable
 
 if TYPE_CHECKING:
     import shardsave

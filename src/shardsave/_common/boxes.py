@@ -18,6 +18,11 @@ Box = tuple[slice, ...]
 _AS_INTEGER = {1: torch.uint8, 2: torch.int16}
 
 
+def box(begin: Sequence[int], sizes: Sequence[int]) -> Box:
+    """The box of ``sizes`` that begins at index ``begin``."""
+    return tuple(slice(at, at + size) for at, size in zip(begin, sizes))
+
+
 def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
     """The boxes that cover elements ``start`` to ``stop``, in C order: at most two for each dimension."""
     if start == stop:

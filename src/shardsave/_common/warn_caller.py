@@ -7,12 +7,14 @@ import os
 import sys
 import warnings
 
+from shardsave._printable import printable
+
 _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _CONTEXTLIB = contextlib.__file__  # the public verbs run inside its decorators
 
 
 def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
-    """Issues a warning for the innermost frame outside this package."""
+    """Issues a warning for the innermost frame outside this package, in one line that a terminal can show."""
     level = 1
     frame = sys._getframe()
     while frame.f_back is not None and (
@@ -20,4 +22,4 @@ def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
     ):
         frame = frame.f_back
         level += 1
-    warnings.warn(message, category, stacklevel=level)
+    warnings.warn(printable(message), category, stacklevel=level)

@@ -9,6 +9,7 @@ from typing import Union
 
 import torch
 
+from shardsave._printable import printable
 from shardsave._state.module import Entry
 
 Drop = Union[str, Iterable[str]]
@@ -21,21 +22,18 @@ _CASTS = {
 
 
 class Names:
-    """Decides which names of the source are converted, and their new names; remembers dropped and renamed names for the report."""
+    """Decides which names of the source are converted, and their new names; remembers renamed names for the report."""
 
     def __init__(self, drop: tuple[str, ...], rename: tuple[tuple[re.Pattern[str], str], ...]) -> None:
-        self.dropped: dict[str, None] = {}
         self.renamed: dict[str, str] = {}
         self._used: set[tuple[str, str]] = set()  # "drop" or "rename", and the pattern that matched
         self._drop = drop
         self._rename = rename
 
     def wanted(self, name: str) -> bool:
-        """Whether no ``drop`` pattern matches ``name``."""
-        matching = [pattern for pattern in self._drop if fnmatch.fnmatchcase(name, pattern)]
+        """Whether ``name`` is not in ``drop`` and matches no pattern there."""
+        matching = [pattern for pattern in self._drop if name == pattern or fnmatch.fnmatchcase(name, pattern)]
         self._used.update(("drop", pattern) for pattern in matching)
-        if matching:
-            self.dropped[name] = None
         return not matching
 
     def new(self, name: str) -> str:
@@ -90,7 +88,7 @@ def replacements(rename: object) -> tuple[tuple[re.Pattern[str], str], ...]:
             re.sub(f"{pattern}|", replacement, "")
         except (re.error, IndexError) as error:
             raise ValueError(
-                f"rename must have valid regular expressions and replacements, not {pattern!r} and {replacement!r}: {error}"
+                f"rename must have valid regular expressions and replacements, not {pattern!r} and {replacement!r}: {printable(str(error))}"
             ) from error
         compiled_pairs.append((compiled, replacement))
     return tuple(compiled_pairs)

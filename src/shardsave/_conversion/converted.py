@@ -73,7 +73,7 @@ def carried_over(origin: Origin, names: Names, target: torch.dtype | None, *, to
     companions = origin.companions
     if target is not None:
         companions = {name: _with_dtype(config, target) for name, config in companions.items()}
-    names_differ = bool(names.dropped or names.renamed)
+    names_differ = bool(origin.dropped or names.renamed)
     if to_directory and not names_differ and target is None:
         return CarriedOver(origin.parts, companions, origin.module_flags, ())
     reason = "it refers to the saved names and dtypes" if to_directory else "a single file cannot hold it"

@@ -19,13 +19,15 @@ from shardsave._foreign.torch_file import TorchFile, read_torch_file
 from shardsave._format.file_names import INDEX_NAME, LONE_NAME, TORCH_ENDINGS
 from shardsave._format.header import CHECKSUM_KEY
 from shardsave._format.index_parsing import parse_index
+from shardsave._format.rank_files import SHARDING_KEY, SHARDING_VERSION_KEY, is_rank_file
 from shardsave._loading.mapped import Maps
 from shardsave._state.module import Entry
 from shardsave._state.parts import Parts
-from shardsave._storage.checkpoint import PARTS, Checkpoint, Located, open_checkpoint
+from shardsave._storage.checkpoint import PARTS, Checkpoint, open_checkpoint
 from shardsave._storage.companions import CONFIG_NAMES, MAX_COMPANION_BYTES
 from shardsave._storage.directory import Directory
 from shardsave._storage.find import cannot_read, find
+from shardsave._storage.located import Located
 from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError
 
 #: The file names that transformers uses for weights written by torch.save.
@@ -36,8 +38,9 @@ class Origin(NamedTuple):
     """The source of a conversion. ``values``: name → tensor, or another value that the file has under this name.
 
     ``kind``: "shardsave", "safetensors", "torch" or "distributed". ``flags``: name → frozen; None if unknown. ``mappings``: the
-    memory of the tensors. ``files``: every file that has some of them. ``stored``: those tensors of the open
-    ``checkpoint`` that have checksums. ``parts`` and ``module_flags`` are carried over if no name changes, ``companions`` always.
+    memory of the tensors. ``files``: every file that has some of them. ``dropped``: the names that are not wanted. ``stored``: those
+    tensors of the open ``checkpoint`` that have checksums. ``parts`` and ``module_flags`` are carried over if no name changes,
+    ``companions`` always.
     """
 
     kind: str
@@ -47,6 +50,7 @@ class Origin(NamedTuple):
     mappings: tuple[mmap, ...]
     files: tuple[str, ...]
     notes: tuple[str, ...]
+    dropped: tuple[str, ...] = ()
     checkpoint: Checkpoint | None = None
     stored: tuple[Located, ...] = ()
     parts: Parts = Parts()
@@ -67,7 +71,7 @@ def open_origin(path: str, key: str | None, wanted: Wanted, closing: ExitStack) 
 
 
 def _from_folder(path: str, key: str | None, wanted: Wanted, closing: ExitStack) -> Origin:
-    if _has(path, INDEX_NAME) or _has(path, LONE_NAME):
+    if _has(path, INDEX_NAME) or _has(path, LONE_NAME) or any(map(is_rank_file, _names_in(path))):
         return _from_checkpoint(path, key, wanted, closing)
     if _has(path, TABLE_NAME):
         return _from_distributed(path, key, wanted)
@@ -102,7 +106,10 @@ def _from_checkpoint(path: str, key: str | None, wanted: Wanted, closing: ExitSt
     chosen = {name: stored for name, stored in names.items() if wanted(name)}
     located = {stored: checkpoint.tensors[stored] for stored in chosen.values()}
     maps = Maps(checkpoint, aligned=False)
-    tensors = maps.tensors(located)
+    tensors = {
+        **maps.tensors({name: t for name, t in located.items() if not t.chunks}),
+        **{name: maps.assembled(t) for name, t in located.items() if t.chunks},
+    }
     extra = maps.tensors(checkpoint.kept)
     parts = Parts(
         checkpoint.documents,
@@ -116,6 +123,7 @@ def _from_checkpoint(path: str, key: str | None, wanted: Wanted, closing: ExitSt
         maps.mappings,
         tuple(map(checkpoint.path_of, checkpoint.files)),
         (),
+        tuple(name for name in names if name not in chosen),
         checkpoint,
         tuple(t for t in (*located.values(), *checkpoint.kept.values()) if t.checksum is not None),
         parts,
@@ -125,7 +133,7 @@ def _from_checkpoint(path: str, key: str | None, wanted: Wanted, closing: ExitSt
 
 def _foreign_metadata(checkpoint: Checkpoint) -> dict[str, str]:
     """The metadata of a single file, without the entries that mean something else there: ties, format and checksums."""
-    reserved = {*checkpoint.ties, "format", CHECKSUM_KEY}
+    reserved = {*checkpoint.ties, "format", CHECKSUM_KEY, SHARDING_KEY, SHARDING_VERSION_KEY}
     return {name: value for name, value in checkpoint.file_metadata.items() if name not in reserved}
 
 
@@ -138,8 +146,8 @@ def _from_distributed(path: str, key: str | None, wanted: Wanted) -> Origin:
 
 
 def _from_content(kind: str, file: TorchFile, path: str, key: str | None, wanted: Wanted, files: tuple[str, ...]) -> Origin:
-    values, left_out = choose_state(file.content, key, wanted, path)
-    return Origin(kind, values, None, {}, file.mappings, files, (*file.notes, *left_out))
+    choice = choose_state(file.content, key, wanted, path)
+    return Origin(kind, choice.state, None, {}, file.mappings, files, (*file.notes, *choice.notes), choice.dropped)
 
 
 def _from_torch_shards(path: str, key: str | None, wanted: Wanted) -> Origin:
@@ -158,7 +166,8 @@ def _from_torch_shards(path: str, key: str | None, wanted: Wanted) -> Origin:
         notes += file.notes
     in_order = {name: values[name] for name in weight_map if wanted(name)}
     files = tuple(os.path.join(folder, shard) for shard in shards)
-    return Origin("torch", in_order, None, {}, tuple(mappings), files, tuple(notes))
+    dropped = tuple(name for name in weight_map if name not in in_order)
+    return Origin("torch", in_order, None, {}, tuple(mappings), files, tuple(notes), dropped)
 
 
 def _read_torch_shard(folder: str, shard: str, names: set[str]) -> TorchFile:
@@ -212,12 +221,15 @@ def _has(folder: str, name: str) -> bool:
 
 def _hint(folder: str) -> str:
     """Names files in ``folder`` that could be converted if their path were given."""
-    try:
-        listed = sorted(os.listdir(folder))
-    except OSError:
-        return ""
-    files = [name for name in listed if name.endswith((".safetensors", *TORCH_ENDINGS, ".index.json"))]
+    files = [name for name in _names_in(folder) if name.endswith((".safetensors", *TORCH_ENDINGS, ".index.json"))]
     return f"; to read another file, give its path: {some(files)}" if files else ""
+
+
+def _names_in(folder: str) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError:
+        return []
 
 
 def _resolve_hub_cache(path: str) -> str:

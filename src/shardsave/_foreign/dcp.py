@@ -7,18 +7,18 @@ reaches no class of torch and no other code.
 from __future__ import annotations
 
 import io
-import math
 import os
 import pickle
 import pickletools
 from collections import OrderedDict
-from typing import Any, NamedTuple, NoReturn, Union
+from typing import Any, NoReturn, Union
 
-import numpy as np
 import torch
 
 from shardsave._common.assembled import Assembled, Chunk
+from shardsave._common.coverage import covered_once
 from shardsave._common.os_calls import CallFailed, Descriptor, call
+from shardsave._foreign.containers import Unread
 from shardsave._foreign.torch_file import Archives, TorchFile
 from shardsave._format.file_names import is_file_name
 from shardsave._storage.find import cannot_read
@@ -88,10 +88,6 @@ class _ForbiddenName(Exception):
     """The pickle uses a name that is not in `_RECORDS` and `_VALUES`."""
 
 
-class PickledValue(NamedTuple):
-    """Takes the place of a value that has its own pickle in the directory; that pickle is not read."""
-
-
 def read_distributed(folder: str) -> TorchFile:
     """Reads the table of ``folder`` and maps its files; the content is nested as it was when it was saved."""
     table = _read_table(os.path.join(folder, TABLE_NAME))
@@ -107,7 +103,7 @@ def read_distributed(folder: str) -> TorchFile:
     content: dict[Any, Any] = {}
     try:
         for name, description in tensors.items():
-            value: Union[torch.Tensor, Assembled, PickledValue] = PickledValue()
+            value: Union[torch.Tensor, Assembled, Unread] = Unread("pickled value")  # it has a pickle of its own
             if type(description) is _TENSOR:
                 value = _tensor(name, description, place_of, archives, folder)
             _put(content, _path_of(name, paths), value, folder)
@@ -170,7 +166,7 @@ def _tensor(
         chunks.append(Chunk(begin, tensor))
     if len(chunks) == 1 and tuple(chunks[0].tensor.shape) == shape:
         return chunks[0].tensor
-    if not _cover(shape, chunks):
+    if not covered_once(shape, [(begin, tuple(tensor.shape)) for begin, tensor in chunks]):
         _bad(folder, f"{name!r} was expected to be covered by its {len(chunks)} parts once, it is not")
     return Assembled(dtype, shape, [chunk for chunk in chunks if chunk.tensor.numel()])
 
@@ -187,24 +183,6 @@ def _chunk_tensor(name: str, place: _Record | None, archives: Archives, folder: 
             f"{place['transform_descriptors']!r} when it was saved; nothing was written"
         )
     return archives.tensor(file, offset, length)
-
-
-def _cover(shape: tuple[int, ...], chunks: list[Chunk]) -> bool:
-    """Whether each element is in exactly one chunk. Counts on the grid of the chunks' borders, which has few cells."""
-    if math.prod(shape) == 0:
-        return True
-    borders = [
-        sorted({0, n, *(c.begin[d] for c in chunks), *(c.begin[d] + c.tensor.shape[d] for c in chunks)})
-        for d, n in enumerate(shape)
-    ]
-    if math.prod(len(cuts) - 1 for cuts in borders) > max(1 << 20, 4 * len(chunks)):
-        return False
-    count = np.zeros([len(cuts) - 1 for cuts in borders], np.int32)
-    cell_numbers = [{cut: cell for cell, cut in enumerate(cuts)} for cuts in borders]
-    for begin, tensor in chunks:
-        if tensor.numel():
-            count[tuple(slice(cells[b], cells[b + n]) for cells, b, n in zip(cell_numbers, begin, tensor.shape))] += 1
-    return bool((count == 1).all())
 
 
 def _key(name: Any, offset: Any, folder: str) -> tuple[Any, Any]:
@@ -235,4 +213,4 @@ def _put(content: dict[Any, Any], path: tuple[Any, ...], value: object, folder: 
 
 
 def _bad(path: str, found: str) -> NoReturn:
-    raise CorruptCheckpointError(f"corrupt distributed checkpoint: {path}: {found}; nothing was written")
+    raise CorruptCheckpointError(f"corrupt distributed checkpoint: {path}: {found}; nothing was written") from None

@@ -1,51 +1,81 @@
-"""Chooses the state dict in a file that may hold more: optimizer state, counters, several states under different keys."""
+"""Chooses the state dict in a file that may hold more: optimizer state, counters, several states under different keys.
+
+Nothing that has tensors is left out without being named. Training state is left out with a note, what the caller drops is left out, and
+everything else has to be one mapping of names to tensors; otherwise an error lists what there is.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
 
-import torch
-
-from shardsave._common.assembled import Assembled
-from shardsave._common.words import an, count, some
+from shardsave._common.words import an, some
+from shardsave._foreign.containers import (
+    bytes_of,
+    children,
+    count_tensors,
+    describe,
+    is_container,
+    is_tensor,
+    is_tensor_list,
+    kind_of,
+    tensors_in,
+)
+from shardsave._foreign.training_state import are_random_states, is_training_state
 from shardsave.errors import IncompatibleCheckpointError
 
-#: How many keys may lead to a state.
-_MAX_DEPTH = 4
+#: How many keys may lead to a value, and how often containers are visited again because they are in several others.
+_MAX_DEPTH, _MAX_REPEATED = 100, 10_000
 
-#: How many items a message lists.
-_LISTED = 5
+#: How many items a message lists: of values without tensors, and of those with tensors.
+_LISTED, _LISTED_WITH_TENSORS = 5, 20
 
-#: Whether a tensor of this name is to be converted.
+#: Whether a value of this name, or at this path, is to be converted.
 Wanted = Callable[[str], bool]
 
-#: The keys that lead to a mapping, and the mapping.
-_Place = tuple[tuple[str, ...], dict[Any, Any]]
+#: The keys that lead to a value.
+Keys = tuple[str, ...]
 
 
-def choose_state(content: Any, key: str | None, wanted: Wanted, path: str) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Returns the state in ``content``, name → tensor, and a note of what lies outside it.
+class Choice(NamedTuple):
+    """The chosen state, name → tensor; the names that were dropped by request; and notes of everything else that is left out."""
 
-    The state is the mapping at ``key``; without a key, the outermost mapping that has only tensors among its wanted values. ``path``
-    is for messages. Raises IncompatibleCheckpointError, with a list of what the file holds.
+    state: dict[str, Any]
+    dropped: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+class _Node(NamedTuple):
+    """A container without what was dropped. ``tensors``: its own, those of a list ``x`` as ``x.0``, ``x.1``; ``others``: the rest."""
+
+    keys: Keys
+    tensors: dict[str, Any]
+    others: dict[str, Any]
+
+
+def choose_state(content: Any, key: str | None, wanted: Wanted, path: str) -> Choice:
+    """Chooses the state in ``content``: the container at ``key``; without a key, the only one with tensors that are no training state.
+
+    ``path`` is for messages. Raises IncompatibleCheckpointError, with a list of what the file holds, unless exactly one is meant and
+    everything in it is a tensor, is training state or is dropped.
     """
-    mappings = list(_mappings(content, ()))
-    states = [(keys, mapping) for keys, mapping in mappings if _is_state(mapping, wanted)]
-    if key is not None:
-        place = next(((keys, mapping) for keys, mapping in mappings if ".".join(keys) == key), None)
-        if place is None:
+    survey = _Survey(wanted, path, recognize=key is None)
+    survey.visit((), content)
+    states = [node for node in survey.nodes if node.tensors and not survey.is_random_state(node)]
+    if key is None:
+        if len(states) > 1:
+            _refuse(path, f"it has {_list_states(states)}; {_advice(states)}")
+        node = states[0] if states else _Node((), {}, survey.root.others)
+    else:
+        at_key = [node for node in (*survey.nodes, *survey.lists) if ".".join(node.keys) == key]
+        if not at_key:
             refuse_key(path, key, _list_states(states) or "no mapping of names to tensors")
-        keys, mapping = place
-        return {str(name): value for name, value in mapping.items() if wanted(str(name))}, _left_out(content, keys)
-    depth = min((len(keys) for keys, _ in states), default=0)
-    outermost = [(keys, state) for keys, state in states if len(keys) == depth]
-    if len(outermost) == 1:
-        keys, state = outermost[0]
-        return {name: value for name, value in state.items() if wanted(name)}, _left_out(content, keys)
-    if not outermost:
-        _refuse(path, _describe(content))
-    _refuse(path, f"it has {_list_states(outermost)}; choose one with key={'.'.join(outermost[0][0])!r}")
+        node = at_key[0]
+    others = {name: value for name, value in node.others.items() if (*node.keys, name) not in survey.training}
+    if others or not node.tensors:
+        _refuse(path, _describe(content, node, others, survey))
+    dropped = tuple(_relative(keys, node.keys) for keys in survey.dropped)
+    return Choice(node.tensors, dropped, _left_out(content, node, survey))
 
 
 def refuse_key(path: str, key: str, found: str) -> NoReturn:
@@ -61,55 +91,133 @@ def _refuse(path: str, found: str) -> NoReturn:
     )
 
 
-def _mappings(content: Any, keys: tuple[str, ...]) -> Iterator[_Place]:
-    """Every mapping in ``content``, with the keys that lead to it."""
-    if not isinstance(content, dict) or len(keys) > _MAX_DEPTH:
-        return
-    yield keys, content
-    for name, value in content.items():
-        if isinstance(name, str) and isinstance(value, dict):
-            yield from _mappings(value, (*keys, name))
+class _Survey:
+    """Visits every container of a file. ``training``: the paths of training state, which is not visited if ``recognize``.
+
+    ``nodes``: the visited containers, in file order. ``lists``: those that are lists of tensors, which count as a part of the
+    container that they are in. ``dropped``: the paths that are not wanted.
+    """
+
+    def __init__(self, wanted: Wanted, path: str, *, recognize: bool) -> None:
+        self.nodes: list[_Node] = []
+        self.lists: list[_Node] = []
+        self.training: dict[Keys, Any] = {}
+        self.dropped: dict[Keys, None] = {}
+        self._wanted = wanted
+        self._path = path
+        self._recognize = recognize
+        self._visited: set[int] = set()
+
+    @property
+    def root(self) -> _Node:
+        return self.nodes[0] if self.nodes else _Node((), {}, {})
+
+    def is_random_state(self, node: _Node) -> bool:
+        """Whether ``node`` has no tensors but states of random number generators; notes them as training state."""
+        if not self._recognize or not are_random_states(node.tensors):
+            return False
+        self.training.update(((*node.keys, name), tensor) for name, tensor in node.tensors.items())
+        return True
+
+    def visit(self, keys: Keys, value: Any) -> None:
+        if not is_container(value):
+            return
+        if self._recognize and is_training_state(keys[-1] if keys else "", value):
+            self.training[keys] = value
+            return
+        self._visited.add(id(value))
+        if len(keys) > _MAX_DEPTH or len(self.nodes) > len(self._visited) + _MAX_REPEATED:
+            _refuse(self._path, "it has containers that are nested too deeply, or in themselves")
+        node = _Node(keys, {}, {})
+        self.nodes.append(node)
+        for name, child in children(value):
+            if is_tensor_list(child) and not self._drops(keys, name):
+                tensors = dict(children(child))
+                self.lists.append(_Node((*keys, name), tensors, {}))
+                for number, tensor in tensors.items():
+                    self._sort_in(node, f"{name}.{number}", tensor)
+            else:
+                self._sort_in(node, name, child)
+
+    def _sort_in(self, node: _Node, name: str, value: Any) -> None:
+        if self._drops(node.keys, name):
+            return
+        if name in node.tensors or name in node.others:
+            _refuse(self._path, f"{'.'.join((*node.keys, name))!r} is there twice")
+        if is_tensor(value):
+            node.tensors[name] = value
+        else:
+            node.others[name] = value
+            self.visit((*node.keys, name), value)
+
+    def _drops(self, keys: Keys, name: str) -> bool:
+        path = (*keys, name)
+        if self._wanted(name) and (not keys or self._wanted(".".join(path))):
+            return False
+        self.dropped[path] = None
+        return True
 
 
-def _is_state(mapping: dict[Any, Any], wanted: Wanted) -> bool:
-    """Whether ``mapping`` has tensors, and its wanted values are tensors only."""
-    if not all(isinstance(name, str) for name in mapping):
-        return False
-    return any(map(_is_tensor, mapping.values())) and all(_is_tensor(value) for name, value in mapping.items() if wanted(name))
+def _relative(keys: Keys, state: Keys) -> str:
+    """The name of a dropped value: inside the state at ``state`` its name there, elsewhere its path."""
+    return ".".join(keys[len(state) :] if keys[: len(state)] == state else keys)
 
 
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, (torch.Tensor, Assembled))
+def _list_states(states: list[_Node]) -> str:
+    """Lists ``states``, the largest first, each with its number of tensors and their bytes."""
+    in_order = sorted(states, key=_size, reverse=True)
+    return some((f"{_label(node)} ({count_tensors(node.tensors.values())})" for node in in_order), _LISTED)
 
 
-def _list_states(states: list[_Place]) -> str:
-    return some((f"{'.'.join(keys)!r} ({count(len(state), 'tensor')})" for keys, state in states), _LISTED)
+def _size(node: _Node) -> int:
+    return sum(map(bytes_of, node.tensors.values()))
 
 
-def _describe(content: Any) -> str:
-    """Describes the content of a file without a state, for a message."""
-    outer = content if isinstance(content, dict) else {}
-    not_tensors = {str(name): value for name, value in outer.items() if not _is_tensor(value)}
-    if not not_tensors:
-        return f"it has none, it is {an(type(content).__name__)}"
-    has_tensors = len(not_tensors) < len(outer)
-    advice = f" among its tensors, which can be left out with drop={next(iter(not_tensors))!r}" if has_tensors else ""
-    return f"it has {some((f'{name!r} ({_kind(value)})' for name, value in not_tensors.items()), _LISTED)}{advice}"
+def _label(node: _Node) -> str:
+    return repr(".".join(node.keys)) if node.keys else f"at its top {some(map(repr, node.tensors))}"
 
 
-def _kind(value: object) -> str:
-    quantized = isinstance(value, (list, tuple)) and any(isinstance(part, torch.Tensor) and part.is_quantized for part in value)
-    return f"{type(value).__name__}{' with a quantized tensor' if quantized else ''}"
+def _advice(states: list[_Node]) -> str:
+    """How to say which of ``states`` is meant. One that contains others can only be chosen by dropping these."""
+    largest, *smaller = sorted(states, key=_size, reverse=True)
+    inner = ".".join(next(node.keys for node in [*smaller, largest] if node.keys))
+    if any(node.keys[: len(largest.keys)] == largest.keys for node in smaller):
+        return f"leave out what is not wanted with drop={inner!r}, or choose one with key={inner!r}"
+    return f"choose one with key={'.'.join(largest.keys)!r}, or leave out what is not wanted with drop={inner!r}"
 
 
-def _left_out(content: Any, keys: tuple[str, ...]) -> tuple[str, ...]:
-    """A note of everything in a file outside the state at ``keys``."""
-    outside = []
-    for depth, key in enumerate(keys):
-        outside += [
-            f"{'.'.join((*keys[:depth], str(name)))!r} ({type(value).__name__})"
-            for name, value in content.items()
-            if name != key
-        ]
-        content = content[key]
-    return (f"left out, since not in {'.'.join(keys)!r}: {some(outside, _LISTED)}",) if outside else ()
+def _describe(content: Any, node: _Node, others: dict[str, Any], survey: _Survey) -> str:
+    """Describes a container that is no state, for a message."""
+    if others:
+        advice = f" among its tensors, which can be left out with drop={next(iter(others))!r}" if node.tensors else ""
+        return f"it has {_list_values(others)}{advice}"
+    if survey.training:
+        training = _list_values({".".join(keys): value for keys, value in survey.training.items()})
+        return f"it has only training state: {training}; choose a mapping in it with key="
+    return "none is left" if survey.dropped else f"it has none, it is {an(kind_of(content))}"
+
+
+def _list_values(values: dict[str, Any], most: int = _LISTED) -> str:
+    return some((f"{name!r} ({describe(value)})" for name, value in values.items()), most)
+
+
+def _left_out(content: Any, node: _Node, survey: _Survey) -> tuple[str, ...]:
+    """A note of everything that is left out without a request: what lies outside of the state, and the training state in it."""
+    outside: dict[Keys, Any] = {}
+    for depth, key in enumerate(node.keys):
+        named = dict(children(content))
+        outside.update(((*node.keys[:depth], name), value) for name, value in named.items() if name != key)
+        content = named[key]
+    outside.update((keys, value) for keys, value in survey.training.items() if keys[:-1] == node.keys)
+    with_tensors: list[str] = []
+    without: list[str] = []
+    for keys, value in outside.items():
+        if keys not in survey.dropped:
+            kind = "training state" if keys in survey.training and is_container(value) else None
+            listed = with_tensors if any(True for _ in tensors_in(value)) else without
+            listed.append(f"{'.'.join(keys)!r} ({describe(value, kind)})")
+    if not with_tensors and not without:
+        return ()
+    where = f"since not in {'.'.join(node.keys)!r}" if node.keys else "since it is training state"
+    lists = (some(listed, most) for listed, most in ((with_tensors, _LISTED_WITH_TENSORS), (without, _LISTED)) if listed)
+    return (f"left out, {where}: {', '.join(lists)}",)

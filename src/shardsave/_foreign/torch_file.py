@@ -186,7 +186,7 @@ def _read_mapped(fd: int, mapping: mmap.mmap, begin: int, length: int, path: str
     if not _torch_reports_offsets():
         raise _NotMappable(f"is read by torch {torch.__version__}, which does not report the offsets of tensors")
     try:
-        return _place(unpickle(Window(fd, begin, length), path, "meta"), mapping, begin, records, path)
+        return _Placing(mapping, begin, records, path).place(unpickle(Window(fd, begin, length), path, "meta"))
     except RecursionError:
         _bad(path, "it holds containers nested too deeply, or in themselves")
 
@@ -225,40 +225,60 @@ def _refuse_program(path: str, records: Sequence[str]) -> None:
     )
 
 
-def _place(content: Any, mapping: mmap.mmap, begin: int, records: Mapping[int, int], path: str) -> Any:
-    """``content`` with each plain meta tensor replaced by a view of its bytes; the archive begins at ``begin`` in the file.
+class _Placing:
+    """Replaces each plain meta tensor of a content by a view of its bytes; the archive begins at ``begin`` in the file.
 
     torch computes the offset at which it would write a tensor. The offset is used only if a record of the right length begins there.
     """
-    if isinstance(content, Mapping):
-        return {key: _place(value, mapping, begin, records, path) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [_place(value, mapping, begin, records, path) for value in content]
-    if type(content) not in PLAIN_TYPES or content.layout is not torch.strided or content.is_quantized or content.is_nested:
-        return content
-    storage = content.untyped_storage()
-    if storage.nbytes() == 0 or content.numel() == 0:
-        return torch.empty(content.shape, dtype=content.dtype)
-    offset = getattr(storage, "_checkpoint_offset", None)
-    if offset is None:
-        return content  # the tensor was on the meta device when it was saved
-    if records.get(offset) != storage.nbytes():
-        raise _NotMappable
-    offset += begin
-    needed = content.storage_offset() + sum((size - 1) * stride for size, stride in zip(content.shape, content.stride())) + 1
-    if min(*content.stride(), content.storage_offset(), 0) < 0 or needed * content.element_size() > storage.nbytes():
-        _bad(path, f"a tensor of {tuple(content.shape)} does not lie in its {storage.nbytes()} bytes")
-    raw = torch.frombuffer(mapping, dtype=torch.uint8, count=storage.nbytes(), offset=offset)
-    tensor = torch.empty(0, dtype=content.dtype)
-    try:
-        tensor.set_(raw.untyped_storage(), content.storage_offset(), content.shape, content.stride())
-    except RuntimeError as error:
-        _bad(path, f"a tensor of {tuple(content.shape)} does not lie in its {storage.nbytes()} bytes ({_reason(error)})")
-    tensor = tensor.conj() if content.is_conj() else tensor
-    return torch._neg_view(tensor) if content.is_neg() else tensor
+
+    def __init__(self, mapping: mmap.mmap, begin: int, records: Mapping[int, int], path: str) -> None:
+        self._mapping, self._begin, self._records, self._path = mapping, begin, records, path
+        self._placed: dict[int, Any] = {}  # by the identity of a container, which may be in many others
+
+    def place(self, content: Any) -> Any:
+        """``content`` with tensors that are mapped. The content has to stay alive meanwhile."""
+        if id(content) in self._placed:
+            return self._placed[id(content)]
+        if isinstance(content, Mapping):
+            placed: Any = {key: self.place(value) for key, value in content.items()}
+        elif isinstance(content, (list, tuple, set, frozenset)):
+            placed = [self.place(value) for value in content]
+        else:
+            return self._tensor(content)
+        self._placed[id(content)] = placed
+        return placed
+
+    def _tensor(self, content: Any) -> Any:
+        if type(content) not in PLAIN_TYPES or content.layout is not torch.strided or content.is_quantized or content.is_nested:
+            return content
+        storage = content.untyped_storage()
+        if storage.nbytes() == 0 or content.numel() == 0:
+            return torch.empty(content.shape, dtype=content.dtype)
+        offset = getattr(storage, "_checkpoint_offset", None)
+        if offset is None:
+            return content  # the tensor was on the meta device when it was saved
+        if self._records.get(offset) != storage.nbytes():
+            raise _NotMappable
+        offset += self._begin
+        needed = (
+            content.storage_offset() + sum((size - 1) * stride for size, stride in zip(content.shape, content.stride())) + 1
+        )
+        if min(*content.stride(), content.storage_offset(), 0) < 0 or needed * content.element_size() > storage.nbytes():
+            _bad(self._path, f"a tensor of {tuple(content.shape)} does not lie in its {storage.nbytes()} bytes")
+        raw = torch.frombuffer(self._mapping, dtype=torch.uint8, count=storage.nbytes(), offset=offset)
+        tensor = torch.empty(0, dtype=content.dtype)
+        try:
+            tensor.set_(raw.untyped_storage(), content.storage_offset(), content.shape, content.stride())
+        except RuntimeError as error:
+            _bad(
+                self._path,
+                f"a tensor of {tuple(content.shape)} does not lie in its {storage.nbytes()} bytes ({_reason(error)})",
+            )
+        tensor = tensor.conj() if content.is_conj() else tensor
+        return torch._neg_view(tensor) if content.is_neg() else tensor
 
 
 def _bad(path: str, found: str) -> NoReturn:
     raise CorruptCheckpointError(
         f"corrupt {os.path.basename(path)}: {path}: a file of torch.save was expected, {found}; nothing was written"
-    )
+    ) from None  # torch's own messages have names from the file as they are

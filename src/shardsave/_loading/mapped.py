@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from shardsave._common.assembled import Assembled, Chunk
 from shardsave._format.dtypes import BY_NAME, item_bytes, torch_shape
-from shardsave._storage.checkpoint import Checkpoint, Located
+from shardsave._storage.checkpoint import Checkpoint
+from shardsave._storage.located import Located
 from shardsave._storage.mapping import map_file
 from shardsave.errors import CorruptCheckpointError
 
@@ -27,12 +29,21 @@ class Maps:
         self._mapped: dict[str, mmap.mmap] = {}
 
     def tensor(self, t: Located) -> torch.Tensor:
-        """The whole tensor; not copied unless a third-party file stores it unaligned."""
+        """The whole tensor; copied only if a third-party file stores it unaligned, or if it is in several chunks."""
         dtype, shape = BY_NAME[t.dtype].torch, torch_shape(t.dtype, t.shape)
         if t.nbytes == 0:
             return torch.empty(shape, dtype=dtype, device="cpu")
+        if t.chunks:
+            whole = torch.empty(shape, dtype=dtype, device="cpu")
+            self.assembled(t).gather(0, whole.reshape(-1).view(torch.uint8).numpy().data)
+            return whole
         raw = self._bytes(t)
         return (raw if _is_aligned(t) or not self._aligned else raw.clone()).view(dtype).view(shape)
+
+    def assembled(self, t: Located) -> Assembled:
+        """A tensor in several chunks, as a source that copies nothing."""
+        chunks = [Chunk(begin, self._bytes(c).view(BY_NAME[c.dtype].torch).view(c.shape)) for begin, c in t.chunks]
+        return Assembled(BY_NAME[t.dtype].torch, t.shape, chunks)
 
     def tensors(self, chosen: Mapping[str, Located]) -> dict[str, torch.Tensor]:
         """Maps all of ``chosen``, or none: on an error the mappings are dropped, since its traceback would keep their descriptors open."""
@@ -48,7 +59,7 @@ class Maps:
 
     def part(self, t: Located, index: Any) -> torch.Tensor:
         """``tensor(t)[index]``; if the tensor is unaligned, only this part is copied."""
-        if _is_aligned(t) or t.nbytes == 0:
+        if t.chunks or _is_aligned(t) or t.nbytes == 0:
             return self.tensor(t)[index]
         dtype, shape = BY_NAME[t.dtype].torch, torch_shape(t.dtype, t.shape)
         rows = self._bytes(t).view(*shape, dtype.itemsize)

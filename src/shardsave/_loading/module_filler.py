@@ -48,7 +48,9 @@ class ModuleFiller:
         self._checkpoint = checkpoint
         self._device = device
         self._total = len(plan.reads)
-        self._apart: frozenset[str] = frozenset()
+        self._apart: frozenset[str] = frozenset()  # names that are read one at a time
+        self._origins: dict[str, tuple[str, ...]] = {}  # of the parameters that routines filled
+        self._unused: frozenset[str] = frozenset()  # names that routines reported as unexpected
 
     @gc_paused()
     def check(self, *, strict: bool) -> None:
@@ -62,6 +64,7 @@ class ModuleFiller:
         """Fills the module. Errors say how many tensors were loaded before. ``strict``: for the sub-modules that load themselves."""
         self._allocate([*self.plan.routed, *self.plan.in_place])
         missing, unexpected = self._run_routines(reader, strict)
+        self._unused = frozenset(unexpected)
         self._read_in_place(reader)
         self._update_spare_copies()
         return Differences(self.plan.missing + missing, self.plan.unexpected + unexpected)
@@ -69,7 +72,8 @@ class ModuleFiller:
     def restore_flags(self) -> RestoredFlags:
         # Routines may have replaced parameters, also those of their own sub-modules.
         inventory = take_again(self._inventory) if self.plan.routines else self._inventory
-        return restore_flags(named_parameters(inventory, [routine.name for routine in self.plan.routines]), self.plan.flags)
+        parameters = named_parameters(inventory, [routine.name for routine in self.plan.routines])
+        return restore_flags(parameters, self.plan.flags, sorted(self.plan.routed - self._unused), self._origins)
 
     def _allocate(self, filled: Collection[str]) -> None:
         self._inventory = allocate(self._inventory, filled, self.plan.owned, self._device)
@@ -85,13 +89,14 @@ class ModuleFiller:
         for join in self.plan.joins if self.plan.routed else ():
             if not self.plan.routed.isdisjoint(join.targets):
                 joined.update(self._read_joined(join, reader))
+        offloaded = [slot for slot in self._inventory.slots.values() if slot.offloaded is not None]
         for routine in self.plan.routines:
             module = self._inventory.self_loading[routine.name]
-            owned = (slot for name, slot in self._inventory.slots.items() if self.plan.owned.get(name) == routine.name)
-            with self._counting(reader), onloaded(owned):
-                names = run_routine(module, routine, self.plan.stored, joined, reader, strict)
-            missing += names[0]
-            unexpected += names[1]
+            with self._counting(reader), onloaded(slot for slot in offloaded if self.plan.owned.get(slot.name) == routine.name):
+                answer = run_routine(module, routine, self.plan.stored, joined, reader, strict)
+            missing += answer.missing
+            unexpected += answer.unexpected
+            self._origins.update(answer.origins)
         if self.plan.routines and self.plan.in_place:
             with self._counting(reader):
                 self._follow_routines()

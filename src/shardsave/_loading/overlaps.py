@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from shardsave._common.memory import any_overlap, reach
 from shardsave._loading.mapped import Maps
 from shardsave._loading.slots import Slot
-from shardsave._storage.checkpoint import Checkpoint, Located
+from shardsave._storage.checkpoint import Checkpoint
+from shardsave._storage.located import Located
 
 #: The most work that numpy may spend to decide whether two strided views share an element.
 _OVERLAP_WORK = 100_000

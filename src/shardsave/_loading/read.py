@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Union
 import numpy as np
 import torch
 
+from shardsave._common.boxes import box
 from shardsave._common.gc_pause import gc_paused
 from shardsave._common.progress import Progress
 from shardsave._common.sources import TensorSource
@@ -17,7 +18,8 @@ from shardsave._engine.blocks import blocks
 from shardsave._engine.totals import Totals
 from shardsave._engine.transfer import BLOCK_BYTES, TransferFault
 from shardsave._format.dtypes import BY_NAME, item_bytes
-from shardsave._storage.checkpoint import Checkpoint, Located
+from shardsave._storage.checkpoint import Checkpoint
+from shardsave._storage.located import Located
 from shardsave.errors import CorruptCheckpointError, ShardSaveError
 
 if TYPE_CHECKING:
@@ -45,6 +47,9 @@ class TensorReader:
 
     def read(self, targets: Sequence[Target]) -> None:
         """Fills ``targets``. Raises CorruptCheckpointError if checksums are wrong, once all targets have been read."""
+        whole = len(targets)
+        if any(located.chunks for located, _ in targets):
+            targets = [part for target in targets for part in _chunk_targets(target)]
         if self._verify and None in [located.checksum for located, _ in targets]:
             self.verified = None
         shards = sorted({located.shard for located, _ in targets})
@@ -61,6 +66,7 @@ class TensorReader:
             damaged += self._read_group(group, targets[begin:end], extents[begin:end])
             for shard in group:
                 self._checkpoint.release(shard)
+        self.tensors -= len(targets) - whole
         if damaged:
             self.damaged += damaged
             more = f"; {len(damaged) - 1} more tensors are damaged" if len(damaged) > 1 else ""
@@ -92,6 +98,14 @@ class TensorReader:
         ]
         self.tensors += len(pieces) - len(damaged)
         return damaged
+
+
+def _chunk_targets(target: Target) -> list[Target]:
+    """A target for each chunk of a stored tensor: a view of the tensor that receives it."""
+    located, tensor = target
+    if not located.chunks:
+        return [target]
+    return [(chunk, None if tensor is None else tensor[box(begin, chunk.shape)]) for begin, chunk in located.chunks]
 
 
 def damage_message(located: Located, computed: int) -> str:

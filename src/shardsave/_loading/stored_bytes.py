@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from shardsave._common.os_calls import CallFailed, read_at
 from shardsave._format.crc64 import crc64, finish, shift
 from shardsave._format.dtypes import BY_NAME
+from shardsave._loading.mapped import Maps
 from shardsave._loading.read import damage_message
-from shardsave._storage.checkpoint import Checkpoint, Located
+from shardsave._storage.checkpoint import Checkpoint
 from shardsave._storage.find import cannot_read
+from shardsave._storage.located import Located
 from shardsave.errors import CorruptCheckpointError
 
 #: How many bytes of each side are compared at a time.
@@ -22,8 +24,11 @@ def same_bytes(checkpoint: Checkpoint, left: Located, right: Located) -> bool:
         return False
     if left.checksum is not None and right.checksum is not None:
         return left.checksum == right.checksum
-    if (left.shard, left.offset) == (right.shard, right.offset):
+    if (left.shard, left.offset, left.chunks) == (right.shard, right.offset, right.chunks):
         return True
+    if left.chunks or right.chunks:
+        pieces = zip(stream(checkpoint, left, _COMPARED_BYTES), stream(checkpoint, right, _COMPARED_BYTES))
+        return all(a == b for a, b in pieces)
     a, b = checkpoint.descriptors([left.shard, right.shard])
     try:
         for at in range(0, left.nbytes, _COMPARED_BYTES):
@@ -40,6 +45,9 @@ def stream(checkpoint: Checkpoint, located: Located, elements: int) -> Iterator[
 
     After the last piece, raises CorruptCheckpointError if the checksum is wrong.
     """
+    if located.chunks:
+        yield from _assembled(checkpoint, located, elements * BY_NAME[located.dtype].bits // 8)
+        return
     step, at, raw_sum = elements * BY_NAME[located.dtype].bits // 8, 0, 0
     while at < located.nbytes:
         size = min(step, located.nbytes - at)
@@ -60,3 +68,11 @@ def stream(checkpoint: Checkpoint, located: Located, elements: int) -> Iterator[
     checkpoint.release(located.shard)
     if located.checksum is not None and (computed := finish(raw_sum, located.nbytes)) != located.checksum:
         raise CorruptCheckpointError(damage_message(located, computed))
+
+
+def _assembled(checkpoint: Checkpoint, located: Located, step: int) -> Iterator[bytes]:
+    source = Maps(checkpoint, aligned=False).assembled(located)
+    for at in range(0, located.nbytes, step):
+        piece = bytearray(min(step, located.nbytes - at))
+        source.gather(at, memoryview(piece))
+        yield bytes(piece)

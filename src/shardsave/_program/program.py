@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import nn
 
 from shardsave._common.strict_json import NotJSON, glimpse, parse_object
+from shardsave._printable import printable
 from shardsave._program.graph import GraphReader
 from shardsave._program.refusals import BadProgram
 from shardsave._program.signature import Signature
@@ -148,6 +149,22 @@ class LoadedProgram(nn.Module):
                 f"export the model in {mode_wanted} mode"
             )
         return super().train(mode)
+
+    def __repr__(self) -> str:
+        return "\n".join(_outline(self, "LoadedProgram"))
+
+
+def _outline(module: nn.Module, title: str, indent: str = "") -> Iterator[str]:
+    """The lines with which torch prints a module; names are escaped, because they come from the file."""
+    children = module._modules.items()
+    yield f"{indent}{title}({'' if children else ')'}"
+    for name, child in children:
+        if type(child) is nn.Module:
+            yield from _outline(child, f"({printable(name)}): Module", f"{indent}  ")
+        else:
+            yield f"{indent}  ({printable(name)}): " + repr(child).replace("\n", f"\n{indent}  ")
+    if children:
+        yield f"{indent})"
 
 
 def _is_path(name: str) -> bool:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Union
 import torch
 
 from shardsave._common.strict_json import glimpse
+from shardsave._printable import printable
 from shardsave._program.graph import DTYPES, FLOATS, MAX_DEPTH
 from shardsave._program.refusals import BadProgram
 
@@ -87,14 +88,14 @@ class Signature:
         leaves: list[Any] = []
         sizes: dict[str, tuple[int, str]] = {}
         for place, (name, tree) in enumerate(self._positional):
-            where = f"argument {name or place}"
+            where = f"argument {printable(name or str(place))}"
             value = args[place] if place < len(args) else _take_by_name(unused, name, tree, where)
             _add_leaves(tree, value, where, sizes, leaves)
         for name, tree in self._keyword.items():
-            where = f"argument {name}"
+            where = f"argument {printable(name)}"
             _add_leaves(tree, _take_by_name(unused, name, tree, where), where, sizes, leaves)
         if unused:
-            raise TypeError(f"argument {next(iter(unused))} was not expected: the program was exported without it")
+            raise TypeError(f"argument {printable(next(iter(unused)))} was not expected: the program was exported without it")
         return leaves
 
 
@@ -129,7 +130,8 @@ def _add_leaves(tree: _Tree, value: Any, where: str, sizes: dict[str, tuple[int,
             _add_leaves(part, inner, f"{where}[{place}]", sizes, leaves)
     elif isinstance(tree, dict):
         if not isinstance(value, Mapping) or value.keys() != tree.keys():
-            raise TypeError(f"{where}: a dict with {', '.join(tree) or 'nothing'} was expected, {_describe(value)} was given")
+            names = printable(", ".join(tree)) or "nothing"
+            raise TypeError(f"{where}: a dict with {names} was expected, {_describe(value)} was given")
         for name, part in tree.items():
             _add_leaves(part, value[name], f"{where}[{name!r}]", sizes, leaves)
     else:
@@ -176,5 +178,5 @@ def _describe(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"{value.dtype} of {value.dim()} dimensions"
     if isinstance(value, Mapping):
-        return f"a dict with {', '.join(map(str, value)) or 'nothing'}"
+        return f"a dict with {printable(', '.join(map(str, value))) or 'nothing'}"
     return type(value).__name__ + (f" of {len(value)}" if isinstance(value, (list, tuple)) else "")

@@ -8,7 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import repeat
-from typing import Any, NamedTuple, Union
+from typing import Any, Union
 
 from shardsave._common.gc_pause import gc_paused
 from shardsave._common.os_calls import CallFailed, call
@@ -17,8 +17,12 @@ from shardsave._format.file_names import INDEX_NAME, LONE_NAME
 from shardsave._format.header import Header
 from shardsave._format.index import FileRecord, Index, Part, Record, ties_in_metadata
 from shardsave._format.index_parsing import parse_index
+from shardsave._format.rank_files import SHARDING_KEY
 from shardsave._storage.companions import companion_notes
 from shardsave._storage.find import FoundFiles, cannot_read, find
+from shardsave._storage.located import Located as Located
+from shardsave._storage.located import StoredChunk
+from shardsave._storage.rank_files import assemble, chunks_of, refuse_lone_rank
 from shardsave._storage.shard_files import ShardFiles
 from shardsave.errors import (
     CheckpointNotFoundError,
@@ -36,18 +40,6 @@ PARTS = ("architecture", "program", "extra tensors")
 
 #: File that could not be opened → its error. None instead of a dict: the first error is raised.
 Broken = Union[dict[str, ShardSaveError], None]
-
-
-class Located(NamedTuple):
-    """A stored tensor and its place: ``offset`` bytes into the file ``shard``. ``checksum`` is None if the file has none."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-    shard: str
-    offset: int
-    checksum: int | None
 
 
 class Checkpoint(ShardFiles):
@@ -137,6 +129,32 @@ class Checkpoint(ShardFiles):
                 self.drop(shard)
                 broken[shard] = error
 
+    def _admit_ranks(self, files: tuple[str, ...], broken: Broken) -> None:
+        """Opens ``files``, each with the chunks of one rank, and notes the places of the tensors that these chunks make up."""
+        self.shards = files
+        chunks: defaultdict[str, list[StoredChunk]] = defaultdict(list)
+        for file in files:
+            try:
+                opened, header = self.open_shard(file)
+                self.hold(file, opened)
+                for name, chunk in chunks_of(file, header, _located(file, header)):
+                    chunks[name].append(chunk)
+            except ShardSaveError as error:
+                if broken is None:
+                    raise
+                self.drop(file)
+                broken[file] = error
+        try:
+            if not broken:
+                self.tensors = assemble(self.path, files, chunks)
+                return
+        except ShardSaveError as error:
+            if broken is None:
+                raise
+            broken["shard-*.safetensors"] = error
+        # What is there does not make up whole tensors: each chunk counts as one.
+        self.tensors = {f"{name} in {c.shard}": c for name, stored in chunks.items() for _, c in stored}
+
     def _admit_parts(self, roles: Iterable[str], broken: Broken) -> None:
         """Opens those parts ``roles`` that the checkpoint has: reads JSON whole, and notes the places of extra tensors."""
         parts = self.record.parts if self.record is not None else {}
@@ -175,6 +193,8 @@ class Checkpoint(ShardFiles):
                 else f"the index does not say that it holds {glimpse(min(surplus))}, it does"
             )
             raise CorruptCheckpointError(f"corrupt shard {shard}: {difference}; index and shard belong to different saves")
+        if self.record is None and SHARDING_KEY in header.metadata:
+            refuse_lone_rank(self.path_of(shard), shard, self._folder, header)
         self.tensors.update(_located(shard, header))
         if self.index is None:
             self.file_metadata.update(header.metadata)
@@ -237,6 +257,8 @@ def _open_found(
             checkpoint._admit_parts(parts, broken)
         elif files.lone is not None:
             checkpoint._admit({files.lone: frozenset()}, broken)
+        else:
+            checkpoint._admit_ranks(files.ranks, broken)
     except BaseException:
         checkpoint.close()
         raise

@@ -11,6 +11,7 @@ from shardsave._common.os_calls import CallFailed, Descriptor, NotRegular, TooLo
 from shardsave._common.words import some
 from shardsave._format.file_names import INDEX_NAME, LONE_NAME, TORCH_ENDINGS
 from shardsave._format.index import MAX_INDEX_BYTES
+from shardsave._format.rank_files import is_rank_file
 from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, ShardSaveError
 
 #: The advice for a file of torch.save, which is not read: unpickling it runs whatever code it holds.
@@ -21,12 +22,13 @@ _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
 class FoundFiles(NamedTuple):
-    """What a path leads to: an index (``index_bytes``), a lone file (its name in ``folder``), or both."""
+    """What a path leads to: an index (``index_bytes``), a lone file (its name in ``folder``), or both; or else files of ``ranks``."""
 
     folder: str
     index_name: str
     index_bytes: bytes | None
     lone: str | None
+    ranks: tuple[str, ...] = ()
 
 
 def find(path: str) -> FoundFiles:
@@ -45,8 +47,18 @@ def find(path: str) -> FoundFiles:
     if index_bytes is None and lone is None:
         index_bytes = _read_index(os.path.join(folder, name), name)  # a save may just have replaced the lone file by an index
     if index_bytes is None and lone is None:
+        if is_folder and (ranks := _rank_files(folder)):
+            return FoundFiles(folder, name, None, None, ranks)
         raise CheckpointNotFoundError(f"no checkpoint at {path}: neither {name} nor {LONE_NAME} is there{_hint(folder)}")
     return FoundFiles(folder or ".", name, index_bytes, lone)
+
+
+def _rank_files(folder: str) -> tuple[str, ...]:
+    """The names of the files in ``folder`` that have the chunks of one rank each."""
+    try:
+        return tuple(sorted(filter(is_rank_file, call(os.listdir, folder, folder))))
+    except CallFailed as error:
+        raise cannot_read(folder, error) from error
 
 
 def _exists(path: str, even_broken: bool) -> bool:

@@ -22,7 +22,7 @@ def map_file(descriptor: int, path: str) -> mmap.mmap:
         # With length 0 Python would call fstat itself, and would treat a failure of that like an empty file.
         length = call(os.fstat, path, descriptor).st_size
         if length == 0:
-            raise ValueError(f"{path} is empty")
+            raise ValueError(f"{path!r} is empty")
         return call(mmap.mmap, path, descriptor, length, flags=mmap.MAP_PRIVATE | _NO_RESERVE, prot=writable)
     except CallFailed as error:
         raise cannot_read(path, error) from error
