@@ -333,6 +333,7 @@ def test_from_pretrained_onto_the_disk(tmp_path: Path, name: str, dtype: torch.d
     )
     assert model.model.layers[0].self_attn.q_proj.weight.is_meta
     shardsave.save(model, tmp_path / "saved")
+    assert {tensor.dtype for tensor in shardsave.load(tmp_path / "saved").values()} == {dtype}
     expected = type(original).from_pretrained(tmp_path / "original", dtype=dtype)
     assert same_state(type(original).from_pretrained(tmp_path / "saved"), expected)
     words = "cannot fill .* from .*accelerate reads it from the checkpoint file .*from_pretrained.*; the module is unchanged"
