@@ -256,14 +256,14 @@ class OtherHook(hooks.ModelHook):  # type: ignore[misc, name-defined]
 
 
 class LoadsItself(nn.Linear):
-    """Doubles its weight, and puts another parameter in the place of its bias, of one element more if ``grows``."""
+    """Doubles its weight, and puts another parameter in the place of its bias, with more elements if ``grows``."""
 
     grows = False
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
         state[prefix + "weight"] = state[prefix + "weight"] * 2
         super()._load_from_state_dict(state, prefix, *rest)  # type: ignore[no-untyped-call]
-        self.bias = nn.Parameter(state[prefix + "bias"].repeat(2 if self.grows else 1))
+        self.bias = nn.Parameter(3 * state[prefix + "bias"].repeat(2 if self.grows else 1))
 
 
 @pytest.mark.parametrize("grows", [False, True])
@@ -282,7 +282,7 @@ def test_modules_that_load_themselves(tmp_path: Path, grows: bool) -> None:
     else:
         shardsave.load_model(model, tmp_path / "ckpt")
         x = torch.ones(2)
-        assert torch.equal(model(x), nn.functional.linear(x, source.weight * 2, source.bias))
+        assert torch.equal(model(x), nn.functional.linear(x, source.weight * 2, source.bias * 3))
     assert model.weight.is_meta and model.bias.is_meta
     (tmp_path / "offload" / "weight.dat").chmod(0o444)
     os.link(tmp_path / "offload" / "weight.dat", tmp_path / "other")
