@@ -120,6 +120,7 @@ def save(
         pinned=outcome.totals.pinned,
         notes=outcome.notes,
         durable=durable,
+        removed=outcome.removed,
         leftovers=outcome.leftovers,
         overlaps=contents.state.overlaps,
     )
