@@ -105,8 +105,10 @@ class Cleaner:
                 return
             contents = self._names_in(inside)
             doomed = final_names(listed, contents, named)
+            # A list is proof enough; a companion, and a name given by this save, must be the file that was staged.
+            compared = contents if finals is not None else COMPANION_NAMES.intersection(contents)
             for name in sorted(doomed):
-                self._attempt(name, self._remove_final, name, inside, name in contents)
+                self._attempt(name, self._remove_final, name, inside if name in compared else None)
             if doomed:
                 self._attempt(staging, self._folder.sync)
             if len(self.leftovers) > left:
@@ -116,8 +118,8 @@ class Cleaner:
                 self._attempt(f"{staging}/{name}", self._remove_staged, inside, name)
         self._attempt(staging, self._folder.rmdir, staging)
 
-    def _remove_final(self, name: str, inside: Directory, staged: bool) -> None:
-        status = status_of_final(self._folder, name, inside if staged else None)
+    def _remove_final(self, name: str, inside: Directory | None) -> None:
+        status = status_of_final(self._folder, name, inside)
         if status is not None:
             self._remove(name, status)
 
@@ -193,7 +195,7 @@ def final_names(listed: Iterable[str], contents: Iterable[str], named: frozenset
 def status_of_final(folder: Directory, name: str, inside: Directory | None) -> os.stat_result | None:
     """The status of the final name ``name`` if it may be removed: it is a regular file or a symbolic link.
 
-    ``inside``: the staging directory, if it has that name too. Then both must be the same file.
+    ``inside``: the staging directory, if the file in it must be the same one.
     """
     status = folder.status_of(name)
     if status is None or not (stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode)):

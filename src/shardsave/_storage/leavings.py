@@ -16,6 +16,7 @@ from shardsave._storage.cleanup import (
     is_superseded,
     status_of_final,
 )
+from shardsave._storage.companions import COMPANION_NAMES
 from shardsave._storage.lock import LockedDirectory
 from shardsave._storage.previous import files_of
 from shardsave._storage.staging import owner_of, read_list
@@ -77,7 +78,7 @@ def _files_of_staging(folder: LockedDirectory, staging: str, named: frozenset[st
             contents = sorted(inside.names())
             staged = [f"{staging}/{name}" for name in contents if is_staged(name)]
             statuses = {
-                name: status_of_final(folder, name, inside if name in contents else None)
+                name: status_of_final(folder, name, inside if name in COMPANION_NAMES else None)
                 for name in sorted(final_names(read_list(inside), contents, named))
             }
     except CallFailed:
