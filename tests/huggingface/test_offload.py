@@ -256,19 +256,46 @@ class OtherHook(hooks.ModelHook):  # type: ignore[misc, name-defined]
 
 
 class LoadsItself(nn.Linear):
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)  # type: ignore[no-untyped-call]
+    """Doubles its weight, and puts another parameter in the place of its bias, with more elements if ``grows``."""
+
+    grows = False
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        state[prefix + "weight"] = state[prefix + "weight"] * 2
+        super()._load_from_state_dict(state, prefix, *rest)  # type: ignore[no-untyped-call]
+        self.bias = nn.Parameter(3 * state[prefix + "bias"].repeat(2 if self.grows else 1))
 
 
-def test_hooks_and_modules_that_decide_themselves(tmp_path: Path) -> None:
-    """Catches placeholders of a foreign hook that are filled for nothing, and a loading routine that copies values into placeholders."""
+@pytest.mark.parametrize("grows", [False, True])
+def test_modules_that_load_themselves(tmp_path: Path, grows: bool) -> None:
+    """Catches a loading routine that copies values into placeholders, and a tensor of it that the next forward pass replaces."""
+    source = nn.Linear(2, 2)
+    shardsave.save(source, tmp_path / "ckpt")
+    model = LoadsItself(2, 2)
+    model.grows = grows
+    accelerate.disk_offload(model, tmp_path / "offload")
+    if grows:
+        with pytest.raises(
+            shardsave.IncompatibleCheckpointError, match=r"cannot load 'bias': .* made it of shape \[4\]; .* partly loaded"
+        ):
+            shardsave.load_model(model, tmp_path / "ckpt")
+    else:
+        shardsave.load_model(model, tmp_path / "ckpt")
+        x = torch.ones(2)
+        assert torch.equal(model(x), nn.functional.linear(x, source.weight * 2, source.bias * 3))
+    assert model.weight.is_meta and model.bias.is_meta
+    (tmp_path / "offload" / "weight.dat").chmod(0o444)
+    os.link(tmp_path / "offload" / "weight.dat", tmp_path / "other")
+    refused(lambda: shardsave.load_model(model, tmp_path / "ckpt"), "cannot fill 'weight' from .*; the module is unchanged")
+
+
+def test_hooks_of_others(tmp_path: Path) -> None:
+    """Catches placeholders of a foreign hook that are filled for nothing."""
     shardsave.save(nn.Linear(2, 2), tmp_path)
     foreign = nn.Linear(2, 2)
     hooks.add_hook_to_module(foreign, OtherHook())
     refused(lambda: shardsave.load_model(foreign, tmp_path), "cannot fill 'weight' from .*OtherHook; the module is unchanged")
     refused(lambda: shardsave.save(foreign, tmp_path), "cannot save 'weight': .*OtherHook; nothing was written")
-    routine = accelerate.cpu_offload(LoadsItself(2, 2))
-    refused(lambda: shardsave.load_model(routine, tmp_path), "cannot fill 'weight' from .*, and LoadsItself loads itself")
 
 
 def test_placeholders_of_nobody(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from shardsave._loading.module_filler import ModuleFiller
 from shardsave._loading.module_plan import plan_module
 from shardsave._loading.new_tensors import new_tensors
 from shardsave._loading.read import TensorReader
-from shardsave._loading.selection import check_names, choose, choose_located, selection
+from shardsave._loading.selection import check_names, choose, choose_located, names_of_wrappers, selection
 from shardsave._loading.slots import Inventory, has_extra_state, take_inventory
 from shardsave._storage.checkpoint import Checkpoint, open_checkpoint
 from shardsave._storage.located import Located
@@ -190,14 +190,17 @@ def _plan(
 ) -> ModuleFiller:
     """Plans which stored tensor fills which tensor of ``model``; nothing is checked or changed yet."""
     inventory = take_inventory(model, checkpoint.path)
-    layout = _choose_layout(inventory, choose_located(checkpoint, prefix), checkpoint.path)
+    located = choose_located(checkpoint, prefix)
+    wrapped = names_of_wrappers(model, inventory.expected, located)
+    located = {wrapped.get(name, name): stored for name, stored in located.items()}
+    layout = _choose_layout(inventory, located, checkpoint.path)
     extra_states = [name for name in inventory.extra_states if name not in layout.stored]
     plan = plan_module(
         inventory,
         layout,
-        flags=_without_prefix(checkpoint.flags, prefix) if restore_frozen else None,
+        flags=_own_flags(checkpoint.flags, prefix, wrapped) if restore_frozen else None,
         extra_states=_extra_states(checkpoint, extra_states, prefix, strict),
-        doubtful=[name.removeprefix(prefix) for name in checkpoint.ties] if checkpoint.record is None else (),
+        doubtful=_own_names(checkpoint.ties, prefix, wrapped).values() if checkpoint.record is None else (),
     )
     return ModuleFiller(inventory, plan, layout, checkpoint, device)
 
@@ -222,10 +225,16 @@ def _choose_layout(inventory: Inventory, stored: Mapping[str, Located], where: s
     return IdentityLayout(stored)
 
 
-def _without_prefix(flags: Mapping[str, bool] | None, prefix: str) -> Mapping[str, bool] | None:
-    if flags is None or not prefix:
+def _own_names(names: Iterable[str], prefix: str, wrapped: Mapping[str, str]) -> dict[str, str]:
+    """Those of ``names``, of the checkpoint, that begin with ``prefix`` → the names without it and without those of wrappers."""
+    inside = {name: name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+    return {name: wrapped.get(own, own) for name, own in inside.items()}
+
+
+def _own_flags(flags: Mapping[str, bool] | None, prefix: str, wrapped: Mapping[str, str]) -> Mapping[str, bool] | None:
+    if flags is None or not (prefix or wrapped):
         return flags
-    return {name.removeprefix(prefix): frozen for name, frozen in flags.items() if name.startswith(prefix)}
+    return {own: flags[name] for name, own in _own_names(flags, prefix, wrapped).items()}
 
 
 def _extra_states(checkpoint: Checkpoint, names: list[str], prefix: str, strict: bool) -> dict[str, Any]:
