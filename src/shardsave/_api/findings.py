@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from shardsave._api.reports import VERIFIED, Printed, Report
+from shardsave._api.reports import VERIFIED, Printed, Removing, Report
 from shardsave._common.words import count, human_bytes, some
 from shardsave._printable import printable
 
@@ -66,7 +66,7 @@ class VerifyReport(Report):
 
 
 @dataclass(frozen=True)
-class ConvertReport(Report):
+class ConvertReport(Removing, Report):
     """What a conversion did: it read ``source`` and wrote ``path``.
 
     ``kind``: the kind of the source: "shardsave", "safetensors", "torch" or "distributed"; ``to``: the kind that was written.

@@ -28,6 +28,7 @@ from shardsave._state.module import Entry
 from shardsave._storage.cleaning_notes import strangers_notes
 from shardsave._storage.cleanup import bytes_visible
 from shardsave._storage.directory import Directory, make_folders, path_to_write
+from shardsave._storage.freeing import RemovedFiles, wait_until_freed
 from shardsave._storage.staging import end_shard
 from shardsave.errors import (
     DurabilityUncertainError,
@@ -83,8 +84,11 @@ class NewFile:
         self._phase = _Phase.OPENING
         self._removed: list[str] = []
         self._strangers: dict[str, int] = {}
+        self._replaced = ""  # the second name of the file that is being replaced
+        self._to_free = RemovedFiles()
 
     def __enter__(self) -> NewFile:
+        wait_until_freed()
         try:
             make_folders(self.folder, self._durable)
             self._directory.open(self.folder)
@@ -166,9 +170,11 @@ class NewFile:
         """Completes the scratch file and renames it to ``path``, both durably if the caller requested that."""
         inode = self._end_file()
         folders = {"src_dir_fd": self._directory.fd, "dst_dir_fd": self._directory.fd}
+        self._name_replaced()
         try:
             call(os.rename, self.path, self._scratch, self._name, **folders)
             self._phase = _Phase.RENAMED
+            self._remove_replaced()
             self._directory.sync()
         except CallFailed as error:
             if self._phase is _Phase.WRITING and not self._is_at_path(inode):
@@ -178,6 +184,27 @@ class NewFile:
                 f"written, but not known to be durable: {self.path}: {error.words}, after the "
                 f"file was renamed; a loss of power may bring back the previous file"
             ) from error
+
+    def _name_replaced(self) -> None:
+        """Gives the file at ``path`` a second name, so that the rename does not have to wait until its space is free.
+
+        It is the name of a scratch file, which later writers remove. Keeping the file open would do the same, but NFS moves an open file
+        out of the way before the rename, and for a moment there would be no file at ``path``.
+        """
+        with suppress(CallFailed):  # then the rename waits
+            status = self._directory.status_of(self._name)
+            new = call(os.fstat, self._scratch, self._lock.fd)
+            if status is None or not stat.S_ISREG(status.st_mode) or status.st_uid != new.st_uid:
+                return
+            self._replaced = f"{self._stem}{secrets.token_hex(8)}{_SCRATCH}"
+            self._directory.link(self._name, self._directory, self._replaced)
+
+    def _remove_replaced(self) -> None:
+        """Removes the second name of the file that was to be replaced. If that fails, later writers remove it."""
+        if self._replaced:
+            with suppress(CallFailed):
+                self._to_free.unlink(self._directory, self._replaced)
+                self._replaced = ""
 
     def _end_file(self) -> tuple[int, int] | None:
         """Makes the content durable if the caller requested that, and closes the file. Returns its inode."""
@@ -209,6 +236,8 @@ class NewFile:
         if self._phase is _Phase.WRITING:
             with suppress(OSError):
                 os.unlink(self._scratch, dir_fd=self._directory.fd)
+        self._remove_replaced()
+        self._to_free.free_later()
         self.file.abandon()
         self._lock.abandon()
         self._directory.close()

@@ -26,6 +26,7 @@ from shardsave._format.file_names import LONE_NAME, OWN_PATTERN
 from shardsave._format.index import FileRecord, Index, Superseded
 from shardsave._storage.companions import ADAPTER_NAMES, COMPANION_NAMES, file_record
 from shardsave._storage.directory import Directory
+from shardsave._storage.freeing import RemovedFiles
 from shardsave._storage.lock import LockedDirectory
 from shardsave._storage.previous import Previous, companions_of, files_of
 from shardsave._storage.staging import LIST_NAME, NEW_INDEX_NAME, owner_of, read_list
@@ -40,9 +41,11 @@ class Cleaner:
     names that could not be removed. ``strangers``: what stays because it belongs to another user, with its bytes on disk.
     ``foreign``: staging directories that stay because their savers may be alive, on other hosts. ``lone_stays``: whether the replaced
     lone file is still there, which other libraries prefer to an index.
+
+    ``to_free``: takes the removed files, whose space the caller frees; without it, their space is free when a method returns.
     """
 
-    def __init__(self, folder: LockedDirectory, own_staging: str = "") -> None:
+    def __init__(self, folder: LockedDirectory, own_staging: str = "", to_free: RemovedFiles | None = None) -> None:
         self.removed: dict[str, None] = {}
         self.links: list[str] = []
         self.leftovers: dict[str, None] = {}
@@ -51,6 +54,7 @@ class Cleaner:
         self.lone_stays = False
         self._folder = folder
         self._own_staging = own_staging
+        self._to_free = to_free
 
     def after_commit(self, previous: Previous, new: Index) -> None:
         """Removes what the new index does not need; ``new`` was just committed in place of ``previous``.
@@ -124,7 +128,7 @@ class Cleaner:
             self._remove(name, status)
 
     def _remove_staged(self, inside: Directory, name: str) -> None:
-        inside.unlink(name)
+        self._unlink(inside, name)
         if inside.name != self._own_staging:
             self.removed[f"{inside.name}/{name}"] = None
 
@@ -159,10 +163,16 @@ class Cleaner:
         """Removes the file or symbolic link ``name``, unless it belongs to another user of a shared directory."""
         if not self._folder.is_ours(status):
             return self._note_stranger(name)
-        self._folder.unlink(name)
+        self._unlink(self._folder, name)
         self.removed[name] = None
         if stat.S_ISLNK(status.st_mode):
             self.links.append(name)
+
+    def _unlink(self, folder: Directory, name: str) -> None:
+        if self._to_free is not None:
+            self._to_free.unlink(folder, name)
+        else:
+            folder.unlink(name)
 
     def _note_stranger(self, name: str) -> None:
         if self._folder.status_of(name) is not None:

@@ -29,6 +29,7 @@ from shardsave._storage.commit_errors import (
 )
 from shardsave._storage.companions import StagedCompanions, finish_dead_savers, foreign_adapter
 from shardsave._storage.directory import make_folders, path_to_write
+from shardsave._storage.freeing import RemovedFiles, wait_until_freed
 from shardsave._storage.lock import LockedDirectory
 from shardsave._storage.phase import Phase
 from shardsave._storage.previous import Previous, read_previous
@@ -132,7 +133,11 @@ class Transaction:
             return {*self._folder.names(), *self._previous.files}
 
     def check_space(self, needed: int) -> None:
-        """Raises OutOfSpaceError if fewer than ``needed`` bytes are free, even after the files of dead savers were removed."""
+        """Raises OutOfSpaceError if fewer than ``needed`` bytes are free, even after the files of dead savers were removed.
+
+        Waits until the space of files that earlier saves of this process removed is free; quotas count it too.
+        """
+        wait_until_freed()
         with self._before_commit():
             free = self._folder.free_bytes()
             if free is not None and needed > free and not self._previous.unreadable:
@@ -255,8 +260,12 @@ class Transaction:
         raise durability_unknown(self.path, error) from error
 
     def _clean(self, new: Index) -> CommitOutcome:
-        cleaner = Cleaner(self._folder, self._staging.name)
-        cleaner.after_commit(self._previous, new)
+        to_free = RemovedFiles()
+        cleaner = Cleaner(self._folder, self._staging.name, to_free)
+        try:
+            cleaner.after_commit(self._previous, new)
+        finally:
+            to_free.free_later()
         replaced = self._companions.replacing()
         notes = [] if self._folder.exclusive else ["the file system has no locks: simultaneous saves are not kept apart"]
         notes += self._previous.notes(lone_is_gone=LONE_NAME in cleaner.removed)
