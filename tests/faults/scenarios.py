@@ -29,6 +29,7 @@ from faults.beneath import Fate, Met, arm, disarm
 from faults.dying import die_after_the_commit
 from faults.savers import CONFIG, Bench, companion_generation, generation_in, litter_in, next_save_works, save, state
 from shardsave._format import crc64
+from shardsave._format.file_names import OWN_PATTERN
 
 FAILURES = [
     *(
@@ -39,6 +40,9 @@ FAILURES = [
     (Fate.SHORTEN, 0),
 ]
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
+#: What the kernel adds to the name of an open file that has been removed (proc(5)).
+DELETED = " (deleted)"
 
 #: The library's name of a call → its name in messages, where they differ.
 SAYS = {
@@ -90,6 +94,8 @@ def may_pass(met: Met, fate: Fate, number: int, report: shardsave.SaveReport) ->
     """Whether a save may succeed although the call ``met`` failed."""
     if fate is Fate.SHORTEN or number == errno.EINTR or report.leftovers:
         return True  # continued or repeated; or reported
+    if met.path.name.endswith(DELETED) or (met.call == "openat" and OWN_PATTERN.fullmatch(met.path.name)):
+        return True  # a removed file that is kept open until its space is free
     if met.call in ("close", "closedir"):
         return not met.path.parent.name.startswith(".shardsave-")  # a file that was only read
     if met.call in ("statx", "fcntl", "sync_file_range"):

@@ -49,7 +49,9 @@ class File:
     def convert(self, generation: int) -> shardsave.ConvertReport:
         """With a cast, so that a conversion for torch makes a directory beside the file first."""
         source = self._sources / str(generation)
-        return shardsave.convert(source, self.target, to=self.to, dtype="float64", progress=False)
+        report = shardsave.convert(source, self.target, to=self.to, dtype="float64", progress=False)
+        assert report.wait_cleaned(60)  # so that the calls of the thread that frees the old file are among those of the conversion
+        return report
 
     def found(self) -> int | None:
         """The generation of the file, which is whole; None where there is none."""

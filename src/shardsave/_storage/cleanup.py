@@ -128,9 +128,10 @@ class Cleaner:
             self._remove(name, status)
 
     def _remove_staged(self, inside: Directory, name: str) -> None:
+        if inside.name == self._own_staging:
+            return inside.unlink(name)
         self._unlink(inside, name)
-        if inside.name != self._own_staging:
-            self.removed[f"{inside.name}/{name}"] = None
+        self.removed[f"{inside.name}/{name}"] = None
 
     def remove_lone(self, index: Index) -> None:
         """Removes the lone file that ``index`` says it replaced, and a symbolic link of that name to nothing."""
