@@ -105,30 +105,37 @@ def test_a_file_with_another_name_is_not_kept_open(memory: Path, release: Halt) 
     assert len(list((memory / "backup").iterdir())) == 2
 
 
-def test_the_next_save_waits(memory: Path, release: Halt) -> None:
+VERBS: dict[str, Callable[[Path], object]] = {
+    "save": lambda folder: save(3, folder / "next"),
+    "convert": lambda folder: shardsave.convert(folder / "a", folder / "next.safetensors", to="safetensors", durable=False),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_next_save_waits(memory: Path, release: Halt, verb: str) -> None:
     """Catches a save that finds no room, or no quota, because the space of its predecessor's files is not free yet."""
     save(1, memory / "a")
     save(2, memory / "a")
-    threading.Timer(0.2, release).start()
-    started = time.monotonic()
-    save(3, memory / "b")
-    assert time.monotonic() - started > 0.15 and not files_in_use(memory)
+    seen: list[Path] = []
+    timer = threading.Timer(0.5, lambda: (seen.extend(memory.rglob("*")), release()))
+    timer.start()
+    VERBS[verb](memory)
+    timer.join()
+    assert not [path for path in seen if path.is_file() and path.parent != memory / "a"] and not files_in_use(memory)
 
 
-@pytest.mark.parametrize("verb", ["save", "convert"])
+@pytest.mark.parametrize("verb", VERBS)
 def test_an_interrupt_during_the_wait(memory: Path, release: Halt, verb: str) -> None:
     """Catches a wait that Ctrl-C does not end, or that leaves a lock or files behind."""
-    save(1, memory)
-    save(2, memory)
-    before = sorted(os.listdir(memory))
+    save(1, memory / "a")
+    save(2, memory / "a")
     threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
-        if verb == "save":
-            save(3, memory)
-        else:
-            shardsave.convert(memory, memory.parent / f"{memory.name}.safetensors", to="safetensors", durable=False)
-    assert sorted(os.listdir(memory)) == before and is_unlocked(memory) and generation_in(memory) == 2
-    assert not (memory.parent / f"{memory.name}.safetensors").exists()
+        VERBS[verb](memory)
+        time.sleep(2)
+    left = sorted(str(path.relative_to(memory)) for path in memory.rglob("*"))
+    assert [name for name in left if not name.startswith("a")] == (["next"] if verb == "save" else []), left
+    assert is_unlocked(memory / ("next" if verb == "save" else "a"))
 
 
 def test_a_signal_handler_waits_too(memory: Path, release: Halt) -> None:
@@ -145,6 +152,7 @@ def test_a_signal_handler_waits_too(memory: Path, release: Halt) -> None:
     try:
         threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGUSR1)).start()
         save(3, memory / "b")
+        time.sleep(0 if inner else 1)
     finally:
         signal.signal(signal.SIGUSR1, previous)
     assert inner == [4] and generation_in(memory / "b") == 3 and generation_in(memory / "handler") == 4
