@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import errno
 import fcntl
 import os
 import re
@@ -27,7 +28,7 @@ from shardsave._saving.shards import plan_blocks, plan_shards
 from shardsave._state.module import Entry
 from shardsave._storage.cleaning_notes import strangers_notes
 from shardsave._storage.cleanup import bytes_visible
-from shardsave._storage.directory import Directory, make_folders, path_to_write
+from shardsave._storage.directory import NO_LINKS, Directory, make_folders, path_to_write
 from shardsave._storage.freeing import RemovedFiles, wait_until_freed
 from shardsave._storage.staging import end_shard
 from shardsave.errors import (
@@ -191,13 +192,12 @@ class NewFile:
         It is the name of a scratch file, which later writers remove. Keeping the file open would do the same, but NFS moves an open file
         out of the way before the rename, and for a moment there would be no file at ``path``.
         """
-        with suppress(CallFailed):  # then the rename waits
-            status = self._directory.status_of(self._name)
-            new = call(os.fstat, self._scratch, self._lock.fd)
-            if status is None or not stat.S_ISREG(status.st_mode) or status.st_uid != new.st_uid:
-                return
-            self._replaced = f"{self._stem}{secrets.token_hex(8)}{_SCRATCH}"
+        self._replaced = f"{self._stem}{secrets.token_hex(8)}{_SCRATCH}"
+        try:
             self._directory.link(self._name, self._directory, self._replaced)
+        except CallFailed as error:  # then the rename waits
+            if error.errno in (errno.ENOENT, *NO_LINKS):
+                self._replaced = ""
 
     def _remove_replaced(self) -> None:
         """Removes the second name of the file that was to be replaced. If that fails, later writers remove it."""
