@@ -139,7 +139,7 @@ def _learn_owner(folder: LockedDirectory) -> None:
     """In a shared directory: learns from a new directory which owner our files have there."""
     if not folder.shared:
         return
-    probe = Staging(folder)
+    probe = Staging(folder, folder.path)
     try:
         probe.make()
         folder.learn_owner(probe.directory)

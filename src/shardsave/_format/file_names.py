@@ -9,6 +9,9 @@ INDEX_NAME = "model.safetensors.index.json"
 #: A checkpoint in one file, without an index.
 LONE_NAME = "model.safetensors"
 
+#: The weights of a PEFT adapter.
+ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
+
 #: Endings of files that are almost always written by ``torch.save``.
 TORCH_ENDINGS = (".bin", ".pt", ".pth")
 

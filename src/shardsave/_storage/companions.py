@@ -16,16 +16,18 @@ from contextlib import contextmanager
 
 from shardsave._common.os_calls import CallFailed, NotRegular, call
 from shardsave._format.crc64 import crc64, joined
+from shardsave._format.file_names import ADAPTER_WEIGHTS_NAME
 from shardsave._format.index import FileRecord
 from shardsave._storage.directory import Directory
 from shardsave._storage.lock import LockedDirectory
+from shardsave._storage.permissions import Permissions, permissions_of
 from shardsave._storage.staging import Staging, owner_of
 
 #: The configs of a transformers model.
 CONFIG_NAMES = ("config.json", "generation_config.json")
 
 #: The files of a PEFT adapter.
-ADAPTER_NAMES = frozenset({"adapter_config.json", "adapter_model.safetensors"})
+ADAPTER_NAMES = frozenset({"adapter_config.json", ADAPTER_WEIGHTS_NAME})
 
 #: The names of all companions. A save touches no other file with a fixed name, except the index and the lone file.
 COMPANION_NAMES = frozenset(CONFIG_NAMES) | ADAPTER_NAMES
@@ -52,6 +54,7 @@ class StagedCompanions:
         self._staging = staging
         self._staged: list[str] = []
         self._free: set[str] = set()
+        self._permissions: dict[str, Permissions] = {}  # of the companions that are replaced
 
     def add(self, companions: Mapping[str, bytes]) -> dict[str, FileRecord]:
         """Stages files (name → content), except those that are in place already. Returns the records of all files for the index."""
@@ -61,7 +64,7 @@ class StagedCompanions:
                 self._folder.sync_file(name)
                 continue
             self._staging.make()
-            self._staging.write(name, data)
+            self._staging.write(name, data, self._permissions.get(name))
             self._staged.append(name)
         return {name: FileRecord(len(data), crc64(data)) for name, data in companions.items()}
 
@@ -78,11 +81,15 @@ class StagedCompanions:
         if status is None:
             self._free.add(name)
             return False
+        target: os.stat_result | None = status
         if stat.S_ISLNK(status.st_mode):
             self.links.add(name)
+            target = self._folder.target_of(name)
         elif not stat.S_ISREG(status.st_mode):
             raise NotRegular(name, status.st_mode)
         self._folder.check_replaceable(name)
+        if target is not None and stat.S_ISREG(target.st_mode):
+            self._permissions[name] = permissions_of(f"{self._folder.path}/{name}", target)
         return True
 
     def _is_kept(self, name: str, data: bytes) -> bool:
