@@ -93,7 +93,8 @@ def clean(
         CheckpointNotFoundError: there is no such directory.
         CorruptCheckpointError, IncompatibleCheckpointError: the index cannot be read, so the needed files are unknown.
         DirectoryBusyError: another save holds the lock.
-        ShardSaveError: the directory cannot be read, or the index cannot be made durable first. Nothing was removed.
+        ShardSaveError: the directory cannot be read, the index cannot be made durable first, or another user may have written it in
+            a directory to which every user may write. Nothing was removed.
 
     Example:
         >>> import torch, shardsave

@@ -15,7 +15,7 @@ from shardsave._common.words import an
 from shardsave._state.numpy_arrays import tensor_of_array
 from shardsave._state.offload import offloaded_tensors
 from shardsave._state.savable import check_savable, refuse
-from shardsave._state.sharded import refuse_emptied, refuse_partitioned, refuse_sharded
+from shardsave._state.sharded import refuse_partitioned, refuse_sharded
 from shardsave._state.wrappers import Names, unwrap
 
 Source = Union[nn.Module, Mapping[str, Any]]
@@ -63,8 +63,7 @@ def read_state(source: Source, *, tensors_only: bool = False) -> State:
     values: Mapping[str, torch.Tensor]
     if isinstance(source, nn.Module):
         module = unwrap(source)
-        refuse_sharded(module, "save", "nothing was written")
-        refuse_emptied(module)
+        refuse_sharded(module, "save", "nothing was written", emptied=True)
         named = _module_tensors(module, tensors_only)
         flags_known = True
         flags = _module_flags(module, named)

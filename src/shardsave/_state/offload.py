@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import stat
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -42,6 +43,8 @@ def offloaded_tensors(module: nn.Module, *, fill: bool) -> dict[str, Offloaded]:
     That is also true of a tensor that has memory at this moment: the next forward pass replaces it. ``fill``: map files for writing,
     and include spare copies.
     """
+    if "accelerate.hooks" not in sys.modules:  # a library that was never imported has no hooks
+        return {}
     named = list(module.named_modules(remove_duplicate=False))
     hooked = [(f"{name}." if name else "", part) for name, part in named if vars(part).get(_HOOK) is not None]
     if not hooked:

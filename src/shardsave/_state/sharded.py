@@ -33,9 +33,11 @@ _SIZES: Mapping[type[nn.Module], tuple[Collection[str], Collection[str]]] = {
 }
 
 
-def refuse_sharded(module: nn.Module, verb: str, state: str) -> None:
+def refuse_sharded(module: nn.Module, verb: str, state: str, *, emptied: bool = False) -> None:
     """Refuses FSDP's older wrapper, whose `state_dict` is a collective call that hangs if one rank alone calls it, and parameters that
-    ZeRO-3 has partitioned. ``verb`` and ``state`` complete the message. Raises UnsupportedTensorError.
+    ZeRO-3 has partitioned; ``emptied``: also tensors without elements of which the sizes of their module say that they have some.
+
+    ``verb`` and ``state`` complete the message. Raises UnsupportedTensorError.
     """
     for name, part in module.named_modules():
         if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(part).__mro__):
@@ -43,9 +45,13 @@ def refuse_sharded(module: nn.Module, verb: str, state: str) -> None:
                 f"cannot {verb} module {name!r}: a module that is whole in this process was expected, it is a "
                 f"FullyShardedDataParallel; use its full state dict; {state}"
             )
-        for attribute, parameter in part._parameters.items():
-            if parameter is not None and "ds_status" in vars(parameter):
-                refuse_partitioned(f"{name}.{attribute}" if name else attribute, parameter, verb, state)
+        for attribute, tensor in (*part._parameters.items(), *part._buffers.items()):
+            if tensor is None or is_lazy(tensor):
+                continue
+            if "ds_status" in vars(tensor):
+                refuse_partitioned(f"{name}.{attribute}" if name else attribute, tensor, verb, state)
+            if emptied and 0 in tensor.shape:
+                _refuse_if_emptied(f"{name}.{attribute}" if name else attribute, part, attribute)
 
 
 def refuse_partitioned(name: str, tensor: torch.Tensor, verb: str, state: str) -> None:
@@ -62,15 +68,8 @@ def refuse_partitioned(name: str, tensor: torch.Tensor, verb: str, state: str) -
         )
 
 
-def refuse_emptied(module: nn.Module) -> None:
-    """Refuses to save a tensor without elements of which the module's own sizes say that it has some. Raises UnsupportedTensorError."""
-    for name, part in module.named_modules():
-        for attribute, tensor in (*part._parameters.items(), *part._buffers.items()):
-            if tensor is not None and not is_lazy(tensor) and tensor.numel() == 0:
-                _refuse_if_emptied(f"{name}.{attribute}" if name else attribute, part, attribute)
-
-
 def _refuse_if_emptied(name: str, module: nn.Module, attribute: str) -> None:
+    """Refuses to save the empty tensor ``attribute`` of ``module``, unless one of the module's sizes is 0. ``name``: for the message."""
     kind = next((kind for kind in _SIZES if isinstance(module, kind)), None)
     if kind is None:
         return
