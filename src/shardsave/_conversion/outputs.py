@@ -89,6 +89,7 @@ def _write_torch(output: Output, state: State, file: NewFile) -> WriteResult:
     with ExitStack() as closing:
         try:
             contents = plan_contents(OnDisk(state), Parts(), sys.maxsize, {})
+            file.make_workspace()
             _write_contents(contents, file.workspace, False, ReleaseWhileWriting(origin.mappings, lambda done: None))
             mapped = open_origin(os.path.join(file.workspace, INDEX_NAME), None, lambda name: True, closing)
         except ShardSaveError as error:
