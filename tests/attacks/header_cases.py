@@ -112,7 +112,7 @@ HEADERS = [
          f'{{"__metadata__":{{"format":"pt","format":"np"}},"x":{X}}}'),
     # __metadata__.
     lone("tensor named __metadata__", "__metadata__ entry 'shape' expected to be a string, it is [1]", f'{{"__metadata__":{X}}}'),
-    lone("__metadata__ of null", "__metadata__ expected to be an object, it is null", f'{{"__metadata__":null,"x":{X}}}'),
+    lone("__metadata__ of a list", "__metadata__ expected to be an object, it is []", f'{{"__metadata__":[],"x":{X}}}'),
     lone("number in __metadata__", "__metadata__ entry 'n' expected to be a string, it is 1",
          f'{{"__metadata__":{{"n":1}},"x":{X}}}'),
     checksums("checksums too short", "15 characters, '000000000000000'", "0" * 15),

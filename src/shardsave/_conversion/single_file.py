@@ -264,4 +264,4 @@ def _with_own_storage(tensor: torch.Tensor) -> torch.Tensor:
     storage, begin = tensor.untyped_storage(), tensor.storage_offset() * tensor.element_size()
     length = tensor.numel() * tensor.element_size()
     own = storage[begin : begin + length]
-    return torch.empty(0, dtype=tensor.dtype).set_(own, 0, tensor.shape, tensor.stride())
+    return torch.empty(0, dtype=tensor.dtype, device="cpu").set_(own, 0, tensor.shape, tensor.stride())

@@ -171,6 +171,8 @@ def _read_any(content: bytes, where: str) -> tuple[dict[str, str], Tensors]:
 
 
 def _check_metadata(metadata: object, where: str) -> dict[str, str]:
+    if metadata is None:  # some writers have this, and safetensors reads it
+        return {}
     if not isinstance(metadata, dict):
         _bad(where, "__metadata__ expected to be an object", f"it is {glimpse(metadata)}")
     for key, value in metadata.items():
