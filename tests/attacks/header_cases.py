@@ -60,7 +60,6 @@ ENTRY = "tensor 'x' expected to have dtype, shape and data_offsets, it is "
 
 HEADERS = [
     # The length word.
-    raw("empty file", "8 bytes of header length expected, the file ends after 0", b""),
     raw("file cut in the length", "8 bytes of header length expected, the file ends after 5", b"\x10\0\0\0\0"),
     raw("file cut after the length", "16 bytes of header expected, the file has 0 after its length", b"\x10" + bytes(7)),
     raw("file cut in the header", "70 bytes of header expected, the file has 2 after its length", shard_bytes('{"', length=70)),

@@ -21,11 +21,11 @@ from shardsave._common.words import some
 from shardsave._foreign.containers import Unread
 from shardsave._foreign.pickled_tensors import Described, Names, Storage, StorageType, storage_of
 from shardsave._foreign.unpickling import MAX_PICKLE_BYTES, Forbidden, Record, Unpickler
-from shardsave._storage.find import cannot_read, open_checkpoint_file
+from shardsave._format.other_kinds import START_BYTES, ZIP
+from shardsave._storage.find import cannot_read, open_checkpoint_file, refuse_other_kind
 from shardsave._storage.mapping import map_file
 from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError, UntrustedCodeError
 
-_ZIP = b"PK\x03\x04"
 _MAX_ORDER_BYTES = 16
 
 #: What torch's old format begins with: this number and this version.
@@ -88,13 +88,14 @@ def read_torch_file(path: str, allowed: Iterable[str] = ()) -> TorchFile:
     with file:
         try:
             length = call(os.fstat, path, file.fd).st_size
-            start = read_at(file.fd, 4, 0)
+            start = read_at(file.fd, START_BYTES, 0)
         except CallFailed as error:
             raise cannot_read(path, error) from error
         if not length:
             _bad(path, "it is empty")
+        refuse_other_kind(start, os.path.basename(path), path, "a file of torch.save")
         mapping = map_file(file.fd, path)
-        if start == _ZIP:
+        if start.startswith(ZIP):
             archive = _Archive(file.fd, mapping, 0, length, path)
             content, notes = archive.content(Names(allowed)), archive.notes()
         else:
@@ -152,7 +153,13 @@ class _Archive:
             names = self._zip.namelist()
             _refuse_program(path, names)
             pickles = [name for name in names if name.endswith("/data.pkl") and name.count("/") == 1]
-            if len(pickles) != 1 or len(set(names)) != len(names):
+            if not pickles:
+                kind = "of NumPy arrays " if names and all(name.endswith(".npy") for name in names) else ""
+                raise IncompatibleCheckpointError(
+                    f"cannot convert {path}: a file of torch.save was expected, it is a zip archive {kind}that torch did not write, with "
+                    f"{some(names) or 'nothing in it'}; nothing was written"
+                )
+            if len(pickles) > 1 or len(set(names)) != len(names):
                 _bad(path, "it is a zip archive with other files than torch writes")
             self._root = pickles[0].removesuffix("data.pkl")
             order = f"{self._root}byteorder"
@@ -233,7 +240,7 @@ def _read_old_format(fd: int, mapping: mmap.mmap, length: int, names: Names, pat
         return storages.setdefault(storage.key, storage)._replace(begin=storage.begin)
 
     if _unpickle(file, names, path) != _MAGIC or _unpickle(file, names, path) != _OLD_VERSION:
-        _bad(path, "it is no file of torch.save: it does not begin like one")
+        _bad(path, "it is a pickle that torch.save did not write")
     _unpickle(
         file, names, path
     )  # sizes of C types on the machine that wrote it; torch writes the data as if these were the usual ones
@@ -332,14 +339,23 @@ class _Placing:
                 _bad(self._path, found)
             if storage.key not in self._storages:
                 self._storages[storage.key] = self._bytes_of(storage)
-            memory = self._storages[storage.key].untyped_storage()
-            if storage.begin:
-                memory = memory[storage.begin :]
-            tensor = torch.empty(0, dtype=dtype, device="cpu").set_(memory, offset, shape, strides)
+            memory = self._storages[storage.key][storage.begin :]
+            tensor = _view(memory, described)
+            if tensor.data_ptr() % dtype.itemsize and not (tensor.is_contiguous() and not is_conj and not is_neg):
+                tensor = _view(memory.clone(), described)  # only whole bytes can be copied from where the file has them
         except (RuntimeError, TypeError, OverflowError) as error:
             _bad(self._path, f"{found} ({type(error).__name__})")
         tensor = tensor.conj() if is_conj else tensor
         return torch._neg_view(tensor) if is_neg else tensor
+
+
+def _view(memory: torch.Tensor, described: Described) -> torch.Tensor:
+    """The described tensor in the bytes of its storage."""
+    # A slice shares the storage of what it is a slice of, and counts from there.
+    begin = memory.storage_offset()
+    storage = memory.untyped_storage()[begin : begin + memory.numel()] if begin else memory.untyped_storage()
+    empty = torch.empty(0, dtype=described.dtype, device="cpu")
+    return empty.set_(storage, described.offset, described.shape, described.strides)
 
 
 def _bad(path: str, found: str) -> NoReturn:
