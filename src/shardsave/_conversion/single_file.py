@@ -8,7 +8,6 @@ import os
 import re
 import secrets
 import shutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from types import TracebackType
@@ -191,7 +190,7 @@ def write_safetensors(
             f"cannot write {new.path}: the metadata of the file names tied tensors, but {reserved_names[0]!r} has another meaning "
             f"there; rename it, or convert to a directory; nothing was written"
         )
-    (shard,) = plan_shards(stored, sys.maxsize, apart=False, more={**metadata, **ties})
+    (shard,) = plan_shards(stored, None, apart=False, more={**metadata, **ties})
     fd, path = new.file.fd, new.path
     try:
         allocate(fd, path, shard.reserved_bytes)

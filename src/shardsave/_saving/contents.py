@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -74,14 +73,14 @@ def plan_contents(on_disk: OnDisk, parts: Parts, max_shard_size: int, metadata: 
             )
     state = on_disk.state
     stored = [entry for entry in state.entries if entry.tied_to is None]
-    max_bytes = max_shard_size if on_disk.single_file is None else sys.maxsize
+    max_bytes = max_shard_size if on_disk.single_file is None else None
     shards = plan_shards(stored, max_bytes, apart=on_disk.single_file is None)
     check_shard_count(len(shards))
     flags = {entry.name: entry.frozen for entry in state.entries if entry.frozen is not None}
     return Contents(
         state=state,
         shards=shards,
-        extra_shards=plan_shards(parts.extra, sys.maxsize) if parts.extra else [],
+        extra_shards=plan_shards(parts.extra, None) if parts.extra else [],
         documents=parts.documents,
         companions=on_disk.companions,
         flags=flags if state.flags_known else None,
