@@ -17,10 +17,9 @@ from shardsave._foreign.dcp import TABLE_NAME, read_distributed
 from shardsave._foreign.nested_state import Wanted, choose_state, refuse_key
 from shardsave._foreign.torch_file import TorchFile, read_torch_file
 from shardsave._format.file_names import INDEX_NAME, LONE_NAME, TORCH_ENDINGS
-from shardsave._format.header import CHECKSUM_KEY
 from shardsave._format.index_parsing import parse_index
 from shardsave._format.other_kinds import START_BYTES, ZIP, is_pickle, is_safetensors
-from shardsave._format.rank_files import SHARDING_KEY, SHARDING_VERSION_KEY, is_rank_file
+from shardsave._format.rank_files import is_rank_file
 from shardsave._loading.mapped import Maps
 from shardsave._state.module import Entry
 from shardsave._state.parts import Parts
@@ -128,7 +127,7 @@ def _from_checkpoint(path: str, request: Request, closing: ExitStack) -> Origin:
         "shardsave" if record is not None else "safetensors",
         {name: tensors[stored] for name, stored in chosen.items()},
         record.flags if record is not None else None,
-        checkpoint.metadata if record is not None else _foreign_metadata(checkpoint),
+        checkpoint.metadata,
         maps.mappings,
         tuple(map(checkpoint.path_of, checkpoint.files)),
         (),
@@ -138,12 +137,6 @@ def _from_checkpoint(path: str, request: Request, closing: ExitStack) -> Origin:
         parts,
         module_flags=record.module_flags if record is not None else None,
     )
-
-
-def _foreign_metadata(checkpoint: Checkpoint) -> dict[str, str]:
-    """The metadata of a single file, without the entries that mean something else there: ties, format and checksums."""
-    reserved = {*checkpoint.ties, "format", CHECKSUM_KEY, SHARDING_KEY, SHARDING_VERSION_KEY}
-    return {name: value for name, value in checkpoint.file_metadata.items() if name not in reserved}
 
 
 def _from_torch(path: str, request: Request) -> Origin:
