@@ -26,7 +26,8 @@ def lines_of(report: object, capsys: pytest.CaptureFixture[str]) -> list[str]:
 def test_every_report_prints_as_one_line(tmp_path: Path, small_model: SmallModel, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a report that does not say what was done, how much, how fast, and by which engine."""
     path = re.escape(str(tmp_path))
-    for durable, words in ((True, "durable"), (False, "not durable")):
+    old = r"removed or replaced model-00001-of-00002\.safetensors, model-00002-of-00002\.safetensors"
+    for durable, words in ((True, "durable"), (False, f"not durable; {old}")):
         saved = lines_of(shardsave.save(small_model, tmp_path, durable=durable), capsys)
         assert len(saved) == 1 and re.fullmatch(rf"saved {path}: {SIZE}, {HOW}, {words}", saved[0])
     loaded = lines_of(shardsave.load_model(SmallModel(), tmp_path), capsys)

@@ -142,18 +142,19 @@ def test_staging_directory_that_is_a_file(staging: Path) -> None:
 
 
 def test_old_index_that_names_foreign_files(staging: Path) -> None:
-    """Catches cleaning that removes a file that no save can have written, or a symbolic link, because the replaced index names it."""
+    """Catches cleaning that removes a file that no save can have written, or what a symbolic link leads to, because the replaced index
+    names it; and a link that stays."""
     folder, record = staging.parent, [8, 8, "0" * 16]
     (folder / "model-00007-of-00007.safetensors").symlink_to(folder / "model.bin")
     names = ["config.json", "model.bin", "optimizer.safetensors", "model-00007-of-00007.safetensors", ORPHAN]
     edit_index(folder, lambda index: index["shardsave"]["shards"].update(dict.fromkeys(names, record)))
     save(folder)
     assert all((folder / name).read_text() == "keep" for name in names[:3])
-    assert (folder / names[3]).is_symlink() and not (folder / ORPHAN).exists()
+    assert not (folder / names[3]).is_symlink() and not (folder / ORPHAN).exists()
 
 
 def test_superseded_file_that_is_a_link(staging: Path) -> None:
-    """Catches cleaning that takes a symbolic link for the replaced lone file, and removes it or its target."""
+    """Catches cleaning that removes what the lone file leads to, where that is a symbolic link."""
     folder = staging.parent
     (folder / "model.bin").rename(folder.parent / "elsewhere")
     (folder / LONE).symlink_to(folder.parent / "elsewhere")
@@ -161,7 +162,7 @@ def test_superseded_file_that_is_a_link(staging: Path) -> None:
     stale = {"size": found.st_size, "mtime_ns": found.st_mtime_ns}
     edit_index(folder, lambda index: index["shardsave"].update(supersedes=stale))
     save(folder)
-    assert (folder / LONE).is_symlink() and (folder.parent / "elsewhere").read_text() == "keep"
+    assert not (folder / LONE).is_symlink() and (folder.parent / "elsewhere").read_text() == "keep"
 
 
 @pytest.mark.timeout(20)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import shardsave
-from faults.savers import save, state
+from faults.savers import KIND, save, state
 from shardsave._storage.transaction import Transaction
 from support import forked
 
@@ -27,9 +27,9 @@ def die_before_the_commit(folder: Path) -> None:
     save(2, folder)
 
 
-def die_after_the_commit(folder: Path) -> None:
+def die_after_the_commit(folder: Path, kind: str = KIND) -> None:
     Transaction._clean = die  # type: ignore[method-assign]
-    save(2, folder)
+    save(2, folder, kind=kind)
 
 
 def killed(folder: Path, dying: Callable[[Path], None]) -> None:

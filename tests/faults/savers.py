@@ -20,8 +20,8 @@ INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 COMPANIONS = (CONFIG, "adapter_config.json", "adapter_model.safetensors")
 
-#: What is saved: "plain" (a module and its architecture), "config" (a transformers model) or "adapter" (of a PEFT model). Files of
-#: fixed names beside the weights contain the generation too.
+#: What is saved: "plain" (a module and its architecture), "config" (a transformers model), "adapter" (of a PEFT model), or "links" (as
+#: "plain", in the place of symbolic links). Files of fixed names beside the weights contain the generation too.
 KIND = os.environ.get("SHARDSAVE_FAULTS_KIND", "plain")
 
 
@@ -72,8 +72,8 @@ def model_with_adapter(generation: int) -> nn.Module:
 
 def save(generation: int, folder: Path, durable: bool = True, kind: str = KIND) -> shardsave.SaveReport:
     """Saves two shards with an architecture and its tensors, or with a config; or one shard of an adapter with its two files."""
-    source = {"plain": model, "config": model_with_config, "adapter": model_with_adapter}[kind](generation)
-    options = {"architecture": kind == "plain", "adapter_only": kind == "adapter"}
+    source = {"plain": model, "links": model, "config": model_with_config, "adapter": model_with_adapter}[kind](generation)
+    options = {"architecture": kind in ("plain", "links"), "adapter_only": kind == "adapter"}
     return shardsave.save(source, folder, max_shard_size=5000, durable=durable, progress=False, **options)
 
 
@@ -176,15 +176,27 @@ class Bench:
         self.target = self.watched / "runs" / "ckpt"
         self.old = None if first else 1
         self._template = None if first else folder / "template"
+        self._blobs: dict[Path, bytes] = {}  # what the files of the template lead to, if they are links
         if self._template is not None:
             save(1, self._template)
+            if KIND == "links":
+                self._replace_by_links(folder / "blobs")
+
+    def _replace_by_links(self, blobs: Path) -> None:
+        assert self._template is not None
+        blobs.mkdir()
+        for path in self._template.iterdir():
+            path.rename(blobs / path.name)
+            path.symlink_to(blobs / path.name)
+            self._blobs[blobs / path.name] = path.read_bytes()
 
     def reset(self) -> None:
         shutil.rmtree(self.watched, ignore_errors=True)
         self.watched.mkdir()
         if self._template is not None:
             self.target.parent.mkdir()
-            shutil.copytree(self._template, self.target)
+            shutil.copytree(self._template, self.target, symlinks=True)
 
     def found(self) -> int | None:
+        assert all(path.read_bytes() == content for path, content in self._blobs.items()), "what a link leads to was changed"
         return generation_in(self.target)

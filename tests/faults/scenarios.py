@@ -26,7 +26,8 @@ import numpy as np
 
 import shardsave
 from faults.beneath import Fate, Met, arm, disarm
-from faults.savers import Bench, generation_in, next_save_works, save, state
+from faults.dying import die_after_the_commit
+from faults.savers import CONFIG, Bench, companion_generation, generation_in, litter_in, next_save_works, save, state
 from shardsave._format import crc64
 
 FAILURES = [
@@ -201,6 +202,31 @@ def save_is_killed(bench: Bench, fate: Fate, number: int) -> int:
     raise AssertionError
 
 
+def config_outlives_its_save(bench: Bench, fate: Fate, number: int) -> int:
+    """The process ends at each of the later calls of a save with a config; then a save without one ends right after its commit, and
+    another one does not. A config that was committed stays, and no other one does."""
+    for nth in count(41):
+        bench.reset()
+        child = os.fork()
+        if child == 0:
+            arm(bench.watched, nth, fate)
+            save(2, bench.target)
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        committed = bench.found()
+        assert committed in (bench.old, 2)
+        child = os.fork()
+        if child == 0:
+            die_after_the_commit(bench.target, kind="plain")
+        assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        save(9, bench.target, durable=False, kind="plain")
+        assert companion_generation(bench.target / CONFIG) == committed, (nth, committed)
+        assert not litter_in(bench.target) - {CONFIG}
+        if status == 0:
+            return nth
+    raise AssertionError
+
+
 def save_is_killed_at_random(bench: Bench, fate: Fate, number: int) -> int:
     """``SHARDSAVE_KILLS`` savers get a SIGKILL at random moments, whatever their threads are doing."""
     chance = random.Random(1)
@@ -355,6 +381,8 @@ SCENARIOS: Scenarios = {
     "direct_save_fails": (save_fails, [(Fate.FAIL, errno.EIO), (Fate.FAIL_AFTER, errno.EIO), (Fate.SHORTEN, 0)]),
     "save_loses_its_disk": (save_loses_its_disk, [(Fate.FAIL_FROM_HERE, errno.EIO), (Fate.FAIL_FROM_HERE, errno.EROFS)]),
     "save_is_killed": (save_is_killed, [(Fate.KILL, 0), (Fate.KILL_AFTER, 0)]),
+    "config_outlives_its_save": (config_outlives_its_save, [(Fate.KILL_AFTER, 0)]),
+    "links_are_replaced": (save_is_killed, [(Fate.KILL_AFTER, 0)]),
     "save_is_killed_at_random": (save_is_killed_at_random, [(Fate.KILL, 0)]),
     "save_is_killed_beside_a_live_child": (save_is_killed_beside_a_live_child, [(Fate.KILL, 0)]),
     "save_is_interrupted": (save_is_interrupted, [(Fate.INTERRUPT, 0), (Fate.INTERRUPT_AFTER, 0)]),

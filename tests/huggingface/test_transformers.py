@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 import shardsave
 from support import ROOT, same_bits, same_state
-from transformers_models import ARCHITECTURES, FUSED, tiny
+from transformers_models import ARCHITECTURES, FUSED, IMAGE, tiny
 
 transformers = pytest.importorskip("transformers")
 CONFIGS = ("config.json", "generation_config.json")
@@ -248,6 +248,84 @@ def test_joined_on_disk(tmp_path: Path, joined_on_disk: None) -> None:
             assert same_state(fresh, model) and report.tensors == 3
             assert frozen_in(fresh) == (frozen_in(model) if folder == "shardsave" else set())
             assert sorted(fresh.seen) == (["k.weight", "q.weight", "v.weight"] if hooked else [])
+
+
+def pixio(seed: int, kind: str = "PixioBackbone") -> Any:
+    torch.manual_seed(seed)
+    model = getattr(transformers, kind)(transformers.PixioConfig(**IMAGE))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    return model
+
+
+def test_a_mapping_that_is_not_its_own_inverse(tmp_path: Path) -> None:
+    """Catches two layer norms that are swapped: transformers gives the names on disk of this class to other tensors in memory."""
+    model = pixio(1)
+    model.layernorm.requires_grad_(False)
+    report = shardsave.save(model, tmp_path / "own")
+    norms = "pixio.layernorm.weight, pixio.layernorm.bias, layernorm.weight and 1 more"
+    assert report.notes == (
+        f"names and tensors are stored as they are in memory, since transformers would not give back {norms} from its own layout "
+        "of PixioBackbone",
+        f"from_pretrained renames {norms} to other names, load_model does not",
+    )
+    # One tensor more, one wrapper more, or another reader: the names are still those in memory.
+    shardsave.save({**model.state_dict(), "more": torch.ones(1)}, tmp_path / "more")
+    shardsave.save(torch.nn.ModuleDict({"inner": model}), tmp_path / "inner")
+    for folder, prefix in (("own", ""), ("more", ""), ("inner", "inner.")):
+        fresh = pixio(2)
+        shardsave.load_model(fresh, tmp_path / folder, prefix=prefix, strict=False)
+        assert same_state(fresh, model)
+        assert folder == "more" or frozen_in(fresh) == {"layernorm.weight", "layernorm.bias"}
+    misread = type(model).from_pretrained(tmp_path / "own").state_dict()
+    assert same_bits(misread["layernorm.weight"], model.pixio.layernorm.weight)  # what the note says
+    assert not shardsave.save(pixio(1, "PixioModel"), tmp_path / "one-norm").notes
+
+
+class Misnamed(transformers.PreTrainedModel):
+    """A user's model in which two names are one on disk, or that has names which transformers renames when it loads."""
+
+    config_class = transformers.PreTrainedConfig
+    base_model_prefix = "model"
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.first = torch.nn.Linear(3, 2)
+        self.second = torch.nn.Linear(3, 2)
+        self.LayerNorm = torch.nn.ParameterDict({"gamma": torch.rand(2), "weight": torch.rand(2)})
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        pass
+
+
+def test_names_that_meet_or_move(tmp_path: Path) -> None:
+    """Catches a tensor that is lost because another has its name on disk, and names that transformers takes for old ones."""
+    from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    model = Misnamed(transformers.PreTrainedConfig())
+    for renamings, lost in (([], "LayerNorm.gamma"), ([WeightRenaming("first", "second")], "first.weight")):
+        register_checkpoint_conversion_mapping("Misnamed", renamings, overwrite=True)
+        (note, *_) = shardsave.save(model, tmp_path).notes
+        assert note.startswith("names and tensors are stored as they are in memory") and lost in note
+        fresh = Misnamed(transformers.PreTrainedConfig())
+        shardsave.load_model(fresh, tmp_path)
+        assert same_state(fresh, model)
+
+
+def test_a_layout_that_was_given_to_from_pretrained(tmp_path: Path) -> None:
+    """Catches names that only the key_mapping of one call of from_pretrained leads back to the model."""
+    model = tiny("BERT")
+    old = {name.replace("bert.encoder", "bert.stack"): tensor.clone() for name, tensor in model.state_dict().items()}
+    shardsave.save(old, tmp_path / "old")
+    model.config.save_pretrained(tmp_path / "old")
+    loaded = type(model).from_pretrained(tmp_path / "old", key_mapping={r"^bert\.stack": "bert.encoder"})
+    report = shardsave.save(loaded, tmp_path / "new")
+    assert len(report.notes) == 1 and "would not give back bert.encoder.layer.0" in report.notes[0]
+    fresh = tiny("BERT", seed=1)
+    shardsave.load_model(fresh, tmp_path / "new")
+    assert same_state(fresh, loaded) and same_state(type(model).from_pretrained(tmp_path / "new"), loaded)
 
 
 def test_a_wrapped_model(tmp_path: Path) -> None:

@@ -55,6 +55,80 @@ def test_hooks_that_rename(tmp_path: Path) -> None:
     assert (report.tensors, report.frozen) == (4, 1)
 
 
+class Renamed(nn.Module):
+    """Has ``layer`` in place of ``old`` and ``parts`` in place of ``left`` and ``right``, and drops or hides what else it gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.parts = nn.Parameter(torch.zeros(4))
+        self.hidden = nn.Parameter(torch.zeros(2))
+        self._register_load_state_dict_pre_hook(self._rename)
+
+    def _rename(self, state: dict[str, Any], prefix: str, *_: object) -> None:
+        for name in ("weight", "bias"):
+            state[f"{prefix}layer.{name}"] = state.pop(f"{prefix}old.{name}")
+        state[f"{prefix}parts"] = torch.cat([state.pop(f"{prefix}left"), state.pop(f"{prefix}right")]).contiguous()
+        state[f"{prefix}hidden"] = torch.tensor(state.pop(f"{prefix}secret").tolist())
+        state.pop(f"{prefix}dropped")
+
+
+def old_state(frozen: set[str]) -> dict[str, nn.Parameter]:
+    shapes = {"old.weight": (2, 3), "old.bias": (2,), "left": (2,), "right": (2,), "secret": (2,), "dropped": (1,)}
+    return {f"0.{name}": nn.Parameter(torch.rand(shape), name not in frozen) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    ("frozen", "expected"),
+    [
+        ({"old.weight"}, {"0.layer.weight"}),
+        ({"old.weight", "old.bias", "left"}, {"0.layer.weight", "0.layer.bias"}),
+        ({"left", "right", "secret", "dropped"}, {"0.parts"}),
+    ],
+)
+def test_flags_follow_what_a_module_renames(frozen: set[str], expected: set[str], tmp_path: Path) -> None:
+    """Catches a flag that is lost because the module gives its tensor another name while it loads, or joins it with others; and one
+    that cannot follow, because the module hides where the values go, without a note."""
+    state = old_state(frozen)
+    shardsave.save(state, tmp_path)
+    model = nn.Sequential(Renamed())
+    report = shardsave.load_model(model, tmp_path)
+    assert torch.equal(model[0].layer.weight, state["0.old.weight"]) and torch.equal(model[0].parts[2:], state["0.right"])
+    assert {name for name, parameter in model.named_parameters() if not parameter.requires_grad} == expected
+    assert report.notes == (
+        "the flags of 0.dropped, 0.secret were not restored: the module loads these itself, and no parameter is known to hold them",
+    )
+    assert not shardsave.load_model(model, tmp_path, restore_frozen=False).notes
+
+
+def test_flags_of_names_that_are_exchanged(tmp_path: Path) -> None:
+    """Catches a flag that stays with a name although the module gives its tensor to another parameter."""
+
+    def exchange(state: dict[str, Any], prefix: str, *_: object) -> None:
+        state[f"{prefix}a"], state[f"{prefix}b"] = state[f"{prefix}b"], state[f"{prefix}a"]
+
+    shardsave.save({"a": nn.Parameter(torch.zeros(2), False), "b": nn.Parameter(torch.ones(2))}, tmp_path)
+    model = nn.ParameterDict({"a": nn.Parameter(torch.rand(2)), "b": nn.Parameter(torch.rand(2))})
+    model._register_load_state_dict_pre_hook(exchange)
+    shardsave.load_model(model, tmp_path)
+    assert model["a"].requires_grad and not model["b"].requires_grad and torch.equal(model["b"], torch.zeros(2))
+
+
+def test_flags_of_an_old_weight_norm(tmp_path: Path) -> None:
+    """Catches frozen weight_g and weight_v that are trainable in the parametrization that has replaced them, also on the meta device."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        old = nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(3, 3)), nn.Linear(3, 2))
+    old[0].weight_g.requires_grad_(False)
+    shardsave.save(old, tmp_path)
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            new = nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 3)), nn.Linear(3, 2))
+        report = shardsave.load_model(new, tmp_path)
+        frozen = [name for name, parameter in new.named_parameters() if not parameter.requires_grad]
+        assert frozen == ["0.parametrizations.weight.original0"] and report.frozen == 1 and not report.notes
+
+
 def test_renamed_without_a_way_back(tmp_path: Path) -> None:
     """Catches an unclear error if a module saves names that it does not accept."""
 

@@ -107,7 +107,7 @@ def test_savers_and_readers_at_once(tmp_path: Path) -> None:
 
 
 def test_foreign_files_are_not_touched(tmp_path: Path) -> None:
-    """Catches cleaning that removes files because an index names them, or through a symbolic link."""
+    """Catches cleaning that removes files because an index names them, or what a symbolic link leads to."""
     keep = {"config.json": b"{}", "tokenizer.json": b"{}", "model.bin": b"x"}
     for name, content in keep.items():
         (tmp_path / name).write_bytes(content)
@@ -119,7 +119,7 @@ def test_foreign_files_are_not_touched(tmp_path: Path) -> None:
     )
     shardsave.save(state(1), tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in keep} == keep
-    assert outside.read_bytes() == b"outside" and (tmp_path / "model-00003-of-00003.safetensors").is_symlink()
+    assert outside.read_bytes() == b"outside" and not (tmp_path / "model-00003-of-00003.safetensors").is_symlink()
 
 
 def test_a_name_that_is_taken_meanwhile(tmp_path: Path) -> None:

@@ -51,6 +51,19 @@ def test_each_call_of_a_save_of_an_adapter(beneath: Path, memory: Path, before: 
     assert trials(run_beneath(beneath, engine, arguments, kind="adapter")) >= 60
 
 
+def test_config_of_a_save_killed_at_each_call(beneath: Path, memory: Path) -> None:
+    """Catches a committed config that goes with the staging directory of its dead saver, and an uncommitted one that stays."""
+    arguments = ["-m", "faults.scenarios", "config_outlives_its_save", "first", str(memory)]
+    assert trials(run_beneath(beneath, "native", arguments, kind="config")) >= 60
+
+
+def test_killed_at_each_call_over_links(beneath: Path, memory: Path) -> None:
+    """Catches a moment at which a kill leaves neither the old checkpoint, whose files are symbolic links, nor the new one, or a link for
+    good; and what a link leads to that is changed."""
+    arguments = ["-m", "faults.scenarios", "links_are_replaced", "overwrite", str(memory)]
+    assert trials(run_beneath(beneath, "native", arguments, kind="links")) >= 60
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("before", ["first", "overwrite"])
 def test_killed_at_any_moment(beneath: Path, tmp_path: Path, before: str, engine: str) -> None:

@@ -21,11 +21,15 @@ from shardsave._storage.companions import finish_dead_savers
 from shardsave._storage.leavings import Leaving, find_leavings, remove_leaving
 from shardsave._storage.lock import LockedDirectory
 from shardsave._storage.previous import companions_of
+from shardsave._storage.staging import Staging
 from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError, ShardSaveError
 
 __all__ = ["CleanReport", "Leaving", "clean"]
 
 _UNTOUCHED = "nothing was removed"
+
+#: errno values of mkdir(2) if this process may not create anything in a directory.
+_MAY_NOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -33,13 +37,14 @@ class CleanReport(Printed):
     """What crashed saves left behind in the directory ``path``.
 
     ``found``: all leavings. ``removed``: the names of those that were removed. ``leftovers``: names of files and directories that
-    could not be removed.
+    could not be removed. ``completed``: the configs that were put in place, because a save had committed them before it crashed.
     """
 
     path: str
     found: tuple[Leaving, ...]
     removed: tuple[str, ...]
     leftovers: tuple[str, ...]
+    completed: tuple[str, ...] = ()
 
     @property
     def left(self) -> tuple[Leaving, ...]:
@@ -52,9 +57,14 @@ class CleanReport(Printed):
             return
         total = human_bytes(sum(leaving.bytes for leaving in self.found))
         parts = [f"{self.path}: {count(len(self.found), 'leaving')} of crashed saves, {total}", f"{len(self.removed)} removed"]
-        kept = [leaving.name for leaving in self.left if not leaving.dead]
+        kept = [leaving.name for leaving in self.left if not leaving.dead and leaving.ours]
+        strangers = [leaving.name for leaving in self.left if not leaving.ours]
+        if self.completed:
+            parts.append(f"put in place: {some(self.completed)}")
         if kept:
             parts.append(f"kept, since their owners may be alive: {some(kept)}")
+        if strangers:
+            parts.append(f"kept, since another user may have made them: {some(strangers)}")
         if self.leftovers:
             parts.append(f"could not remove {some(self.leftovers)}")
         yield "; ".join(parts)
@@ -68,7 +78,8 @@ def clean(
 
     The next save into the directory would remove it too. `clean` holds the directory's lock, so a saver of this host whose staging
     directory is still there is certainly dead. A saver of another host may be alive, and would lose what it has written: its
-    staging directory is listed, but removed only with ``other_hosts=True``. If a crashed save had committed a config, but not yet
+    staging directory is listed, but removed only with ``other_hosts=True``. In a directory to which every user may write, what
+    another user may have made is listed and never removed. If a crashed save had committed a config, but not yet
     put it beside the weights, `clean` puts it there.
 
     Args:
@@ -95,17 +106,20 @@ def clean(
     check_timeout(lock_timeout)
     path = os.fspath(directory)
     with _locked(path, lock_timeout) as folder:
+        _learn_owner(folder)
         index = _present_index(folder)
         leavings = find_leavings(folder, index)
-        chosen = [leaving for leaving in leavings if leaving.dead or other_hosts] if remove else []
+        chosen = [leaving for leaving in leavings if leaving.ours and (leaving.dead or other_hosts)] if remove else []
+        completed: list[str] = []
         if chosen:
             # Replaced files may be removed only once the index is durable, and a staged config that was committed only once it is in place.
             folder.sync_file(INDEX_NAME)
             folder.sync()
-            finish_dead_savers(folder, companions_of(index), {leaving.name for leaving in chosen}.__contains__)
+            completed = finish_dead_savers(folder, companions_of(index), {leaving.name for leaving in chosen}.__contains__)
         leftovers = {leaving.name: remove_leaving(folder, leaving, index) for leaving in chosen}
     removed = tuple(name for name, remaining in leftovers.items() if not remaining)
-    return CleanReport(path, leavings, removed, tuple(dict.fromkeys(chain.from_iterable(leftovers.values()))))
+    left = tuple(dict.fromkeys(chain.from_iterable(leftovers.values())))
+    return CleanReport(path, leavings, removed, left, tuple(completed))
 
 
 @contextmanager
@@ -121,10 +135,32 @@ def _locked(path: str, timeout: float) -> Iterator[LockedDirectory]:
         folder.close()
 
 
+def _learn_owner(folder: LockedDirectory) -> None:
+    """In a shared directory: learns from a new directory which owner our files have there."""
+    if not folder.shared:
+        return
+    probe = Staging(folder)
+    try:
+        probe.make()
+        folder.learn_owner(probe.directory)
+    except CallFailed as error:
+        if error.errno not in _MAY_NOT_WRITE:
+            raise
+        return  # nothing there is ours
+    finally:
+        probe.close()
+    folder.rmdir(probe.name)
+
+
 def _present_index(folder: LockedDirectory) -> Index | None:
     data = folder.read_all(INDEX_NAME, MAX_INDEX_BYTES)
     if data is None:
         return None
+    if not folder.obeys(INDEX_NAME):
+        raise ShardSaveError(
+            f"cannot clean {folder.path}: an index that only this user can have written was expected, since everybody may write to "
+            f"this directory; another user made it, or may have changed it; {_UNTOUCHED}"
+        )
     try:
         return parse_index(data, f"index {INDEX_NAME}")
     except (CorruptCheckpointError, IncompatibleCheckpointError) as error:

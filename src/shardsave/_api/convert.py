@@ -129,6 +129,7 @@ def convert(
         renamed=tuple(names.renamed),
         ties={entry.name: entry.tied_to for entry in state.entries if entry.tied_to is not None},
         flags_known=state.flags_known,
+        removed=result.removed,
     )
 
 

@@ -66,7 +66,7 @@ class ConvertReport(Report):
     ``kind``: the kind of the source: "shardsave", "safetensors", "torch" or "distributed"; ``to``: the kind that was written.
     ``verified``: whether the source's tensors were checked against stored checksums; None if it has none. ``cast``: how many
     tensors were cast to another dtype. ``dropped``, ``renamed``: names in the source. ``ties``: tied name → the name under which
-    the bytes are stored. ``flags_known``: whether the source records which parameters were frozen.
+    the bytes are stored. ``flags_known``: whether the source records which parameters were frozen. ``removed``: as in a SaveReport.
     """
 
     source: str = ""
@@ -79,13 +79,15 @@ class ConvertReport(Report):
     renamed: tuple[str, ...] = ()
     ties: Mapping[str, str] = field(default_factory=dict)
     flags_known: bool = False
+    removed: tuple[str, ...] = ()
 
     def _lines(self) -> Iterator[str]:
         counts = (("dropped", len(self.dropped)), ("renamed", len(self.renamed)), ("cast", self.cast), ("tied", len(self.ties)))
         more = [f"{number:,} {word}" for word, number in counts if number]
         how = f"{self._engine_and_access()}, {'durable' if self.durable else 'not durable'}, {VERIFIED[self.verified]}"
         line = f"converted {self.source} ({self.kind}) to {self.path} ({self.to}): {self._size_and_speed()}, {how}"
-        yield self._with_notes(line, *([", ".join(more)] if more else []))
+        removed = [f"removed or replaced {some(self.removed)}"] if self.removed else []
+        yield self._with_notes(line, *([", ".join(more)] if more else []), *removed)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from shardsave._api.reports import LoadReport, Phases
 from shardsave._common.backend import engine_name
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
+from shardsave._huggingface.added_adapter import has_added_adapter
 from shardsave._huggingface.recognize import peft_model, transformers_model
 from shardsave._loading.disk_layout import DiskLayout, IdentityLayout
 from shardsave._loading.mapped import Maps
@@ -157,7 +158,7 @@ def load_model(
             differences = filler.fill(reader, strict=strict)
         transferred = time.perf_counter()
         restored_flags = filler.restore_flags()
-        notes = (*reader.totals.notes, *filler.plan.notes(), *checkpoint.companion_notes())
+        notes = (*reader.totals.notes, *filler.plan.notes(), *restored_flags.notes, *checkpoint.companion_notes())
     ended = time.perf_counter()
     return LoadReport(
         path=os.fspath(path),
@@ -199,7 +200,11 @@ def _plan(
 
 def _choose_layout(inventory: Inventory, stored: Mapping[str, Located], where: str) -> DiskLayout:
     """The layout of ``stored`` (name on disk → stored tensor) for the module; only models of transformers and PEFT have their own."""
-    if transformers_model(inventory.module) is not None:
+    if (transformer := transformers_model(inventory.module)) is not None:
+        if has_added_adapter(transformer):
+            from shardsave._huggingface.added_adapter_loading import AddedAdapterLayout
+
+            return AddedAdapterLayout(inventory, stored, where)
         from shardsave._huggingface.transformers_loading import TransformersLayout  # no other model needs it
 
         return TransformersLayout(inventory, stored, where)

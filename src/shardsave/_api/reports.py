@@ -77,16 +77,21 @@ class Report(Printed):
 class SaveReport(Report):
     """What a save did.
 
-    ``durable``: whether the checkpoint would survive a loss of power now. ``leftovers``: names of files that should have been
-    removed and could not be. ``overlaps``: pairs of tensors that share a part of their memory and were stored separately.
+    ``durable``: whether the checkpoint would survive a loss of power now. ``removed``: names of all files that the save removed, or
+    replaced by others of the same name, and that it did not make itself (the index is not listed): those of the replaced
+    checkpoint, and what killed saves had left. ``leftovers``: names of files that should have been removed and could not be.
+    ``overlaps``: pairs of tensors that share a part of their memory and were stored separately.
     """
 
     durable: bool = True
     leftovers: tuple[str, ...] = ()
     overlaps: tuple[tuple[str, str], ...] = ()
+    removed: tuple[str, ...] = ()
 
     def _lines(self) -> Iterator[str]:
         more = []
+        if self.removed:
+            more.append(f"removed or replaced {some(self.removed)}")
         if self.leftovers:
             more.append(f"could not remove {', '.join(self.leftovers)}")
         if self.overlaps:

@@ -19,6 +19,8 @@ from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
 from shardsave._common.words import an
 from shardsave._format.metadata import check_metadata
+from shardsave._huggingface.added_adapter import has_added_adapter
+from shardsave._huggingface.added_adapter_saving import AddedAdapterLayout
 from shardsave._huggingface.peft_saving import AdapterLayout
 from shardsave._huggingface.recognize import peft_model, transformers_model
 from shardsave._huggingface.transformers_saving import TransformersLayout
@@ -118,6 +120,7 @@ def save(
         pinned=outcome.totals.pinned,
         notes=outcome.notes,
         durable=durable,
+        removed=outcome.removed,
         leftovers=outcome.leftovers,
         overlaps=contents.state.overlaps,
     )
@@ -133,7 +136,9 @@ def _choose_layout(source: Source, adapter_only: bool, *, with_parts: bool) -> D
             raise ValueError("adapter_only=True saves no architecture and no program: they need the base model's weights")
         return AdapterLayout(adapter)
     model = transformers_model(source)
-    return TransformersLayout(model, keep_names=with_parts) if model is not None else IdentityLayout()
+    if model is None:
+        return IdentityLayout()
+    return (AddedAdapterLayout if has_added_adapter(model) else TransformersLayout)(model, keep_names=with_parts)
 
 
 def _read_contents(

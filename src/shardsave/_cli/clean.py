@@ -44,7 +44,7 @@ def clean(context: click.Context, directory: str, yes: bool, dry_run: bool, othe
 
     output = Output()
     report = shardsave.clean(directory, remove=False, lock_timeout=_PATIENCE)
-    chosen = [leaving for leaving in report.found if leaving.dead or other_hosts]
+    chosen = [leaving for leaving in report.found if leaving.ours and (leaving.dead or other_hosts)]
     _print(report, chosen, output)
     if chosen and not dry_run and (yes or _agreed(chosen)):
         report = shardsave.clean(directory, other_hosts=other_hosts, lock_timeout=_PATIENCE)
@@ -58,14 +58,16 @@ def _print(report: shardsave.CleanReport, chosen: list[shardsave.Leaving], outpu
         return
     rows: list[list[Cell]] = []
     for leaving in report.found:
-        owner = "dead" if leaving.dead else ("another host", TRAINABLE)
+        owner: Cell = "dead" if leaving.dead else ("another host" if leaving.ours else "another user", TRAINABLE)
         rows.append([leaving.name, count(len(leaving.files), "file"), human_bytes(leaving.bytes), owner])
     output.table(["left behind", "files", "size", "owner"], rows, numbers=(1, 2))
     for leaving in report.found:
         for name in leaving.files:
             output.line(("  " + name, DIM))
-    if len(chosen) < len(report.found):
+    if any(leaving.ours and leaving not in chosen for leaving in report.found):
         output.line("files from another host are only removed with --other-hosts; make sure that no save is running there")
+    if not all(leaving.ours for leaving in report.found):
+        output.line("everybody may write to this directory: what another user may have made is never removed")
 
 
 def _agreed(chosen: list[shardsave.Leaving]) -> bool:

@@ -64,6 +64,15 @@ def lacks_memory(tensor: torch.Tensor) -> bool:
     return needed > 0 and tensor.storage_offset() * tensor.element_size() + needed > tensor.untyped_storage().nbytes()
 
 
+def same_bytes(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether two contiguous tensors on one device have the same dtype, shape and bytes; False if one is not contiguous."""
+    if (left.dtype, left.shape, left.device) != (right.dtype, right.shape, right.device):
+        return False
+    if not (left.is_contiguous() and right.is_contiguous()):
+        return False
+    return torch.equal(*(tensor.detach().reshape(-1).view(torch.uint8) for tensor in (left, right)))
+
+
 def any_overlap(begins: Sequence[int], ends: Sequence[int]) -> bool:
     """Whether any two address ranges overlap; ranges on different devices may seem to overlap."""
     first = np.array(begins, dtype=np.uint64)

@@ -58,8 +58,9 @@ def _write_contents(contents: Contents, path: str, durable: bool, release: Relea
     with Progress(release, "converting", contents.tensor_bytes) as progress:
         outcome = write_checkpoint(contents, path, durable=durable, lock_timeout=_LOCK_TIMEOUT, progress=progress)
     notes = (f"could not remove {', '.join(outcome.leftovers)}",) if outcome.leftovers else ()
+    totals = outcome.totals
     return WriteResult(
-        outcome.totals.direct, outcome.totals.staging_bytes, engine_name(), (*outcome.notes, *notes), outcome.shards
+        totals.direct, totals.staging_bytes, engine_name(), (*outcome.notes, *notes), outcome.shards, outcome.removed
     )
 
 
@@ -71,13 +72,13 @@ def _write_safetensors_file(output: Output, state: State) -> WriteResult:
     release = ReleaseWhileWriting(output.origin.mappings, output.tick)
     with NewFile(output.path, output.durable) as file:
         result = write_safetensors(file, state.entries, kept, output.durable, release)
-    return result._replace(notes=(*result.notes, *_notes_on_losses(output.origin, kept)))
+    return result._replace(notes=(*result.notes, *_notes_on_losses(output.origin, kept), *file.notes()), removed=file.removed)
 
 
 def _write_torch_file(output: Output, state: State) -> WriteResult:
     with NewFile(output.path, output.durable) as file:
         result = _write_torch(output, state, file)
-    return result._replace(notes=(*result.notes, *_notes_on_losses(output.origin, {})))
+    return result._replace(notes=(*result.notes, *_notes_on_losses(output.origin, {}), *file.notes()), removed=file.removed)
 
 
 def _write_torch(output: Output, state: State, file: NewFile) -> WriteResult:

@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from types import TracebackType
@@ -23,6 +24,8 @@ from shardsave._engine.transfer import Access, TransferFault
 from shardsave._format.header import CHECKSUM_KEY, with_sums
 from shardsave._saving.shards import plan_blocks, plan_shards
 from shardsave._state.module import Entry
+from shardsave._storage.cleaning_notes import strangers_notes
+from shardsave._storage.cleanup import bytes_visible
 from shardsave._storage.directory import Directory, make_folders
 from shardsave._storage.staging import end_shard
 from shardsave.errors import (
@@ -41,13 +44,14 @@ _SCRATCH, _WORKSPACE = ".part", ".d"
 
 
 class WriteResult(NamedTuple):
-    """How the output was written, for the report."""
+    """How the output was written, for the report. ``removed``: names of files that were removed or replaced."""
 
     direct: bool
     staging_bytes: int
     engine: str
     notes: tuple[str, ...] = ()
     shards: int = 1
+    removed: tuple[str, ...] = ()
 
 
 class _Phase(enum.Enum):
@@ -61,8 +65,8 @@ class _Phase(enum.Enum):
 class NewFile:
     """A transaction on the file at ``path``.
 
-    Entering it removes the scratch files of dead writers and creates a new one beside ``path``. The caller writes to `file` and
-    calls `commit`, which renames the scratch file to ``path``. Leaving it without a commit removes the scratch file; a file that was
+    Entering it creates a scratch file beside ``path``, and removes those of dead writers. The caller writes to `file` and calls
+    `commit`, which renames the scratch file to ``path``. Leaving it without a commit removes the scratch file; a file that was
     at ``path`` is then unchanged. The scratch file is locked until the end: later writers to ``path`` see that its writer is alive.
     """
 
@@ -76,13 +80,15 @@ class NewFile:
         self._durable = durable
         self._directory = Directory(self.folder, durable=durable)
         self._phase = _Phase.OPENING
+        self._removed: list[str] = []
+        self._strangers: dict[str, int] = {}
 
     def __enter__(self) -> NewFile:
         try:
             make_folders(self.folder, self._durable)
             self._directory.open(self.folder)
-            self._remove_dead()
             self._create()
+            self._remove_dead()
         except CallFailed as error:
             self.close()
             raise self.failure(error) from error
@@ -93,6 +99,15 @@ class NewFile:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+    @property
+    def removed(self) -> tuple[str, ...]:
+        """The names of what killed writers had left, and what was removed."""
+        return tuple(self._removed)
+
+    def notes(self) -> tuple[str, ...]:
+        """Notes on what had to stay."""
+        return tuple(strangers_notes(self._strangers))
 
     @property
     def workspace(self) -> str:
@@ -114,18 +129,37 @@ class NewFile:
             self._lock.abandon()
 
     def _remove_dead(self) -> None:
-        """Removes what killed writers to the same path left behind."""
+        """Removes what killed writers to the same path left behind; in a shared directory, only what this user made."""
         pattern = re.compile(rf"({re.escape(self._stem)}[0-9a-f]{{16}}\{_SCRATCH})(?:\{_WORKSPACE})?")
         matches = map(pattern.fullmatch, self._directory.names())
-        for name in {match[1] for match in matches if match is not None}:
+        for name in sorted({match[1] for match in matches if match is not None} - {self._scratch}):
             with suppress(OSError):
-                file = self._directory.open_regular(name, follow=False)
-                with file or nullcontext():
-                    if file is not None:
-                        fcntl.flock(file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if its writer is alive
-                    shutil.rmtree(os.path.join(self.folder, name + _WORKSPACE), ignore_errors=True)
-                    if file is not None:
-                        self._directory.unlink(name)
+                if self._is_ours(name) and self._is_ours(name + _WORKSPACE):
+                    self._remove_dead_writer(name)
+
+    def _is_ours(self, name: str) -> bool:
+        """Whether ``name`` may be removed. Notes it if another user of a shared directory made it."""
+        status = self._directory.status_of(name)
+        if status is None or not call(os.fstat, self.folder, self._directory.fd).st_mode & stat.S_IWOTH:
+            return True
+        if status.st_uid == call(os.fstat, self._scratch, self.file.fd).st_uid:
+            return True
+        self._strangers[name] = bytes_visible(self._directory, name)
+        return False
+
+    def _remove_dead_writer(self, name: str) -> None:
+        workspace = name + _WORKSPACE
+        file = self._directory.open_regular(name, follow=False)
+        with file or nullcontext():
+            if file is not None:
+                fcntl.flock(file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if its writer is alive
+            if self._directory.inode_of(workspace) is not None:
+                shutil.rmtree(os.path.join(self.folder, workspace), ignore_errors=True)
+                if self._directory.inode_of(workspace) is None:
+                    self._removed.append(workspace)
+            if file is not None:
+                self._directory.unlink(name)
+                self._removed.append(name)
 
     def commit(self) -> None:
         """Completes the scratch file and renames it to ``path``, both durably if the caller requested that."""

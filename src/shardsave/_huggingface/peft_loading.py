@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from shardsave._huggingface.peft_names import adapter_of
+from shardsave._huggingface.peft_names import active_adapters, adapter_of
 from shardsave._loading.disk_layout import IdentityLayout
 from shardsave._state.wrappers import Names
 from shardsave._storage.checkpoint import Located
@@ -31,7 +31,7 @@ def adapter_layout(model: Any, stored: Mapping[str, Located], where: str) -> Ada
 
     ``where``: the path of the checkpoint, for messages. Raises IncompatibleCheckpointError.
     """
-    if len(list(model.active_adapters)) != 1:
+    if len(active_adapters(model)) != 1:
         return None
     names = Names.of(model)
     tensors = {names.plain(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}

@@ -37,8 +37,14 @@ def adapter_of(model: Any, tensors: Mapping[str, torch.Tensor]) -> Adapter:
 
 def active_adapter(model: Any) -> str:
     """The name of the active adapter. Raises ValueError if there are several, or none."""
-    names = list(model.active_adapters)
+    names = active_adapters(model)
     if len(names) != 1:
         active = f"{len(names)} are active ({printable(', '.join(names))})" if names else "none is active"
         raise ValueError(f"one adapter is saved at a time, {active}: choose one with set_adapter")
-    return str(names[0])
+    return names[0]
+
+
+def active_adapters(model: Any) -> list[str]:
+    """The names of the active adapters of a PEFT model, or of a transformers model that has adapters."""
+    names = model.active_adapters
+    return list(names() if callable(names) else names)

@@ -8,8 +8,6 @@ them.
 
 from __future__ import annotations
 
-import copy
-import importlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -17,15 +15,13 @@ from typing import Any
 import torch
 
 from shardsave._format.dtypes import BY_NAME, BY_TORCH, logical_shape, torch_shape
+from shardsave._huggingface.transformers_names import Key, NamesInMemory, converts
 from shardsave._huggingface.transformers_on_disk import DiskTensor, reverted
 from shardsave._loading.disk_layout import Join
 from shardsave._loading.slots import Inventory
 from shardsave._state.wrappers import Names
 from shardsave._storage.checkpoint import Located
 from shardsave.errors import IncompatibleCheckpointError, UnsupportedTensorError
-
-#: The name of a tensor in the model, and the pattern of the converter that takes the stored tensor, or "".
-Key = tuple[str, str]
 
 
 class TransformersLayout:
@@ -42,12 +38,13 @@ class TransformersLayout:
         self._names = dict.fromkeys(inventory.expected, True)
         self._targets: dict[str, tuple[str, ...]] = {}  # name on disk → names in the model
         self._keys: list[list[Key]] = []  # for each join, the key of each source
-        self._renamings: list[Any] = []
-        self._converters: list[Any] = []
-        if stored.keys() == self._names.keys() or not _converts():
-            self.stored.update(stored)
+        unneeded = _unneeded(self._model)
+        if not converts() or all(name in stored or self.may_be_missing(name) for name in self._names):
+            # The names are those in memory. Renaming them could move a tensor: not every mapping is its own inverse.
+            self.stored.update((n, t) for n, t in stored.items() if n in self._names or not _matches(unneeded, n))
         else:
-            self._plan(stored, where)
+            self._in_memory = NamesInMemory(self._model, self._names)
+            self._plan(stored, unneeded, where)
 
     def may_be_missing(self, name: str) -> bool:
         """Whether transformers does not need ``name``: it is never saved, or it is computed again."""
@@ -76,37 +73,21 @@ class TransformersLayout:
 
     def views(self, tensors: Mapping[str, torch.Tensor]) -> list[Sequence[torch.Tensor] | None]:
         """For each join, a view for each source: the slices of ``tensors`` that transformers would save, if they have the right shapes."""
+        if not self.joins:
+            return []
         try:
             parts = reverted(self._model, tensors) if tensors else {}
         except UnsupportedTensorError:
             parts = {}
         parts_by_key: dict[Key, list[DiskTensor]] = {}
-        for name, key in self._renamed(parts):
+        for name, key in self._in_memory.of(parts):
             parts_by_key.setdefault(key, []).append(parts[name])
         return [_views(join, keys, parts_by_key) for join, keys in zip(self.joins, self._keys)]
 
-    def _renamed(self, names: Iterable[str]) -> list[tuple[str, Key]]:
-        """(name on disk, key) for each of ``names``, in the order in which transformers takes them."""
-        loading = importlib.import_module("transformers.core_model_loading")
-        prefix, renamings = self._model.base_model_prefix, copy.deepcopy(self._renamings)  # some of them keep a state
-        renamed_names = []
-        for name in sorted(names, key=loading.dot_natural_key):
-            renamed, pattern = loading.rename_source_key(name, renamings, self._converters, prefix, self._names)
-            if renamed not in self._names and name in self._names:
-                renamed, pattern = loading.rename_source_key(name, [], [], prefix, self._names)
-            renamed_names.append((name, (renamed, pattern or "")))
-        return renamed_names
-
-    def _plan(self, stored: Mapping[str, Located], where: str) -> None:
+    def _plan(self, stored: Mapping[str, Located], unneeded: Sequence[str], where: str) -> None:
         """Finds the name in the model, or the join, for each of ``stored``. Raises IncompatibleCheckpointError."""
-        loading = importlib.import_module("transformers.core_model_loading")
-        mapping = importlib.import_module("transformers.conversion_mapping")
-        transforms = mapping.get_model_conversion_mapping(self._model)
-        self._renamings = [transform for transform in transforms if isinstance(transform, loading.WeightRenaming)]
-        self._converters = [transform for transform in transforms if isinstance(transform, loading.WeightConverter)]
-        unneeded = _unneeded(self._model)
         joined: dict[str, list[tuple[str, str]]] = {}  # name in the model → (name on disk, pattern)
-        for name, (name_in_model, pattern) in self._renamed(stored):
+        for name, (name_in_model, pattern) in self._in_memory.of(stored):
             if name_in_model in self._names and pattern:
                 joined.setdefault(name_in_model, []).append((name, pattern))
             elif name_in_model in self._names and name_in_model not in self.stored:
@@ -122,16 +103,10 @@ class TransformersLayout:
 
         transformers first converts empty tensors on the meta device, to learn the names, dtypes and shapes of the targets.
         """
-        pattern = members[0][1]
-        template = next(converter for converter in self._converters if pattern in converter.source_patterns)
         sources = tuple(stored[name] for name, _ in members)
 
         def convert(tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-            converter = copy.deepcopy(template)
-            for (name, part), tensor in zip(members, tensors):
-                converter.add_tensor(first, name, part, tensor)
-            values = converter.convert(first, model=self._model, config=self._model.config)
-            return {name: value[0] if isinstance(value, list) else value for name, value in values.items()}
+            return self._in_memory.convert(first, members, tensors)
 
         try:
             targets = convert(
@@ -161,15 +136,6 @@ def _views(join: Join, keys: Sequence[Key], parts: Mapping[Key, Sequence[DiskTen
             return None
         views.append(part.tensor)
     return views if all(next(rest, None) is None for rest in remaining.values()) else None
-
-
-def _converts() -> bool:
-    """Whether this version of transformers converts between names on disk and names in memory."""
-    try:
-        importlib.import_module("transformers.core_model_loading")
-    except ImportError:  # older versions use the names in memory on disk, too
-        return False
-    return True
 
 
 def _unneeded(model: Any) -> list[str]:

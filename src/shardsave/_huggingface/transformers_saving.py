@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from shardsave._common.sources import TensorSource
-from shardsave._common.words import human_bytes
+from shardsave._common.words import human_bytes, some
 from shardsave._huggingface.transformers_on_disk import DiskTensor, reverted
+from shardsave._huggingface.transformers_round_trip import not_given_back
 from shardsave._saving.disk_layout import OnDisk
 from shardsave._state.module import Entry, State
 
@@ -42,15 +43,20 @@ class TransformersLayout:
 
     def apply(self, state: State) -> OnDisk:
         """Stores fused tensors as views of their parts. Only tensors that are joined on disk are copied, with a note."""
-        configs = companions(self._model)
+        model, configs = self._model, companions(self._model)
         if self._keep_names:
-            return OnDisk(state, configs)
-        model = self._model
+            return self._in_memory(state, configs)
         ignored = frozenset(getattr(model, "_keys_to_ignore_on_save", None) or ())
         entries = _tied_as_transformers_ties(model, [entry for entry in state.entries if entry.name not in ignored])
         by_name = {entry.name: entry for entry in entries}
         stored = {entry.name: entry.tensor for entry in entries if entry.tied_to is None}
         renamed = reverted(model, stored)
+        if lost := not_given_back(model, stored, {**_leaders(state.entries), **_leaders(entries)}, renamed):
+            note = (
+                f"names and tensors are stored as they are in memory, since transformers would not give back {some(lost)} "
+                f"from its own layout of {type(model).__name__}"
+            )
+            return self._in_memory(state, configs, [note])
         position = {name: n for n, name in enumerate(stored)}
         on_disk = [_entry(name, part, [by_name[source] for source in part.sources]) for name, part in renamed.items()]
         order = {name: min(position[source] for source in part.sources) for name, part in renamed.items()}
@@ -65,11 +71,26 @@ class TransformersLayout:
             notes.append(f"{human_bytes(copied_bytes)} were copied in memory, since these tensors are joined on disk")
         return OnDisk(state._replace(entries=tuple(on_disk)), configs, flags, notes=tuple(notes))
 
+    def _in_memory(self, state: State, configs: Mapping[str, bytes], notes: Iterable[str] = ()) -> OnDisk:
+        """``state`` as it is, with a note if `from_pretrained` would rename its names to others."""
+        stored = {entry.name: entry.tensor for entry in state.entries if entry.tied_to is None}
+        as_they_are = {name: DiskTensor(tensor, (name,), False) for name, tensor in stored.items()}
+        if misread := not_given_back(self._model, stored, _leaders(state.entries), as_they_are):
+            notes = [*notes, f"from_pretrained renames {some(misread)} to other names, load_model does not"]
+        return OnDisk(state, configs, notes=tuple(notes))
 
-def _entry(name: str, part: DiskTensor, sources: Iterable[Entry]) -> Entry:
-    """An entry that is frozen if all of ``sources`` with a flag are."""
+
+def _leaders(entries: Iterable[Entry]) -> dict[str, str]:
+    """Every name → the name under which its tensor is stored."""
+    return {entry.name: entry.tied_to or entry.name for entry in entries}
+
+
+def _entry(name: str, part: DiskTensor, sources: Sequence[Entry]) -> Entry:
+    """An entry that is frozen if all of ``sources`` with a flag are; it is cast if all of them are cast to one dtype."""
     flags = [entry.frozen for entry in sources if entry.frozen is not None]
-    return Entry(name, "parameter" if flags else "buffer", all(flags) if flags else None, None, TensorSource.of(part.tensor))
+    dtypes = {entry.source.dtype for entry in sources}
+    source = TensorSource(part.tensor, dtypes.pop() if len(dtypes) == 1 else part.tensor.dtype)
+    return Entry(name, "parameter" if flags else "buffer", all(flags) if flags else None, None, source)
 
 
 def _tied_as_transformers_ties(model: Any, entries: list[Entry]) -> list[Entry]:

@@ -33,6 +33,10 @@ def check_differences(inventory: Inventory, plan: ModulePlan, strict: bool, wher
     """
     for name in inventory.slots if plan.owned else ():
         if name in plan.owned and (inventory.slots[name].saved or name in plan.stored):
+            offloaded = inventory.slots[name].offloaded
+            if offloaded is not None and not offloaded.spare:
+                owner = type(inventory.self_loading[plan.owned[name]]).__name__
+                _refuse(name, where, "a tensor with memory was expected", f"accelerate offloads it, and {owner} loads itself")
             _check_plain(inventory.slots[name], where)
     check_shapes(inventory, plan, where)
     if strict and (plan.missing or plan.unexpected or plan.mismatched):
@@ -54,6 +58,7 @@ def check_destinations(
     slots = inventory.slots
     for name, slot in slots.items():
         if name in plan.matched and name not in plan.mismatched:
+            _check_offloaded(slot, device, where)
             _check_fillable(slot, dtypes[plan.stored[name].dtype], where)
     for left, right in plan.must_equal:
         if not same_bytes(plan.stored[left], plan.stored[right]) and _keep_values(inventory, plan, (left, right)):
@@ -114,6 +119,18 @@ def _check_plain(slot: Slot, where: str) -> None:
     tensor = slot.tensor
     if hasattr(tensor, "__tensor_flatten__") or (type(tensor) not in PLAIN_TYPES and not is_lazy(tensor)):
         _refuse(slot.name, where, "a plain tensor was expected", f"it is {an(type(tensor).__name__)}")
+
+
+def _check_offloaded(slot: Slot, device: torch.device | None, where: str) -> None:
+    """Refuses a tensor that accelerate reads from a place that a load cannot fill, or that ``device`` would move."""
+    offloaded = slot.offloaded
+    if offloaded is None or offloaded.spare:
+        return
+    if offloaded.problem:
+        actual = f"accelerate offloads it, and {offloaded.problem}"
+        _refuse(slot.name, where, "a tensor that can be filled was expected", actual)
+    if device is not None:
+        _refuse(slot.name, where, "a tensor that can be moved was expected", "accelerate offloads it; leave out device=")
 
 
 def _check_fillable(slot: Slot, stored: torch.dtype, where: str) -> None:

@@ -49,6 +49,8 @@ class ModuleFiller:
         self._checkpoint = checkpoint
         self._device = device
         self._total = len(plan.reads)
+        self._origins: dict[str, tuple[str, ...]] = {}  # of the parameters that routines filled
+        self._unused: frozenset[str] = frozenset()  # names that routines reported as unexpected
 
     @gc_paused()
     def check(self, *, strict: bool) -> None:
@@ -62,13 +64,16 @@ class ModuleFiller:
         """Fills the module. Errors say how many tensors were loaded before. ``strict``: for the sub-modules that load themselves."""
         self._allocate([*self.plan.routed, *self.plan.in_place])
         missing, unexpected = self._run_routines(reader, strict)
+        self._unused = frozenset(unexpected)
         self._read_in_place(reader)
+        self._update_spare_copies()
         return Differences(self.plan.missing + missing, self.plan.unexpected + unexpected)
 
     def restore_flags(self) -> RestoredFlags:
         # Routines may have replaced parameters, also those of their own sub-modules.
         inventory = take_again(self._inventory) if self.plan.routines else self._inventory
-        return restore_flags(named_parameters(inventory, [routine.name for routine in self.plan.routines]), self.plan.flags)
+        parameters = named_parameters(inventory, [routine.name for routine in self.plan.routines])
+        return restore_flags(parameters, self.plan.flags, sorted(self.plan.routed - self._unused), self._origins)
 
     def _allocate(self, filled: Collection[str]) -> None:
         self._inventory = allocate(self._inventory, filled, self.plan.owned, self._device)
@@ -87,9 +92,10 @@ class ModuleFiller:
         for routine in self.plan.routines:
             module = self._inventory.self_loading[routine.name]
             with self._counting(reader):
-                names = run_routine(module, routine, self.plan.stored, joined, reader, strict)
-            missing += names[0]
-            unexpected += names[1]
+                answer = run_routine(module, routine, self.plan.stored, joined, reader, strict)
+            missing += answer.missing
+            unexpected += answer.unexpected
+            self._origins.update(answer.origins)
         if self.plan.routines and self.plan.in_place:
             with self._counting(reader):
                 self._follow_routines()
@@ -138,6 +144,14 @@ class ModuleFiller:
         finally:
             # autograd does not notice these writes; with a new version number, a stale backward raises. Inference tensors are skipped.
             torch.autograd.graph.increment_version(list(destinations.values()))
+
+    def _update_spare_copies(self) -> None:
+        """Copies buffers to where accelerate keeps a copy of them, which it puts in their place when its hooks are removed."""
+        for slot in self._inventory.slots.values():
+            spare = slot.offloaded.tensor if slot.offloaded is not None and slot.offloaded.spare else None
+            if spare is not None and not slot.tensor.is_meta:
+                with torch.no_grad():
+                    spare.copy_(slot.tensor)
 
     def _targets(self, destinations: dict[str, torch.Tensor]) -> tuple[list[Target], list[Join]]:
         """What is read straight into ``destinations`` (name → tensor), and the joins that have to be read into copies."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -13,10 +13,20 @@ from torch.nn.parameter import is_lazy
 from shardsave._loading.disk_layout import Join
 from shardsave._loading.module_plan import Routine
 from shardsave._loading.new_tensors import new_copy
+from shardsave._loading.origins import Origins
 from shardsave._loading.read import TensorReader
 from shardsave._state.wrappers import Names
 from shardsave._storage.checkpoint import Located
 from shardsave.errors import IncompatibleCheckpointError
+
+
+class RoutineAnswer(NamedTuple):
+    """``missing``, ``unexpected``: the names that the routine reports. ``origins``: the name of each parameter that it filled → the
+    names of the stored tensors that it filled it from."""
+
+    missing: list[str]
+    unexpected: list[str]
+    origins: dict[str, tuple[str, ...]]
 
 
 def run_routine(
@@ -26,8 +36,8 @@ def run_routine(
     joined: dict[str, torch.Tensor],
     reader: TensorReader,
     strict: bool,
-) -> tuple[list[str], list[str]]:
-    """Reads what ``module`` receives and calls its `load_state_dict`; returns the names that it reports missing and unexpected.
+) -> RoutineAnswer:
+    """Reads what ``module`` receives and calls its `load_state_dict`.
 
     ``joined``: name in the module → tensor that a join has produced; this function removes those that the routine receives.
     """
@@ -39,8 +49,9 @@ def run_routine(
     names = Names.of(module)
     state: dict[str, Any] = {names.wrapped(inside): values[inside] for inside in routine.tensors.values()}
     state.update({names.wrapped(inside): value for inside, value in routine.extra_state.items()})
+    origins = Origins(values)
     try:
-        with torch.inference_mode(_has_inference_tensors(module)):
+        with torch.inference_mode(_has_inference_tensors(module)), origins:
             answer = module.load_state_dict(state, strict=strict)
     except Exception as error:
         raise IncompatibleCheckpointError(
@@ -48,8 +59,14 @@ def run_routine(
             f"what was saved, it raised {type(error).__name__}: {' '.join(str(error).split())}"
         ) from error
     start = f"{routine.name}." if routine.name else ""
-    missing, unexpected = getattr(answer, "missing_keys", ()), getattr(answer, "unexpected_keys", ())
-    return [start + names.plain(name) for name in missing], [start + names.plain(name) for name in unexpected]
+    return RoutineAnswer(
+        missing=[start + names.plain(name) for name in getattr(answer, "missing_keys", ())],
+        unexpected=[start + names.plain(name) for name in getattr(answer, "unexpected_keys", ())],
+        origins={
+            start + name: tuple(start + origin for origin in of_parameter)
+            for name, of_parameter in origins.of_parameters(module).items()
+        },
+    )
 
 
 def read_joined(join: Join, reader: TensorReader) -> Mapping[str, torch.Tensor]:

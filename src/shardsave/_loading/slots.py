@@ -13,12 +13,18 @@ from torch.nn.modules.batchnorm import _NormBase
 from shardsave._common.gc_pause import gc_paused
 from shardsave._common.memory import address, shared_names
 from shardsave._state.module import EXTRA_STATE
-from shardsave._state.wrappers import Names, refuse_sharded, unwrap
+from shardsave._state.offload import Offloaded, offloaded_tensors
+from shardsave._state.sharded import refuse_sharded
+from shardsave._state.wrappers import Names, unwrap
 from shardsave.errors import IncompatibleCheckpointError
 
 
 class Slot(NamedTuple):
-    """One name of a tensor: the sub-module that owns it, the attribute there, and the tensor. ``saved``: the state dict has the name."""
+    """One name of a tensor: the sub-module that owns it, the attribute there, and the tensor. ``saved``: the state dict has the name.
+
+    If accelerate offloads it, ``tensor`` is where accelerate reads the values, and ``offloaded`` says what is known of that place.
+    The exception is a spare copy in ``offloaded``.
+    """
 
     name: str
     owner: nn.Module
@@ -26,6 +32,7 @@ class Slot(NamedTuple):
     tensor: torch.Tensor
     is_buffer: bool
     saved: bool
+    offloaded: Offloaded | None = None
 
 
 #: For every name of every sub-module, the module itself first: the prefix of names inside it (without wrappers), and the sub-module.
@@ -57,7 +64,7 @@ def take_inventory(module: nn.Module, where: str) -> Inventory:
     module = unwrap(module)
     refuse_sharded(module, "fill", "the module is unchanged")
     sub_modules = _sub_modules(module)
-    slots = list(_slots(sub_modules))
+    slots = _slots(module, sub_modules)
     inventory = _inventory(module, sub_modules, slots)
     if len(inventory.slots) != len(slots):
         duplicate, _ = Counter(slot.name for slot in slots).most_common(1)[0]
@@ -72,7 +79,7 @@ def take_inventory(module: nn.Module, where: str) -> Inventory:
 def take_again(inventory: Inventory) -> Inventory:
     """The inventory of the same module now, when its tensors may have been replaced; ``self_loading`` stays as it was."""
     sub_modules = _sub_modules(inventory.module)
-    now = _inventory(inventory.module, sub_modules, list(_slots(sub_modules)))
+    now = _inventory(inventory.module, sub_modules, _slots(inventory.module, sub_modules))
     return now._replace(self_loading=inventory.self_loading)
 
 
@@ -103,7 +110,20 @@ def _sub_modules(module: nn.Module) -> SubModules:
     return [("", module), *((names.plain(f"{name}."), part) for name, part in named[1:])]
 
 
-def _slots(sub_modules: SubModules) -> Iterator[Slot]:
+def _slots(module: nn.Module, sub_modules: SubModules) -> list[Slot]:
+    offloaded = offloaded_tensors(module, fill=True)
+    if not offloaded:
+        return list(_slots_in_module(sub_modules))
+    slots = []
+    for slot in _slots_in_module(sub_modules):
+        if (found := offloaded.get(slot.name)) is not None:
+            tensor = slot.tensor if found.tensor is None or found.spare else found.tensor
+            slot = slot._replace(tensor=tensor, offloaded=found)
+        slots.append(slot)
+    return slots
+
+
+def _slots_in_module(sub_modules: SubModules) -> Iterator[Slot]:
     for start, owner in sub_modules:
         not_saved = owner._non_persistent_buffers_set
         for attribute, parameter in owner._parameters.items():

@@ -15,6 +15,7 @@ from shardsave._program.program import FORMAT, LoadedProgram, ProgramDocument
 from shardsave._program.refusals import refuse_to_save
 from shardsave._program.traced_arguments import Condition, TracedArguments, parts_of, plain
 from shardsave._state.extra_tensors import ExtraTensors
+from shardsave._state.offload import offloaded_tensors
 from shardsave.errors import CorruptCheckpointError
 
 Program = Union[tuple[tuple[Any, ...], dict[str, Any]], torch.export.ExportedProgram]
@@ -41,6 +42,8 @@ def check_program(program: object) -> None:
 
 def capture(module: nn.Module, program: Program, extra: ExtraTensors) -> Captured:
     """The program of ``module``, as JSON. Tensors that are not weights are added to ``extra``. Raises UnsupportedModuleError."""
+    if offloaded_tensors(module, fill=False):  # torch.export would leave its own tensors in the place of the placeholders
+        refuse_to_save("a model in memory was expected, accelerate offloads it; remove accelerate's hooks first")
     if isinstance(program, torch.export.ExportedProgram):
         exported, training = program, None
     else:

@@ -20,7 +20,7 @@ class Contents(NamedTuple):
 
     ``shards`` hold the weights, ``extra_shards`` (none or one) the extra tensors that ``documents`` refer to. ``documents``: role →
     content. ``companions``: file name → content. ``flags``: name on disk → frozen; None if the flags are unknown. ``module_flags``:
-    name in the module → frozen; None if the names on disk are the same. ``single_file``: a second name for the only shard.
+    name in the module → frozen; None if the names on disk are the same. ``single_file``: a second name for the first shard.
     """
 
     state: State
@@ -72,9 +72,7 @@ def plan_contents(on_disk: OnDisk, parts: Parts, max_shard_size: int, metadata: 
                 f"{len(document)}; nothing was written"
             )
     state = on_disk.state
-    stored = [entry for entry in state.entries if entry.tied_to is None]
-    max_bytes = max_shard_size if on_disk.single_file is None else None
-    shards = plan_shards(stored, max_bytes, apart=on_disk.single_file is None)
+    shards = _plan_shards(on_disk, max_shard_size)
     check_shard_count(len(shards))
     flags = {entry.name: entry.frozen for entry in state.entries if entry.frozen is not None}
     return Contents(
@@ -89,3 +87,14 @@ def plan_contents(on_disk: OnDisk, parts: Parts, max_shard_size: int, metadata: 
         single_file=on_disk.single_file,
         notes=on_disk.notes,
     )
+
+
+def _plan_shards(on_disk: OnDisk, max_shard_size: int) -> list[PlannedShard]:
+    """The shards of the weights; if some must be in a single file, that is the first shard."""
+    stored = [entry for entry in on_disk.state.entries if entry.tied_to is None]
+    if on_disk.single_file is None:
+        return plan_shards(stored, max_shard_size)
+    names = on_disk.in_single_file
+    together = [entry for entry in stored if names is None or entry.name in names]
+    rest = [entry for entry in stored if names is not None and entry.name not in names]
+    return [*plan_shards(together, None, apart=False), *(plan_shards(rest, max_shard_size) if rest else [])]

@@ -17,13 +17,14 @@ class OnDisk(NamedTuple):
 
     ``state``: its entries have their names on disk. ``companions``: file name → content, for the files beside the weights.
     ``module_flags``: name in the module → frozen; None if the names on disk are the same. ``single_file``: the name of the one file
-    that must hold all weights; None if they may be sharded. ``notes``: for the report.
+    that must hold all weights, or those called ``in_single_file``; None if all may be sharded. ``notes``: for the report.
     """
 
     state: State
     companions: Mapping[str, bytes] = {}
     module_flags: Mapping[str, bool] | None = None
     single_file: str | None = None
+    in_single_file: frozenset[str] | None = None
     notes: tuple[str, ...] = ()
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from shardsave._common.os_calls import descriptor_allowance
+from shardsave._common.os_calls import CallFailed, descriptor_allowance
 from shardsave._common.progress import Progress
 from shardsave._common.sources import ByteSource
 from shardsave._engine import engine
@@ -103,7 +103,7 @@ class ShardWriter:
             engine.reserve([piece for shard in self._shards for piece in shard.pieces])
         except TransferFault as fault:
             reason = fault.detail or f"{os.strerror(fault.errno)} (needs {fault.length} bytes)"
-            raise self._transaction.failure(fault.call, "", fault.errno, reason, None) from fault
+            raise self._transaction.failure(CallFailed(fault.call, "", fault.errno, reason)) from fault
 
     def write(self, progress: Progress) -> None:
         """Writes and seals all shards: each is then complete, synced and closed under its staged name."""
@@ -145,8 +145,8 @@ class ShardWriter:
         except TransferFault as fault:
             needed = sum(shard.reserved_bytes for shard in self._shards)
             call = fault.call if fault.file < 0 else f"{fault.call} of {fault.length} bytes at offset {fault.offset}"
-            name = staged[max(fault.file, 0)].name
-            raise self._transaction.failure(call, name, fault.errno, fault.detail, needed) from fault
+            error = CallFailed(call, staged[max(fault.file, 0)].name, fault.errno, fault.detail or os.strerror(fault.errno))
+            raise self._transaction.failure(error, needed) from fault
 
 
 def _whole_sum(header: bytes, layout: Shard, sums: Sequence[int]) -> int:

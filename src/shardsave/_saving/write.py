@@ -9,6 +9,7 @@ from typing import NamedTuple
 from shardsave._common.gc_pause import gc_paused
 from shardsave._common.phases import Phases
 from shardsave._common.progress import Progress
+from shardsave._common.warn_caller import warn_caller
 from shardsave._engine.totals import Totals
 from shardsave._format.crc64 import crc64
 from shardsave._format.index import Part, Record, ShardRecord
@@ -19,13 +20,15 @@ from shardsave._version import __version__
 
 
 class WriteOutcome(NamedTuple):
-    """What a committed write did. ``leftovers``: names of files that should have been removed and could not be."""
+    """What a committed write did. ``removed``: names of files that were removed or replaced, and that this save did not make.
+    ``leftovers``: names of files that should have been removed and could not be."""
 
     tensors: int
     shards: int
     phases: Phases
     totals: Totals
     notes: tuple[str, ...]
+    removed: tuple[str, ...]
     leftovers: tuple[str, ...]
 
 
@@ -70,6 +73,8 @@ def write_checkpoint(
             )
             index = contents.index_for(names, record)
         outcome = transaction.commit(index)
+    if outcome.warning:
+        warn_caller(outcome.warning)
     return WriteOutcome(
         tensors=len(index.weight_map),
         shards=len(contents.shards),
@@ -80,7 +85,8 @@ def write_checkpoint(
             commit=time.perf_counter() - transferred,
         ),
         totals=writer.totals,
-        notes=tuple(dict.fromkeys([*contents.notes, *writer.totals.notes, *outcome.notes])),
+        notes=tuple(dict.fromkeys([*contents.notes, *writer.totals.notes, *outcome.notes, *filter(None, [outcome.warning])])),
+        removed=outcome.removed,
         leftovers=outcome.leftovers,
     )
 

@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from shardsave._common.memory import any_overlap, reach, shared_names
+from shardsave._common.memory import any_overlap, reach, same_bytes, shared_names
 from shardsave._common.sources import ByteSource, TensorSource
 from shardsave._common.words import an
 from shardsave._state.numpy_arrays import tensor_of_array
+from shardsave._state.offload import offloaded_tensors
 from shardsave._state.savable import check_savable, refuse
-from shardsave._state.wrappers import Names, refuse_sharded, unwrap
+from shardsave._state.sharded import refuse_partitioned, refuse_sharded
+from shardsave._state.wrappers import Names, unwrap
 
 Source = Union[nn.Module, Mapping[str, Any]]
 
@@ -58,28 +60,31 @@ def read_state(source: Source, *, tensors_only: bool = False) -> State:
 
     ``tensors_only``: extra state that is not a tensor is left out, since the architecture holds it.
     """
+    values: Mapping[str, torch.Tensor]
     if isinstance(source, nn.Module):
         module = unwrap(source)
-        refuse_sharded(module, "save", "nothing was written")
+        refuse_sharded(module, "save", "nothing was written", emptied=True)
         named = _module_tensors(module, tensors_only)
         flags_known = True
         flags = _module_flags(module, named)
+        values = _with_offloaded(module, named)
     elif isinstance(source, Mapping):
         named = {name: _as_tensor(name, value) for name, value in source.items()}
         flags_known = any(type(tensor) is nn.Parameter for tensor in named.values())
         flags = {}
+        values = named
     else:
         raise TypeError(f"an nn.Module or a mapping of names to tensors is needed, not {type(source).__name__}")
     kind_without_flag: Literal["buffer", "tensor"] = "buffer" if isinstance(source, nn.Module) else "tensor"
-    for name, tensor in named.items():
+    for name, tensor in values.items():
         check_savable(name, tensor)
-    ties = shared_names(named, map(torch.Tensor.data_ptr, named.values()))
+    ties = shared_names(values, map(torch.Tensor.data_ptr, values.values()))
     entries = []
     for name, tensor in named.items():
         frozen = not tensor.requires_grad if type(tensor) is nn.Parameter else flags.get(name)
         kind = "parameter" if frozen is not None else kind_without_flag
         # Detached: if the Parameter gets other data during the save, this memory stays alive.
-        entries.append(Entry(name, kind, frozen, ties.get(name), TensorSource(tensor.detach(), tensor.dtype)))
+        entries.append(Entry(name, kind, frozen, ties.get(name), TensorSource(values[name].detach(), tensor.dtype)))
     return State(tuple(entries), flags_known, tuple(_overlaps(entries)))
 
 
@@ -94,6 +99,29 @@ def _module_tensors(module: nn.Module, tensors_only: bool) -> dict[str, torch.Te
             refuse(name, f"one tensor of the name {plain!r} was expected", "without the names of wrappers there are two")
         tensors[plain] = _as_tensor(name, value)
     return tensors
+
+
+def _with_offloaded(module: nn.Module, named: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """``named`` with the values of tensors that accelerate offloads. They are cast to the dtype of their placeholders, as accelerate does.
+
+    Two names of one placeholder with equal values get the same memory: copies on disk are not tied.
+    """
+    offloaded = offloaded_tensors(module, fill=False)
+    if not offloaded:
+        return named
+    values = dict(named)
+    first: dict[int, str] = {}
+    for name, tensor in named.items():
+        if name in offloaded:
+            value, problem, _ = offloaded[name]
+            if value is None:
+                refuse(name, "a tensor with data was expected", f"accelerate offloads it, and {problem}")
+            check_savable(name, torch.empty(0, dtype=tensor.dtype))
+            values[name] = value
+        leader = first.setdefault(id(tensor), name)
+        if leader != name and same_bytes(values[leader], values[name]):
+            values[name] = values[leader]
+    return values
 
 
 def _module_flags(module: nn.Module, named: Mapping[str, torch.Tensor]) -> dict[str, bool]:
@@ -111,6 +139,7 @@ def _as_tensor(name: object, value: object) -> torch.Tensor:
     if not isinstance(name, str):
         refuse(name, "a name that is a string was expected", f"it is {an(type(name).__name__)}")
     if isinstance(value, torch.Tensor):
+        refuse_partitioned(name, value, "save", "nothing was written")
         return value
     if isinstance(value, np.ndarray):
         return tensor_of_array(name, value)

@@ -7,8 +7,6 @@ from collections.abc import Iterable
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from shardsave.errors import UnsupportedTensorError
-
 #: The attribute in which ``torch.compile`` keeps the module that it wraps.
 _COMPILED = "_orig_mod"
 _PARALLEL = (DataParallel, DistributedDataParallel)
@@ -64,16 +62,3 @@ class Names:
 def plain_name(name: str) -> str:
     """``name`` without the attribute of ``torch.compile``; the names of other wrappers are known only from the module: see `Names`."""
     return ".".join(part for part in name.split(".") if part != _COMPILED) if _COMPILED in name else name
-
-
-def refuse_sharded(module: nn.Module, verb: str, state: str) -> None:
-    """Refuses FSDP's older wrapper: its `state_dict` is a collective call, which hangs if one rank alone calls it.
-
-    ``verb`` and ``state`` complete the message. Raises UnsupportedTensorError.
-    """
-    for name, part in module.named_modules():
-        if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(part).__mro__):
-            raise UnsupportedTensorError(
-                f"cannot {verb} module {name!r}: a module that is whole in this process was expected, it is a "
-                f"FullyShardedDataParallel; use its full state dict; {state}"
-            )

@@ -6,15 +6,20 @@
 4. After the commit, the lone file and the adapter that it replaced, unless they have changed since.
 
 Nothing else, ever. Final names are removed only if a save can have given them (`OWN_PATTERN` or a companion's name), if they are regular
-files, and if the current index does not name them. Symbolic links are not followed. Replaced files are removed only once the new
-index is certain to stay: with ``durable``, once it is durable.
+files or symbolic links, and if the current index does not name them. Of a symbolic link only the link is removed, never what it leads
+to. In a shared directory, nothing is removed that belongs to another user, and nothing is removed because another user's index or
+list names it (`LockedDirectory.obeys`). Replaced files are removed only once the new index is certain to stay: with ``durable``,
+once it is durable. Every file that is removed, and that this save did not make, is named in its report.
 """
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple, ParamSpec
+import os
+import stat
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
+from typing import ParamSpec
 
 from shardsave._common.os_calls import CallFailed
 from shardsave._format.file_names import LONE_NAME, OWN_PATTERN
@@ -28,89 +33,176 @@ from shardsave._storage.staging import LIST_NAME, NEW_INDEX_NAME, owner_of, read
 _P = ParamSpec("_P")
 
 
-class Cleaned(NamedTuple):
-    """``leftovers``: names that could not be removed. ``foreign``: staging directories that stay because their savers may be alive."""
+class Cleaner:
+    """Removes files from ``folder``, and keeps account of them.
 
-    leftovers: tuple[str, ...]
-    foreign: tuple[str, ...]
-
-
-def clean_after_commit(folder: LockedDirectory, own_staging: str, previous: Previous, new: Index) -> Cleaned:
-    """Removes what the new index does not need; ``new`` was just committed in place of ``previous``.
-
-    If the replaced index cannot be read, only this save's staging directory is removed: nobody knows what the other files are.
+    ``removed``: the names of removed files that this save did not make; ``links``: which of them were symbolic links. ``leftovers``:
+    names that could not be removed. ``strangers``: what stays because it belongs to another user, with its bytes on disk.
+    ``foreign``: staging directories that stay because their savers may be alive, on other hosts. ``lone_stays``: whether the replaced
+    lone file is still there, which other libraries prefer to an index.
     """
-    names, leftovers = _names_in(folder)
-    foreign = sorted(name for name in names if name != own_staging and owner_of(name) and not folder.knows_dead(name))
-    named = files_of(new)
-    if not previous.unreadable:
-        for index in (previous.index, new):
-            leftovers += remove_superseded(folder, index, named)
-        leftovers += _remove_replaced_adapter(folder, previous.companions, companions_of(new))
-        leftovers += remove_dead_staging(folder, named, own_staging)
-    leftovers += remove_staging(folder, own_staging, named, finals=previous.files)
-    return Cleaned(tuple(dict.fromkeys(leftovers)), tuple(foreign))
 
+    def __init__(self, folder: LockedDirectory, own_staging: str = "") -> None:
+        self.removed: dict[str, None] = {}
+        self.links: list[str] = []
+        self.leftovers: dict[str, None] = {}
+        self.strangers: dict[str, int] = {}
+        self.foreign: list[str] = []
+        self.lone_stays = False
+        self._folder = folder
+        self._own_staging = own_staging
 
-def remove_dead_staging(folder: LockedDirectory, named: frozenset[str], own_staging: str = "") -> list[str]:
-    """Removes what dead savers of this host left. ``named``: the files of an index that is certain to stay.
+    def after_commit(self, previous: Previous, new: Index) -> None:
+        """Removes what the new index does not need; ``new`` was just committed in place of ``previous``.
 
-    Returns the names that could not be removed.
-    """
-    names, leftovers = _names_in(folder)
-    for name in names:
-        if name != own_staging and folder.knows_dead(name):
-            leftovers += remove_staging(folder, name, named)
-    return leftovers
+        If the replaced index cannot be read, no file is removed that it may name: nobody knows what these files are.
+        """
+        named = files_of(new)
+        if previous.has_lone and LONE_NAME not in named:
+            self.remove_lone(new)
+            self._attempt(LONE_NAME, self._look_at_lone)
+        if not previous.unreadable:
+            self._remove_replaced_adapter(previous.companions, companions_of(new))
+        self.remove_dead_staging(named, spare=bool(previous.unreadable))
+        for name in sorted(files_of(previous.not_ours) - named):
+            self._attempt(name, self._note_stranger, name)
+        self.remove_staging(self._own_staging, named, finals=previous.files)
 
+    def remove_dead_staging(self, named: frozenset[str], *, spare: bool = False) -> None:
+        """Removes what dead savers of this host left, unless it is to be spared; notes what has to stay.
 
-def remove_staging(folder: Directory, staging: str, named: frozenset[str], *, finals: Iterable[str] | None = None) -> list[str]:
-    """Removes a staging directory and the final names of its files, except the files that an index names (``named``).
+        ``named``: the files of an index that is certain to stay.
+        """
+        for name in sorted(self._names_in(self._folder)):
+            if name != self._own_staging and owner_of(name) is not None:
+                self._attempt(name, self._judge_staging, name, named, spare)
 
-    ``finals``: the final names; without it, those in the directory's own list. A companion's final name is removed if it is a link to
-    the staged file. The list is removed last, and only once the final names are certain to be gone, so that the next save can finish
-    an interrupted removal. Returns the names that could not be removed.
-    """
-    with Directory(staging, durable=folder.durable) as inside:
+    def _judge_staging(self, name: str, named: frozenset[str], spare: bool) -> None:
+        if self._folder.knows_dead(name):
+            if not spare:
+                self.remove_staging(name, named)
+        elif self._folder.obeys(name):
+            self.foreign.append(name)
+        else:
+            self._note_stranger(name)
+
+    def remove_staging(self, staging: str, named: frozenset[str], *, finals: Iterable[str] | None = None) -> None:
+        """Removes a staging directory and the final names of its files, except the files that an index names (``named``).
+
+        ``finals``: the final names; without it, those in the directory's own list. The list is removed last, and only once the final
+        names are certain to be gone, so that the next save can finish an interrupted removal.
+        """
+        left = len(self.leftovers)
+        with Directory(staging, durable=self._folder.durable) as inside:
+            try:
+                inside.open_in(self._folder)
+                listed = set(read_list(inside) if finals is None else finals) - named
+            except CallFailed as error:
+                if error.errno == errno.EACCES:  # created under a umask that denies even its owner; it is empty
+                    self._attempt(staging, self._folder.rmdir, staging)
+                elif error.errno != errno.ENOENT:
+                    self.leftovers[staging] = None
+                return
+            contents = self._names_in(inside)
+            doomed = final_names(listed, contents, named)
+            # A list is proof enough; a companion, and a name given by this save, must be the file that was staged.
+            compared = contents if finals is not None else COMPANION_NAMES.intersection(contents)
+            for name in sorted(doomed):
+                self._attempt(name, self._remove_final, name, inside if name in compared else None)
+            if doomed:
+                self._attempt(staging, self._folder.sync)
+            if len(self.leftovers) > left:
+                self.leftovers[staging] = None
+                return
+            for name in sorted(filter(is_staged, contents), key=LIST_NAME.__eq__):  # the list comes last
+                self._attempt(f"{staging}/{name}", self._remove_staged, inside, name)
+        self._attempt(staging, self._folder.rmdir, staging)
+
+    def _remove_final(self, name: str, inside: Directory | None) -> None:
+        status = status_of_final(self._folder, name, inside)
+        if status is not None:
+            self._remove(name, status)
+
+    def _remove_staged(self, inside: Directory, name: str) -> None:
+        inside.unlink(name)
+        if inside.name != self._own_staging:
+            self.removed[f"{inside.name}/{name}"] = None
+
+    def remove_lone(self, index: Index) -> None:
+        """Removes the lone file that ``index`` says it replaced, and a symbolic link of that name to nothing."""
+        superseded = index.record.supersedes if index.record is not None else None
+        self._attempt(LONE_NAME, self._remove_superseded, superseded)
+
+    def _remove_superseded(self, superseded: Superseded | None) -> None:
+        status = self._folder.status_of(LONE_NAME)
+        if status is not None and is_superseded(self._folder, status, superseded):
+            self._remove(LONE_NAME, status)
+
+    def _look_at_lone(self) -> None:
+        status = self._folder.target_of(LONE_NAME)
+        self.lone_stays = status is not None and stat.S_ISREG(status.st_mode)
+
+    def _remove_replaced_adapter(self, old: Mapping[str, FileRecord], new: Mapping[str, FileRecord]) -> None:
+        """Removes adapter files among the replaced companions ``old`` that are not in ``new``, unless they changed since they were saved.
+
+        Other libraries would otherwise find that adapter and apply it to the new weights.
+        """
+        for name in sorted(ADAPTER_NAMES & (old.keys() - new.keys())):
+            self._attempt(name, self._remove_unchanged, name, old[name])
+
+    def _remove_unchanged(self, name: str, saved: FileRecord) -> None:
+        status = self._folder.status_of(name)
+        if status is not None and file_record(self._folder, name) == saved:
+            self._remove(name, status)
+
+    def _remove(self, name: str, status: os.stat_result) -> None:
+        """Removes the file or symbolic link ``name``, unless it belongs to another user of a shared directory."""
+        if not self._folder.is_ours(status):
+            return self._note_stranger(name)
+        self._folder.unlink(name)
+        self.removed[name] = None
+        if stat.S_ISLNK(status.st_mode):
+            self.links.append(name)
+
+    def _note_stranger(self, name: str) -> None:
+        if self._folder.status_of(name) is not None:
+            self.strangers[name] = bytes_visible(self._folder, name)
+
+    def _names_in(self, folder: Directory) -> list[str]:
         try:
-            inside.open_in(folder)
-            listed = set(read_list(inside) if finals is None else finals) - named
+            return folder.names()
+        except CallFailed:
+            self.leftovers["(the directory could not be listed)"] = None
+            return []
+
+    def _attempt(self, name: str, action: Callable[_P, None], *arguments: _P.args, **options: _P.kwargs) -> None:
+        """Runs ``action``. Notes ``name`` as a leftover if it failed, unless the file was gone already."""
+        try:
+            action(*arguments, **options)
         except CallFailed as error:
-            if error.errno == errno.EACCES:  # created under a umask that denies even its owner; it is empty
-                return _leftover(staging, folder.rmdir, staging)
-            return [] if error.errno == errno.ENOENT else [staging]
-        contents, leftovers = _names_in(inside)
-        companions = COMPANION_NAMES.intersection(contents) - named
-        for name in sorted(filter(OWN_PATTERN.fullmatch, listed)):
-            leftovers += _leftover(name, _unlink_regular, folder, name)
-        for name in sorted(companions):
-            leftovers += _leftover(name, _unlink_linked, folder, name, inside)
-        if listed or companions:
-            leftovers += _leftover(staging, folder.sync)
-        if leftovers:
-            return list(dict.fromkeys([*leftovers, staging]))
-        for name in sorted(filter(is_staged, contents), key=LIST_NAME.__eq__):  # the list comes last
-            leftovers += _leftover(f"{staging}/{name}", inside.unlink, name)
-    return leftovers + _leftover(staging, folder.rmdir, staging)
+            if error.errno != errno.ENOENT:
+                self.leftovers[name] = None
 
 
-def remove_superseded(folder: Directory, index: Index | None, named: frozenset[str]) -> list[str]:
-    """Removes the lone file that ``index`` says it replaced. Returns the names that could not be removed."""
-    superseded = index.record.supersedes if index is not None and index.record is not None else None
-    if superseded is None or LONE_NAME in named:
-        return []
-    return _leftover(LONE_NAME, _unlink_superseded, folder, superseded)
+def final_names(listed: Iterable[str], contents: Iterable[str], named: frozenset[str]) -> set[str]:
+    """The names outside of a staging directory that are removed with it, if their files are those that were staged.
 
-
-def _remove_replaced_adapter(folder: Directory, old: Mapping[str, FileRecord], new: Mapping[str, FileRecord]) -> list[str]:
-    """Removes adapter files among the replaced companions ``old`` that are not in ``new``, unless they changed since they were saved.
-
-    Other libraries would otherwise find that adapter and apply it to the new weights.
+    ``listed``: the final names in its list. ``contents``: the names in it. ``named``: the names that an index needs.
     """
-    leftovers = []
-    for name in sorted(ADAPTER_NAMES & (old.keys() - new.keys())):
-        leftovers += _leftover(name, _unlink_unchanged, folder, name, old[name])
-    return leftovers
+    return {*filter(OWN_PATTERN.fullmatch, listed), *COMPANION_NAMES.intersection(contents)} - named
+
+
+def status_of_final(folder: Directory, name: str, inside: Directory | None) -> os.stat_result | None:
+    """The status of the final name ``name`` if it may be removed: it is a regular file or a symbolic link.
+
+    ``inside``: the staging directory, if the file in it must be the same one.
+    """
+    status = folder.status_of(name)
+    if status is None or not (stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode)):
+        return None
+    if inside is not None and inside.inode_of(name) != (status.st_dev, status.st_ino):
+        return None  # someone else made it
+    return status
 
 
 def is_staged(name: str) -> bool:
@@ -118,52 +210,28 @@ def is_staged(name: str) -> bool:
     return OWN_PATTERN.fullmatch(name) is not None or name in COMPANION_NAMES or name in (LIST_NAME, NEW_INDEX_NAME)
 
 
-def is_linked(folder: Directory, name: str, inside: Directory) -> bool:
-    """Whether ``name`` is the same file in both directories."""
-    inode = inside.inode_of(name)
-    return inode is not None and folder.inode_of(name) == inode
+def is_superseded(folder: Directory, lone: os.stat_result, superseded: Superseded | None) -> bool:
+    """Whether the file with the status ``lone`` is the lone file that was replaced, a link to it, or a link to nothing."""
+    if stat.S_ISLNK(lone.st_mode):
+        target = folder.target_of(LONE_NAME)
+        return target is None or (target.st_size, target.st_mtime_ns) == superseded
+    return stat.S_ISREG(lone.st_mode) and (lone.st_size, lone.st_mtime_ns) == superseded
 
 
-def is_superseded(folder: Directory, superseded: Superseded) -> bool:
-    """Whether the lone file is the one that was replaced."""
-    if not folder.is_regular(LONE_NAME):
-        return False
-    status = folder.status_of(LONE_NAME)
-    return status is not None and (status.st_size, status.st_mtime_ns) == superseded
+def bytes_on_disk(folder: Directory, names: Iterable[str], kept: Collection[tuple[int, int]] = ()) -> int:
+    """The disk space that removing ``names`` frees: each inode counts once, since a link may give it two names; ``kept`` inodes do not."""
+    sizes = {}
+    for name in names:
+        with suppress(CallFailed):
+            status = folder.status_of(name)
+            if status is not None:
+                sizes[status.st_dev, status.st_ino] = status.st_blocks * 512
+    return sum(size for inode, size in sizes.items() if inode not in kept)
 
 
-def _unlink_regular(folder: Directory, name: str) -> None:
-    if folder.is_regular(name):
-        folder.unlink(name)
-
-
-def _unlink_linked(folder: Directory, name: str, inside: Directory) -> None:
-    if is_linked(folder, name, inside):
-        folder.unlink(name)
-
-
-def _unlink_superseded(folder: Directory, superseded: Superseded) -> None:
-    if is_superseded(folder, superseded):
-        folder.unlink(LONE_NAME)
-
-
-def _unlink_unchanged(folder: Directory, name: str, saved: FileRecord) -> None:
-    if file_record(folder, name, follow=False) == saved:
-        folder.unlink(name)
-
-
-def _names_in(folder: Directory) -> tuple[list[str], list[str]]:
-    """The names in a directory; and if it cannot be listed, what to report as a leftover."""
-    try:
-        return folder.names(), []
-    except CallFailed:
-        return [], ["(the directory could not be listed)"]
-
-
-def _leftover(name: str, action: Callable[_P, None], *arguments: _P.args, **options: _P.kwargs) -> list[str]:
-    """Runs ``action``. Returns ``[name]`` if it failed, an empty list if it succeeded or the file was gone already."""
-    try:
-        action(*arguments, **options)
-    except CallFailed as error:
-        return [name] if error.errno != errno.ENOENT else []
-    return []
+def bytes_visible(folder: Directory, name: str) -> int:
+    """The disk space of the directory ``name`` and the files in it, as far as they can be listed; or of the file ``name``."""
+    total = bytes_on_disk(folder, (name,))
+    with suppress(CallFailed), folder.enter(name) as inside:
+        total += bytes_on_disk(inside, inside.names())
+    return total

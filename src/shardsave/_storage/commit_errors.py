@@ -18,10 +18,10 @@ def name_taken(path: str, name: str, state: str) -> DirectoryBusyError:
 
 
 def index_replaced(path: str) -> DirectoryBusyError:
-    """A saver of another host, which our lock does not keep out, committed during the save."""
+    """A saver of another host, or another program, which our lock does not keep out, made an index during the save."""
     return DirectoryBusyError(
-        f"cannot save to {path}: {INDEX_NAME} was expected to stay as it was, another host replaced it; "
-        f"nothing was committed, the other checkpoint is intact"
+        f"cannot save to {path}: {INDEX_NAME} was expected to stay as it was, another host or program replaced it during the save; "
+        f"nothing was committed, the index that is there now was not touched"
     )
 
 

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Mapping
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
-from shardsave._common.os_calls import CallFailed, call
+from shardsave._common.os_calls import CallFailed, NotRegular, call
 from shardsave._format.crc64 import crc64, joined
 from shardsave._format.index import FileRecord
 from shardsave._storage.directory import Directory
+from shardsave._storage.lock import LockedDirectory
 from shardsave._storage.staging import Staging, owner_of
 
 #: The configs of a transformers model.
@@ -42,8 +45,9 @@ class StagedCompanions:
     Every method raises CallFailed.
     """
 
-    def __init__(self, folder: Directory, staging: Staging) -> None:
+    def __init__(self, folder: LockedDirectory, staging: Staging) -> None:
         self.linked: set[str] = set()  # companions that are, or may be, in place
+        self.links: set[str] = set()  # companions that replace symbolic links
         self._folder = folder
         self._staging = staging
         self._staged: list[str] = []
@@ -53,12 +57,9 @@ class StagedCompanions:
         """Stages files (name → content), except those that are in place already. Returns the records of all files for the index."""
         for name, data in companions.items():
             assert name in COMPANION_NAMES and len(data) <= MAX_COMPANION_BYTES
-            existing = self._folder.read_all(name, MAX_COMPANION_BYTES)
-            if existing == data:
+            if self._is_there(name) and self._is_kept(name, data):
                 self._folder.sync_file(name)
                 continue
-            if existing is None:
-                self._free.add(name)
             self._staging.make()
             self._staging.write(name, data)
             self._staged.append(name)
@@ -67,10 +68,27 @@ class StagedCompanions:
     def add_second_name(self, shard: str, name: str) -> None:
         """Stages ``name``, a companion's, as a second name of the sealed ``shard``, for readers that look for that name."""
         assert name in COMPANION_NAMES
-        if self._folder.inode_of(name) is None:
-            self._free.add(name)
+        self._is_there(name)
         self._staging.add_name(name, shard)
         self._staged.append(name)
+
+    def _is_there(self, name: str) -> bool:
+        """Whether a file or a symbolic link has this name. Raises CallFailed if it cannot be replaced."""
+        status = self._folder.status_of(name)
+        if status is None:
+            self._free.add(name)
+            return False
+        if stat.S_ISLNK(status.st_mode):
+            self.links.add(name)
+        elif not stat.S_ISREG(status.st_mode):
+            raise NotRegular(name, status.st_mode)
+        self._folder.check_replaceable(name)
+        return True
+
+    def _is_kept(self, name: str, data: bytes) -> bool:
+        """Whether a file with the content ``data`` is in place, and only this user decides whether it stays so."""
+        is_certain = name not in self.links and self._folder.obeys(name)
+        return is_certain and self._folder.read_all(name, MAX_COMPANION_BYTES) == data
 
     def link_free(self) -> None:
         """Links the companions whose names are free to these names. No file of another checkpoint has such a name."""
@@ -84,22 +102,41 @@ class StagedCompanions:
         return [name for name in self._staged if name not in self.linked]
 
 
-def finish_dead_savers(folder: Directory, companions: Mapping[str, FileRecord], is_dead: Callable[[str], bool]) -> None:
-    """Puts staged companions in place whose saver died after its commit, before it had moved them. Raises CallFailed.
+def finish_dead_savers(
+    folder: LockedDirectory, companions: Mapping[str, FileRecord], is_dead: Callable[[str], bool]
+) -> list[str]:
+    """Finishes what savers left to do that died after their commit. Returns the companions that were put in place. Raises CallFailed.
 
     ``folder`` is locked; ``companions`` are those of its current index. ``is_dead`` says whether the saver of a staging directory is
-    dead.
+    dead. Afterwards no staging directory has a committed companion that is in place: cleaning would take it for an uncommitted one
+    once an index without companions has replaced the current one.
     """
-    finished = False
-    for name in sorted(COMPANION_NAMES & companions.keys()):
-        saved = companions[name]
-        staging = None if _is_in_place(folder, name, saved) else _find_staged(folder, name, saved)
-        if staging is not None and is_dead(staging):
-            with folder.enter(staging) as inside:
-                inside.rename(name, folder, name)
-            finished = True
+    finished: list[str] = []
+    for staging in sorted(filter(is_dead, folder.names())) if companions else ():
+        with Directory(staging, durable=folder.durable) as inside:
+            with _if_staged():
+                inside.open_in(folder)
+            if inside.fd >= 0:
+                finished += _finish(folder, companions, inside)
     if finished:
         folder.sync()
+    return finished
+
+
+def _finish(folder: LockedDirectory, companions: Mapping[str, FileRecord], inside: Directory) -> list[str]:
+    finished = []
+    for name in sorted(COMPANION_NAMES & companions.keys()):
+        staged, saved = inside.inode_of(name), companions[name]
+        if staged is None:
+            continue
+        if folder.inode_of(name) == staged:
+            inside.unlink(name)
+            inside.sync()
+        elif not _is_in_place(folder, name, saved) and _is_staged(inside, name, saved):
+            folder.check_replaceable(name)
+            inside.rename(name, folder, name)
+            finished.append(name)
+    return finished
 
 
 def companion_notes(path: str, companions: Mapping[str, FileRecord]) -> tuple[str, ...]:
@@ -159,13 +196,23 @@ def _find_staged(folder: Directory, name: str, saved: FileRecord) -> str | None:
     for staging in folder.names():
         if owner_of(staging) is None:
             continue
-        try:
-            with folder.enter(staging) as inside:
-                staged = file_record(inside, name, follow=False)
-        except CallFailed as error:
-            if error.errno in _NOT_STAGED:
-                continue
-            raise
-        if staged == saved:
-            return staging
+        with _if_staged(), folder.enter(staging) as inside:
+            if _is_staged(inside, name, saved):
+                return staging
     return None
+
+
+def _is_staged(inside: Directory, name: str, saved: FileRecord) -> bool:
+    with _if_staged():
+        return file_record(inside, name, follow=False) == saved
+    return False
+
+
+@contextmanager
+def _if_staged() -> Iterator[None]:
+    """Ends the block if a staging directory cannot be entered, or if a name in it is no regular file."""
+    try:
+        yield
+    except CallFailed as error:
+        if error.errno not in _NOT_STAGED:
+            raise

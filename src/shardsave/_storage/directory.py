@@ -73,10 +73,19 @@ class Directory:
                 raise
             return None
 
-    def is_regular(self, name: str) -> bool:
-        """Whether ``name`` is a regular file, and not a link to one."""
+    def target_of(self, link: str) -> os.stat_result | None:
+        """The status of what the symbolic link ``link`` leads to, None if that is nothing."""
+        try:
+            return self.status_of(link, follow=True)
+        except CallFailed as error:
+            if error.errno not in (errno.ELOOP, errno.ENOTDIR):
+                raise
+            return None
+
+    def is_link(self, name: str) -> bool:
+        """Whether ``name`` is a symbolic link."""
         status = self.status_of(name)
-        return status is not None and stat.S_ISREG(status.st_mode)
+        return status is not None and stat.S_ISLNK(status.st_mode)
 
     def inode_of(self, name: str) -> tuple[int, int] | None:
         """Device and inode number of ``name``, which identify a file; None if there is nothing."""
@@ -100,14 +109,14 @@ class Directory:
         with file:
             return read_whole(file.fd, name, limit)
 
-    def create(self, name: str, file: Descriptor) -> None:
+    def create(self, name: str, file: Descriptor, mode: int = 0o666) -> None:
         """Creates the file ``name``, which must not exist yet, and opens it as ``file``."""
-        file.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, self.fd)
+        file.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, self.fd, mode)
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes, mode: int = 0o666) -> None:
         """Creates the file ``name``, which must not exist yet, with the content ``data``, and syncs it."""
         with Descriptor() as file:
-            self.create(name, file)
+            self.create(name, file, mode)
             write_all(file.fd, name, data)
             self.sync_open(file.fd, name)
             file.close(name)
@@ -131,8 +140,8 @@ class Directory:
         if self.durable:
             call(os.fsync, name, fd)
 
-    def mkdir(self, name: str) -> None:
-        call(os.mkdir, name, name, dir_fd=self.fd)
+    def mkdir(self, name: str, mode: int = 0o777) -> None:
+        call(os.mkdir, name, name, mode, dir_fd=self.fd)
 
     def link(self, name: str, into: Directory, new_name: str) -> None:
         """Gives the file ``name`` the second name ``new_name`` in ``into``, which must be free."""

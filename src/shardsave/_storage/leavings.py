@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 
 from shardsave._common.os_calls import CallFailed
-from shardsave._format.file_names import LONE_NAME, OWN_PATTERN
+from shardsave._format.file_names import LONE_NAME
 from shardsave._format.index import Index
-from shardsave._storage.cleanup import is_linked, is_staged, is_superseded, remove_staging, remove_superseded
+from shardsave._storage.cleanup import (
+    Cleaner,
+    bytes_on_disk,
+    bytes_visible,
+    final_names,
+    is_staged,
+    is_superseded,
+    status_of_final,
+)
 from shardsave._storage.companions import COMPANION_NAMES
-from shardsave._storage.directory import Directory
 from shardsave._storage.lock import LockedDirectory
 from shardsave._storage.previous import files_of
 from shardsave._storage.staging import owner_of, read_list
@@ -23,12 +28,15 @@ class Leaving:
 
     ``files``: the files that are removed with it, relative to the checkpoint's directory. ``bytes``: the disk space that this frees.
     ``dead``: whether its saver is known to be dead; False for a saver of another host, whose processes are not visible from here.
+    ``ours``: False for what another user may have put into a directory that every user may write to. It is never removed: ``files``
+    is empty, and ``bytes`` is what can be seen of it.
     """
 
     name: str
     files: tuple[str, ...]
     bytes: int
     dead: bool
+    ours: bool = True
 
 
 def find_leavings(folder: LockedDirectory, index: Index | None) -> tuple[Leaving, ...]:
@@ -37,42 +45,42 @@ def find_leavings(folder: LockedDirectory, index: Index | None) -> tuple[Leaving
     kept = {inode for name in named if (inode := folder.inode_of(name)) is not None}
     leavings = []
     for name in sorted(folder.names()):
-        if owner_of(name) is not None:
-            files = _files_of_staging(folder, name, named)
-            leavings.append(Leaving(name, files, _disk_bytes(folder, files, kept), folder.knows_dead(name)))
+        if owner_of(name) is None:
+            continue
+        if not folder.obeys(name):
+            leavings.append(Leaving(name, (), bytes_visible(folder, name), False, ours=False))
+            continue
+        files = _files_of_staging(folder, name, named)
+        leavings.append(Leaving(name, files, bytes_on_disk(folder, files, kept), folder.knows_dead(name)))
     superseded = index.record.supersedes if index is not None and index.record is not None else None
-    if superseded is not None and LONE_NAME not in named and is_superseded(folder, superseded):
-        leavings.append(Leaving(LONE_NAME, (LONE_NAME,), _disk_bytes(folder, (LONE_NAME,), kept), True))
+    lone = folder.status_of(LONE_NAME) if superseded is not None and LONE_NAME not in named else None
+    if lone is not None and is_superseded(folder, lone, superseded):
+        ours = folder.is_ours(lone)
+        size = bytes_on_disk(folder, (LONE_NAME,), kept)
+        leavings.append(Leaving(LONE_NAME, (LONE_NAME,) if ours else (), size, ours, ours=ours))
     return tuple(leavings)
 
 
 def remove_leaving(folder: LockedDirectory, leaving: Leaving, index: Index | None) -> list[str]:
     """Removes ``leaving``, once the present ``index`` is certain to stay. Returns the names that could not be removed."""
-    named = files_of(index)
-    if leaving.name == LONE_NAME:
-        return remove_superseded(folder, index, named)
-    return remove_staging(folder, leaving.name, named)
+    cleaner = Cleaner(folder)
+    if leaving.name != LONE_NAME:
+        cleaner.remove_staging(leaving.name, files_of(index))
+    elif index is not None:
+        cleaner.remove_lone(index)
+    return list(cleaner.leftovers)
 
 
-def _files_of_staging(folder: Directory, staging: str, named: frozenset[str]) -> tuple[str, ...]:
-    """The files that `remove_staging` would remove; none if ``staging`` is not a readable directory."""
+def _files_of_staging(folder: LockedDirectory, staging: str, named: frozenset[str]) -> tuple[str, ...]:
+    """The files that `Cleaner.remove_staging` would remove; none if ``staging`` is not a readable directory."""
     try:
         with folder.enter(staging) as inside:
-            finals = set(filter(OWN_PATTERN.fullmatch, read_list(inside))) - named
             contents = sorted(inside.names())
             staged = [f"{staging}/{name}" for name in contents if is_staged(name)]
-            finals |= {name for name in COMPANION_NAMES.intersection(contents) - named if is_linked(folder, name, inside)}
+            statuses = {
+                name: status_of_final(folder, name, inside if name in COMPANION_NAMES else None)
+                for name in sorted(final_names(read_list(inside), contents, named))
+            }
     except CallFailed:
         return ()
-    return (*staged, *sorted(filter(folder.is_regular, finals)))
-
-
-def _disk_bytes(folder: Directory, files: Iterable[str], kept: set[tuple[int, int]]) -> int:
-    """The disk space that removing ``files`` frees: each inode counts once, since a link may give it two names; ``kept`` inodes do not."""
-    sizes = {}
-    for name in files:
-        with suppress(CallFailed):
-            status = folder.status_of(name)
-            if status is not None:
-                sizes[status.st_dev, status.st_ino] = status.st_blocks * 512
-    return sum(size for inode, size in sizes.items() if inode not in kept)
+    return (*staged, *(name for name, status in statuses.items() if status is not None and folder.is_ours(status)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 import threading
 import time
 
@@ -28,12 +29,15 @@ class LockedDirectory(Directory):
     (flock(2)). A child's copy of the descriptor is closed right after the fork, as every `Descriptor` is.
 
     ``exclusive``: False if the file system has no locks; other savers may then write into this directory at the same time.
+    ``owner``: the user id of files that this process creates in it; None until `learn_owner`.
     """
 
     def __init__(self, path: str, *, durable: bool) -> None:
         super().__init__(durable=durable)
         self.path = path
         self.exclusive = True
+        self.owner: int | None = None
+        self._status: os.stat_result | None = None
         self._pid = os.getpid()
         self._locked: list[None] = []  # one element once the lock is held
 
@@ -83,7 +87,55 @@ class LockedDirectory(Directory):
             if error.errno != errno.ENOENT:
                 raise
             return False
-        return os.path.samestat(status, call(os.fstat, self.path, self.fd))
+        self._status = call(os.fstat, self.path, self.fd)
+        return os.path.samestat(status, self._status)
+
+    @property
+    def shared(self) -> bool:
+        """Whether every user may create files in it. Then only what this user made there is obeyed."""
+        return self._has_mode(stat.S_IWOTH)
+
+    @property
+    def sticky(self) -> bool:
+        """Whether only the owner of a file, and the directory's owner, may replace or remove it."""
+        return self._has_mode(stat.S_ISVTX)
+
+    def _has_mode(self, bit: int) -> bool:
+        assert self._status is not None, "the directory is not locked"
+        return bool(self._status.st_mode & bit)
+
+    def learn_owner(self, made: Directory) -> None:
+        """Learns whose files are ours: the owner of ``made``, which this process has just created in this directory.
+
+        The process's user id does not tell this: a server may give files to another user (NFS with root_squash, FUSE).
+        """
+        self.owner = call(os.fstat, made.name, made.fd).st_uid
+
+    def is_ours(self, status: os.stat_result) -> bool:
+        """Whether the file with this ``status`` may be removed. In a shared directory, it must be one of this user."""
+        return not self.shared or status.st_uid == self.owner
+
+    def obeys(self, name: str) -> bool:
+        """Whether a save may do what the index or the staging directory ``name`` says.
+
+        In a shared directory, only if nobody but this user can have made it: neither by a link (a hard link has the owner of the
+        file that it leads to) nor by writing to it.
+        """
+        if not self.shared:
+            return True
+        status = self.status_of(name)
+        if status is None or status.st_uid != self.owner or status.st_mode & stat.S_IWOTH:
+            return False
+        return stat.S_ISDIR(status.st_mode) or (stat.S_ISREG(status.st_mode) and status.st_nlink == 1)
+
+    def check_replaceable(self, name: str) -> None:
+        """Raises CallFailed if another user has a file called ``name`` that this user may not replace."""
+        if not self.sticky or self._status is None or self.owner in (None, 0, self._status.st_uid):
+            return
+        status = self.status_of(name)
+        if status is not None and status.st_uid != self.owner:
+            reason = f"it belongs to user {status.st_uid}, and in this directory (sticky) nobody else may replace it"
+            raise CallFailed("rename", name, errno.EPERM, reason)
 
     def _is_same_directory(self, other: LockedDirectory) -> bool:
         return self.fd >= 0 and other.fd >= 0 and os.path.samestat(os.fstat(self.fd), os.fstat(other.fd))
@@ -92,10 +144,9 @@ class LockedDirectory(Directory):
         """Whether ``staging`` is the staging directory of a saver that is certainly dead.
 
         This is only known for savers of this host, which would hold the lock if they were alive, and only if the file system has
-        locks.
+        locks. In a shared directory, it must be known to be one of this user.
         """
-        owner = owner_of(staging)
-        return self.exclusive and owner is not None and owner == host_id()
+        return self.exclusive and owner_of(staging) == host_id() and self.obeys(staging)
 
     @property
     def inherited(self) -> bool:

@@ -8,7 +8,7 @@ from enum import IntEnum
 class Phase(IntEnum):
     """How far a transaction has come. It only moves forward, by `then`."""
 
-    #: The directory has not been read yet, and nothing was written.
+    #: The directory has not been read yet. At most an empty staging directory was made.
     UNREAD = 0
 
     #: The previous checkpoint is known. Whatever is written has a name that no index mentions.
@@ -32,7 +32,7 @@ class Phase(IntEnum):
     @property
     def removable(self) -> bool:
         """Whether what was written is certain to belong to no checkpoint, so that a transaction that ends removes it."""
-        return self in (Phase.STAGING, Phase.NOT_COMMITTED)
+        return self in (Phase.UNREAD, Phase.STAGING, Phase.NOT_COMMITTED)
 
 
 _MAY_FOLLOW: dict[Phase, set[Phase]] = {

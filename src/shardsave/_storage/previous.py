@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shardsave._format.file_names import INDEX_NAME, LONE_NAME
 from shardsave._format.index import MAX_INDEX_BYTES, FileRecord, Index, Superseded
 from shardsave._format.index_parsing import parse_index
-from shardsave._storage.directory import Directory
+from shardsave._storage.lock import LockedDirectory
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError
 
 
@@ -16,17 +17,26 @@ from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError
 class Previous:
     """An index, a lone file, both, or nothing.
 
-    ``index_bytes``: the content of the index file. ``unreadable``: why ``index`` is None although that file exists.
+    ``index_bytes``: the content of the index file. ``unreadable``: why ``index`` is None although that file exists. ``lone``: None
+    also for a symbolic link to nothing. ``links``: which of the index and the lone file are symbolic links. ``not_ours``: the index
+    of another user, which is not obeyed; ``index`` is None then.
     """
 
     index_bytes: bytes | None = None
     index: Index | None = None
     unreadable: str = ""
     lone: Superseded | None = None
+    links: frozenset[str] = frozenset()
+    not_ours: Index | None = None
 
     @property
     def exists(self) -> bool:
         return self.index_bytes is not None or self.lone is not None
+
+    @property
+    def has_lone(self) -> bool:
+        """Whether something has the name of the lone file."""
+        return self.lone is not None or LONE_NAME in self.links
 
     @property
     def files(self) -> frozenset[str]:
@@ -37,30 +47,38 @@ class Previous:
     def companions(self) -> Mapping[str, FileRecord]:
         return companions_of(self.index)
 
-    def notes(self) -> list[str]:
+    def notes(self, *, lone_is_gone: bool) -> list[str]:
         """What the report of a save says about the checkpoint that it replaced."""
         notes = []
         if self.unreadable:
-            notes.append(f"nothing was removed, since the replaced index cannot be read ({self.unreadable})")
+            notes.append(f"nothing was removed that the replaced index names, since {self.unreadable}")
         record = self.index.record if self.index is not None else None
-        if self.lone is not None and (record is None or record.supersedes != self.lone):
+        if lone_is_gone and (record is None or record.supersedes != self.lone):
             notes.append(f"{LONE_NAME}, which was not saved by shardsave, was replaced")
         elif self.index is not None and record is None:
             notes.append("the checkpoint that was replaced was not saved by shardsave")
         return notes
 
 
-def read_previous(folder: Directory) -> Previous:
+def read_previous(folder: LockedDirectory) -> Previous:
     """Reads the checkpoint that is in ``folder``. Raises CallFailed."""
-    status = folder.status_of(LONE_NAME, follow=True)
-    lone = Superseded(status.st_size, status.st_mtime_ns) if status is not None else None
-    index_bytes = folder.read_all(INDEX_NAME, MAX_INDEX_BYTES)
-    if index_bytes is None:
-        return Previous(lone=lone)
+    lone, links = folder.status_of(LONE_NAME), set()
+    if lone is not None and stat.S_ISLNK(lone.st_mode):
+        links.add(LONE_NAME)
+        lone = folder.target_of(LONE_NAME)
+    if folder.is_link(INDEX_NAME):
+        links.add(INDEX_NAME)
+    superseded = Superseded(lone.st_size, lone.st_mtime_ns) if lone is not None else None
+    previous = Previous(folder.read_all(INDEX_NAME, MAX_INDEX_BYTES), lone=superseded, links=frozenset(links))
+    if previous.index_bytes is None:
+        return previous
     try:
-        return Previous(index_bytes, parse_index(index_bytes, f"index {INDEX_NAME}"), lone=lone)
+        index = parse_index(previous.index_bytes, f"index {INDEX_NAME}")
     except (CorruptCheckpointError, IncompatibleCheckpointError) as error:
-        return Previous(index_bytes, unreadable=str(error), lone=lone)
+        return replace(previous, unreadable=f"it cannot be read ({error})")
+    if not folder.obeys(INDEX_NAME):
+        return replace(previous, unreadable="another user of this directory made it, or may have changed it", not_ours=index)
+    return replace(previous, index=index)
 
 
 def files_of(index: Index | None) -> frozenset[str]:

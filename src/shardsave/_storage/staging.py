@@ -66,17 +66,25 @@ class Staging:
     """A staging directory in ``parent``, created when it is first needed. If ``parent`` is durable, each finished file is durable too.
 
     Files already have their final names in it; only the index and the list have other names. Every method raises CallFailed.
+
+    ``private``: no other user may change what the next save will obey: the directory's content, and the index.
     """
 
     def __init__(self, parent: Directory) -> None:
         self._parent = parent
         self._inside = Directory(durable=parent.durable)
         self._shards: list[StagedShard] = []
+        self.private = False
 
     @property
     def name(self) -> str:
         """The directory's name, "" before `make`."""
         return self._inside.name
+
+    @property
+    def directory(self) -> Directory:
+        """The directory itself, open after `make`."""
+        return self._inside
 
     def make(self) -> None:
         """Creates the directory, unless it exists already."""
@@ -84,7 +92,7 @@ class Staging:
             return
         self._inside.name = f".shardsave-{host_id()}{secrets.token_hex(4)}"
         assert owner_of(self.name) is not None
-        self._parent.mkdir(self.name)
+        self._parent.mkdir(self.name, 0o700 if self.private else 0o777)
         self._inside.open_in(self._parent)
         self._parent.sync()
 
@@ -106,6 +114,10 @@ class Staging:
     def write(self, name: str, data: bytes) -> None:
         """Creates the file ``name`` with the content ``data``."""
         self._inside.write(name, data)
+
+    def write_index(self, data: bytes) -> None:
+        """Writes the new index."""
+        self._inside.write(NEW_INDEX_NAME, data, 0o644 if self.private else 0o666)
 
     def write_list(self, names: Iterable[str]) -> None:
         """Writes the list of final names."""

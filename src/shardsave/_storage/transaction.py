@@ -9,16 +9,16 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import shlex
 from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import NamedTuple
 
 from shardsave._common.os_calls import DISK_FULL, OUT_OF_SPACE, CallFailed, call
-from shardsave._common.words import count, human_bytes, some
-from shardsave._format.file_names import INDEX_NAME, part_name, shard_names
+from shardsave._common.words import human_bytes, some
+from shardsave._format.file_names import INDEX_NAME, LONE_NAME, part_name, shard_names
 from shardsave._format.index import MAX_INDEX_BYTES, FileRecord, Index, Superseded, encode_index
-from shardsave._storage.cleanup import clean_after_commit, remove_dead_staging, remove_staging
+from shardsave._storage.cleaning_notes import cleaning_notes, lone_stays
+from shardsave._storage.cleanup import Cleaner
 from shardsave._storage.commit_errors import (
     commit_unknown,
     companions_unknown,
@@ -37,10 +37,13 @@ from shardsave.errors import OutOfSpaceError, SaveNotCommittedError, ShardSaveEr
 
 
 class CommitOutcome(NamedTuple):
-    """``leftovers``: names that should have been removed and could not be; ``notes``: for the reader of the report."""
+    """``removed``: names of files that were removed or replaced, and that this save did not make. ``leftovers``: names that should
+    have been removed and could not be. ``notes``: for the reader of the report. ``warning``: what the caller must not overlook."""
 
+    removed: tuple[str, ...]
     leftovers: tuple[str, ...]
     notes: tuple[str, ...]
+    warning: str
 
 
 class Transaction:
@@ -62,6 +65,8 @@ class Transaction:
         self._names: list[str] = []  # the final names of all shards and parts of this save
         self._staged: list[str] = []  # those of files in the staging directory, which the commit moves
         self._moving: list[str] = []  # those of files that have, or may have, been moved
+        self._finished: list[str] = []  # companions of a dead saver that were put in place
+        self._removed: list[str] = []  # leavings of dead savers that were removed before the commit
 
     @property
     def supersedes(self) -> Superseded | None:
@@ -98,9 +103,14 @@ class Transaction:
             if self._folder.durable:
                 self._folder.sync_file(INDEX_NAME)
                 self._folder.sync()
+            if self._folder.shared or self._folder.sticky:
+                self._staging.private = self._folder.shared
+                self._staging.make()
+                self._folder.learn_owner(self._staging.directory)
             self._previous = read_previous(self._folder)
             self._phase = self._phase.then(Phase.STAGING)
-            finish_dead_savers(self._folder, self._previous.companions, self._folder.knows_dead)
+            self._folder.check_replaceable(INDEX_NAME)
+            self._finished = finish_dead_savers(self._folder, self._previous.companions, self._folder.knows_dead)
 
     def shard_names(self, count: int) -> tuple[str, ...]:
         """Names for ``count`` shards, none of which is taken in the directory."""
@@ -129,7 +139,9 @@ class Transaction:
             free = self._folder.free_bytes()
             if free is not None and needed > free and not self._previous.unreadable:
                 # Allowed before the commit: the visible checkpoint was made durable right after the lock (if that was requested).
-                remove_dead_staging(self._folder, self._previous.files)
+                cleaner = Cleaner(self._folder, self._staging.name)
+                cleaner.remove_dead_staging(self._previous.files)
+                self._removed = list(cleaner.removed)
                 free = self._folder.free_bytes()
         if free is not None and needed > free:
             room = f"needs {human_bytes(needed)}, {human_bytes(free)} free"
@@ -207,7 +219,7 @@ class Transaction:
 
     def _publish(self, index: bytes) -> None:
         """Renames the index, unless another host has replaced it or the directory was moved since this save began."""
-        self._staging.write(NEW_INDEX_NAME, index)
+        self._staging.write_index(index)
         if self._folder.read_all(INDEX_NAME, MAX_INDEX_BYTES) != self._previous.index_bytes:
             raise index_replaced(self.path)
         with self._before_commit():
@@ -227,33 +239,34 @@ class Transaction:
 
     def _settle(self, index: bytes, error: BaseException) -> None:
         """Decides whether an interrupted commit took effect; raises the error that describes the result, if ``error`` does not."""
-        if self._phase >= Phase.RENAMING:
+        if self._phase is Phase.RENAMING:
             try:
                 current = self._folder.read_all(INDEX_NAME, MAX_INDEX_BYTES)
             except CallFailed as unreadable:
                 raise commit_unknown(self.path, error, unreadable) from error
-            if self._phase is Phase.RENAMING and current == self._previous.index_bytes and current != index:
+            if current == self._previous.index_bytes and current != index:
                 self._phase = self._phase.then(Phase.NOT_COMMITTED)
         if self._phase.removable:
             self.close()
         if not isinstance(error, CallFailed):
             return
         if self._phase.removable:
-            raise self._failure(error) from error
+            raise self.failure(error) from error
         if self._phase is Phase.COMMITTED:
             raise companions_unknown(self.path, error, self._companions.replacing()) from error
         raise durability_unknown(self.path, error) from error
 
     def _clean(self, new: Index) -> CommitOutcome:
-        leftovers, foreign = clean_after_commit(self._folder, self._staging.name, self._previous, new)
+        cleaner = Cleaner(self._folder, self._staging.name)
+        cleaner.after_commit(self._previous, new)
+        replaced = self._companions.replacing()
         notes = [] if self._folder.exclusive else ["the file system has no locks: simultaneous saves are not kept apart"]
-        notes += self._previous.notes()
-        if foreign:
-            notes.append(
-                f"{count(len(foreign), 'leaving')} of saves on other hosts, which may still be at work, stay: {some(foreign)} "
-                f"(when they have ended: shardsave clean {shlex.quote(self.path)} --other-hosts)"
-            )
-        return CommitOutcome(leftovers, tuple(notes))
+        notes += self._previous.notes(lone_is_gone=LONE_NAME in cleaner.removed)
+        links = (self._previous.links | self._companions.links) - {LONE_NAME}
+        notes += cleaning_notes(self.path, cleaner, links, self._finished)
+        removed = dict.fromkeys([*self._removed, *cleaner.removed, *replaced])
+        warning = lone_stays(self.path) if cleaner.lone_stays else ""
+        return CommitOutcome(tuple(removed), tuple(cleaner.leftovers), tuple(notes), warning)
 
     def close(self) -> None:
         """Ends the transaction: removes files that belong to no checkpoint, frees the lock. May be called any number of times."""
@@ -265,7 +278,7 @@ class Transaction:
             self._staging.abandon()
             if self._folder.fd >= 0 and self._phase.removable and self._staging.name:
                 named = self._previous.files - self._companions.linked
-                remove_staging(self._folder, self._staging.name, named, finals=self._moving)
+                Cleaner(self._folder, self._staging.name).remove_staging(self._staging.name, named, finals=self._moving)
 
     @contextlib.contextmanager
     def _before_commit(self) -> Iterator[None]:
@@ -274,14 +287,13 @@ class Transaction:
         try:
             yield
         except CallFailed as error:
-            raise self._failure(error) from error
+            raise self.failure(error) from error
 
-    def failure(self, call: str, name: str, number: int, reason: str, needed: int | None) -> ShardSaveError:
-        """The error for a ``call`` on the shard ``name`` that failed outside of this class; ``needed``: bytes for all shards."""
-        return self._failure(CallFailed(call, name, number, reason or os.strerror(number)), needed)
+    def failure(self, error: CallFailed, needed: int | None = None) -> ShardSaveError:
+        """The error for a call that failed before the commit; its errno decides between OutOfSpaceError and SaveNotCommittedError.
 
-    def _failure(self, error: CallFailed, needed: int | None = None) -> ShardSaveError:
-        """The error for a call that failed before the commit; its errno decides between OutOfSpaceError and SaveNotCommittedError."""
+        ``needed``: the bytes that all shards need, if the call was about that.
+        """
         room = ""
         if error.errno in DISK_FULL and self._folder.fd >= 0:
             need = f"needs {human_bytes(needed)}, " if needed is not None else ""
@@ -295,9 +307,12 @@ class Transaction:
     def _state(self) -> str:
         if self._phase is Phase.UNREAD:
             return "nothing was written, existing files are unchanged"
+        gone = f", and what dead savers left was removed: {some(self._removed)}" if self._removed else ""
+        if self._previous.not_ours is not None:
+            return f"nothing was committed, all other files are unchanged{gone}"
         if not self._previous.exists:
-            return "nothing was committed, there was no checkpoint before"
-        return "nothing was committed, the previous checkpoint is intact"
+            return f"nothing was committed, there was no checkpoint before{gone}"
+        return f"nothing was committed, the previous checkpoint is intact{gone}"
 
 
 def _current_directory(path: str) -> str:

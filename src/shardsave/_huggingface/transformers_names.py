@@ -1,0 +1,64 @@
+"""From the names and tensors of a transformers model on disk to those in memory, as `from_pretrained` renames and converts them."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+#: The name of a tensor in the model, and the pattern of the converter that takes the stored tensor, or "".
+Key = tuple[str, str]
+
+
+class NamesInMemory:
+    """The names in memory that `from_pretrained` gives the tensors of a checkpoint for ``model``."""
+
+    def __init__(self, model: Any, names: Collection[str], transforms: Iterable[Any] | None = None) -> None:
+        """``names``: those of the model's own state dict. ``transforms``: those of transformers for the class, if not given."""
+        loading = importlib.import_module("transformers.core_model_loading")
+        transforms = list(model_transforms(model) if transforms is None else transforms)
+        self._loading = loading
+        self._model = model
+        self._names = dict.fromkeys(names, True)
+        self._renamings = [transform for transform in transforms if isinstance(transform, loading.WeightRenaming)]
+        self._converters = [transform for transform in transforms if isinstance(transform, loading.WeightConverter)]
+
+    def of(self, names: Iterable[str]) -> list[tuple[str, Key]]:
+        """(name on disk, key) for each of ``names``, in the order in which transformers takes them."""
+        rename = self._loading.rename_source_key
+        prefix, renamings = self._model.base_model_prefix, copy.deepcopy(self._renamings)  # some of them keep a state
+        renamed_names = []
+        for name in sorted(names, key=self._loading.dot_natural_key):
+            renamed, pattern = rename(name, renamings, self._converters, prefix, self._names)
+            if renamed not in self._names and name in self._names:
+                renamed, pattern = rename(name, [], [], prefix, self._names)
+            renamed_names.append((name, (renamed, pattern or "")))
+        return renamed_names
+
+    def convert(
+        self, first: str, members: Sequence[tuple[str, str]], tensors: Iterable[torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Converts ``tensors`` of ``members`` (name on disk, pattern), whose keys all name ``first``: name in memory → tensor."""
+        pattern = members[0][1]
+        converter = copy.deepcopy(next(c for c in self._converters if pattern in c.source_patterns))
+        for (name, part), tensor in zip(members, tensors):
+            converter.add_tensor(first, name, part, tensor)
+        values: Mapping[str, Any] = converter.convert(first, model=self._model, config=self._model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in values.items()}
+
+
+def model_transforms(model: Any) -> list[Any]:
+    """What transformers does to names and tensors on disk to load them into ``model``, in order."""
+    return list(importlib.import_module("transformers.conversion_mapping").get_model_conversion_mapping(model))
+
+
+def converts() -> bool:
+    """Whether this version of transformers converts between names on disk and names in memory."""
+    try:
+        importlib.import_module("transformers.core_model_loading")
+    except ImportError:  # older versions use the names in memory on disk, too
+        return False
+    return True

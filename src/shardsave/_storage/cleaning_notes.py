@@ -1,0 +1,44 @@
+"""What the report of a save says about files that it removed, replaced, or had to leave."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Mapping
+
+from shardsave._common.words import count, human_bytes, some
+from shardsave._format.file_names import LONE_NAME
+from shardsave._storage.cleanup import Cleaner
+
+
+def cleaning_notes(path: str, cleaner: Cleaner, replaced_links: Iterable[str], finished: Iterable[str]) -> list[str]:
+    """Notes on the cleaning of the directory ``path`` after a commit.
+
+    ``replaced_links``: symbolic links that the commit replaced. ``finished``: companions of a dead saver that were put in place.
+    """
+    notes = [f"{name} of an interrupted save was put in place first" for name in finished]
+    links = sorted({*replaced_links, *cleaner.links})
+    if links:
+        notes.append(f"symbolic links were removed or replaced, not what they led to: {some(links)}")
+    notes += strangers_notes(cleaner.strangers)
+    if cleaner.foreign:
+        notes.append(
+            f"{count(len(cleaner.foreign), 'leaving')} of saves on other hosts, which may still be at work, stay: {some(cleaner.foreign)} "
+            f"(when they have ended: shardsave clean {shlex.quote(path)} --other-hosts)"
+        )
+    return notes
+
+
+def strangers_notes(strangers: Mapping[str, int]) -> list[str]:
+    """A note, if there is anything, on what belongs to other users (name → bytes on disk) and was not removed."""
+    if not strangers:
+        return []
+    size = human_bytes(sum(strangers.values()))
+    return [f"what belongs to other users of this directory, to which everybody may write, stays ({size}): {some(strangers)}"]
+
+
+def lone_stays(path: str) -> str:
+    """A warning: the replaced lone file is still there, and other libraries prefer it to an index."""
+    return (
+        f"{LONE_NAME} is still in {path}: transformers and other libraries will read that file, and not the weights that were just "
+        f"saved, until it is removed"
+    )
