@@ -259,6 +259,7 @@ def test_a_pickle_cannot_change_what_it_names() -> None:
         (b"\x80\x02\x82\x01.", "extension code"), (b"\x80\x05\x96" + (1 << 50).to_bytes(8, "little") + b".", "MemoryError|ends too early"),
         (b"\x80\x02]r\xff\xff\xff\x7f.", None), (b"\x80\x04X\xff\xff\xff\x7f.", "UnpicklingError|EOFError"),
         (b"\x80\x02" + b"(" * 100_000, "EOFError"), (b"\x80\x02K\x01Q.", "TypeError"), (b"", "EOFError"),
+        (b"\x80\x02ctorch\nSize\ncargparse\nNamespace\n)\x81R.", "TypeError"),
         (b"\x80\x02N0.", "IndexError|UnpicklingError"), (b"\x80\x09.", "ValueError"),
     ],
 )  # fmt: skip

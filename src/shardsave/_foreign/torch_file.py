@@ -248,7 +248,7 @@ def _read_old_format(fd: int, mapping: mmap.mmap, length: int, names: Names, pat
     keys = _unpickle(file, names, path)
     offsets, at = {}, file.tell()
     for key in keys if isinstance(keys, list) else ():
-        storage = storages.get(key)
+        storage = storages.get(key) if isinstance(key, str) else None
         elements = int.from_bytes(mapping[at : at + 8], "little")
         if storage is None or elements * storage.dtype.itemsize != storage.nbytes or at + 8 + storage.nbytes > length:
             _bad(path, f"the storage {key!r:.40} was expected at {at}, it is not there or was cut")

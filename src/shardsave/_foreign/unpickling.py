@@ -43,6 +43,9 @@ class Record(Inert, Unread):
 
     name: str = ""
 
+    #: A pickle may call something with a record as its arguments: without this, `__getitem__` would make it an endless sequence.
+    __iter__ = None
+
     def __new__(cls, *arguments: Any, **more: Any) -> Record:
         record = super().__new__(cls)
         record.arguments = (*arguments, *more.values())
