@@ -19,6 +19,9 @@ class Mode(enum.Enum):
     FAST = 1
     EXACT = "two"
 
+    def describe(self) -> str:
+        return f"mode {self.value}"
+
 
 class Point(NamedTuple):
     x: int
@@ -30,6 +33,9 @@ class Config:
     width: int = 4
     names: list[str] = dataclasses.field(default_factory=lambda: ["a", "b"])
     again: Config | None = None
+
+    def wider(self) -> int:
+        return self.width + 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +72,8 @@ class Remembers(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        if state.get("cache") == "raises":
+            raise ValueError("a cache that raises")
         self.cache = "made again"
 
     def get_extra_state(self) -> Any:
@@ -85,6 +93,9 @@ class Property(nn.Module):
     @level.setter
     def level(self, value: int) -> None:
         self.changed.append(value)
+
+    def before(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        pass
 
 
 class Settings(dict):

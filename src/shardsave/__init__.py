@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from shardsave._api.clean import CleanReport, Leaving, clean
     from shardsave._api.convert import convert
     from shardsave._api.diff import DiffReport, TensorChange, diff
-    from shardsave._api.findings import CheckpointInfo, ConvertReport, Damage, TensorInfo, VerifyReport
+    from shardsave._api.findings import ArchitectureInfo, CheckpointInfo, ConvertReport, Damage, TensorInfo, VerifyReport
     from shardsave._api.inspect import inspect, verify
     from shardsave._api.load import load, load_model
     from shardsave._api.open import OpenCheckpoint, TensorSlice, open
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from shardsave._api.save import save
 
 __all__ = [
+    "ArchitectureInfo",
     "CheckpointInfo",
     "CheckpointNotFoundError",
     "CleanReport",
@@ -83,7 +84,7 @@ _MODULES = {
     "build": ("build_model", "load_program"),
     "convert": ("convert",),
     "diff": ("DiffReport", "TensorChange", "diff"),
-    "findings": ("CheckpointInfo", "ConvertReport", "Damage", "TensorInfo", "VerifyReport"),
+    "findings": ("ArchitectureInfo", "CheckpointInfo", "ConvertReport", "Damage", "TensorInfo", "VerifyReport"),
     "inspect": ("inspect", "verify"),
     "clean": ("CleanReport", "Leaving", "clean"),
     "load": ("load", "load_model"),

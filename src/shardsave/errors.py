@@ -68,4 +68,4 @@ class UnsupportedModuleError(ShardSaveError):
 
 
 class UntrustedCodeError(ShardSaveError):
-    """A file names classes or functions that are not trusted; the message lists them, and none of them was imported."""
+    """A file asks for classes, functions or methods that are not trusted; the message lists them, with what would run of each."""

@@ -22,7 +22,8 @@ import zoo
 from shardsave._architecture.builder import Builder
 from shardsave._architecture.class_checks import shadows_method
 from shardsave._architecture.document import Document
-from shardsave._architecture.trust import resolve
+from shardsave._architecture.imports import resolve
+from shardsave._architecture.trust import Trust
 from shardsave._loading.new_tensors import NewTensors
 from shardsave._saving import contents
 from shardsave._storage.checkpoint import PARTS, open_checkpoint
@@ -32,8 +33,8 @@ X = torch.linspace(-1, 1, 160).reshape(2, 5, 16)
 
 
 def saved_and_built(model: nn.Module, folder: Path, **options: Any) -> nn.Module:
-    shardsave.save(model, folder, architecture=True, durable=False)
-    return shardsave.build_model(folder, **options)
+    report = shardsave.save(model, folder, architecture=True, durable=False)
+    return shardsave.build_model(folder, trust=report.trust, **options)
 
 
 def old_norm(norm: Callable[..., nn.Module]) -> nn.Module:
@@ -112,7 +113,7 @@ def test_every_kind_of_attribute(tmp_path: Path) -> None:
     """Catches a value that is built as another one, and a shared object that is built twice."""
     model = zoo.Everything()
     model.by_name.eval()
-    again = saved_and_built(model, tmp_path, trust=["zoo"])
+    again = saved_and_built(model, tmp_path)
     assert isinstance(again, zoo.Everything) and not again.by_name.training and again.training
     for name, value in zoo.everything().items():
         built = getattr(again, f"a_{name}")
@@ -214,7 +215,7 @@ def test_dropped_hooks_of_tensors_are_named(tmp_path: Path) -> None:
 def test_flags_and_slots(tmp_path: Path) -> None:
     """Catches a combined enum flag that is refused, and a value in a slot that is lost."""
     model = zoo.WithSlot()
-    again = saved_and_built(model, tmp_path, trust=["zoo"])
+    again = saved_and_built(model, tmp_path)
     assert again.extra == 7 and again.flag == zoo.Permission.READ | zoo.Permission.WRITE
 
 
@@ -271,19 +272,22 @@ def test_nothing_untrusted_is_imported(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(shardsave.UntrustedCodeError) as raised:
         shardsave.build_model(tmp_path / "ckpt", trust=["strangers.One"])
     assert str(raised.value) == (
-        f"cannot build the architecture in {tmp_path / 'ckpt'}: only trusted code is imported, it asks for strangers.Two, "
-        f"zoo.Remembers; if you trust it, pass trust=['strangers', 'zoo']; nothing was imported"
+        f"cannot build the architecture in {tmp_path / 'ckpt'}: only trusted code is used, it asks for strangers.Two, "
+        f"zoo.Remembers (its set_extra_state would run on values from the file); if you trust it, pass "
+        f"trust=['strangers', 'strangers.One', 'zoo.Remembers']; nothing was imported"
     )
     assert "strangers" not in sys.modules
-    built = shardsave.build_model(tmp_path / "ckpt", trust=["strangers.One", "strangers.Two", "zoo"])
+    built = shardsave.build_model(tmp_path / "ckpt", trust=["strangers.One", "strangers.Two", "zoo.Remembers"])
     assert repr(built) == repr(model)
     (package / "strangers.py").write_text("from torch import nn\nclass One(nn.Module): pass\n")
     del sys.modules["strangers"]
     with pytest.raises(
         shardsave.IncompatibleCheckpointError, match=r"not found: strangers.Two \(saved without a version; module"
     ):
-        shardsave.build_model(tmp_path / "ckpt", trust=["strangers", "zoo"])
-    renamed = shardsave.build_model(tmp_path / "ckpt", trust=["strangers", "zoo"], classes={"strangers.Two": zoo.Property})
+        shardsave.build_model(tmp_path / "ckpt", trust=["strangers", "zoo.Remembers"])
+    renamed = shardsave.build_model(
+        tmp_path / "ckpt", trust=["strangers", "zoo.Remembers"], classes={"strangers.Two": zoo.Property}
+    )
     assert type(renamed[1]) is zoo.Property
 
 
@@ -347,7 +351,7 @@ def test_arrays_are_built_on_the_host(tmp_path: Path) -> None:
     with open_checkpoint(tmp_path, parts=PARTS) as checkpoint:
         document = Document(checkpoint.documents["architecture"], "the architecture")
         memory = NewTensors(checkpoint, torch.device("meta"))
-        built = Builder(document, resolve(document.imports, (), {}, "the architecture"), memory).build()
+        built = Builder(document, resolve(document, Trust()), memory).build()
         devices = {located.name: tensor.device.type for located, tensor in memory.targets if tensor is not None}
     assert type(built.table) is np.ndarray and built.weight.is_meta  # type: ignore[union-attr]
     assert devices == {"weight": "meta", "bias": "meta", "table": "cpu"}

@@ -73,59 +73,67 @@ def nested(depth: int) -> Any:
     return value
 
 
-UNTRUSTED = "cannot build $ARCH: only trusted code is imported, it asks for {}; if you trust it, pass trust=['{}']; nothing was imported"
+#: What is trusted in all cases.
+TRUST = ["zoo", "zoo.double", "zoo.Property.load_state_dict"]
+
+
+def untrusted(name: str, reason: str = "the model could call it, with values from the file", of: str = "") -> str:
+    """The message for ``name``, of which ``reason`` says what would run. ``of``: the package that would be enough to trust."""
+    asked, entries = (f"{name} ({reason})" if reason else name), sorted([*TRUST, of or name])
+    return (
+        f"cannot build $ARCH: only trusted code is used, it asks for {asked}; if you trust it, pass trust={entries}; "
+        "nothing was imported"
+    )
+
+
 BAD = "corrupt $ARCH: {}, {}; nothing was built"
 NOT_DEFINED = "corrupt $ARCH: {} expected to be a class or a function that {} defines, it is {}; nothing was built"
 MISSING = (
     "cannot build $ARCH: its classes and functions were expected to be importable, not found: {} ({}); "
     "if one was renamed, pass classes={{'old.Name': NewClass}}; nothing was built"
 )
-NEITHER = (
-    "corrupt $ARCH: a module of torch.nn, or a function of it that only computes, expected, it asks for {}, which is neither; "
-    "nothing was built"
-)
 FORM = "corrupt $ARCH: names of the form 'module:Class' expected, it asks for {}; nothing was imported"
 
-#: The change, and the whole message. ``zoo`` is trusted in all cases.
+#: The change, and the whole message.
 CASES: dict[str, tuple[Change, str]] = {
-    "os.system": (imported("os:system", {"import": "os:system"}), UNTRUSTED.format("os.system", "os.system")),
-    "posix.system": (imported("posix:system", {"import": "posix:system"}), UNTRUSTED.format("posix.system", "posix.system")),
+    "os.system": (imported("os:system", {"import": "os:system"}), untrusted("os.system")),
+    "posix.system": (imported("posix:system", {"import": "posix:system"}), untrusted("posix.system")),
     "builtins.eval": (
         imported("builtins:eval", {"import": "builtins:eval"}),
-        UNTRUSTED.format("builtins.eval", "builtins.eval"),
+        untrusted("builtins.eval"),
     ),
-    "torch.load": (imported("torch:load", {"import": "torch:load"}), UNTRUSTED.format("torch.load", "torch.load")),
+    "torch.load": (imported("torch:load", {"import": "torch:load"}), untrusted("torch.load")),
     "torch.from_file": (
         imported("torch:from_file", {"import": "torch:from_file"}),
-        UNTRUSTED.format("torch.from_file", "torch.from_file"),
+        untrusted("torch.from_file"),
     ),
     "torch.hub": (
         imported("torch.hub:load", {"import": "torch.hub:load"}),
-        UNTRUSTED.format("torch.hub.load", "torch.hub.load"),
+        untrusted("torch.hub.load"),
     ),
     "a name that begins like a trusted module": (
         imported("zoology:Net", {"import": "zoology:Net"}),
-        UNTRUSTED.format("zoology.Net", "zoology"),
+        untrusted("zoology.Net"),
     ),
     "a module instead of a class": (
-        imported("torch.nn.functional:torch", {"import": "torch.nn.functional:torch"}),
+        imported("torch.nn.functional:torch", 1),
         NOT_DEFINED.format("torch.nn.functional.torch", "torch.nn.functional", "the module torch"),
     ),
     "through a module": (
-        imported("torch.nn.functional:importlib.import_module", {"import": "torch.nn.functional:importlib.import_module"}),
+        imported("torch.nn.functional:importlib.import_module", 1),
         MISSING.format(
             "torch.nn.functional.importlib.import_module",
             "saved without a version; module torch.nn.functional has no importlib.import_module",
         ),
     ),
     "something that a trusted module imports": (
-        imported("zoo:Path", {"import": "zoo:Path"}),
+        imported("zoo:Path", 1),
         NOT_DEFINED.format("zoo.Path", "zoo", "type of pathlib"),
     ),
     "partial as a class": (
         lambda document: (
             document["imports"].update({"zoo:functools.partial": None}),
-            attribute("a", {"import": "zoo:functools.partial"})(document),
+            document["objects"].append({"object": "zoo:functools.partial"}),
         ),
         MISSING.format("zoo.functools.partial", "saved without a version; module zoo has no functools.partial"),
     ),
@@ -204,12 +212,13 @@ CASES: dict[str, tuple[Change, str]] = {
     ),
     "a class of torch.nn that is not a module": (
         imported("torch.nn.parallel.distributed:_DDPSink", 1),
-        NEITHER.format("torch.nn.parallel.distributed._DDPSink"),
+        "cannot build $ARCH: classes that can safely be built from data expected, it asks for torch.nn.parallel.distributed._DDPSink "
+        "(torch.nn.parallel calls objects that the file chooses); nothing was built",
     ),
     **{
         f"a function of torch.nn that does more than compute: {name}": (
             imported(name, {"import": name}),
-            NEITHER.format(name.replace(":", ".")),
+            untrusted(name.replace(":", ".")),
         )
         for name in (
             "torch.nn.utils.stateless:_functional_call",
@@ -218,7 +227,7 @@ CASES: dict[str, tuple[Change, str]] = {
     },
     "a private module of torch.nn": (
         imported("torch.nn.utils._deprecation_utils:lazy_deprecated_import", 1),
-        UNTRUSTED.format(*["torch.nn.utils._deprecation_utils.lazy_deprecated_import"] * 2),
+        untrusted("torch.nn.utils._deprecation_utils.lazy_deprecated_import", ""),
     ),
     "deep nesting": (
         attribute("a", nested(400)),
@@ -376,7 +385,7 @@ def test_refused(name: str, folder: Path, events: Events) -> None:
     build_model = shardsave.build_model  # imports, and perhaps compiles, its module
     events.clear()
     with pytest.raises(shardsave.ShardSaveError) as raised:
-        build_model(folder, trust=["zoo"])
+        build_model(folder, trust=TRUST)
     assert str(raised.value) == message.replace("$ARCH", f"the architecture in {folder}")
     assert [event for event in events if event[1] not in sys.modules] == []
     assert zoo.Property.changed == []
@@ -457,17 +466,60 @@ def test_trusted_module_that_raises_when_imported(exception: str, tmp_path: Path
     assert message == MISSING.format("refuses.Net", f"saved with refuses 1.0; {reason}")
 
 
+@pytest.mark.parametrize(
+    "opening, closing", [('{"tuple":[', "]}"), ('{"frozenset":[{"tuple":[', "]}]}"), ('{"slice":[1,2,', "]}")]
+)
+@pytest.mark.parametrize("verb", ["build", "inspect", "load"])
+def test_values_of_any_depth(verb: str, opening: str, closing: str, tmp_path: Path) -> None:
+    """Catches a depth at which Python's own error for too deep a recursion appears."""
+    outcomes = set()
+    for depth in [1, *range(50, 1000, 90), 50_000]:
+        shardsave.save(zoo.Remembers(), tmp_path, architecture=True, durable=False)
+
+        def change(document: Json) -> bytes:
+            document["objects"][0].update(attributes={"deep": "DEEP"}, extra_state="DEEP")
+            return json.dumps(document).replace('"DEEP"', opening * depth + "1" + closing * depth).encode()
+
+        edit_architecture(tmp_path, change)
+        try:
+            if verb == "build":
+                shardsave.build_model(tmp_path, trust=["zoo.Remembers"])
+            elif verb == "inspect":
+                shardsave.inspect(tmp_path, architecture=True)
+            else:
+                shardsave.load_model(zoo.Remembers(), tmp_path, strict=False)
+            outcomes.add("done")
+        except shardsave.ShardSaveError:
+            outcomes.add("refused")
+    assert outcomes == {"done", "refused"}
+
+
 def test_setstate_that_raises(folder: Path) -> None:
     """Catches an exception of ``__setstate__`` that is not turned into an error of this package."""
     shardsave.save(zoo.Remembers(), folder, architecture=True)
     edit_architecture(folder, lambda document: document["objects"][0].update(attributes={"cache": 1}, extra_state={"ref": 0}))
-    assert shardsave.build_model(folder, trust=["zoo"]).cache == "made again"
-    shardsave.save(nn.LSTM(2, 2), folder, architecture=True)
-    edit_architecture(folder, lambda document: document["objects"][0].update(attributes={}))
-    assert refusal(folder, shardsave.IncompatibleCheckpointError) == (
-        f"cannot build $ARCH: __setstate__ of torch.nn.modules.rnn.LSTM was expected to accept what was saved with "
-        f"torch {torch.__version__}, it raised AttributeError: 'LSTM' object has no attribute '_all_weights'; nothing was built"
+    assert shardsave.build_model(folder, trust=["zoo.Remembers"]).cache == "made again"
+    edit_architecture(folder, lambda document: document["objects"][0]["attributes"].update(cache="raises"))
+    assert refusal(folder, shardsave.IncompatibleCheckpointError, trust=["zoo.Remembers"]) == (
+        "cannot build $ARCH: __setstate__ of zoo.Remembers was expected to accept what was saved with an unknown version, it raised "
+        "ValueError: a cache that raises; nothing was built"
     )
+
+
+@pytest.mark.parametrize("name", ["_all_weights", "_flat_weights"])
+@pytest.mark.parametrize("value", [None, {"ref": 0}, {"tuple": []}, {"ref": 20}, {"ref": 21}])
+def test_weights_of_a_recurrent_layer_that_are_something_else(name: str, value: Any, tmp_path: Path) -> None:
+    """Catches code of torch that iterates or looks up whatever a file gives as the weights of a layer."""
+    shardsave.save(nn.LSTM(2, 2, bias=False), tmp_path, architecture=True, durable=False)
+
+    def change(document: Json) -> None:
+        document["objects"][0]["attributes"][name] = value
+        document["objects"].extend([{"list": []} for _ in range(20 - len(document["objects"]))])
+        document["objects"].extend([{"dict": []}, {"list": [{"ref": 0}, 1]}])
+
+    edit_architecture(tmp_path, change)
+    wanted = "a list of tensors" if name == "_flat_weights" else "lists of names"
+    assert refusal(tmp_path).startswith(f"corrupt $ARCH: {name} expected to be {wanted}, it is ")
 
 
 def test_changed_bytes_are_noticed(folder: Path) -> None:

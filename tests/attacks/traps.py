@@ -79,6 +79,34 @@ class Guesses(enum.IntFlag):
         return super()._missing_(value)
 
 
+class Sets(enum.IntFlag):
+    ONE = 1
+    TWO = 2
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "_value_" and value == 3:
+            ran.append("__setattr__ of a flag")
+        super().__setattr__(name, value)
+
+
+class Looks(enum.Enum):
+    """Looks up its name through code of its own, which ``hash`` does."""
+
+    ONE = 1
+
+    def __getattribute__(self, name: str) -> Any:
+        ran.append(f"__getattribute__ of a member: {name}")
+        return super().__getattribute__(name)
+
+
+class Slots:
+    __slots__ = ("slot",)
+
+
+class BorrowsSlot:
+    slot = Slots.slot  # type: ignore[attr-defined]
+
+
 class Calls(enum.EnumMeta):
     def __call__(cls, *arguments: Any, **named: Any) -> Any:
         if arguments[0] == 1:
@@ -125,11 +153,25 @@ class Registers(nn.Linear):
         pass
 
 
-class Answers(nn.Linear):
-    """Has a weight, whatever its state is."""
+class Answers(Registers):
+    """Sees every access to its attributes, and has a weight, whatever its state is."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # type: ignore[override]
+        ran.append("__class__")
+        return Answers
+
+    def __getattribute__(self, name: str) -> Any:
+        ran.append(f"__getattribute__ of {name}")
+        return super().__getattribute__(name)
 
     def __getattr__(self, name: str) -> Any:
-        return 1 if name == "weight" else super().__getattr__(name)
+        ran.append(f"__getattr__ of {name}")
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        ran.append(f"__setattr__ of {name}")
+        super().__setattr__(name, value)
 
 
 class Empty(Registers):
@@ -137,3 +179,47 @@ class Empty(Registers):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         pass
+
+
+class Callable:
+    """Calls what it holds, as a partial does."""
+
+    def __call__(self, *arguments: Any) -> Any:
+        ran.append("__call__")
+        return self.function(*arguments)  # type: ignore[attr-defined]
+
+
+class CallableMember(enum.Enum):
+    ONE = 1
+
+    def __call__(self) -> None:
+        ran.append("__call__ of a member")
+
+
+class CallablePair(Pair):
+    def __call__(self) -> None:
+        ran.append("__call__ of a tuple")
+
+
+class TakesState(dict):
+    def __setstate__(self, state: Any) -> None:
+        ran.append("__setstate__")
+
+
+class Watched(nn.Module):
+    def __init_subclass__(cls) -> None:
+        ran.append("__init_subclass__")
+
+
+class Makes(type):
+    def __new__(mcs, name: str, bases: tuple[type, ...], members: dict[str, Any]) -> Any:
+        ran.append("__new__ of a metaclass")
+        return super().__new__(mcs, name, bases, members)
+
+    def __getattribute__(cls, name: str) -> Any:
+        ran.append(f"__getattribute__ of a metaclass: {name}")
+        return super().__getattribute__(name)
+
+
+class Made(nn.Module, metaclass=Makes):
+    pass

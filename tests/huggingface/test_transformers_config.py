@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -98,6 +99,21 @@ def test_one_class_may_be_trusted(tmp_path: Path) -> None:
         shardsave.build_model(tmp_path, trust=["transformers.BertModel"])
 
 
+@pytest.mark.parametrize(("name", "module"), [("BART", "bart.modeling_bart:BartDecoder"), ("T5", "t5.modeling_t5:T5Stack")])
+def test_classes_that_are_not_exported(name: str, module: str, tmp_path: Path) -> None:
+    """Catches a model that is found only if the package exports its name; a decoder on its own has none."""
+    place, _, class_name = module.partition(":")
+    model_class = getattr(importlib.import_module(f"transformers.models.{place}"), class_name)
+    assert not hasattr(transformers, class_name)
+    torch.manual_seed(5)
+    model = model_class(tiny(name).config).eval()
+    shardsave.save(model, tmp_path, durable=False)
+    with pytest.raises(shardsave.UntrustedCodeError, match=f"the config names transformers.{class_name}"):
+        shardsave.build_model(tmp_path, trust=["transformers.PreTrainedModel"])
+    again = shardsave.build_model(tmp_path, trust=[f"transformers.{class_name}"])
+    assert type(again) is model_class and same_state(again, model)
+
+
 def change(folder: Path, **values: Any) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
@@ -108,6 +124,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "several": ({"architectures": ["A", "B"]}, "its architectures are ['A', 'B']"),
     "a path": ({"architectures": ["os.system"]}, "its architectures are ['os.system']"),
     "not a model": ({"architectures": ["pipeline"]}, "pipeline was expected to be a model of transformers"),
+    "of another model": ({"architectures": ["BartDecoder"]}, "BartDecoder was expected to be a model of transformers"),
     "no such model": ({"architectures": ["NoSuchModel"]}, "NoSuchModel was expected to be a model of transformers"),
     "a base class": ({"architectures": ["PreTrainedModel"]}, "PreTrainedModel was expected to be a model of transformers"),
     "another type": ({"model_type": "gpt2"}, "BertForMaskedLM expects model_type 'bert', it has 'gpt2'"),
@@ -146,30 +163,58 @@ def test_configs_that_are_no_json(text: str, said: str, tmp_path: Path) -> None:
     assert said in str(raised.value)
 
 
-def test_no_code_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a config that makes transformers fetch kernels, which are code."""
-    import transformers.modeling_utils as modeling
+def test_arguments_that_a_class_reads_without_declaring_them(tmp_path: Path) -> None:
+    """Catches a choice of arguments so narrow that honest files lose a size: an undeclared one, an older name, an alias."""
+    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**LLAMA, head_dim=12))
+    shardsave.save(model, tmp_path / "undeclared", durable=False)
+    assert same_state(built(tmp_path / "undeclared"), model)
+    shardsave.save(gpt2 := tiny("GPT-2", 1), tmp_path / "alias", durable=False)
+    config = tmp_path / "alias" / "config.json"
+    config.write_text(config.read_text().replace('"n_embd"', '"hidden_size"').replace('"dtype"', '"torch_dtype"'))
+    with pytest.warns(UserWarning, match="config.json is not the one saved"):
+        assert same_state(built(tmp_path / "alias"), gpt2)
 
-    asked: list[object] = []
 
-    def check(self: object, implementation: object, **options: object) -> object:
-        asked.append(implementation)
-        return original(self, implementation, **options)
+@pytest.mark.filterwarnings("ignore:config.json is not the one saved")
+@pytest.mark.parametrize("name", ["Llama", "BART"])
+@pytest.mark.parametrize("writer", ["shardsave", "transformers"])
+def test_a_head_that_the_config_ties_and_the_checkpoint_does_not(name: str, writer: str, tmp_path: Path) -> None:
+    """Catches a head that is lost to the embedding, or refused; `from_pretrained` keeps it. An equal head stays tied."""
+    model = tiny(name, 7).eval()
+    head = model.lm_head.weight = nn.Parameter(torch.randn_like(model.lm_head.weight))
+    model.config.tie_word_embeddings = False
+    shardsave.save(model, tmp_path, durable=False) if writer == "shardsave" else model.save_pretrained(tmp_path)
+    change(tmp_path, tie_word_embeddings=True)
+    with pytest.warns(UserWarning, match=r"^lm_head.weight and model.\S+ have different values in .*, so they are not tied"):
+        again = built(tmp_path)
+    assert same_state(again, model) and same_bits(again.lm_head.weight, head)
+    assert "lm_head.weight" not in again.all_tied_weights_keys
+    reference = type(model).from_pretrained(tmp_path)
+    assert same_state(reference, again) and len(set(map(id, reference.parameters()))) == len(set(map(id, again.parameters())))
+    shardsave.save(again, tmp_path / "twice", durable=False)
+    with pytest.warns(UserWarning, match="so they are not tied"):
+        assert same_state(built(tmp_path / "twice"), model)
 
-    original = modeling.PreTrainedModel._check_and_adjust_attn_implementation
-    monkeypatch.setattr(modeling.PreTrainedModel, "_check_and_adjust_attn_implementation", check)
-    model = bert()
-    shardsave.save(model, tmp_path, durable=False)
-    kernel = "kernels-community/flash-attn"
-    change(tmp_path, attn_implementation=kernel, _attn_implementation=kernel, experts_implementation=kernel)
-    with pytest.warns(UserWarning, match="config.json is not the one saved with these weights"):
-        assert same_state(built(tmp_path), model)
-    assert asked and kernel not in asked
+
+def test_an_equal_head_stays_tied(tmp_path: Path) -> None:
+    """Catches a tie that is cut only because a file has the tensor twice."""
+    model = llama()
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.model.embed_tokens.weight)
+    model.save_pretrained(tmp_path)
+    change(tmp_path, tie_word_embeddings=True)
+    again = built(tmp_path)
+    assert again.lm_head.weight is again.model.embed_tokens.weight and same_state(again, model)
 
 
 def test_numbers_that_json_does_not_have(tmp_path: Path) -> None:
     """Catches an infinity that is loaded as a dictionary."""
-    model = llama()
-    model.config.reach = float("inf")
+    model = transformers.Mamba2ForCausalLM(
+        transformers.Mamba2Config(
+            **{**SMALL, "hidden_size": 32, "num_heads": 4, "head_dim": 16, "n_groups": 1, "state_size": 8}
+        )
+    )
+    assert model.config.time_step_limit == (0.0, float("inf"))
     shardsave.save(model, tmp_path, durable=False)
-    assert built(tmp_path).config.reach == float("inf")
+    assert '"Infinity"' in (tmp_path / "config.json").read_text()
+    assert built(tmp_path).config.time_step_limit == [0.0, float("inf")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,12 +14,19 @@ from shardsave._api.arguments import check_path, check_progress, check_switches
 from shardsave._api.device import Device, check_device
 from shardsave._architecture.builder import Builder
 from shardsave._architecture.document import Document
-from shardsave._architecture.trust import resolve
+from shardsave._architecture.imports import resolve
+from shardsave._architecture.trust import Trust, check_entries
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
 from shardsave._common.warn_caller import warn_caller
 from shardsave._common.words import an
-from shardsave._huggingface.transformers_config import CONFIG_NAME, empty_model, read_config, take_stored_dtypes
+from shardsave._huggingface.transformers_config import (
+    CONFIG_NAME,
+    empty_model,
+    read_config,
+    take_stored_dtypes,
+    untie_differing,
+)
 from shardsave._huggingface.transformers_loading import TransformersLayout
 from shardsave._loading.module_filler import ModuleFiller
 from shardsave._loading.module_plan import plan_module
@@ -26,6 +34,7 @@ from shardsave._loading.new_tensors import NewTensors
 from shardsave._loading.read import TensorReader
 from shardsave._loading.selection import choose_located
 from shardsave._loading.slots import take_inventory
+from shardsave._loading.stored_bytes import same_bytes
 from shardsave._program.program import LoadedProgram, ProgramDocument
 from shardsave._storage.checkpoint import PARTS, Checkpoint, open_checkpoint
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError
@@ -44,7 +53,8 @@ def build_model(
     """Builds the model that was saved with ``architecture=True``: its modules, attributes, weights, buffers and flags.
 
     No ``__init__`` is called, and nothing is imported except ``torch.nn`` and what you trust. Weights are read once, straight to
-    ``device``. To trust a module means that its code may run, with arguments from the file: see SECURITY.md.
+    ``device``. A trusted package runs no code on values from the file while the model is built; what is trusted by its exact name does:
+    see SECURITY.md. The report of the save has the list that a build needs.
 
     Without an architecture, a transformers model is built from the config beside the weights (``trust=["transformers"]``), in
     evaluation mode, as ``from_pretrained`` does. If the config is not the one that was saved with the weights, a warning says so.
@@ -52,7 +62,8 @@ def build_model(
     Args:
         path: the checkpoint.
         device: where the tensors go; the CPU by default.
-        trust: modules (``"mylib"``, with everything below it, or ``"mylib.models"``) and exact classes (``"mylib.models.Net"``).
+        trust: packages and modules (``"mylib"``, with everything below it, or ``"mylib.models"``), whose classes may be instantiated,
+            and exact names of classes, functions and methods (``"mylib.models.Net"``), which may also run and be called.
         classes: the name as it was saved → the class, for classes that were renamed or defined in a script
             (``{"__main__.Net": Net}``).
         verify: as in ``load``.
@@ -60,7 +71,7 @@ def build_model(
 
     Raises:
         TypeError, ValueError: for wrong arguments, before anything happens.
-        UntrustedCodeError: the checkpoint names code that you do not trust; the message lists all of it, nothing was imported.
+        UntrustedCodeError: the checkpoint asks for code that you do not trust; the message lists it, with what would run.
         IncompatibleCheckpointError: there is no architecture, or a class no longer exists, or does not accept the saved state.
         CheckpointNotFoundError, CorruptCheckpointError, DirectoryBusyError.
 
@@ -84,9 +95,9 @@ def build_model(
         if data is None:
             return _build_from_config(checkpoint, trusted, target_device, verify, progress)
         document = Document(data, f"the architecture in {checkpoint.path}")
-        imported = resolve(document.imports, trusted, replacements, document.where)
+        imports = resolve(document, Trust(trusted, replacements))
         memory = NewTensors(checkpoint, target_device)
-        builder = Builder(document, imported, memory)
+        builder = Builder(document, imports, memory)
         with torch.inference_mode(False), torch.no_grad():
             model = builder.build()
             with Progress(progress, "loading", sum(located.nbytes for located, _ in memory.targets)) as reporter:
@@ -170,8 +181,14 @@ def _build_from_config(
         )
     for note in checkpoint.companion_notes():
         warn_caller(note)
-    model = empty_model(folder, config, trust, device)
-    layout = TransformersLayout(take_inventory(model, checkpoint.path), choose_located(checkpoint, ""), checkpoint.path)
+    stored = choose_located(checkpoint, "")
+    model = empty_model(folder, config, trust, device, stored)
+    layout = TransformersLayout(take_inventory(model, checkpoint.path), stored, checkpoint.path)
+    for kept, name in untie_differing(model, layout.stored, partial(same_bytes, checkpoint)):
+        warn_caller(
+            f"{name} and {kept} have different values in {checkpoint.path}, so they are not tied, although the config ties them "
+            f"(tie_word_embeddings); each has its own values"
+        )
     take_stored_dtypes(model, layout.stored)
     inventory = take_inventory(model, checkpoint.path)
     doubtful = checkpoint.ties if checkpoint.record is None else ()
@@ -202,4 +219,5 @@ def _check_trust(trust: Iterable[str]) -> frozenset[str]:
     for name in names:
         if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
             raise ValueError(f"trust must be names of modules or classes, such as 'mylib.models', not {name!r}")
+    check_entries(names)
     return names

@@ -17,7 +17,7 @@ from shardsave._printable import printable
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["CheckpointInfo", "ConvertReport", "Damage", "TensorInfo", "VerifyReport"]
+__all__ = ["ArchitectureInfo", "CheckpointInfo", "ConvertReport", "Damage", "TensorInfo", "VerifyReport"]
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,23 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
+class ArchitectureInfo:
+    """What an architecture asks for, read without importing anything of it.
+
+    ``uses``: each class, function and method that it names → what a build would use it for, in words. ``versions``: the same names → the
+    package that each was saved with; None if unknown. ``needs``: name → the entry of ``trust`` that a build needs for it; names
+    that need none are left out. ``trust``: all these entries. ``script_classes``: names that a build needs in ``classes``. A class with
+    code that a build would run, such as a ``__setstate__``, needs its exact name; only an import of it tells which do.
+    """
+
+    uses: Mapping[str, tuple[str, ...]]
+    versions: Mapping[str, str | None]
+    needs: Mapping[str, str]
+    trust: tuple[str, ...]
+    script_classes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class CheckpointInfo(Printed):
     """What a checkpoint contains, read from its index and headers only.
 
@@ -109,7 +126,8 @@ class CheckpointInfo(Printed):
     module, which differ from the names on disk for some transformers models. ``ties``: tied name → the name under which the bytes are
     stored. ``bytes``: how many bytes of tensor data; a tied group counts once. ``durable``: the argument of the save; None if unknown.
     ``parts``: role of a part (such as "architecture") → its file name. ``companions``: the files with fixed names that were
-    saved beside the weights, such as a model's config. ``notes``: which companions were changed or removed since.
+    saved beside the weights, such as a model's config. ``notes``: which companions were changed or removed since. ``architecture``: what
+    the architecture asks for; None if there is none, or if it was not read.
     """
 
     path: str
@@ -124,6 +142,7 @@ class CheckpointInfo(Printed):
     parts: Mapping[str, str] = field(default_factory=dict)
     companions: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    architecture: ArchitectureInfo | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "notes", tuple(map(printable, self.notes)))

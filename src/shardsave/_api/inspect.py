@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Mapping
 
 from shardsave._api.arguments import check_path, check_progress, check_switches
-from shardsave._api.findings import CheckpointInfo, Damage, TensorInfo, VerifyReport
+from shardsave._api.findings import ArchitectureInfo, CheckpointInfo, Damage, TensorInfo, VerifyReport
 from shardsave._api.reports import Phases
 from shardsave._common.backend import engine_name
 from shardsave._common.progress import Progress, ProgressArgument
@@ -19,10 +19,11 @@ from shardsave.errors import DirectoryBusyError, ShardSaveError
 
 
 @verb()
-def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:
+def inspect(path: str | os.PathLike[str], *, architecture: bool = False) -> CheckpointInfo:
     """What the checkpoint at ``path`` contains: names, shapes, dtypes, shards, freeze flags, ties and metadata.
 
-    Reads the index and the headers, no tensor data. Raises CheckpointNotFoundError, CorruptCheckpointError,
+    Reads the index and the headers, no tensor data. With ``architecture``, also reads which classes, functions and methods the architecture
+    asks for, and imports none of them. Raises CheckpointNotFoundError, CorruptCheckpointError,
     IncompatibleCheckpointError, DirectoryBusyError.
 
     Example:
@@ -32,7 +33,8 @@ def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:
         ['bias', 'weight']
     """
     check_path(path)
-    with open_checkpoint(path) as checkpoint:
+    check_switches(architecture=architecture)
+    with open_checkpoint(path, parts=["architecture"] if architecture else []) as checkpoint:
         tensors = {}
         for name in checkpoint.stored_names:
             t = checkpoint.tensors[name]
@@ -53,7 +55,28 @@ def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:
             parts={role: part.file for role, part in checkpoint.record.parts.items()} if checkpoint.record is not None else {},
             companions=tuple(checkpoint.companions),
             notes=checkpoint.companion_notes(),
+            architecture=architecture_info(checkpoint),
         )
+
+
+def architecture_info(checkpoint: Checkpoint) -> ArchitectureInfo | None:
+    """What the architecture of ``checkpoint`` asks for; None if it has none, or if it was not opened."""
+    data = checkpoint.documents.get("architecture")
+    if data is None:
+        return None
+    from shardsave._architecture.document import Document  # most inspections need none of this
+    from shardsave._architecture.summary import summarize
+    from shardsave._architecture.trust import script_classes, trust_entries
+
+    asked = summarize(Document(data, f"the architecture in {checkpoint.path}"))
+    lacking = [item.lacking for item in asked if item.lacking is not None]
+    return ArchitectureInfo(
+        uses={item.name: item.uses for item in asked},
+        versions={item.name: item.version for item in asked},
+        needs={item.name: item.entry for item in lacking if item.entry is not None},
+        trust=trust_entries(lacking),
+        script_classes=script_classes(lacking),
+    )
 
 
 @verb()

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from shardsave._common.phases import Phases
-from shardsave._common.words import count, human_bytes, some
+from shardsave._common.words import build_arguments, count, human_bytes, some
 from shardsave._printable import printable
 
 __all__ = ["LoadReport", "Phases", "Report", "SaveReport"]
@@ -81,12 +81,16 @@ class SaveReport(Report):
     replaced by others of the same name, and that it did not make itself (the index is not listed): those of the replaced
     checkpoint, and what killed saves had left. ``leftovers``: names of files that should have been removed and could not be.
     ``overlaps``: pairs of tensors that share a part of their memory and were stored separately.
+    ``trust``, ``script_classes``: what `build_model` needs to build a saved architecture: the entries of its ``trust``, and the names
+    of classes of a script, which it needs in ``classes``.
     """
 
     durable: bool = True
     leftovers: tuple[str, ...] = ()
     overlaps: tuple[tuple[str, str], ...] = ()
     removed: tuple[str, ...] = ()
+    trust: tuple[str, ...] = ()
+    script_classes: tuple[str, ...] = ()
 
     def _lines(self) -> Iterator[str]:
         more = []
@@ -96,6 +100,8 @@ class SaveReport(Report):
             more.append(f"could not remove {', '.join(self.leftovers)}")
         if self.overlaps:
             more.append(f"overlapping but stored separately: {some(f'{a} and {b}' for a, b in self.overlaps)}")
+        if self.trust or self.script_classes:
+            more.append(f"build with {build_arguments(self.trust, self.script_classes)}")
         how = f"{self._engine_and_access()}, {'durable' if self.durable else 'not durable'}"
         yield self._with_notes(f"saved {self.path}: {self._size_and_speed()}, {how}", *more)
 

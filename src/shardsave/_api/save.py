@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, NamedTuple, Union
 
 from torch import nn
 
@@ -103,7 +103,7 @@ def save(
     layout = _choose_layout(source, adapter_only, with_parts=architecture or program is not None)
     started = time.perf_counter()
     with gc_paused():
-        contents = _read_contents(source, layout, architecture, program, max_shard_bytes, user_metadata)
+        contents, needed = _read_contents(source, layout, architecture, program, max_shard_bytes, user_metadata)
     plan_seconds = time.perf_counter() - started
     with Progress(progress, "saving", contents.tensor_bytes) as reporter:
         outcome = write_checkpoint(contents, directory, durable=durable, lock_timeout=lock_timeout, progress=reporter)
@@ -123,6 +123,8 @@ def save(
         removed=outcome.removed,
         leftovers=outcome.leftovers,
         overlaps=contents.state.overlaps,
+        trust=needed.trust,
+        script_classes=needed.script_classes,
     )
 
 
@@ -148,8 +150,11 @@ def _read_contents(
     program: Program | None,
     max_shard_bytes: int,
     metadata: Mapping[str, Any],
-) -> Contents:
-    """Everything that the save will write. Reads ``source`` once; after that, only the memory of its tensors is read."""
+) -> tuple[Contents, _Needed]:
+    """Everything that the save will write, and what a build of its architecture needs.
+
+    Reads ``source`` once; after that, only the memory of its tensors is read.
+    """
     try:
         state = read_state(source, tensors_only=architecture)
     except RecursionError as error:
@@ -157,26 +162,36 @@ def _read_contents(
             f"cannot save the model: its modules are nested more deeply than Python's recursion limit ({sys.getrecursionlimit()}) "
             "allows, or one contains itself; nothing was written"
         ) from error
-    parts, notes = _parts(source, state, architecture, program)
+    parts, notes, needed = _parts(source, state, architecture, program)
     on_disk = layout.apply(state)
-    return plan_contents(on_disk._replace(notes=(*on_disk.notes, *notes)), parts, max_shard_bytes, metadata)
+    return plan_contents(on_disk._replace(notes=(*on_disk.notes, *notes)), parts, max_shard_bytes, metadata), needed
 
 
-def _parts(source: Source, state: State, architecture: bool, program: Program | None) -> tuple[Parts, tuple[str, ...]]:
-    """The requested parts, and notes for the report."""
+class _Needed(NamedTuple):
+    """What a build of the architecture needs: entries of ``trust``, and classes of a script for ``classes``."""
+
+    trust: tuple[str, ...] = ()
+    script_classes: tuple[str, ...] = ()
+
+
+def _parts(source: Source, state: State, architecture: bool, program: Program | None) -> tuple[Parts, tuple[str, ...], _Needed]:
+    """The requested parts, notes for the report, and what a build of the architecture needs."""
     documents: dict[str, bytes] = {}
     notes: tuple[str, ...] = ()
+    needed = _Needed()
     if not isinstance(source, nn.Module) or not (architecture or program is not None):
-        return Parts(), notes
+        return Parts(), notes, needed
     module = unwrap(source)
     extra = ExtraTensors(state.entries)
     if architecture:
         from shardsave._architecture.describe import describe  # a plain save must not import this
+        from shardsave._architecture.trust import script_classes, trust_entries
 
-        documents["architecture"] = describe(module, extra)
+        documents["architecture"], lacking = describe(module, extra)
+        needed = _Needed(trust_entries(lacking), script_classes(lacking))
     if program is not None:
         from shardsave._program.capture import capture
 
         captured = capture(module, program, extra)
         documents["program"], notes = captured.document, captured.notes
-    return Parts(documents, tuple(extra.kept)), notes
+    return Parts(documents, tuple(extra.kept)), notes, needed

@@ -1,8 +1,8 @@
 """Builds the module that an architecture document describes. Calls nothing that the document chooses.
 
-Instances are created without ``__init__``, and their attributes are set directly, so that no setter and no property runs. SECURITY.md
-lists the code of a class that still runs. ``isinstance`` and ``vars`` are not called on a built object, because they would run its
-``__class__`` and ``__getattribute__``.
+Instances are created without ``__init__``, and their attributes are set directly, so that no setter and no property runs. Only a class
+that is trusted by its exact name runs code: its ``__setstate__`` and ``set_extra_state``. ``isinstance`` and ``vars`` are not called on
+a built object, because they would run its ``__class__`` and ``__getattribute__``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import collections
 import functools
 import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from enum import Enum
 from typing import Any
 
@@ -19,11 +19,23 @@ import numpy as np
 import torch
 from torch import nn
 
-from shardsave._architecture.class_checks import class_attribute, container_base, shadows_method
+from shardsave._architecture.class_checks import (
+    bases_of,
+    class_attribute,
+    container_base,
+    instance_dict,
+    owner_of,
+    shadows_method,
+    title,
+)
 from shardsave._architecture.document import DICT_TYPES, TORCH_ATTRIBUTES, Document
 from shardsave._architecture.hooks import attach_hooks, attach_parametrizations, computed_tensors
+from shardsave._architecture.imports import Imports
+from shardsave._architecture.names import dotted, is_dunder
 from shardsave._architecture.read_values import ValueReader
-from shardsave._architecture.trust import dotted, is_dunder
+from shardsave._architecture.states import REVIEWED_STATES, Unfit
+from shardsave._architecture.trust import version_in_words
+from shardsave._architecture.uses import Use
 from shardsave._common.strict_json import glimpse
 from shardsave._common.words import an
 from shardsave.errors import IncompatibleCheckpointError, ShardSaveError
@@ -36,13 +48,13 @@ Memory = Callable[[str, bool, "list[int] | None", bool], "torch.Tensor | None"]
 class Builder:
     """Builds the objects of a document: first creates all of them empty, then fills them, from the last one to the first."""
 
-    def __init__(self, document: Document, resolved: Mapping[str, Any], memory: Memory) -> None:
+    def __init__(self, document: Document, imports: Imports, memory: Memory) -> None:
         self._document = document
         self._refuse = document.refuse
-        self._resolved = resolved
+        self._imports = imports
         self._memory = memory
-        self._values = ValueReader(document, resolved)
-        self._extra_states: list[tuple[nn.Module, Any]] = []
+        self._values = ValueReader(document, imports)
+        self._extra_states: list[tuple[nn.Module, type, Any]] = []
 
     def build(self) -> nn.Module:
         """Builds the module. Its tensors are not filled yet."""
@@ -57,23 +69,25 @@ class Builder:
             self._refuse("values that are nested less deeply expected", "they are nested too deeply")
         root = self._values.objects[0]
         if not issubclass(type(root), nn.Module):
-            self._refuse("a module expected at the root", f"it is {an(type(root).__name__)}")
+            self._refuse("a module expected at the root", f"it is {an(title(type(root)))}")
         return root  # type: ignore[no-any-return]
 
     def set_extra_states(self) -> None:
         """Calls ``set_extra_state`` of modules that have one. Tensors must be filled by then, as in ``load_state_dict``."""
-        for module, state in self._extra_states:
-            self._run(type(module), "set_extra_state", lambda: module.set_extra_state(state))
+        for module, kind, state in self._extra_states:
+            self._run(kind, "set_extra_state", lambda: module.set_extra_state(state))
 
     def _attach(self, modules: list[tuple[nn.Module, dict[str, Any]]]) -> None:
         for module, node in modules:
             attach = functools.partial(attach_hooks, module, node, self._document, self._values)
             self._run(type(module), "registering hooks", attach)
             if "extra_state" in node:
-                self._extra_states.append((module, self._values.value(node["extra_state"])))
-        for module, node in modules:  # last, because torch changes the class of a module that has parametrizations
+                self._values.class_of(node["module"], nn.Module, Use.EXTRA_STATE)
+                self._extra_states.append((module, type(module), self._values.value(node["extra_state"])))
+        for module, node in modules:  # last, because this changes the class of a module
             if names := computed_tensors(module, node, self._document):
-                self._run(type(module), "__getattr__", functools.partial(attach_parametrizations, module, names))
+                self._values.class_of(node["module"], nn.Module, Use.COMPUTED)
+                self._run(type(module), "__init_subclass__", functools.partial(attach_parametrizations, module, names))
 
     def _run(self, kind: type, name: str, action: Callable[[], Any]) -> None:
         """Runs ``action``, which calls ``name`` of the class ``kind``. Its exceptions become IncompatibleCheckpointError."""
@@ -82,8 +96,8 @@ class Builder:
         except ShardSaveError:
             raise
         except Exception as error:
-            class_name = next((known for known, target in self._resolved.items() if target is kind), kind.__qualname__)
-            version = self._document.imports.get(class_name) or "an unknown version"
+            class_name = next(iter(self._imports.names_of(kind)), title(kind))
+            version = version_in_words(self._document.imports.get(class_name))
             raise IncompatibleCheckpointError(
                 f"cannot build {self._document.where}: {name} of {dotted(class_name)} was expected to accept what was saved with "
                 f"{version}, it raised {type(error).__name__}: {' '.join(str(error).split())}; nothing was built"
@@ -93,9 +107,9 @@ class Builder:
 
     def _new(self, node: dict[str, Any]) -> Any:
         if "module" in node:
-            return self._new_instance(node["module"], nn.Module)
+            return self._new_instance(node["module"], nn.Module, Use.MODULE)
         if "object" in node:
-            return self._new_instance(node["object"], object)
+            return self._new_instance(node["object"], object, Use.OBJECT)
         if "tensor" in node:
             return self._new_tensor(node)
         if "array" in node:
@@ -116,8 +130,8 @@ class Builder:
             return DICT_TYPES.get(kind, dict)()
         self._refuse("an object of a known kind expected", f"it is {glimpse(node)}")
 
-    def _new_instance(self, name: object, base: type) -> Any:
-        kind = self._values.class_of(name, base)
+    def _new_instance(self, name: object, base: type, use: Use) -> Any:
+        kind = self._values.class_of(name, base, use)
         if base is object and issubclass(kind, (nn.Module, type, Enum, BaseException)):
             self._refuse("an instance of a plain class expected", f"{dotted(str(name))} is not one")
         new: Any = container_base(kind).__new__
@@ -204,17 +218,17 @@ class Builder:
         state.update(attributes)
         if issubclass(type(module), nn.RNNBase):
             self._check_layers(state, node)
-        self._set_state(module, state, nn.Module.__setstate__)
+        self._set_state(module, state)
 
     def _check_layers(self, state: dict[str, Any], node: dict[str, Any]) -> None:
         """Refuses a ``num_layers`` above the number of tensors, because each layer has at least one.
 
-        ``RNNBase.__setstate__`` creates names for that many layers, however large the number is.
+        A ``__setstate__`` that calls the one of ``nn.RNNBase`` creates names for that many layers, however large the number is.
         """
         members = [*state["_parameters"].values(), *state["_buffers"].values(), *state.values()]
         tensors = sum(issubclass(type(value), torch.Tensor) for value in members) + len(node.get("parametrized", ()))
         layers = state.get("num_layers", 0)
-        if not issubclass(type(layers), (int, np.integer)) or layers > tensors:
+        if not (type(layers) is int or issubclass(type(layers), np.integer)) or layers > tensors:
             shown = glimpse(node["attributes"]["num_layers"])
             self._refuse(f"num_layers expected to be at most {tensors}, the number of tensors", f"it is {shown}")
 
@@ -229,45 +243,49 @@ class Builder:
         elif "elements" in node and base is set:
             set.update(instance, self._values.keys(self._values.values(node["elements"])))
         elif "items" in node or "elements" in node:
-            self._refuse("a container for items or elements expected", f"it is {an(kind.__qualname__)}")
+            self._refuse("a container for items or elements expected", f"it is {an(title(kind))}")
         if "attributes_are_items" in node:
             if not issubclass(base, dict):
-                self._refuse("a dict expected", f"it is {an(kind.__qualname__)}")
+                self._refuse("a dict expected", f"it is {an(title(kind))}")
             self._dict_of(instance)
             for name, value in dict.items(instance):
                 self._check_attribute(instance, name, value)
             object.__setattr__(instance, "__dict__", instance)
         elif "state" in node:
             state = self._values.value(node["state"])
-            if issubclass(type(state), dict) and getattr(kind, "__setstate__", None) is None:
+            if issubclass(type(state), dict) and owner_of(kind, "__setstate__") is None:
                 for name, value in dict.items(state):
                     self._check_attribute(instance, name, value)
-            self._set_state(instance, state, None)
+            self._set_state(instance, state)
         else:
-            self._set_state(instance, self._attributes(node, instance), None)
+            self._set_state(instance, self._attributes(node, instance))
 
-    def _set_state(self, instance: Any, state: Any, default: Any) -> None:
-        """Calls ``__setstate__`` if the class has one other than ``default``. Otherwise sets slots and attributes directly."""
+    def _set_state(self, instance: Any, state: Any) -> None:
+        """Sets slots and attributes directly, or calls a ``__setstate__`` of the class, which then is trusted by its exact name."""
         kind = type(instance)
-        setstate = getattr(kind, "__setstate__", None)
-        if setstate is not None and setstate is not default:
-            self._run(kind, "__setstate__", lambda: setstate(instance, state))
+        owner = owner_of(kind, "__setstate__")
+        if owner is not None and owner not in REVIEWED_STATES:
+            self._run(kind, "__setstate__", lambda: class_attribute(kind, "__setstate__").__get__(instance, kind)(state))
             return
         if not issubclass(type(state), dict):
-            self._refuse(f"the state of {an(kind.__qualname__)} expected to be a dict", f"it is {an(type(state).__qualname__)}")
+            self._refuse(f"the state of {an(title(kind))} expected to be a dict", f"it is {an(title(type(state)))}")
+        if owner is not None:
+            try:
+                REVIEWED_STATES[owner](state)
+            except Unfit as problem:
+                self._refuse(problem.wanted, problem.found)
         for name, value in dict.items(state):
             slot = class_attribute(kind, name)
-            if isinstance(slot, types.MemberDescriptorType):
+            if type(slot) is types.MemberDescriptorType and slot.__objclass__ in bases_of(kind):
                 slot.__set__(instance, value)
             else:
                 self._dict_of(instance, name)[name] = value
 
     def _dict_of(self, instance: object, name: str = "__dict__") -> dict[str, Any]:
-        kind = type(instance)
-        # The class may have no __dict__, or have a property in its place.
-        if not isinstance(class_attribute(kind, "__dict__"), types.GetSetDescriptorType):
-            self._refuse(f"attributes of {an(kind.__qualname__)} expected", f"{name!r} is not one of its slots")
-        return object.__getattribute__(instance, "__dict__")  # type: ignore[no-any-return]
+        own = instance_dict(instance)
+        if own is None:
+            self._refuse(f"attributes of {an(title(type(instance)))} expected", f"{name!r} is not one of its slots")
+        return own
 
     def _attributes(self, node: dict[str, Any], owner: object) -> dict[str, Any]:
         attributes = {}
@@ -279,10 +297,10 @@ class Builder:
     def _check_attribute(self, owner: object, name: object, value: Any) -> None:
         kind = type(owner)
         if type(name) is not str or is_dunder(name):
-            shown = glimpse(name) if type(name) is str else an(type(name).__qualname__)
-            self._refuse(f"names of attributes of {an(kind.__qualname__)} expected", f"one is {shown}")
+            shown = glimpse(name) if type(name) is str else an(title(type(name)))
+            self._refuse(f"names of attributes of {an(title(kind))} expected", f"one is {shown}")
         in_class = class_attribute(kind, name)
-        if hasattr(type(in_class), "__set__") and not isinstance(in_class, types.MemberDescriptorType):
-            self._refuse(f"attributes of {an(kind.__qualname__)} expected", f"{name!r} is a property of its class")
+        if owner_of(type(in_class), "__set__") is not None and type(in_class) is not types.MemberDescriptorType:
+            self._refuse(f"attributes of {an(title(kind))} expected", f"{glimpse(name)} is a property of its class")
         if shadows_method(owner, name, value):
-            self._refuse(f"attributes of {an(kind.__qualname__)} expected", f"{name!r} would replace its method")
+            self._refuse(f"attributes of {an(title(kind))} expected", f"{glimpse(name)} would replace its method")

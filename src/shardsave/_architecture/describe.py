@@ -11,7 +11,7 @@ import pathlib
 import sys
 import types
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,9 @@ from torch.nn.utils import parametrize
 
 from shardsave._architecture.class_checks import HEAP_TYPE, container_base, own_getstate, shadows_method, slots_of
 from shardsave._architecture.document import DICT_TYPES, FORMAT, HOOK_GROUPS, TORCH_ATTRIBUTES
-from shardsave._architecture.trust import is_dunder, version_of
+from shardsave._architecture.names import is_dunder, version_of
+from shardsave._architecture.trust import Lacking, Trust, all_lacking
+from shardsave._architecture.uses import Uses
 from shardsave._architecture.write_values import ValueWriter
 from shardsave._common.memory import PLAIN_TYPES
 from shardsave._common.warn_caller import warn_caller
@@ -35,8 +37,15 @@ _RENAMES_OLD_WEIGHTS = "torch.nn.utils.parametrizations"
 _GENERATED_CLASSES = {"ScriptModule": "TorchScript", "GraphModule": "a traced graph"}
 
 
-def describe(module: nn.Module, extra: ExtraTensors) -> bytes:
-    """The architecture document of ``module``, as JSON. Tensors that it needs beside the weights are added to ``extra``.
+class Description(NamedTuple):
+    """``document``: the architecture document, as JSON. ``lacking``: what a build needs to be trusted."""
+
+    document: bytes
+    lacking: list[Lacking]
+
+
+def describe(module: nn.Module, extra: ExtraTensors) -> Description:
+    """Describes ``module``. Tensors that the document needs beside the weights are added to ``extra``.
 
     Warns of hooks that are not saved. Raises UnsupportedModuleError, which lists everything that cannot be saved.
     """
@@ -54,7 +63,8 @@ def describe(module: nn.Module, extra: ExtraTensors) -> bytes:
         "imports": {name: version_of(name) for name in sorted(writer.imports)},
         "objects": writer.objects,
     }
-    return json.dumps(document, ensure_ascii=False, allow_nan=False).encode()
+    lacking = all_lacking(Uses(writer.imports, writer.objects), Trust(), writer.imports)
+    return Description(json.dumps(document, ensure_ascii=False, allow_nan=False).encode(), lacking)
 
 
 def _script_of(imports: Iterable[str]) -> str | None:

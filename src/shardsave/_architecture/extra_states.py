@@ -6,7 +6,10 @@ from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from shardsave._architecture.document import DICT_TYPES, Document
+from shardsave._architecture.imports import Imports
 from shardsave._architecture.read_values import ValueReader
+from shardsave._architecture.trust import Trust
+from shardsave._architecture.uses import Use
 from shardsave._common.strict_json import glimpse
 from shardsave._state.module import EXTRA_STATE
 
@@ -51,7 +54,7 @@ class _PlainValueReader(ValueReader):
     """Builds an object of the table when a value refers to it, and only if it is a plain container."""
 
     def __init__(self, document: Document) -> None:
-        super().__init__(document, {})
+        super().__init__(document, Imports({}, Trust(), document.where))
         self._document = document
         self._built: dict[int, Any] = {}
 
@@ -75,5 +78,5 @@ class _PlainValueReader(ValueReader):
             raise NotPlain
         return container
 
-    def imported(self, name: object) -> NoReturn:
+    def imported(self, name: object, use: Use) -> NoReturn:
         raise NotPlain

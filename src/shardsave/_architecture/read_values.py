@@ -7,7 +7,7 @@ import functools
 import pathlib
 import types
 from collections.abc import Mapping
-from enum import Enum, EnumMeta, Flag
+from enum import Enum, Flag
 from typing import Any
 
 import numpy as np
@@ -16,13 +16,17 @@ from torch import nn
 
 from shardsave._architecture.class_checks import (
     MAX_KEYS_PER_HASH,
-    calls_missing,
     class_attribute,
+    enum_member,
+    flag_member,
     is_key,
+    title,
     too_many_collide,
 )
 from shardsave._architecture.document import Document
-from shardsave._architecture.trust import is_dunder
+from shardsave._architecture.imports import Imports
+from shardsave._architecture.names import is_dunder
+from shardsave._architecture.uses import Use, is_plain
 from shardsave._common.strict_json import glimpse
 from shardsave._common.words import an
 
@@ -37,24 +41,25 @@ _SCALARS: Mapping[str, type] = {
 class ValueReader:
     """Reads values. ``objects``: the objects of the table, all of which must exist before any value is read.
 
-    ``resolved``: the name of each import → the class or function. Every method raises CorruptCheckpointError.
+    ``imports``: the classes and functions that the document names; a use of one that is not trusted raises UntrustedCodeError. Every
+    method raises CorruptCheckpointError.
     """
 
-    def __init__(self, document: Document, resolved: Mapping[str, Any]) -> None:
+    def __init__(self, document: Document, imports: Imports) -> None:
         self.objects: list[Any] = []
         self._refuse = document.refuse
-        self._resolved = resolved
+        self._imports = imports
 
-    def class_of(self, name: object, base: type) -> type:
-        kind = self.imported(name)
-        if not isinstance(kind, type) or not issubclass(kind, base):
+    def class_of(self, name: object, base: type, use: Use) -> type:
+        kind = self.imported(name, use)
+        if not issubclass(type(kind), type) or not issubclass(kind, base):
             self._refuse(f"a subclass of {base.__name__} expected", f"{glimpse(name)} is not one")
-        return kind
+        return kind  # type: ignore[no-any-return]
 
-    def imported(self, name: object) -> Any:
-        if not isinstance(name, str) or name not in self._resolved:
+    def imported(self, name: object, use: Use) -> Any:
+        if not isinstance(name, str) or name not in self._imports:
             self._refuse("names expected to be listed in imports", f"{glimpse(name)} is not")
-        return self._resolved[name]
+        return self._imports.use(name, use)
 
     def named_items(self, node: dict[str, Any], group: str) -> list[tuple[str, Any]]:
         """The pairs of name and value in ``node[group]``, without names that Python reserves."""
@@ -72,7 +77,7 @@ class ValueReader:
             return None
         value = self.object_at(number)
         if not issubclass(type(value), kind):
-            self._refuse(f"{an(kind.__name__)} expected", f"object {number} is {an(type(value).__name__)}")
+            self._refuse(f"{an(kind.__name__)} expected", f"object {number} is {an(title(type(value)))}")
         return value
 
     def object_at(self, number: object) -> Any:
@@ -95,7 +100,7 @@ class ValueReader:
     def keys(self, keys: list[Any]) -> list[Any]:
         for key in keys:
             if not is_key(key):
-                self._refuse("keys expected to be simple values", f"one is {an(type(key).__qualname__)}")
+                self._refuse("keys expected to be simple values", f"one is {an(title(type(key)))}")
         if too_many_collide(keys):
             self._refuse(f"at most {MAX_KEYS_PER_HASH} keys with the same hash expected", "there are more")
         return keys
@@ -177,26 +182,32 @@ class ValueReader:
         return constant
 
     def _read_import(self, content: Any) -> Any:
-        return self.imported(content)
+        return self.imported(content, Use.VALUE)
 
     def _read_enum(self, content: Any) -> Any:
         name, member = content
-        return self.class_of(name, Enum).__members__[member]  # type: ignore[attr-defined]
+        value = enum_member(self.class_of(name, Enum, Use.MEMBER), member)
+        if value is None:
+            self._refuse("a member of an enum expected", f"it is {glimpse(content)}")
+        return value
 
     def _read_flag(self, content: Any) -> Any:
-        name, value = content
-        if type(value) is not int:
-            self._refuse("a flag with a number expected", f"it is {glimpse(value)}")
-        kind = self.class_of(name, Flag)
-        if calls_missing(kind, value):
-            self._refuse(f"the value of a member of {kind.__qualname__} expected", f"it is {value}")
-        return EnumMeta.__call__(kind, value)  # a metaclass may define its own __call__
+        name, number = content
+        if type(number) is not int:
+            self._refuse("a flag with a number expected", f"it is {glimpse(number)}")
+        kind = self.class_of(name, Flag, Use.MEMBER)
+        value = flag_member(kind, number)
+        if value is None:
+            self._refuse(f"the value of a member of {title(kind)} expected", f"it is {number}")
+        return value
 
     def _read_namedtuple(self, content: Any) -> Any:
         name, values = content
-        kind = self.class_of(name, tuple)
-        items = self.values(values, len(kind._fields))  # type: ignore[attr-defined]
-        return tuple.__new__(kind, items)
+        kind = self.class_of(name, tuple, Use.TUPLE)
+        fields = class_attribute(kind, "_fields")
+        if type(fields) is not tuple:
+            self._refuse("a named tuple expected", f"it is {glimpse(content)}")
+        return tuple.__new__(kind, self.values(values, len(fields)))
 
     def _read_scalar(self, content: Any) -> Any:
         name, value = content
@@ -207,19 +218,23 @@ class ValueReader:
 
     def _read_partial(self, content: Any) -> Any:
         function, arguments, keywords = content
-        if not isinstance(function, dict) or not function.keys() <= {"import", "method"}:
+        if not isinstance(function, dict) or len(function) != 1 or not function.keys() <= {"import", "method"}:
             self._refuse("a partial of an import or a method expected", f"it is of {glimpse(function)}")
+        if "import" in function and not (is_plain(arguments) and is_plain(keywords)):
+            self.imported(function["import"], Use.BOUND)
         named = dict(self.pairs(keywords))
         return functools.partial(self.value(function), *self.values(arguments), **named)
 
     def _read_method(self, content: Any) -> Any:
         owner, name = content
         instance = self.value(owner)
-        function = class_attribute(type(instance), name)
-        if is_dunder(name) or name in vars(nn.Module) or not isinstance(function, types.FunctionType):
+        kind = type(instance)
+        function = class_attribute(kind, name)
+        if is_dunder(name) or name in vars(nn.Module) or type(function) is not types.FunctionType:
             self._refuse("a method of an object's own class expected", f"it is {glimpse(name)}")
-        if type(instance) not in self._resolved.values():
-            self._refuse("a method of an imported class expected", f"it is one of {type(instance).__qualname__}")
+        if not self._imports.names_of(kind):
+            self._refuse("a method of an imported class expected", f"it is one of {title(kind)}")
+        self._imports.use_method(kind, name)
         return types.MethodType(function, instance)
 
 

@@ -1,225 +1,162 @@
-"""Which classes and functions `build_model` may import: how a document names them, which are trusted, and what a name resolves to.
+"""What the caller of `build_model` trusts, and whether that is enough for what a document asks for.
 
-A name is ``module:qualified name``. It must name a class or a function that this module itself defines, and it is looked up through classes
-only, never through another module: trusting ``mylib`` does not trust what ``mylib`` imports.
+To trust a package is to allow instances of its classes, but none of its code to run on values from the file. Whatever would run, and
+whatever the model could call, needs its exact name. SECURITY.md says the same to users.
 """
 
 from __future__ import annotations
 
-import enum
-import importlib
-import importlib.metadata
-import math
+import importlib.util
+import re
 import sys
-import types
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
-import torch
-import torch.nn.functional
-from torch import nn
+from shardsave._architecture.names import dotted, module_part, package_of
+from shardsave._architecture.reviewed import VALUES, in_torch_nn, only_computes
+from shardsave._architecture.routines import routines
+from shardsave._architecture.uses import Use, Uses
+from shardsave._common.words import build_arguments
+from shardsave.errors import UntrustedCodeError
 
-from shardsave._architecture.class_checks import FUNCTION_TYPES, has_finaliser
-from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, UntrustedCodeError
+#: How many names an error lists.
+_MOST_NAMES = 200
 
-#: Functions of ``torch`` that only compute tensors from tensors. (Other functions of ``torch`` read and write files.)
-_TORCH_FUNCTIONS = frozenset([
-    "abs", "add", "bmm", "cat", "celu", "clamp", "cos", "div", "einsum", "erf", "exp", "hardshrink", "log", "log1p",
-    "log_softmax", "matmul", "maximum", "minimum", "mul", "neg", "relu", "rsqrt", "selu", "sigmoid", "sin", "softmax",
-    "sqrt", "square", "stack", "sub", "sum", "tanh", "where",
-])  # fmt: skip
-_BUILTIN_TYPES = frozenset(["bool", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "set", "str", "tuple"])
+_CALLED = "the model could call it, with values from the file"
+_BOUND = "it is to be called with more than plain values from the file"
+_EXTRA_STATE = "its set_extra_state would run on values from the file"
+_NO_MODULE = "it is neither a module nor a hook that computes a weight"
 
-#: The modules of torch.nn whose functions only compute, and those whose classes only compute. Others import, compile or register.
-_NN_FUNCTIONS = ("torch.nn.functional", "torch.nn.init")
-_NN_UTILITIES = frozenset(
-    f"torch.nn.utils.{name}" for name in ("weight_norm", "spectral_norm", "prune", "parametrize", "parametrizations", "rnn")
-)
-
-#: Modules to search for functions whose ``__module__`` is wrong, in this order; the trusted ones come first.
-_HOMES: tuple[types.ModuleType, ...] = (torch.nn.functional, torch, torch.special, math)
+_PACKAGES_OF_TORCH = frozenset(["torch", "functorch", "torchgen"])
+_UNKNOWN = object()
 
 
-def name_of(target: Any) -> str | None:
-    """The name under which a class or function can be imported again; None if there is none (a lambda, a local class)."""
-    module, qualified, short = (getattr(target, key, None) for key in ("__module__", "__qualname__", "__name__"))
-    homes = [f"{home.__name__}:{short}" for home in _HOMES if isinstance(short, str) and vars(home).get(short) is target]
-    if homes and isinstance(target, types.BuiltinFunctionType):  # those of torch have the __module__ torch._C
-        return homes[0]
-    if module == "builtins" and short not in _BUILTIN_TYPES:
-        return None
-    if isinstance(module, str) and isinstance(qualified, str) and _follow(sys.modules.get(module), qualified) is target:
-        return f"{module}:{qualified}"
-    return homes[0] if homes else None
+class Trust:
+    """``entries``: packages, modules and exact names. ``classes``: dotted name → the class or function that stands for it."""
+
+    def __init__(self, entries: Iterable[str] = (), classes: Mapping[str, Any] | None = None) -> None:
+        self.entries = frozenset(entries)
+        self.classes = classes or {}
+
+    def exact(self, name: str) -> bool:
+        """Whether ``name`` itself is trusted, so that all of its code may run."""
+        return dotted(name) in self.entries or dotted(name) in self.classes
+
+    def covers(self, name: str) -> bool:
+        """Whether instances of the class ``name`` may be made, if no code of it runs."""
+        if self.exact(name) or in_torch_nn(name) or name in VALUES:
+            return True
+        module = module_part(name)
+        return not only_exact(name) and any(module == entry or module.startswith(f"{entry}.") for entry in self.entries)
+
+    def method(self, kind: str, method: str) -> bool:
+        """Whether the method ``method`` of the class ``kind`` may be a value."""
+        return f"{dotted(kind)}.{method}" in self.entries
 
 
-def version_of(name: str) -> str | None:
-    """The package that ``name`` is from, with its version: ``"torch 2.13.0"``; None if it has no version."""
-    package = _package_of(name)
-    version = getattr(sys.modules.get(package), "__version__", None)
-    if version is None:
-        try:
-            version = importlib.metadata.version(package)
-        except (importlib.metadata.PackageNotFoundError, ValueError):
-            return None
-    return f"{package} {version}"
+class Lacking(NamedTuple):
+    """Something that is not trusted.
 
-
-def dotted(name: str) -> str:
-    """``mylib.models:Net`` as people write it: ``mylib.models.Net``."""
-    return name.replace(":", ".", 1)
-
-
-def resolve(
-    imports: Mapping[str, str | None], trust: Collection[str], classes: Mapping[str, Any], where: str
-) -> dict[str, Any]:
-    """Imports the names in ``imports`` (name → saved version). Returns name → class or function.
-
-    Imports nothing until every name is known to be trusted. Raises UntrustedCodeError, which lists every name that is not trusted, and
-    IncompatibleCheckpointError, which lists every name that is missing or must not be built from data.
+    ``name`` is dotted. ``reason``: why the package is not enough; empty if it is. ``entry``: the entry of ``trust`` that would cover it;
+    None for a class of a script, which needs ``classes``.
     """
-    for name in imports:
-        _check_form(name, where)
-    untrusted = [name for name in imports if dotted(name) not in classes and not _is_trusted(name, trust)]
-    if untrusted:
-        raise UntrustedCodeError(
-            f"cannot build {where}: only trusted code is imported, it asks for {', '.join(map(dotted, untrusted))}; "
-            f"if you trust it, pass {_arguments_to_pass(untrusted)}; nothing was imported"
-        )
-    resolved: dict[str, Any] = {}
-    missing: list[str] = []
-    for name, version in imports.items():
-        if dotted(name) in classes:
-            resolved[name] = classes[dotted(name)]
-            continue
-        try:
-            resolved[name] = _import(name, where)
-        except CorruptCheckpointError:
-            raise
-        except (Exception, SystemExit) as error:  # a module may raise anything while it is imported
-            saved = f"saved with {version}" if version else "saved without a version"
-            reason = str(error) if isinstance(error, (ImportError, AttributeError)) else f"{type(error).__name__}: {error}"
-            missing.append(f"{dotted(name)} ({saved}; {reason})")
-    problems = []
-    if missing:
-        problems.append(
-            f"its classes and functions were expected to be importable, not found: {', '.join(missing)}; "
-            f"if one was renamed, pass classes={{'old.Name': NewClass}}"
-        )
-    unsafe = [f"{dotted(name)} ({danger})" for name, target in resolved.items() if (danger := why_unsafe(target))]
-    if unsafe:
-        problems.append(f"classes that can safely be built from data expected, it asks for {', '.join(unsafe)}")
-    if problems:
-        raise IncompatibleCheckpointError(f"cannot build {where}: {'; '.join(problems)}; nothing was built")
-    return resolved
+
+    name: str
+    reason: str
+    entry: str | None
 
 
-def why_unsafe(target: Any) -> str | None:
-    """Why instances of a class must not be built from data; None if they may."""
-    if not isinstance(target, type):
+def only_exact(name: str) -> bool:
+    """Whether ``name`` is of torch or of the standard library, whose packages are too broad to be trusted as a whole."""
+    package = package_of(name)
+    return package in _PACKAGES_OF_TORCH or package in sys.stdlib_module_names
+
+
+def check_entries(entries: Iterable[str]) -> None:
+    """Raises ValueError for an entry that is a module of torch or of the standard library."""
+    for entry in entries:
+        if only_exact(entry) and _is_module(entry):
+            raise ValueError(
+                f"trust must name classes and functions of torch and of the standard library one by one, such as "
+                f"'torch.nn.modules.normalization.LayerNorm', not the module {entry!r}; modules and functions of torch.nn need no trust"
+            )
+
+
+def _is_module(entry: str) -> bool:
+    if "." not in entry or entry in sys.modules:
+        return True
+    try:
+        return importlib.util.find_spec(entry) is not None
+    except (ImportError, AttributeError, ValueError):
+        return False
+
+
+def lacking(name: str, uses: Collection[Use], trust: Trust, target: Any = _UNKNOWN) -> Lacking | None:
+    """What is lacking to use ``name`` for ``uses``; None if nothing is. Without ``target``, only what the name itself tells."""
+    if trust.exact(name):
         return None
-    if has_finaliser(target):
-        return "its __del__ would run with values from the file"
-    if any(f"{base.__module__}.".startswith("torch.nn.parallel.") for base in target.__mro__):
-        return "torch.nn.parallel calls objects that the file chooses"
-    return None
+    reasons = []
+    if Use.VALUE in uses and name not in VALUES:
+        reasons.append(_CALLED)
+    if Use.BOUND in uses:
+        reasons.append(_BOUND)
+    if Use.EXTRA_STATE in uses:
+        reasons.append(_EXTRA_STATE)
+    if target is not _UNKNOWN:
+        reasons += routines(target, uses)
+        if in_torch_nn(name) and name not in VALUES and not (issubclass(type(target), type) and only_computes(target)):
+            reasons.append(_NO_MODULE)
+    if reasons:
+        return Lacking(dotted(name), "; ".join(reasons), None if package_of(name) == "__main__" else dotted(name))
+    if trust.covers(name):
+        return None
+    return Lacking(dotted(name), "", None if package_of(name) == "__main__" else _broadest(name))
 
 
-def _check_form(name: str, where: str) -> None:
-    module, colon, qualified = name.partition(":")
-    parts = [*(module.split(".") if module != "__main__" else ()), *qualified.split(".")]
-    if not colon or not all(part.isidentifier() and not is_dunder(part) for part in parts):
-        raise CorruptCheckpointError(
-            f"corrupt {where}: names of the form 'module:Class' expected, it asks for {name[:80]!r}; nothing was imported"
-        )
+def all_lacking(uses: Uses, trust: Trust, targets: Mapping[str, Any] | None = None) -> list[Lacking]:
+    """Everything that a document asks for and ``trust`` does not allow. ``targets``: name → class or function, once they are imported."""
+    found = [
+        lacking(name, of_name, trust, _UNKNOWN if targets is None else targets[name]) for name, of_name in uses.names.items()
+    ]
+    methods = [lacking_method(kind, method) for kind, method in uses.methods if not trust.method(kind, method)]
+    return [*(item for item in found if item is not None), *methods]
 
 
-def is_dunder(name: str) -> bool:
-    """Whether Python reserves ``name``, such as ``__class__``."""
-    return name.startswith("__") and name.endswith("__")
+def lacking_method(kind: str, method: str) -> Lacking:
+    """A method that is a value and is not trusted."""
+    return Lacking(f"{dotted(kind)}.{method}", _CALLED, f"{dotted(kind)}.{method}")
 
 
-def _is_trusted(name: str, trust: Iterable[str]) -> bool:
-    module, _, qualified = name.partition(":")
-    if module == "builtins":
-        return qualified in _BUILTIN_TYPES
-    if module == "torch":
-        return qualified in _TORCH_FUNCTIONS or dotted(name) in trust
-    if module == "math" or module == "torch.nn":
-        return True
-    if module.startswith("torch.nn.") and "._" not in module:  # private modules are not even imported
-        return True
-    return any(module == entry or module.startswith(f"{entry}.") or dotted(name) == entry for entry in trust)
+def trust_entries(items: Iterable[Lacking]) -> tuple[str, ...]:
+    """The entries of ``trust`` that would cover ``items``, sorted."""
+    return tuple(sorted({item.entry for item in items if item.entry is not None}))
 
 
-def _import(name: str, where: str) -> Any:
-    module, _, qualified = name.partition(":")
-    target = _follow(importlib.import_module(module), qualified)
-    if target is None:
-        raise AttributeError(f"module {module} has no {qualified}")
-    if not isinstance(target, (type, *FUNCTION_TYPES)) or not _defined_in(target, module):
-        raise CorruptCheckpointError(
-            f"corrupt {where}: {dotted(name)} expected to be a class or a function that {module} defines, it is "
-            f"{_origin_of(target)}; nothing was built"
-        )
-    if module.startswith("torch.nn") and not (
-        _is_harmless(target) if isinstance(target, type) else _only_computes(target, module)
-    ):
-        raise CorruptCheckpointError(
-            f"corrupt {where}: a module of torch.nn, or a function of it that only computes, expected, it asks for {dotted(name)}, "
-            f"which is neither; nothing was built"
-        )
-    return target
+def script_classes(items: Iterable[Lacking]) -> tuple[str, ...]:
+    """The names of ``items`` that are of a script, and need an entry in ``classes``."""
+    return tuple(item.name for item in items if item.entry is None)
 
 
-def _follow(module: types.ModuleType | None, qualified: str) -> Any:
-    """The object that ``qualified`` names in ``module``, looked up through classes only; None if there is none."""
-    target: Any = module
-    for part in qualified.split("."):
-        if target is None or (target is not module and not isinstance(target, type)):
-            return None
-        target = vars(target).get(part)
-    return target
+def refuse(where: str, items: list[Lacking], trust: Trust, state: str) -> NoReturn:
+    """Raises UntrustedCodeError, which lists ``items``, each with what would run of it, and the arguments that would allow them."""
+    listed = [f"{item.name} ({item.reason})" if item.reason else item.name for item in items[:_MOST_NAMES]]
+    more = f" and {len(items) - _MOST_NAMES} more" if len(items) > _MOST_NAMES else ""
+    entries = sorted({*trust.entries, *trust_entries(items[:_MOST_NAMES])})
+    of_script = script_classes(items[:_MOST_NAMES])
+    remark = " for classes of the script that saved it" if of_script else ""
+    raise UntrustedCodeError(
+        f"cannot build {where}: only trusted code is used, it asks for {', '.join(listed)}{more}; "
+        f"if you trust it, pass {build_arguments(entries, of_script)}{remark}; {state}"
+    )
 
 
-def _defined_in(target: Any, module: str) -> bool:
-    if any(home.__name__ == module for home in _HOMES):
-        return isinstance(target, types.BuiltinFunctionType) or target.__module__ == module
-    return bool(target.__module__ == module)
+def _broadest(name: str) -> str:
+    """The entry of ``trust`` that covers instances of ``name``: its package, except for torch and the standard library."""
+    return dotted(name) if only_exact(name) else package_of(name)
 
 
-def _is_harmless(kind: type) -> bool:
-    """For classes of ``torch.nn``: whether this is a module, a tensor, an enum, a named tuple, or a hook that computes a weight."""
-    return issubclass(kind, (nn.Module, torch.Tensor, enum.Enum, tuple)) or kind.__module__ in _NN_UTILITIES
-
-
-def _only_computes(function: Any, module: str) -> bool:
-    """For functions of ``torch.nn``: whether this is a public one that computes from tensors and calls none of its arguments."""
-    return module in _NN_FUNCTIONS and not function.__name__.startswith("_") and "distance" not in function.__name__
-
-
-def _origin_of(target: Any) -> str:
-    if isinstance(target, types.ModuleType):
-        return f"the module {target.__name__}"
-    return f"{type(target).__name__} of {getattr(target, '__module__', 'nowhere')}"
-
-
-def _package_of(name: str) -> str:
-    return name.partition(":")[0].partition(".")[0]
-
-
-def _trust_entry(name: str) -> str:
-    """The entry of ``trust`` that would cover ``name``: its package; for torch and the standard library only ``name`` itself."""
-    package = _package_of(name)
-    return dotted(name) if package == "torch" or package in sys.stdlib_module_names else package
-
-
-def _arguments_to_pass(names: Iterable[str]) -> str:
-    """The arguments of `build_model` that would trust ``names``."""
-    packages = sorted({_trust_entry(name) for name in names} - {"__main__"})
-    script_classes = [dotted(name) for name in names if name.startswith("__main__:")]
-    classes = ", ".join(f"'{name}': {name.rpartition('.')[2]}" for name in script_classes)
-    arguments = [f"trust={packages}"] if packages else []
-    if script_classes:
-        arguments.append(f"classes={{{classes}}} for classes of the script that saved it")
-    return ", ".join(arguments)
+def version_in_words(version: str | None) -> str:
+    """The version that a file names, for a message."""
+    if version is None:
+        return "an unknown version"
+    return version if re.fullmatch(r"[\w .+-]{1,100}", version, re.ASCII) else ascii(version[:100])

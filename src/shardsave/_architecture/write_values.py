@@ -20,12 +20,13 @@ from torch import nn
 from shardsave._architecture.class_checks import (
     FUNCTION_TYPES,
     MAX_KEYS_PER_HASH,
-    calls_missing,
     class_attribute,
+    flag_member,
     is_key,
     too_many_collide,
 )
-from shardsave._architecture.trust import dotted, is_dunder, name_of, why_unsafe
+from shardsave._architecture.names import dotted, is_dunder, name_of
+from shardsave._architecture.routines import why_unsafe
 from shardsave._common.strict_json import MAX_DIGITS
 from shardsave._state.wrappers import unwrap
 
@@ -35,11 +36,14 @@ _MAX_DEPTH = 100
 
 class ValueWriter:
     """Writes values. An object with an identity gets a number in ``objects`` and waits in a queue until it is written there, so that
-    a deep model does not exhaust Python's stack. ``refused`` lists everything that cannot be saved, with its path in the module."""
+    a deep model does not exhaust Python's stack.
+
+    ``imports``: name → class or function. ``refused`` lists everything that cannot be saved, with its path in the module.
+    """
 
     def __init__(self) -> None:
         self.objects: list[Any] = []
-        self.imports: set[str] = set()
+        self.imports: dict[str, Any] = {}
         self.refused: list[str] = []
         self._depth = 0
         self._numbers: dict[int, int] = {}
@@ -65,7 +69,7 @@ class ValueWriter:
             return ""
         if reason := why_unsafe(target):
             self._refuse(path, f"a {dotted(name)}: {reason}")
-        self.imports.add(name)
+        self.imports[name] = target
         return name
 
     def _values(self, values: Iterable[Any], path: str) -> list[Any]:
@@ -126,7 +130,7 @@ class ValueWriter:
     def _named_or_numbered(self, value: Any, path: str) -> Any:
         """Classes, functions, enum members and methods are written by name; everything else gets a number in the table."""
         if isinstance(value, enum.Flag):
-            if calls_missing(type(value), value.value):
+            if flag_member(type(value), value.value) is None:
                 self._refuse(path, f"{value!r}, which has no name in its enum")
             return {"flag": [self._import(type(value), path), value.value]}
         if isinstance(value, enum.Enum):

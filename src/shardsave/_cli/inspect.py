@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from fnmatch import translate
 from itertools import islice
 from re import compile as compile_pattern
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,9 +16,12 @@ from shardsave._cli.output import DIM, FROZEN, TRAINABLE, Cell, Output
 from shardsave._cli.paths import CHECKPOINT
 from shardsave._cli.tree import Sums, guides, module_tree, rows
 from shardsave._common.gc_pause import gc_paused
-from shardsave._common.words import count, human_bytes
+from shardsave._common.words import build_arguments, count, human_bytes
 from shardsave._format.dtypes import BY_NAME, torch_shape
 from shardsave._storage.checkpoint import Checkpoint, open_checkpoint
+
+if TYPE_CHECKING:
+    from shardsave._api.findings import ArchitectureInfo
 
 #: How many modules, shards and ties are shown without ``--all``.
 _MOST = 24
@@ -33,8 +37,9 @@ Examples:
   shardsave inspect ckpt --depth 4 --all
   shardsave inspect ckpt --tensors 'encoder.*.weight'
   shardsave inspect ckpt --json | jq .shards
+  shardsave inspect ckpt --architecture
 
-Exit codes: 0 done, 1 no tensor matches, 2 wrong usage, 3 failed.""",
+Exit codes: 0 done, 1 no tensor matches or no architecture, 2 wrong usage, 3 failed.""",
 )
 @click.argument("directory", type=CHECKPOINT)
 @click.option("--depth", type=click.IntRange(0, 100), default=2, show_default=True, help="Levels of modules to show.")
@@ -42,18 +47,41 @@ Exit codes: 0 done, 1 no tensor matches, 2 wrong usage, 3 failed.""",
     "--all", "everything", is_flag=True, help=f"Show every module, shard and tie, not only the first {_MOST} of each."
 )
 @click.option("--tensors", "pattern", metavar="PATTERN", help="List the tensors whose names match (*, ?, [abc]).")
+@click.option(
+    "--architecture", is_flag=True, help="List what build_model would import and use, and what it needs to be trusted."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON, with all tensors (or all that match).")
 @click.pass_context
-def inspect(context: click.Context, directory: str, depth: int, everything: bool, pattern: str | None, as_json: bool) -> None:
+def inspect(
+    context: click.Context,
+    directory: str,
+    depth: int,
+    everything: bool,
+    pattern: str | None,
+    architecture: bool,
+    as_json: bool,
+) -> None:
     """Show the contents of a checkpoint: modules, sizes, dtypes, frozen parameters, ties and shards.
 
     Reads the index and the headers of DIRECTORY, but no tensor data. A bar shows which share of a module's parameters is frozen, in
-    bytes.
+    bytes. With --architecture, nothing that the architecture names is imported.
     """
-    with gc_paused(), open_checkpoint(directory) as checkpoint:
+    asked: ArchitectureInfo | None = None
+    with gc_paused(), open_checkpoint(directory, parts=["architecture"] if architecture else []) as checkpoint:
         names = _names(checkpoint, pattern)
+        if architecture:
+            from shardsave._api.inspect import architecture_info  # imports torch
+
+            asked = architecture_info(checkpoint)
+            if asked is None:
+                click.echo(f"shardsave inspect: {directory}: the checkpoint has no architecture", err=True)
         if as_json:
-            click.echo(json.dumps(_as_json(checkpoint, names), ensure_ascii=True))
+            content = _as_json(checkpoint, names) | ({"architecture": asked and asdict(asked)} if architecture else {})
+            click.echo(json.dumps(content, ensure_ascii=True))
+        elif asked is not None:
+            _print_architecture(asked)
+        elif architecture:
+            pass
         elif pattern is not None:
             if names:
                 _print_tensors(checkpoint, names)
@@ -63,7 +91,7 @@ def inspect(context: click.Context, directory: str, depth: int, everything: bool
             _print_tree(checkpoint, depth, None if everything else _MOST)
         for note in checkpoint.companion_notes():
             click.echo(f"shardsave inspect: {directory}: {note}", err=True)
-    context.exit(1 if pattern is not None and not names else 0)
+    context.exit(1 if (pattern is not None and not names) or (architecture and asked is None) else 0)
 
 
 def _names(checkpoint: Checkpoint, pattern: str | None) -> dict[str, str]:
@@ -145,6 +173,24 @@ def _first(items: Iterable[Any], most: int | None) -> list[Any]:
 def _more(output: Output, total: int, most: int | None, noun: str) -> None:
     if most is not None and total > most:
         output.line((f"… {count(total - most, f'more {noun}')}; --all shows every one", DIM))
+
+
+def _print_architecture(asked: ArchitectureInfo) -> None:
+    output = Output()
+    lines = [
+        [
+            name,
+            ", ".join(uses),
+            asked.versions[name] or "",
+            "classes=" if name in asked.script_classes else asked.needs.get(name, ""),
+        ]
+        for name, uses in asked.uses.items()
+    ]
+    output.table(["name", "used as", "saved with", "needs trust in"], lines)
+    if asked.trust or asked.script_classes:
+        output.line()
+        output.line(f"build with {build_arguments(asked.trust, asked.script_classes)}")
+        output.line("A class whose own code would run needs its exact name too; build_model names each.")
 
 
 def _print_tensors(checkpoint: Checkpoint, names: dict[str, str]) -> None:

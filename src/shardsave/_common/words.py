@@ -30,3 +30,10 @@ def some(names: Iterable[str], most: int = 3) -> str:
     listed = list(names)
     more = f" and {len(listed) - most} more" if len(listed) > most else ""
     return ", ".join(listed[:most]) + more
+
+
+def build_arguments(trust: Iterable[str], script_classes: Iterable[str]) -> str:
+    """``trust=['mylib'], classes={'__main__.Net': Net}``: arguments of `build_model`, as they are written."""
+    entries = list(trust)
+    classes = ", ".join(f"'{name}': {name.removeprefix('__main__.')}" for name in script_classes)
+    return ", ".join([*([f"trust={entries}"] if entries else []), *([f"classes={{{classes}}}"] if classes else [])])

@@ -1,0 +1,292 @@
+"""Chooses what of a transformers config reaches the constructor: arguments that its class names, with plain values.
+
+A config class of transformers turns every key into an attribute, and some attributes decide what is fetched or run: an attention
+implementation is a kernel from the Hub, a backbone may be a repository, and ``attribute_map`` renames one attribute to another. So keys
+are not removed by their names: only those that the class itself names are kept, and their values are numbers, words, and lists and
+tables of these. Numbers are bounded by what the checkpoint holds, since a constructor may loop over them before it makes a tensor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import dis
+import importlib
+import inspect
+import re
+import typing
+from collections.abc import Iterator, Mapping
+from functools import cache
+from types import CodeType
+from typing import Any
+
+import torch
+
+from shardsave._common.strict_json import glimpse
+from shardsave.errors import IncompatibleCheckpointError
+
+#: Arguments of the base class, of older releases, and of modules that read them without a declaration. They hold numbers and words.
+_COMMON = frozenset({
+    "model_type", "transformers_version", "dtype", "torch_dtype", "return_dict", "output_hidden_states", "output_attentions",
+    "chunk_size_feed_forward", "is_encoder_decoder", "is_decoder", "add_cross_attention", "cross_attention_hidden_size",
+    "tie_word_embeddings", "tie_encoder_decoder", "use_cache", "tie_last_hidden_states", "id2label", "label2id", "num_labels",
+    "problem_type", "pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id", "rope_theta",
+    "rope_scaling", "rope_parameters", "partial_rotary_factor", "out_features", "out_indices", "per_layer_config", "head_dim",
+    "hidden_size", "embedding_size", "layer_types", "sliding_window", "attention_chunk_size", "attention_head_size",
+    "initializer_range", "embedding_initializer_range", "initializer_cutoff_factor", "position_embedding_type", "hidden_act",
+    "hidden_dropout", "layerdrop", "is_causal", "classifier_dropout", "classifier_dropout_rate", "cls_dropout", "summary_type",
+    "summary_use_proj", "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "adapter_attn_dim",
+    "apply_spec_augment", "relative_attention", "max_relative_positions", "position_buckets", "position_biased_input",
+    "norm_rel_ebd", "share_att_key", "talking_head", "conv_kernel_size", "conv_groups", "conv_act", "conv_pos_batch_norm",
+    "num_register_tokens", "return_class_token", "swiglu_limit", "swiglu_alpha", "mlp_up_softcap", "mlp_gate_softcap",
+    "num_local_experts", "router_bias", "spatial_pool_out_channels", "encoder_cross_output_size", "use_bidirectional_attention",
+    "freeze_batch_norm_2d", "pre_norm", "beta",
+})  # fmt: skip
+
+#: Arguments that no model needs for its modules: files and data sets of a retriever, settings of a third-party detector.
+_UNUSED = frozenset({
+    "detectron2_config_args", "dataset", "dataset_split", "dataset_revision", "index_name", "index_path", "passages_path",
+    "use_dummy_dataset",
+})  # fmt: skip
+
+#: What runs a layer: a name may be that of a kernel, which is code from the Hub.
+_IMPLEMENTATIONS = frozenset({"attn_implementation", "experts_implementation"})
+
+#: Settings of generation that name code.
+_NO_SETTINGS = frozenset({
+    "compile_config", "continuous_batching_config", "noise_scheduler", "custom_generate",
+})  # fmt: skip
+
+#: Arguments that some classes read although no signature has them.
+_UNDECLARED = {
+    "timm_wrapper": ("num_classes", "label_names"),
+    "gemma3n_vision": ("num_classes", "label_names"),
+    "timm_backbone": ("img_size", "always_partition"),
+}
+
+#: Older names of sub-configs.
+_OLD_CONFIGS = {"language_config": "text_config", "vit_config": "vision_config"}
+
+#: Older arguments that are tables, of which a class takes single entries.
+_OLD_TABLES = frozenset({
+    "rope_scaling", "rope_parameters", "whisper_config", "mtp_config", "linear_attn_config", "sparse_attention_config",
+    "attention_other_setting",
+})  # fmt: skip
+
+_LABELS = frozenset({"id2label", "label2id"})
+
+#: Arguments whose text is shown or compared, never looked up.
+_TEXT = frozenset({
+    "id2label", "label2id", "label_names", "vocab_list", "vocabulary_map", "speaker_id", "langs", "languages", "title_sep",
+    "doc_sep", "prefix",
+})  # fmt: skip
+
+#: Arguments that go to timm's ``create_model``, where text may be the path of a file.
+_NUMBERS = frozenset({"model_args"})
+
+#: Text without a separator of paths, repositories or addresses.
+_WORD = re.compile(r"(?!\.)[\w*+,=.-]{0,1024}", re.ASCII)
+
+#: Arguments over which constructors loop, those of them that are lists of such numbers, and those whose numbers may have any size.
+_COUNTED = re.compile(r"(?!max_)(?!.*(size|dim|channel))(.*(layer|depth|stage|blocks|repeats)|n_layers?$)")
+_SUMMED = re.compile(r"depths?$|num_\w*(layers|blocks|repeats)$")
+_UNBOUNDED = re.compile(r"theta|rotary_emb_base|seed|sliding_window")
+
+_MOST_LAYERS, _MOST_LABELS, _LARGEST = 1 << 10, 1 << 16, 1 << 25
+_DEEPEST = 8
+
+
+class ConfigArguments:
+    """Chooses the arguments for config classes. ``tensors`` and ``longest`` are the number of the checkpoint's tensors and the length of
+    their longest dimension. Raises IncompatibleCheckpointError; nothing of a class is run.
+    """
+
+    def __init__(self, where: str, tensors: int, longest: int) -> None:
+        self._where = where
+        self._layers = _MOST_LAYERS + tensors
+        self._labels = max(_MOST_LABELS, longest)
+        self._largest = max(_LARGEST, longest)
+
+    def choose(self, config_class: Any, values: Mapping[str, Any], place: str = "", depth: int = 0) -> dict[str, Any]:
+        """The arguments for ``config_class`` among ``values``, the content of its file. Other keys are left out."""
+        self._check_depth(place, depth)
+        names, configs = _argument_names(config_class), _sub_configs(config_class)
+        chosen: dict[str, Any] = {}
+        for name, value in values.items():
+            if name not in names:
+                continue
+            own_name = _OLD_CONFIGS.get(name, name.removesuffix("_dict"))
+            inner = "timm_backbone" if name == "backbone_kwargs" else configs.get(own_name)
+            if name == "use_pretrained_backbone":
+                chosen[name] = False  # its weights are in the checkpoint, not on the Hub
+            elif not isinstance(value, dict):
+                self._check(name, value, place + name)
+                chosen[name] = value
+            elif name == "per_layer_config":
+                chosen[name] = self._per_layer(config_class, value, place + name, depth + 1)
+            elif inner is not None:
+                inner_class = self._inner_class(inner, value, place + name)
+                chosen[name] = self.choose(inner_class, value, f"{place}{name}.", depth + 1)
+            elif name in _signature(config_class) or name in _OLD_TABLES:
+                self._check(name, value, place + name)
+                chosen[name] = value
+        return chosen
+
+    def _per_layer(self, config_class: Any, layers: Mapping[str, Any], place: str, depth: int) -> dict[str, Any]:
+        """Number of a layer → what differs in it."""
+        chosen = {}
+        if len(layers) > self._layers:
+            self._refuse(place, f"at most {self._layers} layers", layers)
+        for number, values in layers.items():
+            where = f"{place}.{number}"
+            if not number.isdecimal() or not isinstance(values, dict):
+                self._refuse(where, "arguments of the layer with that number", values)
+            self._check("skip", skipped := values.get("skip", []), f"{where}.skip")
+            chosen[number] = self.choose(config_class, values, f"{where}.", depth) | ({"skip": skipped} if skipped else {})
+        return chosen
+
+    def _inner_class(self, inner: Any, values: Mapping[str, Any], place: str) -> Any:
+        """The class of a sub-config; ``inner`` is the class, or the type of model if ``values`` has none."""
+        if isinstance(inner, type):
+            return inner
+        known = importlib.import_module("transformers").CONFIG_MAPPING
+        model_type = values.get("model_type", inner)
+        if not isinstance(model_type, str) or model_type not in known:
+            self._refuse(f"{place}.model_type", "a type of model that this release of transformers has", model_type)
+        inner_class = known[model_type]
+        if inner_class.__module__.partition(".")[0] != "transformers":
+            self._refuse(f"{place}.model_type", "a model of transformers' own", model_type)
+        return inner_class
+
+    def _check(self, name: str, value: Any, place: str, depth: int = 0) -> None:
+        """Refuses a value that is not plain."""
+        self._check_depth(place, depth)
+        if name.endswith("dtype"):
+            self._check_dtype(value, place)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            self._check_number(name, value, place)
+        elif isinstance(value, str):
+            if name in _NUMBERS or (name not in _TEXT and not _WORD.fullmatch(value)):
+                self._refuse(place, "a number" if name in _NUMBERS else "a word", value)
+        elif isinstance(value, list):
+            self._check_list(name, value, place, depth)
+        elif isinstance(value, dict):
+            self._check_table(name, value, place, depth)
+
+    def _check_table(self, name: str, value: dict[str, Any], place: str, depth: int) -> None:
+        if name in _LABELS and len(value) > self._labels:
+            self._refuse(place, f"at most {self._labels} labels", value)
+        for key, part in value.items():
+            if name not in _TEXT and not _WORD.fullmatch(key):
+                self._refuse(place, "words as keys", key)
+            self._check(name, part, f"{place}.{key}", depth + 1)
+
+    def _check_list(self, name: str, value: list[Any], place: str, depth: int) -> None:
+        if _COUNTED.match(name):
+            total = sum(part for part in value if isinstance(part, int)) if _SUMMED.match(name) else 0
+            if max(len(value), total) > self._layers:
+                self._refuse(place, f"at most {self._layers} layers", value)
+        for number, part in enumerate(value):
+            self._check(name, part, f"{place}[{number}]", depth + 1)
+
+    def _check_number(self, name: str, value: float, place: str) -> None:
+        if name == "num_labels":
+            limit = self._labels
+        elif _COUNTED.match(name):
+            limit = self._layers
+        else:
+            limit = self._largest
+        if (
+            isinstance(value, int)
+            and abs(value) > limit
+            and not (_UNBOUNDED.search(place.rpartition(".")[2]) and abs(value) < 1 << 63)
+        ):
+            self._refuse(place, f"a number up to {limit}, as for the tensors of this checkpoint", value)
+
+    def _check_dtype(self, value: Any, place: str) -> None:
+        if value is not None and not (isinstance(value, str) and isinstance(getattr(torch, value, None), torch.dtype)):
+            self._refuse(place, "a dtype of torch", value)
+
+    def _check_depth(self, place: str, depth: int) -> None:
+        if depth > _DEEPEST:
+            self._refuse(f"{place[:60]}...", f"at most {_DEEPEST} levels", "more")
+
+    def _refuse(self, place: str, wanted: str, found: Any) -> typing.NoReturn:
+        raise IncompatibleCheckpointError(
+            f"cannot build {self._where}: {place}: {wanted} expected, it is {glimpse(found)}; nothing was built"
+        )
+
+
+def generation_arguments(generation_class: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings among ``values``, the content of a generation config. Models add settings of their own, so all that are data are
+    kept: none hides code of ``generation_class``, or is an option of a compiler or scheduler, which are looked up by name."""
+    return {
+        name: value
+        for name, value in values.items()
+        if name.isidentifier() and not name.startswith("_") and not hasattr(generation_class, name) and name not in _NO_SETTINGS
+    }
+
+
+@cache
+def _argument_names(config_class: Any) -> frozenset[str]:
+    """The arguments that ``config_class`` names: in its signature, by an alias, or as an older name that its own code reads."""
+    base = _base_class()
+    names = set(_signature(config_class))
+    for each in config_class.__mro__:
+        if issubclass(each, base) and each is not base:
+            for routine in (each.__dict__.get("__post_init__"), each.__dict__.get("__init__")):
+                code = getattr(inspect.unwrap(routine), "__code__", None) if routine is not None else None
+                names |= set(_named_in(code)) if code is not None else set()
+    # What is an attribute of the base class steers transformers itself; of that, only what was reviewed is taken.
+    names = {name for name in names if not hasattr(base, name)} | _COMMON
+    for pair in config_class.attribute_map.items():  # one of the two is declared; files have either
+        names |= {name for name in pair if not hasattr(base, name)} if names.intersection(pair) else set()
+    names |= set(_UNDECLARED.get(config_class.model_type, ()))
+    return frozenset(name for name in names - _UNUSED - _IMPLEMENTATIONS if not _is_routine(config_class, name))
+
+
+def _is_routine(config_class: Any, name: str) -> bool:
+    """Whether an attribute ``name`` would hide code of the class."""
+    attribute = inspect.getattr_static(config_class, name, None)
+    return callable(attribute) or isinstance(attribute, (classmethod, staticmethod))
+
+
+@cache
+def _signature(config_class: Any) -> frozenset[str]:
+    """The arguments of the constructor, and the fields of a data class, whose constructor may take them as ``**kwargs``."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(config_class.__init__).parameters.items()
+    names = {name for name, parameter in parameters if parameter.kind in kinds and name != "self"}
+    fields = dataclasses.fields(config_class) if dataclasses.is_dataclass(config_class) else ()
+    return frozenset(names | {field.name for field in fields if field.init})
+
+
+def _named_in(code: CodeType) -> Iterator[str]:
+    """The names in ``code`` that could be arguments: text constants, and the attributes that it sets."""
+    for constant in code.co_consts:
+        for part in constant if isinstance(constant, tuple) else (constant,):
+            if isinstance(part, str) and part.isidentifier() and not part.startswith("_"):
+                yield part
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "STORE_ATTR" and not instruction.argval.startswith("_"):
+            yield instruction.argval
+
+
+@cache
+def _sub_configs(config_class: Any) -> dict[str, Any]:
+    """Argument → the class of the sub-config that it holds; or the type of model, if any of transformers' may stand there."""
+    base = _base_class()
+    configs: dict[str, Any] = {}
+    for field in dataclasses.fields(config_class) if dataclasses.is_dataclass(config_class) else ():
+        classes = [kind for kind in typing.get_args(field.type) if isinstance(kind, type) and issubclass(kind, base)]
+        if classes:
+            configs[field.name] = classes[0]
+    configs |= getattr(config_class, "sub_configs", None) or {}
+    defaults = getattr(config_class, "sub_configs_defaults", {})
+    for name, inner in configs.items():
+        if name == "backbone_config" or inner is base or not issubclass(inner, base):
+            configs[name] = getattr(defaults.get(name), "model_type", None) or ""
+    return configs
+
+
+def _base_class() -> Any:
+    return importlib.import_module("transformers.configuration_utils").PretrainedConfig
