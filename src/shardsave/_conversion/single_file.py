@@ -9,7 +9,6 @@ import re
 import secrets
 import shutil
 import stat
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from types import TracebackType
@@ -239,7 +238,7 @@ def write_safetensors(
             f"cannot write {new.path}: the metadata of the file names tied tensors, but {reserved_names[0]!r} has another meaning "
             f"there; rename it, or convert to a directory; nothing was written"
         )
-    (shard,) = plan_shards(stored, sys.maxsize, apart=False, more={**metadata, **ties})
+    (shard,) = plan_shards(stored, None, apart=False, more={**metadata, **ties})
     fd, path = new.file.fd, new.path
     try:
         allocate(fd, path, shard.reserved_bytes)
@@ -312,4 +311,4 @@ def _with_own_storage(tensor: torch.Tensor) -> torch.Tensor:
     storage, begin = tensor.untyped_storage(), tensor.storage_offset() * tensor.element_size()
     length = tensor.numel() * tensor.element_size()
     own = storage[begin : begin + length]
-    return torch.empty(0, dtype=tensor.dtype).set_(own, 0, tensor.shape, tensor.stride())
+    return torch.empty(0, dtype=tensor.dtype, device="cpu").set_(own, 0, tensor.shape, tensor.stride())
