@@ -38,7 +38,7 @@ def convert(
     destination: str | os.PathLike[str],
     *,
     to: Form = "shardsave",
-    max_shard_size: Union[int, str] = "5GB",
+    max_shard_size: Union[int, str] = "2GB",
     dtype: Union[torch.dtype, str, None] = None,
     drop: Drop = (),
     rename: Rename = (),

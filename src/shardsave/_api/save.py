@@ -45,7 +45,7 @@ def save(
     source: Source,
     directory: str | os.PathLike[str],
     *,
-    max_shard_size: Union[int, str] = "5GB",
+    max_shard_size: Union[int, str] = "2GB",
     durable: bool = True,
     metadata: Mapping[str, Any] | None = None,
     architecture: bool = False,

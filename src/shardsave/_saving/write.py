@@ -13,6 +13,7 @@ from shardsave._common.progress import Progress
 from shardsave._common.warn_caller import warn_caller
 from shardsave._engine.totals import Totals
 from shardsave._format.crc64 import crc64
+from shardsave._format.file_names import PART_TENSORS
 from shardsave._format.index import Part, Record, ShardRecord
 from shardsave._saving.contents import Contents
 from shardsave._saving.shards import ShardWriter
@@ -45,7 +46,7 @@ def write_checkpoint(
     # Closed twice, since one interrupt may come at the beginning of a `close`, which then does nothing.
     with closing(Transaction(directory, durable=durable, lock_timeout=lock_timeout)) as transaction, transaction:
         names = list(transaction.shard_names(len(contents.shards)))
-        extra_names = [transaction.part_name("extra", "safetensors") for _ in contents.extra_shards]
+        extra_names = [transaction.part_name("extra", PART_TENSORS) for _ in contents.extra_shards]
         transaction.check_space(contents.reserved_bytes)
         whole_sums = contents.single_file is not None
         writer = ShardWriter(transaction, contents.all_shards, names + extra_names, durable=durable, whole_sums=whole_sums)

@@ -23,7 +23,7 @@ from shardsave._storage.find import FoundFiles, cannot_read, find
 from shardsave._storage.located import Located as Located
 from shardsave._storage.located import StoredChunk
 from shardsave._storage.rank_files import assemble, chunks_of, refuse_lone_rank
-from shardsave._storage.shard_files import ShardFiles
+from shardsave._storage.shard_files import HeaderCheck, ShardFiles
 from shardsave.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
@@ -45,12 +45,13 @@ Broken = Union[dict[str, ShardSaveError], None]
 class Checkpoint(ShardFiles):
     """An open checkpoint: its index, its shards, and the place of every tensor. As a context manager it closes itself."""
 
-    def __init__(self, path: str, folder: str, index_name: str, index: Index | None, index_bytes: bytes | None) -> None:
+    def __init__(self, path: str, files: FoundFiles, index: Index | None, header_check: HeaderCheck | None) -> None:
         record = index.record if index is not None else None
-        super().__init__(path, folder, index_name if index is not None else None, record.shards if record is not None else None)
+        records = record.shards if record is not None else None
+        super().__init__(path, files.folder, files.index_name if index is not None else None, records, header_check)
         self.index = index
-        self._index_name = index_name
-        self._index_bytes = index_bytes
+        self._index_name = files.index_name
+        self._index_bytes = files.index_bytes
         self.tensors: dict[str, Located] = {}
         self.kept: dict[str, Located] = {}  # the extra tensors
         self.documents: dict[str, bytes] = {}  # part → its JSON
@@ -218,12 +219,13 @@ def open_checkpoint(
     *,
     parts: Iterable[str] = (),
     broken: Broken = None,
+    header_check: HeaderCheck | None = None,
 ) -> Checkpoint:
     """Opens the checkpoint at ``path``: a directory, an index or one safetensors file, written by shardsave or another library.
 
     With ``wanted`` only shards that hold a wanted tensor are opened; all tensors of these shards are listed. ``parts``: the roles of
-    the parts to open. With ``broken``, a file that cannot be opened is left out, and its error is put there. Starts over if the index
-    is replaced meanwhile.
+    the parts to open. With ``broken``, a file that cannot be opened is left out, and its error is put there. ``header_check``: a
+    further check of each header. Starts over if the index is replaced meanwhile.
     Raises CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError, DirectoryBusyError; ShardSaveError itself if
     a file cannot be read.
     """
@@ -232,7 +234,7 @@ def open_checkpoint(
     while True:
         files = find(path)
         try:
-            checkpoint = _open_found(path, files, wanted, parts, broken)
+            checkpoint = _open_found(path, files, wanted, parts, broken, header_check)
             if not broken or not _changed(path, files):
                 return checkpoint
             checkpoint.close()
@@ -249,12 +251,17 @@ def open_checkpoint(
 
 @gc_paused()
 def _open_found(
-    path: str, files: FoundFiles, wanted: Callable[[str], bool] | None, parts: Iterable[str], broken: Broken
+    path: str,
+    files: FoundFiles,
+    wanted: Callable[[str], bool] | None,
+    parts: Iterable[str],
+    broken: Broken,
+    header_check: HeaderCheck | None,
 ) -> Checkpoint:
     index = parse_index(files.index_bytes, f"index {files.index_name}") if files.index_bytes is not None else None
     if index is not None and files.lone is not None:
         _refuse_unless_superseded(files.folder, index.record, files.lone)
-    checkpoint = Checkpoint(path, files.folder, files.index_name, index, files.index_bytes)
+    checkpoint = Checkpoint(path, files, index, header_check)
     try:
         if index is not None:
             checkpoint._admit(_shards_to_open(index, wanted), broken)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from shardsave._common.os_calls import CallFailed, Descriptor, call, descriptor_allowance, read_at
 from shardsave._format.crc64 import crc64
@@ -12,6 +12,10 @@ from shardsave._format.index import ShardRecord
 from shardsave._storage.find import TORCH_SAVE_HINT, cannot_read, open_checkpoint_file
 from shardsave.errors import CorruptCheckpointError, DirectoryBusyError, IncompatibleCheckpointError
 
+#: A further check of a header: gets its bytes, the file's length, what was read from it and the file's name. Raises
+#: CorruptCheckpointError.
+HeaderCheck = Callable[[bytes, int, Header, str], None]
+
 #: The first two bytes of a pickle, for every binary protocol in use.
 _PICKLES = (b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5")
 
@@ -19,16 +23,25 @@ _PICKLES = (b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5")
 class ShardFiles:
     """Open shards. Their descriptors keep the bytes readable even when a save replaces the files meanwhile.
 
-    ``index_name`` is None without an index; ``records`` is None if the index has no records of its shards.
+    ``index_name`` is None without an index; ``records`` is None if the index has no records of its shards. ``header_check`` may refuse
+    a header that is sound otherwise.
     """
 
-    def __init__(self, path: str, folder: str, index_name: str | None, records: Mapping[str, ShardRecord] | None) -> None:
+    def __init__(
+        self,
+        path: str,
+        folder: str,
+        index_name: str | None,
+        records: Mapping[str, ShardRecord] | None,
+        header_check: HeaderCheck | None,
+    ) -> None:
         self.path = path
         self.shards: tuple[str, ...] = ()
         self.allowance = descriptor_allowance()  # how many shards are held open at the same time
         self.records = dict(records) if records is not None else None
         self._folder = folder
         self._named_by = index_name
+        self._header_check = header_check
         self._open: dict[str, Descriptor] = {}
         self._identities: dict[str, tuple[int, ...]] = {}  # of each shard, when it was first opened
 
@@ -120,7 +133,7 @@ class ShardFiles:
         if self.records is None:
             length = call(os.fstat, shard, descriptor).st_size
             try:
-                header = parse_header(read_header(descriptor, length, where), length, where)
+                header = self._parsed(read_header(descriptor, length, where), length, shard)
             except CorruptCheckpointError:
                 self._refuse_torch_save(descriptor, shard)
                 raise
@@ -131,12 +144,18 @@ class ShardFiles:
                 )
             return header
         record = self.records[shard]
-        header = parse_header(self.checked_start(descriptor, shard, record), record.length, where)
+        header = self._parsed(self.checked_start(descriptor, shard, record), record.length, shard)
         if header.sums is None:
             raise CorruptCheckpointError(
                 f"corrupt {where}: checksums of its tensors expected, as the index has a record of it, its header has none; "
                 f"the file was changed after it was saved"
             )
+        return header
+
+    def _parsed(self, raw: bytes, length: int, shard: str) -> Header:
+        header = parse_header(raw, length, f"shard {shard}")
+        if self._header_check is not None:
+            self._header_check(raw, length, header, shard)
         return header
 
     def _refuse_torch_save(self, descriptor: int, shard: str) -> None:
