@@ -115,7 +115,10 @@ def verify(path: str | os.PathLike[str], *, keep_going: bool = False, progress: 
                 reader.read(targets)
         intact = _intact((file for file in checkpoint.files if file not in broken), targets, damaged)
         shards = len(checkpoint.shards)
-        notes = (*opinion.notes, *reader.totals.notes, *checkpoint.companion_notes(whole=True))
+        unread = [
+            f"the {role} was not verified: this version of shardsave knows no such part" for role in checkpoint.unknown_parts
+        ]
+        notes = (*opinion.notes, *unread, *reader.totals.notes, *checkpoint.companion_notes(whole=True))
     ended = time.perf_counter()
     return VerifyReport(
         path=os.fspath(path),

@@ -90,6 +90,11 @@ class Checkpoint(ShardFiles):
         return (*self.shards, *(parts[role].file for role in PARTS if role in parts))
 
     @property
+    def unknown_parts(self) -> list[str]:
+        """The roles of the parts that this version does not know."""
+        return sorted(self.record.parts.keys() - {*PARTS}) if self.record is not None else []
+
+    @property
     def companions(self) -> Mapping[str, FileRecord]:
         return self.record.companions if self.record is not None else {}
 
