@@ -54,17 +54,18 @@ class SecondOpinion:
 def _compare(opened: Any, header: Header, file: str) -> None:
     """Raises CorruptCheckpointError if the names, dtypes, shapes, offsets or metadata in ``opened`` are not those in ``header``."""
     names, dtypes, shapes, begins, sizes = header.tensors
-    ours = dict(zip(names, zip(zip(dtypes, shapes, begins), sizes)))
+    numbers = {name: number for number, name in enumerate(names)}
     begin = 0
     for name in opened.offset_keys():
         tensor = opened.get_slice(name)
         theirs = tensor.get_dtype(), tuple(tensor.get_shape()), begin
-        expected, nbytes = ours.pop(name, (None, 0))
-        if theirs != expected:
-            _bad(file, f"for {glimpse(name)} it reads {_words(theirs)}, shardsave reads {_words(expected)}")
-        begin += nbytes  # safetensors tells only the order of the tensors; it accepts neither gaps nor overlaps
-    if ours:
-        _bad(file, f"it reads no tensor {glimpse(min(ours))}")
+        number = numbers.pop(name, None)
+        ours = (dtypes[number], shapes[number], begins[number]) if number is not None else None
+        if number is None or theirs != ours:
+            _bad(file, f"for {glimpse(name)} it reads {_words(theirs)}, shardsave reads {_words(ours)}")
+        begin += sizes[number]  # safetensors tells only the order of the tensors; it accepts neither gaps nor overlaps
+    if numbers:
+        _bad(file, f"it reads no tensor {glimpse(min(numbers))}")
     if (opened.metadata() or {}) != header.metadata:
         _bad(file, "it reads another __metadata__")
 
