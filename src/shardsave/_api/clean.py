@@ -93,7 +93,8 @@ def clean(
         CheckpointNotFoundError: there is no such directory.
         CorruptCheckpointError, IncompatibleCheckpointError: the index cannot be read, so the needed files are unknown.
         DirectoryBusyError: another save holds the lock.
-        ShardSaveError: the directory cannot be read, or the index cannot be made durable first. Nothing was removed.
+        ShardSaveError: the directory cannot be read, the index cannot be made durable first, or another user may have written it in
+            a directory to which every user may write. Nothing was removed.
 
     Example:
         >>> import torch, shardsave
@@ -138,7 +139,7 @@ def _learn_owner(folder: LockedDirectory) -> None:
     """In a shared directory: learns from a new directory which owner our files have there."""
     if not folder.shared:
         return
-    probe = Staging(folder)
+    probe = Staging(folder, folder.path)
     try:
         probe.make()
         folder.learn_owner(probe.directory)

@@ -64,7 +64,7 @@ class OpenCheckpoint(Mapping[str, torch.Tensor]):
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """The ``metadata`` passed to `save`."""
+        """The ``metadata`` passed to `save`; for a single file of another tool, the strings in its ``__metadata__``."""
         return dict(self._checkpoint.metadata)
 
     @property

@@ -74,6 +74,14 @@ def patterns(drop: object) -> tuple[str, ...]:
     return listed
 
 
+def allowed_names(allow: object) -> tuple[str, ...]:
+    """Checks the argument ``allow``; returns its names."""
+    listed = (allow,) if isinstance(allow, str) else tuple(allow) if isinstance(allow, Iterable) else None
+    if listed is None or not all(isinstance(name, str) for name in listed):
+        raise TypeError("allow must be names of classes, strings such as 'my_code.Config'")
+    return listed
+
+
 def replacements(rename: object) -> tuple[tuple[re.Pattern[str], str], ...]:
     """Checks the argument ``rename``; returns its compiled expressions and their replacements."""
     pairs = tuple(rename) if isinstance(rename, Iterable) and not isinstance(rename, (str, Mapping)) else None

@@ -41,7 +41,7 @@ def converted_state(origin: Origin, names: Names, target: torch.dtype | None, pa
     entries = {entry.name: entry for entry in state.entries}
     for name, value in named.items():
         if isinstance(value, Assembled):
-            check_savable(name, torch.empty(0, dtype=value.dtype))
+            check_savable(name, torch.empty(0, dtype=value.dtype, device="cpu"))
             entries[name] = Entry(name, "tensor", None, None, value)
     flags = origin.flags or {}
     release = ReleaseWhileReading(origin.mappings)

@@ -17,9 +17,9 @@ from shardsave._foreign.dcp import TABLE_NAME, read_distributed
 from shardsave._foreign.nested_state import Wanted, choose_state, refuse_key
 from shardsave._foreign.torch_file import TorchFile, read_torch_file
 from shardsave._format.file_names import ADAPTER_WEIGHTS, INDEX_NAME, LONE_NAME, TORCH_ENDINGS
-from shardsave._format.header import CHECKSUM_KEY
 from shardsave._format.index_parsing import parse_index
-from shardsave._format.rank_files import SHARDING_KEY, SHARDING_VERSION_KEY, is_rank_file
+from shardsave._format.other_kinds import START_BYTES, ZIP, is_pickle, is_safetensors
+from shardsave._format.rank_files import is_rank_file
 from shardsave._loading.mapped import Maps
 from shardsave._state.module import Entry
 from shardsave._state.parts import Parts
@@ -58,54 +58,62 @@ class Origin(NamedTuple):
     module_flags: Mapping[str, bool] | None = None
 
 
-def open_origin(path: str, key: str | None, wanted: Wanted, closing: ExitStack) -> Origin:
-    """Recognises what is at ``path`` and opens it; ``closing`` closes it. ``key`` chooses one of several nested states.
+class Request(NamedTuple):
+    """What is wanted of a source: the state at ``key``, the names that are ``wanted``; ``allowed``: names that its pickles may have."""
+
+    key: str | None = None
+    wanted: Wanted = lambda name: True
+    allowed: tuple[str, ...] = ()
+
+
+def open_origin(path: str, request: Request, closing: ExitStack) -> Origin:
+    """Recognises what is at ``path`` and opens it; ``closing`` closes it.
 
     Raises CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError, UntrustedCodeError.
     """
     if not _is_folder(path):
-        return _from_file(path, key, wanted, closing)
+        return _from_file(path, request, closing)
     folder = _resolve_hub_cache(path)
-    origin = _from_folder(folder, key, wanted, closing)
+    origin = _from_folder(folder, request, closing)
     return origin._replace(companions=_read_configs(folder))
 
 
-def _from_folder(path: str, key: str | None, wanted: Wanted, closing: ExitStack) -> Origin:
+def _from_folder(path: str, request: Request, closing: ExitStack) -> Origin:
+    if not _has(path, INDEX_NAME) and _has(path, LONE_NAME) and _is_torch_file(os.path.join(path, LONE_NAME)):
+        return _from_torch(os.path.join(path, LONE_NAME), request)
     if _has(path, INDEX_NAME) or _has(path, LONE_NAME) or any(map(is_rank_file, _names_in(path))):
-        return _from_checkpoint(path, key, wanted, closing)
+        return _from_checkpoint(path, request, closing)
     if _has(path, TABLE_NAME):
-        return _from_distributed(path, key, wanted)
+        return _from_distributed(path, request)
     if _has(path, TORCH_INDEX_NAME):
-        return _from_torch_shards(os.path.join(path, TORCH_INDEX_NAME), key, wanted)
+        return _from_torch_shards(os.path.join(path, TORCH_INDEX_NAME), request)
     if _has(path, TORCH_NAME):
-        return _from_torch(os.path.join(path, TORCH_NAME), key, wanted)
+        return _from_file(os.path.join(path, TORCH_NAME), request, closing)
     if _has(path, ADAPTER_WEIGHTS):
-        return _from_checkpoint(path, key, wanted, closing)
+        return _from_checkpoint(path, request, closing)
     names = f"{LONE_NAME}, {INDEX_NAME}, {TORCH_NAME}, {TORCH_INDEX_NAME} and {TABLE_NAME}"
     raise CheckpointNotFoundError(f"no checkpoint at {path}: one of {names} was expected, none is there{_hint(path)}")
 
 
-def _from_file(path: str, key: str | None, wanted: Wanted, closing: ExitStack) -> Origin:
+def _from_file(path: str, request: Request, closing: ExitStack) -> Origin:
     name = os.path.basename(path)
     if name == TABLE_NAME:
-        return _from_distributed(os.path.dirname(path) or ".", key, wanted)
+        return _from_distributed(os.path.dirname(path) or ".", request)
     if name.endswith(".index.json"):
         index = parse_index(find(path).index_bytes or b"", f"index {name}")
         if all(shard.endswith(TORCH_ENDINGS) for shard in index.weight_map.values()) and index.weight_map:
-            return _from_torch_shards(path, key, wanted)
-        return _from_checkpoint(path, key, wanted, closing)
-    if name.endswith(".safetensors") or _looks_like_safetensors(path):
-        return _from_checkpoint(path, key, wanted, closing)
-    return _from_torch(path, key, wanted)
+            return _from_torch_shards(path, request)
+        return _from_checkpoint(path, request, closing)
+    return _from_torch(path, request) if _is_torch_file(path) else _from_checkpoint(path, request, closing)
 
 
-def _from_checkpoint(path: str, key: str | None, wanted: Wanted, closing: ExitStack) -> Origin:
-    if key is not None:
-        refuse_key(path, key, "only one mapping of names to tensors, which has no key")
+def _from_checkpoint(path: str, request: Request, closing: ExitStack) -> Origin:
+    if request.key is not None:
+        refuse_key(path, request.key, "only one mapping of names to tensors, which has no key")
     checkpoint = closing.enter_context(open_checkpoint(path, parts=PARTS))
     record = checkpoint.record
     names = {name: name for name in checkpoint.stored_names} | dict(checkpoint.ties)
-    chosen = {name: stored for name, stored in names.items() if wanted(name)}
+    chosen = {name: stored for name, stored in names.items() if request.wanted(name)}
     located = {stored: checkpoint.tensors[stored] for stored in chosen.values()}
     maps = Maps(checkpoint, aligned=False)
     tensors = {
@@ -121,7 +129,7 @@ def _from_checkpoint(path: str, key: str | None, wanted: Wanted, closing: ExitSt
         "shardsave" if record is not None else "safetensors",
         {name: tensors[stored] for name, stored in chosen.items()},
         record.flags if record is not None else None,
-        checkpoint.metadata if record is not None else _foreign_metadata(checkpoint),
+        checkpoint.metadata,
         maps.mappings,
         tuple(map(checkpoint.path_of, checkpoint.files)),
         tuple(f"the {role} was left out: this version of shardsave knows no such part" for role in checkpoint.unknown_parts),
@@ -133,49 +141,43 @@ def _from_checkpoint(path: str, key: str | None, wanted: Wanted, closing: ExitSt
     )
 
 
-def _foreign_metadata(checkpoint: Checkpoint) -> dict[str, str]:
-    """The metadata of a single file, without the entries that mean something else there: ties, format and checksums."""
-    reserved = {*checkpoint.ties, "format", CHECKSUM_KEY, SHARDING_KEY, SHARDING_VERSION_KEY}
-    return {name: value for name, value in checkpoint.file_metadata.items() if name not in reserved}
+def _from_torch(path: str, request: Request) -> Origin:
+    return _from_content("torch", read_torch_file(path, request.allowed), path, request, (path,))
 
 
-def _from_torch(path: str, key: str | None, wanted: Wanted) -> Origin:
-    return _from_content("torch", read_torch_file(path), path, key, wanted, (path,))
+def _from_distributed(path: str, request: Request) -> Origin:
+    return _from_content("distributed", read_distributed(path), path, request, ())
 
 
-def _from_distributed(path: str, key: str | None, wanted: Wanted) -> Origin:
-    return _from_content("distributed", read_distributed(path), path, key, wanted, ())
-
-
-def _from_content(kind: str, file: TorchFile, path: str, key: str | None, wanted: Wanted, files: tuple[str, ...]) -> Origin:
-    choice = choose_state(file.content, key, wanted, path)
+def _from_content(kind: str, file: TorchFile, path: str, request: Request, files: tuple[str, ...]) -> Origin:
+    choice = choose_state(file.content, request.key, request.wanted, path)
     return Origin(kind, choice.state, None, {}, file.mappings, files, (*file.notes, *choice.notes), choice.dropped)
 
 
-def _from_torch_shards(path: str, key: str | None, wanted: Wanted) -> Origin:
+def _from_torch_shards(path: str, request: Request) -> Origin:
     folder, name = os.path.split(path)
-    if key is not None:
-        refuse_key(path, key, "in each shard only one mapping of names to tensors, which has no key")
+    if request.key is not None:
+        refuse_key(path, request.key, "in each shard only one mapping of names to tensors, which has no key")
     weight_map = parse_index(find(path).index_bytes or b"", f"index {name}").weight_map
     values: dict[str, Any] = {}
     mappings: list[mmap] = []
     notes: list[str] = []
     shards = dict.fromkeys(weight_map.values())
     for shard in shards:
-        file = _read_torch_shard(folder, shard, {name for name, owner in weight_map.items() if owner == shard})
+        file = _read_torch_shard(folder, shard, {name for name, owner in weight_map.items() if owner == shard}, request.allowed)
         values.update(file.content)
         mappings += file.mappings
         notes += file.notes
-    in_order = {name: values[name] for name in weight_map if wanted(name)}
+    in_order = {name: values[name] for name in weight_map if request.wanted(name)}
     files = tuple(os.path.join(folder, shard) for shard in shards)
     dropped = tuple(name for name in weight_map if name not in in_order)
     return Origin("torch", in_order, None, {}, tuple(mappings), files, tuple(notes), dropped)
 
 
-def _read_torch_shard(folder: str, shard: str, names: set[str]) -> TorchFile:
+def _read_torch_shard(folder: str, shard: str, names: set[str], allowed: tuple[str, ...]) -> TorchFile:
     """Reads a shard that the index lists. The shard must have exactly ``names``."""
     try:
-        file = read_torch_file(os.path.join(folder, shard))
+        file = read_torch_file(os.path.join(folder, shard), allowed)
     except CheckpointNotFoundError:
         raise CorruptCheckpointError(
             f"corrupt checkpoint {folder}: the index names {shard}, there is no such file; the checkpoint was copied or "
@@ -245,9 +247,12 @@ def _resolve_hub_cache(path: str) -> str:
     return snapshot if commit.isalnum() and os.path.isdir(snapshot) else path
 
 
-def _looks_like_safetensors(path: str) -> bool:
+def _is_torch_file(path: str) -> bool:
+    """Whether to read the file as one of torch.save: its content decides, its name only if the content is of an unknown kind."""
     if not os.path.isfile(path):
-        return True  # only regular files are opened; opening it as a checkpoint raises the right error
+        return False  # only regular files are opened; opening it as a checkpoint raises the right error
     with open(path, "rb") as file:
-        start = file.read(9)
-    return start[8:9] == b"{" and not start.startswith(b"PK")
+        start = file.read(START_BYTES)
+    if start.startswith(ZIP) or is_pickle(start):
+        return True
+    return not is_safetensors(start) and not path.endswith(".safetensors")

@@ -9,7 +9,6 @@ import re
 import secrets
 import shutil
 import stat
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from types import TracebackType
@@ -28,6 +27,7 @@ from shardsave._state.module import Entry
 from shardsave._storage.cleaning_notes import strangers_notes
 from shardsave._storage.cleanup import bytes_visible
 from shardsave._storage.directory import Directory, make_folders, path_to_write
+from shardsave._storage.permissions import FileMaker, permissions_of
 from shardsave._storage.staging import end_shard
 from shardsave.errors import (
     DurabilityUncertainError,
@@ -59,16 +59,17 @@ class _Phase(enum.Enum):
     """The phases of a `NewFile`, in this order."""
 
     OPENING = enum.auto()  # nothing was created
-    WRITING = enum.auto()  # the scratch file exists
+    WRITING = enum.auto()  # the scratch file exists, or may
     RENAMED = enum.auto()  # the scratch file has become the file at the path
 
 
 class NewFile:
     """A transaction on the file at ``path``.
 
-    Entering it creates a scratch file beside ``path``, and removes those of dead writers. The caller writes to `file` and calls
-    `commit`, which renames the scratch file to ``path``. Leaving it without a commit removes the scratch file; a file that was
-    at ``path`` is then unchanged. The scratch file is locked until the end: later writers to ``path`` see that its writer is alive.
+    Entering it creates a scratch file beside ``path``, with the permissions of the file that it will replace, and removes those of
+    dead writers. The caller writes to `file` and calls `commit`, which renames the scratch file to ``path``. Leaving it without a
+    commit removes the scratch file; a file that was at ``path`` is then unchanged. The scratch file is locked until the end: later
+    writers to ``path`` see that its writer is alive.
     """
 
     def __init__(self, path: str, durable: bool) -> None:
@@ -112,14 +113,26 @@ class NewFile:
 
     @property
     def workspace(self) -> str:
-        """The path of a directory for the caller's files; the caller creates it, leaving the transaction removes it."""
+        """The path of a directory for the caller's files, which `make_workspace` creates; leaving the transaction removes it."""
         return os.path.join(self.folder, self._scratch + _WORKSPACE)
 
+    def make_workspace(self) -> None:
+        """Creates the workspace so that no other user can enter it."""
+        try:
+            self._directory.mkdir(self._scratch + _WORKSPACE, 0o700)
+        except CallFailed as error:
+            raise self.failure(error) from error
+
     def _create(self) -> None:
+        status = self._directory.status_of(self._name)
+        replaced = permissions_of(self.path, status) if status is not None else None
         while True:
             self._scratch = f"{self._stem}{secrets.token_hex(8)}{_SCRATCH}"
-            self.file.open(self._scratch, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, self._directory.fd)
             self._phase = _Phase.WRITING
+            if replaced is not None:
+                FileMaker(self._directory, self.folder).create(self._scratch, self.file, replaced)
+            else:
+                self._directory.create(self._scratch, self.file)
             self._lock.open(self._scratch, os.O_RDONLY | os.O_NOFOLLOW, self._directory.fd)
             # On a file system without locks the call fails. There, no other writer can remove this file as a dead one either.
             with suppress(OSError):
@@ -225,7 +238,7 @@ def write_safetensors(
             f"cannot write {new.path}: the metadata of the file names tied tensors, but {reserved_names[0]!r} has another meaning "
             f"there; rename it, or convert to a directory; nothing was written"
         )
-    (shard,) = plan_shards(stored, sys.maxsize, apart=False, more={**metadata, **ties})
+    (shard,) = plan_shards(stored, None, apart=False, more={**metadata, **ties})
     fd, path = new.file.fd, new.path
     try:
         allocate(fd, path, shard.reserved_bytes)
@@ -298,4 +311,4 @@ def _with_own_storage(tensor: torch.Tensor) -> torch.Tensor:
     storage, begin = tensor.untyped_storage(), tensor.storage_offset() * tensor.element_size()
     length = tensor.numel() * tensor.element_size()
     own = storage[begin : begin + length]
-    return torch.empty(0, dtype=tensor.dtype).set_(own, 0, tensor.shape, tensor.stride())
+    return torch.empty(0, dtype=tensor.dtype, device="cpu").set_(own, 0, tensor.shape, tensor.stride())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -84,7 +83,7 @@ def plan_contents(on_disk: OnDisk, parts: Parts, max_shard_size: int, metadata: 
     return Contents(
         state=state,
         shards=shards,
-        extra_shards=plan_shards(parts.extra, sys.maxsize) if parts.extra else [],
+        extra_shards=plan_shards(parts.extra, None) if parts.extra else [],
         documents=parts.documents,
         companions=on_disk.companions,
         flags=flags if state.flags_known else None,
@@ -103,4 +102,4 @@ def _plan_shards(on_disk: OnDisk, max_shard_size: int) -> list[PlannedShard]:
     names = on_disk.in_single_file
     together = [entry for entry in stored if names is None or entry.name in names]
     rest = [entry for entry in stored if names is not None and entry.name not in names]
-    return [*plan_shards(together, sys.maxsize, apart=False), *(plan_shards(rest, max_shard_size) if rest else [])]
+    return [*plan_shards(together, None, apart=False), *(plan_shards(rest, max_shard_size) if rest else [])]

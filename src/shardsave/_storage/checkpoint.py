@@ -14,10 +14,10 @@ from shardsave._common.gc_pause import gc_paused
 from shardsave._common.os_calls import CallFailed, absolute_path, call
 from shardsave._common.strict_json import glimpse
 from shardsave._format.file_names import INDEX_NAME, LONE_NAME
-from shardsave._format.header import Header
+from shardsave._format.header import CHECKSUM_KEY, Header
 from shardsave._format.index import FileRecord, Index, Part, Record, ties_in_metadata
 from shardsave._format.index_parsing import parse_index
-from shardsave._format.rank_files import SHARDING_KEY
+from shardsave._format.rank_files import SHARDING_KEY, SHARDING_VERSION_KEY
 from shardsave._storage.companions import companion_notes
 from shardsave._storage.find import FoundFiles, cannot_read, find
 from shardsave._storage.located import Located as Located
@@ -81,7 +81,11 @@ class Checkpoint(ShardFiles):
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        return self.record.metadata if self.record is not None else {}
+        """The metadata that were saved; of a lone file, its ``__metadata__`` without the entries that mean something else there."""
+        if self.record is not None:
+            return self.record.metadata
+        reserved = {*self._ties, "format", CHECKSUM_KEY, SHARDING_KEY, SHARDING_VERSION_KEY}
+        return {name: value for name, value in self.file_metadata.items() if name not in reserved}
 
     @property
     def files(self) -> tuple[str, ...]:

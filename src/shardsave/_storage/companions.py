@@ -20,6 +20,7 @@ from shardsave._format.file_names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from shardsave._format.index import FileRecord, ShardRecord
 from shardsave._storage.directory import Directory
 from shardsave._storage.lock import LockedDirectory
+from shardsave._storage.permissions import Permissions, permissions_of
 from shardsave._storage.staging import Staging, owner_of
 
 #: The configs of a transformers model.
@@ -53,6 +54,7 @@ class StagedCompanions:
         self._staging = staging
         self._staged: list[str] = []
         self._free: set[str] = set()
+        self._permissions: dict[str, Permissions] = {}  # of the companions that are replaced
 
     def add(self, companions: Mapping[str, bytes]) -> dict[str, FileRecord]:
         """Stages files (name → content), except those that are in place already. Returns the records of all files for the index."""
@@ -62,7 +64,7 @@ class StagedCompanions:
                 self._folder.sync_file(name)
                 continue
             self._staging.make()
-            self._staging.write(name, data)
+            self._staging.write(name, data, self._permissions.get(name))
             self._staged.append(name)
         return {name: FileRecord(len(data), crc64(data)) for name, data in companions.items()}
 
@@ -79,11 +81,15 @@ class StagedCompanions:
         if status is None:
             self._free.add(name)
             return False
+        target: os.stat_result | None = status
         if stat.S_ISLNK(status.st_mode):
             self.links.add(name)
+            target = self._folder.target_of(name)
         elif not stat.S_ISREG(status.st_mode):
             raise NotRegular(name, status.st_mode)
         self._folder.check_replaceable(name)
+        if target is not None and stat.S_ISREG(target.st_mode):
+            self._permissions[name] = permissions_of(f"{self._folder.path}/{name}", target)
         return True
 
     def _is_kept(self, name: str, data: bytes) -> bool:

@@ -11,7 +11,7 @@ import os
 import stat
 from types import TracebackType
 
-from shardsave._common.os_calls import CallFailed, Descriptor, absolute_path, call, kind_of, open_regular, read_whole, write_all
+from shardsave._common.os_calls import CallFailed, Descriptor, absolute_path, call, kind_of, open_regular, read_whole
 from shardsave.errors import SaveNotCommittedError
 
 #: errno values of link(2) if the file system has no hard links, or does not permit this one.
@@ -113,14 +113,6 @@ class Directory:
     def create(self, name: str, file: Descriptor, mode: int = 0o666) -> None:
         """Creates the file ``name``, which must not exist yet, and opens it as ``file``."""
         file.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, self.fd, mode)
-
-    def write(self, name: str, data: bytes, mode: int = 0o666) -> None:
-        """Creates the file ``name``, which must not exist yet, with the content ``data``, and syncs it."""
-        with Descriptor() as file:
-            self.create(name, file, mode)
-            write_all(file.fd, name, data)
-            self.sync_open(file.fd, name)
-            file.close(name)
 
     def sync(self) -> None:
         """Makes the names in it durable."""

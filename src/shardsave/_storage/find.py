@@ -11,9 +11,10 @@ from shardsave._common.os_calls import CallFailed, Descriptor, NotRegular, TooLo
 from shardsave._common.words import some
 from shardsave._format.file_names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX_NAME, LONE_NAME, TORCH_ENDINGS
 from shardsave._format.index import MAX_INDEX_BYTES
+from shardsave._format.other_kinds import START_BYTES, other_kind
 from shardsave._format.rank_files import is_rank_file
 from shardsave._storage.staging import owner_of
-from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, ShardSaveError
+from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError, ShardSaveError
 
 #: The advice for a file of torch.save, which is not read: unpickling it runs whatever code it holds.
 TORCH_SAVE_HINT = "no pickle is read here, since that can run code: shardsave convert SRC DST makes a checkpoint of it"
@@ -110,13 +111,17 @@ def _read_index(path: str, name: str) -> bytes | None:
         return None
     try:
         with file:
-            return read_whole(file.fd, path, MAX_INDEX_BYTES)
+            data = read_whole(file.fd, path, MAX_INDEX_BYTES)
     except TooLong as error:
         raise CorruptCheckpointError(
             f"corrupt index {name}: at most {MAX_INDEX_BYTES} bytes expected, it has {error.length}; no shard was opened"
         ) from None
     except CallFailed as error:
         raise cannot_read(path, error) from error
+    kind = other_kind(data[:START_BYTES])
+    if kind is not None and kind.lost:
+        refuse_other_kind(data[:START_BYTES], f"index {name}", path, "an index")
+    return data
 
 
 def open_checkpoint_file(path: str, what: str) -> Descriptor | None:
@@ -136,6 +141,17 @@ def open_checkpoint_file(path: str, what: str) -> Descriptor | None:
         if error.errno in _ABSENT:  # also from fstat: a file system in user space may forget an open file that a save removes
             return None
         raise cannot_read(path, error) from error
+
+
+def refuse_other_kind(start: bytes, what: str, path: str, expected: str) -> None:
+    """Raises the error for a file that begins with ``start``, if that shows that it is something else than ``expected``."""
+    kind = other_kind(start)
+    if kind is not None and kind.lost:
+        raise CorruptCheckpointError(f"corrupt {what}: {path}: {expected} was expected, it is {kind.words}; {kind.advice}")
+    if kind is not None:
+        raise IncompatibleCheckpointError(
+            f"cannot read {path}: {expected} was expected, it is {kind.words}; {kind.advice}; the file is as it was"
+        )
 
 
 def cannot_read(path: str, error: CallFailed) -> ShardSaveError:

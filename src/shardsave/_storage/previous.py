@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from shardsave._format.file_names import INDEX_NAME, LONE_NAME
+from shardsave._format.file_names import ADAPTER_WEIGHTS, INDEX_NAME, LONE_NAME
 from shardsave._format.index import MAX_INDEX_BYTES, FileRecord, Index, Superseded
 from shardsave._format.index_parsing import parse_index
 from shardsave._storage.lock import LockedDirectory
+from shardsave._storage.permissions import Permissions, common_permissions, permissions_of
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError
 
 
@@ -79,6 +80,27 @@ def read_previous(folder: LockedDirectory) -> Previous:
     if not folder.obeys(INDEX_NAME):
         return replace(previous, unreadable="another user of this directory made it, or may have changed it", not_ours=index)
     return replace(previous, index=index)
+
+
+def permissions_replaced(folder: LockedDirectory, previous: Previous) -> tuple[Permissions | None, Permissions | None]:
+    """The permissions for new files in the place of ``previous``, which all of its weights have, and for the new index.
+
+    None: there is nothing to replace. Raises CallFailed.
+    """
+    index = _permissions_of(folder, [INDEX_NAME]) if previous.index_bytes is not None else None
+    weights = [*sorted(previous.files - previous.companions.keys()), LONE_NAME, ADAPTER_WEIGHTS]
+    found = _permissions_of(folder, weights) or index
+    return found, index or found
+
+
+def _permissions_of(folder: LockedDirectory, names: Iterable[str]) -> Permissions | None:
+    """What all of the regular files ``names`` allow, or what links of these names lead to."""
+    statuses = {name: folder.target_of(name) for name in names}
+    return common_permissions(
+        permissions_of(f"{folder.path}/{name}", status)
+        for name, status in statuses.items()
+        if status is not None and stat.S_ISREG(status.st_mode)
+    )
 
 
 def files_of(index: Index | None) -> frozenset[str]:

@@ -31,7 +31,7 @@ from shardsave._storage.companions import StagedCompanions, finish_dead_savers, 
 from shardsave._storage.directory import make_folders, path_to_write
 from shardsave._storage.lock import LockedDirectory
 from shardsave._storage.phase import Phase
-from shardsave._storage.previous import Previous, read_previous
+from shardsave._storage.previous import Previous, permissions_replaced, read_previous
 from shardsave._storage.staging import NEW_INDEX_NAME, StagedShard, Staging
 from shardsave.errors import OutOfSpaceError, SaveNotCommittedError, ShardSaveError
 
@@ -56,7 +56,7 @@ class Transaction:
         self.path = path_to_write(os.fspath(directory))
         self._lock_timeout = lock_timeout
         self._folder = LockedDirectory(self.path, durable=durable)
-        self._staging = Staging(self._folder)
+        self._staging = Staging(self._folder, self.path)
         self._companions = StagedCompanions(self._folder, self._staging)
         self._previous = Previous()
         self._phase = Phase.UNREAD
@@ -108,6 +108,7 @@ class Transaction:
             self._previous = read_previous(self._folder)
             self._phase = self._phase.then(Phase.STAGING)
             self._folder.check_replaceable(INDEX_NAME)
+            self._staging.permissions, self._staging.index_permissions = permissions_replaced(self._folder, self._previous)
             self._finished = finish_dead_savers(self._folder, self._previous.companions, self._folder.knows_dead)
 
     def shard_names(self, count: int) -> tuple[str, ...]:
