@@ -30,7 +30,7 @@ from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, In
 _ZIP = b"PK\x03\x04"
 #: The beginnings of those lines of a torch message that only give advice.
 _ADVICE = ("Weights only load failed", "Please file an issue", "Check the documentation")
-_GLOBAL = re.compile(r"GLOBAL ([\w.<>]+)")
+_GLOBAL = re.compile(r"GLOBAL (.+)(?: was not an allowed global| whose module )", re.DOTALL)
 
 
 class TorchFile(NamedTuple):
