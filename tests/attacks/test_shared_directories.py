@@ -189,7 +189,10 @@ def test_root_replaces_a_planted_index(shared: Path) -> None:
     report = save(shared)
     assert report.removed == (INDEX,) and saved_value(shared) == 1
     assert report.notes[0].startswith("nothing was removed that the replaced index names, since another user")
-    assert report.notes[1] == f"what belongs to other users of this directory, to which everybody may write, stays (4.1 kB): {WORK[1]}"
+    assert (
+        report.notes[1]
+        == f"what belongs to other users of this directory, to which everybody may write, stays (4.1 kB): {WORK[1]}"
+    )
     assert report.notes[2] == f"what other users of this directory may have changed or named stays (4.1 kB): {WORK[0]}"
     assert all((shared / name).read_text() == "work" for name in WORK)
 
@@ -443,7 +446,9 @@ def test_a_planted_link_to_a_directory(below: str, mode: int, shared: Path, tmp_
     for link in (shared / "ckpt", tmp_path / "own"):
         for write in writers(link / below, source):
             answer = by(SAVER, write)
-            assert answer.startswith(("SaveNotCommittedError", "ShardSaveError")) and expected.replace("open: ", "") in answer, answer
+            assert (
+                answer.startswith(("SaveNotCommittedError", "ShardSaveError")) and expected.replace("open: ", "") in answer
+            ), answer
     assert sorted((str(path), path.stat().st_mtime_ns) for path in private.rglob("*")) == before
 
 
