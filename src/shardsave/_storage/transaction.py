@@ -264,7 +264,8 @@ class Transaction:
         notes += self._previous.notes(lone_is_gone=LONE_NAME in cleaner.removed)
         links = (self._previous.links | self._companions.links) - {LONE_NAME}
         notes += cleaning_notes(self.path, cleaner, links, self._finished)
-        removed = dict.fromkeys([*self._removed, *cleaner.removed, *replaced])
+        foreign_index = [INDEX_NAME] if self._previous.foreign_index else []
+        removed = dict.fromkeys([*self._removed, *cleaner.removed, *replaced, *foreign_index])
         warning = lone_stays(self.path) if cleaner.lone_stays else ""
         return CommitOutcome(tuple(removed), tuple(cleaner.leftovers), tuple(notes), warning)
 
