@@ -28,7 +28,7 @@ from shardsave._storage.companions import CONFIG_NAMES, MAX_COMPANION_BYTES
 from shardsave._storage.directory import Directory
 from shardsave._storage.find import cannot_read, find
 from shardsave._storage.located import Located
-from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError
+from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError
 
 #: The file names that transformers uses for weights written by torch.save.
 TORCH_NAME, TORCH_INDEX_NAME = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -71,16 +71,37 @@ def open_origin(path: str, key: str | None, wanted: Wanted, closing: ExitStack) 
 
 
 def _from_folder(path: str, key: str | None, wanted: Wanted, closing: ExitStack) -> Origin:
-    if _has(path, INDEX_NAME) or _has(path, LONE_NAME) or any(map(is_rank_file, _names_in(path))):
-        return _from_checkpoint(path, key, wanted, closing)
-    if _has(path, TABLE_NAME):
+    safetensors = [name for name in (INDEX_NAME, LONE_NAME) if _has(path, name)]
+    ranks = [name for name in _names_in(path) if is_rank_file(name)]
+    table = [TABLE_NAME] if _has(path, TABLE_NAME) else []
+    pickled = [name for name in (TORCH_INDEX_NAME, TORCH_NAME) if _has(path, name)]
+    if not safetensors or (table and any(name.endswith(".distcp") for name in _names_in(path))):
+        _refuse_several(path, [*safetensors, *ranks[:1], *table, *pickled])
+    if safetensors or ranks:
+        origin = _from_checkpoint(path, key, wanted, closing)
+        if pickled:
+            note = f"{' and '.join(pickled)} beside {safetensors[0]} was not read, since it should have the same weights"
+            origin = origin._replace(notes=(*origin.notes, note))
+        return origin
+    if table:
         return _from_distributed(path, key, wanted)
-    if _has(path, TORCH_INDEX_NAME):
+    if TORCH_INDEX_NAME in pickled:
         return _from_torch_shards(os.path.join(path, TORCH_INDEX_NAME), key, wanted)
-    if _has(path, TORCH_NAME):
+    if pickled:
         return _from_torch(os.path.join(path, TORCH_NAME), key, wanted)
     names = f"{LONE_NAME}, {INDEX_NAME}, {TORCH_NAME}, {TORCH_INDEX_NAME} and {TABLE_NAME}"
     raise CheckpointNotFoundError(f"no checkpoint at {path}: one of {names} was expected, none is there{_hint(path)}")
+
+
+def _refuse_several(path: str, checkpoints: list[str]) -> None:
+    """Raises IncompatibleCheckpointError if there is more than one of ``checkpoints``, each known by the name of one of its files."""
+    if len(checkpoints) > 1:
+        *others, last = checkpoints
+        raise IncompatibleCheckpointError(
+            f"cannot tell which checkpoint is meant: {path}: one was expected, the files of {len(checkpoints)} are there: "
+            f"{', '.join(others)} and {last}; give the path of the one to convert, or remove the others; files of several ranks have no "
+            f"path of their own, so move them to another directory; nothing was written"
+        )
 
 
 def _from_file(path: str, key: str | None, wanted: Wanted, closing: ExitStack) -> Origin:

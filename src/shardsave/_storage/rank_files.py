@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 
 from shardsave._common.coverage import covered_once
+from shardsave._common.os_calls import call
 from shardsave._common.strict_json import glimpse
 from shardsave._common.words import count
 from shardsave._format.dtypes import BY_NAME
-from shardsave._format.header import Header
+from shardsave._format.header import Header, parse_header
 from shardsave._format.rank_files import SHARDING_KEY, chunk_begins, is_rank_file, missing_file
 from shardsave._storage.located import Located, StoredChunk
+from shardsave._storage.shard_files import read_header
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError
 
 _CAUSE = "files of some ranks are missing, or files of several saves lie together"
+
+
+def has_chunks(fd: int, name: str) -> bool:
+    """Whether the file behind ``fd`` says of its tensors where in whole tensors they begin. Raises CallFailed."""
+    length = call(os.fstat, name, fd).st_size
+    try:
+        header = parse_header(read_header(fd, length, f"shard {name}"), length, f"shard {name}")
+    except CorruptCheckpointError:
+        return False
+    return SHARDING_KEY in header.metadata
 
 
 def refuse_lone_rank(path: str, name: str, folder: str, header: Header) -> None:
