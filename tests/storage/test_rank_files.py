@@ -28,6 +28,9 @@ from shardsave._cli.main import cli
 from shardsave._storage.cleanup import Cleaner
 from support import same_bits
 
+INFERRED = "whole shapes are not recorded in files of ranks, but inferred"
+pytestmark = pytest.mark.filterwarnings(f"ignore:{INFERRED}")
+
 
 class Net(nn.Module):
     def __init__(self, seed: int) -> None:
@@ -318,3 +321,46 @@ def test_conversion_of_two_checkpoints_in_one_directory(tmp_path: Path, pair: st
     ):
         shardsave.convert(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("case", ["last rank missing", "a rank as model.safetensors"])
+def test_inferred_shapes_are_told(tmp_path: Path, case: str) -> None:
+    """Catches truncated tensors without a word: a missing last rank cannot be noticed, so every verb says that shapes are inferred."""
+    folder = tmp_path / "x"
+    first, last = ranks_into(folder)
+    (folder / last).unlink()
+    if case == "a rank as model.safetensors":
+        (folder / first).rename(folder / "model.safetensors")
+    with pytest.warns(UserWarning, match=INFERRED) as caught:
+        assert shardsave.load(folder)["w"].shape == (3, 4)
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match=INFERRED), shardsave.open(folder):
+        pass
+    reports = (
+        shardsave.load_model(nn.ParameterDict(full(0)), folder, strict=False),
+        shardsave.inspect(folder),
+        shardsave.verify(folder),
+        shardsave.convert(folder, tmp_path / "out"),
+    )
+    for report in reports:
+        assert any(note.startswith(INFERRED) for note in report.notes) and INFERRED in str(report)
+    result = CliRunner().invoke(cli, ["inspect", str(folder)])
+    assert INFERRED in result.output
+
+
+def test_what_file_numbers_tell(tmp_path: Path) -> None:
+    """Catches an absent file of a rank whose other file is there, and files of two saves, that no verb mentions."""
+    state = {"a": torch.arange(8.0), "b": torch.arange(6.0)}
+    cuts = {name: cut(tensor, 0) for name, tensor in state.items()}
+    files = save_ranks(tmp_path / "x", state, cuts, {"a": 1, "b": 2})
+    assert [file.name for file in files][2:] == [f"shard-00002-model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    assert "other ranks wrote" not in str(shardsave.inspect(tmp_path / "x"))
+    files[2].unlink()
+    notes = shardsave.verify(tmp_path / "x").notes
+    assert any(files[2].name in note and "other ranks wrote" in note for note in notes) and files[1].name not in str(notes)
+    (other, _) = save_ranks(tmp_path / "y", {"c": state["a"]}, {"c": cut(state["a"], 0)})
+    shutil.copy(other, tmp_path / "x")
+    with pytest.raises(
+        shardsave.CorruptCheckpointError, match="count different numbers of files; files of some ranks are missing, or"
+    ):
+        shardsave.load(tmp_path / "x")

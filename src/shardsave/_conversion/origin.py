@@ -143,7 +143,7 @@ def _from_checkpoint(path: str, key: str | None, wanted: Wanted, closing: ExitSt
         checkpoint.metadata if record is not None else _foreign_metadata(checkpoint),
         maps.mappings,
         tuple(map(checkpoint.path_of, checkpoint.files)),
-        (),
+        checkpoint.shape_notes,
         tuple(name for name in names if name not in chosen),
         checkpoint,
         tuple(t for t in (*located.values(), *checkpoint.kept.values()) if t.checksum is not None),

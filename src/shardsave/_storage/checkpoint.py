@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 from collections import defaultdict
@@ -11,7 +10,7 @@ from itertools import repeat
 from typing import Any, Union
 
 from shardsave._common.gc_pause import gc_paused
-from shardsave._common.os_calls import CallFailed, call
+from shardsave._common.os_calls import CallFailed
 from shardsave._common.strict_json import glimpse
 from shardsave._format.header import Header
 from shardsave._format.index import FileRecord, Index, Part, Record, ties_in_metadata
@@ -21,7 +20,7 @@ from shardsave._storage.companions import companion_notes
 from shardsave._storage.find import FoundFiles, cannot_read, find
 from shardsave._storage.located import Located as Located
 from shardsave._storage.located import StoredChunk
-from shardsave._storage.rank_files import assemble, chunks_of, refuse_lone_rank
+from shardsave._storage.rank_files import assemble, chunks_of, refuse_lone_rank, shape_notes
 from shardsave._storage.several import refuse_several
 from shardsave._storage.shard_files import ShardFiles
 from shardsave.errors import (
@@ -55,6 +54,7 @@ class Checkpoint(ShardFiles):
         self.kept: dict[str, Located] = {}  # the extra tensors
         self.documents: dict[str, bytes] = {}  # part → its JSON
         self.file_metadata: dict[str, str] = {}  # `__metadata__` of a lone file
+        self.shape_notes: tuple[str, ...] = ()  # what nobody can tell about the shapes of tensors in chunks
         self._ties: dict[str, str] = {}  # of a lone file
 
     @property
@@ -92,10 +92,13 @@ class Checkpoint(ShardFiles):
     def companions(self) -> Mapping[str, FileRecord]:
         return self.record.companions if self.record is not None else {}
 
-    def companion_notes(self) -> tuple[str, ...]:
-        """Names the companions that were not saved with these weights; empty if a save has replaced the checkpoint meanwhile."""
+    def notes(self) -> tuple[str, ...]:
+        """What a reader must know beside the tensors: `shape_notes`, and the companions that were not saved with these weights.
+
+        These companions are not named if a save has replaced the checkpoint meanwhile.
+        """
         notes = companion_notes(self._folder, self.companions) if self.companions else ()
-        return notes if notes and not self._index_changed() else ()
+        return (*self.shape_notes, *(notes if notes and not self._index_changed() else ()))
 
     def _index_changed(self) -> bool:
         """Whether the index was replaced since it was read."""
@@ -132,6 +135,7 @@ class Checkpoint(ShardFiles):
     def _admit_ranks(self, files: tuple[str, ...], broken: Broken) -> None:
         """Opens ``files``, each with the chunks of one rank, and notes the places of the tensors that these chunks make up."""
         self.shards = files
+        self.shape_notes = shape_notes(files)
         chunks: defaultdict[str, list[StoredChunk]] = defaultdict(list)
         for file in files:
             try:
@@ -199,6 +203,7 @@ class Checkpoint(ShardFiles):
         if self.index is None:
             self.file_metadata.update(header.metadata)
             self._ties = ties_in_metadata(header.metadata, self.tensors)
+            self.shape_notes = shape_notes([shard]) if SHARDING_KEY in header.metadata else ()
 
 
 def _located(shard: str, header: Header) -> Iterator[tuple[str, Located]]:
