@@ -93,7 +93,7 @@ def _write_torch(output: Output, state: State, file: NewFile) -> WriteResult:
         try:
             contents = plan_contents(OnDisk(state), Parts(), sys.maxsize, {})
             _write_contents(contents, file.workspace, False, ReleaseWhileWriting(origin.mappings, lambda done: None))
-            mapped = open_origin(os.path.join(file.workspace, INDEX_NAME), None, lambda name: True, closing)
+            mapped = open_origin(os.path.join(file.workspace, INDEX_NAME), None, Names((), ()).wanted, closing)
         except ShardSaveError as error:
             kind = OutOfSpaceError if isinstance(error, OutOfSpaceError) else SaveNotCommittedError
             raise kind(
