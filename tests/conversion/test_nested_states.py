@@ -150,7 +150,7 @@ def test_training_state_is_named(tmp_path: Path) -> None:
         ("optimizer", {"state": {"a.weight": {"exp_avg": torch.ones(2)}}}), ("adam", optimizer()), ("optimizer_G", optimizer()),
         ("optim_state_dict", {"state.a.weight.exp_avg": torch.ones(2)}), ("rng_state", torch.get_rng_state()),
         ("cuda_rng_state_all", [torch.get_rng_state()]), ("rng_states", {"torch": torch.get_rng_state(), "python": 3}),
-        ("amp", {"scale": torch.ones(1), "growth_factor": 2.0, "backoff_factor": 0.5}),
+        ("amp", {"scale": torch.ones(1), "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 9, "_growth_tracker": 0}),
         ("lr_scheduler", {"last_lr": [torch.tensor(0.1)]}),
     ],
 )  # fmt: skip
@@ -251,3 +251,41 @@ def test_drop_by_path_keeps_a_weight_of_that_name(tmp_path: Path) -> None:
     torch.save({"model": {"w": torch.ones(2), "ema": {"w": torch.ones(2)}}, "ema": {"w": torch.zeros(2)}}, tmp_path / "b.pt")
     with pytest.raises(shardsave.IncompatibleCheckpointError, match=r"'model' .*'model.ema'"):
         shardsave.convert(tmp_path / "b.pt", tmp_path / "x", drop=["ema"])
+
+
+NET = {"lstm.weight": torch.ones(5)}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("learned_optimizer", NET), ("text_optimizer", {"weight": torch.ones(5)}), ("optims", NET), ("optimizer", NET),
+        ("optim", {"master": NET}), ("net", {"state": {"w": torch.ones(5)}, "param_groups": {"x": 1}}),
+        ("net", {"state": {"w": torch.ones(5)}, "param_groups": []}),
+        ("net", {"state": {"w": torch.ones(5)}, "param_groups": [{"params": [0]}]}),
+        ("q", {"scale": torch.ones(3), "growth_factor": torch.ones(3), "backoff_factor": torch.ones(3)}),
+        ("q", {"scale": torch.ones(3), "growth_factor": 1, "backoff_factor": 1, "growth_interval": 1, "_growth_tracker": 1}),
+        ("m", {"rng_table": torch.arange(9, dtype=torch.uint8)}), ("m", {"rng": torch.arange(9, dtype=torch.uint8)}),
+        ("rng", {"table": torch.arange(9, dtype=torch.uint8)}), ("m", {"rng_table": torch.zeros(16, dtype=torch.uint8)}),
+    ],
+)  # fmt: skip
+def test_what_only_looks_like_training_state(tmp_path: Path, name: str, value: Any) -> None:
+    """Catches weights that are left out since their name or keys resemble those of training state: a doubt must lead to a question."""
+    torch.save({"model": W, name: value}, tmp_path / "x.pt")
+    assert "'model' (2 tensors, 32 B)" in refusal(tmp_path / "x.pt")
+    state, _ = converted(tmp_path / "x.pt", drop=name)
+    assert same(state, W)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ({"a.b": W, "a": {"b": MORE}}, "['a.b'] and ['a', 'b']"),
+        ({"a": {"b": W}, "a.b": [torch.ones(1)]}, "['a', 'b'] and ['a.b']"),
+    ],
+)
+def test_a_key_that_leads_to_two_values(tmp_path: Path, content: dict[str, Any], found: str) -> None:
+    """Catches a key with a dot that silently means the first of two mappings."""
+    torch.save(content, tmp_path / "x.pt")
+    message = refusal(tmp_path / "x.pt", key="a.b")
+    assert f"one mapping at key 'a.b' was expected, it leads to several: {found}; load the file and" in message
