@@ -74,6 +74,11 @@ def choose_state(content: Any, key: str | None, wanted: Wanted, path: str) -> Ch
         at_key = [node for node in (*survey.nodes, *survey.lists) if ".".join(node.keys) == key]
         if not at_key:
             refuse_key(path, key, _list_states(states) or "no mapping of names to tensors")
+        if len(at_key) > 1:
+            raise IncompatibleCheckpointError(
+                f"cannot convert {path}: one mapping at key {key!r} was expected, it leads to several: "
+                f"{' and '.join(str([*node.keys]) for node in at_key)}; load the file and save the wanted one alone; nothing was written"
+            )
         node = at_key[0]
     others = {name: value for name, value in node.others.items() if (*node.keys, name) not in survey.training}
     if others or not node.tensors:
