@@ -393,7 +393,9 @@ def test_freed_memory_of_a_sub_module_that_loads_itself(make: Callable[[], nn.Mo
     before = {name: tensor.clone() for name, tensor in module.state_dict().items() if tensor.data_ptr() != last.data_ptr()}
     last.untyped_storage().resize_(size)
     for strict in (True, False):
-        with pytest.raises(shardsave.UnsupportedTensorError, match="its storage was freed or made smaller; the module is unchan"):
+        with pytest.raises(
+            shardsave.UnsupportedTensorError, match="its storage was freed or made smaller; the module is unchan"
+        ):
             shardsave.load_model(module, tmp_path, strict=strict)
     now = module.state_dict()
     assert all(torch.equal(now[name], value) for name, value in before.items())

@@ -27,7 +27,7 @@ from shardsave._storage.commit_errors import (
     index_replaced,
     name_taken,
 )
-from shardsave._storage.companions import StagedCompanions, finish_dead_savers
+from shardsave._storage.companions import StagedCompanions, finish_dead_savers, foreign_adapter
 from shardsave._storage.directory import make_folders
 from shardsave._storage.lock import LockedDirectory
 from shardsave._storage.phase import Phase
@@ -38,12 +38,12 @@ from shardsave.errors import OutOfSpaceError, SaveNotCommittedError, ShardSaveEr
 
 class CommitOutcome(NamedTuple):
     """``removed``: names of files that were removed or replaced, and that this save did not make. ``leftovers``: names that should
-    have been removed and could not be. ``notes``: for the reader of the report. ``warning``: what the caller must not overlook."""
+    have been removed and could not be. ``notes``: for the reader of the report. ``warnings``: what the caller must not overlook."""
 
     removed: tuple[str, ...]
     leftovers: tuple[str, ...]
     notes: tuple[str, ...]
-    warning: str
+    warnings: tuple[str, ...]
 
 
 class Transaction:
@@ -265,8 +265,9 @@ class Transaction:
         links = (self._previous.links | self._companions.links) - {LONE_NAME}
         notes += cleaning_notes(self.path, cleaner, links, self._finished)
         removed = dict.fromkeys([*self._removed, *cleaner.removed, *replaced])
-        warning = lone_stays(self.path) if cleaner.lone_stays else ""
-        return CommitOutcome(tuple(removed), tuple(cleaner.leftovers), tuple(notes), warning)
+        warnings = [lone_stays(self.path)] if cleaner.lone_stays else []
+        warnings += foreign_adapter(self._folder, self.path, new.record.companions if new.record is not None else ())
+        return CommitOutcome(tuple(removed), tuple(cleaner.leftovers), tuple(notes), tuple(warnings))
 
     def close(self) -> None:
         """Ends the transaction: removes files that belong to no checkpoint, frees the lock. May be called any number of times."""
