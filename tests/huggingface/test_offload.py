@@ -312,3 +312,43 @@ def test_from_pretrained_onto_the_disk(tmp_path: Path, name: str, dtype: torch.d
     words = "cannot fill .* from .*accelerate reads it from the checkpoint file .*from_pretrained.*; the module is unchanged"
     refused(lambda: shardsave.load_model(model, tmp_path / "saved"), words)
     assert {path: path.read_bytes() for path in files} == files
+
+
+@pytest.mark.parametrize("way", ["the directory", "a link to it", "links in it", "a file of its own"])
+@pytest.mark.parametrize("writer", ["shardsave", "transformers", "sharded"])
+def test_saved_where_the_model_reads(tmp_path: Path, writer: str, way: str) -> None:
+    """Catches a save that removes the files which the saved model itself goes on reading, through links too."""
+    transformers = pytest.importorskip("transformers")
+    source, target, read_from = tiny("GPT-2"), tmp_path / "ckpt", tmp_path / "ckpt"
+    if writer == "shardsave":
+        shardsave.save(source, target, durable=False)
+    else:
+        source.save_pretrained(target, **({"max_shard_size": "20KB"} if writer == "sharded" else {}))
+    if way == "a link to it":
+        target = tmp_path / "link"
+        target.symlink_to(read_from)
+    elif way == "links in it":  # as in the cache of the hub
+        read_from.rename(tmp_path / "blobs")
+        read_from.mkdir()
+        for name in os.listdir(tmp_path / "blobs"):
+            (read_from / name).symlink_to(f"../blobs/{name}")
+    places = {
+        "transformer.wte": "cpu",
+        "transformer.wpe": "disk",
+        "transformer.h": "disk",
+        "transformer.ln_f": "cpu",
+        "lm_head": "cpu",
+    }
+    options = {"device_map": places, "offload_folder": str(tmp_path / "offload")}
+    model = transformers.GPT2LMHeadModel.from_pretrained(read_from, **options).eval()
+    expected = model(TOKENS[None]).logits
+    if way == "a file of its own":
+        target = tmp_path / "new"
+        shardsave.save(model, target, durable=False)
+        assert same_state(type(model).from_pretrained(target), source)
+    before = sorted(os.listdir(read_from))
+    with pytest.raises(
+        shardsave.SaveNotCommittedError, match=r"accelerate reads 'transformer\..*save to another directory.*intact"
+    ):
+        shardsave.save(model, read_from if way == "a file of its own" else target, durable=False)
+    assert sorted(os.listdir(read_from)) == before and torch.equal(model(TOKENS[None]).logits, expected)

@@ -29,12 +29,14 @@ class Offloaded(NamedTuple):
 
     ``tensor``: the memory or the mapped file from which accelerate reads them; None if they cannot be read. ``problem``: why they
     cannot be read there or, if there is a ``tensor``, why a load must not change it; "" if there is no problem. ``spare``: the module
-    computes with a buffer of its own, and accelerate puts these values in its place when the hook is removed.
+    computes with a buffer of its own, and accelerate puts these values in its place when the hook is removed. ``file``: the
+    safetensors file that accelerate opens again for each forward pass; "" if there is none.
     """
 
     tensor: torch.Tensor | None
     problem: str
     spare: bool = False
+    file: str = ""
 
 
 def offloaded_tensors(module: nn.Module, *, fill: bool) -> dict[str, Offloaded]:
@@ -180,4 +182,4 @@ class _Files:
             f"accelerate reads it from the checkpoint file {path}, which a load must not change; "
             "use from_pretrained with this checkpoint instead"
         )
-        return Offloaded(self._tensors[path, name_in_file], problem)
+        return Offloaded(self._tensors[path, name_in_file], problem, file=path)

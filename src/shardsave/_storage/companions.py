@@ -146,7 +146,7 @@ def _finish(folder: LockedDirectory, companions: Mapping[str, FileRecord], insid
 
 
 def foreign_adapter(folder: Directory, path: str, companions: Collection[str]) -> list[str]:
-    """A warning if the files of an adapter are in ``folder``, at ``path``, that are not among ``companions``, those of the save that was committed."""
+    """A warning if there is an adapter in ``folder``, at ``path``, that is not among ``companions``, those of the committed save."""
     if _ADAPTER_CONFIG in companions:
         return []
     try:
