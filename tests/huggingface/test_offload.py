@@ -363,7 +363,9 @@ class Tied(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.one, self.two, self.other = (nn.Linear(4, 4, bias=False) for _ in range(3))
+        self.one, self.two, self.other = (nn.Linear(4, 4) for _ in range(3))
+        for part in (self.one, self.two, self.other):
+            nn.init.zeros_(part.bias)
         self.two.weight = self.one.weight
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:

@@ -32,10 +32,12 @@ def tie_copies(
 
 
 def untied_notes(offloaded: Mapping[str, Offloaded], values: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
-    """A note on matrices on disk that have equal values, but nothing says whether they were tied."""
+    """A note on tensors on disk that have equal values, but nothing says whether they were tied."""
     alike: dict[object, list[str]] = {}
     for name, tensor in values.items():
-        if name in offloaded and offloaded[name].on_disk and tensor.dim() > 1 and tensor.is_contiguous() and tensor.numel():
+        if name not in offloaded or not offloaded[name].on_disk or not tensor.is_floating_point():
+            continue
+        if tensor.dim() and tensor.numel() and tensor.is_contiguous():
             first = tensor.detach().reshape(-1)[:_FIRST].view(torch.uint8).tolist()
             alike.setdefault((tensor.dtype, tensor.shape, *first), []).append(name)
     equal = [name for names in alike.values() for name in _equal(names, values)]
