@@ -274,7 +274,7 @@ class Transaction:
         notes += self._previous.notes(lone_is_gone=LONE_NAME in cleaner.removed)
         links = (self._previous.links | self._companions.links) - {LONE_NAME}
         notes += cleaning_notes(self.path, cleaner, links, self._finished)
-        index = [INDEX_NAME] if self._previous.foreign_index else []
+        index = [INDEX_NAME] if self._previous.others_index else []
         removed = dict.fromkeys([*self._removed, *cleaner.removed, *replaced, *index])
         warnings = [lone_stays(self.path)] if cleaner.lone_stays else []
         warnings += foreign_adapter(self._folder, self.path, new.record.companions if new.record is not None else ())
