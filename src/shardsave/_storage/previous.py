@@ -47,6 +47,12 @@ class Previous:
         return self.lone is not None or LONE_NAME in self.links
 
     @property
+    def others_index(self) -> bool:
+        """Whether there is an index that another user made, or that shardsave did not write."""
+        index = self.index or self.not_ours
+        return self.foreign_index or (self.index_bytes is not None and (index is None or index.record is None))
+
+    @property
     def files(self) -> frozenset[str]:
         """The files that the index names."""
         return files_of(self.index)
