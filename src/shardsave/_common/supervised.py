@@ -7,12 +7,14 @@ back, and nothing interrupts it; a *worker* runs the code. Modes of torch that t
 
 from __future__ import annotations
 
+import contextvars
 import ctypes
 import os
 import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 from shardsave._common import shutdown
@@ -51,7 +53,7 @@ def supervised(
 
     Raises TooMuchTaken.
     """
-    keeper = _Keeper(action, around, seconds, nbytes)
+    keeper = _Keeper(partial(contextvars.copy_context().run, action), around, seconds, nbytes)
     thread = threading.Thread(target=keeper.keep, name="shardsave-keeper", daemon=True)
     try:
         thread.start()

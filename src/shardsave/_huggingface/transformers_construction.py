@@ -62,8 +62,9 @@ class _SharedState:
         torch.set_default_dtype(self._dtype)
         for owner, attributes in self._attributes:
             now = vars(owner)
-            for name in [name for name, value in attributes.items() if now.get(name, _ABSENT) is not value]:
-                setattr(owner, name, attributes[name])
+            for name, before in attributes.items():
+                if callable(before) and now.get(name) is not before:
+                    setattr(owner, name, before)
 
 
 #: Modules whose functions transformers replaces.
