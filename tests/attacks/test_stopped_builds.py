@@ -72,6 +72,7 @@ LOOPS: list[tuple[str, str, dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "model_type", "config", "said"), LOOPS, ids=lambda value: str(value)[:40])
 def test_a_constructor_that_loops_is_stopped(
     name: str, model_type: str, config: dict[str, Any], said: str, folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -142,14 +143,14 @@ def test_interrupts_leave_the_process_as_it_was(folder: Path) -> None:
     once, before, interrupted = time.monotonic() - begun, state_of_the_process(), 0
     random.seed(1)
     with Interrupts() as interrupts:
-        for _ in range(120):
+        for _ in range(60):
             try:
                 with interrupts.after(random.uniform(0.001, once)):
                     built(folder)
             except KeyboardInterrupt:
                 interrupted += 1
             assert state_of_the_process() == before
-    assert interrupted > 20 and built(folder).dtype == torch.float32  # the stored one
+    assert interrupted > 10 and built(folder).dtype == torch.float32  # the stored one
 
 
 def test_an_interrupt_ends_a_long_construction(folder: Path) -> None:
