@@ -25,11 +25,11 @@ from tampering import INDEX, LONE, entry, foreign, rewrite, saved, shard_bytes
 from test_hostile_architectures import edit_architecture
 from torch import nn
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
-from transformers_models import tiny
 
 import shardsave
 from shardsave import errors
 from shardsave._common.shutdown import verb
+from transformers_models import tiny
 
 #: Escape, bell, right-to-left override, zero width space, line separator, the one-byte form of "escape [", and a forged second line.
 FORMATS = "\u202e\u200b\u2028\x9b31m"
@@ -399,7 +399,8 @@ PLACES = {
     for place in (
         tensor_names, parameter_names, damaged_tensor, header_of_a_file, unknown_dtype, repeated_name, missing_shard,
         damaged_shard, shard_that_is_a_directory, shard_name_that_is_none, name_that_the_shard_lacks, index_without_json,
-        architecture_attribute, architecture_device, architecture_import, architecture_version, torch_names, torch_states, torch_pickle, torch_global,
+        architecture_attribute, architecture_device, architecture_import, architecture_version, torch_names, torch_states,
+        torch_pickle, torch_global,
         torch_archive, torch_old_format, torch_shards, torch_shard_that_is_missing, hint_of_other_files, distributed,
         distributed_twice, distributed_file, distributed_pickle, config_architecture, config_type, config_value, config_activation,
         config_of_generation, config_without_json, path_of_a_checkpoint, path_of_bytes, path_without_a_checkpoint,
