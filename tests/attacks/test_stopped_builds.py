@@ -11,6 +11,7 @@ import random
 import resource
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -86,7 +87,7 @@ def test_a_constructor_that_loops_is_stopped(
     with pytest.raises(shardsave.IncompatibleCheckpointError) as raised:
         built(folder)
     assert said in str(raised.value)
-    assert time.monotonic() - begun < 15 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 3_000_000
+    assert time.monotonic() - begun < 60 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 3_000_000
     assert state_of_the_process() == before
 
 
@@ -160,7 +161,28 @@ def test_an_interrupt_ends_a_long_construction(folder: Path) -> None:
     begun = time.monotonic()
     with pytest.raises(KeyboardInterrupt), Interrupts() as interrupts, interrupts.after(1.0):
         built(folder)
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 10
+
+
+EXITS = """
+import json, pathlib, sys, threading, time, warnings
+import shardsave, transformers
+warnings.simplefilter("ignore")
+build = lambda: shardsave.build_model(sys.argv[1], trust=["transformers"])
+threading.Thread(target=build, daemon=True).start()
+while not any(thread.name == "shardsave-worker" for thread in threading.enumerate()):
+    time.sleep(0.01)
+time.sleep(0.2)
+"""
+
+
+@pytest.mark.slow
+def test_the_interpreter_exits_during_a_construction(folder: Path) -> None:
+    """Catches a worker that returns from C++ after the interpreter is gone, and an exit that waits for a constructor."""
+    config = {"architectures": ["VideoMAEModel"], "model_type": "videomae", "image_size": 1 << 11, **FRAMES, **ONE_LAYER}
+    (folder / "config.json").write_text(json.dumps(config))
+    done = subprocess.run([sys.executable, "-c", EXITS, str(folder)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 # --- the supervision itself
@@ -226,10 +248,10 @@ def test_a_call_that_cannot_be_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervision, "_PATIENCE", 0.1)
     around, begun = Around(), time.monotonic()
     with pytest.raises(KeyboardInterrupt), Interrupts() as interrupts, interrupts.after(0.1):
-        supervised(lambda: time.sleep(1), around, 1, 1 << 30)
-    assert time.monotonic() - begun < 0.9 and around.events == ["entered"]
+        supervised(lambda: time.sleep(2), around, 1, 1 << 30)
+    assert time.monotonic() - begun < 1.8 and around.events == ["entered"]
     assert supervised(lambda: 7, nullcontext, 1, 1 << 30) == 7  # in its turn
-    assert time.monotonic() - begun > 0.9 and len(around.events) == 2
+    assert time.monotonic() - begun > 1.8 and len(around.events) == 2
 
 
 def test_a_fork_during_a_construction(folder: Path) -> None:

@@ -40,8 +40,9 @@ CONFIG_NAME, GENERATION_NAME = CONFIG_NAMES
 #: Implementations that are part of transformers; all other names may be those of kernels, which are code from the Hub.
 _BUILT_IN = (None, "eager", "sdpa")
 
-#: What making a model may take: processor time, and growth of the process. An honest one of 10000 tensors takes seconds.
-_ANY_SECONDS, _SECONDS_PER_TENSOR = 60.0, 0.005
+#: What making a model may take: processor time, and growth of the process. One of 1000 tensors takes less than a second, and some MiB
+#: beside its tensors.
+_ANY_SECONDS, _SECONDS_PER_TENSOR = 30.0, 0.005
 _ANY_BYTES, _BYTES_PER_BYTE = 4 << 30, 4
 
 
