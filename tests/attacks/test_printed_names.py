@@ -581,3 +581,15 @@ def test_causes() -> None:
             own.__context__ = outer
             fail(own)
     assert raised.value.__cause__ is own and type(own.__context__) is ValueError
+
+
+@pytest.mark.parametrize("module", ["mod\x1b[31mEVIL was not an allowed global by default. [mod]", "posix"])
+def test_a_global_is_named_whole(module: str, tmp_path: Path) -> None:
+    """Catches a pickle whose name is cut at a control character, so that it looks like a harmless one."""
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+        archive.writestr("x/data.pkl", f"\x80\x02c{module}\nname\x07 was not an allowed global\n.".encode("latin1"))
+        archive.writestr("x/version", "3\n")
+    with pytest.raises(shardsave.UntrustedCodeError) as raised:
+        shardsave.convert(tmp_path / "x.pt", tmp_path / "out")
+    name = (module + r".name\x07 was not an allowed global").replace("\x1b", r"\x1b")
+    assert f"its pickle asks for {name}; nothing of it was run" in str(raised.value)

@@ -33,7 +33,11 @@ from shardsave._huggingface import transformers_config
 from transformers_models import tiny
 
 transformers.logging.set_verbosity_error()
-pytestmark = pytest.mark.filterwarnings("ignore:.*config.json is not the one saved")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*config.json is not the one saved"),
+    # An interrupt may also arrive within a callback of the garbage collector, where Python drops it.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 
 @pytest.fixture(scope="module")

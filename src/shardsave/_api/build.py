@@ -179,7 +179,7 @@ def _build_from_config(
             f"cannot build a model from {checkpoint.path}: an architecture or a config of transformers was expected, there is "
             f"neither; save with architecture=True, or define the model and use load_model"
         )
-    for note in checkpoint.companion_notes():
+    for note in checkpoint.notes():
         warn_caller(note)
     stored = choose_located(checkpoint, "")
     model = empty_model(folder, config, trust, device, stored)

@@ -16,6 +16,7 @@ from shardsave._api.reports import LoadReport, Phases
 from shardsave._common.backend import engine_name
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
+from shardsave._common.warn_caller import warn_caller
 from shardsave._huggingface.added_adapter import has_added_adapter
 from shardsave._huggingface.recognize import peft_model, transformers_model
 from shardsave._loading.disk_layout import DiskLayout, IdentityLayout
@@ -45,7 +46,8 @@ def load(
     """Loads tensors by name from a directory, an index or one safetensors file, whoever wrote it.
 
     Tied names share one storage, in third-party files only if their metadata records the tie. Only the bytes of the selected tensors are
-    read, straight to ``device``. In a directory of files from several ranks (``HuggingFaceStorageWriter``), their chunks are joined.
+    read, straight to ``device``. In a directory of files from several ranks (``HuggingFaceStorageWriter``), their chunks are joined; a
+    warning says that their whole shapes are inferred.
 
     Args:
         path: the checkpoint.
@@ -79,6 +81,8 @@ def load(
     if mmap and target_device.type != "cpu":
         raise ValueError(f"mmap=True returns tensors on the CPU, device {target_device} was asked for")
     with open_checkpoint(path, selection(wanted, prefix)) as checkpoint:
+        for note in checkpoint.shape_notes:
+            warn_caller(note)
         chosen = choose(checkpoint, wanted, prefix)
         located = {stored_name: checkpoint.tensors[stored_name] for stored_name in chosen.values()}
         if mmap:
@@ -158,7 +162,7 @@ def load_model(
             differences = filler.fill(reader, strict=strict)
         transferred = time.perf_counter()
         restored_flags = filler.restore_flags()
-        notes = (*reader.totals.notes, *filler.plan.notes(), *restored_flags.notes, *checkpoint.companion_notes())
+        notes = (*reader.totals.notes, *filler.plan.notes(), *restored_flags.notes, *checkpoint.notes())
     ended = time.perf_counter()
     return LoadReport(
         path=os.fspath(path),

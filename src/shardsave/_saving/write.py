@@ -73,8 +73,8 @@ def write_checkpoint(
             )
             index = contents.index_for(names, record)
         outcome = transaction.commit(index)
-    if outcome.warning:
-        warn_caller(outcome.warning)
+    for warning in outcome.warnings:
+        warn_caller(warning)
     return WriteOutcome(
         tensors=len(index.weight_map),
         shards=len(contents.shards),
@@ -85,7 +85,7 @@ def write_checkpoint(
             commit=time.perf_counter() - transferred,
         ),
         totals=writer.totals,
-        notes=tuple(dict.fromkeys([*contents.notes, *writer.totals.notes, *outcome.notes, *filter(None, [outcome.warning])])),
+        notes=tuple(dict.fromkeys([*contents.notes, *writer.totals.notes, *outcome.notes, *outcome.warnings])),
         removed=outcome.removed,
         leftovers=outcome.leftovers,
     )

@@ -25,7 +25,8 @@ from shardsave._storage.staging import Staging, owner_of
 CONFIG_NAMES = ("config.json", "generation_config.json")
 
 #: The files of a PEFT adapter.
-ADAPTER_NAMES = frozenset({"adapter_config.json", "adapter_model.safetensors"})
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_NAMES = frozenset({ADAPTER_CONFIG, ADAPTER_WEIGHTS})
 
 #: The names of all companions. A save touches no other file with a fixed name, except the index and the lone file.
 COMPANION_NAMES = frozenset(CONFIG_NAMES) | ADAPTER_NAMES

@@ -12,6 +12,7 @@ import stat
 from types import TracebackType
 
 from shardsave._common.os_calls import CallFailed, Descriptor, call, kind_of, open_regular, read_whole, write_all
+from shardsave._storage.links import follow
 
 #: errno values of link(2) if the file system has no hard links, or does not permit this one.
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
@@ -40,6 +41,14 @@ class Directory:
     def open(self, path: str) -> None:
         """Opens the directory at ``path``, through symbolic links."""
         self._descriptor.open(path, os.O_RDONLY | os.O_DIRECTORY)
+
+    def open_for_writing(self, path: str) -> None:
+        """Opens the directory at ``path``, but through no symbolic link of another user that `follow` refuses."""
+        with follow(path) as found:
+            try:
+                self._descriptor.open(".", os.O_RDONLY | os.O_DIRECTORY, found.fd)
+            except CallFailed as error:
+                raise CallFailed(error.call, path, error.errno or 0, error.strerror or "") from error
 
     def open_in(self, parent: Directory) -> None:
         """Opens the directory that has this one's name in ``parent``. A symbolic link is refused."""
@@ -81,11 +90,6 @@ class Directory:
             if error.errno not in (errno.ELOOP, errno.ENOTDIR):
                 raise
             return None
-
-    def is_link(self, name: str) -> bool:
-        """Whether ``name`` is a symbolic link."""
-        status = self.status_of(name)
-        return status is not None and stat.S_ISLNK(status.st_mode)
 
     def inode_of(self, name: str) -> tuple[int, int] | None:
         """Device and inode number of ``name``, which identify a file; None if there is nothing."""
@@ -162,12 +166,13 @@ def make_folders(path: str, durable: bool) -> None:
     """Creates ``path`` and the directories that are missing above it, outermost first. Raises CallFailed.
 
     With ``durable``, the parent of each new directory is synced. Existing directories above are synced too, because nobody knows
-    whether their creators did so.
+    whether their creators did so. A symbolic link of another user that `follow` refuses is refused before anything is created.
     """
     missing, existing = [], path
     while not _is_folder(existing):
         missing.append(existing)
         existing = os.path.dirname(existing)
+    follow(existing).abandon()
     if durable:
         _sync_parents(existing)
     for folder in reversed(missing):

@@ -17,7 +17,7 @@ from shardsave._common.os_calls import DISK_FULL, OUT_OF_SPACE, CallFailed, call
 from shardsave._common.words import human_bytes, some
 from shardsave._format.file_names import INDEX_NAME, LONE_NAME, part_name, shard_names
 from shardsave._format.index import MAX_INDEX_BYTES, FileRecord, Index, Superseded, encode_index
-from shardsave._storage.cleaning_notes import cleaning_notes, lone_stays
+from shardsave._storage.cleaning_notes import cleaning_notes, lone_stays, ranks_stay
 from shardsave._storage.cleanup import Cleaner
 from shardsave._storage.commit_errors import (
     commit_unknown,
@@ -38,12 +38,12 @@ from shardsave.errors import OutOfSpaceError, SaveNotCommittedError, ShardSaveEr
 
 class CommitOutcome(NamedTuple):
     """``removed``: names of files that were removed or replaced, and that this save did not make. ``leftovers``: names that should
-    have been removed and could not be. ``notes``: for the reader of the report. ``warning``: what the caller must not overlook."""
+    have been removed and could not be. ``notes``: for the reader of the report. ``warnings``: what the caller must not overlook."""
 
     removed: tuple[str, ...]
     leftovers: tuple[str, ...]
     notes: tuple[str, ...]
-    warning: str
+    warnings: tuple[str, ...]
 
 
 class Transaction:
@@ -261,12 +261,15 @@ class Transaction:
         cleaner.after_commit(self._previous, new)
         replaced = self._companions.replacing()
         notes = [] if self._folder.exclusive else ["the file system has no locks: simultaneous saves are not kept apart"]
-        notes += self._previous.notes(lone_is_gone=LONE_NAME in cleaner.removed)
+        notes += self._previous.notes(cleaner.removed)
         links = (self._previous.links | self._companions.links) - {LONE_NAME}
         notes += cleaning_notes(self.path, cleaner, links, self._finished)
-        removed = dict.fromkeys([*self._removed, *cleaner.removed, *replaced])
-        warning = lone_stays(self.path) if cleaner.lone_stays else ""
-        return CommitOutcome(tuple(removed), tuple(cleaner.leftovers), tuple(notes), warning)
+        foreign_index = [INDEX_NAME] if self._previous.foreign_index else []
+        removed = dict.fromkeys([*self._removed, *cleaner.removed, *replaced, *foreign_index])
+        warnings = [lone_stays(self.path)] if cleaner.lone_stays else []
+        if cleaner.ranks_stay:
+            warnings.append(ranks_stay(self.path, cleaner.ranks_stay))
+        return CommitOutcome(tuple(removed), tuple(cleaner.leftovers), tuple(notes), tuple(warnings))
 
     def close(self) -> None:
         """Ends the transaction: removes files that belong to no checkpoint, frees the lock. May be called any number of times."""
