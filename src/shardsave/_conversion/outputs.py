@@ -25,6 +25,7 @@ from shardsave._saving.disk_layout import OnDisk
 from shardsave._saving.write import write_checkpoint
 from shardsave._state.module import State
 from shardsave._state.parts import Parts
+from shardsave._storage.companions import ADAPTER_WEIGHTS
 from shardsave.errors import OutOfSpaceError, SaveNotCommittedError, ShardSaveError
 
 #: How many seconds a conversion waits for another save into its destination.
@@ -50,6 +51,8 @@ def write_output(output: Output, to: str, state: State, carried: CarriedOver, ma
 def _write_directory(output: Output, state: State, carried: CarriedOver, max_shard_size: int) -> WriteResult:
     with gc_paused():
         on_disk = OnDisk(state, carried.companions, carried.module_flags)
+        if carried.adapter:
+            on_disk = on_disk._replace(single_file=ADAPTER_WEIGHTS, in_single_file=carried.adapter)
         contents = plan_contents(on_disk, carried.parts, max_shard_size, check_metadata(output.origin.metadata))
     return _write_contents(contents, output.path, output.durable, ReleaseWhileWriting(output.origin.mappings, output.tick))
 
@@ -90,7 +93,7 @@ def _write_torch(output: Output, state: State, file: NewFile) -> WriteResult:
         try:
             contents = plan_contents(OnDisk(state), Parts(), sys.maxsize, {})
             _write_contents(contents, file.workspace, False, ReleaseWhileWriting(origin.mappings, lambda done: None))
-            mapped = open_origin(os.path.join(file.workspace, INDEX_NAME), None, lambda name: True, closing)
+            mapped = open_origin(os.path.join(file.workspace, INDEX_NAME), None, Names((), ()).wanted, closing)
         except ShardSaveError as error:
             kind = OutOfSpaceError if isinstance(error, OutOfSpaceError) else SaveNotCommittedError
             raise kind(

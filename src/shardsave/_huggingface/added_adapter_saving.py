@@ -14,10 +14,10 @@ from shardsave._common.sources import TensorSource
 from shardsave._common.words import some
 from shardsave._huggingface.added_adapter import AddedAdapter, added_adapter, not_read
 from shardsave._huggingface.peft_names import active_adapters
-from shardsave._huggingface.peft_saving import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from shardsave._huggingface.transformers_saving import TransformersLayout
 from shardsave._saving.disk_layout import OnDisk
 from shardsave._state.module import Entry, State
+from shardsave._storage.companions import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 
 class AddedAdapterLayout:

@@ -10,9 +10,8 @@ from shardsave._common.sources import TensorSource
 from shardsave._huggingface.peft_names import active_adapter, adapter_of
 from shardsave._saving.disk_layout import OnDisk
 from shardsave._state.module import Entry, State
+from shardsave._storage.companions import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from shardsave.errors import UnsupportedTensorError
-
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 class AdapterLayout:

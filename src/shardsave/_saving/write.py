@@ -42,6 +42,7 @@ def write_checkpoint(
     """
     started = time.perf_counter()
     with Transaction(directory, durable=durable, lock_timeout=lock_timeout) as transaction:
+        transaction.check_not_read(contents.state.files)
         names = list(transaction.shard_names(len(contents.shards)))
         extra_names = [transaction.part_name("extra", "safetensors") for _ in contents.extra_shards]
         transaction.check_space(contents.reserved_bytes)
@@ -73,8 +74,8 @@ def write_checkpoint(
             )
             index = contents.index_for(names, record)
         outcome = transaction.commit(index)
-    if outcome.warning:
-        warn_caller(outcome.warning)
+    for warning in outcome.warnings:
+        warn_caller(warning)
     return WriteOutcome(
         tensors=len(index.weight_map),
         shards=len(contents.shards),
@@ -85,7 +86,7 @@ def write_checkpoint(
             commit=time.perf_counter() - transferred,
         ),
         totals=writer.totals,
-        notes=tuple(dict.fromkeys([*contents.notes, *writer.totals.notes, *outcome.notes, *filter(None, [outcome.warning])])),
+        notes=tuple(dict.fromkeys([*contents.notes, *writer.totals.notes, *outcome.notes, *outcome.warnings])),
         removed=outcome.removed,
         leftovers=outcome.leftovers,
     )

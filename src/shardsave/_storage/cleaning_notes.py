@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterable, Mapping
 
 from shardsave._common.words import count, human_bytes, some
-from shardsave._format.file_names import LONE_NAME
+from shardsave._format.file_names import INDEX_NAME, LONE_NAME
 from shardsave._storage.cleanup import Cleaner
 
 
@@ -44,4 +44,12 @@ def lone_stays(path: str) -> str:
     return (
         f"{LONE_NAME} is still in {path}: transformers and other libraries will read that file, and not the weights that were just "
         f"saved, until it is removed"
+    )
+
+
+def ranks_stay(path: str, names: Iterable[str]) -> str:
+    """A warning: files of several ranks lie beside the new checkpoint, so that no reader knows which of the two is meant."""
+    return (
+        f"files of several ranks are still in {path}: {some(names)}; until they are removed, the checkpoint that was just saved can "
+        f"only be loaded by the path of its {INDEX_NAME}"
     )

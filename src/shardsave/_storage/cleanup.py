@@ -4,6 +4,8 @@
 2. The staging directories of dead savers of this host, and the final names in their lists.
 3. After the commit, the files that the replaced index names: shards, architecture, program, extra tensors.
 4. After the commit, the lone file and the adapter that it replaced, unless they have changed since.
+5. After the commit, the files of several ranks that lay there before it, unless they have changed since: they have torch's name for
+   such a file, and say in their header which chunks they hold. Readers would take them for a second checkpoint.
 
 Nothing else, ever. Final names are removed only if a save can have given them (`OWN_PATTERN` or a companion's name), if they are regular
 files or symbolic links, and if the current index does not name them. Of a symbolic link only the link is removed, never what it leads
@@ -40,7 +42,7 @@ class Cleaner:
     names that could not be removed. ``strangers``: what stays because it belongs to another user, with its bytes on disk.
     ``doubtful``: what stays although it is ours, because others may have changed it, or the index that names it; with its bytes, too.
     ``foreign``: staging directories that stay because their savers may be alive, on other hosts. ``lone_stays``: whether the replaced
-    lone file is still there, which other libraries prefer to an index.
+    lone file is still there, which other libraries prefer to an index. ``ranks_stay``: the replaced files of several ranks that are.
     """
 
     def __init__(self, folder: LockedDirectory, own_staging: str = "") -> None:
@@ -51,6 +53,7 @@ class Cleaner:
         self.doubtful: dict[str, int] = {}
         self.foreign: list[str] = []
         self.lone_stays = False
+        self.ranks_stay: list[str] = []
         self._folder = folder
         self._own_staging = own_staging
 
@@ -63,6 +66,10 @@ class Cleaner:
         if previous.has_lone and LONE_NAME not in named:
             self.remove_lone(new)
             self._attempt(LONE_NAME, self._look_at_lone)
+        for name in sorted(previous.ranks.keys() - named):
+            if not previous.unreadable:
+                self._attempt(name, self._remove_rank, name, previous.ranks[name])
+            self._attempt(name, self._look_at_rank, name)
         if not previous.unreadable:
             self._remove_replaced_adapter(previous.companions, companions_of(new))
         self.remove_dead_staging(named, spare=bool(previous.unreadable))
@@ -143,6 +150,15 @@ class Cleaner:
     def _look_at_lone(self) -> None:
         status = self._folder.target_of(LONE_NAME)
         self.lone_stays = status is not None and stat.S_ISREG(status.st_mode)
+
+    def _remove_rank(self, name: str, saved: Superseded | None) -> None:
+        status, file = self._folder.status_of(name), self._folder.target_of(name)
+        if status is not None and file is not None and (file.st_size, file.st_mtime_ns) == saved:
+            self._remove(name, status)
+
+    def _look_at_rank(self, name: str) -> None:
+        if self._folder.status_of(name) is not None:
+            self.ranks_stay.append(name)
 
     def _remove_replaced_adapter(self, old: Mapping[str, FileRecord], new: Mapping[str, FileRecord]) -> None:
         """Removes adapter files among the replaced companions ``old`` that are not in ``new``, unless they changed since they were saved.

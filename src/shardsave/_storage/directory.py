@@ -1,7 +1,7 @@
 """An open directory, and the OS calls on the names in it: every name is one path component, relative to the directory's descriptor.
 
-So a `Directory` stays the same directory even if a directory above it is renamed. Only `make_folders` uses paths: the directories
-that it creates do not exist yet.
+So a `Directory` stays the same directory even if a directory above it is renamed. Only `make_folders` uses paths, since the
+directories that it creates do not exist yet, and `names_on_the_way`, which is asked about a path.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import suppress
 from types import TracebackType
 
 from shardsave._common.os_calls import CallFailed, Descriptor, call, kind_of, open_regular, read_whole, write_all
@@ -19,6 +21,10 @@ NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 #: errno values that are ignored when directories above the checkpoint's are fsynced: they may belong to someone else.
 _MAY_NOT_SYNC = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.EOPNOTSUPP)
+
+
+#: How many symbolic links Linux follows from one to the next.
+_MAX_LINKS = 40
 
 
 class Directory:
@@ -184,6 +190,19 @@ def make_folders(path: str, durable: bool) -> None:
                 raise
         if durable:
             _sync_folder(os.path.dirname(folder))
+
+
+def names_on_the_way(folder: Directory, path: str) -> Iterator[str]:
+    """The names in ``folder`` that ``path`` needs: its own last part, and those of symbolic links on the way to its file."""
+    own = call(os.fstat, folder.name, folder.fd)
+    with suppress(OSError):  # the path leads nowhere
+        for _ in range(_MAX_LINKS):
+            parent, name = os.path.split(path)
+            if os.path.samestat(own, os.stat(parent or ".")):
+                yield name
+            if not os.path.islink(path):
+                return
+            path = os.path.join(parent, os.readlink(path))
 
 
 def _sync_parents(path: str) -> None:
