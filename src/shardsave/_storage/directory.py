@@ -52,7 +52,7 @@ class Directory:
         """Opens the directory at ``path``, but through no symbolic link of another user that `follow` refuses."""
         with follow(path) as found:
             try:
-                self._descriptor.open(".", os.O_RDONLY | os.O_DIRECTORY, found.fd)
+                self._descriptor.open(".", os.O_RDONLY | os.O_DIRECTORY, found)
             except CallFailed as error:
                 raise CallFailed(error.call, path, error.errno or 0, error.strerror or "") from error
 
@@ -178,7 +178,8 @@ def make_folders(path: str, durable: bool) -> None:
     while not _is_folder(existing):
         missing.append(existing)
         existing = os.path.dirname(existing)
-    follow(existing).abandon()
+    with follow(existing):
+        pass
     if durable:
         _sync_parents(existing)
     for folder in reversed(missing):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 from shardsave._common.os_calls import CallFailed, Descriptor, call
 
@@ -13,28 +15,31 @@ _FOLDER = os.O_PATH | os.O_DIRECTORY
 _MOST_LINKS = 40
 
 
-def follow(path: str) -> Descriptor:
-    """The directory at ``path``, opened with O_PATH. Raises CallFailed.
+@contextmanager
+def follow(path: str) -> Iterator[int]:
+    """A descriptor (O_PATH) of the directory at ``path``, closed at the end of the block. Raises CallFailed.
 
     A symbolic link in a directory to which everybody may write is refused, wherever the path meets it, if it belongs neither to this
     user nor to the owner of that directory. The kernel has this rule for sticky directories (fs.protected_symlinks), but not on
     every machine. Each component is opened relative to the one before, so nobody can exchange one after it was examined.
     """
-    try:
-        return _follow(path)
-    except CallFailed as error:
-        raise CallFailed("open", path, error.errno or 0, error.strerror or "") from error
+    with ExitStack() as opened:
+        try:
+            folder = _follow(path, opened)
+        except CallFailed as error:
+            raise CallFailed("open", path, error.errno or 0, error.strerror or "") from error
+        yield folder.fd
 
 
-def _follow(path: str) -> Descriptor:
-    folder = Descriptor()
+def _follow(path: str, opened: ExitStack) -> Descriptor:
+    folder = opened.enter_context(Descriptor())
     folder.open("/" if path.startswith("/") else ".", _FOLDER)
     waiting, links = path.split("/")[::-1], 0
     while waiting:
         part = waiting.pop()
         if part in ("", "."):
             continue
-        inside = Descriptor()
+        inside = opened.enter_context(Descriptor())
         try:
             inside.open(part, _FOLDER | os.O_NOFOLLOW, folder.fd)
         except CallFailed as error:
@@ -48,6 +53,7 @@ def _follow(path: str) -> Descriptor:
                 waiting += target.split("/")[::-1]
                 part = "/" if target.startswith("/") else "."
             inside.open(part, _FOLDER, folder.fd)
+        folder.abandon()
         folder = inside
     return folder
 
