@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,23 @@ def test_a_model_without_the_adapter(tmp_path: Path) -> None:
     report = shardsave.load_model(fresh, tmp_path / "base", strict=False)
     assert not report.unexpected and all("lora" in name for name in report.missing)
     assert same_bits(fresh.model.layers[1].mlp.experts.down_proj, base.model.layers[1].mlp.experts.down_proj)
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_flags_without_the_adapter(kind: str, tmp_path: Path) -> None:
+    """Catches freeze flags that are lost where the model that is filled has no adapter, or has one on other layers."""
+    model = adapted(*CASES[kind])
+    model.model.layers[1].input_layernorm.weight.requires_grad_(True)
+    model.model.layers[0].self_attn.o_proj.weight.requires_grad_(False)
+    shardsave.save(model, tmp_path)
+    peft_layers = re.compile(r"\.(base_layer|original_module)(?=\.)")
+    plain = tiny(CASES[kind][0], seed=1)
+    names = {name for name, _ in plain.named_parameters(remove_duplicate=False)}
+    for fresh in (plain, adapted(CASES[kind][0], lora(target_modules=["o_proj"]), seed=1)):
+        fresh.requires_grad_(True)
+        shardsave.load_model(fresh, tmp_path, strict=False)
+        expected = {peft_layers.sub("", name) for name in frozen_in(model)} & names
+        assert {peft_layers.sub("", name) for name in frozen_in(fresh)} & names == expected != set()
 
 
 def test_a_model_without_adapter_replaces_one_with(tmp_path: Path) -> None:

@@ -283,6 +283,20 @@ def test_a_mapping_that_is_not_its_own_inverse(tmp_path: Path) -> None:
     assert not shardsave.save(pixio(1, "PixioModel"), tmp_path / "one-norm").notes
 
 
+def test_files_of_a_mapping_that_is_not_its_own_inverse(tmp_path: Path) -> None:
+    """Catches layer norms that save_pretrained has exchanged on disk and that a load then exchanges without a word."""
+    model = pixio(1)
+    model.save_pretrained(tmp_path / "norms")
+    fresh = pixio(2)
+    words = "pixio.layernorm.weight, pixio.layernorm.bias, layernorm.weight and 1 more may have been exchanged"
+    assert shardsave.load_model(fresh, tmp_path / "norms").notes[0].startswith(words)
+    assert same_bits(fresh.layernorm.weight, model.pixio.layernorm.weight)  # what the note says
+    with pytest.warns(UserWarning, match=words):
+        shardsave.build_model(tmp_path / "norms", trust=["transformers"])
+    pixio(1, "PixioModel").save_pretrained(tmp_path / "one-norm")
+    assert not shardsave.load_model(pixio(2, "PixioModel"), tmp_path / "one-norm").notes
+
+
 class Misnamed(transformers.PreTrainedModel):
     """A user's model in which two names are one on disk, or that has names which transformers renames when it loads."""
 

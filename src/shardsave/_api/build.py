@@ -28,6 +28,7 @@ from shardsave._huggingface.transformers_config import (
     untie_differing,
 )
 from shardsave._huggingface.transformers_loading import TransformersLayout
+from shardsave._huggingface.transformers_round_trip import exchange_notes
 from shardsave._loading.module_filler import ModuleFiller
 from shardsave._loading.module_plan import plan_module
 from shardsave._loading.new_tensors import NewTensors
@@ -191,6 +192,8 @@ def _build_from_config(
         )
     take_stored_dtypes(model, layout.stored)
     inventory = take_inventory(model, checkpoint.path)
+    for note in exchange_notes(inventory, stored) if checkpoint.record is None else ():
+        warn_caller(note)
     doubtful = checkpoint.ties if checkpoint.record is None else ()
     plan = plan_module(inventory, layout, flags=checkpoint.flags, doubtful=doubtful)
     filler = ModuleFiller(inventory, plan, layout, checkpoint, None)

@@ -153,7 +153,7 @@ def load_model(
     with open_checkpoint(
         path, selection(None, prefix), parts=("architecture",) if has_extra_state(model) else ()
     ) as checkpoint:
-        filler = _plan(model, checkpoint, prefix, target_device, strict=strict, restore_frozen=restore_frozen)
+        filler, plan_notes = _plan(model, checkpoint, prefix, target_device, strict=strict, restore_frozen=restore_frozen)
         filler.check(strict=strict)
         reads = filler.plan.reads
         planned = time.perf_counter()
@@ -162,7 +162,7 @@ def load_model(
             differences = filler.fill(reader, strict=strict)
         transferred = time.perf_counter()
         restored_flags = filler.restore_flags()
-        notes = (*reader.totals.notes, *filler.plan.notes(), *restored_flags.notes, *checkpoint.notes())
+        notes = (*reader.totals.notes, *plan_notes, *filler.plan.notes(), *restored_flags.notes, *checkpoint.notes())
     ended = time.perf_counter()
     return LoadReport(
         path=os.fspath(path),
@@ -187,10 +187,14 @@ def load_model(
 
 def _plan(
     model: nn.Module, checkpoint: Checkpoint, prefix: str, device: torch.device | None, *, strict: bool, restore_frozen: bool
-) -> ModuleFiller:
-    """Plans which stored tensor fills which tensor of ``model``; nothing is checked or changed yet."""
+) -> tuple[ModuleFiller, tuple[str, ...]]:
+    """Plans which stored tensor fills which tensor of ``model``; nothing is checked or changed yet.
+
+    Also returns notes for the report.
+    """
     inventory = take_inventory(model, checkpoint.path)
-    layout = _choose_layout(inventory, choose_located(checkpoint, prefix), checkpoint.path)
+    stored = choose_located(checkpoint, prefix)
+    layout = _choose_layout(inventory, stored, checkpoint.path)
     extra_states = [name for name in inventory.extra_states if name not in layout.stored]
     plan = plan_module(
         inventory,
@@ -199,7 +203,12 @@ def _plan(
         extra_states=_extra_states(checkpoint, extra_states, prefix, strict),
         doubtful=[name.removeprefix(prefix) for name in checkpoint.ties] if checkpoint.record is None else (),
     )
-    return ModuleFiller(inventory, plan, layout, checkpoint, device)
+    notes: tuple[str, ...] = ()
+    if checkpoint.record is None and transformers_model(inventory.module) is not None:
+        from shardsave._huggingface.transformers_round_trip import exchange_notes
+
+        notes = exchange_notes(inventory, stored)
+    return ModuleFiller(inventory, plan, layout, checkpoint, device), notes
 
 
 def _choose_layout(inventory: Inventory, stored: Mapping[str, Located], where: str) -> DiskLayout:

@@ -30,7 +30,8 @@ from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, In
 _ZIP = b"PK\x03\x04"
 #: The beginnings of those lines of a torch message that only give advice.
 _ADVICE = ("Weights only load failed", "Please file an issue", "Check the documentation")
-_GLOBAL = re.compile(r"GLOBAL ([\w.<>]+)")
+#: The name that a torch message is about. Any text can be in a name, so its end is where the message repeats it, or the message ends.
+_GLOBAL = re.compile(r"GLOBAL (.+)(?: was not an allowed global by default\..*?\[\1\]| whose module \w+ is blocked)", re.DOTALL)
 
 
 class TorchFile(NamedTuple):

@@ -42,6 +42,7 @@ def write_checkpoint(
     """
     started = time.perf_counter()
     with Transaction(directory, durable=durable, lock_timeout=lock_timeout) as transaction:
+        transaction.check_not_read(contents.state.files)
         names = list(transaction.shard_names(len(contents.shards)))
         extra_names = [transaction.part_name("extra", "safetensors") for _ in contents.extra_shards]
         transaction.check_space(contents.reserved_bytes)

@@ -20,6 +20,9 @@ def cleaning_notes(path: str, cleaner: Cleaner, replaced_links: Iterable[str], f
     if links:
         notes.append(f"symbolic links were removed or replaced, not what they led to: {some(links)}")
     notes += strangers_notes(cleaner.strangers)
+    if cleaner.doubtful:
+        size = human_bytes(sum(cleaner.doubtful.values()))
+        notes.append(f"what other users of this directory may have changed or named stays ({size}): {some(cleaner.doubtful)}")
     if cleaner.foreign:
         notes.append(
             f"{count(len(cleaner.foreign), 'leaving')} of saves on other hosts, which may still be at work, stay: {some(cleaner.foreign)} "

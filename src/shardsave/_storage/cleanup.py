@@ -40,6 +40,7 @@ class Cleaner:
 
     ``removed``: the names of removed files that this save did not make; ``links``: which of them were symbolic links. ``leftovers``:
     names that could not be removed. ``strangers``: what stays because it belongs to another user, with its bytes on disk.
+    ``doubtful``: what stays although it is ours, because others may have changed it, or the index that names it; with its bytes, too.
     ``foreign``: staging directories that stay because their savers may be alive, on other hosts. ``lone_stays``: whether the replaced
     lone file is still there, which other libraries prefer to an index. ``ranks_stay``: the replaced files of several ranks that are.
     """
@@ -49,6 +50,7 @@ class Cleaner:
         self.links: list[str] = []
         self.leftovers: dict[str, None] = {}
         self.strangers: dict[str, int] = {}
+        self.doubtful: dict[str, int] = {}
         self.foreign: list[str] = []
         self.lone_stays = False
         self.ranks_stay: list[str] = []
@@ -72,7 +74,7 @@ class Cleaner:
             self._remove_replaced_adapter(previous.companions, companions_of(new))
         self.remove_dead_staging(named, spare=bool(previous.unreadable))
         for name in sorted(files_of(previous.not_ours) - named):
-            self._attempt(name, self._note_stranger, name)
+            self._attempt(name, self._note_stays, name)
         self.remove_staging(self._own_staging, named, finals=previous.files)
 
     def remove_dead_staging(self, named: frozenset[str], *, spare: bool = False) -> None:
@@ -91,7 +93,7 @@ class Cleaner:
         elif self._folder.obeys(name):
             self.foreign.append(name)
         else:
-            self._note_stranger(name)
+            self._note_stays(name)
 
     def remove_staging(self, staging: str, named: frozenset[str], *, finals: Iterable[str] | None = None) -> None:
         """Removes a staging directory and the final names of its files, except the files that an index names (``named``).
@@ -174,15 +176,17 @@ class Cleaner:
     def _remove(self, name: str, status: os.stat_result) -> None:
         """Removes the file or symbolic link ``name``, unless it belongs to another user of a shared directory."""
         if not self._folder.is_ours(status):
-            return self._note_stranger(name)
+            return self._note_stays(name)
         self._folder.unlink(name)
         self.removed[name] = None
         if stat.S_ISLNK(status.st_mode):
             self.links.append(name)
 
-    def _note_stranger(self, name: str) -> None:
-        if self._folder.status_of(name) is not None:
-            self.strangers[name] = bytes_visible(self._folder, name)
+    def _note_stays(self, name: str) -> None:
+        status = self._folder.status_of(name)
+        if status is not None:
+            group = self.doubtful if self._folder.is_ours(status) else self.strangers
+            group[name] = bytes_visible(self._folder, name)
 
     def _names_in(self, folder: Directory) -> list[str]:
         try:

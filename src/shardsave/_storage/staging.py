@@ -67,7 +67,8 @@ class Staging:
 
     Files already have their final names in it; only the index and the list have other names. Every method raises CallFailed.
 
-    ``private``: no other user may change what the next save will obey: the directory's content, and the index.
+    ``private``: no other user, not even one of the same group, may change what the next save will obey: the directory's content, the
+    index and the list. So nobody else may write to any file but the shards.
     """
 
     def __init__(self, parent: Directory) -> None:
@@ -113,15 +114,15 @@ class Staging:
 
     def write(self, name: str, data: bytes) -> None:
         """Creates the file ``name`` with the content ``data``."""
-        self._inside.write(name, data)
+        self._inside.write(name, data, 0o644 if self.private else 0o666)
 
     def write_index(self, data: bytes) -> None:
         """Writes the new index."""
-        self._inside.write(NEW_INDEX_NAME, data, 0o644 if self.private else 0o666)
+        self.write(NEW_INDEX_NAME, data)
 
     def write_list(self, names: Iterable[str]) -> None:
         """Writes the list of final names."""
-        self._inside.write(LIST_NAME, json.dumps([*names]).encode())
+        self.write(LIST_NAME, json.dumps([*names]).encode())
 
     def add_name(self, name: str, staged: str) -> None:
         """Gives the finished file ``staged`` a second name in this directory; copies it if the file system has no links."""

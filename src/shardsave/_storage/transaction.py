@@ -18,7 +18,7 @@ from shardsave._common.words import human_bytes, some
 from shardsave._format.file_names import INDEX_NAME, LONE_NAME, part_name, shard_names
 from shardsave._format.index import MAX_INDEX_BYTES, FileRecord, Index, Superseded, encode_index
 from shardsave._storage.cleaning_notes import cleaning_notes, lone_stays, ranks_stay
-from shardsave._storage.cleanup import Cleaner
+from shardsave._storage.cleanup import Cleaner, final_names
 from shardsave._storage.commit_errors import (
     commit_unknown,
     companions_unknown,
@@ -26,9 +26,10 @@ from shardsave._storage.commit_errors import (
     durability_unknown,
     index_replaced,
     name_taken,
+    still_read,
 )
-from shardsave._storage.companions import StagedCompanions, finish_dead_savers
-from shardsave._storage.directory import make_folders
+from shardsave._storage.companions import StagedCompanions, finish_dead_savers, foreign_adapter
+from shardsave._storage.directory import make_folders, names_on_the_way
 from shardsave._storage.lock import LockedDirectory
 from shardsave._storage.phase import Phase
 from shardsave._storage.previous import Previous, read_previous
@@ -132,6 +133,15 @@ class Transaction:
     def _taken_names(self) -> set[str]:
         with self._before_commit():
             return {*self._folder.names(), *self._previous.files}
+
+    def check_not_read(self, files: Mapping[str, str]) -> None:
+        """Raises SaveNotCommittedError if this save would remove one of ``files`` (path → the tensor that the model reads from it)."""
+        doomed = {*final_names(self._previous.files, (), frozenset()), LONE_NAME}
+        for path, tensor in files.items():
+            with self._before_commit():
+                found = doomed.intersection(names_on_the_way(self._folder, path))
+            if found:
+                raise still_read(self.path, min(found), tensor, self._state())
 
     def check_space(self, needed: int) -> None:
         """Raises OutOfSpaceError if fewer than ``needed`` bytes are free, even after the files of dead savers were removed."""
@@ -264,10 +274,12 @@ class Transaction:
         notes += self._previous.notes(cleaner.removed)
         links = (self._previous.links | self._companions.links) - {LONE_NAME}
         notes += cleaning_notes(self.path, cleaner, links, self._finished)
-        removed = dict.fromkeys([*self._removed, *cleaner.removed, *replaced])
+        index = [INDEX_NAME] if self._previous.others_index else []
+        removed = dict.fromkeys([*self._removed, *cleaner.removed, *replaced, *index])
         warnings = [lone_stays(self.path)] if cleaner.lone_stays else []
         if cleaner.ranks_stay:
             warnings.append(ranks_stay(self.path, cleaner.ranks_stay))
+        warnings += foreign_adapter(self._folder, self.path, new.record.companions if new.record is not None else ())
         return CommitOutcome(tuple(removed), tuple(cleaner.leftovers), tuple(notes), tuple(warnings))
 
     def close(self) -> None:
