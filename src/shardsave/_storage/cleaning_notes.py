@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from shardsave._common.words import count, human_bytes, some
 from shardsave._format.file_names import INDEX_NAME, LONE_NAME
@@ -52,4 +52,13 @@ def ranks_stay(path: str, names: Iterable[str]) -> str:
     return (
         f"files of several ranks are still in {path}: {some(names)}; until they are removed, the checkpoint that was just saved can "
         f"only be loaded by the path of its {INDEX_NAME}"
+    )
+
+
+def adapter_stays(path: str, names: Collection[str]) -> str:
+    """A warning: the files ``names`` of an adapter that another tool saved lie beside the new checkpoint."""
+    subject, belongs = ("they are", "stay") if len(names) > 1 else ("it is", "stays")
+    return (
+        f"{' and '.join(names)} {belongs} in {path}, though {subject} not of this save: from_pretrained adds that adapter to what it "
+        f"reads there; remove the adapter if it does not belong to these weights"
     )

@@ -26,7 +26,7 @@ from typing import ParamSpec
 from shardsave._common.os_calls import CallFailed
 from shardsave._format.file_names import LONE_NAME, OWN_PATTERN
 from shardsave._format.index import FileRecord, Index, Superseded
-from shardsave._storage.companions import ADAPTER_NAMES, COMPANION_NAMES, file_record
+from shardsave._storage.companions import ADAPTER_CONFIG, ADAPTER_FILES, ADAPTER_NAMES, COMPANION_NAMES, file_record
 from shardsave._storage.directory import Directory
 from shardsave._storage.lock import LockedDirectory
 from shardsave._storage.previous import Previous, companions_of, files_of
@@ -42,7 +42,8 @@ class Cleaner:
     names that could not be removed. ``strangers``: what stays because it belongs to another user, with its bytes on disk.
     ``doubtful``: what stays although it is ours, because others may have changed it, or the index that names it; with its bytes, too.
     ``foreign``: staging directories that stay because their savers may be alive, on other hosts. ``lone_stays``: whether the replaced
-    lone file is still there, which other libraries prefer to an index. ``ranks_stay``: the replaced files of several ranks that are.
+    lone file is still there, which other libraries prefer to an index. ``ranks_stay``: the replaced files of several ranks that are still
+    there. ``adapter_stays``: the files of another tool's adapter, which other libraries add to the weights.
     """
 
     def __init__(self, folder: LockedDirectory, own_staging: str = "") -> None:
@@ -54,6 +55,7 @@ class Cleaner:
         self.foreign: list[str] = []
         self.lone_stays = False
         self.ranks_stay: list[str] = []
+        self.adapter_stays: list[str] = []
         self._folder = folder
         self._own_staging = own_staging
 
@@ -72,6 +74,8 @@ class Cleaner:
             self._attempt(name, self._look_at_rank, name)
         if not previous.unreadable:
             self._remove_replaced_adapter(previous.companions, companions_of(new))
+        if ADAPTER_CONFIG not in companions_of(new):
+            self._attempt(ADAPTER_CONFIG, self._look_at_adapter)
         self.remove_dead_staging(named, spare=bool(previous.unreadable))
         for name in sorted(files_of(previous.not_ours) - named):
             self._attempt(name, self._note_stays, name)
@@ -159,6 +163,10 @@ class Cleaner:
     def _look_at_rank(self, name: str) -> None:
         if self._folder.status_of(name) is not None:
             self.ranks_stay.append(name)
+
+    def _look_at_adapter(self) -> None:
+        names = [name for name in ADAPTER_FILES if self._folder.inode_of(name) is not None]  # also of a symbolic link
+        self.adapter_stays = names if ADAPTER_CONFIG in names else []  # nobody looks for the others without it
 
     def _remove_replaced_adapter(self, old: Mapping[str, FileRecord], new: Mapping[str, FileRecord]) -> None:
         """Removes adapter files among the replaced companions ``old`` that are not in ``new``, unless they changed since they were saved.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from shardsave._common.os_calls import CallFailed, NotRegular, call
@@ -29,10 +29,10 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 ADAPTER_NAMES = frozenset({ADAPTER_CONFIG, ADAPTER_WEIGHTS})
 
 #: What PEFT and transformers look for first in a directory with an adapter.
-_ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 
 #: The files of an adapter of PEFT, also of older versions.
-_ADAPTER_FILES = (*sorted(ADAPTER_NAMES), "adapter_model.bin")
+ADAPTER_FILES = (*sorted(ADAPTER_NAMES), "adapter_model.bin")
 
 #: The names of all companions. A save touches no other file with a fixed name, except the index and the lone file.
 COMPANION_NAMES = frozenset(CONFIG_NAMES) | ADAPTER_NAMES
@@ -144,23 +144,6 @@ def _finish(folder: LockedDirectory, companions: Mapping[str, FileRecord], insid
             inside.rename(name, folder, name)
             finished.append(name)
     return finished
-
-
-def foreign_adapter(folder: Directory, path: str, companions: Collection[str]) -> list[str]:
-    """A warning if there is an adapter in ``folder``, at ``path``, that is not among ``companions``, those of the committed save."""
-    if _ADAPTER_CONFIG in companions:
-        return []
-    try:
-        names = [name for name in _ADAPTER_FILES if folder.inode_of(name) is not None]  # also of a symbolic link
-    except CallFailed:  # the checkpoint is in place: a warning is not worth an error
-        return []
-    if _ADAPTER_CONFIG not in names:  # nobody looks for the others then
-        return []
-    subject, belongs = ("they are", "stay") if len(names) > 1 else ("it is", "stays")
-    return [
-        f"{' and '.join(names)} {belongs} in {path}, though {subject} not of this save: from_pretrained adds that adapter to "
-        f"what it reads there; remove the adapter if it does not belong to these weights"
-    ]
 
 
 def companion_notes(path: str, companions: Mapping[str, FileRecord]) -> tuple[str, ...]:

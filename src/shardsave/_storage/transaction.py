@@ -17,7 +17,7 @@ from shardsave._common.os_calls import DISK_FULL, OUT_OF_SPACE, CallFailed, call
 from shardsave._common.words import human_bytes, some
 from shardsave._format.file_names import INDEX_NAME, LONE_NAME, part_name, shard_names
 from shardsave._format.index import MAX_INDEX_BYTES, FileRecord, Index, Superseded, encode_index
-from shardsave._storage.cleaning_notes import cleaning_notes, lone_stays, ranks_stay
+from shardsave._storage.cleaning_notes import adapter_stays, cleaning_notes, lone_stays, ranks_stay
 from shardsave._storage.cleanup import Cleaner, final_names
 from shardsave._storage.commit_errors import (
     commit_unknown,
@@ -28,7 +28,7 @@ from shardsave._storage.commit_errors import (
     name_taken,
     still_read,
 )
-from shardsave._storage.companions import StagedCompanions, finish_dead_savers, foreign_adapter
+from shardsave._storage.companions import StagedCompanions, finish_dead_savers
 from shardsave._storage.directory import make_folders, names_on_the_way
 from shardsave._storage.lock import LockedDirectory
 from shardsave._storage.phase import Phase
@@ -279,7 +279,8 @@ class Transaction:
         warnings = [lone_stays(self.path)] if cleaner.lone_stays else []
         if cleaner.ranks_stay:
             warnings.append(ranks_stay(self.path, cleaner.ranks_stay))
-        warnings += foreign_adapter(self._folder, self.path, new.record.companions if new.record is not None else ())
+        if cleaner.adapter_stays:
+            warnings.append(adapter_stays(self.path, cleaner.adapter_stays))
         return CommitOutcome(tuple(removed), tuple(cleaner.leftovers), tuple(notes), tuple(warnings))
 
     def close(self) -> None:
