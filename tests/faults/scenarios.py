@@ -47,6 +47,7 @@ SAYS = {
     "renameat": "rename",
     "linkat": "link",
     "fstatat": "stat",
+    "opendir": "listdir",
     "fdopendir": "listdir",
     "readdir": "listdir",
     "preadv": "pread",
