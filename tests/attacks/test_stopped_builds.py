@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import timeit
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -143,19 +144,19 @@ def test_interrupts_leave_the_process_as_it_was(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "dtype": "float64"}))
     built(folder)
-    begun = time.monotonic()
-    built(folder)
-    once, before, interrupted = time.monotonic() - begun, state_of_the_process(), 0
+    once, before, interrupted = min(timeit.repeat(lambda: built(folder), number=1, repeat=3)), state_of_the_process(), 0
     random.seed(1)
     with Interrupts() as interrupts:
-        for _ in range(60):
+        for _ in range(600):
             try:
                 with interrupts.after(random.uniform(0.001, once)):
                     built(folder)
             except KeyboardInterrupt:
                 interrupted += 1
             assert state_of_the_process() == before
-    assert interrupted > 10 and built(folder).dtype == torch.float32  # the stored one
+            if interrupted == 30:
+                break
+    assert interrupted == 30 and built(folder).dtype == torch.float32  # the stored one
 
 
 def test_an_interrupt_ends_a_long_construction(folder: Path) -> None:
