@@ -40,9 +40,6 @@ class Imports:
             self._allowed.add((name, use))
         return target
 
-    def is_exact(self, name: str) -> bool:
-        return self._trust.exact(name)
-
     def names_of(self, kind: type) -> list[str]:
         """The names in the document that lead to ``kind``."""
         return self._names.get(id(kind), [])

@@ -23,7 +23,7 @@ class Previous:
 
     ``index_bytes``: the content of the index file. ``unreadable``: why ``index`` is None although that file exists. ``lone``: None
     also for a symbolic link to nothing. ``links``: which of the index and the lone file are symbolic links. ``not_ours``: an index
-    that another user may have written, which is not obeyed; ``index`` is None then. ``foreign_index``: whether the index file belongs to
+    that another user may have written, which is not obeyed; ``index`` is None then. ``strangers_index``: whether the index file belongs to
     another user of a shared directory. ``ranks``: files of several ranks that torch wrote: name → what changes when the file does; None
     if it cannot be opened, so that nobody knows what it is.
     """
@@ -34,7 +34,7 @@ class Previous:
     lone: Superseded | None = None
     links: frozenset[str] = frozenset()
     not_ours: Index | None = None
-    foreign_index: bool = False
+    strangers_index: bool = False
     ranks: Mapping[str, Superseded | None] = field(default_factory=dict)
 
     @property
@@ -50,7 +50,7 @@ class Previous:
     def others_index(self) -> bool:
         """Whether there is an index that another user made, or that shardsave did not write."""
         index = self.index or self.not_ours
-        return self.foreign_index or (self.index_bytes is not None and (index is None or index.record is None))
+        return self.strangers_index or (self.index_bytes is not None and (index is None or index.record is None))
 
     @property
     def files(self) -> frozenset[str]:
@@ -86,11 +86,11 @@ def read_previous(folder: LockedDirectory) -> Previous:
     status = folder.status_of(INDEX_NAME)
     if status is not None and stat.S_ISLNK(status.st_mode):
         links.add(INDEX_NAME)
-    foreign_index = status is not None and not folder.is_ours(status)
+    strangers_index = status is not None and not folder.is_ours(status)
     superseded = Superseded(lone.st_size, lone.st_mtime_ns) if lone is not None else None
     content = folder.read_all(INDEX_NAME, MAX_INDEX_BYTES)
     ranks = _read_ranks(folder)
-    previous = Previous(content, lone=superseded, links=frozenset(links), foreign_index=foreign_index, ranks=ranks)
+    previous = Previous(content, lone=superseded, links=frozenset(links), strangers_index=strangers_index, ranks=ranks)
     if previous.index_bytes is None:
         return previous
     try:
