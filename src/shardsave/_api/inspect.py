@@ -54,7 +54,7 @@ def inspect(path: str | os.PathLike[str], *, architecture: bool = False) -> Chec
             durable=checkpoint.record.durable if checkpoint.record is not None else None,
             parts={role: part.file for role, part in checkpoint.record.parts.items()} if checkpoint.record is not None else {},
             companions=tuple(checkpoint.companions),
-            notes=checkpoint.companion_notes(),
+            notes=checkpoint.notes(),
             architecture=architecture_info(checkpoint),
         )
 
@@ -110,7 +110,7 @@ def verify(path: str | os.PathLike[str], *, keep_going: bool = False, progress: 
                 reader.read(targets)
         intact = _intact((file for file in checkpoint.files if file not in broken), targets, damaged)
         shards = len(checkpoint.shards)
-        notes = (*reader.totals.notes, *checkpoint.companion_notes(whole=True))
+        notes = (*reader.totals.notes, *checkpoint.notes(whole=True))
     ended = time.perf_counter()
     return VerifyReport(
         path=os.fspath(path),
