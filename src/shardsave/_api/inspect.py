@@ -55,7 +55,7 @@ def inspect(path: str | os.PathLike[str], *, architecture: bool = False) -> Chec
             durable=checkpoint.record.durable if checkpoint.record is not None else None,
             parts={role: part.file for role, part in checkpoint.record.parts.items()} if checkpoint.record is not None else {},
             companions=tuple(checkpoint.companions),
-            notes=checkpoint.companion_notes(),
+            notes=checkpoint.notes(),
             architecture=architecture_info(checkpoint),
         )
 
@@ -118,7 +118,7 @@ def verify(path: str | os.PathLike[str], *, keep_going: bool = False, progress: 
         unread = [
             f"the {role} was not verified: this version of shardsave knows no such part" for role in checkpoint.unknown_parts
         ]
-        notes = (*opinion.notes, *unread, *reader.totals.notes, *checkpoint.companion_notes(whole=True))
+        notes = (*opinion.notes, *unread, *reader.totals.notes, *checkpoint.notes(whole=True))
     ended = time.perf_counter()
     return VerifyReport(
         path=os.fspath(path),

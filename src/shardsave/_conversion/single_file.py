@@ -88,7 +88,7 @@ class NewFile:
     def __enter__(self) -> NewFile:
         try:
             make_folders(self.folder, self._durable)
-            self._directory.open(self.folder)
+            self._directory.open_for_writing(self.folder)
             self._create()
             self._remove_dead()
         except CallFailed as error:
