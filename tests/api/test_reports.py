@@ -188,7 +188,7 @@ def test_a_load_reports_casts_and_changed_flags(tmp_path: Path) -> None:
 
 
 def test_a_save_reports_third_party_files_that_it_replaced(tmp_path: Path) -> None:
-    """Catches a third-party file that a save replaces without a note."""
+    """Catches a third-party file that a save replaces without a note, or an index of others that it does not name."""
     from safetensors.torch import save_file
 
     save_file({"x": torch.ones(2)}, tmp_path / "model.safetensors")
@@ -198,9 +198,11 @@ def test_a_save_reports_third_party_files_that_it_replaced(tmp_path: Path) -> No
     assert shardsave.save({"x": torch.ones(2)}, tmp_path).notes == ()
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({key: value for key, value in json.loads(index.read_text()).items() if key != "shardsave"}))
-    assert shardsave.save({"x": torch.ones(2)}, tmp_path).notes == (
-        "the checkpoint that was replaced was not saved by shardsave",
-    )
+    report = shardsave.save({"x": torch.ones(2)}, tmp_path)
+    assert report.notes == ("the checkpoint that was replaced was not saved by shardsave",) and index.name in report.removed
+    index.write_text("{")
+    assert shardsave.save({"x": torch.ones(2)}, tmp_path).removed == (index.name,)
+    assert index.name not in shardsave.save({"x": torch.ones(2)}, tmp_path).removed
 
 
 def test_save_and_inspect_count_the_same(tmp_path: Path) -> None:

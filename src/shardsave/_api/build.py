@@ -29,6 +29,7 @@ from shardsave._huggingface.transformers_config import (
     untie_differing,
 )
 from shardsave._huggingface.transformers_loading import TransformersLayout
+from shardsave._huggingface.transformers_round_trip import exchange_notes
 from shardsave._loading.module_filler import ModuleFiller
 from shardsave._loading.module_plan import plan_module
 from shardsave._loading.new_tensors import NewTensors
@@ -182,7 +183,7 @@ def _build_from_config(
             f"cannot build a model from {checkpoint.path}: an architecture or a config of transformers was expected, there is "
             f"neither; save with architecture=True, or define the model and use load_model"
         )
-    for note in checkpoint.companion_notes():
+    for note in checkpoint.notes():
         warn_caller(note)
     stored = choose_located(checkpoint, "")
     model = empty_model(folder, config, trust, device, stored)
@@ -194,6 +195,8 @@ def _build_from_config(
         )
     take_stored_dtypes(model, layout.stored)
     inventory = take_inventory(model, checkpoint.path)
+    for note in exchange_notes(inventory, stored) if checkpoint.record is None else ():
+        warn_caller(note)
     doubtful = checkpoint.ties if checkpoint.record is None else ()
     plan = plan_module(inventory, layout, flags=checkpoint.flags, doubtful=doubtful)
     filler = ModuleFiller(inventory, plan, layout, checkpoint, None)

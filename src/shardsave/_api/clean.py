@@ -64,7 +64,7 @@ class CleanReport(Printed):
         if kept:
             parts.append(f"kept, since their owners may be alive: {some(kept)}")
         if strangers:
-            parts.append(f"kept, since another user may have made them: {some(strangers)}")
+            parts.append(f"kept, since another user may have made or changed them: {some(strangers)}")
         if self.leftovers:
             parts.append(f"could not remove {some(self.leftovers)}")
         yield "; ".join(parts)
@@ -79,7 +79,7 @@ def clean(
     The next save into the directory would remove it too. `clean` holds the directory's lock, so a saver of this host whose staging
     directory is still there is certainly dead. A saver of another host may be alive, and would lose what it has written: its
     staging directory is listed, but removed only with ``other_hosts=True``. In a directory to which every user may write, what
-    another user may have made is listed and never removed. If a crashed save had committed a config, but not yet
+    another user may have made or changed is listed and never removed. If a crashed save had committed a config, but not yet
     put it beside the weights, `clean` puts it there.
 
     Args:

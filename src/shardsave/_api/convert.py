@@ -38,7 +38,7 @@ def convert(
     destination: str | os.PathLike[str],
     *,
     to: Form = "shardsave",
-    max_shard_size: Union[int, str] = "5GB",
+    max_shard_size: Union[int, str] = "2GB",
     dtype: Union[torch.dtype, str, None] = None,
     drop: Drop = (),
     rename: Rename = (),
@@ -63,7 +63,8 @@ def convert(
             ``torch.load(weights_only=True)`` reads as a plain ``state_dict``.
         max_shard_size: as in ``save``; only for ``to="shardsave"``.
         dtype: cast floating-point tensors to it, as ``Tensor.to`` does. Tensors of 8 or 4 bits are quantised and keep their dtype.
-        drop: leave out what has a name, or a path of keys in its file, that matches one of these shell patterns (``"optimizer.*"``).
+        drop: leave out what has a name, or a path of keys in its file, that matches one of these shell patterns (``"optimizer.*"``). One
+            that is exactly a path of keys in the file means what is there, and no name elsewhere.
         rename: pairs of a regular expression and a replacement for each of its matches in a name, applied in this order.
         key: the path to the state in a file that holds other objects too (``"model"``, ``"trainer.ema"``); required if other tensors
             than training state are outside of it, and ``drop`` does not leave them out.

@@ -71,8 +71,9 @@ class ConvertReport(Removing, Report):
 
     ``kind``: the kind of the source: "shardsave", "safetensors", "torch" or "distributed"; ``to``: the kind that was written.
     ``verified``: whether the source's tensors were checked against stored checksums; None if it has none. ``cast``: how many
-    tensors were cast to another dtype. ``dropped``, ``renamed``: names in the source. ``ties``: tied name → the name under which
-    the bytes are stored. ``flags_known``: whether the source records which parameters were frozen. ``removed``: as in a SaveReport.
+    tensors were cast to another dtype. ``dropped``: names in the source, with the keys that lead to them. ``renamed``: names in the
+    source. ``ties``: tied name → the name under which the bytes are stored. ``flags_known``: whether the source records which
+    parameters were frozen. ``removed``: as in a SaveReport.
     """
 
     source: str = ""

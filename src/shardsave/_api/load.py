@@ -18,6 +18,7 @@ from shardsave._common.backend import engine_name
 from shardsave._common.imports import import_at_use
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
+from shardsave._common.warn_caller import warn_caller
 from shardsave._huggingface.added_adapter import has_added_adapter
 from shardsave._huggingface.recognize import peft_model, transformers_model
 from shardsave._loading.disk_layout import DiskLayout, IdentityLayout
@@ -47,7 +48,8 @@ def load(
     """Loads tensors by name from a directory, an index or one safetensors file, whoever wrote it.
 
     Tied names share one storage, in third-party files only if their metadata records the tie. Only the bytes of the selected tensors are
-    read, straight to ``device``. In a directory of files from several ranks (``HuggingFaceStorageWriter``), their chunks are joined.
+    read, straight to ``device``. In a directory of files from several ranks (``HuggingFaceStorageWriter``), their chunks are joined; a
+    warning says that their whole shapes are inferred.
 
     Args:
         path: the checkpoint.
@@ -82,6 +84,8 @@ def load(
     if mmap and target_device.type != "cpu":
         raise ValueError(f"mmap=True returns tensors on the CPU, device {target_device} was asked for")
     with open_checkpoint(path, selection(wanted, prefix)) as checkpoint:
+        for note in checkpoint.shape_notes:
+            warn_caller(note)
         chosen = choose(checkpoint, wanted, prefix)
         located = {stored_name: checkpoint.tensors[stored_name] for stored_name in chosen.values()}
         if mmap:
@@ -153,7 +157,7 @@ def load_model(
     with open_checkpoint(
         path, selection(None, prefix), parts=("architecture",) if has_extra_state(model) else ()
     ) as checkpoint:
-        filler = _plan(model, checkpoint, prefix, target_device, strict=strict, restore_frozen=restore_frozen)
+        filler, plan_notes = _plan(model, checkpoint, prefix, target_device, strict=strict, restore_frozen=restore_frozen)
         filler.check(strict=strict)
         reads = filler.plan.reads
         planned = time.perf_counter()
@@ -162,7 +166,7 @@ def load_model(
             differences = filler.fill(reader, strict=strict)
         transferred = time.perf_counter()
         restored_flags = filler.restore_flags()
-        notes = (*reader.totals.notes, *filler.plan.notes(), *restored_flags.notes, *checkpoint.companion_notes())
+        notes = (*reader.totals.notes, *plan_notes, *filler.plan.notes(), *restored_flags.notes, *checkpoint.notes())
     ended = time.perf_counter()
     return LoadReport(
         path=os.fspath(path),
@@ -187,13 +191,16 @@ def load_model(
 
 def _plan(
     model: nn.Module, checkpoint: Checkpoint, prefix: str, device: torch.device | None, *, strict: bool, restore_frozen: bool
-) -> ModuleFiller:
-    """Plans which stored tensor fills which tensor of ``model``; nothing is checked or changed yet."""
+) -> tuple[ModuleFiller, tuple[str, ...]]:
+    """Plans which stored tensor fills which tensor of ``model``; nothing is checked or changed yet.
+
+    Also returns notes for the report.
+    """
     inventory = take_inventory(model, checkpoint.path)
-    located = choose_located(checkpoint, prefix)
-    wrapped = names_of_wrappers(model, inventory.expected, located)
-    located = {wrapped.get(name, name): stored for name, stored in located.items()}
-    layout = _choose_layout(inventory, located, checkpoint.path)
+    stored = choose_located(checkpoint, prefix)
+    wrapped = names_of_wrappers(model, inventory.expected, stored)
+    stored = {wrapped.get(name, name): located for name, located in stored.items()}
+    layout = _choose_layout(inventory, stored, checkpoint.path)
     extra_states = [name for name in inventory.extra_states if name not in layout.stored]
     plan = plan_module(
         inventory,
@@ -202,7 +209,12 @@ def _plan(
         extra_states=_extra_states(checkpoint, extra_states, prefix, strict),
         doubtful=_own_names(checkpoint.ties, prefix, wrapped).values() if checkpoint.record is None else (),
     )
-    return ModuleFiller(inventory, plan, layout, checkpoint, device)
+    notes: tuple[str, ...] = ()
+    if checkpoint.record is None and transformers_model(inventory.module) is not None:
+        from shardsave._huggingface.transformers_round_trip import exchange_notes
+
+        notes = exchange_notes(inventory, stored)
+    return ModuleFiller(inventory, plan, layout, checkpoint, device), notes
 
 
 def _choose_layout(inventory: Inventory, stored: Mapping[str, Located], where: str) -> DiskLayout:

@@ -12,6 +12,7 @@ import torch
 from shardsave._api.arguments import check_path
 from shardsave._api.operators import check_operators
 from shardsave._common.shutdown import verb
+from shardsave._common.warn_caller import warn_caller
 from shardsave._format.dtypes import BY_NAME, torch_shape
 from shardsave._loading.mapped import Maps
 from shardsave._loading.selection import closest, stored_names
@@ -182,4 +183,11 @@ def open(path: str | os.PathLike[str]) -> OpenCheckpoint:
                 [4, 5]]))
     """
     check_path(path)
-    return OpenCheckpoint(open_checkpoint(path))
+    checkpoint = open_checkpoint(path)
+    try:
+        for note in checkpoint.shape_notes:
+            warn_caller(note)
+    except BaseException:
+        checkpoint.close()
+        raise
+    return OpenCheckpoint(checkpoint)

@@ -101,8 +101,8 @@ class SaveReport(Removing, Report):
     """What a save did.
 
     ``durable``: whether the checkpoint would survive a loss of power now. ``removed``: names of all files that the save removed, or
-    replaced by others of the same name, and that it did not make itself (the index is not listed): those of the replaced
-    checkpoint, and what killed saves had left. ``leftovers``: names of files that should have been removed and could not be.
+    replaced by others of the same name, and that it did not make itself: those of the replaced checkpoint (of the index only if
+    shardsave did not write it), and what killed saves had left. ``leftovers``: files that should have been removed and could not be.
     ``overlaps``: pairs of tensors that share a part of their memory and were stored separately.
     ``trust``, ``script_classes``: what `build_model` needs to build a saved architecture: the entries of its ``trust``, and the names
     of classes of a script, which it needs in ``classes``.

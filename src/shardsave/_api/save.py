@@ -45,7 +45,7 @@ def save(
     source: Source,
     directory: str | os.PathLike[str],
     *,
-    max_shard_size: Union[int, str] = "5GB",
+    max_shard_size: Union[int, str] = "2GB",
     durable: bool = True,
     metadata: Mapping[str, Any] | None = None,
     architecture: bool = False,
@@ -170,7 +170,9 @@ def _read_contents(
         ) from error
     parts, notes, needed = _parts(source, state, architecture, program)
     on_disk = layout.apply(state)
-    return plan_contents(on_disk._replace(notes=(*on_disk.notes, *notes)), parts, max_shard_bytes, metadata), needed
+    return plan_contents(
+        on_disk._replace(notes=(*on_disk.notes, *state.notes, *notes)), parts, max_shard_bytes, metadata
+    ), needed
 
 
 class _Needed(NamedTuple):

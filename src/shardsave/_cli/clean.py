@@ -75,7 +75,7 @@ def _print(report: shardsave.CleanReport, chosen: list[shardsave.Leaving], outpu
     if any(leaving.ours and leaving not in chosen for leaving in report.found):
         output.line("files from another host are only removed with --other-hosts; make sure that no save is running there")
     if not all(leaving.ours for leaving in report.found):
-        output.line("everybody may write to this directory: what another user may have made is never removed")
+        output.line("everybody may write to this directory: what another user may have made or changed is never removed")
 
 
 def _agreed(chosen: list[shardsave.Leaving]) -> bool:

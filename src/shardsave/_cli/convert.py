@@ -38,7 +38,7 @@ Exit codes: 0 converted, 2 wrong usage, 3 failed; then DST is unchanged.""",
     help="A directory of shards, or one file of safetensors or of torch.save.",
 )
 @click.option(
-    "--max-shard-size", metavar="SIZE", default="5GB", show_default=True, help="Bytes of data in one shard: 500MB, 2GiB."
+    "--max-shard-size", metavar="SIZE", default="2GB", show_default=True, help="Bytes of data in one shard: 500MB, 2GiB."
 )
 @click.option("--dtype", metavar="DTYPE", help="Cast floating tensors: bfloat16, float16, float32, …")
 @click.option("--drop", metavar="PATTERN", multiple=True, help="Leave out names that match (*, ?, [abc]). Can be repeated.")

@@ -92,7 +92,7 @@ def inspect(
                 click.echo(f"shardsave inspect: {directory}: no name matches {pattern!r}", err=True)
         else:
             _print_tree(directory, checkpoint, depth, None if everything else _MOST)
-        for note in checkpoint.companion_notes():
+        for note in checkpoint.notes():
             click.echo(f"shardsave inspect: {directory}: {note}", err=True)
     context.exit(1 if (pattern is not None and not names) or (architecture and asked is None) else 0)
 

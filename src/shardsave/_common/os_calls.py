@@ -118,6 +118,13 @@ class Descriptor:
         except OSError as error:
             raise _failed("open", path, error) from error
 
+    def open_in_memory(self) -> None:
+        """Creates a file that lies in memory and has no name. Raises CallFailed."""
+        try:
+            self._numbers.extend(map(os.memfd_create, ("shardsave",), (os.MFD_CLOEXEC,)))
+        except OSError as error:
+            raise _failed("memfd_create", "", error) from error
+
     @property
     def fd(self) -> int:
         """The number, or -1 when nothing is open."""
@@ -229,6 +236,15 @@ def write_all(fd: int, path: str, data: bytes) -> None:
     done = 0
     while done < len(view):
         done += call(os.pwrite, path, fd, view[done:], done)
+
+
+def file_in_memory(start: bytes, length: int) -> Descriptor:
+    """A file of ``length`` bytes that has no name, and no memory but that of ``start``; all other bytes are zero. Raises CallFailed."""
+    file = Descriptor()
+    file.open_in_memory()
+    write_all(file.fd, "", start)
+    call(os.ftruncate, "", file.fd, length)
+    return file
 
 
 def allocate(fd: int, path: str, length: int) -> None:

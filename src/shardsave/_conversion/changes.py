@@ -30,9 +30,9 @@ class Names:
         self._drop = drop
         self._rename = rename
 
-    def wanted(self, name: str) -> bool:
-        """Whether ``name`` is not in ``drop`` and matches no pattern there."""
-        matching = [pattern for pattern in self._drop if name == pattern or fnmatch.fnmatchcase(name, pattern)]
+    def wanted(self, name: str, *, exact: bool = True) -> bool:
+        """Whether ``name`` is not in ``drop`` and matches no pattern there. Without ``exact``, that it is in ``drop`` does not count."""
+        matching = [pattern for pattern in self._drop if (exact if name == pattern else fnmatch.fnmatchcase(name, pattern))]
         self._used.update(("drop", pattern) for pattern in matching)
         return not matching
 

@@ -17,7 +17,7 @@ from shardsave._conversion.converted import CarriedOver, converted_state
 from shardsave._conversion.mapped_pages import ReleaseWhileWriting
 from shardsave._conversion.origin import Origin, Request, open_origin
 from shardsave._conversion.single_file import NewFile, WriteResult, fits_torch, write_safetensors, write_torch
-from shardsave._format.file_names import INDEX_NAME
+from shardsave._format.file_names import ADAPTER_WEIGHTS, INDEX_NAME
 from shardsave._format.header import CHECKSUM_KEY
 from shardsave._format.metadata import check_metadata
 from shardsave._saving.contents import Contents, plan_contents
@@ -50,6 +50,8 @@ def write_output(output: Output, to: str, state: State, carried: CarriedOver, ma
 def _write_directory(output: Output, state: State, carried: CarriedOver, max_shard_size: int) -> WriteResult:
     with gc_paused():
         on_disk = OnDisk(state, carried.companions, carried.module_flags)
+        if carried.adapter:
+            on_disk = on_disk._replace(single_file=ADAPTER_WEIGHTS, in_single_file=carried.adapter)
         contents = plan_contents(on_disk, carried.parts, max_shard_size, check_metadata(output.origin.metadata))
     return _write_contents(contents, output.path, output.durable, ReleaseWhileWriting(output.origin.mappings, output.tick))
 
@@ -91,7 +93,7 @@ def _write_torch(output: Output, state: State, file: NewFile) -> WriteResult:
             contents = plan_contents(OnDisk(state), Parts(), sys.maxsize, {})
             file.make_workspace()
             _write_contents(contents, file.workspace, False, ReleaseWhileWriting(origin.mappings, lambda done: None))
-            mapped = open_origin(os.path.join(file.workspace, INDEX_NAME), Request(), closing)
+            mapped = open_origin(os.path.join(file.workspace, INDEX_NAME), Request(None, Names((), ()).wanted), closing)
         except ShardSaveError as error:
             kind = OutOfSpaceError if isinstance(error, OutOfSpaceError) else SaveNotCommittedError
             raise kind(

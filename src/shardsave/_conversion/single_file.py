@@ -93,7 +93,7 @@ class NewFile:
         wait_until_freed()
         try:
             make_folders(self.folder, self._durable)
-            self._directory.open(self.folder)
+            self._directory.open_for_writing(self.folder)
             self._create()
             self._remove_dead()
         except CallFailed as error:

@@ -30,6 +30,7 @@ def check_differences(inventory: Inventory, plan: ModulePlan, strict: bool, wher
     for name in inventory.slots if plan.owned else ():
         if name in plan.owned and (inventory.slots[name].saved or name in plan.stored):
             _check_plain(inventory.slots[name], where)
+            _check_memory(inventory.slots[name], where)
     check_shapes(inventory, plan, where)
     if strict and (plan.missing or plan.unexpected or plan.mismatched):
         _refuse_differences(plan, where)
@@ -151,8 +152,7 @@ def _check_fillable(slot: Slot, stored: torch.dtype, where: str) -> None:
         )
     if tensor.is_meta:
         return
-    if lacks_memory(tensor):
-        _refuse(slot.name, where, "memory for all its elements was expected", "its storage was freed or made smaller")
+    _check_memory(slot, where)
     if tensor.is_contiguous():
         return
     if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride())):
@@ -160,6 +160,14 @@ def _check_fillable(slot: Slot, stored: torch.dtype, where: str) -> None:
     if _may_overlap_itself(tensor):
         actual = f"some elements share memory, its strides are {list(tensor.stride())}; call .contiguous() on it first"
         _refuse(slot.name, where, "memory for each element was expected", actual)
+
+
+def _check_memory(slot: Slot, where: str) -> None:
+    """Refuses a strided tensor whose memory was freed or made smaller: torch writes beyond the end of it."""
+    tensor = slot.tensor
+    has_elements = tensor.layout is torch.strided and not (is_lazy(tensor) or tensor.is_meta or tensor.is_nested)
+    if has_elements and lacks_memory(tensor):
+        _refuse(slot.name, where, "memory for all its elements was expected", "its storage was freed or made smaller")
 
 
 def _may_overlap_itself(tensor: torch.Tensor) -> bool:

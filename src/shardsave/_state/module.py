@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Union
 
 import numpy as np
@@ -13,7 +14,8 @@ from shardsave._common.memory import any_overlap, reach, same_bytes, shared_name
 from shardsave._common.sources import ByteSource, SwappedSource, TensorSource
 from shardsave._common.words import an
 from shardsave._state.numpy_arrays import is_swapped, tensor_of_array
-from shardsave._state.offload import offloaded_tensors
+from shardsave._state.offload import Offloaded, offloaded_tensors
+from shardsave._state.offloaded_ties import tie_copies, untied_notes
 from shardsave._state.savable import check_savable, refuse, refuse_optimizer
 from shardsave._state.sharded import refuse_partitioned, refuse_sharded
 from shardsave._state.wrappers import Names, unwrap
@@ -47,12 +49,15 @@ class Entry(NamedTuple):
 class State(NamedTuple):
     """All entries in state order. ``flags_known`` is False for a mapping without a single Parameter.
 
-    ``overlaps``: pairs of names whose tensors share a part of their memory; they are stored separately.
+    ``overlaps``: pairs of names whose tensors share a part of their memory; they are stored separately. ``files``: path → the name
+    of a tensor, for the files that the module opens again whenever it computes. ``notes``: for the report.
     """
 
     entries: tuple[Entry, ...]
     flags_known: bool
     overlaps: tuple[tuple[str, str], ...]
+    files: Mapping[str, str] = MappingProxyType({})
+    notes: tuple[str, ...] = ()
 
 
 def read_state(source: Source, *, tensors_only: bool = False) -> State:
@@ -62,13 +67,15 @@ def read_state(source: Source, *, tensors_only: bool = False) -> State:
     """
     swapped: set[str] = set()  # the names of arrays in the byte order of another kind of processor
     values: Mapping[str, torch.Tensor]
+    offloaded: Mapping[str, Offloaded] = {}
     if isinstance(source, nn.Module):
         module = unwrap(source)
         refuse_sharded(module, "save", "nothing was written", emptied=True)
         named = _module_tensors(module, tensors_only, swapped)
         flags_known = True
         flags = _module_flags(module, named)
-        values = _with_offloaded(module, named)
+        offloaded = offloaded_tensors(module, fill=False)
+        values = _with_offloaded(module, offloaded, named)
     elif isinstance(source, Mapping):
         refuse_optimizer(source)
         named = {name: _as_tensor(name, value) for name, value in source.items()}
@@ -90,7 +97,8 @@ def read_state(source: Source, *, tensors_only: bool = False) -> State:
         # Detached: if the Parameter gets other data during the save, this memory stays alive.
         source_type = SwappedSource if name in swapped else TensorSource
         entries.append(Entry(name, kind, frozen, ties.get(name), source_type(values[name].detach(), tensor.dtype)))
-    return State(tuple(entries), flags_known, tuple(_overlaps(entries)))
+    files = {found.file: name for name, found in offloaded.items() if found.file}
+    return State(tuple(entries), flags_known, tuple(_overlaps(entries)), files, untied_notes(offloaded, values))
 
 
 def _module_tensors(module: nn.Module, tensors_only: bool, swapped: set[str]) -> dict[str, torch.Tensor]:
@@ -108,26 +116,35 @@ def _module_tensors(module: nn.Module, tensors_only: bool, swapped: set[str]) ->
     return tensors
 
 
-def _with_offloaded(module: nn.Module, named: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+def _with_offloaded(
+    module: nn.Module, offloaded: Mapping[str, Offloaded], named: dict[str, torch.Tensor]
+) -> Mapping[str, torch.Tensor]:
     """``named`` with the values of tensors that accelerate offloads. They are cast to the dtype of their placeholders, as accelerate does.
 
     Two names of one placeholder with equal values get the same memory: copies on disk are not tied.
     """
-    offloaded = offloaded_tensors(module, fill=False)
     if not offloaded:
         return named
     values = dict(named)
     first: dict[int, str] = {}
     for name, tensor in named.items():
         if name in offloaded:
-            value, problem, _ = offloaded[name]
+            value, problem = offloaded[name].tensor, offloaded[name].problem
             if value is None:
                 refuse(name, "a tensor with data was expected", f"accelerate offloads it, and {problem}")
             check_savable(name, torch.empty(0, dtype=tensor.dtype))
             values[name] = value
+        elif tensor.is_meta:
+            refuse(
+                name,
+                "a tensor with data was expected",
+                "it is on the meta device, and accelerate, which offloads other tensors of this model, has no values for it; for an "
+                "adapter, keep the layers that it changes off the disk (device_map)",
+            )
         leader = first.setdefault(id(tensor), name)
         if leader != name and same_bytes(values[leader], values[name]):
             values[name] = values[leader]
+    tie_copies(module, offloaded, named, values)
     return values
 
 

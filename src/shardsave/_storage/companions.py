@@ -29,6 +29,9 @@ CONFIG_NAMES = ("config.json", "generation_config.json")
 #: The files of a PEFT adapter.
 ADAPTER_NAMES = frozenset({ADAPTER_CONFIG, ADAPTER_WEIGHTS})
 
+#: The files of an adapter of PEFT, also of older versions.
+ADAPTER_FILES = (*sorted(ADAPTER_NAMES), "adapter_model.bin")
+
 #: The names of all companions. A save touches no other file with a fixed name, except the index and the lone file.
 COMPANION_NAMES = frozenset(CONFIG_NAMES) | ADAPTER_NAMES
 
@@ -144,18 +147,6 @@ def _finish(folder: LockedDirectory, companions: Mapping[str, FileRecord], insid
             inside.rename(name, folder, name)
             finished.append(name)
     return finished
-
-
-def foreign_adapter(folder: Directory, companions: Iterable[str]) -> list[str]:
-    """A note if another tool's adapter is beside a transformers model whose ``companions`` have none."""
-    if CONFIG_NAMES[0] not in companions or ADAPTER_CONFIG in companions:
-        return []
-    try:
-        if folder.inode_of(ADAPTER_CONFIG) is None:
-            return []
-    except CallFailed:  # the checkpoint is in place: a note is not worth an error
-        return []
-    return [f"{ADAPTER_CONFIG}, which is not of this save, stays: from_pretrained adds its adapter to these weights"]
 
 
 def companion_notes(

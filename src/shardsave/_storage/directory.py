@@ -1,7 +1,7 @@
 """An open directory, and the OS calls on the names in it: every name is one path component, relative to the directory's descriptor.
 
-So a `Directory` stays the same directory even if a directory above it is renamed. Only `make_folders` uses paths: the directories
-that it creates do not exist yet.
+So a `Directory` stays the same directory even if a directory above it is renamed. Only `make_folders` uses paths, since the
+directories that it creates do not exist yet, and `names_on_the_way`, which is asked about a path.
 """
 
 from __future__ import annotations
@@ -9,9 +9,12 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import suppress
 from types import TracebackType
 
 from shardsave._common.os_calls import CallFailed, Descriptor, absolute_path, call, kind_of, open_regular, read_whole
+from shardsave._storage.links import follow
 from shardsave.errors import SaveNotCommittedError
 
 #: errno values of link(2) if the file system has no hard links, or does not permit this one.
@@ -19,6 +22,10 @@ NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 #: errno values that are ignored when directories above the checkpoint's are fsynced: they may belong to someone else.
 _MAY_NOT_SYNC = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.EOPNOTSUPP)
+
+
+#: How many symbolic links Linux follows from one to the next.
+_MAX_LINKS = 40
 
 
 class Directory:
@@ -41,6 +48,14 @@ class Directory:
     def open(self, path: str) -> None:
         """Opens the directory at ``path``, through symbolic links."""
         self._descriptor.open(path, os.O_RDONLY | os.O_DIRECTORY)
+
+    def open_for_writing(self, path: str) -> None:
+        """Opens the directory at ``path``, but through no symbolic link of another user that `follow` refuses."""
+        with follow(path) as found:
+            try:
+                self._descriptor.open(".", os.O_RDONLY | os.O_DIRECTORY, found)
+            except CallFailed as error:
+                raise CallFailed(error.call, path, error.errno or 0, error.strerror or "") from error
 
     def open_in(self, parent: Directory) -> None:
         """Opens the directory that has this one's name in ``parent``. A symbolic link is refused."""
@@ -82,11 +97,6 @@ class Directory:
             if error.errno not in (errno.ELOOP, errno.ENOTDIR):
                 raise
             return None
-
-    def is_link(self, name: str) -> bool:
-        """Whether ``name`` is a symbolic link."""
-        status = self.status_of(name)
-        return status is not None and stat.S_ISLNK(status.st_mode)
 
     def inode_of(self, name: str) -> tuple[int, int] | None:
         """Device and inode number of ``name``, which identify a file; None if there is nothing."""
@@ -169,12 +179,14 @@ def make_folders(path: str, durable: bool) -> None:
     """Creates ``path`` and the directories that are missing above it, outermost first. Raises CallFailed.
 
     With ``durable``, the parent of each new directory is synced. Existing directories above are synced too, because nobody knows
-    whether their creators did so.
+    whether their creators did so. A symbolic link of another user that `follow` refuses is refused before anything is created.
     """
     missing, existing = [], path
     while not _is_folder(existing):
         missing.append(existing)
         existing = os.path.dirname(existing)
+    with follow(existing):
+        pass
     if durable:
         _sync_parents(existing)
     for folder in reversed(missing):
@@ -185,6 +197,19 @@ def make_folders(path: str, durable: bool) -> None:
                 raise
         if durable:
             _sync_folder(os.path.dirname(folder))
+
+
+def names_on_the_way(folder: Directory, path: str) -> Iterator[str]:
+    """The names in ``folder`` that ``path`` needs: its own last part, and those of symbolic links on the way to its file."""
+    own = call(os.fstat, folder.name, folder.fd)
+    with suppress(OSError):  # the path leads nowhere
+        for _ in range(_MAX_LINKS):
+            parent, name = os.path.split(path)
+            if os.path.samestat(own, os.stat(parent or ".")):
+                yield name
+            if not os.path.islink(path):
+                return
+            path = os.path.join(parent, os.readlink(path))
 
 
 def _sync_parents(path: str) -> None:

@@ -24,7 +24,10 @@ _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
 class FoundFiles(NamedTuple):
-    """What a path leads to: an index (``index_bytes``), a lone file (its name in ``folder``), or both; or else files of ``ranks``."""
+    """What a path leads to: an index (``index_bytes``), a lone file (its name in ``folder``), or both.
+
+    ``ranks``: the names of files of several ranks in a directory, which are a checkpoint of their own.
+    """
 
     folder: str
     index_name: str
@@ -46,15 +49,17 @@ def find(path: str) -> FoundFiles:
         return FoundFiles(folder or ".", INDEX_NAME, None, name)
     index_bytes = _read_index(os.path.join(folder, name), name)
     lone = LONE_NAME if is_folder and _exists(os.path.join(path, LONE_NAME), even_broken=index_bytes is None) else None
+    is_adapter = False
     if index_bytes is None and lone is None:
-        lone = ADAPTER_WEIGHTS if is_folder and _has_adapter(path) else None
+        is_adapter = is_folder and _has_adapter(path)
         index_bytes = _read_index(os.path.join(folder, name), name)  # a save may just have replaced the lone file by an index
-        lone = lone if index_bytes is None else None
-    if index_bytes is None and lone is None:
-        if is_folder and (ranks := _rank_files(folder)):
-            return FoundFiles(folder, name, None, None, ranks)
+    is_there = index_bytes is not None or lone is not None
+    ranks = _rank_files(folder, may_be_hidden=is_there) if is_folder else ()
+    if is_adapter and not is_there and not ranks:
+        return FoundFiles(folder, name, None, ADAPTER_WEIGHTS)
+    if not is_there and not ranks:
         raise CheckpointNotFoundError(f"no checkpoint at {path}: neither {name} nor {LONE_NAME} is there{_hint(folder)}")
-    return FoundFiles(folder or ".", name, index_bytes, lone)
+    return FoundFiles(folder or ".", name, index_bytes, lone, ranks)
 
 
 def _has_adapter(folder: str) -> bool:
@@ -66,11 +71,16 @@ def _has_adapter(folder: str) -> bool:
     return {ADAPTER_CONFIG, ADAPTER_WEIGHTS} <= {*names} and not any(owner_of(name) for name in names)
 
 
-def _rank_files(folder: str) -> tuple[str, ...]:
-    """The names of the files in ``folder`` that have the chunks of one rank each."""
+def _rank_files(folder: str, *, may_be_hidden: bool) -> tuple[str, ...]:
+    """The names of the files in ``folder`` that have the chunks of one rank each.
+
+    ``may_be_hidden``: whether a folder that may not be listed counts as one without such files.
+    """
     try:
         return tuple(sorted(filter(is_rank_file, call(os.listdir, folder, folder))))
     except CallFailed as error:
+        if may_be_hidden and error.errno == errno.EACCES:
+            return ()
         raise cannot_read(folder, error) from error
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from shardsave._common.os_calls import CallFailed, Descriptor, call, descriptor_allowance, read_at
 from shardsave._format.crc64 import crc64
@@ -13,20 +13,33 @@ from shardsave._format.other_kinds import START_BYTES, ZIP, is_pickle
 from shardsave._storage.find import cannot_read, open_checkpoint_file, refuse_other_kind
 from shardsave.errors import CorruptCheckpointError, DirectoryBusyError, IncompatibleCheckpointError
 
+#: A further check of a header: gets its bytes, the file's length, what was read from it and the file's name. Raises
+#: CorruptCheckpointError.
+HeaderCheck = Callable[[bytes, int, Header, str], None]
+
 
 class ShardFiles:
     """Open shards. Their descriptors keep the bytes readable even when a save replaces the files meanwhile.
 
-    ``index_name`` is None without an index; ``records`` is None if the index has no records of its shards.
+    ``index_name`` is None without an index; ``records`` is None if the index has no records of its shards. ``header_check`` may refuse
+    a header that is sound otherwise.
     """
 
-    def __init__(self, path: str, folder: str, index_name: str | None, records: Mapping[str, ShardRecord] | None) -> None:
+    def __init__(
+        self,
+        path: str,
+        folder: str,
+        index_name: str | None,
+        records: Mapping[str, ShardRecord] | None,
+        header_check: HeaderCheck | None,
+    ) -> None:
         self.path = path
         self.shards: tuple[str, ...] = ()
         self.allowance = descriptor_allowance()  # how many shards are held open at the same time
         self.records = dict(records) if records is not None else None
         self._folder = folder
         self._named_by = index_name
+        self._header_check = header_check
         self._open: dict[str, Descriptor] = {}
         self._identities: dict[str, tuple[int, ...]] = {}  # of each shard, when it was first opened
 
@@ -126,7 +139,7 @@ class ShardFiles:
                     f"corrupt {where}: {self.path_of(shard)}: a safetensors file was expected, it is empty; the checkpoint was copied "
                     f"or downloaded in part"
                 )
-            header = parse_header(read_header(descriptor, length, where), length, where)
+            header = self._parsed(read_header(descriptor, length, where), length, shard)
             if self._named_by is not None and header.sums is not None:
                 raise CorruptCheckpointError(
                     f"corrupt index {self._named_by}: a record of {shard} expected, since shardsave wrote that file, it has none; "
@@ -134,12 +147,18 @@ class ShardFiles:
                 )
             return header
         record = self.records[shard]
-        header = parse_header(self.checked_start(descriptor, shard, record), record.length, where)
+        header = self._parsed(self.checked_start(descriptor, shard, record), record.length, shard)
         if header.sums is None:
             raise CorruptCheckpointError(
                 f"corrupt {where}: checksums of its tensors expected, as the index has a record of it, its header has none; "
                 f"the file was changed after it was saved"
             )
+        return header
+
+    def _parsed(self, raw: bytes, length: int, shard: str) -> Header:
+        header = parse_header(raw, length, f"shard {shard}")
+        if self._header_check is not None:
+            self._header_check(raw, length, header, shard)
         return header
 
     def _refuse_other_kind(self, descriptor: int, shard: str) -> None:

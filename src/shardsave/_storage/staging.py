@@ -68,8 +68,9 @@ class Staging:
 
     Files already have their final names in it; only the index and the list have other names. Every method raises CallFailed.
 
-    ``private``: no other user may change what the next save will obey: the directory's content, and the index. ``permissions``: of
-    files that replace others, and ``index_permissions``: of the index; None if there is none to replace.
+    ``private``: no other user, not even one of the same group, may change what the next save will obey: the directory's content, the
+    index and the list. So nobody else may write to any file but the shards. ``permissions``: of files that replace others, and
+    ``index_permissions``: of the index; None if there is none to replace.
     """
 
     def __init__(self, parent: Directory, path: str) -> None:
@@ -131,23 +132,21 @@ class Staging:
 
     def write(self, name: str, data: bytes, permissions: Permissions | None = None) -> None:
         """Creates the file ``name`` with the content ``data``, and syncs it. ``permissions``: of a file that it replaces alone."""
-        with Descriptor() as file:
-            self._create(name, file, permissions or self.permissions)
-            self._fill(file, name, data)
+        self._write(name, data, permissions or self.permissions)
 
     def write_index(self, data: bytes) -> None:
         """Writes the new index."""
-        permissions, mask = self.index_permissions, 0o022 if self.private else 0
+        self._write(NEW_INDEX_NAME, data, self.index_permissions)
+
+    def _write(self, name: str, data: bytes, permissions: Permissions | None) -> None:
+        mask = 0o022 if self.private else 0
         if permissions is not None:
             permissions = permissions._replace(mode=permissions.mode & ~mask)
         with Descriptor() as file:
-            self._create(NEW_INDEX_NAME, file, permissions, 0o666 & ~mask)
-            self._fill(file, NEW_INDEX_NAME, data)
-
-    def _fill(self, file: Descriptor, name: str, data: bytes) -> None:
-        write_all(file.fd, name, data)
-        self._inside.sync_open(file.fd, name)
-        file.close(name)
+            self._create(name, file, permissions, 0o666 & ~mask)
+            write_all(file.fd, name, data)
+            self._inside.sync_open(file.fd, name)
+            file.close(name)
 
     def write_list(self, names: Iterable[str]) -> None:
         """Writes the list of final names."""

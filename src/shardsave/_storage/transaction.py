@@ -17,8 +17,8 @@ from shardsave._common.os_calls import DISK_FULL, OUT_OF_SPACE, CallFailed
 from shardsave._common.words import human_bytes, some
 from shardsave._format.file_names import INDEX_NAME, LONE_NAME, part_name, shard_names
 from shardsave._format.index import MAX_INDEX_BYTES, FileRecord, Index, Superseded, encode_index
-from shardsave._storage.cleaning_notes import cleaning_notes, lone_stays
-from shardsave._storage.cleanup import Cleaner
+from shardsave._storage.cleaning_notes import adapter_stays, cleaning_notes, lone_stays, ranks_stay
+from shardsave._storage.cleanup import Cleaner, final_names
 from shardsave._storage.commit_errors import (
     commit_unknown,
     companions_unknown,
@@ -26,9 +26,10 @@ from shardsave._storage.commit_errors import (
     durability_unknown,
     index_replaced,
     name_taken,
+    still_read,
 )
-from shardsave._storage.companions import StagedCompanions, finish_dead_savers, foreign_adapter
-from shardsave._storage.directory import make_folders, path_to_write
+from shardsave._storage.companions import StagedCompanions, finish_dead_savers
+from shardsave._storage.directory import make_folders, names_on_the_way, path_to_write
 from shardsave._storage.freeing import RemovedFiles, wait_until_freed
 from shardsave._storage.lock import LockedDirectory
 from shardsave._storage.phase import Phase
@@ -39,12 +40,12 @@ from shardsave.errors import OutOfSpaceError, SaveNotCommittedError, ShardSaveEr
 
 class CommitOutcome(NamedTuple):
     """``removed``: names of files that were removed or replaced, and that this save did not make. ``leftovers``: names that should
-    have been removed and could not be. ``notes``: for the reader of the report. ``warning``: what the caller must not overlook."""
+    have been removed and could not be. ``notes``: for the reader of the report. ``warnings``: what the caller must not overlook."""
 
     removed: tuple[str, ...]
     leftovers: tuple[str, ...]
     notes: tuple[str, ...]
-    warning: str
+    warnings: tuple[str, ...]
 
 
 class Transaction:
@@ -132,6 +133,15 @@ class Transaction:
     def _taken_names(self) -> set[str]:
         with self._before_commit():
             return {*self._folder.names(), *self._previous.files}
+
+    def check_not_read(self, files: Mapping[str, str]) -> None:
+        """Raises SaveNotCommittedError if this save would remove one of ``files`` (path → the tensor that the model reads from it)."""
+        doomed = {*final_names(self._previous.files, (), frozenset()), LONE_NAME}
+        for path, tensor in files.items():
+            with self._before_commit():
+                found = doomed.intersection(names_on_the_way(self._folder, path))
+            if found:
+                raise still_read(self.path, min(found), tensor, self._state())
 
     def check_space(self, needed: int) -> None:
         """Raises OutOfSpaceError if fewer than ``needed`` bytes are free, even after the files of dead savers were removed.
@@ -269,14 +279,17 @@ class Transaction:
             to_free.free_later()
         replaced = self._companions.replacing()
         notes = [] if self._folder.exclusive else ["the file system has no locks: simultaneous saves are not kept apart"]
-        notes += self._previous.notes(lone_is_gone=LONE_NAME in cleaner.removed)
+        notes += self._previous.notes(cleaner.removed)
         links = (self._previous.links | self._companions.links) - {LONE_NAME}
         notes += cleaning_notes(self.path, cleaner, links, self._finished)
-        if new.record is not None:
-            notes += foreign_adapter(self._folder, new.record.companions)
-        removed = dict.fromkeys([*self._removed, *cleaner.removed, *replaced])
-        warning = lone_stays(self.path) if cleaner.lone_stays else ""
-        return CommitOutcome(tuple(removed), tuple(cleaner.leftovers), tuple(notes), warning)
+        index = [INDEX_NAME] if self._previous.others_index else []
+        removed = dict.fromkeys([*self._removed, *cleaner.removed, *replaced, *index])
+        warnings = [lone_stays(self.path)] if cleaner.lone_stays else []
+        if cleaner.ranks_stay:
+            warnings.append(ranks_stay(self.path, cleaner.ranks_stay))
+        if cleaner.adapter_stays:
+            warnings.append(adapter_stays(self.path, cleaner.adapter_stays))
+        return CommitOutcome(tuple(removed), tuple(cleaner.leftovers), tuple(notes), tuple(warnings))
 
     def close(self) -> None:
         """Ends the transaction: removes files that belong to no checkpoint, frees the lock. May be called any number of times."""
