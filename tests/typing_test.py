@@ -32,6 +32,7 @@ def saving(model: torch.nn.Module, compiled: torch.nn.Module, parameters: dict[s
     assert_type(report.direct, bool)
     assert_type(report.pinned, bool)
     assert_type(report.staging_bytes, int)
+    assert_type(report.wait_cleaned(timeout=0.5), bool)
     assert_type(report.durable, bool)
     assert_type(report.leftovers, tuple[str, ...])
     assert_type(report.overlaps, tuple[tuple[str, str], ...])

@@ -6,10 +6,10 @@
 >>> report = shardsave.load_model(torch.nn.Linear(4, 2), "checkpoint")
 """
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 from shardsave._common.backend import check_engine as _check_engine
+from shardsave._common.imports import import_at_use as _import_at_use
 from shardsave._version import __version__
 from shardsave.errors import (
     CheckpointNotFoundError,
@@ -17,6 +17,7 @@ from shardsave.errors import (
     DirectoryBusyError,
     DurabilityUncertainError,
     IncompatibleCheckpointError,
+    NoSuchTensorError,
     OutOfSpaceError,
     SaveNotCommittedError,
     ShardSaveError,
@@ -51,6 +52,7 @@ __all__ = [
     "IncompatibleCheckpointError",
     "Leaving",
     "LoadReport",
+    "NoSuchTensorError",
     "OpenCheckpoint",
     "OutOfSpaceError",
     "Phases",
@@ -98,7 +100,7 @@ def __getattr__(name: str) -> Any:
     for module, names in _MODULES.items():
         if name in names:
             _check_engine()  # not when the package is imported, so that the command line can report a wrong engine in one line
-            value = globals()[name] = getattr(importlib.import_module(f"shardsave._api.{module}"), name)
+            value = globals()[name] = getattr(_import_at_use(f"shardsave._api.{module}"), name)
             return value
     raise AttributeError(f"module 'shardsave' has no attribute {name!r}")
 

@@ -7,6 +7,8 @@ Wrong arguments raise ``TypeError`` or ``ValueError`` before anything is read or
 
 from __future__ import annotations
 
+import errno
+
 from shardsave._printable import printable
 
 __all__ = [
@@ -15,6 +17,7 @@ __all__ = [
     "DirectoryBusyError",
     "DurabilityUncertainError",
     "IncompatibleCheckpointError",
+    "NoSuchTensorError",
     "OutOfSpaceError",
     "SaveNotCommittedError",
     "ShardSaveError",
@@ -31,8 +34,10 @@ class ShardSaveError(Exception):
         super().__init__(*(printable(argument) if isinstance(argument, str) else argument for argument in arguments))
 
 
-class CheckpointNotFoundError(ShardSaveError):
-    """There is no checkpoint at the given path."""
+class CheckpointNotFoundError(ShardSaveError, FileNotFoundError):
+    """There is no checkpoint at the given path. It is also a FileNotFoundError."""
+
+    errno = errno.ENOENT
 
 
 class CorruptCheckpointError(ShardSaveError):
@@ -41,6 +46,12 @@ class CorruptCheckpointError(ShardSaveError):
 
 class IncompatibleCheckpointError(ShardSaveError):
     """The files are not damaged, but do not fit the module, need a newer shardsave, or are of a kind that the call cannot read."""
+
+
+class NoSuchTensorError(IncompatibleCheckpointError, KeyError):
+    """An open checkpoint has no tensor of that name. It is also a KeyError, because every mapping has to raise one."""
+
+    __str__ = Exception.__str__
 
 
 class UnsupportedTensorError(ShardSaveError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 import shardsave
+from shardsave._cli.convert import convert
 
 WRONG_EVERYWHERE = [3, None, b"ckpt", ""]
 
@@ -117,6 +119,13 @@ def test_binary_and_decimal_units(tmp_path: Path) -> None:
     state = {"a": torch.zeros(2**20 - 1, dtype=torch.uint8), "b": torch.zeros(1, dtype=torch.uint8)}
     assert shardsave.save(state, tmp_path, max_shard_size="1MiB").shards == 1
     assert shardsave.save(state, tmp_path, max_shard_size="1MB").shards == 2
+
+
+def test_the_default_size() -> None:
+    """Catches two functions, or the command, that make shards of different sizes: a reshard would rewrite every shard."""
+    defaults = [inspect.signature(verb).parameters["max_shard_size"].default for verb in (shardsave.save, shardsave.convert)]
+    defaults += [option.default for option in convert.params if option.name == "max_shard_size"]
+    assert defaults == ["2GB"] * 3
 
 
 def test_an_infinite_timeout(tmp_path: Path) -> None:

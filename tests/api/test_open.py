@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import shardsave
 from support import SmallModel, holds_in_child, same_bits
@@ -196,3 +197,15 @@ def test_wrong_paths(tmp_path: Path) -> None:
         shardsave.open(tmp_path)
     with pytest.raises(TypeError, match="the path of a checkpoint must be a string or a pathlib.Path, not int"):
         shardsave.open(3)  # type: ignore[arg-type]
+
+
+def test_metadata_of_a_single_file(tmp_path: Path) -> None:
+    """Catches the metadata of a third-party file that are lost, and entries that mean something else among them."""
+    save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors", metadata={"format": "pt", "license": "mit", "tied": "a"})
+    with shardsave.open(tmp_path / "x.safetensors") as ckpt:
+        assert ckpt.metadata == {"license": "mit"} and ckpt.ties == {"tied": "a"}
+    assert shardsave.inspect(tmp_path / "x.safetensors").metadata == {"license": "mit"}
+    save_file({"a": torch.ones(2)}, tmp_path / "y.safetensors")
+    assert shardsave.open(tmp_path / "y.safetensors").metadata == {}
+    report = shardsave.convert(tmp_path / "x.safetensors", tmp_path / "z.safetensors", to="safetensors")
+    assert shardsave.open(report.path).metadata == {"license": "mit"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import re
 from pathlib import Path
@@ -92,11 +93,11 @@ def test_inspect_prints_flags_by_child(tmp_path: Path, small_model: SmallModel, 
     """Catches flags that are not shown, or that are shown although they are unknown."""
     shardsave.save(small_model, tmp_path)
     assert lines_of(shardsave.inspect(tmp_path), capsys) == [
-        f"{tmp_path}: 8.6 kB, 13 tensors in 2 shards, 1 tied, 6 of 10 parameters frozen",
+        f"{tmp_path}: 8.6 kB, 13 tensors in 2 shards, 1 tied, 6 of 9 parameters frozen",
         "  embed: 0 of 1 frozen",
         "  encoder: 6 of 6 frozen",
         "  narrow: 0 of 2 frozen",
-        "  head: 0 of 1 frozen",
+        "  head: tied",
     ]
     shardsave.save(small_model.state_dict(), tmp_path)
     (line,) = lines_of(shardsave.inspect(tmp_path), capsys)
@@ -187,7 +188,7 @@ def test_a_load_reports_casts_and_changed_flags(tmp_path: Path) -> None:
 
 
 def test_a_save_reports_third_party_files_that_it_replaced(tmp_path: Path) -> None:
-    """Catches a third-party file that a save replaces without a note."""
+    """Catches a third-party file that a save replaces without a note, or an index of others that it does not name."""
     from safetensors.torch import save_file
 
     save_file({"x": torch.ones(2)}, tmp_path / "model.safetensors")
@@ -197,6 +198,40 @@ def test_a_save_reports_third_party_files_that_it_replaced(tmp_path: Path) -> No
     assert shardsave.save({"x": torch.ones(2)}, tmp_path).notes == ()
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({key: value for key, value in json.loads(index.read_text()).items() if key != "shardsave"}))
-    assert shardsave.save({"x": torch.ones(2)}, tmp_path).notes == (
-        "the checkpoint that was replaced was not saved by shardsave",
-    )
+    report = shardsave.save({"x": torch.ones(2)}, tmp_path)
+    assert report.notes == ("the checkpoint that was replaced was not saved by shardsave",) and index.name in report.removed
+    index.write_text("{")
+    assert shardsave.save({"x": torch.ones(2)}, tmp_path).removed == (index.name,)
+    assert index.name not in shardsave.save({"x": torch.ones(2)}, tmp_path).removed
+
+
+def test_save_and_inspect_count_the_same(tmp_path: Path) -> None:
+    """Catches extra tensors that only one of the two counts, and a tied parameter that counts twice."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).requires_grad_(False)
+    model[1].weight = model[0].weight
+    model.register_buffer("scratch", torch.ones(5), persistent=False)
+    saved = shardsave.save(model, tmp_path / "ckpt", architecture=True)
+    converted = shardsave.convert(tmp_path / "ckpt", tmp_path / "converted")
+    for report in (saved, converted):
+        info = shardsave.inspect(report.path)
+        assert (report.bytes, report.tensors, report.shards) == (info.bytes, 3, len(info.shards))
+        assert str(info).splitlines() == [
+            f"{report.path}: 32 B, 3 tensors in 1 shard, 1 tied, 3 of 3 parameters frozen",
+            "  0: 2 of 2 frozen",
+            "  1: 1 of 1 frozen",
+        ]
+        assert len(info.parameters or ()) == len(info.frozen or ()) == 4  # every name, in the fields
+    assert shardsave.load_model(model, tmp_path / "ckpt").frozen == 3
+
+
+def test_errors_are_what_python_expects(tmp_path: Path) -> None:
+    """Catches an error that code written for Python's own errors does not catch."""
+    with pytest.raises(FileNotFoundError) as missing:
+        shardsave.load(tmp_path / "none")
+    assert type(missing.value) is shardsave.CheckpointNotFoundError and missing.value.errno == errno.ENOENT
+    shardsave.save({"x": torch.ones(1)}, tmp_path / "ckpt", durable=False)
+    with shardsave.open(tmp_path / "ckpt") as checkpoint:
+        for kind in (KeyError, shardsave.NoSuchTensorError, shardsave.IncompatibleCheckpointError):
+            with pytest.raises(kind, match="^cannot read from .*: 'y' was asked for"):
+                checkpoint["y"]
+        assert checkpoint.get("y") is None

@@ -77,6 +77,7 @@ FILLED: dict[str, Callable[[], nn.Module]] = {
     "weight of RMSNorm": lambda: nn.RMSNorm(4),
     "bias of GroupNorm": lambda: nn.GroupNorm(2, 4),
     "running_mean of BatchNorm1d": lambda: nn.BatchNorm1d(4),
+    "num_batches_tracked of BatchNorm1d": lambda: nn.BatchNorm1d(4),
     "weight of PReLU": lambda: nn.PReLU(),
     "in_proj_weight of MultiheadAttention": lambda: nn.MultiheadAttention(4, 2),
     "out_proj.weight of MultiheadAttention": lambda: nn.MultiheadAttention(4, 2),

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import shardsave
+from shardsave._common import backend
 from shardsave._state.module import read_state
 from support import SmallModel, let_everybody_in, same_bits
 
@@ -88,7 +89,6 @@ def structured() -> Any:
 @pytest.mark.parametrize(
     ("array", "words"),
     [
-        (np.arange(3, dtype=">f4"), r"native byte order was expected, its dtype is >f4"),
         (np.array([object()]), "a dtype that torch has was expected, it is object"),
         (np.array(["text"]), "a dtype that torch has was expected, it is <U4"),
         (np.zeros(2, "M8[s]"), "a dtype that torch has was expected, it is datetime64"),
@@ -234,3 +234,61 @@ def test_errors_with_advice(tmp_path: Path) -> None:
         shardsave.CheckpointNotFoundError, match="it holds a distributed checkpoint, and no pickle is read here"
     ):
         shardsave.load(tmp_path / "dcp")
+
+
+@pytest.mark.parametrize("engine", ["native", "portable"])
+def test_arrays_in_the_other_byte_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
+    """Catches an array of another kind of processor that is refused, copied, tied to its own bytes, or stored with swapped values."""
+    if engine == "portable":
+        monkeypatch.setattr(backend, "native", None)
+    big = np.arange(5_000_000, dtype=">i4")
+    arrays = {
+        "big": big,
+        "columns": np.arange(12, dtype=">f8").reshape(3, 4).T,
+        "every second": np.arange(9, dtype=">i2")[::2],
+        "complex": np.arange(3, dtype=">c8"),
+        "scalar": np.array(7, dtype=">u2"),
+        "empty": np.zeros((0, 3), ">f4"),
+        "same bytes": big.view("<i4")[:10],
+        "same bytes, swapped": big[:10],
+        "bytes": np.arange(3, dtype=">u1"),
+    }
+    arrays["scalar"].flags.writeable = False
+    shardsave.save(arrays, tmp_path, durable=False)
+    loaded = shardsave.load(tmp_path)
+    for name, array in arrays.items():
+        assert np.array_equal(loaded[name].numpy(), array) and loaded[name].shape == array.shape, name
+    assert read_state(arrays).entries[0].tensor.data_ptr() == big.ctypes.data
+
+    class Module(nn.Module):
+        def state_dict(self, *arguments: Any, **options: Any) -> Any:
+            return {"x": big}
+
+    shardsave.save(Module(), tmp_path / "module", durable=False)
+    assert np.array_equal(shardsave.load(tmp_path / "module")["x"].numpy(), big)
+
+
+def test_advice_for_other_sources(tmp_path: Path) -> None:
+    """Catches advice that leads nowhere: for an optimizer's state, for lists, and for plain values."""
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.Adam(model.parameters())
+    cases: list[tuple[Any, str]] = [
+        (
+            optimizer.state_dict(),
+            "cannot save the state dict of an optimizer: .*optimizers are not saved: keep torch.save for it",
+        ),
+        (
+            {"a": [torch.ones(1)]},
+            "cannot save 'a': a tensor was expected, it is a list: give each tensor a name of its own, such as 'a.0'",
+        ),
+        ({"a": (1, 2)}, "cannot save 'a': .* it is a tuple: pass plain values as metadata="),
+        ({"a": None}, "cannot save 'a': .* it is a NoneType: pass plain values as metadata="),
+    ]
+    for source, words in cases:
+        with pytest.raises(shardsave.UnsupportedTensorError, match=words):
+            shardsave.save(source, tmp_path / "ckpt")
+    shardsave.save(nn.Linear(2, 3), tmp_path / "other", durable=False)
+    with pytest.raises(
+        shardsave.IncompatibleCheckpointError, match="; strict=False loads what fits and reports the rest; the mod"
+    ):
+        shardsave.load_model(model, tmp_path / "other")

@@ -109,7 +109,7 @@ def test_a_lone_file_and_an_index(ckpt: Path, tmp_path: Path) -> None:
         shardsave.verify(ckpt, keep_going=True)
 
 
-@pytest.mark.parametrize("part", ["architecture-*.json", "extra-*.safetensors"])
+@pytest.mark.parametrize("part", ["architecture-*.json", "extra-*.tensors"])
 @pytest.mark.parametrize("at", [20, -1])
 def test_parts_beside_the_weights(tmp_path: Path, part: str, at: int) -> None:
     """Catches a damaged architecture that passes, or that makes the weights count as damaged."""
@@ -122,7 +122,7 @@ def test_parts_beside_the_weights(tmp_path: Path, part: str, at: int) -> None:
     flip(path, at)
     report = shardsave.verify(tmp_path, keep_going=True)
     (damage,) = report.damaged
-    assert damage.shard == path.name and damage.tensors == (("scratch",) if at < 0 and "safe" in part else ())
+    assert damage.shard == path.name and damage.tensors == (("scratch",) if at < 0 and "extra" in part else ())
     assert report.intact["model-00001-of-00001.safetensors"] == ("weight", "bias")
     with pytest.raises(shardsave.CorruptCheckpointError):
         shardsave.verify(tmp_path)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import io
 import json
+import lzma
 import os
 import pickle
 import socket
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -218,12 +223,44 @@ def pickled(name: str, kind: str, make: Callable[[Path], object], file: str, in_
 
     return Case(
         name,
-        f"cannot read $DIR/{file}: a safetensors file was expected, it is {kind}, as torch.save writes; {NO_PICKLE}; "
-        "the file is as it was",
+        f"cannot read $DIR/{file}: a safetensors file was expected, it is {kind}, as torch.save writes; no pickle is read here, "
+        f"since that can run code: shardsave convert $DIR/{file} DST makes a checkpoint of it; the file is as it was",
         put,
         shardsave.IncompatibleCheckpointError,
     )
 
+
+def other(kind: str, content: bytes, advice: str) -> Case:
+    """A file of another kind under the name of a safetensors file."""
+    return Case(
+        f"it is {kind}",
+        f"cannot read $DIR/x.safetensors: a safetensors file was expected, it is {kind}; {advice}; the file is as it was",
+        lambda folder: ((folder / "x.safetensors").write_bytes(content), folder / "x.safetensors")[1],
+        shardsave.IncompatibleCheckpointError,
+    )
+
+
+def lost(name: str, file: str, expected: str, start: str, content: bytes, words: str, advice: str) -> Case:
+    """Something that was downloaded in the place of a file of a checkpoint."""
+    message = f"{start} {file}: $DIR/{file}: {expected} was expected, it is {words}; {advice}"
+    return Case(f"lost: {name}", message, lambda folder: (saved(folder), rewrite(folder / file, content))[0])
+
+
+GIT_LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d" * 32 + b"\nsize 4128\n"
+UNPACK = "unpack it, and give the path of what is in it"
+TAR = io.BytesIO()
+with tarfile.open(fileobj=TAR, mode="w") as archive:
+    archive.addfile(tarfile.TarInfo("x"))
+OTHER_KINDS = [
+    other("a GGUF file", b"GGUF\3\0\0\0" + bytes(64), "GGUF is not read here"),
+    other("a gzip archive", gzip.compress(b"x" * 64), UNPACK),
+    other("a bzip2 archive", bz2.compress(b"x" * 64), UNPACK),
+    other("an xz archive", lzma.compress(b"x" * 64), UNPACK),
+    other("a tar archive", TAR.getvalue(), UNPACK),
+    other("a NumPy array", b"\x93NUMPY\1\0" + bytes(64), "load it with numpy.load and save a mapping of names to tensors"),
+    other("an HDF5 file", b"\x89HDF\r\n\x1a\n" + bytes(64), "HDF5 is not read here"),
+    other("JSON text", b'{"error": "Repository not found"}', "give the path of a file with weights"),
+]
 
 NO_PICKLE = "no pickle is read here, since that can run code: shardsave convert SRC DST makes a checkpoint of it"
 PART = "the checkpoint was copied or downloaded in part"
@@ -282,9 +319,21 @@ FILES = [
            "saves",
            lambda folder: rewrite(folder / "b.safetensors", (folder / "a.safetensors").read_bytes())),
     others("shard of others is no safetensors file",
-           "corrupt shard b.safetensors: header: at most 100000000 bytes of header expected, it says 7236828442477807431, as no "
+           "corrupt shard b.safetensors: header: at most 100000000 bytes of header expected, it says 2333181762011690089, as no "
            "safetensors file does; nothing else was read from it",
-           lambda folder: rewrite(folder / "b.safetensors", b"GGUF and so on")),
+           lambda folder: rewrite(folder / "b.safetensors", b"it is a text")),
+    Case("lone file is empty",
+         f"corrupt shard {LONE}: $DIR/{LONE}: a safetensors file was expected, it is empty; {PART}",
+         lambda folder: (folder / LONE).touch()),
+    *OTHER_KINDS,
+    lost("our shard", FIRST, "a safetensors file", "corrupt shard", GIT_LFS, "a pointer of git-lfs and not the file itself",
+         "'git lfs pull' fetches the file"),
+    lost("index", INDEX, "an index", "corrupt index", GIT_LFS, "a pointer of git-lfs and not the file itself",
+         "'git lfs pull' fetches the file"),
+    lost("web page as index", INDEX, "an index", "corrupt index", b"\n<!DOCTYPE html>\n<html>", "a web page, most likely of a failed "
+         "download", "download the file again"),
+    lost("web page as our shard", SECOND, "a safetensors file", "corrupt shard", b"<html><head>", "a web page, most likely of a failed "
+         "download", "download the file again"),
     pickled("path of a file of torch.save", "a zip archive", lambda file: torch.save({"x": torch.ones(1)}, file), "saved.pt"),
     pickled("path of an old file of torch.save", "a pickle",
             lambda file: torch.save({"x": torch.ones(1)}, file, _use_new_zipfile_serialization=False), "saved.pth"),

@@ -60,7 +60,6 @@ ENTRY = "tensor 'x' expected to have dtype, shape and data_offsets, it is "
 
 HEADERS = [
     # The length word.
-    raw("empty file", "8 bytes of header length expected, the file ends after 0", b""),
     raw("file cut in the length", "8 bytes of header length expected, the file ends after 5", b"\x10\0\0\0\0"),
     raw("file cut after the length", "16 bytes of header expected, the file has 0 after its length", b"\x10" + bytes(7)),
     raw("file cut in the header", "70 bytes of header expected, the file has 2 after its length", shard_bytes('{"', length=70)),
@@ -118,7 +117,7 @@ HEADERS = [
          f'{{"__metadata__":{{"format":"pt","format":"np"}},"x":{X}}}'),
     # __metadata__.
     lone("tensor named __metadata__", "__metadata__ entry 'shape' expected to be a string, it is [1]", f'{{"__metadata__":{X}}}'),
-    lone("__metadata__ of null", "__metadata__ expected to be an object, it is null", f'{{"__metadata__":null,"x":{X}}}'),
+    lone("__metadata__ of a list", "__metadata__ expected to be an object, it is []", f'{{"__metadata__":[],"x":{X}}}'),
     lone("number in __metadata__", "__metadata__ entry 'n' expected to be a string, it is 1",
          f'{{"__metadata__":{{"n":1}},"x":{X}}}'),
     checksums("checksums too short", "15 characters, '000000000000000'", "0" * 15),

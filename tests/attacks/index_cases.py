@@ -114,6 +114,17 @@ def newer(folder: Path) -> None:
     edit_index(folder, lambda index: index["shardsave"].update(requires=["pieces", "deltas"]))
 
 
+def with_directory(ours: Json) -> None:
+    """Adds a part that has a directory of its own."""
+    ours["parts"] = {"training state": ["training-0123abcd/index.json", 9, 9, CRC]}
+
+
+def newer_with_directory(folder: Path) -> None:
+    saved(folder)
+    edit_index(folder, lambda index: with_directory(index["shardsave"]))
+    edit_index(folder, lambda index: index["shardsave"].update(requires=["part directories"]))
+
+
 def of_record(key: str, value: Any) -> Callable[[Json], object]:
     return lambda ours: ours.update({key: value})
 
@@ -167,7 +178,7 @@ INDEXES = [
         "text in Unicode expected, it has half of a surrogate pair, '\\ud800'", b'{"weight_map":{"x":"\\ud800"}}'),
     # The seal.
     Case("byte changed under the seal",
-         refused("checksum bf3b68dd7526e753 expected, it has 10ec157d73eab178; the file was changed after it was saved"), under_the_seal),
+         refused("checksum b3cde7d9cae46718 expected, it has 1c1a9a79cc283133; the file was changed after it was saved"), under_the_seal),
     content("index cut by one byte", SEAL, lambda data: data[:-1]),
     content("byte after the seal", SEAL, lambda data: data + b"\n"),
     content("seal with a letter too many", SEAL, lambda data: data[:-4] + b"0" + data[-4:]),
@@ -181,6 +192,11 @@ INDEXES = [
     Case("record requires what we do not know",
          f"cannot read index {INDEX}: this version of shardsave knows no feature, it requires ['deltas', 'pieces']; "
          "the checkpoint is intact, read it with a newer version", newer, shardsave.IncompatibleCheckpointError),
+    Case("part in a directory",
+         f"cannot read index {INDEX}: this version of shardsave knows no feature, it requires ['part directories']; "
+         "the checkpoint is intact, read it with a newer version", newer_with_directory, shardsave.IncompatibleCheckpointError),
+    record("part in a directory, which nothing requires",
+           "file names of one path component expected, it names 'training-0123abcd/index.json'", with_directory),
     record("requires missing", "requires expected to be a list of features, it is null", lambda ours: ours.pop("requires")),
     record("requires is text", "requires expected to be a list of features, it is 'pieces'", of_record("requires", "pieces")),
     record("requires a number", "requires expected to be a list of features, it is [1]", of_record("requires", [1])),

@@ -16,7 +16,7 @@ from tampering import LONE, Case
 import shardsave
 from rank_files import cut, save_ranks
 
-FIRST, SECOND = (f"shard-0000{rank}-model-00001-of-00001.safetensors" for rank in (1, 2))
+FIRST, SECOND, THIRD, FOURTH = (f"shard-0000{rank}-model-00001-of-00001.safetensors" for rank in (1, 2, 3, 4))
 CAUSE = "files of some ranks are missing, or files of several saves lie together"
 
 
@@ -123,6 +123,15 @@ RANKS = [
           "copied or downloaded in part",
           lambda folder: (folder / SECOND).rename(folder / "shard-00002-model-00003-of-00003.safetensors") and None),
     lone("path of one", SECOND, SECOND),
-    lone("one with the name of a lone file", ".", LONE),
+    lone("one with the name of a lone file", LONE, LONE),
+    ranks("ranks: beside a lone file",
+          f"cannot tell which checkpoint is meant: $DIR: one of {LONE} and the files of several ranks ({FIRST}, {THIRD}, {FOURTH}) was "
+          f"expected, both are there; give the path of {LONE} to load it, or remove those that are not wanted",
+          lambda folder: (folder / SECOND).rename(folder / LONE) and None,
+          shardsave.IncompatibleCheckpointError),
+    ranks("ranks: of two saves",
+          f"corrupt checkpoint $DIR: files of one save were expected, {FIRST} and shard-00009-model-00002-of-00002.safetensors count "
+          f"different numbers of files; {CAUSE}",
+          lambda folder: [shutil.copy(folder / SECOND, folder / "shard-00009-model-00002-of-00002.safetensors")]),
     lone("path of one with another name", "x.safetensors", "x.safetensors"),
 ]  # fmt: skip

@@ -68,6 +68,22 @@ def test_accepted(change: Callable[[Path], object], tmp_path: Path) -> None:
     assert shardsave.load(tmp_path, mmap=True).keys() == model.state_dict().keys()
 
 
+def test_a_part_of_a_newer_version(tmp_path: Path) -> None:
+    """Catches an unknown part that is dropped or not verified without a word, or that keeps the weights from loading."""
+    saved(tmp_path / "a")
+    edit_index(
+        tmp_path / "a", lambda index: index["shardsave"].update(parts={"recipe": ["recipe-0123abcd.json", 9, 9, "0" * 16]})
+    )
+    assert shardsave.load(tmp_path / "a").keys() == Net().state_dict().keys()
+    report = shardsave.verify(tmp_path / "a")
+    assert report.verified and report.notes == ("the recipe was not verified: this version of shardsave knows no such part",)
+    assert shardsave.convert(tmp_path / "a", tmp_path / "b").notes == (
+        "the recipe was left out: this version of shardsave knows no such part",
+    )
+    save = shardsave.save(Net(), tmp_path / "a")
+    assert save.leftovers == () and shardsave.verify(tmp_path / "a").notes == ()
+
+
 def test_index_of_another_library(tmp_path: Path) -> None:
     """Catches a reader that uses or refuses other members than weight_map in an index without shardsave's record."""
     foreign(tmp_path, metadata={"total_size": -1.5}, note=[1])

@@ -83,6 +83,17 @@ def test_list_of_a_dead_saver(removed: bool, put: Names, staging: Path) -> None:
     assert (folder / INDEX).exists()
 
 
+@pytest.mark.parametrize("name", ["extra-0123abcd.safetensors", "extra-0123abcd.tensors"])
+def test_names_of_every_version(name: str, staging: Path) -> None:
+    """Catches a file that a dead saver of another version of the format has staged and given its final name, and that stays for ever."""
+    folder = staging.parent
+    (staging / "names").write_text(json.dumps([name]))
+    (staging / name).write_text("left by a dead save")
+    os.link(staging / name, folder / name)
+    report = save(folder)
+    assert report.leftovers == () and not staging.exists() and not (folder / name).exists() and name in report.removed
+
+
 def test_list_that_names_the_new_checkpoint(staging: Path) -> None:
     """Catches cleaning that removes a file that the new index names."""
     folder = staging.parent

@@ -28,6 +28,8 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 import shardsave
 from shardsave import errors
+from shardsave._common.shutdown import verb
+from transformers_models import tiny
 
 #: Escape, bell, right-to-left override, zero width space, line separator, the one-byte form of "escape [", and a forged second line.
 FORMATS = "\u202e\u200b\u2028\x9b31m"
@@ -212,6 +214,13 @@ def architecture_attribute(folder: Path) -> Path:
     return folder
 
 
+def architecture_device(folder: Path) -> Path:
+    shardsave.save(nn.Sequential(nn.Linear(2, 2)), folder, architecture=True, durable=False)
+    hostile = {"x": {"device": HOSTILE}}
+    edit_architecture(folder, lambda document: document["objects"][0].setdefault("attributes", {}).update(hostile))
+    return folder
+
+
 def architecture_import(folder: Path) -> Path:
     shardsave.save(nn.Sequential(nn.Linear(2, 2)), folder, architecture=True, durable=False)
     edit_architecture(folder, lambda document: document["imports"].update({f"zoo:{HOSTILE}": HOSTILE}))
@@ -358,6 +367,12 @@ def config_activation(folder: Path) -> Path:
     return folder
 
 
+def config_of_generation(folder: Path) -> Path:
+    shardsave.save(tiny("GPT-2"), folder, durable=False)
+    (folder / "generation_config.json").write_text(json.dumps({"cache_implementation": HOSTILE}))
+    return folder
+
+
 def config_without_json(folder: Path) -> Path:
     saved(folder)
     (folder / "config.json").write_text(f'{{"architectures": {HOSTILE}')
@@ -384,10 +399,11 @@ PLACES = {
     for place in (
         tensor_names, parameter_names, damaged_tensor, header_of_a_file, unknown_dtype, repeated_name, missing_shard,
         damaged_shard, shard_that_is_a_directory, shard_name_that_is_none, name_that_the_shard_lacks, index_without_json,
-        architecture_attribute, architecture_import, architecture_version, torch_names, torch_states, torch_pickle, torch_global,
+        architecture_attribute, architecture_device, architecture_import, architecture_version, torch_names, torch_states,
+        torch_pickle, torch_global,
         torch_archive, torch_old_format, torch_shards, torch_shard_that_is_missing, hint_of_other_files, distributed,
         distributed_twice, distributed_file, distributed_pickle, config_architecture, config_type, config_value, config_activation,
-        config_without_json, path_of_a_checkpoint, path_of_bytes, path_without_a_checkpoint,
+        config_of_generation, config_without_json, path_of_a_checkpoint, path_of_bytes, path_without_a_checkpoint,
     )
 }  # fmt: skip
 
@@ -536,3 +552,44 @@ def test_honest_names_stay_readable(tmp_path: Path) -> None:
     assert HONEST in str(raised.value)
     report = shardsave.save({HONEST: torch.ones(1)}, tmp_path / HONEST, durable=False)
     assert HONEST in str(report) and shardsave.inspect(tmp_path / HONEST).names == (HONEST,)
+
+
+def test_causes() -> None:
+    """Catches the text of another library's error, or a note, that is printed as the cause of ours; a traceback that is lost with it;
+    and an error of the caller that is changed."""
+
+    @verb()
+    def fail(cause: BaseException) -> None:
+        try:
+            raise cause
+        except BaseException as error:
+            raise errors.CorruptCheckpointError("corrupt") from error
+
+    noted = ValueError("plain")
+    noted.__notes__ = [HOSTILE]  # type: ignore[attr-defined]
+    for cause in (ValueError(HOSTILE), noted):
+        with pytest.raises(errors.CorruptCheckpointError) as raised:
+            fail(cause)
+        shown = "".join(traceback.format_exception(raised.value))
+        assert_plain(shown)
+        assert "EscapedError: ValueError: " in shown and "raise cause" in shown
+    own = KeyError("plain")
+    with pytest.raises(errors.CorruptCheckpointError) as raised:
+        try:
+            raise ValueError(HOSTILE)
+        except ValueError as outer:
+            own.__context__ = outer
+            fail(own)
+    assert raised.value.__cause__ is own and type(own.__context__) is ValueError
+
+
+@pytest.mark.parametrize("module", ["mod\x1b[31mEVIL was not an allowed global by default. [mod]", "posix"])
+def test_a_global_is_named_whole(module: str, tmp_path: Path) -> None:
+    """Catches a pickle whose name is cut at a control character, so that it looks like a harmless one."""
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+        archive.writestr("x/data.pkl", f"\x80\x02c{module}\nname\x07 was not an allowed global\n.".encode("latin1"))
+        archive.writestr("x/version", "3\n")
+    with pytest.raises(shardsave.UntrustedCodeError) as raised:
+        shardsave.convert(tmp_path / "x.pt", tmp_path / "out")
+    name = (module + r".name\x07 was not an allowed global").replace("\x1b", r"\x1b")
+    assert f"its pickle asks for {name}; nothing of it was run" in str(raised.value)

@@ -112,7 +112,7 @@ def test_a_planted_list(shared: Path) -> None:
         put(shared / name, "work", SAVER)
     plant_staging(shared, [*WORK, "model-00001-of-00001.safetensors"])
     cleaned = by(SAVER, lambda: shardsave.clean(shared, other_hosts=True))
-    assert cleaned.endswith(f"; 0 removed; kept, since another user may have made them: {STAGING}"), cleaned
+    assert cleaned.endswith(f"; 0 removed; kept, since another user may have made or changed them: {STAGING}"), cleaned
     report = by(SAVER, lambda: save(shared))
     assert f"what belongs to other users of this directory, to which everybody may write, stays (8.2 kB): {STAGING}" in report
     again = by(SAVER, lambda: save(shared, 2))
@@ -181,14 +181,19 @@ def test_a_planted_index(mode: int, shared: Path) -> None:
 
 
 def test_root_replaces_a_planted_index(shared: Path) -> None:
-    """Catches a save of a user who may replace everything, and who removes what another user's index names."""
-    for name in WORK:
-        put(shared / name, "work", SAVER)
+    """Catches a save of a user who may replace everything, and who removes what another user's index names, does not name the index
+    that it replaced, or calls its own file another user's."""
+    for name, owner in zip(WORK, (0, SAVER)):
+        put(shared / name, "work", owner)
     plant_index(shared)
     report = save(shared)
-    assert report.removed == () and saved_value(shared) == 1
+    assert report.removed == (INDEX,) and saved_value(shared) == 1
     assert report.notes[0].startswith("nothing was removed that the replaced index names, since another user")
-    assert report.notes[1].endswith(f"stays (8.2 kB): {', '.join(WORK)}")
+    assert (
+        report.notes[1]
+        == f"what belongs to other users of this directory, to which everybody may write, stays (4.1 kB): {WORK[1]}"
+    )
+    assert report.notes[2] == f"what other users of this directory may have changed or named stays (4.1 kB): {WORK[0]}"
     assert all((shared / name).read_text() == "work" for name in WORK)
 
 
@@ -199,9 +204,9 @@ def test_a_link_to_the_savers_own_index(shared: Path, tmp_path: Path) -> None:
     plant_index(own, 0)
     for name in WORK:
         put(shared / name, "work", 0)
-    for link in (lambda: give_link(shared / INDEX, own / INDEX), lambda: os.link(own / INDEX, shared / INDEX)):
-        link()
-        assert save(shared).removed == () and all((shared / name).read_text() == "work" for name in WORK)
+    for link in (give_link, lambda link, target: os.link(target, link)):
+        link(shared / INDEX, own / INDEX)
+        assert save(shared).removed == (INDEX,) and all((shared / name).read_text() == "work" for name in WORK)
         (shared / INDEX).unlink()
     assert (own / INDEX).read_text()
 
@@ -329,7 +334,7 @@ def test_listing_a_directory_that_one_may_not_write(shared: Path) -> None:
     plant_staging(shared, [])
     shared.chmod(0o1777)
     shutil.chown(shared, NEIGHBOUR)
-    assert "kept, since another user may have made them" in by(SAVER, lambda: shardsave.clean(shared, remove=False))
+    assert "kept, since another user may have made or changed them" in by(SAVER, lambda: shardsave.clean(shared, remove=False))
     assert os.listdir(shared) == [STAGING]
 
 
@@ -344,6 +349,123 @@ def test_a_supersedes_record_of_another_user(shared: Path) -> None:
     give(shared / INDEX, NEIGHBOUR)
     assert by(SAVER, lambda: shardsave.clean(shared)).startswith("ShardSaveError")
     assert by(SAVER, lambda: save(shared)).startswith("SaveNotCommittedError") and lone.read_text() == "work"
+
+
+def group_may_write(staging: Path) -> None:
+    staging.chmod(0o775)
+
+
+def group_may_write_list(staging: Path) -> None:
+    (staging / "names").chmod(0o664)
+
+
+def give_list(staging: Path) -> None:
+    give(staging / "names", NEIGHBOUR)
+
+
+def link_list(staging: Path) -> None:
+    os.link(staging / "names", staging.parent / "second name")
+
+
+def give_content(staging: Path) -> None:
+    put(staging / WORK[0], "planted", NEIGHBOUR)
+
+
+@pytest.mark.parametrize("change", [group_may_write, group_may_write_list, give_list, link_list, give_content])
+def test_a_staging_directory_that_others_could_enter(change: Callable[[Path], None], shared: Path) -> None:
+    """Catches a save that removes what a list names that a member of the saver's group wrote into the saver's staging directory, while
+    the mode of the directory permitted it."""
+    for name in WORK:
+        put(shared / name, "work", SAVER)
+    change(plant_staging(shared, list(WORK), SAVER))
+    cleaned = by(SAVER, lambda: shardsave.clean(shared, other_hosts=True))
+    assert "; 0 removed; kept, since another user may have made or changed them: " in cleaned, cleaned
+    report = by(SAVER, lambda: save(shared))
+    size = "12.3 kB" if change is give_content else "8.2 kB"
+    assert f"what other users of this directory may have changed or named stays ({size}): {STAGING}" in report
+    assert all((shared / name).read_text() == "work" for name in WORK) and (shared / STAGING / "names").exists()
+
+
+def test_an_index_that_a_group_may_write(shared: Path) -> None:
+    """Catches a save that removes what a member of the saver's group wrote into the index, or whose own index, list or config a group may
+    write, so that the next save does not obey them."""
+    from transformers import BertConfig, BertModel
+
+    model = BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=10))
+    before = os.umask(0o002)
+    try:
+        removed = [shardsave.save(model, shared, durable=False).removed for _ in range(2)]
+        assert removed == [(), ("model-00001-of-00001.safetensors",)]
+        assert [(shared / name).stat().st_mode & 0o777 for name in (INDEX, "config.json")] == [0o644, 0o644]
+    finally:
+        os.umask(before)
+    for name in WORK:
+        put(shared / name, "work", SAVER)
+    for path in shared.iterdir():
+        give(path, SAVER)
+    plant_index(shared, SAVER).chmod(0o664)
+    assert by(SAVER, lambda: shardsave.clean(shared)).startswith("ShardSaveError: cannot clean")
+    report = by(SAVER, lambda: save(shared))
+    assert f"what other users of this directory may have changed or named stays (8.2 kB): {', '.join(WORK)}" in report
+    assert "belongs to other users" not in report and "removed or replaced model-" not in report
+    assert all((shared / name).read_text() == "work" for name in WORK)
+
+
+def writers(destination: Path, source: Path) -> list[Callable[[], object]]:
+    """A save, a listing, a conversion to a directory, and one to a file in it."""
+    file = destination / "out.safetensors"
+    return [
+        lambda: save(destination),
+        lambda: shardsave.clean(destination),
+        lambda: shardsave.convert(source, destination, progress=False),
+        lambda: shardsave.convert(source, file, to="safetensors", progress=False),
+    ]
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777])
+@pytest.mark.parametrize("below", ["", "below", "new/below"])
+def test_a_planted_link_to_a_directory(below: str, mode: int, shared: Path, tmp_path: Path) -> None:
+    """Catches a writer that another user's symbolic link leads into a private directory of the saver, at the end of the path or above,
+    directly or by a link of the saver's own."""
+    shared.chmod(mode)
+    private, source = tmp_path / "private", tmp_path / "source"
+    save(source)
+    let_everybody_in(source)
+    for folder in (private, private / "below"):
+        save(folder, 7)
+        for path in (folder, *folder.iterdir()):
+            give(path, SAVER)
+    give_link(shared / "ckpt", private)
+    (tmp_path / "own").symlink_to(shared / "ckpt")
+    give(tmp_path / "own", SAVER)
+    expected = (
+        f"open: a path without symbolic links of other users was expected, since everybody may write there; ckpt is a link of user "
+        f"{NEIGHBOUR}"
+    )
+    before = sorted((str(path), path.stat().st_mtime_ns) for path in private.rglob("*"))
+    for link in (shared / "ckpt", tmp_path / "own"):
+        for write in writers(link / below, source):
+            answer = by(SAVER, write)
+            assert (
+                answer.startswith(("SaveNotCommittedError", "ShardSaveError")) and expected.replace("open: ", "") in answer
+            ), answer
+    assert sorted((str(path), path.stat().st_mtime_ns) for path in private.rglob("*")) == before
+
+
+@pytest.mark.parametrize("owner", ["saver", "owner of the directory"])
+def test_an_honest_link_to_a_directory(owner: str, shared: Path, tmp_path: Path) -> None:
+    """Catches a writer that refuses the saver's own link, or one of whoever owns the shared directory."""
+    private, source = tmp_path / "private", tmp_path / "source"
+    save(source)
+    let_everybody_in(source)
+    private.mkdir()
+    give(private, SAVER)
+    (shared / "latest").symlink_to(private)
+    give(shared / "latest", SAVER if owner == "saver" else 0)
+    for write in writers(shared / "latest", source):
+        answer = by(SAVER, write)
+        assert "Error" not in answer, answer
+    assert saved_value(private) == 1
 
 
 @pytest.mark.parametrize("owner", [SAVER, NEIGHBOUR])

@@ -354,6 +354,36 @@ def test_classes_given_for_names_are_exact(scene: Scene) -> None:
     assert shardsave.build_model(scene.checkpoint, classes=trusted).act is torch.relu
 
 
+@pytest.mark.parametrize("bound", [True, False])
+def test_a_trusted_method_is_no_plain_function(bound: bool, scene: Scene) -> None:
+    """Catches a method that, because its exact name is trusted, may be called with any object in the place of its instance."""
+    trust = [*scene.save(zoo.Everything()), "zoo.Everything.helper"]
+    shardsave.build_model(scene.checkpoint, trust=trust)  # as a method of an instance
+    function = {"import": "zoo:Everything.helper"}
+    act = {"partial": [function, [{"ref": 11}], []]} if bound else function
+    scene.edit({"list": []}, {"list": [1, 2]}, imports=("zoo:Everything.helper",), act=act)
+    with pytest.raises(shardsave.IncompatibleCheckpointError) as raised:
+        shardsave.build_model(scene.checkpoint, trust=trust)
+    assert str(raised.value) == (
+        f"cannot build the architecture in {scene.checkpoint}: classes and functions of a module expected, it asks for "
+        "zoo.Everything.helper (a method as a plain function; only a method of an instance can be a value); nothing was built"
+    )
+    given = shardsave.build_model(scene.checkpoint, trust=trust, classes={"zoo.Everything.helper": torch.relu}).act
+    assert (given.func if bound else given) is torch.relu
+
+
+def test_a_method_as_a_plain_function_is_refused_at_save(scene: Scene) -> None:
+    """Catches an architecture that is written although a build would refuse its function."""
+    model = nn.Linear(2, 2)
+    model.act = zoo.Everything.helper  # type: ignore[assignment]
+    with pytest.raises(shardsave.UnsupportedModuleError) as raised:
+        scene.save(model)
+    assert str(raised.value) == (
+        "cannot save the architecture: model.act: a zoo.Everything.helper: a method as a plain function; only a method of an instance "
+        "can be a value; nothing was written"
+    )
+
+
 def test_many_names_make_a_short_message(scene: Scene) -> None:
     """Catches a message as long as the file."""
     scene.save(nn.Linear(2, 2))

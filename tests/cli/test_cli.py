@@ -95,7 +95,7 @@ def flip(path: Path, at: int = -1) -> None:
 def test_inspect(ckpt: Path) -> None:
     """Catches a module, size, dtype, share, tie, shard or metadata that is missing or wrong."""
     assert lines(run("inspect", ckpt)) == [
-        f"{ckpt}: 8.6 kB, 13 tensors in 4 shards, 1 tied, 6 of 10 parameters frozen, durable",
+        f"{ckpt}: 8.6 kB, 13 tensors in 4 shards, 1 tied, 6 of 9 parameters frozen, durable",
         "",
         "module   tensors    size  dtypes                            frozen",
         "(all)         13  8.6 kB  float32, bfloat16, int64, 1 tied  #######.....  54.8%",
@@ -326,6 +326,26 @@ def test_clean_and_other_hosts(ckpt: Path) -> None:
     assert lines(run("clean", ckpt, "--yes", "--other-hosts"))[-1].endswith("; 1 removed") and not other.exists()
 
 
+def test_clean_as_json(ckpt: Path) -> None:
+    """Catches a report that lacks a field, mixes text into the JSON, or removes without being told to."""
+    killed(ckpt, die_before_the_commit)
+    (shown,) = map(json.loads, lines(run("clean", ckpt, "--json"), 1))
+    (found,) = shown["found"]
+    assert shown["path"] == str(ckpt) and shown["removed"] == shown["leftovers"] == []
+    assert found["dead"] is True and found["bytes"] > 0 and (ckpt / found["name"]).exists()
+    (shown,) = map(json.loads, lines(run("clean", ckpt, "--json", "--yes")))
+    assert shown["removed"] == [found["name"]] and not (ckpt / found["name"]).exists()
+    assert json.loads(run("clean", ckpt, "--json").stdout)["found"] == []
+
+
+def test_a_quiet_verification_without_checksums(tmp_path: Path) -> None:
+    """Catches silence about files that have no checksums, which reads as if every byte had been verified."""
+    save_file({"x": torch.ones(1)}, tmp_path / "model.safetensors")
+    done = run("verify", tmp_path, "--quiet")
+    assert done.stdout == ""
+    assert done.stderr == f"shardsave verify: {tmp_path}: only lengths and headers were checked, no checksums stored\n"
+
+
 def test_clean_during_a_save(ckpt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a command that hangs, or that removes files of a running save."""
     import shardsave._cli.clean as command
@@ -338,12 +358,12 @@ def test_clean_during_a_save(ckpt: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(("arguments", "code", "words"), [
-    (("inspect", "none"), 3, "shardsave: no checkpoint at none: No such file or directory"),
-    (("inspect", "two\nlines"), 3, r"shardsave: no checkpoint at two\nlines: No such file or directory"),
-    (("verify", "none"), 3, "shardsave: no checkpoint at none: No such file or directory"),
-    (("diff", "none", "none"), 3, "shardsave: no checkpoint at none: No such file or directory"),
-    (("plot", "none", "-o", "x.png"), 3, "shardsave: no checkpoint at none: No such file or directory"),
-    (("clean", "none"), 3, "shardsave: cannot clean none: open: No such file or directory; nothing was removed"),
+    (("inspect", "none"), 3, "shardsave: no checkpoint at $DIR/none: No such file or directory"),
+    (("inspect", "two\nlines"), 3, r"shardsave: no checkpoint at $DIR/two\nlines: No such file or directory"),
+    (("verify", "none"), 3, "shardsave: no checkpoint at $DIR/none: No such file or directory"),
+    (("diff", "none", "none"), 3, "shardsave: no checkpoint at $DIR/none: No such file or directory"),
+    (("plot", "none", "-o", "x.png"), 3, "shardsave: no checkpoint at $DIR/none: No such file or directory"),
+    (("clean", "none"), 3, "shardsave: cannot clean $DIR/none: open: No such file or directory; nothing was removed"),
     (("inspect",), 2, "shardsave inspect: Missing argument 'DIRECTORY'; see shardsave inspect --help"),
     (("diff", "a"), 2, "shardsave diff: Missing argument 'B'; see shardsave diff --help"),
     (("plot", "a"), 2, "shardsave plot: Missing option '--output' / '-o'; see shardsave plot --help"),
@@ -359,7 +379,7 @@ def test_errors_in_one_line(
 ) -> None:
     """Catches a traceback, an error of several lines or on stdout, and a wrong exit code."""
     monkeypatch.chdir(tmp_path)
-    assert error(run(*arguments), code) == words
+    assert error(run(*arguments), code) == words.replace("$DIR", str(tmp_path))
 
 
 def test_names_that_would_move_the_cursor(tmp_path: Path) -> None:

@@ -74,3 +74,19 @@ def test_a_directory_with_the_name_of_a_file(tmp_path: Path) -> None:
         )
         assert f"pass --to '{form}' to write one; nothing was written" in message
         assert not (tmp_path / name).exists()
+
+
+def test_names_that_are_allowed(tmp_path: Path) -> None:
+    """Catches an advice that is no option, and an option that is ignored."""
+    torch.save({"model": {"a": torch.ones(2)}, "call": Reduced()}, path := tmp_path / "x.pt")
+    message = error(run("convert", path, tmp_path / "ckpt"), 3)
+    assert "its pickle asks for posix.getpid; nothing of it was run, and --allow 'posix.getpid' reads such an object" in message
+    (line,) = lines(run("convert", path, tmp_path / "ckpt", "--allow", "posix.getpid"))
+    assert line.endswith("left out, since not in 'model': 'call' (posix.getpid)")
+
+
+class Reduced:
+    """Pickles as a call."""
+
+    def __reduce__(self) -> tuple[object, tuple[()]]:
+        return os.getpid, ()

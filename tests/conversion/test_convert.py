@@ -72,16 +72,6 @@ def test_tensors_of_all_layouts(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["ckpt", "x.pt", "y.pt"]
 
 
-def test_torchs_old_format(tmp_path: Path) -> None:
-    """Catches a file that cannot be mapped and is refused, or is read without a note."""
-    state = SmallModel().state_dict()
-    torch.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    report = shardsave.convert(tmp_path / "old.pt", tmp_path / "ckpt")
-    assert same(shardsave.load(tmp_path / "ckpt"), state)
-    assert report.notes == ("old.pt has torch's old format, which cannot be mapped: all of it was read into memory",)
-    assert shardsave.inspect(tmp_path / "ckpt").ties == {"head.weight": "embed.weight"}
-
-
 def shards_of_torch(folder: Path) -> dict[str, torch.Tensor]:
     """Writes shards as transformers did before version 5; returns their tensors."""
     import json
@@ -418,16 +408,6 @@ def test_repacked_files(tmp_path: Path) -> None:
     rewritten(tmp_path / "a.pt", tmp_path / "short.pt", **{"1": b"1234"})
     with pytest.raises(shardsave.CorruptCheckpointError, match="corrupt short.pt"):
         shardsave.convert(tmp_path / "short.pt", tmp_path / "out")
-
-
-def test_a_torch_that_does_not_report_offsets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches tensors that are taken for meta tensors without data, with versions of torch before 2.11."""
-    monkeypatch.setattr("shardsave._foreign.torch_file._torch_reports_offsets", lambda: False)
-    state = {"a": torch.randn(1000)}
-    torch.save(state, tmp_path / "a.pt")
-    (note,) = shardsave.convert(tmp_path / "a.pt", tmp_path / "out").notes
-    assert "does not report the offsets of tensors, so it cannot be mapped: all of it was read into memory" in note
-    assert same(shardsave.load(tmp_path / "out"), state)
 
 
 def test_tied_names_that_metadata_reserves(tmp_path: Path) -> None:

@@ -100,15 +100,16 @@ def test_every_advice_leads_on(tmp_path: Path, write: Write) -> None:
     write({"model": {**W, "stats[0]": STATS}, "ema": MORE}, tmp_path / "x")
     assert "drop='model.stats[0]', or choose one with key='model.stats[0]'" in refusal(tmp_path / "x", drop="ema")
     state, report = converted(tmp_path / "x", drop=["ema", "model.stats[0]"])
-    assert same(state, W) and report.dropped == ("stats[0]", "ema")
+    assert same(state, W) and report.dropped == ("model.stats[0]", "ema")
     state, report = converted(tmp_path / "x", key="model.stats[0]")
     assert same(state, STATS)
     assert report.notes == (
         "left out, since not in 'model.stats[0]': 'ema' (dict, 1 tensor, 16 B), 'model.a.weight' (tensor, 24 B), "
         "'model.a.bias' (tensor, 8 B)",
     )
-    assert "it has 'stats[0]' (dict, 2 tensors, 8 B) among its tensors, which can be left out with drop='stats[0]'" in refusal(
-        tmp_path / "x", key="model"
+    assert (
+        "it has 'stats[0]' (dict, 2 tensors, 8 B) among its tensors, which can be left out with drop='model.stats[0]'"
+        in refusal(tmp_path / "x", key="model")
     )
     state, report = converted(tmp_path / "x", key="model", drop="stats[0]")
     assert same(state, W) and report.notes == ("left out, since not in 'model': 'ema' (dict, 1 tensor, 16 B)",)
@@ -149,7 +150,7 @@ def test_training_state_is_named(tmp_path: Path) -> None:
         ("optimizer", {"state": {"a.weight": {"exp_avg": torch.ones(2)}}}), ("adam", optimizer()), ("optimizer_G", optimizer()),
         ("optim_state_dict", {"state.a.weight.exp_avg": torch.ones(2)}), ("rng_state", torch.get_rng_state()),
         ("cuda_rng_state_all", [torch.get_rng_state()]), ("rng_states", {"torch": torch.get_rng_state(), "python": 3}),
-        ("amp", {"scale": torch.ones(1), "growth_factor": 2.0, "backoff_factor": 0.5}),
+        ("amp", {"scale": torch.ones(1), "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 9, "_growth_tracker": 0}),
         ("lr_scheduler", {"last_lr": [torch.tensor(0.1)]}),
     ],
 )  # fmt: skip
@@ -190,7 +191,7 @@ def test_lists_of_tensors(tmp_path: Path, write: Write) -> None:
     state, _ = converted(tmp_path / "x")
     assert same(state, {**W, "masks.0": torch.ones(1), "masks.1": torch.ones(2)})
     state, report = converted(tmp_path / "x", drop="masks.1")
-    assert same(state, {**W, "masks.0": torch.ones(1)}) and report.dropped == ("masks.1",)
+    assert same(state, {**W, "masks.0": torch.ones(1)}) and report.dropped == ("model.masks.1",)
     assert same(converted(tmp_path / "x", key="model.masks")[0], {"0": torch.ones(1), "1": torch.ones(2)})
     torch.save({"model": {"masks.0": torch.ones(1), "masks": [torch.ones(2)]}}, tmp_path / "twice")
     assert "'model.masks.0' is there twice" in refusal(tmp_path / "twice")
@@ -231,3 +232,60 @@ def test_containers_in_themselves(tmp_path: Path, old: bool) -> None:
         torch.save({"model": W, "x": content}, tmp_path / "x.pt", _use_new_zipfile_serialization=not old)
         with pytest.raises((shardsave.IncompatibleCheckpointError, shardsave.CorruptCheckpointError), match="too deeply, or "):
             shardsave.convert(tmp_path / "x.pt", tmp_path / "out")
+
+
+def test_drop_by_path_keeps_a_weight_of_that_name(tmp_path: Path) -> None:
+    """Catches a weight that is lost because another part of the file has its name as a path, as the error's own advice has it."""
+    content = {"model": {"w": torch.ones(2), "ema": torch.ones(3), "model": torch.ones(1)}, "ema": {"w": torch.zeros(2)}}
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(shardsave.IncompatibleCheckpointError, match="drop='ema'"):
+        shardsave.convert(tmp_path / "a.pt", tmp_path / "x")
+    for drop, left, dropped in (
+        (["ema"], {"w", "ema", "model"}, ("ema",)),
+        (["ema", "model.ema"], {"w", "model"}, ("model.ema", "ema")),
+        (["ema*"], {"w", "model"}, ("model.ema", "ema")),
+        (["ema", "w"], {"ema", "model"}, ("model.w", "ema")),
+    ):
+        report = shardsave.convert(tmp_path / "a.pt", tmp_path / "x", drop=drop)
+        assert (set(shardsave.load(tmp_path / "x")), report.dropped) == (left, dropped)
+    torch.save({"model": {"w": torch.ones(2), "ema": {"w": torch.ones(2)}}, "ema": {"w": torch.zeros(2)}}, tmp_path / "b.pt")
+    with pytest.raises(shardsave.IncompatibleCheckpointError, match=r"'model' .*'model.ema'"):
+        shardsave.convert(tmp_path / "b.pt", tmp_path / "x", drop=["ema"])
+
+
+NET = {"lstm.weight": torch.ones(5)}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("learned_optimizer", NET), ("text_optimizer", {"weight": torch.ones(5)}), ("optims", NET), ("optimizer", NET),
+        ("optim", {"master": NET}), ("net", {"state": {"w": torch.ones(5)}, "param_groups": {"x": 1}}),
+        ("net", {"state": {"w": torch.ones(5)}, "param_groups": []}),
+        ("net", {"state": {"w": torch.ones(5)}, "param_groups": [{"params": [0]}]}),
+        ("q", {"scale": torch.ones(3), "growth_factor": torch.ones(3), "backoff_factor": torch.ones(3)}),
+        ("q", {"scale": torch.ones(3), "growth_factor": 1, "backoff_factor": 1, "growth_interval": 1, "_growth_tracker": 1}),
+        ("m", {"rng_table": torch.arange(9, dtype=torch.uint8)}), ("m", {"rng": torch.arange(9, dtype=torch.uint8)}),
+        ("rng", {"table": torch.arange(9, dtype=torch.uint8)}), ("m", {"rng_table": torch.zeros(16, dtype=torch.uint8)}),
+    ],
+)  # fmt: skip
+def test_what_only_looks_like_training_state(tmp_path: Path, name: str, value: Any) -> None:
+    """Catches weights that are left out since their name or keys resemble those of training state: a doubt must lead to a question."""
+    torch.save({"model": W, name: value}, tmp_path / "x.pt")
+    assert "'model' (2 tensors, 32 B)" in refusal(tmp_path / "x.pt")
+    state, _ = converted(tmp_path / "x.pt", drop=name)
+    assert same(state, W)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ({"a.b": W, "a": {"b": MORE}}, "['a.b'] and ['a', 'b']"),
+        ({"a": {"b": W}, "a.b": [torch.ones(1)]}, "['a', 'b'] and ['a.b']"),
+    ],
+)
+def test_a_key_that_leads_to_two_values(tmp_path: Path, content: dict[str, Any], found: str) -> None:
+    """Catches a key with a dot that silently means the first of two mappings."""
+    torch.save(content, tmp_path / "x.pt")
+    message = refusal(tmp_path / "x.pt", key="a.b")
+    assert f"one mapping at key 'a.b' was expected, it leads to several: {found}; load the file and" in message

@@ -24,6 +24,7 @@
 #include <sys/statvfs.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
+#include <sys/xattr.h>
 #include <unistd.h>
 
 // The values are those of Fate in faults/beneath.py.
@@ -200,6 +201,13 @@ WATCH(int, fstatat, (int fd, const char* path, struct stat* status, int flags), 
       NULL, 0, 0)
 WATCH(int, statx, (int fd, const char* path, int flags, unsigned mask, struct statx* status),
       (fd, path, flags, mask, status), -1, fd, path, NULL, 0, 0)
+WATCH(int, fchmod, (int fd, mode_t mode), (fd, mode), -1, fd, NULL, NULL, mode, 0)
+WATCH(int, fchown, (int fd, uid_t user, gid_t group), (fd, user, group), -1, fd, NULL, NULL, user, group)
+WATCH(ssize_t, getxattr, (const char* path, const char* name, void* value, size_t size), (path, name, value, size), -1,
+      AT_FDCWD, path, NULL, 0, 0)
+WATCH(int, fsetxattr, (int fd, const char* name, const void* value, size_t size, int flags),
+      (fd, name, value, size, flags), -1, fd, NULL, NULL, 0, 0)
+WATCH(int, fremovexattr, (int fd, const char* name), (fd, name), -1, fd, NULL, NULL, 0, 0)
 WATCH(int, access, (const char* path, int mode), (path, mode), -1, AT_FDCWD, path, NULL, 0, 0)
 WATCH(int, fstatvfs, (int fd, struct statvfs* status), (fd, status), -1, fd, NULL, NULL, 0, 0)
 WATCH(DIR*, opendir, (const char* path), (path), NULL, AT_FDCWD, path, NULL, 0, 0)

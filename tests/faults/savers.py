@@ -71,10 +71,15 @@ def model_with_adapter(generation: int) -> nn.Module:
 
 
 def save(generation: int, folder: Path, durable: bool = True, kind: str = KIND) -> shardsave.SaveReport:
-    """Saves two shards with an architecture and its tensors, or with a config; or one shard of an adapter with its two files."""
+    """Saves two shards with an architecture and its tensors, or with a config; or one shard of an adapter with its two files.
+
+    Waits until removed files are freed, so that the calls of the thread that frees them are among those of the save.
+    """
     source = {"plain": model, "links": model, "config": model_with_config, "adapter": model_with_adapter}[kind](generation)
     options = {"architecture": kind in ("plain", "links"), "adapter_only": kind == "adapter"}
-    return shardsave.save(source, folder, max_shard_size=5000, durable=durable, progress=False, **options)
+    report = shardsave.save(source, folder, max_shard_size=5000, durable=durable, progress=False, **options)
+    assert report.wait_cleaned(60)
+    return report
 
 
 def generation_in(folder: Path) -> int | None:

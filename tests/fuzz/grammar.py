@@ -157,7 +157,7 @@ def indexes(draw: st.DrawFn) -> bytes:
         shard = [8 + draw(st.integers(0, 9)), 8, "0123456789abcdef"]
         record = Pairs(
             [
-                ("version", 1),
+                ("version", 2),
                 ("requires", []),
                 ("durable", draw(st.booleans())),
                 ("flags", draw(st.sampled_from([None, flags]))),

@@ -19,6 +19,7 @@ from shardsave._format.crc64 import crc64
 from shardsave._format.header import CHECKSUM_KEY, _read_any, _read_compact, parse_header
 from shardsave._format.index import Index, encode_index, ties_in_metadata
 from shardsave._format.index_parsing import parse_index
+from shardsave._storage.second_opinion import SecondOpinion
 from shardsave._storage.shard_files import read_header
 
 Tensors = dict[str, tuple[str, list[int], bytes]]
@@ -103,6 +104,10 @@ def check_shard(content: bytes) -> None:
         name: (dtype, list(shape), content[parsed.data_start + begin : parsed.data_start + begin + nbytes])
         for name, dtype, shape, begin, nbytes in zip(*parsed.tensors)
     }
+    opinion = SecondOpinion()
+    opinion.check(raw, len(content), parsed, "shard")
+    if opinion.notes:
+        raise Disagreement(f"has no second opinion ({opinion.notes}): {content!r}")
     if tensors != reference:
         raise Disagreement(f"reads {tensors}, safetensors {reference}: {content!r}")
     loaded = shardsave.load(f"/proc/self/fd/{_memory}", verify=False)

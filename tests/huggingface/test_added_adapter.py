@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,9 @@ peft = pytest.importorskip("peft")
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("quiet"),
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    """Switches off the messages and progress bars of transformers."""
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    yield
-    transformers.logging.set_verbosity(before)
 
 
 def lora(**options: Any) -> Callable[[], Any]:
@@ -126,6 +118,34 @@ def test_what_from_pretrained_does_not_read_is_noted(tmp_path: Path) -> None:
     assert same_state(fresh, dora)
 
 
+def shira(r: int, seed: int) -> Callable[[], Any]:
+    return lambda: peft.ShiraConfig(r=r, target_modules=["q_proj"], random_seed=seed)
+
+
+def indices(model: Any) -> list[torch.Tensor]:
+    return [part.shira_indices["default"] for part in model.modules() if hasattr(part, "shira_indices")]
+
+
+def test_tensors_outside_the_state_dict(tmp_path: Path) -> None:
+    """Catches SHiRA's indices that are lost, so that values come back at other places, and indices of another number that are not
+    refused before anything is changed."""
+    model = adapted("Llama", shira(1, 1), seed=1)
+    (note,) = shardsave.save(model, tmp_path).notes
+    assert "does not know PEFT's name of base_model.model.model.layers.0.self_attn.q_proj.shira_indices" in note
+    fresh = adapted("Llama", shira(1, 2), seed=2)
+    assert not torch.equal(indices(fresh)[0], indices(model)[0])
+    report = shardsave.load_model(fresh, tmp_path)
+    assert same_state(fresh, model) and all(map(torch.equal, indices(fresh), indices(model)))
+    assert report.tensors == len(shardsave.inspect(tmp_path).tensors) and not report.notes
+    other = adapted("Llama", shira(2, 2), seed=2)
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with pytest.raises(
+        shardsave.IncompatibleCheckpointError, match=r"shira_indices' of shape \[2, 128\] was expected, it is \[2, 64\]"
+    ):
+        shardsave.load_model(other, tmp_path)
+    assert all(same_bits(tensor, before[name]) for name, tensor in other.state_dict().items())
+
+
 def test_names_in_memory_with_an_adapter(tmp_path: Path) -> None:
     """Catches a model with an adapter that is not filled from names in memory, as an architecture and older versions have them."""
     model = adapted("Mixtral", lora())
@@ -157,6 +177,23 @@ def test_a_model_without_the_adapter(tmp_path: Path) -> None:
     assert same_bits(fresh.model.layers[1].mlp.experts.down_proj, base.model.layers[1].mlp.experts.down_proj)
 
 
+@pytest.mark.parametrize("kind", CASES)
+def test_flags_without_the_adapter(kind: str, tmp_path: Path) -> None:
+    """Catches freeze flags that are lost where the model that is filled has no adapter, or has one on other layers."""
+    model = adapted(*CASES[kind])
+    model.model.layers[1].input_layernorm.weight.requires_grad_(True)
+    model.model.layers[0].self_attn.o_proj.weight.requires_grad_(False)
+    shardsave.save(model, tmp_path)
+    peft_layers = re.compile(r"\.(base_layer|original_module)(?=\.)")
+    plain = tiny(CASES[kind][0], seed=1)
+    names = {name for name, _ in plain.named_parameters(remove_duplicate=False)}
+    for fresh in (plain, adapted(CASES[kind][0], lora(target_modules=["o_proj"]), seed=1)):
+        fresh.requires_grad_(True)
+        shardsave.load_model(fresh, tmp_path, strict=False)
+        expected = {peft_layers.sub("", name) for name in frozen_in(model)} & names
+        assert {peft_layers.sub("", name) for name in frozen_in(fresh)} & names == expected != set()
+
+
 def test_a_model_without_adapter_replaces_one_with(tmp_path: Path) -> None:
     """Catches an adapter that stays beside the next weights, to which from_pretrained would add it."""
     shardsave.save(adapted("Llama", lora()), tmp_path)
@@ -164,3 +201,38 @@ def test_a_model_without_adapter_replaces_one_with(tmp_path: Path) -> None:
     shardsave.save(plain, tmp_path)
     assert not {"adapter_config.json", "adapter_model.safetensors"} & set(os.listdir(tmp_path))
     assert same_state(type(plain).from_pretrained(tmp_path), plain)
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_conversion_keeps_the_adapter(tmp_path: Path, dtype: str | None) -> None:
+    """Catches a conversion after which from_pretrained opens the base without its adapter, or with another one."""
+    model = adapted("Llama", lora())
+    shardsave.save(model, tmp_path / "x", durable=False)
+    shardsave.convert(tmp_path / "x", tmp_path / "y", dtype=dtype, max_shard_size="20kB", durable=False)
+    config, weights = "adapter_config.json", "adapter_model.safetensors"
+    assert (tmp_path / "y" / config).read_bytes() == (tmp_path / "x" / config).read_bytes()
+    expected = {n: t.to(getattr(torch, dtype)) if dtype else t for n, t in load_file(tmp_path / "x" / weights).items()}
+    found = load_file(tmp_path / "y" / weights)
+    assert found.keys() == expected.keys() and all(same_bits(found[name], expected[name]) for name in expected)
+    opened = type(model).from_pretrained(tmp_path / "y")
+    assert same_state(opened, model.to(opened.dtype))
+    assert shardsave.verify(tmp_path / "y").verified and not shardsave.inspect(tmp_path / "y").notes
+
+
+def test_conversion_names_an_adapter_that_it_drops(tmp_path: Path) -> None:
+    """Catches an adapter's files that a conversion leaves out without a note."""
+    shardsave.save(adapted("Llama", lora()), tmp_path / "x", durable=False)
+    plain = tiny("Llama")
+    plain.save_pretrained(tmp_path / "z")
+    (tmp_path / "z" / "adapter_config.json").write_text("{}")
+    cases = (
+        (tmp_path / "x", {"rename": [("^base", "m")], "drop": ["*norm*"]}, "PEFT's names have changed"),
+        (tmp_path / "x", {"to": "safetensors"}, "a single file cannot hold them"),
+        (tmp_path / "x" / "model.safetensors.index.json", {}, "no adapter_config.json was read beside them"),
+        (tmp_path / "z", {}, "of an adapter that is not part of the checkpoint, was not read"),
+    )
+    for number, (source, options, reason) in enumerate(cases):
+        report = shardsave.convert(source, tmp_path / str(number), durable=False, **options)
+        assert any("adapter_config.json" in note and reason in note for note in report.notes)
+        if (tmp_path / str(number)).is_dir():
+            assert not {"adapter_config.json", "adapter_model.safetensors"} & set(os.listdir(tmp_path / str(number)))

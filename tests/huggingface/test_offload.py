@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -256,26 +256,57 @@ class OtherHook(hooks.ModelHook):  # type: ignore[misc, name-defined]
 
 
 class LoadsItself(nn.Linear):
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)  # type: ignore[no-untyped-call]
+    """Doubles its weight, and puts another parameter in the place of its bias, with more elements if ``grows``."""
+
+    grows = False
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        state[prefix + "weight"] = state[prefix + "weight"] * 2
+        super()._load_from_state_dict(state, prefix, *rest)  # type: ignore[no-untyped-call]
+        self.bias = nn.Parameter(3 * state[prefix + "bias"].repeat(2 if self.grows else 1))
 
 
-def test_hooks_and_modules_that_decide_themselves(tmp_path: Path) -> None:
-    """Catches placeholders of a foreign hook that are filled for nothing, and a loading routine that copies values into placeholders."""
+@pytest.mark.parametrize("grows", [False, True])
+def test_modules_that_load_themselves(tmp_path: Path, grows: bool) -> None:
+    """Catches a loading routine that copies values into placeholders, and a tensor of it that the next forward pass replaces."""
+    source = nn.Linear(2, 2)
+    shardsave.save(source, tmp_path / "ckpt")
+    model = LoadsItself(2, 2)
+    model.grows = grows
+    accelerate.disk_offload(model, tmp_path / "offload")
+    if grows:
+        with pytest.raises(
+            shardsave.IncompatibleCheckpointError, match=r"cannot load 'bias': .* made it of shape \[4\]; .* partly loaded"
+        ):
+            shardsave.load_model(model, tmp_path / "ckpt")
+    else:
+        shardsave.load_model(model, tmp_path / "ckpt")
+        x = torch.ones(2)
+        assert torch.equal(model(x), nn.functional.linear(x, source.weight * 2, source.bias * 3))
+    assert model.weight.is_meta and model.bias.is_meta
+    (tmp_path / "offload" / "weight.dat").chmod(0o444)
+    os.link(tmp_path / "offload" / "weight.dat", tmp_path / "other")
+    refused(lambda: shardsave.load_model(model, tmp_path / "ckpt"), "cannot fill 'weight' from .*; the module is unchanged")
+
+
+def test_hooks_of_others(tmp_path: Path) -> None:
+    """Catches placeholders of a foreign hook that are filled for nothing."""
     shardsave.save(nn.Linear(2, 2), tmp_path)
     foreign = nn.Linear(2, 2)
     hooks.add_hook_to_module(foreign, OtherHook())
     refused(lambda: shardsave.load_model(foreign, tmp_path), "cannot fill 'weight' from .*OtherHook; the module is unchanged")
     refused(lambda: shardsave.save(foreign, tmp_path), "cannot save 'weight': .*OtherHook; nothing was written")
-    routine = accelerate.cpu_offload(LoadsItself(2, 2))
-    refused(lambda: shardsave.load_model(routine, tmp_path), "cannot fill 'weight' from .*, and LoadsItself loads itself")
 
 
 def test_placeholders_of_nobody(tmp_path: Path) -> None:
-    """Catches a meta tensor beside offloaded ones that is saved, or not named."""
+    """Catches a meta tensor beside offloaded ones that is saved, not named, or refused without its cause: PEFT leaves
+    the weights of an adapter so if their layer is on disk."""
     model = accelerate.cpu_offload(nn.Sequential(nn.Linear(2, 2)))
     model.append(nn.Linear(2, 2, device="meta"))
-    refused(lambda: shardsave.save(model, tmp_path), "cannot save '1.weight': .*it is on the meta device; nothing was written")
+    refused(
+        lambda: shardsave.save(model, tmp_path),
+        "cannot save '1.weight': .*meta device, and accelerate, which .* off the disk .*; nothing was",
+    )
 
 
 def test_programs_are_refused(tmp_path: Path) -> None:
@@ -312,3 +343,111 @@ def test_from_pretrained_onto_the_disk(tmp_path: Path, name: str, dtype: torch.d
     words = "cannot fill .* from .*accelerate reads it from the checkpoint file .*from_pretrained.*; the module is unchanged"
     refused(lambda: shardsave.load_model(model, tmp_path / "saved"), words)
     assert {path: path.read_bytes() for path in files} == files
+
+
+@pytest.mark.parametrize("way", ["the directory", "a link to it", "links in it", "a file of its own"])
+@pytest.mark.parametrize("writer", ["shardsave", "transformers", "sharded"])
+def test_saved_where_the_model_reads(tmp_path: Path, writer: str, way: str) -> None:
+    """Catches a save that removes the files which the saved model itself goes on reading, through links too."""
+    transformers = pytest.importorskip("transformers")
+    source, target, read_from = tiny("GPT-2"), tmp_path / "ckpt", tmp_path / "ckpt"
+    if writer == "shardsave":
+        shardsave.save(source, target, durable=False)
+    else:
+        source.save_pretrained(target, **({"max_shard_size": "20KB"} if writer == "sharded" else {}))
+    if way == "a link to it":
+        target = tmp_path / "link"
+        target.symlink_to(read_from)
+    elif way == "links in it":  # as in the cache of the hub
+        read_from.rename(tmp_path / "blobs")
+        read_from.mkdir()
+        for name in os.listdir(tmp_path / "blobs"):
+            (read_from / name).symlink_to(f"../blobs/{name}")
+    places = {
+        "transformer.wte": "cpu",
+        "transformer.wpe": "disk",
+        "transformer.h": "disk",
+        "transformer.ln_f": "cpu",
+        "lm_head": "cpu",
+    }
+    options = {"device_map": places, "offload_folder": str(tmp_path / "offload")}
+    model = transformers.GPT2LMHeadModel.from_pretrained(read_from, **options).eval()
+    expected = model(TOKENS[None]).logits
+    if way == "a file of its own":
+        target = tmp_path / "new"
+        shardsave.save(model, target, durable=False)
+        assert same_state(type(model).from_pretrained(target), source)
+    before = sorted(os.listdir(read_from))
+    with pytest.raises(
+        shardsave.SaveNotCommittedError, match=r"accelerate reads 'transformer\..*save to another directory.*intact"
+    ):
+        shardsave.save(model, read_from if way == "a file of its own" else target, durable=False)
+    assert sorted(os.listdir(read_from)) == before and torch.equal(model(TOKENS[None]).logits, expected)
+
+
+class Tied(nn.Module):
+    """Two matrices that are tied, and one that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.other = (nn.Linear(4, 4) for _ in range(3))
+        for part in (self.one, self.two, self.other):
+            nn.init.zeros_(part.bias)
+        self.two.weight = self.one.weight
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return self.other(self.two(self.one(values)))
+
+
+class Declared(Tied):
+    """Says what it ties."""
+
+    _tied_weights_keys: ClassVar = {"two.weight": "one.weight"}
+
+
+class Listed(Tied):
+    """Says what it ties, as models for older versions of transformers do."""
+
+    _tied_weights_keys: ClassVar = ["two.weight"]
+
+
+@pytest.mark.parametrize("kind", [Tied, Declared, Listed])
+@pytest.mark.parametrize("way", ["disk", "all dispatched"])
+def test_ties_on_disk(tmp_path: Path, way: str, kind: type[Tied]) -> None:
+    """Catches a tie that is lost without a note because both names have a copy on disk, and copies that differ but count as tied."""
+    model, folder = kind(), tmp_path / "offload"
+    if way == "disk":
+        accelerate.disk_offload(model, folder)
+    else:
+        accelerate.dispatch_model(
+            model, dict.fromkeys(("one", "two", "other"), "disk"), "cpu", offload_dir=folder, force_hooks=True
+        )
+    notes = shardsave.save(model, tmp_path / "ckpt", durable=False).notes
+    if kind is Tied and way == "disk":  # nothing tells
+        (note,) = notes
+        assert (
+            note.startswith("one.weight, two.weight have equal values on disk")
+            and not shardsave.inspect(tmp_path / "ckpt").ties
+        )
+    else:
+        assert not notes and shardsave.inspect(tmp_path / "ckpt").ties == {"two.weight": "one.weight"}
+    torch.from_file(str(folder / "two.weight.dat"), shared=True, size=16).fill_(7)
+    assert not shardsave.save(model, tmp_path / "ckpt", durable=False).notes and not shardsave.inspect(tmp_path / "ckpt").ties
+    assert torch.equal(shardsave.load(tmp_path / "ckpt")["two.weight"], torch.full((4, 4), 7.0))
+
+
+@pytest.mark.parametrize("preloaded", ["Tied", "Sequential"])
+def test_one_module_with_two_names(tmp_path: Path, preloaded: str) -> None:
+    """Catches a second name of a module that accelerate places as a whole: it looks like a tensor without data."""
+    part = Tied()
+    source = nn.Sequential(part, part)
+    shardsave.save(source, tmp_path / "plain", durable=False)
+    model = nn.Sequential(*[Tied()] * 2)
+    accelerate.cpu_offload(model, preload_module_classes=[preloaded])
+    shardsave.load_model(model, tmp_path / "plain")
+    values = torch.ones(4)
+    assert torch.equal(model(values), source(values))
+    shardsave.save(model, tmp_path / "ckpt", durable=False)
+    assert shardsave.inspect(tmp_path / "ckpt").ties == shardsave.inspect(tmp_path / "plain").ties
+    stored, expected = (shardsave.load(tmp_path / name) for name in ("ckpt", "plain"))
+    assert all(same_bits(stored[name], tensor) for name, tensor in expected.items())

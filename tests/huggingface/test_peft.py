@@ -109,8 +109,22 @@ def test_a_model_replaces_an_adapter(tmp_path: Path) -> None:
     )
     shardsave.save(adapted("LoRA with a whole layer"), tmp_path, adapter_only=True, durable=False)
     (tmp_path / "adapter_config.json").write_text("{}")
-    shardsave.save(base(), tmp_path, durable=False)
+    with pytest.warns(UserWarning, match="adapter_config.json stays in"):
+        shardsave.save(base(), tmp_path, durable=False)
     assert (tmp_path / "adapter_config.json").read_text() == "{}"
+
+
+def test_an_adapter_of_peft_stays_loudly(tmp_path: Path) -> None:
+    """Catches an adapter of another tool that stays beside new weights, to which from_pretrained adds it, without a note."""
+    adapted("LoRA").save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="from_pretrained adds that adapter"):
+        report = shardsave.save(base(), tmp_path, durable=False)
+    assert report.notes == (
+        f"adapter_config.json and adapter_model.safetensors stay in {tmp_path}, though they are not of this save: from_pretrained "
+        "adds that adapter to what it reads there; remove the adapter if it does not belong to these weights",
+    )
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    assert any("lora" in name for name in model.state_dict())  # what the warning says
 
 
 def test_an_adapter_replaces_an_adapter(tmp_path: Path) -> None:
@@ -145,6 +159,29 @@ def test_filled_in_place(kind: str, writer: str, tmp_path: Path) -> None:
     assert other.base_model.model.model.norm.weight.requires_grad == (writer == "shardsave")
     changed = {name for name, parameter in other.named_parameters() if not same_bits(parameter, before[name][1])}
     assert len(changed) == report.tensors > 0
+
+
+def test_a_directory_of_peft(tmp_path: Path) -> None:
+    """Catches a directory that PEFT wrote and that is refused although its one file is readable; a base model's directory that is
+    mistaken for an adapter; and files of a save that was interrupted before its commit."""
+    folder = tmp_path / "adapter"
+    adapted("LoRA").save_pretrained(folder)
+    expected = load_file(folder / "adapter_model.safetensors")
+    loaded = shardsave.load(folder)
+    assert loaded.keys() == expected.keys() and all(same_bits(loaded[name], expected[name]) for name in expected)
+    assert shardsave.inspect(folder).names == tuple(expected) and shardsave.verify(folder).tensors == len(expected)
+    with shardsave.open(folder) as opened:
+        assert opened.keys() == expected.keys()
+    shardsave.convert(folder, tmp_path / "converted")
+    assert shardsave.load(tmp_path / "converted").keys() == expected.keys()
+    (folder / ".shardsave-0123456789abcdef").mkdir()
+    with pytest.raises(shardsave.CheckpointNotFoundError):
+        shardsave.load(folder)
+    (folder / ".shardsave-0123456789abcdef").rmdir()
+    base().save_pretrained(folder)  # the model and its adapter in one directory: the model
+    assert "lm_head.weight" in shardsave.inspect(folder).names
+    shardsave.save(adapted("LoRA"), tmp_path / "converted", adapter_only=True)
+    assert shardsave.inspect(tmp_path / "converted").companions
 
 
 def test_adapter_of_another_shape(tmp_path: Path) -> None:
@@ -182,6 +219,25 @@ def test_weights_of_another_save_are_noticed(tmp_path: Path) -> None:
     adapted("LoRA", 2).save_pretrained(tmp_path)
     notes = shardsave.verify(tmp_path).notes
     assert any(note.startswith("adapter_model.safetensors is not the one saved with these weights") for note in notes)
+
+
+def test_only_verify_reads_an_adapter_to_its_end(tmp_path: Path) -> None:
+    """Catches an inspect or a load that reads an adapter's weights a second time, to learn whether they are those of the save; and a
+    verify that does not."""
+    shardsave.save(adapted("LoRA"), tmp_path, adapter_only=True)
+    weights = tmp_path / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    weights.unlink()  # a copy of the directory has two files, not one with two names
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert not shardsave.inspect(tmp_path).notes and not shardsave.load_model(adapted("LoRA", 2), tmp_path).notes
+    (note,) = shardsave.verify(tmp_path).notes
+    assert note.startswith("adapter_model.safetensors is not the one saved with these weights")
+    content[20] ^= 1  # in the header
+    weights.write_bytes(content)
+    assert [report.notes[0][:25] for report in (shardsave.inspect(tmp_path), shardsave.verify(tmp_path))] == [note[:25]] * 2
+    weights.write_bytes(content[:-1])
+    assert shardsave.inspect(tmp_path).notes
 
 
 def test_wrong_models_for_adapter_only(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 
 import shardsave
+from shardsave._huggingface.transformers_names import NamesInMemory
 from support import ROOT, same_bits, same_state
 from transformers_models import ARCHITECTURES, FUSED, IMAGE, tiny
 
@@ -23,18 +24,9 @@ CONFIGS = ("config.json", "generation_config.json")
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("quiet"),
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    """Switches off the messages and progress bars of transformers."""
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    yield
-    transformers.logging.set_verbosity(before)
 
 
 def on_disk(folder: Path) -> dict[str, torch.Tensor]:
@@ -250,6 +242,26 @@ def test_joined_on_disk(tmp_path: Path, joined_on_disk: None) -> None:
             assert sorted(fresh.seen) == (["k.weight", "q.weight", "v.weight"] if hooked else [])
 
 
+def test_experts_of_one_layer_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches the experts of all layers in memory at the same time, if a hook makes each layer load itself."""
+    model, fresh = tiny("Mixtral"), tiny("Mixtral", seed=1)
+    joined: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    alive = []
+    convert = NamesInMemory.convert
+
+    def watched(*arguments: Any) -> dict[str, torch.Tensor]:
+        values = convert(*arguments)
+        joined.update(value for value in values.values() if not value.is_meta)
+        return values
+
+    monkeypatch.setattr(NamesInMemory, "convert", watched)
+    for layer in fresh.model.layers:
+        layer.register_load_state_dict_pre_hook(lambda *_: alive.append(len(joined)))
+    shardsave.save(model, tmp_path)
+    shardsave.load_model(fresh, tmp_path)
+    assert same_state(fresh, model) and alive == [2, 2]
+
+
 def pixio(seed: int, kind: str = "PixioBackbone") -> Any:
     torch.manual_seed(seed)
     model = getattr(transformers, kind)(transformers.PixioConfig(**IMAGE))
@@ -281,6 +293,20 @@ def test_a_mapping_that_is_not_its_own_inverse(tmp_path: Path) -> None:
     misread = type(model).from_pretrained(tmp_path / "own").state_dict()
     assert same_bits(misread["layernorm.weight"], model.pixio.layernorm.weight)  # what the note says
     assert not shardsave.save(pixio(1, "PixioModel"), tmp_path / "one-norm").notes
+
+
+def test_files_of_a_mapping_that_is_not_its_own_inverse(tmp_path: Path) -> None:
+    """Catches layer norms that save_pretrained has exchanged on disk and that a load then exchanges without a word."""
+    model = pixio(1)
+    model.save_pretrained(tmp_path / "norms")
+    fresh = pixio(2)
+    words = "pixio.layernorm.weight, pixio.layernorm.bias, layernorm.weight and 1 more may have been exchanged"
+    assert shardsave.load_model(fresh, tmp_path / "norms").notes[0].startswith(words)
+    assert same_bits(fresh.layernorm.weight, model.pixio.layernorm.weight)  # what the note says
+    with pytest.warns(UserWarning, match=words):
+        shardsave.build_model(tmp_path / "norms", trust=["transformers"])
+    pixio(1, "PixioModel").save_pretrained(tmp_path / "one-norm")
+    assert not shardsave.load_model(pixio(2, "PixioModel"), tmp_path / "one-norm").notes
 
 
 class Misnamed(transformers.PreTrainedModel):

@@ -366,3 +366,36 @@ def test_parametrizations(tmp_path: Path, saved: str, loaded: str) -> None:
     shardsave.load_model(fresh, tmp_path)
     inputs = torch.randn(5, 3)
     assert torch.equal(source(inputs), fresh(inputs))
+
+
+class Hooked(nn.Linear):
+    """Loads itself, as torch's linear layer does."""
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        super()._load_from_state_dict(*arguments, **options)
+
+
+@pytest.mark.parametrize("size", [0, 16])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Hooked(32, 32),
+        lambda: nn.InstanceNorm1d(64, affine=True),
+        lambda: parametrizations.weight_norm(nn.Linear(32, 32)),
+    ],
+    ids=["override", "instance norm", "parametrization"],
+)
+def test_freed_memory_of_a_sub_module_that_loads_itself(make: Callable[[], nn.Module], size: int, tmp_path: Path) -> None:
+    """Catches a loading routine that copies into memory that was freed or made smaller: torch writes beyond its end."""
+    module = nn.Sequential(make())
+    shardsave.save(module, tmp_path, durable=False)
+    last = list(module.parameters())[-1]
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items() if tensor.data_ptr() != last.data_ptr()}
+    last.untyped_storage().resize_(size)
+    for strict in (True, False):
+        with pytest.raises(
+            shardsave.UnsupportedTensorError, match="its storage was freed or made smaller; the module is unchan"
+        ):
+            shardsave.load_model(module, tmp_path, strict=strict)
+    now = module.state_dict()
+    assert all(torch.equal(now[name], value) for name, value in before.items())

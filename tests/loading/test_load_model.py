@@ -74,12 +74,16 @@ def test_destinations_that_overlap(tmp_path: Path) -> None:
     """Catches workers that race for the same bytes, and a refusal of views that are interleaved but do not overlap."""
     shardsave.save({"a": torch.ones(7), "b": torch.zeros(5)}, tmp_path / "apart")
     base = torch.full((10,), 3.0)
-    refused(Pair(base[:7], base[5:]), tmp_path / "apart", "'b' from .*memory of its own was expected, it shares .* 'a'.*")
+    refused(
+        Pair(base[:7], base[5:]),
+        tmp_path / "apart",
+        "'b' from .*memory of its own was expected, it shares .* 'a' and not the values on disk.*",
+    )
     shardsave.save({"a": torch.ones(4, 3), "b": torch.zeros(4, 2)}, tmp_path / "columns")
     grid = torch.full((4, 5), 3.0)
     shardsave.load_model(Pair(grid[:, :3], grid[:, 3:]), tmp_path / "columns")
     assert grid.tolist() == [[1, 1, 1, 0, 0]] * 4
-    shardsave.save({"a": torch.ones(12), "b": torch.ones(4, 3)}, tmp_path / "whole")
+    shardsave.save({"a": torch.ones(12), "b": torch.zeros(4, 3)}, tmp_path / "whole")
     whole = torch.zeros(12)
     refused(Pair(whole, whole.view(4, 3)), tmp_path / "whole", "'b' from .*it shares a part of it with 'a'.*")
 
@@ -117,6 +121,70 @@ def test_memory_shared_with_a_loading_routine(tmp_path: Path) -> None:
     module[0].weight.data, module[1].weight.data = base[:3].view(1, 3), base[2:].view(1, 3)
     shardsave.save(nn.Sequential(nn.Linear(3, 1, bias=False), nn.Linear(3, 1, bias=False)), tmp_path / "lines")
     refused(module, tmp_path / "lines", "'1.weight' from .*it shares a part of it with '0.weight'.*")
+
+
+BASE = torch.arange(24.0)
+VIEWS: dict[str, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]] = {
+    "slice": lambda base: (base, base[5:9]),
+    "slices": lambda base: (base[:15], base[10:]),
+    "transpose": lambda base: (base.view(4, 6), base.view(4, 6).t()),
+    "transposes of slices": lambda base: (base.view(4, 6)[:, 1:].t(), base.view(4, 6)[1:, :4]),
+    "columns": lambda base: (base.view(4, 6)[:, :4], base.view(4, 6)[:, 3:]),
+    "every second and every third": lambda base: (base[::2], base[1::3]),
+    "reshape": lambda base: (base.view(2, 3, 4).permute(2, 0, 1), base),
+    "scalar": lambda base: (base[3], base),
+}
+
+
+@pytest.mark.parametrize("way", VIEWS)
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
+def test_views_of_one_another(tmp_path: Path, way: str, turned: bool, dtype: torch.dtype) -> None:
+    """Catches a model whose tensors are slices, transposes or reshapes of one another and that is saved and not loaded; and one that is
+    loaded although the file has two values for one element, or filled with other values."""
+
+    def pair(base: torch.Tensor) -> Pair:
+        a, b = VIEWS[way](base.to(dtype))
+        return Pair(b, a) if turned else Pair(a, b)
+
+    source, model = pair(BASE.clone()), pair(torch.zeros(24))
+    shardsave.save(source, tmp_path, durable=False)
+    memory = model.a.untyped_storage().data_ptr()
+    report = shardsave.load_model(model, tmp_path)
+    assert same_state(model, source) and model.b.untyped_storage().data_ptr() == memory and report.tensors == 2
+    wrong = {name: tensor.detach().clone() for name, tensor in source.state_dict().items()}
+    shared = set(source.a.detach().flatten().tolist()) & set(source.b.detach().flatten().tolist())
+    wrong["b"][wrong["b"] == min(shared, key=abs)] += 1
+    shardsave.save(wrong, tmp_path, durable=False)
+    words = "'[ab]' from .*memory of its own was expected, it shares a part of it with '[ab]' and not the values on disk.*"
+    refused(pair(torch.zeros(24)), tmp_path, words)
+
+
+def test_views_that_cannot_agree(tmp_path: Path) -> None:
+    """Catches a comparison of values of different dtypes, or of a view and its conjugate."""
+    base = torch.zeros(6, dtype=torch.complex64)
+    shardsave.save({"a": torch.zeros(6, dtype=torch.complex64), "b": torch.zeros(4, dtype=torch.complex64)}, tmp_path)
+    refused(Pair(base, base.conj()[:4]), tmp_path, "'[ab]' from .*memory of its own was expected.*")
+    shardsave.save({"a": torch.zeros(6), "b": torch.zeros(12, dtype=torch.bfloat16)}, tmp_path)
+    floats = torch.zeros(6)
+    refused(Pair(floats, floats.view(torch.bfloat16)), tmp_path, "'[ab]' from .*memory of its own was expected.*")
+
+
+def test_views_read_from_several_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a comparison that misses elements where its pieces meet."""
+    from shardsave._loading import overlaps
+
+    monkeypatch.setattr(overlaps, "_PIECE_ELEMENTS", 5)
+    base = torch.rand(12, 7)
+    shardsave.save(Pair(base, base.t()), tmp_path)
+    empty = torch.zeros(12, 7)
+    shardsave.load_model(model := Pair(empty, empty.t()), tmp_path)
+    assert same_bits(model.a.data, base)
+    for place in (0, 4, 5, 40, 83):
+        other = base.t().contiguous()
+        other.view(-1)[place] += 1
+        shardsave.save({"a": base, "b": other}, tmp_path, durable=False)
+        refused(Pair(empty, empty.t()), tmp_path, "'b' from .*not the values on disk.*")
 
 
 def test_elements_that_share_their_memory(tmp_path: Path) -> None:

@@ -26,9 +26,10 @@ def test_each_call_of_a_conversion(beneath: Path, memory: Path, before: str) -> 
     assert trials(run_beneath(beneath, "native", arguments)) >= 40
 
 
-def test_each_failing_call_of_a_conversion(beneath: Path, memory: Path) -> None:
+@pytest.mark.parametrize(("scenario", "before"), [("file_fails", "first"), ("file_slice_fails", "overwrite")])
+def test_each_failing_call_of_a_conversion(beneath: Path, memory: Path, scenario: str, before: str) -> None:
     """Catches a failure that is swallowed or reported as another, and a file that is changed although the error says it is not."""
-    assert trials(run_beneath(beneath, "native", ["-m", "faults.single_file", "file_fails", "first", str(memory)])) >= 40
+    assert trials(run_beneath(beneath, "native", ["-m", "faults.single_file", scenario, before, str(memory)])) >= 40
 
 
 def test_each_call_of_a_clean(beneath: Path, memory: Path) -> None:

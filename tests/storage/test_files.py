@@ -18,6 +18,17 @@ from support import SmallModel, same_bits, same_state
 INDEX = "model.safetensors.index.json"
 
 
+def test_shards_alone_have_the_extension_of_weights(tmp_path: Path) -> None:
+    """Catches a file that is no shard, and that tools which read every ``*.safetensors`` of a directory would take for weights."""
+    model = SmallModel()
+    shardsave.save(model.encoder, tmp_path / "architecture", architecture=True, program=((torch.ones(2, 16),), {}))
+    model.encoder.register_buffer("scratch", torch.ones(3), persistent=False)
+    shardsave.save(model.encoder, tmp_path / "extra", architecture=True, durable=False)
+    assert shardsave.inspect(tmp_path / "extra").parts.keys() == {"architecture", "extra tensors"}
+    for folder in (tmp_path / "architecture", tmp_path / "extra"):
+        assert {path.name for path in folder.rglob("*.safetensors")} == {*shardsave.inspect(folder).shards}
+
+
 def read_as_format_says(folder: Path) -> dict[str, tuple[str, list[int], bytes]]:
     """A reader written from FORMAT.md alone, with every check that it asks for. Returns name → dtype, shape, bytes."""
     content = (folder / INDEX).read_bytes()

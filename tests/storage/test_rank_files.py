@@ -6,6 +6,7 @@ Method: torch's own writer makes the files, and its own reader and its own conso
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,11 @@ from torch import nn
 import shardsave
 from rank_files import cut, save_ranks
 from shardsave._cli.main import cli
+from shardsave._storage.cleanup import Cleaner
 from support import same_bits
+
+INFERRED = "whole shapes are not recorded in files of ranks, but inferred"
+pytestmark = pytest.mark.filterwarnings(f"ignore:{INFERRED}")
 
 
 class Net(nn.Module):
@@ -193,3 +198,169 @@ def test_files_of_two_processes(tmp_path: Path) -> None:
     torch.manual_seed(0)
     a, b = torch.randn(7, 5), torch.randn(6, 9)
     assert same(shardsave.load(tmp_path / "x"), {"rows": a, "columns": b, "copies": a, "plain": b, "short": a[:1]})
+
+
+def full(value: float) -> dict[str, torch.Tensor]:
+    return {"w": torch.full((6, 4), float(value)), "b": torch.full((5,), float(value))}
+
+
+def ranks_into(folder: Path, value: float = 7) -> list[str]:
+    """Puts the files of two ranks into ``folder``, which may exist already; returns their names."""
+    state, source = full(value), folder.parent / f"{folder.name}-ranks"
+    files = save_ranks(source, state, {name: cut(tensor, 0) for name, tensor in state.items()})
+    folder.mkdir(exist_ok=True)
+    return [Path(shutil.move(file, folder / file.name)).name for file in files]
+
+
+@pytest.mark.parametrize("beside", ["index", "model.safetensors"])
+def test_beside_another_checkpoint(tmp_path: Path, beside: str) -> None:
+    """Catches the old checkpoint that is read, without a word, after several ranks have saved a new one into its directory."""
+    folder = tmp_path / "x"
+    if beside == "index":
+        shardsave.save(full(1), folder)
+        beside = "model.safetensors.index.json"
+    else:
+        folder.mkdir()
+        save_file(full(1), folder / beside)
+    ranks = ranks_into(folder)
+    model = nn.ParameterDict(full(0))
+    verbs: list[Callable[[Path], object]] = [
+        shardsave.load, shardsave.open, shardsave.inspect, shardsave.verify, lambda path: shardsave.load_model(model, path),
+        lambda path: shardsave.convert(path, tmp_path / "out"), lambda path: shardsave.verify(path, keep_going=True),
+    ]  # fmt: skip
+    for verb in verbs:
+        with pytest.raises(shardsave.IncompatibleCheckpointError) as caught:
+            verb(folder)
+        assert all(words in str(caught.value) for words in ("cannot tell which checkpoint is meant", beside, *ranks))
+    assert same(dict(model.state_dict()), full(0)) and not (tmp_path / "out").exists()
+    assert same(shardsave.load(folder / beside), full(1))  # the way out that the error names
+    (folder / ranks[0]).write_bytes(b"")
+    (folder / ranks[1]).write_bytes(b"")
+    assert same(shardsave.load(folder), full(1))  # nothing that could be meant
+
+
+@pytest.mark.parametrize("verb", ["save", "convert"])
+def test_replaced_by_a_save(tmp_path: Path, verb: str) -> None:
+    """Catches replaced files of ranks that stay, and a new checkpoint that cannot be read beside them; only such files are removed."""
+    folder = tmp_path / "x"
+    ranks = ranks_into(folder)
+    save_file(full(3), folder / "shard-00009-model-00001-of-00001.safetensors")  # it says nothing of chunks
+    (folder / "shard-00001-model-00001-of-00001.safetensors.bak").write_bytes(b"kept")
+    shutil.move(folder / ranks[1], tmp_path / "blob")
+    (folder / ranks[1]).symlink_to(tmp_path / "blob")
+    if verb == "save":
+        report: shardsave.SaveReport | shardsave.ConvertReport = shardsave.save(full(2), folder)
+    else:
+        report = shardsave.convert(shardsave.save(full(2), tmp_path / "y").path, folder)
+    assert set(report.removed) == set(ranks) and "files of several ranks, which were not saved by shardsave" in str(report)
+    kept = {"shard-00009-model-00001-of-00001.safetensors", "shard-00001-model-00001-of-00001.safetensors.bak"}
+    assert {path.name for path in folder.iterdir()} - kept == {
+        "model.safetensors.index.json",
+        "model-00001-of-00001.safetensors",
+    }
+    assert same(shardsave.load(folder), full(2)) and (tmp_path / "blob").exists()
+
+
+def test_a_failed_save_removes_none(tmp_path: Path) -> None:
+    """Catches files of ranks that are removed before there is another checkpoint."""
+    ranks = ranks_into(tmp_path / "x")
+    (tmp_path / "x" / "config.json").mkdir()
+    (tmp_path / "y").mkdir()
+    (tmp_path / "y" / "config.json").write_text("{}")
+    save_file(full(2), tmp_path / "y" / "model.safetensors")
+    with pytest.raises(shardsave.SaveNotCommittedError, match="the previous checkpoint is intact"):
+        shardsave.convert(tmp_path / "y", tmp_path / "x")
+    assert {path.name for path in (tmp_path / "x").iterdir()} == {*ranks, "config.json"}
+
+
+def test_replaced_files_that_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a save that succeeds without a warning although its directory can no longer be read by its path."""
+    ranks = ranks_into(tmp_path / "x")
+    monkeypatch.setattr(Cleaner, "_remove_rank", lambda *arguments: None)
+    with pytest.warns(
+        UserWarning, match="files of several ranks are still in .* only be loaded by the path of its model"
+    ) as caught:
+        report = shardsave.save(full(2), tmp_path / "x")
+    assert all(name in str(caught[0].message) for name in ranks) and not report.removed
+    assert same(shardsave.load(tmp_path / "x" / "model.safetensors.index.json"), full(2))
+
+
+PAIRS = {
+    "ranks and torch": (["ranks", "torch"], "shard-00001-model-00001-of-00001.safetensors and pytorch_model.bin"),
+    "ranks and table": (["ranks", "table"], "shard-00001-model-00001-of-00001.safetensors and .metadata"),
+    "lone and table": (["lone", "table"], "model.safetensors and .metadata"),
+    "torch and table": (["torch", "table"], ".metadata and pytorch_model.bin"),
+    "lone and torch": (["lone", "torch"], None),
+}
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_conversion_of_two_checkpoints_in_one_directory(tmp_path: Path, pair: str) -> None:
+    """Catches a conversion that picks one of two checkpoints without a word."""
+    kinds, named = PAIRS[pair]
+    folder = tmp_path / "x"
+    folder.mkdir()
+    for value, kind in enumerate(kinds):
+        if kind == "ranks":
+            ranks_into(folder, value)
+        elif kind == "table":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                distributed_checkpoint.save(full(value), checkpoint_id=folder, no_dist=True)
+        elif kind == "lone":
+            save_file(full(value), folder / "model.safetensors")
+        else:
+            torch.save(full(value), folder / "pytorch_model.bin")
+    if named is None:
+        report = shardsave.convert(folder, tmp_path / "out")
+        assert any("pytorch_model.bin beside model.safetensors was not read" in note for note in report.notes)
+        assert same(shardsave.load(tmp_path / "out"), full(0))
+        return
+    with pytest.raises(
+        shardsave.IncompatibleCheckpointError, match=re.escape(f"the files of 2 are there: {named}; give the path")
+    ):
+        shardsave.convert(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("case", ["last rank missing", "a rank as model.safetensors"])
+def test_inferred_shapes_are_told(tmp_path: Path, case: str) -> None:
+    """Catches truncated tensors without a word: a missing last rank cannot be noticed, so every verb says that shapes are inferred."""
+    folder = tmp_path / "x"
+    first, last = ranks_into(folder)
+    (folder / last).unlink()
+    if case == "a rank as model.safetensors":
+        (folder / first).rename(folder / "model.safetensors")
+    with pytest.warns(UserWarning, match=INFERRED) as caught:
+        assert shardsave.load(folder)["w"].shape == (3, 4)
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match=INFERRED), shardsave.open(folder):
+        pass
+    reports = (
+        shardsave.load_model(nn.ParameterDict(full(0)), folder, strict=False),
+        shardsave.inspect(folder),
+        shardsave.verify(folder),
+        shardsave.convert(folder, tmp_path / "out"),
+    )
+    for report in reports:
+        assert any(note.startswith(INFERRED) for note in report.notes) and INFERRED in str(report)
+    result = CliRunner().invoke(cli, ["inspect", str(folder)])
+    assert INFERRED in result.output
+
+
+def test_what_file_numbers_tell(tmp_path: Path) -> None:
+    """Catches an absent file of a rank whose other file is there, and files of two saves, that no verb mentions."""
+    state = {"a": torch.arange(8.0), "b": torch.arange(6.0)}
+    cuts = {name: cut(tensor, 0) for name, tensor in state.items()}
+    files = save_ranks(tmp_path / "x", state, cuts, {"a": 1, "b": 2})
+    assert [file.name for file in files][2:] == [f"shard-00002-model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    assert "other ranks wrote" not in str(shardsave.inspect(tmp_path / "x"))
+    files[2].unlink()
+    notes = shardsave.verify(tmp_path / "x").notes
+    assert any(files[2].name in note and "other ranks wrote" in note for note in notes) and files[1].name not in str(notes)
+    (other, _) = save_ranks(tmp_path / "y", {"c": state["a"]}, {"c": cut(state["a"], 0)})
+    shutil.copy(other, tmp_path / "x")
+    with pytest.raises(
+        shardsave.CorruptCheckpointError, match="count different numbers of files; files of some ranks are missing, or"
+    ):
+        shardsave.load(tmp_path / "x")

@@ -45,14 +45,14 @@ def check_progress(progress: object) -> None:
         raise TypeError(f"progress must be None, True, False or a callable, not {type(progress).__name__}")
 
 
-def check_timeout(seconds: object) -> None:
-    """Raises TypeError or ValueError if ``seconds`` is not a time to wait for a directory's lock."""
+def check_timeout(seconds: object, name: str = "lock_timeout") -> None:
+    """Raises TypeError or ValueError if ``seconds``, the argument ``name``, is not a time to wait."""
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
-        raise TypeError(f"lock_timeout must be a number of seconds, not {type(seconds).__name__}")
+        raise TypeError(f"{name} must be a number of seconds, not {type(seconds).__name__}")
     if not seconds >= 0:
-        raise ValueError(f"lock_timeout must be at least 0 seconds, not {seconds!r}")
+        raise ValueError(f"{name} must be at least 0 seconds, not {seconds!r}")
     if isinstance(seconds, int) and seconds > threading.TIMEOUT_MAX:
-        raise ValueError(f"lock_timeout must be at most {threading.TIMEOUT_MAX:.0f} seconds; float('inf') waits for ever")
+        raise ValueError(f"{name} must be at most {threading.TIMEOUT_MAX:.0f} seconds; float('inf') waits for ever")
 
 
 def parse_size(size: Union[int, str]) -> int:

@@ -12,6 +12,7 @@ from torch import nn
 
 from shardsave._api.arguments import check_path, check_progress, check_switches
 from shardsave._api.device import Device, check_device
+from shardsave._api.operators import check_operators
 from shardsave._architecture.builder import Builder
 from shardsave._architecture.document import Document
 from shardsave._architecture.imports import resolve
@@ -28,6 +29,7 @@ from shardsave._huggingface.transformers_config import (
     untie_differing,
 )
 from shardsave._huggingface.transformers_loading import TransformersLayout
+from shardsave._huggingface.transformers_round_trip import exchange_notes
 from shardsave._loading.module_filler import ModuleFiller
 from shardsave._loading.module_plan import plan_module
 from shardsave._loading.new_tensors import NewTensors
@@ -86,6 +88,7 @@ def build_model(
         )
     """
     check_path(path)
+    check_operators("build a model from", path, "nothing was built")
     check_switches(verify=verify)
     check_progress(progress)
     trusted, replacements = _check_trust(trust), _check_classes(classes)
@@ -136,6 +139,7 @@ def load_program(
         torch.Size([3, 2])
     """
     check_path(path)
+    check_operators("load a program from", path, "nothing was built")
     check_switches(verify=verify)
     check_progress(progress)
     target_device = check_device(device) or torch.device("cpu")
@@ -179,7 +183,7 @@ def _build_from_config(
             f"cannot build a model from {checkpoint.path}: an architecture or a config of transformers was expected, there is "
             f"neither; save with architecture=True, or define the model and use load_model"
         )
-    for note in checkpoint.companion_notes():
+    for note in checkpoint.notes():
         warn_caller(note)
     stored = choose_located(checkpoint, "")
     model = empty_model(folder, config, trust, device, stored)
@@ -191,6 +195,8 @@ def _build_from_config(
         )
     take_stored_dtypes(model, layout.stored)
     inventory = take_inventory(model, checkpoint.path)
+    for note in exchange_notes(inventory, stored) if checkpoint.record is None else ():
+        warn_caller(note)
     doubtful = checkpoint.ties if checkpoint.record is None else ()
     plan = plan_module(inventory, layout, flags=checkpoint.flags, doubtful=doubtful)
     filler = ModuleFiller(inventory, plan, layout, checkpoint, None)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 
 from shardsave._api.arguments import check_path, check_switches, check_timeout
 from shardsave._api.reports import Printed
-from shardsave._common.os_calls import CallFailed
+from shardsave._common.os_calls import CallFailed, absolute_path
 from shardsave._common.shutdown import verb
 from shardsave._common.words import count, human_bytes, some
 from shardsave._format.file_names import INDEX_NAME
@@ -64,7 +64,7 @@ class CleanReport(Printed):
         if kept:
             parts.append(f"kept, since their owners may be alive: {some(kept)}")
         if strangers:
-            parts.append(f"kept, since another user may have made them: {some(strangers)}")
+            parts.append(f"kept, since another user may have made or changed them: {some(strangers)}")
         if self.leftovers:
             parts.append(f"could not remove {some(self.leftovers)}")
         yield "; ".join(parts)
@@ -79,7 +79,7 @@ def clean(
     The next save into the directory would remove it too. `clean` holds the directory's lock, so a saver of this host whose staging
     directory is still there is certainly dead. A saver of another host may be alive, and would lose what it has written: its
     staging directory is listed, but removed only with ``other_hosts=True``. In a directory to which every user may write, what
-    another user may have made is listed and never removed. If a crashed save had committed a config, but not yet
+    another user may have made or changed is listed and never removed. If a crashed save had committed a config, but not yet
     put it beside the weights, `clean` puts it there.
 
     Args:
@@ -105,8 +105,10 @@ def clean(
     check_path(directory)
     check_switches(remove=remove, other_hosts=other_hosts)
     check_timeout(lock_timeout)
-    path = os.fspath(directory)
-    with _locked(path, lock_timeout) as folder:
+    folder = LockedDirectory(absolute_path(os.fspath(directory)), durable=True)
+    # Closed twice, since one interrupt may come at the beginning of a `close`, which then does nothing.
+    with closing(folder), folder, _naming_failures(folder.path):
+        folder.acquire(lock_timeout, purpose="clean", state=_UNTOUCHED)
         _learn_owner(folder)
         index = _present_index(folder)
         leavings = find_leavings(folder, index)
@@ -120,27 +122,24 @@ def clean(
         leftovers = {leaving.name: remove_leaving(folder, leaving, index) for leaving in chosen}
     removed = tuple(name for name, remaining in leftovers.items() if not remaining)
     left = tuple(dict.fromkeys(chain.from_iterable(leftovers.values())))
-    return CleanReport(path, leavings, removed, left, tuple(completed))
+    return CleanReport(os.fspath(directory), leavings, removed, left, tuple(completed))
 
 
 @contextmanager
-def _locked(path: str, timeout: float) -> Iterator[LockedDirectory]:
-    folder = LockedDirectory(path, durable=True)
+def _naming_failures(path: str) -> Iterator[None]:
+    """Raises the error for an OS call that fails in the block."""
     try:
-        folder.acquire(timeout, purpose="clean", state=_UNTOUCHED)
-        yield folder
+        yield
     except CallFailed as error:
         kind = CheckpointNotFoundError if error.errno in (errno.ENOENT, errno.ENOTDIR) else ShardSaveError
         raise kind(f"cannot clean {path}: {error.reason}; {_UNTOUCHED}") from error
-    finally:
-        folder.close()
 
 
 def _learn_owner(folder: LockedDirectory) -> None:
     """In a shared directory: learns from a new directory which owner our files have there."""
     if not folder.shared:
         return
-    probe = Staging(folder)
+    probe = Staging(folder, folder.path)
     try:
         probe.make()
         folder.learn_owner(probe.directory)

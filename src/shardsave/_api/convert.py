@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from typing import Literal, Union
 
@@ -13,18 +13,20 @@ import torch
 
 from shardsave._api.arguments import check_path, check_progress, check_switches, parse_size
 from shardsave._api.findings import ConvertReport
+from shardsave._api.operators import check_operators
 from shardsave._api.reports import Phases
-from shardsave._common.os_calls import kind_of
+from shardsave._common.os_calls import absolute_path, kind_of
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
-from shardsave._conversion.changes import Drop, Names, Rename, check_dtype, patterns, replacements
+from shardsave._conversion.changes import Drop, Names, Rename, allowed_names, check_dtype, patterns, replacements
 from shardsave._conversion.converted import carried_over, converted_state
-from shardsave._conversion.origin import Origin, open_origin
+from shardsave._conversion.origin import Origin, Request, open_origin
 from shardsave._conversion.outputs import Output, write_output
 from shardsave._format.file_names import TORCH_ENDINGS
 from shardsave._loading.read import Target, TensorReader
 from shardsave._printable import printable
 from shardsave._state.module import Entry
+from shardsave._storage.directory import path_to_write
 from shardsave.errors import SaveNotCommittedError
 
 Form = Literal["shardsave", "safetensors", "torch"]
@@ -36,21 +38,21 @@ def convert(
     destination: str | os.PathLike[str],
     *,
     to: Form = "shardsave",
-    max_shard_size: Union[int, str] = "5GB",
+    max_shard_size: Union[int, str] = "2GB",
     dtype: Union[torch.dtype, str, None] = None,
     drop: Drop = (),
     rename: Rename = (),
     key: str | None = None,
+    allow: Union[str, Iterable[str]] = (),
     verify: bool = True,
     durable: bool = True,
     progress: ProgressArgument = None,
 ) -> ConvertReport:
     """Converts the checkpoint at ``source``, whoever wrote it, into one at ``destination``, which is replaced as a whole or not at all.
 
-    Tensors stream from mapped files, so memory is bounded for models of every size. Pickles are read only by the restricted unpickler
-    of ``torch.load`` (and the table of a distributed checkpoint by an unpickler of shardsave that only creates records): no code from
-    a file runs. Tied tensors stay tied. Freeze flags and metadata of shardsave's own checkpoints are kept; the flags of third-party
-    files are unknown.
+    Tensors stream from mapped files, so memory is bounded for models of every size. Pickles are read only by an unpickler of shardsave
+    that creates tensors, containers and inert records: no code from a file runs, and nothing that it names is imported. Tied tensors
+    stay tied. Freeze flags and metadata of shardsave's own checkpoints are kept; the flags of third-party files are unknown.
 
     Args:
         source: a checkpoint of shardsave; a safetensors file or index, or a directory with one, also from the hub's cache; a file of
@@ -61,10 +63,13 @@ def convert(
             ``torch.load(weights_only=True)`` reads as a plain ``state_dict``.
         max_shard_size: as in ``save``; only for ``to="shardsave"``.
         dtype: cast floating-point tensors to it, as ``Tensor.to`` does. Tensors of 8 or 4 bits are quantised and keep their dtype.
-        drop: leave out what has a name, or a path of keys in its file, that matches one of these shell patterns (``"optimizer.*"``).
+        drop: leave out what has a name, or a path of keys in its file, that matches one of these shell patterns (``"optimizer.*"``). One
+            that is exactly a path of keys in the file means what is there, and no name elsewhere.
         rename: pairs of a regular expression and a replacement for each of its matches in a name, applied in this order.
         key: the path to the state in a file that holds other objects too (``"model"``, ``"trainer.ema"``); required if other tensors
             than training state are outside of it, and ``drop`` does not leave them out.
+        allow: names of classes and functions, such as ``"my_code.Config"``, that the pickle of a file of ``torch.save`` may have. They
+            are never imported or called: an object of such a class becomes a record that does nothing, and is left out.
         verify: compare the checksum of every tensor of the source with the stored one, if there is one, before anything is written.
         durable: as in ``save``.
         progress: as in ``save``.
@@ -72,7 +77,8 @@ def convert(
     Raises:
         TypeError, ValueError: for wrong arguments, before anything happens.
         CheckpointNotFoundError, CorruptCheckpointError: nothing was written.
-        UntrustedCodeError: a pickle names more than tensors and containers; none of it was run.
+        UntrustedCodeError: a pickle names more than tensors, containers and usual values; none of it was run. The message lists the
+            names for ``allow``.
         IncompatibleCheckpointError: it is not clear which tensors are meant; the message lists the choices.
         UnsupportedTensorError, and what ``save`` raises.
 
@@ -84,15 +90,16 @@ def convert(
         ('head.weight', 'head.bias')
     """
     _check_arguments(source, destination, to, key)
+    check_operators("convert", source, "nothing was written")
     check_switches(verify=verify, durable=durable)
     check_progress(progress)
     max_shard_bytes = parse_size(max_shard_size)
     names = Names(patterns(drop), replacements(rename))
-    target = check_dtype(dtype)
-    source_path, destination_path = os.fspath(source), os.fspath(destination)
+    target, allowed = check_dtype(dtype), allowed_names(allow)
+    source_path, destination_path = absolute_path(os.fspath(source)), path_to_write(os.fspath(destination))
     started = time.perf_counter()
     with ExitStack() as stack:
-        origin = open_origin(source_path, key, names.wanted, stack)
+        origin = open_origin(source_path, Request(key, names.wanted, allowed), stack)
         _check_destination(source_path, destination_path, to, origin)
         state, casts = converted_state(origin, names, target, source_path)
         carried = carried_over(origin, names, target, to_directory=to == "shardsave")
@@ -105,8 +112,8 @@ def convert(
     ended = time.perf_counter()
     stored = [entry for entry in state.entries if entry.tied_to is None]
     return ConvertReport(
-        path=destination_path,
-        bytes=bytes_to_write,
+        path=os.fspath(destination),
+        bytes=_bytes_of(state.entries),
         tensors=len(stored),
         shards=result.shards,
         seconds=ended - started,
@@ -116,7 +123,7 @@ def convert(
         staging_bytes=result.staging_bytes,
         pinned=False,
         notes=tuple(dict.fromkeys([*origin.notes, *names.notes(), *carried.notes, *result.notes])),
-        source=source_path,
+        source=os.fspath(source),
         kind=origin.kind,
         to=to,
         durable=durable,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from shardsave._api.arguments import check_path, check_progress
+from shardsave._api.operators import check_operators
 from shardsave._api.reports import Printed
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
@@ -107,6 +108,7 @@ def diff(a: str | os.PathLike[str], b: str | os.PathLike[str], *, progress: Prog
     """
     for path in (a, b):
         check_path(path)
+        check_operators("compare", path, "nothing was read")
     check_progress(progress)
     started = time.perf_counter()
     with open_checkpoint(a) as left, open_checkpoint(b) as right:

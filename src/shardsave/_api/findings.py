@@ -6,11 +6,11 @@ They are not in `shardsave._api.reports`, so that a training run, which only sav
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from shardsave._api.reports import VERIFIED, Printed, Report
+from shardsave._api.reports import VERIFIED, Printed, Removing, Report
 from shardsave._common.words import count, human_bytes, some
 from shardsave._printable import printable
 
@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = ["ArchitectureInfo", "CheckpointInfo", "ConvertReport", "Damage", "TensorInfo", "VerifyReport"]
+
+
+def counted_once(parameters: Iterable[str], ties: Mapping[str, str]) -> frozenset[str]:
+    """Those names of ``parameters`` that count: of tied names the one under which the bytes are stored, since they are one parameter."""
+    names = frozenset(parameters)
+    return frozenset(name for name in names if ties.get(name) not in names)
 
 
 @dataclass(frozen=True)
@@ -60,13 +66,14 @@ class VerifyReport(Report):
 
 
 @dataclass(frozen=True)
-class ConvertReport(Report):
+class ConvertReport(Removing, Report):
     """What a conversion did: it read ``source`` and wrote ``path``.
 
     ``kind``: the kind of the source: "shardsave", "safetensors", "torch" or "distributed"; ``to``: the kind that was written.
     ``verified``: whether the source's tensors were checked against stored checksums; None if it has none. ``cast``: how many
-    tensors were cast to another dtype. ``dropped``, ``renamed``: names in the source. ``ties``: tied name → the name under which
-    the bytes are stored. ``flags_known``: whether the source records which parameters were frozen. ``removed``: as in a SaveReport.
+    tensors were cast to another dtype. ``dropped``: names in the source, with the keys that lead to them. ``renamed``: names in the
+    source. ``ties``: tied name → the name under which the bytes are stored. ``flags_known``: whether the source records which
+    parameters were frozen. ``removed``: as in a SaveReport.
     """
 
     source: str = ""
@@ -160,10 +167,12 @@ class CheckpointInfo(Printed):
         if self.frozen is None or self.parameters is None:
             yield f"{summary}, freeze flags unknown"
         else:
-            yield f"{summary}, {len(self.frozen)} of {len(self.parameters)} parameters frozen"
+            names = counted_once(self.parameters, self.ties)
+            yield f"{summary}, {len(names & self.frozen)} of {count(len(names), 'parameter')} frozen"
             in_order = [name for name in self.tensors if name in self.parameters]
             in_order += sorted(self.parameters - self.tensors.keys())
-            total = Counter(name.split(".")[0] for name in in_order)
-            frozen = Counter(name.split(".")[0] for name in self.frozen)
-            yield from (f"  {child}: {frozen[child]} of {total[child]} frozen" for child in total)
+            total = Counter(name.split(".")[0] for name in names)
+            frozen = Counter(name.split(".")[0] for name in names & self.frozen)
+            for child in dict.fromkeys(name.split(".")[0] for name in in_order):
+                yield f"  {child}: " + (f"{frozen[child]} of {total[child]} frozen" if total[child] else "tied")
         yield from (f"  {note}" for note in self.notes)

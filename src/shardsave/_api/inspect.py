@@ -15,6 +15,7 @@ from shardsave._common.shutdown import verb
 from shardsave._format.dtypes import BY_NAME, torch_shape
 from shardsave._loading.read import Target, TensorReader
 from shardsave._storage.checkpoint import PARTS, Checkpoint, open_checkpoint
+from shardsave._storage.second_opinion import SecondOpinion
 from shardsave.errors import DirectoryBusyError, ShardSaveError
 
 
@@ -54,7 +55,7 @@ def inspect(path: str | os.PathLike[str], *, architecture: bool = False) -> Chec
             durable=checkpoint.record.durable if checkpoint.record is not None else None,
             parts={role: part.file for role, part in checkpoint.record.parts.items()} if checkpoint.record is not None else {},
             companions=tuple(checkpoint.companions),
-            notes=checkpoint.companion_notes(),
+            notes=checkpoint.notes(),
             architecture=architecture_info(checkpoint),
         )
 
@@ -83,6 +84,8 @@ def architecture_info(checkpoint: Checkpoint) -> ArchitectureInfo | None:
 def verify(path: str | os.PathLike[str], *, keep_going: bool = False, progress: ProgressArgument = None) -> VerifyReport:
     """Reads every byte of the checkpoint at ``path`` and compares it with the stored checksums; loads no tensor.
 
+    Each header is also read by safetensors' own parser; if that refuses it, or reads something else from it, the file counts as damaged.
+
     With ``keep_going``, damage raises no error: everything that can be read is read, and the report says what is damaged and what is
     intact. Without it, CorruptCheckpointError is raised, which names what is damaged. Other errors are those of `inspect`.
 
@@ -97,7 +100,9 @@ def verify(path: str | os.PathLike[str], *, keep_going: bool = False, progress: 
     check_progress(progress)
     started = time.perf_counter()
     broken: dict[str, ShardSaveError] = {}
-    with open_checkpoint(path, parts=PARTS, broken=broken if keep_going else None) as checkpoint:
+    opinion = SecondOpinion()
+    broken_files = broken if keep_going else None
+    with open_checkpoint(path, parts=PARTS, broken=broken_files, header_check=opinion.check) as checkpoint:
         stored = (*checkpoint.tensors.values(), *checkpoint.kept.values())
         targets: list[Target] = [(place, None) for located in stored for place in located.places]
         planned = time.perf_counter()
@@ -110,7 +115,10 @@ def verify(path: str | os.PathLike[str], *, keep_going: bool = False, progress: 
                 reader.read(targets)
         intact = _intact((file for file in checkpoint.files if file not in broken), targets, damaged)
         shards = len(checkpoint.shards)
-        notes = (*reader.totals.notes, *checkpoint.companion_notes())
+        unread = [
+            f"the {role} was not verified: this version of shardsave knows no such part" for role in checkpoint.unknown_parts
+        ]
+        notes = (*opinion.notes, *unread, *reader.totals.notes, *checkpoint.notes(whole=True))
     ended = time.perf_counter()
     return VerifyReport(
         path=os.fspath(path),

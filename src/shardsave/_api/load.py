@@ -12,11 +12,14 @@ from torch import nn
 
 from shardsave._api.arguments import check_path, check_progress, check_switches
 from shardsave._api.device import Device, check_device
+from shardsave._api.operators import check_operators
 from shardsave._api.reports import LoadReport, Phases
 from shardsave._common.backend import engine_name
 from shardsave._common.gc_pause import gc_paused
+from shardsave._common.imports import import_at_use
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
+from shardsave._common.warn_caller import warn_caller
 from shardsave._huggingface.added_adapter import has_added_adapter
 from shardsave._huggingface.recognize import peft_model, transformers_model
 from shardsave._loading.disk_layout import DiskLayout, IdentityLayout
@@ -25,7 +28,7 @@ from shardsave._loading.module_filler import ModuleFiller
 from shardsave._loading.module_plan import plan_module
 from shardsave._loading.new_tensors import new_tensors
 from shardsave._loading.read import TensorReader
-from shardsave._loading.selection import check_names, choose, choose_located, selection
+from shardsave._loading.selection import check_names, choose, choose_located, names_of_wrappers, selection
 from shardsave._loading.slots import Inventory, has_extra_state, take_inventory
 from shardsave._storage.checkpoint import Checkpoint, open_checkpoint
 from shardsave._storage.located import Located
@@ -46,7 +49,8 @@ def load(
     """Loads tensors by name from a directory, an index or one safetensors file, whoever wrote it.
 
     Tied names share one storage, in third-party files only if their metadata records the tie. Only the bytes of the selected tensors are
-    read, straight to ``device``. In a directory of files from several ranks (``HuggingFaceStorageWriter``), their chunks are joined.
+    read, straight to ``device``. In a directory of files from several ranks (``HuggingFaceStorageWriter``), their chunks are joined; a
+    warning says that their whole shapes are inferred.
 
     Args:
         path: the checkpoint.
@@ -75,11 +79,14 @@ def load(
     check_switches(verify=verify, mmap=mmap)
     check_progress(progress)
     check_path(path)
+    check_operators("load", path, "nothing was loaded")
     wanted = check_names(names, prefix)
     target_device = check_device(device) or torch.device("cpu")
     if mmap and target_device.type != "cpu":
         raise ValueError(f"mmap=True returns tensors on the CPU, device {target_device} was asked for")
     with open_checkpoint(path, selection(wanted, prefix)) as checkpoint:
+        for note in checkpoint.shape_notes:
+            warn_caller(note)
         chosen = choose(checkpoint, wanted, prefix)
         located = {stored_name: checkpoint.tensors[stored_name] for stored_name in chosen.values()}
         if mmap:
@@ -144,6 +151,7 @@ def load_model(
     check_switches(strict=strict, restore_frozen=restore_frozen, verify=verify)
     check_progress(progress)
     check_path(path)
+    check_operators("load", path, "the module is unchanged")
     check_names(None, prefix)
     target_device = check_device(device)
     started = time.perf_counter()
@@ -151,7 +159,7 @@ def load_model(
         path, selection(None, prefix), parts=("architecture",) if has_extra_state(model) else ()
     ) as checkpoint:
         with gc_paused():
-            filler = _plan(model, checkpoint, prefix, target_device, strict=strict, restore_frozen=restore_frozen)
+            filler, plan_notes = _plan(model, checkpoint, prefix, target_device, strict=strict, restore_frozen=restore_frozen)
             filler.check(strict=strict)
             reads = filler.plan.reads
         planned = time.perf_counter()
@@ -160,7 +168,7 @@ def load_model(
             differences = filler.fill(reader, strict=strict)
         transferred = time.perf_counter()
         restored_flags = filler.restore_flags()
-        notes = (*reader.totals.notes, *filler.plan.notes(), *restored_flags.notes, *checkpoint.companion_notes())
+        notes = (*reader.totals.notes, *plan_notes, *filler.plan.notes(), *restored_flags.notes, *checkpoint.notes())
     ended = time.perf_counter()
     return LoadReport(
         path=os.fspath(path),
@@ -185,42 +193,62 @@ def load_model(
 
 def _plan(
     model: nn.Module, checkpoint: Checkpoint, prefix: str, device: torch.device | None, *, strict: bool, restore_frozen: bool
-) -> ModuleFiller:
-    """Plans which stored tensor fills which tensor of ``model``; nothing is checked or changed yet."""
+) -> tuple[ModuleFiller, tuple[str, ...]]:
+    """Plans which stored tensor fills which tensor of ``model``; nothing is checked or changed yet.
+
+    Also returns notes for the report.
+    """
     inventory = take_inventory(model, checkpoint.path)
-    layout = _choose_layout(inventory, choose_located(checkpoint, prefix), checkpoint.path)
+    stored = choose_located(checkpoint, prefix)
+    wrapped = names_of_wrappers(model, inventory.expected, stored)
+    stored = {wrapped.get(name, name): located for name, located in stored.items()}
+    layout = _choose_layout(inventory, stored, checkpoint.path)
     extra_states = [name for name in inventory.extra_states if name not in layout.stored]
     plan = plan_module(
         inventory,
         layout,
-        flags=_without_prefix(checkpoint.flags, prefix) if restore_frozen else None,
+        flags=_own_flags(checkpoint.flags, prefix, wrapped) if restore_frozen else None,
         extra_states=_extra_states(checkpoint, extra_states, prefix, strict),
-        doubtful=[name.removeprefix(prefix) for name in checkpoint.ties] if checkpoint.record is None else (),
+        doubtful=_own_names(checkpoint.ties, prefix, wrapped).values() if checkpoint.record is None else (),
     )
-    return ModuleFiller(inventory, plan, layout, checkpoint, device)
+    notes: tuple[str, ...] = ()
+    if checkpoint.record is None and transformers_model(inventory.module) is not None:
+        from shardsave._huggingface.transformers_round_trip import exchange_notes
+
+        notes = exchange_notes(inventory, stored)
+    return ModuleFiller(inventory, plan, layout, checkpoint, device), notes
 
 
 def _choose_layout(inventory: Inventory, stored: Mapping[str, Located], where: str) -> DiskLayout:
     """The layout of ``stored`` (name on disk → stored tensor) for the module; only models of transformers and PEFT have their own."""
     if (transformer := transformers_model(inventory.module)) is not None:
         if has_added_adapter(transformer):
+            import_at_use("shardsave._huggingface.added_adapter_loading")  # no other model needs these
             from shardsave._huggingface.added_adapter_loading import AddedAdapterLayout
 
             return AddedAdapterLayout(inventory, stored, where)
-        from shardsave._huggingface.transformers_loading import TransformersLayout  # no other model needs it
+        import_at_use("shardsave._huggingface.transformers_loading")
+        from shardsave._huggingface.transformers_loading import TransformersLayout
 
         return TransformersLayout(inventory, stored, where)
     if (model := peft_model(inventory.module)) is not None:
+        import_at_use("shardsave._huggingface.peft_loading")
         from shardsave._huggingface.peft_loading import adapter_layout
 
         return adapter_layout(model, stored, where) or IdentityLayout(stored)
     return IdentityLayout(stored)
 
 
-def _without_prefix(flags: Mapping[str, bool] | None, prefix: str) -> Mapping[str, bool] | None:
-    if flags is None or not prefix:
+def _own_names(names: Iterable[str], prefix: str, wrapped: Mapping[str, str]) -> dict[str, str]:
+    """Those of ``names``, of the checkpoint, that begin with ``prefix`` → the names without it and without those of wrappers."""
+    inside = {name: name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+    return {name: wrapped.get(own, own) for name, own in inside.items()}
+
+
+def _own_flags(flags: Mapping[str, bool] | None, prefix: str, wrapped: Mapping[str, str]) -> Mapping[str, bool] | None:
+    if flags is None or not (prefix or wrapped):
         return flags
-    return {name.removeprefix(prefix): frozen for name, frozen in flags.items() if name.startswith(prefix)}
+    return {own: flags[name] for name, own in _own_names(flags, prefix, wrapped).items()}
 
 
 def _extra_states(checkpoint: Checkpoint, names: list[str], prefix: str, strict: bool) -> dict[str, Any]:
@@ -228,8 +256,9 @@ def _extra_states(checkpoint: Checkpoint, names: list[str], prefix: str, strict:
     data = checkpoint.documents.get("architecture")
     if data is None or not names:
         return {}
+    import_at_use("shardsave._architecture.extra_states")  # only modules with extra state need these
     from shardsave._architecture.document import Document
-    from shardsave._architecture.extra_states import extra_states  # only modules with extra state need these
+    from shardsave._architecture.extra_states import extra_states
 
     document = Document(data, f"the architecture in {checkpoint.path}")
     states, not_plain = extra_states(document, [prefix + name for name in names])

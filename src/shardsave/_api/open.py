@@ -10,21 +10,17 @@ from typing import Any
 import torch
 
 from shardsave._api.arguments import check_path
+from shardsave._api.operators import check_operators
 from shardsave._common.shutdown import verb
+from shardsave._common.warn_caller import warn_caller
 from shardsave._format.dtypes import BY_NAME, torch_shape
 from shardsave._loading.mapped import Maps
 from shardsave._loading.selection import closest, stored_names
 from shardsave._printable import printable
 from shardsave._storage.checkpoint import Checkpoint, Located, open_checkpoint
-from shardsave.errors import IncompatibleCheckpointError
+from shardsave.errors import NoSuchTensorError
 
 __all__ = ["OpenCheckpoint", "TensorSlice", "open"]
-
-
-class NoSuchTensorError(IncompatibleCheckpointError, KeyError):
-    """The checkpoint has no tensor of that name. It is also a KeyError, because every mapping has to raise one."""
-
-    __str__ = Exception.__str__
 
 
 class OpenCheckpoint(Mapping[str, torch.Tensor]):
@@ -48,7 +44,7 @@ class OpenCheckpoint(Mapping[str, torch.Tensor]):
 
     @property
     def path(self) -> str:
-        """The path that was opened."""
+        """The absolute path that was opened."""
         return self._checkpoint.path
 
     @property
@@ -69,7 +65,7 @@ class OpenCheckpoint(Mapping[str, torch.Tensor]):
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """The ``metadata`` passed to `save`."""
+        """The ``metadata`` passed to `save`; for a single file of another tool, the strings in its ``__metadata__``."""
         return dict(self._checkpoint.metadata)
 
     @property
@@ -77,20 +73,20 @@ class OpenCheckpoint(Mapping[str, torch.Tensor]):
         return self._closed
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """The memory-mapped tensor. Raises IncompatibleCheckpointError, here also a KeyError, if there is no such name."""
+        """The memory-mapped tensor. Raises NoSuchTensorError, which is also a KeyError, if there is no such name."""
         located = self._located(name)
-        self._refuse_if_closed(name)
+        self._check(name)
         return self._maps.tensor(located)
 
     def slice(self, name: str) -> TensorSlice:
         """The tensor ``name``, not yet mapped: it has a shape and a dtype, and indexing returns any part of it.
 
-        Raises IncompatibleCheckpointError, here also a KeyError, if there is no such name.
+        Raises NoSuchTensorError, which is also a KeyError, if there is no such name.
         """
         return TensorSlice(self, self._located(name))
 
     def _part(self, located: Located, index: Any) -> torch.Tensor:
-        self._refuse_if_closed(located.name)
+        self._check(located.name)
         return self._maps.part(located, index)
 
     def _located(self, name: str) -> Located:
@@ -101,7 +97,9 @@ class OpenCheckpoint(Mapping[str, torch.Tensor]):
             f"cannot read from {self.path}: {name!r} was asked for{hint}, the checkpoint has no tensor of that name"
         )
 
-    def _refuse_if_closed(self, name: str) -> None:
+    def _check(self, name: str) -> None:
+        """Raises the error for a tensor that cannot be read now."""
+        check_operators(f"read {name!r} from", self.path, "nothing was read")
         if self._closed:
             raise ValueError(
                 f"cannot read {name!r} from {printable(self.path)}: an open checkpoint was expected, it was closed; "
@@ -185,4 +183,11 @@ def open(path: str | os.PathLike[str]) -> OpenCheckpoint:
                 [4, 5]]))
     """
     check_path(path)
-    return OpenCheckpoint(open_checkpoint(path))
+    checkpoint = open_checkpoint(path)
+    try:
+        for note in checkpoint.shape_notes:
+            warn_caller(note)
+    except BaseException:
+        checkpoint.close()
+        raise
+    return OpenCheckpoint(checkpoint)

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from shardsave._api.arguments import check_timeout
 from shardsave._common.phases import Phases
 from shardsave._common.words import build_arguments, count, human_bytes, some
 from shardsave._printable import printable
+from shardsave._storage.freeing import wait_until_freed
 
 __all__ = ["LoadReport", "Phases", "Report", "SaveReport"]
 
@@ -73,13 +75,34 @@ class Report(Printed):
         return "; ".join([line, *more, *self.notes])
 
 
+class Removing:
+    """The report of a call that removes files."""
+
+    def wait_cleaned(self, timeout: float | None = None) -> bool:
+        """Waits until the disk space of all files that calls of this process have removed is free. Returns whether it is.
+
+        The names of removed files are gone when a save or a conversion returns; a thread frees their space, because that takes longer the
+        larger they are. A next save waits for it, and the end of the process frees it, so this is only needed where other programs rely on
+        the space at once.
+
+        Args:
+            timeout: the most seconds to wait; None waits without limit. In another process than the saver's, nothing is waited for.
+
+        Raises:
+            TypeError, ValueError: for a wrong timeout.
+        """
+        if timeout is not None:
+            check_timeout(timeout, "timeout")
+        return wait_until_freed(timeout)
+
+
 @dataclass(frozen=True)
-class SaveReport(Report):
+class SaveReport(Removing, Report):
     """What a save did.
 
     ``durable``: whether the checkpoint would survive a loss of power now. ``removed``: names of all files that the save removed, or
-    replaced by others of the same name, and that it did not make itself (the index is not listed): those of the replaced
-    checkpoint, and what killed saves had left. ``leftovers``: names of files that should have been removed and could not be.
+    replaced by others of the same name, and that it did not make itself: those of the replaced checkpoint (of the index only if
+    shardsave did not write it), and what killed saves had left. ``leftovers``: files that should have been removed and could not be.
     ``overlaps``: pairs of tensors that share a part of their memory and were stored separately.
     ``trust``, ``script_classes``: what `build_model` needs to build a saved architecture: the entries of its ``trust``, and the names
     of classes of a script, which it needs in ``classes``.

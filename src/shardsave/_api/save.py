@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Union
 from torch import nn
 
 from shardsave._api.arguments import check_path, check_progress, check_switches, check_timeout, parse_size
+from shardsave._api.operators import check_operators
 from shardsave._api.reports import SaveReport
 from shardsave._common.backend import engine_name
 from shardsave._common.gc_pause import gc_paused
+from shardsave._common.imports import import_at_use
+from shardsave._common.os_calls import absolute_path
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
 from shardsave._common.words import an
@@ -42,7 +45,7 @@ def save(
     source: Source,
     directory: str | os.PathLike[str],
     *,
-    max_shard_size: Union[int, str] = "5GB",
+    max_shard_size: Union[int, str] = "2GB",
     durable: bool = True,
     metadata: Mapping[str, Any] | None = None,
     architecture: bool = False,
@@ -88,12 +91,15 @@ def save(
         2
     """
     check_path(directory)
+    check_operators("save to", directory, "nothing was written")
+    path = absolute_path(os.fspath(directory))
     check_switches(durable=durable, architecture=architecture, adapter_only=adapter_only)
     if (architecture or program is not None) and not isinstance(source, nn.Module):
         option = "architecture=True" if architecture else "a program"
         raise TypeError(f"{option} needs an nn.Module, not {an(type(source).__name__)}")
     if program is not None:
-        from shardsave._program.capture import check_program  # imports torch.export, which few saves need
+        import_at_use("shardsave._program.capture")  # imports torch.export, which few saves need
+        from shardsave._program.capture import check_program
 
         check_program(program)
     check_progress(progress)
@@ -106,10 +112,10 @@ def save(
         contents, needed = _read_contents(source, layout, architecture, program, max_shard_bytes, user_metadata)
     plan_seconds = time.perf_counter() - started
     with Progress(progress, "saving", contents.tensor_bytes) as reporter:
-        outcome = write_checkpoint(contents, directory, durable=durable, lock_timeout=lock_timeout, progress=reporter)
+        outcome = write_checkpoint(contents, path, durable=durable, lock_timeout=lock_timeout, progress=reporter)
     return SaveReport(
         path=os.fspath(directory),
-        bytes=contents.tensor_bytes,
+        bytes=contents.weight_bytes,
         tensors=outcome.tensors,
         shards=outcome.shards,
         seconds=time.perf_counter() - started,
@@ -164,7 +170,9 @@ def _read_contents(
         ) from error
     parts, notes, needed = _parts(source, state, architecture, program)
     on_disk = layout.apply(state)
-    return plan_contents(on_disk._replace(notes=(*on_disk.notes, *notes)), parts, max_shard_bytes, metadata), needed
+    return plan_contents(
+        on_disk._replace(notes=(*on_disk.notes, *state.notes, *notes)), parts, max_shard_bytes, metadata
+    ), needed
 
 
 class _Needed(NamedTuple):
@@ -184,7 +192,8 @@ def _parts(source: Source, state: State, architecture: bool, program: Program | 
     module = unwrap(source)
     extra = ExtraTensors(state.entries)
     if architecture:
-        from shardsave._architecture.describe import describe  # a plain save must not import this
+        import_at_use("shardsave._architecture.describe")  # a plain save must not import this
+        from shardsave._architecture.describe import describe
         from shardsave._architecture.trust import script_classes, trust_entries
 
         documents["architecture"], lacking = describe(module, extra)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from shardsave._architecture.document import Document
-from shardsave._architecture.names import check_name, dotted, import_target
+from shardsave._architecture.names import check_name, dotted, import_target, why_no_value
 from shardsave._architecture.routines import why_unsafe
 from shardsave._architecture.trust import Trust, all_lacking, lacking, lacking_method, refuse, version_in_words
 from shardsave._architecture.uses import Use, Uses
@@ -39,9 +39,6 @@ class Imports:
                 refuse(self._where, [item], self._trust, NOTHING_BUILT)
             self._allowed.add((name, use))
         return target
-
-    def is_exact(self, name: str) -> bool:
-        return self._trust.exact(name)
 
     def names_of(self, kind: type) -> list[str]:
         """The names in the document that lead to ``kind``."""
@@ -76,6 +73,10 @@ def resolve(document: Document, trust: Trust) -> Imports:
     unsafe = [f"{dotted(name)} ({danger})" for name, target in targets.items() if (danger := why_unsafe(target))]
     if unsafe:
         problems.append(f"classes that can safely be built from data expected, it asks for {', '.join(unsafe)}")
+    imported = {name: target for name, target in targets.items() if dotted(name) not in trust.classes}
+    methods = [f"{dotted(name)} ({reason})" for name, target in imported.items() if (reason := why_no_value(name, target))]
+    if methods:
+        problems.append(f"classes and functions of a module expected, it asks for {', '.join(methods)}")
     if problems:
         raise IncompatibleCheckpointError(f"cannot build {where}: {'; '.join(problems)}; nothing was built")
     if items := all_lacking(uses, trust, targets):

@@ -81,6 +81,16 @@ def check_name(name: str, where: str) -> None:
         )
 
 
+def why_no_value(name: str, target: Any) -> str | None:
+    """Why the function ``target`` must not be named ``name`` in a document; None if it may, or if it is a class.
+
+    A function that a class holds is a method. As a plain function, it could be called with any object in the place of its instance.
+    """
+    if issubclass(type(target), type) or "." not in name.partition(":")[2]:
+        return None
+    return "a method as a plain function; only a method of an instance can be a value"
+
+
 def import_target(name: str, where: str) -> Any:
     """Imports the class or function ``name``, which its module must define itself."""
     module, _, qualified = name.partition(":")

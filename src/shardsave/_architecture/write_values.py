@@ -25,7 +25,7 @@ from shardsave._architecture.class_checks import (
     is_key,
     too_many_collide,
 )
-from shardsave._architecture.names import dotted, is_dunder, name_of
+from shardsave._architecture.names import dotted, is_dunder, name_of, why_no_value
 from shardsave._architecture.routines import why_unsafe
 from shardsave._common.strict_json import MAX_DIGITS
 from shardsave._state.wrappers import unwrap
@@ -67,7 +67,7 @@ class ValueWriter:
         if name is None:
             self._refuse(path, _why_nameless(target))
             return ""
-        if reason := why_unsafe(target):
+        if reason := why_unsafe(target) or why_no_value(name, target):
             self._refuse(path, f"a {dotted(name)}: {reason}")
         self.imports[name] = target
         return name

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
@@ -24,6 +26,7 @@ Examples:
   shardsave clean ckpt
   shardsave clean ckpt --yes
   shardsave clean ckpt --dry-run && echo tidy
+  shardsave clean ckpt --json | jq .found
 
 Exit codes: 0 nothing is left, 1 something is left, 2 wrong usage, 3 failed (a save is running, or the index cannot be read).""",
 )
@@ -33,8 +36,9 @@ Exit codes: 0 nothing is left, 1 something is left, 2 wrong usage, 3 failed (a s
 @click.option(
     "--other-hosts", is_flag=True, help="Also remove what saves on other hosts left. Make sure that no save is running there."
 )
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON; removes only with --yes.")
 @click.pass_context
-def clean(context: click.Context, directory: str, yes: bool, dry_run: bool, other_hosts: bool) -> None:
+def clean(context: click.Context, directory: str, yes: bool, dry_run: bool, other_hosts: bool, as_json: bool) -> None:
     """Remove files that crashed saves left in DIRECTORY, after showing them.
 
     The checkpoint stays as it is, and so do files that no save wrote. Files from another host are only shown, because this host
@@ -45,10 +49,14 @@ def clean(context: click.Context, directory: str, yes: bool, dry_run: bool, othe
     output = Output()
     report = shardsave.clean(directory, remove=False, lock_timeout=_PATIENCE)
     chosen = [leaving for leaving in report.found if leaving.ours and (leaving.dead or other_hosts)]
-    _print(report, chosen, output)
-    if chosen and not dry_run and (yes or _agreed(chosen)):
+    if not as_json:
+        _print(report, chosen, output)
+    if chosen and not dry_run and (yes or (not as_json and _agreed(chosen))):
         report = shardsave.clean(directory, other_hosts=other_hosts, lock_timeout=_PATIENCE)
-        output.line((str(report), GOOD if not report.left else TRAINABLE))
+        if not as_json:
+            output.line((str(report), GOOD if not report.left else TRAINABLE))
+    if as_json:
+        click.echo(json.dumps(asdict(report)))
     context.exit(1 if report.left else 0)
 
 
@@ -67,7 +75,7 @@ def _print(report: shardsave.CleanReport, chosen: list[shardsave.Leaving], outpu
     if any(leaving.ours and leaving not in chosen for leaving in report.found):
         output.line("files from another host are only removed with --other-hosts; make sure that no save is running there")
     if not all(leaving.ours for leaving in report.found):
-        output.line("everybody may write to this directory: what another user may have made is never removed")
+        output.line("everybody may write to this directory: what another user may have made or changed is never removed")
 
 
 def _agreed(chosen: list[shardsave.Leaving]) -> bool:

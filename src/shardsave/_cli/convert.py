@@ -11,7 +11,7 @@ import click
 
 from shardsave._cli.output import GOOD, Output, wants_bar
 from shardsave._cli.paths import CHECKPOINT
-from shardsave.errors import IncompatibleCheckpointError
+from shardsave.errors import IncompatibleCheckpointError, UntrustedCodeError
 
 if TYPE_CHECKING:
     from shardsave._api.convert import Form
@@ -38,7 +38,7 @@ Exit codes: 0 converted, 2 wrong usage, 3 failed; then DST is unchanged.""",
     help="A directory of shards, or one file of safetensors or of torch.save.",
 )
 @click.option(
-    "--max-shard-size", metavar="SIZE", default="5GB", show_default=True, help="Bytes of data in one shard: 500MB, 2GiB."
+    "--max-shard-size", metavar="SIZE", default="2GB", show_default=True, help="Bytes of data in one shard: 500MB, 2GiB."
 )
 @click.option("--dtype", metavar="DTYPE", help="Cast floating tensors: bfloat16, float16, float32, …")
 @click.option("--drop", metavar="PATTERN", multiple=True, help="Leave out names that match (*, ?, [abc]). Can be repeated.")
@@ -50,6 +50,12 @@ Exit codes: 0 converted, 2 wrong usage, 3 failed; then DST is unchanged.""",
     help=r"In every name, replace matches of REGEX by NEW (\1: its first group). Can be repeated.",
 )
 @click.option("--key", metavar="KEY", help="Which state to convert if SRC holds several: model, trainer.ema.")
+@click.option(
+    "--allow",
+    metavar="NAME",
+    multiple=True,
+    help="Read objects of this class as inert records; nothing is imported. Can be repeated.",
+)
 @click.option("--no-verify", is_flag=True, help="Do not check the checksums of SRC first.")
 @click.option("--not-durable", is_flag=True, help="Do not wait until the result is safe from a loss of power.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
@@ -62,6 +68,7 @@ def convert(
     drop: tuple[str, ...],
     rename: tuple[tuple[str, str], ...],
     key: str | None,
+    allow: tuple[str, ...],
     no_verify: bool,
     not_durable: bool,
     as_json: bool,
@@ -84,14 +91,15 @@ def convert(
             drop=drop,
             rename=rename,
             key=key,
+            allow=allow,
             verify=not no_verify,
             durable=not not_durable,
             progress=wants_bar(),
         )
     except ValueError as error:
         raise click.UsageError(_as_options(str(error))) from error
-    except IncompatibleCheckpointError as error:
-        raise IncompatibleCheckpointError(_as_options(str(error))) from error
+    except (IncompatibleCheckpointError, UntrustedCodeError) as error:
+        raise type(error)(_as_options(str(error))) from error
     report = replace(report, notes=tuple(map(_as_options, report.notes)))
     if as_json:
         click.echo(json.dumps(asdict(report)))
@@ -101,6 +109,6 @@ def convert(
 
 def _as_options(message: str) -> str:
     """Rewrites the arguments in a library message as options: ``key='x'`` becomes ``--key 'x'``."""
-    message = re.sub(r"(?<!\S)(drop|key|rename|to)=(?=['\"])", r"--\1 ", message)
-    message = re.sub(r"^(drop|dtype|key|rename) must ", r"--\1 must ", message)
+    message = re.sub(r"(?<!\S)(allow|drop|key|rename|to)=(?=['\"])", r"--\1 ", message)
+    message = re.sub(r"^(allow|drop|dtype|key|rename) must ", r"--\1 must ", message)
     return re.sub(r"\bmax_shard_size\b", "--max-shard-size", message)

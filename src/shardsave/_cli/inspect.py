@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from shardsave._api.findings import counted_once
 from shardsave._cli.output import DIM, FROZEN, TRAINABLE, Cell, Output
 from shardsave._cli.paths import CHECKPOINT
 from shardsave._cli.tree import Sums, guides, module_tree, rows
@@ -76,7 +77,9 @@ def inspect(
             if asked is None:
                 click.echo(f"shardsave inspect: {directory}: the checkpoint has no architecture", err=True)
         if as_json:
-            content = _as_json(checkpoint, names) | ({"architecture": asked and asdict(asked)} if architecture else {})
+            content = _as_json(directory, checkpoint, names) | (
+                {"architecture": asked and asdict(asked)} if architecture else {}
+            )
             click.echo(json.dumps(content, ensure_ascii=True))
         elif asked is not None:
             _print_architecture(asked)
@@ -88,8 +91,8 @@ def inspect(
             else:
                 click.echo(f"shardsave inspect: {directory}: no name matches {pattern!r}", err=True)
         else:
-            _print_tree(checkpoint, depth, None if everything else _MOST)
-        for note in checkpoint.companion_notes():
+            _print_tree(directory, checkpoint, depth, None if everything else _MOST)
+        for note in checkpoint.notes():
             click.echo(f"shardsave inspect: {directory}: {note}", err=True)
     context.exit(1 if (pattern is not None and not names) or (architecture and asked is None) else 0)
 
@@ -103,10 +106,10 @@ def _names(checkpoint: Checkpoint, pattern: str | None) -> dict[str, str]:
     return {name: stored for name, stored in known.items() if matches(name)}
 
 
-def _print_tree(checkpoint: Checkpoint, depth: int, most: int | None) -> None:
+def _print_tree(directory: str, checkpoint: Checkpoint, depth: int, most: int | None) -> None:
     output = Output()
     root = module_tree(checkpoint, depth)
-    output.line(_headline(checkpoint, root.sums))
+    output.line(_headline(directory, checkpoint, root.sums))
     lines: list[list[Cell]] = [["(all)", *_figures(root.sums, output)]]
     for row in rows(root, most):
         lines.append([guides(row, output.terminal) + row.name, *_figures(row.sums, output)])
@@ -130,16 +133,19 @@ def _print_tree(checkpoint: Checkpoint, depth: int, most: int | None) -> None:
         output.line(("metadata  ", DIM), json.dumps(checkpoint.metadata, ensure_ascii=False))
 
 
-def _headline(checkpoint: Checkpoint, sums: Sums) -> str:
+def _headline(directory: str, checkpoint: Checkpoint, sums: Sums) -> str:
     words = [
-        f"{checkpoint.path}: {human_bytes(sums.bytes)}",
+        f"{directory}: {human_bytes(sums.bytes)}",
         f"{count(sums.tensors, 'tensor')} in {count(len(checkpoint.shards), 'shard')}",
     ]
     if checkpoint.ties:
         words.append(f"{len(checkpoint.ties):,} tied")
     flags = checkpoint.flags
+    names = counted_once(flags or (), checkpoint.ties)
     words.append(
-        "freeze flags unknown" if flags is None else f"{sum(flags.values()):,} of {count(len(flags), 'parameter')} frozen"
+        "freeze flags unknown"
+        if flags is None
+        else f"{sum(map(flags.__getitem__, names)):,} of {count(len(names), 'parameter')} frozen"
     )
     if checkpoint.record is not None:
         words.append("durable" if checkpoint.record.durable else "not durable")
@@ -205,7 +211,7 @@ def _print_tensors(checkpoint: Checkpoint, names: dict[str, str]) -> None:
     output.table(["tensor", "dtype", "shape", "size", "kind", "shard", "tied"], lines, numbers=(2, 3))
 
 
-def _as_json(checkpoint: Checkpoint, names: dict[str, str]) -> dict[str, Any]:
+def _as_json(directory: str, checkpoint: Checkpoint, names: dict[str, str]) -> dict[str, Any]:
     flags = checkpoint.stored_flags
     tensors = {}
     for name, stored in names.items():
@@ -220,7 +226,7 @@ def _as_json(checkpoint: Checkpoint, names: dict[str, str]) -> dict[str, Any]:
             "tied_to": stored if stored != name else None,
         }
     return {
-        "path": checkpoint.path,
+        "path": directory,
         "bytes": sum(t.nbytes for t in checkpoint.tensors.values()),
         "durable": checkpoint.record.durable if checkpoint.record is not None else None,
         "metadata": checkpoint.metadata,

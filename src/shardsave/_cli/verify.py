@@ -28,7 +28,7 @@ Examples:
 Exit codes: 0 intact, 1 damaged, 2 wrong usage, 3 failed (for example, no checkpoint).""",
 )
 @click.argument("directory", type=CHECKPOINT)
-@click.option("--quiet", "-q", is_flag=True, help="Print only what is damaged.")
+@click.option("--quiet", "-q", is_flag=True, help="Print only what is damaged, and whether there are no checksums.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.pass_context
 def verify(context: click.Context, directory: str, quiet: bool, as_json: bool) -> None:
@@ -44,6 +44,9 @@ def verify(context: click.Context, directory: str, quiet: bool, as_json: bool) -
     except shardsave.CorruptCheckpointError as error:  # the index is damaged, and without it nothing else can be checked
         click.echo(printable(f"shardsave: {error}"), err=True)
         context.exit(1)
+    if quiet and report.verified is None and not report.damaged:
+        words = "only lengths and headers were checked, no checksums stored"
+        click.echo(printable(f"shardsave verify: {directory}: {words}"), err=True)
     if as_json:
         click.echo(json.dumps(_as_json(report)))
     else:

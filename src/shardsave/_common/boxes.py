@@ -81,7 +81,7 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
     """``tensor``, or a copy of it if it is in a mapped file at an address that its dtype does not allow."""
     if tensor.data_ptr() % tensor.element_size() == 0:
         return tensor
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype)
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
     copy.reshape(-1).view(torch.uint8).copy_(tensor.reshape(-1).view(torch.uint8))
     return copy
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,19 +18,29 @@ def gc_paused() -> Iterator[None]:
     nested and may run in several threads.
     """
     was_on = gc.isenabled()
+    block = (threading.get_ident(), object())
     try:
         if was_on:
-            _paused.append(None)
+            _paused.add(block)
         gc.disable()
         yield
     finally:
         if was_on:
             gc.enable()
-            _paused.pop()
+            _paused.discard(block)  # an interrupt may have come before it was added
 
 
-#: One entry for each block in progress that will enable the collector again.
-_paused: list[None] = []
+#: The blocks in progress that will enable the collector again: the thread, and an object of the block's own.
+_paused: set[tuple[int, object]] = set()
+
+
+def end_pauses() -> None:
+    """Ends those blocks of this thread that an interrupt did not let end: it came at the beginning of their exit."""
+    if _paused:
+        own = {block for block in tuple(_paused) if block[0] == threading.get_ident()}
+        if own:
+            gc.enable()
+            _paused.difference_update(own)
 
 
 def _enable_in_child() -> None:

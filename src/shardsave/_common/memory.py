@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -84,3 +84,12 @@ def any_overlap(begins: Sequence[int], ends: Sequence[int]) -> bool:
     order = np.argsort(first, kind="stable")
     furthest = np.maximum.accumulate(np.array(ends, dtype=np.uint64)[order])
     return bool((first[order][1:] < furthest[:-1]).any())
+
+
+def tensors_in(value: object) -> Iterator[torch.Tensor]:
+    """Every tensor in ``value``, and in the lists, tuples and dicts that it is made of."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(part)

@@ -9,6 +9,7 @@ import ctypes
 import errno
 import functools
 import os
+import resource
 import stat
 import weakref
 from collections import deque
@@ -67,6 +68,23 @@ class TooLong(CallFailed):
         self.length = length
 
 
+def absolute_path(path: str) -> str:
+    """The absolute path that ``path`` means now, for a call that runs on while other code may change the current directory.
+
+    Not normalised: only the file system knows what `link/..` means. A relative path is returned as it is if the current directory has
+    been removed, or if its own path does not lead this process to it.
+    """
+    if os.path.isabs(path):
+        return path
+    try:
+        here = os.getcwd()
+        if os.path.samestat(os.stat(here), os.stat(os.curdir)):
+            return here if path == os.curdir else os.path.join(here, path.removeprefix("./"))
+    except OSError:
+        pass
+    return path
+
+
 def call(function: Callable[_P, _T], path: str, *arguments: _P.args, **options: _P.kwargs) -> _T:
     """Returns ``function(*arguments, **options)``, an OS call about ``path``. Raises CallFailed."""
     try:
@@ -86,8 +104,10 @@ class Descriptor:
     is either noted here or not open. As a context manager it closes a file that was only read.
     """
 
+    _numbers: list[int] = []  # noqa: RUF012 - of an object whose `__init__` was interrupted; never added to
+
     def __init__(self) -> None:
-        self._numbers: list[int] = []
+        self._numbers = []
         _alive.add(self)
 
     def open(self, path: str, flags: int, folder_fd: int | None = None, mode: int = 0o666) -> None:
@@ -97,6 +117,13 @@ class Descriptor:
             self._numbers.extend(map(opener, (path,), (flags | os.O_CLOEXEC,)))
         except OSError as error:
             raise _failed("open", path, error) from error
+
+    def open_in_memory(self) -> None:
+        """Creates a file that lies in memory and has no name. Raises CallFailed."""
+        try:
+            self._numbers.extend(map(os.memfd_create, ("shardsave",), (os.MFD_CLOEXEC,)))
+        except OSError as error:
+            raise _failed("memfd_create", "", error) from error
 
     @property
     def fd(self) -> int:
@@ -211,6 +238,15 @@ def write_all(fd: int, path: str, data: bytes) -> None:
         done += call(os.pwrite, path, fd, view[done:], done)
 
 
+def file_in_memory(start: bytes, length: int) -> Descriptor:
+    """A file of ``length`` bytes that has no name, and no memory but that of ``start``; all other bytes are zero. Raises CallFailed."""
+    file = Descriptor()
+    file.open_in_memory()
+    write_all(file.fd, "", start)
+    call(os.ftruncate, "", file.fd, length)
+    return file
+
+
 def allocate(fd: int, path: str, length: int) -> None:
     """Gives a new file ``length`` bytes, reserved on disk if the file system supports that. Raises CallFailed.
 
@@ -243,8 +279,6 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 def descriptor_allowance() -> int:
     """How many shards may be held open: half of the descriptors that this process may still open. The rest is for other code."""
-    import resource
-
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         in_use = len(os.listdir("/proc/self/fd"))

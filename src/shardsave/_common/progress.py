@@ -9,6 +9,8 @@ from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Union
 
+from shardsave._common.imports import import_at_use
+
 if TYPE_CHECKING:
     from tqdm import tqdm
 
@@ -63,8 +65,7 @@ class Progress:
 
     def _show(self, done: int) -> None:
         if self._bar is None:
-            from tqdm import tqdm
-
+            tqdm = import_at_use("tqdm").tqdm
             self._bar = tqdm(total=self._total, desc=self._title, unit="B", unit_scale=True, file=sys.stderr)
         self._bar.update(done - self._bar.n)
 

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 import threading
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from shardsave._common.causes import escape_causes
+from shardsave._common.gc_pause import end_pauses
+from shardsave.errors import ShardSaveError
 
 #: How long the exit handler waits for running calls, in seconds. With a hanging disk they may take longer.
 _PATIENCE = 10.0
@@ -24,8 +29,9 @@ _exiting = False
 
 @contextmanager
 def verb() -> Iterator[None]:
-    """Marks the calling thread as inside a public call, so that interpreter exit waits for it."""
+    """Marks the calling thread as inside a public call, so that interpreter exit waits for it. Errors leave it with plain causes."""
     global _running_calls
+    outer = sys.exc_info()[1]
     raise_if_ending()
     with _lock:
         _running_calls += 1
@@ -34,7 +40,11 @@ def verb() -> Iterator[None]:
     except SystemExit as error:
         traceback.clear_frames(error.__traceback__)  # frees the tensors in them now, while torch still works
         raise
+    except ShardSaveError as error:
+        escape_causes(error, outer)
+        raise
     finally:
+        end_pauses()
         with _lock:
             _running_calls -= 1
 

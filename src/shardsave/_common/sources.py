@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 
 from shardsave._common.boxes import boxes_in_file, copy_in, copy_out
@@ -82,3 +83,15 @@ class TensorSource(NamedTuple):
         with torch.inference_mode(self.tensor.is_inference()), torch.no_grad():
             for box, source in boxes_in_file(self.shape, self.dtype, offset, view):
                 copy_in(source, self.tensor.detach()[box])
+
+
+class SwappedSource(TensorSource):
+    """A tensor whose elements have the byte order of another kind of processor; each block is swapped on its way to the file."""
+
+    def memory(self) -> None:
+        return None
+
+    def gather(self, offset: int, view: memoryview) -> None:
+        super().gather(offset, view)
+        part = self.dtype.itemsize // (2 if self.dtype.is_complex else 1)
+        np.frombuffer(view, dtype=f"u{part}").byteswap(inplace=True)

@@ -30,9 +30,9 @@ class Names:
         self._drop = drop
         self._rename = rename
 
-    def wanted(self, name: str) -> bool:
-        """Whether ``name`` is not in ``drop`` and matches no pattern there."""
-        matching = [pattern for pattern in self._drop if name == pattern or fnmatch.fnmatchcase(name, pattern)]
+    def wanted(self, name: str, *, exact: bool = True) -> bool:
+        """Whether ``name`` is not in ``drop`` and matches no pattern there. Without ``exact``, that it is in ``drop`` does not count."""
+        matching = [pattern for pattern in self._drop if (exact if name == pattern else fnmatch.fnmatchcase(name, pattern))]
         self._used.update(("drop", pattern) for pattern in matching)
         return not matching
 
@@ -71,6 +71,14 @@ def patterns(drop: object) -> tuple[str, ...]:
     listed = (drop,) if isinstance(drop, str) else tuple(drop) if isinstance(drop, Iterable) else None
     if listed is None or not all(isinstance(pattern, str) for pattern in listed):
         raise TypeError("drop must be shell patterns, strings such as 'optimizer.*'")
+    return listed
+
+
+def allowed_names(allow: object) -> tuple[str, ...]:
+    """Checks the argument ``allow``; returns its names."""
+    listed = (allow,) if isinstance(allow, str) else tuple(allow) if isinstance(allow, Iterable) else None
+    if listed is None or not all(isinstance(name, str) for name in listed):
+        raise TypeError("allow must be names of classes, strings such as 'my_code.Config'")
     return listed
 
 

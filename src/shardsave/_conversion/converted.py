@@ -13,9 +13,11 @@ from shardsave._common.strict_json import NotJSON, check_memory
 from shardsave._conversion.changes import Names, cast_of
 from shardsave._conversion.mapped_pages import ReleaseWhileReading
 from shardsave._conversion.origin import Origin
+from shardsave._format.file_names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from shardsave._state.module import Entry, State, read_state
 from shardsave._state.parts import Parts
 from shardsave._state.savable import check_savable
+from shardsave._storage.companions import CONFIG_NAMES
 from shardsave.errors import IncompatibleCheckpointError
 
 
@@ -42,7 +44,7 @@ def converted_state(origin: Origin, names: Names, target: torch.dtype | None, pa
     entries = {entry.name: entry for entry in state.entries}
     for name, value in named.items():
         if isinstance(value, Assembled):
-            check_savable(name, torch.empty(0, dtype=value.dtype))
+            check_savable(name, torch.empty(0, dtype=value.dtype, device="cpu"))
             entries[name] = Entry(name, "tensor", None, None, value)
     flags = origin.flags or {}
     release = ReleaseWhileReading(origin.mappings)
@@ -61,25 +63,45 @@ def converted_state(origin: Origin, names: Names, target: torch.dtype | None, pa
 
 
 class CarriedOver(NamedTuple):
-    """What the new checkpoint keeps of the source besides the weights, and notes about what it leaves out."""
+    """What the new checkpoint keeps of the source besides the weights, and notes about what it leaves out.
+
+    ``adapter``: the names of the weights that are in the file of an adapter; its config is one of the ``companions``.
+    """
 
     parts: Parts
     companions: Mapping[str, bytes]
     module_flags: Mapping[str, bool] | None
     notes: tuple[str, ...]
+    adapter: frozenset[str] = frozenset()
 
 
 def carried_over(origin: Origin, names: Names, target: torch.dtype | None, *, to_directory: bool) -> CarriedOver:
-    """Keeps an architecture and a program only if no name or dtype changes, since both refer to the saved ones."""
+    """Keeps an architecture and a program only if no name or dtype changes, since both refer to the saved ones.
+
+    Keeps the files of an adapter only if no name changes, since PEFT finds its tensors by name.
+    """
     companions = origin.companions
     if target is not None:
-        companions = {name: _with_dtype(config, target) for name, config in companions.items()}
+        companions = {n: _with_dtype(config, target) if n in CONFIG_NAMES else config for n, config in companions.items()}
     names_differ = bool(origin.dropped or names.renamed)
+    notes = []
+    keeps_adapter = to_directory and not names_differ and ADAPTER_CONFIG in companions
+    if origin.adapter and not keeps_adapter:
+        companions = {name: config for name, config in companions.items() if name != ADAPTER_CONFIG}
+        reason = (
+            "a single file cannot hold them"
+            if not to_directory
+            else "PEFT's names have changed"
+            if names_differ
+            else f"no {ADAPTER_CONFIG} was read beside them"
+        )
+        notes.append(f"{ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} were left out, so from_pretrained finds no adapter: {reason}")
+    adapter = origin.adapter if keeps_adapter else frozenset()
     if to_directory and not names_differ and target is None:
-        return CarriedOver(origin.parts, companions, origin.module_flags, ())
+        return CarriedOver(origin.parts, companions, origin.module_flags, tuple(notes), adapter)
     reason = "it refers to the saved names and dtypes" if to_directory else "a single file cannot hold it"
-    notes = tuple(f"the {role} was left out: {reason}" for role in sorted(origin.parts.documents))
-    return CarriedOver(Parts(), companions, None if names_differ else origin.module_flags, notes)
+    notes += [f"the {role} was left out: {reason}" for role in sorted(origin.parts.documents)]
+    return CarriedOver(Parts(), companions, None if names_differ else origin.module_flags, tuple(notes), adapter)
 
 
 def _with_dtype(config: bytes, dtype: torch.dtype) -> bytes:

@@ -16,19 +16,21 @@ from shardsave._common.words import some
 from shardsave._foreign.dcp import TABLE_NAME, read_distributed
 from shardsave._foreign.nested_state import Wanted, choose_state, refuse_key
 from shardsave._foreign.torch_file import TorchFile, read_torch_file
-from shardsave._format.file_names import INDEX_NAME, LONE_NAME, TORCH_ENDINGS
-from shardsave._format.header import CHECKSUM_KEY
+from shardsave._format.file_names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX_NAME, LONE_NAME, TORCH_ENDINGS
+from shardsave._format.index import Index
 from shardsave._format.index_parsing import parse_index
-from shardsave._format.rank_files import SHARDING_KEY, SHARDING_VERSION_KEY, is_rank_file
+from shardsave._format.other_kinds import START_BYTES, ZIP, is_pickle, is_safetensors
+from shardsave._format.rank_files import is_rank_file
 from shardsave._loading.mapped import Maps
 from shardsave._state.module import Entry
 from shardsave._state.parts import Parts
 from shardsave._storage.checkpoint import PARTS, Checkpoint, open_checkpoint
-from shardsave._storage.companions import CONFIG_NAMES, MAX_COMPANION_BYTES
+from shardsave._storage.companions import ADAPTER_NAMES, CONFIG_NAMES, MAX_COMPANION_BYTES
 from shardsave._storage.directory import Directory
 from shardsave._storage.find import cannot_read, find
 from shardsave._storage.located import Located
-from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError
+from shardsave._storage.previous import companions_of
+from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError
 
 #: The file names that transformers uses for weights written by torch.save.
 TORCH_NAME, TORCH_INDEX_NAME = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -40,7 +42,7 @@ class Origin(NamedTuple):
     ``kind``: "shardsave", "safetensors", "torch" or "distributed". ``flags``: name → frozen; None if unknown. ``mappings``: the
     memory of the tensors. ``files``: every file that has some of them. ``dropped``: the names that are not wanted. ``stored``: those
     tensors of the open ``checkpoint`` that have checksums. ``parts`` and ``module_flags`` are carried over if no name changes,
-    ``companions`` always.
+    ``companions`` always. ``adapter``: those of ``values`` that are in the file of an adapter, which has a config in ``companions``.
     """
 
     kind: str
@@ -56,54 +58,93 @@ class Origin(NamedTuple):
     parts: Parts = Parts()
     companions: Mapping[str, bytes] = {}
     module_flags: Mapping[str, bool] | None = None
+    adapter: frozenset[str] = frozenset()
 
 
-def open_origin(path: str, key: str | None, wanted: Wanted, closing: ExitStack) -> Origin:
-    """Recognises what is at ``path`` and opens it; ``closing`` closes it. ``key`` chooses one of several nested states.
+class Request(NamedTuple):
+    """What is wanted of a source: the state at ``key``, the names that are ``wanted``; ``allowed``: names that its pickles may have."""
+
+    key: str | None
+    wanted: Wanted
+    allowed: tuple[str, ...] = ()
+
+
+def open_origin(path: str, request: Request, closing: ExitStack) -> Origin:
+    """Recognises what is at ``path`` and opens it; ``closing`` closes it.
 
     Raises CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError, UntrustedCodeError.
     """
     if not _is_folder(path):
-        return _from_file(path, key, wanted, closing)
+        return _from_file(path, request, closing)
     folder = _resolve_hub_cache(path)
-    origin = _from_folder(folder, key, wanted, closing)
-    return origin._replace(companions=_read_configs(folder))
+    origin = _from_folder(folder, request, closing)
+    companions = _read_configs(folder)
+    beside = [name for name in sorted(ADAPTER_NAMES) if _has(folder, name)]
+    if beside and not origin.adapter:
+        note = f"{' and '.join(beside)} beside the weights, of an adapter that is not part of the checkpoint, was not read"
+        origin = origin._replace(notes=(*origin.notes, note))
+        companions.pop(ADAPTER_CONFIG, None)
+    return origin._replace(companions=companions)
 
 
-def _from_folder(path: str, key: str | None, wanted: Wanted, closing: ExitStack) -> Origin:
-    if _has(path, INDEX_NAME) or _has(path, LONE_NAME) or any(map(is_rank_file, _names_in(path))):
-        return _from_checkpoint(path, key, wanted, closing)
-    if _has(path, TABLE_NAME):
-        return _from_distributed(path, key, wanted)
-    if _has(path, TORCH_INDEX_NAME):
-        return _from_torch_shards(os.path.join(path, TORCH_INDEX_NAME), key, wanted)
-    if _has(path, TORCH_NAME):
-        return _from_torch(os.path.join(path, TORCH_NAME), key, wanted)
+def _from_folder(path: str, request: Request, closing: ExitStack) -> Origin:
+    safetensors = [name for name in (INDEX_NAME, LONE_NAME) if _has(path, name)]
+    ranks = [name for name in _names_in(path) if is_rank_file(name)]
+    table = [TABLE_NAME] if _has(path, TABLE_NAME) else []
+    pickled = [name for name in (TORCH_INDEX_NAME, TORCH_NAME) if _has(path, name)]
+    if not safetensors or (table and any(name.endswith(".distcp") for name in _names_in(path))):
+        _refuse_several(path, [*safetensors, *ranks[:1], *table, *pickled])
+    if safetensors or ranks:
+        lone = os.path.join(path, LONE_NAME)
+        is_pickled = safetensors == [LONE_NAME] and not ranks and _is_torch_file(lone)
+        origin = _from_torch(lone, request) if is_pickled else _from_checkpoint(path, request, closing)
+        if pickled:
+            note = f"{' and '.join(pickled)} beside {safetensors[0]} was not read, since it should have the same weights"
+            origin = origin._replace(notes=(*origin.notes, note))
+        return origin
+    if table:
+        return _from_distributed(path, request)
+    if TORCH_INDEX_NAME in pickled:
+        return _from_torch_shards(os.path.join(path, TORCH_INDEX_NAME), request)
+    if pickled:
+        return _from_file(os.path.join(path, TORCH_NAME), request, closing)
+    if _has(path, ADAPTER_WEIGHTS):
+        origin = _from_checkpoint(path, request, closing)
+        return origin._replace(adapter=frozenset(origin.values))
     names = f"{LONE_NAME}, {INDEX_NAME}, {TORCH_NAME}, {TORCH_INDEX_NAME} and {TABLE_NAME}"
     raise CheckpointNotFoundError(f"no checkpoint at {path}: one of {names} was expected, none is there{_hint(path)}")
 
 
-def _from_file(path: str, key: str | None, wanted: Wanted, closing: ExitStack) -> Origin:
+def _refuse_several(path: str, checkpoints: list[str]) -> None:
+    """Raises IncompatibleCheckpointError if there is more than one of ``checkpoints``, each known by the name of one of its files."""
+    if len(checkpoints) > 1:
+        *others, last = checkpoints
+        raise IncompatibleCheckpointError(
+            f"cannot tell which checkpoint is meant: {path}: one was expected, the files of {len(checkpoints)} are there: "
+            f"{', '.join(others)} and {last}; give the path of the one to convert, or remove the others; files of several ranks have no "
+            f"path of their own, so move them to another directory; nothing was written"
+        )
+
+
+def _from_file(path: str, request: Request, closing: ExitStack) -> Origin:
     name = os.path.basename(path)
     if name == TABLE_NAME:
-        return _from_distributed(os.path.dirname(path) or ".", key, wanted)
+        return _from_distributed(os.path.dirname(path) or ".", request)
     if name.endswith(".index.json"):
         index = parse_index(find(path).index_bytes or b"", f"index {name}")
         if all(shard.endswith(TORCH_ENDINGS) for shard in index.weight_map.values()) and index.weight_map:
-            return _from_torch_shards(path, key, wanted)
-        return _from_checkpoint(path, key, wanted, closing)
-    if name.endswith(".safetensors") or _looks_like_safetensors(path):
-        return _from_checkpoint(path, key, wanted, closing)
-    return _from_torch(path, key, wanted)
+            return _from_torch_shards(path, request)
+        return _from_checkpoint(path, request, closing)
+    return _from_torch(path, request) if _is_torch_file(path) else _from_checkpoint(path, request, closing)
 
 
-def _from_checkpoint(path: str, key: str | None, wanted: Wanted, closing: ExitStack) -> Origin:
-    if key is not None:
-        refuse_key(path, key, "only one mapping of names to tensors, which has no key")
+def _from_checkpoint(path: str, request: Request, closing: ExitStack) -> Origin:
+    if request.key is not None:
+        refuse_key(path, request.key, "only one mapping of names to tensors, which has no key")
     checkpoint = closing.enter_context(open_checkpoint(path, parts=PARTS))
     record = checkpoint.record
     names = {name: name for name in checkpoint.stored_names} | dict(checkpoint.ties)
-    chosen = {name: stored for name, stored in names.items() if wanted(name)}
+    chosen = {name: stored for name, stored in names.items() if request.wanted(name)}
     located = {stored: checkpoint.tensors[stored] for stored in chosen.values()}
     maps = Maps(checkpoint, aligned=False)
     tensors = {
@@ -119,61 +160,67 @@ def _from_checkpoint(path: str, key: str | None, wanted: Wanted, closing: ExitSt
         "shardsave" if record is not None else "safetensors",
         {name: tensors[stored] for name, stored in chosen.items()},
         record.flags if record is not None else None,
-        checkpoint.metadata if record is not None else _foreign_metadata(checkpoint),
+        checkpoint.metadata,
         maps.mappings,
         tuple(map(checkpoint.path_of, checkpoint.files)),
-        (),
+        (
+            *checkpoint.shape_notes,
+            *(f"the {role} was left out: this version of shardsave knows no such part" for role in checkpoint.unknown_parts),
+        ),
         tuple(name for name in names if name not in chosen),
         checkpoint,
         tuple(t for t in (*located.values(), *checkpoint.kept.values()) if t.checksum is not None),
         parts,
         module_flags=record.module_flags if record is not None else None,
+        adapter=_adapter_of(checkpoint.index) if checkpoint.index is not None else frozenset(),
     )
 
 
-def _foreign_metadata(checkpoint: Checkpoint) -> dict[str, str]:
-    """The metadata of a single file, without the entries that mean something else there: ties, format and checksums."""
-    reserved = {*checkpoint.ties, "format", CHECKSUM_KEY, SHARDING_KEY, SHARDING_VERSION_KEY}
-    return {name: value for name, value in checkpoint.file_metadata.items() if name not in reserved}
+def _from_torch(path: str, request: Request) -> Origin:
+    return _from_content("torch", read_torch_file(path, request.allowed), path, request, (path,))
 
 
-def _from_torch(path: str, key: str | None, wanted: Wanted) -> Origin:
-    return _from_content("torch", read_torch_file(path), path, key, wanted, (path,))
+def _adapter_of(index: Index) -> frozenset[str]:
+    """The names of the tensors in the file of an adapter, if there is one. This file is a second name of the first shard."""
+    if ADAPTER_WEIGHTS not in companions_of(index):
+        return frozenset()
+    first = min(index.weight_map.values())
+    return frozenset(name for name, shard in index.weight_map.items() if shard == first)
 
 
-def _from_distributed(path: str, key: str | None, wanted: Wanted) -> Origin:
-    return _from_content("distributed", read_distributed(path), path, key, wanted, ())
+def _from_distributed(path: str, request: Request) -> Origin:
+    return _from_content("distributed", read_distributed(path), path, request, ())
 
 
-def _from_content(kind: str, file: TorchFile, path: str, key: str | None, wanted: Wanted, files: tuple[str, ...]) -> Origin:
-    choice = choose_state(file.content, key, wanted, path)
+def _from_content(kind: str, file: TorchFile, path: str, request: Request, files: tuple[str, ...]) -> Origin:
+    choice = choose_state(file.content, request.key, request.wanted, path)
     return Origin(kind, choice.state, None, {}, file.mappings, files, (*file.notes, *choice.notes), choice.dropped)
 
 
-def _from_torch_shards(path: str, key: str | None, wanted: Wanted) -> Origin:
+def _from_torch_shards(path: str, request: Request) -> Origin:
     folder, name = os.path.split(path)
-    if key is not None:
-        refuse_key(path, key, "in each shard only one mapping of names to tensors, which has no key")
+    if request.key is not None:
+        refuse_key(path, request.key, "in each shard only one mapping of names to tensors, which has no key")
     weight_map = parse_index(find(path).index_bytes or b"", f"index {name}").weight_map
     values: dict[str, Any] = {}
     mappings: list[mmap] = []
     notes: list[str] = []
     shards = dict.fromkeys(weight_map.values())
     for shard in shards:
-        file = _read_torch_shard(folder, shard, {name for name, owner in weight_map.items() if owner == shard})
+        file = _read_torch_shard(folder, shard, {name for name, owner in weight_map.items() if owner == shard}, request.allowed)
         values.update(file.content)
         mappings += file.mappings
         notes += file.notes
-    in_order = {name: values[name] for name in weight_map if wanted(name)}
+    in_order = {name: values[name] for name in weight_map if request.wanted(name)}
     files = tuple(os.path.join(folder, shard) for shard in shards)
     dropped = tuple(name for name in weight_map if name not in in_order)
     return Origin("torch", in_order, None, {}, tuple(mappings), files, tuple(notes), dropped)
 
 
-def _read_torch_shard(folder: str, shard: str, names: set[str]) -> TorchFile:
+def _read_torch_shard(folder: str, shard: str, names: set[str], allowed: tuple[str, ...]) -> TorchFile:
     """Reads a shard that the index lists. The shard must have exactly ``names``."""
     try:
-        file = read_torch_file(os.path.join(folder, shard))
+        file = read_torch_file(os.path.join(folder, shard), allowed)
     except CheckpointNotFoundError:
         raise CorruptCheckpointError(
             f"corrupt checkpoint {folder}: the index names {shard}, there is no such file; the checkpoint was copied or "
@@ -191,11 +238,11 @@ def _read_torch_shard(folder: str, shard: str, names: set[str]) -> TorchFile:
 
 
 def _read_configs(folder: str) -> dict[str, bytes]:
-    """The configs of a transformers model beside its weights: file name → content."""
+    """The configs of a transformers model and of an adapter beside the weights: file name → content."""
     with Directory() as directory:
         try:
             directory.open(folder)
-            contents = {name: directory.read_all(name, MAX_COMPANION_BYTES) for name in CONFIG_NAMES}
+            contents = {name: directory.read_all(name, MAX_COMPANION_BYTES) for name in (*CONFIG_NAMES, ADAPTER_CONFIG)}
         except CallFailed as error:
             raise cannot_read(error.path or folder, error) from error
     return {name: content for name, content in contents.items() if content is not None}
@@ -243,9 +290,12 @@ def _resolve_hub_cache(path: str) -> str:
     return snapshot if commit.isalnum() and os.path.isdir(snapshot) else path
 
 
-def _looks_like_safetensors(path: str) -> bool:
+def _is_torch_file(path: str) -> bool:
+    """Whether to read the file as one of torch.save: its content decides, its name only if the content is of an unknown kind."""
     if not os.path.isfile(path):
-        return True  # only regular files are opened; opening it as a checkpoint raises the right error
+        return False  # only regular files are opened; opening it as a checkpoint raises the right error
     with open(path, "rb") as file:
-        start = file.read(9)
-    return start[8:9] == b"{" and not start.startswith(b"PK")
+        start = file.read(START_BYTES)
+    if start.startswith(ZIP) or is_pickle(start):
+        return True
+    return not is_safetensors(start) and not path.endswith(".safetensors")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import NamedTuple
 
 from shardsave._common.backend import engine_name
@@ -15,9 +15,9 @@ from shardsave._common.words import some
 from shardsave._conversion.changes import Names
 from shardsave._conversion.converted import CarriedOver, converted_state
 from shardsave._conversion.mapped_pages import ReleaseWhileWriting
-from shardsave._conversion.origin import Origin, open_origin
+from shardsave._conversion.origin import Origin, Request, open_origin
 from shardsave._conversion.single_file import NewFile, WriteResult, fits_torch, write_safetensors, write_torch
-from shardsave._format.file_names import INDEX_NAME
+from shardsave._format.file_names import ADAPTER_WEIGHTS, INDEX_NAME
 from shardsave._format.header import CHECKSUM_KEY
 from shardsave._format.metadata import check_metadata
 from shardsave._saving.contents import Contents, plan_contents
@@ -50,6 +50,8 @@ def write_output(output: Output, to: str, state: State, carried: CarriedOver, ma
 def _write_directory(output: Output, state: State, carried: CarriedOver, max_shard_size: int) -> WriteResult:
     with gc_paused():
         on_disk = OnDisk(state, carried.companions, carried.module_flags)
+        if carried.adapter:
+            on_disk = on_disk._replace(single_file=ADAPTER_WEIGHTS, in_single_file=carried.adapter)
         contents = plan_contents(on_disk, carried.parts, max_shard_size, check_metadata(output.origin.metadata))
     return _write_contents(contents, output.path, output.durable, ReleaseWhileWriting(output.origin.mappings, output.tick))
 
@@ -70,13 +72,13 @@ def _write_safetensors_file(output: Output, state: State) -> WriteResult:
     texts = {name: value for name, value in output.origin.metadata.items() if isinstance(value, str)}
     kept = {name: value for name, value in texts.items() if name not in names and name not in ("format", CHECKSUM_KEY)}
     release = ReleaseWhileWriting(output.origin.mappings, output.tick)
-    with NewFile(output.path, output.durable) as file:
+    with closing(NewFile(output.path, output.durable)) as file, file:
         result = write_safetensors(file, state.entries, kept, output.durable, release)
     return result._replace(notes=(*result.notes, *_notes_on_losses(output.origin, kept), *file.notes()), removed=file.removed)
 
 
 def _write_torch_file(output: Output, state: State) -> WriteResult:
-    with NewFile(output.path, output.durable) as file:
+    with closing(NewFile(output.path, output.durable)) as file, file:
         result = _write_torch(output, state, file)
     return result._replace(notes=(*result.notes, *_notes_on_losses(output.origin, {}), *file.notes()), removed=file.removed)
 
@@ -89,8 +91,9 @@ def _write_torch(output: Output, state: State, file: NewFile) -> WriteResult:
     with ExitStack() as closing:
         try:
             contents = plan_contents(OnDisk(state), Parts(), sys.maxsize, {})
+            file.make_workspace()
             _write_contents(contents, file.workspace, False, ReleaseWhileWriting(origin.mappings, lambda done: None))
-            mapped = open_origin(os.path.join(file.workspace, INDEX_NAME), None, lambda name: True, closing)
+            mapped = open_origin(os.path.join(file.workspace, INDEX_NAME), Request(None, Names((), ()).wanted), closing)
         except ShardSaveError as error:
             kind = OutOfSpaceError if isinstance(error, OutOfSpaceError) else SaveNotCommittedError
             raise kind(

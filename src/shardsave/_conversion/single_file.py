@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import enum
+import errno
 import fcntl
 import os
 import re
 import secrets
 import shutil
 import stat
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from types import TracebackType
@@ -27,7 +27,9 @@ from shardsave._saving.shards import plan_blocks, plan_shards
 from shardsave._state.module import Entry
 from shardsave._storage.cleaning_notes import strangers_notes
 from shardsave._storage.cleanup import bytes_visible
-from shardsave._storage.directory import Directory, make_folders
+from shardsave._storage.directory import NO_LINKS, Directory, make_folders, path_to_write
+from shardsave._storage.freeing import RemovedFiles, wait_until_freed
+from shardsave._storage.permissions import FileMaker, permissions_of
 from shardsave._storage.staging import end_shard
 from shardsave.errors import (
     DurabilityUncertainError,
@@ -59,20 +61,21 @@ class _Phase(enum.Enum):
     """The phases of a `NewFile`, in this order."""
 
     OPENING = enum.auto()  # nothing was created
-    WRITING = enum.auto()  # the scratch file exists
+    WRITING = enum.auto()  # the scratch file exists, or may
     RENAMED = enum.auto()  # the scratch file has become the file at the path
 
 
 class NewFile:
     """A transaction on the file at ``path``.
 
-    Entering it creates a scratch file beside ``path``, and removes those of dead writers. The caller writes to `file` and calls
-    `commit`, which renames the scratch file to ``path``. Leaving it without a commit removes the scratch file; a file that was
-    at ``path`` is then unchanged. The scratch file is locked until the end: later writers to ``path`` see that its writer is alive.
+    Entering it creates a scratch file beside ``path``, with the permissions of the file that it will replace, and removes those of
+    dead writers. The caller writes to `file` and calls `commit`, which renames the scratch file to ``path``. Leaving it without a
+    commit removes the scratch file; a file that was at ``path`` is then unchanged. The scratch file is locked until the end: later
+    writers to ``path`` see that its writer is alive.
     """
 
     def __init__(self, path: str, durable: bool) -> None:
-        self.path = path if os.path.isabs(path) else os.path.join(os.getcwd(), path)
+        self.path = path_to_write(path)
         self.folder, self._name = os.path.split(self.path)
         self._stem = f".{self._name[:100]}."
         self._scratch = ""
@@ -83,11 +86,14 @@ class NewFile:
         self._phase = _Phase.OPENING
         self._removed: list[str] = []
         self._strangers: dict[str, int] = {}
+        self._replaced = ""  # the second name of the file that is being replaced
+        self._to_free = RemovedFiles()
 
     def __enter__(self) -> NewFile:
+        wait_until_freed()
         try:
             make_folders(self.folder, self._durable)
-            self._directory.open(self.folder)
+            self._directory.open_for_writing(self.folder)
             self._create()
             self._remove_dead()
         except CallFailed as error:
@@ -112,14 +118,26 @@ class NewFile:
 
     @property
     def workspace(self) -> str:
-        """The path of a directory for the caller's files; the caller creates it, leaving the transaction removes it."""
+        """The path of a directory for the caller's files, which `make_workspace` creates; leaving the transaction removes it."""
         return os.path.join(self.folder, self._scratch + _WORKSPACE)
 
+    def make_workspace(self) -> None:
+        """Creates the workspace so that no other user can enter it."""
+        try:
+            self._directory.mkdir(self._scratch + _WORKSPACE, 0o700)
+        except CallFailed as error:
+            raise self.failure(error) from error
+
     def _create(self) -> None:
+        status = self._directory.status_of(self._name)
+        replaced = permissions_of(self.path, status) if status is not None else None
         while True:
             self._scratch = f"{self._stem}{secrets.token_hex(8)}{_SCRATCH}"
-            self.file.open(self._scratch, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, self._directory.fd)
             self._phase = _Phase.WRITING
+            if replaced is not None:
+                FileMaker(self._directory, self.folder).create(self._scratch, self.file, replaced)
+            else:
+                self._directory.create(self._scratch, self.file)
             self._lock.open(self._scratch, os.O_RDONLY | os.O_NOFOLLOW, self._directory.fd)
             # On a file system without locks the call fails. There, no other writer can remove this file as a dead one either.
             with suppress(OSError):
@@ -166,9 +184,11 @@ class NewFile:
         """Completes the scratch file and renames it to ``path``, both durably if the caller requested that."""
         inode = self._end_file()
         folders = {"src_dir_fd": self._directory.fd, "dst_dir_fd": self._directory.fd}
+        self._name_replaced()
         try:
             call(os.rename, self.path, self._scratch, self._name, **folders)
             self._phase = _Phase.RENAMED
+            self._remove_replaced()
             self._directory.sync()
         except CallFailed as error:
             if self._phase is _Phase.WRITING and not self._is_at_path(inode):
@@ -178,6 +198,26 @@ class NewFile:
                 f"written, but not known to be durable: {self.path}: {error.words}, after the "
                 f"file was renamed; a loss of power may bring back the previous file"
             ) from error
+
+    def _name_replaced(self) -> None:
+        """Gives the file at ``path`` a second name, so that the rename does not have to wait until its space is free.
+
+        It is the name of a scratch file, which later writers remove. Keeping the file open would do the same, but NFS moves an open file
+        out of the way before the rename, and for a moment there would be no file at ``path``.
+        """
+        self._replaced = f"{self._stem}{secrets.token_hex(8)}{_SCRATCH}"
+        try:
+            self._directory.link(self._name, self._directory, self._replaced)
+        except CallFailed as error:  # then the rename waits
+            if error.errno in (errno.ENOENT, *NO_LINKS):
+                self._replaced = ""
+
+    def _remove_replaced(self) -> None:
+        """Removes the second name of the file that was to be replaced. If that fails, later writers remove it."""
+        if self._replaced:
+            with suppress(CallFailed):
+                self._to_free.unlink(self._directory, self._replaced)
+                self._replaced = ""
 
     def _end_file(self) -> tuple[int, int] | None:
         """Makes the content durable if the caller requested that, and closes the file. Returns its inode."""
@@ -209,6 +249,8 @@ class NewFile:
         if self._phase is _Phase.WRITING:
             with suppress(OSError):
                 os.unlink(self._scratch, dir_fd=self._directory.fd)
+        self._remove_replaced()
+        self._to_free.free_later()
         self.file.abandon()
         self._lock.abandon()
         self._directory.close()
@@ -225,7 +267,7 @@ def write_safetensors(
             f"cannot write {new.path}: the metadata of the file names tied tensors, but {reserved_names[0]!r} has another meaning "
             f"there; rename it, or convert to a directory; nothing was written"
         )
-    (shard,) = plan_shards(stored, sys.maxsize, apart=False, more={**metadata, **ties})
+    (shard,) = plan_shards(stored, None, apart=False, more={**metadata, **ties})
     fd, path = new.file.fd, new.path
     try:
         allocate(fd, path, shard.reserved_bytes)
@@ -298,4 +340,4 @@ def _with_own_storage(tensor: torch.Tensor) -> torch.Tensor:
     storage, begin = tensor.untyped_storage(), tensor.storage_offset() * tensor.element_size()
     length = tensor.numel() * tensor.element_size()
     own = storage[begin : begin + length]
-    return torch.empty(0, dtype=tensor.dtype).set_(own, 0, tensor.shape, tensor.stride())
+    return torch.empty(0, dtype=tensor.dtype, device="cpu").set_(own, 0, tensor.shape, tensor.stride())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from shardsave._common import backend, shutdown
+from shardsave._common.imports import import_at_use
 from shardsave._engine.blocks import Blocks
 from shardsave._engine.transfer import Access, Engine, Piece, Request, Tick, Transfer, out_of_memory
 
@@ -55,14 +56,18 @@ def read(
 
 
 def _chosen_engine() -> Engine:
-    # Imported here, since a process uses only one of them.
     if backend.native is None:
+        import_at_use("shardsave._engine.portable")
         from shardsave._engine import portable
 
         return portable
+    import_at_use("shardsave._engine.native")
     from shardsave._engine import native
 
     return native
+
+
+_chosen_engine()  # is imported now, not while the first save runs; a process uses only one of them
 
 
 def _run(request: Request, tick: Tick) -> Transfer:

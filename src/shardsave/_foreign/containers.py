@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,10 +12,14 @@ from shardsave._common.words import count, human_bytes
 
 
 class Unread:
-    """Takes the place of a value that is not read; ``kind`` says what it is."""
+    """Takes the place of a value that is not read, or not as what it is; ``kind`` says what it is."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
+
+    def parts(self) -> Mapping[str, Any]:
+        """What is known of its content, by name."""
+        return {}
 
 
 def is_tensor(value: object) -> bool:
@@ -30,10 +34,12 @@ def children(value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, (list, tuple, set, frozenset)):
         for number, child in enumerate(value):
             yield str(number), child
+    elif isinstance(value, Unread):
+        yield from value.parts().items()
 
 
 def is_container(value: object) -> bool:
-    return isinstance(value, (dict, list, tuple, set, frozenset))
+    return isinstance(value, (dict, list, tuple, set, frozenset)) or (isinstance(value, Unread) and bool(value.parts()))
 
 
 def is_tensor_list(value: object) -> bool:

@@ -1,15 +1,13 @@
 """Reads directories of ``torch.distributed.checkpoint``: one pickled table, and files with the chunks of every tensor.
 
-The table is unpickled into inert records of our own. A pickle may use only the names in `_RECORDS` and `_VALUES`, so it
-reaches no class of torch and no other code.
+The table is unpickled into inert records of our own. A pickle may use only the names in `_NAMES`, so it reaches no class of torch and
+no other code.
 """
 
 from __future__ import annotations
 
 import io
 import os
-import pickle
-import pickletools
 from collections import OrderedDict
 from typing import Any, NoReturn, Union
 
@@ -20,39 +18,18 @@ from shardsave._common.coverage import covered_once
 from shardsave._common.os_calls import CallFailed, Descriptor, call
 from shardsave._foreign.containers import Unread
 from shardsave._foreign.torch_file import Archives, TorchFile
+from shardsave._foreign.unpickling import MAX_PICKLE_BYTES, GlobalName, Record, Unpickler, record_class
 from shardsave._format.file_names import is_file_name
 from shardsave._storage.find import cannot_read
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, UntrustedCodeError
 
 TABLE_NAME = ".metadata"
 
-#: The largest table that is read, in bytes; it lists every piece of every rank.
-_MAX_TABLE_BYTES = 512_000_000
-
 _METADATA, _FILES = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
 
 
-class _Record:
-    """Takes the place of an object in the pickle. It keeps the arguments and the state of that object, and does nothing with them."""
-
-    def __init__(self, *arguments: Any) -> None:
-        self.arguments = arguments
-        self.state: Any = None
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def __getitem__(self, name: str) -> Any:
-        """A field, or None if it is missing."""
-        return self.state.get(name) if isinstance(self.state, dict) else None
-
-
-def _record(name: str) -> type[_Record]:
-    return type(name, (_Record,), {})
-
-
 _RECORDS = {
-    (module, name): _record(name)
+    (module, name): record_class(module, name)
     for module, names in {
         _METADATA: (
             "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
@@ -65,7 +42,8 @@ _RECORDS = {
     }.items()
     for name in names
 }  # fmt: skip
-_VALUES: dict[tuple[str, str], Any] = {
+_NAMES: dict[GlobalName, Any] = {
+    **_RECORDS,
     ("torch", "Size"): tuple,
     ("collections", "OrderedDict"): OrderedDict,
     **{("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
@@ -76,16 +54,15 @@ _INDEX = _RECORDS[_METADATA, "MetadataIndex"]
 _PLACE = _RECORDS[_FILES, "_StorageInfo"]
 
 
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        value = _RECORDS.get((module, name), _VALUES.get((module, name)))
-        if value is None:
-            raise _ForbiddenName(f"{module}.{name}")
-        return value
+def _find(module: str, name: str) -> Any:
+    value = _NAMES.get((module, name))
+    if value is None:
+        raise _ForbiddenName(f"{module}.{name}")
+    return value
 
 
 class _ForbiddenName(Exception):
-    """The pickle uses a name that is not in `_RECORDS` and `_VALUES`."""
+    """The pickle uses a name that is not in `_NAMES`."""
 
 
 def read_distributed(folder: str) -> TorchFile:
@@ -94,7 +71,7 @@ def read_distributed(folder: str) -> TorchFile:
     tensors, places, paths = table["state_dict_metadata"], table["storage_data"], table["planner_data"]
     if not isinstance(tensors, dict) or not isinstance(places, dict):
         _bad(folder, "tables of tensors and of their places were expected, there are none")
-    place_of: dict[tuple[Any, Any], _Record] = {}
+    place_of: dict[tuple[Any, Any], Record] = {}
     for index, place in places.items():
         if type(index) is not _INDEX or type(place) is not _PLACE:
             _bad(folder, "a table of the places of tensors was expected, one of its entries is something else")
@@ -112,31 +89,24 @@ def read_distributed(folder: str) -> TorchFile:
     return TorchFile(content, mappings, ())
 
 
-def _read_table(path: str) -> _Record:
+def _read_table(path: str) -> Record:
     with Descriptor() as file:
         try:
             file.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY)
             length = call(os.fstat, path, file.fd).st_size
-            if length > _MAX_TABLE_BYTES:
-                _bad(path, f"at most {_MAX_TABLE_BYTES} bytes were expected, it has {length}")
+            if length > MAX_PICKLE_BYTES:
+                _bad(path, f"at most {MAX_PICKLE_BYTES} bytes were expected, it has {length}")
             data = call(os.read, path, file.fd, length + 1)
         except CallFailed as error:
             raise cannot_read(path, error) from error
     try:
-        for opcode, argument, position in pickletools.genops(data):
-            # pickle numbers its memo from 0 on, so no number exceeds its position in the file. A huge number would make the unpickler
-            # allocate a table of that length.
-            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(str(argument)) > (position or 0):
-                _bad(path, "a pickled table was expected, it has a memo number that is too high")
-        table = _Unpickler(io.BytesIO(data)).load()
+        table = Unpickler(io.BytesIO(data), _find).load()
     except _ForbiddenName as name:
         raise UntrustedCodeError(
             f"cannot convert {path}: the table of a distributed checkpoint was expected, its pickle asks for {name}; "
             f"nothing of it was run, nothing was written"
         ) from None
-    except CorruptCheckpointError:
-        raise
-    except (Exception, RecursionError) as error:  # unpickling damaged data may raise anything
+    except Exception as error:  # unpickling damaged data may raise anything
         _bad(path, f"a pickled table was expected, it is broken ({type(error).__name__})")
     if type(table) is not _TABLE:
         _bad(path, f"the table of a distributed checkpoint was expected, it is a {type(table).__name__}")
@@ -144,18 +114,18 @@ def _read_table(path: str) -> _Record:
 
 
 def _tensor(
-    name: str, description: _Record, place_of: dict[tuple[Any, Any], _Record], archives: Archives, folder: str
+    name: str, description: Record, place_of: dict[tuple[Any, Any], Record], archives: Archives, folder: str
 ) -> Union[torch.Tensor, Assembled]:
     properties, records = description["properties"], description["chunks"]
     shape = _sizes(description["size"], name, folder)
-    state = properties.state if isinstance(properties, _Record) else None
+    state = properties.state if isinstance(properties, Record) else None
     dtype = state[0] if isinstance(state, tuple) and state else state.get("dtype") if isinstance(state, dict) else None
     if not isinstance(dtype, torch.dtype) or not isinstance(records, list) or not records:
         _bad(folder, f"{name!r} was expected to have a dtype and parts, it has none")
     chunks = []
     for record in records:
         begin, sizes = (
-            _sizes(record[field] if isinstance(record, _Record) else None, name, folder) for field in ("offsets", "sizes")
+            _sizes(record[field] if isinstance(record, Record) else None, name, folder) for field in ("offsets", "sizes")
         )
         if len(begin) != len(shape) or len(sizes) != len(shape) or any(b + s > n for b, s, n in zip(begin, sizes, shape)):
             _bad(folder, f"{name!r} of shape {shape} was expected, a part of {sizes} lies at {begin}")
@@ -171,7 +141,7 @@ def _tensor(
     return Assembled(dtype, shape, [chunk for chunk in chunks if chunk.tensor.numel()])
 
 
-def _chunk_tensor(name: str, place: _Record | None, archives: Archives, folder: str) -> torch.Tensor:
+def _chunk_tensor(name: str, place: Record | None, archives: Archives, folder: str) -> torch.Tensor:
     if place is None:
         _bad(folder, f"a place of each part of {name!r} was expected, one has none")
     file, offset, length = place["relative_path"], place["offset"], place["length"]

@@ -6,8 +6,7 @@ everything else has to be one mapping of names to tensors; otherwise an error li
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 from shardsave._common.words import an, some
 from shardsave._foreign.containers import (
@@ -30,15 +29,20 @@ _MAX_DEPTH, _MAX_REPEATED = 100, 10_000
 #: How many items a message lists: of values without tensors, and of those with tensors.
 _LISTED, _LISTED_WITH_TENSORS = 5, 20
 
-#: Whether a value of this name, or at this path, is to be converted.
-Wanted = Callable[[str], bool]
+
+class Wanted(Protocol):
+    """Whether a value of this name, or at this path, is to be converted."""
+
+    def __call__(self, name: str, *, exact: bool = True) -> bool:
+        """``exact``: whether a pattern that is exactly ``name`` counts, and not only patterns that match more than it."""
+
 
 #: The keys that lead to a value.
 Keys = tuple[str, ...]
 
 
 class Choice(NamedTuple):
-    """The chosen state, name → tensor; the names that were dropped by request; and notes of everything else that is left out."""
+    """The chosen state, name → tensor; the paths that were dropped by request; and notes of everything else that is left out."""
 
     state: dict[str, Any]
     dropped: tuple[str, ...]
@@ -59,7 +63,7 @@ def choose_state(content: Any, key: str | None, wanted: Wanted, path: str) -> Ch
     ``path`` is for messages. Raises IncompatibleCheckpointError, with a list of what the file holds, unless exactly one is meant and
     everything in it is a tensor, is training state or is dropped.
     """
-    survey = _Survey(wanted, path, recognize=key is None)
+    survey = _Survey(content, wanted, path, recognize=key is None)
     survey.visit((), content)
     states = [node for node in survey.nodes if node.tensors and not survey.is_random_state(node)]
     if key is None:
@@ -70,11 +74,16 @@ def choose_state(content: Any, key: str | None, wanted: Wanted, path: str) -> Ch
         at_key = [node for node in (*survey.nodes, *survey.lists) if ".".join(node.keys) == key]
         if not at_key:
             refuse_key(path, key, _list_states(states) or "no mapping of names to tensors")
+        if len(at_key) > 1:
+            raise IncompatibleCheckpointError(
+                f"cannot convert {path}: one mapping at key {key!r} was expected, it leads to several: "
+                f"{' and '.join(str([*node.keys]) for node in at_key)}; load the file and save the wanted one alone; nothing was written"
+            )
         node = at_key[0]
     others = {name: value for name, value in node.others.items() if (*node.keys, name) not in survey.training}
     if others or not node.tensors:
         _refuse(path, _describe(content, node, others, survey))
-    dropped = tuple(_relative(keys, node.keys) for keys in survey.dropped)
+    dropped = tuple(map(".".join, survey.dropped))
     return Choice(node.tensors, dropped, _left_out(content, node, survey))
 
 
@@ -98,11 +107,12 @@ class _Survey:
     container that they are in. ``dropped``: the paths that are not wanted.
     """
 
-    def __init__(self, wanted: Wanted, path: str, *, recognize: bool) -> None:
+    def __init__(self, content: Any, wanted: Wanted, path: str, *, recognize: bool) -> None:
         self.nodes: list[_Node] = []
         self.lists: list[_Node] = []
         self.training: dict[Keys, Any] = {}
         self.dropped: dict[Keys, None] = {}
+        self._content = content
         self._wanted = wanted
         self._path = path
         self._recognize = recognize
@@ -151,16 +161,25 @@ class _Survey:
             self.visit((*node.keys, name), value)
 
     def _drops(self, keys: Keys, name: str) -> bool:
+        """Whether the value ``name`` in the container at ``keys`` is not wanted, by its path or by its name.
+
+        What is exactly the path of another value in the file means that value alone: ``ema`` beside the weights, and no weight ``ema``.
+        """
         path = (*keys, name)
-        if self._wanted(name) and (not keys or self._wanted(".".join(path))):
-            return False
+        if self._wanted(".".join(path)):
+            if not keys or self._wanted(name):
+                return False
+            if self._wanted(name, exact=False) and _has_path(self._content, name):
+                return False
         self.dropped[path] = None
         return True
 
 
-def _relative(keys: Keys, state: Keys) -> str:
-    """The name of a dropped value: inside the state at ``state`` its name there, elsewhere its path."""
-    return ".".join(keys[len(state) :] if keys[: len(state)] == state else keys)
+def _has_path(value: Any, path: str) -> bool:
+    """Whether there is something at ``path``, keys joined by dots, in ``value``."""
+    return any(
+        path == key or (path.startswith(f"{key}.") and _has_path(child, path[len(key) + 1 :])) for key, child in children(value)
+    )
 
 
 def _list_states(states: list[_Node]) -> str:
@@ -189,7 +208,8 @@ def _advice(states: list[_Node]) -> str:
 def _describe(content: Any, node: _Node, others: dict[str, Any], survey: _Survey) -> str:
     """Describes a container that is no state, for a message."""
     if others:
-        advice = f" among its tensors, which can be left out with drop={next(iter(others))!r}" if node.tensors else ""
+        inner = ".".join((*node.keys, next(iter(others))))
+        advice = f" among its tensors, which can be left out with drop={inner!r}" if node.tensors else ""
         return f"it has {_list_values(others)}{advice}"
     if survey.training:
         training = _list_values({".".join(keys): value for keys, value in survey.training.items()})

@@ -1,36 +1,47 @@
-"""Reads files of ``torch.save``. Only torch's own restricted unpickler reads their pickle, so no code in a file is run.
-
-The pickle is read with tensors on the meta device, so no data is read. Then the file is mapped, and each tensor becomes a view of
-its bytes in the mapping.
-"""
+"""Reads files of ``torch.save``: their pickle without running anything that it names, their tensors as views of the mapped file."""
 
 from __future__ import annotations
 
-import functools
 import io
+import math
 import mmap
 import os
-import pickle
-import re
 import struct
 import sys
-import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
+import numpy as np
 import torch
 
-from shardsave._common.memory import PLAIN_TYPES
 from shardsave._common.os_calls import CallFailed, Descriptor, call, read_at
-from shardsave._storage.find import cannot_read, open_checkpoint_file
+from shardsave._common.words import some
+from shardsave._foreign.containers import Unread
+from shardsave._foreign.pickled_tensors import Described, Names, Storage, StorageType, storage_of
+from shardsave._foreign.unpickling import MAX_PICKLE_BYTES, Forbidden, Record, Unpickler
+from shardsave._format.other_kinds import START_BYTES, ZIP
+from shardsave._storage.find import cannot_read, open_checkpoint_file, refuse_other_kind
 from shardsave._storage.mapping import map_file
 from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError, UntrustedCodeError
 
-_ZIP = b"PK\x03\x04"
-#: The beginnings of those lines of a torch message that only give advice.
-_ADVICE = ("Weights only load failed", "Please file an issue", "Check the documentation")
-_GLOBAL = re.compile(r"GLOBAL ([\w.<>]+)")
+_MAX_ORDER_BYTES = 16
+
+#: What torch's old format begins with: this number and this version.
+_MAGIC, _OLD_VERSION = 0x1950A86A20F9469CFC6C, 1001
+
+#: What `zipfile` raises for archives that it cannot read.
+_ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    ValueError,
+    NotImplementedError,
+    OverflowError,
+    EOFError,
+    RuntimeError,
+)
 
 
 class TorchFile(NamedTuple):
@@ -66,30 +77,30 @@ class Window(io.RawIOBase):
         return len(data)
 
 
-def read_torch_file(path: str) -> TorchFile:
-    """Reads what ``torch.save`` wrote to ``path``. Raises CheckpointNotFoundError, CorruptCheckpointError, UntrustedCodeError."""
+def read_torch_file(path: str, allowed: Iterable[str] = ()) -> TorchFile:
+    """Reads what ``torch.save`` wrote to ``path``; ``allowed`` are names in its pickle that become records too.
+
+    Raises CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError, UntrustedCodeError.
+    """
     file = open_checkpoint_file(path, os.path.basename(path))
     if file is None:
         raise CheckpointNotFoundError(f"no checkpoint at {path}: No such file or directory")
     with file:
         try:
             length = call(os.fstat, path, file.fd).st_size
-            start = read_at(file.fd, 4, 0)
+            start = read_at(file.fd, START_BYTES, 0)
         except CallFailed as error:
             raise cannot_read(path, error) from error
         if not length:
             _bad(path, "it is empty")
-        window = Window(file.fd, 0, length)
-        if start != _ZIP:
-            # The format of torch before version 1.6: one stream, in which tensors have no fixed place to map.
-            note = f"{os.path.basename(path)} has torch's old format, which cannot be mapped: all of it was read into memory"
-            return TorchFile(unpickle(window, path, "cpu"), (), (note,))
+        refuse_other_kind(start, os.path.basename(path), path, "a file of torch.save")
         mapping = map_file(file.fd, path)
-        try:
-            return TorchFile(_read_mapped(file.fd, mapping, 0, length, path), (mapping,), ())
-        except _NotMappable as reason:
-            note = f"{os.path.basename(path)} {reason}, so it cannot be mapped: all of it was read into memory"
-        return TorchFile(unpickle(window, path, "cpu"), (), (note,))
+        if start.startswith(ZIP):
+            archive = _Archive(file.fd, mapping, 0, length, path)
+            content, notes = archive.content(Names(allowed)), archive.notes()
+        else:
+            content, notes = _read_old_format(file.fd, mapping, length, Names(allowed), path), ()
+    return TorchFile(content, (mapping,), notes)
 
 
 class Archives:
@@ -107,10 +118,7 @@ class Archives:
         file, mapping, end = self._open[name]
         if not 0 <= offset <= offset + length <= end:
             _bad(path, f"a tensor was expected at {offset}, {length} bytes long, the file has {end}")
-        try:
-            tensor = _read_mapped(file.fd, mapping, offset, length, path)
-        except _NotMappable:
-            tensor = unpickle(Window(file.fd, offset, length), path, "cpu")
+        tensor = _Archive(file.fd, mapping, offset, length, path).content(Names())
         if not isinstance(tensor, torch.Tensor):
             _bad(path, f"a tensor was expected at {offset}, there is a {type(tensor).__name__}")
         return tensor
@@ -134,81 +142,148 @@ class Archives:
         return tuple(mapping for _, mapping, _ in self._open.values())
 
 
-def unpickle(file: io.RawIOBase, path: str, location: str) -> Any:
-    """``torch.load(weights_only=True)``, with each refusal as one of our errors, in one line."""
+class _Archive:
+    """The zip archive of a ``torch.save``, which begins at ``begin`` in a mapped file: one pickle, and a record for each storage."""
+
+    def __init__(self, fd: int, mapping: mmap.mmap, begin: int, length: int, path: str) -> None:
+        self._mapping, self._begin, self._end, self._path = mapping, begin, begin + length, path
+        self._copied = False
+        try:
+            self._zip = zipfile.ZipFile(io.BufferedReader(Window(fd, begin, length)))
+            names = self._zip.namelist()
+            _refuse_program(path, names)
+            pickles = [name for name in names if name.endswith("/data.pkl") and name.count("/") == 1]
+            if not pickles:
+                kind = "of NumPy arrays " if names and all(name.endswith(".npy") for name in names) else ""
+                raise IncompatibleCheckpointError(
+                    f"cannot convert {path}: a file of torch.save was expected, it is a zip archive {kind}that torch did not write, with "
+                    f"{some(names) or 'nothing in it'}; nothing was written"
+                )
+            if len(pickles) > 1 or len(set(names)) != len(names):
+                _bad(path, "it is a zip archive with other files than torch writes")
+            self._root = pickles[0].removesuffix("data.pkl")
+            order = f"{self._root}byteorder"
+            self._swapped = order in names and self._read(order, _MAX_ORDER_BYTES) != sys.byteorder.encode()
+        except CallFailed as error:
+            raise cannot_read(path, error) from error
+        except _ZIP_ERRORS as error:
+            _bad(path, f"it is no archive that can be read ({error})")
+
+    def content(self, names: Names) -> Any:
+        """The content of the pickle, with tensors in place of their descriptions. Raises UntrustedCodeError."""
+        try:
+            data = self._read(f"{self._root}data.pkl", MAX_PICKLE_BYTES)
+            content = _unpickle(io.BytesIO(data), names, self._path, storage_of)
+            return _Placing(self._storage, self._path).place(content)
+        except CallFailed as error:
+            raise cannot_read(self._path, error) from error
+        except RecursionError:
+            _bad(self._path, "it holds containers nested too deeply, or in themselves")
+        except _ZIP_ERRORS as error:
+            _bad(self._path, f"it is no archive that can be read ({error})")
+
+    def notes(self) -> tuple[str, ...]:
+        if not self._copied:
+            return ()
+        return (
+            f"{os.path.basename(self._path)} is not as torch wrote it, so it cannot be mapped: all of it was read into memory",
+        )
+
+    def _storage(self, storage: Storage) -> torch.Tensor:
+        """The bytes of a storage: a view of the mapping, or a copy if the record is compressed or has the other byte order."""
+        entry = self._entry(f"{self._root}data/{storage.key}")
+        if entry.file_size != storage.nbytes:
+            _bad(self._path, f"{storage.nbytes} bytes of {entry.filename} were expected, it has {entry.file_size}")
+        if entry.compress_type == zipfile.ZIP_STORED and not self._swapped:
+            return torch.frombuffer(self._mapping, dtype=torch.uint8, count=storage.nbytes, offset=self._offset(entry))
+        self._copied = True
+        data = bytearray(self._read(entry.filename, storage.nbytes))
+        if self._swapped:
+            part = storage.dtype.itemsize // (2 if storage.dtype.is_complex else 1)
+            data = bytearray(np.frombuffer(data, f"u{part}").byteswap().tobytes())
+        return torch.frombuffer(data, dtype=torch.uint8)
+
+    def _entry(self, name: str) -> zipfile.ZipInfo:
+        try:
+            return self._zip.getinfo(name)
+        except KeyError:
+            _bad(self._path, f"the record {name} was expected, it is not there")
+
+    def _read(self, name: str, limit: int) -> bytes:
+        """A record of at most ``limit`` bytes. Only compressed records have checksums that are compared: torch need not write them."""
+        entry = self._entry(name)
+        if entry.file_size > limit:
+            _bad(self._path, f"at most {limit} bytes of {name} were expected, it has {entry.file_size}")
+        if entry.compress_type != zipfile.ZIP_STORED:
+            return self._zip.read(entry)
+        begin = self._offset(entry)
+        return self._mapping[begin : begin + entry.file_size]
+
+    def _offset(self, entry: zipfile.ZipInfo) -> int:
+        """Where the bytes of a stored record begin in the file."""
+        # The local header has its own lengths of the name and of the extra field after it.
+        header = self._begin + entry.header_offset
+        name_length, extra_length = struct.unpack("<HH", self._mapping[header + 26 : header + 30])
+        begin: int = header + 30 + name_length + extra_length
+        if entry.flag_bits & 1 or begin + entry.file_size > self._end:
+            _bad(self._path, f"the record {entry.filename} was expected in the file, it ends beyond it or is encrypted")
+        return begin
+
+
+def _read_old_format(fd: int, mapping: mmap.mmap, length: int, names: Names, path: str) -> Any:
+    """The content of a file as torch wrote it before version 1.6: a few pickles, then the bytes of all storages."""
+    file = io.BufferedReader(Window(fd, 0, length))
+    storages: dict[str, Storage] = {}
+
+    def remembered(saved_id: Any) -> Storage:
+        storage = storage_of(saved_id)
+        return storages.setdefault(storage.key, storage)._replace(begin=storage.begin)
+
+    if _unpickle(file, names, path) != _MAGIC or _unpickle(file, names, path) != _OLD_VERSION:
+        _bad(path, "it is a pickle that torch.save did not write")
+    _unpickle(
+        file, names, path
+    )  # sizes of C types on the machine that wrote it; torch writes the data as if these were the usual ones
+    content = _unpickle(file, names, path, remembered)
+    keys = _unpickle(file, names, path)
+    offsets, at = {}, file.tell()
+    for key in keys if isinstance(keys, list) else ():
+        storage = storages.get(key) if isinstance(key, str) else None
+        elements = int.from_bytes(mapping[at : at + 8], "little")
+        if storage is None or elements * storage.dtype.itemsize != storage.nbytes or at + 8 + storage.nbytes > length:
+            _bad(path, f"the storage {key!r:.40} was expected at {at}, it is not there or was cut")
+        offsets[key], at = at + 8, at + 8 + storage.nbytes
+
+    def bytes_of(storage: Storage) -> torch.Tensor:
+        if storage.key not in offsets:
+            _bad(path, f"the storage {storage.key!r:.40} was expected, it is not there")
+        return torch.frombuffer(mapping, dtype=torch.uint8, count=storage.nbytes, offset=offsets[storage.key])
+
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of TypedStorage, which old files name
-            return torch.load(io.BufferedReader(file), map_location=location, weights_only=True)
-    except CallFailed as error:
-        raise cannot_read(path, error) from error
-    except pickle.UnpicklingError as error:
-        if (name := _GLOBAL.search(str(error))) is not None:
-            raise UntrustedCodeError(
-                f"cannot convert {path}: tensors, numbers, strings and containers of these were expected, its pickle asks for "
-                f"{name[1]}; nothing of it was run, nothing was written"
-            ) from None
-        _bad(path, f"it is no file of torch.save ({_reason(error)})")
-    except Exception as error:  # torch may raise anything when it reads bytes that it did not write
-        if location == "meta" and "Quantized" in str(error):
-            # The meta device has no quantised tensors. Once read on the CPU, they are refused by name.
-            raise _NotMappable("holds quantised tensors") from None
-        _bad(path, f"it is no file of torch.save ({_reason(error)})")
-
-
-def _reason(error: Exception) -> str:
-    """The sentence of a torch message that describes the problem, without the advice around it."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    reasons = [line for line in lines if line and not line.startswith(_ADVICE)]
-    return reasons[0].split(". ")[0][:160].rstrip(".") if reasons else type(error).__name__
-
-
-class _NotMappable(Exception):
-    """The bytes of a tensor are not where torch writes them, or their offset is unknown. The file can still be read into memory."""
-
-    def __init__(self, reason: str = "is not as torch wrote it") -> None:
-        super().__init__(reason)
-
-
-@functools.cache
-def _torch_reports_offsets() -> bool:
-    """Whether this version of torch reports the file offset of a tensor on the meta device; versions before 2.11 do not."""
-    file = io.BytesIO()
-    torch.save(torch.zeros(1), file)
-    file.seek(0)
-    storage = torch.load(file, map_location="meta", weights_only=True).untyped_storage()
-    return getattr(storage, "_checkpoint_offset", None) is not None
-
-
-def _read_mapped(fd: int, mapping: mmap.mmap, begin: int, length: int, path: str) -> Any:
-    """The content of the archive at ``begin``, ``length`` bytes long, with mapped tensors. Raises _NotMappable."""
-    records = _records(fd, begin, length, path)
-    if not _torch_reports_offsets():
-        raise _NotMappable(f"is read by torch {torch.__version__}, which does not report the offsets of tensors")
-    try:
-        return _Placing(mapping, begin, records, path).place(unpickle(Window(fd, begin, length), path, "meta"))
+        return _Placing(bytes_of, path).place(content)
     except RecursionError:
         _bad(path, "it holds containers nested too deeply, or in themselves")
 
 
-def _records(fd: int, begin: int, length: int, path: str) -> dict[int, int]:
-    """Offset → length of each record of the archive, in bytes. Raises _NotMappable if a record is compressed or byte-swapped."""
+def _unpickle(file: Any, names: Names, path: str, find_storage: Callable[[Any], Storage] | None = None) -> Any:
+    """Reads one pickle. Raises CorruptCheckpointError, or UntrustedCodeError if it has names that are not allowed."""
+    broken = ""
     try:
-        with zipfile.ZipFile(io.BufferedReader(Window(fd, begin, length))) as archive:
-            records = {}
-            _refuse_program(path, archive.namelist())
-            for entry in archive.infolist():
-                byte_swapped = entry.filename.endswith("/byteorder") and archive.read(entry).decode() != sys.byteorder
-                if entry.compress_type != zipfile.ZIP_STORED or byte_swapped:
-                    raise _NotMappable
-                # The local header has its own lengths of the name and of the extra field after it.
-                lengths = read_at(fd, 4, begin + entry.header_offset + 26)
-                records[entry.header_offset + 30 + sum(struct.unpack("<HH", lengths))] = entry.file_size
+        content = Unpickler(file, names.find, find_storage).load()
     except CallFailed as error:
         raise cannot_read(path, error) from error
-    except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError, OverflowError, EOFError) as error:
-        _bad(path, f"it is no archive that can be read ({error})")
-    return records
+    except Exception as error:  # unpickling damaged data may raise anything
+        broken = f"{type(error).__name__}: {error}" if isinstance(error, Forbidden) else type(error).__name__
+    if names.unknown:
+        first = next(iter(names.unknown))
+        raise UntrustedCodeError(
+            f"cannot convert {path}: tensors, numbers, strings and containers of these were expected, its pickle asks for "
+            f"{some(names.unknown, 20)}; nothing of it was run, and allow={first!r} reads such an object as a record that does "
+            f"nothing; nothing was written"
+        )
+    if broken:
+        _bad(path, f"it is no file of torch.save: its pickle is broken ({broken})")
+    return content
 
 
 def _refuse_program(path: str, records: Sequence[str]) -> None:
@@ -226,56 +301,61 @@ def _refuse_program(path: str, records: Sequence[str]) -> None:
 
 
 class _Placing:
-    """Replaces each plain meta tensor of a content by a view of its bytes; the archive begins at ``begin`` in the file.
+    """Replaces each description of a tensor in a content by a tensor in the bytes of its storage."""
 
-    torch computes the offset at which it would write a tensor. The offset is used only if a record of the right length begins there.
-    """
-
-    def __init__(self, mapping: mmap.mmap, begin: int, records: Mapping[int, int], path: str) -> None:
-        self._mapping, self._begin, self._records, self._path = mapping, begin, records, path
+    def __init__(self, bytes_of: Callable[[Storage], torch.Tensor], path: str) -> None:
+        self._bytes_of, self._path = bytes_of, path
+        self._storages: dict[str, torch.Tensor] = {}
         self._placed: dict[int, Any] = {}  # by the identity of a container, which may be in many others
 
     def place(self, content: Any) -> Any:
-        """``content`` with tensors that are mapped. The content has to stay alive meanwhile."""
+        """``content`` with tensors. The content has to stay alive meanwhile."""
+        if isinstance(content, Described):
+            return self._tensor(content)
+        if isinstance(content, (Storage, StorageType)):
+            return Unread("storage")
         if id(content) in self._placed:
             return self._placed[id(content)]
         if isinstance(content, Mapping):
             placed: Any = {key: self.place(value) for key, value in content.items()}
         elif isinstance(content, (list, tuple, set, frozenset)):
             placed = [self.place(value) for value in content]
+        elif isinstance(content, Record):
+            self._placed[id(content)] = content  # it may refer to itself
+            return content.placed(self.place)
         else:
-            return self._tensor(content)
+            return content
         self._placed[id(content)] = placed
         return placed
 
-    def _tensor(self, content: Any) -> Any:
-        if type(content) not in PLAIN_TYPES or content.layout is not torch.strided or content.is_quantized or content.is_nested:
-            return content
-        storage = content.untyped_storage()
-        if storage.nbytes() == 0 or content.numel() == 0:
-            return torch.empty(content.shape, dtype=content.dtype)
-        offset = getattr(storage, "_checkpoint_offset", None)
-        if offset is None:
-            return content  # the tensor was on the meta device when it was saved
-        if self._records.get(offset) != storage.nbytes():
-            raise _NotMappable
-        offset += self._begin
-        needed = (
-            content.storage_offset() + sum((size - 1) * stride for size, stride in zip(content.shape, content.stride())) + 1
-        )
-        if min(*content.stride(), content.storage_offset(), 0) < 0 or needed * content.element_size() > storage.nbytes():
-            _bad(self._path, f"a tensor of {tuple(content.shape)} does not lie in its {storage.nbytes()} bytes")
-        raw = torch.frombuffer(self._mapping, dtype=torch.uint8, count=storage.nbytes(), offset=offset)
-        tensor = torch.empty(0, dtype=content.dtype)
+    def _tensor(self, described: Described) -> torch.Tensor:
+        storage, dtype, offset, shape, strides, is_conj, is_neg = described
+        found = f"a tensor of {shape} does not lie in its {storage.nbytes} bytes"
         try:
-            tensor.set_(raw.untyped_storage(), content.storage_offset(), content.shape, content.stride())
-        except RuntimeError as error:
-            _bad(
-                self._path,
-                f"a tensor of {tuple(content.shape)} does not lie in its {storage.nbytes()} bytes ({_reason(error)})",
-            )
-        tensor = tensor.conj() if content.is_conj() else tensor
-        return torch._neg_view(tensor) if content.is_neg() else tensor
+            if math.prod(shape) == 0:
+                return torch.empty(shape, dtype=dtype, device="cpu")
+            end = offset + sum((size - 1) * stride for size, stride in zip(shape, strides)) + 1
+            if storage.begin + end * dtype.itemsize > storage.nbytes:
+                _bad(self._path, found)
+            if storage.key not in self._storages:
+                self._storages[storage.key] = self._bytes_of(storage)
+            memory = self._storages[storage.key][storage.begin :]
+            tensor = _view(memory, described)
+            if tensor.data_ptr() % dtype.itemsize and not (tensor.is_contiguous() and not is_conj and not is_neg):
+                tensor = _view(memory.clone(), described)  # only whole bytes can be copied from where the file has them
+        except (RuntimeError, TypeError, OverflowError) as error:
+            _bad(self._path, f"{found} ({type(error).__name__})")
+        tensor = tensor.conj() if is_conj else tensor
+        return torch._neg_view(tensor) if is_neg else tensor
+
+
+def _view(memory: torch.Tensor, described: Described) -> torch.Tensor:
+    """The described tensor in the bytes of its storage."""
+    # A slice shares the storage of what it is a slice of, and counts from there.
+    begin = memory.storage_offset()
+    storage = memory.untyped_storage()[begin : begin + memory.numel()] if begin else memory.untyped_storage()
+    empty = torch.empty(0, dtype=described.dtype, device="cpu")
+    return empty.set_(storage, described.offset, described.shape, described.strides)
 
 
 def _bad(path: str, found: str) -> NoReturn:

@@ -1,7 +1,7 @@
 """Recognises what a training run stores beside the weights: the state of optimizers, schedulers and random number generators.
 
-Names alone decide only where no weights have such a name; otherwise the form of the values decides. What is not recognised counts as
-weights, so a doubt leads to a question and not to a loss.
+The form of the values decides. A name helps only if it is one that training loops use by convention, and if the values do not look like
+those of a network. What is not recognised counts as weights, so a doubt leads to a question and not to a loss.
 """
 
 from __future__ import annotations
@@ -12,27 +12,60 @@ from typing import Any
 
 import torch
 
-from shardsave._foreign.containers import is_container, tensors_in
+from shardsave._foreign.containers import children, is_container, is_tensor, tensors_in
 
-_OPTIMIZER = re.compile(r"(?:\w+_)?optim(?:izer)?s?(?:_(?:states?|dicts?|[a-z0-9]))*", re.IGNORECASE)
+_OPTIMIZER = re.compile(r"optim(?:izer)?(?:_states?|_dicts?|_[a-z0-9])*|optimizers", re.IGNORECASE)
 _COUNTERS = re.compile(r"(?:\w+_)?(?:schedulers?|callbacks|loops)(?:_(?:states?|dicts?|[a-z0-9]))*", re.IGNORECASE)
-_RANDOM = re.compile(r"(?:.*[_.])?rng(?:[_.].*)?", re.IGNORECASE)
+_RANDOM = re.compile(r"(?:.*[_.])?rng(?:_?states?)?(?:[_.](?:all|cpu|cuda|gpu|mps|xpu|torch|\d+))*", re.IGNORECASE)
 
-#: Keys of `Optimizer.state_dict`, and of `GradScaler.state_dict`.
-_FORMS = ({"state", "param_groups"}, {"scale", "growth_factor", "backoff_factor"})
+#: Where the keys of a distributed checkpoint that flattens an optimizer's state begin.
+_FLATTENED = ("state.", "param_groups.")
+
+#: The bytes of a generator's state: on the CPU, on CUDA and XPU (now, and before torch 1.8), and on MPS.
+_RANDOM_BYTES = frozenset({5056, 16, 816_000, 816_016, 44})
+
+_SCALER = frozenset({"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"})
 
 
 def is_training_state(name: str, value: Any) -> bool:
     """Whether the container ``value``, which a file holds under ``name``, is training state."""
     if not is_container(value):
         return False
-    if isinstance(value, dict) and any(form <= value.keys() for form in _FORMS):
+    if isinstance(value, dict) and (_is_optimizer(value) or (value.keys() >= _SCALER and _has_only_numbers(value))):
         return True
     if _OPTIMIZER.fullmatch(name):
-        return True
+        return not _has_weights(value)
     if _COUNTERS.fullmatch(name):
-        return all(_elements(tensor) <= 1 for tensor in tensors_in(value))
+        return _has_only_numbers(value)
     return _RANDOM.fullmatch(name) is not None and all(map(_is_random_state, tensors_in(value)))
+
+
+def _is_optimizer(value: Mapping[Any, Any]) -> bool:
+    """Whether ``value`` is what `Optimizer.state_dict` returns: the tensors of each parameter are apart, and groups list parameters."""
+    state, groups = value.get("state"), value.get("param_groups")
+    if not isinstance(state, dict) or not isinstance(groups, (list, dict)):
+        return False
+    listed = [group for _, group in children(groups)]
+    return (
+        bool(listed)
+        and all(isinstance(group, dict) and "params" in group for group in listed)
+        and not any(map(is_tensor, state.values()))
+    )
+
+
+def _has_weights(value: Any) -> bool:
+    """Whether a mapping in ``value`` has tensors under names with dots, as the state of a network has and that of an optimizer has not."""
+    visited: set[int] = set()
+    waiting = [value]
+    while waiting:
+        container = waiting.pop()
+        visited.add(id(container))
+        for key, child in children(container):
+            if is_container(child) and id(child) not in visited:
+                waiting.append(child)
+            elif is_tensor(child) and isinstance(container, dict) and "." in key and not key.startswith(_FLATTENED):
+                return True
+    return False
 
 
 def are_random_states(tensors: Mapping[str, Any]) -> bool:
@@ -41,7 +74,11 @@ def are_random_states(tensors: Mapping[str, Any]) -> bool:
 
 
 def _is_random_state(tensor: Any) -> bool:
-    return tensor.dtype == torch.uint8 and len(tensor.shape) == 1
+    return tensor.dtype == torch.uint8 and len(tensor.shape) == 1 and _elements(tensor) in _RANDOM_BYTES
+
+
+def _has_only_numbers(value: Any) -> bool:
+    return all(_elements(tensor) <= 1 for tensor in tensors_in(value))
 
 
 def _elements(tensor: Any) -> int:

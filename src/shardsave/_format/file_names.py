@@ -9,12 +9,21 @@ INDEX_NAME = "model.safetensors.index.json"
 #: A checkpoint in one file, without an index.
 LONE_NAME = "model.safetensors"
 
+#: The files of an adapter as PEFT writes it.
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
 #: Endings of files that are almost always written by ``torch.save``.
 TORCH_ENDINGS = (".bin", ".pt", ".pth")
 
-#: Exactly the names that `shard_names` and `part_name` return: a save may remove such a file once no index names it.
+#: The extension of a file with tensors that are no weights, such as extra tensors. Other tools read every ``*.safetensors`` of a directory
+#: as weights.
+PART_TENSORS = "tensors"
+
+#: Exactly the names that `shard_names` and `part_name` return, or returned in version 1 of the format (``extra-….safetensors``): a save
+#: may remove such a file once no index names it.
 OWN_PATTERN = re.compile(
-    r"model-(?:[0-9a-f]{8}-)?[0-9]{5}-of-[0-9]{5}\.safetensors|(?:(?:architecture|program)-[0-9a-f]{8}\.json|extra-[0-9a-f]{8}\.safetensors)"
+    r"model-(?:[0-9a-f]{8}-)?[0-9]{5}-of-[0-9]{5}\.safetensors"
+    r"|(?:architecture|program)-[0-9a-f]{8}\.json|extra-[0-9a-f]{8}\.(?:tensors|safetensors)"
 )
 
 _MAX_SHARDS = 99_999

@@ -66,8 +66,8 @@ def encode_header(shard: Shard, more: Mapping[str, str] | None = None) -> bytes:
     padded = -(-(8 + len(text)) // ALIGNMENT) * ALIGNMENT - 8
     if padded > MAX_HEADER_BYTES:
         raise ValueError(
-            f"a shard of {len(shard.tensors)} tensors needs a header of {padded} bytes, the format allows "
-            f"{MAX_HEADER_BYTES}; choose a smaller max_shard_size"
+            f"one file of {len(shard.tensors)} tensors needs a header of {padded} bytes, the format allows {MAX_HEADER_BYTES}; "
+            f"a directory of shards has no such limit"
         )
     return padded.to_bytes(8, "little") + text.ljust(padded)
 
@@ -207,6 +207,8 @@ def _read_any(content: Buffer, where: str) -> tuple[dict[str, str], Tensors]:
 
 
 def _check_metadata(metadata: object, where: str) -> dict[str, str]:
+    if metadata is None:  # some writers have this, and safetensors reads it
+        return {}
     if not isinstance(metadata, dict):
         _bad(where, "__metadata__ expected to be an object", f"it is {glimpse(metadata)}")
     for key, value in metadata.items():

@@ -20,7 +20,7 @@ from shardsave._format.header import CHECKSUM_KEY
 MAX_INDEX_BYTES = 100_000_000
 
 #: The version of the record that is written. A reader decides by ``requires``, not by this number.
-VERSION = 1
+VERSION = 2
 
 #: What follows the checksum, which is the last value of the record.
 END = b'"}}\n'

@@ -5,8 +5,9 @@ Everything here is a pure function of the stored tensors: every process that has
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
+from json.encoder import encode_basestring
 from typing import NamedTuple
 
 from shardsave._format.dtypes import item_bytes
@@ -14,6 +15,15 @@ from shardsave._format.dtypes import item_bytes
 #: The data of a file begins at a multiple of this, in bytes, and blocks are cut at multiples of it: no file system asks for more
 #: with O_DIRECT (open(2), statx(2)).
 ALIGNMENT = 4096
+
+#: The longest header of a shard, in bytes: huggingface_hub reads no longer ones, although safetensors reads four times as much.
+MAX_SHARD_HEADER_BYTES = 25_000_000
+
+#: The most bytes in a header for a tensor besides its name and sizes: punctuation, the longest dtype, two offsets, a checksum.
+_ENTRY_BYTES = len('"":{"dtype":"F8_E4M3FNUZ","shape":[],"data_offsets":[,]},') + 2 * 19 + 16
+
+#: The most bytes for one size of a shape, and for what a header has besides its tensors: length, metadata, padding.
+_SIZE_BYTES, _REST_BYTES = 20, 8 + 200 + ALIGNMENT
 
 
 class StoredTensor(NamedTuple):
@@ -34,18 +44,24 @@ class Shard(NamedTuple):
     data_bytes: int
 
 
-def pack(tensors: Sequence[StoredTensor], max_shard_size: int) -> tuple[Shard, ...]:
+def pack(tensors: Sequence[StoredTensor], max_shard_size: int | None) -> tuple[Shard, ...]:
     """Distributes ``tensors`` over shards of at most ``max_shard_size`` bytes of data; frozen and trainable tensors are kept apart.
+
+    A shard's header has at most `MAX_SHARD_HEADER_BYTES`, too. None: there is one shard for all, whatever its size.
 
     Greedy, in the order of ``tensors``; a tensor larger than the bound has a shard of its own. Between two repeated layers
     (``layers.3.`` and ``layers.4.``) a shard ends early if it is at least three quarters full: a layer stays in one file if that
     costs only a little room. Without tensors there is one empty shard.
     """
+    if max_shard_size is None:
+        return (_lay_out(tensors),)
     groups: list[list[StoredTensor]] = []
     for frozen in (True, False):
         alike = [tensor for tensor in tensors if tensor.frozen == frozen]
         if alike:
             groups.extend(_greedy(alike, max_shard_size))
+    if _header_bound(tensors) > MAX_SHARD_HEADER_BYTES:
+        groups = [part for group in groups for part in _with_short_headers(group)]
     return tuple(_lay_out(group) for group in groups) or (_lay_out([]),)
 
 
@@ -64,6 +80,27 @@ def _greedy(tensors: Iterable[StoredTensor], bound: int) -> list[list[StoredTens
     if current:
         groups.append(current)
     return groups
+
+
+def _with_short_headers(group: list[StoredTensor]) -> Iterator[list[StoredTensor]]:
+    """Cuts a group of tensors where their header would become too long. Only a model of very many tensors has such a group."""
+    begin, length = 0, _REST_BYTES
+    for at, tensor in enumerate(group):
+        needed = _header_bound([tensor]) - _REST_BYTES
+        if at > begin and length + needed > MAX_SHARD_HEADER_BYTES:
+            yield group[begin:at]
+            begin, length = at, _REST_BYTES
+        length += needed
+    yield group[begin:]
+
+
+def _header_bound(tensors: Sequence[StoredTensor]) -> int:
+    """A number of bytes that the header of ``tensors`` does not exceed."""
+    names = "".join([tensor.name for tensor in tensors])
+    simple = names.isascii() and names.isprintable() and '"' not in names and "\\" not in names
+    name_bytes = len(names) if simple else len(encode_basestring(names).encode(errors="surrogatepass"))
+    sizes = sum([len(tensor.shape) for tensor in tensors])
+    return _REST_BYTES + len(tensors) * _ENTRY_BYTES + name_bytes + sizes * _SIZE_BYTES
 
 
 def _repeated_layer(name: str) -> str | None:

@@ -5,18 +5,18 @@ PEFT wraps the layers that an adapter changes, so the weights of the model have 
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 
+from shardsave._common.imports import import_at_use
 from shardsave._huggingface.peft_names import active_adapters, adapter_of
 from shardsave._huggingface.transformers_names import NamesInMemory, converts, model_transforms
 from shardsave._state.wrappers import Names
 
 #: What PEFT puts before the names of a model in the file of its adapter.
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 
 
 class AddedAdapter(NamedTuple):
@@ -46,39 +46,44 @@ def added_adapter(model: Any, tensors: Mapping[str, torch.Tensor]) -> AddedAdapt
         adapter = adapter_of(model, tensors)
         for saved, name in adapter.names.items():
             if active[0] in name.split("."):
-                own[_PREFIX + saved] = name
+                own[PREFIX + saved] = name
             else:  # of the base model, such as the biases with bias="all"
-                copies[_PREFIX + saved] = tensors[name]
-        copies.update((_PREFIX + saved, tensor) for saved, tensor in adapter.computed.items())
+                copies[PREFIX + saved] = tensors[name]
+        copies.update((PREFIX + saved, tensor) for saved, tensor in adapter.computed.items())
     wrapped = _wrapped(model)
     in_file = set(own.values())
     return AddedAdapter({name: _without(wrapped, name) for name in tensors if name not in in_file}, own, copies)
 
 
 def not_read(model: Any, added: AddedAdapter) -> list[str]:
-    """The names in memory of the adapter's tensors that transformers' `load_adapter` would not find under PEFT's names."""
+    """The adapter's tensors for which transformers' `load_adapter` would not know PEFT's names; those with a name in memory by that."""
     try:
-        conversion = importlib.import_module("peft.utils.transformers_weight_conversion")
+        conversion = import_at_use("peft.utils.transformers_weight_conversion")
     except ImportError:  # older versions of transformers leave the names to PEFT
         return []
     if not added.own or not converts():
         return []
     (active,) = active_adapters(model)
     transforms = conversion.build_peft_weight_mapping(model_transforms(model), active, peft_config=model.peft_config[active])
-    renaming = importlib.import_module("transformers.core_model_loading").WeightRenaming
-    wrapper = importlib.import_module("peft.utils.other").AuxiliaryTrainingWrapper
+    renaming = import_at_use("transformers.core_model_loading").WeightRenaming
+    wrapper = import_at_use("peft.utils.other").AuxiliaryTrainingWrapper
     for name, module in model.named_modules():
         if isinstance(module, wrapper):
             names = module.adapter_state_dict_load_map(active)
             transforms += [renaming(f"{name}.{saved}", f"{name}.{inside}") for saved, inside in names.items()]
-    in_memory = NamesInMemory(model, {*added.plain, *added.own.values()}, transforms)
-    return [added.own[saved] for saved, (name, pattern) in in_memory.of(added.own) if not pattern and name != added.own[saved]]
+    known = {*added.plain, *added.own.values()}
+    renamed = NamesInMemory(model, known, transforms).of([*added.own, *added.copies])
+    return [
+        added.own.get(saved, saved)
+        for saved, (name, pattern) in renamed
+        if not pattern and name != added.own.get(saved, name if name in known else None)
+    ]
 
 
 def _wrapped(model: Any) -> list[tuple[str, str]]:
     """For each layer of PEFT, the prefix of its own name and that of the layer inside it; inner layers come first."""
-    tuners = importlib.import_module("peft.tuners.tuners_utils")
-    utils = importlib.import_module("peft.utils.other")
+    tuners = import_at_use("peft.tuners.tuners_utils")
+    utils = import_at_use("peft.utils.other")
     names = Names.of(model)
     found = []
     originals: dict[int, str] = {}  # id of the module inside a wrapper → the prefix of the wrapper

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from shardsave._huggingface.added_adapter import added_adapter
+from shardsave._huggingface.added_adapter import PREFIX, AddedAdapter, added_adapter
+from shardsave._huggingface.peft_loading import besides, in_dict
+from shardsave._huggingface.peft_names import active_adapters, named_tensors
 from shardsave._huggingface.transformers_loading import TransformersLayout
-from shardsave._loading.disk_layout import Join
+from shardsave._loading.disk_layout import Beside, Join
 from shardsave._loading.slots import Inventory
-from shardsave._state.wrappers import Names
 from shardsave._storage.checkpoint import Located
 
 Values = Mapping[str, torch.Tensor]
@@ -23,8 +24,7 @@ class AddedAdapterLayout:
     def __init__(self, inventory: Inventory, stored: Mapping[str, Located], where: str) -> None:
         """The arguments are those of `TransformersLayout`. Raises IncompatibleCheckpointError."""
         model: Any = inventory.module
-        names = Names.of(model)
-        added = added_adapter(model, {names.plain(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()})
+        added = added_adapter(model, named_tensors(model))
         in_memory = stored.keys() >= inventory.expected  # an architecture refers to the names in memory
         self._plain = {} if in_memory else added.plain
         self._in_memory = {plain: name for name, plain in self._plain.items()}
@@ -32,14 +32,18 @@ class AddedAdapterLayout:
         rest = {name: located for name, located in stored.items() if name not in own and name not in added.copies}
         expected = frozenset(self._plain.get(name, name) for name in inventory.expected.difference(own.values()))
         self._whole = TransformersLayout(inventory._replace(expected=expected), rest, where)
+        self._needed = (
+            frozenset(own.values()) if own and not rest else inventory.expected
+        )  # `save_pretrained` saves the adapter alone
         self.stored = {self._name(name): located for name, located in self._whole.stored.items()}
         self.stored.update((own[name], stored[name]) for name in own if name in stored)
         self.joins = [
             Join(tuple(map(self._name, join.targets)), join.sources, self._convert(join)) for join in self._whole.joins
         ]
+        self.beside = _beside(model, added, stored, where)
 
     def may_be_missing(self, name: str) -> bool:
-        return self._whole.may_be_missing(self._plain.get(name, name))
+        return name not in self._needed or self._whole.may_be_missing(self._plain.get(name, name))
 
     def flags(self, on_disk: Mapping[str, bool]) -> dict[str, bool]:
         return {self._name(name): frozen for name, frozen in self._whole.flags(on_disk).items()}
@@ -53,3 +57,11 @@ class AddedAdapterLayout:
 
     def _convert(self, join: Join) -> Callable[[Sequence[torch.Tensor]], Values]:
         return lambda tensors: {self._name(name): value for name, value in join.convert(tensors).items()}
+
+
+def _beside(model: Any, added: AddedAdapter, stored: Mapping[str, Located], where: str) -> list[Beside]:
+    owners = {}
+    for name in added.copies:
+        if name in stored and (owner := in_dict(model, name.removeprefix(PREFIX), active_adapters(model)[0])) is not None:
+            owners[name] = owner
+    return besides(owners, stored, active_adapters(model)[0], where) if owners else []

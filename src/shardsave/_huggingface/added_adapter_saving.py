@@ -12,9 +12,9 @@ from typing import Any
 
 from shardsave._common.sources import TensorSource
 from shardsave._common.words import some
+from shardsave._format.file_names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from shardsave._huggingface.added_adapter import AddedAdapter, added_adapter, not_read
 from shardsave._huggingface.peft_names import active_adapters
-from shardsave._huggingface.peft_saving import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from shardsave._huggingface.transformers_saving import TransformersLayout
 from shardsave._saving.disk_layout import OnDisk
 from shardsave._state.module import Entry, State
@@ -79,10 +79,6 @@ def _without_adapter(state: State, added: AddedAdapter) -> tuple[Entry, ...]:
 def _adapter_entries(state: State, added: AddedAdapter) -> list[Entry]:
     """The entries of PEFT's file."""
     by_name = {entry.name: entry for entry in state.entries}
-    name_on_disk = {name: saved for saved, name in added.own.items()}
-    entries = []
-    for saved, name in added.own.items():
-        leader = by_name[name].tied_to
-        entries.append(by_name[name]._replace(name=saved, tied_to=name_on_disk.get(leader) if leader is not None else None))
+    entries = [by_name[name]._replace(name=saved, tied_to=None) for saved, name in added.own.items()]
     entries += [Entry(saved, "tensor", None, None, TensorSource.of(tensor)) for saved, tensor in added.copies.items()]
     return entries

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 
+from shardsave._common.imports import import_at_use
 from shardsave._printable import printable
+from shardsave._state.wrappers import Names
 
 
 class Adapter(NamedTuple):
@@ -25,7 +26,7 @@ class Adapter(NamedTuple):
 def adapter_of(model: Any, tensors: Mapping[str, torch.Tensor]) -> Adapter:
     """Selects from ``tensors``, all of a PEFT ``model`` by their names in the module, those that PEFT saves as its active adapter."""
     adapter_name = active_adapter(model)
-    utils = importlib.import_module("peft.utils")
+    utils = import_at_use("peft.utils")
     # False, because with "auto" PEFT looks for the base model's config on the Hub, to learn whether embeddings were resized.
     adapter_tensors = utils.get_peft_model_state_dict(
         model, state_dict=dict(tensors), adapter_name=adapter_name, save_embedding_layers=False
@@ -33,6 +34,17 @@ def adapter_of(model: Any, tensors: Mapping[str, torch.Tensor]) -> Adapter:
     name_of = {id(tensor): name for name, tensor in tensors.items()}
     names = {saved: name_of[id(tensor)] for saved, tensor in adapter_tensors.items() if id(tensor) in name_of}
     return Adapter(names, {saved: tensor for saved, tensor in adapter_tensors.items() if saved not in names})
+
+
+def named_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """The tensors of ``model`` by their names without wrappers; each name of a shared tensor has a tensor object of its own."""
+    names = Names.of(model)
+    tensors: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        tensors[names.plain(name)] = tensor.detach() if id(tensor) in seen else tensor
+        seen.add(id(tensor))
+    return tensors
 
 
 def active_adapter(model: Any) -> str:

@@ -7,12 +7,11 @@ import json
 from typing import Any
 
 from shardsave._common.sources import TensorSource
+from shardsave._format.file_names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from shardsave._huggingface.peft_names import active_adapter, adapter_of
 from shardsave._saving.disk_layout import OnDisk
 from shardsave._state.module import Entry, State
 from shardsave.errors import UnsupportedTensorError
-
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 class AdapterLayout:
@@ -30,12 +29,8 @@ class AdapterLayout:
                 f"cannot save the adapter {active_adapter(self._model)!r}: at least one tensor was expected, it has none; "
                 "nothing was written"
             )
-        name_on_disk = {name: saved_name for saved_name, name in adapter.names.items()}
-        on_disk = []
-        for saved_name, name in adapter.names.items():
-            leader = entries[name].tied_to
-            tied_to = name_on_disk.get(leader) if leader is not None else None
-            on_disk.append(entries[name]._replace(name=saved_name, tied_to=tied_to))
+        # PEFT writes a tensor that several layers share once for each of them.
+        on_disk = [entries[name]._replace(name=saved_name, tied_to=None) for saved_name, name in adapter.names.items()]
         on_disk += [
             Entry(saved_name, "tensor", None, None, TensorSource.of(tensor)) for saved_name, tensor in adapter.computed.items()
         ]

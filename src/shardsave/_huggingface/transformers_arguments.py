@@ -12,6 +12,7 @@ import dataclasses
 import dis
 import importlib
 import inspect
+import math
 import re
 import typing
 from collections.abc import Iterator, Mapping
@@ -86,12 +87,19 @@ _NUMBERS = frozenset({"model_args"})
 #: Text without a separator of paths, repositories or addresses.
 _WORD = re.compile(r"(?!\.)[\w*+,=.-]{0,1024}", re.ASCII)
 
-#: Arguments over which constructors loop, those of them that are lists of such numbers, and those whose numbers may have any size.
-_COUNTED = re.compile(r"(?!max_)(?!.*(size|dim|channel))(.*(layer|depth|stage|blocks|repeats)|n_layers?$)")
+#: Arguments over which constructors loop, those of them that are lists of such numbers, those whose square is a number of loops, and
+#: those whose numbers may have any size: whole numbers, and fractions.
+_COUNTED = re.compile(
+    r"(?!max_)(?!.*(size|dim|channel))(.*(layer|depth|stage|blocks|repeats)|n_layers?$)|first_k_dense|attention_types$|n_codes"
+)
+_SQUARED = re.compile(r"(image|img)_?(size|height|width)$|resolution$")
 _SUMMED = re.compile(r"depths?$|num_\w*(layers|blocks|repeats)$")
 _UNBOUNDED = re.compile(r"theta|rotary_emb_base|seed|sliding_window")
+_UNBOUNDED_FLOAT = re.compile(rf"{_UNBOUNDED.pattern}|(?<!inter)val|clip|limit|frequency")
 
-_MOST_LAYERS, _MOST_LABELS, _LARGEST = 1 << 10, 1 << 16, 1 << 25
+_MOST_LAYERS, _MOST_LABELS, _LARGEST, _LARGEST_SQUARED = 1 << 10, 1 << 16, 1 << 25, 1 << 12
+#: Whole numbers below zero have a meaning of their own, such as -1 and -100; subtracted from another, they are a size.
+_LEAST = -(1 << 10)
 _DEEPEST = 8
 
 
@@ -105,6 +113,7 @@ class ConfigArguments:
         self._layers = _MOST_LAYERS + tensors
         self._labels = max(_MOST_LABELS, longest)
         self._largest = max(_LARGEST, longest)
+        self._squared = max(_LARGEST_SQUARED, longest)
 
     def choose(self, config_class: Any, values: Mapping[str, Any], place: str = "", depth: int = 0) -> dict[str, Any]:
         """The arguments for ``config_class`` among ``values``, the content of its file. Other keys are left out."""
@@ -193,14 +202,18 @@ class ConfigArguments:
             limit = self._labels
         elif _COUNTED.match(name):
             limit = self._layers
+        elif _SQUARED.search(name):
+            limit = self._squared
         else:
             limit = self._largest
-        if (
-            isinstance(value, int)
-            and abs(value) > limit
-            and not (_UNBOUNDED.search(place.rpartition(".")[2]) and abs(value) < 1 << 63)
-        ):
-            self._refuse(place, f"a number up to {limit}, as for the tensors of this checkpoint", value)
+        argument = place.rpartition(".")[2]
+        if isinstance(value, float):
+            fits = abs(value) <= limit or not math.isfinite(value) or _UNBOUNDED_FLOAT.search(argument)
+        else:
+            fits = _LEAST <= value <= limit or (_UNBOUNDED.search(argument) and abs(value) < 1 << 63)
+        if not fits:
+            wanted = "a number" if value > 0 else f"a number from {_LEAST}"
+            self._refuse(place, f"{wanted} up to {limit}, as for the tensors of this checkpoint", value)
 
     def _check_dtype(self, value: Any, place: str) -> None:
         if value is not None and not (isinstance(value, str) and isinstance(getattr(torch, value, None), torch.dtype)):

@@ -14,8 +14,10 @@ import math
 import os
 import pkgutil
 import re
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,9 +25,10 @@ from torch import nn
 
 from shardsave._common.os_calls import CallFailed
 from shardsave._common.strict_json import NotJSON, check_memory, glimpse
+from shardsave._common.supervised import TooMuchTaken, supervised
 from shardsave._format.dtypes import BY_NAME
 from shardsave._huggingface.transformers_arguments import ConfigArguments, generation_arguments
-from shardsave._huggingface.transformers_construction import CountedTensors, Offline, offline
+from shardsave._huggingface.transformers_construction import CountedTensors, Offline, guarded
 from shardsave._storage.checkpoint import Located
 from shardsave._storage.companions import CONFIG_NAMES, MAX_COMPANION_BYTES
 from shardsave._storage.directory import Directory
@@ -36,6 +39,11 @@ CONFIG_NAME, GENERATION_NAME = CONFIG_NAMES
 
 #: Implementations that are part of transformers; all other names may be those of kernels, which are code from the Hub.
 _BUILT_IN = (None, "eager", "sdpa")
+
+#: What making a model may take: processor time, and growth of the process. One of 1000 tensors takes less than a second, and some MiB
+#: beside its tensors.
+_ANY_SECONDS, _SECONDS_PER_TENSOR = 30.0, 0.005
+_ANY_BYTES, _BYTES_PER_BYTE = 4 << 30, 4
 
 
 def read_config(folder: str, name: str = CONFIG_NAME) -> dict[str, Any] | None:
@@ -84,19 +92,32 @@ def empty_model(
     longest = max((length for located in stored.values() for length in located.shape), default=0)
     arguments = ConfigArguments(where, len(stored), longest).choose(model_class.config_class, config)
     counted = CountedTensors(where, len(stored), sum(math.prod(located.shape) for located in stored.values()))
+    device = torch.empty(0, device=device).device  # the current one of this thread, which another thread does not know
+    inside: set[int] = set()
+
+    def construct() -> Any:
+        inside.add(threading.get_ident())
+        with torch.device("meta"), counted:
+            _construct(model_class, arguments)
+        counted.check()
+        with torch.device(device):
+            model = _construct(model_class, arguments)
+        model.tie_weights()
+        _initialise_unsaved(model)
+        if model.can_generate():
+            _take_generation_config(model, folder)
+        return model
+
     try:
-        with offline():
-            with torch.device("meta"), counted:
-                _construct(model_class, arguments)
-            counted.check()
-            with torch.device(device):
-                model = _construct(model_class, arguments)
-            model.tie_weights()
-            _initialise_unsaved(model)
-            if model.can_generate():
-                _take_generation_config(model, folder)
+        seconds = _ANY_SECONDS + _SECONDS_PER_TENSOR * len(stored)
+        nbytes = _ANY_BYTES + _BYTES_PER_BYTE * sum(located.nbytes for located in stored.values())
+        model = supervised(construct, partial(guarded, inside), seconds, nbytes)
     except ShardSaveError:
         raise
+    except TooMuchTaken as error:
+        raise IncompatibleCheckpointError(
+            f"cannot build {where}: a model of {len(stored)} tensors expected, its constructor took {error}; nothing was built"
+        ) from None
     except Exception as error:
         counted.check()
         raise IncompatibleCheckpointError(

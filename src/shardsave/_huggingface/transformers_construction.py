@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import socket
+import sys
 import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -21,39 +23,87 @@ from shardsave.errors import IncompatibleCheckpointError
 _MORE_TENSORS, _MORE_ELEMENTS = 8, 8
 _ANY_TENSORS, _ANY_ELEMENTS = 1 << 12, 1 << 26
 
-#: One construction at a time: the guards below are attributes of modules, which threads share.
-_constructing = threading.RLock()
+#: How to undo what is in force while a constructor runs, for a process that is forked meanwhile.
+_undoing: list[Callable[[], None]] = []
 
 
-def _renew_lock() -> None:
-    global _constructing
-    _constructing = threading.RLock()
+def _undo_in_child() -> None:
+    while _undoing:
+        _undoing.pop()()
 
 
-os.register_at_fork(after_in_child=_renew_lock)
+os.register_at_fork(after_in_child=_undo_in_child)
 
 
 @contextmanager
-def offline() -> Iterator[None]:
-    """Inside, the calling thread is offline: huggingface_hub makes no request, and no socket connects. Other threads are not affected.
-
-    ``HF_HUB_OFFLINE`` is a constant of a module, and some modules have copied it, so sockets are closed to the thread as well.
+def guarded(inside: set[int]) -> Iterator[None]:
+    """Inside, the threads ``inside`` are offline. If the block is left by an exception, what transformers changes for the time of a
+    construction is put back: its own code for that may have been stopped midway.
     """
-    with _constructing:
-        replaced: list[tuple[Any, str, Any]] = []
-        inside = {threading.get_ident()}
+    before = _SharedState()
+    with offline(inside), _undone_in_child(before.restore):
+        try:
+            yield
+        except BaseException:
+            before.restore()
+            raise
+
+
+class _SharedState:
+    """The default dtype of torch, and the attributes of modules and classes that transformers replaces while it constructs a model."""
+
+    def __init__(self) -> None:
+        self._dtype = torch.get_default_dtype()
+        owners: list[Any] = [module for name, module in sys.modules.items() if _PATCHED.fullmatch(name)]
+        owners.append(importlib.import_module("transformers.modeling_utils").PreTrainedModel)
+        self._attributes = [(owner, dict(vars(owner))) for owner in owners]
+
+    def restore(self) -> None:
+        torch.set_default_dtype(self._dtype)
+        for owner, attributes in self._attributes:
+            now = vars(owner)
+            for name, before in attributes.items():
+                if callable(before) and now.get(name) is not before:
+                    setattr(owner, name, before)
+
+
+#: Modules whose functions transformers replaces.
+_PATCHED = re.compile(r"torch|torch\.nn\.init|torch\.nn\.modules\.\w+")
+
+
+@contextmanager
+def _undone_in_child(undo: Callable[[], None]) -> Iterator[None]:
+    _undoing.append(undo)
+    try:
+        yield
+    finally:
+        if undo in _undoing:
+            _undoing.remove(undo)
+
+
+@contextmanager
+def offline(inside: set[int]) -> Iterator[None]:
+    """Inside, the threads ``inside`` are offline: huggingface_hub makes no request, and no socket connects. Others are not affected.
+
+    ``HF_HUB_OFFLINE`` is a constant of a module, and some modules have copied it, so sockets are closed to the threads as well.
+    """
+    replaced: list[tuple[Any, str, Any]] = []
+
+    def put_back() -> None:
+        for owner, name, before in reversed(replaced):
+            if before is _ABSENT:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, before)
+
+    with _undone_in_child(put_back):
         try:
             for owner, name, guard in _guards(inside):
                 replaced.append((owner, name, vars(owner).get(name, _ABSENT)))
                 setattr(owner, name, guard)
             yield
         finally:
-            inside.clear()  # first, so that a guard that an interrupt leaves behind refuses nothing
-            for owner, name, before in reversed(replaced):
-                if before is _ABSENT:
-                    delattr(owner, name)
-                else:
-                    setattr(owner, name, before)
+            put_back()
 
 
 class Offline(ConnectionError):

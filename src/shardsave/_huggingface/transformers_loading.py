@@ -17,11 +17,14 @@ import torch
 from shardsave._format.dtypes import BY_NAME, BY_TORCH, logical_shape, torch_shape
 from shardsave._huggingface.transformers_names import Key, NamesInMemory, converts
 from shardsave._huggingface.transformers_on_disk import DiskTensor, reverted
-from shardsave._loading.disk_layout import Join
+from shardsave._loading.disk_layout import Beside, Join
 from shardsave._loading.slots import Inventory
 from shardsave._state.wrappers import Names
 from shardsave._storage.checkpoint import Located
 from shardsave.errors import IncompatibleCheckpointError, UnsupportedTensorError
+
+#: What PEFT puts into the name of a tensor whose layer it wraps.
+_PEFT_LAYER = re.compile(r"\.(base_layer|original_module)(?=\.)")
 
 
 class TransformersLayout:
@@ -34,6 +37,7 @@ class TransformersLayout:
         """
         self.stored: dict[str, Located] = {}
         self.joins: list[Join] = []
+        self.beside: Sequence[Beside] = ()
         self._model: Any = inventory.module
         self._names = dict.fromkeys(inventory.expected, True)
         self._targets: dict[str, tuple[str, ...]] = {}  # name on disk → names in the model
@@ -53,7 +57,7 @@ class TransformersLayout:
         return _matches(getattr(self._model, "_keys_to_ignore_on_load_missing", None), name)
 
     def flags(self, on_disk: Mapping[str, bool]) -> dict[str, bool]:
-        """Flags by the names in this model, from flags by the names on disk or in a model with another head.
+        """Flags by the names in this model, from flags by the names on disk, or in a model with another head or with adapters.
 
         A tensor with several flags is frozen if all of them are.
         """
@@ -61,15 +65,15 @@ class TransformersLayout:
         known = {*self._names, *(names.plain(name) for name, _ in self._model.named_parameters(remove_duplicate=False))}
         flags: dict[str, bool] = {}
         for name, frozen in on_disk.items():
-            for name_in_model in (
-                [name] if name in known else self._targets.get(name) or [self._with_or_without_prefix(name, known)]
-            ):
+            for name_in_model in [name] if name in known else self._targets.get(name) or [self._known_as(name, known)]:
                 flags[name_in_model] = frozen and flags.get(name_in_model, True)
         return flags
 
-    def _with_or_without_prefix(self, name: str, known: set[str]) -> str:
+    def _known_as(self, name: str, known: set[str]) -> str:
+        """Which of ``known`` is the parameter ``name`` of a model with another head, or with layers of PEFT; ``name`` if none is."""
         prefix = f"{self._model.base_model_prefix}."
-        return next((other for other in (name.removeprefix(prefix), prefix + name) if other in known), name)
+        plain = _PEFT_LAYER.sub("", name)
+        return next((other for other in (plain, plain.removeprefix(prefix), prefix + plain) if other in known), name)
 
     def views(self, tensors: Mapping[str, torch.Tensor]) -> list[Sequence[torch.Tensor] | None]:
         """For each join, a view for each source: the slices of ``tensors`` that transformers would save, if they have the right shapes."""

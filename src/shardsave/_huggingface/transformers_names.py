@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-import importlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+
+from shardsave._common.imports import import_at_use
 
 #: The name of a tensor in the model, and the pattern of the converter that takes the stored tensor, or "".
 Key = tuple[str, str]
@@ -18,7 +19,7 @@ class NamesInMemory:
 
     def __init__(self, model: Any, names: Collection[str], transforms: Iterable[Any] | None = None) -> None:
         """``names``: those of the model's own state dict. ``transforms``: those of transformers for the class, if not given."""
-        loading = importlib.import_module("transformers.core_model_loading")
+        loading = import_at_use("transformers.core_model_loading")
         transforms = list(model_transforms(model) if transforms is None else transforms)
         self._loading = loading
         self._model = model
@@ -52,13 +53,13 @@ class NamesInMemory:
 
 def model_transforms(model: Any) -> list[Any]:
     """What transformers does to names and tensors on disk to load them into ``model``, in order."""
-    return list(importlib.import_module("transformers.conversion_mapping").get_model_conversion_mapping(model))
+    return list(import_at_use("transformers.conversion_mapping").get_model_conversion_mapping(model))
 
 
 def converts() -> bool:
     """Whether this version of transformers converts between names on disk and names in memory."""
     try:
-        importlib.import_module("transformers.core_model_loading")
+        import_at_use("transformers.core_model_loading")
     except ImportError:  # older versions use the names in memory on disk, too
         return False
     return True

@@ -6,13 +6,14 @@ a part of one in memory is not copied.
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch.overrides import TorchFunctionMode
 
+from shardsave._common.imports import import_at_use
+from shardsave._common.memory import tensors_in
 from shardsave.errors import UnsupportedTensorError
 
 _SOURCES = "_shardsave_sources"
@@ -65,18 +66,10 @@ class _ViewsOnly(TorchFunctionMode):
         if function is torch.Tensor.contiguous:
             return args[0]
         result = function(*args, **(kwargs or {}))
-        sources = [source for tensor in _tensors_in((args, kwargs or {})) for source in getattr(tensor, _SOURCES, ())]
-        for tensor in _tensors_in(result):
+        sources = [source for tensor in tensors_in((args, kwargs or {})) for source in getattr(tensor, _SOURCES, ())]
+        for tensor in tensors_in(result):
             setattr(tensor, _SOURCES, tuple(dict.fromkeys(sources)))
         return result
-
-
-def _tensors_in(value: object) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple, dict)):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _tensors_in(part)
 
 
 def _storage_of(tensor: torch.Tensor) -> object:
@@ -87,6 +80,6 @@ def _storage_of(tensor: torch.Tensor) -> object:
 def _revert_function() -> Any:
     """The function of transformers that converts to the layout on disk; None if this version has none and stores names as they are."""
     try:
-        return getattr(importlib.import_module("transformers.core_model_loading"), "revert_weight_conversion", None)
+        return getattr(import_at_use("transformers.core_model_loading"), "revert_weight_conversion", None)
     except ImportError:
         return None

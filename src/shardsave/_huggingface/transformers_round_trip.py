@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 
+from shardsave._common.words import some
 from shardsave._huggingface.transformers_names import NamesInMemory, converts
-from shardsave._huggingface.transformers_on_disk import DiskTensor
+from shardsave._huggingface.transformers_on_disk import DiskTensor, reverted
+from shardsave._loading.slots import Inventory
+from shardsave.errors import UnsupportedTensorError
 
 
 def not_given_back(
@@ -34,6 +37,28 @@ def not_given_back(
         same = targets.keys() == sources and all(_alike(tensors[name], tensor) for name, tensor in targets.items())
         (right if same else wrong).update(targets)
     return [name for name in tensors if name in wrong or name not in right]
+
+
+def exchange_notes(inventory: Inventory, stored: Collection[str]) -> tuple[str, ...]:
+    """A note if `save_pretrained` gives tensors of the transformers model in ``inventory`` the names of others.
+
+    ``stored``: the names in files that shardsave did not write.
+    """
+    if not converts():
+        return ()
+    leaders = {name: inventory.leaders[name] for name in inventory.slots if name in inventory.expected}
+    tensors = {first: inventory.slots[first].tensor for first in leaders.values()}
+    try:
+        on_disk = reverted(inventory.module, tensors)
+    except (UnsupportedTensorError, NotImplementedError):  # this model could not be saved
+        return ()
+    lost = not_given_back(inventory.module, tensors, leaders, on_disk) if on_disk.keys() <= set(stored) else []
+    if not lost:
+        return ()
+    return (
+        f"{some(lost)} may have been exchanged when these files were written: transformers does not give them back from its own layout "
+        f"of {type(inventory.module).__name__}; save the model with shardsave",
+    )
 
 
 def _made(

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from shardsave._loading.memory_errors import memory_for
 from shardsave._loading.slots import Inventory, Slot, counts_batches
 
 
@@ -32,7 +33,8 @@ def allocate(inventory: Inventory, filled: Collection[str], owned: Collection[st
             if tensor.is_meta and not (leader in filled_leaders or leader in owned_leaders or counts_batches(slot)):
                 continue
             if leader not in memory:
-                memory[leader] = _new_memory(tensor, device, will_be_filled=leader in filled_leaders)
+                with memory_for(slot.name, tensor.nbytes, device):
+                    memory[leader] = _new_memory(tensor, device, will_be_filled=leader in filled_leaders)
             if slot.is_buffer or tensor.is_meta:
                 slots[slot.name] = slot._replace(tensor=_replace(slot, memory[leader], parameters))
                 continue

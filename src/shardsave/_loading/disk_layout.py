@@ -25,6 +25,14 @@ class Join(NamedTuple):
     convert: Callable[[Sequence[torch.Tensor]], Mapping[str, torch.Tensor]]
 
 
+class Beside(NamedTuple):
+    """A stored tensor that the module keeps outside its state dict. ``memory`` returns the tensor to fill, and puts a new one in place if
+    the module has none with memory."""
+
+    located: Located
+    memory: Callable[[], torch.Tensor]
+
+
 class DiskLayout(Protocol):
     """What a load has to know about names and tensors on disk. It is computed from a module and a checkpoint, and then never changes."""
 
@@ -38,6 +46,9 @@ class DiskLayout(Protocol):
 
     @property
     def joins(self) -> Sequence[Join]: ...
+
+    @property
+    def beside(self) -> Sequence[Beside]: ...
 
     def may_be_missing(self, name: str) -> bool:
         """Whether a checkpoint of this layout need not have the tensor ``name`` of the module."""
@@ -58,6 +69,7 @@ class IdentityLayout:
     def __init__(self, stored: Mapping[str, Located]) -> None:
         self.stored = stored
         self.joins: tuple[Join, ...] = ()
+        self.beside: Sequence[Beside] = ()
 
     def may_be_missing(self, name: str) -> bool:
         return False

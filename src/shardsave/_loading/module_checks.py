@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from typing import NoReturn
 
-import numpy as np
 import torch
 from torch.nn.parameter import is_lazy
 
-from shardsave._common.memory import PLAIN_TYPES, address, any_overlap, lacks_memory, reach
+from shardsave._common.memory import PLAIN_TYPES, address, lacks_memory
 from shardsave._common.words import an
 from shardsave._format.dtypes import BY_NAME
 from shardsave._loading.allocation import stays
 from shardsave._loading.module_plan import ModulePlan
+from shardsave._loading.overlaps import agree, overlaps
 from shardsave._loading.slots import Inventory, Slot
+from shardsave._loading.stored_bytes import same_bytes
 from shardsave._state.offload import Offloaded
 from shardsave._state.wrappers import Names
-from shardsave._storage.checkpoint import Located
+from shardsave._storage.checkpoint import Checkpoint
 from shardsave.errors import IncompatibleCheckpointError, UnsupportedTensorError
-
-#: Whether two stored tensors have the same bytes.
-SameBytes = Callable[[Located, Located], bool]
-
-#: The most work that numpy may spend to decide whether two strided views share an element.
-_OVERLAP_WORK = 100_000
 
 
 def check_differences(inventory: Inventory, plan: ModulePlan, strict: bool, where: str) -> None:
@@ -34,11 +29,8 @@ def check_differences(inventory: Inventory, plan: ModulePlan, strict: bool, wher
     """
     for name in inventory.slots if plan.owned else ():
         if name in plan.owned and (inventory.slots[name].saved or name in plan.stored):
-            offloaded = inventory.slots[name].offloaded
-            if offloaded is not None and not offloaded.spare:
-                owner = type(inventory.self_loading[plan.owned[name]]).__name__
-                _refuse(name, where, "a tensor with memory was expected", f"accelerate offloads it, and {owner} loads itself")
             _check_plain(inventory.slots[name], where)
+            _check_memory(inventory.slots[name], where)
     check_shapes(inventory, plan, where)
     if strict and (plan.missing or plan.unexpected or plan.mismatched):
         _refuse_differences(plan, where)
@@ -52,25 +44,36 @@ def check_shapes(inventory: Inventory, plan: ModulePlan, where: str) -> None:
 
 
 def check_destinations(
-    inventory: Inventory, plan: ModulePlan, device: torch.device | None, same_bytes: SameBytes, where: str
-) -> None:
-    """Refuses memory that cannot be filled in place, tied tensors whose stored values differ, and tensors that overlap in memory."""
+    inventory: Inventory, plan: ModulePlan, device: torch.device | None, checkpoint: Checkpoint
+) -> frozenset[str]:
+    """Refuses memory that cannot be filled in place, and tensors with the same memory, or a part of it, whose stored values differ there.
+
+    Returns the names of tensors that share a part of their memory with others and must be read after those, one at a time.
+    """
+    where = checkpoint.path
     dtypes = {dtype: BY_NAME[dtype].torch for dtype in {located.dtype for located in plan.stored.values()}}
     slots = inventory.slots
     for name, slot in slots.items():
+        if slot.offloaded is not None and (name in plan.owned or name in plan.matched):
+            _check_offloaded(slot, slot.offloaded, device, where)
         if name in plan.matched and name not in plan.mismatched:
-            if slot.offloaded is not None:
-                _check_offloaded(slot, slot.offloaded, device, where)
             _check_fillable(slot, dtypes[plan.stored[name].dtype], where)
-    for left, right in plan.must_equal:
-        if not same_bytes(plan.stored[left], plan.stored[right]) and _keep_values(inventory, plan, (left, right)):
+    for one, other in plan.must_equal:
+        if not same_bytes(checkpoint, plan.stored[one], plan.stored[other]) and _keep_values(inventory, plan, (one, other)):
             raise IncompatibleCheckpointError(
-                f"cannot load {where}: {left!r} and {right!r} are one tensor in the module and were expected to be equal on "
+                f"cannot load {where}: {one!r} and {other!r} are one tensor in the module and were expected to be equal on "
                 f"disk, they differ; the module is unchanged"
             )
     owners = {name: owner for name, owner in plan.destinations.items() if owner is not None}
     filled = (slots[name] for name in plan.destinations if name not in owners or address(slots[name].tensor))
-    _refuse_overlaps((slot for slot in filled if stays(slot.tensor, device)), owners, where)
+    apart = set()
+    for left, right in overlaps((slot for slot in filled if stays(slot.tensor, device)), owners):
+        both = [(plan.stored[slot.name], slot.tensor) for slot in (left, right)]
+        if left.name in owners or right.name in owners or not agree(checkpoint, both[0], both[1]):
+            actual = f"it shares a part of it with {left.name!r} and not the values on disk; call .clone() on one of them first"
+            _refuse(right.name, where, "memory of its own was expected", actual)
+        apart.add(right.name)
+    return frozenset(apart)
 
 
 def check_meta_buffers(inventory: Inventory, where: str) -> None:
@@ -94,6 +97,8 @@ def _refuse_differences(plan: ModulePlan, where: str) -> NoReturn:
     hint = ""
     if any(name.startswith(".") for name in plan.unexpected):
         hint = "; a name begins with a dot, because the prefix does not end with one: pass a prefix such as 'encoder.'"
+    elif plan.mismatched:
+        hint = "; strict=False loads what fits and reports the rest"
     raise IncompatibleCheckpointError(
         f"cannot load {where}: the module's names and shapes were expected, there are {'; '.join(parts)}{hint}; the module is unchanged"
     )
@@ -125,12 +130,10 @@ def _check_plain(slot: Slot, where: str) -> None:
 
 def _check_offloaded(slot: Slot, offloaded: Offloaded, device: torch.device | None, where: str) -> None:
     """Refuses a tensor that accelerate reads from a place that a load cannot fill, or that ``device`` would move."""
-    if offloaded.spare:
-        return
     if offloaded.problem:
         actual = f"accelerate offloads it, and {offloaded.problem}"
         _refuse(slot.name, where, "a tensor that can be filled was expected", actual)
-    if device is not None:
+    if device is not None and not offloaded.spare:
         _refuse(slot.name, where, "a tensor that can be moved was expected", "accelerate offloads it; leave out device=")
 
 
@@ -149,8 +152,7 @@ def _check_fillable(slot: Slot, stored: torch.dtype, where: str) -> None:
         )
     if tensor.is_meta:
         return
-    if lacks_memory(tensor):
-        _refuse(slot.name, where, "memory for all its elements was expected", "its storage was freed or made smaller")
+    _check_memory(slot, where)
     if tensor.is_contiguous():
         return
     if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride())):
@@ -158,6 +160,14 @@ def _check_fillable(slot: Slot, stored: torch.dtype, where: str) -> None:
     if _may_overlap_itself(tensor):
         actual = f"some elements share memory, its strides are {list(tensor.stride())}; call .contiguous() on it first"
         _refuse(slot.name, where, "memory for each element was expected", actual)
+
+
+def _check_memory(slot: Slot, where: str) -> None:
+    """Refuses a strided tensor whose memory was freed or made smaller: torch writes beyond the end of it."""
+    tensor = slot.tensor
+    has_elements = tensor.layout is torch.strided and not (is_lazy(tensor) or tensor.is_meta or tensor.is_nested)
+    if has_elements and lacks_memory(tensor):
+        _refuse(slot.name, where, "memory for all its elements was expected", "its storage was freed or made smaller")
 
 
 def _may_overlap_itself(tensor: torch.Tensor) -> bool:
@@ -168,62 +178,6 @@ def _may_overlap_itself(tensor: torch.Tensor) -> bool:
             return True
         end += (size - 1) * stride
     return False
-
-
-def _refuse_overlaps(slots: Iterable[Slot], owners: Mapping[str, str], where: str) -> None:
-    """Refuses strided tensors that share a part of their memory and are filled separately: one would overwrite the other.
-
-    ``owners``: name of a tensor that a routine fills → the routine's sub-module. Tensors of one such sub-module may overlap.
-    """
-    placed, begins, ends = [], [], []
-    for slot in slots:
-        if begin := slot.tensor.data_ptr():  # 0 on the meta device and for an empty tensor
-            placed.append(slot)
-            begins.append(begin)
-            ends.append(begin + reach(slot.tensor))
-    if not any_overlap(begins, ends):
-        return
-    spans = [(str(slot.tensor.device), begin, end, slot) for begin, end, slot in zip(begins, ends, placed)]
-    spans.sort(key=lambda span: span[:3])
-    alive: list[tuple[str, int, int, Slot]] = []
-    for span in spans:
-        device, begin, _, slot = span
-        owner = owners.get(slot.name)
-        alive = [other for other in alive if other[0] == device and other[2] > begin]
-        for *_, other in alive:
-            if (owner is None or owner != owners.get(other.name)) and _share_an_element(other.tensor, slot.tensor):
-                _refuse(
-                    slot.name,
-                    where,
-                    "memory of its own was expected",
-                    f"it shares a part of it with {other.name!r}; call .clone() on one of them first",
-                )
-        alive.append(span)
-
-
-def _share_an_element(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Exact, also for interleaved views; a case that is too hard to decide counts as shared."""
-    try:
-        return np.shares_memory(_as_array(left), _as_array(right), max_work=_OVERLAP_WORK)  # type: ignore[arg-type]
-    except RuntimeError:  # numpy's TooHardError, which moved between its versions
-        return True
-
-
-def _as_array(tensor: torch.Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.void]]:
-    """An array at the address of ``tensor``, for arithmetic only: the address may be on a device and is never read."""
-    item = tensor.element_size()
-
-    class Interface:
-        def __init__(self) -> None:
-            self.__array_interface__ = {
-                "version": 3,
-                "typestr": f"|V{item}",
-                "shape": tuple(tensor.shape),
-                "strides": tuple(stride * item for stride in tensor.stride()),
-                "data": (tensor.data_ptr(), True),
-            }
-
-    return np.asarray(Interface())
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,10 +14,10 @@ from shardsave._loading.disk_layout import DiskLayout, Join
 from shardsave._loading.freeze_flags import RestoredFlags, named_parameters, restore_flags
 from shardsave._loading.module_checks import check_destinations, check_differences, check_meta_buffers, check_shapes
 from shardsave._loading.module_plan import ModulePlan, plan_again
+from shardsave._loading.onload import onloaded
 from shardsave._loading.read import Target, TensorReader
 from shardsave._loading.routines import read_joined, run_routine
 from shardsave._loading.slots import Inventory, take_again
-from shardsave._loading.stored_bytes import same_bytes
 from shardsave._storage.checkpoint import Checkpoint
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, ShardSaveError
 
@@ -49,6 +48,7 @@ class ModuleFiller:
         self._checkpoint = checkpoint
         self._device = device
         self._total = len(plan.reads)
+        self._apart: frozenset[str] = frozenset()  # names that are read one at a time
         self._origins: dict[str, tuple[str, ...]] = {}  # of the parameters that routines filled
         self._unused: frozenset[str] = frozenset()  # names that routines reported as unexpected
 
@@ -62,7 +62,8 @@ class ModuleFiller:
 
     def fill(self, reader: TensorReader, *, strict: bool) -> Differences:
         """Fills the module. Errors say how many tensors were loaded before. ``strict``: for the sub-modules that load themselves."""
-        self._allocate([*self.plan.routed, *self.plan.in_place])
+        with self._counting(reader):
+            self._allocate([*self.plan.routed, *self.plan.in_place])
         missing, unexpected = self._run_routines(reader, strict)
         self._unused = frozenset(unexpected)
         self._read_in_place(reader)
@@ -82,18 +83,26 @@ class ModuleFiller:
     def _run_routines(self, reader: TensorReader, strict: bool) -> Differences:
         """Lets one sub-module after the other load itself, so that the copies of only one are in memory at a time.
 
-        Joined tensors are the exception: they are read and converted before the first sub-module runs.
+        Only joined tensors that are not all of one sub-module are read and converted before the first one runs.
         """
         joined: dict[str, torch.Tensor] = {}
         missing: list[str] = []
         unexpected: list[str] = []
+        own_joins: dict[str, list[Join]] = {}
         for join in self.plan.joins if self.plan.routed else ():
-            if not self.plan.routed.isdisjoint(join.targets):
+            owners = {self.plan.owned.get(target) for target in join.targets}
+            if len(owners) == 1 and (owner := owners.pop()) is not None:
+                own_joins.setdefault(owner, []).append(join)
+            elif not self.plan.routed.isdisjoint(join.targets):
                 joined.update(self._read_joined(join, reader))
+        offloaded = [slot for slot in self._inventory.slots.values() if slot.offloaded is not None]
         for routine in self.plan.routines:
+            for join in own_joins.get(routine.name, ()):
+                joined.update(self._read_joined(join, reader))
             module = self._inventory.self_loading[routine.name]
-            with self._counting(reader):
-                answer = run_routine(module, routine, self.plan.stored, joined, reader, strict)
+            of_routine = [slot for slot in offloaded if self.plan.owned.get(slot.name) == routine.name]
+            with self._counting(reader), onloaded(of_routine):
+                answer = run_routine(module, routine, self.plan.stored, joined, reader, strict, self._layout.may_be_missing)
             missing += answer.missing
             unexpected += answer.unexpected
             self._origins.update(answer.origins)
@@ -129,19 +138,22 @@ class ModuleFiller:
         return f"cannot load {self._checkpoint.path}: the module's names and shapes were expected, {difference}"
 
     def _check_destinations(self) -> None:
-        same = partial(same_bytes, self._checkpoint)
-        check_destinations(self._inventory, self.plan, self._device, same, self._checkpoint.path)
+        self._apart = check_destinations(self._inventory, self.plan, self._device, self._checkpoint)
 
     def _read_in_place(self, reader: TensorReader) -> None:
         with gc_paused():
             destinations = {name: self._inventory.slots[name].tensor.detach() for name in self.plan.in_place}
-            targets, unviewed = self._targets(destinations)
+            targets, unviewed = self._targets({name: t for name, t in destinations.items() if name not in self._apart})
+            targets += [(beside.located, beside.memory()) for beside in self.plan.beside]
         for join in unviewed:
             if self.plan.routed.isdisjoint(join.targets):
                 self._read_joined(join, reader)
         try:
             with self._counting(reader, in_place=True):
                 reader.read(targets)
+                for name in destinations:
+                    if name in self._apart:
+                        reader.read([(self.plan.stored[name], destinations[name])])
         finally:
             # autograd does not notice these writes; with a new version number, a stale backward raises. Inference tensors are skipped.
             torch.autograd.graph.increment_version(list(destinations.values()))

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from shardsave._common.gc_pause import gc_paused
 from shardsave._common.memory import PLAIN_TYPES
 from shardsave._format.dtypes import BY_NAME, torch_shape
-from shardsave._loading.disk_layout import DiskLayout, Join
+from shardsave._loading.disk_layout import Beside, DiskLayout, Join
 from shardsave._loading.slots import Inventory, ancestor, counts_batches
 from shardsave._storage.checkpoint import Located
 
@@ -37,16 +37,17 @@ class Routine(NamedTuple):
 class ModulePlan:
     """Which stored tensor fills which tensor of a module, and how.
 
-    ``stored``, ``joins``: from the layout. ``routines``: the sub-modules that load themselves, in module order. ``owned``: each name
-    below one of them → the name of the sub-module. ``matched``: the other names that are both in the module and in the checkpoint.
-    ``destinations``: for each tensor that is filled, its first name → the sub-module that fills it; None: it is read in place.
-    ``must_equal``: pairs of names that are one tensor in the module but two on disk. ``missing``, ``unexpected``: names, sorted.
-    ``mismatched``: name → how the shapes differ; these tensors are not loaded. ``casts``: (dtype on disk, dtype in the module) → how
-    many tensors that are read in place are cast. ``flags``: name → frozen, for the flags to restore; None: no flag is restored.
+    ``stored``, ``joins``, ``beside``: from the layout. ``routines``: the sub-modules that load themselves, in module order. ``owned``:
+    each name below one of them → the name of the sub-module. ``matched``: the other names that are both in the module and in the
+    checkpoint. ``destinations``: for each tensor that is filled, its first name → the sub-module that fills it; None: it is read in
+    place. ``must_equal``: pairs of names that are one tensor in the module but two on disk. ``missing``, ``unexpected``: names, sorted.
+    ``mismatched``: name → how the shapes differ; these tensors are not loaded. ``casts``: (dtype on disk, dtype in the module) → how many
+    tensors that are read in place are cast. ``flags``: name → frozen, for the flags to restore; None: no flag is restored.
     """
 
     stored: Mapping[str, Located]
     joins: tuple[Join, ...]
+    beside: tuple[Beside, ...]
     routines: tuple[Routine, ...]
     owned: Mapping[str, str]
     matched: frozenset[str]
@@ -73,10 +74,11 @@ class ModulePlan:
         """The stored tensors that will be read."""
         names = [*(name for routine in self.routines for name in routine.tensors), *self.in_place]
         if not self.joins:
-            return [self.stored[name] for name in names]
+            return [*(self.stored[name] for name in names), *(beside.located for beside in self.beside)]
         wanted = set(names)
         joined = {target for join in self.joins for target in join.targets}
         sources = [source for join in self.joins if not wanted.isdisjoint(join.targets) for source in join.sources]
+        sources += [beside.located for beside in self.beside]
         return [*(self.stored[name] for name in names if name not in joined), *sources]
 
     def notes(self) -> tuple[str, ...]:
@@ -110,6 +112,7 @@ def plan_module(
     return ModulePlan(
         stored=stored,
         joins=tuple(layout.joins),
+        beside=tuple(layout.beside),
         routines=routines,
         owned=owned,
         matched=matched,

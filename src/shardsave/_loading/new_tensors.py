@@ -8,6 +8,7 @@ import torch
 
 from shardsave._common.gc_pause import gc_paused
 from shardsave._format.dtypes import BY_NAME, torch_shape
+from shardsave._loading.memory_errors import memory_for, refuse_lack_of_memory
 from shardsave._loading.read import Target
 from shardsave._storage.checkpoint import Checkpoint, Located
 
@@ -22,10 +23,14 @@ def new_tensors(stored: Mapping[str, Located], device: torch.device) -> dict[str
     first_of_kind: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
     for name, located in stored.items():
         first = first_of_kind.get((located.dtype, located.shape))
-        if first is not None:
-            tensors[name] = torch.empty_like(first)
+        if first is None:
+            tensors[name] = first_of_kind[located.dtype, located.shape] = _new_tensor(located, device)
             continue
-        tensors[name] = first_of_kind[located.dtype, located.shape] = _new_tensor(located, device)
+        try:
+            tensors[name] = torch.empty_like(first)
+        except (MemoryError, RuntimeError) as error:
+            refuse_lack_of_memory(error, name, located.nbytes, device)
+            raise
     return tensors
 
 
@@ -37,7 +42,8 @@ def new_copy(located: Located) -> torch.Tensor:
 
 
 def _new_tensor(located: Located, device: torch.device) -> torch.Tensor:
-    return torch.empty(torch_shape(located.dtype, located.shape), dtype=BY_NAME[located.dtype].torch, device=device)
+    with memory_for(located.name, located.nbytes, device):
+        return torch.empty(torch_shape(located.dtype, located.shape), dtype=BY_NAME[located.dtype].torch, device=device)
 
 
 class NewTensors:
@@ -71,7 +77,8 @@ class NewTensors:
 
 def _new_strided(located: Located, strides: Sequence[int], device: torch.device) -> torch.Tensor:
     shape, dtype = torch_shape(located.dtype, located.shape), BY_NAME[located.dtype].torch
-    return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+    with memory_for(located.name, located.nbytes, device):
+        return torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
 
 def _are_dense(strides: Sequence[int], shape: Sequence[int]) -> bool:

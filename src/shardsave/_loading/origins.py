@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from shardsave._common.memory import address
+from shardsave._common.memory import address, tensors_in
 from shardsave._state.wrappers import Names
 
 
@@ -30,9 +30,9 @@ class Origins(TorchFunctionMode):
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = function(*args, **(kwargs or {}))
-        given = list(_tensors_in((args, kwargs or {})))
+        given = list(tensors_in((args, kwargs or {})))
         origins = [origin for tensor in given for origin in self._of.get(tensor, ())]
-        for tensor in _tensors_in(result):
+        for tensor in tensors_in(result):
             if origins:
                 self._of[tensor] = self._filled[address(tensor)] = tuple(dict.fromkeys(origins))
             elif not given:
@@ -45,11 +45,3 @@ class Origins(TorchFunctionMode):
         parameters = module.named_parameters(remove_duplicate=False)
         filled = {names.plain(name): self._filled.get(address(p) or -1) for name, p in parameters if not is_lazy(p)}
         return {name: origins for name, origins in filled.items() if origins is not None}
-
-
-def _tensors_in(value: object) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple, dict)):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _tensors_in(part)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
+from torch import nn
+
+from shardsave._state.wrappers import Names
 from shardsave._storage.checkpoint import Checkpoint, Located
 from shardsave.errors import IncompatibleCheckpointError
 
@@ -72,6 +75,20 @@ def choose_located(checkpoint: Checkpoint, prefix: str) -> dict[str, Located]:
     """Every name that begins with ``prefix``, without it → the stored tensor. Raises IncompatibleCheckpointError if there is none."""
     tensors, chosen = checkpoint.tensors, choose(checkpoint, None, prefix)
     return {name.removeprefix(prefix) if prefix else name: tensors[stored] for name, stored in chosen.items()}
+
+
+def names_of_wrappers(module: nn.Module, expected: Collection[str], stored: Collection[str]) -> dict[str, str]:
+    """Name in ``stored`` → the name without wrappers around ``module`` or inside it, as ``expected`` has it.
+
+    A state dict of a wrapped module has the names of its wrappers. Empty if ``stored`` fits better as it is.
+    """
+    if all(name in expected for name in stored):
+        return {}
+    names = Names.of(module)
+    plain = {name: names.plain(name) for name in stored}
+    renamed = {name: own if own in expected else name for name, own in plain.items()}
+    fits_better = sum(name in expected for name in renamed.values()) > sum(name in expected for name in stored)
+    return renamed if fits_better and len(set(renamed.values())) == len(renamed) else {}
 
 
 def closest(name: str, known: Iterable[str], start: str = "", end: str = "") -> str:

@@ -15,7 +15,7 @@ from shardsave._common.memory import address, shared_names
 from shardsave._state.module import EXTRA_STATE
 from shardsave._state.offload import Offloaded, offloaded_tensors
 from shardsave._state.sharded import refuse_sharded
-from shardsave._state.wrappers import Names, unwrap
+from shardsave._state.wrappers import ACTIVATION, Names, unwrap, wrapped_attribute
 from shardsave.errors import IncompatibleCheckpointError
 
 
@@ -169,6 +169,8 @@ def counts_batches(slot: Slot) -> bool:
 
 
 def _has_own_routine(module: nn.Module) -> bool:
+    if wrapped_attribute(module) == ACTIVATION:  # its hook only adds its attribute to names
+        return False
     kind = type(module)
     overridden = kind._load_from_state_dict is not nn.Module._load_from_state_dict and not _only_accepts_old_versions(kind)
     return bool(

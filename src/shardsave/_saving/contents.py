@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -46,6 +45,11 @@ class Contents(NamedTuple):
         return sum(shard.layout.data_bytes for shard in self.all_shards)
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights alone, as `inspect` counts them."""
+        return sum(shard.layout.data_bytes for shard in self.shards)
+
+    @property
     def reserved_bytes(self) -> int:
         """The bytes that must be free on disk before anything is written."""
         return sum(shard.reserved_bytes for shard in self.all_shards) + sum(map(len, self.documents.values()))
@@ -59,7 +63,7 @@ class Contents(NamedTuple):
         """The index, which names the shard of each tensor; tensors are in the order of the state."""
         shard_of = {tensor.name: name for shard, name in zip(self.shards, shard_names) for tensor in shard.layout.tensors}
         weight_map = {entry.name: shard_of[entry.name] for entry in self.state.entries if entry.tied_to is None}
-        return Index(weight_map, sum(shard.layout.data_bytes for shard in self.shards), record)
+        return Index(weight_map, self.weight_bytes, record)
 
 
 def plan_contents(on_disk: OnDisk, parts: Parts, max_shard_size: int, metadata: Mapping[str, Any]) -> Contents:
@@ -86,7 +90,7 @@ def plan_contents(on_disk: OnDisk, parts: Parts, max_shard_size: int, metadata: 
     return Contents(
         state=state,
         shards=shards,
-        extra_shards=plan_shards(parts.extra, sys.maxsize) if parts.extra else [],
+        extra_shards=plan_shards(parts.extra, None) if parts.extra else [],
         documents=parts.documents,
         companions=on_disk.companions,
         flags=flags if state.flags_known else None,
@@ -105,4 +109,4 @@ def _plan_shards(on_disk: OnDisk, max_shard_size: int) -> list[PlannedShard]:
     names = on_disk.in_single_file
     together = [entry for entry in stored if names is None or entry.name in names]
     rest = [entry for entry in stored if names is not None and entry.name not in names]
-    return [*plan_shards(together, sys.maxsize, apart=False), *(plan_shards(rest, max_shard_size) if rest else [])]
+    return [*plan_shards(together, None, apart=False), *(plan_shards(rest, max_shard_size) if rest else [])]

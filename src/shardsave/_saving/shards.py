@@ -45,11 +45,11 @@ class PlannedShard(NamedTuple):
 
 
 def plan_shards(
-    entries: Sequence[Entry], bound: int, *, apart: bool = True, more: Mapping[str, str] | None = None
+    entries: Sequence[Entry], bound: int | None, *, apart: bool = True, more: Mapping[str, str] | None = None
 ) -> list[PlannedShard]:
-    """Packs ``entries`` into shards of at most ``bound`` bytes of data; ``apart``: no shard holds both frozen and trainable entries.
+    """Packs ``entries`` into shards of at most ``bound`` bytes of data, or into one shard if it is None.
 
-    ``more``: additional items of the headers' ``__metadata__``.
+    ``apart``: no shard holds both frozen and trainable entries. ``more``: additional items of the headers' ``__metadata__``.
     """
     tensors, pieces = [], {}
     kinds: dict[tuple[torch.dtype, tuple[int, ...]], tuple[str, tuple[int, ...], int]] = {}  # many tensors are of few kinds

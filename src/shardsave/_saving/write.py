@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import closing
 from typing import NamedTuple
 
 from shardsave._common.gc_pause import gc_paused
@@ -12,6 +13,7 @@ from shardsave._common.progress import Progress
 from shardsave._common.warn_caller import warn_caller
 from shardsave._engine.totals import Totals
 from shardsave._format.crc64 import crc64
+from shardsave._format.file_names import PART_TENSORS
 from shardsave._format.index import Part, Record, ShardRecord
 from shardsave._saving.contents import Contents
 from shardsave._saving.shards import ShardWriter
@@ -41,9 +43,11 @@ def write_checkpoint(
     Raises DurabilityUncertainError: the new checkpoint is in place, but may not survive a loss of power.
     """
     started = time.perf_counter()
-    with Transaction(directory, durable=durable, lock_timeout=lock_timeout) as transaction:
+    # Closed twice, since one interrupt may come at the beginning of a `close`, which then does nothing.
+    with closing(Transaction(directory, durable=durable, lock_timeout=lock_timeout)) as transaction, transaction:
+        transaction.check_not_read(contents.state.files)
         names = list(transaction.shard_names(len(contents.shards)))
-        extra_names = [transaction.part_name("extra", "safetensors") for _ in contents.extra_shards]
+        extra_names = [transaction.part_name("extra", PART_TENSORS) for _ in contents.extra_shards]
         transaction.check_space(contents.reserved_bytes)
         whole_sums = contents.single_file is not None
         writer = ShardWriter(transaction, contents.all_shards, names + extra_names, durable=durable, whole_sums=whole_sums)
@@ -73,8 +77,8 @@ def write_checkpoint(
             )
             index = contents.index_for(names, record)
         outcome = transaction.commit(index)
-    if outcome.warning:
-        warn_caller(outcome.warning)
+    for warning in outcome.warnings:
+        warn_caller(warning)
     return WriteOutcome(
         tensors=len(index.weight_map),
         shards=len(contents.shards),
@@ -85,7 +89,7 @@ def write_checkpoint(
             commit=time.perf_counter() - transferred,
         ),
         totals=writer.totals,
-        notes=tuple(dict.fromkeys([*contents.notes, *writer.totals.notes, *outcome.notes, *filter(None, [outcome.warning])])),
+        notes=tuple(dict.fromkeys([*contents.notes, *writer.totals.notes, *outcome.notes, *outcome.warnings])),
         removed=outcome.removed,
         leftovers=outcome.leftovers,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Union
 
 import numpy as np
@@ -10,11 +11,12 @@ import torch
 from torch import nn
 
 from shardsave._common.memory import any_overlap, reach, same_bytes, shared_names
-from shardsave._common.sources import ByteSource, TensorSource
+from shardsave._common.sources import ByteSource, SwappedSource, TensorSource
 from shardsave._common.words import an
-from shardsave._state.numpy_arrays import tensor_of_array
-from shardsave._state.offload import offloaded_tensors
-from shardsave._state.savable import check_savable, refuse
+from shardsave._state.numpy_arrays import is_swapped, tensor_of_array
+from shardsave._state.offload import Offloaded, offloaded_tensors
+from shardsave._state.offloaded_ties import tie_copies, untied_notes
+from shardsave._state.savable import check_savable, refuse, refuse_optimizer
 from shardsave._state.sharded import refuse_partitioned, refuse_sharded
 from shardsave._state.wrappers import Names, unwrap
 
@@ -47,12 +49,15 @@ class Entry(NamedTuple):
 class State(NamedTuple):
     """All entries in state order. ``flags_known`` is False for a mapping without a single Parameter.
 
-    ``overlaps``: pairs of names whose tensors share a part of their memory; they are stored separately.
+    ``overlaps``: pairs of names whose tensors share a part of their memory; they are stored separately. ``files``: path → the name
+    of a tensor, for the files that the module opens again whenever it computes. ``notes``: for the report.
     """
 
     entries: tuple[Entry, ...]
     flags_known: bool
     overlaps: tuple[tuple[str, str], ...]
+    files: Mapping[str, str] = MappingProxyType({})
+    notes: tuple[str, ...] = ()
 
 
 def read_state(source: Source, *, tensors_only: bool = False) -> State:
@@ -60,16 +65,21 @@ def read_state(source: Source, *, tensors_only: bool = False) -> State:
 
     ``tensors_only``: extra state that is not a tensor is left out, since the architecture holds it.
     """
+    swapped: set[str] = set()  # the names of arrays in the byte order of another kind of processor
     values: Mapping[str, torch.Tensor]
+    offloaded: Mapping[str, Offloaded] = {}
     if isinstance(source, nn.Module):
         module = unwrap(source)
         refuse_sharded(module, "save", "nothing was written", emptied=True)
-        named = _module_tensors(module, tensors_only)
+        named = _module_tensors(module, tensors_only, swapped)
         flags_known = True
         flags = _module_flags(module, named)
-        values = _with_offloaded(module, named)
+        offloaded = offloaded_tensors(module, fill=False)
+        values = _with_offloaded(module, offloaded, named)
     elif isinstance(source, Mapping):
+        refuse_optimizer(source)
         named = {name: _as_tensor(name, value) for name, value in source.items()}
+        swapped.update(name for name, value in source.items() if is_swapped(value))
         flags_known = any(type(tensor) is nn.Parameter for tensor in named.values())
         flags = {}
         values = named
@@ -78,19 +88,22 @@ def read_state(source: Source, *, tensors_only: bool = False) -> State:
     kind_without_flag: Literal["buffer", "tensor"] = "buffer" if isinstance(source, nn.Module) else "tensor"
     for name, tensor in values.items():
         check_savable(name, tensor)
-    ties = shared_names(values, map(torch.Tensor.data_ptr, values.values()))
+    # Swapped bytes have other values than the tensor that seems to share them, so they are never tied.
+    ties = shared_names(values, (0 if name in swapped else tensor.data_ptr() for name, tensor in values.items()))
     entries = []
     for name, tensor in named.items():
         frozen = not tensor.requires_grad if type(tensor) is nn.Parameter else flags.get(name)
         kind = "parameter" if frozen is not None else kind_without_flag
         # `Tensor.data`: if the Parameter gets other data during the save, this memory stays alive. It is cheaper than `detach`.
         # `tuple.__new__` is faster than the `__new__` of a named tuple, which is Python code.
-        in_memory = tuple.__new__(TensorSource, (values[name].data, tensor.dtype))
+        source_type = SwappedSource if name in swapped else TensorSource
+        in_memory = tuple.__new__(source_type, (values[name].data, tensor.dtype))
         entries.append(tuple.__new__(Entry, (name, kind, frozen, ties.get(name), in_memory)))
-    return State(tuple(entries), flags_known, tuple(_overlaps(entries)))
+    files = {found.file: name for name, found in offloaded.items() if found.file}
+    return State(tuple(entries), flags_known, tuple(_overlaps(entries)), files, untied_notes(offloaded, values))
 
 
-def _module_tensors(module: nn.Module, tensors_only: bool) -> dict[str, torch.Tensor]:
+def _module_tensors(module: nn.Module, tensors_only: bool, swapped: set[str]) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     names = Names.of(module)
     for name, value in module.state_dict(keep_vars=True).items():
@@ -100,29 +113,40 @@ def _module_tensors(module: nn.Module, tensors_only: bool) -> dict[str, torch.Te
         if plain in tensors:
             refuse(name, f"one tensor of the name {plain!r} was expected", "without the names of wrappers there are two")
         tensors[plain] = _as_tensor(name, value)
+        if is_swapped(value):
+            swapped.add(plain)
     return tensors
 
 
-def _with_offloaded(module: nn.Module, named: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+def _with_offloaded(
+    module: nn.Module, offloaded: Mapping[str, Offloaded], named: dict[str, torch.Tensor]
+) -> Mapping[str, torch.Tensor]:
     """``named`` with the values of tensors that accelerate offloads. They are cast to the dtype of their placeholders, as accelerate does.
 
     Two names of one placeholder with equal values get the same memory: copies on disk are not tied.
     """
-    offloaded = offloaded_tensors(module, fill=False)
     if not offloaded:
         return named
     values = dict(named)
     first: dict[int, str] = {}
     for name, tensor in named.items():
         if name in offloaded:
-            value, problem, _ = offloaded[name]
+            value, problem = offloaded[name].tensor, offloaded[name].problem
             if value is None:
                 refuse(name, "a tensor with data was expected", f"accelerate offloads it, and {problem}")
             check_savable(name, torch.empty(0, dtype=tensor.dtype))
             values[name] = value
+        elif tensor.is_meta:
+            refuse(
+                name,
+                "a tensor with data was expected",
+                "it is on the meta device, and accelerate, which offloads other tensors of this model, has no values for it; for an "
+                "adapter, keep the layers that it changes off the disk (device_map)",
+            )
         leader = first.setdefault(id(tensor), name)
         if leader != name and same_bytes(values[leader], values[name]):
             values[name] = values[leader]
+    tie_copies(module, offloaded, named, values)
     return values
 
 
@@ -150,7 +174,9 @@ def _as_tensor(name: object, value: object) -> torch.Tensor:
     hint = ""
     if isinstance(value, Mapping):
         hint = f": save the mapping of tensors itself, the one in {name!r}"
-    elif isinstance(value, (bool, int, float, str)):
+    elif isinstance(value, (list, tuple)) and value and all(isinstance(part, torch.Tensor) for part in value):
+        hint = f": give each tensor a name of its own, such as {name + '.0'!r}"
+    elif isinstance(value, (bool, int, float, str, list, tuple, type(None))):
         hint = ": pass plain values as metadata="
     refuse(name, "a tensor was expected", f"it is {an(type(value).__name__)}{hint}")
 

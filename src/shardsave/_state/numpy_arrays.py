@@ -14,14 +14,17 @@ _ML_DTYPES = frozenset({"bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3
 
 
 def tensor_of_array(name: str, array: np.ndarray[Any, Any]) -> torch.Tensor:
-    """A tensor in the memory of ``array``. Raises UnsupportedTensorError, naming the entry ``name``."""
+    """A tensor in the memory of ``array``; for an array `is_swapped`, its values are not those of the array.
+
+    Raises UnsupportedTensorError, naming the entry ``name``.
+    """
     if isinstance(array, np.ma.MaskedArray):
         refuse(name, "an array without a mask was expected", "it has a mask; pass the result of its .filled(…)")
     if any(stride < 0 or stride % max(1, array.itemsize) for stride in array.strides):
         expected = "an array with positive strides of whole elements was expected"
         refuse(name, expected, f"its strides are {array.strides} bytes; pass numpy.ascontiguousarray(…)")
-    if not array.dtype.isnative:
-        refuse(name, "an array in native byte order was expected", f"its dtype is {array.dtype.str}")
+    if is_swapped(array):
+        array = array.view(array.dtype.newbyteorder("="))
     if not array.flags.writeable:  # torch would warn about writes into the tensor; nothing writes into it
         array = np.lib.stride_tricks.as_strided(_writeable_alias(array), array.shape, array.strides)
     try:
@@ -31,6 +34,11 @@ def tensor_of_array(name: str, array: np.ndarray[Any, Any]) -> torch.Tensor:
         return torch.from_numpy(array)
     except TypeError:
         refuse(name, "a dtype that torch has was expected", f"it is {array.dtype}")
+
+
+def is_swapped(value: object) -> bool:
+    """Whether ``value`` is an array in the byte order of another kind of processor."""
+    return isinstance(value, np.ndarray) and not value.dtype.isnative
 
 
 def _writeable_alias(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

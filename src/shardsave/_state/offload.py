@@ -6,17 +6,17 @@ The hooks are recognised by their attributes; accelerate is never imported. Sour
 
 from __future__ import annotations
 
-import importlib
 import os
 import stat
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
+from shardsave._common.imports import import_at_use
 from shardsave._common.memory import PLAIN_TYPES
 from shardsave._state.wrappers import Names
 
@@ -29,12 +29,17 @@ class Offloaded(NamedTuple):
 
     ``tensor``: the memory or the mapped file from which accelerate reads them; None if they cannot be read. ``problem``: why they
     cannot be read there or, if there is a ``tensor``, why a load must not change it; "" if there is no problem. ``spare``: the module
-    computes with a buffer of its own, and accelerate puts these values in its place when the hook is removed.
+    computes with a buffer of its own, and accelerate puts these values in its place when the hook is removed. ``file``: the
+    safetensors file that accelerate opens again for each forward pass; "" if there is none. ``on_disk``: the values are in a file,
+    where tied tensors have separate copies. ``tied``: the hook knows that the tensor was tied, but not to which.
     """
 
     tensor: torch.Tensor | None
     problem: str
     spare: bool = False
+    file: str = ""
+    on_disk: bool = False
+    tied: bool = False
 
 
 def offloaded_tensors(module: nn.Module, *, fill: bool) -> dict[str, Offloaded]:
@@ -56,12 +61,27 @@ def offloaded_tensors(module: nn.Module, *, fill: bool) -> dict[str, Offloaded]:
         for hook in _hooks(vars(part)[_HOOK]):
             for inside, placeholder in _placeholders(part, hook):
                 if type(placeholder) in PLAIN_TYPES:  # others hold quantized values in a form of their own
-                    offloaded[plain(start + inside)] = _checked(_find(hook, inside, placeholder, files), placeholder)
+                    found = _checked(_find(hook, inside, placeholder, files), placeholder)
+                    tied = inside in getattr(hook, "tied_params_names", ())
+                    offloaded[plain(start + inside)] = found._replace(tied=tied)
             for inside, buffer in _own_buffers(part, hook) if fill else ():
                 found = _checked(_find(hook, inside, buffer, files), buffer)
                 if not found.problem:
                     offloaded.setdefault(plain(start + inside), found._replace(spare=True))
-    return offloaded
+    return _by_every_name(named, plain, offloaded)
+
+
+def _by_every_name(
+    named: Sequence[tuple[str, nn.Module]], plain: Callable[[str], str], offloaded: dict[str, Offloaded]
+) -> dict[str, Offloaded]:
+    """``offloaded`` with the other names of sub-modules that have several: a hook that places a whole module knows one name of each."""
+    names = [
+        (plain(f"{name}.{attribute}" if name else attribute), (id(part), attribute))
+        for name, part in named
+        for attribute in (*part._parameters, *part._buffers)
+    ]
+    by_place = {place: offloaded[name] for name, place in names if name in offloaded}
+    return {**{name: by_place[place] for name, place in names if place in by_place}, **offloaded}
 
 
 def _hooks(hook: Any) -> Iterator[Any]:
@@ -165,13 +185,13 @@ class _Files:
         if (path, "") not in self._tensors:
             mapped = np.memmap(path, np.uint8, "r+" if self._fill and not problem else "c", shape=(nbytes,))
             self._tensors[path, ""] = torch.from_numpy(mapped).view(dtype).view(shape)
-        return Offloaded(self._tensors[path, ""], problem)
+        return Offloaded(self._tensors[path, ""], problem, on_disk=True)
 
     def safetensors(self, entry: Mapping[str, Any], name: str, dtype: torch.dtype) -> Offloaded:
         """A tensor of a safetensors file, which may be the checkpoint that the model came from. ``dtype``: of the placeholder."""
         path, name_in_file = str(entry["safetensors_file"]), str(entry.get("weight_name", name))
         if path not in self._readers:
-            self._readers[path] = importlib.import_module("safetensors").safe_open(path, framework="pt", device="cpu")
+            self._readers[path] = import_at_use("safetensors").safe_open(path, framework="pt", device="cpu")
         if (path, name_in_file) not in self._tensors:
             tensor = self._readers[path].get_tensor(name_in_file)  # mapped, not read
             on_the_way = getattr(torch, entry.get("dtype", ""), dtype)
@@ -180,4 +200,4 @@ class _Files:
             f"accelerate reads it from the checkpoint file {path}, which a load must not change; "
             "use from_pretrained with this checkpoint instead"
         )
-        return Offloaded(self._tensors[path, name_in_file], problem)
+        return Offloaded(self._tensors[path, name_in_file], problem, file=path, on_disk=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import NoReturn
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
 import torch
 
@@ -16,6 +17,15 @@ from shardsave.errors import UnsupportedTensorError
 def refuse(name: object, expected: str, actual: str) -> NoReturn:
     """Raises UnsupportedTensorError for the entry ``name``."""
     raise UnsupportedTensorError(f"cannot save {name!r}: {expected}, {actual}; nothing was written")
+
+
+def refuse_optimizer(source: Mapping[str, Any]) -> None:
+    """Raises UnsupportedTensorError for the state dict of an optimizer, which names parameters by numbers."""
+    if source.keys() == {"state", "param_groups"}:
+        raise UnsupportedTensorError(
+            "cannot save the state dict of an optimizer: names of tensors were expected, it has 'state' and 'param_groups'; "
+            "optimizers are not saved: keep torch.save for it, beside the checkpoint; nothing was written"
+        )
 
 
 def check_savable(name: str, tensor: torch.Tensor) -> None:

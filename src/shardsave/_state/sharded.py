@@ -25,7 +25,7 @@ _SIZES: Mapping[type[nn.Module], tuple[Collection[str], Collection[str]]] = {
     nn.LayerNorm: (("normalized_shape",), _LINEAR),
     nn.RMSNorm: (("normalized_shape",), _LINEAR),
     nn.GroupNorm: (("num_channels",), _LINEAR),
-    _NormBase: (("num_features",), (*_LINEAR, "running_mean", "running_var")),
+    _NormBase: (("num_features",), (*_LINEAR, "running_mean", "running_var", "num_batches_tracked")),
     nn.PReLU: (("num_parameters",), _LINEAR),
     nn.MultiheadAttention: (("embed_dim",), ("in_proj_weight", "in_proj_bias", "q_proj_weight", "bias_k", "bias_v")),
     nn.RNNBase: (("input_size", "hidden_size"), ()),  # it lists their names itself

@@ -1,4 +1,8 @@
-"""Wrappers around modules (``torch.compile``, DistributedDataParallel, DataParallel), and names of tensors with and without them."""
+"""Wrappers around modules, and names of tensors with and without them.
+
+The table: ``torch.compile``, DistributedDataParallel, DataParallel, and torch's wrappers for activation checkpointing and offloading.
+They compute what the module inside computes, and may be nested in any order.
+"""
 
 from __future__ import annotations
 
@@ -10,35 +14,54 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 #: The attribute in which ``torch.compile`` keeps the module that it wraps.
 _COMPILED = "_orig_mod"
 _PARALLEL = (DataParallel, DistributedDataParallel)
+#: The attribute in which torch's ``ActivationWrapper`` does. Its hooks remove it from the names in a state dict.
+ACTIVATION = "_checkpoint_wrapped_module"
 
 
 def unwrap(module: nn.Module) -> nn.Module:
     """The module inside all wrappers, in whatever order they are nested."""
-    while _is_wrapper(module):
-        module = module.module if isinstance(module, _PARALLEL) else module._orig_mod  # type: ignore[assignment]
+    while (attribute := wrapped_attribute(module)) is not None:
+        module = module._modules[attribute]  # type: ignore[assignment]
     return module
 
 
-def _is_wrapper(module: nn.Module) -> bool:
-    """Whether ``module`` is a known wrapper without tensors or sub-modules of its own, which unwrapping would lose."""
+def wrapped_attribute(module: nn.Module) -> str | None:
+    """The attribute in which a wrapper keeps the module that it wraps; None if ``module`` is no wrapper.
+
+    One with tensors, sub-modules or hooks of its own, which unwrapping would lose, does not count as a wrapper.
+    """
     kind = type(module)
-    compiled = kind.__name__ == "OptimizedModule" and kind.__module__.startswith("torch.")
-    if not compiled and not issubclass(kind, _PARALLEL):
-        return False
-    return not (module._parameters or module._buffers or len(module._modules) > 1)
+    if issubclass(kind, _PARALLEL):
+        attribute = "module"
+    elif kind.__name__ == "OptimizedModule" and kind.__module__.startswith("torch."):
+        attribute = _COMPILED
+    elif any(base.__name__ == "ActivationWrapper" and base.__module__.startswith("torch.") for base in kind.__mro__):
+        attribute = ACTIVATION
+        if len(module._load_state_dict_pre_hooks) != 1 or len(module._state_dict_hooks) != 1:
+            return None
+    else:
+        return None
+    alone = not (module._parameters or module._buffers) and module._modules.keys() == {attribute}
+    return attribute if alone else None
 
 
 class Names:
-    """Translates names of a module's tensors: with the wrappers around its sub-modules, and without them."""
+    """Translates names of a module's tensors: with the wrappers around its sub-modules, as its state dict or `named_parameters` has
+    them, and without them."""
 
     def __init__(self, named: Iterable[tuple[str, nn.Module]]) -> None:
         """``named``: all sub-modules by all their names, in module order."""
         # For each wrapper, the prefix of its own name and the prefix of names inside it; outer wrappers come first.
-        self._wrappers: list[tuple[str, str]] = []
+        self._activation: list[tuple[str, str]] = []
+        self._wrappers: list[tuple[str, str]] = []  # the other wrappers, by the names in a state dict
         for name, part in named:
-            if _is_wrapper(part):
+            if (attribute := wrapped_attribute(part)) is not None:
                 start = f"{name}." if name else ""
-                self._wrappers.append((start, f"{start}{'module' if isinstance(part, _PARALLEL) else _COMPILED}."))
+                if attribute == ACTIVATION:
+                    self._activation.append((start, f"{start}{attribute}."))
+                else:
+                    start = self._in_state_dict(start)
+                    self._wrappers.append((start, f"{start}{attribute}."))
 
     @classmethod
     def of(cls, module: nn.Module) -> Names:
@@ -46,16 +69,23 @@ class Names:
 
     def plain(self, name: str) -> str:
         """``name`` without wrappers."""
+        name = self._in_state_dict(name)
         for start, inside in reversed(self._wrappers):
             if name.startswith(inside):
                 name = start + name[len(inside) :]
         return plain_name(name)
 
     def wrapped(self, name: str) -> str:
-        """``name`` with the wrappers that the module has."""
+        """``name`` with the wrappers that the module has, as in its state dict."""
         for start, inside in self._wrappers:
             if name.startswith(start):
                 name = inside + name[len(start) :]
+        return name
+
+    def _in_state_dict(self, name: str) -> str:
+        for start, inside in reversed(self._activation):
+            if name.startswith(inside):
+                name = start + name[len(inside) :]
         return name
 
 

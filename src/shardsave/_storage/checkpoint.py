@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 from collections import defaultdict
@@ -11,19 +10,19 @@ from itertools import repeat
 from typing import Any, Union
 
 from shardsave._common.gc_pause import gc_paused
-from shardsave._common.os_calls import CallFailed, call
+from shardsave._common.os_calls import CallFailed, absolute_path
 from shardsave._common.strict_json import glimpse
-from shardsave._format.file_names import INDEX_NAME, LONE_NAME
-from shardsave._format.header import Header
+from shardsave._format.header import CHECKSUM_KEY, Header
 from shardsave._format.index import FileRecord, Index, Part, Record, ties_in_metadata
 from shardsave._format.index_parsing import parse_index
-from shardsave._format.rank_files import SHARDING_KEY
+from shardsave._format.rank_files import SHARDING_KEY, SHARDING_VERSION_KEY
 from shardsave._storage.companions import companion_notes
 from shardsave._storage.find import FoundFiles, cannot_read, find
 from shardsave._storage.located import Located as Located
 from shardsave._storage.located import StoredChunk
-from shardsave._storage.rank_files import assemble, chunks_of, refuse_lone_rank
-from shardsave._storage.shard_files import ShardFiles
+from shardsave._storage.rank_files import assemble, chunks_of, refuse_lone_rank, shape_notes
+from shardsave._storage.several import refuse_several
+from shardsave._storage.shard_files import HeaderCheck, ShardFiles
 from shardsave.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
@@ -45,16 +44,18 @@ Broken = Union[dict[str, ShardSaveError], None]
 class Checkpoint(ShardFiles):
     """An open checkpoint: its index, its shards, and the place of every tensor. As a context manager it closes itself."""
 
-    def __init__(self, path: str, folder: str, index_name: str, index: Index | None, index_bytes: bytes | None) -> None:
+    def __init__(self, path: str, files: FoundFiles, index: Index | None, header_check: HeaderCheck | None) -> None:
         record = index.record if index is not None else None
-        super().__init__(path, folder, index_name if index is not None else None, record.shards if record is not None else None)
+        records = record.shards if record is not None else None
+        super().__init__(path, files.folder, files.index_name if index is not None else None, records, header_check)
         self.index = index
-        self._index_name = index_name
-        self._index_bytes = index_bytes
+        self._index_name = files.index_name
+        self._index_bytes = files.index_bytes
         self.tensors: dict[str, Located] = {}
         self.kept: dict[str, Located] = {}  # the extra tensors
         self.documents: dict[str, bytes] = {}  # part → its JSON
         self.file_metadata: dict[str, str] = {}  # `__metadata__` of a lone file
+        self.shape_notes: tuple[str, ...] = ()  # what nobody can tell about the shapes of tensors in chunks
         self._ties: dict[str, str] = {}  # of a lone file
 
     @property
@@ -80,7 +81,11 @@ class Checkpoint(ShardFiles):
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        return self.record.metadata if self.record is not None else {}
+        """The metadata that were saved; of a lone file, its ``__metadata__`` without the entries that mean something else there."""
+        if self.record is not None:
+            return self.record.metadata
+        reserved = {*self._ties, "format", CHECKSUM_KEY, SHARDING_KEY, SHARDING_VERSION_KEY}
+        return {name: value for name, value in self.file_metadata.items() if name not in reserved}
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -89,13 +94,23 @@ class Checkpoint(ShardFiles):
         return (*self.shards, *(parts[role].file for role in PARTS if role in parts))
 
     @property
+    def unknown_parts(self) -> list[str]:
+        """The roles of the parts that this version does not know."""
+        return sorted(self.record.parts.keys() - {*PARTS}) if self.record is not None else []
+
+    @property
     def companions(self) -> Mapping[str, FileRecord]:
         return self.record.companions if self.record is not None else {}
 
-    def companion_notes(self) -> tuple[str, ...]:
-        """Names the companions that were not saved with these weights; empty if a save has replaced the checkpoint meanwhile."""
-        notes = companion_notes(self._folder, self.companions) if self.companions else ()
-        return notes if notes and not self._index_changed() else ()
+    def notes(self, *, whole: bool = False) -> tuple[str, ...]:
+        """What a reader must know beside the tensors: `shape_notes`, and the companions that were not saved with these weights.
+
+        These companions are not named if a save has replaced the checkpoint meanwhile. ``whole``: read the weights of an adapter to their
+        end, not only their header.
+        """
+        shards = self.record.shards.values() if self.record is not None else ()
+        notes = companion_notes(self._folder, self.companions, shards, whole=whole) if self.companions else ()
+        return (*self.shape_notes, *(notes if notes and not self._index_changed() else ()))
 
     def _index_changed(self) -> bool:
         """Whether the index was replaced since it was read."""
@@ -132,6 +147,7 @@ class Checkpoint(ShardFiles):
     def _admit_ranks(self, files: tuple[str, ...], broken: Broken) -> None:
         """Opens ``files``, each with the chunks of one rank, and notes the places of the tensors that these chunks make up."""
         self.shards = files
+        self.shape_notes = shape_notes(files)
         chunks: defaultdict[str, list[StoredChunk]] = defaultdict(list)
         for file in files:
             try:
@@ -199,6 +215,7 @@ class Checkpoint(ShardFiles):
         if self.index is None:
             self.file_metadata.update(header.metadata)
             self._ties = ties_in_metadata(header.metadata, self.tensors)
+            self.shape_notes = shape_notes([shard]) if SHARDING_KEY in header.metadata else ()
 
 
 def _located(shard: str, header: Header) -> Iterator[tuple[str, Located]]:
@@ -214,27 +231,31 @@ def open_checkpoint(
     *,
     parts: Iterable[str] = (),
     broken: Broken = None,
+    header_check: HeaderCheck | None = None,
 ) -> Checkpoint:
     """Opens the checkpoint at ``path``: a directory, an index or one safetensors file, written by shardsave or another library.
 
     With ``wanted`` only shards that hold a wanted tensor are opened; all tensors of these shards are listed. ``parts``: the roles of
-    the parts to open. With ``broken``, a file that cannot be opened is left out, and its error is put there. Starts over if the index
-    is replaced meanwhile.
+    the parts to open. With ``broken``, a file that cannot be opened is left out, and its error is put there. ``header_check``: a
+    further check of each header. Starts over if the index is replaced meanwhile.
     Raises CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError, DirectoryBusyError; ShardSaveError itself if
     a file cannot be read.
     """
-    path = os.fspath(path)
+    path = absolute_path(os.fspath(path))
     deadline = time.monotonic() + CHANGING_SECONDS
     while True:
         files = find(path)
         try:
-            checkpoint = _open_found(path, files, wanted, parts, broken)
+            checkpoint = _open_found(path, files, wanted, parts, broken, header_check)
             if not broken or not _changed(path, files):
                 return checkpoint
             checkpoint.close()
             broken.clear()
         except (CheckpointNotFoundError, CorruptCheckpointError):
             if not _changed(path, files):
+                raise
+        except IncompatibleCheckpointError:
+            if not files.ranks or find(path).ranks == files.ranks:  # a save may be about to remove those that it has replaced
                 raise
         if time.monotonic() > deadline:
             raise DirectoryBusyError(
@@ -245,12 +266,16 @@ def open_checkpoint(
 
 @gc_paused()
 def _open_found(
-    path: str, files: FoundFiles, wanted: Callable[[str], bool] | None, parts: Iterable[str], broken: Broken
+    path: str,
+    files: FoundFiles,
+    wanted: Callable[[str], bool] | None,
+    parts: Iterable[str],
+    broken: Broken,
+    header_check: HeaderCheck | None,
 ) -> Checkpoint:
     index = parse_index(files.index_bytes, f"index {files.index_name}") if files.index_bytes is not None else None
-    if index is not None and files.lone is not None:
-        _refuse_unless_superseded(files.folder, index.record, files.lone)
-    checkpoint = Checkpoint(path, files.folder, files.index_name, index, files.index_bytes)
+    refuse_several(files, index)
+    checkpoint = Checkpoint(path, files, index, header_check)
     try:
         if index is not None:
             checkpoint._admit(_shards_to_open(index, wanted), broken)
@@ -283,21 +308,3 @@ def _changed(path: str, seen: FoundFiles) -> bool:
         return find(path).index_bytes != seen.index_bytes
     except CheckpointNotFoundError:
         return seen.index_bytes is not None
-
-
-def _refuse_unless_superseded(folder: str, record: Record | None, lone: str) -> None:
-    """Raises IncompatibleCheckpointError for a lone file beside an index, unless the index records that it replaced this file."""
-    path = os.path.join(folder, lone)
-    try:
-        status = call(os.stat, path, path)
-    except CallFailed as error:
-        if error.errno == errno.ENOENT:
-            return  # the save that replaced it has just removed it
-        raise cannot_read(path, error) from error
-    superseded = record.supersedes if record is not None else None
-    if superseded is not None and superseded == (status.st_size, status.st_mtime_ns):
-        return
-    raise IncompatibleCheckpointError(
-        f"cannot tell which checkpoint is meant: {folder}: one of {INDEX_NAME} and {LONE_NAME} was expected, both are there, "
-        f"and the index does not record that it replaced the file; give the path of the one to load, or remove the other"
-    )

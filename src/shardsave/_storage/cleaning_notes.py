@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from shardsave._common.words import count, human_bytes, some
-from shardsave._format.file_names import LONE_NAME
+from shardsave._format.file_names import INDEX_NAME, LONE_NAME
 from shardsave._storage.cleanup import Cleaner
 
 
@@ -20,6 +20,9 @@ def cleaning_notes(path: str, cleaner: Cleaner, replaced_links: Iterable[str], f
     if links:
         notes.append(f"symbolic links were removed or replaced, not what they led to: {some(links)}")
     notes += strangers_notes(cleaner.strangers)
+    if cleaner.doubtful:
+        size = human_bytes(sum(cleaner.doubtful.values()))
+        notes.append(f"what other users of this directory may have changed or named stays ({size}): {some(cleaner.doubtful)}")
     if cleaner.foreign:
         notes.append(
             f"{count(len(cleaner.foreign), 'leaving')} of saves on other hosts, which may still be at work, stay: {some(cleaner.foreign)} "
@@ -41,4 +44,21 @@ def lone_stays(path: str) -> str:
     return (
         f"{LONE_NAME} is still in {path}: transformers and other libraries will read that file, and not the weights that were just "
         f"saved, until it is removed"
+    )
+
+
+def ranks_stay(path: str, names: Iterable[str]) -> str:
+    """A warning: files of several ranks lie beside the new checkpoint, so that no reader knows which of the two is meant."""
+    return (
+        f"files of several ranks are still in {path}: {some(names)}; until they are removed, the checkpoint that was just saved can "
+        f"only be loaded by the path of its {INDEX_NAME}"
+    )
+
+
+def adapter_stays(path: str, names: Collection[str]) -> str:
+    """A warning: the files ``names`` of an adapter that another tool saved lie beside the new checkpoint."""
+    subject, belongs = ("they are", "stay") if len(names) > 1 else ("it is", "stays")
+    return (
+        f"{' and '.join(names)} {belongs} in {path}, though {subject} not of this save: from_pretrained adds that adapter to what it "
+        f"reads there; remove the adapter if it does not belong to these weights"
     )

@@ -4,6 +4,8 @@
 2. The staging directories of dead savers of this host, and the final names in their lists.
 3. After the commit, the files that the replaced index names: shards, architecture, program, extra tensors.
 4. After the commit, the lone file and the adapter that it replaced, unless they have changed since.
+5. After the commit, the files of several ranks that lay there before it, unless they have changed since: they have torch's name for
+   such a file, and say in their header which chunks they hold. Readers would take them for a second checkpoint.
 
 Nothing else, ever. Final names are removed only if a save can have given them (`OWN_PATTERN` or a companion's name), if they are regular
 files or symbolic links, and if the current index does not name them. Of a symbolic link only the link is removed, never what it leads
@@ -22,10 +24,11 @@ from contextlib import suppress
 from typing import ParamSpec
 
 from shardsave._common.os_calls import CallFailed
-from shardsave._format.file_names import LONE_NAME, OWN_PATTERN
+from shardsave._format.file_names import ADAPTER_CONFIG, LONE_NAME, OWN_PATTERN
 from shardsave._format.index import FileRecord, Index, Superseded
-from shardsave._storage.companions import ADAPTER_NAMES, COMPANION_NAMES, file_record
+from shardsave._storage.companions import ADAPTER_FILES, ADAPTER_NAMES, COMPANION_NAMES, file_record
 from shardsave._storage.directory import Directory
+from shardsave._storage.freeing import RemovedFiles
 from shardsave._storage.lock import LockedDirectory
 from shardsave._storage.previous import Previous, companions_of, files_of
 from shardsave._storage.staging import LIST_NAME, NEW_INDEX_NAME, owner_of, read_list
@@ -38,19 +41,27 @@ class Cleaner:
 
     ``removed``: the names of removed files that this save did not make; ``links``: which of them were symbolic links. ``leftovers``:
     names that could not be removed. ``strangers``: what stays because it belongs to another user, with its bytes on disk.
+    ``doubtful``: what stays although it is ours, because others may have changed it, or the index that names it; with its bytes, too.
     ``foreign``: staging directories that stay because their savers may be alive, on other hosts. ``lone_stays``: whether the replaced
-    lone file is still there, which other libraries prefer to an index.
+    lone file is still there, which other libraries prefer to an index. ``ranks_stay``: the replaced files of several ranks that are still
+    there. ``adapter_stays``: the files of another tool's adapter, which other libraries add to the weights.
+
+    ``to_free``: takes the removed files, whose space the caller frees; without it, their space is free when a method returns.
     """
 
-    def __init__(self, folder: LockedDirectory, own_staging: str = "") -> None:
+    def __init__(self, folder: LockedDirectory, own_staging: str = "", to_free: RemovedFiles | None = None) -> None:
         self.removed: dict[str, None] = {}
         self.links: list[str] = []
         self.leftovers: dict[str, None] = {}
         self.strangers: dict[str, int] = {}
+        self.doubtful: dict[str, int] = {}
         self.foreign: list[str] = []
         self.lone_stays = False
+        self.ranks_stay: list[str] = []
+        self.adapter_stays: list[str] = []
         self._folder = folder
         self._own_staging = own_staging
+        self._to_free = to_free
 
     def after_commit(self, previous: Previous, new: Index) -> None:
         """Removes what the new index does not need; ``new`` was just committed in place of ``previous``.
@@ -61,11 +72,17 @@ class Cleaner:
         if previous.has_lone and LONE_NAME not in named:
             self.remove_lone(new)
             self._attempt(LONE_NAME, self._look_at_lone)
+        for name in sorted(previous.ranks.keys() - named):
+            if not previous.unreadable:
+                self._attempt(name, self._remove_rank, name, previous.ranks[name])
+            self._attempt(name, self._look_at_rank, name)
         if not previous.unreadable:
             self._remove_replaced_adapter(previous.companions, companions_of(new))
+        if ADAPTER_CONFIG not in companions_of(new):
+            self._attempt(ADAPTER_CONFIG, self._look_at_adapter)
         self.remove_dead_staging(named, spare=bool(previous.unreadable))
         for name in sorted(files_of(previous.not_ours) - named):
-            self._attempt(name, self._note_stranger, name)
+            self._attempt(name, self._note_stays, name)
         self.remove_staging(self._own_staging, named, finals=previous.files)
 
     def remove_dead_staging(self, named: frozenset[str], *, spare: bool = False) -> None:
@@ -84,7 +101,7 @@ class Cleaner:
         elif self._folder.obeys(name):
             self.foreign.append(name)
         else:
-            self._note_stranger(name)
+            self._note_stays(name)
 
     def remove_staging(self, staging: str, named: frozenset[str], *, finals: Iterable[str] | None = None) -> None:
         """Removes a staging directory and the final names of its files, except the files that an index names (``named``).
@@ -124,9 +141,10 @@ class Cleaner:
             self._remove(name, status)
 
     def _remove_staged(self, inside: Directory, name: str) -> None:
-        inside.unlink(name)
-        if inside.name != self._own_staging:
-            self.removed[f"{inside.name}/{name}"] = None
+        if inside.name == self._own_staging:
+            return inside.unlink(name)
+        self._unlink(inside, name)
+        self.removed[f"{inside.name}/{name}"] = None
 
     def remove_lone(self, index: Index) -> None:
         """Removes the lone file that ``index`` says it replaced, and a symbolic link of that name to nothing."""
@@ -141,6 +159,19 @@ class Cleaner:
     def _look_at_lone(self) -> None:
         status = self._folder.target_of(LONE_NAME)
         self.lone_stays = status is not None and stat.S_ISREG(status.st_mode)
+
+    def _remove_rank(self, name: str, saved: Superseded | None) -> None:
+        status, file = self._folder.status_of(name), self._folder.target_of(name)
+        if status is not None and file is not None and (file.st_size, file.st_mtime_ns) == saved:
+            self._remove(name, status)
+
+    def _look_at_rank(self, name: str) -> None:
+        if self._folder.status_of(name) is not None:
+            self.ranks_stay.append(name)
+
+    def _look_at_adapter(self) -> None:
+        names = [name for name in ADAPTER_FILES if self._folder.inode_of(name) is not None]  # also of a symbolic link
+        self.adapter_stays = names if ADAPTER_CONFIG in names else []  # nobody looks for the others without it
 
     def _remove_replaced_adapter(self, old: Mapping[str, FileRecord], new: Mapping[str, FileRecord]) -> None:
         """Removes adapter files among the replaced companions ``old`` that are not in ``new``, unless they changed since they were saved.
@@ -158,15 +189,23 @@ class Cleaner:
     def _remove(self, name: str, status: os.stat_result) -> None:
         """Removes the file or symbolic link ``name``, unless it belongs to another user of a shared directory."""
         if not self._folder.is_ours(status):
-            return self._note_stranger(name)
-        self._folder.unlink(name)
+            return self._note_stays(name)
+        self._unlink(self._folder, name)
         self.removed[name] = None
         if stat.S_ISLNK(status.st_mode):
             self.links.append(name)
 
-    def _note_stranger(self, name: str) -> None:
-        if self._folder.status_of(name) is not None:
-            self.strangers[name] = bytes_visible(self._folder, name)
+    def _unlink(self, folder: Directory, name: str) -> None:
+        if self._to_free is not None:
+            self._to_free.unlink(folder, name)
+        else:
+            folder.unlink(name)
+
+    def _note_stays(self, name: str) -> None:
+        status = self._folder.status_of(name)
+        if status is not None:
+            group = self.doubtful if self._folder.is_ours(status) else self.strangers
+            group[name] = bytes_visible(self._folder, name)
 
     def _names_in(self, folder: Directory) -> list[str]:
         try:

@@ -56,3 +56,11 @@ def companions_unknown(path: str, error: CallFailed, names: Iterable[str]) -> Du
         f"saved, but {' and '.join(names)} may still belong to the previous checkpoint: {path}: {error.words}, "
         f"after the new weights were committed; the next save completes this, until then reports name the difference"
     )
+
+
+def still_read(path: str, name: str, tensor: str, state: str) -> SaveNotCommittedError:
+    """The file ``name``, which the save would remove, holds ``tensor`` of the very model that is saved."""
+    return SaveNotCommittedError(
+        f"cannot save to {path}: a directory was expected that the model does not read from, accelerate reads {tensor!r} from {name} "
+        f"there, which the save would remove; save to another directory; {state}"
+    )

@@ -11,21 +11,26 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from shardsave._common.os_calls import CallFailed, NotRegular, call
 from shardsave._format.crc64 import crc64, joined
-from shardsave._format.index import FileRecord
+from shardsave._format.file_names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from shardsave._format.index import FileRecord, ShardRecord
 from shardsave._storage.directory import Directory
 from shardsave._storage.lock import LockedDirectory
+from shardsave._storage.permissions import Permissions, permissions_of
 from shardsave._storage.staging import Staging, owner_of
 
 #: The configs of a transformers model.
 CONFIG_NAMES = ("config.json", "generation_config.json")
 
 #: The files of a PEFT adapter.
-ADAPTER_NAMES = frozenset({"adapter_config.json", "adapter_model.safetensors"})
+ADAPTER_NAMES = frozenset({ADAPTER_CONFIG, ADAPTER_WEIGHTS})
+
+#: The files of an adapter of PEFT, also of older versions.
+ADAPTER_FILES = (*sorted(ADAPTER_NAMES), "adapter_model.bin")
 
 #: The names of all companions. A save touches no other file with a fixed name, except the index and the lone file.
 COMPANION_NAMES = frozenset(CONFIG_NAMES) | ADAPTER_NAMES
@@ -52,6 +57,7 @@ class StagedCompanions:
         self._staging = staging
         self._staged: list[str] = []
         self._free: set[str] = set()
+        self._permissions: dict[str, Permissions] = {}  # of the companions that are replaced
 
     def add(self, companions: Mapping[str, bytes]) -> dict[str, FileRecord]:
         """Stages files (name → content), except those that are in place already. Returns the records of all files for the index."""
@@ -61,7 +67,7 @@ class StagedCompanions:
                 self._folder.sync_file(name)
                 continue
             self._staging.make()
-            self._staging.write(name, data)
+            self._staging.write(name, data, self._permissions.get(name))
             self._staged.append(name)
         return {name: FileRecord(len(data), crc64(data)) for name, data in companions.items()}
 
@@ -78,11 +84,15 @@ class StagedCompanions:
         if status is None:
             self._free.add(name)
             return False
+        target: os.stat_result | None = status
         if stat.S_ISLNK(status.st_mode):
             self.links.add(name)
+            target = self._folder.target_of(name)
         elif not stat.S_ISREG(status.st_mode):
             raise NotRegular(name, status.st_mode)
         self._folder.check_replaceable(name)
+        if target is not None and stat.S_ISREG(target.st_mode):
+            self._permissions[name] = permissions_of(f"{self._folder.path}/{name}", target)
         return True
 
     def _is_kept(self, name: str, data: bytes) -> bool:
@@ -139,10 +149,13 @@ def _finish(folder: LockedDirectory, companions: Mapping[str, FileRecord], insid
     return finished
 
 
-def companion_notes(path: str, companions: Mapping[str, FileRecord]) -> tuple[str, ...]:
+def companion_notes(
+    path: str, companions: Mapping[str, FileRecord], shards: Iterable[ShardRecord], *, whole: bool
+) -> tuple[str, ...]:
     """Says which ``companions`` of the checkpoint in the directory ``path`` are not as they were saved.
 
-    These are notes and not errors: the weights are as they were saved, and people edit configs on purpose.
+    The weights of an adapter are a second name of one of ``shards``. Unless ``whole``, only their header is read, which has the checksum of
+    each tensor. These are notes and not errors: the weights are as they were saved, and people edit configs on purpose.
     """
     notes = []
     with Directory() as folder:
@@ -150,6 +163,8 @@ def companion_notes(path: str, companions: Mapping[str, FileRecord]) -> tuple[st
             try:
                 if folder.fd < 0:
                     folder.open(path)
+                if name == ADAPTER_WEIGHTS and not whole and _has_header(folder, saved, shards):
+                    continue
                 existing = file_record(folder, name)
                 if existing == saved:
                     continue
@@ -164,6 +179,18 @@ def companion_notes(path: str, companions: Mapping[str, FileRecord]) -> tuple[st
             )
             notes.append(f"{name} is not the one saved with these weights: {_words(saved)} expected, {difference}; {cause}")
     return tuple(notes)
+
+
+def _has_header(folder: Directory, saved: FileRecord, shards: Iterable[ShardRecord]) -> bool:
+    """Whether the adapter in ``folder`` has the saved length, and the header of one of ``shards`` of that length. Raises CallFailed."""
+    file = folder.open_regular(ADAPTER_WEIGHTS)
+    if file is None:
+        return False
+    with file:
+        if call(os.fstat, ADAPTER_WEIGHTS, file.fd).st_size != saved.length:
+            return False
+        alike = {(shard.header_length, shard.header_crc) for shard in shards if shard.length == saved.length}
+        return any(crc64(call(os.pread, ADAPTER_WEIGHTS, file.fd, length, 0)) == crc for length, crc in alike)
 
 
 def file_record(folder: Directory, name: str, *, follow: bool = True) -> FileRecord | None:

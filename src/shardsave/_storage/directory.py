@@ -1,7 +1,7 @@
 """An open directory, and the OS calls on the names in it: every name is one path component, relative to the directory's descriptor.
 
-So a `Directory` stays the same directory even if a directory above it is renamed. Only `make_folders` uses paths: the directories
-that it creates do not exist yet.
+So a `Directory` stays the same directory even if a directory above it is renamed. Only `make_folders` uses paths, since the
+directories that it creates do not exist yet, and `names_on_the_way`, which is asked about a path.
 """
 
 from __future__ import annotations
@@ -9,15 +9,23 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import suppress
 from types import TracebackType
 
-from shardsave._common.os_calls import CallFailed, Descriptor, call, kind_of, open_regular, read_whole, write_all
+from shardsave._common.os_calls import CallFailed, Descriptor, absolute_path, call, kind_of, open_regular, read_whole
+from shardsave._storage.links import follow
+from shardsave.errors import SaveNotCommittedError
 
 #: errno values of link(2) if the file system has no hard links, or does not permit this one.
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 #: errno values that are ignored when directories above the checkpoint's are fsynced: they may belong to someone else.
 _MAY_NOT_SYNC = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.EOPNOTSUPP)
+
+
+#: How many symbolic links Linux follows from one to the next.
+_MAX_LINKS = 40
 
 
 class Directory:
@@ -40,6 +48,14 @@ class Directory:
     def open(self, path: str) -> None:
         """Opens the directory at ``path``, through symbolic links."""
         self._descriptor.open(path, os.O_RDONLY | os.O_DIRECTORY)
+
+    def open_for_writing(self, path: str) -> None:
+        """Opens the directory at ``path``, but through no symbolic link of another user that `follow` refuses."""
+        with follow(path) as found:
+            try:
+                self._descriptor.open(".", os.O_RDONLY | os.O_DIRECTORY, found)
+            except CallFailed as error:
+                raise CallFailed(error.call, path, error.errno or 0, error.strerror or "") from error
 
     def open_in(self, parent: Directory) -> None:
         """Opens the directory that has this one's name in ``parent``. A symbolic link is refused."""
@@ -82,11 +98,6 @@ class Directory:
                 raise
             return None
 
-    def is_link(self, name: str) -> bool:
-        """Whether ``name`` is a symbolic link."""
-        status = self.status_of(name)
-        return status is not None and stat.S_ISLNK(status.st_mode)
-
     def inode_of(self, name: str) -> tuple[int, int] | None:
         """Device and inode number of ``name``, which identify a file; None if there is nothing."""
         status = self.status_of(name)
@@ -112,14 +123,6 @@ class Directory:
     def create(self, name: str, file: Descriptor, mode: int = 0o666) -> None:
         """Creates the file ``name``, which must not exist yet, and opens it as ``file``."""
         file.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, self.fd, mode)
-
-    def write(self, name: str, data: bytes, mode: int = 0o666) -> None:
-        """Creates the file ``name``, which must not exist yet, with the content ``data``, and syncs it."""
-        with Descriptor() as file:
-            self.create(name, file, mode)
-            write_all(file.fd, name, data)
-            self.sync_open(file.fd, name)
-            file.close(name)
 
     def sync(self) -> None:
         """Makes the names in it durable."""
@@ -158,16 +161,32 @@ class Directory:
         call(os.rmdir, name, name, dir_fd=self.fd)
 
 
+def path_to_write(path: str) -> str:
+    """The absolute path of a checkpoint or file that will be written. Raises SaveNotCommittedError if there is no current directory."""
+    path = absolute_path(path)
+    if os.path.isabs(path):
+        return path
+    try:
+        return os.path.join(call(os.getcwd, ""), path)
+    except CallFailed as error:
+        raise SaveNotCommittedError(
+            f"cannot save to {path}: the path is relative to the current directory, which does not exist any more: {error.words}; "
+            f"nothing was written"
+        ) from error
+
+
 def make_folders(path: str, durable: bool) -> None:
     """Creates ``path`` and the directories that are missing above it, outermost first. Raises CallFailed.
 
     With ``durable``, the parent of each new directory is synced. Existing directories above are synced too, because nobody knows
-    whether their creators did so.
+    whether their creators did so. A symbolic link of another user that `follow` refuses is refused before anything is created.
     """
     missing, existing = [], path
     while not _is_folder(existing):
         missing.append(existing)
         existing = os.path.dirname(existing)
+    with follow(existing):
+        pass
     if durable:
         _sync_parents(existing)
     for folder in reversed(missing):
@@ -178,6 +197,19 @@ def make_folders(path: str, durable: bool) -> None:
                 raise
         if durable:
             _sync_folder(os.path.dirname(folder))
+
+
+def names_on_the_way(folder: Directory, path: str) -> Iterator[str]:
+    """The names in ``folder`` that ``path`` needs: its own last part, and those of symbolic links on the way to its file."""
+    own = call(os.fstat, folder.name, folder.fd)
+    with suppress(OSError):  # the path leads nowhere
+        for _ in range(_MAX_LINKS):
+            parent, name = os.path.split(path)
+            if os.path.samestat(own, os.stat(parent or ".")):
+                yield name
+            if not os.path.islink(path):
+                return
+            path = os.path.join(parent, os.readlink(path))
 
 
 def _sync_parents(path: str) -> None:

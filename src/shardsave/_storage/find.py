@@ -9,10 +9,12 @@ from typing import NamedTuple
 
 from shardsave._common.os_calls import CallFailed, Descriptor, NotRegular, TooLong, call, open_regular, read_whole
 from shardsave._common.words import some
-from shardsave._format.file_names import INDEX_NAME, LONE_NAME, TORCH_ENDINGS
+from shardsave._format.file_names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX_NAME, LONE_NAME, TORCH_ENDINGS
 from shardsave._format.index import MAX_INDEX_BYTES
+from shardsave._format.other_kinds import START_BYTES, other_kind
 from shardsave._format.rank_files import is_rank_file
-from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, ShardSaveError
+from shardsave._storage.staging import owner_of
+from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError, ShardSaveError
 
 #: The advice for a file of torch.save, which is not read: unpickling it runs whatever code it holds.
 TORCH_SAVE_HINT = "no pickle is read here, since that can run code: shardsave convert SRC DST makes a checkpoint of it"
@@ -22,7 +24,10 @@ _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
 class FoundFiles(NamedTuple):
-    """What a path leads to: an index (``index_bytes``), a lone file (its name in ``folder``), or both; or else files of ``ranks``."""
+    """What a path leads to: an index (``index_bytes``), a lone file (its name in ``folder``), or both.
+
+    ``ranks``: the names of files of several ranks in a directory, which are a checkpoint of their own.
+    """
 
     folder: str
     index_name: str
@@ -44,20 +49,38 @@ def find(path: str) -> FoundFiles:
         return FoundFiles(folder or ".", INDEX_NAME, None, name)
     index_bytes = _read_index(os.path.join(folder, name), name)
     lone = LONE_NAME if is_folder and _exists(os.path.join(path, LONE_NAME), even_broken=index_bytes is None) else None
+    is_adapter = False
     if index_bytes is None and lone is None:
+        is_adapter = is_folder and _has_adapter(path)
         index_bytes = _read_index(os.path.join(folder, name), name)  # a save may just have replaced the lone file by an index
-    if index_bytes is None and lone is None:
-        if is_folder and (ranks := _rank_files(folder)):
-            return FoundFiles(folder, name, None, None, ranks)
+    is_there = index_bytes is not None or lone is not None
+    ranks = _rank_files(folder, may_be_hidden=is_there) if is_folder else ()
+    if is_adapter and not is_there and not ranks:
+        return FoundFiles(folder, name, None, ADAPTER_WEIGHTS)
+    if not is_there and not ranks:
         raise CheckpointNotFoundError(f"no checkpoint at {path}: neither {name} nor {LONE_NAME} is there{_hint(folder)}")
-    return FoundFiles(folder or ".", name, index_bytes, lone)
+    return FoundFiles(folder or ".", name, index_bytes, lone, ranks)
 
 
-def _rank_files(folder: str) -> tuple[str, ...]:
-    """The names of the files in ``folder`` that have the chunks of one rank each."""
+def _has_adapter(folder: str) -> bool:
+    """Whether PEFT has written an adapter into ``folder``: the files of one, and no save of ours that has not committed them."""
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return False
+    return {ADAPTER_CONFIG, ADAPTER_WEIGHTS} <= {*names} and not any(owner_of(name) for name in names)
+
+
+def _rank_files(folder: str, *, may_be_hidden: bool) -> tuple[str, ...]:
+    """The names of the files in ``folder`` that have the chunks of one rank each.
+
+    ``may_be_hidden``: whether a folder that may not be listed counts as one without such files.
+    """
     try:
         return tuple(sorted(filter(is_rank_file, call(os.listdir, folder, folder))))
     except CallFailed as error:
+        if may_be_hidden and error.errno == errno.EACCES:
+            return ()
         raise cannot_read(folder, error) from error
 
 
@@ -98,13 +121,17 @@ def _read_index(path: str, name: str) -> bytes | None:
         return None
     try:
         with file:
-            return read_whole(file.fd, path, MAX_INDEX_BYTES)
+            data = read_whole(file.fd, path, MAX_INDEX_BYTES)
     except TooLong as error:
         raise CorruptCheckpointError(
             f"corrupt index {name}: at most {MAX_INDEX_BYTES} bytes expected, it has {error.length}; no shard was opened"
         ) from None
     except CallFailed as error:
         raise cannot_read(path, error) from error
+    kind = other_kind(data[:START_BYTES])
+    if kind is not None and kind.lost:
+        refuse_other_kind(data[:START_BYTES], f"index {name}", path, "an index")
+    return data
 
 
 def open_checkpoint_file(path: str, what: str) -> Descriptor | None:
@@ -124,6 +151,17 @@ def open_checkpoint_file(path: str, what: str) -> Descriptor | None:
         if error.errno in _ABSENT:  # also from fstat: a file system in user space may forget an open file that a save removes
             return None
         raise cannot_read(path, error) from error
+
+
+def refuse_other_kind(start: bytes, what: str, path: str, expected: str) -> None:
+    """Raises the error for a file that begins with ``start``, if that shows that it is something else than ``expected``."""
+    kind = other_kind(start)
+    if kind is not None and kind.lost:
+        raise CorruptCheckpointError(f"corrupt {what}: {path}: {expected} was expected, it is {kind.words}; {kind.advice}")
+    if kind is not None:
+        raise IncompatibleCheckpointError(
+            f"cannot read {path}: {expected} was expected, it is {kind.words}; {kind.advice}; the file is as it was"
+        )
 
 
 def cannot_read(path: str, error: CallFailed) -> ShardSaveError:

@@ -8,11 +8,12 @@ import os
 import stat
 import threading
 import time
+import weakref
 
 from shardsave._common.os_calls import CallFailed, call
 from shardsave._common.shutdown import raise_if_ending
 from shardsave._storage.directory import Directory
-from shardsave._storage.staging import host_id, owner_of
+from shardsave._storage.staging import LIST_NAME, host_id, owner_of
 from shardsave.errors import DirectoryBusyError
 
 _POLL_SECONDS = 0.05
@@ -47,9 +48,9 @@ class LockedDirectory(Directory):
         ``purpose`` and ``state`` are for the message: what cannot be done, and in which state that leaves the directory.
         """
         deadline = time.monotonic() + timeout
-        _locks_of_this_thread().append(self)
+        _locks_of_this_thread().add(self)
         while True:
-            self.open(self.path)
+            self.open_for_writing(self.path)
             self._wait(timeout, deadline, purpose, state)
             if self.is_in_place():
                 return
@@ -119,14 +120,37 @@ class LockedDirectory(Directory):
         """Whether a save may do what the index or the staging directory ``name`` says.
 
         In a shared directory, only if nobody but this user can have made it: neither by a link (a hard link has the owner of the
-        file that it leads to) nor by writing to it.
+        file that it leads to) nor by writing to it. That a group may write there is enough to refuse it.
         """
         if not self.shared:
             return True
         status = self.status_of(name)
-        if status is None or status.st_uid != self.owner or status.st_mode & stat.S_IWOTH:
+        if status is None or not stat.S_ISDIR(status.st_mode):
+            return self._is_own_file(status)
+        return self._is_closed(status) and self._holds_only_ours(name)
+
+    def _is_closed(self, status: os.stat_result) -> bool:
+        """Whether the file is one of this user, and nobody else may write to it. With an ACL, the group's bits show what it permits."""
+        return status.st_uid == self.owner and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+    def _is_own_file(self, status: os.stat_result | None) -> bool:
+        if status is None or not stat.S_ISREG(status.st_mode):
             return False
-        return stat.S_ISDIR(status.st_mode) or (stat.S_ISREG(status.st_mode) and status.st_nlink == 1)
+        return self._is_closed(status) and status.st_nlink == 1
+
+    def _holds_only_ours(self, staging: str) -> bool:
+        """Whether all files in ``staging`` are this user's, and nobody else can have changed its list.
+
+        Others may have written to the directory until its mode was changed.
+        """
+        try:
+            with self.enter(staging) as inside:
+                statuses = {name: inside.status_of(name) for name in inside.names()}
+        except CallFailed as error:
+            return error.errno == errno.EACCES  # created under a umask that denies even its owner; it is empty
+        if not all(status is None or status.st_uid == self.owner for status in statuses.values()):
+            return False
+        return LIST_NAME not in statuses or self._is_own_file(statuses[LIST_NAME])
 
     def check_replaceable(self, name: str) -> None:
         """Raises CallFailed if another user has a file called ``name`` that this user may not replace."""
@@ -156,17 +180,18 @@ class LockedDirectory(Directory):
     def close(self) -> None:
         """Frees the lock. May be called any number of times."""
         super().close()
-        own = _locks_of_this_thread()
-        if self in own:
-            own.remove(self)
+        _locks_of_this_thread().discard(self)
 
 
 _threads = threading.local()
 
 
-def _locks_of_this_thread() -> list[LockedDirectory]:
-    """The locks that this thread holds or waits for: more than one if a save interrupts another save on the same thread."""
+def _locks_of_this_thread() -> weakref.WeakSet[LockedDirectory]:
+    """The locks that this thread holds or waits for: more than one if a save interrupts another save on the same thread.
+
+    A lock that was not closed, because of an interrupt, is freed with the last reference to its directory.
+    """
     if not hasattr(_threads, "locks"):
-        _threads.locks = []
-    locks: list[LockedDirectory] = _threads.locks
+        _threads.locks = weakref.WeakSet()
+    locks: weakref.WeakSet[LockedDirectory] = _threads.locks
     return locks

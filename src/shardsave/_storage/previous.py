@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import stat
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
-from shardsave._format.file_names import INDEX_NAME, LONE_NAME
+from shardsave._common.os_calls import CallFailed, NotRegular, call
+from shardsave._format.file_names import ADAPTER_WEIGHTS, INDEX_NAME, LONE_NAME
 from shardsave._format.index import MAX_INDEX_BYTES, FileRecord, Index, Superseded
 from shardsave._format.index_parsing import parse_index
+from shardsave._format.rank_files import is_rank_file
 from shardsave._storage.lock import LockedDirectory
+from shardsave._storage.permissions import Permissions, common_permissions, permissions_of
+from shardsave._storage.rank_files import has_chunks
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError
 
 
@@ -18,8 +23,10 @@ class Previous:
     """An index, a lone file, both, or nothing.
 
     ``index_bytes``: the content of the index file. ``unreadable``: why ``index`` is None although that file exists. ``lone``: None
-    also for a symbolic link to nothing. ``links``: which of the index and the lone file are symbolic links. ``not_ours``: the index
-    of another user, which is not obeyed; ``index`` is None then.
+    also for a symbolic link to nothing. ``links``: which of the index and the lone file are symbolic links. ``not_ours``: an index
+    that another user may have written, which is not obeyed; ``index`` is None then. ``strangers_index``: whether the index file belongs to
+    another user of a shared directory. ``ranks``: files of several ranks that torch wrote: name → what changes when the file does; None
+    if it cannot be opened, so that nobody knows what it is.
     """
 
     index_bytes: bytes | None = None
@@ -28,15 +35,23 @@ class Previous:
     lone: Superseded | None = None
     links: frozenset[str] = frozenset()
     not_ours: Index | None = None
+    strangers_index: bool = False
+    ranks: Mapping[str, Superseded | None] = field(default_factory=dict)
 
     @property
     def exists(self) -> bool:
-        return self.index_bytes is not None or self.lone is not None
+        return self.index_bytes is not None or self.lone is not None or bool(self.ranks)
 
     @property
     def has_lone(self) -> bool:
         """Whether something has the name of the lone file."""
         return self.lone is not None or LONE_NAME in self.links
+
+    @property
+    def others_index(self) -> bool:
+        """Whether there is an index that another user made, or that shardsave did not write."""
+        index = self.index or self.not_ours
+        return self.strangers_index or (self.index_bytes is not None and (index is None or index.record is None))
 
     @property
     def files(self) -> frozenset[str]:
@@ -47,9 +62,12 @@ class Previous:
     def companions(self) -> Mapping[str, FileRecord]:
         return companions_of(self.index)
 
-    def notes(self, *, lone_is_gone: bool) -> list[str]:
-        """What the report of a save says about the checkpoint that it replaced."""
+    def notes(self, removed: Collection[str]) -> list[str]:
+        """What the report of a save says about the checkpoint that it replaced. ``removed``: the names of removed files."""
         notes = []
+        lone_is_gone = LONE_NAME in removed
+        if any(name in removed for name in self.ranks):
+            notes.append("files of several ranks, which were not saved by shardsave, were replaced")
         if self.unreadable:
             notes.append(f"nothing was removed that the replaced index names, since {self.unreadable}")
         record = self.index.record if self.index is not None else None
@@ -66,10 +84,14 @@ def read_previous(folder: LockedDirectory) -> Previous:
     if lone is not None and stat.S_ISLNK(lone.st_mode):
         links.add(LONE_NAME)
         lone = folder.target_of(LONE_NAME)
-    if folder.is_link(INDEX_NAME):
+    status = folder.status_of(INDEX_NAME)
+    if status is not None and stat.S_ISLNK(status.st_mode):
         links.add(INDEX_NAME)
+    strangers_index = status is not None and not folder.is_ours(status)
     superseded = Superseded(lone.st_size, lone.st_mtime_ns) if lone is not None else None
-    previous = Previous(folder.read_all(INDEX_NAME, MAX_INDEX_BYTES), lone=superseded, links=frozenset(links))
+    content = folder.read_all(INDEX_NAME, MAX_INDEX_BYTES)
+    ranks = _read_ranks(folder)
+    previous = Previous(content, lone=superseded, links=frozenset(links), strangers_index=strangers_index, ranks=ranks)
     if previous.index_bytes is None:
         return previous
     try:
@@ -79,6 +101,46 @@ def read_previous(folder: LockedDirectory) -> Previous:
     if not folder.obeys(INDEX_NAME):
         return replace(previous, unreadable="another user of this directory made it, or may have changed it", not_ours=index)
     return replace(previous, index=index)
+
+
+def permissions_replaced(folder: LockedDirectory, previous: Previous) -> tuple[Permissions | None, Permissions | None]:
+    """The permissions for new files in the place of ``previous``, which all of its weights have, and for the new index.
+
+    None: there is nothing to replace. Raises CallFailed.
+    """
+    index = _permissions_of(folder, [INDEX_NAME]) if previous.index_bytes is not None else None
+    weights = [*sorted(previous.files - previous.companions.keys()), LONE_NAME, ADAPTER_WEIGHTS]
+    found = _permissions_of(folder, weights) or index
+    return found, index or found
+
+
+def _permissions_of(folder: LockedDirectory, names: Iterable[str]) -> Permissions | None:
+    """What all of the regular files ``names`` allow, or what links of these names lead to."""
+    statuses = {name: folder.target_of(name) for name in names}
+    return common_permissions(
+        permissions_of(f"{folder.path}/{name}", status)
+        for name, status in statuses.items()
+        if status is not None and stat.S_ISREG(status.st_mode)
+    )
+
+
+def _read_ranks(folder: LockedDirectory) -> dict[str, Superseded | None]:
+    """The files of several ranks in ``folder``: those that have such a name and say which chunks they hold."""
+    ranks: dict[str, Superseded | None] = {}
+    for name in sorted(filter(is_rank_file, folder.names())):
+        try:
+            file = folder.open_regular(name)
+            if file is None:
+                continue
+            with file:
+                status = call(os.fstat, name, file.fd)
+                if has_chunks(file.fd, name):
+                    ranks[name] = Superseded(status.st_size, status.st_mtime_ns)
+        except NotRegular:
+            continue
+        except CallFailed:
+            ranks[name] = None
+    return ranks
 
 
 def files_of(index: Index | None) -> frozenset[str]:

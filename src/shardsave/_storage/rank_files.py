@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 
 from shardsave._common.coverage import covered_once
+from shardsave._common.os_calls import call
 from shardsave._common.strict_json import glimpse
-from shardsave._common.words import count
+from shardsave._common.words import count, some
 from shardsave._format.dtypes import BY_NAME
-from shardsave._format.header import Header
-from shardsave._format.rank_files import SHARDING_KEY, chunk_begins, is_rank_file, missing_file
+from shardsave._format.header import Header, parse_header
+from shardsave._format.rank_files import SHARDING_KEY, absent_files, chunk_begins, is_rank_file, missing_file, other_series
 from shardsave._storage.located import Located, StoredChunk
+from shardsave._storage.shard_files import read_header
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError
 
+_INFERRED = (
+    "whole shapes are not recorded in files of ranks, but inferred from the files that are there: that the files of the last ranks are "
+    "missing, or are from another save, cannot be noticed"
+)
+
 _CAUSE = "files of some ranks are missing, or files of several saves lie together"
+
+
+def has_chunks(fd: int, name: str) -> bool:
+    """Whether the file behind ``fd`` says of its tensors where in whole tensors they begin. Raises CallFailed."""
+    length = call(os.fstat, name, fd).st_size
+    try:
+        header = parse_header(read_header(fd, length, f"shard {name}"), length, f"shard {name}")
+    except CorruptCheckpointError:
+        return False
+    return SHARDING_KEY in header.metadata
 
 
 def refuse_lone_rank(path: str, name: str, folder: str, header: Header) -> None:
@@ -25,6 +43,16 @@ def refuse_lone_rank(path: str, name: str, folder: str, header: Header) -> None:
             f"cannot read {path}: whole tensors were expected, it has the chunks of one rank of several, as "
             f"HuggingFaceStorageWriter writes them; to read all ranks, give the path of their directory: {folder}"
         )
+
+
+def shape_notes(files: Iterable[str]) -> tuple[str, ...]:
+    """What nobody can tell about the shapes of tensors in ``files`` of ranks."""
+    absent = absent_files(files)
+    if not absent:
+        return (_INFERRED,)
+    return (
+        f"{_INFERRED}; other ranks wrote files of these numbers, which is normal if these have no part of them: {some(absent, 5)}",
+    )
 
 
 def chunks_of(file: str, header: Header, tensors: Iterable[tuple[str, Located]]) -> list[tuple[str, StoredChunk]]:
@@ -38,7 +66,7 @@ def chunks_of(file: str, header: Header, tensors: Iterable[tuple[str, Located]])
     return [(name, StoredChunk(begins[name], located)) for name, located in tensors]
 
 
-def assemble(folder: str, files: Iterable[str], chunks: Mapping[str, Sequence[StoredChunk]]) -> dict[str, Located]:
+def assemble(folder: str, files: Sequence[str], chunks: Mapping[str, Sequence[StoredChunk]]) -> dict[str, Located]:
     """The whole tensors of ``chunks``, which ``files`` hold, by name.
 
     Raises CorruptCheckpointError unless the chunks cover each tensor once, and the files have all numbers of their series.
@@ -46,6 +74,11 @@ def assemble(folder: str, files: Iterable[str], chunks: Mapping[str, Sequence[St
     if (missing := missing_file(files)) is not None:
         raise CorruptCheckpointError(
             f"corrupt checkpoint {folder}: a file {missing} was expected, there is none; the checkpoint was copied or downloaded in part"
+        )
+    if (pair := other_series(files)) is not None:
+        raise CorruptCheckpointError(
+            f"corrupt checkpoint {folder}: files of one save were expected, {pair[0]} and {pair[1]} count different numbers of files; "
+            f"{_CAUSE}"
         )
     return {name: _assembled(folder, name, parts) for name, parts in chunks.items()}
 

@@ -3,32 +3,43 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from shardsave._common.os_calls import CallFailed, Descriptor, call, descriptor_allowance, read_at
 from shardsave._format.crc64 import crc64
 from shardsave._format.header import Header, header_length, parse_header
 from shardsave._format.index import ShardRecord
-from shardsave._storage.find import TORCH_SAVE_HINT, cannot_read, open_checkpoint_file
+from shardsave._format.other_kinds import START_BYTES, ZIP, is_pickle
+from shardsave._storage.find import cannot_read, open_checkpoint_file, refuse_other_kind
 from shardsave.errors import CorruptCheckpointError, DirectoryBusyError, IncompatibleCheckpointError
 
-#: The first two bytes of a pickle, for every binary protocol in use.
-_PICKLES = (b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5")
+#: A further check of a header: gets its bytes, the file's length, what was read from it and the file's name. Raises
+#: CorruptCheckpointError.
+HeaderCheck = Callable[[bytes, int, Header, str], None]
 
 
 class ShardFiles:
     """Open shards. Their descriptors keep the bytes readable even when a save replaces the files meanwhile.
 
-    ``index_name`` is None without an index; ``records`` is None if the index has no records of its shards.
+    ``index_name`` is None without an index; ``records`` is None if the index has no records of its shards. ``header_check`` may refuse
+    a header that is sound otherwise.
     """
 
-    def __init__(self, path: str, folder: str, index_name: str | None, records: Mapping[str, ShardRecord] | None) -> None:
+    def __init__(
+        self,
+        path: str,
+        folder: str,
+        index_name: str | None,
+        records: Mapping[str, ShardRecord] | None,
+        header_check: HeaderCheck | None,
+    ) -> None:
         self.path = path
         self.shards: tuple[str, ...] = ()
         self.allowance = descriptor_allowance()  # how many shards are held open at the same time
         self.records = dict(records) if records is not None else None
         self._folder = folder
         self._named_by = index_name
+        self._header_check = header_check
         self._open: dict[str, Descriptor] = {}
         self._identities: dict[str, tuple[int, ...]] = {}  # of each shard, when it was first opened
 
@@ -81,7 +92,11 @@ class ShardFiles:
             identity = _identity(call(os.fstat, shard, file.fd))
             if self._identities.setdefault(shard, identity) != identity:
                 raise DirectoryBusyError(self._replaced(shard))
-            return file, self._checked_header(file.fd, shard)
+            try:
+                return file, self._checked_header(file.fd, shard)
+            except CorruptCheckpointError:
+                self._refuse_other_kind(file.fd, shard)
+                raise
         except CallFailed as error:
             file.abandon()
             raise cannot_read(self.path_of(shard), error) from error
@@ -119,11 +134,12 @@ class ShardFiles:
         where = f"shard {shard}"
         if self.records is None:
             length = call(os.fstat, shard, descriptor).st_size
-            try:
-                header = parse_header(read_header(descriptor, length, where), length, where)
-            except CorruptCheckpointError:
-                self._refuse_torch_save(descriptor, shard)
-                raise
+            if not length:
+                raise CorruptCheckpointError(
+                    f"corrupt {where}: {self.path_of(shard)}: a safetensors file was expected, it is empty; the checkpoint was copied "
+                    f"or downloaded in part"
+                )
+            header = self._parsed(read_header(descriptor, length, where), length, shard)
             if self._named_by is not None and header.sums is not None:
                 raise CorruptCheckpointError(
                     f"corrupt index {self._named_by}: a record of {shard} expected, since shardsave wrote that file, it has none; "
@@ -131,7 +147,7 @@ class ShardFiles:
                 )
             return header
         record = self.records[shard]
-        header = parse_header(self.checked_start(descriptor, shard, record), record.length, where)
+        header = self._parsed(self.checked_start(descriptor, shard, record), record.length, shard)
         if header.sums is None:
             raise CorruptCheckpointError(
                 f"corrupt {where}: checksums of its tensors expected, as the index has a record of it, its header has none; "
@@ -139,15 +155,23 @@ class ShardFiles:
             )
         return header
 
-    def _refuse_torch_save(self, descriptor: int, shard: str) -> None:
-        """Raises IncompatibleCheckpointError if the file begins like one of torch.save: it is no damaged safetensors file."""
-        start = read_start(descriptor, 4)
-        kind = "a zip archive" if start == b"PK\3\4" else "a pickle" if start[:2] in _PICKLES else None
-        if kind is not None:
+    def _parsed(self, raw: bytes, length: int, shard: str) -> Header:
+        header = parse_header(raw, length, f"shard {shard}")
+        if self._header_check is not None:
+            self._header_check(raw, length, header, shard)
+        return header
+
+    def _refuse_other_kind(self, descriptor: int, shard: str) -> None:
+        """Raises the error that names what ``shard`` is, if it begins like a file of another kind and not like a damaged one."""
+        start = read_start(descriptor, START_BYTES)
+        path = self.path_of(shard)
+        pickled = "a zip archive" if start.startswith(ZIP) else "a pickle" if is_pickle(start) else None
+        if pickled is not None:
             raise IncompatibleCheckpointError(
-                f"cannot read {self.path_of(shard)}: a safetensors file was expected, it is {kind}, as torch.save writes; "
-                f"{TORCH_SAVE_HINT}; the file is as it was"
+                f"cannot read {path}: a safetensors file was expected, it is {pickled}, as torch.save writes; no pickle is read here, "
+                f"since that can run code: shardsave convert {path} DST makes a checkpoint of it; the file is as it was"
             )
+        refuse_other_kind(start, f"shard {shard}", path, "a safetensors file")
 
     @staticmethod
     def checked_start(descriptor: int, shard: str, record: ShardRecord) -> bytes:

@@ -17,6 +17,7 @@ from shardsave._common.os_calls import CallFailed, Descriptor, allocate, call, w
 from shardsave._common.strict_json import NotJSON, check_memory
 from shardsave._format.crc64 import crc64
 from shardsave._storage.directory import NO_LINKS, Directory
+from shardsave._storage.permissions import FileMaker, Permissions
 
 #: The name of the new index until it is renamed.
 NEW_INDEX_NAME = "index"
@@ -69,14 +70,20 @@ class Staging:
 
     Files already have their final names in it; only the index and the list have other names. Every method raises CallFailed.
 
-    ``private``: no other user may change what the next save will obey: the directory's content, and the index.
+    ``private``: no other user, not even one of the same group, may change what the next save will obey: the directory's content, the
+    index and the list. So nobody else may write to any file but the shards. ``permissions``: of files that replace others, and
+    ``index_permissions``: of the index; None if there is none to replace.
     """
 
-    def __init__(self, parent: Directory) -> None:
+    def __init__(self, parent: Directory, path: str) -> None:
         self._parent = parent
+        self._path = path  # of the parent
         self._inside = Directory(durable=parent.durable)
         self._shards: list[StagedShard] = []
+        self._maker: FileMaker | None = None
         self.private = False
+        self.permissions: Permissions | None = None
+        self.index_permissions: Permissions | None = None
 
     @property
     def name(self) -> str:
@@ -94,15 +101,27 @@ class Staging:
             return
         self._inside.name = f".shardsave-{host_id()}{secrets.token_hex(4)}"
         assert owner_of(self.name) is not None
-        self._parent.mkdir(self.name, 0o700 if self.private else 0o777)
+        self._parent.mkdir(self.name, self._mode())
         self._inside.open_in(self._parent)
         self._parent.sync()
+
+    def _mode(self) -> int:
+        """Who may see nothing of the files may not enter the directory."""
+        seen = 0 if self.private else 0o777 if self.permissions is None else self.permissions.mode
+        return 0o700 | (0o070 if seen & 0o070 else 0) | (0o007 if seen & 0o007 else 0)
+
+    def _create(self, name: str, file: Descriptor, permissions: Permissions | None, mode: int = 0o666) -> None:
+        if permissions is None:
+            return self._inside.create(name, file, mode)
+        if self._maker is None:
+            self._maker = FileMaker(self._inside, f"{self._path}/{self.name}")
+        self._maker.create(name, file, permissions)
 
     def create(self, name: str, length: int) -> StagedShard:
         """Creates the file of shard ``name`` with room for ``length`` bytes, reserved on disk if the file system supports that."""
         shard = StagedShard(name, Descriptor())
         self._shards.append(shard)
-        self._inside.create(name, shard.file)
+        self._create(name, shard.file, self.permissions)
         allocate(shard.file.fd, name, length)
         return shard
 
@@ -113,17 +132,27 @@ class Staging:
         self._inside.sync_open(fd, name)
         shard.file.close(name)
 
-    def write(self, name: str, data: bytes) -> None:
-        """Creates the file ``name`` with the content ``data``."""
-        self._inside.write(name, data)
+    def write(self, name: str, data: bytes, permissions: Permissions | None = None) -> None:
+        """Creates the file ``name`` with the content ``data``, and syncs it. ``permissions``: of a file that it replaces alone."""
+        self._write(name, data, permissions or self.permissions)
 
     def write_index(self, data: bytes) -> None:
         """Writes the new index."""
-        self._inside.write(NEW_INDEX_NAME, data, 0o644 if self.private else 0o666)
+        self._write(NEW_INDEX_NAME, data, self.index_permissions)
+
+    def _write(self, name: str, data: bytes, permissions: Permissions | None) -> None:
+        mask = 0o022 if self.private else 0
+        if permissions is not None:
+            permissions = permissions._replace(mode=permissions.mode & ~mask)
+        with Descriptor() as file:
+            self._create(name, file, permissions, 0o666 & ~mask)
+            write_all(file.fd, name, data)
+            self._inside.sync_open(file.fd, name)
+            file.close(name)
 
     def write_list(self, names: Iterable[str]) -> None:
         """Writes the list of final names."""
-        self._inside.write(LIST_NAME, json.dumps([*names]).encode())
+        self.write(LIST_NAME, json.dumps([*names]).encode())
 
     def add_name(self, name: str, staged: str) -> None:
         """Gives the finished file ``staged`` a second name in this directory; copies it if the file system has no links."""
@@ -132,7 +161,7 @@ class Staging:
         except CallFailed as error:
             if error.errno not in NO_LINKS:
                 raise
-            self._inside.write(name, self._inside.read_all(staged, sys.maxsize) or b"")
+            self.write(name, self._inside.read_all(staged, sys.maxsize) or b"")
 
     def sync(self) -> None:
         """Makes the names in this directory durable."""

@@ -13,12 +13,12 @@ from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import NamedTuple
 
-from shardsave._common.os_calls import DISK_FULL, OUT_OF_SPACE, CallFailed, call
+from shardsave._common.os_calls import DISK_FULL, OUT_OF_SPACE, CallFailed
 from shardsave._common.words import human_bytes, some
 from shardsave._format.file_names import INDEX_NAME, LONE_NAME, part_name, shard_names
 from shardsave._format.index import MAX_INDEX_BYTES, FileRecord, Index, Superseded, encode_index
-from shardsave._storage.cleaning_notes import cleaning_notes, lone_stays
-from shardsave._storage.cleanup import Cleaner
+from shardsave._storage.cleaning_notes import adapter_stays, cleaning_notes, lone_stays, ranks_stay
+from shardsave._storage.cleanup import Cleaner, final_names
 from shardsave._storage.commit_errors import (
     commit_unknown,
     companions_unknown,
@@ -26,24 +26,26 @@ from shardsave._storage.commit_errors import (
     durability_unknown,
     index_replaced,
     name_taken,
+    still_read,
 )
 from shardsave._storage.companions import StagedCompanions, finish_dead_savers
-from shardsave._storage.directory import make_folders
+from shardsave._storage.directory import make_folders, names_on_the_way, path_to_write
+from shardsave._storage.freeing import RemovedFiles, wait_until_freed
 from shardsave._storage.lock import LockedDirectory
 from shardsave._storage.phase import Phase
-from shardsave._storage.previous import Previous, read_previous
+from shardsave._storage.previous import Previous, permissions_replaced, read_previous
 from shardsave._storage.staging import NEW_INDEX_NAME, StagedShard, Staging
 from shardsave.errors import OutOfSpaceError, SaveNotCommittedError, ShardSaveError
 
 
 class CommitOutcome(NamedTuple):
     """``removed``: names of files that were removed or replaced, and that this save did not make. ``leftovers``: names that should
-    have been removed and could not be. ``notes``: for the reader of the report. ``warning``: what the caller must not overlook."""
+    have been removed and could not be. ``notes``: for the reader of the report. ``warnings``: what the caller must not overlook."""
 
     removed: tuple[str, ...]
     leftovers: tuple[str, ...]
     notes: tuple[str, ...]
-    warning: str
+    warnings: tuple[str, ...]
 
 
 class Transaction:
@@ -53,12 +55,10 @@ class Transaction:
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, durable: bool, lock_timeout: float) -> None:
-        # Not normalised: only the file system knows what `link/..` means.
-        path = os.fspath(directory)
-        self.path = path if os.path.isabs(path) else os.path.join(_current_directory(path), path)
+        self.path = path_to_write(os.fspath(directory))
         self._lock_timeout = lock_timeout
         self._folder = LockedDirectory(self.path, durable=durable)
-        self._staging = Staging(self._folder)
+        self._staging = Staging(self._folder, self.path)
         self._companions = StagedCompanions(self._folder, self._staging)
         self._previous = Previous()
         self._phase = Phase.UNREAD
@@ -110,6 +110,7 @@ class Transaction:
             self._previous = read_previous(self._folder)
             self._phase = self._phase.then(Phase.STAGING)
             self._folder.check_replaceable(INDEX_NAME)
+            self._staging.permissions, self._staging.index_permissions = permissions_replaced(self._folder, self._previous)
             self._finished = finish_dead_savers(self._folder, self._previous.companions, self._folder.knows_dead)
 
     def shard_names(self, count: int) -> tuple[str, ...]:
@@ -133,8 +134,21 @@ class Transaction:
         with self._before_commit():
             return {*self._folder.names(), *self._previous.files}
 
+    def check_not_read(self, files: Mapping[str, str]) -> None:
+        """Raises SaveNotCommittedError if this save would remove one of ``files`` (path → the tensor that the model reads from it)."""
+        doomed = {*final_names(self._previous.files, (), frozenset()), LONE_NAME}
+        for path, tensor in files.items():
+            with self._before_commit():
+                found = doomed.intersection(names_on_the_way(self._folder, path))
+            if found:
+                raise still_read(self.path, min(found), tensor, self._state())
+
     def check_space(self, needed: int) -> None:
-        """Raises OutOfSpaceError if fewer than ``needed`` bytes are free, even after the files of dead savers were removed."""
+        """Raises OutOfSpaceError if fewer than ``needed`` bytes are free, even after the files of dead savers were removed.
+
+        Waits until the space of files that earlier saves of this process removed is free; quotas count it too.
+        """
+        wait_until_freed()
         with self._before_commit():
             free = self._folder.free_bytes()
             if free is not None and needed > free and not self._previous.unreadable:
@@ -257,16 +271,25 @@ class Transaction:
         raise durability_unknown(self.path, error) from error
 
     def _clean(self, new: Index) -> CommitOutcome:
-        cleaner = Cleaner(self._folder, self._staging.name)
-        cleaner.after_commit(self._previous, new)
+        to_free = RemovedFiles()
+        cleaner = Cleaner(self._folder, self._staging.name, to_free)
+        try:
+            cleaner.after_commit(self._previous, new)
+        finally:
+            to_free.free_later()
         replaced = self._companions.replacing()
         notes = [] if self._folder.exclusive else ["the file system has no locks: simultaneous saves are not kept apart"]
-        notes += self._previous.notes(lone_is_gone=LONE_NAME in cleaner.removed)
+        notes += self._previous.notes(cleaner.removed)
         links = (self._previous.links | self._companions.links) - {LONE_NAME}
         notes += cleaning_notes(self.path, cleaner, links, self._finished)
-        removed = dict.fromkeys([*self._removed, *cleaner.removed, *replaced])
-        warning = lone_stays(self.path) if cleaner.lone_stays else ""
-        return CommitOutcome(tuple(removed), tuple(cleaner.leftovers), tuple(notes), warning)
+        index = [INDEX_NAME] if self._previous.others_index else []
+        removed = dict.fromkeys([*self._removed, *cleaner.removed, *replaced, *index])
+        warnings = [lone_stays(self.path)] if cleaner.lone_stays else []
+        if cleaner.ranks_stay:
+            warnings.append(ranks_stay(self.path, cleaner.ranks_stay))
+        if cleaner.adapter_stays:
+            warnings.append(adapter_stays(self.path, cleaner.adapter_stays))
+        return CommitOutcome(tuple(removed), tuple(cleaner.leftovers), tuple(notes), tuple(warnings))
 
     def close(self) -> None:
         """Ends the transaction: removes files that belong to no checkpoint, frees the lock. May be called any number of times."""
@@ -313,14 +336,3 @@ class Transaction:
         if not self._previous.exists:
             return f"nothing was committed, there was no checkpoint before{gone}"
         return f"nothing was committed, the previous checkpoint is intact{gone}"
-
-
-def _current_directory(path: str) -> str:
-    """The current directory, in which the relative ``path`` begins."""
-    try:
-        return call(os.getcwd, "")
-    except CallFailed as error:
-        raise SaveNotCommittedError(
-            f"cannot save to {path}: the path is relative to the current directory, which does not exist any more: {error.words}; "
-            f"nothing was written"
-        ) from error

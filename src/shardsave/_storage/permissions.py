@@ -1,0 +1,99 @@
+"""Permissions of new files: those of the files that they replace, exactly, and at no moment more.
+
+A file that replaces nothing has what the umask and the directory's default access control list (ACL) give it. With an ACL, the group's
+bits of a mode are only the limit of what its entries allow (acl(5)); so a mode without its ACL would allow the group more.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import NamedTuple
+
+from shardsave._common.os_calls import CallFailed, Descriptor, call
+from shardsave._storage.directory import Directory
+
+_ACL, _DEFAULT_ACL = "system.posix_acl_access", "system.posix_acl_default"
+
+#: errno values of getxattr(2) for a file without an ACL, or a file system without ACLs.
+_NO_ACL = (errno.ENODATA, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+class Permissions(NamedTuple):
+    """Who may do what with a file: the nine bits of its mode, its group, and its ACL."""
+
+    mode: int
+    group: int
+    acl: bytes | None = None
+
+    def without_group(self) -> Permissions:
+        """For a file of another group, or without the ACL: the group may do what everybody may do, at most."""
+        return self._replace(mode=self.mode & (0o707 | (self.mode & 0o007) << 3), acl=None)
+
+
+def permissions_of(path: str, status: os.stat_result) -> Permissions:
+    """The permissions of the file at ``path``, whose status is ``status``. Raises CallFailed."""
+    mode = stat.S_IMODE(status.st_mode) & 0o777
+    return Permissions(mode, status.st_gid, _read_acl(path, _ACL) if mode & stat.S_IRWXG else None)
+
+
+def common_permissions(several: Iterable[Permissions]) -> Permissions | None:
+    """What all of ``several`` allow; None if there are none."""
+    common: Permissions | None = None
+    for one in several:
+        if common is not None and (one.group, one.acl) != (common.group, common.acl):
+            one, common = one.without_group(), common.without_group()
+        common = one if common is None else common._replace(mode=common.mode & one.mode)
+    return common
+
+
+def _read_acl(path: str, kind: str) -> bytes | None:
+    try:
+        return call(os.getxattr, path, path, kind)
+    except CallFailed as error:
+        if error.errno not in _NO_ACL:
+            raise
+        return None
+
+
+class FileMaker:
+    """Creates files in ``folder``, which is open and whose path is ``path``, with given permissions. Raises CallFailed."""
+
+    def __init__(self, folder: Directory, path: str) -> None:
+        self._folder = folder
+        self._inherits = _read_acl(path, _DEFAULT_ACL) is not None  # whether new files get an ACL
+        self._group = call(os.fstat, folder.name, folder.fd).st_gid  # most likely that of new files
+
+    def create(self, name: str, file: Descriptor, wanted: Permissions) -> None:
+        """Creates the file ``name``, which must not exist yet, and opens it as ``file``."""
+        is_plain = wanted.acl is None and not self._inherits and wanted.group == self._group
+        self._folder.create(name, file, wanted.mode if is_plain else wanted.mode & ~stat.S_IRWXG)
+        status = call(os.fstat, name, file.fd)
+        if status.st_gid != wanted.group:
+            try:
+                call(os.fchown, name, file.fd, -1, wanted.group)
+            except CallFailed:
+                wanted = wanted.without_group()
+        if wanted.acl is not None:
+            try:
+                return call(os.setxattr, name, file.fd, _ACL, wanted.acl)
+            except CallFailed:
+                wanted = wanted.without_group()
+        if self._inherits:
+            with suppress(CallFailed):  # there may be none
+                call(os.removexattr, name, file.fd, _ACL)
+                status = call(os.fstat, name, file.fd)
+        mode = wanted.mode | stat.S_IRUSR  # a reader of a checkpoint is most often its owner
+        if stat.S_IMODE(status.st_mode) & 0o777 != mode:
+            self._change_mode(name, file, mode, status.st_mode)
+
+    @staticmethod
+    def _change_mode(name: str, file: Descriptor, mode: int, present: int) -> None:
+        try:
+            call(os.fchmod, name, file.fd, mode)
+        except CallFailed:
+            if present & 0o777 & ~mode:
+                raise  # otherwise it allows less than it might
