@@ -131,7 +131,8 @@ def test_every_header_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     shardsave.verify(folder)
     in_use = len(os.listdir("/proc/self/fd"))
     report = shardsave.verify(folder)
-    assert len(os.listdir("/proc/self/fd")) == in_use and report.notes == () and not report.damaged
+    assert len(os.listdir("/proc/self/fd")) == in_use and not report.damaged
+    assert all(note.startswith("whole shapes are not recorded") for note in report.notes)  # of ranks
     assert judged == {path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".tensors")}
 
 
