@@ -174,7 +174,7 @@ def load_model(
         path=os.fspath(path),
         bytes=reader.totals.bytes,
         tensors=reader.tensors,
-        shards=len({place.shard for located in reads for place in located.places}),
+        shards=len(reader.shards),
         seconds=ended - started,
         phases=Phases(plan=planned - started, transfer=transferred - planned, commit=ended - transferred),
         engine=engine_name(),
@@ -201,7 +201,8 @@ def _plan(
     inventory = take_inventory(model, checkpoint.path)
     stored = choose_located(checkpoint, prefix)
     wrapped = names_of_wrappers(model, inventory.expected, stored)
-    stored = {wrapped.get(name, name): located for name, located in stored.items()}
+    if wrapped:
+        stored = {wrapped.get(name, name): located for name, located in stored.items()}
     layout = _choose_layout(inventory, stored, checkpoint.path)
     extra_states = [name for name in inventory.extra_states if name not in layout.stored]
     plan = plan_module(

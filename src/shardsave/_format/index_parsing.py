@@ -183,6 +183,8 @@ def _parse_flags(compact: object, names: Iterable[str], where: str) -> dict[str,
                 _bad(where, "flags expected to name a tensor once", f"they name {glimpse(name)} twice")
             named.add(name)
             flags[name] = flag
+    if meaning[default] is not None and not compact.get(FLAG_WORDS[None]):
+        return flags  # type: ignore[return-value]  # none of them is None
     return {name: flag for name, flag in flags.items() if flag is not None}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -42,8 +42,8 @@ SubModules = Sequence[tuple[str, nn.Module]]
 class Inventory(NamedTuple):
     """Everything that a load has to know about a module, at one moment.
 
-    ``module``: without wrappers. ``slots``: its parameters and buffers by every name, in module order. ``leaders``: each name → the
-    first name with the same memory. ``expected``: the names in its state dict. ``extra_states``: the names of extra state.
+    ``module``: without wrappers. ``slots``: its parameters and buffers by every name, in module order. ``leaders``: name → the first
+    name with the same memory, if that is another name. ``expected``: the names in its state dict. ``extra_states``: the names of extra state.
     ``self_loading``: the outermost sub-modules that have a loading routine of their own, by name; "" is the whole module.
     """
 
@@ -54,6 +54,10 @@ class Inventory(NamedTuple):
     extra_states: tuple[str, ...]
     self_loading: dict[str, nn.Module]
 
+    def leader(self, name: str) -> str:
+        """The first name with the same memory."""
+        return self.leaders.get(name, name)
+
 
 @gc_paused()
 def take_inventory(module: nn.Module, where: str) -> Inventory:
@@ -62,8 +66,9 @@ def take_inventory(module: nn.Module, where: str) -> Inventory:
     Raises UnsupportedTensorError for a wrapper of FSDP, IncompatibleCheckpointError if two tensors have one name.
     """
     module = unwrap(module)
-    refuse_sharded(module, "fill", "the module is unchanged")
-    sub_modules = _sub_modules(module)
+    named = list(module.named_modules(remove_duplicate=False))
+    refuse_sharded(named, "fill", "the module is unchanged")
+    sub_modules = _sub_modules(named)
     slots = _slots(module, sub_modules)
     inventory = _inventory(module, sub_modules, slots)
     if len(inventory.slots) != len(slots):
@@ -78,7 +83,7 @@ def take_inventory(module: nn.Module, where: str) -> Inventory:
 @gc_paused()
 def take_again(inventory: Inventory) -> Inventory:
     """The inventory of the same module now, when its tensors may have been replaced; ``self_loading`` stays as it was."""
-    sub_modules = _sub_modules(inventory.module)
+    sub_modules = _sub_modules(list(inventory.module.named_modules(remove_duplicate=False)))
     now = _inventory(inventory.module, sub_modules, _slots(inventory.module, sub_modules))
     return now._replace(self_loading=inventory.self_loading)
 
@@ -89,12 +94,13 @@ def has_extra_state(module: nn.Module) -> bool:
 
 
 def _inventory(module: nn.Module, sub_modules: SubModules, slots: list[Slot]) -> Inventory:
+    named = {slot.name: slot for slot in slots}
     extra_states = tuple(start + EXTRA_STATE for start, part in sub_modules if _overrides_extra_state(part))
     return Inventory(
         module=module,
-        slots={slot.name: slot for slot in slots},
-        leaders=_leaders(slots),
-        expected=frozenset([*(slot.name for slot in slots if slot.saved), *extra_states]),
+        slots=named,
+        leaders=_leaders(named),
+        expected=frozenset([*[slot.name for slot in slots if slot.saved], *extra_states]),
         extra_states=extra_states,
         self_loading=_self_loading(sub_modules),
     )
@@ -104,10 +110,9 @@ def _overrides_extra_state(module: nn.Module) -> bool:
     return type(module).get_extra_state is not nn.Module.get_extra_state
 
 
-def _sub_modules(module: nn.Module) -> SubModules:
-    named = list(module.named_modules(remove_duplicate=False))
+def _sub_modules(named: Sequence[tuple[str, nn.Module]]) -> SubModules:
     names = Names(named)
-    return [("", module), *((names.plain(f"{name}."), part) for name, part in named[1:])]
+    return [named[0], *((names.plain(f"{name}."), part) for name, part in named[1:])]
 
 
 def _slots(module: nn.Module, sub_modules: SubModules) -> list[Slot]:
@@ -134,11 +139,9 @@ def _slots_in_module(sub_modules: SubModules) -> Iterator[Slot]:
                 yield Slot(start + attribute, owner, attribute, buffer, True, attribute not in not_saved)
 
 
-def _leaders(slots: Iterable[Slot]) -> dict[str, str]:
-    """Every name → the first name with the same memory."""
-    named = {slot.name: slot.tensor for slot in slots}
-    shared = shared_names(named, [address(tensor) or id(tensor) for tensor in named.values()])
-    return {name: shared.get(name, name) for name in named}
+def _leaders(slots: Mapping[str, Slot]) -> dict[str, str]:
+    tensors = [slot.tensor for slot in slots.values()]
+    return shared_names(dict(zip(slots, tensors)), [address(tensor) or id(tensor) for tensor in tensors])
 
 
 def _self_loading(sub_modules: SubModules) -> dict[str, nn.Module]:

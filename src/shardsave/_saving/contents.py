@@ -61,7 +61,9 @@ class Contents(NamedTuple):
 
     def index_for(self, shard_names: Sequence[str], record: Record) -> Index:
         """The index, which names the shard of each tensor; tensors are in the order of the state."""
-        shard_of = {tensor.name: name for shard, name in zip(self.shards, shard_names) for tensor in shard.layout.tensors}
+        shard_of: dict[str, str] = {}
+        for shard, name in zip(self.shards, shard_names):
+            shard_of.update(dict.fromkeys([tensor.name for tensor in shard.layout.tensors], name))
         weight_map = {entry.name: shard_of[entry.name] for entry in self.state.entries if entry.tied_to is None}
         return Index(weight_map, self.weight_bytes, record)
 

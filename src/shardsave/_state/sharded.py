@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -33,13 +33,13 @@ _SIZES: Mapping[type[nn.Module], tuple[Collection[str], Collection[str]]] = {
 }
 
 
-def refuse_sharded(module: nn.Module, verb: str, state: str, *, emptied: bool = False) -> None:
+def refuse_sharded(named: Iterable[tuple[str, nn.Module]], verb: str, state: str, *, emptied: bool = False) -> None:
     """Refuses FSDP's older wrapper, whose `state_dict` is a collective call that hangs if one rank alone calls it, and parameters that
     ZeRO-3 has partitioned; ``emptied``: also tensors without elements of which the sizes of their module say that they have some.
 
-    ``verb`` and ``state`` complete the message. Raises UnsupportedTensorError.
+    ``named``: all sub-modules by name. ``verb`` and ``state`` complete the message. Raises UnsupportedTensorError.
     """
-    for name, part in module.named_modules():
+    for name, part in named:
         if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(part).__mro__):
             raise UnsupportedTensorError(
                 f"cannot {verb} module {name!r}: a module that is whole in this process was expected, it is a "

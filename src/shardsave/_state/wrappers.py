@@ -6,7 +6,7 @@ They compute what the module inside computes, and may be nested in any order.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -74,6 +74,12 @@ class Names:
             if name.startswith(inside):
                 name = start + name[len(inside) :]
         return plain_name(name)
+
+    def all_plain(self, names: Collection[str]) -> Collection[str]:
+        """Each of ``names`` without wrappers, in the same order."""
+        if not (self._activation or self._wrappers) and not any(_COMPILED in name for name in names):
+            return names
+        return [self.plain(name) for name in names]
 
     def wrapped(self, name: str) -> str:
         """``name`` with the wrappers that the module has, as in its state dict."""
