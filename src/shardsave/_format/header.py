@@ -56,13 +56,13 @@ def encode_header(shard: Shard, more: Mapping[str, str] | None = None) -> bytes:
     They depend on the tensors alone. ``more``: further entries of ``__metadata__`` for a file that is no shard of a checkpoint.
     """
     entries = "".join(f",{encode_basestring(key)}:{encode_basestring(value)}" for key, value in (more or {}).items())
-    parts = [f'{_BEFORE_SUMS}{"0" * 16 * len(shard.tensors)}"{entries}}}']
+    before = f'{_BEFORE_SUMS}{"0" * 16 * len(shard.tensors)}"{entries}}}'
     shapes = {sizes: ",".join(map(str, sizes)) for sizes in {tensor.shape for tensor in shard.tensors}}
-    for (name, dtype, sizes, nbytes, _), begin in zip(shard.tensors, shard.begins):
-        parts.append(
-            f'{encode_basestring(name)}:{{"dtype":"{dtype}","shape":[{shapes[sizes]}],"data_offsets":[{begin},{begin + nbytes}]}}'
-        )
-    text = (",".join(parts) + "}").encode()
+    tensors = [
+        f'{encode_basestring(name)}:{{"dtype":"{dtype}","shape":[{shapes[sizes]}],"data_offsets":[{begin},{begin + nbytes}]}}'
+        for (name, dtype, sizes, nbytes, _), begin in zip(shard.tensors, shard.begins)
+    ]
+    text = (",".join([before, *tensors]) + "}").encode()
     padded = -(-(8 + len(text)) // ALIGNMENT) * ALIGNMENT - 8
     if padded > MAX_HEADER_BYTES:
         raise ValueError(

@@ -17,7 +17,11 @@ def allocate(inventory: Inventory, filled: Collection[str], owned: Collection[st
 
     ``filled``: the names that will be filled. ``owned``: names below sub-modules that load themselves.
     """
-    moving = [slot for slot in inventory.slots.values() if not stays(slot.tensor, device)]
+    all_slots = inventory.slots.values()
+    if device is None:
+        moving = [slot for slot in all_slots if slot.tensor.is_meta]
+    else:
+        moving = [slot for slot in all_slots if not stays(slot.tensor, device)]
     if not moving:
         return inventory
     filled_leaders = {inventory.leader(name) for name in filled if name in inventory.slots}

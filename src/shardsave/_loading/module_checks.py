@@ -53,11 +53,15 @@ def check_destinations(
     where = checkpoint.path
     dtypes = {dtype: BY_NAME[dtype].torch for dtype in {located.dtype for located in plan.stored.values()}}
     slots = inventory.slots
+    filled, reaches = [], []  # the tensors that are filled where they are now, without empty ones
     for name, slot in slots.items():
         if slot.offloaded is not None and (name in plan.owned or name in plan.matched or name in plan.mismatched):
             _check_offloaded(slot, slot.offloaded, device, where)
         if (located := plan.matched.get(name)) is not None:
-            _check_fillable(slot, dtypes[located.dtype], where)
+            reached = _check_fillable(slot, dtypes[located.dtype], where)
+            if reached and name in plan.destinations and (device is None or stays(slot.tensor, device)):
+                filled.append(slot)
+                reaches.append(reached)
     for one, other in plan.must_equal:
         if not same_bytes(checkpoint, plan.stored[one], plan.stored[other]) and _keep_values(inventory, plan, (one, other)):
             raise IncompatibleCheckpointError(
@@ -65,9 +69,13 @@ def check_destinations(
                 f"disk, they differ; the module is unchanged"
             )
     owners = {name: owner for name, owner in plan.destinations.items() if owner is not None}
-    filled = [slots[name] for name in plan.destinations if name not in owners or address(slots[name].tensor)]
+    for name in owners:
+        slot = slots[name]
+        if address(slot.tensor) and stays(slot.tensor, device):
+            filled.append(slot)
+            reaches.append(reach(slot.tensor))
     apart = set()
-    for left, right in overlaps([slot for slot in filled if stays(slot.tensor, device)], owners):
+    for left, right in overlaps(filled, reaches, owners):
         both = [(plan.stored[slot.name], slot.tensor) for slot in (left, right)]
         if left.name in owners or right.name in owners or not agree(checkpoint, both[0], both[1]):
             actual = f"it shares a part of it with {left.name!r} and not the values on disk; call .clone() on one of them first"
@@ -137,8 +145,8 @@ def _check_offloaded(slot: Slot, offloaded: Offloaded, device: torch.device | No
         _refuse(slot.name, where, "a tensor that can be moved was expected", "accelerate offloads it; leave out device=")
 
 
-def _check_fillable(slot: Slot, stored: torch.dtype, where: str) -> None:
-    """Refuses a tensor that cannot be overwritten in place with values of dtype ``stored``."""
+def _check_fillable(slot: Slot, stored: torch.dtype, where: str) -> int:
+    """Refuses a tensor that cannot be overwritten in place with values of dtype ``stored``. Returns its `reach`, 0 on the meta device."""
     _check_plain(slot, where)
     tensor = slot.tensor
     if tensor.layout is not torch.strided or tensor.is_nested:
@@ -152,27 +160,30 @@ def _check_fillable(slot: Slot, stored: torch.dtype, where: str) -> None:
                 slot.name, where, f"dtype {_short(stored)} was expected", f"it is {_short(tensor.dtype)}, and torch has no cast"
             )
     if tensor.is_meta:
-        return
-    _refuse_without_memory(slot, where)
+        return 0
+    reached = _check_reach(slot, where)
     if tensor.is_contiguous():
-        return
+        return reached
     if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride())):
         _refuse(slot.name, where, "memory for each element was expected", "it is expanded; call .contiguous() on it first")
     if _may_overlap_itself(tensor):
         actual = f"some elements share memory, its strides are {list(tensor.stride())}; call .contiguous() on it first"
         _refuse(slot.name, where, "memory for each element was expected", actual)
+    return reached
 
 
 def _check_memory(slot: Slot, where: str) -> None:
     """Refuses a strided tensor whose memory was freed or made smaller: torch writes beyond the end of it."""
     tensor = slot.tensor
     if tensor.layout is torch.strided and not (is_lazy(tensor) or tensor.is_meta or tensor.is_nested):
-        _refuse_without_memory(slot, where)
+        _check_reach(slot, where)
 
 
-def _refuse_without_memory(slot: Slot, where: str) -> None:
-    if lacks_memory(slot.tensor, reach(slot.tensor)):
+def _check_reach(slot: Slot, where: str) -> int:
+    reached = reach(slot.tensor)
+    if lacks_memory(slot.tensor, reached):
         _refuse(slot.name, where, "memory for all its elements was expected", "its storage was freed or made smaller")
+    return reached
 
 
 def _may_overlap_itself(tensor: torch.Tensor) -> bool:

@@ -39,10 +39,11 @@ class ModulePlan:
 
     ``stored``, ``joins``, ``beside``: from the layout. ``routines``: the sub-modules that load themselves, in module order. ``owned``:
     each name below one of them → the name of the sub-module. ``matched``: the other names that the module and the checkpoint have
-    with the same shape → the stored tensor. ``destinations``: for each tensor that is filled, its first name → the sub-module that fills it; None: it is read in
-    place. ``must_equal``: pairs of names that are one tensor in the module but two on disk. ``missing``, ``unexpected``: names, sorted.
-    ``mismatched``: name → how the shapes differ; these tensors are not loaded. ``casts``: (dtype on disk, dtype in the module) → how many
-    tensors that are read in place are cast. ``flags``: name → frozen, for the flags to restore; None: no flag is restored.
+    with the same shape → the stored tensor. ``destinations``: for each tensor that is filled, its first name → the sub-module that
+    fills it; None: it is read in place. ``must_equal``: pairs of names that are one tensor in the module but two on disk.
+    ``missing``, ``unexpected``: names, sorted. ``mismatched``: name → how the shapes differ; these tensors are not loaded. ``casts``:
+    (dtype on disk, dtype in the module) → how many tensors that are read in place are cast. ``flags``: name → frozen, for the flags
+    to restore; None: no flag is restored.
     """
 
     stored: Mapping[str, Located]

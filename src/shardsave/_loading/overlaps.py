@@ -7,14 +7,14 @@ module is refused, since one would overwrite the other.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from shardsave._common.memory import any_overlap, reach
+from shardsave._common.memory import any_overlap
 from shardsave._loading.mapped import Maps
 from shardsave._loading.slots import Slot
 from shardsave._storage.checkpoint import Checkpoint
@@ -27,20 +27,17 @@ _OVERLAP_WORK = 100_000
 _PIECE_ELEMENTS = 1 << 18
 
 
-def overlaps(slots: Iterable[Slot], owners: Mapping[str, str]) -> Iterator[tuple[Slot, Slot]]:
+def overlaps(slots: Sequence[Slot], reaches: Sequence[int], owners: Mapping[str, str]) -> Iterator[tuple[Slot, Slot]]:
     """Pairs of ``slots``, all strided tensors, that share an element and are filled separately; the second has the higher address.
 
-    ``owners``: name of a tensor that a routine fills → the routine's sub-module. Tensors of one such sub-module may overlap.
+    ``reaches``: the `reach` of each, never 0. ``owners``: name of a tensor that a routine fills → the routine's sub-module. Tensors of
+    one such sub-module may overlap.
     """
-    placed, begins, ends = [], [], []
-    for slot in slots:
-        if begin := slot.tensor.data_ptr():  # 0 on the meta device and for an empty tensor
-            placed.append(slot)
-            begins.append(begin)
-            ends.append(begin + reach(slot.tensor))
+    begins = [slot.tensor.data_ptr() for slot in slots]
+    ends = [begin + reach for begin, reach in zip(begins, reaches)]
     if not any_overlap(begins, ends):
         return
-    spans = [(str(slot.tensor.device), begin, end, slot) for begin, end, slot in zip(begins, ends, placed)]
+    spans = [(str(slot.tensor.device), begin, end, slot) for begin, end, slot in zip(begins, ends, slots)]
     spans.sort(key=lambda span: span[:3])
     alive: list[tuple[str, int, int, Slot]] = []
     for span in spans:

@@ -32,8 +32,9 @@ Target = tuple[Located, Union[torch.Tensor, None]]
 class TensorReader:
     """Reads tensors of one open checkpoint, in one run or in several, and adds up the figures for the report.
 
-    ``shards``: the files that were read. ``tensors``: how many were read; those with a wrong checksum do not count. ``damaged``: the tensors whose checksum is wrong, each with a
-    message. ``verified``: whether every byte was verified; None: some tensors have no stored checksum.
+    ``shards``: the files that were read. ``tensors``: how many were read; those with a wrong checksum do not count. ``damaged``: the
+    tensors whose checksum is wrong, each with a message. ``verified``: whether every byte was verified; None: some tensors have no
+    stored checksum.
     """
 
     def __init__(self, checkpoint: Checkpoint, *, verify: bool, progress: Progress) -> None:

@@ -74,9 +74,12 @@ def choose(checkpoint: Checkpoint, names: frozenset[str] | None, prefix: str) ->
 
 def choose_located(checkpoint: Checkpoint, prefix: str) -> dict[str, Located]:
     """Every name that begins with ``prefix``, without it → the stored tensor. Raises IncompatibleCheckpointError if there is none."""
-    tensors, chosen = checkpoint.tensors, choose(checkpoint, None, prefix)
-    names = [name.removeprefix(prefix) for name in chosen] if prefix else chosen
-    return dict(zip(names, map(tensors.__getitem__, chosen.values())))
+    tensors = checkpoint.tensors
+    if not prefix:
+        located = {name: tensors[name] for name in checkpoint.stored_names}
+        located.update((name, tensors[stored]) for name, stored in checkpoint.ties.items())
+        return located
+    return {name.removeprefix(prefix): tensors[stored] for name, stored in choose(checkpoint, None, prefix).items()}
 
 
 def names_of_wrappers(module: nn.Module, expected: frozenset[str], stored: Collection[str]) -> dict[str, str]:

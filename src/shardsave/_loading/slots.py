@@ -43,8 +43,8 @@ class Inventory(NamedTuple):
     """Everything that a load has to know about a module, at one moment.
 
     ``module``: without wrappers. ``slots``: its parameters and buffers by every name, in module order. ``leaders``: name → the first
-    name with the same memory, if that is another name. ``expected``: the names in its state dict. ``extra_states``: the names of extra state.
-    ``self_loading``: the outermost sub-modules that have a loading routine of their own, by name; "" is the whole module.
+    name with the same memory, if that is another name. ``expected``: the names in its state dict. ``extra_states``: the names of extra
+    state. ``self_loading``: the outermost sub-modules that have a loading routine of their own, by name; "" is the whole module.
     """
 
     module: nn.Module
@@ -90,12 +90,13 @@ def take_again(inventory: Inventory) -> Inventory:
 
 def has_extra_state(module: nn.Module) -> bool:
     """Whether ``module`` or one of its sub-modules has extra state."""
-    return any(_overrides_extra_state(part) for part in module.modules())
+    return any(map(_overrides_extra_state, {type(part) for part in module.modules()}))
 
 
 def _inventory(module: nn.Module, sub_modules: SubModules, slots: list[Slot]) -> Inventory:
     named = {slot.name: slot for slot in slots}
-    extra_states = tuple(start + EXTRA_STATE for start, part in sub_modules if _overrides_extra_state(part))
+    with_state = {kind for kind in {type(part) for _, part in sub_modules} if _overrides_extra_state(kind)}
+    extra_states = tuple(start + EXTRA_STATE for start, part in sub_modules if type(part) in with_state)
     return Inventory(
         module=module,
         slots=named,
@@ -106,8 +107,8 @@ def _inventory(module: nn.Module, sub_modules: SubModules, slots: list[Slot]) ->
     )
 
 
-def _overrides_extra_state(module: nn.Module) -> bool:
-    return type(module).get_extra_state is not nn.Module.get_extra_state
+def _overrides_extra_state(kind: type[nn.Module]) -> bool:
+    return kind.get_extra_state is not nn.Module.get_extra_state
 
 
 def _sub_modules(named: Sequence[tuple[str, nn.Module]]) -> SubModules:
@@ -146,8 +147,10 @@ def _leaders(slots: Mapping[str, Slot]) -> dict[str, str]:
 
 def _self_loading(sub_modules: SubModules) -> dict[str, nn.Module]:
     outermost: dict[str, nn.Module] = {}
+    overriding = {kind for kind in {type(part) for _, part in sub_modules} if _overrides_loading(kind)}
     for start, part in sub_modules:
-        if _has_own_routine(part) and ancestor(start, outermost) is None:
+        has_own_routine = (type(part) in overriding or _loads_itself(part)) and not _is_activation_wrapper(part)
+        if has_own_routine and ancestor(start, outermost) is None:
             outermost[start.removesuffix(".")] = part
     return outermost
 
@@ -171,20 +174,30 @@ def counts_batches(slot: Slot) -> bool:
     return slot.attribute == "num_batches_tracked" and isinstance(slot.owner, _NormBase)
 
 
-def _has_own_routine(module: nn.Module) -> bool:
-    if wrapped_attribute(module) == ACTIVATION:  # its hook only adds its attribute to names
-        return False
-    kind = type(module)
+def _overrides_loading(kind: type[nn.Module]) -> bool:
+    """Whether the modules of this class have a loading routine of their own."""
     overridden = kind._load_from_state_dict is not nn.Module._load_from_state_dict and not _only_accepts_old_versions(kind)
-    return bool(
+    return (
         overridden
-        or {"load_state_dict", "_load_from_state_dict"} & module.__dict__.keys()  # set on this one instance
         or kind.load_state_dict is not nn.Module.load_state_dict
         or kind.get_extra_state is not nn.Module.get_extra_state
         or kind.set_extra_state is not nn.Module.set_extra_state
-        or module._load_state_dict_pre_hooks
-        or module._load_state_dict_post_hooks
     )
+
+
+def _loads_itself(module: nn.Module) -> bool:
+    """Whether this one module has a loading routine of its own."""
+    return bool(
+        module._load_state_dict_pre_hooks
+        or module._load_state_dict_post_hooks
+        or "load_state_dict" in module.__dict__
+        or "_load_from_state_dict" in module.__dict__
+    )
+
+
+def _is_activation_wrapper(module: nn.Module) -> bool:
+    """Whether ``module`` is such a wrapper, whose hook only adds its attribute to names."""
+    return wrapped_attribute(module) == ACTIVATION
 
 
 def _only_accepts_old_versions(kind: type[nn.Module]) -> bool:

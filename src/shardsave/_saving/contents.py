@@ -61,10 +61,10 @@ class Contents(NamedTuple):
 
     def index_for(self, shard_names: Sequence[str], record: Record) -> Index:
         """The index, which names the shard of each tensor; tensors are in the order of the state."""
-        shard_of: dict[str, str] = {}
-        for shard, name in zip(self.shards, shard_names):
-            shard_of.update(dict.fromkeys([tensor.name for tensor in shard.layout.tensors], name))
-        weight_map = {entry.name: shard_of[entry.name] for entry in self.state.entries if entry.tied_to is None}
+        stored = [entry.name for entry in self.state.entries if entry.tied_to is None]
+        weight_map = dict.fromkeys(stored, shard_names[0])
+        for shard, shard_name in zip(self.shards[1:], shard_names[1:]):
+            weight_map.update(dict.fromkeys([tensor.name for tensor in shard.layout.tensors], shard_name))
         return Index(weight_map, self.weight_bytes, record)
 
 

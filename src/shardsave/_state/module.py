@@ -99,12 +99,14 @@ def read_state(source: Source, *, tensors_only: bool = False) -> State:
         in_memory = (SwappedSource if name in swapped else TensorSource)(value.data, tensor.dtype)
         entries.append(Entry(name, kind, frozen, None, in_memory))
     # Swapped bytes have other values than the tensor that seems to share them, so they are never tied.
-    ties = shared_names(values, [0 if name in swapped else begin for name, begin in zip(values, begins)])
+    to_compare = [0 if name in swapped else begin for name, begin in zip(values, begins)] if swapped else begins
+    ties = shared_names(values, to_compare)
     if ties:
         entries = [entry._replace(tied_to=ties.get(entry.name)) for entry in entries]
     files = {found.file: name for name, found in offloaded.items() if found.file}
     overlaps = tuple(_overlaps(entries, begins, ends))
-    return State(tuple(entries), flags_known, overlaps, files, untied_notes(offloaded, values))
+    notes = untied_notes(offloaded, values) if offloaded else ()
+    return State(tuple(entries), flags_known, overlaps, files, notes)
 
 
 def _module_tensors(module: nn.Module, names: Names, tensors_only: bool, swapped: set[str]) -> dict[str, torch.Tensor]:
