@@ -172,7 +172,7 @@ class ModuleFiller:
         stored = self.plan.stored
         joins = self.plan.joins
         if not joins:
-            return [(stored[name], tensor) for name, tensor in destinations.items()], []
+            return [*zip(map(stored.__getitem__, destinations), destinations.values())], []
         joined = {target for join in joins for target in join.targets}
         targets: list[Target] = [(stored[name], tensor) for name, tensor in destinations.items() if name not in joined]
         slots = self._inventory.slots

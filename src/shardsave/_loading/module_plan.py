@@ -63,7 +63,7 @@ class ModulePlan:
     @cached_property
     def in_place(self) -> tuple[str, ...]:
         """One name for each tensor that is read straight into the module's memory."""
-        return tuple(name for name, routine in self.destinations.items() if routine is None)
+        return tuple([name for name, routine in self.destinations.items() if routine is None])
 
     @cached_property
     def routed(self) -> frozenset[str]:
@@ -75,7 +75,7 @@ class ModulePlan:
         """The stored tensors that will be read."""
         names = [*(name for routine in self.routines for name in routine.tensors), *self.in_place]
         if not self.joins:
-            return [*(self.stored[name] for name in names), *(beside.located for beside in self.beside)]
+            return [*map(self.stored.__getitem__, names), *(beside.located for beside in self.beside)]
         wanted = set(names)
         joined = {target for join in self.joins for target in join.targets}
         sources = [source for join in self.joins if not wanted.isdisjoint(join.targets) for source in join.sources]
