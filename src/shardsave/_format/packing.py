@@ -115,7 +115,7 @@ def _repeated_layer(name: str) -> str | None:
 def _lay_out(tensors: Sequence[StoredTensor]) -> Shard:
     align = {dtype: -item_bytes(dtype) for dtype in {tensor.dtype for tensor in tensors}}
     ordered = tensors
-    if len(set(align.values())) > 1:
-        ordered = sorted(tensors, key=lambda tensor: align[tensor.dtype])  # stable: tensors of one alignment stay in state order
+    if len(set(align.values())) > 1:  # the order is stable: tensors of one alignment stay in state order
+        ordered = sorted(tensors, key=lambda tensor: align[tensor.dtype])
     *begins, end = accumulate((tensor.nbytes for tensor in ordered), initial=0)
     return Shard(tuple(ordered), tuple(begins), end)
