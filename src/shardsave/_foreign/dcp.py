@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import os
-from collections import OrderedDict
 from typing import Any, NoReturn, Union
 
 import torch
@@ -16,9 +15,10 @@ import torch
 from shardsave._common.assembled import Assembled, Chunk
 from shardsave._common.coverage import covered_once
 from shardsave._common.os_calls import CallFailed, Descriptor, call
-from shardsave._foreign.containers import Unread
+from shardsave._common.words import an
+from shardsave._foreign.containers import Unread, kind_of
 from shardsave._foreign.torch_file import Archives, TorchFile
-from shardsave._foreign.unpickling import MAX_PICKLE_BYTES, GlobalName, Record, Unpickler, record_class
+from shardsave._foreign.unpickling import MAX_PICKLE_BYTES, Dict, Forbidden, GlobalName, Record, Sequence, Unpickler, record_class
 from shardsave._format.file_names import is_file_name
 from shardsave._storage.find import cannot_read
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, UntrustedCodeError
@@ -44,8 +44,8 @@ _RECORDS = {
 }  # fmt: skip
 _NAMES: dict[GlobalName, Any] = {
     **_RECORDS,
-    ("torch", "Size"): tuple,
-    ("collections", "OrderedDict"): OrderedDict,
+    ("torch", "Size"): Sequence,
+    ("collections", "OrderedDict"): Dict,
     **{("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
 }
 _TABLE = _RECORDS[_METADATA, "Metadata"]
@@ -80,6 +80,8 @@ def read_distributed(folder: str) -> TorchFile:
     content: dict[Any, Any] = {}
     try:
         for name, description in tensors.items():
+            if not isinstance(name, str):
+                _bad(folder, f"names of tensors were expected, one is {an(kind_of(name))}")
             value: Union[torch.Tensor, Assembled, Unread] = Unread("pickled value")  # it has a pickle of its own
             if type(description) is _TENSOR:
                 value = _tensor(name, description, place_of, archives, folder)
@@ -146,23 +148,30 @@ def _chunk_tensor(name: str, place: Record | None, archives: Archives, folder: s
         _bad(folder, f"a place of each part of {name!r} was expected, one has none")
     file, offset, length = place["relative_path"], place["offset"], place["length"]
     if not isinstance(file, str) or not is_file_name(file) or type(offset) is not int or type(length) is not int:
-        _bad(folder, f"{name!r} was expected to lie in a file of this directory, its place is {file!r}")
+        _bad(folder, f"{name!r} was expected to lie in a file of this directory, its place is {_shown(file)}")
     if place["transform_descriptors"]:
         raise IncompatibleCheckpointError(
             f"cannot convert {folder}: {name!r} was expected to be stored without a transformation, it was transformed by "
-            f"{place['transform_descriptors']!r} when it was saved; nothing was written"
+            f"{_shown(place['transform_descriptors'])} when it was saved; nothing was written"
         )
     return archives.tensor(file, offset, length)
 
 
 def _key(name: Any, offset: Any, folder: str) -> tuple[Any, Any]:
+    if not isinstance(name, str):
+        _bad(folder, f"names of tensors were expected, one is {an(kind_of(name))}")
     return name, None if offset is None else _sizes(offset, name, folder)
 
 
 def _sizes(value: Any, name: object, folder: str) -> tuple[int, ...]:
     if not isinstance(value, tuple) or not all(type(size) is int and 0 <= size < 1 << 62 for size in value):
-        _bad(folder, f"sizes were expected of {name!r}, it has {value!r:.60}")
+        _bad(folder, f"sizes were expected of {name!r}, it has {_shown(value)}")
     return value
+
+
+def _shown(value: Any) -> str:
+    """A value of the table for a message: a string as it is, of all others their kind, since they may contain each other."""
+    return repr(value)[:60] if isinstance(value, str) else an(kind_of(value))
 
 
 def _path_of(name: Any, paths: Any) -> tuple[Any, ...]:

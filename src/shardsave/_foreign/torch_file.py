@@ -28,6 +28,9 @@ from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, In
 
 _MAX_ORDER_BYTES = 16
 
+#: The largest pickle in a compressed record. torch compresses nothing, and a few kilobytes can become a pickle of 512 MB.
+_MAX_PACKED_BYTES = 64_000_000
+
 #: What torch's old format begins with: this number and this version.
 _MAGIC, _OLD_VERSION = 0x1950A86A20F9469CFC6C, 1001
 
@@ -172,7 +175,9 @@ class _Archive:
     def content(self, names: Names) -> Any:
         """The content of the pickle, with tensors in place of their descriptions. Raises UntrustedCodeError."""
         try:
-            data = self._read(f"{self._root}data.pkl", MAX_PICKLE_BYTES)
+            name = f"{self._root}data.pkl"
+            is_packed = self._entry(name).compress_type != zipfile.ZIP_STORED
+            data = self._read(name, _MAX_PACKED_BYTES if is_packed else MAX_PICKLE_BYTES)
             content = _unpickle(io.BytesIO(data), names, self._path, storage_of)
             return _Placing(self._storage, self._path).place(content)
         except CallFailed as error:
