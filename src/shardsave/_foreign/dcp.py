@@ -18,7 +18,15 @@ from shardsave._common.os_calls import CallFailed, Descriptor, call
 from shardsave._common.words import an
 from shardsave._foreign.containers import Unread, kind_of
 from shardsave._foreign.torch_file import Archives, TorchFile
-from shardsave._foreign.unpickling import MAX_PICKLE_BYTES, Dict, Forbidden, GlobalName, Record, Sequence, Unpickler, record_class
+from shardsave._foreign.unpickling import (
+    MAX_PICKLE_BYTES,
+    Dict,
+    GlobalName,
+    Record,
+    Sequence,
+    Unpickler,
+    record_class,
+)
 from shardsave._format.file_names import is_file_name
 from shardsave._storage.find import cannot_read
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, UntrustedCodeError
