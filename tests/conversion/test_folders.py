@@ -43,6 +43,7 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("kind", ["shardsave", "safetensors", "torch", "distributed", "adapter"])
 def test_other_files_are_named(tmp_path: Path, kind: str) -> None:
     """Catches weights in a directory that a conversion leaves out without a word, and a note of files that it did read."""
