@@ -93,3 +93,18 @@ def test_an_interrupt_before_torchs_sink_notes_it(tmp_path: Path, monkeypatch: p
         else:
             break
     assert 2 < last < 99
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid", "pointer of git-lfs"),
+        (b"<!DOCTYPE html>", "web page"),
+        (b"Entry not found", "failed download"),
+    ],
+)
+def test_a_table_that_was_not_downloaded(tmp_path: Path, content: bytes, words: str) -> None:
+    """Catches a table of a distributed checkpoint that is called a broken pickle though it is something else."""
+    (tmp_path / ".metadata").write_bytes(content)
+    with pytest.raises(shardsave.CorruptCheckpointError, match=words):
+        shardsave.convert(tmp_path, tmp_path / "out")

@@ -28,7 +28,8 @@ from shardsave._foreign.unpickling import (
     record_class,
 )
 from shardsave._format.file_names import is_file_name
-from shardsave._storage.find import cannot_read
+from shardsave._format.other_kinds import START_BYTES
+from shardsave._storage.find import cannot_read, refuse_other_kind
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, UntrustedCodeError
 
 TABLE_NAME = ".metadata"
@@ -90,7 +91,7 @@ def read_distributed(folder: str) -> TorchFile:
         for name, description in tensors.items():
             if not isinstance(name, str):
                 _bad(folder, f"names of tensors were expected, one is {an(kind_of(name))}")
-            value: Union[torch.Tensor, Assembled, Unread] = Unread("pickled value")  # it has a pickle of its own
+            value: Union[torch.Tensor, Assembled, Unread] = Unread("value with a pickle of its own, which is not read")
             if type(description) is _TENSOR:
                 value = _tensor(name, description, place_of, archives, folder)
             _put(content, _path_of(name, paths), value, folder)
@@ -109,6 +110,7 @@ def _read_table(path: str) -> Record:
             data = call(os.read, path, file.fd, length + 1)
         except CallFailed as error:
             raise cannot_read(path, error) from error
+    refuse_other_kind(data[:START_BYTES], os.path.basename(path), path, "the table of a distributed checkpoint")
     try:
         table = Unpickler(io.BytesIO(data), _find).load()
     except _ForbiddenName as name:
