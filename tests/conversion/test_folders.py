@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import builtins
 import errno
 import os
@@ -108,3 +109,30 @@ def test_a_table_that_was_not_downloaded(tmp_path: Path, content: bytes, words: 
     (tmp_path / ".metadata").write_bytes(content)
     with pytest.raises(shardsave.CorruptCheckpointError, match=words):
         shardsave.convert(tmp_path, tmp_path / "out")
+
+
+class Evil:
+    """Pickles as a call, which an unrestricted unpickler runs."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_values_of_a_distributed_checkpoint(tmp_path: Path) -> None:
+    """Catches tensors in a value with a pickle of its own that are left out without a word, and code that such a value runs."""
+    content = {"model": W, "args": argparse.Namespace(a=1), "evil": Evil(tmp_path / "canary"), "step": 3}
+    dcp.save(content, checkpoint_id=str(tmp_path / "x"), no_dist=True)
+    (note,) = _notes(tmp_path / "x", tmp_path / "a")
+    assert note == "left out, since not in 'model': 'args' (argparse.Namespace), 'evil' (posix.system), 'step' (int)"
+    assert not (tmp_path / "canary").exists() and len(shardsave.inspect(tmp_path / "a").names) == 2
+    content["ema"] = (torch.ones(7), torch.ones(5))
+    dcp.save(content, checkpoint_id=str(tmp_path / "y"), no_dist=True)
+    with pytest.raises(shardsave.IncompatibleCheckpointError, match=r"at its top 'ema.0', 'ema.1' \(2 tensors, 48 B\)"):
+        shardsave.convert(tmp_path / "y", tmp_path / "b")
+    assert any(
+        "'ema' (list, 2 tensors, 48 B)" in n for n in shardsave.convert(tmp_path / "y", tmp_path / "b", key="model").notes
+    )

@@ -1,7 +1,7 @@
 """Reads directories of ``torch.distributed.checkpoint``: one pickled table, and files with the chunks of every tensor.
 
-The table is unpickled into inert records of our own. A pickle may use only the names in `_NAMES`, so it reaches no class of torch and
-no other code.
+The table is unpickled into inert records of our own. Its pickle may use only the names in `_NAMES`, so it reaches no class of torch
+and no other code. Values that are no tensors have pickles of their own, in which every other name leads to an inert record.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from shardsave._foreign.unpickling import (
 from shardsave._format.file_names import is_file_name
 from shardsave._format.other_kinds import START_BYTES
 from shardsave._storage.find import cannot_read, refuse_other_kind
-from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, UntrustedCodeError
+from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, ShardSaveError, UntrustedCodeError
 
 TABLE_NAME = ".metadata"
 
@@ -91,9 +91,12 @@ def read_distributed(folder: str) -> TorchFile:
         for name, description in tensors.items():
             if not isinstance(name, str):
                 _bad(folder, f"names of tensors were expected, one is {an(kind_of(name))}")
-            value: Union[torch.Tensor, Assembled, Unread] = Unread("value with a pickle of its own, which is not read")
-            if type(description) is _TENSOR:
-                value = _tensor(name, description, place_of, archives, folder)
+            is_tensor = type(description) is _TENSOR
+            value = (
+                _tensor(name, description, place_of, archives, folder)
+                if is_tensor
+                else _value(name, place_of, archives, folder)
+            )
             _put(content, _path_of(name, paths), value, folder)
     finally:
         mappings = archives.close()
@@ -156,6 +159,20 @@ def _tensor(
 def _chunk_tensor(name: str, place: Record | None, archives: Archives, folder: str) -> torch.Tensor:
     if place is None:
         _bad(folder, f"a place of each part of {name!r} was expected, one has none")
+    return archives.tensor(*_range(name, place, folder))
+
+
+def _value(name: str, place_of: dict[tuple[Any, Any], Record], archives: Archives, folder: str) -> Any:
+    """A value that is no tensor, and has a pickle of its own. It is read because it may have tensors in it."""
+    place = place_of.get((name, None))
+    try:
+        return archives.value(*_range(name, place, folder)) if place is not None else Unread("value without a place")
+    except ShardSaveError:
+        return Unread("value that cannot be read")
+
+
+def _range(name: str, place: Record, folder: str) -> tuple[str, int, int]:
+    """The file, the offset and the length of something at ``place``."""
     file, offset, length = place["relative_path"], place["offset"], place["length"]
     if not isinstance(file, str) or not is_file_name(file) or type(offset) is not int or type(length) is not int:
         _bad(folder, f"{name!r} was expected to lie in a file of this directory, its place is {_shown(file)}")
@@ -164,7 +181,7 @@ def _chunk_tensor(name: str, place: Record | None, archives: Archives, folder: s
             f"cannot convert {folder}: {name!r} was expected to be stored without a transformation, it was transformed by "
             f"{_shown(place['transform_descriptors'])} when it was saved; nothing was written"
         )
-    return archives.tensor(file, offset, length)
+    return file, offset, length
 
 
 def _key(name: Any, offset: Any, folder: str) -> tuple[Any, Any]:

@@ -68,11 +68,15 @@ class Described(NamedTuple):
 
 
 class Names:
-    """The global names of one file. ``unknown``: those that are no tensors, usual values, or ``allowed``; they became records too."""
+    """The global names of one file. ``unknown``: those that are no tensors, usual values, or ``allowed``; they became records too.
 
-    def __init__(self, allowed: Iterable[str] = ()) -> None:
+    With ``every``, every name is allowed.
+    """
+
+    def __init__(self, allowed: Iterable[str] = (), *, every: bool = False) -> None:
         self.unknown: dict[str, None] = {}
         self._allowed = frozenset(allowed)
+        self._every = every
         self._known: dict[GlobalName, Any] = {}
 
     def find(self, module: str, name: str) -> Any:
@@ -87,7 +91,7 @@ class Names:
             return _NAMES[module, name]
         if module in ("torch", "torch.storage") and name in _STORAGE_DTYPES:
             return StorageType(_STORAGE_DTYPES[name])
-        if f"{module}.{name}" not in self._allowed and not is_harmless(module, name):
+        if not self._every and f"{module}.{name}" not in self._allowed and not is_harmless(module, name):
             self.unknown[f"{module}.{name}"] = None
         return record_class(module, name)
 

@@ -107,7 +107,7 @@ def read_torch_file(path: str, allowed: Iterable[str] = ()) -> TorchFile:
 
 
 class Archives:
-    """The files of a distributed checkpoint: each holds many small archives of ``torch.save``, with one tensor per archive."""
+    """The files of a distributed checkpoint: each holds many small archives of ``torch.save``, each with one tensor or other value."""
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
@@ -115,16 +115,23 @@ class Archives:
 
     def tensor(self, name: str, offset: int, length: int) -> torch.Tensor:
         """The tensor of the archive that begins ``offset`` bytes into the file ``name`` and has ``length`` bytes."""
+        tensor = self._archive(name, offset, length).content(Names())
+        if not isinstance(tensor, torch.Tensor):
+            _bad(os.path.join(self._folder, name), f"a tensor was expected at {offset}, there is a {type(tensor).__name__}")
+        return tensor
+
+    def value(self, name: str, offset: int, length: int) -> Any:
+        """What such an archive holds, whatever its pickle asks for: the objects of unknown classes are records that do nothing."""
+        return self._archive(name, offset, length).content(Names(every=True))
+
+    def _archive(self, name: str, offset: int, length: int) -> _Archive:
         path = os.path.join(self._folder, name)
         if name not in self._open:
             self._open[name] = self._map(path, name)
         file, mapping, end = self._open[name]
         if not 0 <= offset <= offset + length <= end:
             _bad(path, f"a tensor was expected at {offset}, {length} bytes long, the file has {end}")
-        tensor = _Archive(file.fd, mapping, offset, length, path).content(Names())
-        if not isinstance(tensor, torch.Tensor):
-            _bad(path, f"a tensor was expected at {offset}, there is a {type(tensor).__name__}")
-        return tensor
+        return _Archive(file.fd, mapping, offset, length, path)
 
     @staticmethod
     def _map(path: str, name: str) -> tuple[Descriptor, mmap.mmap, int]:
