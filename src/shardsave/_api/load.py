@@ -19,6 +19,7 @@ from shardsave._common.gc_pause import gc_paused
 from shardsave._common.imports import import_at_use
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
+from shardsave._common.uncompiled import uncompiled
 from shardsave._common.warn_caller import warn_caller
 from shardsave._huggingface.added_adapter import has_added_adapter
 from shardsave._huggingface.recognize import peft_model, transformers_model
@@ -35,6 +36,7 @@ from shardsave._storage.located import Located
 from shardsave.errors import IncompatibleCheckpointError
 
 
+@uncompiled
 @verb()
 def load(
     path: str | os.PathLike[str],
@@ -99,6 +101,7 @@ def load(
         return {name.removeprefix(prefix): tensors[stored_name] for name, stored_name in chosen.items()}
 
 
+@uncompiled
 @verb()
 def load_model(
     model: nn.Module,
