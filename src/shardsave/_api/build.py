@@ -103,6 +103,7 @@ def build_model(
         builder = Builder(document, imports, memory)
         with torch.inference_mode(False), torch.no_grad():
             model = builder.build()
+            memory.check_free()
             with Progress(progress, "loading", sum(located.nbytes for located, _ in memory.targets)) as reporter:
                 TensorReader(checkpoint, verify=verify, progress=reporter).read(memory.targets)
             builder.set_extra_states()
@@ -154,6 +155,7 @@ def load_program(
         memory = NewTensors(checkpoint, target_device)
         with torch.inference_mode(False):
             tensors = _tensors(document, memory)
+            memory.check_free()
             with Progress(progress, "loading", sum(located.nbytes for located, _ in memory.targets)) as reporter:
                 TensorReader(checkpoint, verify=verify, progress=reporter).read(memory.targets)
             return LoadedProgram(document, tensors)

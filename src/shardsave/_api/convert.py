@@ -18,13 +18,14 @@ from shardsave._api.reports import Phases
 from shardsave._common.os_calls import absolute_path, kind_of
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
-from shardsave._conversion.changes import Drop, Names, Rename, allowed_names, check_dtype, patterns, replacements
+from shardsave._conversion.changes import Drop, Names, Rename, allowed_names, patterns, replacements
 from shardsave._conversion.converted import carried_over, converted_state
 from shardsave._conversion.origin import Origin, Request, open_origin
 from shardsave._conversion.outputs import Output, write_output
 from shardsave._format.file_names import TORCH_ENDINGS
 from shardsave._loading.read import Target, TensorReader
 from shardsave._printable import printable
+from shardsave._saving.casts import check_dtype
 from shardsave._state.module import Entry
 from shardsave._storage.directory import path_to_write
 from shardsave.errors import SaveNotCommittedError

@@ -24,6 +24,7 @@ from shardsave._huggingface.added_adapter import has_added_adapter
 from shardsave._huggingface.recognize import peft_model, transformers_model
 from shardsave._loading.disk_layout import DiskLayout, IdentityLayout
 from shardsave._loading.mapped import Maps
+from shardsave._loading.memory_errors import check_free_memory
 from shardsave._loading.module_filler import ModuleFiller
 from shardsave._loading.module_plan import plan_module
 from shardsave._loading.new_tensors import new_tensors
@@ -92,6 +93,8 @@ def load(
         if mmap:
             tensors = Maps(checkpoint).tensors(located)
         else:
+            if target_device.type == "cpu":
+                check_free_memory(checkpoint.path, sum(t.nbytes for t in located.values()), "nothing was loaded")
             tensors = new_tensors(located, target_device)
             with Progress(progress, "loading", sum(t.nbytes for t in located.values())) as reporter:
                 reader = TensorReader(checkpoint, verify=verify, progress=reporter)
@@ -168,7 +171,14 @@ def load_model(
             differences = filler.fill(reader, strict=strict)
         transferred = time.perf_counter()
         restored_flags = filler.restore_flags()
-        notes = (*reader.totals.notes, *plan_notes, *filler.plan.notes(), *restored_flags.notes, *checkpoint.notes())
+        notes = (
+            *reader.totals.notes,
+            *plan_notes,
+            *filler.notes,
+            *filler.plan.notes(),
+            *restored_flags.notes,
+            *checkpoint.notes(),
+        )
     ended = time.perf_counter()
     return LoadReport(
         path=os.fspath(path),

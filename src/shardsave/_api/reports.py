@@ -105,7 +105,8 @@ class SaveReport(Removing, Report):
     shardsave did not write it), and what killed saves had left. ``leftovers``: files that should have been removed and could not be.
     ``overlaps``: pairs of tensors that share a part of their memory and were stored separately.
     ``trust``, ``script_classes``: what `build_model` needs to build a saved architecture: the entries of its ``trust``, and the names
-    of classes of a script, which it needs in ``classes``.
+    of classes of a script, which it needs in ``classes``. ``cast``: how many tensors were cast to another dtype. ``left_out``: the names
+    that ``only="trainable"`` did not save.
     """
 
     durable: bool = True
@@ -114,9 +115,15 @@ class SaveReport(Removing, Report):
     removed: tuple[str, ...] = ()
     trust: tuple[str, ...] = ()
     script_classes: tuple[str, ...] = ()
+    cast: int = 0
+    left_out: tuple[str, ...] = ()
 
     def _lines(self) -> Iterator[str]:
         more = []
+        if self.cast:
+            more.append(f"{count(self.cast, 'tensor')} cast")
+        if self.left_out:
+            more.append(f"{count(len(self.left_out), 'name')} left out")
         if self.removed:
             more.append(f"removed or replaced {some(self.removed)}")
         if self.leftovers:

@@ -17,12 +17,11 @@ def allocate(inventory: Inventory, filled: Collection[str], owned: Collection[st
 
     ``filled``: the names that will be filled. ``owned``: names below sub-modules that load themselves.
     """
-    moving = [slot for slot in inventory.slots.values() if not stays(slot.tensor, device)]
+    moving = _moving(inventory, filled, owned, device)
     if not moving:
         return inventory
     leaders = inventory.leaders
     filled_leaders = {leaders[name] for name in filled if name in leaders}
-    owned_leaders = {leaders[name] for name in owned if name in leaders}
     slots = dict(inventory.slots)
     memory: dict[str, torch.Tensor] = {}
     parameters: dict[int, nn.Parameter] = {}
@@ -30,8 +29,6 @@ def allocate(inventory: Inventory, filled: Collection[str], owned: Collection[st
     with torch.inference_mode(False), torch.no_grad():
         for slot in moving:
             tensor, leader = slot.tensor, leaders[slot.name]
-            if tensor.is_meta and not (leader in filled_leaders or leader in owned_leaders or counts_batches(slot)):
-                continue
             if leader not in memory:
                 with memory_for(slot.name, tensor.nbytes, device):
                     memory[leader] = _new_memory(tensor, device, will_be_filled=leader in filled_leaders)
@@ -42,6 +39,25 @@ def allocate(inventory: Inventory, filled: Collection[str], owned: Collection[st
             if tensor.grad is not None:
                 tensor.grad.data = tensor.grad.data.to(memory[leader].device)
     return inventory._replace(slots=slots)
+
+
+def host_bytes(inventory: Inventory, filled: Collection[str], owned: Collection[str], device: torch.device | None) -> int:
+    """How many bytes of memory on the CPU `allocate` will take."""
+    if device is not None and device.type != "cpu":
+        return 0
+    moving = _moving(inventory, filled, owned, device)
+    leaders = inventory.leaders if moving else {}
+    return sum({leaders[slot.name]: slot.tensor.nbytes for slot in moving}.values())
+
+
+def _moving(inventory: Inventory, filled: Collection[str], owned: Collection[str], device: torch.device | None) -> list[Slot]:
+    """The slots whose tensors get other memory; of those on the meta device only those that something will fill."""
+    moving = [slot for slot in inventory.slots.values() if not stays(slot.tensor, device)]
+    if not moving:
+        return moving
+    leaders = inventory.leaders
+    filled_leaders = {leaders[name] for name in (*filled, *owned) if name in leaders}
+    return [s for s in moving if not s.tensor.is_meta or leaders[s.name] in filled_leaders or counts_batches(s)]
 
 
 def stays(tensor: torch.Tensor, device: torch.device | None) -> bool:

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 from shardsave._common.strict_json import NotJSON, check_memory
 from shardsave._format.file_names import check_shard_count
 from shardsave._format.header import MAX_HEADER_BYTES
-from shardsave._format.index import Index, Record
+from shardsave._format.index import FileRecord, Index, Part, Record, ShardRecord, Superseded
 from shardsave._saving.disk_layout import OnDisk
 from shardsave._saving.shards import PlannedShard, plan_shards
 from shardsave._state.module import State
 from shardsave._state.parts import Parts
+from shardsave._version import __version__
 from shardsave.errors import UnsupportedModuleError
 
 
@@ -22,6 +23,7 @@ class Contents(NamedTuple):
     ``shards`` hold the weights, ``extra_shards`` (none or one) the extra tensors that ``documents`` refer to. ``documents``: role →
     content. ``companions``: file name → content. ``flags``: name on disk → frozen; None if the flags are unknown. ``module_flags``:
     name in the module → frozen; None if the names on disk are the same. ``single_file``: a second name for the first shard.
+    ``copied_bytes``: of tensors that were copied in memory for this save.
     """
 
     state: State
@@ -34,6 +36,7 @@ class Contents(NamedTuple):
     metadata: Mapping[str, Any]
     single_file: str | None
     notes: tuple[str, ...]
+    copied_bytes: int
 
     @property
     def all_shards(self) -> list[PlannedShard]:
@@ -59,8 +62,29 @@ class Contents(NamedTuple):
         """Tied name → the name under which the tensor is stored."""
         return {entry.name: entry.tied_to for entry in self.state.entries if entry.tied_to is not None}
 
-    def index_for(self, shard_names: Sequence[str], record: Record) -> Index:
+    def index_for(
+        self,
+        shard_names: Sequence[str],
+        shards: Mapping[str, ShardRecord],
+        parts: Mapping[str, Part],
+        companions: Mapping[str, FileRecord],
+        *,
+        durable: bool,
+        supersedes: Superseded | None,
+    ) -> Index:
         """The index, which names the shard of each tensor; tensors are in the order of the state."""
+        record = Record(
+            durable=durable,
+            flags=self.flags,
+            ties=self.ties,
+            metadata=self.metadata,
+            shards=shards,
+            supersedes=supersedes,
+            writer=f"shardsave {__version__}",
+            parts=parts,
+            companions=companions,
+            module_flags=self.module_flags,
+        )
         shard_of = {tensor.name: name for shard, name in zip(self.shards, shard_names) for tensor in shard.layout.tensors}
         weight_map = {entry.name: shard_of[entry.name] for entry in self.state.entries if entry.tied_to is None}
         return Index(weight_map, self.weight_bytes, record)
@@ -98,6 +122,7 @@ def plan_contents(on_disk: OnDisk, parts: Parts, max_shard_size: int, metadata: 
         metadata=metadata,
         single_file=on_disk.single_file,
         notes=on_disk.notes,
+        copied_bytes=on_disk.copied_bytes,
     )
 
 

@@ -14,11 +14,10 @@ from shardsave._common.warn_caller import warn_caller
 from shardsave._engine.totals import Totals
 from shardsave._format.crc64 import crc64
 from shardsave._format.file_names import PART_TENSORS
-from shardsave._format.index import Part, Record, ShardRecord
+from shardsave._format.index import Part, ShardRecord
 from shardsave._saving.contents import Contents
 from shardsave._saving.shards import ShardWriter
 from shardsave._storage.transaction import Transaction
-from shardsave._version import __version__
 
 
 class WriteOutcome(NamedTuple):
@@ -63,19 +62,9 @@ def write_checkpoint(
             parts["extra tensors"] = Part(name, writer.records.pop(name))
         transferred = time.perf_counter()
         with gc_paused():
-            record = Record(
-                durable=durable,
-                flags=contents.flags,
-                ties=contents.ties,
-                metadata=contents.metadata,
-                shards=writer.records,
-                supersedes=transaction.supersedes,
-                writer=f"shardsave {__version__}",
-                parts=parts,
-                companions=companions,
-                module_flags=contents.module_flags,
+            index = contents.index_for(
+                names, writer.records, parts, companions, durable=durable, supersedes=transaction.supersedes
             )
-            index = contents.index_for(names, record)
         outcome = transaction.commit(index)
     for warning in outcome.warnings:
         warn_caller(warning)
