@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -72,14 +71,15 @@ def test_casts_of_arrays_in_another_byte_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_cast_takes_bounded_memory(tmp_path: Path) -> None:
+def test_a_cast_takes_bounded_memory(memory: Path) -> None:
     """Catches a second copy of the model, or of one tensor: a cast needs the engine's slots and a little working memory."""
     values = np.zeros(48 << 20, dtype=np.float32)  # 200 MB, and 400 MB when they are cast
     model = {"native": torch.from_numpy(values), "swapped": values.astype(">f4")}
     with limited_memory():
-        assert shardsave.save(model, tmp_path, dtype="float64", durable=False).bytes == 16 * len(values)
+        assert shardsave.save(model, memory, dtype="float64", durable=False).bytes == 16 * len(values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Mixtral", "Llama, tied"])
 def test_a_transformers_model_in_another_dtype(tmp_path: Path, name: str, quiet_transformers: None) -> None:
     """Catches a config that names the dtype before the cast, and other tensors than the model has after `to`."""
@@ -170,6 +170,7 @@ def test_the_trainable_part_of_a_mapping(tmp_path: Path) -> None:
     assert set(shardsave.load(tmp_path)) == {"first", "tied"} and report.left_out == ("frozen", "plain")
 
 
+@pytest.mark.slow
 def test_the_trainable_part_of_transformers_models(tmp_path: Path, quiet_transformers: None) -> None:
     """Catches a directory that `from_pretrained` opens with random weights, and tensors under names that the model does not find again."""
     transformers = pytest.importorskip("transformers")
@@ -191,6 +192,7 @@ def test_the_trainable_part_of_transformers_models(tmp_path: Path, quiet_transfo
     assert [p.requires_grad for p in base.parameters()] == [p.requires_grad for p in model.parameters()]
 
 
+@pytest.mark.slow
 def test_a_trained_adapter_without_peft(tmp_path: Path) -> None:
     """Catches the base weights of a PEFT model, or the loss of an adapter's, in a save of the trainable part."""
     peft = pytest.importorskip("peft")

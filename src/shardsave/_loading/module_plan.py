@@ -83,7 +83,7 @@ class ModulePlan:
 
     @cached_property
     def left_out(self) -> tuple[str, ...]:
-        """Those of the missing names that the checkpoint knows as frozen: it was saved without them, to be loaded onto a model that has them."""
+        """Those of the missing names that the checkpoint knows as frozen: it is to be loaded onto a model that has them."""
         flags = self.flags or {}
         return tuple(name for name in self.missing if flags.get(name))
 
