@@ -14,7 +14,8 @@ import torch
 from shardsave._api.arguments import check_path, check_progress, check_switches, parse_size
 from shardsave._api.findings import ConvertReport
 from shardsave._api.operators import check_operators
-from shardsave._api.reports import Phases
+from shardsave._api.reports import Phases, log_deletion
+from shardsave._common.log_records import log_record
 from shardsave._common.os_calls import absolute_path, kind_of
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
@@ -112,7 +113,7 @@ def convert(
             result = write_output(Output(destination_path, origin, durable, reporter.tick), to, state, carried, max_shard_bytes)
     ended = time.perf_counter()
     stored = [entry for entry in state.entries if entry.tied_to is None]
-    return ConvertReport(
+    report = ConvertReport(
         path=os.fspath(destination),
         bytes=_bytes_of(state.entries),
         tensors=len(stored),
@@ -136,6 +137,9 @@ def convert(
         flags_known=state.flags_known,
         removed=result.removed,
     )
+    log_record("convert", report, matters=bool(result.leftovers or result.warned))
+    log_deletion(report.path, result.removed, result.leftovers)
+    return report
 
 
 def _check_arguments(source: object, destination: object, to: object, key: object) -> None:

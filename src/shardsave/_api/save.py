@@ -14,10 +14,11 @@ from torch import nn
 
 from shardsave._api.arguments import check_path, check_progress, check_switches, check_timeout, parse_size
 from shardsave._api.operators import check_operators
-from shardsave._api.reports import SaveReport
+from shardsave._api.reports import SaveReport, log_deletion
 from shardsave._common.backend import engine_name
 from shardsave._common.gc_pause import gc_paused
 from shardsave._common.imports import import_at_use
+from shardsave._common.log_records import log_record
 from shardsave._common.os_calls import absolute_path
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
@@ -111,7 +112,7 @@ def save(
     plan_seconds = time.perf_counter() - started
     with Progress(progress, "saving", contents.tensor_bytes) as reporter:
         outcome = write_checkpoint(contents, path, durable=durable, lock_timeout=lock_timeout, progress=reporter)
-    return SaveReport(
+    report = SaveReport(
         path=os.fspath(directory),
         bytes=contents.weight_bytes,
         tensors=outcome.tensors,
@@ -132,6 +133,9 @@ def save(
         cast=planned.cast,
         left_out=planned.left_out,
     )
+    log_record("save", report, matters=bool(outcome.leftovers or outcome.warnings))
+    log_deletion(report.path, report.removed, report.leftovers)
+    return report
 
 
 class Needed(NamedTuple):

@@ -1,4 +1,4 @@
-"""Warnings that point at the user's line, however deep in this package they are raised."""
+"""Warnings and log records that point at the user's line, however deep in this package they are raised."""
 
 from __future__ import annotations
 
@@ -15,11 +15,16 @@ _CONTEXTLIB = contextlib.__file__  # the public verbs run inside its decorators
 
 def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
     """Issues a warning for the innermost frame outside this package, in one line that a terminal can show."""
+    warnings.warn(printable(message), category, stacklevel=caller_level())
+
+
+def caller_level() -> int:
+    """The ``stacklevel`` with which the function that calls this one points at the innermost frame outside this package."""
     level = 1
-    frame = sys._getframe()
+    frame = sys._getframe(1)
     while frame.f_back is not None and (
         frame.f_code.co_filename.startswith(_PACKAGE) or frame.f_code.co_filename == _CONTEXTLIB
     ):
         frame = frame.f_back
         level += 1
-    warnings.warn(printable(message), category, stacklevel=level)
+    return level

@@ -22,7 +22,8 @@ from shardsave._storage.transaction import Transaction
 
 class WriteOutcome(NamedTuple):
     """What a committed write did. ``removed``: names of files that were removed or replaced, and that this save did not make.
-    ``leftovers``: names of files that should have been removed and could not be."""
+    ``leftovers``: names of files that should have been removed and could not be. ``warnings``: those of ``notes`` that were also issued
+    as warnings."""
 
     tensors: int
     shards: int
@@ -31,6 +32,7 @@ class WriteOutcome(NamedTuple):
     notes: tuple[str, ...]
     removed: tuple[str, ...]
     leftovers: tuple[str, ...]
+    warnings: tuple[str, ...]
 
 
 def write_checkpoint(
@@ -81,6 +83,7 @@ def write_checkpoint(
         notes=tuple(dict.fromkeys([*contents.notes, *writer.totals.notes, *outcome.notes, *outcome.warnings])),
         removed=outcome.removed,
         leftovers=outcome.leftovers,
+        warnings=outcome.warnings,
     )
 
 
