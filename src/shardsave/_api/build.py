@@ -79,7 +79,7 @@ def build_model(
         TypeError, ValueError: for wrong arguments, before anything happens.
         UntrustedCodeError: the checkpoint asks for code that you do not trust; the message lists it, with what would run.
         IncompatibleCheckpointError: there is no architecture, or a class no longer exists, or does not accept the saved state.
-        CheckpointNotFoundError, CorruptCheckpointError, DirectoryBusyError.
+        CheckpointNotFoundError, CorruptCheckpointError, DirectoryBusyError, OutOfMemoryError.
 
     Example:
         >>> import torch, shardsave
@@ -154,7 +154,7 @@ def load_program(
     Raises:
         TypeError, ValueError: for wrong arguments, before anything happens.
         IncompatibleCheckpointError: there is no program, or it was written by a newer shardsave.
-        CheckpointNotFoundError, CorruptCheckpointError, DirectoryBusyError.
+        CheckpointNotFoundError, CorruptCheckpointError, DirectoryBusyError, OutOfMemoryError.
 
     Example:
         >>> import torch, shardsave

@@ -70,6 +70,7 @@ def load(
     Raises:
         TypeError, ValueError: for wrong arguments, before anything happens.
         CheckpointNotFoundError, CorruptCheckpointError, DirectoryBusyError.
+        OutOfMemoryError: the tensors do not fit in memory; nothing was loaded.
         IncompatibleCheckpointError: the checkpoint does not have one of ``names``, or no name begins with ``prefix``.
 
     Example:
@@ -145,6 +146,7 @@ def load_model(
         IncompatibleCheckpointError: names or shapes differ (all are listed), or the module cannot be filled; it is unchanged.
         CorruptCheckpointError: a checksum is wrong; the module is then partly loaded, and the message says how many tensors
             were loaded.
+        OutOfMemoryError: its new tensors do not fit in memory; it is unchanged.
         CheckpointNotFoundError, UnsupportedTensorError, DirectoryBusyError.
 
     Example:

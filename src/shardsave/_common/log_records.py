@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shardsave._common.warn_caller import caller_level
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 _logger = logging.getLogger("shardsave")
 
@@ -23,8 +20,8 @@ def somebody_listens() -> bool:
     return _logger.isEnabledFor(logging.WARNING) and _logger.hasHandlers()
 
 
-def log_record(event: str, report: DataclassInstance, *, matters: bool = False) -> None:
-    """Logs ``report`` at level INFO; if it ``matters``, because something needs attention, at level WARNING.
+def log_record(event: str, report: Any, *, matters: bool = False) -> None:
+    """Logs ``report``, a dataclass, at level INFO; if it ``matters``, because something needs attention, at level WARNING.
 
     The record's attribute ``shardsave`` is a dict of plain values: ``event`` ("save", "load", "convert", "delete"), and each field of
     the report.
