@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,6 +71,21 @@ def test_a_load_that_may_swap(ckpt: Path, free: Set) -> None:
     free(70_000_000, 81_000_000)
     report = shardsave.load_model(Model("meta"), ckpt)
     assert report.notes == ("80.0 MB of memory were needed, control group /jobs had 70.0 MB free: a part may be swapped",)
+
+
+class LoadsItself(Model):
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+
+
+def test_a_copy_for_a_module_that_loads_itself(ckpt: Path, free: Set) -> None:
+    """Catches a copy of a whole model, which its own code asks for, that nobody counted."""
+    free(70_000_000, 79_000_000)
+    model = LoadsItself()
+    with pytest.raises(shardsave.OutOfMemoryError, match="80.0 MB of memory on the CPU were expected"):
+        shardsave.load_model(model, ckpt)
+    free(70_000_000, 90_000_000)
+    shardsave.load_model(model, ckpt)
 
 
 def test_loads_that_need_no_memory(ckpt: Path, free: Set) -> None:

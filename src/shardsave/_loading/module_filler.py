@@ -64,8 +64,15 @@ class ModuleFiller:
         check_differences(self._inventory, self.plan, strict, where)
         self._check_destinations()
         check_meta_buffers(self._inventory, where)
-        needed = host_bytes(self._inventory, [*self.plan.routed, *self.plan.in_place], self.plan.owned, self._device)
-        self.notes = check_free_memory(where, needed, "the module is unchanged")
+        self.notes = check_free_memory(where, self._host_bytes(), "the module is unchanged")
+
+    def _host_bytes(self) -> int:
+        """How much new memory on the CPU the load will take: what is allocated for good, and the copies for one routine at a time."""
+        plan = self.plan
+        received = ([plan.stored[name] for name in routine.tensors] for routine in plan.routines)
+        copies = (sum({id(located): located.nbytes for located in tensors}.values()) for tensors in received)  # ties once
+        allocated = host_bytes(self._inventory, [*plan.routed, *plan.in_place], plan.owned, self._device)
+        return allocated + max(copies, default=0)
 
     def fill(self, reader: TensorReader, *, strict: bool) -> Differences:
         """Fills the module. Errors say how many tensors were loaded before. ``strict``: for the sub-modules that load themselves."""
