@@ -11,7 +11,7 @@ import pytest
 
 from shardsave._common.free_memory import FreeMemory, free_memory
 
-GB = 10**9
+GB = 1 << 30
 V1_MOUNT = "35 31 0:32 {top} {place} rw,relatime shared:5 - cgroup cgroup rw,memory"
 V2_MOUNT = "32 31 0:29 {top} {place} rw,nosuid - cgroup2 cgroup2 rw,nsdelegate"
 OTHER = [
@@ -27,17 +27,17 @@ Tree = Callable[..., str]
 
 
 @pytest.fixture(autouse=True)
-def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A machine with 50 GB of free memory and 5 GB of free swap space."""
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=50 * GB))
-    monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(free=5 * GB))
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text(f"MemFree:  1 kB\nSwapTotal:  9765625 kB\nSwapFree:  {5 * GB // 1024} kB\n")
 
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Tree:
     def make(version: int, own: str, groups: dict[str, Group], *, top: str = "/", place: str = "/sys/fs/cgroup") -> str:
         """``own``: this process's group; ``groups``: path below the mount → its numbers."""
-        (tmp_path / "proc/self").mkdir(parents=True)
         members = ["0::/"] if version == 1 else ["5:cpu:/elsewhere"]
         members.append(f"4:hugetlb,memory:{own}" if version == 1 else f"0::{own}")
         (tmp_path / "proc/self/cgroup").write_text("\n".join([*members, "broken", ""]))

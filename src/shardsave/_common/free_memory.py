@@ -13,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from shardsave._common.imports import import_at_use
+
 
 class FreeMemory(NamedTuple):
     """``bytes`` that can be allocated without swapping, as the system estimates it; ``with_swap``: the most that can be allocated at all.
@@ -30,14 +32,23 @@ def free_memory(root: str = "/") -> FreeMemory | None:
 
     ``root``: where the directories ``proc`` and ``sys`` are, for tests.
     """
-    import psutil  # takes longer to import than a small save
+    import_at_use("psutil")  # takes longer to import than a small save
+    import psutil
 
     try:
-        available, swap = psutil.virtual_memory().available, psutil.swap_memory().free
-    except (OSError, RuntimeError, ValueError, KeyError, psutil.Error):
+        available, swap = psutil.virtual_memory().available, _free_swap(Path(root))
+    except (OSError, RuntimeError, RuntimeWarning, ValueError, KeyError, psutil.Error):
         return None
     machine = FreeMemory(available, available + swap, "this machine")
     return min([machine, *_free_in_groups(Path(root), swap)], key=lambda free: free.with_swap)
+
+
+def _free_swap(root: Path) -> int:
+    """The free swap space of the machine. `psutil.swap_memory` warns where counters that nobody asked for are missing."""
+    for line in (root / "proc/meminfo").read_text().splitlines():
+        if line.startswith("SwapFree:"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 class _Names(NamedTuple):

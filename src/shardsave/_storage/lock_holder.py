@@ -6,6 +6,8 @@ import os
 import re
 from contextlib import suppress
 
+from shardsave._common.imports import import_at_use
+
 #: ``1: FLOCK  ADVISORY  WRITE 4321 08:02:1234567 0 EOF``; the device in hex, the inode not. Those who wait have an arrow after the number.
 _LOCK = re.compile(r"\d+: FLOCK +\w+ +\w+ (-?\d+) ([0-9a-f]+:[0-9a-f]+:\d+) ")
 
@@ -46,7 +48,8 @@ def _has_open(pid: int, status: os.stat_result, proc: str) -> bool:
 
 
 def _name(pid: int) -> str:
-    import psutil  # only for this message
+    import_at_use("psutil")  # only for this message
+    import psutil
 
     try:
         return f", {psutil.Process(pid).name()}"
