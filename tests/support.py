@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -78,3 +80,15 @@ def holds_in_child(check: Callable[[], bool]) -> bool:
         os._exit(0 if check() else 1)
 
     return os.waitpid(forked(exit_with_answer), 0)[1] == 0
+
+
+@contextlib.contextmanager
+def limited_memory() -> Iterator[None]:
+    """Lets the address space of this process grow by 320 MiB, and by no more."""
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (size + (320 << 20), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 import shardsave
-from shardsave._api import build, clean, convert, diff, inspect, load, open, save
+from shardsave._api import build, clean, convert, diff, inspect, load, open, plan, save
 from shardsave._cli.main import cli
 
 pytestmark = pytest.mark.slow
@@ -76,6 +76,19 @@ def test_form_of_documents(name: str) -> None:
             assert heading in {re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in headings}, (target, heading)
 
 
+def test_environment_variables() -> None:
+    """Catches a variable that the table lacks, and one that nothing reads."""
+    assert not any("getenv" in path.read_text() for path in (ROOT / "csrc").glob("*.*"))
+    sources = [*(ROOT / "src").rglob("*.py"), ROOT / "setup.py"]
+    text = "\n".join(path.read_text() for path in sources)
+    read = {f"SHARDSAVE_{name}" for name in re.findall(r'switched_on\("(\w+)"\)', text)}
+    read |= set(re.findall(r"(?<!_)SHARDSAVE_[A-Z]\w*", text))
+    table = (ROOT / "docs" / "operations.md").read_text().split("## Environment variables")[1]
+    assert set(
+        re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `")))
+    ) == (read | {"NO_COLOR", "FORCE_COLOR"})
+
+
 @pytest.mark.parametrize("name", ["ARCHITECTURE.md", "CONTRIBUTING.md", "FORMAT.md", "SECURITY.md"])
 def test_files_that_documents_name(name: str) -> None:
     """Catches a document that names a file of the project which has moved."""
@@ -86,7 +99,7 @@ def test_files_that_documents_name(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", [shardsave, save, load, open, diff, clean, inspect, build, convert], ids=lambda module: module.__name__
+    "module", [shardsave, save, plan, load, open, diff, clean, inspect, build, convert], ids=lambda module: module.__name__
 )
 def test_docstring_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: object) -> None:
     """Catches a docstring whose example has another result than it shows."""

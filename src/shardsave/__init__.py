@@ -18,6 +18,7 @@ from shardsave.errors import (
     DurabilityUncertainError,
     IncompatibleCheckpointError,
     NoSuchTensorError,
+    OutOfMemoryError,
     OutOfSpaceError,
     SaveNotCommittedError,
     ShardSaveError,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from shardsave._api.inspect import inspect, verify
     from shardsave._api.load import load, load_model
     from shardsave._api.open import OpenCheckpoint, TensorSlice, open
+    from shardsave._api.plan import PlannedFile, SavePlan, plan_save
     from shardsave._api.reports import LoadReport, Phases, SaveReport
     from shardsave._api.save import save
 
@@ -54,9 +56,12 @@ __all__ = [
     "LoadReport",
     "NoSuchTensorError",
     "OpenCheckpoint",
+    "OutOfMemoryError",
     "OutOfSpaceError",
     "Phases",
+    "PlannedFile",
     "SaveNotCommittedError",
+    "SavePlan",
     "SaveReport",
     "ShardSaveError",
     "TensorChange",
@@ -76,6 +81,7 @@ __all__ = [
     "load_model",
     "load_program",
     "open",
+    "plan_save",
     "save",
     "verify",
 ]
@@ -91,6 +97,7 @@ _MODULES = {
     "clean": ("CleanReport", "Leaving", "clean"),
     "load": ("load", "load_model"),
     "open": ("OpenCheckpoint", "TensorSlice", "open"),
+    "plan": ("PlannedFile", "SavePlan", "plan_save"),
     "reports": ("LoadReport", "Phases", "SaveReport"),
     "save": ("save",),
 }

@@ -18,6 +18,7 @@ __all__ = [
     "DurabilityUncertainError",
     "IncompatibleCheckpointError",
     "NoSuchTensorError",
+    "OutOfMemoryError",
     "OutOfSpaceError",
     "SaveNotCommittedError",
     "ShardSaveError",
@@ -56,6 +57,10 @@ class NoSuchTensorError(IncompatibleCheckpointError, KeyError):
 
 class UnsupportedTensorError(ShardSaveError):
     """A tensor cannot be saved, or cannot be filled by a load; the message names it."""
+
+
+class OutOfMemoryError(ShardSaveError, MemoryError):
+    """A load needs more memory than there is; the message has the numbers. It is also a MemoryError."""
 
 
 class SaveNotCommittedError(ShardSaveError):

@@ -120,7 +120,7 @@ def test_a_save_at_work(tmp_path: Path) -> None:
         with pytest.raises(shardsave.DirectoryBusyError) as caught:
             other.submit(shardsave.clean, tmp_path, lock_timeout=0.2).result()
         assert 0.2 <= time.monotonic() - started < 2
-        assert str(caught.value) == (
+        assert str(caught.value).replace(" (this process)", "") == (  # some file systems do not let it know the holder
             f"cannot clean {tmp_path}: its lock was expected within 0.2 s, another save holds it; nothing was removed"
         )
         assert list(tmp_path.glob(".shardsave-*"))

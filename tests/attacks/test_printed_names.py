@@ -509,6 +509,8 @@ def hostile_field(name: str, annotation: str) -> Any:
         return (shardsave.Damage(HOSTILE, (HOSTILE,), HOSTILE),)
     if "tuple[Leaving" in annotation:
         return (shardsave.Leaving(HOSTILE, (HOSTILE,), 1, False),)
+    if "tuple[PlannedFile" in annotation:
+        return (shardsave.PlannedFile(HOSTILE, 1),)
     if annotation.startswith("tuple[str"):
         return (HOSTILE,)
     if "Mapping[str" in annotation:

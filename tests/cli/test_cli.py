@@ -352,7 +352,8 @@ def test_clean_during_a_save(ckpt: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(command, "_PATIENCE", 0.1)
     with Transaction(ckpt, durable=False, lock_timeout=1), ThreadPoolExecutor(1) as other:
-        assert error(other.submit(run, "clean", ckpt).result(), 3) == (
+        said = error(other.submit(run, "clean", ckpt).result(), 3)
+        assert said.replace(" (this process)", "") == (  # some file systems do not let it know the holder
             f"shardsave: cannot clean {ckpt}: its lock was expected within 0.1 s, another save holds it; nothing was removed"
         )
 

@@ -372,3 +372,20 @@ def test_a_live_model_moves_with_its_ties_and_gradients(folder: Path) -> None:
     assert moved.a.data_ptr() == moved.b.data_ptr() == moved.alias.data_ptr() and moved.b.tolist() == [3] * 4
     assert all(tensor.is_cuda for tensor in (*moved.parameters(), *moved.buffers(), moved.c.weight.grad))
     assert moved.scratch.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_casts_on_the_way_to_disk(tmp_path: Path, dtype: str) -> None:
+    """Catches values that a cast on the device rounds otherwise than one on the host, and one that does not wait for the stream."""
+    model = SmallModel()
+    shardsave.save(model, tmp_path / "host", dtype=dtype, durable=False)
+    on_device = SmallModel().to(DEVICE)
+    large = torch.zeros(10_000_000, device=DEVICE)
+    torch.cuda._sleep(BUSY_CYCLES)
+    large.add_(1 / 3)
+    shardsave.save(on_device, tmp_path / "device", dtype=dtype, durable=False)
+    shardsave.save({"large": large, "strided": large.view(1000, -1).t()}, tmp_path / "large", dtype=dtype, durable=False)
+    host, device = _saved(tmp_path / "host"), _saved(tmp_path / "device")
+    assert host.keys() == device.keys() and all(same_bits(host[name], device[name]) for name in host)
+    wanted = torch.full((10_000_000,), 1 / 3, dtype=torch.float32).to(getattr(torch, dtype))
+    assert all(same_bits(tensor.reshape(-1), wanted) for tensor in _saved(tmp_path / "large").values())

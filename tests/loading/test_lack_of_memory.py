@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +14,10 @@ from torch import nn
 
 import shardsave
 from shardsave._loading.memory_errors import memory_for
+from support import limited_memory
 
 #: Elements of a tensor of 1 GB; the file is sparse.
 ELEMENTS = 1 << 28
-
-
-@contextlib.contextmanager
-def limited_memory() -> Iterator[None]:
-    size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (size + (320 << 20), hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 class OfMeta(nn.Module):

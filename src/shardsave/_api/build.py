@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,11 +13,14 @@ from torch import nn
 
 from shardsave._api.arguments import check_path, check_progress, check_switches
 from shardsave._api.device import Device, check_device
+from shardsave._api.load_reports import LoadClock, log_load
 from shardsave._api.operators import check_operators
+from shardsave._api.reports import LoadReport
 from shardsave._architecture.builder import Builder
 from shardsave._architecture.document import Document
 from shardsave._architecture.imports import resolve
 from shardsave._architecture.trust import Trust, check_entries
+from shardsave._common.log_records import somebody_listens
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
 from shardsave._common.uncompiled import uncompiled
@@ -77,7 +81,7 @@ def build_model(
         TypeError, ValueError: for wrong arguments, before anything happens.
         UntrustedCodeError: the checkpoint asks for code that you do not trust; the message lists it, with what would run.
         IncompatibleCheckpointError: there is no architecture, or a class no longer exists, or does not accept the saved state.
-        CheckpointNotFoundError, CorruptCheckpointError, DirectoryBusyError.
+        CheckpointNotFoundError, CorruptCheckpointError, DirectoryBusyError, OutOfMemoryError.
 
     Example:
         >>> import torch, shardsave
@@ -95,20 +99,41 @@ def build_model(
     check_progress(progress)
     trusted, replacements = _check_trust(trust), _check_classes(classes)
     target_device = check_device(device) or torch.device("cpu")
+    clock = LoadClock()
     with open_checkpoint(path, parts=PARTS) as checkpoint:
         data = checkpoint.documents.get("architecture")
         if data is None:
-            return _build_from_config(checkpoint, trusted, target_device, verify, progress)
+            model, report, warnings = _build_from_config(checkpoint, trusted, target_device, verify, progress, clock)
+            log_load(replace(report, path=os.fspath(path)), warnings)
+            return model
         document = Document(data, f"the architecture in {checkpoint.path}")
         imports = resolve(document, Trust(trusted, replacements))
         memory = NewTensors(checkpoint, target_device)
         builder = Builder(document, imports, memory)
         with torch.inference_mode(False), torch.no_grad():
             model = builder.build()
-            with Progress(progress, "loading", sum(located.nbytes for located, _ in memory.targets)) as reporter:
-                TensorReader(checkpoint, verify=verify, progress=reporter).read(memory.targets)
+            _read(path, checkpoint, memory, verify, progress, clock)
             builder.set_extra_states()
     return model
+
+
+def _read(
+    path: str | os.PathLike[str],
+    checkpoint: Checkpoint,
+    memory: NewTensors,
+    verify: bool,
+    progress: ProgressArgument,
+    clock: LoadClock,
+) -> None:
+    """Fills the tensors of ``memory``, once it is known that they fit, and logs that."""
+    notes = memory.check_free()
+    clock.planned()
+    with Progress(progress, "loading", sum(located.nbytes for located, _ in memory.targets)) as reporter:
+        reader = TensorReader(checkpoint, verify=verify, progress=reporter)
+        reader.read(memory.targets)
+    clock.transferred()
+    if somebody_listens():
+        log_load(clock.report(path, [located for located, _ in memory.targets], reader, notes), notes)
 
 
 @uncompiled
@@ -132,7 +157,7 @@ def load_program(
     Raises:
         TypeError, ValueError: for wrong arguments, before anything happens.
         IncompatibleCheckpointError: there is no program, or it was written by a newer shardsave.
-        CheckpointNotFoundError, CorruptCheckpointError, DirectoryBusyError.
+        CheckpointNotFoundError, CorruptCheckpointError, DirectoryBusyError, OutOfMemoryError.
 
     Example:
         >>> import torch, shardsave
@@ -146,6 +171,7 @@ def load_program(
     check_switches(verify=verify)
     check_progress(progress)
     target_device = check_device(device) or torch.device("cpu")
+    clock = LoadClock()
     with open_checkpoint(path, parts=PARTS) as checkpoint:
         data = checkpoint.documents.get("program")
         if data is None:
@@ -157,8 +183,7 @@ def load_program(
         memory = NewTensors(checkpoint, target_device)
         with torch.inference_mode(False):
             tensors = _tensors(document, memory)
-            with Progress(progress, "loading", sum(located.nbytes for located, _ in memory.targets)) as reporter:
-                TensorReader(checkpoint, verify=verify, progress=reporter).read(memory.targets)
+            _read(path, checkpoint, memory, verify, progress, clock)
             return LoadedProgram(document, tensors)
 
 
@@ -176,9 +201,14 @@ def _tensors(document: ProgramDocument, memory: NewTensors) -> dict[str, torch.T
 
 
 def _build_from_config(
-    checkpoint: Checkpoint, trust: frozenset[str], device: torch.device, verify: bool, progress: ProgressArgument
-) -> nn.Module:
-    """Builds a transformers model from the config beside the weights."""
+    checkpoint: Checkpoint,
+    trust: frozenset[str],
+    device: torch.device,
+    verify: bool,
+    progress: ProgressArgument,
+    clock: LoadClock,
+) -> tuple[nn.Module, LoadReport, tuple[str, ...]]:
+    """Builds a transformers model from the config beside the weights. Also returns the report for the log, and what was warned of."""
     folder = os.path.dirname(checkpoint.path_of(CONFIG_NAME))
     config = read_config(folder)
     if config is None:
@@ -186,28 +216,38 @@ def _build_from_config(
             f"cannot build a model from {checkpoint.path}: an architecture or a config of transformers was expected, there is "
             f"neither; save with architecture=True, or define the model and use load_model"
         )
-    for note in checkpoint.notes():
+    warnings: list[str] = []
+
+    def warn(note: str) -> None:
         warn_caller(note)
+        warnings.append(note)
+
+    for note in checkpoint.notes():
+        warn(note)
     stored = choose_located(checkpoint, "")
     model = empty_model(folder, config, trust, device, stored)
     layout = TransformersLayout(take_inventory(model, checkpoint.path), stored, checkpoint.path)
     for kept, name in untie_differing(model, layout.stored, partial(same_bytes, checkpoint)):
-        warn_caller(
+        warn(
             f"{name} and {kept} have different values in {checkpoint.path}, so they are not tied, although the config ties them "
             f"(tie_word_embeddings); each has its own values"
         )
     take_stored_dtypes(model, layout.stored)
     inventory = take_inventory(model, checkpoint.path)
     for note in exchange_notes(inventory, stored) if checkpoint.record is None else ():
-        warn_caller(note)
+        warn(note)
     doubtful = checkpoint.ties if checkpoint.record is None else ()
     plan = plan_module(inventory, layout, flags=checkpoint.flags, doubtful=doubtful)
     filler = ModuleFiller(inventory, plan, layout, checkpoint, None)
     filler.check(strict=True)
+    clock.planned()
     with Progress(progress, "loading", sum(located.nbytes for located in plan.reads)) as reporter:
-        filler.fill(TensorReader(checkpoint, verify=verify, progress=reporter), strict=True)
+        reader = TensorReader(checkpoint, verify=verify, progress=reporter)
+        filler.fill(reader, strict=True)
+    clock.transferred()
     filler.restore_flags()
-    return model
+    notes = (*warnings, *filler.notes)
+    return model, clock.report(checkpoint.path, plan.reads, reader, notes), notes
 
 
 def _check_classes(classes: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from shardsave._api.arguments import check_path, check_switches, check_timeout
-from shardsave._api.reports import Printed
+from shardsave._api.reports import Printed, log_deletion
 from shardsave._common.os_calls import CallFailed, absolute_path
 from shardsave._common.shutdown import verb
 from shardsave._common.uncompiled import uncompiled
@@ -124,6 +124,7 @@ def clean(
         leftovers = {leaving.name: remove_leaving(folder, leaving, index) for leaving in chosen}
     removed = tuple(name for name, remaining in leftovers.items() if not remaining)
     left = tuple(dict.fromkeys(chain.from_iterable(leftovers.values())))
+    log_deletion(os.fspath(directory), removed, left)
     return CleanReport(os.fspath(directory), leavings, removed, left, tuple(completed))
 
 

@@ -14,18 +14,20 @@ import torch
 from shardsave._api.arguments import check_path, check_progress, check_switches, parse_size
 from shardsave._api.findings import ConvertReport
 from shardsave._api.operators import check_operators
-from shardsave._api.reports import Phases
+from shardsave._api.reports import Phases, log_deletion
+from shardsave._common.log_records import log_record
 from shardsave._common.os_calls import absolute_path, kind_of
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
 from shardsave._common.uncompiled import uncompiled
-from shardsave._conversion.changes import Drop, Names, Rename, allowed_names, check_dtype, patterns, replacements
+from shardsave._conversion.changes import Drop, Names, Rename, allowed_names, patterns, replacements
 from shardsave._conversion.converted import carried_over, converted_state
 from shardsave._conversion.origin import Origin, Request, open_origin
 from shardsave._conversion.outputs import Output, write_output
 from shardsave._format.file_names import TORCH_ENDINGS
 from shardsave._loading.read import Target, TensorReader
 from shardsave._printable import printable
+from shardsave._saving.casts import check_dtype
 from shardsave._state.module import Entry
 from shardsave._storage.directory import path_to_write
 from shardsave.errors import SaveNotCommittedError
@@ -113,7 +115,7 @@ def convert(
             result = write_output(Output(destination_path, origin, durable, reporter.tick), to, state, carried, max_shard_bytes)
     ended = time.perf_counter()
     stored = [entry for entry in state.entries if entry.tied_to is None]
-    return ConvertReport(
+    report = ConvertReport(
         path=os.fspath(destination),
         bytes=_bytes_of(state.entries),
         tensors=len(stored),
@@ -137,6 +139,9 @@ def convert(
         flags_known=state.flags_known,
         removed=result.removed,
     )
+    log_record("convert", report, matters=bool(result.leftovers or result.warned))
+    log_deletion(report.path, result.removed, result.leftovers)
+    return report
 
 
 def _check_arguments(source: object, destination: object, to: object, key: object) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,11 +12,12 @@ from torch import nn
 
 from shardsave._api.arguments import check_path, check_progress, check_switches
 from shardsave._api.device import Device, check_device
+from shardsave._api.load_reports import LoadClock, log_load
 from shardsave._api.operators import check_operators
-from shardsave._api.reports import LoadReport, Phases
-from shardsave._common.backend import engine_name
+from shardsave._api.reports import LoadReport
 from shardsave._common.gc_pause import gc_paused
 from shardsave._common.imports import import_at_use
+from shardsave._common.log_records import somebody_listens
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
 from shardsave._common.uncompiled import uncompiled
@@ -25,6 +26,7 @@ from shardsave._huggingface.added_adapter import has_added_adapter
 from shardsave._huggingface.recognize import peft_model, transformers_model
 from shardsave._loading.disk_layout import DiskLayout, IdentityLayout
 from shardsave._loading.mapped import Maps
+from shardsave._loading.memory_errors import check_free_memory
 from shardsave._loading.module_filler import ModuleFiller
 from shardsave._loading.module_plan import plan_module
 from shardsave._loading.new_tensors import new_tensors
@@ -70,6 +72,7 @@ def load(
     Raises:
         TypeError, ValueError: for wrong arguments, before anything happens.
         CheckpointNotFoundError, CorruptCheckpointError, DirectoryBusyError.
+        OutOfMemoryError: the tensors do not fit in memory; nothing was loaded.
         IncompatibleCheckpointError: the checkpoint does not have one of ``names``, or no name begins with ``prefix``.
 
     Example:
@@ -86,18 +89,26 @@ def load(
     target_device = check_device(device) or torch.device("cpu")
     if mmap and target_device.type != "cpu":
         raise ValueError(f"mmap=True returns tensors on the CPU, device {target_device} was asked for")
+    clock, reader = LoadClock(), None
     with open_checkpoint(path, selection(wanted, prefix)) as checkpoint:
-        for note in checkpoint.shape_notes:
+        for note in (notes := checkpoint.shape_notes):
             warn_caller(note)
         chosen = choose(checkpoint, wanted, prefix)
         located = {stored_name: checkpoint.tensors[stored_name] for stored_name in chosen.values()}
         if mmap:
             tensors = Maps(checkpoint).tensors(located)
         else:
+            if target_device.type == "cpu":
+                needed = sum(t.nbytes for t in located.values())
+                notes = (*notes, *check_free_memory(checkpoint.path, needed, "nothing was loaded"))
             tensors = new_tensors(located, target_device)
+            clock.planned()
             with Progress(progress, "loading", sum(t.nbytes for t in located.values())) as reporter:
                 reader = TensorReader(checkpoint, verify=verify, progress=reporter)
                 reader.read([*zip(located.values(), tensors.values())])
+            clock.transferred()
+        if somebody_listens():
+            log_load(clock.report(path, located.values(), reader, notes), notes)
         return {name.removeprefix(prefix): tensors[stored_name] for name, stored_name in chosen.items()}
 
 
@@ -138,6 +149,7 @@ def load_model(
         IncompatibleCheckpointError: names or shapes differ (all are listed), or the module cannot be filled; it is unchanged.
         CorruptCheckpointError: a checksum is wrong; the module is then partly loaded, and the message says how many tensors
             were loaded.
+        OutOfMemoryError: its new tensors do not fit in memory; it is unchanged.
         CheckpointNotFoundError, UnsupportedTensorError, DirectoryBusyError.
 
     Example:
@@ -157,7 +169,7 @@ def load_model(
     check_operators("load", path, "the module is unchanged")
     check_names(None, prefix)
     target_device = check_device(device)
-    started = time.perf_counter()
+    clock = LoadClock()
     with open_checkpoint(
         path, selection(None, prefix), parts=("architecture",) if has_extra_state(model) else ()
     ) as checkpoint:
@@ -165,33 +177,23 @@ def load_model(
             filler, plan_notes = _plan(model, checkpoint, prefix, target_device, strict=strict, restore_frozen=restore_frozen)
             filler.check(strict=strict)
             reads = filler.plan.reads
-        planned = time.perf_counter()
+        clock.planned()
         with Progress(progress, "loading", sum(located.nbytes for located in reads)) as reporter:
             reader = TensorReader(checkpoint, verify=verify, progress=reporter)
             differences = filler.fill(reader, strict=strict)
-        transferred = time.perf_counter()
+        clock.transferred()
         restored_flags = filler.restore_flags()
-        notes = (*reader.totals.notes, *plan_notes, *filler.plan.notes(), *restored_flags.notes, *checkpoint.notes())
-    ended = time.perf_counter()
-    return LoadReport(
-        path=os.fspath(path),
-        bytes=reader.totals.bytes,
-        tensors=reader.tensors,
-        shards=len(reader.shards),
-        seconds=ended - started,
-        phases=Phases(plan=planned - started, transfer=transferred - planned, commit=ended - transferred),
-        engine=engine_name(),
-        direct=reader.totals.direct,
-        staging_bytes=reader.totals.staging_bytes,
-        pinned=reader.totals.pinned,
-        notes=notes,
-        verified=reader.verified,
+        notes = (*plan_notes, *filler.notes, *filler.plan.notes(), *restored_flags.notes, *checkpoint.notes())
+    report = replace(
+        clock.report(path, reads, reader, notes),
         missing=differences.missing,
         unexpected=differences.unexpected,
         mismatched=tuple(sorted(filler.plan.mismatched.values())),
         frozen=restored_flags.frozen,
         changed_flags=restored_flags.changed,
     )
+    log_load(report, (*filler.notes, *checkpoint.notes()))
+    return report
 
 
 def _plan(

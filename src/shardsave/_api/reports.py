@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from shardsave._api.arguments import check_timeout
+from shardsave._common.log_records import log_record
 from shardsave._common.phases import Phases
 from shardsave._common.words import build_arguments, count, human_bytes, some
 from shardsave._printable import printable
@@ -106,7 +107,8 @@ class SaveReport(Removing, Report):
     shardsave did not write it), and what killed saves had left. ``leftovers``: files that should have been removed and could not be.
     ``overlaps``: pairs of tensors that share a part of their memory and were stored separately.
     ``trust``, ``script_classes``: what `build_model` needs to build a saved architecture: the entries of its ``trust``, and the names
-    of classes of a script, which it needs in ``classes``.
+    of classes of a script, which it needs in ``classes``. ``cast``: how many tensors were cast to another dtype. ``left_out``: the names
+    that ``only="trainable"`` did not save.
     """
 
     durable: bool = True
@@ -115,9 +117,15 @@ class SaveReport(Removing, Report):
     removed: tuple[str, ...] = ()
     trust: tuple[str, ...] = ()
     script_classes: tuple[str, ...] = ()
+    cast: int = 0
+    left_out: tuple[str, ...] = ()
 
     def _lines(self) -> Iterator[str]:
         more = []
+        if self.cast:
+            more.append(f"{count(self.cast, 'tensor')} cast")
+        if self.left_out:
+            more.append(f"{count(len(self.left_out), 'name')} left out")
         if self.removed:
             more.append(f"removed or replaced {some(self.removed)}")
         if self.leftovers:
@@ -128,6 +136,26 @@ class SaveReport(Removing, Report):
             more.append(f"build with {build_arguments(self.trust, self.script_classes)}")
         how = f"{self._engine_and_access()}, {'durable' if self.durable else 'not durable'}"
         yield self._with_notes(f"saved {self.path}: {self._size_and_speed()}, {how}", *more)
+
+
+@dataclass(frozen=True)
+class Deletion(Printed):
+    """For the log: which files a call removed or replaced in the directory ``path``, and which it could not remove."""
+
+    path: str
+    removed: tuple[str, ...]
+    leftovers: tuple[str, ...] = ()
+
+    def _lines(self) -> Iterator[str]:
+        parts = [f"removed or replaced {some(self.removed)}"] if self.removed else []
+        parts += [f"could not remove {some(self.leftovers)}"] if self.leftovers else []
+        yield f"{self.path}: {'; '.join(parts)}"
+
+
+def log_deletion(path: str, removed: tuple[str, ...], leftovers: tuple[str, ...] = ()) -> None:
+    """Logs what was removed behind a call, if anything was."""
+    if removed or leftovers:
+        log_record("delete", Deletion(path, removed, leftovers), matters=bool(leftovers))
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,18 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Union
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union
 
+import torch
 from torch import nn
 
 from shardsave._api.arguments import check_path, check_progress, check_switches, check_timeout, parse_size
 from shardsave._api.operators import check_operators
-from shardsave._api.reports import SaveReport
+from shardsave._api.reports import SaveReport, log_deletion
 from shardsave._common.backend import engine_name
 from shardsave._common.gc_pause import gc_paused
 from shardsave._common.imports import import_at_use
+from shardsave._common.log_records import log_record
 from shardsave._common.os_calls import absolute_path
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
@@ -28,8 +30,10 @@ from shardsave._huggingface.added_adapter_saving import AddedAdapterLayout
 from shardsave._huggingface.peft_saving import AdapterLayout
 from shardsave._huggingface.recognize import peft_model, transformers_model
 from shardsave._huggingface.transformers_saving import TransformersLayout
+from shardsave._saving.casts import cast_on_disk, check_dtype
 from shardsave._saving.contents import Contents, plan_contents
 from shardsave._saving.disk_layout import DiskLayout, IdentityLayout
+from shardsave._saving.trainable import only_trainable
 from shardsave._saving.write import write_checkpoint
 from shardsave._state.extra_tensors import ExtraTensors
 from shardsave._state.module import Source, State, read_state
@@ -53,6 +57,8 @@ def save(
     architecture: bool = False,
     program: Program | None = None,
     adapter_only: bool = False,
+    only: Literal["trainable"] | None = None,
+    dtype: Union[torch.dtype, str, None] = None,
     progress: ProgressArgument = None,
     lock_timeout: float = 600.0,
 ) -> SaveReport:
@@ -73,6 +79,10 @@ def save(
         program: ``(args, kwargs)`` for ``forward``, or the result of ``torch.export.export``: also store what the model computes,
             as a graph of torch's operators that ``load_program`` runs without the model's classes.
         adapter_only: save only the active adapter of a PEFT model, in PEFT's layout, and the flags of the whole model.
+        only: ``"trainable"`` saves the parameters that are not frozen, the buffers of their layers and running statistics, and the flags
+            of the whole model: ``load_model(strict=False)`` puts them onto the rest, which comes from elsewhere.
+        dtype: cast floating-point tensors to it on the way to disk, as ``convert`` does: a copy for inference. Tensors of 8 or 4 bits
+            keep their dtype. The model in memory does not change.
         progress: None shows a bar if the call takes long and stderr is a terminal; True or False forces or forbids the bar; a
             callable receives (bytes done, bytes in total).
         lock_timeout: seconds to wait for another save into the same directory.
@@ -95,27 +105,16 @@ def save(
     check_path(directory)
     check_operators("save to", directory, "nothing was written")
     path = absolute_path(os.fspath(directory))
-    check_switches(durable=durable, architecture=architecture, adapter_only=adapter_only)
-    if (architecture or program is not None) and not isinstance(source, nn.Module):
-        option = "architecture=True" if architecture else "a program"
-        raise TypeError(f"{option} needs an nn.Module, not {an(type(source).__name__)}")
-    if program is not None:
-        import_at_use("shardsave._program.capture")  # imports torch.export, which few saves need
-        from shardsave._program.capture import check_program
-
-        check_program(program)
+    check_switches(durable=durable)
     check_progress(progress)
     check_timeout(lock_timeout)
-    max_shard_bytes = parse_size(max_shard_size)
-    user_metadata = check_metadata(metadata)
-    layout = _choose_layout(source, adapter_only, with_parts=architecture or program is not None)
     started = time.perf_counter()
-    with gc_paused():
-        contents, needed = _read_contents(source, layout, architecture, program, max_shard_bytes, user_metadata)
+    planned = plan(source, max_shard_size, metadata, architecture, program, adapter_only, only, dtype)
+    contents = planned.contents
     plan_seconds = time.perf_counter() - started
     with Progress(progress, "saving", contents.tensor_bytes) as reporter:
         outcome = write_checkpoint(contents, path, durable=durable, lock_timeout=lock_timeout, progress=reporter)
-    return SaveReport(
+    report = SaveReport(
         path=os.fspath(directory),
         bytes=contents.weight_bytes,
         tensors=outcome.tensors,
@@ -131,9 +130,82 @@ def save(
         removed=outcome.removed,
         leftovers=outcome.leftovers,
         overlaps=contents.state.overlaps,
-        trust=needed.trust,
-        script_classes=needed.script_classes,
+        trust=planned.needed.trust,
+        script_classes=planned.needed.script_classes,
+        cast=planned.cast,
+        left_out=planned.left_out,
     )
+    log_record("save", report, matters=bool(outcome.leftovers or outcome.warnings))
+    log_deletion(report.path, report.removed, report.leftovers)
+    return report
+
+
+class Needed(NamedTuple):
+    """What a build of the architecture needs: entries of ``trust``, and classes of a script for ``classes``."""
+
+    trust: tuple[str, ...] = ()
+    script_classes: tuple[str, ...] = ()
+
+
+class Planned(NamedTuple):
+    """What a save will write, read from its source and checked. ``cast``, ``left_out``, ``needed``: for the report."""
+
+    contents: Contents
+    needed: Needed
+    cast: int
+    left_out: tuple[str, ...]
+
+
+def plan(
+    source: Source,
+    max_shard_size: Union[int, str],
+    metadata: Mapping[str, Any] | None,
+    architecture: bool,
+    program: Program | None,
+    adapter_only: bool,
+    only: str | None,
+    dtype: Union[torch.dtype, str, None],
+) -> Planned:
+    """Checks the arguments that say what to save, and plans it. Raises what `save` raises for them; writes nothing."""
+    check_switches(architecture=architecture, adapter_only=adapter_only)
+    if (architecture or program is not None) and not isinstance(source, nn.Module):
+        option = "architecture=True" if architecture else "a program"
+        raise TypeError(f"{option} needs an nn.Module, not {an(type(source).__name__)}")
+    if program is not None:
+        import_at_use("shardsave._program.capture")  # imports torch.export, which few saves need
+        from shardsave._program.capture import check_program
+
+        check_program(program)
+    max_shard_bytes = parse_size(max_shard_size)
+    user_metadata = check_metadata(metadata)
+    with_parts = architecture or program is not None
+    target = _check_part(only, dtype, adapter_only, with_parts)
+    layout = _choose_layout(source, adapter_only, with_parts=with_parts)
+    with gc_paused():
+        state = _read_state(source, architecture)
+        parts, notes, needed = _parts(source, state, architecture, program)
+        on_disk = layout.apply(state)
+        left_out: tuple[str, ...] = ()
+        if only is not None:
+            on_disk, left_out = only_trainable(on_disk, source, state)
+        on_disk, cast = cast_on_disk(on_disk, target)
+        on_disk = on_disk._replace(notes=(*on_disk.notes, *state.notes, *notes))
+        return Planned(plan_contents(on_disk, parts, max_shard_bytes, user_metadata), needed, cast, left_out)
+
+
+def _check_part(only: object, dtype: object, adapter_only: bool, with_parts: bool) -> torch.dtype | None:
+    """Checks ``only`` and ``dtype``; returns the dtype to cast to."""
+    if only not in (None, "trainable"):
+        raise ValueError(f"only must be 'trainable' or None, not {only!r}")
+    target = check_dtype(dtype)
+    if only is not None and adapter_only:
+        raise ValueError(
+            "adapter_only=True and only='trainable' exclude each other: an adapter is saved in PEFT's layout, or as it is"
+        )
+    if with_parts and (only is not None or target is not None):
+        option = "only='trainable'" if only is not None else f"dtype={str(target).removeprefix('torch.')!r}"
+        raise ValueError(f"{option} saves no architecture and no program: they refer to all weights, by their dtypes in memory")
+    return target
 
 
 def _choose_layout(source: Source, adapter_only: bool, *, with_parts: bool) -> DiskLayout:
@@ -151,44 +223,22 @@ def _choose_layout(source: Source, adapter_only: bool, *, with_parts: bool) -> D
     return (AddedAdapterLayout if has_added_adapter(model) else TransformersLayout)(model, keep_names=with_parts)
 
 
-def _read_contents(
-    source: Source,
-    layout: DiskLayout,
-    architecture: bool,
-    program: Program | None,
-    max_shard_bytes: int,
-    metadata: Mapping[str, Any],
-) -> tuple[Contents, _Needed]:
-    """Everything that the save will write, and what a build of its architecture needs.
-
-    Reads ``source`` once; after that, only the memory of its tensors is read.
-    """
+def _read_state(source: Source, architecture: bool) -> State:
+    """Reads ``source`` once; after that, only the memory of its tensors is read."""
     try:
-        state = read_state(source, tensors_only=architecture)
+        return read_state(source, tensors_only=architecture)
     except RecursionError as error:
         raise UnsupportedModuleError(
             f"cannot save the model: its modules are nested more deeply than Python's recursion limit ({sys.getrecursionlimit()}) "
             "allows, or one contains itself; nothing was written"
         ) from error
-    parts, notes, needed = _parts(source, state, architecture, program)
-    on_disk = layout.apply(state)
-    return plan_contents(
-        on_disk._replace(notes=(*on_disk.notes, *state.notes, *notes)), parts, max_shard_bytes, metadata
-    ), needed
 
 
-class _Needed(NamedTuple):
-    """What a build of the architecture needs: entries of ``trust``, and classes of a script for ``classes``."""
-
-    trust: tuple[str, ...] = ()
-    script_classes: tuple[str, ...] = ()
-
-
-def _parts(source: Source, state: State, architecture: bool, program: Program | None) -> tuple[Parts, tuple[str, ...], _Needed]:
+def _parts(source: Source, state: State, architecture: bool, program: Program | None) -> tuple[Parts, tuple[str, ...], Needed]:
     """The requested parts, notes for the report, and what a build of the architecture needs."""
     documents: dict[str, bytes] = {}
     notes: tuple[str, ...] = ()
-    needed = _Needed()
+    needed = Needed()
     if not isinstance(source, nn.Module) or not (architecture or program is not None):
         return Parts(), notes, needed
     module = unwrap(source)
@@ -199,7 +249,7 @@ def _parts(source: Source, state: State, architecture: bool, program: Program | 
         from shardsave._architecture.trust import script_classes, trust_entries
 
         documents["architecture"], lacking = describe(module, extra)
-        needed = _Needed(trust_entries(lacking), script_classes(lacking))
+        needed = Needed(trust_entries(lacking), script_classes(lacking))
     if program is not None:
         from shardsave._program.capture import capture
 

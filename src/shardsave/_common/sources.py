@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from shardsave._common.boxes import boxes_in_file, copy_in, copy_out
+
+#: The most elements that a `CastSource` casts at one time.
+_CAST_ELEMENTS = 1 << 20
 
 
 class ByteSource(Protocol):
@@ -100,3 +103,41 @@ class SwappedSource(TensorSource):
         super().gather(offset, view)
         part = self.dtype.itemsize // (2 if self.dtype.is_complex else 1)
         np.frombuffer(view, dtype=f"u{part}").byteswap(inplace=True)
+
+
+class CastSource(NamedTuple):
+    """Another source, whose elements are cast to ``dtype`` on their way to the file, as `Tensor.copy_` does. Nothing reads into it."""
+
+    source: ByteSource
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.source.nbytes // self.source.dtype.itemsize * self.dtype.itemsize
+
+    @property
+    def cuda_device(self) -> int:
+        return self.source.cuda_device
+
+    def memory(self) -> None:
+        return None
+
+    def gather(self, offset: int, view: memoryview) -> None:
+        """Casts at most `_CAST_ELEMENTS` at a time, so that working memory is bounded whatever the two dtypes are."""
+        wide, narrow = self.source.dtype.itemsize, self.dtype.itemsize
+        elements = len(view) // narrow
+        before = torch.empty(min(elements, _CAST_ELEMENTS), dtype=self.source.dtype, device="cpu")
+        buffer = before.view(torch.uint8).numpy().data
+        for first in range(0, elements, _CAST_ELEMENTS):
+            count = min(_CAST_ELEMENTS, elements - first)
+            self.source.gather((offset // narrow + first) * wide, buffer[: count * wide])
+            after = torch.frombuffer(view, dtype=torch.uint8, count=count * narrow, offset=first * narrow)
+            with torch.no_grad():
+                after.view(self.dtype).copy_(before[:count])
+
+    def scatter(self, offset: int, view: memoryview) -> None:
+        raise NotImplementedError("a cast tensor is only written")

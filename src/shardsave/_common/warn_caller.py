@@ -1,4 +1,4 @@
-"""Warnings that point at the user's line, however deep in this package they are raised."""
+"""Warnings and log records that point at the user's line, however deep in this package they are raised."""
 
 from __future__ import annotations
 
@@ -16,12 +16,17 @@ _COMPILER = os.path.join("torch", "_dynamo", "eval_frame.py")  # and inside one 
 
 def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
     """Issues a warning for the innermost frame outside this package, in one line that a terminal can show."""
+    warnings.warn(printable(message), category, stacklevel=caller_level())
+
+
+def caller_level() -> int:
+    """The ``stacklevel`` with which the function that calls this one points at the innermost frame outside this package."""
     level = 1
-    frame = sys._getframe()
+    frame = sys._getframe(1)
     while frame.f_back is not None and _is_inner(frame.f_code.co_filename):
         frame = frame.f_back
         level += 1
-    warnings.warn(printable(message), category, stacklevel=level)
+    return level
 
 
 def _is_inner(path: str) -> bool:

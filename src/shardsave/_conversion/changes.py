@@ -1,4 +1,4 @@
-"""The changes that a conversion makes: names left out, names replaced, dtypes cast. Checks these arguments, too."""
+"""The changes that a conversion makes to names: some are left out, some replaced. Checks these arguments, too."""
 
 from __future__ import annotations
 
@@ -7,18 +7,10 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Union
 
-import torch
-
 from shardsave._printable import printable
-from shardsave._state.module import Entry
 
 Drop = Union[str, Iterable[str]]
 Rename = Iterable[tuple[str, str]]
-
-_CASTS = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
-}
 
 
 class Names:
@@ -60,12 +52,6 @@ class Names:
         )
 
 
-def cast_of(entry: Entry, target: torch.dtype | None) -> torch.dtype | None:
-    """The dtype to which ``entry`` is cast, or None. Floating tensors of 8 and 4 bits are quantised, so they are not cast."""
-    own = entry.source.dtype
-    return target if target is not None and target != own and own.is_floating_point and own.itemsize > 1 else None
-
-
 def patterns(drop: object) -> tuple[str, ...]:
     """Checks the argument ``drop``; returns its shell patterns."""
     listed = (drop,) if isinstance(drop, str) else tuple(drop) if isinstance(drop, Iterable) else None
@@ -100,15 +86,3 @@ def replacements(rename: object) -> tuple[tuple[re.Pattern[str], str], ...]:
             ) from error
         compiled_pairs.append((compiled, replacement))
     return tuple(compiled_pairs)
-
-
-def check_dtype(dtype: object) -> torch.dtype | None:
-    """Checks the argument ``dtype``, a torch.dtype or its name."""
-    if dtype is None:
-        return None
-    if not isinstance(dtype, (str, torch.dtype)):
-        raise TypeError(f"dtype must be a torch.dtype or its name, not {type(dtype).__name__}")
-    target = _CASTS.get(str(dtype).removeprefix("torch."))
-    if target is None:
-        raise ValueError(f"dtype must be one of {', '.join(_CASTS)}, not {str(dtype)!r}")
-    return target

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
 
 from shardsave._common.assembled import Assembled, Chunk
-from shardsave._common.strict_json import NotJSON, check_memory
-from shardsave._conversion.changes import Names, cast_of
+from shardsave._conversion.changes import Names
 from shardsave._conversion.mapped_pages import ReleaseWhileReading
 from shardsave._conversion.origin import Origin
 from shardsave._format.file_names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from shardsave._saving.casts import cast_of, config_with_dtype
 from shardsave._state.module import Entry, State, read_state
 from shardsave._state.parts import Parts
 from shardsave._state.savable import check_savable
@@ -52,7 +51,7 @@ def converted_state(origin: Origin, names: Names, target: torch.dtype | None, pa
     for name in named:
         entry, frozen = entries[name], flags.get(old_of[name])
         kind: Literal["parameter", "tensor"] = "tensor" if frozen is None else "parameter"
-        source, cast = entry.source, cast_of(entry, target)
+        source, cast = entry.source, cast_of(entry.source, target)
         if cast is not None:
             casts += entry.tied_to is None
             chunks = source.chunks if isinstance(source, Assembled) else [Chunk((0,) * entry.tensor.dim(), entry.tensor)]
@@ -82,7 +81,7 @@ def carried_over(origin: Origin, names: Names, target: torch.dtype | None, *, to
     """
     companions = origin.companions
     if target is not None:
-        companions = {n: _with_dtype(config, target) if n in CONFIG_NAMES else config for n, config in companions.items()}
+        companions = {n: config_with_dtype(config, target) if n in CONFIG_NAMES else config for n, config in companions.items()}
     names_differ = bool(origin.dropped or names.renamed)
     notes = []
     keeps_adapter = to_directory and not names_differ and ADAPTER_CONFIG in companions
@@ -102,17 +101,3 @@ def carried_over(origin: Origin, names: Names, target: torch.dtype | None, *, to
     reason = "it refers to the saved names and dtypes" if to_directory else "a single file cannot hold it"
     notes += [f"the {role} was left out: {reason}" for role in sorted(origin.parts.documents)]
     return CarriedOver(Parts(), companions, None if names_differ else origin.module_flags, tuple(notes), adapter)
-
-
-def _with_dtype(config: bytes, dtype: torch.dtype) -> bytes:
-    """Changes a transformers config to expect weights of ``dtype``; one that states no dtype stays as it is."""
-    try:
-        check_memory(config)
-        values = json.loads(config)
-    except (NotJSON, ValueError, RecursionError):
-        return config
-    keys = [key for key in ("dtype", "torch_dtype") if isinstance(values, dict) and isinstance(values.get(key), str)]
-    if not keys:
-        return config
-    values.update(dict.fromkeys(keys, str(dtype).removeprefix("torch.")))
-    return f"{json.dumps(values, indent=2)}\n".encode()

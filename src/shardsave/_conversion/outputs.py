@@ -62,7 +62,14 @@ def _write_contents(contents: Contents, path: str, durable: bool, release: Relea
     notes = (f"could not remove {', '.join(outcome.leftovers)}",) if outcome.leftovers else ()
     totals = outcome.totals
     return WriteResult(
-        totals.direct, totals.staging_bytes, engine_name(), (*outcome.notes, *notes), outcome.shards, outcome.removed
+        totals.direct,
+        totals.staging_bytes,
+        engine_name(),
+        (*outcome.notes, *notes),
+        outcome.shards,
+        outcome.removed,
+        outcome.leftovers,
+        bool(outcome.warnings),
     )
 
 

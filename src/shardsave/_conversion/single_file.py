@@ -47,7 +47,10 @@ _SCRATCH, _WORKSPACE = ".part", ".d"
 
 
 class WriteResult(NamedTuple):
-    """How the output was written, for the report. ``removed``: names of files that were removed or replaced."""
+    """How the output was written, for the report. ``removed``: names of files that were removed or replaced.
+
+    ``leftovers``: names of files that should have been removed and could not be. ``warned``: whether a warning was issued.
+    """
 
     direct: bool
     staging_bytes: int
@@ -55,6 +58,8 @@ class WriteResult(NamedTuple):
     notes: tuple[str, ...] = ()
     shards: int = 1
     removed: tuple[str, ...] = ()
+    leftovers: tuple[str, ...] = ()
+    warned: bool = False
 
 
 class _Phase(enum.Enum):

@@ -18,6 +18,11 @@ def reserve(pieces: Sequence[Piece]) -> None:
     _chosen_engine().reserve(pieces)
 
 
+def staging_bytes(pieces: Sequence[Piece]) -> int:
+    """The most staging memory that `reserve` allocates for ``pieces``."""
+    return _chosen_engine().staging_bytes(pieces)
+
+
 def write(
     files: Sequence[int],
     blocks: Blocks,

@@ -31,6 +31,11 @@ def reserve(pieces: Sequence[Piece]) -> None:
         raise TransferFault(*fault.args) from None
 
 
+def staging_bytes(pieces: Sequence[Piece]) -> int:
+    """As `shardsave._engine.engine.staging_bytes`."""
+    return BLOCK_BYTES * (extension.DEVICE_SLOTS if _cuda_devices(pieces) and _reaches_cuda() else extension.SLOTS)
+
+
 def run(request: Request, tick: Tick) -> Transfer:
     """Runs the C++ engine. It ignores ``start_writeback``: it starts writeback if direct access was requested and refused."""
     places = _places(request.pieces)

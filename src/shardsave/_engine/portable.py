@@ -18,6 +18,11 @@ def reserve(pieces: Sequence[Piece]) -> None:
     _staging_memory()
 
 
+def staging_bytes(pieces: Sequence[Piece]) -> int:
+    """As `shardsave._engine.engine.staging_bytes`."""
+    return BLOCK_BYTES
+
+
 def run(request: Request, tick: Tick) -> Transfer:
     """As `shardsave._engine.engine.write` and `read`, always through the page cache."""
     files, pieces, piece_bytes = request.files, request.pieces, request.blocks.piece_bytes.tolist()

@@ -82,5 +82,8 @@ class Engine(Protocol):
     def reserve(self, pieces: Sequence[Piece]) -> None:
         """Allocates the staging memory for a run with ``pieces``. Raises TransferFault."""
 
+    def staging_bytes(self, pieces: Sequence[Piece]) -> int:
+        """The most staging memory for a run with ``pieces``, in bytes. Allocates nothing."""
+
     def run(self, request: Request, tick: Tick) -> Transfer:
         """Moves the bytes of ``request``. What ``tick`` raises ends the run and is raised. Raises TransferFault and MemoryError."""

@@ -69,7 +69,7 @@ class TransformersLayout:
         notes = []
         if copied_bytes:
             notes.append(f"{human_bytes(copied_bytes)} were copied in memory, since these tensors are joined on disk")
-        return OnDisk(state._replace(entries=tuple(on_disk)), configs, flags, notes=tuple(notes))
+        return OnDisk(state._replace(entries=tuple(on_disk)), configs, flags, notes=tuple(notes), copied_bytes=copied_bytes)
 
     def _in_memory(self, state: State, configs: Mapping[str, bytes], notes: Iterable[str] = ()) -> OnDisk:
         """``state`` as it is, with a note if `from_pretrained` would rename its names to others."""

@@ -17,15 +17,10 @@ def allocate(inventory: Inventory, filled: Collection[str], owned: Collection[st
 
     ``filled``: the names that will be filled. ``owned``: names below sub-modules that load themselves.
     """
-    all_slots = inventory.slots.values()
-    if device is None:
-        moving = [slot for slot in all_slots if slot.tensor.is_meta]
-    else:
-        moving = [slot for slot in all_slots if not stays(slot.tensor, device)]
+    moving = _moving(inventory, filled, owned, device)
     if not moving:
         return inventory
     filled_leaders = {inventory.leader(name) for name in filled if name in inventory.slots}
-    owned_leaders = {inventory.leader(name) for name in owned if name in inventory.slots}
     slots = dict(inventory.slots)
     memory: dict[str, torch.Tensor] = {}
     parameters: dict[int, nn.Parameter] = {}
@@ -33,8 +28,6 @@ def allocate(inventory: Inventory, filled: Collection[str], owned: Collection[st
     with torch.inference_mode(False), torch.no_grad():
         for slot in moving:
             tensor, leader = slot.tensor, inventory.leader(slot.name)
-            if tensor.is_meta and not (leader in filled_leaders or leader in owned_leaders or counts_batches(slot)):
-                continue
             if leader not in memory:
                 with memory_for(slot.name, tensor.nbytes, device):
                     memory[leader] = _new_memory(tensor, device, will_be_filled=leader in filled_leaders)
@@ -45,6 +38,27 @@ def allocate(inventory: Inventory, filled: Collection[str], owned: Collection[st
             if tensor.grad is not None:
                 tensor.grad.data = tensor.grad.data.to(memory[leader].device)
     return inventory._replace(slots=slots)
+
+
+def host_bytes(inventory: Inventory, filled: Collection[str], owned: Collection[str], device: torch.device | None) -> int:
+    """How many bytes of memory on the CPU `allocate` will take."""
+    if device is not None and device.type != "cpu":
+        return 0
+    moving = _moving(inventory, filled, owned, device)
+    return sum({inventory.leader(slot.name): slot.tensor.nbytes for slot in moving}.values())
+
+
+def _moving(inventory: Inventory, filled: Collection[str], owned: Collection[str], device: torch.device | None) -> list[Slot]:
+    """The slots whose tensors get other memory; of those on the meta device only those that something will fill."""
+    slots = inventory.slots.values()
+    if device is None:
+        moving = [slot for slot in slots if slot.tensor.is_meta]
+    else:
+        moving = [slot for slot in slots if not stays(slot.tensor, device)]
+    if not moving:
+        return moving
+    filled_leaders = {inventory.leader(name) for name in (*filled, *owned) if name in inventory.slots}
+    return [s for s in moving if not s.tensor.is_meta or inventory.leader(s.name) in filled_leaders or counts_batches(s)]
 
 
 def stays(tensor: torch.Tensor, device: torch.device | None) -> bool:

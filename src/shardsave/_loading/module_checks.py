@@ -107,6 +107,9 @@ def _refuse_differences(plan: ModulePlan, where: str) -> NoReturn:
         hint = "; a name begins with a dot, because the prefix does not end with one: pass a prefix such as 'encoder.'"
     elif plan.mismatched:
         hint = "; strict=False loads what fits and reports the rest"
+    elif plan.left_out:
+        left_out = f"{len(plan.left_out)} of the missing names were frozen and left out by the save"
+        hint = f"; {left_out}: load these first, then this with strict=False"
     raise IncompatibleCheckpointError(
         f"cannot load {where}: the module's names and shapes were expected, there are {'; '.join(parts)}{hint}; the module is unchanged"
     )

@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 
 from shardsave._common.gc_pause import gc_paused
-from shardsave._loading.allocation import allocate
+from shardsave._loading.allocation import allocate, host_bytes
 from shardsave._loading.disk_layout import DiskLayout, Join
 from shardsave._loading.freeze_flags import RestoredFlags, named_parameters, restore_flags
+from shardsave._loading.memory_errors import check_free_memory
 from shardsave._loading.module_checks import check_destinations, check_differences, check_meta_buffers, check_shapes
 from shardsave._loading.module_plan import ModulePlan, plan_again
 from shardsave._loading.onload import onloaded
@@ -43,6 +44,7 @@ class ModuleFiller:
         self, inventory: Inventory, plan: ModulePlan, layout: DiskLayout, checkpoint: Checkpoint, device: torch.device | None
     ) -> None:
         self.plan = plan
+        self.notes: tuple[str, ...] = ()  # for the report, after `check`
         self._inventory = inventory
         self._layout = layout
         self._checkpoint = checkpoint
@@ -54,11 +56,23 @@ class ModuleFiller:
 
     @gc_paused()
     def check(self, *, strict: bool) -> None:
-        """Raises IncompatibleCheckpointError or UnsupportedTensorError if the module cannot be filled; ``strict``: also if names differ."""
+        """Raises IncompatibleCheckpointError or UnsupportedTensorError if the module cannot be filled; ``strict``: also if names differ.
+
+        Raises OutOfMemoryError if its new memory surely does not fit.
+        """
         where = self._checkpoint.path
         check_differences(self._inventory, self.plan, strict, where)
         self._check_destinations()
         check_meta_buffers(self._inventory, where)
+        self.notes = check_free_memory(where, self._host_bytes(), "the module is unchanged")
+
+    def _host_bytes(self) -> int:
+        """How much new memory on the CPU the load will take: what is allocated for good, and the copies for one routine at a time."""
+        plan = self.plan
+        received = ([plan.stored[name] for name in routine.tensors] for routine in plan.routines)
+        copies = (sum({id(located): located.nbytes for located in tensors}.values()) for tensors in received)  # ties once
+        allocated = host_bytes(self._inventory, [*plan.routed, *plan.in_place], plan.owned, self._device)
+        return allocated + max(copies, default=0)
 
     def fill(self, reader: TensorReader, *, strict: bool) -> Differences:
         """Fills the module. Errors say how many tensors were loaded before. ``strict``: for the sub-modules that load themselves."""

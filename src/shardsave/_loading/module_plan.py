@@ -82,11 +82,20 @@ class ModulePlan:
         sources += [beside.located for beside in self.beside]
         return [*(self.stored[name] for name in names if name not in joined), *sources]
 
+    @cached_property
+    def left_out(self) -> tuple[str, ...]:
+        """Those of the missing names that the checkpoint knows as frozen: it is to be loaded onto a model that has them."""
+        flags = self.flags or {}
+        return tuple(name for name in self.missing if flags.get(name))
+
     def notes(self) -> tuple[str, ...]:
-        """Which values are cast, for the report."""
-        return tuple(
+        """Which values are cast, and which stay, for the report."""
+        casts = [
             f"{number} cast from {stored} to {wanted}".replace("torch.", "") for (stored, wanted), number in self.casts.items()
-        )
+        ]
+        number = len(self.left_out)
+        stay = f"{number} of the missing names were frozen and left out by the save; they keep the values that they had"
+        return (*casts, *([stay] if number else []))
 
 
 @gc_paused()

@@ -8,7 +8,7 @@ import torch
 
 from shardsave._common.gc_pause import gc_paused
 from shardsave._format.dtypes import BY_NAME, torch_shape
-from shardsave._loading.memory_errors import memory_for, refuse_lack_of_memory
+from shardsave._loading.memory_errors import check_free_memory, memory_for, refuse_lack_of_memory
 from shardsave._loading.read import Target
 from shardsave._storage.checkpoint import Checkpoint, Located
 
@@ -73,6 +73,11 @@ class NewTensors:
             self._tensors[key] = tensor
             self.targets.append((located, tensor))
         return self._tensors[key].detach()
+
+    def check_free(self) -> tuple[str, ...]:
+        """Checks that the tensors so far fit on the CPU, as `check_free_memory` does: memory is taken only when it is first written."""
+        nbytes = sum(tensor.nbytes for _, tensor in self.targets if tensor is not None and tensor.device.type == "cpu")
+        return check_free_memory(self._checkpoint.path, nbytes, "nothing was built")
 
 
 def _new_strided(located: Located, strides: Sequence[int], device: torch.device) -> torch.Tensor:

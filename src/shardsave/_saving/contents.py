@@ -39,6 +39,7 @@ class Contents(NamedTuple):
     ``shards`` hold the weights, ``extra_shards`` (none or one) the extra tensors that ``documents`` refer to. ``documents``: role →
     content. ``companions``: file name → content. ``flags``: name on disk → frozen; None if the flags are unknown. ``module_flags``:
     name in the module → frozen; None if the names on disk are the same. ``single_file``: a second name for the first shard.
+    ``copied_bytes``: of tensors that were copied in memory for this save.
     """
 
     state: State
@@ -51,6 +52,7 @@ class Contents(NamedTuple):
     metadata: Mapping[str, Any]
     single_file: str | None
     notes: tuple[str, ...]
+    copied_bytes: int
 
     @property
     def all_shards(self) -> list[PlannedShard]:
@@ -76,12 +78,33 @@ class Contents(NamedTuple):
         """Tied name → the name under which the tensor is stored."""
         return {entry.name: entry.tied_to for entry in self.state.entries if entry.tied_to is not None}
 
-    def index_for(self, shard_names: Sequence[str], record: Record) -> Index:
+    def index_for(
+        self,
+        shard_names: Sequence[str],
+        shards: Mapping[str, ShardRecord],
+        parts: Mapping[str, Part],
+        companions: Mapping[str, FileRecord],
+        *,
+        durable: bool,
+        supersedes: Superseded | None,
+    ) -> Index:
         """The index, which names the shard of each tensor; tensors are in the order of the state."""
         stored = [entry.name for entry in self.state.entries if entry.tied_to is None]
         weight_map = dict.fromkeys(stored, shard_names[0])
         for shard, shard_name in zip(self.shards[1:], shard_names[1:]):
             weight_map.update(dict.fromkeys([tensor.name for tensor in shard.layout.tensors], shard_name))
+        record = Record(
+            durable=durable,
+            flags=self.flags,
+            ties=self.ties,
+            metadata=self.metadata,
+            shards=shards,
+            supersedes=supersedes,
+            writer=f"shardsave {__version__}",
+            parts=parts,
+            companions=companions,
+            module_flags=self.module_flags,
+        )
         return Index(weight_map, self.weight_bytes, record)
 
 
@@ -124,6 +147,7 @@ def _plan(on_disk: OnDisk, parts: Parts, max_shard_size: int, metadata: Mapping[
         metadata=metadata,
         single_file=on_disk.single_file,
         notes=on_disk.notes,
+        copied_bytes=on_disk.copied_bytes,
     )
 
 
@@ -137,19 +161,16 @@ def _check_index(contents: Contents) -> None:
     shard, file = ShardRecord(1 << 60, MAX_HEADER_BYTES, (1 << 64) - 1), FileRecord(1 << 60, (1 << 64) - 1)
     shard_names = [f"model-{number:08x}-{number:05d}-of-{number:05d}.safetensors" for number in range(len(contents.shards))]
     roles = [*contents.documents, *(["extra tensors"] if contents.extra_shards else [])]
-    longest = Record(
+    companions = [*contents.companions, *([contents.single_file] if contents.single_file else [])]
+    longest = contents.index_for(
+        shard_names,
+        dict.fromkeys(shard_names, shard),
+        {role: Part(f"{role}-{0:08x}.tensors", shard) for role in roles},
+        dict.fromkeys(companions, file),
         durable=False,
-        flags=contents.flags,
-        ties=contents.ties,
-        metadata=contents.metadata,
-        shards=dict.fromkeys(shard_names, shard),
         supersedes=Superseded(1 << 60, 1 << 63),
-        writer=f"shardsave {__version__}",
-        parts={role: Part(f"{role}-{0:08x}.tensors", shard) for role in roles},
-        companions=dict.fromkeys([*contents.companions, *([contents.single_file] if contents.single_file else [])], file),
-        module_flags=contents.module_flags,
     )
-    encode_index(contents.index_for(shard_names, longest))
+    encode_index(longest)
 
 
 def _plan_shards(on_disk: OnDisk, max_shard_size: int) -> list[PlannedShard]:

@@ -18,6 +18,7 @@ class OnDisk(NamedTuple):
     ``state``: its entries have their names on disk. ``companions``: file name → content, for the files beside the weights.
     ``module_flags``: name in the module → frozen; None if the names on disk are the same. ``single_file``: the name of the one file
     that must hold all weights, or those called ``in_single_file``; None if all may be sharded. ``notes``: for the report.
+    ``copied_bytes``: of tensors that had to be copied in memory.
     """
 
     state: State
@@ -26,6 +27,7 @@ class OnDisk(NamedTuple):
     single_file: str | None = None
     in_single_file: frozenset[str] | None = None
     notes: tuple[str, ...] = ()
+    copied_bytes: int = 0
 
 
 class DiskLayout(Protocol):

@@ -14,16 +14,16 @@ from shardsave._common.warn_caller import warn_caller
 from shardsave._engine.totals import Totals
 from shardsave._format.crc64 import crc64
 from shardsave._format.file_names import PART_TENSORS
-from shardsave._format.index import Part, Record, ShardRecord
+from shardsave._format.index import Part, ShardRecord
 from shardsave._saving.contents import Contents
 from shardsave._saving.shards import ShardWriter
 from shardsave._storage.transaction import Transaction
-from shardsave._version import __version__
 
 
 class WriteOutcome(NamedTuple):
     """What a committed write did. ``removed``: names of files that were removed or replaced, and that this save did not make.
-    ``leftovers``: names of files that should have been removed and could not be."""
+    ``leftovers``: names of files that should have been removed and could not be. ``warnings``: those of ``notes`` that were also issued
+    as warnings."""
 
     tensors: int
     shards: int
@@ -32,6 +32,7 @@ class WriteOutcome(NamedTuple):
     notes: tuple[str, ...]
     removed: tuple[str, ...]
     leftovers: tuple[str, ...]
+    warnings: tuple[str, ...]
 
 
 def write_checkpoint(
@@ -63,19 +64,9 @@ def write_checkpoint(
             parts["extra tensors"] = Part(name, writer.records.pop(name))
         transferred = time.perf_counter()
         with gc_paused():
-            record = Record(
-                durable=durable,
-                flags=contents.flags,
-                ties=contents.ties,
-                metadata=contents.metadata,
-                shards=writer.records,
-                supersedes=transaction.supersedes,
-                writer=f"shardsave {__version__}",
-                parts=parts,
-                companions=companions,
-                module_flags=contents.module_flags,
+            index = contents.index_for(
+                names, writer.records, parts, companions, durable=durable, supersedes=transaction.supersedes
             )
-            index = contents.index_for(names, record)
         outcome = transaction.commit(index)
     for warning in outcome.warnings:
         warn_caller(warning)
@@ -92,6 +83,7 @@ def write_checkpoint(
         notes=tuple(dict.fromkeys([*contents.notes, *writer.totals.notes, *outcome.notes, *outcome.warnings])),
         removed=outcome.removed,
         leftovers=outcome.leftovers,
+        warnings=outcome.warnings,
     )
 
 

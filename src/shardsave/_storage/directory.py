@@ -181,10 +181,7 @@ def make_folders(path: str, durable: bool) -> None:
     With ``durable``, the parent of each new directory is synced. Existing directories above are synced too, because nobody knows
     whether their creators did so. A symbolic link of another user that `follow` refuses is refused before anything is created.
     """
-    missing, existing = [], path
-    while not _is_folder(existing):
-        missing.append(existing)
-        existing = os.path.dirname(existing)
+    existing, missing = missing_folders(path)
     with follow(existing):
         pass
     if durable:
@@ -197,6 +194,15 @@ def make_folders(path: str, durable: bool) -> None:
                 raise
         if durable:
             _sync_folder(os.path.dirname(folder))
+
+
+def missing_folders(path: str) -> tuple[str, list[str]]:
+    """``path``, or the nearest directory above it that exists, and those that are missing, innermost first. Raises CallFailed."""
+    missing, existing = [], path
+    while not _is_folder(existing):
+        missing.append(existing)
+        existing = os.path.dirname(existing)
+    return existing, missing
 
 
 def names_on_the_way(folder: Directory, path: str) -> Iterator[str]:

@@ -13,6 +13,7 @@ import weakref
 from shardsave._common.os_calls import CallFailed, call
 from shardsave._common.shutdown import raise_if_ending
 from shardsave._storage.directory import Directory
+from shardsave._storage.lock_holder import lock_holder
 from shardsave._storage.staging import LIST_NAME, host_id, owner_of
 from shardsave.errors import DirectoryBusyError
 
@@ -75,8 +76,10 @@ class LockedDirectory(Directory):
                     f"interrupted (by a signal handler or a callback) and could not continue while this one waits; {state}"
                 )
             if time.monotonic() >= deadline:
+                holder = lock_holder(self.fd)
                 raise DirectoryBusyError(
-                    f"cannot {purpose} {self.path}: its lock was expected within {timeout:g} s, another save holds it; {state}"
+                    f"cannot {purpose} {self.path}: its lock was expected within {timeout:g} s, another save holds it"
+                    f"{holder and f' ({holder})'}; {state}"
                 )
             time.sleep(_POLL_SECONDS)
 

@@ -1,0 +1,36 @@
+"""One structured record of Python's ``logging`` for each finished call, with the fields of its report.
+
+No handler is installed here, and without any nothing is logged: Python's handler of last resort would print warnings that the report has
+anyway. If the level is off, nothing is formatted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any
+
+from shardsave._common.warn_caller import caller_level
+
+_logger = logging.getLogger("shardsave")
+
+
+def somebody_listens() -> bool:
+    """Whether any record may reach a handler; a report that is only for the log is not made otherwise."""
+    return _logger.isEnabledFor(logging.WARNING) and _logger.hasHandlers()
+
+
+def log_record(event: str, report: Any, *, matters: bool = False) -> None:
+    """Logs ``report``, a dataclass, at level INFO; if it ``matters``, because something needs attention, at level WARNING.
+
+    The record's attribute ``shardsave`` is a dict of plain values: ``event`` ("save", "load", "convert", "delete"), and each field of
+    the report.
+    """
+    level = logging.WARNING if matters else logging.INFO
+    if _logger.isEnabledFor(level) and _logger.hasHandlers():
+        fields = {field.name: _plain(getattr(report, field.name)) for field in dataclasses.fields(report)}
+        _logger.log(level, "%s", report, extra={"shardsave": {"event": event, **fields}}, stacklevel=caller_level())
+
+
+def _plain(value: Any) -> Any:
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
