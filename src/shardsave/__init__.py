@@ -23,6 +23,7 @@ from shardsave.errors import (
     ShardSaveError,
     UnsupportedModuleError,
     UnsupportedTensorError,
+    UnsupportedTrainingError,
     UntrustedCodeError,
 )
 
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from shardsave._api.load import load, load_model
     from shardsave._api.open import OpenCheckpoint, TensorSlice, open
     from shardsave._api.reports import LoadReport, Phases, SaveReport
+    from shardsave._api.restore_flags import FlagsReport, restore_flags
+    from shardsave._api.resume import PerRank, Resumed
     from shardsave._api.save import save
 
 __all__ = [
@@ -49,13 +52,16 @@ __all__ = [
     "DiffReport",
     "DirectoryBusyError",
     "DurabilityUncertainError",
+    "FlagsReport",
     "IncompatibleCheckpointError",
     "Leaving",
     "LoadReport",
     "NoSuchTensorError",
     "OpenCheckpoint",
     "OutOfSpaceError",
+    "PerRank",
     "Phases",
+    "Resumed",
     "SaveNotCommittedError",
     "SaveReport",
     "ShardSaveError",
@@ -64,6 +70,7 @@ __all__ = [
     "TensorSlice",
     "UnsupportedModuleError",
     "UnsupportedTensorError",
+    "UnsupportedTrainingError",
     "UntrustedCodeError",
     "VerifyReport",
     "__version__",
@@ -76,6 +83,7 @@ __all__ = [
     "load_model",
     "load_program",
     "open",
+    "restore_flags",
     "save",
     "verify",
 ]
@@ -92,6 +100,8 @@ _MODULES = {
     "load": ("load", "load_model"),
     "open": ("OpenCheckpoint", "TensorSlice", "open"),
     "reports": ("LoadReport", "Phases", "SaveReport"),
+    "restore_flags": ("FlagsReport", "restore_flags"),
+    "resume": ("PerRank", "Resumed"),
     "save": ("save",),
 }
 

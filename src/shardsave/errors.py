@@ -23,6 +23,7 @@ __all__ = [
     "ShardSaveError",
     "UnsupportedModuleError",
     "UnsupportedTensorError",
+    "UnsupportedTrainingError",
     "UntrustedCodeError",
 ]
 
@@ -56,6 +57,10 @@ class NoSuchTensorError(IncompatibleCheckpointError, KeyError):
 
 class UnsupportedTensorError(ShardSaveError):
     """A tensor cannot be saved, or cannot be filled by a load; the message names it."""
+
+
+class UnsupportedTrainingError(ShardSaveError):
+    """The training state holds something that is no data and has no state; the message says where it is."""
 
 
 class SaveNotCommittedError(ShardSaveError):

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import shardsave
-from shardsave._loading.memory_errors import memory_for
+from shardsave._common.memory_errors import memory_for
 
 #: Elements of a tensor of 1 GB; the file is sparse.
 ELEMENTS = 1 << 28

@@ -14,8 +14,9 @@ from shardsave._common.gc_pause import gc_paused
 from shardsave._common.memory import address, shared_names
 from shardsave._state.module import EXTRA_STATE
 from shardsave._state.offload import Offloaded, offloaded_tensors
+from shardsave._state.self_loading import has_own_routine
 from shardsave._state.sharded import refuse_sharded
-from shardsave._state.wrappers import ACTIVATION, Names, unwrap, wrapped_attribute
+from shardsave._state.wrappers import Names, unwrap
 from shardsave.errors import IncompatibleCheckpointError
 
 
@@ -144,7 +145,7 @@ def _leaders(slots: Iterable[Slot]) -> dict[str, str]:
 def _self_loading(sub_modules: SubModules) -> dict[str, nn.Module]:
     outermost: dict[str, nn.Module] = {}
     for start, part in sub_modules:
-        if _has_own_routine(part) and ancestor(start, outermost) is None:
+        if has_own_routine(part) and ancestor(start, outermost) is None:
             outermost[start.removesuffix(".")] = part
     return outermost
 
@@ -166,25 +167,3 @@ def ancestor(name: str, owners: Mapping[str, object]) -> str | None:
 def counts_batches(slot: Slot) -> bool:
     """Whether the slot is the counter of a batch norm. As in torch, a state that is older than this counter is accepted without it."""
     return slot.attribute == "num_batches_tracked" and isinstance(slot.owner, _NormBase)
-
-
-def _has_own_routine(module: nn.Module) -> bool:
-    if wrapped_attribute(module) == ACTIVATION:  # its hook only adds its attribute to names
-        return False
-    kind = type(module)
-    overridden = kind._load_from_state_dict is not nn.Module._load_from_state_dict and not _only_accepts_old_versions(kind)
-    return bool(
-        overridden
-        or {"load_state_dict", "_load_from_state_dict"} & module.__dict__.keys()  # set on this one instance
-        or kind.load_state_dict is not nn.Module.load_state_dict
-        or kind.get_extra_state is not nn.Module.get_extra_state
-        or kind.set_extra_state is not nn.Module.set_extra_state
-        or module._load_state_dict_pre_hooks
-        or module._load_state_dict_post_hooks
-    )
-
-
-def _only_accepts_old_versions(kind: type[nn.Module]) -> bool:
-    """torch's batch norms override loading only to accept state from before ``num_batches_tracked`` existed."""
-    defining = next(base for base in kind.__mro__ if "_load_from_state_dict" in base.__dict__)
-    return defining.__module__ == "torch.nn.modules.batchnorm"
