@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from shardsave._common.words import an, count, some
+from shardsave._common.words import an, count
 from shardsave._training.kinds import class_name
 from shardsave._training.parameter_names import ParameterNames
 from shardsave._training.places import Place, refuse
@@ -70,12 +70,8 @@ def _parameter_state(values: Any, writer: ValueWriter, place: Place, name: str) 
     if not isinstance(values, dict) or not all(type(key) is str for key in values):
         refuse(place, "state by text was", f"that of {name!r} is {an(type(values).__name__)} with other keys")
     for key, value in values.items():
-        if type(value) is torch.Tensor:
+        if type(value) is torch.Tensor:  # nearly all of them
             encoded[key] = {"tensor": writer.tensor(value, start + key)}
         else:
             encoded[key] = writer.value(value, Place(f"{place.path}.state[{name!r}][{key!r}]", start + key))
     return encoded
-
-
-def names_in_words(names: list[str]) -> str:
-    return some(map(repr, names))

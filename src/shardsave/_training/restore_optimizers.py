@@ -84,7 +84,9 @@ def plan_optimizer(
                 _put_back(own_state, values)
 
     starts = [next(iter(order_of), None) for order_of in order]
-    return OptimizerPlan(load, starts, len(saved), [*notes, *_notes(path, parameters, group_of, state)])
+    if not isinstance(inner(optimizer), torch.optim.LBFGS):  # which keeps the state of all parameters with the first
+        notes += _notes(path, parameters, group_of, state)
+    return OptimizerPlan(load, starts, len(saved), notes)
 
 
 def _saved_group(group: Any, reader: ValueReader, path: str) -> _SavedGroup:
@@ -108,7 +110,7 @@ def _difference(
     saved_names = [name for group in saved for name in group.names]
     if saved_names and parameters and parameters.keys().isdisjoint(saved_names):
         return f"{path}: the checkpoint has state of {some(map(repr, saved_names))}, none of which is a parameter of this optimizer"
-    if isinstance(optimizer, torch.optim.LBFGS) and saved_names != list(parameters):
+    if isinstance(inner(optimizer), torch.optim.LBFGS) and saved_names != list(parameters):
         return f"{path}: the state of LBFGS is one vector of all parameters, which were others or had another order"
     return None
 
@@ -175,7 +177,7 @@ def _notes(path: str, parameters: dict[str, torch.Tensor], group_of: dict[str, i
     if fresh:
         notes.append(f"{path}: {count(len(fresh), 'parameter')} without saved state start fresh: {some(fresh)}")
     if frozen:
-        notes.append(f"{path}: {count(len(frozen), 'parameter')} with saved state are frozen now: {some(frozen)}")
+        notes.append(f"{path}: {count(len(frozen), 'parameter')} with saved state are frozen: {some(frozen)}")
     return notes
 
 

@@ -80,13 +80,14 @@ class ValueWriter:
         address = tensor.data_ptr()
         if address and (known := self._first_at.get(address)) is not None and memory_key(known[1]) == memory_key(tensor):
             return known[0]
-        if name in self._names or (not self._prefix and _LIKE_RANK.match(name)):
+        if name in self._names or (not self._prefix and name.startswith("rank ") and _LIKE_RANK.match(name)):
             name = self._free(name)
         self._names.add(name)
         if address:
             self._first_at.setdefault(address, (name, tensor))
+        # `Tensor.data`: if the Parameter gets other data during the save, this memory stays alive; others do not.
         # `tuple.__new__` is faster than the `__new__` of a named tuple, which is Python code.
-        source = tuple.__new__(TensorSource, (tensor.data, tensor.dtype))
+        source = tuple.__new__(TensorSource, (tensor.data if tensor.requires_grad else tensor, tensor.dtype))
         self.entries.append(tuple.__new__(Entry, (name, "tensor", None, None, source)))
         return name
 
