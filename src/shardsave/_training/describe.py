@@ -65,6 +65,7 @@ class _Describer:
         self.notes: list[str] = []
         self._names = ParameterNames(model, training)
         self._above: list[int] = []
+        self._written: dict[tuple[int, bool], Any] = {}  # the same object has one state, at however many places
 
     def value(self, value: Any, place: Place, writer: ValueWriter) -> Any:
         if isinstance(value, PerRank):
@@ -76,7 +77,10 @@ class _Describer:
         if kind in ("tensor", "array"):
             return writer.value(value, place)
         if kind is not None:
-            return self._leaf(kind, value, place, writer)
+            written = self._written.get((id(value), writer is self.own))
+            if written is None:
+                written = self._written[id(value), writer is self.own] = self._leaf(kind, value, place, writer)
+            return written
         if (items := items_of(value)) is None:
             return writer.value(value, place)
         if id(value) in self._above:
@@ -84,15 +88,15 @@ class _Describer:
         if len(self._above) == MAX_DEPTH:
             refuse(place, f"values nested at most {MAX_DEPTH} levels deep were", "it is deeper")
         self._above.append(id(value))
-        written = [self.value(item, place.at(key), writer) for key, item in items]
+        parts = [self.value(item, place.at(key), writer) for key, item in items]
         self._above.pop()
         if not isinstance(value, Mapping):
-            return {type(value).__name__: written}
+            return {type(value).__name__: parts}
         # The writer checks and encodes the keys.
         encoded = writer.value(dict.fromkeys(value), place)
         if "dict" in encoded:
-            return {"dict": dict(zip(encoded["dict"], written))}
-        return {"pairs": [[key, item] for (key, _), item in zip(encoded["pairs"], written)]}
+            return {"dict": dict(zip(encoded["dict"], parts))}
+        return {"pairs": [[key, item] for (key, _), item in zip(encoded["pairs"], parts)]}
 
     def _leaf(self, kind: str, value: Any, place: Place, writer: ValueWriter) -> Any:
         if kind == "module":

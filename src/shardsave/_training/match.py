@@ -85,10 +85,15 @@ class Matcher:
                 self.notes.append(f"{place.path}: skipped")
             return live
         items = items_of(live)
-        if items is not None and saved is not _ABSENT and (next(leaves_in(live), None) is not None or _has_leaf(saved)):
+        has_leaves = next(leaves_in(live), None) is not None
+        if items is not None and saved is not _ABSENT_RANK and (has_leaves or _has_leaf(saved)):
             tag = next(iter(saved)) if isinstance(saved, dict) and saved else ""
             if tag in (("dict", "pairs") if isinstance(live, Mapping) else ("list", "tuple")):
                 return self._container(live, items, saved, place)
+            if has_leaves:  # each of them is missing
+                for key, item in items:
+                    self.match(item, _ABSENT, place.at(key))
+                return live
         return self._plain(live, saved, place)
 
     def _of_this_rank(self, live: Any, saved: Any, place: Place) -> Any:

@@ -115,6 +115,8 @@ def plan_restore(training: Any, model: Model, stored: StoredTraining, options: O
             f"cannot resume from {where}: {options.ranks} ranks were expected, {stored.ranks} saved it; {UNCHANGED}"
         )
     reader = ValueReader(stored.tensors, where)
+    if not isinstance(stored.leaves, Mapping):
+        reader.corrupt("what belongs to a rank", "an object was", stored.leaves)
     leaves = LeafPlanner(reader, ParameterNames(model, training), options.device)
     rank_leaves = stored.leaves if stored.ranks == options.ranks else None
     matcher = Matcher(reader, leaves, rank_leaves, only=options.only, skip=options.skip)

@@ -85,7 +85,7 @@ class ValueWriter:
         self._names.add(name)
         if address:
             self._first_at.setdefault(address, (name, tensor))
-        # `Tensor.data`: if the Parameter gets other data during the save, this memory stays alive; others do not.
+        # `Tensor.data`: if a Parameter gets other data during the save, this memory stays alive.
         # `tuple.__new__` is faster than the `__new__` of a named tuple, which is Python code.
         source = tuple.__new__(TensorSource, (tensor.data if tensor.requires_grad else tensor, tensor.dtype))
         self.entries.append(tuple.__new__(Entry, (name, "tensor", None, None, source)))
@@ -147,7 +147,7 @@ class ValueWriter:
         if isinstance(value, np.ndarray):
             if is_swapped(value):
                 refuse(place, "an array in the byte order of this processor was", f"its dtype is {value.dtype}")
-            return {"array": self.tensor(tensor_of_array(place.path, value), place.name)}
+            return {"array": self.tensor(tensor_of_array(self._prefix + place.name, value), place.name)}
         if isinstance(value, np.generic) and value.dtype.name in SCALARS:
             return {"scalar": [value.dtype.name, self.value(value.item(), place)]}
         if kind is complex:
