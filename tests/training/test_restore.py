@@ -81,6 +81,18 @@ def test_structure_of_plain_values(tmp_path: Path) -> None:
     assert got["mixed"][1] == 5 and got["mixed"][0] == 1
 
 
+def test_words_of_the_format_as_data(tmp_path: Path) -> None:
+    """Catches plain data that is taken for a leaf, because its keys are words that the document uses."""
+    values = {
+        "config": {"optimizer": "adamw"},
+        "tensor": {"tensor": "x", "on": "cpu"},
+        "list": [{"list": [1]}, {"per_rank": "k"}],
+    }
+    keep(tmp_path, {**values, "object": torch.amp.GradScaler("cpu")})
+    got, notes = restore(tmp_path, {**dict.fromkeys(values), "object": torch.amp.GradScaler("cpu")})
+    assert {name: got[name] for name in values} == values and notes == ()
+
+
 def test_missing_and_unexpected(tmp_path: Path) -> None:
     """Catches a leaf that silently keeps its state or is silently unused, and an error after something has changed."""
     model = net()

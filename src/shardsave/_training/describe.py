@@ -65,7 +65,7 @@ class _Describer:
         self.notes: list[str] = []
         self._names = ParameterNames(model, training)
         self._above: list[int] = []
-        self._written: dict[tuple[int, bool], Any] = {}  # the same object has one state, at however many places
+        self._written: dict[tuple[int, bool], tuple[Any, Any]] = {}  # the same object has one state at all places
 
     def value(self, value: Any, place: Place, writer: ValueWriter) -> Any:
         if isinstance(value, PerRank):
@@ -77,10 +77,10 @@ class _Describer:
         if kind in ("tensor", "array"):
             return writer.value(value, place)
         if kind is not None:
-            written = self._written.get((id(value), writer is self.own))
-            if written is None:
-                written = self._written[id(value), writer is self.own] = self._leaf(kind, value, place, writer)
-            return written
+            key = id(value), writer is self.own
+            if key not in self._written:
+                self._written[key] = value, self._leaf(kind, value, place, writer)
+            return self._written[key][1]
         if (items := items_of(value)) is None:
             return writer.value(value, place)
         if id(value) in self._above:

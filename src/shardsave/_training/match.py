@@ -167,16 +167,21 @@ _ABSENT_RANK: Any = object()
 
 
 def _has_leaf(saved: Any) -> bool:
-    """Whether a leaf is anywhere in ``saved``."""
+    """Whether a leaf is anywhere in ``saved``, a value of the document."""
     waiting = [saved]
     while waiting:
         value = waiting.pop()
-        if isinstance(value, dict):
-            if len(value) <= 2 and not _LEAVES.isdisjoint(value):
-                return True
-            waiting += value.values()
-        elif isinstance(value, list):
-            waiting += value
+        if not isinstance(value, dict) or not value:
+            continue
+        tag, content = next(iter(value.items()))
+        if tag in _LEAVES:
+            return True
+        if tag == "dict" and isinstance(content, dict):
+            waiting += content.values()
+        elif tag in ("list", "tuple") and isinstance(content, list):
+            waiting += content
+        elif tag == "pairs" and isinstance(content, list):
+            waiting += [pair[-1] for pair in content if isinstance(pair, list) and pair]
     return False
 
 

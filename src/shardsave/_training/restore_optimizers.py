@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from shardsave._common.memory import PLAIN_TYPES
 from shardsave._common.words import count, some
 from shardsave._training.kinds import class_name, inner
 from shardsave._training.optimizers import NO_OPTIONS
@@ -65,7 +66,8 @@ def plan_optimizer(
         if name not in group_of or type(values) is not dict:
             reader.corrupt(path, "the state of a parameter of a group was", name)
         if (parameter := parameters.get(name)) is not None:
-            onto = Onto(device if device is not None and id(parameter) in names.in_model else parameter.device, parameter)
+            moves = device is not None and id(parameter) in names.in_model
+            onto = Onto(device if moves else parameter.device, parameter if type(parameter) in PLAIN_TYPES else None)
             state_by_name[name] = _state_of(values, reader, f"{path}.state[{name!r}]", onto)
     order = [_saved_groups_of(at, listed, saved, group_of) for at, listed in enumerate(own)]
     packed = optimizer.state_dict()
