@@ -5,11 +5,8 @@ A document may come from anywhere, so nothing in it is believed: whatever has an
 
 from __future__ import annotations
 
-import base64
-import binascii
-import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple, NoReturn, Protocol
 
@@ -21,15 +18,15 @@ from shardsave._common.memory_errors import memory_for
 from shardsave._common.strict_json import glimpse
 from shardsave._format.dtypes import BY_NAME, torch_shape
 from shardsave._state.numpy_arrays import tensor_of_array
+from shardsave._training.scalars import DEVICE, READERS
 from shardsave._training.subclasses import TAG as SUBCLASS
-from shardsave._training.write_values import MAX_DEPTH, SCALARS
+from shardsave._training.write_values import MAX_DEPTH
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, UnsupportedTensorError
 
 #: So many keys of one mapping may have the same hash; with more, a mapping takes very long to build.
 _MAX_KEYS_PER_HASH = 8
 
 _CPU = torch.device("cpu")
-_DEVICE = re.compile(r"[a-z]{2,16}(:\d{1,4})?")
 
 UNCHANGED = "nothing was changed"
 
@@ -105,11 +102,11 @@ class ValueReader:
                 return self._container(tag, value[tag], path, onto)
             if tag == "array":
                 return self._new_array(value[tag], path)
-            if (read := _SCALARS.get(tag)) is None:
+            if (read := READERS.get(tag)) is None:
                 self._unknown(tag, path, value)
             try:
                 return read(value[tag])
-            except (ValueError, TypeError, OverflowError, KeyError, AttributeError, binascii.Error, RuntimeError):
+            except (ValueError, TypeError, OverflowError, KeyError, AttributeError, RuntimeError):
                 self.corrupt(path, f"a value of the kind {tag!r} was", value[tag])
         finally:
             self._depth -= 1
@@ -220,7 +217,7 @@ class ValueReader:
         """The current device of the kind on which a tensor was; the CPU if there is none."""
         if kind is None:
             return _CPU
-        if type(kind) is not str or not _DEVICE.fullmatch(kind):
+        if type(kind) is not str or not DEVICE.fullmatch(kind):
             self.corrupt(path, "the kind of a device was", kind)
         current = torch.accelerator.current_accelerator(check_available=True)
         if current is None or current.type != kind:
@@ -260,73 +257,3 @@ def array_memory(path: str, array: np.ndarray[Any, Any]) -> torch.Tensor:
             f"cannot fill {path}: an array that can be written, in the byte order of this processor, was expected; {UNCHANGED}"
         )
     return tensor_of_array(path, array)
-
-
-def _float(word: Any) -> float:
-    if word not in ("nan", "inf", "-inf"):
-        raise ValueError(word)
-    return float(word)
-
-
-def _number(value: Any) -> float:
-    return _float(value["float"]) if type(value) is dict and value.keys() == {"float"} else _real(value)
-
-
-def _real(value: Any) -> float:
-    if type(value) not in (int, float):
-        raise TypeError(value)
-    return float(value)
-
-
-def _complex(value: Any) -> complex:
-    real, imaginary = value
-    return complex(_number(real), _number(imaginary))
-
-
-def _scalar(value: Any) -> Any:
-    name, item = value
-    if name not in SCALARS:
-        raise ValueError(name)
-    if type(item) is dict:
-        item = _complex(item["complex"]) if "complex" in item else _number(item)
-    elif type(item) not in (bool, int, float):
-        raise TypeError(item)
-    if type(item) is int:
-        return np.array([item], dtype=name)[0]
-    with np.errstate(all="ignore"):
-        return np.array([item]).astype(name)[0]
-
-
-def _dtype(name: Any) -> torch.dtype:
-    dtype = getattr(torch, name)
-    if not isinstance(dtype, torch.dtype):
-        raise TypeError(name)
-    return dtype
-
-
-def _device(name: Any) -> torch.device:
-    if not _DEVICE.fullmatch(name):
-        raise ValueError(name)
-    return torch.device(name)
-
-
-def _size(sizes: Any) -> torch.Size:
-    if type(sizes) is not list or not all(type(size) is int and 0 <= size < 1 << 63 for size in sizes):
-        raise ValueError(sizes)
-    return torch.Size(sizes)
-
-
-def _bytes(text: Any) -> bytes:
-    return base64.b64decode(text.encode("ascii"), validate=True)
-
-
-#: Tag → reads what follows it; raises one of several errors if that has another form.
-_SCALARS: Mapping[str, Callable[[Any], Any]] = {
-    "float": _float,
-    "complex": _complex,
-    "bytes": _bytes,
-    "dtype": _dtype,
-    "device": _device,
-    "size": _size,
-    "scalar": _scalar,
-}

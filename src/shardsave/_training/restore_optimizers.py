@@ -66,8 +66,8 @@ def plan_optimizer(
         if name not in group_of or type(values) is not dict:
             reader.corrupt(path, "the state of a parameter of a group was", name)
         if (parameter := parameters.get(name)) is not None:
-            moves = device is not None and id(parameter) in names.in_model
-            onto = Onto(device if moves else parameter.device, parameter if type(parameter) in PLAIN_TYPES else None)
+            target = parameter.device if device is None or id(parameter) not in names.in_model else device
+            onto = Onto(target, parameter if type(parameter) in PLAIN_TYPES else None)
             state_by_name[name] = _state_of(values, reader, f"{path}.state[{name!r}]", onto)
     order = [_saved_groups_of(at, listed, saved, group_of) for at, listed in enumerate(own)]
     packed = optimizer.state_dict()

@@ -44,7 +44,9 @@ def check_process_state(state: Any) -> None:
         for device_state in state.get("cuda", ()):
             if not (isinstance(device_state, torch.Tensor) and device_state.dtype == torch.uint8 and device_state.dim() == 1):
                 raise WrongState("that of a CUDA device is no tensor of bytes")
-    except (ValueError, TypeError, KeyError, OverflowError, RuntimeError) as error:
+    except WrongState:
+        raise
+    except Exception as error:  # each library raises others
         raise WrongState(str(error)) from error
 
 
@@ -94,5 +96,5 @@ def check_generator_state(generator: Any, state: Any) -> Callable[[], object]:
             return partial(generator.set_state, state)
         random.Random().setstate(state)
         return partial(generator.setstate, state)
-    except (ValueError, TypeError, KeyError, OverflowError, RuntimeError, AttributeError) as error:
+    except Exception as error:
         raise WrongState(str(error)) from error
