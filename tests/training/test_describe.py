@@ -122,9 +122,11 @@ def test_a_structure_that_contains_itself() -> None:
     shared, model = [1, 2], nn.Linear(2, 2)
     optimizer = torch.optim.Adam(model.parameters())
     optimizer.step(lambda: model(torch.ones(2)).sum().backward())
-    state = describe({"x": shared, "y": shared, "optimizers": [optimizer, optimizer], "mean": model}, model)
+    state = describe({"x": shared, "y": shared, "optimizers": [optimizer, optimizer], "m": model}, {})
     first, second = state.shared["dict"]["optimizers"]["list"]
     assert first == second and len(state.entries) == 2 + 6  # each tensor once
+    with pytest.raises(shardsave.UnsupportedTrainingError, match=r"training\['m'\]: a module beside the model was expected"):
+        describe({"m": nn.DataParallel(model)}, torch.compile(model, backend="eager"))
 
 
 def test_names_and_document() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,60 @@ def test_no_memory_is_shared_and_no_step_is_run(tmp_path: Path) -> None:
     assert len({t.data_ptr() for t in [*ours, optimizer.state[weight]["exp_avg"]]}) == 3 and not ours[0].is_inference()
     assert all(t.stride() == weight.stride() and same_bits(t, optimizer.state[weight]["exp_avg"]) for t in ours)
     assert pair[0].param_groups[0]["fused"] is True and pair[0].state[weight]["step"].device.type == "cpu"
+
+
+def test_state_of_sparse_gradients_and_from_another_device(tmp_path: Path) -> None:
+    """Catches state that only some optimizers have, and tensors of an object that were on a device which is not here."""
+    embedding = nn.Embedding(4, 2, sparse=True)
+    optimizer = torch.optim.SparseAdam(embedding.parameters())
+    embedding(torch.tensor([1, 2])).sum().backward()
+    optimizer.step()
+    keep(tmp_path, {"optimizer": optimizer, "own": Recording(torch.ones(2))}, embedding)
+    document = json.loads(
+        (tmp_path / "document.json").read_text().replace('{"tensor": "own"}', '{"tensor": "own", "on": "cuda"}')
+    )
+    fresh, own = torch.optim.SparseAdam(embedding.parameters()), Recording(None)
+    restore(tmp_path, {"optimizer": fresh, "own": own}, embedding, document=document)
+    assert '"on": "cuda"' in json.dumps(document) and (own.state.is_cuda if torch.cuda.is_available() else own.state.is_cpu)
+    for key, value in optimizer.state[embedding.weight].items():
+        loaded = fresh.state[embedding.weight][key]
+        assert same_bits(loaded, value) if isinstance(value, torch.Tensor) else loaded == value
+
+
+class Recording:
+    """Its state is one value."""
+
+    def __init__(self, state: Any) -> None:
+        self.state = state
+
+    def state_dict(self) -> Any:
+        return self.state
+
+    def load_state_dict(self, state: Any) -> None:
+        self.state = state
+
+
+def test_accelerates_wrappers(tmp_path: Path) -> None:
+    """Catches an optimizer or a scheduler that accelerate wraps on one side only, and groups that change places within."""
+    accelerate = pytest.importorskip("accelerate")
+    model = net()
+    groups: list[dict[str, Any]] = [
+        {"params": model[0].parameters(), "lr": 0.5},
+        {"params": model[1:].parameters(), "lr": 0.25},
+    ]
+    optimizer = torch.optim.AdamW([{**group, "params": [*group["params"]]} for group in groups])
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    wrapped = accelerate.Accelerator(cpu=True).prepare(optimizer, scheduler)
+    keep(tmp_path, {"optimizer": wrapped[0], "scheduler": wrapped[1]}, model)
+    swapped = torch.optim.AdamW(
+        [{"params": [*model[1:].parameters()], "lr": 9.0}, {"params": [*model[0].parameters()], "lr": 9.0}]
+    )
+    again = torch.optim.lr_scheduler.ExponentialLR(swapped, 0.5)
+    _, notes = restore(tmp_path, {"optimizer": swapped, "scheduler": again}, model)
+    assert notes == () and again.base_lrs == [0.25, 0.5] == [group["lr"] for group in swapped.param_groups]
+    wrapped = accelerate.Accelerator(cpu=True).prepare(swapped, again)
+    restore(tmp_path, {"optimizer": wrapped[0], "scheduler": wrapped[1]}, model)
+    assert again.base_lrs == [0.25, 0.5]
 
 
 def test_many_parameters_take_linear_time() -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from shardsave._common.gc_pause import gc_paused
 from shardsave._state.module import Entry
+from shardsave._state.wrappers import unwrap
 from shardsave._training.kinds import class_name, items_of, kind_of
 from shardsave._training.modules import describe_module
 from shardsave._training.optimizers import describe_optimizer, packed_state
@@ -64,6 +67,7 @@ class _Describer:
         self.leaves: dict[str, Any] = {}
         self.notes: list[str] = []
         self._names = ParameterNames(model, training)
+        self._model = unwrap(model) if isinstance(model, nn.Module) else None
         self._above: list[int] = []
         self._written: dict[tuple[int, bool], tuple[Any, Any]] = {}  # the same object has one state at all places
 
@@ -100,6 +104,8 @@ class _Describer:
 
     def _leaf(self, kind: str, value: Any, place: Place, writer: ValueWriter) -> Any:
         if kind == "module":
+            if self._model is not None and unwrap(value) is self._model:
+                refuse(place, "a module beside the model was", "it is the model itself, which is saved anyway")
             return describe_module(value, writer, place)
         if kind == "generator":
             state = writer.value(generator_state(value, place), place.in_state())

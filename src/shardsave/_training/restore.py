@@ -47,6 +47,9 @@ class Options(NamedTuple):
     device: torch.device | None = None
 
 
+_DEFAULTS = Options()
+
+
 class RestorePlan:
     """A restore that nothing refuses. ``targets``: (stored name, the tensor to read it into); read all of them, then call `apply`.
 
@@ -102,7 +105,7 @@ class RestorePlan:
 
 
 @gc_paused()
-def plan_restore(training: Any, model: Model, stored: StoredTraining, options: Options = Options()) -> RestorePlan:  # noqa: B008
+def plan_restore(training: Any, model: Model, stored: StoredTraining, options: Options = _DEFAULTS) -> RestorePlan:
     """Plans how ``training`` continues from ``stored``. Changes nothing; new tensors are made already.
 
     ``model``: gives the parameters of optimizers their names. Raises IncompatibleCheckpointError if the structures differ (``strict``)
