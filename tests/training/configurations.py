@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from through_files import keep, restore
 from torch import nn
 from torch.optim import lr_scheduler as schedulers
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -27,6 +26,7 @@ from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import default_collate
 
 import shardsave
+from through_files import keep, restore
 
 HALF = 10
 
@@ -161,7 +161,7 @@ def several(**how: bool) -> Run:
     matrices = [p for p in model.parameters() if p.dim() == 2]
     training: dict[str, Any] = {
         "optimizers": [
-            torch.optim.Muon(matrices, lr=1e-2),
+            getattr(torch.optim, "Muon", torch.optim.RAdam)(matrices, lr=1e-2),  # torch 2.8 has no Muon
             torch.optim.AdamW([p for p in model.parameters() if p.dim() != 2], lr=torch.tensor(1e-2), capturable=False),
         ],
         "critic": {"module": critic, "optimizer": torch.optim.Adam(critic.parameters(), 1e-2)},

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from through_files import Resumption, keep, restore
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.optim.swa_utils import AveragedModel
@@ -20,6 +19,7 @@ import shardsave
 from shardsave._training.describe import describe
 from shardsave._training.restore import StoredTraining, plan_restore
 from support import same_bits, same_state
+from through_files import Resumption, keep, restore
 
 
 def net() -> nn.Sequential:
@@ -119,6 +119,8 @@ def test_missing_and_unexpected(tmp_path: Path) -> None:
     assert notes == ("training['optimizer']: skipped",)
     refused(tmp_path, training, model, "only must name parts of the training state, 'optimiser' is none; similar: 'optimizer'",
             ValueError, only=["optimiser"])  # fmt: skip
+    with pytest.raises(TypeError, match=r"skip must be a collection of names such as \['optimizer'\], not 'ema'"):
+        Resumption(tmp_path, training, model, skip="ema")
     refused(tmp_path, {}, model, "rng: the checkpoint has none", shardsave.IncompatibleCheckpointError, rng=True, only=["rng"])
 
 
@@ -442,3 +444,10 @@ def test_the_same_object_twice(tmp_path: Path) -> None:
         shardsave.IncompatibleCheckpointError, match=r"training\[2\]: it is also training\[0\], where another state was saved"
     ):
         Resumption(tmp_path, [first, first, first])
+
+
+def test_what_a_resumed_training_gets() -> None:
+    """Catches a first step that was saved already, and notes that could move a terminal's cursor."""
+    resumed = shardsave.Resumed(7, {"epoch": 1}, ("a\x1b[2J",))
+    assert (resumed.next_step, shardsave.Resumed(None, None).next_step, shardsave.Resumed(0, None).next_step) == (8, 1, 1)
+    assert str(resumed) == r"resumed after step 7; a\x1b[2J" and resumed.notes == (r"a\x1b[2J",)

@@ -15,8 +15,9 @@ __all__ = ["PerRank", "Resumed"]
 class Resumed:
     """Where a training goes on.
 
-    ``step``: the step that was saved; None if the save was given none. ``values``: the training state as it was passed, with plain
-    data (numbers, text, None, containers of these) as it was saved. ``notes``: what was fresh, unused, kept or cast.
+    ``step``: the step that was saved; None if the save was given none. ``values``: the training state as it was passed, without
+    `PerRank`, and with plain data (numbers, text, None, containers of these) as it was saved. ``notes``: what was fresh, unused,
+    kept or cast.
     """
 
     step: int | None

@@ -109,9 +109,12 @@ def plan_restore(training: Any, model: Model, stored: StoredTraining, options: O
     """Plans how ``training`` continues from ``stored``. Changes nothing; new tensors are made already.
 
     ``model``: gives the parameters of optimizers their names. Raises IncompatibleCheckpointError if the structures differ (``strict``)
-    or with another number of ranks (``on_world_change="raise"``), ValueError for names in ``only`` and ``skip`` that nothing has,
+    or with another number of ranks (``on_world_change="raise"``), TypeError and ValueError for wrong ``only`` and ``skip``,
     UnsupportedTensorError for tensors that cannot be filled, CorruptCheckpointError for a document that is none.
     """
+    for argument, names in (("only", options.only), ("skip", options.skip)):
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names or ()):
+            raise TypeError(f"{argument} must be a collection of names such as ['optimizer'], not {names!r}")
     where = stored.where
     if stored.ranks != options.ranks and options.on_world_change == "raise":
         raise IncompatibleCheckpointError(
