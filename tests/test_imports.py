@@ -32,6 +32,7 @@ WINGS: dict[str, set[str]] = {
     "_storage": {"_common", "_format", "errors"},
     "_architecture": {"_common", "_format", "_state", "errors"},
     "_program": {"_common", "_format", "_printable", "_state", "errors"},
+    "_training": {"_common", "_format", "_state", "errors"},
     "_saving": {"_common", "_engine", "_format", "_state", "_storage", "_version", "errors"},
     "_loading": {"_common", "_engine", "_format", "_state", "_storage", "errors"},
     "_huggingface": {"_common", "_format", "_loading", "_printable", "_saving", "_state", "_storage", "errors"},
@@ -41,7 +42,7 @@ WINGS: dict[str, set[str]] = {
     },
     "_api": {
         "_architecture", "_common", "_conversion", "_engine", "_format", "_huggingface", "_loading", "_printable",
-        "_program", "_saving", "_state", "_storage", "_version", "errors",
+        "_program", "_saving", "_state", "_storage", "_training", "_version", "errors",
     },
     "__init__": {"_api", "_common", "_version", "errors"},
     "_cli": {"__init__", "_api", "_common", "_format", "_printable", "_storage", "_version", "errors"},
@@ -211,7 +212,16 @@ def test_a_plain_save_and_a_plain_load_import_little(tmp_path: Path) -> None:
     saving = imported_by("shardsave.save(model, sys.argv[1])", tmp_path)
     loading = imported_by("shardsave.load_model(model, sys.argv[1]); shardsave.load(sys.argv[1])", tmp_path)
     assert {"_saving", "_engine.engine"} <= saving and {"_loading", "_engine.engine"} <= loading
-    rare = {"_architecture", "_program", "_conversion", "_foreign", "_engine.portable", "_api.findings", "_api.inspect"}
+    rare = {
+        "_training",
+        "_architecture",
+        "_program",
+        "_conversion",
+        "_foreign",
+        "_engine.portable",
+        "_api.findings",
+        "_api.inspect",
+    }
     rare |= {"_huggingface.transformers_loading", "_huggingface.transformers_config", "_huggingface.peft_loading"}
     rare.add("safetensors")  # only `verify` asks it
     assert not rare & saving and not rare & loading

@@ -24,6 +24,7 @@ from shardsave.errors import (
     ShardSaveError,
     UnsupportedModuleError,
     UnsupportedTensorError,
+    UnsupportedTrainingError,
     UntrustedCodeError,
 )
 
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from shardsave._api.open import OpenCheckpoint, TensorSlice, open
     from shardsave._api.plan import PlannedFile, SavePlan, plan_save
     from shardsave._api.reports import LoadReport, Phases, SaveReport
+    from shardsave._api.restore_flags import FlagsReport, restore_flags
+    from shardsave._api.resume import PerRank, Resumed
     from shardsave._api.save import save
 
 __all__ = [
@@ -51,6 +54,7 @@ __all__ = [
     "DiffReport",
     "DirectoryBusyError",
     "DurabilityUncertainError",
+    "FlagsReport",
     "IncompatibleCheckpointError",
     "Leaving",
     "LoadReport",
@@ -58,8 +62,10 @@ __all__ = [
     "OpenCheckpoint",
     "OutOfMemoryError",
     "OutOfSpaceError",
+    "PerRank",
     "Phases",
     "PlannedFile",
+    "Resumed",
     "SaveNotCommittedError",
     "SavePlan",
     "SaveReport",
@@ -69,6 +75,7 @@ __all__ = [
     "TensorSlice",
     "UnsupportedModuleError",
     "UnsupportedTensorError",
+    "UnsupportedTrainingError",
     "UntrustedCodeError",
     "VerifyReport",
     "__version__",
@@ -82,6 +89,7 @@ __all__ = [
     "load_program",
     "open",
     "plan_save",
+    "restore_flags",
     "save",
     "verify",
 ]
@@ -99,6 +107,8 @@ _MODULES = {
     "open": ("OpenCheckpoint", "TensorSlice", "open"),
     "plan": ("PlannedFile", "SavePlan", "plan_save"),
     "reports": ("LoadReport", "Phases", "SaveReport"),
+    "restore_flags": ("FlagsReport", "restore_flags"),
+    "resume": ("PerRank", "Resumed"),
     "save": ("save",),
 }
 

@@ -24,6 +24,7 @@ __all__ = [
     "ShardSaveError",
     "UnsupportedModuleError",
     "UnsupportedTensorError",
+    "UnsupportedTrainingError",
     "UntrustedCodeError",
 ]
 
@@ -61,6 +62,10 @@ class UnsupportedTensorError(ShardSaveError):
 
 class OutOfMemoryError(ShardSaveError, MemoryError):
     """A load needs more memory than there is; the message has the numbers. It is also a MemoryError."""
+
+
+class UnsupportedTrainingError(ShardSaveError):
+    """The training state holds something that is no data and has no state; the message says where it is."""
 
 
 class SaveNotCommittedError(ShardSaveError):

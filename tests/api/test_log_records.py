@@ -17,8 +17,8 @@ from torch import nn
 
 import shardsave
 from faults.dying import die_before_the_commit, killed
+from shardsave._common import memory_errors
 from shardsave._common.free_memory import FreeMemory
-from shardsave._loading import memory_errors
 from support import SmallModel
 
 

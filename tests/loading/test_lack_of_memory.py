@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import shardsave
-from shardsave._loading.memory_errors import memory_for
+from shardsave._common.memory_errors import memory_for
 from support import limited_memory
 
 #: Elements of a tensor of 1 GB; the file is sparse.

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import shardsave
+from shardsave._common import memory_errors
 from shardsave._common.free_memory import FreeMemory
-from shardsave._loading import memory_errors
 
 #: More than the size from which memory is asked for: 80 MB.
 ELEMENTS = 20_000_000

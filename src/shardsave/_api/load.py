@@ -18,23 +18,21 @@ from shardsave._api.reports import LoadReport
 from shardsave._common.gc_pause import gc_paused
 from shardsave._common.imports import import_at_use
 from shardsave._common.log_records import somebody_listens
+from shardsave._common.memory_errors import check_free_memory
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
 from shardsave._common.uncompiled import uncompiled
 from shardsave._common.warn_caller import warn_caller
-from shardsave._huggingface.added_adapter import has_added_adapter
-from shardsave._huggingface.recognize import peft_model, transformers_model
-from shardsave._loading.disk_layout import DiskLayout, IdentityLayout
+from shardsave._huggingface.choose_loading import choose_layout
+from shardsave._huggingface.recognize import transformers_model
 from shardsave._loading.mapped import Maps
-from shardsave._loading.memory_errors import check_free_memory
 from shardsave._loading.module_filler import ModuleFiller
 from shardsave._loading.module_plan import plan_module
 from shardsave._loading.new_tensors import new_tensors
 from shardsave._loading.read import TensorReader
 from shardsave._loading.selection import check_names, choose, choose_located, names_of_wrappers, selection
-from shardsave._loading.slots import Inventory, has_extra_state, take_inventory
+from shardsave._loading.slots import has_extra_state, take_inventory
 from shardsave._storage.checkpoint import Checkpoint, open_checkpoint
-from shardsave._storage.located import Located
 from shardsave.errors import IncompatibleCheckpointError
 
 
@@ -208,7 +206,7 @@ def _plan(
     wrapped = names_of_wrappers(model, inventory.expected, stored)
     if wrapped:
         stored = {wrapped.get(name, name): located for name, located in stored.items()}
-    layout = _choose_layout(inventory, stored, checkpoint.path)
+    layout = choose_layout(inventory, stored, checkpoint.path)
     extra_states = [name for name in inventory.extra_states if name not in layout.stored]
     plan = plan_module(
         inventory,
@@ -223,26 +221,6 @@ def _plan(
 
         notes = exchange_notes(inventory, stored)
     return ModuleFiller(inventory, plan, layout, checkpoint, device), notes
-
-
-def _choose_layout(inventory: Inventory, stored: Mapping[str, Located], where: str) -> DiskLayout:
-    """The layout of ``stored`` (name on disk → stored tensor) for the module; only models of transformers and PEFT have their own."""
-    if (transformer := transformers_model(inventory.module)) is not None:
-        if has_added_adapter(transformer):
-            import_at_use("shardsave._huggingface.added_adapter_loading")  # no other model needs these
-            from shardsave._huggingface.added_adapter_loading import AddedAdapterLayout
-
-            return AddedAdapterLayout(inventory, stored, where)
-        import_at_use("shardsave._huggingface.transformers_loading")
-        from shardsave._huggingface.transformers_loading import TransformersLayout
-
-        return TransformersLayout(inventory, stored, where)
-    if (model := peft_model(inventory.module)) is not None:
-        import_at_use("shardsave._huggingface.peft_loading")
-        from shardsave._huggingface.peft_loading import adapter_layout
-
-        return adapter_layout(model, stored, where) or IdentityLayout(stored)
-    return IdentityLayout(stored)
 
 
 def _own_names(names: Iterable[str], prefix: str, wrapped: Mapping[str, str]) -> dict[str, str]:

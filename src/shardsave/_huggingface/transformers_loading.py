@@ -64,8 +64,13 @@ class TransformersLayout:
         names = Names.of(self._model)
         known = {*self._names, *(names.plain(name) for name, _ in self._model.named_parameters(remove_duplicate=False))}
         flags: dict[str, bool] = {}
+        others = {name: self._known_as(name, known) for name in on_disk if name not in known and name not in self._targets}
+        unknown = [name for name, other in others.items() if other not in known]
+        if unknown and converts():  # the flags may be all that is known of the checkpoint, so no tensor was renamed
+            renamed = NamesInMemory(self._model, self._names).of(unknown)
+            others.update((name, other) for name, (other, _) in renamed if other in known)
         for name, frozen in on_disk.items():
-            for name_in_model in [name] if name in known else self._targets.get(name) or [self._known_as(name, known)]:
+            for name_in_model in [name] if name in known else self._targets.get(name) or [others[name]]:
                 flags[name_in_model] = frozen and flags.get(name_in_model, True)
         return flags
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from shardsave._loading.memory_errors import memory_for
+from shardsave._common.memory_errors import memory_for
 from shardsave._loading.slots import Inventory, Slot, counts_batches
 
 

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 
 from shardsave._common.gc_pause import gc_paused
+from shardsave._common.memory_errors import check_free_memory
 from shardsave._loading.allocation import allocate, host_bytes
 from shardsave._loading.disk_layout import DiskLayout, Join
 from shardsave._loading.freeze_flags import RestoredFlags, named_parameters, restore_flags
-from shardsave._loading.memory_errors import check_free_memory
 from shardsave._loading.module_checks import check_destinations, check_differences, check_meta_buffers, check_shapes
 from shardsave._loading.module_plan import ModulePlan, plan_again
 from shardsave._loading.onload import onloaded

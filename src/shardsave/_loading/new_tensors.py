@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from shardsave._common.gc_pause import gc_paused
+from shardsave._common.memory_errors import check_free_memory, memory_for, refuse_lack_of_memory
 from shardsave._format.dtypes import BY_NAME, torch_shape
-from shardsave._loading.memory_errors import check_free_memory, memory_for, refuse_lack_of_memory
 from shardsave._loading.read import Target
 from shardsave._storage.checkpoint import Checkpoint, Located
 

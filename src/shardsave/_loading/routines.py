@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from shardsave._common.memory_errors import memory_for
 from shardsave._common.words import some
 from shardsave._loading.disk_layout import Join
-from shardsave._loading.memory_errors import memory_for
 from shardsave._loading.module_plan import Routine
 from shardsave._loading.new_tensors import new_copy
 from shardsave._loading.origins import Origins

@@ -14,8 +14,9 @@ from shardsave._common.gc_pause import gc_paused
 from shardsave._common.memory import address, shared_names
 from shardsave._state.module import EXTRA_STATE
 from shardsave._state.offload import Offloaded, offloaded_tensors
+from shardsave._state.self_loading import own_routines
 from shardsave._state.sharded import refuse_sharded
-from shardsave._state.wrappers import ACTIVATION, Names, unwrap, wrapped_attribute
+from shardsave._state.wrappers import Names, unwrap
 from shardsave.errors import IncompatibleCheckpointError
 
 
@@ -147,9 +148,7 @@ def _leaders(slots: Mapping[str, Slot]) -> dict[str, str]:
 
 def _self_loading(sub_modules: SubModules) -> dict[str, nn.Module]:
     outermost: dict[str, nn.Module] = {}
-    overriding = {kind for kind in {type(part) for _, part in sub_modules} if _overrides_loading(kind)}
-    for start, part in sub_modules:
-        has_own_routine = (type(part) in overriding or _loads_itself(part)) and not _is_activation_wrapper(part)
+    for (start, part), has_own_routine in zip(sub_modules, own_routines([part for _, part in sub_modules])):
         if has_own_routine and ancestor(start, outermost) is None:
             outermost[start.removesuffix(".")] = part
     return outermost
@@ -172,35 +171,3 @@ def ancestor(name: str, owners: Mapping[str, object]) -> str | None:
 def counts_batches(slot: Slot) -> bool:
     """Whether the slot is the counter of a batch norm. As in torch, a state that is older than this counter is accepted without it."""
     return slot.attribute == "num_batches_tracked" and isinstance(slot.owner, _NormBase)
-
-
-def _overrides_loading(kind: type[nn.Module]) -> bool:
-    """Whether the modules of this class have a loading routine of their own."""
-    overridden = kind._load_from_state_dict is not nn.Module._load_from_state_dict and not _only_accepts_old_versions(kind)
-    return (
-        overridden
-        or kind.load_state_dict is not nn.Module.load_state_dict
-        or kind.get_extra_state is not nn.Module.get_extra_state
-        or kind.set_extra_state is not nn.Module.set_extra_state
-    )
-
-
-def _loads_itself(module: nn.Module) -> bool:
-    """Whether this one module has a loading routine of its own."""
-    return bool(
-        module._load_state_dict_pre_hooks
-        or module._load_state_dict_post_hooks
-        or "load_state_dict" in module.__dict__
-        or "_load_from_state_dict" in module.__dict__
-    )
-
-
-def _is_activation_wrapper(module: nn.Module) -> bool:
-    """Whether ``module`` is such a wrapper, whose hook only adds its attribute to names."""
-    return wrapped_attribute(module) == ACTIVATION
-
-
-def _only_accepts_old_versions(kind: type[nn.Module]) -> bool:
-    """torch's batch norms override loading only to accept state from before ``num_batches_tracked`` existed."""
-    defining = next(base for base in kind.__mro__ if "_load_from_state_dict" in base.__dict__)
-    return defining.__module__ == "torch.nn.modules.batchnorm"

@@ -1,0 +1,122 @@
+"""Plans how each leaf of a training state takes its saved state: what to read, what to check, and what to call then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from shardsave._common.words import an
+from shardsave._format.dtypes import BY_NAME, torch_shape
+from shardsave._training import schedulers
+from shardsave._training.kinds import class_name, inner
+from shardsave._training.modules import plan_module
+from shardsave._training.parameter_names import ParameterNames
+from shardsave._training.places import Place
+from shardsave._training.read_values import UNCHANGED, ValueReader, array_memory
+from shardsave._training.restore_optimizers import plan_optimizer
+from shardsave._training.rng import check_generator_state, generator_class
+from shardsave.errors import IncompatibleCheckpointError
+
+
+class LeafPlanner:
+    """Collects what has to be done with the leaves, in order.
+
+    ``checks``: (path, what raises `WrongState`), to be called before anything is changed. ``loads``: (path, what gives an object its
+    state). ``differences``: leaves that do not fit and keep their state, in words.
+    """
+
+    def __init__(self, reader: ValueReader, names: ParameterNames, device: torch.device | None) -> None:
+        self.checks: list[tuple[str, Callable[[], object]]] = []
+        self.loads: list[tuple[str, Callable[[], object]]] = []
+        self.differences: list[str] = []
+        self.notes: list[str] = []
+        self._reader = reader
+        self._names = names
+        self._device = device
+        self._planned: dict[int, tuple[Any, Any, str]] = {}  # id → the object, its saved state, its path
+        self._orders: dict[int, tuple[Any, int]] = {}
+        self._objects: list[tuple[Any, Any, str]] = []
+
+    def plan(self, kind: str, live: Any, saved: Any, place: Place) -> None:
+        """Plans ``live``, a leaf of ``kind``; ``saved``: what follows its tag."""
+        if id(live) in self._planned:
+            _, other, path = self._planned[id(live)]
+            if other != saved:
+                self.differences.append(f"{place.path}: it is also {path}, where another state was saved")
+            return
+        self._planned[id(live)] = live, saved, place.path
+        self._reader.begin_leaf()
+        {
+            "optimizer": self._optimizer,
+            "module": self._module,
+            "generator": self._generator,
+            "object": self._object,
+            "tensor": self._tensor,
+            "array": self._array,
+        }[kind](live, saved, place)
+
+    def arrange_schedulers(self, notes: list[str]) -> None:
+        """Brings the lists of schedulers into the order that the groups of their optimizers have now."""
+        for live, state, path in self._objects:
+            notes += schedulers.arrange(live, state, self._orders, path)
+
+    def _optimizer(self, live: Any, saved: Any, place: Place) -> None:
+        plan = plan_optimizer(live, saved, self._reader, place, self._names, self._device)
+        if plan.difference is not None:
+            self.differences.append(plan.difference)
+            return
+        self.notes += plan.notes
+        self._orders[id(inner(live))] = plan.order, plan.saved_groups
+        self.loads.append((place.path, plan.load))
+
+    def _module(self, live: Any, saved: Any, place: Place) -> None:
+        load, differences, notes = plan_module(live, saved, self._reader, place)
+        self.differences += differences
+        self.notes += notes
+        if load is not None:
+            self.loads.append((place.path, load))
+
+    def _object(self, live: Any, saved: Any, place: Place) -> None:
+        saved_class, encoded = self._reader.members(saved, place.path, {"class": str, "state": object})
+        if saved_class != class_name(live):
+            self.differences.append(
+                f"{place.path}: the checkpoint has the state of {saved_class}, this is {an(class_name(live))}"
+            )
+            return
+        state = self._reader.value(encoded, place.in_state().path)
+        self._objects.append((live, state, place.path))
+        self.loads.append((place.path, partial(live.load_state_dict, state)))
+
+    def _generator(self, live: Any, saved: Any, place: Place) -> None:
+        saved_class, encoded = self._reader.members(saved, place.path, {"class": str, "state": object})
+        if saved_class != generator_class(live):
+            self.differences.append(
+                f"{place.path}: the checkpoint has the state of {saved_class}, this is {an(generator_class(live))}"
+            )
+            return
+        state = self._reader.value(encoded, place.path)
+        self.checks.append((place.path, lambda: check_generator_state(live, state)))
+        self.loads.append((place.path, lambda: check_generator_state(live, state)()))
+
+    def _tensor(self, live: torch.Tensor, saved: Any, place: Place) -> None:
+        stored = self._reader.stored(saved, place.path)
+        dtype, shape = BY_NAME[stored.dtype].torch, torch_shape(stored.dtype, stored.shape)
+        if live.dtype != dtype or live.shape != shape:
+            self.differences.append(
+                f"{place.path}: it is {list(shape)} of {dtype} on disk, {list(live.shape)} of {live.dtype} here".replace(
+                    "torch.", ""
+                )
+            )
+            return
+        self._reader.fill(saved, live, place.path)
+
+    def _array(self, live: np.ndarray[Any, Any], saved: Any, place: Place) -> None:
+        if live.dtype.kind == "O":
+            raise IncompatibleCheckpointError(
+                f"cannot resume {place.path}: an array of numbers was expected, its dtype is {live.dtype}; {UNCHANGED}"
+            )
+        self._tensor(array_memory(place.path, live), saved, place)

@@ -1,0 +1,90 @@
+"""Modules within a training state, such as averaged models: their tensors by name, read back in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from shardsave._common.words import some
+from shardsave._format.dtypes import torch_shape
+from shardsave._state.self_loading import loads_itself
+from shardsave._state.sharded import refuse_sharded
+from shardsave._state.wrappers import Names, unwrap
+from shardsave._training.places import Place, refuse
+from shardsave._training.read_values import Onto, ValueReader
+from shardsave._training.write_values import ValueWriter
+
+
+def describe_module(module: nn.Module, writer: ValueWriter, place: Place) -> Any:
+    """The JSON of a module: its tensors by their names without wrappers, and extra state that is no tensor."""
+    refuse_sharded([*module.named_modules(remove_duplicate=False)], "save", "nothing was written", emptied=True)
+    module = unwrap(module)
+    state = _plain_state(module)
+    if len(state) != len(module.state_dict()):
+        refuse(place, "one tensor for each name was", "without the names of wrappers two have the same")
+    tensors: dict[str, str] = {}
+    others: dict[str, Any] = {}
+    for name, value in state.items():
+        if type(value) is torch.Tensor or type(value) is nn.Parameter:
+            tensors[name] = writer.tensor(value, f"{place.name}/{name}")
+        else:
+            encoded = writer.value(value, Place(f"{place.path}.state_dict()[{name!r}]", f"{place.name}/{name}"))
+            if isinstance(value, torch.Tensor) and "tensor" in encoded:
+                tensors[name] = encoded["tensor"]
+            else:
+                others[name] = encoded
+    return {"module": {"class": type(module).__name__, "tensors": tensors, "others": others}}
+
+
+def plan_module(
+    module: nn.Module, encoded: Any, reader: ValueReader, place: Place
+) -> tuple[Callable[[], None] | None, list[str], list[str]]:
+    """How ``module`` is filled from its JSON. Returns what has to be called after its tensors were read (None: nothing), how the names
+    and shapes differ, and notes. What differs is left out.
+    """
+    refuse_sharded([*module.named_modules(remove_duplicate=False)], "fill", "nothing was changed")
+    module = unwrap(module)
+    path = place.path
+    _, tensors, others = reader.members(encoded, path, {"class": str, "tensors": dict, "others": dict})
+    own = _plain_state(module)
+    missing = sorted(own.keys() - tensors.keys() - others.keys())
+    unexpected = sorted((tensors.keys() | others.keys()) - own.keys())
+    differences = [f"{path}: the checkpoint has no {some(map(repr, missing))}"] if missing else []
+    differences += [f"{path}: the module has no {some(map(repr, unexpected))}"] if unexpected else []
+    fitting = {}
+    for name, stored_name in tensors.items():
+        stored = reader.stored(stored_name, f"{path}, {name}")
+        if name not in own:
+            continue
+        value, shape = own[name], torch_shape(stored.dtype, stored.shape)
+        if not isinstance(value, torch.Tensor):
+            differences.append(f"{path}: {name!r} is a tensor on disk, not in the module")
+        elif value.shape != shape:
+            differences.append(f"{path}: {name!r} is {list(shape)} on disk, {list(value.shape)} in the module")
+        else:
+            fitting[name] = stored_name
+    extra = {name: reader.value(value, f"{path}[{name!r}]") for name, value in others.items() if name in own}
+    names = Names.of(module)
+    if not loads_itself(module):
+        return None, differences, _fill_in_place(own, fitting, reader, path)
+    copies = {name: reader.new(stored, f"{path}[{name!r}]", Onto(own[name].device)) for name, stored in fitting.items()}
+    state = {names.wrapped(name): value for name, value in {**copies, **extra}.items()}
+    strict = not differences
+
+    def load() -> None:
+        module.load_state_dict(state, strict=strict)
+
+    return load, differences, []
+
+
+def _fill_in_place(own: dict[str, Any], fitting: dict[str, str], reader: ValueReader, path: str) -> list[str]:
+    cast = [name for name, stored in fitting.items() if reader.fill(stored, own[name], f"{path}[{name!r}]")]
+    return [f"{path}: {some(map(repr, cast))} were cast to the dtype in the module"] if cast else []
+
+
+def _plain_state(module: nn.Module) -> dict[str, Any]:
+    names = Names.of(module)
+    return {names.plain(name): value for name, value in module.state_dict(keep_vars=True).items()}

@@ -1,0 +1,77 @@
+"""Optimizers as data: their state by the names of parameters, from their public ``state_dict()``. No step is ever run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from shardsave._common.words import an, count
+from shardsave._training.kinds import class_name
+from shardsave._training.parameter_names import ParameterNames
+from shardsave._training.places import Place, refuse
+from shardsave._training.write_values import ValueWriter
+
+#: Options of a group that are no options: its parameters, and their names that torch notes beside them.
+NO_OPTIONS = frozenset({"params", "param_names"})
+
+
+def packed_state(optimizer: Any, state: Any) -> bool:
+    """Whether ``state``, what ``state_dict()`` returned, numbers the parameters of the groups of ``optimizer``, as torch does it."""
+    if not (isinstance(state, dict) and isinstance(state.get("state"), dict) and isinstance(state.get("param_groups"), list)):
+        return False
+    groups = getattr(optimizer, "param_groups", ())
+    return len(groups) == len(state["param_groups"]) and all(
+        isinstance(packed, dict) and len(packed.get("params", ())) == len(group["params"])
+        for packed, group in zip(state["param_groups"], groups)
+    )
+
+
+def describe_optimizer(
+    optimizer: Any, state: Mapping[str, Any], writer: ValueWriter, place: Place, names: ParameterNames, notes: list[str]
+) -> Any:
+    """The JSON of an optimizer whose ``state_dict()`` returned ``state``, as `packed_state` has it."""
+    place_of_state = place.in_state()
+    named = names.of_groups(optimizer.param_groups)
+    name_of: dict[Any, str] = {}
+    groups = []
+    for at, (packed, group, group_names) in enumerate(zip(state["param_groups"], optimizer.param_groups, named)):
+        name_of.update(zip(packed["params"], group_names))
+        options = {key: value for key, value in packed.items() if key not in NO_OPTIONS}
+        shapes = [list(parameter.shape) for parameter in group["params"]]
+        place_of_group = place_of_state.at("param_groups").at(at)
+        groups.append({"names": group_names, "shapes": shapes, "options": writer.value(options, place_of_group)})
+    if len(set(name_of.values())) != sum(map(len, named)):
+        refuse(place, "a parameter in one group was", "one is in two")
+    if unknown := [p for group in optimizer.param_groups for p in group["params"] if not names.known(p)]:
+        notes.append(f"{place.path}: {count(len(unknown), 'parameter')} of no module, known by group and position")
+    encoded, rest = {}, {key: value for key, value in state.items() if key not in ("state", "param_groups")}
+    others = {}
+    for key, values in state["state"].items():
+        if (name := name_of.get(key)) is None:
+            others[key] = values
+        else:
+            encoded[name] = _parameter_state(values, writer, place, name)
+    if others:
+        rest["state"] = others
+    return {
+        "optimizer": {
+            "class": class_name(optimizer),
+            "groups": groups,
+            "state": encoded,
+            "rest": writer.value(rest, place_of_state),
+        }
+    }
+
+
+def _parameter_state(values: Any, writer: ValueWriter, place: Place, name: str) -> dict[str, Any]:
+    start, encoded = f"{place.name}/{name}/", {}
+    if not isinstance(values, dict) or not all(type(key) is str for key in values):
+        refuse(place, "state by text was", f"that of {name!r} is {an(type(values).__name__)} with other keys")
+    for key, value in values.items():
+        if type(value) is torch.Tensor:  # nearly all of them
+            encoded[key] = {"tensor": writer.tensor(value, start + key)}
+        else:
+            encoded[key] = writer.value(value, Place(f"{place.path}.state[{name!r}][{key!r}]", start + key))
+    return encoded

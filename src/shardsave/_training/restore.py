@@ -1,0 +1,152 @@
+"""Restores a training state in two phases. `plan_restore` refuses everything that can be refused, and changes nothing; the caller then
+reads the tensors of `RestorePlan.targets`; `RestorePlan.apply` hands every object its state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from shardsave._common.gc_pause import gc_paused
+from shardsave._common.words import some
+from shardsave._training.leaves import LeafPlanner
+from shardsave._training.match import Matcher
+from shardsave._training.parameter_names import Model, ParameterNames
+from shardsave._training.places import RNG
+from shardsave._training.read_values import UNCHANGED, Stored, ValueReader
+from shardsave._training.rng import WrongState, check_process_state, set_process_state
+from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError
+
+
+class StoredTraining(NamedTuple):
+    """What a checkpoint has of a training state. ``where``: its path, for messages.
+
+    ``shared``: the JSON of what all ranks share. ``leaves``: key → the JSON of what belongs to this rank. ``tensors``: by stored name.
+    ``ranks``: how many ranks saved it.
+    """
+
+    where: str
+    shared: Any
+    leaves: Mapping[str, Any]
+    tensors: Mapping[str, Stored]
+    ranks: int
+
+
+class Options(NamedTuple):
+    """Options of a restore; see `shardsave.resume`. ``ranks``: how many there are now. ``device``: where the model's parameters are about
+    to be moved; None: nowhere."""
+
+    rng: bool = False
+    strict: bool = True
+    only: Collection[str] | None = None
+    skip: Collection[str] = ()
+    on_world_change: Literal["fresh", "raise"] = "fresh"
+    ranks: int = 1
+    device: torch.device | None = None
+
+
+_DEFAULTS = Options()
+
+
+class RestorePlan:
+    """A restore that nothing refuses. ``targets``: (stored name, the tensor to read it into); read all of them, then call `apply`.
+
+    ``notes``: what was fresh, unused, kept or cast; more may come with `apply`.
+    """
+
+    def __init__(self, reader: ValueReader, matcher: Matcher, values: Any, rng: Any, where: str) -> None:
+        self.targets: list[tuple[str, torch.Tensor]] = list(reader.targets.items())
+        self.notes: tuple[str, ...] = tuple(matcher.notes)
+        self._reader = reader
+        self._leaves = matcher.leaves
+        self._values = values
+        self._rng = rng
+        self._where = where
+
+    def apply(self) -> Any:
+        """Hands every object its state, and sets the generators of the process at the very end. No object runs a step.
+
+        Returns the training state as it was given, with plain data as it was saved. Raises CorruptCheckpointError for a generator's
+        state that it does not take, before anything is changed but tensors in place; IncompatibleCheckpointError if an object refuses
+        its state.
+        """
+        for path, check in self._leaves.checks:
+            self._check(path, check)
+        if self._rng is not None:
+            self._check(RNG.path, lambda: check_process_state(self._rng))
+        with torch.no_grad():
+            for tensor, source in self._reader.copies:
+                with torch.inference_mode(tensor.is_inference()):
+                    tensor.copy_(source)
+        # autograd does not notice what is read into memory; with a new version number, a stale backward raises.
+        torch.autograd.graph.increment_version([tensor for _, tensor in self._reader.in_place if not tensor.is_inference()])
+        for path, load in self._leaves.loads:
+            try:
+                load()
+            except Exception as error:
+                raise IncompatibleCheckpointError(
+                    f"cannot resume {path} from {self._where}: an object that takes its state was expected, it raised "
+                    f"{type(error).__name__}: {' '.join(str(error).split())}; the training state is partly restored"
+                ) from error
+        if self._rng is not None:
+            self.notes += tuple(set_process_state(self._rng))
+        return self._values
+
+    def _check(self, path: str, check: Callable[[], object]) -> None:
+        try:
+            check()
+        except WrongState as error:
+            raise CorruptCheckpointError(
+                f"corrupt training state in {self._where}: {path}: the state of a generator was expected, {error}; "
+                f"tensors were read, no object has changed"
+            ) from error
+
+
+@gc_paused()
+def plan_restore(training: Any, model: Model, stored: StoredTraining, options: Options = _DEFAULTS) -> RestorePlan:
+    """Plans how ``training`` continues from ``stored``. Changes nothing; new tensors are made already.
+
+    ``model``: gives the parameters of optimizers their names. Raises IncompatibleCheckpointError if the structures differ (``strict``)
+    or with another number of ranks (``on_world_change="raise"``), TypeError and ValueError for wrong ``only`` and ``skip``,
+    UnsupportedTensorError for tensors that cannot be filled, CorruptCheckpointError for a document that is none.
+    """
+    for argument, names in (("only", options.only), ("skip", options.skip)):
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names or ()):
+            raise TypeError(f"{argument} must be a collection of names such as ['optimizer'], not {names!r}")
+    where = stored.where
+    if stored.ranks != options.ranks and options.on_world_change == "raise":
+        raise IncompatibleCheckpointError(
+            f"cannot resume from {where}: {options.ranks} ranks were expected, {stored.ranks} saved it; {UNCHANGED}"
+        )
+    reader = ValueReader(stored.tensors, where)
+    if not isinstance(stored.leaves, Mapping):
+        reader.corrupt("what belongs to a rank", "an object was", stored.leaves)
+    leaves = LeafPlanner(reader, ParameterNames(model, training), options.device)
+    rank_leaves = stored.leaves if stored.ranks == options.ranks else None
+    matcher = Matcher(reader, leaves, rank_leaves, only=options.only, skip=options.skip)
+    values = matcher.match(training, stored.shared)
+    rng = _process_state(matcher, reader, rank_leaves, stored) if options.rng and matcher.selected(RNG) else None
+    matcher.check_selection()
+    problems = [*matcher.differences, *matcher.missing, *matcher.unexpected]
+    if problems and options.strict:
+        raise IncompatibleCheckpointError(
+            f"cannot resume from {where}: the training state that was saved was expected, {some(problems, 10)}; "
+            f"strict=False restores what fits; {UNCHANGED}"
+        )
+    matcher.notes += problems
+    leaves.arrange_schedulers(matcher.notes)
+    reader.check_overlaps()
+    return RestorePlan(reader, matcher, values, rng, where)
+
+
+def _process_state(matcher: Matcher, reader: ValueReader, leaves: Mapping[str, Any] | None, stored: StoredTraining) -> Any:
+    if leaves is None:
+        matcher.notes.append(f"{RNG.path}: not set, since {stored.ranks} ranks saved it")
+        return None
+    if RNG.path not in leaves:
+        matcher.missing.append("rng: the checkpoint has none")
+        return None
+    reader.begin_leaf()
+    return reader.value(leaves[RNG.path], RNG.path)

@@ -1,0 +1,169 @@
+"""Writes Python values as values of a training document, and collects the tensors in them.
+
+Plain JSON is None, bool, int, str and finite float. All else is an object whose first member is its tag: see FORMAT.md.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+
+from shardsave._common.memory import PLAIN_TYPES, memory_key
+from shardsave._common.sources import TensorSource
+from shardsave._common.strict_json import MAX_DIGITS
+from shardsave._common.words import an
+from shardsave._state.module import Entry
+from shardsave._state.numpy_arrays import is_swapped, tensor_of_array
+from shardsave._state.savable import check_savable
+from shardsave._training.places import Place, refuse, refuse_value
+from shardsave._training.subclasses import write_subclass
+
+#: How deep values may be nested: far less than the stack of any JSON reader allows.
+MAX_DEPTH = 64
+
+#: The dtypes of numpy scalars.
+SCALARS = frozenset(
+    ["bool", "complex64", "complex128", "float16", "float32", "float64"]
+    + [f"{u}int{b}" for u in ("", "u") for b in (8, 16, 32, 64)]
+)
+
+#: Types of keys and of elements of sets that are the same after they were read: hashed by value, not by identity.
+_KEYS = frozenset({type(None), bool, int, float, str, bytes, tuple})
+
+_LARGEST = 10**MAX_DIGITS
+_LIKE_RANK = re.compile(r"rank \d+/")
+
+
+class ValueWriter:
+    """Writes values. Tensors become entries; the same memory is one entry, under its first name.
+
+    ``prefix``: what the names of all entries begin with. Raises UnsupportedTrainingError or UnsupportedTensorError, naming the place.
+    """
+
+    def __init__(self, prefix: str = "") -> None:
+        self.entries: list[Entry] = []
+        self._prefix = prefix
+        self._names: set[str] = set()
+        self._first_at: dict[int, tuple[str, torch.Tensor]] = {}
+        self._above: list[int] = []  # the containers around the value that is being written, by id
+
+    def value(self, value: Any, place: Place) -> Any:
+        """The JSON of ``value``."""
+        kind = type(value)
+        if value is None or kind is bool:
+            return value
+        if kind is float:
+            return value if math.isfinite(value) else {"float": repr(value)}
+        if kind is int:
+            if abs(value) >= _LARGEST:
+                refuse(place, f"whole numbers of at most {MAX_DIGITS} digits were", "it is longer")
+            return value
+        if kind is str:
+            return _text(value, place)
+        if isinstance(value, torch.Tensor):
+            return self._tensor_value(value, place)
+        if isinstance(value, (dict, list, set)) or kind in (tuple, torch.Size):
+            return self._container(value, place)
+        return self._other(value, place)
+
+    def tensor(self, tensor: torch.Tensor, name: str) -> str:
+        """The name under which ``tensor`` is stored: ``name`` behind the prefix, or that of the same memory."""
+        name = self._prefix + name
+        check_savable(name, tensor)
+        address = tensor.data_ptr()
+        if address and (known := self._first_at.get(address)) is not None and memory_key(known[1]) == memory_key(tensor):
+            return known[0]
+        if name in self._names or (not self._prefix and name.startswith("rank ") and _LIKE_RANK.match(name)):
+            name = self._free(name)
+        self._names.add(name)
+        if address:
+            self._first_at.setdefault(address, (name, tensor))
+        # `Tensor.data`: if a Parameter gets other data during the save, this memory stays alive.
+        source = TensorSource(tensor.data if tensor.requires_grad else tensor, tensor.dtype)
+        self.entries.append(Entry(name, "tensor", None, None, source))
+        return name
+
+    def _free(self, name: str) -> str:
+        number = 2
+        while f"shared/{name} ({number})" in self._names:
+            number += 1
+        return f"shared/{name} ({number})"
+
+    def _tensor_value(self, tensor: torch.Tensor, place: Place) -> Any:
+        if type(tensor) not in PLAIN_TYPES and hasattr(tensor, "__tensor_flatten__"):
+            return write_subclass(tensor, place.path)
+        value = {"tensor": self.tensor(tensor, place.name)}
+        return value if tensor.is_cpu else {**value, "on": tensor.device.type}
+
+    def _container(self, value: Any, place: Place) -> Any:
+        if id(value) in self._above:
+            refuse(place, "values that do not contain themselves were", f"this {type(value).__name__} does")
+        if len(self._above) == MAX_DEPTH:
+            refuse(place, f"values nested at most {MAX_DEPTH} levels deep were", "it is deeper")
+        self._above.append(id(value))
+        try:
+            if isinstance(value, dict):
+                return self._dict(value, place)
+            if isinstance(value, set):
+                keys = [self._key(element, place) for element in value]
+                return {"set": sorted(keys, key=json.dumps)}
+            if type(value) is torch.Size:
+                return {"size": list(value)}
+            if type(value) not in (list, tuple):
+                refuse_value(place, value)
+            return {type(value).__name__: self._items(value, place)}
+        finally:
+            self._above.pop()
+
+    def _items(self, values: Iterable[Any], place: Place) -> list[Any]:
+        scalar = (bool, type(None))
+        return [item if type(item) in scalar else self.value(item, place.at(at)) for at, item in enumerate(values)]
+
+    def _dict(self, value: dict[Any, Any], place: Place) -> Any:
+        if all(type(key) is str for key in value):
+            return {"dict": {_text(key, place): self.value(item, place.at(key)) for key, item in value.items()}}
+        return {"pairs": [[self._key(key, place), self.value(item, place.at(key))] for key, item in value.items()]}
+
+    def _key(self, key: Any, place: Place) -> Any:
+        if type(key) not in _KEYS:
+            refuse(
+                place, "keys and elements that are numbers, text or tuples of these were", f"one is {an(type(key).__name__)}"
+            )
+        if type(key) is tuple:
+            for part in key:
+                self._key(part, place)
+        return self.value(key, place)
+
+    def _other(self, value: Any, place: Place) -> Any:
+        kind = type(value)
+        if isinstance(value, np.ndarray):
+            if is_swapped(value):
+                refuse(place, "an array in the byte order of this processor was", f"its dtype is {value.dtype}")
+            return {"array": self.tensor(tensor_of_array(self._prefix + place.name, value), place.name)}
+        if isinstance(value, np.generic) and value.dtype.name in SCALARS:
+            return {"scalar": [value.dtype.name, self.value(value.item(), place)]}
+        if kind is complex:
+            return {"complex": [self.value(value.real, place), self.value(value.imag, place)]}
+        if kind is bytes:
+            return {"bytes": base64.b64encode(value).decode()}
+        if kind is torch.dtype:
+            return {"dtype": str(value).removeprefix("torch.")}
+        if kind is torch.device:
+            return {"device": str(value)}
+        refuse_value(place, value)
+
+
+def _text(text: str, place: Place) -> str:
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            refuse(place, "text in Unicode was", "it has half of a surrogate pair")
+    return text

@@ -1,0 +1,162 @@
+"""Training documents that come from anywhere: whatever they hold, one of our errors is raised, and nothing is changed by a plan.
+
+Method: one value after the other in a document of every kind of leaf is replaced by each of many wrong ones.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, SequentialLR
+from torch.optim.swa_utils import AveragedModel
+
+import shardsave
+from through_files import Resumption, keep
+
+
+def nested(levels: int, tag: str = "list") -> Any:
+    value: Any = 1
+    for _ in range(levels):
+        value = {tag: [value] if tag != "dict" else {"x": value}}
+    return value
+
+
+WRONG: list[Any] = [
+    None, True, -1, 10**300, 1.5, "x", "", [], {}, [[]], {"tensor": "none"}, {"tensor": 3}, {"tensor": "t", "on": 5}, {"array": None},
+    {"dict": []}, {"list": {}}, {"pairs": [[1]]}, {"pairs": [[{"list": []}, 1]]}, {"pairs": [[1, 2], [True, 3]]}, {"set": [{"dict": {}}]},
+    {"float": "one"}, {"complex": [1]}, {"bytes": "%"}, {"bytes": 3}, {"dtype": "Tensor"}, {"dtype": 3}, {"device": "cuda:99999999"},
+    {"size": [-1]}, {"size": [10**300]}, {"scalar": ["int8", 300]}, {"scalar": ["O", 1]}, {"scalar": ["float32", "x"]}, {"other": 1},
+    {"tuple": [], "list": []}, {"per_rank": "none"}, {"subclass": {}}, {"optimizer": {}}, {"module": {"class": 1}}, {"object": []},
+    {"generator": {"class": "torch.Generator", "state": 3}}, nested(120), nested(300, "dict"), {"names": 3},
+]  # fmt: skip
+
+
+def make() -> tuple[nn.Module, dict[str, Any]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    optimizer = torch.optim.SGD(
+        [{"params": model[0].parameters()}, {"params": model[1].parameters(), "lr": 0.2}], 0.1, momentum=0.9
+    )
+    lambdas = [LambdaLR(optimizer, lambda step: 0.5**step) for _ in range(2)]
+    model(torch.ones(2)).sum().backward()
+    optimizer.step()
+    training = {
+        "optimizer": optimizer,
+        "scheduler": SequentialLR(optimizer, lambdas, [3]),
+        "ema": AveragedModel(model),
+        "generators": [torch.Generator(), np.random.default_rng(1), random.Random(2)],
+        "own": shardsave.PerRank({"t": torch.ones(2), "a": np.ones(2)}),
+        "values": {"a": [1, 2.5, None, {"b": (1, 2)}], "k": {1: np.float32(2)}},
+        "epoch": 1,
+    }
+    return model, training
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    yield path
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from places(item, (*path, key))
+    elif isinstance(value, list):
+        for at, item in enumerate(value[:8]):  # the state of a generator has hundreds of numbers
+            yield from places(item, (*path, at))
+
+
+def changed(document: Any, path: tuple[Any, ...], value: Any) -> Any:
+    if not path:
+        return value
+    copied = dict(document) if isinstance(document, dict) else list(document)
+    copied[path[0]] = changed(document[path[0]], path[1:], value)
+    return copied
+
+
+def everything(model: nn.Module, training: dict[str, Any]) -> str:
+    own = training["own"].value
+    states = [training[name].state_dict() for name in ("optimizer", "scheduler", "ema")]
+    numbers = [g.get_state().sum() if isinstance(g, torch.Generator) else 0 for g in training["generators"]]
+    process = hash(random.getstate()), torch.get_rng_state().sum(), np.random.get_state()[2]  # type: ignore[index]
+    return repr((model.state_dict(), states, own, training["generators"][2].getstate()[1][:3], numbers, process))
+
+
+@pytest.mark.slow
+def test_one_wrong_value_anywhere(tmp_path: Path) -> None:
+    """Catches another exception than ours, a change before the error, and a document that is believed where it is wrong."""
+    model, training = make()
+    keep(tmp_path, training, model, rng=True)
+    document = json.loads((tmp_path / "document.json").read_text())
+    before = everything(model, training)
+    refused = accepted = 0
+    generator = random.Random(1)
+    for part in ("shared", "leaves"):
+        for path in places(document[part]):
+            for wrong in generator.sample(WRONG, 3):
+                altered = {**document, part: changed(document[part], path, wrong)}
+                try:
+                    resumption = Resumption(tmp_path, training, model, document=altered, rng=True)
+                except shardsave.ShardSaveError as error:
+                    refused += 1
+                    assert str(error).endswith("nothing was changed") and len(str(error)) < 1500, (path, wrong, error)
+                else:
+                    accepted += 1
+                    if accepted % 10 == 0:
+                        other_model, other = make()
+                        try:
+                            resumption = Resumption(tmp_path, other, other_model, document=altered, rng=True)
+                            resumption.finish()
+                        except shardsave.ShardSaveError as error:
+                            assert "partly restored" in str(error) or "no object has changed" in str(error), (
+                                path,
+                                wrong,
+                                error,
+                            )
+                        finally:
+                            random.seed(0), np.random.seed(0), torch.manual_seed(0)
+                            before = everything(model, training)
+                assert everything(model, training) == before, (path, wrong)
+    assert refused > 300 and accepted > 30
+
+
+@pytest.mark.parametrize("shared", [{"other": 1}, [], nested(5), {"dict": {"optimizer": 3}}, 5])
+def test_a_wrong_structure(tmp_path: Path, shared: Any) -> None:
+    """Catches a document of another structure that is taken as one without leaves."""
+    model, training = make()
+    keep(tmp_path, training, model)
+    document = {"shared": shared, "leaves": {}}
+    with pytest.raises((shardsave.CorruptCheckpointError, shardsave.IncompatibleCheckpointError), match="nothing was changed"):
+        Resumption(tmp_path, training, model, document=document)
+
+
+def test_keys_that_collide(tmp_path: Path) -> None:
+    """Catches a mapping whose keys all have the same hash: building it would take minutes."""
+    keep(tmp_path, {"a": 1})
+    keys = [at * ((1 << 61) - 1) for at in range(40_000)]
+    started = time.monotonic()
+    with pytest.raises(shardsave.CorruptCheckpointError, match="keys that are different were expected"):
+        Resumption(
+            tmp_path, {"a": 1}, document={"shared": {"dict": {"a": {"pairs": [[key, 1] for key in keys]}}}, "leaves": {}}
+        )
+    assert time.monotonic() - started < 10
+
+
+def test_a_state_of_another_parameter(tmp_path: Path) -> None:
+    """Catches state by a name that is in no group, and a group without the parameters that it names."""
+    model, training = make()
+    keep(tmp_path, training, model)
+    document = json.loads((tmp_path / "document.json").read_text())
+    altered = copy.deepcopy(document)
+    state = altered["shared"]["dict"]["optimizer"]["optimizer"]["state"]
+    state["2.weight"] = state.pop("0.weight")
+    with pytest.raises(
+        shardsave.CorruptCheckpointError, match="the state of a parameter of a group was expected, it is '2.weight'"
+    ):
+        Resumption(tmp_path, training, model, document=altered)
