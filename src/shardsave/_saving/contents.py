@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from shardsave._common.strict_json import NotJSON, check_memory
 from shardsave._format.file_names import check_shard_count
 from shardsave._format.header import MAX_HEADER_BYTES
-from shardsave._format.index import Index, Record
+from shardsave._format.index import Index, Moment, Record, ShardRecord
 from shardsave._saving.disk_layout import OnDisk
 from shardsave._saving.shards import PlannedShard, plan_shards
 from shardsave._state.module import State
 from shardsave._state.parts import Parts
 from shardsave.errors import UnsupportedModuleError
+
+#: No record of a file is longer as JSON.
+_LONGEST_RECORD = ShardRecord(1 << 63, 1 << 31, (1 << 64) - 1)
+
+
+@dataclass(frozen=True)
+class PlannedDirectory:
+    """A part with a directory of its own, before it is written.
+
+    ``role``: in the index. ``stem``: what the directory's name begins with. ``documents``: file → JSON. ``shards``: file → what is in
+    it. ``index``: makes the directory's document from the records of all these files.
+    """
+
+    role: str
+    stem: str
+    documents: Mapping[str, bytes]
+    shards: Mapping[str, PlannedShard]
+    index: Callable[[Mapping[str, ShardRecord]], bytes]
+
+    @property
+    def longest_index(self) -> bytes:
+        """The document as it will be, but for the numbers in it, none of which can be longer."""
+        return self.index(dict.fromkeys([*self.documents, *self.shards], _LONGEST_RECORD))
 
 
 class Contents(NamedTuple):
@@ -22,6 +46,7 @@ class Contents(NamedTuple):
     ``shards`` hold the weights, ``extra_shards`` (none or one) the extra tensors that ``documents`` refer to. ``documents``: role →
     content. ``companions``: file name → content. ``flags``: name on disk → frozen; None if the flags are unknown. ``module_flags``:
     name in the module → frozen; None if the names on disk are the same. ``single_file``: a second name for the first shard.
+    ``directories``: the parts that have directories of their own, and ``directory_documents``: the most bytes of JSON in these.
     """
 
     state: State
@@ -34,14 +59,19 @@ class Contents(NamedTuple):
     metadata: Mapping[str, Any]
     single_file: str | None
     notes: tuple[str, ...]
+    directories: Sequence[PlannedDirectory] = ()
+    directory_documents: int = 0
+    moment: Moment = Moment()
 
     @property
     def all_shards(self) -> list[PlannedShard]:
-        return [*self.shards, *self.extra_shards]
+        """In the order in which they are written."""
+        in_directories = (shard for directory in self.directories for shard in directory.shards.values())
+        return [*self.shards, *self.extra_shards, *in_directories]
 
     @property
     def tensor_bytes(self) -> int:
-        """Bytes of tensor data, extra tensors included."""
+        """Bytes of tensor data, those of all parts included."""
         return sum(shard.layout.data_bytes for shard in self.all_shards)
 
     @property
@@ -52,7 +82,8 @@ class Contents(NamedTuple):
     @property
     def reserved_bytes(self) -> int:
         """The bytes that must be free on disk before anything is written."""
-        return sum(shard.reserved_bytes for shard in self.all_shards) + sum(map(len, self.documents.values()))
+        documents = sum(map(len, self.documents.values())) + self.directory_documents
+        return sum(shard.reserved_bytes for shard in self.all_shards) + documents
 
     @property
     def ties(self) -> dict[str, str]:
@@ -66,23 +97,27 @@ class Contents(NamedTuple):
         return Index(weight_map, self.weight_bytes, record)
 
 
-def plan_contents(on_disk: OnDisk, parts: Parts, max_shard_size: int, metadata: Mapping[str, Any]) -> Contents:
+def plan_contents(
+    on_disk: OnDisk,
+    parts: Parts,
+    max_shard_size: int,
+    metadata: Mapping[str, Any],
+    *,
+    directories: Sequence[PlannedDirectory] = (),
+    moment: Moment = Moment(),  # noqa: B008 - a value
+) -> Contents:
     """Packs what ``on_disk`` and ``parts`` hold into shards of at most ``max_shard_size`` bytes.
 
-    Raises UnsupportedModuleError for a document that is longer than a reader accepts, ValueError for too many shards.
+    ``moment``: when in a training this is. Raises UnsupportedModuleError for a document that is longer than a reader accepts,
+    ValueError for too many shards.
     """
     for role, document in parts.documents.items():
-        if len(document) > MAX_HEADER_BYTES:
-            raise UnsupportedModuleError(
-                f"cannot save the {role}: at most {MAX_HEADER_BYTES} bytes were expected, since no more can be loaded, it has "
-                f"{len(document)}; nothing was written"
-            )
-        try:
-            check_memory(document)
-        except NotJSON as refusal:
-            raise UnsupportedModuleError(
-                f"cannot save the {role}: {refusal.wanted}, since no more can be loaded, {refusal.found}; nothing was written"
-            ) from None
+        _check_readable(role, document)
+    directory_documents = 0
+    for directory in directories:
+        for document in (*directory.documents.values(), directory.longest_index):
+            _check_readable(directory.role, document)
+            directory_documents += len(document)
     state = on_disk.state
     shards = _plan_shards(on_disk, max_shard_size)
     check_shard_count(len(shards))
@@ -98,7 +133,25 @@ def plan_contents(on_disk: OnDisk, parts: Parts, max_shard_size: int, metadata: 
         metadata=metadata,
         single_file=on_disk.single_file,
         notes=on_disk.notes,
+        directories=directories,
+        directory_documents=directory_documents,
+        moment=moment,
     )
+
+
+def _check_readable(role: str, document: bytes) -> None:
+    """Raises UnsupportedModuleError if a reader would refuse ``document`` because of its size."""
+    if len(document) > MAX_HEADER_BYTES:
+        raise UnsupportedModuleError(
+            f"cannot save the {role}: at most {MAX_HEADER_BYTES} bytes were expected, since no more can be loaded, it has "
+            f"{len(document)}; nothing was written"
+        )
+    try:
+        check_memory(document)
+    except NotJSON as refusal:
+        raise UnsupportedModuleError(
+            f"cannot save the {role}: {refusal.wanted}, since no more can be loaded, {refusal.found}; nothing was written"
+        ) from None
 
 
 def _plan_shards(on_disk: OnDisk, max_shard_size: int) -> list[PlannedShard]:
