@@ -5,25 +5,29 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
+import shardsave
 from shardsave._common.progress import Progress
 from shardsave._format.index import Moment
+from shardsave._loading.read import TensorReader
 from shardsave._saving.contents import plan_contents
 from shardsave._saving.disk_layout import IdentityLayout
 from shardsave._saving.training_directory import plan_training_directory
-from shardsave._saving.write import WriteOutcome, write_checkpoint
+from shardsave._saving.write import write_checkpoint
 from shardsave._state.module import Source, read_state
 from shardsave._state.parts import Parts
 from shardsave._storage.checkpoint import open_checkpoint
 
 INDEX = "model.safetensors.index.json"
+MOMENT = Moment(step=1, metrics={"loss": 0.5}, ranks=1, created="2026-11-30T05:40:00Z")
 
 
 def training_tensors(generation: int) -> dict[str, torch.Tensor]:
-    """Three tensors for two files; every value is the generation."""
-    return {f"optimizer/m{n}": torch.full((700 + n,), float(generation)) for n in range(3)}
+    """Two tensors for two files; every value is the generation."""
+    return {f"optimizer/m{n}": torch.full((700 + n,), float(generation)) for n in range(2)}
 
 
 def save_with_training(
@@ -33,18 +37,34 @@ def save_with_training(
     *,
     durable: bool = True,
     tensors: Mapping[str, torch.Tensor] | None = None,
-    moment: Moment = Moment(step=1, ranks=1, created="2026-11-30T05:40:00Z"),  # noqa: B008 - a value
-) -> WriteOutcome:
+    moment: Moment = MOMENT,
+    metadata: Mapping[str, Any] | None = None,
+) -> shardsave.SaveReport:
     """Saves ``source`` with a training state: shared values, values of rank 0, and tensors in files of at most 5000 bytes."""
     state = read_state(training_tensors(generation) if tensors is None else tensors)
     shared = json.dumps({"dict": {"generation": generation, "nan": {"float": "nan"}}}).encode()
     leaves = json.dumps({"loader": generation}).encode()
     directory = plan_training_directory(shared, {0: leaves}, {0: state.entries}, 5000)
-    contents = plan_contents(
-        IdentityLayout().apply(read_state(source)), Parts(), 5000, {}, directories=[directory], moment=moment
-    )
+    on_disk = IdentityLayout().apply(read_state(source))
+    contents = plan_contents(on_disk, Parts(), 5000, metadata or {}, directories=[directory], moment=moment)
     with Progress(False, "saving", contents.tensor_bytes) as progress:
-        return write_checkpoint(contents, folder, durable=durable, lock_timeout=10, progress=progress)
+        outcome = write_checkpoint(contents, folder, durable=durable, lock_timeout=10, progress=progress)
+    return shardsave.SaveReport(
+        path=str(folder),
+        bytes=contents.weight_bytes,
+        tensors=outcome.tensors,
+        shards=outcome.shards,
+        seconds=0.0,
+        phases=outcome.phases,
+        engine="",
+        direct=outcome.totals.direct,
+        staging_bytes=outcome.totals.staging_bytes,
+        pinned=False,
+        notes=outcome.notes,
+        durable=durable,
+        leftovers=outcome.leftovers,
+        removed=outcome.removed,
+    )
 
 
 def training_directory(folder: Path) -> Path:
@@ -55,8 +75,6 @@ def training_directory(folder: Path) -> Path:
 
 def training_generation(folder: Path) -> int | None:
     """The generation of the training state in ``folder``, which is whole bit for bit; None if the checkpoint has none."""
-    from shardsave._loading.read import TensorReader
-
     with open_checkpoint(folder, lambda name: False, parts=["training state"]) as checkpoint:
         training = checkpoint.training
         if training is None:
@@ -69,3 +87,9 @@ def training_generation(folder: Path) -> int | None:
     expected = training_tensors(generation)
     assert loaded.keys() == expected.keys() and all(torch.equal(loaded[name], expected[name]) for name in expected)
     return generation
+
+
+def names_of_training(folder: Path) -> set[str]:
+    """The names in the directory of the training state in ``folder`` that belong to it, relative to ``folder``; none if there is none."""
+    with open_checkpoint(folder, lambda name: False, parts=["training state"]) as checkpoint:
+        return set(checkpoint.files)
