@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import shardsave
 from faults.beneath import Fate, arm, disarm
-from faults.savers import Bench, generation_in, litter_in, save, state
+from faults.savers import KIND, Bench, generation_in, litter_in, save, state
 from faults.scenarios import DELETED, FAILURES, NO_ROOM, Scenarios, held, nothing_leaked, run_scenarios
 from shardsave._api.convert import Form
 
@@ -163,7 +163,7 @@ def _with_litter(bench: Bench) -> None:
     bench.reset()
     child = os.fork()
     if child == 0:
-        arm(bench.target, 45, Fate.KILL)
+        arm(bench.target, 110 if KIND == "training" else 45, Fate.KILL)
         save(2, bench.target)
         os._exit(0)
     assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
@@ -211,6 +211,7 @@ SCENARIOS: Scenarios = {
     "file_slice_fails": (file_fails, [(Fate.FAIL, errno.EIO), (Fate.FAIL_AFTER, errno.EIO)]),
     "file_is_interrupted": (file_is_interrupted, _INTERRUPTS),
     "file_is_killed": (file_is_killed, _KILLS),
+    "clean_meets_training": (clean_meets, [(Fate.FAIL, errno.EIO), (Fate.INTERRUPT_AFTER, 0), (Fate.KILL_AFTER, 0)]),
     "clean_meets": (clean_meets, [*FAILURES, *_INTERRUPTS, *_KILLS]),
 }
 

@@ -53,10 +53,12 @@ def inspect(path: str | os.PathLike[str], *, architecture: bool = False) -> Chec
             ties=dict(checkpoint.ties),
             metadata=dict(checkpoint.metadata),
             durable=checkpoint.record.durable if checkpoint.record is not None else None,
-            parts={role: part.file for role, part in checkpoint.record.parts.items()} if checkpoint.record is not None else {},
+            parts={role: part.file for role, part in checkpoint.parts.items()},
             companions=tuple(checkpoint.companions),
             notes=checkpoint.notes(),
             architecture=architecture_info(checkpoint),
+            part_bytes={role: checkpoint.part_bytes(part) for role, part in checkpoint.parts.items()},
+            **checkpoint.moment._asdict(),
         )
 
 

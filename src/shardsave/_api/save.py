@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Union
 from torch import nn
 
 from shardsave._api.arguments import check_path, check_progress, check_switches, check_timeout, parse_size
+from shardsave._api.moments import check_moment
 from shardsave._api.operators import check_operators
 from shardsave._api.reports import SaveReport
 from shardsave._common.backend import engine_name
@@ -48,6 +49,8 @@ def save(
     max_shard_size: Union[int, str] = "2GB",
     durable: bool = True,
     metadata: Mapping[str, Any] | None = None,
+    step: int | None = None,
+    metrics: Mapping[str, Any] | None = None,
     architecture: bool = False,
     program: Program | None = None,
     adapter_only: bool = False,
@@ -66,6 +69,8 @@ def save(
         max_shard_size: the most bytes of tensor data in one file, as an int or ``"5GB"``, ``"500MB"``, ``"2GiB"``.
         durable: wait until the checkpoint would survive a loss of power; if False, it survives only the end of the process.
         metadata: name → JSON value, returned by ``inspect``; keys are strings on every level, tuples come back as lists.
+        step: how many steps of a training were finished; returned by ``inspect``, with the time of the save.
+        metrics: name → real number (also a numpy or torch scalar), for example ``{"loss": 0.25}``; returned by ``inspect``.
         architecture: also store the module tree as data, so that ``build_model`` builds the whole model again without calling its
             constructor. Anything that cannot be stored as data is refused; hooks are left out, with one warning.
         program: ``(args, kwargs)`` for ``forward``, or the result of ``torch.export.export``: also store what the model computes,
@@ -106,10 +111,12 @@ def save(
     check_timeout(lock_timeout)
     max_shard_bytes = parse_size(max_shard_size)
     user_metadata = check_metadata(metadata)
+    moment = check_moment(step, metrics)
     layout = _choose_layout(source, adapter_only, with_parts=architecture or program is not None)
     started = time.perf_counter()
     with gc_paused():
         contents, needed = _read_contents(source, layout, architecture, program, max_shard_bytes, user_metadata)
+        contents = contents._replace(moment=moment)
     plan_seconds = time.perf_counter() - started
     with Progress(progress, "saving", contents.tensor_bytes) as reporter:
         outcome = write_checkpoint(contents, path, durable=durable, lock_timeout=lock_timeout, progress=reporter)

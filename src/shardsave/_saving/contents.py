@@ -47,6 +47,7 @@ class Contents(NamedTuple):
     content. ``companions``: file name → content. ``flags``: name on disk → frozen; None if the flags are unknown. ``module_flags``:
     name in the module → frozen; None if the names on disk are the same. ``single_file``: a second name for the first shard.
     ``directories``: the parts that have directories of their own, and ``directory_documents``: the most bytes of JSON in these.
+    ``moment``: of a training.
     """
 
     state: State
@@ -104,11 +105,10 @@ def plan_contents(
     metadata: Mapping[str, Any],
     *,
     directories: Sequence[PlannedDirectory] = (),
-    moment: Moment = Moment(),  # noqa: B008 - a value
 ) -> Contents:
     """Packs what ``on_disk`` and ``parts`` hold into shards of at most ``max_shard_size`` bytes.
 
-    ``moment``: when in a training this is. Raises UnsupportedModuleError for a document that is longer than a reader accepts,
+    Raises UnsupportedModuleError for a document that is longer than a reader accepts,
     ValueError for too many shards.
     """
     for role, document in parts.documents.items():
@@ -135,7 +135,6 @@ def plan_contents(
         notes=on_disk.notes,
         directories=directories,
         directory_documents=directory_documents,
-        moment=moment,
     )
 
 

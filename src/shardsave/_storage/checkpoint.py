@@ -12,7 +12,7 @@ from shardsave._common.gc_pause import gc_paused
 from shardsave._common.os_calls import absolute_path
 from shardsave._common.strict_json import glimpse
 from shardsave._format.header import CHECKSUM_KEY, Header
-from shardsave._format.index import TRAINING, FileRecord, Index, Part, Record, ties_in_metadata
+from shardsave._format.index import TRAINING, FileRecord, Index, Moment, Part, Record, ties_in_metadata
 from shardsave._format.index_parsing import parse_index
 from shardsave._format.rank_files import SHARDING_KEY, SHARDING_VERSION_KEY
 from shardsave._storage.companions import companion_notes
@@ -22,7 +22,7 @@ from shardsave._storage.located import StoredChunk, located
 from shardsave._storage.rank_files import assemble, chunks_of, refuse_lone_rank, shape_notes
 from shardsave._storage.several import refuse_several
 from shardsave._storage.shard_files import Broken, HeaderCheck, ShardFiles
-from shardsave._storage.training import TrainingFiles, open_training
+from shardsave._storage.training import TrainingFiles, bytes_in, open_training
 from shardsave.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
@@ -86,16 +86,31 @@ class Checkpoint(ShardFiles):
         return {name: value for name, value in self.file_metadata.items() if name not in reserved}
 
     @property
+    def parts(self) -> Mapping[str, Part]:
+        """Role → part, also of those that this version does not know."""
+        return self.record.parts if self.record is not None else {}
+
+    def part_bytes(self, part: Part) -> int:
+        """The length of the file of ``part``; of one with a directory of its own, of all its files there, as far as they can be seen."""
+        if part.directory is None:
+            return part.record.length
+        return bytes_in(self.path_of(part.directory)) or part.record.length
+
+    @property
+    def moment(self) -> Moment:
+        """The moment of a training at which it was saved."""
+        return self.record.moment if self.record is not None else Moment()
+
+    @property
     def files(self) -> tuple[str, ...]:
         """The shards that were opened, the files of all parts that this version knows, and those of a training state that was opened."""
-        parts = self.record.parts if self.record is not None else {}
         training = self.training.files if self.training is not None else ()
-        return (*self.shards, *(parts[role].file for role in PARTS if role in parts), *training)
+        return (*self.shards, *(self.parts[role].file for role in PARTS if role in self.parts), *training)
 
     @property
     def unknown_parts(self) -> list[str]:
         """The roles of the parts that this version does not know."""
-        return sorted(self.record.parts.keys() - {*PARTS}) if self.record is not None else []
+        return sorted(self.parts.keys() - {*PARTS})
 
     @property
     def companions(self) -> Mapping[str, FileRecord]:
@@ -172,16 +187,15 @@ class Checkpoint(ShardFiles):
 
     def _admit_parts(self, roles: Iterable[str], broken: Broken) -> None:
         """Opens those parts ``roles`` that the checkpoint has: reads JSON whole, and notes the places of extra tensors."""
-        parts = self.record.parts if self.record is not None else {}
         for role in roles:
-            if role not in parts:
+            if role not in self.parts:
                 continue
             try:
-                self._admit_part(role, parts[role], broken)
+                self._admit_part(role, self.parts[role], broken)
             except ShardSaveError as error:
                 if broken is None:
                     raise
-                broken[parts[role].file] = error
+                broken[self.parts[role].file] = error
 
     def _admit_part(self, role: str, part: Part, broken: Broken) -> None:
         shard = part.file

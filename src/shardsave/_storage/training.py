@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import NamedTuple
 
 from shardsave._common.strict_json import glimpse
-from shardsave._format.file_names import RANK_DOCUMENT
+from shardsave._format.file_names import RANK_DOCUMENT, is_in_directory
 from shardsave._format.index import Part
 from shardsave._format.training_state import parse_rank_document, parse_training_index
 from shardsave._storage.located import Located, located
@@ -69,3 +70,14 @@ def _note_tensors(checkpoint: ShardFiles, file: str, tensors: dict[str, Located]
             f"{tensors[repeated].shard}; nothing else of the training state was read"
         )
     tensors.update(located(file, header))
+
+
+def bytes_in(folder: str) -> int:
+    """The length of all files of a part in its directory, as far as they can be seen; nothing is opened."""
+    total = 0
+    with suppress(OSError), os.scandir(folder) as listed:
+        for entry in listed:
+            with suppress(OSError):
+                if is_in_directory(entry.name) and entry.is_file():
+                    total += entry.stat().st_size
+    return total
