@@ -105,7 +105,7 @@ def verify(path: str | os.PathLike[str], *, keep_going: bool = False, progress: 
     opinion = SecondOpinion()
     broken_files = broken if keep_going else None
     with open_checkpoint(path, parts=PARTS, broken=broken_files, header_check=opinion.check) as checkpoint:
-        stored = (*checkpoint.tensors.values(), *checkpoint.kept.values())
+        stored = [*checkpoint.all_located(checkpoint.tensors.values())]
         targets: list[Target] = [(place, None) for located in stored for place in located.places]
         planned = time.perf_counter()
         with Progress(progress, "verifying", sum(located.nbytes for located, _ in targets)) as reporter:

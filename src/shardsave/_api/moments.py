@@ -56,7 +56,7 @@ def _number(place: str, value: Any) -> float:
     if is_tensor or (isinstance(value, (np.ndarray, np.generic)) and value.size == 1):
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{place} must be a number, not {an(type(value).__name__)}")
+        raise TypeError(f"{place} must be a real number, or a tensor or array with one, not {an(type(value).__name__)}")
     number = int(value) if isinstance(value, Integral) else float(value)
     if isinstance(number, int) and abs(number) >= 10**MAX_DIGITS:
         raise ValueError(f"{place} must have at most {MAX_DIGITS} digits")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from shardsave._common.gc_pause import gc_paused
@@ -95,6 +95,13 @@ class Checkpoint(ShardFiles):
         if part.directory is None:
             return part.record.length
         return bytes_in(self.path_of(part.directory)) or part.record.length
+
+    def all_located(self, weights: Iterable[Located]) -> Iterator[Located]:
+        """``weights``, and the tensors of all parts that were opened."""
+        yield from weights
+        yield from self.kept.values()
+        if self.training is not None:
+            yield from self.training.tensors.values()
 
     @property
     def moment(self) -> Moment:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from shardsave._common.strict_json import glimpse
 from shardsave._format.file_names import RANK_DOCUMENT, is_in_directory
@@ -23,6 +23,15 @@ class TrainingFiles(NamedTuple):
     rank_documents: Mapping[int, bytes]
     tensors: Mapping[str, Located]
     files: tuple[str, ...]
+
+    def values(self) -> dict[str, Any]:
+        """Everything in it but its tensors: values that all ranks share, and by rank those of each."""
+        _, members = parse_training_index(self.document, "the training state")
+        leaves = {
+            f"rank {rank}": parse_rank_document(document, rank, f"rank {rank}")["leaves"]
+            for rank, document in self.rank_documents.items()
+        }
+        return {"ranks": members["ranks"], "shared": members["shared"], **leaves}
 
 
 def open_training(checkpoint: ShardFiles, part: Part, broken: Broken) -> TrainingFiles:
