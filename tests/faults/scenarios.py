@@ -393,6 +393,7 @@ SCENARIOS: Scenarios = {
     "save_loses_its_disk": (save_loses_its_disk, [(Fate.FAIL_FROM_HERE, errno.EIO), (Fate.FAIL_FROM_HERE, errno.EROFS)]),
     "save_is_killed": (save_is_killed, [(Fate.KILL, 0), (Fate.KILL_AFTER, 0)]),
     "killed_after_each_call": (save_is_killed, [(Fate.KILL_AFTER, 0)]),
+    "killed_at_each_call": (save_is_killed, [(Fate.KILL, 0)]),
     "training_fails": (save_fails, [(Fate.FAIL, errno.EIO), (Fate.FAIL_AFTER, errno.EIO)]),
     "training_is_interrupted": (save_is_interrupted, [(Fate.INTERRUPT_AFTER, 0)]),
     "config_outlives_its_save": (config_outlives_its_save, [(Fate.KILL_AFTER, 0)]),

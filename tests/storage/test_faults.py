@@ -68,7 +68,7 @@ def test_killed_at_each_call_over_links(beneath: Path, memory: Path) -> None:
 def test_each_call_of_a_save_with_a_training_state(beneath: Path, memory: Path, before: str) -> None:
     """Catches a model and a training state of two saves, one of them without the other, half a directory, one of a save that was not
     committed, and one that the next save does not remove."""
-    scenarios = "training_fails,save_is_killed,training_is_interrupted"
+    scenarios = "training_fails,killed_at_each_call,training_is_interrupted"
     arguments = ["-m", "faults.scenarios", scenarios, before, str(memory)]
     assert trials(run_beneath(beneath, "native", arguments, kind="training")) >= 120
 
@@ -76,7 +76,7 @@ def test_each_call_of_a_save_with_a_training_state(beneath: Path, memory: Path, 
 @pytest.mark.parametrize("kind", ["training-new", "training-gone"])
 def test_killed_at_each_call_where_one_of_two_saves_has_a_training_state(beneath: Path, memory: Path, kind: str) -> None:
     """Catches a moment at which a kill leaves a model with the training state of another save, or without its own."""
-    arguments = ["-m", "faults.scenarios", "killed_after_each_call", "overwrite", str(memory)]
+    arguments = ["-m", "faults.scenarios", "killed_at_each_call", "overwrite", str(memory)]
     assert trials(run_beneath(beneath, "native", arguments, kind=kind)) >= 120
 
 
