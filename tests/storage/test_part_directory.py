@@ -14,6 +14,8 @@ import shardsave
 from faults.dying import killed
 from faults.running import run_beneath
 from faults.savers import litter_in, state
+from shardsave._common.progress import Progress
+from shardsave._loading.read import TensorReader
 from shardsave._storage.checkpoint import open_checkpoint
 from shardsave._storage.transaction import Transaction
 from support import forked
@@ -81,6 +83,8 @@ import sys, shardsave
 from pathlib import Path
 from faults.beneath import read_record, recorded
 from faults.savers import state
+from shardsave._common.progress import Progress
+from shardsave._loading.read import TensorReader
 from shardsave._storage.checkpoint import open_checkpoint
 from training_state import save_with_training
 
@@ -307,3 +311,41 @@ def test_more_files_than_may_be_open(tmp_path: Path, allowance: int, monkeypatch
     before = len(os.listdir("/proc/self/fd"))
     assert os.waitpid(forked(lambda: shardsave.verify(tmp_path)), 0)[1] == 0
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def generations(folder: Path) -> tuple[int, int | None]:
+    """The generations of the weights and of the training state, from one look at the checkpoint."""
+    with open_checkpoint(folder, parts=["training state"]) as checkpoint:
+        training = checkpoint.training
+        located = [checkpoint.tensors["t0"], *(training.tensors.values() if training is not None else ())]
+        loaded = [torch.empty(t.shape) for t in located]
+        with Progress(False, "loading", 0) as progress:
+            TensorReader(checkpoint, verify=True, progress=progress).read([*zip(located, loaded)])
+        values = {float(value) for tensor in loaded[1:] for value in tensor}
+        assert len(values) == (training is not None)
+        if training is not None:
+            assert json.loads(training.document)["shared"]["dict"]["generation"] == min(values)
+    return int(loaded[0][0]), int(min(values)) if values else None
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_savers_and_readers_at_once(tmp_path: Path) -> None:
+    """Catches a reader that gets the model of one save with the training state of another, or an error because a save came between."""
+
+    def save_some(number: int) -> None:
+        for generation in range(10 * number, 10 * number + 6):
+            if generation % 3:
+                save_with_training(state(generation), tmp_path, generation, durable=False)
+            else:
+                shardsave.save(state(generation), tmp_path, durable=False)
+
+    save_some(9)
+    children = {forked(lambda number=number: save_some(number)) for number in (1, 2, 3)}  # type: ignore[misc]
+    alive, seen = set(children), set()
+    while alive:
+        weights, trained = generations(tmp_path)
+        assert trained == (weights if weights % 3 else None)
+        seen.add(weights)
+        alive -= {child for child in alive if os.waitpid(child, os.WNOHANG)[0]}
+    assert len(seen) > 2 and not litter_in(tmp_path)
