@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Container, Iterable, Mapping
-from math import isfinite
+from math import inf, isfinite, nan
 from typing import Any, NamedTuple
 
 from shardsave._common.gc_pause import gc_paused
@@ -30,7 +30,7 @@ PART_DIRECTORIES = "part directories"
 TRAINING = "training state"
 
 #: What a metric may be instead of a JSON number.
-NOT_FINITE = ("nan", "inf", "-inf")
+NOT_FINITE = {"nan": nan, "inf": inf, "-inf": -inf}
 
 #: What follows the checksum, which is the last value of the record.
 END = b'"}}\n'

@@ -232,13 +232,13 @@ def _parse_moment(members: dict[str, Any], where: str) -> Moment:
     if not isinstance(metrics, dict):
         _bad(where, "metrics expected to map names to numbers", f"it is {glimpse(metrics)}")
     for name, value in metrics.items():
-        if type(value) not in (int, float) and value not in NOT_FINITE:
+        if type(value) not in (int, float) and not (isinstance(value, str) and value in NOT_FINITE):
             _bad(where, f"metric {glimpse(name)} expected to be a number", f"it is {glimpse(value)}")
     if ranks is not None and (type(ranks) is not int or ranks < 1):
         _bad(where, "ranks expected to be a number of processes", f"it is {glimpse(ranks)}")
     if created is not None and (not isinstance(created, str) or not _TIME.fullmatch(created)):
         _bad(where, "created expected to be a time in UTC", f"it is {glimpse(created)}")
-    numbers = {name: float(value) if isinstance(value, str) else value for name, value in metrics.items()}
+    numbers = {name: NOT_FINITE[value] if isinstance(value, str) else value for name, value in metrics.items()}
     return Moment(step, epoch, numbers, ranks, created)
 
 
