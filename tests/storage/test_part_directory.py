@@ -17,6 +17,7 @@ from faults.savers import litter_in, state
 from shardsave._common.progress import Progress
 from shardsave._loading.read import TensorReader
 from shardsave._storage.checkpoint import open_checkpoint
+from shardsave._storage.second_opinion import SecondOpinion
 from shardsave._storage.transaction import Transaction
 from support import forked
 from training_state import (
@@ -236,6 +237,24 @@ def test_space_is_freed_behind_the_return(tmp_path: Path) -> None:
     finally:
         freeing._free = free
     assert held == [len(FILES) + 2]
+
+
+def test_documents_that_nobody_could_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a training state that is written although its document is longer than a reader accepts."""
+    monkeypatch.setattr("shardsave._saving.contents.MAX_HEADER_BYTES", 300)
+    message = "cannot save the training state: at most 300 bytes were expected, since no more can be loaded, it has .*; nothing was written"
+    with pytest.raises(shardsave.UnsupportedModuleError, match=message):
+        save_with_training(state(1), tmp_path / "ckpt", 1)
+    assert not (tmp_path / "ckpt").exists()
+
+
+def test_verify_asks_for_a_second_opinion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a header of a training state that safetensors' own parser is not asked about."""
+    save_with_training(state(1), tmp_path, 1, durable=False)
+    asked: list[str] = []
+    monkeypatch.setattr(SecondOpinion, "check", lambda self, raw, length, header, file: asked.append(file))
+    shardsave.verify(tmp_path)
+    assert {f"{training_directory(tmp_path).name}/{name}" for name in FILES if name.endswith(".tensors")} < {*asked}
 
 
 def modes(folder: Path) -> tuple[int, set[int]]:
