@@ -14,6 +14,7 @@ from shardsave._foreign.unpickling import (
     GlobalName,
     Inert,
     Record,
+    Sequence,
     is_harmless,
     record_class,
 )
@@ -32,6 +33,10 @@ _STORAGE_DTYPES = {
 
 #: A persistent id in protocol 0, which writes it as text.
 _TEXT_ID = re.compile(r"\('storage', <class 'torch\.(?:storage\.)?(\w+)'>, '([^']+)', '[^']*', (\d+)(, None)?\)")
+
+
+#: How many different names a pickle may have. Each becomes a class, which takes a kilobyte.
+_MAX_NAMES = 10_000
 
 
 class StorageType(NamedTuple):
@@ -63,15 +68,21 @@ class Described(NamedTuple):
 
 
 class Names:
-    """The global names of one file. ``unknown``: those that are no tensors, usual values, or ``allowed``; they became records too."""
+    """The global names of one file. ``unknown``: those that are no tensors, usual values, or ``allowed``; they became records too.
 
-    def __init__(self, allowed: Iterable[str] = ()) -> None:
+    With ``every``, every name is allowed.
+    """
+
+    def __init__(self, allowed: Iterable[str] = (), *, every: bool = False) -> None:
         self.unknown: dict[str, None] = {}
         self._allowed = frozenset(allowed)
+        self._every = every
         self._known: dict[GlobalName, Any] = {}
 
     def find(self, module: str, name: str) -> Any:
         if (module, name) not in self._known:
+            if len(self._known) >= _MAX_NAMES:
+                raise Forbidden(f"has more than {_MAX_NAMES} different names")
             self._known[module, name] = self._make(module, name)
         return self._known[module, name]
 
@@ -80,7 +91,7 @@ class Names:
             return _NAMES[module, name]
         if module in ("torch", "torch.storage") and name in _STORAGE_DTYPES:
             return StorageType(_STORAGE_DTYPES[name])
-        if f"{module}.{name}" not in self._allowed and not is_harmless(module, name):
+        if not self._every and f"{module}.{name}" not in self._allowed and not is_harmless(module, name):
             self.unknown[f"{module}.{name}"] = None
         return record_class(module, name)
 
@@ -178,7 +189,7 @@ _TENSOR_TYPES = (
 
 _NAMES: dict[GlobalName, Any] = {
     **PLAIN_TYPES,
-    ("torch", "Size"): tuple,
+    ("torch", "Size"): Sequence,
     ("torch", "device"): record_class("torch", "device"),
     ("torch", "Tensor"): _TENSOR_TYPES[0],
     ("torch.nn.parameter", "Parameter"): _TENSOR_TYPES[1],

@@ -28,6 +28,9 @@ from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, In
 
 _MAX_ORDER_BYTES = 16
 
+#: The largest pickle in a compressed record. torch compresses nothing, and a few kilobytes can become a pickle of 512 MB.
+_MAX_PACKED_BYTES = 64_000_000
+
 #: What torch's old format begins with: this number and this version.
 _MAGIC, _OLD_VERSION = 0x1950A86A20F9469CFC6C, 1001
 
@@ -104,7 +107,7 @@ def read_torch_file(path: str, allowed: Iterable[str] = ()) -> TorchFile:
 
 
 class Archives:
-    """The files of a distributed checkpoint: each holds many small archives of ``torch.save``, with one tensor per archive."""
+    """The files of a distributed checkpoint: each holds many small archives of ``torch.save``, each with one tensor or other value."""
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
@@ -112,16 +115,23 @@ class Archives:
 
     def tensor(self, name: str, offset: int, length: int) -> torch.Tensor:
         """The tensor of the archive that begins ``offset`` bytes into the file ``name`` and has ``length`` bytes."""
+        tensor = self._archive(name, offset, length).content(Names())
+        if not isinstance(tensor, torch.Tensor):
+            _bad(os.path.join(self._folder, name), f"a tensor was expected at {offset}, there is a {type(tensor).__name__}")
+        return tensor
+
+    def value(self, name: str, offset: int, length: int) -> Any:
+        """What such an archive holds, whatever its pickle asks for: the objects of unknown classes are records that do nothing."""
+        return self._archive(name, offset, length).content(Names(every=True))
+
+    def _archive(self, name: str, offset: int, length: int) -> _Archive:
         path = os.path.join(self._folder, name)
         if name not in self._open:
             self._open[name] = self._map(path, name)
         file, mapping, end = self._open[name]
         if not 0 <= offset <= offset + length <= end:
             _bad(path, f"a tensor was expected at {offset}, {length} bytes long, the file has {end}")
-        tensor = _Archive(file.fd, mapping, offset, length, path).content(Names())
-        if not isinstance(tensor, torch.Tensor):
-            _bad(path, f"a tensor was expected at {offset}, there is a {type(tensor).__name__}")
-        return tensor
+        return _Archive(file.fd, mapping, offset, length, path)
 
     @staticmethod
     def _map(path: str, name: str) -> tuple[Descriptor, mmap.mmap, int]:
@@ -172,7 +182,9 @@ class _Archive:
     def content(self, names: Names) -> Any:
         """The content of the pickle, with tensors in place of their descriptions. Raises UntrustedCodeError."""
         try:
-            data = self._read(f"{self._root}data.pkl", MAX_PICKLE_BYTES)
+            name = f"{self._root}data.pkl"
+            is_packed = self._entry(name).compress_type != zipfile.ZIP_STORED
+            data = self._read(name, _MAX_PACKED_BYTES if is_packed else MAX_PICKLE_BYTES)
             content = _unpickle(io.BytesIO(data), names, self._path, storage_of)
             return _Placing(self._storage, self._path).place(content)
         except CallFailed as error:

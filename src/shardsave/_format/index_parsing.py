@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from typing import Any, NoReturn
 
 from shardsave._common.gc_pause import gc_paused
 from shardsave._common.strict_json import NotJSON, glimpse, parse_object
 from shardsave._format.crc64 import crc64
-from shardsave._format.file_names import DIRECTORY_INDEX, is_file_name
+from shardsave._format.file_names import DIRECTORY_INDEX, MAX_SHARDS, is_file_name
 from shardsave._format.freeze_flags import FLAG_WORDS, MODULE_FLAG_WORDS
 from shardsave._format.header import MAX_HEADER_BYTES
 from shardsave._format.index import (
@@ -54,7 +54,9 @@ def parse_index(data: bytes, where: str) -> Index:
     for name, shard in weight_map.items():
         if not isinstance(shard, str):
             _bad(where, f"weight_map expected to map {glimpse(name)} to a file", f"it has {glimpse(shard)}")
-    for shard in dict.fromkeys(weight_map.values()):
+    files = dict.fromkeys(weight_map.values())
+    _check_count(files, where)
+    for shard in files:
         _check_file_name(shard, where)
     metadata = top["metadata"] if isinstance(top.get("metadata"), dict) else {}
     total = metadata.get("total_size", 0)
@@ -129,6 +131,7 @@ def _parse_ties(ties: object, weight_map: Mapping[str, str], where: str) -> dict
 def _parse_shards(shards: object, where: str) -> dict[str, ShardRecord]:
     if not isinstance(shards, dict):
         _bad(where, "shards expected to be an object", f"it is {glimpse(shards)}")
+    _check_count(shards, where)
     for name in shards:
         _check_file_name(name, where)
     return {name: parse_shard(f"shard {name}", entry, where) for name, entry in shards.items()}
@@ -194,6 +197,8 @@ def _parse_flags(compact: object, names: Iterable[str], where: str) -> dict[str,
                 _bad(where, "flags expected to name a tensor once", f"they name {glimpse(name)} twice")
             named.add(name)
             flags[name] = flag
+    if meaning[default] is not None and not compact.get(FLAG_WORDS[None]):
+        return flags  # type: ignore[return-value]  # none of them is None
     return {name: flag for name, flag in flags.items() if flag is not None}
 
 
@@ -240,6 +245,11 @@ def _parse_moment(members: dict[str, Any], where: str) -> Moment:
         _bad(where, "created expected to be a time in UTC", f"it is {glimpse(created)}")
     numbers = {name: NOT_FINITE[value] if isinstance(value, str) else value for name, value in metrics.items()}
     return Moment(step, epoch, numbers, ranks, created)
+
+
+def _check_count(files: Sized, where: str) -> None:
+    if len(files) > MAX_SHARDS:
+        _bad(where, f"at most {MAX_SHARDS} files expected", f"it names {len(files)}")
 
 
 def _check_file_name(name: str, where: str) -> None:

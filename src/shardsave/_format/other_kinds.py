@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 #: How many of the first bytes of a file are enough to recognise its kind.
@@ -21,6 +22,9 @@ class OtherKind(NamedTuple):
     lost: bool = False
 
 
+#: How the answer of a server begins: "Entry not found", "Invalid username or password.".
+_SENTENCE = re.compile(rb"[A-Z][A-Za-z]+,? [A-Za-z]+[ .,:!]")
+
 _UNPACK = "unpack it, and give the path of what is in it"
 _BY_START = {
     b"version https://git-lfs": OtherKind(
@@ -36,6 +40,7 @@ _BY_START = {
 }
 _PAGE = OtherKind("a web page, most likely of a failed download", "download the file again", True)
 _TEXT = OtherKind("JSON text", "give the path of a file with weights")
+_ANSWER = OtherKind("text, most likely the answer to a failed download", "download the file again", True)
 _TAR = OtherKind("a tar archive", _UNPACK)
 
 
@@ -60,4 +65,6 @@ def other_kind(start: bytes) -> OtherKind | None:
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith((b"<!doctype html", b"<html", b"<?xml", b"<!--")):
         return _PAGE
+    if _SENTENCE.match(start) and all(32 <= byte < 127 or byte in b"\t\r\n" for byte in start):
+        return _ANSWER
     return _TEXT if text.startswith((b'{"', b"{\n", b"{ ", b"[{")) else None

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from shardsave._common.os_calls import CallFailed, Descriptor, allocate, call, write_all
 from shardsave._common.strict_json import NotJSON, check_memory
 from shardsave._format.crc64 import crc64
+from shardsave._format.file_names import DIRECTORY_PATTERN
 from shardsave._storage.directory import NO_LINKS, Directory
 from shardsave._storage.permissions import FileMaker, Permissions, Replaced
 
@@ -29,6 +30,10 @@ _MAX_LIST_BYTES = 64_000_000
 
 #: Staging directories: eight hex digits for the host, eight at random.
 _PATTERN = re.compile(r"\.shardsave-([0-9a-f]{8})[0-9a-f]{8}")
+
+
+#: The name of a directory in a list, such as ``training-0123abcd/``.
+_DIRECTORY = re.compile(r"[a-z]+-[0-9a-f]{8}/")
 
 
 def owner_of(name: str) -> str | None:
@@ -55,7 +60,13 @@ def read_list(staging: Directory) -> list[str]:
         names = json.loads(data) if data is not None else []
     except (NotJSON, ValueError, RecursionError):
         return []
-    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    texts = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    return [name[:-1] if DIRECTORY_PATTERN.fullmatch(name[:-1]) and name.endswith("/") else name for name in texts]
+
+
+def lists_directory(names: Iterable[str]) -> bool:
+    """Whether a list, as `read_list` returns it, has the name of a directory that this version does not know."""
+    return any(map(_DIRECTORY.fullmatch, names))
 
 
 class StagedShard(NamedTuple):
@@ -170,8 +181,9 @@ class Staging:
             file.close(name)
 
     def write_list(self, names: Iterable[str]) -> None:
-        """Writes the list of final names."""
-        self.write(LIST_NAME, json.dumps([*names]).encode())
+        """Writes the list of final names. Those of directories have a slash at the end."""
+        listed = [f"{name}/" if DIRECTORY_PATTERN.fullmatch(name) else name for name in names]
+        self.write(LIST_NAME, json.dumps(listed).encode())
 
     def add_name(self, name: str, staged: str) -> None:
         """Gives the finished file ``staged`` a second name in this directory; copies it if the file system has no links."""
