@@ -46,7 +46,7 @@ def save_with_training(
     leaves = json.dumps({"loader": generation}).encode()
     directory = plan_training_directory(shared, {0: leaves}, {0: state.entries}, 5000)
     on_disk = IdentityLayout().apply(read_state(source))
-    contents = plan_contents(on_disk, Parts(), 5000, metadata or {}, directories=[directory])._replace(moment=moment)
+    contents = plan_contents(on_disk, Parts(), 5000, metadata or {}, directories=[directory], moment=moment)
     with Progress(False, "saving", contents.tensor_bytes) as progress:
         outcome = write_checkpoint(contents, folder, durable=durable, lock_timeout=10, progress=progress)
     return shardsave.SaveReport(

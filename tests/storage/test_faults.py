@@ -64,11 +64,13 @@ def test_killed_at_each_call_over_links(beneath: Path, memory: Path) -> None:
     assert trials(run_beneath(beneath, "native", arguments, kind="links")) >= 60
 
 
-@pytest.mark.parametrize("before", ["first", "overwrite"])
-def test_each_call_of_a_save_with_a_training_state(beneath: Path, memory: Path, before: str) -> None:
+@pytest.mark.parametrize(
+    ("before", "scenarios"),
+    [("first", "killed_at_each_call"), ("overwrite", "training_fails,killed_at_each_call,training_is_interrupted")],
+)
+def test_each_call_of_a_save_with_a_training_state(beneath: Path, memory: Path, before: str, scenarios: str) -> None:
     """Catches a model and a training state of two saves, one of them without the other, half a directory, one of a save that was not
     committed, and one that the next save does not remove."""
-    scenarios = "training_fails,killed_at_each_call,training_is_interrupted"
     arguments = ["-m", "faults.scenarios", scenarios, before, str(memory)]
     assert trials(run_beneath(beneath, "native", arguments, kind="training")) >= 120
 

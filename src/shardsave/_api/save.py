@@ -23,6 +23,7 @@ from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
 from shardsave._common.uncompiled import uncompiled
 from shardsave._common.words import an
+from shardsave._format.index import Moment
 from shardsave._format.metadata import check_metadata
 from shardsave._huggingface.added_adapter import has_added_adapter
 from shardsave._huggingface.added_adapter_saving import AddedAdapterLayout
@@ -117,8 +118,7 @@ def save(
     layout = _choose_layout(source, adapter_only, with_parts=architecture or program is not None)
     started = time.perf_counter()
     with gc_paused():
-        contents, needed = _read_contents(source, layout, architecture, program, max_shard_bytes, user_metadata)
-        contents = contents._replace(moment=moment)
+        contents, needed = _read_contents(source, layout, architecture, program, max_shard_bytes, user_metadata, moment)
     plan_seconds = time.perf_counter() - started
     with Progress(progress, "saving", contents.tensor_bytes) as reporter:
         outcome = write_checkpoint(contents, path, durable=durable, lock_timeout=lock_timeout, progress=reporter)
@@ -165,6 +165,7 @@ def _read_contents(
     program: Program | None,
     max_shard_bytes: int,
     metadata: Mapping[str, Any],
+    moment: Moment,
 ) -> tuple[Contents, _Needed]:
     """Everything that the save will write, and what a build of its architecture needs.
 
@@ -180,7 +181,7 @@ def _read_contents(
     parts, notes, needed = _parts(source, state, architecture, program)
     on_disk = layout.apply(state)
     return plan_contents(
-        on_disk._replace(notes=(*on_disk.notes, *state.notes, *notes)), parts, max_shard_bytes, metadata
+        on_disk._replace(notes=(*on_disk.notes, *state.notes, *notes)), parts, max_shard_bytes, metadata, moment=moment
     ), needed
 
 

@@ -55,8 +55,9 @@ def _write_directory(output: Output, state: State, carried: CarriedOver, max_sha
             on_disk = on_disk._replace(single_file=ADAPTER_WEIGHTS, in_single_file=carried.adapter)
         directories = [plan_training(carried.training, max_shard_size)] if carried.training is not None else []
         metadata = check_metadata(output.origin.metadata)
-        contents = plan_contents(on_disk, carried.parts, max_shard_size, metadata, directories=directories)
-        contents = contents._replace(moment=output.origin.moment)
+        contents = plan_contents(
+            on_disk, carried.parts, max_shard_size, metadata, directories=directories, moment=output.origin.moment
+        )
     return _write_contents(contents, output.path, output.durable, ReleaseWhileWriting(output.origin.mappings, output.tick))
 
 

@@ -125,6 +125,7 @@ def plan_contents(
     metadata: Mapping[str, Any],
     *,
     directories: Sequence[PlannedDirectory] = (),
+    moment: Moment | None = None,
 ) -> Contents:
     """Packs what ``on_disk`` and ``parts`` hold into shards of at most ``max_shard_size`` bytes.
 
@@ -139,7 +140,7 @@ def plan_contents(
             _check_readable(directory.role, document)
             directory_documents += len(document)
     contents = _plan(on_disk, parts, max_shard_size, metadata)
-    contents = contents._replace(directories=directories, directory_documents=directory_documents)
+    contents = contents._replace(directories=directories, directory_documents=directory_documents, moment=moment or Moment())
     _check_index(contents)
     return contents
 
@@ -182,7 +183,7 @@ def _check_index(contents: Contents) -> None:
     """Raises ValueError for an index that would be too large. Few are even near to that, so most are not encoded twice."""
     flags = contents.module_flags or {}
     names = [*flags, *(name for entry in contents.state.entries for name in (entry.name, entry.tied_to or ""))]
-    metadata_bytes = len(json.dumps(contents.metadata))
+    metadata_bytes = len(json.dumps([contents.metadata, dict(contents.moment.metrics)]))
     if metadata_bytes < _LARGE_METADATA and sum(map(len, names)) * _CHARACTER_BYTES + len(names) * 100 < MAX_INDEX_BYTES // 2:
         return
     shard, file = ShardRecord(1 << 60, MAX_HEADER_BYTES, (1 << 64) - 1), FileRecord(1 << 60, (1 << 64) - 1)
@@ -203,6 +204,7 @@ def _check_index(contents: Contents) -> None:
         parts={role: Part(f"{role}-{0:08x}/{DIRECTORY_INDEX}", shard) for role in roles},
         companions=dict.fromkeys([*contents.companions, *([contents.single_file] if contents.single_file else [])], file),
         module_flags=contents.module_flags,
+        moment=contents.moment,
     )
     encode_index(contents.index_for(shard_names, longest))
 
