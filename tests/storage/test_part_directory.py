@@ -180,7 +180,9 @@ def test_only_names_of_ours_are_removed(tmp_path: Path, name: str) -> None:
     killed(tmp_path, die_with_a_directory_in_place)
     (staging,) = tmp_path.glob(".shardsave-*")
     listed = json.loads((staging / "names").read_text())
-    assert sum(name.endswith("/") and name.startswith("training-") for name in listed) == 2  # as FORMAT.md says: the old and the new one
+    assert (
+        sum(name.endswith("/") and name.startswith("training-") for name in listed) == 2
+    )  # as FORMAT.md says: the old and the new one
     (staging / "names").write_text(json.dumps([*listed, name]))
     (tmp_path / name).mkdir()
     (tmp_path / name / "index.json").write_text("keep")
