@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from shardsave._api.build import build_model, load_program
     from shardsave._api.clean import CleanReport, Leaving, clean
     from shardsave._api.convert import convert
-    from shardsave._api.diff import DiffReport, TensorChange, diff
+    from shardsave._api.diff import DiffReport, TensorChange, TrainingDiff, diff
     from shardsave._api.findings import ArchitectureInfo, CheckpointInfo, ConvertReport, Damage, TensorInfo, VerifyReport
     from shardsave._api.inspect import inspect, verify
     from shardsave._api.load import load, load_model
@@ -73,6 +73,7 @@ __all__ = [
     "TensorChange",
     "TensorInfo",
     "TensorSlice",
+    "TrainingDiff",
     "UnsupportedModuleError",
     "UnsupportedTensorError",
     "UnsupportedTrainingError",
@@ -99,7 +100,7 @@ __all__ = [
 _MODULES = {
     "build": ("build_model", "load_program"),
     "convert": ("convert",),
-    "diff": ("DiffReport", "TensorChange", "diff"),
+    "diff": ("DiffReport", "TensorChange", "TrainingDiff", "diff"),
     "findings": ("ArchitectureInfo", "CheckpointInfo", "ConvertReport", "Damage", "TensorInfo", "VerifyReport"),
     "inspect": ("inspect", "verify"),
     "clean": ("CleanReport", "Leaving", "clean"),

@@ -119,10 +119,15 @@ def with_directory(ours: Json) -> None:
     ours["parts"] = {"training state": ["training-0123abcd/index.json", 9, 9, CRC]}
 
 
-def newer_with_directory(folder: Path) -> None:
-    saved(folder)
-    edit_index(folder, lambda index: with_directory(index["shardsave"]))
-    edit_index(folder, lambda index: index["shardsave"].update(requires=["part directories"]))
+def in_directory(name: str, refusal: str, file: str) -> Case:
+    """A part that has the file ``file``, in an index that says that parts have directories."""
+    return record(
+        name, refusal, lambda ours: ours.update(requires=["part directories"], parts={"training state": [file, 9, 9, CRC]})
+    )
+
+
+def moment(name: str, refusal: str, **members: object) -> Case:
+    return record(name, refusal, lambda ours: ours.update(members))
 
 
 def of_record(key: str, value: Any) -> Callable[[Json], object]:
@@ -130,6 +135,7 @@ def of_record(key: str, value: Any) -> Callable[[Json], object]:
 
 
 SEAL = "the record's checksum expected at the very end, it is not there; the file was cut or changed"
+ONE_PART = "file names of one path component expected, it names "
 COMPANION = "companion config.json expected to have length and checksum, it has "
 MEMBERS = "the record expected to have durable, flags, metadata, shards, supersedes, ties, it lacks "
 FLAGS = "flags expected to have a default of frozen, trainable, none, they are "
@@ -191,11 +197,8 @@ INDEXES = [
     raw("seal is a number", SEAL, b'{"weight_map": {}, "shardsave": {"crc64nvme": 1234567890123456}}\n'),
     # The record.
     Case("record requires what we do not know",
-         f"cannot read index {INDEX}: this version of shardsave knows no feature, it requires ['deltas', 'pieces']; "
+         f"cannot read index {INDEX}: this version of shardsave knows ['part directories'], it requires ['deltas', 'pieces']; "
          "the checkpoint is intact, read it with a newer version", newer, shardsave.IncompatibleCheckpointError),
-    Case("part in a directory",
-         f"cannot read index {INDEX}: this version of shardsave knows no feature, it requires ['part directories']; "
-         "the checkpoint is intact, read it with a newer version", newer_with_directory, shardsave.IncompatibleCheckpointError),
     record("part in a directory, which nothing requires",
            "file names of one path component expected, it names 'training-0123abcd/index.json'", with_directory),
     record("requires missing", "requires expected to be a list of features, it is null", lambda ours: ours.pop("requires")),
@@ -256,6 +259,31 @@ INDEXES = [
     record("parts is a list", "parts expected to be an object, it is []", lambda ours: ours.update(parts=[])),
     record("part without a file", "part 'program' expected to begin with the name of its file, it has [5]",
            lambda ours: ours.update(parts={"program": [5]})),
+    in_directory("directory above", ONE_PART + "'..'", "../index.json"),
+    in_directory("directory without a name", ONE_PART + "''", "/index.json"),
+    in_directory("directory in a directory", ONE_PART + "'a/training-0123abcd'", "a/training-0123abcd/index.json"),
+    in_directory("directory by an absolute path", ONE_PART + "'/training-0123abcd'", "/training-0123abcd/index.json"),
+    in_directory("directory with an escape code", ONE_PART + "'\\x1b[2J'", "\x1b[2J/index.json"),
+    in_directory("another file in a directory", ONE_PART + "'training-0123abcd/other.json'", "training-0123abcd/other.json"),
+    in_directory("training state without a directory",
+                 "part 'training state' expected to have a directory of its own, it is training-0123abcd.json", "training-0123abcd.json"),
+    record("tensors in a directory", ONE_PART + "'training-0123abcd/index.json'",
+           lambda ours: ours.update(requires=["part directories"],
+                                    shards=ours["shards"] | {"training-0123abcd/index.json": [8, 8, CRC]})),
+    # The moment of a training.
+    moment("step is true", "step expected to be a number of steps, it is true", step=True),
+    moment("step is negative", "step expected to be a number of steps, it is -1", step=-1),
+    moment("epoch is text", "epoch expected to be a number, it is '3'", epoch="3"),
+    moment("metrics is a list", "metrics expected to map names to numbers, it is [1]", metrics=[1]),
+    moment("metric is text", "metric 'loss' expected to be a number, it is '1.0'", metrics={"loss": "1.0"}),
+    moment("metric is a list", "metric 'loss' expected to be a number, it is [1]", metrics={"loss": [1]}),
+    moment("metric is true", "metric 'loss' expected to be a number, it is true", metrics={"loss": True}),
+    moment("ranks is zero", "ranks expected to be a number of processes, it is 0", ranks=0),
+    moment("created is a number", "created expected to be a time in UTC, it is 5", created=5),
+    moment("created in local time", "created expected to be a time in UTC, it is '2026-11-30T05:40:00+01:00'",
+           created="2026-11-30T05:40:00+01:00"),
+    moment("created in another script", "created expected to be a time in UTC, it is '٢٠٢٦-11-30T05:40:00Z'",
+           created="٢٠٢٦-11-30T05:40:00Z"),
     # Files beside the weights.
     beside("companions is a list", "companions expected to be an object, it is []", []),
     beside("companion above", "file names of one path component expected, it names '../config.json'", {"../config.json": [2, CRC]}),

@@ -513,6 +513,10 @@ def hostile_field(name: str, annotation: str) -> Any:
         return (shardsave.PlannedFile(HOSTILE, 1),)
     if annotation.startswith("tuple[str"):
         return (HOSTILE,)
+    if annotation.startswith("TrainingDiff"):
+        return shardsave.TrainingDiff((HOSTILE,), {HOSTILE: None}, (HOSTILE,), (HOSTILE,), True)  # type: ignore[dict-item]
+    if annotation in ("Mapping[str, float]", "Mapping[str, int]"):
+        return {HOSTILE: 1}
     if "Mapping[str" in annotation:
         value = shardsave.TensorInfo(torch.float32, (1,), 4, HOSTILE) if "TensorInfo" in annotation else HOSTILE
         return {HOSTILE: value}

@@ -15,13 +15,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 import shardsave
+from training_state import names_of_training, save_with_training, training_generation
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 COMPANIONS = (CONFIG, "adapter_config.json", "adapter_model.safetensors")
 
-#: What is saved: "plain" (a module and its architecture), "config" (a transformers model), "adapter" (of a PEFT model), or "links" (as
-#: "plain", in the place of symbolic links). Files of fixed names beside the weights contain the generation too.
+#: What is saved: "plain" (a module and its architecture), "config" (a transformers model), "adapter" (of a PEFT model), "links" (as
+#: "plain", in the place of symbolic links), or "training" (tensors and a training state, which generation 1 lacks in "training-new", and
+#: the others in "training-gone"). Files of fixed names beside the weights contain the generation too, as does the training state.
 KIND = os.environ.get("SHARDSAVE_FAULTS_KIND", "plain")
 
 
@@ -75,9 +77,25 @@ def save(generation: int, folder: Path, durable: bool = True, kind: str = KIND) 
 
     Waits until removed files are freed, so that the calls of the thread that frees them are among those of the save.
     """
+    if kind.startswith("training"):
+        return _save_training(generation, folder, durable, kind)
     source = {"plain": model, "links": model, "config": model_with_config, "adapter": model_with_adapter}[kind](generation)
     options = {"architecture": kind in ("plain", "links"), "adapter_only": kind == "adapter"}
     report = shardsave.save(source, folder, max_shard_size=5000, durable=durable, progress=False, **options)
+    assert report.wait_cleaned(60)
+    return report
+
+
+def _save_training(generation: int, folder: Path, durable: bool, kind: str) -> shardsave.SaveReport:
+    """The metadata say whether there is a training state: so a checkpoint that has lost it, or has another one, is noticed."""
+    is_with = kind == "training" or (kind == "training-gone") == (generation == 1)
+    metadata = {"trained": is_with}
+    if is_with:
+        report = save_with_training(state(generation), folder, generation, durable=durable, metadata=metadata)
+    else:
+        report = shardsave.save(
+            state(generation), folder, max_shard_size=5000, durable=durable, progress=False, metadata=metadata
+        )
     assert report.wait_cleaned(60)
     return report
 
@@ -99,7 +117,10 @@ def with_companions_in(folder: Path) -> int | str | None:
             companion_generation(folder / name)
         return None
     info = shardsave.inspect(folder)
-    if info.parts:
+    assert ("training state" in info.parts) == info.metadata.get("trained", False)
+    if "training state" in info.parts:
+        assert training_generation(folder) == generation
+    if "architecture" in info.parts:
         assert built_generation(folder) == generation
     if not info.companions:
         return generation
@@ -163,7 +184,10 @@ def litter_in(folder: Path) -> set[str]:
     """The names in the directory that belong to no checkpoint."""
     info = shardsave.inspect(folder)
     assert not info.notes, info.notes
-    return set(os.listdir(folder)) - {INDEX, *info.shards, *info.parts.values(), *info.companions}
+    named = {INDEX, *info.shards, *info.parts.values(), *info.companions, *names_of_training(folder)}
+    directories = {name.partition("/")[0] for name in named if "/" in name}
+    found = {f"{directory}/{name}" for directory in directories for name in os.listdir(folder / directory)}
+    return (found | set(os.listdir(folder)) - directories) - named
 
 
 def next_save_works(folder: Path) -> None:

@@ -15,8 +15,10 @@ import torch
 
 import shardsave
 from shardsave._format.dtypes import BY_NAME
+from shardsave._format.index import Moment
 from shardsave._format.index_parsing import _parse_flags
 from support import ROOT
+from training_state import save_with_training, training_tensors
 from transformers_models import tiny
 
 DOCUMENT = (ROOT / "FORMAT.md").read_text()
@@ -125,22 +127,64 @@ def test_dtypes_of_the_document() -> None:
 @pytest.mark.slow
 def test_members_of_the_document(tmp_path: Path) -> None:
     """Catches a member of the index that is missing in the table, is never written, or has another type than in the table."""
-    kinds = {"integer": int, "boolean": bool, "string": str, "object": dict, "list of strings": list, "`null`": type(None)}
+    kinds = {
+        "integer": int,
+        "boolean": bool,
+        "string": str,
+        "object": dict,
+        "list of strings": list,
+        "`null`": type(None),
+        "number": float,
+    }
     section = DOCUMENT[DOCUMENT.index("## The index") : DOCUMENT.index("## An architecture")]
     table = {name: kind for name, kind in re.findall(r"^\| `(\w+)` \| ([^|]+) \|", section, re.MULTILINE)}
-    sources = (torch.nn.Linear(1, 1), {"x": torch.ones(1)}, tiny("Mixtral"))
-    optional = ({"parts"}, set(), {"companions", "module_flags"})
+    sources = (torch.nn.Linear(1, 1), {"x": torch.ones(1)}, tiny("Mixtral"), {"x": torch.ones(1)})
+    moment = {"step", "epoch", "metrics", "ranks", "created"}
+    optional: tuple[set[str], ...] = ({"parts"}, set(), {"companions", "module_flags"}, moment | {"parts"})
     seen = set()
     for source, more in zip(sources, optional):
-        shardsave.save(source, tmp_path, architecture="parts" in more)
+        if moment <= more:
+            save_with_training(source, tmp_path, moment=Moment(3, 1.5, {"loss": 0.5}, 1, "2026-11-30T05:40:00Z"))
+        else:
+            shardsave.save(source, tmp_path, architecture="parts" in more)
         record = json.loads((tmp_path / INDEX).read_bytes())["shardsave"]
         assert list(record)[-1] == "crc64nvme"
-        assert record.keys() == table.keys() - {"parts", "companions", "module_flags"} | more
+        assert record.keys() == table.keys() - {"parts", "companions", "module_flags"} - moment | more
         for name, value in record.items():
             assert type(value) in [kinds[kind] for kind in table[name].split(" or ")], name
             seen.add((name, type(value)))
         (tmp_path / "model.safetensors").write_bytes(b"lone")
     assert {("flags", dict), ("flags", type(None)), ("supersedes", dict), ("supersedes", type(None))} <= seen
+
+
+@pytest.mark.slow
+def test_training_state_of_the_document(tmp_path: Path, crc64nvme: Any) -> None:
+    """Catches a training state that differs from what the document says. This reader uses only the document's rules."""
+    section = DOCUMENT[DOCUMENT.index("## A training state") : DOCUMENT.index("## What is legal JSON here")]
+    table = {name for row in re.findall(r"^\| (`.+?) \|", section, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
+    save_with_training({"x": torch.ones(1)}, tmp_path)
+    record = json.loads((tmp_path / INDEX).read_bytes())["shardsave"]
+    file, length, header_length, checksum = record["parts"]["training state"]
+    content = (tmp_path / file).read_bytes()
+    assert re.fullmatch(r"training-[0-9a-f]{8}/index\.json", file) and record["requires"] == ["part directories"]
+    assert (length, header_length, checksum) == (len(content), len(content), f"{crc64nvme(content):016x}")
+    document = json.loads(content)
+    assert document.keys() == table and document["format"] == "shardsave-training" and document["version"] == 1
+    folder = (tmp_path / file).parent
+    assert document["files"].keys() == {path.name for path in folder.iterdir()} - {"index.json"}
+    names: list[str] = []
+    for name, (length, header_length, checksum) in document["files"].items():
+        content = (folder / name).read_bytes()
+        assert len(content) == length and f"{crc64nvme(content[:header_length]):016x}" == checksum
+        if name.endswith(".json"):
+            values = json.loads(content)
+            assert header_length == length and values["format"] == "shardsave-training-rank" and values["rank"] == 0
+            assert list(values) == ["format", "version", "requires", "rank", "leaves"]
+        else:
+            header = json.loads(content[8:header_length])
+            assert len(header.pop("__metadata__")["shardsave.crc64nvme"]) == 16 * len(header)
+            names += header
+    assert sorted(names) == sorted(training_tensors(1))
 
 
 def test_flags_of_the_document(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from math import nan
 from pathlib import Path
 
 import safetensors.numpy
@@ -12,12 +13,15 @@ from torch import nn
 
 import shardsave
 from shardsave._format.dtypes import BY_TORCH, DType
+from shardsave._format.index import Moment
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "attacks"))
 
 from header_cases import HEADERS
 from index_cases import INDEXES
 from tampering import INDEX, LONE, Case, entry, foreign, saved, shard_bytes
+
+from training_state import save_with_training
 
 #: The largest seed in bytes; a larger one makes the fuzzer slower, and no better.
 LARGEST = 20_000
@@ -56,6 +60,9 @@ def indexes() -> list[bytes]:
         state = {f"layers.{n}.weight": nn.Parameter(torch.ones(2), requires_grad=n > 2) for n in range(5)}
         shardsave.save(
             {**state, "tied": shared, "tie": shared, "buffer": torch.ones(1)}, folder / "flags", metadata={"é": [1.5, None]}
+        )
+        save_with_training(
+            state, folder / "training", moment=Moment(3, 1.5, {"loss": 0.5, "gap": nan}, 2, "2026-11-30T05:40:00Z")
         )
         (folder / "foreign").mkdir()
         foreign(folder / "foreign")

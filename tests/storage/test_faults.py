@@ -60,8 +60,26 @@ def test_config_of_a_save_killed_at_each_call(beneath: Path, memory: Path) -> No
 def test_killed_at_each_call_over_links(beneath: Path, memory: Path) -> None:
     """Catches a moment at which a kill leaves neither the old checkpoint, whose files are symbolic links, nor the new one, or a link for
     good; and what a link leads to that is changed."""
-    arguments = ["-m", "faults.scenarios", "links_are_replaced", "overwrite", str(memory)]
+    arguments = ["-m", "faults.scenarios", "killed_after_each_call", "overwrite", str(memory)]
     assert trials(run_beneath(beneath, "native", arguments, kind="links")) >= 60
+
+
+@pytest.mark.parametrize(
+    ("before", "scenarios"),
+    [("first", "killed_at_each_call"), ("overwrite", "training_fails,killed_at_each_call,training_is_interrupted")],
+)
+def test_each_call_of_a_save_with_a_training_state(beneath: Path, memory: Path, before: str, scenarios: str) -> None:
+    """Catches a model and a training state of two saves, one of them without the other, half a directory, one of a save that was not
+    committed, and one that the next save does not remove."""
+    arguments = ["-m", "faults.scenarios", scenarios, before, str(memory)]
+    assert trials(run_beneath(beneath, "native", arguments, kind="training")) >= 120
+
+
+@pytest.mark.parametrize("kind", ["training-new", "training-gone"])
+def test_killed_at_each_call_where_one_of_two_saves_has_a_training_state(beneath: Path, memory: Path, kind: str) -> None:
+    """Catches a moment at which a kill leaves a model with the training state of another save, or without its own."""
+    arguments = ["-m", "faults.scenarios", "killed_at_each_call", "overwrite", str(memory)]
+    assert trials(run_beneath(beneath, "native", arguments, kind=kind)) >= 120
 
 
 @pytest.mark.parametrize("engine", ENGINES)

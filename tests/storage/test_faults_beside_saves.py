@@ -35,3 +35,9 @@ def test_each_failing_call_of_a_conversion(beneath: Path, memory: Path, scenario
 def test_each_call_of_a_clean(beneath: Path, memory: Path) -> None:
     """Catches a `clean` that damages the checkpoint when it fails or ends halfway, and one that the next `clean` cannot finish."""
     assert trials(run_beneath(beneath, "native", ["-m", "faults.single_file", "clean_meets", "overwrite", str(memory)])) >= 10
+
+
+def test_each_call_of_a_clean_with_a_training_state(beneath: Path, memory: Path) -> None:
+    """Catches the same for the directory of a training state that a killed saver had moved to its final name."""
+    arguments = ["-m", "faults.single_file", "clean_meets_training", "overwrite", str(memory)]
+    assert trials(run_beneath(beneath, "native", arguments, kind="training")) >= 20

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 import shardsave
 from faults.savers import INDEX, generation_in
 from faults.savers import save as save_generation
+from training_state import save_with_training, training_directory
 
 LONE = "model.safetensors"
 ACL, DEFAULT_ACL = "system.posix_acl_access", "system.posix_acl_default"
@@ -191,3 +192,29 @@ def test_a_default_access_control_list(tmp_path: Path) -> None:
         assert mode_of(path) == 0o640 and ACL not in os.listxattr(path), path
     save(tmp_path / "first")
     assert all(ACL in os.listxattr(path) for path in (tmp_path / "first").iterdir())
+
+
+def everything_in(folder: Path) -> list[Path]:
+    """The directory of a training state, and its files."""
+    return [training_directory(folder), *training_directory(folder).iterdir()]
+
+
+def test_training_state_beside_weights_that_replace_some(tmp_path: Path, umask: int) -> None:
+    """Catches a directory, or a file in it, that a default list opens to more people than those of the weights that it stands beside."""
+    shardsave.save({"x": torch.ones(3)}, tmp_path, durable=False)
+    for path in tmp_path.iterdir():
+        path.chmod(0o640)
+    set_acl(tmp_path, DEFAULT_ACL, FOR_ONE_USER)
+    save_with_training({"x": torch.ones(3)}, tmp_path, durable=False)
+    assert [mode_of(path) for path in everything_in(tmp_path)] == [0o750, *[0o640] * 4]
+    assert not any(ACL in os.listxattr(path) for path in everything_in(tmp_path))
+
+
+def test_training_state_with_a_list_is_replaced(tmp_path: Path, umask: int) -> None:
+    """Catches a list that the directory of a training state, or a file in it, loses or gains when it is replaced."""
+    save_with_training({"x": torch.ones(3)}, tmp_path, durable=False)
+    for path in everything_in(tmp_path):
+        set_acl(path, ACL, FOR_ONE_USER)
+    save_with_training({"x": torch.ones(3)}, tmp_path, durable=False)
+    assert {os.getxattr(path, ACL) for path in everything_in(tmp_path)} == {FOR_ONE_USER}
+    assert not any(ACL in os.listxattr(path) for path in tmp_path.glob("model*"))

@@ -22,7 +22,7 @@ from shardsave._common.shutdown import verb
 from shardsave._common.uncompiled import uncompiled
 from shardsave._conversion.changes import Drop, Names, Rename, allowed_names, patterns, replacements
 from shardsave._conversion.converted import carried_over, converted_state
-from shardsave._conversion.origin import Origin, Request, open_origin
+from shardsave._conversion.origin import DROP_TRAINING, Origin, Request, open_origin
 from shardsave._conversion.outputs import Output, write_output
 from shardsave._format.file_names import TORCH_ENDINGS
 from shardsave._loading.read import Target, TensorReader
@@ -68,7 +68,8 @@ def convert(
         max_shard_size: as in ``save``; only for ``to="shardsave"``.
         dtype: cast floating-point tensors to it, as ``Tensor.to`` does. Tensors of 8 or 4 bits are quantised and keep their dtype.
         drop: leave out what has a name, or a path of keys in its file, that matches one of these shell patterns (``"optimizer.*"``). One
-            that is exactly a path of keys in the file means what is there, and no name elsewhere.
+            that is exactly a path of keys in the file means what is there, and no name elsewhere: ``"training"`` means the training
+            state of a checkpoint that has one.
         rename: pairs of a regular expression and a replacement for each of its matches in a name, applied in this order.
         key: the path to the state in a file that holds other objects too (``"model"``, ``"trainer.ema"``); required if other tensors
             than training state are outside of it, and ``drop`` does not leave them out.
@@ -103,11 +104,12 @@ def convert(
     source_path, destination_path = absolute_path(os.fspath(source)), path_to_write(os.fspath(destination))
     started = time.perf_counter()
     with ExitStack() as stack:
-        origin = open_origin(source_path, Request(key, names.wanted, allowed), stack)
+        request = Request(key, names.wanted, allowed, not names.drops_exactly(DROP_TRAINING))
+        origin = open_origin(source_path, request, stack)
         _check_destination(source_path, destination_path, to, origin)
         state, casts = converted_state(origin, names, target, source_path)
         carried = carried_over(origin, names, target, to_directory=to == "shardsave")
-        bytes_to_write = _bytes_of([*state.entries, *carried.parts.extra])
+        bytes_to_write = _bytes_of([*state.entries, *carried.entries])
         bytes_to_verify = sum(t.nbytes for t in origin.stored) if verify else 0
         with Progress(progress, "converting", bytes_to_verify + bytes_to_write) as reporter:
             verified = _verify(origin, reporter) if verify else False

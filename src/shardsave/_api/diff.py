@@ -18,11 +18,13 @@ from shardsave._common.shutdown import verb
 from shardsave._common.uncompiled import uncompiled
 from shardsave._common.words import human_bytes, some
 from shardsave._format.dtypes import BY_NAME, torch_shape
+from shardsave._format.index import TRAINING
 from shardsave._loading.compare import Difference, compare_stored, must_read
 from shardsave._loading.selection import stored_names
 from shardsave._storage.checkpoint import Checkpoint, Located, open_checkpoint
+from shardsave._storage.training import TrainingFiles
 
-__all__ = ["DiffReport", "TensorChange", "diff"]
+__all__ = ["DiffReport", "TensorChange", "TrainingDiff", "diff"]
 
 Pair = tuple[Located, Located]
 
@@ -43,6 +45,23 @@ class TensorChange:
     nans: int | None
     max_absolute: float | None
     max_relative: float | None
+
+
+@dataclass(frozen=True)
+class TrainingDiff:
+    """What differs between the training states of two checkpoints: its tensors, as in a `DiffReport`; and ``values``, whether anything
+    else does (options of an optimizer, a scheduler, generators of random numbers).
+    """
+
+    equal: tuple[str, ...]
+    changed: Mapping[str, TensorChange]
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+    values: bool
+
+    @property
+    def same(self) -> bool:
+        return not (self.changed or self.added or self.removed or self.values)
 
 
 @dataclass(frozen=True)
@@ -69,16 +88,18 @@ class DiffReport(Printed):
     metadata: Mapping[str, tuple[Any, Any]]
     bytes: int
     seconds: float
+    training: TrainingDiff | None = None
+    only_training: str | None = None
 
     @property
     def same(self) -> bool:
         """Whether nothing differs, as far as the files record it. Metadata do not count: they are not part of a model."""
-        return not (self.changed or self.added or self.removed or self.flags or self.ties)
+        is_same_training = self.training is None or self.training.same
+        return is_same_training and not (self.changed or self.added or self.removed or self.flags or self.ties)
 
     def _lines(self) -> Iterator[str]:
         parts = [f"{len(self.equal)} equal"]
-        for word, names in (("changed", self.changed), ("added", self.added), ("removed", self.removed)):
-            parts.append(f"{len(names)} {word}" + (f" ({some(names)})" if names else ""))
+        parts += _counted(self)
         if self.flags is None:
             parts.append("freeze flags unknown")
         else:
@@ -87,7 +108,17 @@ class DiffReport(Printed):
             parts.append(f"{len(self.ties)} tied differently ({some(self.ties)})")
         if self.metadata:
             parts.append(f"metadata differ ({some(self.metadata)})")
+        if self.training is not None:
+            words = ", ".join([f"{len(self.training.equal)} equal", *_counted(self.training)])
+            parts.append(f"training state: {words}" + (", other values differ" if self.training.values else ""))
+        if self.only_training is not None:
+            parts.append(f"only {self.a if self.only_training == 'a' else self.b} has a training state")
         yield f"{self.a} and {self.b}: {', '.join(parts)}; {human_bytes(self.bytes)} read, {self.seconds:.2f} s"
+
+
+def _counted(difference: DiffReport | TrainingDiff) -> list[str]:
+    named = (("changed", difference.changed), ("added", difference.added), ("removed", difference.removed))
+    return [f"{len(names)} {word}" + (f" ({some(names)})" if names else "") for word, names in named]
 
 
 @uncompiled
@@ -113,23 +144,26 @@ def diff(a: str | os.PathLike[str], b: str | os.PathLike[str], *, progress: Prog
         check_operators("compare", path, "nothing was read")
     check_progress(progress)
     started = time.perf_counter()
-    with open_checkpoint(a) as left, open_checkpoint(b) as right:
+    with open_checkpoint(a, parts=[TRAINING]) as left, open_checkpoint(b, parts=[TRAINING]) as right:
         left_names, right_names = stored_names(left), stored_names(right)
         pairs = {
             name: (left.tensors[left_names[name]], right.tensors[right_names[name]])
             for name in left_names
             if name in right_names
         }
-        to_read = {pair for pair in pairs.values() if must_read(*pair)}
+        old, new = left.training, right.training
+        training_pairs = _training_pairs(old, new) if old is not None and new is not None else {}
+        to_read = {pair for pair in (*pairs.values(), *training_pairs.values()) if must_read(*pair)}
         total = sum(x.nbytes + y.nbytes for x, y in to_read)
         with Progress(progress, "comparing", total) as reporter:
             differences = _compare_pairs(left, right, to_read, reporter)
-    changes = {name: _change(pair, differences) for name, pair in pairs.items()}
+    equal, changed = _compared(pairs, differences)
+    has_training = [name for name, training in (("a", old), ("b", new)) if training is not None]
     return DiffReport(
         a=os.fspath(a),
         b=os.fspath(b),
-        equal=tuple(name for name, change in changes.items() if change is None),
-        changed={name: change for name, change in changes.items() if change is not None},
+        equal=equal,
+        changed=changed,
         added=tuple(name for name in right_names if name not in left_names),
         removed=tuple(name for name in left_names if name not in right_names),
         flags=_changed_flags(left.stored_flags, right.stored_flags, pairs),
@@ -137,7 +171,35 @@ def diff(a: str | os.PathLike[str], b: str | os.PathLike[str], *, progress: Prog
         metadata=_changed_metadata(left, right),
         bytes=total,
         seconds=time.perf_counter() - started,
+        training=_training_diff(old, new, training_pairs, differences) if old is not None and new is not None else None,
+        only_training=has_training[0] if len(has_training) == 1 else None,
     )
+
+
+def _training_pairs(left: TrainingFiles, right: TrainingFiles) -> dict[str, Pair]:
+    return {name: (x, right.tensors[name]) for name, x in left.tensors.items() if name in right.tensors}
+
+
+def _training_diff(
+    left: TrainingFiles, right: TrainingFiles, pairs: Mapping[str, Pair], differences: Mapping[Pair, Difference | None]
+) -> TrainingDiff:
+    equal, changed = _compared(pairs, differences)
+    return TrainingDiff(
+        equal=equal,
+        changed=changed,
+        added=tuple(name for name in right.tensors if name not in pairs),
+        removed=tuple(name for name in left.tensors if name not in pairs),
+        values=left.values() != right.values(),
+    )
+
+
+def _compared(
+    pairs: Mapping[str, Pair], differences: Mapping[Pair, Difference | None]
+) -> tuple[tuple[str, ...], dict[str, TensorChange]]:
+    """The names of ``pairs`` that are equal, and how the others differ."""
+    changes = {name: _change(pair, differences) for name, pair in pairs.items()}
+    changed = {name: change for name, change in changes.items() if change is not None}
+    return tuple(name for name in pairs if name not in changed), changed
 
 
 def _compare_pairs(

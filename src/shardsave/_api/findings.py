@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from shardsave._api.reports import VERIFIED, Printed, Removing, Report
 from shardsave._common.words import count, human_bytes, some
+from shardsave._format.index import TRAINING, Moment
 from shardsave._printable import printable
 
 if TYPE_CHECKING:
@@ -132,9 +133,11 @@ class CheckpointInfo(Printed):
     ``frozen``: those of them that were frozen; both are None if unknown, as with third-party files. These are the names in the
     module, which differ from the names on disk for some transformers models. ``ties``: tied name → the name under which the bytes are
     stored. ``bytes``: how many bytes of tensor data; a tied group counts once. ``durable``: the argument of the save; None if unknown.
-    ``parts``: role of a part (such as "architecture") → its file name. ``companions``: the files with fixed names that were
-    saved beside the weights, such as a model's config. ``notes``: which companions were changed or removed since. ``architecture``: what
-    the architecture asks for; None if there is none, or if it was not read.
+    ``parts``: role of a part (such as "architecture") → its file name; ``part_bytes``: role → length of its files. ``companions``: the
+    files with fixed names that were saved beside the weights, such as a model's config. ``notes``: which companions were changed or
+    removed since. ``architecture``: what the architecture asks for; None if there is none, or if it was not read. ``step``, ``metrics``:
+    the arguments of the save; ``epoch``: that of the training state; ``ranks``: how many processes saved; ``created``: when, in UTC.
+    These are None, and ``metrics`` is empty, if the save did not say them.
     """
 
     path: str
@@ -150,6 +153,12 @@ class CheckpointInfo(Printed):
     companions: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     architecture: ArchitectureInfo | None = None
+    part_bytes: Mapping[str, int] = field(default_factory=dict)
+    step: int | None = None
+    epoch: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    ranks: int | None = None
+    created: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "notes", tuple(map(printable, self.notes)))
@@ -175,4 +184,18 @@ class CheckpointInfo(Printed):
             frozen = Counter(name.split(".")[0] for name in names & self.frozen)
             for child in dict.fromkeys(name.split(".")[0] for name in in_order):
                 yield f"  {child}: " + (f"{frozen[child]} of {total[child]} frozen" if total[child] else "tied")
+        moment = Moment(self.step, self.epoch, self.metrics, self.ranks, self.created)
+        if words := moment_words(moment):
+            yield f"  {words}"
+        if TRAINING in self.part_bytes:
+            yield f"  {TRAINING}: {human_bytes(self.part_bytes[TRAINING])}"
         yield from (f"  {note}" for note in self.notes)
+
+
+def moment_words(moment: Moment) -> str:
+    """``step 100, epoch 3, loss 0.25, saved 2026-11-30T05:40:00Z by 1 rank``, as far as it is known."""
+    words = [f"{name} {value:,}" for name, value in (("step", moment.step), ("epoch", moment.epoch)) if value is not None]
+    words += [f"{name} {value:.6g}" for name, value in moment.metrics.items()]
+    if moment.created is not None:
+        words.append(f"saved {moment.created}" + (f" by {count(moment.ranks, 'rank')}" if moment.ranks is not None else ""))
+    return ", ".join(words)

@@ -55,10 +55,12 @@ def inspect(path: str | os.PathLike[str], *, architecture: bool = False) -> Chec
             ties=dict(checkpoint.ties),
             metadata=dict(checkpoint.metadata),
             durable=checkpoint.record.durable if checkpoint.record is not None else None,
-            parts={role: part.file for role, part in checkpoint.record.parts.items()} if checkpoint.record is not None else {},
+            parts={role: part.file for role, part in checkpoint.parts.items()},
             companions=tuple(checkpoint.companions),
             notes=checkpoint.notes(),
             architecture=architecture_info(checkpoint),
+            part_bytes={role: checkpoint.part_bytes(part) for role, part in checkpoint.parts.items()},
+            **checkpoint.moment._asdict(),
         )
 
 
@@ -106,7 +108,7 @@ def verify(path: str | os.PathLike[str], *, keep_going: bool = False, progress: 
     opinion = SecondOpinion()
     broken_files = broken if keep_going else None
     with open_checkpoint(path, parts=PARTS, broken=broken_files, header_check=opinion.check) as checkpoint:
-        stored = (*checkpoint.tensors.values(), *checkpoint.kept.values())
+        stored = [*checkpoint.all_located(checkpoint.tensors.values())]
         targets: list[Target] = [(place, None) for located in stored for place in located.places]
         planned = time.perf_counter()
         with Progress(progress, "verifying", sum(located.nbytes for located, _ in targets)) as reporter:

@@ -12,7 +12,7 @@ import torch
 from shardsave._api.arguments import check_path, check_progress, check_switches, check_timeout
 from shardsave._api.operators import check_operators
 from shardsave._api.reports import Printed
-from shardsave._api.save import plan
+from shardsave._api.save import What, plan
 from shardsave._common.free_memory import free_memory
 from shardsave._common.progress import ProgressArgument
 from shardsave._common.shutdown import verb
@@ -24,6 +24,8 @@ from shardsave._state.module import Source
 from shardsave._storage.directory import path_to_write
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from shardsave._program.capture import Program
 
 __all__ = ["PlannedFile", "SavePlan", "plan_save"]
@@ -90,6 +92,11 @@ def plan_save(
     max_shard_size: Union[int, str] = "2GB",
     durable: bool = True,
     metadata: Mapping[str, Any] | None = None,
+    step: int | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    training: Any = None,
+    rng: bool = False,
+    process_group: ProcessGroup | None = None,
     architecture: bool = False,
     program: Program | None = None,
     adapter_only: bool = False,
@@ -126,7 +133,10 @@ def plan_save(
     check_timeout(lock_timeout)
     if keep_last is not None and (type(keep_last) is not int or keep_last < 1):
         raise ValueError(f"keep_last must be a number of checkpoints, 1 or more, not {keep_last!r}")
-    planned = plan(source, max_shard_size, metadata, architecture, program, adapter_only, only, dtype)
+    what = What(
+        max_shard_size, metadata, step, metrics, training, rng, process_group, architecture, program, adapter_only, only, dtype
+    )
+    planned = plan(source, what)
     contents = planned.contents
     files = planned_files(contents, path, durable=durable)
     disk_bytes = sum(file.bytes for file in files)

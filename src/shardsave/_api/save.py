@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -13,7 +14,9 @@ import torch
 from torch import nn
 
 from shardsave._api.arguments import check_path, check_progress, check_switches, check_timeout, parse_size
+from shardsave._api.moments import check_moment
 from shardsave._api.operators import check_operators
+from shardsave._api.process_group import check_process_group
 from shardsave._api.reports import SaveReport, log_deletion
 from shardsave._common.backend import engine_name
 from shardsave._common.gc_pause import gc_paused
@@ -31,7 +34,7 @@ from shardsave._huggingface.peft_saving import AdapterLayout
 from shardsave._huggingface.recognize import peft_model, transformers_model
 from shardsave._huggingface.transformers_saving import TransformersLayout
 from shardsave._saving.casts import cast_on_disk, check_dtype
-from shardsave._saving.contents import Contents, plan_contents
+from shardsave._saving.contents import Contents, PlannedDirectory, plan_contents
 from shardsave._saving.disk_layout import DiskLayout, IdentityLayout
 from shardsave._saving.trainable import only_trainable
 from shardsave._saving.write import write_checkpoint
@@ -42,6 +45,8 @@ from shardsave._state.wrappers import unwrap
 from shardsave.errors import UnsupportedModuleError
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from shardsave._program.capture import Program
 
 
@@ -54,6 +59,11 @@ def save(
     max_shard_size: Union[int, str] = "2GB",
     durable: bool = True,
     metadata: Mapping[str, Any] | None = None,
+    step: int | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    training: Any = None,
+    rng: bool = False,
+    process_group: ProcessGroup | None = None,
     architecture: bool = False,
     program: Program | None = None,
     adapter_only: bool = False,
@@ -74,6 +84,13 @@ def save(
         max_shard_size: the most bytes of tensor data in one file, as an int or ``"5GB"``, ``"500MB"``, ``"2GiB"``.
         durable: wait until the checkpoint would survive a loss of power; if False, it survives only the end of the process.
         metadata: name → JSON value, returned by ``inspect``; keys are strings on every level, tuples come back as lists.
+        step: how many steps of a training were finished; returned by ``inspect``, with the time of the save.
+        metrics: name → real number (also a numpy or torch scalar), for example ``{"loss": 0.25}``; returned by ``inspect``.
+        training: also store a training state: a nested dict or list of what has ``state_dict`` and ``load_state_dict`` (optimizers,
+            schedulers, averaged models, data loaders, …), tensors, arrays, numbers and text; ``PerRank`` marks what belongs to one rank.
+            ``resume`` brings it back. A number under ``"epoch"`` is returned by ``inspect`` too.
+        rng: also store the random generators of python, numpy, torch and every CUDA device.
+        process_group: a group of torch.distributed with one process, or None.
         architecture: also store the module tree as data, so that ``build_model`` builds the whole model again without calling its
             constructor. Anything that cannot be stored as data is refused; hooks are left out, with one warning.
         program: ``(args, kwargs)`` for ``forward``, or the result of ``torch.export.export``: also store what the model computes,
@@ -90,6 +107,7 @@ def save(
     Raises:
         TypeError, ValueError: for wrong arguments, before anything happens.
         UnsupportedTensorError: a tensor cannot be stored; nothing was written.
+        UnsupportedTrainingError: the training state holds something that is no data and has no state; nothing was written.
         UnsupportedModuleError: the architecture or the program cannot be stored (all reasons are listed), or a module contains
             itself; nothing was written.
         DirectoryBusyError, OutOfSpaceError, SaveNotCommittedError: nothing was committed, a previous checkpoint is intact.
@@ -109,7 +127,10 @@ def save(
     check_progress(progress)
     check_timeout(lock_timeout)
     started = time.perf_counter()
-    planned = plan(source, max_shard_size, metadata, architecture, program, adapter_only, only, dtype)
+    what = What(
+        max_shard_size, metadata, step, metrics, training, rng, process_group, architecture, program, adapter_only, only, dtype
+    )
+    planned = plan(source, what)
     contents = planned.contents
     plan_seconds = time.perf_counter() - started
     with Progress(progress, "saving", contents.tensor_bytes) as reporter:
@@ -156,41 +177,73 @@ class Planned(NamedTuple):
     left_out: tuple[str, ...]
 
 
-def plan(
-    source: Source,
-    max_shard_size: Union[int, str],
-    metadata: Mapping[str, Any] | None,
-    architecture: bool,
-    program: Program | None,
-    adapter_only: bool,
-    only: str | None,
-    dtype: Union[torch.dtype, str, None],
-) -> Planned:
-    """Checks the arguments that say what to save, and plans it. Raises what `save` raises for them; writes nothing."""
-    check_switches(architecture=architecture, adapter_only=adapter_only)
-    if (architecture or program is not None) and not isinstance(source, nn.Module):
-        option = "architecture=True" if architecture else "a program"
+class What(NamedTuple):
+    """The arguments of `save` that say what to save."""
+
+    max_shard_size: Union[int, str]
+    metadata: Mapping[str, Any] | None
+    step: int | None
+    metrics: Mapping[str, Any] | None
+    training: Any
+    rng: bool
+    process_group: ProcessGroup | None
+    architecture: bool
+    program: Program | None
+    adapter_only: bool
+    only: str | None
+    dtype: Union[torch.dtype, str, None]
+
+
+def plan(source: Source, what: What) -> Planned:
+    """Checks ``what``, and plans it. Raises what `save` raises for it; writes nothing."""
+    check_switches(architecture=what.architecture, adapter_only=what.adapter_only, rng=what.rng)
+    check_process_group(what.process_group)
+    if (what.architecture or what.program is not None) and not isinstance(source, nn.Module):
+        option = "architecture=True" if what.architecture else "a program"
         raise TypeError(f"{option} needs an nn.Module, not {an(type(source).__name__)}")
-    if program is not None:
+    if what.program is not None:
         import_at_use("shardsave._program.capture")  # imports torch.export, which few saves need
         from shardsave._program.capture import check_program
 
-        check_program(program)
-    max_shard_bytes = parse_size(max_shard_size)
-    user_metadata = check_metadata(metadata)
-    with_parts = architecture or program is not None
-    target = _check_part(only, dtype, adapter_only, with_parts)
-    layout = _choose_layout(source, adapter_only, with_parts=with_parts)
+        check_program(what.program)
+    max_shard_bytes = parse_size(what.max_shard_size)
+    user_metadata = check_metadata(what.metadata)
+    moment = check_moment(what.step, what.metrics, is_training=what.training is not None or what.rng)
+    with_parts = what.architecture or what.program is not None
+    target = _check_part(what.only, what.dtype, what.adapter_only, with_parts)
+    layout = _choose_layout(source, what.adapter_only, with_parts=with_parts)
     with gc_paused():
-        state = _read_state(source, architecture)
-        parts, notes, needed = _parts(source, state, architecture, program)
+        directories, epoch, training_notes = _training(source, what, max_shard_bytes)
+        state = _read_state(source, what.architecture)
+        parts, notes, needed = _parts(source, state, what.architecture, what.program)
         on_disk = layout.apply(state)
         left_out: tuple[str, ...] = ()
-        if only is not None:
+        if what.only is not None:
             on_disk, left_out = only_trainable(on_disk, source, state)
         on_disk, cast = cast_on_disk(on_disk, target)
-        on_disk = on_disk._replace(notes=(*on_disk.notes, *state.notes, *notes))
-        return Planned(plan_contents(on_disk, parts, max_shard_bytes, user_metadata), needed, cast, left_out)
+        on_disk = on_disk._replace(notes=(*on_disk.notes, *state.notes, *notes, *training_notes))
+        contents = plan_contents(
+            on_disk, parts, max_shard_bytes, user_metadata, directories=directories, moment=moment._replace(epoch=epoch)
+        )
+        return Planned(contents, needed, cast, left_out)
+
+
+def _training(source: Source, what: What, max_shard_bytes: int) -> tuple[list[PlannedDirectory], float | None, tuple[str, ...]]:
+    """The directory of the training state (none, if there is none to save), the epoch in it, and notes for the report."""
+    if what.training is None and not what.rng:
+        return [], None, ()
+    import_at_use("shardsave._training.describe")  # a plain save must not import this
+    from shardsave._saving.training_directory import plan_training_directory
+    from shardsave._training.describe import describe
+
+    state = describe(what.training, source if isinstance(source, nn.Module) else None, rng=what.rng, rank=0)
+    leaves = {0: _json(state.leaves)} if state.leaves else {}
+    directory = plan_training_directory(_json(state.shared), leaves, {0: state.entries}, max_shard_bytes)
+    return [directory], state.epoch, tuple(state.notes)
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
 
 
 def _check_part(only: object, dtype: object, adapter_only: bool, with_parts: bool) -> torch.dtype | None:

@@ -24,6 +24,7 @@ Examples:
   shardsave convert pytorch_model.bin ckpt
   shardsave convert dcp-dir ckpt --key model --dtype bfloat16 --max-shard-size 2GB
   shardsave convert old.pt ckpt --drop 'optimizer.*' --rename '^module\\.' ''
+  shardsave convert ckpt weights --drop training
   shardsave convert ckpt model.safetensors --to safetensors
 
 Exit codes: 0 converted, 2 wrong usage, 3 failed; then DST is unchanged.""",

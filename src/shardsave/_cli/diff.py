@@ -45,13 +45,7 @@ def diff(context: click.Context, a: str, b: str, as_json: bool) -> None:
 
 
 def _print(report: shardsave.DiffReport, output: Output) -> None:
-    if report.changed:
-        rows = [[("~", TRAINABLE), name, *_figures(change)] for name, change in report.changed.items()]
-        titles = ["", "changed", "shape", "dtype", "differing", "max |a-b|", "max relative", "NaN"]
-        output.table(titles, rows, numbers=(4, 5, 6, 7))
-    for sign, style, names in (("+", GOOD, report.added), ("-", BAD, report.removed)):
-        for name in names:
-            output.line((f"{sign} ", style), name)
+    _print_tensors(report, output, "changed")
     for name, (before, after) in (report.flags or {}).items():
         output.line(("* ", FROZEN), f"{name}: {_flag(before)} → {_flag(after)}")
     for name, ties in report.ties.items():
@@ -61,7 +55,19 @@ def _print(report: shardsave.DiffReport, output: Output) -> None:
     for key, values in report.metadata.items():
         old, new = ("nothing" if value is None else _short(json.dumps(value, ensure_ascii=False)) for value in values)
         output.line(("metadata ", DIM), f"{key}: {old} → {new}")
+    if report.training is not None:
+        _print_tensors(report.training, output, "changed in the training state")
     output.line((str(report), GOOD if report.same else DIM))
+
+
+def _print_tensors(report: shardsave.DiffReport | shardsave.TrainingDiff, output: Output, title: str) -> None:
+    if report.changed:
+        rows = [[("~", TRAINABLE), name, *_figures(change)] for name, change in report.changed.items()]
+        titles = ["", title, "shape", "dtype", "differing", "max |a-b|", "max relative", "NaN"]
+        output.table(titles, rows, numbers=(4, 5, 6, 7))
+    for sign, style, names in (("+", GOOD, report.added), ("-", BAD, report.removed)):
+        for name in names:
+            output.line((f"{sign} ", style), name)
 
 
 def _short(text: str) -> str:
@@ -93,6 +99,21 @@ def _as_json(report: shardsave.DiffReport) -> dict[str, object]:
         "a": report.a,
         "b": report.b,
         "same": report.same,
+        **_tensors_as_json(report),
+        "flags": report.flags,
+        "ties": report.ties,
+        "metadata": report.metadata,
+        "training": _tensors_as_json(report.training) | {"values": report.training.values}
+        if report.training is not None
+        else None,
+        "only_training": report.only_training,
+        "bytes": report.bytes,
+        "seconds": report.seconds,
+    }
+
+
+def _tensors_as_json(report: shardsave.DiffReport | shardsave.TrainingDiff) -> dict[str, object]:
+    return {
         "equal": report.equal,
         "changed": {
             name: {
@@ -107,11 +128,6 @@ def _as_json(report: shardsave.DiffReport) -> dict[str, object]:
         },
         "added": report.added,
         "removed": report.removed,
-        "flags": report.flags,
-        "ties": report.ties,
-        "metadata": report.metadata,
-        "bytes": report.bytes,
-        "seconds": report.seconds,
     }
 
 

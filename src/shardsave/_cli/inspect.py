@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shardsave._api.findings import counted_once
+from shardsave._api.findings import counted_once, moment_words
 from shardsave._cli.output import DIM, FROZEN, TRAINABLE, Cell, Output
 from shardsave._cli.paths import CHECKPOINT
 from shardsave._cli.tree import Sums, guides, module_tree, rows
 from shardsave._common.gc_pause import gc_paused
 from shardsave._common.words import build_arguments, count, human_bytes
 from shardsave._format.dtypes import BY_NAME, torch_shape
+from shardsave._format.index import Moment, encode_number
 from shardsave._storage.checkpoint import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
@@ -110,6 +111,8 @@ def _print_tree(directory: str, checkpoint: Checkpoint, depth: int, most: int | 
     output = Output()
     root = module_tree(checkpoint, depth)
     output.line(_headline(directory, checkpoint, root.sums))
+    if words := moment_words(checkpoint.moment):
+        output.line(words)
     lines: list[list[Cell]] = [["(all)", *_figures(root.sums, output)]]
     for row in rows(root, most):
         lines.append([guides(row, output.terminal) + row.name, *_figures(row.sums, output)])
@@ -168,8 +171,12 @@ def _shard_sums(checkpoint: Checkpoint) -> dict[str, Sums]:
 
 
 def _parts(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
-    parts = checkpoint.record.parts if checkpoint.record is not None else {}
-    return {role: {"file": part.file, "bytes": part.record.length} for role, part in parts.items()}
+    return {role: {"file": part.file, "bytes": checkpoint.part_bytes(part)} for role, part in checkpoint.parts.items()}
+
+
+def _moment(moment: Moment) -> dict[str, Any]:
+    """JSON has no NaN and no infinity: such metrics are strings."""
+    return moment._asdict() | {"metrics": {name: encode_number(value) for name, value in moment.metrics.items()}}
 
 
 def _first(items: Iterable[Any], most: int | None) -> list[Any]:
@@ -230,6 +237,7 @@ def _as_json(directory: str, checkpoint: Checkpoint, names: dict[str, str]) -> d
         "bytes": sum(t.nbytes for t in checkpoint.tensors.values()),
         "durable": checkpoint.record.durable if checkpoint.record is not None else None,
         "metadata": checkpoint.metadata,
+        **_moment(checkpoint.moment),
         "shards": {shard: {"tensors": sums.tensors, "bytes": sums.bytes} for shard, sums in _shard_sums(checkpoint).items()},
         "parts": _parts(checkpoint),
         "tensors": tensors,

@@ -28,6 +28,10 @@ class Names:
         self._used.update(("drop", pattern) for pattern in matching)
         return not matching
 
+    def drops_exactly(self, name: str) -> bool:
+        """Whether one of the patterns is ``name`` itself."""
+        return name in self._drop
+
     def new(self, name: str) -> str:
         """``name`` after all replacements, in order."""
         new_name = name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -11,7 +12,9 @@ from shardsave._common.assembled import Assembled, Chunk
 from shardsave._conversion.changes import Names
 from shardsave._conversion.mapped_pages import ReleaseWhileReading
 from shardsave._conversion.origin import Origin
+from shardsave._conversion.training import TrainingState
 from shardsave._format.file_names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from shardsave._format.index import TRAINING
 from shardsave._saving.casts import cast_of, config_with_dtype
 from shardsave._state.module import Entry, State, read_state
 from shardsave._state.parts import Parts
@@ -72,10 +75,17 @@ class CarriedOver(NamedTuple):
     module_flags: Mapping[str, bool] | None
     notes: tuple[str, ...]
     adapter: frozenset[str] = frozenset()
+    training: TrainingState | None = None
+
+    @property
+    def entries(self) -> list[Entry]:
+        """The tensors of all parts."""
+        training = self.training.entries.values() if self.training is not None else ()
+        return [*self.parts.extra, *chain.from_iterable(training)]
 
 
 def carried_over(origin: Origin, names: Names, target: torch.dtype | None, *, to_directory: bool) -> CarriedOver:
-    """Keeps an architecture and a program only if no name or dtype changes, since both refer to the saved ones.
+    """Keeps an architecture, a program and the training state only if no name or dtype changes, since they refer to the saved ones.
 
     Keeps the files of an adapter only if no name changes, since PEFT finds its tensors by name.
     """
@@ -97,7 +107,8 @@ def carried_over(origin: Origin, names: Names, target: torch.dtype | None, *, to
         notes.append(f"{ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} were left out, so from_pretrained finds no adapter: {reason}")
     adapter = origin.adapter if keeps_adapter else frozenset()
     if to_directory and not names_differ and target is None:
-        return CarriedOver(origin.parts, companions, origin.module_flags, tuple(notes), adapter)
+        return CarriedOver(origin.parts, companions, origin.module_flags, tuple(notes), adapter, origin.training)
     reason = "it refers to the saved names and dtypes" if to_directory else "a single file cannot hold it"
-    notes += [f"the {role} was left out: {reason}" for role in sorted(origin.parts.documents)]
+    training = [TRAINING] if origin.training is not None else []
+    notes += [f"the {role} was left out: {reason}" for role in sorted([*origin.parts.documents, *training])]
     return CarriedOver(Parts(), companions, None if names_differ else origin.module_flags, tuple(notes), adapter)

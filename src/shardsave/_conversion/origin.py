@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 from shardsave._common.os_calls import CallFailed, Descriptor, call, read_at
 from shardsave._common.sources import TensorSource
 from shardsave._common.words import some
+from shardsave._conversion.training import TrainingState, training_of
 from shardsave._foreign.dcp import TABLE_NAME, read_distributed
 from shardsave._foreign.nested_state import Wanted, choose_state, refuse_key
 from shardsave._foreign.torch_file import TorchFile, read_torch_file
 from shardsave._format.file_names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX_NAME, LONE_NAME, TORCH_ENDINGS
-from shardsave._format.index import Index
+from shardsave._format.index import TRAINING, Index, Moment
 from shardsave._format.index_parsing import parse_index
 from shardsave._format.other_kinds import START_BYTES, ZIP, is_pickle, is_safetensors
 from shardsave._format.rank_files import is_rank_file
@@ -33,6 +34,9 @@ from shardsave._storage.located import Located
 from shardsave._storage.previous import companions_of
 from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError
 
+#: What ``drop`` must be to leave out the training state.
+DROP_TRAINING = "training"
+
 #: The file names that transformers uses for weights written by torch.save.
 TORCH_NAME, TORCH_INDEX_NAME = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _TORCH_NAMES = re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin")
@@ -45,6 +49,7 @@ class Origin(NamedTuple):
     memory of the tensors. ``files``: every file that has some of them. ``dropped``: the names that are not wanted. ``stored``: those
     tensors of the open ``checkpoint`` that have checksums. ``parts`` and ``module_flags`` are carried over if no name changes,
     ``companions`` always. ``adapter``: those of ``values`` that are in the file of an adapter, which has a config in ``companions``.
+    ``training`` is carried over as ``parts`` are, ``moment`` always.
     """
 
     kind: str
@@ -61,14 +66,21 @@ class Origin(NamedTuple):
     companions: Mapping[str, bytes] = {}
     module_flags: Mapping[str, bool] | None = None
     adapter: frozenset[str] = frozenset()
+    training: TrainingState | None = None
+    moment: Moment = Moment()
 
 
 class Request(NamedTuple):
-    """What is wanted of a source: the state at ``key``, the names that are ``wanted``; ``allowed``: names that its pickles may have."""
+    """What is wanted of a source: the state at ``key``, the names that are ``wanted``; ``allowed``: names that its pickles may have.
+
+    ``training``: whether the training state is wanted. If it is not, and there is one, ``wanted`` is not asked about a tensor of the
+    same name: the request meant the training state.
+    """
 
     key: str | None
     wanted: Wanted
     allowed: tuple[str, ...] = ()
+    training: bool = True
 
 
 def open_origin(path: str, request: Request, closing: ExitStack) -> Origin:
@@ -156,10 +168,18 @@ def _from_file(path: str, request: Request, closing: ExitStack) -> Origin:
 def _from_checkpoint(path: str, request: Request, closing: ExitStack) -> Origin:
     if request.key is not None:
         refuse_key(path, request.key, "only one mapping of names to tensors, which has no key")
-    checkpoint = closing.enter_context(open_checkpoint(path, parts=PARTS))
+    parts_to_open = [role for role in PARTS if role != TRAINING or request.training]
+    checkpoint = closing.enter_context(open_checkpoint(path, parts=parts_to_open))
     record = checkpoint.record
+    drops_training = not request.training and TRAINING in checkpoint.parts
+    if drops_training:
+        request.wanted(DROP_TRAINING)  # the pattern has been used
+
+    def wanted(name: str) -> bool:
+        return request.wanted(name, exact=not (drops_training and name == DROP_TRAINING))
+
     names = {name: name for name in checkpoint.stored_names} | dict(checkpoint.ties)
-    chosen = {name: stored for name, stored in names.items() if request.wanted(name)}
+    chosen = {name: stored for name, stored in names.items() if wanted(name)}
     located = {stored: checkpoint.tensors[stored] for stored in chosen.values()}
     maps = Maps(checkpoint, aligned=False)
     tensors = {
@@ -167,6 +187,7 @@ def _from_checkpoint(path: str, request: Request, closing: ExitStack) -> Origin:
         **{name: maps.assembled(t) for name, t in located.items() if t.chunks},
     }
     extra = maps.tensors(checkpoint.kept)
+    training = training_of(checkpoint.training, maps) if checkpoint.training is not None else None
     parts = Parts(
         checkpoint.documents,
         tuple(Entry(name, "buffer", None, None, TensorSource.of(tensor)) for name, tensor in extra.items()),
@@ -181,13 +202,16 @@ def _from_checkpoint(path: str, request: Request, closing: ExitStack) -> Origin:
         (
             *checkpoint.shape_notes,
             *(f"the {role} was left out: this version of shardsave knows no such part" for role in checkpoint.unknown_parts),
+            *([f"the {TRAINING} was left out: drop={DROP_TRAINING!r} asks for that"] if drops_training else []),
         ),
         tuple(name for name in names if name not in chosen),
         checkpoint,
-        tuple(t for t in (*located.values(), *checkpoint.kept.values()) if t.checksum is not None),
+        tuple(t for t in checkpoint.all_located(located.values()) if t.checksum is not None),
         parts,
         module_flags=record.module_flags if record is not None else None,
         adapter=_adapter_of(checkpoint.index) if checkpoint.index is not None else frozenset(),
+        training=training,
+        moment=checkpoint.moment,
     )
 
 

@@ -17,6 +17,7 @@ from shardsave._conversion.converted import CarriedOver, converted_state
 from shardsave._conversion.mapped_pages import ReleaseWhileWriting
 from shardsave._conversion.origin import Origin, Request, open_origin
 from shardsave._conversion.single_file import NewFile, WriteResult, fits_torch, write_safetensors, write_torch
+from shardsave._conversion.training import plan_training
 from shardsave._format.file_names import ADAPTER_WEIGHTS, INDEX_NAME
 from shardsave._format.header import CHECKSUM_KEY
 from shardsave._format.metadata import check_metadata
@@ -52,7 +53,11 @@ def _write_directory(output: Output, state: State, carried: CarriedOver, max_sha
         on_disk = OnDisk(state, carried.companions, carried.module_flags)
         if carried.adapter:
             on_disk = on_disk._replace(single_file=ADAPTER_WEIGHTS, in_single_file=carried.adapter)
-        contents = plan_contents(on_disk, carried.parts, max_shard_size, check_metadata(output.origin.metadata))
+        directories = [plan_training(carried.training, max_shard_size)] if carried.training is not None else []
+        metadata = check_metadata(output.origin.metadata)
+        contents = plan_contents(
+            on_disk, carried.parts, max_shard_size, metadata, directories=directories, moment=output.origin.moment
+        )
     return _write_contents(contents, output.path, output.durable, ReleaseWhileWriting(output.origin.mappings, output.tick))
 
 

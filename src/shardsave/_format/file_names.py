@@ -26,6 +26,16 @@ OWN_PATTERN = re.compile(
     r"|(?:architecture|program)-[0-9a-f]{8}\.json|extra-[0-9a-f]{8}\.(?:tensors|safetensors)"
 )
 
+#: Exactly the names that `directory_name` returns: a save may remove what it made in such a directory once no index names it.
+DIRECTORY_PATTERN = re.compile(r"training-[0-9a-f]{8}")
+
+#: The document of a part that has a directory of its own, in that directory. The index names it; it names the other files there.
+DIRECTORY_INDEX = "index.json"
+
+#: The files of such a directory beside its document, each of which belongs to one rank: values as JSON, and tensors.
+RANK_DOCUMENT = re.compile(r"rank-([0-9]{5})\.json")
+RANK_TENSORS = re.compile(r"rank-([0-9]{5})-[0-9]{5}\.tensors")
+
 MAX_SHARDS = 99_999
 _NO_FILE_NAME = re.compile(r"[/\x00-\x1f\x7f]|\A\.{0,2}\Z")
 
@@ -46,6 +56,27 @@ def shard_names(count: int, tag: str | None = None) -> tuple[str, ...]:
 def part_name(stem: str, tag: str, extension: str) -> str:
     """``architecture-1a2b3c4d.json``; a new tag gives a new name, so that a committed file is never replaced."""
     return f"{stem}-{tag}.{extension}"
+
+
+def directory_name(stem: str, tag: str) -> str:
+    """``training-1a2b3c4d``, the directory of a part, in which its files have names that no longer need a tag."""
+    return f"{stem}-{tag}"
+
+
+def rank_document(rank: int) -> str:
+    """``rank-00000.json``, in the directory of a part."""
+    return f"rank-{rank:05d}.json"
+
+
+def rank_tensors(rank: int, number: int) -> str:
+    """``rank-00000-00001.tensors``, in the directory of a part; ``number`` counts the files of a rank from 1."""
+    return f"rank-{rank:05d}-{number:05d}.tensors"
+
+
+def is_in_directory(name: str) -> bool:
+    """Whether a save gives this name to a file in the directory of a part."""
+    patterns = (RANK_DOCUMENT, RANK_TENSORS)
+    return name == DIRECTORY_INDEX or any(pattern.fullmatch(name) for pattern in patterns)
 
 
 def is_file_name(name: str) -> bool:

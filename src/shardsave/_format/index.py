@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Container, Mapping
+from math import inf, isfinite, nan
 from typing import Any, NamedTuple
 
 from shardsave._common.gc_pause import gc_paused
@@ -21,6 +22,15 @@ MAX_INDEX_BYTES = 100_000_000
 
 #: The version of the record that is written. A reader decides by ``requires``, not by this number.
 VERSION = 2
+
+#: The feature that a reader must know if a part has a directory of its own.
+PART_DIRECTORIES = "part directories"
+
+#: The role of the training state, which always has a directory of its own.
+TRAINING = "training state"
+
+#: What a metric may be instead of a JSON number.
+NOT_FINITE = {"nan": nan, "inf": inf, "-inf": -inf}
 
 #: What follows the checksum, which is the last value of the record.
 END = b'"}}\n'
@@ -37,11 +47,18 @@ class ShardRecord(NamedTuple):
 class Part(NamedTuple):
     """A file of the checkpoint without tensors of ``weight_map``: an architecture, a program, or the extra tensors of these.
 
-    ``record`` is as for a shard; a JSON file counts as header from beginning to end.
+    ``record`` is as for a shard; a JSON file counts as header from beginning to end. A part with a directory of its own has the file
+    ``training-1a2b3c4d/index.json``, which has the records of all other files in that directory.
     """
 
     file: str
     record: ShardRecord
+
+    @property
+    def directory(self) -> str | None:
+        """The part's own directory; None if it has none."""
+        directory, slash, _ = self.file.partition("/")
+        return directory if slash else None
 
 
 class FileRecord(NamedTuple):
@@ -56,6 +73,19 @@ class Superseded(NamedTuple):
 
     size: int
     mtime_ns: int
+
+
+class Moment(NamedTuple):
+    """The moment of a training at which a checkpoint was saved; None for what the saver did not say.
+
+    ``metrics``: name → number. ``ranks``: how many processes saved. ``created``: when, such as ``2026-11-30T05:40:00Z``.
+    """
+
+    step: int | None = None
+    epoch: float | None = None
+    metrics: Mapping[str, float] = {}
+    ranks: int | None = None
+    created: str | None = None
 
 
 class Record(NamedTuple):
@@ -77,6 +107,7 @@ class Record(NamedTuple):
     parts: Mapping[str, Part] = {}
     companions: Mapping[str, FileRecord] = {}
     module_flags: Mapping[str, bool] | None = None
+    moment: Moment = Moment()
 
 
 class Index(NamedTuple):
@@ -132,23 +163,35 @@ def encode_index(index: Index) -> bytes:
 def _encode_record(record: Record, names: Collection[str]) -> dict[str, Any]:
     encoded: dict[str, Any] = {
         "version": VERSION,
-        "requires": [],
+        "requires": [PART_DIRECTORIES] if any(part.directory for part in record.parts.values()) else [],
         "writer": record.writer,
         "durable": record.durable,
         "flags": encode_flags(record.flags, names),
         "ties": dict(record.ties),
         "metadata": dict(record.metadata),
-        "shards": {name: _encode_shard(shard) for name, shard in record.shards.items()},
+        "shards": {name: encode_shard(shard) for name, shard in record.shards.items()},
     }
     if record.parts:
-        encoded["parts"] = {role: [part.file, *_encode_shard(part.record)] for role, part in record.parts.items()}
+        encoded["parts"] = {role: [part.file, *encode_shard(part.record)] for role, part in record.parts.items()}
     encoded["supersedes"] = record.supersedes._asdict() if record.supersedes is not None else None
     if record.companions:
         encoded["companions"] = {name: [file.length, f"{file.crc:016x}"] for name, file in record.companions.items()}
     if record.module_flags is not None:
         encoded["module_flags"] = encode_module_flags(record.module_flags)
-    return encoded
+    return encoded | _encode_moment(record.moment)
 
 
-def _encode_shard(shard: ShardRecord) -> list[int | str]:
+def _encode_moment(moment: Moment) -> dict[str, Any]:
+    """The members that are known. JSON has no NaN and no infinity, so a metric with such a value is a string."""
+    members = moment._asdict() | {"metrics": {name: encode_number(value) for name, value in moment.metrics.items()} or None}
+    return {name: value for name, value in members.items() if value is not None}
+
+
+def encode_number(value: float) -> float | str:
+    """A number as JSON: ``"nan"``, ``"inf"`` and ``"-inf"`` are strings."""
+    return value if isinstance(value, int) or isfinite(value) else str(value)
+
+
+def encode_shard(shard: ShardRecord) -> list[int | str]:
+    """The record of a shard, or of a file in the directory of a part, as JSON."""
     return [shard.length, shard.header_length, f"{shard.header_crc:016x}"]

@@ -9,13 +9,17 @@ from typing import Any, NoReturn
 from shardsave._common.gc_pause import gc_paused
 from shardsave._common.strict_json import NotJSON, glimpse, parse_object
 from shardsave._format.crc64 import crc64
-from shardsave._format.file_names import MAX_SHARDS, is_file_name
+from shardsave._format.file_names import DIRECTORY_INDEX, MAX_SHARDS, is_file_name
 from shardsave._format.freeze_flags import FLAG_WORDS, MODULE_FLAG_WORDS
 from shardsave._format.header import MAX_HEADER_BYTES
 from shardsave._format.index import (
     END,
+    NOT_FINITE,
+    PART_DIRECTORIES,
+    TRAINING,
     FileRecord,
     Index,
+    Moment,
     Part,
     Record,
     ShardRecord,
@@ -25,12 +29,13 @@ from shardsave._format.index import (
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError
 
 #: The features that this reader knows; a record that requires any other feature is refused.
-SUPPORTED_FEATURES: frozenset[str] = frozenset()
+SUPPORTED_FEATURES = frozenset({PART_DIRECTORIES})
 
 #: What every record must have.
 _MEMBERS = {"durable", "flags", "metadata", "shards", "supersedes", "ties"}
 
 _CRC = re.compile(r"[0-9a-f]{16}")
+_TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")
 
 
 @gc_paused()
@@ -81,8 +86,8 @@ def _parse_record(members: dict[str, Any], weight_map: Mapping[str, str], where:
     unknown = sorted(set(requires) - SUPPORTED_FEATURES)
     if unknown:
         raise IncompatibleCheckpointError(
-            f"cannot read {where}: this version of shardsave knows {', '.join(sorted(SUPPORTED_FEATURES)) or 'no feature'}, "
-            f"it requires {glimpse(unknown)}; the checkpoint is intact, read it with a newer version"
+            f"cannot read {where}: this version of shardsave knows {glimpse(sorted(SUPPORTED_FEATURES))}, it requires {glimpse(unknown)}; "
+            f"the checkpoint is intact, read it with a newer version"
         )
     missing = sorted(_MEMBERS - members.keys())
     if missing:
@@ -105,9 +110,10 @@ def _parse_record(members: dict[str, Any], weight_map: Mapping[str, str], where:
         shards=shards,
         supersedes=_parse_superseded(members["supersedes"], where),
         writer=str(members.get("writer", "")),
-        parts=_parse_parts(members.get("parts", {}), where),
+        parts=_parse_parts(members.get("parts", {}), PART_DIRECTORIES in requires, where),
         companions=_parse_companions(members.get("companions", {}), where),
         module_flags=_parse_module_flags(members.get("module_flags"), where),
+        moment=_parse_moment(members, where),
     )
 
 
@@ -128,10 +134,11 @@ def _parse_shards(shards: object, where: str) -> dict[str, ShardRecord]:
     _check_count(shards, where)
     for name in shards:
         _check_file_name(name, where)
-    return {name: _parse_shard(f"shard {name}", entry, where) for name, entry in shards.items()}
+    return {name: parse_shard(f"shard {name}", entry, where) for name, entry in shards.items()}
 
 
-def _parse_shard(what: str, entry: object, where: str) -> ShardRecord:
+def parse_shard(what: str, entry: object, where: str) -> ShardRecord:
+    """Reads a record; ``what`` names its file. Raises CorruptCheckpointError."""
     if type(entry) is not list or [type(item) for item in entry] != [int, int, str] or not _CRC.fullmatch(entry[2]):
         _bad(where, f"{what} expected to have length, header length and checksum", f"it has {glimpse(entry)}")
     length, header_length, digits = entry
@@ -140,15 +147,19 @@ def _parse_shard(what: str, entry: object, where: str) -> ShardRecord:
     return ShardRecord(length, header_length, int(digits, 16))
 
 
-def _parse_parts(parts: object, where: str) -> dict[str, Part]:
+def _parse_parts(parts: object, directories: bool, where: str) -> dict[str, Part]:
+    """``directories``: whether a part may have a directory of its own."""
     if not isinstance(parts, dict):
         _bad(where, "parts expected to be an object", f"it is {glimpse(parts)}")
     parsed = {}
     for role, entry in parts.items():
         if type(entry) is not list or not entry or not isinstance(entry[0], str):
             _bad(where, f"part {glimpse(role)} expected to begin with the name of its file", f"it has {glimpse(entry)}")
-        _check_file_name(entry[0], where)
-        parsed[role] = Part(entry[0], _parse_shard(f"part {entry[0]}", entry[1:], where))
+        directory, slash, _ = entry[0].rpartition(f"/{DIRECTORY_INDEX}")
+        _check_file_name(directory if slash and directories else entry[0], where)
+        parsed[role] = Part(entry[0], parse_shard(f"part {entry[0]}", entry[1:], where))
+    if TRAINING in parsed and parsed[TRAINING].directory is None:
+        _bad(where, f"part {TRAINING!r} expected to have a directory of its own", f"it is {parsed[TRAINING].file}")
     return parsed
 
 
@@ -214,6 +225,26 @@ def _parse_superseded(value: object, where: str) -> Superseded | None:
     if not isinstance(value, dict) or type(value.get("size")) is not int or type(value.get("mtime_ns")) is not int:
         _bad(where, "supersedes expected to have size and mtime_ns", f"it is {glimpse(value)}")
     return Superseded(value["size"], value["mtime_ns"])
+
+
+def _parse_moment(members: dict[str, Any], where: str) -> Moment:
+    step, epoch, metrics = members.get("step"), members.get("epoch"), members.get("metrics", {})
+    ranks, created = members.get("ranks"), members.get("created")
+    if step is not None and (type(step) is not int or step < 0):
+        _bad(where, "step expected to be a number of steps", f"it is {glimpse(step)}")
+    if epoch is not None and type(epoch) not in (int, float):
+        _bad(where, "epoch expected to be a number", f"it is {glimpse(epoch)}")
+    if not isinstance(metrics, dict):
+        _bad(where, "metrics expected to map names to numbers", f"it is {glimpse(metrics)}")
+    for name, value in metrics.items():
+        if type(value) not in (int, float) and not (isinstance(value, str) and value in NOT_FINITE):
+            _bad(where, f"metric {glimpse(name)} expected to be a number", f"it is {glimpse(value)}")
+    if ranks is not None and (type(ranks) is not int or ranks < 1):
+        _bad(where, "ranks expected to be a number of processes", f"it is {glimpse(ranks)}")
+    if created is not None and (not isinstance(created, str) or not _TIME.fullmatch(created)):
+        _bad(where, "created expected to be a time in UTC", f"it is {glimpse(created)}")
+    numbers = {name: NOT_FINITE[value] if isinstance(value, str) else value for name, value in metrics.items()}
+    return Moment(step, epoch, numbers, ranks, created)
 
 
 def _check_count(files: Sized, where: str) -> None:

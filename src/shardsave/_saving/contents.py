@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from shardsave._common.strict_json import NotJSON, check_memory
-from shardsave._format.file_names import check_shard_count
+from shardsave._format.file_names import DIRECTORY_INDEX, check_shard_count
 from shardsave._format.header import MAX_HEADER_BYTES
 from shardsave._format.index import (
     MAX_INDEX_BYTES,
     FileRecord,
     Index,
+    Moment,
     Part,
     Record,
     ShardRecord,
@@ -32,6 +34,29 @@ _LARGE_METADATA = 1_000_000
 #: The most bytes that a character of a name needs in JSON.
 _CHARACTER_BYTES = 6
 
+#: No record of a file is longer as JSON.
+_LONGEST_RECORD = ShardRecord(1 << 63, 1 << 31, (1 << 64) - 1)
+
+
+@dataclass(frozen=True)
+class PlannedDirectory:
+    """A part with a directory of its own, before it is written.
+
+    ``role``: in the index. ``stem``: what the directory's name begins with. ``documents``: file → JSON. ``shards``: file → what is in
+    it. ``index``: makes the directory's document from the records of all these files.
+    """
+
+    role: str
+    stem: str
+    documents: Mapping[str, bytes]
+    shards: Mapping[str, PlannedShard]
+    index: Callable[[Mapping[str, ShardRecord]], bytes]
+
+    @property
+    def longest_index(self) -> bytes:
+        """The document as it will be, but for the numbers in it, none of which can be longer."""
+        return self.index(dict.fromkeys([*self.documents, *self.shards], _LONGEST_RECORD))
+
 
 class Contents(NamedTuple):
     """Everything that one save will write into a directory.
@@ -39,7 +64,8 @@ class Contents(NamedTuple):
     ``shards`` hold the weights, ``extra_shards`` (none or one) the extra tensors that ``documents`` refer to. ``documents``: role →
     content. ``companions``: file name → content. ``flags``: name on disk → frozen; None if the flags are unknown. ``module_flags``:
     name in the module → frozen; None if the names on disk are the same. ``single_file``: a second name for the first shard.
-    ``copied_bytes``: of tensors that were copied in memory for this save.
+    ``copied_bytes``: of tensors that were copied in memory for this save. ``directories``: the parts that have directories of their own,
+    and ``directory_documents``: the most bytes of JSON in these. ``moment``: of a training.
     """
 
     state: State
@@ -53,14 +79,19 @@ class Contents(NamedTuple):
     single_file: str | None
     notes: tuple[str, ...]
     copied_bytes: int
+    directories: Sequence[PlannedDirectory] = ()
+    directory_documents: int = 0
+    moment: Moment = Moment()
 
     @property
     def all_shards(self) -> list[PlannedShard]:
-        return [*self.shards, *self.extra_shards]
+        """In the order in which they are written."""
+        in_directories = (shard for directory in self.directories for shard in directory.shards.values())
+        return [*self.shards, *self.extra_shards, *in_directories]
 
     @property
     def tensor_bytes(self) -> int:
-        """Bytes of tensor data, extra tensors included."""
+        """Bytes of tensor data, those of all parts included."""
         return sum(shard.layout.data_bytes for shard in self.all_shards)
 
     @property
@@ -71,7 +102,8 @@ class Contents(NamedTuple):
     @property
     def reserved_bytes(self) -> int:
         """The bytes that must be free on disk before anything is written."""
-        return sum(shard.reserved_bytes for shard in self.all_shards) + sum(map(len, self.documents.values()))
+        documents = sum(map(len, self.documents.values())) + self.directory_documents
+        return sum(shard.reserved_bytes for shard in self.all_shards) + documents
 
     @property
     def ties(self) -> dict[str, str]:
@@ -104,29 +136,34 @@ class Contents(NamedTuple):
             parts=parts,
             companions=companions,
             module_flags=self.module_flags,
+            moment=self.moment,
         )
         return Index(weight_map, self.weight_bytes, record)
 
 
-def plan_contents(on_disk: OnDisk, parts: Parts, max_shard_size: int, metadata: Mapping[str, Any]) -> Contents:
+def plan_contents(
+    on_disk: OnDisk,
+    parts: Parts,
+    max_shard_size: int,
+    metadata: Mapping[str, Any],
+    *,
+    directories: Sequence[PlannedDirectory] = (),
+    moment: Moment | None = None,
+) -> Contents:
     """Packs what ``on_disk`` and ``parts`` hold into shards of at most ``max_shard_size`` bytes.
 
     Raises UnsupportedModuleError for a document that is longer than a reader accepts, ValueError for too many shards, and for an index
     that could not be read again.
     """
     for role, document in parts.documents.items():
-        if len(document) > MAX_HEADER_BYTES:
-            raise UnsupportedModuleError(
-                f"cannot save the {role}: at most {MAX_HEADER_BYTES} bytes were expected, since no more can be loaded, it has "
-                f"{len(document)}; nothing was written"
-            )
-        try:
-            check_memory(document)
-        except NotJSON as refusal:
-            raise UnsupportedModuleError(
-                f"cannot save the {role}: {refusal.wanted}, since no more can be loaded, {refusal.found}; nothing was written"
-            ) from None
+        _check_readable(role, document)
+    directory_documents = 0
+    for directory in directories:
+        for document in (*directory.documents.values(), directory.longest_index):
+            _check_readable(directory.role, document)
+            directory_documents += len(document)
     contents = _plan(on_disk, parts, max_shard_size, metadata)
+    contents = contents._replace(directories=directories, directory_documents=directory_documents, moment=moment or Moment())
     _check_index(contents)
     return contents
 
@@ -151,21 +188,37 @@ def _plan(on_disk: OnDisk, parts: Parts, max_shard_size: int, metadata: Mapping[
     )
 
 
+def _check_readable(role: str, document: bytes) -> None:
+    """Raises UnsupportedModuleError if a reader would refuse ``document`` because of its size."""
+    if len(document) > MAX_HEADER_BYTES:
+        raise UnsupportedModuleError(
+            f"cannot save the {role}: at most {MAX_HEADER_BYTES} bytes were expected, since no more can be loaded, it has "
+            f"{len(document)}; nothing was written"
+        )
+    try:
+        check_memory(document)
+    except NotJSON as refusal:
+        raise UnsupportedModuleError(
+            f"cannot save the {role}: {refusal.wanted}, since no more can be loaded, {refusal.found}; nothing was written"
+        ) from None
+
+
 def _check_index(contents: Contents) -> None:
     """Raises ValueError for an index that would be too large. Few are even near to that, so most are not encoded twice."""
     flags = contents.module_flags or {}
     names = [*flags, *(name for entry in contents.state.entries for name in (entry.name, entry.tied_to or ""))]
-    metadata_bytes = len(json.dumps(contents.metadata))
+    metadata_bytes = len(json.dumps([contents.metadata, dict(contents.moment.metrics)]))
     if metadata_bytes < _LARGE_METADATA and sum(map(len, names)) * _CHARACTER_BYTES + len(names) * 100 < MAX_INDEX_BYTES // 2:
         return
     shard, file = ShardRecord(1 << 60, MAX_HEADER_BYTES, (1 << 64) - 1), FileRecord(1 << 60, (1 << 64) - 1)
     shard_names = [f"model-{number:08x}-{number:05d}-of-{number:05d}.safetensors" for number in range(len(contents.shards))]
     roles = [*contents.documents, *(["extra tensors"] if contents.extra_shards else [])]
+    roles += [part.role for part in contents.directories]
     companions = [*contents.companions, *([contents.single_file] if contents.single_file else [])]
     longest = contents.index_for(
         shard_names,
         dict.fromkeys(shard_names, shard),
-        {role: Part(f"{role}-{0:08x}.tensors", shard) for role in roles},
+        {role: Part(f"{role}-{0:08x}/{DIRECTORY_INDEX}", shard) for role in roles},
         dict.fromkeys(companions, file),
         durable=False,
         supersedes=Superseded(1 << 60, 1 << 63),

@@ -8,7 +8,15 @@ from typing import NamedTuple
 
 from shardsave._common.os_calls import CallFailed
 from shardsave._engine import engine
-from shardsave._format.file_names import INDEX_NAME, LONE_NAME, PART_TENSORS, part_name, shard_names
+from shardsave._format.file_names import (
+    DIRECTORY_INDEX,
+    INDEX_NAME,
+    LONE_NAME,
+    PART_TENSORS,
+    directory_name,
+    part_name,
+    shard_names,
+)
 from shardsave._format.index import FileRecord, Part, ShardRecord, Superseded, encode_index
 from shardsave._saving.contents import Contents
 from shardsave._storage.directory import Directory, missing_folders
@@ -31,22 +39,32 @@ def planned_files(contents: Contents, path: str, *, durable: bool) -> list[Plann
     names = shard_names(len(contents.shards))
     if not taken.isdisjoint(names):
         names = shard_names(len(contents.shards), _ANY_TAG)
-    lengths = [len(shard.header) + shard.layout.data_bytes for shard in contents.all_shards]
     extra_names = [part_name("extra", _ANY_TAG, PART_TENSORS) for _ in contents.extra_shards]
+    folders = [directory_name(part.stem, _ANY_TAG) for part in contents.directories]
+    in_folders = [f"{folder}/{file}" for folder, part in zip(folders, contents.directories) for file in part.shards]
+    shard_files = [*names, *extra_names, *in_folders]
     records = {
-        name: ShardRecord(length, len(shard.header), 0)
-        for name, length, shard in zip([*names, *extra_names], lengths, contents.all_shards)
+        name: ShardRecord(len(shard.header) + shard.layout.data_bytes, len(shard.header), 0)
+        for name, shard in zip(shard_files, contents.all_shards)
     }
+    files = [(name, record.length) for name, record in records.items()]
     documents = {role: (part_name(role, _ANY_TAG, "json"), len(document)) for role, document in contents.documents.items()}
     parts = {role: Part(name, ShardRecord(length, length, 0)) for role, (name, length) in documents.items()}
+    files += documents.values()
     for name in extra_names:
         parts["extra tensors"] = Part(name, records.pop(name))
+    for folder, part in zip(folders, contents.directories):
+        in_folder = {file: records.pop(f"{folder}/{file}") for file in part.shards}
+        in_folder |= {file: ShardRecord(len(document), len(document), 0) for file, document in part.documents.items()}
+        length = len(part.index(in_folder))
+        parts[part.role] = Part(f"{folder}/{DIRECTORY_INDEX}", ShardRecord(length, length, 0))
+        files += [(f"{folder}/{file}", len(document)) for file, document in part.documents.items()]
+        files.append((f"{folder}/{DIRECTORY_INDEX}", length))
     companions = {name: FileRecord(len(content), 0) for name, content in contents.companions.items()}
-    if contents.single_file is not None:  # a second name of the first shard, which takes no space
-        companions[contents.single_file] = FileRecord(lengths[0], 0)
-    index = contents.index_for(names, records, parts, companions, durable=durable, supersedes=_lone_file(path))
-    files = [*zip([*names, *extra_names], lengths), *documents.values()]
     files += [(name, len(content)) for name, content in contents.companions.items()]
+    if contents.single_file is not None:  # a second name of the first shard, which takes no space
+        companions[contents.single_file] = FileRecord(files[0][1], 0)
+    index = contents.index_for(names, records, parts, companions, durable=durable, supersedes=_lone_file(path))
     return [PlannedFile(name, length) for name, length in (*files, (INDEX_NAME, len(encode_index(index))))]
 
 

@@ -13,9 +13,9 @@ from shardsave._common.progress import Progress
 from shardsave._common.warn_caller import warn_caller
 from shardsave._engine.totals import Totals
 from shardsave._format.crc64 import crc64
-from shardsave._format.file_names import PART_TENSORS
+from shardsave._format.file_names import DIRECTORY_INDEX, PART_TENSORS
 from shardsave._format.index import Part, ShardRecord
-from shardsave._saving.contents import Contents
+from shardsave._saving.contents import Contents, PlannedDirectory
 from shardsave._saving.shards import ShardWriter
 from shardsave._storage.transaction import Transaction
 
@@ -49,11 +49,15 @@ def write_checkpoint(
         transaction.check_not_read(contents.state.files)
         names = list(transaction.shard_names(len(contents.shards)))
         extra_names = [transaction.part_name("extra", PART_TENSORS) for _ in contents.extra_shards]
+        folders = [transaction.directory_name(directory.stem) for directory in contents.directories]
+        in_folders = [f"{folder}/{file}" for folder, part in zip(folders, contents.directories) for file in part.shards]
         transaction.check_space(contents.reserved_bytes)
-        whole_sums = contents.single_file is not None
-        writer = ShardWriter(transaction, contents.all_shards, names + extra_names, durable=durable, whole_sums=whole_sums)
+        all_names, whole_sums = [*names, *extra_names, *in_folders], contents.single_file is not None
+        writer = ShardWriter(transaction, contents.all_shards, all_names, durable=durable, whole_sums=whole_sums)
         writer.reserve()
         companions = transaction.add_companions(contents.companions)
+        for folder in folders:
+            transaction.make_directory(folder)
         planned = time.perf_counter()
         writer.write(progress)
         if contents.single_file is not None:
@@ -62,6 +66,8 @@ def write_checkpoint(
         parts = {role: _stage_document(transaction, role, document) for role, document in contents.documents.items()}
         for name in extra_names:
             parts["extra tensors"] = Part(name, writer.records.pop(name))
+        for folder, part in zip(folders, contents.directories):
+            parts[part.role] = _stage_directory(transaction, folder, part, writer.records)
         transferred = time.perf_counter()
         with gc_paused():
             index = contents.index_for(
@@ -88,6 +94,19 @@ def write_checkpoint(
 
 
 def _stage_document(transaction: Transaction, role: str, document: bytes) -> Part:
-    name = transaction.part_name(role, "json")
+    return _stage(transaction, transaction.part_name(role, "json"), document)
+
+
+def _stage_directory(
+    transaction: Transaction, folder: str, directory: PlannedDirectory, records: dict[str, ShardRecord]
+) -> Part:
+    """Stages the documents in ``folder``. ``records``: those of all sealed shards; loses those of shards in ``folder``."""
+    files = {name: records.pop(f"{folder}/{name}") for name in directory.shards}
+    for name, document in directory.documents.items():
+        files[name] = _stage(transaction, f"{folder}/{name}", document).record
+    return _stage(transaction, f"{folder}/{DIRECTORY_INDEX}", directory.index(files))
+
+
+def _stage(transaction: Transaction, name: str, document: bytes) -> Part:
     transaction.stage(name, document)
     return Part(name, ShardRecord(len(document), len(document), crc64(document)))

@@ -6,23 +6,23 @@ import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import repeat
-from typing import Any, Union
+from typing import Any
 
 from shardsave._common.gc_pause import gc_paused
-from shardsave._common.os_calls import CallFailed, absolute_path
+from shardsave._common.os_calls import absolute_path
 from shardsave._common.strict_json import glimpse
 from shardsave._format.header import CHECKSUM_KEY, Header
-from shardsave._format.index import FileRecord, Index, Part, Record, ties_in_metadata
+from shardsave._format.index import TRAINING, FileRecord, Index, Moment, Part, Record, ties_in_metadata
 from shardsave._format.index_parsing import parse_index
 from shardsave._format.rank_files import SHARDING_KEY, SHARDING_VERSION_KEY
 from shardsave._storage.companions import companion_notes
-from shardsave._storage.find import FoundFiles, cannot_read, find
+from shardsave._storage.find import FoundFiles, find
 from shardsave._storage.located import Located as Located
-from shardsave._storage.located import StoredChunk
+from shardsave._storage.located import StoredChunk, located
 from shardsave._storage.rank_files import assemble, chunks_of, refuse_lone_rank, shape_notes
 from shardsave._storage.several import refuse_several
-from shardsave._storage.shard_files import HeaderCheck, ShardFiles
+from shardsave._storage.shard_files import Broken, HeaderCheck, ShardFiles
+from shardsave._storage.training import TrainingFiles, bytes_in, open_training
 from shardsave.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
@@ -35,10 +35,7 @@ from shardsave.errors import (
 CHANGING_SECONDS = 30.0
 
 #: The parts that a checkpoint may have beside its weights.
-PARTS = ("architecture", "program", "extra tensors")
-
-#: File that could not be opened → its error. None instead of a dict: the first error is raised.
-Broken = Union[dict[str, ShardSaveError], None]
+PARTS = ("architecture", "program", "extra tensors", TRAINING)
 
 
 class Checkpoint(ShardFiles):
@@ -54,6 +51,7 @@ class Checkpoint(ShardFiles):
         self.tensors: dict[str, Located] = {}
         self.kept: dict[str, Located] = {}  # the extra tensors
         self.documents: dict[str, bytes] = {}  # part → its JSON
+        self.training: TrainingFiles | None = None  # the training state, if it was opened
         self.file_metadata: dict[str, str] = {}  # `__metadata__` of a lone file
         self.shape_notes: tuple[str, ...] = ()  # what nobody can tell about the shapes of tensors in chunks
         self._ties: dict[str, str] = {}  # of a lone file
@@ -88,15 +86,38 @@ class Checkpoint(ShardFiles):
         return {name: value for name, value in self.file_metadata.items() if name not in reserved}
 
     @property
+    def parts(self) -> Mapping[str, Part]:
+        """Role → part, also of those that this version does not know."""
+        return self.record.parts if self.record is not None else {}
+
+    def part_bytes(self, part: Part) -> int:
+        """The length of the file of ``part``; of one with a directory of its own, of all its files there, as far as they can be seen."""
+        if part.directory is None:
+            return part.record.length
+        return bytes_in(self.path_of(part.directory)) or part.record.length
+
+    def all_located(self, weights: Iterable[Located]) -> Iterator[Located]:
+        """``weights``, and the tensors of all parts that were opened."""
+        yield from weights
+        yield from self.kept.values()
+        if self.training is not None:
+            yield from self.training.tensors.values()
+
+    @property
+    def moment(self) -> Moment:
+        """The moment of a training at which it was saved."""
+        return self.record.moment if self.record is not None else Moment()
+
+    @property
     def files(self) -> tuple[str, ...]:
-        """The shards that were opened, and the files of all parts that this version knows."""
-        parts = self.record.parts if self.record is not None else {}
-        return (*self.shards, *(parts[role].file for role in PARTS if role in parts))
+        """The shards that were opened, the files of all parts that this version knows, and those of a training state that was opened."""
+        training = self.training.files if self.training is not None else ()
+        return (*self.shards, *(self.parts[role].file for role in PARTS if role in self.parts), *training)
 
     @property
     def unknown_parts(self) -> list[str]:
         """The roles of the parts that this version does not know."""
-        return sorted(self.record.parts.keys() - {*PARTS}) if self.record is not None else []
+        return sorted(self.parts.keys() - {*PARTS})
 
     @property
     def companions(self) -> Mapping[str, FileRecord]:
@@ -153,7 +174,7 @@ class Checkpoint(ShardFiles):
             try:
                 opened, header = self.open_shard(file)
                 self.hold(file, opened)
-                for name, chunk in chunks_of(file, header, _located(file, header)):
+                for name, chunk in chunks_of(file, header, located(file, header)):
                     chunks[name].append(chunk)
             except ShardSaveError as error:
                 if broken is None:
@@ -173,31 +194,28 @@ class Checkpoint(ShardFiles):
 
     def _admit_parts(self, roles: Iterable[str], broken: Broken) -> None:
         """Opens those parts ``roles`` that the checkpoint has: reads JSON whole, and notes the places of extra tensors."""
-        parts = self.record.parts if self.record is not None else {}
         for role in roles:
-            if role not in parts:
+            if role not in self.parts:
                 continue
             try:
-                self._admit_part(role, parts[role])
+                self._admit_part(role, self.parts[role], broken)
             except ShardSaveError as error:
                 if broken is None:
                     raise
-                broken[parts[role].file] = error
+                broken[self.parts[role].file] = error
 
-    def _admit_part(self, role: str, part: Part) -> None:
+    def _admit_part(self, role: str, part: Part, broken: Broken) -> None:
         shard = part.file
         assert self.records is not None  # an index with parts has records
         self.records[shard] = part.record
         if not shard.endswith(".json"):
             file, header = self.open_shard(shard)
             self.hold(shard, file)
-            self.kept.update(_located(shard, header))
-            return
-        try:
-            with self.open_file(shard) as file:
-                self.documents[role] = self.checked_start(file.fd, shard, part.record)
-        except CallFailed as error:
-            raise cannot_read(self.path_of(shard), error) from error
+            self.kept.update(located(shard, header))
+        elif role == TRAINING:
+            self.training = open_training(self, part, broken)
+        else:
+            self.documents[role] = self.read_document(shard)
 
     def _note_tensors(self, shard: str, header: Header, count: int) -> None:
         held = header.tensors.names
@@ -212,18 +230,11 @@ class Checkpoint(ShardFiles):
             raise CorruptCheckpointError(f"corrupt shard {shard}: {difference}; index and shard belong to different saves")
         if self.record is None and SHARDING_KEY in header.metadata:
             refuse_lone_rank(self.path_of(shard), shard, self._folder, header)
-        self.tensors.update(_located(shard, header))
+        self.tensors.update(located(shard, header))
         if self.index is None:
             self.file_metadata.update(header.metadata)
             self._ties = ties_in_metadata(header.metadata, self.tensors)
             self.shape_notes = shape_notes([shard]) if SHARDING_KEY in header.metadata else ()
-
-
-def _located(shard: str, header: Header) -> Iterator[tuple[str, Located]]:
-    names, dtypes, shapes, begins, nbytes = header.tensors
-    offsets = [header.data_start + begin for begin in begins]
-    sums = header.sums if header.sums is not None else repeat(None)
-    return zip(names, map(Located, names, dtypes, shapes, nbytes, repeat(shard), offsets, sums))
 
 
 def open_checkpoint(

@@ -2,16 +2,18 @@
 
 1. Its own staging directory; if nothing was committed, also the final names that it has given to its files.
 2. The staging directories of dead savers of this host, and the final names in their lists.
-3. After the commit, the files that the replaced index names: shards, architecture, program, extra tensors.
+3. After the commit, the files that the replaced index names: shards, architecture, program, extra tensors, and the directory of its
+   training state with those files in it that a save can have made.
 4. After the commit, the lone file and the adapter that it replaced, unless they have changed since.
 5. After the commit, the files of several ranks that lay there before it, unless they have changed since: they have torch's name for
    such a file, and say in their header which chunks they hold. Readers would take them for a second checkpoint.
 
-Nothing else, ever. Final names are removed only if a save can have given them (`OWN_PATTERN` or a companion's name), if they are regular
-files or symbolic links, and if the current index does not name them. Of a symbolic link only the link is removed, never what it leads
-to. In a shared directory, nothing is removed that belongs to another user, and nothing is removed because another user's index or
-list names it (`LockedDirectory.obeys`). Replaced files are removed only once the new index is certain to stay: with ``durable``,
-once it is durable. Every file that is removed, and that this save did not make, is named in its report.
+Nothing else, ever. Final names are removed only if a save can have given them (`OWN_PATTERN`, `DIRECTORY_PATTERN` or a companion's
+name), if they are regular files (directories, if a save gives the name to one) or symbolic links, and if the current index does not
+name them. Of a symbolic link only the link is removed, never what it leads to. A directory is removed once it is empty: what no save can
+have made in it stays, and is named. In a shared directory, nothing is removed that belongs to another user, and nothing is removed
+because another user's index or list names it (`LockedDirectory.obeys`). Replaced files are removed only once the new index is certain
+to stay: with ``durable``, once it is durable. Every file that is removed, and that this save did not make, is named in its report.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from typing import ParamSpec
 
-from shardsave._common.os_calls import CallFailed
-from shardsave._format.file_names import ADAPTER_CONFIG, LONE_NAME, OWN_PATTERN
+from shardsave._common.os_calls import CallFailed, call
+from shardsave._format.file_names import ADAPTER_CONFIG, DIRECTORY_PATTERN, LONE_NAME, OWN_PATTERN, is_in_directory
 from shardsave._format.index import FileRecord, Index, Superseded
 from shardsave._storage.companions import ADAPTER_FILES, ADAPTER_NAMES, COMPANION_NAMES, file_record
 from shardsave._storage.directory import Directory
@@ -62,6 +64,7 @@ class Cleaner:
         self._folder = folder
         self._own_staging = own_staging
         self._to_free = to_free
+        self._failures = 0  # removals that failed, so that a later save must try again
 
     def after_commit(self, previous: Previous, new: Index) -> None:
         """Removes what the new index does not need; ``new`` was just committed in place of ``previous``.
@@ -109,7 +112,7 @@ class Cleaner:
         ``finals``: the final names; without it, those in the directory's own list. The list is removed last, and only once the final
         names are certain to be gone, so that the next save can finish an interrupted removal.
         """
-        left = len(self.leftovers)
+        failures = self._failures
         with Directory(staging, durable=self._folder.durable) as inside:
             try:
                 inside.open_in(self._folder)
@@ -117,13 +120,12 @@ class Cleaner:
                 if finals is None and lists_directory(
                     listed
                 ):  # a later version made it, and cleans it whole as long as its list is there
-                    self.leftovers[staging] = None
-                    return
+                    return self._fail(staging)
             except CallFailed as error:
                 if error.errno == errno.EACCES:  # created under a umask that denies even its owner; it is empty
                     self._attempt(staging, self._folder.rmdir, staging)
                 elif error.errno != errno.ENOENT:
-                    self.leftovers[staging] = None
+                    self._fail(staging)
                 return
             contents = self._names_in(inside)
             doomed = final_names(listed, contents, named)
@@ -133,9 +135,8 @@ class Cleaner:
                 self._attempt(name, self._remove_final, name, inside if name in compared else None)
             if doomed:
                 self._attempt(staging, self._folder.sync)
-            if len(self.leftovers) > left:
-                self.leftovers[staging] = None
-                return
+            if self._failures > failures:
+                return self._fail(staging)
             for name in sorted(filter(is_staged, contents), key=LIST_NAME.__eq__):  # the list comes last
                 self._attempt(f"{staging}/{name}", self._remove_staged, inside, name)
         self._attempt(staging, self._folder.rmdir, staging)
@@ -146,10 +147,38 @@ class Cleaner:
             self._remove(name, status)
 
     def _remove_staged(self, inside: Directory, name: str) -> None:
+        status = inside.status_of(name) if DIRECTORY_PATTERN.fullmatch(name) else None
+        if status is not None and stat.S_ISDIR(status.st_mode):
+            return self._remove_directory(inside, name, status)
         if inside.name == self._own_staging:
             return inside.unlink(name)
         self._unlink(inside, name)
         self.removed[f"{inside.name}/{name}"] = None
+
+    def _remove_directory(self, parent: Directory, name: str, examined: os.stat_result) -> None:
+        """Removes the directory ``name`` of a part, with the files in it that a save can have made. All else in it stays, and is named."""
+        path = f"{parent.name}/{name}".lstrip("/")
+        with parent.enter(name) as inside:
+            if not os.path.samestat(examined, call(os.fstat, name, inside.fd)):
+                self.leftovers[path] = None  # someone else has just put it there
+                return
+            statuses = {file: inside.status_of(file) for file in sorted(inside.names())}
+            stays = [file for file, status in statuses.items() if status is not None and not self._is_ours_in(file, status)]
+            for file in [file for file in statuses if file not in stays]:
+                self._attempt(f"{path}/{file}", self._remove_inside, inside, file, f"{path}/{file}")
+        self.leftovers.update((f"{path}/{file}", None) for file in stays)
+        if not stays:
+            parent.rmdir(name)
+
+    def _remove_inside(self, inside: Directory, name: str, path: str) -> None:
+        self._unlink(inside, name)
+        if not self._own_staging or not path.startswith(f"{self._own_staging}/"):
+            self.removed[path] = None
+
+    def _is_ours_in(self, name: str, status: os.stat_result) -> bool:
+        """Whether ``name``, in the directory of a part, is a file that a save of this user can have made there, or a link in its place."""
+        is_file = stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode)
+        return is_file and is_in_directory(name) and self._folder.is_ours(status)
 
     def remove_lone(self, index: Index) -> None:
         """Removes the lone file that ``index`` says it replaced, and a symbolic link of that name to nothing."""
@@ -195,6 +224,8 @@ class Cleaner:
         """Removes the file or symbolic link ``name``, unless it belongs to another user of a shared directory."""
         if not self._folder.is_ours(status):
             return self._note_stays(name)
+        if stat.S_ISDIR(status.st_mode):
+            return self._remove_directory(self._folder, name, status)
         self._unlink(self._folder, name)
         self.removed[name] = None
         if stat.S_ISLNK(status.st_mode):
@@ -216,8 +247,12 @@ class Cleaner:
         try:
             return folder.names()
         except CallFailed:
-            self.leftovers["(the directory could not be listed)"] = None
+            self._fail("(the directory could not be listed)")
             return []
+
+    def _fail(self, name: str) -> None:
+        self._failures += 1
+        self.leftovers[name] = None
 
     def _attempt(self, name: str, action: Callable[_P, None], *arguments: _P.args, **options: _P.kwargs) -> None:
         """Runs ``action``. Notes ``name`` as a leftover if it failed, unless the file was gone already."""
@@ -225,7 +260,7 @@ class Cleaner:
             action(*arguments, **options)
         except CallFailed as error:
             if error.errno != errno.ENOENT:
-                self.leftovers[name] = None
+                self._fail(name)
 
 
 def final_names(listed: Iterable[str], contents: Iterable[str], named: frozenset[str]) -> set[str]:
@@ -233,16 +268,18 @@ def final_names(listed: Iterable[str], contents: Iterable[str], named: frozenset
 
     ``listed``: the final names in its list. ``contents``: the names in it. ``named``: the names that an index needs.
     """
-    return {*filter(OWN_PATTERN.fullmatch, listed), *COMPANION_NAMES.intersection(contents)} - named
+    own = (name for name in listed if OWN_PATTERN.fullmatch(name) or DIRECTORY_PATTERN.fullmatch(name))
+    return {*own, *COMPANION_NAMES.intersection(contents)} - named
 
 
 def status_of_final(folder: Directory, name: str, inside: Directory | None) -> os.stat_result | None:
-    """The status of the final name ``name`` if it may be removed: it is a regular file or a symbolic link.
+    """The status of the final name ``name`` if it may be removed: it is a regular file, the directory of a part, or a symbolic link.
 
     ``inside``: the staging directory, if the file in it must be the same one.
     """
     status = folder.status_of(name)
-    if status is None or not (stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode)):
+    is_expected = stat.S_ISDIR if DIRECTORY_PATTERN.fullmatch(name) else stat.S_ISREG
+    if status is None or not (is_expected(status.st_mode) or stat.S_ISLNK(status.st_mode)):
         return None
     if inside is not None and inside.inode_of(name) != (status.st_dev, status.st_ino):
         return None  # someone else made it
@@ -251,7 +288,8 @@ def status_of_final(folder: Directory, name: str, inside: Directory | None) -> o
 
 def is_staged(name: str) -> bool:
     """Whether a saver gives this name to a file in its staging directory."""
-    return OWN_PATTERN.fullmatch(name) is not None or name in COMPANION_NAMES or name in (LIST_NAME, NEW_INDEX_NAME)
+    patterns = (OWN_PATTERN, DIRECTORY_PATTERN)
+    return any(p.fullmatch(name) for p in patterns) or name in COMPANION_NAMES or name in (LIST_NAME, NEW_INDEX_NAME)
 
 
 def is_superseded(folder: Directory, lone: os.stat_result, superseded: Superseded | None) -> bool:

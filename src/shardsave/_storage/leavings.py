@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import stat
 from dataclasses import dataclass
 
 from shardsave._common.os_calls import CallFailed
-from shardsave._format.file_names import LONE_NAME
+from shardsave._format.file_names import DIRECTORY_PATTERN, LONE_NAME
 from shardsave._format.index import Index
 from shardsave._storage.cleanup import (
     Cleaner,
@@ -17,8 +18,9 @@ from shardsave._storage.cleanup import (
     status_of_final,
 )
 from shardsave._storage.companions import COMPANION_NAMES
+from shardsave._storage.directory import Directory
 from shardsave._storage.lock import LockedDirectory
-from shardsave._storage.previous import files_of
+from shardsave._storage.previous import files_in_directory, files_of
 from shardsave._storage.staging import lists_directory, owner_of, read_list
 
 
@@ -78,11 +80,20 @@ def _files_of_staging(folder: LockedDirectory, staging: str, named: frozenset[st
             contents, listed = sorted(inside.names()), read_list(inside)
             if lists_directory(listed):
                 return ()
-            staged = [f"{staging}/{name}" for name in contents if is_staged(name)]
+            staged = [f"{staging}/{file}" for name in contents if is_staged(name) for file in _files_of(inside, name)]
             statuses = {
                 name: status_of_final(folder, name, inside if name in COMPANION_NAMES else None)
                 for name in sorted(final_names(listed, contents, named))
             }
+        finals = [name for name, status in statuses.items() if status is not None and folder.is_ours(status)]
+        return (*staged, *(file for name in finals for file in _files_of(folder, name)))
     except CallFailed:
         return ()
-    return (*staged, *(name for name, status in statuses.items() if status is not None and folder.is_ours(status)))
+
+
+def _files_of(folder: Directory, name: str) -> list[str]:
+    """``name`` itself; or, if it is the directory of a part, the files in it that are removed."""
+    status = folder.status_of(name) if DIRECTORY_PATTERN.fullmatch(name) else None
+    if status is None or not stat.S_ISDIR(status.st_mode):
+        return [name]
+    return [f"{name}/{file}" for file in files_in_directory(folder, name)]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import repeat
 from typing import NamedTuple
+
+from shardsave._format.header import Header
 
 
 class Located(NamedTuple):
@@ -31,3 +35,11 @@ class StoredChunk(NamedTuple):
 
     begin: tuple[int, ...]
     located: Located
+
+
+def located(shard: str, header: Header) -> Iterator[tuple[str, Located]]:
+    """Name → place, for each tensor of the file ``shard``."""
+    names, dtypes, shapes, begins, nbytes = header.tensors
+    offsets = [header.data_start + begin for begin in begins]
+    sums = header.sums if header.sums is not None else repeat(None)
+    return zip(names, map(Located, names, dtypes, shapes, nbytes, repeat(shard), offsets, sums))

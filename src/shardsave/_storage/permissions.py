@@ -11,6 +11,7 @@ import os
 import stat
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from shardsave._common.os_calls import CallFailed, Descriptor, call
@@ -32,6 +33,24 @@ class Permissions(NamedTuple):
     def without_group(self) -> Permissions:
         """For a file of another group, or without the ACL: the group may do what everybody may do, at most."""
         return self._replace(mode=self.mode & (0o707 | (self.mode & 0o007) << 3), acl=None)
+
+    def of_folder(self) -> Permissions:
+        """For a directory of files that have these permissions. No ACL is right for both, so it is left out."""
+        plain = self if self.acl is None else self.without_group()
+        return plain._replace(mode=stat.S_IRWXU | (plain.mode & 0o066) | (plain.mode & 0o044) >> 2)
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """The permissions of what a save replaces: of ``files``, of the ``index``, of a part's ``folder`` and of the files ``in_folder``.
+
+    None: there is nothing to replace.
+    """
+
+    files: Permissions | None = None
+    index: Permissions | None = None
+    folder: Permissions | None = None
+    in_folder: Permissions | None = None
 
 
 def permissions_of(path: str, status: os.stat_result) -> Permissions:
@@ -69,31 +88,45 @@ class FileMaker:
 
     def create(self, name: str, file: Descriptor, wanted: Permissions) -> None:
         """Creates the file ``name``, which must not exist yet, and opens it as ``file``."""
+        self._folder.create(name, file, self._first_mode(wanted))
+        # A reader of a checkpoint is most often its owner.
+        self._give(name, file.fd, wanted._replace(mode=wanted.mode | stat.S_IRUSR))
+
+    def make_folder(self, inside: Directory, wanted: Permissions) -> None:
+        """Creates the directory that has the name of ``inside``, which must not exist yet, and opens it."""
+        wanted = wanted._replace(mode=wanted.mode | stat.S_IRWXU)
+        self._folder.mkdir(inside.name, self._first_mode(wanted))
+        inside.open_in(self._folder)
+        self._give(inside.name, inside.fd, wanted)
+
+    def _first_mode(self, wanted: Permissions) -> int:
         is_plain = wanted.acl is None and not self._inherits and wanted.group == self._group
-        self._folder.create(name, file, wanted.mode if is_plain else wanted.mode & ~stat.S_IRWXG)
-        status = call(os.fstat, name, file.fd)
+        return wanted.mode if is_plain else wanted.mode & ~stat.S_IRWXG
+
+    def _give(self, name: str, fd: int, wanted: Permissions) -> None:
+        """Gives the new file or directory ``name`` the permissions ``wanted``."""
+        status = call(os.fstat, name, fd)
         if status.st_gid != wanted.group:
             try:
-                call(os.fchown, name, file.fd, -1, wanted.group)
+                call(os.fchown, name, fd, -1, wanted.group)
             except CallFailed:
                 wanted = wanted.without_group()
         if wanted.acl is not None:
             try:
-                return call(os.setxattr, name, file.fd, _ACL, wanted.acl)
+                return call(os.setxattr, name, fd, _ACL, wanted.acl)
             except CallFailed:
                 wanted = wanted.without_group()
         if self._inherits:
             with suppress(CallFailed):  # there may be none
-                call(os.removexattr, name, file.fd, _ACL)
-                status = call(os.fstat, name, file.fd)
-        mode = wanted.mode | stat.S_IRUSR  # a reader of a checkpoint is most often its owner
-        if stat.S_IMODE(status.st_mode) & 0o777 != mode:
-            self._change_mode(name, file, mode, status.st_mode)
+                call(os.removexattr, name, fd, _ACL)
+                status = call(os.fstat, name, fd)
+        if stat.S_IMODE(status.st_mode) & 0o777 != wanted.mode:
+            self._change_mode(name, fd, wanted.mode | status.st_mode & stat.S_ISGID, status.st_mode)
 
     @staticmethod
-    def _change_mode(name: str, file: Descriptor, mode: int, present: int) -> None:
+    def _change_mode(name: str, fd: int, mode: int, present: int) -> None:
         try:
-            call(os.fchmod, name, file.fd, mode)
+            call(os.fchmod, name, fd, mode)
         except CallFailed:
             if present & 0o777 & ~mode:
                 raise  # otherwise it allows less than it might

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from shardsave._common.os_calls import CallFailed, NotRegular, call
-from shardsave._format.file_names import ADAPTER_WEIGHTS, INDEX_NAME, LONE_NAME
+from shardsave._format.file_names import ADAPTER_WEIGHTS, DIRECTORY_PATTERN, INDEX_NAME, LONE_NAME, is_in_directory
 from shardsave._format.index import MAX_INDEX_BYTES, FileRecord, Index, Superseded
 from shardsave._format.index_parsing import parse_index
 from shardsave._format.rank_files import is_rank_file
+from shardsave._storage.directory import Directory
 from shardsave._storage.lock import LockedDirectory
-from shardsave._storage.permissions import Permissions, common_permissions, permissions_of
+from shardsave._storage.permissions import Permissions, Replaced, common_permissions, permissions_of
 from shardsave._storage.rank_files import has_chunks
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError
+
+#: errno values of a name that is no directory which can be entered.
+_NO_DIRECTORY = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES)
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class Previous:
 
     @property
     def files(self) -> frozenset[str]:
-        """The files that the index names."""
+        """The files that the index names, and the directories of parts."""
         return files_of(self.index)
 
     @property
@@ -103,25 +108,42 @@ def read_previous(folder: LockedDirectory) -> Previous:
     return replace(previous, index=index)
 
 
-def permissions_replaced(folder: LockedDirectory, previous: Previous) -> tuple[Permissions | None, Permissions | None]:
-    """The permissions for new files in the place of ``previous``, which all of its weights have, and for the new index.
-
-    None: there is nothing to replace. Raises CallFailed.
-    """
+def permissions_replaced(folder: LockedDirectory, previous: Previous) -> Replaced:
+    """The permissions for new files in the place of ``previous``, which all of its files of the same kind have. Raises CallFailed."""
     index = _permissions_of(folder, [INDEX_NAME]) if previous.index_bytes is not None else None
     weights = [*sorted(previous.files - previous.companions.keys()), LONE_NAME, ADAPTER_WEIGHTS]
-    found = _permissions_of(folder, weights) or index
-    return found, index or found
+    files = _permissions_of(folder, weights) or index
+    folders = sorted(filter(DIRECTORY_PATTERN.fullmatch, previous.files))
+    in_folders = [f"{name}/{file}" for name in folders for file in files_in_directory(folder, name)]
+    return Replaced(
+        files=files,
+        index=index or files,
+        folder=_permissions_of(folder, folders, stat.S_ISDIR) or (files.of_folder() if files is not None else None),
+        in_folder=_permissions_of(folder, in_folders) or files,
+    )
 
 
-def _permissions_of(folder: LockedDirectory, names: Iterable[str]) -> Permissions | None:
-    """What all of the regular files ``names`` allow, or what links of these names lead to."""
+def _permissions_of(
+    folder: LockedDirectory, names: Iterable[str], kind: Callable[[int], bool] = stat.S_ISREG
+) -> Permissions | None:
+    """What all of ``names`` allow, or what links of these names lead to, if it is of this ``kind``."""
     statuses = {name: folder.target_of(name) for name in names}
     return common_permissions(
         permissions_of(f"{folder.path}/{name}", status)
         for name, status in statuses.items()
-        if status is not None and stat.S_ISREG(status.st_mode)
+        if status is not None and kind(status.st_mode)
     )
+
+
+def files_in_directory(folder: Directory, name: str) -> list[str]:
+    """The names of a part's files in its directory ``name``; none if that is no directory, or a symbolic link to one. Raises CallFailed."""
+    try:
+        with folder.enter(name) as inside:
+            return sorted(filter(is_in_directory, inside.names()))
+    except CallFailed as error:
+        if error.errno not in _NO_DIRECTORY:
+            raise
+        return []
 
 
 def _read_ranks(folder: LockedDirectory) -> dict[str, Superseded | None]:
@@ -144,14 +166,19 @@ def _read_ranks(folder: LockedDirectory) -> dict[str, Superseded | None]:
 
 
 def files_of(index: Index | None) -> frozenset[str]:
-    """The files that ``index`` names."""
+    """The files that ``index`` names, and the directories of parts."""
     if index is None:
         return frozenset()
     named = frozenset(index.weight_map.values())
     record = index.record
     if record is None:
         return named
-    return named | record.shards.keys() | {part.file for part in record.parts.values()} | record.companions.keys()
+    return (
+        named
+        | record.shards.keys()
+        | {part.directory or part.file for part in record.parts.values()}
+        | record.companions.keys()
+    )
 
 
 def companions_of(index: Index | None) -> Mapping[str, FileRecord]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from typing import Union
 
 from shardsave._common.os_calls import CallFailed, Descriptor, call, descriptor_allowance, read_at
 from shardsave._format.crc64 import crc64
@@ -11,11 +12,14 @@ from shardsave._format.header import Header, header_length, parse_header
 from shardsave._format.index import ShardRecord
 from shardsave._format.other_kinds import START_BYTES, ZIP, is_pickle
 from shardsave._storage.find import cannot_read, open_checkpoint_file, refuse_other_kind
-from shardsave.errors import CorruptCheckpointError, DirectoryBusyError, IncompatibleCheckpointError
+from shardsave.errors import CorruptCheckpointError, DirectoryBusyError, IncompatibleCheckpointError, ShardSaveError
 
 #: A further check of a header: gets its bytes, the file's length, what was read from it and the file's name. Raises
 #: CorruptCheckpointError.
 HeaderCheck = Callable[[bytes, int, Header, str], None]
+
+#: File that could not be opened → its error. None instead of a dict: the first error is raised.
+Broken = Union[dict[str, ShardSaveError], None]
 
 
 class ShardFiles:
@@ -65,8 +69,8 @@ class ShardFiles:
         return self._open[shard].fd
 
     def release(self, shard: str) -> None:
-        """Closes ``shard`` if not all shards can be held open."""
-        if len(self.shards) > self.allowance:
+        """Closes ``shard`` if not all files can be held open."""
+        if len(self._identities) > self.allowance:
             self.drop(shard)
 
     def drop(self, shard: str) -> None:
@@ -118,9 +122,18 @@ class ShardFiles:
             )
         return file
 
+    def read_document(self, name: str) -> bytes:
+        """The content of ``name``, a JSON file that the index names. Raises CorruptCheckpointError."""
+        assert self.records is not None
+        try:
+            with self.open_file(name) as file:
+                return self.checked_start(file.fd, name, self.records[name])
+        except CallFailed as error:
+            raise cannot_read(self.path_of(name), error) from error
+
     def _replaced(self, shard: str) -> str:
-        if len(self.shards) > self.allowance:
-            cause = f"only {self.allowance} of {len(self.shards)} shards could be held open"
+        if len(self._identities) > self.allowance:
+            cause = f"only {self.allowance} of {len(self._identities)} shards could be held open"
             advice = "load again, or raise the limit of open files (ulimit -n)"
         else:
             cause, advice = "the descriptor was closed by a fork", "open the checkpoint again"

@@ -16,8 +16,9 @@ from typing import NamedTuple
 from shardsave._common.os_calls import CallFailed, Descriptor, allocate, call, write_all
 from shardsave._common.strict_json import NotJSON, check_memory
 from shardsave._format.crc64 import crc64
+from shardsave._format.file_names import DIRECTORY_PATTERN
 from shardsave._storage.directory import NO_LINKS, Directory
-from shardsave._storage.permissions import FileMaker, Permissions
+from shardsave._storage.permissions import FileMaker, Permissions, Replaced
 
 #: The name of the new index until it is renamed.
 NEW_INDEX_NAME = "index"
@@ -31,7 +32,7 @@ _MAX_LIST_BYTES = 64_000_000
 _PATTERN = re.compile(r"\.shardsave-([0-9a-f]{8})[0-9a-f]{8}")
 
 
-#: The name of a directory in the list of a later version, such as ``training-0123abcd/``.
+#: The name of a directory in a list, such as ``training-0123abcd/``.
 _DIRECTORY = re.compile(r"[a-z]+-[0-9a-f]{8}/")
 
 
@@ -59,11 +60,12 @@ def read_list(staging: Directory) -> list[str]:
         names = json.loads(data) if data is not None else []
     except (NotJSON, ValueError, RecursionError):
         return []
-    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    texts = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    return [name[:-1] if DIRECTORY_PATTERN.fullmatch(name[:-1]) and name.endswith("/") else name for name in texts]
 
 
 def lists_directory(names: Iterable[str]) -> bool:
-    """Whether a list has the name of a directory, as later versions will write it."""
+    """Whether a list, as `read_list` returns it, has the name of a directory that this version does not know."""
     return any(map(_DIRECTORY.fullmatch, names))
 
 
@@ -77,22 +79,22 @@ class StagedShard(NamedTuple):
 class Staging:
     """A staging directory in ``parent``, created when it is first needed. If ``parent`` is durable, each finished file is durable too.
 
-    Files already have their final names in it; only the index and the list have other names. Every method raises CallFailed.
+    Files already have their final names in it; only the index and the list have other names. A part that has a directory of its own has
+    it here, too: its files are called ``directory/file``. Every method raises CallFailed.
 
     ``private``: no other user, not even one of the same group, may change what the next save will obey: the directory's content, the
-    index and the list. So nobody else may write to any file but the shards. ``permissions``: of files that replace others, and
-    ``index_permissions``: of the index; None if there is none to replace.
+    index and the list. So nobody else may write to any file but the shards. ``permissions``: of what is replaced.
     """
 
     def __init__(self, parent: Directory, path: str) -> None:
         self._parent = parent
         self._path = path  # of the parent
         self._inside = Directory(durable=parent.durable)
+        self._folders: list[Directory] = []
         self._shards: list[StagedShard] = []
         self._maker: FileMaker | None = None
         self.private = False
-        self.permissions: Permissions | None = None
-        self.index_permissions: Permissions | None = None
+        self.permissions = Replaced()
 
     @property
     def name(self) -> str:
@@ -116,21 +118,40 @@ class Staging:
 
     def _mode(self) -> int:
         """Who may see nothing of the files may not enter the directory."""
-        seen = 0 if self.private else 0o777 if self.permissions is None else self.permissions.mode
+        files = self.permissions.files
+        seen = 0 if self.private else 0o777 if files is None else files.mode
         return 0o700 | (0o070 if seen & 0o070 else 0) | (0o007 if seen & 0o007 else 0)
+
+    def make_folder(self, name: str) -> None:
+        """Creates the directory ``name`` in this one, for files that are called ``name/…``."""
+        folder = Directory(name, durable=self._inside.durable)
+        self._folders.append(folder)
+        mask = 0o022 if self.private else 0
+        if self.permissions.folder is None:
+            self._inside.mkdir(name, 0o777 & ~mask)
+            folder.open_in(self._inside)
+        else:
+            wanted = self.permissions.folder
+            self._file_maker().make_folder(folder, wanted._replace(mode=wanted.mode & ~mask))
 
     def _create(self, name: str, file: Descriptor, permissions: Permissions | None, mode: int = 0o666) -> None:
         if permissions is None:
             return self._inside.create(name, file, mode)
+        self._file_maker().create(name, file, permissions)
+
+    def _file_maker(self) -> FileMaker:
         if self._maker is None:
             self._maker = FileMaker(self._inside, f"{self._path}/{self.name}")
-        self._maker.create(name, file, permissions)
+        return self._maker
+
+    def _permissions_for(self, name: str) -> Permissions | None:
+        return self.permissions.in_folder if os.path.dirname(name) else self.permissions.files
 
     def create(self, name: str, length: int) -> StagedShard:
         """Creates the file of shard ``name`` with room for ``length`` bytes, reserved on disk if the file system supports that."""
         shard = StagedShard(name, Descriptor())
         self._shards.append(shard)
-        self._create(name, shard.file, self.permissions)
+        self._create(name, shard.file, self._permissions_for(name))
         allocate(shard.file.fd, name, length)
         return shard
 
@@ -143,11 +164,11 @@ class Staging:
 
     def write(self, name: str, data: bytes, permissions: Permissions | None = None) -> None:
         """Creates the file ``name`` with the content ``data``, and syncs it. ``permissions``: of a file that it replaces alone."""
-        self._write(name, data, permissions or self.permissions)
+        self._write(name, data, permissions or self._permissions_for(name))
 
     def write_index(self, data: bytes) -> None:
         """Writes the new index."""
-        self._write(NEW_INDEX_NAME, data, self.index_permissions)
+        self._write(NEW_INDEX_NAME, data, self.permissions.index)
 
     def _write(self, name: str, data: bytes, permissions: Permissions | None) -> None:
         mask = 0o022 if self.private else 0
@@ -160,8 +181,9 @@ class Staging:
             file.close(name)
 
     def write_list(self, names: Iterable[str]) -> None:
-        """Writes the list of final names."""
-        self.write(LIST_NAME, json.dumps([*names]).encode())
+        """Writes the list of final names. Those of directories have a slash at the end."""
+        listed = [f"{name}/" if DIRECTORY_PATTERN.fullmatch(name) else name for name in names]
+        self.write(LIST_NAME, json.dumps(listed).encode())
 
     def add_name(self, name: str, staged: str) -> None:
         """Gives the finished file ``staged`` a second name in this directory; copies it if the file system has no links."""
@@ -173,7 +195,9 @@ class Staging:
             self.write(name, self._inside.read_all(staged, sys.maxsize) or b"")
 
     def sync(self) -> None:
-        """Makes the names in this directory durable."""
+        """Makes the names in this directory durable, and those in the directories of parts."""
+        for folder in self._folders:
+            folder.sync()
         self._inside.sync()
 
     def inode_of(self, name: str) -> tuple[int, int] | None:
@@ -190,7 +214,7 @@ class Staging:
         return True
 
     def rename(self, staged: str, name: str) -> None:
-        """Moves a file to its final name, where it replaces whatever has that name."""
+        """Moves a file, or the directory of a part, to its final name; a file replaces whatever has that name."""
         self._inside.rename(staged, self._parent, name)
 
     def abandon(self) -> None:
@@ -200,6 +224,8 @@ class Staging:
 
     def close(self) -> None:
         """Closes the directory; its files stay."""
+        for folder in self._folders:
+            folder.close()
         self._inside.close()
 
 

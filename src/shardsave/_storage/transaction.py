@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import NamedTuple
 
 from shardsave._common.os_calls import DISK_FULL, OUT_OF_SPACE, CallFailed
 from shardsave._common.words import human_bytes, some
-from shardsave._format.file_names import INDEX_NAME, LONE_NAME, part_name, shard_names
+from shardsave._format.file_names import DIRECTORY_PATTERN, INDEX_NAME, LONE_NAME, directory_name, part_name, shard_names
 from shardsave._format.index import MAX_INDEX_BYTES, FileRecord, Index, Superseded, encode_index
 from shardsave._storage.cleaning_notes import adapter_stays, cleaning_notes, lone_stays, ranks_stay
 from shardsave._storage.cleanup import Cleaner, final_names
@@ -63,8 +63,9 @@ class Transaction:
         self._previous = Previous()
         self._phase = Phase.UNREAD
         self._names: list[str] = []  # the final names of all shards and parts of this save
-        self._staged: list[str] = []  # those of files in the staging directory, which the commit moves
-        self._moving: list[str] = []  # those of files that have, or may have, been moved
+        self._staged: list[str] = []  # those of what is in the staging directory, which the commit moves
+        self._directories: set[str] = set()  # those of parts' own directories
+        self._moving: list[str] = []  # those of what has, or may have, been moved
         self._finished: list[str] = []  # companions of a dead saver that were put in place
         self._removed: list[str] = []  # leavings of dead savers that were removed before the commit
 
@@ -110,7 +111,7 @@ class Transaction:
             self._previous = read_previous(self._folder)
             self._phase = self._phase.then(Phase.STAGING)
             self._folder.check_replaceable(INDEX_NAME)
-            self._staging.permissions, self._staging.index_permissions = permissions_replaced(self._folder, self._previous)
+            self._staging.permissions = permissions_replaced(self._folder, self._previous)
             self._finished = finish_dead_savers(self._folder, self._previous.companions, self._folder.knows_dead)
 
     def shard_names(self, count: int) -> tuple[str, ...]:
@@ -124,9 +125,16 @@ class Transaction:
 
     def part_name(self, stem: str, extension: str) -> str:
         """A new name for a part, not taken in the directory: a committed file is never replaced."""
-        name = part_name(stem, secrets.token_hex(4), extension)
+        return self._new_name(lambda tag: part_name(stem, tag, extension))
+
+    def directory_name(self, stem: str) -> str:
+        """A new name for the directory of a part, not taken in the directory."""
+        return self._new_name(lambda tag: directory_name(stem, tag))
+
+    def _new_name(self, tagged: Callable[[str], str]) -> str:
+        name = tagged(secrets.token_hex(4))
         while name in self._taken_names() or name in self._names:
-            name = part_name(stem, secrets.token_hex(4), extension)
+            name = tagged(secrets.token_hex(4))
         self._names.append(name)
         return name
 
@@ -161,11 +169,19 @@ class Transaction:
             room = f"needs {human_bytes(needed)}, {human_bytes(free)} free"
             raise OutOfSpaceError(f"cannot save to {self.path}: {room}; {self._state()}")
 
-    def create(self, name: str, length: int) -> StagedShard:
-        """Creates the staged file of shard ``name`` with room for ``length`` bytes, reserved on disk if the file system supports that."""
+    def make_directory(self, name: str) -> None:
+        """Creates the staged directory ``name`` of a part. Its files are staged as ``name/…``, and the commit moves them with it."""
+        assert DIRECTORY_PATTERN.fullmatch(name)
         with self._before_commit():
             self._staging.make()
             self._staged.append(name)
+            self._directories.add(name)
+            self._staging.make_folder(name)
+
+    def create(self, name: str, length: int) -> StagedShard:
+        """Creates the staged file of shard ``name`` with room for ``length`` bytes, reserved on disk if the file system supports that."""
+        with self._before_commit():
+            self._stage(name)
             return self._staging.create(name, length)
 
     def seal(self, shard: StagedShard, length: int, header: bytes) -> None:
@@ -176,9 +192,14 @@ class Transaction:
     def stage(self, name: str, data: bytes) -> None:
         """Creates the staged file ``name``, a part of the checkpoint, with the content ``data``."""
         with self._before_commit():
-            self._staging.make()
-            self._staged.append(name)
+            self._stage(name)
             self._staging.write(name, data)
+
+    def _stage(self, name: str) -> None:
+        assert os.path.dirname(name) in ("", *self._directories)
+        self._staging.make()
+        if not os.path.dirname(name):
+            self._staged.append(name)
 
     def add_companions(self, companions: Mapping[str, bytes]) -> dict[str, FileRecord]:
         """Stages companions (name → content). Returns their records for the index."""
@@ -207,7 +228,7 @@ class Transaction:
         return self._clean(index)
 
     def _move_all(self) -> None:
-        """Gives the shards their final names, once a list says which these are and which files the commit will replace."""
+        """Gives the shards and the directories of parts their final names, once a list says which these are and what they replace."""
         self._staging.make()
         self._staging.write_list([*self._names, *sorted(self._previous.files)])
         self._staging.sync()
@@ -220,9 +241,10 @@ class Transaction:
     def _move(self, name: str) -> None:
         """Gives a staged file its final name by link(2), which unlike rename(2) never replaces a file that another program created.
 
-        The staged name is removed later, with its directory. Without links, rename(2) is used if the final name is free.
+        The staged name is removed later, with its directory. Without links, and for a directory, rename(2) is used if the final name is
+        free.
         """
-        if self._staging.link(name):
+        if name not in self._directories and self._staging.link(name):
             return
         inode = self._folder.inode_of(name)
         if inode is None:

@@ -1,0 +1,47 @@
+"""The training state of a conversion's source, and the same as a part of the new checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from shardsave._common.sources import TensorSource
+from shardsave._format.file_names import RANK_TENSORS
+from shardsave._format.training_state import parse_rank_document, parse_training_index
+from shardsave._loading.mapped import Maps
+from shardsave._saving.contents import PlannedDirectory
+from shardsave._saving.training_directory import plan_training_directory
+from shardsave._state.module import Entry
+from shardsave._storage.training import TrainingFiles
+
+
+class TrainingState(NamedTuple):
+    """A training state: values that all ranks share, rank → its own values, and rank → the tensors that it wrote."""
+
+    ranks: int
+    shared: Any
+    leaves: Mapping[int, Mapping[str, Any]]
+    entries: Mapping[int, tuple[Entry, ...]]
+
+
+def training_of(files: TrainingFiles, maps: Maps) -> TrainingState:
+    """The training state in ``files``, whose tensors are mapped by ``maps``."""
+    index, members = parse_training_index(files.document, "the training state")
+    tensors = maps.tensors(files.tensors)
+    entries: dict[int, tuple[Entry, ...]] = {}
+    for name, located in files.tensors.items():
+        match = RANK_TENSORS.fullmatch(located.shard.rpartition("/")[2])
+        assert match is not None, "only such files are opened"
+        entry = Entry(name, "tensor", None, None, TensorSource.of(tensors[name]))
+        entries[int(match[1])] = (*entries.get(int(match[1]), ()), entry)
+    documents = files.rank_documents.items()
+    leaves = {rank: parse_rank_document(document, rank, f"rank {rank}")["leaves"] for rank, document in documents}
+    return TrainingState(index.ranks, members["shared"], leaves, entries)
+
+
+def plan_training(training: TrainingState, max_shard_size: int) -> PlannedDirectory:
+    """``training`` as a part of a new checkpoint, in files of at most ``max_shard_size`` bytes."""
+    shared = json.dumps(training.shared).encode()
+    leaves = {rank: json.dumps(values).encode() for rank, values in training.leaves.items()}
+    return plan_training_directory(shared, leaves, training.entries, max_shard_size, ranks=training.ranks)

@@ -1,0 +1,39 @@
+"""Plans the directory of a training state: a document, and for each rank its own values and its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from shardsave._format.file_names import rank_document, rank_tensors
+from shardsave._format.index import TRAINING, ShardRecord
+from shardsave._format.training_state import TrainingIndex, encode_rank_document, encode_training_index
+from shardsave._saving.contents import PlannedDirectory
+from shardsave._saving.shards import plan_shards
+from shardsave._state.module import Entry
+
+
+def plan_training_directory(
+    shared: bytes,
+    leaves: Mapping[int, bytes],
+    entries: Mapping[int, Sequence[Entry]],
+    max_shard_size: int,
+    *,
+    ranks: int = 1,
+) -> PlannedDirectory:
+    """Packs the tensors of a training state into files of at most ``max_shard_size`` bytes.
+
+    ``shared``: the values that all ranks have in common, as JSON. ``leaves``: rank → its own values, a JSON object; ``entries``: rank
+    → the tensors that it writes. Both may lack ranks.
+    """
+    shards = {
+        rank_tensors(rank, number): shard
+        for rank, tensors in entries.items()
+        if tensors
+        for number, shard in enumerate(plan_shards(tensors, max_shard_size), 1)
+    }
+    documents = {rank_document(rank): encode_rank_document(rank, values) for rank, values in leaves.items()}
+
+    def index(files: Mapping[str, ShardRecord]) -> bytes:
+        return encode_training_index(shared, TrainingIndex(ranks, files))
+
+    return PlannedDirectory(TRAINING, "training", documents, shards, index)
