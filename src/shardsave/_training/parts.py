@@ -32,7 +32,8 @@ def find_part(stored: StoredTraining, part: str, prefix: str = "") -> StatePart:
     values: dict[str, Any] = {}
     for name, value in _values(stored.shared, "", stored.leaves if stored.ranks == 1 else {}, 0):
         values.setdefault(name, value)
-    if (value := values.get(part)) is None or not _can_fill(value):
+    value = values.get(part)
+    if value is None or not _can_fill(value):
         _refuse(stored.where, part, values)
     found = _state_of(value, ValueReader(stored.tensors, stored.where), f"training, part {part!r}")
     names = {*found.tensors, *found.others}
@@ -49,6 +50,7 @@ def find_part(stored: StoredTraining, part: str, prefix: str = "") -> StatePart:
 def _values(value: Any, name: str, leaves: Mapping[str, Any], depth: int) -> Iterator[tuple[str, Any]]:
     """Every value in ``value`` with the name of its place."""
     if not isinstance(value, dict) or not value or depth > MAX_DEPTH:
+        yield name, value
         return
     tag, content = next(iter(value.items()))
     if tag == "per_rank":
@@ -63,12 +65,14 @@ def _values(value: Any, name: str, leaves: Mapping[str, Any], depth: int) -> Ite
     elif tag == "pairs" and isinstance(content, list):
         items = [(pair[0], pair[1]) for pair in content if isinstance(pair, list) and len(pair) == 2]
     for key, item in items:
-        if isinstance(item, dict) and not isinstance(key, (dict, list)):
+        if not isinstance(key, (dict, list)):
             yield from _values(item, f"{name}/{key}" if name else str(key), leaves, depth + 1)
 
 
-def _can_fill(value: dict[str, Any]) -> bool:
+def _can_fill(value: Any) -> bool:
     """Whether ``value`` is the state of a module or a dict of tensors."""
+    if not isinstance(value, dict) or not value:
+        return False
     tag, content = next(iter(value.items()))
     if tag == "module":
         return True

@@ -62,6 +62,8 @@ def plan_optimizer(
             )
     group_of = {name: at for at, group in enumerate(saved) for name in group.names}
     if difference := _difference(optimizer, saved_class, saved, parameters, path):
+        if not names.in_model and saved_class == class_name(optimizer):
+            difference += "; pass the model too, which names the parameters"
         return OptimizerPlan(lambda: None, (), 0, (), difference=difference)
     state_by_name = {}
     for name, values in state.items():
