@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from shardsave._api.findings import ArchitectureInfo, CheckpointInfo, ConvertReport, Damage, TensorInfo, VerifyReport
     from shardsave._api.inspect import inspect, verify
     from shardsave._api.load import load, load_model
+    from shardsave._api.manager import CheckpointManager, StepInfo
     from shardsave._api.open import OpenCheckpoint, TensorSlice, open
     from shardsave._api.reports import LoadReport, Phases, SaveReport
     from shardsave._api.save import save
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ArchitectureInfo",
     "CheckpointInfo",
+    "CheckpointManager",
     "CheckpointNotFoundError",
     "CleanReport",
     "ConvertReport",
@@ -59,6 +61,7 @@ __all__ = [
     "SaveNotCommittedError",
     "SaveReport",
     "ShardSaveError",
+    "StepInfo",
     "TensorChange",
     "TensorInfo",
     "TensorSlice",
@@ -90,6 +93,7 @@ _MODULES = {
     "inspect": ("inspect", "verify"),
     "clean": ("CleanReport", "Leaving", "clean"),
     "load": ("load", "load_model"),
+    "manager": ("CheckpointManager", "StepInfo"),
     "open": ("OpenCheckpoint", "TensorSlice", "open"),
     "reports": ("LoadReport", "Phases", "SaveReport"),
     "save": ("save",),

@@ -19,17 +19,13 @@ from shardsave._format.index import MAX_INDEX_BYTES, Index
 from shardsave._format.index_parsing import parse_index
 from shardsave._storage.companions import finish_dead_savers
 from shardsave._storage.leavings import Leaving, find_leavings, remove_leaving
-from shardsave._storage.lock import LockedDirectory
+from shardsave._storage.lock import LockedDirectory, learn_owner
 from shardsave._storage.previous import companions_of
-from shardsave._storage.staging import Staging
 from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError, ShardSaveError
 
 __all__ = ["CleanReport", "Leaving", "clean"]
 
 _UNTOUCHED = "nothing was removed"
-
-#: errno values of mkdir(2) if this process may not create anything in a directory.
-_MAY_NOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -109,7 +105,7 @@ def clean(
     # Closed twice, since one interrupt may come at the beginning of a `close`, which then does nothing.
     with closing(folder), folder, _naming_failures(folder.path):
         folder.acquire(lock_timeout, purpose="clean", state=_UNTOUCHED)
-        _learn_owner(folder)
+        learn_owner(folder)
         index = _present_index(folder)
         leavings = find_leavings(folder, index)
         chosen = [leaving for leaving in leavings if leaving.ours and (leaving.dead or other_hosts)] if remove else []
@@ -133,23 +129,6 @@ def _naming_failures(path: str) -> Iterator[None]:
     except CallFailed as error:
         kind = CheckpointNotFoundError if error.errno in (errno.ENOENT, errno.ENOTDIR) else ShardSaveError
         raise kind(f"cannot clean {path}: {error.reason}; {_UNTOUCHED}") from error
-
-
-def _learn_owner(folder: LockedDirectory) -> None:
-    """In a shared directory: learns from a new directory which owner our files have there."""
-    if not folder.shared:
-        return
-    probe = Staging(folder, folder.path)
-    try:
-        probe.make()
-        folder.learn_owner(probe.directory)
-    except CallFailed as error:
-        if error.errno not in _MAY_NOT_WRITE:
-            raise
-        return  # nothing there is ours
-    finally:
-        probe.close()
-    folder.rmdir(probe.name)
 
 
 def _present_index(folder: LockedDirectory) -> Index | None:

@@ -6,6 +6,9 @@ import re
 
 INDEX_NAME = "model.safetensors.index.json"
 
+#: What the index of a checkpoint is renamed to when the whole checkpoint is removed: it then names the files that must go.
+REMOVED_INDEX_NAME = f"{INDEX_NAME}.removed"
+
 #: A checkpoint in one file, without an index.
 LONE_NAME = "model.safetensors"
 
@@ -27,6 +30,11 @@ OWN_PATTERN = re.compile(
 )
 
 _MAX_SHARDS = 99_999
+
+#: The last step that can have a directory, far more than any training has.
+MAX_STEP = 10**15
+
+_STEP = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,15})")
 _NO_FILE_NAME = re.compile(r"[/\x00-\x1f\x7f]|\A\.{0,2}\Z")
 
 
@@ -46,6 +54,17 @@ def shard_names(count: int, tag: str | None = None) -> tuple[str, ...]:
 def part_name(stem: str, tag: str, extension: str) -> str:
     """``architecture-1a2b3c4d.json``; a new tag gives a new name, so that a committed file is never replaced."""
     return f"{stem}-{tag}.{extension}"
+
+
+def step_name(step: int) -> str:
+    """``step-00001000``: the name of a step's directory in a run."""
+    return f"step-{step:08d}"
+
+
+def step_number(name: str) -> int | None:
+    """The step whose directory has this name; None if `step_name` returns no such name."""
+    match = _STEP.fullmatch(name)
+    return int(match[1]) if match is not None else None
 
 
 def is_file_name(name: str) -> bool:
