@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, replace
 from itertools import chain
 
 from shardsave._api.arguments import check_path, check_switches, check_timeout
@@ -14,9 +14,11 @@ from shardsave._api.reports import Printed
 from shardsave._common.os_calls import CallFailed, absolute_path
 from shardsave._common.shutdown import verb
 from shardsave._common.words import count, human_bytes, some
-from shardsave._format.file_names import INDEX_NAME
+from shardsave._format.file_names import INDEX_NAME, LONE_NAME, step_name
 from shardsave._format.index import MAX_INDEX_BYTES, Index
 from shardsave._format.index_parsing import parse_index
+from shardsave._runs.removal import finish_step
+from shardsave._runs.steps import Run
 from shardsave._storage.companions import finish_dead_savers
 from shardsave._storage.leavings import Leaving, find_leavings, remove_leaving
 from shardsave._storage.lock import LockedDirectory, learn_owner
@@ -78,8 +80,11 @@ def clean(
     another user may have made or changed is listed and never removed. If a crashed save had committed a config, but not yet
     put it beside the weights, `clean` puts it there.
 
+    In a run of steps (`CheckpointManager`), each step is cleaned; a step without a checkpoint goes with its directory, if nothing else
+    is in it. Also a removal that was interrupted is finished.
+
     Args:
-        directory: the directory of a checkpoint, or of a first save that crashed.
+        directory: the directory of a checkpoint, of a first save that crashed, or of a run.
         remove: False only lists the leavings.
         other_hosts: remove also what savers of other hosts left (or of this one, where the file system has no locks).
         lock_timeout: seconds to wait for a save into the same directory.
@@ -101,7 +106,51 @@ def clean(
     check_path(directory)
     check_switches(remove=remove, other_hosts=other_hosts)
     check_timeout(lock_timeout)
-    folder = LockedDirectory(absolute_path(os.fspath(directory)), durable=True)
+    path = absolute_path(os.fspath(directory))
+    steps = _steps_of_run(path)
+    if not steps:
+        return _clean(path, os.fspath(directory), remove, other_hosts, lock_timeout)
+    reports: list[CleanReport] = []
+    for step in steps:
+        name = step_name(step)
+        inside = os.path.join(path, name)
+        with suppress(CheckpointNotFoundError):  # another process has just removed it
+            reports.append(_clean(inside, name, remove, other_hosts, lock_timeout))
+            if remove and not reports[-1].left and not os.path.lexists(os.path.join(inside, INDEX_NAME)):
+                finish_step(path, step)
+    return _joined(os.fspath(directory), reports)
+
+
+def _steps_of_run(path: str) -> list[int]:
+    """The steps of the run at ``path``; none if it is a checkpoint, or nothing."""
+    if any(os.path.lexists(os.path.join(path, name)) for name in (INDEX_NAME, LONE_NAME)):
+        return []
+    return Run(path).numbers() if os.path.isdir(path) else []
+
+
+def _joined(path: str, reports: list[CleanReport]) -> CleanReport:
+    """One report of the steps of a run: each name begins with its step's."""
+
+    def named(report: CleanReport, names: Iterable[str]) -> list[str]:
+        return [f"{report.path}/{name}" for name in names]
+
+    found = [
+        replace(leaving, name=f"{report.path}/{leaving.name}", files=tuple(named(report, leaving.files)))
+        for report in reports
+        for leaving in report.found
+    ]
+    return CleanReport(
+        path,
+        tuple(found),
+        tuple(chain.from_iterable(named(report, report.removed) for report in reports)),
+        tuple(chain.from_iterable(named(report, report.leftovers) for report in reports)),
+        tuple(chain.from_iterable(named(report, report.completed) for report in reports)),
+    )
+
+
+def _clean(path: str, shown: str, remove: bool, other_hosts: bool, lock_timeout: float) -> CleanReport:
+    """Cleans one directory."""
+    folder = LockedDirectory(path, durable=True)
     # Closed twice, since one interrupt may come at the beginning of a `close`, which then does nothing.
     with closing(folder), folder, _naming_failures(folder.path):
         folder.acquire(lock_timeout, purpose="clean", state=_UNTOUCHED)
@@ -118,7 +167,7 @@ def clean(
         leftovers = {leaving.name: remove_leaving(folder, leaving, index) for leaving in chosen}
     removed = tuple(name for name, remaining in leftovers.items() if not remaining)
     left = tuple(dict.fromkeys(chain.from_iterable(leftovers.values())))
-    return CleanReport(os.fspath(directory), leavings, removed, left, tuple(completed))
+    return CleanReport(shown, leavings, removed, left, tuple(completed))
 
 
 @contextmanager

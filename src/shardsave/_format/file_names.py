@@ -6,7 +6,7 @@ import re
 
 INDEX_NAME = "model.safetensors.index.json"
 
-#: What the index of a checkpoint is renamed to when the whole checkpoint is removed: it then names the files that must go.
+#: The name of a checkpoint's index while the whole checkpoint is being removed: it then says which files must go.
 REMOVED_INDEX_NAME = f"{INDEX_NAME}.removed"
 
 #: A checkpoint in one file, without an index.

@@ -16,7 +16,7 @@ from shardsave._storage.cleanup import Cleaner
 from shardsave._storage.directory import Directory
 from shardsave._storage.lock import LockedDirectory, learn_owner
 from shardsave._storage.previous import files_of
-from shardsave._storage.removal import finish_removal, read_obeyed, remove_checkpoint, remove_if_empty
+from shardsave._storage.removal import finish_removal, read_obeyed, remove_checkpoint, remove_if_empty, undo_begun
 from shardsave.errors import CheckpointNotFoundError, ShardSaveError
 
 
@@ -56,6 +56,7 @@ def finish_step(run: str, step: int) -> RemovedStep:
     """
     path = os.path.join(run, step_name(step))
     with _locked(path) as folder:
+        undo_begun(folder)
         index = read_obeyed(folder, INDEX_NAME)
         removed = finish_removal(folder, index)
         if index is not None:

@@ -1,8 +1,9 @@
 """Removes a whole checkpoint from its directory, so that at any moment it is there, whole, or is no checkpoint any more.
 
-1. The index is renamed, and the directory is synced: from here on there is no checkpoint. This needs no space on a full disk.
-2. The files that it names are removed (`cleanup.py`), and the directory is synced.
-3. The renamed index is removed last. If the process ends before that, the index still says which files are to go.
+1. The index gets a second name, and the directory is synced; so a loss of power cannot lose the list of what is to go.
+2. The index loses its own name, and the directory is synced: from here on there is no checkpoint. Neither needs space on a full disk.
+3. The files that it names are removed (`cleanup.py`), and the directory is synced.
+4. The second name of the index is removed last. If the process ends before that, it still says which files are to go.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from shardsave._format.file_names import INDEX_NAME, REMOVED_INDEX_NAME
 from shardsave._format.index import MAX_INDEX_BYTES, Index
 from shardsave._format.index_parsing import parse_index
 from shardsave._storage.cleanup import Cleaner, bytes_on_disk, final_names
-from shardsave._storage.directory import Directory
+from shardsave._storage.directory import NO_LINKS, Directory
 from shardsave._storage.lock import LockedDirectory
 from shardsave._storage.previous import files_of
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, ShardSaveError
@@ -34,12 +35,12 @@ def remove_checkpoint(folder: LockedDirectory) -> RemovedCheckpoint:
     Raises CallFailed; CorruptCheckpointError, IncompatibleCheckpointError or ShardSaveError if nobody knows which files belong to it:
     nothing was removed then.
     """
+    undo_begun(folder)
     index = read_obeyed(folder, INDEX_NAME)
     earlier = finish_removal(folder, index)
     if index is None or earlier.leftovers:
         return earlier
-    folder.rename(INDEX_NAME, folder, REMOVED_INDEX_NAME)
-    folder.sync()
+    _move_index(folder)
     removed = finish_removal(folder, None)
     return RemovedCheckpoint(earlier.bytes + removed.bytes, removed.leftovers)
 
@@ -47,12 +48,14 @@ def remove_checkpoint(folder: LockedDirectory) -> RemovedCheckpoint:
 def finish_removal(folder: LockedDirectory, index: Index | None) -> RemovedCheckpoint:
     """Finishes the removal that was begun in ``folder``, if there is one. ``index``: the one in place, whose files stay.
 
+    `undo_begun` was called before that index was read.
+
     Raises as `remove_checkpoint` does.
     """
     removed = read_obeyed(folder, REMOVED_INDEX_NAME)
     if removed is None:
         return RemovedCheckpoint()
-    folder.sync()  # the process that renamed the index may have ended before its sync
+    folder.sync()  # the process that removed the index may have ended before its sync
     named = files_of(index)
     size = bytes_on_disk(folder, removable(removed, index))
     cleaner = Cleaner(folder)
@@ -61,6 +64,26 @@ def finish_removal(folder: LockedDirectory, index: Index | None) -> RemovedCheck
         folder.sync()
         folder.unlink(REMOVED_INDEX_NAME)
     return RemovedCheckpoint(size, tuple(cleaner.leftovers))
+
+
+def _move_index(folder: LockedDirectory) -> None:
+    try:
+        folder.link(INDEX_NAME, folder, REMOVED_INDEX_NAME)
+    except CallFailed as error:
+        if error.errno not in NO_LINKS:
+            raise
+        folder.rename(INDEX_NAME, folder, REMOVED_INDEX_NAME)
+    else:
+        folder.sync()
+        folder.unlink(INDEX_NAME)
+    folder.sync()
+
+
+def undo_begun(folder: LockedDirectory) -> None:
+    """Drops the second name of an index that has its own name too: its removal had not begun to take effect."""
+    inode = folder.inode_of(REMOVED_INDEX_NAME)
+    if inode is not None and inode == folder.inode_of(INDEX_NAME):
+        folder.unlink(REMOVED_INDEX_NAME)
 
 
 def removable(removed: Index, index: Index | None) -> tuple[str, ...]:
