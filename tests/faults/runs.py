@@ -127,7 +127,9 @@ def fates(folder: Path) -> None:
     gc.freeze()
     warnings = Warnings()
     for fate, number in ALL_FATES if os.environ.get("SHARDSAVE_RUN_FATES") == "all" else FATES[savers.KIND]:
-        print(f"{fate.name} {errno.errorcode.get(number, '')}: {removal_meets(folder, fate, number, warnings)} trials", flush=True)
+        print(
+            f"{fate.name} {errno.errorcode.get(number, '')}: {removal_meets(folder, fate, number, warnings)} trials", flush=True
+        )
 
 
 def _named(step: int, manager: Manager, durable: bool = True) -> None:

@@ -60,7 +60,13 @@ class Keeper:
             )
         for info in steps:
             if info.state == "unreadable":
-                log(logging.WARNING, "step unreadable", f"{info.path} stays: {info.problem}", path=info.path, problem=info.problem)
+                log(
+                    logging.WARNING,
+                    "step unreadable",
+                    f"{info.path} stays: {info.problem}",
+                    path=info.path,
+                    problem=info.problem,
+                )
         counted = self._counted(steps)
         stay = kept(counted, self._keeps)
         doomed = [info.step for info in counted if info.step not in stay]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import weakref
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -20,6 +21,7 @@ class SaveRequests:
         self._previous: dict[signal.Signals, Any] = {}
         self._pid = os.getpid()
         self._handler: Callable[[int, FrameType | None], None] = self._handle  # one object, to recognise it by
+        _alive.add(self)
 
     def listen(self, number: signal.Signals) -> None:
         """Installs the handler. Raises ValueError on another thread than the main one, or if the present handler cannot be put back."""
@@ -56,10 +58,22 @@ class SaveRequests:
         self._pass_on(which, frame)
 
     def _pass_on(self, number: signal.Signals, frame: FrameType | None) -> None:
-        """Does what the previous handler does: in a forked child, which this signal ends, and if a later handler calls this one."""
+        """Does what the previous handler does: if a later handler, or one in a forked child, calls this one."""
         previous = self._previous.get(number, signal.SIG_DFL)
         if callable(previous):
             previous(number, frame)
         elif previous == signal.SIG_DFL:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+
+
+_alive: weakref.WeakSet[SaveRequests] = weakref.WeakSet()
+
+
+def _restore_in_child() -> None:
+    """Puts the previous handlers back in a forked child, such as a worker of a data loader, which a signal must be able to end."""
+    for requests in list(_alive):
+        requests.restore()
+
+
+os.register_at_fork(after_in_child=_restore_in_child)
