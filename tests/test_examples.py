@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 import shardsave
-from shardsave._api import build, clean, convert, diff, inspect, load, open, save
+from shardsave._api import build, clean, convert, diff, inspect, load, manager, open, save
 from shardsave._cli.main import cli
 
 pytestmark = pytest.mark.slow
@@ -86,7 +86,7 @@ def test_files_that_documents_name(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", [shardsave, save, load, open, diff, clean, inspect, build, convert], ids=lambda module: module.__name__
+    "module", [shardsave, save, load, open, diff, clean, inspect, build, convert, manager], ids=lambda module: module.__name__
 )
 def test_docstring_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: object) -> None:
     """Catches a docstring whose example has another result than it shows."""

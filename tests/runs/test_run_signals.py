@@ -1,36 +1,49 @@
-"""Signals that ask for a last save. Method: real signals, in processes that train; what each prints is its story."""
+"""Signals that ask for a last save. Method: real signals, in forked processes that train; what each says is its story."""
 
 from __future__ import annotations
 
+import os
 import signal
-import subprocess
-import sys
 import textwrap
 import threading
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import shardsave
 
-PREAMBLE = """
-import os, signal, sys, time, torch, shardsave
-def send(number=signal.SIGTERM):
+pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # it has several threads when it forks
+
+
+def send(number: int = signal.SIGTERM) -> None:
     os.kill(os.getpid(), number)
     time.sleep(0.01)
-state = {"x": torch.ones(3)}
-manager = shardsave.CheckpointManager(sys.argv[1], save_every=10, durable=False, progress=False)
-def say(*words):
-    print(*words, flush=True)
-"""
 
 
 def story(program: str, folder: Path) -> tuple[int, list[str]]:
-    """The exit code of a process that runs ``program``, and the lines that it printed."""
-    command = [sys.executable, "-W", "error", "-c", PREAMBLE + textwrap.dedent(program), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert "Error" not in done.stderr, done.stderr
-    return done.returncode, done.stdout.split()
+    """The exit code of a forked process that runs ``program`` (negative: the signal that ended it), and the words that it said."""
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.dup2(write_end, 2)
+        os.close(write_end)
+        try:
+            manager = shardsave.CheckpointManager(folder, save_every=10, durable=False, progress=False)
+            names = {"manager": manager, "send": send, "state": {"x": torch.ones(3)}}
+            names |= {module.__name__: module for module in (os, signal, time, torch, shardsave)}
+            exec(
+                textwrap.dedent(program), names | {"say": lambda *words: os.write(2, f"{' '.join(map(str, words))}\n".encode())}
+            )
+            os._exit(0)
+        except BaseException as error:
+            os.write(2, repr(error).encode())
+            os._exit(1)
+    os.close(write_end)
+    with os.fdopen(read_end) as said:
+        words = said.read().split()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), words
 
 
 def steps_in(folder: Path) -> list[int]:

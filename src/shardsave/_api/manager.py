@@ -180,7 +180,7 @@ class CheckpointManager:
             raise ValueError("step 0 is never saved: a step is saved once it is finished, and the first one is step 1")
         numbers = checked_metrics(metrics)
         path = self._run.path_of(step)
-        self._keeper.remover.wait(step=step)
+        self._keeper.remover.wait()  # the space of what goes is needed
         self._keeper.refuse_before_latest(step)
         given = {**self._options, **options, **({"training": training} if training is not None else {})}
         try:
@@ -265,12 +265,16 @@ class CheckpointManager:
 
     @verb()
     def latest(self) -> StepInfo | None:
-        """The last committed step, None if there is none. Reads indexes alone. Raises ShardSaveError if one cannot be read."""
+        """The last committed step, None if there is none. Reads indexes alone, so it does not find all damage that `resume` finds.
+
+        A corrupt step is passed over as in `resume`. Raises ShardSaveError for a step that cannot be read.
+        """
         for info in self._run.newest_first():
-            if info.committed:
+            problem = _refusal(info)
+            if problem == "":
                 return info
-            if info.state == "newer":
-                raise IncompatibleCheckpointError(info.problem)
+            if problem is not None:
+                self._pass_over(info, problem)
         return None
 
     @verb()

@@ -81,10 +81,10 @@ class Remover:
                 make_durable(self._run, step)
                 self._durable.add(step)
 
-    def wait(self, timeout: float | None = None, step: int | None = None) -> bool:
-        """Waits until everything, or ``step``, is done. Returns False after ``timeout`` seconds. It polls, as `wait_until_freed` does."""
+    def wait(self, timeout: float | None = None) -> bool:
+        """Waits until everything is done. Returns False after ``timeout`` seconds. It polls, as `wait_until_freed` does."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        while self.busy if step is None else step in self.busy:
+        while self.busy:
             if deadline is not None and time.monotonic() >= deadline:
                 return False
             raise_if_ending()
