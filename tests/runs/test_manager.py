@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -117,7 +118,7 @@ def test_steps_are_ordinary_checkpoints(memory: Path) -> None:
 def test_metrics(memory: Path) -> None:
     """Catches a metric that comes back as another number, also one that JSON does not have, and one that is no number."""
     manager = manager_of(memory)
-    given = {"loss": torch.tensor(1.5), "n": 3, "nan": float("nan"), "inf": float("inf")}
+    given = {"loss": torch.tensor(1.5, requires_grad=True), "n": np.int64(3), "nan": float("nan"), "inf": float("inf")}
     manager.save(1, model(), metrics=given)
     (info,) = manager.steps()
     assert info.metrics["loss"] == 1.5 and info.metrics["n"] == 3 and info.metrics["inf"] == float("inf")

@@ -21,6 +21,8 @@ from shardsave._runs.recorded import RECORD_NAME
 
 pytestmark = pytest.mark.slow
 
+SAMPLES = int(os.environ.get("SHARDSAVE_POWER_SAMPLES", "12")) // 4
+
 Phases = list[list[Recorded]]
 
 
@@ -62,7 +64,7 @@ class Judge:
                 disk.apply(call)
 
     def _look(self, disk: Disk, chance: random.Random, least: int) -> Iterator[str]:
-        for tree in disk.after_power_loss(chance, 6) if least else ():
+        for tree in disk.after_power_loss(chance, SAMPLES) if least else ():
             digest = hashlib.sha256(repr((least, sorted((str(p), c) for p, c in tree.items()))).encode()).digest()
             if digest not in self._known:
                 self._known[digest] = self._problem(tree, least)

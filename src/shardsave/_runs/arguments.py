@@ -47,7 +47,8 @@ def checked_metrics(metrics: object) -> dict[str, float]:
         if not isinstance(name, str):
             raise TypeError(f"metrics must map names to numbers, {name!r} is no name")
         try:
-            checked[name] = value if type(value) is int else float(value)
+            plain = value.item() if hasattr(value, "item") else value  # float() of a tensor that requires grad would warn
+            checked[name] = plain if type(plain) is int else float(plain)
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise TypeError(f"metrics must map names to numbers, {name!r} is {type(value).__name__}") from error
     return checked
