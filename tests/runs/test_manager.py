@@ -591,15 +591,18 @@ def test_the_process_ends_before_the_thread(memory: Path) -> None:
     assert steps_in(memory) == [3]
 
 
-def test_interrupted_removals_are_finished_by_clean(memory: Path) -> None:
-    """Catches files of a half-removed step that `clean` does not find, and a whole step that it touches."""
-    train(manager_of(memory), 1, 20)
-
+def interrupted_removal(folder: Path) -> None:
+    """Leaves step 10 of three without its index, and with all its other files."""
     with patch.object(removal, "finish_removal", side_effect=[removal.RemovedCheckpoint(), SystemExit]):
-        manager = manager_of(memory, keep_last=2)
-        manager.save(30, model(30))
+        manager = manager_of(folder, keep_last=2)
+        train(manager, 1, 30)
         manager.wait_removed()
     assert [info.state for info in manager.steps()] == ["removing", "committed", "committed"]
+
+
+def test_interrupted_removals_are_finished_by_clean(memory: Path) -> None:
+    """Catches files of a half-removed step that `clean` does not find, and a whole step that it touches."""
+    interrupted_removal(memory)
     with pytest.raises(shardsave.CheckpointNotFoundError):
         shardsave.load(path_of(memory, 10))
     report = shardsave.clean(memory, remove=False)
@@ -609,3 +612,40 @@ def test_interrupted_removals_are_finished_by_clean(memory: Path) -> None:
     assert report.removed == (leaving.name,) and not report.left and steps_in(memory) == [20, 30]
     assert value_of_step(memory, 20) == 20
     assert not shardsave.clean(memory).found
+
+
+def test_a_step_is_saved_again_after_an_interrupted_removal(memory: Path) -> None:
+    """Catches files of the old step that stay beside those of the new one, and files of the new one that go with the old one's."""
+    interrupted_removal(memory)
+    shardsave.save(model(77), path_of(memory, 10), durable=False)
+    assert manager_of(memory).steps()[0].half_removed and manager_of(memory).steps()[0].committed
+    with manager_of(memory) as manager:
+        manager.save(40, model(40))
+    assert value_of_step(memory, 10) == 77 and steps_in(memory) == [10, 20, 30, 40]
+    info = shardsave.inspect(path_of(memory, 10))
+    assert {*os.listdir(path_of(memory, 10))} == {INDEX, *info.shards}
+
+
+def test_without_hard_links(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a removal that needs links, which some file systems do not have."""
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    refuse.__name__ = "link"
+    monkeypatch.setattr(os, "link", refuse)
+    with manager_of(memory, keep_last=1) as manager:
+        train(manager, 1, 30)
+    assert steps_in(memory) == [30] and value_of_step(memory, 30) == 30
+
+
+def test_two_managers_of_one_run(memory: Path, records: Callable[[str], list[dict[str, Any]]]) -> None:
+    """Catches a removal that fails because another process removes the same step."""
+    train(manager_of(memory), 1, 100)
+    managers = [manager_of(memory, keep_last=1) for _ in range(4)]
+    for manager in managers:
+        manager._keeper.tidy()
+    assert all(manager.wait_removed(20) for manager in managers)
+    managers[0].save(110, model(110))
+    managers[0].close()
+    assert steps_in(memory) == [110] and not records("removal failed")
