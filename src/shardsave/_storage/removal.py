@@ -55,7 +55,7 @@ def finish_removal(folder: LockedDirectory, index: Index | None) -> RemovedCheck
     removed = read_obeyed(folder, REMOVED_INDEX_NAME)
     if removed is None:
         return RemovedCheckpoint()
-    folder.sync()  # the process that removed the index may have ended before its sync
+    folder.sync()  # the index is gone for good, whoever removed it, before a file that it names goes
     named = files_of(index)
     size = bytes_on_disk(folder, removable(removed, index))
     cleaner = Cleaner(folder)
@@ -76,7 +76,6 @@ def _move_index(folder: LockedDirectory) -> None:
     else:
         folder.sync()
         folder.unlink(INDEX_NAME)
-    folder.sync()
 
 
 def undo_begun(folder: LockedDirectory) -> None:
