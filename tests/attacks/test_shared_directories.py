@@ -532,3 +532,12 @@ def test_a_planted_removal(shared: Path, in_place: bool) -> None:
     cleaned = by(SAVER, lambda: shardsave.clean(run))
     assert "another user made it, or may have changed it; nothing was removed" in cleaned, cleaned
     assert all((step / name).read_text() == "work" for name in WORK)
+
+
+def test_a_removal_that_had_just_begun(shared: Path) -> None:
+    """Catches a step that nobody can remove any more: its index has two names, and one of two names is not obeyed."""
+    run = run_of(shared)
+    index = run / "step-00000001" / INDEX
+    os.link(index, index.with_name(f"{INDEX}.removed"))
+    left = by(SAVER, lambda: commit(run, 3))
+    assert "step-00000001" not in left and "step-00000003" in left, left

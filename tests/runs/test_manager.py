@@ -7,6 +7,7 @@ import errno
 import fcntl
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -24,7 +25,7 @@ import shardsave
 from faults.dying import die_before_the_commit, killed
 from shardsave._common import os_calls
 from shardsave._format.crc64 import crc64
-from shardsave._runs import remover
+from shardsave._runs import remover, steps
 from shardsave._runs.recorded import RECORD_NAME
 from shardsave._storage import removal
 from shardsave._storage.transaction import Transaction
@@ -365,6 +366,26 @@ def test_a_save_at_work(memory: Path) -> None:
     assert states[:2] == ["committed", "saving"]
 
 
+def test_a_step_that_changes_while_it_is_listed(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a step that counts as corrupt because a save has just replaced its files, or as committed because it has just gone."""
+    train(manager_of(memory), 1, 20)
+    look = steps._files_there
+
+    def look_later(folder: Any, lengths: Any) -> Any:
+        monkeypatch.setattr(steps, "_files_there", look)
+        changes.pop(0)()
+        return look(folder, lengths)
+
+    changes: list[Callable[[], object]] = [
+        lambda: shardsave.save(model(7), path_of(memory, 10), durable=False),
+        lambda: shutil.rmtree(path_of(memory, 10)),
+    ]
+    for state in ("committed", "unfinished"):
+        monkeypatch.setattr(steps, "_files_there", look_later)
+        assert [info.state for info in manager_of(memory).steps()] == [state, "committed"]
+    assert [info.step for info in manager_of(memory).steps()] == [20]
+
+
 def test_foreign_files_stay(memory: Path, records: Callable[[str], list[dict[str, Any]]]) -> None:
     """Catches the removal of a file that no save wrote, and one that stays without being named."""
     with manager_of(memory, keep_last=1) as manager:
@@ -572,7 +593,7 @@ def test_a_step_that_is_saved_again_while_it_is_removed(memory: Path, halted: Ca
 
 LEAVING = """
 import sys, time, torch, shardsave
-from shardsave._runs import remover
+from shardsave._runs import remover, steps
 remover.remove_step = lambda run, step: time.sleep(60)
 manager = shardsave.CheckpointManager(sys.argv[1], save_every=1, keep_last=1, durable=False, progress=False)
 for step in (1, 2):
