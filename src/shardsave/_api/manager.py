@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -261,7 +262,7 @@ class CheckpointManager:
         self._when.done(resumed.step)
         path = self._run.path_of(resumed.step)
         log(logging.INFO, "resumed", f"resumed {self._shown} from step {resumed.step}", path=path, step=resumed.step)
-        return resumed._replace(notes=(*passed, *resumed.notes))
+        return replace(resumed, notes=(*passed, *resumed.notes))
 
     @verb()
     def latest(self) -> StepInfo | None:

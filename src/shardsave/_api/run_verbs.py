@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 from shardsave._common.imports import import_at_use
 from shardsave._runs.index_members import members
@@ -15,13 +16,18 @@ if TYPE_CHECKING:
     from shardsave._api.reports import SaveReport
 
 
-class Resumed(NamedTuple):
-    """What a resume found: the step that was finished when it was saved, the one to go on with, values, and notes."""
+@dataclass(frozen=True)
+class Resumed:
+    """Where a training goes on: the ``step`` that was saved, ``values`` of the training state, and notes."""
 
     step: int
-    next_step: int
-    values: Mapping[str, Any]
-    notes: tuple[str, ...]
+    values: Any
+    notes: tuple[str, ...] = ()
+
+    @property
+    def next_step(self) -> int:
+        """The first step that has not been saved."""
+        return self.step + 1
 
 
 class RunVerbs(Protocol):
@@ -49,4 +55,4 @@ class PublicVerbs:
         from shardsave._api.load import load_model
 
         report = load_model(model, path, **options)
-        return Resumed(step, step + 1, {}, report.notes)
+        return Resumed(step, {}, report.notes)
