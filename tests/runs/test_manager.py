@@ -7,10 +7,13 @@ import errno
 import fcntl
 import logging
 import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -133,6 +136,7 @@ def test_metrics(memory: Path) -> None:
 WRONG: list[dict[str, Any]] = [
     {"keep_last": 0}, {"keep_last": True}, {"keep_every": "5"}, {"keep_best": "loss"}, {"keep_best": ("loss", "least", 1)},
     {"keep_best": ("loss", "min", 0)}, {"policy": 3}, {"on_commit": "x"}, {"on_corrupt": "ignore"}, {"save_every": 0},
+    {"keep_lest": 3}, {"step": 3}, {"directory": "x"},
 ]  # fmt: skip
 
 
@@ -141,6 +145,14 @@ def test_wrong_arguments(tmp_path: Path, wrong: dict[str, Any]) -> None:
     """Catches an argument that would be noticed only after hours of training."""
     with pytest.raises((TypeError, ValueError), match=next(iter(wrong))):
         manager_of(tmp_path, **wrong)
+
+
+def test_a_wrong_keyword_of_a_step(tmp_path: Path) -> None:
+    """Catches a keyword that is wrong and shows only when the first step is saved."""
+    with pytest.raises(TypeError, match="keywords of CheckpointManager or of save were expected, not durabel"):
+        manager_of(tmp_path).step(1, model(), durabel=True)
+    with pytest.raises(TypeError, match="not durabel"):
+        manager_of(tmp_path).save(1, model(), durabel=True)
 
 
 @pytest.mark.parametrize("wrong", [-1, True, 1.0, "1", 10**16, None])
@@ -670,3 +682,38 @@ def test_two_managers_of_one_run(memory: Path, records: Callable[[str], list[dic
     managers[0].save(110, model(110))
     managers[0].close()
     assert steps_in(memory) == [110] and not records("removal failed")
+
+
+def train_and_print(folder: Path, write_end: int) -> None:
+    """Trains on from the latest step, as a user's program does, and tells which steps it has committed."""
+    report = lambda report: os.write(write_end, f"{int(Path(report.path).name[5:])}\n".encode())
+    with manager_of(folder, keep_last=2, keep_every=50, durable=True, on_commit=report) as manager:
+        fresh = model()
+        resumed = manager.resume(fresh)
+        assert resumed is None or value_of(fresh) == resumed.step
+        train(manager, resumed.next_step if resumed else 1, 100_000)
+
+
+def test_killed_at_any_moment(memory: Path) -> None:
+    """Catches a step that was committed and is gone against the policy, one that is there in part, and a resume from another one."""
+    chance, committed, window = random.Random(1), [0], 0.1  # seconds; adapts to the machine
+    for _ in range(int(os.environ.get("SHARDSAVE_KILLS", "100")) // 8):
+        read_end, write_end = os.pipe()
+        child = forked(lambda: train_and_print(memory, write_end))
+        os.close(write_end)
+        time.sleep(window * (0.5 + chance.random()))
+        os.kill(child, signal.SIGKILL)
+        assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        with os.fdopen(read_end) as said:
+            new = [*map(int, said.read().split())]
+        committed += new
+        window *= 1 if new else 2
+        infos = [info for info in manager_of(memory).steps() if info.committed]
+        assert (infos[-1].step if infos else 0) in (committed[-1], committed[-1] + 10)
+        assert {step for step in range(50, committed[-1] + 1, 50)} <= {info.step for info in infos}
+        assert all(value_of_step(memory, info.step) == info.step for info in infos)
+    assert committed[-1] >= 10
+    with manager_of(memory, keep_last=2, keep_every=50) as manager:
+        manager.save(100_000, model(0))
+    assert all(step % 50 == 0 for step in steps_in(memory)[:-2])
+    assert not [info for info in manager.steps() if not info.committed]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
@@ -100,6 +100,8 @@ class CheckpointManager:
                 raise TypeError(f"{name} must be a function, not {type(function).__name__}")
         if on_corrupt not in ("previous", "raise"):
             raise ValueError(f"on_corrupt must be 'previous' or 'raise', not {on_corrupt!r}")
+        self._save_options = self._verbs.save_options()
+        self._check_options(options)
         own = getattr(policy, "__qualname__", type(policy).__qualname__) if policy is not None else None
         recorded = RecordedPolicy(save_every, keep_last, keep_every, best, own)
         keeps = [*recorded.keeps(), *([KeepChosen(policy)] if policy is not None else [])]
@@ -158,6 +160,7 @@ class CheckpointManager:
             all that `save` raises.
         """
         check_step(step)
+        self._check_options(options)  # also if it is not time yet: a wrong keyword must not show after hours
         requested = bool(self._requests.noted) and not self._preempted
         due = self._when.due(step)
         if step == 0 or not (due or requested):
@@ -179,6 +182,7 @@ class CheckpointManager:
         check_step(step)
         if step == 0:
             raise ValueError("step 0 is never saved: a step is saved once it is finished, and the first one is step 1")
+        self._check_options(options)
         numbers = checked_metrics(metrics)
         path = self._run.path_of(step)
         self._keeper.remover.wait()  # the space of what goes is needed
@@ -247,6 +251,11 @@ class CheckpointManager:
                 f"{'is' if len(passed) == 1 else 'are'} corrupt ({passed[0]}); the model may be filled in part"
             )
         return None
+
+    def _check_options(self, options: Iterable[str]) -> None:
+        unknown = sorted(set(options) - self._save_options)
+        if unknown:
+            raise TypeError(f"keywords of CheckpointManager or of save were expected, not {some(unknown)}")
 
     def _pass_over(self, info: StepInfo, problem: str) -> None:
         if self._on_corrupt == "raise":

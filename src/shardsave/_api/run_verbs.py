@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import signature
 from typing import TYPE_CHECKING, Any, Protocol
 
 from shardsave._common.imports import import_at_use
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from shardsave._api.reports import SaveReport
+
+
+#: The parameters of `save` that a manager passes itself.
+_BY_THE_MANAGER = {"source", "directory", "step", "metrics", "training"}
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,9 @@ class Resumed:
 class RunVerbs(Protocol):
     """The two verbs that a manager calls."""
 
+    def save_options(self) -> frozenset[str]:
+        """The keywords that may be passed to `save` in ``options``."""
+
     def save(
         self, model: Any, path: str, *, step: int, metrics: Mapping[str, float], options: Mapping[str, Any]
     ) -> SaveReport: ...
@@ -42,6 +50,12 @@ class RunVerbs(Protocol):
 
 class PublicVerbs:
     """`shardsave.save` and `shardsave.load_model`."""
+
+    def save_options(self) -> frozenset[str]:
+        import_at_use("shardsave._api.save")
+        from shardsave._api.save import save
+
+        return frozenset(signature(save).parameters) - _BY_THE_MANAGER
 
     def save(self, model: Any, path: str, *, step: int, metrics: Mapping[str, float], options: Mapping[str, Any]) -> SaveReport:
         import_at_use("shardsave._api.save")
