@@ -50,7 +50,9 @@ Exit codes: 0 done, 1 a step is corrupt or cannot be read, 2 wrong usage, 3 fail
 @click.argument("directory", type=CHECKPOINT)
 @click.option("--keep-last", type=click.IntRange(1), metavar="COUNT", help="Show what a policy would keep: the last steps.")
 @click.option("--keep-every", type=click.IntRange(1), metavar="STEPS", help="The same: one step for each multiple.")
-@click.option("--keep-best", type=_Best(), help="The same: the steps with the best values of a metric.")
+@click.option(
+    "--keep-best", type=_Best(), metavar="METRIC:min|max:COUNT", help="The same: the steps with the best values of a metric."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.pass_context
 def list_steps(
