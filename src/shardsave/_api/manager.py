@@ -199,8 +199,7 @@ class CheckpointManager:
             self._when.done(step)
             _remove_empty(path)
         self._keeper.uncounted.pop(step, None)
-        if report.durable:
-            self._keeper.remover.note_durable(step)
+        self._keeper.remover.note_saved(step, durable=report.durable)
         try:
             if self._on_commit is not None:
                 self._on_commit(report)

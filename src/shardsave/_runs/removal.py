@@ -80,7 +80,7 @@ def make_durable(run: Run, step: int) -> None:
     try:
         with Directory(durable=True) as folder, Directory(durable=True) as above:
             folder.open(path)
-            for name in () if run.is_durable(step) else run.files(step):
+            for name in run.files_to_sync(step):
                 _sync(folder, name)
             folder.sync_file(INDEX_NAME)
             folder.sync()

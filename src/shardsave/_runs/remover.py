@@ -41,9 +41,12 @@ class Remover:
         """The steps that are still to be removed, or finished."""
         return frozenset(step for batch in self._batches for step, _ in list(batch))
 
-    def note_durable(self, step: int) -> None:
-        """Notes that a save has just made this step durable."""
-        self._durable.add(step)
+    def note_saved(self, step: int, *, durable: bool) -> None:
+        """Notes whether the last save of this step has made it durable."""
+        if durable:
+            self._durable.add(step)
+        else:
+            self._durable.discard(step)
 
     def start(self, doomed: Iterable[int], unfinished: Iterable[int], kept: Sequence[int]) -> None:
         """Starts a thread that removes the ``doomed`` steps once the ``kept`` ones are durable, and finishes the ``unfinished`` ones.

@@ -190,13 +190,10 @@ class Run:
         self._summaries[number] = summary
         return summary
 
-    def is_durable(self, number: int) -> bool:
-        """Whether the index of a step that was read says that its save waited for the disk."""
-        return self._summaries[number].durable
-
-    def files(self, number: int) -> tuple[str, ...]:
-        """The files of a step that was read."""
-        return tuple(self._summaries[number].lengths)
+    def files_to_sync(self, number: int) -> tuple[str, ...]:
+        """The files of a step that was read, if its save did not wait for the disk; otherwise none: its index says so."""
+        summary = self._summaries.get(number)
+        return tuple(summary.lengths) if summary is not None and not summary.durable else ()
 
     def bytes_of_only(self, numbers: set[int]) -> int:
         """The bytes that removing these steps frees: of files that no other step shares."""
