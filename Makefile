@@ -103,8 +103,8 @@ unit: $(VENV)/test.ok
 # Longer fault tests: ten thousand killed savers, a real file system shut down at every call, and more disk states after a
 # loss of power than `make test` examines.
 soak: $(VENV)/test.ok
-	SHARDSAVE_KILLS=2500 SHARDSAVE_POWER_SAMPLES=300 SHARDSAVE_POWER_STEP=7 SHARDSAVE_CUTS=300 \
-	$(BIN)/python -m pytest --timeout 7200 -k "power_loss or cut_off or killed_at_any_moment"
+	SHARDSAVE_KILLS=2500 SHARDSAVE_POWER_SAMPLES=300 SHARDSAVE_POWER_STEP=7 SHARDSAVE_CUTS=300 SHARDSAVE_RUN_FATES=all \
+	$(BIN)/python -m pytest --timeout 7200 -k "power_loss or cut_off or killed_at_any_moment or each_call_of_a_removal"
 
 # Compares our parsers with other readers of the same format, guided by coverage if atheris has a wheel for this Python.
 fuzz: $(VENV)/test.ok $(SANITIZED)/fuzz-tables

@@ -30,7 +30,7 @@ from support import SmallModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 
-COMMANDS = ["inspect", "verify", "diff", "convert", "plot", "clean", "completion"]
+COMMANDS = ["inspect", "list", "verify", "diff", "convert", "plot", "clean", "completion"]
 
 
 def run(*arguments: object, **options: object) -> Result:

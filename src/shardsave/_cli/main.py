@@ -15,6 +15,7 @@ from shardsave._cli.completion import completion
 from shardsave._cli.convert import convert
 from shardsave._cli.diff import diff
 from shardsave._cli.inspect import inspect
+from shardsave._cli.list import list_steps
 from shardsave._cli.plot import plot
 from shardsave._cli.verify import verify
 from shardsave._common.backend import check_engine
@@ -88,13 +89,14 @@ def _fail(message: str, code: int) -> int:
     epilog="""\b
 Exit codes:
   0    done, nothing is wrong
-  1    something is wrong: damage (verify), a difference (diff), files left behind (clean), no match (inspect)
+  1    something is wrong: damage (verify, list), a difference (diff), files left behind (clean), no match (inspect)
   2    wrong usage
   3    failed: no checkpoint, unreadable files, a running save
   130  interrupted
 \b
 Examples:
   shardsave inspect ckpt --depth 3
+  shardsave list run
   shardsave verify ckpt && echo whole
   shardsave diff ckpt-1000 ckpt-2000
   shardsave convert pytorch_model.bin ckpt""",
@@ -108,5 +110,5 @@ def cli() -> None:
     """
 
 
-for command in (inspect, verify, diff, convert, plot, clean, completion):
+for command in (inspect, list_steps, verify, diff, convert, plot, clean, completion):
     cli.add_command(command)
