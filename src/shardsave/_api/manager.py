@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from shardsave._api.arguments import check_path, check_timeout
 from shardsave._api.run_verbs import PublicVerbs, Resumed, RunVerbs
-from shardsave._common.log import log
+from shardsave._common.log_records import log_event
 from shardsave._common.os_calls import absolute_path
 from shardsave._common.shutdown import verb
 from shardsave._common.words import count, some
@@ -169,7 +169,7 @@ class CheckpointManager:
         if requested:
             self._preempted = True
             names = some(number.name for number in self._requests.noted)
-            log(
+            log_event(
                 logging.INFO, "preempted", f"saved step {step} of {self._shown} because of {names}", path=report.path, step=step
             )
         return report
@@ -264,12 +264,12 @@ class CheckpointManager:
             )
         self._keeper.uncounted[info.step] = problem
         words = f"{info.path} is corrupt, the step before it is taken: {problem}"
-        log(logging.WARNING, "step corrupt", words, path=info.path, step=info.step, problem=problem)
+        log_event(logging.WARNING, "step corrupt", words, path=info.path, step=info.step, problem=problem)
 
     def _resumed(self, resumed: Resumed, passed: list[str]) -> Resumed:
         self._when.done(resumed.step)
         path = self._run.path_of(resumed.step)
-        log(logging.INFO, "resumed", f"resumed {self._shown} from step {resumed.step}", path=path, step=resumed.step)
+        log_event(logging.INFO, "resumed", f"resumed {self._shown} from step {resumed.step}", path=path, step=resumed.step)
         return replace(resumed, notes=(*passed, *resumed.notes))
 
     @verb()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from inspect import signature
 from typing import TYPE_CHECKING, Any, Protocol
 
 from shardsave._common.imports import import_at_use
-from shardsave._runs.index_members import members
 
 if TYPE_CHECKING:
     from torch import nn
@@ -61,8 +59,7 @@ class PublicVerbs:
         import_at_use("shardsave._api.save")
         from shardsave._api.save import save
 
-        noted = members(step, metrics, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
-        return save(model, path, **{**options, "metadata": {**(options.get("metadata") or {}), **noted}})
+        return save(model, path, step=step, metrics=metrics, **options)
 
     def resume(self, path: str, model: nn.Module, *, step: int, options: Mapping[str, Any]) -> Resumed:
         import_at_use("shardsave._api.load")

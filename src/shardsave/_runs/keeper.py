@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 
-from shardsave._common.log import log
+from shardsave._common.log_records import log_event
 from shardsave._common.os_calls import CallFailed
 from shardsave._common.words import count, human_bytes, some
 from shardsave._runs.policies import Keep, kept
@@ -49,9 +49,9 @@ class Keeper:
             write_policy(self._run.path, self._recorded)
         except ShardSaveError as error:
             words = f"no step of {self._shown} is removed this time: {error}"
-            return log(logging.WARNING, "removal failed", words, path=self._run.path, problem=str(error))
+            return log_event(logging.WARNING, "removal failed", words, path=self._run.path, problem=str(error))
         except CallFailed as error:
-            log(
+            log_event(
                 logging.WARNING,
                 "policy not recorded",
                 f"{self._shown}: {error.words}",
@@ -60,7 +60,7 @@ class Keeper:
             )
         for info in steps:
             if info.state == "unreadable":
-                log(
+                log_event(
                     logging.WARNING,
                     "step unreadable",
                     f"{info.path} stays: {info.problem}",
@@ -77,7 +77,7 @@ class Keeper:
         if doomed:
             goes = some(map(str, doomed))
             words = f"{self._shown}: {count(len(stay), 'step')} kept, {count(len(doomed), 'step')} will be removed: {goes}"
-            log(logging.INFO, "policy", words, path=self._run.path, kept=stay, removed=doomed)
+            log_event(logging.INFO, "policy", words, path=self._run.path, kept=stay, removed=doomed)
         self.remover.start(doomed, left, sorted(stay))
 
     def would_free(self, step: int) -> str:

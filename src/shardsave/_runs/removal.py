@@ -44,7 +44,7 @@ def remove_step(run: str, step: int) -> RemovedStep:
         if folder.status_of(PIN_NAME) is not None:
             return RemovedStep(step, path, pinned=True)
         removed = remove_checkpoint(folder)
-        if not removed.leftovers:
+        if not removed.failed:
             Cleaner(folder).remove_dead_staging(frozenset())
         return RemovedStep(step, path, removed.bytes, removed.leftovers or _remove_directory(run, step))
 

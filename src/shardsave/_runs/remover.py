@@ -13,7 +13,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 
-from shardsave._common.log import log
+from shardsave._common.log_records import log_event
 from shardsave._common.shutdown import raise_if_ending
 from shardsave._common.words import human_bytes, some
 from shardsave._format.file_names import step_name
@@ -74,7 +74,7 @@ class Remover:
                 _remove(self._run.path, step, action)
                 del batch[0]
         except ShardSaveError as error:
-            log(logging.WARNING, "removal failed", str(error), path=self._run.path, problem=str(error))
+            log_event(logging.WARNING, "removal failed", str(error), path=self._run.path, problem=str(error))
         finally:
             batch.clear()
 
@@ -108,20 +108,22 @@ def _remove(run: str, step: int, action: Callable[[str, int], RemovedStep]) -> N
     except CheckpointNotFoundError:
         return  # another process has removed it
     except DirectoryBusyError:
-        return log(logging.INFO, "step in use", f"{path} stays for now: it is being read or saved", path=run, step=step)
+        return log_event(logging.INFO, "step in use", f"{path} stays for now: it is being read or saved", path=run, step=step)
     except ShardSaveError as error:
-        return log(logging.WARNING, "removal failed", str(error), path=run, step=step, problem=str(error))
+        return log_event(logging.WARNING, "removal failed", str(error), path=run, step=step, problem=str(error))
     seconds = time.perf_counter() - started
     facts = {"path": removed.path, "step": step, "bytes": removed.bytes, "seconds": seconds, "leftovers": removed.leftovers}
     if removed.pinned:
-        log(logging.INFO, "step pinned", f"{removed.path} stays: it was pinned", path=removed.path, step=step)
+        log_event(logging.INFO, "step pinned", f"{removed.path} stays: it was pinned", path=removed.path, step=step)
     elif removed.leftovers and action is finish_step and not removed.bytes:
         return  # files that no save wrote, in a directory without a checkpoint: whoever removed that step has named them
     elif removed.leftovers:
         stays = some(removed.leftovers)
-        log(logging.WARNING, "step removed", f"removed step {step}, but {stays} stays in {removed.path}", **facts)
+        log_event(logging.WARNING, "step removed", f"removed step {step}, but {stays} stays in {removed.path}", **facts)
     else:
-        log(logging.INFO, "step removed", f"removed {removed.path}: {human_bytes(removed.bytes)}, {seconds:.2f} s", **facts)
+        log_event(
+            logging.INFO, "step removed", f"removed {removed.path}: {human_bytes(removed.bytes)}, {seconds:.2f} s", **facts
+        )
 
 
 #: Every remover of this process.

@@ -18,7 +18,6 @@ from shardsave._common.os_calls import CallFailed, NotRegular, TooLong
 from shardsave._format.file_names import INDEX_NAME, LONE_NAME, REMOVED_INDEX_NAME, step_name, step_number
 from shardsave._format.index import MAX_INDEX_BYTES, Index, Record
 from shardsave._format.index_parsing import parse_index
-from shardsave._runs.index_members import described
 from shardsave._storage.directory import Directory
 from shardsave._storage.find import cannot_read
 from shardsave._storage.previous import companions_of, files_of
@@ -184,9 +183,11 @@ class Run:
         index = parse_index(data or b"", f"index {INDEX_NAME}")
         if index.record is None:
             return None
-        metrics, created = described(index.record)
+        moment = index.record.moment
         mtime = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(identity[3] // 10**9))
-        summary = _Summary(identity, _lengths(index, index.record), metrics, created or mtime, index.record.durable)
+        summary = _Summary(
+            identity, _lengths(index, index.record), moment.metrics, moment.created or mtime, index.record.durable
+        )
         self._summaries[number] = summary
         return summary
 

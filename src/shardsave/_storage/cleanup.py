@@ -67,6 +67,11 @@ class Cleaner:
         self._to_free = to_free
         self._failures = 0  # removals that failed, so that a later save must try again
 
+    @property
+    def failed(self) -> bool:
+        """Whether something could not be removed, so that it must be tried again."""
+        return self._failures > 0
+
     def after_commit(self, previous: Previous, new: Index) -> None:
         """Removes what the new index does not need; ``new`` was just committed in place of ``previous``.
 

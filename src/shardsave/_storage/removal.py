@@ -23,10 +23,12 @@ from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError
 
 
 class RemovedCheckpoint(NamedTuple):
-    """``bytes``: the disk space that the removed files had. ``leftovers``: names of files that could not be removed."""
+    """``bytes``: the disk space that the removed files had. ``leftovers``: names of files that stay. ``failed``: whether some of them
+    could not be removed, so that the removal is not finished."""
 
     bytes: int = 0
     leftovers: tuple[str, ...] = ()
+    failed: bool = False
 
 
 def remove_checkpoint(folder: LockedDirectory) -> RemovedCheckpoint:
@@ -38,11 +40,12 @@ def remove_checkpoint(folder: LockedDirectory) -> RemovedCheckpoint:
     undo_begun(folder)
     index = read_obeyed(folder, INDEX_NAME)
     earlier = finish_removal(folder, index)
-    if index is None or earlier.leftovers:
+    if index is None or earlier.failed:
         return earlier
     _move_index(folder)
     removed = finish_removal(folder, None)
-    return RemovedCheckpoint(earlier.bytes + removed.bytes, removed.leftovers)
+    leftovers = tuple(dict.fromkeys([*earlier.leftovers, *removed.leftovers]))
+    return RemovedCheckpoint(earlier.bytes + removed.bytes, leftovers, removed.failed)
 
 
 def finish_removal(folder: LockedDirectory, index: Index | None) -> RemovedCheckpoint:
@@ -60,10 +63,10 @@ def finish_removal(folder: LockedDirectory, index: Index | None) -> RemovedCheck
     size = bytes_on_disk(folder, removable(removed, index))
     cleaner = Cleaner(folder)
     cleaner.remove_files_of(removed, named)
-    if not cleaner.leftovers:
+    if not cleaner.failed:
         folder.sync()
         folder.unlink(REMOVED_INDEX_NAME)
-    return RemovedCheckpoint(size, tuple(cleaner.leftovers))
+    return RemovedCheckpoint(size, tuple(cleaner.leftovers), cleaner.failed)
 
 
 def _move_index(folder: LockedDirectory) -> None:
