@@ -22,6 +22,16 @@ class Unread:
         return {}
 
 
+class UnreadArray(Unread):
+    """Takes the place of an array of ``nbytes`` that cannot become a tensor; it is counted as one, so that it is not overlooked."""
+
+    dtype = None
+
+    def __init__(self, kind: str, shape: tuple[int, ...], nbytes: int) -> None:
+        super().__init__(kind)
+        self.shape, self.nbytes = shape, nbytes
+
+
 def is_tensor(value: object) -> bool:
     return isinstance(value, (torch.Tensor, Assembled))
 
@@ -50,12 +60,12 @@ def is_tensor_list(value: object) -> bool:
 
 
 def tensors_in(value: Any) -> Iterator[Any]:
-    """Every tensor in ``value``, at any depth; a container that is there several times is visited once."""
+    """Every tensor and unread array in ``value``, at any depth; a container that is there several times is visited once."""
     visited: set[int] = set()
     waiting = [value]
     while waiting:
         value = waiting.pop()
-        if is_tensor(value):
+        if is_tensor(value) or isinstance(value, UnreadArray):
             yield value
         elif is_container(value) and id(value) not in visited:
             visited.add(id(value))
@@ -63,8 +73,8 @@ def tensors_in(value: Any) -> Iterator[Any]:
 
 
 def bytes_of(tensor: Any) -> int:
-    """The bytes of all elements of a tensor of any layout."""
-    return tensor.nbytes if isinstance(tensor, Assembled) else tensor.numel() * tensor.element_size()
+    """The bytes of all elements of a tensor of any layout, or of an unread array."""
+    return tensor.nbytes if isinstance(tensor, (Assembled, UnreadArray)) else tensor.numel() * tensor.element_size()
 
 
 def describe(value: Any, kind: str | None = None) -> str:
@@ -72,7 +82,7 @@ def describe(value: Any, kind: str | None = None) -> str:
     if is_tensor(value):
         return f"{'quantized ' if _is_quantized(value) else ''}tensor, {human_bytes(bytes_of(value))}"
     words = kind or kind_of(value)
-    tensors = [*tensors_in(value)]
+    tensors = [] if isinstance(value, UnreadArray) else [*tensors_in(value)]  # its kind has its bytes
     return f"{words}, {count_tensors(tensors)}" if tensors else words
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 
 from shardsave._common.words import an, some
 from shardsave._foreign.containers import (
+    UnreadArray,
     bytes_of,
     children,
     count_tensors,
@@ -56,6 +57,10 @@ class _Node(NamedTuple):
     tensors: dict[str, Any]
     others: dict[str, Any]
 
+    def counted(self) -> dict[str, Any]:
+        """Its own tensors, and its own arrays that are not read."""
+        return {**self.tensors, **{name: value for name, value in self.others.items() if isinstance(value, UnreadArray)}}
+
 
 def choose_state(content: Any, key: str | None, wanted: Wanted, path: str) -> Choice:
     """Chooses the state in ``content``: the container at ``key``; without a key, the only one with tensors that are no training state.
@@ -65,7 +70,7 @@ def choose_state(content: Any, key: str | None, wanted: Wanted, path: str) -> Ch
     """
     survey = _Survey(content, wanted, path, recognize=key is None)
     survey.visit((), content)
-    states = [node for node in survey.nodes if node.tensors and not survey.is_random_state(node)]
+    states = [node for node in survey.nodes if node.counted() and not survey.is_random_state(node)]
     if key is None:
         if len(states) > 1:
             _refuse(path, f"it has {_list_states(states)}; {_advice(states)}")
@@ -124,7 +129,7 @@ class _Survey:
 
     def is_random_state(self, node: _Node) -> bool:
         """Whether ``node`` has no tensors but states of random number generators; notes them as training state."""
-        if not self._recognize or not are_random_states(node.tensors):
+        if not self._recognize or len(node.counted()) > len(node.tensors) or not are_random_states(node.tensors):
             return False
         self.training.update(((*node.keys, name), tensor) for name, tensor in node.tensors.items())
         return True
@@ -185,21 +190,25 @@ def _has_path(value: Any, path: str) -> bool:
 def _list_states(states: list[_Node]) -> str:
     """Lists ``states``, the largest first, each with its number of tensors and their bytes."""
     in_order = sorted(states, key=_size, reverse=True)
-    return some((f"{_label(node)} ({count_tensors(node.tensors.values())})" for node in in_order), _LISTED)
+    return some((f"{_label(node)} ({count_tensors(node.counted().values())})" for node in in_order), _LISTED)
 
 
 def _size(node: _Node) -> int:
-    return sum(map(bytes_of, node.tensors.values()))
+    return sum(map(bytes_of, node.counted().values()))
 
 
 def _label(node: _Node) -> str:
-    return repr(".".join(node.keys)) if node.keys else f"at its top {some(map(repr, node.tensors))}"
+    return repr(".".join(node.keys)) if node.keys else f"at its top {some(map(repr, node.counted()))}"
 
 
 def _advice(states: list[_Node]) -> str:
     """How to say which of ``states`` is meant. One that contains others can only be chosen by dropping these."""
     largest, *smaller = sorted(states, key=_size, reverse=True)
-    inner = ".".join(next(node.keys for node in [*smaller, largest] if node.keys))
+    small = smaller[-1]
+    if not small.keys and len(small.counted()) == 1:  # one tensor beside a mapping, such as a counter
+        inner = next(iter(small.counted()))
+    else:
+        inner = ".".join(next(node.keys for node in [*smaller, largest] if node.keys))
     if any(node.keys[: len(largest.keys)] == largest.keys for node in smaller):
         return f"leave out what is not wanted with drop={inner!r}, or choose one with key={inner!r}"
     return f"choose one with key={'.'.join(largest.keys)!r}, or leave out what is not wanted with drop={inner!r}"

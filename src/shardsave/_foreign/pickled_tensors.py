@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from shardsave._foreign.pickled_arrays import ARRAY_NAMES
 from shardsave._foreign.unpickling import (
     PLAIN_TYPES,
     Forbidden,
@@ -178,6 +179,7 @@ _TENSOR_TYPES = (
 
 _NAMES: dict[GlobalName, Any] = {
     **PLAIN_TYPES,
+    **ARRAY_NAMES,
     ("torch", "Size"): tuple,
     ("torch", "device"): record_class("torch", "device"),
     ("torch", "Tensor"): _TENSOR_TYPES[0],

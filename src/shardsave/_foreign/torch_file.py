@@ -11,14 +11,15 @@ import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, Union
 
 import numpy as np
 import torch
 
 from shardsave._common.os_calls import CallFailed, Descriptor, call, read_at
 from shardsave._common.words import some
-from shardsave._foreign.containers import Unread
+from shardsave._foreign.containers import Unread, UnreadArray
+from shardsave._foreign.pickled_arrays import Array
 from shardsave._foreign.pickled_tensors import Described, Names, Storage, StorageType, storage_of
 from shardsave._foreign.unpickling import MAX_PICKLE_BYTES, Forbidden, Record, Unpickler
 from shardsave._format.other_kinds import START_BYTES, ZIP
@@ -320,6 +321,8 @@ class _Placing:
             placed: Any = {key: self.place(value) for key, value in content.items()}
         elif isinstance(content, (list, tuple, set, frozenset)):
             placed = [self.place(value) for value in content]
+        elif isinstance(content, Array) and (array := self._array(content)) is not None:
+            placed = array
         elif isinstance(content, Record):
             self._placed[id(content)] = content  # it may refer to itself
             return content.placed(self.place)
@@ -327,6 +330,12 @@ class _Placing:
             return content
         self._placed[id(content)] = placed
         return placed
+
+    def _array(self, array: Array) -> Union[torch.Tensor, UnreadArray, None]:
+        try:
+            return array.read()
+        except (Forbidden, ValueError) as error:
+            _bad(self._path, f"its pickle is broken (it {error})")
 
     def _tensor(self, described: Described) -> torch.Tensor:
         storage, dtype, offset, shape, strides, is_conj, is_neg = described

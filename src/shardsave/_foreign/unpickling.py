@@ -138,6 +138,7 @@ _HARMLESS = {
     "decimal": {"Decimal"},
     "fractions": {"Fraction"},
     "lightning_fabric": {"AttributeDict"},
+    "ml_dtypes": {"*"},
     "numpy": {"*"},
     "omegaconf": {"*"},
     "pathlib": {"*"},
