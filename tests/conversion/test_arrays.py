@@ -76,7 +76,9 @@ def test_arrays_that_torch_has_not_are_counted(tmp_path: Path, array: Any, words
     assert same(converted(tmp_path / "x.pt", drop="more")[0], W)
     assert converted(tmp_path / "x.pt", key="model")[1] == (f"left out, since not in 'model': 'more' ({words})",)
     torch.save({**W, "more": array}, tmp_path / "y.pt", pickle_protocol=protocol)
-    with pytest.raises(shardsave.IncompatibleCheckpointError, match=rf"it has 'more' \({words}\) among its tensors.*drop='more'"):
+    with pytest.raises(
+        shardsave.IncompatibleCheckpointError, match=rf"it has 'more' \({words}\) among its tensors.*drop='more'"
+    ):
         converted(tmp_path / "y.pt")
 
 

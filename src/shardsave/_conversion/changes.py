@@ -9,6 +9,7 @@ from typing import Union
 
 import torch
 
+from shardsave._foreign.pickled_tensors import Allowed
 from shardsave._printable import printable
 from shardsave._state.module import Entry
 
@@ -74,12 +75,12 @@ def patterns(drop: object) -> tuple[str, ...]:
     return listed
 
 
-def allowed_names(allow: object) -> tuple[str, ...]:
-    """Checks the argument ``allow``; returns its names."""
+def allowed_names(allow: object) -> Allowed:
+    """Checks the argument ``allow``; returns the names in it."""
     listed = (allow,) if isinstance(allow, str) else tuple(allow) if isinstance(allow, Iterable) else None
     if listed is None or not all(isinstance(name, str) for name in listed):
         raise TypeError("allow must be names of classes, strings such as 'my_code.Config'")
-    return listed
+    return Allowed(listed)
 
 
 def replacements(rename: object) -> tuple[tuple[re.Pattern[str], str], ...]:

@@ -15,6 +15,7 @@ from shardsave._common.sources import TensorSource
 from shardsave._common.words import some
 from shardsave._foreign.dcp import TABLE_NAME, read_distributed
 from shardsave._foreign.nested_state import Wanted, choose_state, refuse_key
+from shardsave._foreign.pickled_tensors import Allowed
 from shardsave._foreign.torch_file import TorchFile, read_torch_file
 from shardsave._format.file_names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX_NAME, LONE_NAME, TORCH_ENDINGS
 from shardsave._format.index import Index
@@ -66,7 +67,7 @@ class Request(NamedTuple):
 
     key: str | None
     wanted: Wanted
-    allowed: tuple[str, ...] = ()
+    allowed: Allowed
 
 
 def open_origin(path: str, request: Request, closing: ExitStack) -> Origin:
@@ -217,7 +218,7 @@ def _from_torch_shards(path: str, request: Request) -> Origin:
     return Origin("torch", in_order, None, {}, tuple(mappings), files, tuple(notes), dropped)
 
 
-def _read_torch_shard(folder: str, shard: str, names: set[str], allowed: tuple[str, ...]) -> TorchFile:
+def _read_torch_shard(folder: str, shard: str, names: set[str], allowed: Allowed) -> TorchFile:
     """Reads a shard that the index lists. The shard must have exactly ``names``."""
     try:
         file = read_torch_file(os.path.join(folder, shard), allowed)

@@ -32,6 +32,27 @@ class UnreadArray(Unread):
         self.shape, self.nbytes = shape, nbytes
 
 
+class Attributed(Unread):
+    """A tensor with attributes of its own, or (``is_subclass``) of a class that is not imported."""
+
+    def __init__(self, kind: str, tensor: Any, attributes: dict[str, Any], *, is_subclass: bool) -> None:
+        super().__init__(kind)
+        self.tensor, self.attributes, self.is_subclass = tensor, attributes, is_subclass
+
+    def parts(self) -> Mapping[str, Any]:
+        return {"(tensor)": self.tensor, **self.attributes}
+
+
+def without_attributes(value: Any) -> Any:
+    """The tensor alone if ``value`` is one with attributes; otherwise ``value`` itself."""
+    return value.tensor if isinstance(value, Attributed) and not value.is_subclass else value
+
+
+def counts_as_tensor(value: object) -> bool:
+    """Whether ``value`` is no tensor, but must not be overlooked either: an array that is not read, or a tensor of a subclass."""
+    return isinstance(value, UnreadArray) or (isinstance(value, Attributed) and value.is_subclass)
+
+
 def is_tensor(value: object) -> bool:
     return isinstance(value, (torch.Tensor, Assembled))
 
@@ -55,8 +76,12 @@ def is_container(value: object) -> bool:
 def is_tensor_list(value: object) -> bool:
     """Whether ``value`` is a sequence of tensors only, or a mapping from numbers to tensors, as a distributed checkpoint has it."""
     if isinstance(value, dict):
-        return bool(value) and all(isinstance(key, int) for key in value) and all(map(is_tensor, value.values()))
-    return isinstance(value, (list, tuple)) and bool(value) and all(is_tensor(v) and not _is_quantized(v) for v in value)
+        return bool(value) and all(isinstance(key, int) for key in value) and all(map(_is_item, value.values()))
+    return isinstance(value, (list, tuple)) and bool(value) and all(_is_item(v) and not _is_quantized(v) for v in value)
+
+
+def _is_item(value: object) -> bool:
+    return is_tensor(without_attributes(value))
 
 
 def tensors_in(value: Any) -> Iterator[Any]:
@@ -73,7 +98,9 @@ def tensors_in(value: Any) -> Iterator[Any]:
 
 
 def bytes_of(tensor: Any) -> int:
-    """The bytes of all elements of a tensor of any layout, or of an unread array."""
+    """The bytes of all elements of a tensor of any layout, or of what counts as a tensor."""
+    if isinstance(tensor, Attributed):
+        return bytes_of(tensor.tensor)
     return tensor.nbytes if isinstance(tensor, (Assembled, UnreadArray)) else tensor.numel() * tensor.element_size()
 
 

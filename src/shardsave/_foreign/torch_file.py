@@ -10,7 +10,7 @@ import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, NoReturn, Union
 
 import numpy as np
@@ -18,14 +18,15 @@ import torch
 
 from shardsave._common.os_calls import CallFailed, Descriptor, call, read_at
 from shardsave._common.words import some
-from shardsave._foreign.containers import Unread, UnreadArray
+from shardsave._foreign.containers import Attributed, Unread, UnreadArray
 from shardsave._foreign.pickled_arrays import Array
-from shardsave._foreign.pickled_tensors import Described, Names, Storage, StorageType, storage_of
+from shardsave._foreign.pickled_tensors import Allowed, Described, Names, Storage, StorageType, WithAttributes, storage_of
+from shardsave._foreign.pickle_refusals import refuse_names, refuse_plain_pickle, refuse_program
 from shardsave._foreign.unpickling import MAX_PICKLE_BYTES, Forbidden, Record, Unpickler
 from shardsave._format.other_kinds import START_BYTES, ZIP
 from shardsave._storage.find import cannot_read, open_checkpoint_file, refuse_other_kind
 from shardsave._storage.mapping import map_file
-from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError, UntrustedCodeError
+from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError
 
 _MAX_ORDER_BYTES = 16
 
@@ -78,8 +79,8 @@ class Window(io.RawIOBase):
         return len(data)
 
 
-def read_torch_file(path: str, allowed: Iterable[str] = ()) -> TorchFile:
-    """Reads what ``torch.save`` wrote to ``path``; ``allowed`` are names in its pickle that become records too.
+def read_torch_file(path: str, allowed: Allowed | None = None) -> TorchFile:
+    """Reads what ``torch.save`` wrote to ``path``; names in its pickle that are ``allowed`` become records too.
 
     Raises CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError, UntrustedCodeError.
     """
@@ -152,7 +153,7 @@ class _Archive:
         try:
             self._zip = zipfile.ZipFile(io.BufferedReader(Window(fd, begin, length)))
             names = self._zip.namelist()
-            _refuse_program(path, names)
+            refuse_program(path, names)
             pickles = [name for name in names if name.endswith("/data.pkl") and name.count("/") == 1]
             if not pickles:
                 kind = "of NumPy arrays " if names and all(name.endswith(".npy") for name in names) else ""
@@ -240,11 +241,11 @@ def _read_old_format(fd: int, mapping: mmap.mmap, length: int, names: Names, pat
         storage = storage_of(saved_id)
         return storages.setdefault(storage.key, storage)._replace(begin=storage.begin)
 
-    if _unpickle(file, names, path) != _MAGIC or _unpickle(file, names, path) != _OLD_VERSION:
+    _unpickle(file, names, path, first=True)
+    if _unpickle(file, names, path) != _OLD_VERSION:
         _bad(path, "it is a pickle that torch.save did not write")
-    _unpickle(
-        file, names, path
-    )  # sizes of C types on the machine that wrote it; torch writes the data as if these were the usual ones
+    # Sizes of C types on the machine that wrote it; torch writes the data as if these were the usual ones.
+    _unpickle(file, names, path)
     content = _unpickle(file, names, path, remembered)
     keys = _unpickle(file, names, path)
     offsets, at = {}, file.tell()
@@ -266,39 +267,28 @@ def _read_old_format(fd: int, mapping: mmap.mmap, length: int, names: Names, pat
         _bad(path, "it holds containers nested too deeply, or in themselves")
 
 
-def _unpickle(file: Any, names: Names, path: str, find_storage: Callable[[Any], Storage] | None = None) -> Any:
-    """Reads one pickle. Raises CorruptCheckpointError, or UntrustedCodeError if it has names that are not allowed."""
-    broken = ""
+def _unpickle(
+    file: Any, names: Names, path: str, find_storage: Callable[[Any], Storage] | None = None, *, first: bool = False
+) -> Any:
+    """Reads one pickle. Raises CorruptCheckpointError, or UntrustedCodeError if it has names that are not allowed.
+
+    ``first``: whether it is the first one of a file without an archive; then it must be the number of torch's old format.
+    """
+    content, broken = None, ""
     try:
         content = Unpickler(file, names.find, find_storage).load()
     except CallFailed as error:
         raise cannot_read(path, error) from error
     except Exception as error:  # unpickling damaged data may raise anything
         broken = f"{type(error).__name__}: {error}" if isinstance(error, Forbidden) else type(error).__name__
+    is_magic = type(content) is int and content == _MAGIC
+    if first and not is_magic and (not broken or names.has_plain_storages()):
+        refuse_plain_pickle(path)
     if names.unknown:
-        first = next(iter(names.unknown))
-        raise UntrustedCodeError(
-            f"cannot convert {path}: tensors, numbers, strings and containers of these were expected, its pickle asks for "
-            f"{some(names.unknown, 20)}; nothing of it was run, and allow={first!r} reads such an object as a record that does "
-            f"nothing; nothing was written"
-        )
+        refuse_names(path, names.unknown, content)
     if broken:
         _bad(path, f"it is no file of torch.save: its pickle is broken ({broken})")
     return content
-
-
-def _refuse_program(path: str, records: Sequence[str]) -> None:
-    """Refuses archives that hold a program beside the weights; the message names their kind."""
-    inner = {name.partition("/")[2] for name in records}
-    if "constants.pkl" in inner:
-        kind, advice = "a TorchScript archive", "load it with torch.jit.load and save its state_dict()"
-    elif {"archive_format", "archive_version"} <= inner or "serialized_exported_program.json" in {*inner, *records}:
-        kind, advice = "a program of torch.export", "load it with torch.export.load and save its state_dict"
-    else:
-        return
-    raise IncompatibleCheckpointError(
-        f"cannot convert {path}: a file of torch.save was expected, it is {kind}; {advice}; nothing was written"
-    )
 
 
 class _Placing:
@@ -313,6 +303,8 @@ class _Placing:
         """``content`` with tensors. The content has to stay alive meanwhile."""
         if isinstance(content, Described):
             return self._tensor(content)
+        if isinstance(content, WithAttributes):
+            return self._attributed(content)
         if isinstance(content, (Storage, StorageType)):
             return Unread("storage")
         if id(content) in self._placed:
@@ -330,6 +322,14 @@ class _Placing:
             return content
         self._placed[id(content)] = placed
         return placed
+
+    def _attributed(self, content: WithAttributes) -> Attributed:
+        attributes: dict[str, Any] = {}
+        for state in content.states:
+            placed = self.place(state)
+            attributes.update({str(k): v for k, v in placed.items()} if isinstance(placed, dict) else {"(state)": placed})
+        kind = f"tensor of class {content.subclass}" if content.subclass else "tensor"
+        return Attributed(kind, self.place(content.tensor), attributes, is_subclass=content.subclass is not None)
 
     def _array(self, array: Array) -> Union[torch.Tensor, UnreadArray, None]:
         try:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from shardsave._foreign.containers import children, is_container, is_tensor, tensors_in
+from shardsave._foreign.containers import children, is_container, is_tensor, tensors_in, without_attributes
 
 _OPTIMIZER = re.compile(r"optim(?:izer)?(?:_states?|_dicts?|_[a-z0-9])*|optimizers", re.IGNORECASE)
 _COUNTERS = re.compile(r"(?:\w+_)?(?:schedulers?|callbacks|loops)(?:_(?:states?|dicts?|[a-z0-9]))*", re.IGNORECASE)
@@ -75,7 +75,12 @@ def _has_weights(value: Any) -> bool:
         for key, child in children(container):
             if is_container(child) and id(child) not in visited:
                 waiting.append(child)
-            elif is_tensor(child) and isinstance(container, dict) and "." in key and not key.startswith(_FLATTENED):
+            if (
+                is_tensor(without_attributes(child))
+                and isinstance(container, dict)
+                and "." in key
+                and not key.startswith(_FLATTENED)
+            ):
                 return True
     return False
 
@@ -89,7 +94,9 @@ def _is_random_state(tensor: Any) -> bool:
     if len(tensor.shape) != 1:
         return False
     elements = _elements(tensor)
-    return (tensor.dtype, elements) == (torch.uint32, _NUMPY_WORDS) or (tensor.dtype == torch.uint8 and elements in _RANDOM_BYTES)
+    return (tensor.dtype, elements) == (torch.uint32, _NUMPY_WORDS) or (
+        tensor.dtype == torch.uint8 and elements in _RANDOM_BYTES
+    )
 
 
 def _has_only_numbers(value: Any) -> bool:
