@@ -1,6 +1,7 @@
 """NumPy arrays in files of torch.save: they are read as tensors, or they are counted with their bytes; none is lost.
 
-Method: torch.save writes arrays of all dtypes, orders and layouts in every protocol; pickles that describe impossible arrays are made by hand.
+Method: torch.save writes arrays of all dtypes, orders and layouts in every protocol. Pickles that describe impossible arrays are
+made by hand.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from test_convert import same
 from test_torch_files import Rebuilt, converted
 
 import shardsave
+from shardsave._foreign import torch_file
 
 W = {"a": torch.arange(60.0).reshape(20, 3), "b": torch.ones(2)}
 
@@ -118,3 +120,11 @@ def test_an_array_without_a_state(tmp_path: Path) -> None:
     with pytest.raises(shardsave.CorruptCheckpointError, match="describes an array that cannot be"):
         converted(tmp_path / "x.pt")
     assert pickle.loads(pickle.dumps(begun)).shape == (0,)
+
+
+def test_arrays_beyond_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a sound file that is called corrupt because its arrays make a long pickle."""
+    torch.save({"w": np.zeros(10_000)}, tmp_path / "x.pt")
+    monkeypatch.setattr(torch_file, "MAX_PICKLE_BYTES", 10_000)
+    with pytest.raises(shardsave.IncompatibleCheckpointError, match=r"at most 10.0 kB of pickle were expected, it has 80"):
+        converted(tmp_path / "x.pt")

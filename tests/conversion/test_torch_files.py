@@ -144,7 +144,8 @@ def usual_values() -> dict[str, Any]:
     """What training scripts and libraries store beside the weights."""
     return {
         "args": argparse.Namespace(lr=0.1, betas=(0.9, 0.99)), "best": np.float64(0.5), "count": np.int64(3),
-        "words": np.array(["a", "b"]), "objects": np.array([{}]), "seen": collections.defaultdict(list, a=[1]), "counts": collections.Counter("aab"),
+        "words": np.array(["a"]), "objects": np.array([{}]),
+        "seen": collections.defaultdict(list, a=[1]), "counts": collections.Counter("aab"),
         "ordered": collections.OrderedDict(a=1), "space": types.SimpleNamespace(x=1), "folder": Path("/tmp"),
         "when": datetime.datetime(2024, 1, 1), "names": {"a", "b"}, "queue": collections.deque([1, 2]), "kind": np.dtype("f4"),
         "bytes": b"raw", "complex": 1j, "size": torch.Size([1, 2]), "dtype": torch.float16, "device": torch.device("cpu"),

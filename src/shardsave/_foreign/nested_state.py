@@ -6,6 +6,7 @@ everything else has to be one mapping of names to tensors; otherwise an error li
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any, NamedTuple, NoReturn, Protocol
 
 from shardsave._common.words import an, some
@@ -194,8 +195,9 @@ class _Survey:
         """Attributes of a tensor are no part of a state: those that have tensors have to be dropped, the others are noted."""
         for attribute, content in value.attributes.items():
             name = f"{tensor}.{attribute}"
+            path = (*node.keys, name)
             if not any(True for _ in tensors_in(content)):
-                self.attributes[(*node.keys, name)] = content
+                self.attributes[path] = content
             elif not self._drops(node.keys, name):
                 node.others[name] = content
 
@@ -251,11 +253,11 @@ def _advice(states: list[_Node]) -> str:
 def _describe(content: Any, node: _Node, others: dict[str, Any], survey: _Survey) -> str:
     """Describes a container that is no state, for a message."""
     if others:
-        inner = ".".join((*node.keys, next(iter(others))))
-        advice = f" among its tensors, which can be left out with drop={inner!r}" if node.tensors else ""
         below = {(*node.keys, name): value for name, value in others.items()}
-        if not node.tensors and (inner := _first_state(below)):
-            advice = f"; choose one with key={inner!r}"
+        if node.tensors:
+            advice = f" among its tensors, which can be left out with drop={'.'.join(next(iter(below)))!r}"
+        else:
+            advice = _choose_below(below, "one")
         if any(isinstance(value, Attributed) and value.is_subclass for value in others.values()):
             advice += "; to keep a tensor of a class, load the file with torch and save its values as a plain tensor"
         return f"it has {_list_values(others)}{advice}"
@@ -264,23 +266,23 @@ def _describe(content: Any, node: _Node, others: dict[str, Any], survey: _Survey
             training = describe(content)
         else:
             training = _list_values({".".join(keys): value for keys, value in survey.training.items()})
-        advice = f"; choose a mapping in it with key={inner!r}" if (inner := _first_state(survey.training)) else ""
-        return f"it has only training state: {training}{advice}"
+        return f"it has only training state: {training}{_choose_below(survey.training, 'a mapping in it')}"
     return "none is left" if survey.dropped else f"it has none, it is {an(kind_of(content))}"
 
 
-def _first_state(values: dict[Keys, Any]) -> str | None:
-    """The path of the first mapping in ``values`` that has tensors of its own; None if none has, or none could be chosen."""
-    waiting, visited = [*values.items()], set[int]()
+def _choose_below(values: dict[Keys, Any], what: str) -> str:
+    """Advice to choose the first mapping in ``values`` that has tensors of its own; empty if none has."""
+    visited: set[int] = set()
+    waiting = deque(values.items())
     while waiting:
-        keys, value = waiting.pop(0)
+        keys, value = waiting.popleft()
         if not is_container(value) or isinstance(value, Attributed) or id(value) in visited:
             continue
         visited.add(id(value))
         if keys and any(is_tensor(without_attributes(child)) for _, child in children(value)):
-            return ".".join(keys)
+            return f"; choose {what} with key={'.'.join(keys)!r}"
         waiting += [((*keys, name), child) for name, child in children(value)]
-    return None
+    return ""
 
 
 def _list_values(values: dict[str, Any], most: int = _LISTED) -> str:

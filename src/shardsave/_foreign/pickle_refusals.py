@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
-from shardsave._common.words import some
+from shardsave._common.words import human_bytes, some
 from shardsave._foreign.containers import children, is_container
 from shardsave._foreign.unpickling import Record
 from shardsave.errors import IncompatibleCheckpointError, UntrustedCodeError
@@ -35,6 +35,13 @@ def refuse_plain_pickle(path: str) -> NoReturn:
     raise IncompatibleCheckpointError(
         f"cannot convert {path}: a file of torch.save was expected, it is a pickle that torch.save did not write; if you trust the "
         f"file, load it with pickle.load and save the tensors with torch.save; nothing was written"
+    )
+
+
+def refuse_long_pickle(path: str, found: int, most: int) -> NoReturn:
+    raise IncompatibleCheckpointError(
+        f"cannot convert {path}: at most {human_bytes(most)} of pickle were expected, it has {human_bytes(found)}, since NumPy arrays "
+        f"and other values are in the pickle itself; load the file with torch and save tensors; nothing was written"
     )
 
 

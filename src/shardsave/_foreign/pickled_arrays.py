@@ -51,7 +51,7 @@ class Array(Record):
         state = self.state
         if not isinstance(state, tuple) or len(state) < 4:
             raise Forbidden("describes an array that cannot be")
-        return (*state[-4:],)  # type: ignore[return-value]
+        return state[-4], state[-3], state[-2], state[-1]
 
     def read(self) -> Union[torch.Tensor, UnreadArray, None]:
         """The array as a tensor; an `UnreadArray` if torch has no such numbers; None for strings and other objects."""

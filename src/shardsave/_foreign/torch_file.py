@@ -19,9 +19,9 @@ import torch
 from shardsave._common.os_calls import CallFailed, Descriptor, call, read_at
 from shardsave._common.words import some
 from shardsave._foreign.containers import Attributed, Unread, UnreadArray
+from shardsave._foreign.pickle_refusals import refuse_long_pickle, refuse_names, refuse_plain_pickle, refuse_program
 from shardsave._foreign.pickled_arrays import Array
 from shardsave._foreign.pickled_tensors import Allowed, Described, Names, Storage, StorageType, WithAttributes, storage_of
-from shardsave._foreign.pickle_refusals import refuse_names, refuse_plain_pickle, refuse_program
 from shardsave._foreign.unpickling import MAX_PICKLE_BYTES, Forbidden, Record, Unpickler
 from shardsave._format.other_kinds import START_BYTES, ZIP
 from shardsave._storage.find import cannot_read, open_checkpoint_file, refuse_other_kind
@@ -174,7 +174,10 @@ class _Archive:
     def content(self, names: Names) -> Any:
         """The content of the pickle, with tensors in place of their descriptions. Raises UntrustedCodeError."""
         try:
-            data = self._read(f"{self._root}data.pkl", MAX_PICKLE_BYTES)
+            name = f"{self._root}data.pkl"
+            if self._entry(name).file_size > MAX_PICKLE_BYTES:
+                refuse_long_pickle(self._path, self._entry(name).file_size, MAX_PICKLE_BYTES)
+            data = self._read(name, MAX_PICKLE_BYTES)
             content = _unpickle(io.BytesIO(data), names, self._path, storage_of)
             return _Placing(self._storage, self._path).place(content)
         except CallFailed as error:
