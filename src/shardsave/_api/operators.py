@@ -6,6 +6,7 @@ import os
 
 import torch
 
+from shardsave._common.os_calls import absolute_path
 from shardsave.errors import UnsupportedTensorError
 
 _MODES = torch._C._TorchDispatchModeKey
@@ -19,7 +20,7 @@ def check_operators(purpose: str, path: str | os.PathLike[str], state: str) -> N
     active = _active()
     if active is not None:
         raise UnsupportedTensorError(
-            f"cannot {purpose} {os.fspath(path)}: torch's own operators were expected, {active} is active and replaces them; "
+            f"cannot {purpose} {absolute_path(os.fspath(path))}: torch's own operators were expected, {active} is active and replaces them; "
             f"call it outside; {state}"
         )
 
