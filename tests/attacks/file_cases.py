@@ -321,7 +321,7 @@ FILES = [
     others("shard of others is no safetensors file",
            "corrupt shard b.safetensors: header: at most 100000000 bytes of header expected, it says 2333181762011690089, as no "
            "safetensors file does; nothing else was read from it",
-           lambda folder: rewrite(folder / "b.safetensors", b"it is a text")),
+           lambda folder: rewrite(folder / "b.safetensors", b"it is a text\0")),
     Case("lone file is empty",
          f"corrupt shard {LONE}: $DIR/{LONE}: a safetensors file was expected, it is empty; {PART}",
          lambda folder: (folder / LONE).touch()),
@@ -331,6 +331,10 @@ FILES = [
     lost("index", INDEX, "an index", "corrupt index", GIT_LFS, "a pointer of git-lfs and not the file itself",
          "'git lfs pull' fetches the file"),
     lost("web page as index", INDEX, "an index", "corrupt index", b"\n<!DOCTYPE html>\n<html>", "a web page, most likely of a failed "
+         "download", "download the file again"),
+    lost("message as our shard", SECOND, "a safetensors file", "corrupt shard", b"Entry not found", "plain text, most likely of a failed "
+         "download", "download the file again"),
+    lost("message as index", INDEX, "an index", "corrupt index", b"Invalid username or password.\n", "plain text, most likely of a failed "
          "download", "download the file again"),
     lost("web page as our shard", SECOND, "a safetensors file", "corrupt shard", b"<html><head>", "a web page, most likely of a failed "
          "download", "download the file again"),
