@@ -7,6 +7,7 @@ import errno
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -235,3 +236,19 @@ def test_errors_are_what_python_expects(tmp_path: Path) -> None:
             with pytest.raises(kind, match="^cannot read from .*: 'y' was asked for"):
                 checkpoint["y"]
         assert checkpoint.get("y") is None
+
+
+def test_a_save_without_tensors(tmp_path: Path) -> None:
+    """Catches a checkpoint without a tensor that looks like one of the model."""
+
+    class Hidden(torch.nn.Linear):
+        def state_dict(self, *arguments: Any, **options: Any) -> Any:
+            return {}
+
+    report = shardsave.save(torch.nn.ReLU(), tmp_path / "relu", durable=False)
+    assert report.notes == ("the module (ReLU) has no tensors to save",)
+    words = r"the state dict of the module \(Hidden\) is empty, although it has 2 parameters: no tensor is saved"
+    with pytest.warns(UserWarning, match=words):
+        report = shardsave.save(Hidden(2, 2), tmp_path / "hidden", durable=False)
+    assert report.tensors == 0 and "is empty, although it has 2 parameters: no tensor was saved" in str(report)
+    assert shardsave.save({}, tmp_path / "mapping", durable=False).notes == ()

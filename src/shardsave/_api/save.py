@@ -20,7 +20,8 @@ from shardsave._common.imports import import_at_use
 from shardsave._common.os_calls import absolute_path
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
-from shardsave._common.words import an
+from shardsave._common.warn_caller import warn_caller
+from shardsave._common.words import an, count
 from shardsave._format.metadata import check_metadata
 from shardsave._huggingface.added_adapter import has_added_adapter
 from shardsave._huggingface.added_adapter_saving import AddedAdapterLayout
@@ -169,10 +170,23 @@ def _read_contents(
             "allows, or one contains itself; nothing was written"
         ) from error
     parts, notes, needed = _parts(source, state, architecture, program)
+    notes = (*notes, *_notes_without_tensors(source, state))
     on_disk = layout.apply(state)
     return plan_contents(
         on_disk._replace(notes=(*on_disk.notes, *state.notes, *notes)), parts, max_shard_bytes, metadata
     ), needed
+
+
+def _notes_without_tensors(source: Source, state: State) -> tuple[str, ...]:
+    """A note if ``source`` is a module and nothing of it is saved, and a warning if it has parameters all the same."""
+    if state.entries or not isinstance(source, nn.Module):
+        return ()
+    parameters = sum(1 for _ in source.parameters())
+    if not parameters:
+        return (f"the module ({type(source).__name__}) has no tensors to save",)
+    note = f"the state dict of the module ({type(source).__name__}) is empty, although it has {count(parameters, 'parameter')}"
+    warn_caller(f"{note}: no tensor is saved")
+    return (f"{note}: no tensor was saved",)
 
 
 class _Needed(NamedTuple):
