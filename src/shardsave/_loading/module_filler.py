@@ -53,10 +53,13 @@ class ModuleFiller:
         self._unused: frozenset[str] = frozenset()  # names that routines reported as unexpected
 
     @gc_paused()
-    def check(self, *, strict: bool) -> None:
-        """Raises IncompatibleCheckpointError or UnsupportedTensorError if the module cannot be filled; ``strict``: also if names differ."""
+    def check(self, *, strict: bool, prefix: str | None = None) -> None:
+        """Raises IncompatibleCheckpointError or UnsupportedTensorError if the module cannot be filled; ``strict``: also if names differ.
+
+        ``prefix``: the caller's argument, for advice in messages; None if the caller has none.
+        """
         where = self._checkpoint.path
-        check_differences(self._inventory, self.plan, strict, where)
+        check_differences(self._inventory, self.plan, strict, where, prefix)
         self._check_destinations()
         check_meta_buffers(self._inventory, where)
 
