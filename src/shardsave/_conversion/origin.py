@@ -26,7 +26,7 @@ from shardsave._loading.mapped import Maps
 from shardsave._state.module import Entry
 from shardsave._state.parts import Parts
 from shardsave._storage.checkpoint import PARTS, Checkpoint, open_checkpoint
-from shardsave._storage.companions import ADAPTER_NAMES, CONFIG_NAMES, MAX_COMPANION_BYTES
+from shardsave._storage.companions import ADAPTER_FILES, ADAPTER_NAMES, CONFIG_NAMES, MAX_COMPANION_BYTES
 from shardsave._storage.directory import Directory
 from shardsave._storage.find import cannot_read, find
 from shardsave._storage.located import Located
@@ -35,6 +35,9 @@ from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, In
 
 #: The file names that transformers uses for weights written by torch.save.
 TORCH_NAME, TORCH_INDEX_NAME = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+#: The file name that PEFT uses for an adapter written by torch.save.
+TORCH_ADAPTER_NAME = "adapter_model.bin"
 
 
 class Origin(NamedTuple):
@@ -76,7 +79,7 @@ def open_origin(path: str, request: Request, closing: ExitStack) -> Origin:
     Raises CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError, UntrustedCodeError.
     """
     if not _is_folder(path):
-        return _from_file(path, request, closing)
+        return _noting_config(path, _from_file(path, request, closing))
     folder = _resolve_hub_cache(path)
     origin = _from_folder(folder, request, closing)
     companions = _read_configs(folder)
@@ -86,6 +89,17 @@ def open_origin(path: str, request: Request, closing: ExitStack) -> Origin:
         origin = origin._replace(notes=(*origin.notes, note))
         companions.pop(ADAPTER_CONFIG, None)
     return origin._replace(companions=companions)
+
+
+def _noting_config(path: str, origin: Origin) -> Origin:
+    """``origin``, with a note if the file at ``path`` is an adapter whose config lies beside it."""
+    folder, name = os.path.split(path)
+    if name not in ADAPTER_FILES or not _has(folder, ADAPTER_CONFIG):
+        return origin
+    note = (
+        f"{ADAPTER_CONFIG} beside {name} was not read, so PEFT finds no adapter in the result; convert the directory to keep it"
+    )
+    return origin._replace(notes=(*origin.notes, note))
 
 
 def _from_folder(path: str, request: Request, closing: ExitStack) -> Origin:
@@ -109,8 +123,12 @@ def _from_folder(path: str, request: Request, closing: ExitStack) -> Origin:
         return _from_torch_shards(os.path.join(path, TORCH_INDEX_NAME), request)
     if pickled:
         return _from_file(os.path.join(path, TORCH_NAME), request, closing)
-    if _has(path, ADAPTER_WEIGHTS):
-        origin = _from_checkpoint(path, request, closing)
+    adapters = [name for name in (ADAPTER_WEIGHTS, TORCH_ADAPTER_NAME) if _has(path, name)]
+    if adapters:
+        is_pickled = ADAPTER_WEIGHTS not in adapters
+        origin = (
+            _from_torch(os.path.join(path, adapters[0]), request) if is_pickled else _from_checkpoint(path, request, closing)
+        )
         return origin._replace(adapter=frozenset(origin.values))
     names = f"{LONE_NAME}, {INDEX_NAME}, {TORCH_NAME}, {TORCH_INDEX_NAME} and {TABLE_NAME}"
     raise CheckpointNotFoundError(f"no checkpoint at {path}: one of {names} was expected, none is there{_hint(path)}")
