@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -189,7 +190,9 @@ def _of_type(function: Any, kind: Any, arguments: Any, state: Any) -> Any:
 
 def _quantized(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> torch.Tensor:
     """A quantised tensor without its values, since it cannot be converted; its dtype and shape are for messages."""
-    one = torch._empty_affine_quantized([1] * len(shape), scale=1.0, zero_point=0, dtype=storage.dtype, device="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns about quantised tensors, whoever asks for one
+        one = torch._empty_affine_quantized([1] * len(shape), scale=1.0, zero_point=0, dtype=storage.dtype, device="cpu")
     return one.expand(shape)
 
 
