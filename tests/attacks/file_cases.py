@@ -262,6 +262,7 @@ OTHER_KINDS = [
     other("JSON text", b'{"error": "Repository not found"}', "give the path of a file with weights"),
 ]
 
+ANSWER = "text, most likely the answer to a failed download"
 NO_PICKLE = "no pickle is read here, since that can run code: shardsave convert SRC DST makes a checkpoint of it"
 PART = "the checkpoint was copied or downloaded in part"
 CUT = "it was cut, half copied or half downloaded, or it belongs to another save"
@@ -332,10 +333,8 @@ FILES = [
          "'git lfs pull' fetches the file"),
     lost("web page as index", INDEX, "an index", "corrupt index", b"\n<!DOCTYPE html>\n<html>", "a web page, most likely of a failed "
          "download", "download the file again"),
-    lost("message as our shard", SECOND, "a safetensors file", "corrupt shard", b"Entry not found", "plain text, most likely of a failed "
-         "download", "download the file again"),
-    lost("message as index", INDEX, "an index", "corrupt index", b"Invalid username or password.\n", "plain text, most likely of a failed "
-         "download", "download the file again"),
+    lost("answer as our shard", SECOND, "a safetensors file", "corrupt shard", b"Entry not found", ANSWER, "download the file again"),
+    lost("answer as index", INDEX, "an index", "corrupt index", b"Invalid username or password.\n", ANSWER, "download the file again"),
     lost("web page as our shard", SECOND, "a safetensors file", "corrupt shard", b"<html><head>", "a web page, most likely of a failed "
          "download", "download the file again"),
     pickled("path of a file of torch.save", "a zip archive", lambda file: torch.save({"x": torch.ones(1)}, file), "saved.pt"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 #: How many of the first bytes of a file are enough to recognise its kind.
@@ -21,6 +22,9 @@ class OtherKind(NamedTuple):
     lost: bool = False
 
 
+#: How the answer of a server begins: "Entry not found", "Invalid username or password.".
+_SENTENCE = re.compile(rb"[A-Z][A-Za-z]+,? [A-Za-z]+[ .,:!]")
+
 _UNPACK = "unpack it, and give the path of what is in it"
 _BY_START = {
     b"version https://git-lfs": OtherKind(
@@ -35,8 +39,8 @@ _BY_START = {
     b"\x89HDF\r\n\x1a\n": OtherKind("an HDF5 file", "HDF5 is not read here"),
 }
 _PAGE = OtherKind("a web page, most likely of a failed download", "download the file again", True)
-_MESSAGE = OtherKind("plain text, most likely of a failed download", "download the file again", True)
 _TEXT = OtherKind("JSON text", "give the path of a file with weights")
+_ANSWER = OtherKind("text, most likely the answer to a failed download", "download the file again", True)
 _TAR = OtherKind("a tar archive", _UNPACK)
 
 
@@ -47,14 +51,6 @@ def is_pickle(start: bytes) -> bool:
 def is_safetensors(start: bytes) -> bool:
     """Whether a file begins like one of safetensors: with the length of a header, and its first character."""
     return start[8:9] == b"{" and not start.startswith((ZIP, b"{", b"<"))
-
-
-def _is_message(start: bytes) -> bool:
-    """Whether a file begins like a line of text, such as "Entry not found", and not like JSON or a pickle in protocol 0."""
-    first_line = start.strip().partition(b"\n")[0]
-    if len(start) < 8 or start.startswith((b"{", b"[")) or is_pickle(start) or (b"\n" in start and start.endswith(b".")):
-        return False
-    return len(first_line) < START_BYTES and first_line.isascii() and first_line.decode().isprintable() and b" " in first_line
 
 
 def other_kind(start: bytes) -> OtherKind | None:
@@ -69,6 +65,6 @@ def other_kind(start: bytes) -> OtherKind | None:
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith((b"<!doctype html", b"<html", b"<?xml", b"<!--")):
         return _PAGE
-    if _is_message(start):
-        return _MESSAGE
+    if _SENTENCE.match(start) and all(32 <= byte < 127 or byte in b"\t\r\n" for byte in start):
+        return _ANSWER
     return _TEXT if text.startswith((b'{"', b"{\n", b"{ ", b"[{")) else None
