@@ -98,3 +98,45 @@ def test_messages_name_the_absolute_path(tmp_path: Path, monkeypatch: pytest.Mon
         with pytest.raises(shardsave.ShardSaveError, match=f" {tmp_path}/ckpt: ") if call is not calls[0] else nullcontext():
             call()
         shutil.rmtree("ckpt", ignore_errors=True)
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_in_a_compiled_function(tmp_path: Path, fullgraph: bool) -> None:
+    """Catches verbs that torch's compiler traces: errors of its numpy or its tracer, or values that are not those of the file.
+
+    Where the caller allows no break of the graph, the compiler's own error names the verb.
+    """
+    model = nn.Linear(2, 2)
+    path = tmp_path / "ckpt"
+    shardsave.save(model, path, architecture=True, program=((torch.ones(1, 2),), {}), durable=False)
+    opened = shardsave.open(path)
+    calls: dict[str, Callable[[], Any]] = {
+        "save": lambda: shardsave.save(model, path, architecture=True, program=((torch.ones(1, 2),), {}), durable=False),
+        "load": lambda: shardsave.load(path)["weight"],
+        "load_model": lambda: shardsave.load_model(model, path),
+        "build_model": lambda: shardsave.build_model(path).weight,
+        "load_program": lambda: shardsave.load_program(path),
+        "convert": lambda: shardsave.convert(path, tmp_path / "new", durable=False),
+        "diff": lambda: shardsave.diff(path, path),
+        "open": lambda: shardsave.open(path)["weight"],
+        "__getitem__": lambda: opened["weight"],
+        "_part": lambda: opened.slice("weight")[:],
+        "inspect": lambda: shardsave.inspect(path),
+        "verify": lambda: shardsave.verify(path),
+        "clean": lambda: shardsave.clean(path),
+    }
+    for name, call in calls.items():
+        results: list[Any] = []
+        torch._dynamo.reset()  # it would give up after eight functions
+
+        def function(x: torch.Tensor, call: Callable[[], Any] = call, results: list[Any] = results) -> torch.Tensor:
+            results.append(call())
+            return x + 1
+
+        compiled = torch.compile(function, backend="eager", fullgraph=fullgraph)
+        if fullgraph:
+            with pytest.raises(torch._dynamo.exc.Unsupported, match=f"{name} .*since it was wrapped.*reads or writes files"):
+                compiled(torch.ones(2))
+            continue
+        assert torch.equal(compiled(torch.ones(2)), torch.full((2,), 2.0))
+        assert results and (not isinstance(results[0], torch.Tensor) or torch.equal(results[0], model.weight))

@@ -161,6 +161,7 @@ INDEXES = [
          f"corrupt index {INDEX}: at most 100000000 bytes expected, it has 100000001; no shard was opened", over_the_bound),
     # weight_map.
     raw("weight_map missing", "weight_map expected to map names to files, it is null", b'{"metadata":{}}'),
+    others("more files than a save numbers", "at most 99999 files expected, it names 100000", {f"t{n}": f"{n}" for n in range(100_000)}),
     others("weight_map is a list", "weight_map expected to map names to files, it is ['x']", ["x"]),
     others("weight_map leads to a number", "weight_map expected to map 'x' to a file, it has 1", {"x": 1}),
     others("weight_map leads to a list", "weight_map expected to map 'x' to a file, it has ['a.safetensors']",

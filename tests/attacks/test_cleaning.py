@@ -190,3 +190,24 @@ def test_index_that_is_no_file(put: Names, durable: bool, tmp_path: Path) -> Non
         f"cannot write {tmp_path / INDEX}: {kinds[put]}; nothing was written, existing files are unchanged"
     )
     assert os.listdir(tmp_path) == [INDEX]
+
+
+def test_list_of_a_later_version(staging: Path) -> None:
+    """Catches a staging directory whose list is removed though it names a directory, which this version does not remove: nobody would
+    ever find that directory again. FORMAT.md reserves such names."""
+    folder = staging.parent
+    (staging / "names").write_text(json.dumps([ORPHAN, "training-0123abcd/"]))
+    (staging / ORPHAN).write_text("staged")
+    (folder / "training-0123abcd").mkdir()
+    (folder / "training-0123abcd" / "index.json").write_text("{}")
+    before = sorted(
+        path.relative_to(folder) for path in folder.rglob("*") if staging.name in str(path) or "training" in str(path)
+    )
+    report = save(folder)
+    assert report.leftovers == (staging.name,) and not any(staging.name in name for name in report.removed)
+    cleaned = shardsave.clean(folder)
+    assert cleaned.removed == () and cleaned.leftovers == (staging.name,) and cleaned.found[0].files == ()
+    after = sorted(
+        path.relative_to(folder) for path in folder.rglob("*") if staging.name in str(path) or "training" in str(path)
+    )
+    assert after == before and (folder / ORPHAN).exists()

@@ -20,7 +20,9 @@ import shardsave
 from shardsave._architecture.document import Document
 from shardsave._common import strict_json
 from shardsave._format import header
+from shardsave._format.crc64 import crc64
 from shardsave._format.header import parse_header
+from shardsave._format.index import END
 from shardsave._format.index_parsing import parse_index
 from shardsave._huggingface.transformers_config import read_config
 from shardsave._program.program import ProgramDocument
@@ -90,6 +92,8 @@ VALUES: dict[str, Callable[[int], str]] = {
     "keys of objects": keyed("{}"),
     "keys of objects with a key": keyed('{"":0}'),
     "one key many times": repeated('"a":0', "{", "}"),
+    "nested arrays": repeated("[" * 900 + "]" * 900),
+    "nested objects": repeated('{"":' * 900 + "1" + "}" * 900),
     "deep arrays": lambda length: "[" * length,
     "deep objects": lambda length: '{"":' * (length // 4),
     "one string": lambda length: '"' + "a" * length + '"',
@@ -132,6 +136,54 @@ def test_memory_of_a_hostile_document(reader: str, values: str) -> None:
     assert refusal and ratio < RATIO, refusal
 
 
+@pytest.mark.parametrize("values", VALUES)
+def test_memory_of_a_short_document(values: str) -> None:
+    """Catches a document that is too short to be counted, and takes more memory than any may."""
+    length, content = LENGTH, b""
+    while not content or strict_json.is_counted(content):
+        length = length * 9 // 10
+        content = f'{{"a":{VALUES[values](length)}}}'.encode()
+    ratio, refusal = peak(READERS["index"], content)
+    assert ratio * len(content) < strict_json.MAX_DOCUMENT_MEMORY and "bytes of memory" not in refusal
+
+
+@pytest.mark.parametrize(
+    "text", ['{{"__metadata__":{{"format":"😀{a}"}}}}', '{{"😀{a}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}}}']
+)
+def test_memory_of_a_wide_header(text: str) -> None:
+    """Catches a header of characters of four bytes each that is in memory three times."""
+    content = text.format(a="a" * (LENGTH - 1000)).encode()
+    ratio, refusal = peak(READERS["header"], len(content).to_bytes(8, "little") + content)
+    assert not refusal and ratio < RATIO
+
+
+def test_memory_of_many_kinds_of_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a header whose tensors all have different shapes, and whose shapes are all remembered."""
+    monkeypatch.setattr(header, "_MOST_KINDS", header._MOST_KINDS * LENGTH // header.MAX_HEADER_BYTES)
+    entries = (f'"{n}":{{"dtype":"U8","shape":[0,{n}],"data_offsets":[0,0]}}' for n in range(LENGTH // 64))
+    content = ("{" + ",".join(entries) + "}").encode()
+    ratio, refusal = peak(READERS["header"], len(content).to_bytes(8, "little") + content)
+    assert not refusal and ratio < 8
+
+
+@pytest.mark.parametrize("member", ["weight_map", "shards"])
+def test_memory_of_an_index_of_many_files(monkeypatch: pytest.MonkeyPatch, member: str) -> None:
+    """Catches an index that names more files than a save numbers: each would take far more memory than its name."""
+    monkeypatch.undo()
+    names = {f"t{n}": f"{n}" for n in range(100_000)}
+    index: dict[str, object] = {"weight_map": names if member == "weight_map" else {}}
+    if member == "shards":
+        shards = {file: [8, 8, "0" * 16] for file in names.values()}
+        index["shardsave"] = {"requires": [], "durable": True, "flags": None, "ties": {}, "metadata": {}, "shards": shards}
+        index["shardsave"] |= {"supersedes": None, "crc64nvme": ""}  # type: ignore[operator]
+    content = json.dumps(index).encode()
+    if member == "shards":
+        content = content[:-3]
+        content += f"{crc64(content):016x}".encode() + END
+    with pytest.raises(shardsave.CorruptCheckpointError, match="at most 99999 files expected, it names 100000; no shard"):
+        parse_index(content, "index")
+
+
 def test_memory_of_a_hostile_config(tmp_path: Path) -> None:
     """Catches a config.json that fills the memory before it is refused."""
     content = f'{{"a":{VALUES["arrays in arrays"](LENGTH)}}}'.encode()
@@ -144,19 +196,20 @@ def test_memory_of_a_hostile_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize("wide", ["", "😀"])
 def test_memory_at_the_bound(values: str, wide: str) -> None:
     """Catches an estimate that is below what a document takes: as many values as are just accepted, and text up to the length."""
-    low, high = 0, LENGTH
+    length = LENGTH * 4 // 5 if wide or "😀" in VALUES[values](10) else LENGTH  # wide text takes half of the bound by itself
+    low, high = 0, length
     while high - low > 100:
         middle = (low + high) // 2
         content = f'{{"a":{VALUES[values](middle)},"b":"{wide}'.encode()
-        content += b"a" * (LENGTH - len(content)) + b'"}'
+        content += b"a" * (length - len(content)) + b'"}'
         try:
             strict_json.check_memory(content)
             low, accepted = middle, content
         except strict_json.NotJSON:
             high = middle
     ratio, refusal = peak(READERS["index"], accepted)
-    assert "bytes of memory" not in refusal and ratio < RATIO + 3 * bool(wide), refusal
-    if low < LENGTH // 2 and not values.startswith("deep"):
+    assert "bytes of memory" not in refusal and ratio * len(accepted) < RATIO * LENGTH, refusal
+    if low < length // 2 and not values.startswith("deep"):
         assert ratio > 2.5  # so the values do count
 
 

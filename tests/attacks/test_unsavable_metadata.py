@@ -12,6 +12,7 @@ from tampering import Net, saved
 
 import shardsave
 from shardsave._format import index
+from shardsave._saving import contents
 
 
 def nested(levels: int) -> dict[str, Any]:
@@ -56,13 +57,54 @@ def test_metadata_at_the_limits(tmp_path: Path) -> None:
     assert shardsave.inspect(tmp_path).metadata == metadata
 
 
-def test_index_over_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches an index that is committed although it is too large to be read. The limit is lowered, because large files are slow."""
+@pytest.mark.parametrize("early", [True, False])
+def test_index_over_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, early: bool) -> None:
+    """Catches an index that is committed although it is too large to be read, or that is refused after all shards were written.
+
+    The limit is lowered, because large files are slow.
+    """
     saved(tmp_path)
     before = sorted(path.name for path in tmp_path.iterdir())
     monkeypatch.setattr(index, "MAX_INDEX_BYTES", 1000)
+    monkeypatch.setattr(contents, "MAX_INDEX_BYTES", 0 if early else 100_000_000)
+    written: list[int] = []
     words = r"^5 names and the metadata need an index of \d+ bytes, at most 1000 would be read again; nothing was committed$"
     with pytest.raises(ValueError, match=words):
-        shardsave.save(Net(seed=1), tmp_path, metadata={"note": "x" * 1000})
+        shardsave.save(Net(seed=1), tmp_path, metadata={"note": "x" * 1000}, progress=lambda done, total: written.append(done))
+    assert bool(written) is not early
     assert sorted(path.name for path in tmp_path.iterdir()) == before
     assert shardsave.load(tmp_path)["base.weight"].tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+@pytest.mark.parametrize(
+    ("names", "metadata"),
+    [
+        (["\x01" * 100_000 + str(number) for number in range(170)], {}),
+        (["é\U0001f600" * 200_000 + str(number) for number in range(90)], {}),
+        (["x"], {"long": "x" * 99_999_900}),
+    ],
+    ids=["escapes", "wide", "metadata"],
+)
+def test_nothing_is_written_for_an_index_that_is_too_large(tmp_path: Path, names: list[str], metadata: dict[str, Any]) -> None:
+    """Catches an estimate of the index that is too small: a save of a large model that fails when all of it is written."""
+    with pytest.raises(ValueError, match="nothing was committed"):
+        shardsave.save({name: torch.ones(1) for name in names}, tmp_path / "x", metadata=metadata)
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_longest_index_is_an_upper_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a part of the index that the estimate leaves out: everything that a save can write is in it."""
+    lengths: list[int] = []
+    encode = index.encode_index
+
+    def noted(made: index.Index) -> bytes:
+        data = encode(made)
+        lengths.append(len(data))
+        return data
+
+    monkeypatch.setattr(contents, "encode_index", noted)
+    monkeypatch.setattr(contents, "MAX_INDEX_BYTES", 0)
+    model = Net(seed=1)
+    for options in ({}, {"architecture": True, "metadata": {"a": 1}}, {"max_shard_size": 1}):
+        shardsave.save(model, tmp_path, durable=False, **options)  # type: ignore[arg-type]
+        assert lengths[-1] >= (tmp_path / "model.safetensors.index.json").stat().st_size

@@ -445,6 +445,10 @@ def test_a_closed_pipe(ckpt: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.alone
+def bytes_read(process: int) -> int:
+    return int(re.findall(r"^rchar: (\d+)", Path(f"/proc/{process}/io").read_text(), re.MULTILINE)[0])
+
+
 def test_interrupt(tmp_path: Path) -> None:
     """Catches a traceback after Ctrl-C."""
     sparse = tmp_path / "big.safetensors"
@@ -454,7 +458,12 @@ def test_interrupt(tmp_path: Path) -> None:
     child = subprocess.Popen(
         [sys.executable, "-m", "shardsave", "verify", sparse], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    time.sleep(4)
+    begin = 0
+    while not begin or bytes_read(child.pid) < begin + (256 << 20):  # an earlier interrupt would meet Python's own start
+        assert child.poll() is None
+        if not begin and str(sparse) in map(os.path.realpath, Path(f"/proc/{child.pid}/fd").glob("*")):
+            begin = bytes_read(child.pid)
+        time.sleep(0.01)
     child.send_signal(2)
     out, err = child.communicate(timeout=30)
     assert (child.returncode, out, err.strip()) == (130, "", "shardsave: interrupted")

@@ -128,3 +128,24 @@ def test_arrays_beyond_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch_file, "MAX_PICKLE_BYTES", 10_000)
     with pytest.raises(shardsave.IncompatibleCheckpointError, match=r"at most 10.0 kB of pickle were expected, it has 80"):
         converted(tmp_path / "x.pt")
+
+
+def test_many_arrays_of_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a few bytes of a pickle that make as many copies of an array as the file wants."""
+    raw = bytes(10_000)
+    arrays = [Rebuilt(np._core.numeric._frombuffer, (raw, F4, (2_500,), "C")) for _ in range(1000)]
+    torch.save({"w": arrays}, tmp_path / "x.pt", pickle_protocol=4)
+    monkeypatch.setattr(torch_file, "MAX_PICKLE_BYTES", 1_000_000)
+    with pytest.raises(shardsave.CorruptCheckpointError, match="has arrays of more bytes than a pickle may have"):
+        converted(tmp_path / "x.pt")
+
+
+def test_many_tensors_with_the_same_attributes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a few bytes of a pickle that make as many copies of a tensor's attributes as the file wants."""
+    state = {str(number): number for number in range(1000)}
+    rebuild = torch._utils._rebuild_parameter_with_state
+    tensors = [Rebuilt(rebuild, (torch.ones(1), False, {}, state)) for _ in range(100)]
+    torch.save({"w": tensors}, tmp_path / "x.pt")
+    monkeypatch.setattr(torch_file, "_MAX_ATTRIBUTES", 10_000)
+    with pytest.raises(shardsave.CorruptCheckpointError, match="its tensors have more than 10000 attributes"):
+        converted(tmp_path / "x.pt")

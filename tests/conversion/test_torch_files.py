@@ -339,6 +339,7 @@ def test_files_of_other_kinds_are_named(tmp_path: Path) -> None:
             "it is a pointer of git-lfs",
         ),
         "page": (b"<!DOCTYPE html>", shardsave.CorruptCheckpointError, "it is a web page, most likely of a failed download"),
+        "answer": (b"Invalid username or password.", shardsave.CorruptCheckpointError, "the answer to a failed download"),
         "empty": (b"", shardsave.CorruptCheckpointError, "it is empty"),
         "gguf": (b"GGUF\3\0\0\0", shardsave.IncompatibleCheckpointError, "it is a GGUF file"),
         "tar": ((tmp_path / "x.tar").read_bytes(), shardsave.IncompatibleCheckpointError, "it is a tar archive"),

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 import shardsave
 from faults.beneath import Fate, arm, disarm
+from faults.dying import die_before_the_commit, killed
 from faults.savers import Bench, generation_in, litter_in, save, state
 from faults.scenarios import DELETED, FAILURES, NO_ROOM, Scenarios, held, nothing_leaked, run_scenarios
 from shardsave._api.convert import Form
@@ -161,13 +162,8 @@ def file_is_killed(bench: Bench, fate: Fate, number: int) -> int:
 def _with_litter(bench: Bench) -> None:
     """Makes the old checkpoint, and the leavings of a save that was killed when its shards had their final names."""
     bench.reset()
-    child = os.fork()
-    if child == 0:
-        arm(bench.target, 45, Fate.KILL)
-        save(2, bench.target)
-        os._exit(0)
-    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
-    assert litter_in(bench.target)
+    killed(bench.target, die_before_the_commit)
+    assert litter_in(bench.target) and len(list(bench.target.glob("*.safetensors"))) == 4
 
 
 def clean_meets(bench: Bench, fate: Fate, number: int) -> int:

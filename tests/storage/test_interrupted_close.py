@@ -108,3 +108,24 @@ def test_an_interrupt_while_the_collector_is_paused() -> None:
         finally:
             sys.settrace(None)
         assert gc.isenabled() and not gc_pause._paused
+
+
+def test_no_finaliser_of_a_closed_file_runs(tmp_path: Path) -> None:
+    """Catches Ctrl-C that gets lost: Python ignores an interrupt in the `__del__` of a file of ours that was closed long before."""
+    shardsave.save({"x": torch.ones(3)}, tmp_path / "x", durable=False)
+    finalisers: list[str] = []
+
+    def note(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call" and frame.f_code.co_name == "__del__" and "shardsave" in frame.f_code.co_filename:
+            finalisers.append(frame.f_code.co_filename)
+
+    sys.setprofile(note)
+    try:
+        shardsave.save({"x": torch.ones(3)}, tmp_path / "x")
+        shardsave.load(tmp_path / "x")
+        shardsave.verify(tmp_path / "x")
+        shardsave.convert(tmp_path / "x", tmp_path / "x.pt", to="torch", dtype="bfloat16")
+        shardsave.convert(tmp_path / "x.pt", tmp_path / "y")
+    finally:
+        sys.setprofile(None)
+    assert not finalisers

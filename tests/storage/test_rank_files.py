@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -172,7 +173,7 @@ def test_verify_goes_on(tmp_path: Path, damage: str) -> None:
 
 
 RANKS = """
-import sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
+import os, sys, time, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -186,6 +187,9 @@ state = {
     "copies": distribute_tensor(a, line, [Replicate()]), "plain": b, "short": distribute_tensor(a[:1], line, [Shard(0)]),
 }
 dcp.save(state, storage_writer=HuggingFaceStorageWriter(folder, save_distributed=True))
+open(f"{folder}.ended-{rank}", "w").close()
+while not all(os.path.exists(f"{folder}.ended-{n}") for n in range(2)):  # a rank that leaves may reset the connection of the other
+    time.sleep(0.01)
 dist.destroy_process_group()
 """
 
@@ -194,7 +198,14 @@ dist.destroy_process_group()
 def test_files_of_two_processes(tmp_path: Path) -> None:
     """Catches a difference between files of one process that plays two ranks, and files of two ranks."""
     ranks = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", RANKS, str(tmp_path / "x"), str(n)]) for n in range(2)]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    try:
+        while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
+            time.sleep(0.01)  # without a limit of its own: to import torch alone can take minutes on a busy machine
+        assert [rank.poll() for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
     torch.manual_seed(0)
     a, b = torch.randn(7, 5), torch.randn(6, 9)
     assert same(shardsave.load(tmp_path / "x"), {"rows": a, "columns": b, "copies": a, "plain": b, "short": a[:1]})

@@ -14,7 +14,9 @@ from safetensors.torch import save_file
 
 import shardsave
 from rank_files import cut, save_ranks
-from shardsave._format.header import Header, parse_header
+from shardsave._common import strict_json
+from shardsave._format.header import Header, Tensors, parse_header
+from shardsave._format.packing import MAX_SHARD_HEADER_BYTES
 from shardsave._storage import second_opinion, shard_files
 from shardsave._storage.second_opinion import SecondOpinion
 
@@ -187,3 +189,58 @@ def test_memory_for_the_header_alone() -> None:
     opinion = SecondOpinion()
     opinion.check(raw, length, parse_header(raw, length, "file"), "file")
     assert opinion.notes == ()
+
+
+def judged(text: bytes) -> tuple[int, tuple[str, ...]]:
+    """The most memory that judging the header ``text`` takes, in bytes, and the notes."""
+    raw, header = parsed(text)
+    opinion = SecondOpinion()
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    before = status("VmRSS")
+    opinion.check(raw, len(raw), header, "file")
+    return status("VmHWM") - before, opinion.notes
+
+
+def parsed(text: bytes) -> tuple[bytes, Header]:
+    raw = len(text).to_bytes(8, "little") + text
+    return raw, parse_header(raw, len(raw), "file")
+
+
+def status(field: str) -> int:
+    return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) * 1024
+
+
+def tensor(number: int, shape: str = "0") -> str:
+    return f'"{number:07x}":{{"dtype":"U8","shape":[{shape}],"data_offsets":[0,0]}}'
+
+
+#: Headers of some 4 MB for which safetensors takes far more memory than their text.
+LARGE = {
+    "tensors": "{" + ",".join(map(tensor, range(65_000))) + "}",
+    "shapes": "{" + ",".join(tensor(number, "0" + ",0" * 99) for number in range(16_000)) + "}",
+    "metadata": '{"__metadata__":{' + ",".join(f'"{number:06x}":""' for number in range(330_000)) + "}}",
+    "one wide name": '{"😀' + "a" * 4_000_000 + '":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}',
+}
+
+
+@pytest.mark.parametrize("kind", LARGE)
+def test_memory_of_a_hostile_header(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Catches an opinion that takes more memory than a hostile document may, or is left out silently. The bound is lowered: 4 MB stand
+    for 100 MB."""
+    text = LARGE[kind].encode()
+    estimate = second_opinion._memory(*parsed(text))
+    taken, notes = judged(text)
+    assert taken < estimate and notes == ()
+    monkeypatch.setattr(strict_json, "MAX_DOCUMENT_MEMORY", 8 * len(text))
+    monkeypatch.setattr(strict_json, "check_memory", lambda _: None)  # our own parser is not meant here
+    taken, notes = judged(text)
+    said = f"has no second opinion on the header of file: that would take up to {estimate / 1e6:.1f} MB of memory"
+    assert taken < len(text) and len(notes) == 1 and notes[0].endswith(said)
+
+
+def test_the_longest_header_of_a_shard_is_judged() -> None:
+    """Catches a bound that leaves headers without a second opinion that a save writes."""
+    entry = len('"00000":{"dtype":"U8","shape":[],"data_offsets":[0,0]},') + 16  # the shortest, and its checksum
+    count = MAX_SHARD_HEADER_BYTES // entry
+    header = Header(Tensors([""] * count, [""] * count, [()] * count, [0] * count, [0] * count), {}, 0, None)
+    assert second_opinion._memory(b" " * MAX_SHARD_HEADER_BYTES, header) <= strict_json.MAX_DOCUMENT_MEMORY // 2

@@ -19,6 +19,7 @@ from shardsave._architecture.imports import resolve
 from shardsave._architecture.trust import Trust, check_entries
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
+from shardsave._common.uncompiled import uncompiled
 from shardsave._common.warn_caller import warn_caller
 from shardsave._common.words import an
 from shardsave._huggingface.transformers_config import (
@@ -42,6 +43,7 @@ from shardsave._storage.checkpoint import PARTS, Checkpoint, open_checkpoint
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError
 
 
+@uncompiled
 @verb()
 def build_model(
     path: str | os.PathLike[str],
@@ -109,6 +111,7 @@ def build_model(
     return model
 
 
+@uncompiled
 @verb()
 def load_program(
     path: str | os.PathLike[str], *, device: Device = None, verify: bool = True, progress: ProgressArgument = None

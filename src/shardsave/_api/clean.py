@@ -13,6 +13,7 @@ from shardsave._api.arguments import check_path, check_switches, check_timeout
 from shardsave._api.reports import Printed
 from shardsave._common.os_calls import CallFailed, absolute_path
 from shardsave._common.shutdown import verb
+from shardsave._common.uncompiled import uncompiled
 from shardsave._common.words import count, human_bytes, some
 from shardsave._format.file_names import INDEX_NAME
 from shardsave._format.index import MAX_INDEX_BYTES, Index
@@ -70,6 +71,7 @@ class CleanReport(Printed):
         yield "; ".join(parts)
 
 
+@uncompiled
 @verb()
 def clean(
     directory: str | os.PathLike[str], *, remove: bool = True, other_hosts: bool = False, lock_timeout: float = 60.0

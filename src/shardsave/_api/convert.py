@@ -18,6 +18,7 @@ from shardsave._api.reports import Phases
 from shardsave._common.os_calls import absolute_path, kind_of
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
+from shardsave._common.uncompiled import uncompiled
 from shardsave._conversion.changes import Drop, Names, Rename, allowed_names, check_dtype, patterns, replacements
 from shardsave._conversion.converted import carried_over, converted_state
 from shardsave._conversion.origin import Origin, Request, open_origin
@@ -32,6 +33,7 @@ from shardsave.errors import SaveNotCommittedError
 Form = Literal["shardsave", "safetensors", "torch"]
 
 
+@uncompiled
 @verb()
 def convert(
     source: str | os.PathLike[str],

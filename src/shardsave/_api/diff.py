@@ -15,6 +15,7 @@ from shardsave._api.operators import check_operators
 from shardsave._api.reports import Printed
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
+from shardsave._common.uncompiled import uncompiled
 from shardsave._common.words import human_bytes, some
 from shardsave._format.dtypes import BY_NAME, torch_shape
 from shardsave._loading.compare import Difference, compare_stored, must_read
@@ -89,6 +90,7 @@ class DiffReport(Printed):
         yield f"{self.a} and {self.b}: {', '.join(parts)}; {human_bytes(self.bytes)} read, {self.seconds:.2f} s"
 
 
+@uncompiled
 @verb()
 def diff(a: str | os.PathLike[str], b: str | os.PathLike[str], *, progress: ProgressArgument = None) -> DiffReport:
     """Compares two checkpoints by name, each a directory, an index or one safetensors file, whoever wrote it.

@@ -12,6 +12,7 @@ from shardsave._api.reports import Phases
 from shardsave._common.backend import engine_name
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
+from shardsave._common.uncompiled import uncompiled
 from shardsave._format.dtypes import BY_NAME, torch_shape
 from shardsave._loading.read import Target, TensorReader
 from shardsave._storage.checkpoint import PARTS, Checkpoint, open_checkpoint
@@ -19,6 +20,7 @@ from shardsave._storage.second_opinion import SecondOpinion
 from shardsave.errors import DirectoryBusyError, ShardSaveError
 
 
+@uncompiled
 @verb()
 def inspect(path: str | os.PathLike[str], *, architecture: bool = False) -> CheckpointInfo:
     """What the checkpoint at ``path`` contains: names, shapes, dtypes, shards, freeze flags, ties and metadata.
@@ -80,6 +82,7 @@ def architecture_info(checkpoint: Checkpoint) -> ArchitectureInfo | None:
     )
 
 
+@uncompiled
 @verb()
 def verify(path: str | os.PathLike[str], *, keep_going: bool = False, progress: ProgressArgument = None) -> VerifyReport:
     """Reads every byte of the checkpoint at ``path`` and compares it with the stored checksums; loads no tensor.

@@ -19,6 +19,7 @@ from shardsave._common.gc_pause import gc_paused
 from shardsave._common.imports import import_at_use
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
+from shardsave._common.uncompiled import uncompiled
 from shardsave._common.warn_caller import warn_caller
 from shardsave._huggingface.added_adapter import has_added_adapter
 from shardsave._huggingface.recognize import peft_model, transformers_model
@@ -35,6 +36,7 @@ from shardsave._storage.located import Located
 from shardsave.errors import IncompatibleCheckpointError
 
 
+@uncompiled
 @verb()
 def load(
     path: str | os.PathLike[str],
@@ -99,6 +101,7 @@ def load(
         return {name.removeprefix(prefix): tensors[stored_name] for name, stored_name in chosen.items()}
 
 
+@uncompiled
 @verb()
 def load_model(
     model: nn.Module,
@@ -174,7 +177,7 @@ def load_model(
         path=os.fspath(path),
         bytes=reader.totals.bytes,
         tensors=reader.tensors,
-        shards=len({place.shard for located in reads for place in located.places}),
+        shards=len(reader.shards),
         seconds=ended - started,
         phases=Phases(plan=planned - started, transfer=transferred - planned, commit=ended - transferred),
         engine=engine_name(),
@@ -201,7 +204,8 @@ def _plan(
     inventory = take_inventory(model, checkpoint.path)
     stored = choose_located(checkpoint, prefix)
     wrapped = names_of_wrappers(model, inventory.expected, stored)
-    stored = {wrapped.get(name, name): located for name, located in stored.items()}
+    if wrapped:
+        stored = {wrapped.get(name, name): located for name, located in stored.items()}
     layout = _choose_layout(inventory, stored, checkpoint.path)
     extra_states = [name for name in inventory.extra_states if name not in layout.stored]
     plan = plan_module(

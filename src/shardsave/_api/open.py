@@ -12,6 +12,7 @@ import torch
 from shardsave._api.arguments import check_path
 from shardsave._api.operators import check_operators
 from shardsave._common.shutdown import verb
+from shardsave._common.uncompiled import uncompiled
 from shardsave._common.warn_caller import warn_caller
 from shardsave._format.dtypes import BY_NAME, torch_shape
 from shardsave._loading.mapped import Maps
@@ -72,6 +73,7 @@ class OpenCheckpoint(Mapping[str, torch.Tensor]):
     def closed(self) -> bool:
         return self._closed
 
+    @uncompiled
     def __getitem__(self, name: str) -> torch.Tensor:
         """The memory-mapped tensor. Raises NoSuchTensorError, which is also a KeyError, if there is no such name."""
         located = self._located(name)
@@ -85,6 +87,7 @@ class OpenCheckpoint(Mapping[str, torch.Tensor]):
         """
         return TensorSlice(self, self._located(name))
 
+    @uncompiled
     def _part(self, located: Located, index: Any) -> torch.Tensor:
         self._check(located.name)
         return self._maps.part(located, index)
@@ -166,6 +169,7 @@ class TensorSlice:
         return f"<shardsave.TensorSlice {self._located.name!r}: {self.dtype}, {self.shape}>"
 
 
+@uncompiled
 @verb()
 def open(path: str | os.PathLike[str]) -> OpenCheckpoint:
     """Opens a directory, an index or one safetensors file lazily: tensors are memory-mapped and read on access.

@@ -83,7 +83,8 @@ class Removing:
 
         The names of removed files are gone when a save or a conversion returns; a thread frees their space, because that takes longer the
         larger they are. A next save waits for it, and the end of the process frees it, so this is only needed where other programs rely on
-        the space at once.
+        the space at once. A file that a reader still has open, in this process or another, keeps its space until the reader closes it;
+        that is not waited for.
 
         Args:
             timeout: the most seconds to wait; None waits without limit. In another process than the saver's, nothing is waited for.

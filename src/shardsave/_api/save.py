@@ -20,6 +20,7 @@ from shardsave._common.imports import import_at_use
 from shardsave._common.os_calls import absolute_path
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
+from shardsave._common.uncompiled import uncompiled
 from shardsave._common.warn_caller import warn_caller
 from shardsave._common.words import an, count
 from shardsave._format.metadata import check_metadata
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from shardsave._program.capture import Program
 
 
+@uncompiled
 @verb()
 def save(
     source: Source,

@@ -62,11 +62,10 @@ def reach(tensor: torch.Tensor) -> int:
     return elements * tensor.element_size()
 
 
-def lacks_memory(tensor: torch.Tensor) -> bool:
-    """Whether elements of a strided tensor lie beyond its storage, which was freed or made smaller."""
-    needed = reach(tensor)
+def lacks_memory(tensor: torch.Tensor, reached: int) -> bool:
+    """Whether elements of a strided tensor lie beyond its storage, which was freed or made smaller; ``reached``: its `reach`."""
     offset = tensor.storage_offset()
-    return needed > 0 and needed + (offset and offset * tensor.element_size()) > tensor.untyped_storage().nbytes()
+    return reached > 0 and reached + (offset and offset * tensor.element_size()) > tensor.untyped_storage().nbytes()
 
 
 def same_bytes(left: torch.Tensor, right: torch.Tensor) -> bool:

@@ -102,27 +102,30 @@ class Descriptor:
 
     Opening and closing are one C call each: an interrupt comes between two instructions of Python, and at that moment the number
     is either noted here or not open. As a context manager it closes a file that was only read.
+
+    While it is open, its class is `_OpenDescriptor`. One that is closed has no `__del__`, where Python would ignore an interrupt.
     """
 
-    _numbers: list[int] = []  # noqa: RUF012 - of an object whose `__init__` was interrupted; never added to
-
     def __init__(self) -> None:
-        self._numbers = []
-        _alive.add(self)
+        self._numbers: list[int] = []
 
     def open(self, path: str, flags: int, folder_fd: int | None = None, mode: int = 0o666) -> None:
         """Opens ``path``. Raises CallFailed."""
+        self._begin()
         opener = functools.partial(os.open, mode=mode, dir_fd=folder_fd)
         try:
             self._numbers.extend(map(opener, (path,), (flags | os.O_CLOEXEC,)))
         except OSError as error:
+            self._end()
             raise _failed("open", path, error) from error
 
     def open_in_memory(self) -> None:
         """Creates a file that lies in memory and has no name. Raises CallFailed."""
+        self._begin()
         try:
             self._numbers.extend(map(os.memfd_create, ("shardsave",), (os.MFD_CLOEXEC,)))
         except OSError as error:
+            self._end()
             raise _failed("memfd_create", "", error) from error
 
     @property
@@ -136,6 +139,18 @@ class Descriptor:
             deque(map(os.close, map(list.pop, [self._numbers] * len(self._numbers))), maxlen=0)
         except OSError as error:
             raise _failed("close", path, error) from error
+        finally:
+            self._end()
+
+    def _begin(self) -> None:
+        """Takes care that what is opened next will be closed."""
+        self.__class__ = _OpenDescriptor
+        _open.add(self)
+
+    def _end(self) -> None:
+        if not self._numbers and type(self) is not Descriptor:
+            _open.discard(self)
+            self.__class__ = Descriptor
 
     def abandon(self) -> None:
         """Closes a file that was only read, or that is given up: a failure breaks no promise."""
@@ -148,17 +163,21 @@ class Descriptor:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.abandon()
 
+
+class _OpenDescriptor(Descriptor):
+    """One that may be open."""
+
     def __del__(self) -> None:
         self.abandon()
 
 
 #: Every descriptor of this process that may be open.
-_alive: weakref.WeakSet[Descriptor] = weakref.WeakSet()
+_open: weakref.WeakSet[Descriptor] = weakref.WeakSet()
 
 
 def _abandon_in_child() -> None:
     """Closes all descriptors in a forked child: it must not keep replaced files on disk, nor a lock after its parent was killed."""
-    for descriptor in list(_alive):
+    for descriptor in list(_open):
         descriptor.abandon()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -42,11 +42,14 @@ class ByteSource(Protocol):
         """Stores ``view`` as the bytes that follow ``offset``."""
 
 
-class TensorSource(NamedTuple):
+class TensorSource:
     """A strided tensor. If ``dtype``, the dtype in the file, differs from the tensor's, elements are cast as `Tensor.copy_` does."""
 
-    tensor: torch.Tensor
-    dtype: torch.dtype
+    __slots__ = ("dtype", "tensor")
+
+    def __init__(self, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+        self.tensor = tensor
+        self.dtype = dtype
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> TensorSource:
@@ -66,8 +69,8 @@ class TensorSource(NamedTuple):
         return self.tensor.get_device() if self.tensor.is_cuda else -1
 
     def memory(self) -> tuple[int, int] | None:
-        tensor, dtype = self
-        if tensor.dtype == dtype and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
+        tensor = self.tensor
+        if tensor.dtype == self.dtype and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
             if tensor.is_cpu:
                 return -1, tensor.data_ptr()
             if tensor.is_cuda:
@@ -87,6 +90,8 @@ class TensorSource(NamedTuple):
 
 class SwappedSource(TensorSource):
     """A tensor whose elements have the byte order of another kind of processor; each block is swapped on its way to the file."""
+
+    __slots__ = ()
 
     def memory(self) -> None:
         return None

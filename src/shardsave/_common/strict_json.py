@@ -20,8 +20,8 @@ MAX_DOCUMENT_MEMORY = 800_000_000
 #: array, with room for four values; half a string, without its text; a key, in its object and while that is read; a number, in its array.
 _VALUE_COSTS = {b"{": 112, b"[": 100, b'"': 32, b":": 130, b",": 48}
 
-#: No JSON takes more memory for each of its bytes, so shorter documents are not counted.
-_LARGEST_COST = 40
+#: No JSON takes more memory for each of its bytes (arrays in arrays take 50), so shorter documents are not counted.
+_LARGEST_COST = 64
 
 _FOUR_BYTES = re.compile(rb"[\xf0-\xf4]")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -40,16 +40,27 @@ class NotJSON(Exception):
         self.found = found
 
 
+def is_counted(data: Buffer) -> bool:
+    """Whether ``data`` is so long that its memory has to be counted."""
+    return len(data) * _LARGEST_COST > MAX_DOCUMENT_MEMORY
+
+
+def is_wide(data: Buffer) -> bool:
+    """Whether ``data`` has a character because of which each character of the text takes four bytes of memory."""
+    return _FOUR_BYTES.search(data) is not None
+
+
 def check_memory(data: Buffer) -> None:
     """Raises NotJSON if ``data`` could take more than `MAX_DOCUMENT_MEMORY` once it is parsed.
 
-    Many small values take up to 38 times the memory of their text; what a saver writes takes 4 to 7 times. Nothing is parsed:
+    Many small values take up to 50 times the memory of their text; what a saver writes takes 4 to 7 times. Nothing is parsed:
     characters are counted, also those within strings.
     """
-    if len(data) * _LARGEST_COST <= MAX_DOCUMENT_MEMORY:
+    if not is_counted(data):
         return
     data = bytes(data)
-    width = 1 if data.isascii() else 4 if _FOUR_BYTES.search(data) else 2
+    # Where each character takes four bytes, the strings that are made of the text can be as long as the text itself.
+    width = 1 if data.isascii() else 8 if is_wide(data) else 2
     most = len(data) * width + sum(cost * data.count(character) for character, cost in _VALUE_COSTS.items())
     if most > MAX_DOCUMENT_MEMORY:
         raise NotJSON(f"JSON that takes at most {MAX_DOCUMENT_MEMORY} bytes of memory expected", f"it may take {most}")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from collections.abc import Mapping
 from contextlib import ExitStack
 from mmap import mmap
 from typing import Any, NamedTuple
 
-from shardsave._common.os_calls import CallFailed, call
+from shardsave._common.os_calls import CallFailed, Descriptor, call, read_at
 from shardsave._common.sources import TensorSource
 from shardsave._common.words import some
 from shardsave._foreign.dcp import TABLE_NAME, read_distributed
@@ -28,13 +29,14 @@ from shardsave._state.parts import Parts
 from shardsave._storage.checkpoint import PARTS, Checkpoint, open_checkpoint
 from shardsave._storage.companions import ADAPTER_FILES, ADAPTER_NAMES, CONFIG_NAMES, MAX_COMPANION_BYTES
 from shardsave._storage.directory import Directory
-from shardsave._storage.find import cannot_read, find
+from shardsave._storage.find import cannot_read, find, open_checkpoint_file
 from shardsave._storage.located import Located
 from shardsave._storage.previous import companions_of
 from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError
 
 #: The file names that transformers uses for weights written by torch.save.
 TORCH_NAME, TORCH_INDEX_NAME = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_TORCH_NAMES = re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin")
 
 #: The file name that PEFT uses for an adapter written by torch.save.
 TORCH_ADAPTER_NAME = "adapter_model.bin"
@@ -88,7 +90,20 @@ def open_origin(path: str, request: Request, closing: ExitStack) -> Origin:
         note = f"{' and '.join(beside)} beside the weights, of an adapter that is not part of the checkpoint, was not read"
         origin = origin._replace(notes=(*origin.notes, note))
         companions.pop(ADAPTER_CONFIG, None)
-    return origin._replace(companions=companions)
+    return origin._replace(companions=companions, notes=(*origin.notes, *_notes_on_others(folder, origin)))
+
+
+def _notes_on_others(folder: str, origin: Origin) -> tuple[str, ...]:
+    """A note of files in ``folder`` that may have weights or training state, and that no other note names."""
+    known = {*map(os.path.basename, origin.files), *ADAPTER_NAMES}
+    others = [
+        name
+        for name in _names_in(folder)
+        if name.endswith((".safetensors", ".ckpt", *TORCH_ENDINGS)) and name not in known and not _TORCH_NAMES.fullmatch(name)
+    ]
+    if not others:
+        return ()
+    return (f"{some(others, 5)} beside the checkpoint {'was' if len(others) == 1 else 'were'} not read",)
 
 
 def _noting_config(path: str, origin: Origin) -> Origin:
@@ -303,8 +318,12 @@ def _resolve_hub_cache(path: str) -> str:
     reference, snapshots = os.path.join(path, "refs", "main"), os.path.join(path, "snapshots")
     if not os.path.isdir(snapshots) or not os.path.isfile(reference):
         return path
-    with open(reference, encoding="ascii", errors="replace") as file:
-        commit = file.read(100).strip()
+    with Descriptor() as file:
+        try:
+            file.open(reference, os.O_RDONLY)
+            commit = read_at(file.fd, 100, 0).decode("ascii", "replace").strip()
+        except CallFailed as error:
+            raise cannot_read(reference, error) from error
     snapshot = os.path.join(snapshots, commit)
     return snapshot if commit.isalnum() and os.path.isdir(snapshot) else path
 
@@ -313,8 +332,14 @@ def _is_torch_file(path: str) -> bool:
     """Whether to read the file as one of torch.save: its content decides, its name only if the content is of an unknown kind."""
     if not os.path.isfile(path):
         return False  # only regular files are opened; opening it as a checkpoint raises the right error
-    with open(path, "rb") as file:
-        start = file.read(START_BYTES)
+    file = open_checkpoint_file(path, os.path.basename(path))
+    if file is None:
+        return False
+    with file:
+        try:
+            start = read_at(file.fd, START_BYTES, 0)
+        except CallFailed as error:
+            raise cannot_read(path, error) from error
     if start.startswith(ZIP) or is_pickle(start):
         return True
     return not is_safetensors(start) and not path.endswith(".safetensors")

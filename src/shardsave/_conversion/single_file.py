@@ -318,9 +318,9 @@ def write_torch(new: NewFile, entries: Sequence[Entry], tick: Callable[[int], ob
     sink = _Sink(new, tick)
     try:
         torch.save(state, sink)  # type: ignore[arg-type]
-    except BaseException:
+    except BaseException as raised:
         # Ends a reference cycle that the garbage collector cannot see, because torch's C++ writer refers to the sink.
-        error, sink.error = sink.error, None
+        error, sink.error = sink.error or _interrupt(raised), None
         if isinstance(error, CallFailed):
             raise new.failure(error) from error
         if error is not None:
@@ -328,6 +328,14 @@ def write_torch(new: NewFile, entries: Sequence[Entry], tick: Callable[[int], ob
         raise
     new.commit()
     return WriteResult(False, _STEP, "torch")
+
+
+def _interrupt(error: BaseException) -> BaseException | None:
+    """The interrupt that led to ``error``, if one did: it may come before the sink can note it, and torch raises another error then."""
+    cause: BaseException | None = error
+    while isinstance(cause, Exception):
+        cause = cause.__context__
+    return cause
 
 
 def fits_torch(entry: Entry) -> bool:

@@ -1,14 +1,13 @@
 """Reads directories of ``torch.distributed.checkpoint``: one pickled table, and files with the chunks of every tensor.
 
-The table is unpickled into inert records of our own. A pickle may use only the names in `_NAMES`, so it reaches no class of torch and
-no other code.
+The table is unpickled into inert records of our own. Its pickle may use only the names in `_NAMES`, so it reaches no class of torch
+and no other code. Values that are no tensors have pickles of their own, in which every other name leads to an inert record.
 """
 
 from __future__ import annotations
 
 import io
 import os
-from collections import OrderedDict
 from typing import Any, NoReturn, Union
 
 import torch
@@ -16,12 +15,22 @@ import torch
 from shardsave._common.assembled import Assembled, Chunk
 from shardsave._common.coverage import covered_once
 from shardsave._common.os_calls import CallFailed, Descriptor, call
-from shardsave._foreign.containers import Unread
+from shardsave._common.words import an
+from shardsave._foreign.containers import Unread, kind_of
 from shardsave._foreign.torch_file import Archives, TorchFile
-from shardsave._foreign.unpickling import MAX_PICKLE_BYTES, GlobalName, Record, Unpickler, record_class
+from shardsave._foreign.unpickling import (
+    MAX_PICKLE_BYTES,
+    Dict,
+    GlobalName,
+    Record,
+    Sequence,
+    Unpickler,
+    record_class,
+)
 from shardsave._format.file_names import is_file_name
-from shardsave._storage.find import cannot_read
-from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, UntrustedCodeError
+from shardsave._format.other_kinds import START_BYTES
+from shardsave._storage.find import cannot_read, refuse_other_kind
+from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, ShardSaveError, UntrustedCodeError
 
 TABLE_NAME = ".metadata"
 
@@ -44,8 +53,8 @@ _RECORDS = {
 }  # fmt: skip
 _NAMES: dict[GlobalName, Any] = {
     **_RECORDS,
-    ("torch", "Size"): tuple,
-    ("collections", "OrderedDict"): OrderedDict,
+    ("torch", "Size"): Sequence,
+    ("collections", "OrderedDict"): Dict,
     **{("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
 }
 _TABLE = _RECORDS[_METADATA, "Metadata"]
@@ -80,9 +89,14 @@ def read_distributed(folder: str) -> TorchFile:
     content: dict[Any, Any] = {}
     try:
         for name, description in tensors.items():
-            value: Union[torch.Tensor, Assembled, Unread] = Unread("pickled value")  # it has a pickle of its own
-            if type(description) is _TENSOR:
-                value = _tensor(name, description, place_of, archives, folder)
+            if not isinstance(name, str):
+                _bad(folder, f"names of tensors were expected, one is {an(kind_of(name))}")
+            is_tensor = type(description) is _TENSOR
+            value = (
+                _tensor(name, description, place_of, archives, folder)
+                if is_tensor
+                else _value(name, place_of, archives, folder)
+            )
             _put(content, _path_of(name, paths), value, folder)
     finally:
         mappings = archives.close()
@@ -99,6 +113,7 @@ def _read_table(path: str) -> Record:
             data = call(os.read, path, file.fd, length + 1)
         except CallFailed as error:
             raise cannot_read(path, error) from error
+    refuse_other_kind(data[:START_BYTES], os.path.basename(path), path, "the table of a distributed checkpoint")
     try:
         table = Unpickler(io.BytesIO(data), _find).load()
     except _ForbiddenName as name:
@@ -144,25 +159,46 @@ def _tensor(
 def _chunk_tensor(name: str, place: Record | None, archives: Archives, folder: str) -> torch.Tensor:
     if place is None:
         _bad(folder, f"a place of each part of {name!r} was expected, one has none")
+    return archives.tensor(*_range(name, place, folder))
+
+
+def _value(name: str, place_of: dict[tuple[Any, Any], Record], archives: Archives, folder: str) -> Any:
+    """A value that is no tensor, and has a pickle of its own. It is read because it may have tensors in it."""
+    place = place_of.get((name, None))
+    try:
+        return archives.value(*_range(name, place, folder)) if place is not None else Unread("value without a place")
+    except ShardSaveError:
+        return Unread("value that cannot be read")
+
+
+def _range(name: str, place: Record, folder: str) -> tuple[str, int, int]:
+    """The file, the offset and the length of something at ``place``."""
     file, offset, length = place["relative_path"], place["offset"], place["length"]
     if not isinstance(file, str) or not is_file_name(file) or type(offset) is not int or type(length) is not int:
-        _bad(folder, f"{name!r} was expected to lie in a file of this directory, its place is {file!r}")
+        _bad(folder, f"{name!r} was expected to lie in a file of this directory, its place is {_shown(file)}")
     if place["transform_descriptors"]:
         raise IncompatibleCheckpointError(
             f"cannot convert {folder}: {name!r} was expected to be stored without a transformation, it was transformed by "
-            f"{place['transform_descriptors']!r} when it was saved; nothing was written"
+            f"{_shown(place['transform_descriptors'])} when it was saved; nothing was written"
         )
-    return archives.tensor(file, offset, length)
+    return file, offset, length
 
 
 def _key(name: Any, offset: Any, folder: str) -> tuple[Any, Any]:
+    if not isinstance(name, str):
+        _bad(folder, f"names of tensors were expected, one is {an(kind_of(name))}")
     return name, None if offset is None else _sizes(offset, name, folder)
 
 
 def _sizes(value: Any, name: object, folder: str) -> tuple[int, ...]:
     if not isinstance(value, tuple) or not all(type(size) is int and 0 <= size < 1 << 62 for size in value):
-        _bad(folder, f"sizes were expected of {name!r}, it has {value!r:.60}")
+        _bad(folder, f"sizes were expected of {name!r}, it has {_shown(value)}")
     return value
+
+
+def _shown(value: Any) -> str:
+    """A value of the table for a message: a string as it is, of all others their kind, since they may contain each other."""
+    return repr(value)[:60] if isinstance(value, str) else an(kind_of(value))
 
 
 def _path_of(name: Any, paths: Any) -> tuple[Any, ...]:

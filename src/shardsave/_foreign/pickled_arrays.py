@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Union
 
 import numpy as np
@@ -24,6 +24,11 @@ _ML_DTYPES = ("bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "fl
 #: Objects and strings: an array of these has no numbers that could be weights.
 _NO_NUMBERS = ("O", "S", "U")
 
+
+#: The most dimensions of an array, in NumPy 2.
+_MOST_DIMENSIONS = 64
+
+Charge = Callable[[int], None]
 
 #: How a dtype spells the byte order that this processor does not have.
 _OTHER_ORDER = ">" if sys.byteorder == "little" else "<"
@@ -53,14 +58,21 @@ class Array(Record):
             raise Forbidden("describes an array that cannot be")
         return state[-4], state[-3], state[-2], state[-1]
 
-    def read(self) -> Union[torch.Tensor, UnreadArray, None]:
-        """The array as a tensor; an `UnreadArray` if torch has no such numbers; None for strings and other objects."""
+    def read(self, charge: Charge) -> Union[torch.Tensor, UnreadArray, None]:
+        """The array as a tensor; an `UnreadArray` if torch has no such numbers; None for strings and other objects.
+
+        ``charge`` is called with the number of its bytes before they are copied.
+        """
         shape, dtype, columns_first, raw = self.described()
         spelled = _dtype_of(dtype)
         if spelled is None:
             return None
-        data = _bytes_of(raw)
-        if not isinstance(shape, tuple) or not all(type(size) is int and 0 <= size < 1 << 62 for size in shape):
+        data = _bytes_of(raw, charge)
+        if (
+            not isinstance(shape, tuple)
+            or len(shape) > _MOST_DIMENSIONS
+            or not all(type(size) is int and 0 <= size < 1 << 62 for size in shape)
+        ):
             raise Forbidden("describes an array that cannot be")
         if spelled.numbers is None:
             return UnreadArray(f"NumPy array of {spelled.name}, {human_bytes(len(data))}", shape, len(data))
@@ -82,13 +94,13 @@ class _Masked(Array):
 
     name = "numpy.ma.MaskedArray"
 
-    def read(self) -> UnreadArray:
+    def read(self, charge: Charge) -> UnreadArray:
         raw = self.state[4] if isinstance(self.state, tuple) and len(self.state) > 4 else None
-        data = _bytes_of(raw)
+        data = _bytes_of(raw, charge)
         return UnreadArray(f"NumPy array with a mask, {human_bytes(len(data))}", (len(data),), len(data))
 
 
-def _tensor(spelled: _DType, shape: tuple[int, ...], columns_first: bool, data: bytes) -> torch.Tensor:
+def _tensor(spelled: _DType, shape: tuple[int, ...], columns_first: bool, data: Union[bytes, bytearray]) -> torch.Tensor:
     elements = f"u{spelled.numbers.itemsize}" if isinstance(spelled.numbers, torch.dtype) else spelled.numbers
     kind = np.dtype(elements)
     if math.prod(shape) * kind.itemsize != len(data):
@@ -115,17 +127,22 @@ def _dtype_of(dtype: Any) -> _DType | None:
     return _DType(spelled, spelled if _NUMBERS.fullmatch(spelled) else None, swapped)
 
 
-def _bytes_of(raw: Any) -> bytes:
+def _bytes_of(raw: Any, charge: Charge) -> Union[bytes, bytearray]:
     """The bytes of an array; protocols before 3 have them as text."""
+    if isinstance(raw, (bytes, bytearray, str)):
+        charge(len(raw))
     if isinstance(raw, (bytes, bytearray)):
-        return bytes(raw)
+        return raw
     if isinstance(raw, str):  # written by Python 2, and read as UTF-8 where it is that
         return raw.encode("utf-8", "surrogateescape")
     if isinstance(raw, Record) and raw.name == "builtins.bytes" and not raw.arguments:
         return b""
     if isinstance(raw, Record) and raw.name in ("_codecs.encode", "builtins.bytearray") and raw.arguments:
         text = raw.arguments[0]
-        return text.encode("latin1") if isinstance(text, str) else _bytes_of(text)
+        if not isinstance(text, str):
+            return _bytes_of(text, charge)
+        charge(len(text))
+        return text.encode("latin1")
     raise Forbidden("has an array without bytes")
 
 

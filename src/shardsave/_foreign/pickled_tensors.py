@@ -16,6 +16,7 @@ from shardsave._foreign.unpickling import (
     GlobalName,
     Inert,
     Record,
+    Sequence,
     is_harmless,
     record_class,
 )
@@ -34,6 +35,10 @@ _STORAGE_DTYPES = {
 
 #: A persistent id in protocol 0, which writes it as text.
 _TEXT_ID = re.compile(r"\('storage', <class 'torch\.(?:storage\.)?(\w+)'>, '([^']+)', '[^']*', (\d+)(, None)?\)")
+
+
+#: How many different names a pickle may have. Each becomes a class, which takes a kilobyte.
+_MAX_NAMES = 10_000
 
 
 class StorageType(NamedTuple):
@@ -83,15 +88,21 @@ class Allowed:
 
 
 class Names:
-    """The global names of one file. ``unknown``: those that are no tensors, usual values, or ``allowed``; they became records too."""
+    """The global names of one file. ``unknown``: those that are no tensors, usual values, or ``allowed``; they became records too.
 
-    def __init__(self, allowed: Allowed | None = None) -> None:
+    With ``every``, every name is allowed.
+    """
+
+    def __init__(self, allowed: Allowed | None = None, *, every: bool = False) -> None:
         self.unknown: dict[str, None] = {}
         self._allowed = allowed or Allowed()
+        self._every = every
         self._known: dict[GlobalName, Any] = {}
 
     def find(self, module: str, name: str) -> Any:
         if (module, name) not in self._known:
+            if len(self._known) >= _MAX_NAMES:
+                raise Forbidden(f"has more than {_MAX_NAMES} different names")
             self._known[module, name] = self._make(module, name)
         return self._known[module, name]
 
@@ -104,7 +115,8 @@ class Names:
             return _NAMES[module, name]
         if module in ("torch", "torch.storage") and name in _STORAGE_DTYPES:
             return StorageType(_STORAGE_DTYPES[name])
-        if not self._allowed.allows(f"{module}.{name}") and not is_harmless(module, name):
+        is_allowed = self._allowed.allows(f"{module}.{name}") or self._every
+        if not is_allowed and not is_harmless(module, name):
             self.unknown[f"{module}.{name}"] = None
         return record_class(module, name)
 
@@ -223,7 +235,7 @@ _TENSOR_TYPES = (
 _NAMES: dict[GlobalName, Any] = {
     **PLAIN_TYPES,
     **ARRAY_NAMES,
-    ("torch", "Size"): tuple,
+    ("torch", "Size"): Sequence,
     ("torch", "device"): record_class("torch", "device"),
     ("torch", "Tensor"): _TENSOR_TYPES[0],
     ("torch.nn.parameter", "Parameter"): _TENSOR_TYPES[1],

@@ -30,6 +30,12 @@ from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, In
 
 _MAX_ORDER_BYTES = 16
 
+#: The largest pickle in a compressed record. torch compresses nothing, and a few kilobytes can become a pickle of 512 MB.
+_MAX_PACKED_BYTES = 64_000_000
+
+#: The most attributes of all tensors. A pickle may use the same ones for any number of tensors.
+_MAX_ATTRIBUTES = 1_000_000
+
 #: What torch's old format begins with: this number and this version.
 _MAGIC, _OLD_VERSION = 0x1950A86A20F9469CFC6C, 1001
 
@@ -106,7 +112,7 @@ def read_torch_file(path: str, allowed: Allowed | None = None) -> TorchFile:
 
 
 class Archives:
-    """The files of a distributed checkpoint: each holds many small archives of ``torch.save``, with one tensor per archive."""
+    """The files of a distributed checkpoint: each holds many small archives of ``torch.save``, each with one tensor or other value."""
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
@@ -114,16 +120,23 @@ class Archives:
 
     def tensor(self, name: str, offset: int, length: int) -> torch.Tensor:
         """The tensor of the archive that begins ``offset`` bytes into the file ``name`` and has ``length`` bytes."""
+        tensor = self._archive(name, offset, length).content(Names())
+        if not isinstance(tensor, torch.Tensor):
+            _bad(os.path.join(self._folder, name), f"a tensor was expected at {offset}, there is a {type(tensor).__name__}")
+        return tensor
+
+    def value(self, name: str, offset: int, length: int) -> Any:
+        """What such an archive holds, whatever its pickle asks for: the objects of unknown classes are records that do nothing."""
+        return self._archive(name, offset, length).content(Names(every=True))
+
+    def _archive(self, name: str, offset: int, length: int) -> _Archive:
         path = os.path.join(self._folder, name)
         if name not in self._open:
             self._open[name] = self._map(path, name)
         file, mapping, end = self._open[name]
         if not 0 <= offset <= offset + length <= end:
             _bad(path, f"a tensor was expected at {offset}, {length} bytes long, the file has {end}")
-        tensor = _Archive(file.fd, mapping, offset, length, path).content(Names())
-        if not isinstance(tensor, torch.Tensor):
-            _bad(path, f"a tensor was expected at {offset}, there is a {type(tensor).__name__}")
-        return tensor
+        return _Archive(file.fd, mapping, offset, length, path)
 
     @staticmethod
     def _map(path: str, name: str) -> tuple[Descriptor, mmap.mmap, int]:
@@ -175,9 +188,11 @@ class _Archive:
         """The content of the pickle, with tensors in place of their descriptions. Raises UntrustedCodeError."""
         try:
             name = f"{self._root}data.pkl"
-            if self._entry(name).file_size > MAX_PICKLE_BYTES:
-                refuse_long_pickle(self._path, self._entry(name).file_size, MAX_PICKLE_BYTES)
-            data = self._read(name, MAX_PICKLE_BYTES)
+            entry = self._entry(name)
+            is_packed = entry.compress_type != zipfile.ZIP_STORED
+            if entry.file_size > MAX_PICKLE_BYTES:
+                refuse_long_pickle(self._path, entry.file_size, MAX_PICKLE_BYTES)
+            data = self._read(name, _MAX_PACKED_BYTES if is_packed else MAX_PICKLE_BYTES)
             content = _unpickle(io.BytesIO(data), names, self._path, storage_of)
             return _Placing(self._storage, self._path).place(content)
         except CallFailed as error:
@@ -300,6 +315,7 @@ class _Placing:
     def __init__(self, bytes_of: Callable[[Storage], torch.Tensor], path: str) -> None:
         self._bytes_of, self._path = bytes_of, path
         self._storages: dict[str, torch.Tensor] = {}
+        self._array_bytes = self._attributes = 0
         self._placed: dict[int, Any] = {}  # by the identity of a container, which may be in many others
 
     def place(self, content: Any) -> Any:
@@ -330,13 +346,22 @@ class _Placing:
         attributes: dict[str, Any] = {}
         for state in content.states:
             placed = self.place(state)
+            self._attributes += len(placed) if isinstance(placed, dict) else 1
+            if self._attributes > _MAX_ATTRIBUTES:
+                _bad(self._path, f"its tensors have more than {_MAX_ATTRIBUTES} attributes")
             attributes.update({str(k): v for k, v in placed.items()} if isinstance(placed, dict) else {"(state)": placed})
         kind = f"tensor of class {content.subclass}" if content.subclass else "tensor"
         return Attributed(kind, self.place(content.tensor), attributes, is_subclass=content.subclass is not None)
 
+    def _charge(self, nbytes: int) -> None:
+        """Counts the bytes of arrays. They are in the pickle; but a pickle may use the same bytes for any number of arrays."""
+        self._array_bytes += nbytes
+        if self._array_bytes > MAX_PICKLE_BYTES:
+            raise Forbidden("has arrays of more bytes than a pickle may have")
+
     def _array(self, array: Array) -> Union[torch.Tensor, UnreadArray, None]:
         try:
-            return array.read()
+            return array.read(self._charge)
         except (Forbidden, ValueError) as error:
             _bad(self._path, f"its pickle is broken (it {error})")
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import _compat_pickle
 import pickle
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, BinaryIO, ClassVar
 
+from shardsave._common.words import human_bytes
 from shardsave._foreign.containers import Unread
 
 #: Module and name of an object, as a pickle has them.
@@ -23,8 +23,27 @@ GlobalName = tuple[str, str]
 #: The largest pickle that is read, in bytes. It describes tensors and does not contain them.
 MAX_PICKLE_BYTES = 512_000_000
 
+#: The most memory that containers and objects may take, in bytes. A million tensors are some 2 GB by this count.
+MAX_OBJECT_BYTES = 4 << 30
+
+#: How many values a key may have in it, and how many bits a number among them. Python hashes a key as a whole, without an end if it has
+#: itself twice on each of a hundred levels.
+_MAX_KEY_VALUES, _MAX_KEY_BITS = 100, 4096
+
 #: Opcodes that are handled in another way than Python does.
 _BYTEARRAY8, _EXTENSIONS = 0x96, (0x82, 0x83, 0x84)
+_EMPTY_SET, _ADDITEMS, _FROZENSET = 0x8F, 0x90, 0x91
+_KEYED = (pickle.SETITEM[0], pickle.SETITEMS[0], pickle.DICT[0])
+_CALLS = (pickle.REDUCE[0], pickle.NEWOBJ[0], pickle.NEWOBJ_EX[0], pickle.OBJ[0], pickle.INST[0])
+
+#: What other opcodes of one byte may take, in bytes.
+_COSTS = {
+    **dict.fromkeys(b"](lt", 72), **dict.fromkeys(b"}d", 80), **dict.fromkeys(pickle.TUPLE1 + pickle.TUPLE2 + pickle.TUPLE3, 72),
+    pickle.MEMOIZE[0]: 100, _EMPTY_SET: 72, _FROZENSET: 72,
+}  # fmt: skip
+
+#: What a call takes that copies only a few elements, and each element of a longer container that it may copy.
+_CALL_COST, _FEW, _ENTRY_COST = 400, 64, 100
 
 
 class Forbidden(Exception):
@@ -70,6 +89,10 @@ class Record(Inert, Unread):
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
+    def __repr__(self) -> str:
+        """As a key in a path and in a message."""
+        return f"<{self.kind}>"
+
     def __setitem__(self, key: Any, value: Any) -> None:
         self.entries[key] = value
 
@@ -106,17 +129,46 @@ class Record(Inert, Unread):
         }
 
 
-class _Dict(Inert, dict[Any, Any]):
-    """A mapping of a class that pickles as a call with a factory or a mapping, such as defaultdict and Counter."""
+class Dict(Inert, dict[Any, Any]):
+    """A mapping of a class that pickles as a call with a factory, a mapping or pairs: OrderedDict, defaultdict, Counter."""
 
-    def __new__(cls, *arguments: Any) -> _Dict:
+    def __new__(cls, *arguments: Any) -> Dict:
         return super().__new__(cls)
 
     def __init__(self, *arguments: Any) -> None:
-        super().__init__(*(argument for argument in arguments if isinstance(argument, dict)))
+        for argument in arguments:
+            if isinstance(argument, dict):
+                self.update(argument)
+            elif isinstance(argument, list):
+                for key, value in argument:
+                    check_key(key)
+                    self[key] = value
 
     def __setstate__(self, state: Any) -> None:
         """Attributes of a mapping, such as the ``_metadata`` of a state dict, are no part of its content."""
+
+
+class Sequence(Inert):
+    """What takes the place of set, frozenset and torch.Size: a tuple, which needs no hashes of its elements."""
+
+    def __new__(cls, items: Any = ()) -> tuple[Any, ...]:  # type: ignore[misc]
+        if not isinstance(items, (list, tuple)):
+            raise Forbidden("makes a sequence of something else")
+        return tuple(items)
+
+
+def check_key(key: Any) -> None:
+    """Raises Forbidden for a key whose hash or text could take much longer than its pickle."""
+    waiting, values = [key], 0
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, tuple):
+            values += len(item)
+            if values > _MAX_KEY_VALUES:
+                raise Forbidden("has a key of very many values")
+            waiting += item
+        elif isinstance(item, int) and item.bit_length() > _MAX_KEY_BITS:
+            raise Forbidden("has a key with a very long number")
 
 
 #: What makes an object of the class that is its first argument.
@@ -124,11 +176,11 @@ _MAKERS = ("copyreg._reconstructor", "copyreg.__newobj__", "copyreg.__newobj_ex_
 
 #: Values of Python that stand for themselves.
 PLAIN_TYPES: dict[GlobalName, Any] = {
-    ("collections", "OrderedDict"): OrderedDict,
-    ("collections", "defaultdict"): _Dict,
-    ("collections", "Counter"): _Dict,
-    ("builtins", "set"): set,
-    ("builtins", "frozenset"): frozenset,
+    ("collections", "OrderedDict"): Dict,
+    ("collections", "defaultdict"): Dict,
+    ("collections", "Counter"): Dict,
+    ("builtins", "set"): Sequence,
+    ("builtins", "frozenset"): Sequence,
 }
 
 #: Names that usual checkpoints have beside the weights; all of a module with "*". They become records like every other name.
@@ -176,6 +228,7 @@ class Unpickler(pickle._Unpickler):
         super().__init__(file, encoding="utf-8", errors="surrogateescape")
         self._find = find
         self._find_storage = find_storage
+        self._charged = 0
 
     def find_class(self, module: str, name: str) -> Any:
         """Looks a name up, in the spelling of Python 3. Older protocols have the names of Python 2."""
@@ -188,6 +241,12 @@ class Unpickler(pickle._Unpickler):
         if self._find_storage is None:
             raise Forbidden("refers to a storage")
         return self._find_storage(pid)
+
+    def charge(self, cost: int) -> None:
+        """Counts ``cost`` bytes of memory. A few bytes of a pickle can make large objects, and copy them again and again."""
+        self._charged += cost
+        if self._charged > MAX_OBJECT_BYTES:
+            raise Forbidden(f"needs more than {human_bytes(MAX_OBJECT_BYTES)} of memory for its objects")
 
     def _read_bytearray(self) -> None:
         """Python's own version allocates the length that the file says before it reads anything."""
@@ -202,5 +261,61 @@ class Unpickler(pickle._Unpickler):
         """An extension code leads to objects that this process has registered, past `find_class`."""
         raise Forbidden("has an extension code")
 
+    def _add_to_set(self) -> None:
+        """A set is a list here, since its elements would have to be hashed."""
+        machine: Any = self
+        items = machine.pop_mark()
+        machine.stack[-1].extend(items)
+
     dispatch[_BYTEARRAY8] = _read_bytearray
     dispatch.update(dict.fromkeys(_EXTENSIONS, _refuse_extension))
+    dispatch[_EMPTY_SET] = dispatch[pickle.EMPTY_LIST[0]]
+    dispatch[_ADDITEMS] = _add_to_set
+    dispatch[_FROZENSET] = dispatch[pickle.TUPLE[0]]
+
+
+def _charged(load: Callable[[Any], None], cost: int) -> Callable[[Any], None]:
+    def run(machine: Any) -> None:
+        machine.charge(cost)
+        load(machine)
+
+    return run
+
+
+def _checked_keys(load: Callable[[Any], None], values: int | None) -> Callable[[Any], None]:
+    """``load``, which takes pairs of keys and values from the last ``values`` of the stack, with checks of the keys."""
+
+    def run(machine: Any) -> None:
+        pairs = machine.stack if values is None else machine.stack[-values:]
+        machine.charge(len(pairs) * _ENTRY_COST // 2)
+        for key in pairs[::2]:
+            if not isinstance(key, str):
+                check_key(key)
+        load(machine)
+
+    return run
+
+
+def _charged_call(load: Callable[[Any], None], arguments: int | None) -> Callable[[Any], None]:
+    """``load``, whose arguments are the last ``arguments`` containers on the stack, or all that is on it."""
+
+    def run(machine: Any) -> None:
+        copied: Iterable[Any] = machine.stack
+        if arguments is not None:
+            copied = [value for each in machine.stack[-arguments:] for value in (each, *_values(each))]
+        sizes = (len(each) for each in copied if isinstance(each, (tuple, list, dict)))
+        machine.charge(_CALL_COST + _ENTRY_COST * sum(size for size in sizes if size > _FEW))
+        load(machine)
+
+    return run
+
+
+def _values(arguments: Any) -> Iterable[Any]:
+    return arguments.values() if isinstance(arguments, dict) else arguments if isinstance(arguments, (tuple, list)) else ()
+
+
+Unpickler.dispatch.update({opcode: _charged(Unpickler.dispatch[opcode], cost) for opcode, cost in _COSTS.items()})
+for _opcode, _pairs in zip(_KEYED, (2, None, None)):
+    Unpickler.dispatch[_opcode] = _checked_keys(Unpickler.dispatch[_opcode], _pairs)
+for _opcode, _arguments in zip(_CALLS, (1, 1, 2, None, None)):
+    Unpickler.dispatch[_opcode] = _charged_call(Unpickler.dispatch[_opcode], _arguments)

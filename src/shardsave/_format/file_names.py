@@ -26,14 +26,14 @@ OWN_PATTERN = re.compile(
     r"|(?:architecture|program)-[0-9a-f]{8}\.json|extra-[0-9a-f]{8}\.(?:tensors|safetensors)"
 )
 
-_MAX_SHARDS = 99_999
+MAX_SHARDS = 99_999
 _NO_FILE_NAME = re.compile(r"[/\x00-\x1f\x7f]|\A\.{0,2}\Z")
 
 
 def check_shard_count(count: int) -> None:
     """Raises ValueError if a five-digit number is too short for ``count`` shards."""
-    if count > _MAX_SHARDS:
-        raise ValueError(f"at most {_MAX_SHARDS} shards can be numbered, {count} would be needed; raise max_shard_size")
+    if count > MAX_SHARDS:
+        raise ValueError(f"at most {MAX_SHARDS} shards can be numbered, {count} would be needed; raise max_shard_size")
 
 
 def shard_names(count: int, tag: str | None = None) -> tuple[str, ...]:

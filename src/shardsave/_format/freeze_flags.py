@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 #: Frozen → the word for it in ``flags``; None: the tensor is not a parameter.
@@ -13,19 +13,19 @@ FLAG_WORDS: dict[bool | None, str] = {True: "frozen", False: "trainable", None: 
 MODULE_FLAG_WORDS = {True: "frozen", False: "trainable"}
 
 
-def encode_flags(flags: Mapping[str, bool] | None, names: Iterable[str]) -> dict[str, Any] | None:
+def encode_flags(flags: Mapping[str, bool] | None, names: Collection[str]) -> dict[str, Any] | None:
     """``flags`` (name → frozen) of ``names``, compactly: the most frequent word as the default, and lists of all other names.
 
     None if the flags are unknown: unknown is never written as trainable.
     """
     if flags is None:
         return None
-    words = {name: FLAG_WORDS[flags.get(name)] for name in names}
-    default = max(FLAG_WORDS.values(), key=Counter(words.values()).__getitem__)
-    compact: dict[str, Any] = {"default": default}
-    for name, word in words.items():
-        if word != default:
-            compact.setdefault(word, []).append(name)
+    known = [flags.get(name) for name in names]
+    default = max(FLAG_WORDS, key=Counter(known).__getitem__)
+    compact: dict[str, Any] = {"default": FLAG_WORDS[default]}
+    for name, frozen in zip(names, known):
+        if frozen is not default:
+            compact.setdefault(FLAG_WORDS[frozen], []).append(name)
     return compact
 
 

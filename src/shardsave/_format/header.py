@@ -13,7 +13,7 @@ from json.encoder import encode_basestring
 from operator import itemgetter
 from typing import Any, NamedTuple, NoReturn
 
-from shardsave._common.strict_json import Buffer, NotJSON, glimpse, parse_object
+from shardsave._common.strict_json import Buffer, NotJSON, glimpse, is_counted, is_wide, parse_object
 from shardsave._format.dtypes import BY_NAME, NOT_IN_TORCH
 from shardsave._format.packing import ALIGNMENT, Shard
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError
@@ -56,13 +56,13 @@ def encode_header(shard: Shard, more: Mapping[str, str] | None = None) -> bytes:
     They depend on the tensors alone. ``more``: further entries of ``__metadata__`` for a file that is no shard of a checkpoint.
     """
     entries = "".join(f",{encode_basestring(key)}:{encode_basestring(value)}" for key, value in (more or {}).items())
-    parts = [f'{_BEFORE_SUMS}{"0" * 16 * len(shard.tensors)}"{entries}}}']
+    before = f'{_BEFORE_SUMS}{"0" * 16 * len(shard.tensors)}"{entries}}}'
     shapes = {sizes: ",".join(map(str, sizes)) for sizes in {tensor.shape for tensor in shard.tensors}}
-    for (name, dtype, sizes, nbytes, _), begin in zip(shard.tensors, shard.begins):
-        parts.append(
-            f'{encode_basestring(name)}:{{"dtype":"{dtype}","shape":[{shapes[sizes]}],"data_offsets":[{begin},{begin + nbytes}]}}'
-        )
-    text = (",".join(parts) + "}").encode()
+    tensors = [
+        f'{encode_basestring(name)}:{{"dtype":"{dtype}","shape":[{shapes[sizes]}],"data_offsets":[{begin},{begin + nbytes}]}}'
+        for (name, dtype, sizes, nbytes, _), begin in zip(shard.tensors, shard.begins)
+    ]
+    text = (",".join([before, *tensors]) + "}").encode()
     padded = -(-(8 + len(text)) // ALIGNMENT) * ALIGNMENT - 8
     if padded > MAX_HEADER_BYTES:
         raise ValueError(
@@ -126,12 +126,17 @@ _BEFORE_TENSORS = re.compile(r'\}, ?(?=")')
 #: How many characters of a header are taken apart at a time: as objects they take some five times the memory.
 _STEP = 1 << 20
 
+#: How many kinds of tensors are remembered. A usual file has far fewer.
+_MOST_KINDS = 10_000
+
 
 def _read_compact(content: Buffer) -> tuple[dict[str, str], Tensors] | None:
     """Reads a header in the form of shardsave, safetensors or `json.dumps`, four times as fast as `_read_any`; else returns None.
 
     Never refuses a header: if there is any doubt it returns None, and `_read_any` decides. Each kind of tensor is checked once.
     """
+    if is_counted(content) and is_wide(content):  # here its text and its strings would be in memory three times
+        return None
     try:
         text = str(content, "utf-8").rstrip(" ")
         metadata, position = _split_metadata(text)
@@ -166,6 +171,8 @@ def _read_tensors(text: str, position: int) -> Tensors | None:
         if rows[-1][-1]:
             return None
         names, kinds, begins, ends, _ = zip(*rows)
+        if len(checked) > _MOST_KINDS:
+            checked.clear()
         for kind in set(kinds) - checked.keys():
             checked[kind] = _check_kind(parse_object(f'{kind}"data_offsets":[]}}'.encode()), "", "")
         dtypes, shapes, nbytes = zip(*map(checked.__getitem__, kinds))

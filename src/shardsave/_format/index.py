@@ -7,7 +7,7 @@ The index is a Hugging Face index. Its last key holds shardsave's record, and th
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Collection, Container, Mapping
 from typing import Any, NamedTuple
 
 from shardsave._common.gc_pause import gc_paused
@@ -129,7 +129,7 @@ def encode_index(index: Index) -> bytes:
     return data
 
 
-def _encode_record(record: Record, names: Iterable[str]) -> dict[str, Any]:
+def _encode_record(record: Record, names: Collection[str]) -> dict[str, Any]:
     encoded: dict[str, Any] = {
         "version": VERSION,
         "requires": [],

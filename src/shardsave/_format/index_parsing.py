@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from typing import Any, NoReturn
 
 from shardsave._common.gc_pause import gc_paused
 from shardsave._common.strict_json import NotJSON, glimpse, parse_object
 from shardsave._format.crc64 import crc64
-from shardsave._format.file_names import is_file_name
+from shardsave._format.file_names import MAX_SHARDS, is_file_name
 from shardsave._format.freeze_flags import FLAG_WORDS, MODULE_FLAG_WORDS
 from shardsave._format.header import MAX_HEADER_BYTES
 from shardsave._format.index import (
@@ -49,7 +49,9 @@ def parse_index(data: bytes, where: str) -> Index:
     for name, shard in weight_map.items():
         if not isinstance(shard, str):
             _bad(where, f"weight_map expected to map {glimpse(name)} to a file", f"it has {glimpse(shard)}")
-    for shard in dict.fromkeys(weight_map.values()):
+    files = dict.fromkeys(weight_map.values())
+    _check_count(files, where)
+    for shard in files:
         _check_file_name(shard, where)
     metadata = top["metadata"] if isinstance(top.get("metadata"), dict) else {}
     total = metadata.get("total_size", 0)
@@ -123,6 +125,7 @@ def _parse_ties(ties: object, weight_map: Mapping[str, str], where: str) -> dict
 def _parse_shards(shards: object, where: str) -> dict[str, ShardRecord]:
     if not isinstance(shards, dict):
         _bad(where, "shards expected to be an object", f"it is {glimpse(shards)}")
+    _check_count(shards, where)
     for name in shards:
         _check_file_name(name, where)
     return {name: _parse_shard(f"shard {name}", entry, where) for name, entry in shards.items()}
@@ -183,6 +186,8 @@ def _parse_flags(compact: object, names: Iterable[str], where: str) -> dict[str,
                 _bad(where, "flags expected to name a tensor once", f"they name {glimpse(name)} twice")
             named.add(name)
             flags[name] = flag
+    if meaning[default] is not None and not compact.get(FLAG_WORDS[None]):
+        return flags  # type: ignore[return-value]  # none of them is None
     return {name: flag for name, flag in flags.items() if flag is not None}
 
 
@@ -209,6 +214,11 @@ def _parse_superseded(value: object, where: str) -> Superseded | None:
     if not isinstance(value, dict) or type(value.get("size")) is not int or type(value.get("mtime_ns")) is not int:
         _bad(where, "supersedes expected to have size and mtime_ns", f"it is {glimpse(value)}")
     return Superseded(value["size"], value["mtime_ns"])
+
+
+def _check_count(files: Sized, where: str) -> None:
+    if len(files) > MAX_SHARDS:
+        _bad(where, f"at most {MAX_SHARDS} files expected", f"it names {len(files)}")
 
 
 def _check_file_name(name: str, where: str) -> None:

@@ -68,9 +68,9 @@ def pack(tensors: Sequence[StoredTensor], max_shard_size: int | None) -> tuple[S
 def _greedy(tensors: Iterable[StoredTensor], bound: int) -> list[list[StoredTensor]]:
     groups: list[list[StoredTensor]] = []
     current: list[StoredTensor] = []
-    room = bound
+    room, quarter = bound, bound // 4
     for tensor in tensors:
-        nearly_full = bool(current) and room <= bound // 4
+        nearly_full = room <= quarter and bool(current)
         at_boundary = nearly_full and _repeated_layer(tensor.name) != _repeated_layer(current[-1].name)
         if current and (tensor.nbytes > room or at_boundary):
             groups.append(current)
@@ -114,6 +114,8 @@ def _repeated_layer(name: str) -> str | None:
 
 def _lay_out(tensors: Sequence[StoredTensor]) -> Shard:
     align = {dtype: -item_bytes(dtype) for dtype in {tensor.dtype for tensor in tensors}}
-    ordered = sorted(tensors, key=lambda tensor: align[tensor.dtype])  # stable: tensors of one alignment stay in state order
+    ordered = tensors
+    if len(set(align.values())) > 1:  # the order is stable: tensors of one alignment stay in state order
+        ordered = sorted(tensors, key=lambda tensor: align[tensor.dtype])
     *begins, end = accumulate((tensor.nbytes for tensor in ordered), initial=0)
     return Shard(tuple(ordered), tuple(begins), end)

@@ -46,7 +46,7 @@ def exchange_notes(inventory: Inventory, stored: Collection[str]) -> tuple[str, 
     """
     if not converts():
         return ()
-    leaders = {name: inventory.leaders[name] for name in inventory.slots if name in inventory.expected}
+    leaders = {name: inventory.leader(name) for name in inventory.slots if name in inventory.expected}
     tensors = {first: inventory.slots[first].tensor for first in leaders.values()}
     try:
         on_disk = reverted(inventory.module, tensors)

@@ -17,19 +17,22 @@ def allocate(inventory: Inventory, filled: Collection[str], owned: Collection[st
 
     ``filled``: the names that will be filled. ``owned``: names below sub-modules that load themselves.
     """
-    moving = [slot for slot in inventory.slots.values() if not stays(slot.tensor, device)]
+    all_slots = inventory.slots.values()
+    if device is None:
+        moving = [slot for slot in all_slots if slot.tensor.is_meta]
+    else:
+        moving = [slot for slot in all_slots if not stays(slot.tensor, device)]
     if not moving:
         return inventory
-    leaders = inventory.leaders
-    filled_leaders = {leaders[name] for name in filled if name in leaders}
-    owned_leaders = {leaders[name] for name in owned if name in leaders}
+    filled_leaders = {inventory.leader(name) for name in filled if name in inventory.slots}
+    owned_leaders = {inventory.leader(name) for name in owned if name in inventory.slots}
     slots = dict(inventory.slots)
     memory: dict[str, torch.Tensor] = {}
     parameters: dict[int, nn.Parameter] = {}
     # A parameter created in inference mode could never be trained, so the caller's mode must not affect the module.
     with torch.inference_mode(False), torch.no_grad():
         for slot in moving:
-            tensor, leader = slot.tensor, leaders[slot.name]
+            tensor, leader = slot.tensor, inventory.leader(slot.name)
             if tensor.is_meta and not (leader in filled_leaders or leader in owned_leaders or counts_batches(slot)):
                 continue
             if leader not in memory:

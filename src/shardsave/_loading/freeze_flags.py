@@ -39,31 +39,33 @@ def restore_flags(
         return RestoredFlags(None, 0)
     origins = origins or {}
     followed: set[str] = set()
-    wanted: dict[int, tuple[torch.Tensor, bool]] = {}  # by identity
+    with_flag: dict[bool, list[torch.Tensor]] = {False: [], True: []}
     for name, parameter in parameters:
-        sources = origins.get(name, (name,))
-        if routed:
+        frozen = flags.get(name)
+        if routed or origins:
+            sources = origins.get(name, (name,))
             followed.update(sources)
-        if name in sources:
-            frozen = flags.get(name)
-        else:
-            known = [flags[source] for source in sources if source in flags]
-            frozen = all(known) if known else None
-        if frozen is not None and (parameter.is_floating_point() or parameter.is_complex()):
-            if frozen and (other := wanted.get(id(parameter))) is not None:
-                frozen = other[1]
-            wanted[id(parameter)] = parameter, frozen
-    changing = [(parameter, frozen) for parameter, frozen in wanted.values() if parameter.requires_grad == frozen]
-    for parameter, frozen in changing:
+            if name not in sources:
+                known = [flags[source] for source in sources if source in flags]
+                frozen = all(known) if known else None
+        if frozen is not None and ((dtype := parameter.dtype).is_floating_point or dtype.is_complex):
+            with_flag[frozen].append(parameter)
+    frozen_by_id = {id(parameter): parameter for parameter in with_flag[True]}
+    if frozen_by_id:
+        for parameter in with_flag[False]:
+            frozen_by_id.pop(id(parameter), None)
+    changing = {id(parameter): parameter for parameter in with_flag[False] if not parameter.requires_grad}
+    changing.update((number, parameter) for number, parameter in frozen_by_id.items() if parameter.requires_grad)
+    for number, parameter in changing.items():
         with torch.inference_mode(parameter.is_inference()):  # outside inference mode, an inference tensor refuses the flag
-            parameter.requires_grad_(not frozen)
+            parameter.requires_grad_(number not in frozen_by_id)
     lost = [name for name in routed if name in flags and name not in followed]
     notes = []
     if lost:
         notes = [
             f"the flags of {some(lost)} were not restored: the module loads these itself, and no parameter is known to hold them"
         ]
-    return RestoredFlags(sum(frozen for _, frozen in wanted.values()), len(changing), tuple(notes))
+    return RestoredFlags(len(frozen_by_id), len(changing), tuple(notes))
 
 
 def named_parameters(inventory: Inventory, routines: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -8,7 +8,7 @@ from typing import NoReturn
 import torch
 from torch.nn.parameter import is_lazy
 
-from shardsave._common.memory import PLAIN_TYPES, address, lacks_memory
+from shardsave._common.memory import PLAIN_TYPES, address, lacks_memory, reach
 from shardsave._common.words import an
 from shardsave._format.dtypes import BY_NAME
 from shardsave._loading.allocation import stays
@@ -53,11 +53,15 @@ def check_destinations(
     where = checkpoint.path
     dtypes = {dtype: BY_NAME[dtype].torch for dtype in {located.dtype for located in plan.stored.values()}}
     slots = inventory.slots
+    filled, reaches = [], []  # the tensors that are filled where they are now, without empty ones
     for name, slot in slots.items():
-        if slot.offloaded is not None and (name in plan.owned or name in plan.matched):
+        if slot.offloaded is not None and (name in plan.owned or name in plan.matched or name in plan.mismatched):
             _check_offloaded(slot, slot.offloaded, device, where)
-        if name in plan.matched and name not in plan.mismatched:
-            _check_fillable(slot, dtypes[plan.stored[name].dtype], where)
+        if (located := plan.matched.get(name)) is not None:
+            reached = _check_fillable(slot, dtypes[located.dtype], where)
+            if reached and name in plan.destinations and (device is None or stays(slot.tensor, device)):
+                filled.append(slot)
+                reaches.append(reached)
     for one, other in plan.must_equal:
         if not same_bytes(checkpoint, plan.stored[one], plan.stored[other]) and _keep_values(inventory, plan, (one, other)):
             raise IncompatibleCheckpointError(
@@ -65,9 +69,13 @@ def check_destinations(
                 f"disk, they differ; the module is unchanged"
             )
     owners = {name: owner for name, owner in plan.destinations.items() if owner is not None}
-    filled = (slots[name] for name in plan.destinations if name not in owners or address(slots[name].tensor))
+    for name in owners:
+        slot = slots[name]
+        if address(slot.tensor) and stays(slot.tensor, device):
+            filled.append(slot)
+            reaches.append(reach(slot.tensor))
     apart = set()
-    for left, right in overlaps((slot for slot in filled if stays(slot.tensor, device)), owners):
+    for left, right in overlaps(filled, reaches, owners):
         both = [(plan.stored[slot.name], slot.tensor) for slot in (left, right)]
         if left.name in owners or right.name in owners or not agree(checkpoint, both[0], both[1]):
             actual = f"it shares a part of it with {left.name!r} and not the values on disk; call .clone() on one of them first"
@@ -149,37 +157,45 @@ def _check_offloaded(slot: Slot, offloaded: Offloaded, device: torch.device | No
         _refuse(slot.name, where, "a tensor that can be moved was expected", "accelerate offloads it; leave out device=")
 
 
-def _check_fillable(slot: Slot, stored: torch.dtype, where: str) -> None:
-    """Refuses a tensor that cannot be overwritten in place with values of dtype ``stored``."""
+def _check_fillable(slot: Slot, stored: torch.dtype, where: str) -> int:
+    """Refuses a tensor that cannot be overwritten in place with values of dtype ``stored``. Returns its `reach`, 0 on the meta device."""
     _check_plain(slot, where)
     tensor = slot.tensor
     if tensor.layout is not torch.strided or tensor.is_nested:
         layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
         _refuse(slot.name, where, "a strided tensor was expected", f"its layout is {layout}")
-    if tensor.is_quantized:
-        _refuse(slot.name, where, "a plain tensor was expected", f"it is quantized ({_short(tensor.dtype)})")
-    if tensor.dtype != stored and torch.float4_e2m1fn_x2 in (tensor.dtype, stored):
-        _refuse(
-            slot.name, where, f"dtype {_short(stored)} was expected", f"it is {_short(tensor.dtype)}, and torch has no cast"
-        )
+    if tensor.dtype != stored:
+        if tensor.is_quantized:
+            _refuse(slot.name, where, "a plain tensor was expected", f"it is quantized ({_short(tensor.dtype)})")
+        if torch.float4_e2m1fn_x2 in (tensor.dtype, stored):
+            _refuse(
+                slot.name, where, f"dtype {_short(stored)} was expected", f"it is {_short(tensor.dtype)}, and torch has no cast"
+            )
     if tensor.is_meta:
-        return
-    _check_memory(slot, where)
+        return 0
+    reached = _check_reach(slot, where)
     if tensor.is_contiguous():
-        return
+        return reached
     if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride())):
         _refuse(slot.name, where, "memory for each element was expected", "it is expanded; call .contiguous() on it first")
     if _may_overlap_itself(tensor):
         actual = f"some elements share memory, its strides are {list(tensor.stride())}; call .contiguous() on it first"
         _refuse(slot.name, where, "memory for each element was expected", actual)
+    return reached
 
 
 def _check_memory(slot: Slot, where: str) -> None:
     """Refuses a strided tensor whose memory was freed or made smaller: torch writes beyond the end of it."""
     tensor = slot.tensor
-    has_elements = tensor.layout is torch.strided and not (is_lazy(tensor) or tensor.is_meta or tensor.is_nested)
-    if has_elements and lacks_memory(tensor):
+    if tensor.layout is torch.strided and not (is_lazy(tensor) or tensor.is_meta or tensor.is_nested):
+        _check_reach(slot, where)
+
+
+def _check_reach(slot: Slot, where: str) -> int:
+    reached = reach(slot.tensor)
+    if lacks_memory(slot.tensor, reached):
         _refuse(slot.name, where, "memory for all its elements was expected", "its storage was freed or made smaller")
+    return reached
 
 
 def _may_overlap_itself(tensor: torch.Tensor) -> bool:

@@ -122,7 +122,7 @@ class ModuleFiller:
         old_plan = self.plan
         self._inventory = take_again(self._inventory)
         try:
-            removed = sorted(set(old_plan.in_place) - self._inventory.leaders.keys())
+            removed = sorted(set(old_plan.in_place) - self._inventory.slots.keys())
             if removed:
                 raise IncompatibleCheckpointError(self._changed(f"{removed[0]} was removed"))
             check_shapes(self._inventory, old_plan, self._checkpoint.path)
@@ -146,7 +146,8 @@ class ModuleFiller:
     def _read_in_place(self, reader: TensorReader) -> None:
         with gc_paused():
             destinations = {name: self._inventory.slots[name].tensor.detach() for name in self.plan.in_place}
-            targets, unviewed = self._targets({name: t for name, t in destinations.items() if name not in self._apart})
+            together = {name: t for name, t in destinations.items() if name not in self._apart} if self._apart else destinations
+            targets, unviewed = self._targets(together)
             targets += [(beside.located, beside.memory()) for beside in self.plan.beside]
         for join in unviewed:
             if self.plan.routed.isdisjoint(join.targets):
@@ -174,7 +175,7 @@ class ModuleFiller:
         stored = self.plan.stored
         joins = self.plan.joins
         if not joins:
-            return [(stored[name], tensor) for name, tensor in destinations.items()], []
+            return [*zip(map(stored.__getitem__, destinations), destinations.values())], []
         joined = {target for join in joins for target in join.targets}
         targets: list[Target] = [(stored[name], tensor) for name, tensor in destinations.items() if name not in joined]
         slots = self._inventory.slots

@@ -38,11 +38,12 @@ class ModulePlan:
     """Which stored tensor fills which tensor of a module, and how.
 
     ``stored``, ``joins``, ``beside``: from the layout. ``routines``: the sub-modules that load themselves, in module order. ``owned``:
-    each name below one of them → the name of the sub-module. ``matched``: the other names that are both in the module and in the
-    checkpoint. ``destinations``: for each tensor that is filled, its first name → the sub-module that fills it; None: it is read in
-    place. ``must_equal``: pairs of names that are one tensor in the module but two on disk. ``missing``, ``unexpected``: names, sorted.
-    ``mismatched``: name → how the shapes differ; these tensors are not loaded. ``casts``: (dtype on disk, dtype in the module) → how many
-    tensors that are read in place are cast. ``flags``: name → frozen, for the flags to restore; None: no flag is restored.
+    each name below one of them → the name of the sub-module. ``matched``: the other names that the module and the checkpoint have
+    with the same shape → the stored tensor. ``destinations``: for each tensor that is filled, its first name → the sub-module that
+    fills it; None: it is read in place. ``must_equal``: pairs of names that are one tensor in the module but two on disk.
+    ``missing``, ``unexpected``: names, sorted. ``mismatched``: name → how the shapes differ; these tensors are not loaded. ``casts``:
+    (dtype on disk, dtype in the module) → how many tensors that are read in place are cast. ``flags``: name → frozen, for the flags
+    to restore; None: no flag is restored.
     """
 
     stored: Mapping[str, Located]
@@ -50,7 +51,7 @@ class ModulePlan:
     beside: tuple[Beside, ...]
     routines: tuple[Routine, ...]
     owned: Mapping[str, str]
-    matched: frozenset[str]
+    matched: Mapping[str, Located]
     destinations: Mapping[str, str | None]
     must_equal: tuple[tuple[str, str], ...]
     missing: tuple[str, ...]
@@ -62,7 +63,7 @@ class ModulePlan:
     @cached_property
     def in_place(self) -> tuple[str, ...]:
         """One name for each tensor that is read straight into the module's memory."""
-        return tuple(name for name, routine in self.destinations.items() if routine is None)
+        return tuple([name for name, routine in self.destinations.items() if routine is None])
 
     @cached_property
     def routed(self) -> frozenset[str]:
@@ -74,7 +75,7 @@ class ModulePlan:
         """The stored tensors that will be read."""
         names = [*(name for routine in self.routines for name in routine.tensors), *self.in_place]
         if not self.joins:
-            return [*(self.stored[name] for name in names), *(beside.located for beside in self.beside)]
+            return [*map(self.stored.__getitem__, names), *(beside.located for beside in self.beside)]
         wanted = set(names)
         joined = {target for join in self.joins for target in join.targets}
         sources = [source for join in self.joins if not wanted.isdisjoint(join.targets) for source in join.sources]
@@ -105,9 +106,12 @@ def plan_module(
     stored, expected = layout.stored, inventory.expected
     routines = _routines(inventory, stored, extra_states or {})
     owned = _owned(inventory, stored, routines)
-    matched = expected & stored.keys() - owned.keys()
-    mismatched = _mismatched(inventory, stored, matched)
-    destinations, must_equal = _destinations(inventory, stored, matched - mismatched.keys(), owned)
+    left_out = {*owned, *[name for name, slot in inventory.slots.items() if not slot.saved]}
+    match = _match(inventory, {name: t for name, t in stored.items() if name not in left_out} if left_out else stored)
+    destinations, must_equal = _destinations(inventory, stored, match.matched, owned)
+    in_both = len(match.matched) + len(match.mismatched)
+    missing = expected - stored.keys() - owned.keys() if in_both < len(expected) else ()
+    unexpected = stored.keys() - expected - owned.keys() - set(doubtful) if in_both < len(stored) else ()
     flags = layout.flags(flags) if flags is not None else None
     return ModulePlan(
         stored=stored,
@@ -115,31 +119,31 @@ def plan_module(
         beside=tuple(layout.beside),
         routines=routines,
         owned=owned,
-        matched=matched,
+        matched=match.matched,
         destinations=destinations,
         must_equal=must_equal,
-        missing=_missing(inventory, layout, expected - stored.keys() - owned.keys()),
-        unexpected=tuple(sorted(stored.keys() - expected - owned.keys() - set(doubtful))),
-        mismatched=mismatched,
-        casts=_casts(inventory, stored, destinations),
-        flags=flags if not flags or not mismatched else {n: frozen for n, frozen in flags.items() if n not in mismatched},
+        missing=_missing(inventory, layout, missing),
+        unexpected=tuple(sorted(unexpected)),
+        mismatched=match.mismatched,
+        casts=match.casts(destinations),
+        flags=flags if not flags or not match.mismatched else {n: f for n, f in flags.items() if n not in match.mismatched},
     )
 
 
 @gc_paused()
 def plan_again(plan: ModulePlan, inventory: Inventory) -> ModulePlan:
     """``plan`` for the tensors in ``inventory``, which was taken again because routines may have replaced other tensors."""
-    matched = plan.matched - plan.mismatched.keys()
-    mismatched = _mismatched(inventory, plan.stored, matched)
+    match = _match(inventory, plan.matched)
     owned = _owned(inventory, plan.stored, plan.routines)
-    destinations, must_equal = _destinations(inventory, plan.stored, matched - mismatched.keys(), owned)
+    destinations, must_equal = _destinations(inventory, plan.stored, match.matched, owned)
     return replace(
         plan,
         owned=owned,
+        matched=match.matched,
         destinations=destinations,
         must_equal=must_equal,
-        mismatched={**plan.mismatched, **mismatched},
-        casts=_casts(inventory, plan.stored, destinations),
+        mismatched={**plan.mismatched, **match.mismatched},
+        casts=match.casts(destinations),
     )
 
 
@@ -178,55 +182,67 @@ def _missing(inventory: Inventory, layout: DiskLayout, names: Collection[str]) -
     """Those of ``names`` that the checkpoint lacks and a load needs. A tensor that is stored under another of its names is not missing."""
     if not names:
         return ()
-    leaders = inventory.leaders
-    filled = {leaders[name] for name in layout.stored if name in leaders}
+    filled = {inventory.leader(name) for name in layout.stored if name in inventory.slots}
     counters = {name for name, slot in inventory.slots.items() if counts_batches(slot)}
-    missing = (name for name in names if name not in counters and leaders.get(name) not in filled)
+    missing = (name for name in names if name not in counters and inventory.leader(name) not in filled)
     return tuple(sorted(name for name in missing if not layout.may_be_missing(name)))
 
 
-def _mismatched(inventory: Inventory, stored: Mapping[str, Located], matched: Collection[str]) -> dict[str, str]:
-    """Those of ``matched`` that have another shape on disk; lazy parameters have no shape, and the checks refuse them."""
-    mismatched = {}
+class _Match(NamedTuple):
+    """``matched`` and ``mismatched`` as in `ModulePlan`. ``differing``: those of ``matched`` whose dtypes on disk and in the module differ
+    → both."""
+
+    matched: dict[str, Located]
+    mismatched: dict[str, str]
+    differing: dict[str, tuple[torch.dtype, torch.dtype]]
+
+    def casts(self, destinations: Mapping[str, str | None]) -> Casts:
+        """`ModulePlan.casts`."""
+        in_place = [name for name, routine in destinations.items() if routine is None] if self.differing else ()
+        return Counter(self.differing[name] for name in in_place if name in self.differing)
+
+
+def _match(inventory: Inventory, stored: Mapping[str, Located]) -> _Match:
+    """Compares the tensors of the module with those of the same names in ``stored``."""
+    dtypes = {dtype: BY_NAME[dtype].torch for dtype in {located.dtype for located in stored.values()}}
+    match = _Match({}, {}, {})
     for name, slot in inventory.slots.items():
-        located, tensor = stored.get(name), slot.tensor
-        if located is not None and name in matched and (type(tensor) in PLAIN_TYPES or not is_lazy(tensor)):
+        if (located := stored.get(name)) is None:
+            continue
+        tensor = slot.tensor
+        if type(tensor) in PLAIN_TYPES or not is_lazy(tensor):  # lazy parameters have no shape, and the checks refuse them
             shape = torch_shape(located.dtype, located.shape)
             # torch's oldest scalars were saved with one dimension.
             if shape != tensor.shape and not (tensor.dim() == 0 and shape == (1,)):
-                mismatched[name] = f"{name} {list(shape)} on disk, {list(tensor.shape)} in the module"
-    return mismatched
+                match.mismatched[name] = f"{name} {list(shape)} on disk, {list(tensor.shape)} in the module"
+                continue
+        match.matched[name] = located
+        if (on_disk := dtypes[located.dtype]) != tensor.dtype:
+            match.differing[name] = on_disk, tensor.dtype
+    return match
 
 
 def _destinations(
-    inventory: Inventory, stored: Mapping[str, Located], in_place: Collection[str], owned: Mapping[str, str]
+    inventory: Inventory, stored: Mapping[str, Located], matched: Mapping[str, Located], owned: Mapping[str, str]
 ) -> tuple[dict[str, str | None], tuple[tuple[str, str], ...]]:
-    """`ModulePlan.destinations` and `ModulePlan.must_equal`. A tensor with names in ``in_place`` and in ``owned`` is read in place."""
-    leaders = inventory.leaders
+    """`ModulePlan.destinations` and `ModulePlan.must_equal`. A tensor with names in ``matched`` and in ``owned`` is read in place."""
+    if not inventory.leaders and not owned:  # each name is another tensor
+        return dict.fromkeys(matched), ()
     first: dict[str, str] = {}  # by leader
     destinations: dict[str, str | None] = {}
     must_equal = []
-    for name in inventory.slots:
-        if name in in_place:
-            same_tensor = first.setdefault(leaders[name], name)
-            destinations.setdefault(same_tensor, None)
-            if stored[same_tensor] is not stored[name]:
-                must_equal.append((same_tensor, name))
+    for name, located in matched.items():
+        same_tensor = first.setdefault(inventory.leader(name), name)
+        destinations.setdefault(same_tensor, None)
+        if matched[same_tensor] is not located:
+            must_equal.append((same_tensor, name))
     for name in inventory.slots if owned else ():
         if name not in owned or name not in stored:
             continue
-        same_tensor = first.setdefault(leaders[name], name)
+        same_tensor = first.setdefault(inventory.leader(name), name)
         if destinations.setdefault(same_tensor, owned[name]) == owned[name]:
             continue
         left, right = stored[same_tensor], stored[name]
         if left is not right and left.shard and right.shard:
             must_equal.append((same_tensor, name))
     return destinations, tuple(must_equal)
-
-
-def _casts(inventory: Inventory, stored: Mapping[str, Located], destinations: Mapping[str, str | None]) -> Casts:
-    slots = inventory.slots
-    in_place = [name for name, routine in destinations.items() if routine is None]
-    dtypes = Counter(zip([stored[name].dtype for name in in_place], [slots[name].tensor.dtype for name in in_place]))
-    casts = {(BY_NAME[name].torch, wanted): number for (name, wanted), number in dtypes.items()}
-    return {(on_disk, wanted): number for (on_disk, wanted), number in casts.items() if on_disk != wanted}

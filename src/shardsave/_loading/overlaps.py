@@ -7,14 +7,14 @@ module is refused, since one would overwrite the other.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from shardsave._common.memory import any_overlap, reach
+from shardsave._common.memory import any_overlap
 from shardsave._loading.mapped import Maps
 from shardsave._loading.slots import Slot
 from shardsave._storage.checkpoint import Checkpoint
@@ -27,20 +27,17 @@ _OVERLAP_WORK = 100_000
 _PIECE_ELEMENTS = 1 << 18
 
 
-def overlaps(slots: Iterable[Slot], owners: Mapping[str, str]) -> Iterator[tuple[Slot, Slot]]:
+def overlaps(slots: Sequence[Slot], reaches: Sequence[int], owners: Mapping[str, str]) -> Iterator[tuple[Slot, Slot]]:
     """Pairs of ``slots``, all strided tensors, that share an element and are filled separately; the second has the higher address.
 
-    ``owners``: name of a tensor that a routine fills → the routine's sub-module. Tensors of one such sub-module may overlap.
+    ``reaches``: the `reach` of each, never 0. ``owners``: name of a tensor that a routine fills → the routine's sub-module. Tensors of
+    one such sub-module may overlap.
     """
-    placed, begins, ends = [], [], []
-    for slot in slots:
-        if begin := slot.tensor.data_ptr():  # 0 on the meta device and for an empty tensor
-            placed.append(slot)
-            begins.append(begin)
-            ends.append(begin + reach(slot.tensor))
+    begins = [slot.tensor.data_ptr() for slot in slots]
+    ends = [begin + reach for begin, reach in zip(begins, reaches)]
     if not any_overlap(begins, ends):
         return
-    spans = [(str(slot.tensor.device), begin, end, slot) for begin, end, slot in zip(begins, ends, placed)]
+    spans = [(str(slot.tensor.device), begin, end, slot) for begin, end, slot in zip(begins, ends, slots)]
     spans.sort(key=lambda span: span[:3])
     alive: list[tuple[str, int, int, Slot]] = []
     for span in spans:
@@ -56,24 +53,38 @@ def overlaps(slots: Iterable[Slot], owners: Mapping[str, str]) -> Iterator[tuple
 def agree(checkpoint: Checkpoint, left: tuple[Located, torch.Tensor], right: tuple[Located, torch.Tensor]) -> bool:
     """Whether the file has the same bytes for two tensors at each element of memory that they share.
 
-    Each stored tensor comes with the tensor that it fills, of whose elements no two share memory. False if the dtypes are not the same.
+    Each stored tensor comes with the tensor that it fills, of whose elements no two share memory. If their dtypes are not the same, or
+    one begins within an element of the other, they are compared byte by byte. False if the load casts one of them.
     """
     (stored_a, a), (stored_b, b) = (left, right) if left[1].numel() >= right[1].numel() else (right, left)
+    if not (stored_a.shard and stored_b.shard):
+        return False
     distance = b.data_ptr() - a.data_ptr()
     kinds = {(a.dtype, a.is_conj(), a.is_neg(), stored_a.dtype), (b.dtype, b.is_conj(), b.is_neg(), stored_b.dtype)}
-    if len(kinds) > 1 or distance % a.element_size() or not (stored_a.shard and stored_b.shard):
-        return False
     maps = Maps(checkpoint, aligned=False)
-    values_a, values_b = _elements(maps.tensor(stored_a)), _elements(maps.tensor(stored_b))
-    if len(values_a) != a.numel() or len(values_b) != b.numel():
+    values_a, values_b = maps.tensor(stored_a), maps.tensor(stored_b)
+    if len(kinds) > 1 or distance % a.element_size():
+        if (values_a.dtype, values_b.dtype) != (a.dtype, b.dtype) or any(t.is_conj() or t.is_neg() for t in (a, b)):
+            return False
+        values_a, values_b = (values.reshape(-1).view(torch.uint8) for values in (values_a, values_b))
+        a, b = _bytes_of(a), _bytes_of(b)
+    elements_a, elements_b = _elements(values_a), _elements(values_b)
+    if len(elements_a) != a.numel() or len(elements_b) != b.numel():
         return False
     for first in range(0, b.numel(), _PIECE_ELEMENTS):
         places = np.arange(first, min(first + _PIECE_ELEMENTS, b.numel()), dtype=np.int64)
         offsets = distance // a.element_size() + _offsets(places, b)
         places_in_a, shared = _places(offsets, a)
-        if not np.array_equal(values_a[places_in_a[shared]], values_b[places[shared]]):
+        if not np.array_equal(elements_a[places_in_a[shared]], elements_b[places[shared]]):
             return False
     return True
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor without memory that has the shape and strides of the bytes of ``tensor``."""
+    item = tensor.element_size()
+    strides = (*(stride * item for stride in tensor.stride()), 1)
+    return torch.empty_strided((*tensor.shape, item), strides, dtype=torch.uint8, device="meta")
 
 
 def _elements(tensor: torch.Tensor) -> NDArray[Any]:

@@ -32,12 +32,14 @@ Target = tuple[Located, Union[torch.Tensor, None]]
 class TensorReader:
     """Reads tensors of one open checkpoint, in one run or in several, and adds up the figures for the report.
 
-    ``tensors``: how many were read; those with a wrong checksum do not count. ``damaged``: the tensors whose checksum is wrong, each with a
-    message. ``verified``: whether every byte was verified; None: some tensors have no stored checksum.
+    ``shards``: the files that were read. ``tensors``: how many were read; those with a wrong checksum do not count. ``damaged``: the
+    tensors whose checksum is wrong, each with a message. ``verified``: whether every byte was verified; None: some tensors have no
+    stored checksum.
     """
 
     def __init__(self, checkpoint: Checkpoint, *, verify: bool, progress: Progress) -> None:
         self.totals = Totals()
+        self.shards: set[str] = set()
         self.tensors = 0
         self.damaged: list[tuple[Located, str]] = []
         self.verified: bool | None = verify
@@ -53,6 +55,7 @@ class TensorReader:
         if self._verify and None in [located.checksum for located, _ in targets]:
             self.verified = None
         shards = sorted({located.shard for located, _ in targets})
+        self.shards.update(shards)
         with gc_paused():
             extents = _extents(targets, shards)
             order = np.lexsort((extents[:, 1], extents[:, 0]))
@@ -78,9 +81,7 @@ class TensorReader:
         """Reads ``targets``, all in ``shards``, which are open at the same time; returns the damaged tensors."""
         with gc_paused():
             dtypes = {dtype: BY_NAME[dtype].torch for dtype in {t.dtype for t, _ in targets}}
-            # `tuple.__new__` is faster than the `__new__` of a named tuple, which is Python code.
-            new = tuple.__new__
-            pieces = [new(TensorSource, (tensor, dtypes[t.dtype])) if tensor is not None else None for t, tensor in targets]
+            pieces = [TensorSource(tensor, dtypes[t.dtype]) if tensor is not None else None for t, tensor in targets]
             planned = blocks(extents, BLOCK_BYTES)
             checksums = [t.checksum for t, _ in targets]
         checksum = self._verify and checksums.count(None) < len(checksums)

@@ -47,7 +47,8 @@ def selection(names: frozenset[str] | None, prefix: str) -> _Filter | None:
 
 def stored_names(checkpoint: Checkpoint) -> dict[str, str]:
     """Every name, tied names too → the name under which its bytes are stored, in the order of the index."""
-    return {name: name for name in checkpoint.stored_names} | dict(checkpoint.ties)
+    names = list(checkpoint.stored_names)
+    return {**dict(zip(names, names)), **checkpoint.ties}
 
 
 def choose(checkpoint: Checkpoint, names: frozenset[str] | None, prefix: str) -> dict[str, str]:
@@ -73,16 +74,20 @@ def choose(checkpoint: Checkpoint, names: frozenset[str] | None, prefix: str) ->
 
 def choose_located(checkpoint: Checkpoint, prefix: str) -> dict[str, Located]:
     """Every name that begins with ``prefix``, without it → the stored tensor. Raises IncompatibleCheckpointError if there is none."""
-    tensors, chosen = checkpoint.tensors, choose(checkpoint, None, prefix)
-    return {name.removeprefix(prefix) if prefix else name: tensors[stored] for name, stored in chosen.items()}
+    tensors = checkpoint.tensors
+    if not prefix:
+        located = {name: tensors[name] for name in checkpoint.stored_names}
+        located.update((name, tensors[stored]) for name, stored in checkpoint.ties.items())
+        return located
+    return {name.removeprefix(prefix): tensors[stored] for name, stored in choose(checkpoint, None, prefix).items()}
 
 
-def names_of_wrappers(module: nn.Module, expected: Collection[str], stored: Collection[str]) -> dict[str, str]:
+def names_of_wrappers(module: nn.Module, expected: frozenset[str], stored: Collection[str]) -> dict[str, str]:
     """Name in ``stored`` → the name without wrappers around ``module`` or inside it, as ``expected`` has it.
 
     A state dict of a wrapped module has the names of its wrappers. Empty if ``stored`` fits better as it is.
     """
-    if all(name in expected for name in stored):
+    if expected.issuperset(stored):
         return {}
     names = Names.of(module)
     plain = {name: names.plain(name) for name in stored}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -42,9 +42,9 @@ SubModules = Sequence[tuple[str, nn.Module]]
 class Inventory(NamedTuple):
     """Everything that a load has to know about a module, at one moment.
 
-    ``module``: without wrappers. ``slots``: its parameters and buffers by every name, in module order. ``leaders``: each name → the
-    first name with the same memory. ``expected``: the names in its state dict. ``extra_states``: the names of extra state.
-    ``self_loading``: the outermost sub-modules that have a loading routine of their own, by name; "" is the whole module.
+    ``module``: without wrappers. ``slots``: its parameters and buffers by every name, in module order. ``leaders``: name → the first
+    name with the same memory, if that is another name. ``expected``: the names in its state dict. ``extra_states``: the names of extra
+    state. ``self_loading``: the outermost sub-modules that have a loading routine of their own, by name; "" is the whole module.
     """
 
     module: nn.Module
@@ -54,6 +54,10 @@ class Inventory(NamedTuple):
     extra_states: tuple[str, ...]
     self_loading: dict[str, nn.Module]
 
+    def leader(self, name: str) -> str:
+        """The first name with the same memory."""
+        return self.leaders.get(name, name)
+
 
 @gc_paused()
 def take_inventory(module: nn.Module, where: str) -> Inventory:
@@ -62,8 +66,9 @@ def take_inventory(module: nn.Module, where: str) -> Inventory:
     Raises UnsupportedTensorError for a wrapper of FSDP, IncompatibleCheckpointError if two tensors have one name.
     """
     module = unwrap(module)
-    refuse_sharded(module, "fill", "the module is unchanged")
-    sub_modules = _sub_modules(module)
+    named = list(module.named_modules(remove_duplicate=False))
+    refuse_sharded(named, "fill", "the module is unchanged")
+    sub_modules = _sub_modules(named)
     slots = _slots(module, sub_modules)
     inventory = _inventory(module, sub_modules, slots)
     if len(inventory.slots) != len(slots):
@@ -78,36 +83,37 @@ def take_inventory(module: nn.Module, where: str) -> Inventory:
 @gc_paused()
 def take_again(inventory: Inventory) -> Inventory:
     """The inventory of the same module now, when its tensors may have been replaced; ``self_loading`` stays as it was."""
-    sub_modules = _sub_modules(inventory.module)
+    sub_modules = _sub_modules(list(inventory.module.named_modules(remove_duplicate=False)))
     now = _inventory(inventory.module, sub_modules, _slots(inventory.module, sub_modules))
     return now._replace(self_loading=inventory.self_loading)
 
 
 def has_extra_state(module: nn.Module) -> bool:
     """Whether ``module`` or one of its sub-modules has extra state."""
-    return any(_overrides_extra_state(part) for part in module.modules())
+    return any(map(_overrides_extra_state, {type(part) for part in module.modules()}))
 
 
 def _inventory(module: nn.Module, sub_modules: SubModules, slots: list[Slot]) -> Inventory:
-    extra_states = tuple(start + EXTRA_STATE for start, part in sub_modules if _overrides_extra_state(part))
+    named = {slot.name: slot for slot in slots}
+    with_state = {kind for kind in {type(part) for _, part in sub_modules} if _overrides_extra_state(kind)}
+    extra_states = tuple(start + EXTRA_STATE for start, part in sub_modules if type(part) in with_state)
     return Inventory(
         module=module,
-        slots={slot.name: slot for slot in slots},
-        leaders=_leaders(slots),
-        expected=frozenset([*(slot.name for slot in slots if slot.saved), *extra_states]),
+        slots=named,
+        leaders=_leaders(named),
+        expected=frozenset([*[slot.name for slot in slots if slot.saved], *extra_states]),
         extra_states=extra_states,
         self_loading=_self_loading(sub_modules),
     )
 
 
-def _overrides_extra_state(module: nn.Module) -> bool:
-    return type(module).get_extra_state is not nn.Module.get_extra_state
+def _overrides_extra_state(kind: type[nn.Module]) -> bool:
+    return kind.get_extra_state is not nn.Module.get_extra_state
 
 
-def _sub_modules(module: nn.Module) -> SubModules:
-    named = list(module.named_modules(remove_duplicate=False))
+def _sub_modules(named: Sequence[tuple[str, nn.Module]]) -> SubModules:
     names = Names(named)
-    return [("", module), *((names.plain(f"{name}."), part) for name, part in named[1:])]
+    return [named[0], *((names.plain(f"{name}."), part) for name, part in named[1:])]
 
 
 def _slots(module: nn.Module, sub_modules: SubModules) -> list[Slot]:
@@ -134,17 +140,17 @@ def _slots_in_module(sub_modules: SubModules) -> Iterator[Slot]:
                 yield Slot(start + attribute, owner, attribute, buffer, True, attribute not in not_saved)
 
 
-def _leaders(slots: Iterable[Slot]) -> dict[str, str]:
-    """Every name → the first name with the same memory."""
-    named = {slot.name: slot.tensor for slot in slots}
-    shared = shared_names(named, [address(tensor) or id(tensor) for tensor in named.values()])
-    return {name: shared.get(name, name) for name in named}
+def _leaders(slots: Mapping[str, Slot]) -> dict[str, str]:
+    tensors = [slot.tensor for slot in slots.values()]
+    return shared_names(dict(zip(slots, tensors)), [address(tensor) or id(tensor) for tensor in tensors])
 
 
 def _self_loading(sub_modules: SubModules) -> dict[str, nn.Module]:
     outermost: dict[str, nn.Module] = {}
+    overriding = {kind for kind in {type(part) for _, part in sub_modules} if _overrides_loading(kind)}
     for start, part in sub_modules:
-        if _has_own_routine(part) and ancestor(start, outermost) is None:
+        has_own_routine = (type(part) in overriding or _loads_itself(part)) and not _is_activation_wrapper(part)
+        if has_own_routine and ancestor(start, outermost) is None:
             outermost[start.removesuffix(".")] = part
     return outermost
 
@@ -168,20 +174,30 @@ def counts_batches(slot: Slot) -> bool:
     return slot.attribute == "num_batches_tracked" and isinstance(slot.owner, _NormBase)
 
 
-def _has_own_routine(module: nn.Module) -> bool:
-    if wrapped_attribute(module) == ACTIVATION:  # its hook only adds its attribute to names
-        return False
-    kind = type(module)
+def _overrides_loading(kind: type[nn.Module]) -> bool:
+    """Whether the modules of this class have a loading routine of their own."""
     overridden = kind._load_from_state_dict is not nn.Module._load_from_state_dict and not _only_accepts_old_versions(kind)
-    return bool(
+    return (
         overridden
-        or {"load_state_dict", "_load_from_state_dict"} & module.__dict__.keys()  # set on this one instance
         or kind.load_state_dict is not nn.Module.load_state_dict
         or kind.get_extra_state is not nn.Module.get_extra_state
         or kind.set_extra_state is not nn.Module.set_extra_state
-        or module._load_state_dict_pre_hooks
-        or module._load_state_dict_post_hooks
     )
+
+
+def _loads_itself(module: nn.Module) -> bool:
+    """Whether this one module has a loading routine of its own."""
+    return bool(
+        module._load_state_dict_pre_hooks
+        or module._load_state_dict_post_hooks
+        or "load_state_dict" in module.__dict__
+        or "_load_from_state_dict" in module.__dict__
+    )
+
+
+def _is_activation_wrapper(module: nn.Module) -> bool:
+    """Whether ``module`` is such a wrapper, whose hook only adds its attribute to names."""
+    return wrapped_attribute(module) == ACTIVATION
 
 
 def _only_accepts_old_versions(kind: type[nn.Module]) -> bool:

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from shardsave._common.strict_json import NotJSON, check_memory
 from shardsave._format.file_names import check_shard_count
 from shardsave._format.header import MAX_HEADER_BYTES
-from shardsave._format.index import Index, Record
+from shardsave._format.index import (
+    MAX_INDEX_BYTES,
+    FileRecord,
+    Index,
+    Part,
+    Record,
+    ShardRecord,
+    Superseded,
+    encode_index,
+)
 from shardsave._saving.disk_layout import OnDisk
 from shardsave._saving.shards import PlannedShard, plan_shards
 from shardsave._state.module import State
 from shardsave._state.parts import Parts
+from shardsave._version import __version__
 from shardsave.errors import UnsupportedModuleError
+
+#: Metadata of more bytes than this may need more memory than a reader accepts.
+_LARGE_METADATA = 1_000_000
+
+#: The most bytes that a character of a name needs in JSON.
+_CHARACTER_BYTES = 6
 
 
 class Contents(NamedTuple):
@@ -61,15 +78,18 @@ class Contents(NamedTuple):
 
     def index_for(self, shard_names: Sequence[str], record: Record) -> Index:
         """The index, which names the shard of each tensor; tensors are in the order of the state."""
-        shard_of = {tensor.name: name for shard, name in zip(self.shards, shard_names) for tensor in shard.layout.tensors}
-        weight_map = {entry.name: shard_of[entry.name] for entry in self.state.entries if entry.tied_to is None}
+        stored = [entry.name for entry in self.state.entries if entry.tied_to is None]
+        weight_map = dict.fromkeys(stored, shard_names[0])
+        for shard, shard_name in zip(self.shards[1:], shard_names[1:]):
+            weight_map.update(dict.fromkeys([tensor.name for tensor in shard.layout.tensors], shard_name))
         return Index(weight_map, self.weight_bytes, record)
 
 
 def plan_contents(on_disk: OnDisk, parts: Parts, max_shard_size: int, metadata: Mapping[str, Any]) -> Contents:
     """Packs what ``on_disk`` and ``parts`` hold into shards of at most ``max_shard_size`` bytes.
 
-    Raises UnsupportedModuleError for a document that is longer than a reader accepts, ValueError for too many shards.
+    Raises UnsupportedModuleError for a document that is longer than a reader accepts, ValueError for too many shards, and for an index
+    that could not be read again.
     """
     for role, document in parts.documents.items():
         if len(document) > MAX_HEADER_BYTES:
@@ -83,6 +103,12 @@ def plan_contents(on_disk: OnDisk, parts: Parts, max_shard_size: int, metadata: 
             raise UnsupportedModuleError(
                 f"cannot save the {role}: {refusal.wanted}, since no more can be loaded, {refusal.found}; nothing was written"
             ) from None
+    contents = _plan(on_disk, parts, max_shard_size, metadata)
+    _check_index(contents)
+    return contents
+
+
+def _plan(on_disk: OnDisk, parts: Parts, max_shard_size: int, metadata: Mapping[str, Any]) -> Contents:
     state = on_disk.state
     shards = _plan_shards(on_disk, max_shard_size)
     check_shard_count(len(shards))
@@ -99,6 +125,31 @@ def plan_contents(on_disk: OnDisk, parts: Parts, max_shard_size: int, metadata: 
         single_file=on_disk.single_file,
         notes=on_disk.notes,
     )
+
+
+def _check_index(contents: Contents) -> None:
+    """Raises ValueError for an index that would be too large. Few are even near to that, so most are not encoded twice."""
+    flags = contents.module_flags or {}
+    names = [*flags, *(name for entry in contents.state.entries for name in (entry.name, entry.tied_to or ""))]
+    metadata_bytes = len(json.dumps(contents.metadata))
+    if metadata_bytes < _LARGE_METADATA and sum(map(len, names)) * _CHARACTER_BYTES + len(names) * 100 < MAX_INDEX_BYTES // 2:
+        return
+    shard, file = ShardRecord(1 << 60, MAX_HEADER_BYTES, (1 << 64) - 1), FileRecord(1 << 60, (1 << 64) - 1)
+    shard_names = [f"model-{number:08x}-{number:05d}-of-{number:05d}.safetensors" for number in range(len(contents.shards))]
+    roles = [*contents.documents, *(["extra tensors"] if contents.extra_shards else [])]
+    longest = Record(
+        durable=False,
+        flags=contents.flags,
+        ties=contents.ties,
+        metadata=contents.metadata,
+        shards=dict.fromkeys(shard_names, shard),
+        supersedes=Superseded(1 << 60, 1 << 63),
+        writer=f"shardsave {__version__}",
+        parts={role: Part(f"{role}-{0:08x}.tensors", shard) for role in roles},
+        companions=dict.fromkeys([*contents.companions, *([contents.single_file] if contents.single_file else [])], file),
+        module_flags=contents.module_flags,
+    )
+    encode_index(contents.index_for(shard_names, longest))
 
 
 def _plan_shards(on_disk: OnDisk, max_shard_size: int) -> list[PlannedShard]:

@@ -54,10 +54,11 @@ def plan_shards(
     tensors, pieces = [], {}
     kinds: dict[tuple[torch.dtype, tuple[int, ...]], tuple[str, tuple[int, ...], int]] = {}  # many tensors are of few kinds
     for name, _, frozen, _, source in entries:
-        dtype, shape = kind = source.dtype, source.shape
+        kind = source.dtype, source.shape
         if kind not in kinds:
-            kinds[kind] = BY_TORCH[dtype].name, logical_shape(dtype, shape), source.nbytes
-        tensors.append(tuple.__new__(StoredTensor, (name, *kinds[kind], apart and bool(frozen))))
+            kinds[kind] = BY_TORCH[source.dtype].name, logical_shape(*kind), source.nbytes
+        dtype, shape, nbytes = kinds[kind]
+        tensors.append(StoredTensor(name, dtype, shape, nbytes, apart and bool(frozen)))
         pieces[name] = source
     return [
         PlannedShard(layout, encode_header(layout, more), [pieces[tensor.name] for tensor in layout.tensors])

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from shardsave._common.memory import any_overlap, reach, same_bytes, shared_names
+from shardsave._common.memory import any_overlap, same_bytes, shared_names
 from shardsave._common.sources import ByteSource, SwappedSource, TensorSource
 from shardsave._common.words import an
 from shardsave._state.numpy_arrays import is_swapped, tensor_of_array
@@ -70,8 +70,9 @@ def read_state(source: Source, *, tensors_only: bool = False) -> State:
     offloaded: Mapping[str, Offloaded] = {}
     if isinstance(source, nn.Module):
         module = unwrap(source)
-        refuse_sharded(module, "save", "nothing was written", emptied=True)
-        named = _module_tensors(module, tensors_only, swapped)
+        sub_modules = list(module.named_modules(remove_duplicate=False))
+        refuse_sharded(sub_modules, "save", "nothing was written", emptied=True)
+        named = _module_tensors(module, Names(sub_modules), tensors_only, swapped)
         flags_known = True
         flags = _module_flags(module, named)
         offloaded = offloaded_tensors(module, fill=False)
@@ -86,34 +87,37 @@ def read_state(source: Source, *, tensors_only: bool = False) -> State:
     else:
         raise TypeError(f"an nn.Module or a mapping of names to tensors is needed, not {type(source).__name__}")
     kind_without_flag: Literal["buffer", "tensor"] = "buffer" if isinstance(source, nn.Module) else "tensor"
-    for name, tensor in values.items():
-        check_savable(name, tensor)
-    # Swapped bytes have other values than the tensor that seems to share them, so they are never tied.
-    ties = shared_names(values, (0 if name in swapped else tensor.data_ptr() for name, tensor in values.items()))
-    entries = []
-    for name, tensor in named.items():
+    entries, begins, ends = [], [], []
+    for (name, tensor), value in zip(named.items(), values.values()):
+        reach = check_savable(name, value)
+        begins.append(begin := value.data_ptr())
+        ends.append(begin + reach)
         frozen = not tensor.requires_grad if type(tensor) is nn.Parameter else flags.get(name)
         kind = "parameter" if frozen is not None else kind_without_flag
         # `Tensor.data`: if the Parameter gets other data during the save, this memory stays alive. It is cheaper than `detach`.
-        # `tuple.__new__` is faster than the `__new__` of a named tuple, which is Python code.
-        source_type = SwappedSource if name in swapped else TensorSource
-        in_memory = tuple.__new__(source_type, (values[name].data, tensor.dtype))
-        entries.append(tuple.__new__(Entry, (name, kind, frozen, ties.get(name), in_memory)))
+        in_memory = (SwappedSource if name in swapped else TensorSource)(value.data, tensor.dtype)
+        entries.append(Entry(name, kind, frozen, None, in_memory))
+    # Swapped bytes have other values than the tensor that seems to share them, so they are never tied.
+    to_compare = [0 if name in swapped else begin for name, begin in zip(values, begins)] if swapped else begins
+    ties = shared_names(values, to_compare)
+    if ties:
+        entries = [entry._replace(tied_to=ties.get(entry.name)) for entry in entries]
     files = {found.file: name for name, found in offloaded.items() if found.file}
-    return State(tuple(entries), flags_known, tuple(_overlaps(entries)), files, untied_notes(offloaded, values))
+    overlaps = tuple(_overlaps(entries, begins, ends))
+    notes = untied_notes(offloaded, values) if offloaded else ()
+    return State(tuple(entries), flags_known, overlaps, files, notes)
 
 
-def _module_tensors(module: nn.Module, tensors_only: bool, swapped: set[str]) -> dict[str, torch.Tensor]:
+def _module_tensors(module: nn.Module, names: Names, tensors_only: bool, swapped: set[str]) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
-    names = Names.of(module)
-    for name, value in module.state_dict(keep_vars=True).items():
-        plain = names.plain(name)
+    state = module.state_dict(keep_vars=True)
+    for (name, value), plain in zip(state.items(), names.all_plain(state)):
         if tensors_only and plain.endswith(EXTRA_STATE) and not isinstance(value, torch.Tensor):
             continue
         if plain in tensors:
             refuse(name, f"one tensor of the name {plain!r} was expected", "without the names of wrappers there are two")
-        tensors[plain] = _as_tensor(name, value)
-        if is_swapped(value):
+        tensors[plain] = tensor = _as_tensor(name, value)
+        if tensor is not value and is_swapped(value):
             swapped.add(plain)
     return tensors
 
@@ -165,7 +169,8 @@ def _as_tensor(name: object, value: object) -> torch.Tensor:
     if not isinstance(name, str):
         refuse(name, "a name that is a string was expected", f"it is {an(type(name).__name__)}")
     if isinstance(value, torch.Tensor):
-        refuse_partitioned(name, value, "save", "nothing was written")
+        if "ds_status" in vars(value):
+            refuse_partitioned(name, value, "save", "nothing was written")
         return value
     if isinstance(value, np.ndarray):
         return tensor_of_array(name, value)
@@ -181,16 +186,17 @@ def _as_tensor(name: object, value: object) -> torch.Tensor:
     refuse(name, "a tensor was expected", f"it is {an(type(value).__name__)}{hint}")
 
 
-def _overlaps(entries: list[Entry]) -> Iterator[tuple[str, str]]:
-    """Pairs of neighbours in memory that share bytes without being tied; at most one pair for each entry."""
-    stored = [entry for entry in entries if entry.tied_to is None]
-    tensors = [entry.tensor for entry in stored]
-    begins = [tensor.data_ptr() for tensor in tensors]
-    ends = [begin + reach(tensor) for begin, tensor in zip(begins, tensors)]
-    if not any_overlap(begins, ends):
+def _overlaps(entries: list[Entry], begins: list[int], ends: list[int]) -> Iterator[tuple[str, str]]:
+    """Pairs of neighbours in memory that share bytes without being tied; at most one pair for each entry.
+
+    ``begins``, ``ends``: the addresses of each entry.
+    """
+    if not any_overlap(begins, ends):  # tied entries seem to overlap, too
         return
     spans = sorted(
-        (str(entry.tensor.device), begin, end, entry.name) for begin, end, entry in zip(begins, ends, stored) if begin < end
+        (str(entry.tensor.device), begin, end, entry.name)
+        for begin, end, entry in zip(begins, ends, entries)
+        if begin < end and entry.tied_to is None
     )
     furthest: tuple[str, int, str] | None = None
     for device, begin, end, name in spans:

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from shardsave._common.memory import PLAIN_TYPES, lacks_memory
+from shardsave._common.memory import PLAIN_TYPES, lacks_memory, reach
 from shardsave._common.words import an
 from shardsave._format.dtypes import BY_TORCH, logical_shape
 from shardsave.errors import UnsupportedTensorError
@@ -28,8 +28,8 @@ def refuse_optimizer(source: Mapping[str, Any]) -> None:
         )
 
 
-def check_savable(name: str, tensor: torch.Tensor) -> None:
-    """Raises UnsupportedTensorError if a file cannot hold ``tensor`` under ``name``."""
+def check_savable(name: str, tensor: torch.Tensor) -> int:
+    """Raises UnsupportedTensorError if a file cannot hold ``tensor`` under ``name``; returns `reach`, which it has to know."""
     if name == "__metadata__":
         refuse(name, "another name was expected", "safetensors keeps this one for itself")
     if not name.isascii():
@@ -50,12 +50,14 @@ def check_savable(name: str, tensor: torch.Tensor) -> None:
         raise UnsupportedTensorError(
             f"cannot save {name!r}: dtype {unknown} has no safetensors equivalent; nothing was written"
         )
-    if lacks_memory(tensor):
+    reached = reach(tensor)
+    if lacks_memory(tensor, reached):
         refuse(name, "memory for all its elements was expected", "its storage was freed or made smaller")
-    if tensor.nbytes == 0 and math.prod(size or 1 for size in logical_shape(dtype, tensor.shape)) >= 1 << 63:
+    if reached == 0 and math.prod(size or 1 for size in logical_shape(dtype, tensor.shape)) >= 1 << 63:
         # Some readers multiply sizes in order and may overflow before they meet the zero; torch multiplies them to strides.
         refuse(
             name, "sizes that multiply to fewer than 2^63, its zeros aside, were expected", f"its shape is {list(tensor.shape)}"
         )
     if dtype == torch.float4_e2m1fn_x2 and tensor.dim() == 0:
         refuse(name, "a float4 tensor of at least one dimension was expected", "it has none")
+    return reached

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,14 +33,16 @@ _SIZES: Mapping[type[nn.Module], tuple[Collection[str], Collection[str]]] = {
 }
 
 
-def refuse_sharded(module: nn.Module, verb: str, state: str, *, emptied: bool = False) -> None:
+def refuse_sharded(named: Sequence[tuple[str, nn.Module]], verb: str, state: str, *, emptied: bool = False) -> None:
     """Refuses FSDP's older wrapper, whose `state_dict` is a collective call that hangs if one rank alone calls it, and parameters that
     ZeRO-3 has partitioned; ``emptied``: also tensors without elements of which the sizes of their module say that they have some.
 
-    ``verb`` and ``state`` complete the message. Raises UnsupportedTensorError.
+    ``named``: all sub-modules by name. ``verb`` and ``state`` complete the message. Raises UnsupportedTensorError.
     """
-    for name, part in module.named_modules():
-        if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(part).__mro__):
+    kinds = {type(part) for _, part in named}
+    sharding = {kind for kind in kinds if any(base.__name__ == "FullyShardedDataParallel" for base in kind.__mro__)}
+    for name, part in named:
+        if type(part) in sharding:
             raise UnsupportedTensorError(
                 f"cannot {verb} module {name!r}: a module that is whole in this process was expected, it is a "
                 f"FullyShardedDataParallel; use its full state dict; {state}"
@@ -50,7 +52,7 @@ def refuse_sharded(module: nn.Module, verb: str, state: str, *, emptied: bool = 
                 continue
             if "ds_status" in vars(tensor):
                 refuse_partitioned(f"{name}.{attribute}" if name else attribute, tensor, verb, state)
-            if emptied and 0 in tensor.shape:
+            if emptied and not tensor.numel():
                 _refuse_if_emptied(f"{name}.{attribute}" if name else attribute, part, attribute)
 
 

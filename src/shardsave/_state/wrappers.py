@@ -6,7 +6,7 @@ They compute what the module inside computes, and may be nested in any order.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Sequence
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -30,32 +30,39 @@ def wrapped_attribute(module: nn.Module) -> str | None:
 
     One with tensors, sub-modules or hooks of its own, which unwrapping would lose, does not count as a wrapper.
     """
-    kind = type(module)
-    if issubclass(kind, _PARALLEL):
-        attribute = "module"
-    elif kind.__name__ == "OptimizedModule" and kind.__module__.startswith("torch."):
-        attribute = _COMPILED
-    elif any(base.__name__ == "ActivationWrapper" and base.__module__.startswith("torch.") for base in kind.__mro__):
-        attribute = ACTIVATION
-        if len(module._load_state_dict_pre_hooks) != 1 or len(module._state_dict_hooks) != 1:
-            return None
-    else:
+    attribute = _attribute(type(module))
+    if attribute is None:
+        return None
+    if attribute == ACTIVATION and (len(module._load_state_dict_pre_hooks) != 1 or len(module._state_dict_hooks) != 1):
         return None
     alone = not (module._parameters or module._buffers) and module._modules.keys() == {attribute}
     return attribute if alone else None
+
+
+def _attribute(kind: type[nn.Module]) -> str | None:
+    """The attribute in which wrappers of this class keep a module; None if it is no class of wrappers."""
+    if issubclass(kind, _PARALLEL):
+        return "module"
+    if kind.__name__ == "OptimizedModule" and kind.__module__.startswith("torch."):
+        return _COMPILED
+    if any(base.__name__ == "ActivationWrapper" and base.__module__.startswith("torch.") for base in kind.__mro__):
+        return ACTIVATION
+    return None
 
 
 class Names:
     """Translates names of a module's tensors: with the wrappers around its sub-modules, as its state dict or `named_parameters` has
     them, and without them."""
 
-    def __init__(self, named: Iterable[tuple[str, nn.Module]]) -> None:
+    def __init__(self, named: Sequence[tuple[str, nn.Module]]) -> None:
         """``named``: all sub-modules by all their names, in module order."""
         # For each wrapper, the prefix of its own name and the prefix of names inside it; outer wrappers come first.
         self._activation: list[tuple[str, str]] = []
         self._wrappers: list[tuple[str, str]] = []  # the other wrappers, by the names in a state dict
-        for name, part in named:
-            if (attribute := wrapped_attribute(part)) is not None:
+        kinds = {type(part) for _, part in named}  # few, even of very many modules
+        wrappers = {kind for kind in kinds if _attribute(kind) is not None}
+        for name, part in named if wrappers else ():
+            if type(part) in wrappers and (attribute := wrapped_attribute(part)) is not None:
                 start = f"{name}." if name else ""
                 if attribute == ACTIVATION:
                     self._activation.append((start, f"{start}{attribute}."))
@@ -65,7 +72,7 @@ class Names:
 
     @classmethod
     def of(cls, module: nn.Module) -> Names:
-        return cls(module.named_modules(remove_duplicate=False))
+        return cls(list(module.named_modules(remove_duplicate=False)))
 
     def plain(self, name: str) -> str:
         """``name`` without wrappers."""
@@ -74,6 +81,12 @@ class Names:
             if name.startswith(inside):
                 name = start + name[len(inside) :]
         return plain_name(name)
+
+    def all_plain(self, names: Collection[str]) -> Collection[str]:
+        """Each of ``names`` without wrappers, in the same order."""
+        if not (self._activation or self._wrappers) and not any(_COMPILED in name for name in names):
+            return names
+        return [self.plain(name) for name in names]
 
     def wrapped(self, name: str) -> str:
         """``name`` with the wrappers that the module has, as in its state dict."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import repeat
 from typing import Any, Union
@@ -130,14 +130,14 @@ class Checkpoint(ShardFiles):
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _admit(self, shards: Mapping[str, frozenset[str]], broken: Broken) -> None:
-        """Opens ``shards`` (file → the names that it holds according to the index) and notes the places of their tensors."""
+    def _admit(self, shards: Mapping[str, int], broken: Broken) -> None:
+        """Opens ``shards`` (file → how many tensors it holds according to the index) and notes the places of their tensors."""
         self.shards = tuple(shards)
-        for shard, names in sorted(shards.items()):  # in the order in which they will be read
+        for shard, count in sorted(shards.items()):  # in the order in which they will be read
             try:
                 file, header = self.open_shard(shard)
                 self.hold(shard, file)
-                self._note_tensors(shard, header, names)
+                self._note_tensors(shard, header, count)
             except ShardSaveError as error:
                 # Without an index, nothing says that the file should be another one than it is.
                 is_damaged = self.index is not None or isinstance(error, CorruptCheckpointError)
@@ -201,10 +201,11 @@ class Checkpoint(ShardFiles):
         except CallFailed as error:
             raise cannot_read(self.path_of(shard), error) from error
 
-    def _note_tensors(self, shard: str, header: Header, names: frozenset[str]) -> None:
-        held = set(header.tensors.names)
-        if self.index is not None and held != names:
-            missing, surplus = names - held, held - names
+    def _note_tensors(self, shard: str, header: Header, count: int) -> None:
+        held = header.tensors.names
+        if self.index is not None and not len(held) == count == [*map(self.index.weight_map.get, held)].count(shard):
+            named = {name for name, file in self.index.weight_map.items() if file == shard}
+            missing, surplus = named.difference(held), set(held) - named
             difference = (
                 f"the index says that it holds {glimpse(min(missing))}, it does not"
                 if missing
@@ -283,7 +284,7 @@ def _open_found(
             checkpoint._admit(_shards_to_open(index, wanted), broken)
             checkpoint._admit_parts(parts, broken)
         elif files.lone is not None:
-            checkpoint._admit({files.lone: frozenset()}, broken)
+            checkpoint._admit({files.lone: 0}, broken)
         else:
             checkpoint._admit_ranks(files.ranks, broken)
     except BaseException:
@@ -292,16 +293,14 @@ def _open_found(
     return checkpoint
 
 
-def _shards_to_open(index: Index, wanted: Callable[[str], bool] | None) -> dict[str, frozenset[str]]:
-    named: defaultdict[str, set[str]] = defaultdict(set)
-    named.update((shard, set()) for shard in (index.record.shards if index.record is not None else ()))
-    for name, shard in index.weight_map.items():
-        named[shard].add(name)
+def _shards_to_open(index: Index, wanted: Callable[[str], bool] | None) -> dict[str, int]:
+    """File → how many tensors it holds."""
+    counts = dict.fromkeys(index.record.shards if index.record is not None else (), 0) | Counter(index.weight_map.values())
     if wanted is not None:
         needed = {shard for name, shard in index.weight_map.items() if wanted(name)}
         needed.update(index.weight_map[stored] for name, stored in index.ties.items() if wanted(name))
-        return {shard: frozenset(names) for shard, names in named.items() if shard in needed}
-    return {shard: frozenset(names) for shard, names in named.items()}
+        return {shard: count for shard, count in counts.items() if shard in needed}
+    return counts
 
 
 def _changed(path: str, seen: FoundFiles) -> bool:

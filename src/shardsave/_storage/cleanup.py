@@ -31,7 +31,7 @@ from shardsave._storage.directory import Directory
 from shardsave._storage.freeing import RemovedFiles
 from shardsave._storage.lock import LockedDirectory
 from shardsave._storage.previous import Previous, companions_of, files_of
-from shardsave._storage.staging import LIST_NAME, NEW_INDEX_NAME, owner_of, read_list
+from shardsave._storage.staging import LIST_NAME, NEW_INDEX_NAME, lists_directory, owner_of, read_list
 
 _P = ParamSpec("_P")
 
@@ -114,6 +114,11 @@ class Cleaner:
             try:
                 inside.open_in(self._folder)
                 listed = set(read_list(inside) if finals is None else finals) - named
+                if finals is None and lists_directory(
+                    listed
+                ):  # a later version made it, and cleans it whole as long as its list is there
+                    self.leftovers[staging] = None
+                    return
             except CallFailed as error:
                 if error.errno == errno.EACCES:  # created under a umask that denies even its owner; it is empty
                     self._attempt(staging, self._folder.rmdir, staging)

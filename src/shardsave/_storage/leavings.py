@@ -19,7 +19,7 @@ from shardsave._storage.cleanup import (
 from shardsave._storage.companions import COMPANION_NAMES
 from shardsave._storage.lock import LockedDirectory
 from shardsave._storage.previous import files_of
-from shardsave._storage.staging import owner_of, read_list
+from shardsave._storage.staging import lists_directory, owner_of, read_list
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +72,16 @@ def remove_leaving(folder: LockedDirectory, leaving: Leaving, index: Index | Non
 
 
 def _files_of_staging(folder: LockedDirectory, staging: str, named: frozenset[str]) -> tuple[str, ...]:
-    """The files that `Cleaner.remove_staging` would remove; none if ``staging`` is not a readable directory."""
+    """The files that `Cleaner.remove_staging` would remove; none if ``staging`` cannot be read, or stays."""
     try:
         with folder.enter(staging) as inside:
-            contents = sorted(inside.names())
+            contents, listed = sorted(inside.names()), read_list(inside)
+            if lists_directory(listed):
+                return ()
             staged = [f"{staging}/{name}" for name in contents if is_staged(name)]
             statuses = {
                 name: status_of_final(folder, name, inside if name in COMPANION_NAMES else None)
-                for name in sorted(final_names(read_list(inside), contents, named))
+                for name in sorted(final_names(listed, contents, named))
             }
     except CallFailed:
         return ()

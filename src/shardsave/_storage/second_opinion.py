@@ -7,11 +7,16 @@ from typing import Any, NoReturn
 
 import safetensors
 
+from shardsave._common import strict_json
 from shardsave._common.os_calls import file_in_memory
 from shardsave._common.strict_json import glimpse
-from shardsave._common.words import some
+from shardsave._common.words import human_bytes, some
 from shardsave._format.header import Header
 from shardsave.errors import CorruptCheckpointError
+
+#: Upper bounds of the memory that safetensors 0.8 takes for each byte of a header, each tensor, size in a shape and entry of
+#: `__metadata__`, in bytes. Where the text has characters of four bytes, Python's copies of it take four more.
+_BYTE_COST, _WIDE_COST, _TENSOR_COST, _SIZE_COST, _ENTRY_COST = 5, 4, 700, 64, 400
 
 
 class SecondOpinion:
@@ -34,8 +39,12 @@ class SecondOpinion:
         """Raises CorruptCheckpointError if safetensors refuses ``raw``, the start of ``file``, or does not read ``header`` from it.
 
         safetensors maps the whole file that it is given. So it is given one in memory, with the header and the right length: that takes no
-        memory for the data, and nobody can truncate it meanwhile, which would kill this process.
+        memory for the data, and nobody can truncate it meanwhile, which would kill this process. It takes up to 25 times the memory of a
+        hostile header, beside what ours has taken: a header for which that is too much stays without a second opinion.
         """
+        needed = _memory(raw, header)
+        if needed > strict_json.MAX_DOCUMENT_MEMORY // 2:
+            return self._leave_unjudged(file, f"that would take up to {human_bytes(needed)} of memory")
         try:
             with file_in_memory(raw, file_length) as copy, safetensors.safe_open(f"/proc/self/fd/{copy.fd}", "numpy") as opened:
                 _compare(opened, header, file)
@@ -49,6 +58,13 @@ class SecondOpinion:
 
     def _leave_unjudged(self, file: str, reason: str) -> None:
         self._unjudged.setdefault(reason, {})[file] = None
+
+
+def _memory(raw: bytes, header: Header) -> int:
+    """How many bytes of memory safetensors takes for the header ``raw``, at most."""
+    sizes = sum(map(len, header.tensors.shapes))
+    text = len(raw) * (_BYTE_COST + (_WIDE_COST if strict_json.is_wide(raw) else 0))
+    return text + _TENSOR_COST * len(header.tensors.names) + _SIZE_COST * sizes + _ENTRY_COST * len(header.metadata)
 
 
 def _compare(opened: Any, header: Header, file: str) -> None:

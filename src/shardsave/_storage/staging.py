@@ -31,6 +31,10 @@ _MAX_LIST_BYTES = 64_000_000
 _PATTERN = re.compile(r"\.shardsave-([0-9a-f]{8})[0-9a-f]{8}")
 
 
+#: The name of a directory in the list of a later version, such as ``training-0123abcd/``.
+_DIRECTORY = re.compile(r"[a-z]+-[0-9a-f]{8}/")
+
+
 def owner_of(name: str) -> str | None:
     """The id of the host whose saver created the staging directory ``name``; None if this is no name of a staging directory."""
     match = _PATTERN.fullmatch(name)
@@ -56,6 +60,11 @@ def read_list(staging: Directory) -> list[str]:
     except (NotJSON, ValueError, RecursionError):
         return []
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
+
+def lists_directory(names: Iterable[str]) -> bool:
+    """Whether a list has the name of a directory, as later versions will write it."""
+    return any(map(_DIRECTORY.fullmatch, names))
 
 
 class StagedShard(NamedTuple):
