@@ -17,7 +17,7 @@ from test_convert import same
 from test_torch_files import Rebuilt, converted
 
 import shardsave
-from shardsave._foreign import torch_file
+from shardsave._foreign import placing, torch_file
 
 W = {"a": torch.arange(60.0).reshape(20, 3), "b": torch.ones(2)}
 
@@ -135,7 +135,7 @@ def test_many_arrays_of_the_same_bytes(tmp_path: Path, monkeypatch: pytest.Monke
     raw = bytes(10_000)
     arrays = [Rebuilt(np._core.numeric._frombuffer, (raw, F4, (2_500,), "C")) for _ in range(1000)]
     torch.save({"w": arrays}, tmp_path / "x.pt", pickle_protocol=4)
-    monkeypatch.setattr(torch_file, "MAX_PICKLE_BYTES", 1_000_000)
+    monkeypatch.setattr(placing, "MAX_PICKLE_BYTES", 1_000_000)
     with pytest.raises(shardsave.CorruptCheckpointError, match="has arrays of more bytes than a pickle may have"):
         converted(tmp_path / "x.pt")
 
@@ -146,6 +146,6 @@ def test_many_tensors_with_the_same_attributes(tmp_path: Path, monkeypatch: pyte
     rebuild = torch._utils._rebuild_parameter_with_state
     tensors = [Rebuilt(rebuild, (torch.ones(1), False, {}, state)) for _ in range(100)]
     torch.save({"w": tensors}, tmp_path / "x.pt")
-    monkeypatch.setattr(torch_file, "_MAX_ATTRIBUTES", 10_000)
+    monkeypatch.setattr(placing, "_MAX_ATTRIBUTES", 10_000)
     with pytest.raises(shardsave.CorruptCheckpointError, match="its tensors have more than 10000 attributes"):
         converted(tmp_path / "x.pt")

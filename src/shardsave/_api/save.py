@@ -172,23 +172,22 @@ def _read_contents(
             "allows, or one contains itself; nothing was written"
         ) from error
     parts, notes, needed = _parts(source, state, architecture, program)
-    notes = (*notes, *_notes_without_tensors(source, state))
+    if isinstance(source, nn.Module) and not state.entries:
+        notes = (*notes, _note_without_tensors(source, alone=not (architecture or program is not None)))
     on_disk = layout.apply(state)
     return plan_contents(
         on_disk._replace(notes=(*on_disk.notes, *state.notes, *notes)), parts, max_shard_bytes, metadata
     ), needed
 
 
-def _notes_without_tensors(source: Source, state: State) -> tuple[str, ...]:
-    """A note if ``source`` is a module and nothing of it is saved, and a warning if it has parameters all the same."""
-    if state.entries or not isinstance(source, nn.Module):
-        return ()
-    parameters = sum(1 for _ in source.parameters())
-    if not parameters:
-        return (f"the module ({type(source).__name__}) has no tensors to save",)
-    note = f"the state dict of the module ({type(source).__name__}) is empty, although it has {count(parameters, 'parameter')}"
-    warn_caller(f"{note}: no tensor is saved")
-    return (f"{note}: no tensor was saved",)
+def _note_without_tensors(module: nn.Module, *, alone: bool) -> str:
+    """A note that nothing of ``module`` is saved. There is a warning too if it has parameters, or if ``alone``: no part is saved either."""
+    parameters = sum(1 for _ in module.parameters())
+    found = f"it is empty, although the module has {count(parameters, 'parameter')}" if parameters else "it is empty"
+    note = f"no tensor is saved: tensors were expected in the state dict of the module ({type(module).__name__}), {found}"
+    if parameters or alone:
+        warn_caller(note)
+    return note
 
 
 class _Needed(NamedTuple):

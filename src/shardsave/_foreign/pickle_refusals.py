@@ -1,20 +1,27 @@
-"""Sound files with a pickle that are no states of tensors: the errors name what they are, and the way out."""
+"""Files with a pickle that are no states of tensors: the errors name what they are, and the way out of those that are sound."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from shardsave._common.words import human_bytes, some
 from shardsave._foreign.containers import children, is_container
 from shardsave._foreign.unpickling import Record
-from shardsave.errors import IncompatibleCheckpointError, UntrustedCodeError
+from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, UntrustedCodeError
 
 #: How many names of classes a message lists.
 _LISTED = 20
 
 #: What to do with a module that was saved as an object; only its own classes can make it again.
 MODULE_ADVICE = "load the file where its classes are, with torch.load(…, weights_only=False), and save its state_dict()"
+
+
+def refuse_damaged(path: str, found: str) -> NoReturn:
+    raise CorruptCheckpointError(
+        f"corrupt {os.path.basename(path)}: {path}: a file of torch.save was expected, {found}; nothing was written"
+    ) from None  # torch's own messages have names from the file as they are
 
 
 def refuse_program(path: str, records: Sequence[str]) -> None:
