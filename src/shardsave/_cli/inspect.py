@@ -86,17 +86,15 @@ def inspect(
                 {"architecture": asked and asdict(asked)} if architecture else {}
             )
             click.echo(json.dumps(content, ensure_ascii=True))
-        elif asked is not None:
-            _print_architecture(asked)
-        elif architecture:
-            pass
-        elif pattern is not None:
-            if names:
-                _print_tensors(checkpoint, names)
-            else:
-                click.echo(f"shardsave inspect: {directory}: no name matches {pattern!r}", err=True)
         else:
-            _print_tree(directory, checkpoint, depth, None if everything else _MOST)
+            if asked is not None:
+                _print_architecture(asked)
+            if asked is not None and names and pattern is not None:
+                click.echo()
+            if pattern is not None:
+                _print_matches(directory, checkpoint, names, pattern)
+            elif not architecture:
+                _print_tree(directory, checkpoint, depth, None if everything else _MOST)
         for note in checkpoint.notes():
             click.echo(f"shardsave inspect: {directory}: {note}", err=True)
     context.exit(1 if (pattern is not None and not names) or (architecture and asked is None) else 0)
@@ -221,6 +219,13 @@ def _print_architecture(asked: ArchitectureInfo) -> None:
         output.line()
         output.line(f"build with {build_arguments(asked.trust, asked.script_classes)}")
         output.line("A class whose own code would run needs its exact name too; build_model names each.")
+
+
+def _print_matches(directory: str, checkpoint: Checkpoint, names: dict[str, str], pattern: str) -> None:
+    if names:
+        _print_tensors(checkpoint, names)
+    else:
+        click.echo(f"shardsave inspect: {directory}: no name matches {pattern!r}", err=True)
 
 
 def _print_tensors(checkpoint: Checkpoint, names: dict[str, str]) -> None:

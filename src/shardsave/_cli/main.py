@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,6 +53,11 @@ class Commands(click.Group):
             raise _PipeClosed from error
 
     def _run(self, *arguments: Any, **extra: Any) -> int:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return self._code_of(*arguments, **extra)
+
+    def _code_of(self, *arguments: Any, **extra: Any) -> int:
         try:
             check_engine()
         except (ValueError, ImportError) as error:
@@ -66,7 +72,8 @@ class Commands(click.Group):
             command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "shardsave"
             hint = f"; see {command} --help" if isinstance(error, click.UsageError) else ""
             code = USAGE if isinstance(error, click.UsageError) else FAILED
-            return _fail(f"{command}: {error.format_message().rstrip('.')}{hint}", code)
+            message = " ".join(map(str.strip, error.format_message().rstrip(".").splitlines()))  # click lists choices in lines
+            return _fail(f"{command}: {message}{hint}", code)
         except (click.Abort, KeyboardInterrupt):
             return _fail("shardsave: interrupted", INTERRUPTED)
         except _PipeClosed:  # otherwise Python's own flush at exit fails, too
@@ -76,6 +83,11 @@ class Commands(click.Group):
             return _fail(f"shardsave: {error}", FAILED)
         except OSError as error:
             return _fail(f"shardsave: {error.filename or 'output'}: {error.strerror or error}", FAILED)
+
+
+def _show_warning(message: Warning | str, *place: Any, **more: Any) -> None:
+    """Prints a warning in one line, without the line of source that issued it: nobody who uses the command wrote that."""
+    click.echo(printable(f"shardsave: warning: {message}"), err=True)
 
 
 def _fail(message: str, code: int) -> int:
