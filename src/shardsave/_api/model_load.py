@@ -56,19 +56,22 @@ class ModelLoad:
         self,
         model: nn.Module,
         checkpoint: Checkpoint,
-        prefix: str,
+        prefix: str | None,
         device: torch.device | None,
         *,
         strict: bool,
         restore_frozen: bool,
         part: str | None = None,
     ) -> None:
+        """``prefix``: None if the caller's caller cannot pass one."""
         self._strict = strict
         if part is None:
-            self._filler, self._notes = _plan(model, checkpoint, prefix, device, strict=strict, restore_frozen=restore_frozen)
+            self._filler, self._notes = _plan(
+                model, checkpoint, prefix or "", device, strict=strict, restore_frozen=restore_frozen
+            )
         else:
-            self._filler, self._notes = _plan_part(model, checkpoint, prefix, device, part), ()
-        self._filler.check(strict=strict)
+            self._filler, self._notes = _plan_part(model, checkpoint, prefix or "", device, part), ()
+        self._filler.check(strict=strict, prefix=prefix)
         self.reads = self._filler.plan.reads
         self.nbytes = sum(located.nbytes for located in self.reads)
         self.host_bytes = self._filler.host_bytes()

@@ -146,7 +146,7 @@ class _Resumption:
         self._plan = self._plan_training(model, options) if training is not None or options.rng else None
         if model is not None:
             strict = options.strict
-            self.model = ModelLoad(model, checkpoint, "", options.device, strict=strict, restore_frozen=restore_frozen)
+            self.model = ModelLoad(model, checkpoint, None, options.device, strict=strict, restore_frozen=restore_frozen)
             self.warnings = self.model.warnings
         self._check_memory()
 
