@@ -305,6 +305,27 @@ def test_a_corrupt_step_is_not_counted(memory: Path, damage: Callable[[Path], No
     assert steps_in(memory) == [25, 30] and value_of_step(memory, 30) == 30
 
 
+@pytest.mark.parametrize("pattern", ["*.tensors", "rank-00000.json", "index.json"])
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_a_damaged_training_state(memory: Path, pattern: str, damage: str) -> None:
+    """Catches a step that counts as committed although a file of its training state is missing or cut: a policy would then remove the
+    whole steps before it, and keep the one that no training can resume.
+    """
+    net = model(1)
+    training = {"average": torch.ones(3)}
+    manager = manager_of(memory, rng=True)
+    for step in (10, 20, 30):
+        manager.save(step, net, training=training)
+    (file,) = path_of(memory, 30).glob(f"training-*/{pattern}")
+    file.unlink() if damage == "missing" else os.truncate(file, file.stat().st_size - 1)
+    with manager_of(memory, rng=True, keep_last=2) as manager:
+        assert [info.state for info in manager.steps()] == ["committed", "committed", "corrupt"]
+        assert file.name in manager.steps()[-1].problem
+        assert manager.latest().step == 20  # type: ignore[union-attr]
+        manager.save(40, net, training=training)
+    assert steps_in(memory) == [20, 30, 40]
+
+
 def value_of_step(folder: Path, step: int) -> float:
     fresh = model()
     shardsave.load_model(fresh, path_of(folder, step))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple, NoReturn
 
 from shardsave._common.strict_json import NotJSON, glimpse, parse_object
@@ -17,6 +18,7 @@ from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError
 
 _FORMAT, _RANK_FORMAT = "shardsave-training", "shardsave-training-rank"
 _VERSION = 1
+_SHARED = b', "shared": '
 
 
 class TrainingIndex(NamedTuple):
@@ -35,7 +37,7 @@ def encode_training_index(shared: bytes, index: TrainingIndex) -> bytes:
         "ranks": index.ranks,
         "files": {name: encode_shard(record) for name, record in index.files.items()},
     }
-    return json.dumps(members).encode()[:-1] + b', "shared": ' + shared + b"}"
+    return json.dumps(members).encode()[:-1] + _SHARED + shared + b"}"
 
 
 def encode_rank_document(rank: int, leaves: bytes) -> bytes:
@@ -63,6 +65,14 @@ def parse_training_index(data: bytes, where: str) -> tuple[TrainingIndex, dict[s
     if "shared" not in members:
         _bad(where, "shared values expected", "there are none")
     return TrainingIndex(ranks, records), members
+
+
+def parse_training_files(data: bytes, where: str) -> Mapping[str, ShardRecord]:
+    """`TrainingIndex.files` of the document ``data``. The values behind them, which may be long, are not parsed if they come last."""
+    before, begin, _ = data.partition(_SHARED)
+    with suppress(CorruptCheckpointError):
+        return parse_training_index(before + begin + b"null}", where)[0].files
+    return parse_training_index(data, where)[0].files
 
 
 def parse_rank_document(data: bytes, rank: int, where: str) -> dict[str, Any]:

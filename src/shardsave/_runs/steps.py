@@ -16,8 +16,9 @@ from typing import Literal, NamedTuple
 
 from shardsave._common.os_calls import CallFailed, NotRegular, TooLong
 from shardsave._format.file_names import INDEX_NAME, LONE_NAME, REMOVED_INDEX_NAME, step_name, step_number
-from shardsave._format.index import MAX_INDEX_BYTES, Index, Record
+from shardsave._format.index import MAX_INDEX_BYTES, TRAINING, Index, Record
 from shardsave._format.index_parsing import parse_index
+from shardsave._format.training_state import parse_training_files
 from shardsave._storage.directory import Directory
 from shardsave._storage.find import cannot_read
 from shardsave._storage.previous import companions_of, files_of
@@ -185,16 +186,17 @@ class Run:
             return None
         moment = index.record.moment
         mtime = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(identity[3] // 10**9))
-        summary = _Summary(
-            identity, _lengths(index, index.record), moment.metrics, moment.created or mtime, index.record.durable
-        )
+        lengths = {**_lengths(index, index.record), **_lengths_of_training(folder, index.record)}
+        summary = _Summary(identity, lengths, moment.metrics, moment.created or mtime, index.record.durable)
         self._summaries[number] = summary
         return summary
 
     def files_to_sync(self, number: int) -> tuple[str, ...]:
         """The files of a step that was read, if its save did not wait for the disk; otherwise none: its index says so."""
         summary = self._summaries.get(number)
-        return tuple(summary.lengths) if summary is not None and not summary.durable else ()
+        if summary is None or summary.durable:
+            return ()
+        return tuple(name for name in summary.lengths if "/" not in name)  # a directory goes with all that is in it
 
     def bytes_of_only(self, numbers: set[int]) -> int:
         """The bytes that removing these steps frees: of files that no other step shares."""
@@ -217,6 +219,16 @@ def _lengths(index: Index, record: Record) -> dict[str, int | None]:
     for name in companions_of(index):
         lengths[name] = None
     return lengths
+
+
+def _lengths_of_training(folder: Directory, record: Record) -> dict[str, int]:
+    """The same for the files that the document of a training state names. Raises CorruptCheckpointError, IncompatibleCheckpointError."""
+    part = record.parts.get(TRAINING)
+    if part is None or part.directory is None or folder.target_of(part.file) is None:
+        return {}
+    data = folder.read_all(part.file, part.record.length)
+    files = parse_training_files(data or b"", f"part {part.file}")
+    return {f"{part.directory}/{name}": file.length for name, file in files.items()}
 
 
 def _files_there(folder: Directory, lengths: Mapping[str, int | None]) -> _Files:
