@@ -167,6 +167,26 @@ def test_parameters_frozen_thawed_added(tmp_path: Path) -> None:
     assert not any("frozen" in note or "fresh" in note for note in notes) and not model[0].weight.requires_grad
 
 
+def test_parameters_thawed_and_frozen_again(tmp_path: Path) -> None:
+    """Catches parameters that were thawed for this training, and that a resume freezes again without a word."""
+
+    def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+
+    model = net()
+    model[0].requires_grad_(False)
+    optimizer = optimizer_of(model)
+    step(model, optimizer)
+    keep(tmp_path, {"optimizer": optimizer}, model)
+    thawed = net()
+    _, notes = restore(tmp_path, {"optimizer": optimizer_of(thawed)}, thawed)
+    assert "2 parameters that the optimizer has now were thawed, and are frozen again" in notes[-1]
+    assert "'0.weight', '0.bias'; restore_frozen=False keeps" in notes[-1] and not thawed[0].weight.requires_grad
+    thawed = net()
+    _, notes = restore(tmp_path, {"optimizer": optimizer_of(thawed)}, thawed, restore_frozen=False)
+    assert not any("frozen again" in note for note in notes) and thawed[0].weight.requires_grad
+
+
 def test_shapes_and_names_of_parameters(tmp_path: Path) -> None:
     """Catches state of another shape or of another model's parameters, which would fail or be wrong only in the next step."""
     model = net()

@@ -92,7 +92,10 @@ def plan_optimizer(
     starts = [next(iter(order_of), None) for order_of in order]
     if isinstance(inner(optimizer), torch.optim.LBFGS):  # which keeps the state of all parameters with the first
         return OptimizerPlan(load, starts, len(saved), notes)
-    return OptimizerPlan(load, starts, len(saved), notes, lambda: _notes(path, parameters, group_of, state))
+    trainable = [name for name, parameter in parameters.items() if parameter.requires_grad]
+    return OptimizerPlan(
+        load, starts, len(saved), notes, lambda: _late_notes(path, parameters, group_of, state, trainable)
+    )
 
 
 def _saved_group(group: Any, reader: ValueReader, path: str) -> _SavedGroup:
@@ -167,7 +170,10 @@ def _loaded_groups(
     return loaded, notes
 
 
-def _notes(path: str, parameters: dict[str, torch.Tensor], group_of: dict[str, int], state: dict[str, Any]) -> list[str]:
+def _late_notes(
+    path: str, parameters: dict[str, torch.Tensor], group_of: dict[str, int], state: dict[str, Any], trainable: list[str]
+) -> list[str]:
+    """``trainable``: the parameters that were not frozen before the model was loaded with the flags that were saved."""
     gone = [repr(name) for name in state if name not in parameters]
     fresh = [
         repr(name)
@@ -175,6 +181,8 @@ def _notes(path: str, parameters: dict[str, torch.Tensor], group_of: dict[str, i
         if name not in state and (name not in group_of or (state and parameter.requires_grad))
     ]
     frozen = [repr(name) for name in state if name in parameters and not parameters[name].requires_grad]
+    # A parameter that the saved optimizer had too is no surprise: that is how a new training of a model is made.
+    refrozen = [repr(name) for name in trainable if name not in group_of and not parameters[name].requires_grad]
     notes = []
     if gone:
         notes.append(
@@ -184,6 +192,11 @@ def _notes(path: str, parameters: dict[str, torch.Tensor], group_of: dict[str, i
         notes.append(f"{path}: {count(len(fresh), 'parameter')} without saved state start fresh: {some(fresh)}")
     if frozen:
         notes.append(f"{path}: {count(len(frozen), 'parameter')} with saved state are frozen: {some(frozen)}")
+    if refrozen:
+        notes.append(
+            f"{path}: {count(len(refrozen), 'parameter')} that the optimizer has now were thawed, and are frozen again, as they were "
+            f"saved: {some(refrozen)}; restore_frozen=False keeps the flags of the model"
+        )
     return notes
 
 
