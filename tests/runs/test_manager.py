@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -22,15 +23,18 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 
 import shardsave
 from faults.dying import die_before_the_commit, killed
+from shardsave._cli.main import cli
 from shardsave._common import os_calls
 from shardsave._format.crc64 import crc64
 from shardsave._runs import remover, steps
 from shardsave._runs.recorded import RECORD_NAME
 from shardsave._storage import removal
+from shardsave._storage.lock import LockedDirectory
 from shardsave._storage.transaction import Transaction
 from support import forked, holds_in_child
 
@@ -154,7 +158,7 @@ def test_metrics(memory: Path) -> None:
     (info,) = manager.steps()
     assert info.metrics["loss"] == 1.5 and info.metrics["n"] == 3 and info.metrics["inf"] == float("inf")
     assert info.metrics["nan"] != info.metrics["nan"]
-    for wrong in ({"loss": "x"}, {1: 2.0}, [1], {"t": torch.ones(2)}):
+    for wrong in ({"loss": "x"}, {"loss": "nan"}, {"loss": True}, {1: 2.0}, [1], {"t": torch.ones(2)}):
         with pytest.raises(TypeError, match="metrics must map names to numbers"):
             manager.save(2, model(), metrics=wrong)  # type: ignore[arg-type]
     assert steps_in(memory) == [1]
@@ -189,6 +193,17 @@ def test_wrong_steps(tmp_path: Path, wrong: Any) -> None:
         manager_of(tmp_path).step(wrong, model())
     with pytest.raises(ValueError, match="step 0 is never saved"):
         manager_of(tmp_path).save(0, model())
+
+
+def test_numbers_of_numpy(memory: Path) -> None:
+    """Catches a whole number of numpy that the manager refuses though `save` takes it, and one that its record cannot hold."""
+    options = {"save_every": np.int64(5), "keep_last": np.int32(1), "keep_best": ("loss", "min", np.uint8(1))}
+    with manager_of(memory, **options) as manager:
+        for step in np.arange(1, 16):
+            manager.step(step, model(int(step)), metrics={"loss": float(step)})
+        manager.pin(np.int64(15))
+        assert type(manager.latest().step) is int  # type: ignore[union-attr]
+    assert steps_in(memory) == [5, 15]
 
 
 def test_large_steps(memory: Path) -> None:
@@ -240,6 +255,24 @@ def test_own_policy(memory: Path) -> None:
             manager.step(step, model(step))
             manager.wait_removed()
     assert steps_in(memory) == [10, 30, 50, 60] and seen[-1] == [10, 30, 50, 60]
+
+
+@pytest.mark.parametrize("chosen", [None, 3, [None], ["10"], [True], [1.0]], ids=repr)
+def test_own_policy_returns_nonsense(memory: Path, chosen: Any) -> None:
+    """Catches a step that goes because of what a function returned that is no list of steps, and an error that does not name it."""
+    with manager_of(memory, policy=lambda steps: chosen) as manager:
+        with pytest.raises(TypeError, match=r"policy must return .*; no step was removed"):
+            manager.save(10, model(10))
+        with pytest.raises(TypeError, match="policy must return"):
+            manager.save(20, model(20))
+    assert steps_in(memory) == [10, 20]
+
+
+def test_own_policy_returns_what_it_got(memory: Path) -> None:
+    """Catches a function that returns steps as it got them, and is refused."""
+    with manager_of(memory, policy=lambda steps: steps[:1]) as manager:
+        train(manager, 1, 30)
+    assert steps_in(memory) == [10, 30]
 
 
 # --- corrupt steps ---
@@ -693,6 +726,22 @@ def test_interrupted_removals_are_finished_by_clean(memory: Path) -> None:
     assert report.removed == (leaving.name,) and not report.left and steps_in(memory) == [20, 30]
     assert value_of_step(memory, 20) == 20
     assert not shardsave.clean(memory).found
+
+
+def test_clean_goes_on_after_a_corrupt_step(memory: Path) -> None:
+    """Catches one corrupt or busy step in a run because of which the others are never cleaned, and one that is not named."""
+    interrupted_removal(memory)
+    damage_index(memory)
+    before = sorted(path_of(memory, 30).iterdir())
+    with closing(LockedDirectory(str(path_of(memory, 20)), durable=False)) as folder:
+        folder.acquire(0.0, purpose="test", state="")
+        report = shardsave.clean(memory, lock_timeout=0.01)
+    busy, corrupt = report.refused
+    assert str(path_of(memory, 20)) in busy and str(path_of(memory, 30)) in corrupt and "nothing was removed" in corrupt
+    assert len(report.removed) == 1 and not report.left and str(report).startswith(busy)
+    assert steps_in(memory) == [20, 30] and sorted(path_of(memory, 30).iterdir()) == before
+    result = CliRunner().invoke(cli, ["clean", str(memory)])
+    assert result.exit_code == 1 and "step-00000030" in result.output and "in the other steps" in result.output
 
 
 def test_a_step_is_saved_again_after_an_interrupted_removal(memory: Path) -> None:

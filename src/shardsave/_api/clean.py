@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -37,6 +37,7 @@ class CleanReport(Printed):
 
     ``found``: all leavings. ``removed``: the names of those that were removed. ``leftovers``: names of files and directories that
     could not be removed. ``completed``: the configs that were put in place, because a save had committed them before it crashed.
+    ``refused``: of a run, the steps that could not be cleaned, and why.
     """
 
     path: str
@@ -44,6 +45,7 @@ class CleanReport(Printed):
     removed: tuple[str, ...]
     leftovers: tuple[str, ...]
     completed: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
 
     @property
     def left(self) -> tuple[Leaving, ...]:
@@ -51,8 +53,9 @@ class CleanReport(Printed):
         return tuple(leaving for leaving in self.found if leaving.name not in self.removed)
 
     def _lines(self) -> Iterator[str]:
+        yield from self.refused
         if not self.found:
-            yield f"{self.path}: nothing was left behind"
+            yield f"{self.path}: nothing was left behind{' in the other steps' if self.refused else ''}"
             return
         total = human_bytes(sum(leaving.bytes for leaving in self.found))
         parts = [f"{self.path}: {count(len(self.found), 'leaving')} of crashed saves, {total}", f"{len(self.removed)} removed"]
@@ -83,7 +86,7 @@ def clean(
     put it beside the weights, `clean` puts it there.
 
     In a run of steps (`CheckpointManager`), each step is cleaned; a step without a checkpoint goes with its directory, if nothing else
-    is in it. Also a removal that was interrupted is finished.
+    is in it. Also a removal that was interrupted is finished. A step that cannot be cleaned stays as it is, and the report says why.
 
     Args:
         directory: the directory of a checkpoint, of a first save that crashed, or of a run.
@@ -113,14 +116,19 @@ def clean(
     if not steps:
         return _clean(path, os.fspath(directory), remove, other_hosts, lock_timeout)
     reports: list[CleanReport] = []
+    refused: list[str] = []
     for step in steps:
         name = step_name(step)
         inside = os.path.join(path, name)
-        with suppress(CheckpointNotFoundError):  # another process has just removed it
+        try:
             reports.append(_clean(inside, name, remove, other_hosts, lock_timeout))
             if remove and not reports[-1].left and not os.path.lexists(os.path.join(inside, INDEX_NAME)):
                 finish_step(path, step)
-    return _joined(os.fspath(directory), reports)
+        except CheckpointNotFoundError:
+            continue  # another process has just removed it
+        except ShardSaveError as error:
+            refused.append(str(error))
+    return replace(_joined(os.fspath(directory), reports), refused=tuple(refused))
 
 
 def _steps_of_run(path: str) -> list[int]:

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from numbers import Integral
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +18,7 @@ from shardsave._common.log_records import log_event
 from shardsave._common.os_calls import absolute_path
 from shardsave._common.shutdown import verb
 from shardsave._common.words import count, some
-from shardsave._runs.arguments import check_count, check_step, checked_best, checked_metrics
+from shardsave._runs.arguments import checked_best, checked_count, checked_metrics, checked_step
 from shardsave._runs.keeper import Keeper
 from shardsave._runs.policies import KeepChosen, UserPolicy, save_when
 from shardsave._runs.reading import reading
@@ -93,8 +94,9 @@ class CheckpointManager:
         **options: Any,
     ) -> None:
         check_path(directory)
+        save_every = int(save_every) if isinstance(save_every, Integral) and not isinstance(save_every, bool) else save_every
         self._when = save_when(save_every)
-        check_count(keep_last=keep_last, keep_every=keep_every)
+        keep_last, keep_every = checked_count("keep_last", keep_last), checked_count("keep_every", keep_every)
         best = checked_best(keep_best)
         for name, function in (("policy", policy), ("on_commit", on_commit)):
             if function is not None and not callable(function):
@@ -160,7 +162,7 @@ class CheckpointManager:
             SaveNotCommittedError: also if the run has a later step than this one.
             all that `save` raises.
         """
-        check_step(step)
+        step = checked_step(step)
         self._check_options(options)  # also if it is not time yet: a wrong keyword must not show after hours
         requested = bool(self._requests.noted) and not self._preempted
         due = self._when.due(step)
@@ -180,7 +182,7 @@ class CheckpointManager:
         self, step: int, model: Any, *, training: Any = None, metrics: Mapping[str, Any] | None = None, **options: Any
     ) -> SaveReport:
         """Saves ``step`` now. Everything else is as in `step`."""
-        check_step(step)
+        step = checked_step(step)
         if step == 0:
             raise ValueError("step 0 is never saved: a step is saved once it is finished, and the first one is step 1")
         self._check_options(options)
@@ -300,13 +302,13 @@ class CheckpointManager:
         Raises:
             CheckpointNotFoundError: there is no such step. DirectoryBusyError, ShardSaveError: it could not be marked.
         """
-        check_step(step)
+        step = checked_step(step)
         pin(self._run.path, step)
 
     @verb()
     def unpin(self, step: int) -> None:
         """Undoes `pin`. If no policy keeps the step, it is removed after the next commit."""
-        check_step(step)
+        step = checked_step(step)
         unpin(self._run.path, step)
 
     def save_on_signal(self, *signals: int) -> None:

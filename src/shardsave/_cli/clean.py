@@ -28,7 +28,8 @@ Examples:
   shardsave clean ckpt --dry-run && echo tidy
   shardsave clean ckpt --json | jq .found
 
-Exit codes: 0 nothing is left, 1 something is left, 2 wrong usage, 3 failed (a save is running, or the index cannot be read).""",
+Exit codes: 0 nothing is left, 1 something is left or a step could not be cleaned,
+2 wrong usage, 3 failed (a save is running, or the index cannot be read).""",
 )
 @click.argument("directory", type=CHECKPOINT)
 @click.option("--yes", "-y", is_flag=True, help="Remove without asking.")
@@ -54,15 +55,17 @@ def clean(context: click.Context, directory: str, yes: bool, dry_run: bool, othe
     if chosen and not dry_run and (yes or (not as_json and _agreed(chosen))):
         report = shardsave.clean(directory, other_hosts=other_hosts, lock_timeout=_PATIENCE)
         if not as_json:
-            output.line((str(report), GOOD if not report.left else TRAINABLE))
+            output.line((str(report), GOOD if not (report.left or report.refused) else TRAINABLE))
     if as_json:
         click.echo(json.dumps(asdict(report)))
-    context.exit(1 if report.left else 0)
+    context.exit(1 if report.left or report.refused else 0)
 
 
 def _print(report: shardsave.CleanReport, chosen: list[shardsave.Leaving], output: Output) -> None:
+    for problem in report.refused:
+        output.line((problem, TRAINABLE))
     if not report.found:
-        output.line((str(report), GOOD))
+        output.line((str(report).splitlines()[-1], GOOD))
         return
     rows: list[list[Cell]] = []
     for leaving in report.found:

@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Protocol
 
 from shardsave._common.strict_json import glimpse
@@ -19,8 +20,8 @@ from shardsave._runs.steps import StepInfo
 _SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 _TIME = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(s|min|h|d)\s*")
 
-#: A user's own policy: returns the steps that stay.
-UserPolicy = Callable[[tuple[StepInfo, ...]], Iterable[int]]
+#: A user's own policy: returns the steps that stay, by number or as it got them.
+UserPolicy = Callable[[tuple[StepInfo, ...]], Iterable["int | StepInfo"]]
 
 
 class Keep(Protocol):
@@ -82,7 +83,16 @@ class KeepChosen:
     function: UserPolicy
 
     def __call__(self, steps: Sequence[StepInfo]) -> dict[int, str]:
-        return dict.fromkeys(self.function(tuple(steps)), "policy")
+        chosen: object = self.function(tuple(steps))
+        if not isinstance(chosen, Iterable):
+            raise TypeError(f"policy must return the steps that stay, not {type(chosen).__name__}; no step was removed")
+        numbers = [item.step if isinstance(item, StepInfo) else item for item in chosen]
+        for number in numbers:
+            if isinstance(number, bool) or not isinstance(number, Integral):
+                raise TypeError(
+                    f"policy must return numbers of steps or StepInfo, not {type(number).__name__}; no step was removed"
+                )
+        return dict.fromkeys(map(int, numbers), "policy")
 
 
 def kept(steps: Iterable[StepInfo], policies: Sequence[Keep]) -> dict[int, tuple[str, ...]]:

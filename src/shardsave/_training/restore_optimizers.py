@@ -93,9 +93,7 @@ def plan_optimizer(
     if isinstance(inner(optimizer), torch.optim.LBFGS):  # which keeps the state of all parameters with the first
         return OptimizerPlan(load, starts, len(saved), notes)
     trainable = [name for name, parameter in parameters.items() if parameter.requires_grad]
-    return OptimizerPlan(
-        load, starts, len(saved), notes, lambda: _late_notes(path, parameters, group_of, state, trainable)
-    )
+    return OptimizerPlan(load, starts, len(saved), notes, lambda: _late_notes(path, parameters, group_of, state, trainable))
 
 
 def _saved_group(group: Any, reader: ValueReader, path: str) -> _SavedGroup:
