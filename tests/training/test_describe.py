@@ -67,6 +67,20 @@ def with_callable(value: Any) -> Any:
     return LambdaLR(torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1), Rate())
 
 
+def with_sparse_state() -> list[Any]:
+    layer = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    optimizer.step(lambda: layer(torch.ones(2)).sum().backward())
+    optimizer.state[layer.weight]["exp_avg"] = torch.eye(2).to_sparse()
+    return [optimizer, layer]
+
+
+def with_sparse_buffer() -> nn.Module:
+    layer = nn.Module()
+    layer.register_buffer("b", torch.eye(2).to_sparse())
+    return layer
+
+
 PLAIN = r"plain data, a tensor or an object with state_dict and load_state_dict was expected, it is "
 UNICODE = "text in Unicode was expected, it has half of a surrogate pair"
 
@@ -77,7 +91,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "an object": ({"a": {"b": (1, object())}}, rf"training\['a'\]\['b'\]\[1\]: {PLAIN}an object"),
     "a subclass of int": ({"mode": Mode(3)}, rf"training\['mode'\]: {PLAIN}a Mode"),
     "a named tuple": ([collections.namedtuple("Point", "x y")(1, 2)], rf"training\[0\]: {PLAIN}a Point"),
-    "an array of objects": ({"a": np.array([None])}, r"'a': a dtype that torch has was expected, it is object"),
+    "an array of objects": ({"a": np.array([None])}, r"\"training\['a'\]\": a dtype that torch has was expected, it is object"),
     "a swapped array": ({"a": np.ones(2, ">f4")}, r"training\['a'\]: an array in the byte order of this processor was expected"),
     "a long double": ({"a": np.longdouble(1)}, rf"training\['a'\]: {PLAIN}a longdouble"),
     "a text": ({"a": "\ud800"}, rf"training\['a'\]: {UNICODE}"),
@@ -91,10 +105,12 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a function in a state": ({"s": with_callable(print)}, r"training\['s'\].state_dict\(\)\['lr_lambdas'\]\[0\]\['value'\]: plain data"),
     "a generator of the system": ({"g": random.SystemRandom()}, r"training\['g'\]: a generator with a state was expected"),
     "two ranks": (shardsave.PerRank([shardsave.PerRank(1)]), r"training\[0\]: PerRank around a value that all ranks would share was"),
-    "a meta tensor": ({"t": torch.ones(2, device="meta")}, r"'t': a tensor with data was expected, it is on the meta device"),
-    "a sparse tensor": ({"t": torch.ones(2).to_sparse()}, r"'t': a strided tensor was expected, its layout is sparse_coo"),
+    "a meta tensor": ({"t": torch.ones(2, device="meta")}, r"\"training\['t'\]\": a tensor with data was expected, it is on the meta device"),
+    "a sparse tensor": ({"t": torch.ones(2).to_sparse()}, r"\"training\['t'\]\": a strided tensor was expected, its layout is sparse_coo"),
     "a tensor of tensors": ({"t": torch.ones(2).as_subclass(Two)}, r"training\['t'\]: a plain tensor was expected, it is a Two, which"),
-    "a complex128 tensor": ({"t": torch.ones(2, dtype=torch.complex128)}, r"'t': dtype complex128 has no safetensors equivalent"),
+    "in an optimizer": (with_sparse_state(), r"\"training\[0\]\.state\['1/weight'\]\['exp_avg'\]\": a strided tensor was expected"),
+    "in a module": ([with_sparse_buffer()], r"\"training\[0\]\.state_dict\(\)\['b'\]\": a strided tensor was expected"),
+    "a complex128 tensor": ({"t": torch.ones(2, dtype=torch.complex128)}, r"\"training\['t'\]\": dtype complex128 has no safetensors equivalent"),
 }  # fmt: skip
 
 

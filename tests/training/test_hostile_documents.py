@@ -142,6 +142,24 @@ def test_a_wrong_structure(tmp_path: Path, shared: Any) -> None:
         shardsave.resume(tmp_path, model, training=training)
 
 
+@pytest.mark.parametrize("name", ["optimizer", "scheduler", "ema", "generators"])
+def test_a_long_name_of_a_class(tmp_path: Path, name: str) -> None:
+    """Catches a message of a megabyte, from a class name in the document."""
+    model, training = make()
+    shardsave.save(model, tmp_path, training=training, durable=False)
+    shared = in_checkpoint(tmp_path, "shared")
+    leaf = shared["dict"][name] if name != "generators" else shared["dict"][name]["list"][0]
+    next(iter(leaf.values()))["class"] = "E" * 1_000_000
+    put(tmp_path, "shared", shared)
+    for asked in ({**training, name: 3}, training):
+        try:
+            shardsave.resume(tmp_path, model, training=asked)
+        except shardsave.ShardSaveError as error:
+            assert len(str(error)) < 1000
+        else:
+            assert name == "ema" and asked is training  # the class of a module is not compared
+
+
 def test_keys_that_collide(tmp_path: Path) -> None:
     """Catches a mapping whose keys all have the same hash: building it would take minutes."""
     shardsave.save({}, tmp_path, training={"a": 1}, durable=False)

@@ -87,7 +87,7 @@ class LeafPlanner:
         saved_class, encoded = self._reader.members(saved, place.path, {"class": str, "state": object})
         if saved_class != class_name(live):
             self.differences.append(
-                f"{place.path}: the checkpoint has the state of {saved_class}, this is {an(class_name(live))}"
+                f"{place.path}: the checkpoint has the state of {saved_class:.80}, this is {an(class_name(live))}"
             )
             return
         state = self._reader.value(encoded, place.in_state().path)
@@ -98,7 +98,7 @@ class LeafPlanner:
         saved_class, encoded = self._reader.members(saved, place.path, {"class": str, "state": object})
         if saved_class != generator_class(live):
             self.differences.append(
-                f"{place.path}: the checkpoint has the state of {saved_class}, this is {an(generator_class(live))}"
+                f"{place.path}: the checkpoint has the state of {saved_class:.80}, this is {an(generator_class(live))}"
             )
             return
         state = self._reader.value(encoded, place.path)

@@ -29,7 +29,7 @@ def describe_module(module: nn.Module, writer: ValueWriter, place: Place) -> Any
     others: dict[str, Any] = {}
     for name, value in state.items():
         if type(value) is torch.Tensor or type(value) is nn.Parameter:
-            tensors[name] = writer.tensor(value, f"{place.name}/{name}")
+            tensors[name] = writer.tensor(value, f"{place.name}/{name}", f"{place.path}.state_dict()[{name!r}]")
         else:
             encoded = writer.value(value, Place(f"{place.path}.state_dict()[{name!r}]", f"{place.name}/{name}"))
             if isinstance(value, torch.Tensor) and "tensor" in encoded:

@@ -66,12 +66,12 @@ def describe_optimizer(
 
 
 def _parameter_state(values: Any, writer: ValueWriter, place: Place, name: str) -> dict[str, Any]:
-    start, encoded = f"{place.name}/{name}/", {}
+    start, path, encoded = f"{place.name}/{name}/", f"{place.path}.state[{name!r}]", {}
     if not isinstance(values, dict) or not all(type(key) is str for key in values):
         refuse(place, "state by text was", f"that of {name!r} is {an(type(values).__name__)} with other keys")
     for key, value in values.items():
         if type(value) is torch.Tensor:  # nearly all of them
-            encoded[key] = {"tensor": writer.tensor(value, start + key)}
+            encoded[key] = {"tensor": writer.tensor(value, start + key, f"{path}[{key!r}]")}
         else:
-            encoded[key] = writer.value(value, Place(f"{place.path}.state[{name!r}][{key!r}]", start + key))
+            encoded[key] = writer.value(value, Place(f"{path}[{key!r}]", start + key))
     return encoded

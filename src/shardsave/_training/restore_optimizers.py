@@ -109,7 +109,7 @@ def _difference(
 ) -> str | None:
     """Why the saved state cannot be that of the optimizer."""
     if saved_class != class_name(optimizer):
-        return f"{path}: the checkpoint has the state of {saved_class}, this is {class_name(optimizer)}"
+        return f"{path}: the checkpoint has the state of {saved_class:.80}, this is {class_name(optimizer)}"
     shapes = {name: shape for group in saved for name, shape in zip(group.names, group.shapes)}
     for name, parameter in parameters.items():
         if name in shapes and shapes[name] != list(parameter.shape):

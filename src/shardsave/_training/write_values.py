@@ -73,10 +73,10 @@ class ValueWriter:
             return self._container(value, place)
         return self._other(value, place)
 
-    def tensor(self, tensor: torch.Tensor, name: str) -> str:
-        """The name under which ``tensor`` is stored: ``name`` behind the prefix, or that of the same memory."""
+    def tensor(self, tensor: torch.Tensor, name: str, path: str) -> str:
+        """The name under which ``tensor``, at ``path``, is stored: ``name`` behind the prefix, or that of the same memory."""
         name = self._prefix + name
-        check_savable(name, tensor)
+        check_savable(path, tensor)
         address = tensor.data_ptr()
         if address and (known := self._first_at.get(address)) is not None and memory_key(known[1]) == memory_key(tensor):
             return known[0]
@@ -99,7 +99,7 @@ class ValueWriter:
     def _tensor_value(self, tensor: torch.Tensor, place: Place) -> Any:
         if type(tensor) not in PLAIN_TYPES and hasattr(tensor, "__tensor_flatten__"):
             return write_subclass(tensor, place.path)
-        value = {"tensor": self.tensor(tensor, place.name)}
+        value = {"tensor": self.tensor(tensor, place.name, place.path)}
         return value if tensor.is_cpu else {**value, "on": tensor.device.type}
 
     def _container(self, value: Any, place: Place) -> Any:
@@ -146,7 +146,7 @@ class ValueWriter:
         if isinstance(value, np.ndarray):
             if is_swapped(value):
                 refuse(place, "an array in the byte order of this processor was", f"its dtype is {value.dtype}")
-            return {"array": self.tensor(tensor_of_array(self._prefix + place.name, value), place.name)}
+            return {"array": self.tensor(tensor_of_array(place.path, value), place.name, place.path)}
         if isinstance(value, np.generic) and value.dtype.name in SCALARS:
             return {"scalar": [value.dtype.name, self.value(value.item(), place)]}
         if kind is complex:
