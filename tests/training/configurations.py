@@ -286,7 +286,7 @@ def low_bits(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> R
         optimizer.step()
         scheduler.step()
 
-    state = lambda: [s.dequantize().tolist() for s in optimizer.state[model[2].weight].values() if hasattr(s, "dequantize")]  # noqa: E731
+    state = lambda: [s.dequantize().tolist() for s in optimizer.state[model[2].weight].values() if hasattr(s, "dequantize")]
     return Run(model, {"optimizer": optimizer, "scheduler": scheduler}, step, state)
 
 

@@ -165,7 +165,7 @@ def test_hostile_documents(tmp_path: Path) -> None:
         return {"tensor": f"extra/{name}"}
 
     four = {"class": "torchao.optim.subclass_4bit.OptimState4bit"}
-    size = lambda *sizes: {"context": {"list": [True, {"size": list(sizes)}, {"dtype": "float32"}]}}  # noqa: E731
+    size = lambda *sizes: {"context": {"list": [True, {"size": list(sizes)}, {"dtype": "float32"}]}}
     flat = {"inner": {"codes": named("flat"), "scale": named("short"), "qmap": named("short")}, "size": [8192], "stride": [1]}
     attacks: list[tuple[dict[str, Any], dict[str, Any]]] = [
         ({"class": name}, {})
