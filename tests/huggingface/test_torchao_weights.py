@@ -190,7 +190,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "c").exists()
     shardsave.save(quantised(), tmp_path / "c", durable=False)
     with pytest.raises(
-        error, match="'0._weight_qdata': a part of an Int8Tensor with memory on the wanted device was .* on the meta device"
+        error, match="'0._weight_.*': a part of an Int8Tensor with memory on the wanted device was .* on the meta device"
     ):
         shardsave.load_model(quantised().to("meta"), tmp_path / "c")
 

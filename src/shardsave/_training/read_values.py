@@ -104,7 +104,7 @@ class ValueReader:
             if tag == "array":
                 return self._new_array(value[tag], path)
             if tag == SUBCLASS:
-                return read_subclass(value[tag], path, self, onto)
+                return read_subclass(value[tag], path, self, onto and onto._replace(like=None))
             if (read := READERS.get(tag)) is None:
                 self._unknown(tag, path, value)
             try:

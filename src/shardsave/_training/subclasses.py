@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
 
@@ -20,11 +20,24 @@ from shardsave._format.dtypes import BY_NAME, torch_shape
 from shardsave._training.places import Place
 from shardsave.errors import IncompatibleCheckpointError, UnsupportedTensorError
 
-if TYPE_CHECKING:
-    from shardsave._training.read_values import Onto, ValueReader
-
 #: The tag of a value that is such a tensor.
 TAG = "subclass"
+
+
+class Reader(Protocol):
+    """What a reader of values does for those that consist of others; `ValueReader` is the one."""
+
+    where: str
+
+    def corrupt(self, path: str, expected: str, found: object) -> NoReturn: ...
+
+    def members(self, value: Any, path: str, kinds: Mapping[str, type]) -> list[Any]: ...
+
+    def value(self, value: Any, path: str, onto: Any = None) -> Any: ...
+
+    def stored(self, name: Any, path: str) -> Any: ...
+
+    def fill(self, name: Any, tensor: torch.Tensor, path: str) -> bool: ...
 
 
 class Form(NamedTuple):
@@ -80,8 +93,8 @@ def write_subclass(tensor: torch.Tensor, place: Place, write: Callable[[Any, Pla
     }
 
 
-def read_subclass(content: Any, path: str, reader: ValueReader, onto: Onto | None) -> torch.Tensor:
-    """A new tensor for what follows the tag; its inner tensors are read from disk."""
+def read_subclass(content: Any, path: str, reader: Reader, onto: Any) -> torch.Tensor:
+    """A new tensor for what follows the tag; its inner tensors are read from disk. ``onto``: where they are made."""
     name, inner_values, context, size, stride, dtype = _members(content, path, reader)
     kind = _class_of(name)
     if kind is None:
@@ -90,8 +103,7 @@ def read_subclass(content: Any, path: str, reader: ValueReader, onto: Onto | Non
             f"cannot resume from {reader.where}: {path}: {name} was expected, the program has not imported it; import {module} first; "
             f"nothing was changed"
         )
-    own_onto = None if onto is None else onto._replace(like=None)
-    inner = {key: reader.value(value, f"{path}.{key}", own_onto) for key, value in inner_values.items()}
+    inner = {key: reader.value(value, f"{path}.{key}", onto) for key, value in inner_values.items()}
     if (problem := _problem(FORMS[name], inner, context)) is not None:
         reader.corrupt(path, f"{an(kind.__name__)} {problem} was", content)
     with torch.inference_mode(False):
@@ -101,7 +113,7 @@ def read_subclass(content: Any, path: str, reader: ValueReader, onto: Onto | Non
     return tensor
 
 
-def fill_subclass(live: torch.Tensor, content: Any, path: str, reader: ValueReader) -> str | None:
+def fill_subclass(live: torch.Tensor, content: Any, path: str, reader: Reader) -> str | None:
     """Has the inner tensors of ``live`` read from disk. Returns how it differs from what is stored, in words; then it is left as it is."""
     name, inner_values, context, size, _, _ = _members(content, path, reader)
     if type(live) is not _class_of(name):
@@ -123,7 +135,7 @@ def fill_subclass(live: torch.Tensor, content: Any, path: str, reader: ValueRead
     return None
 
 
-def _members(content: Any, path: str, reader: ValueReader) -> tuple[str, dict[str, Any], list[Any], list[Any], list[Any], str]:
+def _members(content: Any, path: str, reader: Reader) -> tuple[str, dict[str, Any], list[Any], list[Any], list[Any], str]:
     kinds = {"class": str, "inner": dict, "context": object, "size": list, "stride": list, "dtype": str}
     name, inner, context, size, stride, dtype = reader.members(content, path, kinds)
     if name not in FORMS:
