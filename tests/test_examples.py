@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 import shardsave
-from shardsave._api import build, clean, convert, diff, inspect, load, open, plan, restore_flags, save
+from shardsave._api import build, clean, convert, diff, inspect, load, manager, open, plan, restore_flags, save
 from shardsave._cli.main import cli
 from shardsave._training import per_rank
 
@@ -101,7 +101,7 @@ def test_files_that_documents_name(name: str) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    [shardsave, save, plan, load, open, diff, clean, inspect, build, convert, restore_flags, per_rank],
+    [shardsave, save, plan, load, open, diff, clean, inspect, build, convert, restore_flags, per_rank, manager],
     ids=lambda module: module.__name__,
 )
 def test_docstring_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: object) -> None:

@@ -30,6 +30,7 @@ WINGS: dict[str, set[str]] = {
     "_state": {"_common", "_format", "errors"},
     "_engine": {"_common", "_format"},
     "_storage": {"_common", "_format", "errors"},
+    "_runs": {"_common", "_format", "_storage", "errors"},
     "_architecture": {"_common", "_format", "_state", "errors"},
     "_program": {"_common", "_format", "_printable", "_state", "errors"},
     "_training": {"_common", "_format", "_state", "errors"},
@@ -42,10 +43,10 @@ WINGS: dict[str, set[str]] = {
     },
     "_api": {
         "_architecture", "_common", "_conversion", "_engine", "_format", "_huggingface", "_loading", "_printable",
-        "_program", "_saving", "_state", "_storage", "_training", "_version", "errors",
+        "_program", "_runs", "_saving", "_state", "_storage", "_training", "_version", "errors",
     },
     "__init__": {"_api", "_common", "_version", "errors"},
-    "_cli": {"__init__", "_api", "_common", "_format", "_printable", "_storage", "_version", "errors"},
+    "_cli": {"__init__", "_api", "_common", "_format", "_printable", "_runs", "_storage", "_version", "errors"},
     "__main__": {"_cli"},
 }  # fmt: skip
 

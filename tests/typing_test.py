@@ -136,6 +136,33 @@ def looking() -> None:
     assert_type(shardsave.__version__, str)
 
 
+def running(model: torch.nn.Module) -> None:
+    with shardsave.CheckpointManager(
+        "run", save_every="10min", keep_last=3, keep_best=("loss", "min", 2), durable=True
+    ) as manager:
+        assert_type(manager, shardsave.CheckpointManager)
+        assert_type(manager.step(1, model, metrics={"loss": torch.ones(())}, architecture=True), shardsave.SaveReport | None)
+        assert_type(manager.save(2, model), shardsave.SaveReport)
+        assert_type(manager.latest(), shardsave.StepInfo | None)
+        assert_type(manager.steps(), tuple[shardsave.StepInfo, ...])
+        assert_type(manager.preempted, bool)
+        assert_type(manager.wait_removed(timeout=1), bool)
+        manager.save_on_signal(15)
+        resumed = manager.resume(model, strict=True)
+        if resumed is not None:
+            assert_type(resumed.next_step, int)
+            assert_type(resumed.notes, tuple[str, ...])
+    shardsave.CheckpointManager(
+        Path("run"),
+        save_every=5,
+        policy=lambda steps: [info.step for info in steps if info.metrics["loss"] < 1],
+        on_commit=print,
+    )
+    shardsave.CheckpointManager("run")  # type: ignore[call-arg]
+    shardsave.CheckpointManager("run", save_every=1.5)  # type: ignore[arg-type]
+    shardsave.CheckpointManager("run", save_every=1, on_corrupt="ignore")  # type: ignore[arg-type]
+
+
 def errors() -> None:
     try:
         shardsave.load("ckpt")

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from shardsave._api.findings import ArchitectureInfo, CheckpointInfo, ConvertReport, Damage, TensorInfo, VerifyReport
     from shardsave._api.inspect import inspect, verify
     from shardsave._api.load import load, load_model
+    from shardsave._api.manager import CheckpointManager, StepInfo
     from shardsave._api.open import OpenCheckpoint, TensorSlice, open
     from shardsave._api.plan import PlannedFile, SavePlan, plan_save
     from shardsave._api.reports import LoadReport, Phases, SaveReport
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ArchitectureInfo",
     "CheckpointInfo",
+    "CheckpointManager",
     "CheckpointNotFoundError",
     "CleanReport",
     "ConvertReport",
@@ -70,6 +72,7 @@ __all__ = [
     "SavePlan",
     "SaveReport",
     "ShardSaveError",
+    "StepInfo",
     "TensorChange",
     "TensorInfo",
     "TensorSlice",
@@ -105,6 +108,7 @@ _MODULES = {
     "inspect": ("inspect", "verify"),
     "clean": ("CleanReport", "Leaving", "clean"),
     "load": ("load", "load_model"),
+    "manager": ("CheckpointManager", "StepInfo"),
     "open": ("OpenCheckpoint", "TensorSlice", "open"),
     "plan": ("PlannedFile", "SavePlan", "plan_save"),
     "reports": ("LoadReport", "Phases", "SaveReport"),

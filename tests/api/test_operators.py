@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,30 @@ def test_where_operators_are_replaced(tmp_path: Path, transform: str) -> None:
     assert len(refused) >= len(calls) and sorted(os.listdir(tmp_path / "ckpt")) == files and not (tmp_path / "new").exists()
     with FlopCounterMode(display=False):  # a mode that only counts operators is no reason to refuse
         assert torch.equal(shardsave.load(tmp_path / "ckpt")["weight"], model.weight.detach())
+
+
+def test_messages_name_the_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a message with a relative path, which means nothing in a log of another directory."""
+    monkeypatch.chdir(tmp_path)
+    model = nn.Linear(2, 2)
+    calls: list[Callable[[], Any]] = [
+        lambda: shardsave.save(model, "ckpt"),
+        lambda: shardsave.load("ckpt"),
+        lambda: shardsave.load_model(model, "ckpt"),
+        lambda: shardsave.build_model("ckpt"),
+        lambda: shardsave.load_program("ckpt"),
+        lambda: shardsave.convert("ckpt", "new"),
+        lambda: shardsave.diff("ckpt", "ckpt"),
+    ]
+    for call in calls:
+        with (
+            FakeTensorMode(),
+            pytest.raises(shardsave.UnsupportedTensorError, match=f" {tmp_path}/ckpt: torch's own operators"),
+        ):
+            call()
+        with pytest.raises(shardsave.ShardSaveError, match=f" {tmp_path}/ckpt: ") if call is not calls[0] else nullcontext():
+            call()
+        shutil.rmtree("ckpt", ignore_errors=True)
 
 
 @pytest.mark.parametrize("fullgraph", [False, True])

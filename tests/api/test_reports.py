@@ -7,6 +7,7 @@ import errno
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -235,3 +236,29 @@ def test_errors_are_what_python_expects(tmp_path: Path) -> None:
             with pytest.raises(kind, match="^cannot read from .*: 'y' was asked for"):
                 checkpoint["y"]
         assert checkpoint.get("y") is None
+
+
+def test_a_save_without_tensors(tmp_path: Path) -> None:
+    """Catches a checkpoint without a tensor that looks like one of the model."""
+
+    class Hidden(torch.nn.Linear):
+        def state_dict(self, *arguments: Any, **options: Any) -> Any:
+            return {}
+
+    def hollow(module: torch.nn.Module) -> torch.nn.Module:
+        """A wrapper around a function that calls ``module``, as torch.compile makes of a module that it has compiled already."""
+        wrapper = torch.nn.Identity()
+        wrapper.call = lambda x: module(x)  # type: ignore[assignment]
+        return wrapper
+
+    empty = r"no tensor is saved: tensors were expected in the state dict of the module \(%s\), it is empty"
+    for module, words in (
+        (hollow(torch.nn.Linear(2, 2)), empty % "Identity"),
+        (Hidden(2, 2), f"{empty % 'Hidden'}, although the module has 2 parameters"),
+    ):
+        with pytest.warns(UserWarning, match=f"^{words}$"):
+            report = shardsave.save(module, tmp_path / "empty", durable=False)
+        assert report.tensors == 0 and re.search(words, str(report))
+    (note,) = shardsave.save(torch.nn.ReLU(), tmp_path / "relu", architecture=True, durable=False).notes
+    assert re.search(empty % "ReLU", note)
+    assert shardsave.save({}, tmp_path / "mapping", durable=False).notes == ()

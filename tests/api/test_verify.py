@@ -143,3 +143,19 @@ def test_a_save_during_verify(ckpt: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(checkpoint, "parse_index", parse)
     report = shardsave.verify(ckpt, keep_going=True)
     assert report.verified is True and list(report.intact.values()) == [("new",)]
+
+
+@pytest.mark.parametrize("content", ["torch", "old", "gguf", "dtype"])
+def test_sound_files_of_another_kind(tmp_path: Path, content: str) -> None:
+    """Catches a sound file that counts as damaged because shardsave does not read its kind."""
+    path = tmp_path / "x.safetensors"
+    if content in ("torch", "old"):
+        torch.save({"w": torch.ones(2)}, path, _use_new_zipfile_serialization=content == "torch")
+    else:
+        header = b'{"x":{"dtype":"F6_E2M3","shape":[4],"data_offsets":[0,3]}}'
+        path.write_bytes(
+            b"GGUF\3\0\0\0" + bytes(64) if content == "gguf" else len(header).to_bytes(8, "little") + header + b"123"
+        )
+    for keep_going in (False, True):
+        with pytest.raises(shardsave.IncompatibleCheckpointError):
+            shardsave.verify(path, keep_going=keep_going)

@@ -262,6 +262,7 @@ OTHER_KINDS = [
     other("JSON text", b'{"error": "Repository not found"}', "give the path of a file with weights"),
 ]
 
+ANSWER = "text, most likely the answer to a failed download"
 NO_PICKLE = "no pickle is read here, since that can run code: shardsave convert SRC DST makes a checkpoint of it"
 PART = "the checkpoint was copied or downloaded in part"
 CUT = "it was cut, half copied or half downloaded, or it belongs to another save"
@@ -321,7 +322,7 @@ FILES = [
     others("shard of others is no safetensors file",
            "corrupt shard b.safetensors: header: at most 100000000 bytes of header expected, it says 2333181762011690089, as no "
            "safetensors file does; nothing else was read from it",
-           lambda folder: rewrite(folder / "b.safetensors", b"it is a text")),
+           lambda folder: rewrite(folder / "b.safetensors", b"it is a text\0")),
     Case("lone file is empty",
          f"corrupt shard {LONE}: $DIR/{LONE}: a safetensors file was expected, it is empty; {PART}",
          lambda folder: (folder / LONE).touch()),
@@ -332,6 +333,8 @@ FILES = [
          "'git lfs pull' fetches the file"),
     lost("web page as index", INDEX, "an index", "corrupt index", b"\n<!DOCTYPE html>\n<html>", "a web page, most likely of a failed "
          "download", "download the file again"),
+    lost("answer as our shard", SECOND, "a safetensors file", "corrupt shard", b"Entry not found", ANSWER, "download the file again"),
+    lost("answer as index", INDEX, "an index", "corrupt index", b"Invalid username or password.\n", ANSWER, "download the file again"),
     lost("web page as our shard", SECOND, "a safetensors file", "corrupt shard", b"<html><head>", "a web page, most likely of a failed "
          "download", "download the file again"),
     pickled("path of a file of torch.save", "a zip archive", lambda file: torch.save({"x": torch.ones(1)}, file), "saved.pt"),

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from tampering import KEY, LONE, Case, entry, shard_bytes
 
+import shardsave
+
 X = entry()
 FOUR = b"\0" * 4
 
@@ -14,6 +16,15 @@ FOUR = b"\0" * 4
 def lone(name: str, refusal: str, header: str | bytes, data: bytes = FOUR, length: int | None = None) -> Case:
     """A file with this header and data. ``refusal``: the part of the message between *header:* and the state of things."""
     return raw(name, refusal, shard_bytes(header, data, length))
+
+
+def no_place(name: str, refusal: str, tensor: str, data: bytes) -> Case:
+    """A file that safetensors reads, with a tensor that torch has no place for."""
+    message = f"cannot read shard {LONE}: header: {refusal}; the file is as it was"
+    content = shard_bytes(f'{{"x":{tensor}}}', data)
+    return Case(
+        name, message, lambda folder: ((folder / LONE).write_bytes(content), None)[1], shardsave.IncompatibleCheckpointError
+    )
 
 
 def raw(name: str, refusal: str, content: bytes) -> Case:
@@ -168,7 +179,9 @@ HEADERS = [
          f'{{"x":{entry(offsets=(4, 0))}}}'),
     lone("fewer bytes than the shape", "tensor 'x' of F32 and shape [2] expected to have 8 bytes, it has 4",
          f'{{"x":{entry(shape=[2])}}}'),
-    lone("F4 with an odd last dimension", f"tensor 'x' {EVEN}[2, 3]", f'{{"x":{entry("F4", [2, 3], (0, 3))}}}', b"\0" * 3),
+    no_place("F4 with an odd last dimension", f"tensor 'x' {EVEN}[2, 3]", entry("F4", [2, 3], (0, 3)), b"\0" * 3),
+    no_place("F4 in pairs of rows", f"tensor 'x' {EVEN}[4, 1]", entry("F4", [4, 1], (0, 2)), b"\0" * 2),
+    no_place("F6", "tensor 'x' expected to have a dtype that torch has, it has F6_E2M3", entry("F6_E2M3", [4], (0, 3)), b"\0" * 3),
     lone("F4 with half a byte", f"tensor 'x' {EVEN}[1]", f'{{"x":{entry("F4", [1], (0, 1))}}}', b"\0"),
     lone("F4 without dimensions", f"tensor 'x' {EVEN}[]", f'{{"x":{entry("F4", [], (0, 1))}}}', b"\0"),
     # Places.

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import termios
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from support import SmallModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 
-COMMANDS = ["inspect", "verify", "diff", "convert", "plot", "clean", "completion"]
+COMMANDS = ["inspect", "list", "verify", "diff", "convert", "plot", "clean", "completion"]
 
 
 def run(*arguments: object, **options: object) -> Result:
@@ -135,6 +136,15 @@ def test_inspect_of_an_architecture(tmp_path: Path) -> None:
     )
     part = json.loads(run("inspect", tmp_path, "--json").stdout)["parts"]["architecture"]
     assert part == {"file": file.name, "bytes": file.stat().st_size}
+
+
+def test_inspect_lists_an_architecture_and_tensors(tmp_path: Path) -> None:
+    """Catches an option that is ignored beside another one."""
+    shardsave.save(torch.nn.Linear(2, 2), tmp_path, architecture=True, durable=False)
+    shown = lines(run("inspect", tmp_path, "--architecture", "--tensors", "b*"))
+    assert shown[0].startswith("name ") and shown[-2].startswith("tensor ") and shown[-1].startswith("bias ")
+    result = run("inspect", tmp_path, "--architecture", "--tensors", "x*")
+    assert result.exit_code == 1 and "no name matches 'x*'" in result.stderr
 
 
 def test_inspect_of_third_party_files(tmp_path: Path) -> None:
@@ -460,6 +470,14 @@ def test_interrupt(tmp_path: Path) -> None:
     assert (child.returncode, out, err.strip()) == (130, "", "shardsave: interrupted")
 
 
+@pytest.mark.parametrize("module", ["click", "torch"])
+def test_interrupt_while_the_command_imports(tmp_path: Path, module: str) -> None:
+    """Catches a traceback after Ctrl-C in the first second, when the command itself or torch is imported."""
+    (tmp_path / f"{module}.py").write_text("raise KeyboardInterrupt")
+    done = process("verify", tmp_path, PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    assert (done.returncode, done.stdout, done.stderr.strip()) == (130, "", "shardsave: interrupted")
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help(command: str) -> None:
     """Catches a command without examples, exit codes or a short description, and an example of another command."""
@@ -489,6 +507,34 @@ def test_completion() -> None:
     assert error(run("completion", "tcsh"), 2).startswith(
         "shardsave completion: Invalid value for '{bash|zsh|fish}': 'tcsh' is not"
     )
+
+
+def test_a_missing_choice_in_one_line() -> None:
+    """Catches escapes in a message of click about an argument that is missing."""
+    assert error(run("completion"), 2).endswith(
+        "Missing argument '{bash|zsh|fish}'. Choose from: bash, zsh, fish; see shardsave completion --help"
+    )
+
+
+def test_warnings_have_no_line_of_source(tmp_path: Path) -> None:
+    """Catches a warning that shows source of this package, of click or of torch to somebody who only ran a command."""
+    torch.save({"w": torch.ones(2), "i": torch.ones(2, dtype=torch.int8)}, tmp_path / "x.pt")
+    program = (
+        "import sys, warnings; import shardsave._common.backend as b; b.native, b._missing_reason = None, 'it was not built'; "
+        "from shardsave._cli.main import cli; cli(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", program, "convert", str(tmp_path / "x.pt"), str(tmp_path / "out")]
+    (line,) = subprocess.run(command, capture_output=True, text=True, check=True).stderr.splitlines()
+    assert line.startswith("shardsave: warning: shardsave runs without its C++ engine (it was not built): ")
+
+
+def test_quantized_tensors_cause_no_warning(tmp_path: Path) -> None:
+    """Catches a warning of torch about tensors that shardsave makes itself to describe those in a file."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.save({"w": torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8)}, tmp_path / "x.pt")
+    done = process("convert", tmp_path / "x.pt", tmp_path / "out")
+    assert len(done.stderr.splitlines()) == 1 and "cannot save 'w': dtype qint8" in done.stderr
 
 
 def loaded_by(program: str) -> set[str]:

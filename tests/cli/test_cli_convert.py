@@ -83,6 +83,11 @@ def test_names_that_are_allowed(tmp_path: Path) -> None:
     assert "its pickle asks for posix.getpid; nothing of it was run, and --allow 'posix.getpid' reads such an object" in message
     (line,) = lines(run("convert", path, tmp_path / "ckpt", "--allow", "posix.getpid"))
     assert line.endswith("left out, since not in 'model': 'call' (posix.getpid)")
+    (line,) = lines(run("convert", path, tmp_path / "ckpt", "--allow", "posix.getpid", "--allow", "posix.x"))
+    assert line.endswith("; --allow 'posix.x' matched no name")
+    torch.save({"model": {"a": torch.ones(2)}, "call": Reduced(), "more": json.JSONDecoder}, path)
+    message = error(run("convert", path, tmp_path / "ckpt"), 3)
+    assert "and --allow 'posix.getpid' --allow 'json.decoder.JSONDecoder' reads such objects" in message
 
 
 class Reduced:

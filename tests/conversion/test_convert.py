@@ -431,3 +431,20 @@ def test_patterns_that_match_nothing(tmp_path: Path) -> None:
         tmp_path / "a.pt", tmp_path / "out", drop=["stepz", "steps"], rename=[("^embed", "e"), ("zzz", "")]
     )
     assert report.notes == ("drop='stepz' matched no name", "rename='zzz' matched no name") and report.dropped == ("steps",)
+
+
+def test_adapters_of_torch_save(tmp_path: Path) -> None:
+    """Catches an adapter that loses its config without a word, and an advice to convert a directory that is then refused."""
+    folder, config = tmp_path / "adapter", b'{"peft_type": "LORA"}'
+    folder.mkdir()
+    state = {"base_model.model.l.lora_A.weight": torch.ones(2, 3)}
+    torch.save(state, folder / "adapter_model.bin")
+    (folder / "adapter_config.json").write_bytes(config)
+    with pytest.raises(shardsave.CheckpointNotFoundError, match="shardsave convert SRC DST makes a checkpoint of it"):
+        shardsave.inspect(folder)
+    report = shardsave.convert(folder, tmp_path / "out", durable=False)
+    assert report.notes == () and same(shardsave.load(tmp_path / "out"), state)
+    assert (tmp_path / "out" / "adapter_config.json").read_bytes() == config
+    assert same(shardsave.load(tmp_path / "out" / "adapter_model.safetensors"), state)
+    (note,) = shardsave.convert(folder / "adapter_model.bin", tmp_path / "lone", durable=False).notes
+    assert note.startswith("adapter_config.json beside adapter_model.bin was not read")

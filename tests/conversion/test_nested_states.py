@@ -61,7 +61,7 @@ AMBIGUOUS: dict[str, tuple[dict[str, Any], str, str]] = {
     "a small dict that is the largest": (
         {"a.bias": W["a.bias"], "big": MORE},
         "it has 'big' (1 tensor, 16 B), at its top 'a.bias' (1 tensor, 8 B); choose one with key='big', or leave out what is not "
-        "wanted with drop='big'",
+        "wanted with drop='a.bias'",
         "",
     ),
     "a scaler among weights": ({**W, "scaler": {"scale": torch.ones(1)}}, "'scaler' (1 tensor, 4 B)", "scaler"),
@@ -70,7 +70,7 @@ AMBIGUOUS: dict[str, tuple[dict[str, Any], str, str]] = {
     "two models": ({"generator": W, "discriminator": MORE}, "key='generator', or leave", "discr*"),
     "another depth": ({"model": W, "trainer": {"ema": {"w": torch.zeros(2)}}}, "'trainer.ema' (1 tensor, 8 B)", "trainer.ema"),
     "a state in a state": ({"model": {**W, "head": MORE}}, "drop='model.head', or choose one with key='model.head'", "head"),
-    "a counter": ({"model": W, "step": torch.tensor(3)}, "at its top 'step' (1 tensor, 8 B)", "step"),
+    "a counter": ({"model": W, "step": torch.tensor(3)}, "not wanted with drop='step'", "step"),
     "a list of averages": ({"model": W, "shadow": [torch.ones(2), torch.ones(1)]}, "'shadow.0', 'shadow.1' (2 tensors", "shadow"),
     "a list of models": ({"model": W, "pool": [MORE, MORE]}, "'pool.0' (1 tensor, 16 B), 'pool.1' (1 tensor, 16 B)", "pool"),
     "deep": ({"model": W, "a": {"b": {"c": {"d": {"e": {"f": {"g": MORE}}}}}}}, "'a.b.c.d.e.f.g' (1 tensor, 16 B)", "a"),

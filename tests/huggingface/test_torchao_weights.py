@@ -159,6 +159,9 @@ def test_modules_that_are_not_quantised_alike(tmp_path: Path) -> None:
             torch.equal(*(t.dequantize() if hasattr(t, "qdata") else t for t in pair))
             for pair in zip(before.values(), model.state_dict().values())
         )
+    with pytest.raises(shardsave.IncompatibleCheckpointError, match="prefix='0.' loads the names that begin with it"):
+        shardsave.save(nn.Sequential(quantised()), tmp_path / "deeper", durable=False)
+        shardsave.load_model(quantised(), tmp_path / "deeper")
     report = shardsave.load_model(plain(), tmp_path / "int8", strict=False)
     assert report.missing == ("0.weight", "2.weight") and "0._weight_scale" in report.unexpected
 

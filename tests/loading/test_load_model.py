@@ -575,3 +575,18 @@ def test_routines_receive_no_inference_tensors(tmp_path: Path) -> None:
     with torch.inference_mode():
         shardsave.load_model(model, tmp_path)
     assert not model.scale.is_inference()
+
+
+def test_names_behind_a_prefix(tmp_path: Path) -> None:
+    """Catches a refusal that lists all names and does not say which ``prefix`` makes them fit, or says one that does not."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    state = {f"a.module.{name}": tensor.detach() + 1 for name, tensor in model.state_dict().items()}
+    shardsave.save({**state, "a.module.other": torch.ones(1), "epoch": torch.ones(1)}, tmp_path / "more", durable=False)
+    for prefix in ("", "a."):
+        with pytest.raises(
+            shardsave.IncompatibleCheckpointError, match="; prefix='a.module.' loads the names that begin with it; "
+        ):
+            shardsave.load_model(model, tmp_path / "more", prefix=prefix)
+    shardsave.save(state, tmp_path / "ckpt", durable=False)
+    shardsave.load_model(model, tmp_path / "ckpt", prefix="a.module.")
+    assert torch.equal(model[0].weight, state["a.module.0.weight"])

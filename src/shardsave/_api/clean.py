@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, replace
 from itertools import chain
 
 from shardsave._api.arguments import check_path, check_switches, check_timeout
@@ -15,22 +15,20 @@ from shardsave._common.os_calls import CallFailed, absolute_path
 from shardsave._common.shutdown import verb
 from shardsave._common.uncompiled import uncompiled
 from shardsave._common.words import count, human_bytes, some
-from shardsave._format.file_names import INDEX_NAME
+from shardsave._format.file_names import INDEX_NAME, LONE_NAME, step_name
 from shardsave._format.index import MAX_INDEX_BYTES, Index
 from shardsave._format.index_parsing import parse_index
+from shardsave._runs.removal import finish_step
+from shardsave._runs.steps import Run
 from shardsave._storage.companions import finish_dead_savers
 from shardsave._storage.leavings import Leaving, find_leavings, remove_leaving
-from shardsave._storage.lock import LockedDirectory
+from shardsave._storage.lock import LockedDirectory, learn_owner
 from shardsave._storage.previous import companions_of
-from shardsave._storage.staging import Staging
 from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError, ShardSaveError
 
 __all__ = ["CleanReport", "Leaving", "clean"]
 
 _UNTOUCHED = "nothing was removed"
-
-#: errno values of mkdir(2) if this process may not create anything in a directory.
-_MAY_NOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -84,8 +82,11 @@ def clean(
     another user may have made or changed is listed and never removed. If a crashed save had committed a config, but not yet
     put it beside the weights, `clean` puts it there.
 
+    In a run of steps (`CheckpointManager`), each step is cleaned; a step without a checkpoint goes with its directory, if nothing else
+    is in it. Also a removal that was interrupted is finished.
+
     Args:
-        directory: the directory of a checkpoint, or of a first save that crashed.
+        directory: the directory of a checkpoint, of a first save that crashed, or of a run.
         remove: False only lists the leavings.
         other_hosts: remove also what savers of other hosts left (or of this one, where the file system has no locks).
         lock_timeout: seconds to wait for a save into the same directory.
@@ -107,11 +108,55 @@ def clean(
     check_path(directory)
     check_switches(remove=remove, other_hosts=other_hosts)
     check_timeout(lock_timeout)
-    folder = LockedDirectory(absolute_path(os.fspath(directory)), durable=True)
+    path = absolute_path(os.fspath(directory))
+    steps = _steps_of_run(path)
+    if not steps:
+        return _clean(path, os.fspath(directory), remove, other_hosts, lock_timeout)
+    reports: list[CleanReport] = []
+    for step in steps:
+        name = step_name(step)
+        inside = os.path.join(path, name)
+        with suppress(CheckpointNotFoundError):  # another process has just removed it
+            reports.append(_clean(inside, name, remove, other_hosts, lock_timeout))
+            if remove and not reports[-1].left and not os.path.lexists(os.path.join(inside, INDEX_NAME)):
+                finish_step(path, step)
+    return _joined(os.fspath(directory), reports)
+
+
+def _steps_of_run(path: str) -> list[int]:
+    """The steps of the run at ``path``; none if it is a checkpoint, or nothing."""
+    if any(os.path.lexists(os.path.join(path, name)) for name in (INDEX_NAME, LONE_NAME)):
+        return []
+    return Run(path).numbers() if os.path.isdir(path) else []
+
+
+def _joined(path: str, reports: list[CleanReport]) -> CleanReport:
+    """One report of the steps of a run: each name begins with its step's."""
+
+    def named(report: CleanReport, names: Iterable[str]) -> list[str]:
+        return [f"{report.path}/{name}" for name in names]
+
+    found = [
+        replace(leaving, name=f"{report.path}/{leaving.name}", files=tuple(named(report, leaving.files)))
+        for report in reports
+        for leaving in report.found
+    ]
+    return CleanReport(
+        path,
+        tuple(found),
+        tuple(chain.from_iterable(named(report, report.removed) for report in reports)),
+        tuple(chain.from_iterable(named(report, report.leftovers) for report in reports)),
+        tuple(chain.from_iterable(named(report, report.completed) for report in reports)),
+    )
+
+
+def _clean(path: str, shown: str, remove: bool, other_hosts: bool, lock_timeout: float) -> CleanReport:
+    """Cleans one directory."""
+    folder = LockedDirectory(path, durable=True)
     # Closed twice, since one interrupt may come at the beginning of a `close`, which then does nothing.
     with closing(folder), folder, _naming_failures(folder.path):
         folder.acquire(lock_timeout, purpose="clean", state=_UNTOUCHED)
-        _learn_owner(folder)
+        learn_owner(folder)
         index = _present_index(folder)
         leavings = find_leavings(folder, index)
         chosen = [leaving for leaving in leavings if leaving.ours and (leaving.dead or other_hosts)] if remove else []
@@ -124,8 +169,8 @@ def clean(
         leftovers = {leaving.name: remove_leaving(folder, leaving, index) for leaving in chosen}
     removed = tuple(name for name, remaining in leftovers.items() if not remaining)
     left = tuple(dict.fromkeys(chain.from_iterable(leftovers.values())))
-    log_deletion(os.fspath(directory), removed, left)
-    return CleanReport(os.fspath(directory), leavings, removed, left, tuple(completed))
+    log_deletion(shown, removed, left)
+    return CleanReport(shown, leavings, removed, left, tuple(completed))
 
 
 @contextmanager
@@ -136,23 +181,6 @@ def _naming_failures(path: str) -> Iterator[None]:
     except CallFailed as error:
         kind = CheckpointNotFoundError if error.errno in (errno.ENOENT, errno.ENOTDIR) else ShardSaveError
         raise kind(f"cannot clean {path}: {error.reason}; {_UNTOUCHED}") from error
-
-
-def _learn_owner(folder: LockedDirectory) -> None:
-    """In a shared directory: learns from a new directory which owner our files have there."""
-    if not folder.shared:
-        return
-    probe = Staging(folder, folder.path)
-    try:
-        probe.make()
-        folder.learn_owner(probe.directory)
-    except CallFailed as error:
-        if error.errno not in _MAY_NOT_WRITE:
-            raise
-        return  # nothing there is ours
-    finally:
-        probe.close()
-    folder.rmdir(probe.name)
 
 
 def _present_index(folder: LockedDirectory) -> Index | None:

@@ -128,7 +128,7 @@ def convert(
         direct=result.direct,
         staging_bytes=result.staging_bytes,
         pinned=False,
-        notes=tuple(dict.fromkeys([*origin.notes, *names.notes(), *carried.notes, *result.notes])),
+        notes=tuple(dict.fromkeys([*origin.notes, *names.notes(), *allowed.notes(), *carried.notes, *result.notes])),
         source=os.fspath(source),
         kind=origin.kind,
         to=to,

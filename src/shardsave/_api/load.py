@@ -173,7 +173,7 @@ def load_model(
     ) as checkpoint:
         with gc_paused():
             filler, plan_notes = _plan(model, checkpoint, prefix, target_device, strict=strict, restore_frozen=restore_frozen)
-            filler.check(strict=strict)
+            filler.check(strict=strict, prefix=prefix)
             reads = filler.plan.reads
         clock.planned()
         with Progress(progress, "loading", sum(located.nbytes for located in reads)) as reporter:

@@ -6,6 +6,7 @@ import os
 
 import torch
 
+from shardsave._common.os_calls import absolute_path
 from shardsave.errors import UnsupportedTensorError
 
 _MODES = torch._C._TorchDispatchModeKey
@@ -18,8 +19,9 @@ def check_operators(purpose: str, path: str | os.PathLike[str], state: str) -> N
     """
     active = _active()
     if active is not None:
+        where = absolute_path(os.fspath(path))
         raise UnsupportedTensorError(
-            f"cannot {purpose} {os.fspath(path)}: torch's own operators were expected, {active} is active and replaces them; "
+            f"cannot {purpose} {where}: torch's own operators were expected, {active} is active and replaces them; "
             f"call it outside; {state}"
         )
 

@@ -26,7 +26,8 @@ from shardsave._common.os_calls import absolute_path
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
 from shardsave._common.uncompiled import uncompiled
-from shardsave._common.words import an
+from shardsave._common.warn_caller import warn_caller
+from shardsave._common.words import an, count
 from shardsave._format.metadata import check_metadata
 from shardsave._format.quantised import PLAIN, TENSOR_NAMES
 from shardsave._huggingface.added_adapter import has_added_adapter
@@ -219,6 +220,9 @@ def plan(source: Source, what: What) -> Planned:
         if state.file_metadata and (with_parts or target is not None):
             _refuse_quantised(state, with_parts)
         parts, notes, needed = _parts(source, state, what.architecture, what.program)
+        if isinstance(source, nn.Module) and not state.entries:
+            alone = not with_parts and not directories
+            notes = (*notes, _note_without_tensors(source, alone=alone))
         on_disk = layout.apply(state)
         left_out: tuple[str, ...] = ()
         if what.only is not None:
@@ -297,6 +301,16 @@ def _read_state(source: Source, architecture: bool) -> State:
             f"cannot save the model: its modules are nested more deeply than Python's recursion limit ({sys.getrecursionlimit()}) "
             "allows, or one contains itself; nothing was written"
         ) from error
+
+
+def _note_without_tensors(module: nn.Module, *, alone: bool) -> str:
+    """A note that nothing of ``module`` is saved. There is a warning too if it has parameters, or if ``alone``: no part is saved either."""
+    parameters = sum(1 for _ in module.parameters())
+    found = f"it is empty, although the module has {count(parameters, 'parameter')}" if parameters else "it is empty"
+    note = f"no tensor is saved: tensors were expected in the state dict of the module ({type(module).__name__}), {found}"
+    if parameters or alone:
+        warn_caller(note)
+    return note
 
 
 def _parts(source: Source, state: State, architecture: bool, program: Program | None) -> tuple[Parts, tuple[str, ...], Needed]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from dataclasses import asdict, replace
@@ -109,7 +110,16 @@ def convert(
 
 
 def _as_options(message: str) -> str:
-    """Rewrites the arguments in a library message as options: ``key='x'`` becomes ``--key 'x'``."""
+    """Rewrites the arguments in a library message as options: ``key='x'`` becomes ``--key 'x'``, and a list the option for each item."""
+    message = re.sub(r"(?<!\S)(allow|drop)=(\[[^\]]*\])", _repeated, message)
     message = re.sub(r"(?<!\S)(allow|drop|key|rename|to)=(?=['\"])", r"--\1 ", message)
     message = re.sub(r"^(allow|drop|dtype|key|rename) must ", r"--\1 must ", message)
     return re.sub(r"\bmax_shard_size\b", "--max-shard-size", message)
+
+
+def _repeated(argument: re.Match[str]) -> str:
+    option, listed = argument.groups()
+    try:
+        return " ".join(f"--{option} {item!r}" for item in ast.literal_eval(listed))
+    except (ValueError, SyntaxError):  # a name with a bracket
+        return argument[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from fnmatch import translate
@@ -19,7 +20,9 @@ from shardsave._cli.tree import Sums, guides, module_tree, rows
 from shardsave._common.gc_pause import gc_paused
 from shardsave._common.words import build_arguments, count, human_bytes
 from shardsave._format.dtypes import BY_NAME, torch_shape
+from shardsave._format.file_names import INDEX_NAME, LONE_NAME
 from shardsave._format.index import Moment, encode_number
+from shardsave._runs.steps import Run
 from shardsave._storage.checkpoint import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
@@ -66,8 +69,9 @@ def inspect(
     """Show the contents of a checkpoint: modules, sizes, dtypes, frozen parameters, ties and shards.
 
     Reads the index and the headers of DIRECTORY, but no tensor data. A bar shows which share of a module's parameters is frozen, in
-    bytes. With --architecture, nothing that the architecture names is imported.
+    bytes. With --architecture, nothing that the architecture names is imported. If DIRECTORY is a run, its latest step is shown.
     """
+    directory = _latest_of_run(directory)
     asked: ArchitectureInfo | None = None
     with gc_paused(), open_checkpoint(directory, parts=["architecture"] if architecture else []) as checkpoint:
         names = _names(checkpoint, pattern)
@@ -82,20 +86,31 @@ def inspect(
                 {"architecture": asked and asdict(asked)} if architecture else {}
             )
             click.echo(json.dumps(content, ensure_ascii=True))
-        elif asked is not None:
-            _print_architecture(asked)
-        elif architecture:
-            pass
-        elif pattern is not None:
-            if names:
-                _print_tensors(checkpoint, names)
-            else:
-                click.echo(f"shardsave inspect: {directory}: no name matches {pattern!r}", err=True)
         else:
-            _print_tree(directory, checkpoint, depth, None if everything else _MOST)
+            if asked is not None:
+                _print_architecture(asked)
+            if asked is not None and names and pattern is not None:
+                click.echo()
+            if pattern is not None:
+                _print_matches(directory, checkpoint, names, pattern)
+            elif not architecture:
+                _print_tree(directory, checkpoint, depth, None if everything else _MOST)
         for note in checkpoint.notes():
             click.echo(f"shardsave inspect: {directory}: {note}", err=True)
     context.exit(1 if (pattern is not None and not names) or (architecture and asked is None) else 0)
+
+
+def _latest_of_run(directory: str) -> str:
+    """The path of the latest step, if ``directory`` is a run and no checkpoint; otherwise ``directory``."""
+    if not os.path.isdir(directory) or any(os.path.lexists(os.path.join(directory, name)) for name in (INDEX_NAME, LONE_NAME)):
+        return directory
+    run = Run(directory)
+    latest = next((info for info in run.newest_first() if info.committed), None)
+    if latest is None:
+        return directory
+    total = count(len(run.numbers()), "step")
+    click.echo(f"shardsave inspect: {directory} has {total}, this is the latest: {latest.path}", err=True)
+    return latest.path
 
 
 def _names(checkpoint: Checkpoint, pattern: str | None) -> dict[str, str]:
@@ -204,6 +219,13 @@ def _print_architecture(asked: ArchitectureInfo) -> None:
         output.line()
         output.line(f"build with {build_arguments(asked.trust, asked.script_classes)}")
         output.line("A class whose own code would run needs its exact name too; build_model names each.")
+
+
+def _print_matches(directory: str, checkpoint: Checkpoint, names: dict[str, str], pattern: str) -> None:
+    if names:
+        _print_tensors(checkpoint, names)
+    else:
+        click.echo(f"shardsave inspect: {directory}: no name matches {pattern!r}", err=True)
 
 
 def _print_tensors(checkpoint: Checkpoint, names: dict[str, str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from shardsave._cli.completion import completion
 from shardsave._cli.convert import convert
 from shardsave._cli.diff import diff
 from shardsave._cli.inspect import inspect
+from shardsave._cli.list import list_steps
 from shardsave._cli.plot import plot
 from shardsave._cli.verify import verify
 from shardsave._common.backend import check_engine
@@ -51,6 +53,11 @@ class Commands(click.Group):
             raise _PipeClosed from error
 
     def _run(self, *arguments: Any, **extra: Any) -> int:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return self._code_of(*arguments, **extra)
+
+    def _code_of(self, *arguments: Any, **extra: Any) -> int:
         try:
             check_engine()
         except (ValueError, ImportError) as error:
@@ -65,7 +72,8 @@ class Commands(click.Group):
             command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "shardsave"
             hint = f"; see {command} --help" if isinstance(error, click.UsageError) else ""
             code = USAGE if isinstance(error, click.UsageError) else FAILED
-            return _fail(f"{command}: {error.format_message().rstrip('.')}{hint}", code)
+            message = " ".join(map(str.strip, error.format_message().rstrip(".").splitlines()))  # click lists choices in lines
+            return _fail(f"{command}: {message}{hint}", code)
         except (click.Abort, KeyboardInterrupt):
             return _fail("shardsave: interrupted", INTERRUPTED)
         except _PipeClosed:  # otherwise Python's own flush at exit fails, too
@@ -75,6 +83,11 @@ class Commands(click.Group):
             return _fail(f"shardsave: {error}", FAILED)
         except OSError as error:
             return _fail(f"shardsave: {error.filename or 'output'}: {error.strerror or error}", FAILED)
+
+
+def _show_warning(message: Warning | str, *place: Any, **more: Any) -> None:
+    """Prints a warning in one line, without the line of source that issued it: nobody who uses the command wrote that."""
+    click.echo(printable(f"shardsave: warning: {message}"), err=True)
 
 
 def _fail(message: str, code: int) -> int:
@@ -88,13 +101,14 @@ def _fail(message: str, code: int) -> int:
     epilog="""\b
 Exit codes:
   0    done, nothing is wrong
-  1    something is wrong: damage (verify), a difference (diff), files left behind (clean), no match (inspect)
+  1    something is wrong: damage (verify, list), a difference (diff), files left behind (clean), no match (inspect)
   2    wrong usage
   3    failed: no checkpoint, unreadable files, a running save
   130  interrupted
 \b
 Examples:
   shardsave inspect ckpt --depth 3
+  shardsave list run
   shardsave verify ckpt && echo whole
   shardsave diff ckpt-1000 ckpt-2000
   shardsave convert pytorch_model.bin ckpt""",
@@ -108,5 +122,5 @@ def cli() -> None:
     """
 
 
-for command in (inspect, verify, diff, convert, plot, clean, completion):
+for command in (inspect, list_steps, verify, diff, convert, plot, clean, completion):
     cli.add_command(command)

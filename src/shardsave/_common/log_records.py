@@ -1,4 +1,4 @@
-"""One structured record of Python's ``logging`` for each finished call, with the fields of its report.
+"""Structured records of Python's ``logging``: one for each finished call, with the fields of its report, and for decisions in a run.
 
 No handler is installed here, and without any nothing is logged: Python's handler of last resort would print warnings that the report has
 anyway. If the level is off, nothing is formatted.
@@ -11,6 +11,7 @@ import logging
 from typing import Any
 
 from shardsave._common.warn_caller import caller_level
+from shardsave._printable import printable
 
 _logger = logging.getLogger("shardsave")
 
@@ -30,6 +31,12 @@ def log_record(event: str, report: Any, *, matters: bool = False) -> None:
     if _logger.isEnabledFor(level) and _logger.hasHandlers():
         fields = {field.name: _plain(getattr(report, field.name)) for field in dataclasses.fields(report)}
         _logger.log(level, "%s", report, extra={"shardsave": {"event": event, **fields}}, stacklevel=caller_level())
+
+
+def log_event(level: int, event: str, message: str, **facts: object) -> None:
+    """Logs ``message``, one sentence. The record's attribute ``shardsave`` is a dict: ``event``, a fixed name, and ``facts``."""
+    if _logger.isEnabledFor(level) and _logger.hasHandlers():
+        _logger.log(level, "%s", printable(message), extra={"shardsave": {"event": event, **facts}}, stacklevel=caller_level())
 
 
 def _plain(value: Any) -> Any:

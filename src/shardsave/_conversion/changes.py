@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Union
 
+from shardsave._foreign.pickled_tensors import Allowed
 from shardsave._printable import printable
 
 Drop = Union[str, Iterable[str]]
@@ -64,12 +65,12 @@ def patterns(drop: object) -> tuple[str, ...]:
     return listed
 
 
-def allowed_names(allow: object) -> tuple[str, ...]:
-    """Checks the argument ``allow``; returns its names."""
+def allowed_names(allow: object) -> Allowed:
+    """Checks the argument ``allow``; returns the names in it."""
     listed = (allow,) if isinstance(allow, str) else tuple(allow) if isinstance(allow, Iterable) else None
     if listed is None or not all(isinstance(name, str) for name in listed):
         raise TypeError("allow must be names of classes, strings such as 'my_code.Config'")
-    return listed
+    return Allowed(listed)
 
 
 def replacements(rename: object) -> tuple[tuple[re.Pattern[str], str], ...]:

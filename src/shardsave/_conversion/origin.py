@@ -17,6 +17,7 @@ from shardsave._common.words import some
 from shardsave._conversion.training import TrainingState, training_of
 from shardsave._foreign.dcp import TABLE_NAME, read_distributed
 from shardsave._foreign.nested_state import Wanted, choose_state, refuse_key
+from shardsave._foreign.pickled_tensors import Allowed
 from shardsave._foreign.torch_file import TorchFile, read_torch_file
 from shardsave._format.file_names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX_NAME, LONE_NAME, TORCH_ENDINGS
 from shardsave._format.index import TRAINING, Index, Moment
@@ -27,7 +28,7 @@ from shardsave._loading.mapped import Maps
 from shardsave._state.module import Entry
 from shardsave._state.parts import Parts
 from shardsave._storage.checkpoint import PARTS, Checkpoint, open_checkpoint
-from shardsave._storage.companions import ADAPTER_NAMES, CONFIG_NAMES, MAX_COMPANION_BYTES
+from shardsave._storage.companions import ADAPTER_FILES, ADAPTER_NAMES, CONFIG_NAMES, MAX_COMPANION_BYTES
 from shardsave._storage.directory import Directory
 from shardsave._storage.find import cannot_read, find, open_checkpoint_file
 from shardsave._storage.located import Located
@@ -40,6 +41,9 @@ DROP_TRAINING = "training"
 #: The file names that transformers uses for weights written by torch.save.
 TORCH_NAME, TORCH_INDEX_NAME = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _TORCH_NAMES = re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin")
+
+#: The file name that PEFT uses for an adapter written by torch.save.
+TORCH_ADAPTER_NAME = "adapter_model.bin"
 
 
 class Origin(NamedTuple):
@@ -79,7 +83,7 @@ class Request(NamedTuple):
 
     key: str | None
     wanted: Wanted
-    allowed: tuple[str, ...] = ()
+    allowed: Allowed
     training: bool = True
 
 
@@ -89,7 +93,7 @@ def open_origin(path: str, request: Request, closing: ExitStack) -> Origin:
     Raises CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError, UntrustedCodeError.
     """
     if not _is_folder(path):
-        return _from_file(path, request, closing)
+        return _noting_config(path, _from_file(path, request, closing))
     folder = _resolve_hub_cache(path)
     origin = _from_folder(folder, request, closing)
     companions = _read_configs(folder)
@@ -114,6 +118,17 @@ def _notes_on_others(folder: str, origin: Origin) -> tuple[str, ...]:
     return (f"{some(others, 5)} beside the checkpoint {'was' if len(others) == 1 else 'were'} not read",)
 
 
+def _noting_config(path: str, origin: Origin) -> Origin:
+    """``origin``, with a note if the file at ``path`` is an adapter whose config lies beside it."""
+    folder, name = os.path.split(path)
+    if name not in ADAPTER_FILES or not _has(folder, ADAPTER_CONFIG):
+        return origin
+    note = (
+        f"{ADAPTER_CONFIG} beside {name} was not read, so PEFT finds no adapter in the result; convert the directory to keep it"
+    )
+    return origin._replace(notes=(*origin.notes, note))
+
+
 def _from_folder(path: str, request: Request, closing: ExitStack) -> Origin:
     safetensors = [name for name in (INDEX_NAME, LONE_NAME) if _has(path, name)]
     ranks = [name for name in _names_in(path) if is_rank_file(name)]
@@ -135,8 +150,12 @@ def _from_folder(path: str, request: Request, closing: ExitStack) -> Origin:
         return _from_torch_shards(os.path.join(path, TORCH_INDEX_NAME), request)
     if pickled:
         return _from_file(os.path.join(path, TORCH_NAME), request, closing)
-    if _has(path, ADAPTER_WEIGHTS):
-        origin = _from_checkpoint(path, request, closing)
+    adapters = [name for name in (ADAPTER_WEIGHTS, TORCH_ADAPTER_NAME) if _has(path, name)]
+    if adapters:
+        is_pickled = ADAPTER_WEIGHTS not in adapters
+        origin = (
+            _from_torch(os.path.join(path, adapters[0]), request) if is_pickled else _from_checkpoint(path, request, closing)
+        )
         return origin._replace(adapter=frozenset(origin.values))
     names = f"{LONE_NAME}, {INDEX_NAME}, {TORCH_NAME}, {TORCH_INDEX_NAME} and {TABLE_NAME}"
     raise CheckpointNotFoundError(f"no checkpoint at {path}: one of {names} was expected, none is there{_hint(path)}")
@@ -256,7 +275,7 @@ def _from_torch_shards(path: str, request: Request) -> Origin:
     return Origin("torch", in_order, None, {}, tuple(mappings), files, tuple(notes), dropped)
 
 
-def _read_torch_shard(folder: str, shard: str, names: set[str], allowed: tuple[str, ...]) -> TorchFile:
+def _read_torch_shard(folder: str, shard: str, names: set[str], allowed: Allowed) -> TorchFile:
     """Reads a shard that the index lists. The shard must have exactly ``names``."""
     try:
         file = read_torch_file(os.path.join(folder, shard), allowed)

@@ -18,6 +18,7 @@ from shardsave._conversion.mapped_pages import ReleaseWhileWriting
 from shardsave._conversion.origin import Origin, Request, open_origin
 from shardsave._conversion.single_file import NewFile, WriteResult, fits_torch, write_safetensors, write_torch
 from shardsave._conversion.training import plan_training
+from shardsave._foreign.pickled_tensors import Allowed
 from shardsave._format.file_names import ADAPTER_WEIGHTS, INDEX_NAME
 from shardsave._format.header import CHECKSUM_KEY
 from shardsave._format.metadata import check_metadata
@@ -107,7 +108,9 @@ def _write_torch(output: Output, state: State, file: NewFile) -> WriteResult:
             contents = plan_contents(OnDisk(state), Parts(), sys.maxsize, {})
             file.make_workspace()
             _write_contents(contents, file.workspace, False, ReleaseWhileWriting(origin.mappings, lambda done: None))
-            mapped = open_origin(os.path.join(file.workspace, INDEX_NAME), Request(None, Names((), ()).wanted), closing)
+            mapped = open_origin(
+                os.path.join(file.workspace, INDEX_NAME), Request(None, Names((), ()).wanted, Allowed()), closing
+            )
         except ShardSaveError as error:
             kind = OutOfSpaceError if isinstance(error, OutOfSpaceError) else SaveNotCommittedError
             raise kind(

@@ -22,6 +22,37 @@ class Unread:
         return {}
 
 
+class UnreadArray(Unread):
+    """Takes the place of an array of ``nbytes`` that cannot become a tensor; it is counted as one, so that it is not overlooked."""
+
+    dtype = None
+
+    def __init__(self, kind: str, shape: tuple[int, ...], nbytes: int) -> None:
+        super().__init__(kind)
+        self.shape, self.nbytes = shape, nbytes
+
+
+class Attributed(Unread):
+    """A tensor with attributes of its own, or (``is_subclass``) of a class that is not imported."""
+
+    def __init__(self, kind: str, tensor: Any, attributes: dict[str, Any], *, is_subclass: bool) -> None:
+        super().__init__(kind)
+        self.tensor, self.attributes, self.is_subclass = tensor, attributes, is_subclass
+
+    def parts(self) -> Mapping[str, Any]:
+        return {"(tensor)": self.tensor, **self.attributes}
+
+
+def without_attributes(value: Any) -> Any:
+    """The tensor alone if ``value`` is one with attributes; otherwise ``value`` itself."""
+    return value.tensor if isinstance(value, Attributed) and not value.is_subclass else value
+
+
+def counts_as_tensor(value: object) -> bool:
+    """Whether ``value`` is no tensor, but must not be overlooked either: an array that is not read, or a tensor of a subclass."""
+    return isinstance(value, UnreadArray) or (isinstance(value, Attributed) and value.is_subclass)
+
+
 def is_tensor(value: object) -> bool:
     return isinstance(value, (torch.Tensor, Assembled))
 
@@ -45,17 +76,21 @@ def is_container(value: object) -> bool:
 def is_tensor_list(value: object) -> bool:
     """Whether ``value`` is a sequence of tensors only, or a mapping from numbers to tensors, as a distributed checkpoint has it."""
     if isinstance(value, dict):
-        return bool(value) and all(isinstance(key, int) for key in value) and all(map(is_tensor, value.values()))
-    return isinstance(value, (list, tuple)) and bool(value) and all(is_tensor(v) and not _is_quantized(v) for v in value)
+        return bool(value) and all(isinstance(key, int) for key in value) and all(map(_is_item, value.values()))
+    return isinstance(value, (list, tuple)) and bool(value) and all(_is_item(v) and not _is_quantized(v) for v in value)
+
+
+def _is_item(value: object) -> bool:
+    return is_tensor(without_attributes(value))
 
 
 def tensors_in(value: Any) -> Iterator[Any]:
-    """Every tensor in ``value``, at any depth; a container that is there several times is visited once."""
+    """Every tensor and unread array in ``value``, at any depth; a container that is there several times is visited once."""
     visited: set[int] = set()
     waiting = [value]
     while waiting:
         value = waiting.pop()
-        if is_tensor(value):
+        if is_tensor(value) or isinstance(value, UnreadArray):
             yield value
         elif is_container(value) and id(value) not in visited:
             visited.add(id(value))
@@ -63,8 +98,10 @@ def tensors_in(value: Any) -> Iterator[Any]:
 
 
 def bytes_of(tensor: Any) -> int:
-    """The bytes of all elements of a tensor of any layout."""
-    return tensor.nbytes if isinstance(tensor, Assembled) else tensor.numel() * tensor.element_size()
+    """The bytes of all elements of a tensor of any layout, or of what counts as a tensor."""
+    if isinstance(tensor, Attributed):
+        return bytes_of(tensor.tensor)
+    return tensor.nbytes if isinstance(tensor, (Assembled, UnreadArray)) else tensor.numel() * tensor.element_size()
 
 
 def describe(value: Any, kind: str | None = None) -> str:
@@ -72,7 +109,7 @@ def describe(value: Any, kind: str | None = None) -> str:
     if is_tensor(value):
         return f"{'quantized ' if _is_quantized(value) else ''}tensor, {human_bytes(bytes_of(value))}"
     words = kind or kind_of(value)
-    tensors = [*tensors_in(value)]
+    tensors = [] if isinstance(value, UnreadArray) else [*tensors_in(value)]  # its kind has its bytes
     return f"{words}, {count_tensors(tensors)}" if tensors else words
 
 

@@ -6,21 +6,27 @@ everything else has to be one mapping of names to tensors; otherwise an error li
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any, NamedTuple, NoReturn, Protocol
 
 from shardsave._common.words import an, some
 from shardsave._foreign.containers import (
+    Attributed,
     bytes_of,
     children,
     count_tensors,
+    counts_as_tensor,
     describe,
     is_container,
     is_tensor,
     is_tensor_list,
     kind_of,
     tensors_in,
+    without_attributes,
 )
+from shardsave._foreign.pickle_refusals import MODULE_ADVICE
 from shardsave._foreign.training_state import are_random_states, is_training_state
+from shardsave._foreign.unpickling import Record
 from shardsave.errors import IncompatibleCheckpointError
 
 #: How many keys may lead to a value, and how often containers are visited again because they are in several others.
@@ -56,6 +62,10 @@ class _Node(NamedTuple):
     tensors: dict[str, Any]
     others: dict[str, Any]
 
+    def counted(self) -> dict[str, Any]:
+        """Its own tensors, and what else counts as one."""
+        return {**self.tensors, **{name: value for name, value in self.others.items() if counts_as_tensor(value)}}
+
 
 def choose_state(content: Any, key: str | None, wanted: Wanted, path: str) -> Choice:
     """Chooses the state in ``content``: the container at ``key``; without a key, the only one with tensors that are no training state.
@@ -65,7 +75,8 @@ def choose_state(content: Any, key: str | None, wanted: Wanted, path: str) -> Ch
     """
     survey = _Survey(content, wanted, path, recognize=key is None)
     survey.visit((), content)
-    states = [node for node in survey.nodes if node.tensors and not survey.is_random_state(node)]
+    _refuse_modules(survey, key, path)
+    states = [node for node in survey.nodes if node.counted() and not survey.is_random_state(node)]
     if key is None:
         if len(states) > 1:
             _refuse(path, f"it has {_list_states(states)}; {_advice(states)}")
@@ -87,6 +98,17 @@ def choose_state(content: Any, key: str | None, wanted: Wanted, path: str) -> Ch
     return Choice(node.tensors, dropped, _left_out(content, node, survey))
 
 
+def _refuse_modules(survey: _Survey, key: str | None, path: str) -> None:
+    """Refuses a file with a whole module where the state is wanted: its weights are in many containers, and none of them is its state."""
+    wanted = [keys for keys in survey.modules if key is None or not keys or f"{key}.".startswith(f"{'.'.join(keys)}.")]
+    if wanted:
+        inner = ".".join(wanted[0])
+        where = f", or leave it out with drop={inner!r}" if inner and len(survey.nodes) > 1 else ""
+        values = _list_values({".".join(keys): survey.modules[keys] for keys in wanted})
+        found = f"it has a whole module: {values}" if inner else f"it is a whole module ({describe(survey.modules[()])})"
+        _refuse(path, f"{found}; {MODULE_ADVICE}{where}")
+
+
 def refuse_key(path: str, key: str, found: str) -> NoReturn:
     """Raises the error for a ``key`` that leads to no mapping in the file at ``path``."""
     raise IncompatibleCheckpointError(
@@ -104,7 +126,8 @@ class _Survey:
     """Visits every container of a file. ``training``: the paths of training state, which is not visited if ``recognize``.
 
     ``nodes``: the visited containers, in file order. ``lists``: those that are lists of tensors, which count as a part of the
-    container that they are in. ``dropped``: the paths that are not wanted.
+    container that they are in. ``dropped``: the paths that are not wanted. ``modules``: objects that were modules, which are not visited.
+    ``attributes``: those of tensors, by their paths; they are no tensors and are left out.
     """
 
     def __init__(self, content: Any, wanted: Wanted, path: str, *, recognize: bool) -> None:
@@ -112,6 +135,8 @@ class _Survey:
         self.lists: list[_Node] = []
         self.training: dict[Keys, Any] = {}
         self.dropped: dict[Keys, None] = {}
+        self.modules: dict[Keys, Any] = {}
+        self.attributes: dict[Keys, Any] = {}
         self._content = content
         self._wanted = wanted
         self._path = path
@@ -124,13 +149,16 @@ class _Survey:
 
     def is_random_state(self, node: _Node) -> bool:
         """Whether ``node`` has no tensors but states of random number generators; notes them as training state."""
-        if not self._recognize or not are_random_states(node.tensors):
+        if not self._recognize or len(node.counted()) > len(node.tensors) or not are_random_states(node.tensors):
             return False
         self.training.update(((*node.keys, name), tensor) for name, tensor in node.tensors.items())
         return True
 
     def visit(self, keys: Keys, value: Any) -> None:
-        if not is_container(value):
+        if not is_container(value) or isinstance(value, Attributed):
+            return
+        if isinstance(value, Record) and value.is_module:
+            self.modules[keys] = value
             return
         if self._recognize and is_training_state(keys[-1] if keys else "", value):
             self.training[keys] = value
@@ -142,10 +170,10 @@ class _Survey:
         self.nodes.append(node)
         for name, child in children(value):
             if is_tensor_list(child) and not self._drops(keys, name):
-                tensors = dict(children(child))
-                self.lists.append(_Node((*keys, name), tensors, {}))
-                for number, tensor in tensors.items():
-                    self._sort_in(node, f"{name}.{number}", tensor)
+                items = dict(children(child))
+                self.lists.append(_Node((*keys, name), {n: without_attributes(item) for n, item in items.items()}, {}))
+                for number, item in items.items():
+                    self._sort_in(node, f"{name}.{number}", item)
             else:
                 self._sort_in(node, name, child)
 
@@ -154,11 +182,24 @@ class _Survey:
             return
         if name in node.tensors or name in node.others:
             _refuse(self._path, f"{'.'.join((*node.keys, name))!r} is there twice")
+        if isinstance(value, Attributed) and not value.is_subclass:
+            self._sort_attributes(node, name, value)
+            value = value.tensor
         if is_tensor(value):
             node.tensors[name] = value
         else:
             node.others[name] = value
             self.visit((*node.keys, name), value)
+
+    def _sort_attributes(self, node: _Node, tensor: str, value: Attributed) -> None:
+        """Attributes of a tensor are no part of a state: those that have tensors have to be dropped, the others are noted."""
+        for attribute, content in value.attributes.items():
+            name = f"{tensor}.{attribute}"
+            path = (*node.keys, name)
+            if not any(True for _ in tensors_in(content)):
+                self.attributes[path] = content
+            elif not self._drops(node.keys, name):
+                node.others[name] = content
 
     def _drops(self, keys: Keys, name: str) -> bool:
         """Whether the value ``name`` in the container at ``keys`` is not wanted, by its path or by its name.
@@ -185,21 +226,25 @@ def _has_path(value: Any, path: str) -> bool:
 def _list_states(states: list[_Node]) -> str:
     """Lists ``states``, the largest first, each with its number of tensors and their bytes."""
     in_order = sorted(states, key=_size, reverse=True)
-    return some((f"{_label(node)} ({count_tensors(node.tensors.values())})" for node in in_order), _LISTED)
+    return some((f"{_label(node)} ({count_tensors(node.counted().values())})" for node in in_order), _LISTED)
 
 
 def _size(node: _Node) -> int:
-    return sum(map(bytes_of, node.tensors.values()))
+    return sum(map(bytes_of, node.counted().values()))
 
 
 def _label(node: _Node) -> str:
-    return repr(".".join(node.keys)) if node.keys else f"at its top {some(map(repr, node.tensors))}"
+    return repr(".".join(node.keys)) if node.keys else f"at its top {some(map(repr, node.counted()))}"
 
 
 def _advice(states: list[_Node]) -> str:
     """How to say which of ``states`` is meant. One that contains others can only be chosen by dropping these."""
     largest, *smaller = sorted(states, key=_size, reverse=True)
-    inner = ".".join(next(node.keys for node in [*smaller, largest] if node.keys))
+    small = smaller[-1]
+    if not small.keys and len(small.counted()) == 1:  # one tensor beside a mapping, such as a counter
+        inner = next(iter(small.counted()))
+    else:
+        inner = ".".join(next(node.keys for node in [*smaller, largest] if node.keys))
     if any(node.keys[: len(largest.keys)] == largest.keys for node in smaller):
         return f"leave out what is not wanted with drop={inner!r}, or choose one with key={inner!r}"
     return f"choose one with key={'.'.join(largest.keys)!r}, or leave out what is not wanted with drop={inner!r}"
@@ -208,13 +253,36 @@ def _advice(states: list[_Node]) -> str:
 def _describe(content: Any, node: _Node, others: dict[str, Any], survey: _Survey) -> str:
     """Describes a container that is no state, for a message."""
     if others:
-        inner = ".".join((*node.keys, next(iter(others))))
-        advice = f" among its tensors, which can be left out with drop={inner!r}" if node.tensors else ""
+        below = {(*node.keys, name): value for name, value in others.items()}
+        if node.tensors:
+            advice = f" among its tensors, which can be left out with drop={'.'.join(next(iter(below)))!r}"
+        else:
+            advice = _choose_below(below, "one")
+        if any(isinstance(value, Attributed) and value.is_subclass for value in others.values()):
+            advice += "; to keep a tensor of a class, load the file with torch and save its values as a plain tensor"
         return f"it has {_list_values(others)}{advice}"
     if survey.training:
-        training = _list_values({".".join(keys): value for keys, value in survey.training.items()})
-        return f"it has only training state: {training}; choose a mapping in it with key="
+        if () in survey.training:
+            training = describe(content)
+        else:
+            training = _list_values({".".join(keys): value for keys, value in survey.training.items()})
+        return f"it has only training state: {training}{_choose_below(survey.training, 'a mapping in it')}"
     return "none is left" if survey.dropped else f"it has none, it is {an(kind_of(content))}"
+
+
+def _choose_below(values: dict[Keys, Any], what: str) -> str:
+    """Advice to choose the first mapping in ``values`` that has tensors of its own; empty if none has."""
+    visited: set[int] = set()
+    waiting = deque(values.items())
+    while waiting:
+        keys, value = waiting.popleft()
+        if not is_container(value) or isinstance(value, Attributed) or id(value) in visited:
+            continue
+        visited.add(id(value))
+        if keys and any(is_tensor(without_attributes(child)) for _, child in children(value)):
+            return f"; choose {what} with key={'.'.join(keys)!r}"
+        waiting += [((*keys, name), child) for name, child in children(value)]
+    return ""
 
 
 def _list_values(values: dict[str, Any], most: int = _LISTED) -> str:
@@ -236,8 +304,10 @@ def _left_out(content: Any, node: _Node, survey: _Survey) -> tuple[str, ...]:
             kind = "training state" if keys in survey.training and is_container(value) else None
             listed = with_tensors if any(True for _ in tensors_in(value)) else without
             listed.append(f"{'.'.join(keys)!r} ({describe(value, kind)})")
+    inside = [f"{'.'.join(k)!r} ({describe(v)})" for k, v in survey.attributes.items() if k[:-1] == node.keys]
+    notes = (f"left out, since an attribute of a tensor: {some(inside, _LISTED)}",) if inside else ()
     if not with_tensors and not without:
-        return ()
+        return notes
     where = f"since not in {'.'.join(node.keys)!r}" if node.keys else "since it is training state"
     lists = (some(listed, most) for listed, most in ((with_tensors, _LISTED_WITH_TENSORS), (without, _LISTED)) if listed)
-    return (f"left out, {where}: {', '.join(lists)}",)
+    return (f"left out, {where}: {', '.join(lists)}", *notes)

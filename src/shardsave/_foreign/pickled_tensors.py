@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 
+from shardsave._foreign.pickled_arrays import ARRAY_NAMES
 from shardsave._foreign.unpickling import (
     PLAIN_TYPES,
     Forbidden,
@@ -67,15 +69,33 @@ class Described(NamedTuple):
     is_neg: bool = False
 
 
+class Allowed:
+    """Names that the pickles of a source may have by request; remembers which of them they have."""
+
+    def __init__(self, names: Iterable[str] = ()) -> None:
+        self._names = tuple(names)
+        self._used: set[str] = set()
+
+    def allows(self, name: str) -> bool:
+        if name not in self._names:
+            return False
+        self._used.add(name)
+        return True
+
+    def notes(self) -> tuple[str, ...]:
+        """A note for each name that no pickle has, which is most likely a typing mistake."""
+        return tuple(f"allow={name!r} matched no name" for name in self._names if name not in self._used)
+
+
 class Names:
     """The global names of one file. ``unknown``: those that are no tensors, usual values, or ``allowed``; they became records too.
 
     With ``every``, every name is allowed.
     """
 
-    def __init__(self, allowed: Iterable[str] = (), *, every: bool = False) -> None:
+    def __init__(self, allowed: Allowed | None = None, *, every: bool = False) -> None:
         self.unknown: dict[str, None] = {}
-        self._allowed = frozenset(allowed)
+        self._allowed = allowed or Allowed()
         self._every = every
         self._known: dict[GlobalName, Any] = {}
 
@@ -86,12 +106,17 @@ class Names:
             self._known[module, name] = self._make(module, name)
         return self._known[module, name]
 
+    def has_plain_storages(self) -> bool:
+        """Whether the pickle has storages as `pickle.dump` writes them, and `torch.save` does not."""
+        return ("torch.storage", "_load_from_bytes") in self._known
+
     def _make(self, module: str, name: str) -> Any:
         if (module, name) in _NAMES:
             return _NAMES[module, name]
         if module in ("torch", "torch.storage") and name in _STORAGE_DTYPES:
             return StorageType(_STORAGE_DTYPES[name])
-        if not self._every and f"{module}.{name}" not in self._allowed and not is_harmless(module, name):
+        is_allowed = self._allowed.allows(f"{module}.{name}") or self._every
+        if not is_allowed and not is_harmless(module, name):
             self.unknown[f"{module}.{name}"] = None
         return record_class(module, name)
 
@@ -144,22 +169,42 @@ def _are_sizes(values: Iterable[Any]) -> bool:
     return all(type(value) is int and 0 <= value < 1 << 62 for value in values)
 
 
+class WithAttributes(Inert):
+    """A tensor with attributes, or of a subclass that is called ``subclass``. ``tensor`` may be a description; so may attributes."""
+
+    def __init__(self, tensor: Any, state: Any, subclass: str | None = None) -> None:
+        self.tensor, self.subclass = tensor, subclass
+        states = state if isinstance(state, tuple) else (state,)  # the second one has the slots of a class
+        self.states = tuple(state for state in states if state)
+
+
 def _same(tensor: Any, *rest: Any) -> Any:
-    """``_rebuild_parameter`` and the like: the tensor with flags, hooks or attributes, which no file of weights has."""
+    """``_rebuild_parameter`` and the like: the tensor with a freeze flag or hooks, which no file of weights has."""
     return tensor
 
 
-def _with_attributes(function: Any, kind: Any, arguments: Any, state: Any) -> Any:
+def _parameter(tensor: Any, requires_grad: Any, hooks: Any, state: Any) -> Any:
+    """``torch._utils._rebuild_parameter_with_state``."""
+    return WithAttributes(tensor, state) if state else tensor
+
+
+def _of_type(function: Any, kind: Any, arguments: Any, state: Any) -> Any:
     """``torch._tensor._rebuild_from_type_v2``: a tensor of a subclass, or with attributes. ``kind`` of a subclass is a record."""
-    made = function(*arguments) if isinstance(function, type) and issubclass(function, Inert) else None
-    if not isinstance(made, Described):
+    tensor = function(*arguments) if isinstance(function, type) and issubclass(function, Inert) else None
+    if not isinstance(tensor, (Described, torch.Tensor, WithAttributes)):
         raise Forbidden("describes a tensor that cannot be")
-    return made if kind in _TENSOR_TYPES else kind(made, state)
+    if kind in _TENSOR_TYPES:
+        return WithAttributes(tensor, state) if state else tensor
+    if not isinstance(kind, type) or not issubclass(kind, Record):
+        raise Forbidden("describes a tensor that cannot be")
+    return WithAttributes(tensor, state, kind.name)
 
 
 def _quantized(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> torch.Tensor:
     """A quantised tensor without its values, since it cannot be converted; its dtype and shape are for messages."""
-    one = torch._empty_affine_quantized([1] * len(shape), scale=1.0, zero_point=0, dtype=storage.dtype, device="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns about quantised tensors, whoever asks for one
+        one = torch._empty_affine_quantized([1] * len(shape), scale=1.0, zero_point=0, dtype=storage.dtype, device="cpu")
     return one.expand(shape)
 
 
@@ -189,6 +234,7 @@ _TENSOR_TYPES = (
 
 _NAMES: dict[GlobalName, Any] = {
     **PLAIN_TYPES,
+    **ARRAY_NAMES,
     ("torch", "Size"): Sequence,
     ("torch", "device"): record_class("torch", "device"),
     ("torch", "Tensor"): _TENSOR_TYPES[0],
@@ -199,9 +245,9 @@ _NAMES: dict[GlobalName, Any] = {
     ("torch._utils", "_rebuild_tensor_v2"): _call(_tensor),
     ("torch._utils", "_rebuild_tensor_v3"): _call(_tensor_v3),
     ("torch._utils", "_rebuild_parameter"): _call(_same),
-    ("torch._utils", "_rebuild_parameter_with_state"): _call(_same),
+    ("torch._utils", "_rebuild_parameter_with_state"): _call(_parameter),
     ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor"): _call(_same),
-    ("torch._tensor", "_rebuild_from_type_v2"): _call(_with_attributes),
+    ("torch._tensor", "_rebuild_from_type_v2"): _call(_of_type),
     ("torch._utils", "_rebuild_qtensor"): _call(_quantized),
     ("torch._utils", "_rebuild_sparse_tensor"): _call(_sparse),
     ("torch._utils", "_rebuild_meta_tensor_no_storage"): _call(_without_data),
@@ -213,4 +259,4 @@ _NAMES: dict[GlobalName, Any] = {
     },
 }
 
-__all__ = ["Described", "Names", "Record", "Storage", "storage_of"]
+__all__ = ["Allowed", "Described", "Names", "Record", "Storage", "WithAttributes", "storage_of"]

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import io
-import math
 import mmap
 import os
 import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from shardsave._common.os_calls import CallFailed, Descriptor, call, read_at
 from shardsave._common.words import some
-from shardsave._foreign.containers import Unread
-from shardsave._foreign.pickled_tensors import Described, Names, Storage, StorageType, storage_of
-from shardsave._foreign.unpickling import MAX_PICKLE_BYTES, Forbidden, Record, Unpickler
+from shardsave._foreign.pickle_refusals import (
+    refuse_damaged,
+    refuse_long_pickle,
+    refuse_names,
+    refuse_plain_pickle,
+    refuse_program,
+)
+from shardsave._foreign.pickled_tensors import Allowed, Names, Storage, storage_of
+from shardsave._foreign.placing import Placing
+from shardsave._foreign.unpickling import MAX_PICKLE_BYTES, Forbidden, Unpickler
 from shardsave._format.other_kinds import START_BYTES, ZIP
 from shardsave._storage.find import cannot_read, open_checkpoint_file, refuse_other_kind
 from shardsave._storage.mapping import map_file
-from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError, UntrustedCodeError
+from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError
 
 _MAX_ORDER_BYTES = 16
 
@@ -80,8 +86,8 @@ class Window(io.RawIOBase):
         return len(data)
 
 
-def read_torch_file(path: str, allowed: Iterable[str] = ()) -> TorchFile:
-    """Reads what ``torch.save`` wrote to ``path``; ``allowed`` are names in its pickle that become records too.
+def read_torch_file(path: str, allowed: Allowed | None = None) -> TorchFile:
+    """Reads what ``torch.save`` wrote to ``path``; names in its pickle that are ``allowed`` become records too.
 
     Raises CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError, UntrustedCodeError.
     """
@@ -95,7 +101,7 @@ def read_torch_file(path: str, allowed: Iterable[str] = ()) -> TorchFile:
         except CallFailed as error:
             raise cannot_read(path, error) from error
         if not length:
-            _bad(path, "it is empty")
+            refuse_damaged(path, "it is empty")
         refuse_other_kind(start, os.path.basename(path), path, "a file of torch.save")
         mapping = map_file(file.fd, path)
         if start.startswith(ZIP):
@@ -117,7 +123,9 @@ class Archives:
         """The tensor of the archive that begins ``offset`` bytes into the file ``name`` and has ``length`` bytes."""
         tensor = self._archive(name, offset, length).content(Names())
         if not isinstance(tensor, torch.Tensor):
-            _bad(os.path.join(self._folder, name), f"a tensor was expected at {offset}, there is a {type(tensor).__name__}")
+            refuse_damaged(
+                os.path.join(self._folder, name), f"a tensor was expected at {offset}, there is a {type(tensor).__name__}"
+            )
         return tensor
 
     def value(self, name: str, offset: int, length: int) -> Any:
@@ -130,7 +138,7 @@ class Archives:
             self._open[name] = self._map(path, name)
         file, mapping, end = self._open[name]
         if not 0 <= offset <= offset + length <= end:
-            _bad(path, f"a tensor was expected at {offset}, {length} bytes long, the file has {end}")
+            refuse_damaged(path, f"a tensor was expected at {offset}, {length} bytes long, the file has {end}")
         return _Archive(file.fd, mapping, offset, length, path)
 
     @staticmethod
@@ -142,7 +150,7 @@ class Archives:
             )
         length = call(os.fstat, path, file.fd).st_size
         if not length:
-            _bad(path, "it is empty")
+            refuse_damaged(path, "it is empty")
         return file, map_file(file.fd, path), length
 
     def close(self) -> tuple[mmap.mmap, ...]:
@@ -161,7 +169,7 @@ class _Archive:
         try:
             self._zip = zipfile.ZipFile(io.BufferedReader(Window(fd, begin, length)))
             names = self._zip.namelist()
-            _refuse_program(path, names)
+            refuse_program(path, names)
             pickles = [name for name in names if name.endswith("/data.pkl") and name.count("/") == 1]
             if not pickles:
                 kind = "of NumPy arrays " if names and all(name.endswith(".npy") for name in names) else ""
@@ -170,29 +178,32 @@ class _Archive:
                     f"{some(names) or 'nothing in it'}; nothing was written"
                 )
             if len(pickles) > 1 or len(set(names)) != len(names):
-                _bad(path, "it is a zip archive with other files than torch writes")
+                refuse_damaged(path, "it is a zip archive with other files than torch writes")
             self._root = pickles[0].removesuffix("data.pkl")
             order = f"{self._root}byteorder"
             self._swapped = order in names and self._read(order, _MAX_ORDER_BYTES) != sys.byteorder.encode()
         except CallFailed as error:
             raise cannot_read(path, error) from error
         except _ZIP_ERRORS as error:
-            _bad(path, f"it is no archive that can be read ({error})")
+            refuse_damaged(path, f"it is no archive that can be read ({error})")
 
     def content(self, names: Names) -> Any:
         """The content of the pickle, with tensors in place of their descriptions. Raises UntrustedCodeError."""
         try:
             name = f"{self._root}data.pkl"
-            is_packed = self._entry(name).compress_type != zipfile.ZIP_STORED
+            entry = self._entry(name)
+            is_packed = entry.compress_type != zipfile.ZIP_STORED
+            if entry.file_size > MAX_PICKLE_BYTES:
+                refuse_long_pickle(self._path, entry.file_size, MAX_PICKLE_BYTES)
             data = self._read(name, _MAX_PACKED_BYTES if is_packed else MAX_PICKLE_BYTES)
             content = _unpickle(io.BytesIO(data), names, self._path, storage_of)
-            return _Placing(self._storage, self._path).place(content)
+            return Placing(self._storage, self._path).place(content)
         except CallFailed as error:
             raise cannot_read(self._path, error) from error
         except RecursionError:
-            _bad(self._path, "it holds containers nested too deeply, or in themselves")
+            refuse_damaged(self._path, "it holds containers nested too deeply, or in themselves")
         except _ZIP_ERRORS as error:
-            _bad(self._path, f"it is no archive that can be read ({error})")
+            refuse_damaged(self._path, f"it is no archive that can be read ({error})")
 
     def notes(self) -> tuple[str, ...]:
         if not self._copied:
@@ -205,7 +216,7 @@ class _Archive:
         """The bytes of a storage: a view of the mapping, or a copy if the record is compressed or has the other byte order."""
         entry = self._entry(f"{self._root}data/{storage.key}")
         if entry.file_size != storage.nbytes:
-            _bad(self._path, f"{storage.nbytes} bytes of {entry.filename} were expected, it has {entry.file_size}")
+            refuse_damaged(self._path, f"{storage.nbytes} bytes of {entry.filename} were expected, it has {entry.file_size}")
         if entry.compress_type == zipfile.ZIP_STORED and not self._swapped:
             return torch.frombuffer(self._mapping, dtype=torch.uint8, count=storage.nbytes, offset=self._offset(entry))
         self._copied = True
@@ -219,13 +230,13 @@ class _Archive:
         try:
             return self._zip.getinfo(name)
         except KeyError:
-            _bad(self._path, f"the record {name} was expected, it is not there")
+            refuse_damaged(self._path, f"the record {name} was expected, it is not there")
 
     def _read(self, name: str, limit: int) -> bytes:
         """A record of at most ``limit`` bytes. Only compressed records have checksums that are compared: torch need not write them."""
         entry = self._entry(name)
         if entry.file_size > limit:
-            _bad(self._path, f"at most {limit} bytes of {name} were expected, it has {entry.file_size}")
+            refuse_damaged(self._path, f"at most {limit} bytes of {name} were expected, it has {entry.file_size}")
         if entry.compress_type != zipfile.ZIP_STORED:
             return self._zip.read(entry)
         begin = self._offset(entry)
@@ -238,7 +249,9 @@ class _Archive:
         name_length, extra_length = struct.unpack("<HH", self._mapping[header + 26 : header + 30])
         begin: int = header + 30 + name_length + extra_length
         if entry.flag_bits & 1 or begin + entry.file_size > self._end:
-            _bad(self._path, f"the record {entry.filename} was expected in the file, it ends beyond it or is encrypted")
+            refuse_damaged(
+                self._path, f"the record {entry.filename} was expected in the file, it ends beyond it or is encrypted"
+            )
         return begin
 
 
@@ -251,11 +264,11 @@ def _read_old_format(fd: int, mapping: mmap.mmap, length: int, names: Names, pat
         storage = storage_of(saved_id)
         return storages.setdefault(storage.key, storage)._replace(begin=storage.begin)
 
-    if _unpickle(file, names, path) != _MAGIC or _unpickle(file, names, path) != _OLD_VERSION:
-        _bad(path, "it is a pickle that torch.save did not write")
-    _unpickle(
-        file, names, path
-    )  # sizes of C types on the machine that wrote it; torch writes the data as if these were the usual ones
+    _unpickle(file, names, path, first=True)
+    if _unpickle(file, names, path) != _OLD_VERSION:
+        refuse_damaged(path, "it is a pickle that torch.save did not write")
+    # Sizes of C types on the machine that wrote it; torch writes the data as if these were the usual ones.
+    _unpickle(file, names, path)
     content = _unpickle(file, names, path, remembered)
     keys = _unpickle(file, names, path)
     offsets, at = {}, file.tell()
@@ -263,114 +276,39 @@ def _read_old_format(fd: int, mapping: mmap.mmap, length: int, names: Names, pat
         storage = storages.get(key) if isinstance(key, str) else None
         elements = int.from_bytes(mapping[at : at + 8], "little")
         if storage is None or elements * storage.dtype.itemsize != storage.nbytes or at + 8 + storage.nbytes > length:
-            _bad(path, f"the storage {key!r:.40} was expected at {at}, it is not there or was cut")
+            refuse_damaged(path, f"the storage {key!r:.40} was expected at {at}, it is not there or was cut")
         offsets[key], at = at + 8, at + 8 + storage.nbytes
 
     def bytes_of(storage: Storage) -> torch.Tensor:
         if storage.key not in offsets:
-            _bad(path, f"the storage {storage.key!r:.40} was expected, it is not there")
+            refuse_damaged(path, f"the storage {storage.key!r:.40} was expected, it is not there")
         return torch.frombuffer(mapping, dtype=torch.uint8, count=storage.nbytes, offset=offsets[storage.key])
 
     try:
-        return _Placing(bytes_of, path).place(content)
+        return Placing(bytes_of, path).place(content)
     except RecursionError:
-        _bad(path, "it holds containers nested too deeply, or in themselves")
+        refuse_damaged(path, "it holds containers nested too deeply, or in themselves")
 
 
-def _unpickle(file: Any, names: Names, path: str, find_storage: Callable[[Any], Storage] | None = None) -> Any:
-    """Reads one pickle. Raises CorruptCheckpointError, or UntrustedCodeError if it has names that are not allowed."""
-    broken = ""
+def _unpickle(
+    file: Any, names: Names, path: str, find_storage: Callable[[Any], Storage] | None = None, *, first: bool = False
+) -> Any:
+    """Reads one pickle. Raises CorruptCheckpointError, or UntrustedCodeError if it has names that are not allowed.
+
+    ``first``: whether it is the first one of a file without an archive; then it must be the number of torch's old format.
+    """
+    content, broken = None, ""
     try:
         content = Unpickler(file, names.find, find_storage).load()
     except CallFailed as error:
         raise cannot_read(path, error) from error
     except Exception as error:  # unpickling damaged data may raise anything
         broken = f"{type(error).__name__}: {error}" if isinstance(error, Forbidden) else type(error).__name__
+    is_magic = type(content) is int and content == _MAGIC
+    if first and not is_magic and (not broken or names.has_plain_storages()):
+        refuse_plain_pickle(path)
     if names.unknown:
-        first = next(iter(names.unknown))
-        raise UntrustedCodeError(
-            f"cannot convert {path}: tensors, numbers, strings and containers of these were expected, its pickle asks for "
-            f"{some(names.unknown, 20)}; nothing of it was run, and allow={first!r} reads such an object as a record that does "
-            f"nothing; nothing was written"
-        )
+        refuse_names(path, names.unknown, content)
     if broken:
-        _bad(path, f"it is no file of torch.save: its pickle is broken ({broken})")
+        refuse_damaged(path, f"it is no file of torch.save: its pickle is broken ({broken})")
     return content
-
-
-def _refuse_program(path: str, records: Sequence[str]) -> None:
-    """Refuses archives that hold a program beside the weights; the message names their kind."""
-    inner = {name.partition("/")[2] for name in records}
-    if "constants.pkl" in inner:
-        kind, advice = "a TorchScript archive", "load it with torch.jit.load and save its state_dict()"
-    elif {"archive_format", "archive_version"} <= inner or "serialized_exported_program.json" in {*inner, *records}:
-        kind, advice = "a program of torch.export", "load it with torch.export.load and save its state_dict"
-    else:
-        return
-    raise IncompatibleCheckpointError(
-        f"cannot convert {path}: a file of torch.save was expected, it is {kind}; {advice}; nothing was written"
-    )
-
-
-class _Placing:
-    """Replaces each description of a tensor in a content by a tensor in the bytes of its storage."""
-
-    def __init__(self, bytes_of: Callable[[Storage], torch.Tensor], path: str) -> None:
-        self._bytes_of, self._path = bytes_of, path
-        self._storages: dict[str, torch.Tensor] = {}
-        self._placed: dict[int, Any] = {}  # by the identity of a container, which may be in many others
-
-    def place(self, content: Any) -> Any:
-        """``content`` with tensors. The content has to stay alive meanwhile."""
-        if isinstance(content, Described):
-            return self._tensor(content)
-        if isinstance(content, (Storage, StorageType)):
-            return Unread("storage")
-        if id(content) in self._placed:
-            return self._placed[id(content)]
-        if isinstance(content, Mapping):
-            placed: Any = {key: self.place(value) for key, value in content.items()}
-        elif isinstance(content, (list, tuple, set, frozenset)):
-            placed = [self.place(value) for value in content]
-        elif isinstance(content, Record):
-            self._placed[id(content)] = content  # it may refer to itself
-            return content.placed(self.place)
-        else:
-            return content
-        self._placed[id(content)] = placed
-        return placed
-
-    def _tensor(self, described: Described) -> torch.Tensor:
-        storage, dtype, offset, shape, strides, is_conj, is_neg = described
-        found = f"a tensor of {shape} does not lie in its {storage.nbytes} bytes"
-        try:
-            if math.prod(shape) == 0:
-                return torch.empty(shape, dtype=dtype, device="cpu")
-            end = offset + sum((size - 1) * stride for size, stride in zip(shape, strides)) + 1
-            if storage.begin + end * dtype.itemsize > storage.nbytes:
-                _bad(self._path, found)
-            if storage.key not in self._storages:
-                self._storages[storage.key] = self._bytes_of(storage)
-            memory = self._storages[storage.key][storage.begin :]
-            tensor = _view(memory, described)
-            if tensor.data_ptr() % dtype.itemsize and not (tensor.is_contiguous() and not is_conj and not is_neg):
-                tensor = _view(memory.clone(), described)  # only whole bytes can be copied from where the file has them
-        except (RuntimeError, TypeError, OverflowError) as error:
-            _bad(self._path, f"{found} ({type(error).__name__})")
-        tensor = tensor.conj() if is_conj else tensor
-        return torch._neg_view(tensor) if is_neg else tensor
-
-
-def _view(memory: torch.Tensor, described: Described) -> torch.Tensor:
-    """The described tensor in the bytes of its storage."""
-    # A slice shares the storage of what it is a slice of, and counts from there.
-    begin = memory.storage_offset()
-    storage = memory.untyped_storage()[begin : begin + memory.numel()] if begin else memory.untyped_storage()
-    empty = torch.empty(0, dtype=described.dtype, device="cpu")
-    return empty.set_(storage, described.offset, described.shape, described.strides)
-
-
-def _bad(path: str, found: str) -> NoReturn:
-    raise CorruptCheckpointError(
-        f"corrupt {os.path.basename(path)}: {path}: a file of torch.save was expected, {found}; nothing was written"
-    ) from None  # torch's own messages have names from the file as they are

@@ -100,6 +100,11 @@ class Record(Inert, Unread):
         """A field, or None if it is missing."""
         return self.state.get(name) if isinstance(self.state, dict) else None
 
+    @property
+    def is_module(self) -> bool:
+        """Whether the object is a module of torch, by the attributes that every one has."""
+        return isinstance(self.state, dict) and self.state.keys() >= {"_parameters", "_buffers", "_modules"}
+
     def append(self, item: Any) -> None:
         self.items.append(item)
 
@@ -190,6 +195,7 @@ _HARMLESS = {
     "decimal": {"Decimal"},
     "fractions": {"Fraction"},
     "lightning_fabric": {"AttributeDict"},
+    "ml_dtypes": {"*"},
     "numpy": {"*"},
     "omegaconf": {"*"},
     "pathlib": {"*"},

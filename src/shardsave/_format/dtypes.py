@@ -59,6 +59,9 @@ _ROWS = (
 
 BY_NAME = {row.name: row for row in _ROWS}
 
+#: dtypes of safetensors for which torch has none.
+NOT_IN_TORCH = ("F6_E2M3", "F6_E3M2")
+
 if TYPE_CHECKING:
     BY_TORCH: dict[torch.dtype, DType]
 

@@ -6,6 +6,9 @@ import re
 
 INDEX_NAME = "model.safetensors.index.json"
 
+#: The name of a checkpoint's index while the whole checkpoint is being removed: it then says which files must go.
+REMOVED_INDEX_NAME = f"{INDEX_NAME}.removed"
+
 #: A checkpoint in one file, without an index.
 LONE_NAME = "model.safetensors"
 
@@ -37,6 +40,11 @@ RANK_DOCUMENT = re.compile(r"rank-([0-9]{5})\.json")
 RANK_TENSORS = re.compile(r"rank-([0-9]{5})-[0-9]{5}\.tensors")
 
 MAX_SHARDS = 99_999
+
+#: The last step that can have a directory, far more than any training has.
+MAX_STEP = 10**15
+
+_STEP = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,15})")
 _NO_FILE_NAME = re.compile(r"[/\x00-\x1f\x7f]|\A\.{0,2}\Z")
 
 
@@ -77,6 +85,17 @@ def is_in_directory(name: str) -> bool:
     """Whether a save gives this name to a file in the directory of a part."""
     patterns = (RANK_DOCUMENT, RANK_TENSORS)
     return name == DIRECTORY_INDEX or any(pattern.fullmatch(name) for pattern in patterns)
+
+
+def step_name(step: int) -> str:
+    """``step-00001000``: the name of a step's directory in a run."""
+    return f"step-{step:08d}"
+
+
+def step_number(name: str) -> int | None:
+    """The step whose directory has this name; None if `step_name` returns no such name."""
+    match = _STEP.fullmatch(name)
+    return int(match[1]) if match is not None else None
 
 
 def is_file_name(name: str) -> bool:

@@ -14,9 +14,9 @@ from operator import itemgetter
 from typing import Any, NamedTuple, NoReturn
 
 from shardsave._common.strict_json import Buffer, NotJSON, glimpse, is_counted, is_wide, parse_object
-from shardsave._format.dtypes import BY_NAME
+from shardsave._format.dtypes import BY_NAME, NOT_IN_TORCH
 from shardsave._format.packing import ALIGNMENT, Shard
-from shardsave.errors import CorruptCheckpointError
+from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError
 
 #: The longest JSON that safetensors' own reader accepts, in bytes.
 MAX_HEADER_BYTES = 100_000_000
@@ -97,7 +97,7 @@ def header_length(start: bytes, file_length: int, where: str) -> int:
 def parse_header(data: bytes, file_length: int, where: str) -> Header:
     """Checks a header: ``data`` is its length and its JSON, ``file_length`` the size of the file in bytes.
 
-    Raises CorruptCheckpointError.
+    Raises CorruptCheckpointError; IncompatibleCheckpointError if torch has no place for a tensor.
     """
     length = header_length(data, file_length, where)
     if len(data) != 8 + length:
@@ -141,7 +141,7 @@ def _read_compact(content: Buffer) -> tuple[dict[str, str], Tensors] | None:
         text = str(content, "utf-8").rstrip(" ")
         metadata, position = _split_metadata(text)
         tensors = _read_tensors(text, position)
-    except (UnicodeDecodeError, NotJSON, CorruptCheckpointError):
+    except (UnicodeDecodeError, NotJSON, CorruptCheckpointError, IncompatibleCheckpointError):
         return None
     if tensors is None or len({"__metadata__", *tensors.names}) != len(tensors.names) + 1:
         return None
@@ -245,6 +245,8 @@ def _check_kind(entry: object, name: str, where: str) -> tuple[str, tuple[int, .
         _bad_tensor(where, name, " expected to have dtype, shape and data_offsets", f"it is {glimpse(entry)}")
     dtype, shape = entry["dtype"], entry["shape"]
     known = BY_NAME.get(dtype) if type(dtype) is str else None
+    if dtype in NOT_IN_TORCH:
+        _refuse_tensor(where, name, " expected to have a dtype that torch has", f"it has {dtype}")
     if known is None:
         _bad_tensor(where, name, " expected to have a known dtype", f"it has {glimpse(dtype)}")
     if type(shape) is not list or not all(map(_is_size, shape)):
@@ -257,7 +259,10 @@ def _check_kind(entry: object, name: str, where: str) -> tuple[str, tuple[int, .
             _bad_tensor(where, name, " expected to have fewer than 2^63 elements", f"its shape is {glimpse(shape)}")
     bits = elements * known.bits
     if known.bits < 8 and (bits % 8 or not shape or shape[-1] % 2):
-        _bad_tensor(where, name, f" of {dtype} expected to have an even last dimension", f"its shape is {glimpse(shape)}")
+        refuse = (
+            _bad_tensor if bits % 8 else _refuse_tensor
+        )  # torch has two elements in one byte, safetensors any number of bytes
+        refuse(where, name, f" of {dtype} expected to have an even last dimension", f"its shape is {glimpse(shape)}")
     return dtype, tuple(shape), bits // 8
 
 
@@ -274,6 +279,13 @@ def _check_sums(metadata: Mapping[str, str], count: int, where: str) -> tuple[in
         _bad(where, expectation, f"it has {len(digits)} characters, {glimpse(digits)}")
     raw = bytes.fromhex(digits)
     return struct.unpack(f">{count}Q", raw)
+
+
+def _refuse_tensor(where: str, name: str, wanted: str, found: str) -> NoReturn:
+    """Raises the error for a tensor that is sound, but that torch has no place for."""
+    raise IncompatibleCheckpointError(
+        f"cannot read {where}: header: tensor {glimpse(name)}{wanted}, {found}; the file is as it was"
+    )
 
 
 def _bad_tensor(where: str, name: str, wanted: str, found: str) -> NoReturn:

@@ -23,10 +23,10 @@ from shardsave._storage.checkpoint import Checkpoint
 from shardsave.errors import IncompatibleCheckpointError, UnsupportedTensorError
 
 
-def check_differences(inventory: Inventory, plan: ModulePlan, strict: bool, where: str) -> None:
+def check_differences(inventory: Inventory, plan: ModulePlan, strict: bool, where: str, prefix: str | None) -> None:
     """Refuses tensors of a kind that no load can fill, and, if ``strict``, every difference between module and checkpoint, all listed.
 
-    ``where``: the path of the checkpoint, for messages.
+    ``where``: the path of the checkpoint, for messages. ``prefix``: the one that the caller passed; None if no caller can pass one.
     """
     for name in inventory.slots if plan.owned else ():
         if name in plan.owned and (inventory.slots[name].saved or name in plan.stored):
@@ -41,7 +41,7 @@ def check_differences(inventory: Inventory, plan: ModulePlan, strict: bool, wher
             _check_memory(inventory.slots[name], where)
     check_shapes(inventory, plan, where)
     if strict and (plan.missing or plan.unexpected or plan.mismatched):
-        _refuse_differences(plan, where)
+        _refuse_differences(plan, where, prefix)
 
 
 def check_shapes(inventory: Inventory, plan: ModulePlan, where: str) -> None:
@@ -104,7 +104,7 @@ def check_meta_buffers(inventory: Inventory, where: str) -> None:
         )
 
 
-def _refuse_differences(plan: ModulePlan, where: str) -> NoReturn:
+def _refuse_differences(plan: ModulePlan, where: str, prefix: str | None) -> NoReturn:
     differences = (
         ("missing from the checkpoint", plan.missing),
         ("not in the module", plan.unexpected),
@@ -116,6 +116,8 @@ def _refuse_differences(plan: ModulePlan, where: str) -> NoReturn:
         hint = f"; {found}"
     elif any(name.startswith(".") for name in plan.unexpected):
         hint = "; a name begins with a dot, because the prefix does not end with one: pass a prefix such as 'encoder.'"
+    elif prefix is not None and (begin := _common_prefix(plan)) is not None:
+        hint = f"; prefix={prefix + begin!r} loads the names that begin with it"
     elif plan.mismatched:
         hint = "; strict=False loads what fits and reports the rest"
     elif plan.left_out:
@@ -127,10 +129,21 @@ def _refuse_differences(plan: ModulePlan, where: str) -> NoReturn:
 
 
 def _only_one_is_quantised(plan: ModulePlan) -> str | None:
-    if any(name.endswith("_qdata") for name in plan.unexpected):
+    on_disk, in_module = (any(name.endswith("_qdata") for name in names) for names in (plan.unexpected, plan.missing))
+    if on_disk == in_module:
+        return None
+    if on_disk:
         return "the checkpoint has quantised weights: quantise the module in the same way first, as torchao's quantize_ does"
-    if any(name.endswith("_qdata") for name in plan.missing):
-        return "the module has quantised weights, the checkpoint has not: load it before the module is quantised"
+    return "the module has quantised weights, the checkpoint has not: load it before the module is quantised"
+
+
+def _common_prefix(plan: ModulePlan) -> str | None:
+    """What stands before every missing name in the checkpoint, such as ``module.``; None if there is no such prefix."""
+    surplus = frozenset(plan.unexpected)
+    for name in surplus if plan.missing else ():
+        prefix = name.removesuffix(plan.missing[0])
+        if prefix != name and prefix.endswith(".") and all(prefix + missing in surplus for missing in plan.missing):
+            return prefix
     return None
 
 

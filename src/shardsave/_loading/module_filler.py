@@ -55,13 +55,14 @@ class ModuleFiller:
         self._unused: frozenset[str] = frozenset()  # names that routines reported as unexpected
 
     @gc_paused()
-    def check(self, *, strict: bool) -> None:
+    def check(self, *, strict: bool, prefix: str | None = None) -> None:
         """Raises IncompatibleCheckpointError or UnsupportedTensorError if the module cannot be filled; ``strict``: also if names differ.
 
-        Raises OutOfMemoryError if its new memory surely does not fit.
+        Raises OutOfMemoryError if its new memory surely does not fit. ``prefix``: the caller's argument, for advice in messages; None if
+        the caller has none.
         """
         where = self._checkpoint.path
-        check_differences(self._inventory, self.plan, strict, where)
+        check_differences(self._inventory, self.plan, strict, where, prefix)
         self._check_destinations()
         check_meta_buffers(self._inventory, where)
         self.notes = check_free_memory(where, self._host_bytes(), "the module is unchanged")

@@ -162,7 +162,9 @@ class Checkpoint(ShardFiles):
                 self.hold(shard, file)
                 self._note_tensors(shard, header, count)
             except ShardSaveError as error:
-                if broken is None:
+                # Without an index, nothing says that the file should be another one than it is.
+                is_damaged = self.index is not None or isinstance(error, CorruptCheckpointError)
+                if broken is None or not is_damaged:
                     raise
                 self.drop(shard)
                 broken[shard] = error

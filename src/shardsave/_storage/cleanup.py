@@ -7,6 +7,7 @@
 4. After the commit, the lone file and the adapter that it replaced, unless they have changed since.
 5. After the commit, the files of several ranks that lay there before it, unless they have changed since: they have torch's name for
    such a file, and say in their header which chunks they hold. Readers would take them for a second checkpoint.
+6. When a whole checkpoint is removed: the files that its index names; companions only unless they have changed since.
 
 Nothing else, ever. Final names are removed only if a save can have given them (`OWN_PATTERN`, `DIRECTORY_PATTERN` or a companion's
 name), if they are regular files (directories, if a save gives the name to one) or symbolic links, and if the current index does not
@@ -65,6 +66,11 @@ class Cleaner:
         self._own_staging = own_staging
         self._to_free = to_free
         self._failures = 0  # removals that failed, so that a later save must try again
+
+    @property
+    def failed(self) -> bool:
+        """Whether something could not be removed, so that it must be tried again."""
+        return self._failures > 0
 
     def after_commit(self, previous: Previous, new: Index) -> None:
         """Removes what the new index does not need; ``new`` was just committed in place of ``previous``.
@@ -179,6 +185,17 @@ class Cleaner:
         """Whether ``name``, in the directory of a part, is a file that a save of this user can have made there, or a link in its place."""
         is_file = stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode)
         return is_file and is_in_directory(name) and self._folder.is_ours(status)
+
+    def remove_files_of(self, removed: Index, named: frozenset[str]) -> None:
+        """Removes the files of a checkpoint whose index ``removed`` is not in place any more.
+
+        ``named``: the files of the index that is in place, if there is one. A companion that has changed since it was saved stays.
+        """
+        for name in sorted(final_names(files_of(removed), (), named)):
+            self._attempt(name, self._remove_final, name, None)
+        companions = companions_of(removed)
+        for name in sorted((COMPANION_NAMES & companions.keys()) - named):
+            self._attempt(name, self._remove_unchanged, name, companions[name])
 
     def remove_lone(self, index: Index) -> None:
         """Removes the lone file that ``index`` says it replaced, and a symbolic link of that name to nothing."""

@@ -8,8 +8,8 @@ import stat
 from typing import NamedTuple
 
 from shardsave._common.os_calls import CallFailed, Descriptor, NotRegular, TooLong, call, open_regular, read_whole
-from shardsave._common.words import some
-from shardsave._format.file_names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX_NAME, LONE_NAME, TORCH_ENDINGS
+from shardsave._common.words import count, some
+from shardsave._format.file_names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX_NAME, LONE_NAME, TORCH_ENDINGS, step_number
 from shardsave._format.index import MAX_INDEX_BYTES
 from shardsave._format.other_kinds import START_BYTES, other_kind
 from shardsave._format.rank_files import is_rank_file
@@ -101,6 +101,10 @@ def _hint(folder: str) -> str:
         listed = os.listdir(folder or ".")
     except OSError:
         return ""
+    steps = sorted((number, name) for name in listed if (number := step_number(name)) is not None)
+    committed = [name for _, name in steps if os.path.exists(os.path.join(folder, name, INDEX_NAME))]
+    if committed:
+        return f"; it is a run with {count(len(steps), 'step')}, the latest is {os.path.join(folder, committed[-1])}"
     others = sorted(name for name in listed if name.endswith((".safetensors", ".safetensors.index.json")))
     if others:
         return f"; to read another file, give its path: {some(others)}"

@@ -1,4 +1,4 @@
-"""Leavings: what crashed saves left in a directory, listed and removed for `clean`."""
+"""Leavings: what crashed saves, and crashed removals of a checkpoint, left in a directory, listed and removed for `clean`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import stat
 from dataclasses import dataclass
 
 from shardsave._common.os_calls import CallFailed
-from shardsave._format.file_names import DIRECTORY_PATTERN, LONE_NAME
+from shardsave._format.file_names import DIRECTORY_PATTERN, LONE_NAME, REMOVED_INDEX_NAME
 from shardsave._format.index import Index
 from shardsave._storage.cleanup import (
     Cleaner,
@@ -21,12 +21,14 @@ from shardsave._storage.companions import COMPANION_NAMES
 from shardsave._storage.directory import Directory
 from shardsave._storage.lock import LockedDirectory
 from shardsave._storage.previous import files_in_directory, files_of
+from shardsave._storage.removal import finish_removal, read_obeyed, removable
 from shardsave._storage.staging import lists_directory, owner_of, read_list
 
 
 @dataclass(frozen=True, slots=True)
 class Leaving:
-    """What a crashed save left behind: its staging directory, or the lone file that it replaced.
+    """What a crashed save left behind: its staging directory, or the lone file that it replaced; or the index of a checkpoint whose
+    removal was interrupted.
 
     ``files``: the files that are removed with it, relative to the checkpoint's directory. ``bytes``: the disk space that this frees.
     ``dead``: whether its saver is known to be dead; False for a saver of another host, whose processes are not visible from here.
@@ -42,7 +44,10 @@ class Leaving:
 
 
 def find_leavings(folder: LockedDirectory, index: Index | None) -> tuple[Leaving, ...]:
-    """What crashed saves left in ``folder``, whose present index is ``index``. Raises CallFailed."""
+    """What was left in ``folder``, whose present index is ``index``.
+
+    Raises CallFailed, and as `finish_removal` does for an index that names what an interrupted removal has left.
+    """
     named = files_of(index)
     kept = {inode for name in named if (inode := folder.inode_of(name)) is not None}
     leavings = []
@@ -60,11 +65,17 @@ def find_leavings(folder: LockedDirectory, index: Index | None) -> tuple[Leaving
         ours = folder.is_ours(lone)
         size = bytes_on_disk(folder, (LONE_NAME,), kept)
         leavings.append(Leaving(LONE_NAME, (LONE_NAME,) if ours else (), size, ours, ours=ours))
+    removed = read_obeyed(folder, REMOVED_INDEX_NAME)
+    if removed is not None:
+        files = tuple(name for name in removable(removed, index) if folder.status_of(name) is not None)
+        leavings.append(Leaving(REMOVED_INDEX_NAME, files, bytes_on_disk(folder, files, kept), True))
     return tuple(leavings)
 
 
 def remove_leaving(folder: LockedDirectory, leaving: Leaving, index: Index | None) -> list[str]:
     """Removes ``leaving``, once the present ``index`` is certain to stay. Returns the names that could not be removed."""
+    if leaving.name == REMOVED_INDEX_NAME:
+        return list(finish_removal(folder, index).leftovers)
     cleaner = Cleaner(folder)
     if leaving.name != LONE_NAME:
         cleaner.remove_staging(leaving.name, files_of(index))

@@ -14,14 +14,17 @@ from shardsave._common.os_calls import CallFailed, call
 from shardsave._common.shutdown import raise_if_ending
 from shardsave._storage.directory import Directory
 from shardsave._storage.lock_holder import lock_holder
-from shardsave._storage.staging import LIST_NAME, host_id, owner_of
+from shardsave._storage.staging import LIST_NAME, Staging, host_id, owner_of
 from shardsave.errors import DirectoryBusyError
 
 _POLL_SECONDS = 0.05
 _AS_BEFORE = "nothing was written, the previous checkpoint is intact"
 
 #: errno values of flock(2) on a file system that has no locks.
-_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+
+#: errno values of mkdir(2) if this process may not create anything in a directory.
+_MAY_NOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class LockedDirectory(Directory):
@@ -65,7 +68,7 @@ class LockedDirectory(Directory):
                 # Locked and noted in one C call: otherwise a signal handler could run in between, and a save in it would wait for this one.
                 return self._locked.extend(map(fcntl.flock, (self.fd,), (fcntl.LOCK_EX | fcntl.LOCK_NB,)))
             except OSError as error:
-                if error.errno in _NO_LOCKS:
+                if error.errno in NO_LOCKS:
                     self.exclusive = False
                     return
                 if error.errno != errno.EWOULDBLOCK:
@@ -184,6 +187,23 @@ class LockedDirectory(Directory):
         """Frees the lock. May be called any number of times."""
         super().close()
         _locks_of_this_thread().discard(self)
+
+
+def learn_owner(folder: LockedDirectory) -> None:
+    """In a shared directory: learns from a new directory which owner our files have there. Raises CallFailed."""
+    if not folder.shared:
+        return
+    probe = Staging(folder, folder.path)
+    try:
+        probe.make()
+        folder.learn_owner(probe.directory)
+    except CallFailed as error:
+        if error.errno not in _MAY_NOT_WRITE:
+            raise
+        return  # nothing there is ours
+    finally:
+        probe.close()
+    folder.rmdir(probe.name)
 
 
 _threads = threading.local()

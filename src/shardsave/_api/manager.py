@@ -1,0 +1,338 @@
+"""`CheckpointManager`: a run of steps. Decides when to save and which steps stay, resumes from the last step that can be read."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+from shardsave._api.arguments import check_path, check_timeout
+from shardsave._api.run_verbs import PublicVerbs, Resumed, RunVerbs
+from shardsave._common.log_records import log_event
+from shardsave._common.os_calls import absolute_path
+from shardsave._common.shutdown import verb
+from shardsave._common.words import count, some
+from shardsave._runs.arguments import check_count, check_step, checked_best, checked_metrics
+from shardsave._runs.keeper import Keeper
+from shardsave._runs.policies import KeepChosen, UserPolicy, save_when
+from shardsave._runs.reading import reading
+from shardsave._runs.recorded import RecordedPolicy
+from shardsave._runs.removal import pin, unpin
+from shardsave._runs.signals import SaveRequests
+from shardsave._runs.steps import Run, StepInfo
+from shardsave.errors import (
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    DurabilityUncertainError,
+    IncompatibleCheckpointError,
+    OutOfSpaceError,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from shardsave._api.reports import SaveReport
+
+__all__ = ["CheckpointManager", "StepInfo"]
+
+
+class CheckpointManager:
+    """Saves a training run as a directory of steps (``run/step-00001000``), each an ordinary checkpoint, and resumes from the last one.
+
+    Nothing but the steps themselves says which one is the latest: it is the last one that was committed. Steps that no policy keeps are
+    removed in the background, after the new one is durable. Without ``keep_last``, ``keep_every``, ``keep_best`` and ``policy``, all
+    steps stay; with any of them, a step stays if one of them keeps it, if it is the latest, or if it is pinned.
+
+    Args:
+        directory: the run. It is created by the first save.
+        save_every: save at each multiple of this number of steps, or when that much time has passed since the last save (``"30s"``,
+            ``"10min"``, ``"2h"``). None: only `save` and signals save.
+        keep_last: keep this number of steps, the last ones.
+        keep_every: keep, for each multiple of this number of steps, the first step that is not before it.
+        keep_best: ``(metric, "min" or "max", count)``: keep the steps with the best values of a metric.
+        policy: a function that receives all committed steps (a tuple of `StepInfo`) and returns those to keep.
+        on_commit: called with the `SaveReport` of each save, on the thread that saved, before steps are removed.
+        on_corrupt: what `resume` does about a corrupt step: "previous" takes the one before it, "raise" raises.
+        options: keywords of `save`, for each save of this manager.
+
+    Raises:
+        TypeError, ValueError: for wrong arguments.
+
+    For one thread. In a forked child, it has nothing to remove.
+
+    Example:
+        >>> import torch, shardsave
+        >>> model = torch.nn.Linear(4, 2)
+        >>> with shardsave.CheckpointManager("run", save_every=10, keep_last=2) as manager:
+        ...     resumed = manager.resume(model)
+        ...     for step in range(resumed.next_step if resumed else 1, 41):
+        ...         report = manager.step(step, model, metrics={"loss": 1 / step})
+        >>> [info.step for info in manager.steps()]
+        [30, 40]
+    """
+
+    _verbs: RunVerbs = PublicVerbs()
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        save_every: int | str | None,
+        keep_last: int | None = None,
+        keep_every: int | None = None,
+        keep_best: tuple[str, str, int] | None = None,
+        policy: UserPolicy | None = None,
+        on_commit: Callable[[SaveReport], object] | None = None,
+        on_corrupt: Literal["previous", "raise"] = "previous",
+        **options: Any,
+    ) -> None:
+        check_path(directory)
+        self._when = save_when(save_every)
+        check_count(keep_last=keep_last, keep_every=keep_every)
+        best = checked_best(keep_best)
+        for name, function in (("policy", policy), ("on_commit", on_commit)):
+            if function is not None and not callable(function):
+                raise TypeError(f"{name} must be a function, not {type(function).__name__}")
+        if on_corrupt not in ("previous", "raise"):
+            raise ValueError(f"on_corrupt must be 'previous' or 'raise', not {on_corrupt!r}")
+        self._save_options = self._verbs.save_options()
+        self._check_options(options)
+        own = getattr(policy, "__qualname__", type(policy).__qualname__) if policy is not None else None
+        recorded = RecordedPolicy(save_every, keep_last, keep_every, best, own)
+        keeps = [*recorded.keeps(), *([KeepChosen(policy)] if policy is not None else [])]
+        self._on_commit = on_commit
+        self._on_corrupt = on_corrupt
+        self._options = options
+        self._shown = os.fspath(directory)
+        self._run = Run(absolute_path(self._shown))
+        self._keeper = Keeper(self._run, self._shown, keeps, recorded)
+        self._requests = SaveRequests()
+        self._preempted = False
+
+    @property
+    def preempted(self) -> bool:
+        """Whether a signal of `save_on_signal` came and the last save after it is committed: the training should end now."""
+        return self._preempted
+
+    def __enter__(self) -> CheckpointManager:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Puts the signal handlers back, and waits until all steps that are to be removed are gone. May be called any number of times."""
+        self._requests.restore()
+        self._keeper.remover.wait()
+
+    def wait_removed(self, timeout: float | None = None) -> bool:
+        """Waits until the steps that no policy keeps are gone. Returns False if that takes longer than ``timeout`` seconds."""
+        if timeout is not None:
+            check_timeout(timeout, "timeout")
+        return self._keeper.remover.wait(timeout)
+
+    def step(
+        self, step: int, model: Any, *, training: Any = None, metrics: Mapping[str, Any] | None = None, **options: Any
+    ) -> SaveReport | None:
+        """Tells the manager that ``step`` is finished. Saves if it is time, or if a signal asks for it.
+
+        Step 0 is never saved. A save that fails raises, and leaves all steps as they are: training can go on, and the next save is at
+        the next multiple of ``save_every``.
+
+        Args:
+            step: the number of the step that was just finished.
+            model, training: as in `save`.
+            metrics: name → number; read only if the step is saved. `keep_best` and ``shardsave list`` use them.
+            options: more keywords of `save`; they override those of the manager.
+
+        Returns:
+            The report of the save, None if nothing was saved.
+
+        Raises:
+            TypeError, ValueError: for wrong arguments.
+            OutOfSpaceError: as in `save`; the message says what the policy will remove after the next commit, and its size.
+            SaveNotCommittedError: also if the run has a later step than this one.
+            all that `save` raises.
+        """
+        check_step(step)
+        self._check_options(options)  # also if it is not time yet: a wrong keyword must not show after hours
+        requested = bool(self._requests.noted) and not self._preempted
+        due = self._when.due(step)
+        if step == 0 or not (due or requested):
+            return None
+        report = self.save(step, model, training=training, metrics=metrics, **options)
+        if requested:
+            self._preempted = True
+            names = some(number.name for number in self._requests.noted)
+            log_event(
+                logging.INFO, "preempted", f"saved step {step} of {self._shown} because of {names}", path=report.path, step=step
+            )
+        return report
+
+    @verb()
+    def save(
+        self, step: int, model: Any, *, training: Any = None, metrics: Mapping[str, Any] | None = None, **options: Any
+    ) -> SaveReport:
+        """Saves ``step`` now. Everything else is as in `step`."""
+        check_step(step)
+        if step == 0:
+            raise ValueError("step 0 is never saved: a step is saved once it is finished, and the first one is step 1")
+        self._check_options(options)
+        numbers = checked_metrics(metrics)
+        path = self._run.path_of(step)
+        self._keeper.remover.wait()  # the space of what goes is needed
+        self._keeper.refuse_before_latest(step)
+        given = {**self._options, **options, **({"training": training} if training is not None else {})}
+        try:
+            report = self._verbs.save(model, path, step=step, metrics=numbers, options=given)
+        except OutOfSpaceError as error:
+            raise OutOfSpaceError(f"{error}; {self._keeper.would_free(step)}") from error
+        except DurabilityUncertainError as error:
+            self._keeper.uncounted[step] = str(error)
+            raise
+        finally:
+            self._when.done(step)
+            _remove_empty(path)
+        self._keeper.uncounted.pop(step, None)
+        self._keeper.remover.note_saved(step, durable=report.durable)
+        try:
+            if self._on_commit is not None:
+                self._on_commit(report)
+        finally:
+            self._keeper.tidy()
+        return report
+
+    @verb()
+    def resume(self, model: nn.Module, *, training: Any = None, **options: Any) -> Resumed | None:
+        """Fills ``model`` (and ``training``) from the latest step; returns None if there is none.
+
+        A corrupt step is passed over, and named in a note and a log record; the one before it is taken. If the damage was found only
+        while the model was being filled, that needs a step that fills everything again: with ``strict=False``, ``only`` or ``skip``, the
+        error is raised instead. What the operating system refuses to read is never taken for a corrupt step.
+
+        Args:
+            model: the model to fill.
+            training, options: as in `shardsave.resume`.
+
+        Raises:
+            CorruptCheckpointError: no step can be read, or ``on_corrupt="raise"``.
+            ShardSaveError: a step that may be the latest cannot be read.
+            all that `load_model` raises.
+        """
+        given = {**options, **({"training": training} if training is not None else {})}
+        passed: list[str] = []
+        for info in self._run.newest_first():
+            problem = _refusal(info)
+            if problem is None:
+                continue
+            if not problem:
+                try:
+                    with reading(info.path):
+                        resumed = self._verbs.resume(info.path, model, step=info.step, options=given)
+                except CheckpointNotFoundError:
+                    continue  # another process has just removed it
+                except CorruptCheckpointError as error:
+                    if options.get("strict", True) is not True or options.get("only") or options.get("skip"):
+                        raise
+                    problem = str(error)
+                else:
+                    return self._resumed(resumed, passed)
+            self._pass_over(info, problem)
+            passed.append(f"{info.path} is corrupt and was passed over: {problem}")
+        if passed:
+            raise CorruptCheckpointError(
+                f"cannot resume from {self._shown}: a step that can be read was expected, {count(len(passed), 'step')} "
+                f"{'is' if len(passed) == 1 else 'are'} corrupt ({passed[0]}); the model may be filled in part"
+            )
+        return None
+
+    def _check_options(self, options: Iterable[str]) -> None:
+        unknown = sorted(set(options) - self._save_options)
+        if unknown:
+            raise TypeError(f"keywords of CheckpointManager or of save were expected, not {some(unknown)}")
+
+    def _pass_over(self, info: StepInfo, problem: str) -> None:
+        if self._on_corrupt == "raise":
+            raise CorruptCheckpointError(
+                f"cannot resume from {info.path}: {problem}; earlier steps are as they were, on_corrupt='previous' resumes from the last "
+                f"that can be read"
+            )
+        self._keeper.uncounted[info.step] = problem
+        words = f"{info.path} is corrupt, the step before it is taken: {problem}"
+        log_event(logging.WARNING, "step corrupt", words, path=info.path, step=info.step, problem=problem)
+
+    def _resumed(self, resumed: Resumed, passed: list[str]) -> Resumed:
+        self._when.done(resumed.step)
+        path = self._run.path_of(resumed.step)
+        log_event(logging.INFO, "resumed", f"resumed {self._shown} from step {resumed.step}", path=path, step=resumed.step)
+        return replace(resumed, notes=(*passed, *resumed.notes))
+
+    @verb()
+    def latest(self) -> StepInfo | None:
+        """The last committed step, None if there is none. Reads indexes alone, so it does not find all damage that `resume` finds.
+
+        A corrupt step is passed over as in `resume`. Raises ShardSaveError for a step that cannot be read.
+        """
+        for info in self._run.newest_first():
+            problem = _refusal(info)
+            if problem == "":
+                return info
+            if problem is not None:
+                self._pass_over(info, problem)
+        return None
+
+    @verb()
+    def steps(self) -> tuple[StepInfo, ...]:
+        """All steps of the run in order, in whatever state. Raises ShardSaveError if the run cannot be listed."""
+        return self._run.steps()
+
+    @verb()
+    def pin(self, step: int) -> None:
+        """Keeps ``step`` from being removed, by this process or any other, until `unpin`.
+
+        The mark is a file in the step's directory. It is no count: two processes that pin a step share one mark.
+
+        Raises:
+            CheckpointNotFoundError: there is no such step. DirectoryBusyError, ShardSaveError: it could not be marked.
+        """
+        check_step(step)
+        pin(self._run.path, step)
+
+    @verb()
+    def unpin(self, step: int) -> None:
+        """Undoes `pin`. If no policy keeps the step, it is removed after the next commit."""
+        check_step(step)
+        unpin(self._run.path, step)
+
+    def save_on_signal(self, *signals: int) -> None:
+        """Lets the first of each of these signals (SIGTERM, if none is given) ask for a last save, instead of what it does now.
+
+        A save that is at work goes on to its end. The next `step` saves, whatever ``save_every`` says, and then `preempted` is true.
+        The first signal also puts the previous handler back, so a second one does what it did before: SIGTERM ends the process at
+        once. `close` puts all handlers back. A forked child obeys the previous handlers.
+
+        Raises:
+            ValueError: this is not the main thread, or a handler could not be put back.
+        """
+        for number in signals or (signal.SIGTERM,):
+            self._requests.listen(signal.Signals(number))
+
+
+def _refusal(info: StepInfo) -> str | None:
+    """Why a step cannot be resumed from: "" if it can, None if it is none. Raises IncompatibleCheckpointError for a newer format."""
+    if info.state == "newer":
+        raise IncompatibleCheckpointError(info.problem)
+    if info.state == "corrupt":
+        return info.problem or "it is corrupt"
+    return "" if info.committed else None
+
+
+def _remove_empty(folder: str) -> None:
+    """Removes the directory of a save that wrote nothing; one with anything in it stays."""
+    with suppress(OSError):
+        os.rmdir(folder)

@@ -1,0 +1,101 @@
+"""Keeps the steps of a run that its policies want, and has the others removed once a new one is committed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+
+from shardsave._common.log_records import log_event
+from shardsave._common.os_calls import CallFailed
+from shardsave._common.words import count, human_bytes, some
+from shardsave._runs.policies import Keep, kept
+from shardsave._runs.recorded import RecordedPolicy, write_policy
+from shardsave._runs.remover import Remover
+from shardsave._runs.steps import Run, StepInfo
+from shardsave.errors import SaveNotCommittedError, ShardSaveError
+
+
+class Keeper:
+    """The policies ``keeps`` for one run; ``recorded`` is what others are told of them. ``shown``: the run's path, in messages.
+
+    ``uncounted``: steps that are not what their index says, and why: corrupt, or perhaps not durable. No policy counts or removes them.
+    """
+
+    def __init__(self, run: Run, shown: str, keeps: Sequence[Keep], recorded: RecordedPolicy) -> None:
+        self.remover = Remover(run)
+        self.uncounted: dict[int, str] = {}
+        self._run = run
+        self._shown = shown
+        self._keeps = keeps
+        self._recorded = recorded
+        self._swept = False
+
+    def refuse_before_latest(self, step: int) -> None:
+        """Raises SaveNotCommittedError if the run has a later step: `resume` would never find this one, and a policy might remove it."""
+        for number in reversed(self._run.numbers()):
+            if number <= step:
+                return
+            info = self._run.read(number)
+            if info is not None and info.committed and number not in self.uncounted:
+                raise SaveNotCommittedError(
+                    f"cannot save step {step} to {self._shown}: a step after all others was expected, step {number} is there already; "
+                    f"resume it, or give the run another directory; nothing was written"
+                )
+
+    def tidy(self) -> None:
+        """After a commit: starts the removal of the steps that no policy keeps, and finishes what died processes have left."""
+        try:
+            steps = self._run.steps()
+            write_policy(self._run.path, self._recorded)
+        except ShardSaveError as error:
+            words = f"no step of {self._shown} is removed this time: {error}"
+            return log_event(logging.WARNING, "removal failed", words, path=self._run.path, problem=str(error))
+        except CallFailed as error:
+            log_event(
+                logging.WARNING,
+                "policy not recorded",
+                f"{self._shown}: {error.words}",
+                path=self._run.path,
+                problem=error.words,
+            )
+        for info in steps:
+            if info.state == "unreadable":
+                log_event(
+                    logging.WARNING,
+                    "step unreadable",
+                    f"{info.path} stays: {info.problem}",
+                    path=info.path,
+                    problem=info.problem,
+                )
+        counted = self._counted(steps)
+        stay = kept(counted, self._keeps)
+        doomed = [info.step for info in counted if info.step not in stay]
+        unfinished = {"removing"} if self._swept else {"removing", "unfinished"}
+        self._swept = True
+        busy = self.remover.busy
+        left = [info.step for info in steps if (info.state in unfinished or info.half_removed) and info.step not in busy]
+        if doomed:
+            goes = some(map(str, doomed))
+            words = f"{self._shown}: {count(len(stay), 'step')} kept, {count(len(doomed), 'step')} will be removed: {goes}"
+            log_event(logging.INFO, "policy", words, path=self._run.path, kept=stay, removed=doomed)
+        self.remover.start(doomed, left, sorted(stay))
+
+    def would_free(self, step: int) -> str:
+        """What the policies would remove if ``step`` were committed, for the message of a full disk."""
+        try:
+            counted = [info for info in self._counted(self._run.steps()) if info.step != step]
+        except ShardSaveError as error:
+            return f"the steps of the run cannot be listed ({error})"
+        stay = kept([*counted, StepInfo(step, self._run.path_of(step), "committed")], self._keeps)
+        doomed = [info.step for info in counted if info.step not in stay]
+        if not doomed:
+            return "the policy would remove no step"
+        size = human_bytes(self._run.bytes_of_only(set(doomed)))
+        return (
+            f"once a new step is committed, the policy removes {some(f'step {number}' for number in doomed)} and frees {size}"
+        )
+
+    def _counted(self, steps: Iterable[StepInfo]) -> list[StepInfo]:
+        """The committed steps on which a policy may rely, and which are not being removed."""
+        busy = self.remover.busy
+        return [info for info in steps if info.committed and info.step not in self.uncounted and info.step not in busy]

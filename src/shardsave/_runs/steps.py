@@ -1,0 +1,259 @@
+"""A run: a directory of steps, each an ordinary checkpoint. Says which steps there are and in which state, from names and indexes alone.
+
+No file records which step is the latest: it is the last one with an index, since the rename of an index is what commits a checkpoint.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
+
+from shardsave._common.os_calls import CallFailed, NotRegular, TooLong
+from shardsave._format.file_names import INDEX_NAME, LONE_NAME, REMOVED_INDEX_NAME, step_name, step_number
+from shardsave._format.index import MAX_INDEX_BYTES, Index, Record
+from shardsave._format.index_parsing import parse_index
+from shardsave._storage.directory import Directory
+from shardsave._storage.find import cannot_read
+from shardsave._storage.previous import companions_of, files_of
+from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, ShardSaveError
+
+#: The file that pins a step, in the step's directory.
+PIN_NAME = ".shardsave-pinned"
+
+#: committed: can be loaded. saving: its first save is at work. unfinished: that save has died. removing: its removal has begun.
+#: corrupt: the index is damaged, or a file that it names is missing or has another length. newer: needs a newer shardsave.
+#: foreign: not saved by shardsave. unreadable: the operating system refuses to read it.
+State = Literal["committed", "saving", "unfinished", "removing", "corrupt", "newer", "foreign", "unreadable"]
+
+#: errno values of a path on which nothing is.
+_ABSENT = (errno.ENOENT, errno.ENOTDIR)
+
+#: How often a step is read again that a save or a removal changes meanwhile.
+_TRIES = 5
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """A step of a run.
+
+    ``state``: "committed", "saving", "unfinished", "removing", "corrupt", "newer", "foreign" or "unreadable"; ``problem`` says more.
+    ``created``: when it was committed, in UTC, such as ``"2026-11-30T05:40:00Z"``. ``bytes``: the length of all its files;
+    ``new_bytes``: of those that no earlier step shares with it. ``pinned``: whether no policy may remove it.
+    ``half_removed``: whether files of an earlier checkpoint of this step are still there, whose removal was interrupted.
+    """
+
+    step: int
+    path: str
+    state: State
+    created: str = ""
+    bytes: int = 0
+    new_bytes: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    pinned: bool = False
+    problem: str = ""
+    half_removed: bool = False
+
+    @property
+    def committed(self) -> bool:
+        return self.state == "committed"
+
+
+class _Summary(NamedTuple):
+    """What is remembered of an index. ``identity`` changes when its file does. ``lengths``: file → bytes, None if it may have any."""
+
+    identity: tuple[int, ...]
+    lengths: Mapping[str, int | None]
+    metrics: Mapping[str, float]
+    created: str
+    durable: bool
+
+
+class _Files(NamedTuple):
+    """The files of a step that are there: (device, inode) → bytes. ``problem``: what is wrong with them, or ""."""
+
+    sizes: Mapping[tuple[int, int], int]
+    problem: str
+
+
+class Run:
+    """The run in the directory ``path``, which need not exist yet. Remembers what it has read in indexes that stay as they are."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._summaries: dict[int, _Summary] = {}
+        self._sizes: dict[int, Mapping[tuple[int, int], int]] = {}
+
+    def path_of(self, step: int) -> str:
+        return os.path.join(self.path, step_name(step))
+
+    def numbers(self) -> list[int]:
+        """The steps that have a directory, in order. Raises ShardSaveError if the run cannot be listed."""
+        try:
+            with Directory(self.path) as folder:
+                folder.open(self.path)
+                names = folder.names()
+        except CallFailed as error:
+            if error.errno == errno.ENOENT:
+                return []
+            raise cannot_read(self.path, error) from error
+        return sorted(number for name in names if (number := step_number(name)) is not None)
+
+    def steps(self) -> tuple[StepInfo, ...]:
+        """All steps, in order. One that the operating system refuses to read is "unreadable". Raises ShardSaveError as `numbers` does."""
+        infos: list[StepInfo] = []
+        numbers = self.numbers()
+        for gone in self._sizes.keys() - set(numbers):
+            del self._sizes[gone]
+            self._summaries.pop(gone, None)
+        seen: set[tuple[int, int]] = set()
+        for number in numbers:
+            try:
+                info = self.read(number)
+            except ShardSaveError as error:
+                info = StepInfo(number, self.path_of(number), "unreadable", problem=str(error))
+            if info is not None:
+                sizes = self._sizes.get(number, {}) if info.committed else {}
+                new = sum(size for inode, size in sizes.items() if inode not in seen)
+                seen.update(sizes)
+                infos.append(replace(info, new_bytes=new))
+        return tuple(infos)
+
+    def newest_first(self) -> Iterator[StepInfo]:
+        """The steps from the last one back. Raises ShardSaveError for one that the operating system refuses to read."""
+        for number in reversed(self.numbers()):
+            info = self.read(number)
+            if info is not None:
+                yield info
+
+    def read(self, number: int) -> StepInfo | None:
+        """A step as it is now; None if it has no directory any more. Raises ShardSaveError if it cannot be read."""
+        path = self.path_of(number)
+        try:
+            with Directory(durable=False) as folder:
+                folder.open(path)
+                return self._read(folder, number, path)
+        except CallFailed as error:
+            if error.errno in _ABSENT:
+                return None
+            raise cannot_read(path, error) from error
+
+    def _read(self, folder: Directory, number: int, path: str) -> StepInfo:
+        half_removed = folder.status_of(REMOVED_INDEX_NAME) is not None
+        info = StepInfo(number, path, "saving", pinned=folder.status_of(PIN_NAME) is not None, half_removed=half_removed)
+        for _ in range(_TRIES):
+            identity = _identity(folder)
+            if identity is None:
+                return replace(info, state="removing" if half_removed else _state_without_index(folder))
+            indexed = self._read_indexed(folder, info, identity)
+            if indexed.committed or identity == _identity(folder):
+                return indexed
+        return info
+
+    def _read_indexed(self, folder: Directory, info: StepInfo, identity: tuple[int, ...]) -> StepInfo:
+        try:
+            summary = self._summary(folder, info.step, identity)
+        except (CorruptCheckpointError, NotRegular, TooLong) as error:
+            return replace(info, state="corrupt", problem=str(error))
+        except IncompatibleCheckpointError as error:
+            return replace(info, state="newer", problem=str(error))
+        if summary is None:
+            return replace(info, state="foreign", problem="shardsave did not save it")
+        files = _files_there(folder, summary.lengths)
+        self._sizes[info.step] = files.sizes
+        return replace(
+            info,
+            state="corrupt" if files.problem else "committed",
+            created=summary.created,
+            bytes=sum(files.sizes.values()),
+            metrics=summary.metrics,
+            problem=files.problem,
+        )
+
+    def _summary(self, folder: Directory, number: int, identity: tuple[int, ...]) -> _Summary | None:
+        known = self._summaries.get(number)
+        if known is not None and known.identity == identity:
+            return known
+        data = folder.read_all(INDEX_NAME, MAX_INDEX_BYTES)
+        index = parse_index(data or b"", f"index {INDEX_NAME}")
+        if index.record is None:
+            return None
+        moment = index.record.moment
+        mtime = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(identity[3] // 10**9))
+        summary = _Summary(
+            identity, _lengths(index, index.record), moment.metrics, moment.created or mtime, index.record.durable
+        )
+        self._summaries[number] = summary
+        return summary
+
+    def files_to_sync(self, number: int) -> tuple[str, ...]:
+        """The files of a step that was read, if its save did not wait for the disk; otherwise none: its index says so."""
+        summary = self._summaries.get(number)
+        return tuple(summary.lengths) if summary is not None and not summary.durable else ()
+
+    def bytes_of_only(self, numbers: set[int]) -> int:
+        """The bytes that removing these steps frees: of files that no other step shares."""
+        others = {inode for number, sizes in self._sizes.items() if number not in numbers for inode in sizes}
+        own = {inode: size for number in numbers for inode, size in self._sizes.get(number, {}).items()}
+        return sum(size for inode, size in own.items() if inode not in others)
+
+
+def _identity(folder: Directory) -> tuple[int, ...] | None:
+    """What changes when the index in ``folder`` does; None if there is none."""
+    status = folder.status_of(INDEX_NAME, follow=True)
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns) if status is not None else None
+
+
+def _lengths(index: Index, record: Record) -> dict[str, int | None]:
+    """Each file of a checkpoint → its length. Those that people may edit on purpose may have any."""
+    lengths: dict[str, int | None] = dict.fromkeys(sorted(files_of(index)))
+    lengths |= {name: shard.length for name, shard in record.shards.items()}
+    lengths |= {part.file: part.record.length for part in record.parts.values()}
+    for name in companions_of(index):
+        lengths[name] = None
+    return lengths
+
+
+def _files_there(folder: Directory, lengths: Mapping[str, int | None]) -> _Files:
+    sizes: dict[tuple[int, int], int] = {}
+    problem = ""
+    for name, length in {INDEX_NAME: None, **lengths}.items():
+        status = folder.target_of(name)
+        if status is not None:
+            sizes |= _sizes(folder, name, status)
+        if length is None or problem:
+            continue
+        if status is None:
+            problem = f"{name} is missing"
+        elif status.st_size != length:
+            problem = f"{name} was expected to have {length} bytes, it has {status.st_size}"
+    return _Files(sizes, problem)
+
+
+def _sizes(folder: Directory, name: str, status: os.stat_result) -> dict[tuple[int, int], int]:
+    """(device, inode) → bytes, of a file, or of each file in a directory."""
+    if not stat.S_ISDIR(status.st_mode):
+        return {(status.st_dev, status.st_ino): status.st_size}
+    with folder.enter(name) as inside:
+        found = [inside.status_of(inner) for inner in inside.names()]
+    return {(inner.st_dev, inner.st_ino): inner.st_size for inner in found if inner is not None}
+
+
+def _state_without_index(folder: Directory) -> State:
+    if folder.status_of(LONE_NAME) is not None:
+        return "foreign"
+    return "saving" if _is_locked(folder) else "unfinished"
+
+
+def _is_locked(folder: Directory) -> bool:
+    """Whether a save holds the directory's lock. Asked with a shared lock, which ends when ``folder`` is closed."""
+    try:
+        fcntl.flock(folder.fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno == errno.EWOULDBLOCK
+    return False
