@@ -14,8 +14,10 @@ import torch
 from torch import nn
 
 import shardsave
+from shardsave._storage.checkpoint import open_checkpoint
+from shardsave._training.restore import StoredTraining, plan_restore
 from support import ROOT
-from through_files import Resumption, keep, restore
+from training_state import edit_training, training_directory
 
 pytest.importorskip("torchao", reason="torchao is not installed")
 import torchao.optim
@@ -23,7 +25,14 @@ from torchao.optim.subclass_4bit import OptimState4bit
 from torchao.optim.subclass_8bit import OptimState8bit
 from torchao.optim.subclass_fp8 import OptimStateFp8
 
-Attack = Any
+
+def keep(folder: Path, training: Any, model: Any = None) -> None:
+    shardsave.save({} if model is None else model, folder, training=training, durable=False)
+
+
+def restore(folder: Path, training: Any, model: Any = None) -> tuple[str, ...]:
+    """Resumes from ``folder``. Returns the notes."""
+    return shardsave.resume(folder, model, training=training).notes
 
 
 @pytest.fixture(autouse=True)
@@ -58,10 +67,16 @@ def test_state_of_an_optimizer(tmp_path: Path, name: str) -> None:
     model, optimizer = trained(name)
     keep(tmp_path, {"optimizer": optimizer}, model)
     other_model, other = trained(name, seed=1)
-    resumption = Resumption(tmp_path, {"optimizer": other}, other_model)
-    targets = dict(resumption.plan.targets)
-    assert targets["optimizer/weight/exp_avg/codes"].nbytes == (2048 if name == "AdamW4bit" else 4096)
-    resumption.finish()
+    with open_checkpoint(tmp_path, parts=["training state"]) as checkpoint:
+        assert checkpoint.training is not None
+        shared = json.loads(checkpoint.training.document)["shared"]
+        stored = StoredTraining(str(tmp_path), shared, {}, checkpoint.training.tensors, 1)
+        plan = plan_restore({"optimizer": other}, other_model, stored)
+    plan.apply()
+    for key, part in parts(other.state[other_model.weight]["exp_avg"]).items():
+        assert part is dict(plan.fresh)[f"optimizer/weight/exp_avg/{key}"]  # read where it stays
+    assert other.state[other_model.weight]["exp_avg"].codes.nbytes == (2048 if name == "AdamW4bit" else 4096)
+    assert restore(tmp_path, {"optimizer": other}, other_model) == ()
     for key, saved in optimizer.state[model.weight].items():
         back = other.state[other_model.weight][key]
         assert type(back) is type(saved) and (back.dtype, back.shape) == (saved.dtype, saved.shape)
@@ -71,7 +86,6 @@ def test_state_of_an_optimizer(tmp_path: Path, name: str) -> None:
         for inner, tensor in parts(saved).items():
             own = parts(back)[inner]
             assert torch.equal(own.view(torch.uint8), tensor.view(torch.uint8)) and own.data_ptr() != tensor.data_ptr()
-            assert own is targets[f"optimizer/weight/{key}/{inner}"]  # read where it stays
 
 
 @pytest.mark.parametrize(
@@ -102,8 +116,7 @@ def test_beside_an_optimizer(tmp_path: Path, make: Any) -> None:
     saved, live = training(), training()
     leaf, low = live["leaf"], live["module"].low
     keep(tmp_path, saved)
-    _, notes = restore(tmp_path, live)
-    assert notes == () and live["module"].low is low
+    assert restore(tmp_path, live) == () and live["module"].low is low
     for old, new in [(saved["leaf"], leaf), (saved["module"].low, low), (saved["holder"].own, live["holder"].own)]:
         assert type(new) is type(old) and new.dtype == old.dtype and old is not new
         assert all(torch.equal(parts(old)[key].view(torch.uint8), part.view(torch.uint8)) for key, part in parts(new).items())
@@ -121,7 +134,7 @@ def test_other_tensors_in_its_place(tmp_path: Path) -> None:
     ]
     for live, message in others:
         with pytest.raises(shardsave.IncompatibleCheckpointError, match=rf"training\['t'\]: .*{message}.*nothing was changed"):
-            Resumption(tmp_path, {"t": live})
+            restore(tmp_path, {"t": live})
     module = nn.Linear(2, 2)
     module.register_buffer("t", filled(OptimState8bit))
     keep(tmp_path / "module", {"m": module})
@@ -130,10 +143,10 @@ def test_other_tensors_in_its_place(tmp_path: Path) -> None:
         with pytest.raises(
             shardsave.IncompatibleCheckpointError, match=r"training\['m'\]\['t'\]: the checkpoint has an OptimState8bit"
         ):
-            Resumption(tmp_path / "module", {"m": module})
+            restore(tmp_path / "module", {"m": module})
     keep(tmp_path / "plain", {"t": torch.zeros(64, 64)})
     with pytest.raises(shardsave.UnsupportedTensorError, match="it is of the class OptimState8bit"):
-        Resumption(tmp_path / "plain", {"t": filled(OptimState8bit)})
+        restore(tmp_path / "plain", {"t": filled(OptimState8bit)})
 
 
 def test_a_strange_tensor_of_a_known_class(tmp_path: Path) -> None:
@@ -158,7 +171,7 @@ def test_hostile_documents(tmp_path: Path) -> None:
         "empty": torch.zeros(0, dtype=torch.uint8), "square": torch.zeros(4, 4),
     }  # fmt: skip
     keep(tmp_path, {"optimizer": optimizer, "extra": extra}, model)
-    document = json.loads((tmp_path / "document.json").read_text())
+    shared = json.loads((training_directory(tmp_path) / "index.json").read_bytes())["shared"]
     codes = {"tensor": "optimizer/weight/exp_avg/codes"}
 
     def named(name: str) -> dict[str, str]:
@@ -195,31 +208,31 @@ def test_hostile_documents(tmp_path: Path) -> None:
     )]  # fmt: skip
     before = [part.clone() for part in parts(optimizer.state[model.weight]["exp_avg"]).values()]
     for change, inner in attacks:
-        altered = copy.deepcopy(document)
-        content = altered["shared"]["dict"]["optimizer"]["optimizer"]["state"]["weight"]["exp_avg"]["subclass"]
+        altered = copy.deepcopy(shared)
+        content = altered["dict"]["optimizer"]["optimizer"]["state"]["weight"]["exp_avg"]["subclass"]
         content.update(copy.deepcopy(change))
         if inner:
             content["inner"].update(inner)
+        edit_training(tmp_path, lambda document, altered=altered: document.update(shared=altered))  # type: ignore[misc]
         with pytest.raises(
             (shardsave.CorruptCheckpointError, shardsave.IncompatibleCheckpointError), match="nothing was changed"
         ) as caught:
-            Resumption(tmp_path, {"optimizer": optimizer, "extra": extra}, model, document=altered)
+            restore(tmp_path, {"optimizer": optimizer, "extra": extra}, model)
         assert len(str(caught.value)) < 1000, (change, inner)
     assert all(map(torch.equal, parts(optimizer.state[model.weight]["exp_avg"]).values(), before))
-    fitting = copy.deepcopy(document)
-    content = fitting["shared"]["dict"]["optimizer"]["optimizer"]["state"]["weight"]["exp_avg"]["subclass"]
+    fitting = copy.deepcopy(shared)
+    content = fitting["dict"]["optimizer"]["optimizer"]["state"]["weight"]["exp_avg"]["subclass"]
     content.update({**four, **flat, **size(8192)})
-    Resumption(
-        tmp_path, {"optimizer": optimizer, "extra": extra}, model, document=fitting
-    )  # the attacks differ from a legal one
+    edit_training(tmp_path, lambda document: document.update(shared=fitting))
+    restore(tmp_path, {"optimizer": optimizer, "extra": extra}, model)  # the attacks differ from a legal one
 
 
 def test_nothing_is_imported(tmp_path: Path) -> None:
     """Catches a program in which a document has torchao imported."""
     keep(tmp_path, {"holder": [1], "t": filled(OptimState8bit)})
     program = (
-        "import sys, torch, shardsave\nfrom pathlib import Path\nfrom through_files import Resumption\n"
-        "try: Resumption(Path(sys.argv[1]), {'holder': [1], 't': torch.zeros(64, 64)})\n"
+        "import sys, torch, shardsave\n"
+        "try: shardsave.resume(sys.argv[1], training={'holder': [1], 't': torch.zeros(64, 64)})\n"
         "except shardsave.IncompatibleCheckpointError as error: print(error)\n"
         "print('torchao' in sys.modules)"
     )
@@ -227,3 +240,18 @@ def test_nothing_is_imported(tmp_path: Path) -> None:
         [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT / "tests", capture_output=True, text=True, check=True
     )
     assert "here is a Tensor" in done.stdout and done.stdout.endswith("False\n")
+
+
+def test_save_and_resume(tmp_path: Path) -> None:
+    """Catches a checkpoint whose training state is refused by the verbs that users call."""
+    model, optimizer = trained("AdamW4bit")
+    shardsave.save(model, tmp_path / "c", training={"optimizer": optimizer}, step=2, durable=False)
+    other_model, other = trained("AdamW4bit", seed=1)
+    shardsave.load_model(other_model, tmp_path / "c")
+    assert shardsave.resume(tmp_path / "c", other_model, training={"optimizer": other}).notes == ()
+    for mine, its in ((model, optimizer), (other_model, other)):
+        its.zero_grad()
+        mine(torch.ones(2, 64)).sum().backward()
+        its.step()
+    saved, back = (o.state[m.weight]["exp_avg"] for m, o in ((model, optimizer), (other_model, other)))
+    assert torch.equal(saved.codes, back.codes) and not torch.equal(saved.codes, torch.zeros_like(saved.codes))

@@ -10,7 +10,7 @@ import torch
 
 from shardsave._common.gc_pause import gc_paused
 from shardsave._common.memory_errors import check_free_memory
-from shardsave._loading.allocation import allocate, host_bytes
+from shardsave._loading.allocation import allocate, host_bytes, stays
 from shardsave._loading.disk_layout import DiskLayout, Join
 from shardsave._loading.freeze_flags import RestoredFlags, named_parameters, restore_flags
 from shardsave._loading.module_checks import check_destinations, check_differences, check_meta_buffers, check_shapes
@@ -19,7 +19,7 @@ from shardsave._loading.onload import onloaded
 from shardsave._loading.read import Target, TensorReader
 from shardsave._loading.routines import read_joined, run_routine
 from shardsave._loading.slots import Inventory, take_again
-from shardsave._storage.checkpoint import Checkpoint
+from shardsave._storage.checkpoint import Checkpoint, Located
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, ShardSaveError
 
 
@@ -50,6 +50,7 @@ class ModuleFiller:
         self._checkpoint = checkpoint
         self._device = device
         self._total = len(plan.reads)
+        self._before = 0  # how many tensors the reader had read before those of the module
         self._apart: frozenset[str] = frozenset()  # names that are read one at a time
         self._origins: dict[str, tuple[str, ...]] = {}  # of the parameters that routines filled
         self._unused: frozenset[str] = frozenset()  # names that routines reported as unexpected
@@ -65,9 +66,15 @@ class ModuleFiller:
         check_differences(self._inventory, self.plan, strict, where, prefix)
         self._check_destinations()
         check_meta_buffers(self._inventory, where)
-        self.notes = check_free_memory(where, self._host_bytes(), "the module is unchanged")
+        self.notes = check_free_memory(where, self.host_bytes(), "the module is unchanged")
 
-    def _host_bytes(self) -> int:
+    def filled(self) -> list[tuple[str, Located, torch.Tensor]]:
+        """The tensors that are filled in the memory that they have now: name, stored tensor, tensor."""
+        slots, stored = self._inventory.slots, self.plan.stored
+        names = [name for name in self.plan.destinations if name in stored]
+        return [(name, stored[name], slots[name].tensor) for name in names if stays(slots[name].tensor, self._device)]
+
+    def host_bytes(self) -> int:
         """How much new memory on the CPU the load will take: what is allocated for good, and the copies for one routine at a time."""
         plan = self.plan
         received = ([plan.stored[name] for name in routine.tensors] for routine in plan.routines)
@@ -77,6 +84,7 @@ class ModuleFiller:
 
     def fill(self, reader: TensorReader, *, strict: bool) -> Differences:
         """Fills the module. Errors say how many tensors were loaded before. ``strict``: for the sub-modules that load themselves."""
+        self._before = reader.tensors
         with self._counting(reader):
             self._allocate([*self.plan.routed, *self.plan.in_place])
         missing, unexpected = self._run_routines(reader, strict)
@@ -222,4 +230,6 @@ class ModuleFiller:
         except ShardSaveError as error:
             if in_place and isinstance(error, CorruptCheckpointError):
                 loaded = reader.tensors
-            raise type(error)(f"{error}; the module is partly loaded, {loaded} of {self._total} tensors") from error
+            raise type(error)(
+                f"{error}; the module is partly loaded, {loaded - self._before} of {self._total} tensors"
+            ) from error

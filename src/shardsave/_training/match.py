@@ -117,7 +117,7 @@ class Matcher:
         other_tag = {"optimizer": "object", "tensor": SUBCLASS}.get(kind)
         wanted = other_tag if other_tag and isinstance(saved, dict) and other_tag in saved else kind
         if saved is _ABSENT or not isinstance(saved, dict) or wanted not in saved:
-            found = "nothing" if saved is _ABSENT else _in_words(saved)
+            found = "nothing" if saved is _ABSENT else in_words(saved)
             self.missing.append(f"{place.path}: the checkpoint has {found} for {an(class_name(live))}")
             return
         self.leaves.plan(wanted, live, saved[wanted], place)
@@ -129,7 +129,7 @@ class Matcher:
             self.missing.append(f"{place.path}: the checkpoint has nothing")
             return live
         if _has_leaf(saved):
-            self.unexpected.append(f"{place.path}: the checkpoint has {_in_words(saved)}, here is {an(type(live).__name__)}")
+            self.unexpected.append(f"{place.path}: the checkpoint has {in_words(saved)}, here is {an(type(live).__name__)}")
             return live
         self._reader.begin_leaf()
         return self._reader.value(saved, place.path)
@@ -158,7 +158,7 @@ class Matcher:
         if not self.selected(place):
             return
         if _has_leaf(saved):
-            self.unexpected.append(f"{place.path}: the checkpoint has {_in_words(saved)}, here is nothing")
+            self.unexpected.append(f"{place.path}: the checkpoint has {in_words(saved)}, here is nothing")
         else:
             self._reader.begin_leaf()
             values[key] = self._reader.value(saved, place.path)
@@ -187,7 +187,7 @@ def _has_leaf(saved: Any) -> bool:
     return False
 
 
-def _in_words(saved: Any) -> str:
+def in_words(saved: Any) -> str:
     """What ``saved`` is: the class of an object, or the kind of a value."""
     if not isinstance(saved, dict) or not saved:
         return an(type(saved).__name__) if saved is not None else "None"
