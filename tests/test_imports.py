@@ -57,6 +57,8 @@ FORBIDDEN = {
     ("_huggingface.*_loading", "_saving.*"): "a plain load must not import code that only saves need",
     ("_api.save", "_loading.*"): "a plain save must not import code that only loads need",
     ("_api.load", "_saving.*"): "a plain load must not import code that only saves need",
+    ("_api.model_load", "_saving.*"): "a plain load must not import code that only saves need",
+    ("_api.resume", "_saving.*"): "a resume must not import code that only saves need",
 }
 
 

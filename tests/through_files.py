@@ -38,10 +38,11 @@ class Resumption:
     def read(self) -> None:
         with self._checkpoint as checkpoint, Progress(False, "loading", 0) as progress:
             reader = TensorReader(checkpoint, verify=True, progress=progress)
-            reader.read([(checkpoint.tensors[name], tensor) for name, tensor in self.plan.targets])
+            reader.read([(checkpoint.tensors[name], tensor) for name, tensor in [*self.plan.fresh, *self.plan.in_place]])
 
     def finish(self) -> Any:
         self.read()
+        self.plan.check()
         return self.plan.apply()
 
 

@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from shardsave._api.plan import PlannedFile, SavePlan, plan_save
     from shardsave._api.reports import LoadReport, Phases, SaveReport
     from shardsave._api.restore_flags import FlagsReport, restore_flags
-    from shardsave._api.resume import PerRank, Resumed
+    from shardsave._api.resume import resume
+    from shardsave._api.resumed import PerRank, Resumed
     from shardsave._api.save import save
 
 __all__ = [
@@ -94,6 +95,7 @@ __all__ = [
     "open",
     "plan_save",
     "restore_flags",
+    "resume",
     "save",
     "verify",
 ]
@@ -113,7 +115,8 @@ _MODULES = {
     "plan": ("PlannedFile", "SavePlan", "plan_save"),
     "reports": ("LoadReport", "Phases", "SaveReport"),
     "restore_flags": ("FlagsReport", "restore_flags"),
-    "resume": ("PerRank", "Resumed"),
+    "resume": ("resume",),
+    "resumed": ("PerRank", "Resumed"),
     "save": ("save",),
 }
 

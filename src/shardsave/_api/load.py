@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -13,27 +11,20 @@ from torch import nn
 from shardsave._api.arguments import check_path, check_progress, check_switches
 from shardsave._api.device import Device, check_device
 from shardsave._api.load_reports import LoadClock, log_load
+from shardsave._api.model_load import ModelLoad, check_part, needed_files
 from shardsave._api.operators import check_operators
 from shardsave._api.reports import LoadReport
-from shardsave._common.gc_pause import gc_paused
-from shardsave._common.imports import import_at_use
 from shardsave._common.log_records import somebody_listens
 from shardsave._common.memory_errors import check_free_memory
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
 from shardsave._common.uncompiled import uncompiled
 from shardsave._common.warn_caller import warn_caller
-from shardsave._huggingface.choose_loading import choose_layout
-from shardsave._huggingface.recognize import transformers_model
 from shardsave._loading.mapped import Maps
-from shardsave._loading.module_filler import ModuleFiller
-from shardsave._loading.module_plan import plan_module
 from shardsave._loading.new_tensors import new_tensors
 from shardsave._loading.read import TensorReader
-from shardsave._loading.selection import check_names, choose, choose_located, names_of_wrappers, selection
-from shardsave._loading.slots import has_extra_state, take_inventory
-from shardsave._storage.checkpoint import Checkpoint, open_checkpoint
-from shardsave.errors import IncompatibleCheckpointError
+from shardsave._loading.selection import check_names, choose, selection
+from shardsave._storage.checkpoint import open_checkpoint
 
 
 @uncompiled
@@ -118,6 +109,7 @@ def load_model(
     *,
     device: Device = None,
     prefix: str = "",
+    part: str | None = None,
     strict: bool = True,
     restore_frozen: bool = True,
     verify: bool = True,
@@ -137,6 +129,8 @@ def load_model(
         path: as in ``load``.
         device: move every tensor there; None leaves each on its device. Meta tensors get memory there, or on the CPU.
         prefix: load only names that begin with it, and remove it from them: to load a part of a full checkpoint into a sub-module.
+        part: fill it from a part of the training state instead, which has names of its own: ``"ema"`` for an averaged model, or
+            ``"teachers/0"``. It is the state of a module or a dict of tensors. Flags stay as they are.
         strict: raise if names or shapes differ; otherwise load what fits and report the rest.
         restore_frozen: set ``requires_grad`` of every floating-point parameter to what was saved, if the checkpoint records it.
         verify: as in ``load``.
@@ -144,7 +138,8 @@ def load_model(
 
     Raises:
         TypeError, ValueError: for wrong arguments, before anything happens.
-        IncompatibleCheckpointError: names or shapes differ (all are listed), or the module cannot be filled; it is unchanged.
+        IncompatibleCheckpointError: names or shapes differ (all are listed), there is no such ``part`` (those that there are are
+            listed), or the module cannot be filled; it is unchanged.
         CorruptCheckpointError: a checksum is wrong; the module is then partly loaded, and the message says how many tensors
             were loaded.
         OutOfMemoryError: its new tensors do not fit in memory; it is unchanged.
@@ -166,89 +161,18 @@ def load_model(
     check_path(path)
     check_operators("load", path, "the module is unchanged")
     check_names(None, prefix)
+    check_part(part)
     target_device = check_device(device)
     clock = LoadClock()
-    with open_checkpoint(
-        path, selection(None, prefix), parts=("architecture",) if has_extra_state(model) else ()
-    ) as checkpoint:
-        with gc_paused():
-            filler, plan_notes = _plan(model, checkpoint, prefix, target_device, strict=strict, restore_frozen=restore_frozen)
-            filler.check(strict=strict, prefix=prefix)
-            reads = filler.plan.reads
+    wanted, parts = needed_files(model, prefix, part)
+    with open_checkpoint(path, wanted, parts=parts) as checkpoint:
+        loading = ModelLoad(model, checkpoint, prefix, target_device, strict=strict, restore_frozen=restore_frozen, part=part)
         clock.planned()
-        with Progress(progress, "loading", sum(located.nbytes for located in reads)) as reporter:
+        with Progress(progress, "loading", loading.nbytes) as reporter:
             reader = TensorReader(checkpoint, verify=verify, progress=reporter)
-            differences = filler.fill(reader, strict=strict)
+            loading.fill(reader)
         clock.transferred()
-        restored_flags = filler.restore_flags()
-        notes = (*plan_notes, *filler.notes, *filler.plan.notes(), *restored_flags.notes, *checkpoint.notes())
-    report = replace(
-        clock.report(path, reads, reader, notes),
-        missing=differences.missing,
-        unexpected=differences.unexpected,
-        mismatched=tuple(sorted(filler.plan.mismatched.values())),
-        frozen=restored_flags.frozen,
-        changed_flags=restored_flags.changed,
-    )
-    log_load(report, (*filler.notes, *checkpoint.notes()))
+        notes = checkpoint.notes()
+    report = loading.report(clock.report(path, loading.reads, reader), notes)
+    log_load(report, (*loading.warnings, *notes))
     return report
-
-
-def _plan(
-    model: nn.Module, checkpoint: Checkpoint, prefix: str, device: torch.device | None, *, strict: bool, restore_frozen: bool
-) -> tuple[ModuleFiller, tuple[str, ...]]:
-    """Plans which stored tensor fills which tensor of ``model``; nothing is checked or changed yet.
-
-    Also returns notes for the report.
-    """
-    inventory = take_inventory(model, checkpoint.path)
-    stored = choose_located(checkpoint, prefix)
-    wrapped = names_of_wrappers(model, inventory.expected, stored)
-    if wrapped:
-        stored = {wrapped.get(name, name): located for name, located in stored.items()}
-    layout = choose_layout(inventory, stored, checkpoint.path)
-    extra_states = [name for name in inventory.extra_states if name not in layout.stored]
-    plan = plan_module(
-        inventory,
-        layout,
-        flags=_own_flags(checkpoint.flags, prefix, wrapped) if restore_frozen else None,
-        extra_states=_extra_states(checkpoint, extra_states, prefix, strict),
-        doubtful=_own_names(checkpoint.ties, prefix, wrapped).values() if checkpoint.record is None else (),
-    )
-    notes: tuple[str, ...] = ()
-    if checkpoint.record is None and transformers_model(inventory.module) is not None:
-        from shardsave._huggingface.transformers_round_trip import exchange_notes
-
-        notes = exchange_notes(inventory, stored)
-    return ModuleFiller(inventory, plan, layout, checkpoint, device), notes
-
-
-def _own_names(names: Iterable[str], prefix: str, wrapped: Mapping[str, str]) -> dict[str, str]:
-    """Those of ``names``, of the checkpoint, that begin with ``prefix`` → the names without it and without those of wrappers."""
-    inside = {name: name.removeprefix(prefix) for name in names if name.startswith(prefix)}
-    return {name: wrapped.get(own, own) for name, own in inside.items()}
-
-
-def _own_flags(flags: Mapping[str, bool] | None, prefix: str, wrapped: Mapping[str, str]) -> Mapping[str, bool] | None:
-    if flags is None or not (prefix or wrapped):
-        return flags
-    return {own: flags[name] for name, own in _own_names(flags, prefix, wrapped).items()}
-
-
-def _extra_states(checkpoint: Checkpoint, names: list[str], prefix: str, strict: bool) -> dict[str, Any]:
-    """Name → extra state that is not a tensor, from the checkpoint's architecture, for those of ``names`` that it has."""
-    data = checkpoint.documents.get("architecture")
-    if data is None or not names:
-        return {}
-    import_at_use("shardsave._architecture.extra_states")  # only modules with extra state need these
-    from shardsave._architecture.document import Document
-    from shardsave._architecture.extra_states import extra_states
-
-    document = Document(data, f"the architecture in {checkpoint.path}")
-    states, not_plain = extra_states(document, [prefix + name for name in names])
-    if not_plain and strict:
-        raise IncompatibleCheckpointError(
-            f"cannot load {checkpoint.path}: extra state of plain data was expected, {not_plain[0]!r} has tensors or objects in it; "
-            f"build the whole model with build_model, or leave extra state as it is with strict=False; the module is unchanged"
-        )
-    return {name.removeprefix(prefix): value for name, value in states.items()}

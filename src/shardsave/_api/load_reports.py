@@ -50,6 +50,8 @@ class LoadClock:
         )
 
 
-def log_load(report: LoadReport, warnings: tuple[str, ...] = ()) -> None:
-    """Logs ``report``. ``warnings``: those of its notes that need attention; so do shapes that differ, and a load of nothing."""
-    log_record("load", report, matters=bool(warnings or report.mismatched or report.tensors == 0))
+def log_load(report: LoadReport, warnings: tuple[str, ...] = (), *, event: str = "load", may_be_empty: bool = False) -> None:
+    """Logs ``report``. ``warnings``: those of its notes that need attention; so do shapes that differ, and a load of nothing, unless it
+    ``may_be_empty``."""
+    is_empty = report.tensors == 0 and not may_be_empty
+    log_record(event, report, matters=bool(warnings or report.mismatched or is_empty))

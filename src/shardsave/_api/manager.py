@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from shardsave._api.arguments import check_path, check_timeout
-from shardsave._api.run_verbs import PublicVerbs, Resumed, RunVerbs
+from shardsave._api.run_verbs import PublicVerbs, RunVerbs
 from shardsave._common.log_records import log_event
 from shardsave._common.os_calls import absolute_path
 from shardsave._common.shutdown import verb
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from shardsave._api.reports import SaveReport
+    from shardsave._api.resumed import Resumed
 
 __all__ = ["CheckpointManager", "StepInfo"]
 
@@ -222,7 +223,7 @@ class CheckpointManager:
         Raises:
             CorruptCheckpointError: no step can be read, or ``on_corrupt="raise"``.
             ShardSaveError: a step that may be the latest cannot be read.
-            all that `load_model` raises.
+            all that `shardsave.resume` raises.
         """
         given = {**options, **({"training": training} if training is not None else {})}
         passed: list[str] = []
@@ -241,7 +242,7 @@ class CheckpointManager:
                         raise
                     problem = str(error)
                 else:
-                    return self._resumed(resumed, passed)
+                    return self._resumed(info, resumed, passed)
             self._pass_over(info, problem)
             passed.append(f"{info.path} is corrupt and was passed over: {problem}")
         if passed:
@@ -266,10 +267,9 @@ class CheckpointManager:
         words = f"{info.path} is corrupt, the step before it is taken: {problem}"
         log_event(logging.WARNING, "step corrupt", words, path=info.path, step=info.step, problem=problem)
 
-    def _resumed(self, resumed: Resumed, passed: list[str]) -> Resumed:
-        self._when.done(resumed.step)
-        path = self._run.path_of(resumed.step)
-        log_event(logging.INFO, "resumed", f"resumed {self._shown} from step {resumed.step}", path=path, step=resumed.step)
+    def _resumed(self, info: StepInfo, resumed: Resumed, passed: list[str]) -> Resumed:
+        self._when.done(info.step)
+        log_event(logging.INFO, "resumed", f"resumed {self._shown} from step {info.step}", path=info.path, step=info.step)
         return replace(resumed, notes=(*passed, *resumed.notes))
 
     @verb()

@@ -40,7 +40,7 @@ class SavePlan(Printed):
     ``free_bytes``: what is; None if the file system does not know it. ``memory_bytes``: the most that the save takes on the host, for
     staging and copies; ``free_memory``: what is free there, an estimate; None if the system does not say. ``keep_bytes``: what
     ``keep_last`` such checkpoints need in all, with the next one that is written before the oldest is removed; None without ``keep_last``.
-    ``cast``, ``left_out``, ``notes``: as in the SaveReport.
+    ``training_bytes``, ``cast``, ``left_out``, ``notes``: as in the SaveReport.
     """
 
     path: str
@@ -58,6 +58,7 @@ class SavePlan(Printed):
     cast: int = 0
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    training_bytes: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "notes", tuple(map(printable, self.notes)))
@@ -78,6 +79,8 @@ class SavePlan(Printed):
         yield f"  memory on the host: at most {human_bytes(self.memory_bytes)}, free {memory}"
         if self.keep_bytes is not None:
             yield f"  keep_last={self.keep_last}: {human_bytes(self.keep_bytes)} in all"
+        if self.training_bytes:
+            yield f"  training state: {human_bytes(self.training_bytes)}"
         yield from (f"  {file.name}: {human_bytes(file.bytes)}" for file in self.files)
         yield from (f"  {note}" for note in self.notes)
 
@@ -157,4 +160,5 @@ def plan_save(
         cast=planned.cast,
         left_out=planned.left_out,
         notes=contents.notes,
+        training_bytes=sum(file.bytes for file in files if "/" in file.name),
     )

@@ -108,7 +108,7 @@ class SaveReport(Removing, Report):
     ``overlaps``: pairs of tensors that share a part of their memory and were stored separately.
     ``trust``, ``script_classes``: what `build_model` needs to build a saved architecture: the entries of its ``trust``, and the names
     of classes of a script, which it needs in ``classes``. ``cast``: how many tensors were cast to another dtype. ``left_out``: the names
-    that ``only="trainable"`` did not save.
+    that ``only="trainable"`` did not save. ``training_bytes``: the length of all files of the training state; 0 without one.
     """
 
     durable: bool = True
@@ -119,9 +119,12 @@ class SaveReport(Removing, Report):
     script_classes: tuple[str, ...] = ()
     cast: int = 0
     left_out: tuple[str, ...] = ()
+    training_bytes: int = 0
 
     def _lines(self) -> Iterator[str]:
         more = []
+        if self.training_bytes:
+            more.append(f"training state of {human_bytes(self.training_bytes)}")
         if self.cast:
             more.append(f"{count(self.cast, 'tensor')} cast")
         if self.left_out:

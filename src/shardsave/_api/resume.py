@@ -1,37 +1,215 @@
-"""What a resumed training gets back."""
+"""`resume`: a model and a training state from a checkpoint, so that the training goes on as if it had never stopped."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import os
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
 
-from shardsave._printable import printable
-from shardsave._training.per_rank import PerRank
+import torch
+from torch import nn
 
-__all__ = ["PerRank", "Resumed"]
+from shardsave._api.arguments import check_path, check_progress, check_switches
+from shardsave._api.device import Device, check_device
+from shardsave._api.load_reports import LoadClock, log_load
+from shardsave._api.model_load import ModelLoad, needed_files, no_tensor
+from shardsave._api.operators import check_operators
+from shardsave._api.process_group import check_process_group
+from shardsave._api.resumed import Resumed
+from shardsave._api.stored_training import stored_training
+from shardsave._common.memory_errors import check_free_memory
+from shardsave._common.progress import Progress, ProgressArgument
+from shardsave._common.shutdown import verb
+from shardsave._common.uncompiled import uncompiled
+from shardsave._common.words import an
+from shardsave._format.index import TRAINING
+from shardsave._loading.read import Target, TensorReader
+from shardsave._storage.checkpoint import Checkpoint, open_checkpoint
+from shardsave._training.places import RNG
+from shardsave._training.read_values import UNCHANGED
+from shardsave._training.restore import Options, RestorePlan, plan_restore
+from shardsave.errors import ShardSaveError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
-@dataclass(frozen=True)
-class Resumed:
-    """Where a training goes on.
+@uncompiled
+@verb()
+def resume(
+    path: str | os.PathLike[str],
+    model: nn.Module | None = None,
+    *,
+    training: Any = None,
+    rng: bool = False,
+    only: Collection[str] | None = None,
+    skip: Collection[str] | None = None,
+    strict: bool = True,
+    on_world_change: Literal["fresh", "raise"] = "fresh",
+    process_group: ProcessGroup | None = None,
+    device: Device = None,
+    restore_frozen: bool = True,
+    verify: bool = True,
+    progress: ProgressArgument = None,
+) -> Resumed:
+    """Fills ``model`` and the objects in ``training`` from a checkpoint, and sets the random number generators.
 
-    ``step``: the step that was saved; None if the save was given none. ``values``: the training state as it was passed, without
-    `PerRank`, and with plain data (numbers, text, None, containers of these) as it was saved. ``notes``: what was fresh, unused,
-    kept or cast.
+    Optimizers find the state of a parameter by its name, in whatever groups it is now; no step is run. Objects, modules and tensors in
+    ``training`` are filled where they are. Plain data is returned as it was saved. Everything that can be refused is refused before
+    anything is changed, and a damaged state of an optimizer too: new tensors are read before the model is.
+
+    Args:
+        path: as in ``load``.
+        model: as in ``load_model``; None: only the rest is restored. It gives the parameters of optimizers their names.
+        training: structured as in ``save``; None: none of it is restored.
+        rng: set the generators of Python, numpy and torch to their saved states, at the very end.
+        only: restore only these parts of the training state, such as ``["optimizer", "schedulers/0", "rng"]``.
+        skip: do not restore these parts.
+        strict: raise if the model or the training state differs from what was saved; otherwise restore what fits, and name the rest.
+        on_world_change: if another number of ranks saved the checkpoint, ``"raise"`` refuses it; ``"fresh"`` leaves what belongs to a rank
+            (``PerRank``, ``rng``) as it is, and names it.
+        process_group: of the ranks that train together; it must have one process.
+        device, restore_frozen, verify, progress: as in ``load_model``.
+
+    Returns:
+        The step that was saved, the next one, the values of ``training``, notes, and the report of the load.
+
+    Raises:
+        TypeError, ValueError: for wrong arguments, before anything happens.
+        IncompatibleCheckpointError: the checkpoint has no training state, or what was saved differs; nothing was changed. Or an object
+            refuses its state; the message says what has been restored.
+        CorruptCheckpointError: something is damaged; the message says what has been restored.
+        OutOfMemoryError, CheckpointNotFoundError, UnsupportedTensorError, DirectoryBusyError.
+
+    Example:
+        >>> import torch, shardsave
+        >>> model = torch.nn.Linear(4, 2)
+        >>> training = {"optimizer": torch.optim.AdamW(model.parameters()), "epoch": 3}
+        >>> report = shardsave.save(model, "run", training=training, rng=True, step=100)
+        >>> training = {"optimizer": torch.optim.AdamW(model.parameters()), "epoch": 0}
+        >>> resumed = shardsave.resume("run", model, training=training, rng=True)
+        >>> resumed.next_step, resumed.values["epoch"]
+        (101, 3)
+    """
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module or None, not {an(type(model).__name__)}")
+    check_path(path)
+    check_switches(rng=rng, strict=strict, restore_frozen=restore_frozen, verify=verify)
+    check_progress(progress)
+    check_process_group(process_group)
+    if on_world_change not in ("fresh", "raise"):
+        raise ValueError(f"on_world_change must be 'fresh' or 'raise', not {on_world_change!r}")
+    is_asked = training is not None or rng
+    if not is_asked and (only is not None or skip is not None):
+        raise ValueError("only and skip name parts of a training state, pass training= or rng=True too")
+    check_operators("resume from", path, UNCHANGED)
+    target_device = check_device(device)
+    clock = LoadClock()
+    wanted, parts = needed_files(model, "", None) if model is not None else (no_tensor, ())
+    with open_checkpoint(path, wanted, parts=(*parts, TRAINING) if is_asked else parts) as checkpoint:
+        options = Options(rng, strict, only, skip or (), on_world_change, device=target_device)
+        resumption = _Resumption(checkpoint, model, training, options, restore_frozen=restore_frozen)
+        clock.planned()
+        with Progress(progress, "loading", resumption.nbytes) as reporter:
+            reader = TensorReader(checkpoint, verify=verify, progress=reporter)
+            values = resumption.run(reader)
+        clock.transferred()
+        notes = checkpoint.notes()
+        step = checkpoint.moment.step
+    report = clock.report(path, (), reader)
+    report = (
+        resumption.model.report(report, notes)
+        if resumption.model is not None
+        else replace(report, notes=(*report.notes, *notes))
+    )
+    logged = replace(report, notes=(*report.notes, *resumption.notes))
+    log_load(logged, (*resumption.warnings, *notes), event="resume", may_be_empty=model is None)
+    return Resumed(step, values, resumption.notes, report)
+
+
+class _Resumption:
+    """A resume from an open checkpoint. When it has been created, everything that can be refused has been refused; nothing is changed.
+
+    ``model``: the load of the model, if there is one. ``notes``: of the training state; ``warnings``: of lack of memory.
     """
 
-    step: int | None
-    values: Any
-    notes: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "notes", tuple(map(printable, self.notes)))
+    def __init__(
+        self, checkpoint: Checkpoint, model: nn.Module | None, training: Any, options: Options, *, restore_frozen: bool
+    ) -> None:
+        self.model: ModelLoad | None = None
+        self.notes: tuple[str, ...] = ()
+        self.warnings: tuple[str, ...] = ()
+        self._checkpoint = checkpoint
+        self._training = training
+        self._plan = self._plan_training(model, options) if training is not None or options.rng else None
+        if model is not None:
+            strict = options.strict
+            self.model = ModelLoad(model, checkpoint, None, options.device, strict=strict, restore_frozen=restore_frozen)
+            self.warnings = self.model.warnings
+        self._check_memory()
 
     @property
-    def next_step(self) -> int:
-        """The first step that has not been saved; 1 if the save was given no step."""
-        return 1 if self.step is None else self.step + 1
+    def nbytes(self) -> int:
+        """How many bytes of tensors are read."""
+        of_model = self.model.nbytes if self.model is not None else 0
+        return of_model + sum(located.nbytes for targets in self._targets() for located, _ in targets)
 
-    def __str__(self) -> str:
-        begin = f"resumed after step {self.step:,}" if self.step is not None else "resumed"
-        return "; ".join([begin, *self.notes])
+    def run(self, reader: TensorReader) -> Any:
+        """Fills the model, hands every object its state, and sets the generators last. Returns the values."""
+        plan, (fresh, in_place) = self._plan, self._targets()
+        if plan is not None:
+            with _in_state(UNCHANGED):
+                reader.read(fresh)
+            plan.check()
+        if self.model is not None:
+            with _in_state("the training state is unchanged" if plan is not None else ""):
+                self.model.fill(reader)
+        if plan is None:
+            return self._training
+        model = "the model is loaded, " if self.model is not None else ""
+        with _in_state(f"{model}tensors in place in the training state are partly restored, no object has received its state"):
+            reader.read(in_place)
+        with _in_state(model.removesuffix(", ")):
+            values = plan.apply()
+        self.notes += plan.notes
+        return values
+
+    def _plan_training(self, model: nn.Module | None, options: Options) -> RestorePlan:
+        stored = stored_training(self._checkpoint, "resume from", UNCHANGED)
+        if self._training is None:
+            if stored.shared is not None:
+                self.notes += ("training: it was saved, and was not asked for",)
+            stored = stored._replace(shared=None)
+        elif not options.rng and RNG.path in stored.leaves:
+            self.notes += ("rng: the generators were saved, and were not asked for",)
+        return plan_restore(self._training, model, stored, options)
+
+    def _targets(self) -> tuple[list[Target], list[Target]]:
+        """What is read into new tensors of the training state, and into those that exist."""
+        if self._plan is None or self._checkpoint.training is None:
+            return [], []
+        tensors = self._checkpoint.training.tensors
+        fresh: list[Target] = [(tensors[name], tensor) for name, tensor in self._plan.fresh]
+        return fresh, [(tensors[name], tensor) for name, tensor in self._plan.in_place]
+
+    def _check_memory(self) -> None:
+        """Refuses what surely does not fit; the model alone has been checked."""
+        fresh, _ = self._targets()
+        if new := sum(located.nbytes for located, tensor in fresh if isinstance(tensor, torch.Tensor) and tensor.is_cpu):
+            needed = new + (self.model.host_bytes if self.model is not None else 0)
+            self.warnings = check_free_memory(self._checkpoint.path, needed, UNCHANGED)
+        if self._plan is None and TRAINING in self._checkpoint.parts:
+            self.notes += ("training: it was saved, and was not asked for",)
+
+
+@contextmanager
+def _in_state(state: str) -> Iterator[None]:
+    """Adds to our errors in which ``state`` things are."""
+    try:
+        yield
+    except ShardSaveError as error:
+        if not state:
+            raise
+        raise type(error)(f"{error}; {state}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from inspect import signature
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,24 +13,11 @@ if TYPE_CHECKING:
     from torch import nn
 
     from shardsave._api.reports import SaveReport
+    from shardsave._api.resumed import Resumed
 
 
 #: The parameters of `save` that a manager passes itself.
 _BY_THE_MANAGER = {"source", "directory", "step", "metrics", "training"}
-
-
-@dataclass(frozen=True)
-class Resumed:
-    """Where a training goes on: the ``step`` that was saved, ``values`` of the training state, and notes."""
-
-    step: int
-    values: Any
-    notes: tuple[str, ...] = ()
-
-    @property
-    def next_step(self) -> int:
-        """The first step that has not been saved."""
-        return self.step + 1
 
 
 class RunVerbs(Protocol):
@@ -47,7 +34,7 @@ class RunVerbs(Protocol):
 
 
 class PublicVerbs:
-    """`shardsave.save` and `shardsave.load_model`."""
+    """`shardsave.save` and `shardsave.resume`."""
 
     def save_options(self) -> frozenset[str]:
         import_at_use("shardsave._api.save")
@@ -62,8 +49,7 @@ class PublicVerbs:
         return save(model, path, step=step, metrics=metrics, **options)
 
     def resume(self, path: str, model: nn.Module, *, step: int, options: Mapping[str, Any]) -> Resumed:
-        import_at_use("shardsave._api.load")
-        from shardsave._api.load import load_model
+        import_at_use("shardsave._api.resume")
+        from shardsave._api.resume import resume
 
-        report = load_model(model, path, **options)
-        return Resumed(step, {}, report.notes)
+        return replace(resume(path, model, **options), step=step)

@@ -156,6 +156,7 @@ def save(
         script_classes=planned.needed.script_classes,
         cast=planned.cast,
         left_out=planned.left_out,
+        training_bytes=outcome.directory_bytes,
     )
     log_record("save", report, matters=bool(outcome.leftovers or outcome.warnings))
     log_deletion(report.path, report.removed, report.leftovers)

@@ -24,8 +24,8 @@ def somebody_listens() -> bool:
 def log_record(event: str, report: Any, *, matters: bool = False) -> None:
     """Logs ``report``, a dataclass, at level INFO; if it ``matters``, because something needs attention, at level WARNING.
 
-    The record's attribute ``shardsave`` is a dict of plain values: ``event`` ("save", "load", "convert", "delete"), and each field of
-    the report.
+    The record's attribute ``shardsave`` is a dict of plain values: ``event`` ("save", "load", "resume", "convert", "delete"), and each
+    field of the report.
     """
     level = logging.WARNING if matters else logging.INFO
     if _logger.isEnabledFor(level) and _logger.hasHandlers():

@@ -50,6 +50,7 @@ class ModuleFiller:
         self._checkpoint = checkpoint
         self._device = device
         self._total = len(plan.reads)
+        self._before = 0  # how many tensors the reader had read before those of the module
         self._apart: frozenset[str] = frozenset()  # names that are read one at a time
         self._origins: dict[str, tuple[str, ...]] = {}  # of the parameters that routines filled
         self._unused: frozenset[str] = frozenset()  # names that routines reported as unexpected
@@ -65,9 +66,9 @@ class ModuleFiller:
         check_differences(self._inventory, self.plan, strict, where, prefix)
         self._check_destinations()
         check_meta_buffers(self._inventory, where)
-        self.notes = check_free_memory(where, self._host_bytes(), "the module is unchanged")
+        self.notes = check_free_memory(where, self.host_bytes(), "the module is unchanged")
 
-    def _host_bytes(self) -> int:
+    def host_bytes(self) -> int:
         """How much new memory on the CPU the load will take: what is allocated for good, and the copies for one routine at a time."""
         plan = self.plan
         received = ([plan.stored[name] for name in routine.tensors] for routine in plan.routines)
@@ -77,6 +78,7 @@ class ModuleFiller:
 
     def fill(self, reader: TensorReader, *, strict: bool) -> Differences:
         """Fills the module. Errors say how many tensors were loaded before. ``strict``: for the sub-modules that load themselves."""
+        self._before = reader.tensors
         with self._counting(reader):
             self._allocate([*self.plan.routed, *self.plan.in_place])
         missing, unexpected = self._run_routines(reader, strict)
@@ -222,4 +224,6 @@ class ModuleFiller:
         except ShardSaveError as error:
             if in_place and isinstance(error, CorruptCheckpointError):
                 loaded = reader.tensors
-            raise type(error)(f"{error}; the module is partly loaded, {loaded} of {self._total} tensors") from error
+            raise type(error)(
+                f"{error}; the module is partly loaded, {loaded - self._before} of {self._total} tensors"
+            ) from error

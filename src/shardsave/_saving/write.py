@@ -23,7 +23,7 @@ from shardsave._storage.transaction import Transaction
 class WriteOutcome(NamedTuple):
     """What a committed write did. ``removed``: names of files that were removed or replaced, and that this save did not make.
     ``leftovers``: names of files that should have been removed and could not be. ``warnings``: those of ``notes`` that were also issued
-    as warnings."""
+    as warnings. ``directory_bytes``: the length of all files in the directories of parts."""
 
     tensors: int
     shards: int
@@ -33,6 +33,7 @@ class WriteOutcome(NamedTuple):
     removed: tuple[str, ...]
     leftovers: tuple[str, ...]
     warnings: tuple[str, ...]
+    directory_bytes: int
 
 
 def write_checkpoint(
@@ -66,8 +67,10 @@ def write_checkpoint(
         parts = {role: _stage_document(transaction, role, document) for role, document in contents.documents.items()}
         for name in extra_names:
             parts["extra tensors"] = Part(name, writer.records.pop(name))
+        directory_bytes = 0
         for folder, part in zip(folders, contents.directories):
-            parts[part.role] = _stage_directory(transaction, folder, part, writer.records)
+            parts[part.role], length = _stage_directory(transaction, folder, part, writer.records)
+            directory_bytes += length
         transferred = time.perf_counter()
         with gc_paused():
             index = contents.index_for(
@@ -90,6 +93,7 @@ def write_checkpoint(
         removed=outcome.removed,
         leftovers=outcome.leftovers,
         warnings=outcome.warnings,
+        directory_bytes=directory_bytes,
     )
 
 
@@ -99,12 +103,16 @@ def _stage_document(transaction: Transaction, role: str, document: bytes) -> Par
 
 def _stage_directory(
     transaction: Transaction, folder: str, directory: PlannedDirectory, records: dict[str, ShardRecord]
-) -> Part:
-    """Stages the documents in ``folder``. ``records``: those of all sealed shards; loses those of shards in ``folder``."""
+) -> tuple[Part, int]:
+    """Stages the documents in ``folder``. ``records``: those of all sealed shards; loses those of shards in ``folder``.
+
+    Also returns the length of all files there.
+    """
     files = {name: records.pop(f"{folder}/{name}") for name in directory.shards}
     for name, document in directory.documents.items():
         files[name] = _stage(transaction, f"{folder}/{name}", document).record
-    return _stage(transaction, f"{folder}/{DIRECTORY_INDEX}", directory.index(files))
+    part = _stage(transaction, f"{folder}/{DIRECTORY_INDEX}", directory.index(files))
+    return part, part.record.length + sum(record.length for record in files.values())
 
 
 def _stage(transaction: Transaction, name: str, document: bytes) -> Part:

@@ -26,7 +26,8 @@ class LeafPlanner:
     """Collects what has to be done with the leaves, in order.
 
     ``checks``: (path, what raises `WrongState`), to be called before anything is changed. ``loads``: (path, what gives an object its
-    state). ``differences``: leaves that do not fit and keep their state, in words.
+    state). ``differences``: leaves that do not fit and keep their state, in words. ``late_notes``: make more notes, which depend on
+    the flags of parameters and so on whether the model has been loaded.
     """
 
     def __init__(self, reader: ValueReader, names: ParameterNames, device: torch.device | None) -> None:
@@ -34,6 +35,7 @@ class LeafPlanner:
         self.loads: list[tuple[str, Callable[[], object]]] = []
         self.differences: list[str] = []
         self.notes: list[str] = []
+        self.late_notes: list[Callable[[], list[str]]] = []
         self._reader = reader
         self._names = names
         self._device = device
@@ -70,6 +72,7 @@ class LeafPlanner:
             self.differences.append(plan.difference)
             return
         self.notes += plan.notes
+        self.late_notes.append(plan.late_notes)
         self._orders[id(inner(live))] = plan.order, plan.saved_groups
         self.loads.append((place.path, plan.load))
 

@@ -115,7 +115,7 @@ class Matcher:
             return
         wanted = "object" if kind == "optimizer" and isinstance(saved, dict) and "object" in saved else kind
         if saved is _ABSENT or not isinstance(saved, dict) or wanted not in saved:
-            found = "nothing" if saved is _ABSENT else _in_words(saved)
+            found = "nothing" if saved is _ABSENT else in_words(saved)
             self.missing.append(f"{place.path}: the checkpoint has {found} for {an(class_name(live))}")
             return
         self.leaves.plan(wanted, live, saved[wanted], place)
@@ -127,7 +127,7 @@ class Matcher:
             self.missing.append(f"{place.path}: the checkpoint has nothing")
             return live
         if _has_leaf(saved):
-            self.unexpected.append(f"{place.path}: the checkpoint has {_in_words(saved)}, here is {an(type(live).__name__)}")
+            self.unexpected.append(f"{place.path}: the checkpoint has {in_words(saved)}, here is {an(type(live).__name__)}")
             return live
         self._reader.begin_leaf()
         return self._reader.value(saved, place.path)
@@ -156,7 +156,7 @@ class Matcher:
         if not self.selected(place):
             return
         if _has_leaf(saved):
-            self.unexpected.append(f"{place.path}: the checkpoint has {_in_words(saved)}, here is nothing")
+            self.unexpected.append(f"{place.path}: the checkpoint has {in_words(saved)}, here is nothing")
         else:
             self._reader.begin_leaf()
             values[key] = self._reader.value(saved, place.path)
@@ -185,7 +185,7 @@ def _has_leaf(saved: Any) -> bool:
     return False
 
 
-def _in_words(saved: Any) -> str:
+def in_words(saved: Any) -> str:
     """What ``saved`` is: the class of an object, or the kind of a value."""
     if not isinstance(saved, dict) or not saved:
         return an(type(saved).__name__) if saved is not None else "None"

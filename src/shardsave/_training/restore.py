@@ -1,10 +1,11 @@
-"""Restores a training state in two phases. `plan_restore` refuses everything that can be refused, and changes nothing; the caller then
-reads the tensors of `RestorePlan.targets`; `RestorePlan.apply` hands every object its state.
+"""Restores a training state in phases. `plan_restore` refuses everything that can be refused, and changes nothing. The caller reads the
+tensors of `RestorePlan.fresh`; `RestorePlan.check` then refuses what only these can tell. After those of `RestorePlan.in_place`,
+`RestorePlan.apply` hands every object its state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -51,13 +52,17 @@ _DEFAULTS = Options()
 
 
 class RestorePlan:
-    """A restore that nothing refuses. ``targets``: (stored name, the tensor to read it into); read all of them, then call `apply`.
+    """A restore that nothing refuses. ``fresh``: (stored name, the new tensor to read it into); read all of them, then call `check`.
 
-    ``notes``: what was fresh, unused, kept or cast; more may come with `apply`.
+    ``in_place``: the same for tensors that exist; read all of them, then call `apply`. ``notes``: what was fresh, unused, kept or cast;
+    more come with `apply`.
     """
 
     def __init__(self, reader: ValueReader, matcher: Matcher, values: Any, rng: Any, where: str) -> None:
-        self.targets: list[tuple[str, torch.Tensor]] = list(reader.targets.items())
+        self._existing = {id(tensor) for _, tensor in reader.in_place}
+        targets = [(id(tensor) in self._existing, (name, tensor)) for name, tensor in reader.targets.items()]
+        self.fresh: list[tuple[str, torch.Tensor]] = [target for existing, target in targets if not existing]
+        self.in_place: list[tuple[str, torch.Tensor]] = [target for existing, target in targets if existing]
         self.notes: tuple[str, ...] = tuple(matcher.notes)
         self._reader = reader
         self._leaves = matcher.leaves
@@ -65,21 +70,21 @@ class RestorePlan:
         self._rng = rng
         self._where = where
 
-    def apply(self) -> Any:
-        """Hands every object its state, and sets the generators of the process at the very end. No object runs a step.
-
-        Returns the training state as it was given, with plain data as it was saved. Raises CorruptCheckpointError for a generator's
-        state that it does not take, before anything is changed but tensors in place; IncompatibleCheckpointError if an object refuses
-        its state.
-        """
+    def check(self) -> None:
+        """Raises CorruptCheckpointError for the state of a generator that it does not take. Only new tensors have been changed then."""
+        self._copy([copy for copy in self._reader.copies if self._existing.isdisjoint(map(id, copy))])
         for path, check in self._leaves.checks:
             self._check(path, check)
         if self._rng is not None:
             self._check(RNG.path, lambda: check_process_state(self._rng))
-        with torch.no_grad():
-            for tensor, source in self._reader.copies:
-                with torch.inference_mode(tensor.is_inference()):
-                    tensor.copy_(source)
+
+    def apply(self) -> Any:
+        """Hands every object its state, and sets the generators of the process at the very end. No object runs a step.
+
+        Returns the training state as it was given, with plain data as it was saved. Raises IncompatibleCheckpointError if an object
+        refuses its state.
+        """
+        self._copy(self._reader.copies)
         # autograd does not notice what is read into memory; with a new version number, a stale backward raises.
         torch.autograd.graph.increment_version([tensor for _, tensor in self._reader.in_place if not tensor.is_inference()])
         for path, load in self._leaves.loads:
@@ -90,17 +95,24 @@ class RestorePlan:
                     f"cannot resume {path} from {self._where}: an object that takes its state was expected, it raised "
                     f"{type(error).__name__}: {' '.join(str(error).split())}; the training state is partly restored"
                 ) from error
+        self.notes += tuple(note for late in self._leaves.late_notes for note in late())
         if self._rng is not None:
             self.notes += tuple(set_process_state(self._rng))
         return self._values
+
+    @staticmethod
+    def _copy(copies: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        with torch.no_grad():
+            for tensor, source in copies:
+                with torch.inference_mode(tensor.is_inference()):
+                    tensor.copy_(source)
 
     def _check(self, path: str, check: Callable[[], object]) -> None:
         try:
             check()
         except WrongState as error:
             raise CorruptCheckpointError(
-                f"corrupt training state in {self._where}: {path}: the state of a generator was expected, {error}; "
-                f"tensors were read, no object has changed"
+                f"corrupt training state in {self._where}: {path}: the state of a generator was expected, {error}; {UNCHANGED}"
             ) from error
 
 

@@ -21,13 +21,15 @@ class OptimizerPlan(NamedTuple):
     """How an optimizer is filled.
 
     ``load``: call it after the tensors were read. ``order``: for each group, the saved group that it continues; None: there is none.
-    ``saved_groups``: their number. ``difference``: why the state does not fit; ``load`` must not be called then.
+    ``saved_groups``: their number. ``late_notes``: makes those that depend on the flags of parameters. ``difference``: why the state does
+    not fit; ``load`` must not be called then.
     """
 
     load: Callable[[], None]
     order: Sequence[int | None]
     saved_groups: int
     notes: Sequence[str]
+    late_notes: Callable[[], list[str]] = lambda: []
     difference: str | None = None
 
 
@@ -60,7 +62,9 @@ def plan_optimizer(
             )
     group_of = {name: at for at, group in enumerate(saved) for name in group.names}
     if difference := _difference(optimizer, saved_class, saved, parameters, path):
-        return OptimizerPlan(lambda: None, (), 0, (), difference)
+        if not names.in_model and saved_class == class_name(optimizer):
+            difference += "; pass the model too, which names the parameters"
+        return OptimizerPlan(lambda: None, (), 0, (), difference=difference)
     state_by_name = {}
     for name, values in state.items():
         if name not in group_of or type(values) is not dict:
@@ -86,9 +90,9 @@ def plan_optimizer(
                 _put_back(own_state, values)
 
     starts = [next(iter(order_of), None) for order_of in order]
-    if not isinstance(inner(optimizer), torch.optim.LBFGS):  # which keeps the state of all parameters with the first
-        notes += _notes(path, parameters, group_of, state)
-    return OptimizerPlan(load, starts, len(saved), notes)
+    if isinstance(inner(optimizer), torch.optim.LBFGS):  # which keeps the state of all parameters with the first
+        return OptimizerPlan(load, starts, len(saved), notes)
+    return OptimizerPlan(load, starts, len(saved), notes, lambda: _notes(path, parameters, group_of, state))
 
 
 def _saved_group(group: Any, reader: ValueReader, path: str) -> _SavedGroup:
