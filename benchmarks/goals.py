@@ -167,10 +167,9 @@ def _costs(costs: dict) -> list[Goal]:
             )
     both = costs.get("optimizer", {})
     if "save both" in both:
-        for what, name, alone in (("a save", "save both", "save the model"), ("a load", "resume both", "load the model")):
-            value = median(a - b for a, b in zip(both[name], both[alone]))
-            whole = f"the whole call {median(both[name]):.2f} s"
-            goals.append(_at_most(f"an AdamW of {both['tensors']:,} tensors: added to {what}", 1, value, "s", whole))
+        value = median(a - b for a, b in zip(both["save both"], both["save the model"]))
+        whole = f"the whole call {median(both['save both']):.2f} s"
+        goals.append(_at_most(f"an AdamW of {both['tensors']:,} tensors: added to a save", 1, value, "s", whole))
     if "median" in costs.get("import", {}):
         goals.append(
             _at_most(

@@ -160,9 +160,7 @@ def training_parts(results: Results) -> list[str]:
     measured = [sample["bytes"] for sample in results.samples if "bytes" in sample]
     if not measured:
         return []
-    text = (
-        f"A Llama in bfloat16 and its AdamW, {max(measured) / 1e9:.2f} GB in all, against limits of the same bytes, in turns."
-    )
+    text = f"A transformer in bfloat16 and its AdamW, {max(measured) / 1e9:.2f} GB in all, against limits of the same bytes, in turns."
     tables = [limits_table(results)]
     tables += [make(results, TRAINING) for make in (saves_table, overwrites_table)]
     tables += [loads_table(results, cache, TRAINING) for cache in ("cold", "warm")]

@@ -2,8 +2,9 @@
 
     python worker.py TOOL OPERATION PATH SIZE [--check] [--training]
 
-OPERATION is ``save``, ``overwrite`` (a save of the same model with other values, in the place of a saved one) or the name of one of the
-tool's ways to load. With ``--training``, the model has its optimizer. Only the operation itself is measured, without imports, without building the model, and without the comparison.
+OPERATION is ``save``, ``overwrite`` (a save of the same model with other values, in the place of a saved one) or the name of one of
+the tool's ways to load. With ``--training``, what is saved is a model with its optimizer. Only the operation itself is measured,
+without imports, without building the model, and without the comparison.
 """
 
 from __future__ import annotations

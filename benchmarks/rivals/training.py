@@ -25,6 +25,10 @@ def _resume(training: Training, path: Path) -> None:
     shardsave.resume(path, training.model, training={"optimizer": training.optimizer}, progress=False)
 
 
+def _torch_ready() -> None:
+    pass
+
+
 def _torch_save(training: Training, path: Path) -> None:
     import torch
 
@@ -82,7 +86,7 @@ TRAINING = {
     tool.name: tool
     for tool in (
         _of(shardsave_.TOOLS, "shardsave", save=_save, loads={"into": _resume}),
-        _of(torch_save.TOOLS, "torch.save, state dict", save=_torch_save, loads={"into": _torch_load}),
+        _of(torch_save.TOOLS, "torch.save, state dict", ready=_torch_ready, save=_torch_save, loads={"into": _torch_load}),
         _of(distributed.TOOLS, "DCP", ready=_dcp_ready, save=_dcp_save, loads={"into": _dcp_load}),
         _of(torch_checkpointing_.TOOLS, "torch_checkpointing", save=_checkpointing_save, loads={"into": _checkpointing_load}),
     )
