@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 import shardsave
-from shardsave._api import build, clean, convert, diff, inspect, load, manager, open, plan, restore_flags, save
+from shardsave._api import build, clean, convert, diff, inspect, load, manager, open, plan, restore_flags, resume, save
 from shardsave._cli.main import cli
 from shardsave._training import per_rank
 
@@ -41,7 +41,15 @@ def timeless(text: str) -> str:
 
 def test_documents_have_examples() -> None:
     """Catches blocks of code that are not found, because their fences changed."""
-    expected = {"README.md", "docs/cli.md", "docs/convert.md", "docs/loading.md", "docs/saving.md", "docs/transformers.md"}
+    expected = {
+        "README.md",
+        "docs/cli.md",
+        "docs/convert.md",
+        "docs/loading.md",
+        "docs/saving.md",
+        "docs/training.md",
+        "docs/transformers.md",
+    }
     assert expected <= set(WITH_EXAMPLES)
     assert (ROOT / "README.md").read_text().count("```python") >= 10
     for name in ("README.md", "docs/cli.md", "docs/convert.md"):
@@ -140,7 +148,7 @@ def test_files_that_documents_name(name: str) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    [shardsave, save, plan, load, open, diff, clean, inspect, build, convert, restore_flags, per_rank, manager],
+    [shardsave, save, plan, load, open, diff, clean, inspect, build, convert, restore_flags, resume, per_rank, manager],
     ids=lambda module: module.__name__,
 )
 def test_docstring_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: object) -> None:

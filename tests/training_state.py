@@ -1,9 +1,9 @@
-"""Checkpoints with a training state that is made by hand, as the code that describes a training would make it."""
+"""Checkpoints with a training state: made by hand, as the code that describes a training would make it, or edited afterwards."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 
 import shardsave
 from shardsave._common.progress import Progress
+from shardsave._format.crc64 import crc64
 from shardsave._format.index import Moment
 from shardsave._loading.read import TensorReader
 from shardsave._saving.contents import plan_contents
@@ -93,3 +94,27 @@ def names_of_training(folder: Path) -> set[str]:
     """The names in the directory of the training state in ``folder`` that belong to it, relative to ``folder``; none if there is none."""
     with open_checkpoint(folder, lambda name: False, parts=["training state"]) as checkpoint:
         return set(checkpoint.files)
+
+
+def edit_training(folder: Path, change: Callable[[Any], object], name: str = "index.json") -> None:
+    """Changes a document of the training state in ``folder``, the file ``name``, and the checksums of it above."""
+    path = training_directory(folder) / name
+    document = json.loads(path.read_bytes())
+    change(document)
+    content = json.dumps(document).encode()
+    replace(path, content)
+    record = [len(content), len(content), f"{crc64(content):016x}"]
+    if name != "index.json":
+        edit_training(folder, lambda top: top["files"].update({name: record}))
+        return
+    index = json.loads((folder / INDEX).read_bytes())
+    index["shardsave"].pop("crc64nvme")
+    index["shardsave"]["parts"]["training state"][1:] = record
+    body = json.dumps(index)[:-2].encode() + b', "crc64nvme": "'
+    replace(folder / INDEX, body + f"{crc64(body):016x}".encode() + b'"}}\n')
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Replaces a file by a new one. A file that is truncated and rewritten would be flushed to disk when it is closed."""
+    path.unlink()
+    path.write_bytes(content)

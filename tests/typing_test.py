@@ -79,6 +79,17 @@ def opening() -> None:
         assert_type(dict(ckpt), dict[str, torch.Tensor])
 
 
+def resuming(model: torch.nn.Module, training: dict[str, Any]) -> None:
+    resumed = shardsave.resume(
+        Path("ckpt"), model, training=training, rng=True, only=["optimizer"], skip=("ema",), strict=False
+    )
+    assert_type(resumed, shardsave.Resumed)
+    assert_type(resumed.next_step, int)
+    assert_type(resumed.report, shardsave.LoadReport | None)
+    assert_type(shardsave.resume("ckpt", rng=True, on_world_change="raise", device="cpu").step, int | None)
+    assert_type(shardsave.load_model(model, "ckpt", part="ema"), shardsave.LoadReport)
+
+
 def whole_models(model: torch.nn.Module) -> None:
     shardsave.save(model, "ckpt", architecture=True, program=((torch.zeros(2),), {}))
     assert_type(

@@ -102,6 +102,33 @@ def test_a_run(memory: Path) -> None:
     assert {path.name for path in (memory / "run").iterdir()} == {"step-00000060", "step-00000070", RECORD_NAME}
 
 
+def test_a_training_state(memory: Path) -> None:
+    """Catches a manager whose steps lack the training state, or that resumes the model alone; and a damaged optimizer after which the
+    step before it is not taken.
+    """
+    net = model(1)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+    with manager_of(memory, rng=True) as manager:
+        for step in range(1, 21):
+            net(torch.rand(3)).sum().backward()
+            optimizer.step()
+            manager.step(step, net, training={"optimizer": optimizer, "step": step})
+    numbers = torch.rand(2)
+    fresh = model()
+    again = torch.optim.SGD(fresh.parameters(), 0.5, momentum=0.9)
+    with manager_of(memory) as manager:
+        resumed = manager.resume(fresh, training={"optimizer": again, "step": 0}, rng=True)
+    assert (
+        resumed is not None and resumed.next_step == 21 and resumed.values["step"] == 20 and torch.equal(torch.rand(2), numbers)
+    )
+    assert torch.equal(again.state[fresh.weight]["momentum_buffer"], optimizer.state[net.weight]["momentum_buffer"])
+    (tensors,) = path_of(memory, 20).glob("training-*/*.tensors")
+    content = tensors.read_bytes()
+    tensors.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    resumed = manager_of(memory).resume(fresh, training={"optimizer": again, "step": 0}, rng=True)
+    assert resumed is not None and resumed.step == resumed.values["step"] == 10 and "nothing was changed" in resumed.notes[0]
+
+
 def test_every_step_stays_without_a_policy(memory: Path) -> None:
     """Catches a manager that removes what nobody told it to remove."""
     with manager_of(memory) as manager:

@@ -1,7 +1,7 @@
 """Trainings to interrupt: each builds a model and its training state, and makes steps. Run as a program, it trains or resumes all of them.
 
-``python configurations.py train FOLDER``: trains each for 20 steps, then again for 10, and keeps that state in FOLDER. ``… resume FOLDER``:
-restores each, also with other groups, and trains it for the other 10. Both print JSON: configuration → a digest of everything.
+``python configurations.py train FOLDER``: trains each for 20 steps, then again for 10, and saves that in FOLDER. ``… resume FOLDER``:
+resumes each, also with other groups, and trains it for the other 10. Both print JSON: configuration → a digest of everything.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import default_collate
 
 import shardsave
-from through_files import keep, restore
 
 HALF = 10
 
@@ -337,19 +336,17 @@ def train(folder: Path) -> dict[str, Any]:
     for name, build in configurations().items():
         seed(7)
         run = build()
-        for number in range(2 * HALF):
+        for number in range(1, 2 * HALF + 1):
             run.step(number)
         digests[name] = digest(run)
         seed(7)
         run = build()
-        for number in range(HALF):
+        for number in range(1, HALF + 1):
             run.step(number)
-        (folder / name).mkdir()
-        shardsave.save(run.model, folder / name / "model", durable=False)
         steps: list[Any] = []
         hook = register_optimizer_step_pre_hook(lambda *arguments: steps.append(arguments))
         before = random.getstate(), torch.get_rng_state().tolist()
-        keep(folder / name, run.training, run.model, rng=True)
+        shardsave.save(run.model, folder / name, training=run.training, rng=True, step=HALF, durable=False)
         hook.remove()
         assert not steps and before == (random.getstate(), torch.get_rng_state().tolist())
     return digests
@@ -363,15 +360,14 @@ def resume(folder: Path) -> dict[str, Any]:
                 continue
             seed(99)
             run = build(**how)
-            shardsave.load_model(run.model, folder / name / "model")
             steps: list[Any] = []
             hook = register_optimizer_step_pre_hook(lambda *arguments: steps.append(arguments))
-            values, notes = restore(folder / name, run.training, run.model, rng=True)
+            resumed = shardsave.resume(folder / name, run.model, training=run.training, rng=True)
             hook.remove()
-            assert not steps and values.get("epoch", 3) == 3
-            for number in range(HALF, 2 * HALF):
+            assert not steps and resumed.values.get("epoch", 3) == 3
+            for number in range(resumed.next_step, 2 * HALF + 1):
                 run.step(number)
-            digests[f"{name}, {way}"] = digest(run), notes
+            digests[f"{name}, {way}"] = digest(run), resumed.notes
     return digests
 
 

@@ -1,7 +1,7 @@
 """A resumed training is, bit for bit, the training that never stopped.
 
-Method: one process trains each configuration for 20 steps, and again for 10, and keeps its state; a new process restores all of them, in
-several ways, and makes the other 10 steps.
+Method: one process trains each configuration for 20 steps, and again for 10, and saves it; a new process resumes all of them, in several
+ways, and makes the other 10 steps.
 """
 
 from __future__ import annotations

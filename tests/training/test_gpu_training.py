@@ -11,7 +11,6 @@ from torch import nn
 
 import shardsave
 from support import same_bits
-from through_files import keep, restore
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 
@@ -39,14 +38,12 @@ def test_resumed_on_the_gpu(tmp_path: Path, options: dict[str, Any]) -> None:
     model, training = make(options)
     for _ in range(3):
         step(model, training)
-    shardsave.save(model, tmp_path / "model", durable=False)
-    keep(tmp_path, training, model, rng=True)
+    shardsave.save(model, tmp_path, training=training, rng=True, durable=False)
     for _ in range(3):
         step(model, training)
     again, resumed = make(options)
     torch.cuda.manual_seed(99)
-    shardsave.load_model(again, tmp_path / "model")
-    restore(tmp_path, resumed, again, rng=True)
+    shardsave.resume(tmp_path, again, training=resumed, rng=True)
     for name, parameter in again.named_parameters():
         devices = {key: value.device for key, value in resumed["optimizer"].state[parameter].items()}
         assert devices == {key: value.device for key, value in training["optimizer"].state[model.get_parameter(name)].items()}

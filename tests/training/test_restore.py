@@ -1,9 +1,8 @@
-"""A training state restored in two phases: what goes where, what is refused before anything changes, and what the notes name."""
+"""A training state that is saved and resumed: what goes where, what is refused before anything changes, and what the notes name."""
 
 from __future__ import annotations
 
 import copy
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,17 @@ import shardsave
 from shardsave._training.describe import describe
 from shardsave._training.restore import StoredTraining, plan_restore
 from support import same_bits, same_state
-from through_files import Resumption, keep, restore
+from training_state import edit_training
+
+
+def keep(folder: Path, training: Any, model: Any = None, **options: Any) -> None:
+    shardsave.save({} if model is None else model, folder, training=training, durable=False, **options)
+
+
+def restore(folder: Path, training: Any, model: Any = None, **options: Any) -> tuple[Any, tuple[str, ...]]:
+    """Resumes from ``folder``. Returns the values and the notes."""
+    resumed = shardsave.resume(folder, model, training=training, **options)
+    return resumed.values, resumed.notes
 
 
 def net() -> nn.Sequential:
@@ -43,7 +52,7 @@ def refused(folder: Path, training: Any, model: Any, message: str, error: type[E
     """Asserts that the plan raises ``error`` with ``message``, and that nothing in ``training`` changes."""
     before = copy.deepcopy([leaf.state_dict() for leaf in training.values() if hasattr(leaf, "state_dict")])
     with pytest.raises(error, match=message) as caught:
-        Resumption(folder, training, model, **options)
+        restore(folder, training, model, **options)
     assert "nothing was changed" in str(caught.value) or isinstance(caught.value, ValueError)
     after = [leaf.state_dict() for leaf in training.values() if hasattr(leaf, "state_dict")]
     assert repr(before) == repr(after)
@@ -120,7 +129,7 @@ def test_missing_and_unexpected(tmp_path: Path) -> None:
     refused(tmp_path, training, model, "only must name parts of the training state, 'optimiser' is none; similar: 'optimizer'",
             ValueError, only=["optimiser"])  # fmt: skip
     with pytest.raises(TypeError, match=r"skip must be a collection of names such as \['optimizer'\], not 'ema'"):
-        Resumption(tmp_path, training, model, skip="ema")
+        restore(tmp_path, training, model, skip="ema")
     refused(tmp_path, {}, model, "rng: the checkpoint has none", shardsave.IncompatibleCheckpointError, rng=True, only=["rng"])
 
 
@@ -132,14 +141,14 @@ def test_parameters_frozen_thawed_added(tmp_path: Path) -> None:
         [{"params": model[0].parameters()}, {"params": [*model[1].parameters(), *model[2].parameters()], "lr": 0.5}]
     )
     step(model, optimizer)
-    state = keep(tmp_path, {"optimizer": optimizer}, model)
-    assert len(state.entries) == 12
+    keep(tmp_path, {"optimizer": optimizer}, model)
+    assert len(describe({"optimizer": optimizer}, model).entries) == 12
     again = net()
     again[2].requires_grad_(False)
     more = nn.Parameter(torch.ones(1))
     again.register_parameter("more", more)
     resumed = torch.optim.Adam([{"params": [*again[0].parameters(), *again[1].parameters()]}, {"params": [more], "lr": 0.25}])
-    _, notes = restore(tmp_path, {"optimizer": resumed}, again)
+    _, notes = restore(tmp_path, {"optimizer": resumed}, again, strict=False, restore_frozen=False)
     assert notes == (
         "training['optimizer']: group 0 keeps its options, since its parameters were in groups with different ones",
         "training['optimizer']: group 1 is new and keeps its options",
@@ -149,10 +158,13 @@ def test_parameters_frozen_thawed_added(tmp_path: Path) -> None:
     assert [group["lr"] for group in resumed.param_groups] == [1e-3, 0.25]
     assert same_bits(resumed.state[again[1].weight]["exp_avg"], optimizer.state[model[1].weight]["exp_avg"])
     assert set(resumed.state) == set(again[1].parameters())
-    frozen = trained(model)
+    optimizer = torch.optim.Adam(model.parameters())
     model[2].requires_grad_(False)
-    _, notes = restore(tmp_path, {"optimizer": torch.optim.Adam(model.parameters())}, model)
-    assert "2 parameters with saved state are frozen: '2.weight', '2.bias'" in notes[-1] and frozen is not None
+    _, notes = restore(tmp_path, {"optimizer": optimizer}, model, restore_frozen=False)
+    assert "2 parameters with saved state are frozen: '2.weight', '2.bias'" in notes[-1]
+    model.requires_grad_(True)
+    _, notes = restore(tmp_path, {"optimizer": optimizer}, model)  # which restores the flags first
+    assert not any("frozen" in note or "fresh" in note for note in notes) and not model[0].weight.requires_grad
 
 
 def test_shapes_and_names_of_parameters(tmp_path: Path) -> None:
@@ -168,7 +180,7 @@ def test_shapes_and_names_of_parameters(tmp_path: Path) -> None:
             shardsave.IncompatibleCheckpointError)  # fmt: skip
     on_meta = torch.optim.AdamW(net().to("meta").parameters())
     with pytest.raises(shardsave.UnsupportedTensorError, match="'group 0, parameter 0' is on the meta device"):
-        Resumption(tmp_path, {"optimizer": on_meta})
+        restore(tmp_path, {"optimizer": on_meta})
     lbfgs = torch.optim.LBFGS(model.parameters())
     keep(tmp_path, {"optimizer": lbfgs}, model)
     swapped = torch.optim.LBFGS([*reversed([*model.parameters()])])
@@ -208,12 +220,10 @@ def test_state_of_sparse_gradients_and_from_another_device(tmp_path: Path) -> No
     embedding(torch.tensor([1, 2])).sum().backward()
     optimizer.step()
     keep(tmp_path, {"optimizer": optimizer, "own": Recording(torch.ones(2))}, embedding)
-    document = json.loads(
-        (tmp_path / "document.json").read_text().replace('{"tensor": "own"}', '{"tensor": "own", "on": "cuda"}')
-    )
+    edit_training(tmp_path, lambda top: top["shared"]["dict"]["own"]["object"]["state"].update(on="cuda"))
     fresh, own = torch.optim.SparseAdam(embedding.parameters()), Recording(None)
-    restore(tmp_path, {"optimizer": fresh, "own": own}, embedding, document=document)
-    assert '"on": "cuda"' in json.dumps(document) and (own.state.is_cuda if torch.cuda.is_available() else own.state.is_cpu)
+    restore(tmp_path, {"optimizer": fresh, "own": own}, embedding)
+    assert own.state.is_cuda if torch.cuda.is_available() else own.state.is_cpu
     for key, value in optimizer.state[embedding.weight].items():
         loaded = fresh.state[embedding.weight][key]
         assert same_bits(loaded, value) if isinstance(value, torch.Tensor) else loaded == value
@@ -289,8 +299,8 @@ def test_modules_in_place(tmp_path: Path) -> None:
     model[3].weight = model[2].weight
     ema = AveragedModel(model)
     ema.update_parameters(model)
-    state = keep(tmp_path, {"ema": nn.DataParallel(ema)}, model)
-    assert len(state.entries) == 1 + 2 + 5 + 3
+    keep(tmp_path, {"ema": nn.DataParallel(ema)}, model)
+    assert len(describe({"ema": nn.DataParallel(ema)}, model).entries) == 1 + 2 + 5 + 3
     fresh = AveragedModel(copy.deepcopy(model))
     with torch.no_grad():
         for parameter in fresh.parameters():
@@ -356,7 +366,8 @@ def test_tensors_in_place_that_cannot_be_filled(tmp_path: Path) -> None:
 def test_another_number_of_ranks(tmp_path: Path) -> None:
     """Catches the state of one rank in another, and generators that are set to it; both are named."""
     model = net()
-    keep(tmp_path, {"loader": shardsave.PerRank(torch.ones(2)), "o": trained(model)}, model, rng=True, ranks=4)
+    keep(tmp_path, {"loader": shardsave.PerRank(torch.ones(2)), "o": trained(model)}, model, rng=True)
+    edit_training(tmp_path, lambda top: top.update(ranks=4))
     training = {"loader": shardsave.PerRank(torch.zeros(2)), "o": trained(model)}
     state = random.getstate()
     _, notes = restore(tmp_path, training, model, rng=True)
@@ -373,7 +384,8 @@ def test_another_number_of_ranks(tmp_path: Path) -> None:
         shardsave.IncompatibleCheckpointError,
         on_world_change="raise",
     )
-    restore(tmp_path, training, model, rng=True, ranks=4)
+    edit_training(tmp_path, lambda top: top.update(ranks=1))
+    restore(tmp_path, training, model, rng=True)
     assert training["loader"].value.all()
 
 
@@ -400,13 +412,14 @@ def test_generators(tmp_path: Path) -> None:
     with pytest.raises(
         shardsave.IncompatibleCheckpointError, match=r"training\[1\]: the checkpoint has the state of random.Random"
     ):
-        Resumption(tmp_path, others)
+        restore(tmp_path, others)
     others = generators(9)
     others[3] = np.random.Generator(np.random.PCG64(5))
-    resumption = Resumption(tmp_path, others, rng=True)
     before = random.getstate(), others[1].getstate()
-    with pytest.raises(shardsave.CorruptCheckpointError, match=r"training\[3\]: the state of a generator was expected"):
-        resumption.finish()
+    with pytest.raises(
+        shardsave.CorruptCheckpointError, match=r"training\[3\]: the state of a generator was .*; nothing was changed"
+    ):
+        restore(tmp_path, others, rng=True)
     assert before == (random.getstate(), others[1].getstate())
 
 
@@ -443,7 +456,7 @@ def test_the_same_object_twice(tmp_path: Path) -> None:
     with pytest.raises(
         shardsave.IncompatibleCheckpointError, match=r"training\[2\]: it is also training\[0\], where another state was saved"
     ):
-        Resumption(tmp_path, [first, first, first])
+        restore(tmp_path, [first, first, first])
 
 
 def test_what_a_resumed_training_gets() -> None:
