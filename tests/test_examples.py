@@ -104,6 +104,16 @@ def test_the_training_loop(tmp_path: Path) -> None:
     assert all(second[number] == loss for number, loss in first.items() if number in second), (step, seconds)
 
 
+def test_the_resumed_fine_tuning(tmp_path: Path) -> None:
+    """Catches a resumed training of a real model, with frozen layers, dropout and a schedule, that differs from one never stopped."""
+    command = [sys.executable, str(ROOT / "examples" / "finetune_resume.py")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "SIGTERM: stopped after step 5, which is saved" in done.stdout and "start fresh" not in done.stdout, done.stdout
+    assert len(re.findall(r"^step \d+: loss", done.stdout, re.MULTILINE)) == 8 + 8, done.stdout
+    assert "the losses of all 8 steps agree, bit for bit: True" in done.stdout
+
+
 def prose(name: str) -> str:
     """The text of a document without its code blocks."""
     return re.sub(r"^```.*?^```", "", (ROOT / name).read_text(), flags=re.DOTALL | re.MULTILINE)
