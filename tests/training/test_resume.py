@@ -16,6 +16,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import shardsave
+from shardsave._common import memory_errors
+from shardsave._common.free_memory import FreeMemory
 from support import same_state
 from training_state import edit_training, replace, training_directory
 
@@ -245,6 +247,34 @@ def test_an_object_that_refuses(tmp_path: Path) -> None:
         shardsave.resume(tmp_path, training=[Refusing()])
 
 
+class Critic(nn.Module):
+    """Shares the first layer of a model."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.encoder, self.head = model[0], nn.Linear(6, 1)
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared when saved", "not shared when saved"])
+def test_memory_of_the_model_in_the_training_state(tmp_path: Path, shared: bool) -> None:
+    """Catches a module of the training state whose values land in the model, and one that rightly shares layers but is refused."""
+    model, _ = make()
+    shardsave.save(model, tmp_path, training={"critic": Critic(model if shared else make(1)[0])}, durable=False)
+    again, _ = make(5)
+    before = copy.deepcopy(again)
+    if shared:
+        shardsave.resume(tmp_path, again, training={"critic": Critic(again)})
+        assert same_state(again, model)
+        return
+    with pytest.raises(
+        shardsave.UnsupportedTensorError,
+        match=r"cannot fill 'critic/encoder.\w+' of the training state: memory of its own was expected, it shares some with '0.\w+' of the "
+        "model, and their values on disk differ; nothing was changed",
+    ):
+        shardsave.resume(tmp_path, again, training={"critic": Critic(again)})
+    assert same_state(again, before)
+
+
 def test_only_what_is_asked_for(folder: Path) -> None:
     """Catches what is restored without being asked for, and what is not restored and not named."""
     model, training = make(3)
@@ -328,6 +358,20 @@ def test_a_model_alone_reads_no_training_state(folder: Path) -> None:
         shardsave.resume(folder, model, rng=True)
 
 
+def test_lack_of_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches the state of an optimizer that does not fit, but is not counted, and a process that is killed in the middle of a resume."""
+    monkeypatch.setattr(memory_errors, "_SMALL", 0)
+    model, training = make(3)
+    monkeypatch.setattr(memory_errors, "free_memory", lambda: FreeMemory(100, 100, "the machine"))
+    before = everything(model, training)
+    with pytest.raises(shardsave.OutOfMemoryError, match="the machine has 100 B free; .*; nothing was changed"):
+        shardsave.resume(folder, model, training=training, rng=True)
+    assert everything(model, training) == before
+    monkeypatch.setattr(memory_errors, "free_memory", lambda: FreeMemory(100, 10**9, "the machine"))
+    resumed = shardsave.resume(folder, model, training=training, rng=True)
+    assert len(resumed.notes) == 1 and resumed.notes[0].endswith("a part may be swapped")
+
+
 def test_progress_and_log(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Catches a bar that ends before all is read, and a resume that leaves no record, or one without notes."""
     seen: list[tuple[int, int]] = []
@@ -374,3 +418,15 @@ def test_refused_arguments(folder: Path) -> None:
         shardsave.UnsupportedTensorError, match="make the optimizer after the model has memory; nothing was changed"
     ):
         shardsave.resume(folder, model, training={"optimizer": training["optimizer"]}, only=["optimizer"])
+
+
+def test_a_group_of_one_process(folder: Path) -> None:
+    """Catches a group that is refused although it has the one process that this version can serve."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        group = torch.distributed.group.WORLD
+        model, training = make(3)
+        assert shardsave.resume(folder, model, training=training, rng=True, process_group=group).step == STEPS
+        shardsave.save(model, folder, training=training, rng=True, process_group=group, durable=False)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -76,6 +76,10 @@ class ModelLoad:
         self.nbytes = sum(located.nbytes for located in self.reads)
         self.host_bytes = self._filler.host_bytes()
 
+    def filled(self) -> list[tuple[str, Located, torch.Tensor]]:
+        """As of `ModuleFiller`."""
+        return self._filler.filled()
+
     @property
     def warnings(self) -> tuple[str, ...]:
         return self._filler.notes

@@ -18,6 +18,7 @@ from shardsave._api.model_load import ModelLoad, needed_files, no_tensor
 from shardsave._api.operators import check_operators
 from shardsave._api.process_group import check_process_group
 from shardsave._api.resumed import Resumed
+from shardsave._api.shared_memory import Filled, check_shared_memory
 from shardsave._api.stored_training import stored_training
 from shardsave._common.memory_errors import check_free_memory
 from shardsave._common.progress import Progress, ProgressArgument
@@ -148,6 +149,7 @@ class _Resumption:
             strict = options.strict
             self.model = ModelLoad(model, checkpoint, None, options.device, strict=strict, restore_frozen=restore_frozen)
             self.warnings = self.model.warnings
+            self._check_shared_memory()
         self._check_memory()
 
     @property
@@ -194,12 +196,21 @@ class _Resumption:
         fresh: list[Target] = [(tensors[name], tensor) for name, tensor in self._plan.fresh]
         return fresh, [(tensors[name], tensor) for name, tensor in self._plan.in_place]
 
+    def _check_shared_memory(self) -> None:
+        if self.model is None or self._plan is None or self._checkpoint.training is None or not self._plan.filled:
+            return
+        tensors = self._checkpoint.training.tensors
+        of_model = [Filled(*one) for one in self.model.filled()]
+        check_shared_memory(of_model, [Filled(name, tensors[name], tensor) for name, tensor in self._plan.filled])
+
     def _check_memory(self) -> None:
         """Refuses what surely does not fit; the model alone has been checked."""
         fresh, _ = self._targets()
         if new := sum(located.nbytes for located, tensor in fresh if isinstance(tensor, torch.Tensor) and tensor.is_cpu):
             needed = new + (self.model.host_bytes if self.model is not None else 0)
-            self.warnings = check_free_memory(self._checkpoint.path, needed, UNCHANGED)
+            lacking = check_free_memory(self._checkpoint.path, needed, UNCHANGED)
+            self.notes += lacking
+            self.warnings += lacking
         if self._plan is None and TRAINING in self._checkpoint.parts:
             self.notes += ("training: it was saved, and was not asked for",)
 

@@ -10,7 +10,7 @@ import torch
 
 from shardsave._common.gc_pause import gc_paused
 from shardsave._common.memory_errors import check_free_memory
-from shardsave._loading.allocation import allocate, host_bytes
+from shardsave._loading.allocation import allocate, host_bytes, stays
 from shardsave._loading.disk_layout import DiskLayout, Join
 from shardsave._loading.freeze_flags import RestoredFlags, named_parameters, restore_flags
 from shardsave._loading.module_checks import check_destinations, check_differences, check_meta_buffers, check_shapes
@@ -19,7 +19,7 @@ from shardsave._loading.onload import onloaded
 from shardsave._loading.read import Target, TensorReader
 from shardsave._loading.routines import read_joined, run_routine
 from shardsave._loading.slots import Inventory, take_again
-from shardsave._storage.checkpoint import Checkpoint
+from shardsave._storage.checkpoint import Checkpoint, Located
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, ShardSaveError
 
 
@@ -67,6 +67,12 @@ class ModuleFiller:
         self._check_destinations()
         check_meta_buffers(self._inventory, where)
         self.notes = check_free_memory(where, self.host_bytes(), "the module is unchanged")
+
+    def filled(self) -> list[tuple[str, Located, torch.Tensor]]:
+        """The tensors that are filled in the memory that they have now: name, stored tensor, tensor."""
+        slots, stored = self._inventory.slots, self.plan.stored
+        names = [name for name in self.plan.destinations if name in stored]
+        return [(name, stored[name], slots[name].tensor) for name in names if stays(slots[name].tensor, self._device)]
 
     def host_bytes(self) -> int:
         """How much new memory on the CPU the load will take: what is allocated for good, and the copies for one routine at a time."""

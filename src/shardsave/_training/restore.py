@@ -54,7 +54,8 @@ _DEFAULTS = Options()
 class RestorePlan:
     """A restore that nothing refuses. ``fresh``: (stored name, the new tensor to read it into); read all of them, then call `check`.
 
-    ``in_place``: the same for tensors that exist; read all of them, then call `apply`. ``notes``: what was fresh, unused, kept or cast;
+    ``in_place``: the same for tensors that exist; read all of them, then call `apply`. ``filled``: these, and those
+    that are copied from another one. ``notes``: what was fresh, unused, kept or cast;
     more come with `apply`.
     """
 
@@ -63,6 +64,9 @@ class RestorePlan:
         targets = [(id(tensor) in self._existing, (name, tensor)) for name, tensor in reader.targets.items()]
         self.fresh: list[tuple[str, torch.Tensor]] = [target for existing, target in targets if not existing]
         self.in_place: list[tuple[str, torch.Tensor]] = [target for existing, target in targets if existing]
+        names = {id(tensor): name for name, tensor in reader.targets.items()}
+        copies = [(names[id(source)], tensor) for tensor, source in reader.copies if id(tensor) in self._existing]
+        self.filled: list[tuple[str, torch.Tensor]] = [*self.in_place, *copies]
         self.notes: tuple[str, ...] = tuple(matcher.notes)
         self._reader = reader
         self._leaves = matcher.leaves
