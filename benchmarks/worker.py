@@ -25,7 +25,7 @@ def save(tool, build, path: Path, size: int, seed: int) -> dict[str, object]:
     model = build(size, seed)
     path.mkdir(parents=True, exist_ok=True)
     gc.collect()
-    measure.touch_free_memory(size * 5 // 4)
+    measure.touch_free_memory(models.tensor_bytes(model) * 5 // 4)
     meter = measure.Meter()
     result = tool.save(model, path)
     call = meter.read()
@@ -53,7 +53,7 @@ def load(tool, build, way: str, path: Path, size: int, check: bool) -> dict[str,
     there = models.tensor_bytes(model) if into else 0
     gc.collect()
     cached_before = measure.cached_bytes(path)
-    measure.touch_free_memory(size * 5 // 4)
+    measure.touch_free_memory(measure.disk_bytes(path) * 5 // 4)
     meter = measure.Meter()
     loaded = routine(model, path) if into else routine(path)
     call = meter.read()

@@ -226,7 +226,8 @@ class CheckpointManager:
             ShardSaveError: a step that may be the latest cannot be read.
             all that `shardsave.resume` raises.
         """
-        if unknown := sorted(set(options) - self._verbs.resume_options()):  # also without a step: it must not show after a crash
+        unknown = sorted(set(options) - self._verbs.resume_options())
+        if unknown:  # also without a step: it must not show only after a crash
             raise TypeError(f"keywords of resume were expected, not {some(unknown)}")
         of_both = {name: self._options[name] for name in OF_BOTH if name in self._options}
         given = {**of_both, **options, **({"training": training} if training is not None else {})}
