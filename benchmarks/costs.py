@@ -1,6 +1,6 @@
-"""Measures what shardsave costs besides moving bytes: checksums, very many tensors, the import.
+"""Measures what shardsave costs besides moving bytes: checksums, very many tensors, also in an optimizer, the import.
 
-python costs.py checksums DIRECTORY SIZE | many DIRECTORY | import
+python costs.py checksums DIRECTORY SIZE | many DIRECTORY | optimizer DIRECTORY | import
 """
 
 from __future__ import annotations
@@ -146,6 +146,38 @@ def many(path: Path) -> dict[str, object]:
     return seconds
 
 
+def optimizer(path: Path) -> dict[str, object]:
+    """Saves a model alone and with an AdamW that has 100,000 tensors, and loads both, three times in turns; returns the seconds of
+    whole calls."""
+    import shardsave
+
+    model = _Many(TENSORS // 3)  # AdamW has three tensors for each parameter
+    adam = torch.optim.AdamW(model.parameters())
+    for parameter in model.parameters():
+        adam.state[parameter] = {"step": torch.tensor(1.0), "exp_avg": torch.ones(16), "exp_avg_sq": torch.ones(16)}
+    training = {"optimizer": adam}
+
+    def resume(name: str, fresh: torch.optim.Optimizer) -> None:
+        shardsave.resume(path / name, model, training={"optimizer": fresh}, progress=False)
+
+    cases: dict[str, Callable[[], object]] = {
+        "save the model": lambda: shardsave.save(model, path / "alone", progress=False),
+        "save both": lambda: shardsave.save(model, path / "both", training=training, progress=False),
+        "load the model": lambda: shardsave.load_model(model, path / "both", progress=False),
+        "resume both": lambda: resume("both", torch.optim.AdamW(model.parameters())),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(3):
+        for name in ("alone", "both"):
+            shutil.rmtree(path / name, ignore_errors=True)
+        os.sync()
+        for name, case in cases.items():
+            began = time.perf_counter()
+            case()
+            seconds[name].append(time.perf_counter() - began)
+    return {"tensors": sum(len(state) for state in adam.state.values()), **seconds}
+
+
 def imports() -> dict[str, object]:
     """Seconds that ``import shardsave`` adds after ``import torch``, in new processes, with compiled bytecode as when installed.
 
@@ -174,6 +206,8 @@ def main() -> None:
             result = checksums(path, int(arguments[1]))
         elif what == "many" and path is not None:
             result = many(path)
+        elif what == "optimizer" and path is not None:
+            result = optimizer(path)
         else:
             result = imports()
     finally:

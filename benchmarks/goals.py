@@ -37,7 +37,7 @@ def _against(what: str, bound: float, above: list, below: list, key: str, key_be
     return Goal(goal.what, f"{goal.wanted} {other}", goal.measured, goal.reached)
 
 
-def all_goals(results: Results) -> list[Goal]:
+def all_goals(results: Results, training: Results) -> list[Goal]:
     save, to_cache = results.of("shardsave", "save"), results.of("shardsave, durable=False", "save")
     cold, warm = results.of("shardsave", "into", "cold"), results.of("shardsave", "into", "warm")
     cold_new = results.of("shardsave", "new", "cold")
@@ -76,6 +76,7 @@ def all_goals(results: Results) -> list[Goal]:
         ),
     ]
     goals += _whole_modules(results)
+    goals += _training(training)
     goals.append(_no_cold_buffered(results))
     goals += _memory(results)
     goals += _costs(results.all["costs"])
@@ -108,6 +109,26 @@ def _whole_modules(results: Results) -> list[Goal]:
             for cache in ("cold", "warm")
         ),
     ]
+
+
+def _training(results: Results) -> list[Goal]:
+    """The goals of a model with its AdamW. A new optimizer has no state, so two thirds of what `resume` fills is new memory."""
+    save, overwrite = results.of("shardsave", "save"), results.of("shardsave", "overwrite")
+    cold, warm = results.of("shardsave", "into", "cold"), results.of("shardsave", "into", "warm")
+    torch_save = results.of("torch.save, state dict", "save")
+    raw_write = results.limit("write")
+    goals = [
+        _against("model + AdamW: durable save, wall", 1.1, save, raw_write, "wall", "wall", "raw O_DIRECT write"),
+        _against("model + AdamW: durable overwrite, wall", 1.1, overwrite, raw_write, "wall", "wall", "raw O_DIRECT write"),
+        _against("model + AdamW: durable save, wall", 0.333, save, torch_save, "wall", "wall_synced", "torch.save + fsync"),
+    ]
+    for limit, other in (("read", "raw direct read"), ("fresh", "raw read into new memory")):
+        goals.append(_against("model + AdamW: cold resume, wall", 1.1, cold, results.limit(limit), "wall", "wall", other))
+    goals.append(_against("model + AdamW: warm resume, wall", 1.1, warm, results.limit("warm"), "wall", "wall", "warm pread"))
+    for cache, samples in (("cold", cold), ("warm", warm)):
+        rival = results.of("torch.save, state dict", "into", cache)
+        goals.append(_against(f"model + AdamW: {cache} resume, wall", 1, samples, rival, "wall", "wall", "torch.load"))
+    return goals
 
 
 def _no_cold_buffered(results: Results) -> Goal:
@@ -144,6 +165,11 @@ def _costs(costs: dict) -> list[Goal]:
             goals.append(
                 _at_most(f"100,000 tensors, {name}: planning, header and index", 1, median(times["planning"]), "s", whole)
             )
+    both = costs.get("optimizer", {})
+    if "save both" in both:
+        value = median(a - b for a, b in zip(both["save both"], both["save the model"]))
+        whole = f"the whole call {median(both['save both']):.2f} s"
+        goals.append(_at_most(f"an AdamW of {both['tensors']:,} tensors: added to a save", 1, value, "s", whole))
     if "median" in costs.get("import", {}):
         goals.append(
             _at_most(

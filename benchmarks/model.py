@@ -1,4 +1,6 @@
-"""The benchmark's model: a Llama of any size with random weights, filled without its own initialisation, which takes minutes."""
+"""The benchmark's model: a Llama of any size with random weights, filled without its own initialisation, which takes minutes; alone, or
+with its AdamW.
+"""
 
 from __future__ import annotations
 
@@ -44,6 +46,40 @@ def build(size: int, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
+class Training:
+    """A transformer of torch and its AdamW, in bfloat16; a third of the bytes is the model. Both together have half of ``size``, and no
+    import of transformers is needed: otherwise the comparison of trainings would take as long as those of three other rivals.
+    """
+
+    def __init__(self, size: int, seed: int = 0, *, stepped: bool = True) -> None:
+        """``stepped``: the optimizer has a state, as after a step. Otherwise it is new."""
+        width = 1024 if size >= 400_000_000 else 256
+        layers = max(1, round(size / 2 / 3 / _BF16 / (12 * width * width)))
+        with torch.device("meta"):
+            layer = nn.TransformerEncoderLayer(width, width // 64, 4 * width, dtype=torch.bfloat16)
+            self.model = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.model.to_empty(device="cpu")
+        random = np.random.Generator(np.random.SFC64(seed))
+        self.optimizer = torch.optim.AdamW(self.model.parameters())
+        for parameter in self.model.parameters():
+            _fill(parameter.detach(), random)
+            if stepped:
+                moments = {name: torch.empty_like(parameter.detach()) for name in ("exp_avg", "exp_avg_sq")}
+                for moment in moments.values():
+                    _fill(moment, random)
+                self.optimizer.state[parameter] = {"step": torch.tensor(float(seed + 1)), **moments}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Every tensor of both by its name."""
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        moments = {
+            f"{key} of {names[parameter]}": tensor
+            for parameter, state in self.optimizer.state.items()
+            for key, tensor in state.items()
+        }
+        return {**self.model.state_dict(), **moments}
+
+
 def _fill(tensor: torch.Tensor, random: np.random.Generator) -> None:
     """Fills ``tensor`` with random bits; the top bit of the exponent is cleared, so all numbers are finite and below 2."""
     bits = tensor.view(torch.int16).numpy().reshape(-1)
@@ -53,13 +89,15 @@ def _fill(tensor: torch.Tensor, random: np.random.Generator) -> None:
         part[:] = random.integers(0, 1 << 64, -(-part.size // 4), np.uint64).view(np.int16)[: part.size] & 0x3FFF
 
 
-def tensor_bytes(model: nn.Module) -> int:
+def tensor_bytes(model: nn.Module | Training) -> int:
     return sum(tensor.nbytes for tensor in model.state_dict().values())
 
 
-def same(model: nn.Module, state) -> bool:
+def same(model: nn.Module | Training, state) -> bool:
     """Whether ``state`` has every tensor of ``model``, bit for bit."""
     expected = model.state_dict()
-    return expected.keys() == state.keys() and all(
-        torch.equal(expected[name].view(torch.int16), state[name].view(torch.int16)) for name in expected
-    )
+    return expected.keys() == state.keys() and all(torch.equal(_bits(expected[name]), _bits(state[name])) for name in expected)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.int16)

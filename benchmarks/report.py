@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -19,6 +19,7 @@ from goals import all_goals  # noqa: E402
 from results import Results, Sample, extra_memory, median_of, ratio  # noqa: E402
 from rivals import OURS, TOOLS  # noqa: E402
 from rivals.tool import Tool  # noqa: E402
+from rivals.training import TRAINING  # noqa: E402
 
 _REACHED = {True: "reached", False: "**missed**", None: "not measured"}
 
@@ -29,8 +30,8 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def goals_table(results: Results) -> str:
-    rows = [[goal.what, goal.wanted, goal.measured, _REACHED[goal.reached]] for goal in all_goals(results)]
+def goals_table(results: Results, training: Results) -> str:
+    rows = [[goal.what, goal.wanted, goal.measured, _REACHED[goal.reached]] for goal in all_goals(results, training)]
     return table(["goal", "wanted", "measured", "result"], rows)
 
 
@@ -56,10 +57,10 @@ def limits_table(results: Results) -> str:
     return table(["limit", "wall, s", "processor, s"], rows)
 
 
-def saves_table(results: Results) -> str:
+def saves_table(results: Results, tools: Mapping[str, Tool] = TOOLS) -> str:
     rows = []
     raw = results.limit("write")
-    for name, tool in TOOLS.items():
+    for name, tool in tools.items():
         samples = results.of(name, "save")
         if tool.save is None or not (samples or results.failure(name, "save")):
             continue
@@ -87,10 +88,10 @@ def saves_table(results: Results) -> str:
     return table([*head, "extra memory, MB", "on disk, MB", "when it returns", "atomic", "flipped bit found by"], rows)
 
 
-def overwrites_table(results: Results) -> str:
+def overwrites_table(results: Results, tools: Mapping[str, Tool] = TOOLS) -> str:
     rows = []
     raw = results.limit("write")
-    for name, tool in TOOLS.items():
+    for name, tool in tools.items():
         samples = results.of(name, "overwrite")
         if not samples:
             if reason := results.failure(name, "overwrite"):
@@ -125,10 +126,10 @@ def _ours(tool: Tool) -> str:
     return tool.name if tool.name in OURS else tool.compared_with[0]
 
 
-def loads_table(results: Results, cache: str) -> str:
+def loads_table(results: Results, cache: str, tools: Mapping[str, Tool] = TOOLS) -> str:
     raw = results.limit("read" if cache == "cold" else "memcpy")
     rows = []
-    for name, tool in TOOLS.items():
+    for name, tool in tools.items():
         for way in sorted(tool.loads):
             samples = results.of(name, way, cache)
             label = f"{name}: {_WAYS[way]}"
@@ -154,6 +155,18 @@ def loads_table(results: Results, cache: str) -> str:
     return table([*head, "in the page cache afterwards, MB"], rows)
 
 
+def training_parts(results: Results) -> list[str]:
+    """The tables of models with their optimizers; none, if that piece was not measured."""
+    measured = [sample["bytes"] for sample in results.samples if "bytes" in sample]
+    if not measured:
+        return []
+    text = f"A transformer in bfloat16 and its AdamW, {max(measured) / 1e9:.2f} GB in all, against limits of the same bytes, in turns."
+    tables = [limits_table(results)]
+    tables += [make(results, TRAINING) for make in (saves_table, overwrites_table)]
+    tables += [loads_table(results, cache, TRAINING) for cache in ("cold", "warm")]
+    return ["## Training state", text, *tables]
+
+
 _WAYS = {
     "into": "into the model",
     "into, mapped": "mapped, then into the model",
@@ -173,6 +186,9 @@ def costs_text(results: Results) -> str:
     if many := costs.get("many"):
         rows = [[name, _seconds(t["planning"]), _seconds(t["whole"])] for name, t in many.items() if name != "failed"]
         parts.append(table(["100,000 tensors of 64 bytes", "planning, header and index, s", "the whole call, s"], rows))
+    if "tensors" in (optimizer := dict(costs.get("optimizer", {}))):
+        head = f"a model, and its AdamW of {optimizer.pop('tensors'):,} tensors"
+        parts.append(table([head, "the whole call, s"], [[name, _seconds(seconds)] for name, seconds in optimizer.items()]))
     return "\n\n".join(parts)
 
 
@@ -211,6 +227,7 @@ def main() -> None:
     parser.add_argument("--to", type=Path, required=True)
     options = parser.parse_args()
     results = Results(options.results)
+    training = Results(options.results, training=True)
     pictures = plots.draw(results, options.to.parent / "plots")
     shown = "\n\n".join(f"![{title}](plots/{path.name})" for title, path in pictures)
     reasons = {**results.all["not_run"], **dict.fromkeys(results.all["left"], "not measured yet: run `make bench` again")}
@@ -221,7 +238,7 @@ def main() -> None:
         "with shardsave and the limits, and ratios are taken within each turn. Smaller is always better.",
         machine_text(results),
         "## Goals",
-        goals_table(results),
+        goals_table(results, training),
         shown,
         "## Limits",
         limits_table(results),
@@ -232,6 +249,7 @@ def main() -> None:
         "## Loading",
         loads_table(results, "cold"),
         loads_table(results, "warm"),
+        *training_parts(training),
         "## What each part costs",
         costs_text(results),
         "## Not measured",

@@ -14,12 +14,17 @@ Sample = dict[str, Any]
 ENOUGH_TURNS = 3
 
 
-class Results:
-    """The content of ``results.json``."""
+#: The piece that measures models with their optimizers.
+TRAINING = "training"
 
-    def __init__(self, path: Path) -> None:
+
+class Results:
+    """The content of ``results.json``: all pieces but that of the trainings, or with ``training``, that piece alone."""
+
+    def __init__(self, path: Path, *, training: bool = False) -> None:
         self.all: dict[str, Any] = json.loads(path.read_text())
-        self.samples: list[Sample] = [sample for piece in self.all["pieces"].values() for sample in piece["samples"]]
+        pieces = [piece for name, piece in self.all["pieces"].items() if (name == TRAINING) == training]
+        self.samples: list[Sample] = [sample for piece in pieces for sample in piece["samples"]]
         self.size: int = self.all["size"]
         self.nbytes: int = self.all["bytes"]
 
@@ -71,8 +76,7 @@ def ratio(above: list[Sample], below: list[Sample], key: str, key_below: str | N
 
 def extra_memory(sample: Sample) -> int:
     """The peak extra memory, without the new tensors that a load creates."""
-    new = sample["operation"].startswith("new")
-    return int(sample["peak_extra"] - (sample["bytes"] if new else 0))
+    return int(sample["peak_extra"] - sample.get("new_bytes", 0))
 
 
 def largest(samples: list[Sample], of: Callable[[Sample], float]) -> float:

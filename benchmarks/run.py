@@ -26,7 +26,9 @@ sys.path.insert(0, str(HERE))
 
 import machine  # noqa: E402
 import measure  # noqa: E402
+from results import TRAINING as TRAINING_PIECE  # noqa: E402
 from rivals import NOT_RUN, OURS, TOOLS  # noqa: E402
+from rivals.training import TRAINING  # noqa: E402
 
 WORKER_SECONDS = 600
 LIMITS = {
@@ -41,6 +43,7 @@ SETTLE_SECONDS = 0.5
 #: What is measured with no rival → the script of this folder and its arguments (FOLDER and SIZE stand for their values).
 COSTS = {
     "many": ("costs.py", "many", "FOLDER"),
+    "optimizer": ("costs.py", "optimizer", "FOLDER"),
     "import": ("costs.py", "import"),
     "checksums": ("costs.py", "checksums", "FOLDER", "SIZE"),
     "gpu": ("gpu.py", "FOLDER", "SIZE"),
@@ -48,13 +51,15 @@ COSTS = {
 
 
 class Piece:
-    """Measures some tools in turns. ``samples``: the measurements so far."""
+    """Measures some tools in turns: on models, or, in the piece of that name, on trainings. ``samples``: the measurements so far."""
 
     def __init__(self, name: str, tools: list[str], folder: Path, raw: Path | None, ways: list[str] | None) -> None:
         """``tools``: the first says which ways to load are measured. ``raw``: the program that measures the limits, None to leave them
         out. ``ways``: only these ways to load.
         """
         self.samples: list[dict[str, Any]] = []
+        self._training = name == TRAINING_PIECE
+        self._known = TRAINING if self._training else TOOLS
         self._name = name
         self._tools = tools
         self._folder = folder
@@ -66,7 +71,7 @@ class Piece:
         first = number % len(self._tools)
         tools = [*self._tools[first:], *self._tools[:first]]
         labels = {"piece": self._name, "turn": number, "size": size}
-        savers = [tool for tool in tools if TOOLS[tool].save is not None]
+        savers = [tool for tool in tools if self._known[tool].save is not None]
         for tool in savers:
             shutil.rmtree(self._path(tool), ignore_errors=True)
             self._settle()
@@ -74,9 +79,9 @@ class Piece:
         nbytes = max((sample["bytes"] for sample in self.samples if "bytes" in sample), default=size)
         self._limits(("write",), nbytes, labels)
         for cache, limits in (("cold", ("read", "fresh")), ("warm", ("warm", "memcpy"))):
-            for way in TOOLS[self._tools[0]].loads:
+            for way in self._known[self._tools[0]].loads:
                 for tool in tools if self._ways is None or way in self._ways else ():
-                    if way in TOOLS[tool].loads and not (cache == "cold" and way in TOOLS[tool].mapped):
+                    if way in self._known[tool].loads and not (cache == "cold" and way in self._known[tool].mapped):
                         self._load(tool, way, cache, size, labels)
             self._limits(limits, nbytes, labels)
         for tool in savers:
@@ -87,13 +92,13 @@ class Piece:
         self._settle()
 
     def _load(self, tool: str, way: str, cache: str, size: int, labels: dict[str, Any]) -> None:
-        path = self._path(TOOLS[tool].saved_by or tool)
+        path = self._path(self._known[tool].saved_by or tool)
         if path.exists():
             (measure.make_cold if cache == "cold" else measure.make_warm)(path)
             self._worker(tool, way, size, labels | {"cache": cache}, check=labels["turn"] == 0)
 
     def _worker(self, tool: str, operation: str, size: int, labels: dict[str, Any], *, check: bool = False) -> None:
-        path = self._path(TOOLS[tool].saved_by or tool)
+        path = self._path(self._known[tool].saved_by or tool)
         command = [
             sys.executable,
             str(HERE / "worker.py"),
@@ -102,6 +107,7 @@ class Piece:
             str(path),
             str(size),
             *(["--check"] if check else []),
+            *(["--training"] if self._training else []),
         ]
         self._record(command, labels | {"tool": tool, "operation": operation})
 
@@ -176,6 +182,7 @@ class Run:
         if self._options.small:
             pieces["small"] = self._comparison("small", OURS, self._options.small, turns=1, limits=False)
         pieces["limits"] = self._comparison("limits", OURS[:1], self._options.size)
+        pieces[TRAINING_PIECE] = self._comparison(TRAINING_PIECE, list(TRAINING), self._options.size)
         for name, tool in TOOLS.items():
             if name not in OURS:
                 together = [name, *([tool.saved_by] if tool.saved_by else []), *tool.compared_with]
@@ -211,6 +218,7 @@ class Run:
             for number in range(turns or self._options.turns):
                 piece.turn(number, size)
             measured = [sample["bytes"] for sample in piece.samples if "bytes" in sample and size == self._options.size]
+            measured = [] if name == TRAINING_PIECE else measured
             self._results["bytes"] = max([self._results["bytes"], *measured])
             self._results["pieces"][name] = {"minutes": (time.monotonic() - began) / 60, "samples": piece.samples}
             self._write()
@@ -243,7 +251,9 @@ def main() -> None:
     )
     parser.add_argument("--minutes", type=float, default=0, help="stop before a piece that would take longer than this in all")
     parser.add_argument(
-        "--pieces", nargs="*", help="only these, even if they were measured before: 'cost many', small, limits, rivals"
+        "--pieces",
+        nargs="*",
+        help="only these, even if they were measured before: 'cost many', small, limits, training, rivals",
     )
     parser.add_argument("--loads", nargs="*", help="only these ways to load, for example: into")
     parser.add_argument("--fresh", action="store_true", help="forget what was measured before")

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,6 +61,22 @@ def test_the_cpu_benchmark_and_its_report(tmp_path: Path, compiled: Compile) -> 
     assert "| durable save, wall | ≤ 1.1 × raw O_DIRECT write | measured in only 2 of 3 turns | not measured |" in text
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {"save.png", "load.png", "cost.png"}
     assert all(f"plots/{path.name}" in text for path in (tmp_path / "plots").iterdir())
+
+
+def measured(size: int, tool: str, operation: str, folder: Path, *options: str) -> dict[str, Any]:
+    """What ``worker.py`` measures."""
+    command = [sys.executable, str(BENCHMARKS / "worker.py"), tool, operation, str(folder), str(size), "--training", *options]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+@pytest.mark.parametrize("tool", ["shardsave", "torch.save, state dict", "DCP"])
+def test_the_trainings(tmp_path: Path, tool: str) -> None:
+    """Catches a tool that does not bring the optimizer back, and bytes of it that are not counted."""
+    saved = measured(20_000_000, tool, "save", tmp_path / "saved")
+    loaded = measured(20_000_000, tool, "into", tmp_path / "saved", "--check")
+    assert saved["bytes"] == loaded["bytes"] > 9_000_000 and loaded["bytes"] / 2 < loaded["new_bytes"] < loaded["bytes"]
 
 
 STAND_IN = """

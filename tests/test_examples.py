@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import doctest
+import random
 import re
 import shlex
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -63,6 +67,51 @@ def test_examples_in_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
             continue
         for command, shown in re.findall(r"^\$ shardsave (.*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE):
             assert timeless(CliRunner().invoke(cli, shlex.split(command)).output) == timeless(shown), command
+
+
+#: Runs the program that follows, but SIGKILL comes at a random moment after a step.
+KILLED = """
+import os, signal, threading
+tell = print
+def print(line):
+    tell(line, flush=True)
+    if line.startswith("step {step}:"):
+        threading.Timer({seconds}, os.kill, (os.getpid(), signal.SIGKILL)).start()
+"""
+
+
+def losses_of(program: str, folder: Path, code: int = 0) -> dict[int, str]:
+    """Runs ``program`` in a new process, which must end with ``code``. Returns the loss that it printed for each step."""
+    done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    return {int(step): loss for step, loss in re.findall(r"^step (\d+): loss (.*)\n", done.stdout, re.MULTILINE)}
+
+
+def test_the_training_loop(tmp_path: Path) -> None:
+    """Catches a loop in the README that, killed and started again, is another training than the one that was never killed."""
+    section = (ROOT / "README.md").read_text().split("## In a training loop")[1]
+    loop = section.split("```python\n")[1].split("```")[0]
+    chance = random.Random()
+    step, seconds = chance.randrange(11, 51), chance.random() * 0.02
+    for name in ("straight", "killed"):
+        (tmp_path / name).mkdir()
+    straight = losses_of(loop, tmp_path / "straight")
+    assert straight.keys() == {*range(1, 61)} and len({*straight.values()}) == 60
+    first = losses_of(KILLED.format(step=step, seconds=seconds) + loop, tmp_path / "killed", -signal.SIGKILL)
+    second = losses_of(loop, tmp_path / "killed")
+    assert {**first, **second} == straight, (step, seconds)
+    assert 1 < min(second, default=61) <= max(first) + 1, (step, seconds)
+    assert all(second[number] == loss for number, loss in first.items() if number in second), (step, seconds)
+
+
+def test_the_resumed_fine_tuning(tmp_path: Path) -> None:
+    """Catches a resumed training of a real model, with frozen layers, dropout and a schedule, that differs from one never stopped."""
+    command = [sys.executable, str(ROOT / "examples" / "finetune_resume.py")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "SIGTERM: stopped after step 5, which is saved" in done.stdout and "start fresh" not in done.stdout, done.stdout
+    assert len(re.findall(r"^step \d+: loss", done.stdout, re.MULTILINE)) == 8 + 8, done.stdout
+    assert "the losses of all 8 steps agree, bit for bit: True" in done.stdout
 
 
 def prose(name: str) -> str:

@@ -9,7 +9,7 @@ from torch import nn
 from rivals.tool import Tool
 
 
-def _dcp_ready() -> None:
+def dcp_ready() -> None:
     import torch.distributed.checkpoint  # noqa: F401
 
 
@@ -47,7 +47,7 @@ TOOLS = (
     Tool(
         name="DCP",
         packages=("torch",),
-        ready=_dcp_ready,
+        ready=dcp_ready,
         save=_dcp_save,
         loads={"into": _dcp_into},
         durable=True,

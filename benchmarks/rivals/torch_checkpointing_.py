@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -27,25 +28,31 @@ def _manager():
     )
 
 
-def _save(model: nn.Module, path: Path) -> None:
+def save(state: dict[str, Any], path: Path) -> None:
     # It refuses a path that exists, and asks its caller to delete that first.
     shutil.rmtree(path / _NAME, ignore_errors=True)
     manager = _manager()
-    manager.save(str(path / _NAME), {"model": model.state_dict()})
+    manager.save(str(path / _NAME), state)
     manager.close()
+
+
+def load(into: dict[str, Any], path: Path) -> Any:
+    manager = _manager()
+    loaded = manager.load(str(path / _NAME), into=into)
+    manager.close()
+    return loaded
+
+
+def _save(model: nn.Module, path: Path) -> None:
+    save({"model": model.state_dict()}, path)
 
 
 def _into(model: nn.Module, path: Path) -> None:
-    manager = _manager()
-    manager.load(str(path / _NAME), into={"model": model.state_dict()})
-    manager.close()
+    load({"model": model.state_dict()}, path)
 
 
 def _new(path: Path):
-    manager = _manager()
-    loaded = manager.load(str(path / _NAME), into={"model": None})
-    manager.close()
-    return loaded["model"]
+    return load({"model": None}, path)["model"]
 
 
 TOOLS = (

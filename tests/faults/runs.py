@@ -29,6 +29,7 @@ from shardsave._runs.steps import Run
 FATES = {
     "plain": [(Fate.KILL_AFTER, 0), (Fate.FAIL, errno.EIO), (Fate.FAIL, errno.ENOSPC), (Fate.FAIL_FROM_HERE, errno.EIO)],
     "config": [(Fate.KILL_AFTER, 0)],
+    "training": [(Fate.KILL_AFTER, 0), (Fate.FAIL_FROM_HERE, errno.EIO)],
 }
 ALL_FATES = [
     (Fate.KILL, 0),
@@ -40,8 +41,8 @@ ALL_FATES = [
 
 
 def _save(step: int, folder: Path, durable: bool = True) -> None:
-    """Two shards; with ``savers.KIND`` "config", one and a config."""
-    if savers.KIND == "config":
+    """Two shards; with ``savers.KIND`` "config", one and a config; with "training", two and a training state."""
+    if savers.KIND != "plain":
         savers.save(step, folder, durable)
     else:
         shardsave.save(savers.state(step), folder, max_shard_size=5000, durable=durable, progress=False)

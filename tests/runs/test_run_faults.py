@@ -26,7 +26,7 @@ SAMPLES = int(os.environ.get("SHARDSAVE_POWER_SAMPLES", "12")) // 4
 Phases = list[list[Recorded]]
 
 
-@pytest.mark.parametrize("kind", ["plain", "config"])
+@pytest.mark.parametrize("kind", ["plain", "config", "training"])
 def test_each_call_of_a_removal(beneath: Path, memory: Path, kind: str) -> None:
     """Catches a moment at which a killed or failed removal leaves half of a step that counts as committed, loses one that the policy
     keeps, or leaves files that the next manager does not find; and a failure that is not logged."""

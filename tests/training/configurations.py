@@ -269,6 +269,34 @@ def accelerated(**how: bool) -> Run:
     return run._replace(training=dict(zip(run.training, accelerator.prepare(*run.training.values()))))
 
 
+def low_bits(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> Run:
+    """An optimizer of torchao, with a state of 8 or 4 bits for matrices that are large enough; a rate that is a tensor."""
+    import torchao.optim
+
+    torch.compiler.set_stance("force_eager")
+    model = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 128), nn.Linear(128, 64)).to(dtype)
+    optimizer = getattr(torchao.optim, name)(model.parameters(), 1e-2, **options)
+    scheduler = schedulers.LambdaLR(optimizer, lambda n: 0.9**n)
+
+    def step(number: int) -> None:
+        optimizer.zero_grad()
+        x = torch.randn(8, 16, generator=torch.Generator().manual_seed(number)).to(dtype)
+        model(x).float().pow(2).mean().backward()
+        optimizer.step()
+        scheduler.step()
+
+    state = lambda: [s.dequantize().tolist() for s in optimizer.state[model[2].weight].values() if hasattr(s, "dequantize")]
+    return Run(model, {"optimizer": optimizer, "scheduler": scheduler}, step, state)
+
+
+LOW_BITS: dict[str, Callable[..., Run]] = {
+    "AdamW8bit": functools.partial(low_bits, "AdamW8bit"),
+    "AdamW8bit bf16": functools.partial(low_bits, "AdamW8bit", torch.bfloat16, bf16_stochastic_round=True),
+    "AdamW4bit": functools.partial(low_bits, "AdamW4bit"),
+    "AdamWFp8": functools.partial(low_bits, "AdamWFp8"),
+}
+
+
 def configurations() -> dict[str, Callable[..., Run]]:
     from transformers.optimization import Adafactor
 
@@ -297,6 +325,7 @@ def configurations() -> dict[str, Callable[..., Run]]:
         "everything": functools.partial(everything, Batches),
         **({"torchdata": functools.partial(everything, stateful_loader)} if find_spec("torchdata") else {}),
         "accelerate": accelerated,
+        **(LOW_BITS if find_spec("torchao") else {}),
     }
 
 
@@ -307,7 +336,7 @@ WAYS: dict[str, dict[str, bool]] = {
     "frozen left out": {"left_out": True},
     "both": {"swapped": True, "left_out": True},
 }
-FIXED = ("LBFGS", "several", "everything", "torchdata", "accelerate")
+FIXED = ("LBFGS", "several", "everything", "torchdata", "accelerate", *LOW_BITS)
 
 
 def digest(run: Run) -> str:

@@ -105,12 +105,12 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a function in a state": ({"s": with_callable(print)}, r"training\['s'\].state_dict\(\)\['lr_lambdas'\]\[0\]\['value'\]: plain data"),
     "a generator of the system": ({"g": random.SystemRandom()}, r"training\['g'\]: a generator with a state was expected"),
     "two ranks": (shardsave.PerRank([shardsave.PerRank(1)]), r"training\[0\]: PerRank around a value that all ranks would share was"),
-    "a meta tensor": ({"t": torch.ones(2, device="meta")}, r"\"training\['t'\]\": a tensor with data was expected, it is on the meta device"),
+    "a meta tensor": ({"t": torch.ones(2, device="meta")}, r"\"training\['t'\]\": a tensor with data was expected, it is on the meta"),
     "a sparse tensor": ({"t": torch.ones(2).to_sparse()}, r"\"training\['t'\]\": a strided tensor was expected, its layout is sparse_coo"),
     "a tensor of tensors": ({"t": torch.ones(2).as_subclass(Two)}, r"training\['t'\]: a plain tensor was expected, it is a Two, which"),
     "in an optimizer": (with_sparse_state(), r"\"training\[0\]\.state\['1/weight'\]\['exp_avg'\]\": a strided tensor was expected"),
     "in a module": ([with_sparse_buffer()], r"\"training\[0\]\.state_dict\(\)\['b'\]\": a strided tensor was expected"),
-    "a complex128 tensor": ({"t": torch.ones(2, dtype=torch.complex128)}, r"\"training\['t'\]\": dtype complex128 has no safetensors equivalent"),
+    "a complex128 tensor": ({"t": torch.ones(2, dtype=torch.complex128)}, r"\"training\['t'\]\": dtype complex128 has no safetensors"),
 }  # fmt: skip
 
 

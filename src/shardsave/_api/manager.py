@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from shardsave._api.arguments import check_path, check_timeout
-from shardsave._api.run_verbs import PublicVerbs, RunVerbs
+from shardsave._api.run_verbs import OF_BOTH, PublicVerbs, RunVerbs
 from shardsave._common.log_records import log_event
 from shardsave._common.os_calls import absolute_path
 from shardsave._common.shutdown import verb
@@ -60,7 +60,7 @@ class CheckpointManager:
         policy: a function that receives all committed steps (a tuple of `StepInfo`) and returns those to keep.
         on_commit: called with the `SaveReport` of each save, on the thread that saved, before steps are removed.
         on_corrupt: what `resume` does about a corrupt step: "previous" takes the one before it, "raise" raises.
-        options: keywords of `save`, for each save of this manager.
+        options: keywords of `save`, for each save of this manager; ``rng``, ``process_group`` and ``progress`` are for `resume` too.
 
     Raises:
         TypeError, ValueError: for wrong arguments.
@@ -220,14 +220,19 @@ class CheckpointManager:
 
         Args:
             model: the model to fill.
-            training, options: as in `shardsave.resume`.
+            training, options: as in `shardsave.resume`; options override those of the manager.
 
         Raises:
+            TypeError: for a wrong keyword, also if there is no step.
             CorruptCheckpointError: no step can be read, or ``on_corrupt="raise"``.
             ShardSaveError: a step that may be the latest cannot be read.
             all that `shardsave.resume` raises.
         """
-        given = {**options, **({"training": training} if training is not None else {})}
+        unknown = sorted(set(options) - self._verbs.resume_options())
+        if unknown:  # also without a step: it must not show only after a crash
+            raise TypeError(f"keywords of resume were expected, not {some(unknown)}")
+        of_both = {name: self._options[name] for name in OF_BOTH if name in self._options}
+        given = {**of_both, **options, **({"training": training} if training is not None else {})}
         passed: list[str] = []
         for info in self._run.newest_first():
             problem = _refusal(info)

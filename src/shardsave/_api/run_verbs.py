@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from shardsave._api.resumed import Resumed
 
 
-#: The parameters of `save` that a manager passes itself.
-_BY_THE_MANAGER = {"source", "directory", "step", "metrics", "training"}
+#: The parameters of `save` and of `resume` that a manager passes itself.
+_BY_THE_MANAGER = {"source", "directory", "step", "metrics", "training", "path", "model"}
+
+#: Those options of all saves of a manager that are meant for its resumes too.
+OF_BOTH = ("rng", "process_group", "progress")
 
 
 class RunVerbs(Protocol):
@@ -25,6 +28,9 @@ class RunVerbs(Protocol):
 
     def save_options(self) -> frozenset[str]:
         """The keywords that may be passed to `save` in ``options``."""
+
+    def resume_options(self) -> frozenset[str]:
+        """The keywords that may be passed to `resume` in ``options``."""
 
     def save(
         self, model: Any, path: str, *, step: int, metrics: Mapping[str, float], options: Mapping[str, Any]
@@ -47,6 +53,12 @@ class PublicVerbs:
         from shardsave._api.save import save
 
         return save(model, path, step=step, metrics=metrics, **options)
+
+    def resume_options(self) -> frozenset[str]:
+        import_at_use("shardsave._api.resume")
+        from shardsave._api.resume import resume
+
+        return frozenset(signature(resume).parameters) - _BY_THE_MANAGER
 
     def resume(self, path: str, model: nn.Module, *, step: int, options: Mapping[str, Any]) -> Resumed:
         import_at_use("shardsave._api.resume")

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Union
 
 import torch
 from torch import nn
@@ -29,6 +29,7 @@ from shardsave._common.uncompiled import uncompiled
 from shardsave._common.warn_caller import warn_caller
 from shardsave._common.words import an, count
 from shardsave._format.metadata import check_metadata
+from shardsave._format.quantised import PLAIN, TENSOR_NAMES
 from shardsave._huggingface.added_adapter import has_added_adapter
 from shardsave._huggingface.added_adapter_saving import AddedAdapterLayout
 from shardsave._huggingface.peft_saving import AdapterLayout
@@ -43,7 +44,7 @@ from shardsave._state.extra_tensors import ExtraTensors
 from shardsave._state.module import Source, State, read_state
 from shardsave._state.parts import Parts
 from shardsave._state.wrappers import unwrap
-from shardsave.errors import UnsupportedModuleError
+from shardsave.errors import UnsupportedModuleError, UnsupportedTensorError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -217,6 +218,8 @@ def plan(source: Source, what: What) -> Planned:
     with gc_paused():
         directories, epoch, training_notes = _training(source, what, max_shard_bytes)
         state = _read_state(source, what.architecture)
+        if state.file_metadata and (with_parts or target is not None):
+            _refuse_quantised(state, with_parts)
         parts, notes, needed = _parts(source, state, what.architecture, what.program)
         if isinstance(source, nn.Module) and not state.entries:
             alone = not with_parts and not directories
@@ -264,6 +267,15 @@ def _check_part(only: object, dtype: object, adapter_only: bool, with_parts: boo
         option = "only='trainable'" if only is not None else f"dtype={str(target).removeprefix('torch.')!r}"
         raise ValueError(f"{option} saves no architecture and no program: they refer to all weights, by their dtypes in memory")
     return target
+
+
+def _refuse_quantised(state: State, with_parts: bool) -> NoReturn:
+    names = json.loads(state.file_metadata[TENSOR_NAMES])
+    name = next(name for name in names if state.file_metadata[name] != PLAIN)
+    option = "an architecture or a program" if with_parts else "dtype="
+    raise UnsupportedTensorError(
+        f"cannot save {name!r} with {option}: a plain tensor was expected, it is quantised; nothing was written"
+    )
 
 
 def _choose_layout(source: Source, adapter_only: bool, *, with_parts: bool) -> DiskLayout:

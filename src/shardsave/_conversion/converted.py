@@ -15,6 +15,7 @@ from shardsave._conversion.origin import Origin
 from shardsave._conversion.training import TrainingState
 from shardsave._format.file_names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from shardsave._format.index import TRAINING
+from shardsave._format.quantised import forms_of_parts
 from shardsave._saving.casts import cast_of, config_with_dtype
 from shardsave._state.module import Entry, State, read_state
 from shardsave._state.parts import Parts
@@ -61,7 +62,28 @@ def converted_state(origin: Origin, names: Names, target: torch.dtype | None, pa
             # A cast may read faster than progress is reported, so pages are released while they are read.
             source = Assembled(cast, source.shape, chunks, release)
         entries_in_order.append(entry._replace(frozen=frozen, kind=kind, source=source))
-    return State(tuple(entries_in_order), origin.flags is not None, state.overlaps), casts
+    file_metadata = _about_quantised(origin, names, target, path)
+    return State(tuple(entries_in_order), origin.flags is not None, state.overlaps, file_metadata=file_metadata), casts
+
+
+def _quantised_parts(origin: Origin) -> list[str]:
+    """The names of those tensors of ``origin`` that are parts of torchao's quantised tensors."""
+    forms = forms_of_parts(origin.checkpoint.quantised) if origin.checkpoint is not None else {}
+    return [name for name in origin.values if name in forms]
+
+
+def _about_quantised(origin: Origin, names: Names, target: torch.dtype | None, path: str) -> Mapping[str, str]:
+    """What the new files say about quantised tensors: the same as the old ones, if the names of all their parts are the same."""
+    parts = _quantised_parts(origin)
+    if parts and target is not None:
+        raise IncompatibleCheckpointError(
+            f"cannot convert {path} to another dtype: tensors that are not quantised were expected, {parts[0]!r} is a part of one; "
+            f"nothing was written"
+        )
+    if not parts or any(names.new(part) != part for part in parts):
+        return {}
+    assert origin.checkpoint is not None
+    return origin.checkpoint.quantised
 
 
 class CarriedOver(NamedTuple):
@@ -105,6 +127,8 @@ def carried_over(origin: Origin, names: Names, target: torch.dtype | None, *, to
             else f"no {ADAPTER_CONFIG} was read beside them"
         )
         notes.append(f"{ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} were left out, so from_pretrained finds no adapter: {reason}")
+    if names.renamed and any(names.new(part) != part for part in _quantised_parts(origin)):
+        notes.append("what torchao says about quantised tensors was left out: it refers to the saved names")
     adapter = origin.adapter if keeps_adapter else frozenset()
     if to_directory and not names_differ and target is None:
         return CarriedOver(origin.parts, companions, origin.module_flags, tuple(notes), adapter, origin.training)

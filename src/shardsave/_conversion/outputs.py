@@ -22,6 +22,7 @@ from shardsave._foreign.pickled_tensors import Allowed
 from shardsave._format.file_names import ADAPTER_WEIGHTS, INDEX_NAME
 from shardsave._format.header import CHECKSUM_KEY
 from shardsave._format.metadata import check_metadata
+from shardsave._format.quantised import without
 from shardsave._saving.contents import Contents, plan_contents
 from shardsave._saving.disk_layout import OnDisk
 from shardsave._saving.write import write_checkpoint
@@ -84,9 +85,10 @@ def _write_safetensors_file(output: Output, state: State) -> WriteResult:
     names = {entry.name for entry in state.entries}
     texts = {name: value for name, value in output.origin.metadata.items() if isinstance(value, str)}
     kept = {name: value for name, value in texts.items() if name not in names and name not in ("format", CHECKSUM_KEY)}
+    quantised = without(state.file_metadata, [entry.name for entry in state.entries if entry.tied_to is not None])
     release = ReleaseWhileWriting(output.origin.mappings, output.tick)
     with closing(NewFile(output.path, output.durable)) as file, file:
-        result = write_safetensors(file, state.entries, kept, output.durable, release)
+        result = write_safetensors(file, state.entries, {**quantised, **kept}, output.durable, release)
     return result._replace(notes=(*result.notes, *_notes_on_losses(output.origin, kept), *file.notes()), removed=file.removed)
 
 

@@ -14,6 +14,7 @@ from shardsave._format.dtypes import BY_NAME
 from shardsave._loading.allocation import stays
 from shardsave._loading.module_plan import ModulePlan
 from shardsave._loading.overlaps import agree, overlaps
+from shardsave._loading.quantised_checks import check_quantised
 from shardsave._loading.slots import Inventory, Slot
 from shardsave._loading.stored_bytes import same_bytes
 from shardsave._state.offload import Offloaded
@@ -29,6 +30,13 @@ def check_differences(inventory: Inventory, plan: ModulePlan, strict: bool, wher
     """
     for name in inventory.slots if plan.owned else ():
         if name in plan.owned and (inventory.slots[name].saved or name in plan.stored):
+            if (whole := inventory.slots[name].whole) is not None:
+                _refuse(
+                    name,
+                    where,
+                    "a plain tensor was expected",
+                    f"it is a part of {an(type(whole).__name__)}, in a module that loads itself",
+                )
             _check_plain(inventory.slots[name], where)
             _check_memory(inventory.slots[name], where)
     check_shapes(inventory, plan, where)
@@ -54,6 +62,7 @@ def check_destinations(
     dtypes = {dtype: BY_NAME[dtype].torch for dtype in {located.dtype for located in plan.stored.values()}}
     slots = inventory.slots
     filled, reaches = [], []  # the tensors that are filled where they are now, without empty ones
+    check_quantised(inventory, plan, device, checkpoint)
     for name, slot in slots.items():
         if slot.offloaded is not None and (name in plan.owned or name in plan.matched or name in plan.mismatched):
             _check_offloaded(slot, slot.offloaded, device, where)
@@ -103,7 +112,9 @@ def _refuse_differences(plan: ModulePlan, where: str, prefix: str | None) -> NoR
     )
     parts = [f"{len(names)} {words}: {', '.join(names)}" for words, names in differences if names]
     hint = ""
-    if any(name.startswith(".") for name in plan.unexpected):
+    if (found := _only_one_is_quantised(plan)) is not None:
+        hint = f"; {found}"
+    elif any(name.startswith(".") for name in plan.unexpected):
         hint = "; a name begins with a dot, because the prefix does not end with one: pass a prefix such as 'encoder.'"
     elif prefix is not None and (begin := _common_prefix(plan)) is not None:
         hint = f"; prefix={prefix + begin!r} loads the names that begin with it"
@@ -115,6 +126,15 @@ def _refuse_differences(plan: ModulePlan, where: str, prefix: str | None) -> NoR
     raise IncompatibleCheckpointError(
         f"cannot load {where}: the module's names and shapes were expected, there are {'; '.join(parts)}{hint}; the module is unchanged"
     )
+
+
+def _only_one_is_quantised(plan: ModulePlan) -> str | None:
+    on_disk, in_module = (any(name.endswith("_qdata") for name in names) for names in (plan.unexpected, plan.missing))
+    if on_disk == in_module:
+        return None
+    if on_disk:
+        return "the checkpoint has quantised weights: quantise the module in the same way first, as torchao's quantize_ does"
+    return "the module has quantised weights, the checkpoint has not: load it before the module is quantised"
 
 
 def _common_prefix(plan: ModulePlan) -> str | None:

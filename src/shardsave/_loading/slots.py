@@ -12,8 +12,10 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from shardsave._common.gc_pause import gc_paused
 from shardsave._common.memory import address, shared_names
+from shardsave._format.quantised import part_name
 from shardsave._state.module import EXTRA_STATE
 from shardsave._state.offload import Offloaded, offloaded_tensors
+from shardsave._state.quantised import quantised
 from shardsave._state.self_loading import own_routines
 from shardsave._state.sharded import refuse_sharded
 from shardsave._state.wrappers import Names, unwrap
@@ -24,7 +26,7 @@ class Slot(NamedTuple):
     """One name of a tensor: the sub-module that owns it, the attribute there, and the tensor. ``saved``: the state dict has the name.
 
     If accelerate offloads it, ``tensor`` is where accelerate reads the values, and ``offloaded`` says what is known of that place.
-    The exception is a spare copy in ``offloaded``.
+    The exception is a spare copy in ``offloaded``. ``whole``: the quantised parameter of which ``tensor`` is a part.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Slot(NamedTuple):
     is_buffer: bool
     saved: bool
     offloaded: Offloaded | None = None
+    whole: torch.Tensor | None = None
 
 
 #: For every name of every sub-module, the module itself first: the prefix of names inside it (without wrappers), and the sub-module.
@@ -134,8 +137,13 @@ def _slots_in_module(sub_modules: SubModules) -> Iterator[Slot]:
     for start, owner in sub_modules:
         not_saved = owner._non_persistent_buffers_set
         for attribute, parameter in owner._parameters.items():
-            if parameter is not None:
+            if parameter is None:
+                continue
+            if (found := quantised(parameter)) is None:
                 yield Slot(start + attribute, owner, attribute, parameter, False, True)
+                continue
+            for key, part in found.parts.items():
+                yield Slot(part_name(start + attribute, key), owner, attribute, part, False, True, whole=parameter)
         for attribute, buffer in owner._buffers.items():
             if buffer is not None:
                 yield Slot(start + attribute, owner, attribute, buffer, True, attribute not in not_saved)

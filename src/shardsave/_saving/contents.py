@@ -229,9 +229,11 @@ def _check_index(contents: Contents) -> None:
 def _plan_shards(on_disk: OnDisk, max_shard_size: int) -> list[PlannedShard]:
     """The shards of the weights; if some must be in a single file, that is the first shard."""
     stored = [entry for entry in on_disk.state.entries if entry.tied_to is None]
+    more = on_disk.state.file_metadata
     if on_disk.single_file is None:
-        return plan_shards(stored, max_shard_size)
+        return plan_shards(stored, max_shard_size, more=more)
     names = on_disk.in_single_file
     together = [entry for entry in stored if names is None or entry.name in names]
     rest = [entry for entry in stored if names is not None and entry.name not in names]
-    return [*plan_shards(together, None, apart=False), *(plan_shards(rest, max_shard_size) if rest else [])]
+    first = plan_shards(together, None, apart=False)
+    return [*first, *(plan_shards(rest, max_shard_size, more=more) if rest else [])]

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from shardsave._common.memory import any_overlap, same_bytes, shared_names
+from shardsave._common.memory import PLAIN_TYPES, any_overlap, same_bytes, shared_names
 from shardsave._common.sources import ByteSource, SwappedSource, TensorSource
 from shardsave._common.words import an
 from shardsave._state.numpy_arrays import is_swapped, tensor_of_array
 from shardsave._state.offload import Offloaded, offloaded_tensors
 from shardsave._state.offloaded_ties import tie_copies, untied_notes
+from shardsave._state.quantised import expand
 from shardsave._state.savable import check_savable, refuse, refuse_optimizer
 from shardsave._state.sharded import refuse_partitioned, refuse_sharded
 from shardsave._state.wrappers import Names, unwrap
@@ -50,7 +51,8 @@ class State(NamedTuple):
     """All entries in state order. ``flags_known`` is False for a mapping without a single Parameter.
 
     ``overlaps``: pairs of names whose tensors share a part of their memory; they are stored separately. ``files``: path → the name
-    of a tensor, for the files that the module opens again whenever it computes. ``notes``: for the report.
+    of a tensor, for the files that the module opens again whenever it computes. ``notes``: for the report. ``file_metadata``: what
+    belongs into ``__metadata__`` of each file.
     """
 
     entries: tuple[Entry, ...]
@@ -58,6 +60,7 @@ class State(NamedTuple):
     overlaps: tuple[tuple[str, str], ...]
     files: Mapping[str, str] = MappingProxyType({})
     notes: tuple[str, ...] = ()
+    file_metadata: Mapping[str, str] = MappingProxyType({})
 
 
 def read_state(source: Source, *, tensors_only: bool = False) -> State:
@@ -68,6 +71,7 @@ def read_state(source: Source, *, tensors_only: bool = False) -> State:
     swapped: set[str] = set()  # the names of arrays in the byte order of another kind of processor
     values: Mapping[str, torch.Tensor]
     offloaded: Mapping[str, Offloaded] = {}
+    file_metadata: Mapping[str, str] = {}
     if isinstance(source, nn.Module):
         module = unwrap(source)
         sub_modules = list(module.named_modules(remove_duplicate=False))
@@ -75,14 +79,16 @@ def read_state(source: Source, *, tensors_only: bool = False) -> State:
         named = _module_tensors(module, Names(sub_modules), tensors_only, swapped)
         flags_known = True
         flags = _module_flags(module, named)
+        named, of_parts, file_metadata = _expanded(named)
+        flags.update(of_parts)
         offloaded = offloaded_tensors(module, fill=False)
         values = _with_offloaded(module, offloaded, named)
     elif isinstance(source, Mapping):
         refuse_optimizer(source)
         named = {name: _as_tensor(name, value) for name, value in source.items()}
         swapped.update(name for name, value in source.items() if is_swapped(value))
-        flags_known = any(type(tensor) is nn.Parameter for tensor in named.values())
-        flags = {}
+        named, flags, file_metadata = _expanded(named)
+        flags_known = bool(flags) or any(type(tensor) is nn.Parameter for tensor in named.values())
         values = named
     else:
         raise TypeError(f"an nn.Module or a mapping of names to tensors is needed, not {type(source).__name__}")
@@ -105,7 +111,12 @@ def read_state(source: Source, *, tensors_only: bool = False) -> State:
     files = {found.file: name for name, found in offloaded.items() if found.file}
     overlaps = tuple(_overlaps(entries, begins, ends))
     notes = untied_notes(offloaded, values) if offloaded else ()
-    return State(tuple(entries), flags_known, overlaps, files, notes)
+    return State(tuple(entries), flags_known, overlaps, files, notes, file_metadata)
+
+
+def _expanded(named: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, bool], Mapping[str, str]]:
+    """``named`` with the parts of quantised tensors in their place, the flags of these, and what the files must say about them."""
+    return (named, {}, {}) if all(type(tensor) in PLAIN_TYPES for tensor in named.values()) else expand(named)
 
 
 def _module_tensors(module: nn.Module, names: Names, tensors_only: bool, swapped: set[str]) -> dict[str, torch.Tensor]:

@@ -14,6 +14,7 @@ from shardsave._common.strict_json import glimpse
 from shardsave._format.header import CHECKSUM_KEY, Header
 from shardsave._format.index import TRAINING, FileRecord, Index, Moment, Part, Record, ties_in_metadata
 from shardsave._format.index_parsing import parse_index
+from shardsave._format.quantised import torchao_entries
 from shardsave._format.rank_files import SHARDING_KEY, SHARDING_VERSION_KEY
 from shardsave._storage.companions import companion_notes
 from shardsave._storage.find import FoundFiles, find
@@ -53,6 +54,7 @@ class Checkpoint(ShardFiles):
         self.documents: dict[str, bytes] = {}  # part → its JSON
         self.training: TrainingFiles | None = None  # the training state, if it was opened
         self.file_metadata: dict[str, str] = {}  # `__metadata__` of a lone file
+        self.quantised: dict[str, str] = {}  # what torchao says in `__metadata__` of the opened files
         self.shape_notes: tuple[str, ...] = ()  # what nobody can tell about the shapes of tensors in chunks
         self._ties: dict[str, str] = {}  # of a lone file
 
@@ -82,7 +84,7 @@ class Checkpoint(ShardFiles):
         """The metadata that were saved; of a lone file, its ``__metadata__`` without the entries that mean something else there."""
         if self.record is not None:
             return self.record.metadata
-        reserved = {*self._ties, "format", CHECKSUM_KEY, SHARDING_KEY, SHARDING_VERSION_KEY}
+        reserved = {*self._ties, *self.quantised, "format", CHECKSUM_KEY, SHARDING_KEY, SHARDING_VERSION_KEY}
         return {name: value for name, value in self.file_metadata.items() if name not in reserved}
 
     @property
@@ -233,6 +235,7 @@ class Checkpoint(ShardFiles):
         if self.record is None and SHARDING_KEY in header.metadata:
             refuse_lone_rank(self.path_of(shard), shard, self._folder, header)
         self.tensors.update(located(shard, header))
+        self.quantised.update(torchao_entries(header.metadata))
         if self.index is None:
             self.file_metadata.update(header.metadata)
             self._ties = ties_in_metadata(header.metadata, self.tensors)

@@ -19,6 +19,8 @@ from shardsave._training.places import Place
 from shardsave._training.read_values import UNCHANGED, ValueReader, array_memory
 from shardsave._training.restore_optimizers import plan_optimizer
 from shardsave._training.rng import check_generator_state, generator_class
+from shardsave._training.subclasses import TAG as SUBCLASS
+from shardsave._training.subclasses import fill_subclass
 from shardsave.errors import IncompatibleCheckpointError
 
 
@@ -59,6 +61,7 @@ class LeafPlanner:
             "object": self._object,
             "tensor": self._tensor,
             "array": self._array,
+            SUBCLASS: self._subclass,
         }[kind](live, saved, place)
 
     def arrange_schedulers(self, notes: list[str]) -> None:
@@ -116,6 +119,10 @@ class LeafPlanner:
             )
             return
         self._reader.fill(saved, live, place.path)
+
+    def _subclass(self, live: torch.Tensor, saved: Any, place: Place) -> None:
+        if difference := fill_subclass(live, saved, place.path, self._reader):
+            self.differences.append(difference)
 
     def _array(self, live: np.ndarray[Any, Any], saved: Any, place: Place) -> None:
         if live.dtype.kind == "O":

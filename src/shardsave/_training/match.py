@@ -12,10 +12,11 @@ from shardsave._training.leaves import LeafPlanner
 from shardsave._training.per_rank import PerRank
 from shardsave._training.places import RNG, ROOT, Place
 from shardsave._training.read_values import ValueReader
+from shardsave._training.subclasses import TAG as SUBCLASS
 from shardsave._training.write_values import MAX_DEPTH
 
 #: The tags of values with a state of their own, or in memory that exists: they are leaves; everything else is plain data.
-_LEAVES = frozenset({"optimizer", "module", "object", "generator", "tensor", "array", "per_rank"})
+_LEAVES = frozenset({"optimizer", "module", "object", "generator", "tensor", "array", SUBCLASS, "per_rank"})
 _ABSENT: Any = object()
 
 
@@ -113,7 +114,8 @@ class Matcher:
     def _leaf(self, kind: str, live: Any, saved: Any, place: Place) -> None:
         if saved is _ABSENT_RANK:
             return
-        wanted = "object" if kind == "optimizer" and isinstance(saved, dict) and "object" in saved else kind
+        other_tag = {"optimizer": "object", "tensor": SUBCLASS}.get(kind)
+        wanted = other_tag if other_tag and isinstance(saved, dict) and other_tag in saved else kind
         if saved is _ABSENT or not isinstance(saved, dict) or wanted not in saved:
             found = "nothing" if saved is _ABSENT else in_words(saved)
             self.missing.append(f"{place.path}: the checkpoint has {found} for {an(class_name(live))}")

@@ -15,6 +15,8 @@ from shardsave._state.sharded import refuse_sharded
 from shardsave._state.wrappers import Names, unwrap
 from shardsave._training.places import Place, refuse
 from shardsave._training.read_values import Onto, ValueReader
+from shardsave._training.subclasses import TAG as SUBCLASS
+from shardsave._training.subclasses import fill_subclass
 from shardsave._training.write_values import ValueWriter
 
 
@@ -66,10 +68,16 @@ def plan_module(
             differences.append(f"{path}: {name!r} is {list(shape)} on disk, {list(value.shape)} in the module")
         else:
             fitting[name] = stored_name
-    extra = {name: reader.value(value, f"{path}[{name!r}]") for name, value in others.items() if name in own}
     names = Names.of(module)
     if not loads_itself(module):
+        for name in others.keys() & own.keys():
+            value = others[name]
+            if not (isinstance(value, dict) and value.keys() == {SUBCLASS}):
+                differences.append(f"{path}: {name!r} is a tensor in the module, not on disk")
+            elif difference := fill_subclass(own[name], value[SUBCLASS], f"{path}[{name!r}]", reader):
+                differences.append(difference)
         return None, differences, _fill_in_place(own, fitting, reader, path)
+    extra = {name: reader.value(value, f"{path}[{name!r}]") for name, value in others.items() if name in own}
     copies = {name: reader.new(stored, f"{path}[{name!r}]", Onto(own[name].device)) for name, stored in fitting.items()}
     state = {names.wrapped(name): value for name, value in {**copies, **extra}.items()}
     strict = not differences

@@ -20,6 +20,7 @@ from shardsave._format.dtypes import BY_NAME, torch_shape
 from shardsave._state.numpy_arrays import tensor_of_array
 from shardsave._training.scalars import DEVICE, READERS
 from shardsave._training.subclasses import TAG as SUBCLASS
+from shardsave._training.subclasses import read_subclass
 from shardsave._training.write_values import MAX_DEPTH
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, UnsupportedTensorError
 
@@ -102,6 +103,8 @@ class ValueReader:
                 return self._container(tag, value[tag], path, onto)
             if tag == "array":
                 return self._new_array(value[tag], path)
+            if tag == SUBCLASS:
+                return read_subclass(value[tag], path, self, onto and onto._replace(like=None))
             if (read := READERS.get(tag)) is None:
                 self._unknown(tag, path, value)
             try:
@@ -225,7 +228,7 @@ class ValueReader:
         return torch.device(kind, torch.accelerator.current_device_index())
 
     def _unknown(self, tag: str, path: str, value: Any) -> NoReturn:
-        if tag in (SUBCLASS, "optimizer", "module", "object", "generator", "per_rank"):
+        if tag in ("optimizer", "module", "object", "generator", "per_rank"):
             raise IncompatibleCheckpointError(
                 f"cannot resume from {self.where}: {path}: plain data was expected, it is of the kind {tag!r}, which this version "
                 f"does not read here; {UNCHANGED}"

@@ -98,7 +98,7 @@ class ValueWriter:
 
     def _tensor_value(self, tensor: torch.Tensor, place: Place) -> Any:
         if type(tensor) not in PLAIN_TYPES and hasattr(tensor, "__tensor_flatten__"):
-            return write_subclass(tensor, place.path)
+            return write_subclass(tensor, place, self.value)
         value = {"tensor": self.tensor(tensor, place.name, place.path)}
         return value if tensor.is_cpu else {**value, "on": tensor.device.type}
 
