@@ -30,14 +30,9 @@ from shardsave._common.warn_caller import warn_caller
 from shardsave._common.words import an, count
 from shardsave._format.metadata import check_metadata
 from shardsave._format.quantised import PLAIN, TENSOR_NAMES
-from shardsave._huggingface.added_adapter import has_added_adapter
-from shardsave._huggingface.added_adapter_saving import AddedAdapterLayout
-from shardsave._huggingface.peft_saving import AdapterLayout
-from shardsave._huggingface.recognize import peft_model, transformers_model
-from shardsave._huggingface.transformers_saving import TransformersLayout
+from shardsave._huggingface.choose_saving import choose_layout
 from shardsave._saving.casts import cast_on_disk, check_dtype
 from shardsave._saving.contents import Contents, PlannedDirectory, plan_contents
-from shardsave._saving.disk_layout import DiskLayout, IdentityLayout
 from shardsave._saving.trainable import only_trainable
 from shardsave._saving.write import write_checkpoint
 from shardsave._state.extra_tensors import ExtraTensors
@@ -214,7 +209,7 @@ def plan(source: Source, what: What) -> Planned:
     moment = check_moment(what.step, what.metrics, is_training=what.training is not None or what.rng)
     with_parts = what.architecture or what.program is not None
     target = _check_part(what.only, what.dtype, what.adapter_only, with_parts)
-    layout = _choose_layout(source, what.adapter_only, with_parts=with_parts)
+    layout = choose_layout(source, what.adapter_only, with_parts=with_parts)
     with gc_paused():
         directories, epoch, training_notes = _training(source, what, max_shard_bytes)
         state = _read_state(source, what.architecture)
@@ -276,21 +271,6 @@ def _refuse_quantised(state: State, with_parts: bool) -> NoReturn:
     raise UnsupportedTensorError(
         f"cannot save {name!r} with {option}: a plain tensor was expected, it is quantised; nothing was written"
     )
-
-
-def _choose_layout(source: Source, adapter_only: bool, *, with_parts: bool) -> DiskLayout:
-    """The layout of ``source`` on disk. ``with_parts``: keep the names in the module, which an architecture and a program refer to."""
-    if adapter_only:
-        adapter = peft_model(source)
-        if adapter is None:
-            raise TypeError(f"adapter_only=True needs a PeftModel, not {an(type(source).__name__)}")
-        if with_parts:
-            raise ValueError("adapter_only=True saves no architecture and no program: they need the base model's weights")
-        return AdapterLayout(adapter)
-    model = transformers_model(source)
-    if model is None:
-        return IdentityLayout()
-    return (AddedAdapterLayout if has_added_adapter(model) else TransformersLayout)(model, keep_names=with_parts)
 
 
 def _read_state(source: Source, architecture: bool) -> State:

@@ -33,10 +33,6 @@ class AddedAdapter(NamedTuple):
     copies: Mapping[str, torch.Tensor]
 
 
-def has_added_adapter(model: Any) -> bool:
-    return bool(getattr(model, "_hf_peft_config_loaded", False)) and bool(getattr(model, "peft_config", None))
-
-
 def added_adapter(model: Any, tensors: Mapping[str, torch.Tensor]) -> AddedAdapter:
     """The adapter in ``tensors``, all of ``model`` by their names in memory."""
     own: dict[str, str] = {}

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from shardsave._common.imports import import_at_use
-from shardsave._huggingface.added_adapter import has_added_adapter
-from shardsave._huggingface.recognize import peft_model, transformers_model
+from shardsave._huggingface.recognize import has_added_adapter, peft_model, transformers_model
 from shardsave._loading.disk_layout import DiskLayout, IdentityLayout
 from shardsave._loading.slots import Inventory
 from shardsave._storage.located import Located

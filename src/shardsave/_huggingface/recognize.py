@@ -20,6 +20,11 @@ def peft_model(source: object) -> Any:
     return _instance_of(source, "peft.peft_model", "PeftModel")
 
 
+def has_added_adapter(model: Any) -> bool:
+    """Whether a transformers model has an adapter of its method ``add_adapter``."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False)) and bool(getattr(model, "peft_config", None))
+
+
 def _instance_of(source: object, module: str, class_name: str) -> Any:
     model_class = getattr(sys.modules.get(module), class_name, None)
     if model_class is None or not isinstance(source, torch.nn.Module):
