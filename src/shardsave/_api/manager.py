@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from shardsave._api.arguments import check_path, check_timeout
-from shardsave._api.run_verbs import OF_BOTH, PublicVerbs, RunVerbs
+from shardsave._api.run_verbs import OF_BOTH, PublicVerbs
 from shardsave._common.log_records import log_event
 from shardsave._common.os_calls import absolute_path
 from shardsave._common.shutdown import verb
@@ -78,7 +78,7 @@ class CheckpointManager:
         [30, 40]
     """
 
-    _verbs: RunVerbs = PublicVerbs()
+    _verbs = PublicVerbs()
 
     def __init__(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from inspect import signature
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from shardsave._common.imports import import_at_use
 
@@ -23,26 +23,11 @@ _BY_THE_MANAGER = {"source", "directory", "step", "metrics", "training", "path",
 OF_BOTH = ("rng", "process_group", "progress")
 
 
-class RunVerbs(Protocol):
-    """The two verbs that a manager calls."""
+class PublicVerbs:
+    """`shardsave.save` and `shardsave.resume`, imported at first use."""
 
     def save_options(self) -> frozenset[str]:
         """The keywords that may be passed to `save` in ``options``."""
-
-    def resume_options(self) -> frozenset[str]:
-        """The keywords that may be passed to `resume` in ``options``."""
-
-    def save(
-        self, model: Any, path: str, *, step: int, metrics: Mapping[str, float], options: Mapping[str, Any]
-    ) -> SaveReport: ...
-
-    def resume(self, path: str, model: nn.Module, *, step: int, options: Mapping[str, Any]) -> Resumed: ...
-
-
-class PublicVerbs:
-    """`shardsave.save` and `shardsave.resume`."""
-
-    def save_options(self) -> frozenset[str]:
         import_at_use("shardsave._api.save")
         from shardsave._api.save import save
 
@@ -55,6 +40,7 @@ class PublicVerbs:
         return save(model, path, step=step, metrics=metrics, **options)
 
     def resume_options(self) -> frozenset[str]:
+        """The keywords that may be passed to `resume` in ``options``."""
         import_at_use("shardsave._api.resume")
         from shardsave._api.resume import resume
 
