@@ -21,7 +21,6 @@ from shardsave._common.backend import engine_name
 from shardsave._common.imports import import_at_use
 from shardsave._common.shutdown import verb
 from shardsave._common.warn_caller import warnings_collected
-from shardsave._saving.watch import Watch
 from shardsave._state.module import Source
 
 if TYPE_CHECKING:
@@ -55,6 +54,10 @@ class Around(NamedTuple):
     write: Callable[[Callable[[], SaveReport]], SaveReport] = lambda save: save()
 
 
+#: A save for which nothing else is done.
+ALONE = Around()
+
+
 class Started(NamedTuple):
     """When the call began, as `time.perf_counter` counts, and how long it waited for an earlier save, and planned, in seconds."""
 
@@ -69,7 +72,7 @@ def start(
     what: What,
     how: How,
     background: InBackground,
-    around: Around = Around(),
+    around: Around = ALONE,
 ) -> PendingSave:
     """Plans a save, takes or guards its tensors, and lets the rest go on in the background. Raises what `save_async` raises.
 
@@ -161,23 +164,31 @@ class _Watching:
         self.staging.check()
 
     def attempt_commit(self) -> None:
-        self.check()
+        self._flight.check()
+        self.staging.check_complete()
         self._flight.attempt_commit()
 
     def begin_reading(self, pieces: Sequence[ByteSource]) -> NDArray[np.int64] | None:
         return self.staging.begin_reading(pieces)
 
+    def end_reading(self, pieces: Sequence[ByteSource], sums: Sequence[int]) -> None:
+        self.staging.end_reading(pieces, sums)
+
 
 def _save(flight: Flight[SaveReport], planned: Planned, path: str, how: How, started: Started, watch: _Watching) -> SaveReport:
     """Saves, on the saving thread. What the caller of a blocking save would be warned of is in the notes."""
-    with warnings_collected() as warned:
-        report, warnings = write_planned(planned, flight.path, path, how, started.plan_seconds, watch)
+    staging = watch.staging
+    staging.use_streams()
+    try:
+        with warnings_collected() as warned:
+            report, warnings = write_planned(planned, flight.path, path, how, started.plan_seconds, watch)
+    finally:
+        staging.finish()  # before anything that others have to do: no step waits any more, and the memory is free
     flight.committed = True
     durable_seconds = time.perf_counter() - started.at
-    staging = watch.staging
     report = replace(
         report,
-        notes=tuple(dict.fromkeys((*report.notes, *warned))),
+        notes=tuple(dict.fromkeys((*report.notes, *staging.notes, *warned))),
         staging=staging.mode,
         staging_reason=staging.reason,
         stall_seconds=flight.stall_seconds or durable_seconds,

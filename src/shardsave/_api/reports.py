@@ -163,7 +163,9 @@ class SaveReport(Removing, Report):
         queue = f" ({self.queue_seconds:.3f} s for an earlier save)" if self.queue_seconds >= 0.001 else ""
         times = f"stall {self.stall_seconds:.3f} s{queue}, steps waited {self.step_wait_seconds:.3f} s"
         end = "durable" if self.durable else "committed"
-        return f"{self.staging}{why}: {times}, drained after {self.drain_seconds:.3f} s, {end} after {self.durable_seconds:.3f} s"
+        return (
+            f"{self.staging}{why}: {times}, drained after {self.drain_seconds:.3f} s, {end} after {self.durable_seconds:.3f} s"
+        )
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal, Union
 
 import torch
 
-from shardsave._api.background import IfBusy, InBackground, StagingArgument, start
+from shardsave._api.background import InBackground, StagingArgument, start
 from shardsave._api.pending_save import PendingSave
 from shardsave._api.save import How
 from shardsave._api.save_contents import What
+from shardsave._background.turns import IfBusy
 from shardsave._common.progress import ProgressArgument
 from shardsave._common.uncompiled import uncompiled
 from shardsave._state.module import Source

@@ -24,7 +24,8 @@ def warnings_collected() -> Iterator[list[str]]:
     """Collects the messages of `warn_caller` on this thread, instead of issuing warnings. For a thread on which nobody could hear them,
     and on which ``python -W error`` would turn them into failures.
     """
-    _collecting.messages = messages = []
+    messages: list[str] = []
+    _collecting.messages = messages
     try:
         yield messages
     finally:
