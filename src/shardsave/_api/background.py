@@ -86,7 +86,7 @@ def start(
         with verb():
             queue_seconds = take_turn(flight, background.if_busy)
             if queue_seconds is None:
-                flight.end_with(_skipped(flight.path))
+                flight.skip(_skipped(flight.path))
                 return PendingSave(flight)
             around.before()
             planning = time.perf_counter()

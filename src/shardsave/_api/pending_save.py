@@ -30,6 +30,11 @@ class PendingSave:
         """Set when every tensor has been taken, so that anything may be done to the model; also set when the save is over, or fails."""
         return self._flight.staged
 
+    @property
+    def skipped(self) -> bool:
+        """Whether nothing is saved, since another save was in flight (``if_busy="skip"``)."""
+        return self._flight.skipped
+
     def done(self) -> bool:
         """Whether the save is over: it succeeded, failed, was cancelled or skipped."""
         return self._flight.ended or self._flight.is_foreign
@@ -67,6 +72,15 @@ class PendingSave:
         if not self._flight.wait_ended(timeout):
             raise TimeoutError(f"the save of {self.path} was expected to end within {timeout:g} s; it goes on")
         return self._flight.result()
+
+    def wait_ended(self, timeout: float) -> bool:
+        """Waits until the save is over, however it ends; for a manager. Returns False after ``timeout`` seconds."""
+        return self._flight.wait_ended(timeout)
+
+    @property
+    def is_untold(self) -> bool:
+        """Whether the save has failed and nobody has learnt why, by `wait` or `exception`; for a manager."""
+        return self._flight.error is not None and not self._flight.told and not self._flight.is_foreign
 
     def _foreign(self) -> ShardSaveError:
         return ShardSaveError(

@@ -54,6 +54,7 @@ class Flight(Generic[Result]):
         self.stall_seconds = 0.0
         self.committed = False
         self.told = False
+        self.skipped = False
         self.error: BaseException | None = None
         self.ended = False
         self.pid = os.getpid()
@@ -103,8 +104,9 @@ class Flight(Generic[Result]):
         if interrupt is not None:
             raise interrupt
 
-    def end_with(self, result: Result) -> None:
-        """Ends a flight that was not launched."""
+    def skip(self, result: Result) -> None:
+        """Ends a flight that did not get its turn."""
+        self.skipped = True
         self._end(result, None)
 
     def abandon(self) -> None:
