@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim import optimizer as torch_optimizer
 
 import shardsave
 from shardsave._api.save_contents import What, plan
@@ -19,10 +22,11 @@ from shardsave._background.staging import Staging, Wanted, stage
 from shardsave._common.progress import Progress
 from shardsave._common.sources import ByteSource
 from shardsave._saving.write import write_checkpoint
+from support import same_bits
 
 
 class Save:
-    """One save in flight. It reads nothing before ``gate`` is set. ``error``: what has ended it."""
+    """One save in flight. It reads no tensor before ``gate`` is set. ``error``: what has ended it."""
 
     def __init__(self, staging: Staging, folder: Path, gate: threading.Event) -> None:
         self.staging = staging
@@ -42,6 +46,7 @@ class Save:
         self.gate.set()
         self._thread.join(60)
         assert not self._thread.is_alive(), "the save hangs"
+        assert self.staging.staged.is_set()
         if self.error is not None:
             raise self.error
 
@@ -74,40 +79,52 @@ class Save:
 def save_behind(
     source: nn.Module | Mapping[str, Any],
     folder: Path,
-    optimizers: Sequence[torch.optim.Optimizer] = (),
+    optimizers: Sequence[Optimizer] = (),
     staging: Wanted = "auto",
     *,
-    gate: threading.Event | None = None,
-    training: Any = None,
+    more: Any = None,
     check_unchanged: bool = False,
     step_timeout: float = 60.0,
 ) -> Save:
-    """Starts a save that reads nothing before ``gate`` (none: before `Save.wait`). ``training``: what else is saved."""
-    training = {"optimizers": list(optimizers), "more": training} if optimizers or training is not None else None
-    what = What("2GB", None, None, None, training, False, None, False, None, False, None, None)
+    """Starts a save that reads nothing before `Save.wait` or `opened_soon`. ``more``: what is saved beside the optimizers."""
+    what = What("2GB", None, None, None, training_of(optimizers, more), False, None, False, None, False, None, None)
     contents = plan(source, what).contents
-    staged = stage(contents, source, optimizers, staging, check_unchanged=check_unchanged, workers=1, step_timeout=step_timeout)
-    save = Save(staged, folder, gate or threading.Event())
+    staged = stage(
+        contents, source, optimizers, staging, check_unchanged=check_unchanged, workers=1, step_timeout=step_timeout
+    )
+    save = Save(staged, folder, threading.Event())
     save.start()
     return save
 
 
-def open_after(gate: threading.Event, seconds: float = 0.1) -> None:
-    """Sets ``gate`` a little later, so that a step that ought to wait meanwhile would be found out if it did not."""
-    threading.Timer(seconds, gate.set).start()
+def training_of(optimizers: Sequence[Optimizer], more: Any) -> Any:
+    return {"optimizers": list(optimizers), "more": more} if optimizers or more is not None else None
 
 
-def everything_in(folder: Path) -> dict[str, torch.Tensor]:
-    """All stored tensors: the weights, and those of the training state by their names there."""
-    index = folder / "model.safetensors.index.json"
-    assert index.exists()
-    tensors = dict(shardsave.load(folder))
-    from safetensors.torch import load_file
+@contextmanager
+def opened_soon(save: Save, seconds: float = 0.1) -> Iterator[None]:
+    """Opens the gate while the block runs, so late that a step which ought to wait for it is found out if it does not."""
+    timer = threading.Timer(seconds, save.gate.set)
+    timer.start()
+    yield
+    timer.join()
 
+
+def stored_in(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors in a checkpoint: the weights, and those of the training state by their names there."""
+    tensors: dict[str, torch.Tensor] = dict(shardsave.load(folder))
     for path in sorted(folder.glob("training-*/*.safetensors")):
         tensors.update({f"training/{name}": value for name, value in load_file(path).items()})
     return tensors
 
 
-def training_copy(*values: Any) -> list[Any]:
-    return [copy.deepcopy(value) for value in values]
+def assert_same_tensors(folder: Path, expected: Path) -> None:
+    """Two checkpoints have the same tensors, bit for bit."""
+    found, wanted = stored_in(folder), stored_in(expected)
+    assert found.keys() == wanted.keys()
+    assert [name for name in wanted if not same_bits(found[name], wanted[name])] == []
+
+
+def hooks() -> int:
+    """How many hooks torch calls before every step."""
+    return len(torch_optimizer._global_optimizer_pre_hooks)

@@ -48,25 +48,29 @@ class Drained:
         self.sum: int | None = None
         self.released = False
 
+    def change(self) -> str | None:
+        """What has happened to the owners since the call, in words; None if nothing is noticed."""
+        return next((change for owner in self.owners if (change := owner.change()) is not None), None)
+
 
 class _Reading:
-    """The tensors of one run of the engine. ``taken``: for each of its pieces, the bytes that have left their memory."""
+    """The tensors of one run of the engine (``items``: those not yet read). ``taken``: for each of its pieces, the bytes that have left their memory."""
 
     def __init__(self, items: Mapping[int, Drained], pieces: Sequence[ByteSource]) -> None:
         self.taken: NDArray[np.int64] = np.zeros(len(pieces), np.int64)
         at = [n for n, piece in enumerate(pieces) if id(piece) in items]
-        self._items = [items[id(pieces[n])] for n in at]
+        self.items = [items[id(pieces[n])] for n in at]
         self._at = np.array(at, np.int64)
-        self._nbytes = np.array([item.nbytes for item in self._items], np.int64)
+        self._nbytes = np.array([item.nbytes for item in self.items], np.int64)
 
     def pop_taken(self) -> list[Drained]:
         """The tensors that have been read whole since the last call."""
         is_taken = self.taken[self._at] >= self._nbytes
         if not is_taken.any():
             return []
-        taken = [self._items[n] for n in np.flatnonzero(is_taken)]
+        taken = [self.items[n] for n in np.flatnonzero(is_taken)]
         left = np.flatnonzero(~is_taken)
-        self._items = [self._items[n] for n in left]
+        self.items = [self.items[n] for n in left]
         self._at, self._nbytes = self._at[left], self._nbytes[left]
         return taken
 
@@ -108,10 +112,14 @@ class Drain:
         return self._left == 0 and self._failure is None
 
     def begin_reading(self, pieces: Sequence[ByteSource]) -> NDArray[np.int64] | None:
-        """As `Watch.begin_reading`."""
+        """As `Watch.begin_reading`. Raises SaveNotCommittedError if a tensor has already changed: its memory may be gone."""
         reading = _Reading(self._items, pieces)
         with self._lock:
+            for item in reading.items:
+                if (change := item.change()) is not None:
+                    self._fail(_changed(item.name, change))
             self._readings.append(reading)
+        self.raise_failure()
         return reading.taken
 
     def end_reading(self, pieces: Sequence[ByteSource], sums: Sequence[int]) -> None:
@@ -187,8 +195,7 @@ class Drain:
     def _release(self, item: Drained) -> None:
         if item.released or self._over:
             return
-        change = next((change for owner in item.owners if (change := owner.change()) is not None), None)
-        if change is not None:
+        if (change := item.change()) is not None:
             self._fail(_changed(item.name, change))
             return
         item.released = True
