@@ -109,6 +109,8 @@ class SaveReport(Removing, Report):
     ``trust``, ``script_classes``: what `build_model` needs to build a saved architecture: the entries of its ``trust``, and the names
     of classes of a script, which it needs in ``classes``. ``cast``: how many tensors were cast to another dtype. ``left_out``: the names
     that ``only="trainable"`` did not save. ``training_bytes``: the length of all files of the training state; 0 without one.
+    ``reused``: the shards that were taken over from an earlier checkpoint instead of being written; ``bytes_reused``: of the tensors in
+    them; ``bytes_written``: of all other tensors, those of the training state and of other parts included.
     """
 
     durable: bool = True
@@ -120,9 +122,15 @@ class SaveReport(Removing, Report):
     cast: int = 0
     left_out: tuple[str, ...] = ()
     training_bytes: int = 0
+    bytes_written: int = 0
+    bytes_reused: int = 0
+    reused: tuple[str, ...] = ()
 
     def _lines(self) -> Iterator[str]:
         more = []
+        if self.reused:
+            unchanged = f"{human_bytes(self.bytes_reused)} in {count(len(self.reused), 'unchanged shard')}"
+            more.append(f"{human_bytes(self.bytes_written)} written, {unchanged} taken over from disk")
         if self.training_bytes:
             more.append(f"training state of {human_bytes(self.training_bytes)}")
         if self.cast:

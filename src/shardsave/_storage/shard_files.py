@@ -93,7 +93,7 @@ class ShardFiles:
         """Opens ``shard`` and checks its header. Raises CorruptCheckpointError, IncompatibleCheckpointError, DirectoryBusyError."""
         file = self.open_file(shard)
         try:
-            identity = _identity(call(os.fstat, shard, file.fd))
+            identity = file_identity(call(os.fstat, shard, file.fd))
             if self._identities.setdefault(shard, identity) != identity:
                 raise DirectoryBusyError(self._replaced(shard))
             try:
@@ -216,6 +216,6 @@ def read_start(fd: int, length: int) -> bytes:
     return read_at(fd, length, 0)
 
 
-def _identity(status: os.stat_result) -> tuple[int, ...]:
+def file_identity(status: os.stat_result) -> tuple[int, ...]:
     """A value that differs between two files, and changes when a file is written to."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
