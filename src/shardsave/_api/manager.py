@@ -61,6 +61,8 @@ class CheckpointManager:
         on_commit: called with the `SaveReport` of each save, on the thread that saved, before steps are removed.
         on_corrupt: what `resume` does about a corrupt step: "previous" takes the one before it, "raise" raises.
         options: keywords of `save`, for each save of this manager; ``rng``, ``process_group`` and ``progress`` are for `resume` too.
+            Without ``reuse``, shards that have not changed since the last durable step are not written again: both steps have them, and
+            they are on the disk once. With ``reuse=False`` every step is written whole.
 
     Raises:
         TypeError, ValueError: for wrong arguments.
@@ -191,6 +193,8 @@ class CheckpointManager:
         self._keeper.remover.wait()  # the space of what goes is needed
         self._keeper.refuse_before_latest(step)
         given = {**self._options, **options, **({"training": training} if training is not None else {})}
+        if given.get("reuse") is None:
+            given["reuse"] = self._run.to_take_from(step, self._keeper.uncounted)
         try:
             report = self._verbs.save(model, path, step=step, metrics=numbers, options=given)
         except OutOfSpaceError as error:

@@ -51,6 +51,10 @@ class ShardFiles:
         """The path of ``shard``, for messages and for callers that open it themselves."""
         return os.path.join(self._folder, shard)
 
+    def inode_of(self, shard: str) -> tuple[int, ...] | None:
+        """Device and inode number of ``shard``, when it was opened; None if it was not."""
+        return self._identities[shard][:2] if shard in self._identities else None
+
     def descriptors(self, shards: Sequence[str]) -> list[int]:
         """Descriptors of ``shards``, at most `allowance` of them. Other shards are closed first if too many would be open."""
         unneeded = self._open.keys() - set(shards)
