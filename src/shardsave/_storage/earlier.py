@@ -82,10 +82,10 @@ class EarlierCheckpoint:
         return file
 
 
-def open_earlier(path: str, staging: Staging) -> EarlierCheckpoint | str:
-    """The checkpoint in the directory ``path``, or why its shards cannot be taken over. ``staging``: of the save that may do so.
+def open_earlier(path: str, here: Directory, staging: Staging) -> EarlierCheckpoint | str | None:
+    """The checkpoint in the directory ``path``, or why its shards cannot be taken over; None if that directory is ``here``.
 
-    Raises CallFailed for ``staging``, which is made if only the owner of a new file tells whose files are ours.
+    ``here``, ``staging``: of the save that may take them over. Raises CallFailed for these two.
     """
     with ExitStack() as undo:
         folder = LockedDirectory(path, durable=False)
@@ -93,14 +93,15 @@ def open_earlier(path: str, staging: Staging) -> EarlierCheckpoint | str:
         try:
             folder.open_for_writing(path)
             is_there = folder.is_in_place()
+            own = call(os.fstat, path, folder.fd)
         except CallFailed as error:
             return error.reason
-        if not is_there:
-            return "it is being replaced"
+        if os.path.samestat(own, call(os.fstat, here.name, here.fd)):
+            return None
         if folder.shared:
             staging.make()
             folder.learn_owner(staging.directory)
-        index = _read_index(folder)
+        index = _read_index(folder) if is_there else "it is being replaced"
         if not isinstance(index, Index):
             return index
         undo.pop_all()

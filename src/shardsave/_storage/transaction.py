@@ -129,18 +129,15 @@ class Transaction:
 
     def earlier(self, path: str | None) -> EarlierCheckpoint | str:
         """The checkpoint in the directory ``path`` (None: the one that is replaced), or why none of its shards can be taken over."""
-        if path is not None and not self._is_here(path):
+        if path is not None:
             with self._before_commit():
-                return open_earlier(path, self._staging)
+                found = open_earlier(path, self._folder, self._staging)
+            if found is not None:
+                return found
         if self._previous.index is None:
             return self._previous.unreadable or "there is no checkpoint with an index"
         problem = refusal(self._previous.index)
         return problem or EarlierCheckpoint(self._folder, self._previous.index, self.path, closes=False)
-
-    def _is_here(self, path: str) -> bool:
-        with contextlib.suppress(OSError):
-            return os.path.samestat(os.stat(path), os.fstat(self._folder.fd))
-        return False
 
     def take_over(self, name: str, earlier: EarlierCheckpoint, shard: EarlierShard) -> tuple[int, ...] | None:
         """Stages ``shard`` of ``earlier`` as the shard ``name``, without writing it. Returns the identity of its file.
