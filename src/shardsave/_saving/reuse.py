@@ -20,9 +20,9 @@ from shardsave._common.os_calls import CallFailed
 from shardsave._common.sources import ByteSource
 from shardsave._engine import engine
 from shardsave._engine.transfer import TransferFault
-from shardsave._format.crc64 import crc64, joined
+from shardsave._format.crc64 import crc64
 from shardsave._format.header import Header, encode_header, with_sums
-from shardsave._format.packing import Shard, StoredTensor
+from shardsave._format.packing import Shard, StoredTensor, pack
 from shardsave._saving.contents import Contents
 from shardsave._saving.frozen import FrozenMemory, sum_when_saved
 from shardsave._saving.shards import PlannedShard, UnchangedShard, fault_before_writing, plan_blocks
@@ -196,18 +196,11 @@ def _known_sum(tensor: StoredTensor, piece: ByteSource, assumed: Mapping[str, Fr
 
 def _sums(stored: Sequence[_Stored], watch: Watch) -> dict[str, int]:
     """The checksum of each tensor as it is in memory now, by name. Raises TransferFault."""
-    sums = {}
-    buffer = memoryview(bytearray(8 << 20))
-    for tensor, piece in stored:
-        total, at = 0, 0
-        while at < tensor.nbytes:
-            view = buffer[: min(len(buffer), tensor.nbytes - at)]
-            piece.gather(at, view)
-            total = joined(total, crc64(view), len(view))
-            at += len(view)
-            watch.check()
-        sums[tensor.name] = total
-    return sums
+    (layout,) = pack([tensor for tensor, _ in stored], None)  # in an order in which no element is cut
+    pieces = {tensor.name: piece for tensor, piece in stored}
+    shard = PlannedShard(layout, b"", [pieces[tensor.name] for tensor in layout.tensors])
+    transfer = engine.gather(plan_blocks([shard]), shard.pieces, workers=watch.workers, tick=lambda done: watch.check())
+    return dict(zip(shard.names, transfer.sums))
 
 
 def _is_intact(earlier: EarlierCheckpoint, shard: UnchangedShard, every: int, watch: Watch, damage: list[str]) -> bool:

@@ -43,19 +43,25 @@ class TakingOver:
         if file is None:
             return None
         with file:
-            return self._clone(name, file) or self._link(name, earlier, file, shard)
+            return self._clone(name, file, shard) or self._link(name, earlier, file, shard)
 
-    def _clone(self, name: str, file: Descriptor) -> tuple[int, ...] | None:
+    def _clone(self, name: str, file: Descriptor, shard: EarlierShard) -> tuple[int, ...] | None:
         if self._new is not None:
             return None
         with Descriptor() as new:
             self._staging.create_empty(name, new)
-            if _cloned(file, new, name):
+            is_clone = True
+            try:
+                call(fcntl.ioctl, name, new.fd, _FICLONE, file.fd)
+            except CallFailed:
+                is_clone = False
+            status = call(os.fstat, name, new.fd)
+            if is_clone and status.st_size == shard.record.length:
                 self._staging.directory.sync_open(new.fd, name)
-                identity = file_identity(call(os.fstat, name, new.fd))
                 new.close(name)
-                return identity
+                return file_identity(status)
             self._new = access_of(new.fd, name)
+            new.close(name)
         self._staging.directory.unlink(name)
         return None
 
@@ -75,12 +81,3 @@ class TakingOver:
             return None
         self._staging.directory.sync_open(file.fd, name)
         return shard.identity
-
-
-def _cloned(file: Descriptor, new: Descriptor, name: str) -> bool:
-    """Makes the empty file ``new`` a clone of ``file``; returns False if that is not possible, or did not give it the same length."""
-    try:
-        call(fcntl.ioctl, name, new.fd, _FICLONE, file.fd)
-        return call(os.fstat, name, new.fd).st_size == call(os.fstat, name, file.fd).st_size
-    except CallFailed:
-        return False
