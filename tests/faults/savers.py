@@ -32,10 +32,9 @@ KIND = os.environ.get("SHARDSAVE_FAULTS_KIND", "plain")
 EARLIER = "earlier"
 
 
-def state(generation: int) -> dict[str, torch.Tensor]:
-    """Four tensors for two shards; every value is the generation, but those of the second shard in what is reused."""
-    fixed = 2 if KIND.startswith("reuse") else 4
-    return {f"t{n}": torch.full((500 + n,), float(generation if n < fixed else -1)) for n in range(4)}
+def state(generation: int, half: bool = KIND.startswith("reuse")) -> dict[str, torch.Tensor]:
+    """Four tensors for two shards; every value is the generation, with ``half`` only in the first shard."""
+    return {f"t{n}": torch.full((500 + n,), float(-1 if half and n > 1 else generation)) for n in range(4)}
 
 
 @cache
@@ -183,7 +182,7 @@ def generation_of(loaded: Mapping[str, torch.Tensor]) -> int:
     """The generation of all tensors in ``loaded``, of a model or an adapter."""
     if "t0" in loaded:
         generation = int(loaded["t0"][0])
-        expected = state(generation)
+        expected = state(generation, half=int(loaded["t3"][0]) == -1)
     else:
         generation = int(loaded["base_model.model.layer0.lora_A.weight"][0, 0])
         shapes = {f"{n}.lora_{side}": shape for n in range(2) for side, shape in (("A", (8, 100 + n)), ("B", (4, 8)))}
@@ -220,6 +219,20 @@ def next_save_works(folder: Path) -> None:
     if (folder.parent / EARLIER).exists():
         shutil.rmtree(folder.parent / EARLIER)
         assert generation_in(folder) == 9
+
+
+def copy_tree(source: Path, target: Path) -> None:
+    """Copies a folder; names of one file are names of one file in the copy too."""
+    copies: dict[int, str] = {}
+
+    def copy(path: str, to: str) -> None:
+        first = copies.setdefault(os.stat(path).st_ino, to)
+        if first == to:
+            shutil.copy2(path, to)
+        else:
+            os.link(first, to)
+
+    shutil.copytree(source, target, copy_function=copy)
 
 
 class Bench:
