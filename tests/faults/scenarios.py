@@ -50,6 +50,7 @@ SAYS = {
     "mkdirat": "mkdir",
     "renameat": "rename",
     "linkat": "link",
+    "unlinkat": "unlink",
     "fstatat": "stat",
     "opendir": "listdir",
     "fdopendir": "listdir",
