@@ -71,6 +71,7 @@ class TakingOver:
                 return None
         except CallFailed:
             return None
+        self._staging.directory.sync_open(file.fd, name)  # before it gets another name: then there is little to wait for
         with suppress(CallFailed):
             earlier.folder.link(shard.name, self._staging.directory, name)
         linked = self._staging.inode_of(name)  # also if the call failed: it may have taken effect
@@ -79,5 +80,4 @@ class TakingOver:
         if linked != shard.identity[:2]:  # the earlier name was given to another file meanwhile
             self._staging.directory.unlink(name)
             return None
-        self._staging.directory.sync_open(file.fd, name)
         return shard.identity
