@@ -79,7 +79,8 @@ def find_unchanged(transaction: Transaction, contents: Contents, reuse: Reuse, w
         except TransferFault as fault:
             raise fault_before_writing(transaction, fault) from fault
         watch.check()  # what was compared beside a training must be of the moment of the call
-        intact = [shard for shard in unchanged if _is_intact(earlier, shard, reuse.recheck_every, watch, damage)]
+        equal = _with_equal_headers(unchanged, contents)
+        intact = [shard for shard in equal if _is_intact(earlier, shard, reuse.recheck_every, watch, damage)]
     except BaseException:
         earlier.close()
         raise
@@ -111,7 +112,7 @@ def take_over(
 def _candidates(
     earlier: EarlierCheckpoint, contents: Contents, only: frozenset[str] | None, damage: list[str]
 ) -> Iterator[UnchangedShard]:
-    """The shards of ``earlier`` whose headers are those that would be written, but perhaps for the checksums.
+    """The shards of ``earlier`` whose tensors all have the same dtype and shape now. Their headers are not encoded yet.
 
     ``only``: the names that a shard may hold; None: all. ``damage``: gets a note on each shard that is not as its index says.
     """
@@ -133,30 +134,35 @@ def _candidates(
         except (CorruptCheckpointError, IncompatibleCheckpointError, CallFailed) as error:
             damage.append(f"{error.words if isinstance(error, CallFailed) else error}; {shard} was written anew")
             continue
-        more = None if is_single else contents.state.file_metadata
-        planned = _as_it_is(found.header, stored, more) if found is not None else None
-        if found is None or planned is None or found.header.sums is None:
+        if found is None or found.header.sums is None or {*found.header.tensors.names} != {*names}:
             continue
-        header = with_sums(planned.header, found.header.sums)
-        if (len(header), crc64(header)) == (found.record.header_length, found.record.header_crc):
+        planned = _as_it_is(found.header, stored)
+        if planned is not None:
             yield UnchangedShard(planned, found.header.sums, found)
 
 
-def _as_it_is(header: Header, stored: Mapping[str, _Stored], more: Mapping[str, str] | None) -> PlannedShard | None:
+def _as_it_is(header: Header, stored: Mapping[str, _Stored]) -> PlannedShard | None:
     """The shard with this ``header``, from the tensors of today; None if one of them has another dtype or shape now."""
     tensors, pieces = [], []
     for name, dtype, shape, nbytes in zip(*header.tensors[:3], header.tensors.nbytes):
-        tensor, piece = stored.get(name, (None, None))
-        if (
-            tensor is None
-            or piece is None
-            or (tensor.dtype, tuple(tensor.shape), tensor.nbytes) != (dtype, tuple(shape), nbytes)
-        ):
+        tensor, piece = stored[name]
+        if (tensor.dtype, tuple(tensor.shape), tensor.nbytes) != (dtype, tuple(shape), nbytes):
             return None
         tensors.append(tensor)
         pieces.append(piece)
     layout = Shard(tuple(tensors), tuple(header.tensors.begins), sum(header.tensors.nbytes))
-    return PlannedShard(layout, encode_header(layout, more), pieces)
+    return PlannedShard(layout, b"", pieces)
+
+
+def _with_equal_headers(shards: Iterable[UnchangedShard], contents: Contents) -> Iterator[UnchangedShard]:
+    """Those of ``shards`` whose files are byte for byte the ones that would be written, with their headers."""
+    single = frozenset(contents.shards[0].names) if contents.single_file is not None else frozenset()
+    for shard in shards:
+        more = contents.state.file_metadata if single.isdisjoint(shard.planned.names) else None
+        planned = shard.planned._replace(header=encode_header(shard.planned.layout, more))
+        header, record = with_sums(planned.header, shard.sums), shard.earlier.record
+        if (len(header), crc64(header)) == (record.header_length, record.header_crc):
+            yield shard._replace(planned=planned)
 
 
 def _unchanged(
