@@ -199,6 +199,16 @@ def test_what_cannot_be_taken_over(earlier: tuple[nn.Sequential, Path], tmp_path
     assert save(model, tmp_path / "target", durable=False).bytes_reused == 0
 
 
+def test_another_file_system(earlier: tuple[nn.Sequential, Path], memory: Path) -> None:
+    """Catches a save that fails, or that compares and reads in vain, because no link leads to another file system."""
+    model, folder = earlier
+    if memory.stat().st_dev == folder.stat().st_dev:
+        pytest.skip("there is no other file system")
+    report = save(model, memory / "next", reuse=folder)
+    assert report.bytes_reused == 0 and report.notes == (f"no shard of {folder} was taken over: it is on another file system",)
+    assert is_saved(model, memory / "next")
+
+
 def test_wrong_arguments(tmp_path: Path) -> None:
     """Catches a wrong value that shows only after the tensors were read, or never."""
     for options, error in (
@@ -330,8 +340,12 @@ def test_no_file_system_with_links(
         raise shardsave._storage.directory.CallFailed("link", name, 1, "Operation not permitted")  # type: ignore[attr-defined]
 
     monkeypatch.setattr(Directory, "link", refuse)
-    assert save(model, tmp_path / "next", reuse=folder).bytes_reused == 0
-    assert is_saved(model, tmp_path / "next")
+    report = save(model, tmp_path / "next", reuse=folder)
+    assert report.bytes_reused == 0 and is_saved(model, tmp_path / "next")
+    assert report.notes == (
+        f"5 unchanged shards of {folder} written again: a clone or a link of a file with the owner and the permissions of a new one was "
+        "expected, it is not possible",
+    )
 
 
 def test_space_that_is_needed(earlier: tuple[nn.Sequential, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from shardsave._common.os_calls import CallFailed
 from shardsave._common.sources import ByteSource
+from shardsave._common.words import count
 from shardsave._engine import engine
 from shardsave._engine.transfer import TransferFault
 from shardsave._format.crc64 import crc64
@@ -79,34 +80,50 @@ def find_unchanged(transaction: Transaction, contents: Contents, reuse: Reuse, w
         except TransferFault as fault:
             raise fault_before_writing(transaction, fault) from fault
         watch.check()  # what was compared beside a training must be of the moment of the call
-        equal = _with_equal_headers(unchanged, contents)
-        intact = [shard for shard in equal if _is_intact(earlier, shard, reuse.recheck_every, watch, damage)]
+        return Unchanged(earlier, list(_with_equal_headers(unchanged, contents)), tuple(damage))
     except BaseException:
         earlier.close()
         raise
-    return Unchanged(earlier, intact, tuple(damage))
 
 
 def take_over(
-    transaction: Transaction, unchanged: Unchanged, shards: Mapping[str, PlannedShard], watch: Watch
-) -> dict[str, UnchangedShard]:
-    """Stages those of ``shards`` (name → shard) that are unchanged. Returns those that need not be written any more, by name."""
+    transaction: Transaction, unchanged: Unchanged, shards: Mapping[str, PlannedShard], recheck_every: int, watch: Watch
+) -> tuple[dict[str, UnchangedShard], list[str]]:
+    """Stages those of ``shards`` (name → shard) that are unchanged, and intact on the disk.
+
+    Returns those that need not be written any more, by name, and notes on those that are written all the same.
+    """
+    taken: dict[str, UnchangedShard] = {}
+    notes: list[str] = []
+    refused = 0
     if unchanged.earlier is None:
-        return {}
+        return taken, notes
     by_plan = {id(shard.planned): shard for shard in unchanged.shards}
-    taken = {}
     for name, planned in shards.items():
         watch.check()
         shard = by_plan.get(id(planned))
-        identity = transaction.take_over(name, unchanged.earlier, shard.earlier) if shard is not None else None
-        if shard is not None and identity is not None:
-            taken[name] = shard
-            _taken[identity] = _taken.get(shard.earlier.identity, 0) + 1
-            _taken.move_to_end(identity)
+        if shard is None:
+            continue
+        identity = transaction.take_over(name, unchanged.earlier, shard.earlier)
+        if identity is None:
+            refused += 1
+            continue
+        # Only now: where nothing can be taken over, nothing is read in vain.
+        if not _is_intact(unchanged.earlier, shard, recheck_every, watch, notes):
+            transaction.drop(name)
+            continue
+        taken[name] = shard
+        _taken[identity] = _taken.get(shard.earlier.identity, 0) + 1
+        _taken.move_to_end(identity)
     while len(_taken) > _MOST_REMEMBERED:
         _taken.popitem(last=False)
     watch.leave_out([piece for shard in taken.values() for piece in shard.planned.pieces])
-    return taken
+    if refused:
+        notes.append(
+            f"{count(refused, 'unchanged shard')} of {unchanged.earlier.path} written again: a clone or a link of a file with the owner "
+            f"and the permissions of a new one was expected, it is not possible"
+        )
+    return taken, notes
 
 
 def _candidates(

@@ -18,7 +18,7 @@ from shardsave._saving.contents import Contents, PlannedDirectory
 from shardsave._saving.frozen import remember
 from shardsave._saving.reuse import Reuse as Reuse
 from shardsave._saving.reuse import Unchanged, find_unchanged, take_over
-from shardsave._saving.shards import ShardWriter
+from shardsave._saving.shards import ShardWriter, UnchangedShard
 from shardsave._saving.watch import UNWATCHED as UNWATCHED
 from shardsave._saving.watch import Watch as Watch
 from shardsave._storage.transaction import Transaction
@@ -75,11 +75,7 @@ def write_checkpoint(
     transaction = Transaction(directory, durable=durable, lock_timeout=lock_timeout, waiting=watch.check)
     with closing(transaction), transaction:
         transaction.check_not_read(contents.state.files)
-        unchanged = find_unchanged(transaction, contents, reuse, watch) if reuse is not None else Unchanged()
-        with closing(unchanged):
-            contents = contents.keeping([shard.planned for shard in unchanged.shards])
-            names = _name_files(transaction, contents)
-            taken = take_over(transaction, unchanged, dict(zip(names.shards, contents.shards)), watch)
+        contents, names, taken, notes = _take_over(transaction, contents, reuse, watch)
         to_write = {name: shard for name, shard in zip(names.all, contents.all_shards) if name not in taken}
         transaction.check_space(contents.reserved_bytes - sum(shard.planned.reserved_bytes for shard in taken.values()))
         whole_sums = contents.single_file is not None
@@ -104,7 +100,6 @@ def write_checkpoint(
         outcome = transaction.commit(index, attempt=watch.attempt_commit)
     if reuse is not None:
         remember(reuse.frozen, writer.sums_of(reuse.frozen))
-    notes = [*contents.notes, *unchanged.notes, *writer.totals.notes, *outcome.notes, *outcome.warnings]
     return WriteOutcome(
         tensors=len(index.weight_map),
         shards=len(contents.shards),
@@ -115,7 +110,7 @@ def write_checkpoint(
             commit=time.perf_counter() - transferred,
         ),
         totals=writer.totals,
-        notes=tuple(dict.fromkeys(notes)),
+        notes=tuple(dict.fromkeys([*notes, *writer.totals.notes, *outcome.notes, *outcome.warnings])),
         removed=outcome.removed,
         leftovers=outcome.leftovers,
         warnings=outcome.warnings,
@@ -124,6 +119,21 @@ def write_checkpoint(
         bytes_written=sum(shard.layout.data_bytes for shard in to_write.values()),
         bytes_reused=sum(shard.planned.layout.data_bytes for shard in taken.values()),
     )
+
+
+def _take_over(
+    transaction: Transaction, contents: Contents, reuse: Reuse | None, watch: Watch
+) -> tuple[Contents, _Names, dict[str, UnchangedShard], list[str]]:
+    """Names all files, and stages the shards that need not be written. Returns the contents with the shards as they will be, the names,
+    the staged shards by name, and notes for the report."""
+    unchanged = find_unchanged(transaction, contents, reuse, watch) if reuse is not None else Unchanged()
+    with closing(unchanged):
+        contents = contents.keeping([shard.planned for shard in unchanged.shards])
+        names = _name_files(transaction, contents)
+        shards = dict(zip(names.shards, contents.shards))
+        every = reuse.recheck_every if reuse is not None else 1
+        taken, more = take_over(transaction, unchanged, shards, every, watch)
+    return contents, names, taken, [*contents.notes, *unchanged.notes, *more]
 
 
 def _name_files(transaction: Transaction, contents: Contents) -> _Names:

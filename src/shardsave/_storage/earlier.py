@@ -96,8 +96,11 @@ def open_earlier(path: str, here: Directory, staging: Staging) -> EarlierCheckpo
             own = call(os.fstat, path, folder.fd)
         except CallFailed as error:
             return error.reason
-        if os.path.samestat(own, call(os.fstat, here.name, here.fd)):
+        place = call(os.fstat, here.name, here.fd)
+        if os.path.samestat(own, place):
             return None
+        if own.st_dev != place.st_dev:
+            return "it is on another file system"
         if folder.shared:
             staging.make()
             folder.learn_owner(staging.directory)

@@ -151,6 +151,12 @@ class Transaction:
             self._staged.append(name)
         return identity
 
+    def drop(self, name: str) -> None:
+        """Undoes `take_over`: the shard has to be written."""
+        with self._before_commit():
+            self._staged.remove(name)
+            self._staging.directory.unlink(name)
+
     def shard_names(self, count: int) -> tuple[str, ...]:
         """Names for ``count`` shards, none of which is taken in the directory."""
         taken = self._taken_names()
