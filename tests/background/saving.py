@@ -93,7 +93,7 @@ def save_behind(
     step_timeout: float = 60.0,
     late: bool = False,
 ) -> Save:
-    """Starts a save that reads nothing before `Save.wait` or `opened_soon`. ``more``: what is saved beside the optimizers."""
+    """Starts a save that reads nothing before `Save.wait` or `opened_by_a_step`. ``more``: what is saved beside the optimizers."""
     staged = staged_only(source, optimizers, staging, more, check_unchanged=check_unchanged, step_timeout=step_timeout)
     save = Save(staged, folder, late)
     save.start()
@@ -120,12 +120,20 @@ def training_of(optimizers: Sequence[Optimizer], more: Any) -> Any:
 
 
 @contextmanager
-def opened_soon(save: Save, seconds: float = 0.1) -> Iterator[None]:
-    """Opens the gate while the block runs, so late that a step which ought to wait for it is found out if it does not."""
-    timer = threading.Timer(seconds, save.gate.set)
-    timer.start()
+def opened_by_a_step(save: Save, seconds: float = 0.03) -> Iterator[None]:
+    """Opens the gate a while after a step has asked whether it may go on: what it would change, if it did, is read after that."""
+    timers = []
+    before_step = save.staging._drain.before_step
+
+    def open_and_ask(optimizer: Optimizer) -> None:
+        timers.append(threading.Timer(seconds, save.gate.set))
+        timers[-1].start()
+        before_step(optimizer)
+
+    save.staging._drain.before_step = open_and_ask  # type: ignore[method-assign]
     yield
-    timer.join()
+    for timer in timers:
+        timer.join()
 
 
 def stored_in(folder: Path) -> dict[str, torch.Tensor]:

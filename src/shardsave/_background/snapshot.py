@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from shardsave._background import interim as engine
-from shardsave._background.interim import HostMemory
 from shardsave._common.free_memory import free_memory, return_freed_memory
 from shardsave._common.sources import ByteSource
 from shardsave._common.words import human_bytes
+from shardsave._engine import engine
 from shardsave._engine.blocks import Blocks, blocks
+from shardsave._engine.engine import HostMemory
 from shardsave._engine.transfer import BLOCK_BYTES, TransferFault
 from shardsave.errors import OutOfMemoryError
 

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from shardsave._background import guard, snapshot
-from shardsave._background import interim as engine
 from shardsave._background.changes import Seen, see
 from shardsave._background.drain import Drain, Drained
-from shardsave._background.interim import HostMemory
 from shardsave._background.owners import COPIED, Choice, Mode, choose, memory_of_module, memory_of_optimizer
 from shardsave._common.gc_pause import gc_paused
 from shardsave._common.sources import ByteSource, TensorSource
+from shardsave._engine import engine
+from shardsave._engine.engine import HostMemory
 from shardsave._saving.contents import Contents
 from shardsave.errors import SaveNotCommittedError
 

@@ -155,7 +155,7 @@ class ShardWriter:
             self._watch.check()
             progress.tick(done)
 
-        self._watch.begin_reading(pieces)
+        taken = self._watch.begin_reading(pieces)
         try:
             transfer = engine.write(
                 [file.file.fd for file in staged],
@@ -163,6 +163,8 @@ class ShardWriter:
                 pieces,
                 access="direct" if self._durable else "buffered",
                 start_writeback=self._durable,
+                workers=self._watch.workers,
+                taken=taken,
                 tick=tick,
             )
         except TransferFault as fault:
