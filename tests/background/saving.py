@@ -37,8 +37,9 @@ class Save:
         self._late = late
         self.error: BaseException | None = None
         self.workers = 1
+        self.read: list[int] = []  # the sources, by id, in the order in which they were given to the engine
         self._folder = folder
-        self._contents = staging.contents
+        self.contents = staging.contents
         self._thread = threading.Thread(target=self._run)
 
     def start(self) -> None:
@@ -57,8 +58,8 @@ class Save:
     def _run(self) -> None:
         try:
             self.staging.use_streams()
-            with Progress(False, "saving", self._contents.tensor_bytes) as progress:
-                write_checkpoint(self._contents, self._folder, durable=False, lock_timeout=10, progress=progress, watch=self)
+            with Progress(False, "saving", self.contents.tensor_bytes) as progress:
+                write_checkpoint(self.contents, self._folder, durable=False, lock_timeout=10, progress=progress, watch=self)
         except BaseException as error:
             self.error = error
         finally:
@@ -70,9 +71,13 @@ class Save:
     def attempt_commit(self) -> None:
         self.staging.check_complete()
 
+    def is_urgent(self, pieces: Sequence[ByteSource]) -> bool:
+        return self.staging.is_urgent(pieces)
+
     def begin_reading(self, pieces: Sequence[ByteSource]) -> NDArray[np.int64] | None:
         if self._late:
             self.gate.wait(60)
+        self.read = [id(piece) for piece in pieces]
         taken = self.staging.begin_reading(pieces)
         while not self.gate.wait(0.01):
             self.staging.check()

@@ -35,16 +35,18 @@ class Drained:
     """One tensor that is read while training goes on.
 
     ``owners``: the Parameters or state tensors whose memory it is, as they were at the moment of the call. ``sum``: the checksum of
-    its bytes at that moment, if it is known. ``released``: it was read, or need not be, and was compared: it may change.
+    its bytes at that moment, if it is known. ``stepped``: an optimizer holds it, so a step may wait for it. ``released``: it was read, or
+    need not be, and was compared: it may change.
     """
 
-    __slots__ = ("name", "nbytes", "owners", "piece", "released", "sum")
+    __slots__ = ("name", "nbytes", "owners", "piece", "released", "stepped", "sum")
 
-    def __init__(self, name: str, piece: ByteSource, nbytes: int, owners: Sequence[Seen]) -> None:
+    def __init__(self, name: str, piece: ByteSource, nbytes: int, owners: Sequence[Seen], stepped: bool) -> None:
         self.name = name
         self.piece = piece
         self.nbytes = nbytes
         self.owners = owners
+        self.stepped = stepped
         self.sum: int | None = None
         self.released = False
 
@@ -112,6 +114,10 @@ class Drain:
     def complete(self) -> bool:
         """Whether all was read, compared and found unchanged."""
         return self._left == 0 and self._failure is None
+
+    def is_urgent(self, pieces: Sequence[ByteSource]) -> bool:
+        """As `Watch.is_urgent`."""
+        return any((item := self._items.get(id(piece))) is not None and item.stepped for piece in pieces)
 
     def begin_reading(self, pieces: Sequence[ByteSource]) -> NDArray[np.int64] | None:
         """As `Watch.begin_reading`. Raises SaveNotCommittedError if a tensor has already changed: its memory may be gone."""
