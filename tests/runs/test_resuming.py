@@ -187,15 +187,15 @@ def test_a_step_under_the_name_of_another(memory: Path, change: Callable[[Path],
     change(memory)
     *_, info = manager_of(memory).steps()
     assert (info.step, info.state) == (30, "corrupt")
-    assert info.problem == "it is step 20 by its index, not step 30: the directory was renamed, copied or linked"
+    assert info.problem == "it is step 20, not step 30: the directory was renamed, copied or linked"
     fresh, right = model(7), 10 if change is rename else 20
     assert manager_of(memory).latest().step == right  # type: ignore[union-attr]
     resumed = manager_of(memory).resume(fresh)
     assert resumed is not None and (resumed.step, value_of(fresh)) == (right, right)
     assert (
-        len(resumed.notes) == 1 and f"{path_of(memory, 30)} is corrupt and was passed over: it is step 20" in resumed.notes[0]
+        len(resumed.notes) == 1 and f"{path_of(memory, 30)} is corrupt and was passed over: it is step 20," in resumed.notes[0]
     )
-    with pytest.raises(shardsave.CorruptCheckpointError, match="step-00000030: it is step 20 by its index, not step 30"):
+    with pytest.raises(shardsave.CorruptCheckpointError, match="step-00000030: it is step 20, not step 30"):
         manager_of(memory, on_corrupt="raise").resume(fresh)
     assert shardsave.resume(path_of(memory, 30), fresh).step == 20
     manager = manager_of(memory, keep_last=1)
@@ -230,6 +230,21 @@ def test_a_step_without_a_number(memory: Path) -> None:
     fresh = model()
     resumed = manager_of(memory).resume(fresh)
     assert resumed is not None and (resumed.step, value_of(fresh)) == (30, 30)
+
+
+def test_a_link_to_a_step_without_a_number(memory: Path) -> None:
+    """Catches a link to another step whose index says no number, and a step that was moved away and is taken for another one."""
+    shardsave.save(model(30), path_of(memory, 30), durable=False)
+    path_of(memory, 40).symlink_to(path_of(memory, 30))
+    assert [(info.step, info.state) for info in manager_of(memory).steps()] == [(30, "committed"), (40, "corrupt")]
+    path_of(memory, 30).rename(memory / "archive")
+    path_of(memory, 30).symlink_to("archive")
+    assert [(info.step, info.state) for info in manager_of(memory).steps()] == [(30, "committed"), (40, "corrupt")]
+    fresh = model()
+    resumed = manager_of(memory).resume(fresh)
+    assert (
+        resumed is not None and (resumed.step, value_of(fresh)) == (30, 30) and "it is step 30, not step 40" in resumed.notes[0]
+    )
 
 
 @pytest.mark.parametrize("of_whole_path", [True, False])

@@ -174,7 +174,7 @@ class Run:
             return replace(info, state="foreign", problem="shardsave did not save it")
         files = _files_there(folder, summary.lengths)
         self._sizes[info.step] = files.sizes
-        problem = files.problem or _problem_of_name(summary.step, info.step)
+        problem = files.problem or _problem_of_name(info, summary.step)
         return replace(
             info,
             state="corrupt" if problem else "committed",
@@ -213,11 +213,18 @@ class Run:
         return sum(size for inode, size in own.items() if inode not in others)
 
 
-def _problem_of_name(recorded: int | None, step: int) -> str:
-    """What is wrong with the directory of ``step`` whose index says that it is step ``recorded``: "" if nothing is."""
-    if recorded is None or recorded == step:
+def _problem_of_name(info: StepInfo, recorded: int | None) -> str:
+    """What is wrong with the name of a step whose index says that it is step ``recorded``: "" if nothing is.
+
+    A plain `save` may have been given no step; then a link to the directory of another step shows it.
+    """
+    if recorded is None and os.path.islink(info.path):
+        leads_to = (os.readlink(info.path), os.path.realpath(info.path))
+        numbers = (step_number(os.path.basename(path.rstrip("/"))) for path in leads_to)
+        recorded = next((number for number in numbers if number is not None), None)
+    if recorded in (None, info.step):
         return ""
-    return f"it is step {recorded} by its index, not step {step}: the directory was renamed, copied or linked"
+    return f"it is step {recorded}, not step {info.step}: the directory was renamed, copied or linked"
 
 
 def _identity(folder: Directory) -> tuple[int, ...] | None:
