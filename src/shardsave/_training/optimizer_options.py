@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -21,31 +21,29 @@ _OF_SCHEDULERS = dict.fromkeys(("initial_lr", "min_lr", "max_lr", "base_momentum
 _NUMBER, _FLAG = "a number", "True or False"
 
 
-def wrong_option(saved: Mapping[str, Any], live: Mapping[str, Any], optimizer: Any) -> str | None:
-    """The first of the ``saved`` options that a group of ``optimizer`` cannot take, in words; None if it can take all of them.
+def known_options(optimizer: Any) -> tuple[Mapping[str, Any], ...]:
+    """What is known of the options of ``optimizer``: its defaults, those of its class, and what schedulers add. Each: name → a value."""
+    optimizer = inner(optimizer)
+    return getattr(optimizer, "defaults", {}), dict(_defaults_of_class(type(optimizer))), _OF_SCHEDULERS
 
-    An option may be what it is in the ``live`` group, and what its class has by default. So an int may follow a float or a tensor, and
-    None follows where the class knows it. Of options that are not of the class, nothing is known, and all is taken.
+
+def wrong_option(saved: Mapping[str, Any], live: Mapping[str, Any], known: Sequence[Mapping[str, Any]]) -> str | None:
+    """The first of the ``saved`` options that a group cannot take, in words; None if it can take all. ``known``: see `known_options`.
+
+    An option may be what it is in the ``live`` group, or by default. So an int may follow a float or a tensor, and None may come where
+    the class knows it. Of options that are not those of the optimizer, nothing is known, and all is taken.
     """
-    examples_of = _examples(live, inner(optimizer))
     for name, value in saved.items():
-        examples = examples_of.get(name, [])
+        examples = [values[name] for values in known if name in values]
+        if not examples:
+            continue
+        examples += [live[name]] if name in live else []
         kinds = dict.fromkeys(map(_kind, examples))
         # Nothing tells what else an option can be that is None everywhere.
         if kinds.keys() <= {"None"} or None in kinds or any(_fits(value, example) for example in examples):
             continue
         return f"the option {name!r} was expected to be {' or '.join(map(str, kinds))}, the checkpoint has {_words(value)}"
     return None
-
-
-def _examples(live: Mapping[str, Any], optimizer: Any) -> dict[str, list[Any]]:
-    """Name → values that this option of ``optimizer`` may have: that of its group, and those that were or are its defaults."""
-    of_class = dict(_defaults_of_class(type(optimizer)))
-    of_instance = getattr(optimizer, "defaults", {})
-    known = {**_OF_SCHEDULERS, **of_class, **of_instance}
-    return {
-        name: [values[name] for values in (live, of_instance, of_class, _OF_SCHEDULERS) if name in values] for name in known
-    }
 
 
 def _defaults_of_class(kind: type) -> Iterator[tuple[str, Any]]:

@@ -10,7 +10,7 @@ import torch
 from shardsave._common.memory import PLAIN_TYPES
 from shardsave._common.words import count, some
 from shardsave._training.kinds import class_name, inner
-from shardsave._training.optimizer_options import wrong_option
+from shardsave._training.optimizer_options import known_options, wrong_option
 from shardsave._training.optimizers import NO_OPTIONS
 from shardsave._training.parameter_names import ParameterNames
 from shardsave._training.places import Place
@@ -155,13 +155,14 @@ def _loaded_groups(
             reader.corrupt(path, "the options of a group were", options)
     # torch asks for each value of the state whether its number is in a list of them; a range answers at once.
     quick = type(inner(optimizer)).load_state_dict is torch.optim.Optimizer.load_state_dict
+    known = known_options(optimizer)
     loaded, notes = [], []
     for at, (group, sources) in enumerate(zip(packed, order)):
         numbers = group["params"]
         if quick and len(numbers) > 0 and list(numbers) == list(range(numbers[0], numbers[0] + len(numbers))):
             group = {**group, "params": range(numbers[0], numbers[0] + len(numbers))}
         if sources and all(saved[other].options == saved[sources[0]].options for other in sources):
-            if wrong := wrong_option(decoded[sources[0]], group, optimizer):
+            if wrong := wrong_option(decoded[sources[0]], group, known):
                 return [], [], f"{path}, group {at}: {wrong}"
             group = {**group, **decoded[sources[0]]}
         elif sources:
