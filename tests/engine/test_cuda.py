@@ -1,7 +1,7 @@
 """CUDA through the driver API, on the hostile fake driver of ``tests/fake_cuda``.
 
 Method: each scenario runs in a process of its own, in which ``libcuda.so.1`` is the fake. ``device_scenarios`` test
-``csrc/cuda.cpp`` alone, ``engine_scenarios`` and ``gather_scenarios`` the whole C++ engine; the docstring of a scenario says what it catches.
+``csrc/cuda.cpp`` alone, the others the whole C++ engine; the docstring of a scenario says what it catches.
 """
 
 from __future__ import annotations

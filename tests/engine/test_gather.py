@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import threading
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from shardsave._engine import engine
 from shardsave._engine.blocks import Blocks, blocks
 
 #: Smaller than what the engines use, so that small pieces span many blocks.
-BLOCK_BYTES = 64 << 10
+BLOCK_BYTES = 256 << 10
 
 UNTOUCHED = 0xAA
 
@@ -44,10 +46,10 @@ def all_kinds() -> list[ByteSource]:
     ]
     sources: list[ByteSource] = [TensorSource.of(tensor) for tensor in tensors]
     sources += [TensorSource(numbers, torch.float16), CastSource(TensorSource.of(strided), torch.bfloat16)]
-    return [*sources, SwappedSource.of(numbers[:999]), *map(TensorSource.of, torch.arange(4000, dtype=torch.int16).split(2))]
+    return [*sources, SwappedSource.of(numbers[:999]), *map(TensorSource.of, torch.arange(1000, dtype=torch.int16).split(2))]
 
 
-def placed(pieces: list[ByteSource], begin: int = 0, gap: int = 0) -> Blocks:
+def placed(pieces: Sequence[ByteSource], begin: int = 0, gap: int = 0) -> Blocks:
     """The pieces one after the other in file 0 from ``begin`` on, whatever their alignment, with ``gap`` bytes between them."""
     rows, end = [], begin
     for piece in pieces:
@@ -132,57 +134,62 @@ class Gate(TensorSource):
         super().gather(offset, view)
 
 
-class Broken(Gate):
-    """A tensor that cannot be read."""
+class Slow(TensorSource):
+    """Forty blocks of ones, each of which takes a while; the one with the number ``broken`` cannot be read.
 
-    __slots__ = ()
+    ``gathered`` counts the blocks; ``threads`` holds the threads that asked for them.
+    """
+
+    __slots__ = ("broken", "gathered", "threads")
+
+    def __init__(self, broken: int = -1) -> None:
+        super().__init__(torch.ones(40 * BLOCK_BYTES, dtype=torch.uint8), torch.uint8)
+        self.broken, self.gathered = broken, 0
+        self.threads: set[int] = set()
+
+    def memory(self) -> None:
+        return None
 
     def gather(self, offset: int, view: memoryview) -> None:
-        raise RuntimeError("no bytes")
+        time.sleep(0.01)
+        self.threads.add(threading.get_ident())
+        if self.gathered == self.broken:
+            raise RuntimeError("no bytes")
+        self.gathered += 1
+        super().gather(offset, view)
 
 
 @pytest.mark.parametrize("to_memory", [True, False])
 def test_an_exception_ends_it(engine_name: str, to_memory: bool) -> None:
     """Catches a run that goes on after its tick or a piece raised, and an exception that is lost."""
-    whole = torch.zeros(40 * BLOCK_BYTES, dtype=torch.uint8)
-    first, last = Gate(torch.ones(100)), Gate(torch.ones(100))
-    into = memoryview(bytearray(whole.nbytes + 900)) if to_memory else None
+    into = memoryview(bytearray(40 * BLOCK_BYTES)) if to_memory else None
 
     def interrupt(_: int) -> None:
-        first.opened.set()
         raise KeyboardInterrupt
 
-    if engine_name == "portable":
-        first.opened.set()  # it ticks after each block only
-    pieces: list[ByteSource] = [first, TensorSource.of(whole), last]
+    slow = Slow()
     with pytest.raises(KeyboardInterrupt):
-        engine.gather(placed(pieces), pieces, into=into, workers=1, tick=interrupt)
-    assert first.opened.is_set() and not last.entered.is_set()
-    pieces = [TensorSource.of(whole[:5]), Broken(torch.ones(3)), last]
+        engine.gather(placed([slow]), [slow], into=into, workers=1, tick=interrupt)
+    assert slow.gathered < 40
+    slow = Slow(broken=3)
     with pytest.raises(RuntimeError, match="no bytes"):
-        engine.gather(placed(pieces), pieces, into=into, workers=1, tick=nothing)
-    assert not last.entered.is_set()
+        engine.gather(placed([slow]), [slow], into=into, workers=1, tick=nothing)
+    assert slow.gathered == 3
 
 
-@pytest.mark.parametrize("to_file", [True, False])
-def test_no_more_workers_than_wanted(tmp_path: Path, to_file: bool) -> None:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_no_more_workers_than_wanted(tmp_path: Path, workers: int) -> None:
     """Catches a limit on the workers that a write or a gathering ignores."""
     pytest.importorskip("shardsave._native")
-    pieces: list[ByteSource] = [TensorSource.of(torch.ones(30 * BLOCK_BYTES, dtype=torch.uint8))]
-    plan, before, seen = placed(pieces), len(os.listdir("/proc/self/task")), []
-
-    def tick(_: int) -> None:
-        seen.append(len(os.listdir("/proc/self/task")) - before)
-
+    written, gathered = Slow(), Slow()
     descriptor = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
     try:
-        if to_file:
-            engine.write([descriptor], plan, pieces, access="direct", start_writeback=True, workers=1, tick=tick)
-        else:
-            engine.gather(plan, pieces, workers=1, tick=tick)
+        plan = placed([written])
+        engine.write([descriptor], plan, [written], access="direct", start_writeback=True, workers=workers, tick=nothing)
     finally:
         os.close(descriptor)
-    assert max(seen) == 1, seen
+    engine.gather(placed([gathered]), [gathered], workers=workers, tick=nothing)
+    assert len(written.threads) == workers and len(gathered.threads) <= workers
 
 
 def test_what_was_taken_may_change(tmp_path: Path, engine_name: str) -> None:
@@ -202,6 +209,7 @@ def test_what_was_taken_may_change(tmp_path: Path, engine_name: str) -> None:
     thread.start()
     while not gate.entered.is_set() and thread.is_alive():
         seen.append(taken.copy())
+        time.sleep(0.001)
     counted = taken.copy()
     assert fast.nbytes - BLOCK_BYTES < counted[0] <= fast.nbytes  # the last block waits for the gate
     assert counted[1:].tolist() == [0, 0, 1000]
