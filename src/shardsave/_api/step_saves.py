@@ -95,7 +95,7 @@ class StepSaves:
 
     def _prepare(self, step: int) -> None:
         self._keeper.remover.wait()  # the space of what goes is needed
-        self._keeper.refuse_before_latest(step)
+        self._keeper.check_new(step)
 
     def _reuse(self, step: int, wanted: Any) -> Any:
         """What a save of ``step`` may take shards from: what was requested, else the last durable step."""

@@ -71,7 +71,8 @@ class TakingOver:
                 return None
         except CallFailed:
             return None
-        self._staging.directory.sync_open(file.fd, name)  # before it gets another name: then there is little to wait for
+        # Before it gets another name: then there is little to wait for.
+        self._staging.directory.sync_open(file.fd, f"{earlier.path}/{shard.name}")
         with suppress(CallFailed):
             earlier.folder.link(shard.name, self._staging.directory, name)
         linked = self._staging.inode_of(name)  # also if the call failed: it may have taken effect
