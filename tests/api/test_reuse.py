@@ -298,6 +298,30 @@ def test_an_earlier_checkpoint_that_is_removed_meanwhile(
     assert report.bytes_reused == 0 and is_saved(model, tmp_path / "next")
 
 
+def test_a_file_is_synced_once(earlier: tuple[nn.Sequential, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a shard that is taken over without ever being made durable by this process, or that is not synced again though somebody has
+    written to it; and one that is synced with every save, which waits for the disk each time."""
+    model, folder = earlier
+    synced: list[str] = []
+    sync = os.fsync
+
+    def note(fd: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+        sync(fd)
+
+    monkeypatch.setattr(os, "fsync", note)
+
+    def files_synced(target: str, **options: Any) -> list[str]:
+        synced.clear()
+        assert save(model, tmp_path / target, reuse=folder, **options).bytes_written == 0
+        return sorted({path for path in synced if path.endswith(".safetensors")})
+
+    files = sorted(map(str, folder.glob("*.safetensors")))
+    assert files_synced("fast", durable=False) == [] and files_synced("1") == files and files_synced("2") == []
+    os.utime(files[0])
+    assert files_synced("3") == files[:1] and files_synced("4") == []
+
+
 def mode_of(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
