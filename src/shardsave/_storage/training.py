@@ -67,8 +67,8 @@ def open_training(checkpoint: ShardFiles, part: Part, broken: Broken) -> Trainin
 def _note_tensors(checkpoint: ShardFiles, file: str, tensors: dict[str, Located]) -> None:
     opened, header = checkpoint.open_shard(file)
     checkpoint.hold(file, opened)
-    repeated = next((name for name in header.tensors.names if name in tensors), None)
-    if repeated is not None:
+    if not tensors.keys().isdisjoint(header.tensors.names):
+        repeated = next(name for name in header.tensors.names if name in tensors)
         raise CorruptCheckpointError(
             f"corrupt shard {file}: names that no other file of the training state has were expected, {glimpse(repeated)} is also in "
             f"{tensors[repeated].shard}; nothing else of the training state was read"
