@@ -56,6 +56,7 @@ FORBIDDEN = {
     ("_huggingface.*_saving", "_loading.*"): "a plain save must not import code that only loads need",
     ("_huggingface.*_loading", "_saving.*"): "a plain load must not import code that only saves need",
     ("_api.save", "_loading.*"): "a plain save must not import code that only loads need",
+    ("_api.save_contents", "_loading.*"): "a plain save must not import code that only loads need",
     ("_api.load", "_saving.*"): "a plain load must not import code that only saves need",
     ("_api.model_load", "_saving.*"): "a plain load must not import code that only saves need",
     ("_api.resume", "_saving.*"): "a resume must not import code that only saves need",

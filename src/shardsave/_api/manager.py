@@ -189,7 +189,7 @@ class CheckpointManager:
         numbers = checked_metrics(metrics)
         path = self._run.path_of(step)
         self._keeper.remover.wait()  # the space of what goes is needed
-        self._keeper.refuse_before_latest(step)
+        self._keeper.check_new(step)
         given = {**self._options, **options, **({"training": training} if training is not None else {})}
         try:
             report = self._verbs.save(model, path, step=step, metrics=numbers, options=given)
@@ -276,7 +276,6 @@ class CheckpointManager:
 
     def _resumed(self, info: StepInfo, resumed: Resumed, passed: list[str]) -> Resumed:
         self._when.done(info.step)
-        log_event(logging.INFO, "resumed", f"resumed {self._shown} from step {info.step}", path=info.path, step=info.step)
         return replace(resumed, notes=(*passed, *resumed.notes))
 
     @verb()

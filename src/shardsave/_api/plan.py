@@ -12,7 +12,7 @@ import torch
 from shardsave._api.arguments import check_path, check_progress, check_switches, check_timeout
 from shardsave._api.operators import check_operators
 from shardsave._api.reports import Printed
-from shardsave._api.save import What, plan
+from shardsave._api.save_contents import What, plan
 from shardsave._common.free_memory import free_memory
 from shardsave._common.progress import ProgressArgument
 from shardsave._common.shutdown import verb

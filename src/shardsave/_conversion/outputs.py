@@ -11,6 +11,7 @@ from typing import NamedTuple
 from shardsave._common.backend import engine_name
 from shardsave._common.gc_pause import gc_paused
 from shardsave._common.progress import Progress
+from shardsave._common.warn_caller import warn_caller
 from shardsave._common.words import some
 from shardsave._conversion.changes import Names
 from shardsave._conversion.converted import CarriedOver, converted_state
@@ -66,6 +67,8 @@ def _write_directory(output: Output, state: State, carried: CarriedOver, max_sha
 def _write_contents(contents: Contents, path: str, durable: bool, release: ReleaseWhileWriting) -> WriteResult:
     with Progress(release, "converting", contents.tensor_bytes) as progress:
         outcome = write_checkpoint(contents, path, durable=durable, lock_timeout=_LOCK_TIMEOUT, progress=progress)
+    for warning in outcome.warnings:
+        warn_caller(warning)
     notes = (f"could not remove {', '.join(outcome.leftovers)}",) if outcome.leftovers else ()
     totals = outcome.totals
     return WriteResult(

@@ -28,7 +28,8 @@ from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError
 PIN_NAME = ".shardsave-pinned"
 
 #: committed: can be loaded. saving: its first save is at work. unfinished: that save has died. removing: its removal has begun.
-#: corrupt: the index is damaged, or a file that it names is missing or has another length. newer: needs a newer shardsave.
+#: corrupt: the index is damaged or that of another step, or a file that it names is missing or has another length. newer: needs a newer
+#: shardsave.
 #: foreign: not saved by shardsave. unreadable: the operating system refuses to read it.
 State = Literal["committed", "saving", "unfinished", "removing", "corrupt", "newer", "foreign", "unreadable"]
 
@@ -66,9 +67,11 @@ class StepInfo:
 
 
 class _Summary(NamedTuple):
-    """What is remembered of an index. ``identity`` changes when its file does. ``lengths``: file → bytes, None if it may have any."""
+    """What is remembered of an index. ``identity`` changes when its file does. ``step``: which step it says that it is, if any.
+    ``lengths``: file → bytes, None if it may have any."""
 
     identity: tuple[int, ...]
+    step: int | None
     lengths: Mapping[str, int | None]
     metrics: Mapping[str, float]
     created: str
@@ -100,6 +103,10 @@ class Run:
                 folder.open(self.path)
                 names = folder.names()
         except CallFailed as error:
+            if error.errno == errno.ENOENT and os.path.islink(self.path):  # its disk may not be mounted: this is no new run
+                raise ShardSaveError(
+                    f"cannot read {self.path}: a directory was expected, it is a symbolic link to nothing; nothing was read or written"
+                ) from error
             if error.errno == errno.ENOENT:
                 return []
             raise cannot_read(self.path, error) from error
@@ -167,13 +174,14 @@ class Run:
             return replace(info, state="foreign", problem="shardsave did not save it")
         files = _files_there(folder, summary.lengths)
         self._sizes[info.step] = files.sizes
+        problem = files.problem or _problem_of_name(info, summary.step)
         return replace(
             info,
-            state="corrupt" if files.problem else "committed",
+            state="corrupt" if problem else "committed",
             created=summary.created,
             bytes=sum(files.sizes.values()),
             metrics=summary.metrics,
-            problem=files.problem,
+            problem=problem,
         )
 
     def _summary(self, folder: Directory, number: int, identity: tuple[int, ...]) -> _Summary | None:
@@ -187,7 +195,7 @@ class Run:
         moment = index.record.moment
         mtime = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(identity[3] // 10**9))
         lengths = {**_lengths(index, index.record), **_lengths_of_training(folder, index.record)}
-        summary = _Summary(identity, lengths, moment.metrics, moment.created or mtime, index.record.durable)
+        summary = _Summary(identity, moment.step, lengths, moment.metrics, moment.created or mtime, index.record.durable)
         self._summaries[number] = summary
         return summary
 
@@ -203,6 +211,20 @@ class Run:
         others = {inode for number, sizes in self._sizes.items() if number not in numbers for inode in sizes}
         own = {inode: size for number in numbers for inode, size in self._sizes.get(number, {}).items()}
         return sum(size for inode, size in own.items() if inode not in others)
+
+
+def _problem_of_name(info: StepInfo, recorded: int | None) -> str:
+    """What is wrong with the name of a step whose index says that it is step ``recorded``: "" if nothing is.
+
+    A plain `save` may have been given no step; then a link to the directory of another step shows it.
+    """
+    if recorded is None and os.path.islink(info.path):
+        leads_to = (os.readlink(info.path), os.path.realpath(info.path))
+        numbers = (step_number(os.path.basename(path.rstrip("/"))) for path in leads_to)
+        recorded = next((number for number in numbers if number is not None), None)
+    if recorded in (None, info.step):
+        return ""
+    return f"it is step {recorded}, not step {info.step}: the directory was renamed, copied or linked"
 
 
 def _identity(folder: Directory) -> tuple[int, ...] | None:

@@ -23,6 +23,7 @@ from shardsave._format.dtypes import BY_TORCH, logical_shape
 from shardsave._format.header import encode_header, with_sums
 from shardsave._format.index import FileRecord, ShardRecord
 from shardsave._format.packing import ALIGNMENT, Shard, StoredTensor, pack
+from shardsave._saving.watch import Watch
 from shardsave._state.module import Entry
 from shardsave._storage.staging import StagedShard
 from shardsave._storage.transaction import Transaction
@@ -88,7 +89,14 @@ class ShardWriter:
     """
 
     def __init__(
-        self, transaction: Transaction, shards: Sequence[PlannedShard], names: Sequence[str], *, durable: bool, whole_sums: bool
+        self,
+        transaction: Transaction,
+        shards: Sequence[PlannedShard],
+        names: Sequence[str],
+        watch: Watch,
+        *,
+        durable: bool,
+        whole_sums: bool,
     ) -> None:
         self.records: dict[str, ShardRecord] = {}
         self.file_records: dict[str, FileRecord] = {}
@@ -97,6 +105,7 @@ class ShardWriter:
         self._transaction = transaction
         self._shards = shards
         self._names = names
+        self._watch = watch
         self._durable = durable
         self._whole_sums = whole_sums
 
@@ -136,14 +145,21 @@ class ShardWriter:
 
     def _transfer(self, staged: Sequence[StagedShard], group: Sequence[PlannedShard], progress: Progress) -> Transfer:
         group_blocks = plan_blocks(group)
+        pieces = [piece for shard in group for piece in shard.pieces]
+
+        def tick(done: int) -> None:
+            self._watch.check()
+            progress.tick(done)
+
+        self._watch.begin_reading(pieces)
         try:
             return engine.write(
                 [file.file.fd for file in staged],
                 group_blocks,
-                [piece for shard in group for piece in shard.pieces],
+                pieces,
                 access="direct" if self._durable else "buffered",
                 start_writeback=self._durable,
-                tick=progress.tick,
+                tick=tick,
             )
         except TransferFault as fault:
             needed = sum(shard.reserved_bytes for shard in self._shards)

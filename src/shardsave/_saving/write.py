@@ -10,20 +10,21 @@ from typing import NamedTuple
 from shardsave._common.gc_pause import gc_paused
 from shardsave._common.phases import Phases
 from shardsave._common.progress import Progress
-from shardsave._common.warn_caller import warn_caller
 from shardsave._engine.totals import Totals
 from shardsave._format.crc64 import crc64
 from shardsave._format.file_names import DIRECTORY_INDEX, PART_TENSORS
 from shardsave._format.index import Part, ShardRecord
 from shardsave._saving.contents import Contents, PlannedDirectory
 from shardsave._saving.shards import ShardWriter
+from shardsave._saving.watch import UNWATCHED as UNWATCHED
+from shardsave._saving.watch import Watch as Watch
 from shardsave._storage.transaction import Transaction
 
 
 class WriteOutcome(NamedTuple):
     """What a committed write did. ``removed``: names of files that were removed or replaced, and that this save did not make.
-    ``leftovers``: names of files that should have been removed and could not be. ``warnings``: those of ``notes`` that were also issued
-    as warnings. ``directory_bytes``: the length of all files in the directories of parts."""
+    ``leftovers``: names of files that should have been removed and could not be. ``warnings``: those of ``notes`` that the caller must
+    not overlook. ``directory_bytes``: the length of all files in the directories of parts."""
 
     tensors: int
     shards: int
@@ -37,16 +38,24 @@ class WriteOutcome(NamedTuple):
 
 
 def write_checkpoint(
-    contents: Contents, directory: str | os.PathLike[str], *, durable: bool, lock_timeout: float, progress: Progress
+    contents: Contents,
+    directory: str | os.PathLike[str],
+    *,
+    durable: bool,
+    lock_timeout: float,
+    progress: Progress,
+    watch: Watch = UNWATCHED,
 ) -> WriteOutcome:
     """Writes ``contents`` and commits them as the checkpoint of ``directory`` by one rename. ``lock_timeout`` is in seconds.
 
+    ``watch`` is told how far the save is, and may end it by raising. The caller issues the warnings of the outcome.
     Raises DirectoryBusyError, OutOfSpaceError, SaveNotCommittedError: nothing was committed, a previous checkpoint is intact.
     Raises DurabilityUncertainError: the new checkpoint is in place, but may not survive a loss of power.
     """
     started = time.perf_counter()
     # Closed twice, since one interrupt may come at the beginning of a `close`, which then does nothing.
-    with closing(Transaction(directory, durable=durable, lock_timeout=lock_timeout)) as transaction, transaction:
+    transaction = Transaction(directory, durable=durable, lock_timeout=lock_timeout, waiting=watch.check)
+    with closing(transaction), transaction:
         transaction.check_not_read(contents.state.files)
         names = list(transaction.shard_names(len(contents.shards)))
         extra_names = [transaction.part_name("extra", PART_TENSORS) for _ in contents.extra_shards]
@@ -54,7 +63,7 @@ def write_checkpoint(
         in_folders = [f"{folder}/{file}" for folder, part in zip(folders, contents.directories) for file in part.shards]
         transaction.check_space(contents.reserved_bytes)
         all_names, whole_sums = [*names, *extra_names, *in_folders], contents.single_file is not None
-        writer = ShardWriter(transaction, contents.all_shards, all_names, durable=durable, whole_sums=whole_sums)
+        writer = ShardWriter(transaction, contents.all_shards, all_names, watch, durable=durable, whole_sums=whole_sums)
         writer.reserve()
         companions = transaction.add_companions(contents.companions)
         for folder in folders:
@@ -76,9 +85,7 @@ def write_checkpoint(
             index = contents.index_for(
                 names, writer.records, parts, companions, durable=durable, supersedes=transaction.supersedes
             )
-        outcome = transaction.commit(index)
-    for warning in outcome.warnings:
-        warn_caller(warning)
+        outcome = transaction.commit(index, attempt=watch.attempt_commit)
     return WriteOutcome(
         tensors=len(index.weight_map),
         shards=len(contents.shards),

@@ -9,6 +9,7 @@ import stat
 import threading
 import time
 import weakref
+from collections.abc import Callable
 
 from shardsave._common.os_calls import CallFailed, call
 from shardsave._common.shutdown import raise_if_ending
@@ -46,24 +47,32 @@ class LockedDirectory(Directory):
         self._pid = os.getpid()
         self._locked: list[None] = []  # one element once the lock is held
 
-    def acquire(self, timeout: float, *, purpose: str = "save to", state: str = _AS_BEFORE) -> None:
+    def acquire(
+        self,
+        timeout: float,
+        *,
+        purpose: str = "save to",
+        state: str = _AS_BEFORE,
+        waiting: Callable[[], object] = raise_if_ending,
+    ) -> None:
         """Opens the directory and waits up to ``timeout`` seconds for its lock. Raises DirectoryBusyError, CallFailed.
 
-        ``purpose`` and ``state`` are for the message: what cannot be done, and in which state that leaves the directory.
+        ``purpose`` and ``state`` are for the message: what cannot be done, and in which state that leaves the directory. ``waiting`` is
+        called again and again; what it raises is raised.
         """
         deadline = time.monotonic() + timeout
         _locks_of_this_thread().add(self)
         while True:
             self.open_for_writing(self.path)
-            self._wait(timeout, deadline, purpose, state)
+            self._wait(timeout, deadline, purpose, state, waiting)
             if self.is_in_place():
                 return
             self._locked.clear()
             super().close()
 
-    def _wait(self, timeout: float, deadline: float, purpose: str, state: str) -> None:
+    def _wait(self, timeout: float, deadline: float, purpose: str, state: str, waiting: Callable[[], object]) -> None:
         while True:
-            raise_if_ending()
+            waiting()
             try:
                 # Locked and noted in one C call: otherwise a signal handler could run in between, and a save in it would wait for this one.
                 return self._locked.extend(map(fcntl.flock, (self.fd,), (fcntl.LOCK_EX | fcntl.LOCK_NB,)))

@@ -7,6 +7,7 @@ index has been re-read to learn which checkpoint is in place. `shardsave._storag
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +15,7 @@ from types import TracebackType
 from typing import NamedTuple
 
 from shardsave._common.os_calls import DISK_FULL, OUT_OF_SPACE, CallFailed
+from shardsave._common.shutdown import raise_if_ending
 from shardsave._common.words import human_bytes, some
 from shardsave._format.file_names import DIRECTORY_PATTERN, INDEX_NAME, LONE_NAME, directory_name, part_name, shard_names
 from shardsave._format.index import MAX_INDEX_BYTES, FileRecord, Index, Superseded, encode_index
@@ -54,9 +56,18 @@ class Transaction:
     For one thread. In a forked child it does nothing.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, durable: bool, lock_timeout: float) -> None:
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        durable: bool,
+        lock_timeout: float,
+        waiting: Callable[[], object] = raise_if_ending,
+    ) -> None:
+        """``waiting`` is called again and again while another saver has the lock; what it raises ends the save."""
         self.path = path_to_write(os.fspath(directory))
         self._lock_timeout = lock_timeout
+        self._waiting = waiting
         self._folder = LockedDirectory(self.path, durable=durable)
         self._staging = Staging(self._folder, self.path)
         self._companions = StagedCompanions(self._folder, self._staging)
@@ -91,12 +102,16 @@ class Transaction:
         self.close()
 
     def _lock(self) -> None:
-        try:
-            make_folders(self.path, self._folder.durable)
-            self._folder.acquire(self._lock_timeout)
-        except CallFailed as error:
-            kind = OutOfSpaceError if error.errno in OUT_OF_SPACE else SaveNotCommittedError
-            raise kind(f"cannot save to {self.path}: {error.words}; nothing was written") from error
+        for tries_left in (1, 0):
+            try:
+                make_folders(self.path, self._folder.durable)
+                return self._folder.acquire(self._lock_timeout, waiting=self._waiting)
+            except CallFailed as error:
+                # `clean` or a manager may just have removed the new directory of a step, which was empty, before it was locked.
+                if error.errno == errno.ENOENT and tries_left:
+                    continue
+                kind = OutOfSpaceError if error.errno in OUT_OF_SPACE else SaveNotCommittedError
+                raise kind(f"cannot save to {self.path}: {error.words}; nothing was written") from error
 
     def _read_previous(self) -> None:
         """Makes the previous commit durable before this save relies on it, whoever made it; then reads it, and finishes its companions."""
@@ -211,16 +226,17 @@ class Transaction:
         with self._before_commit():
             self._companions.add_second_name(shard, name)
 
-    def commit(self, index: Index) -> CommitOutcome:
+    def commit(self, index: Index, attempt: Callable[[], object]) -> CommitOutcome:
         """Makes the sealed shards and ``index`` the checkpoint of the directory.
 
+        ``attempt`` is called right before the rename of the index; what it raises ends the save, and nothing is committed.
         Raises SaveNotCommittedError, OutOfSpaceError, DirectoryBusyError when nothing was committed, and
         DurabilityUncertainError when the new checkpoint is in place but may not survive a loss of power.
         """
         encoded = encode_index(index)
         try:
             self._move_all()
-            self._publish(encoded)
+            self._publish(encoded, attempt)
             self._replace_companions()
         except BaseException as error:
             self._settle(encoded, error)
@@ -253,7 +269,7 @@ class Transaction:
             self._moving.remove(name)
             raise name_taken(self.path, name, self._state())
 
-    def _publish(self, index: bytes) -> None:
+    def _publish(self, index: bytes, attempt: Callable[[], object]) -> None:
         """Renames the index, unless another host has replaced it or the directory was moved since this save began."""
         self._staging.write_index(index)
         if self._folder.read_all(INDEX_NAME, MAX_INDEX_BYTES) != self._previous.index_bytes:
@@ -261,6 +277,7 @@ class Transaction:
         with self._before_commit():
             if not self._folder.is_in_place():
                 raise directory_moved(self.path)
+        attempt()
         self._phase = self._phase.then(Phase.RENAMING)
         self._staging.rename(NEW_INDEX_NAME, INDEX_NAME)
         self._folder.sync()
