@@ -18,7 +18,6 @@ from shardsave._training.places import Place
 from shardsave._training.read_values import UNCHANGED, Onto, ValueReader
 from shardsave.errors import UnsupportedTensorError
 
-
 _ON_HOST = Onto(torch.device("cpu"))
 
 #: The keys of the value that is a tensor and was on the CPU.
