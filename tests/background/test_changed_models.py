@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +98,21 @@ def test_a_deleted_model(memory: Path, staging: Any) -> None:
     pending.wait(30)
     gc.collect()
     assert alive() is None and value_in(memory / "ckpt") == 1
+
+
+def test_a_model_that_is_filled(memory: Path) -> None:
+    """Catches a checkpoint of what `load_model` is just reading into the model, which torch does not count as a change."""
+    net, optimizer = net_and_optimizer()
+    shardsave.save({"weight": torch.zeros(700, 700)}, memory / "zeros", durable=False)
+    transaction = Transaction(memory / "ckpt", durable=False, lock_timeout=5)
+    with closing(transaction), transaction:  # the save waits until it may lock the directory, and reads nothing before
+        pending = shardsave.save_async(net, memory / "ckpt", training={"o": optimizer}, staging="ring", durable=False)
+
+        def let_the_save_read(done: int, total: int) -> None:
+            transaction.close()
+            assert pending.staged.wait(30)
+
+        shardsave.load_model(net, memory / "zeros", progress=let_the_save_read)
+    with pytest.raises(shardsave.SaveNotCommittedError, match="cannot save 'weight' while training goes on"):
+        pending.wait(30)
+    take_failures()

@@ -15,6 +15,8 @@ from torch.optim.swa_utils import AveragedModel
 
 import shardsave
 from background.saving import assert_same_tensors, save_behind, training_of
+from shardsave._background.failures import take_failures
+from shardsave._storage.transaction import Transaction
 from shardsave.errors import SaveNotCommittedError
 
 
@@ -208,3 +210,35 @@ def test_inference_tensors(tmp_path: Path) -> None:
     assert save.staging.mode == "ring"
     save.wait()
     assert_same_tensors(tmp_path / "behind", tmp_path / "at-once")
+
+
+def test_inference_tensors_that_change(tmp_path: Path) -> None:
+    """Catches a tensor without a version that is read after the call: its changes go unnoticed."""
+    subject = Subject()
+    with torch.inference_mode():
+        subject.model[1].weight = nn.Parameter(torch.ones(520, 520), requires_grad=False)
+    shardsave.save(subject.model, tmp_path / "at-once", training=training_of([subject.optimizer], None))
+    save = save_behind(subject.model, tmp_path / "behind", [subject.optimizer])
+    with torch.inference_mode():
+        subject.model[1].weight.mul_(2)
+    save.wait()
+    assert_same_tensors(tmp_path / "behind", tmp_path / "at-once")
+
+
+@pytest.mark.parametrize("assume_frozen_unchanged", [False, True])
+def test_check_unchanged_of_what_is_taken_over(tmp_path: Path, assume_frozen_unchanged: bool) -> None:
+    """Catches a shard of an earlier checkpoint in the place of other values of the call: weights that were exchanged for a moment."""
+    subject = Subject()
+    training = training_of([subject.optimizer], None)
+    weight, options = subject.model[1].weight, {"training": training, "assume_frozen_unchanged": assume_frozen_unchanged}
+    shardsave.save(subject.model, tmp_path / "earlier", **options)  # type: ignore[arg-type]
+    usual = weight.detach().clone()
+    weight.data.zero_()
+    with Transaction(tmp_path / "behind", durable=False, lock_timeout=5):  # the save waits, and has compared nothing
+        pending = shardsave.save_async(
+            subject.model, tmp_path / "behind", reuse=tmp_path / "earlier", staging="ring", check_unchanged=True, **options
+        )
+        weight.data.copy_(usual)
+    with pytest.raises(SaveNotCommittedError, match=r"cannot save '1.weight' while .* its checksum is another one"):
+        pending.wait(30)
+    take_failures()

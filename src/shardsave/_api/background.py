@@ -186,9 +186,6 @@ class _Watching:
     def end_reading(self, pieces: Sequence[ByteSource], sums: Sequence[int]) -> None:
         self.staging.end_reading(pieces, sums)
 
-    def leave_out(self, pieces: Sequence[ByteSource]) -> None:
-        self.staging.leave_out(pieces)
-
 
 def _save(flight: Flight[SaveReport], planned: Planned, path: str, how: How, started: Started, watch: _Watching) -> SaveReport:
     """Saves, on the saving thread. What the caller of a blocking save would be warned of is in the notes."""

@@ -182,6 +182,7 @@ class _Resumption:
             return self._training
         model = "the model is loaded, " if self.model is not None else ""
         with _in_state(f"{model}tensors in place in the training state are partly restored, no object has received its state"):
+            plan.expect_writes()
             reader.read(self._in_place)
         with _in_state(model.removesuffix(", ")):
             values = plan.apply()

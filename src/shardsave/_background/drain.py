@@ -1,7 +1,7 @@
 """Follows the tensors whose memory a save reads while training goes on, and lets no step change one before it was read.
 
-Threads: the saving thread calls `check`, `begin_reading`, `end_reading` and `leave_out`; threads that train call `before_step`. The
-lock guards everything that they share; nobody waits while holding it.
+Threads: the saving thread calls `check`, `begin_reading` and `end_reading`; threads that train call `before_step`. The lock guards
+everything that they share; nobody waits while holding it.
 """
 
 from __future__ import annotations
@@ -134,10 +134,6 @@ class Drain:
             item = self._items.get(id(piece))
             if item is not None and item.sum not in (None, found):
                 raise SaveNotCommittedError(_changed(item.name, "its checksum is another one"))
-        self.leave_out(pieces)
-
-    def leave_out(self, pieces: Sequence[ByteSource]) -> None:
-        """``pieces`` need not be read any more. Raises SaveNotCommittedError if one has changed."""
         with self._lock:
             for piece in pieces:
                 if (item := self._items.get(id(piece))) is not None:

@@ -97,12 +97,8 @@ class Staging:
         return None if self.staged.is_set() else self._drain.begin_reading(pieces)
 
     def end_reading(self, pieces: Sequence[ByteSource], sums: Sequence[int]) -> None:
-        """As `Watch.end_reading`. Raises SaveNotCommittedError."""
+        """As `Watch.end_reading`. Raises SaveNotCommittedError if one of ``pieces`` was changed until now."""
         self._drain.end_reading(pieces, sums)
-
-    def leave_out(self, pieces: Sequence[ByteSource]) -> None:
-        """``pieces`` will not be read. Raises SaveNotCommittedError if one was changed until now."""
-        self._drain.leave_out(pieces)
 
     def check_complete(self) -> None:
         """Raises SaveNotCommittedError unless everything was read and found unchanged. A commit must not be attempted before."""
@@ -218,7 +214,10 @@ def _drained(
     """The numbers of the tensors that can be read after the call, each with the owners of its memory."""
     at_address: dict[int, list[int]] = {}
     for number, nbytes in enumerate(table.nbytes):
-        if nbytes >= DRAINED_BYTES and type(piece := table.pieces[number]) is TensorSource and piece.memory() is not None:
+        piece = table.pieces[number]
+        if nbytes < DRAINED_BYTES or type(piece) is not TensorSource or piece.memory() is None:
+            continue
+        if not piece.tensor.is_inference():  # such a tensor has no version, so its changes would not be noticed
             at_address.setdefault(piece.tensor.data_ptr(), []).append(number)
     drained: dict[int, _Found] = {}
     if not at_address:

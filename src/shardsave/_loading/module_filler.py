@@ -175,15 +175,14 @@ class ModuleFiller:
         for join in unviewed:
             if self.plan.routed.isdisjoint(join.targets):
                 self._read_joined(join, reader)
-        try:
-            with self._counting(reader, in_place=True):
-                reader.read(targets)
-                for name in destinations if self._apart else ():
-                    if name in self._apart:
-                        reader.read([(self.plan.stored[name], destinations[name])])
-        finally:
-            # autograd does not notice these writes; with a new version number, a stale backward raises. Inference tensors are skipped.
-            torch.autograd.graph.increment_version(list(destinations.values()))
+        # autograd does not notice these writes; with a new version number, a stale backward raises. A save in the background that still
+        # reads these tensors fails, and does so only if the number changes before they do. Inference tensors are skipped.
+        torch.autograd.graph.increment_version(list(destinations.values()))
+        with self._counting(reader, in_place=True):
+            reader.read(targets)
+            for name in destinations if self._apart else ():
+                if name in self._apart:
+                    reader.read([(self.plan.stored[name], destinations[name])])
 
     def _update_spare_copies(self) -> None:
         """Copies buffers to where accelerate keeps a copy of them, which it puts in their place when its hooks are removed."""

@@ -117,7 +117,8 @@ def take_over(
         _taken.move_to_end(identity)
     while len(_taken) > _MOST_REMEMBERED:
         _taken.popitem(last=False)
-    watch.leave_out([piece for shard in taken.values() for piece in shard.planned.pieces])
+    for shard in taken.values():
+        watch.end_reading(shard.planned.pieces, shard.sums)
     if refused:
         notes.append(
             f"{count(refused, 'unchanged shard')} of {unchanged.earlier.path} written again: a clone or a link of a file with the owner "

@@ -39,10 +39,9 @@ class Watch(Protocol):
         """
 
     def end_reading(self, pieces: Sequence[ByteSource], sums: Sequence[int]) -> None:
-        """Called after the memory of ``pieces`` was read, with the checksum of each."""
-
-    def leave_out(self, pieces: Sequence[ByteSource]) -> None:
-        """Called for pieces whose memory will not be read any more, since what they hold is on disk already."""
+        """Called when the memory of ``pieces`` will not be read any more, with the checksum of what is on disk of each: it was written,
+        or had been there already.
+        """
 
 
 class Unwatched:
@@ -64,9 +63,6 @@ class Unwatched:
         pass
 
     def end_reading(self, pieces: Sequence[ByteSource], sums: Sequence[int]) -> None:
-        pass
-
-    def leave_out(self, pieces: Sequence[ByteSource]) -> None:
         pass
 
 

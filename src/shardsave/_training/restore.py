@@ -82,6 +82,12 @@ class RestorePlan:
         if self._rng is not None:
             self._check(RNG.path, lambda: check_process_state(self._rng))
 
+    def expect_writes(self) -> None:
+        """Must be called before anything is read into tensors that exist: neither autograd nor a save in the background notices that, but
+        both notice a new version number. A stale backward then raises, and such a save fails.
+        """
+        torch.autograd.graph.increment_version([tensor for _, tensor in self._reader.in_place if not tensor.is_inference()])
+
     def apply(self) -> Any:
         """Hands every object its state, and sets the generators of the process at the very end. No object runs a step.
 
@@ -89,8 +95,6 @@ class RestorePlan:
         refuses its state.
         """
         self._copy(self._reader.copies)
-        # autograd does not notice what is read into memory; with a new version number, a stale backward raises.
-        torch.autograd.graph.increment_version([tensor for _, tensor in self._reader.in_place if not tensor.is_inference()])
         for path, load in self._leaves.loads:
             try:
                 load()
