@@ -5,6 +5,7 @@ from __future__ import annotations
 import linecache
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -17,6 +18,7 @@ import shardsave
 from background.held import assert_nothing_is_left, value_in
 from background.saving import hooks
 from shardsave._background.failures import take_failures
+from shardsave._background.flight import Flight
 from support import ROOT
 
 #: The files whose lines are met. Of a thread that is being started, only the beginnings of functions.
@@ -83,3 +85,36 @@ def test_an_interrupt_at_any_line(memory: Path, staging: Any) -> None:
     assert line > 100
     report = shardsave.save_async(net, memory / "ckpt", **options).wait()
     assert report.staging == staging and value_in(memory / "ckpt") == 1 and take_failures() == ()
+
+
+@pytest.mark.parametrize("then", ["a step", "a save"])
+@pytest.mark.parametrize("method", ["abandon", "_abandon"])
+def test_a_second_interrupt(memory: Path, monkeypatch: pytest.MonkeyPatch, method: str, then: str) -> None:
+    """Catches a save that a second Ctrl-C has left behind: steps would wait for it, and each later save, and the end of the process."""
+    net = torch.nn.Linear(600, 600)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    original, interrupts = getattr(Flight, method), []
+
+    def interrupt(flight: Flight[Any], *arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    def interrupt_once(flight: Flight[Any]) -> None:
+        if not interrupts:
+            interrupts.append(None)
+            raise KeyboardInterrupt
+        original(flight)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Flight, "launch", interrupt)
+        patch.setattr(Flight, method, interrupt_once)
+        with pytest.raises(KeyboardInterrupt):
+            shardsave.save_async(net, memory / "ckpt", training={"optimizer": optimizer}, staging="ring", durable=False)
+    assert interrupts and hooks() == (method == "abandon")
+    if then == "a step":
+        started = time.monotonic()
+        optimizer.step()
+        assert time.monotonic() - started < 10
+        assert_nothing_is_left(memory / "ckpt")
+    shardsave.save_async(net, memory / "ckpt", if_busy="raise", durable=False).wait()
+    assert_nothing_is_left(memory / "ckpt")
+    assert hooks() == 0

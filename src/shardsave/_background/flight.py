@@ -10,11 +10,13 @@ from __future__ import annotations
 import _thread
 import logging
 import os
+import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from types import FrameType
 from typing import Generic, Literal, Protocol, TypeVar
 
 from shardsave._background.failures import note_failure
@@ -65,7 +67,9 @@ class Flight(Generic[Result]):
         self._bells: list[_thread.LockType] = []  # each of somebody who waits
         self._job: Callable[[], Result] | None = None
         self._thread_id = threading.get_ident()
+        self._call: FrameType | None = sys._getframe(1)  # that of the caller, until the flight needs it no more
         self._launched = False
+        self._is_open = False
         # Locks and no events: an interrupt in `Event.set` can leave the event's own lock locked.
         self._begun, self._gate = _thread.allocate_lock(), _thread.allocate_lock()
         self._begun.acquire()
@@ -96,9 +100,10 @@ class Flight(Generic[Result]):
             if isinstance(error.__context__, KeyboardInterrupt):  # it came in `start`, and upset a lock there
                 raise error.__context__ from None
             return self.run_here(job)
-        self._thread_id = thread.ident or 0
         self.stall_seconds = time.perf_counter() - started
         self._open_gate()
+        self._thread_id = thread.ident or 0
+        self._call = None
 
     def run_here(self, job: Callable[[], Result]) -> None:
         """Calls ``job`` on this thread. Its error is that of the flight, and raised only if it is an interrupt."""
@@ -114,16 +119,43 @@ class Flight(Generic[Result]):
         self._end(result, None)
 
     def abandon(self) -> None:
-        """Ends the flight after an error or an interrupt in the call: cancels it, waits for its thread, and leaves nothing behind."""
+        """Ends the flight after an error or an interrupt in the call: cancels it, waits for its thread, and leaves nothing behind.
+
+        Another interrupt, as of a launcher that passes Ctrl-C on, ends only the waiting for a thread that ends the flight by itself.
+        """
+        while not self.ended:
+            try:
+                self._abandon()
+            except BaseException:  # the caller raises the first one
+                if self._is_run_elsewhere:
+                    break
+
+    def _abandon(self) -> None:
         self.cancel()
         self._open_gate()
-        if self._launched and self._begun.acquire(timeout=_PATIENCE):
+        if self._launched and (self._is_run_elsewhere or self._begun.acquire(timeout=_PATIENCE)):
             self.wait_ended()
         self._end(None, self._cancelled(), silent=True)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether nobody will end it unless this thread calls `abandon`: its call was interrupted, and so was the end of that call."""
+        if self._call is None or not self.is_of_this_thread:
+            return False
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and frame is not self._call:
+            frame = frame.f_back
+        return frame is None
+
+    @property
+    def _is_run_elsewhere(self) -> bool:
+        """Whether another thread than this one runs the flight, and waits for nothing any more."""
+        return self._is_open and self._runner.get(None, threading.get_ident()) != threading.get_ident()
 
     def _open_gate(self) -> None:
         with suppress(RuntimeError):  # it is open
             self._gate.release()
+        self._is_open = True
 
     def _run(self) -> BaseException | None:
         """Calls the job and ends the flight. Returns what must be raised if this is the caller's thread."""
@@ -131,6 +163,7 @@ class Flight(Generic[Result]):
             return None
         self._begun.release()
         self._gate.acquire()
+        self._thread_id = threading.get_ident()
         result, error, interrupt = None, None, None
         try:
             with verb():
@@ -193,7 +226,7 @@ class Flight(Generic[Result]):
             if error is not None and not silent:
                 self._tell(error)
         finally:
-            self._job = None
+            self._job = self._call = None
             leave_turn(self)
             self.ended = True
             self.staged.set()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch.optim import optimizer as torch_optimizer
 
+from shardsave._background.turns import end_lost
 from shardsave._common.uncompiled import uncompiled
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def _runs_closure_first(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _wait(optimizer: torch.optim.Optimizer) -> None:
+    end_lost()
     for guard in _armed:
         guard.before_step(optimizer)
 

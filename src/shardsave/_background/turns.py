@@ -37,6 +37,12 @@ class Turn(Protocol):
 
     def cancel(self) -> bool: ...
 
+    def abandon(self) -> None: ...
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether nobody ends it any more, unless this thread calls `abandon`."""
+
     @property
     def is_of_this_thread(self) -> bool:
         """Whether this thread prepares it or runs it, so that it cannot go on while this thread waits."""
@@ -54,6 +60,7 @@ def take_turn(flight: Turn, if_busy: IfBusy) -> float | None:
     """
     started = time.perf_counter()
     _alive.add(flight)
+    end_lost()
     while (other := _turn.setdefault(None, flight)) is not flight:
         if if_busy == "skip":
             return None
@@ -79,6 +86,13 @@ def in_flight() -> Turn | None:
     return _turn.get(None)
 
 
+def end_lost() -> None:
+    """Ends the save that has the turn, if two interrupts in a row have left it behind."""
+    flight = in_flight()
+    if flight is not None and flight.is_lost:
+        flight.abandon()
+
+
 def process_ends() -> bool:
     """Whether the process is at its end: a thread that is started now would not be waited for, if it can be started at all."""
     return bool(_exiting)
@@ -93,6 +107,7 @@ def _wait_at_exit() -> None:
     silent, interrupts = True, 0
     while (flight := in_flight()) is not None:
         try:
+            end_lost()
             if not flight.wait_ended(_SILENT_SECONDS) and silent:
                 silent = False
                 _say(f"the process ends once {flight.path} is saved (Ctrl-C: how to give that up)")
