@@ -1,0 +1,28 @@
+"""After each test of background saves: nothing of them is left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from background.saving import hooks
+from background.zygote import Zygote
+from shardsave._background.snapshot import release_snapshot_memory
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    """Catches a hook that stays registered."""
+    assert hooks() == 0
+    yield
+    assert hooks() == 0, "a hook before steps is still registered"
+    release_snapshot_memory()
+
+
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Zygote]:
+    """Starts real processes that have imported everything."""
+    started = Zygote()
+    yield started
+    started.close()
