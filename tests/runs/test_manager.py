@@ -16,7 +16,7 @@ import shardsave
 from shardsave._common import os_calls
 from shardsave._runs.recorded import RECORD_NAME
 from shardsave._storage.transaction import Transaction
-from training_run import flip, manager_of, model, path_of, steps_in, train, value_of
+from training_run import flip, manager_of, model, path_of, steps_in, train, value_of, value_of_step
 
 
 def test_a_run(memory: Path) -> None:
@@ -153,9 +153,38 @@ def test_a_new_run_over_an_old_one(memory: Path) -> None:
     """Catches a training that begins anew in the directory of another one: `resume` would never find its steps, and a policy would
     remove them at once."""
     train(manager_of(memory), 1, 30)
-    with pytest.raises(shardsave.SaveNotCommittedError, match="step 30 is there already; resume it, or give the run another"):
+    with pytest.raises(shardsave.SaveNotCommittedError, match="step 30 is there already; another process may be writing this run"):
         train(manager_of(memory, keep_last=1), 1, 30)
     assert steps_in(memory) == [10, 20, 30]
+
+
+def test_two_writers_of_one_run(memory: Path) -> None:
+    """Catches a process that overwrites the steps of another one, which writes the same run at the same speed."""
+    manager, other = manager_of(memory), manager_of(memory)
+    manager.save(10, model(10))
+    with pytest.raises(shardsave.SaveNotCommittedError, match="a new step, or one that .* it is there already; another process"):
+        other.save(10, model(11))
+    assert value_of_step(memory, 10) == 10
+    manager.save(10, model(12))
+    manager.save(20, model(20))
+    shardsave.save(model(21), path_of(memory, 20), step=20, durable=False)  # as a process does that began this save before ours ended
+    for step in (20, 30):
+        with pytest.raises(shardsave.SaveNotCommittedError, match="step 20 was expected to be as this .*; another process"):
+            manager.save(step, model(30))
+    assert steps_in(memory) == [10, 20] and value_of_step(memory, 20) == 21
+
+
+def test_a_step_is_saved_again(memory: Path) -> None:
+    """Catches a restart that cannot save the step again which it has resumed, or that it has passed over as damaged."""
+    train(manager_of(memory), 1, 20)
+    manager = manager_of(memory)
+    assert manager.resume(model()).step == 20  # type: ignore[union-attr]
+    manager.save(20, model(21))
+    manager.save(30, model(30))
+    flip(memory, 30)
+    manager = manager_of(memory)
+    assert manager.resume(model()).step == 20  # type: ignore[union-attr]
+    assert train(manager, 21, 30) == [30] and value_of_step(memory, 30) == 30
 
 
 def test_on_commit(memory: Path) -> None:
@@ -219,7 +248,7 @@ def test_a_full_disk_and_a_policy_that_fails(memory: Path) -> None:
     def fail(steps: tuple[shardsave.StepInfo, ...]) -> list[int]:
         raise KeyError("colour\nred") if len(steps) > 1 else ZeroDivisionError
 
-    manager = manager_of(memory, policy=fail)
+    manager, other = manager_of(memory, policy=fail), manager_of(memory)
     huge = {"x": torch.zeros(1).expand(1 << 45)}
     for number, words in ((20, "ZeroDivisionError"), (30, r"KeyError: 'colour\\nred'")):
         with pytest.raises(
@@ -227,7 +256,7 @@ def test_a_full_disk_and_a_policy_that_fails(memory: Path) -> None:
         ) as caught:
             manager.save(number, huge)
         assert caught.match(f"it raised {words}$")
-        manager_of(memory).save(10, model(10))
+        other.save(10, model(10))
     assert steps_in(memory) == [10]
 
 

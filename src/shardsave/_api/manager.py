@@ -214,7 +214,7 @@ class CheckpointManager(Generic[Saved]):
         Raises:
             TypeError, ValueError: for wrong arguments.
             OutOfSpaceError: as in `save`; the message says what the policy will remove after the next commit, and its size.
-            SaveNotCommittedError: also if the run has a later step than this one.
+            SaveNotCommittedError: also if another process seems to write this run: it has a later step, or this one is there already.
             all that `save` raises.
         """
         step = checked_step(step)
@@ -320,6 +320,7 @@ class CheckpointManager(Generic[Saved]):
 
     def _resumed(self, info: StepInfo, resumed: Resumed, passed: list[str]) -> Resumed:
         self._when.done(info.step)
+        self._keeper.note_own(info.step)
         return replace(resumed, notes=(*passed, *resumed.notes))
 
     @verb()

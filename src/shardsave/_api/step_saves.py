@@ -103,6 +103,7 @@ class StepSaves:
         finally:
             _remove_empty(self._run.path_of(step))
         self._keeper.uncounted.pop(step, None)
+        self._keeper.note_own(step)
         self._keeper.remover.note_saved(step, durable=report.durable)
         try:
             if self._on_commit is not None:
