@@ -84,7 +84,7 @@ def plan(source: Source, what: What) -> Planned:
     user_metadata = check_metadata(what.metadata)
     moment = check_moment(what.step, what.metrics, is_training=what.training is not None or what.rng)
     with_parts = what.architecture or what.program is not None
-    target = _check_part(what.only, what.dtype, what.adapter_only, with_parts)
+    target = _check_part(what, with_parts=with_parts)
     layout = choose_layout(source, what.adapter_only, with_parts=with_parts)
     with gc_paused():
         directories, epoch, training_notes = _training(source, what, max_shard_bytes)
@@ -125,18 +125,24 @@ def _json(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
 
 
-def _check_part(only: object, dtype: object, adapter_only: bool, with_parts: bool) -> torch.dtype | None:
-    """Checks ``only`` and ``dtype``; returns the dtype to cast to."""
-    if only not in (None, "trainable"):
-        raise ValueError(f"only must be 'trainable' or None, not {only!r}")
-    target = check_dtype(dtype)
-    if only is not None and adapter_only:
+def _check_part(what: What, *, with_parts: bool) -> torch.dtype | None:
+    """Checks ``only``, ``dtype`` and ``adapter_only``; returns the dtype to cast to."""
+    if what.only not in (None, "trainable"):
+        raise ValueError(f"only must be 'trainable' or None, not {what.only!r}")
+    target = check_dtype(what.dtype)
+    cast = f"dtype={str(target).removeprefix('torch.')!r}"
+    if what.only is not None and what.adapter_only:
         raise ValueError(
             "adapter_only=True and only='trainable' exclude each other: an adapter is saved in PEFT's layout, or as it is"
         )
-    if with_parts and (only is not None or target is not None):
-        option = "only='trainable'" if only is not None else f"dtype={str(target).removeprefix('torch.')!r}"
+    if with_parts and (what.only is not None or target is not None):
+        option = "only='trainable'" if what.only is not None else cast
         raise ValueError(f"{option} saves no architecture and no program: they refer to all weights, by their dtypes in memory")
+    if target is not None and (what.training is not None or what.rng):
+        raise ValueError(
+            f"{cast} saves no training state: it makes a copy for inference, and a training that resumes it would go on from weights "
+            f"that were cast; leave out training= and rng=, or dtype="
+        )
     return target
 
 
