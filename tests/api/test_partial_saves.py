@@ -56,7 +56,9 @@ def test_a_cast_save_has_no_training_state(tmp_path: Path, options: dict[str, An
     """Catches a training that goes on from weights which a save has cast."""
     verbs = (shardsave.save, shardsave.save_async, shardsave.plan_save)
     for verb in (*verbs, lambda *both, **more: shardsave.CheckpointManager(both[1], save_every=1).step(1, both[0], **more)):
-        with pytest.raises(ValueError, match=r"dtype='bfloat16' saves no training state: .*leave out training= and rng=, or dtype="):
+        with pytest.raises(
+            ValueError, match=r"dtype='bfloat16' saves no training state: .*leave out training= and rng=, or dtype="
+        ):
             verb(SmallModel(), tmp_path / "cast", dtype=torch.bfloat16, **options)
     assert not (tmp_path / "cast").exists()
 

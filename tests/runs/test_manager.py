@@ -153,7 +153,9 @@ def test_a_new_run_over_an_old_one(memory: Path) -> None:
     """Catches a training that begins anew in the directory of another one: `resume` would never find its steps, and a policy would
     remove them at once."""
     train(manager_of(memory), 1, 30)
-    with pytest.raises(shardsave.SaveNotCommittedError, match="step 30 is there already; another process may be writing this run"):
+    with pytest.raises(
+        shardsave.SaveNotCommittedError, match="step 30 is there already; another process may be writing this run"
+    ):
         train(manager_of(memory, keep_last=1), 1, 30)
     assert steps_in(memory) == [10, 20, 30]
 
@@ -162,12 +164,16 @@ def test_two_writers_of_one_run(memory: Path) -> None:
     """Catches a process that overwrites the steps of another one, which writes the same run at the same speed."""
     manager, other = manager_of(memory), manager_of(memory)
     manager.save(10, model(10))
-    with pytest.raises(shardsave.SaveNotCommittedError, match="a new step, or one that .* it is there already; another process"):
+    with pytest.raises(
+        shardsave.SaveNotCommittedError, match="a new step, or one that .* it is there already; another process"
+    ):
         other.save(10, model(11))
     assert value_of_step(memory, 10) == 10
     manager.save(10, model(12))
     manager.save(20, model(20))
-    shardsave.save(model(21), path_of(memory, 20), step=20, durable=False)  # as a process does that began this save before ours ended
+    shardsave.save(
+        model(21), path_of(memory, 20), step=20, durable=False
+    )  # as a process does that began this save before ours ended
     for step in (20, 30):
         with pytest.raises(shardsave.SaveNotCommittedError, match="step 20 was expected to be as this .*; another process"):
             manager.save(step, model(30))

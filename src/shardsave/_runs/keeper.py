@@ -19,6 +19,7 @@ from shardsave._runs.steps import Run, StepInfo
 from shardsave._storage.directory import Directory
 from shardsave.errors import SaveNotCommittedError, ShardSaveError
 
+
 class Keeper:
     """The policies ``keeps`` for one run; ``recorded`` is what others are told of them. ``shown``: the run's path, in messages.
 
