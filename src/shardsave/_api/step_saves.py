@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -50,14 +51,14 @@ class StepSaves:
                 self._when.done(step)
 
         self._prepare(step)
-        return self._write(step, save)
+        return self._write(step, metrics, save)
 
     def later(self, step: int, model: Any, metrics: Mapping[str, float], options: Mapping[str, Any]) -> PendingSave:
         """Saves a step in the background."""
         import_at_use("shardsave._api.background")
         from shardsave._api.background import Around
 
-        around = Around(partial(self._prepare, step), partial(self._write, step))
+        around = Around(partial(self._prepare, step), partial(self._write, step, metrics))
         path = self._run.path_of(step)
         try:
             pending = self._verbs.save_async(model, path, around, step=step, metrics=metrics, options=options)
@@ -91,7 +92,7 @@ class StepSaves:
         self._keeper.remover.wait()  # the space of what goes is needed
         self._keeper.check_new(step)
 
-    def _write(self, step: int, save: Callable[[], SaveReport]) -> SaveReport:
+    def _write(self, step: int, metrics: Mapping[str, float], save: Callable[[], SaveReport]) -> SaveReport:
         """Calls ``save``, then does what follows a commit."""
         try:
             report = save()
@@ -105,6 +106,7 @@ class StepSaves:
         self._keeper.uncounted.pop(step, None)
         self._keeper.note_own(step)
         self._keeper.remover.note_saved(step, durable=report.durable)
+        report = replace(report, notes=(*report.notes, *self._keeper.notes_on_metrics(step, metrics)))
         try:
             if self._on_commit is not None:
                 self._on_commit(report)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from shardsave._common.log_records import log_event
 from shardsave._common.os_calls import CallFailed, NotRegular, TooLong
 from shardsave._common.words import count, human_bytes, some
 from shardsave._format.file_names import INDEX_NAME
 from shardsave._format.index import MAX_INDEX_BYTES
-from shardsave._runs.policies import Keep, kept
+from shardsave._runs.policies import Keep, KeepBest, kept
 from shardsave._runs.recorded import RecordedPolicy, write_policy
 from shardsave._runs.remover import Remover
 from shardsave._runs.steps import Run, StepInfo
@@ -84,6 +84,14 @@ class Keeper:
         if before is None or now is None or before == now:
             return ""
         return f"step {last} was expected to be as this process has saved or resumed it, it was saved again since"
+
+    def notes_on_metrics(self, step: int, metrics: Mapping[str, float]) -> tuple[str, ...]:
+        """Names each policy of the best steps for which ``step`` does not count, since it lacks the metric; logs it too."""
+        problems = [keep.problem(metrics) for keep in self._keeps if isinstance(keep, KeepBest)]
+        notes = tuple(f"step {step} {problem}: keep_best does not count it" for problem in problems if problem)
+        for note in notes:
+            log_event(logging.WARNING, "metric missing", note, path=self._run.path_of(step), step=step, problem=note)
+        return notes
 
     def tidy(self) -> None:
         """After a commit: starts the removal of the steps that no policy keeps, and finishes what died processes have left."""
