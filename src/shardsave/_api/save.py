@@ -170,7 +170,7 @@ def write_planned(
         stall_seconds=seconds,
         durable_seconds=seconds,
     )
-    return report, outcome.warnings
+    return report, (*planned.warnings, *outcome.warnings)
 
 
 def log_saved(report: SaveReport, warnings: tuple[str, ...]) -> None:

@@ -43,12 +43,24 @@ class Needed(NamedTuple):
 
 
 class Planned(NamedTuple):
-    """What a save will write, read from its source and checked. ``cast``, ``left_out``, ``needed``: for the report."""
+    """What a save will write, read from its source and checked. ``cast``, ``left_out``, ``needed``: for the report. ``warnings``: what the
+    caller must be warned of once it is saved; the notes of the contents have it too.
+    """
 
     contents: Contents
     needed: Needed
     cast: int
     left_out: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+class _PlannedTraining(NamedTuple):
+    """``directories``: that of the training state, or none. ``epoch``: the one in it. ``notes``, ``warnings``: as in `TrainingState`."""
+
+    directories: list[PlannedDirectory]
+    epoch: float | None = None
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 class What(NamedTuple):
@@ -87,30 +99,34 @@ def plan(source: Source, what: What) -> Planned:
     target = _check_part(what, with_parts=with_parts)
     layout = choose_layout(source, what.adapter_only, with_parts=with_parts)
     with gc_paused():
-        directories, epoch, training_notes = _training(source, what, max_shard_bytes)
+        training = _training(source, what, max_shard_bytes)
         state = _read_state(source, what.architecture)
         if state.file_metadata and (with_parts or target is not None):
             _refuse_quantised(state, with_parts)
         parts, notes, needed = _parts(source, state, what.architecture, what.program)
         if isinstance(source, nn.Module) and not state.entries:
-            alone = not with_parts and not directories
+            alone = not with_parts and not training.directories
             notes = (*notes, _note_without_tensors(source, alone=alone))
         on_disk = layout.apply(state)
         left_out: tuple[str, ...] = ()
         if what.only is not None:
             on_disk, left_out = only_trainable(on_disk, source, state)
         on_disk, cast = cast_on_disk(on_disk, target)
-        on_disk = on_disk._replace(notes=(*on_disk.notes, *state.notes, *notes, *training_notes))
+        on_disk = on_disk._replace(notes=(*on_disk.notes, *state.notes, *notes, *training.notes))
         contents = plan_contents(
-            on_disk, parts, max_shard_bytes, user_metadata, directories=directories, moment=moment._replace(epoch=epoch)
+            on_disk,
+            parts,
+            max_shard_bytes,
+            user_metadata,
+            directories=training.directories,
+            moment=moment._replace(epoch=training.epoch),
         )
-        return Planned(contents, needed, cast, left_out)
+        return Planned(contents, needed, cast, left_out, training.warnings)
 
 
-def _training(source: Source, what: What, max_shard_bytes: int) -> tuple[list[PlannedDirectory], float | None, tuple[str, ...]]:
-    """The directory of the training state (none, if there is none to save), the epoch in it, and notes for the report."""
+def _training(source: Source, what: What, max_shard_bytes: int) -> _PlannedTraining:
     if what.training is None and not what.rng:
-        return [], None, ()
+        return _PlannedTraining([])
     import_at_use("shardsave._training.describe")  # a plain save must not import this
     from shardsave._saving.training_directory import plan_training_directory
     from shardsave._training.describe import describe
@@ -118,7 +134,7 @@ def _training(source: Source, what: What, max_shard_bytes: int) -> tuple[list[Pl
     state = describe(what.training, source if isinstance(source, nn.Module) else None, rng=what.rng, rank=0)
     leaves = {0: _json(state.leaves)} if state.leaves else {}
     directory = plan_training_directory(_json(state.shared), leaves, {0: state.entries}, max_shard_bytes)
-    return [directory], state.epoch, tuple(state.notes)
+    return _PlannedTraining([directory], state.epoch, state.notes, state.warnings)
 
 
 def _json(value: Any) -> bytes:
