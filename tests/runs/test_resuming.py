@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from click.testing import CliRunner
 from torch import nn
 
 import shardsave
+from faults.dying import die_before_the_commit, killed
 from shardsave._cli.main import cli
 from shardsave._format.crc64 import crc64
 from training_run import INDEX, flip, manager_of, model, path_of, steps_in, train, value_of, value_of_step
@@ -43,7 +45,11 @@ def damage_kind(folder: Path) -> None:
     (path_of(folder, 30) / INDEX).mkdir()
 
 
-DAMAGES = [damage_flip, damage_cut, damage_missing, damage_index, damage_kind]
+def damage_lost_index(folder: Path) -> None:
+    (path_of(folder, 30) / INDEX).unlink()
+
+
+DAMAGES = [damage_flip, damage_cut, damage_missing, damage_index, damage_kind, damage_lost_index]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -110,6 +116,22 @@ def test_nothing_but_corrupt_steps(memory: Path) -> None:
         flip(memory, step)
     with pytest.raises(shardsave.CorruptCheckpointError, match=r"2 steps are corrupt .*the model may be filled in part"):
         manager_of(memory).resume(model())
+
+
+@pytest.mark.parametrize("options", [{}, {"training": {"epoch": 1}, "max_shard_size": "1kB"}, {"only": "trainable"}], ids=str)
+def test_a_run_without_indexes(memory: Path, options: dict[str, Any]) -> None:
+    """Catches a training that begins anew, since the indexes of its steps are lost; and a lost index for which a save takes its own."""
+    manager_of(memory).save(10, model(10), **options)
+    (path_of(memory, 10) / INDEX).unlink()
+    (info,) = manager_of(memory).steps()
+    assert info.state == "corrupt" and re.match(f"its index {INDEX} is missing, and model-.* is there", info.problem)
+    with pytest.raises(shardsave.CorruptCheckpointError, match="1 step is corrupt .*its index .* is missing"):
+        manager_of(memory).resume(model())
+    killed(path_of(memory, 10), die_before_the_commit)
+    assert [info.state for info in manager_of(memory).steps()] == ["corrupt"]
+    with manager_of(memory) as manager:
+        manager.save(20, model(20))
+    assert steps_in(memory) == [10, 20] and len([*path_of(memory, 10).glob("*.safetensors")]) >= 1
 
 
 def test_a_load_that_does_not_fill_everything(memory: Path) -> None:
