@@ -142,11 +142,20 @@ def test_a_record_of_nonsense(folder: Path, wrong: object) -> None:
 
 
 def test_no_run(folder: Path) -> None:
-    """Catches an empty table where there is no run."""
-    folder.mkdir()
-    for path in (folder, "nothing"):
+    """Catches an empty table where there is no run, and one message for all reasons."""
+    make_run(folder, 10)
+    (folder / "empty").mkdir()
+    shardsave.save({"x": torch.ones(1)}, folder / "whole", durable=False)
+    said = {
+        "nothing": "there is no such directory",
+        "run/empty": "there is none in this directory",
+        "run/step-00000010": "it is a step itself; `shardsave inspect` shows it",
+        "run/whole": "it is a checkpoint itself; `shardsave inspect` shows it",
+    }
+    for path, words in said.items():
         result = run("list", path)
-        assert result.exit_code == 3 and f"no run at {path}: directories such as step-00001000 were expected" in result.stderr
+        assert result.exit_code == 3
+        assert f"no run at {path}: directories such as step-00001000 were expected, {words}" in result.stderr
 
 
 def test_inspect_takes_the_latest(folder: Path) -> None:

@@ -118,6 +118,32 @@ def test_nothing_but_corrupt_steps(memory: Path) -> None:
         manager_of(memory).resume(model())
 
 
+def test_nothing_to_resume(memory: Path, records: Callable[[str], list[dict[str, Any]]]) -> None:
+    """Catches a training that begins anew, for example in a wrong directory, and nothing in the log says so."""
+    path_of(memory, 10).mkdir()
+    assert manager_of(memory).resume(model()) is None
+    assert records("nothing to resume") == [{"event": "nothing to resume", "path": str(memory)}]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_step_as_a_run(memory: Path, asynchronous: bool) -> None:
+    """Catches a training that begins anew, and saves its steps inside of a checkpoint, since a step was passed as the run."""
+    train(manager_of(memory), 1, 10)
+    (memory / "lone").mkdir()
+    (memory / "lone" / "model.safetensors").write_bytes(b"")
+    for path in (path_of(memory, 10), memory / "lone"):
+        before = sorted(path.iterdir())
+        manager = manager_of(path, asynchronous=asynchronous)
+        for action in (lambda manager=manager: manager.resume(model()), lambda manager=manager: manager.save(20, model(20))):
+            with pytest.raises(
+                shardsave.IncompatibleCheckpointError, match="a run was expected, .* it is a checkpoint itself, with model"
+            ):
+                action()
+        assert sorted(path.iterdir()) == before
+    shardsave.save(model(1), memory, durable=False)  # beside the steps of a run
+    manager_of(memory).save(20, model(20))
+
+
 @pytest.mark.parametrize("options", [{}, {"training": {"epoch": 1}, "max_shard_size": "1kB"}, {"only": "trainable"}], ids=str)
 def test_a_run_without_indexes(memory: Path, options: dict[str, Any]) -> None:
     """Catches a training that begins anew, since the indexes of its steps are lost; and a lost index for which a save takes its own."""

@@ -21,6 +21,7 @@ from shardsave._common.shutdown import verb
 from shardsave._common.words import count, some
 from shardsave._runs.arguments import checked_best, checked_count, checked_metrics, checked_step
 from shardsave._runs.keeper import Keeper
+from shardsave._runs.no_run import refuse_checkpoint
 from shardsave._runs.policies import KeepChosen, UserPolicy, save_when
 from shardsave._runs.reading import reading
 from shardsave._runs.recorded import RecordedPolicy
@@ -267,6 +268,7 @@ class CheckpointManager(Generic[Saved]):
 
         Raises:
             TypeError: for a wrong keyword, also if there is no step.
+            IncompatibleCheckpointError: also if the directory of the run is a checkpoint itself.
             CorruptCheckpointError: no step can be read, or ``on_corrupt="raise"``.
             ShardSaveError: a step that may be the latest cannot be read.
             all that `shardsave.resume` raises.
@@ -275,6 +277,7 @@ class CheckpointManager(Generic[Saved]):
         if unknown:  # also without a step: it must not show only after a crash
             raise TypeError(f"keywords of resume were expected, not {some(unknown)}")
         self._saves.settle()
+        refuse_checkpoint(self._run, "resume from", self._shown)
         of_both = {name: self._options[name] for name in OF_BOTH if name in self._options}
         given = {**of_both, **options, **({"training": training} if training is not None else {})}
         passed: list[str] = []
@@ -301,6 +304,12 @@ class CheckpointManager(Generic[Saved]):
                 f"cannot resume from {self._shown}: a step that can be read was expected, {count(len(passed), 'step')} "
                 f"{'is' if len(passed) == 1 else 'are'} corrupt ({passed[0]}); the model may be filled in part"
             )
+        log_event(
+            logging.INFO,
+            "nothing to resume",
+            f"nothing to resume in {self._shown}: it has no committed step",
+            path=self._run.path,
+        )
         return None
 
     def _check_options(self, options: Iterable[str]) -> None:

@@ -15,10 +15,10 @@ import click
 from shardsave._cli.output import BAD, DIM, GOOD, TRAINABLE, Cell, Output
 from shardsave._cli.paths import CHECKPOINT
 from shardsave._common.words import count, human_bytes
+from shardsave._runs.no_run import why_no_run
 from shardsave._runs.policies import kept
 from shardsave._runs.recorded import RecordedPolicy, read_policy
 from shardsave._runs.steps import Run, StepInfo
-from shardsave.errors import CheckpointNotFoundError
 
 _STYLES = {"committed": GOOD, "saving": TRAINABLE, "corrupt": BAD, "unreadable": BAD, "newer": BAD}
 
@@ -70,7 +70,7 @@ def list_steps(
     """
     steps = Run(directory).steps()
     if not steps:
-        raise CheckpointNotFoundError(f"no run at {directory}: directories such as step-00001000 were expected, there is none")
+        raise why_no_run(directory)
     asked = RecordedPolicy(keep_last=keep_last, keep_every=keep_every, keep_best=keep_best)
     policy = asked if asked.keeps() else read_policy(directory)
     reasons = kept(steps, policy.keeps()) if policy is not None and (policy.keeps() or policy.own is None) else {}

@@ -12,6 +12,7 @@ from shardsave._common.os_calls import CallFailed, NotRegular, TooLong
 from shardsave._common.words import count, human_bytes, some
 from shardsave._format.file_names import INDEX_NAME
 from shardsave._format.index import MAX_INDEX_BYTES
+from shardsave._runs.no_run import refuse_checkpoint
 from shardsave._runs.policies import Keep, KeepBest, kept
 from shardsave._runs.recorded import RecordedPolicy, write_policy
 from shardsave._runs.remover import Remover
@@ -53,8 +54,10 @@ class Keeper:
     def check_new(self, step: int) -> None:
         """Raises SaveNotCommittedError if ``step`` may not be saved: its directory is a link, perhaps to another step, which would be
         overwritten; or the run has a later step, so `resume` would never find this one, and a policy might remove it; or the last step
-        is of another process: this very step, or one that this process has saved and that is no longer what it saved.
+        is of another process: this very step, or one that this process has saved and that is no longer what it saved. Raises
+        IncompatibleCheckpointError if the run is a checkpoint itself.
         """
+        refuse_checkpoint(self._run, f"save step {step} to", self._shown)
         path = self._run.path_of(step)
         if os.path.islink(path):
             raise SaveNotCommittedError(
