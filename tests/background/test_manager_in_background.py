@@ -230,6 +230,15 @@ def test_a_last_save(memory: Path) -> None:
         assert last.wait().durable is False and committed(manager) == [10, 11] and manager.step(20, model(20)) is not None
 
 
+def test_a_save_after_a_signal(memory: Path) -> None:
+    """Catches a `save` after a signal that is not the last save: one that is not waited for, or that does not preempt."""
+    with manager_of(memory) as manager:
+        manager.save_on_signal(signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        pending = manager.save(3, model(3))
+        assert pending.done() and manager.preempted and committed(manager) == [3]
+
+
 def test_a_last_save_that_fails(memory: Path) -> None:
     """Catches a manager that is preempted although its last step is not saved."""
     with manager_of(memory, lock_timeout=0.01) as manager:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import textwrap
@@ -32,7 +33,7 @@ def story(program: str, folder: Path) -> tuple[int, list[str]]:
         try:
             manager = shardsave.CheckpointManager(folder, save_every=10, durable=False, progress=False)
             names = {"manager": manager, "send": send, "state": {"x": torch.ones(3)}}
-            names |= {module.__name__: module for module in (os, signal, time, torch, shardsave)}
+            names |= {module.__name__: module for module in (logging, os, signal, time, torch, shardsave)}
             exec(
                 textwrap.dedent(program), names | {"say": lambda *words: os.write(2, f"{' '.join(map(str, words))}\n".encode())}
             )
@@ -85,6 +86,29 @@ def test_a_signal_during_a_save(memory: Path) -> None:
     manager.close()
     """
     assert story(program, memory) == (0, ["1", "False", "True"]) and steps_in(memory) == [10, 11]
+
+
+def test_a_signal_after_the_last_step(memory: Path) -> None:
+    """Catches a save at the end of the training that does not count as the last one, and a signal after which nothing was saved and
+    nobody says so, or says so twice.
+    """
+    program = """
+    handler = logging.StreamHandler()
+    handler.addFilter(lambda record: record.levelname == "WARNING" and say("WARNING", record.shardsave["event"]))
+    logging.getLogger("shardsave").addHandler(handler)
+    for number in (1, 2):
+        manager = shardsave.CheckpointManager(manager._shown, save_every=10, durable=False, progress=False)
+        manager.save_on_signal()
+        manager.step(number, state)
+        send()
+        if number == 1:
+            manager.save(1, state)
+        say(manager.preempted)
+        manager.close()
+        manager.close()
+    """
+    said = ["True", "False", "WARNING", "signal", "without", "a", "save"]
+    assert story(program, memory) == (0, said) and steps_in(memory) == [1]
 
 
 def test_a_second_signal(memory: Path) -> None:

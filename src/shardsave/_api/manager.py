@@ -154,6 +154,7 @@ class CheckpointManager(Generic[Saved]):
         self._saves = StepSaves(self._run, self._keeper, self._when, on_commit)
         self._requests = SaveRequests()
         self._preempted = False
+        self._told_unsaved = False
 
     @property
     def preempted(self) -> bool:
@@ -179,6 +180,11 @@ class CheckpointManager(Generic[Saved]):
 
     def _close(self) -> None:
         self._requests.restore()
+        if self._is_requested and not self._told_unsaved:
+            self._told_unsaved = True
+            names = some(number.name for number in self._requests.noted)
+            words = f"{names} asked for a last save of {self._shown}, and no step was saved after it: call save at the end of the training"
+            log_event(logging.WARNING, "signal without a save", words, path=self._run.path)
         self._saves.settle()
         self._keeper.remover.wait()
 
@@ -220,31 +226,40 @@ class CheckpointManager(Generic[Saved]):
         """
         step = checked_step(step)
         self._check_options(options)  # also if it is not time yet: a wrong keyword must not show after hours
-        requested = bool(self._requests.noted) and not self._preempted
         due = self._when.due(step)
-        if step == 0 or not (due or requested):
+        if step == 0 or not (due or self._is_requested):
             return None
-        if not requested:
-            return self.save(step, model, training=training, metrics=metrics, **options)
-        saved = self._last_save(step, model, training=training, metrics=metrics, **options)
+        return self.save(step, model, training=training, metrics=metrics, **options)
+
+    def save(
+        self, step: int, model: Any, *, training: Any = None, metrics: Mapping[str, Any] | None = None, **options: Any
+    ) -> Saved:
+        """Saves ``step`` now. Everything else is as in `step`, also after a signal."""
+        if not self._is_requested:
+            return self._save(step, model, training, metrics, options)
+        saved = self._last_save(step, model, training, metrics, options)
         self._preempted = True
         names, path = some(number.name for number in self._requests.noted), self._run.path_of(step)
         log_event(logging.INFO, "preempted", f"saved step {step} of {self._shown} because of {names}", path=path, step=step)
         return saved
 
-    def _last_save(self, step: int, model: Any, **options: Any) -> Saved:
+    @property
+    def _is_requested(self) -> bool:
+        """Whether a signal asks for a last save, which is still to come."""
+        return bool(self._requests.noted) and not self._preempted
+
+    def _last_save(
+        self, step: int, model: Any, training: Any, metrics: Mapping[str, Any] | None, options: dict[str, Any]
+    ) -> Saved:
         """Saves a step and waits for it; also if the manager is asynchronous."""
         if not self._asynchronous:
-            return self.save(step, model, **options)
-        pending = self.save(step, model, **{**options, "if_busy": "wait"})
+            return self._save(step, model, training, metrics, options)
+        pending = self._save(step, model, training, metrics, {**options, "if_busy": "wait"})
         cast("PendingSave", pending).wait()
         return pending
 
     @verb()
-    def save(
-        self, step: int, model: Any, *, training: Any = None, metrics: Mapping[str, Any] | None = None, **options: Any
-    ) -> Saved:
-        """Saves ``step`` now. Everything else is as in `step`."""
+    def _save(self, step: int, model: Any, training: Any, metrics: Mapping[str, Any] | None, options: dict[str, Any]) -> Saved:
         step = checked_step(step)
         if step == 0:
             raise ValueError("step 0 is never saved: a step is saved once it is finished, and the first one is step 1")
