@@ -100,6 +100,10 @@ WRONG: list[dict[str, Any]] = [
     {"keep_last": 0}, {"keep_last": True}, {"keep_every": "5"}, {"keep_best": "loss"}, {"keep_best": ("loss", "least", 1)},
     {"keep_best": ("loss", "min", 0)}, {"policy": 3}, {"on_commit": "x"}, {"on_corrupt": "ignore"}, {"save_every": 0},
     {"keep_lest": 3}, {"step": 3}, {"directory": "x"},
+    {"max_shard_size": "2 stones"}, {"dtype": "float99"}, {"durable": "yes"}, {"rng": 1}, {"only": "frozen"}, {"progress": "bar"},
+    {"lock_timeout": -1}, {"metadata": {3: 4}}, {"architecture": 2}, {"process_group": 3}, {"program": 3}, {"adapter_only": None},
+    {"dtype": "float16", "rng": True}, {"staging": "copy", "asynchronous": True}, {"step_timeout": "x", "asynchronous": True},
+    {"if_busy": None, "asynchronous": True}, {"check_unchanged": 3, "asynchronous": True}, {"background_workers": 0, "asynchronous": True},
 ]  # fmt: skip
 
 
@@ -108,6 +112,7 @@ def test_wrong_arguments(tmp_path: Path, wrong: dict[str, Any]) -> None:
     """Catches an argument that would be noticed only after hours of training."""
     with pytest.raises((TypeError, ValueError), match=next(iter(wrong))):
         manager_of(tmp_path, **wrong)
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_wrong_keyword_of_a_step(tmp_path: Path) -> None:
@@ -116,6 +121,8 @@ def test_a_wrong_keyword_of_a_step(tmp_path: Path) -> None:
         manager_of(tmp_path).step(1, model(), durabel=True)
     with pytest.raises(TypeError, match="not durabel"):
         manager_of(tmp_path).save(1, model(), durabel=True)
+    with pytest.raises(ValueError, match="dtype='float16' saves no training state"):
+        manager_of(tmp_path, rng=True).step(1, model(), dtype="float16")
 
 
 @pytest.mark.parametrize("wrong", [-1, True, 1.0, "1", 10**16, None])

@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from numbers import Integral
 from types import TracebackType
@@ -142,12 +142,13 @@ class CheckpointManager(Generic[Saved]):
         check_switches(asynchronous=asynchronous)
         self._asynchronous = asynchronous
         self._save_options = self._verbs.save_options(asynchronous=asynchronous)
+        self._options: dict[str, Any] = {}
         self._check_options(options)
+        self._options = options
         own = getattr(policy, "__qualname__", type(policy).__qualname__) if policy is not None else None
         recorded = RecordedPolicy(save_every, keep_last, keep_every, best, own)
         keeps = [*recorded.keeps(), *([KeepChosen(policy)] if policy is not None else [])]
         self._on_corrupt = on_corrupt
-        self._options = options
         self._shown = os.fspath(directory)
         self._run = Run(absolute_path(self._shown))
         self._keeper = Keeper(self._run, self._shown, keeps, recorded)
@@ -225,7 +226,7 @@ class CheckpointManager(Generic[Saved]):
             all that `save` raises.
         """
         step = checked_step(step)
-        self._check_options(options)  # also if it is not time yet: a wrong keyword must not show after hours
+        self._check_options(options)
         due = self._when.due(step)
         if step == 0 or not (due or self._is_requested):
             return None
@@ -327,10 +328,13 @@ class CheckpointManager(Generic[Saved]):
         )
         return None
 
-    def _check_options(self, options: Iterable[str]) -> None:
+    def _check_options(self, options: Mapping[str, Any]) -> None:
+        """Checks keywords of `save`, also if it is not time yet: a wrong one must not show after hours."""
         unknown = sorted(set(options) - self._save_options)
         if unknown:
             raise TypeError(f"keywords of CheckpointManager or of save were expected, not {some(unknown)}")
+        if options:
+            self._verbs.check({**self._options, **options}, asynchronous=self._asynchronous)
 
     def _pass_over(self, info: StepInfo, problem: str) -> None:
         if self._on_corrupt == "raise":

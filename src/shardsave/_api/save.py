@@ -127,10 +127,15 @@ def check_how(directory: str | os.PathLike[str], how: How) -> str:
     """Checks ``directory`` and ``how``; returns the absolute path. Raises TypeError or ValueError."""
     check_path(directory)
     check_operators("save to", directory, "nothing was written")
+    check_values(how)
+    return absolute_path(os.fspath(directory))
+
+
+def check_values(how: How) -> None:
+    """Raises TypeError or ValueError."""
     check_switches(durable=how.durable)
     check_progress(how.progress)
     check_timeout(how.lock_timeout)
-    return absolute_path(os.fspath(directory))
 
 
 def write_planned(

@@ -17,6 +17,7 @@ from shardsave._common.gc_pause import gc_paused
 from shardsave._common.imports import import_at_use
 from shardsave._common.warn_caller import warn_caller
 from shardsave._common.words import an, count
+from shardsave._format.index import Moment
 from shardsave._format.metadata import check_metadata
 from shardsave._format.quantised import PLAIN, TENSOR_NAMES
 from shardsave._huggingface.choose_saving import choose_layout
@@ -82,21 +83,12 @@ class What(NamedTuple):
 
 def plan(source: Source, what: What) -> Planned:
     """Checks ``what``, and plans it. Raises what `save` raises for it; writes nothing."""
-    check_switches(architecture=what.architecture, adapter_only=what.adapter_only, rng=what.rng)
-    check_process_group(what.process_group)
-    if (what.architecture or what.program is not None) and not isinstance(source, nn.Module):
+    checked = check_what(what)
+    with_parts = what.architecture or what.program is not None
+    if with_parts and not isinstance(source, nn.Module):
         option = "architecture=True" if what.architecture else "a program"
         raise TypeError(f"{option} needs an nn.Module, not {an(type(source).__name__)}")
-    if what.program is not None:
-        import_at_use("shardsave._program.capture")  # imports torch.export, which few saves need
-        from shardsave._program.capture import check_program
-
-        check_program(what.program)
-    max_shard_bytes = parse_size(what.max_shard_size)
-    user_metadata = check_metadata(what.metadata)
-    moment = check_moment(what.step, what.metrics, is_training=what.training is not None or what.rng)
-    with_parts = what.architecture or what.program is not None
-    target = _check_part(what, with_parts=with_parts)
+    target, max_shard_bytes = checked.dtype, checked.max_shard_bytes
     layout = choose_layout(source, what.adapter_only, with_parts=with_parts)
     with gc_paused():
         training = _training(source, what, max_shard_bytes)
@@ -117,11 +109,37 @@ def plan(source: Source, what: What) -> Planned:
             on_disk,
             parts,
             max_shard_bytes,
-            user_metadata,
+            checked.metadata,
             directories=training.directories,
-            moment=moment._replace(epoch=training.epoch),
+            moment=checked.moment._replace(epoch=training.epoch),
         )
         return Planned(contents, needed, cast, left_out, training.warnings)
+
+
+class _Checked(NamedTuple):
+    """Arguments of a save as they are used."""
+
+    max_shard_bytes: int
+    metadata: dict[str, Any]
+    moment: Moment
+    dtype: torch.dtype | None
+
+
+def check_what(what: What) -> _Checked:
+    """Checks all that can be checked without the source. Raises TypeError or ValueError."""
+    check_switches(architecture=what.architecture, adapter_only=what.adapter_only, rng=what.rng)
+    check_process_group(what.process_group)
+    if what.program is not None:
+        import_at_use("shardsave._program.capture")  # imports torch.export, which few saves need
+        from shardsave._program.capture import check_program
+
+        check_program(what.program)
+    return _Checked(
+        parse_size(what.max_shard_size),
+        check_metadata(what.metadata),
+        check_moment(what.step, what.metrics, is_training=what.training is not None or what.rng),
+        _check_part(what, with_parts=what.architecture or what.program is not None),
+    )
 
 
 def _training(source: Source, what: What, max_shard_bytes: int) -> _PlannedTraining:
