@@ -46,6 +46,7 @@ COSTS = {
     "optimizer": ("costs.py", "optimizer", "FOLDER"),
     "import": ("costs.py", "import"),
     "checksums": ("costs.py", "checksums", "FOLDER", "SIZE"),
+    "frozen": ("costs.py", "frozen", "FOLDER", "SIZE"),
     "gpu": ("gpu.py", "FOLDER", "SIZE"),
 }
 

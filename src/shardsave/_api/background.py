@@ -46,11 +46,11 @@ class InBackground(NamedTuple):
 
 
 class Around(NamedTuple):
-    """What else is done for a save. ``before``: called in the call, when it is this save's turn. ``write``: called on the saving thread
-    with the function that saves; it returns the report.
+    """What else is done for a save. ``before``: called in the call, when it is this save's turn; returns how to save. ``write``: called
+    on the saving thread with the function that saves; it returns the report.
     """
 
-    before: Callable[[], object] = lambda: None
+    before: Callable[[How], How] = lambda how: how
     write: Callable[[Callable[[], SaveReport]], SaveReport] = lambda save: save()
 
 
@@ -59,11 +59,15 @@ ALONE = Around()
 
 
 class Started(NamedTuple):
-    """When the call began, as `time.perf_counter` counts, and how long it waited for an earlier save, and planned, in seconds."""
+    """When the call began, as `time.perf_counter` counts, and how long it waited for an earlier save, and planned, in seconds.
+
+    ``notes``: what the caller would be warned of otherwise.
+    """
 
     at: float
     queue_seconds: float
     plan_seconds: float
+    notes: tuple[str, ...]
 
 
 def start(
@@ -88,19 +92,20 @@ def start(
             if queue_seconds is None:
                 flight.skip(_skipped(flight.path))
                 return PendingSave(flight)
-            around.before()
+            how = around.before(how)
             planning = time.perf_counter()
             planned = plan(source, what)
             plan_seconds = time.perf_counter() - planning
-            flight.staging = staging = stage(
-                planned.contents,
-                source,
-                _optimizers_in(what.training),
-                background.staging,
-                check_unchanged=background.check_unchanged,
-                workers=background.background_workers,
-                step_timeout=background.step_timeout,
-            )
+            with warnings_collected() as warned:
+                flight.staging = staging = stage(
+                    planned.contents,
+                    source,
+                    _optimizers_in(what.training),
+                    background.staging,
+                    check_unchanged=background.check_unchanged,
+                    workers=background.background_workers,
+                    step_timeout=background.step_timeout,
+                )
             flight.staged = staging.staged
             watch = _Watching(flight, staging, background.background_workers)
             save = partial(
@@ -109,7 +114,7 @@ def start(
                 planned._replace(contents=staging.contents),
                 path,
                 how._replace(progress=how.progress or False),  # a bar that nobody asked for would disturb those of the training
-                Started(started, queue_seconds, plan_seconds),
+                Started(started, queue_seconds, plan_seconds, tuple(warned)),
                 watch,
             )
             del planned  # it has the tensors of the model
@@ -159,6 +164,10 @@ class _Watching:
         self.staging = staging
         self._flight = flight
 
+    @property
+    def beside_training(self) -> bool:
+        return self.staging.mode == "ring"
+
     def check(self) -> None:
         self._flight.check()
         self.staging.check()
@@ -168,11 +177,17 @@ class _Watching:
         self.staging.check_complete()
         self._flight.attempt_commit()
 
+    def is_urgent(self, pieces: Sequence[ByteSource]) -> bool:
+        return self.staging.is_urgent(pieces)
+
     def begin_reading(self, pieces: Sequence[ByteSource]) -> NDArray[np.int64] | None:
         return self.staging.begin_reading(pieces)
 
     def end_reading(self, pieces: Sequence[ByteSource], sums: Sequence[int]) -> None:
         self.staging.end_reading(pieces, sums)
+
+    def leave_out(self, pieces: Sequence[ByteSource]) -> None:
+        self.staging.leave_out(pieces)
 
 
 def _save(flight: Flight[SaveReport], planned: Planned, path: str, how: How, started: Started, watch: _Watching) -> SaveReport:
@@ -188,7 +203,7 @@ def _save(flight: Flight[SaveReport], planned: Planned, path: str, how: How, sta
     durable_seconds = time.perf_counter() - started.at
     report = replace(
         report,
-        notes=tuple(dict.fromkeys((*report.notes, *staging.notes, *warned))),
+        notes=tuple(dict.fromkeys((*report.notes, *staging.notes, *started.notes, *warned))),
         staging=staging.mode,
         staging_reason=staging.reason,
         stall_seconds=flight.stall_seconds or durable_seconds,

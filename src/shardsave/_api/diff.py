@@ -76,7 +76,8 @@ class DiffReport(Printed):
     bytes of its own); empty if a third-party file records no ties. ``metadata``: key → (value in ``a``, value in ``b``), for values
     that differ (None: no such key); empty if a third party wrote one of the two. ``bytes``: how many bytes of tensor data were read
     to compare. ``seconds``: wall time of the whole call. ``training``: what differs between their training states; None if one has
-    none. ``only_training``: which of them has one, "a" or "b", if the other has none.
+    none. ``only_training``: which of them has one, "a" or "b", if the other has none. ``shared``: the shards of ``b`` that are the same
+    files as shards of ``a`` (hard links): nothing in them was read.
     """
 
     a: str
@@ -92,6 +93,7 @@ class DiffReport(Printed):
     seconds: float
     training: TrainingDiff | None = None
     only_training: str | None = None
+    shared: tuple[str, ...] = ()
 
     @property
     def same(self) -> bool:
@@ -117,6 +119,8 @@ class DiffReport(Printed):
             parts.append(f"training state: {words}{more}")
         if self.only_training is not None:
             parts.append(f"only {self.a if self.only_training == 'a' else self.b} has a training state")
+        if self.shared:
+            parts.append(f"{count(len(self.shared), 'shard')} in both")
         yield f"{self.a} and {self.b}: {', '.join(parts)}; {human_bytes(self.bytes)} read, {self.seconds:.2f} s"
 
 
@@ -161,6 +165,8 @@ def diff(a: str | os.PathLike[str], b: str | os.PathLike[str], *, progress: Prog
         total = sum(x.nbytes + y.nbytes for x, y in to_read)
         with Progress(progress, "comparing", total) as reporter:
             differences = _compare_pairs(left, right, to_read, reporter)
+        inodes = {left.inode_of(shard) for shard in left.shards}
+        shared = tuple(shard for shard in right.shards if right.inode_of(shard) in inodes)
     equal, changed = _compared(pairs, differences)
     has_training = [name for name, training in (("a", old), ("b", new)) if training is not None]
     return DiffReport(
@@ -177,6 +183,7 @@ def diff(a: str | os.PathLike[str], b: str | os.PathLike[str], *, progress: Prog
         seconds=time.perf_counter() - started,
         training=_training_diff(old, new, training_pairs, differences) if old is not None and new is not None else None,
         only_training=has_training[0] if len(has_training) == 1 else None,
+        shared=shared,
     )
 
 

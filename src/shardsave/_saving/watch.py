@@ -20,11 +20,18 @@ class Watch(Protocol):
     def workers(self) -> int | None:
         """The most threads that the engine may use; None leaves it the choice."""
 
+    @property
+    def beside_training(self) -> bool:
+        """Whether steps of a training may change tensors, but for frozen ones, while the save decides what it has to write."""
+
     def check(self) -> None:
         """Called again and again, also while the save waits for the directory's lock."""
 
     def attempt_commit(self) -> None:
         """Called right before the index is renamed. If it returns, the save can no longer be ended."""
+
+    def is_urgent(self, pieces: Sequence[ByteSource]) -> bool:
+        """Whether somebody waits until the memory of ``pieces`` has been read: such shards are written first."""
 
     def begin_reading(self, pieces: Sequence[ByteSource]) -> NDArray[np.int64] | None:
         """Called before the memory of ``pieces`` is read. The engine counts in the result, one number for each piece, the bytes that it
@@ -34,11 +41,15 @@ class Watch(Protocol):
     def end_reading(self, pieces: Sequence[ByteSource], sums: Sequence[int]) -> None:
         """Called after the memory of ``pieces`` was read, with the checksum of each."""
 
+    def leave_out(self, pieces: Sequence[ByteSource]) -> None:
+        """Called for pieces whose memory will not be read any more, since what they hold is on disk already."""
+
 
 class Unwatched:
     """A save that nobody watches."""
 
     workers: int | None = None
+    beside_training = False
 
     def check(self) -> None:
         raise_if_ending()
@@ -46,10 +57,16 @@ class Unwatched:
     def attempt_commit(self) -> None:
         pass
 
+    def is_urgent(self, pieces: Sequence[ByteSource]) -> bool:
+        return False
+
     def begin_reading(self, pieces: Sequence[ByteSource]) -> None:
         pass
 
     def end_reading(self, pieces: Sequence[ByteSource], sums: Sequence[int]) -> None:
+        pass
+
+    def leave_out(self, pieces: Sequence[ByteSource]) -> None:
         pass
 
 
