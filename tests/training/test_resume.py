@@ -431,7 +431,10 @@ def test_size_in_reports(tmp_path: Path) -> None:
     report = shardsave.save(model, tmp_path, **arguments, durable=False)
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in training_directory(tmp_path).iterdir())
-    assert report.training_bytes == plan.training_bytes == size and f"; training state of {size / 1000:.1f} kB" in str(report)
+    assert report.training_bytes == plan.training_bytes == size and f" and {size / 1000:.1f} kB of training state, " in str(
+        report
+    )
+    assert report.bytes_written > report.bytes and report.bytes_per_second == report.bytes_written / report.seconds
     assert f"  training state: {size / 1000:.1f} kB\n" in str(plan)
     assert sorted(plan_file.bytes for plan_file in plan.files)[1:] == sorted(file.stat().st_size for file in files)[1:]
     assert len(plan.files) == len(files) and report.bytes == plan.bytes < report.training_bytes
