@@ -208,6 +208,30 @@ def test_a_forked_child(memory: Path) -> None:
     assert story(program, memory) == (0, [str(int(signal.SIGTERM)), "False"]) and steps_in(memory) == []
 
 
+@pytest.mark.parametrize("ignored", [True, False])
+def test_a_signal_to_the_workers(memory: Path, ignored: bool) -> None:
+    """Catches advice in docs/runs.md that does not help: a last save that does not come because the signal has ended a worker too."""
+    program = f"""
+    os.setsid()
+    loader = torch.utils.data.DataLoader(
+        range(40), num_workers=1,
+        worker_init_fn=(lambda worker: signal.signal(signal.SIGTERM, signal.SIG_IGN)) if {ignored} else None,
+    )
+    with manager:
+        manager.save_on_signal()
+        for step, batch in enumerate(loader, 1):
+            if step == 13:
+                os.system(f"kill -TERM -{{os.getpid()}}")  # a worker obeys its parent without an error
+                time.sleep(0.5)
+            manager.step(step, state)
+            if manager.preempted:
+                break
+    """
+    code, words = story(program, memory)
+    assert steps_in(memory) == ([10, 13] if ignored else [10])
+    assert (code, words) == (0, []) if ignored else code == 1 and "Terminated" in " ".join(words)
+
+
 def test_where_no_handler_can_be_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a handler that could not be put back, and a manager that is half installed on another thread than the main one."""
     manager = shardsave.CheckpointManager(tmp_path, save_every=1)
