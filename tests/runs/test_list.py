@@ -84,6 +84,7 @@ def test_own_policy(folder: Path) -> None:
     make_run(folder, 20, policy=lambda steps: [info.step for info in steps])
     lines = run("list", folder).stdout.splitlines()
     assert lines[1].endswith("if the program's own policy keeps it") and "<lambda>" in lines[-1]
+    assert re.split(r"\s{2,}", lines[2].strip())[-1] == "latest"
 
 
 def test_states(folder: Path) -> None:

@@ -109,13 +109,15 @@ def test_a_damaged_training_state(memory: Path, pattern: str, damage: str) -> No
     assert steps_in(memory) == [20, 30, 40]
 
 
-def test_nothing_but_corrupt_steps(memory: Path) -> None:
+def test_nothing_but_corrupt_steps(memory: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Catches a training that begins anew over a run of which every step is damaged."""
     train(manager_of(memory), 1, 20)
     for step in (10, 20):
         flip(memory, step)
+    caplog.set_level("WARNING", "shardsave")
     with pytest.raises(shardsave.CorruptCheckpointError, match=r"2 steps are corrupt .*the model may be filled in part"):
         manager_of(memory).resume(model())
+    assert [" is corrupt, and is passed over: " in record.getMessage() for record in caplog.records] == [True, True]
 
 
 def test_nothing_to_resume(memory: Path, records: Callable[[str], list[dict[str, Any]]]) -> None:

@@ -466,3 +466,11 @@ def test_a_group_of_one_process(folder: Path) -> None:
         shardsave.save(model, folder, training=training, rng=True, process_group=group, durable=False)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_the_words_for_a_result(tmp_path: Path) -> None:
+    """Catches a `repr` of what was resumed that prints every object of the training state, a whole model too."""
+    model = torch.nn.Linear(1, 1)
+    shardsave.save(model, tmp_path, training={"ema": torch.nn.Linear(7, 1)}, step=3, durable=False)
+    resumed = shardsave.resume(tmp_path, model, training={"ema": torch.nn.Linear(7, 1)})
+    assert repr(resumed).startswith("Resumed(step=3, notes=()") and "Linear" not in repr(resumed)

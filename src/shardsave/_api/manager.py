@@ -345,7 +345,7 @@ class CheckpointManager(Generic[Saved]):
                 f"that can be read"
             )
         self._keeper.uncounted[info.step] = problem
-        words = f"{info.path} is corrupt, the step before it is taken: {problem}"
+        words = f"{info.path} is corrupt, and is passed over: {problem}"
         log_event(logging.WARNING, "step corrupt", words, path=info.path, step=info.step, problem=problem)
 
     def _resumed(self, info: StepInfo, resumed: Resumed, passed: list[str]) -> Resumed:
