@@ -170,7 +170,7 @@ def test_a_load_that_does_not_fill_everything(memory: Path) -> None:
     manager.save(20, both)
     (shard,) = path_of(memory, 20).glob("*.safetensors")
     shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
-    with pytest.raises(shardsave.CorruptCheckpointError, match="checksum"):
+    with pytest.raises(shardsave.CorruptCheckpointError, match="step-00000020: .*checksum.*the step before it is not taken"):
         manager_of(memory).resume(nn.ModuleDict({"a": model(), "b": model()}), strict=False)
 
 

@@ -311,7 +311,10 @@ class CheckpointManager(Generic[Saved]):
                     continue  # another process has just removed it
                 except CorruptCheckpointError as error:
                     if options.get("strict", True) is not True or options.get("only") or options.get("skip"):
-                        raise
+                        raise CorruptCheckpointError(
+                            f"cannot resume from {info.path}: {error}; the step before it is not taken, since with strict=False, only= or "
+                            f"skip= it might not fill all that this one has filled"
+                        ) from error
                     problem = str(error)
                 else:
                     return self._resumed(info, resumed, passed)

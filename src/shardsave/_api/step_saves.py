@@ -107,7 +107,7 @@ class StepSaves:
         try:
             report = save()
         except OutOfSpaceError as error:
-            raise OutOfSpaceError(f"{error}; {self._keeper.would_free(step)}") from error
+            raise OutOfSpaceError(f"{error}; earlier steps are as they were; {self._keeper.would_free(step)}") from error
         except DurabilityUncertainError as error:
             self._keeper.uncounted[step] = str(error)
             raise

@@ -147,7 +147,7 @@ class Keeper:
             return f"what the policy would remove is not known, it raised {words}"
         doomed = [info.step for info in counted if info.step not in stay]
         if not doomed:
-            return "the policy would remove no step"
+            return "the policy would remove no step: remove some by hand to make room"
         size = human_bytes(self._run.bytes_of_only(set(doomed)))
         return f"once a new step is committed, the policy removes {some(f'step {number}' for number in doomed)} and frees at most {size}"
 
