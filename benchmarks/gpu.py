@@ -4,8 +4,9 @@
 
 SIZE is the size of the model in bytes. The limit is torch's own copy between the device and a pinned buffer of 256 MiB, repeated. A
 save to the page cache and a load from it measure the transfer between device and memory. The durable save and the cold load show
-whether the disk alone is the limit. With ``--loop``, a training loop on the device saves in each way (see loop.py). Each value is printed on stderr as soon as it is measured, and FILE is rewritten, so that an
-interrupted run keeps its values. At the end all values are printed on stdout as one line of JSON.
+whether the disk alone is the limit. With ``--loop``, a training loop on the device also saves in each way (see loop.py). Each value is
+printed on stderr as soon as it is measured, and FILE is rewritten, so that an interrupted run keeps its values. At the end all values
+are printed on stdout as one line of JSON.
 """
 
 from __future__ import annotations

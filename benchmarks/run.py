@@ -236,13 +236,8 @@ class Run:
             ways = list(WAYS)
             for number in range(self._options.turns):
                 for way in [*ways[number % len(ways) :], *ways[: number % len(ways)]]:
-                    arguments = [
-                        way,
-                        str(self._folder / LOOP),
-                        str(self._options.size // 4),
-                        *(["--check"] if number == 0 else []),
-                    ]
-                    result = _run([sys.executable, str(HERE / "loop.py"), *arguments])
+                    arguments = [way, str(self._folder / LOOP), str(self._options.size // 4)]
+                    result = _run([sys.executable, str(HERE / "loop.py"), *arguments, *(["--check"] if number == 0 else [])])
                     samples.append({"piece": LOOP, "turn": number, "tool": way, "operation": LOOP} | result)
                     print(f"  {way:45} {result.get('failed') or format(result['wall'], '8.3f') + ' s'}", flush=True)
             self._results["pieces"][LOOP] = {"minutes": (time.monotonic() - began) / 60, "samples": samples}
