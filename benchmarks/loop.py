@@ -2,9 +2,10 @@
 
     python loop.py WAY DIRECTORY SIZE [--device cuda] [--steps 20] [--saves 3] [--check]
 
-SIZE is the size of the model and its optimizer's state together, in bytes. The loop trains on one thread. Around each save it
-makes so many steps without a save, and at least as many from the call on, until the save is finished. The difference is the training
-that the save has cost. The first save is told apart, since it takes memory and starts processes that the next ones use again.
+SIZE is the size of the model and its optimizer's state together, in bytes. The loop trains on one thread: so many steps without a save
+before and after each save, and as many from the call on, or more, until the save is finished. The difference is the training that the
+save has cost; it is counted until two steps after the save is finished, since longer windows add nothing but noise. The first save is
+told apart, because it takes memory and starts processes that the next ones use again.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from rivals.background import WAYS, Saver
 SETTLE_SECONDS = 0.5
 WARM_STEPS = 5
 SHOWN_BEFORE = 3  # how many of the steps before a call a picture can show
+LEAST_STEPS = 5  # from a call on; so many and AFTERWARDS after the end of the save are counted
+AFTERWARDS = 2
 SMALL = 1 << 20  # a tensor with fewer bytes is always copied in the call
 
 Step = tuple[float, float]
@@ -114,7 +117,7 @@ def _memory(tensors: list[torch.Tensor], *, pinned: bool) -> list[torch.Tensor]:
 def measured_save(loop: Loop, saver: Saver, path: Path, steps: int, base: int) -> tuple[dict[str, Any], float, Any]:
     """One save with the steps from its call on: its figures, the time of the call, and shardsave's report.
 
-    ``base``: the resident memory of the training alone.
+    ``base``: the peak memory of the training alone.
     """
     path.mkdir(parents=True)
     gc.collect()
@@ -126,8 +129,12 @@ def measured_save(loop: Loop, saver: Saver, path: Path, steps: int, base: int) -
     returned, in_call = time.perf_counter(), time.thread_time() - own
     staged, finished = Moment(lambda: saver.wait_staged(pending)), Moment(lambda: saver.wait(pending))
     during: list[Step] = []
-    while len(during) < steps or finished.at is None:
+    counted = 0
+    while len(during) < steps or not counted:
         during.append(loop.step())
+        if finished.at is not None and not counted:
+            counted = max(LEAST_STEPS, len(during) + AFTERWARDS)
+    during += loop.steps(counted - len(during))
     report = finished.result()
     staged.result()
     own_during = time.thread_time() - own - in_call
@@ -135,7 +142,8 @@ def measured_save(loop: Loop, saver: Saver, path: Path, steps: int, base: int) -
         "stall": returned - called,
         "staged": max(staged.at or 0, returned) - called,
         "finished": (finished.at or 0) - called,
-        "total": during[-1][1] - called,
+        "counted": counted,
+        "total": during[counted - 1][1] - called,
         "cpu_call": in_call,
         "cpu_background": max(0.0, measure.family_seconds() - family - in_call - own_during),
         "peak_extra": measure.peak_bytes() - base + loop.children_peak,
@@ -146,12 +154,14 @@ def measured_save(loop: Loop, saver: Saver, path: Path, steps: int, base: int) -
 
 def measure_saves(loop: Loop, saver: Saver, training: models.LiveTraining, options: argparse.Namespace) -> list[dict[str, Any]]:
     """All saves, each with the steps before and after it that no save disturbs."""
-    base = measure.resident_bytes()
     saves: list[dict[str, Any]] = []
     quiet = []
+    base = 0  # the peak memory of steps before any save
     for number in range(options.saves + 1):
         copies = _settle(options.path, training)
+        measure.forget_peak()
         quiet.append(loop.steps(options.steps))
+        base = base or measure.peak_bytes()
         if number == options.saves:
             break
         save, called, report = measured_save(loop, saver, options.path / f"save-{number}", options.steps, base)
@@ -159,7 +169,7 @@ def measure_saves(loop: Loop, saver: Saver, training: models.LiveTraining, optio
         saves.append(save | {"before": before} | _staging(report, copies))
     for save, (before_it, after_it) in zip(saves, itertools.pairwise(quiet)):
         step = (_seconds(before_it) + _seconds(after_it)) / 2
-        save |= {"step": step, "lost": save["total"] - step * len(save["steps"])}
+        save |= {"step": step, "lost": save["total"] - step * save["counted"]}
     return saves
 
 
