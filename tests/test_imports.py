@@ -35,6 +35,7 @@ WINGS: dict[str, set[str]] = {
     "_program": {"_common", "_format", "_printable", "_state", "errors"},
     "_training": {"_common", "_format", "_state", "errors"},
     "_saving": {"_common", "_engine", "_format", "_state", "_storage", "_version", "errors"},
+    "_background": {"_common", "_printable", "_engine", "_format", "_saving", "_state", "errors"},
     "_loading": {"_common", "_engine", "_format", "_state", "_storage", "errors"},
     "_huggingface": {"_common", "_format", "_loading", "_printable", "_saving", "_state", "_storage", "errors"},
     "_foreign": {"_common", "_format", "_state", "_storage", "errors"},
@@ -42,7 +43,7 @@ WINGS: dict[str, set[str]] = {
         "_common", "_engine", "_foreign", "_format", "_loading", "_printable", "_saving", "_state", "_storage", "errors",
     },
     "_api": {
-        "_architecture", "_common", "_conversion", "_engine", "_format", "_huggingface", "_loading", "_printable",
+        "_architecture", "_background", "_common", "_conversion", "_engine", "_format", "_huggingface", "_loading", "_printable",
         "_program", "_runs", "_saving", "_state", "_storage", "_training", "_version", "errors",
     },
     "__init__": {"_api", "_common", "_version", "errors"},

@@ -151,7 +151,7 @@ def running(model: torch.nn.Module) -> None:
     with shardsave.CheckpointManager(
         "run", save_every="10min", keep_last=3, keep_best=("loss", "min", 2), durable=True
     ) as manager:
-        assert_type(manager, shardsave.CheckpointManager)
+        assert_type(manager, shardsave.CheckpointManager[shardsave.SaveReport])
         assert_type(manager.step(1, model, metrics={"loss": torch.ones(())}, architecture=True), shardsave.SaveReport | None)
         assert_type(manager.save(2, model), shardsave.SaveReport)
         assert_type(manager.latest(), shardsave.StepInfo | None)
@@ -169,9 +169,32 @@ def running(model: torch.nn.Module) -> None:
         policy=lambda steps: [info.step for info in steps if info.metrics["loss"] < 1],
         on_commit=print,
     )
-    shardsave.CheckpointManager("run")  # type: ignore[call-arg]
-    shardsave.CheckpointManager("run", save_every=1.5)  # type: ignore[arg-type]
-    shardsave.CheckpointManager("run", save_every=1, on_corrupt="ignore")  # type: ignore[arg-type]
+    shardsave.CheckpointManager("run")  # type: ignore[call-overload]
+    shardsave.CheckpointManager("run", save_every=1.5)  # type: ignore[call-overload]
+    shardsave.CheckpointManager("run", save_every=1, on_corrupt="ignore")  # type: ignore[call-overload]
+
+
+def in_the_background(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    pending = shardsave.save_async(model, Path("ckpt"), training={"optimizer": optimizer}, staging="ring", if_busy="skip")
+    assert_type(pending, shardsave.PendingSave)
+    shardsave.save_async({"x": np.zeros(3)}, "ckpt", check_unchanged=True, background_workers=2, step_timeout=1, durable=False)
+    assert_type(pending.done(), bool)
+    assert_type(pending.exception(), BaseException | None)
+    assert_type(pending.staged.wait(timeout=1), bool)
+    assert_type(pending.cancel(), bool)
+    report = pending.wait(timeout=1.5)
+    assert_type(report, shardsave.SaveReport)
+    assert_type((report.staging, report.staging_reason), tuple[str, str])
+    assert_type(report.stall_seconds + report.queue_seconds + report.step_wait_seconds, float)
+    assert_type(report.drain_seconds + report.durable_seconds, float)
+    assert_type(report.skipped, bool)
+    with shardsave.CheckpointManager("run", save_every=1, asynchronous=True, staging="snapshot") as manager:
+        assert_type(manager, shardsave.CheckpointManager[shardsave.PendingSave])
+        assert_type(manager.step(1, model, if_busy="raise"), shardsave.PendingSave | None)
+        assert_type(manager.save(2, model), shardsave.PendingSave)
+    shardsave.save_async(model, "ckpt", staging="blocking")  # type: ignore[arg-type]
+    shardsave.save_async(model, "ckpt", if_busy=True)  # type: ignore[arg-type]
+    shardsave.save_async(model, "ckpt", "ring")  # type: ignore[call-arg]
 
 
 def errors() -> None:

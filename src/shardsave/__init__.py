@@ -20,6 +20,7 @@ from shardsave.errors import (
     NoSuchTensorError,
     OutOfMemoryError,
     OutOfSpaceError,
+    SaveCancelledError,
     SaveNotCommittedError,
     ShardSaveError,
     UnsupportedModuleError,
@@ -38,12 +39,14 @@ if TYPE_CHECKING:
     from shardsave._api.load import load, load_model
     from shardsave._api.manager import CheckpointManager, StepInfo
     from shardsave._api.open import OpenCheckpoint, TensorSlice, open
+    from shardsave._api.pending_save import PendingSave
     from shardsave._api.plan import PlannedFile, SavePlan, plan_save
     from shardsave._api.reports import LoadReport, Phases, SaveReport
     from shardsave._api.restore_flags import FlagsReport, restore_flags
     from shardsave._api.resume import resume
     from shardsave._api.resumed import PerRank, Resumed
     from shardsave._api.save import save
+    from shardsave._api.save_async import save_async
 
 __all__ = [
     "ArchitectureInfo",
@@ -65,10 +68,12 @@ __all__ = [
     "OpenCheckpoint",
     "OutOfMemoryError",
     "OutOfSpaceError",
+    "PendingSave",
     "PerRank",
     "Phases",
     "PlannedFile",
     "Resumed",
+    "SaveCancelledError",
     "SaveNotCommittedError",
     "SavePlan",
     "SaveReport",
@@ -97,6 +102,7 @@ __all__ = [
     "restore_flags",
     "resume",
     "save",
+    "save_async",
     "verify",
 ]
 
@@ -112,12 +118,14 @@ _MODULES = {
     "load": ("load", "load_model"),
     "manager": ("CheckpointManager", "StepInfo"),
     "open": ("OpenCheckpoint", "TensorSlice", "open"),
+    "pending_save": ("PendingSave",),
     "plan": ("PlannedFile", "SavePlan", "plan_save"),
     "reports": ("LoadReport", "Phases", "SaveReport"),
     "restore_flags": ("FlagsReport", "restore_flags"),
     "resume": ("resume",),
     "resumed": ("PerRank", "Resumed"),
     "save": ("save",),
+    "save_async": ("save_async",),
 }
 
 

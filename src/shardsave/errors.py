@@ -20,6 +20,7 @@ __all__ = [
     "NoSuchTensorError",
     "OutOfMemoryError",
     "OutOfSpaceError",
+    "SaveCancelledError",
     "SaveNotCommittedError",
     "ShardSaveError",
     "UnsupportedModuleError",
@@ -76,12 +77,19 @@ class OutOfSpaceError(SaveNotCommittedError):
     """The disk is full, or there is no memory for staging; nothing was committed."""
 
 
+class SaveCancelledError(SaveNotCommittedError):
+    """The save in the background was cancelled; nothing was committed, the previous checkpoint is intact."""
+
+
 class DurabilityUncertainError(ShardSaveError):
     """The save was committed, or may have been; the system did not confirm that all of it is on disk. The message says what is known."""
 
 
 class DirectoryBusyError(ShardSaveError):
-    """Another save uses the directory: it held the lock until the time limit was reached, or it changed files meanwhile."""
+    """Another save uses the directory: it held the lock until the time limit was reached, or it changed files meanwhile.
+
+    Also raised by a save in the background that may not wait for another one of this process (``if_busy="raise"``).
+    """
 
 
 class UnsupportedModuleError(ShardSaveError):

@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from numbers import Integral
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast, overload
 
-from shardsave._api.arguments import check_path, check_timeout
+from shardsave._api.arguments import check_path, check_switches, check_timeout
 from shardsave._api.run_verbs import OF_BOTH, PublicVerbs
+from shardsave._api.step_saves import StepSaves
 from shardsave._common.log_records import log_event
 from shardsave._common.os_calls import absolute_path
 from shardsave._common.shutdown import verb
@@ -26,24 +27,22 @@ from shardsave._runs.recorded import RecordedPolicy
 from shardsave._runs.removal import pin, unpin
 from shardsave._runs.signals import SaveRequests
 from shardsave._runs.steps import Run, StepInfo
-from shardsave.errors import (
-    CheckpointNotFoundError,
-    CorruptCheckpointError,
-    DurabilityUncertainError,
-    IncompatibleCheckpointError,
-    OutOfSpaceError,
-)
+from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from shardsave._api.pending_save import PendingSave
     from shardsave._api.reports import SaveReport
     from shardsave._api.resumed import Resumed
 
 __all__ = ["CheckpointManager", "StepInfo"]
 
+#: What a save returns: `SaveReport`, or `PendingSave` if the manager is asynchronous.
+Saved = TypeVar("Saved")
 
-class CheckpointManager:
+
+class CheckpointManager(Generic[Saved]):
     """Saves a training run as a directory of steps (``run/step-00001000``), each an ordinary checkpoint, and resumes from the last one.
 
     Nothing but the steps themselves says which one is the latest: it is the last one that was committed. Steps that no policy keeps are
@@ -60,7 +59,10 @@ class CheckpointManager:
         policy: a function that receives all committed steps (a tuple of `StepInfo`) and returns those to keep.
         on_commit: called with the `SaveReport` of each save, on the thread that saved, before steps are removed.
         on_corrupt: what `resume` does about a corrupt step: "previous" takes the one before it, "raise" raises.
-        options: keywords of `save`, for each save of this manager; ``rng``, ``process_group`` and ``progress`` are for `resume` too.
+        asynchronous: save with `save_async`: `step` and `save` return a `PendingSave`, and training goes on. What follows a commit
+            (``on_commit``, removing steps) is done on the saving thread.
+        options: keywords of `save` (of `save_async`, if asynchronous), for each save of this manager; ``rng``, ``process_group`` and
+            ``progress`` are for `resume` too.
 
     Raises:
         TypeError, ValueError: for wrong arguments.
@@ -80,6 +82,38 @@ class CheckpointManager:
 
     _verbs = PublicVerbs()
 
+    @overload
+    def __init__(
+        self: CheckpointManager[SaveReport],
+        directory: str | os.PathLike[str],
+        *,
+        save_every: int | str | None,
+        keep_last: int | None = None,
+        keep_every: int | None = None,
+        keep_best: tuple[str, str, int] | None = None,
+        policy: UserPolicy | None = None,
+        on_commit: Callable[[SaveReport], object] | None = None,
+        on_corrupt: Literal["previous", "raise"] = "previous",
+        asynchronous: Literal[False] = False,
+        **options: Any,
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: CheckpointManager[PendingSave],
+        directory: str | os.PathLike[str],
+        *,
+        save_every: int | str | None,
+        keep_last: int | None = None,
+        keep_every: int | None = None,
+        keep_best: tuple[str, str, int] | None = None,
+        policy: UserPolicy | None = None,
+        on_commit: Callable[[SaveReport], object] | None = None,
+        on_corrupt: Literal["previous", "raise"] = "previous",
+        asynchronous: Literal[True],
+        **options: Any,
+    ) -> None: ...
+
     def __init__(
         self,
         directory: str | os.PathLike[str],
@@ -91,6 +125,7 @@ class CheckpointManager:
         policy: UserPolicy | None = None,
         on_commit: Callable[[SaveReport], object] | None = None,
         on_corrupt: Literal["previous", "raise"] = "previous",
+        asynchronous: bool = False,
         **options: Any,
     ) -> None:
         check_path(directory)
@@ -103,17 +138,19 @@ class CheckpointManager:
                 raise TypeError(f"{name} must be a function, not {type(function).__name__}")
         if on_corrupt not in ("previous", "raise"):
             raise ValueError(f"on_corrupt must be 'previous' or 'raise', not {on_corrupt!r}")
-        self._save_options = self._verbs.save_options()
+        check_switches(asynchronous=asynchronous)
+        self._asynchronous = asynchronous
+        self._save_options = self._verbs.save_options(asynchronous=asynchronous)
         self._check_options(options)
         own = getattr(policy, "__qualname__", type(policy).__qualname__) if policy is not None else None
         recorded = RecordedPolicy(save_every, keep_last, keep_every, best, own)
         keeps = [*recorded.keeps(), *([KeepChosen(policy)] if policy is not None else [])]
-        self._on_commit = on_commit
         self._on_corrupt = on_corrupt
         self._options = options
         self._shown = os.fspath(directory)
         self._run = Run(absolute_path(self._shown))
         self._keeper = Keeper(self._run, self._shown, keeps, recorded)
+        self._saves = StepSaves(self._run, self._keeper, self._when, on_commit)
         self._requests = SaveRequests()
         self._preempted = False
 
@@ -122,30 +159,48 @@ class CheckpointManager:
         """Whether a signal of `save_on_signal` came and the last save after it is committed: the training should end now."""
         return self._preempted
 
-    def __enter__(self) -> CheckpointManager:
+    def __enter__(self) -> CheckpointManager[Saved]:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        self._close()
+        if error is None:
+            self._saves.raise_untold()
 
     def close(self) -> None:
-        """Puts the signal handlers back, and waits until all steps that are to be removed are gone. May be called any number of times."""
+        """Puts the signal handlers back, waits for a save in the background, and until all steps that are to be removed are gone.
+
+        Raises the error of the last save in the background if nobody has learnt of it by `PendingSave.wait` or `PendingSave.exception`;
+        the end of a ``with`` block does so too, unless it ends with an error. May be called any number of times.
+        """
+        self._close()
+        self._saves.raise_untold()
+
+    def _close(self) -> None:
         self._requests.restore()
+        self._saves.settle()
         self._keeper.remover.wait()
 
     def wait_removed(self, timeout: float | None = None) -> bool:
-        """Waits until the steps that no policy keeps are gone. Returns False if that takes longer than ``timeout`` seconds."""
+        """Waits until the steps that no policy keeps are gone, and before that for a save in the background.
+
+        Returns False if that takes longer than ``timeout`` seconds.
+        """
         if timeout is not None:
             check_timeout(timeout, "timeout")
-        return self._keeper.remover.wait(timeout)
+        started = time.monotonic()
+        if not self._saves.settle(timeout):
+            return False
+        return self._keeper.remover.wait(None if timeout is None else max(0.0, timeout - (time.monotonic() - started)))
 
     def step(
         self, step: int, model: Any, *, training: Any = None, metrics: Mapping[str, Any] | None = None, **options: Any
-    ) -> SaveReport | None:
+    ) -> Saved | None:
         """Tells the manager that ``step`` is finished. Saves if it is time, or if a signal asks for it.
 
         Step 0 is never saved. A save that fails raises, and leaves all steps as they are: training can go on, and the next save is at
-        the next multiple of ``save_every``.
+        the next multiple of ``save_every``. A save in the background raises only for wrong arguments and what cannot be saved; one
+        that a signal asks for is waited for, after the one in flight, and raises its error here.
 
         Args:
             step: the number of the step that was just finished.
@@ -154,7 +209,7 @@ class CheckpointManager:
             options: more keywords of `save`; they override those of the manager.
 
         Returns:
-            The report of the save, None if nothing was saved.
+            The report of the save, or the `PendingSave` if the manager is asynchronous; None if nothing was saved.
 
         Raises:
             TypeError, ValueError: for wrong arguments.
@@ -168,47 +223,35 @@ class CheckpointManager:
         due = self._when.due(step)
         if step == 0 or not (due or requested):
             return None
-        report = self.save(step, model, training=training, metrics=metrics, **options)
-        if requested:
-            self._preempted = True
-            names = some(number.name for number in self._requests.noted)
-            log_event(
-                logging.INFO, "preempted", f"saved step {step} of {self._shown} because of {names}", path=report.path, step=step
-            )
-        return report
+        if not requested:
+            return self.save(step, model, training=training, metrics=metrics, **options)
+        saved = self._last_save(step, model, training=training, metrics=metrics, **options)
+        self._preempted = True
+        names, path = some(number.name for number in self._requests.noted), self._run.path_of(step)
+        log_event(logging.INFO, "preempted", f"saved step {step} of {self._shown} because of {names}", path=path, step=step)
+        return saved
+
+    def _last_save(self, step: int, model: Any, **options: Any) -> Saved:
+        """Saves a step and waits for it; also if the manager is asynchronous."""
+        if not self._asynchronous:
+            return self.save(step, model, **options)
+        pending = self.save(step, model, **{**options, "if_busy": "wait"})
+        cast("PendingSave", pending).wait()
+        return pending
 
     @verb()
     def save(
         self, step: int, model: Any, *, training: Any = None, metrics: Mapping[str, Any] | None = None, **options: Any
-    ) -> SaveReport:
+    ) -> Saved:
         """Saves ``step`` now. Everything else is as in `step`."""
         step = checked_step(step)
         if step == 0:
             raise ValueError("step 0 is never saved: a step is saved once it is finished, and the first one is step 1")
         self._check_options(options)
         numbers = checked_metrics(metrics)
-        path = self._run.path_of(step)
-        self._keeper.remover.wait()  # the space of what goes is needed
-        self._keeper.refuse_before_latest(step)
         given = {**self._options, **options, **({"training": training} if training is not None else {})}
-        try:
-            report = self._verbs.save(model, path, step=step, metrics=numbers, options=given)
-        except OutOfSpaceError as error:
-            raise OutOfSpaceError(f"{error}; {self._keeper.would_free(step)}") from error
-        except DurabilityUncertainError as error:
-            self._keeper.uncounted[step] = str(error)
-            raise
-        finally:
-            self._when.done(step)
-            _remove_empty(path)
-        self._keeper.uncounted.pop(step, None)
-        self._keeper.remover.note_saved(step, durable=report.durable)
-        try:
-            if self._on_commit is not None:
-                self._on_commit(report)
-        finally:
-            self._keeper.tidy()
-        return report
+        save = self._saves.later if self._asynchronous else self._saves.now
+        return cast(Saved, save(step, model, numbers, given))
 
     @verb()
     def resume(self, model: nn.Module, *, training: Any = None, **options: Any) -> Resumed | None:
@@ -231,6 +274,7 @@ class CheckpointManager:
         unknown = sorted(set(options) - self._verbs.resume_options())
         if unknown:  # also without a step: it must not show only after a crash
             raise TypeError(f"keywords of resume were expected, not {some(unknown)}")
+        self._saves.settle()
         of_both = {name: self._options[name] for name in OF_BOTH if name in self._options}
         given = {**of_both, **options, **({"training": training} if training is not None else {})}
         passed: list[str] = []
@@ -308,12 +352,14 @@ class CheckpointManager:
             CheckpointNotFoundError: there is no such step. DirectoryBusyError, ShardSaveError: it could not be marked.
         """
         step = checked_step(step)
+        self._saves.settle(of=step)
         pin(self._run.path, step)
 
     @verb()
     def unpin(self, step: int) -> None:
         """Undoes `pin`. If no policy keeps the step, it is removed after the next commit."""
         step = checked_step(step)
+        self._saves.settle(of=step)
         unpin(self._run.path, step)
 
     def save_on_signal(self, *signals: int) -> None:
@@ -337,9 +383,3 @@ def _refusal(info: StepInfo) -> str | None:
     if info.state == "corrupt":
         return info.problem or "it is corrupt"
     return "" if info.committed else None
-
-
-def _remove_empty(folder: str) -> None:
-    """Removes the directory of a save that wrote nothing; one with anything in it stays."""
-    with suppress(OSError):
-        os.rmdir(folder)

@@ -109,6 +109,12 @@ class SaveReport(Removing, Report):
     ``trust``, ``script_classes``: what `build_model` needs to build a saved architecture: the entries of its ``trust``, and the names
     of classes of a script, which it needs in ``classes``. ``cast``: how many tensors were cast to another dtype. ``left_out``: the names
     that ``only="trainable"`` did not save. ``training_bytes``: the length of all files of the training state; 0 without one.
+
+    ``staging``: how `save_async` took the tensors: "snapshot", "ring" or "blocking"; "" for a blocking save. ``staging_reason``: why.
+    ``stall_seconds``: how long the call stopped its caller; of this, ``queue_seconds`` were for an earlier save in the background.
+    ``step_wait_seconds``: how long steps of optimizers waited until their parameters were taken. ``drain_seconds``: from the call until
+    all tensors were taken. ``durable_seconds``: from the call until the checkpoint was committed and, unless ``durable=False``, durable.
+    In these reports ``seconds`` is the time for planning and writing. ``skipped``: nothing was saved, since another save was in flight.
     """
 
     durable: bool = True
@@ -120,9 +126,20 @@ class SaveReport(Removing, Report):
     cast: int = 0
     left_out: tuple[str, ...] = ()
     training_bytes: int = 0
+    staging: str = ""
+    staging_reason: str = ""
+    stall_seconds: float = 0.0
+    queue_seconds: float = 0.0
+    step_wait_seconds: float = 0.0
+    drain_seconds: float = 0.0
+    durable_seconds: float = 0.0
+    skipped: bool = False
 
     def _lines(self) -> Iterator[str]:
-        more = []
+        if self.skipped:
+            yield self._with_notes(f"skipped saving {self.path}: another save was in flight")
+            return
+        more = [self._staging()] if self.staging else []
         if self.training_bytes:
             more.append(f"training state of {human_bytes(self.training_bytes)}")
         if self.cast:
@@ -139,6 +156,16 @@ class SaveReport(Removing, Report):
             more.append(f"build with {build_arguments(self.trust, self.script_classes)}")
         how = f"{self._engine_and_access()}, {'durable' if self.durable else 'not durable'}"
         yield self._with_notes(f"saved {self.path}: {self._size_and_speed()}, {how}", *more)
+
+    def _staging(self) -> str:
+        """How a save in the background took the tensors, and how long that and the rest lasted."""
+        why = f" ({self.staging_reason})" if self.staging_reason else ""
+        queue = f" ({self.queue_seconds:.3f} s for an earlier save)" if self.queue_seconds >= 0.001 else ""
+        times = f"stall {self.stall_seconds:.3f} s{queue}, steps waited {self.step_wait_seconds:.3f} s"
+        end = "durable" if self.durable else "committed"
+        return (
+            f"{self.staging}{why}: {times}, drained after {self.drain_seconds:.3f} s, {end} after {self.durable_seconds:.3f} s"
+        )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How a manager saves and resumes one step: through the public verbs."""
+"""How a manager saves and resumes one step: as the public verbs do."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from shardsave._common.imports import import_at_use
 if TYPE_CHECKING:
     from torch import nn
 
+    from shardsave._api.background import Around
+    from shardsave._api.pending_save import PendingSave
     from shardsave._api.reports import SaveReport
     from shardsave._api.resumed import Resumed
 
@@ -24,10 +26,15 @@ OF_BOTH = ("rng", "process_group", "progress")
 
 
 class PublicVerbs:
-    """`shardsave.save` and `shardsave.resume`, imported at first use."""
+    """`shardsave.save`, `save_async` and `resume`, imported at first use."""
 
-    def save_options(self) -> frozenset[str]:
-        """The keywords that may be passed to `save` in ``options``."""
+    def save_options(self, *, asynchronous: bool) -> frozenset[str]:
+        """The keywords that may be passed to `save`, or to `save_async`, in ``options``."""
+        if asynchronous:
+            import_at_use("shardsave._api.save_async")
+            from shardsave._api.save_async import save_async
+
+            return frozenset(signature(save_async).parameters) - _BY_THE_MANAGER
         import_at_use("shardsave._api.save")
         from shardsave._api.save import save
 
@@ -38,6 +45,23 @@ class PublicVerbs:
         from shardsave._api.save import save
 
         return save(model, path, step=step, metrics=metrics, **options)
+
+    def save_async(
+        self, model: Any, path: str, around: Around, *, step: int, metrics: Mapping[str, float], options: Mapping[str, Any]
+    ) -> PendingSave:
+        """As `shardsave.save_async`, which does not know ``around``."""
+        from shardsave._api.background import InBackground, start
+        from shardsave._api.save import How
+        from shardsave._api.save_async import save_async
+        from shardsave._api.save_contents import What
+
+        bound = signature(save_async).bind(model, path, step=step, metrics=metrics, **options)
+        bound.apply_defaults()
+        given = bound.arguments
+        what = What(**{name: given[name] for name in What._fields})
+        how = How(**{name: given[name] for name in How._fields})
+        background = InBackground(**{name: given[name] for name in InBackground._fields})
+        return start(model, path, what, how, background, around)
 
     def resume_options(self) -> frozenset[str]:
         """The keywords that may be passed to `resume` in ``options``."""

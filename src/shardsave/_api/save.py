@@ -14,6 +14,7 @@ from shardsave._api.arguments import check_path, check_progress, check_switches,
 from shardsave._api.operators import check_operators
 from shardsave._api.reports import SaveReport, log_deletion
 from shardsave._api.save_contents import Planned, What, plan
+from shardsave._background.failures import take_failures
 from shardsave._common.backend import engine_name
 from shardsave._common.log_records import log_record
 from shardsave._common.os_calls import absolute_path
@@ -106,7 +107,9 @@ def save(
     what = What(
         max_shard_size, metadata, step, metrics, training, rng, process_group, architecture, program, adapter_only, only, dtype
     )
-    report, warnings = write_planned(plan(source, what), os.fspath(directory), path, how, started)
+    planned = plan(source, what)
+    report, warnings = write_planned(planned, os.fspath(directory), path, how, time.perf_counter() - started)
+    log_saved(report, warnings)
     for warning in warnings:
         warn_caller(warning)
     return report
@@ -131,30 +134,30 @@ def check_how(directory: str | os.PathLike[str], how: How) -> str:
 
 
 def write_planned(
-    planned: Planned, shown: str, path: str, how: How, started: float, watch: Watch = UNWATCHED
+    planned: Planned, shown: str, path: str, how: How, plan_seconds: float, watch: Watch = UNWATCHED
 ) -> tuple[SaveReport, tuple[str, ...]]:
-    """Writes what was planned into the directory ``path``, and logs it. Returns the report, and what the caller must be warned of.
+    """Writes what was planned into the directory ``path``. Returns the report, and what the caller must be warned of.
 
-    ``shown``: the path in the report. ``started``: when the call began, as `time.perf_counter` counts. Raises what `save` raises.
+    ``shown``: the path in the report. ``plan_seconds``: how long the plan took. Raises what `save` raises.
     """
-    contents = planned.contents
-    plan_seconds = time.perf_counter() - started
+    contents, started = planned.contents, time.perf_counter()
     with Progress(how.progress, "saving", contents.tensor_bytes) as reporter:
         outcome = write_checkpoint(
             contents, path, durable=how.durable, lock_timeout=how.lock_timeout, progress=reporter, watch=watch
         )
+    seconds = plan_seconds + time.perf_counter() - started
     report = SaveReport(
         path=shown,
         bytes=contents.weight_bytes,
         tensors=outcome.tensors,
         shards=outcome.shards,
-        seconds=time.perf_counter() - started,
+        seconds=seconds,
         phases=replace(outcome.phases, plan=plan_seconds + outcome.phases.plan),
         engine=engine_name(),
         direct=outcome.totals.direct,
         staging_bytes=outcome.totals.staging_bytes,
         pinned=outcome.totals.pinned,
-        notes=outcome.notes,
+        notes=(*outcome.notes, *take_failures()),
         durable=how.durable,
         removed=outcome.removed,
         leftovers=outcome.leftovers,
@@ -164,7 +167,13 @@ def write_planned(
         cast=planned.cast,
         left_out=planned.left_out,
         training_bytes=outcome.directory_bytes,
+        stall_seconds=seconds,
+        durable_seconds=seconds,
     )
-    log_record("save", report, matters=bool(outcome.leftovers or outcome.warnings))
-    log_deletion(report.path, report.removed, report.leftovers)
     return report, outcome.warnings
+
+
+def log_saved(report: SaveReport, warnings: tuple[str, ...]) -> None:
+    """Logs a save, and what it removed."""
+    log_record("save", report, matters=bool(report.leftovers or warnings))
+    log_deletion(report.path, report.removed, report.leftovers)

@@ -11,18 +11,19 @@ from contextlib import contextmanager
 
 @contextmanager
 def gc_paused() -> Iterator[None]:
-    """No garbage collection within the block.
+    """No garbage collection within the block, if it runs on the main thread.
 
     Nothing is garbage in a table of 100,000 names and offsets, yet each collection would walk over all objects of torch. Only for
-    short code, never around a transfer of bytes. Only the block that disabled the collector enables it again, so blocks may be
-    nested and may run in several threads.
+    short code, never around a transfer of bytes. Only the block that disabled the collector enables it again, so blocks may be nested.
+    The collector is one for all threads: on another thread, such as that of a save in the background, a block would undo a `gc.disable`
+    that the training makes meanwhile.
     """
-    was_on = gc.isenabled()
+    was_on = gc.isenabled() and threading.get_ident() == threading.main_thread().ident
     block = (threading.get_ident(), object())
     try:
         if was_on:
             _paused.add(block)
-        gc.disable()
+            gc.disable()
         yield
     finally:
         if was_on:

@@ -1,7 +1,8 @@
 """Removes steps in the background. Each batch has a thread, which ends with it; the process may end at any moment meanwhile.
 
 What a removal leaves then is finished by the next manager or by `clean`. Before the first step of a batch goes, those that stay are
-made durable. Threads: a `Remover` belongs to one thread; a batch is shared with the thread that works on it, which only shortens it.
+made durable. Threads: a `Remover` belongs to one thread at a time; a batch is shared with the thread that works on it, which only
+shortens it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 
 from shardsave._common.log_records import log_event
 from shardsave._common.shutdown import raise_if_ending
@@ -92,7 +94,10 @@ class Remover:
                 return False
             raise_if_ending()
             time.sleep(_POLL_SECONDS)
-        self._batches = [batch for batch in self._batches if batch]
+        for batch in list(self._batches):  # another thread may add one meanwhile
+            if not batch:
+                with suppress(ValueError):
+                    self._batches.remove(batch)
         return True
 
     def forget(self) -> None:

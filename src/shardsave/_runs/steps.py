@@ -83,7 +83,10 @@ class _Files(NamedTuple):
 
 
 class Run:
-    """The run in the directory ``path``, which need not exist yet. Remembers what it has read in indexes that stay as they are."""
+    """The run in the directory ``path``, which need not exist yet. Remembers what it has read in indexes that stay as they are.
+
+    Threads: any, several at a time. What is remembered is only looked up, set and removed by single operations of dict.
+    """
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -110,7 +113,7 @@ class Run:
         infos: list[StepInfo] = []
         numbers = self.numbers()
         for gone in self._sizes.keys() - set(numbers):
-            del self._sizes[gone]
+            self._sizes.pop(gone, None)
             self._summaries.pop(gone, None)
         seen: set[tuple[int, int]] = set()
         for number in numbers:
@@ -200,7 +203,7 @@ class Run:
 
     def bytes_of_only(self, numbers: set[int]) -> int:
         """The bytes that removing these steps frees: of files that no other step shares."""
-        others = {inode for number, sizes in self._sizes.items() if number not in numbers for inode in sizes}
+        others = {inode for number, sizes in list(self._sizes.items()) if number not in numbers for inode in sizes}
         own = {inode: size for number in numbers for inode, size in self._sizes.get(number, {}).items()}
         return sum(size for inode, size in own.items() if inode not in others)
 

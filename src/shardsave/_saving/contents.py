@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from shardsave._common.sources import ByteSource
 from shardsave._common.strict_json import NotJSON, check_memory
 from shardsave._format.file_names import DIRECTORY_INDEX, check_shard_count
 from shardsave._format.header import MAX_HEADER_BYTES
@@ -23,7 +24,7 @@ from shardsave._format.index import (
 )
 from shardsave._saving.disk_layout import OnDisk
 from shardsave._saving.shards import PlannedShard, plan_shards
-from shardsave._state.module import State
+from shardsave._state.module import Entry, State
 from shardsave._state.parts import Parts
 from shardsave._version import __version__
 from shardsave.errors import UnsupportedModuleError
@@ -109,6 +110,23 @@ class Contents(NamedTuple):
     def ties(self) -> dict[str, str]:
         """Tied name → the name under which the tensor is stored."""
         return {entry.name: entry.tied_to for entry in self.state.entries if entry.tied_to is not None}
+
+    def with_sources(self, new: Mapping[int, ByteSource]) -> Contents:
+        """The same contents with other sources of the same bytes. ``new``: `id` of a source → what takes its place."""
+        stored = {entry.name: new.get(id(entry.source), entry.source) for entry in self.state.entries}
+        entries = [
+            Entry(name, kind, frozen, tied_to, stored[name if tied_to is None else tied_to])
+            for name, kind, frozen, tied_to, _ in self.state.entries
+        ]
+        return self._replace(
+            state=self.state._replace(entries=tuple(entries)),
+            shards=[shard.with_sources(new) for shard in self.shards],
+            extra_shards=[shard.with_sources(new) for shard in self.extra_shards],
+            directories=[
+                replace(directory, shards={name: shard.with_sources(new) for name, shard in directory.shards.items()})
+                for directory in self.directories
+            ],
+        )
 
     def index_for(
         self,

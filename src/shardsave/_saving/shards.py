@@ -44,6 +44,10 @@ class PlannedShard(NamedTuple):
         """The bytes to reserve on disk. Only whole blocks are written, so the last may reach past the end of the file."""
         return len(self.header) + -(-self.layout.data_bytes // ALIGNMENT) * ALIGNMENT
 
+    def with_sources(self, new: Mapping[int, ByteSource]) -> PlannedShard:
+        """The same shard with other sources of the same bytes: `id` of a source → what takes its place."""
+        return PlannedShard(self.layout, self.header, [new.get(id(piece), piece) for piece in self.pieces])
+
 
 def plan_shards(
     entries: Sequence[Entry], bound: int | None, *, apart: bool = True, more: Mapping[str, str] | None = None
@@ -153,7 +157,7 @@ class ShardWriter:
 
         self._watch.begin_reading(pieces)
         try:
-            return engine.write(
+            transfer = engine.write(
                 [file.file.fd for file in staged],
                 group_blocks,
                 pieces,
@@ -166,6 +170,8 @@ class ShardWriter:
             call = fault.call if fault.file < 0 else f"{fault.call} of {fault.length} bytes at offset {fault.offset}"
             error = CallFailed(call, staged[max(fault.file, 0)].name, fault.errno, fault.detail or os.strerror(fault.errno))
             raise self._transaction.failure(error, needed) from fault
+        self._watch.end_reading(pieces, transfer.sums)
+        return transfer
 
 
 def _whole_sum(header: bytes, layout: Shard, sums: Sequence[int]) -> int:

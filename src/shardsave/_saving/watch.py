@@ -31,6 +31,9 @@ class Watch(Protocol):
         has taken from there; None: nobody wants to know.
         """
 
+    def end_reading(self, pieces: Sequence[ByteSource], sums: Sequence[int]) -> None:
+        """Called after the memory of ``pieces`` was read, with the checksum of each."""
+
 
 class Unwatched:
     """A save that nobody watches."""
@@ -44,6 +47,9 @@ class Unwatched:
         pass
 
     def begin_reading(self, pieces: Sequence[ByteSource]) -> None:
+        pass
+
+    def end_reading(self, pieces: Sequence[ByteSource], sums: Sequence[int]) -> None:
         pass
 
 

@@ -1,0 +1,218 @@
+"""How a save is started in the background: for `save_async`, and for a manager."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from shardsave._api.arguments import check_switches, check_timeout
+from shardsave._api.pending_save import PendingSave
+from shardsave._api.reports import Phases, SaveReport
+from shardsave._api.save import How, check_how, log_saved, write_planned
+from shardsave._api.save_contents import Planned, What, plan
+from shardsave._background.flight import Flight
+from shardsave._background.staging import Staging, stage
+from shardsave._background.turns import IfBusy, take_turn
+from shardsave._common.backend import engine_name
+from shardsave._common.imports import import_at_use
+from shardsave._common.shutdown import verb
+from shardsave._common.warn_caller import warnings_collected
+from shardsave._state.module import Source
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
+    from shardsave._common.sources import ByteSource
+
+StagingArgument = Literal["auto", "snapshot", "ring"]
+
+
+class InBackground(NamedTuple):
+    """The arguments of `save_async` that say how to save in the background."""
+
+    staging: StagingArgument
+    if_busy: IfBusy
+    check_unchanged: bool
+    background_workers: int
+    step_timeout: float
+
+
+class Around(NamedTuple):
+    """What else is done for a save. ``before``: called in the call, when it is this save's turn. ``write``: called on the saving thread
+    with the function that saves; it returns the report.
+    """
+
+    before: Callable[[], object] = lambda: None
+    write: Callable[[Callable[[], SaveReport]], SaveReport] = lambda save: save()
+
+
+#: A save for which nothing else is done.
+ALONE = Around()
+
+
+class Started(NamedTuple):
+    """When the call began, as `time.perf_counter` counts, and how long it waited for an earlier save, and planned, in seconds."""
+
+    at: float
+    queue_seconds: float
+    plan_seconds: float
+
+
+def start(
+    source: Source,
+    directory: str | os.PathLike[str],
+    what: What,
+    how: How,
+    background: InBackground,
+    around: Around = ALONE,
+) -> PendingSave:
+    """Plans a save, takes or guards its tensors, and lets the rest go on in the background. Raises what `save_async` raises.
+
+    An interrupt, at whatever moment, ends what was started.
+    """
+    started = time.perf_counter()
+    path = check_how(directory, how)
+    _check(background)
+    flight: Flight[SaveReport] = Flight(os.fspath(directory))
+    try:
+        with verb():
+            queue_seconds = take_turn(flight, background.if_busy)
+            if queue_seconds is None:
+                flight.skip(_skipped(flight.path))
+                return PendingSave(flight)
+            around.before()
+            planning = time.perf_counter()
+            planned = plan(source, what)
+            plan_seconds = time.perf_counter() - planning
+            flight.staging = staging = stage(
+                planned.contents,
+                source,
+                _optimizers_in(what.training),
+                background.staging,
+                check_unchanged=background.check_unchanged,
+                workers=background.background_workers,
+                step_timeout=background.step_timeout,
+            )
+            flight.staged = staging.staged
+            watch = _Watching(flight, staging, background.background_workers)
+            save = partial(
+                _save,
+                flight,
+                planned._replace(contents=staging.contents),
+                path,
+                how._replace(progress=how.progress or False),  # a bar that nobody asked for would disturb those of the training
+                Started(started, queue_seconds, plan_seconds),
+                watch,
+            )
+            del planned  # it has the tensors of the model
+            if staging.mode == "blocking":
+                flight.run_here(partial(around.write, save))
+            else:
+                staging.arm()
+                flight.launch(partial(around.write, save), started)
+            return PendingSave(flight)
+    except BaseException:
+        flight.abandon()
+        raise
+
+
+def _check(background: InBackground) -> None:
+    """Raises TypeError or ValueError for wrong arguments."""
+    for name, value, allowed in (
+        ("staging", background.staging, ("auto", "snapshot", "ring")),
+        ("if_busy", background.if_busy, ("wait", "raise", "skip")),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
+    check_switches(check_unchanged=background.check_unchanged)
+    workers = background.background_workers
+    if isinstance(workers, bool) or not isinstance(workers, int):
+        raise TypeError(f"background_workers must be an int, not {type(workers).__name__}")
+    if workers < 1:
+        raise ValueError(f"background_workers must be at least 1, not {workers}")
+    check_timeout(background.step_timeout, "step_timeout")
+
+
+def _optimizers_in(training: Any) -> list[torch.optim.Optimizer]:
+    """The optimizers in ``training``, without accelerate's wrappers around them."""
+    if training is None:
+        return []
+    import_at_use("shardsave._training.kinds")
+    from shardsave._training.kinds import inner, kind_of, leaves_in
+
+    return [inner(value) for _, value in leaves_in(training) if kind_of(value) == "optimizer"]
+
+
+class _Watching:
+    """The watch over a save in the background: whether it was cancelled, and what its staging says."""
+
+    def __init__(self, flight: Flight[SaveReport], staging: Staging, workers: int) -> None:
+        self.workers: int | None = workers
+        self.staging = staging
+        self._flight = flight
+
+    def check(self) -> None:
+        self._flight.check()
+        self.staging.check()
+
+    def attempt_commit(self) -> None:
+        self._flight.check()
+        self.staging.check_complete()
+        self._flight.attempt_commit()
+
+    def begin_reading(self, pieces: Sequence[ByteSource]) -> NDArray[np.int64] | None:
+        return self.staging.begin_reading(pieces)
+
+    def end_reading(self, pieces: Sequence[ByteSource], sums: Sequence[int]) -> None:
+        self.staging.end_reading(pieces, sums)
+
+
+def _save(flight: Flight[SaveReport], planned: Planned, path: str, how: How, started: Started, watch: _Watching) -> SaveReport:
+    """Saves, on the saving thread. What the caller of a blocking save would be warned of is in the notes."""
+    staging = watch.staging
+    staging.use_streams()
+    try:
+        with warnings_collected() as warned:
+            report, warnings = write_planned(planned, flight.path, path, how, started.plan_seconds, watch)
+    finally:
+        staging.finish()  # before anything that others have to do: no step waits any more, and the memory is free
+    flight.committed = True
+    durable_seconds = time.perf_counter() - started.at
+    report = replace(
+        report,
+        notes=tuple(dict.fromkeys((*report.notes, *staging.notes, *warned))),
+        staging=staging.mode,
+        staging_reason=staging.reason,
+        stall_seconds=flight.stall_seconds or durable_seconds,
+        queue_seconds=started.queue_seconds,
+        step_wait_seconds=staging.step_wait_seconds,
+        drain_seconds=staging.drain_seconds,
+        durable_seconds=durable_seconds,
+    )
+    log_saved(report, warnings)
+    return report
+
+
+def _skipped(path: str) -> SaveReport:
+    return SaveReport(
+        path=path,
+        bytes=0,
+        tensors=0,
+        shards=0,
+        seconds=0.0,
+        phases=Phases(),
+        engine=engine_name(),
+        direct=False,
+        staging_bytes=0,
+        pinned=False,
+        durable=False,
+        skipped=True,
+    )

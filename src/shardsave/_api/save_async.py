@@ -1,0 +1,95 @@
+"""`save_async`: a save beside a training that goes on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, Union
+
+import torch
+
+from shardsave._api.background import InBackground, StagingArgument, start
+from shardsave._api.pending_save import PendingSave
+from shardsave._api.save import How
+from shardsave._api.save_contents import What
+from shardsave._background.turns import IfBusy
+from shardsave._common.progress import ProgressArgument
+from shardsave._common.uncompiled import uncompiled
+from shardsave._state.module import Source
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from shardsave._program.capture import Program
+
+
+@uncompiled
+def save_async(
+    source: Source,
+    directory: str | os.PathLike[str],
+    *,
+    staging: StagingArgument = "auto",
+    if_busy: IfBusy = "wait",
+    check_unchanged: bool = False,
+    background_workers: int = 1,
+    step_timeout: float = 600.0,
+    max_shard_size: Union[int, str] = "2GB",
+    durable: bool = True,
+    metadata: Mapping[str, Any] | None = None,
+    step: int | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    training: Any = None,
+    rng: bool = False,
+    process_group: ProcessGroup | None = None,
+    architecture: bool = False,
+    program: Program | None = None,
+    adapter_only: bool = False,
+    only: Literal["trainable"] | None = None,
+    dtype: Union[torch.dtype, str, None] = None,
+    progress: ProgressArgument = None,
+    lock_timeout: float = 600.0,
+) -> PendingSave:
+    """Saves as `save` does, but returns as soon as training may go on. The checkpoint is of the moment of the call.
+
+    Names, flags, ties, metadata, plain values and small tensors are read in the call, and so are buffers and everything that no hook
+    guards. How the rest is taken is up to ``staging``. The call raises for wrong arguments and for what cannot be saved; what fails later
+    raises nothing in the training: `PendingSave.wait` raises it, `PendingSave.exception` returns it, it is logged once, and the next
+    save has it in its notes.
+
+    A process has one such save in flight. When the process ends, it waits for it; a second Ctrl-C then gives it up.
+
+    Args:
+        source, directory: as in `save`.
+        staging: "snapshot" copies all tensors to host memory in the call; that memory is kept for the next save. "ring" takes Parameters
+            and the state of optimizers from where they are, while training goes on: the next step of each optimizer in ``training``
+            waits until its parameters were taken. "auto" takes the ring only if optimizers in ``training`` own every trainable Parameter,
+            none is capturable, and there is one process; else a snapshot, and where that does not fit, it saves before it returns.
+        if_busy: what to do if another save is in flight: "wait" for its end, "raise" a DirectoryBusyError, or "skip" this save.
+        check_unchanged: also compare checksums from the call with what was saved: it finds changes that no hook sees, for one more read
+            of the memory in the call.
+        background_workers: the most threads that copy and write.
+        step_timeout: how many seconds a step of an optimizer waits for the save; after that the save fails, and training goes on.
+        progress: as in `save`, but None shows no bar; a callable is called on the saving thread.
+        max_shard_size, durable, metadata, step, metrics, training, rng, process_group, architecture, program, adapter_only, only, dtype,
+            lock_timeout: as in `save`.
+
+    Raises:
+        TypeError, ValueError: for wrong arguments, before anything happens.
+        UnsupportedTensorError, UnsupportedTrainingError, UnsupportedModuleError: as in `save`.
+        DirectoryBusyError: another save is in flight, and ``if_busy="raise"``, or it could not go on while this one waits.
+        OutOfMemoryError: with ``staging="snapshot"``, the copy does not fit in memory.
+
+    Example:
+        >>> import torch, shardsave
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        >>> pending = shardsave.save_async(model, "background-checkpoint", training={"optimizer": optimizer})
+        >>> optimizer.step()  # training goes on
+        >>> pending.wait().tensors
+        2
+    """
+    what = What(
+        max_shard_size, metadata, step, metrics, training, rng, process_group, architecture, program, adapter_only, only, dtype
+    )
+    background = InBackground(staging, if_busy, check_unchanged, background_workers, step_timeout)
+    return start(source, directory, what, How(durable, progress, lock_timeout), background)

@@ -1,0 +1,232 @@
+"""One save in the background: its thread, what has become of it, and how it is cancelled and waited for.
+
+Threads: a *caller* makes a flight and launches it, a *saving thread* runs it, anybody may wait for it or cancel it. What they share is
+changed by single operations of dict and list, which are atomic, and no lock is shared: a signal handler may wait for the flight that
+its own thread was just asking about. In a forked child, a flight of the parent is over.
+"""
+
+from __future__ import annotations
+
+import _thread
+import logging
+import os
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from types import TracebackType
+from typing import Generic, Literal, Protocol, TypeVar
+
+from shardsave._background.failures import note_failure
+from shardsave._background.turns import leave_turn, process_ends
+from shardsave._common.log_records import log_event
+from shardsave._common.shutdown import raise_if_ending, verb
+from shardsave.errors import SaveCancelledError, ShardSaveError
+
+Result = TypeVar("Result")
+
+#: What a flight comes to: whoever decides first. "over": it ended without an attempt to commit.
+_Decision = Literal["commit", "cancel", "over"]
+
+#: How long a caller that was interrupted waits for a thread that it may have started, in seconds.
+_PATIENCE = 1.0
+
+
+class Finished(Protocol):
+    """What a flight ends when it ends."""
+
+    def finish(self) -> None: ...
+
+
+class Flight(Generic[Result]):
+    """A save into ``path`` that ends with a ``Result`` or an error.
+
+    ``staged``: set once all bytes are of the moment of the call, and at the end. ``staging``: what is finished at the end.
+    ``stall_seconds``: how long the call has stopped its caller. ``committed``: whether there is a new checkpoint. ``told``: whether
+    somebody has learnt of the error.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.staged = threading.Event()
+        self.staging: Finished | None = None
+        self.stall_seconds = 0.0
+        self.committed = False
+        self.told = False
+        self.skipped = False
+        self.error: BaseException | None = None
+        self.ended = False
+        self.pid = os.getpid()
+        self._result: Result | None = None
+        self._trace: TracebackType | None = None
+        self._decision: dict[None, _Decision] = {}
+        self._ender: dict[None, int] = {}  # the thread that ends it
+        self._bells: list[_thread.LockType] = []  # each of somebody who waits
+        self._job: Callable[[], Result] | None = None
+        self._thread_id = threading.get_ident()
+        self._launched = False
+        self._begun, self._gate = threading.Event(), threading.Event()
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether it is a flight of the parent, in a forked child."""
+        return os.getpid() != self.pid
+
+    @property
+    def is_of_this_thread(self) -> bool:
+        return threading.get_ident() == self._thread_id
+
+    def launch(self, job: Callable[[], Result], started: float) -> None:
+        """Starts a thread that calls ``job`` once this method is over. If there can be no thread, calls it now.
+
+        ``started``: when the call of the caller began, as `time.perf_counter` counts.
+        """
+        self._job = job
+        thread = threading.Thread(target=self._run, name="shardsave", daemon=False)
+        try:
+            if process_ends():
+                raise RuntimeError("nobody would wait for a thread")
+            self._launched = True
+            thread.start()
+        except RuntimeError:  # there are too many threads, or the process ends
+            self._launched = False
+            return self.run_here(job)
+        self._thread_id = thread.ident or 0
+        self.stall_seconds = time.perf_counter() - started
+        self._gate.set()
+
+    def run_here(self, job: Callable[[], Result]) -> None:
+        """Calls ``job`` on this thread. Its error is that of the flight, and raised only if it is an interrupt."""
+        self._job = job
+        self._gate.set()
+        interrupt = self._run()
+        if interrupt is not None:
+            raise interrupt
+
+    def skip(self, result: Result) -> None:
+        """Ends a flight that did not get its turn."""
+        self.skipped = True
+        self._end(result, None)
+
+    def abandon(self) -> None:
+        """Ends the flight after an error or an interrupt in the call: cancels it, waits for its thread, and leaves nothing behind."""
+        self.cancel()
+        self._gate.set()
+        if self._launched and self._begun.wait(_PATIENCE):
+            self.wait_ended()
+        self._end(None, self._cancelled(), silent=True)
+
+    def _run(self) -> BaseException | None:
+        """Calls the job and ends the flight. Returns what must be raised if this is the caller's thread."""
+        self._begun.set()
+        self._gate.wait()
+        result, error, interrupt = None, None, None
+        try:
+            with verb():
+                self.check()
+                job, self._job = self._job, None
+                assert job is not None
+                result = job()
+        except BaseException as caught:
+            error = self._own_error(caught)
+            interrupt = None if isinstance(caught, Exception) else caught
+        job = None  # holds what is saved
+        self._end(result, error)
+        return interrupt
+
+    def check(self) -> None:
+        """Raises SaveCancelledError if the flight was cancelled, or ends with the process."""
+        raise_if_ending()
+        if self._decision.get(None) == "cancel":
+            raise self._cancelled()
+
+    def attempt_commit(self) -> None:
+        """From now on, `cancel` returns False. Raises SaveCancelledError if it was cancelled before."""
+        if self._decision.setdefault(None, "commit") == "cancel":
+            raise self._cancelled()
+
+    def cancel(self) -> bool:
+        """Ends the save before its commit. Returns False if the commit has been attempted, or if the flight is over."""
+        return not self.is_foreign and self._decision.setdefault(None, "cancel") == "cancel"
+
+    def _cancelled(self) -> SaveCancelledError:
+        return SaveCancelledError(
+            f"cannot save to {self.path}: the save was cancelled; nothing was committed, the previous checkpoint is intact"
+        )
+
+    def _own_error(self, caught: BaseException) -> BaseException:
+        """The error of a flight in which ``caught`` was raised. It keeps no local variables alive: they hold the model."""
+        error, decision = caught, self._decision.setdefault(None, "over")
+        if decision == "commit" and not isinstance(caught, Exception):
+            error = ShardSaveError(
+                f"cannot tell whether {self.path} was saved: the save was interrupted at its commit; the previous checkpoint is there, or "
+                f"the new one, whole"
+            )
+        elif (decision == "cancel" or not isinstance(caught, Exception)) and not isinstance(caught, SaveCancelledError):
+            error = self._cancelled()
+        if error is not caught:
+            error.__cause__ = caught
+        seen: set[int] = set()
+        above: BaseException | None = error
+        while above is not None and id(above) not in seen:
+            seen.add(id(above))
+            traceback.clear_frames(above.__traceback__)
+            above = above.__cause__ or above.__context__
+        return error
+
+    def _end(self, result: Result | None, error: BaseException | None, *, silent: bool = False) -> None:
+        """Ends the flight, once. Whoever has seen the error sees a flight that is over soon after."""
+        if self._ender.setdefault(None, threading.get_ident()) != threading.get_ident() or self.ended:
+            return
+        try:
+            self._result, self.error = result, error
+            self._trace = error.__traceback__ if error is not None else None
+            staging, self.staging = self.staging, None
+            if staging is not None:
+                staging.finish()
+            if error is not None and not silent:
+                self._tell(error)
+        finally:
+            self._job = None
+            leave_turn(self)
+            self.ended = True
+            self.staged.set()
+            while self._bells:
+                self._bells.pop().release()
+
+    def _tell(self, error: BaseException) -> None:
+        """Logs the error, and leaves it for the notes of the next save."""
+        if isinstance(error, SaveCancelledError):
+            return log_event(logging.INFO, "save cancelled", str(error), path=self.path)
+        problem = str(error) if isinstance(error, ShardSaveError) else f"{type(error).__name__}: {error}"
+        failed = "was committed, but what followed failed" if self.committed else "failed"
+        sentence = f"the background save of {self.path} {failed}: {problem}"
+        note_failure(sentence)
+        log_event(logging.ERROR, "background save failed", sentence, path=self.path, problem=problem)
+
+    def wait_ended(self, timeout: float | None = None) -> bool:
+        """Waits until the flight is over. Returns False if that takes longer than ``timeout`` seconds."""
+        if self.ended or self.is_foreign:
+            return True
+        bell = _thread.allocate_lock()
+        bell.acquire()
+        self._bells.append(bell)
+        try:
+            if not self.ended:  # it is set before the bells are rung
+                bell.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX))
+        finally:
+            with suppress(ValueError):
+                self._bells.remove(bell)
+        return self.ended
+
+    def result(self) -> Result:
+        """The result of a flight that is over. Raises its error."""
+        if self.error is not None:
+            self.told = True
+            try:
+                raise self.error.with_traceback(self._trace)
+            finally:
+                del self  # the traceback holds this frame
+        assert self._result is not None
+        return self._result

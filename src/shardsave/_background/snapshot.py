@@ -1,0 +1,168 @@
+"""Copies of tensors in host memory. The memory is kept and used again: fresh memory may cost ten times as much as the copy."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from shardsave._background import interim as engine
+from shardsave._background.interim import HostMemory
+from shardsave._common.free_memory import free_memory, return_freed_memory
+from shardsave._common.sources import ByteSource
+from shardsave._common.words import human_bytes
+from shardsave._engine.blocks import Blocks, blocks
+from shardsave._engine.transfer import BLOCK_BYTES, TransferFault
+from shardsave.errors import OutOfMemoryError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+#: Copies begin at multiples of this, in bytes: a line of the processor's cache.
+_ALIGNMENT = 64
+
+#: Memory is allocated in multiples of this, in bytes: a huge page.
+_ROUNDING = 2 << 20
+
+#: Less memory is allocated without asking how much is free.
+_SMALL = 64 << 20
+
+
+class SnapshotSource:
+    """The copy of another source in snapshot memory, and the checksum (``crc``) of its bytes. Nothing reads into it."""
+
+    __slots__ = ("_address", "_begin", "_memory", "crc", "dtype", "nbytes", "shape")
+
+    cuda_device = -1
+
+    def __init__(self, source: ByteSource, nbytes: int, crc: int, memory: memoryview, begin: int, address: int) -> None:
+        self.dtype: torch.dtype = source.dtype
+        self.shape: tuple[int, ...] = source.shape
+        self.nbytes = nbytes
+        self.crc = crc
+        self._memory = memory  # keeps it alive
+        self._begin = begin
+        self._address = address
+
+    def memory(self) -> tuple[int, int]:
+        return -1, self._address
+
+    def gather(self, offset: int, view: memoryview) -> None:
+        begin = self._begin + offset
+        view[:] = self._memory[begin : begin + len(view)]
+
+    def scatter(self, offset: int, view: memoryview) -> None:
+        raise NotImplementedError("a snapshot is only written")
+
+
+class NoRoom(Exception):
+    """Snapshot memory does not fit; the message has the numbers."""
+
+
+def places(nbytes: Sequence[int]) -> tuple[NDArray[np.int64], int]:
+    """Where copies of so many bytes each begin in snapshot memory, and how much of it they need together."""
+    lengths = np.array(nbytes, np.int64)
+    ends = np.cumsum(-(-lengths // _ALIGNMENT) * _ALIGNMENT)
+    return np.concatenate([np.zeros(1, np.int64), ends[:-1]])[: len(lengths)], int(ends[-1]) if len(ends) else 0
+
+
+def take(
+    pieces: Sequence[ByteSource], nbytes: Sequence[int], begins: NDArray[np.int64], memory: HostMemory, workers: int
+) -> list[SnapshotSource]:
+    """Copies ``pieces``, whose lengths are ``nbytes``, to ``begins`` in ``memory``. Raises OutOfMemoryError."""
+    try:
+        transfer = engine.gather(block_table(begins, nbytes), pieces, into=memory.view, workers=workers, tick=_ignore)
+    except TransferFault as fault:
+        raise refusal(NoRoom(f"{human_bytes(sum(nbytes))} were expected to be copied, {fault}")) from fault
+    view = memory.view
+    base = int(np.frombuffer(view, np.uint8).ctypes.data) if memory.nbytes else 0
+    rows = zip(pieces, nbytes, transfer.sums, begins.tolist())
+    return [SnapshotSource(piece, length, crc, view, begin, base + begin) for piece, length, crc, begin in rows]
+
+
+def block_table(begins: NDArray[np.int64], nbytes: Sequence[int]) -> Blocks:
+    """The engine's blocks for copies of ``nbytes`` at ``begins``."""
+    extents = np.ones((len(begins), 4), np.int64)
+    extents[:, 0] = 0
+    extents[:, 1] = begins
+    extents[:, 2] = nbytes
+    return blocks(extents, BLOCK_BYTES)
+
+
+_lock = threading.Lock()
+_kept: list[HostMemory] = []  # none or one: what is not in use now; guarded by the lock
+
+
+def borrow(nbytes: int, device: int) -> HostMemory:
+    """At least ``nbytes`` of memory, pinned if it is for the CUDA device ``device`` (-1: for none). Must be given to `give_back`.
+
+    Raises NoRoom, before anything is allocated, if it would not fit without swapping.
+    """
+    with _lock:
+        memory = _kept.pop() if _kept else None
+    if memory is not None:
+        if memory.nbytes >= nbytes and (device < 0 or memory.pinned or memory.note):
+            return memory
+        memory.close()
+        del memory
+    size = -(-nbytes // _ROUNDING) * _ROUNDING
+    _check_fits(size)
+    try:
+        return HostMemory(size, device=device)
+    except TransferFault as fault:
+        raise NoRoom(f"{human_bytes(size)} were expected, {fault}") from fault
+
+
+def give_back(memory: HostMemory) -> None:
+    """Keeps ``memory`` for the next snapshot. Nothing may read it any more."""
+    with _lock:
+        if _kept and _kept[0].nbytes >= memory.nbytes:
+            memory.close()
+        else:
+            for smaller in _kept:
+                smaller.close()
+            _kept[:] = [memory]
+
+
+def release_snapshot_memory() -> None:
+    """Frees the memory that is kept for the next snapshot; what a save in flight uses stays."""
+    with _lock:
+        for memory in _kept:
+            memory.close()
+        _kept.clear()
+
+
+def refusal(error: NoRoom) -> OutOfMemoryError:
+    """The error for a snapshot that was requested and does not fit."""
+    return OutOfMemoryError(
+        f"cannot copy what is saved: {error}; staging='ring' copies less, save() copies nothing; nothing was written"
+    )
+
+
+def _check_fits(size: int) -> None:
+    if size < _SMALL:
+        return
+    free = free_memory()
+    if free is not None and size > free.bytes:
+        return_freed_memory()  # it takes time, and is seldom needed
+        free = free_memory()
+    if free is not None and size > free.bytes:
+        raise NoRoom(f"{human_bytes(size)} of memory were expected, {free.of} has {human_bytes(free.bytes)} free")
+
+
+def _ignore(_: int) -> None:
+    pass
+
+
+def _forget_in_child() -> None:
+    """A forked child does not have the memory."""
+    global _lock
+    _lock = threading.Lock()
+    _kept.clear()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)

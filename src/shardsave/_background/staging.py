@@ -1,0 +1,250 @@
+"""Stages a background save: decides what is copied in the call and what is read while training goes on, and follows the latter."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from shardsave._background import guard, snapshot
+from shardsave._background import interim as engine
+from shardsave._background.changes import Seen, see
+from shardsave._background.drain import Drain, Drained
+from shardsave._background.interim import HostMemory
+from shardsave._background.owners import COPIED, Choice, Mode, choose, memory_of_module, memory_of_optimizer
+from shardsave._common.gc_pause import gc_paused
+from shardsave._common.sources import ByteSource, TensorSource
+from shardsave._saving.contents import Contents
+from shardsave.errors import SaveNotCommittedError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+#: Tensors of fewer bytes are always copied in the call.
+DRAINED_BYTES = 1 << 20
+
+Wanted = Literal["auto", "snapshot", "ring"]
+
+
+class Staging:
+    """A save after the call: what it will read, and the moment from which nothing in the process can change that any more.
+
+    ``mode`` and ``reason``: how it is staged, and why. ``contents``: what to write; with the mode ``"blocking"`` it is live memory that
+    nobody guards, to be written in the call. ``staged`` is set as soon as all bytes are copied or read, and also on failure.
+    ``copied_bytes``, ``copy_seconds``: in the call. ``drained_bytes``: read afterwards. ``notes``: for the report.
+
+    Threads: `arm` is called in the call. `use_streams`, `check`, `begin_reading`, `end_reading`, `leave_out` and `check_complete` are
+    for the thread that saves, and `finish` too, at the end. `let_go` may be called on any thread.
+    """
+
+    def __init__(
+        self,
+        contents: Contents,
+        choice: Choice,
+        memory: HostMemory | None = None,
+        items: Sequence[Drained] = (),
+        streams: Sequence[torch.cuda.Stream] = (),
+        step_timeout: float = 600.0,
+    ) -> None:
+        self.contents = contents
+        self.mode: Mode = choice.mode
+        self.reason = choice.reason
+        self.staged = threading.Event()
+        self.copied_bytes = 0
+        self.copy_seconds = 0.0
+        self.drained_bytes = sum(item.nbytes for item in items)
+        self.drain_seconds = 0.0
+        self.notes: tuple[str, ...] = (memory.note,) if memory is not None and memory.note else ()
+        self._memory = memory
+        self._streams = streams
+        self._began = time.perf_counter()
+        self._drain = Drain(items, step_timeout, self._drained)
+        if not items:
+            self._drain.finish()
+
+    @property
+    def step_wait_seconds(self) -> float:
+        """How long steps have waited, all together."""
+        return self._drain.step_wait_seconds
+
+    def arm(self) -> None:
+        """From now on no step of an optimizer changes what is still to be read."""
+        if not self.staged.is_set():
+            guard.arm(self._drain)
+            if self.staged.is_set():
+                guard.disarm(self._drain)
+
+    def use_streams(self) -> None:
+        """Makes copies of this thread from CUDA devices follow the work that had been enqueued when the call was made."""
+        for stream in self._streams:
+            torch.cuda.set_stream(stream)
+
+    def check(self) -> None:
+        """Called again and again while the save reads. Raises SaveNotCommittedError: a tensor was changed, or a step waited too long."""
+        self._drain.check()
+
+    def begin_reading(self, pieces: Sequence[ByteSource]) -> NDArray[np.int64] | None:
+        """As `Watch.begin_reading`."""
+        return None if self.staged.is_set() else self._drain.begin_reading(pieces)
+
+    def end_reading(self, pieces: Sequence[ByteSource], sums: Sequence[int]) -> None:
+        """As `Watch.end_reading`. Raises SaveNotCommittedError."""
+        self._drain.end_reading(pieces, sums)
+
+    def leave_out(self, pieces: Sequence[ByteSource]) -> None:
+        """``pieces`` will not be read. Raises SaveNotCommittedError if one was changed until now."""
+        self._drain.leave_out(pieces)
+
+    def check_complete(self) -> None:
+        """Raises SaveNotCommittedError unless everything was read and found unchanged. A commit must not be attempted before."""
+        self._drain.check()
+        if not self._drain.complete:
+            raise SaveNotCommittedError(
+                "cannot save while training goes on: all tensors were expected to be read, the save was ended before; nothing was "
+                "committed, a previous checkpoint is intact"
+            )
+
+    def let_go(self) -> None:
+        """No step waits any more, and ``staged`` is set. If not everything was read, nothing can be committed after this."""
+        self._drain.finish()
+
+    def finish(self) -> None:
+        """As `let_go`; snapshot memory is then used again, so ``contents`` must not be read any more. They are dropped here."""
+        self._drain.finish()
+        memory, self._memory = self._memory, None
+        if memory is not None:
+            del self.contents
+            snapshot.give_back(memory)
+
+    def _drained(self) -> None:
+        self.drain_seconds = time.perf_counter() - self._began
+        self.staged.set()
+
+
+def stage(
+    contents: Contents,
+    source: nn.Module | Mapping[str, Any],
+    optimizers: Sequence[torch.optim.Optimizer],
+    wanted: Wanted,
+    *,
+    check_unchanged: bool,
+    workers: int,
+    step_timeout: float = 600.0,
+) -> Staging:
+    """Copies what must be copied in the call, and notes what the rest is now. ``contents`` were planned from ``source``.
+
+    ``optimizers``: those whose state is saved. ``check_unchanged``: also sum what is not copied, to compare it later. ``workers``: the
+    most threads that copy. ``step_timeout``: how many seconds a step waits, then it goes on and the save fails.
+    Raises ValueError if ``wanted`` is ``"ring"`` and the ring cannot be right, OutOfMemoryError if copies were requested and do not fit.
+    """
+    choice = choose(source, optimizers, wanted)
+    with gc_paused():
+        table = _Table.of(contents)
+        drained: dict[int, list[Seen]] = {}
+        if choice.mode == "ring":
+            drained = _drained(table, source, optimizers)
+            if wanted == "auto" and any(_is_shared(seen.tensor) for owners in drained.values() for seen in owners):
+                choice, drained = Choice("snapshot", f"{COPIED}: a parameter is in memory that other processes share"), {}
+        copied = [n for n in range(len(table.pieces)) if n not in drained]
+    begins, nbytes = snapshot.places([table.nbytes[n] for n in copied])
+    try:
+        memory = snapshot.borrow(nbytes, table.device)
+    except snapshot.NoRoom as error:
+        if wanted != "auto":
+            raise snapshot.refusal(error) from None
+        choice = Choice("blocking", f"the call ends when everything is written, since a copy does not fit: {error}")
+        return Staging(contents, choice)
+    try:
+        started = time.perf_counter()
+        copies = snapshot.take([table.pieces[n] for n in copied], [table.nbytes[n] for n in copied], begins, memory, workers)
+        copy_seconds = time.perf_counter() - started
+        items = [Drained(table.names[n], table.pieces[n], table.nbytes[n], owners) for n, owners in drained.items()]
+        if check_unchanged:
+            _sum(items, workers)
+        with gc_paused():
+            contents = contents.with_sources({id(table.pieces[n]): copy for n, copy in zip(copied, copies)})
+    except BaseException:
+        snapshot.give_back(memory)
+        raise
+    staging = Staging(contents, choice, memory, items, _streams(items), step_timeout)
+    staging.copied_bytes, staging.copy_seconds = sum(copy.nbytes for copy in copies), copy_seconds
+    return staging
+
+
+class _Table(NamedTuple):
+    """Everything that a save will write: the source, the length and the name of each stored tensor. ``device``: the ordinal of a CUDA
+    device that has some of it; -1 if none has.
+    """
+
+    pieces: list[ByteSource]
+    nbytes: list[int]
+    names: list[str]
+    device: int
+
+    @classmethod
+    def of(cls, contents: Contents) -> _Table:
+        pieces = [piece for shard in contents.all_shards for piece in shard.pieces]
+        tensors = [tensor for shard in contents.all_shards for tensor in shard.layout.tensors]
+        nbytes, names = [tensor.nbytes for tensor in tensors], [tensor.name for tensor in tensors]
+        return cls(pieces, nbytes, names, max((piece.cuda_device for piece in pieces), default=-1))
+
+
+def _drained(
+    table: _Table, source: nn.Module | Mapping[str, Any], optimizers: Sequence[torch.optim.Optimizer]
+) -> dict[int, list[Seen]]:
+    """The numbers of the tensors that can be read after the call, each with the owners of its memory."""
+    at_address: dict[int, list[int]] = {}
+    for number, nbytes in enumerate(table.nbytes):
+        piece = table.pieces[number]
+        if nbytes >= DRAINED_BYTES and type(piece) is TensorSource and piece.memory() is not None:
+            at_address.setdefault(piece.tensor.data_ptr(), []).append(number)
+    drained: dict[int, list[Seen]] = {}
+    if not at_address:
+        return drained
+    owners: list[Iterable[torch.Tensor]] = [memory_of_optimizer(optimizer) for optimizer in optimizers]
+    if isinstance(source, nn.Module):
+        owners.append(memory_of_module(source))
+    for tensor in chain.from_iterable(owners):
+        for number in at_address.get(tensor.data_ptr(), ()):
+            piece, seen = table.pieces[number], drained.setdefault(number, [])
+            assert isinstance(piece, TensorSource)
+            is_owner = tensor.untyped_storage()._cdata == piece.tensor.untyped_storage()._cdata
+            if is_owner and not any(other.tensor is tensor for other in seen):
+                seen.append(see(tensor))
+    return {number: seen for number, seen in drained.items() if seen}
+
+
+def _is_shared(tensor: torch.Tensor) -> bool:
+    """Whether other processes may have the memory, too; torch says so of all CUDA memory."""
+    return tensor.is_cpu and tensor.untyped_storage().is_shared()
+
+
+def _sum(items: Sequence[Drained], workers: int) -> None:
+    """Notes the checksum that each tensor has now."""
+    nbytes = [item.nbytes for item in items]
+    begins, _ = snapshot.places(nbytes)
+    transfer = engine.gather(
+        snapshot.block_table(begins, nbytes), [item.piece for item in items], workers=workers, tick=_ignore
+    )
+    for item, crc in zip(items, transfer.sums):
+        item.sum = crc
+
+
+def _streams(items: Sequence[Drained]) -> list[torch.cuda.Stream]:
+    """For each device that has some of ``items``: a stream that waits for all work that the caller has enqueued there until now."""
+    streams = []
+    for device in sorted({item.piece.cuda_device for item in items} - {-1}):
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(device))
+        streams.append(stream)
+    return streams
+
+
+def _ignore(_: int) -> None:
+    pass

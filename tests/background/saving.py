@@ -1,0 +1,130 @@
+"""Background saves without the public verb: staged in the call, written on a thread that a gate may hold back."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim import optimizer as torch_optimizer
+
+import shardsave
+from shardsave._api.save_contents import What, plan
+from shardsave._background.staging import Staging, Wanted, stage
+from shardsave._common.progress import Progress
+from shardsave._common.sources import ByteSource
+from shardsave._saving.write import write_checkpoint
+from support import same_bits
+
+
+class Save:
+    """One save in flight. It reads no tensor before ``gate`` is set. ``error``: what has ended it."""
+
+    def __init__(self, staging: Staging, folder: Path, gate: threading.Event) -> None:
+        self.staging = staging
+        self.gate = gate
+        self.error: BaseException | None = None
+        self.workers = 1
+        self._folder = folder
+        self._contents = staging.contents
+        self._thread = threading.Thread(target=self._run)
+
+    def start(self) -> None:
+        self.staging.arm()
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Lets the save read; returns when it has ended, and raises what it has raised."""
+        self.gate.set()
+        self._thread.join(60)
+        assert not self._thread.is_alive(), "the save hangs"
+        assert self.staging.staged.is_set()
+        if self.error is not None:
+            raise self.error
+
+    def _run(self) -> None:
+        try:
+            self.staging.use_streams()
+            with Progress(False, "saving", self._contents.tensor_bytes) as progress:
+                write_checkpoint(self._contents, self._folder, durable=False, lock_timeout=10, progress=progress, watch=self)
+        except BaseException as error:
+            self.error = error
+        finally:
+            self.staging.finish()
+
+    def check(self) -> None:
+        self.staging.check()
+
+    def attempt_commit(self) -> None:
+        self.staging.check_complete()
+
+    def begin_reading(self, pieces: Sequence[ByteSource]) -> NDArray[np.int64] | None:
+        taken = self.staging.begin_reading(pieces)
+        while not self.gate.wait(0.01):
+            self.staging.check()
+        return taken
+
+    def end_reading(self, pieces: Sequence[ByteSource], sums: Sequence[int]) -> None:
+        self.staging.end_reading(pieces, sums)
+
+
+def save_behind(
+    source: nn.Module | Mapping[str, Any],
+    folder: Path,
+    optimizers: Sequence[Optimizer] = (),
+    staging: Wanted = "auto",
+    *,
+    more: Any = None,
+    check_unchanged: bool = False,
+    step_timeout: float = 60.0,
+) -> Save:
+    """Starts a save that reads nothing before `Save.wait` or `opened_soon`. ``more``: what is saved beside the optimizers."""
+    what = What("2GB", None, None, None, training_of(optimizers, more), False, None, False, None, False, None, None)
+    contents = plan(source, what).contents
+    staged = stage(
+        contents, source, optimizers, staging, check_unchanged=check_unchanged, workers=1, step_timeout=step_timeout
+    )
+    save = Save(staged, folder, threading.Event())
+    save.start()
+    return save
+
+
+def training_of(optimizers: Sequence[Optimizer], more: Any) -> Any:
+    return {"optimizers": list(optimizers), "more": more} if optimizers or more is not None else None
+
+
+@contextmanager
+def opened_soon(save: Save, seconds: float = 0.1) -> Iterator[None]:
+    """Opens the gate while the block runs, so late that a step which ought to wait for it is found out if it does not."""
+    timer = threading.Timer(seconds, save.gate.set)
+    timer.start()
+    yield
+    timer.join()
+
+
+def stored_in(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors in a checkpoint: the weights, and those of the training state by their names there."""
+    tensors: dict[str, torch.Tensor] = dict(shardsave.load(folder))
+    for path in sorted(folder.glob("training-*/*.safetensors")):
+        tensors.update({f"training/{name}": value for name, value in load_file(path).items()})
+    return tensors
+
+
+def assert_same_tensors(folder: Path, expected: Path) -> None:
+    """Two checkpoints have the same tensors, bit for bit."""
+    found, wanted = stored_in(folder), stored_in(expected)
+    assert found.keys() == wanted.keys()
+    assert [name for name in wanted if not same_bits(found[name], wanted[name])] == []
+
+
+def hooks() -> int:
+    """How many hooks torch calls before every step."""
+    return len(torch_optimizer._global_optimizer_pre_hooks)
