@@ -158,10 +158,15 @@ def _loops(loops: LoopResults) -> list[Goal]:
     snapshots, rings = loops.later(SNAPSHOT), loops.later(RING)
     goals = [
         _at_most_of(
-            "snapshot: stall", 1.2, [(save["stall"], save["memcpy"]) for save in snapshots], 1e3, "ms", "memcpy of the state"
+            "save_async, snapshot: stall",
+            1.2,
+            [(save["stall"], save["memcpy"]) for save in snapshots],
+            1e3,
+            "ms",
+            "memcpy of the state",
         ),
         _at_most_of(
-            "ring: stall",
+            "save_async, ring: stall",
             1,
             [(save["stall"], 5e-3 + 4e-6 * save["tensors"] + 1.2 * save["memcpy_copied"]) for save in rings],
             1e3,
@@ -169,7 +174,7 @@ def _loops(loops: LoopResults) -> list[Goal]:
             "(5 ms + 4 ms per 1,000 tensors + 1.2 × memcpy of what is copied)",
         ),
         _at_most_of(
-            "ring: extra memory",
+            "save_async, ring: extra memory",
             1,
             [(save["peak_extra"], save["ring"] + save["copied"]) for save in rings],
             1e-6,
@@ -180,7 +185,7 @@ def _loops(loops: LoopResults) -> list[Goal]:
     for way in (SNAPSHOT, RING):
         for rival in (DCP_THREAD, DCP_PROCESS, CHECKPOINTING):
             values = loops.ratios(way, rival, "lost")
-            what, wanted = f"{way.removeprefix('shardsave, ')}: training lost per save", f"≤ 0.2 × {rival}"
+            what, wanted = f"{way.replace('shardsave', 'save_async')}: training lost per save", f"≤ 0.2 × {rival}"
             if len(values) < ENOUGH_TURNS:
                 goals.append(Goal(what, wanted, f"measured in only {len(values)} of {ENOUGH_TURNS} turns", None))
                 continue

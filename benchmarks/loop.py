@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -63,18 +64,26 @@ class Loop:
 
 
 class Moment:
-    """Waits on a thread for something; `at` is the time at which it came, as `time.perf_counter` counts."""
+    """Waits for something on a thread, which exists already when `begin` is called, so that the training does not wait for its start.
 
-    def __init__(self, wait: Callable[[], Any]) -> None:
+    ``at``: the time at which it came, as `time.perf_counter` counts; None before.
+    """
+
+    def __init__(self, wait: Callable[[Any], Any]) -> None:
         self.at: float | None = None
+        self._wait = wait
+        self._pending: SimpleQueue[Any] = SimpleQueue()
         self._result: Any = None
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(wait,))
+        self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
-    def _run(self, wait: Callable[[], Any]) -> None:
+    def begin(self, pending: Any) -> None:
+        self._pending.put(pending)
+
+    def _run(self) -> None:
         try:
-            self._result = wait()
+            self._result = self._wait(self._pending.get())
         except BaseException as error:  # raised again by `result`
             self._error = error
         self.at = time.perf_counter()
@@ -115,19 +124,19 @@ def _memory(tensors: list[torch.Tensor], *, pinned: bool) -> list[torch.Tensor]:
 
 
 def measured_save(loop: Loop, saver: Saver, path: Path, steps: int, base: int) -> tuple[dict[str, Any], float, Any]:
-    """One save with the steps from its call on: its figures, the time of the call, and shardsave's report.
+    """One save to the empty directory ``path`` with the steps from its call on: its figures, the time of the call, and shardsave's report.
 
     ``base``: the peak memory of the training alone.
     """
-    path.mkdir(parents=True)
-    gc.collect()
+    staged, finished = Moment(saver.wait_staged), Moment(saver.wait)
     loop.forget_peak()
     measure.forget_peak()
     family, own = measure.family_seconds(), time.thread_time()
     called = time.perf_counter()
     pending = saver.start(path)
     returned, in_call = time.perf_counter(), time.thread_time() - own
-    staged, finished = Moment(lambda: saver.wait_staged(pending)), Moment(lambda: saver.wait(pending))
+    staged.begin(pending)
+    finished.begin(pending)
     during: list[Step] = []
     counted = 0
     while len(during) < steps or not counted:
@@ -140,8 +149,8 @@ def measured_save(loop: Loop, saver: Saver, path: Path, steps: int, base: int) -
     own_during = time.thread_time() - own - in_call
     figures = {
         "stall": returned - called,
-        "staged": max(staged.at or 0, returned) - called,
-        "finished": (finished.at or 0) - called,
+        "staged": (max(staged.at or 0, returned) if saver.stages_later else returned) - called,
+        "finished": (max(finished.at or 0, returned) if saver.finishes_later else returned) - called,
         "counted": counted,
         "total": during[counted - 1][1] - called,
         "cpu_call": in_call,
@@ -159,12 +168,15 @@ def measure_saves(loop: Loop, saver: Saver, training: models.LiveTraining, optio
     base = 0  # the peak memory of steps before any save
     for number in range(options.saves + 1):
         copies = _settle(options.path, training)
+        path = options.path / f"save-{number}"
+        path.mkdir(parents=True)
+        gc.collect()
         measure.forget_peak()
         quiet.append(loop.steps(options.steps))
         base = base or measure.peak_bytes()
         if number == options.saves:
             break
-        save, called, report = measured_save(loop, saver, options.path / f"save-{number}", options.steps, base)
+        save, called, report = measured_save(loop, saver, path, options.steps, base)
         before = [[began - called, ended - called] for began, ended in quiet[-1][-SHOWN_BEFORE:]]
         saves.append(save | {"before": before} | _staging(report, copies))
     for save, (before_it, after_it) in zip(saves, itertools.pairwise(quiet)):
@@ -198,6 +210,7 @@ def _seconds(steps: list[Step]) -> float:
 def check(loop: Loop, saver: Saver, training: models.LiveTraining, path: Path, size: int) -> None:
     """Raises if what is saved, while the training goes on, is not the state at the moment of the call, bit for bit."""
     expected = {name: tensor.detach().clone() for name, tensor in training.state_dict().items()}
+    (path / "checked").mkdir()
     measured_save(loop, saver, path / "checked", 3, 0)
     loaded = models.LiveTraining(size, seed=1, device=training.device)
     saver.load(loaded, path / "checked")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from statistics import median
 
@@ -44,10 +45,15 @@ class LoopResults:
         return saves[len(saves) // 2]
 
     def ratios(self, above: str, below: str, key: str) -> list[float]:
-        """For each turn with both ways: the median of ``key`` of the later saves, ``above`` relative to ``below``."""
+        """For each turn with both ways: the median of ``key`` of the later saves, ``above`` relative to ``below``.
+
+        Where ``below`` has no positive value, which only noise can bring about, no ratio can be small: infinity.
+        """
         divisors = {loop["turn"]: _median(loop["saves"][1:], key) for loop in self.loops[below]}
-        pairs = [(_median(loop["saves"][1:], key), divisors.get(loop["turn"], 0.0)) for loop in self.loops[above]]
-        return [value / divisor for value, divisor in pairs if divisor > 0]
+        pairs = [
+            (_median(loop["saves"][1:], key), divisors[loop["turn"]]) for loop in self.loops[above] if loop["turn"] in divisors
+        ]
+        return [value / divisor if divisor > 0 else math.inf for value, divisor in pairs]
 
 
 def _median(saves: list[Sample], key: str) -> float:

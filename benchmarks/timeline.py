@@ -9,6 +9,7 @@ from matplotlib.patches import Patch
 
 from loop_results import LoopResults
 from results import Sample
+from rivals.background import NO_SAVE
 from style import INK, OTHER, OTHER_LIGHT, OURS, OURS_LIGHT
 from style import LIMIT as STALL
 
@@ -38,9 +39,8 @@ def draw(loops: LoopResults, title: str) -> None:
 
 def _row(axes: Axes, place: int, way: str, save: Sample, durable: bool, right: float) -> None:
     ours = way.startswith("shardsave")
-    saving = (0.0, save["finished"])
     for began, ended in [*save["before"], *save["steps"]]:
-        beside = began < saving[1] and ended > saving[0] and save["finished"] > save["stall"]
+        beside = way != NO_SAVE and 0 <= began < save["finished"]
         colour = (OURS if ours else OTHER) if beside else (OURS_LIGHT if ours else OTHER_LIGHT)
         if began < right:
             axes.barh(place, ended - began, left=began, height=HEIGHT, color=colour, edgecolor="white", linewidth=0.7)
@@ -48,7 +48,7 @@ def _row(axes: Axes, place: int, way: str, save: Sample, durable: bool, right: f
     line = place - HEIGHT / 2 - 0.1
     axes.plot([save["stall"], save["staged"]], [line, line], color=STALL, linewidth=2.5, solid_capstyle="butt")
     axes.plot([save["staged"], save["finished"]], [line, line], color=INK, linewidth=1)
-    if save["finished"] > 0.001:
+    if way != NO_SAVE:
         axes.plot(save["finished"], line, marker="D", markersize=5, color=INK, markerfacecolor=INK if durable else "white")
         end = "durable" if durable else "finished"
         text = f"  stall {_ms(save['stall'])}, {_ms(save['lost'])} of training lost, {end} after {save['finished']:.2f} s"

@@ -18,13 +18,16 @@ from rivals.training import TRAINING
 
 
 class Saver:
-    """Saves one training again and again. This class saves nothing: its loop shows what the others are compared with.
+    """Saves one training again and again. This class saves nothing: its loop shows how exact the measurement is.
 
     ``durable``: whether a finished save survives a loss of power (read from the tool's sources). ``memory``: what it keeps between saves.
+    ``stages_later``, ``finishes_later``: whether `start` returns before every byte has left the training's memory, or before the end.
     """
 
     durable = True
     memory = ""
+    stages_later = False
+    finishes_later = True
 
     def __init__(self, training: LiveTraining) -> None:
         self._training = training
@@ -36,7 +39,7 @@ class Saver:
         """Waits until the save is finished. Returns shardsave's report, if there is one; raises the error of a failed save."""
 
     def wait_staged(self, pending: Any) -> None:
-        """Waits until every byte has left the training's memory. For most ways, that is so when `start` returns."""
+        """Waits until every byte has left the training's memory, if ``stages_later``."""
 
     def guard(self) -> AbstractContextManager[Any]:
         """What the training loop must hold during each step of the optimizer."""
@@ -51,6 +54,8 @@ class Saver:
 
 class Blocking(Saver):
     """``shardsave.save``: the training stands still until the checkpoint is durable."""
+
+    finishes_later = False
 
     def __init__(self, training: LiveTraining) -> None:
         super().__init__(training)
@@ -71,9 +76,12 @@ class Blocking(Saver):
 class Asynchronous(Blocking):
     """``shardsave.save_async`` in one of its staging modes."""
 
+    finishes_later = True
+
     def __init__(self, training: LiveTraining, staging: str) -> None:
         super().__init__(training)
         self._staging = staging
+        self.stages_later = staging == "ring"
         self.memory = {"snapshot": "the snapshot", "ring": "the ring"}[staging]
 
     def start(self, path: Path) -> Any:
