@@ -207,13 +207,16 @@ def _seconds(steps: list[Step]) -> float:
     return (steps[-1][1] - steps[0][0]) / len(steps)
 
 
-def check(loop: Loop, saver: Saver, training: models.LiveTraining, path: Path, size: int) -> None:
-    """Raises if what is saved, while the training goes on, is not the state at the moment of the call, bit for bit."""
+def check(saver: Saver, training: models.LiveTraining, path: Path, size: int) -> None:
+    """Raises unless a save beside steps of the optimizer, the first right after the call, is the state at the call, bit for bit."""
     expected = {name: tensor.detach().clone() for name, tensor in training.state_dict().items()}
-    (path / "checked").mkdir()
-    measured_save(loop, saver, path / "checked", 3, 0)
+    path.mkdir(parents=True, exist_ok=True)
+    pending = saver.start(path)
+    for _ in range(3):
+        training.update(saver.guard())
+    saver.wait(pending)
     loaded = models.LiveTraining(size, seed=1, device=training.device)
-    saver.load(loaded, path / "checked")
+    saver.load(loaded, path)
     if not models.same(loaded, expected):
         raise RuntimeError("the checkpoint is not the state at the moment of the call")
 
@@ -238,7 +241,7 @@ def main() -> None:
     gc.collect()
     saves = measure_saves(loop, saver, training, options)
     if options.check and type(saver) is not Saver:
-        check(loop, saver, training, options.path, options.size)
+        check(saver, training, options.path / "checked", options.size)
     saver.close()
     shutil.rmtree(options.path, ignore_errors=True)
     result = {

@@ -101,14 +101,18 @@ class LiveTraining(Training):
         self.step(nullcontext())  # makes the gradients and the optimizer's state
 
     def step(self, guard: AbstractContextManager[object]) -> None:
-        """One step; the optimizer's part of it inside ``guard``. It ends when the device is done."""
+        """One step, until the device is done with it; ``guard`` as in `update`."""
         self.optimizer.zero_grad(set_to_none=False)
         loss = nn.functional.mse_loss(self.model(self._input), self._wanted)
         loss.backward()
-        with guard:
-            self.optimizer.step()
+        self.update(guard)
         if self.device == "cuda":
             torch.cuda.synchronize()
+
+    def update(self, guard: AbstractContextManager[object]) -> None:
+        """A step of the optimizer alone, with the gradients that are there, inside ``guard``."""
+        with guard:
+            self.optimizer.step()
 
 
 def _fill(tensor: torch.Tensor, random: np.random.Generator) -> None:
