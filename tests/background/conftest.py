@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from background.saving import hooks
+from background.zygote import Zygote
 from shardsave._background.snapshot import release_snapshot_memory
 
 
@@ -19,3 +20,11 @@ def nothing_is_left() -> Iterator[None]:
     assert hooks() == 0, "a hook before steps is still registered"
     assert threading.active_count() == threads
     release_snapshot_memory()
+
+
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Zygote]:
+    """Starts real processes that have imported everything."""
+    started = Zygote()
+    yield started
+    started.close()

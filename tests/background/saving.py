@@ -89,9 +89,7 @@ def save_behind(
     """Starts a save that reads nothing before `Save.wait` or `opened_soon`. ``more``: what is saved beside the optimizers."""
     what = What("2GB", None, None, None, training_of(optimizers, more), False, None, False, None, False, None, None)
     contents = plan(source, what).contents
-    staged = stage(
-        contents, source, optimizers, staging, check_unchanged=check_unchanged, workers=1, step_timeout=step_timeout
-    )
+    staged = stage(contents, source, optimizers, staging, check_unchanged=check_unchanged, workers=1, step_timeout=step_timeout)
     save = Save(staged, folder, threading.Event())
     save.start()
     return save

@@ -15,13 +15,13 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from types import TracebackType
 from typing import Generic, Literal, Protocol, TypeVar
 
 from shardsave._background.failures import note_failure
 from shardsave._background.turns import leave_turn, process_ends
 from shardsave._common.log_records import log_event
 from shardsave._common.shutdown import raise_if_ending, verb
+from shardsave._printable import printable
 from shardsave.errors import SaveCancelledError, ShardSaveError
 
 Result = TypeVar("Result")
@@ -59,7 +59,6 @@ class Flight(Generic[Result]):
         self.ended = False
         self.pid = os.getpid()
         self._result: Result | None = None
-        self._trace: TracebackType | None = None
         self._decision: dict[None, _Decision] = {}
         self._ender: dict[None, int] = {}  # the thread that ends it
         self._bells: list[_thread.LockType] = []  # each of somebody who waits
@@ -156,7 +155,7 @@ class Flight(Generic[Result]):
         )
 
     def _own_error(self, caught: BaseException) -> BaseException:
-        """The error of a flight in which ``caught`` was raised. It keeps no local variables alive: they hold the model."""
+        """The error of a flight in which ``caught`` was raised."""
         error, decision = caught, self._decision.setdefault(None, "over")
         if decision == "commit" and not isinstance(caught, Exception):
             error = ShardSaveError(
@@ -165,23 +164,18 @@ class Flight(Generic[Result]):
             )
         elif (decision == "cancel" or not isinstance(caught, Exception)) and not isinstance(caught, SaveCancelledError):
             error = self._cancelled()
-        if error is not caught:
-            error.__cause__ = caught
-        seen: set[int] = set()
-        above: BaseException | None = error
-        while above is not None and id(above) not in seen:
-            seen.add(id(above))
-            traceback.clear_frames(above.__traceback__)
-            above = above.__cause__ or above.__context__
+        elif not isinstance(caught, ShardSaveError):
+            error.__cause__ = _TracebackText(caught)
+        _drop_tracebacks(error)
         return error
 
     def _end(self, result: Result | None, error: BaseException | None, *, silent: bool = False) -> None:
         """Ends the flight, once. Whoever has seen the error sees a flight that is over soon after."""
         if self._ender.setdefault(None, threading.get_ident()) != threading.get_ident() or self.ended:
             return
+        self._decision.setdefault(None, "over")
         try:
             self._result, self.error = result, error
-            self._trace = error.__traceback__ if error is not None else None
             staging, self.staging = self.staging, None
             if staging is not None:
                 staging.finish()
@@ -225,8 +219,28 @@ class Flight(Generic[Result]):
         if self.error is not None:
             self.told = True
             try:
-                raise self.error.with_traceback(self._trace)
+                raise self.error.with_traceback(None)
             finally:
                 del self  # the traceback holds this frame
         assert self._result is not None
         return self._result
+
+
+class _TracebackText(Exception):
+    """The cause of an error that is none of this package: its traceback, as text."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__("".join(traceback.format_exception(type(error), error, error.__traceback__)))
+
+    def __str__(self) -> str:
+        return "\n" + "\n".join(map(printable, str(self.args[0]).splitlines()))
+
+
+def _drop_tracebacks(error: BaseException) -> None:
+    """Drops the tracebacks of ``error`` and its causes: they would keep the model alive as long as somebody keeps the error."""
+    seen: set[int] = set()
+    above: BaseException | None = error
+    while above is not None and id(above) not in seen:
+        seen.add(id(above))
+        above.__traceback__ = None
+        above = above.__cause__ or above.__context__
