@@ -7,11 +7,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cerrno>
 #include <cstring>
+#include <memory>
+#include <optional>
 
 #include "crc64.h"
 #include "cuda.h"
 #include "engine.h"
+#include "host_memory.h"
 #include "ring.h"
 
 namespace py = pybind11;
@@ -37,20 +41,40 @@ Access access_named(const std::string& name) {
   throw py::value_error("access must be 'buffered', 'direct' or 'auto'");
 }
 
-Result run_tables(bool write, const Table& files, const std::string& access, const Table& blocks, const Table& segments,
-                  const Table& piece_bytes, bool checksum, std::vector<std::pair<int, std::uint64_t>> streams,
-                  std::size_t workers, std::size_t slot_bytes, const py::object& lend, const py::object& tick) {
+Destination destination(const py::buffer_info& info) {
+  if (!PyBuffer_IsContiguous(info.view(), 'C')) throw py::value_error("into: the memory must be contiguous");
+  return {static_cast<std::byte*>(info.ptr), static_cast<std::size_t>(info.size * info.itemsize)};
+}
+
+std::int64_t* counters(std::optional<Table>& taken, const Request& request) {
+  if (!taken) return nullptr;
+  if (taken->ndim() != 1 || static_cast<std::size_t>(taken->size()) != request.piece_bytes.size()) {
+    throw py::value_error("taken: wrong shape");
+  }
+  return taken->mutable_data();
+}
+
+// Without `files` the blocks go `into` memory, or nowhere.
+Result run_tables(bool write, const std::optional<Table>& files, const std::string& access, const Table& blocks,
+                  const Table& segments, const Table& piece_bytes, bool checksum,
+                  std::vector<std::pair<int, std::uint64_t>> streams, std::size_t workers, std::size_t slot_bytes,
+                  const py::object& lend, const py::object& tick, const std::optional<py::buffer>& into,
+                  std::optional<Table> taken) {
   Request request;
   request.write = write;
+  std::optional<py::buffer_info> into_memory;  // held during the run, so that the buffer's owner keeps the memory
+  if (into) into_memory = into->request(/* writable: */ true);
+  if (files) request.files.assign(files->data(), files->data() + files->size());
+  if (!files) request.into = into_memory ? destination(*into_memory) : Destination{};
   request.access = access_named(access);
   request.checksum = checksum;
-  request.files.assign(files.data(), files.data() + files.size());
   request.blocks = rows<Block>(blocks, "blocks");
   request.segments = rows<Segment>(segments, "segments");
   request.piece_bytes.assign(piece_bytes.data(), piece_bytes.data() + piece_bytes.size());
   request.streams = std::move(streams);
   request.workers = workers;
   request.slot_bytes = slot_bytes;
+  request.taken = counters(taken, request);
   Hooks hooks;
   hooks.lend = [&lend](std::int64_t piece, std::int64_t offset, std::byte* memory, std::size_t length) {
     py::gil_scoped_acquire hold;
@@ -63,6 +87,26 @@ Result run_tables(bool write, const Table& files, const std::string& access, con
   };
   py::gil_scoped_release free;
   return run(request, hooks);
+}
+
+// The GIL is released while memory is mapped, pinned or freed: this may take seconds.
+struct FreeWithoutGil {
+  void operator()(HostMemory* memory) const {
+    py::gil_scoped_release free;
+    delete memory;
+  }
+};
+using OwnedHostMemory = std::unique_ptr<HostMemory, FreeWithoutGil>;
+
+OwnedHostMemory make_host_memory(std::size_t nbytes, int pin_for) {
+  OwnedHostMemory memory;
+  {
+    py::gil_scoped_release free;
+    memory.reset(new HostMemory(nbytes));
+    if (memory->memory() != nullptr && pin_for >= 0) memory->pin(pin_for);
+  }
+  if (memory->memory() == nullptr) throw Fault{-1, "mmap of memory for a snapshot", ENOMEM, 0, nbytes, ""};
+  return memory;
 }
 
 }  // namespace
@@ -96,9 +140,19 @@ PYBIND11_MODULE(_native, m) {
       .def_readonly("pinned", &Result::pinned)
       .def_readonly("notes", &Result::notes);
 
+  py::class_<HostMemory, OwnedHostMemory>(m, "HostMemory", py::buffer_protocol())
+      .def(py::init(&make_host_memory), py::kw_only(), py::arg("nbytes"), py::arg("pin_for"))
+      .def_buffer([](const HostMemory& memory) {
+        return py::buffer_info(reinterpret_cast<std::uint8_t*>(memory.memory()),
+                               static_cast<py::ssize_t>(memory.bytes()));
+      })
+      .def_property_readonly("pinned", &HostMemory::pinned)
+      .def_property_readonly("refusal", &HostMemory::refusal);
+
   m.def("run", &run_tables, py::kw_only(), py::arg("write"), py::arg("files"), py::arg("access"), py::arg("blocks"),
         py::arg("segments"), py::arg("piece_bytes"), py::arg("checksum"), py::arg("streams"), py::arg("workers"),
-        py::arg("slot_bytes"), py::arg("lend").none(true), py::arg("tick"));
+        py::arg("slot_bytes"), py::arg("lend").none(true), py::arg("tick"), py::arg("into") = py::none(),
+        py::arg("taken").noconvert() = py::none());
   m.def(
       "crc64",
       [](const py::buffer& data) {

@@ -7,13 +7,9 @@
 
 namespace shardsave {
 
-// A slot that goes to the page cache is read again at once, so its bytes should stay in the processor's caches;
-// otherwise they should not take up room there.
-BlockTransfer::BlockTransfer(const Hooks& hooks, const Devices& devices, PieceSums& sums, bool through_cache)
-    : hooks_(hooks),
-      devices_(devices),
-      sums_(sums),
-      stores_to_slot_(through_cache ? Stores::cached : Stores::streaming) {}
+BlockTransfer::BlockTransfer(const Hooks& hooks, const Devices& devices, PieceSums& sums, std::int64_t* taken,
+                             Stores stores)
+    : hooks_(hooks), devices_(devices), sums_(sums), taken_(taken), stores_(stores) {}
 
 template <class Action>
 void BlockTransfer::for_each_part(const Segments& segments, const Window& window, Action action) {
@@ -29,26 +25,49 @@ void BlockTransfer::for_each_part(const Segments& segments, const Window& window
 }
 
 void BlockTransfer::fill(const Segments& segments, const Window& window) const {
-  bool submitted = false;
   std::byte* filled_to = window.memory;
   for_each_part(segments, window, [&](const Part& part) {
     std::memset(filled_to, 0, static_cast<std::size_t>(part.staged - filled_to));
     filled_to = part.staged + part.length;
+  });
+  std::memset(filled_to, 0, static_cast<std::size_t>(window.memory + window.length - filled_to));
+  gather(segments, window);
+}
+
+void BlockTransfer::gather(const Segments& segments, const Window& window) const {
+  take(segments, window, [this](const Part& part) { copy_host(Direction::to_slot, part); });
+}
+
+void BlockTransfer::sum(const Segments& segments, const Window& window) const {
+  take(segments, window, [this](const Part& part) { add_sum(part, crc64_raw(part.host_memory(), part.length)); });
+}
+
+template <class HostAction>
+void BlockTransfer::take(const Segments& segments, const Window& window, HostAction take_host) const {
+  bool submitted = false;
+  for_each_part(segments, window, [&](const Part& part) {
     if (part.on_device()) {
       submit(Direction::to_slot, part, window.slot_index);
       submitted = true;
     } else if (part.segment.memory == kHost) {
-      copy_host(Direction::to_slot, part);
+      take_host(part);
     } else {
       lend(part);
       sum_staged(part);
     }
   });
-  std::memset(filled_to, 0, static_cast<std::size_t>(window.memory + window.length - filled_to));
+  if (submitted) complete(window.slot_index);
+  if (taken_ != nullptr) count_taken(segments, window);
   if (!submitted) return;
-  complete(window.slot_index);
   for_each_part(segments, window, [&](const Part& part) {
     if (part.on_device()) sum_staged(part);
+  });
+}
+
+// Release: whoever sees the count (with acquire semantics) knows that the bytes have been read.
+void BlockTransfer::count_taken(const Segments& segments, const Window& window) const {
+  for_each_part(segments, window, [this](const Part& part) {
+    __atomic_fetch_add(&taken_[part.segment.piece], static_cast<std::int64_t>(part.length), __ATOMIC_RELEASE);
   });
 }
 
@@ -70,7 +89,7 @@ void BlockTransfer::copy_host(Direction direction, const Part& part) const {
   const bool to_slot = direction == Direction::to_slot;
   std::byte* destination = to_slot ? part.staged : part.host_memory();
   const std::byte* source = to_slot ? part.host_memory() : part.staged;
-  const Stores stores = to_slot ? stores_to_slot_ : Stores::streaming;
+  const Stores stores = to_slot ? stores_ : Stores::streaming;
   const std::uint64_t raw = host_copy(destination, source, part.length, stores, sums_.wanted());
   if (sums_.wanted()) add_sum(part, raw);
 }

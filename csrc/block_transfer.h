@@ -1,7 +1,8 @@
-// Moves the segments of a block between their memory and a slot, and adds them to the checksums of their pieces.
+// Moves the segments of a block between their memory and a window, which is in a slot or in the memory of a
+// destination, and adds them to the checksums of their pieces.
 //
-// Threads: fill() and drain() may be called from any number of workers at once, each with a slot that it holds.
-// Ownership: owns nothing; the hooks, devices and sums must outlive it.
+// Threads: fill(), gather(), sum() and drain() may be called from any number of workers at once, each with a window
+// that it holds. Ownership: owns nothing; the hooks, devices, sums and counters must outlive it.
 #pragma once
 
 #include <cstddef>
@@ -17,7 +18,8 @@ namespace shardsave {
 
 using Devices = std::map<int, std::unique_ptr<Device>>;  // by CUDA ordinal
 
-// The bytes [begin, begin + length) of a block, which are at `memory` in the slot number `slot_index`.
+// The bytes [begin, begin + length) of a block, which are at `memory`. `slot_index` is the number of the slot; in the
+// memory of a destination it is a number that no other worker uses.
 struct Window {
   std::byte* memory;
   std::size_t begin, length;
@@ -26,12 +28,19 @@ struct Window {
 
 class BlockTransfer {
  public:
-  // `through_cache`: slots go to the page cache right after fill().
-  BlockTransfer(const Hooks& hooks, const Devices& devices, PieceSums& sums, bool through_cache);
+  // `taken`: null, or a counter for each piece (request.h). `stores`: for what is done with a window after fill() and
+  // gather().
+  BlockTransfer(const Hooks& hooks, const Devices& devices, PieceSums& sums, std::int64_t* taken, Stores stores);
 
   // Fills the whole window: with the segments' bytes, and with zeros everywhere else. Throws DeviceError, and whatever
   // a hook throws.
   void fill(const Segments& segments, const Window& window) const;
+
+  // As fill(), without the zeros: other bytes of the window stay as they are.
+  void gather(const Segments& segments, const Window& window) const;
+
+  // Sums the segments' bytes. Those that are not in host memory pass through the window.
+  void sum(const Segments& segments, const Window& window) const;
 
   // Copies the segments' bytes out of the window. Throws the same.
   void drain(const Segments& segments, const Window& window) const;
@@ -53,6 +62,9 @@ class BlockTransfer {
   template <class Action>
   static void for_each_part(const Segments& segments, const Window& window, Action action);
 
+  template <class HostAction>
+  void take(const Segments& segments, const Window& window, HostAction take_host) const;
+  void count_taken(const Segments& segments, const Window& window) const;
   void copy_host(Direction direction, const Part& part) const;
   void lend(const Part& part) const;
   void submit(Direction direction, const Part& part, std::size_t slot_index) const;
@@ -63,7 +75,8 @@ class BlockTransfer {
   const Hooks& hooks_;
   const Devices& devices_;
   PieceSums& sums_;
-  const Stores stores_to_slot_;
+  std::int64_t* const taken_;
+  const Stores stores_;
 };
 
 }  // namespace shardsave

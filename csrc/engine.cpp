@@ -30,6 +30,12 @@ constexpr std::size_t kCachedStep = 1 << 20;
 // the mapped pages of these.
 constexpr std::chrono::milliseconds kTickInterval{10};
 
+// The ring, unless all bytes go straight into the memory of a destination.
+std::shared_ptr<Ring> ring_for(const Request& request) {
+  if (request.into && request.into->memory != nullptr) return nullptr;
+  return Ring::shared(request.slot_bytes, request.streams.empty() ? -1 : request.streams.front().first);
+}
+
 // Whether no segment has to wait for a device or for the caller.
 bool needs_no_wait(const Segments& segments) {
   return std::all_of(segments.begin(), segments.end(),
@@ -52,28 +58,31 @@ class Run {
       : request_(request),
         hooks_(hooks),
         files_(prepared_files(request)),
-        through_cache_(std::none_of(files_.begin(), files_.end(), [](const File& file) { return file.direct(); })),
-        ring_(Ring::shared(request.slot_bytes, request.streams.empty() ? -1 : request.streams.front().first)),
+        through_cache_(!request.into &&
+                       std::none_of(files_.begin(), files_.end(), [](const File& file) { return file.direct(); })),
+        ring_(ring_for(request)),
         workers_(worker_count()),
         sums_(request.piece_bytes, request.checksum),
-        transfer_(hooks, devices_, sums_, through_cache_) {
+        // A slot that goes to the page cache is read again at once, so its bytes should stay in the processor's caches;
+        // otherwise they should not take up room there.
+        transfer_(hooks, devices_, sums_, request.taken, through_cache_ ? Stores::cached : Stores::streaming) {
     if (request.write && through_cache_) order_ = interleave_files(request.blocks, files_.size(), workers_);
     held_.reserve(workers_);
     for (const auto& [ordinal, stream] : request.streams) {
-      devices_[ordinal] = make_cuda_device(ordinal, stream, ring_->slots());
+      devices_[ordinal] = make_cuda_device(ordinal, stream, ring_ ? ring_->slots() : workers_);
     }
   }
 
   Result run() {
     std::vector<std::thread> threads;
     try {
-      for (std::size_t n = 0; n < workers_; ++n) threads.emplace_back([this] { work(false); });
+      for (std::size_t n = 0; n < workers_; ++n) threads.emplace_back([this, n] { work(n, false); });
     } catch (const std::exception&) {
       // The system has no more threads, or no memory for one: the run goes on with fewer, or on this thread alone.
     }
     try {
       if (threads.empty()) {
-        work(true);
+        work(0, true);
       } else {
         wait(threads.size());
       }
@@ -91,7 +100,7 @@ class Run {
  private:
   std::size_t worker_count() const {
     const std::size_t useful = std::max<std::size_t>(1, std::min(request_.workers, request_.blocks.size()));
-    const std::size_t workers = std::min(useful, ring_->slots());
+    const std::size_t workers = ring_ ? std::min(useful, ring_->slots()) : useful;
     if (!request_.write || !through_cache_ || !needs_no_wait(request_.all_segments())) return workers;
     return std::min(workers, kWritersPerFile * files_.size());
   }
@@ -108,15 +117,15 @@ class Run {
   }
 
   // One worker: moves one block after another until none is left or the run has failed.
-  void work(bool on_calling_thread) {
+  void work(std::size_t worker, bool on_calling_thread) {
     try {
       for (auto& [ordinal, device] : devices_) device->enter_thread();
       const auto stop = [this] { return stop_.load(); };
       for (std::size_t n; !stop_ && (n = next_++) < request_.blocks.size();) {
-        Slot slot = ring_->take(stop);
-        if (!slot) break;
+        Slot slot = ring_ ? ring_->take(stop) : Slot();
+        if (ring_ && !slot) break;
         try {
-          move_block(order_.empty() ? n : order_[n], slot);
+          move_block(order_.empty() ? n : order_[n], slot, worker);
         } catch (...) {
           keep(std::move(slot));
           throw;
@@ -137,9 +146,28 @@ class Run {
     held_.push_back(std::move(slot));
   }
 
-  void move_block(std::size_t number, const Slot& slot) {
+  void move_block(std::size_t number, const Slot& slot, std::size_t worker) {
     const Block& block = request_.blocks[number];
     const Segments segments = request_.segments_of(number);
+    if (request_.into) {
+      gather_block(block, segments, slot, worker);
+    } else {
+      move_file_block(block, segments, slot);
+    }
+    for (const Segment& segment : segments) done_ += static_cast<std::uint64_t>(segment.length);
+  }
+
+  // Without a ring, the worker's number takes the place of the slot's.
+  void gather_block(const Block& block, const Segments& segments, const Slot& slot, std::size_t worker) {
+    const auto length = static_cast<std::size_t>(block.length);
+    if (std::byte* const memory = request_.into->memory) {
+      transfer_.gather(segments, {memory + block.offset, 0, length, worker});
+    } else {
+      transfer_.sum(segments, {slot.memory(), 0, length, slot.index()});
+    }
+  }
+
+  void move_file_block(const Block& block, const Segments& segments, const Slot& slot) {
     File& file = files_[static_cast<std::size_t>(block.file)];
     const auto length = static_cast<std::size_t>(block.length);
     // Every step uses the same first part of the slot, so this stays in the processor's caches. Blocks that use direct
@@ -153,7 +181,6 @@ class Run {
     if (request_.write && request_.access == Access::direct && !file.direct()) {
       file.start_writeback(static_cast<std::uint64_t>(block.offset), length);
     }
-    for (const Segment& segment : segments) done_ += static_cast<std::uint64_t>(segment.length);
   }
 
   void move_window(const Block& block, const Segments& segments, File& file, const Window& window) {
@@ -184,6 +211,7 @@ class Run {
     Result result;
     result.sums = sums_.finished();
     for (const File& file : files_) result.direct.push_back(file.reported_direct());
+    if (!ring_) return result;
     result.staging_bytes = ring_->bytes();
     result.pinned = ring_->pinned() && !request_.streams.empty();
     if (std::string note = ring_->note(); !note.empty() && !request_.streams.empty()) result.notes.push_back(note);
@@ -194,7 +222,7 @@ class Run {
   const Hooks& hooks_;
   std::deque<File> files_;
   const bool through_cache_;
-  const std::shared_ptr<Ring> ring_;
+  const std::shared_ptr<Ring> ring_;  // null if no slots are needed
   const std::size_t workers_;
   std::vector<std::size_t> order_;  // block numbers; empty: the order of the table
   PieceSums sums_;

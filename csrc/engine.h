@@ -1,4 +1,4 @@
-// The engine: moves blocks between memory and files, in one pass through the ring.
+// The engine: moves blocks between memory and files, in one pass through the ring; or from memory to memory, without.
 //
 // Threads: run() may be called from any number of threads at once; they share the ring. Its workers are joined before
 // it returns or throws. Hooks::tick is called on the calling thread, Hooks::lend on workers, several at a time.
@@ -27,7 +27,7 @@ struct Hooks {
 struct Result {
   std::vector<std::uint64_t> sums;  // the checksum of each piece; empty without `checksum`
   std::vector<bool> direct;         // for each file, whether it is known to have bypassed the page cache
-  std::size_t staging_bytes = 0;
+  std::size_t staging_bytes = 0;    // of the ring, if it was used
   bool pinned = false;
   std::vector<std::string> notes;
 };

@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -41,6 +42,13 @@ class Segments {
   const Segment* end_;
 };
 
+// Memory that takes the place of files: the block at offset o begins at `memory` + o. Without memory the bytes go
+// nowhere and are only summed.
+struct Destination {
+  std::byte* memory = nullptr;
+  std::size_t bytes = 0;
+};
+
 struct Request {
   bool write = false;
   Access access = Access::buffered;
@@ -52,6 +60,12 @@ struct Request {
   std::vector<std::pair<int, std::uint64_t>> streams;  // CUDA ordinal, the caller's stream on that device
   std::size_t workers = 1;
   std::size_t slot_bytes = 0;
+  std::optional<Destination> into;  // in place of files, with `write`; the file of every block is then 0
+
+  // With `write`, a counter for each piece, or null: the number of bytes that have been read from the piece's own
+  // memory is added. Another thread that finds all bytes of a piece counted (with acquire semantics) may change that
+  // memory.
+  std::int64_t* taken = nullptr;
 
   Segments all_segments() const { return {segments.data(), segments.data() + segments.size()}; }
 

@@ -26,8 +26,16 @@ void check_sizes(const Request& request) {
   for (const std::int64_t bytes : request.piece_bytes) require(bytes >= 0, "piece_bytes must not be negative");
 }
 
+void check_destination(const Request& request) {
+  require(request.taken == nullptr || request.write, "only what is written is counted as taken");
+  if (!request.into) return;
+  require(request.write && request.files.empty(), "memory takes the place of files that are written");
+  require(request.into->memory != nullptr || request.checksum, "bytes that go nowhere are only summed");
+}
+
 void check_block(const Request& request, const Block& block, std::int64_t end_segment) {
-  require(block.file >= 0 && block.file < static_cast<std::int64_t>(request.files.size()),
+  const std::size_t files = request.into ? 1 : request.files.size();
+  require(block.file >= 0 && block.file < static_cast<std::int64_t>(files),
           "a block's file is not in the list of files");
   require(block.offset >= 0 && is_aligned(block.offset), "a block's offset is not aligned");
   require(block.length > 0 && block.length <= static_cast<std::int64_t>(request.slot_bytes) && is_aligned(block.length),
@@ -60,10 +68,17 @@ void check_segment(const Request& request, const Block& block, const Segment& se
   check_memory(request, segment);
 }
 
+// `end`: where the last segment of the block ends. Bytes after it are not written.
+void check_is_inside(const Destination& into, const Block& block, std::int64_t end) {
+  if (into.memory == nullptr) return;
+  require(static_cast<std::uint64_t>(block.offset + end) <= into.bytes, "a block is outside the destination");
+}
+
 }  // namespace
 
 void check_request(const Request& request) {
   check_sizes(request);
+  check_destination(request);
   const std::vector<Block>& blocks = request.blocks;
   require(blocks.empty() ? request.segments.empty() : blocks.front().first_segment == 0,
           "there are segments outside the blocks");
@@ -77,6 +92,7 @@ void check_request(const Request& request) {
       check_segment(request, blocks[n], segment, previous_end);
       previous_end = segment.at + segment.length;
     }
+    if (request.into) check_is_inside(*request.into, blocks[n], previous_end);
   }
 }
 

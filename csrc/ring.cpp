@@ -1,18 +1,16 @@
 #include "ring.h"
 
-#include <sys/mman.h>
 #include <unistd.h>
 
 #include <atomic>
 #include <cerrno>
 #include <chrono>
 #include <condition_variable>
-#include <thread>
 #include <utility>
 #include <vector>
 
-#include "cuda.h"
 #include "file.h"
+#include "host_memory.h"
 #include "mutex.h"
 
 namespace shardsave {
@@ -20,21 +18,15 @@ namespace shardsave {
 struct Ring::State {
   const std::size_t slot_bytes;
   const pid_t owner = getpid();
-  std::byte* memory = nullptr;  // constant after acquire(), as is `slots`
-  std::size_t slots = 0;
+  std::size_t slots = 0;  // constant after acquire()
 
   Mutex mutex;
   std::condition_variable given_back;
   std::vector<bool> taken GUARDED_BY(mutex);
-  bool pinned GUARDED_BY(mutex) = false;
+  std::unique_ptr<HostMemory> memory GUARDED_BY(mutex);
   std::string note GUARDED_BY(mutex);
 
   explicit State(std::size_t slot_bytes) : slot_bytes(slot_bytes) {}
-
-  ~State() {
-    if (pinned) cuda_unpin(memory);
-    if (memory != nullptr) munmap(memory, slots * slot_bytes);
-  }
 
   void acquire(int pin_for) REQUIRES(mutex);
 };
@@ -58,37 +50,6 @@ Process& process() {
     if (shared.compare_exchange_strong(current, replacement.get())) current = replacement.release();
   }
   return *current;
-}
-
-struct Unmap {
-  std::size_t length;
-  void operator()(std::byte* memory) const { munmap(memory, length); }
-};
-using Mapping = std::unique_ptr<std::byte, Unmap>;
-
-Mapping map(std::size_t length) {
-  void* memory = mmap(nullptr, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (memory == MAP_FAILED) return {nullptr, Unmap{length}};
-  madvise(memory, length, MADV_HUGEPAGE);
-  // Direct I/O into private memory must not run while a fork makes it copy-on-write (open(2), NOTES).
-  madvise(memory, length, MADV_DONTFORK);
-  return {static_cast<std::byte*>(memory), Unmap{length}};
-}
-
-// Touches every page, one thread for each slot: pinning pages that were never touched is several times slower.
-void touch(std::byte* memory, std::size_t slots, std::size_t slot_bytes) {
-  std::vector<std::thread> touchers;
-  for (std::size_t slot = 0; slot < slots; ++slot) {
-    const auto touch_slot = [memory, slot, slot_bytes] {
-      for (std::size_t at = 0; at < slot_bytes; at += kAlignment) memory[slot * slot_bytes + at] = std::byte{0};
-    };
-    try {
-      touchers.emplace_back(touch_slot);
-    } catch (const std::exception&) {  // the system has no more threads, or no memory for one
-      touch_slot();
-    }
-  }
-  for (auto& toucher : touchers) toucher.join();
 }
 
 std::string not_pinned(const std::string& reason) { return "staging memory could not be pinned (" + reason + ")"; }
@@ -120,15 +81,9 @@ std::shared_ptr<Ring> Ring::shared(std::size_t slot_bytes, int pin_for) {
 // A driver that refused to pin the ring may accept it now. This costs one call for each run, and is tried only while no
 // run uses the ring.
 void Ring::pin_again(int pin_for) {
-  std::string reason;
-  const bool pinned = cuda_pin(pin_for, state_->memory, bytes(), &reason);
   MutexLock hold(state_->mutex);
-  state_->pinned = pinned;
-  if (pinned) {
-    state_->note.clear();
-  } else {
-    state_->note = not_pinned(reason);
-  }
+  const bool pinned = state_->memory->pin(pin_for);
+  state_->note = pinned ? "" : not_pinned(state_->memory->refusal());
 }
 
 std::shared_ptr<Ring> Ring::make(std::size_t slot_bytes, int pin_for) {
@@ -145,19 +100,17 @@ std::shared_ptr<Ring> Ring::make(std::size_t slot_bytes, int pin_for) {
 void Ring::State::acquire(int pin_for) {
   const std::size_t wanted = pin_for < 0 ? kSlots : kDeviceSlots;
   std::string reason;
+  bool pinned = false;
   for (std::size_t count = wanted; count >= 1 && !pinned; count /= 2) {
-    Mapping mapping = map(count * slot_bytes);
-    if (!mapping) continue;
-    bool mapping_pinned = false;
+    auto mapping = std::make_unique<HostMemory>(count * slot_bytes);
+    if (mapping->memory() == nullptr) continue;
     if (pin_for >= 0) {
-      touch(mapping.get(), count, slot_bytes);
-      mapping_pinned = cuda_pin(pin_for, mapping.get(), count * slot_bytes, &reason);
+      pinned = mapping->pin(pin_for);
+      if (!pinned) reason = mapping->refusal();
     }
-    if (memory == nullptr || mapping_pinned) {
-      if (memory != nullptr) munmap(memory, slots * slot_bytes);
-      memory = mapping.release();
+    if (memory == nullptr || pinned) {
+      memory = std::move(mapping);
       slots = count;
-      pinned = mapping_pinned;
     }
     if (pin_for < 0) break;
   }
@@ -179,7 +132,7 @@ Slot Ring::take(const std::function<bool()>& stop) {
     for (std::size_t index = 0; index < state_->slots; ++index) {
       if (!state_->taken[index]) {
         state_->taken[index] = true;
-        return Slot(shared_from_this(), index, state_->memory + index * state_->slot_bytes);
+        return Slot(shared_from_this(), index, state_->memory->memory() + index * state_->slot_bytes);
       }
     }
     hold.wait_for(state_->given_back, std::chrono::milliseconds(50));  // `stop` may turn true without a notice
@@ -200,7 +153,7 @@ std::size_t Ring::bytes() const { return state_->slots * state_->slot_bytes; }
 
 bool Ring::pinned() const {
   MutexLock hold(state_->mutex);
-  return state_->pinned;
+  return state_->memory->pinned();
 }
 
 std::string Ring::note() const {

@@ -18,6 +18,17 @@ DEVICE_SLOTS: int
 class Fault(Exception):
     """A failed call. ``args``: file (index into `files`, or -1), call, errno (or 0), offset, length, detail."""
 
+class HostMemory:
+    """Memory that forked children do not have, freed with the last view of it. ``pin_for``: a CUDA ordinal or -1."""
+
+    def __init__(self, *, nbytes: int, pin_for: int) -> None: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+    @property
+    def pinned(self) -> bool: ...
+    @property
+    def refusal(self) -> str:
+        """Why it could not be pinned; empty if it is pinned or pinning was not wanted."""
+
 class RunResult:
     sums: NDArray[np.uint64]
     direct: Sequence[bool]
@@ -28,7 +39,7 @@ class RunResult:
 def run(
     *,
     write: bool,
-    files: NDArray[np.int64],
+    files: NDArray[np.int64] | None,
     access: str,
     blocks: NDArray[np.int64],
     segments: NDArray[np.int64],
@@ -39,7 +50,11 @@ def run(
     slot_bytes: int,
     lend: Callable[[int, int, memoryview], None] | None,
     tick: Callable[[int], object],
-) -> RunResult: ...
+    into: Buffer | None = None,
+    taken: NDArray[np.int64] | None = None,
+) -> RunResult:
+    """Without ``files`` the blocks of a run that writes go ``into`` memory, or nowhere; ``taken`` counts what was read of each piece."""
+
 def crc64(data: Buffer, /) -> int: ...
 def crc64_implementation() -> str: ...
 def crc64_force_implementation(name: str) -> bool: ...

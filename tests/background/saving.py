@@ -26,11 +26,15 @@ from support import same_bits
 
 
 class Save:
-    """One save in flight. It reads no tensor before ``gate`` is set. ``error``: what has ended it."""
+    """One save in flight. It reads no tensor before ``gate`` is set; ``late``: nor does it say before that it is about to read.
 
-    def __init__(self, staging: Staging, folder: Path, gate: threading.Event) -> None:
+    ``error``: what has ended it.
+    """
+
+    def __init__(self, staging: Staging, folder: Path, late: bool) -> None:
         self.staging = staging
-        self.gate = gate
+        self.gate = threading.Event()
+        self._late = late
         self.error: BaseException | None = None
         self.workers = 1
         self._folder = folder
@@ -67,6 +71,8 @@ class Save:
         self.staging.check_complete()
 
     def begin_reading(self, pieces: Sequence[ByteSource]) -> NDArray[np.int64] | None:
+        if self._late:
+            self.gate.wait(60)
         taken = self.staging.begin_reading(pieces)
         while not self.gate.wait(0.01):
             self.staging.check()
@@ -85,14 +91,28 @@ def save_behind(
     more: Any = None,
     check_unchanged: bool = False,
     step_timeout: float = 60.0,
+    late: bool = False,
 ) -> Save:
     """Starts a save that reads nothing before `Save.wait` or `opened_soon`. ``more``: what is saved beside the optimizers."""
-    what = What("2GB", None, None, None, training_of(optimizers, more), False, None, False, None, False, None, None)
-    contents = plan(source, what).contents
-    staged = stage(contents, source, optimizers, staging, check_unchanged=check_unchanged, workers=1, step_timeout=step_timeout)
-    save = Save(staged, folder, threading.Event())
+    staged = staged_only(source, optimizers, staging, more, check_unchanged=check_unchanged, step_timeout=step_timeout)
+    save = Save(staged, folder, late)
     save.start()
     return save
+
+
+def staged_only(
+    source: nn.Module | Mapping[str, Any],
+    optimizers: Sequence[Optimizer] = (),
+    staging: Wanted = "auto",
+    more: Any = None,
+    *,
+    check_unchanged: bool = False,
+    step_timeout: float = 60.0,
+) -> Staging:
+    """What the call alone does. The result has to be finished."""
+    what = What("2GB", None, None, None, training_of(optimizers, more), False, None, False, None, False, None, None)
+    contents = plan(source, what).contents
+    return stage(contents, source, optimizers, staging, check_unchanged=check_unchanged, workers=1, step_timeout=step_timeout)
 
 
 def training_of(optimizers: Sequence[Optimizer], more: Any) -> Any:

@@ -1,7 +1,7 @@
 """CUDA through the driver API, on the hostile fake driver of ``tests/fake_cuda``.
 
 Method: each scenario runs in a process of its own, in which ``libcuda.so.1`` is the fake. ``device_scenarios`` test
-``csrc/cuda.cpp`` alone, ``engine_scenarios`` the whole C++ engine; the docstring of a scenario says what it catches.
+``csrc/cuda.cpp`` alone, the others the whole C++ engine; the docstring of a scenario says what it catches.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ CORE = ROOT / "csrc"
 LIBRARY = ("-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-pthread", "-ldl")
 HEADERS = sorted({os.path.realpath(path) for path in glob("/usr/local/cuda*/include/cuda.h")})
 ENGINE_SCENARIOS = [
-    line.split("(")[0].removeprefix("def ")
-    for line in (FAKE / "engine_scenarios.py").read_text().splitlines()
+    (module, line.split("(")[0].removeprefix("def "))
+    for module in ("engine_scenarios", "gather_scenarios")
+    for line in (FAKE / f"{module}.py").read_text().splitlines()
     if line.startswith("def ") and line.endswith("(files: Files) -> None:")
 ]
 
@@ -81,14 +82,14 @@ def _need_engine() -> None:
 
 def test_engine_scenarios_are_found() -> None:
     """Catches a new form of the scenarios in which the tests below would find none."""
-    assert len(ENGINE_SCENARIOS) >= 14 and len(device_scenarios.SCENARIOS) >= 15
+    assert len(ENGINE_SCENARIOS) >= 22 and len(device_scenarios.SCENARIOS) >= 15
 
 
-@pytest.mark.parametrize("name", ENGINE_SCENARIOS)
-def test_engine(name: str, driver: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("module", "name"), ENGINE_SCENARIOS)
+def test_engine(module: str, name: str, driver: Path, tmp_path: Path) -> None:
     """Catches what the docstring of the scenario says, in the engine with its ring, workers and devices."""
     _need_engine()
-    _run("engine_scenarios", name, driver, {"SCENARIO_DIR": str(tmp_path)})
+    _run(module, name, driver, {"SCENARIO_DIR": str(tmp_path)})
 
 
 def _reasons(libraries: Path, shim: Path, **environment: str) -> str:

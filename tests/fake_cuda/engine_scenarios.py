@@ -51,9 +51,14 @@ class Part(NamedTuple):
 
 
 def run(
-    write: bool, descriptor: int, parts: Sequence[Part], streams: dict[int, int] | None = None, slot: int = SLOT, **options: Any
+    write: bool,
+    descriptor: int | None,
+    parts: Sequence[Part],
+    streams: dict[int, int] | None = None,
+    slot: int = SLOT,
+    **options: Any,
 ) -> Any:
-    """One run over a file that holds ``parts`` one after the other."""
+    """One run over a file, or with None over memory, that holds ``parts`` one after the other."""
     begins = np.cumsum([0, *(part.nbytes for part in parts)])
     blocks, segments = [], []
     for start in range(0, int(begins[-1]), slot):
@@ -65,7 +70,7 @@ def run(
                 into = first - int(begins[number])
                 segments.append((part.memory, part.address + into, last - first, first - start, number, into))
     table = {
-        "files": np.array([descriptor], np.int64),
+        "files": None if descriptor is None else np.array([descriptor], np.int64),
         "blocks": np.array(blocks, np.int64),
         "segments": np.array(segments, np.int64),
         "piece_bytes": np.array([part.nbytes for part in parts], np.int64),

@@ -51,6 +51,8 @@ void print_case() {
 struct Case {
   Request request;
   std::vector<std::vector<std::byte>> memory;  // of each piece, with its size before piece_bytes was changed
+  std::vector<std::byte> destination;          // in place of the file, with the size that the blocks need
+  std::vector<std::int64_t> taken;             // of each piece; a vector of its own, so that ASan knows its end
 };
 
 // Generates cases from a seed. For one thread.
@@ -65,7 +67,12 @@ class Generator {
       request.blocks.clear();
       if (below(2) == 0) request.segments.clear();
     }
+    if (below(3) == 0) gather_instead(hostile_case);
     for (std::size_t changes = below(4); changes > 0; --changes) tamper(request);
+    if (below(4) == 0) {
+      hostile_case.taken.resize(request.piece_bytes.size());
+      request.taken = hostile_case.taken.data();
+    }
     set_addresses(hostile_case);
     return hostile_case;
   }
@@ -102,6 +109,19 @@ class Generator {
       }
     }
     return legal_case;
+  }
+
+  // Makes a run that gathers into memory, or nowhere, of a run over files. One time in four the memory is too small.
+  void gather_instead(Case& gathering) {
+    Request& request = gathering.request;
+    if (!request.write || request.blocks.empty()) return;
+    const Segment& last = request.segments.back();
+    gathering.destination.resize(static_cast<std::size_t>(request.blocks.back().offset + last.at + last.length));
+    request.files.clear();
+    request.into = Destination{};
+    if (below(3) == 0) return;
+    const std::size_t needed = gathering.destination.size();
+    request.into = Destination{gathering.destination.data(), below(4) == 0 ? below(needed) : needed};
   }
 
   std::int64_t hostile(std::int64_t old) {
@@ -233,13 +253,17 @@ bool legal(const Request& request) {
                   [](std::int64_t bytes) { return bytes < 0; })) {
     return false;
   }
+  if (request.taken != nullptr && !request.write) return false;
+  if (request.into && (!request.write || !request.files.empty())) return false;
+  if (request.into && request.into->memory == nullptr && !request.checksum) return false;
+  const Wide files = request.into ? 1 : static_cast<Wide>(request.files.size());
   const auto segments = static_cast<Wide>(request.segments.size());
   if (request.blocks.empty()) return segments == 0;
   if (request.blocks.front().first_segment != 0) return false;
   for (std::size_t n = 0; n < request.blocks.size(); ++n) {
     const Block& block = request.blocks[n];
     const Wide last = n + 1 < request.blocks.size() ? static_cast<Wide>(request.blocks[n + 1].first_segment) : segments;
-    if (block.file < 0 || block.file >= static_cast<Wide>(request.files.size())) return false;
+    if (block.file < 0 || block.file >= files) return false;
     if (block.offset < 0 || block.offset % kPage != 0) return false;
     if (block.length <= 0 || block.length % kPage != 0 || block.length > static_cast<Wide>(request.slot_bytes))
       return false;
@@ -262,6 +286,8 @@ bool legal(const Request& request) {
         return false;
       }
     }
+    const bool into_memory = request.into && request.into->memory != nullptr;
+    if (into_memory && static_cast<Wide>(block.offset) + end > static_cast<Wide>(request.into->bytes)) return false;
   }
   return true;
 }

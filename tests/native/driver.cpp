@@ -1,6 +1,7 @@
 // Method: random schedules of the core without Python: blocks with and without gaps, workers, lent and host memory,
 // cancelled and failing runs, several at once. What was written is read back and compared byte for byte and sum for
-// sum; gaps must be zeros. Under ASan, UBSan and TSan. Usage: driver COUNT [SEED]
+// sum; gaps must be zeros. A thread changes every piece as soon as all of it was taken. The same bytes are gathered
+// into memory. Under ASan, UBSan and TSan. Usage: driver COUNT [SEED]
 #include <fcntl.h>
 #include <unistd.h>
 
@@ -58,6 +59,8 @@ class Schedule {
       if (with_gaps) end_ += static_cast<std::int64_t>(below(2 * kSlotBytes));
       add_segments(piece, below(3) == 0 ? kLent : kHost);
     }
+    live_ = pieces_;
+    taken_.resize(pieces_.size());
   }
 
   void run_and_compare() {
@@ -71,6 +74,7 @@ class Schedule {
       return;
     }
     compare_file();
+    gather(written);
     read_back(written);
   }
 
@@ -88,14 +92,55 @@ class Schedule {
         request_.blocks.push_back({0, block_start, kBlock, static_cast<std::int64_t>(request_.segments.size())});
       }
       const std::int64_t length = std::min(size - offset, block_start + kBlock - end_);
-      const std::int64_t address = memory == kHost ? address_of(piece) + offset : 0;
-      request_.segments.push_back({memory, address, length, end_ - block_start, number, offset});
+      request_.segments.push_back({memory, 0, length, end_ - block_start, number, offset});
       offset += length;
       end_ += length;
     }
   }
 
+  // Makes `memory` that from which, or to which, segments in host memory move.
+  void set_addresses(const Pieces& memory) {
+    for (Segment& segment : request_.segments) {
+      if (segment.memory != kHost) continue;
+      segment.address = address_of(memory[static_cast<std::size_t>(segment.piece)]) + segment.piece_offset;
+    }
+  }
+
+  // Overwrites each piece once it has been taken; returns when all have been, or the run has ended.
+  void overwrite_taken(const std::atomic<bool>& ended) {
+    std::vector<bool> overwritten(live_.size());
+    while (!ended && std::count(overwritten.begin(), overwritten.end(), false) > 0) {
+      for (std::size_t piece = 0; piece < live_.size(); ++piece) {
+        const std::int64_t taken = __atomic_load_n(&taken_[piece], __ATOMIC_ACQUIRE);
+        CHECK(taken >= 0 && taken <= request_.piece_bytes[piece]);
+        if (overwritten[piece] || taken < request_.piece_bytes[piece]) continue;
+        std::fill(live_[piece].begin(), live_[piece].end(), std::byte{0});
+        overwritten[piece] = true;
+      }
+      std::this_thread::yield();
+    }
+  }
+
   Result write(int failing_lend, bool cancelled) {
+    std::atomic<bool> ended{false};
+    std::thread overwriting([&] { overwrite_taken(ended); });
+    set_addresses(live_);
+    request_.taken = taken_.data();
+    try {
+      const Result written = run_write(failing_lend, cancelled);
+      ended = true;
+      overwriting.join();
+      CHECK(taken_ == request_.piece_bytes);
+      request_.taken = nullptr;
+      return written;
+    } catch (const Stop&) {
+      ended = true;
+      overwriting.join();
+      throw;
+    }
+  }
+
+  Result run_write(int failing_lend, bool cancelled) {
     std::atomic<int> lends{0};
     Hooks hooks;
     hooks.tick = [cancelled](std::uint64_t) {
@@ -103,9 +148,35 @@ class Schedule {
     };
     hooks.lend = [&](std::int64_t piece, std::int64_t offset, std::byte* slot, std::size_t length) {
       if (lends++ == failing_lend) throw Stop{};
-      std::memcpy(slot, pieces_[static_cast<std::size_t>(piece)].data() + offset, length);
+      std::memcpy(slot, live_[static_cast<std::size_t>(piece)].data() + offset, length);
     };
     return run(request_, hooks);
+  }
+
+  // Gathers the pieces into memory, and nowhere. Bytes between them must not change.
+  void gather(const Result& written) {
+    set_addresses(pieces_);
+    Hooks hooks;
+    hooks.tick = [](std::uint64_t) {};
+    hooks.lend = [&](std::int64_t piece, std::int64_t offset, std::byte* memory, std::size_t length) {
+      std::memcpy(memory, pieces_[static_cast<std::size_t>(piece)].data() + offset, length);
+    };
+    constexpr std::byte kUntouched{0xAA};
+    std::vector<std::byte> memory(static_cast<std::size_t>(end_), kUntouched), expected = memory;
+    for (std::size_t number = 0; number < request_.blocks.size(); ++number) {
+      for (const Segment& segment : request_.segments_of(number)) {
+        const std::byte* source = pieces_[static_cast<std::size_t>(segment.piece)].data() + segment.piece_offset;
+        std::memcpy(expected.data() + request_.blocks[number].offset + segment.at, source,
+                    static_cast<std::size_t>(segment.length));
+      }
+    }
+    Request gathering = request_;
+    gathering.files.clear();
+    gathering.into = Destination{memory.data(), memory.size()};
+    CHECK(run(gathering, hooks).sums == written.sums);
+    CHECK(memory == expected);
+    gathering.into = Destination{};
+    CHECK(run(gathering, hooks).sums == written.sums);
   }
 
   // Every block that was written has the bytes of its segments, and zeros elsewhere.
@@ -135,10 +206,7 @@ class Schedule {
     }
     request_.write = false;
     request_.access = Access::automatic;
-    for (Segment& segment : request_.segments) {
-      const std::vector<std::byte>& copy = copies[static_cast<std::size_t>(segment.piece)];
-      segment.address = segment.memory == kHost ? address_of(copy) + segment.piece_offset : 0;
-    }
+    set_addresses(copies);
     Hooks hooks;
     hooks.tick = [](std::uint64_t) {};
     hooks.lend = [&](std::int64_t piece, std::int64_t offset, std::byte* slot, std::size_t length) {
@@ -162,6 +230,8 @@ class Schedule {
   std::mt19937_64 random_;
   const int file_;
   Pieces pieces_;
+  Pieces live_;  // what a write reads; changed once it was taken
+  std::vector<std::int64_t> taken_;
   Request request_;
   std::int64_t end_ = 0;  // of the file
 };

@@ -1,6 +1,7 @@
-// Method: fail the N-th allocation, the N-th mmap and the N-th start of a thread, for N = 1, 2, … until a save and a
-// load need fewer calls; once only, and from the N-th call on. Each time the bytes must be right or a Fault must say
-// ENOMEM, no thread may be left, and the next run must succeed. Under ASan, whose leak check finds what is not freed.
+// Method: fail the N-th allocation, the N-th mmap and the N-th start of a thread, for N = 1, 2, … until a save, a load
+// and a gathering need fewer calls; once only, and from the N-th call on. Each time the bytes must be right or a Fault
+// must say ENOMEM, no thread may be left, and the next run must succeed. Under ASan, whose leak check finds what is not
+// freed.
 #include <dlfcn.h>
 #include <fcntl.h>
 #include <pthread.h>
@@ -124,6 +125,25 @@ struct World {
     };
     return run(request, hooks);
   }
+
+  // Gathers the pieces into `memory`, as a file would hold them.
+  Result gather(std::vector<std::byte>& memory) {
+    Request gathering = request;
+    gathering.write = true;
+    gathering.files.clear();
+    gathering.into = Destination{memory.data(), memory.size()};
+    for (Segment& segment : gathering.segments) {
+      if (segment.memory != kHost) continue;
+      const auto address = reinterpret_cast<std::uintptr_t>(pieces[0].data());
+      segment.address = static_cast<std::int64_t>(address) + segment.piece_offset;
+    }
+    Hooks hooks;
+    hooks.tick = [](std::uint64_t) {};
+    hooks.lend = [&](std::int64_t piece, std::int64_t offset, std::byte* slot, std::size_t length) {
+      std::memcpy(slot, pieces[piece].data() + offset, length);
+    };
+    return run(gathering, hooks);
+  }
 };
 
 long thread_count() {
@@ -136,18 +156,21 @@ struct Outcome {
   std::size_t staging_bytes;
 };
 
-// A save and a load into fresh memory, while calls of `kind` fail.
+// A save, a load into fresh memory and a gathering, while calls of `kind` fail.
 Outcome attempt(World& world, Kind kind) {
   std::vector<std::byte> copies[2] = {std::vector<std::byte>(kPiece), std::vector<std::byte>(kPiece)};
+  std::vector<std::byte> memory(2 * kPiece);
   Outcome outcome{false, 0};
   calls = 0;
   armed = kind;
   try {
     const Result saved = world.run_on(world.pieces, true);
     const Result loaded = world.run_on(copies, false);
+    const Result gathered = world.gather(memory);
     armed = kNone;
     outcome = {true, loaded.staging_bytes};
-    CHECK(saved.sums == loaded.sums);
+    CHECK(saved.sums == loaded.sums && saved.sums == gathered.sums);
+    CHECK(std::memcmp(memory.data(), world.pieces[0].data(), kSlot / 2) == 0);
     CHECK(saved.sums[1] == crc64_finish(crc64_raw(world.pieces[1].data(), kPiece), kPiece));
     CHECK(copies[0] == world.pieces[0] && copies[1] == world.pieces[1]);
   } catch (const Fault& fault) {

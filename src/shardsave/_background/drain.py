@@ -54,7 +54,7 @@ class Drained:
 
 
 class _Reading:
-    """The tensors of one run of the engine (``items``: those not yet read). ``taken``: for each of its pieces, the bytes that have left their memory."""
+    """One run of the engine. ``taken``: for each of its pieces, the bytes that have left the memory. ``items``: those not yet read."""
 
     def __init__(self, items: Mapping[int, Drained], pieces: Sequence[ByteSource]) -> None:
         self.taken: NDArray[np.int64] = np.zeros(len(pieces), np.int64)

@@ -60,12 +60,16 @@ class Flight(Generic[Result]):
         self.pid = os.getpid()
         self._result: Result | None = None
         self._decision: dict[None, _Decision] = {}
+        self._runner: dict[None, int] = {}  # the thread that runs it
         self._ender: dict[None, int] = {}  # the thread that ends it
         self._bells: list[_thread.LockType] = []  # each of somebody who waits
         self._job: Callable[[], Result] | None = None
         self._thread_id = threading.get_ident()
         self._launched = False
-        self._begun, self._gate = threading.Event(), threading.Event()
+        # Locks and no events: an interrupt in `Event.set` can leave the event's own lock locked.
+        self._begun, self._gate = _thread.allocate_lock(), _thread.allocate_lock()
+        self._begun.acquire()
+        self._gate.acquire()
 
     @property
     def is_foreign(self) -> bool:
@@ -88,17 +92,18 @@ class Flight(Generic[Result]):
                 raise RuntimeError("nobody would wait for a thread")
             self._launched = True
             thread.start()
-        except RuntimeError:  # there are too many threads, or the process ends
-            self._launched = False
+        except RuntimeError as error:  # there are too many threads, or the process ends
+            if isinstance(error.__context__, KeyboardInterrupt):  # it came in `start`, and upset a lock there
+                raise error.__context__ from None
             return self.run_here(job)
         self._thread_id = thread.ident or 0
         self.stall_seconds = time.perf_counter() - started
-        self._gate.set()
+        self._open_gate()
 
     def run_here(self, job: Callable[[], Result]) -> None:
         """Calls ``job`` on this thread. Its error is that of the flight, and raised only if it is an interrupt."""
         self._job = job
-        self._gate.set()
+        self._open_gate()
         interrupt = self._run()
         if interrupt is not None:
             raise interrupt
@@ -111,15 +116,21 @@ class Flight(Generic[Result]):
     def abandon(self) -> None:
         """Ends the flight after an error or an interrupt in the call: cancels it, waits for its thread, and leaves nothing behind."""
         self.cancel()
-        self._gate.set()
-        if self._launched and self._begun.wait(_PATIENCE):
+        self._open_gate()
+        if self._launched and self._begun.acquire(timeout=_PATIENCE):
             self.wait_ended()
         self._end(None, self._cancelled(), silent=True)
 
+    def _open_gate(self) -> None:
+        with suppress(RuntimeError):  # it is open
+            self._gate.release()
+
     def _run(self) -> BaseException | None:
         """Calls the job and ends the flight. Returns what must be raised if this is the caller's thread."""
-        self._begun.set()
-        self._gate.wait()
+        if self._runner.setdefault(None, threading.get_ident()) != threading.get_ident():
+            return None
+        self._begun.release()
+        self._gate.acquire()
         result, error, interrupt = None, None, None
         try:
             with verb():

@@ -62,7 +62,7 @@ def inside_step() -> bool:
 
 
 def _hooks() -> dict[int, Any]:
-    return torch_optimizer._global_optimizer_pre_hooks  # type: ignore[return-value]
+    return torch_optimizer._global_optimizer_pre_hooks
 
 
 @uncompiled

@@ -22,20 +22,19 @@ from shardsave.errors import ShardSaveError
 #: How long the exit handler waits for running calls, in seconds. With a hanging disk they may take longer.
 _PATIENCE = 10.0
 
-_lock = threading.Lock()  # guards _running_calls
-_running_calls = 0
+#: One object for each running call. It is added and discarded by single operations, without a lock: an interrupt could leave one locked.
+_running_calls: set[object] = set()
 _exiting = False
 
 
 @contextmanager
 def verb() -> Iterator[None]:
     """Marks the calling thread as inside a public call, so that interpreter exit waits for it. Errors leave it with plain causes."""
-    global _running_calls
     outer = sys.exc_info()[1]
     raise_if_ending()
-    with _lock:
-        _running_calls += 1
+    call = object()
     try:
+        _running_calls.add(call)
         yield
     except SystemExit as error:
         traceback.clear_frames(error.__traceback__)  # frees the tensors in them now, while torch still works
@@ -44,9 +43,8 @@ def verb() -> Iterator[None]:
         escape_causes(error, outer)
         raise
     finally:
+        _running_calls.discard(call)
         end_pauses()
-        with _lock:
-            _running_calls -= 1
 
 
 def raise_if_ending() -> None:
@@ -59,15 +57,10 @@ def _end_running_calls() -> None:
     global _exiting
     _exiting = True
     deadline = time.monotonic() + _PATIENCE
-    while _running_calls > 0 and time.monotonic() < deadline:
+    while _running_calls and time.monotonic() < deadline:
         time.sleep(0.001)
 
 
-def _forget_in_child() -> None:
-    """Forgets running calls in a forked child: their threads do not exist there, and one of them may have held the lock."""
-    global _lock, _running_calls
-    _lock, _running_calls = threading.Lock(), 0
-
-
-os.register_at_fork(after_in_child=_forget_in_child)
+#: In a forked child, the threads of other calls do not exist.
+os.register_at_fork(after_in_child=_running_calls.clear)
 atexit.register(_end_running_calls)

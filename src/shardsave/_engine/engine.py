@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from shardsave._common import backend, shutdown
 from shardsave._common.imports import import_at_use
 from shardsave._engine.blocks import Blocks
+from shardsave._engine.host_memory import HostMemory as HostMemory
 from shardsave._engine.transfer import Access, Engine, Piece, Request, Tick, Transfer, out_of_memory
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from shardsave._common.sources import ByteSource
 
 
 def reserve(pieces: Sequence[Piece]) -> None:
@@ -31,6 +40,8 @@ def write(
     access: Access,
     start_writeback: bool,
     checksum: bool = True,
+    workers: int | None = None,
+    taken: NDArray[np.int64] | None = None,
     tick: Tick,
 ) -> Transfer:
     """Writes ``blocks`` of ``pieces`` to the descriptors ``files``. Whole blocks are written; the last one of a file is padded with zeros.
@@ -38,10 +49,32 @@ def write(
     ``start_writeback`` is for files whose file system refuses O_DIRECT: the disk starts at once on blocks that are written through the
     page cache. It needs ``access="direct"``. ``tick(bytes done)`` is called on this thread about every 10 ms, or after each block
     without the extension; an exception from it ends the run and is raised. Raises TransferFault.
+
+    ``workers``: at most so many threads take part; None: as many as are useful. ``taken``, a number for each piece: how many bytes have
+    been read from the piece's own memory is added while the run goes on. A thread that finds all bytes of a piece there may change it.
     """
     if start_writeback and access != "direct":
         raise ValueError(f"start_writeback needs access='direct', not {access!r}")
-    return _run(Request(True, files, blocks, pieces, access, start_writeback, checksum), tick)
+    if taken is not None and (taken.dtype != np.int64 or taken.shape != (len(pieces),)):
+        raise ValueError(f"taken needs one int64 for each of {len(pieces)} pieces, not {taken.dtype} of shape {taken.shape}")
+    return _run(Request(True, files, blocks, pieces, access, start_writeback, checksum, workers, taken), tick)
+
+
+def gather(
+    blocks: Blocks,
+    pieces: Sequence[ByteSource],
+    *,
+    into: memoryview | None = None,
+    workers: int | None = None,
+    checksum: bool = True,
+    tick: Tick,
+) -> Transfer:
+    """Copies ``pieces`` ``into`` memory, writable bytes, or only sums them. No file takes part: that of every block is 0.
+
+    A block at offset o begins at ``into[o]``. Bytes of it that belong to no piece stay as they are, and may lie outside. ``workers`` and
+    ``tick`` are those of `write`. Raises ValueError before anything is copied, if a piece is outside ``into``, and TransferFault.
+    """
+    return _run(Request(True, None, blocks, pieces, "buffered", False, checksum, workers, into=into), tick)
 
 
 def read(

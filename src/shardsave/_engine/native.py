@@ -36,6 +36,14 @@ def staging_bytes(pieces: Sequence[Piece]) -> int:
     return BLOCK_BYTES * (extension.DEVICE_SLOTS if _cuda_devices(pieces) and _reaches_cuda() else extension.SLOTS)
 
 
+def host_memory(nbytes: int, device: int) -> extension.HostMemory:
+    """``nbytes`` of memory, pinned if ``device`` is the ordinal of a CUDA device and the driver agrees. Raises TransferFault."""
+    try:
+        return extension.HostMemory(nbytes=nbytes, pin_for=device if torch.version.hip is None else -1)
+    except extension.Fault as fault:
+        raise TransferFault(*fault.args) from None
+
+
 def run(request: Request, tick: Tick) -> Transfer:
     """Runs the C++ engine. It ignores ``start_writeback``: it starts writeback if direct access was requested and refused."""
     places = _places(request.pieces)
@@ -43,20 +51,23 @@ def run(request: Request, tick: Tick) -> Transfer:
     devices = sorted(kind for kind in kinds if kind >= 0)
     not_on_host = [request.pieces[n] for n in np.flatnonzero(places[:, 0] != extension.HOST).tolist()]
     callers_stream = {device: torch.cuda.current_stream(device) for device in _cuda_devices(not_on_host)}
+    useful_workers = worker_count(request.access, with_device=bool(devices))
     try:
         result = extension.run(
             write=request.write,
-            files=np.array(request.files, dtype=np.int64),
+            files=None if request.files is None else np.array(request.files, dtype=np.int64),
             access=request.access,
             blocks=request.blocks.table,
             segments=_segment_table(request.blocks.segments, places),
             piece_bytes=request.blocks.piece_bytes,
             checksum=request.checksum,
             streams=[(device, callers_stream[device].cuda_stream) for device in devices],
-            workers=worker_count(request.access, with_device=bool(devices)),
+            workers=useful_workers if request.workers is None else min(request.workers, useful_workers),
             slot_bytes=BLOCK_BYTES,
             lend=_lender(request, callers_stream) if extension.LENT in kinds else None,
             tick=tick,
+            into=request.into,
+            taken=request.taken,
         )
     except extension.Fault as fault:
         raise TransferFault(*fault.args) from None

@@ -24,36 +24,53 @@ def staging_bytes(pieces: Sequence[Piece]) -> int:
 
 
 def run(request: Request, tick: Tick) -> Transfer:
-    """As `shardsave._engine.engine.write` and `read`, always through the page cache."""
-    files, pieces, piece_bytes = request.files, request.pieces, request.blocks.piece_bytes.tolist()
+    """As `shardsave._engine.engine.write`, `read` and `gather`, always through the page cache."""
+    files, into, taken = request.files, request.into, request.taken
+    pieces, piece_bytes = request.pieces, request.blocks.piece_bytes.tolist()
+    _check_destination(request)
     sums = [0] * len(pieces)
     done = 0
-    staging = _staging_memory()
+    memory = _staging_memory() if into is None else into
     for file, offset, length, segments in _each_block(request.blocks):
-        slot = staging[:length]
+        slot = memory[:length] if into is None else memory[offset : offset + length]
         _, _, last_length, at = segments[-1]
         used = at + last_length
-        if not request.write:
+        if not request.write and files is not None:
             _read_block(files, file, offset, slot, used)
         for number, piece_offset, count, at in segments:
             source = pieces[number]
             part = slot[at : at + count]
             if request.write and source is not None:
                 source.gather(piece_offset, part)
+                if taken is not None:
+                    taken[number] += count
             if request.checksum:
                 bytes_after = piece_bytes[number] - piece_offset - count
                 sums[number] ^= crc64.shift(crc64.raw(np.frombuffer(part, np.uint8)), bytes_after)
             if not request.write and source is not None:
                 source.scatter(piece_offset, part)
             done += count
-        if request.write:
+        if request.write and files is not None:
             slot[used:] = bytes(length - used)
             _write_block(files, file, offset, slot)
             if request.start_writeback:
                 os_calls.start_writeback(files[file], offset, length)
         tick(done)
     finished = map(crc64.finish, sums, piece_bytes) if request.checksum else ()
-    return Transfer(tuple(finished), (False,) * len(files), BLOCK_BYTES, pinned=False)
+    return Transfer(tuple(finished), (False,) * len(files or ()), BLOCK_BYTES if into is None else 0, pinned=False)
+
+
+def _check_destination(request: Request) -> None:
+    """Raises ValueError if a segment is outside ``request.into``."""
+    if request.into is None:
+        return
+    if request.into.readonly:
+        raise ValueError("into: the memory is read-only")
+    table, segments, _ = request.blocks
+    block = np.searchsorted(table[:, 3], np.arange(len(segments)), side="right") - 1
+    ends = table[block, 1] + segments[:, 3] + segments[:, 2]
+    if ends.max(initial=0) > len(request.into):
+        raise ValueError("a block is outside the destination")
 
 
 def _staging_memory() -> memoryview:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, Protocol, Union
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, Union
 
 from shardsave._common.sources import ByteSource
 from shardsave._engine.blocks import Blocks
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 #: The size of one slot of staging memory, in bytes: a block is never longer.
 BLOCK_BYTES = 8 << 20
@@ -26,17 +30,22 @@ Piece = Union[ByteSource, None]
 class Request(NamedTuple):
     """One run of an engine: ``blocks`` of the descriptors ``files`` are written from ``pieces``, or read into them.
 
+    ``files`` None, with ``write``: the blocks are copied ``into`` memory, or only summed if that is None too. ``workers``: the most
+    that take part, None: as many as are useful. ``taken``, with ``write``: for each piece, a counter of the bytes that were read of it.
     ``start_writeback``: the disk begins at once with blocks that were written through the page cache, so that a later fsync has less
     to wait for.
     """
 
     write: bool
-    files: Sequence[int]
+    files: Sequence[int] | None
     blocks: Blocks
     pieces: Sequence[Piece]
     access: Access
     start_writeback: bool
     checksum: bool
+    workers: int | None = None
+    taken: NDArray[np.int64] | None = None
+    into: memoryview | None = None
 
 
 class Transfer(NamedTuple):
