@@ -44,15 +44,16 @@ def _row(axes: Axes, place: int, way: str, save: Sample, durable: bool, right: f
         colour = (OURS if ours else OTHER) if beside else (OURS_LIGHT if ours else OTHER_LIGHT)
         if began < right:
             axes.barh(place, ended - began, left=began, height=HEIGHT, color=colour, edgecolor="white", linewidth=0.7)
+    if way == NO_SAVE:
+        return
     axes.barh(place, save["stall"], left=0, height=HEIGHT, color=STALL)
     line = place - HEIGHT / 2 - 0.1
     axes.plot([save["stall"], save["staged"]], [line, line], color=STALL, linewidth=2.5, solid_capstyle="butt")
     axes.plot([save["staged"], save["finished"]], [line, line], color=INK, linewidth=1)
-    if way != NO_SAVE:
-        axes.plot(save["finished"], line, marker="D", markersize=5, color=INK, markerfacecolor=INK if durable else "white")
-        end = "durable" if durable else "finished"
-        text = f"  stall {_ms(save['stall'])}, {_ms(save['lost'])} of training lost, {end} after {save['finished']:.2f} s"
-        axes.text(0, place + HEIGHT / 2 + 0.05, text, fontsize=8, va="bottom", color=INK)
+    axes.plot(save["finished"], line, marker="D", markersize=5, color=INK, markerfacecolor=INK if durable else "white")
+    end = "durable" if durable else "finished"
+    text = f"  stall {_ms(save['stall'])}, {_ms(save['lost'])} of training lost, {end} after {save['finished']:.2f} s"
+    axes.text(0, place + HEIGHT / 2 + 0.05, text, fontsize=8, va="bottom", color=INK)
 
 
 def _ms(seconds: float) -> str:
