@@ -37,8 +37,9 @@ class Save:
         self._late = late
         self.error: BaseException | None = None
         self.workers = 1
+        self.read: list[int] = []  # the sources, by id, in the order in which they were given to the engine
         self._folder = folder
-        self._contents = staging.contents
+        self.contents = staging.contents
         self._thread = threading.Thread(target=self._run)
 
     def start(self) -> None:
@@ -57,8 +58,8 @@ class Save:
     def _run(self) -> None:
         try:
             self.staging.use_streams()
-            with Progress(False, "saving", self._contents.tensor_bytes) as progress:
-                write_checkpoint(self._contents, self._folder, durable=False, lock_timeout=10, progress=progress, watch=self)
+            with Progress(False, "saving", self.contents.tensor_bytes) as progress:
+                write_checkpoint(self.contents, self._folder, durable=False, lock_timeout=10, progress=progress, watch=self)
         except BaseException as error:
             self.error = error
         finally:
@@ -70,9 +71,13 @@ class Save:
     def attempt_commit(self) -> None:
         self.staging.check_complete()
 
+    def is_urgent(self, pieces: Sequence[ByteSource]) -> bool:
+        return self.staging.is_urgent(pieces)
+
     def begin_reading(self, pieces: Sequence[ByteSource]) -> NDArray[np.int64] | None:
         if self._late:
             self.gate.wait(60)
+        self.read = [id(piece) for piece in pieces]
         taken = self.staging.begin_reading(pieces)
         while not self.gate.wait(0.01):
             self.staging.check()
@@ -93,7 +98,7 @@ def save_behind(
     step_timeout: float = 60.0,
     late: bool = False,
 ) -> Save:
-    """Starts a save that reads nothing before `Save.wait` or `opened_soon`. ``more``: what is saved beside the optimizers."""
+    """Starts a save that reads nothing before `Save.wait` or `opened_by_a_step`. ``more``: what is saved beside the optimizers."""
     staged = staged_only(source, optimizers, staging, more, check_unchanged=check_unchanged, step_timeout=step_timeout)
     save = Save(staged, folder, late)
     save.start()
@@ -120,12 +125,20 @@ def training_of(optimizers: Sequence[Optimizer], more: Any) -> Any:
 
 
 @contextmanager
-def opened_soon(save: Save, seconds: float = 0.1) -> Iterator[None]:
-    """Opens the gate while the block runs, so late that a step which ought to wait for it is found out if it does not."""
-    timer = threading.Timer(seconds, save.gate.set)
-    timer.start()
+def opened_by_a_step(save: Save, seconds: float = 0.03) -> Iterator[None]:
+    """Opens the gate a while after a step has asked whether it may go on: what it would change, if it did, is read after that."""
+    timers = []
+    before_step = save.staging._drain.before_step
+
+    def open_and_ask(optimizer: Optimizer) -> None:
+        timers.append(threading.Timer(seconds, save.gate.set))
+        timers[-1].start()
+        before_step(optimizer)
+
+    save.staging._drain.before_step = open_and_ask  # type: ignore[method-assign]
     yield
-    timer.join()
+    for timer in timers:
+        timer.join()
 
 
 def stored_in(folder: Path) -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ from torch.optim import SGD, AdamW
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import shardsave
-from background.saving import assert_same_tensors, hooks, opened_soon, save_behind, staged_only, training_of
+from background.saving import assert_same_tensors, hooks, opened_by_a_step, save_behind, staged_only, training_of
 from shardsave.errors import SaveNotCommittedError
 from support import holds_in_child, same_bits
 
@@ -102,7 +102,7 @@ def test_hooks_of_others(own_is_last: bool, tmp_path: Path) -> None:
     save = save_behind(model, tmp_path / "behind", [optimizer])
     if not own_is_last:
         handles.append(register_optimizer_step_pre_hook(lambda *_: calls.append("last")))
-    with opened_soon(save):
+    with opened_by_a_step(save):
         optimizer.step()
     save.wait()
     assert_same_tensors(tmp_path / "behind", tmp_path / "at-once")
@@ -184,7 +184,7 @@ def test_an_unfrozen_layer(tmp_path: Path) -> None:
     save = save_behind(model, tmp_path / "behind", [optimizer])
     model[1].requires_grad_(True)
     optimizer.add_param_group({"params": list(model[1].parameters())})
-    with opened_soon(save):
+    with opened_by_a_step(save):
         optimizer.step()
     save.wait()
     assert_same_tensors(tmp_path / "behind", tmp_path / "at-once")
@@ -198,7 +198,7 @@ def test_other_parameters_with_the_same_memory(tmp_path: Path) -> None:
     optimizer = SGD(model.parameters(), lr=0.1)
     shardsave.save(model, tmp_path / "at-once", training=training_of([optimizer], None))
     save = save_behind(model, tmp_path / "behind", [optimizer])
-    with opened_soon(save):
+    with opened_by_a_step(save):
         SGD([alias], lr=0.1, fused=True).step()
     save.wait()
     assert_same_tensors(tmp_path / "behind", tmp_path / "at-once")

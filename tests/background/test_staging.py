@@ -62,6 +62,31 @@ def test_what_is_read_later() -> None:
     assert staging.staged.is_set()
 
 
+def test_what_steps_wait_for_is_read_first(tmp_path: Path) -> None:
+    """Catches a step that waits for the frozen part of a model, which no step changes; and an index in another order than `save` makes."""
+    model = nn.Sequential(nn.Linear(520, 520).requires_grad_(False), nn.Linear(520, 520))
+    optimizer = AdamW(model[1].parameters())
+    model(torch.ones(2, 520)).sum().backward()
+    optimizer.step()
+    shardsave.save(model, tmp_path / "at-once", training=training_of([optimizer], None))
+    save = save_behind(model, tmp_path / "behind", [optimizer])
+    name_of = {
+        id(piece): tensor.name
+        for shard in save.contents.all_shards
+        for tensor, piece in zip(shard.layout.tensors, shard.pieces)
+    }
+    save.wait()
+    read = [name_of[piece] for piece in save.read]
+    assert len(read) == 4 + 2 * 3
+    assert read.index("0.weight") > max(read.index(name) for name in read if "exp_avg" in name or name == "1.weight")
+    orders = []
+    for folder in ("at-once", "behind"):
+        index = (tmp_path / folder / "model.safetensors.index.json").read_text()
+        orders.append(re.findall(r'"(model|training)-[0-9a-f]+([-/][^"]*)"', index))
+    assert orders[0] == orders[1]
+    assert len(orders[0]) > 3
+
+
 def test_casts_and_strides_are_copied() -> None:
     """Catches sources that torch has to gather element by element, on a thread beside the training."""
     model = model_of()

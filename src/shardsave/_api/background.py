@@ -168,6 +168,9 @@ class _Watching:
         self.staging.check_complete()
         self._flight.attempt_commit()
 
+    def is_urgent(self, pieces: Sequence[ByteSource]) -> bool:
+        return self.staging.is_urgent(pieces)
+
     def begin_reading(self, pieces: Sequence[ByteSource]) -> NDArray[np.int64] | None:
         return self.staging.begin_reading(pieces)
 

@@ -35,16 +35,18 @@ class Drained:
     """One tensor that is read while training goes on.
 
     ``owners``: the Parameters or state tensors whose memory it is, as they were at the moment of the call. ``sum``: the checksum of
-    its bytes at that moment, if it is known. ``released``: it was read, or need not be, and was compared: it may change.
+    its bytes at that moment, if it is known. ``stepped``: an optimizer holds it, so a step may wait for it. ``released``: it was read, or
+    need not be, and was compared: it may change.
     """
 
-    __slots__ = ("name", "nbytes", "owners", "piece", "released", "sum")
+    __slots__ = ("name", "nbytes", "owners", "piece", "released", "stepped", "sum")
 
-    def __init__(self, name: str, piece: ByteSource, nbytes: int, owners: Sequence[Seen]) -> None:
+    def __init__(self, name: str, piece: ByteSource, nbytes: int, owners: Sequence[Seen], stepped: bool) -> None:
         self.name = name
         self.piece = piece
         self.nbytes = nbytes
         self.owners = owners
+        self.stepped = stepped
         self.sum: int | None = None
         self.released = False
 
@@ -85,9 +87,11 @@ class Drain:
         self.step_wait_seconds = 0.0
         self._items = {id(item.piece): item for item in items}
         self._left = len(self._items)
+        self._of_owner: dict[int, list[Drained]] = {}
         self._at_storage: dict[int, list[Drained]] = {}
         for item in items:
             for owner in item.owners:
+                self._of_owner.setdefault(id(owner.tensor), []).append(item)
                 self._at_storage.setdefault(owner.tensor.untyped_storage().data_ptr(), []).append(item)
         self._timeout = timeout
         self._ended = ended
@@ -111,13 +115,15 @@ class Drain:
         """Whether all was read, compared and found unchanged."""
         return self._left == 0 and self._failure is None
 
+    def is_urgent(self, pieces: Sequence[ByteSource]) -> bool:
+        """As `Watch.is_urgent`."""
+        return any((item := self._items.get(id(piece))) is not None and item.stepped for piece in pieces)
+
     def begin_reading(self, pieces: Sequence[ByteSource]) -> NDArray[np.int64] | None:
         """As `Watch.begin_reading`. Raises SaveNotCommittedError if a tensor has already changed: its memory may be gone."""
         reading = _Reading(self._items, pieces)
         with self._lock:
-            for item in reading.items:
-                if (change := item.change()) is not None:
-                    self._fail(_changed(item.name, change))
+            self._fail_if_changed(reading.items)
             self._readings.append(reading)
         self.raise_failure()
         return reading.taken
@@ -127,7 +133,7 @@ class Drain:
         for piece, found in zip(pieces, sums):
             item = self._items.get(id(piece))
             if item is not None and item.sum not in (None, found):
-                self.fail(_changed(item.name, "its checksum is another one"))
+                raise SaveNotCommittedError(_changed(item.name, "its checksum is another one"))
         self.leave_out(pieces)
 
     def leave_out(self, pieces: Sequence[ByteSource]) -> None:
@@ -159,10 +165,12 @@ class Drain:
             )
 
     def _wait_for(self, optimizer: torch.optim.Optimizer) -> None:
-        if self._over or not (waiting := list(self._held_by(optimizer))):
+        if self._over or not (waiting := list(dict.fromkeys(self._held_by(optimizer)))):
             return
         started = time.perf_counter()
         try:
+            with self._lock:
+                self._fail_if_changed(waiting)  # nobody need wait for what is lost
             while True:
                 with self._lock:
                     self._release_taken()
@@ -182,10 +190,17 @@ class Drain:
                 self.step_wait_seconds += time.perf_counter() - started
 
     def _held_by(self, optimizer: torch.optim.Optimizer) -> Iterator[Drained]:
+        """What must be read before a step of ``optimizer``, which holds the same objects or others with the same memory; some twice."""
         for tensor in memory_of_optimizer(optimizer):
-            for item in self._at_storage.get(tensor.untyped_storage().data_ptr(), ()):
+            of_owner = self._of_owner.get(id(tensor), ())
+            for item in (*of_owner, *self._at_storage.get(tensor.untyped_storage().data_ptr(), ())):
                 if not item.released:
                     yield item
+
+    def _fail_if_changed(self, items: Sequence[Drained]) -> None:
+        for item in items:
+            if not item.released and (change := item.change()) is not None:
+                self._fail(_changed(item.name, change))
 
     def _release_taken(self) -> None:
         for reading in self._readings:

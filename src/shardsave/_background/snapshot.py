@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
-from shardsave._background import interim as engine
-from shardsave._background.interim import HostMemory
 from shardsave._common.free_memory import free_memory, return_freed_memory
 from shardsave._common.sources import ByteSource
 from shardsave._common.words import human_bytes
+from shardsave._engine import engine
 from shardsave._engine.blocks import Blocks, blocks
+from shardsave._engine.engine import HostMemory
 from shardsave._engine.transfer import BLOCK_BYTES, TransferFault
 from shardsave.errors import OutOfMemoryError
 
@@ -32,28 +32,34 @@ _ROUNDING = 2 << 20
 _SMALL = 64 << 20
 
 
+class _Region(NamedTuple):
+    """Memory with copies in it, and its address."""
+
+    view: memoryview
+    address: int
+
+
 class SnapshotSource:
     """The copy of another source in snapshot memory, and the checksum (``crc``) of its bytes. Nothing reads into it."""
 
-    __slots__ = ("_address", "_begin", "_memory", "crc", "dtype", "nbytes", "shape")
+    __slots__ = ("_address", "_region", "crc", "dtype", "nbytes", "shape")
 
     cuda_device = -1
 
-    def __init__(self, source: ByteSource, nbytes: int, crc: int, memory: memoryview, begin: int, address: int) -> None:
+    def __init__(self, source: ByteSource, nbytes: int, crc: int, region: _Region, begin: int) -> None:
         self.dtype: torch.dtype = source.dtype
         self.shape: tuple[int, ...] = source.shape
         self.nbytes = nbytes
         self.crc = crc
-        self._memory = memory  # keeps it alive
-        self._begin = begin
-        self._address = address
+        self._region = region  # keeps the memory alive
+        self._address = region.address + begin
 
     def memory(self) -> tuple[int, int]:
         return -1, self._address
 
     def gather(self, offset: int, view: memoryview) -> None:
-        begin = self._begin + offset
-        view[:] = self._memory[begin : begin + len(view)]
+        begin = self._address - self._region.address + offset
+        view[:] = self._region.view[begin : begin + len(view)]
 
     def scatter(self, offset: int, view: memoryview) -> None:
         raise NotImplementedError("a snapshot is only written")
@@ -78,10 +84,9 @@ def take(
         transfer = engine.gather(block_table(begins, nbytes), pieces, into=memory.view, workers=workers, tick=_ignore)
     except TransferFault as fault:
         raise refusal(NoRoom(f"{human_bytes(sum(nbytes))} were expected to be copied, {fault}")) from fault
-    view = memory.view
-    base = int(np.frombuffer(view, np.uint8).ctypes.data) if memory.nbytes else 0
+    region = _Region(memory.view, int(np.frombuffer(memory.view, np.uint8).ctypes.data) if memory.nbytes else 0)
     rows = zip(pieces, nbytes, transfer.sums, begins.tolist())
-    return [SnapshotSource(piece, length, crc, view, begin, base + begin) for piece, length, crc, begin in rows]
+    return [SnapshotSource(piece, length, crc, region, begin) for piece, length, crc, begin in rows]
 
 
 def block_table(begins: NDArray[np.int64], nbytes: Sequence[int]) -> Blocks:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from shardsave._background import guard, snapshot
-from shardsave._background import interim as engine
 from shardsave._background.changes import Seen, see
 from shardsave._background.drain import Drain, Drained
-from shardsave._background.interim import HostMemory
 from shardsave._background.owners import COPIED, Choice, Mode, choose, memory_of_module, memory_of_optimizer
 from shardsave._common.gc_pause import gc_paused
 from shardsave._common.sources import ByteSource, TensorSource
+from shardsave._engine import engine
+from shardsave._engine.engine import HostMemory
 from shardsave._saving.contents import Contents
 from shardsave.errors import SaveNotCommittedError
 
@@ -39,8 +39,7 @@ class Staging:
     nobody guards, to be written in the call. ``staged`` is set as soon as all bytes are copied or read, and also on failure.
     ``copied_bytes``, ``copy_seconds``: in the call. ``drained_bytes``: read afterwards. ``notes``: for the report.
 
-    Threads: `arm` is called in the call. `use_streams`, `check`, `begin_reading`, `end_reading`, `leave_out` and `check_complete` are
-    for the thread that saves, and `finish` too, at the end. `let_go` may be called on any thread.
+    Threads: `arm` is called in the call, `let_go` on any thread, all else on the thread that saves; `finish` at its end.
     """
 
     def __init__(
@@ -88,6 +87,10 @@ class Staging:
     def check(self) -> None:
         """Called again and again while the save reads. Raises SaveNotCommittedError: a tensor was changed, or a step waited too long."""
         self._drain.check()
+
+    def is_urgent(self, pieces: Sequence[ByteSource]) -> bool:
+        """As `Watch.is_urgent`."""
+        return not self.staged.is_set() and self._drain.is_urgent(pieces)
 
     def begin_reading(self, pieces: Sequence[ByteSource]) -> NDArray[np.int64] | None:
         """As `Watch.begin_reading`."""
@@ -146,10 +149,10 @@ def stage(
     choice = choose(source, optimizers, wanted)
     with gc_paused():
         table = _Table.of(contents)
-        drained: dict[int, list[Seen]] = {}
+        drained: dict[int, _Found] = {}
         if choice.mode == "ring":
             drained = _drained(table, source, optimizers)
-            if wanted == "auto" and any(_is_shared(seen.tensor) for owners in drained.values() for seen in owners):
+            if wanted == "auto" and any(_is_shared(seen.tensor) for found in drained.values() for seen in found.owners):
                 choice, drained = Choice("snapshot", f"{COPIED}: a parameter is in memory that other processes share"), {}
         copied = [n for n in range(len(table.pieces)) if n not in drained]
     begins, nbytes = snapshot.places([table.nbytes[n] for n in copied])
@@ -164,7 +167,10 @@ def stage(
         started = time.perf_counter()
         copies = snapshot.take([table.pieces[n] for n in copied], [table.nbytes[n] for n in copied], begins, memory, workers)
         copy_seconds = time.perf_counter() - started
-        items = [Drained(table.names[n], table.pieces[n], table.nbytes[n], owners) for n, owners in drained.items()]
+        items = [
+            Drained(table.names[n], table.pieces[n], table.nbytes[n], found.owners, found.stepped)
+            for n, found in drained.items()
+        ]
         if check_unchanged:
             _sum(items, workers)
         with gc_paused():
@@ -189,35 +195,46 @@ class _Table(NamedTuple):
 
     @classmethod
     def of(cls, contents: Contents) -> _Table:
-        pieces = [piece for shard in contents.all_shards for piece in shard.pieces]
-        tensors = [tensor for shard in contents.all_shards for tensor in shard.layout.tensors]
-        nbytes, names = [tensor.nbytes for tensor in tensors], [tensor.name for tensor in tensors]
-        return cls(pieces, nbytes, names, max((piece.cuda_device for piece in pieces), default=-1))
+        shards = contents.all_shards
+        pieces = [piece for shard in shards for piece in shard.pieces]
+        tensors = [tensor for shard in shards for tensor in shard.layout.tensors]
+        device = -1
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            device = max((piece.cuda_device for piece in pieces), default=-1)
+        return cls(pieces, [tensor.nbytes for tensor in tensors], [tensor.name for tensor in tensors], device)
+
+
+class _Found(NamedTuple):
+    """What has the memory of a stored tensor. ``stepped``: an optimizer is among it."""
+
+    owners: list[Seen]
+    stepped: bool
 
 
 def _drained(
     table: _Table, source: nn.Module | Mapping[str, Any], optimizers: Sequence[torch.optim.Optimizer]
-) -> dict[int, list[Seen]]:
+) -> dict[int, _Found]:
     """The numbers of the tensors that can be read after the call, each with the owners of its memory."""
     at_address: dict[int, list[int]] = {}
     for number, nbytes in enumerate(table.nbytes):
-        piece = table.pieces[number]
-        if nbytes >= DRAINED_BYTES and type(piece) is TensorSource and piece.memory() is not None:
+        if nbytes >= DRAINED_BYTES and type(piece := table.pieces[number]) is TensorSource and piece.memory() is not None:
             at_address.setdefault(piece.tensor.data_ptr(), []).append(number)
-    drained: dict[int, list[Seen]] = {}
+    drained: dict[int, _Found] = {}
     if not at_address:
         return drained
-    owners: list[Iterable[torch.Tensor]] = [memory_of_optimizer(optimizer) for optimizer in optimizers]
-    if isinstance(source, nn.Module):
-        owners.append(memory_of_module(source))
-    for tensor in chain.from_iterable(owners):
-        for number in at_address.get(tensor.data_ptr(), ()):
-            piece, seen = table.pieces[number], drained.setdefault(number, [])
-            assert isinstance(piece, TensorSource)
-            is_owner = tensor.untyped_storage()._cdata == piece.tensor.untyped_storage()._cdata
-            if is_owner and not any(other.tensor is tensor for other in seen):
-                seen.append(see(tensor))
-    return {number: seen for number, seen in drained.items() if seen}
+    of_optimizers = chain.from_iterable(map(memory_of_optimizer, optimizers))
+    of_module = memory_of_module(source) if isinstance(source, nn.Module) else ()
+    for tensors, stepped in ((of_optimizers, True), (of_module, False)):
+        for tensor in tensors:
+            for number in at_address.get(tensor.data_ptr(), ()):
+                piece = table.pieces[number]
+                assert isinstance(piece, TensorSource)
+                if tensor.untyped_storage()._cdata != piece.tensor.untyped_storage()._cdata:
+                    continue  # something else is at that address
+                owners = drained.setdefault(number, _Found([], stepped)).owners
+                if not any(other.tensor is tensor for other in owners):
+                    owners.append(see(tensor))
+    return drained
 
 
 def _is_shared(tensor: torch.Tensor) -> bool:

@@ -124,8 +124,12 @@ class ShardWriter:
     def write(self, progress: Progress) -> None:
         """Writes and seals all shards: each is then complete, synced and closed under its staged name."""
         step = min(descriptor_allowance(), _MAX_OPEN_SHARDS)
-        for first in range(0, len(self._shards), step):
-            self._write_group(self._shards[first : first + step], self._names[first : first + step], progress)
+        urgent = [self._watch.is_urgent(shard.pieces) for shard in self._shards]
+        order = sorted(range(len(self._shards)), key=lambda number: not urgent[number])
+        for first in range(0, len(order), step):
+            group = order[first : first + step]
+            self._write_group([self._shards[n] for n in group], [self._names[n] for n in group], progress)
+        self.records.update({name: self.records.pop(name) for name in self._names})  # the index has them in the planned order
 
     def _write_group(self, group: Sequence[PlannedShard], names: Sequence[str], progress: Progress) -> None:
         staged = [self._transaction.create(name, shard.reserved_bytes) for name, shard in zip(names, group)]
@@ -155,7 +159,7 @@ class ShardWriter:
             self._watch.check()
             progress.tick(done)
 
-        self._watch.begin_reading(pieces)
+        taken = self._watch.begin_reading(pieces)
         try:
             transfer = engine.write(
                 [file.file.fd for file in staged],
@@ -163,6 +167,8 @@ class ShardWriter:
                 pieces,
                 access="direct" if self._durable else "buffered",
                 start_writeback=self._durable,
+                workers=self._watch.workers,
+                taken=taken,
                 tick=tick,
             )
         except TransferFault as fault:

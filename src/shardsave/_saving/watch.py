@@ -26,6 +26,9 @@ class Watch(Protocol):
     def attempt_commit(self) -> None:
         """Called right before the index is renamed. If it returns, the save can no longer be ended."""
 
+    def is_urgent(self, pieces: Sequence[ByteSource]) -> bool:
+        """Whether somebody waits until the memory of ``pieces`` has been read: such shards are written first."""
+
     def begin_reading(self, pieces: Sequence[ByteSource]) -> NDArray[np.int64] | None:
         """Called before the memory of ``pieces`` is read. The engine counts in the result, one number for each piece, the bytes that it
         has taken from there; None: nobody wants to know.
@@ -45,6 +48,9 @@ class Unwatched:
 
     def attempt_commit(self) -> None:
         pass
+
+    def is_urgent(self, pieces: Sequence[ByteSource]) -> bool:
+        return False
 
     def begin_reading(self, pieces: Sequence[ByteSource]) -> None:
         pass
