@@ -1,6 +1,6 @@
-"""Measures what shardsave costs besides moving bytes: checksums, very many tensors, also in an optimizer, the import.
+"""Measures what shardsave costs besides moving bytes: checksums, very many tensors, also in an optimizer, frozen weights, the import.
 
-python costs.py checksums DIRECTORY SIZE | many DIRECTORY | optimizer DIRECTORY | import
+python costs.py checksums DIRECTORY SIZE | frozen DIRECTORY SIZE | many DIRECTORY | optimizer DIRECTORY | import
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ import model as models
 
 TENSORS = 100_000
 PAIRS = 7
+
+#: Saves of a model of which 99 of 100 equal parts are frozen.
+SAVES = 10
 
 
 def checksums(path: Path, size: int) -> dict[str, object]:
@@ -178,6 +181,54 @@ def optimizer(path: Path) -> dict[str, object]:
     return {"tensors": sum(len(state) for state in adam.state.values()), **seconds}
 
 
+def frozen(path: Path, size: int) -> dict[str, object]:
+    """Saves a model of ``size`` bytes, 99 % of it frozen, ten times after one step each; returns seconds of whole calls, and bytes.
+
+    ``full``: durable saves that write everything. ``pass``: one checksum of every byte in memory. ``saves``: into a new directory each,
+    with the shards of the one before; ``assumed``: the same with ``assume_frozen_unchanged``. ``written``: by ``saves`` in all.
+    """
+    import shardsave
+    from shardsave._common.sources import TensorSource
+    from shardsave._engine import engine
+    from shardsave._engine.blocks import blocks
+    from shardsave._engine.transfer import BLOCK_BYTES
+
+    model = nn.ParameterList(nn.Parameter(torch.full((size // 400,), float(n)), requires_grad=n == 99) for n in range(100))
+    pieces = [TensorSource.of(parameter.data) for parameter in model]
+    plan = blocks(np.array([(0, n * piece.nbytes, piece.nbytes, 1) for n, piece in enumerate(pieces)]), BLOCK_BYTES)
+
+    def timed(action: Callable[[], object]) -> float:
+        os.sync()
+        began = time.perf_counter()
+        action()
+        return time.perf_counter() - began
+
+    def save(name: str, **options: Any) -> Any:
+        with torch.no_grad():
+            model[99].add_(1)
+        return shardsave.save(model, path / name, max_shard_size=size // 20, progress=False, **options)
+
+    def saves(**options: Any) -> tuple[list[float], int]:
+        shutil.rmtree(path / "0", ignore_errors=True)
+        save("0", **options)
+        seconds, written = [], 0
+        for n in range(1, SAVES + 1):
+            reports: list[Any] = []
+            seconds.append(timed(lambda n=n, reports=reports: reports.append(save(str(n), reuse=path / str(n - 1), **options))))
+            shutil.rmtree(path / str(n - 1))
+            written += reports[0].bytes_written
+        return seconds, written
+
+    full = []
+    for _ in range(4):
+        shutil.rmtree(path / "full", ignore_errors=True)
+        full.append(timed(lambda: save("full", reuse=False)))
+    sums = [timed(lambda: engine.gather(plan, pieces, tick=lambda _: None)) for _ in range(PAIRS)]
+    seconds, written = saves()
+    assumed, _ = saves(assume_frozen_unchanged=True)
+    return {"bytes": size, "full": full[1:], "pass": sums, "saves": seconds, "assumed": assumed, "written": written}
+
+
 def imports() -> dict[str, object]:
     """Seconds that ``import shardsave`` adds after ``import torch``, in new processes, with compiled bytecode as when installed.
 
@@ -204,6 +255,8 @@ def main() -> None:
     try:
         if what == "checksums" and path is not None:
             result = checksums(path, int(arguments[1]))
+        elif what == "frozen" and path is not None:
+            result = frozen(path, int(arguments[1]))
         elif what == "many" and path is not None:
             result = many(path)
         elif what == "optimizer" and path is not None:

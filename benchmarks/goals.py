@@ -225,6 +225,14 @@ def _costs(costs: dict) -> list[Goal]:
         value = median(a - b for a, b in zip(both["save both"], both["save the model"]))
         whole = f"the whole call {median(both['save both']):.2f} s"
         goals.append(_at_most(f"an AdamW of {both['tensors']:,} tensors: added to a save", 1, value, "s", whole))
+    frozen = costs.get("frozen", {})
+    if "saves" in frozen:
+        full, once = median(frozen["full"]), median(frozen["pass"])
+        share = frozen["written"] / (len(frozen["saves"]) * frozen["bytes"]) * 100
+        compared = f"a full durable save takes {full:.2f} s, one checksum of all bytes {once:.2f} s"
+        goals.append(_at_most("99 % frozen, ten saves: written", 1.5, share, "% of the bytes"))
+        goals.append(_at_most("99 % frozen: a save", max(full / 10, 1.2 * once), median(frozen["saves"]), "s", compared))
+        goals.append(_at_most("the same, frozen parameters assumed to be unchanged", full / 20, median(frozen["assumed"]), "s"))
     if "median" in costs.get("import", {}):
         goals.append(
             _at_most(

@@ -85,7 +85,7 @@ class Bench:
 
         self.remove(name)
         measure.touch_free_memory(self.nbytes * 5 // 4)
-        return self._timed(lambda: shardsave.save(self._model, self._path / name, durable=durable, progress=False))
+        return self._timed(lambda: shardsave.save(self._model, self._path / name, durable=durable, progress=False, reuse=False))
 
     def load(self, name: str) -> float:
         """Loads into the model, after setting it to zero, and checks the values; returns bytes per second."""

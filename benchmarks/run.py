@@ -48,6 +48,7 @@ COSTS = {
     "optimizer": ("costs.py", "optimizer", "FOLDER"),
     "import": ("costs.py", "import"),
     "checksums": ("costs.py", "checksums", "FOLDER", "SIZE"),
+    "frozen": ("costs.py", "frozen", "FOLDER", "SIZE"),
     "gpu": ("gpu.py", "FOLDER", "SIZE"),
 }
 

@@ -15,7 +15,21 @@ import pytest
 from click.testing import CliRunner
 
 import shardsave
-from shardsave._api import build, clean, convert, diff, inspect, load, manager, open, plan, restore_flags, resume, save
+from shardsave._api import (
+    build,
+    clean,
+    convert,
+    diff,
+    inspect,
+    load,
+    manager,
+    open,
+    plan,
+    restore_flags,
+    resume,
+    save,
+    save_async,
+)
 from shardsave._cli.main import cli
 from shardsave._training import per_rank
 
@@ -43,6 +57,7 @@ def test_documents_have_examples() -> None:
     """Catches blocks of code that are not found, because their fences changed."""
     expected = {
         "README.md",
+        "docs/background.md",
         "docs/cli.md",
         "docs/convert.md",
         "docs/loading.md",
@@ -92,7 +107,7 @@ def test_the_training_loop(tmp_path: Path) -> None:
     section = (ROOT / "README.md").read_text().split("## In a training loop")[1]
     loop = section.split("```python\n")[1].split("```")[0]
     chance = random.Random()
-    step, seconds = chance.randrange(11, 51), chance.random() * 0.02
+    step, seconds = chance.randrange(21, 51), chance.random() * 0.02  # step 20 waits until step 10 is saved
     for name in ("straight", "killed"):
         (tmp_path / name).mkdir()
     straight = losses_of(loop, tmp_path / "straight")
@@ -158,7 +173,23 @@ def test_files_that_documents_name(name: str) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    [shardsave, save, plan, load, open, diff, clean, inspect, build, convert, restore_flags, resume, per_rank, manager],
+    [
+        shardsave,
+        save,
+        save_async,
+        plan,
+        load,
+        open,
+        diff,
+        clean,
+        inspect,
+        build,
+        convert,
+        restore_flags,
+        resume,
+        per_rank,
+        manager,
+    ],
     ids=lambda module: module.__name__,
 )
 def test_docstring_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: object) -> None:

@@ -20,7 +20,7 @@ def _ready() -> None:
 def _save(model: nn.Module, path: Path):
     import shardsave
 
-    return shardsave.save(model, path, progress=False)
+    return shardsave.save(model, path, progress=False, reuse=False)
 
 
 def _finish(report) -> None:
@@ -32,13 +32,13 @@ def _finish(report) -> None:
 def _save_to_cache(model: nn.Module, path: Path):
     import shardsave
 
-    return shardsave.save(model, path, durable=False, progress=False)
+    return shardsave.save(model, path, durable=False, progress=False, reuse=False)
 
 
 def _save_module(model: nn.Module, path: Path):
     import shardsave
 
-    return shardsave.save(model, path, architecture=True, progress=False)
+    return shardsave.save(model, path, architecture=True, progress=False, reuse=False)
 
 
 def _new_module(path: Path):

@@ -16,13 +16,13 @@ _NAME = "training.pt"
 def _save(training: Training, path: Path):
     import shardsave
 
-    return shardsave.save(training.model, path, training={"optimizer": training.optimizer}, progress=False)
+    return shardsave.save(training.model, path, training={"optimizer": training.optimizer}, progress=False, reuse=False)
 
 
 def _resume(training: Training, path: Path) -> None:
     import shardsave
 
-    shardsave.resume(path, training.model, training={"optimizer": training.optimizer}, progress=False)
+    shardsave.resume(path, training.model, training={"optimizer": training.optimizer}, progress=False, reuse=False)
 
 
 def _torch_ready() -> None:

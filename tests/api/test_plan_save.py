@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def test_the_files_of_a_save(tmp_path: Path, make: Callable[[], Any], arguments:
     model, folder = make(), tmp_path / "new" / "ckpt"
     for _ in range(2):
         plan = shardsave.plan_save(model, folder, **arguments)
-        check(plan, shardsave.save(model, folder, **arguments), files_in(folder))
+        check(plan, shardsave.save(model, folder, reuse=False, **arguments), files_in(folder))
     (tmp_path / "lone").mkdir()
     (tmp_path / "lone" / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
     plan = shardsave.plan_save(model, tmp_path / "lone", **arguments)
@@ -74,6 +75,7 @@ def test_the_files_of_an_adapter(tmp_path: Path) -> None:
 
 SCRIPT = """
 import sys
+from dataclasses import replace
 from pathlib import Path
 import torch, shardsave
 from faults.beneath import recorded
@@ -113,13 +115,15 @@ def test_room_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for free, fits in ((plan.needed_bytes, True), (plan.bytes // 2, False), (None, None)):
         monkeypatch.setattr(Directory, "free_bytes", lambda self, free=free: free)
         plan = shardsave.plan_save(model, tmp_path / "ckpt")
+        assert plan == replace(shardsave.plan_save(model, tmp_path / "ckpt", reuse=False), free_memory=plan.free_memory)
         assert (plan.free_bytes, plan.fits) == (free, fits)
         if fits is False:
             with pytest.raises(shardsave.OutOfSpaceError):
-                shardsave.save(model, tmp_path / "ckpt")
+                shardsave.save(model, tmp_path / "ckpt", reuse=False)
+            shardsave.save(model, tmp_path / "ckpt")  # which of its shards need no room, only their tensors tell
             assert "does not fit" in str(plan)
         else:
-            shardsave.save(model, tmp_path / "ckpt")
+            shardsave.save(model, tmp_path / "ckpt", reuse=False)
 
 
 def test_what_cannot_be_saved(tmp_path: Path) -> None:

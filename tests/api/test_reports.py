@@ -30,7 +30,7 @@ def test_every_report_prints_as_one_line(tmp_path: Path, small_model: SmallModel
     path = re.escape(str(tmp_path))
     old = r"removed or replaced model-00001-of-00002\.safetensors, model-00002-of-00002\.safetensors"
     for durable, words in ((True, "durable"), (False, f"not durable; {old}")):
-        saved = lines_of(shardsave.save(small_model, tmp_path, durable=durable), capsys)
+        saved = lines_of(shardsave.save(small_model, tmp_path, durable=durable, reuse=False), capsys)
         assert len(saved) == 1 and re.fullmatch(rf"saved {path}: {SIZE}, {HOW}, {words}", saved[0])
     loaded = lines_of(shardsave.load_model(SmallModel(), tmp_path), capsys)
     assert len(loaded) == 1 and re.fullmatch(rf"loaded {path}: {SIZE}, {HOW}, checksums verified, 6 frozen", loaded[0])
@@ -100,7 +100,7 @@ def test_inspect_prints_flags_by_child(tmp_path: Path, small_model: SmallModel, 
         "  narrow: 0 of 2 frozen",
         "  head: tied",
     ]
-    shardsave.save(small_model.state_dict(), tmp_path)
+    shardsave.save(small_model.state_dict(), tmp_path, reuse=False)
     (line,) = lines_of(shardsave.inspect(tmp_path), capsys)
     assert line.endswith("13 tensors in 1 shard, 1 tied, freeze flags unknown")
 

@@ -62,7 +62,7 @@ def test_a_save_without_them_is_as_before(tmp_path: Path) -> None:
     assert not record.keys() & {"step", "epoch", "metrics", "ranks", "created"}
     info = shardsave.inspect(tmp_path)
     assert (info.step, info.epoch, info.metrics, info.ranks, info.created, info.part_bytes) == (None, None, {}, None, None, {})
-    shardsave.save(X, tmp_path, metrics={})
+    shardsave.save(X, tmp_path, metrics={}, reuse=False)
     assert json.loads((tmp_path / INDEX).read_bytes())["shardsave"].keys() - record.keys() == {"ranks", "created"}
 
 

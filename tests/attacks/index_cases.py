@@ -270,6 +270,11 @@ INDEXES = [
     record("tensors in a directory", ONE_PART + "'training-0123abcd/index.json'",
            lambda ours: ours.update(requires=["part directories"],
                                     shards=ours["shards"] | {"training-0123abcd/index.json": [8, 8, CRC]})),
+    # The shards that were taken over.
+    record("shared is an object", "shared expected to list shards, it has {'x': 1}", lambda ours: ours.update(shared={"x": 1})),
+    record("shared has a number", "shared expected to list shards, it has [1]", lambda ours: ours.update(shared=[1])),
+    record("shared has another file", "shared expected to list shards, it has ['config.json']",
+           lambda ours: ours.update(shared=["config.json"])),
     # The moment of a training.
     moment("step is true", "step expected to be a number of steps, it is true", step=True),
     moment("step is negative", "step expected to be a number of steps, it is -1", step=-1),

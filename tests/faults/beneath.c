@@ -10,6 +10,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <linux/fs.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -19,6 +20,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
@@ -205,6 +207,8 @@ WATCH(int, fchmod, (int fd, mode_t mode), (fd, mode), -1, fd, NULL, NULL, mode, 
 WATCH(int, fchown, (int fd, uid_t user, gid_t group), (fd, user, group), -1, fd, NULL, NULL, user, group)
 WATCH(ssize_t, getxattr, (const char* path, const char* name, void* value, size_t size), (path, name, value, size), -1,
       AT_FDCWD, path, NULL, 0, 0)
+WATCH(ssize_t, fgetxattr, (int fd, const char* name, void* value, size_t size), (fd, name, value, size), -1, fd, NULL,
+      NULL, 0, 0)
 WATCH(int, fsetxattr, (int fd, const char* name, const void* value, size_t size, int flags),
       (fd, name, value, size, flags), -1, fd, NULL, NULL, 0, 0)
 WATCH(int, fremovexattr, (int fd, const char* name), (fd, name), -1, fd, NULL, NULL, 0, 0)
@@ -309,6 +313,36 @@ int fcntl(int fd, int command, ...) {
   if (duplicates && call.fate == FAIL_AFTER) call.fate = FAIL;  // the caller would never learn the descriptor
   const int result = refused(&call) ? -1 : REAL(fcntl)(fd, command, argument);
   return ends(&call, "fcntl", result, result == -1, NULL, command, 0) ? -1 : result;
+}
+
+// Copies the file `from` into the empty file `into`, as FICLONE does on file systems that have clones. Returns the length.
+static long copy(const Call* call, int from, int into) {
+  char block[1 << 16];
+  long at = 0, length;
+  while ((length = raw(SYS_pread64, from, (long)block, sizeof block, at)) > 0) {
+    if (raw(SYS_pwrite64, into, (long)block, length, at) != length) abort();
+    record_bytes(call, block, length);
+    at += length;
+  }
+  return at;
+}
+
+// With SHARDSAVE_FAULTS_CLONES in the environment, every file system has clones. They are recorded with their bytes.
+int ioctl(int fd, unsigned long request, ...) {
+  va_list more;
+  va_start(more, request);
+  void* argument = va_arg(more, void*);
+  va_end(more);
+  Call call;
+  const bool watched = begins(&call, "ioctl", fd, NULL), clones = request == FICLONE && getenv("SHARDSAVE_FAULTS_CLONES") != NULL;
+  if (watched && refused(&call)) return ends(&call, "ioctl", -1, true, NULL, 0, 0), -1;
+  int result = 0;
+  if (clones) {
+    copy(&call, (int)(long)argument, fd);
+  } else {
+    result = REAL(ioctl)(fd, request, argument);
+  }
+  return watched && ends(&call, "ioctl", result, result == -1, NULL, 0, 0) ? -1 : result;
 }
 
 // cachestat(2) has no function in libc.

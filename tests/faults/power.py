@@ -107,6 +107,8 @@ class Disk:
                 self._folder(call.path).set(call.path.name, None)
             case "linkat" | "link":
                 self._folder(call.other).set(call.other.name, self._find(call.path))
+            case "ioctl":  # a clone: its bytes are on disk already, but nothing says that this file has them until it is synced
+                self._file(call.path).pending.append(Change(data=call.data))
             case "pwrite" | "write":
                 self._file(call.path).pending.append(Change(data=call.data, at=call.a))
             case "ftruncate":

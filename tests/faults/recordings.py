@@ -84,6 +84,20 @@ def overwrite(folder: Path) -> None:
     recording.phase(lambda: save(2, recording.target))
 
 
+def next_step(folder: Path) -> None:
+    """A save into an empty directory that takes a shard over from a checkpoint beside it; then that checkpoint goes, file by file."""
+    recording = Recording(folder)
+    earlier = recording.target.parent / savers.EARLIER
+    recording.phase(lambda: save(1, earlier))
+    recording.phase(lambda: save(2, recording.target))
+
+    def remove() -> None:
+        for name in sorted(os.listdir(earlier)):
+            os.unlink(earlier / name)
+
+    recording.phase(remove)
+
+
 def lone(folder: Path) -> None:
     """A save in place of a lone file."""
     from safetensors.torch import save_file

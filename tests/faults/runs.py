@@ -20,7 +20,7 @@ import shardsave
 from faults import savers
 from faults.beneath import Fate, Met, arm, disarm
 from faults.recordings import Recording, number_of
-from faults.savers import generation_in
+from faults.savers import copy_tree, generation_in
 from faults.scenarios import held, nothing_leaked, remember_sums
 from shardsave._runs.recorded import RECORD_NAME
 from shardsave._runs.steps import Run
@@ -30,6 +30,7 @@ FATES = {
     "plain": [(Fate.KILL_AFTER, 0), (Fate.FAIL, errno.EIO), (Fate.FAIL, errno.ENOSPC), (Fate.FAIL_FROM_HERE, errno.EIO)],
     "config": [(Fate.KILL_AFTER, 0)],
     "training": [(Fate.KILL_AFTER, 0), (Fate.FAIL_FROM_HERE, errno.EIO)],
+    "reuse": [(Fate.KILL_AFTER, 0), (Fate.FAIL, errno.EIO), (Fate.FAIL_FROM_HERE, errno.EIO)],
 }
 ALL_FATES = [
     (Fate.KILL, 0),
@@ -41,11 +42,14 @@ ALL_FATES = [
 
 
 def _save(step: int, folder: Path, durable: bool = True) -> None:
-    """Two shards; with ``savers.KIND`` "config", one and a config; with "training", two and a training state."""
-    if savers.KIND != "plain":
+    """Two shards; with ``savers.KIND`` "config", one and a config; with "training", two and a training state; with "reuse", one of the two
+    is taken over from the last durable step, as a manager does."""
+    if savers.KIND not in ("plain", "reuse"):
         savers.save(step, folder, durable)
-    else:
-        shardsave.save(savers.state(step), folder, max_shard_size=5000, durable=durable, progress=False)
+        return
+    earlier = Run(str(folder.parent)).to_take_from(step, ())
+    report = shardsave.save(savers.state(step), folder, max_shard_size=5000, durable=durable, progress=False, reuse=earlier)
+    assert len(report.reused) == (savers.KIND == "reuse" and earlier is not None), report
 
 
 class Manager(shardsave.CheckpointManager):
@@ -97,7 +101,7 @@ def removal_meets(folder: Path, fate: Fate, number: int, warnings: Warnings) -> 
     run, template = folder / "watched" / "run", folder / "template"
     for nth in count(1):
         shutil.rmtree(folder / "watched", ignore_errors=True)
-        shutil.copytree(template, run)
+        copy_tree(template, run)
         warnings.messages.clear()
         before = held()
         child = os.fork() if fate in (Fate.KILL, Fate.KILL_AFTER) else -1

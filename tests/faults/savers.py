@@ -24,12 +24,17 @@ COMPANIONS = (CONFIG, "adapter_config.json", "adapter_model.safetensors")
 #: What is saved: "plain" (a module and its architecture), "config" (a transformers model), "adapter" (of a PEFT model), "links" (as
 #: "plain", in the place of symbolic links), or "training" (tensors and a training state, which generation 1 lacks in "training-new", and
 #: the others in "training-gone"). Files of fixed names beside the weights contain the generation too, as does the training state.
+#: "reuse": the tensors of one shard are the same in each generation; "reuse-step": so they are, and a save takes them from a checkpoint
+#: of generation 1 in the directory `EARLIER` beside it.
 KIND = os.environ.get("SHARDSAVE_FAULTS_KIND", "plain")
 
 
-def state(generation: int) -> dict[str, torch.Tensor]:
-    """Four tensors for two shards; every value is the generation."""
-    return {f"t{n}": torch.full((500 + n,), float(generation)) for n in range(4)}
+EARLIER = "earlier"
+
+
+def state(generation: int, half: bool = KIND.startswith("reuse")) -> dict[str, torch.Tensor]:
+    """Four tensors for two shards; every value is the generation, with ``half`` only in the first shard."""
+    return {f"t{n}": torch.full((500 + n,), float(-1 if half and n > 1 else generation)) for n in range(4)}
 
 
 @cache
@@ -79,9 +84,25 @@ def save(generation: int, folder: Path, durable: bool = True, kind: str = KIND) 
     """
     if kind.startswith("training"):
         return _save_training(generation, folder, durable, kind)
+    if kind.startswith("reuse"):
+        return _save_reusing(generation, folder, durable)
     source = {"plain": model, "links": model, "config": model_with_config, "adapter": model_with_adapter}[kind](generation)
     options = {"architecture": kind in ("plain", "links"), "adapter_only": kind == "adapter"}
     report = shardsave.save(source, folder, max_shard_size=5000, durable=durable, progress=False, **options)
+    assert report.wait_cleaned(60)
+    return report
+
+
+def _save_reusing(generation: int, folder: Path, durable: bool) -> shardsave.SaveReport:
+    is_step = KIND == "reuse-step" and folder.name != EARLIER
+    report = shardsave.save(
+        state(generation),
+        folder,
+        max_shard_size=5000,
+        durable=durable,
+        progress=False,
+        reuse=folder.parent / EARLIER if is_step else None,
+    )
     assert report.wait_cleaned(60)
     return report
 
@@ -161,7 +182,7 @@ def generation_of(loaded: Mapping[str, torch.Tensor]) -> int:
     """The generation of all tensors in ``loaded``, of a model or an adapter."""
     if "t0" in loaded:
         generation = int(loaded["t0"][0])
-        expected = state(generation)
+        expected = state(generation, half=int(loaded["t3"][0]) == -1)
     else:
         generation = int(loaded["base_model.model.layer0.lora_A.weight"][0, 0])
         shapes = {f"{n}.lora_{side}": shape for n in range(2) for side, shape in (("A", (8, 100 + n)), ("B", (4, 8)))}
@@ -191,10 +212,27 @@ def litter_in(folder: Path) -> set[str]:
 
 
 def next_save_works(folder: Path) -> None:
-    """The save after an accident succeeds and leaves no litter."""
+    """The save after an accident succeeds and leaves no litter; and the checkpoint stays, if one from which it took a shard is removed."""
     save(9, folder, durable=False)
     assert generation_in(folder) == 9
     assert not litter_in(folder), litter_in(folder)
+    if (folder.parent / EARLIER).exists():
+        shutil.rmtree(folder.parent / EARLIER)
+        assert generation_in(folder) == 9
+
+
+def copy_tree(source: Path, target: Path) -> None:
+    """Copies a folder; names of one file are names of one file in the copy too."""
+    copies: dict[int, str] = {}
+
+    def copy(path: str, to: str) -> None:
+        first = copies.setdefault(os.stat(path).st_ino, to)
+        if first == to:
+            shutil.copy2(path, to)
+        else:
+            os.link(first, to)
+
+    shutil.copytree(source, target, copy_function=copy)
 
 
 class Bench:
@@ -205,6 +243,9 @@ class Bench:
         self.target = self.watched / "runs" / "ckpt"
         self.old = None if first else 1
         self._template = None if first else folder / "template"
+        self._earlier = folder / EARLIER if KIND == "reuse-step" else None
+        if self._earlier is not None:
+            save(1, self._earlier)
         self._blobs: dict[Path, bytes] = {}  # what the files of the template lead to, if they are links
         if self._template is not None:
             save(1, self._template)
@@ -225,7 +266,11 @@ class Bench:
         if self._template is not None:
             self.target.parent.mkdir()
             shutil.copytree(self._template, self.target, symlinks=True)
+        if self._earlier is not None:
+            shutil.copytree(self._earlier, self.target.parent / EARLIER)
 
     def found(self) -> int | None:
+        if self._earlier is not None:
+            assert generation_in(self.target.parent / EARLIER) == 1, "the earlier checkpoint was changed"
         assert all(path.read_bytes() == content for path, content in self._blobs.items()), "what a link leads to was changed"
         return generation_in(self.target)

@@ -50,10 +50,10 @@ def test_the_table(folder: Path) -> None:
     result = run("list", folder)
     lines = [re.sub(r"\d+ s ", "… s ", line) for line in result.stdout.splitlines()]
     assert result.exit_code == 0 and not result.stderr
-    assert [line.split() for line in lines[0:1]] == [["step", "age", "size", "new", "metrics", "state", "kept"]]
-    assert "8.6 kB  8.6 kB  loss 10, nan nan" in lines[1] and lines[1].endswith("committed  best loss, 1 of 1")
+    assert [line.split() for line in lines[0:1]] == [["step", "age", "size", "new", "shared", "metrics", "state", "kept"]]
+    assert "8.6 kB  8.6 kB     0 B  loss 10, nan nan" in lines[1] and lines[1].endswith("committed  best loss, 1 of 1")
     assert lines[2].lstrip().startswith("30") and lines[2].endswith("last 2")
-    assert re.search(r"8\.6 kB +\d\d\d B  loss 2.5", lines[3]) and lines[3].endswith("latest; last 2")
+    assert re.search(r"8\.6 kB +\d\d\d B  8\.1 kB  loss 2.5", lines[3]) and lines[3].endswith("latest; last 2")
     assert lines[5].startswith("run: 3 steps, ") and lines[5].endswith("policy: keep_last=2, keep_best=('loss', 'max', 1)")
     assert "policy: every step stays" in run("list", "other").stdout
 

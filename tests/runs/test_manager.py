@@ -462,19 +462,19 @@ def test_a_save_at_work(memory: Path) -> None:
 def test_a_step_that_changes_while_it_is_listed(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a step that counts as corrupt because a save has just replaced its files, or as committed because it has just gone."""
     train(manager_of(memory), 1, 20)
-    look = steps._files_there
+    look = steps.files_there
 
-    def look_later(folder: Any, lengths: Any) -> Any:
-        monkeypatch.setattr(steps, "_files_there", look)
+    def look_later(*arguments: Any) -> Any:
+        monkeypatch.setattr(steps, "files_there", look)
         changes.pop(0)()
-        return look(folder, lengths)
+        return look(*arguments)
 
     changes: list[Callable[[], object]] = [
         lambda: shardsave.save(model(7), path_of(memory, 10), durable=False),
         lambda: shutil.rmtree(path_of(memory, 10)),
     ]
     for state in ("committed", "unfinished"):
-        monkeypatch.setattr(steps, "_files_there", look_later)
+        monkeypatch.setattr(steps, "files_there", look_later)
         assert [info.state for info in manager_of(memory).steps()] == [state, "committed"]
     assert [info.step for info in manager_of(memory).steps()] == [20]
 
@@ -603,7 +603,7 @@ def test_a_full_disk(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         manager.wait_removed()
         huge = {"x": torch.zeros(1).expand(1 << 45)}
         with pytest.raises(
-            shardsave.OutOfSpaceError, match=r"needs 140.7 TB, .* the policy removes step 10 and frees 4\.\d kB"
+            shardsave.OutOfSpaceError, match=r"needs 140.7 TB, .* the policy removes step 10 and frees at most 4\.\d kB"
         ):
             manager.step(20, huge)
         assert steps_in(memory) == [10]

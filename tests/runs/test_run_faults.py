@@ -26,7 +26,7 @@ SAMPLES = int(os.environ.get("SHARDSAVE_POWER_SAMPLES", "12")) // 4
 Phases = list[list[Recorded]]
 
 
-@pytest.mark.parametrize("kind", ["plain", "config", "training"])
+@pytest.mark.parametrize("kind", ["plain", "config", "training", "reuse"])
 def test_each_call_of_a_removal(beneath: Path, memory: Path, kind: str) -> None:
     """Catches a moment at which a killed or failed removal leaves half of a step that counts as committed, loses one that the policy
     keeps, or leaves files that the next manager does not find; and a failure that is not logged."""
@@ -34,10 +34,11 @@ def test_each_call_of_a_removal(beneath: Path, memory: Path, kind: str) -> None:
     assert min(map(int, re.findall(r"(\d+) trials", printed))) >= 20, printed
 
 
-@pytest.fixture(scope="module")
-def recordings(beneath: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["plain", "reuse"])
+def recordings(beneath: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """Of runs whose steps share nothing, and of runs in which each step takes a shard over from the one before."""
     folder = tmp_path_factory.mktemp("recordings")
-    run_beneath(beneath, "native", ["-m", "faults.runs", "recordings", str(folder)])
+    run_beneath(beneath, "native", ["-m", "faults.runs", "recordings", str(folder)], kind=request.param)
     return folder
 
 

@@ -82,6 +82,22 @@ def test_killed_at_each_call_where_one_of_two_saves_has_a_training_state(beneath
     assert trials(run_beneath(beneath, "native", arguments, kind=kind)) >= 120
 
 
+#: A shard that is taken over in the place of its checkpoint; one that is taken from another checkpoint; and the same with clones.
+REUSE = [("overwrite", "reuse", ""), ("first", "reuse-step", ""), ("first", "reuse-step", "1")]
+
+
+@pytest.mark.parametrize(("before", "kind", "clones"), REUSE)
+def test_each_call_of_a_save_that_takes_over_a_shard(
+    beneath: Path, memory: Path, before: str, kind: str, clones: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a failure after which a shard that was not taken over is missing, one that is passed over although the shard may not be
+    durable, and any moment at which a kill or Ctrl-C damages either checkpoint, or leaves litter."""
+    if clones:
+        monkeypatch.setenv("SHARDSAVE_FAULTS_CLONES", clones)
+    scenarios = "slice_fails,killed_at_each_call,training_is_interrupted"
+    assert trials(run_beneath(beneath, "native", ["-m", "faults.scenarios", scenarios, before, str(memory)], kind=kind)) >= 60
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("before", ["first", "overwrite"])
 def test_killed_at_any_moment(beneath: Path, tmp_path: Path, before: str, engine: str) -> None:
@@ -159,7 +175,7 @@ def test_no_call_is_missed(beneath: Path, tmp_path: Path, engine: str) -> None:
     (tmp_path / "watched").mkdir()
     trace = tmp_path / "trace"
     strace = ["strace", "-f", "-y", "-qq", "-s", "0", "-e", "trace=%file,%desc,flock", "-o", str(trace)]
-    run_beneath(beneath, engine, ["-c", program, str(tmp_path)], *strace)
+    run_beneath(beneath, engine, ["-c", program, str(tmp_path)], *strace, kind="reuse")
     watched = str(tmp_path / "watched")
     by_kernel: Counter[str] = Counter()
     for line in trace.read_text().splitlines():

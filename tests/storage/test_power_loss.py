@@ -108,16 +108,16 @@ Record = Callable[..., Path]
 
 @pytest.fixture(scope="module", params=ENGINES)
 def record(beneath: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Record:
-    """``record(name)`` makes a recording of ``faults.recordings``, once, and returns its folder."""
-    recordings: dict[tuple[str, str], Path] = {}
+    """``record(name)`` makes a recording of ``faults.recordings``, once for each variant, and returns its folder."""
+    recordings: dict[tuple[str, str, str], Path] = {}
 
-    def make(name: str, kind: str = "plain") -> Path:
-        if (name, kind) not in recordings:
+    def make(name: str, kind: str = "plain", variant: str = "") -> Path:
+        if (name, kind, variant) not in recordings:
             folder = tmp_path_factory.mktemp(f"{name}-{request.param}")
             arguments = ["-m", "faults.recordings", name, str(folder)]
             run_beneath(beneath, request.param, arguments, kind=kind)
-            recordings[name, kind] = folder / "recording"
-        return recordings[name, kind]
+            recordings[name, kind, variant] = folder / "recording"
+        return recordings[name, kind, variant]
 
     return make
 
@@ -162,6 +162,28 @@ def test_first_save_with_a_training_state(record: Record, judge: Judge) -> None:
     """Catches a first save that is in place without its training state, or with half of it."""
     recording = record("first", kind="training")
     assert not judge.violations(recording / "watched", phases_of(recording), [{None, 1}], {1})
+
+
+@one_engine
+def test_overwrite_that_takes_over_a_shard(record: Record, judge: Judge) -> None:
+    """Catches a shard that both checkpoints have, and that a loss of power takes from one of them."""
+    recording = record("overwrite", kind="reuse")
+    old, new = phases_of(recording)
+    assert len(places(new, "linkat", lambda call: is_shard(call) and call.path.parent.name == "ckpt")) == 1
+    assert not judge.violations(recording / "watched", [old, new], [(), {1, 2}], {2})
+
+
+@one_engine
+@pytest.mark.parametrize("clones", ["", "1"])
+def test_a_shard_of_a_checkpoint_beside_it(record: Record, judge: Judge, clones: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a checkpoint that a loss of power damages once that one is removed from which it took a shard; with links and with clones."""
+    if clones:
+        monkeypatch.setenv("SHARDSAVE_FAULTS_CLONES", clones)
+    recording = record("next_step", "reuse-step", clones)
+    earlier, new, removal = phases_of(recording)
+    taken = places(new, "ioctl", is_shard) if clones else places(new, "linkat", lambda call: call.path.parent.name == "earlier")
+    assert len(taken) == 1 and new[taken[0]].result == 0
+    assert not judge.violations(recording / "watched", [earlier, new, removal], [(), {None, 2}, {2}], {2})
 
 
 @one_engine
@@ -320,6 +342,39 @@ TRAINING_REMOVALS: dict[str, Callable[[list[Recorded]], list[Recorded]]] = {
     "fsync of the directory": lambda phase: without(phase, places(phase, "fsync", is_training)),
     "fsync after moving the directory": lambda phase: without(phase, [target_syncs(phase)["moved shards"]]),
 }
+
+
+def is_taken(call: Recorded, phase: list[Recorded]) -> bool:
+    """Whether this is an fsync of the shard that was taken over: the only one that is synced and was not written."""
+    written = {other.path for other in phase if other.call == "pwrite"}
+    return call.call == "fsync" and is_shard(call) and call.path not in written
+
+
+REUSE_REMOVALS: dict[str, Callable[[list[Recorded]], list[Recorded]]] = {
+    "fsync after moving the shards": lambda phase: without(phase, [target_syncs(phase)["moved shards"]]),
+    "fsync of the staging directory": lambda phase: without(phase, places(phase, "fsync", is_staging)),
+}
+
+
+@one_engine
+@pytest.mark.parametrize("step", REUSE_REMOVALS)
+def test_a_missing_step_for_a_link_is_noticed(record: Record, judge: Judge, step: str) -> None:
+    """Catches a model that overlooks the lost name of a shard that was taken over."""
+    recording = record("overwrite", kind="reuse")
+    old, new = phases_of(recording)
+    assert judge.notices(recording / "watched", [old, REUSE_REMOVALS[step](new)], [(), {1, 2}], {2})
+
+
+@one_engine
+def test_a_missing_fsync_of_a_shard_that_was_taken_over_is_noticed(
+    record: Record, judge: Judge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a model that overlooks a clone whose bytes are lost, and a link to a file that nobody has made durable."""
+    monkeypatch.setenv("SHARDSAVE_FAULTS_CLONES", "1")
+    recording = record("next_step", "reuse-step", "1")
+    earlier, new, removal = phases_of(recording)
+    torn = without(new, [n for n, call in enumerate(new) if is_taken(call, new)])
+    assert judge.notices(recording / "watched", [earlier, torn, removal], [(), {None, 2}, {2}], {2})
 
 
 @one_engine

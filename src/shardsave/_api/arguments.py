@@ -55,6 +55,18 @@ def check_timeout(seconds: object, name: str = "lock_timeout") -> None:
         raise ValueError(f"{name} must be at most {threading.TIMEOUT_MAX:.0f} seconds; float('inf') waits for ever")
 
 
+def check_reuse(reuse: object, recheck_every: object) -> None:
+    """Raises TypeError or ValueError for a wrong ``reuse`` or ``recheck_every``."""
+    if reuse is True:
+        raise TypeError("reuse must be the path of a checkpoint, None or False, not True")
+    if reuse is not None and reuse is not False:
+        check_path(reuse)
+    if type(recheck_every) is not int:
+        raise TypeError(f"recheck_every must be a number of saves, not {type(recheck_every).__name__}")
+    if recheck_every < 1:
+        raise ValueError(f"recheck_every must be at least 1, not {recheck_every}")
+
+
 def parse_size(size: Union[int, str]) -> int:
     """Returns ``size`` in bytes: ``"5GB"`` is 5·10⁹, ``"2GiB"`` is 2·2³⁰, an int is already in bytes. Raises TypeError or ValueError."""
     if isinstance(size, bool) or not isinstance(size, (int, str)):

@@ -46,11 +46,11 @@ class InBackground(NamedTuple):
 
 
 class Around(NamedTuple):
-    """What else is done for a save. ``before``: called in the call, when it is this save's turn. ``write``: called on the saving thread
-    with the function that saves; it returns the report.
+    """What else is done for a save. ``before``: called in the call, when it is this save's turn; returns how to save. ``write``: called
+    on the saving thread with the function that saves; it returns the report.
     """
 
-    before: Callable[[], object] = lambda: None
+    before: Callable[[How], How] = lambda how: how
     write: Callable[[Callable[[], SaveReport]], SaveReport] = lambda save: save()
 
 
@@ -88,7 +88,7 @@ def start(
             if queue_seconds is None:
                 flight.skip(_skipped(flight.path))
                 return PendingSave(flight)
-            around.before()
+            how = around.before(how)
             planning = time.perf_counter()
             planned = plan(source, what)
             plan_seconds = time.perf_counter() - planning
@@ -159,6 +159,10 @@ class _Watching:
         self.staging = staging
         self._flight = flight
 
+    @property
+    def beside_training(self) -> bool:
+        return self.staging.mode == "ring"
+
     def check(self) -> None:
         self._flight.check()
         self.staging.check()
@@ -176,6 +180,9 @@ class _Watching:
 
     def end_reading(self, pieces: Sequence[ByteSource], sums: Sequence[int]) -> None:
         self.staging.end_reading(pieces, sums)
+
+    def leave_out(self, pieces: Sequence[ByteSource]) -> None:
+        self.staging.leave_out(pieces)
 
 
 def _save(flight: Flight[SaveReport], planned: Planned, path: str, how: How, started: Started, watch: _Watching) -> SaveReport:

@@ -16,7 +16,7 @@ from shardsave._api.reports import Printed
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
 from shardsave._common.uncompiled import uncompiled
-from shardsave._common.words import human_bytes, some
+from shardsave._common.words import count, human_bytes, some
 from shardsave._format.dtypes import BY_NAME, torch_shape
 from shardsave._format.index import TRAINING
 from shardsave._loading.compare import Difference, compare_stored, must_read
@@ -74,7 +74,8 @@ class DiffReport(Printed):
     shares in ``a``, the same in ``b``), for names in both that share bytes with different names in ``a`` and in ``b`` (None: it has
     bytes of its own); empty if a third-party file records no ties. ``metadata``: key → (value in ``a``, value in ``b``), for values
     that differ (None: no such key); empty if a third party wrote one of the two. ``bytes``: how many bytes of tensor data were read
-    to compare. ``seconds``: wall time of the whole call.
+    to compare. ``seconds``: wall time of the whole call. ``shared``: the shards of ``b`` that are the same files as shards of ``a`` (hard
+    links): nothing in them was read.
     """
 
     a: str
@@ -90,6 +91,7 @@ class DiffReport(Printed):
     seconds: float
     training: TrainingDiff | None = None
     only_training: str | None = None
+    shared: tuple[str, ...] = ()
 
     @property
     def same(self) -> bool:
@@ -113,6 +115,8 @@ class DiffReport(Printed):
             parts.append(f"training state: {words}" + (", other values differ" if self.training.values else ""))
         if self.only_training is not None:
             parts.append(f"only {self.a if self.only_training == 'a' else self.b} has a training state")
+        if self.shared:
+            parts.append(f"{count(len(self.shared), 'shard')} in both")
         yield f"{self.a} and {self.b}: {', '.join(parts)}; {human_bytes(self.bytes)} read, {self.seconds:.2f} s"
 
 
@@ -157,6 +161,8 @@ def diff(a: str | os.PathLike[str], b: str | os.PathLike[str], *, progress: Prog
         total = sum(x.nbytes + y.nbytes for x, y in to_read)
         with Progress(progress, "comparing", total) as reporter:
             differences = _compare_pairs(left, right, to_read, reporter)
+        inodes = {left.inode_of(shard) for shard in left.shards}
+        shared = tuple(shard for shard in right.shards if right.inode_of(shard) in inodes)
     equal, changed = _compared(pairs, differences)
     has_training = [name for name, training in (("a", old), ("b", new)) if training is not None]
     return DiffReport(
@@ -173,6 +179,7 @@ def diff(a: str | os.PathLike[str], b: str | os.PathLike[str], *, progress: Prog
         seconds=time.perf_counter() - started,
         training=_training_diff(old, new, training_pairs, differences) if old is not None and new is not None else None,
         only_training=has_training[0] if len(has_training) == 1 else None,
+        shared=shared,
     )
 
 

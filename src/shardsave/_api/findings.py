@@ -137,7 +137,8 @@ class CheckpointInfo(Printed):
     files with fixed names that were saved beside the weights, such as a model's config. ``notes``: which companions were changed or
     removed since. ``architecture``: what the architecture asks for; None if there is none, or if it was not read. ``step``, ``metrics``:
     the arguments of the save; ``epoch``: that of the training state; ``ranks``: how many processes saved; ``created``: when, in UTC.
-    These are None, and ``metrics`` is empty, if the save did not say them.
+    These are None, and ``metrics`` is empty, if the save did not say them. ``shared``: the shards that the save did not write, but took
+    over from an earlier checkpoint: the two share their bytes on disk, as long as both exist.
     """
 
     path: str
@@ -159,6 +160,7 @@ class CheckpointInfo(Printed):
     metrics: Mapping[str, float] = field(default_factory=dict)
     ranks: int | None = None
     created: str | None = None
+    shared: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "notes", tuple(map(printable, self.notes)))
@@ -187,6 +189,8 @@ class CheckpointInfo(Printed):
         moment = Moment(self.step, self.epoch, self.metrics, self.ranks, self.created)
         if words := moment_words(moment):
             yield f"  {words}"
+        if self.shared:
+            yield f"  {count(len(self.shared), 'shard')} taken over from an earlier checkpoint"
         if TRAINING in self.part_bytes:
             yield f"  {TRAINING}: {human_bytes(self.part_bytes[TRAINING])}"
         yield from (f"  {note}" for note in self.notes)

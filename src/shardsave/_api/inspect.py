@@ -13,6 +13,7 @@ from shardsave._common.backend import engine_name
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
 from shardsave._common.uncompiled import uncompiled
+from shardsave._common.words import some
 from shardsave._format.dtypes import BY_NAME, torch_shape
 from shardsave._loading.read import Target, TensorReader
 from shardsave._storage.checkpoint import PARTS, Checkpoint, open_checkpoint
@@ -60,6 +61,7 @@ def inspect(path: str | os.PathLike[str], *, architecture: bool = False) -> Chec
             notes=checkpoint.notes(),
             architecture=architecture_info(checkpoint),
             part_bytes={role: checkpoint.part_bytes(part) for role, part in checkpoint.parts.items()},
+            shared=checkpoint.record.shared if checkpoint.record is not None else (),
             **checkpoint.moment._asdict(),
         )
 
@@ -123,7 +125,8 @@ def verify(path: str | os.PathLike[str], *, keep_going: bool = False, progress: 
         unread = [
             f"the {role} was not verified: this version of shardsave knows no such part" for role in checkpoint.unknown_parts
         ]
-        notes = (*opinion.notes, *unread, *reader.totals.notes, *checkpoint.notes(whole=True))
+        elsewhere = _damaged_elsewhere(checkpoint, damaged)
+        notes = (*opinion.notes, *unread, *elsewhere, *reader.totals.notes, *checkpoint.notes(whole=True))
     ended = time.perf_counter()
     return VerifyReport(
         path=os.fspath(path),
@@ -170,6 +173,16 @@ def _read_by_shard(reader: TensorReader, targets: Iterable[Target]) -> list[Dama
             if not new:
                 damaged.append(Damage(shard, tuple(located.name for located, _ in shard_targets), str(error)))
     return damaged
+
+
+def _damaged_elsewhere(checkpoint: Checkpoint, damaged: Iterable[Damage]) -> list[str]:
+    """A note, if one of the ``damaged`` shards was taken over from an earlier checkpoint, or by a later one."""
+    shared = {damage.shard for damage in damaged if checkpoint.is_shared(damage.shard)}
+    return (
+        [f"other checkpoints may have the same damage, since they share a file with this one: {some(sorted(shared))}"]
+        if shared
+        else []
+    )
 
 
 def _intact(files: Iterable[str], targets: Iterable[Target], damaged: Iterable[Damage]) -> dict[str, tuple[str, ...]]:

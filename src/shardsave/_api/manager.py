@@ -63,6 +63,8 @@ class CheckpointManager(Generic[Saved]):
             (``on_commit``, removing steps) is done on the saving thread.
         options: keywords of `save` (of `save_async`, if asynchronous), for each save of this manager; ``rng``, ``process_group`` and
             ``progress`` are for `resume` too.
+            Without ``reuse``, shards that have not changed since the last durable step are not written again: both steps have them, and
+            they are on the disk once. With ``reuse=False`` every step is written whole.
 
     Raises:
         TypeError, ValueError: for wrong arguments.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union
 
 import torch
 
-from shardsave._api.arguments import check_path, check_progress, check_switches, check_timeout
+from shardsave._api.arguments import check_path, check_progress, check_reuse, check_switches, check_timeout
 from shardsave._api.operators import check_operators
 from shardsave._api.reports import Printed
 from shardsave._api.save_contents import What, plan
@@ -105,12 +105,17 @@ def plan_save(
     adapter_only: bool = False,
     only: Literal["trainable"] | None = None,
     dtype: Union[torch.dtype, str, None] = None,
+    reuse: Union[str, os.PathLike[str], Literal[False], None] = None,
+    assume_frozen_unchanged: bool = False,
+    recheck_every: int = 10,
     progress: ProgressArgument = None,
     lock_timeout: float = 600.0,
 ) -> SavePlan:
     """Computes what ``save`` with the same arguments would write into ``directory`` now, and what it needs. Writes nothing.
 
-    It reads which names are taken in the directory, and no tensor. A save may still differ: other processes write and delete too.
+    It reads which names are taken in the directory, and no tensor. So it does not know which shards `save` can take over from an earlier
+    checkpoint: all numbers are those of a save that writes everything, the most that can be needed. A save may also differ because other
+    processes write and delete.
 
     Args:
         source, directory, and all other arguments: as in ``save``; ``progress`` and ``lock_timeout`` have no effect.
@@ -134,10 +139,23 @@ def plan_save(
     check_switches(durable=durable)
     check_progress(progress)
     check_timeout(lock_timeout)
+    check_reuse(reuse, recheck_every)
     if keep_last is not None and (type(keep_last) is not int or keep_last < 1):
         raise ValueError(f"keep_last must be a number of checkpoints, 1 or more, not {keep_last!r}")
     what = What(
-        max_shard_size, metadata, step, metrics, training, rng, process_group, architecture, program, adapter_only, only, dtype
+        max_shard_size,
+        metadata,
+        step,
+        metrics,
+        training,
+        rng,
+        process_group,
+        architecture,
+        program,
+        adapter_only,
+        only,
+        dtype,
+        assume_frozen_unchanged,
     )
     planned = plan(source, what)
     contents = planned.contents

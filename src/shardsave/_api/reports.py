@@ -109,6 +109,8 @@ class SaveReport(Removing, Report):
     ``trust``, ``script_classes``: what `build_model` needs to build a saved architecture: the entries of its ``trust``, and the names
     of classes of a script, which it needs in ``classes``. ``cast``: how many tensors were cast to another dtype. ``left_out``: the names
     that ``only="trainable"`` did not save. ``training_bytes``: the length of all files of the training state; 0 without one.
+    ``reused``: the shards that were taken over from an earlier checkpoint instead of being written; ``bytes_reused``: of the tensors in
+    them; ``bytes_written``: of all other tensors, those of the training state and of other parts included.
 
     ``staging``: how `save_async` took the tensors: "snapshot", "ring" or "blocking"; "" for a blocking save. ``staging_reason``: why.
     ``stall_seconds``: how long the call stopped its caller; of this, ``queue_seconds`` were for an earlier save in the background.
@@ -126,6 +128,10 @@ class SaveReport(Removing, Report):
     cast: int = 0
     left_out: tuple[str, ...] = ()
     training_bytes: int = 0
+    bytes_written: int = 0
+    bytes_reused: int = 0
+    reused: tuple[str, ...] = ()
+
     staging: str = ""
     staging_reason: str = ""
     stall_seconds: float = 0.0
@@ -140,6 +146,9 @@ class SaveReport(Removing, Report):
             yield self._with_notes(f"skipped saving {self.path}: another save was in flight")
             return
         more = [self._staging()] if self.staging else []
+        if self.reused:
+            unchanged = f"{human_bytes(self.bytes_reused)} in {count(len(self.reused), 'unchanged shard')}"
+            more.append(f"{human_bytes(self.bytes_written)} written, {unchanged} taken over from disk")
         if self.training_bytes:
             more.append(f"training state of {human_bytes(self.training_bytes)}")
         if self.cast:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union
 
 import torch
 
-from shardsave._api.arguments import check_path, check_progress, check_switches, check_timeout
+from shardsave._api.arguments import check_path, check_progress, check_reuse, check_switches, check_timeout
 from shardsave._api.operators import check_operators
 from shardsave._api.reports import SaveReport, log_deletion
 from shardsave._api.save_contents import Planned, What, plan
@@ -22,7 +22,7 @@ from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
 from shardsave._common.uncompiled import uncompiled
 from shardsave._common.warn_caller import warn_caller
-from shardsave._saving.write import UNWATCHED, Watch, write_checkpoint
+from shardsave._saving.write import UNWATCHED, Reuse, Watch, write_checkpoint
 from shardsave._state.module import Source
 
 if TYPE_CHECKING:
@@ -50,6 +50,9 @@ def save(
     adapter_only: bool = False,
     only: Literal["trainable"] | None = None,
     dtype: Union[torch.dtype, str, None] = None,
+    reuse: Union[str, os.PathLike[str], Literal[False], None] = None,
+    assume_frozen_unchanged: bool = False,
+    recheck_every: int = 10,
     progress: ProgressArgument = None,
     lock_timeout: float = 600.0,
 ) -> SaveReport:
@@ -81,6 +84,14 @@ def save(
             of the whole model: ``load_model(strict=False)`` puts them onto the rest, which comes from elsewhere.
         dtype: cast floating-point tensors to it on the way to disk, as ``convert`` does: a copy for inference. Tensors of 8 or 4 bits
             keep their dtype. The model in memory does not change.
+        reuse: the directory of an earlier checkpoint. A shard of it whose tensors all have the same checksums now is not written again: it
+            becomes a shard of the new checkpoint too, and takes no further space (a clone or a hard link; where neither is possible, it
+            is written). None: the checkpoint that is replaced. False: write everything.
+        assume_frozen_unchanged: do not even read parameters that were frozen at the last save of this process too, are the same objects
+            in the same memory with the same version (``_version``), and are in no optimizer of ``training``. What torch does not
+            notice (changes through ``.data``, numpy or a graph that is replayed) is then not saved.
+        recheck_every: a shard is read back from the disk when this process takes it over for the first time, and then after this number
+            of saves; a damaged one is written anew, and named in the report.
         progress: None shows a bar if the call takes long and stderr is a terminal; True or False forces or forbids the bar; a
             callable receives (bytes done, bytes in total).
         lock_timeout: seconds to wait for another save into the same directory.
@@ -102,10 +113,22 @@ def save(
         2
     """
     started = time.perf_counter()
-    how = How(durable, progress, lock_timeout)
+    how = How(durable, progress, lock_timeout, reuse, recheck_every)
     path = check_how(directory, how)
     what = What(
-        max_shard_size, metadata, step, metrics, training, rng, process_group, architecture, program, adapter_only, only, dtype
+        max_shard_size,
+        metadata,
+        step,
+        metrics,
+        training,
+        rng,
+        process_group,
+        architecture,
+        program,
+        adapter_only,
+        only,
+        dtype,
+        assume_frozen_unchanged,
     )
     planned = plan(source, what)
     report, warnings = write_planned(planned, os.fspath(directory), path, how, time.perf_counter() - started)
@@ -121,6 +144,8 @@ class How(NamedTuple):
     durable: bool
     progress: ProgressArgument
     lock_timeout: float
+    reuse: Union[str, os.PathLike[str], Literal[False], None] = None
+    recheck_every: int = 10
 
 
 def check_how(directory: str | os.PathLike[str], how: How) -> str:
@@ -130,6 +155,7 @@ def check_how(directory: str | os.PathLike[str], how: How) -> str:
     check_switches(durable=how.durable)
     check_progress(how.progress)
     check_timeout(how.lock_timeout)
+    check_reuse(how.reuse, how.recheck_every)
     return absolute_path(os.fspath(directory))
 
 
@@ -141,9 +167,11 @@ def write_planned(
     ``shown``: the path in the report. ``plan_seconds``: how long the plan took. Raises what `save` raises.
     """
     contents, started = planned.contents, time.perf_counter()
+    earlier = absolute_path(os.fspath(how.reuse)) if how.reuse else None
+    reuse = Reuse(earlier, how.recheck_every, planned.frozen) if how.reuse is not False else None
     with Progress(how.progress, "saving", contents.tensor_bytes) as reporter:
         outcome = write_checkpoint(
-            contents, path, durable=how.durable, lock_timeout=how.lock_timeout, progress=reporter, watch=watch
+            contents, path, durable=how.durable, lock_timeout=how.lock_timeout, progress=reporter, watch=watch, reuse=reuse
         )
     seconds = plan_seconds + time.perf_counter() - started
     report = SaveReport(
@@ -167,6 +195,9 @@ def write_planned(
         cast=planned.cast,
         left_out=planned.left_out,
         training_bytes=outcome.directory_bytes,
+        bytes_written=outcome.bytes_written,
+        bytes_reused=outcome.bytes_reused,
+        reused=outcome.taken,
         stall_seconds=seconds,
         durable_seconds=seconds,
     )

@@ -46,6 +46,9 @@ def save_async(
     adapter_only: bool = False,
     only: Literal["trainable"] | None = None,
     dtype: Union[torch.dtype, str, None] = None,
+    reuse: Union[str, os.PathLike[str], Literal[False], None] = None,
+    assume_frozen_unchanged: bool = False,
+    recheck_every: int = 10,
     progress: ProgressArgument = None,
     lock_timeout: float = 600.0,
 ) -> PendingSave:
@@ -70,8 +73,9 @@ def save_async(
         background_workers: the most threads that copy and write.
         step_timeout: how many seconds a step of an optimizer waits for the save; after that the save fails, and training goes on.
         progress: as in `save`, but None shows no bar; a callable is called on the saving thread.
+        reuse: as in `save`. With the ring, only shards that are frozen throughout are taken over.
         max_shard_size, durable, metadata, step, metrics, training, rng, process_group, architecture, program, adapter_only, only, dtype,
-            lock_timeout: as in `save`.
+            lock_timeout, recheck_every, assume_frozen_unchanged: as in `save`.
 
     Raises:
         TypeError, ValueError: for wrong arguments, before anything happens.
@@ -89,7 +93,19 @@ def save_async(
         2
     """
     what = What(
-        max_shard_size, metadata, step, metrics, training, rng, process_group, architecture, program, adapter_only, only, dtype
+        max_shard_size,
+        metadata,
+        step,
+        metrics,
+        training,
+        rng,
+        process_group,
+        architecture,
+        program,
+        adapter_only,
+        only,
+        dtype,
+        assume_frozen_unchanged,
     )
     background = InBackground(staging, if_busy, check_unchanged, background_workers, step_timeout)
-    return start(source, directory, what, How(durable, progress, lock_timeout), background)
+    return start(source, directory, what, How(durable, progress, lock_timeout, reuse, recheck_every), background)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Union
 
 import torch
@@ -22,6 +22,7 @@ from shardsave._format.quantised import PLAIN, TENSOR_NAMES
 from shardsave._huggingface.choose_saving import choose_layout
 from shardsave._saving.casts import cast_on_disk, check_dtype
 from shardsave._saving.contents import Contents, PlannedDirectory, plan_contents
+from shardsave._saving.frozen import FrozenMemory, frozen_memory
 from shardsave._saving.trainable import only_trainable
 from shardsave._state.extra_tensors import ExtraTensors
 from shardsave._state.module import Source, State, read_state
@@ -43,12 +44,14 @@ class Needed(NamedTuple):
 
 
 class Planned(NamedTuple):
-    """What a save will write, read from its source and checked. ``cast``, ``left_out``, ``needed``: for the report."""
+    """What a save will write, read from its source and checked. ``cast``, ``left_out``, ``needed``: for the report. ``frozen``: name on
+    disk → the memory of a frozen parameter that may be assumed to be unchanged."""
 
     contents: Contents
     needed: Needed
     cast: int
     left_out: tuple[str, ...]
+    frozen: Mapping[str, FrozenMemory] = {}
 
 
 class What(NamedTuple):
@@ -66,11 +69,13 @@ class What(NamedTuple):
     adapter_only: bool
     only: str | None
     dtype: Union[torch.dtype, str, None]
+    assume_frozen_unchanged: bool = False
 
 
 def plan(source: Source, what: What) -> Planned:
     """Checks ``what``, and plans it. Raises what `save` raises for it; writes nothing."""
     check_switches(architecture=what.architecture, adapter_only=what.adapter_only, rng=what.rng)
+    check_switches(assume_frozen_unchanged=what.assume_frozen_unchanged)
     check_process_group(what.process_group)
     if (what.architecture or what.program is not None) and not isinstance(source, nn.Module):
         option = "architecture=True" if what.architecture else "a program"
@@ -104,7 +109,29 @@ def plan(source: Source, what: What) -> Planned:
         contents = plan_contents(
             on_disk, parts, max_shard_bytes, user_metadata, directories=directories, moment=moment._replace(epoch=epoch)
         )
-        return Planned(contents, needed, cast, left_out)
+        frozen = frozen_memory(on_disk.state.entries, _unstepped(source, what.training)) if what.assume_frozen_unchanged else {}
+        return Planned(contents, needed, cast, left_out, frozen)
+
+
+def _unstepped(source: Source, training: Any) -> Iterator[nn.Parameter]:
+    """The parameters of ``source`` that are in no optimizer of ``training``."""
+    values = source.parameters() if isinstance(source, nn.Module) else source.values()
+    stepped = {
+        id(parameter)
+        for optimizer in _optimizers(training)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    return (value for value in values if type(value) is nn.Parameter and id(value) not in stepped)
+
+
+def _optimizers(training: Any) -> Iterator[torch.optim.Optimizer]:
+    """Every optimizer in ``training``, and in the lists, tuples and dicts that it is made of."""
+    if isinstance(training, torch.optim.Optimizer):
+        yield training
+    elif isinstance(training, (list, tuple, Mapping)):
+        for value in training.values() if isinstance(training, Mapping) else training:
+            yield from _optimizers(value)
 
 
 def _training(source: Source, what: What, max_shard_bytes: int) -> tuple[list[PlannedDirectory], float | None, tuple[str, ...]]:

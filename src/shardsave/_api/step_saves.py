@@ -44,8 +44,9 @@ class StepSaves:
         """Saves a step and returns when it is saved."""
 
         def save() -> SaveReport:
+            given = {**options, "reuse": self._reuse(step, options.get("reuse"))}
             try:
-                return self._verbs.save(model, self._run.path_of(step), step=step, metrics=metrics, options=options)
+                return self._verbs.save(model, self._run.path_of(step), step=step, metrics=metrics, options=given)
             finally:
                 self._when.done(step)
 
@@ -56,8 +57,13 @@ class StepSaves:
         """Saves a step in the background."""
         import_at_use("shardsave._api.background")
         from shardsave._api.background import Around
+        from shardsave._api.save import How
 
-        around = Around(partial(self._prepare, step), partial(self._write, step))
+        def prepare(how: How) -> How:
+            self._prepare(step)
+            return how._replace(reuse=self._reuse(step, how.reuse))
+
+        around = Around(prepare, partial(self._write, step))
         path = self._run.path_of(step)
         try:
             pending = self._verbs.save_async(model, path, around, step=step, metrics=metrics, options=options)
@@ -90,6 +96,10 @@ class StepSaves:
     def _prepare(self, step: int) -> None:
         self._keeper.remover.wait()  # the space of what goes is needed
         self._keeper.refuse_before_latest(step)
+
+    def _reuse(self, step: int, wanted: Any) -> Any:
+        """What a save of ``step`` may take shards from: what was requested, else the last durable step."""
+        return wanted if wanted is not None else self._run.to_take_from(step, self._keeper.uncounted)
 
     def _write(self, step: int, save: Callable[[], SaveReport]) -> SaveReport:
         """Calls ``save``, then does what follows a commit."""

@@ -107,6 +107,7 @@ def _as_json(report: shardsave.DiffReport) -> dict[str, object]:
         if report.training is not None
         else None,
         "only_training": report.only_training,
+        "shared": list(report.shared),
         "bytes": report.bytes,
         "seconds": report.seconds,
     }

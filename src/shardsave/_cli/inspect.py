@@ -167,6 +167,8 @@ def _headline(directory: str, checkpoint: Checkpoint, sums: Sums) -> str:
     )
     if checkpoint.record is not None:
         words.append("durable" if checkpoint.record.durable else "not durable")
+        if checkpoint.record.shared:
+            words.append(f"{count(len(checkpoint.record.shared), 'shard')} taken over from an earlier checkpoint")
     return ", ".join(words)
 
 
@@ -261,6 +263,7 @@ def _as_json(directory: str, checkpoint: Checkpoint, names: dict[str, str]) -> d
         "metadata": checkpoint.metadata,
         **_moment(checkpoint.moment),
         "shards": {shard: {"tensors": sums.tensors, "bytes": sums.bytes} for shard, sums in _shard_sums(checkpoint).items()},
+        "shared": list(checkpoint.record.shared) if checkpoint.record is not None else [],
         "parts": _parts(checkpoint),
         "tensors": tensors,
     }

@@ -66,7 +66,7 @@ def list_steps(
     """Show the steps of the run in DIRECTORY: age, size, metrics, state, and which steps the policy keeps and why.
 
     The policy is the one that the run's CheckpointManager recorded, or that of the options. Nothing is removed. "new" is the size of
-    the files that no earlier step shares. Only indexes and names are read.
+    the files that no earlier step shares, "shared" that of the others: their bytes are on the disk once. Only indexes and names are read.
     """
     steps = Run(directory).steps()
     if not steps:
@@ -97,9 +97,9 @@ def _print(
         state: Cell = (info.state, _STYLES.get(info.state, DIM))
         metrics = ", ".join(f"{name} {value:g}" for name, value in info.metrics.items())
         age = _age(info.created) if info.created else ""
-        sizes = [human_bytes(info.bytes), human_bytes(info.new_bytes)] if info.committed else ["", ""]
+        sizes = [human_bytes(size) if info.committed else "" for size in (info.bytes, info.new_bytes, info.shared_bytes)]
         rows.append([f"{info.step:,}", age, *sizes, metrics, state, _why(info, policy, reasons)])
-    output.table(["step", "age", "size", "new", "metrics", "state", "kept"], rows, numbers=(0, 1, 2, 3))
+    output.table(["step", "age", "size", "new", "shared", "metrics", "state", "kept"], rows, numbers=(0, 1, 2, 3, 4))
     output.line()
     total = human_bytes(sum(info.new_bytes for info in steps))
     output.line(f"{directory}: {count(len(steps), 'step')}, {total}, {_described(policy)}")
@@ -108,7 +108,7 @@ def _print(
 def _as_json(info: StepInfo, reasons: Mapping[int, tuple[str, ...]]) -> dict[str, Any]:
     """JSON has no NaN and no infinity: such a metric is a string."""
     metrics = {name: value if math.isfinite(value) else str(value) for name, value in info.metrics.items()}
-    return {**asdict(info), "metrics": metrics, "kept": list(reasons.get(info.step, ()))}
+    return {**asdict(info), "shared_bytes": info.shared_bytes, "metrics": metrics, "kept": list(reasons.get(info.step, ()))}
 
 
 def _why(info: StepInfo, policy: RecordedPolicy | None, reasons: Mapping[int, tuple[str, ...]]) -> str:

@@ -94,7 +94,7 @@ class Record(NamedTuple):
     ``flags``: name → frozen, for every parameter, including tied names; None if unknown.
     ``ties``: tied name → the name under which its bytes are stored. ``parts``: role → file.
     ``companions``: the files with fixed names that were saved beside the weights. ``module_flags``: like ``flags``, but with the names
-    in the saved module, if the names on disk are different.
+    in the saved module, if the names on disk are different. ``shared``: the shards that were taken over from an earlier checkpoint.
     """
 
     durable: bool
@@ -108,6 +108,7 @@ class Record(NamedTuple):
     companions: Mapping[str, FileRecord] = {}
     module_flags: Mapping[str, bool] | None = None
     moment: Moment = Moment()
+    shared: tuple[str, ...] = ()
 
 
 class Index(NamedTuple):
@@ -171,6 +172,8 @@ def _encode_record(record: Record, names: Collection[str]) -> dict[str, Any]:
         "metadata": dict(record.metadata),
         "shards": {name: encode_shard(shard) for name, shard in record.shards.items()},
     }
+    if record.shared:
+        encoded["shared"] = list(record.shared)
     if record.parts:
         encoded["parts"] = {role: [part.file, *encode_shard(part.record)] for role, part in record.parts.items()}
     encoded["supersedes"] = record.supersedes._asdict() if record.supersedes is not None else None

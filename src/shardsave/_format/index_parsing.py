@@ -114,6 +114,7 @@ def _parse_record(members: dict[str, Any], weight_map: Mapping[str, str], where:
         companions=_parse_companions(members.get("companions", {}), where),
         module_flags=_parse_module_flags(members.get("module_flags"), where),
         moment=_parse_moment(members, where),
+        shared=_parse_shared(members.get("shared", []), shards, where),
     )
 
 
@@ -135,6 +136,12 @@ def _parse_shards(shards: object, where: str) -> dict[str, ShardRecord]:
     for name in shards:
         _check_file_name(name, where)
     return {name: parse_shard(f"shard {name}", entry, where) for name, entry in shards.items()}
+
+
+def _parse_shared(shared: object, shards: Mapping[str, ShardRecord], where: str) -> tuple[str, ...]:
+    if not isinstance(shared, list) or not all(isinstance(name, str) and name in shards for name in shared):
+        _bad(where, "shared expected to list shards", f"it has {glimpse(shared)}")
+    return tuple(dict.fromkeys(shared))
 
 
 def parse_shard(what: str, entry: object, where: str) -> ShardRecord:

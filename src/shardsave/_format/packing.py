@@ -44,15 +44,22 @@ class Shard(NamedTuple):
     data_bytes: int
 
 
-def pack(tensors: Sequence[StoredTensor], max_shard_size: int | None) -> tuple[Shard, ...]:
-    """Distributes ``tensors`` over shards of at most ``max_shard_size`` bytes of data; frozen and trainable tensors are kept apart.
+def pack(tensors: Sequence[StoredTensor], max_shard_size: int | None, kept: Sequence[Shard] = ()) -> tuple[Shard, ...]:
+    """Distributes ``tensors`` over shards of at most ``max_shard_size`` bytes of data; frozen and trainable tensors are packed apart.
 
     A shard's header has at most `MAX_SHARD_HEADER_BYTES`, too. None: there is one shard for all, whatever its size.
 
     Greedy, in the order of ``tensors``; a tensor larger than the bound has a shard of its own. Between two repeated layers
     (``layers.3.`` and ``layers.4.``) a shard ends early if it is at least three quarters full: a layer stays in one file if that
     costs only a little room. Without tensors there is one empty shard.
+
+    ``kept``: shards of an earlier checkpoint, which stay as they are whatever the flags of their tensors are now. They come first, in
+    their order, and only the tensors that they do not hold are packed. So what one tensor changes is its own shard, and no other.
     """
+    if kept:
+        held = {tensor.name for shard in kept for tensor in shard.tensors}
+        rest = [tensor for tensor in tensors if tensor.name not in held]
+        return (*kept, *(pack(rest, max_shard_size) if rest else ()))
     if max_shard_size is None:
         return (_lay_out(tensors),)
     groups: list[list[StoredTensor]] = []

@@ -91,9 +91,7 @@ class Keeper:
         if not doomed:
             return "the policy would remove no step"
         size = human_bytes(self._run.bytes_of_only(set(doomed)))
-        return (
-            f"once a new step is committed, the policy removes {some(f'step {number}' for number in doomed)} and frees {size}"
-        )
+        return f"once a new step is committed, the policy removes {some(f'step {number}' for number in doomed)} and frees at most {size}"
 
     def _counted(self, steps: Iterable[StepInfo]) -> list[StepInfo]:
         """The committed steps on which a policy may rely, and which are not being removed."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
@@ -19,6 +19,7 @@ from shardsave._format.file_names import INDEX_NAME, LONE_NAME, REMOVED_INDEX_NA
 from shardsave._format.index import MAX_INDEX_BYTES, TRAINING, Index, Record
 from shardsave._format.index_parsing import parse_index
 from shardsave._format.training_state import parse_training_files
+from shardsave._runs.step_files import Inode, Shared, StepFile, files_there, freed_bytes
 from shardsave._storage.directory import Directory
 from shardsave._storage.find import cannot_read
 from shardsave._storage.previous import companions_of, files_of
@@ -45,7 +46,7 @@ class StepInfo:
 
     ``state``: "committed", "saving", "unfinished", "removing", "corrupt", "newer", "foreign" or "unreadable"; ``problem`` says more.
     ``created``: when it was committed, in UTC, such as ``"2026-11-30T05:40:00Z"``. ``bytes``: the length of all its files;
-    ``new_bytes``: of those that no earlier step shares with it. ``pinned``: whether no policy may remove it.
+    ``new_bytes``: of those that no earlier step of the run shares with it. ``pinned``: whether no policy may remove it.
     ``half_removed``: whether files of an earlier checkpoint of this step are still there, whose removal was interrupted.
     """
 
@@ -64,22 +65,19 @@ class StepInfo:
     def committed(self) -> bool:
         return self.state == "committed"
 
+    @property
+    def shared_bytes(self) -> int:
+        """The bytes of files that an earlier step of the run shares with it."""
+        return self.bytes - self.new_bytes
+
 
 class _Summary(NamedTuple):
     """What is remembered of an index. ``identity`` changes when its file does. ``lengths``: file → bytes, None if it may have any."""
 
     identity: tuple[int, ...]
     lengths: Mapping[str, int | None]
-    metrics: Mapping[str, float]
+    record: Record
     created: str
-    durable: bool
-
-
-class _Files(NamedTuple):
-    """The files of a step that are there: (device, inode) → bytes. ``problem``: what is wrong with them, or ""."""
-
-    sizes: Mapping[tuple[int, int], int]
-    problem: str
 
 
 class Run:
@@ -91,7 +89,7 @@ class Run:
     def __init__(self, path: str) -> None:
         self.path = path
         self._summaries: dict[int, _Summary] = {}
-        self._sizes: dict[int, Mapping[tuple[int, int], int]] = {}
+        self._files: dict[int, Mapping[Inode, StepFile]] = {}
 
     def path_of(self, step: int) -> str:
         return os.path.join(self.path, step_name(step))
@@ -112,19 +110,19 @@ class Run:
         """All steps, in order. One that the operating system refuses to read is "unreadable". Raises ShardSaveError as `numbers` does."""
         infos: list[StepInfo] = []
         numbers = self.numbers()
-        for gone in self._sizes.keys() - set(numbers):
-            self._sizes.pop(gone, None)
+        for gone in self._files.keys() - set(numbers):
+            self._files.pop(gone, None)
             self._summaries.pop(gone, None)
-        seen: set[tuple[int, int]] = set()
+        earlier = Shared()
         for number in numbers:
             try:
                 info = self.read(number)
             except ShardSaveError as error:
                 info = StepInfo(number, self.path_of(number), "unreadable", problem=str(error))
             if info is not None:
-                sizes = self._sizes.get(number, {}) if info.committed else {}
-                new = sum(size for inode, size in sizes.items() if inode not in seen)
-                seen.update(sizes)
+                files = self._files.get(number, {}) if info.committed else {}
+                new = sum(file.bytes for inode, file in files.items() if not earlier.has(inode, file))
+                earlier.add(files)
                 infos.append(replace(info, new_bytes=new))
         return tuple(infos)
 
@@ -168,14 +166,14 @@ class Run:
             return replace(info, state="newer", problem=str(error))
         if summary is None:
             return replace(info, state="foreign", problem="shardsave did not save it")
-        files = _files_there(folder, summary.lengths)
-        self._sizes[info.step] = files.sizes
+        files = files_there(folder, summary.lengths, summary.record)
+        self._files[info.step] = files.files
         return replace(
             info,
             state="corrupt" if files.problem else "committed",
             created=summary.created,
-            bytes=sum(files.sizes.values()),
-            metrics=summary.metrics,
+            bytes=sum(file.bytes for file in files.files.values()),
+            metrics=summary.record.moment.metrics,
             problem=files.problem,
         )
 
@@ -190,22 +188,36 @@ class Run:
         moment = index.record.moment
         mtime = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(identity[3] // 10**9))
         lengths = {**_lengths(index, index.record), **_lengths_of_training(folder, index.record)}
-        summary = _Summary(identity, lengths, moment.metrics, moment.created or mtime, index.record.durable)
+        kept = index.record._replace(flags=None, ties={}, metadata={}, module_flags=None)
+        summary = _Summary(identity, lengths, kept, moment.created or mtime)
         self._summaries[number] = summary
         return summary
 
     def files_to_sync(self, number: int) -> tuple[str, ...]:
         """The files of a step that was read, if its save did not wait for the disk; otherwise none: its index says so."""
         summary = self._summaries.get(number)
-        if summary is None or summary.durable:
+        if summary is None or summary.record.durable:
             return ()
         return tuple(name for name in summary.lengths if "/" not in name)  # a directory goes with all that is in it
 
     def bytes_of_only(self, numbers: set[int]) -> int:
-        """The bytes that removing these steps frees: of files that no other step shares."""
-        others = {inode for number, sizes in list(self._sizes.items()) if number not in numbers for inode in sizes}
-        own = {inode: size for number in numbers for inode, size in self._sizes.get(number, {}).items()}
-        return sum(size for inode, size in own.items() if inode not in others)
+        """The bytes that removing these steps frees: of files that no other step, and no other checkpoint, shares."""
+        others = Shared()
+        for number, files in list(self._files.items()):
+            if number not in numbers:
+                others.add(files)
+        return freed_bytes((self._files.get(number, {}) for number in sorted(numbers)), others)
+
+    def to_take_from(self, step: int, uncounted: Container[int]) -> str | None:
+        """The path of the last durable step, whose shards a save of ``step`` may take over; None if there is none, or if it is replaced.
+
+        ``uncounted``: steps that are not what their index says. A step that cannot be read ends the search: the save needs none.
+        """
+        with suppress(ShardSaveError):
+            for info in self.newest_first():
+                if info.committed and info.step not in uncounted and self._summaries[info.step].record.durable:
+                    return info.path if info.step != step else None
+        return None
 
 
 def _identity(folder: Directory) -> tuple[int, ...] | None:
@@ -232,31 +244,6 @@ def _lengths_of_training(folder: Directory, record: Record) -> dict[str, int]:
     data = folder.read_all(part.file, part.record.length)
     files = parse_training_files(data or b"", f"part {part.file}")
     return {f"{part.directory}/{name}": file.length for name, file in files.items()}
-
-
-def _files_there(folder: Directory, lengths: Mapping[str, int | None]) -> _Files:
-    sizes: dict[tuple[int, int], int] = {}
-    problem = ""
-    for name, length in {INDEX_NAME: None, **lengths}.items():
-        status = folder.target_of(name)
-        if status is not None:
-            sizes |= _sizes(folder, name, status)
-        if length is None or problem:
-            continue
-        if status is None:
-            problem = f"{name} is missing"
-        elif status.st_size != length:
-            problem = f"{name} was expected to have {length} bytes, it has {status.st_size}"
-    return _Files(sizes, problem)
-
-
-def _sizes(folder: Directory, name: str, status: os.stat_result) -> dict[tuple[int, int], int]:
-    """(device, inode) → bytes, of a file, or of each file in a directory."""
-    if not stat.S_ISDIR(status.st_mode):
-        return {(status.st_dev, status.st_ino): status.st_size}
-    with folder.enter(name) as inside:
-        found = [inside.status_of(inner) for inner in inside.names()]
-    return {(inner.st_dev, inner.st_ino): inner.st_size for inner in found if inner is not None}
 
 
 def _state_without_index(folder: Directory) -> State:

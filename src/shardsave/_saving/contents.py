@@ -23,7 +23,7 @@ from shardsave._format.index import (
     encode_index,
 )
 from shardsave._saving.disk_layout import OnDisk
-from shardsave._saving.shards import PlannedShard, plan_shards
+from shardsave._saving.shards import PlannedShard, plan_shards, repack
 from shardsave._state.module import Entry, State
 from shardsave._state.parts import Parts
 from shardsave._version import __version__
@@ -65,8 +65,9 @@ class Contents(NamedTuple):
     ``shards`` hold the weights, ``extra_shards`` (none or one) the extra tensors that ``documents`` refer to. ``documents``: role →
     content. ``companions``: file name → content. ``flags``: name on disk → frozen; None if the flags are unknown. ``module_flags``:
     name in the module → frozen; None if the names on disk are the same. ``single_file``: a second name for the first shard.
-    ``copied_bytes``: of tensors that were copied in memory for this save. ``directories``: the parts that have directories of their own,
-    and ``directory_documents``: the most bytes of JSON in these. ``moment``: of a training.
+    ``copied_bytes``: of tensors that were copied in memory for this save. ``max_shard_size``: the most bytes of tensor data in a shard.
+    ``directories``: the parts that have directories of their own, and ``directory_documents``: the most bytes of JSON in these.
+    ``moment``: of a training.
     """
 
     state: State
@@ -80,6 +81,7 @@ class Contents(NamedTuple):
     single_file: str | None
     notes: tuple[str, ...]
     copied_bytes: int
+    max_shard_size: int
     directories: Sequence[PlannedDirectory] = ()
     directory_documents: int = 0
     moment: Moment = Moment()
@@ -128,6 +130,22 @@ class Contents(NamedTuple):
             ],
         )
 
+    def keeping(self, kept: Sequence[PlannedShard]) -> Contents:
+        """These contents with the shards ``kept``, whose tensors are those of the state, and all other tensors packed again.
+
+        If some weights must be in a single file, a kept shard has exactly these, or none of them.
+        """
+        if not kept:
+            return self
+        first: list[PlannedShard] = []
+        if self.single_file is not None:
+            single = frozenset(self.shards[0].names)
+            first = [next((shard for shard in kept if not single.isdisjoint(shard.names)), self.shards[0])]
+            kept = [shard for shard in kept if shard not in first]
+        place = {entry.name: number for number, entry in enumerate(self.state.entries)}
+        repacked = repack(self.shards[len(first) :], kept, self.max_shard_size, place.__getitem__, self.state.file_metadata)
+        return self._replace(shards=[*first, *repacked])
+
     def index_for(
         self,
         shard_names: Sequence[str],
@@ -137,8 +155,12 @@ class Contents(NamedTuple):
         *,
         durable: bool,
         supersedes: Superseded | None,
+        shared: Sequence[str] = (),
     ) -> Index:
-        """The index, which names the shard of each tensor; tensors are in the order of the state."""
+        """The index, which names the shard of each tensor; tensors are in the order of the state.
+
+        ``shared``: the shards that were taken over from an earlier checkpoint.
+        """
         stored = [entry.name for entry in self.state.entries if entry.tied_to is None]
         weight_map = dict.fromkeys(stored, shard_names[0])
         for shard, shard_name in zip(self.shards[1:], shard_names[1:]):
@@ -155,6 +177,7 @@ class Contents(NamedTuple):
             companions=companions,
             module_flags=self.module_flags,
             moment=self.moment,
+            shared=tuple(shared),
         )
         return Index(weight_map, self.weight_bytes, record)
 
@@ -203,6 +226,7 @@ def _plan(on_disk: OnDisk, parts: Parts, max_shard_size: int, metadata: Mapping[
         single_file=on_disk.single_file,
         notes=on_disk.notes,
         copied_bytes=on_disk.copied_bytes,
+        max_shard_size=max_shard_size,
     )
 
 
@@ -240,6 +264,7 @@ def _check_index(contents: Contents) -> None:
         dict.fromkeys(companions, file),
         durable=False,
         supersedes=Superseded(1 << 60, 1 << 63),
+        shared=shard_names,
     )
     encode_index(longest)
 

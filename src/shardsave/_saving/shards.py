@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from itertools import islice
 from typing import NamedTuple
 
@@ -25,8 +25,10 @@ from shardsave._format.index import FileRecord, ShardRecord
 from shardsave._format.packing import ALIGNMENT, Shard, StoredTensor, pack
 from shardsave._saving.watch import Watch
 from shardsave._state.module import Entry
+from shardsave._storage.earlier import EarlierShard
 from shardsave._storage.staging import StagedShard
 from shardsave._storage.transaction import Transaction
+from shardsave.errors import ShardSaveError
 
 #: The most shards that are open at one time.
 _MAX_OPEN_SHARDS = 256
@@ -40,6 +42,11 @@ class PlannedShard(NamedTuple):
     pieces: list[ByteSource]
 
     @property
+    def names(self) -> list[str]:
+        """The names of its tensors, in file order."""
+        return [tensor.name for tensor in self.layout.tensors]
+
+    @property
     def reserved_bytes(self) -> int:
         """The bytes to reserve on disk. Only whole blocks are written, so the last may reach past the end of the file."""
         return len(self.header) + -(-self.layout.data_bytes // ALIGNMENT) * ALIGNMENT
@@ -47,6 +54,14 @@ class PlannedShard(NamedTuple):
     def with_sources(self, new: Mapping[int, ByteSource]) -> PlannedShard:
         """The same shard with other sources of the same bytes: `id` of a source → what takes its place."""
         return PlannedShard(self.layout, self.header, [new.get(id(piece), piece) for piece in self.pieces])
+
+
+class UnchangedShard(NamedTuple):
+    """A shard that need not be written: as it is planned, the checksums of its tensors, and the file that has them."""
+
+    planned: PlannedShard
+    sums: tuple[int, ...]
+    earlier: EarlierShard
 
 
 def plan_shards(
@@ -71,6 +86,25 @@ def plan_shards(
     ]
 
 
+def repack(
+    shards: Sequence[PlannedShard],
+    kept: Sequence[PlannedShard],
+    bound: int,
+    place: Callable[[str], int],
+    more: Mapping[str, str] | None,
+) -> list[PlannedShard]:
+    """The shards ``kept``, and the tensors of ``shards`` that they do not hold, packed again in the order of ``place`` in the state."""
+    stored = [pair for shard in shards for pair in zip(shard.layout.tensors, shard.pieces)]
+    stored.sort(key=lambda pair: place(pair[0].name))
+    pieces = {tensor.name: piece for tensor, piece in stored}
+    layouts = pack([tensor for tensor, _ in stored], bound, [shard.layout for shard in kept])
+    new = [
+        PlannedShard(layout, encode_header(layout, more), [pieces[tensor.name] for tensor in layout.tensors])
+        for layout in layouts[len(kept) :]
+    ]
+    return [*kept, *new]
+
+
 def plan_blocks(shards: Sequence[PlannedShard]) -> Blocks:
     """Cuts ``shards`` into the engine's blocks; the number of a block's file is the position of its shard."""
     extents = [np.empty((0, 4), dtype=np.int64)]
@@ -83,6 +117,12 @@ def plan_blocks(shards: Sequence[PlannedShard]) -> Blocks:
         rows[:, 2] = [tensor.nbytes for tensor in layout.tensors]
         extents.append(rows)
     return blocks(np.concatenate(extents), BLOCK_BYTES)
+
+
+def fault_before_writing(transaction: Transaction, fault: TransferFault) -> ShardSaveError:
+    """The error for a fault of memory or of a device, before any file was written."""
+    reason = fault.detail or f"{os.strerror(fault.errno)} (needs {fault.length} bytes)"
+    return transaction.failure(CallFailed(fault.call, "", fault.errno, reason))
 
 
 class ShardWriter:
@@ -104,6 +144,7 @@ class ShardWriter:
     ) -> None:
         self.records: dict[str, ShardRecord] = {}
         self.file_records: dict[str, FileRecord] = {}
+        self._sums: list[tuple[Shard, Sequence[int]]] = []
         self.sync_seconds = 0.0
         self.totals = Totals()
         self._transaction = transaction
@@ -118,8 +159,20 @@ class ShardWriter:
         try:
             engine.reserve([piece for shard in self._shards for piece in shard.pieces])
         except TransferFault as fault:
-            reason = fault.detail or f"{os.strerror(fault.errno)} (needs {fault.length} bytes)"
-            raise self._transaction.failure(CallFailed(fault.call, "", fault.errno, reason)) from fault
+            raise fault_before_writing(self._transaction, fault) from fault
+
+    def add_taken(self, taken: Mapping[str, UnchangedShard], progress: Progress) -> None:
+        """Adds shards that are staged already, as if they had been written."""
+        for name, shard in taken.items():
+            layout, record = shard.planned.layout, shard.earlier.record
+            self._add(name, with_sums(shard.planned.header, shard.sums), layout, shard.sums)
+            assert self.records[name] == record
+            progress.run_ended(layout.data_bytes)
+
+    def sums_of(self, names: Container[str]) -> dict[str, int]:
+        """The checksums of all tensors called so, by name."""
+        pairs = (pair for layout, sums in self._sums for pair in zip(layout.tensors, sums))
+        return {tensor.name: checksum for tensor, checksum in pairs if tensor.name in names}
 
     def write(self, progress: Progress) -> None:
         """Writes and seals all shards: each is then complete, synced and closed under its staged name."""
@@ -145,11 +198,15 @@ class ShardWriter:
 
     def _seal(self, file: StagedShard, shard: PlannedShard, sums: Sequence[int]) -> None:
         header = with_sums(shard.header, sums)
-        length = len(header) + shard.layout.data_bytes
-        self._transaction.seal(file, length, header)
-        self.records[file.name] = ShardRecord(length, len(header), crc64(header))
+        self._transaction.seal(file, len(header) + shard.layout.data_bytes, header)
+        self._add(file.name, header, shard.layout, sums)
+
+    def _add(self, name: str, header: bytes, layout: Shard, sums: Sequence[int]) -> None:
+        length = len(header) + layout.data_bytes
+        self.records[name] = ShardRecord(length, len(header), crc64(header))
+        self._sums.append((layout, sums))
         if self._whole_sums:
-            self.file_records[file.name] = FileRecord(length, _whole_sum(header, shard.layout, sums))
+            self.file_records[name] = FileRecord(length, _whole_sum(header, layout, sums))
 
     def _transfer(self, staged: Sequence[StagedShard], group: Sequence[PlannedShard], progress: Progress) -> Transfer:
         group_blocks = plan_blocks(group)
@@ -182,7 +239,7 @@ class ShardWriter:
 
 def _whole_sum(header: bytes, layout: Shard, sums: Sequence[int]) -> int:
     """The checksum of a whole file, joined from those of its header and its tensors."""
-    whole_sum = crc64(header)
+    total = crc64(header)
     for tensor, tensor_sum in zip(layout.tensors, sums):
-        whole_sum = joined(whole_sum, tensor_sum, tensor.nbytes)
-    return whole_sum
+        total = joined(total, tensor_sum, tensor.nbytes)
+    return total

@@ -20,6 +20,10 @@ class Watch(Protocol):
     def workers(self) -> int | None:
         """The most threads that the engine may use; None leaves it the choice."""
 
+    @property
+    def beside_training(self) -> bool:
+        """Whether steps of a training may change tensors, but for frozen ones, while the save decides what it has to write."""
+
     def check(self) -> None:
         """Called again and again, also while the save waits for the directory's lock."""
 
@@ -37,11 +41,15 @@ class Watch(Protocol):
     def end_reading(self, pieces: Sequence[ByteSource], sums: Sequence[int]) -> None:
         """Called after the memory of ``pieces`` was read, with the checksum of each."""
 
+    def leave_out(self, pieces: Sequence[ByteSource]) -> None:
+        """Called for pieces whose memory will not be read any more, since what they hold is on disk already."""
+
 
 class Unwatched:
     """A save that nobody watches."""
 
     workers: int | None = None
+    beside_training = False
 
     def check(self) -> None:
         raise_if_ending()
@@ -56,6 +64,9 @@ class Unwatched:
         pass
 
     def end_reading(self, pieces: Sequence[ByteSource], sums: Sequence[int]) -> None:
+        pass
+
+    def leave_out(self, pieces: Sequence[ByteSource]) -> None:
         pass
 
 

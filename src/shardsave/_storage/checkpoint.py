@@ -105,6 +105,15 @@ class Checkpoint(ShardFiles):
         if self.training is not None:
             yield from self.training.tensors.values()
 
+    def is_shared(self, shard: str) -> bool:
+        """Whether another checkpoint shares the bytes of ``shard``, or did so once."""
+        if self.record is not None and shard in self.record.shared:
+            return True
+        try:
+            return os.stat(self.path_of(shard)).st_nlink > 1
+        except OSError:
+            return False
+
     @property
     def moment(self) -> Moment:
         """The moment of a training at which it was saved."""

@@ -49,7 +49,6 @@ def find_leavings(folder: LockedDirectory, index: Index | None) -> tuple[Leaving
     Raises CallFailed, and as `finish_removal` does for an index that names what an interrupted removal has left.
     """
     named = files_of(index)
-    kept = {inode for name in named if (inode := folder.inode_of(name)) is not None}
     leavings = []
     for name in sorted(folder.names()):
         if owner_of(name) is None:
@@ -58,17 +57,17 @@ def find_leavings(folder: LockedDirectory, index: Index | None) -> tuple[Leaving
             leavings.append(Leaving(name, (), bytes_visible(folder, name), False, ours=False))
             continue
         files = _files_of_staging(folder, name, named)
-        leavings.append(Leaving(name, files, bytes_on_disk(folder, files, kept), folder.knows_dead(name)))
+        leavings.append(Leaving(name, files, bytes_on_disk(folder, files), folder.knows_dead(name)))
     superseded = index.record.supersedes if index is not None and index.record is not None else None
     lone = folder.status_of(LONE_NAME) if superseded is not None and LONE_NAME not in named else None
     if lone is not None and is_superseded(folder, lone, superseded):
         ours = folder.is_ours(lone)
-        size = bytes_on_disk(folder, (LONE_NAME,), kept)
+        size = bytes_on_disk(folder, (LONE_NAME,))
         leavings.append(Leaving(LONE_NAME, (LONE_NAME,) if ours else (), size, ours, ours=ours))
     removed = read_obeyed(folder, REMOVED_INDEX_NAME)
     if removed is not None:
         files = tuple(name for name in removable(removed, index) if folder.status_of(name) is not None)
-        leavings.append(Leaving(REMOVED_INDEX_NAME, files, bytes_on_disk(folder, files, kept), True))
+        leavings.append(Leaving(REMOVED_INDEX_NAME, files, bytes_on_disk(folder, files), True))
     return tuple(leavings)
 
 

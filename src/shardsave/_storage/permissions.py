@@ -69,9 +69,26 @@ def common_permissions(several: Iterable[Permissions]) -> Permissions | None:
     return common
 
 
-def _read_acl(path: str, kind: str) -> bytes | None:
+class Access(NamedTuple):
+    """Whose a file is, and who may do what with it."""
+
+    owner: int
+    group: int
+    mode: int
+    acl: bytes | None
+
+
+def access_of(fd: int, name: str) -> Access:
+    """The owner and the permissions of an open file. Raises CallFailed."""
+    status = call(os.fstat, name, fd)
+    acl = _read_acl(fd, _ACL, name) if status.st_mode & stat.S_IRWXG else None
+    return Access(status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode), acl)
+
+
+def _read_acl(file: str | int, kind: str, name: str = "") -> bytes | None:
+    """The list of the file with this path or descriptor; ``name`` is for messages, if it is a descriptor."""
     try:
-        return call(os.getxattr, path, path, kind)
+        return call(os.getxattr, name or str(file), file, kind)
     except CallFailed as error:
         if error.errno not in _NO_ACL:
             raise

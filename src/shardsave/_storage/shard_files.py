@@ -51,6 +51,10 @@ class ShardFiles:
         """The path of ``shard``, for messages and for callers that open it themselves."""
         return os.path.join(self._folder, shard)
 
+    def inode_of(self, shard: str) -> tuple[int, ...] | None:
+        """Device and inode number of ``shard``, when it was opened; None if it was not."""
+        return self._identities[shard][:2] if shard in self._identities else None
+
     def descriptors(self, shards: Sequence[str]) -> list[int]:
         """Descriptors of ``shards``, at most `allowance` of them. Other shards are closed first if too many would be open."""
         unneeded = self._open.keys() - set(shards)
@@ -93,7 +97,7 @@ class ShardFiles:
         """Opens ``shard`` and checks its header. Raises CorruptCheckpointError, IncompatibleCheckpointError, DirectoryBusyError."""
         file = self.open_file(shard)
         try:
-            identity = _identity(call(os.fstat, shard, file.fd))
+            identity = file_identity(call(os.fstat, shard, file.fd))
             if self._identities.setdefault(shard, identity) != identity:
                 raise DirectoryBusyError(self._replaced(shard))
             try:
@@ -216,6 +220,6 @@ def read_start(fd: int, length: int) -> bytes:
     return read_at(fd, length, 0)
 
 
-def _identity(status: os.stat_result) -> tuple[int, ...]:
+def file_identity(status: os.stat_result) -> tuple[int, ...]:
     """A value that differs between two files, and changes when a file is written to."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

@@ -155,6 +155,10 @@ class Staging:
         allocate(shard.file.fd, name, length)
         return shard
 
+    def create_empty(self, name: str, file: Descriptor) -> None:
+        """Creates the file of shard ``name``, and opens it as ``file``; the caller closes it."""
+        self._create(name, file, self._permissions_for(name))
+
     def seal(self, shard: StagedShard, length: int, header: bytes) -> None:
         """Finishes a shard whose data is written: sets its true length, writes its header, fsyncs this same descriptor, closes it."""
         name, fd = shard.name, shard.file.fd

@@ -31,11 +31,13 @@ from shardsave._storage.commit_errors import (
 )
 from shardsave._storage.companions import StagedCompanions, finish_dead_savers
 from shardsave._storage.directory import make_folders, names_on_the_way, path_to_write
+from shardsave._storage.earlier import EarlierCheckpoint, EarlierShard, open_earlier, refusal
 from shardsave._storage.freeing import RemovedFiles, wait_until_freed
 from shardsave._storage.lock import LockedDirectory
 from shardsave._storage.phase import Phase
 from shardsave._storage.previous import Previous, permissions_replaced, read_previous
 from shardsave._storage.staging import NEW_INDEX_NAME, StagedShard, Staging
+from shardsave._storage.taking_over import TakingOver
 from shardsave.errors import OutOfSpaceError, SaveNotCommittedError, ShardSaveError
 
 
@@ -69,6 +71,7 @@ class Transaction:
         self._waiting = waiting
         self._folder = LockedDirectory(self.path, durable=durable)
         self._staging = Staging(self._folder, self.path)
+        self._taking_over = TakingOver(self._staging)
         self._companions = StagedCompanions(self._folder, self._staging)
         self._previous = Previous()
         self._phase = Phase.UNREAD
@@ -123,6 +126,36 @@ class Transaction:
             self._folder.check_replaceable(INDEX_NAME)
             self._staging.permissions = permissions_replaced(self._folder, self._previous)
             self._finished = finish_dead_savers(self._folder, self._previous.companions, self._folder.knows_dead)
+
+    def earlier(self, path: str | None) -> EarlierCheckpoint | str:
+        """The checkpoint in the directory ``path`` (None: the one that is replaced), or why none of its shards can be taken over."""
+        if path is not None:
+            with self._before_commit():
+                found = open_earlier(path, self._folder, self._staging)
+            if found is not None:
+                return found
+        if self._previous.index is None:
+            return self._previous.unreadable or "there is no checkpoint with an index"
+        problem = refusal(self._previous.index)
+        return problem or EarlierCheckpoint(self._folder, self._previous.index, self.path, closes=False)
+
+    def take_over(self, name: str, earlier: EarlierCheckpoint, shard: EarlierShard) -> tuple[int, ...] | None:
+        """Stages ``shard`` of ``earlier`` as the shard ``name``, without writing it. Returns the identity of its file.
+
+        None: it has to be written.
+        """
+        with self._before_commit():
+            self._staging.make()
+            identity = self._taking_over.take(name, earlier, shard)
+        if identity is not None:
+            self._staged.append(name)
+        return identity
+
+    def drop(self, name: str) -> None:
+        """Undoes `take_over`: the shard has to be written."""
+        with self._before_commit():
+            self._staged.remove(name)
+            self._staging.directory.unlink(name)
 
     def shard_names(self, count: int) -> tuple[str, ...]:
         """Names for ``count`` shards, none of which is taken in the directory."""

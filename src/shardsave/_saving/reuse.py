@@ -1,0 +1,254 @@
+"""Decides which shards of an earlier checkpoint a save takes over: those whose tensors all have the stored checksums.
+
+The checksums are computed from the memory that would be written, before a byte is written. A header is a function of the tensors, so the
+earlier shard is then byte for byte the one that would be written. Frozen shards are read to their end; of all others the smallest tensors
+come first, and the first that differs ends the comparison.
+
+That says what the earlier shard had when it was written, not what the disk has now. So a shard is read back and compared when this
+process takes it over for the first time, and again after a number of saves; one that is damaged is written anew.
+
+Threads: any; several saves may run at a time.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from shardsave._common.os_calls import CallFailed
+from shardsave._common.sources import ByteSource
+from shardsave._common.words import count
+from shardsave._engine import engine
+from shardsave._engine.transfer import TransferFault
+from shardsave._format.crc64 import crc64
+from shardsave._format.header import Header, encode_header, with_sums
+from shardsave._format.packing import Shard, StoredTensor, pack
+from shardsave._saving.contents import Contents
+from shardsave._saving.frozen import FrozenMemory, sum_when_saved
+from shardsave._saving.shards import PlannedShard, UnchangedShard, fault_before_writing, plan_blocks
+from shardsave._saving.watch import Watch
+from shardsave._storage.earlier import EarlierCheckpoint
+from shardsave._storage.transaction import Transaction
+from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError
+
+#: How many bytes of the smallest tensors of a shard are compared first; each later round compares eight times as many.
+_FIRST_BYTES = 1 << 20
+
+#: For how many files it is remembered how often they were taken over.
+_MOST_REMEMBERED = 100_000
+
+#: File (`file_identity`) → how many saves have taken it over since it was last read back.
+_taken: OrderedDict[tuple[int, ...], int] = OrderedDict()
+
+_Stored = tuple[StoredTensor, ByteSource]
+
+
+class Reuse(NamedTuple):
+    """How a save takes over shards. ``directory``: of the earlier checkpoint; None: the one that is replaced. ``recheck_every``: after
+    how many saves a shard is read back again. ``frozen``: name on disk → the memory of a parameter that may be assumed to be unchanged."""
+
+    directory: str | None = None
+    recheck_every: int = 10
+    frozen: Mapping[str, FrozenMemory] = {}
+
+
+class Unchanged(NamedTuple):
+    """The shards of ``earlier`` that need not be written, and notes for the report."""
+
+    earlier: EarlierCheckpoint | None = None
+    shards: Sequence[UnchangedShard] = ()
+    notes: tuple[str, ...] = ()
+
+    def close(self) -> None:
+        if self.earlier is not None:
+            self.earlier.close()
+
+
+def find_unchanged(transaction: Transaction, contents: Contents, reuse: Reuse, watch: Watch) -> Unchanged:
+    """Compares ``contents`` with the earlier checkpoint, which stays open. Raises what ``watch`` raises, and what `Transaction` raises."""
+    earlier = transaction.earlier(reuse.directory)
+    if isinstance(earlier, str):
+        notes = (f"no shard of {reuse.directory} was taken over: {earlier}",) if reuse.directory is not None else ()
+        return Unchanged(notes=notes)
+    damage: list[str] = []
+    try:
+        frozen = frozenset(entry.name for entry in contents.state.entries if entry.frozen)
+        candidates = list(_candidates(earlier, contents, frozen if watch.beside_training else None, damage))
+        try:
+            unchanged = _unchanged(candidates, frozen, reuse.frozen, watch)
+        except TransferFault as fault:
+            raise fault_before_writing(transaction, fault) from fault
+        watch.check()  # what was compared beside a training must be of the moment of the call
+        return Unchanged(earlier, list(_with_equal_headers(unchanged, contents)), tuple(damage))
+    except BaseException:
+        earlier.close()
+        raise
+
+
+def take_over(
+    transaction: Transaction, unchanged: Unchanged, shards: Mapping[str, PlannedShard], recheck_every: int, watch: Watch
+) -> tuple[dict[str, UnchangedShard], list[str]]:
+    """Stages those of ``shards`` (name → shard) that are unchanged, and intact on the disk.
+
+    Returns those that need not be written any more, by name, and notes on those that are written all the same.
+    """
+    taken: dict[str, UnchangedShard] = {}
+    notes: list[str] = []
+    refused = 0
+    if unchanged.earlier is None:
+        return taken, notes
+    by_plan = {id(shard.planned): shard for shard in unchanged.shards}
+    for name, planned in shards.items():
+        watch.check()
+        shard = by_plan.get(id(planned))
+        if shard is None:
+            continue
+        identity = transaction.take_over(name, unchanged.earlier, shard.earlier)
+        if identity is None:
+            refused += 1
+            continue
+        # Only now: where nothing can be taken over, nothing is read in vain.
+        if not _is_intact(unchanged.earlier, shard, recheck_every, watch, notes):
+            transaction.drop(name)
+            continue
+        taken[name] = shard
+        _taken[identity] = _taken.get(shard.earlier.identity, 0) + 1
+        _taken.move_to_end(identity)
+    while len(_taken) > _MOST_REMEMBERED:
+        _taken.popitem(last=False)
+    watch.leave_out([piece for shard in taken.values() for piece in shard.planned.pieces])
+    if refused:
+        notes.append(
+            f"{count(refused, 'unchanged shard')} of {unchanged.earlier.path} written again: a clone or a link of a file with the owner "
+            f"and the permissions of a new one was expected, it is not possible"
+        )
+    return taken, notes
+
+
+def _candidates(
+    earlier: EarlierCheckpoint, contents: Contents, only: frozenset[str] | None, damage: list[str]
+) -> Iterator[UnchangedShard]:
+    """The shards of ``earlier`` whose tensors all have the same dtype and shape now. Their headers are not encoded yet.
+
+    ``only``: the names that a shard may hold; None: all. ``damage``: gets a note on each shard that is not as its index says.
+    """
+    stored = {
+        tensor.name: (tensor, piece) for shard in contents.shards for tensor, piece in zip(shard.layout.tensors, shard.pieces)
+    }
+    single = frozenset(contents.shards[0].names) if contents.single_file is not None else frozenset()
+    for shard, names in earlier.held.items():
+        if not names or not stored.keys() >= {*names} or (only is not None and not only.issuperset(names)):
+            continue
+        is_single = not single.isdisjoint(names)
+        if is_single and single != {*names}:
+            continue
+        length = sum(stored[name][0].nbytes for name in names)
+        if length > contents.max_shard_size and len(names) > 1 and not is_single:
+            continue  # the caller has chosen smaller shards
+        try:
+            found = earlier.read(shard)
+        except (CorruptCheckpointError, IncompatibleCheckpointError, CallFailed) as error:
+            damage.append(f"{error.words if isinstance(error, CallFailed) else error}; {shard} was written anew")
+            continue
+        if found is None or found.header.sums is None or {*found.header.tensors.names} != {*names}:
+            continue
+        planned = _as_it_is(found.header, stored)
+        if planned is not None:
+            yield UnchangedShard(planned, found.header.sums, found)
+
+
+def _as_it_is(header: Header, stored: Mapping[str, _Stored]) -> PlannedShard | None:
+    """The shard with this ``header``, from the tensors of today; None if one of them has another dtype or shape now."""
+    tensors, pieces = [], []
+    for name, dtype, shape, nbytes in zip(*header.tensors[:3], header.tensors.nbytes):
+        tensor, piece = stored[name]
+        if (tensor.dtype, tuple(tensor.shape), tensor.nbytes) != (dtype, tuple(shape), nbytes):
+            return None
+        tensors.append(tensor)
+        pieces.append(piece)
+    layout = Shard(tuple(tensors), tuple(header.tensors.begins), sum(header.tensors.nbytes))
+    return PlannedShard(layout, b"", pieces)
+
+
+def _with_equal_headers(shards: Iterable[UnchangedShard], contents: Contents) -> Iterator[UnchangedShard]:
+    """Those of ``shards`` whose files are byte for byte the ones that would be written, with their headers."""
+    single = frozenset(contents.shards[0].names) if contents.single_file is not None else frozenset()
+    for shard in shards:
+        more = contents.state.file_metadata if single.isdisjoint(shard.planned.names) else None
+        planned = shard.planned._replace(header=encode_header(shard.planned.layout, more))
+        header, record = with_sums(planned.header, shard.sums), shard.earlier.record
+        if (len(header), crc64(header)) == (record.header_length, record.header_crc):
+            yield shard._replace(planned=planned)
+
+
+def _unchanged(
+    candidates: Iterable[UnchangedShard], frozen: frozenset[str], assumed: Mapping[str, FrozenMemory], watch: Watch
+) -> list[UnchangedShard]:
+    """Those of ``candidates`` all of whose tensors have their stored checksums now. Raises TransferFault."""
+    left: list[tuple[UnchangedShard, list[tuple[int, StoredTensor, ByteSource]]]] = []
+    for shard in candidates:
+        rows = sorted(zip(shard.sums, shard.planned.layout.tensors, shard.planned.pieces), key=lambda row: row[1].nbytes)
+        known = [_known_sum(tensor, piece, assumed) for _, tensor, piece in rows]
+        if all(found in (None, row[0]) for found, row in zip(known, rows)):
+            left.append((shard, [row for found, row in zip(known, rows) if found is None]))
+    bound = _FIRST_BYTES
+    while any(rows for _, rows in left):
+        batch: list[list[tuple[int, StoredTensor, ByteSource]]] = []
+        for shard, rows in left:
+            is_frozen = frozen.issuperset(shard.planned.names)
+            taken, length = 0, 0
+            while taken < len(rows) and (is_frozen or not taken or length + rows[taken][1].nbytes <= bound):
+                length += rows[taken][1].nbytes
+                taken += 1
+            batch.append(rows[:taken])
+            del rows[:taken]
+        sums = _sums([(tensor, piece) for rows in batch for _, tensor, piece in rows], watch)
+        left = [one for one, rows in zip(left, batch) if all(sums[tensor.name] == stored for stored, tensor, _ in rows)]
+        bound *= 8
+    return [shard for shard, _ in left]
+
+
+def _known_sum(tensor: StoredTensor, piece: ByteSource, assumed: Mapping[str, FrozenMemory]) -> int | None:
+    """The checksum of what would be written, if that needs no pass over its memory."""
+    known: int | None = getattr(piece, "crc", None)  # a copy in memory was summed when it was made
+    if known is None and tensor.name in assumed:
+        known = sum_when_saved(assumed[tensor.name])
+    return known if tensor.nbytes else 0
+
+
+def _sums(stored: Sequence[_Stored], watch: Watch) -> dict[str, int]:
+    """The checksum of each tensor as it is in memory now, by name. Raises TransferFault."""
+    (layout,) = pack([tensor for tensor, _ in stored], None)  # in an order in which no element is cut
+    pieces = {tensor.name: piece for tensor, piece in stored}
+    shard = PlannedShard(layout, b"", [pieces[tensor.name] for tensor in layout.tensors])
+    transfer = engine.gather(plan_blocks([shard]), shard.pieces, workers=watch.workers, tick=lambda done: watch.check())
+    return dict(zip(shard.names, transfer.sums))
+
+
+def _is_intact(earlier: EarlierCheckpoint, shard: UnchangedShard, every: int, watch: Watch, damage: list[str]) -> bool:
+    """Whether the file of ``shard`` has its checksums on disk, as far as this must be known now."""
+    name, identity = shard.earlier.name, shard.earlier.identity
+    if _taken.get(identity, every) < every:
+        return True
+    try:
+        file = earlier.open(name, identity)
+        if file is None:
+            return False
+        with file:
+            pieces = [None] * len(shard.sums)
+            found = engine.read(
+                [file.fd], plan_blocks([shard.planned]), pieces, access="direct", tick=lambda done: watch.check()
+            )
+    except (CallFailed, TransferFault) as error:
+        damage.append(f"{name} of {earlier.path} cannot be read ({error}), it was written anew")
+        return False
+    for tensor, stored, computed in zip(shard.planned.layout.tensors, shard.sums, found.sums):
+        if stored != computed:
+            damage.append(
+                f"{name} of {earlier.path} is damaged, it was written anew: tensor {tensor.name!r} has checksum {computed:016x}, its "
+                f"header says {stored:016x}; the file was changed after it was saved"
+            )
+            return False
+    _taken[identity] = 0
+    return True
