@@ -102,7 +102,8 @@ OwnedHostMemory make_host_memory(std::size_t nbytes, int pin_for) {
   OwnedHostMemory memory;
   {
     py::gil_scoped_release free;
-    memory.reset(new HostMemory(nbytes));
+    // Not huge: on a virtual machine that returns free memory to its host, their first touch took five times as long.
+    memory.reset(new HostMemory(nbytes, Pages::ordinary));
     if (memory->memory() != nullptr && pin_for >= 0) memory->pin(pin_for);
   }
   if (memory->memory() == nullptr) throw Fault{-1, "mmap of memory for a snapshot", ENOMEM, 0, nbytes, ""};

@@ -19,10 +19,10 @@ constexpr std::size_t kTouchedBytes = std::size_t{8} << 20, kMaxTouchers = 16;
 
 }  // namespace
 
-HostMemory::HostMemory(std::size_t bytes) : bytes_(bytes), owner_(getpid()) {
+HostMemory::HostMemory(std::size_t bytes, Pages pages) : bytes_(bytes), owner_(getpid()) {
   void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) return;
-  madvise(memory, bytes, MADV_HUGEPAGE);
+  if (pages == Pages::huge) madvise(memory, bytes, MADV_HUGEPAGE);
   // Direct I/O into private memory must not run while a fork makes it copy-on-write (open(2), NOTES).
   madvise(memory, bytes, MADV_DONTFORK);
   memory_ = static_cast<std::byte*>(memory);

@@ -1,5 +1,4 @@
-// Anonymous memory of the process: page aligned, on huge pages if the system has them, absent in forked children, and
-// pinned for CUDA on request.
+// Anonymous memory of the process: page aligned, absent in forked children, and pinned for CUDA on request.
 //
 // Threads: memory() and bytes() may be called from any thread, everything else from one thread at a time.
 // Ownership: the object owns the memory. In a forked child, which does not have the memory, its destructor does
@@ -13,10 +12,12 @@
 
 namespace shardsave {
 
+enum class Pages { ordinary, huge };
+
 class HostMemory {
  public:
   // memory() is null if the system does not have that much.
-  explicit HostMemory(std::size_t bytes);
+  HostMemory(std::size_t bytes, Pages pages);
   ~HostMemory();
   HostMemory(const HostMemory&) = delete;
   HostMemory& operator=(const HostMemory&) = delete;

@@ -102,7 +102,7 @@ void Ring::State::acquire(int pin_for) {
   std::string reason;
   bool pinned = false;
   for (std::size_t count = wanted; count >= 1 && !pinned; count /= 2) {
-    auto mapping = std::make_unique<HostMemory>(count * slot_bytes);
+    auto mapping = std::make_unique<HostMemory>(count * slot_bytes, Pages::huge);
     if (mapping->memory() == nullptr) continue;
     if (pin_for >= 0) {
       pinned = mapping->pin(pin_for);

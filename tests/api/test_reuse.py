@@ -298,6 +298,30 @@ def test_an_earlier_checkpoint_that_is_removed_meanwhile(
     assert report.bytes_reused == 0 and is_saved(model, tmp_path / "next")
 
 
+def test_a_file_is_synced_once(earlier: tuple[nn.Sequential, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a shard that is taken over without ever being made durable by this process, or that is not synced again though somebody has
+    written to it; and one that is synced with every save, which waits for the disk each time."""
+    model, folder = earlier
+    synced: list[str] = []
+    sync = os.fsync
+
+    def note(fd: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+        sync(fd)
+
+    monkeypatch.setattr(os, "fsync", note)
+
+    def files_synced(target: str, **options: Any) -> list[str]:
+        synced.clear()
+        assert save(model, tmp_path / target, reuse=folder, **options).bytes_written == 0
+        return sorted({path for path in synced if path.endswith(".safetensors")})
+
+    files = sorted(map(str, folder.glob("*.safetensors")))
+    assert files_synced("fast", durable=False) == [] and files_synced("1") == files and files_synced("2") == []
+    os.utime(files[0])
+    assert files_synced("3") == files[:1] and files_synced("4") == []
+
+
 def mode_of(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
@@ -445,3 +469,44 @@ def test_what_is_said_of_shared_shards(earlier: tuple[nn.Sequential, Path], tmp_
             found.damaged
             and f"other checkpoints may have the same damage, since they share a file with this one: {rotten}" in str(found)
         )
+
+
+@pytest.mark.parametrize("staging", ["ring", "snapshot"])
+def test_beside_a_training_that_goes_on(tmp_path: Path, staging: Any) -> None:
+    """Catches a save in the background that writes frozen weights again, that takes over a shard which a step has changed meanwhile or may
+    change, and one that waits for what it does not write."""
+    model = layers()
+    optimizer = torch.optim.SGD(model[4].parameters(), lr=0.1)
+    training = {"optimizer": optimizer}
+    shardsave.save_async(model, tmp_path / "1", training=training, staging=staging, max_shard_size=LAYER, progress=False).wait()
+    at_the_call = layers()
+    at_the_call.load_state_dict(model.state_dict())
+    pending = shardsave.save_async(
+        model, tmp_path / "2", training=training, staging=staging, reuse=tmp_path / "1", max_shard_size=LAYER, progress=False
+    )
+    model(torch.ones(2, 40)).sum().backward()
+    optimizer.step()
+    report = pending.wait()
+    assert report.staging == staging
+    # With a ring, the trainable layer may be changed by a step while it is compared, so it is written though it has not changed.
+    assert report.bytes_written - (LAYER if staging == "ring" else 0) == 0 and report.bytes_reused >= 4 * LAYER
+    assert is_saved(at_the_call, tmp_path / "2") and not same_state(at_the_call, model)
+
+
+def test_a_frozen_tensor_that_changes_before_it_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a change after the call, of a tensor that is read beside the training, that decides about a shard without a word."""
+    model = nn.Sequential(nn.Linear(600, 600).requires_grad_(False), nn.Linear(600, 1))  # small tensors are copied in the call
+    training = {"optimizer": torch.optim.SGD(model[1].parameters(), lr=0.1)}
+    save(model, tmp_path)
+    earlier = Transaction.earlier
+
+    def change_first(transaction: Transaction, path: str | None) -> Any:
+        change(model[0])
+        return earlier(transaction, path)
+
+    before = model[0].weight.clone()
+    monkeypatch.setattr(Transaction, "earlier", change_first)
+    pending = shardsave.save_async(model, tmp_path, training=training, staging="ring", progress=False)
+    with pytest.raises(shardsave.SaveNotCommittedError, match=r"'0\.weight'"):
+        pending.wait()
+    assert torch.equal(shardsave.load(tmp_path)["0.weight"], before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import re
 from datetime import datetime, timedelta, timezone
 from fractions import Fraction
@@ -17,7 +18,7 @@ from click.testing import CliRunner
 
 import shardsave
 from shardsave._cli.main import cli
-from training_state import INDEX, names_of_training, save_with_training, training_directory, training_generation
+from training_state import INDEX, edit_training, names_of_training, save_with_training, training_directory, training_generation
 
 X = {"x": torch.ones(3)}
 
@@ -129,12 +130,18 @@ def test_diff_compares_it(tmp_path: Path) -> None:
     save_with_training(X, b, 2, durable=False)
     report = shardsave.diff(a, b)
     assert report.equal == ("x",) and not report.changed and not report.same
-    assert report.training is not None and report.training.values
+    assert report.training is not None and report.training.values == ("training['generation']", "loader")
     assert report.training.changed["optimizer/m1"].max_absolute == 1 and not report.training.equal
-    assert "training state: 0 equal, 2 changed (optimizer/m0, optimizer/m1), 0 added, 0 removed, other values differ" in str(
-        report
-    )
-    assert command("diff", str(a), str(b))[0] == 1
+    assert (
+        "training state: 0 equal, 2 changed (optimizer/m0, optimizer/m1), 0 added, 0 removed, "
+        "2 other values changed (training['generation'], loader); "
+    ) in str(report)
+    code, printed = command("diff", str(a), str(b))
+    assert code == 1 and "\n~ training['generation']\n~ loader\n" in printed
+    assert json.loads(command("diff", "--json", str(a), str(b))[1])["training"]["values"] == [
+        "training['generation']",
+        "loader",
+    ]
     save_with_training(X, c, 1, durable=False, tensors={"optimizer/m0": torch.full((700,), 1.0), "new": torch.ones(1)})
     report = shardsave.diff(a, c)
     assert report.training is not None and not report.training.values
@@ -148,15 +155,98 @@ def test_diff_compares_it(tmp_path: Path) -> None:
 
 
 def test_diff_of_one_training_state(tmp_path: Path) -> None:
-    """Catches two equal models that count as different because only one has a training state; and that this goes unsaid."""
+    """Catches a training state that one of the two checkpoints lacks, and which does not count as a difference."""
     a, b = tmp_path / "a", tmp_path / "b"
     save_with_training(X, a, durable=False)
     shardsave.save(X, b, durable=False)
     for left, right, only in ((a, b, "a"), (b, a, "b")):
         report = shardsave.diff(left, right)
-        assert report.same and report.training is None and report.only_training == only
+        assert not report.same and report.training is None and report.only_training == only and report.equal == ("x",)
         assert f"only {a} has a training state" in str(report)
+        code, printed = command("diff", str(left), str(right))
+        assert code == 1 and f"only {a} has a training state" in printed
     assert shardsave.diff(a, a).same and shardsave.diff(a, a).only_training is None
+
+
+def test_diff_names_the_values(tmp_path: Path) -> None:
+    """Catches a difference that nobody can find: an option, a counter, a list, a generator or a value that only one side has."""
+
+    def save(folder: Path, rate: float, **more: Any) -> None:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+        optimizer = torch.optim.SGD([{"params": model[0].parameters()}, {"params": model[1].parameters(), "lr": rate}], 0.1)
+        training = {
+            "optimizer": optimizer,
+            "schedulers": [torch.optim.lr_scheduler.StepLR(optimizer, 5)],
+            "own": shardsave.PerRank({"seen": 3, "by_number": {1: "a", 2: rate}}),
+            "losses": [1.0, rate],
+            "parts": [{"rate": rate}, torch.ones(1)],
+            **more,
+        }
+        shardsave.save(model, folder, training=training, rng=True, durable=False)
+
+    save(tmp_path / "a", 0.5)
+    save(tmp_path / "b", 0.5)
+    assert shardsave.diff(tmp_path / "a", tmp_path / "b").same
+    save(tmp_path / "b", 0.25, epoch=2)
+    random.random()
+    save(tmp_path / "c", 0.5)
+    report = shardsave.diff(tmp_path / "a", tmp_path / "b")
+    assert report.training is not None and report.training.values == (
+        "training['optimizer'].state_dict()['param_groups'][1]['lr']",
+        "training['optimizer'].state_dict()['param_groups'][1]['initial_lr']",
+        "training['schedulers'][0].state_dict()['base_lrs']",
+        "training['schedulers'][0].state_dict()['_last_lr']",
+        "training['losses']",
+        "training['parts'][0]['rate']",
+        "training['epoch']",
+        "training['own']['by_number'][2]",
+    )
+    report = shardsave.diff(tmp_path / "a", tmp_path / "c")
+    assert report.training is not None and report.training.values == ("rng['python'][1]",)
+    save(tmp_path / "b", 0.5, many=dict.fromkeys(map(str, range(100)), 1))
+    save(tmp_path / "c", 0.5, many=dict.fromkeys(map(str, range(100)), 2))
+    report = shardsave.diff(tmp_path / "b", tmp_path / "c")
+    assert report.training is not None and len(report.training.values) == 100 and "and 97 more)" in str(report)
+    printed = command("diff", str(tmp_path / "b"), str(tmp_path / "c"))[1].splitlines()
+    assert printed[23:25] == ["~ training['many']['23']", "… 76 more values of the training state; --json has all"]
+
+
+def test_diff_of_hostile_documents(tmp_path: Path) -> None:
+    """Catches an exception that is none of ours, or a difference that is overlooked, where a document has another form than ours."""
+    model = torch.nn.Linear(2, 2)
+    training = {
+        "optimizer": torch.optim.SGD(model.parameters()),
+        "module": torch.nn.Linear(1, 1),
+        "scaler": torch.amp.GradScaler("cpu"),
+    }
+    for name in ("a", "b"):
+        shardsave.save(model, tmp_path / name, training=training, durable=False)
+    whole = json.loads((training_directory(tmp_path / "a") / "index.json").read_bytes())["shared"]
+    nested: Any = 1
+    for _ in range(150):
+        nested = {"list": [nested]}
+    wrong = (
+        None,
+        1,
+        [],
+        {},
+        {"dict": 1},
+        {"list": [1]},
+        {"pairs": [1]},
+        {"optimizer": []},
+        {"optimizer": {"class": 1}},
+        nested,
+    )
+    for leaf, inner in (("optimizer", "groups"), ("optimizer", "state"), ("module", "tensors"), ("scaler", "state")):
+        tag = next(iter(whole["dict"][leaf]))
+        for value in wrong:
+            changed = json.loads(json.dumps(whole))
+            changed["dict"][leaf][tag][inner] = value
+            edit_training(tmp_path / "b", lambda document: document.update(shared=changed))
+            difference = shardsave.diff(tmp_path / "a", tmp_path / "b").training
+            assert difference is not None and difference.same == (changed == whole)
+            assert all(f"training['{leaf}']" in place for place in difference.values)
 
 
 def test_convert_keeps_it(tmp_path: Path) -> None:

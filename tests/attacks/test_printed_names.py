@@ -514,7 +514,7 @@ def hostile_field(name: str, annotation: str) -> Any:
     if annotation.startswith("tuple[str"):
         return (HOSTILE,)
     if annotation.startswith("TrainingDiff"):
-        return shardsave.TrainingDiff((HOSTILE,), {HOSTILE: None}, (HOSTILE,), (HOSTILE,), True)  # type: ignore[dict-item]
+        return shardsave.TrainingDiff((HOSTILE,), {HOSTILE: None}, (HOSTILE,), (HOSTILE,), (HOSTILE,))  # type: ignore[dict-item]
     if annotation in ("Mapping[str, float]", "Mapping[str, int]"):
         return {HOSTILE: 1}
     if "Mapping[str" in annotation:

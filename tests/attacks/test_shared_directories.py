@@ -164,7 +164,7 @@ def test_a_planted_index(mode: int, shared: Path) -> None:
     plant_index(shared)
     cleaned = by(SAVER, lambda: shardsave.clean(shared))
     assert cleaned == (
-        f"ShardSaveError: cannot clean {shared}: an index that only this user can have written was expected, since everybody may "
+        f"ShardSaveError: cannot clean {shared}: a {INDEX} that only this user can have written was expected, since everybody may "
         "write to this directory; another user made it, or may have changed it; nothing was removed"
     )
     report = by(SAVER, lambda: save(shared))

@@ -125,9 +125,12 @@ def training_of(optimizers: Sequence[Optimizer], more: Any) -> Any:
 
 
 @contextmanager
-def opened_by_a_step(save: Save, seconds: float = 0.03) -> Iterator[None]:
-    """Opens the gate a while after a step has asked whether it may go on: what it would change, if it did, is read after that."""
-    timers = []
+def opened_by_a_step(save: Save, seconds: float = 0.03) -> Iterator[list[threading.Timer]]:
+    """Opens the gate a while after a step has asked whether it may go on: what it would change, if it did, is read after that.
+
+    Yields one timer for each time that a step has asked.
+    """
+    timers: list[threading.Timer] = []
     before_step = save.staging._drain.before_step
 
     def open_and_ask(optimizer: Optimizer) -> None:
@@ -136,7 +139,7 @@ def opened_by_a_step(save: Save, seconds: float = 0.03) -> Iterator[None]:
         before_step(optimizer)
 
     save.staging._drain.before_step = open_and_ask  # type: ignore[method-assign]
-    yield
+    yield timers
     for timer in timers:
         timer.join()
 

@@ -199,6 +199,28 @@ def test_what_follows_a_commit_fails(memory: Path) -> None:
     assert committed(manager) == [2]
 
 
+def test_what_on_commit_may_call(memory: Path) -> None:
+    """Catches a function that pins the step that was just saved, and waits for ever for the thread on which it runs."""
+    errors: list[str] = []
+
+    def pin(report: shardsave.SaveReport) -> None:
+        called.wait(30)
+        manager.pin(int(report.path[-8:]))
+        assert manager.wait_removed() and manager.latest() is not None
+        with pytest.raises(shardsave.ShardSaveError, match="another thread was expected, this one saves") as caught:
+            pendings[-1].wait()
+        errors.append(str(caught.value))
+
+    with manager_of(memory, save_every=1, keep_last=1, on_commit=pin) as manager:
+        pendings: list[shardsave.PendingSave] = []
+        for step in (1, 2):
+            called = threading.Event()
+            pendings.append(manager.save(step, model(step)))
+            called.set()
+            pendings[-1].wait(30)
+    assert committed(manager) == [1, 2] and len(errors) == 2
+
+
 def test_wrong_steps_and_keywords(memory: Path) -> None:
     """Catches what a call could refuse and only the saving thread does, and keywords of `save_async` that a manager does not take."""
     with pytest.raises(TypeError, match="keywords of CheckpointManager or of save were expected, not staging"):

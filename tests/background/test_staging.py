@@ -215,6 +215,20 @@ def test_a_snapshot_lets_the_model_go() -> None:
     staging.finish()
 
 
+def test_an_ended_ring_lets_the_model_go(tmp_path: Path) -> None:
+    """Catches a staging that somebody still has, and that keeps the memory of a deleted model."""
+    model = model_of()
+    save = save_behind(model, tmp_path / "behind", [AdamW(model.parameters())])
+    assert save.staging.drained_bytes
+    save.wait()
+    alive = [weakref.ref(parameter) for parameter in model.parameters()]
+    staging = save.staging
+    del model, save
+    gc.collect()
+    assert not any(reference() is not None for reference in alive)
+    assert staging.staged.is_set()
+
+
 def test_memory_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches memory that is allocated anew for each save, or is used by two saves at a time; and memory that is never freed."""
     allocated: list[int] = []

@@ -90,7 +90,7 @@ def queued_work_comes_first(files: Files) -> None:
 
 
 def a_device_piece_is_taken_when_its_copy_has_ended(files: Files) -> None:
-    """A piece that is reported as taken while its copy may still be on its way."""
+    """A piece that is reported as taken while its copy may still be on its way, or although its copy failed."""
     fake = Fake()
     half = SLOT // 2
     content = random_bytes(half)
@@ -104,6 +104,20 @@ def a_device_piece_is_taken_when_its_copy_has_ended(files: Files) -> None:
     files.save(parts, lend=lend, taken=taken)
     assert seen == [[0, 0]] and taken.tolist() == [half, half]
     assert np.array_equal(files.content(half), content)
+    failed_calls = set()
+    for n in range(1, 1000):
+        taken[:] = 0
+        fake.fail_at(n)
+        try:
+            files.save(parts[:1], taken=taken[:1])
+        except native.Fault:
+            failed_calls.add(fake.failed_call())
+            assert taken[0] == 0, fake.failed_call()
+            continue
+        if not fake.failed_call():
+            break
+    fake.revive()
+    assert taken[0] == half and "cuEventSynchronize" in failed_calls, failed_calls
     assert_only_the_ring_is_left(fake)
 
 

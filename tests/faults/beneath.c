@@ -315,7 +315,8 @@ int fcntl(int fd, int command, ...) {
   return ends(&call, "fcntl", result, result == -1, NULL, command, 0) ? -1 : result;
 }
 
-// Copies the file `from` into the empty file `into`, as FICLONE does on file systems that have clones. Returns the length.
+// Copies the file `from` into the empty file `into`, as FICLONE does on file systems that have clones. Returns the
+// length.
 static long copy(const Call* call, int from, int into) {
   char block[1 << 16];
   long at = 0, length;
@@ -334,7 +335,9 @@ int ioctl(int fd, unsigned long request, ...) {
   void* argument = va_arg(more, void*);
   va_end(more);
   Call call;
-  const bool watched = begins(&call, "ioctl", fd, NULL), clones = request == FICLONE && getenv("SHARDSAVE_FAULTS_CLONES") != NULL;
+  const char* wanted = getenv("SHARDSAVE_FAULTS_CLONES");
+  const bool clones = request == FICLONE && wanted != NULL && wanted[0] != '\0';
+  const bool watched = begins(&call, "ioctl", fd, NULL);
   if (watched && refused(&call)) return ends(&call, "ioctl", -1, true, NULL, 0, 0), -1;
   int result = 0;
   if (clones) {

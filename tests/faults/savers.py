@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import shardsave
-from training_state import names_of_training, save_with_training, training_generation
+from training_state import MOMENT, names_of_training, save_with_training, training_generation
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
@@ -112,7 +112,8 @@ def _save_training(generation: int, folder: Path, durable: bool, kind: str) -> s
     is_with = kind == "training" or (kind == "training-gone") == (generation == 1)
     metadata = {"trained": is_with}
     if is_with:
-        report = save_with_training(state(generation), folder, generation, durable=durable, metadata=metadata)
+        moment = MOMENT._replace(step=generation)
+        report = save_with_training(state(generation), folder, generation, durable=durable, moment=moment, metadata=metadata)
     else:
         report = shardsave.save(
             state(generation), folder, max_shard_size=5000, durable=durable, progress=False, metadata=metadata

@@ -90,7 +90,7 @@ constexpr std::int64_t kBlocks = 12, kPiece = kBlocks * kSlot / 2;
 struct World {
   std::vector<std::byte> pieces[2];
   int file;
-  Request request;
+  Request request, gathering;
 
   explicit World(int descriptor) : file(descriptor) {
     unsigned state = 1;
@@ -107,6 +107,13 @@ struct World {
       const std::int64_t offset = block * kSlot / 2;
       request.segments.push_back({kHost, 0, kSlot / 2, 0, 0, offset});
       request.segments.push_back({kLent, 0, kSlot / 2, kSlot / 2, 1, offset});
+    }
+    gathering = request;
+    gathering.write = true;
+    gathering.files.clear();
+    for (Segment& segment : gathering.segments) {
+      const auto address = reinterpret_cast<std::uintptr_t>(pieces[0].data());
+      segment.address = segment.memory == kHost ? static_cast<std::int64_t>(address) + segment.piece_offset : 0;
     }
   }
 
@@ -128,18 +135,10 @@ struct World {
 
   // Gathers the pieces into `memory`, as a file would hold them.
   Result gather(std::vector<std::byte>& memory) {
-    Request gathering = request;
-    gathering.write = true;
-    gathering.files.clear();
     gathering.into = Destination{memory.data(), memory.size()};
-    for (Segment& segment : gathering.segments) {
-      if (segment.memory != kHost) continue;
-      const auto address = reinterpret_cast<std::uintptr_t>(pieces[0].data());
-      segment.address = static_cast<std::int64_t>(address) + segment.piece_offset;
-    }
     Hooks hooks;
     hooks.tick = [](std::uint64_t) {};
-    hooks.lend = [&](std::int64_t piece, std::int64_t offset, std::byte* slot, std::size_t length) {
+    hooks.lend = [this](std::int64_t piece, std::int64_t offset, std::byte* slot, std::size_t length) {
       std::memcpy(slot, pieces[piece].data() + offset, length);
     };
     return run(gathering, hooks);

@@ -186,3 +186,21 @@ def test_list_needs_no_torch(folder: Path) -> None:
     program = "import sys; from shardsave._cli.main import cli\ntry: cli(['list', sys.argv[1]])\nfinally: print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False" and "committed" in done.stdout
+
+
+def test_convert_takes_the_latest(folder: Path) -> None:
+    """Catches a `convert` of a run that fails, converts another step than the latest, or does not say which."""
+    make_run(folder, 30)
+    os.truncate(Path(folder, "step-00000030", INDEX), 100)
+    result = run("convert", folder, "converted")
+    assert result.exit_code == 0 and "run/step-00000020" in result.stdout and shardsave.inspect("converted").step == 20
+    assert result.stderr == "shardsave convert: run has 3 steps, this is the latest: run/step-00000020\n"
+    with pytest.raises(shardsave.CheckpointNotFoundError, match=r"it is a run with 3 steps, the latest is .*run/step-000000"):
+        shardsave.convert(folder, "other")
+    torch.save({"y": torch.ones(1)}, folder / "pytorch_model.bin")
+    result = run("convert", folder, "other")
+    assert (result.exit_code, result.stderr, [*shardsave.load("other")]) == (0, "", ["y"])
+    (folder / "pytorch_model.bin").unlink()
+    for step in (10, 20):
+        Path(folder, f"step-{step:08d}", INDEX).unlink()
+    assert run("convert", folder, "none").exit_code == 3 and not Path("none").exists()

@@ -99,9 +99,9 @@ def test_what_is_no_part(tmp_path: Path) -> None:
         "'ema', 'x'; the module is unchanged",
         ("a", "optimizer"): "it has a SGD; parts that can fill a model: 'ema', 'x'",
         ("a", "epoch"): "it has an int; parts",
-        ("a", ""): "it has a value of the kind 'dict'; parts",
+        ("a", ""): "it has a dict of 'optimizer', 'ema', 'epoch' and 1 more; parts",
         ("a", "x"): "2 missing from the checkpoint: bias, weight; 1 not in the module: y; the module is unchanged",
-        ("b", "values"): "it has a value of the kind 'array'; no part of it can fill a model; the module is unchanged",
+        ("b", "values"): "it has an array; no part of it can fill a model; the module is unchanged",
         (
             "c",
             "ema",

@@ -59,11 +59,15 @@ ALONE = Around()
 
 
 class Started(NamedTuple):
-    """When the call began, as `time.perf_counter` counts, and how long it waited for an earlier save, and planned, in seconds."""
+    """When the call began, as `time.perf_counter` counts, and how long it waited for an earlier save, and planned, in seconds.
+
+    ``notes``: what the caller would be warned of otherwise.
+    """
 
     at: float
     queue_seconds: float
     plan_seconds: float
+    notes: tuple[str, ...]
 
 
 def start(
@@ -92,15 +96,16 @@ def start(
             planning = time.perf_counter()
             planned = plan(source, what)
             plan_seconds = time.perf_counter() - planning
-            flight.staging = staging = stage(
-                planned.contents,
-                source,
-                _optimizers_in(what.training),
-                background.staging,
-                check_unchanged=background.check_unchanged,
-                workers=background.background_workers,
-                step_timeout=background.step_timeout,
-            )
+            with warnings_collected() as warned:
+                flight.staging = staging = stage(
+                    planned.contents,
+                    source,
+                    _optimizers_in(what.training),
+                    background.staging,
+                    check_unchanged=background.check_unchanged,
+                    workers=background.background_workers,
+                    step_timeout=background.step_timeout,
+                )
             flight.staged = staging.staged
             watch = _Watching(flight, staging, background.background_workers)
             save = partial(
@@ -109,7 +114,7 @@ def start(
                 planned._replace(contents=staging.contents),
                 path,
                 how._replace(progress=how.progress or False),  # a bar that nobody asked for would disturb those of the training
-                Started(started, queue_seconds, plan_seconds),
+                Started(started, queue_seconds, plan_seconds, tuple(warned)),
                 watch,
             )
             del planned  # it has the tensors of the model
@@ -198,7 +203,7 @@ def _save(flight: Flight[SaveReport], planned: Planned, path: str, how: How, sta
     durable_seconds = time.perf_counter() - started.at
     report = replace(
         report,
-        notes=tuple(dict.fromkeys((*report.notes, *staging.notes, *warned))),
+        notes=tuple(dict.fromkeys((*report.notes, *staging.notes, *started.notes, *warned))),
         staging=staging.mode,
         staging_reason=staging.reason,
         stall_seconds=flight.stall_seconds or durable_seconds,

@@ -15,16 +15,15 @@ from shardsave._common.os_calls import CallFailed, absolute_path
 from shardsave._common.shutdown import verb
 from shardsave._common.uncompiled import uncompiled
 from shardsave._common.words import count, human_bytes, some
-from shardsave._format.file_names import INDEX_NAME, LONE_NAME, step_name
-from shardsave._format.index import MAX_INDEX_BYTES, Index
-from shardsave._format.index_parsing import parse_index
+from shardsave._format.file_names import INDEX_NAME, LONE_NAME, step_name, step_number
 from shardsave._runs.removal import finish_step
 from shardsave._runs.steps import Run
 from shardsave._storage.companions import finish_dead_savers
 from shardsave._storage.leavings import Leaving, find_leavings, remove_leaving
 from shardsave._storage.lock import LockedDirectory, learn_owner
 from shardsave._storage.previous import companions_of
-from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError, ShardSaveError
+from shardsave._storage.removal import read_obeyed
+from shardsave.errors import CheckpointNotFoundError, ShardSaveError
 
 __all__ = ["CleanReport", "Leaving", "clean"]
 
@@ -85,8 +84,8 @@ def clean(
     another user may have made or changed is listed and never removed. If a crashed save had committed a config, but not yet
     put it beside the weights, `clean` puts it there.
 
-    In a run of steps (`CheckpointManager`), each step is cleaned; a step without a checkpoint goes with its directory, if nothing else
-    is in it. Also a removal that was interrupted is finished. A step that cannot be cleaned stays as it is, and the report says why.
+    In a run of steps (`CheckpointManager`), each step is cleaned. If nothing is left in the directory of a step (``step-00001000``), it
+    goes too. Also a removal that was interrupted is finished. A step that cannot be cleaned stays as it is, and the report says why.
 
     Args:
         directory: the directory of a checkpoint, of a first save that crashed, or of a run.
@@ -119,16 +118,14 @@ def clean(
     refused: list[str] = []
     for step in steps:
         name = step_name(step)
-        inside = os.path.join(path, name)
         try:
-            reports.append(_clean(inside, name, remove, other_hosts, lock_timeout))
-            if remove and not reports[-1].left and not os.path.lexists(os.path.join(inside, INDEX_NAME)):
-                finish_step(path, step)
+            reports.append(_clean(os.path.join(path, name), name, remove, other_hosts, lock_timeout))
         except CheckpointNotFoundError:
             continue  # another process has just removed it
         except ShardSaveError as error:
             refused.append(str(error))
-    return replace(_joined(os.fspath(directory), reports), refused=tuple(refused))
+    joined = _joined(os.fspath(directory), reports)
+    return replace(joined, refused=(*refused, *joined.refused))
 
 
 def _steps_of_run(path: str) -> list[int]:
@@ -142,12 +139,12 @@ def _joined(path: str, reports: list[CleanReport]) -> CleanReport:
     """One report of the steps of a run: each name begins with its step's."""
 
     def named(report: CleanReport, names: Iterable[str]) -> list[str]:
-        return [f"{report.path}/{name}" for name in names]
+        return [name if name == report.path else f"{report.path}/{name}" for name in names]
 
     found = [
-        replace(leaving, name=f"{report.path}/{leaving.name}", files=tuple(named(report, leaving.files)))
+        replace(leaving, name=name, files=tuple(named(report, leaving.files)))
         for report in reports
-        for leaving in report.found
+        for leaving, name in zip(report.found, named(report, [leaving.name for leaving in report.found]))
     ]
     return CleanReport(
         path,
@@ -155,17 +152,52 @@ def _joined(path: str, reports: list[CleanReport]) -> CleanReport:
         tuple(chain.from_iterable(named(report, report.removed) for report in reports)),
         tuple(chain.from_iterable(named(report, report.leftovers) for report in reports)),
         tuple(chain.from_iterable(named(report, report.completed) for report in reports)),
+        tuple(chain.from_iterable(report.refused for report in reports)),
     )
 
 
 def _clean(path: str, shown: str, remove: bool, other_hosts: bool, lock_timeout: float) -> CleanReport:
-    """Cleans one directory."""
+    """Cleans one directory. That of a step goes if nothing is left in it; one that was empty before is a leaving of its own."""
+    path = path.rstrip("/")  # of which a link would be followed
+    run, name = os.path.split(path)
+    step = step_number(name)
+    report = _clean_files(path, shown, remove, other_hosts, lock_timeout)
+    if step is None or os.path.islink(path) or os.path.lexists(os.path.join(path, INDEX_NAME)):
+        return report
+    empty = _empty_directory(path) if not report.found else None
+    if empty is not None:
+        report = replace(report, found=(empty,))
+    if not remove or any(leaving is not empty or not empty.ours for leaving in report.left):
+        return report
+    try:
+        finished = finish_step(run, step)
+    except CheckpointNotFoundError:
+        return report  # another process has just removed it
+    except ShardSaveError as error:
+        return replace(report, refused=(str(error),))
+    if empty is not None and not finished.leftovers:
+        log_deletion(shown, (name,))
+        report = replace(report, removed=(name,))
+    return report
+
+
+def _empty_directory(path: str) -> Leaving | None:
+    """The directory at ``path`` as a leaving, if nothing is in it: a save was killed right after it had made it."""
+    try:
+        is_empty, owner = not os.listdir(path), os.stat(path).st_uid
+    except OSError:
+        return None
+    return Leaving(os.path.basename(path), (), 0, True, ours=owner == os.geteuid()) if is_empty else None
+
+
+def _clean_files(path: str, shown: str, remove: bool, other_hosts: bool, lock_timeout: float) -> CleanReport:
+    """Cleans one directory, which stays."""
     folder = LockedDirectory(path, durable=True)
     # Closed twice, since one interrupt may come at the beginning of a `close`, which then does nothing.
     with closing(folder), folder, _naming_failures(folder.path):
         folder.acquire(lock_timeout, purpose="clean", state=_UNTOUCHED)
         learn_owner(folder)
-        index = _present_index(folder)
+        index = read_obeyed(folder, INDEX_NAME, "clean")
         leavings = find_leavings(folder, index)
         chosen = [leaving for leaving in leavings if leaving.ours and (leaving.dead or other_hosts)] if remove else []
         completed: list[str] = []
@@ -189,20 +221,3 @@ def _naming_failures(path: str) -> Iterator[None]:
     except CallFailed as error:
         kind = CheckpointNotFoundError if error.errno in (errno.ENOENT, errno.ENOTDIR) else ShardSaveError
         raise kind(f"cannot clean {path}: {error.reason}; {_UNTOUCHED}") from error
-
-
-def _present_index(folder: LockedDirectory) -> Index | None:
-    data = folder.read_all(INDEX_NAME, MAX_INDEX_BYTES)
-    if data is None:
-        return None
-    if not folder.obeys(INDEX_NAME):
-        raise ShardSaveError(
-            f"cannot clean {folder.path}: an index that only this user can have written was expected, since everybody may write to "
-            f"this directory; another user made it, or may have changed it; {_UNTOUCHED}"
-        )
-    try:
-        return parse_index(data, f"index {INDEX_NAME}")
-    except (CorruptCheckpointError, IncompatibleCheckpointError) as error:
-        raise type(error)(
-            f"cannot clean {folder.path}: an index that names the needed files was expected, it cannot be read ({error}); {_UNTOUCHED}"
-        ) from error

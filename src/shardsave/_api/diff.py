@@ -23,6 +23,7 @@ from shardsave._loading.compare import Difference, compare_stored, must_read
 from shardsave._loading.selection import stored_names
 from shardsave._storage.checkpoint import Checkpoint, Located, open_checkpoint
 from shardsave._storage.training import TrainingFiles
+from shardsave._training.differences import differing_values
 
 __all__ = ["DiffReport", "TensorChange", "TrainingDiff", "diff"]
 
@@ -49,15 +50,15 @@ class TensorChange:
 
 @dataclass(frozen=True)
 class TrainingDiff:
-    """What differs between the training states of two checkpoints: its tensors, as in a `DiffReport`; and ``values``, whether anything
-    else does (options of an optimizer, a scheduler, generators of random numbers).
+    """What differs between the training states of two checkpoints: its tensors, as in a `DiffReport`; and ``values``, the places of all
+    else that does (options of an optimizer, a scheduler, generators of random numbers).
     """
 
     equal: tuple[str, ...]
     changed: Mapping[str, TensorChange]
     added: tuple[str, ...]
     removed: tuple[str, ...]
-    values: bool
+    values: tuple[str, ...]
 
     @property
     def same(self) -> bool:
@@ -74,8 +75,9 @@ class DiffReport(Printed):
     shares in ``a``, the same in ``b``), for names in both that share bytes with different names in ``a`` and in ``b`` (None: it has
     bytes of its own); empty if a third-party file records no ties. ``metadata``: key → (value in ``a``, value in ``b``), for values
     that differ (None: no such key); empty if a third party wrote one of the two. ``bytes``: how many bytes of tensor data were read
-    to compare. ``seconds``: wall time of the whole call. ``shared``: the shards of ``b`` that are the same files as shards of ``a`` (hard
-    links): nothing in them was read.
+    to compare. ``seconds``: wall time of the whole call. ``training``: what differs between their training states; None if one has
+    none. ``only_training``: which of them has one, "a" or "b", if the other has none. ``shared``: the shards of ``b`` that are the same
+    files as shards of ``a`` (hard links): nothing in them was read.
     """
 
     a: str
@@ -96,7 +98,7 @@ class DiffReport(Printed):
     @property
     def same(self) -> bool:
         """Whether nothing differs, as far as the files record it. Metadata do not count: they are not part of a model."""
-        is_same_training = self.training is None or self.training.same
+        is_same_training = self.only_training is None and (self.training is None or self.training.same)
         return is_same_training and not (self.changed or self.added or self.removed or self.flags or self.ties)
 
     def _lines(self) -> Iterator[str]:
@@ -112,7 +114,9 @@ class DiffReport(Printed):
             parts.append(f"metadata differ ({some(self.metadata)})")
         if self.training is not None:
             words = ", ".join([f"{len(self.training.equal)} equal", *_counted(self.training)])
-            parts.append(f"training state: {words}" + (", other values differ" if self.training.values else ""))
+            values = self.training.values
+            more = f", {count(len(values), 'other value')} changed ({some(values)})" if values else ""
+            parts.append(f"training state: {words}{more}")
         if self.only_training is not None:
             parts.append(f"only {self.a if self.only_training == 'a' else self.b} has a training state")
         if self.shared:
@@ -196,7 +200,7 @@ def _training_diff(
         changed=changed,
         added=tuple(name for name in right.tensors if name not in pairs),
         removed=tuple(name for name in left.tensors if name not in pairs),
-        values=left.values() != right.values(),
+        values=differing_values(left.values(), right.values()),
     )
 
 

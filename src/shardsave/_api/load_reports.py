@@ -50,8 +50,10 @@ class LoadClock:
         )
 
 
-def log_load(report: LoadReport, warnings: tuple[str, ...] = (), *, event: str = "load", may_be_empty: bool = False) -> None:
-    """Logs ``report``. ``warnings``: those of its notes that need attention; so do shapes that differ, and a load of nothing, unless it
-    ``may_be_empty``."""
+def log_load(
+    report: LoadReport, warnings: tuple[str, ...] = (), *, event: str = "load", may_be_empty: bool = False, **facts: object
+) -> None:
+    """Logs ``report``, and more ``facts``. ``warnings``: those of its notes that need attention; so do shapes that differ, and a load of
+    nothing, unless it ``may_be_empty``."""
     is_empty = report.tensors == 0 and not may_be_empty
-    log_record(event, report, matters=bool(warnings or report.mismatched or is_empty))
+    log_record(event, report, matters=bool(warnings or report.mismatched or is_empty), **facts)

@@ -322,7 +322,6 @@ class CheckpointManager(Generic[Saved]):
 
     def _resumed(self, info: StepInfo, resumed: Resumed, passed: list[str]) -> Resumed:
         self._when.done(info.step)
-        log_event(logging.INFO, "resumed", f"resumed {self._shown} from step {info.step}", path=info.path, step=info.step)
         return replace(resumed, notes=(*passed, *resumed.notes))
 
     @verb()

@@ -48,7 +48,8 @@ def no_tensor(name: str) -> bool:
 class ModelLoad:
     """A load into ``model``. When it has been created, everything that can be refused has been refused, and nothing is changed.
 
-    ``reads``: the stored tensors that `fill` reads. ``warnings``: those notes that need attention.
+    ``reads``: the stored tensors that `fill` reads. ``warnings``: those notes that need attention. ``flags``: what `fill` did to the
+    flags.
     """
 
     @gc_paused()
@@ -87,19 +88,19 @@ class ModelLoad:
     def fill(self, reader: TensorReader) -> None:
         """Fills the module, and restores its flags."""
         self._differences = self._filler.fill(reader, strict=self._strict)
-        self._flags = self._filler.restore_flags()
+        self.flags = self._filler.restore_flags()
 
     def report(self, report: LoadReport, notes: tuple[str, ...]) -> LoadReport:
         """``report`` with what is known of the module once it is filled, and with ``notes`` after its own."""
         plan = self._filler.plan
         return replace(
             report,
-            notes=(*report.notes, *self._notes, *self._filler.notes, *plan.notes(), *self._flags.notes, *notes),
+            notes=(*report.notes, *self._notes, *self._filler.notes, *plan.notes(), *self.flags.notes, *notes),
             missing=self._differences.missing,
             unexpected=self._differences.unexpected,
             mismatched=tuple(sorted(plan.mismatched.values())),
-            frozen=self._flags.frozen,
-            changed_flags=self._flags.changed,
+            frozen=self.flags.frozen,
+            changed_flags=self.flags.changed,
         )
 
 

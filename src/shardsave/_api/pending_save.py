@@ -63,12 +63,16 @@ class PendingSave:
             TimeoutError: that took longer than ``timeout`` seconds; the save goes on.
             SaveCancelledError: it was cancelled; nothing was committed.
             whatever `save` raises: the save failed.
-            ShardSaveError: also in a forked child, for a save of its parent.
+            ShardSaveError: also in a forked child, for a save of its parent, and in a callback of the save itself.
         """
         if timeout is not None:
             check_timeout(timeout, "timeout")
         if self._flight.is_foreign:
             raise self._foreign()
+        if self.is_of_this_thread:
+            raise ShardSaveError(
+                f"cannot wait for the save of {self.path}: another thread was expected, this one saves (in a callback); it goes on"
+            )
         if not self._flight.wait_ended(timeout):
             raise TimeoutError(f"the save of {self.path} was expected to end within {timeout:g} s; it goes on")
         return self._flight.result()
@@ -76,6 +80,11 @@ class PendingSave:
     def wait_ended(self, timeout: float) -> bool:
         """Waits until the save is over, however it ends; for a manager. Returns False after ``timeout`` seconds."""
         return self._flight.wait_ended(timeout)
+
+    @property
+    def is_of_this_thread(self) -> bool:
+        """Whether the calling thread is the one that saves, in a callback, and would wait for itself."""
+        return self._flight.is_of_this_thread and not self.done()
 
     @property
     def is_untold(self) -> bool:

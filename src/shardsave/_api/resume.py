@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,8 +24,9 @@ from shardsave._common.memory_errors import check_free_memory
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
 from shardsave._common.uncompiled import uncompiled
-from shardsave._common.words import an
+from shardsave._common.words import an, count, some
 from shardsave._format.index import TRAINING
+from shardsave._loading.freeze_flags import RestoredFlags
 from shardsave._loading.read import Target, TensorReader
 from shardsave._storage.checkpoint import Checkpoint, open_checkpoint
 from shardsave._training.places import RNG
@@ -35,6 +36,9 @@ from shardsave.errors import ShardSaveError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+#: How many parameters whose flag has changed are named.
+_MOST_NAMES = 10
 
 
 @uncompiled
@@ -109,7 +113,9 @@ def resume(
     target_device = check_device(device)
     clock = LoadClock()
     wanted, parts = needed_files(model, "", None) if model is not None else (no_tensor, ())
-    with open_checkpoint(path, wanted, parts=(*parts, TRAINING) if is_asked else parts) as checkpoint:
+    with ExitStack() as stack:
+        with _in_state(UNCHANGED):
+            checkpoint = stack.enter_context(open_checkpoint(path, wanted, parts=(*parts, TRAINING) if is_asked else parts))
         options = Options(rng, strict, only, skip or (), on_world_change, device=target_device)
         resumption = _Resumption(checkpoint, model, training, options, restore_frozen=restore_frozen)
         clock.planned()
@@ -126,7 +132,7 @@ def resume(
         else replace(report, notes=(*report.notes, *notes))
     )
     logged = replace(report, notes=(*report.notes, *resumption.notes))
-    log_load(logged, (*resumption.warnings, *notes), event="resume", may_be_empty=model is None)
+    log_load(logged, (*resumption.warnings, *notes), event="resume", may_be_empty=model is None, step=step)
     return Resumed(step, values, resumption.notes, report)
 
 
@@ -168,6 +174,7 @@ class _Resumption:
         if self.model is not None:
             with _in_state("the training state is unchanged" if plan is not None else ""):
                 self.model.fill(reader)
+            self.notes += (*_notes_on_flags(self.model.flags),)
         if plan is None:
             return self._training
         model = "the model is loaded, " if self.model is not None else ""
@@ -213,6 +220,17 @@ class _Resumption:
             self.warnings += lacking
         if self._plan is None and TRAINING in self._checkpoint.parts:
             self.notes += ("training: it was saved, and was not asked for",)
+
+
+def _notes_on_flags(flags: RestoredFlags) -> Iterator[str]:
+    """Names the parameters whose flag has changed: someone may have frozen or thawed them on purpose, before the resume."""
+    for names, before, now in ((flags.now_frozen, "trainable", "frozen"), (flags.now_trainable, "frozen", "trainable")):
+        if names:
+            were, are, they = ("was", "is", "it was") if len(names) == 1 else ("were", "are", "they were")
+            yield (
+                f"flags: {count(len(names), 'parameter')} {were} {before} and {are} {now} now, as {they} saved: "
+                f"{some(map(repr, names), _MOST_NAMES)}; restore_frozen=False keeps the flags of the model"
+            )
 
 
 @contextmanager

@@ -18,8 +18,8 @@ class Resumed:
 
     ``step``: the step that was saved; None if the save was given none. ``values``: the training state as it was passed, without
     `PerRank`, and with plain data (numbers, text, None, containers of these) as it was saved. ``notes``: what of the training state was
-    fresh, unused, kept or cast. ``report``: of the load, of everything that was read; its ``missing``, ``unexpected`` and so on are
-    those of the model.
+    fresh, unused, kept or cast, and which freeze flags have changed. ``report``: of the load, of everything that was read; its
+    ``missing``, ``unexpected`` and so on are those of the model.
     """
 
     step: int | None

@@ -74,4 +74,5 @@ class PublicVerbs:
         import_at_use("shardsave._api.resume")
         from shardsave._api.resume import resume
 
-        return replace(resume(path, model, **options), step=step)
+        resumed = resume(path, model, **options)
+        return resumed if resumed.step is not None else replace(resumed, step=step)

@@ -78,8 +78,8 @@ class StepSaves:
 
         Returns False if it takes longer than ``timeout`` seconds.
         """
-        if self._pending is None or of not in (None, self._pending[0]):
-            return True
+        if self._pending is None or of not in (None, self._pending[0]) or self._pending[1].is_of_this_thread:
+            return True  # also in `on_commit`, which runs on the saving thread
         deadline = None if timeout is None else time.monotonic() + timeout
         while not self._pending[1].wait_ended(_POLL_SECONDS if deadline is None else _left(deadline)):
             if deadline is not None and time.monotonic() >= deadline:
@@ -95,7 +95,7 @@ class StepSaves:
 
     def _prepare(self, step: int) -> None:
         self._keeper.remover.wait()  # the space of what goes is needed
-        self._keeper.refuse_before_latest(step)
+        self._keeper.check_new(step)
 
     def _reuse(self, step: int, wanted: Any) -> Any:
         """What a save of ``step`` may take shards from: what was requested, else the last durable step."""

@@ -154,6 +154,11 @@ class Drain:
         with self._lock:
             self._end()
 
+    def forget(self) -> None:
+        """Drops all references to tensors, after `finish`."""
+        with self._lock:
+            self._items, self._of_owner, self._at_storage, self._readings = {}, {}, {}, []
+
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Waits until what ``optimizer`` holds has been read, and compares it. Raises nothing into the training."""
         try:

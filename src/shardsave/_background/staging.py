@@ -120,9 +120,10 @@ class Staging:
     def finish(self) -> None:
         """As `let_go`; snapshot memory is then used again, so ``contents`` must not be read any more. They are dropped here."""
         self._drain.finish()
+        self._drain.forget()
+        vars(self).pop("contents", None)
         memory, self._memory = self._memory, None
         if memory is not None:
-            del self.contents
             snapshot.give_back(memory)
 
     def _drained(self) -> None:

@@ -12,6 +12,8 @@ import click
 
 from shardsave._cli.output import GOOD, Output, wants_bar
 from shardsave._cli.paths import CHECKPOINT
+from shardsave._cli.runs import latest_of_run
+from shardsave._format.file_names import TORCH_ENDINGS
 from shardsave.errors import IncompatibleCheckpointError, UntrustedCodeError
 
 if TYPE_CHECKING:
@@ -78,11 +80,12 @@ def convert(
     """Convert the checkpoint SRC to DST, which is replaced completely or not at all.
 
     SRC may be a shardsave checkpoint, a safetensors file or directory from any library, a file of torch.save (.bin, .pt, .pth), a
-    directory of such shards, or a directory of torch.distributed.checkpoint. No code in it is run. The memory needed does not grow
-    with the model.
+    directory of such shards, or a directory of torch.distributed.checkpoint. Of a run, the latest step is converted. No code in it is
+    run. The memory needed does not grow with the model.
     """
     import shardsave
 
+    source = latest_of_run("convert", source, (".distcp", ".safetensors", *TORCH_ENDINGS))
     try:
         report = shardsave.convert(
             source,

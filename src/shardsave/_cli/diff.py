@@ -10,9 +10,13 @@ import click
 
 from shardsave._cli.output import BAD, DIM, FROZEN, GOOD, TRAINABLE, Cell, Output, wants_bar
 from shardsave._cli.paths import CHECKPOINT
+from shardsave._common.words import count
 
 if TYPE_CHECKING:
     import shardsave
+
+#: How many values of a training state that differ are named.
+_MOST_VALUES = 24
 
 
 @click.command(
@@ -57,6 +61,11 @@ def _print(report: shardsave.DiffReport, output: Output) -> None:
         output.line(("metadata ", DIM), f"{key}: {old} → {new}")
     if report.training is not None:
         _print_tensors(report.training, output, "changed in the training state")
+        places = report.training.values
+        for place in places[:_MOST_VALUES]:
+            output.line(("~ ", TRAINABLE), place)
+        if len(places) > _MOST_VALUES:
+            output.line((f"… {count(len(places) - _MOST_VALUES, 'more value')} of the training state; --json has all", DIM))
     output.line((str(report), GOOD if report.same else DIM))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from fnmatch import translate
@@ -16,13 +15,12 @@ import click
 from shardsave._api.findings import counted_once, moment_words
 from shardsave._cli.output import DIM, FROZEN, TRAINABLE, Cell, Output
 from shardsave._cli.paths import CHECKPOINT
+from shardsave._cli.runs import latest_of_run
 from shardsave._cli.tree import Sums, guides, module_tree, rows
 from shardsave._common.gc_pause import gc_paused
 from shardsave._common.words import build_arguments, count, human_bytes
 from shardsave._format.dtypes import BY_NAME, torch_shape
-from shardsave._format.file_names import INDEX_NAME, LONE_NAME
 from shardsave._format.index import Moment, encode_number
-from shardsave._runs.steps import Run
 from shardsave._storage.checkpoint import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
@@ -71,7 +69,7 @@ def inspect(
     Reads the index and the headers of DIRECTORY, but no tensor data. A bar shows which share of a module's parameters is frozen, in
     bytes. With --architecture, nothing that the architecture names is imported. If DIRECTORY is a run, its latest step is shown.
     """
-    directory = _latest_of_run(directory)
+    directory = latest_of_run("inspect", directory)
     asked: ArchitectureInfo | None = None
     with gc_paused(), open_checkpoint(directory, parts=["architecture"] if architecture else []) as checkpoint:
         names = _names(checkpoint, pattern)
@@ -98,19 +96,6 @@ def inspect(
         for note in checkpoint.notes():
             click.echo(f"shardsave inspect: {directory}: {note}", err=True)
     context.exit(1 if (pattern is not None and not names) or (architecture and asked is None) else 0)
-
-
-def _latest_of_run(directory: str) -> str:
-    """The path of the latest step, if ``directory`` is a run and no checkpoint; otherwise ``directory``."""
-    if not os.path.isdir(directory) or any(os.path.lexists(os.path.join(directory, name)) for name in (INDEX_NAME, LONE_NAME)):
-        return directory
-    run = Run(directory)
-    latest = next((info for info in run.newest_first() if info.committed), None)
-    if latest is None:
-        return directory
-    total = count(len(run.numbers()), "step")
-    click.echo(f"shardsave inspect: {directory} has {total}, this is the latest: {latest.path}", err=True)
-    return latest.path
 
 
 def _names(checkpoint: Checkpoint, pattern: str | None) -> dict[str, str]:

@@ -21,16 +21,16 @@ def somebody_listens() -> bool:
     return _logger.isEnabledFor(logging.WARNING) and _logger.hasHandlers()
 
 
-def log_record(event: str, report: Any, *, matters: bool = False) -> None:
+def log_record(event: str, report: Any, *, matters: bool = False, **facts: object) -> None:
     """Logs ``report``, a dataclass, at level INFO; if it ``matters``, because something needs attention, at level WARNING.
 
-    The record's attribute ``shardsave`` is a dict of plain values: ``event`` ("save", "load", "resume", "convert", "delete"), and each
-    field of the report.
+    The record's attribute ``shardsave`` is a dict of plain values: ``event`` ("save", "load", "resume", "convert", "delete"), each
+    field of the report, and ``facts``.
     """
     level = logging.WARNING if matters else logging.INFO
     if _logger.isEnabledFor(level) and _logger.hasHandlers():
         fields = {field.name: _plain(getattr(report, field.name)) for field in dataclasses.fields(report)}
-        _logger.log(level, "%s", report, extra={"shardsave": {"event": event, **fields}}, stacklevel=caller_level())
+        _logger.log(level, "%s", report, extra={"shardsave": {"event": event, **fields, **facts}}, stacklevel=caller_level())
 
 
 def log_event(level: int, event: str, message: str, **facts: object) -> None:

@@ -30,7 +30,7 @@ from shardsave._state.parts import Parts
 from shardsave._storage.checkpoint import PARTS, Checkpoint, open_checkpoint
 from shardsave._storage.companions import ADAPTER_FILES, ADAPTER_NAMES, CONFIG_NAMES, MAX_COMPANION_BYTES
 from shardsave._storage.directory import Directory
-from shardsave._storage.find import cannot_read, find, open_checkpoint_file
+from shardsave._storage.find import cannot_read, find, latest_step, open_checkpoint_file
 from shardsave._storage.located import Located
 from shardsave._storage.previous import companions_of
 from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError
@@ -325,8 +325,11 @@ def _has(folder: str, name: str) -> bool:
 
 
 def _hint(folder: str) -> str:
-    """Names files in ``folder`` that could be converted if their path were given."""
-    files = [name for name in _names_in(folder) if name.endswith((".safetensors", *TORCH_ENDINGS, ".index.json"))]
+    """Names the latest step of a run, or files in ``folder`` that could be converted if their path were given."""
+    listed = _names_in(folder)
+    if latest := latest_step(folder, listed):
+        return latest
+    files = [name for name in listed if name.endswith((".safetensors", *TORCH_ENDINGS, ".index.json"))]
     return f"; to read another file, give its path: {some(files)}" if files else ""
 
 

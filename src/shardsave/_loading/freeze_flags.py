@@ -14,12 +14,17 @@ from shardsave._state.wrappers import Names
 
 
 class RestoredFlags(NamedTuple):
-    """``frozen``: how many parameters are frozen now; None if flags were not restored. ``changed``: how many had another flag before.
-    ``notes``: which flags were not restored, for the report."""
+    """``frozen``: how many parameters are frozen now; None if flags were not restored. ``now_frozen``, ``now_trainable``: the names of
+    those that had the other flag before. ``notes``: which flags were not restored, for the report."""
 
     frozen: int | None
-    changed: int
+    now_frozen: tuple[str, ...] = ()
+    now_trainable: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def changed(self) -> int:
+        return len(self.now_frozen) + len(self.now_trainable)
 
 
 def restore_flags(
@@ -36,10 +41,10 @@ def restore_flags(
     it trainable.
     """
     if flags is None:
-        return RestoredFlags(None, 0)
+        return RestoredFlags(None)
     origins = origins or {}
     followed: set[str] = set()
-    with_flag: dict[bool, list[torch.Tensor]] = {False: [], True: []}
+    with_flag: dict[bool, dict[int, tuple[str, torch.Tensor]]] = {False: {}, True: {}}
     for name, parameter in parameters:
         frozen = flags.get(name)
         if routed or origins:
@@ -49,23 +54,28 @@ def restore_flags(
                 known = [flags[source] for source in sources if source in flags]
                 frozen = all(known) if known else None
         if frozen is not None and ((dtype := parameter.dtype).is_floating_point or dtype.is_complex):
-            with_flag[frozen].append(parameter)
-    frozen_by_id = {id(parameter): parameter for parameter in with_flag[True]}
-    if frozen_by_id:
-        for parameter in with_flag[False]:
-            frozen_by_id.pop(id(parameter), None)
-    changing = {id(parameter): parameter for parameter in with_flag[False] if not parameter.requires_grad}
-    changing.update((number, parameter) for number, parameter in frozen_by_id.items() if parameter.requires_grad)
-    for number, parameter in changing.items():
-        with torch.inference_mode(parameter.is_inference()):  # outside inference mode, an inference tensor refuses the flag
-            parameter.requires_grad_(number not in frozen_by_id)
+            with_flag[frozen].setdefault(id(parameter), (name, parameter))
+    trainable_by_id, frozen_by_id = with_flag[False], with_flag[True]
+    for number in trainable_by_id.keys() & frozen_by_id.keys():
+        del frozen_by_id[number]
+    now_trainable = _set_flags(trainable_by_id.values(), requires_grad=True)
+    now_frozen = _set_flags(frozen_by_id.values(), requires_grad=False)
     lost = [name for name in routed if name in flags and name not in followed]
     notes = []
     if lost:
         notes = [
             f"the flags of {some(lost)} were not restored: the module loads these itself, and no parameter is known to hold them"
         ]
-    return RestoredFlags(len(frozen_by_id), len(changing), tuple(notes))
+    return RestoredFlags(len(frozen_by_id), now_frozen, now_trainable, tuple(notes))
+
+
+def _set_flags(parameters: Iterable[tuple[str, torch.Tensor]], *, requires_grad: bool) -> tuple[str, ...]:
+    """Returns the names of those whose flag was another one."""
+    changing = [(name, parameter) for name, parameter in parameters if parameter.requires_grad != requires_grad]
+    for _, parameter in changing:
+        with torch.inference_mode(parameter.is_inference()):  # outside inference mode, an inference tensor refuses the flag
+            parameter.requires_grad_(requires_grad)
+    return tuple(name for name, _ in changing)
 
 
 def named_parameters(inventory: Inventory, routines: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:

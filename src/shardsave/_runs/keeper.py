@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Sequence
 
 from shardsave._common.log_records import log_event
@@ -30,8 +31,16 @@ class Keeper:
         self._recorded = recorded
         self._swept = False
 
-    def refuse_before_latest(self, step: int) -> None:
-        """Raises SaveNotCommittedError if the run has a later step: `resume` would never find this one, and a policy might remove it."""
+    def check_new(self, step: int) -> None:
+        """Raises SaveNotCommittedError if ``step`` may not be saved: its directory is a link, perhaps to another step, which would be
+        overwritten; or the run has a later step, so `resume` would never find this one, and a policy might remove it.
+        """
+        path = self._run.path_of(step)
+        if os.path.islink(path):
+            raise SaveNotCommittedError(
+                f"cannot save to {path}: a directory, or nothing, was expected, it is a symbolic link; nothing was written, what it leads "
+                f"to is as it was"
+            )
         for number in reversed(self._run.numbers()):
             if number <= step:
                 return
@@ -86,7 +95,11 @@ class Keeper:
             counted = [info for info in self._counted(self._run.steps()) if info.step != step]
         except ShardSaveError as error:
             return f"the steps of the run cannot be listed ({error})"
-        stay = kept([*counted, StepInfo(step, self._run.path_of(step), "committed")], self._keeps)
+        try:
+            stay = kept([*counted, StepInfo(step, self._run.path_of(step), "committed")], self._keeps)
+        except Exception as error:  # of the user's own policy: what it hides is worse
+            words = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+            return f"what the policy would remove is not known, it raised {words}"
         doomed = [info.step for info in counted if info.step not in stay]
         if not doomed:
             return "the policy would remove no step"

@@ -38,8 +38,7 @@ def remove_step(run: str, step: int) -> RemovedStep:
     finished by `finish_step`.
     """
     path = os.path.join(run, step_name(step))
-    if os.path.islink(path):
-        raise ShardSaveError(f"cannot remove {path}: a directory was expected, it is a symbolic link; what it leads to stays")
+    _refuse_link(path)
     with _locked(path) as folder:
         if folder.status_of(PIN_NAME) is not None:
             return RemovedStep(step, path, pinned=True)
@@ -55,6 +54,7 @@ def finish_step(run: str, step: int) -> RemovedStep:
     Where a checkpoint is in place, it stays. Raises as `remove_step` does.
     """
     path = os.path.join(run, step_name(step))
+    _refuse_link(path)
     with _locked(path) as folder:
         undo_begun(folder)
         index = read_obeyed(folder, INDEX_NAME)
@@ -63,6 +63,11 @@ def finish_step(run: str, step: int) -> RemovedStep:
             return RemovedStep(step, path, removed.bytes, removed.leftovers)
         Cleaner(folder).remove_dead_staging(files_of(index))
         return RemovedStep(step, path, removed.bytes, removed.leftovers or _remove_directory(run, step))
+
+
+def _refuse_link(path: str) -> None:
+    if os.path.islink(path):
+        raise ShardSaveError(f"cannot remove {path}: a directory was expected, it is a symbolic link; what it leads to stays")
 
 
 def _remove_directory(run: str, step: int) -> tuple[str, ...]:

@@ -29,7 +29,8 @@ from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError
 PIN_NAME = ".shardsave-pinned"
 
 #: committed: can be loaded. saving: its first save is at work. unfinished: that save has died. removing: its removal has begun.
-#: corrupt: the index is damaged, or a file that it names is missing or has another length. newer: needs a newer shardsave.
+#: corrupt: the index is damaged or that of another step, or a file that it names is missing or has another length. newer: needs a newer
+#: shardsave.
 #: foreign: not saved by shardsave. unreadable: the operating system refuses to read it.
 State = Literal["committed", "saving", "unfinished", "removing", "corrupt", "newer", "foreign", "unreadable"]
 
@@ -101,6 +102,10 @@ class Run:
                 folder.open(self.path)
                 names = folder.names()
         except CallFailed as error:
+            if error.errno == errno.ENOENT and os.path.islink(self.path):  # its disk may not be mounted: this is no new run
+                raise ShardSaveError(
+                    f"cannot read {self.path}: a directory was expected, it is a symbolic link to nothing; nothing was read or written"
+                ) from error
             if error.errno == errno.ENOENT:
                 return []
             raise cannot_read(self.path, error) from error
@@ -168,13 +173,14 @@ class Run:
             return replace(info, state="foreign", problem="shardsave did not save it")
         files = files_there(folder, summary.lengths, summary.record)
         self._files[info.step] = files.files
+        problem = files.problem or _problem_of_name(info, summary.record.moment.step)
         return replace(
             info,
-            state="corrupt" if files.problem else "committed",
+            state="corrupt" if problem else "committed",
             created=summary.created,
             bytes=sum(file.bytes for file in files.files.values()),
             metrics=summary.record.moment.metrics,
-            problem=files.problem,
+            problem=problem,
         )
 
     def _summary(self, folder: Directory, number: int, identity: tuple[int, ...]) -> _Summary | None:
@@ -218,6 +224,20 @@ class Run:
                 if info.committed and info.step not in uncounted and self._summaries[info.step].record.durable:
                     return info.path if info.step != step else None
         return None
+
+
+def _problem_of_name(info: StepInfo, recorded: int | None) -> str:
+    """What is wrong with the name of a step whose index says that it is step ``recorded``: "" if nothing is.
+
+    A plain `save` may have been given no step; then a link to the directory of another step shows it.
+    """
+    if recorded is None and os.path.islink(info.path):
+        leads_to = (os.readlink(info.path), os.path.realpath(info.path))
+        numbers = (step_number(os.path.basename(path.rstrip("/"))) for path in leads_to)
+        recorded = next((number for number in numbers if number is not None), None)
+    if recorded in (None, info.step):
+        return ""
+    return f"it is step {recorded}, not step {info.step}: the directory was renamed, copied or linked"
 
 
 def _identity(folder: Directory) -> tuple[int, ...] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from shardsave._common.os_calls import CallFailed, Descriptor, NotRegular, TooLong, call, open_regular, read_whole
@@ -101,10 +102,8 @@ def _hint(folder: str) -> str:
         listed = os.listdir(folder or ".")
     except OSError:
         return ""
-    steps = sorted((number, name) for name in listed if (number := step_number(name)) is not None)
-    committed = [name for _, name in steps if os.path.exists(os.path.join(folder, name, INDEX_NAME))]
-    if committed:
-        return f"; it is a run with {count(len(steps), 'step')}, the latest is {os.path.join(folder, committed[-1])}"
+    if latest := latest_step(folder, listed):
+        return latest
     others = sorted(name for name in listed if name.endswith((".safetensors", ".safetensors.index.json")))
     if others:
         return f"; to read another file, give its path: {some(others)}"
@@ -112,6 +111,15 @@ def _hint(folder: str) -> str:
         return f"; it holds a distributed checkpoint, and {TORCH_SAVE_HINT}"
     pickled = sorted(name for name in listed if name.endswith((*TORCH_ENDINGS, ".ckpt")))
     return f"; {pickled[0]} has the name of a file of torch.save, and {TORCH_SAVE_HINT}" if pickled else ""
+
+
+def latest_step(folder: str, listed: Iterable[str]) -> str:
+    """Names the latest step in ``folder``, for the end of a message, if one of the names that are ``listed`` is that of a step."""
+    steps = sorted((number, name) for name in listed if (number := step_number(name)) is not None)
+    committed = [name for _, name in steps if os.path.exists(os.path.join(folder, name, INDEX_NAME))]
+    if not committed:
+        return ""
+    return f"; it is a run with {count(len(steps), 'step')}, the latest is {os.path.join(folder, committed[-1])}"
 
 
 def _read_index(path: str, name: str) -> bytes | None:

@@ -27,8 +27,8 @@ from shardsave._storage.staging import lists_directory, owner_of, read_list
 
 @dataclass(frozen=True, slots=True)
 class Leaving:
-    """What a crashed save left behind: its staging directory, or the lone file that it replaced; or the index of a checkpoint whose
-    removal was interrupted.
+    """What a crashed save left behind: its staging directory, or the lone file that it replaced; the index of a checkpoint whose
+    removal was interrupted; or the directory of a step, if it is empty.
 
     ``files``: the files that are removed with it, relative to the checkpoint's directory. ``bytes``: the disk space that this frees.
     ``dead``: whether its saver is known to be dead; False for a saver of another host, whose processes are not visible from here.
@@ -64,7 +64,7 @@ def find_leavings(folder: LockedDirectory, index: Index | None) -> tuple[Leaving
         ours = folder.is_ours(lone)
         size = bytes_on_disk(folder, (LONE_NAME,))
         leavings.append(Leaving(LONE_NAME, (LONE_NAME,) if ours else (), size, ours, ours=ours))
-    removed = read_obeyed(folder, REMOVED_INDEX_NAME)
+    removed = read_obeyed(folder, REMOVED_INDEX_NAME, "clean")
     if removed is not None:
         files = tuple(name for name in removable(removed, index) if folder.status_of(name) is not None)
         leavings.append(Leaving(REMOVED_INDEX_NAME, files, bytes_on_disk(folder, files), True))

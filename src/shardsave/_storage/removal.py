@@ -93,22 +93,25 @@ def removable(removed: Index, index: Index | None) -> tuple[str, ...]:
     return (REMOVED_INDEX_NAME, *sorted(final_names(files_of(removed), (), files_of(index))))
 
 
-def read_obeyed(folder: LockedDirectory, name: str) -> Index | None:
-    """The index in the file ``name``, None if there is no such file. Raises CallFailed, and for one that must not be obeyed."""
+def read_obeyed(folder: LockedDirectory, name: str, purpose: str = "remove the checkpoint in") -> Index | None:
+    """The index in the file ``name``, None if there is no such file. ``purpose``: what cannot be done without it, for the message.
+
+    Raises CallFailed; ShardSaveError, CorruptCheckpointError or IncompatibleCheckpointError for one that must not be obeyed.
+    """
     data = folder.read_all(name, MAX_INDEX_BYTES)
     if data is None:
         return None
     if not folder.obeys(name):
         raise ShardSaveError(
-            f"cannot remove the checkpoint in {folder.path}: a {name} that only this user can have written was expected, since everybody "
-            f"may write to this directory; another user made it, or may have changed it; nothing was removed"
+            f"cannot {purpose} {folder.path}: a {name} that only this user can have written was expected, since everybody may write "
+            f"to this directory; another user made it, or may have changed it; nothing was removed"
         )
     try:
         return parse_index(data, f"index {name}")
     except (CorruptCheckpointError, IncompatibleCheckpointError) as error:
         raise type(error)(
-            f"cannot remove the checkpoint in {folder.path}: an index that names its files was expected, {name} cannot be read ({error}); "
-            f"nothing was removed"
+            f"cannot {purpose} {folder.path}: an index that names its files was expected, {name} cannot be read ({error}); nothing "
+            f"was removed"
         ) from error
 
 

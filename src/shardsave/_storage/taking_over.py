@@ -7,6 +7,7 @@ writes. What cannot be taken over is written anew, whatever the reason, so no fa
 and files of its own that cannot be made or removed.
 
 The file that is taken over is only ever open for reading, and it is synced like a new one: nobody knows whether its saver did that.
+Once is enough for a process, as long as nobody writes to the file: an fsync waits for the disk even if there is nothing to write.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ from shardsave._storage.shard_files import file_identity
 from shardsave._storage.staging import Staging
 
 _FICLONE = 0x40049409  # linux/fs.h: _IOW(0x94, 9, int)
+
+#: The files (`file_identity`) that this process has synced, the last ones of them.
+_synced: dict[tuple[int, ...], None] = {}
+_MOST_REMEMBERED = 100_000
 
 
 class TakingOver:
@@ -71,7 +76,7 @@ class TakingOver:
                 return None
         except CallFailed:
             return None
-        self._staging.directory.sync_open(file.fd, name)  # before it gets another name: then there is little to wait for
+        self._sync(file, shard.identity, f"{earlier.path}/{shard.name}")
         with suppress(CallFailed):
             earlier.folder.link(shard.name, self._staging.directory, name)
         linked = self._staging.inode_of(name)  # also if the call failed: it may have taken effect
@@ -81,3 +86,12 @@ class TakingOver:
             self._staging.directory.unlink(name)
             return None
         return shard.identity
+
+    def _sync(self, file: Descriptor, identity: tuple[int, ...], path: str) -> None:
+        """Makes the file durable, unless this process has done so and it is as it was then. Before it is linked, it has little to write."""
+        if identity in _synced or not self._staging.directory.durable:
+            return
+        self._staging.directory.sync_open(file.fd, path)
+        _synced[identity] = None
+        if len(_synced) > _MOST_REMEMBERED:
+            _synced.pop(next(iter(_synced)), None)

@@ -7,6 +7,7 @@ index has been re-read to learn which checkpoint is in place. `shardsave._storag
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping
@@ -104,12 +105,16 @@ class Transaction:
         self.close()
 
     def _lock(self) -> None:
-        try:
-            make_folders(self.path, self._folder.durable)
-            self._folder.acquire(self._lock_timeout, waiting=self._waiting)
-        except CallFailed as error:
-            kind = OutOfSpaceError if error.errno in OUT_OF_SPACE else SaveNotCommittedError
-            raise kind(f"cannot save to {self.path}: {error.words}; nothing was written") from error
+        for tries_left in (1, 0):
+            try:
+                make_folders(self.path, self._folder.durable)
+                return self._folder.acquire(self._lock_timeout, waiting=self._waiting)
+            except CallFailed as error:
+                # `clean` or a manager may just have removed the new directory of a step, which was empty, before it was locked.
+                if error.errno == errno.ENOENT and tries_left:
+                    continue
+                kind = OutOfSpaceError if error.errno in OUT_OF_SPACE else SaveNotCommittedError
+                raise kind(f"cannot save to {self.path}: {error.words}; nothing was written") from error
 
     def _read_previous(self) -> None:
         """Makes the previous commit durable before this save relies on it, whoever made it; then reads it, and finishes its companions."""

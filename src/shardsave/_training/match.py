@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from shardsave._common.strict_json import glimpse
 from shardsave._common.words import an, some
 from shardsave._training.kinds import class_name, items_of, kind_of, leaves_in
 from shardsave._training.leaves import LeafPlanner
@@ -18,6 +19,9 @@ from shardsave._training.write_values import MAX_DEPTH
 #: The tags of values with a state of their own, or in memory that exists: they are leaves; everything else is plain data.
 _LEAVES = frozenset({"optimizer", "module", "object", "generator", "tensor", "array", SUBCLASS, "per_rank"})
 _ABSENT: Any = object()
+
+#: The tags of containers → what they are, in words.
+_CONTAINERS = {"dict": "a dict", "pairs": "a dict", "list": "a list", "tuple": "a tuple", "set": "a set"}
 
 
 class Matcher:
@@ -91,11 +95,21 @@ class Matcher:
             tag = next(iter(saved)) if isinstance(saved, dict) and saved else ""
             if tag in (("dict", "pairs") if isinstance(live, Mapping) else ("list", "tuple")):
                 return self._container(live, items, saved, place)
+            if saved is not _ABSENT and (has_leaves or tag in _CONTAINERS):
+                self._other_container(live, saved, place)
+                return live
             if has_leaves:  # each of them is missing
                 for key, item in items:
                     self.match(item, _ABSENT, place.at(key))
                 return live
         return self._plain(live, saved, place)
+
+    def _other_container(self, live: Any, saved: Any, place: Place) -> None:
+        """Notes that ``live`` cannot continue what is no container of its kind, unless nothing in it is selected."""
+        inside = [self.selected(leaf) for leaf, _ in leaves_in(live, place)]
+        if any(inside) or self.selected(place):
+            kind = "dict" if isinstance(live, Mapping) else type(live).__name__
+            self.differences.append(f"{place.path}: the checkpoint has {in_words(saved)}, here is {an(kind)}")
 
     def _of_this_rank(self, live: Any, saved: Any, place: Place) -> Any:
         if not (isinstance(saved, dict) and saved.keys() == {"per_rank"}):
@@ -194,4 +208,9 @@ def in_words(saved: Any) -> str:
     tag, content = next(iter(saved.items()))
     if tag in ("optimizer", "module", "object", "generator") and isinstance(content, dict):
         return an(str(content.get("class"))[:80])
+    if tag in _CONTAINERS:
+        names = f" of {some(map(glimpse, content))}" if tag == "dict" and isinstance(content, dict) and content else ""
+        return f"{_CONTAINERS[tag]}{names}"
+    if tag in ("tensor", "array"):
+        return an(tag)
     return f"a value of the kind {str(tag)[:20]!r}"

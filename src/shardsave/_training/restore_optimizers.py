@@ -10,6 +10,7 @@ import torch
 from shardsave._common.memory import PLAIN_TYPES
 from shardsave._common.words import count, some
 from shardsave._training.kinds import class_name, inner
+from shardsave._training.optimizer_options import known_options, wrong_option
 from shardsave._training.optimizers import NO_OPTIONS
 from shardsave._training.parameter_names import ParameterNames
 from shardsave._training.places import Place
@@ -65,6 +66,11 @@ def plan_optimizer(
         if not names.in_model and saved_class == class_name(optimizer):
             difference += "; pass the model too, which names the parameters"
         return OptimizerPlan(lambda: None, (), 0, (), difference=difference)
+    order = [_saved_groups_of(at, listed, saved, group_of) for at, listed in enumerate(own)]
+    packed = optimizer.state_dict()
+    loaded, notes, difference = _loaded_groups(packed["param_groups"], optimizer, saved, order, reader, path)
+    if difference is not None:
+        return OptimizerPlan(lambda: None, (), 0, (), difference=difference)
     state_by_name = {}
     for name, values in state.items():
         if name not in group_of or type(values) is not dict:
@@ -73,9 +79,6 @@ def plan_optimizer(
             target = parameter.device if device is None or id(parameter) not in names.in_model else device
             onto = Onto(target, parameter if type(parameter) in PLAIN_TYPES else None)
             state_by_name[name] = _state_of(values, reader, f"{path}.state[{name!r}]", onto)
-    order = [_saved_groups_of(at, listed, saved, group_of) for at, listed in enumerate(own)]
-    packed = optimizer.state_dict()
-    loaded, notes = _loaded_groups(packed["param_groups"], optimizer, saved, order, reader, path)
     rest = reader.value(rest, path)
     if type(rest) is not dict or type(rest.get("state", {})) is not dict or "param_groups" in rest:
         reader.corrupt(path, "other members of a state dict were", rest)
@@ -92,8 +95,7 @@ def plan_optimizer(
     starts = [next(iter(order_of), None) for order_of in order]
     if isinstance(inner(optimizer), torch.optim.LBFGS):  # which keeps the state of all parameters with the first
         return OptimizerPlan(load, starts, len(saved), notes)
-    trainable = [name for name, parameter in parameters.items() if parameter.requires_grad]
-    return OptimizerPlan(load, starts, len(saved), notes, lambda: _late_notes(path, parameters, group_of, state, trainable))
+    return OptimizerPlan(load, starts, len(saved), notes, lambda: _late_notes(path, parameters, group_of, state))
 
 
 def _saved_group(group: Any, reader: ValueReader, path: str) -> _SavedGroup:
@@ -145,33 +147,33 @@ def _loaded_groups(
     order: Sequence[Sequence[int]],
     reader: ValueReader,
     path: str,
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """The groups to load, with the options that were saved for their parameters; also notes."""
+) -> tuple[list[dict[str, Any]], list[str], str | None]:
+    """The groups to load, with the options that were saved for their parameters; notes; and why the optimizer cannot take them."""
     decoded = [reader.value(group.options, f"{path}, group {at}") for at, group in enumerate(saved)]
     for options in decoded:
         if type(options) is not dict or not NO_OPTIONS.isdisjoint(options):
             reader.corrupt(path, "the options of a group were", options)
     # torch asks for each value of the state whether its number is in a list of them; a range answers at once.
     quick = type(inner(optimizer)).load_state_dict is torch.optim.Optimizer.load_state_dict
+    known = known_options(optimizer)
     loaded, notes = [], []
     for at, (group, sources) in enumerate(zip(packed, order)):
         numbers = group["params"]
         if quick and len(numbers) > 0 and list(numbers) == list(range(numbers[0], numbers[0] + len(numbers))):
             group = {**group, "params": range(numbers[0], numbers[0] + len(numbers))}
         if sources and all(saved[other].options == saved[sources[0]].options for other in sources):
+            if wrong := wrong_option(decoded[sources[0]], group, known):
+                return [], [], f"{path}, group {at}: {wrong}"
             group = {**group, **decoded[sources[0]]}
         elif sources:
             notes.append(f"{path}: group {at} keeps its options, since its parameters were in groups with different ones")
         else:
             notes.append(f"{path}: group {at} is new and keeps its options")
         loaded.append(group)
-    return loaded, notes
+    return loaded, notes, None
 
 
-def _late_notes(
-    path: str, parameters: dict[str, torch.Tensor], group_of: dict[str, int], state: dict[str, Any], trainable: list[str]
-) -> list[str]:
-    """``trainable``: the parameters that were not frozen before the model was loaded with the flags that were saved."""
+def _late_notes(path: str, parameters: dict[str, torch.Tensor], group_of: dict[str, int], state: dict[str, Any]) -> list[str]:
     gone = [repr(name) for name in state if name not in parameters]
     fresh = [
         repr(name)
@@ -179,8 +181,6 @@ def _late_notes(
         if name not in state and (name not in group_of or (state and parameter.requires_grad))
     ]
     frozen = [repr(name) for name in state if name in parameters and not parameters[name].requires_grad]
-    # A parameter that the saved optimizer had too is no surprise: that is how a new training of a model is made.
-    refrozen = [repr(name) for name in trainable if name not in group_of and not parameters[name].requires_grad]
     notes = []
     if gone:
         notes.append(
@@ -190,11 +190,6 @@ def _late_notes(
         notes.append(f"{path}: {count(len(fresh), 'parameter')} without saved state start fresh: {some(fresh)}")
     if frozen:
         notes.append(f"{path}: {count(len(frozen), 'parameter')} with saved state are frozen: {some(frozen)}")
-    if refrozen:
-        notes.append(
-            f"{path}: {count(len(refrozen), 'parameter')} that the optimizer has now were thawed, and are frozen again, as they were "
-            f"saved: {some(refrozen)}; restore_frozen=False keeps the flags of the model"
-        )
     return notes
 
 
