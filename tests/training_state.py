@@ -83,8 +83,8 @@ def training_generation(folder: Path) -> int | None:
         loaded = {name: torch.empty(t.shape) for name, t in training.tensors.items()}
         with Progress(False, "loading", 0) as progress:
             TensorReader(checkpoint, verify=True, progress=progress).read([(t, loaded[n]) for n, t in training.tensors.items()])
-        generation = int(json.loads(training.document)["shared"]["dict"]["generation"])
-        assert [json.loads(one)["leaves"] for one in training.rank_documents.values()] == [{"loader": generation}]
+        generation = int(training.shared["dict"]["generation"])
+        assert [*training.leaves.values()] == [{"loader": generation}]
     expected = training_tensors(generation)
     assert loaded.keys() == expected.keys() and all(torch.equal(loaded[name], expected[name]) for name in expected)
     return generation

@@ -69,8 +69,7 @@ def test_state_of_an_optimizer(tmp_path: Path, name: str) -> None:
     other_model, other = trained(name, seed=1)
     with open_checkpoint(tmp_path, parts=["training state"]) as checkpoint:
         assert checkpoint.training is not None
-        shared = json.loads(checkpoint.training.document)["shared"]
-        stored = StoredTraining(str(tmp_path), shared, {}, checkpoint.training.tensors, 1)
+        stored = StoredTraining(str(tmp_path), checkpoint.training.shared, {}, checkpoint.training.tensors, 1)
         plan = plan_restore({"optimizer": other}, other_model, stored)
     plan.apply()
     for key, part in parts(other.state[other_model.weight]["exp_avg"]).items():

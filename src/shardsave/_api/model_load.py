@@ -75,7 +75,7 @@ class ModelLoad:
         self._filler.check(strict=strict, prefix=prefix)
         self.reads = self._filler.plan.reads
         self.nbytes = sum(located.nbytes for located in self.reads)
-        self.host_bytes = self._filler.host_bytes()
+        self.host_bytes = self._filler.host_bytes
 
     def filled(self) -> list[tuple[str, Located, torch.Tensor]]:
         """As of `ModuleFiller`."""

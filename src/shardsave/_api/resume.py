@@ -20,6 +20,7 @@ from shardsave._api.process_group import check_process_group
 from shardsave._api.resumed import Resumed
 from shardsave._api.shared_memory import Filled, check_shared_memory
 from shardsave._api.stored_training import stored_training
+from shardsave._common.gc_pause import gc_paused
 from shardsave._common.memory_errors import check_free_memory
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
@@ -142,6 +143,7 @@ class _Resumption:
     ``model``: the load of the model, if there is one. ``notes``: of the training state; ``warnings``: of lack of memory.
     """
 
+    @gc_paused()
     def __init__(
         self, checkpoint: Checkpoint, model: nn.Module | None, training: Any, options: Options, *, restore_frozen: bool
     ) -> None:
@@ -151,6 +153,7 @@ class _Resumption:
         self._checkpoint = checkpoint
         self._training = training
         self._plan = self._plan_training(model, options) if training is not None or options.rng else None
+        self._fresh, self._in_place = self._targets()
         if model is not None:
             strict = options.strict
             self.model = ModelLoad(model, checkpoint, None, options.device, strict=strict, restore_frozen=restore_frozen)
@@ -162,14 +165,14 @@ class _Resumption:
     def nbytes(self) -> int:
         """How many bytes of tensors are read."""
         of_model = self.model.nbytes if self.model is not None else 0
-        return of_model + sum(located.nbytes for targets in self._targets() for located, _ in targets)
+        return of_model + sum(located.nbytes for located, _ in (*self._fresh, *self._in_place))
 
     def run(self, reader: TensorReader) -> Any:
         """Fills the model, hands every object its state, and sets the generators last. Returns the values."""
-        plan, (fresh, in_place) = self._plan, self._targets()
+        plan = self._plan
         if plan is not None:
             with _in_state(UNCHANGED):
-                reader.read(fresh)
+                reader.read(self._fresh)
             plan.check()
         if self.model is not None:
             with _in_state("the training state is unchanged" if plan is not None else ""):
@@ -179,7 +182,7 @@ class _Resumption:
             return self._training
         model = "the model is loaded, " if self.model is not None else ""
         with _in_state(f"{model}tensors in place in the training state are partly restored, no object has received its state"):
-            reader.read(in_place)
+            reader.read(self._in_place)
         with _in_state(model.removesuffix(", ")):
             values = plan.apply()
         self.notes += plan.notes
@@ -212,8 +215,7 @@ class _Resumption:
 
     def _check_memory(self) -> None:
         """Refuses what surely does not fit; the model alone has been checked."""
-        fresh, _ = self._targets()
-        if new := sum(located.nbytes for located, tensor in fresh if isinstance(tensor, torch.Tensor) and tensor.is_cpu):
+        if new := sum(located.nbytes for located, tensor in self._fresh if isinstance(tensor, torch.Tensor) and tensor.is_cpu):
             needed = new + (self.model.host_bytes if self.model is not None else 0)
             lacking = check_free_memory(self._checkpoint.path, needed, UNCHANGED)
             self.notes += lacking

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from shardsave._format.training_state import parse_rank_document, parse_training_index
 from shardsave._storage.checkpoint import Checkpoint
 from shardsave._training.restore import StoredTraining
 from shardsave.errors import IncompatibleCheckpointError
@@ -22,7 +21,4 @@ def stored_training(checkpoint: Checkpoint, purpose: str, state: str) -> StoredT
             f"cannot {purpose} {checkpoint.path}: a training state was expected, the checkpoint has none: it was saved without "
             f"training= and rng=; {state}"
         )
-    index, members = parse_training_index(training.document, "the training state")
-    document = training.rank_documents.get(RANK)
-    leaves = parse_rank_document(document, RANK, f"rank {RANK}")["leaves"] if document is not None else {}
-    return StoredTraining(checkpoint.path, members["shared"], leaves, training.tensors, index.ranks)
+    return StoredTraining(checkpoint.path, training.shared, training.leaves.get(RANK, {}), training.tensors, training.ranks)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from shardsave._common.sources import TensorSource
 from shardsave._format.file_names import RANK_TENSORS
-from shardsave._format.training_state import parse_rank_document, parse_training_index
 from shardsave._loading.mapped import Maps
 from shardsave._saving.contents import PlannedDirectory
 from shardsave._saving.training_directory import plan_training_directory
@@ -22,22 +22,18 @@ class TrainingState(NamedTuple):
     ranks: int
     shared: Any
     leaves: Mapping[int, Mapping[str, Any]]
-    entries: Mapping[int, tuple[Entry, ...]]
+    entries: Mapping[int, Sequence[Entry]]
 
 
 def training_of(files: TrainingFiles, maps: Maps) -> TrainingState:
     """The training state in ``files``, whose tensors are mapped by ``maps``."""
-    index, members = parse_training_index(files.document, "the training state")
     tensors = maps.tensors(files.tensors)
-    entries: dict[int, tuple[Entry, ...]] = {}
+    entries: defaultdict[int, list[Entry]] = defaultdict(list)
     for name, located in files.tensors.items():
         match = RANK_TENSORS.fullmatch(located.shard.rpartition("/")[2])
         assert match is not None, "only such files are opened"
-        entry = Entry(name, "tensor", None, None, TensorSource.of(tensors[name]))
-        entries[int(match[1])] = (*entries.get(int(match[1]), ()), entry)
-    documents = files.rank_documents.items()
-    leaves = {rank: parse_rank_document(document, rank, f"rank {rank}")["leaves"] for rank, document in documents}
-    return TrainingState(index.ranks, members["shared"], leaves, entries)
+        entries[int(match[1])].append(Entry(name, "tensor", None, None, TensorSource.of(tensors[name])))
+    return TrainingState(files.ranks, files.shared, files.leaves, entries)
 
 
 def plan_training(training: TrainingState, max_shard_size: int) -> PlannedDirectory:

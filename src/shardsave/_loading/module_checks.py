@@ -182,8 +182,9 @@ def _check_offloaded(slot: Slot, offloaded: Offloaded, device: torch.device | No
 
 def _check_fillable(slot: Slot, stored: torch.dtype, where: str) -> int:
     """Refuses a tensor that cannot be overwritten in place with values of dtype ``stored``. Returns its `reach`, 0 on the meta device."""
-    _check_plain(slot, where)
     tensor = slot.tensor
+    if type(tensor) not in PLAIN_TYPES:
+        _check_plain(slot, where)
     if tensor.layout is not torch.strided or tensor.is_nested:
         layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
         _refuse(slot.name, where, "a strided tensor was expected", f"its layout is {layout}")

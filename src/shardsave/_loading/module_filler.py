@@ -45,6 +45,9 @@ class ModuleFiller:
     ) -> None:
         self.plan = plan
         self.notes: tuple[str, ...] = ()  # for the report, after `check`
+        #: After `check`: how much new memory on the CPU the load will take: what is allocated for good, and the copies for one routine
+        #: at a time.
+        self.host_bytes = 0
         self._inventory = inventory
         self._layout = layout
         self._checkpoint = checkpoint
@@ -66,7 +69,8 @@ class ModuleFiller:
         check_differences(self._inventory, self.plan, strict, where, prefix)
         self._check_destinations()
         check_meta_buffers(self._inventory, where)
-        self.notes = check_free_memory(where, self.host_bytes(), "the module is unchanged")
+        self.host_bytes = self._host_bytes()
+        self.notes = check_free_memory(where, self.host_bytes, "the module is unchanged")
 
     def filled(self) -> list[tuple[str, Located, torch.Tensor]]:
         """The tensors that are filled in the memory that they have now: name, stored tensor, tensor."""
@@ -74,8 +78,7 @@ class ModuleFiller:
         names = [name for name in self.plan.destinations if name in stored]
         return [(name, stored[name], slots[name].tensor) for name in names if stays(slots[name].tensor, self._device)]
 
-    def host_bytes(self) -> int:
-        """How much new memory on the CPU the load will take: what is allocated for good, and the copies for one routine at a time."""
+    def _host_bytes(self) -> int:
         plan = self.plan
         received = ([plan.stored[name] for name in routine.tensors] for routine in plan.routines)
         copies = (sum({id(located): located.nbytes for located in tensors}.values()) for tensors in received)  # ties once
@@ -175,7 +178,7 @@ class ModuleFiller:
         try:
             with self._counting(reader, in_place=True):
                 reader.read(targets)
-                for name in destinations:
+                for name in destinations if self._apart else ():
                     if name in self._apart:
                         reader.read([(self.plan.stored[name], destinations[name])])
         finally:

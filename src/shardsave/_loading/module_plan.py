@@ -214,7 +214,7 @@ class _Match(NamedTuple):
 def _match(inventory: Inventory, stored: Mapping[str, Located]) -> _Match:
     """Compares the tensors of the module with those of the same names in ``stored``."""
     dtypes = {dtype: BY_NAME[dtype].torch for dtype in {located.dtype for located in stored.values()}}
-    match = _Match({}, {}, {})
+    matched, mismatched, differing = match = _Match({}, {}, {})
     for name, slot in inventory.slots.items():
         if (located := stored.get(name)) is None:
             continue
@@ -223,11 +223,11 @@ def _match(inventory: Inventory, stored: Mapping[str, Located]) -> _Match:
             shape = torch_shape(located.dtype, located.shape)
             # torch's oldest scalars were saved with one dimension.
             if shape != tensor.shape and not (tensor.dim() == 0 and shape == (1,)):
-                match.mismatched[name] = f"{name} {list(shape)} on disk, {list(tensor.shape)} in the module"
+                mismatched[name] = f"{name} {list(shape)} on disk, {list(tensor.shape)} in the module"
                 continue
-        match.matched[name] = located
+        matched[name] = located
         if (on_disk := dtypes[located.dtype]) != tensor.dtype:
-            match.differing[name] = on_disk, tensor.dtype
+            differing[name] = on_disk, tensor.dtype
     return match
 
 

@@ -76,7 +76,8 @@ def choose_located(checkpoint: Checkpoint, prefix: str) -> dict[str, Located]:
     """Every name that begins with ``prefix``, without it → the stored tensor. Raises IncompatibleCheckpointError if there is none."""
     tensors = checkpoint.tensors
     if not prefix:
-        located = {name: tensors[name] for name in checkpoint.stored_names}
+        names = list(checkpoint.stored_names)
+        located = dict(zip(names, map(tensors.__getitem__, names)))
         located.update((name, tensors[stored]) for name, stored in checkpoint.ties.items())
         return located
     return {name.removeprefix(prefix): tensors[stored] for name, stored in choose(checkpoint, None, prefix).items()}

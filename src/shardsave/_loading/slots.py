@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from shardsave._common.gc_pause import gc_paused
-from shardsave._common.memory import address, shared_names
+from shardsave._common.memory import PLAIN_TYPES, address, shared_names
 from shardsave._format.quantised import part_name
 from shardsave._state.module import EXTRA_STATE
 from shardsave._state.offload import Offloaded, offloaded_tensors
@@ -139,7 +139,7 @@ def _slots_in_module(sub_modules: SubModules) -> Iterator[Slot]:
         for attribute, parameter in owner._parameters.items():
             if parameter is None:
                 continue
-            if (found := quantised(parameter)) is None:
+            if type(parameter) in PLAIN_TYPES or (found := quantised(parameter)) is None:
                 yield Slot(start + attribute, owner, attribute, parameter, False, True)
                 continue
             for key, part in found.parts.items():
@@ -151,7 +151,8 @@ def _slots_in_module(sub_modules: SubModules) -> Iterator[Slot]:
 
 def _leaders(slots: Mapping[str, Slot]) -> dict[str, str]:
     tensors = [slot.tensor for slot in slots.values()]
-    return shared_names(dict(zip(slots, tensors)), [address(tensor) or id(tensor) for tensor in tensors])
+    begins = [address(tensor) or id(tensor) for tensor in tensors]
+    return shared_names(dict(zip(slots, tensors)), begins) if len(set(begins)) < len(begins) else {}
 
 
 def _self_loading(sub_modules: SubModules) -> dict[str, nn.Module]:

@@ -17,21 +17,21 @@ from shardsave.errors import CorruptCheckpointError, ShardSaveError
 
 
 class TrainingFiles(NamedTuple):
-    """What the directory of a training state holds. ``files``: its files beside the document, relative to the checkpoint's directory."""
+    """What the directory of a training state holds.
 
-    document: bytes
-    rank_documents: Mapping[int, bytes]
+    ``ranks``: how many saved it. ``shared``: the JSON of what all ranks have in common. ``leaves``: rank → key → the JSON of its own
+    values. ``files``: its files beside the document, relative to the checkpoint's directory.
+    """
+
+    ranks: int
+    shared: Any
+    leaves: Mapping[int, Mapping[str, Any]]
     tensors: Mapping[str, Located]
     files: tuple[str, ...]
 
     def values(self) -> dict[str, Any]:
         """Everything in it but its tensors: values that all ranks share, and by rank those of each."""
-        _, members = parse_training_index(self.document, "the training state")
-        leaves = {
-            f"rank {rank}": parse_rank_document(document, rank, f"rank {rank}")["leaves"]
-            for rank, document in self.rank_documents.items()
-        }
-        return {"ranks": members["ranks"], "shared": members["shared"], **leaves}
+        return {"ranks": self.ranks, "shared": self.shared, **{f"rank {rank}": own for rank, own in self.leaves.items()}}
 
 
 def open_training(checkpoint: ShardFiles, part: Part, broken: Broken) -> TrainingFiles:
@@ -40,19 +40,19 @@ def open_training(checkpoint: ShardFiles, part: Part, broken: Broken) -> Trainin
     With ``broken``, a file that cannot be opened is left out, and its error is put there. Raises CorruptCheckpointError,
     IncompatibleCheckpointError, DirectoryBusyError, ShardSaveError.
     """
-    document = checkpoint.read_document(part.file)
-    index, _ = parse_training_index(document, f"part {part.file}")
+    index, members = parse_training_index(checkpoint.read_document(part.file), f"part {part.file}")
     folder = os.path.dirname(part.file)
     assert checkpoint.records is not None
     checkpoint.records.update((f"{folder}/{name}", record) for name, record in index.files.items())
-    rank_documents: dict[int, bytes] = {}
+    leaves: dict[int, Mapping[str, Any]] = {}
     tensors: dict[str, Located] = {}
     for name in index.files:
         file = f"{folder}/{name}"
         try:
             match = RANK_DOCUMENT.fullmatch(name)
             if match is not None:
-                rank_documents[int(match[1])] = _rank_document(checkpoint, file, int(match[1]))
+                rank = int(match[1])
+                leaves[rank] = parse_rank_document(checkpoint.read_document(file), rank, f"part {file}")["leaves"]
             else:
                 _note_tensors(checkpoint, file, tensors)
         except ShardSaveError as error:
@@ -60,20 +60,15 @@ def open_training(checkpoint: ShardFiles, part: Part, broken: Broken) -> Trainin
                 raise
             checkpoint.drop(file)
             broken[file] = error
-    return TrainingFiles(document, rank_documents, tensors, tuple(f"{folder}/{name}" for name in index.files))
-
-
-def _rank_document(checkpoint: ShardFiles, file: str, rank: int) -> bytes:
-    document = checkpoint.read_document(file)
-    parse_rank_document(document, rank, f"part {file}")
-    return document
+    files = tuple(f"{folder}/{name}" for name in index.files)
+    return TrainingFiles(index.ranks, members["shared"], leaves, tensors, files)
 
 
 def _note_tensors(checkpoint: ShardFiles, file: str, tensors: dict[str, Located]) -> None:
     opened, header = checkpoint.open_shard(file)
     checkpoint.hold(file, opened)
-    repeated = next((name for name in header.tensors.names if name in tensors), None)
-    if repeated is not None:
+    if not tensors.keys().isdisjoint(header.tensors.names):
+        repeated = next(name for name in header.tensors.names if name in tensors)
         raise CorruptCheckpointError(
             f"corrupt shard {file}: names that no other file of the training state has were expected, {glimpse(repeated)} is also in "
             f"{tensors[repeated].shard}; nothing else of the training state was read"

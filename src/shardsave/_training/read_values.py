@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from shardsave._common.memory import PLAIN_TYPES, any_overlap, lacks_memory, memory_key, reach
-from shardsave._common.memory_errors import memory_for
+from shardsave._common.memory_errors import refuse_lack_of_memory
 from shardsave._common.strict_json import glimpse
 from shardsave._format.dtypes import BY_NAME, torch_shape
 from shardsave._state.numpy_arrays import tensor_of_array
@@ -116,16 +116,21 @@ class ValueReader:
 
     def new(self, name: Any, path: str, onto: Onto) -> torch.Tensor:
         """A new tensor for the stored tensor ``name``; within a leaf always the same one."""
+        if torch.is_inference_mode_enabled():  # a tensor that was made in the caller's inference mode could never be trained
+            with torch.inference_mode(False):
+                return self.new(name, path, onto)
         stored = self.stored(name, path)
         if (made := self._new.get((name, onto.device))) is not None:
             return made
         dtype, shape = BY_NAME[stored.dtype].torch, torch_shape(stored.dtype, stored.shape)
-        # A tensor that was made in the caller's inference mode could never be trained.
-        with torch.inference_mode(False), memory_for(name, stored.nbytes, onto.device):
+        try:
             if onto.like is not None and onto.like.shape == shape:
                 made = torch.empty_like(onto.like, dtype=dtype, device=onto.device, requires_grad=False)
             else:
                 made = torch.empty(shape, dtype=dtype, device=onto.device)
+        except (MemoryError, RuntimeError) as error:
+            refuse_lack_of_memory(error, name, stored.nbytes, onto.device)
+            raise
         self._new[name, onto.device] = made
         self._add(name, made, dtype)
         return made

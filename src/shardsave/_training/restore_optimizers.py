@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from shardsave._common.gc_pause import gc_paused
 from shardsave._common.memory import PLAIN_TYPES
 from shardsave._common.words import count, some
 from shardsave._training.kinds import class_name, inner
@@ -16,6 +17,11 @@ from shardsave._training.parameter_names import ParameterNames
 from shardsave._training.places import Place
 from shardsave._training.read_values import UNCHANGED, Onto, ValueReader
 from shardsave.errors import UnsupportedTensorError
+
+_ON_HOST = Onto(torch.device("cpu"))
+
+#: The keys of the value that is a tensor and was on the CPU.
+_TENSOR = {"tensor"}
 
 
 class OptimizerPlan(NamedTuple):
@@ -86,6 +92,7 @@ def plan_optimizer(
     by_number = {number: state_by_name[name] for number, name in zip(numbers, parameters) if name in state_by_name}
     state_dict = {**rest, "state": {**rest.get("state", {}), **by_number}, "param_groups": loaded}
 
+    @gc_paused()
     def load() -> None:
         optimizer.load_state_dict(state_dict)
         for name, values in state_by_name.items():
@@ -125,11 +132,14 @@ def _difference(
 
 
 def _state_of(values: dict[str, Any], reader: ValueReader, path: str, onto: Onto) -> dict[str, Any]:
-    on_host = Onto(torch.device("cpu"))
     state = {}
     for key, value in values.items():
         # torch keeps this counter on the host, and moves it itself for the variants that need it on the device.
-        state[key] = reader.value(value, f"{path}[{key!r}]", on_host if key == "step" else onto)
+        where = _ON_HOST if key == "step" else onto
+        if type(value) is dict and value.keys() == _TENSOR:  # nearly all of them
+            state[key] = reader.new(value["tensor"], f"{path}[{key!r}]", where)
+        else:
+            state[key] = reader.value(value, f"{path}[{key!r}]", where)
     return state
 
 
