@@ -33,7 +33,13 @@ def test_a_run(memory: Path) -> None:
         assert value_of(fresh) == 60
         assert train(manager, resumed.next_step, 75) == [70]
     latest = manager.latest()
-    assert latest is not None and latest.step == 70 and latest.metrics == {"loss": 100 / 70} and latest.committed
+    assert (
+        latest == manager.steps()[-1]
+        and latest is not None
+        and latest.step == 70
+        and latest.metrics == {"loss": 100 / 70}
+        and latest.committed
+    )
     assert steps_in(memory / "run") == [60, 70]
     assert {path.name for path in (memory / "run").iterdir()} == {"step-00000060", "step-00000070", RECORD_NAME}
 
@@ -80,6 +86,13 @@ def test_steps_are_ordinary_checkpoints(memory: Path) -> None:
     assert torch.equal(shardsave.load(path_of(memory, 5))["weight"], torch.full((2, 3), 5.0))
     assert shardsave.inspect(path_of(memory, 5)).metadata["lr"] == 1
     assert shardsave.verify(path_of(memory, 5)).intact
+
+
+def test_the_step_in_reports(memory: Path, records: Callable[[str], list[dict[str, Any]]]) -> None:
+    """Catches a report and a log record of a save that do not say which step it was."""
+    manager = manager_of(memory)
+    assert manager.save(5, model(5)).step == 5 and manager_of(memory, asynchronous=True).save(6, model(6)).wait().step == 6
+    assert [facts["step"] for facts in records("save")] == [5, 6] and shardsave.save(model(1), memory / "other").step is None
 
 
 def test_metrics(memory: Path) -> None:

@@ -365,7 +365,9 @@ class CheckpointManager(Generic[Saved]):
         for info in self._run.newest_first():
             problem = _refusal(info)
             if problem == "":
-                return info
+                return next(
+                    (one for one in self._run.steps() if one.step == info.step and one.committed), info
+                )  # with its new_bytes
             if problem is not None:
                 self._pass_over(info, problem)
         return None

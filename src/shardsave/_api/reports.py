@@ -120,6 +120,7 @@ class SaveReport(Removing, Report):
     ``step_wait_seconds``: how long steps of optimizers waited until their parameters were taken. ``drain_seconds``: from the call until
     all tensors were taken. ``durable_seconds``: from the call until the checkpoint was committed and, unless ``durable=False``, durable.
     In these reports ``seconds`` is the time for planning and writing. ``skipped``: nothing was saved, since another save was in flight.
+    ``step``: the argument of the save.
     """
 
     durable: bool = True
@@ -143,6 +144,7 @@ class SaveReport(Removing, Report):
     drain_seconds: float = 0.0
     durable_seconds: float = 0.0
     skipped: bool = False
+    step: int | None = None
 
     @property
     def bytes_per_second(self) -> float:

@@ -203,6 +203,7 @@ def write_planned(
         bytes_written=outcome.bytes_written,
         bytes_reused=outcome.bytes_reused,
         reused=outcome.taken,
+        step=contents.moment.step,
         stall_seconds=seconds,
         durable_seconds=seconds,
     )
