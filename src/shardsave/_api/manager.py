@@ -7,28 +7,25 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from numbers import Integral
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast, overload
 
 from shardsave._api.arguments import check_path, check_switches, check_timeout
 from shardsave._api.run_verbs import OF_BOTH, PublicVerbs
+from shardsave._api.step_resumes import StepResumes
 from shardsave._api.step_saves import StepSaves
 from shardsave._common.log_records import log_event
 from shardsave._common.os_calls import absolute_path
 from shardsave._common.shutdown import verb
-from shardsave._common.words import count, some
+from shardsave._common.words import some
 from shardsave._runs.arguments import checked_best, checked_count, checked_metrics, checked_step
 from shardsave._runs.keeper import Keeper
-from shardsave._runs.no_run import refuse_checkpoint
 from shardsave._runs.policies import KeepChosen, UserPolicy, save_when
-from shardsave._runs.reading import reading
 from shardsave._runs.recorded import RecordedPolicy
 from shardsave._runs.removal import pin, unpin
 from shardsave._runs.signals import SaveRequests
 from shardsave._runs.steps import Run, StepInfo
-from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -150,11 +147,11 @@ class CheckpointManager(Generic[Saved]):
         own = getattr(policy, "__qualname__", type(policy).__qualname__) if policy is not None else None
         recorded = RecordedPolicy(save_every, keep_last, keep_every, best, own)
         keeps = [*recorded.keeps(), *([KeepChosen(policy)] if policy is not None else [])]
-        self._on_corrupt = on_corrupt
         self._shown = os.fspath(directory)
         self._run = Run(absolute_path(self._shown))
         self._keeper = Keeper(self._run, self._shown, keeps, recorded)
         self._saves = StepSaves(self._run, self._keeper, self._when, on_commit)
+        self._resumes = StepResumes(self._run, self._shown, self._keeper, self._when, on_corrupt)
         self._requests = SaveRequests()
         self._preempted = False
         self._told_unsaved = False
@@ -295,43 +292,9 @@ class CheckpointManager(Generic[Saved]):
         if unknown:  # also without a step: it must not show only after a crash
             raise TypeError(f"keywords of resume were expected, not {some(unknown)}")
         self._saves.settle()
-        refuse_checkpoint(self._run, "resume from", self._shown)
         of_both = {name: self._options[name] for name in OF_BOTH if name in self._options}
         given = {**of_both, **options, **({"training": training} if training is not None else {})}
-        passed: list[str] = []
-        for info in self._run.newest_first():
-            problem = _refusal(info)
-            if problem is None:
-                continue
-            if not problem:
-                try:
-                    with reading(info.path):
-                        resumed = self._verbs.resume(info.path, model, step=info.step, options=given)
-                except CheckpointNotFoundError:
-                    continue  # another process has just removed it
-                except CorruptCheckpointError as error:
-                    if options.get("strict", True) is not True or options.get("only") or options.get("skip"):
-                        raise CorruptCheckpointError(
-                            f"cannot resume from {info.path}: {error}; the step before it is not taken, since with strict=False, only= or "
-                            f"skip= it might not fill all that this one has filled"
-                        ) from error
-                    problem = str(error)
-                else:
-                    return self._resumed(info, resumed, passed)
-            self._pass_over(info, problem)
-            passed.append(f"{info.path} is corrupt and was passed over: {problem}")
-        if passed:
-            raise CorruptCheckpointError(
-                f"cannot resume from {self._shown}: a step that can be read was expected, {count(len(passed), 'step')} "
-                f"{'is' if len(passed) == 1 else 'are'} corrupt ({passed[0]}); the model may be filled in part"
-            )
-        log_event(
-            logging.INFO,
-            "nothing to resume",
-            f"nothing to resume in {self._shown}: it has no committed step",
-            path=self._run.path,
-        )
-        return None
+        return self._resumes.resume(model, given)
 
     def _check_options(self, options: Mapping[str, Any]) -> None:
         """Checks keywords of `save`, also if it is not time yet: a wrong one must not show after hours."""
@@ -341,36 +304,13 @@ class CheckpointManager(Generic[Saved]):
         if options:
             self._verbs.check({**self._options, **options}, asynchronous=self._asynchronous)
 
-    def _pass_over(self, info: StepInfo, problem: str) -> None:
-        if self._on_corrupt == "raise":
-            raise CorruptCheckpointError(
-                f"cannot resume from {info.path}: {problem}; earlier steps are as they were, on_corrupt='previous' resumes from the last "
-                f"that can be read"
-            )
-        self._keeper.uncounted[info.step] = problem
-        words = f"{info.path} is corrupt, and is passed over: {problem}"
-        log_event(logging.WARNING, "step corrupt", words, path=info.path, step=info.step, problem=problem)
-
-    def _resumed(self, info: StepInfo, resumed: Resumed, passed: list[str]) -> Resumed:
-        self._when.done(info.step)
-        self._keeper.note_own(info.step)
-        return replace(resumed, notes=(*passed, *resumed.notes))
-
     @verb()
     def latest(self) -> StepInfo | None:
         """The last committed step, None if there is none. Reads indexes alone, so it does not find all damage that `resume` finds.
 
         A corrupt step is passed over as in `resume`. Raises ShardSaveError for a step that cannot be read.
         """
-        for info in self._run.newest_first():
-            problem = _refusal(info)
-            if problem == "":
-                return next(
-                    (one for one in self._run.steps() if one.step == info.step and one.committed), info
-                )  # with its new_bytes
-            if problem is not None:
-                self._pass_over(info, problem)
-        return None
+        return self._resumes.latest()
 
     @verb()
     def steps(self) -> tuple[StepInfo, ...]:
@@ -409,12 +349,3 @@ class CheckpointManager(Generic[Saved]):
         """
         for number in signals or (signal.SIGTERM,):
             self._requests.listen(signal.Signals(number))
-
-
-def _refusal(info: StepInfo) -> str | None:
-    """Why a step cannot be resumed from: "" if it can, None if it is none. Raises IncompatibleCheckpointError for a newer format."""
-    if info.state == "newer":
-        raise IncompatibleCheckpointError(info.problem)
-    if info.state == "corrupt":
-        return info.problem or "it is corrupt"
-    return "" if info.committed else None
