@@ -187,6 +187,8 @@ class CheckpointManager(Generic[Saved]):
             log_event(logging.WARNING, "signal without a save", words, path=self._run.path)
         self._saves.settle()
         self._keeper.remover.wait()
+        if self._asynchronous:
+            self._saves.release_memory()
 
     def wait_removed(self, timeout: float | None = None) -> bool:
         """Waits until the steps that no policy keeps are gone, and before that for a save in the background.

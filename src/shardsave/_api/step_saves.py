@@ -88,6 +88,13 @@ class StepSaves:
             raise_if_ending()
         return True
 
+    def release_memory(self) -> None:
+        """Frees the memory that is kept for the next snapshot."""
+        import_at_use("shardsave._background.snapshot")
+        from shardsave._background.snapshot import release_snapshot_memory
+
+        release_snapshot_memory()
+
     def raise_untold(self) -> None:
         """Raises the error of the last save in the background, if nobody has asked for it."""
         pending = self._pending[1] if self._pending is not None else None
