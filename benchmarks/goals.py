@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from statistics import median
 
+from loop_results import LoopResults
 from results import ENOUGH_TURNS, Results, extra_memory, largest, median_of, ratios
+from rivals.background import CHECKPOINTING, DCP_PROCESS, DCP_THREAD, RING, SNAPSHOT
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ def _against(what: str, bound: float, above: list, below: list, key: str, key_be
     return Goal(goal.what, f"{goal.wanted} {other}", goal.measured, goal.reached)
 
 
-def all_goals(results: Results, training: Results) -> list[Goal]:
+def all_goals(results: Results, training: Results, loops: LoopResults) -> list[Goal]:
     save, to_cache = results.of("shardsave", "save"), results.of("shardsave, durable=False", "save")
     cold, warm = results.of("shardsave", "into", "cold"), results.of("shardsave", "into", "warm")
     cold_new = results.of("shardsave", "new", "cold")
@@ -77,6 +79,7 @@ def all_goals(results: Results, training: Results) -> list[Goal]:
     ]
     goals += _whole_modules(results)
     goals += _training(training)
+    goals += _loops(loops)
     goals.append(_no_cold_buffered(results))
     goals += _memory(results)
     goals += _costs(results.all["costs"])
@@ -148,6 +151,58 @@ def _memory(results: Results) -> list[Goal]:
             value = largest(samples, extra_memory) / 1e6 if samples else None
             goals.append(_at_most(f"extra memory of saves and loads, CPU, {size / 1e9:g} GB", 256, value, "MB"))
     return goals
+
+
+def _loops(loops: LoopResults) -> list[Goal]:
+    """The goals of saves from a training loop; the first save of each process does not count."""
+    snapshots, rings = loops.later(SNAPSHOT), loops.later(RING)
+    goals = [
+        _at_most_of(
+            "save_async, snapshot: stall",
+            1.2,
+            [(save["stall"], save["memcpy"]) for save in snapshots],
+            1e3,
+            "ms",
+            "memcpy of the state",
+        ),
+        _at_most_of(
+            "save_async, ring: stall",
+            1,
+            [(save["stall"], 5e-3 + 4e-6 * save["tensors"] + 1.2 * save["memcpy_copied"]) for save in rings],
+            1e3,
+            "ms",
+            "(5 ms + 4 ms per 1,000 tensors + 1.2 × memcpy of what is copied)",
+        ),
+        _at_most_of(
+            "save_async, ring: extra memory",
+            1,
+            [(save["peak_extra"], save["ring"] + save["copied"]) for save in rings],
+            1e-6,
+            "MB",
+            "(the ring + what is copied)",
+        ),
+    ]
+    for way in (SNAPSHOT, RING):
+        for rival in (DCP_THREAD, DCP_PROCESS, CHECKPOINTING):
+            values = loops.ratios(way, rival, "lost")
+            what, wanted = f"{way.replace('shardsave', 'save_async')}: training lost per save", f"≤ 0.2 × {rival}"
+            if len(values) < ENOUGH_TURNS:
+                goals.append(Goal(what, wanted, f"measured in only {len(values)} of {ENOUGH_TURNS} turns", None))
+                continue
+            lost = [median_of(loops.later(name), "lost") * 1e3 for name in (way, rival)]
+            measured = f"{median(values):.2f} × ({lost[0]:.0f} ms against {lost[1]:.0f} ms)"
+            goals.append(Goal(what, wanted, measured, median(values) <= 0.2))
+    return goals
+
+
+def _at_most_of(what: str, bound: float, pairs: list[tuple[float, float]], factor: float, unit: str, other: str) -> Goal:
+    """The median of ratios whose two values were measured at the same save. ``factor``: what makes such a value ``unit``."""
+    wanted = f"≤ {bound:g} × {other}"
+    if not pairs:
+        return Goal(what, wanted, "not measured", None)
+    ratio = median(above / below for above, below in pairs)
+    above, below = (median(values) * factor for values in zip(*pairs))
+    return Goal(what, wanted, f"{ratio:.2f} × ({above:.1f} {unit} against {below:.1f} {unit})", ratio <= bound)
 
 
 def _costs(costs: dict) -> list[Goal]:

@@ -1,11 +1,12 @@
 """Compares saves and loads on a CUDA device with the bandwidth of a pinned copy between device and host.
 
-    python gpu.py DIRECTORY SIZE [--to FILE]
+    python gpu.py DIRECTORY SIZE [--to FILE] [--loop]
 
 SIZE is the size of the model in bytes. The limit is torch's own copy between the device and a pinned buffer of 256 MiB, repeated. A
 save to the page cache and a load from it measure the transfer between device and memory. The durable save and the cold load show
-whether the disk alone is the limit. Each value is printed on stderr as soon as it is measured, and FILE is rewritten, so that an
-interrupted run keeps its values. At the end all values are printed on stdout as one line of JSON.
+whether the disk alone is the limit. With ``--loop``, a training loop on the device also saves in each way (see loop.py). Each value is
+printed on stderr as soon as it is measured, and FILE is rewritten, so that an interrupted run keeps its values. At the end all values
+are printed on stdout as one line of JSON.
 """
 
 from __future__ import annotations
@@ -14,16 +15,19 @@ import argparse
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 import torch
 
 import measure
 import model as models
+from rivals.background import WAYS
 
 DEVICE = "cuda"
 REPEAT = 3  # how often transfers without the disk are measured; the best value counts
@@ -130,11 +134,34 @@ def measure_all(path: Path, size: int, figures: Figures) -> None:
     figures.add("peak_extra", ring + bench.extra)
 
 
+def loops(path: Path, size: int) -> dict[str, object]:
+    """Each way to save → the medians of the saves after the first one, in seconds; or why it failed."""
+    results: dict[str, object] = {}
+    for way in WAYS:
+        command = [
+            sys.executable,
+            str(Path(__file__).with_name("loop.py")),
+            way,
+            str(path / "loop"),
+            str(size),
+            "--device",
+            DEVICE,
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            results[way] = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            continue
+        saves = json.loads(done.stdout.splitlines()[-1])["saves"][1:]
+        results[way] = {key: median(save[key] for save in saves) for key in ("stall", "lost", "finished", "step", "memcpy")}
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("path", type=Path, metavar="DIRECTORY")
     parser.add_argument("size", type=int, help="bytes of the model")
     parser.add_argument("--to", type=Path, metavar="FILE", help="also write the JSON here, after each value")
+    parser.add_argument("--loop", action="store_true", help="also measure a training loop on the device")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print(json.dumps({"skipped": "not run on a GPU: torch sees no CUDA device here"}))
@@ -143,6 +170,8 @@ def main() -> None:
     options.path.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.path) as scratch:
         measure_all(Path(scratch), options.size, figures)
+        if options.loop:
+            figures.add("loop", loops(Path(scratch), options.size // 4))
     print(json.dumps(figures.values))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -32,15 +33,15 @@ class Meter:
     """
 
     def __init__(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5")
-        self._before = _status("VmRSS")
+        forget_peak()
+        self._before = resident_bytes()
         self._read = _read_from_disk()
         self._cpu = processor_seconds()
         self._wall = time.perf_counter()
 
     def read(self) -> dict[str, Any]:
         wall, cpu = time.perf_counter() - self._wall, processor_seconds() - self._cpu
-        peak = _status("VmHWM") - self._before
+        peak = peak_bytes() - self._before
         return {"wall": wall, "cpu": cpu, "peak_extra": peak, "read_from_disk": _read_from_disk() - self._read}
 
 
@@ -61,11 +62,53 @@ def processor_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
+def family_seconds() -> float:
+    """`processor_seconds` of this process, its children and its ended children."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    ticks = 0
+    for child in children():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])
+    return processor_seconds() + used.ru_utime + used.ru_stime + ticks / os.sysconf("SC_CLK_TCK")
+
+
+def children() -> list[int]:
+    """The processes that threads of this process have started and that have not ended."""
+    lists = []
+    for file in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            lists.append(file.read_text())
+    return [int(child) for text in lists for child in text.split()]
+
+
+def children_bytes() -> int:
+    """The memory of all children that they share with no file and no other process."""
+    total = 0
+    for child in children():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, RuntimeError):  # a zombie has no memory
+            total += _status("RssAnon", child)
+    return total
+
+
+def resident_bytes() -> int:
+    return _status("VmRSS")
+
+
+def peak_bytes() -> int:
+    """The most resident memory since `forget_peak`."""
+    return _status("VmHWM")
+
+
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(field: str, process: int | str = "self") -> int:
+    for line in Path(f"/proc/{process}/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
+    raise RuntimeError(f"/proc/{process}/status has no {field}")
 
 
 def _read_from_disk() -> int:

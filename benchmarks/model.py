@@ -1,8 +1,10 @@
-"""The benchmark's model: a Llama of any size with random weights, filled without its own initialisation, which takes minutes; alone, or
-with its AdamW.
+"""The benchmark's models: a Llama of any size with random weights, filled without its own initialisation, which takes minutes; a
+transformer with its AdamW; and one that really trains.
 """
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -78,6 +80,39 @@ class Training:
             for key, tensor in state.items()
         }
         return {**self.model.state_dict(), **moments}
+
+
+class LiveTraining(Training):
+    """A transformer of torch in float32 and its fused AdamW, which really train: forward, backward and a step of the optimizer, all in
+    memory that exists already. Both together have ``size`` bytes; a third of them is the model.
+    """
+
+    TOKENS = 16  # so few that a step of a few hundred megabytes takes about 0.1 s on one core
+
+    def __init__(self, size: int, seed: int = 0, device: str = "cpu") -> None:
+        width = 512 if size >= 100_000_000 else 256
+        layers = max(1, round(size / 3 / 4 / (12 * width * width)))
+        torch.manual_seed(seed)
+        layer = nn.TransformerEncoderLayer(width, width // 64, 4 * width, dropout=0.0, device=device)
+        self.device = device
+        self.model = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False).to(device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
+        self._input, self._wanted = torch.randn(2, self.TOKENS, 1, width, device=device)
+        self.step(nullcontext())  # makes the gradients and the optimizer's state
+
+    def step(self, guard: AbstractContextManager[object]) -> None:
+        """One step, until the device is done with it; ``guard`` as in `update`."""
+        self.optimizer.zero_grad(set_to_none=False)
+        loss = nn.functional.mse_loss(self.model(self._input), self._wanted)
+        loss.backward()
+        self.update(guard)
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def update(self, guard: AbstractContextManager[object]) -> None:
+        """A step of the optimizer alone, with the gradients that are there, inside ``guard``."""
+        with guard:
+            self.optimizer.step()
 
 
 def _fill(tensor: torch.Tensor, random: np.random.Generator) -> None:

@@ -4,38 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
+from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
+import style
+import timeline
+from loop_results import LoopResults
 from results import Results, extra_memory, median_of, ratio
 from rivals import TOOLS
-
-OURS, OURS_LIGHT, OTHER, OTHER_LIGHT, LIMIT, INK = "#0b6e4f", "#8cc5ae", "#7a869a", "#c6ccd6", "#c0392b", "#22272e"
+from style import LIMIT, OTHER, OTHER_LIGHT, OURS, OURS_LIGHT
 
 
 def draw(results: Results, folder: Path) -> list[tuple[str, Path]]:
-    """Draws all pictures; returns the title and file of each."""
-    folder.mkdir(parents=True, exist_ok=True)
-    plt.rcParams.update(
-        {
-            "font.family": "DejaVu Sans",
-            "font.size": 10,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.spines.left": False,
-            "axes.edgecolor": "#b0b7c3",
-            "text.color": INK,
-            "axes.labelcolor": INK,
-            "xtick.color": INK,
-            "ytick.color": INK,
-            "figure.dpi": 120,
-        }
-    )
+    """Draws all pictures but that of the training loops; returns the title and file of each."""
+    style.begin()
     pictures = [
         ("Saving: wall time until the data is on disk", folder / "save.png", _saves),
         ("Loading into an existing model", folder / "load.png", _loads),
@@ -43,9 +26,17 @@ def draw(results: Results, folder: Path) -> list[tuple[str, Path]]:
     ]
     for title, path, picture in pictures:
         picture(results, title)
-        plt.savefig(path, bbox_inches="tight", facecolor="white")
-        plt.close()
+        style.write(path)
     return [(title, path) for title, path, _ in pictures]
+
+
+def draw_loops(loops: LoopResults, folder: Path) -> tuple[str, Path]:
+    """Draws the picture of the training loops; returns its title and file."""
+    style.begin()
+    title, path = "Training steps beside a save", folder / "loop.png"
+    timeline.draw(loops, f"{title} of {loops.nbytes() / 1e6:.0f} MB")
+    style.write(path)
+    return title, path
 
 
 def _bars(axes: Axes, rows: list[tuple[str, float, str]], xlabel: str, unit: str = " ×") -> None:

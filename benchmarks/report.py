@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -16,22 +16,20 @@ sys.path.insert(0, str(HERE))
 
 import plots  # noqa: E402
 from goals import all_goals  # noqa: E402
-from results import Results, Sample, extra_memory, median_of, ratio  # noqa: E402
+from loop_results import LoopResults  # noqa: E402
+from loop_table import loops_table, loops_text  # noqa: E402
+from results import LOOP, Results, Sample, extra_memory, median_of, ratio  # noqa: E402
+from results import TRAINING as TRAINING_PIECE  # noqa: E402
 from rivals import OURS, TOOLS  # noqa: E402
 from rivals.tool import Tool  # noqa: E402
 from rivals.training import TRAINING  # noqa: E402
+from tables import table  # noqa: E402
 
 _REACHED = {True: "reached", False: "**missed**", None: "not measured"}
 
 
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    head = list(head)
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def goals_table(results: Results, training: Results) -> str:
-    rows = [[goal.what, goal.wanted, goal.measured, _REACHED[goal.reached]] for goal in all_goals(results, training)]
+def goals_table(results: Results, training: Results, loops: LoopResults) -> str:
+    rows = [[goal.what, goal.wanted, goal.measured, _REACHED[goal.reached]] for goal in all_goals(results, training, loops)]
     return table(["goal", "wanted", "measured", "result"], rows)
 
 
@@ -167,6 +165,14 @@ def training_parts(results: Results) -> list[str]:
     return ["## Training state", text, *tables]
 
 
+def loop_parts(loops: LoopResults, folder: Path) -> list[str]:
+    """The table and the picture of the training loops; none, if that piece was not measured."""
+    if not loops.measured():
+        return []
+    title, picture = plots.draw_loops(loops, folder)
+    return ["## Beside a training loop", loops_text(loops), f"![{title}](plots/{picture.name})", loops_table(loops)]
+
+
 _WAYS = {
     "into": "into the model",
     "into, mapped": "mapped, then into the model",
@@ -227,7 +233,8 @@ def main() -> None:
     parser.add_argument("--to", type=Path, required=True)
     options = parser.parse_args()
     results = Results(options.results)
-    training = Results(options.results, training=True)
+    training = Results(options.results, only=TRAINING_PIECE)
+    loops = LoopResults(Results(options.results, only=LOOP))
     pictures = plots.draw(results, options.to.parent / "plots")
     shown = "\n\n".join(f"![{title}](plots/{path.name})" for title, path in pictures)
     reasons = {**results.all["not_run"], **dict.fromkeys(results.all["left"], "not measured yet: run `make bench` again")}
@@ -238,7 +245,7 @@ def main() -> None:
         "with shardsave and the limits, and ratios are taken within each turn. Smaller is always better.",
         machine_text(results),
         "## Goals",
-        goals_table(results, training),
+        goals_table(results, training, loops),
         shown,
         "## Limits",
         limits_table(results),
@@ -250,6 +257,7 @@ def main() -> None:
         loads_table(results, "cold"),
         loads_table(results, "warm"),
         *training_parts(training),
+        *loop_parts(loops, options.to.parent / "plots"),
         "## What each part costs",
         costs_text(results),
         "## Not measured",

@@ -14,16 +14,17 @@ Sample = dict[str, Any]
 ENOUGH_TURNS = 3
 
 
-#: The piece that measures models with their optimizers.
-TRAINING = "training"
+#: The pieces with tables of their own: models with their optimizers, and saves from a training loop.
+TRAINING, LOOP = "training", "loop"
 
 
 class Results:
-    """The content of ``results.json``: all pieces but that of the trainings, or with ``training``, that piece alone."""
+    """The content of ``results.json``: the piece ``only``, or all pieces but those with tables of their own."""
 
-    def __init__(self, path: Path, *, training: bool = False) -> None:
+    def __init__(self, path: Path, *, only: str | None = None) -> None:
         self.all: dict[str, Any] = json.loads(path.read_text())
-        pieces = [piece for name, piece in self.all["pieces"].items() if (name == TRAINING) == training]
+        names = [only] if only else [name for name in self.all["pieces"] if name not in (TRAINING, LOOP)]
+        pieces = [self.all["pieces"][name] for name in names if name in self.all["pieces"]]
         self.samples: list[Sample] = [sample for piece in pieces for sample in piece["samples"]]
         self.size: int = self.all["size"]
         self.nbytes: int = self.all["bytes"]

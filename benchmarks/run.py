@@ -26,8 +26,10 @@ sys.path.insert(0, str(HERE))
 
 import machine  # noqa: E402
 import measure  # noqa: E402
+from results import LOOP  # noqa: E402
 from results import TRAINING as TRAINING_PIECE  # noqa: E402
 from rivals import NOT_RUN, OURS, TOOLS  # noqa: E402
+from rivals.background import WAYS  # noqa: E402
 from rivals.training import TRAINING  # noqa: E402
 
 WORKER_SECONDS = 600
@@ -184,6 +186,7 @@ class Run:
             pieces["small"] = self._comparison("small", OURS, self._options.small, turns=1, limits=False)
         pieces["limits"] = self._comparison("limits", OURS[:1], self._options.size)
         pieces[TRAINING_PIECE] = self._comparison(TRAINING_PIECE, list(TRAINING), self._options.size)
+        pieces[LOOP] = self._loops()
         for name, tool in TOOLS.items():
             if name not in OURS:
                 together = [name, *([tool.saved_by] if tool.saved_by else []), *tool.compared_with]
@@ -226,6 +229,23 @@ class Run:
 
         return measure_piece
 
+    def _loops(self) -> Callable[[], None]:
+        """Measures a training loop with each way to save, one after the other, in each turn in another order."""
+
+        def measure_loops() -> None:
+            began, samples = time.monotonic(), []
+            ways = list(WAYS)
+            for number in range(self._options.turns):
+                for way in [*ways[number % len(ways) :], *ways[: number % len(ways)]]:
+                    arguments = [way, str(self._folder / LOOP), str(self._options.size // 4)]
+                    result = _run([sys.executable, str(HERE / "loop.py"), *arguments, *(["--check"] if number == 0 else [])])
+                    samples.append({"piece": LOOP, "turn": number, "tool": way, "operation": LOOP} | result)
+                    print(f"  {way:45} {result.get('failed') or format(result['wall'], '8.3f') + ' s'}", flush=True)
+            self._results["pieces"][LOOP] = {"minutes": (time.monotonic() - began) / 60, "samples": samples}
+            self._write()
+
+        return measure_loops
+
     def _cost(self, what: str) -> Callable[[], None]:
         def measure_cost() -> None:
             script, *arguments = COSTS[what]
@@ -254,7 +274,7 @@ def main() -> None:
     parser.add_argument(
         "--pieces",
         nargs="*",
-        help="only these, even if they were measured before: 'cost many', small, limits, training, rivals",
+        help="only these, even if they were measured before: 'cost many', small, limits, training, loop, rivals",
     )
     parser.add_argument("--loads", nargs="*", help="only these ways to load, for example: into")
     parser.add_argument("--fresh", action="store_true", help="forget what was measured before")

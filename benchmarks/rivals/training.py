@@ -22,7 +22,7 @@ def _save(training: Training, path: Path):
 def _resume(training: Training, path: Path) -> None:
     import shardsave
 
-    shardsave.resume(path, training.model, training={"optimizer": training.optimizer}, progress=False, reuse=False)
+    shardsave.resume(path, training.model, training={"optimizer": training.optimizer}, progress=False)
 
 
 def _torch_ready() -> None:
