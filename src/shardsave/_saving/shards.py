@@ -75,9 +75,9 @@ def plan_shards(
     kinds: dict[tuple[torch.dtype, tuple[int, ...]], tuple[str, tuple[int, ...], int]] = {}  # many tensors are of few kinds
     for name, _, frozen, _, source in entries:
         kind = source.dtype, source.shape
-        if kind not in kinds:
-            kinds[kind] = BY_TORCH[source.dtype].name, logical_shape(*kind), source.nbytes
-        dtype, shape, nbytes = kinds[kind]
+        if (known := kinds.get(kind)) is None:
+            known = kinds[kind] = BY_TORCH[source.dtype].name, logical_shape(*kind), source.nbytes
+        dtype, shape, nbytes = known
         tensors.append(StoredTensor(name, dtype, shape, nbytes, apart and bool(frozen)))
         pieces[name] = source
     return [
