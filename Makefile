@@ -34,8 +34,8 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/build.ok: $(VENV)/bin/python constraints.txt pyproject.toml setup.py $(wildcard csrc/*)
-	$(BIN)/pip install -q -c constraints.txt setuptools pybind11 torch numpy safetensors tqdm click rich
-	SHARDSAVE_WERROR=1 SHARDSAVE_REQUIRE_NATIVE=1 $(BIN)/pip install -q --no-build-isolation --no-deps -e .
+	$(BIN)/pip install -q -c constraints.txt setuptools pybind11
+	SHARDSAVE_WERROR=1 SHARDSAVE_REQUIRE_NATIVE=1 $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e .
 	touch $@
 
 $(VENV)/test.ok: $(VENV)/build.ok

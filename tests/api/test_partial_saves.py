@@ -51,6 +51,18 @@ def test_a_cast_save_is_a_save_and_a_conversion(tmp_path: Path, dtype: Any) -> N
     assert loaded["steps"].dtype == torch.int64 and loaded["complex"].dtype == torch.complex64
 
 
+@pytest.mark.parametrize("options", [{"training": {"epoch": 1}}, {"rng": True}], ids=str)
+def test_a_cast_save_has_no_training_state(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Catches a training that goes on from weights which a save has cast."""
+    verbs = (shardsave.save, shardsave.save_async, shardsave.plan_save)
+    for verb in (*verbs, lambda *both, **more: shardsave.CheckpointManager(both[1], save_every=1).step(1, both[0], **more)):
+        with pytest.raises(
+            ValueError, match=r"dtype='bfloat16' saves no training state: .*leave out training= and rng=, or dtype="
+        ):
+            verb(SmallModel(), tmp_path / "cast", dtype=torch.bfloat16, **options)
+    assert not (tmp_path / "cast").exists()
+
+
 def test_casts_of_arrays_in_another_byte_order(tmp_path: Path) -> None:
     """Catches an array whose bytes are swapped after the cast instead of before, or in the wrong width."""
     values = np.linspace(-3, 7, 3_000_001, dtype=np.float32)

@@ -52,6 +52,8 @@ def test_reports_name_overlaps_and_differences(tmp_path: Path, capsys: pytest.Ca
     (loaded,) = lines_of(shardsave.load_model(nn.Linear(2, 2), tmp_path, strict=False), capsys)
     assert ", no checksums stored, flags left alone; missing from the checkpoint: weight; " in loaded
     assert loaded.endswith("not in the module: layer0, layer1, layer2 and 2 more")
+    (converted,) = lines_of(shardsave.convert(tmp_path / "model.safetensors", tmp_path / "converted"), capsys)
+    assert converted.endswith(", durable, the source has no checksums")
     checked = shardsave.verify(tmp_path)
     path = re.escape(str(tmp_path))
     (line,) = lines_of(checked, capsys)

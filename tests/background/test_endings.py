@@ -46,7 +46,7 @@ def test_the_process_ends(zygote: Zygote, memory: Path, ending: str, code: int) 
 def test_an_exit_that_waits_says_so(zygote: Zygote, memory: Path) -> None:
     """Catches a process that seems to hang at its end, and one that says so where it takes no time."""
     running = zygote.run(f"from shardsave._background import turns\nturns._SILENT_SECONDS = 0.05\n{SAVES}", memory)
-    running.until(f"shardsave: the process ends once {memory}/ckpt is saved (Ctrl-C: how to give that up)\n")
+    running.until(f"shardsave: the program ends as soon as {memory}/ckpt is saved; Ctrl-C says how to give that up\n")
     (memory / "go").touch()
     assert running.wait() == 0 and running.error.count("\n") == 1 and value_in(memory / "ckpt") == 2
 

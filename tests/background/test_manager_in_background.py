@@ -173,7 +173,10 @@ def test_a_full_disk(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(
             Transaction, "check_space", lambda self, needed: (_ for _ in ()).throw(shardsave.OutOfSpaceError("full"))
         )
-        with pytest.raises(shardsave.OutOfSpaceError, match="full; once a new step is committed, the policy removes step 1"):
+        with pytest.raises(
+            shardsave.OutOfSpaceError,
+            match="full; earlier steps are as they were; once .*, the policy removes step 1",
+        ):
             manager.save(2, model(2)).wait()
     assert committed(manager) == [1] and not path_of(memory, 2).exists()
 
@@ -250,6 +253,15 @@ def test_a_last_save(memory: Path) -> None:
         last = manager.step(11, model(11))
         assert in_flight is not None and in_flight.done() and last is not None and last.done() and manager.preempted
         assert last.wait().durable is False and committed(manager) == [10, 11] and manager.step(20, model(20)) is not None
+
+
+def test_a_save_after_a_signal(memory: Path) -> None:
+    """Catches a `save` after a signal that is not the last save: one that is not waited for, or that does not preempt."""
+    with manager_of(memory) as manager:
+        manager.save_on_signal(signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        pending = manager.save(3, model(3))
+        assert pending.done() and manager.preempted and committed(manager) == [3]
 
 
 def test_a_last_save_that_fails(memory: Path) -> None:

@@ -9,11 +9,14 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+import torch
 
 import shardsave
 from shardsave._runs import remover
+from shardsave._storage import removal
 from support import forked, holds_in_child
 from training_run import INDEX, manager_of, model, path_of, steps_in, train, value_of_step
 
@@ -64,6 +67,38 @@ def test_foreign_files_stay(memory: Path, records: Callable[[str], list[dict[str
     removed = {facts["step"]: facts["leftovers"] for facts in records("step removed")}
     assert removed == {10: ("model-00009-of-00009.safetensors", "notes.txt"), 20: ()}
     assert manager.latest().step == 30  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_step_without_the_metric(
+    memory: Path, records: Callable[[str], list[dict[str, Any]]], caplog: pytest.LogCaptureFixture, asynchronous: bool
+) -> None:
+    """Catches a best step that is never kept, since its metric has another name, and nobody says so."""
+    with manager_of(memory, keep_best=("loss", "min", 1), asynchronous=asynchronous) as manager:
+        reports = [manager.save(step, model(step), metrics={name: 1.0}) for step, name in ((10, "Loss"), (20, "loss"))]
+        reports += [manager.save(30, model(30)), manager.save(40, model(40), metrics={"loss": float("nan")})]
+        notes = [(pending.wait() if asynchronous else pending).notes for pending in reports]
+    said = ["step 10 has no metric 'loss', only 'Loss'", "step 30 has no metric 'loss'", "step 40 has NaN as 'loss'"]
+    said = [f"{words}: keep_best does not count it" for words in said]
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == said
+    assert notes == [(said[0],), (), (said[1],), (said[2],)]
+    assert [facts["step"] for facts in records("metric missing")] == [10, 30, 40]
+
+
+def test_the_size_of_what_was_removed(memory: Path, records: Callable[[str], list[dict[str, Any]]]) -> None:
+    """Catches a size of a removed step without its training state, which may be most of it; in the log record, and in `clean`."""
+    training = {"average": torch.zeros(250_000)}
+    with manager_of(memory, keep_last=1) as manager:
+        manager.save(10, model(10), training=training)
+        (size,) = (info.bytes for info in manager.steps())
+        manager.save(20, model(20), training=training)
+    (facts,) = records("step removed")
+    assert facts["bytes"] >= size > 1_000_000
+    with patch.object(removal, "finish_removal", side_effect=[removal.RemovedCheckpoint(), SystemExit]):
+        with manager_of(memory, keep_last=1) as manager:
+            manager.save(30, model(30), training=training)
+    (leaving,) = shardsave.clean(memory, remove=False).found
+    assert leaving.bytes >= size and any("/training-" in file and file.endswith(".tensors") for file in leaving.files)
 
 
 def test_a_step_that_is_a_link(memory: Path, records: Callable[[str], list[dict[str, Any]]]) -> None:

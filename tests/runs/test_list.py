@@ -84,6 +84,7 @@ def test_own_policy(folder: Path) -> None:
     make_run(folder, 20, policy=lambda steps: [info.step for info in steps])
     lines = run("list", folder).stdout.splitlines()
     assert lines[1].endswith("if the program's own policy keeps it") and "<lambda>" in lines[-1]
+    assert re.split(r"\s{2,}", lines[2].strip())[-1] == "latest"
 
 
 def test_states(folder: Path) -> None:
@@ -142,11 +143,20 @@ def test_a_record_of_nonsense(folder: Path, wrong: object) -> None:
 
 
 def test_no_run(folder: Path) -> None:
-    """Catches an empty table where there is no run."""
-    folder.mkdir()
-    for path in (folder, "nothing"):
+    """Catches an empty table where there is no run, and one message for all reasons."""
+    make_run(folder, 10)
+    (folder / "empty").mkdir()
+    shardsave.save({"x": torch.ones(1)}, folder / "whole", durable=False)
+    said = {
+        "nothing": "there is no such directory",
+        "run/empty": "there is none in this directory",
+        "run/step-00000010": "it is a step itself; `shardsave inspect` shows it",
+        "run/whole": "it is a checkpoint itself; `shardsave inspect` shows it",
+    }
+    for path, words in said.items():
         result = run("list", path)
-        assert result.exit_code == 3 and f"no run at {path}: directories such as step-00001000 were expected" in result.stderr
+        assert result.exit_code == 3
+        assert f"no run at {path}: directories such as step-00001000 were expected, {words}" in result.stderr
 
 
 def test_inspect_takes_the_latest(folder: Path) -> None:

@@ -16,7 +16,7 @@ import shardsave
 from shardsave._common import os_calls
 from shardsave._runs.recorded import RECORD_NAME
 from shardsave._storage.transaction import Transaction
-from training_run import flip, manager_of, model, path_of, steps_in, train, value_of
+from training_run import flip, manager_of, model, path_of, steps_in, train, value_of, value_of_step
 
 
 def test_a_run(memory: Path) -> None:
@@ -33,7 +33,13 @@ def test_a_run(memory: Path) -> None:
         assert value_of(fresh) == 60
         assert train(manager, resumed.next_step, 75) == [70]
     latest = manager.latest()
-    assert latest is not None and latest.step == 70 and latest.metrics == {"loss": 100 / 70} and latest.committed
+    assert (
+        latest == manager.steps()[-1]
+        and latest is not None
+        and latest.step == 70
+        and latest.metrics == {"loss": 100 / 70}
+        and latest.committed
+    )
     assert steps_in(memory / "run") == [60, 70]
     assert {path.name for path in (memory / "run").iterdir()} == {"step-00000060", "step-00000070", RECORD_NAME}
 
@@ -82,6 +88,13 @@ def test_steps_are_ordinary_checkpoints(memory: Path) -> None:
     assert shardsave.verify(path_of(memory, 5)).intact
 
 
+def test_the_step_in_reports(memory: Path, records: Callable[[str], list[dict[str, Any]]]) -> None:
+    """Catches a report and a log record of a save that do not say which step it was."""
+    manager = manager_of(memory)
+    assert manager.save(5, model(5)).step == 5 and manager_of(memory, asynchronous=True).save(6, model(6)).wait().step == 6
+    assert [facts["step"] for facts in records("save")] == [5, 6] and shardsave.save(model(1), memory / "other").step is None
+
+
 def test_metrics(memory: Path) -> None:
     """Catches a metric that comes back as another number, also one that JSON does not have, and one that is no number."""
     manager = manager_of(memory)
@@ -100,6 +113,10 @@ WRONG: list[dict[str, Any]] = [
     {"keep_last": 0}, {"keep_last": True}, {"keep_every": "5"}, {"keep_best": "loss"}, {"keep_best": ("loss", "least", 1)},
     {"keep_best": ("loss", "min", 0)}, {"policy": 3}, {"on_commit": "x"}, {"on_corrupt": "ignore"}, {"save_every": 0},
     {"keep_lest": 3}, {"step": 3}, {"directory": "x"},
+    {"max_shard_size": "2 stones"}, {"dtype": "float99"}, {"durable": "yes"}, {"rng": 1}, {"only": "frozen"}, {"progress": "bar"},
+    {"lock_timeout": -1}, {"metadata": {3: 4}}, {"architecture": 2}, {"process_group": 3}, {"program": 3}, {"adapter_only": None},
+    {"dtype": "float16", "rng": True}, {"staging": "copy", "asynchronous": True}, {"step_timeout": "x", "asynchronous": True},
+    {"if_busy": None, "asynchronous": True}, {"check_unchanged": 3, "asynchronous": True}, {"background_workers": 0, "asynchronous": True},
 ]  # fmt: skip
 
 
@@ -108,6 +125,7 @@ def test_wrong_arguments(tmp_path: Path, wrong: dict[str, Any]) -> None:
     """Catches an argument that would be noticed only after hours of training."""
     with pytest.raises((TypeError, ValueError), match=next(iter(wrong))):
         manager_of(tmp_path, **wrong)
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_wrong_keyword_of_a_step(tmp_path: Path) -> None:
@@ -116,6 +134,8 @@ def test_a_wrong_keyword_of_a_step(tmp_path: Path) -> None:
         manager_of(tmp_path).step(1, model(), durabel=True)
     with pytest.raises(TypeError, match="not durabel"):
         manager_of(tmp_path).save(1, model(), durabel=True)
+    with pytest.raises(ValueError, match="dtype='float16' saves no training state"):
+        manager_of(tmp_path, rng=True).step(1, model(), dtype="float16")
 
 
 @pytest.mark.parametrize("wrong", [-1, True, 1.0, "1", 10**16, None])
@@ -153,9 +173,44 @@ def test_a_new_run_over_an_old_one(memory: Path) -> None:
     """Catches a training that begins anew in the directory of another one: `resume` would never find its steps, and a policy would
     remove them at once."""
     train(manager_of(memory), 1, 30)
-    with pytest.raises(shardsave.SaveNotCommittedError, match="step 30 is there already; resume it, or give the run another"):
+    with pytest.raises(
+        shardsave.SaveNotCommittedError, match="step 30 is there already; another process may be writing this run"
+    ):
         train(manager_of(memory, keep_last=1), 1, 30)
     assert steps_in(memory) == [10, 20, 30]
+
+
+def test_two_writers_of_one_run(memory: Path) -> None:
+    """Catches a process that overwrites the steps of another one, which writes the same run at the same speed."""
+    manager, other = manager_of(memory), manager_of(memory)
+    manager.save(10, model(10))
+    with pytest.raises(
+        shardsave.SaveNotCommittedError, match="a new step, or one that .* it is there already; another process"
+    ):
+        other.save(10, model(11))
+    assert value_of_step(memory, 10) == 10
+    manager.save(10, model(12))
+    manager.save(20, model(20))
+    shardsave.save(
+        model(21), path_of(memory, 20), step=20, durable=False
+    )  # as a process does that began this save before ours ended
+    for step in (20, 30):
+        with pytest.raises(shardsave.SaveNotCommittedError, match="step 20 was expected to be as this .*; another process"):
+            manager.save(step, model(30))
+    assert steps_in(memory) == [10, 20] and value_of_step(memory, 20) == 21
+
+
+def test_a_step_is_saved_again(memory: Path) -> None:
+    """Catches a restart that cannot save the step again which it has resumed, or that it has passed over as damaged."""
+    train(manager_of(memory), 1, 20)
+    manager = manager_of(memory)
+    assert manager.resume(model()).step == 20  # type: ignore[union-attr]
+    manager.save(20, model(21))
+    manager.save(30, model(30))
+    flip(memory, 30)
+    manager = manager_of(memory)
+    assert manager.resume(model()).step == 20  # type: ignore[union-attr]
+    assert train(manager, 21, 30) == [30] and value_of_step(memory, 30) == 30
 
 
 def test_on_commit(memory: Path) -> None:
@@ -188,7 +243,7 @@ def test_a_full_disk(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert train(manager, 21, 31) == [30]
     assert steps_in(memory) == [30]
     manager = manager_of(memory)
-    with pytest.raises(shardsave.OutOfSpaceError, match="the policy would remove no step"):
+    with pytest.raises(shardsave.OutOfSpaceError, match="earlier steps are as they were; .* no step: remove some by hand"):
         manager.save(40, huge)
 
 
@@ -219,7 +274,7 @@ def test_a_full_disk_and_a_policy_that_fails(memory: Path) -> None:
     def fail(steps: tuple[shardsave.StepInfo, ...]) -> list[int]:
         raise KeyError("colour\nred") if len(steps) > 1 else ZeroDivisionError
 
-    manager = manager_of(memory, policy=fail)
+    manager, other = manager_of(memory, policy=fail), manager_of(memory)
     huge = {"x": torch.zeros(1).expand(1 << 45)}
     for number, words in ((20, "ZeroDivisionError"), (30, r"KeyError: 'colour\\nred'")):
         with pytest.raises(
@@ -227,7 +282,7 @@ def test_a_full_disk_and_a_policy_that_fails(memory: Path) -> None:
         ) as caught:
             manager.save(number, huge)
         assert caught.match(f"it raised {words}$")
-        manager_of(memory).save(10, model(10))
+        other.save(10, model(10))
     assert steps_in(memory) == [10]
 
 

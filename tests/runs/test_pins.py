@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -13,7 +14,9 @@ import pytest
 import torch
 
 import shardsave
+from shardsave._common.os_calls import CallFailed
 from shardsave._runs import remover, steps
+from shardsave._storage.directory import Directory
 from support import holds_in_child
 from training_run import manager_of, model, path_of, steps_in, train
 
@@ -49,6 +52,24 @@ def test_a_pin_that_comes_late(
         monkeypatch.setattr(remover.Remover, "_make_durable", lambda self, kept: manager_of(memory).pin(10))
         train(manager, 11, 20)
     assert steps_in(memory) == [10, 20] and [facts["step"] for facts in records("step pinned")] == [10]
+
+
+def test_a_pin_that_fails(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an error that does not say whether the step is pinned now."""
+
+    def fail(self: Any, name: str, *arguments: object) -> None:
+        raise CallFailed("openat", name, errno.EROFS, os.strerror(errno.EROFS))
+
+    manager = manager_of(memory)
+    train(manager, 1, 10)
+    with monkeypatch.context() as patch:
+        patch.setattr(Directory, "create", fail)
+        with pytest.raises(shardsave.ShardSaveError, match="cannot pin .*Read-only file system; the step is not pinned$"):
+            manager.pin(10)
+    manager.pin(10)
+    monkeypatch.setattr(Directory, "unlink", fail)
+    with pytest.raises(shardsave.ShardSaveError, match="cannot unpin .*Read-only file system; the step is pinned$"):
+        manager.unpin(10)
 
 
 def test_a_step_that_is_read(memory: Path, records: Callable[[str], list[dict[str, Any]]]) -> None:

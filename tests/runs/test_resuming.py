@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from click.testing import CliRunner
 from torch import nn
 
 import shardsave
+from faults.dying import die_before_the_commit, killed
 from shardsave._cli.main import cli
 from shardsave._format.crc64 import crc64
 from training_run import INDEX, flip, manager_of, model, path_of, steps_in, train, value_of, value_of_step
@@ -43,7 +45,11 @@ def damage_kind(folder: Path) -> None:
     (path_of(folder, 30) / INDEX).mkdir()
 
 
-DAMAGES = [damage_flip, damage_cut, damage_missing, damage_index, damage_kind]
+def damage_lost_index(folder: Path) -> None:
+    (path_of(folder, 30) / INDEX).unlink()
+
+
+DAMAGES = [damage_flip, damage_cut, damage_missing, damage_index, damage_kind, damage_lost_index]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -103,13 +109,57 @@ def test_a_damaged_training_state(memory: Path, pattern: str, damage: str) -> No
     assert steps_in(memory) == [20, 30, 40]
 
 
-def test_nothing_but_corrupt_steps(memory: Path) -> None:
+def test_nothing_but_corrupt_steps(memory: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Catches a training that begins anew over a run of which every step is damaged."""
     train(manager_of(memory), 1, 20)
     for step in (10, 20):
         flip(memory, step)
+    caplog.set_level("WARNING", "shardsave")
     with pytest.raises(shardsave.CorruptCheckpointError, match=r"2 steps are corrupt .*the model may be filled in part"):
         manager_of(memory).resume(model())
+    assert [" is corrupt, and is passed over: " in record.getMessage() for record in caplog.records] == [True, True]
+
+
+def test_nothing_to_resume(memory: Path, records: Callable[[str], list[dict[str, Any]]]) -> None:
+    """Catches a training that begins anew, for example in a wrong directory, and nothing in the log says so."""
+    path_of(memory, 10).mkdir()
+    assert manager_of(memory).resume(model()) is None
+    assert records("nothing to resume") == [{"event": "nothing to resume", "path": str(memory)}]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_step_as_a_run(memory: Path, asynchronous: bool) -> None:
+    """Catches a training that begins anew, and saves its steps inside of a checkpoint, since a step was passed as the run."""
+    train(manager_of(memory), 1, 10)
+    (memory / "lone").mkdir()
+    (memory / "lone" / "model.safetensors").write_bytes(b"")
+    for path in (path_of(memory, 10), memory / "lone"):
+        before = sorted(path.iterdir())
+        manager = manager_of(path, asynchronous=asynchronous)
+        for action in (lambda manager=manager: manager.resume(model()), lambda manager=manager: manager.save(20, model(20))):
+            with pytest.raises(
+                shardsave.IncompatibleCheckpointError, match="a run was expected, .* it is a checkpoint itself, with model"
+            ):
+                action()
+        assert sorted(path.iterdir()) == before
+    shardsave.save(model(1), memory, durable=False)  # beside the steps of a run
+    manager_of(memory).save(20, model(20))
+
+
+@pytest.mark.parametrize("options", [{}, {"training": {"epoch": 1}, "max_shard_size": "1kB"}, {"only": "trainable"}], ids=str)
+def test_a_run_without_indexes(memory: Path, options: dict[str, Any]) -> None:
+    """Catches a training that begins anew, since the indexes of its steps are lost; and a lost index for which a save takes its own."""
+    manager_of(memory).save(10, model(10), **options)
+    (path_of(memory, 10) / INDEX).unlink()
+    (info,) = manager_of(memory).steps()
+    assert info.state == "corrupt" and re.match(f"its index {INDEX} is missing, and model-.* is there", info.problem)
+    with pytest.raises(shardsave.CorruptCheckpointError, match="1 step is corrupt .*its index .* is missing"):
+        manager_of(memory).resume(model())
+    killed(path_of(memory, 10), die_before_the_commit)
+    assert [info.state for info in manager_of(memory).steps()] == ["corrupt"]
+    with manager_of(memory) as manager:
+        manager.save(20, model(20))
+    assert steps_in(memory) == [10, 20] and len([*path_of(memory, 10).glob("*.safetensors")]) >= 1
 
 
 def test_a_load_that_does_not_fill_everything(memory: Path) -> None:
@@ -120,7 +170,7 @@ def test_a_load_that_does_not_fill_everything(memory: Path) -> None:
     manager.save(20, both)
     (shard,) = path_of(memory, 20).glob("*.safetensors")
     shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
-    with pytest.raises(shardsave.CorruptCheckpointError, match="checksum"):
+    with pytest.raises(shardsave.CorruptCheckpointError, match="step-00000020: .*checksum.*the step before it is not taken"):
         manager_of(memory).resume(nn.ModuleDict({"a": model(), "b": model()}), strict=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import textwrap
@@ -32,7 +33,7 @@ def story(program: str, folder: Path) -> tuple[int, list[str]]:
         try:
             manager = shardsave.CheckpointManager(folder, save_every=10, durable=False, progress=False)
             names = {"manager": manager, "send": send, "state": {"x": torch.ones(3)}}
-            names |= {module.__name__: module for module in (os, signal, time, torch, shardsave)}
+            names |= {module.__name__: module for module in (logging, os, signal, time, torch, shardsave)}
             exec(
                 textwrap.dedent(program), names | {"say": lambda *words: os.write(2, f"{' '.join(map(str, words))}\n".encode())}
             )
@@ -85,6 +86,29 @@ def test_a_signal_during_a_save(memory: Path) -> None:
     manager.close()
     """
     assert story(program, memory) == (0, ["1", "False", "True"]) and steps_in(memory) == [10, 11]
+
+
+def test_a_signal_after_the_last_step(memory: Path) -> None:
+    """Catches a save at the end of the training that does not count as the last one, and a signal after which nothing was saved and
+    nobody says so, or says so twice.
+    """
+    program = """
+    handler = logging.StreamHandler()
+    handler.addFilter(lambda record: record.levelname == "WARNING" and say("WARNING", record.shardsave["event"]))
+    logging.getLogger("shardsave").addHandler(handler)
+    for number in (1, 2):
+        manager = shardsave.CheckpointManager(manager._shown, save_every=10, durable=False, progress=False)
+        manager.save_on_signal()
+        manager.step(number, state)
+        send()
+        if number == 1:
+            manager.save(1, state)
+        say(manager.preempted)
+        manager.close()
+        manager.close()
+    """
+    said = ["True", "False", "WARNING", "signal", "without", "a", "save"]
+    assert story(program, memory) == (0, said) and steps_in(memory) == [1]
 
 
 def test_a_second_signal(memory: Path) -> None:
@@ -182,6 +206,30 @@ def test_a_forked_child(memory: Path) -> None:
     say(manager.preempted)
     """
     assert story(program, memory) == (0, [str(int(signal.SIGTERM)), "False"]) and steps_in(memory) == []
+
+
+@pytest.mark.parametrize("ignored", [True, False])
+def test_a_signal_to_the_workers(memory: Path, ignored: bool) -> None:
+    """Catches advice in docs/runs.md that does not help: a last save that does not come because the signal has ended a worker too."""
+    program = f"""
+    os.setsid()
+    loader = torch.utils.data.DataLoader(
+        range(40), num_workers=1,
+        worker_init_fn=(lambda worker: signal.signal(signal.SIGTERM, signal.SIG_IGN)) if {ignored} else None,
+    )
+    with manager:
+        manager.save_on_signal()
+        for step, batch in enumerate(loader, 1):
+            if step == 13:
+                os.system(f"kill -TERM -{{os.getpid()}}")  # a worker obeys its parent without an error
+                time.sleep(0.5)
+            manager.step(step, state)
+            if manager.preempted:
+                break
+    """
+    code, words = story(program, memory)
+    assert steps_in(memory) == ([10, 13] if ignored else [10])
+    assert (code, words) == (0, []) if ignored else code == 1 and "Terminated" in " ".join(words)
 
 
 def test_where_no_handler_can_be_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

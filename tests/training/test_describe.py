@@ -5,7 +5,9 @@ from __future__ import annotations
 import collections
 import json
 import random
+import re
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -171,7 +173,11 @@ def test_names_and_document() -> None:
     assert names[4:6] == ["critic/weight", "shared/rank 0/x (2)"] and all(name.startswith("rank 2/") for name in names[6:])
     assert names[6] == "rank 2/own/seen" and len(set(names)) == len(names)
     assert set(state.leaves) == {"training['own']", "rng"} and state.shared["dict"]["own"] == {"per_rank": "training['own']"}
-    assert state.epoch == 3 and state.notes == ("training['optimizer']: 1 parameter of no module, known by group and position",)
+    assert (
+        state.epoch == 3
+        and state.warnings == ()
+        and state.notes == ("training['optimizer']: 1 parameter of no module, known by group and position",)
+    )
     encoded = state.shared["dict"]["optimizer"]["optimizer"]
     assert encoded["class"] == "SGD" and encoded["groups"][1] == {
         "names": ["critic/weight"],
@@ -193,3 +199,22 @@ def test_many_tensors() -> None:
     started = time.process_time()
     described = describe({"optimizer": optimizer}, parameters)
     assert time.process_time() - started < 1 and len(described.entries) == 100_000
+
+
+def test_an_optimizer_of_another_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches a training that saves the optimizer of another model than the one it saves, and says so only in a note."""
+    caplog.set_level("INFO", "shardsave")
+    model, other = nn.Linear(2, 1), nn.Linear(2, 1)
+    training = {"optimizer": torch.optim.SGD(other.parameters())}
+    words = (
+        "training['optimizer']: parameters of the model that is saved were expected, this optimizer has none of them; its 2 parameters "
+        "of no module are known by group and position"
+    )
+    with pytest.warns(UserWarning, match=re.escape(words)) as caught:
+        report = shardsave.save(model, tmp_path, training=training, durable=False)
+    assert len(caught) == 1 and caught[0].filename == __file__ and report.notes == (words,)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert shardsave.plan_save(model, tmp_path, training=training).notes == (words,)
+    for source, state in ((model, {**training, "critic": other}), (dict(model.state_dict()), training)):
+        report = shardsave.save(source, tmp_path / "next", training=state, durable=False)
+        assert words not in report.notes

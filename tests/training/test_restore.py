@@ -113,9 +113,9 @@ def test_missing_and_unexpected(tmp_path: Path) -> None:
         tmp_path,
         training,
         model,
-        r"training\['optimizer'\]: the checkpoint has the state of AdamW, this is SGD, "
-        r"training\['second'\]: the checkpoint has nothing for an AdamW, training\['rate'\]: the checkpoint has nothing, "
-        r"training\['scaler'\]: the checkpoint has a GradScaler, here is a NoneType, "
+        r"training\['optimizer'\]: the checkpoint has the state of AdamW, this is SGD; "
+        r"training\['second'\]: the checkpoint has nothing for an AdamW; training\['rate'\]: it was not saved; "
+        r"training\['scaler'\]: the checkpoint has a GradScaler, here is a NoneType; "
         r"training\['ema'\]: the checkpoint has an AveragedModel, here is nothing; strict=False restores what fits; nothing was changed",
         shardsave.IncompatibleCheckpointError,
     )

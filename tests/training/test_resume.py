@@ -325,7 +325,7 @@ def test_only_what_is_asked_for(folder: Path) -> None:
     assert sorted(resumed.notes) == ["rng: the generators were saved, and were not asked for", *skipped]
     assert training["optimizer"].state and same_state(training["ema"], fresh)
     resumed = shardsave.resume(folder, model, training=training, skip=["optimizer", "rng"], rng=True)
-    assert resumed.notes == ("training['optimizer']: skipped",) and not same_state(training["ema"], fresh)
+    assert resumed.notes == ("training['optimizer']: skipped", "rng: skipped") and not same_state(training["ema"], fresh)
     with pytest.raises(INCOMPATIBLE, match="pass the model too, which names the parameters"):
         shardsave.resume(folder, training=training)
     with pytest.raises(ValueError, match="only and skip name parts of a training state, pass training= or rng=True too"):
@@ -340,7 +340,8 @@ def test_what_fits(folder: Path) -> None:
     training["optimizer"] = torch.optim.SGD(model.parameters(), 0.1)
     resumed = shardsave.resume(folder, model, training=training, rng=True, strict=False)
     assert (
-        resumed.notes[0] == "training['optimizer']: the checkpoint has the state of AdamW, this is SGD"
+        resumed.notes[0]
+        == "training['optimizer']: the checkpoint has the state of AdamW, this is SGD; it keeps the state that it has"
         and len(resumed.notes) == 1
     )
     assert resumed.report is not None and resumed.report.missing == ("4.bias", "4.weight")
@@ -431,7 +432,10 @@ def test_size_in_reports(tmp_path: Path) -> None:
     report = shardsave.save(model, tmp_path, **arguments, durable=False)
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in training_directory(tmp_path).iterdir())
-    assert report.training_bytes == plan.training_bytes == size and f"; training state of {size / 1000:.1f} kB" in str(report)
+    assert report.training_bytes == plan.training_bytes == size and f" and {size / 1000:.1f} kB of training state, " in str(
+        report
+    )
+    assert report.bytes_written > report.bytes and report.bytes_per_second == report.bytes_written / report.seconds
     assert f"  training state: {size / 1000:.1f} kB\n" in str(plan)
     assert sorted(plan_file.bytes for plan_file in plan.files)[1:] == sorted(file.stat().st_size for file in files)[1:]
     assert len(plan.files) == len(files) and report.bytes == plan.bytes < report.training_bytes
@@ -463,3 +467,11 @@ def test_a_group_of_one_process(folder: Path) -> None:
         shardsave.save(model, folder, training=training, rng=True, process_group=group, durable=False)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_the_words_for_a_result(tmp_path: Path) -> None:
+    """Catches a `repr` of what was resumed that prints every object of the training state, a whole model too."""
+    model = torch.nn.Linear(1, 1)
+    shardsave.save(model, tmp_path, training={"ema": torch.nn.Linear(7, 1)}, step=3, durable=False)
+    resumed = shardsave.resume(tmp_path, model, training={"ema": torch.nn.Linear(7, 1)})
+    assert repr(resumed).startswith("Resumed(step=3, notes=()") and "Linear" not in repr(resumed)

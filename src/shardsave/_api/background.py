@@ -85,7 +85,7 @@ def start(
     """
     started = time.perf_counter()
     path = check_how(directory, how)
-    _check(background)
+    check_background(background)
     flight: Flight[SaveReport] = Flight(os.fspath(directory))
     try:
         with verb():
@@ -130,7 +130,7 @@ def start(
         raise
 
 
-def _check(background: InBackground) -> None:
+def check_background(background: InBackground) -> None:
     """Raises TypeError or ValueError for wrong arguments."""
     for name, value, allowed in (
         ("staging", background.staging, ("auto", "snapshot", "ring")),

@@ -92,7 +92,8 @@ class ConvertReport(Removing, Report):
     def _lines(self) -> Iterator[str]:
         counts = (("dropped", len(self.dropped)), ("renamed", len(self.renamed)), ("cast", self.cast), ("tied", len(self.ties)))
         more = [f"{number:,} {word}" for word, number in counts if number]
-        how = f"{self._engine_and_access()}, {'durable' if self.durable else 'not durable'}, {VERIFIED[self.verified]}"
+        checked = "the source has no checksums" if self.verified is None else VERIFIED[self.verified]
+        how = f"{self._engine_and_access()}, {'durable' if self.durable else 'not durable'}, {checked}"
         line = f"converted {self.source} ({self.kind}) to {self.path} ({self.to}): {self._size_and_speed()}, {how}"
         removed = [f"removed or replaced {some(self.removed)}"] if self.removed else []
         yield self._with_notes(line, *([", ".join(more)] if more else []), *removed)

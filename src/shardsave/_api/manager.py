@@ -6,28 +6,26 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from numbers import Integral
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast, overload
 
 from shardsave._api.arguments import check_path, check_switches, check_timeout
 from shardsave._api.run_verbs import OF_BOTH, PublicVerbs
+from shardsave._api.step_resumes import StepResumes
 from shardsave._api.step_saves import StepSaves
 from shardsave._common.log_records import log_event
 from shardsave._common.os_calls import absolute_path
 from shardsave._common.shutdown import verb
-from shardsave._common.words import count, some
+from shardsave._common.words import some
 from shardsave._runs.arguments import checked_best, checked_count, checked_metrics, checked_step
 from shardsave._runs.keeper import Keeper
 from shardsave._runs.policies import KeepChosen, UserPolicy, save_when
-from shardsave._runs.reading import reading
 from shardsave._runs.recorded import RecordedPolicy
 from shardsave._runs.removal import pin, unpin
 from shardsave._runs.signals import SaveRequests
 from shardsave._runs.steps import Run, StepInfo
-from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -143,18 +141,20 @@ class CheckpointManager(Generic[Saved]):
         check_switches(asynchronous=asynchronous)
         self._asynchronous = asynchronous
         self._save_options = self._verbs.save_options(asynchronous=asynchronous)
+        self._options: dict[str, Any] = {}
         self._check_options(options)
+        self._options = options
         own = getattr(policy, "__qualname__", type(policy).__qualname__) if policy is not None else None
         recorded = RecordedPolicy(save_every, keep_last, keep_every, best, own)
         keeps = [*recorded.keeps(), *([KeepChosen(policy)] if policy is not None else [])]
-        self._on_corrupt = on_corrupt
-        self._options = options
         self._shown = os.fspath(directory)
         self._run = Run(absolute_path(self._shown))
         self._keeper = Keeper(self._run, self._shown, keeps, recorded)
         self._saves = StepSaves(self._run, self._keeper, self._when, on_commit)
+        self._resumes = StepResumes(self._run, self._shown, self._keeper, self._when, on_corrupt)
         self._requests = SaveRequests()
         self._preempted = False
+        self._told_unsaved = False
 
     @property
     def preempted(self) -> bool:
@@ -180,8 +180,15 @@ class CheckpointManager(Generic[Saved]):
 
     def _close(self) -> None:
         self._requests.restore()
+        if self._is_requested and not self._told_unsaved:
+            self._told_unsaved = True
+            names = some(number.name for number in self._requests.noted)
+            words = f"{names} asked for a last save of {self._shown}, and no step was saved after it: call save at the end of the training"
+            log_event(logging.WARNING, "signal without a save", words, path=self._run.path)
         self._saves.settle()
         self._keeper.remover.wait()
+        if self._asynchronous:
+            self._saves.release_memory()
 
     def wait_removed(self, timeout: float | None = None) -> bool:
         """Waits until the steps that no policy keeps are gone, and before that for a save in the background.
@@ -216,36 +223,45 @@ class CheckpointManager(Generic[Saved]):
         Raises:
             TypeError, ValueError: for wrong arguments.
             OutOfSpaceError: as in `save`; the message says what the policy will remove after the next commit, and its size.
-            SaveNotCommittedError: also if the run has a later step than this one.
+            SaveNotCommittedError: also if another process seems to write this run: it has a later step, or this one is there already.
             all that `save` raises.
         """
         step = checked_step(step)
-        self._check_options(options)  # also if it is not time yet: a wrong keyword must not show after hours
-        requested = bool(self._requests.noted) and not self._preempted
+        self._check_options(options)
         due = self._when.due(step)
-        if step == 0 or not (due or requested):
+        if step == 0 or not (due or self._is_requested):
             return None
-        if not requested:
-            return self.save(step, model, training=training, metrics=metrics, **options)
-        saved = self._last_save(step, model, training=training, metrics=metrics, **options)
+        return self.save(step, model, training=training, metrics=metrics, **options)
+
+    def save(
+        self, step: int, model: Any, *, training: Any = None, metrics: Mapping[str, Any] | None = None, **options: Any
+    ) -> Saved:
+        """Saves ``step`` now. Everything else is as in `step`, also after a signal."""
+        if not self._is_requested:
+            return self._save(step, model, training, metrics, options)
+        saved = self._last_save(step, model, training, metrics, options)
         self._preempted = True
         names, path = some(number.name for number in self._requests.noted), self._run.path_of(step)
         log_event(logging.INFO, "preempted", f"saved step {step} of {self._shown} because of {names}", path=path, step=step)
         return saved
 
-    def _last_save(self, step: int, model: Any, **options: Any) -> Saved:
+    @property
+    def _is_requested(self) -> bool:
+        """Whether a signal asks for a last save, which is still to come."""
+        return bool(self._requests.noted) and not self._preempted
+
+    def _last_save(
+        self, step: int, model: Any, training: Any, metrics: Mapping[str, Any] | None, options: dict[str, Any]
+    ) -> Saved:
         """Saves a step and waits for it; also if the manager is asynchronous."""
         if not self._asynchronous:
-            return self.save(step, model, **options)
-        pending = self.save(step, model, **{**options, "if_busy": "wait"})
+            return self._save(step, model, training, metrics, options)
+        pending = self._save(step, model, training, metrics, {**options, "if_busy": "wait"})
         cast("PendingSave", pending).wait()
         return pending
 
     @verb()
-    def save(
-        self, step: int, model: Any, *, training: Any = None, metrics: Mapping[str, Any] | None = None, **options: Any
-    ) -> Saved:
-        """Saves ``step`` now. Everything else is as in `step`."""
+    def _save(self, step: int, model: Any, training: Any, metrics: Mapping[str, Any] | None, options: dict[str, Any]) -> Saved:
         step = checked_step(step)
         if step == 0:
             raise ValueError("step 0 is never saved: a step is saved once it is finished, and the first one is step 1")
@@ -269,6 +285,7 @@ class CheckpointManager(Generic[Saved]):
 
         Raises:
             TypeError: for a wrong keyword, also if there is no step.
+            IncompatibleCheckpointError: also if the directory of the run is a checkpoint itself.
             CorruptCheckpointError: no step can be read, or ``on_corrupt="raise"``.
             ShardSaveError: a step that may be the latest cannot be read.
             all that `shardsave.resume` raises.
@@ -279,50 +296,15 @@ class CheckpointManager(Generic[Saved]):
         self._saves.settle()
         of_both = {name: self._options[name] for name in OF_BOTH if name in self._options}
         given = {**of_both, **options, **({"training": training} if training is not None else {})}
-        passed: list[str] = []
-        for info in self._run.newest_first():
-            problem = _refusal(info)
-            if problem is None:
-                continue
-            if not problem:
-                try:
-                    with reading(info.path):
-                        resumed = self._verbs.resume(info.path, model, step=info.step, options=given)
-                except CheckpointNotFoundError:
-                    continue  # another process has just removed it
-                except CorruptCheckpointError as error:
-                    if options.get("strict", True) is not True or options.get("only") or options.get("skip"):
-                        raise
-                    problem = str(error)
-                else:
-                    return self._resumed(info, resumed, passed)
-            self._pass_over(info, problem)
-            passed.append(f"{info.path} is corrupt and was passed over: {problem}")
-        if passed:
-            raise CorruptCheckpointError(
-                f"cannot resume from {self._shown}: a step that can be read was expected, {count(len(passed), 'step')} "
-                f"{'is' if len(passed) == 1 else 'are'} corrupt ({passed[0]}); the model may be filled in part"
-            )
-        return None
+        return self._resumes.resume(model, given)
 
-    def _check_options(self, options: Iterable[str]) -> None:
+    def _check_options(self, options: Mapping[str, Any]) -> None:
+        """Checks keywords of `save`, also if it is not time yet: a wrong one must not show after hours."""
         unknown = sorted(set(options) - self._save_options)
         if unknown:
             raise TypeError(f"keywords of CheckpointManager or of save were expected, not {some(unknown)}")
-
-    def _pass_over(self, info: StepInfo, problem: str) -> None:
-        if self._on_corrupt == "raise":
-            raise CorruptCheckpointError(
-                f"cannot resume from {info.path}: {problem}; earlier steps are as they were, on_corrupt='previous' resumes from the last "
-                f"that can be read"
-            )
-        self._keeper.uncounted[info.step] = problem
-        words = f"{info.path} is corrupt, the step before it is taken: {problem}"
-        log_event(logging.WARNING, "step corrupt", words, path=info.path, step=info.step, problem=problem)
-
-    def _resumed(self, info: StepInfo, resumed: Resumed, passed: list[str]) -> Resumed:
-        self._when.done(info.step)
-        return replace(resumed, notes=(*passed, *resumed.notes))
+        if options:
+            self._verbs.check({**self._options, **options}, asynchronous=self._asynchronous)
 
     @verb()
     def latest(self) -> StepInfo | None:
@@ -330,13 +312,7 @@ class CheckpointManager(Generic[Saved]):
 
         A corrupt step is passed over as in `resume`. Raises ShardSaveError for a step that cannot be read.
         """
-        for info in self._run.newest_first():
-            problem = _refusal(info)
-            if problem == "":
-                return info
-            if problem is not None:
-                self._pass_over(info, problem)
-        return None
+        return self._resumes.latest()
 
     @verb()
     def steps(self) -> tuple[StepInfo, ...]:
@@ -375,12 +351,3 @@ class CheckpointManager(Generic[Saved]):
         """
         for number in signals or (signal.SIGTERM,):
             self._requests.listen(signal.Signals(number))
-
-
-def _refusal(info: StepInfo) -> str | None:
-    """Why a step cannot be resumed from: "" if it can, None if it is none. Raises IncompatibleCheckpointError for a newer format."""
-    if info.state == "newer":
-        raise IncompatibleCheckpointError(info.problem)
-    if info.state == "corrupt":
-        return info.problem or "it is corrupt"
-    return "" if info.committed else None

@@ -30,8 +30,10 @@ def _step(step: object) -> int:
     if isinstance(step, (bool, np.bool_)) or not isinstance(step, Integral):
         raise TypeError(f"step must be an int, not {an(type(step).__name__)}")
     number = int(step)
-    if not 0 <= number < 10**MAX_DIGITS:
-        raise ValueError(f"step must be at least 0 and have at most {MAX_DIGITS} digits, not {glimpse(number)}")
+    if number < 0:
+        raise ValueError(f"step must be at least 0, not {glimpse(number)}")
+    if number >= 10**MAX_DIGITS:
+        raise ValueError(f"step must have at most {MAX_DIGITS} digits, not {glimpse(number)}")
     return number
 
 

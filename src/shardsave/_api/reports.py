@@ -60,9 +60,12 @@ class Report(Printed):
         """Bytes of tensor data per second of the whole call, wall time."""
         return self.bytes / self.seconds if self.seconds > 0 else 0.0
 
+    def _size(self) -> str:
+        return human_bytes(self.bytes)
+
     def _size_and_speed(self) -> str:
         return (
-            f"{human_bytes(self.bytes)}, {count(self.tensors, 'tensor')} in {count(self.shards, 'shard')}, "
+            f"{self._size()}, {count(self.tensors, 'tensor')} in {count(self.shards, 'shard')}, "
             f"{self.seconds:.2f} s ({human_bytes(self.bytes_per_second)}/s)"
         )
 
@@ -117,6 +120,7 @@ class SaveReport(Removing, Report):
     ``step_wait_seconds``: how long steps of optimizers waited until their parameters were taken. ``drain_seconds``: from the call until
     all tensors were taken. ``durable_seconds``: from the call until the checkpoint was committed and, unless ``durable=False``, durable.
     In these reports ``seconds`` is the time for planning and writing. ``skipped``: nothing was saved, since another save was in flight.
+    ``step``: the argument of the save.
     """
 
     durable: bool = True
@@ -140,6 +144,16 @@ class SaveReport(Removing, Report):
     drain_seconds: float = 0.0
     durable_seconds: float = 0.0
     skipped: bool = False
+    step: int | None = None
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Bytes of tensor data that were written, those of the training state included, per second of the whole call, wall time."""
+        return self.bytes_written / self.seconds if self.seconds > 0 else 0.0
+
+    def _size(self) -> str:
+        training = f" and {human_bytes(self.training_bytes)} of training state" if self.training_bytes else ""
+        return f"{super()._size()}{training}"
 
     def _lines(self) -> Iterator[str]:
         if self.skipped:
@@ -149,8 +163,6 @@ class SaveReport(Removing, Report):
         if self.reused:
             unchanged = f"{human_bytes(self.bytes_reused)} in {count(len(self.reused), 'unchanged shard')}"
             more.append(f"{human_bytes(self.bytes_written)} written, {unchanged} taken over from disk")
-        if self.training_bytes:
-            more.append(f"training state of {human_bytes(self.training_bytes)}")
         if self.cast:
             more.append(f"{count(self.cast, 'tensor')} cast")
         if self.left_out:

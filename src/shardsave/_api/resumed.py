@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from shardsave._api.reports import LoadReport
@@ -19,11 +19,11 @@ class Resumed:
     ``step``: the step that was saved; None if the save was given none. ``values``: the training state as it was passed, without
     `PerRank`, and with plain data (numbers, text, None, containers of these) as it was saved. ``notes``: what of the training state was
     fresh, unused, kept or cast, and which freeze flags have changed. ``report``: of the load, of everything that was read; its
-    ``missing``, ``unexpected`` and so on are those of the model.
+    ``missing``, ``unexpected`` and so on are those of the model. The values, which may be large, are not part of the ``repr``.
     """
 
     step: int | None
-    values: Any
+    values: Any = field(repr=False)
     notes: tuple[str, ...] = ()
     report: LoadReport | None = None
 

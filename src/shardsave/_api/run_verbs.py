@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from inspect import signature
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,24 @@ class PublicVerbs:
 
         return frozenset(signature(save).parameters) - _BY_THE_MANAGER
 
+    def check(self, options: Mapping[str, Any], *, asynchronous: bool) -> None:
+        """Checks the values of ``options``, keywords of `save` or `save_async`. Raises TypeError or ValueError."""
+        from shardsave._api.save import How, check_values, save
+        from shardsave._api.save_contents import What, check_what
+
+        function: Callable[..., object] = save
+        if asynchronous:
+            from shardsave._api.save_async import save_async
+
+            function = save_async
+        given = _all_arguments(function, None, "", options)
+        check_what(What(**{name: given[name] for name in What._fields}))
+        check_values(How(**{name: given[name] for name in How._fields}))
+        if asynchronous:
+            from shardsave._api.background import InBackground, check_background
+
+            check_background(InBackground(**{name: given[name] for name in InBackground._fields}))
+
     def save(self, model: Any, path: str, *, step: int, metrics: Mapping[str, float], options: Mapping[str, Any]) -> SaveReport:
         import_at_use("shardsave._api.save")
         from shardsave._api.save import save
@@ -55,9 +73,7 @@ class PublicVerbs:
         from shardsave._api.save_async import save_async
         from shardsave._api.save_contents import What
 
-        bound = signature(save_async).bind(model, path, step=step, metrics=metrics, **options)
-        bound.apply_defaults()
-        given = bound.arguments
+        given = _all_arguments(save_async, model, path, {"step": step, "metrics": metrics, **options})
         what = What(**{name: given[name] for name in What._fields})
         how = How(**{name: given[name] for name in How._fields})
         background = InBackground(**{name: given[name] for name in InBackground._fields})
@@ -76,3 +92,10 @@ class PublicVerbs:
 
         resumed = resume(path, model, **options)
         return resumed if resumed.step is not None else replace(resumed, step=step)
+
+
+def _all_arguments(function: Callable[..., object], model: Any, path: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of `save` or `save_async`, with the defaults of those that are not in ``options``."""
+    bound = signature(function).bind(model, path, **options)
+    bound.apply_defaults()
+    return bound.arguments

@@ -152,11 +152,16 @@ def check_how(directory: str | os.PathLike[str], how: How) -> str:
     """Checks ``directory`` and ``how``; returns the absolute path. Raises TypeError or ValueError."""
     check_path(directory)
     check_operators("save to", directory, "nothing was written")
+    check_values(how)
+    return absolute_path(os.fspath(directory))
+
+
+def check_values(how: How) -> None:
+    """Raises TypeError or ValueError."""
     check_switches(durable=how.durable)
     check_progress(how.progress)
     check_timeout(how.lock_timeout)
     check_reuse(how.reuse, how.recheck_every)
-    return absolute_path(os.fspath(directory))
 
 
 def write_planned(
@@ -198,10 +203,11 @@ def write_planned(
         bytes_written=outcome.bytes_written,
         bytes_reused=outcome.bytes_reused,
         reused=outcome.taken,
+        step=contents.moment.step,
         stall_seconds=seconds,
         durable_seconds=seconds,
     )
-    return report, outcome.warnings
+    return report, (*planned.warnings, *outcome.warnings)
 
 
 def log_saved(report: SaveReport, warnings: tuple[str, ...]) -> None:

@@ -17,6 +17,7 @@ from shardsave._common.gc_pause import gc_paused
 from shardsave._common.imports import import_at_use
 from shardsave._common.warn_caller import warn_caller
 from shardsave._common.words import an, count
+from shardsave._format.index import Moment
 from shardsave._format.metadata import check_metadata
 from shardsave._format.quantised import PLAIN, TENSOR_NAMES
 from shardsave._huggingface.choose_saving import choose_layout
@@ -44,14 +45,26 @@ class Needed(NamedTuple):
 
 
 class Planned(NamedTuple):
-    """What a save will write, read from its source and checked. ``cast``, ``left_out``, ``needed``: for the report. ``frozen``: name on
-    disk → the memory of a frozen parameter that may be assumed to be unchanged."""
+    """What a save will write, read from its source and checked. ``cast``, ``left_out``, ``needed``: for the report. ``warnings``: what the
+    caller must be warned of once it is saved; the notes of the contents have it too. ``frozen``: name on disk → the memory of a frozen
+    parameter that may be assumed to be unchanged.
+    """
 
     contents: Contents
     needed: Needed
     cast: int
     left_out: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
     frozen: Mapping[str, FrozenMemory] = {}
+
+
+class _PlannedTraining(NamedTuple):
+    """``directories``: that of the training state, or none. ``epoch``: the one in it. ``notes``, ``warnings``: as in `TrainingState`."""
+
+    directories: list[PlannedDirectory]
+    epoch: float | None = None
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 class What(NamedTuple):
@@ -74,43 +87,38 @@ class What(NamedTuple):
 
 def plan(source: Source, what: What) -> Planned:
     """Checks ``what``, and plans it. Raises what `save` raises for it; writes nothing."""
-    check_switches(architecture=what.architecture, adapter_only=what.adapter_only, rng=what.rng)
-    check_switches(assume_frozen_unchanged=what.assume_frozen_unchanged)
-    check_process_group(what.process_group)
-    if (what.architecture or what.program is not None) and not isinstance(source, nn.Module):
+    checked = check_what(what)
+    with_parts = what.architecture or what.program is not None
+    if with_parts and not isinstance(source, nn.Module):
         option = "architecture=True" if what.architecture else "a program"
         raise TypeError(f"{option} needs an nn.Module, not {an(type(source).__name__)}")
-    if what.program is not None:
-        import_at_use("shardsave._program.capture")  # imports torch.export, which few saves need
-        from shardsave._program.capture import check_program
-
-        check_program(what.program)
-    max_shard_bytes = parse_size(what.max_shard_size)
-    user_metadata = check_metadata(what.metadata)
-    moment = check_moment(what.step, what.metrics, is_training=what.training is not None or what.rng)
-    with_parts = what.architecture or what.program is not None
-    target = _check_part(what.only, what.dtype, what.adapter_only, with_parts)
+    target, max_shard_bytes = checked.dtype, checked.max_shard_bytes
     layout = choose_layout(source, what.adapter_only, with_parts=with_parts)
     with gc_paused():
-        directories, epoch, training_notes = _training(source, what, max_shard_bytes)
+        training = _training(source, what, max_shard_bytes)
         state = _read_state(source, what.architecture)
         if state.file_metadata and (with_parts or target is not None):
             _refuse_quantised(state, with_parts)
         parts, notes, needed = _parts(source, state, what.architecture, what.program)
         if isinstance(source, nn.Module) and not state.entries:
-            alone = not with_parts and not directories
+            alone = not with_parts and not training.directories
             notes = (*notes, _note_without_tensors(source, alone=alone))
         on_disk = layout.apply(state)
         left_out: tuple[str, ...] = ()
         if what.only is not None:
             on_disk, left_out = only_trainable(on_disk, source, state)
         on_disk, cast = cast_on_disk(on_disk, target)
-        on_disk = on_disk._replace(notes=(*on_disk.notes, *state.notes, *notes, *training_notes))
+        on_disk = on_disk._replace(notes=(*on_disk.notes, *state.notes, *notes, *training.notes))
         contents = plan_contents(
-            on_disk, parts, max_shard_bytes, user_metadata, directories=directories, moment=moment._replace(epoch=epoch)
+            on_disk,
+            parts,
+            max_shard_bytes,
+            checked.metadata,
+            directories=training.directories,
+            moment=checked.moment._replace(epoch=training.epoch),
         )
         frozen = frozen_memory(on_disk.state.entries, _unstepped(source, what.training)) if what.assume_frozen_unchanged else {}
-        return Planned(contents, needed, cast, left_out, frozen)
+        return Planned(contents, needed, cast, left_out, training.warnings, frozen)
 
 
 def _unstepped(source: Source, training: Any) -> Iterator[nn.Parameter]:
@@ -134,10 +142,36 @@ def _optimizers(training: Any) -> Iterator[torch.optim.Optimizer]:
             yield from _optimizers(value)
 
 
-def _training(source: Source, what: What, max_shard_bytes: int) -> tuple[list[PlannedDirectory], float | None, tuple[str, ...]]:
-    """The directory of the training state (none, if there is none to save), the epoch in it, and notes for the report."""
+class _Checked(NamedTuple):
+    """Arguments of a save as they are used."""
+
+    max_shard_bytes: int
+    metadata: dict[str, Any]
+    moment: Moment
+    dtype: torch.dtype | None
+
+
+def check_what(what: What) -> _Checked:
+    """Checks all that can be checked without the source. Raises TypeError or ValueError."""
+    check_switches(architecture=what.architecture, adapter_only=what.adapter_only, rng=what.rng)
+    check_switches(assume_frozen_unchanged=what.assume_frozen_unchanged)
+    check_process_group(what.process_group)
+    if what.program is not None:
+        import_at_use("shardsave._program.capture")  # imports torch.export, which few saves need
+        from shardsave._program.capture import check_program
+
+        check_program(what.program)
+    return _Checked(
+        parse_size(what.max_shard_size),
+        check_metadata(what.metadata),
+        check_moment(what.step, what.metrics, is_training=what.training is not None or what.rng),
+        _check_part(what, with_parts=what.architecture or what.program is not None),
+    )
+
+
+def _training(source: Source, what: What, max_shard_bytes: int) -> _PlannedTraining:
     if what.training is None and not what.rng:
-        return [], None, ()
+        return _PlannedTraining([])
     import_at_use("shardsave._training.describe")  # a plain save must not import this
     from shardsave._saving.training_directory import plan_training_directory
     from shardsave._training.describe import describe
@@ -145,7 +179,7 @@ def _training(source: Source, what: What, max_shard_bytes: int) -> tuple[list[Pl
     state = describe(what.training, source if isinstance(source, nn.Module) else None, rng=what.rng, rank=0)
     leaves = {0: _json(state.leaves)} if state.leaves else {}
     directory = plan_training_directory(_json(state.shared), leaves, {0: state.entries}, max_shard_bytes)
-    return [directory], state.epoch, tuple(state.notes)
+    return _PlannedTraining([directory], state.epoch, state.notes, state.warnings)
 
 
 def _json(value: Any) -> bytes:
@@ -156,18 +190,24 @@ def _json(value: Any) -> bytes:
     return text.encode()
 
 
-def _check_part(only: object, dtype: object, adapter_only: bool, with_parts: bool) -> torch.dtype | None:
-    """Checks ``only`` and ``dtype``; returns the dtype to cast to."""
-    if only not in (None, "trainable"):
-        raise ValueError(f"only must be 'trainable' or None, not {only!r}")
-    target = check_dtype(dtype)
-    if only is not None and adapter_only:
+def _check_part(what: What, *, with_parts: bool) -> torch.dtype | None:
+    """Checks ``only``, ``dtype`` and ``adapter_only``; returns the dtype to cast to."""
+    if what.only not in (None, "trainable"):
+        raise ValueError(f"only must be 'trainable' or None, not {what.only!r}")
+    target = check_dtype(what.dtype)
+    cast = f"dtype={str(target).removeprefix('torch.')!r}"
+    if what.only is not None and what.adapter_only:
         raise ValueError(
             "adapter_only=True and only='trainable' exclude each other: an adapter is saved in PEFT's layout, or as it is"
         )
-    if with_parts and (only is not None or target is not None):
-        option = "only='trainable'" if only is not None else f"dtype={str(target).removeprefix('torch.')!r}"
+    if with_parts and (what.only is not None or target is not None):
+        option = "only='trainable'" if what.only is not None else cast
         raise ValueError(f"{option} saves no architecture and no program: they refer to all weights, by their dtypes in memory")
+    if target is not None and (what.training is not None or what.rng):
+        raise ValueError(
+            f"{cast} saves no training state: it makes a copy for inference, and a training that resumes it would go on from weights "
+            f"that were cast; leave out training= and rng=, or dtype="
+        )
     return target
 
 

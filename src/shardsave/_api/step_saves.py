@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,7 @@ class StepSaves:
                 self._when.done(step)
 
         self._prepare(step)
-        return self._write(step, save)
+        return self._write(step, metrics, save)
 
     def later(self, step: int, model: Any, metrics: Mapping[str, float], options: Mapping[str, Any]) -> PendingSave:
         """Saves a step in the background."""
@@ -63,7 +64,7 @@ class StepSaves:
             self._prepare(step)
             return how._replace(reuse=self._reuse(step, how.reuse))
 
-        around = Around(prepare, partial(self._write, step))
+        around = Around(prepare, partial(self._write, step, metrics))
         path = self._run.path_of(step)
         try:
             pending = self._verbs.save_async(model, path, around, step=step, metrics=metrics, options=options)
@@ -87,6 +88,13 @@ class StepSaves:
             raise_if_ending()
         return True
 
+    def release_memory(self) -> None:
+        """Frees the memory that is kept for the next snapshot."""
+        import_at_use("shardsave._background.snapshot")
+        from shardsave._background.snapshot import release_snapshot_memory
+
+        release_snapshot_memory()
+
     def raise_untold(self) -> None:
         """Raises the error of the last save in the background, if nobody has asked for it."""
         pending = self._pending[1] if self._pending is not None else None
@@ -101,19 +109,21 @@ class StepSaves:
         """What a save of ``step`` may take shards from: what was requested, else the last durable step."""
         return wanted if wanted is not None else self._run.to_take_from(step, self._keeper.uncounted)
 
-    def _write(self, step: int, save: Callable[[], SaveReport]) -> SaveReport:
+    def _write(self, step: int, metrics: Mapping[str, float], save: Callable[[], SaveReport]) -> SaveReport:
         """Calls ``save``, then does what follows a commit."""
         try:
             report = save()
         except OutOfSpaceError as error:
-            raise OutOfSpaceError(f"{error}; {self._keeper.would_free(step)}") from error
+            raise OutOfSpaceError(f"{error}; earlier steps are as they were; {self._keeper.would_free(step)}") from error
         except DurabilityUncertainError as error:
             self._keeper.uncounted[step] = str(error)
             raise
         finally:
             _remove_empty(self._run.path_of(step))
         self._keeper.uncounted.pop(step, None)
+        self._keeper.note_own(step)
         self._keeper.remover.note_saved(step, durable=report.durable)
+        report = replace(report, notes=(*report.notes, *self._keeper.notes_on_metrics(step, metrics)))
         try:
             if self._on_commit is not None:
                 self._on_commit(report)

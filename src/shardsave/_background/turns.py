@@ -95,7 +95,7 @@ def _wait_at_exit() -> None:
         try:
             if not flight.wait_ended(_SILENT_SECONDS) and silent:
                 silent = False
-                _say(f"the process ends once {flight.path} is saved (Ctrl-C: how to give that up)")
+                _say(f"the program ends as soon as {flight.path} is saved; Ctrl-C says how to give that up")
         except KeyboardInterrupt:
             silent, interrupts = False, interrupts + 1
             if interrupts == 1:

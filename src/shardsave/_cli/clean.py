@@ -82,7 +82,8 @@ def _print(report: shardsave.CleanReport, chosen: list[shardsave.Leaving], outpu
 
 
 def _agreed(chosen: list[shardsave.Leaving]) -> bool:
-    question = f"Remove {count(len(chosen), 'leaving')}, {human_bytes(sum(leaving.bytes for leaving in chosen))}?"
+    size = sum(leaving.bytes for leaving in chosen)
+    question = f"Remove {count(len(chosen), 'leaving')}{f', {human_bytes(size)}' if size else ''}?"
     try:
         return click.confirm(question, err=True)
     except click.Abort:  # stdin is not a terminal, or it was closed

@@ -15,10 +15,10 @@ import click
 from shardsave._cli.output import BAD, DIM, GOOD, TRAINABLE, Cell, Output
 from shardsave._cli.paths import CHECKPOINT
 from shardsave._common.words import count, human_bytes
+from shardsave._runs.no_run import why_no_run
 from shardsave._runs.policies import kept
 from shardsave._runs.recorded import RecordedPolicy, read_policy
 from shardsave._runs.steps import Run, StepInfo
-from shardsave.errors import CheckpointNotFoundError
 
 _STYLES = {"committed": GOOD, "saving": TRAINABLE, "corrupt": BAD, "unreadable": BAD, "newer": BAD}
 
@@ -70,10 +70,10 @@ def list_steps(
     """
     steps = Run(directory).steps()
     if not steps:
-        raise CheckpointNotFoundError(f"no run at {directory}: directories such as step-00001000 were expected, there is none")
+        raise why_no_run(directory)
     asked = RecordedPolicy(keep_last=keep_last, keep_every=keep_every, keep_best=keep_best)
     policy = asked if asked.keeps() else read_policy(directory)
-    reasons = kept(steps, policy.keeps()) if policy is not None and (policy.keeps() or policy.own is None) else {}
+    reasons = _reasons(steps, policy) if policy is not None else {}
     latest = next((info.step for info in reversed(steps) if info.committed), None)
     if as_json:
         content = {
@@ -88,15 +88,22 @@ def list_steps(
     context.exit(1 if any(info.state in ("corrupt", "unreadable", "newer") for info in steps) else 0)
 
 
+def _reasons(steps: tuple[StepInfo, ...], policy: RecordedPolicy) -> dict[int, tuple[str, ...]]:
+    """Why steps stay, as far as it is known without the program's own policy: then only that a step is the latest, or pinned."""
+    keeps = policy.keeps()
+    return kept(steps, keeps if keeps or policy.own is None else [lambda steps: {}])
+
+
 def _print(
     directory: str, steps: tuple[StepInfo, ...], policy: RecordedPolicy | None, reasons: Mapping[int, tuple[str, ...]]
 ) -> None:
     output = Output()
     rows: list[list[Cell]] = []
+    now = time.time()
     for info in steps:
         state: Cell = (info.state, _STYLES.get(info.state, DIM))
         metrics = ", ".join(f"{name} {value:g}" for name, value in info.metrics.items())
-        age = _age(info.created) if info.created else ""
+        age = _age(info.created, now) if info.created else ""
         sizes = [human_bytes(size) if info.committed else "" for size in (info.bytes, info.new_bytes, info.shared_bytes)]
         rows.append([f"{info.step:,}", age, *sizes, metrics, state, _why(info, policy, reasons)])
     output.table(["step", "age", "size", "new", "shared", "metrics", "state", "kept"], rows, numbers=(0, 1, 2, 3, 4))
@@ -134,10 +141,10 @@ def _described(policy: RecordedPolicy | None) -> str:
     return f"policy: {', '.join(words)}" if words else "policy: every step stays"
 
 
-def _age(created: str) -> str:
+def _age(created: str, now: float) -> str:
     """``5 min``, from a time such as ``2026-11-30T05:40:00Z``; "" if it is none."""
     try:
-        seconds = max(0.0, time.time() - calendar.timegm(time.strptime(created, "%Y-%m-%dT%H:%M:%SZ")))
+        seconds = max(0.0, now - calendar.timegm(time.strptime(created, "%Y-%m-%dT%H:%M:%SZ")))
     except ValueError:
         return ""
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):

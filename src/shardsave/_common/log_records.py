@@ -1,7 +1,7 @@
 """Structured records of Python's ``logging``: one for each finished call, with the fields of its report, and for decisions in a run.
 
-No handler is installed here, and without any nothing is logged: Python's handler of last resort would print warnings that the report has
-anyway. If the level is off, nothing is formatted.
+No handler is installed here. Without any, only errors are logged, which nothing else might tell: Python's handler of last resort prints
+them. It would also print warnings, but the report has these anyway. If the level is off, nothing is formatted.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def log_record(event: str, report: Any, *, matters: bool = False, **facts: objec
 
 def log_event(level: int, event: str, message: str, **facts: object) -> None:
     """Logs ``message``, one sentence. The record's attribute ``shardsave`` is a dict: ``event``, a fixed name, and ``facts``."""
-    if _logger.isEnabledFor(level) and _logger.hasHandlers():
+    if _logger.isEnabledFor(level) and (level >= logging.ERROR or _logger.hasHandlers()):
         _logger.log(level, "%s", printable(message), extra={"shardsave": {"event": event, **facts}}, stacklevel=caller_level())
 
 

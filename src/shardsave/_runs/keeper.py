@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from shardsave._common.log_records import log_event
-from shardsave._common.os_calls import CallFailed
+from shardsave._common.os_calls import CallFailed, NotRegular, TooLong
 from shardsave._common.words import count, human_bytes, some
-from shardsave._runs.policies import Keep, kept
+from shardsave._format.file_names import INDEX_NAME
+from shardsave._format.index import MAX_INDEX_BYTES
+from shardsave._runs.no_run import refuse_checkpoint
+from shardsave._runs.policies import Keep, KeepBest, kept
 from shardsave._runs.recorded import RecordedPolicy, write_policy
 from shardsave._runs.remover import Remover
 from shardsave._runs.steps import Run, StepInfo
+from shardsave._storage.directory import Directory
 from shardsave.errors import SaveNotCommittedError, ShardSaveError
 
 
@@ -30,11 +35,29 @@ class Keeper:
         self._keeps = keeps
         self._recorded = recorded
         self._swept = False
+        self._own: dict[int, bytes | None] = {}
+
+    def note_own(self, step: int) -> None:
+        """Notes that this process has saved or resumed ``step``, so that it may save it again."""
+        self._own[step] = self._digest(step)
+
+    def _digest(self, step: int) -> bytes | None:
+        """A digest of the index of ``step``, which has the time of the save and checksums; None if it cannot be read."""
+        try:
+            with Directory() as folder:
+                folder.open(self._run.path_of(step))
+                data = folder.read_all(INDEX_NAME, MAX_INDEX_BYTES)
+        except (CallFailed, NotRegular, TooLong):
+            return None
+        return hashlib.blake2b(data).digest() if data is not None else None
 
     def check_new(self, step: int) -> None:
         """Raises SaveNotCommittedError if ``step`` may not be saved: its directory is a link, perhaps to another step, which would be
-        overwritten; or the run has a later step, so `resume` would never find this one, and a policy might remove it.
+        overwritten; or the run has a later step, so `resume` would never find this one, and a policy might remove it; or the last step
+        is of another process: this very step, or one that this process has saved and that is no longer what it saved. Raises
+        IncompatibleCheckpointError if the run is a checkpoint itself.
         """
+        refuse_checkpoint(self._run, f"save step {step} to", self._shown)
         path = self._run.path_of(step)
         if os.path.islink(path):
             raise SaveNotCommittedError(
@@ -42,14 +65,36 @@ class Keeper:
                 f"to is as it was"
             )
         for number in reversed(self._run.numbers()):
-            if number <= step:
+            if number < step and number not in self._own:
                 return
             info = self._run.read(number)
-            if info is not None and info.committed and number not in self.uncounted:
+            if info is None or not info.committed or number in self.uncounted:
+                continue
+            if problem := self._problem_of(number, step):
                 raise SaveNotCommittedError(
-                    f"cannot save step {step} to {self._shown}: a step after all others was expected, step {number} is there already; "
-                    f"resume it, or give the run another directory; nothing was written"
+                    f"cannot save step {step} to {self._shown}: {problem}; another process may be writing this run, which must have "
+                    f"one writer: end it, resume the run, or give this training another directory; nothing was written"
                 )
+            return
+
+    def _problem_of(self, last: int, step: int) -> str:
+        """Why ``step`` may not be saved after the step ``last``, which is committed; "" if it may."""
+        if last > step:
+            return f"a step after all others was expected, step {last} is there already"
+        if last not in self._own:
+            return "a new step, or one that this process has saved or resumed, was expected, it is there already"
+        before, now = self._own[last], self._digest(last)
+        if before is None or now is None or before == now:
+            return ""
+        return f"step {last} was expected to be as this process has saved or resumed it, it was saved again since"
+
+    def notes_on_metrics(self, step: int, metrics: Mapping[str, float]) -> tuple[str, ...]:
+        """Names each policy of the best steps for which ``step`` does not count, since it lacks the metric; logs it too."""
+        problems = [keep.problem(metrics) for keep in self._keeps if isinstance(keep, KeepBest)]
+        notes = tuple(f"step {step} {problem}: keep_best does not count it" for problem in problems if problem)
+        for note in notes:
+            log_event(logging.WARNING, "metric missing", note, path=self._run.path_of(step), step=step, problem=note)
+        return notes
 
     def tidy(self) -> None:
         """After a commit: starts the removal of the steps that no policy keeps, and finishes what died processes have left."""
@@ -102,7 +147,7 @@ class Keeper:
             return f"what the policy would remove is not known, it raised {words}"
         doomed = [info.step for info in counted if info.step not in stay]
         if not doomed:
-            return "the policy would remove no step"
+            return "the policy would remove no step: remove some by hand to make room"
         size = human_bytes(self._run.bytes_of_only(set(doomed)))
         return f"once a new step is committed, the policy removes {some(f'step {number}' for number in doomed)} and frees at most {size}"
 

@@ -15,6 +15,7 @@ from numbers import Integral
 from typing import Protocol
 
 from shardsave._common.strict_json import glimpse
+from shardsave._common.words import some
 from shardsave._runs.steps import StepInfo
 
 _SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
@@ -66,14 +67,18 @@ class KeepBest:
 
     def __call__(self, steps: Sequence[StepInfo]) -> dict[int, str]:
         sign = 1 if self.mode == "min" else -1
-        values = [(sign * info.metrics[self.metric], -info.step) for info in steps if self._counts(info)]
+        values = [(sign * info.metrics[self.metric], -info.step) for info in steps if not self.problem(info.metrics)]
         return {
             -step: f"best {self.metric}, {place} of {self.count}"
             for place, (_, step) in enumerate(sorted(values)[: self.count], 1)
         }
 
-    def _counts(self, info: StepInfo) -> bool:
-        return not math.isnan(info.metrics.get(self.metric, math.nan))
+    def problem(self, metrics: Mapping[str, float]) -> str:
+        """Why a step with these ``metrics`` does not count; "" if it does."""
+        if self.metric not in metrics:
+            others = f", only {some(map(glimpse, metrics))}" if metrics else ""
+            return f"has no metric {glimpse(self.metric)}{others}"
+        return f"has NaN as {glimpse(self.metric)}" if math.isnan(metrics[self.metric]) else ""
 
 
 @dataclass(frozen=True)

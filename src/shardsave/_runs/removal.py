@@ -144,14 +144,16 @@ def _locked(path: str, timeout: float = 0.0, purpose: str = "remove") -> Iterato
         except CallFailed as error:
             if error.errno in (errno.ENOENT, errno.ENOTDIR) and folder.fd < 0:
                 raise CheckpointNotFoundError(f"cannot {purpose} {path}: {error.reason}; there is no such step") from error
-            raise ShardSaveError(f"cannot {purpose} {path}: {error.words}; {_state(folder)}") from error
+            raise ShardSaveError(f"cannot {purpose} {path}: {error.words}; {_state(folder, purpose)}") from error
 
 
-def _state(folder: LockedDirectory) -> str:
+def _state(folder: LockedDirectory, purpose: str) -> str:
     """What is true after a call failed, for a message."""
     try:
         if folder.status_of(REMOVED_INDEX_NAME) is not None:
             return "its removal has begun, and can be finished later"
+        if purpose in ("pin", "unpin"):
+            return "the step is pinned" if folder.status_of(PIN_NAME) is not None else "the step is not pinned"
     except CallFailed:
         pass
     return "the step stays"

@@ -19,6 +19,7 @@ from shardsave._format.file_names import INDEX_NAME, LONE_NAME, REMOVED_INDEX_NA
 from shardsave._format.index import MAX_INDEX_BYTES, TRAINING, Index, Record
 from shardsave._format.index_parsing import parse_index
 from shardsave._format.training_state import parse_training_files
+from shardsave._runs.lost_index import files_without_index
 from shardsave._runs.step_files import Inode, Shared, StepFile, files_there, freed_bytes
 from shardsave._storage.directory import Directory
 from shardsave._storage.find import cannot_read
@@ -29,8 +30,8 @@ from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError
 PIN_NAME = ".shardsave-pinned"
 
 #: committed: can be loaded. saving: its first save is at work. unfinished: that save has died. removing: its removal has begun.
-#: corrupt: the index is damaged or that of another step, or a file that it names is missing or has another length. newer: needs a newer
-#: shardsave.
+#: corrupt: the index is damaged, lost or that of another step, or a file that it names is missing or has another length. newer: needs a
+#: newer shardsave.
 #: foreign: not saved by shardsave. unreadable: the operating system refuses to read it.
 State = Literal["committed", "saving", "unfinished", "removing", "corrupt", "newer", "foreign", "unreadable"]
 
@@ -156,7 +157,10 @@ class Run:
         for _ in range(_TRIES):
             identity = _identity(folder)
             if identity is None:
-                return replace(info, state="removing" if half_removed else _state_without_index(folder))
+                found = replace(info, state="removing") if half_removed else _without_index(folder, info)
+                if found.state != "corrupt" or (_identity(folder) is None and folder.status_of(REMOVED_INDEX_NAME) is None):
+                    return found
+                continue
             indexed = self._read_indexed(folder, info, identity)
             if indexed.committed or identity == _identity(folder):
                 return indexed
@@ -266,10 +270,16 @@ def _lengths_of_training(folder: Directory, record: Record) -> dict[str, int]:
     return {f"{part.directory}/{name}": file.length for name, file in files.items()}
 
 
-def _state_without_index(folder: Directory) -> State:
+def _without_index(folder: Directory, info: StepInfo) -> StepInfo:
+    """``info`` with the state of a step that had no index a moment ago."""
     if folder.status_of(LONE_NAME) is not None:
-        return "foreign"
-    return "saving" if _is_locked(folder) else "unfinished"
+        return replace(info, state="foreign")
+    files = files_without_index(folder)  # before the lock: a save that ends meanwhile leaves an index
+    if _is_locked(folder):
+        return replace(info, state="saving")
+    if not files:
+        return replace(info, state="unfinished")
+    return replace(info, state="corrupt", problem=f"its index {INDEX_NAME} is missing, and {files[0]} is there")
 
 
 def _is_locked(folder: Directory) -> bool:

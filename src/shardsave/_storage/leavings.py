@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import stat
 from dataclasses import dataclass
 
 from shardsave._common.os_calls import CallFailed
-from shardsave._format.file_names import DIRECTORY_PATTERN, LONE_NAME, REMOVED_INDEX_NAME
+from shardsave._format.file_names import LONE_NAME, REMOVED_INDEX_NAME
 from shardsave._format.index import Index
 from shardsave._storage.cleanup import (
     Cleaner,
@@ -18,9 +17,8 @@ from shardsave._storage.cleanup import (
     status_of_final,
 )
 from shardsave._storage.companions import COMPANION_NAMES
-from shardsave._storage.directory import Directory
 from shardsave._storage.lock import LockedDirectory
-from shardsave._storage.previous import files_in_directory, files_of
+from shardsave._storage.previous import files_at, files_of
 from shardsave._storage.removal import finish_removal, read_obeyed, removable
 from shardsave._storage.staging import lists_directory, owner_of, read_list
 
@@ -66,7 +64,7 @@ def find_leavings(folder: LockedDirectory, index: Index | None) -> tuple[Leaving
         leavings.append(Leaving(LONE_NAME, (LONE_NAME,) if ours else (), size, ours, ours=ours))
     removed = read_obeyed(folder, REMOVED_INDEX_NAME, "clean")
     if removed is not None:
-        files = tuple(name for name in removable(removed, index) if folder.status_of(name) is not None)
+        files = removable(folder, removed, index)
         leavings.append(Leaving(REMOVED_INDEX_NAME, files, bytes_on_disk(folder, files), True))
     return tuple(leavings)
 
@@ -90,20 +88,12 @@ def _files_of_staging(folder: LockedDirectory, staging: str, named: frozenset[st
             contents, listed = sorted(inside.names()), read_list(inside)
             if lists_directory(listed):
                 return ()
-            staged = [f"{staging}/{file}" for name in contents if is_staged(name) for file in _files_of(inside, name)]
+            staged = [f"{staging}/{file}" for name in contents if is_staged(name) for file in files_at(inside, name)]
             statuses = {
                 name: status_of_final(folder, name, inside if name in COMPANION_NAMES else None)
                 for name in sorted(final_names(listed, contents, named))
             }
         finals = [name for name, status in statuses.items() if status is not None and folder.is_ours(status)]
-        return (*staged, *(file for name in finals for file in _files_of(folder, name)))
+        return (*staged, *(file for name in finals for file in files_at(folder, name)))
     except CallFailed:
         return ()
-
-
-def _files_of(folder: Directory, name: str) -> list[str]:
-    """``name`` itself; or, if it is the directory of a part, the files in it that are removed."""
-    status = folder.status_of(name) if DIRECTORY_PATTERN.fullmatch(name) else None
-    if status is None or not stat.S_ISDIR(status.st_mode):
-        return [name]
-    return [f"{name}/{file}" for file in files_in_directory(folder, name)]

@@ -146,6 +146,14 @@ def files_in_directory(folder: Directory, name: str) -> list[str]:
         return []
 
 
+def files_at(folder: Directory, name: str) -> list[str]:
+    """``name`` itself; or, if it is the directory of a part, the files in it that a save may have written. Raises CallFailed."""
+    status = folder.status_of(name) if DIRECTORY_PATTERN.fullmatch(name) else None
+    if status is None or not stat.S_ISDIR(status.st_mode):
+        return [name]
+    return [f"{name}/{file}" for file in files_in_directory(folder, name)]
+
+
 def _read_ranks(folder: LockedDirectory) -> dict[str, Superseded | None]:
     """The files of several ranks in ``folder``: those that have such a name and say which chunks they hold."""
     ranks: dict[str, Superseded | None] = {}

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import errno
+from contextlib import suppress
 from typing import NamedTuple
 
 from shardsave._common.os_calls import CallFailed
@@ -18,7 +19,7 @@ from shardsave._format.index_parsing import parse_index
 from shardsave._storage.cleanup import Cleaner, bytes_on_disk, final_names
 from shardsave._storage.directory import NO_LINKS, Directory
 from shardsave._storage.lock import LockedDirectory
-from shardsave._storage.previous import files_of
+from shardsave._storage.previous import files_at, files_of
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, ShardSaveError
 
 
@@ -60,7 +61,7 @@ def finish_removal(folder: LockedDirectory, index: Index | None) -> RemovedCheck
         return RemovedCheckpoint()
     folder.sync()  # the index is gone for good, whoever removed it, before a file that it names goes
     named = files_of(index)
-    size = bytes_on_disk(folder, removable(removed, index))
+    size = bytes_on_disk(folder, removable(folder, removed, index))
     cleaner = Cleaner(folder)
     cleaner.remove_files_of(removed, named)
     if not cleaner.failed:
@@ -88,9 +89,13 @@ def undo_begun(folder: LockedDirectory) -> None:
         folder.unlink(REMOVED_INDEX_NAME)
 
 
-def removable(removed: Index, index: Index | None) -> tuple[str, ...]:
-    """The names of the files that go with the index ``removed``, and the name of that index itself."""
-    return (REMOVED_INDEX_NAME, *sorted(final_names(files_of(removed), (), files_of(index))))
+def removable(folder: Directory, removed: Index, index: Index | None) -> tuple[str, ...]:
+    """The files in ``folder`` that go with the index ``removed``, that index itself too."""
+    files: list[str] = []
+    for name in (REMOVED_INDEX_NAME, *sorted(final_names(files_of(removed), (), files_of(index)))):
+        with suppress(CallFailed):
+            files += (file for file in files_at(folder, name) if folder.status_of(file) is not None)
+    return tuple(files)
 
 
 def read_obeyed(folder: LockedDirectory, name: str, purpose: str = "remove the checkpoint in") -> Index | None:

@@ -12,7 +12,7 @@ from shardsave._state.module import Entry
 from shardsave._state.wrappers import unwrap
 from shardsave._training.kinds import class_name, items_of, kind_of
 from shardsave._training.modules import describe_module
-from shardsave._training.optimizers import describe_optimizer, packed_state
+from shardsave._training.optimizers import describe_optimizer, note_on_names, packed_state
 from shardsave._training.parameter_names import Model, ParameterNames
 from shardsave._training.per_rank import PerRank
 from shardsave._training.places import RNG, ROOT, Place, refuse
@@ -26,7 +26,7 @@ class TrainingState(NamedTuple):
 
     ``shared``: the JSON of what is the same on all ranks. ``leaves``: key → the JSON of what belongs to this rank. ``entries``: the
     tensors to store; names of this rank's begin with ``rank <n>/``. ``epoch``: the number at ``training["epoch"]``; None if there is
-    none. ``notes``: for the report.
+    none. ``notes``: for the report. ``warnings``: those of them that the caller must be warned of.
     """
 
     shared: Any
@@ -34,6 +34,7 @@ class TrainingState(NamedTuple):
     entries: tuple[Entry, ...]
     epoch: int | float | None
     notes: tuple[str, ...]
+    warnings: tuple[str, ...]
 
 
 @gc_paused()
@@ -55,6 +56,7 @@ def describe(training: Any, model: Model, *, rng: bool = False, rank: int = 0) -
         entries=(*describer.shared.entries, *describer.own.entries),
         epoch=epoch if type(epoch) in (int, float) else None,
         notes=tuple(describer.notes),
+        warnings=tuple(describer.warnings),
     )
 
 
@@ -66,6 +68,7 @@ class _Describer:
         self.own = ValueWriter(f"rank {rank}/")
         self.leaves: dict[str, Any] = {}
         self.notes: list[str] = []
+        self.warnings: list[str] = []
         self._names = ParameterNames(model, training)
         self._model = unwrap(model) if isinstance(model, nn.Module) else None
         self._above: list[int] = []
@@ -120,5 +123,8 @@ class _Describer:
                 f"{' '.join(str(error).split())}; nothing was written"
             ) from error
         if kind == "optimizer" and packed_state(value, state):
-            return describe_optimizer(value, state, writer, place, self._names, self.notes)
+            note, is_warning = note_on_names(value, place, self._names)
+            self.notes += [note] if note else []
+            self.warnings += [note] if is_warning else []
+            return describe_optimizer(value, state, writer, place, self._names)
         return {"object": {"class": class_name(value), "state": writer.value(state, place.in_state())}}

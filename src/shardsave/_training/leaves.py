@@ -36,6 +36,7 @@ class LeafPlanner:
         self.checks: list[tuple[str, Callable[[], object]]] = []
         self.loads: list[tuple[str, Callable[[], object]]] = []
         self.differences: list[str] = []
+        self.left: set[str] = set()
         self.notes: list[str] = []
         self.late_notes: list[Callable[[], list[str]]] = []
         self._reader = reader
@@ -73,6 +74,7 @@ class LeafPlanner:
         plan = plan_optimizer(live, saved, self._reader, place, self._names, self._device)
         if plan.difference is not None:
             self.differences.append(plan.difference)
+            self.left.add(plan.difference)
             return
         self.notes += plan.notes
         self.late_notes.append(plan.late_notes)

@@ -140,7 +140,7 @@ class Matcher:
         if saved is _ABSENT_RANK or not self.selected(place):
             return live
         if saved is _ABSENT:
-            self.missing.append(f"{place.path}: the checkpoint has nothing")
+            self.missing.append(f"{place.path}: it was not saved")
             return live
         if _has_leaf(saved):
             self.unexpected.append(f"{place.path}: the checkpoint has {in_words(saved)}, here is {an(type(live).__name__)}")

@@ -29,7 +29,7 @@ def packed_state(optimizer: Any, state: Any) -> bool:
 
 
 def describe_optimizer(
-    optimizer: Any, state: Mapping[str, Any], writer: ValueWriter, place: Place, names: ParameterNames, notes: list[str]
+    optimizer: Any, state: Mapping[str, Any], writer: ValueWriter, place: Place, names: ParameterNames
 ) -> Any:
     """The JSON of an optimizer whose ``state_dict()`` returned ``state``, as `packed_state` has it."""
     place_of_state = place.in_state()
@@ -44,8 +44,6 @@ def describe_optimizer(
         groups.append({"names": group_names, "shapes": shapes, "options": writer.value(options, place_of_group)})
     if len(set(name_of.values())) != sum(map(len, named)):
         refuse(place, "a parameter in one group was", "one is in two")
-    if unknown := [p for group in optimizer.param_groups for p in group["params"] if not names.known(p)]:
-        notes.append(f"{place.path}: {count(len(unknown), 'parameter')} of no module, known by group and position")
     encoded, rest = {}, {key: value for key, value in state.items() if key not in ("state", "param_groups")}
     others = {}
     for key, values in state["state"].items():
@@ -63,6 +61,20 @@ def describe_optimizer(
             "rest": writer.value(rest, place_of_state),
         }
     }
+
+
+def note_on_names(optimizer: Any, place: Place, names: ParameterNames) -> tuple[str, bool]:
+    """How many parameters have no name, "" if all have one; and whether that must be a warning: it may be an optimizer of another model."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    unknown = sum(not names.known(parameter) for parameter in parameters)
+    if not unknown:
+        return "", False
+    if unknown == len(parameters) and names.in_model:
+        return (
+            f"{place.path}: parameters of the model that is saved were expected, this optimizer has none of them; its "
+            f"{count(unknown, 'parameter')} of no module {'is' if unknown == 1 else 'are'} known by group and position"
+        ), True
+    return f"{place.path}: {count(unknown, 'parameter')} of no module, known by group and position", False
 
 
 def _parameter_state(values: Any, writer: ValueWriter, place: Place, name: str) -> dict[str, Any]:

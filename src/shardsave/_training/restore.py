@@ -11,7 +11,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from shardsave._common.gc_pause import gc_paused
-from shardsave._common.words import some
 from shardsave._training.leaves import LeafPlanner
 from shardsave._training.match import Matcher
 from shardsave._training.parameter_names import Model, ParameterNames
@@ -143,15 +142,22 @@ def plan_restore(training: Any, model: Model, stored: StoredTraining, options: O
     rank_leaves = stored.leaves if stored.ranks == options.ranks else None
     matcher = Matcher(reader, leaves, rank_leaves, only=options.only, skip=options.skip)
     values = matcher.match(training, stored.shared)
-    rng = _process_state(matcher, reader, rank_leaves, stored) if options.rng and matcher.selected(RNG) else None
+    rng = None
+    if options.rng and matcher.selected(RNG):
+        rng = _process_state(matcher, reader, rank_leaves, stored)
+    elif options.rng and RNG.path in (rank_leaves or ()):
+        matcher.notes.append(f"{RNG.path}: skipped")
     matcher.check_selection()
     problems = [*matcher.differences, *matcher.missing, *matcher.unexpected]
     if problems and options.strict:
+        more = f"; {len(problems) - 10:,} more" if len(problems) > 10 else ""
         raise IncompatibleCheckpointError(
-            f"cannot resume from {where}: the training state that was saved was expected, {some(problems, 10)}; "
+            f"cannot resume from {where}: the training state that was saved was expected, {'; '.join(problems[:10])}{more}; "
             f"strict=False restores what fits; {UNCHANGED}"
         )
-    matcher.notes += problems
+    matcher.notes += [
+        f"{problem}; it keeps the state that it has" if problem in leaves.left else problem for problem in problems
+    ]
     leaves.arrange_schedulers(matcher.notes)
     reader.check_overlaps()
     return RestorePlan(reader, matcher, values, rng, where)

@@ -1,0 +1,110 @@
+"""How a manager finds the step to resume from: the last one that can be read."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from shardsave._api.run_verbs import PublicVerbs
+from shardsave._common.log_records import log_event
+from shardsave._common.words import count
+from shardsave._runs.keeper import Keeper
+from shardsave._runs.no_run import refuse_checkpoint
+from shardsave._runs.policies import SaveWhen
+from shardsave._runs.reading import reading
+from shardsave._runs.steps import Run, StepInfo
+from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from shardsave._api.resumed import Resumed
+
+
+class StepResumes:
+    """Resumes from the steps of ``run``. ``shown``: its path, in messages. ``keeper`` is told which steps are corrupt, ``when`` which
+    step was resumed from. ``on_corrupt``: as in `CheckpointManager`.
+    """
+
+    def __init__(self, run: Run, shown: str, keeper: Keeper, when: SaveWhen, on_corrupt: str) -> None:
+        self._run = run
+        self._shown = shown
+        self._keeper = keeper
+        self._when = when
+        self._on_corrupt = on_corrupt
+        self._verbs = PublicVerbs()
+
+    def resume(self, model: nn.Module, options: Mapping[str, Any]) -> Resumed | None:
+        """As `CheckpointManager.resume`; ``options``: all keywords of `shardsave.resume`."""
+        refuse_checkpoint(self._run, "resume from", self._shown)
+        passed: list[str] = []
+        for info in self._run.newest_first():
+            problem = _refusal(info)
+            if problem is None:
+                continue
+            if not problem:
+                try:
+                    with reading(info.path):
+                        resumed = self._verbs.resume(info.path, model, step=info.step, options=options)
+                except CheckpointNotFoundError:
+                    continue  # another process has just removed it
+                except CorruptCheckpointError as error:
+                    if _fills_a_part(options):
+                        raise CorruptCheckpointError(
+                            f"cannot resume from {info.path}: {error}; the step before it is not taken, since with strict=False, only= or "
+                            f"skip= it might not fill all that this one has filled"
+                        ) from error
+                    problem = str(error)
+                else:
+                    return self._resumed(info, resumed, passed)
+            self._pass_over(info, problem)
+            passed.append(f"{info.path} is corrupt and was passed over: {problem}")
+        if passed:
+            raise CorruptCheckpointError(
+                f"cannot resume from {self._shown}: a step that can be read was expected, {count(len(passed), 'step')} "
+                f"{'is' if len(passed) == 1 else 'are'} corrupt ({passed[0]}); the model may be filled in part"
+            )
+        words = f"nothing to resume in {self._shown}: it has no committed step"
+        log_event(logging.INFO, "nothing to resume", words, path=self._run.path)
+        return None
+
+    def latest(self) -> StepInfo | None:
+        """As `CheckpointManager.latest`."""
+        for info in self._run.newest_first():
+            problem = _refusal(info)
+            if problem == "":
+                with_new_bytes = (one for one in self._run.steps() if one.step == info.step and one.committed)
+                return next(with_new_bytes, info)
+            if problem is not None:
+                self._pass_over(info, problem)
+        return None
+
+    def _pass_over(self, info: StepInfo, problem: str) -> None:
+        if self._on_corrupt == "raise":
+            raise CorruptCheckpointError(
+                f"cannot resume from {info.path}: {problem}; earlier steps are as they were, on_corrupt='previous' resumes from the last "
+                f"that can be read"
+            )
+        self._keeper.uncounted[info.step] = problem
+        words = f"{info.path} is corrupt, and is passed over: {problem}"
+        log_event(logging.WARNING, "step corrupt", words, path=info.path, step=info.step, problem=problem)
+
+    def _resumed(self, info: StepInfo, resumed: Resumed, passed: list[str]) -> Resumed:
+        self._when.done(info.step)
+        self._keeper.note_own(info.step)
+        return replace(resumed, notes=(*passed, *resumed.notes))
+
+
+def _fills_a_part(options: Mapping[str, Any]) -> bool:
+    return options.get("strict", True) is not True or bool(options.get("only")) or bool(options.get("skip"))
+
+
+def _refusal(info: StepInfo) -> str | None:
+    """Why a step cannot be resumed from: "" if it can, None if it is none. Raises IncompatibleCheckpointError for a newer format."""
+    if info.state == "newer":
+        raise IncompatibleCheckpointError(info.problem)
+    if info.state == "corrupt":
+        return info.problem or "it is corrupt"
+    return "" if info.committed else None
