@@ -14,6 +14,8 @@ import torch
 import shardsave
 from shardsave._format.header import MAX_HEADER_BYTES, encode_header
 from shardsave._format.packing import MAX_SHARD_HEADER_BYTES, Shard, StoredTensor, pack
+from shardsave._saving.shards import plan_shards
+from shardsave._state.module import read_state
 
 
 def many(number: int, name: str = "layers.{}.mlp.experts.gate_proj.weight", **more: bool) -> list[StoredTensor]:
@@ -132,3 +134,11 @@ def test_many_saves_with_layers_that_take_turns(bound: int) -> None:
         written = saves.save(trained, trained)
         assert written <= touched and written < total
     assert len(saves.shards) <= 2 * first + 10
+
+
+def test_a_header_that_is_too_long_is_refused_in_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a header that is encoded, and refused, only when a save in the background has begun to write."""
+    entries = read_state({f"weight {n}": torch.ones(1) for n in range(100)}).entries
+    monkeypatch.setattr("shardsave._format.header.MAX_HEADER_BYTES", 5000)
+    with pytest.raises(ValueError, match="one file of 100 tensors needs a header of 8184 bytes, the format allows 5000"):
+        plan_shards(entries, None)

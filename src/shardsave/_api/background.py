@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from shardsave._common.sources import ByteSource
+    from shardsave._saving.contents import Contents
 
 StagingArgument = Literal["auto", "snapshot", "ring"]
 
@@ -111,13 +112,13 @@ def start(
             save = partial(
                 _save,
                 flight,
-                planned._replace(contents=staging.contents),
+                partial(Planned, needed=planned.needed, cast=planned.cast, left_out=planned.left_out, frozen=planned.frozen),
                 path,
                 how._replace(progress=how.progress or False),  # a bar that nobody asked for would disturb those of the training
                 Started(started, queue_seconds, plan_seconds, tuple(warned)),
                 watch,
             )
-            del planned  # it has the tensors of the model
+            del planned  # its contents have the tensors of the model
             if staging.mode == "blocking":
                 flight.run_here(partial(around.write, save))
             else:
@@ -187,12 +188,23 @@ class _Watching:
         self.staging.end_reading(pieces, sums)
 
 
-def _save(flight: Flight[SaveReport], planned: Planned, path: str, how: How, started: Started, watch: _Watching) -> SaveReport:
-    """Saves, on the saving thread. What the caller of a blocking save would be warned of is in the notes."""
+def _save(
+    flight: Flight[SaveReport],
+    plan_of: Callable[[Contents], Planned],
+    path: str,
+    how: How,
+    started: Started,
+    watch: _Watching,
+) -> SaveReport:
+    """Saves, on the saving thread. What the caller of a blocking save would be warned of is in the notes.
+
+    ``plan_of``: makes the plan from the staged contents.
+    """
     staging = watch.staging
     staging.use_streams()
     try:
         with warnings_collected() as warned:
+            planned = plan_of(staging.contents)
             report, warnings = write_planned(planned, flight.path, path, how, started.plan_seconds, watch)
     finally:
         staging.finish()  # before anything that others have to do: no step waits any more, and the memory is free

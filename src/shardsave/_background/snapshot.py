@@ -65,6 +65,21 @@ class SnapshotSource:
         raise NotImplementedError("a snapshot is only written")
 
 
+class Copies(NamedTuple):
+    """Copies of ``pieces`` in snapshot memory: their lengths, their checksums, and where they begin in ``region``."""
+
+    pieces: Sequence[ByteSource]
+    nbytes: Sequence[int]
+    sums: Sequence[int]
+    begins: Sequence[int]
+    region: _Region
+
+    def sources(self) -> list[SnapshotSource]:
+        """A source for each copy. The memory stays alive as long as one of them."""
+        rows = zip(self.pieces, self.nbytes, self.sums, self.begins)
+        return [SnapshotSource(piece, length, crc, self.region, begin) for piece, length, crc, begin in rows]
+
+
 class NoRoom(Exception):
     """Snapshot memory does not fit; the message has the numbers."""
 
@@ -78,15 +93,14 @@ def places(nbytes: Sequence[int]) -> tuple[NDArray[np.int64], int]:
 
 def take(
     pieces: Sequence[ByteSource], nbytes: Sequence[int], begins: NDArray[np.int64], memory: HostMemory, workers: int
-) -> list[SnapshotSource]:
+) -> Copies:
     """Copies ``pieces``, whose lengths are ``nbytes``, to ``begins`` in ``memory``. Raises OutOfMemoryError."""
     try:
         transfer = engine.gather(block_table(begins, nbytes), pieces, into=memory.view, workers=workers, tick=_ignore)
     except TransferFault as fault:
         raise refusal(NoRoom(f"{human_bytes(sum(nbytes))} were expected to be copied, {fault}")) from fault
     region = _Region(memory.view, int(np.frombuffer(memory.view, np.uint8).ctypes.data) if memory.nbytes else 0)
-    rows = zip(pieces, nbytes, transfer.sums, begins.tolist())
-    return [SnapshotSource(piece, length, crc, region, begin) for piece, length, crc, begin in rows]
+    return Copies(pieces, nbytes, transfer.sums, begins.tolist(), region)
 
 
 def block_table(begins: NDArray[np.int64], nbytes: Sequence[int]) -> Blocks:

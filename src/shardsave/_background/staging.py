@@ -19,6 +19,7 @@ from shardsave._common.gc_pause import gc_paused
 from shardsave._common.sources import ByteSource, TensorSource
 from shardsave._engine import engine
 from shardsave._engine.engine import HostMemory
+from shardsave._format.packing import StoredTensor
 from shardsave._saving.contents import Contents
 from shardsave.errors import SaveNotCommittedError
 
@@ -35,9 +36,9 @@ Wanted = Literal["auto", "snapshot", "ring"]
 class Staging:
     """A save after the call: what it will read, and the moment from which nothing in the process can change that any more.
 
-    ``mode`` and ``reason``: how it is staged, and why. ``contents``: what to write; with the mode ``"blocking"`` it is live memory that
-    nobody guards, to be written in the call. ``staged`` is set as soon as all bytes are copied or read, and also on failure.
-    ``copied_bytes``, ``copy_seconds``: in the call. ``drained_bytes``: read afterwards. ``notes``: for the report.
+    ``mode`` and ``reason``: how it is staged, and why. ``copies``: what was copied of the planned contents in the call. ``staged`` is set
+    as soon as all bytes are copied or read, and also on failure. ``copied_bytes``, ``copy_seconds``: in the call. ``drained_bytes``: read
+    afterwards. ``notes``: for the report.
 
     Threads: `arm` is called in the call, `let_go` on any thread, all else on the thread that saves; `finish` at its end.
     """
@@ -46,26 +47,40 @@ class Staging:
         self,
         contents: Contents,
         choice: Choice,
+        copies: snapshot.Copies | None = None,
         memory: HostMemory | None = None,
         items: Sequence[Drained] = (),
         streams: Sequence[torch.cuda.Stream] = (),
         step_timeout: float = 600.0,
     ) -> None:
-        self.contents = contents
         self.mode: Mode = choice.mode
         self.reason = choice.reason
         self.staged = threading.Event()
-        self.copied_bytes = 0
+        self.copied_bytes = sum(copies.nbytes) if copies is not None else 0
         self.copy_seconds = 0.0
         self.drained_bytes = sum(item.nbytes for item in items)
         self.drain_seconds = 0.0
         self.notes: tuple[str, ...] = (memory.note,) if memory is not None and memory.note else ()
+        self._contents: Contents | None = contents
+        self._copies = copies
         self._memory = memory
         self._streams = streams
         self._began = time.perf_counter()
         self._drain = Drain(items, step_timeout, self._drained)
         if not items:
             self._drain.finish()
+
+    @property
+    def contents(self) -> Contents:
+        """What to write; with the mode ``"blocking"`` it is live memory that nobody guards, to be written in the call.
+
+        Copies take the place of what was copied at the first use, not in the call: that takes time for each tensor.
+        """
+        assert self._contents is not None
+        copies, self._copies = self._copies, None
+        if copies is not None:
+            self._contents = self._contents.with_sources(dict(zip(map(id, copies.pieces), copies.sources())))
+        return self._contents
 
     @property
     def step_wait_seconds(self) -> float:
@@ -114,10 +129,10 @@ class Staging:
         self._drain.finish()
 
     def finish(self) -> None:
-        """As `let_go`; snapshot memory is then used again, so ``contents`` must not be read any more. They are dropped here."""
+        """As `let_go`; snapshot memory is then used again, so the contents must not be read any more."""
         self._drain.finish()
         self._drain.forget()
-        vars(self).pop("contents", None)
+        self._contents, self._copies = None, None
         memory, self._memory = self._memory, None
         if memory is not None:
             snapshot.give_back(memory)
@@ -165,29 +180,28 @@ def stage(
         copies = snapshot.take([table.pieces[n] for n in copied], [table.nbytes[n] for n in copied], begins, memory, workers)
         copy_seconds = time.perf_counter() - started
         items = [
-            Drained(table.names[n], table.pieces[n], table.nbytes[n], found.owners, found.stepped)
+            Drained(table.tensors[n].name, table.pieces[n], table.nbytes[n], found.owners, found.stepped)
             for n, found in drained.items()
         ]
         if check_unchanged:
             _sum(items, workers)
-        with gc_paused():
-            contents = contents.with_sources({id(table.pieces[n]): copy for n, copy in zip(copied, copies)})
     except BaseException:
         snapshot.give_back(memory)
         raise
-    staging = Staging(contents, choice, memory, items, _streams(items), step_timeout)
-    staging.copied_bytes, staging.copy_seconds = sum(copy.nbytes for copy in copies), copy_seconds
+    staging = Staging(contents, choice, copies, memory, items, _streams(items), step_timeout)
+    staging.copy_seconds = copy_seconds
     return staging
 
 
 class _Table(NamedTuple):
-    """Everything that a save will write: the source, the length and the name of each stored tensor. ``device``: the ordinal of a CUDA
-    device that has some of it; -1 if none has.
+    """Everything that a save will write: the source and the length of each stored tensor, and what its file says of it.
+
+    ``device``: the ordinal of a CUDA device that has some of it; -1 if none has.
     """
 
     pieces: list[ByteSource]
     nbytes: list[int]
-    names: list[str]
+    tensors: list[StoredTensor]
     device: int
 
     @classmethod
@@ -198,7 +212,7 @@ class _Table(NamedTuple):
         device = -1
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             device = max((piece.cuda_device for piece in pieces), default=-1)
-        return cls(pieces, [tensor.nbytes for tensor in tensors], [tensor.name for tensor in tensors], device)
+        return cls(pieces, [tensor.nbytes for tensor in tensors], tensors, device)
 
 
 class _Found(NamedTuple):

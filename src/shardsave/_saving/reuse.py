@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from shardsave._common.os_calls import CallFailed
@@ -22,11 +23,11 @@ from shardsave._common.words import count
 from shardsave._engine import engine
 from shardsave._engine.transfer import TransferFault
 from shardsave._format.crc64 import crc64
-from shardsave._format.header import Header, encode_header, with_sums
+from shardsave._format.header import Header, with_sums
 from shardsave._format.packing import Shard, StoredTensor, pack
 from shardsave._saving.contents import Contents
 from shardsave._saving.frozen import FrozenMemory, sum_when_saved
-from shardsave._saving.shards import PlannedShard, UnchangedShard, fault_before_writing, plan_blocks
+from shardsave._saving.shards import PlannedShard, UnchangedShard, data_blocks, fault_before_writing, plan_blocks
 from shardsave._saving.watch import Watch
 from shardsave._storage.earlier import EarlierCheckpoint
 from shardsave._storage.transaction import Transaction
@@ -169,7 +170,7 @@ def _as_it_is(header: Header, stored: Mapping[str, _Stored]) -> PlannedShard | N
         tensors.append(tensor)
         pieces.append(piece)
     layout = Shard(tuple(tensors), tuple(header.tensors.begins), sum(header.tensors.nbytes))
-    return PlannedShard(layout, b"", pieces)
+    return PlannedShard(layout, pieces)
 
 
 def _with_equal_headers(shards: Iterable[UnchangedShard], contents: Contents) -> Iterator[UnchangedShard]:
@@ -177,7 +178,7 @@ def _with_equal_headers(shards: Iterable[UnchangedShard], contents: Contents) ->
     single = frozenset(contents.shards[0].names) if contents.single_file is not None else frozenset()
     for shard in shards:
         more = contents.state.file_metadata if single.isdisjoint(shard.planned.names) else None
-        planned = shard.planned._replace(header=encode_header(shard.planned.layout, more))
+        planned = replace(shard.planned, more=more)
         header, record = with_sums(planned.header, shard.sums), shard.earlier.record
         if (len(header), crc64(header)) == (record.header_length, record.header_crc):
             yield shard._replace(planned=planned)
@@ -222,9 +223,14 @@ def _sums(stored: Sequence[_Stored], watch: Watch) -> dict[str, int]:
     """The checksum of each tensor as it is in memory now, by name. Raises TransferFault."""
     (layout,) = pack([tensor for tensor, _ in stored], None)  # in an order in which no element is cut
     pieces = {tensor.name: piece for tensor, piece in stored}
-    shard = PlannedShard(layout, b"", [pieces[tensor.name] for tensor in layout.tensors])
-    transfer = engine.gather(plan_blocks([shard]), shard.pieces, workers=watch.workers, tick=lambda done: watch.check())
-    return dict(zip(shard.names, transfer.sums))
+    names = [tensor.name for tensor in layout.tensors]
+    transfer = engine.gather(
+        data_blocks([(layout, 0)]),
+        [pieces[name] for name in names],
+        workers=watch.workers,
+        tick=lambda done: watch.check(),
+    )
+    return dict(zip(names, transfer.sums))
 
 
 def _is_intact(earlier: EarlierCheckpoint, shard: UnchangedShard, every: int, watch: Watch, damage: list[str]) -> bool:

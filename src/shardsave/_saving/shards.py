@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from typing import NamedTuple
 
@@ -34,12 +36,19 @@ from shardsave.errors import ShardSaveError
 _MAX_OPEN_SHARDS = 256
 
 
-class PlannedShard(NamedTuple):
-    """A shard before it is written: its layout, its header without checksums, and the memory of its tensors in file order."""
+@dataclass(frozen=True, eq=False)
+class PlannedShard:
+    """A shard before it is written: its layout, and the memory of its tensors in file order. ``more``: additional items of the
+    ``__metadata__`` in its header."""
 
     layout: Shard
-    header: bytes
     pieces: list[ByteSource]
+    more: Mapping[str, str] | None = None
+
+    @cached_property
+    def header(self) -> bytes:
+        """Its header without checksums. It is encoded at the first use, since the call of a save in the background needs none."""
+        return encode_header(self.layout, self.more)
 
     @property
     def names(self) -> list[str]:
@@ -53,7 +62,7 @@ class PlannedShard(NamedTuple):
 
     def with_sources(self, new: Mapping[int, ByteSource]) -> PlannedShard:
         """The same shard with other sources of the same bytes: `id` of a source → what takes its place."""
-        return PlannedShard(self.layout, self.header, [new.get(id(piece), piece) for piece in self.pieces])
+        return replace(self, pieces=[new.get(id(piece), piece) for piece in self.pieces])
 
 
 class UnchangedShard(NamedTuple):
@@ -70,20 +79,23 @@ def plan_shards(
     """Packs ``entries`` into shards of at most ``bound`` bytes of data, or into one shard if it is None.
 
     ``apart``: no shard holds both frozen and trainable entries. ``more``: additional items of the headers' ``__metadata__``.
+    Raises ValueError for a header that is too long.
     """
     tensors, pieces = [], {}
     kinds: dict[tuple[torch.dtype, tuple[int, ...]], tuple[str, tuple[int, ...], int]] = {}  # many tensors are of few kinds
     for name, _, frozen, _, source in entries:
         kind = source.dtype, source.shape
-        if kind not in kinds:
-            kinds[kind] = BY_TORCH[source.dtype].name, logical_shape(*kind), source.nbytes
-        dtype, shape, nbytes = kinds[kind]
+        if (known := kinds.get(kind)) is None:
+            known = kinds[kind] = BY_TORCH[source.dtype].name, logical_shape(*kind), source.nbytes
+        dtype, shape, nbytes = known
         tensors.append(StoredTensor(name, dtype, shape, nbytes, apart and bool(frozen)))
         pieces[name] = source
-    return [
-        PlannedShard(layout, encode_header(layout, more), [pieces[tensor.name] for tensor in layout.tensors])
-        for layout in pack(tensors, bound)
-    ]
+    layouts = pack(tensors, bound)
+    shards = [PlannedShard(layout, [pieces[tensor.name] for tensor in layout.tensors], more) for layout in layouts]
+    if bound is None or more:  # else `pack` has kept all headers short
+        for shard in shards:
+            _ = shard.header
+    return shards
 
 
 def repack(
@@ -98,22 +110,23 @@ def repack(
     stored.sort(key=lambda pair: place(pair[0].name))
     pieces = {tensor.name: piece for tensor, piece in stored}
     layouts = pack([tensor for tensor, _ in stored], bound, [shard.layout for shard in kept])
-    new = [
-        PlannedShard(layout, encode_header(layout, more), [pieces[tensor.name] for tensor in layout.tensors])
-        for layout in layouts[len(kept) :]
-    ]
+    new = [PlannedShard(layout, [pieces[tensor.name] for tensor in layout.tensors], more) for layout in layouts[len(kept) :]]
     return [*kept, *new]
 
 
 def plan_blocks(shards: Sequence[PlannedShard]) -> Blocks:
-    """Cuts ``shards`` into the engine's blocks; the number of a block's file is the position of its shard."""
+    """Cuts the files of ``shards`` into the engine's blocks; the number of a block's file is the position of its shard."""
+    return data_blocks([(shard.layout, len(shard.header)) for shard in shards])
+
+
+def data_blocks(layouts: Sequence[tuple[Shard, int]]) -> Blocks:
+    """The same for layouts, each with the offset in bytes at which its data begins."""
     extents = [np.empty((0, 4), dtype=np.int64)]
-    for file, shard in enumerate(shards):
-        layout = shard.layout
+    for file, (layout, data_start) in enumerate(layouts):
         # Blocks are cut at multiples of the largest element size, so no element is cut: a grain of one byte is enough.
         rows = np.ones((len(layout.tensors), 4), dtype=np.int64)
         rows[:, 0] = file
-        rows[:, 1] = np.array(layout.begins, dtype=np.int64) + len(shard.header)
+        rows[:, 1] = np.array(layout.begins, dtype=np.int64) + data_start
         rows[:, 2] = [tensor.nbytes for tensor in layout.tensors]
         extents.append(rows)
     return blocks(np.concatenate(extents), BLOCK_BYTES)

@@ -13,6 +13,9 @@ from shardsave._common.words import an
 from shardsave._format.dtypes import BY_TORCH, logical_shape
 from shardsave.errors import UnsupportedTensorError
 
+#: The dtypes whose tensors have no rule of their own.
+_USUAL_DTYPES = frozenset(BY_TORCH) - {torch.float4_e2m1fn_x2}
+
 
 def refuse(name: object, expected: str, actual: str) -> NoReturn:
     """Raises UnsupportedTensorError for the entry ``name``."""
@@ -44,7 +47,10 @@ def check_savable(name: str, tensor: torch.Tensor) -> int:
         refuse(name, "a strided tensor was expected", f"its layout is {layout}")
     if tensor.is_meta:
         refuse(name, "a tensor with data was expected", "it is on the meta device")
-    dtype = tensor.dtype
+    dtype, nbytes = tensor.dtype, tensor.nbytes
+    is_usual = nbytes and dtype in _USUAL_DTYPES and tensor.is_contiguous() and not tensor.storage_offset()
+    if is_usual and nbytes <= tensor.untyped_storage().nbytes():
+        return nbytes  # nearly all tensors; what follows would say the same of them
     if dtype not in BY_TORCH:
         unknown = str(dtype).removeprefix("torch.")
         raise UnsupportedTensorError(

@@ -79,7 +79,7 @@ def note_on_names(optimizer: Any, place: Place, names: ParameterNames) -> tuple[
 
 def _parameter_state(values: Any, writer: ValueWriter, place: Place, name: str) -> dict[str, Any]:
     start, path, encoded = f"{place.name}/{name}/", f"{place.path}.state[{name!r}]", {}
-    if not isinstance(values, dict) or not all(type(key) is str for key in values):
+    if not isinstance(values, dict) or not {*map(type, values)} <= {str}:
         refuse(place, "state by text was", f"that of {name!r} is {an(type(values).__name__)} with other keys")
     for key, value in values.items():
         if type(value) is torch.Tensor:  # nearly all of them

@@ -33,11 +33,12 @@ class ParameterNames:
                 self._add(f"{place.name}/", _named_parameters(leaf))
 
     def _add(self, prefix: str, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+        names, taken = self._names, self._taken
         for name, parameter in named:
             name = prefix + name
-            if id(parameter) not in self._names and name not in self._taken:
-                self._names[id(parameter)] = name
-                self._taken.add(name)
+            if id(parameter) not in names and name not in taken:
+                names[id(parameter)] = name
+                taken.add(name)
                 self._kept.append(parameter)
 
     def of_groups(self, groups: Iterable[Mapping[str, Any]]) -> list[list[str]]:
@@ -53,5 +54,6 @@ class ParameterNames:
 
 def _named_parameters(module: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
     module = unwrap(module)
-    names = Names.of(module)
-    return ((names.plain(name), parameter) for name, parameter in module.named_parameters(remove_duplicate=False))
+    named = list(module.named_parameters(remove_duplicate=False))
+    names = Names.of(module).all_plain([name for name, _ in named])
+    return zip(names, (parameter for _, parameter in named))

@@ -78,13 +78,14 @@ class ValueWriter:
         name = self._prefix + name
         check_savable(path, tensor)
         address = tensor.data_ptr()
-        if address and (known := self._first_at.get(address)) is not None and memory_key(known[1]) == memory_key(tensor):
+        known = self._first_at.get(address)
+        if known is not None and memory_key(known[1]) == memory_key(tensor):
             return known[0]
         if name in self._names or (not self._prefix and name.startswith("rank ") and _LIKE_RANK.match(name)):
             name = self._free(name)
         self._names.add(name)
-        if address:
-            self._first_at.setdefault(address, (name, tensor))
+        if known is None and address:
+            self._first_at[address] = name, tensor
         # `Tensor.data`: if a Parameter gets other data during the save, this memory stays alive.
         source = TensorSource(tensor.data if tensor.requires_grad else tensor, tensor.dtype)
         self.entries.append(Entry(name, "tensor", None, None, source))
