@@ -190,6 +190,20 @@ def test_an_unfrozen_layer(tmp_path: Path) -> None:
     assert_same_tensors(tmp_path / "behind", tmp_path / "at-once")
 
 
+def test_a_frozen_teacher(tmp_path: Path) -> None:
+    """Catches a step that waits for the student alone: right after it the teacher follows, by changes that torch does not count."""
+    model = nn.ModuleDict({"teacher": large(1), "student": large(2)})
+    teacher, student = model["teacher"].requires_grad_(False).weight, model["student"].weight
+    optimizer = SGD([student], lr=0.1, fused=True)
+    shardsave.save(model, tmp_path / "at-once", training=training_of([optimizer], None))
+    save = save_behind(model, tmp_path / "behind", [optimizer], "ring")
+    with opened_by_a_step(save):
+        optimizer.step()
+        teacher.data.mul_(0.9).add_(student.data, alpha=0.1)
+    save.wait()
+    assert_same_tensors(tmp_path / "behind", tmp_path / "at-once")
+
+
 def test_other_parameters_with_the_same_memory(tmp_path: Path) -> None:
     """Catches a step that is let go because its Parameter is another object over the memory that is read."""
     model = large()

@@ -138,9 +138,9 @@ def test_members_of_the_document(tmp_path: Path) -> None:
     }
     section = DOCUMENT[DOCUMENT.index("## The index") : DOCUMENT.index("## An architecture")]
     table = {name: kind for name, kind in re.findall(r"^\| `(\w+)` \| ([^|]+) \|", section, re.MULTILINE)}
-    sources = (torch.nn.Linear(1, 1), {"x": torch.ones(1)}, tiny("Mixtral"), {"x": torch.ones(1)})
+    sources = (torch.nn.Linear(1, 1), {"x": torch.ones(1)}, tiny("Mixtral"), *[{"x": torch.ones(1)}] * 2)
     moment = {"step", "epoch", "metrics", "ranks", "created"}
-    optional: tuple[set[str], ...] = ({"parts"}, set(), {"companions", "module_flags"}, moment | {"parts"})
+    optional: tuple[set[str], ...] = ({"parts"}, set(), {"companions", "module_flags"}, moment | {"parts"}, {"shared"})
     seen = set()
     for source, more in zip(sources, optional):
         if moment <= more:
@@ -149,7 +149,7 @@ def test_members_of_the_document(tmp_path: Path) -> None:
             shardsave.save(source, tmp_path, architecture="parts" in more)
         record = json.loads((tmp_path / INDEX).read_bytes())["shardsave"]
         assert list(record)[-1] == "crc64nvme"
-        assert record.keys() == table.keys() - {"parts", "companions", "module_flags"} - moment | more
+        assert record.keys() == table.keys() - {"parts", "companions", "module_flags", "shared"} - moment | more
         for name, value in record.items():
             assert type(value) in [kinds[kind] for kind in table[name].split(" or ")], name
             seen.add((name, type(value)))

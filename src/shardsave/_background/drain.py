@@ -93,6 +93,7 @@ class Drain:
             for owner in item.owners:
                 self._of_owner.setdefault(id(owner.tensor), []).append(item)
                 self._at_storage.setdefault(owner.tensor.untyped_storage().data_ptr(), []).append(item)
+        self._without_step = [item for item in items if not item.stepped]
         self._timeout = timeout
         self._ended = ended
         self._lock = threading.Lock()
@@ -153,7 +154,7 @@ class Drain:
     def forget(self) -> None:
         """Drops all references to tensors, after `finish`."""
         with self._lock:
-            self._items, self._of_owner, self._at_storage, self._readings = {}, {}, {}, []
+            self._items, self._of_owner, self._at_storage, self._readings, self._without_step = {}, {}, {}, [], []
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Waits until what ``optimizer`` holds has been read, and compares it. Raises nothing into the training."""
@@ -191,12 +192,19 @@ class Drain:
                 self.step_wait_seconds += time.perf_counter() - started
 
     def _held_by(self, optimizer: torch.optim.Optimizer) -> Iterator[Drained]:
-        """What must be read before a step of ``optimizer``, which holds the same objects or others with the same memory; some twice."""
+        """What must be read before a step of ``optimizer``, which holds the same objects or others with the same memory; some twice.
+
+        What no optimizer holds counts too: after the step, a frozen teacher may follow what was trained, unseen by torch.
+        """
+        is_concerned = False
         for tensor in memory_of_optimizer(optimizer):
             of_owner = self._of_owner.get(id(tensor), ())
             for item in (*of_owner, *self._at_storage.get(tensor.untyped_storage().data_ptr(), ())):
+                is_concerned = True
                 if not item.released:
                     yield item
+        if is_concerned:
+            yield from (item for item in self._without_step if not item.released)
 
     def _fail_if_changed(self, items: Sequence[Drained]) -> None:
         for item in items:
