@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import resource
 import signal
 import socket
@@ -188,7 +189,10 @@ def test_the_interpreter_exits_during_a_construction(folder: Path) -> None:
     config = {"architectures": ["VideoMAEModel"], "model_type": "videomae", "image_size": 1 << 11, **FRAMES, **ONE_LAYER}
     (folder / "config.json").write_text(json.dumps(config))
     done = subprocess.run([sys.executable, "-c", EXITS, str(folder)], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    # What stops the worker may strike in a `__del__`: Python prints that, and nothing can be done about it.
+    struck = r"Exception ignored in: <function \S+\.__del__ at \w+>\nTraceback .*\n(  .*\n)*\n?shardsave\._common\.supervised\._Stop: \n"
+    assert (done.returncode, done.stdout) == (0, "")
+    assert re.fullmatch(f"({struck})*", done.stderr), done.stderr
 
 
 # --- the supervision itself

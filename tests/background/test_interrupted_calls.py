@@ -66,6 +66,7 @@ def interrupted(call: Callable[[], shardsave.PendingSave], line: int) -> bool:
     return count >= line
 
 
+@pytest.mark.alone  # in a process in which hundreds of other tests have run, Python may trace no line any more
 @pytest.mark.parametrize("staging", ["snapshot", "ring"])
 def test_an_interrupt_at_any_line(memory: Path, staging: Any) -> None:
     """Catches a call that Ctrl-C ends, and after which its save goes on, keeps the turn, the lock, the hook, or a thread."""
