@@ -66,7 +66,8 @@ def save_async(
         staging: "snapshot" copies all tensors to host memory in the call; that memory is kept for the next save. "ring" takes Parameters
             and the state of optimizers from where they are, while training goes on: the next step of each optimizer in ``training``
             waits until its parameters were taken, and what no optimizer holds. "auto" takes the ring only if optimizers in ``training``
-            own every trainable Parameter, none is capturable, and there is one process; else a snapshot, and where that does not fit, it saves before it returns.
+            own every trainable Parameter, none is capturable, and there is one process; else a snapshot, and where that does
+            not fit, it saves before it returns.
         if_busy: what to do if another save is in flight: "wait" for its end, "raise" a DirectoryBusyError, or "skip" this save.
         check_unchanged: also compare checksums from the call with what was saved: it finds changes that no hook sees, for one more read
             of the memory in the call.
