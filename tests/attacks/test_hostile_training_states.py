@@ -112,7 +112,7 @@ CASES: list[tuple[str, str, Damage]] = [
     ("document of a rank", refused("format shardsave-training expected, it is 'shardsave-training-rank'"),
      edit(lambda top: top.update(format="shardsave-training-rank"))),
     ("newer version", newer(2, "[]"), edit(lambda top: top.update(version=2))),
-    ("newer feature", newer(1, "['boxes']"), edit(lambda top: top.update(requires=["boxes"]))),
+    ("newer feature", newer(1, "['spiral']"), edit(lambda top: top.update(requires=["spiral"]))),
     ("no version", newer("null", "[]"), edit(lambda top: top.pop("version"))),
     ("ranks is zero", refused("ranks expected to be a number of processes, it is 0"), edit(lambda top: top.update(ranks=0))),
     ("ranks is true", refused("ranks expected to be a number of processes, it is true"), edit(lambda top: top.update(ranks=True))),

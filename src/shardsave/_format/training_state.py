@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple, NoReturn
 
 from shardsave._common.strict_json import NotJSON, glimpse, parse_object
+from shardsave._format.boxes import BOXES
 from shardsave._format.file_names import RANK_DOCUMENT, RANK_TENSORS
 from shardsave._format.index import ShardRecord, encode_shard
 from shardsave._format.index_parsing import parse_shard
@@ -18,14 +19,21 @@ from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError
 
 _FORMAT, _RANK_FORMAT = "shardsave-training", "shardsave-training-rank"
 _VERSION = 1
+
+#: The features that this version knows.
+_FEATURES = (BOXES,)
 _SHARED = b', "shared": '
 
 
 class TrainingIndex(NamedTuple):
-    """What the document of a training state says of its files: ``files`` has a record for each other file of the directory."""
+    """What the document of a training state says of its files: ``files`` has a record for each other file of the directory.
+
+    ``requires``: the features that a reader of the directory must know.
+    """
 
     ranks: int
     files: Mapping[str, ShardRecord]
+    requires: tuple[str, ...] = ()
 
 
 def encode_training_index(shared: bytes, index: TrainingIndex) -> bytes:
@@ -33,7 +41,7 @@ def encode_training_index(shared: bytes, index: TrainingIndex) -> bytes:
     members = {
         "format": _FORMAT,
         "version": _VERSION,
-        "requires": [],
+        "requires": [*index.requires],
         "ranks": index.ranks,
         "files": {name: encode_shard(record) for name, record in index.files.items()},
     }
@@ -64,7 +72,7 @@ def parse_training_index(data: bytes, where: str) -> tuple[TrainingIndex, dict[s
     records = {name: parse_shard(f"file {name}", entry, where) for name, entry in files.items()}
     if "shared" not in members:
         _bad(where, "shared values expected", "there are none")
-    return TrainingIndex(ranks, records), members
+    return TrainingIndex(ranks, records, tuple(members["requires"])), members
 
 
 def parse_training_files(data: bytes, where: str) -> Mapping[str, ShardRecord]:
@@ -92,9 +100,11 @@ def _parse_document(data: bytes, expected: str, where: str) -> dict[str, Any]:
         _bad(where, refusal.wanted, refusal.found)
     if members.get("format") != expected:
         _bad(where, f"format {expected} expected", f"it is {glimpse(members.get('format'))}")
-    if members.get("requires") != [] or members.get("version") != _VERSION:
+    requires = members.get("requires")
+    is_known = type(requires) is list and all(feature in _FEATURES for feature in requires)
+    if not is_known or members.get("version") != _VERSION:
         raise IncompatibleCheckpointError(
-            f"cannot read {where}: it is of version {glimpse(members.get('version'))} and requires {glimpse(members.get('requires'))}, "
+            f"cannot read {where}: it is of version {glimpse(members.get('version'))} and requires {glimpse(requires)}, "
             f"which this version of shardsave does not know; the checkpoint is intact, read it with a newer version"
         )
     return members

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
+from shardsave._format.boxes import BOXES, StoredBox, encode_boxes
 from shardsave._format.file_names import rank_document, rank_tensors
 from shardsave._format.index import TRAINING, ShardRecord
 from shardsave._format.training_state import TrainingIndex, encode_rank_document, encode_training_index
 from shardsave._saving.contents import PlannedDirectory
-from shardsave._saving.shards import plan_shards
+from shardsave._saving.shards import PlannedShard, plan_shards
 from shardsave._state.module import Entry
 
 
@@ -19,21 +21,31 @@ def plan_training_directory(
     max_shard_size: int,
     *,
     ranks: int = 1,
+    boxes: Mapping[str, StoredBox] | None = None,
+    has_boxes: bool = False,
 ) -> PlannedDirectory:
     """Packs the tensors of a training state into files of at most ``max_shard_size`` bytes.
 
     ``shared``: the values that all ranks have in common, as JSON. ``leaves``: rank → its own values, a JSON object; ``entries``: rank
-    → the tensors that it writes. Both may lack ranks.
+    → the tensors that it writes. Both may lack ranks, which then write files of their own. ``boxes``: which of the entries are boxes of
+    tensors. ``has_boxes``: whether any file of any rank, or a value, needs a reader that knows of boxes.
     """
     shards = {
-        rank_tensors(rank, number): shard
+        rank_tensors(rank, number): _with_boxes(shard, boxes or {})
         for rank, tensors in entries.items()
         if tensors
         for number, shard in enumerate(plan_shards(tensors, max_shard_size), 1)
     }
     documents = {rank_document(rank): encode_rank_document(rank, values) for rank, values in leaves.items()}
+    requires = (BOXES,) if boxes or has_boxes else ()
 
     def index(files: Mapping[str, ShardRecord]) -> bytes:
-        return encode_training_index(shared, TrainingIndex(ranks, files))
+        return encode_training_index(shared, TrainingIndex(ranks, files, requires))
 
     return PlannedDirectory(TRAINING, "training", documents, shards, index)
+
+
+def _with_boxes(shard: PlannedShard, boxes: Mapping[str, StoredBox]) -> PlannedShard:
+    """``shard`` with what its header has to say of ``boxes``."""
+    own = {name: boxes[name] for name in shard.names if name in boxes} if boxes else {}
+    return replace(shard, more=encode_boxes(own)) if own else shard

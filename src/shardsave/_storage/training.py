@@ -8,9 +8,12 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from shardsave._common.strict_json import glimpse
+from shardsave._format.boxes import BOXES, StoredBox, parse_boxes
 from shardsave._format.file_names import RANK_DOCUMENT, is_in_directory
+from shardsave._format.header import Header
 from shardsave._format.index import Part
 from shardsave._format.training_state import parse_rank_document, parse_training_index
+from shardsave._storage.boxes import assemble
 from shardsave._storage.located import Located, located
 from shardsave._storage.shard_files import Broken, ShardFiles
 from shardsave.errors import CorruptCheckpointError, ShardSaveError
@@ -20,7 +23,8 @@ class TrainingFiles(NamedTuple):
     """What the directory of a training state holds.
 
     ``ranks``: how many saved it. ``shared``: the JSON of what all ranks have in common. ``leaves``: rank → key → the JSON of its own
-    values. ``files``: its files beside the document, relative to the checkpoint's directory.
+    values. ``tensors``: those that the values name. ``files``: its files beside the document, relative to the checkpoint's directory.
+    ``stored``: what these files hold, by stored name; ``boxes``: which of it is a box of a tensor. ``requires``: as in `TrainingIndex`.
     """
 
     ranks: int
@@ -28,6 +32,9 @@ class TrainingFiles(NamedTuple):
     leaves: Mapping[int, Mapping[str, Any]]
     tensors: Mapping[str, Located]
     files: tuple[str, ...]
+    stored: Mapping[str, Located]
+    boxes: Mapping[str, StoredBox]
+    requires: tuple[str, ...]
 
     def values(self) -> dict[str, Any]:
         """Everything in it but its tensors: values that all ranks share, and by rank those of each."""
@@ -45,7 +52,8 @@ def open_training(checkpoint: ShardFiles, part: Part, broken: Broken) -> Trainin
     assert checkpoint.records is not None
     checkpoint.records.update((f"{folder}/{name}", record) for name, record in index.files.items())
     leaves: dict[int, Mapping[str, Any]] = {}
-    tensors: dict[str, Located] = {}
+    stored: dict[str, Located] = {}
+    boxes: dict[str, StoredBox] = {}
     for name in index.files:
         file = f"{folder}/{name}"
         try:
@@ -54,17 +62,35 @@ def open_training(checkpoint: ShardFiles, part: Part, broken: Broken) -> Trainin
                 rank = int(match[1])
                 leaves[rank] = parse_rank_document(checkpoint.read_document(file), rank, f"part {file}")["leaves"]
             else:
-                _note_tensors(checkpoint, file, tensors)
+                header = _note_tensors(checkpoint, file, stored)
+                boxes.update(parse_boxes(header, f"shard {file}") if BOXES in index.requires else {})
         except ShardSaveError as error:
             if broken is None:
                 raise
             checkpoint.drop(file)
             broken[file] = error
     files = tuple(f"{folder}/{name}" for name in index.files)
-    return TrainingFiles(index.ranks, members["shared"], leaves, tensors, files)
+    tensors = _tensors(checkpoint.path, stored, boxes, broken, part.file)
+    return TrainingFiles(index.ranks, members["shared"], leaves, tensors, files, stored, boxes, index.requires)
 
 
-def _note_tensors(checkpoint: ShardFiles, file: str, tensors: dict[str, Located]) -> None:
+def _tensors(
+    folder: str, stored: dict[str, Located], boxes: Mapping[str, StoredBox], broken: Broken, document: str
+) -> Mapping[str, Located]:
+    """The tensors that ``stored`` make up. With ``broken``, each box counts as a tensor if they do not."""
+    if not boxes:
+        return stored
+    try:
+        if not broken:
+            return assemble(folder, stored, boxes)
+    except ShardSaveError as error:
+        if broken is None:
+            raise
+        broken[document] = error
+    return stored
+
+
+def _note_tensors(checkpoint: ShardFiles, file: str, tensors: dict[str, Located]) -> Header:
     opened, header = checkpoint.open_shard(file)
     checkpoint.hold(file, opened)
     if not tensors.keys().isdisjoint(header.tensors.names):
@@ -74,6 +100,7 @@ def _note_tensors(checkpoint: ShardFiles, file: str, tensors: dict[str, Located]
             f"{tensors[repeated].shard}; nothing else of the training state was read"
         )
     tensors.update(located(file, header))
+    return header
 
 
 def bytes_in(folder: str) -> int:
