@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from shardsave._common.gc_pause import gc_paused
+from shardsave._state.distributed_tensors import Parts
 from shardsave._state.module import Entry
 from shardsave._state.wrappers import unwrap
 from shardsave._training.kinds import class_name, items_of, kind_of
@@ -24,28 +25,38 @@ from shardsave.errors import ShardSaveError, UnsupportedTrainingError
 class TrainingState(NamedTuple):
     """A training state as data.
 
-    ``shared``: the JSON of what is the same on all ranks. ``leaves``: key → the JSON of what belongs to this rank. ``entries``: the
-    tensors to store; names of this rank's begin with ``rank <n>/``. ``epoch``: the number at ``training["epoch"]``; None if there is
-    none. ``notes``: for the report. ``warnings``: those of them that the caller must be warned of.
+    ``shared``: the JSON of what is the same on all ranks. ``leaves``: key → the JSON of what belongs to this rank. ``shared_entries``,
+    ``own_entries``: the tensors to store; names of this rank's begin with ``rank <n>/``. ``epoch``: the number at
+    ``training["epoch"]``; None if there is none. ``notes``: for the report. ``warnings``: those of them that the caller must be warned
+    of. ``has_distributed``: whether there is a tensor of which other ranks have parts.
     """
 
     shared: Any
     leaves: Mapping[str, Any]
-    entries: tuple[Entry, ...]
+    shared_entries: tuple[Entry, ...]
+    own_entries: tuple[Entry, ...]
     epoch: int | float | None
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
+    has_distributed: bool = False
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """All tensors."""
+        return (*self.shared_entries, *self.own_entries)
 
 
 @gc_paused()
-def describe(training: Any, model: Model, *, rng: bool = False, rank: int = 0) -> TrainingState:
+def describe(
+    training: Any, model: Model, *, rng: bool = False, rank: int = 0, parts: Parts | None = None
+) -> TrainingState:
     """Describes ``training``, a nested structure of stateful objects and data, and with ``rng`` the generators of this process.
 
-    ``model``: gives the parameters of optimizers their names. ``rank``: of this process. Raises UnsupportedTrainingError or
-    UnsupportedTensorError for what cannot be kept, by its place.
+    ``model``: gives the parameters of optimizers their names. ``rank``: of this process. ``parts``: reads distributed tensors; None if
+    this process alone saves. Raises UnsupportedTrainingError or UnsupportedTensorError for what cannot be kept, by its place.
     """
     state = process_state() if rng else None  # before anybody's `state_dict` could draw a number
-    describer = _Describer(training, model, rank)
+    describer = _Describer(training, model, rank, parts)
     shared = describer.value(training, ROOT, describer.shared)
     if state is not None:
         describer.leaves[RNG.path] = describer.own.value(state, RNG)
@@ -53,19 +64,21 @@ def describe(training: Any, model: Model, *, rng: bool = False, rank: int = 0) -
     return TrainingState(
         shared=shared,
         leaves=describer.leaves,
-        entries=(*describer.shared.entries, *describer.own.entries),
+        shared_entries=tuple(describer.shared.entries),
+        own_entries=tuple(describer.own.entries),
         epoch=epoch if type(epoch) in (int, float) else None,
         notes=tuple(describer.notes),
         warnings=tuple(describer.warnings),
+        has_distributed=describer.shared.has_distributed or describer.own.has_distributed,
     )
 
 
 class _Describer:
     """Walks over a training state. ``shared`` and ``own`` write what all ranks share and what belongs to this one."""
 
-    def __init__(self, training: Any, model: Model, rank: int) -> None:
-        self.shared = ValueWriter()
-        self.own = ValueWriter(f"rank {rank}/")
+    def __init__(self, training: Any, model: Model, rank: int, parts: Parts | None) -> None:
+        self.shared = ValueWriter(parts=parts)
+        self.own = ValueWriter(f"rank {rank}/", parts)
         self.leaves: dict[str, Any] = {}
         self.notes: list[str] = []
         self.warnings: list[str] = []

@@ -9,7 +9,7 @@ import base64
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,12 @@ from shardsave._common.memory import PLAIN_TYPES, memory_key
 from shardsave._common.sources import TensorSource
 from shardsave._common.strict_json import MAX_DIGITS
 from shardsave._common.words import an
+from shardsave._state.distributed_tensors import Part, Parts, is_distributed
 from shardsave._state.module import Entry
 from shardsave._state.numpy_arrays import is_swapped, tensor_of_array
 from shardsave._state.savable import check_savable
+from shardsave._training.distributed import TAG as BOXES
+from shardsave._training.distributed import part_of, placements_in_words, refuse_alone
 from shardsave._training.places import Place, refuse, refuse_value
 from shardsave._training.subclasses import write_subclass
 
@@ -44,12 +47,17 @@ _LIKE_RANK = re.compile(r"rank \d+/")
 class ValueWriter:
     """Writes values. Tensors become entries; the same memory is one entry, under its first name.
 
-    ``prefix``: what the names of all entries begin with. Raises UnsupportedTrainingError or UnsupportedTensorError, naming the place.
+    ``prefix``: what the names of all entries begin with, if they belong to one rank. ``parts``: reads distributed tensors; None if this
+    process alone saves. ``has_distributed``: whether one was written. Raises UnsupportedTrainingError or UnsupportedTensorError, naming
+    the place.
     """
 
-    def __init__(self, prefix: str = "") -> None:
+    def __init__(self, prefix: str = "", parts: Parts | None = None) -> None:
         self.entries: list[Entry] = []
+        self.has_distributed = False
         self._prefix = prefix
+        self._parts = parts
+        self._distributed: dict[Hashable, tuple[Any, Any]] = {}  # identity or memory → a tensor that keeps it, and its value
         self._names: set[str] = set()
         self._first_at: dict[int, tuple[str, torch.Tensor]] = {}
         self._above: list[int] = []  # the containers around the value that is being written, by id
@@ -81,14 +89,19 @@ class ValueWriter:
         known = self._first_at.get(address)
         if known is not None and memory_key(known[1]) == memory_key(tensor):
             return known[0]
-        if name in self._names or (not self._prefix and name.startswith("rank ") and _LIKE_RANK.match(name)):
-            name = self._free(name)
-        self._names.add(name)
+        name = self._take(name)
         if known is None and address:
             self._first_at[address] = name, tensor
         # `Tensor.data`: if a Parameter gets other data during the save, this memory stays alive.
         source = TensorSource(tensor.data if tensor.requires_grad else tensor, tensor.dtype)
         self.entries.append(Entry(name, "tensor", None, None, source))
+        return name
+
+    def _take(self, name: str) -> str:
+        """``name``, or one like it if it is taken or looks like that of a rank."""
+        if name in self._names or (not self._prefix and name.startswith("rank ") and _LIKE_RANK.match(name)):
+            name = self._free(name)
+        self._names.add(name)
         return name
 
     def _free(self, name: str) -> str:
@@ -98,10 +111,45 @@ class ValueWriter:
         return f"shared/{name} ({number})"
 
     def _tensor_value(self, tensor: torch.Tensor, place: Place) -> Any:
+        if type(tensor) not in PLAIN_TYPES and is_distributed(tensor):
+            return self._distributed_value(tensor, place)
         if type(tensor) not in PLAIN_TYPES and hasattr(tensor, "__tensor_flatten__"):
             return write_subclass(tensor, place, self.value)
         value = {"tensor": self.tensor(tensor, place.name, place.path)}
         return value if tensor.is_cpu else {**value, "on": tensor.device.type}
+
+    def _distributed_value(self, tensor: torch.Tensor, place: Place) -> Any:
+        if self._parts is None:
+            refuse_alone(place, tensor)
+        part = part_of(tensor, place, self._parts)
+        # A part without elements has no memory by which ties could be found, so the object itself counts too.
+        memory = (memory_key(part.local), part.spread.layout) if part.local.numel() else id(tensor)
+        known = self._distributed.get(id(tensor)) or self._distributed.get(memory)
+        if known is None:
+            self.has_distributed = True
+            known = tensor, (self._own_boxes if self._prefix else self._shared_boxes)(tensor, part, place)
+        self._distributed[id(tensor)] = self._distributed[memory] = known
+        return known[1]
+
+    def _shared_boxes(self, tensor: torch.Tensor, part: Part, place: Place) -> Any:
+        """The value of a tensor of which other ranks have the other boxes."""
+        name = self._take(place.name)
+        self.entries.append(Entry(name, "tensor", None, None, part.spread))
+        value = {"tensor": name, "placements": placements_in_words(tensor)}
+        return value if tensor.is_cpu else {**value, "on": tensor.device.type}
+
+    def _own_boxes(self, tensor: torch.Tensor, part: Part, place: Place) -> Any:
+        """The value of a tensor that belongs to this rank, of which it has only these boxes."""
+        chunks = part.spread.local
+        names = [self.tensor(chunk.tensor, f"{place.name}/{at}", place.path) for at, chunk in enumerate(chunks)]
+        return {
+            BOXES: {
+                "shape": list(tensor.shape),
+                "dtype": str(tensor.dtype).removeprefix("torch."),
+                "placements": placements_in_words(tensor),
+                "parts": [[list(chunk.begin), name] for chunk, name in zip(chunks, names)],
+            }
+        }
 
     def _container(self, value: Any, place: Place) -> Any:
         if id(value) in self._above:
