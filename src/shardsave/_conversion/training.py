@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from shardsave._common.sources import TensorSource
-from shardsave._format.boxes import BOXES, StoredBox
+from shardsave._format.boxes import StoredBox
 from shardsave._format.file_names import RANK_TENSORS
 from shardsave._loading.mapped import Maps
 from shardsave._saving.contents import PlannedDirectory
@@ -19,14 +19,14 @@ from shardsave._storage.training import TrainingFiles
 
 class TrainingState(NamedTuple):
     """A training state: values that all ranks share, rank → its own values, and rank → the tensors that it wrote; which of these are
-    ``boxes`` of tensors, and whether there is anything that readers must know of boxes."""
+    ``boxes`` of tensors, and what readers must know."""
 
     ranks: int
     shared: Any
     leaves: Mapping[int, Mapping[str, Any]]
     entries: Mapping[int, Sequence[Entry]]
     boxes: Mapping[str, StoredBox]
-    has_boxes: bool
+    requires: tuple[str, ...]
 
 
 def training_of(files: TrainingFiles, maps: Maps) -> TrainingState:
@@ -37,7 +37,7 @@ def training_of(files: TrainingFiles, maps: Maps) -> TrainingState:
         match = RANK_TENSORS.fullmatch(located.shard.rpartition("/")[2])
         assert match is not None, "only such files are opened"
         entries[int(match[1])].append(Entry(name, "tensor", None, None, TensorSource.of(tensors[name])))
-    return TrainingState(files.ranks, files.shared, files.leaves, entries, files.boxes, BOXES in files.requires)
+    return TrainingState(files.ranks, files.shared, files.leaves, entries, files.boxes, files.requires)
 
 
 def plan_training(training: TrainingState, max_shard_size: int) -> PlannedDirectory:
@@ -51,5 +51,5 @@ def plan_training(training: TrainingState, max_shard_size: int) -> PlannedDirect
         max_shard_size,
         ranks=training.ranks,
         boxes=training.boxes,
-        has_boxes=training.has_boxes,
+        requires=training.requires,
     )

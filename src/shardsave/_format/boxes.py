@@ -62,9 +62,13 @@ def _box(entry: Any, sizes: tuple[int, ...]) -> StoredBox | None:
     tensor, shape, begin = entry
     if type(tensor) is not str or not (type(shape) is type(begin) is list) or not len(shape) == len(begin) == len(sizes):
         return None
-    if not all(type(at) is int and type(whole) is int and 0 <= at <= whole - size for at, size, whole in zip(begin, sizes, shape)):
+    if not all(
+        type(at) is int and type(whole) is int and 0 <= at <= whole - size for at, size, whole in zip(begin, sizes, shape)
+    ):
         return None
-    if math.prod(whole or 1 for whole in shape) >= 1 << 60:  # torch computes the strides of an empty tensor as if its zeros were ones
+    if (
+        math.prod(whole or 1 for whole in shape) >= 1 << 60
+    ):  # torch computes the strides of an empty tensor as if its zeros were ones
         return None
     return StoredBox(tensor, tuple(shape), tuple(begin))
 

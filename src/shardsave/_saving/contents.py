@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from shardsave._common.sources import ByteSource
@@ -44,7 +44,8 @@ class PlannedDirectory:
     """A part with a directory of its own, before it is written.
 
     ``role``: in the index. ``stem``: what the directory's name begins with. ``documents``: file → JSON. ``shards``: file → what is in
-    it. ``index``: makes the directory's document from the records of all these files.
+    it. ``index``: makes the directory's document from the records of all files. ``others``: file → bytes on disk, of those that other
+    processes write.
     """
 
     role: str
@@ -52,11 +53,12 @@ class PlannedDirectory:
     documents: Mapping[str, bytes]
     shards: Mapping[str, PlannedShard]
     index: Callable[[Mapping[str, ShardRecord]], bytes]
+    others: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def longest_index(self) -> bytes:
         """The document as it will be, but for the numbers in it, none of which can be longer."""
-        return self.index(dict.fromkeys([*self.documents, *self.shards], _LONGEST_RECORD))
+        return self.index(dict.fromkeys([*self.documents, *self.shards, *self.others], _LONGEST_RECORD))
 
 
 class Contents(NamedTuple):

@@ -22,13 +22,13 @@ def plan_training_directory(
     *,
     ranks: int = 1,
     boxes: Mapping[str, StoredBox] | None = None,
-    has_boxes: bool = False,
+    requires: tuple[str, ...] = (),
 ) -> PlannedDirectory:
     """Packs the tensors of a training state into files of at most ``max_shard_size`` bytes.
 
     ``shared``: the values that all ranks have in common, as JSON. ``leaves``: rank → its own values, a JSON object; ``entries``: rank
-    → the tensors that it writes. Both may lack ranks, which then write files of their own. ``boxes``: which of the entries are boxes of
-    tensors. ``has_boxes``: whether any file of any rank, or a value, needs a reader that knows of boxes.
+    → the tensors that it writes. Both may lack ranks. ``boxes``: which of the entries are boxes of tensors. ``requires``: what a reader
+    must know, beside these.
     """
     shards = {
         rank_tensors(rank, number): _with_boxes(shard, boxes or {})
@@ -37,10 +37,10 @@ def plan_training_directory(
         for number, shard in enumerate(plan_shards(tensors, max_shard_size), 1)
     }
     documents = {rank_document(rank): encode_rank_document(rank, values) for rank, values in leaves.items()}
-    requires = (BOXES,) if boxes or has_boxes else ()
+    needed = tuple(dict.fromkeys([*requires, *([BOXES] if boxes else [])]))
 
     def index(files: Mapping[str, ShardRecord]) -> bytes:
-        return encode_training_index(shared, TrainingIndex(ranks, files, requires))
+        return encode_training_index(shared, TrainingIndex(ranks, files, needed))
 
     return PlannedDirectory(TRAINING, "training", documents, shards, index)
 

@@ -47,9 +47,7 @@ class TrainingState(NamedTuple):
 
 
 @gc_paused()
-def describe(
-    training: Any, model: Model, *, rng: bool = False, rank: int = 0, parts: Parts | None = None
-) -> TrainingState:
+def describe(training: Any, model: Model, *, rng: bool = False, rank: int = 0, parts: Parts | None = None) -> TrainingState:
     """Describes ``training``, a nested structure of stateful objects and data, and with ``rng`` the generators of this process.
 
     ``model``: gives the parameters of optimizers their names. ``rank``: of this process. ``parts``: reads distributed tensors; None if

@@ -12,6 +12,8 @@ import torch
 from shardsave._common.words import an
 from shardsave._format.dtypes import BY_NAME, torch_shape
 from shardsave._training import schedulers
+from shardsave._training.distributed import TAG as BOXES
+from shardsave._training.distributed import distributed_in, fill_boxes, has_distributed
 from shardsave._training.kinds import class_name, inner
 from shardsave._training.modules import plan_module
 from shardsave._training.parameter_names import ParameterNames
@@ -54,7 +56,7 @@ class LeafPlanner:
                 self.differences.append(f"{place.path}: it is also {path}, where another state was saved")
             return
         self._planned[id(live)] = live, saved, place.path
-        self._reader.begin_leaf()
+        self._reader.begin_leaf(self._likes(kind, live, saved, place))
         {
             "optimizer": self._optimizer,
             "module": self._module,
@@ -63,7 +65,20 @@ class LeafPlanner:
             "tensor": self._tensor,
             "array": self._array,
             SUBCLASS: self._subclass,
+            BOXES: self._boxes,
         }[kind](live, saved, place)
+
+    def _likes(self, kind: str, live: Any, saved: Any, place: Place) -> dict[str, torch.Tensor]:
+        """The distributed tensors in the state of ``live``, by path, if it is an object and such tensors were saved."""
+        if kind != "object" or self._reader.parts is None or not has_distributed(saved):
+            return {}
+        try:
+            return distributed_in(live.state_dict(), place.in_state().path)
+        except Exception as error:
+            raise IncompatibleCheckpointError(
+                f"cannot resume {place.path}: the state that it has was expected, to make distributed tensors alike, state_dict() raised "
+                f"{type(error).__name__}: {' '.join(str(error).split())}; {UNCHANGED}"
+            ) from error
 
     def arrange_schedulers(self, notes: list[str]) -> None:
         """Brings the lists of schedulers into the order that the groups of their optimizers have now."""
@@ -124,6 +139,10 @@ class LeafPlanner:
 
     def _subclass(self, live: torch.Tensor, saved: Any, place: Place) -> None:
         if difference := fill_subclass(live, saved, place.path, self._reader):
+            self.differences.append(difference)
+
+    def _boxes(self, live: torch.Tensor, saved: Any, place: Place) -> None:
+        if difference := fill_boxes(live, saved, place.path, self._reader):
             self.differences.append(difference)
 
     def _array(self, live: np.ndarray[Any, Any], saved: Any, place: Place) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from shardsave._common.strict_json import glimpse
 from shardsave._common.words import an, some
+from shardsave._training.distributed import TAG as BOXES
 from shardsave._training.kinds import class_name, items_of, kind_of, leaves_in
 from shardsave._training.leaves import LeafPlanner
 from shardsave._training.per_rank import PerRank
@@ -17,7 +18,7 @@ from shardsave._training.subclasses import TAG as SUBCLASS
 from shardsave._training.write_values import MAX_DEPTH
 
 #: The tags of values with a state of their own, or in memory that exists: they are leaves; everything else is plain data.
-_LEAVES = frozenset({"optimizer", "module", "object", "generator", "tensor", "array", SUBCLASS, "per_rank"})
+_LEAVES = frozenset({"optimizer", "module", "object", "generator", "tensor", "array", SUBCLASS, BOXES, "per_rank"})
 _ABSENT: Any = object()
 
 #: The tags of containers → what they are, in words.
@@ -128,8 +129,8 @@ class Matcher:
     def _leaf(self, kind: str, live: Any, saved: Any, place: Place) -> None:
         if saved is _ABSENT_RANK:
             return
-        other_tag = {"optimizer": "object", "tensor": SUBCLASS}.get(kind)
-        wanted = other_tag if other_tag and isinstance(saved, dict) and other_tag in saved else kind
+        other_tags = {"optimizer": ("object",), "tensor": (SUBCLASS, BOXES)}.get(kind, ())
+        wanted = next((tag for tag in other_tags if isinstance(saved, dict) and tag in saved), kind)
         if saved is _ABSENT or not isinstance(saved, dict) or wanted not in saved:
             found = "nothing" if saved is _ABSENT else in_words(saved)
             self.missing.append(f"{place.path}: the checkpoint has {found} for {an(class_name(live))}")
@@ -213,4 +214,6 @@ def in_words(saved: Any) -> str:
         return f"{_CONTAINERS[tag]}{names}"
     if tag in ("tensor", "array"):
         return an(tag)
+    if tag == BOXES:
+        return "a distributed tensor"
     return f"a value of the kind {str(tag)[:20]!r}"

@@ -10,9 +10,12 @@ from torch import nn
 
 from shardsave._common.words import some
 from shardsave._format.dtypes import torch_shape
+from shardsave._state.distributed_tensors import is_dtensor
 from shardsave._state.self_loading import loads_itself
 from shardsave._state.sharded import refuse_sharded
 from shardsave._state.wrappers import Names, unwrap
+from shardsave._training.distributed import TAG as BOXES
+from shardsave._training.distributed import fill_boxes, placements_in_words
 from shardsave._training.places import Place, refuse
 from shardsave._training.read_values import Onto, ValueReader
 from shardsave._training.subclasses import TAG as SUBCLASS
@@ -72,13 +75,14 @@ def plan_module(
     if not loads_itself(module):
         for name in others.keys() & own.keys():
             value = others[name]
-            if not (isinstance(value, dict) and value.keys() == {SUBCLASS}):
+            tag = next(iter(value), "") if isinstance(value, dict) and len(value) == 1 else ""
+            if tag not in _FILL:
                 differences.append(f"{path}: {name!r} is a tensor in the module, not on disk")
-            elif difference := fill_subclass(own[name], value[SUBCLASS], f"{path}[{name!r}]", reader):
+            elif difference := _FILL[tag](own[name], value[tag], f"{path}[{name!r}]", reader):
                 differences.append(difference)
         return None, differences, _fill_in_place(own, fitting, reader, path)
     extra = {name: reader.value(value, f"{path}[{name!r}]") for name, value in others.items() if name in own}
-    copies = {name: reader.new(stored, f"{path}[{name!r}]", Onto(own[name].device)) for name, stored in fitting.items()}
+    copies = {name: _new(stored, own[name], f"{path}[{name!r}]", reader) for name, stored in fitting.items()}
     state = {names.wrapped(name): value for name, value in {**copies, **extra}.items()}
     strict = not differences
 
@@ -86,6 +90,16 @@ def plan_module(
         module.load_state_dict(state, strict=strict)
 
     return load, differences, []
+
+
+#: The tag of a tensor that consists of others → has these read into those of a live one.
+_FILL = {SUBCLASS: fill_subclass, BOXES: fill_boxes}
+
+
+def _new(stored: str, own: Any, path: str, reader: ValueReader) -> torch.Tensor:
+    """A new tensor for what ``stored`` names, distributed as ``own`` if that is."""
+    like = own if reader.parts is not None and is_dtensor(own) else None
+    return reader.new(stored, path, Onto(own.device, like), placements_in_words(own))
 
 
 def _fill_in_place(own: dict[str, Any], fitting: dict[str, str], reader: ValueReader, path: str) -> list[str]:

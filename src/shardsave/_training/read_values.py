@@ -6,7 +6,7 @@ A document may come from anywhere, so nothing in it is believed: whatever has an
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple, NoReturn, Protocol
 
@@ -17,7 +17,10 @@ from shardsave._common.memory import PLAIN_TYPES, any_overlap, lacks_memory, mem
 from shardsave._common.memory_errors import refuse_lack_of_memory
 from shardsave._common.strict_json import glimpse
 from shardsave._format.dtypes import BY_NAME, torch_shape
+from shardsave._state.distributed_tensors import Parts, is_distributed, is_dtensor
 from shardsave._state.numpy_arrays import tensor_of_array
+from shardsave._training.distributed import TAG as BOXES
+from shardsave._training.distributed import are_placements, existing_part, new_distributed, read_boxes
 from shardsave._training.scalars import DEVICE, READERS
 from shardsave._training.subclasses import TAG as SUBCLASS
 from shardsave._training.subclasses import read_subclass
@@ -28,6 +31,9 @@ from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError
 _MAX_KEYS_PER_HASH = 8
 
 _CPU = torch.device("cpu")
+
+#: The keys of the value of a tensor.
+_TENSOR = {"tensor", "on", "placements"}
 
 UNCHANGED = "nothing was changed"
 
@@ -54,27 +60,43 @@ class Onto(NamedTuple):
 
 class ValueReader:
     """Reads values. ``targets``: stored name → the tensor to read it into. ``copies``: (tensor, the tensor of ``targets`` to copy into it).
+    ``distributed``: (stored name, a tensor of which this process fills its part), each of which is read for itself. ``existing``: the
+    `id` of all of these that are not new → its memory. ``in_place``: (path, memory of an existing tensor).
 
     New tensors are made at once and filled later. Existing tensors are only noted.
     """
 
-    def __init__(self, tensors: Mapping[str, Stored], where: str) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Stored], where: str, parts: Parts | None = None, *, has_placements: bool = False
+    ) -> None:
+        """``parts``: reads distributed tensors; None if this process alone reads. ``has_placements``: whether the documents say which
+        tensors were distributed."""
         self.targets: dict[str, torch.Tensor] = {}
         self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.in_place: list[tuple[str, torch.Tensor]] = []  # (path, existing tensor)
+        self.distributed: list[tuple[str, torch.Tensor]] = []
+        self.existing: dict[int, torch.Tensor] = {}
+        self.in_place: list[tuple[str, torch.Tensor]] = []
         self.where = where
         self._tensors = tensors
+        self.parts = parts
+        self._has_placements = has_placements
         self._depth = 0
-        self._new: dict[tuple[str, torch.device], torch.Tensor] = {}
+        self._new: dict[Hashable, torch.Tensor] = {}
+        self._filled: set[Hashable] = set()
+        self._likes: Mapping[str, torch.Tensor] = {}
 
     def corrupt(self, path: str, expected: str, found: object) -> NoReturn:
         raise CorruptCheckpointError(
             f"corrupt training state in {self.where}: {path}: {expected} expected, it is {glimpse(found)}; {UNCHANGED}"
         )
 
-    def begin_leaf(self) -> None:
-        """From now on, a stored tensor that was read before becomes another new tensor: leaves never share memory."""
+    def begin_leaf(self, likes: Mapping[str, torch.Tensor] | None = None) -> None:
+        """From now on, a stored tensor that was read before becomes another new tensor: leaves never share memory.
+
+        ``likes``: path → the distributed tensor of the live leaf to which a new one there is made alike.
+        """
         self._new = {}
+        self._likes = likes or {}
 
     def members(self, value: Any, path: str, kinds: Mapping[str, type]) -> list[Any]:
         """The members ``kinds`` (name → type) of the JSON object ``value``."""
@@ -91,18 +113,23 @@ class ValueReader:
         if value is None or kind in (bool, int, float, str):
             return value
         tag = next(iter(value), "") if kind is dict else ""
-        if kind is not dict or not (len(value) == 1 or (tag == "tensor" and value.keys() == {"tensor", "on"})):
+        if kind is not dict or not (len(value) == 1 or (tag == "tensor" and value.keys() <= _TENSOR)):
             self.corrupt(path, "a value was", value)
         if self._depth > 2 * MAX_DEPTH:
             self.corrupt(path, f"values nested at most {MAX_DEPTH} levels deep were", value)
         self._depth += 1
         try:
             if tag == "tensor":
-                return self.new(value[tag], path, onto or Onto(self._device_of_kind(value.get("on"), path)))
+                if not are_placements(placed := value.get("placements", [])):
+                    self.corrupt(path, "placements were", placed)
+                onto = onto or Onto(self._device_of_kind(value.get("on"), path), self._likes.get(path))
+                return self.new(value[tag], path, onto, placed)
             if tag in ("dict", "pairs", "list", "tuple", "set"):
                 return self._container(tag, value[tag], path, onto)
             if tag == "array":
                 return self._new_array(value[tag], path)
+            if tag == BOXES:
+                return read_boxes(value[tag], path, self, onto.like if onto is not None else self._likes.get(path))
             if tag == SUBCLASS:
                 return read_subclass(value[tag], path, self, onto and onto._replace(like=None))
             if (read := READERS.get(tag)) is None:
@@ -114,37 +141,63 @@ class ValueReader:
         finally:
             self._depth -= 1
 
-    def new(self, name: Any, path: str, onto: Onto) -> torch.Tensor:
-        """A new tensor for the stored tensor ``name``; within a leaf always the same one."""
+    def new(self, name: Any, path: str, onto: Onto, placed: list[str] | None = None) -> torch.Tensor:
+        """A new tensor for the stored tensor ``name``; within a leaf always the same one. ``placed``: how it was distributed."""
         if torch.is_inference_mode_enabled():  # a tensor that was made in the caller's inference mode could never be trained
             with torch.inference_mode(False):
-                return self.new(name, path, onto)
+                return self.new(name, path, onto, placed)
         stored = self.stored(name, path)
-        if (made := self._new.get((name, onto.device))) is not None:
-            return made
         dtype, shape = BY_NAME[stored.dtype].torch, torch_shape(stored.dtype, stored.shape)
+        spread = self._is_spread(onto.like, shape, placed)
+        key = (name, onto.device, id(onto.like) if spread else None)
+        if (made := self._new.get(key)) is not None:
+            return made
         try:
-            if onto.like is not None and onto.like.shape == shape:
+            if spread:
+                made = new_distributed(onto.like, shape, dtype, placed or [])
+            elif onto.like is not None and onto.like.shape == shape and not is_dtensor(onto.like):
                 made = torch.empty_like(onto.like, dtype=dtype, device=onto.device, requires_grad=False)
             else:
                 made = torch.empty(shape, dtype=dtype, device=onto.device)
         except (MemoryError, RuntimeError) as error:
             refuse_lack_of_memory(error, name, stored.nbytes, onto.device)
             raise
-        self._new[name, onto.device] = made
-        self._add(name, made, dtype)
+        self._new[key] = made
+        if spread:
+            self.distributed.append((name, made))
+        else:
+            self.read_into(name, made)
         return made
+
+    def _is_spread(self, like: torch.Tensor | None, shape: tuple[int, ...], placed: list[str] | None) -> bool:
+        """Whether a new tensor beside ``like`` is distributed as that is: if it was, or if one process saved it and nobody knows."""
+        if like is None or not is_dtensor(like):
+            return False
+        return bool(placed) or (not self._has_placements and (like.shape == shape or len(shape) > 0))
 
     def fill(self, name: Any, tensor: torch.Tensor, path: str) -> bool:
         """Has the stored tensor ``name`` read into the existing ``tensor`` of the same shape. Returns whether it is cast."""
         stored = self.stored(name, path)
-        check_fillable(path, tensor)
+        dtype = BY_NAME[stored.dtype].torch
         destination = tensor.detach()
-        key = memory_key(destination)
-        if all(memory_key(other) != key for other in self._destinations(name)):
-            self.in_place.append((path, destination))
-            self._add(name, destination, BY_NAME[stored.dtype].torch)
-        return BY_NAME[stored.dtype].torch != tensor.dtype
+        if self.parts is not None and is_distributed(tensor):
+            memory, key = existing_part(path, destination, self.parts)
+            check_fillable(path, memory)
+            if (name, key) not in self._filled:
+                self.distributed.append((name, destination))
+                self._note_existing(path, destination, memory)
+        else:
+            check_fillable(path, tensor)
+            key = memory_key(destination)
+            if (name, key) not in self._filled:
+                self._note_existing(path, destination, destination)
+                self.read_into(name, destination)
+        self._filled.add((name, key))
+        return dtype != tensor.dtype
+
+    def _note_existing(self, path: str, tensor: torch.Tensor, memory: torch.Tensor) -> None:
+        self.existing[id(tensor)] = memory
+        self.in_place.append((path, memory))
 
     def stored(self, name: Any, path: str) -> Stored:
         """What is stored under ``name``."""
@@ -167,11 +220,9 @@ class ValueReader:
                     f"tensor; {UNCHANGED}"
                 )
 
-    def _destinations(self, name: str) -> list[torch.Tensor]:
-        first = self.targets.get(name)
-        return [] if first is None else [first, *(tensor for tensor, source in self.copies if source is first)]
-
-    def _add(self, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    def read_into(self, name: str, tensor: torch.Tensor) -> None:
+        """Has the stored tensor ``name`` read into a plain ``tensor`` of the same shape."""
+        dtype = BY_NAME[self._tensors[name].dtype].torch
         first = self.targets.setdefault(name, tensor)
         if first is tensor:
             return

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from shardsave._common.gc_pause import gc_paused
+from shardsave._state.distributed_tensors import Parts
 from shardsave._training.leaves import LeafPlanner
 from shardsave._training.match import Matcher
 from shardsave._training.parameter_names import Model, ParameterNames
@@ -24,7 +25,7 @@ class StoredTraining(NamedTuple):
     """What a checkpoint has of a training state. ``where``: its path, for messages.
 
     ``shared``: the JSON of what all ranks share. ``leaves``: key → the JSON of what belongs to this rank. ``tensors``: by stored name.
-    ``ranks``: how many ranks saved it.
+    ``ranks``: how many ranks saved it. ``has_placements``: whether the JSON says which tensors were distributed.
     """
 
     where: str
@@ -32,11 +33,12 @@ class StoredTraining(NamedTuple):
     leaves: Mapping[str, Any]
     tensors: Mapping[str, Stored]
     ranks: int
+    has_placements: bool = False
 
 
 class Options(NamedTuple):
     """Options of a restore; see `shardsave.resume`. ``ranks``: how many there are now. ``device``: where the model's parameters are about
-    to be moved; None: nowhere."""
+    to be moved; None: nowhere. ``parts``: reads distributed tensors; None if this process alone resumes."""
 
     rng: bool = False
     strict: bool = True
@@ -45,6 +47,7 @@ class Options(NamedTuple):
     on_world_change: Literal["fresh", "raise"] = "fresh"
     ranks: int = 1
     device: torch.device | None = None
+    parts: Parts | None = None
 
 
 _DEFAULTS = Options()
@@ -53,19 +56,21 @@ _DEFAULTS = Options()
 class RestorePlan:
     """A restore that nothing refuses. ``fresh``: (stored name, the new tensor to read it into); read all of them, then call `check`.
 
-    ``in_place``: the same for tensors that exist; read all of them, then call `apply`. ``filled``: these, and those
-    that are copied from another one. ``notes``: what was fresh, unused, kept or cast;
-    more come with `apply`.
+    ``in_place``: the same for tensors that exist; read all of them, then call `apply`. A tensor of either may be distributed: this
+    process fills its part. ``filled``: the memory of those that exist, and of those that are copied from another one. ``notes``: what
+    was fresh, unused, kept or cast; more come with `apply`.
     """
 
     def __init__(self, reader: ValueReader, matcher: Matcher, values: Any, rng: Any, where: str) -> None:
-        self._existing = {id(tensor) for _, tensor in reader.in_place}
-        targets = [(id(tensor) in self._existing, (name, tensor)) for name, tensor in reader.targets.items()]
-        self.fresh: list[tuple[str, torch.Tensor]] = [target for existing, target in targets if not existing]
-        self.in_place: list[tuple[str, torch.Tensor]] = [target for existing, target in targets if existing]
+        targets = [*reader.targets.items(), *reader.distributed]
+        self._existing = reader.existing
+        self.fresh: list[tuple[str, torch.Tensor]] = [one for one in targets if id(one[1]) not in reader.existing]
+        self.in_place: list[tuple[str, torch.Tensor]] = [one for one in targets if id(one[1]) in reader.existing]
         names = {id(tensor): name for name, tensor in reader.targets.items()}
-        copies = [(names[id(source)], tensor) for tensor, source in reader.copies if id(tensor) in self._existing]
-        self.filled: list[tuple[str, torch.Tensor]] = [*self.in_place, *copies]
+        copies = [(names[id(source)], tensor) for tensor, source in reader.copies if id(tensor) in reader.existing]
+        self.filled: list[tuple[str, torch.Tensor]] = [
+            (name, reader.existing[id(tensor)]) for name, tensor in (*self.in_place, *copies)
+        ]
         self.notes: tuple[str, ...] = tuple(matcher.notes)
         self._reader = reader
         self._leaves = matcher.leaves
@@ -75,7 +80,7 @@ class RestorePlan:
 
     def check(self) -> None:
         """Raises CorruptCheckpointError for the state of a generator that it does not take. Only new tensors have been changed then."""
-        self._copy([copy for copy in self._reader.copies if self._existing.isdisjoint(map(id, copy))])
+        self._copy([copy for copy in self._reader.copies if self._existing.keys().isdisjoint(map(id, copy))])
         for path, check in self._leaves.checks:
             self._check(path, check)
         if self._rng is not None:
@@ -85,7 +90,8 @@ class RestorePlan:
         """Must be called before anything is read into tensors that exist: neither autograd nor a save in the background notices that, but
         both notice a new version number. A stale backward then raises, and such a save fails.
         """
-        torch.autograd.graph.increment_version([tensor for _, tensor in self._reader.in_place if not tensor.is_inference()])
+        written = [tensor for _, tensor in (*self._reader.in_place, *self.in_place)]
+        torch.autograd.graph.increment_version([tensor for tensor in written if not tensor.is_inference()])
 
     def apply(self) -> Any:
         """Hands every object its state, and sets the generators of the process at the very end. No object runs a step.
@@ -139,7 +145,7 @@ def plan_restore(training: Any, model: Model, stored: StoredTraining, options: O
         raise IncompatibleCheckpointError(
             f"cannot resume from {where}: {options.ranks} ranks were expected, {stored.ranks} saved it; {UNCHANGED}"
         )
-    reader = ValueReader(stored.tensors, where)
+    reader = ValueReader(stored.tensors, where, options.parts, has_placements=stored.has_placements)
     if not isinstance(stored.leaves, Mapping):
         reader.corrupt("what belongs to a rank", "an object was", stored.leaves)
     leaves = LeafPlanner(reader, ParameterNames(model, training), options.device)

@@ -10,6 +10,7 @@ import torch
 from shardsave._common.gc_pause import gc_paused
 from shardsave._common.memory import PLAIN_TYPES
 from shardsave._common.words import count, some
+from shardsave._state.distributed_tensors import is_dtensor
 from shardsave._training.kinds import class_name, inner
 from shardsave._training.optimizer_options import known_options, wrong_option
 from shardsave._training.optimizers import NO_OPTIONS
@@ -83,7 +84,7 @@ def plan_optimizer(
             reader.corrupt(path, "the state of a parameter of a group was", name)
         if (parameter := parameters.get(name)) is not None:
             target = parameter.device if device is None or id(parameter) not in names.in_model else device
-            onto = Onto(target, parameter if type(parameter) in PLAIN_TYPES else None)
+            onto = Onto(target, parameter if type(parameter) in PLAIN_TYPES or is_dtensor(parameter) else None)
             state_by_name[name] = _state_of(values, reader, f"{path}.state[{name!r}]", onto)
     rest = reader.value(rest, path)
     if type(rest) is not dict or type(rest.get("state", {})) is not dict or "param_groups" in rest:
@@ -135,12 +136,16 @@ def _state_of(values: dict[str, Any], reader: ValueReader, path: str, onto: Onto
     state = {}
     for key, value in values.items():
         # torch keeps this counter on the host, and moves it itself for the variants that need it on the device.
-        where = _ON_HOST if key == "step" else onto
+        where = _ON_HOST if key == "step" and not _is_distributed(value) else onto
         if type(value) is dict and value.keys() == _TENSOR:  # nearly all of them
             state[key] = reader.new(value["tensor"], f"{path}[{key!r}]", where)
         else:
             state[key] = reader.value(value, f"{path}[{key!r}]", where)
     return state
+
+
+def _is_distributed(value: Any) -> bool:
+    return type(value) is dict and "placements" in value
 
 
 def _saved_groups_of(at: int, listed: Sequence[str], saved: Sequence[_SavedGroup], group_of: dict[str, int]) -> list[int]:

@@ -1,0 +1,161 @@
+"""The training state of several ranks: all must say the same of what they share, and each plans the files that it writes itself.
+
+Nothing is exchanged but digests and the number of files: each distinct box of a tensor is written by the lowest rank that holds it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import product
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from shardsave._common.coverage import covered_once
+from shardsave._common.layouts import Extent, Layout, Placed, Whole
+from shardsave._common.sources import TensorSource
+from shardsave._common.spread import Spread
+from shardsave._common.words import count, some
+from shardsave._format.boxes import BOXES, StoredBox
+from shardsave._format.index import ShardRecord
+from shardsave._format.training_state import TrainingIndex, encode_training_index
+from shardsave._ranks.agree import Session, agree, check_replicas
+from shardsave._saving.contents import PlannedDirectory
+from shardsave._saving.training_directory import plan_training_directory
+from shardsave._state.module import Entry, State
+from shardsave.errors import UnsupportedTensorError, UnsupportedTrainingError
+
+#: The places at which two documents differ; each is what `TrainingFiles.values` returns.
+Differences = Callable[[Mapping[str, Any], Mapping[str, Any]], Sequence[str]]
+
+
+class Described(NamedTuple):
+    """The training state of this rank as data. ``shared``: the JSON of what all ranks have in common, and ``leaves`` of what belongs to
+    this one, if anything does. ``shared_entries``, ``own_entries``: the tensors in them. ``has_distributed``: as in `TrainingState`."""
+
+    shared: bytes
+    leaves: bytes | None
+    shared_entries: Sequence[Entry]
+    own_entries: Sequence[Entry]
+    has_distributed: bool
+
+
+def plan_training(
+    session: Session,
+    described: Described,
+    max_shard_size: int,
+    differences: Differences,
+    on_divergence: Literal["raise", "lowest_rank"],
+) -> tuple[PlannedDirectory, tuple[str, ...]]:
+    """The directory of the training state, with the files of this rank, and notes.
+
+    Raises UnsupportedTrainingError on all ranks if they differ in what they share, UnsupportedTensorError if replicas differ.
+    """
+    _check_shared(session, described.shared, differences)
+    state = agree(session, State(tuple(described.shared_entries), flags_known=False, overlaps=()))
+    state, notes = check_replicas(session, state, on_divergence)
+    entries, boxes = _written_here(state.entries, session.rank)
+    directory = plan_training_directory(
+        described.shared,
+        {session.rank: described.leaves} if described.leaves is not None else {},
+        {session.rank: [*entries, *described.own_entries]},
+        max_shard_size,
+        ranks=session.size,
+        boxes=boxes,
+    )
+    needs_boxes = bool(boxes) or described.has_distributed
+    lengths = {name: len(document) for name, document in directory.documents.items()}
+    lengths.update((name, shard.reserved_bytes) for name, shard in directory.shards.items())
+    mine = json.dumps([needs_boxes, lengths]).encode()
+    every = [json.loads(one) for one in session.exchange("files of the training state", mine)]
+    others = {name: n for rank, (_, files) in enumerate(every) if rank != session.rank for name, n in files.items()}
+    requires = (BOXES,) if any(needs for needs, _ in every) else ()
+
+    def index(files: Mapping[str, ShardRecord]) -> bytes:
+        in_order = {name: files[name] for name in sorted(files)}
+        return encode_training_index(described.shared, TrainingIndex(session.size, in_order, requires))
+
+    return replace(directory, others=others, index=index), notes
+
+
+def _check_shared(session: Session, shared: bytes, differences: Differences) -> None:
+    """Raises UnsupportedTrainingError on all ranks if ``shared`` is not the same everywhere; it names the first place that differs."""
+    if len(set(session.exchange("shared values", hashlib.sha256(shared).digest()))) == 1:
+        return
+    first, own = (
+        {"ranks": session.size, "shared": json.loads(document)}
+        for document in (session.publish("values of the first rank", shared if session.rank == 0 else None), shared)
+    )
+    places = [
+        json.loads(one) for one in session.exchange("places that differ", json.dumps(differences(first, own)[:1]).encode())
+    ]
+    place = min(found for found in places if found)[0]
+    ranks = [session.name(rank) for rank, found in enumerate(places) if found == [place]]
+    others = sum(1 for found in places if found and found != [place])
+    more = f"; {count(others, 'more rank')} differ elsewhere" if others else ""
+    raise UnsupportedTrainingError(
+        f"cannot save {place}: the same on all ranks was expected, it differs between {session.name(0)} and {some(ranks)}{more}; what each "
+        f"rank has for itself is marked by shardsave.PerRank; nothing was written"
+    )
+
+
+def _written_here(entries: Sequence[Entry], rank: int) -> tuple[list[Entry], dict[str, StoredBox]]:
+    """Of ``entries``, what ``rank`` writes: whole tensors by their names, and boxes by names of their own."""
+    written: list[Entry] = []
+    boxes: dict[str, StoredBox] = {}
+    taken = {entry.name for entry in entries}
+    chosen: dict[Layout, frozenset[Extent]] = {}  # many tensors have the same layout
+    for entry in entries:
+        assert isinstance(entry.source, Spread)
+        dtype, layout = entry.source.dtype, entry.source.layout
+        mine = chosen.get(layout)
+        if mine is None:
+            mine = chosen[layout] = _boxes_written_by(rank, layout, entry.name)
+        if 0 in layout.shape and rank == min(layout.ranks):
+            written.append(entry._replace(source=TensorSource.of(torch.empty(layout.shape, dtype=dtype))))
+        for begin, tensor in entry.source.local:
+            if (begin, tuple(tensor.shape)) not in mine:
+                continue
+            name, source = entry.name, TensorSource(tensor, dtype)
+            if source.shape != layout.shape:
+                name = _free_name(f"{entry.name} at {','.join(map(str, begin))}", taken)
+                boxes[name] = StoredBox(entry.name, layout.shape, begin)
+            written.append(Entry(name, "tensor", None, None, source))
+    return written, boxes
+
+
+def _boxes_written_by(rank: int, layout: Layout, name: str) -> frozenset[Extent]:
+    """Those boxes of ``layout`` that no rank below ``rank`` holds too. Raises UnsupportedTensorError for boxes that overlap."""
+    own = layout.boxes(rank)
+    if isinstance(layout, Whole):
+        return frozenset(own if rank == min(layout.ranks) else ())
+    if isinstance(layout, Placed):  # whose boxes are those of replicas, or do not overlap
+        return frozenset(own if own and rank == _lowest_replica(layout, rank) else ())
+    distinct = {box for other in layout.ranks for box in layout.boxes(other)}
+    if not covered_once(layout.shape, [*distinct]):
+        raise UnsupportedTensorError(
+            f"cannot save {name!r} of the training state: boxes that cover it once were expected, those of the ranks do not; nothing was "
+            f"written"
+        )
+    return frozenset(box for box in own if not any(box in layout.boxes(other) for other in layout.ranks if other < rank))
+
+
+def _lowest_replica(layout: Placed, rank: int) -> int:
+    """The lowest rank that holds the same elements as ``rank``, which is in the mesh."""
+    grid, coordinates = layout.grid, layout.grid.coordinates(rank)
+    assert coordinates is not None
+    along = [range(n) if split.dim < 0 else (at,) for n, split, at in zip(grid.sizes, layout.splits, coordinates)]
+    places = np.ravel_multi_index([*zip(*product(*along))], grid.sizes)
+    replicas: list[int] = [grid.ranks[place] for place in places.tolist()]
+    return min(replica for replica in replicas if replica >= 0)
+
+
+def _free_name(name: str, taken: set[str]) -> str:
+    """``name``, or one like it that nothing has."""
+    while name in taken:
+        name += "'"
+    return name
