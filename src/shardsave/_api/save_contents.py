@@ -27,6 +27,7 @@ from shardsave._saving.contents import Contents, PlannedDirectory, plan_contents
 from shardsave._saving.frozen import FrozenMemory, frozen_memory
 from shardsave._saving.job import ALONE, Job
 from shardsave._saving.trainable import only_trainable
+from shardsave._saving.training_directory import DescribedTraining
 from shardsave._state.distributed_tensors import Parts as TensorParts
 from shardsave._state.extra_tensors import ExtraTensors
 from shardsave._state.module import Source, State, read_state
@@ -100,7 +101,7 @@ def plan(source: Source, what: What, job: Job = ALONE) -> Planned:
     target, max_shard_bytes = checked.dtype, checked.max_shard_bytes
     layout = choose_layout(source, what.adapter_only, with_parts=with_parts)
     with gc_paused():
-        training = _training(source, what, max_shard_bytes)
+        training = _training(source, what, max_shard_bytes, job)
         own = _read_state(source, what.architecture, job.parts)
         if job.parts is not None:
             _check_spread(own, what)
@@ -176,17 +177,24 @@ def check_what(what: What) -> _Checked:
     )
 
 
-def _training(source: Source, what: What, max_shard_bytes: int) -> _PlannedTraining:
-    if what.training is None and not what.rng:
-        return _PlannedTraining([])
-    import_at_use("shardsave._training.describe")  # a plain save must not import this
-    from shardsave._saving.training_directory import plan_training_directory
-    from shardsave._training.describe import describe
+def _training(source: Source, what: What, max_shard_bytes: int, job: Job) -> _PlannedTraining:
+    described = None
+    state = None
+    if what.training is not None or what.rng:
+        import_at_use("shardsave._training.describe")  # a plain save must not import this
+        from shardsave._training.describe import describe
 
-    state = describe(what.training, source if isinstance(source, nn.Module) else None, rng=what.rng, rank=0)
-    leaves = {0: _json(state.leaves)} if state.leaves else {}
-    directory = plan_training_directory(_json(state.shared), leaves, {0: state.entries}, max_shard_bytes)
-    return _PlannedTraining([directory], state.epoch, state.notes, state.warnings)
+        rank = job.parts.rank if job.parts is not None else 0
+        model = source if isinstance(source, nn.Module) else None
+        state = describe(what.training, model, rng=what.rng, rank=rank, parts=job.parts)
+        leaves = _json(state.leaves) if state.leaves else None
+        described = DescribedTraining(
+            _json(state.shared), leaves, state.shared_entries, state.own_entries, state.has_distributed
+        )
+    directories, notes = job.plan_training(described, max_shard_bytes)
+    if state is None:
+        return _PlannedTraining([])
+    return _PlannedTraining([*directories], state.epoch, (*state.notes, *notes), state.warnings)
 
 
 def _json(value: Any) -> bytes:
@@ -229,8 +237,6 @@ def _refuse_quantised(state: State, with_parts: bool) -> NoReturn:
 
 def _check_spread(state: State, what: What) -> None:
     """Refuses what cannot be saved of one process's ``state`` together with those of others."""
-    if what.training is not None or what.rng:
-        raise ValueError("training= and rng= need a save by one process; nothing was written")
     spread = next((entry.name for entry in state.entries if isinstance(entry.source, Spread)), None)
     if (what.architecture or what.program is not None) and spread is not None:
         option = "architecture=True" if what.architecture else "a program"

@@ -49,7 +49,7 @@ def job_of_save(
 
 def digests(contents: Contents, how: How) -> dict[str, bytes]:
     """A digest of everything that must be equal on all ranks, by the name that a message has for it."""
-    stored = [[shard.names, shard.layout.data_bytes] for shard in contents.all_shards]
+    stored = [[shard.names, shard.layout.data_bytes] for shard in (*contents.shards, *contents.extra_shards)]
     documents = {name: content.hex() for name, content in contents.documents.items()}
     companions = {name: content.hex() for name, content in contents.companions.items()}
     return {

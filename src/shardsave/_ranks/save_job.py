@@ -15,9 +15,11 @@ from shardsave._ranks.agree import agree, check_replicas
 from shardsave._ranks.owners import owners
 from shardsave._ranks.session import Session
 from shardsave._ranks.shipping import Shipping
+from shardsave._ranks.training import plan_training
 from shardsave._saving.contents import Contents
 from shardsave._saving.job import Committed, Names, Prepared, Share, Written
 from shardsave._saving.shards import PlannedShard, ShardFiles
+from shardsave._saving.training_directory import DescribedTraining, PlannedTraining
 from shardsave._saving.watch import Watch
 from shardsave._state.distributed_tensors import Parts
 from shardsave._state.module import State
@@ -62,6 +64,9 @@ class SaveJob:
         state = agree(self._session, state)
         state, notes = check_replicas(self._session, state, self._on_divergence)
         return state._replace(notes=(*state.notes, *notes))
+
+    def plan_training(self, training: DescribedTraining | None, max_shard_size: int) -> PlannedTraining:
+        return plan_training(self._session, training, max_shard_size, self._on_divergence)
 
     def check_equal(self, arguments: Mapping[str, bytes]) -> None:
         mine = {name: value.hex() for name, value in arguments.items()}
@@ -109,15 +114,16 @@ class SaveJob:
         return prepared
 
     @contextmanager
-    def share(self, to_write: Mapping[str, PlannedShard]) -> Iterator[Share]:
-        shards = [*to_write.values()]
-        names = [*to_write]
+    def share(self, to_write: Mapping[str, PlannedShard], documents: Mapping[str, bytes]) -> Iterator[Share]:
+        apart = {name: shard for name, shard in to_write.items() if "/" in name}  # each rank has files of its own in directories
+        names = [name for name in to_write if name not in apart]
+        shards = [to_write[name] for name in names]
         of_shard = owners(shards, self._session.hosts)
         with closing(Shipping(self._session, shards, of_shard)) as shipping:
             self._shipping = shipping
             own = {names[number]: shard for number, shard in zip(shipping.mine, shipping.own)}
-            self._mine = {*own}
-            yield Share(own, shipping)
+            self._mine = {*own, *apart}
+            yield Share(own, shipping, apart, {} if self.leads else documents)
             shipping.finish()
 
     def stage(self, work: Callable[[], object]) -> None:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,65 +24,68 @@ from shardsave._format.boxes import BOXES, StoredBox
 from shardsave._format.index import ShardRecord
 from shardsave._format.training_state import TrainingIndex, encode_training_index
 from shardsave._ranks.agree import Session, agree, check_replicas
-from shardsave._saving.contents import PlannedDirectory
-from shardsave._saving.training_directory import plan_training_directory
+from shardsave._saving.contents import OtherFile
+from shardsave._saving.training_directory import DescribedTraining, PlannedTraining, plan_training_directory
 from shardsave._state.module import Entry, State
+from shardsave._training.differences import differing_values
 from shardsave.errors import UnsupportedTensorError, UnsupportedTrainingError
-
-#: The places at which two documents differ; each is what `TrainingFiles.values` returns.
-Differences = Callable[[Mapping[str, Any], Mapping[str, Any]], Sequence[str]]
-
-
-class Described(NamedTuple):
-    """The training state of this rank as data. ``shared``: the JSON of what all ranks have in common, and ``leaves`` of what belongs to
-    this one, if anything does. ``shared_entries``, ``own_entries``: the tensors in them. ``has_distributed``: as in `TrainingState`."""
-
-    shared: bytes
-    leaves: bytes | None
-    shared_entries: Sequence[Entry]
-    own_entries: Sequence[Entry]
-    has_distributed: bool
 
 
 def plan_training(
     session: Session,
-    described: Described,
+    training: DescribedTraining | None,
     max_shard_size: int,
-    differences: Differences,
     on_divergence: Literal["raise", "lowest_rank"],
-) -> tuple[PlannedDirectory, tuple[str, ...]]:
-    """The directory of the training state, with the files of this rank, and notes.
+) -> PlannedTraining:
+    """The directory of the training state, with the files of this rank.
 
     Raises UnsupportedTrainingError on all ranks if they differ in what they share, UnsupportedTensorError if replicas differ.
     """
-    _check_shared(session, described.shared, differences)
-    state = agree(session, State(tuple(described.shared_entries), flags_known=False, overlaps=()))
+    if not _has_training(session, training):
+        return PlannedTraining()
+    assert training is not None
+    _check_shared(session, training.shared)
+    state = agree(session, State(tuple(training.shared_entries), flags_known=False, overlaps=()))
     state, notes = check_replicas(session, state, on_divergence)
     entries, boxes = _written_here(state.entries, session.rank)
     directory = plan_training_directory(
-        described.shared,
-        {session.rank: described.leaves} if described.leaves is not None else {},
-        {session.rank: [*entries, *described.own_entries]},
+        training.shared,
+        {session.rank: training.leaves} if training.leaves is not None else {},
+        {session.rank: [*entries, *training.own_entries]},
         max_shard_size,
         ranks=session.size,
         boxes=boxes,
     )
-    needs_boxes = bool(boxes) or described.has_distributed
-    lengths = {name: len(document) for name, document in directory.documents.items()}
-    lengths.update((name, shard.reserved_bytes) for name, shard in directory.shards.items())
-    mine = json.dumps([needs_boxes, lengths]).encode()
-    every = [json.loads(one) for one in session.exchange("files of the training state", mine)]
-    others = {name: n for rank, (_, files) in enumerate(every) if rank != session.rank for name, n in files.items()}
+    files = {name: (len(document), 0) for name, document in directory.documents.items()}
+    files.update((name, (shard.reserved_bytes, shard.layout.data_bytes)) for name, shard in directory.shards.items())
+    needs_boxes = bool(boxes) or training.has_distributed
+    every = [json.loads(one) for one in session.exchange("files of ranks", json.dumps([needs_boxes, files]).encode())]
+    others = {
+        name: OtherFile(*lengths)
+        for rank, (_, of_rank) in enumerate(every)
+        if rank != session.rank
+        for name, lengths in of_rank.items()
+    }
     requires = (BOXES,) if any(needs for needs, _ in every) else ()
 
-    def index(files: Mapping[str, ShardRecord]) -> bytes:
-        in_order = {name: files[name] for name in sorted(files)}
-        return encode_training_index(described.shared, TrainingIndex(session.size, in_order, requires))
+    def index(records: Mapping[str, ShardRecord]) -> bytes:
+        in_order = {name: records[name] for name in sorted(records)}
+        return encode_training_index(training.shared, TrainingIndex(session.size, in_order, requires))
 
-    return replace(directory, others=others, index=index), notes
+    return PlannedTraining([replace(directory, others=others, index=index)], notes)
 
 
-def _check_shared(session: Session, shared: bytes, differences: Differences) -> None:
+def _has_training(session: Session, training: DescribedTraining | None) -> bool:
+    """Whether the ranks save a training state. Raises ValueError if only some of them do."""
+    having = [bool(one) for one in session.exchange("training", b"" if training is None else b"1")]
+    if any(having) and not all(having):
+        raise ValueError(
+            f"training= or rng=True was expected on all ranks, {session.name(having.index(False))} has none; nothing was written"
+        )
+    return all(having)
+
+
+def _check_shared(session: Session, shared: bytes) -> None:
     """Raises UnsupportedTrainingError on all ranks if ``shared`` is not the same everywhere; it names the first place that differs."""
     if len(set(session.exchange("shared values", hashlib.sha256(shared).digest()))) == 1:
         return

@@ -39,13 +39,19 @@ _CHARACTER_BYTES = 6
 _LONGEST_RECORD = ShardRecord(1 << 63, 1 << 31, (1 << 64) - 1)
 
 
+class OtherFile(NamedTuple):
+    """A file that another process writes: the bytes that it needs on disk, and those of its tensors."""
+
+    reserved_bytes: int
+    data_bytes: int
+
+
 @dataclass(frozen=True)
 class PlannedDirectory:
     """A part with a directory of its own, before it is written.
 
     ``role``: in the index. ``stem``: what the directory's name begins with. ``documents``: file → JSON. ``shards``: file → what is in
-    it. ``index``: makes the directory's document from the records of all files. ``others``: file → bytes on disk, of those that other
-    processes write.
+    it. ``index``: makes the directory's document from the records of all files. ``others``: the files that other processes write.
     """
 
     role: str
@@ -53,7 +59,7 @@ class PlannedDirectory:
     documents: Mapping[str, bytes]
     shards: Mapping[str, PlannedShard]
     index: Callable[[Mapping[str, ShardRecord]], bytes]
-    others: Mapping[str, int] = field(default_factory=dict)
+    others: Mapping[str, OtherFile] = field(default_factory=dict)
 
     @property
     def longest_index(self) -> bytes:
@@ -90,7 +96,7 @@ class Contents(NamedTuple):
 
     @property
     def all_shards(self) -> list[PlannedShard]:
-        """In the order in which they are written."""
+        """In the order in which they are written; without those that other processes write into directories."""
         in_directories = (shard for directory in self.directories for shard in directory.shards.values())
         return [*self.shards, *self.extra_shards, *in_directories]
 
@@ -108,7 +114,8 @@ class Contents(NamedTuple):
     def reserved_bytes(self) -> int:
         """The bytes that must be free on disk before anything is written."""
         documents = sum(map(len, self.documents.values())) + self.directory_documents
-        return sum(shard.reserved_bytes for shard in self.all_shards) + documents
+        others = sum(other.reserved_bytes for directory in self.directories for other in directory.others.values())
+        return sum(shard.reserved_bytes for shard in self.all_shards) + documents + others
 
     @property
     def ties(self) -> dict[str, str]:

@@ -10,6 +10,7 @@ from shardsave._engine.totals import Totals
 from shardsave._format.index import FileRecord, ShardRecord
 from shardsave._saving.contents import Contents
 from shardsave._saving.shards import PlannedShard, ShardFiles, Supply, UnchangedShard
+from shardsave._saving.training_directory import DescribedTraining, PlannedTraining, plan_described
 from shardsave._saving.watch import Watch
 from shardsave._state.distributed_tensors import Parts
 from shardsave._state.module import State
@@ -17,7 +18,7 @@ from shardsave._storage.transaction import CommitOutcome, Transaction
 
 
 class Names(NamedTuple):
-    """The names of the files of a save. ``shards``: of the weights. ``all``: of all files with tensors, in the order of `all_shards`."""
+    """The names of the files of a save. ``shards``: of the weights. ``all``: of all files but documents that this process stages."""
 
     shards: list[str]
     extra: list[str]
@@ -36,15 +37,31 @@ class Prepared(NamedTuple):
 
     @property
     def to_write(self) -> dict[str, PlannedShard]:
-        """The shards that must be written, by name."""
-        return {name: shard for name, shard in zip(self.names.all, self.contents.all_shards) if name not in self.taken}
+        """The shards that must be written, by name, in the order of `all_shards`."""
+        contents, names = self.contents, self.names
+        shards = dict(zip([*names.shards, *names.extra], [*contents.shards, *contents.extra_shards]))
+        shards.update(
+            (f"{folder}/{file}", shard)
+            for folder, part in zip(names.folders, contents.directories)
+            for file, shard in part.shards.items()
+        )
+        return {name: shard for name, shard in shards.items() if name not in self.taken}
+
+    @property
+    def documents(self) -> dict[str, bytes]:
+        """The documents of this process in directories of parts, by name."""
+        folders = zip(self.names.folders, self.contents.directories)
+        return {f"{folder}/{file}": document for folder, part in folders for file, document in part.documents.items()}
 
 
 class Share(NamedTuple):
-    """The ``shards`` that one process writes, by name, and what brings the bytes of others in them."""
+    """The ``shards`` that one process writes, by name, and what brings the bytes of others in them. ``apart``: more of them, of which it
+    has all bytes itself. ``documents``: that it writes among the shards; others are staged before the commit."""
 
     shards: Mapping[str, PlannedShard]
     supply: Supply | None = None
+    apart: Mapping[str, PlannedShard] = {}
+    documents: Mapping[str, bytes] = {}
 
 
 class Written(NamedTuple):
@@ -86,6 +103,9 @@ class Job(Protocol):
     def agree(self, state: State) -> State:
         """The state of all processes together: on each the same. ``state``: that of this one."""
 
+    def plan_training(self, training: DescribedTraining | None, max_shard_size: int) -> PlannedTraining:
+        """The directory of the training state, which each process has described; all or none has one."""
+
     def check_equal(self, arguments: Mapping[str, bytes]) -> None:
         """Raises ValueError if ``arguments``, by the name that a message has for them, are not the same everywhere."""
 
@@ -99,8 +119,8 @@ class Job(Protocol):
     def prepare(self, contents: Contents, work: Callable[[], Prepared]) -> Prepared:
         """What ``work`` returns where this process leads. ``contents``: as they were planned, everywhere the same."""
 
-    def share(self, to_write: Mapping[str, PlannedShard]) -> AbstractContextManager[Share]:
-        """Those of the shards that this process writes, within the context."""
+    def share(self, to_write: Mapping[str, PlannedShard], documents: Mapping[str, bytes]) -> AbstractContextManager[Share]:
+        """Those of the shards that this process writes, within the context. ``documents``: those of this process in directories."""
 
     def stage(self, work: Callable[[], object]) -> None:
         """Lets the process that leads do ``work``; after that, shards can be created."""
@@ -122,6 +142,9 @@ class Alone:
     def agree(self, state: State) -> State:
         return state
 
+    def plan_training(self, training: DescribedTraining | None, max_shard_size: int) -> PlannedTraining:
+        return plan_described(training, max_shard_size) if training is not None else PlannedTraining()
+
     def check_equal(self, arguments: Mapping[str, bytes]) -> None:
         pass
 
@@ -134,7 +157,7 @@ class Alone:
     def prepare(self, contents: Contents, work: Callable[[], Prepared]) -> Prepared:
         return work()
 
-    def share(self, to_write: Mapping[str, PlannedShard]) -> AbstractContextManager[Share]:
+    def share(self, to_write: Mapping[str, PlannedShard], documents: Mapping[str, bytes]) -> AbstractContextManager[Share]:
         return nullcontext(Share(to_write))
 
     def stage(self, work: Callable[[], object]) -> None:

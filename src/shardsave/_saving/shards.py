@@ -218,6 +218,17 @@ class ShardWriter:
             self._write_group([self._shards[n] for n in group], [self._names[n] for n in group], progress)
         self.records.update({name: self.records.pop(name) for name in self._names})  # the index has them in the planned order
 
+    def write_apart(
+        self, shards: Mapping[str, PlannedShard], documents: Mapping[str, bytes], progress: Progress
+    ) -> None:
+        """Writes more shards, of which this process has all bytes itself, and files with ``documents``; nothing can be written after that."""
+        if shards:
+            self._names, self._shards, self._supply = [*shards], [*shards.values()], None
+            self.write(progress)
+        for name, document in documents.items():
+            self._files.seal(self._files.create(name, len(document)), len(document), document)
+            self.records[name] = ShardRecord(len(document), len(document), crc64(document))
+
     def _write_group(self, group: Sequence[PlannedShard], names: Sequence[str], progress: Progress) -> None:
         staged = [self._files.create(name, shard.reserved_bytes) for name, shard in zip(names, group)]
         transfer = self._transfer(staged, group, progress)

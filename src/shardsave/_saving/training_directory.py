@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from shardsave._format.boxes import BOXES, StoredBox, encode_boxes
 from shardsave._format.file_names import rank_document, rank_tensors
@@ -12,6 +13,32 @@ from shardsave._format.training_state import TrainingIndex, encode_rank_document
 from shardsave._saving.contents import PlannedDirectory
 from shardsave._saving.shards import PlannedShard, plan_shards
 from shardsave._state.module import Entry
+
+
+class DescribedTraining(NamedTuple):
+    """The training state of one process as data. ``shared``: the JSON of what all ranks have in common, ``leaves`` of what belongs to this
+    one; None if nothing does. ``shared_entries``, ``own_entries``: the tensors in them. ``has_distributed``: whether there is a tensor
+    of which other ranks have parts."""
+
+    shared: bytes
+    leaves: bytes | None
+    shared_entries: Sequence[Entry]
+    own_entries: Sequence[Entry]
+    has_distributed: bool = False
+
+
+class PlannedTraining(NamedTuple):
+    """``directories``: that of the training state, or none. ``notes``: for the report."""
+
+    directories: Sequence[PlannedDirectory] = ()
+    notes: tuple[str, ...] = ()
+
+
+def plan_described(training: DescribedTraining, max_shard_size: int) -> PlannedTraining:
+    """The training state of the only process."""
+    leaves = {0: training.leaves} if training.leaves is not None else {}
+    entries = {0: [*training.shared_entries, *training.own_entries]}
+    return PlannedTraining([plan_training_directory(training.shared, leaves, entries, max_shard_size)])
 
 
 def plan_training_directory(

@@ -71,14 +71,15 @@ def write_checkpoint(
     lead = _Lead(transaction, contents, watch, reuse)
     with closing(transaction), job.files(transaction) as files:
         contents, _, taken, notes = prepared = job.prepare(contents, lead.prepare)
-        with job.share(prepared.to_write) as (own, supply):
+        with job.share(prepared.to_write, prepared.documents) as share:
             whole_sums = contents.single_file is not None
-            writer = ShardWriter(files, own, watch, durable=durable, whole_sums=whole_sums, supply=supply)
+            writer = ShardWriter(files, share.shards, watch, durable=durable, whole_sums=whole_sums, supply=share.supply)
             writer.reserve()
             job.stage(lead.stage)
             planned = time.perf_counter()
             writer.add_taken(taken, progress)
             writer.write(progress)
+            writer.write_apart(share.apart, share.documents, progress)
         written = job.collect(Written(writer.records, writer.file_records, writer.totals))
         transferred = time.perf_counter()
         committed = job.commit(partial(lead.commit, written, durable=durable))
@@ -101,9 +102,14 @@ def write_checkpoint(
         warnings=outcome.warnings,
         directory_bytes=directory_bytes,
         taken=tuple(taken),
-        bytes_written=sum(shard.layout.data_bytes for shard in prepared.to_write.values()),
+        bytes_written=sum(shard.layout.data_bytes for shard in prepared.to_write.values()) + _bytes_of_others(contents),
         bytes_reused=sum(shard.planned.layout.data_bytes for shard in taken.values()),
     )
+
+
+def _bytes_of_others(contents: Contents) -> int:
+    """The bytes of tensors in the files that other processes write into directories of parts."""
+    return sum(other.data_bytes for directory in contents.directories for other in directory.others.values())
 
 
 class _Lead:
@@ -168,7 +174,9 @@ def _name_files(transaction: Transaction, contents: Contents) -> Names:
     shards = list(transaction.shard_names(len(contents.shards)))
     extra = [transaction.part_name("extra", PART_TENSORS) for _ in contents.extra_shards]
     folders = [transaction.directory_name(directory.stem) for directory in contents.directories]
-    in_folders = [f"{folder}/{file}" for folder, part in zip(folders, contents.directories) for file in part.shards]
+    in_folders = [
+        f"{folder}/{file}" for folder, part in zip(folders, contents.directories) for file in (*part.shards, *part.others)
+    ]
     return Names(shards, extra, folders, [*shards, *extra, *in_folders])
 
 
@@ -200,7 +208,7 @@ def _stage_directory(
 
     Also returns the length of all files there.
     """
-    files = {name: records.pop(f"{folder}/{name}") for name in directory.shards}
+    files = {name: records.pop(f"{folder}/{name}") for name in (*directory.shards, *directory.others)}
     for name, document in directory.documents.items():
         files[name] = _stage(transaction, f"{folder}/{name}", document).record
     part = _stage(transaction, f"{folder}/{DIRECTORY_INDEX}", directory.index(files))
