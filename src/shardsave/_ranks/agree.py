@@ -74,7 +74,7 @@ class _Survey(NamedTuple):
     is_known: bool
 
 
-#: The key of the last global state that was joined of different descriptions, and that state; it holds no tensor.
+#: The key of the last global state that was joined, and that state; it holds no tensor.
 _remembered: tuple[str, Global] | None = None
 
 _NOTHING = bytes(16)
@@ -92,10 +92,7 @@ def agree(session: Session, state: State) -> State:
     headers = session.gather("tensors", digest(encoded) + known + meshes)
     survey = _survey(headers) if headers is not None else None
     survey = _decoded(session.publish("tensors of all ranks", _encoded(survey) if survey is not None else None))
-    if len(survey.views) == 1:
-        view = View(0, grids, range(session.size))
-        return _applied(Joining([description], [view], session.size, session.name).join(), state, session.rank)
-    return _applied(_joined(session, survey, description, encoded), state, session.rank)
+    return _applied(_global(session, survey, description, encoded, meshes), state)
 
 
 def _survey(headers: Sequence[bytes]) -> _Survey:
@@ -127,9 +124,12 @@ def _decoded(data: bytes) -> _Survey:
     return _Survey(*json.loads(zlib.decompress(data)))
 
 
-def _joined(session: Session, survey: _Survey, description: Description, encoded: bytes) -> Global:
-    """The global state where descriptions or meshes differ."""
+def _global(session: Session, survey: _Survey, description: Description, encoded: bytes, meshes: bytes) -> Global:
+    """The global state. ``description`` is that of this rank, ``encoded`` the same as bytes."""
     global _remembered
+    if len(survey.views) == 1:  # all say the same
+        key = digest(encoded + meshes + str(session.size).encode()).hex()
+        survey = survey._replace(key=key, views=[(0, meshes.decode())], which=[0] * session.size, is_known=True)
     if survey.is_known and _remembered is not None and _remembered[0] == survey.key:
         return _remembered[1]
     descriptions = [description]
@@ -161,39 +161,42 @@ def _unframed(data: bytes) -> list[bytes]:
     return parts
 
 
-def _applied(joined: Global, state: State, rank: int) -> State:
-    """The global state ``joined`` with what ``rank`` holds of it in ``state``."""
-    own = {entry.name: entry.source for entry in state.entries}
-    tied = _tied_sources(joined.tied_to, own)
+def _applied(joined: Global, state: State) -> State:
+    """The global state ``joined`` with what this rank holds of it in ``state``."""
+    own: Sequence[Entry | None] = state.entries
+    by_name: dict[str, Entry] = {}
+    if joined.tied_to or list(joined.names) != [entry.name for entry in state.entries]:
+        by_name = {entry.name: entry for entry in state.entries}
+        own = [by_name.get(name) for name in joined.names]
+    tied = _tied_sources(joined.tied_to, by_name)
     spreads: dict[str, Spread] = {}
+    equal: list[Any] = [None] * len(joined.table)  # for each form, a layout of this rank that equals the global one
     entries = []
-    for name, number in zip(joined.names, joined.forms):
+    for name, number, entry in zip(joined.names, joined.forms, own):
         kind, frozen, dtype, layout = joined.table[number]
-        leader = joined.tied_to.get(name)
-        if leader is not None:
-            spread = spreads[leader]
-        else:
-            source = own.get(name) if name not in tied else tied[name]
-            spread = Spread(dtype, layout, _chunks(source))
-            if name in tied:
-                spreads[name] = spread
-        entries.append(Entry(name, kind, frozen, leader, spread))
-    return State(
-        tuple(entries),
-        joined.flags_known,
-        joined.overlaps,
-        {**joined.files, **state.files},
-        joined.notes,
-        joined.file_metadata,
-    )
+        if tied and (leader := joined.tied_to.get(name, name)) in tied:
+            if leader == name:
+                spreads[name] = Spread(dtype, layout, _chunks(tied[name]))
+            entries.append(Entry(name, kind, frozen, leader if leader != name else None, spreads[leader]))
+            continue
+        source = entry.source if entry is not None else None
+        if type(source) is Spread and entry is not None:
+            if equal[number] is not source.layout and source.layout == layout:
+                equal[number] = source.layout
+            if equal[number] is source.layout:
+                entries.append(entry)
+                continue
+        entries.append(Entry(name, kind, frozen, None, Spread(dtype, layout, _chunks(source))))
+    files = {**joined.files, **state.files}
+    return State(tuple(entries), joined.flags_known, joined.overlaps, files, joined.notes, joined.file_metadata)
 
 
-def _tied_sources(tied_to: Mapping[str, str], own: Mapping[str, Any]) -> dict[str, Any]:
+def _tied_sources(tied_to: Mapping[str, str], own: Mapping[str, Entry]) -> dict[str, Any]:
     """The first name of each group of tied tensors → the source that this rank has under one of their names, or None."""
-    sources = {leader: own.get(leader) for leader in tied_to.values()}
+    sources = {leader: own[leader].source if leader in own else None for leader in tied_to.values()}
     for name, leader in tied_to.items():
-        if sources[leader] is None:
-            sources[leader] = own.get(name)
+        if sources[leader] is None and name in own:
+            sources[leader] = own[name].source
     return sources
 
 
