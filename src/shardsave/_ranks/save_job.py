@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from shardsave._common.sources import ByteSource
 from shardsave._engine.totals import Totals
 from shardsave._format.index import FileRecord, ShardRecord
-from shardsave._ranks.agree import agree, check_replicas
+from shardsave._ranks.agree import agree
+from shardsave._ranks.replicas import check_replicas
 from shardsave._ranks.owners import owners
 from shardsave._ranks.session import Session
 from shardsave._ranks.shipping import Shipping

@@ -23,7 +23,8 @@ from shardsave._common.words import count, some
 from shardsave._format.boxes import BOXES, StoredBox
 from shardsave._format.index import ShardRecord
 from shardsave._format.training_state import TrainingIndex, encode_training_index
-from shardsave._ranks.agree import Session, agree, check_replicas
+from shardsave._ranks.agree import Session, agree
+from shardsave._ranks.replicas import check_replicas
 from shardsave._saving.contents import OtherFile
 from shardsave._saving.training_directory import DescribedTraining, PlannedTraining, plan_training_directory
 from shardsave._state.module import Entry, State
