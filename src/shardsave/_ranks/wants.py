@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shardsave._common.layouts import Grid, Layout, Listed, Placed, Split, Whole
-from shardsave._ranks.windows import Window
+from shardsave._common.windows import Window
 
 if TYPE_CHECKING:
     from shardsave._ranks.session import Session
