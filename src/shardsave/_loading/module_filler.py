@@ -8,12 +8,14 @@ from typing import NamedTuple, Union
 
 import torch
 
+from shardsave._common.boxes import box
 from shardsave._common.gc_pause import gc_paused
 from shardsave._common.memory_errors import check_free_memory
 from shardsave._common.spread import Spread
 from shardsave._loading.allocation import allocate, host_bytes, stays
 from shardsave._loading.disk_layout import DiskLayout, Join
 from shardsave._loading.freeze_flags import RestoredFlags, named_parameters, restore_flags
+from shardsave._loading.joined_parts import parts_seen
 from shardsave._loading.module_checks import check_destinations, check_differences, check_meta_buffers, check_shapes
 from shardsave._loading.module_plan import ModulePlan, plan_again
 from shardsave._loading.onload import onloaded
@@ -206,10 +208,11 @@ class ModuleFiller:
         joined = {target for join in joins for target in join.targets}
         targets: list[Target] = [(stored[name], tensor) for name, tensor in destinations.items() if name not in joined]
         slots = self._inventory.slots
-        tensors = {name: slots[name].tensor.detach() for name in joined if name in slots}
+        tensors = {name: slots[name].form.detach() for name in joined if name in slots}
         views = self._layout.views(tensors) if tensors else [None] * len(joins)
         unviewed, wanted = [], self.plan.routed.union(destinations)
-        for join, sources in zip(joins, views):
+        for join, of_join in zip(joins, views):
+            sources = None if of_join is None else parts_seen(of_join, [slots[t] for t in join.targets if t in slots])
             if sources is not None and destinations.keys() >= set(join.targets):
                 targets += zip(join.sources, sources)
             elif not wanted.isdisjoint(join.targets):
@@ -223,9 +226,7 @@ class ModuleFiller:
         in_place = set(self.plan.in_place)
         for name, value in values.items():
             if name in in_place:
-                tensor = self._inventory.slots[name].tensor
-                with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-                    tensor.detach().copy_(value)
+                _copy_into(self._inventory.slots[name], value)
         return {name: value for name, value in values.items() if name in self.plan.routed}
 
     @contextmanager
@@ -240,6 +241,15 @@ class ModuleFiller:
             raise type(error)(
                 f"{error}; the module is partly loaded, {loaded - self._before} of {self._total} tensors"
             ) from error
+
+
+def _copy_into(slot: Slot, value: torch.Tensor) -> None:
+    with torch.inference_mode(slot.memory.is_inference()), torch.no_grad():
+        if slot.part is None:
+            slot.tensor.detach().copy_(value)
+            return
+        for begin, tensor in slot.part.spread.local:
+            tensor.copy_(value[box(begin, tensor.shape)])
 
 
 def _destination(slot: Slot) -> Destination:

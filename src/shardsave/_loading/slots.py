@@ -46,6 +46,11 @@ class Slot(NamedTuple):
         """The tensor that has the memory in this process."""
         return self.tensor if self.part is None else self.part.local
 
+    @property
+    def form(self) -> torch.Tensor:
+        """A tensor with dtype and shape of the whole: the tensor or, if it is distributed, one on the meta device."""
+        return self.tensor if self.part is None else self.part.spread.stand_in
+
 
 #: For every name of every sub-module, the module itself first: the prefix of names inside it (without wrappers), and the sub-module.
 SubModules = Sequence[tuple[str, nn.Module]]
