@@ -24,16 +24,21 @@ _RANK_TIMEOUT = 120.0
 
 @contextmanager
 def job_of_load(
-    model: Any, path: str | os.PathLike[str], verb: str, process_group: ProcessGroup | None, rank_timeout: float
+    model: Any,
+    path: str | os.PathLike[str],
+    verb: str,
+    process_group: ProcessGroup | None,
+    rank_timeout: float,
+    training: Any = None,
 ) -> Iterator[LoadJob]:
     """Meets the other ranks if the load is collective. What one of them raises within the context is raised on all.
 
-    Raises TypeError, ValueError for a wrong ``process_group`` or ``rank_timeout``, and ShardSaveError if a rank does not come.
+    ``training``: a training state that is filled too. Raises TypeError, ValueError for a wrong ``process_group`` or ``rank_timeout``, and ShardSaveError if a rank does not come.
     """
     module = model if isinstance(model, nn.Module) else None
     if module is not None:
         reshard(module)  # parameters that a forward pass left whole are DTensors again
-    group = collective_group(module, process_group)
+    group = collective_group(module, process_group, training)
     if group is None:
         check_timeout(rank_timeout, "rank_timeout")
         yield ALONE

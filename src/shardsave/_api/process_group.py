@@ -16,6 +16,9 @@ from shardsave._state.fsdp import is_fsdp_module
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+#: How deep a training state is nested at most.
+_MAX_DEPTH = 64
+
 
 def check_process_group(group: ProcessGroup | None) -> None:
     """Refuses a group of several processes. Raises TypeError, ValueError."""
@@ -36,14 +39,15 @@ def check_group(group: Any) -> None:
 
 
 def collective_group(
-    source: Union[nn.Module, Mapping[str, Any], Iterable[Any], None], process_group: ProcessGroup | None
+    source: Union[nn.Module, Mapping[str, Any], Iterable[Any], None], process_group: ProcessGroup | None, training: Any = None
 ) -> ProcessGroup | None:
     """The group over which a verb is collective; None if it concerns this process alone.
 
-    That is ``process_group`` or, if ``source`` (a module, a mapping or tensors) has a DTensor, the default group. A given group of one
-    process is none, unless there is a DTensor. Raises TypeError, and ValueError if this process is not in ``process_group``.
+    That is ``process_group`` or, if ``source`` (a module, a mapping or tensors) or ``training`` (a training state) has a DTensor, the
+    default group. A given group of one process is none, unless there is a DTensor. Raises TypeError, and ValueError if this process is
+    not in ``process_group``.
     """
-    spread = _has_dtensor(source)
+    spread = _has_dtensor(source) or _training_has_dtensor(training)
     if process_group is None:
         return torch.distributed.group.WORLD if spread and torch.distributed.is_initialized() else None
     check_group(process_group)
@@ -61,4 +65,23 @@ def _has_dtensor(source: Union[nn.Module, Mapping[str, Any], Iterable[Any], None
     if isinstance(source, nn.Module):
         tensors = (tensor for part in source.modules() for tensor in (*part._parameters.values(), *part._buffers.values()))
         return any(map(is_dtensor, tensors)) or any(map(is_fsdp_module, source.modules()))
-    return any(map(is_dtensor, source.values() if isinstance(source, Mapping) else source))
+    values = source.values() if isinstance(source, Mapping) else source
+    return isinstance(values, Iterable) and any(map(is_dtensor, values))
+
+
+def _training_has_dtensor(value: Any, depth: int = 0) -> bool:
+    """The same for ``value`` in a training state: an optimizer, a module, a tensor, or a container of these."""
+    if "torch.distributed.tensor" not in sys.modules or value is None or depth > _MAX_DEPTH:
+        return False
+    from shardsave._training.per_rank import PerRank
+
+    value = value.value if isinstance(value, PerRank) else value
+    if isinstance(value, torch.Tensor):
+        return is_dtensor(value)
+    if isinstance(value, nn.Module):
+        return _has_dtensor(value)
+    if isinstance(value, torch.optim.Optimizer):
+        return _has_dtensor(parameter for group in value.param_groups for parameter in group["params"])
+    if isinstance(value, (Mapping, list, tuple)):
+        return any(_training_has_dtensor(item, depth + 1) for item in (value.values() if isinstance(value, Mapping) else value))
+    return False

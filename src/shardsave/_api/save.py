@@ -133,7 +133,7 @@ def save(
         dtype,
         assume_frozen_unchanged,
     )
-    with job_of_save(source, directory, how, what.process_group) as job:
+    with job_of_save(source, directory, how, what.process_group, training) as job:
         path = check_how(directory, how)
         planned = plan(source, what, job)
         job.check_equal(digests(planned.contents, how))

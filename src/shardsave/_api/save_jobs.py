@@ -26,13 +26,13 @@ _RANK_TIMEOUT = 120.0
 
 @contextmanager
 def job_of_save(
-    source: Source, directory: str | os.PathLike[str], how: How, process_group: ProcessGroup | None
+    source: Source, directory: str | os.PathLike[str], how: How, process_group: ProcessGroup | None, training: Any = None
 ) -> Iterator[Job]:
     """Meets the other ranks if the save is collective. What one of them raises within the context is raised on all.
 
-    Raises TypeError, ValueError for a wrong ``process_group``, and ShardSaveError if a rank does not come.
+    ``training``: a training state that is saved too. Raises TypeError, ValueError for a wrong ``process_group``, and ShardSaveError if a rank does not come.
     """
-    group = collective_group(source, process_group)
+    group = collective_group(source, process_group, training)
     if group is None:
         yield ALONE
         return

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+from shardsave._format.boxes import BOXES
 from shardsave._storage.checkpoint import Checkpoint
 from shardsave._training.restore import StoredTraining
 from shardsave.errors import IncompatibleCheckpointError
 
-#: The number of this process among those that train together: there is one.
-RANK = 0
 
-
-def stored_training(checkpoint: Checkpoint, purpose: str, state: str) -> StoredTraining:
-    """What ``checkpoint``, opened with the part, has for this rank. ``purpose``, ``state``: for the message, as in `check_operators`.
+def stored_training(checkpoint: Checkpoint, purpose: str, state: str, rank: int = 0) -> StoredTraining:
+    """What ``checkpoint``, opened with the part, has for ``rank``. ``purpose``, ``state``: for the message, as in `check_operators`.
 
     Raises IncompatibleCheckpointError if it has no training state.
     """
@@ -21,4 +19,6 @@ def stored_training(checkpoint: Checkpoint, purpose: str, state: str) -> StoredT
             f"cannot {purpose} {checkpoint.path}: a training state was expected, the checkpoint has none: it was saved without "
             f"training= and rng=; {state}"
         )
-    return StoredTraining(checkpoint.path, training.shared, training.leaves.get(RANK, {}), training.tensors, training.ranks)
+    leaves = training.leaves.get(rank, {})
+    has_placements = BOXES in training.requires
+    return StoredTraining(checkpoint.path, training.shared, leaves, training.tensors, training.ranks, has_placements)

@@ -94,9 +94,10 @@ def _check_shared(session: Session, shared: bytes) -> None:
         {"ranks": session.size, "shared": json.loads(document)}
         for document in (session.publish("values of the first rank", shared if session.rank == 0 else None), shared)
     )
-    places = [
-        json.loads(one) for one in session.exchange("places that differ", json.dumps(differences(first, own)[:1]).encode())
-    ]
+    differing = json.dumps(differing_values(first, own)[:1]).encode()
+    places = [json.loads(one) for one in session.exchange("places that differ", differing)]
+    if not any(places):  # only the order of keys differs
+        return
     place = min(found for found in places if found)[0]
     ranks = [session.name(rank) for rank, found in enumerate(places) if found == [place]]
     others = sum(1 for found in places if found and found != [place])

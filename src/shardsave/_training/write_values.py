@@ -44,6 +44,11 @@ _LARGEST = 10**MAX_DIGITS
 _LIKE_RANK = re.compile(r"rank \d+/")
 
 
+def belongs_to_rank(name: str) -> bool:
+    """Whether a stored tensor with this name belongs to one rank."""
+    return name.startswith("rank ") and _LIKE_RANK.match(name) is not None
+
+
 class ValueWriter:
     """Writes values. Tensors become entries; the same memory is one entry, under its first name.
 
@@ -99,7 +104,7 @@ class ValueWriter:
 
     def _take(self, name: str) -> str:
         """``name``, or one like it if it is taken or looks like that of a rank."""
-        if name in self._names or (not self._prefix and name.startswith("rank ") and _LIKE_RANK.match(name)):
+        if name in self._names or (not self._prefix and belongs_to_rank(name)):
             name = self._free(name)
         self._names.add(name)
         return name
