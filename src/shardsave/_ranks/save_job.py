@@ -12,7 +12,6 @@ from shardsave._common.sources import ByteSource
 from shardsave._engine.totals import Totals
 from shardsave._format.index import FileRecord, ShardRecord
 from shardsave._ranks.agree import agree
-from shardsave._ranks.replicas import check_replicas
 from shardsave._ranks.owners import owners
 from shardsave._ranks.session import Session
 from shardsave._ranks.shipping import Shipping
@@ -62,9 +61,7 @@ class SaveJob:
         return self._session.leads
 
     def agree(self, state: State) -> State:
-        state = agree(self._session, state)
-        state, notes = check_replicas(self._session, state, self._on_divergence)
-        return state._replace(notes=(*state.notes, *notes))
+        return agree(self._session, state)
 
     def plan_training(self, training: DescribedTraining | None, max_shard_size: int) -> PlannedTraining:
         return plan_training(self._session, training, max_shard_size, self._on_divergence)
