@@ -11,7 +11,7 @@ from shardsave._common.gc_pause import gc_paused
 from shardsave._state.distributed_tensors import Parts
 from shardsave._state.module import Entry
 from shardsave._state.wrappers import unwrap
-from shardsave._training.kinds import class_name, items_of, kind_of
+from shardsave._training.kinds import class_name, items_of, kind_of, reshard_all
 from shardsave._training.modules import describe_module
 from shardsave._training.optimizers import describe_optimizer, note_on_names, packed_state
 from shardsave._training.parameter_names import Model, ParameterNames
@@ -54,6 +54,8 @@ def describe(training: Any, model: Model, *, rng: bool = False, rank: int = 0, p
     this process alone saves. Raises UnsupportedTrainingError or UnsupportedTensorError for what cannot be kept, by its place.
     """
     state = process_state() if rng else None  # before anybody's `state_dict` could draw a number
+    if parts is not None:
+        reshard_all(model, training)
     describer = _Describer(training, model, rank, parts)
     shared = describer.value(training, ROOT, describer.shared)
     if state is not None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from shardsave._state.fsdp import reshard
 from shardsave._training.per_rank import PerRank
 from shardsave._training.places import ROOT, Place
 from shardsave._training.write_values import MAX_DEPTH
@@ -60,6 +61,13 @@ def leaves_in(value: Any, place: Place = ROOT, depth: int = 0) -> Iterator[tuple
         for key, item in items:
             if not isinstance(item, (bool, int, float, str, type(None))):
                 yield from leaves_in(item, place.at(key), depth + 1)
+
+
+def reshard_all(model: Any, training: Any) -> None:
+    """Puts the sharded parameters of all modules in place; after a forward pass some may be whole."""
+    for module in (model, *(leaf for _, leaf in leaves_in(training))):
+        if isinstance(module, nn.Module):
+            reshard(module)
 
 
 def class_name(value: Any) -> str:

@@ -11,6 +11,7 @@ from torch import nn
 from shardsave._common.words import some
 from shardsave._format.dtypes import torch_shape
 from shardsave._state.distributed_tensors import is_dtensor
+from shardsave._state.fsdp import is_fsdp_module
 from shardsave._state.self_loading import loads_itself
 from shardsave._state.sharded import refuse_sharded
 from shardsave._state.wrappers import Names, unwrap
@@ -41,7 +42,7 @@ def describe_module(module: nn.Module, writer: ValueWriter, place: Place) -> Any
                 tensors[name] = encoded["tensor"]
             else:
                 others[name] = encoded
-    return {"module": {"class": type(module).__name__, "tensors": tensors, "others": others}}
+    return {"module": {"class": _class_of(module).__name__, "tensors": tensors, "others": others}}
 
 
 def plan_module(
@@ -105,6 +106,12 @@ def _new(stored: str, own: Any, path: str, reader: ValueReader) -> torch.Tensor:
 def _fill_in_place(own: dict[str, Any], fitting: dict[str, str], reader: ValueReader, path: str) -> list[str]:
     cast = [name for name, stored in fitting.items() if reader.fill(stored, own[name], f"{path}[{name!r}]")]
     return [f"{path}: {some(map(repr, cast))} were cast to the dtype in the module"] if cast else []
+
+
+def _class_of(module: nn.Module) -> type:
+    """The class of ``module``; ``fully_shard`` has put one of its own before it."""
+    kind = type(module)
+    return kind.__mro__[2] if is_fsdp_module(module) else kind
 
 
 def _plain_state(module: nn.Module) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 
 from shardsave._common.gc_pause import gc_paused
 from shardsave._state.distributed_tensors import Parts
+from shardsave._training.kinds import reshard_all
 from shardsave._training.leaves import LeafPlanner
 from shardsave._training.match import Matcher
 from shardsave._training.parameter_names import Model, ParameterNames
@@ -141,6 +142,8 @@ def plan_restore(training: Any, model: Model, stored: StoredTraining, options: O
         if isinstance(names, str) or not all(isinstance(name, str) for name in names or ()):
             raise TypeError(f"{argument} must be a collection of names such as ['optimizer'], not {names!r}")
     where = stored.where
+    if options.parts is not None:
+        reshard_all(model, training)
     if stored.ranks != options.ranks and options.on_world_change == "raise":
         raise IncompatibleCheckpointError(
             f"cannot resume from {where}: {options.ranks} ranks were expected, {stored.ranks} saved it; {UNCHANGED}"
