@@ -94,14 +94,18 @@ class Meeting:
         self._line.set(f"called/{self._members.rank}", json.dumps(self._call).encode())
         self._line.set(f"arrived/{self._members.rank}", " ".join(self._mine).encode())
         key = f"answer/{self._mine.token}"
+        came: set[int] = set()
         while (answer := self._line.peek(key)) is None and not self._late():
             time.sleep(self._pauses.rest())
             self._pauses.due()
+            if not came and self._end - time.monotonic() < self._seconds / 8:
+                came = self._present()  # those that came at about the same time leave at about the same time
         if answer is None:
+            came |= self._present()
             self.leave()
             answer = self._line.peek(key)  # rank 0 may have answered in the meantime: then it knows nothing of our leaving
         if answer is None:
-            raise NotMet(self._nobody_answers())
+            raise NotMet(self._did_not_come([rank for rank in range(len(self._members.names)) if rank not in came]))
         self._line.delete([key])
         kind, _, text = answer.partition(b" ")
         if kind == b"failure":
@@ -110,10 +114,10 @@ class Meeting:
         session, host, leader, hosts = text.decode().split()
         return Met(session, int(host), int(leader), int(hosts))
 
-    def _nobody_answers(self) -> Failure:
-        others = [rank for rank in range(1, len(self._members.names)) if rank != self._members.rank]
-        missing = [0, *(rank for rank in others if not self._line.has([f"arrived/{rank}"]))]
-        return self._did_not_come(missing)
+    def _present(self) -> set[int]:
+        """Who is waiting for rank 0. In a large group nobody looks, for all would do so at once."""
+        size = len(self._members.names)
+        return {rank for rank in range(1, size) if size > _BATCH or self._line.has([f"arrived/{rank}"])}
 
     def _did_not_come(self, missing: list[int]) -> Failure:
         names = listed([self._members.names[rank] for rank in missing])
