@@ -53,6 +53,8 @@ def meet_all(rank: int) -> None:
 
 def tell(rank: int, hosts: int) -> object:
     meet_all(rank)
+    with open_session(rank, hosts, rank_timeout=20.0):  # the connection to the store stays
+        pass
     before = opened()
     with open_session(rank, hosts, rank_timeout=20.0) as session:
         values = session.exchange("values", b"%d" % rank * (rank * (1 << 20)))
@@ -242,9 +244,10 @@ def test_a_phase_that_does_not_end(hosts: int, late: str) -> None:
 
 def come_or_not(rank: int, present: tuple[int, ...]) -> tuple[str, list[bytes], list[str]]:
     said = ""
+    meet_all(rank)
     if rank in present:
         with pytest.raises(SaveNotCommittedError) as caught:
-            open_session(rank, rank_timeout=0.3)
+            open_session(rank, rank_timeout=0.8)
         said = str(caught.value)
     meet_all(rank)
     with open_session(rank, rank_timeout=20.0) as session:
@@ -259,7 +262,7 @@ def come_or_not(rank: int, present: tuple[int, ...]) -> tuple[str, list[bytes], 
 def test_ranks_that_do_not_come(present: tuple[int, ...], missing: str) -> None:
     """Catches a collective call of some ranks that hangs, that does not say who is missing, or that disturbs the next call."""
     told = (
-        "cannot save ckpt: all 4 ranks of the group were expected to call it within 0.3 s, "
+        "cannot save ckpt: all 4 ranks of the group were expected to call it within 0.8 s, "
         f"{missing} did not; the call is collective: either all ranks make it or none"
     )
     for rank, (said, values, left) in enumerate(run_ranks(4, come_or_not, present)):

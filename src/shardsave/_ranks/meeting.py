@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from shardsave._ranks.failures import Failure, unpacked
@@ -21,6 +21,8 @@ from shardsave._ranks.pauses import pauses_for
 from shardsave._ranks.roll import Roll, listed
 
 _BATCH = 64
+#: So many times the limit the other ranks wait for rank 0.
+_PATIENCE = 1.25
 
 
 class Call(NamedTuple):
@@ -78,7 +80,8 @@ class Meeting:
         self._seconds = seconds
         self._given_up = given_up
         self._pauses = pauses_for(len(members.names))
-        self._end = time.monotonic() + seconds
+        # the others hear the verdict of rank 0 before they give up, if they have come at the same time
+        self._end = time.monotonic() + seconds * (1 if members.rank == 0 else _PATIENCE)
         self._mine = _Arrival(os.urandom(8).hex(), call.digest, *host)
 
     def meet(self) -> Met:
@@ -135,8 +138,7 @@ class Meeting:
             failure = self._did_not_come(missing)
         answered.update((rank, arrival.token) for rank, arrival in arrivals.items())
         if failure is not None:
-            text = b"failure " + failure.packed()
-            self._line.set_all({f"answer/{arrivals[rank].token}": text for rank in arrivals if rank})
+            self._answer(arrivals, dict.fromkeys(arrivals, b"failure " + failure.packed()))
             raise NotMet(failure)
         return self._open(arrivals)
 
@@ -194,11 +196,18 @@ class Meeting:
         roll = Roll(tuple(hosts[arrival.host] for arrival in arrivals.values()), tuple(names.values()), self._members.names)
         session, leaders = os.urandom(8).hex(), roll.leaders()
         self._line.set_all({f"{session}/beat/{host}": b"0" for host in range(len(hosts))})
-        answers = [f"session {session} {host} {leaders[host]} {len(hosts)}" for host in roll.hosts]
-        self._line.set_all({f"answer/{arrivals[rank].token}": answers[rank].encode() for rank in arrivals if rank})
-        again = self._line.get_all([f"arrived/{rank}" for rank in arrivals if rank])
-        gone = tuple(rank for rank, value in enumerate(again, 1) if value is None)
-        return Met(session, 0, 0, len(hosts), roll, gone)
+        texts = {rank: f"session {session} {host} {leaders[host]} {len(hosts)}".encode() for rank, host in enumerate(roll.hosts)}
+        return Met(session, 0, 0, len(hosts), roll, self._answer(arrivals, texts))
+
+    def _answer(self, arrivals: dict[int, _Arrival], texts: Mapping[int, bytes]) -> tuple[int, ...]:
+        """Gives each rank its answer. Returns those that have left in the meantime."""
+        others = [rank for rank in arrivals if rank]
+        keys = {rank: f"answer/{arrivals[rank].token}" for rank in others}
+        self._line.set_all({keys[rank]: texts[rank] for rank in others})
+        again = self._line.get_all([f"arrived/{rank}" for rank in others])
+        gone = tuple(rank for rank, value in zip(others, again, strict=True) if value is None)
+        self._line.delete([keys[rank] for rank in gone])
+        return gone
 
     def _late(self) -> bool:
         return time.monotonic() > self._end or self._given_up()
