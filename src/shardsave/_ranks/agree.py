@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from shardsave._common.assembled import Chunk
 from shardsave._common.sources import TensorSource
@@ -24,28 +24,9 @@ from shardsave._ranks.description import (
     unpacked,
 )
 from shardsave._ranks.joining import Global, Joining, View
+from shardsave._ranks.replicas import check_replicas as check_replicas
+from shardsave._ranks.talk import Session as Session
 from shardsave._state.module import Entry, State
-
-
-class Session(Protocol):
-    """What this needs of a session of several ranks."""
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def size(self) -> int: ...
-
-    @property
-    def hosts(self) -> Sequence[int]: ...
-
-    def name(self, rank: int) -> str: ...
-
-    def exchange(self, what: str, mine: bytes) -> list[bytes]: ...
-
-    def gather(self, what: str, mine: bytes) -> list[bytes] | None: ...
-
-    def publish(self, what: str, value: bytes | None = None) -> bytes: ...
 
 
 class _Header(NamedTuple):
@@ -86,13 +67,20 @@ def agree(session: Session, state: State) -> State:
     Entries have the order that one process would have; the natural order of their names if ranks have different ones. Raises
     UnsupportedTensorError on all ranks if what two ranks say of one tensor is contradictory.
     """
+    global _remembered
+    remembered = _remembered  # read once: another thread may agree on something else meanwhile
     description, grids = describe(state)
     encoded, meshes = description.encoded(), encoded_grids(grids)
-    known = bytes.fromhex(_remembered[0]) if _remembered is not None else _NOTHING
+    known = bytes.fromhex(remembered[0]) if remembered is not None else _NOTHING
     headers = session.gather("tensors", digest(encoded) + known + meshes)
     survey = _survey(headers) if headers is not None else None
     survey = _decoded(session.publish("tensors of all ranks", _encoded(survey) if survey is not None else None))
-    return _applied(_global(session, survey, description, encoded, meshes), state)
+    if len(survey.views) == 1:  # all say the same
+        key = digest(encoded + meshes + str(session.size).encode()).hex()
+        survey = _Survey([(0, meshes.decode())], [0] * session.size, [], key, is_known=True)
+    if not survey.is_known or remembered is None or remembered[0] != survey.key:
+        remembered = _remembered = survey.key, _joined(session, survey, description, encoded)
+    return _applied(remembered[1], state)
 
 
 def _survey(headers: Sequence[bytes]) -> _Survey:
@@ -124,14 +112,8 @@ def _decoded(data: bytes) -> _Survey:
     return _Survey(*json.loads(zlib.decompress(data)))
 
 
-def _global(session: Session, survey: _Survey, description: Description, encoded: bytes, meshes: bytes) -> Global:
+def _joined(session: Session, survey: _Survey, description: Description, encoded: bytes) -> Global:
     """The global state. ``description`` is that of this rank, ``encoded`` the same as bytes."""
-    global _remembered
-    if len(survey.views) == 1:  # all say the same
-        key = digest(encoded + meshes + str(session.size).encode()).hex()
-        survey = survey._replace(key=key, views=[(0, meshes.decode())], which=[0] * session.size, is_known=True)
-    if survey.is_known and _remembered is not None and _remembered[0] == survey.key:
-        return _remembered[1]
     descriptions = [description]
     if len(survey.senders) > 1:
         sends = session.rank in survey.senders
@@ -142,9 +124,7 @@ def _global(session: Session, survey: _Survey, description: Description, encoded
     for rank, number in enumerate(survey.which):
         ranks[number].append(rank)
     views = [View(number, decoded_grids(meshes.encode()), of_view) for (number, meshes), of_view in zip(survey.views, ranks)]
-    joined = Joining(descriptions, views, session.size, session.name).join()
-    _remembered = survey.key, joined
-    return joined
+    return Joining(descriptions, views, session.size, session.name).join()
 
 
 def _framed(parts: Sequence[bytes]) -> bytes:
