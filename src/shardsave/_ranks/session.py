@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from shardsave import errors
 from shardsave._ranks import group as groups
@@ -27,6 +27,11 @@ class StoreLost(ShardSaveError):
     """The store of the job does not answer: the process that serves it is gone, or cannot be reached."""
 
 
+class _Timeouts(NamedTuple):
+    rank: float
+    phase: float
+
+
 class Session:
     """What the ranks of one call have in common. Rank ``r`` has the global number ``names[r]``."""
 
@@ -35,8 +40,8 @@ class Session:
     ) -> None:
         self.rank, self.size, self.hosts = members.rank, len(members.names), hosts
         self.leads = self.rank == 0
-        self.rank_timeout, self.phase_timeout = rank_timeout, phase_timeout
-        self._names = members.names
+        self.timeouts = _Timeouts(rank_timeout, phase_timeout)
+        self.names = self._names = members.names
         self._store = store
         self._keys: list[str] = []
         self._number = 0
@@ -85,6 +90,10 @@ class Session:
         self._error.__cause__ = error
         return self._error
 
+    def report_loss(self, rank: int, reason: str) -> None:
+        _wait_until(lambda: False, 1.0, self.check)
+        raise self.fail(ShardSaveError(f"{self.name(rank)} was lost: {reason}"))
+
     def close(self) -> None:
         if self._store.add("left", 1) == self.size:
             for rank in range(self.size):
@@ -113,8 +122,8 @@ class Session:
         self._store.set(key, str(len(parts)))
 
     def _get(self, key: str, what: str) -> bytes:
-        if not _wait_until(lambda: self._store.check([key]), self.phase_timeout, self.check):
-            raise ShardSaveError(f"'{what}' took longer than {self.phase_timeout:g} s")
+        if not _wait_until(lambda: self._store.check([key]), self.timeouts.phase, self.check):
+            raise ShardSaveError(f"'{what}' took longer than {self.timeouts.phase:g} s")
         return b"".join(self._store.get(f"{key}/{number}") for number in range(int(self._store.get(key))))
 
 
