@@ -21,6 +21,9 @@ from shardsave._ranks.host_links import HostLinks, Lost
 from shardsave._ranks.windows import SharedMemory
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from shardsave._ranks.session import Session
     from shardsave._ranks.traffic import Traffic
 
@@ -224,3 +227,18 @@ class Exchange:
             if not said:
                 self._session.report_loss(rank, "its process has closed the connection over which tensors were exchanged")
         time.sleep(_WAIT)
+
+
+class RunWindows:
+    """The windows of one run of the owner's engine, whose first block is number ``first`` of the owner's."""
+
+    def __init__(self, exchange: Exchange, first: int, of_block: NDArray[np.bool_]) -> None:
+        self.of_block = of_block
+        self._exchange = exchange
+        self._first = first
+
+    def take(self, block: int) -> memoryview | None:
+        return self._exchange.take(self._first + block)
+
+    def give_back(self, block: int) -> None:
+        self._exchange.give_back(self._first + block)

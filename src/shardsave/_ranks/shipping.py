@@ -11,7 +11,7 @@ import numpy as np
 from shardsave._common.layouts import Extent, Layout
 from shardsave._common.spread import Spread
 from shardsave._engine.transfer import InWindow
-from shardsave._ranks.exchange import Exchange
+from shardsave._ranks.exchange import Exchange, RunWindows
 from shardsave._ranks.parts import Run
 from shardsave._ranks.traffic import Traffic
 from shardsave._saving.shards import PlannedShard, plan_blocks
@@ -70,11 +70,11 @@ class Shipping:
         """
         self._exchange.start()
 
-    def windows(self, group: Sequence[PlannedShard]) -> _Windows:
+    def windows(self, group: Sequence[PlannedShard]) -> RunWindows:
         """The windows of the engine's run that writes ``group``, the next shards of ``own``."""
         count = len(plan_blocks(group).table)
         first, self._next = self._next, self._next + count
-        return _Windows(self._exchange, first, self._windowed[first : first + count])
+        return RunWindows(self._exchange, first, self._windowed[first : first + count])
 
     def finish(self) -> None:
         """Waits until the other ranks have taken everything from this one: local tensors are then read no more.
@@ -104,21 +104,6 @@ class Shipping:
         rank = self._session.rank
         parts = [piece for piece in shard.pieces if self._exchanged(piece, rank) is not None]
         return shard.with_sources({id(piece): InWindow(piece.dtype, piece.shape, piece.nbytes) for piece in parts})
-
-
-class _Windows:
-    """Those of one run of the owner's engine, whose first block is number ``first`` of the owner's."""
-
-    def __init__(self, exchange: Exchange, first: int, of_block: NDArray[np.bool_]) -> None:
-        self.of_block = of_block
-        self._exchange = exchange
-        self._first = first
-
-    def take(self, block: int) -> memoryview | None:
-        return self._exchange.take(self._first + block)
-
-    def give_back(self, block: int) -> None:
-        self._exchange.give_back(self._first + block)
 
 
 class Givers:
