@@ -143,18 +143,19 @@ class FarLinks:
         moving: deque[_Moving] = deque()
         for rank, block, nbytes, window in self._lane() if self._inward else self._packable():
             while moving and sum(parcel.nbytes for parcel in moving) + nbytes > _PARCEL_BYTES:
-                self._arrived(moving.popleft())
+                self._sent(moving.popleft())
             if self._closing:
                 return
             moving.append(self._pack(rank, block, nbytes, window))
         while moving and not self._closing:
-            self._arrived(moving.popleft())
+            self._sent(moving.popleft())
 
     def _receive_all(self) -> None:
         if self._inward:
             while (parcel := self._next_asked()) is not None:
                 if self._arrived(parcel):
                     self._traffic.between(parcel.rank, parcel.block, parcel.window, parcel.buffer.data_ptr())
+                    self.buffers.give_back(parcel.buffer)
                     self._exchange.done(parcel.rank, parcel.block)
             return
         moving: deque[_Moving] = deque()
@@ -212,7 +213,12 @@ class FarLinks:
     def _take_in(self, parcel: _Moving) -> None:
         if self._arrived(parcel):
             self._traffic.in_parcel(Parcel(parcel.block, parcel.rank, parcel.nbytes), parcel.buffer.data_ptr())
+            self.buffers.give_back(parcel.buffer)
             self._exchange.count(parcel.nbytes)
+
+    def _sent(self, parcel: _Moving) -> None:
+        if self._arrived(parcel):
+            self.buffers.give_back(parcel.buffer)
 
     def _arrived(self, parcel: _Moving) -> bool:
         """Waits until ``parcel`` has been sent, or has come as a whole. False if the other rank has left."""
@@ -225,7 +231,6 @@ class FarLinks:
         if not self._gloo.is_whole(parcel.buffer[: parcel.nbytes + MARK_BYTES]):
             self._set_lost(parcel.rank, said=True)
             return False
-        self.buffers.give_back(parcel.buffer)
         return True
 
     def _set_lost(self, rank: int, *, said: bool) -> None:
