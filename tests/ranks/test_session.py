@@ -7,7 +7,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ import torch.distributed as dist
 
 from jobs import Ended, Job, run_ranks
 from shardsave._ranks import group as groups
-from shardsave._ranks.failures import StoreLost
 from shardsave._ranks.meeting import Call
 from shardsave._ranks.part import Timeouts
 from shardsave._ranks.session import Session, begin, begin_with

@@ -85,7 +85,7 @@ class Exchange:
             self._memory = SharedMemory.new(self._count * BLOCK_BYTES)
             self.peak_bytes += self._memory.nbytes
         self._near.start(token, self._memory)
-        self._far.start()
+        self._far.start(token)
         for block in self._blocks[: self._count]:
             self._open(block)
         if not self._blocks:
