@@ -111,9 +111,10 @@ def check_equal(module: nn.Module, expected: nn.Module) -> None:
     assert found.keys() == wanted.keys()
     for name, tensor in found.items():
         assert tensor.requires_grad == wanted[name].requires_grad, name
-        if any(type(placement).__name__ == "_StridedShard" for placement in getattr(tensor, "placements", ())[-1:]) and len(
-            tensor.placements
-        ) == 1:
+        if (
+            any(type(placement).__name__ == "_StridedShard" for placement in getattr(tensor, "placements", ())[-1:])
+            and len(tensor.placements) == 1
+        ):
             assert torch.equal(tensor._local_tensor, strided_rows(wanted[name].detach(), dist.get_rank())), name
             continue
         value = whole(tensor.detach())
