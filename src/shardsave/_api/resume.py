@@ -320,10 +320,10 @@ def _notes_on_flags(flags: RestoredFlags) -> Iterator[str]:
 
 @contextmanager
 def _in_state(state: str) -> Iterator[None]:
-    """Adds to our errors in which ``state`` things are."""
+    """Adds to our errors in which ``state`` things are; the error of another rank may say it already."""
     try:
         yield
     except ShardSaveError as error:
-        if not state:
+        if not state or str(error).endswith(state):
             raise
         raise type(error)(f"{error}; {state}") from error

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
-from typing import Literal
+from typing import Literal, NoReturn
 
 import numpy as np
 import torch
@@ -80,8 +80,9 @@ def _has_training(session: Session, training: DescribedTraining | None) -> bool:
     """Whether the ranks save a training state. Raises ValueError if only some of them do."""
     having = [bool(one) for one in session.exchange("training", b"" if training is None else b"1")]
     if any(having) and not all(having):
-        raise ValueError(
-            f"training= or rng=True was expected on all ranks, {session.name(having.index(False))} has none; nothing was written"
+        lacking = session.name(having.index(False))
+        _raise_on_first(
+            session, ValueError(f"training= or rng=True was expected on all ranks, {lacking} has none; nothing was written")
         )
     return all(having)
 
@@ -102,10 +103,18 @@ def _check_shared(session: Session, shared: bytes) -> None:
     ranks = [session.name(rank) for rank, found in enumerate(places) if found == [place]]
     others = sum(1 for found in places if found and found != [place])
     more = f"; {count(others, 'more rank')} differ elsewhere" if others else ""
-    raise UnsupportedTrainingError(
+    words = (
         f"cannot save {place}: the same on all ranks was expected, it differs between {session.name(0)} and {some(ranks)}{more}; what each "
         f"rank has for itself is marked by shardsave.PerRank; nothing was written"
     )
+    _raise_on_first(session, UnsupportedTrainingError(words))
+
+
+def _raise_on_first(session: Session, error: Exception) -> NoReturn:
+    """Raises ``error``, which all ranks have found: that of rank 0 on all."""
+    if session.rank > 0:
+        session.publish("the error of the first rank")
+    raise error
 
 
 def _written_here(entries: Sequence[Entry], rank: int) -> tuple[list[Entry], dict[str, StoredBox]]:
