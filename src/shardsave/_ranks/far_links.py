@@ -79,15 +79,15 @@ class FarLinks:
         """Whether this rank has given and taken all that it has to exchange with other hosts."""
         return not any(thread.is_alive() for thread in self._threads)
 
-    def start(self) -> None:
-        """Makes the group of the ranks that need it. Every rank calls it."""
+    def start(self, token: bytes) -> None:
+        """Makes the group of the ranks that need it. Every rank calls it, with the same ``token``, which was never used before."""
         if len({*self._session.hosts}) == 1:
             return
         mine = bool(self._owners or self._guests)
         answers = self._session.exchange("ranks that exchange between hosts", b"1" if mine else b"0")
         if not mine:
             return
-        self._gloo = Gloo(self._session, [rank for rank, answer in enumerate(answers) if answer == b"1"])
+        self._gloo = Gloo(self._session, [rank for rank, answer in enumerate(answers) if answer == b"1"], token.decode())
         for action in (self._send_all, self._receive_all):
             thread = threading.Thread(target=self._run, args=(action,), name="shardsave-parcels", daemon=True)
             self._threads.append(thread)

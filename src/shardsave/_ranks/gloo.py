@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from shardsave._ranks.group import job_store
 from shardsave.errors import ShardSaveError
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup, Work
+    from torch.distributed import ProcessGroupGloo, Work
 
     from shardsave._ranks.session import Session
 
@@ -29,14 +30,17 @@ _KEPT_BYTES = 64 << 20
 
 
 class Gloo:
-    """The group of ``members``, ranks of the session, which all make it at the same time. Raises as `Session.check`, and ShardSaveError."""
+    """The group of ``members``, ranks of the session, which all make it at the same time, with a ``name`` that no other group ever has.
 
-    def __init__(self, session: Session, members: Sequence[int]) -> None:
-        self._group: ProcessGroup | None = None
+    Raises what `Session.check` raises, and ShardSaveError.
+    """
+
+    def __init__(self, session: Session, members: Sequence[int], name: str) -> None:
+        self._group: ProcessGroupGloo | None = None
         self._position = {rank: position for position, rank in enumerate(members)}
         self._limit = timedelta(seconds=session.timeouts.phase)
         self._left: list[Work | torch.Tensor] = []
-        self._make(session, [session.names[rank] for rank in members])
+        self._connect(session, self._position[session.rank], len(members), name)
 
     def send(self, parcel: torch.Tensor, rank: int, tag: int) -> Work:
         """Sends bytes, the last `MARK_BYTES` of which become the mark; they must stay as they are until `sent`."""
@@ -75,26 +79,26 @@ class Gloo:
 
     def close(self) -> None:
         """Ends the group; no thread may use it any more."""
-        import torch.distributed as dist
-
-        dist.destroy_process_group(self._group)
         self._group = None
         self._left.clear()
 
-    def _make(self, session: Session, ranks: Sequence[int]) -> None:
-        """On a thread, since gloo waits for all ranks to come."""
+    def _connect(self, session: Session, rank: int, size: int, name: str) -> None:
+        """On a thread, since gloo waits for all ranks to come.
+
+        Not by `new_group`: that names a group by its ranks, and what an earlier one of the same ranks has left in the store misleads it.
+        """
         failures: list[BaseException] = []
 
-        def make() -> None:
+        def connect() -> None:
             import torch.distributed as dist
 
-            limit = timedelta(seconds=session.timeouts.rank)
             try:
-                self._group = dist.new_group([*ranks], timeout=limit, backend="gloo", use_local_synchronization=True)
+                store = dist.PrefixStore(f"shardsave/gloo/{name}", job_store().clone())
+                self._group = dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=session.timeouts.rank))
             except BaseException as error:
                 failures.append(error)
 
-        thread = threading.Thread(target=make, name="shardsave-group", daemon=True)
+        thread = threading.Thread(target=connect, name="shardsave-connect", daemon=True)
         thread.start()
         while thread.is_alive():
             thread.join(0.02)
