@@ -53,12 +53,9 @@ class Parts:
     """``run_of(owner)``: what each rank moves. ``takers(tensor, owner)``: which ranks take part in the tensor, each with which boxes;
     a rank may have several, and also the owner itself.
 
-<<<<<<< HEAD
-=======
     Many tensors are of few kinds, and what is computed for one is kept for the others.
     """
 
->>>>>>> w-exchange
     def __init__(self, run_of: Callable[[int], Run], takers: Callable[[Spread, int], Mapping[int, Sequence[Extent]]]) -> None:
         self._run_of = run_of
         self._takers = takers
