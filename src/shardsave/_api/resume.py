@@ -232,7 +232,7 @@ class _Resumption:
             if plan is not None:
                 self._read(reader, self._fresh)
                 plan.check()
-            self._job.meet("checked")  # no rank changes anything that another one may still refuse
+            self._job.checked()  # no rank changes anything that another one may still refuse
         if self.model is not None:
             with _in_state("the training state is unchanged" if plan is not None else ""):
                 self.model.fill(reader)
