@@ -6,4 +6,6 @@ import torch.distributed.device_mesh
 import torch.distributed.fsdp
 import torch.distributed.tensor.parallel  # noqa: F401
 
-import shardsave  # noqa: F401
+import shardsave
+import shardsave._ranks.save_job
+import shardsave._ranks.session  # noqa: F401

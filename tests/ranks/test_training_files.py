@@ -91,7 +91,7 @@ def resume_others(rank: int, folder: Path) -> dict[str, Any]:
     ends: dict[str, Any] = {}
     if dist.get_world_size() == 4:
         training = stages(3)
-        resumed = marked(training).resume(folder / "stages")
+        resumed = marked(training).resume(folder / "stages", strict=False)  # which has the other stage too
         training.state["epoch"] = resumed.values["epoch"]
         training.steps(2)
         ends["stages"] = training.digest()
@@ -150,7 +150,8 @@ def test_one_process(saved: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -
     training.state["optimizer"].state[training.model.up.weight]["exp_avg"][0, 0] += 1  # type: ignore[union-attr]
     training.save(tmp_path / "changed")
     report = shardsave.diff(tmp_path / "rows", tmp_path / "changed")
-    assert report.training is not None and set(report.training.changed) == {"optimizer/up.weight/exp_avg"}
+    assert report.training is not None
+    assert {name for name in report.training.changed if not name.startswith("rank ")} == {"optimizer/up.weight/exp_avg"}
 
 
 def save_on_one(rank: int, folder: Path) -> str:
