@@ -36,6 +36,8 @@ WRONG: list[Any] = [
     {"float": "one"}, {"complex": [1]}, {"bytes": "%"}, {"bytes": 3}, {"dtype": "Tensor"}, {"dtype": 3}, {"device": "cuda:99999999"},
     {"size": [-1]}, {"size": [10**300]}, {"scalar": ["int8", 300]}, {"scalar": ["O", 1]}, {"scalar": ["float32", "x"]}, {"other": 1},
     {"tuple": [], "list": []}, {"per_rank": "none"}, {"subclass": {}}, {"optimizer": {}}, {"module": {"class": 1}}, {"object": []},
+    {"tensor": "t", "placements": 5}, {"tensor": "t", "placements": ["shard"]}, {"tensor": "t", "placements": ["replicate"] * 99},
+    {"boxes": {}}, {"boxes": {"shape": [2], "dtype": "float32", "placements": [], "parts": []}},
     {"generator": {"class": "torch.Generator", "state": 3}}, nested(120), nested(300, "dict"), {"names": 3},
 ]  # fmt: skip
 

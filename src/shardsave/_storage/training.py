@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from shardsave._common.strict_json import glimpse
 from shardsave._format.boxes import BOXES, StoredBox, parse_boxes
 from shardsave._format.file_names import RANK_DOCUMENT, is_in_directory
-from shardsave._format.header import Header
 from shardsave._format.index import Part
 from shardsave._format.training_state import parse_rank_document, parse_training_index
 from shardsave._storage.boxes import assemble
@@ -62,8 +61,7 @@ def open_training(checkpoint: ShardFiles, part: Part, broken: Broken) -> Trainin
                 rank = int(match[1])
                 leaves[rank] = parse_rank_document(checkpoint.read_document(file), rank, f"part {file}")["leaves"]
             else:
-                header = _note_tensors(checkpoint, file, stored)
-                boxes.update(parse_boxes(header, f"shard {file}") if BOXES in index.requires else {})
+                boxes.update(_note_tensors(checkpoint, file, stored, has_boxes=BOXES in index.requires))
         except ShardSaveError as error:
             if broken is None:
                 raise
@@ -90,7 +88,10 @@ def _tensors(
     return stored
 
 
-def _note_tensors(checkpoint: ShardFiles, file: str, tensors: dict[str, Located]) -> Header:
+def _note_tensors(
+    checkpoint: ShardFiles, file: str, tensors: dict[str, Located], *, has_boxes: bool
+) -> dict[str, StoredBox]:
+    """Adds the tensors of ``file``. Returns which of them are boxes; none are, unless a file may have some."""
     opened, header = checkpoint.open_shard(file)
     checkpoint.hold(file, opened)
     if not tensors.keys().isdisjoint(header.tensors.names):
@@ -99,8 +100,9 @@ def _note_tensors(checkpoint: ShardFiles, file: str, tensors: dict[str, Located]
             f"corrupt shard {file}: names that no other file of the training state has were expected, {glimpse(repeated)} is also in "
             f"{tensors[repeated].shard}; nothing else of the training state was read"
         )
+    boxes = parse_boxes(header, f"shard {file}") if has_boxes else {}
     tensors.update(located(file, header))
-    return header
+    return boxes
 
 
 def bytes_in(folder: str) -> int:

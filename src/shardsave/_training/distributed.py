@@ -124,8 +124,11 @@ def read_boxes(content: Any, path: str, reader: Reader, like: torch.Tensor | Non
     if not are_placements(placements) or not all(type(size) is int and 0 <= size < 1 << 60 for size in shape):
         reader.corrupt(path, "a shape and placements were", shape)
     made_dtype = reader.value({"dtype": dtype}, path)
-    made = new_distributed(like, tuple(shape), made_dtype, placements)
-    _match(content, made, path, reader, lambda name, tensor: reader.read_into(name, tensor))
+    try:
+        made = new_distributed(like, tuple(shape), made_dtype, placements)
+    except (MemoryError, RuntimeError, OverflowError, TypeError, ValueError):  # the shape may be anything
+        reader.corrupt(path, f"the shape of a tensor of {glimpse(dtype)} was", shape)
+    _match(content, made, path, reader, reader.read_into)
     return made
 
 
