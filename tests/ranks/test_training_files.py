@@ -96,6 +96,8 @@ def resume_others(rank: int, folder: Path) -> dict[str, Any]:
         training.steps(2)
         ends["stages"] = training.digest()
     model = sharded(net(1))
+    shardsave.load_model(model, folder / "rows", part="ema", strict=False)
+    ends["ema"] = {f"ema {name}": parameter.detach().full_tensor() for name, parameter in model.named_parameters()}  # type: ignore[attr-defined]
     shadow = Shadow(model, 0.0)
     shardsave.resume(folder / "shadow", model, training={"shadow": shadow})
     ends["shadow"] = {name: tensor.full_tensor() for name, tensor in shadow.tensors.items()}  # type: ignore[attr-defined]
@@ -108,6 +110,7 @@ def test_what_belongs_to_a_rank_and_objects(saved: tuple[Path, list[dict[str, An
     folder, before = saved
     for rank, ends in enumerate(run_ranks(size, resume_others, folder)):
         assert differences(before[rank]["shadow"], ends["shadow"]) == []
+        assert differences({name: before[rank]["rows"][name] for name in ends["ema"]}, ends["ema"]) == []
         assert size != 4 or ends["stages"] == before[rank]["stages"]
 
 

@@ -56,8 +56,8 @@ SAVES: dict[str, tuple[Callable[[int, Training], Any], Outcome]] = {
         differing_epoch,
         (
             "UnsupportedTrainingError",
-            "rank 0: cannot save training['epoch']: the same on all ranks was expected, it differs between rank 0 and rank 1, rank 3; what each "
-            "rank has for itself is marked by shardsave.PerRank; nothing was written",
+            "rank 0: cannot save training['epoch']: the same on all ranks was expected, it differs between rank 0 and rank 1, rank 3; what "
+            "each rank has for itself is marked by shardsave.PerRank; nothing was written",
         ),
     ),
     "missing on one": (

@@ -11,18 +11,19 @@ from trainings import TRAININGS, WHOLE, differences
 import shardsave
 from jobs import run_ranks
 
-HALF = 10
+#: The number of steps before the save, and after it.
+STEPS = {**dict.fromkeys(TRAININGS, 3), "rows": 10}
 
 
 def train_and_save(rank: int, folder: Path) -> dict[str, Any]:
-    """Trains each for twenty steps, and saves it after ten. Returns the digest at the end, and everything at ten."""
+    """Trains each, and saves it half-way. Returns the digest at the end, and everything that was saved."""
     ends = {}
     for name, build in TRAININGS.items():
         training = build(0)
-        training.steps(HALF)
+        training.steps(STEPS[name])
         training.save(folder / name, max_shard_size="1kB")
         whole = training.whole()
-        training.steps(HALF)
+        training.steps(STEPS[name])
         ends[name] = training.digest(), whole
     return ends
 
@@ -32,7 +33,7 @@ def resume_and_train(rank: int, folder: Path) -> dict[str, Any]:
     for name, build in TRAININGS.items():
         training = build(5)
         resumed = training.resume(folder / name)
-        training.steps(HALF)
+        training.steps(STEPS[name])
         ends[name] = training.digest(), resumed.notes
     return ends
 

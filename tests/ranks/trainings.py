@@ -181,6 +181,8 @@ class MasterAdam(torch.optim.Optimizer):
                 average = torch.zeros_like(p, dtype=torch.float32)
                 state.update(master=p.float(), average=[average, average], note="text", count=0)
             state["count"] += 1
+            if p.dim() > 1:
+                state["rows"] = p.grad.float().abs().mean(-1)  # distributed, in another shape than the parameter
             state["average"][0].lerp_(p.grad.float(), 0.1)
             state["master"].sub_(state["average"][1], alpha=self.param_groups[0]["lr"])
             p.copy_(state["master"])

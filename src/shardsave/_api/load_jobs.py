@@ -33,7 +33,8 @@ def job_of_load(
 ) -> Iterator[LoadJob]:
     """Meets the other ranks if the load is collective. What one of them raises within the context is raised on all.
 
-    ``training``: a training state that is filled too. Raises TypeError, ValueError for a wrong ``process_group`` or ``rank_timeout``, and ShardSaveError if a rank does not come.
+    ``training``: a training state that is filled too. Raises TypeError, ValueError for a wrong ``process_group`` or ``rank_timeout``, and
+    ShardSaveError if a rank does not come.
     """
     module = model if isinstance(model, nn.Module) else None
     if module is not None:

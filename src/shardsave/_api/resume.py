@@ -34,6 +34,7 @@ from shardsave._loading.read import Target, TensorReader
 from shardsave._state.distributed_tensors import Parts, is_distributed
 from shardsave._storage.checkpoint import Checkpoint
 from shardsave._storage.located import Located
+from shardsave._training.distributed import part_to_fill
 from shardsave._training.places import RNG
 from shardsave._training.read_values import UNCHANGED
 from shardsave._training.restore import Options, RestorePlan, plan_restore
@@ -272,8 +273,8 @@ class _Resumption:
         if self._plan is None or self._checkpoint.training is None:
             return [], []
         tensors, parts = self._checkpoint.training.tensors, self._job.parts
-        fresh: list[Target] = [(tensors[name], _part_here(tensor, parts)) for name, tensor in self._plan.fresh]
-        return fresh, [(tensors[name], _part_here(tensor, parts)) for name, tensor in self._plan.in_place]
+        fresh: list[Target] = [(tensors[name], _part_here(name, tensor, parts)) for name, tensor in self._plan.fresh]
+        return fresh, [(tensors[name], _part_here(name, tensor, parts)) for name, tensor in self._plan.in_place]
 
     def _check_shared_memory(self) -> None:
         if self.model is None or self._plan is None or self._checkpoint.training is None or not self._plan.filled:
@@ -293,8 +294,9 @@ class _Resumption:
             self.notes += ("training: it was saved, and was not asked for",)
 
 
-def _part_here(tensor: torch.Tensor, parts: Parts | None) -> torch.Tensor | Spread:
-    return parts.read(tensor).spread if parts is not None and is_distributed(tensor) else tensor
+def _part_here(name: str, tensor: torch.Tensor, parts: Parts | None) -> torch.Tensor | Spread:
+    """``tensor``, which is filled from the stored tensor ``name``, or its part in this process."""
+    return part_to_fill(name, tensor, parts).spread if parts is not None and is_distributed(tensor) else tensor
 
 
 def _nbytes_here(located: Located, into: torch.Tensor | Spread | None) -> int:

@@ -37,7 +37,8 @@ def job_of_save(
 ) -> Iterator[Job]:
     """Meets the other ranks if the save is collective. What one of them raises within the context is raised on all.
 
-    ``training``: a training state that is saved too. Raises TypeError, ValueError for a wrong ``process_group``, and ShardSaveError if a rank does not come.
+    ``training``: a training state that is saved too. Raises TypeError, ValueError for a wrong ``process_group``, and ShardSaveError if
+    a rank does not come.
     """
     group = collective_group(source, process_group, training)
     if group is None:

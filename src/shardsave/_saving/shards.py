@@ -218,10 +218,8 @@ class ShardWriter:
             self._write_group([self._shards[n] for n in group], [self._names[n] for n in group], progress)
         self.records.update({name: self.records.pop(name) for name in self._names})  # the index has them in the planned order
 
-    def write_apart(
-        self, shards: Mapping[str, PlannedShard], documents: Mapping[str, bytes], progress: Progress
-    ) -> None:
-        """Writes more shards, of which this process has all bytes itself, and files with ``documents``; nothing can be written after that."""
+    def write_apart(self, shards: Mapping[str, PlannedShard], documents: Mapping[str, bytes], progress: Progress) -> None:
+        """Writes more shards, of which this process has all bytes itself, and files with ``documents``; nothing else after that."""
         if shards:
             self._names, self._shards, self._supply = [*shards], [*shards.values()], None
             self.write(progress)

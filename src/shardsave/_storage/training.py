@@ -88,9 +88,7 @@ def _tensors(
     return stored
 
 
-def _note_tensors(
-    checkpoint: ShardFiles, file: str, tensors: dict[str, Located], *, has_boxes: bool
-) -> dict[str, StoredBox]:
+def _note_tensors(checkpoint: ShardFiles, file: str, tensors: dict[str, Located], *, has_boxes: bool) -> dict[str, StoredBox]:
     """Adds the tensors of ``file``. Returns which of them are boxes; none are, unless a file may have some."""
     opened, header = checkpoint.open_shard(file)
     checkpoint.hold(file, opened)

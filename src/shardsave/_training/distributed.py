@@ -107,13 +107,18 @@ def new_distributed(like: Any, shape: tuple[int, ...], dtype: torch.dtype, place
     return made if made.device == like.device else made.to(like.device)
 
 
-def existing_part(path: str, tensor: torch.Tensor, parts: Parts) -> tuple[torch.Tensor, Hashable]:
-    """The memory of a distributed tensor that is to be filled, and what is equal for the same memory. Raises UnsupportedTensorError."""
+def part_to_fill(path: str, tensor: torch.Tensor, parts: Parts) -> Part:
+    """The part of ``tensor`` in this process, to be filled. Raises UnsupportedTensorError if its elements cannot be located."""
     try:
-        part = parts.read(tensor)
+        return parts.read(tensor)
     except NotReadable as error:
         raise UnsupportedTensorError(f"cannot fill {path}: {error.expected}, {error.found}; nothing was changed") from None
-    return part.local, memory_key(part.local) if part.local.numel() else id(tensor)
+
+
+def existing_part(path: str, tensor: torch.Tensor, parts: Parts) -> tuple[torch.Tensor, Hashable]:
+    """The memory of a distributed tensor that is to be filled, and what is equal for the same memory. Raises UnsupportedTensorError."""
+    local = part_to_fill(path, tensor, parts).local
+    return local, memory_key(local) if local.numel() else id(tensor)
 
 
 def read_boxes(content: Any, path: str, reader: Reader, like: torch.Tensor | None) -> torch.Tensor:
@@ -152,7 +157,7 @@ def _match(content: Any, tensor: torch.Tensor, path: str, reader: Reader, read: 
     if not all(type(part) is list and len(part) == 2 and type(part[0]) is list for part in parts):
         reader.corrupt(path, "boxes were", parts)
     assert reader.parts is not None
-    chunks = reader.parts.read(tensor).spread.local
+    chunks = part_to_fill(path, tensor, reader.parts).spread.local
     stored = [(begin, list(reader.stored(name, path).shape)) for begin, name in parts]
     if stored != [(list(chunk.begin), list(chunk.tensor.shape)) for chunk in chunks]:
         _differs(path, reader, "it was distributed in another way than here")
