@@ -54,7 +54,6 @@ def is_distributed(tensor: torch.Tensor) -> bool:
 
 def is_parameter(tensor: torch.Tensor) -> bool:
     """Whether a plain or a distributed tensor is a Parameter."""
-    kind = type(tensor)
     # torch marks Parameters of other classes with this attribute; `isinstance` looks for it too, but ten times more slowly.
     return type(tensor) is nn.Parameter or (is_distributed(tensor) and getattr(tensor, "_is_param", False))
 
