@@ -60,13 +60,11 @@ def job_store() -> Store:
     try:
         from torch.distributed.distributed_c10d import _get_default_store
 
-        store = _get_default_store()
-        store.clone  # noqa: B018  # torch has it since 2.8
-    except (ImportError, AttributeError) as error:
+    except ImportError as error:
         raise RuntimeError(
-            f"cannot reach the store of torch.distributed: torch 2.8 or newer was expected, found {torch.__version__}, of another make"
+            f"cannot reach the store of torch.distributed: `_get_default_store` was expected in torch, {torch.__version__} has none"
         ) from error
-    return cast(Store, store)
+    return cast(Store, _get_default_store())
 
 
 def this_host() -> Host:

@@ -5,7 +5,9 @@ One thread uses it. A call blocks as long as the process that serves the store i
 
 from __future__ import annotations
 
+import os
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -18,6 +20,12 @@ _INLINE = 1 << 14
 _BATCH = 64
 #: What `compare_set` returns for a key that is not there: values never begin with it.
 _NOTHING = b"-"
+
+
+#: The connection of this process to each store. It lives as long as the store: for every new one torch asks the name service for the
+#: names of both ends, in the only thread of the store's server too, and all ranks wait for as long as no answer comes.
+_connections: weakref.WeakKeyDictionary[Store, Store] = weakref.WeakKeyDictionary()
+os.register_at_fork(after_in_child=_connections.clear)
 
 
 class Line:
@@ -34,14 +42,18 @@ class Line:
         self._store: Store | None = None
 
     def open(self) -> None:
-        """Makes the connection."""
+        """Makes the connection, or takes that of an earlier session."""
         self._store = self._original
         with self._called() as store:
-            self._store = store.clone()
+            self._store = _connections.get(store) or store.clone()
+        _connections[store] = self._store
 
     def close(self) -> None:
-        """Ends the connection."""
         self._store = None
+
+    def give_up(self) -> None:
+        """The connection is broken, or blocked for ever: later sessions make a new one. Any thread may call it."""
+        _connections.pop(self._original, None)
 
     def set(self, key: str, value: bytes) -> None:
         with self._called(len(key) + len(value)) as store:
@@ -129,6 +141,7 @@ class Line:
                 raise StoreLost("the connection is closed")
             yield self._store
         except RuntimeError as error:  # all errors of a store are
+            self.give_up()
             raise StoreLost(str(error).partition("\n")[0]) from error  # torch adds the trace of its C++ code
         finally:
             self.call = None

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from shardsave._ranks.failures import Failure, unpacked
@@ -21,6 +21,8 @@ from shardsave._ranks.pauses import pauses_for
 from shardsave._ranks.roll import Roll, listed
 
 _BATCH = 64
+#: So many times the limit the other ranks wait for rank 0.
+_PATIENCE = 1.25
 
 
 class Call(NamedTuple):
@@ -78,12 +80,19 @@ class Meeting:
         self._seconds = seconds
         self._given_up = given_up
         self._pauses = pauses_for(len(members.names))
-        self._end = time.monotonic() + seconds
+        # the others hear the verdict of rank 0 before they give up, if they have come at the same time
+        self._end = time.monotonic() + seconds * (1 if members.rank == 0 else _PATIENCE)
         self._mine = _Arrival(os.urandom(8).hex(), call.digest, *host)
 
     def meet(self) -> Met:
         """Raises NotMet, with the same failure on all ranks that have come."""
-        return self._lead() if self._members.rank == 0 else self._follow()
+        met = self._lead() if self._members.rank == 0 else self._follow()
+        self._line.delete(_graves.pop((self._members.key, self._members.rank), []))
+        return met
+
+    def bury(self, keys: list[str]) -> None:
+        """Keys that a rank may still want to read that is taken for lost: they are deleted when all ranks have met again."""
+        _graves.setdefault((self._members.key, self._members.rank), []).extend(keys)
 
     def leave(self) -> None:
         """Removes what this rank has set."""
@@ -94,14 +103,18 @@ class Meeting:
         self._line.set(f"called/{self._members.rank}", json.dumps(self._call).encode())
         self._line.set(f"arrived/{self._members.rank}", " ".join(self._mine).encode())
         key = f"answer/{self._mine.token}"
+        came: set[int] = set()
         while (answer := self._line.peek(key)) is None and not self._late():
             time.sleep(self._pauses.rest())
             self._pauses.due()
+            if not came and self._end - time.monotonic() < self._seconds / 8:
+                came = self._present()  # those that came at about the same time leave at about the same time
         if answer is None:
+            came |= self._present()
             self.leave()
             answer = self._line.peek(key)  # rank 0 may have answered in the meantime: then it knows nothing of our leaving
         if answer is None:
-            raise NotMet(self._nobody_answers())
+            raise NotMet(self._did_not_come([rank for rank in range(len(self._members.names)) if rank not in came]))
         self._line.delete([key])
         kind, _, text = answer.partition(b" ")
         if kind == b"failure":
@@ -110,10 +123,10 @@ class Meeting:
         session, host, leader, hosts = text.decode().split()
         return Met(session, int(host), int(leader), int(hosts))
 
-    def _nobody_answers(self) -> Failure:
-        others = [rank for rank in range(1, len(self._members.names)) if rank != self._members.rank]
-        missing = [0, *(rank for rank in others if not self._line.has([f"arrived/{rank}"]))]
-        return self._did_not_come(missing)
+    def _present(self) -> set[int]:
+        """Who is waiting for rank 0. In a large group nobody looks, for all would do so at once."""
+        size = len(self._members.names)
+        return {rank for rank in range(1, size) if size > _BATCH or self._line.has([f"arrived/{rank}"])}
 
     def _did_not_come(self, missing: list[int]) -> Failure:
         names = listed([self._members.names[rank] for rank in missing])
@@ -127,12 +140,13 @@ class Meeting:
         answered = _answered.setdefault(self._members.key, {})
         arrivals = self._arrivals(answered)
         failure = self._disagreement(arrivals)
-        if failure is None and (missing := [rank for rank in range(len(self._members.names)) if rank not in arrivals]):
+        if self._given_up():
+            failure = Failure("", f"rank {self._members.names[0]} was interrupted")
+        elif failure is None and (missing := [rank for rank in range(len(self._members.names)) if rank not in arrivals]):
             failure = self._did_not_come(missing)
         answered.update((rank, arrival.token) for rank, arrival in arrivals.items())
         if failure is not None:
-            text = b"failure " + failure.packed()
-            self._line.set_all({f"answer/{arrivals[rank].token}": text for rank in arrivals if rank})
+            self._answer(arrivals, dict.fromkeys(arrivals, b"failure " + failure.packed()))
             raise NotMet(failure)
         return self._open(arrivals)
 
@@ -190,11 +204,20 @@ class Meeting:
         roll = Roll(tuple(hosts[arrival.host] for arrival in arrivals.values()), tuple(names.values()), self._members.names)
         session, leaders = os.urandom(8).hex(), roll.leaders()
         self._line.set_all({f"{session}/beat/{host}": b"0" for host in range(len(hosts))})
-        answers = [f"session {session} {host} {leaders[host]} {len(hosts)}" for host in roll.hosts]
-        self._line.set_all({f"answer/{arrivals[rank].token}": answers[rank].encode() for rank in arrivals if rank})
-        again = self._line.get_all([f"arrived/{rank}" for rank in arrivals if rank])
-        gone = tuple(rank for rank, value in enumerate(again, 1) if value is None)
-        return Met(session, 0, 0, len(hosts), roll, gone)
+        texts = {
+            rank: f"session {session} {host} {leaders[host]} {len(hosts)}".encode() for rank, host in enumerate(roll.hosts)
+        }
+        return Met(session, 0, 0, len(hosts), roll, self._answer(arrivals, texts))
+
+    def _answer(self, arrivals: dict[int, _Arrival], texts: Mapping[int, bytes]) -> tuple[int, ...]:
+        """Gives each rank its answer. Returns those that have left in the meantime."""
+        others = [rank for rank in arrivals if rank]
+        keys = {rank: f"answer/{arrivals[rank].token}" for rank in others}
+        self._line.set_all({keys[rank]: texts[rank] for rank in others})
+        again = self._line.get_all([f"arrived/{rank}" for rank in others])
+        gone = tuple(rank for rank, value in zip(others, again, strict=True) if value is None)
+        self._line.delete([keys[rank] for rank in gone])
+        return gone
 
     def _late(self) -> bool:
         return time.monotonic() > self._end or self._given_up()
@@ -202,4 +225,7 @@ class Meeting:
 
 #: By group: the last token that each rank was answered, on rank 0.
 _answered: dict[str, dict[int, str]] = {}
+#: By group and rank: keys of sessions that ended with the loss of a rank.
+_graves: dict[tuple[str, int], list[str]] = {}
 os.register_at_fork(after_in_child=_answered.clear)
+os.register_at_fork(after_in_child=_graves.clear)

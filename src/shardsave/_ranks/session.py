@@ -46,7 +46,7 @@ _STALL = 0.5
 class Session:
     """What the ranks of one call have in common: made by `begin`, used by one thread; `check` and `report_loss` by any.
 
-    ``names``: the number of each rank in the job. ``hosts``: that of its host; ranks with the same number may share memory.
+    ``names``: the number of each rank in the job. ``hosts``: the number of each rank's host; ranks of one host may share memory.
 
     As a context manager it ends the call: an error of one rank is raised on all, and nothing of the session is left.
     """
