@@ -98,7 +98,7 @@ def test_a_write_from_windows(tmp_path: Path, access: str) -> None:
 @pytest.mark.usefixtures("engine_name")
 def test_a_read_into_windows(tmp_path: Path) -> None:
     """Catches a window that is given back before the file has been read into it, and other pieces that do not get their bytes."""
-    planned, tensors, begins = plan()
+    planned, tensors, _ = plan()
     whole = b"".join(bytes(t.numpy()) for t in tensors)
     (tmp_path / "file").write_bytes(whole)
     targets = [torch.zeros_like(t) for t in tensors]
