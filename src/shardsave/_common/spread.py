@@ -9,7 +9,7 @@ import torch
 
 from shardsave._common.assembled import Assembled, Chunk
 from shardsave._common.layouts import Extent, Layout, Placed
-from shardsave._common.senders import senders
+from shardsave._common.senders import senders, sent
 from shardsave._common.sources import TensorSource
 
 
@@ -72,25 +72,21 @@ class Spread:
 
     def sent(self, rank: int, owner: int, hosts: Sequence[int]) -> tuple[Extent, ...]:
         """Of `senders`, the boxes that ``rank`` gives to ``owner``."""
-        return tuple(box for sender, box in self.senders(owner, hosts) if sender == rank)
+        return sent(self.layout, rank, owner, hosts)
 
     def cast(self, dtype: torch.dtype) -> Spread:
         """The same elements, cast to ``dtype`` on their way to the file."""
         return Spread(dtype, self.layout, self.local)
 
 
-def local_chunks(layout: Layout, rank: int, local: torch.Tensor) -> tuple[Chunk, ...]:
+def local_chunks(layout: Placed, rank: int, local: torch.Tensor) -> tuple[Chunk, ...]:
     """``local``, the tensor in which ``rank`` holds its part of ``layout``, as the boxes of it.
 
     Raises ValueError, with the shape that was expected, if ``local`` has another one.
     """
-    boxes = layout.boxes(rank)
-    if isinstance(layout, Placed):
-        sizes, inside = layout.inside(rank)
-    else:
-        sizes, inside = (boxes[0][1] if boxes else local.shape), ()
-    if local.shape != sizes and (boxes or local.numel()):
+    sizes, inside = layout.local(rank)
+    if local.shape != sizes and (inside or local.numel()):
         raise ValueError(f"shape {list(sizes)} was expected on this rank, it has {list(local.shape)}")
-    if len(boxes) == 1:
-        return (Chunk(boxes[0][0], local),)
-    return tuple(Chunk(begin, local[place]) for (begin, _), place in zip(boxes, inside))
+    if len(inside) == 1:
+        return (Chunk(inside[0].begin, local),)
+    return tuple(Chunk(begin, local[place]) for begin, place in inside)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from shardsave._common.sources import ByteSource
 from shardsave._engine import engine
 from shardsave._engine.blocks import Blocks, blocks
 from shardsave._engine.totals import Totals
-from shardsave._engine.transfer import BLOCK_BYTES, Transfer, TransferFault
+from shardsave._engine.transfer import BLOCK_BYTES, Transfer, TransferFault, Windows
 from shardsave._format.crc64 import crc64, joined
 from shardsave._format.dtypes import BY_TORCH, logical_shape
 from shardsave._format.header import encode_header, with_sums
@@ -63,6 +63,13 @@ class PlannedShard:
     def with_sources(self, new: Mapping[int, ByteSource]) -> PlannedShard:
         """The same shard with other sources of the same bytes: `id` of a source → what takes its place."""
         return replace(self, pieces=[new.get(id(piece), piece) for piece in self.pieces])
+
+
+class Supply(Protocol):
+    """Brings the bytes of pieces that other processes hold."""
+
+    def windows(self, group: Sequence[PlannedShard]) -> Windows:
+        """The windows of the engine's run that writes ``group``."""
 
 
 class UnchangedShard(NamedTuple):
@@ -142,7 +149,7 @@ class ShardWriter:
     """Writes shards in groups that the descriptor limit allows, and collects what the index and the report need.
 
     ``records``: file name → what the index records of a shard. ``file_records``: the same with checksums of whole files, which are
-    computed only with ``whole_sums``.
+    computed only with ``whole_sums``. ``supply``: brings what other processes hold; shards are then written in the order given.
     """
 
     def __init__(
@@ -154,6 +161,7 @@ class ShardWriter:
         *,
         durable: bool,
         whole_sums: bool,
+        supply: Supply | None = None,
     ) -> None:
         self.records: dict[str, ShardRecord] = {}
         self.file_records: dict[str, FileRecord] = {}
@@ -166,6 +174,7 @@ class ShardWriter:
         self._watch = watch
         self._durable = durable
         self._whole_sums = whole_sums
+        self._supply = supply
 
     def reserve(self) -> None:
         """Allocates the memory that the engine will need, before anything is written."""
@@ -190,7 +199,7 @@ class ShardWriter:
     def write(self, progress: Progress) -> None:
         """Writes and seals all shards: each is then complete, synced and closed under its staged name."""
         step = min(descriptor_allowance(), _MAX_OPEN_SHARDS)
-        urgent = [self._watch.is_urgent(shard.pieces) for shard in self._shards]
+        urgent = [self._supply is None and self._watch.is_urgent(shard.pieces) for shard in self._shards]
         order = sorted(range(len(self._shards)), key=lambda number: not urgent[number])
         for first in range(0, len(order), step):
             group = order[first : first + step]
@@ -239,6 +248,7 @@ class ShardWriter:
                 start_writeback=self._durable,
                 workers=self._watch.workers,
                 taken=taken,
+                windows=self._supply.windows(group) if self._supply is not None else None,
                 tick=tick,
             )
         except TransferFault as fault:

@@ -1,0 +1,251 @@
+"""Moves bytes between ranks, block by block: the owner of a block has a window of memory for it, in which the other ranks work.
+
+The owner's engine takes blocks in an order. When the window of a block may be used, the owner *opens* it for the ranks that take part in
+it; each does its work there (a save: fills in its boxes; a load: takes out its boxes) and reports that it is *done*. Within a host the
+window is memory that these ranks share (`host_links.py`); between hosts its parts travel as parcels (`far_links.py`).
+
+No cycle of ranks can wait for each other: a rank works whenever a window is opened for it, and an owner opens the window of a block as
+soon as an earlier block, which an engine that takes blocks in order already has, does not need the memory any more.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from shardsave._engine.transfer import BLOCK_BYTES
+from shardsave._ranks.far_links import FarLinks
+from shardsave._ranks.host_links import HostLinks, Lost
+from shardsave._ranks.windows import SharedMemory
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from shardsave._ranks.session import Session
+    from shardsave._ranks.traffic import Traffic
+
+#: How many windows a rank has for the blocks that it owns. More would let fast ranks work further ahead, and take more memory.
+WINDOWS = 4
+
+#: How long an owner's worker waits before it looks whether its run still goes on, and a rank before it looks for errors; in seconds.
+_WAIT = 0.05
+
+
+class _Block:
+    """A block with a window, on its owner. ``open``: the window may be used for it. ``missing``: ranks that are not yet done with it;
+    None until it was opened for them."""
+
+    __slots__ = ("missing", "number", "open", "place", "worked")
+
+    def __init__(self, number: int, place: int) -> None:
+        self.number = number
+        self.place = place
+        self.open = self.worked = False
+        self.missing: set[int] | None = None
+
+
+class Exchange:
+    """``owners``: the ranks that own any blocks. ``windowed``: the numbers of this rank's blocks that need a window, ascending.
+
+    ``traffic``: what each rank does in a block; in a save the ranks fill windows, in a load they empty them.
+    Threads: `take` and `give_back` are for the engine's workers, the rest for the thread that made it.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        owners: Sequence[int],
+        windowed: Sequence[int],
+        traffic: Traffic,
+    ) -> None:
+        self.sent_bytes = self.received_bytes = 0
+        self._session = session
+        self._traffic = traffic
+        self._inward = traffic.way == "in"
+        self._blocks = [_Block(number, place) for place, number in enumerate(windowed)]
+        self._by_number = {block.number: block for block in self._blocks}
+        self._count = min(WINDOWS, len(windowed))
+        self._complete = 0
+        self._memory: SharedMemory | None = None
+        self._changed = threading.Condition()
+        self._error: BaseException | None = None
+        here = session.hosts[session.rank]
+        others = [rank for rank in owners if rank != session.rank]
+        self._near = HostLinks(
+            self, session, [rank for rank in others if session.hosts[rank] == here], listens=session.rank in owners
+        )
+        self._far = FarLinks(self, session, traffic, [rank for rank in others if session.hosts[rank] != here], windowed)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory that this rank had for windows and parcels."""
+        return self._far.buffers.peak_bytes + self._count * BLOCK_BYTES
+
+    def start(self) -> None:
+        """Connects to the other ranks. Raises what `Session.check` raises, and ShardSaveError."""
+        self._traffic.follow_caller()
+        token = self._session.publish("exchange", HostLinks.new_token() if self._session.leads else None)
+        if self._count:
+            self._memory = SharedMemory.new(self._count * BLOCK_BYTES)
+        self._near.start(token, self._memory)
+        self._far.start(token)
+        for block in self._blocks[: self._count]:
+            self._open(block)
+        if not self._blocks:
+            self._end()
+
+    def take(self, number: int) -> memoryview | None:
+        """The window of a block, once it is open (way "out"), or once all ranks are done with it ("in"); None after a short wait."""
+        block = self._by_number[number]
+        if not self._wait(lambda: block.open):
+            return None
+        if self._inward:
+            if not block.worked:
+                self._traffic.in_window(self._session.rank, number, self._address(block))
+                block.worked = True
+            if not self._wait(lambda: not block.missing):
+                return None
+        assert self._memory is not None
+        begin = block.place % self._count * BLOCK_BYTES
+        return self._memory.view[begin : begin + BLOCK_BYTES]
+
+    def give_back(self, number: int) -> None:
+        """The engine has written the window, or has read the file into it."""
+        block = self._by_number[number]
+        if self._inward:
+            self._completed(block)
+            return
+        self._traffic.in_window(self._session.rank, number, self._address(block))
+        self._invite(block)
+
+    def done(self, rank: int, number: int) -> None:
+        """Called by links: another rank is done with a block of this one."""
+        block = self._by_number[number]
+        with self._changed:
+            assert block.missing is not None
+            block.missing.remove(rank)
+            last = not block.missing
+            self._changed.notify_all()
+        if last and not self._inward:
+            self._completed(block)
+
+    def visit(self, owner: int, number: int, address: int) -> None:
+        """Called by links: the window of a block of ``owner`` is open for this rank."""
+        self.count(self._traffic.in_window(owner, number, address))
+
+    def count(self, nbytes: int) -> None:
+        """Called by links: this rank has given or taken ``nbytes`` of another one's block."""
+        with self._changed:
+            if self._inward:
+                self.sent_bytes += nbytes
+            else:
+                self.received_bytes += nbytes
+
+    def fail(self, error: BaseException) -> None:
+        """Called by links when something failed on their threads."""
+        with self._changed:
+            self._error = self._error or error
+            self._changed.notify_all()
+
+    def finish(self) -> None:
+        """Waits until the other ranks are done with this rank's blocks, and this one with theirs. Raises as `start`."""
+        while not self._wait(lambda: self._complete == len(self._blocks) and self._near.ended and self._far.ended):
+            self._session.check()
+
+    def close(self) -> None:
+        """Ends everything, after success and after any error. Never waits for other ranks."""
+        self._near.close()
+        self._far.close()
+        if self._memory is not None:
+            self._memory.close()
+
+    def wake(self) -> None:
+        """Called by links when they have ended."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def _address(self, block: _Block) -> int:
+        assert self._memory is not None
+        return self._memory.address + block.place % self._count * BLOCK_BYTES
+
+    def _open(self, block: _Block) -> None:
+        """The window of ``block`` may be used for it."""
+        if self._inward:
+            self._invite(block)
+        with self._changed:
+            block.open = True
+            self._changed.notify_all()
+
+    def _invite(self, block: _Block) -> None:
+        """Opens the window for the ranks that take part in ``block``."""
+        taking = self._traffic.taking(block.number)
+        with self._changed:
+            block.missing = {*taking}
+            if self._inward:
+                self.received_bytes += sum(taking.values())
+            else:
+                self.sent_bytes += sum(taking.values())
+        for rank, nbytes in taking.items():
+            if self._session.hosts[rank] == self._session.hosts[self._session.rank]:
+                self._near.open(rank, block.number, block.place % self._count)
+            else:
+                self._far.open(rank, block.number, nbytes, self._address(block))
+        if not self._inward:
+            self._far.invited(block.number)
+        if not taking and not self._inward:
+            self._completed(block)
+
+    def _completed(self, block: _Block) -> None:
+        """Nobody needs the window of ``block`` any more: it is opened for a later one."""
+        with self._changed:
+            self._complete += 1
+            all_complete = self._complete == len(self._blocks)
+            self._changed.notify_all()
+        if block.place + self._count < len(self._blocks):
+            self._open(self._blocks[block.place + self._count])
+        if all_complete:
+            self._end()
+
+    def _end(self) -> None:
+        """This rank opens no more windows."""
+        self._near.end()
+        self._far.end()
+
+    def _wait(self, true: Callable[[], bool]) -> bool:
+        """Whether ``true()`` within a short time. Raises the error of this exchange."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._error is not None or self._lost() or true(), _WAIT)
+            if self._error is not None:
+                raise self._error
+            if not self._lost() or true():
+                return true()
+        self._report_lost()
+        return False
+
+    def _lost(self) -> list[Lost]:
+        return [*self._near.lost.values(), *self._far.lost.values()]
+
+    def _report_lost(self) -> None:
+        """A rank that said that it leaves tells its error; one that did not is dead. Raises the error of the job."""
+        for rank, said in self._lost():
+            if not said:
+                self._session.report_loss(rank, "its process has closed the connection over which tensors were exchanged")
+        time.sleep(_WAIT)
+
+
+class RunWindows:
+    """The windows of one run of the owner's engine, whose first block is number ``first`` of the owner's."""
+
+    def __init__(self, exchange: Exchange, first: int, of_block: NDArray[np.bool_]) -> None:
+        self.of_block = of_block
+        self._exchange = exchange
+        self._first = first
+
+    def take(self, block: int) -> memoryview | None:
+        return self._exchange.take(self._first + block)
+
+    def give_back(self, block: int) -> None:
+        self._exchange.give_back(self._first + block)
