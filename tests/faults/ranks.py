@@ -177,7 +177,7 @@ def is_killed_at_random(folder: Path, first: bool, victim: int, fate: Fate, numb
     """A rank gets a SIGKILL at a random moment, or a SIGSTOP, after which it is as silent as one whose network is cut."""
     chance = random.Random(victim)
     bench = Bench(folder, first)
-    kills = int(os.environ.get("SHARDSAVE_KILLS", "20"))
+    kills = int(os.environ.get("SHARDSAVE_RANK_KILLS", "20"))
     seconds = 0.1
     for trial in range(kills):
         bench.reset()
