@@ -219,7 +219,6 @@ def judge_loss(bench: Bench, ends: list[Ended], lost: int) -> None:
 
 SCENARIOS: dict[str, tuple[Callable[[Path, bool, int, Fate, int], int], list[tuple[Fate, int]]]] = {
     "fails": (fails, [(Fate.FAIL, errno.EIO), (Fate.FAIL, errno.ENOSPC), (Fate.FAIL_AFTER, errno.EIO)]),
-    "fails_once": (fails, [(Fate.FAIL, errno.EIO)]),
     "is_killed": (is_killed, [(Fate.KILL, 0)]),
     "is_killed_at_random": (is_killed_at_random, [(Fate.PASS, 0)]),
 }
