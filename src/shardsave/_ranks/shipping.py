@@ -17,8 +17,6 @@ from shardsave._ranks.traffic import Traffic
 from shardsave._saving.shards import PlannedShard, plan_blocks
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from shardsave._common.sources import ByteSource
     from shardsave._ranks.session import Session
 
@@ -72,9 +70,10 @@ class Shipping:
 
     def windows(self, group: Sequence[PlannedShard]) -> RunWindows:
         """The windows of the engine's run that writes ``group``, the next shards of ``own``."""
-        count = len(plan_blocks(group).table)
-        first, self._next = self._next, self._next + count
-        return RunWindows(self._exchange, first, self._windowed[first : first + count])
+        files = self._run(self._session.rank).blocks.table[:, 0]
+        first, stop = np.searchsorted(files, [self._next, self._next + len(group)]).tolist()
+        self._next += len(group)
+        return RunWindows(self._exchange, first, self._windowed[first:stop])
 
     def finish(self) -> None:
         """Waits until the other ranks have taken everything from this one: local tensors are then read no more.
@@ -135,4 +134,3 @@ def _without_replicas(layout: Layout) -> Mapping[int, Sequence[Extent]] | None:
     boxes = {rank: held for rank in layout.ranks if (held := layout.boxes(rank))}
     elements = sum(math.prod(sizes) for held in boxes.values() for _, sizes in held)
     return boxes if elements == math.prod(layout.shape) else None
-

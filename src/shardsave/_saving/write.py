@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from contextlib import closing
 from functools import partial
 from typing import NamedTuple
@@ -20,7 +21,7 @@ from shardsave._saving.frozen import remember
 from shardsave._saving.job import ALONE, Committed, Job, Names, Prepared, Written
 from shardsave._saving.reuse import Reuse as Reuse
 from shardsave._saving.reuse import Unchanged, find_unchanged, take_over
-from shardsave._saving.shards import ShardWriter
+from shardsave._saving.shards import ShardWriter, UnchangedShard
 from shardsave._saving.watch import UNWATCHED as UNWATCHED
 from shardsave._saving.watch import Watch as Watch
 from shardsave._storage.transaction import Transaction
@@ -75,6 +76,8 @@ def write_checkpoint(
             whole_sums = contents.single_file is not None
             writer = ShardWriter(files, share.shards, watch, durable=durable, whole_sums=whole_sums, supply=share.supply)
             writer.reserve()
+            own = [*share.shards.values(), *share.apart.values()]
+            progress.expect(sum(shard.layout.data_bytes for shard in own) + _taken_bytes(taken))
             job.stage(lead.stage)
             planned = time.perf_counter()
             writer.add_taken(taken, progress)
@@ -103,13 +106,17 @@ def write_checkpoint(
         directory_bytes=directory_bytes,
         taken=tuple(taken),
         bytes_written=sum(shard.layout.data_bytes for shard in prepared.to_write.values()) + _bytes_of_others(contents),
-        bytes_reused=sum(shard.planned.layout.data_bytes for shard in taken.values()),
+        bytes_reused=_taken_bytes(taken),
     )
 
 
 def _bytes_of_others(contents: Contents) -> int:
     """The bytes of tensors in the files that other processes write into directories of parts."""
     return sum(other.data_bytes for directory in contents.directories for other in directory.others.values())
+
+
+def _taken_bytes(taken: Mapping[str, UnchangedShard]) -> int:
+    return sum(shard.planned.layout.data_bytes for shard in taken.values())
 
 
 class _Lead:
