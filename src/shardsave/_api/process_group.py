@@ -59,4 +59,6 @@ def _has_dtensor(source: Union[nn.Module, Mapping[str, Any], Iterable[Any], None
         return False
     if isinstance(source, nn.Module):
         return any(map(is_dtensor, source.parameters())) or any(map(is_dtensor, source.buffers()))
+    if isinstance(source, torch.Tensor) or not isinstance(source, Iterable):
+        return False  # the verb itself says what is wrong
     return any(map(is_dtensor, source.values() if isinstance(source, Mapping) else source))
