@@ -65,8 +65,9 @@ def _has_dtensor(source: Union[nn.Module, Mapping[str, Any], Iterable[Any], None
     if isinstance(source, nn.Module):
         tensors = (tensor for part in source.modules() for tensor in (*part._parameters.values(), *part._buffers.values()))
         return any(map(is_dtensor, tensors)) or any(map(is_fsdp_module, source.modules()))
-    values = source.values() if isinstance(source, Mapping) else source
-    return isinstance(values, Iterable) and any(map(is_dtensor, values))
+    if isinstance(source, torch.Tensor) or not isinstance(source, Iterable):
+        return False  # the verb itself says what is wrong
+    return any(map(is_dtensor, source.values() if isinstance(source, Mapping) else source))
 
 
 def _training_has_dtensor(value: Any, depth: int = 0) -> bool:
