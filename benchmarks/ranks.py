@@ -1,0 +1,207 @@
+"""Saves or loads a sharded model with one tool, in several processes of one job on this machine. The last line of the output is JSON.
+
+    python ranks.py TOOL save|load DIRECTORY SIZE [--ranks 4] [--layout mixed] [--check]
+
+Layouts: ``rows`` is FSDP2's own; in ``mixed`` every fourth matrix is sharded by columns, in ``columns`` all are; ``replicas`` is ``mixed``
+on half of the ranks, with a second copy on the other half (HSDP).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import multiprocessing
+import os
+import sys
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import measure
+import model as models
+from rivals.ranks import RANKS, RankTool
+
+LAYOUTS = ("mixed", "rows", "columns", "replicas")
+SHARDS = 10  # a model has about so many files, so that all ranks own some
+SECONDS = 300.0  # a job that takes longer has hung
+
+
+def sharded(size: int, layout: str, seed: int = 0) -> nn.Module:
+    """The Llama of `model.build`, sharded over all ranks by FSDP2. No rank has more than one whole tensor at a time; the values depend
+    on ``seed`` alone."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+    from transformers import LlamaForCausalLM
+
+    ranks = dist.get_world_size()
+    mesh = (
+        init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("replicate", "shard"))
+        if layout == "replicas"
+        else init_device_mesh("cpu", (ranks,))
+    )
+    matrices = 0
+
+    def place(parameter: nn.Parameter) -> Shard:
+        nonlocal matrices
+        matrices += parameter.dim() == 2
+        columns = layout == "columns" or (layout != "rows" and matrices % 4 == 1)
+        return Shard(1) if parameter.dim() == 2 and columns else Shard(0)
+
+    with torch.device("meta"):
+        model = LlamaForCausalLM(models.config(size)).to(torch.bfloat16)
+    for layer in (*model.model.layers, model):
+        fully_shard(layer, mesh=mesh, shard_placement_fn=place)
+    model.to_empty(device="cpu")
+    for number, parameter in enumerate(model.parameters()):
+        assert isinstance(parameter, DTensor)
+        whole = torch.empty(parameter.shape, dtype=parameter.dtype)
+        models._fill(whole, np.random.Generator(np.random.SFC64([seed, number])))
+        part = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.detach().to_local().copy_(part.to_local())
+    for buffer in model.buffers():
+        buffer.zero_()
+    return model.eval()
+
+
+def local_parts(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().to_local() for name, parameter in model.named_parameters()}
+
+
+def same(model: nn.Module, other: nn.Module) -> bool:
+    """Whether this rank's parts of both are equal, bit for bit."""
+    mine, wanted = local_parts(model), local_parts(other)
+    return all(torch.equal(models._bits(mine[name]), models._bits(wanted[name])) for name in wanted)
+
+
+def measured(tool: RankTool, options: argparse.Namespace, pipe: Connection) -> dict[str, Any]:
+    """One rank's figures. The ranks begin together, when the parent says so."""
+    model = sharded(options.size, options.layout, seed=0 if options.operation == "save" else 1)
+    part = sum(tensor.nbytes for tensor in local_parts(model).values())
+    dist.barrier()  # connects all ranks
+    gc.collect()
+    measure.touch_free_memory(part * 5 // 4)
+    pipe.send("ready")
+    pipe.recv()
+    sent, meter, begin = tool.sent(), measure.Meter(), time.monotonic()
+    if options.operation == "save":
+        report = tool.save(model, options.path, options.size // SHARDS)
+    else:
+        report = tool.load(model, options.path)
+    figures = meter.read() | {"begin": begin, "end": time.monotonic(), "sent": tool.sent() - sent, "part": part}
+    figures["bytes"] = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    if options.check and options.operation == "load" and not same(model, sharded(options.size, options.layout)):
+        raise RuntimeError("the loaded values differ from the saved values")
+    figures["report"] = str(report) if report is not None else ""
+    return figures
+
+
+def run_rank(rank: int, options: argparse.Namespace, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", pipe.recv(), is_master=False, wait_for_workers=False)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(options.ranks), LOCAL_RANK=str(rank))
+    try:
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=options.ranks)
+        result = measured(RANKS[options.tool], options, pipe)
+    except BaseException as error:
+        result = {"failed": f"rank {rank}: {type(error).__name__}: {error}"}
+    pipe.send(result)
+    pipe.recv()
+    sys.stdout.flush()
+    os._exit(0)  # threads of torch's groups now and then abort a process that ends in the usual way
+
+
+def received(pipes: list[Connection]) -> list[Any]:
+    """One message of each rank. Raises if a rank has failed or says nothing."""
+    messages = []
+    for rank, pipe in enumerate(pipes):
+        if not pipe.poll(SECONDS):
+            raise RuntimeError(f"rank {rank} says nothing for {SECONDS:.0f} s")
+        messages.append(pipe.recv())
+    failed = [message["failed"] for message in messages if isinstance(message, dict) and "failed" in message]
+    if failed:
+        raise RuntimeError(failed[0])
+    return messages
+
+
+def run_job(options: argparse.Namespace) -> dict[str, Any]:
+    """All ranks' figures, and those of the job."""
+    context = multiprocessing.get_context("fork")
+    pairs = [context.Pipe() for _ in range(options.ranks)]
+    processes = [
+        context.Process(target=run_rank, args=(rank, options, theirs), daemon=True) for rank, (_, theirs) in enumerate(pairs)
+    ]
+    for process in processes:
+        process.start()
+    pipes = [ours for ours, _ in pairs]
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # after the forks, as it has threads
+    try:
+        for pipe in pipes:
+            pipe.send(store.port)
+        received(pipes)
+        loopback = measure.loopback_bytes()
+        for pipe in pipes:
+            pipe.send("go")
+        ranks = received(pipes)
+        loopback = measure.loopback_bytes() - loopback
+    finally:
+        for process in processes:
+            process.kill()
+    return {"ranks": ranks, "loopback": loopback}
+
+
+def summary(job: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    ranks = job["ranks"]
+    figures = {
+        "wall": max(rank["end"] for rank in ranks) - min(rank["begin"] for rank in ranks),
+        "cpu": sum(rank["cpu"] for rank in ranks),
+        "peak_extra": max(rank["peak_extra"] for rank in ranks),
+        "peaks": [rank["peak_extra"] for rank in ranks],
+        "parts": [rank["part"] for rank in ranks],
+        "bytes": ranks[0]["bytes"],
+        "read_from_disk": sum(rank["read_from_disk"] for rank in ranks),
+        "written": sum(rank["written"] for rank in ranks),
+        "between_ranks": job["loopback"] + sum(rank["sent"] for rank in ranks),
+        "report": ranks[0]["report"],
+    }
+    if options.operation == "save":
+        cached = measure.cached_bytes(options.path)
+        began = time.perf_counter()
+        measure.sync_files(options.path)
+        figures |= {
+            "wall_synced": figures["wall"] + time.perf_counter() - began,
+            "unwritten": cached[1] if cached is not None else None,
+            "disk": measure.disk_bytes(options.path),
+            "files": len(measure.files_below(options.path)),
+        }
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tool", choices=list(RANKS))
+    parser.add_argument("operation", choices=["save", "load"])
+    parser.add_argument("path", type=Path, metavar="DIRECTORY")
+    parser.add_argument("size", type=int, help="bytes of the model")
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--layout", choices=LAYOUTS, default="mixed")
+    parser.add_argument("--check", action="store_true", help="compare the loaded values with the saved ones")
+    options = parser.parse_args()
+    import transformers.models.llama.modeling_llama  # noqa: F401  before the ranks are forked
+
+    RANKS[options.tool].ready()
+    options.path.mkdir(parents=True, exist_ok=True)
+    figures = summary(run_job(options), options)
+    sys.stdout.flush()
+    print("\n" + json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
