@@ -83,7 +83,8 @@ def same(model: nn.Module, other: nn.Module) -> bool:
 
 def measured(tool: RankTool, options: argparse.Namespace, pipe: Connection) -> dict[str, Any]:
     """One rank's figures. The ranks begin together, when the parent says so."""
-    model = sharded(options.size, options.layout, seed=0 if options.operation == "save" else 1)
+    saves = options.operation == "save"
+    model = sharded(options.size, options.layout, seed=0 if saves else 1)
     part = sum(tensor.nbytes for tensor in local_parts(model).values())
     dist.barrier()  # connects all ranks
     gc.collect()
@@ -91,13 +92,10 @@ def measured(tool: RankTool, options: argparse.Namespace, pipe: Connection) -> d
     pipe.send("ready")
     pipe.recv()
     sent, meter, begin = tool.sent(), measure.Meter(), time.monotonic()
-    if options.operation == "save":
-        report = tool.save(model, options.path, options.size // SHARDS)
-    else:
-        report = tool.load(model, options.path)
+    report = tool.save(model, options.path, options.size // SHARDS) if saves else tool.load(model, options.path)
     figures = meter.read() | {"begin": begin, "end": time.monotonic(), "sent": tool.sent() - sent, "part": part}
     figures["bytes"] = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    if options.check and options.operation == "load" and not same(model, sharded(options.size, options.layout)):
+    if options.check and not saves and not same(model, sharded(options.size, options.layout)):
         raise RuntimeError("the loaded values differ from the saved values")
     figures["report"] = str(report) if report is not None else ""
     return figures
