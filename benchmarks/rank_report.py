@@ -23,13 +23,16 @@ def ranks_parts(results: Results) -> list[str]:
     measured = [sample["bytes"] for sample in results.samples if sample["tool"] != "limit" and "bytes" in sample]
     if not measured:
         return []
-    text = (
-        f"{SIZE} processes, connected by gloo, save one Llama of {max(measured) / 1e9:.2f} GB in bfloat16, which FSDP2 has sharded: by rows, "
-        "and every fourth matrix by columns. Files have at most a tenth of the bytes, where a tool has that choice. The limits are of as many "
-        "processes, which begin at the same moment; each writes, or reads, its part of the bytes. All files are cold before a load."
-    )
+    sentences = [
+        f"{SIZE} processes, connected by gloo, save one Llama of {max(measured) / 1e9:.2f} GB in bfloat16, which FSDP2 has sharded:",
+        "by rows, and every fourth matrix by columns.",
+        "Files have at most a tenth of the bytes, where a tool has that choice.",
+        "The limits are of as many processes, which begin at the same moment; each writes, or reads, its part of the bytes.",
+        "All files are cold before a load.",
+    ]
+    text = textwrap.fill(" ".join(sentences), 120, break_on_hyphens=False)
     tables = [_limits(results), _saves(results), _loads(results)]
-    return ["## Ranks", textwrap.fill(text, 120, break_on_hyphens=False), *tables]
+    return ["## Ranks", text, *tables]
 
 
 def _limits(results: Results) -> str:

@@ -19,7 +19,7 @@ from goals import all_goals  # noqa: E402
 from loop_results import LoopResults  # noqa: E402
 from loop_table import loops_table, loops_text  # noqa: E402
 from rank_report import rank_goals, ranks_parts  # noqa: E402
-from results import LOOP, RANKS, Results, Sample, extra_memory, median_of, ratio  # noqa: E402
+from results import LOOP, RANKS, Results, extra_memory, median_of, ratio  # noqa: E402
 from results import TRAINING as TRAINING_PIECE  # noqa: E402
 from rivals import OURS, TOOLS  # noqa: E402
 from rivals.tool import Tool  # noqa: E402
