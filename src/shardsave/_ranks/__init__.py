@@ -1,0 +1,1 @@
+"""Saves and loads by several processes: how they meet, agree, exchange and decide."""
