@@ -10,7 +10,7 @@ import torch
 import torch.distributed
 from torch import nn
 
-from shardsave._state.dtensors import is_dtensor
+from shardsave._state.distributed_tensors import is_dtensor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

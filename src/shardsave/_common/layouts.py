@@ -14,6 +14,9 @@ from typing import NamedTuple, Protocol
 #: The index at which a box begins, and its sizes.
 Extent = tuple[tuple[int, ...], tuple[int, ...]]
 
+#: Where a box lies in the local tensor of a rank: a slice for each dimension.
+Inside = tuple[slice, ...]
+
 #: The parts of one dimension that a rank holds: first index and stop of each, ascending.
 Intervals = tuple[tuple[int, int], ...]
 
@@ -86,6 +89,7 @@ class Placed:
         self.shape = tuple(shape)
         self._hash = hash((grid, self.splits, self.shape))
         self._boxes: dict[tuple[int, ...], tuple[Extent, ...]] = {}  # by the coordinates that matter
+        self._inside: dict[int, tuple[tuple[int, ...], tuple[Inside, ...]]] = {}
         self.ranks: Sequence[int] = tuple(sorted(grid.members))
 
     def boxes(self, rank: int) -> tuple[Extent, ...]:
@@ -102,11 +106,16 @@ class Placed:
         """Equal for ranks that hold the same elements, their replicas."""
         return tuple(at if split.dim >= 0 else 0 for at, split in zip(coordinates, self.splits))
 
-    def intervals(self, rank: int) -> tuple[Intervals, ...]:
-        """For each dimension, the parts of it that ``rank``, which is in the mesh, holds; its boxes are their products."""
-        coordinates = self.grid.coordinates(rank)
-        assert coordinates is not None
-        return self._intervals(coordinates)
+    def inside(self, rank: int) -> tuple[tuple[int, ...], tuple[Inside, ...]]:
+        """The shape of the local tensor of ``rank``, and where each of its boxes is in it."""
+        found = self._inside.get(rank)
+        if found is None:
+            coordinates = self.grid.coordinates(rank)
+            intervals = self._intervals(coordinates) if coordinates is not None else ((),) * len(self.shape)
+            sizes = tuple(sum(stop - begin for begin, stop in parts) for parts in intervals)
+            slices = tuple(itertools.product(*map(_consecutive, intervals))) if coordinates is not None else ()
+            found = self._inside[rank] = (sizes, slices)
+        return found
 
     def _intervals(self, coordinates: Sequence[int]) -> tuple[Intervals, ...]:
         dims: list[Intervals] = [((0, size),) if size else () for size in self.shape]
@@ -164,6 +173,13 @@ def _boxes(intervals: Sequence[Intervals]) -> Iterator[Extent]:
     """The products of the parts of each dimension, in C order."""
     for parts in itertools.product(*intervals):
         yield tuple(begin for begin, _ in parts), tuple(stop - begin for begin, stop in parts)
+
+
+def _consecutive(intervals: Intervals) -> Iterator[slice]:
+    """Where ``intervals`` are in a local tensor, in which one follows the other."""
+    at = 0
+    for begin, stop in intervals:
+        yield slice(at, at := at + stop - begin)
 
 
 def _part(intervals: Intervals, parts: int, number: int, groups: int) -> Intervals:

@@ -79,28 +79,18 @@ class Spread:
         return Spread(dtype, self.layout, self.local)
 
 
-def chunks(layout: Layout, rank: int, local: torch.Tensor) -> tuple[Chunk, ...]:
+def local_chunks(layout: Layout, rank: int, local: torch.Tensor) -> tuple[Chunk, ...]:
     """``local``, the tensor in which ``rank`` holds its part of ``layout``, as the boxes of it.
 
     Raises ValueError, with the shape that was expected, if ``local`` has another one.
     """
     boxes = layout.boxes(rank)
     if isinstance(layout, Placed):
-        intervals = layout.intervals(rank)
-        expected = tuple(sum(stop - begin for begin, stop in parts) for parts in intervals)
+        sizes, inside = layout.inside(rank)
     else:
-        expected = boxes[0][1] if boxes else local.shape
-    if tuple(local.shape) != expected and (boxes or local.numel()):
-        raise ValueError(f"shape {list(expected)} was expected on this rank, its local tensor has {list(local.shape)}")
+        sizes, inside = (boxes[0][1] if boxes else local.shape), ()
+    if local.shape != sizes and (boxes or local.numel()):
+        raise ValueError(f"shape {list(sizes)} was expected on this rank, it has {list(local.shape)}")
     if len(boxes) == 1:
         return (Chunk(boxes[0][0], local),)
-    return tuple(Chunk(begin, local[_inside(begin, sizes, intervals)]) for begin, sizes in boxes)
-
-
-def _inside(begin: Sequence[int], sizes: Sequence[int], intervals: Sequence[Sequence[tuple[int, int]]]) -> tuple[slice, ...]:
-    """Where a box lies in a local tensor, in which the ``intervals`` of each dimension follow one another."""
-    slices = []
-    for at, size, parts in zip(begin, sizes, intervals):
-        before = sum(stop - first for first, stop in parts if first < at)
-        slices.append(slice(before, before + size))
-    return tuple(slices)
+    return tuple(Chunk(begin, local[place]) for (begin, _), place in zip(boxes, inside))
