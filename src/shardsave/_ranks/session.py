@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch.distributed import PrefixStore, ProcessGroup
 
 _PART = 1 << 20
+_SEALED = "sealed"
 
 
 class StoreLost(ShardSaveError):
@@ -41,6 +42,7 @@ class Session:
         self._keys: list[str] = []
         self._number = 0
         self._error: BaseException | None = None
+        self._sealed = False
 
     def name(self, rank: int) -> str:
         return f"rank {self._names[rank]}"
@@ -68,18 +70,28 @@ class Session:
 
     def check(self) -> None:
         """Raises the error of the job if a rank has failed or was lost. Any thread may call it."""
-        if self._error is None and self._store.check(["error"]):
-            self._error = _revived(json.loads(self._store.get("error")))
+        if self._error is None and not self._sealed and self._store.check(["error"]):
+            record = json.loads(self._store.get("error"))
+            self._sealed = record == _SEALED
+            self._error = None if self._sealed else _revived(record)
         if self._error is not None:
+            raise self._error
+
+    def seal(self) -> None:
+        """Makes sure that no rank has failed, and that what fails from now on is no error of the job any more. Raises that error."""
+        won = json.loads(self._store.compare_set("error", "", json.dumps(_SEALED)))
+        self._sealed = won == _SEALED
+        if not self._sealed:
+            self._error = _revived(won)
             raise self._error
 
     def fail(self, error: BaseException) -> BaseException:
         """Tells all ranks of ``error``. Returns what is to be raised: the first error of the job."""
-        if error is self._error:
+        if error is self._error or self._sealed:
             return error
         record = _record(self.name(self.rank), error)
         won = self._store.compare_set("error", "", json.dumps(record))
-        if not isinstance(error, Exception):
+        if not isinstance(error, Exception) or json.loads(won) == _SEALED:
             return error
         self._error = _revived(json.loads(won))
         self._error.__cause__ = error

@@ -9,7 +9,10 @@ from typing import NamedTuple, Protocol
 from shardsave._engine.totals import Totals
 from shardsave._format.index import FileRecord, ShardRecord
 from shardsave._saving.contents import Contents
-from shardsave._saving.shards import PlannedShard, ShardFiles, UnchangedShard
+from shardsave._saving.shards import PlannedShard, ShardFiles, UnchangedShard, WindowSource
+from shardsave._saving.watch import Watch
+from shardsave._state.distributed_tensors import Parts
+from shardsave._state.module import State
 from shardsave._storage.transaction import CommitOutcome, Transaction
 
 
@@ -37,6 +40,13 @@ class Prepared(NamedTuple):
         return {name: shard for name, shard in zip(self.names.all, self.contents.all_shards) if name not in self.taken}
 
 
+class Share(NamedTuple):
+    """The ``shards`` that one process writes, by name, and where the bytes of other processes in them come from."""
+
+    shards: Mapping[str, PlannedShard]
+    windows: WindowSource | None = None
+
+
 class Written(NamedTuple):
     """What became of shards, by name: what the index records of them, and of whole files. ``totals``: of the runs that wrote them."""
 
@@ -61,6 +71,27 @@ class Job(Protocol):
     Whatever one process raises, all raise.
     """
 
+    @property
+    def leads(self) -> bool:
+        """Whether this process does what only one may do."""
+
+    @property
+    def size(self) -> int:
+        """The number of processes."""
+
+    @property
+    def parts(self) -> Parts | None:
+        """Reads tensors of which each process holds a part; None if this process is alone."""
+
+    def agree(self, state: State) -> State:
+        """The state of all processes together: on each the same. ``state``: that of this one."""
+
+    def check_equal(self, arguments: Mapping[str, bytes]) -> None:
+        """Raises ValueError if ``arguments``, by the name that a message has for them, are not the same everywhere."""
+
+    def watch(self, watch: Watch) -> Watch:
+        """``watch``, which also ends the save if another process fails."""
+
     def files(self, transaction: Transaction) -> AbstractContextManager[ShardFiles]:
         """Where shards are created: where this process leads, the transaction, which is entered. Elsewhere nothing can be created before
         `stage`."""
@@ -68,8 +99,8 @@ class Job(Protocol):
     def prepare(self, contents: Contents, work: Callable[[], Prepared]) -> Prepared:
         """What ``work`` returns where this process leads. ``contents``: as they were planned, everywhere the same."""
 
-    def share(self, to_write: Mapping[str, PlannedShard]) -> AbstractContextManager[Mapping[str, PlannedShard]]:
-        """Those of the shards that this process writes. Within the context, their sources have all bytes."""
+    def share(self, to_write: Mapping[str, PlannedShard]) -> AbstractContextManager[Share]:
+        """Those of the shards that this process writes, within the context."""
 
     def stage(self, work: Callable[[], object]) -> None:
         """Lets the process that leads do ``work``; after that, shards can be created."""
@@ -84,14 +115,27 @@ class Job(Protocol):
 class Alone:
     """A job of one process."""
 
+    leads = True
+    size = 1
+    parts = None
+
+    def agree(self, state: State) -> State:
+        return state
+
+    def check_equal(self, arguments: Mapping[str, bytes]) -> None:
+        pass
+
+    def watch(self, watch: Watch) -> Watch:
+        return watch
+
     def files(self, transaction: Transaction) -> AbstractContextManager[ShardFiles]:
         return transaction
 
     def prepare(self, contents: Contents, work: Callable[[], Prepared]) -> Prepared:
         return work()
 
-    def share(self, to_write: Mapping[str, PlannedShard]) -> AbstractContextManager[Mapping[str, PlannedShard]]:
-        return nullcontext(to_write)
+    def share(self, to_write: Mapping[str, PlannedShard]) -> AbstractContextManager[Share]:
+        return nullcontext(Share(to_write))
 
     def stage(self, work: Callable[[], object]) -> None:
         work()

@@ -19,7 +19,7 @@ from shardsave._common.sources import ByteSource
 from shardsave._engine import engine
 from shardsave._engine.blocks import Blocks, blocks
 from shardsave._engine.totals import Totals
-from shardsave._engine.transfer import BLOCK_BYTES, Transfer, TransferFault
+from shardsave._engine.transfer import BLOCK_BYTES, Transfer, TransferFault, Windows
 from shardsave._format.crc64 import crc64, joined
 from shardsave._format.dtypes import BY_TORCH, logical_shape
 from shardsave._format.header import encode_header, with_sums
@@ -38,11 +38,12 @@ _MAX_OPEN_SHARDS = 256
 @dataclass(frozen=True, eq=False)
 class PlannedShard:
     """A shard before it is written: its layout, and the memory of its tensors in file order. ``more``: additional items of the
-    ``__metadata__`` in its header."""
+    ``__metadata__`` in its header. ``owner``: the rank that must write it; None if any rank may."""
 
     layout: Shard
     pieces: list[ByteSource]
     more: Mapping[str, str] | None = None
+    owner: int | None = None
 
     @cached_property
     def header(self) -> bytes:
@@ -144,6 +145,13 @@ class ShardFiles(Protocol):
         """The error for a call that failed before the commit. ``needed``: the bytes that all shards need, if the call was about that."""
 
 
+class WindowSource(Protocol):
+    """Where the bytes of other processes come from."""
+
+    def windows(self, group: Sequence[PlannedShard]) -> Windows:
+        """What the engine needs for a run that writes ``group``; called for all shards in their order."""
+
+
 def fault_before_writing(files: ShardFiles, fault: TransferFault) -> ShardSaveError:
     """The error for a fault of memory or of a device, before any file was written."""
     reason = fault.detail or f"{os.strerror(fault.errno)} (needs {fault.length} bytes)"
@@ -165,6 +173,7 @@ class ShardWriter:
         *,
         durable: bool,
         whole_sums: bool,
+        windows: WindowSource | None = None,
     ) -> None:
         self.records: dict[str, ShardRecord] = {}
         self.file_records: dict[str, FileRecord] = {}
@@ -177,6 +186,7 @@ class ShardWriter:
         self._watch = watch
         self._durable = durable
         self._whole_sums = whole_sums
+        self._windows = windows
 
     def reserve(self) -> None:
         """Allocates the memory that the engine will need, before anything is written."""
@@ -250,6 +260,7 @@ class ShardWriter:
                 start_writeback=self._durable,
                 workers=self._watch.workers,
                 taken=taken,
+                windows=self._windows.windows(group) if self._windows is not None else None,
                 tick=tick,
             )
         except TransferFault as fault:

@@ -65,13 +65,15 @@ def write_checkpoint(
     Raises DurabilityUncertainError: the new checkpoint is in place, but may not survive a loss of power.
     """
     started = time.perf_counter()
+    watch = job.watch(watch)
     # Closed twice, since one interrupt may come at the beginning of a `close`, which then does nothing.
     transaction = Transaction(directory, durable=durable, lock_timeout=lock_timeout, waiting=watch.check)
     lead = _Lead(transaction, contents, watch, reuse)
     with closing(transaction), job.files(transaction) as files:
         contents, _, taken, notes = prepared = job.prepare(contents, lead.prepare)
-        with job.share(prepared.to_write) as own:
-            writer = ShardWriter(files, own, watch, durable=durable, whole_sums=contents.single_file is not None)
+        with job.share(prepared.to_write) as (own, windows):
+            whole_sums = contents.single_file is not None
+            writer = ShardWriter(files, own, watch, durable=durable, whole_sums=whole_sums, windows=windows)
             writer.reserve()
             job.stage(lead.stage)
             planned = time.perf_counter()

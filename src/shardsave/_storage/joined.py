@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from errno import ENOENT
 from typing import NamedTuple
 
@@ -58,8 +59,9 @@ class Joined:
         self._staging = Staging(self._folder, self.path)
         self._state = "nothing was written"
 
-    def join(self, invitation: Invitation, leader: str) -> None:
-        """Opens the staging directory. ``leader``: the name of the process that made it, for messages.
+    def join(self, invitation: Invitation, leader: str, waiting: Callable[[], object]) -> None:
+        """Opens the staging directory. ``leader``: the name of the process that made it, for messages. ``waiting`` is called before it
+        is looked for again; what it raises is raised.
 
         Raises SaveNotCommittedError, OutOfSpaceError; also if the directory of the same path is another one here.
         """
@@ -72,6 +74,7 @@ class Joined:
                 self._staging.close()
                 self._folder.close()
                 time.sleep(_PAUSE)
+                waiting()
         except CallFailed as error:
             raise self.failure(error) from error
         raise SaveNotCommittedError(
