@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -103,24 +104,18 @@ class RanksPiece:
 
 def together(commands: list[list[str]]) -> dict[str, Any]:
     """Runs programs of ``raw.c`` that begin at the same time; returns the figures of all of them together."""
-    processes = [
-        subprocess.Popen([*command, "together"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for command in commands
-    ]
-    try:
-        for process in processes:
-            assert process.stdout is not None
-            process.stdout.readline()
-        outputs = []
-        for process in processes:
-            assert process.stdin is not None
-            process.stdin.write("\n")
-            process.stdin.flush()
-        for process in processes:
-            outputs.append(process.communicate(timeout=WORKER_SECONDS)[0])
-    finally:
-        for process in processes:
-            process.kill()
+    with ExitStack() as stack:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        processes = [stack.enter_context(subprocess.Popen([*command, "together"], **pipes)) for command in commands]
+        try:
+            ready = [process.stdout.readline() == "ready\n" for process in processes]
+            for process in processes if all(ready) else ():
+                process.stdin.write("\n")
+                process.stdin.flush()
+            outputs = [process.communicate(timeout=WORKER_SECONDS)[0] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
     if any(process.returncode for process in processes):
         return {"failed": "a process that measures the limit has failed"}
     figures = [json.loads(output) for output in outputs]

@@ -11,11 +11,9 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import multiprocessing
-import os
 import sys
 import time
-from multiprocessing.connection import Connection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +24,11 @@ from torch import nn
 
 import measure
 import model as models
+from rank_jobs import run_job
 from rivals.ranks import RANKS, RankTool
 
 LAYOUTS = ("mixed", "rows", "columns", "replicas")
 SHARDS = 10  # a model has about so many files, so that all ranks own some
-SECONDS = 300.0  # a job that takes longer has hung
 
 
 def sharded(size: int, layout: str, seed: int = 0) -> nn.Module:
@@ -81,16 +79,14 @@ def same(model: nn.Module, other: nn.Module) -> bool:
     return all(torch.equal(models._bits(mine[name]), models._bits(wanted[name])) for name in wanted)
 
 
-def measured(tool: RankTool, options: argparse.Namespace, pipe: Connection) -> dict[str, Any]:
-    """One rank's figures. The ranks begin together, when the parent says so."""
+def measured(tool: RankTool, options: argparse.Namespace, wait_for_all: Callable[[], None]) -> dict[str, Any]:
+    """One rank's figures."""
     saves = options.operation == "save"
     model = sharded(options.size, options.layout, seed=0 if saves else 1)
     part = sum(tensor.nbytes for tensor in local_parts(model).values())
-    dist.barrier()  # connects all ranks
     gc.collect()
     measure.touch_free_memory(part * 5 // 4)
-    pipe.send("ready")
-    pipe.recv()
+    wait_for_all()
     sent, meter, begin = tool.sent(), measure.Meter(), time.monotonic()
     report = tool.save(model, options.path, options.size // SHARDS) if saves else tool.load(model, options.path)
     figures = meter.read() | {"begin": begin, "end": time.monotonic(), "sent": tool.sent() - sent, "part": part}
@@ -101,62 +97,8 @@ def measured(tool: RankTool, options: argparse.Namespace, pipe: Connection) -> d
     return figures
 
 
-def run_rank(rank: int, options: argparse.Namespace, pipe: Connection) -> None:
-    torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", pipe.recv(), is_master=False, wait_for_workers=False)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(options.ranks), LOCAL_RANK=str(rank))
-    try:
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=options.ranks)
-        result = measured(RANKS[options.tool], options, pipe)
-    except BaseException as error:
-        result = {"failed": f"rank {rank}: {type(error).__name__}: {error}"}
-    pipe.send(result)
-    pipe.recv()
-    sys.stdout.flush()
-    os._exit(0)  # threads of torch's groups now and then abort a process that ends in the usual way
-
-
-def received(pipes: list[Connection]) -> list[Any]:
-    """One message of each rank. Raises if a rank has failed or says nothing."""
-    messages = []
-    for rank, pipe in enumerate(pipes):
-        if not pipe.poll(SECONDS):
-            raise RuntimeError(f"rank {rank} says nothing for {SECONDS:.0f} s")
-        messages.append(pipe.recv())
-    failed = [message["failed"] for message in messages if isinstance(message, dict) and "failed" in message]
-    if failed:
-        raise RuntimeError(failed[0])
-    return messages
-
-
-def run_job(options: argparse.Namespace) -> dict[str, Any]:
-    """All ranks' figures, and those of the job."""
-    context = multiprocessing.get_context("fork")
-    pairs = [context.Pipe() for _ in range(options.ranks)]
-    processes = [
-        context.Process(target=run_rank, args=(rank, options, theirs), daemon=True) for rank, (_, theirs) in enumerate(pairs)
-    ]
-    for process in processes:
-        process.start()
-    pipes = [ours for ours, _ in pairs]
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # after the forks, as it has threads
-    try:
-        for pipe in pipes:
-            pipe.send(store.port)
-        received(pipes)
-        loopback = measure.loopback_bytes()
-        for pipe in pipes:
-            pipe.send("go")
-        ranks = received(pipes)
-        loopback = measure.loopback_bytes() - loopback
-    finally:
-        for process in processes:
-            process.kill()
-    return {"ranks": ranks, "loopback": loopback}
-
-
-def summary(job: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    ranks = job["ranks"]
+def summary(ranks: list[dict[str, Any]], loopback: int, options: argparse.Namespace) -> dict[str, Any]:
+    """The figures of the job."""
     figures = {
         "wall": max(rank["end"] for rank in ranks) - min(rank["begin"] for rank in ranks),
         "cpu": sum(rank["cpu"] for rank in ranks),
@@ -166,7 +108,7 @@ def summary(job: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
         "bytes": ranks[0]["bytes"],
         "read_from_disk": sum(rank["read_from_disk"] for rank in ranks),
         "written": sum(rank["written"] for rank in ranks),
-        "between_ranks": job["loopback"] + sum(rank["sent"] for rank in ranks),
+        "between_ranks": loopback + sum(rank["sent"] for rank in ranks),
         "report": ranks[0]["report"],
     }
     if options.operation == "save":
@@ -196,7 +138,8 @@ def main() -> None:
 
     RANKS[options.tool].ready()
     options.path.mkdir(parents=True, exist_ok=True)
-    figures = summary(run_job(options), options)
+    ranks, loopback = run_job(options.ranks, lambda wait_for_all: measured(RANKS[options.tool], options, wait_for_all))
+    figures = summary(ranks, loopback, options)
     sys.stdout.flush()
     print("\n" + json.dumps(figures))
 
