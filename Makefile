@@ -54,7 +54,7 @@ $(VENV)/demo.ok: $(VENV)/build.ok
 picture: demo $(VENV)/test.ok
 	$(BIN)/shardsave plot demo-out/ckpt -o docs/checkpoint.png
 
-# Takes one to two hours, and needs disk space for five times the model's size. What was measured is kept, so it can be done in parts:
+# Takes about two hours, and needs disk space for five times the model's size. What was measured is kept, so it can be done in parts:
 # BENCH_OPTIONS="--minutes 20" stops in time, and the next call goes on. More options: benchmarks/run.py --help.
 bench: build $(VENV)/bench.ok build/benchmarks/raw
 	$(BIN)/python benchmarks/run.py --raw build/benchmarks/raw --out bench-out $(BENCH_OPTIONS)

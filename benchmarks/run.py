@@ -38,6 +38,7 @@ COSTS = {
     "checksums": ("costs.py", "checksums", "FOLDER", "SIZE"),
     "frozen": ("costs.py", "frozen", "FOLDER", "SIZE"),
     "gpu": ("gpu.py", "FOLDER", "SIZE"),
+    "ranks": ("rank_costs.py", "FOLDER"),
 }
 
 
