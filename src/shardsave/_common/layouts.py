@@ -164,6 +164,31 @@ class Listed:
         return isinstance(other, Listed) and (self.shape, self._by_rank) == (other.shape, other._by_rank)
 
 
+class Joined:
+    """A tensor of whose placement not all ranks say the same. ``which``: for each rank the number of its layout, -1 if it has none."""
+
+    def __init__(self, layouts: Sequence[Layout], which: Sequence[int]) -> None:
+        self.shape = layouts[0].shape
+        self._layouts = tuple(layouts)
+        self._which = tuple(which)
+        self._hash = hash((self._layouts, self._which))
+        self.ranks: Sequence[int] = tuple(rank for rank, number in enumerate(self._which) if number >= 0)
+
+    def boxes(self, rank: int) -> tuple[Extent, ...]:
+        number = self._which[rank] if rank < len(self._which) else -1
+        return self._layouts[number].boxes(rank) if number >= 0 else ()
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (
+            isinstance(other, Joined)
+            and self._hash == other._hash
+            and (self._layouts, self._which) == (other._layouts, other._which)
+        )
+
+
 @lru_cache(maxsize=1024)
 def _whole(shape: tuple[int, ...]) -> tuple[Extent, ...]:
     return (((0,) * len(shape), shape),) if math.prod(shape) else ()
