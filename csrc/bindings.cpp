@@ -12,6 +12,7 @@
 #include <memory>
 #include <optional>
 
+#include "box_copy.h"
 #include "crc64.h"
 #include "cuda.h"
 #include "engine.h"
@@ -186,6 +187,14 @@ PYBIND11_MODULE(_native, m) {
         return crc64_finish(crc64_raw(info.ptr, length), length);
       },
       py::arg("data"), py::pos_only());
+  m.def(
+      "copy_boxes",
+      [](const Table& table) {
+        const std::vector<BoxCopy> copies = rows<BoxCopy>(table, "copies");
+        py::gil_scoped_release free;
+        copy_boxes(copies);
+      },
+      py::arg("copies"), py::pos_only());
   m.def("crc64_implementation", &crc64_implementation);
   m.def("crc64_force_implementation", &crc64_force_implementation);
   m.def("cuda_available", &cuda_available);

@@ -66,7 +66,8 @@ class Run {
         // A slot that goes to the page cache is read again at once, so its bytes should stay in the processor's caches;
         // otherwise they should not take up room there.
         transfer_(hooks, devices_, sums_, request.taken, through_cache_ ? Stores::cached : Stores::streaming) {
-    if (request.write && through_cache_ && request.windowed.empty()) order_ = interleave_files(request.blocks, files_.size(), workers_);
+    if (request.write && through_cache_ && request.windowed.empty())
+      order_ = interleave_files(request.blocks, files_.size(), workers_);
     held_.reserve(workers_);
     for (const auto& [ordinal, stream] : request.streams) {
       devices_[ordinal] = make_cuda_device(ordinal, stream, ring_ ? ring_->slots() : workers_);

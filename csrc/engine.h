@@ -19,8 +19,8 @@ struct Hooks {
   // Stores in `memory` (write) or takes from it (read) the `length` bytes of `piece` from `offset` on. An exception
   // ends the run.
   std::function<void(std::int64_t piece, std::int64_t offset, std::byte* memory, std::size_t length)> lend;
-  // The memory of a block's window, aligned and as long as the block; null: not yet, it is asked for again. May wait for a
-  // short time. Called on workers, several at a time, as is give_window; an exception ends the run.
+  // The memory of a block's window, aligned and as long as the block; null: not yet, it is asked for again. May wait
+  // for a short time. Called on workers, several at a time, as is give_window; an exception ends the run.
   std::function<std::byte*(std::size_t block)> take_window;
   // The window has been written to the file, or the file has been read into it.
   std::function<void(std::size_t block)> give_window;

@@ -67,8 +67,9 @@ struct Request {
   // memory.
   std::int64_t* taken = nullptr;
 
-  // For each block, whether Hooks::take_window gives its memory, which takes the place of a slot; empty: none has any. With
-  // windows, blocks are taken in the order of the table: whoever fills or empties the windows knows only that order.
+  // For each block, whether Hooks::take_window gives its memory, which takes the place of a slot; empty: none has any.
+  // With windows, blocks are taken in the order of the table: whoever fills or empties the windows knows only that
+  // order.
   std::vector<std::uint8_t> windowed;
 
   bool has_window(std::size_t block) const { return !windowed.empty() && windowed[block] != 0; }

@@ -59,6 +59,9 @@ def run(
 ) -> RunResult:
     """Without ``files`` the blocks of a run that writes go ``into`` memory, or nowhere; ``taken`` counts what was read of each piece."""
 
+def copy_boxes(copies: NDArray[np.int64], /) -> None:
+    """Rows of source, destination (addresses), run; inner count, source stride, destination stride; outer count and strides; in bytes."""
+
 def crc64(data: Buffer, /) -> int: ...
 def crc64_implementation() -> str: ...
 def crc64_force_implementation(name: str) -> bool: ...

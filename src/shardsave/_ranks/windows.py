@@ -1,61 +1,66 @@
-"""Boxes of spread tensors: what a chunk that lies somewhere else on disk is for the ranks that hold the tensor."""
+"""Windows: memory of one rank that the other ranks of its host map too. It has no name in any file system, so nothing of it can stay."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property
+import array
+import ctypes
+import mmap
+import os
+import socket
 
-from shardsave._common.assembled import Chunk
-from shardsave._common.boxes import box
-from shardsave._common.layouts import Extent, Layout
-from shardsave._common.spread import Spread
+from shardsave._common.os_calls import Descriptor, call
 
-
-class Window:
-    """The layout of a box of a tensor that has the layout ``layout``. The box begins at index ``begin``."""
-
-    def __init__(self, layout: Layout, begin: tuple[int, ...], shape: tuple[int, ...]) -> None:
-        self.layout = layout
-        self.begin = begin
-        self.shape = shape
-        self._hash = hash((layout, begin, shape))
-        self._boxes: dict[tuple[Extent, ...], tuple[Extent, ...]] = {}
-
-    @cached_property
-    def ranks(self) -> Sequence[int]:
-        return tuple(self.layout.ranks)
-
-    def boxes(self, rank: int) -> tuple[Extent, ...]:
-        of_whole = self.layout.boxes(rank)
-        boxes = self._boxes.get(of_whole)
-        if boxes is None:
-            met = (_meet(extent, self.begin, self.shape) for extent in of_whole)
-            boxes = self._boxes[of_whole] = tuple(extent for extent in met if extent is not None)
-        return boxes
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Window) and (self.layout, self.begin, self.shape) == (other.layout, other.begin, other.shape)
+#: The longest control message of an exchange, in bytes.
+MESSAGE_BYTES = 64
 
 
-def window(spread: Spread, begin: Sequence[int], shape: Sequence[int]) -> Spread:
-    """The box of ``spread`` that begins at index ``begin``, as a tensor of its own."""
-    begin, shape = tuple(begin), tuple(shape)
-    local = []
-    for at, tensor in spread.local:
-        met = _meet((at, tuple(tensor.shape)), begin, shape)
-        if met is not None:
-            inside = tuple(first + start - own for first, start, own in zip(met[0], begin, at))
-            local.append(Chunk(met[0], tensor[box(inside, met[1])]))
-    return Spread(spread.dtype, Window(spread.layout, begin, shape), local)
+class SharedMemory:
+    """``nbytes`` of memory behind a descriptor, which it owns. ``view``: the bytes; ``address``: where they begin."""
+
+    def __init__(self, file: Descriptor, nbytes: int) -> None:
+        self.file = file
+        self.nbytes = nbytes
+        self._map = mmap.mmap(file.fd, nbytes)
+        self.view = memoryview(self._map)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+
+    @classmethod
+    def new(cls, nbytes: int) -> SharedMemory:
+        """New memory, which is there: later no process is killed for the lack of it. Raises CallFailed."""
+        file = Descriptor()
+        file.open_in_memory()
+        try:
+            call(os.posix_fallocate, "", file.fd, 0, nbytes)
+            return cls(file, nbytes)
+        except BaseException:
+            file.abandon()
+            raise
+
+    def close(self) -> None:
+        """Frees it, or leaves that to the last view of it."""
+        self.file.abandon()
+        self.view.release()
+        try:
+            self._map.close()
+        except BufferError:
+            pass
 
 
-def _meet(extent: Extent, begin: Sequence[int], shape: Sequence[int]) -> Extent | None:
-    """What ``extent`` has in common with the box, from the box's own beginning on."""
-    first = tuple(max(0, at - start) for at, start in zip(extent[0], begin))
-    stop = tuple(min(size, at + n - start) for at, n, start, size in zip(*extent, begin, shape))
-    if any(a >= b for a, b in zip(first, stop)):
-        return None
-    return first, tuple(b - a for a, b in zip(first, stop))
+def send_descriptor(connection: socket.socket, message: bytes, fd: int) -> None:
+    """Sends ``message`` and a descriptor, as sendmsg(2) and unix(7) say."""
+    connection.sendmsg([message], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))])
+
+
+def receive(connection: socket.socket) -> tuple[bytes, Descriptor | None]:
+    """One message, empty at the end of the connection, and the descriptor that came with it."""
+    message, extra, _, _ = connection.recvmsg(MESSAGE_BYTES, socket.CMSG_SPACE(array.array("i").itemsize), socket.MSG_CMSG_CLOEXEC)
+    for level, kind, data in extra:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            return message, Descriptor.of(int(array.array("i", data)[0]))
+    return message, None
+
+
+def is_same_user(connection: socket.socket) -> bool:
+    """Whether the process at the other end of a unix socket runs as this process's user."""
+    credentials = array.array("i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 3 * array.array("i").itemsize))
+    return credentials[1] == os.geteuid()

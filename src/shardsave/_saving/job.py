@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 from shardsave._engine.totals import Totals
 from shardsave._format.index import FileRecord, ShardRecord
 from shardsave._saving.contents import Contents
-from shardsave._saving.shards import PlannedShard, ShardFiles, UnchangedShard, WindowSource
+from shardsave._saving.shards import PlannedShard, ShardFiles, Supply, UnchangedShard
 from shardsave._saving.watch import Watch
 from shardsave._state.distributed_tensors import Parts
 from shardsave._state.module import State
@@ -41,10 +41,10 @@ class Prepared(NamedTuple):
 
 
 class Share(NamedTuple):
-    """The ``shards`` that one process writes, by name, and where the bytes of other processes in them come from."""
+    """The ``shards`` that one process writes, by name, and what brings the bytes of others in them."""
 
     shards: Mapping[str, PlannedShard]
-    windows: WindowSource | None = None
+    supply: Supply | None = None
 
 
 class Written(NamedTuple):

@@ -65,6 +65,13 @@ class PlannedShard:
         return replace(self, pieces=[new.get(id(piece), piece) for piece in self.pieces])
 
 
+class Supply(Protocol):
+    """Brings the bytes of pieces that other processes hold."""
+
+    def windows(self, group: Sequence[PlannedShard]) -> Windows:
+        """The windows of the engine's run that writes ``group``."""
+
+
 class UnchangedShard(NamedTuple):
     """A shard that need not be written: as it is planned, the checksums of its tensors, and the file that has them."""
 
@@ -145,13 +152,6 @@ class ShardFiles(Protocol):
         """The error for a call that failed before the commit. ``needed``: the bytes that all shards need, if the call was about that."""
 
 
-class WindowSource(Protocol):
-    """Where the bytes of other processes come from."""
-
-    def windows(self, group: Sequence[PlannedShard]) -> Windows:
-        """What the engine needs for a run that writes ``group``; called for all shards in their order."""
-
-
 def fault_before_writing(files: ShardFiles, fault: TransferFault) -> ShardSaveError:
     """The error for a fault of memory or of a device, before any file was written."""
     reason = fault.detail or f"{os.strerror(fault.errno)} (needs {fault.length} bytes)"
@@ -162,7 +162,7 @@ class ShardWriter:
     """Writes shards in groups that the descriptor limit allows, and collects what the index and the report need. ``shards``: by name.
 
     ``records``: file name → what the index records of a shard. ``file_records``: the same with checksums of whole files, which are
-    computed only with ``whole_sums``.
+    computed only with ``whole_sums``. ``supply``: brings what other processes hold; shards are then written in the order given.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class ShardWriter:
         *,
         durable: bool,
         whole_sums: bool,
-        windows: WindowSource | None = None,
+        supply: Supply | None = None,
     ) -> None:
         self.records: dict[str, ShardRecord] = {}
         self.file_records: dict[str, FileRecord] = {}
@@ -186,7 +186,7 @@ class ShardWriter:
         self._watch = watch
         self._durable = durable
         self._whole_sums = whole_sums
-        self._windows = windows
+        self._supply = supply
 
     def reserve(self) -> None:
         """Allocates the memory that the engine will need, before anything is written."""
@@ -211,7 +211,7 @@ class ShardWriter:
     def write(self, progress: Progress) -> None:
         """Writes and seals all shards: each is then complete, synced and closed under its staged name."""
         step = min(descriptor_allowance(), _MAX_OPEN_SHARDS)
-        urgent = [self._watch.is_urgent(shard.pieces) for shard in self._shards]
+        urgent = [self._supply is None and self._watch.is_urgent(shard.pieces) for shard in self._shards]
         order = sorted(range(len(self._shards)), key=lambda number: not urgent[number])
         for first in range(0, len(order), step):
             group = order[first : first + step]
@@ -260,7 +260,7 @@ class ShardWriter:
                 start_writeback=self._durable,
                 workers=self._watch.workers,
                 taken=taken,
-                windows=self._windows.windows(group) if self._windows is not None else None,
+                windows=self._supply.windows(group) if self._supply is not None else None,
                 tick=tick,
             )
         except TransferFault as fault:

@@ -71,9 +71,9 @@ def write_checkpoint(
     lead = _Lead(transaction, contents, watch, reuse)
     with closing(transaction), job.files(transaction) as files:
         contents, _, taken, notes = prepared = job.prepare(contents, lead.prepare)
-        with job.share(prepared.to_write) as (own, windows):
+        with job.share(prepared.to_write) as (own, supply):
             whole_sums = contents.single_file is not None
-            writer = ShardWriter(files, own, watch, durable=durable, whole_sums=whole_sums, windows=windows)
+            writer = ShardWriter(files, own, watch, durable=durable, whole_sums=whole_sums, supply=supply)
             writer.reserve()
             job.stage(lead.stage)
             planned = time.perf_counter()
