@@ -35,6 +35,27 @@ class RankTool:
     sent: Callable[[], int] = lambda: 0
 
 
+#: The exchanges of this process, by identity → the bytes that they have passed to other ranks.
+_passed: dict[int, int] = {}
+
+
+def _ready() -> None:
+    shardsave_.TOOLS[0].ready()
+    from shardsave._ranks.exchange import Exchange
+
+    close = Exchange.close
+
+    def close_and_count(exchange: Exchange) -> None:
+        _passed[id(exchange)] = exchange.sent_bytes
+        close(exchange)
+
+    Exchange.close = close_and_count
+
+
+def _sent() -> int:
+    return sum(_passed.values())
+
+
 def _save(model: nn.Module, path: Path, shard_bytes: int) -> object:
     import shardsave
 
@@ -174,7 +195,7 @@ OURS = ("shardsave", GLOO)
 RANKS = {
     tool.name: tool
     for tool in (
-        RankTool("shardsave", ("shardsave",), shardsave_.TOOLS[0].ready, _save, _load, _PLAIN, True),
+        RankTool("shardsave", ("shardsave",), _ready, _save, _load, _PLAIN, True, _sent),
         RankTool(GLOO, ("shardsave",), _gloo_ready, _save, _load, _PLAIN, True),
         RankTool("DCP, .distcp", ("torch",), _dcp_ready, _dcp_save, _dcp_load, _OWN, True),
         RankTool(
