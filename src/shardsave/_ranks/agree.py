@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from shardsave._common.assembled import Chunk
 from shardsave._common.sources import TensorSource
@@ -24,28 +24,9 @@ from shardsave._ranks.description import (
     unpacked,
 )
 from shardsave._ranks.joining import Global, Joining, View
+from shardsave._ranks.replicas import check_replicas as check_replicas
+from shardsave._ranks.talk import Session as Session
 from shardsave._state.module import Entry, State
-
-
-class Session(Protocol):
-    """What this needs of a session of several ranks."""
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def size(self) -> int: ...
-
-    @property
-    def hosts(self) -> Sequence[int]: ...
-
-    def name(self, rank: int) -> str: ...
-
-    def exchange(self, what: str, mine: bytes) -> list[bytes]: ...
-
-    def gather(self, what: str, mine: bytes) -> list[bytes] | None: ...
-
-    def publish(self, what: str, value: bytes | None = None) -> bytes: ...
 
 
 class _Header(NamedTuple):
@@ -74,7 +55,7 @@ class _Survey(NamedTuple):
     is_known: bool
 
 
-#: The key of the last global state that was joined of different descriptions, and that state; it holds no tensor.
+#: The key of the last global state that was joined, and that state; it holds no tensor.
 _remembered: tuple[str, Global] | None = None
 
 _NOTHING = bytes(16)
@@ -86,16 +67,20 @@ def agree(session: Session, state: State) -> State:
     Entries have the order that one process would have; the natural order of their names if ranks have different ones. Raises
     UnsupportedTensorError on all ranks if what two ranks say of one tensor is contradictory.
     """
+    global _remembered
+    remembered = _remembered  # read once: another thread may agree on something else meanwhile
     description, grids = describe(state)
     encoded, meshes = description.encoded(), encoded_grids(grids)
-    known = bytes.fromhex(_remembered[0]) if _remembered is not None else _NOTHING
+    known = bytes.fromhex(remembered[0]) if remembered is not None else _NOTHING
     headers = session.gather("tensors", digest(encoded) + known + meshes)
     survey = _survey(headers) if headers is not None else None
     survey = _decoded(session.publish("tensors of all ranks", _encoded(survey) if survey is not None else None))
-    if len(survey.views) == 1:
-        view = View(0, grids, range(session.size))
-        return _applied(Joining([description], [view], session.size, session.name).join(), state, session.rank)
-    return _applied(_joined(session, survey, description, encoded), state, session.rank)
+    if len(survey.views) == 1:  # all say the same
+        key = digest(encoded + meshes + str(session.size).encode()).hex()
+        survey = _Survey([(0, meshes.decode())], [0] * session.size, [], key, is_known=True)
+    if not survey.is_known or remembered is None or remembered[0] != survey.key:
+        remembered = _remembered = survey.key, _joined(session, survey, description, encoded)
+    return _applied(remembered[1], state)
 
 
 def _survey(headers: Sequence[bytes]) -> _Survey:
@@ -128,10 +113,7 @@ def _decoded(data: bytes) -> _Survey:
 
 
 def _joined(session: Session, survey: _Survey, description: Description, encoded: bytes) -> Global:
-    """The global state where descriptions or meshes differ."""
-    global _remembered
-    if survey.is_known and _remembered is not None and _remembered[0] == survey.key:
-        return _remembered[1]
+    """The global state. ``description`` is that of this rank, ``encoded`` the same as bytes."""
     descriptions = [description]
     if len(survey.senders) > 1:
         sends = session.rank in survey.senders
@@ -142,9 +124,7 @@ def _joined(session: Session, survey: _Survey, description: Description, encoded
     for rank, number in enumerate(survey.which):
         ranks[number].append(rank)
     views = [View(number, decoded_grids(meshes.encode()), of_view) for (number, meshes), of_view in zip(survey.views, ranks)]
-    joined = Joining(descriptions, views, session.size, session.name).join()
-    _remembered = survey.key, joined
-    return joined
+    return Joining(descriptions, views, session.size, session.name).join()
 
 
 def _framed(parts: Sequence[bytes]) -> bytes:
@@ -161,39 +141,42 @@ def _unframed(data: bytes) -> list[bytes]:
     return parts
 
 
-def _applied(joined: Global, state: State, rank: int) -> State:
-    """The global state ``joined`` with what ``rank`` holds of it in ``state``."""
-    own = {entry.name: entry.source for entry in state.entries}
-    tied = _tied_sources(joined.tied_to, own)
+def _applied(joined: Global, state: State) -> State:
+    """The global state ``joined`` with what this rank holds of it in ``state``."""
+    own: Sequence[Entry | None] = state.entries
+    by_name: dict[str, Entry] = {}
+    if joined.tied_to or list(joined.names) != [entry.name for entry in state.entries]:
+        by_name = {entry.name: entry for entry in state.entries}
+        own = [by_name.get(name) for name in joined.names]
+    tied = _tied_sources(joined.tied_to, by_name)
     spreads: dict[str, Spread] = {}
+    equal: list[Any] = [None] * len(joined.table)  # for each form, a layout of this rank that equals the global one
     entries = []
-    for name, number in zip(joined.names, joined.forms):
+    for name, number, entry in zip(joined.names, joined.forms, own):
         kind, frozen, dtype, layout = joined.table[number]
-        leader = joined.tied_to.get(name)
-        if leader is not None:
-            spread = spreads[leader]
-        else:
-            source = own.get(name) if name not in tied else tied[name]
-            spread = Spread(dtype, layout, _chunks(source))
-            if name in tied:
-                spreads[name] = spread
-        entries.append(Entry(name, kind, frozen, leader, spread))
-    return State(
-        tuple(entries),
-        joined.flags_known,
-        joined.overlaps,
-        {**joined.files, **state.files},
-        joined.notes,
-        joined.file_metadata,
-    )
+        if tied and (leader := joined.tied_to.get(name, name)) in tied:
+            if leader == name:
+                spreads[name] = Spread(dtype, layout, _chunks(tied[name]))
+            entries.append(Entry(name, kind, frozen, leader if leader != name else None, spreads[leader]))
+            continue
+        source = entry.source if entry is not None else None
+        if type(source) is Spread and entry is not None:
+            if equal[number] is not source.layout and source.layout == layout:
+                equal[number] = source.layout
+            if equal[number] is source.layout:
+                entries.append(entry)
+                continue
+        entries.append(Entry(name, kind, frozen, None, Spread(dtype, layout, _chunks(source))))
+    files = {**joined.files, **state.files}
+    return State(tuple(entries), joined.flags_known, joined.overlaps, files, joined.notes, joined.file_metadata)
 
 
-def _tied_sources(tied_to: Mapping[str, str], own: Mapping[str, Any]) -> dict[str, Any]:
+def _tied_sources(tied_to: Mapping[str, str], own: Mapping[str, Entry]) -> dict[str, Any]:
     """The first name of each group of tied tensors → the source that this rank has under one of their names, or None."""
-    sources = {leader: own.get(leader) for leader in tied_to.values()}
+    sources = {leader: own[leader].source if leader in own else None for leader in tied_to.values()}
     for name, leader in tied_to.items():
-        if sources[leader] is None:
-            sources[leader] = own.get(name)
+        if sources[leader] is None and name in own:
+            sources[leader] = own[name].source
     return sources
 
 

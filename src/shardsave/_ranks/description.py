@@ -9,12 +9,14 @@ import hashlib
 import json
 import zlib
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from shardsave._common.layouts import Extent, Grid, Layout, Listed, Placed, Split, Whole
+from shardsave._common.sources import ByteSource
 from shardsave._common.spread import Spread
 from shardsave._state.module import State
 
@@ -67,40 +69,42 @@ class Description(NamedTuple):
 
 def describe(state: State) -> tuple[Description, list[Grid]]:
     """The description of ``state``, and the meshes whose numbers are in it."""
-    numbers: dict[Any, int] = {}
-    grids: dict[Grid, int] = {}
-    table: list[Form] = []
-    names, letters, forms = [], [], []
-    tied = []
-    for name, kind, frozen, tied_to, source in state.entries:
-        key = (source.dtype, source.layout) if isinstance(source, Spread) else (source.dtype, source.shape)
-        number = numbers.get(key)
-        if number is None:
-            number = numbers[key] = len(table)
-            table.append(_form(source, grids))
-        names.append(name)
-        letters.append(_LETTERS[kind, frozen])
-        forms.append(number)
-        if tied_to is not None:
-            tied.append((len(names) - 1, tied_to))
+    entries = state.entries
+    names = [entry.name for entry in entries]
+    forms, table, grids = _forms([entry.source for entry in entries])
+    tied = [(position, entry.tied_to) for position, entry in enumerate(entries) if entry.tied_to is not None]
     positions = {name: position for position, name in enumerate(names)} if tied else {}
-    ties = [(position, positions[first]) for position, first in tied]
     description = Description(
         names,
-        "".join(letters),
+        "".join([_LETTERS[pair] for pair in map(itemgetter(1, 2), entries)]),
         forms,
         table,
-        ties,
+        [(position, positions[first]) for position, first in tied],
         state.flags_known,
         state.overlaps,
         dict(state.files),
         state.notes,
         dict(state.file_metadata),
     )
-    return description, list(grids)
+    return description, grids
 
 
-def _form(source: Any, grids: dict[Grid, int]) -> Form:
+def _forms(sources: Sequence[ByteSource]) -> tuple[list[int], list[Form], list[Grid]]:
+    """For each source the number of its form, these forms, and the meshes in them."""
+    seen: dict[Any, int] = {}  # layouts by identity: most tensors of a kind have the same one
+    numbers: dict[Form, int] = {}
+    grids: dict[Grid, int] = {}
+    forms = []
+    for source in sources:
+        key = (source.dtype, id(source.layout)) if type(source) is Spread else (source.dtype, source.shape)
+        number = seen.get(key)
+        if number is None:
+            number = seen[key] = numbers.setdefault(_form(source, grids), len(numbers))
+        forms.append(number)
+    return forms, list(numbers), list(grids)
+
+
+def _form(source: ByteSource, grids: dict[Grid, int]) -> Form:
     dtype, shape = str(source.dtype).removeprefix("torch."), tuple(source.shape)
     layout = source.layout if isinstance(source, Spread) else None
     if isinstance(layout, Placed):

@@ -81,12 +81,9 @@ class Joining:
             groups.setdefault(leader, [leader]).append(name)
         forms = []
         for name in names:
-            where = places[name]
-            if (leader := tied_to.get(name, name)) in groups:
-                where_whole = self._of_group([places[one] for one in groups[leader]])
-            else:
-                where_whole = where
-            forms.append(self._form(name, where, where_whole))
+            leader = tied_to.get(name, name)
+            where_whole = self._of_group([places[one] for one in groups[leader]]) if leader in groups else places[name]
+            forms.append(self._form(name, places[name], where_whole))
         every = self._descriptions
         return Global(
             names,
