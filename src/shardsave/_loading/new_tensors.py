@@ -76,7 +76,8 @@ class NewTensors:
 
     def check_free(self) -> tuple[str, ...]:
         """Checks that the tensors so far fit on the CPU, as `check_free_memory` does: memory is taken only when it is first written."""
-        nbytes = sum(tensor.nbytes for _, tensor in self.targets if tensor is not None and tensor.device.type == "cpu")
+        tensors = (tensor for _, tensor in self.targets if isinstance(tensor, torch.Tensor))
+        nbytes = sum(tensor.nbytes for tensor in tensors if tensor.device.type == "cpu")
         return check_free_memory(self._checkpoint.path, nbytes, "nothing was built")
 
 

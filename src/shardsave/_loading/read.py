@@ -12,7 +12,9 @@ import torch
 from shardsave._common.boxes import box
 from shardsave._common.gc_pause import gc_paused
 from shardsave._common.progress import Progress
-from shardsave._common.sources import ByteSource, TensorSource
+from shardsave._common.sources import TensorSource
+from shardsave._common.spread import Spread
+from shardsave._common.windows import window
 from shardsave._engine import engine
 from shardsave._engine.blocks import Blocks, blocks
 from shardsave._engine.totals import Totals
@@ -25,8 +27,8 @@ from shardsave.errors import CorruptCheckpointError, ShardSaveError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-#: A stored tensor and what receives its bytes, a tensor or any other source; None: the bytes are only verified.
-Target = tuple[Located, Union[torch.Tensor, ByteSource, None]]
+#: A stored tensor and what receives its bytes, a tensor or this rank's part of one; None: the bytes are only verified.
+Target = tuple[Located, Union[torch.Tensor, Spread, None]]
 
 
 class TensorReader:
@@ -85,7 +87,7 @@ class TensorReader:
         """Reads ``targets``, all in ``shards``, which are open at the same time; returns the damaged tensors."""
         with gc_paused():
             dtypes = {dtype: BY_NAME[dtype].torch for dtype in {t.dtype for t, _ in targets}}
-            pieces = [TensorSource(into, dtypes[t.dtype]) if isinstance(into, torch.Tensor) else into for t, into in targets]
+            pieces = [_piece(into, dtypes[t.dtype]) for t, into in targets]
             planned = blocks(extents, BLOCK_BYTES)
             checksums = [t.checksum for t, _ in targets]
         checksum = self._verify and checksums.count(None) < len(checksums)
@@ -117,13 +119,19 @@ class TensorReader:
         self._progress.tick(done)
 
 
+def _piece(into: torch.Tensor | Spread | None, dtype: torch.dtype) -> Piece:
+    if isinstance(into, Spread):
+        return into.cast(dtype)
+    return TensorSource(into, dtype) if into is not None else None
+
+
 def _chunk_targets(target: Target) -> list[Target]:
     """A target for each chunk of a stored tensor: a view of the tensor that receives it."""
     located, into = target
     if not located.chunks:
         return [target]
-    if into is not None and not isinstance(into, torch.Tensor):
-        raise TypeError(f"{located.name!r} is stored in chunks, it can only be read into a tensor")
+    if isinstance(into, Spread):
+        return [(chunk, window(into, begin, chunk.shape)) for begin, chunk in located.chunks]
     return [(chunk, None if into is None else into[box(begin, chunk.shape)]) for begin, chunk in located.chunks]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 from shardsave._common.boxes import boxes
@@ -37,9 +38,13 @@ class Division(NamedTuple):
     common: Sequence[CommonRange]
 
 
-@lru_cache(maxsize=4096)
 def divide(layout: Layout, item: int) -> Division:
     """The division of a stored tensor with elements of ``item`` bytes, of which ``layout`` says who needs what."""
+    return _divide(layout, item)  # type: ignore[arg-type]  # layouts are hashable, which their protocol does not say
+
+
+@lru_cache(maxsize=4096)
+def _divide(layout: Layout, item: int) -> Division:
     alone: dict[int, list[tuple[int, int]]] = {}
     shared: list[CommonRange] = []
     shape = layout.shape
@@ -71,7 +76,7 @@ def _intervals(layout: Layout, lone: int) -> Iterator[tuple[int, int, Sequence[i
     active: set[int] = set()
     pending: tuple[int, int, set[int]] | None = None
     cuts = sorted({0, total, *starts, *stops})
-    for first, stop in zip(cuts, cuts[1:]):
+    for first, stop in pairwise(cuts):
         active.difference_update(stops.get(first, ()))
         active.update(starts.get(first, ()))
         if pending is not None and (len(active) < 2 or stop - pending[0] > lone) and pending[2] != active:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,6 +14,7 @@ from shardsave._common.gc_pause import gc_paused
 from shardsave._common.layouts import Layout, Whole
 from shardsave._common.progress import Progress
 from shardsave._common.spread import Spread
+from shardsave._common.windows import window
 from shardsave._engine.blocks import blocks
 from shardsave._engine.transfer import BLOCK_BYTES, Piece
 from shardsave._format.dtypes import BY_NAME, torch_shape
@@ -22,7 +23,6 @@ from shardsave._ranks.joined_sums import JoinedSums
 from shardsave._ranks.places import place_of
 from shardsave._ranks.read_plan import Range, plan_reads
 from shardsave._ranks.wants import Key, Want, agree_on_wants
-from shardsave._ranks.windows import window
 from shardsave._storage.checkpoint import Checkpoint
 from shardsave._storage.located import Located
 from shardsave.errors import CorruptCheckpointError
@@ -135,12 +135,12 @@ def _by_key(targets: Sequence[Target]) -> tuple[dict[Key, tuple[Located, Spread]
     return first, again
 
 
-def _chunks(located: Located, into: object) -> Iterator[tuple[Located, Spread]]:
+def _chunks(located: Located, into: torch.Tensor | Spread | None) -> Iterator[tuple[Located, Spread]]:
     dtype = BY_NAME[located.dtype].torch
     if isinstance(into, torch.Tensor):
         local = (Chunk((0,) * into.dim(), into),) if into.numel() else ()
         into = Spread(dtype, Whole((), torch_shape(located.dtype, located.shape)), local)
-    assert isinstance(into, Spread)
+    assert into is not None
     spread = into if into.dtype == dtype else into.cast(dtype)
     if not located.chunks:
         yield located, spread

@@ -82,7 +82,8 @@ def _factors(numbers: Sums) -> Sums:
     mixed = (numbers + _ONE) * np.uint64(0x9E3779B97F4A7C15)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))
+    factors: Sums = mixed ^ (mixed >> np.uint64(31))
+    return factors
 
 
 def _times(left: Sums, right: Sums) -> Sums:

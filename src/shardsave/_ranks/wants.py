@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shardsave._common.layouts import Grid, Layout, Listed, Placed, Split, Whole
-from shardsave._ranks.windows import Window
+from shardsave._common.windows import Window
 
 if TYPE_CHECKING:
     from shardsave._ranks.session import Session
@@ -97,7 +97,7 @@ def _encode(layout: Layout) -> list[Any]:
     if isinstance(layout, Placed):
         return ["placed", layout.shape, layout.grid.ranks, layout.grid.sizes, layout.splits]
     if isinstance(layout, Window):
-        return ["window", layout.begin, layout.shape, _encode(layout.layout)]
+        return ["window", layout.begin, layout.sizes, layout.dims, _encode(layout.layout)]
     return ["listed", layout.shape, [(rank, layout.boxes(rank)) for rank in layout.ranks]]
 
 
@@ -108,7 +108,7 @@ def _decode(kind: str, *values: Any) -> Layout:
         shape, ranks, sizes, splits = values
         return Placed(Grid(ranks, sizes), [Split(*split) for split in splits], shape)
     if kind == "window":
-        begin, shape, layout = values
-        return Window(_decode(*layout), tuple(begin), tuple(shape))
+        begin, sizes, dims, layout = values
+        return Window(_decode(*layout), begin, sizes, dims)
     shape, by_rank = values
     return Listed({rank: [(tuple(begin), tuple(sizes)) for begin, sizes in boxes] for rank, boxes in by_rank}, shape)
