@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 
-from shardsave._common.layouts import Extent, Layout, without
+from shardsave._common.coverage import covered_once
+from shardsave._common.layouts import Extent, Layout, LowestOnly, Placed, Whole, without
 
 
 def senders(layout: Layout, owner: int, hosts: Sequence[int]) -> tuple[tuple[int, Extent], ...]:
@@ -13,17 +14,49 @@ def senders(layout: Layout, owner: int, hosts: Sequence[int]) -> tuple[tuple[int
 
     ``hosts``: the number of each rank's host. The same on all ranks.
     """
-    order = sorted(layout.ranks, key=lambda rank: (rank != owner, hosts[rank] != hosts[owner], rank))
-    given: list[tuple[int, Extent]] = []
-    seen: set[Extent] = set()
-    left = math.prod(layout.shape)
-    for rank in order:
-        if not left:
-            break
+    holding = holders(layout)
+    if holding is not None:
+        given = [(_chosen(ranks, owner, hosts), box) for box, ranks in holding.items()]
+    else:
+        given = list(_of_overlapping(layout, owner, hosts))
+    return tuple(sorted(given, key=lambda part: (part[0] != owner, hosts[part[0]] != hosts[owner], part[0])))
+
+
+def sent(layout: Layout, rank: int, owner: int, hosts: Sequence[int]) -> tuple[Extent, ...]:
+    """Of `senders`, the boxes that ``rank`` gives to ``owner``. Does not look at all ranks if the layout is that of a mesh."""
+    if isinstance(layout, Placed):
+        boxes = layout.boxes(rank)
+        return boxes if boxes and _chosen(layout.grid.replicas(rank, layout.splits), owner, hosts) == rank else ()
+    return tuple(box for sender, box in senders(layout, owner, hosts) if sender == rank)
+
+
+@lru_cache(maxsize=1024)
+def holders(layout: Layout) -> Mapping[Extent, Sequence[int]] | None:
+    """Each box of ``layout`` with the ranks that hold it, ascending; None if some boxes may overlap without being equal."""
+    if isinstance(layout, Whole):
+        return dict.fromkeys(layout.boxes(layout.ranks[0]), layout.ranks) if layout.ranks else {}
+    holding: dict[Extent, list[int]] = {}
+    for rank in sorted(layout.ranks):
         for box in layout.boxes(rank):
-            if box not in seen:
-                seen.add(box)
-                for rest in without(box, [other for _, other in given]):
-                    given.append((rank, rest))
-                    left -= math.prod(rest[1])
-    return tuple(given)
+            holding.setdefault(box, []).append(rank)
+    apart = isinstance(layout, (Placed, LowestOnly)) or covered_once(layout.shape, list(holding))
+    return holding if apart else None
+
+
+def _chosen(ranks: Sequence[int], owner: int, hosts: Sequence[int]) -> int:
+    if owner in ranks:
+        return owner
+    if len(ranks) == 1:
+        return ranks[0]
+    return next((rank for rank in ranks if hosts[rank] == hosts[owner]), ranks[0])
+
+
+def _of_overlapping(layout: Layout, owner: int, hosts: Sequence[int]) -> Iterator[tuple[int, Extent]]:
+    order = sorted(layout.ranks, key=lambda rank: (rank != owner, hosts[rank] != hosts[owner], rank))
+    given: list[Extent] = []
+    for rank in order:
+        for box in layout.boxes(rank):
+            if box not in given:
+                parts = list(without(box, given))
+                given += parts
+                yield from ((rank, part) for part in parts)

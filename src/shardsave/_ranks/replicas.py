@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -18,7 +17,8 @@ import numpy as np
 import torch
 
 from shardsave._common.assembled import Chunk
-from shardsave._common.layouts import Extent, Layout, LowestOnly, Placed, Shared, Whole, overlap
+from shardsave._common.layouts import Extent, Layout, LowestOnly, Placed, Shared, overlap
+from shardsave._common.senders import holders
 from shardsave._common.sources import TensorSource
 from shardsave._common.spread import Spread
 from shardsave._common.words import count, some
@@ -88,8 +88,8 @@ def _replicated(
         if entry.tied_to is not None:
             continue
         assert isinstance(entry.source, Spread)
-        for holders, box in shared(entry.source.layout, rank):
-            sets.setdefault(_key(holders), []).append(_Replicated(entry.name, box, entry.source.local))
+        for alike, box in shared(entry.source.layout, rank):
+            sets.setdefault(_key(alike), []).append(_Replicated(entry.name, box, entry.source.local))
     return sets
 
 
@@ -97,22 +97,21 @@ def _replicated(
 def shared(layout: Layout, rank: int) -> tuple[Shared, ...]:
     """The boxes that ``rank`` and other ranks hold; each is the same box on all of its holders."""
     boxes = layout.boxes(rank)
-    if isinstance(layout, (Whole, Placed)):
-        if not boxes:
-            return ()
-        holders = layout.ranks if isinstance(layout, Whole) else layout.grid.replicas(rank, layout.splits)
-        return tuple(Shared(holders, box) for box in boxes) if len(holders) > 1 else ()
-    holding: dict[Extent, list[int]] = {}
+    if isinstance(layout, Placed):
+        alike = layout.grid.replicas(rank, layout.splits) if boxes else ()
+        return tuple(Shared(alike, box) for box in boxes) if len(alike) > 1 else ()
+    holding = holders(layout)
+    if holding is not None:
+        return tuple(Shared(holding[box], box) for box in boxes if len(holding[box]) > 1)
+    holding = {}
     for holder in layout.ranks:
         for box in layout.boxes(holder):
-            holding.setdefault(box, []).append(holder)
-    if sum(math.prod(sizes) for _, sizes in holding) == math.prod(layout.shape):  # no two boxes overlap
-        return tuple(Shared(tuple(holding[box]), box) for box in boxes if len(holding[box]) > 1)
+            holding[box] = (*holding.get(box, ()), holder)
     found = []
     for box in (cell for own in boxes for cell in _cells(own, holding)):
-        holders = tuple(sorted({r for other, ranks in holding.items() if overlap(box, other) is not None for r in ranks}))
-        if len(holders) > 1:
-            found.append(Shared(holders, box))
+        alike = tuple(sorted({r for other, ranks in holding.items() if overlap(box, other) is not None for r in ranks}))
+        if len(alike) > 1:
+            found.append(Shared(alike, box))
     return tuple(found)
 
 
@@ -133,8 +132,8 @@ def _cut(box: Extent, dim: int, cuts: Sequence[int]) -> Iterator[Extent]:
 
 
 @lru_cache(maxsize=1024)
-def _key(holders: Sequence[int]) -> bytes:
-    return hashlib.sha256(np.array(holders, np.int64).tobytes()).digest()[:16]
+def _key(ranks: Sequence[int]) -> bytes:
+    return hashlib.sha256(np.array(ranks, np.int64).tobytes()).digest()[:16]
 
 
 def _view(chunks: Sequence[Chunk], box: Extent) -> torch.Tensor:
