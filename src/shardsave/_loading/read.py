@@ -106,7 +106,7 @@ class TensorReader:
         """Runs the engine. File n of the blocks is ``shards[n]``."""
         files = self._checkpoint.descriptors(shards)
         try:
-            transfer = engine.read(files, planned, pieces, checksum=checksum, tick=self._tick)
+            transfer = engine.read(files, planned, pieces, checksum=checksum, windows=windows, tick=self._tick)
         except TransferFault as fault:
             path = self._checkpoint.path_of(shards[max(fault.file, 0)])
             raise ShardSaveError(f"cannot read {path}: {fault}; the files on disk are as they were") from fault

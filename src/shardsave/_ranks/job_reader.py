@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,6 +20,7 @@ from shardsave._engine.blocks import blocks
 from shardsave._engine.transfer import BLOCK_BYTES, Piece
 from shardsave._format.dtypes import BY_NAME, torch_shape
 from shardsave._loading.read import Target, TensorReader, damage_message
+from shardsave._ranks.delivering import Delivering, Reading
 from shardsave._ranks.joined_sums import JoinedSums
 from shardsave._ranks.places import place_of
 from shardsave._ranks.read_plan import Range, plan_reads
@@ -31,6 +33,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from shardsave._ranks.session import Session
+
+
+#: So many shards can surely be open at the same time, on any rank.
+_FEW_SHARDS = 16
 
 
 class _Stored(NamedTuple):
@@ -66,9 +72,7 @@ class JobReader(TensorReader):
         sums = JoinedSums(len(stored))
         self._read_ranges(stored, plan.alone, _places(stored, plan.alone), sums)
         self._read_ranges(stored, plan.unneeded, [None] * len(plan.unneeded), sums)
-        for reader, ranges in enumerate(plan.common):
-            needed = [one for one in ranges if stored[one.number].located is not None]
-            self._read_ranges(stored, needed, _places(stored, needed), sums if reader == rank else None)
+        self._read_common(stored, plan.common, sums)
         self.tensors += len(mine)
         if self._verify:
             self._compare(stored, sums)
@@ -79,21 +83,48 @@ class JobReader(TensorReader):
         self._session.check()
         super()._tick(done)
 
+    def _read_common(self, stored: Sequence[_Stored], common: Sequence[Sequence[Range]], sums: JoinedSums) -> None:
+        """Reads what several ranks need, for each rank the ranges that it reads in ``common``, and exchanges it while it is read."""
+        shards = sorted({stored[one.number].shard for ranges in common for one in ranges})
+        step = self._session_allowance() if len(shards) > _FEW_SHARDS else _FEW_SHARDS
+        for first in range(0, len(shards), step):
+            group = shards[first : first + step]
+            held = {*group}
+            of_ranks = [[one for one in ranges if stored[one.number].shard in held] for ranges in common]
+            readings = [_reading(stored, ranges, group) for ranges in of_ranks]
+            with closing(Delivering(self._session, readings, [one.spread for one in stored])) as delivering:
+                delivering.start()
+                planned, pieces, windows = delivering.blocks, delivering.pieces, delivering.windows
+                transfer = self._transfer(group, planned, pieces, checksum=self._verify, windows=windows)
+                delivering.finish()
+            mine = of_ranks[self._session.rank]
+            if mine:
+                self.shards.update(stored[one.number].shard for one in mine)
+            if self._verify:
+                sums.add(mine, [stored[one.number].spread.nbytes for one in mine], transfer.sums)
+            for shard in group:
+                self._checkpoint.release(shard)
+
+    def _session_allowance(self) -> int:
+        """How many shards every rank can hold open at the same time."""
+        gathered = self._session.gather("open files", str(self._checkpoint.allowance).encode())
+        least = None if gathered is None else str(min(map(int, gathered))).encode()
+        return int(self._session.publish("open files of all", least))
+
     def _read_ranges(
-        self, stored: Sequence[_Stored], ranges: Sequence[Range], pieces: Sequence[Piece], sums: JoinedSums | None
+        self, stored: Sequence[_Stored], ranges: Sequence[Range], pieces: Sequence[Piece], sums: JoinedSums
     ) -> None:
         """Reads ``ranges`` into ``pieces``, and adds their checksums to ``sums``."""
         shards = sorted({stored[one.number].shard for one in ranges})
         self.shards.update(shards)
         extents = _extents(stored, ranges, shards)
-        checksum = self._verify and sums is not None
         step = self._checkpoint.allowance
         for first in range(0, len(shards), step):
             group = shards[first : first + step]
             begin, end = np.searchsorted(extents[:, 0], [first, first + step]).tolist()
             extents[begin:end, 0] -= first
-            transfer = self._transfer(group, blocks(extents[begin:end], BLOCK_BYTES), pieces[begin:end], checksum=checksum)
-            if checksum and sums is not None:
+            transfer = self._transfer(group, blocks(extents[begin:end], BLOCK_BYTES), pieces[begin:end], checksum=self._verify)
+            if self._verify:
                 nbytes = [stored[one.number].spread.nbytes for one in ranges[begin:end]]
                 sums.add(ranges[begin:end], nbytes, transfer.sums)
             for shard in group:
@@ -157,6 +188,10 @@ def _stored(key: Key, want: Want, mine: tuple[Located, Spread] | None) -> _Store
 
 def _places(stored: Sequence[_Stored], ranges: Sequence[Range]) -> list[Piece]:
     return [place_of(stored[one.number].spread, one.begin, one.end) for one in ranges]
+
+
+def _reading(stored: Sequence[_Stored], ranges: Sequence[Range], shards: Sequence[str]) -> Reading:
+    return Reading(_extents(stored, ranges, shards), [one.number for one in ranges], [one.begin for one in ranges])
 
 
 def _extents(stored: Sequence[_Stored], ranges: Sequence[Range], shards: Sequence[str]) -> NDArray[np.int64]:

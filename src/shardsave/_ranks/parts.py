@@ -45,9 +45,7 @@ class Parts:
     """``run_of(owner)``: what each rank moves. ``takers(tensor, owner)``: which ranks take part in the tensor, each with which boxes;
     a rank may have several, and also the owner itself."""
 
-    def __init__(
-        self, run_of: Callable[[int], Run], takers: Callable[[Spread, int], Mapping[int, Sequence[Extent]]]
-    ) -> None:
+    def __init__(self, run_of: Callable[[int], Run], takers: Callable[[Spread, int], Mapping[int, Sequence[Extent]]]) -> None:
         self._run_of = run_of
         self._takers = takers
         self._starts: dict[int, list[int]] = {}

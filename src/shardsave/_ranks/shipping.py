@@ -135,4 +135,3 @@ def _without_replicas(layout: Layout) -> Mapping[int, Sequence[Extent]] | None:
     boxes = {rank: held for rank in layout.ranks if (held := layout.boxes(rank))}
     elements = sum(math.prod(sizes) for held in boxes.values() for _, sizes in held)
     return boxes if elements == math.prod(layout.shape) else None
-
