@@ -39,6 +39,7 @@ COSTS = {
     "frozen": ("costs.py", "frozen", "FOLDER", "SIZE"),
     "gpu": ("gpu.py", "FOLDER", "SIZE"),
     "ranks": ("rank_costs.py", "FOLDER"),
+    "rank zero": ("rank_zero.py", "FOLDER"),
 }
 
 
