@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from test_shipping import model
 
 from jobs import run_ranks
 from shardsave._common.assembled import Chunk
@@ -19,7 +20,6 @@ from shardsave._engine import engine
 from shardsave._format.crc64 import crc64
 from shardsave._ranks import session as sessions
 from shardsave._ranks.delivering import Delivering, Reading
-from test_shipping import model
 
 
 def as_bytes(tensor: torch.Tensor) -> bytes:
