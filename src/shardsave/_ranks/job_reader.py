@@ -68,7 +68,7 @@ class JobReader(TensorReader):
         wants = agree_on_wants(self._session, wants)
         with gc_paused():
             plan = plan_reads(wants, rank, size, every_byte=self._verify)
-            stored = [_stored(key, want, mine.get(key)) for key, want in wants.items()]
+            stored = [_stored(key, want, mine.get(key), rank) for key, want in wants.items()]
         sums = JoinedSums(len(stored))
         self._read_ranges(stored, plan.alone, _places(stored, plan.alone), sums)
         self._read_ranges(stored, plan.unneeded, [None] * len(plan.unneeded), sums)
@@ -179,10 +179,11 @@ def _chunks(located: Located, into: torch.Tensor | Spread | None) -> Iterator[tu
         yield chunk, window(spread, begin, chunk.shape)
 
 
-def _stored(key: Key, want: Want, mine: tuple[Located, Spread] | None) -> _Stored:
+def _stored(key: Key, want: Want, mine: tuple[Located, Spread] | None, rank: int) -> _Stored:
     if mine is None:
         return _Stored(*key, want.layout, Spread(BY_NAME[want.dtype].torch, want.layout, ()), None)
     located, spread = mine
+    assert [sizes for _, sizes in want.layout.boxes(rank)] == [(*chunk.tensor.shape,) for chunk in spread.local], located.name
     return _Stored(*key, want.layout, Spread(spread.dtype, want.layout, spread.local), located)
 
 

@@ -11,7 +11,7 @@ from shardsave._ranks.division import CommonRange, divide
 from shardsave._ranks.wants import Key, Want
 
 #: Neighbouring ranges of a file are read by one rank, up to so many bytes, so that small tensors share reads.
-_RUN_BYTES = 4 << 20
+RUN_BYTES = 4 << 20
 
 #: Ranges of a file with a gap of fewer bytes are neighbours.
 _GAP_BYTES = 4096
@@ -75,7 +75,7 @@ class _Readers:
         begin, nbytes = offset + one.begin, one.end - one.begin
         reader, last_shard, last_end, run = self._last
         is_next = shard == last_shard and 0 <= begin - last_end < _GAP_BYTES
-        if not (is_next and run + nbytes <= _RUN_BYTES and reader in one.needs):
+        if not (is_next and run + nbytes <= RUN_BYTES and reader in one.needs):
             candidates, run = [*one.needs], 0
             if len(candidates) > _CANDIDATES:
                 self._turn += 1

@@ -51,10 +51,15 @@ def agree_on_wants(session: Session, mine: Mapping[Key, Want]) -> dict[Key, Want
 def _with_ranks(wants: Mapping[Key, Want], ranks: Sequence[int]) -> dict[Key, Want]:
     """``wants`` of all of ``ranks``, which want the same: whole tensors are wanted by each of them."""
     everybody = tuple(ranks)
-    return {
-        key: want._replace(layout=Whole(everybody, want.layout.shape)) if isinstance(want.layout, Whole) else want
-        for key, want in wants.items()
-    }
+    return {key: want._replace(layout=_of_ranks(want.layout, everybody)) for key, want in wants.items()}
+
+
+def _of_ranks(layout: Layout, ranks: tuple[int, ...]) -> Layout:
+    if isinstance(layout, Whole):
+        return Whole(ranks, layout.shape)
+    if isinstance(layout, Window):
+        return Window(_of_ranks(layout.layout, ranks), layout.begin, layout.sizes, layout.dims)
+    return layout
 
 
 def _joined(parts: Sequence[tuple[Mapping[Key, Want], Sequence[int]]]) -> dict[Key, Want]:
