@@ -47,6 +47,32 @@ def test_processes_that_measure_a_limit(tmp_path: Path, compiled: Compile, monke
     assert together([["/bin/false"], ["/bin/true"]])["failed"]
 
 
+def test_rank_zero_of_many(tmp_path: Path) -> None:
+    """Catches a simulation whose messages are no longer those of a real save, and one that counts nothing."""
+    command = [
+        sys.executable,
+        str(BENCHMARKS / "rank_zero.py"),
+        str(tmp_path / "saved"),
+        "50",
+        "--seconds",
+        "1",
+        "--layers",
+        "1",
+    ]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    figures = json.loads(done.stdout.splitlines()[-1])["50"]
+    assert figures["tensors"] == 11 and figures["shards"] > 1 and "11 tensors" in figures["report"]
+    assert 5_000 < figures["received"] < 100_000 and figures["sent"] > 5_000 and 0 < figures["processor"] < figures["wall"]
+
+
+def test_very_many_tensors(tmp_path: Path) -> None:
+    """Catches a measurement of many tensors on ranks that fails."""
+    command = [sys.executable, str(BENCHMARKS / "rank_costs.py"), str(tmp_path / "saved"), "100"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["tensors"] == 100 and len(figures["first"]) == 4 and len(figures["second"]) == 8 and min(figures["load"]) > 0
+
+
 def recorded(tool: str, operation: str, turn: int, wall: float, **changes: Any) -> dict[str, Any]:
     sample = {"piece": "ranks", "turn": turn, "size": 10**9, "tool": tool, "operation": operation, "wall": wall, "cpu": 1.0}
     sample |= {"wall_synced": wall, "unwritten": 0, "bytes": 10**9, "written": 10**9, "between_ranks": 7.5e8, "peak_extra": 1e8}

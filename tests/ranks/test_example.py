@@ -36,7 +36,7 @@ def test_the_example(tmp_path: Path, first: int, second: int) -> None:
     output = torchrun(second, EXAMPLE, tmp_path)
     assert output.count("loaded") == 1 and output.count("saved") == 1, output
     found = shardsave.inspect(tmp_path / "sharded")
-    assert found.frozen == ("0.bias", "0.weight") and found.metadata == {"ranks": second}
+    assert found.frozen == {"0.bias", "0.weight"} and found.metadata == {"ranks": second}
     assert shardsave.load(tmp_path / "sharded")["0.weight"].equal(
         frozen["0.weight"]
     )  # what the first run saved, not new random values
