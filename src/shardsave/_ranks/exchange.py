@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from shardsave._ranks.traffic import Traffic
 
 #: How many windows a rank has for the blocks that it owns. More would let fast ranks work further ahead, and take more memory.
-WINDOWS = 8
+WINDOWS = 4
 
 #: How long an owner's worker waits before it looks whether its run still goes on, and a rank before it looks for errors; in seconds.
 _WAIT = 0.05
@@ -86,6 +86,7 @@ class Exchange:
 
     def start(self) -> None:
         """Connects to the other ranks. Raises what `Session.check` raises, and ShardSaveError."""
+        self._traffic.follow_caller()
         token = self._session.publish("exchange", HostLinks.new_token() if self._session.leads else None)
         if self._count:
             self._memory = SharedMemory.new(self._count * BLOCK_BYTES)
@@ -137,10 +138,11 @@ class Exchange:
 
     def count(self, nbytes: int) -> None:
         """Called by links: this rank has given or taken ``nbytes`` of another one's block."""
-        if self._inward:
-            self.sent_bytes += nbytes
-        else:
-            self.received_bytes += nbytes
+        with self._changed:
+            if self._inward:
+                self.sent_bytes += nbytes
+            else:
+                self.received_bytes += nbytes
 
     def fail(self, error: BaseException) -> None:
         """Called by links when something failed on their threads."""
