@@ -186,6 +186,7 @@ def load_model(
                 part=part,
                 parts=job.parts,
             )
+            job.checked()
             clock.planned()
             with Progress(progress if job.leads or callable(progress) else False, "loading", loading.nbytes) as reporter:
                 reader = job.reader(checkpoint, verify=verify, progress=reporter)

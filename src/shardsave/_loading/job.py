@@ -36,6 +36,9 @@ class LoadJob(Protocol):
     def all_have(self, identity: bytes) -> bool:
         """Whether ``identity`` is the same everywhere."""
 
+    def checked(self) -> None:
+        """Called when everything that this process can refuse has been refused; returns when that is true everywhere."""
+
     def reader(self, checkpoint: Checkpoint, *, verify: bool, progress: Progress) -> TensorReader:
         """The reader for this process. `TensorReader.read_together` must be called the same number of times everywhere."""
 
@@ -55,6 +58,9 @@ class Alone:
 
     def all_have(self, identity: bytes) -> bool:
         return True
+
+    def checked(self) -> None:
+        pass
 
     def reader(self, checkpoint: Checkpoint, *, verify: bool, progress: Progress) -> TensorReader:
         return TensorReader(checkpoint, verify=verify, progress=progress)

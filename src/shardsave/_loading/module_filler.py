@@ -236,6 +236,8 @@ class ModuleFiller:
         try:
             yield
         except ShardSaveError as error:
+            if reader.is_of_job(error):
+                raise
             if in_place and isinstance(error, CorruptCheckpointError):
                 loaded = reader.tensors
             raise type(error)(

@@ -81,6 +81,10 @@ class TensorReader:
         """As `read`, called once by each rank of a job; where there is only one, it is `read`."""
         self.read(targets)
 
+    def is_of_job(self, error: Exception) -> bool:
+        """Whether ``error`` is that of all ranks of a job, which all raise in the same words."""
+        return False
+
     def _read_group(
         self, shards: Sequence[str], targets: Sequence[Target], extents: NDArray[np.int64]
     ) -> list[tuple[Located, str]]:

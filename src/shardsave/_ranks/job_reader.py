@@ -79,6 +79,13 @@ class JobReader(TensorReader):
         for target in again:
             self.read([target])
 
+    def is_of_job(self, error: Exception) -> bool:
+        try:
+            self._session.check()
+        except Exception as known:
+            return known is error
+        return False
+
     def _tick(self, done: int) -> None:
         self._session.check()
         super()._tick(done)

@@ -48,6 +48,10 @@ class LoadJob:
         same = b"" if everywhere is None else json.dumps(len({*everywhere}) == 1).encode()
         return bool(json.loads(self._session.publish("whether all have the same checkpoint", same or None)))
 
+    def checked(self) -> None:
+        self._session.gather("what was checked", b"")
+        self._session.publish("that all have checked", b"" if self._session.leads else None)
+
     def reader(self, checkpoint: Checkpoint, *, verify: bool, progress: Progress) -> TensorReader:
         return JobReader(checkpoint, self._session, verify=verify, progress=progress)
 

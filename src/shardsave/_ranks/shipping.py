@@ -17,8 +17,6 @@ from shardsave._ranks.traffic import Traffic
 from shardsave._saving.shards import PlannedShard, plan_blocks
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from shardsave._common.sources import ByteSource
     from shardsave._ranks.session import Session
 

@@ -7,6 +7,7 @@ import ctypes
 import mmap
 import os
 import socket
+from contextlib import suppress
 
 from shardsave._common.os_calls import Descriptor, call
 
@@ -45,10 +46,8 @@ class SharedMemory:
         """Frees it, or leaves that to the last view of it."""
         self.file.abandon()
         self.view.release()
-        try:
+        with suppress(BufferError):
             self._map.close()
-        except BufferError:
-            pass
 
 
 def send_descriptor(connection: socket.socket, message: bytes, fd: int) -> None:
