@@ -53,9 +53,11 @@ def read(rank: int, path: str, size: int, portable: bool, hosts: tuple[int, ...]
         session.hosts = hosts
         with closing(Delivering(session, readings, targets)) as delivering:
             delivering.start()
-            done = engine.read([fd], delivering.blocks, delivering.pieces, windows=delivering.windows, tick=lambda _: session.check())
+            done = engine.read(
+                [fd], delivering.blocks, delivering.pieces, windows=delivering.windows, tick=lambda _: session.check()
+            )
             delivering.finish()
-    for (name, (whole, layout)), target in zip(tensors.items(), targets):
+    for (name, (whole, _)), target in zip(tensors.items(), targets):
         for chunk in target.local:
             assert as_bytes(chunk.tensor) == as_bytes(whole[box(chunk.begin, chunk.tensor.shape)]), f"{name} on rank {rank}"
     contents = Path(path).read_bytes()
