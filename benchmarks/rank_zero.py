@@ -63,13 +63,14 @@ def sharded_model(ranks: int, layers: int) -> nn.Module:
 class Others:
     """All ranks but rank 0, in one process: ``pipe`` says what they have to say, phase by phase."""
 
-    def __init__(self, key: str, ranks: int, call: tuple[str, str], rank_timeout: float, pipe: Connection) -> None:
+    def __init__(self, ranks: int, pipe: Connection) -> None:
         from shardsave._ranks.heartbeat import Pulse
         from shardsave._ranks.line import Line
         from shardsave._ranks.meeting import Call
 
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as in the agent of torchrun
         pipe.send(store.port)
+        key, call, rank_timeout = pipe.recv()
         self._line = Line(store, f"shardsave/{key}")
         self._line.open()
         self._hosts = [range(begin, min(begin + RANKS_OF_HOST, ranks)) for begin in range(1, ranks, RANKS_OF_HOST)]
@@ -186,38 +187,39 @@ def simulate(path: Path, ranks: int, layers: int, seconds: float) -> dict[str, A
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     import shardsave
-    from shardsave._ranks import group, save_job
+    from shardsave._ranks import group, save_job, session
     from shardsave._ranks.session import Session
     from shardsave._storage.transaction import Transaction
 
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     model = sharded_model(ranks, layers)
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
-    key = group.members_of(dist.group.WORLD).key
-    timeout = 120.0
-    arguments = (key, ranks, ("save", os.fspath(path)), timeout, theirs)
-    process = multiprocessing.get_context("spawn").Process(target=others, args=arguments, daemon=True)
+    process = multiprocessing.get_context("spawn").Process(target=others, args=(ranks, theirs), daemon=True)
     process.start()
     port = ours.recv()
     store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
     lines = []
     shippings: list[NoShipping] = []
-    gather, close = Session.gather, Session.close
+    begin, gather, close = session.begin_with, Session.gather, Session.close
 
-    def gather_of_all(session: Session, what: str, mine: bytes) -> list[bytes] | None:
-        if session._phase == 0:
+    def begin_with_others(store: Any, members: Any, host: Any, call: Any, timeouts: Any, *more: Any) -> Session:
+        ours.send((members.key, tuple(call), timeouts.rank))
+        return begin(store, members, host, call, timeouts, *more)
+
+    def gather_of_all(call: Session, what: str, mine: bytes) -> list[bytes] | None:
+        if call._phase == 0:
             assert ours.recv() == "met"
         some = shippings[-1].votes() if what == "finished files" else {}
-        phase, name = session._phase + 1, session._next(what)[1]
-        session._phase -= 1
+        phase, name = call._next(what)
+        call._phase -= 1
         ours.send((phase, name + mine, {rank: name + value for rank, value in some.items()}))
-        return gather(session, what, some.get(0, mine))
+        return gather(call, what, some.get(0, mine))
 
-    def close_after_others(session: Session) -> None:
+    def close_after_others(call: Session) -> None:
         ours.send(None)
         assert ours.recv() == "left"
-        lines.append(session._post.line)
-        close(session)
+        lines.append(call._post.line)
+        close(call)
 
     class Shipping(NoShipping):
         def __init__(self, *arguments: Any) -> None:
@@ -234,6 +236,7 @@ def simulate(path: Path, ranks: int, layers: int, seconds: float) -> dict[str, A
     with contextlib.ExitStack() as stack:
         for owner, name, value in (
             (group, "job_store", lambda: store),
+            (session, "begin_with", begin_with_others),
             (Session, "gather", gather_of_all),
             (Session, "close", close_after_others),
             (save_job, "Shipping", Shipping),
