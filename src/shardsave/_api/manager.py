@@ -12,6 +12,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast, overload
 
 from shardsave._api.arguments import check_path, check_switches, check_timeout
+from shardsave._api.run_ranks import RunRanks
+from shardsave._api.run_turns import Turns
 from shardsave._api.run_verbs import OF_BOTH, PublicVerbs
 from shardsave._api.step_resumes import StepResumes
 from shardsave._api.step_saves import StepSaves
@@ -150,16 +152,17 @@ class CheckpointManager(Generic[Saved]):
         self._shown = os.fspath(directory)
         self._run = Run(absolute_path(self._shown))
         self._keeper = Keeper(self._run, self._shown, keeps, recorded)
-        self._saves = StepSaves(self._run, self._keeper, self._when, on_commit)
-        self._resumes = StepResumes(self._run, self._shown, self._keeper, self._when, on_corrupt)
+        self._ranks = RunRanks(self._shown)
+        self._saves = StepSaves(self._run, self._keeper, self._when, on_commit, self._ranks)
+        self._resumes = StepResumes(self._run, self._shown, self._keeper, self._when, on_corrupt, self._ranks)
         self._requests = SaveRequests()
-        self._preempted = False
+        self._turns = Turns(self._when, self._requests, self._ranks)
         self._told_unsaved = False
 
     @property
     def preempted(self) -> bool:
         """Whether a signal of `save_on_signal` came and the last save after it is committed: the training should end now."""
-        return self._preempted
+        return self._turns.preempted
 
     def __enter__(self) -> CheckpointManager[Saved]:
         return self
@@ -180,11 +183,14 @@ class CheckpointManager(Generic[Saved]):
 
     def _close(self) -> None:
         self._requests.restore()
-        if self._is_requested and not self._told_unsaved:
+        if self._turns.unsaved and not self._told_unsaved:
             self._told_unsaved = True
-            names = some(number.name for number in self._requests.noted)
-            words = f"{names} asked for a last save of {self._shown}, and no step was saved after it: call save at the end of the training"
+            words = (
+                f"{some(self._turns.unsaved)} asked for a last save of {self._shown}, and no step was saved after it: call save at the end "
+                f"of the training"
+            )
             log_event(logging.WARNING, "signal without a save", words, path=self._run.path)
+        self._turns.close()
         self._saves.settle()
         self._keeper.remover.wait()
         if self._asynchronous:
@@ -226,29 +232,44 @@ class CheckpointManager(Generic[Saved]):
             SaveNotCommittedError: also if another process seems to write this run: it has a later step, or this one is there already.
             all that `save` raises.
         """
-        step = checked_step(step)
-        self._check_options(options)
-        due = self._when.due(step)
-        if step == 0 or not (due or self._is_requested):
-            return None
-        return self.save(step, model, training=training, metrics=metrics, **options)
+        self._begin_turn(model, training, options)
+        try:
+            step = checked_step(step)
+            self._check_options(options)
+            due = self._turns.due(step)
+            if step == 0 or not (due or self._turns.names):
+                return None
+            return self._save_in_turn(step, model, training, metrics, options)
+        finally:
+            self._turns.end()
 
     def save(
         self, step: int, model: Any, *, training: Any = None, metrics: Mapping[str, Any] | None = None, **options: Any
     ) -> Saved:
         """Saves ``step`` now. Everything else is as in `step`, also after a signal."""
-        if not self._is_requested:
+        self._begin_turn(model, training, options)
+        self._turns.order()
+        try:
+            return self._save_in_turn(step, model, training, metrics, options)
+        finally:
+            self._turns.end()
+
+    def _begin_turn(self, model: Any, training: Any, options: Mapping[str, Any]) -> None:
+        self._ranks.look(model, {**self._options, **options}, training)
+        self._turns.begin()
+
+    def _save_in_turn(
+        self, step: int, model: Any, training: Any, metrics: Mapping[str, Any] | None, options: dict[str, Any]
+    ) -> Saved:
+        names = self._turns.names
+        if not names:
             return self._save(step, model, training, metrics, options)
         saved = self._last_save(step, model, training, metrics, options)
-        self._preempted = True
-        names, path = some(number.name for number in self._requests.noted), self._run.path_of(step)
-        log_event(logging.INFO, "preempted", f"saved step {step} of {self._shown} because of {names}", path=path, step=step)
+        self._turns.preempted = True
+        if self._ranks.leads:
+            words, path = f"saved step {step} of {self._shown} because of {some(names)}", self._run.path_of(step)
+            log_event(logging.INFO, "preempted", words, path=path, step=step)
         return saved
-
-    @property
-    def _is_requested(self) -> bool:
-        """Whether a signal asks for a last save, which is still to come."""
-        return bool(self._requests.noted) and not self._preempted
 
     def _last_save(
         self, step: int, model: Any, training: Any, metrics: Mapping[str, Any] | None, options: dict[str, Any]
@@ -294,6 +315,7 @@ class CheckpointManager(Generic[Saved]):
         if unknown:  # also without a step: it must not show only after a crash
             raise TypeError(f"keywords of resume were expected, not {some(unknown)}")
         self._saves.settle()
+        self._ranks.look(model, {**self._options, **options}, training)
         of_both = {name: self._options[name] for name in OF_BOTH if name in self._options}
         given = {**of_both, **options, **({"training": training} if training is not None else {})}
         return self._resumes.resume(model, given)

@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     from shardsave._api.pending_save import PendingSave
     from shardsave._api.reports import SaveReport
     from shardsave._api.resumed import Resumed
+    from shardsave._api.save import How
 
 
 #: The parameters of `save` and of `resume` that a manager passes itself.
 _BY_THE_MANAGER = {"source", "directory", "step", "metrics", "training", "path", "model"}
 
 #: Those options of all saves of a manager that are meant for its resumes too.
-OF_BOTH = ("rng", "process_group", "progress")
+OF_BOTH = ("rng", "process_group", "rank_timeout", "progress")
 
 
 class PublicVerbs:
@@ -42,6 +43,7 @@ class PublicVerbs:
 
     def check(self, options: Mapping[str, Any], *, asynchronous: bool) -> None:
         """Checks the values of ``options``, keywords of `save` or `save_async`. Raises TypeError or ValueError."""
+        from shardsave._api.process_group import check_group
         from shardsave._api.save import How, check_values, save
         from shardsave._api.save_contents import What, check_what
 
@@ -52,17 +54,32 @@ class PublicVerbs:
             function = save_async
         given = _all_arguments(function, None, "", options)
         check_what(What(**{name: given[name] for name in What._fields}))
+        if given["process_group"] is not None:
+            check_group(given["process_group"])
         check_values(How(**{name: given[name] for name in How._fields}))
         if asynchronous:
             from shardsave._api.background import InBackground, check_background
 
             check_background(InBackground(**{name: given[name] for name in InBackground._fields}))
 
-    def save(self, model: Any, path: str, *, step: int, metrics: Mapping[str, float], options: Mapping[str, Any]) -> SaveReport:
+    def save(
+        self,
+        model: Any,
+        path: str,
+        before: Callable[[How], How],
+        *,
+        step: int,
+        metrics: Mapping[str, float],
+        options: Mapping[str, Any],
+    ) -> SaveReport:
+        """As `shardsave.save`, which does not know ``before``: it is called where this process leads, and returns how to save."""
         import_at_use("shardsave._api.save")
-        from shardsave._api.save import save
+        from shardsave._api.save import How, save, save_now
+        from shardsave._api.save_contents import What
 
-        return save(model, path, step=step, metrics=metrics, **options)
+        given = _all_arguments(save, model, path, {"step": step, "metrics": metrics, **options})
+        what = What(**{name: given[name] for name in What._fields})
+        return save_now(model, path, what, How(**{name: given[name] for name in How._fields}), before)
 
     def save_async(
         self, model: Any, path: str, around: Around, *, step: int, metrics: Mapping[str, float], options: Mapping[str, Any]

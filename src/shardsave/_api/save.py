@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union
 
@@ -142,13 +142,38 @@ def save(
         dtype,
         assume_frozen_unchanged,
     )
+    return save_now(source, directory, what, how, started=started)
+
+
+@uncompiled
+@verb()
+def save_now(
+    source: Source,
+    directory: str | os.PathLike[str],
+    what: What,
+    how: How,
+    before: Callable[[How], How] = lambda how: how,
+    *,
+    started: float | None = None,
+) -> SaveReport:
+    """As `save`. ``before``: called where this process leads, once all ranks have met; returns how to save. ``started``: when the call
+    began, as `time.perf_counter` counts.
+    """
+    started = time.perf_counter() if started is None else started
     joining = job_of_save(
-        source, directory, process_group, training, durable=durable, rank_timeout=rank_timeout, on_divergence=on_divergence
+        source,
+        directory,
+        what.process_group,
+        what.training,
+        durable=how.durable,
+        rank_timeout=how.rank_timeout,
+        on_divergence=how.on_divergence,
     )
     with joining as job:
         path = check_how(directory, how)
+        how = before(how) if job.leads else how
         planned = plan(source, what, job)
-        job.check_equal(digests(planned.contents, durable=durable))
+        job.check_equal(digests(planned.contents, durable=how.durable))
         report, warnings = write_planned(planned, os.fspath(directory), path, how, time.perf_counter() - started, job=job)
     if job.leads:
         log_saved(report, warnings)

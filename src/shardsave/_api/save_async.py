@@ -51,6 +51,8 @@ def save_async(
     recheck_every: int = 10,
     progress: ProgressArgument = None,
     lock_timeout: float = 600.0,
+    rank_timeout: float = 120.0,
+    on_divergence: Literal["raise", "lowest_rank"] = "raise",
 ) -> PendingSave:
     """Saves as `save` does, but returns as soon as training may go on. The checkpoint is of the moment of the call.
 
@@ -109,4 +111,5 @@ def save_async(
         assume_frozen_unchanged,
     )
     background = InBackground(staging, if_busy, check_unchanged, background_workers, step_timeout)
-    return start(source, directory, what, How(durable, progress, lock_timeout, reuse, recheck_every), background)
+    how = How(durable, progress, lock_timeout, reuse, recheck_every, rank_timeout, on_divergence)
+    return start(source, directory, what, how, background)

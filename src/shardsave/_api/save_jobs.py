@@ -18,6 +18,7 @@ from shardsave.errors import SaveNotCommittedError
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+    from shardsave._api.save_contents import What
     from shardsave._state.module import Source
 
 #: For a meeting, if the argument cannot be one: all ranks are to learn that it is wrong.
@@ -50,7 +51,7 @@ def job_of_save(
     from shardsave._ranks.save_job import JobFailed, SaveJob
     from shardsave._ranks.session import begin
 
-    seconds = rank_timeout if isinstance(rank_timeout, (int, float)) and rank_timeout > 0 else _RANK_TIMEOUT
+    seconds = _seconds(rank_timeout)
     where = os.fspath(directory) if isinstance(directory, (str, os.PathLike)) else repr(directory)
     try:
         with begin(group, "save to", where, rank_timeout=seconds, usual=JobFailed, apart=apart) as session:
@@ -61,21 +62,23 @@ def job_of_save(
         raise SaveNotCommittedError(f"{failed}; nothing was committed") from error
 
 
-def leader_is_busy(
-    source: Source, directory: str | os.PathLike[str], process_group: ProcessGroup | None, busy: bool, rank_timeout: float
-) -> bool:
+def leader_is_busy(source: Source, directory: str | os.PathLike[str], what: What, busy: bool, rank_timeout: float) -> bool:
     """Whether a save of rank 0 in the background is in flight; of this rank, if the save is not collective (``busy``).
 
     The flights of ranks end at different moments, and all must do the same.
     """
-    group = collective_group(source, process_group)
+    group = collective_group(source, what.process_group, what.training)
     if group is None:
         return busy
     import_at_use("shardsave._ranks.session")
     from shardsave._ranks.session import begin
 
-    with begin(group, "save to", os.fspath(directory), rank_timeout=rank_timeout, apart="turn") as session:
+    with begin(group, "save to", os.fspath(directory), rank_timeout=_seconds(rank_timeout), apart="turn") as session:
         return session.publish("whether a save is in flight", b"busy" if busy else b"") == b"busy"
+
+
+def _seconds(rank_timeout: float) -> float:
+    return rank_timeout if isinstance(rank_timeout, (int, float)) and rank_timeout > 0 else _RANK_TIMEOUT
 
 
 def digests(contents: Contents, *, durable: bool) -> dict[str, bytes]:

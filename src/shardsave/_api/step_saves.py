@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from shardsave._api.run_ranks import RunRanks
 from shardsave._api.run_verbs import PublicVerbs
 from shardsave._common.imports import import_at_use
 from shardsave._common.shutdown import raise_if_ending
@@ -21,6 +22,7 @@ from shardsave.errors import DurabilityUncertainError, OutOfSpaceError, SaveCanc
 if TYPE_CHECKING:
     from shardsave._api.pending_save import PendingSave
     from shardsave._api.reports import SaveReport
+    from shardsave._api.save import How
 
 #: How often a thread that waits looks whether the process ends, in seconds.
 _POLL_SECONDS = 0.1
@@ -29,12 +31,17 @@ _POLL_SECONDS = 0.1
 class StepSaves:
     """Saves the steps of ``run``. ``keeper`` removes those that no policy keeps, ``when`` is told of each attempt.
 
+    Where several ``ranks`` save together, rank 0 alone looks at the other steps, calls ``on_commit`` and removes steps.
+
     Threads: one trains and calls everything. What follows a commit in the background runs on the saving thread; nothing here and nothing
     of ``keeper`` is touched by the other one meanwhile, since only the next save or `settle` does that, and both wait for it.
     """
 
-    def __init__(self, run: Run, keeper: Keeper, when: SaveWhen, on_commit: Callable[[SaveReport], object] | None) -> None:
+    def __init__(
+        self, run: Run, keeper: Keeper, when: SaveWhen, on_commit: Callable[[SaveReport], object] | None, ranks: RunRanks
+    ) -> None:
         self._run = run
+        self._ranks = ranks
         self._keeper = keeper
         self._when = when
         self._on_commit = on_commit
@@ -45,26 +52,20 @@ class StepSaves:
         """Saves a step and returns when it is saved."""
 
         def save() -> SaveReport:
-            given = {**options, "reuse": self._reuse(step, options.get("reuse"))}
+            before, path = partial(self._prepare, step), self._run.path_of(step)
             try:
-                return self._verbs.save(model, self._run.path_of(step), step=step, metrics=metrics, options=given)
+                return self._verbs.save(model, path, before, step=step, metrics=metrics, options=options)
             finally:
                 self._when.done(step)
 
-        self._prepare(step)
         return self._write(step, metrics, save)
 
     def later(self, step: int, model: Any, metrics: Mapping[str, float], options: Mapping[str, Any]) -> PendingSave:
         """Saves a step in the background."""
         import_at_use("shardsave._api.background")
         from shardsave._api.background import Around
-        from shardsave._api.save import How
 
-        def prepare(how: How) -> How:
-            self._prepare(step)
-            return how._replace(reuse=self._reuse(step, how.reuse))
-
-        around = Around(prepare, partial(self._write, step, metrics))
+        around = Around(partial(self._prepare, step), partial(self._write, step, metrics))
         path = self._run.path_of(step)
         try:
             pending = self._verbs.save_async(model, path, around, step=step, metrics=metrics, options=options)
@@ -101,16 +102,18 @@ class StepSaves:
         if pending is not None and pending.is_untold and not isinstance(pending.exception(), SaveCancelledError):
             pending.wait()
 
-    def _prepare(self, step: int) -> None:
+    def _prepare(self, step: int, how: How) -> How:
+        """Called before anything is written. Returns how to save."""
         self._keeper.remover.wait()  # the space of what goes is needed
         self._keeper.check_new(step)
-
-    def _reuse(self, step: int, wanted: Any) -> Any:
-        """What a save of ``step`` may take shards from: what was requested, else the last durable step."""
-        return wanted if wanted is not None else self._run.to_take_from(step, self._keeper.uncounted)
+        if how.reuse is not None:
+            return how
+        return how._replace(reuse=self._run.to_take_from(step, self._keeper.uncounted))  # the last durable step
 
     def _write(self, step: int, metrics: Mapping[str, float], save: Callable[[], SaveReport]) -> SaveReport:
         """Calls ``save``, then does what follows a commit."""
+        if not self._ranks.leads:
+            return save()
         try:
             report = save()
         except OutOfSpaceError as error:

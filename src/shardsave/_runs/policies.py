@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from shardsave._common.strict_json import glimpse
 from shardsave._common.words import some
@@ -118,7 +118,12 @@ def kept(steps: Iterable[StepInfo], policies: Sequence[Keep]) -> dict[int, tuple
 
 
 class SaveWhen(Protocol):
-    """A policy of saving: `due` is asked once for each step that is finished, `done` is told of each attempt to save."""
+    """A policy of saving: `due` is asked once for each step that is finished, `done` is told of each attempt to save.
+
+    ``by_time``: whether processes that ask at the same step may get different answers.
+    """
+
+    by_time: ClassVar[bool]
 
     def due(self, step: int) -> bool: ...
 
@@ -128,6 +133,8 @@ class SaveWhen(Protocol):
 @dataclass
 class EverySteps:
     """Saves at multiples of ``interval``, or at the first step after one, if `due` is not asked for each step."""
+
+    by_time: ClassVar[bool] = False
 
     interval: int
     _seen: int | None = field(default=None, init=False)
@@ -143,6 +150,8 @@ class EverySteps:
 @dataclass
 class EverySeconds:
     """Saves when ``seconds`` have passed since the end of the last attempt to save, or since the beginning."""
+
+    by_time: ClassVar[bool] = True
 
     seconds: float
     clock: Callable[[], float] = time.monotonic
@@ -160,6 +169,8 @@ class EverySeconds:
 
 class Never:
     """Saves only when the user asks for it, or a signal."""
+
+    by_time: ClassVar[bool] = False
 
     def due(self, step: int) -> bool:
         return False

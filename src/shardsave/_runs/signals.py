@@ -23,6 +23,11 @@ class SaveRequests:
         self._handler: Callable[[int, FrameType | None], None] = self._handle  # one object, to recognise it by
         _alive.add(self)
 
+    @property
+    def listens(self) -> bool:
+        """Whether a signal may ask for a save, or has done so."""
+        return bool(self._previous or self.noted)
+
     def listen(self, number: signal.Signals) -> None:
         """Installs the handler. Raises ValueError on another thread than the main one, or if the present handler cannot be put back."""
         if number in self._previous:

@@ -1,0 +1,213 @@
+"""A run that several ranks share: rank 0 lists, decides and removes, and all save and resume the same steps."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from sharded import Net, check_equal, rows
+from torch import nn
+
+import shardsave
+from jobs import run_ranks
+from shardsave import CheckpointManager, PerRank
+
+RANKS = 4
+
+
+def manager_of(folder: Path, **options: Any) -> CheckpointManager[Any]:
+    given = {"save_every": 2, "process_group": dist.group.WORLD, "rank_timeout": 30, "durable": False, "reuse": False}
+    return CheckpointManager(folder / "run", **{**given, **options})
+
+
+def plain(value: float = 0.0) -> nn.Linear:
+    model = nn.Linear(4, 2)
+    with torch.no_grad():
+        model.weight.fill_(value)
+    return model
+
+
+def train_and_resume(rank: int, folder: Path, asynchronous: bool) -> dict[str, Any]:
+    committed: list[int | None] = []
+    net = Net(1)
+    rows(net)
+    options = {"process_group": None, "keep_last": 2, "asynchronous": asynchronous}
+    with manager_of(folder, on_commit=lambda report: committed.append(report.step), **options) as manager:
+        nothing = manager.resume(net)
+        saved = [step for step in range(1, 8) if manager.step(step, net, training={"rank": PerRank(rank)}) is not None]
+    fresh = Net(2)
+    rows(fresh)
+    with manager_of(folder, **options) as manager:
+        resumed = manager.resume(fresh, training={"rank": PerRank(-1)})
+        assert resumed is not None
+        check_equal(fresh, Net(1))
+        again = manager.step(8, fresh) is not None
+    return {
+        "nothing": nothing, "saved": saved, "committed": committed, "step": resumed.step, "own": resumed.values["rank"],
+        "again": again,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_run_of_a_sharded_model(tmp_path: Path, asynchronous: bool) -> None:
+    """Catches ranks that save different steps, list or remove steps beside rank 0, or resume from different ones."""
+    ends = run_ranks(RANKS, train_and_resume, tmp_path, asynchronous)
+    for rank, end in enumerate(ends):
+        assert (end["nothing"], end["saved"], end["step"], end["own"], end["again"]) == (None, [2, 4, 6], 6, rank, True), end
+        assert end["committed"] == ([2, 4, 6] if rank == 0 else [])
+    assert sorted(path.name for path in (tmp_path / "run").glob("step-*")) == ["step-00000006", "step-00000008"]
+
+
+def resume_over_corrupt(rank: int, folder: Path) -> tuple[Any, ...]:
+    with manager_of(folder) as manager:
+        for step in (2, 4, 6, 8):
+            manager.step(step, plain(step))
+    dist.barrier()
+    if rank == 0:
+        damage(next((folder / "run" / "step-00000006").glob("*.safetensors")))
+        (folder / "run" / "step-00000008" / "model.safetensors.index.json").write_text("{")
+    dist.barrier()
+    with manager_of(folder) as manager:
+        model = plain()
+        resumed = manager.resume(model)
+    assert resumed is not None
+    refused = ""
+    with manager_of(folder, on_corrupt="raise") as manager:
+        try:
+            manager.resume(model)
+        except shardsave.CorruptCheckpointError as error:
+            refused = str(error)
+    with manager_of(folder) as manager:  # without a resume, an earlier step is there: only rank 0 looks
+        message = ""
+        try:
+            manager.save(4, model)
+        except shardsave.SaveNotCommittedError as error:
+            message = str(error)
+    return resumed.step, model.weight[0, 0].item(), len(resumed.notes), refused, message
+
+
+def damage(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_all_pass_over_corrupt_steps_together(tmp_path: Path) -> None:
+    """Catches a rank that takes another step than the rest, and what rank 0 alone refuses and the others wait for."""
+    ends = run_ranks(RANKS, resume_over_corrupt, tmp_path)
+    assert all(end == ends[0] for end in ends), ends
+    step, value, notes, refused, message = ends[0]
+    assert (step, value) == (4, 4.0) and notes >= 2 and "step-00000008" in refused and "cannot save step 4" in message, ends[0]
+
+
+def save_by_time(rank: int, folder: Path) -> list[int]:
+    with manager_of(folder, save_every="0.2s" if rank == 0 else "1h") as manager:
+        saved = []
+        for step in range(1, 9):
+            if rank == step % RANKS:  # the ranks are never in step
+                time.sleep(0.08)
+            if manager.step(step, plain()) is not None:
+                saved.append(step)
+    return saved
+
+
+def test_time_is_that_of_rank_0(tmp_path: Path) -> None:
+    """Catches ranks that decide by their own clocks, of which some would wait for others."""
+    ends = run_ranks(RANKS, save_by_time, tmp_path)
+    assert all(end == ends[0] for end in ends) and 1 <= len(ends[0]) < 8, ends
+
+
+def preempted(rank: int, folder: Path, struck: int, explicit: bool, asynchronous: bool) -> tuple[Any, ...]:
+    with manager_of(folder, save_every=None, asynchronous=asynchronous) as manager:
+        manager.save_on_signal(signal.SIGUSR1)
+        saved, ended = [], None
+        for step in range(1, 10):
+            if rank == struck and step == 3:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            if explicit and step == 5:
+                manager.save(step, plain())
+                saved.append(step)
+            elif manager.step(step, plain()) is not None:
+                saved.append(step)
+            if manager.preempted:
+                ended = step
+                break
+            dist.barrier()  # as a training does
+    keys = shardsave_keys()
+    dist.barrier()
+    return saved, ended, keys
+
+
+def shardsave_keys() -> int:
+    """How many keys of runs are left, once all ranks have closed their managers."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    dist.barrier()
+    return sum(b"/run/" in key for key in map(str.encode, _get_default_store().list_keys()))
+
+
+@pytest.mark.parametrize("struck", [0, 2])
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_signal_on_any_rank(tmp_path: Path, struck: int, asynchronous: bool) -> None:
+    """Catches a signal that only its own rank obeys, a last save too many, and keys that stay in the store."""
+    ends = run_ranks(RANKS, preempted, tmp_path, struck, False, asynchronous)
+    assert all(end == ends[0] for end in ends), ends
+    saved, ended, keys = ends[0]
+    assert len(saved) == 1 and saved == [ended] and ended in (4, 5) and keys == 0, ends[0]
+
+
+def test_a_save_after_a_signal_is_the_last_one(tmp_path: Path) -> None:
+    """Catches a `save` that some ranks take for the last one and others do not."""
+    ends = run_ranks(RANKS, preempted, tmp_path, 9, True, False)
+    assert all(end == ([5], None, 0) for end in ends), ends
+
+
+def save_at_the_end(rank: int, folder: Path) -> bool:
+    with manager_of(folder, save_every="1h") as manager:
+        manager.save_on_signal(signal.SIGUSR1)
+        manager.step(1, plain())
+        if rank == 0:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        manager.save(2, plain())
+        return manager.preempted
+
+
+def test_a_save_counts_as_the_last_one(tmp_path: Path) -> None:
+    """Catches a save after the loop by which only rank 0 has obeyed the signal."""
+    assert run_ranks(RANKS, save_at_the_end, tmp_path) == [True] * RANKS
+
+
+def fail_and_try_again(rank: int, folder: Path) -> tuple[list[int], list[str], bool]:
+    def no_room(done: int, total: int) -> None:
+        if rank == 1 and len(errors) == 0:
+            raise RuntimeError("no room")
+
+    errors: list[str] = []
+    saved = []
+    model = nn.Sequential(*(plain() for _ in range(8)))
+    with manager_of(folder, save_every="1h", progress=no_room, max_shard_size="64B") as manager:
+        manager.save_on_signal(signal.SIGUSR1)
+        if rank == 0:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        for step in range(1, 6):
+            try:
+                if manager.step(step, model) is not None:
+                    saved.append(step)
+            except shardsave.SaveNotCommittedError as error:
+                errors.append(str(error))
+            dist.barrier()
+        return saved, errors, manager.preempted
+
+
+def test_a_last_save_that_fails_is_tried_again(tmp_path: Path) -> None:
+    """Catches a failed last save that counts on some ranks."""
+    ends = run_ranks(RANKS, fail_and_try_again, tmp_path)
+    assert all(end == ends[0] for end in ends), ends
+    saved, errors, done = ends[0]
+    assert saved == [3] and len(errors) == 1 and "rank 1: RuntimeError: no room" in errors[0] and done, ends[0]
