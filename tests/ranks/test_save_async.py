@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import threading
+import time
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from placements import PLACEMENTS
 from test_save import SIZE, same_files
 
 import shardsave
-from jobs import run_ranks
+from jobs import Job, run_ranks
 
 NAMES = ["rows", "columns", "hybrid", "fused_and_strided", "the_same_on_all"]
 
@@ -92,3 +96,97 @@ def skip_while_one_is_busy(rank: int, folder: Path) -> list[bool]:
 def test_all_skip_or_none(tmp_path: Path) -> None:
     """Catches ranks of which some skip a save and others make it."""
     assert run_ranks(4, skip_while_one_is_busy, tmp_path) == [[True, False]] * 4
+
+
+def cancelled_by(rank: int, folder: Path, who: int) -> tuple[list[bool], str, float]:
+    held, begun = threading.Event(), threading.Event()
+
+    def hold(done: int, total: int) -> None:
+        begun.set()
+        held.wait(60)
+
+    tensors, group = {name: torch.ones(64) for name in "abcd"}, dist.group.WORLD
+    shardsave.save(tensors, folder / "ckpt", process_group=group)
+    tensors["a"].mul_(2)
+    pending = shardsave.save_async(tensors, folder / "ckpt", process_group=group, max_shard_size="256B", progress=hold)
+    assert begun.wait(60)
+    dist.barrier()
+    answers = [pending.cancel()] if rank == who else []
+    held.set()
+    with contextlib.suppress(shardsave.SaveCancelledError):
+        pending.wait(60)
+    answers.append(pending.cancel())
+    error = pending.exception()
+    assert isinstance(error, shardsave.SaveCancelledError), error
+    dist.barrier()
+    return answers, str(error), shardsave.load(folder / "ckpt")["a"].sum().item()
+
+
+@pytest.mark.parametrize("who", [0, 2])
+def test_cancel_on_one_rank(tmp_path: Path, who: int) -> None:
+    """Catches a save that is cancelled on one rank and committed by the others, or that these wait for."""
+    ends = run_ranks(4, cancelled_by, tmp_path, who)
+    assert [end[0] for end in ends] == [[True, True] if rank == who else [False] for rank in range(4)], ends
+    assert all(end[1:] == ends[0][1:] for end in ends) and f"rank {who}" in ends[0][1] and ends[0][2] == 64, ends
+    assert len([*(tmp_path / "ckpt").iterdir()]) == 2
+
+
+def cancelled_too_late(rank: int, folder: Path) -> tuple[bool, int]:
+    held = threading.Event()
+    tensors, group = {name: torch.ones(64) for name in "abcd"}, dist.group.WORLD
+    pending = shardsave.save_async(
+        tensors,
+        folder / "ckpt",
+        process_group=group,
+        max_shard_size="256B",
+        progress=lambda *_: rank == 2 and held.wait(60) and None,
+    )
+    end = time.monotonic() + 60
+    while rank == 1 and "commit" not in pending._flight._decision.values() and time.monotonic() < end:
+        time.sleep(0.01)  # until it has told rank 0 that its files are there, while rank 2 is not ready
+    cancelled = rank == 1 and pending.cancel()
+    dist.barrier()
+    held.set()
+    return cancelled, pending.wait(60).shards
+
+
+def test_no_cancel_after_the_vote(tmp_path: Path) -> None:
+    """Catches a rank whose `cancel` returns True after its vote, although rank 0 commits."""
+    assert run_ranks(4, cancelled_too_late, tmp_path) == [(False, 4)] * 4
+
+
+def loses(rank: int, folder: Path) -> str:
+    tensors, group = {name: torch.ones(64) for name in "abcd"}, dist.group.WORLD
+
+    def die(done: int, total: int) -> None:
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    pending = shardsave.save_async(
+        tensors, folder / "ckpt", process_group=group, max_shard_size="256B", progress=die, rank_timeout=5
+    )
+    with contextlib.suppress(shardsave.SaveNotCommittedError):
+        pending.wait(60)
+    return str(pending.exception())
+
+
+def test_a_lost_rank(tmp_path: Path) -> None:
+    """Catches a training that hangs, or fails outside of `wait`, since another rank has died in the background."""
+    with Job(4, loses, tmp_path) as job:
+        ends = job.ended()
+    assert ends[1].exit_code == -signal.SIGKILL
+    assert all("rank 1" in ends[rank].value and "nothing was committed" in ends[rank].value for rank in (0, 2, 3)), ends
+
+
+def ends_with_the_process(rank: int, folder: Path) -> int:
+    tensors, group = {name: torch.ones(64) for name in "abcd"}, dist.group.WORLD
+    shardsave.save_async(
+        tensors, folder / "ckpt", process_group=group, max_shard_size="256B", progress=lambda *_: time.sleep(0.1 * rank)
+    )
+    threading._shutdown()  # as the interpreter does at its end
+    return len(shardsave.load(folder / "ckpt"))
+
+
+def test_the_end_of_the_process_waits(tmp_path: Path) -> None:
+    """Catches a rank that ends before what all ranks save is committed."""
+    assert run_ranks(4, ends_with_the_process, tmp_path) == [4] * 4

@@ -72,6 +72,7 @@ class SaveJob:
         self._on_divergence = on_divergence
         self._transaction: Transaction | None = None  # where this rank leads
         self._joined: Joined | None = None  # where it does not
+        self._watch: Watch | None = None
         self._mine: set[str] = set()
         self._shipping: Shipping | None = None
         self._all: list[str] = []
@@ -100,6 +101,7 @@ class SaveJob:
                     )
 
     def watch(self, watch: Watch) -> Watch:
+        self._watch, self._session.watch = watch, watch.check
         return _JobWatch(watch, self._session, self.begin_commit)
 
     @contextmanager
@@ -161,6 +163,9 @@ class SaveJob:
         self._shipping.start()
 
     def collect(self, written: Written) -> Written:
+        if self._watch is not None and not self.leads:
+            self._watch.attempt_commit()  # a rank that has voted cannot end the save any more
+            self._session.watch = None
         votes = self._session.gather("finished files", _encode_written(written))
         return written if votes is None else _joined(map(_decode_written, votes))
 
@@ -183,6 +188,7 @@ class SaveJob:
 
     def begin_commit(self) -> None:
         """Called where this rank leads, right before the rename. If it returns, no other rank can end the save any more."""
+        self._session.watch = None
         self._session.publish(_BEGINS, b"")
         self._begun = True
 

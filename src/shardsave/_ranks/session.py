@@ -67,6 +67,8 @@ class Session:
         self.hosts = roll.hosts
         self.leads = rank == 0
         self.timeouts = timeouts
+        #: Also called again and again while this rank waits for others; may raise, which fails the call.
+        self.watch: Callable[[], None] | None = None
         self._roll = roll
         self._call = call
         self._usual = usual
@@ -136,6 +138,7 @@ class Session:
             return error
         if self._error is not None and error.__cause__ is self._error:
             return error  # the job's error, in the words of the call
+        self.watch = None
         failure = failure_of(error, self.name(self.rank))
         self._post.mailbox.command(Command("fail", failure=failure))
         first = self._told(_TELLING if not isinstance(error, Exception) else self.timeouts.rank)
@@ -213,6 +216,8 @@ class Session:
     def _known_trouble(self) -> Exception | None:
         try:
             self.check()
+            if self.watch is not None:
+                self.watch()
         except Exception as error:
             return error
         return None
