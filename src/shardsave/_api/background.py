@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
     from numpy.typing import NDArray
+    from torch.distributed import ProcessGroup
 
     from shardsave._common.sources import ByteSource
     from shardsave._saving.contents import Contents
@@ -90,19 +91,19 @@ def start(
     An interrupt, at whatever moment, ends what was started.
     """
     started = time.perf_counter()
-    together = collective_group(source, what.process_group, what.training) is not None
-    if not together:
+    group = collective_group(source, what.process_group, what.training)
+    if group is None:
         check_how(directory, how)
         check_background(background)
     flight: Flight[SaveReport] = Flight(os.fspath(directory))
     try:
         with verb(), ExitStack() as ending:
-            queue_seconds = _take_turn(flight, source, what, background.if_busy, how.rank_timeout, together=together)
+            queue_seconds = _take_turn(flight, group, background.if_busy, how.rank_timeout)
             if queue_seconds is None:
                 flight.skip(_skipped(flight.path))
                 return PendingSave(flight)
             job = ending.enter_context(_job(source, directory, what, how))
-            if together:  # only now, so that all ranks learn of a wrong argument
+            if group is not None:  # only now, so that all ranks learn of a wrong argument
                 check_how(directory, how)
                 check_background(background)
             path = absolute_path(os.fspath(directory))
@@ -147,13 +148,11 @@ def start(
         raise
 
 
-def _take_turn(
-    flight: Flight[SaveReport], source: Source, what: What, if_busy: IfBusy, rank_timeout: float, *, together: bool
-) -> float | None:
-    """As `take_turn`; where several ranks save ``together``, all do what is right on rank 0: their flights end at different moments."""
-    if not together or if_busy not in ("skip", "raise"):
+def _take_turn(flight: Flight[SaveReport], group: ProcessGroup | None, if_busy: IfBusy, rank_timeout: float) -> float | None:
+    """As `take_turn`; where the ranks of a ``group`` save, all do what is right on rank 0: their flights end at different moments."""
+    if group is None or if_busy not in ("skip", "raise"):
         return take_turn(flight, if_busy)
-    if not leader_is_busy(source, flight.path, what, in_flight() is not None, rank_timeout):
+    if not leader_is_busy(group, flight.path, in_flight() is not None, rank_timeout):
         return take_turn(flight, "wait")
     if if_busy == "skip":
         return None

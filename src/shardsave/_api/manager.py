@@ -61,8 +61,8 @@ class CheckpointManager(Generic[Saved]):
         on_corrupt: what `resume` does about a corrupt step: "previous" takes the one before it, "raise" raises.
         asynchronous: save with `save_async`: `step` and `save` return a `PendingSave`, and training goes on. What follows a commit
             (``on_commit``, removing steps) is done on the saving thread.
-        options: keywords of `save` (of `save_async`, if asynchronous), for each save of this manager; ``rng``, ``process_group`` and
-            ``progress`` are for `resume` too.
+        options: keywords of `save` (of `save_async`, if asynchronous), for each save of this manager; ``rng``, ``process_group``,
+            ``rank_timeout`` and ``progress`` are for `resume` too.
             Without ``reuse``, shards that have not changed since the last durable step are not written again: both steps have them, and
             they are on the disk once. With ``reuse=False`` every step is written whole.
 
@@ -70,6 +70,12 @@ class CheckpointManager(Generic[Saved]):
         TypeError, ValueError: for wrong arguments.
 
     For one thread. In a forked child, it has nothing to remove.
+
+    Collective:
+        With ``process_group``, or if the model has DTensors, every rank makes a manager for the same directory, and makes the same calls
+        of `resume`, `step`, `save` and `save_on_signal`. Rank 0 chooses the step to resume from, keeps and removes steps, and alone calls
+        ``on_commit``. Time and signals are decided by rank 0 at the end of each `step` for the next one. `latest`, `steps` and `pin` are
+        of each rank alone.
 
     Example:
         >>> import torch, shardsave
@@ -161,7 +167,10 @@ class CheckpointManager(Generic[Saved]):
 
     @property
     def preempted(self) -> bool:
-        """Whether a signal of `save_on_signal` came and the last save after it is committed: the training should end now."""
+        """Whether a signal of `save_on_signal` came and the last save after it is committed: the training should end now.
+
+        On several ranks, it becomes true on all after the same step, whichever rank the signal came to.
+        """
         return self._turns.preempted
 
     def __enter__(self) -> CheckpointManager[Saved]:
@@ -366,7 +375,8 @@ class CheckpointManager(Generic[Saved]):
 
         A save that is at work goes on to its end. The next `step` saves, whatever ``save_every`` says, and then `preempted` is true.
         The first signal also puts the previous handler back, so a second one does what it did before: SIGTERM ends the process at
-        once. `close` puts all handlers back. A forked child obeys the previous handlers.
+        once. `close` puts all handlers back. A forked child obeys the previous handlers. On several ranks, all must call it; a signal on
+        any of them lets all save at the same one of the next steps.
 
         Raises:
             ValueError: this is not the main thread, or a handler could not be put back.

@@ -78,7 +78,12 @@ def save_async(
         progress: as in `save`, but None shows no bar; a callable is called on the saving thread.
         reuse: as in `save`. With the ring, only shards that are frozen throughout are taken over.
         max_shard_size, durable, metadata, step, metrics, training, rng, process_group, architecture, program, adapter_only, only, dtype,
-            lock_timeout, recheck_every, assume_frozen_unchanged: as in `save`.
+            lock_timeout, recheck_every, assume_frozen_unchanged, rank_timeout, on_divergence: as in `save`.
+
+    Collective:
+        As `save`. Each rank copies its own part in the call (``staging="ring"`` is refused); the rest happens on threads.
+        An error or the loss of one rank ends the save on all, in `PendingSave.wait`; `PendingSave.cancel` on one rank cancels it on all.
+        ``if_busy`` "raise" and "skip" do on all ranks what is right on rank 0.
 
     Raises:
         TypeError, ValueError: for wrong arguments, before anything happens.

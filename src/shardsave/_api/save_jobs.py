@@ -18,7 +18,6 @@ from shardsave.errors import SaveNotCommittedError
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from shardsave._api.save_contents import What
     from shardsave._state.module import Source
 
 #: For a meeting, if the argument cannot be one: all ranks are to learn that it is wrong.
@@ -62,18 +61,15 @@ def job_of_save(
         raise SaveNotCommittedError(f"{failed}; nothing was committed") from error
 
 
-def leader_is_busy(source: Source, directory: str | os.PathLike[str], what: What, busy: bool, rank_timeout: float) -> bool:
-    """Whether a save of rank 0 in the background is in flight; of this rank, if the save is not collective (``busy``).
+def leader_is_busy(group: ProcessGroup, where: str, busy: bool, rank_timeout: float) -> bool:
+    """Whether a save of rank 0 of ``group`` in the background is in flight. ``busy``: whether one of this rank is.
 
     The flights of ranks end at different moments, and all must do the same.
     """
-    group = collective_group(source, what.process_group, what.training)
-    if group is None:
-        return busy
     import_at_use("shardsave._ranks.session")
     from shardsave._ranks.session import begin
 
-    with begin(group, "save to", os.fspath(directory), rank_timeout=_seconds(rank_timeout), apart="turn") as session:
+    with begin(group, "save to", where, rank_timeout=_seconds(rank_timeout), apart="turn") as session:
         return session.publish("whether a save is in flight", b"busy" if busy else b"") == b"busy"
 
 
