@@ -90,7 +90,7 @@ def start(
     An interrupt, at whatever moment, ends what was started.
     """
     started = time.perf_counter()
-    together = collective_group(source, what.process_group) is not None
+    together = collective_group(source, what.process_group, what.training) is not None
     if not together:
         check_how(directory, how)
         check_background(background)
@@ -153,7 +153,8 @@ def _take_turn(
     """As `take_turn`; where several ranks save ``together``, all do what is right on rank 0: their flights end at different moments."""
     if not together or if_busy not in ("skip", "raise"):
         return take_turn(flight, if_busy)
-    if not leader_is_busy(source, flight.path, what.process_group, in_flight() is not None, rank_timeout):
+    group = collective_group(source, what.process_group, what.training)
+    if not leader_is_busy(group, flight.path, in_flight() is not None, rank_timeout):
         return take_turn(flight, "wait")
     if if_busy == "skip":
         return None
@@ -266,6 +267,7 @@ def _job(source: Source, directory: str | os.PathLike[str], what: What, how: How
         source,
         directory,
         what.process_group,
+        what.training,
         durable=how.durable,
         rank_timeout=how.rank_timeout,
         on_divergence=how.on_divergence,

@@ -61,14 +61,11 @@ def job_of_save(
         raise SaveNotCommittedError(f"{failed}; nothing was committed") from error
 
 
-def leader_is_busy(
-    source: Source, directory: str | os.PathLike[str], process_group: ProcessGroup | None, busy: bool, rank_timeout: float
-) -> bool:
+def leader_is_busy(group: ProcessGroup | None, directory: str | os.PathLike[str], busy: bool, rank_timeout: float) -> bool:
     """Whether a save of rank 0 in the background is in flight; of this rank, if the save is not collective (``busy``).
 
     The flights of ranks end at different moments, and all must do the same.
     """
-    group = collective_group(source, process_group)
     if group is None:
         return busy
     import_at_use("shardsave._ranks.session")
