@@ -82,6 +82,21 @@ def test_values(hosts: int, table: tuple[int, ...]) -> None:
         assert same and left == []
 
 
+def tell_by_file(rank: int, path: str) -> list[bytes]:
+    members = groups.members_of(dist.group.WORLD)
+    store = dist.FileStore(path, -1)
+    with begin_with(
+        store, members, groups.Host(f"host{rank}", "machine"), Call("save", "ckpt"), Timeouts(120.0, 60.0)
+    ) as session:
+        return session.exchange("values", b"%d" % rank * 100_000)
+
+
+def test_a_store_in_a_file(tmp_path: Path) -> None:
+    """Catches calls that only a store over TCP understands."""
+    for values in run_ranks(2, tell_by_file, str(tmp_path / "store")):
+        assert values == [b"0" * 100_000, b"1" * 100_000]
+
+
 def tell_in_sub_groups(rank: int) -> object:
     groups_of_two = [dist.new_group([0, 2], backend="gloo"), dist.new_group([1, 3], backend="gloo")]
     lone = dist.new_group([rank], backend="gloo", use_local_synchronization=True)
@@ -457,9 +472,11 @@ def be_struck(rank: int, hosts: int, struck: int, seconds: float, number: signal
                 session.gather("values", b"a" * 5000)
                 session.publish("decision", b"a" if session.leads else None)
     except KeyboardInterrupt:
-        time.sleep(0.3)
-        if [thread for thread in threading.enumerate() if thread.name == "shardsave-ranks"]:
-            raise RuntimeError("the thread lives on") from None
+        end = time.monotonic() + 20
+        while [thread for thread in threading.enumerate() if thread.name == "shardsave-ranks"]:
+            if time.monotonic() > end:
+                raise RuntimeError("the thread lives on") from None
+            time.sleep(0.01)
         raise
 
 
