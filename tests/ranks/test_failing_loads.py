@@ -16,6 +16,8 @@ import torch.distributed as dist
 from sharded import RANKS, Net, columns, rows
 from test_loading import set_thresholds
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial
 
 import shardsave
 from jobs import Job, run_ranks
@@ -87,8 +89,11 @@ def load_wrongly(rank: int, folder: str) -> list[Raised]:
         with ExitStack() as stack:
             if case == "another shape" and rank == 2:
                 net.up = nn.Linear(16, 12)
-            if case != "another shape":
+            if case not in ("another shape", "summands"):
                 rows(net)
+            if case == "summands":
+                mesh = init_device_mesh("cpu", (RANKS,))
+                net.down.bias = nn.Parameter(DTensor.from_local(torch.zeros(16), mesh, (Partial(),)))
             if rank == 1 and case == "another prefix":
                 options["prefix"] = "up."
             if rank == 3 and case == "a wrong argument":
@@ -118,6 +123,7 @@ CASES = {
     "a wrong argument": ("TypeError", "rank 3", "strict"),
     "a wrong path": ("ValueError", "rank 3", "5"),
     "no memory": ("OutOfMemoryError", "rank 2", "no memory"),
+    "summands": ("UnsupportedTensorError", "cannot fill 'down.bias'", "the ranks have summands", "the module is unchanged"),
     "an error of the disk": ("ShardSaveError", "rank 1", "pread of 512 bytes at offset 4096: Input/output error"),
 }
 
