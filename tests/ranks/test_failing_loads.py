@@ -6,14 +6,15 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
-from sharded import RANKS, Net, columns, rows
+from sharded import RANKS, Net, check_equal, columns, rows
 from test_loading import set_thresholds
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -22,8 +23,7 @@ from torch.distributed.tensor import DTensor, Partial
 import shardsave
 from jobs import Job, run_ranks
 from shardsave._engine.transfer import TransferFault
-from shardsave._ranks.load_job import LoadJob
-from shardsave._storage.checkpoint import open_checkpoint
+from shardsave._storage.checkpoint import Checkpoint, open_checkpoint
 
 Raised = tuple[str, str]
 
@@ -160,31 +160,53 @@ def test_differences(tmp_path: Path) -> None:
         assert missing == ("more.bias", "more.weight") and unexpected == ("other.bias", "other.weight")
 
 
-def wait_in_load(rank: int, folder: str, pipe_end: str) -> float:
-    """Rank 2 waits before it reads, until it is killed."""
+def end_in_load(rank: int, folder: str, when: str, number: signal.Signals) -> None:
+    """Rank 2 is killed or stopped: before it reads, while it reads, or when it has read everything."""
     net = Net(seed=1)
     columns(net)
-    if rank == 2:
-        wait = LoadJob.reader
-
-        def reader(*arguments: Any, **options: Any) -> Any:
-            Path(pipe_end).write_text(str(os.getpid()))
-            time.sleep(600)
-            return wait(*arguments, **options)
-
-        LoadJob.reader = reader  # type: ignore[method-assign]
-    shardsave.load_model(net, folder, rank_timeout=3.0)
-    return 0.0
+    places = {
+        "before": "_ranks.load_job.LoadJob.reader",
+        "within": "_engine.engine.read",
+        "after": "_ranks.load_job.LoadJob.ended",
+    }
+    strike = mock.patch(f"shardsave.{places[when]}", side_effect=lambda *_, **__: os.kill(os.getpid(), number))
+    with strike if rank == 2 else nullcontext():
+        shardsave.load_model(net, folder, rank_timeout=3.0)
 
 
-def test_a_rank_that_dies(tmp_path: Path) -> None:
-    """Catches ranks that wait for ever for one that was killed, or do not say which it is."""
+@pytest.mark.parametrize(
+    ("when", "number"),
+    [("before", signal.SIGSTOP), ("within", signal.SIGKILL), ("within", signal.SIGSTOP), ("after", signal.SIGKILL)],
+)
+def test_a_rank_that_is_lost(when: str, number: signal.Signals, tmp_path: Path) -> None:
+    """Catches ranks that wait for ever for one that was killed or stopped, or do not say which it is."""
     shardsave.save(Net(), tmp_path / "ckpt", durable=False)
-    with Job(RANKS, wait_in_load, str(tmp_path / "ckpt"), str(tmp_path / "ready")) as job:
-        while not (tmp_path / "ready").exists() and job.processes[2].is_alive():
-            time.sleep(0.01)
-        job.kill(2, signal.SIGKILL)
-        began = time.monotonic()
+    began = time.monotonic()
+    with Job(RANKS, end_in_load, str(tmp_path / "ckpt"), when, number) as job:
         ends = job.ended(ranks=[0, 1, 3])
-    assert time.monotonic() - began < 30
-    assert all(end.error == "ShardSaveError" and "rank 2" in end.message for end in ends), ends
+    assert time.monotonic() - began < 60
+    assert all(end.error == "ShardSaveError" and "rank 2 was lost" in end.message for end in ends), ends
+
+
+def load_replaced(rank: int, folder: str) -> int:
+    """Rank 1 opens the checkpoint before a save has replaced it, the others afterwards."""
+    opens = 0
+    before = Checkpoint.identity
+
+    def identity(self: Checkpoint) -> bytes:
+        nonlocal opens
+        opens += 1
+        return b"an older one" if rank == 1 and opens == 1 else before(self)
+
+    with mock.patch.object(Checkpoint, "identity", identity):
+        net = Net(seed=1)
+        rows(net)
+        shardsave.load_model(net, folder)
+    check_equal(net, Net())
+    return opens
+
+
+def test_a_checkpoint_that_is_replaced(tmp_path: Path) -> None:
+    """Catches ranks that fill one model from two checkpoints."""
+    shardsave.save(Net(), tmp_path / "ckpt", durable=False)
+    assert run_ranks(RANKS, load_replaced, str(tmp_path / "ckpt")) == [2] * RANKS
