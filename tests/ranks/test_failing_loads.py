@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -89,7 +90,7 @@ def load_wrongly(rank: int, folder: str) -> list[Raised]:
         with ExitStack() as stack:
             if case == "another shape" and rank == 2:
                 net.up = nn.Linear(16, 12)
-            if case not in ("another shape", "summands"):
+            if case not in ("another shape", "summands", "no memory for all"):
                 rows(net)
             if case == "summands":
                 mesh = init_device_mesh("cpu", (RANKS,))
@@ -100,6 +101,12 @@ def load_wrongly(rank: int, folder: str) -> list[Raised]:
                 options["strict"] = "yes"
             if rank == 3 and case == "a wrong path":
                 path = 5
+            if case == "no memory for all":
+                net, free = Net(seed=1).to("meta"), SimpleNamespace(bytes=3 << 10, with_swap=3 << 10, of="the system")
+                net.scratch = torch.zeros(3)
+                rows(net)
+                stack.enter_context(mock.patch("shardsave._common.memory_errors._SMALL", 1))
+                stack.enter_context(mock.patch("shardsave._common.memory_errors.free_memory", return_value=free))
             if rank == 2 and case == "no memory":
                 lack = shardsave.OutOfMemoryError("cannot load: no memory")
                 stack.enter_context(mock.patch("shardsave._loading.module_filler.check_free_memory", side_effect=lack))
@@ -108,7 +115,8 @@ def load_wrongly(rank: int, folder: str) -> list[Raised]:
                 stack.enter_context(mock.patch("shardsave._engine.engine.read", side_effect=fault))
             before = [_local(parameter).clone() for parameter in net.parameters()]
             errors.append(raised(lambda: shardsave.load_model(net, path, **options)))
-        unchanged = all(torch.equal(_local(parameter), was) for parameter, was in zip(net.parameters(), before))
+        now = map(_local, net.parameters())
+        unchanged = all(was.is_meta == one.is_meta and (was.is_meta or torch.equal(one, was)) for one, was in zip(now, before))
         assert unchanged or case == "an error of the disk", case
     return errors
 
@@ -123,6 +131,7 @@ CASES = {
     "a wrong argument": ("TypeError", "rank 3", "strict"),
     "a wrong path": ("ValueError", "rank 3", "5"),
     "no memory": ("OutOfMemoryError", "rank 2", "no memory"),
+    "no memory for all": ("OutOfMemoryError", "of memory on the CPU were expected, the system has", "the module is unchanged"),
     "summands": ("UnsupportedTensorError", "cannot fill 'down.bias'", "the ranks have summands", "the module is unchanged"),
     "an error of the disk": ("ShardSaveError", "rank 1", "pread of 512 bytes at offset 4096: Input/output error"),
 }

@@ -197,13 +197,13 @@ def load_model(
                 part=part,
                 parts=job.parts,
             )
-            job.checked()
+            lacking = job.checked(loading.host_bytes)
             clock.planned()
             with Progress(progress if job.leads or callable(progress) else False, "loading", loading.nbytes) as reporter:
                 reader = job.reader(checkpoint, verify=verify, progress=reporter)
                 loading.fill(reader)
             clock.transferred()
-            notes = checkpoint.notes()
+            notes = (*lacking, *checkpoint.notes())
         report = loading.report(clock.report(path, loading.reads, reader, job=job), notes)
     if job.leads:
         log_load(report, (*loading.warnings, *notes))
