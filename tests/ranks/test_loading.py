@@ -115,9 +115,16 @@ def train_on(rank: int, folder: str) -> None:
                 for parameter in net.parameters():
                     parameter.add_(1)
             assert torch.isfinite(net(tokens))
+    net = Net()
+    SHARDINGS["tensor parallel"](net)
+    stale = (net.down.weight * net.down.weight).sum()
+    shardsave.load_model(net, folder)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        stale.backward()
 
 
 def test_training_goes_on(tmp_path: Path) -> None:
-    """Catches parameters that FSDP does not know after a load: forward or backward then fail, or compute with old values."""
+    """Catches parameters that FSDP does not know after a load: forward or backward then fail, or compute with old values. And a backward
+    pass that computes with new values what a forward pass computed with old ones."""
     shardsave.save(Net(), tmp_path / "ckpt", durable=False)
     run_ranks(RANKS, train_on, str(tmp_path / "ckpt"))

@@ -166,7 +166,8 @@ def load_in_other_ways(rank: int, folder: str) -> None:
     untied = Net(seed=1)
     untied.head.weight = nn.Parameter(untied.head.weight.detach().clone())
     SHARDINGS["columns"](untied)
-    shardsave.load_model(untied, f"{folder}/ckpt")  # one stored tensor for two of the module
+    report = shardsave.load_model(untied, f"{folder}/ckpt")  # one stored tensor for two of the module
+    assert report.bytes == shardsave.inspect(f"{folder}/ckpt").bytes
     for weight in (untied.head.weight, untied.embed.weight):
         assert torch.equal(whole(weight.detach()), expected.embed.weight)
     wide = Net(seed=1).double()

@@ -158,6 +158,7 @@ def plan_save(
         source,
         directory,
         process_group,
+        training,
         durable=durable,
         rank_timeout=rank_timeout,
         on_divergence=on_divergence,
