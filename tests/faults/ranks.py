@@ -164,7 +164,8 @@ def is_killed(folder: Path, first: bool, victim: int, fate: Fate, number: int) -
     bench = Bench(folder, first)
     for nth in count(1, EVERY):
         bench.reset()
-        with Job(SIZE, save_with_fate, bench.target, bench.watched, victim, nth, fate) as job:
+        serves = "agent" if nth // EVERY % 2 else "rank 0"  # in the second case the store dies with rank 0
+        with Job(SIZE, save_with_fate, bench.target, bench.watched, victim, nth, fate, store_in=serves) as job:
             ends = job.ended(60)
         judge_loss(bench, ends, victim)
         next_save_works(bench.target)

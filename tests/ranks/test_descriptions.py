@@ -135,7 +135,7 @@ def test_a_repeated_agreement() -> None:
             sent.append((session.rank, session.sent - before))
         return names
 
-    agree_module._remembered = None
+    agree_module._remembered.clear()
     for names in on_threads(3, twice):
         assert names == [["stage0", "stage1", "stage2"]] * 2 + [["new", "stage0", "stage1", "stage2"]]
     first, second, third = [bytes_sent for rank, bytes_sent in sent if rank == 1]

@@ -9,6 +9,7 @@ import logging
 import os
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 
 import shardsave
 from jobs import run_ranks
+from shardsave._ranks import group as groups
 
 SIZE = "4kB"
 NAMES = [name for name in PLACEMENTS if name != "low_rank_adapters"]
@@ -161,3 +163,33 @@ def test_one_record_and_one_bar(tmp_path: Path) -> None:
     ends = run_ranks(4, log_and_warn, tmp_path)
     assert [len(records) for records, _ in ends] == [1, 0, 0, 0]
     assert [bool(shown) for _, shown in ends] == [True, False, False, False]
+
+
+def plan_and_save(rank: int, folder: Path) -> tuple[dict[str, int], dict[str, int]]:
+    _, placed = PLACEMENTS["rows"]()
+    plan = shardsave.plan_save(placed, folder / "ckpt", max_shard_size=SIZE)
+    dist.barrier()
+    shardsave.save(placed, folder / "ckpt", max_shard_size=SIZE)
+    dist.barrier()
+    planned = {file.name: file.bytes for file in plan.files}
+    return planned, {name: (folder / "ckpt" / name).stat().st_size for name in os.listdir(folder / "ckpt")}
+
+
+def test_plans(tmp_path: Path) -> None:
+    """Catches a plan of several ranks that names other files, or lengths, than the save then writes."""
+    for planned, written in run_ranks(4, plan_and_save, tmp_path):
+        assert planned == written
+
+
+def save_on_two_hosts(rank: int, folder: Path, names: list[str]) -> None:
+    own = groups.this_host()
+    with mock.patch.object(groups, "this_host", lambda: groups.Host(f"{own.key}{rank // 2}", f"host{rank // 2}")):
+        save_placed(rank, folder, names)
+
+
+def test_two_hosts(tmp_path: Path) -> None:
+    """Catches a byte that changes on its way between hosts, where ranks share no memory, and files that one host writes alone."""
+    names = ["rows_and_columns", "uneven", "hybrid", "fused_and_strided", "the_same_on_all"]
+    run_ranks(4, save_on_two_hosts, tmp_path, names)
+    for name in names:
+        same_files(tmp_path / name / "one", tmp_path / name / "many")

@@ -69,6 +69,12 @@ def save_all(rank: int, folder: Path) -> dict[str, Any]:
         training.steps(2)
         training.save(folder / name, max_shard_size="1kB")
         ends[name] = training.whole()
+    training = TRAININGS["rows"](0)
+    training.steps(1)
+    pending = shardsave.save_async(training.model, folder / "async", training=training.state, rng=True)
+    ends["async"] = training.whole()
+    training.steps(2)
+    pending.wait()
     training = stages(0)
     training.steps(2)
     marked(training).save(folder / "stages")
@@ -95,6 +101,9 @@ def resume_others(rank: int, folder: Path) -> dict[str, Any]:
         training.state["epoch"] = resumed.values["epoch"]
         training.steps(2)
         ends["stages"] = training.digest()
+    training = TRAININGS["rows"](2)
+    training.resume(folder / "async")
+    ends["async"] = training.whole()
     model = sharded(net(1))
     shardsave.load_model(model, folder / "rows", part="ema", strict=False)
     ends["ema"] = {f"ema {name}": parameter.detach().full_tensor() for name, parameter in model.named_parameters()}  # type: ignore[attr-defined]
@@ -105,11 +114,13 @@ def resume_others(rank: int, folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("size", [4, 2])
-def test_what_belongs_to_a_rank_and_objects(saved: tuple[Path, list[dict[str, Any]]], size: int) -> None:
-    """Catches parts of a rank's own optimizer that are mixed up, and distributed tensors in the state of an object that become others."""
+def test_other_ways_to_save(saved: tuple[Path, list[dict[str, Any]]], size: int) -> None:
+    """Catches parts of a rank's own optimizer that are mixed up, distributed tensors in the state of an object that become others, and a
+    training state that goes on to change while it is saved."""
     folder, before = saved
     for rank, ends in enumerate(run_ranks(size, resume_others, folder)):
         assert differences(before[rank]["shadow"], ends["shadow"]) == []
+        assert differences(before[rank]["async"], ends["async"]) == []
         assert differences({name: before[rank]["rows"][name] for name in ends["ema"]}, ends["ema"]) == []
         assert size != 4 or ends["stages"] == before[rank]["stages"]
 

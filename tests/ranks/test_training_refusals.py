@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -16,6 +18,8 @@ from trainings import TRAININGS, Training
 
 import shardsave
 from jobs import run_ranks
+from shardsave._common.os_calls import CallFailed
+from shardsave._storage.staging import Staging
 from training_state import training_directory
 
 Outcome = tuple[str, str]
@@ -220,3 +224,33 @@ def test_another_number_of_ranks_can_be_refused(tmp_path: Path) -> None:
     run_ranks(4, save_for_resumes, tmp_path / "ckpt")
     for ((kind, message),) in run_ranks(2, resume_with_less, tmp_path / "ckpt"):
         assert kind == "IncompatibleCheckpointError" and "2 ranks were expected, 4 saved it; nothing was changed" in message
+
+
+def save_without_room(rank: int, folder: Path) -> list[Any]:
+    training = TRAININGS["rows"](0)
+    training.steps(1)
+    training.save(folder)
+    names, create = sorted(os.listdir(folder)), Staging.create
+
+    def full(self: Staging, name: str, length: int) -> Any:
+        if rank == 2 and name.startswith("training-"):
+            raise CallFailed("fallocate", name, errno.ENOSPC, "No space left on device")
+        return create(self, name, length)
+
+    with mock.patch.object(Staging, "create", full):
+        found = outcome(lambda: training.save(folder))
+    dist.barrier()
+    same = sorted(os.listdir(folder)) == names
+    dist.barrier()
+    training.save(folder)
+    return [found, same]
+
+
+def test_a_rank_without_room_for_its_file(tmp_path: Path) -> None:
+    """Catches a file of a rank that is missing in a commit, or that outlives a save that failed."""
+    for (kind, message), same in run_ranks(4, save_without_room, tmp_path):
+        assert (
+            kind == "OutOfSpaceError" and message.startswith("rank 2: cannot write ") and "rank-00002-00001.tensors" in message
+        )
+        assert same
+    assert shardsave.verify(tmp_path).verified and len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1

@@ -42,35 +42,53 @@ def parse_boxes(header: Header, where: str) -> dict[str, StoredBox]:
     except (NotJSON, UnicodeEncodeError):
         _bad(where, "to be JSON", text)
     columns = zip(header.tensors.names, header.tensors.dtypes, header.tensors.shapes)
-    stored = {name: (dtype, sizes) for name, dtype, sizes in columns if name in listed}
+    stored = {name: (dtype, sizes) for name, dtype, sizes in columns}
     boxes = {}
+    known: dict[Any, _Place] = {}
     for name, entry in listed.items():
         if name not in stored:
             _bad(where, "to name tensors of the file", name)
         dtype, sizes = stored[name]
-        box = _box(entry, sizes)
+        box = _box(entry, sizes, known)
         if box is None or BY_NAME[dtype].bits < 8:
             _bad(where, f"to say of which larger tensor {glimpse(name)}, {dtype} of shape {[*sizes]}, is a box", entry)
         boxes[name] = box
     return boxes
 
 
-def _box(entry: Any, sizes: tuple[int, ...]) -> StoredBox | None:
-    """What ``entry`` says of a stored tensor of ``sizes``; None if it cannot be a box of what ``entry`` says."""
+class _Place(NamedTuple):
+    """Of a tensor with which whole ``shape`` something is the box that begins at ``begin``; whether that can be."""
+
+    shape: tuple[int, ...]
+    begin: tuple[int, ...]
+    is_possible: bool
+
+
+def _box(entry: Any, sizes: tuple[int, ...], known: dict[Any, _Place]) -> StoredBox | None:
+    """What ``entry`` says of a stored tensor of ``sizes``; None if it cannot be a box of what ``entry`` says.
+
+    ``known``: what was found of others, since many tensors have the same boxes.
+    """
     if type(entry) is not list or len(entry) != 3:
         return None
     tensor, shape, begin = entry
-    if type(tensor) is not str or not (type(shape) is type(begin) is list) or not len(shape) == len(begin) == len(sizes):
+    if not (type(tensor) is str and type(shape) is type(begin) is list and {*map(type, shape), *map(type, begin)} <= {int}):
         return None
-    if not all(
-        type(at) is int and type(whole) is int and 0 <= at <= whole - size for at, size, whole in zip(begin, sizes, shape)
-    ):
-        return None
+    key = (*shape, None, *begin, None, *sizes)
+    place = known.get(key)
+    if place is None:
+        place = known[key] = _Place(tuple(shape), tuple(begin), _is_possible(shape, begin, sizes))
+    return StoredBox(tensor, place.shape, place.begin) if place.is_possible else None
+
+
+def _is_possible(shape: list[int], begin: list[int], sizes: tuple[int, ...]) -> bool:
+    if not len(shape) == len(begin) == len(sizes):
+        return False
     if (
         math.prod(whole or 1 for whole in shape) >= 1 << 60
     ):  # torch computes the strides of an empty tensor as if its zeros were ones
-        return None
-    return StoredBox(tensor, tuple(shape), tuple(begin))
+        return False
+    return all(0 <= at <= whole - size for at, size, whole in zip(begin, sizes, shape))
 
 
 def _bad(where: str, wanted: str, found: object) -> NoReturn:

@@ -184,7 +184,9 @@ class ModuleFiller:
                 self._read_joined(join, reader)
         # autograd does not notice these writes; with a new version number, a stale backward raises. A save in the background that still
         # reads these tensors fails, and does so only if the number changes before they do. Inference tensors are skipped.
-        torch.autograd.graph.increment_version([slot.memory.detach() for slot in slots])
+        # Of a distributed tensor, both it and the local one in it have a number.
+        torch.autograd.graph.increment_version([slot.memory for slot in slots])
+        torch.autograd.graph.increment_version([slot.tensor for slot in slots if slot.part is not None])
         with self._counting(reader, in_place=True):
             reader.read_together(targets)
             for name in destinations if self._apart else ():

@@ -55,31 +55,31 @@ class _Survey(NamedTuple):
     is_known: bool
 
 
-#: The key of the last global state that was joined, and that state; it holds no tensor.
-_remembered: tuple[str, Global] | None = None
+#: What a state is called → the key of the last global state of it that was joined, and that state; it holds no tensor.
+_remembered: dict[str, tuple[str, Global]] = {}
 
 _NOTHING = bytes(16)
 
 
-def agree(session: Session, state: State) -> State:
+def agree(session: Session, state: State, what: str = "tensors") -> State:
     """``state`` of this rank as the state of all ranks: equal on all of them, each source a `Spread`.
 
     Entries have the order that one process would have; the natural order of their names if ranks have different ones. Raises
-    UnsupportedTensorError on all ranks if what two ranks say of one tensor is contradictory.
+    UnsupportedTensorError on all ranks if what two ranks say of one tensor is contradictory. ``what``: names the state; what was agreed
+    on last is remembered for each name.
     """
-    global _remembered
-    remembered = _remembered  # read once: another thread may agree on something else meanwhile
+    remembered = _remembered.get(what)  # read once: another thread may agree on something else meanwhile
     description, grids = describe(state)
     encoded, meshes = description.encoded(), encoded_grids(grids)
     known = bytes.fromhex(remembered[0]) if remembered is not None else _NOTHING
-    headers = session.gather("tensors", digest(encoded) + known + meshes)
+    headers = session.gather(what, digest(encoded) + known + meshes)
     survey = _survey(headers) if headers is not None else None
-    survey = _decoded(session.publish("tensors of all ranks", _encoded(survey) if survey is not None else None))
+    survey = _decoded(session.publish(f"{what} of all ranks", _encoded(survey) if survey is not None else None))
     if len(survey.views) == 1:  # all say the same
         key = digest(encoded + meshes + str(session.size).encode()).hex()
         survey = _Survey([(0, meshes.decode())], [0] * session.size, [], key, is_known=True)
     if not survey.is_known or remembered is None or remembered[0] != survey.key:
-        remembered = _remembered = survey.key, _joined(session, survey, description, encoded)
+        remembered = _remembered[what] = survey.key, _joined(session, survey, description, encoded)
     return _applied(remembered[1], state)
 
 

@@ -137,9 +137,8 @@ class SaveJob:
 
     @contextmanager
     def share(self, to_write: Mapping[str, PlannedShard], documents: Mapping[str, bytes]) -> Iterator[Share]:
-        apart = {
-            name: shard for name, shard in to_write.items() if "/" in name
-        }  # each rank has files of its own in directories
+        # Each rank has files of its own in the directories of parts.
+        apart = {name: shard for name, shard in to_write.items() if "/" in name}
         names = [name for name in to_write if name not in apart]
         shards = [to_write[name] for name in names]
         of_shard = owners(shards, self._session.hosts)

@@ -46,7 +46,8 @@ def plan_training(
         return PlannedTraining()
     assert training is not None
     _check_shared(session, training.shared)
-    state = agree(session, State(tuple(training.shared_entries), flags_known=False, overlaps=()))
+    shared = State(tuple(training.shared_entries), flags_known=False, overlaps=())
+    state = agree(session, shared, "tensors of the training state")
     state, notes = check_replicas(session, state, on_divergence)
     entries, boxes = _written_here(state.entries, session.rank)
     directory = plan_training_directory(
