@@ -177,7 +177,7 @@ def is_killed_at_random(folder: Path, first: bool, victim: int, fate: Fate, numb
     """A rank gets a SIGKILL at a random moment, or a SIGSTOP, after which it is as silent as one whose network is cut."""
     chance = random.Random(victim)
     bench = Bench(folder, first)
-    kills = int(os.environ.get("SHARDSAVE_KILLS", "20"))
+    kills = int(os.environ.get("SHARDSAVE_RANK_KILLS", "20"))
     seconds = 0.1
     for trial in range(kills):
         bench.reset()
@@ -219,7 +219,6 @@ def judge_loss(bench: Bench, ends: list[Ended], lost: int) -> None:
 
 SCENARIOS: dict[str, tuple[Callable[[Path, bool, int, Fate, int], int], list[tuple[Fate, int]]]] = {
     "fails": (fails, [(Fate.FAIL, errno.EIO), (Fate.FAIL, errno.ENOSPC), (Fate.FAIL_AFTER, errno.EIO)]),
-    "fails_once": (fails, [(Fate.FAIL, errno.EIO)]),
     "is_killed": (is_killed, [(Fate.KILL, 0)]),
     "is_killed_at_random": (is_killed_at_random, [(Fate.PASS, 0)]),
 }

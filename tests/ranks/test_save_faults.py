@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,29 +11,32 @@ from faults.running import run_beneath, trials
 
 pytestmark = pytest.mark.slow
 
+#: The rank, what was there before, how many calls lie between two that are tried, and the least number of calls.
+RANKS = [(0, "overwrite", 4, 100), (2, "first", 1, 10)]
 
-@pytest.mark.parametrize(
-    ("rank", "before", "scenario", "least"), [(0, "overwrite", "fails_once", 100), (2, "first", "fails", 10)]
-)
-def test_each_call_of_a_rank_fails(beneath: Path, memory: Path, rank: int, before: str, scenario: str, least: int) -> None:
+
+def run(beneath: Path, scenario: str, before: str, rank: int, folder: Path, every: int = 1) -> int:
+    """The number of calls that the rank made. ``SHARDSAVE_EVERY`` of the environment wins over ``every``."""
+    arguments = ["-m", "faults.ranks", scenario, before, str(rank), str(folder)]
+    return trials(
+        run_beneath(beneath, "native", arguments, "env", f"SHARDSAVE_EVERY={os.environ.get('SHARDSAVE_EVERY', every)}")
+    )
+
+
+@pytest.mark.parametrize(("rank", "before", "every", "least"), RANKS)
+def test_each_call_of_a_rank_fails(beneath: Path, memory: Path, rank: int, before: str, every: int, least: int) -> None:
     """Catches a call of one rank whose failure another rank does not raise, that leaks on any of them, that tears a checkpoint or leaves
     litter."""
-    arguments = ["-m", "faults.ranks", scenario, before, str(rank), str(memory)]
-    assert trials(run_beneath(beneath, "native", arguments)) >= least
+    assert run(beneath, "fails", before, rank, memory, every) >= least
 
 
-@pytest.mark.parametrize(("rank", "before", "every", "least"), [(0, "overwrite", "6", 100), (2, "first", "2", 10)])
-def test_killed_at_each_call(
-    beneath: Path, memory: Path, rank: int, before: str, every: str, least: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("rank", "before", "every", "least"), RANKS)
+def test_a_rank_killed_at_each_call(beneath: Path, memory: Path, rank: int, before: str, every: int, least: int) -> None:
     """Catches a rank whose death others do not raise, or that some raise in other words; a checkpoint that is neither the old nor the new
     one, or not what the error says; and a next save that does not work."""
-    monkeypatch.setenv("SHARDSAVE_EVERY", every)
-    arguments = ["-m", "faults.ranks", "is_killed", before, str(rank), str(memory)]
-    assert trials(run_beneath(beneath, "native", arguments)) >= least
+    assert run(beneath, "is_killed", before, rank, memory, 2 * every) >= least
 
 
-def test_killed_or_stopped_at_random(beneath: Path, tmp_path: Path) -> None:
+def test_a_rank_killed_or_stopped_at_random(beneath: Path, tmp_path: Path) -> None:
     """Catches the same at any moment, whatever the threads of a rank do, on a disk; and ranks that wait for one that is stopped."""
-    arguments = ["-m", "faults.ranks", "is_killed_at_random", "overwrite", "0", str(tmp_path)]
-    assert trials(run_beneath(beneath, "native", arguments)) >= 20
+    assert run(beneath, "is_killed_at_random", "overwrite", 0, tmp_path) >= 20

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+import re
 import signal
 import socket
 import threading
@@ -341,7 +342,6 @@ STORE_LOST = "cannot save ckpt: the store of torch.distributed does not answer: 
 @pytest.mark.parametrize("how", ["kill", "stop"])
 def test_a_rank_that_is_lost(how: str) -> None:
     """Catches ranks that wait for a dead or a stopped one, or that do not say which it was. Each rank is lost, in a job of its own."""
-    start = time.monotonic()
     cases = [(hosts, struck) for hosts in (1, 2, 4) for struck in range(4)]
     with ExitStack() as stack:
         jobs = [stack.enter_context(Job(4, wait_for_death, *case, how)) for case in cases]
@@ -352,7 +352,6 @@ def test_a_rank_that_is_lost(how: str) -> None:
         reason = "its process has ended" if how == "kill" and hosts < 4 else SILENT
         name = f"rank {struck}" + (f" (machine{struck * hosts // 4})" if hosts > 1 else "")
         assert {(end.error, end.message) for end in those} == {("SaveNotCommittedError", f"{name} was lost: {reason}")}, those
-    assert time.monotonic() - start < 40  # below the limit of a phase
 
 
 @pytest.mark.parametrize("how", ["kill", "stop"])
@@ -446,6 +445,7 @@ def test_a_fork() -> None:
 
 def be_struck(rank: int, hosts: int, struck: int, seconds: float, number: signal.Signals) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    open_session(rank, hosts).close()  # all ranks have come so far
     if rank == struck:
         timer = threading.Timer(seconds, os.kill, (os.getpid(), number))
         timer.daemon = True
@@ -478,8 +478,9 @@ def check_strokes(seed: int, count: int) -> None:
             ends = job.ended(seconds=60, ranks=[rank for rank in range(4) if rank != struck or stroke == signal.SIGINT])
             if stroke == signal.SIGINT:
                 assert ends.pop(struck).error == "KeyboardInterrupt", (case, ends)
-            assert {end.error for end in ends} <= {"SaveNotCommittedError", "StoreLost"}, (case, ends)
-            assert all(f"rank {struck}" in end.message for end in ends), (case, ends)
+            told = "\n".join(end.trace for end in ends)
+            assert {end.error for end in ends} <= {"SaveNotCommittedError", "StoreLost"}, (case, told)
+            assert all(re.search(rf"ranks? [\d, to]*\b{struck}\b", end.message) for end in ends), (case, told)
 
 
 def test_strokes() -> None:
