@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from sharded import RANKS, check_equal
+from test_loading import set_thresholds
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -14,8 +16,6 @@ from torch.distributed.tensor import Shard
 
 import shardsave
 from jobs import run_ranks
-from sharded import RANKS, check_equal
-from test_loading import set_thresholds
 from transformers_models import tiny
 
 pytestmark = pytest.mark.slow
