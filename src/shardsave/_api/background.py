@@ -22,7 +22,6 @@ from shardsave._background.staging import Staging, stage
 from shardsave._background.turns import IfBusy, in_flight, take_turn
 from shardsave._common.backend import engine_name
 from shardsave._common.imports import import_at_use
-from shardsave._common.os_calls import absolute_path
 from shardsave._common.shutdown import verb
 from shardsave._common.warn_caller import warnings_collected
 from shardsave._saving.job import Job
@@ -91,9 +90,7 @@ def start(
     """
     started = time.perf_counter()
     together = collective_group(source, what.process_group) is not None
-    if not together:
-        check_how(directory, how)
-        check_background(background)
+    path = "" if together else _checked_path(directory, how, background)
     flight: Flight[SaveReport] = Flight(os.fspath(directory))
     try:
         with verb(), ExitStack() as ending:
@@ -102,14 +99,10 @@ def start(
                 flight.skip(_skipped(flight.path))
                 return PendingSave(flight)
             job = ending.enter_context(_job(source, directory, what, how))
-            if together:  # only now, so that all ranks learn of a wrong argument
-                check_how(directory, how)
-                check_background(background)
-            path = absolute_path(os.fspath(directory))
+            path = path or _checked_path(directory, how, background)  # only now, so that all ranks learn of a wrong argument
             how = around.before(how)
             planning = time.perf_counter()
-            planned = plan(source, what, job)
-            job.check_equal(digests(planned.contents, durable=how.durable))
+            planned = _planned(source, what, how, job)
             plan_seconds = time.perf_counter() - planning
             with warnings_collected() as warned:
                 flight.staging = staging = stage(
@@ -161,6 +154,18 @@ def _take_turn(
         f"cannot save to {flight.path}: no other save in the background was expected, one is still running on the first rank; nothing was "
         f"written, the previous checkpoint is intact"
     )
+
+
+def _checked_path(directory: str | os.PathLike[str], how: How, background: InBackground) -> str:
+    path = check_how(directory, how)
+    check_background(background)
+    return path
+
+
+def _planned(source: Source, what: What, how: How, job: Job) -> Planned:
+    planned = plan(source, what, job)
+    job.check_equal(digests(planned.contents, durable=how.durable))
+    return planned
 
 
 def check_background(background: InBackground) -> None:
