@@ -492,7 +492,7 @@ def check_strokes(seed: int, count: int) -> None:
             ends = job.ended(seconds=60, ranks=[rank for rank in range(4) if rank != struck or stroke == signal.SIGINT])
             if stroke == signal.SIGINT:
                 assert ends.pop(struck).error == "KeyboardInterrupt", (case, ends)
-            told = "\n".join(end.trace for end in ends)
+            told = [(end.error, end.message) for end in ends]
             assert {end.error for end in ends} <= {"SaveNotCommittedError", "StoreLost"}, (case, told)
             assert all(re.search(rf"ranks? [\d, to]*\b{struck}\b", end.message) for end in ends), (case, told)
 

@@ -151,38 +151,22 @@ class Meeting:
         return self._open(arrivals)
 
     def _arrivals(self, answered: dict[int, str]) -> dict[int, _Arrival]:
-        """Who has come within the time, in order. Ranks are asked for one by one, then more and more of them at once."""
+        """Who has come within the time, in order."""
         arrivals = {0: self._mine}
-        size = len(self._members.names)
-        rank, count = 1, 1
-        while rank < size:
-            asked = range(rank, min(rank + count, size))
-            found = self._read(asked, answered)
-            arrivals.update(found)
-            if len(found) == len(asked):
-                rank, count = asked.stop, min(2 * count, _BATCH)
-                self._pauses.restart()
-            elif count > 1:
-                count = 1
-            elif self._late():
-                for begin in range(rank, size, _BATCH):
-                    arrivals.update(self._read(range(begin, min(begin + _BATCH, size)), answered, every=True))
-                break
-            else:
+        ranks = range(1, len(self._members.names))
+        for rank in ranks:
+            while (arrival := self._read(rank, answered)) is None and not self._late():
                 time.sleep(self._pauses.rest())
                 self._pauses.due()
-        return dict(sorted(arrivals.items()))
+            if arrival is not None:
+                arrivals[rank] = arrival
+                self._pauses.restart()
+        return arrivals
 
-    def _read(self, ranks: range, answered: dict[int, str], *, every: bool = False) -> dict[int, _Arrival]:
-        keys = [f"arrived/{rank}" for rank in ranks]
-        if not every and not self._line.has(keys):
-            return {}
-        found = {
-            rank: _Arrival(*value.decode().split())
-            for rank, value in zip(ranks, self._line.get_all(keys), strict=True)
-            if value
-        }
-        return {rank: arrival for rank, arrival in found.items() if answered.get(rank) != arrival.token}
+    def _read(self, rank: int, answered: dict[int, str]) -> _Arrival | None:
+        value = self._line.peek(f"arrived/{rank}")
+        arrival = None if value is None else _Arrival(*value.decode().split())
+        return None if arrival is None or answered.get(rank) == arrival.token else arrival
 
     def _disagreement(self, arrivals: dict[int, _Arrival]) -> Failure | None:
         others = [rank for rank, arrival in arrivals.items() if arrival.call != self._call.digest]
@@ -214,9 +198,9 @@ class Meeting:
         others = [rank for rank in arrivals if rank]
         keys = {rank: f"answer/{arrivals[rank].token}" for rank in others}
         self._line.set_all({keys[rank]: texts[rank] for rank in others})
-        # These keys go as soon as their ranks have read the answers, so `get_all` might wait for one of them.
-        again = [self._line.peek(f"arrived/{rank}") for rank in others]
-        gone = tuple(rank for rank, value in zip(others, again, strict=True) if value is None)
+        batches = [others[begin : begin + _BATCH] for begin in range(0, len(others), _BATCH)]
+        unsure = [rank for batch in batches if not self._line.has([f"arrived/{rank}" for rank in batch]) for rank in batch]
+        gone = tuple(rank for rank in unsure if self._line.peek(f"arrived/{rank}") is None)
         self._line.delete([keys[rank] for rank in gone])
         return gone
 
