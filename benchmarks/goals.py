@@ -157,7 +157,7 @@ def _loops(loops: LoopResults) -> list[Goal]:
     """The goals of saves from a training loop; the first save of each process does not count."""
     snapshots, rings = loops.later(SNAPSHOT), loops.later(RING)
     goals = [
-        _at_most_of(
+        at_most_of(
             "save_async, snapshot: stall",
             1.2,
             [(save["stall"], save["memcpy"]) for save in snapshots],
@@ -165,7 +165,7 @@ def _loops(loops: LoopResults) -> list[Goal]:
             "ms",
             "memcpy of the state",
         ),
-        _at_most_of(
+        at_most_of(
             "save_async, ring: stall",
             1,
             [(save["stall"], 5e-3 + 4e-6 * save["tensors"] + 1.2 * save["memcpy_copied"]) for save in rings],
@@ -173,7 +173,7 @@ def _loops(loops: LoopResults) -> list[Goal]:
             "ms",
             "(5 ms + 4 ms per 1,000 tensors + 1.2 × memcpy of what is copied)",
         ),
-        _at_most_of(
+        at_most_of(
             "save_async, ring: extra memory",
             1,
             [(save["peak_extra"], save["ring"] + save["copied"]) for save in rings],
@@ -195,7 +195,7 @@ def _loops(loops: LoopResults) -> list[Goal]:
     return goals
 
 
-def _at_most_of(what: str, bound: float, pairs: list[tuple[float, float]], factor: float, unit: str, other: str) -> Goal:
+def at_most_of(what: str, bound: float, pairs: list[tuple[float, float]], factor: float, unit: str, other: str) -> Goal:
     """The median of ratios whose two values were measured at the same save. ``factor``: what makes such a value ``unit``."""
     wanted = f"≤ {bound:g} × {other}"
     if not pairs:

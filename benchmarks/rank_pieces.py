@@ -66,6 +66,10 @@ class RanksPiece:
                     check = ("--check",) if number == 0 else ()
                     self._job(tool, "load", size, labels | {"operation": load, "cache": "cold"}, *LOADS[load], *check)
         self._limit("read", nbytes, labels)
+        if self._tools[0] == OURS[0]:
+            shutil.rmtree(self._folder)
+            self._settle()
+            self._job(OURS[0], "stall", size, labels | {"operation": "stall"})
         shutil.rmtree(self._folder, ignore_errors=True)
         self._settle()
 

@@ -6,7 +6,7 @@ import textwrap
 from statistics import median
 from typing import Any
 
-from goals import Goal, against, at_most
+from goals import Goal, against, at_most, at_most_of
 from rank_pieces import LOADS, SIZE
 from results import Results, Sample, largest, median_of, ratio
 from rivals.ranks import GLOO, OURS, RANKS
@@ -110,7 +110,7 @@ def rank_goals(results: Results, costs: dict[str, Any]) -> list[Goal]:
     save, load = results.of(FIRST, "save"), results.of(FIRST, ON_ALL, "cold")
     by_gloo, distcp = results.of(GLOO, "save"), results.of(DCP, "save")
     raw_write, raw_read = results.limit("write"), results.limit("read")
-    ours = [sample for sample in results.samples if sample["tool"] == FIRST and "failed" not in sample]
+    ours = [sample for sample in results.samples if sample["tool"] == FIRST and "peak_extra" in sample]
     written = _share(save, "written") if save else None
     memory = largest(ours, lambda sample: sample["peak_extra"]) / 1e6 if ours else None
     other = "raw O_DIRECT write by the same number of processes"
@@ -122,6 +122,14 @@ def rank_goals(results: Results, costs: dict[str, Any]) -> list[Goal]:
         at_most(f"{SIZE} ranks: memory of a rank above its part", MOST_RANK_MEMORY, memory, "MB"),
         against(f"{SIZE} ranks: cold load, wall", 1.15, load, raw_read, "wall", "wall", other.replace("write", "read")),
         *(_read_once(results, way) for way in LOADS if way != ON_TWO),
+        at_most_of(
+            f"{SIZE} ranks: save_async, snapshot: stall",
+            1.2,
+            [pair for sample in results.of(FIRST, "stall") for pair in zip(sample["stall"], sample["memcpy"])],
+            1e3,
+            "ms",
+            "copy of what the rank has",
+        ),
     ]
     return goals + _planning(costs.get("ranks", {})) + _rank_zero(costs.get("rank zero", {}))
 
@@ -137,9 +145,10 @@ def _planning(measured: dict[str, Any]) -> list[Goal]:
         return []
     first, second = (median(measured[key]) for key in ("first", "second"))
     what = f"{measured['tensors']:,} tensors on {SIZE} ranks"
+    whole = f"the whole call {median(measured['whole']):.2f} s, all ranks on one machine"
     return [
-        at_most(f"{what}: planning of a save on a rank", 1, first, "s", f"the whole call {median(measured['whole']):.2f} s"),
-        at_most(f"{what}: planning of the next save", 0.3, second, "s"),
+        at_most(f"{what}: planning of a save on a rank", 1, first, "s of a processor", whole),
+        at_most(f"{what}: planning of the next save", 0.3, second, "s of a processor"),
     ]
 
 

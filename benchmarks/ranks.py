@@ -1,6 +1,8 @@
 """Saves or loads a sharded model with one tool, in several processes of one job on this machine. The last line of the output is JSON.
 
-    python ranks.py TOOL save|load DIRECTORY SIZE [--ranks 4] [--layout mixed] [--check]
+    python ranks.py TOOL save|load|stall DIRECTORY SIZE [--ranks 4] [--layout mixed] [--check]
+
+``stall``: how long `shardsave.save_async` stops its caller, and how long a copy of what a rank has takes.
 
 Layouts: ``rows`` is FSDP2's own; in ``mixed`` every fourth matrix is sharded by columns, in ``columns`` all are; ``replicas`` is ``mixed``
 on half of the ranks, with a second copy on the other half (HSDP).
@@ -28,6 +30,7 @@ from rank_jobs import run_job
 from rivals.ranks import RANKS, RankTool
 
 LAYOUTS = ("mixed", "rows", "columns", "replicas")
+STALLS = 3  # saves in the background that count
 SHARDS = 10  # a model has about so many files, so that all ranks own some
 
 
@@ -97,6 +100,32 @@ def measured(tool: RankTool, options: argparse.Namespace, wait_for_all: Callable
     return figures
 
 
+def stalls(options: argparse.Namespace, wait_for_all: Callable[[], None]) -> dict[str, Any]:
+    """Seconds that saves in the background stop one rank, but for the first, which takes new memory; and those of a plain copy."""
+    import shardsave
+
+    model = sharded(options.size, options.layout)
+    parts = [*local_parts(model).values()]
+    copies = [torch.zeros_like(part) for part in parts]
+    figures: dict[str, Any] = {"stall": [], "memcpy": []}
+    wait_for_all()
+    for number in range(STALLS + 1):
+        dist.barrier()
+        began = time.perf_counter()
+        for copy, part in zip(copies, parts):
+            copy.copy_(part)
+        copied = time.perf_counter() - began
+        dist.barrier()
+        began = time.perf_counter()
+        pending = shardsave.save_async(model, options.path / str(number), staging="snapshot", progress=False)
+        stall = time.perf_counter() - began
+        pending.wait()
+        if number:
+            figures["stall"].append(stall)
+            figures["memcpy"].append(copied)
+    return figures
+
+
 def summary(ranks: list[dict[str, Any]], loopback: int, options: argparse.Namespace) -> dict[str, Any]:
     """The figures of the job."""
     figures = {
@@ -127,7 +156,7 @@ def summary(ranks: list[dict[str, Any]], loopback: int, options: argparse.Namesp
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tool", choices=list(RANKS))
-    parser.add_argument("operation", choices=["save", "load"])
+    parser.add_argument("operation", choices=["save", "load", "stall"])
     parser.add_argument("path", type=Path, metavar="DIRECTORY")
     parser.add_argument("size", type=int, help="bytes of the model")
     parser.add_argument("--ranks", type=int, default=4)
@@ -136,10 +165,16 @@ def main() -> None:
     options = parser.parse_args()
     import transformers.models.llama.modeling_llama  # noqa: F401  before the ranks are forked
 
-    RANKS[options.tool].ready()
+    tool = RANKS[options.tool]
+    tool.ready()
     options.path.mkdir(parents=True, exist_ok=True)
-    ranks, loopback = run_job(options.ranks, lambda wait_for_all: measured(RANKS[options.tool], options, wait_for_all))
-    figures = summary(ranks, loopback, options)
+    if options.operation == "stall":
+        ranks, _ = run_job(options.ranks, lambda wait_for_all: stalls(options, wait_for_all))
+        figures = {key: [seconds for rank in ranks for seconds in rank[key]] for key in ("stall", "memcpy")}
+        figures["wall"] = max(figures["stall"])
+    else:
+        ranks, loopback = run_job(options.ranks, lambda wait_for_all: measured(tool, options, wait_for_all))
+        figures = summary(ranks, loopback, options)
     sys.stdout.flush()
     print("\n" + json.dumps(figures))
 

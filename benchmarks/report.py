@@ -227,7 +227,10 @@ def main() -> None:
     ranks = Results(options.results, only=RANKS)
     pictures = plots.draw(results, options.to.parent / "plots")
     shown = "\n\n".join(f"![{title}](plots/{path.name})" for title, path in pictures)
-    reasons = {**results.all["not_run"], **dict.fromkeys(results.all["left"], "not measured yet: run `make bench` again")}
+    reasons = {
+        **results.all["not_run"],
+        **dict.fromkeys(results.all.get("left", ()), "not measured yet: run `make bench` again"),
+    }
     not_run = "\n".join(f"- {name}: {reason}" for name, reason in reasons.items())
     parts = [
         "# What was measured",

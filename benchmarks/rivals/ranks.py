@@ -40,8 +40,15 @@ class RankTool:
 _passed: dict[int, int] = {}
 
 
-def _ready() -> None:
+def _imports() -> None:
+    """Imports what shardsave imports when it is first called on several ranks."""
     shardsave_.TOOLS[0].ready()
+    import shardsave._ranks.load_job
+    import shardsave._ranks.save_job  # noqa: F401
+
+
+def _ready() -> None:
+    _imports()
     from shardsave._ranks.exchange import Exchange
 
     close = Exchange.close
@@ -71,7 +78,7 @@ def _load(model: nn.Module, path: Path) -> object:
 
 def _gloo_ready() -> None:
     """Makes each rank a host of its own, so that everything goes over gloo."""
-    shardsave_.TOOLS[0].ready()
+    _imports()
     from shardsave._ranks import group
 
     of_machine = group.this_host

@@ -35,6 +35,12 @@ def test_ranks_that_save_and_load(tmp_path: Path, tool: str) -> None:
     assert len(saved["peaks"]) == 4 and len(loaded["peaks"]) == 2 and saved["cpu"] > 0
 
 
+def test_saves_in_the_background(tmp_path: Path) -> None:
+    """Catches a stall that is not measured on every rank."""
+    figures = measured("shardsave", "stall", tmp_path / "saved")
+    assert len(figures["stall"]) == len(figures["memcpy"]) == 12 and min(figures["stall"] + figures["memcpy"]) > 0
+
+
 def test_processes_that_measure_a_limit(tmp_path: Path, compiled: Compile, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches processes that do not work at the same time, and bytes that are not counted."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
@@ -87,6 +93,7 @@ def test_the_report_of_ranks(tmp_path: Path) -> None:
         samples += [recorded("limit", operation, turn, wall / 2, threads=1) for operation in ("write", "read")]
         samples.append(recorded("shardsave", "load on 4 ranks", turn, wall * 0.55, cache="cold"))
         samples.append(recorded("shardsave", "load of replicas", turn, wall, cache="cold", read_from_disk=2 * 10**9))
+    samples += [recorded("shardsave", "stall", turn, 0.2, stall=[0.1, 0.2], memcpy=[0.1, 0.1]) for turn in range(3)]
     samples += [recorded("DCP, .distcp", "save", turn, 3.0, piece="ranks, DCP, .distcp") for turn in range(3)]
     samples += [recorded("shardsave", "save", turn, 2.7, piece="ranks, DCP, .distcp") for turn in range(2)]
     samples.append(recorded("torch_checkpointing", "save", 0, 0.0) | {"failed": "no module"})
@@ -111,10 +118,11 @@ def test_the_report_of_ranks(tmp_path: Path) -> None:
         f"4 ranks: cold load, wall | ≤ 1.15 × raw O_DIRECT read {processes} | 1.1 × (1.10 s against 1.00 s) | reached",
         "load of replicas: read from disk | ≤ 1.05 × the model | 2 × the model | **missed**",
         "4 ranks: memory of a rank above its part | ≤ 256 MB | 100 MB | reached",
-        "100,000 tensors on 4 ranks: planning of the next save | ≤ 0.3 s | 0.4 s | **missed**",
+        "100,000 tensors on 4 ranks: planning of the next save | ≤ 0.3 s of a processor | 0.4 s of a processor | **missed**",
         "simulation of 1,000 ranks: rank 0 receives in a save | ≤ 10 MB | 0.5 MB | reached",
         "simulation of 10,000 ranks: rank 0 receives in a save | ≤ 10 MB | 11 MB | **missed**",
         "torch_checkpointing | failed: no module",
+        "4 ranks: save_async, snapshot: stall | ≤ 1.2 × copy of what the rank has | 1.50 × (150.0 ms against 100.0 ms) | **missed**",
     ):
         assert f"| {row} |" in text, row
     assert "| durable save, wall | ≤ 1.1 × raw O_DIRECT write | not measured | not measured |" in text  # that of one process
