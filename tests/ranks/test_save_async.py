@@ -131,6 +131,24 @@ def test_cancel_on_one_rank(tmp_path: Path, who: int) -> None:
     assert len([*(tmp_path / "ckpt").iterdir()]) == 2
 
 
+def cancelled_at_once(rank: int, folder: Path) -> list[str]:
+    tensors, group = {name: torch.ones(64) for name in "abcd"}, dist.group.WORLD
+    ends = []
+    for who in (0, 1, 2, 3):
+        pending = shardsave.save_async(tensors, folder / "ckpt", process_group=group, max_shard_size="256B")
+        if rank == who:
+            assert pending.cancel()
+        with contextlib.suppress(shardsave.SaveCancelledError):
+            pending.wait(60)
+        ends.append(type(pending.exception()).__name__)
+    return ends
+
+
+def test_cancel_before_the_thread_runs(tmp_path: Path) -> None:
+    """Catches a save that was cancelled so early that the other ranks are told of something else, or of nothing."""
+    assert run_ranks(4, cancelled_at_once, tmp_path) == [["SaveCancelledError"] * 4] * 4
+
+
 def cancelled_too_late(rank: int, folder: Path) -> tuple[bool, int]:
     held = threading.Event()
     tensors, group = {name: torch.ones(64) for name in "abcd"}, dist.group.WORLD

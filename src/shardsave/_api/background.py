@@ -242,7 +242,8 @@ def _save(
     staging = watch.staging
     staging.use_streams()
     try:
-        with warnings_collected() as warned, ending:
+        with warnings_collected() as warned, ending:  # what is raised within is told to other ranks
+            flight.check()
             planned = plan_of(staging.contents)
             report, warnings = write_planned(planned, flight.path, path, how, started.plan_seconds, watch, job)
     finally:

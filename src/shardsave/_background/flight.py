@@ -85,7 +85,8 @@ class Flight(Generic[Result]):
         return threading.get_ident() == self._thread_id
 
     def launch(self, job: Callable[[], Result], started: float) -> None:
-        """Starts a thread that calls ``job`` once this method is over. If there can be no thread, calls it now.
+        """Starts a thread that calls ``job`` once this method is over, also if it is cancelled until then. If there can be no thread, calls
+        it now.
 
         ``started``: when the call of the caller began, as `time.perf_counter` counts.
         """
@@ -167,7 +168,6 @@ class Flight(Generic[Result]):
         result, error, interrupt = None, None, None
         try:
             with verb():
-                self.check()
                 job, self._job = self._job, None
                 assert job is not None
                 result = job()
