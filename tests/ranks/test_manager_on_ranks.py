@@ -20,6 +20,9 @@ from shardsave import CheckpointManager, PerRank
 
 RANKS = 4
 
+#: A signal comes to every rank, as from a scheduler.
+ALL = -1
+
 
 def manager_of(folder: Path, **options: Any) -> CheckpointManager[Any]:
     given = {"save_every": 2, "process_group": dist.group.WORLD, "rank_timeout": 30, "durable": False, "reuse": False}
@@ -128,7 +131,7 @@ def preempted(rank: int, folder: Path, struck: int, explicit: bool, asynchronous
         manager.save_on_signal(signal.SIGUSR1)
         saved, ended = [], None
         for step in range(1, 10):
-            if rank == struck and step == 3:
+            if struck in (rank, ALL) and step == 3:
                 os.kill(os.getpid(), signal.SIGUSR1)
             if explicit and step == 5:
                 manager.save(step, plain())
@@ -152,8 +155,7 @@ def shardsave_keys() -> int:
     return sum(b"/run/" in key for key in map(str.encode, _get_default_store().list_keys()))
 
 
-@pytest.mark.parametrize("struck", [0, 2])
-@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize(("struck", "asynchronous"), [(0, False), (2, False), (2, True), (ALL, False)])
 def test_a_signal_on_any_rank(tmp_path: Path, struck: int, asynchronous: bool) -> None:
     """Catches a signal that only its own rank obeys, a last save too many, and keys that stay in the store."""
     ends = run_ranks(RANKS, preempted, tmp_path, struck, False, asynchronous)
@@ -211,3 +213,42 @@ def test_a_last_save_that_fails_is_tried_again(tmp_path: Path) -> None:
     assert all(end == ends[0] for end in ends), ends
     saved, errors, done = ends[0]
     assert saved == [3] and len(errors) == 1 and "rank 1: RuntimeError: no room" in errors[0] and done, ends[0]
+
+
+def fail_after_the_commit(rank: int, folder: Path) -> tuple[str, list[int]]:
+    def refuse(report: shardsave.SaveReport) -> None:
+        if report.step == 2:
+            raise RuntimeError("no upload")
+
+    message, saved = "", []
+    with manager_of(folder, on_commit=refuse, keep_last=1) as manager:
+        for step in range(1, 5):
+            try:
+                if manager.step(step, plain()) is not None:
+                    saved.append(step)
+            except RuntimeError as error:
+                message = str(error)
+    return message, saved
+
+
+def test_what_follows_a_commit_fails_on_rank_0_alone(tmp_path: Path) -> None:
+    """Catches `on_commit` on other ranks, and ranks that do not save together any more after it has raised."""
+    ends = run_ranks(RANKS, fail_after_the_commit, tmp_path)
+    assert ends == [("no upload", [4]), *[("", [2, 4])] * (RANKS - 1)]
+    assert [path.name for path in (tmp_path / "run").glob("step-*")] == ["step-00000004"]
+
+
+def resume_alone(rank: int, folder: Path) -> str:
+    with manager_of(folder, rank_timeout=1.5) as manager:
+        if rank == 1:
+            try:
+                manager.resume(plain())
+            except shardsave.ShardSaveError as error:
+                return str(error)
+    return ""
+
+
+def test_one_rank_alone_is_told_who_is_missing(tmp_path: Path) -> None:
+    """Catches a resume on one rank that hangs, or does not say which ranks did not come."""
+    _, message, *_ = run_ranks(RANKS, resume_alone, tmp_path)
+    assert "resume from" in message and "rank" in message and "did not" in message, message
