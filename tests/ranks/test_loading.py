@@ -10,6 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from sharded import RANKS, SHARDINGS, Net, check_equal, rows, whole
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import shardsave
 from jobs import run_ranks
@@ -121,6 +124,13 @@ def train_on(rank: int, folder: str) -> None:
     shardsave.load_model(net, folder)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         stale.backward()
+    alone = fully_shard(Net().down, mesh=init_device_mesh("cpu", (RANKS,)))
+    alone(torch.ones(1, 13))
+    assert not isinstance(alone.weight, DTensor)  # the forward pass has left nothing that is distributed
+    shardsave.save(alone, f"{folder}/alone", durable=False)
+    alone(torch.ones(1, 13))
+    shardsave.load_model(alone, f"{folder}/alone")
+    check_equal(alone, Net().down)
 
 
 def test_training_goes_on(tmp_path: Path) -> None:
