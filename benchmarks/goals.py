@@ -20,7 +20,7 @@ class Goal:
     reached: bool | None
 
 
-def _at_most(what: str, bound: float, value: float | None, unit: str, detail: str = "") -> Goal:
+def at_most(what: str, bound: float, value: float | None, unit: str, detail: str = "") -> Goal:
     wanted = f"≤ {bound:g} {unit}"
     if value is None:
         return Goal(what, wanted, "not measured", None)
@@ -28,14 +28,14 @@ def _at_most(what: str, bound: float, value: float | None, unit: str, detail: st
     return Goal(what, wanted, f"{digits} {unit}{f' ({detail})' if detail else ''}", value <= bound)
 
 
-def _against(what: str, bound: float, above: list, below: list, key: str, key_below: str, other: str) -> Goal:
+def against(what: str, bound: float, above: list, below: list, key: str, key_below: str, other: str) -> Goal:
     """The median of the ratios within each turn; a comparison of too few turns counts as not measured."""
     values = ratios(above, below, key, key_below)
     if 0 < len(values) < ENOUGH_TURNS:
         return Goal(what, f"≤ {bound:g} × {other}", f"measured in only {len(values)} of {ENOUGH_TURNS} turns", None)
     value = median(values) if values else None
     detail = f"{median_of(above, key):.2f} s against {median_of(below, key_below):.2f} s" if above and below else ""
-    goal = _at_most(what, bound, value, "×", detail)
+    goal = at_most(what, bound, value, "×", detail)
     return Goal(goal.what, f"{goal.wanted} {other}", goal.measured, goal.reached)
 
 
@@ -47,25 +47,25 @@ def all_goals(results: Results, training: Results, loops: LoopResults) -> list[G
     torch_save, torch_overwrite = (results.of("torch.save, state dict", operation) for operation in ("save", "overwrite"))
     raw_write, raw_read, memcpy = results.limit("write"), results.limit("read"), results.limit("memcpy")
     goals = [
-        _against("durable save, wall", 1.1, save, raw_write, "wall", "wall", "raw O_DIRECT write"),
-        _against("durable save, processor time", 1.5, save, raw_write, "cpu", "cpu", "raw O_DIRECT write with its one copy"),
-        _against("durable save, wall", 0.333, save, torch_save, "wall", "wall_synced", "torch.save + fsync"),
-        _against("durable save, processor time", 0.333, save, torch_save, "cpu", "cpu_synced", "torch.save + fsync"),
-        _against("durable overwrite, wall", 1.05, overwrite, save, "wall", "wall", "first save"),
-        _against("durable overwrite, wall", 1.1, overwrite, raw_write, "wall", "wall", "raw O_DIRECT write"),
-        _against("durable overwrite, wall", 0.333, overwrite, torch_overwrite, "wall", "wall_synced", "torch.save + fsync"),
-        _against("save to the page cache, wall", 1, to_cache, results.of("safetensors", "save"), "wall", "wall", "safetensors"),
-        _against("cold load into a model, wall", 1.1, cold, raw_read, "wall", "wall", "raw direct read"),
-        _against("cold load to new tensors, wall", 1.1, cold_new, raw_read, "wall", "wall", "raw direct read"),
-        _against(
+        against("durable save, wall", 1.1, save, raw_write, "wall", "wall", "raw O_DIRECT write"),
+        against("durable save, processor time", 1.5, save, raw_write, "cpu", "cpu", "raw O_DIRECT write with its one copy"),
+        against("durable save, wall", 0.333, save, torch_save, "wall", "wall_synced", "torch.save + fsync"),
+        against("durable save, processor time", 0.333, save, torch_save, "cpu", "cpu_synced", "torch.save + fsync"),
+        against("durable overwrite, wall", 1.05, overwrite, save, "wall", "wall", "first save"),
+        against("durable overwrite, wall", 1.1, overwrite, raw_write, "wall", "wall", "raw O_DIRECT write"),
+        against("durable overwrite, wall", 0.333, overwrite, torch_overwrite, "wall", "wall_synced", "torch.save + fsync"),
+        against("save to the page cache, wall", 1, to_cache, results.of("safetensors", "save"), "wall", "wall", "safetensors"),
+        against("cold load into a model, wall", 1.1, cold, raw_read, "wall", "wall", "raw direct read"),
+        against("cold load to new tensors, wall", 1.1, cold_new, raw_read, "wall", "wall", "raw direct read"),
+        against(
             "cold load to new tensors, wall", 1.1, cold_new, results.limit("fresh"), "wall", "wall", "raw read into new memory"
         ),
-        _against(
+        against(
             "warm load into a model, wall", 1, warm, results.of("safetensors", "into", "warm"), "wall", "wall", "safetensors"
         ),
-        _against("warm load into a model, wall", 1.5, warm, memcpy, "wall", "wall", "memcpy"),
+        against("warm load into a model, wall", 1.5, warm, memcpy, "wall", "wall", "memcpy"),
         *(
-            _against(
+            against(
                 f"{cache} load to new tensors, wall",
                 1,
                 results.of("shardsave", "new", cache),
@@ -90,7 +90,7 @@ def all_goals(results: Results, training: Results, loops: LoopResults) -> list[G
 def _whole_modules(results: Results) -> list[Goal]:
     shardsave, torch_save = "shardsave, whole module", "torch.save, whole module"
     return [
-        _against(
+        against(
             "whole module: durable save, wall",
             1,
             results.of(shardsave, "save"),
@@ -100,7 +100,7 @@ def _whole_modules(results: Results) -> list[Goal]:
             "torch.save + fsync",
         ),
         *(
-            _against(
+            against(
                 f"whole module: {cache} load, wall",
                 1,
                 results.of(shardsave, "new", cache),
@@ -121,16 +121,16 @@ def _training(results: Results) -> list[Goal]:
     torch_save = results.of("torch.save, state dict", "save")
     raw_write = results.limit("write")
     goals = [
-        _against("model + AdamW: durable save, wall", 1.1, save, raw_write, "wall", "wall", "raw O_DIRECT write"),
-        _against("model + AdamW: durable overwrite, wall", 1.1, overwrite, raw_write, "wall", "wall", "raw O_DIRECT write"),
-        _against("model + AdamW: durable save, wall", 0.333, save, torch_save, "wall", "wall_synced", "torch.save + fsync"),
+        against("model + AdamW: durable save, wall", 1.1, save, raw_write, "wall", "wall", "raw O_DIRECT write"),
+        against("model + AdamW: durable overwrite, wall", 1.1, overwrite, raw_write, "wall", "wall", "raw O_DIRECT write"),
+        against("model + AdamW: durable save, wall", 0.333, save, torch_save, "wall", "wall_synced", "torch.save + fsync"),
     ]
     for limit, other in (("read", "raw direct read"), ("fresh", "raw read into new memory")):
-        goals.append(_against("model + AdamW: cold resume, wall", 1.1, cold, results.limit(limit), "wall", "wall", other))
-    goals.append(_against("model + AdamW: warm resume, wall", 1.1, warm, results.limit("warm"), "wall", "wall", "warm pread"))
+        goals.append(against("model + AdamW: cold resume, wall", 1.1, cold, results.limit(limit), "wall", "wall", other))
+    goals.append(against("model + AdamW: warm resume, wall", 1.1, warm, results.limit("warm"), "wall", "wall", "warm pread"))
     for cache, samples in (("cold", cold), ("warm", warm)):
         rival = results.of("torch.save, state dict", "into", cache)
-        goals.append(_against(f"model + AdamW: {cache} resume, wall", 1, samples, rival, "wall", "wall", "torch.load"))
+        goals.append(against(f"model + AdamW: {cache} resume, wall", 1, samples, rival, "wall", "wall", "torch.load"))
     return goals
 
 
@@ -138,7 +138,7 @@ def _no_cold_buffered(results: Results) -> Goal:
     cold = results.of("shardsave", "into", "cold") + results.of("shardsave", "new", "cold")
     known = [sample for sample in cold if sample.get("cached_after") is not None]
     value = largest(known, lambda sample: sample["cached_after"]) / 1e6 if known else None
-    return _at_most("data of the files in the page cache after a cold load", 1, value, "MB")
+    return at_most("data of the files in the page cache after a cold load", 1, value, "MB")
 
 
 def _memory(results: Results) -> list[Goal]:
@@ -149,7 +149,7 @@ def _memory(results: Results) -> list[Goal]:
             operations += [("shardsave", way, cache) for way in ("into", "new") for cache in ("cold", "warm")]
             samples = [s for tool, way, cache in operations for s in results.of(tool, way, cache, size)]
             value = largest(samples, extra_memory) / 1e6 if samples else None
-            goals.append(_at_most(f"extra memory of saves and loads, CPU, {size / 1e9:g} GB", 256, value, "MB"))
+            goals.append(at_most(f"extra memory of saves and loads, CPU, {size / 1e9:g} GB", 256, value, "MB"))
     return goals
 
 
@@ -157,7 +157,7 @@ def _loops(loops: LoopResults) -> list[Goal]:
     """The goals of saves from a training loop; the first save of each process does not count."""
     snapshots, rings = loops.later(SNAPSHOT), loops.later(RING)
     goals = [
-        _at_most_of(
+        at_most_of(
             "save_async, snapshot: stall",
             1.2,
             [(save["stall"], save["memcpy"]) for save in snapshots],
@@ -165,7 +165,7 @@ def _loops(loops: LoopResults) -> list[Goal]:
             "ms",
             "memcpy of the state",
         ),
-        _at_most_of(
+        at_most_of(
             "save_async, ring: stall",
             1,
             [(save["stall"], 5e-3 + 4e-6 * save["tensors"] + 1.2 * save["memcpy_copied"]) for save in rings],
@@ -173,7 +173,7 @@ def _loops(loops: LoopResults) -> list[Goal]:
             "ms",
             "(5 ms + 4 ms per 1,000 tensors + 1.2 × memcpy of what is copied)",
         ),
-        _at_most_of(
+        at_most_of(
             "save_async, ring: extra memory",
             1,
             [(save["peak_extra"], save["ring"] + save["copied"]) for save in rings],
@@ -195,7 +195,7 @@ def _loops(loops: LoopResults) -> list[Goal]:
     return goals
 
 
-def _at_most_of(what: str, bound: float, pairs: list[tuple[float, float]], factor: float, unit: str, other: str) -> Goal:
+def at_most_of(what: str, bound: float, pairs: list[tuple[float, float]], factor: float, unit: str, other: str) -> Goal:
     """The median of ratios whose two values were measured at the same save. ``factor``: what makes such a value ``unit``."""
     wanted = f"≤ {bound:g} × {other}"
     if not pairs:
@@ -211,31 +211,29 @@ def _costs(costs: dict) -> list[Goal]:
     for name, times in costs.get("checksums", {}).items():
         if name != "failed":
             value = median(a / b for a, b in zip(times["with"], times["without"])) * 100 - 100
-            goals.append(
-                _at_most(f"checksums, {name}", 5, value, "% of the wall time", f"{median(times['with']):.2f} s in all")
-            )
+            goals.append(at_most(f"checksums, {name}", 5, value, "% of the wall time", f"{median(times['with']):.2f} s in all"))
     for name, times in costs.get("many", {}).items():
         if name not in ("failed", "inspect"):
             whole = f"the whole call {median(times['whole']):.2f} s"
             goals.append(
-                _at_most(f"100,000 tensors, {name}: planning, header and index", 1, median(times["planning"]), "s", whole)
+                at_most(f"100,000 tensors, {name}: planning, header and index", 1, median(times["planning"]), "s", whole)
             )
     both = costs.get("optimizer", {})
     if "save both" in both:
         value = median(a - b for a, b in zip(both["save both"], both["save the model"]))
         whole = f"the whole call {median(both['save both']):.2f} s"
-        goals.append(_at_most(f"an AdamW of {both['tensors']:,} tensors: added to a save", 1, value, "s", whole))
+        goals.append(at_most(f"an AdamW of {both['tensors']:,} tensors: added to a save", 1, value, "s", whole))
     frozen = costs.get("frozen", {})
     if "saves" in frozen:
         full, once = median(frozen["full"]), median(frozen["pass"])
         share = frozen["written"] / (len(frozen["saves"]) * frozen["bytes"]) * 100
         compared = f"a full durable save takes {full:.2f} s, one checksum of all bytes {once:.2f} s"
-        goals.append(_at_most("99 % frozen, ten saves: written", 1.5, share, "% of the bytes"))
-        goals.append(_at_most("99 % frozen: a save", max(full / 10, 1.2 * once), median(frozen["saves"]), "s", compared))
-        goals.append(_at_most("the same, frozen parameters assumed to be unchanged", full / 20, median(frozen["assumed"]), "s"))
+        goals.append(at_most("99 % frozen, ten saves: written", 1.5, share, "% of the bytes"))
+        goals.append(at_most("99 % frozen: a save", max(full / 10, 1.2 * once), median(frozen["saves"]), "s", compared))
+        goals.append(at_most("the same, frozen parameters assumed to be unchanged", full / 20, median(frozen["assumed"]), "s"))
     if "median" in costs.get("import", {}):
         goals.append(
-            _at_most(
+            at_most(
                 "`import shardsave`, `save` and `load_model` looked up, after `import torch`",
                 30,
                 costs["import"]["median"] * 1e3,
@@ -258,7 +256,7 @@ def _gpu(gpu: dict, save: list) -> list[Goal]:
         share = gpu[rate] / gpu[limit]
         measured = f"{share * 100:.0f} % ({gpu[rate] / 1e9:.1f} of {gpu[limit] / 1e9:.1f} GB/s, {gpu['device']})"
         goals.append(Goal(what, "≥ 90 % of the pinned copy bandwidth", measured, share >= 0.9))
-    goals.append(_at_most("extra memory, CUDA", 256, gpu["peak_extra"] / 1e6, "MB"))
+    goals.append(at_most("extra memory, CUDA", 256, gpu["peak_extra"] / 1e6, "MB"))
     if save:
         disk = save[0]["bytes"] / median_of(save, "wall")
         measured = f"{gpu['save_durable'] / 1e9:.2f} GB/s, from the CPU {disk / 1e9:.2f} GB/s"

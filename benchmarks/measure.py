@@ -35,14 +35,15 @@ class Meter:
     def __init__(self) -> None:
         forget_peak()
         self._before = resident_bytes()
-        self._read = _read_from_disk()
+        self._disk = _disk_traffic()
         self._cpu = processor_seconds()
         self._wall = time.perf_counter()
 
     def read(self) -> dict[str, Any]:
         wall, cpu = time.perf_counter() - self._wall, processor_seconds() - self._cpu
         peak = peak_bytes() - self._before
-        return {"wall": wall, "cpu": cpu, "peak_extra": peak, "read_from_disk": _read_from_disk() - self._read}
+        read, written = (after - before for after, before in zip(_disk_traffic(), self._disk))
+        return {"wall": wall, "cpu": cpu, "peak_extra": peak, "read_from_disk": read, "written": written}
 
 
 def touch_free_memory(nbytes: int) -> None:
@@ -111,9 +112,19 @@ def _status(field: str, process: int | str = "self") -> int:
     raise RuntimeError(f"/proc/{process}/status has no {field}")
 
 
-def _read_from_disk() -> int:
+def _disk_traffic() -> tuple[int, int]:
+    """The bytes that this process, and its children that have ended, have read from disks; and written, at once or to be written back."""
     fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
-    return int(fields["read_bytes"])
+    return int(fields["read_bytes"]), int(fields["write_bytes"])
+
+
+def loopback_bytes() -> int:
+    """The bytes that all processes of this machine have sent to one another through the network, with the headers of packets."""
+    for line in Path("/proc/net/dev").read_text().splitlines():
+        name, _, fields = line.partition(":")
+        if name.strip() == "lo":
+            return int(fields.split()[0])
+    raise RuntimeError("/proc/net/dev has no lo")
 
 
 def files_below(path: Path) -> list[Path]:

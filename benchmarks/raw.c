@@ -6,7 +6,10 @@
  *   raw warm   FILE BYTES THREADS   pread through the page cache directly into memory touched before
  *   raw memcpy -    BYTES THREADS   memory to memory, both touched before
  *
- * Prints one line of JSON: the wall and processor seconds of the operation alone. */
+ * With a fifth argument, of whatever content, it prints "ready" once its memory is there and waits for a line of input, so that
+ * several processes can begin together.
+ *
+ * Prints one line of JSON: the wall and processor seconds of the operation alone, and its begin and end on CLOCK_MONOTONIC. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -99,8 +102,8 @@ static double processor_seconds(void) {
 }
 
 int main(int count, char **arguments) {
-  if (count != 5) {
-    fprintf(stderr, "usage: raw write|read|fresh|warm|memcpy FILE BYTES THREADS\n");
+  if (count != 5 && count != 6) {
+    fprintf(stderr, "usage: raw write|read|fresh|warm|memcpy FILE BYTES THREADS [together]\n");
     return 2;
   }
   operation = arguments[1];
@@ -111,6 +114,11 @@ int main(int count, char **arguments) {
   const int copying = strcmp(operation, "memcpy") == 0;
   memory = map(total, strcmp(operation, "fresh") == 0 ? NEW : TOUCHED);
   if (copying) target = map(total, TOUCHED);
+  if (count == 6) {
+    puts("ready");
+    fflush(stdout);
+    if (getchar() == EOF) return 2;
+  }
 
   const double start = wall_seconds(), start_processor = processor_seconds();
   if (writing) {
@@ -128,7 +136,8 @@ int main(int count, char **arguments) {
   for (int n = 0; n < threads; ++n) pthread_join(workers[n], NULL);
   if (writing && (ftruncate(descriptor, (off_t)total) != 0 || fsync(descriptor) != 0)) fail("fsync");
   if (descriptor >= 0 && close(descriptor) != 0) fail("close");
-  printf("{\"wall\": %.6f, \"cpu\": %.6f, \"bytes\": %zu}\n", wall_seconds() - start,
-         processor_seconds() - start_processor, total);
+  const double end = wall_seconds();
+  printf("{\"wall\": %.6f, \"cpu\": %.6f, \"bytes\": %zu, \"begin\": %.6f, \"end\": %.6f}\n", end - start,
+         processor_seconds() - start_processor, total, start, end);
   return 0;
 }

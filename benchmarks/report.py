@@ -18,18 +18,20 @@ import plots  # noqa: E402
 from goals import all_goals  # noqa: E402
 from loop_results import LoopResults  # noqa: E402
 from loop_table import loops_table, loops_text  # noqa: E402
-from results import LOOP, Results, Sample, extra_memory, median_of, ratio  # noqa: E402
+from rank_report import rank_goals, ranks_parts  # noqa: E402
+from results import LOOP, RANKS, Results, extra_memory, median_of, ratio  # noqa: E402
 from results import TRAINING as TRAINING_PIECE  # noqa: E402
 from rivals import OURS, TOOLS  # noqa: E402
 from rivals.tool import Tool  # noqa: E402
 from rivals.training import TRAINING  # noqa: E402
-from tables import table  # noqa: E402
+from tables import mb, table, times, wall  # noqa: E402
 
 _REACHED = {True: "reached", False: "**missed**", None: "not measured"}
 
 
-def goals_table(results: Results, training: Results, loops: LoopResults) -> str:
-    rows = [[goal.what, goal.wanted, goal.measured, _REACHED[goal.reached]] for goal in all_goals(results, training, loops)]
+def goals_table(results: Results, training: Results, loops: LoopResults, ranks: Results) -> str:
+    goals = all_goals(results, training, loops) + rank_goals(ranks, results.all["costs"])
+    rows = [[goal.what, goal.wanted, goal.measured, _REACHED[goal.reached]] for goal in goals]
     return table(["goal", "wanted", "measured", "result"], rows)
 
 
@@ -48,7 +50,7 @@ def limits_table(results: Results) -> str:
             rows.append(
                 [
                     f"{name}, {threads} thread{'s' * (threads > 1)}{best}",
-                    _time(samples, "wall"),
+                    wall(samples, "wall"),
                     f"{median_of(samples, 'cpu'):.2f}",
                 ]
             )
@@ -69,15 +71,15 @@ def saves_table(results: Results, tools: Mapping[str, Tool] = TOOLS) -> str:
         rows.append(
             [
                 name,
-                _time(samples, "wall"),
-                _time(samples, "wall_synced"),
-                _times(ratio(samples, raw, "wall_synced", "wall")),
-                _times(ratio(samples, results.of(_ours(tool), "save"), "wall_synced")),
+                wall(samples, "wall"),
+                wall(samples, "wall_synced"),
+                times(ratio(samples, raw, "wall_synced", "wall")),
+                times(ratio(samples, results.of(_ours(tool), "save"), "wall_synced")),
                 f"{median_of(samples, 'cpu'):.2f}",
                 f"{median_of(samples, 'cpu_synced'):.2f}",
-                _mb(max(map(extra_memory, samples))),
-                _mb(samples[0]["disk"]),
-                "all on disk" if unwritten == 0 else f"{_mb(unwritten)} MB in memory only",
+                mb(max(map(extra_memory, samples))),
+                mb(samples[0]["disk"]),
+                "all on disk" if unwritten == 0 else f"{mb(unwritten)} MB in memory only",
                 tool.atomic,
                 tool.checked,
             ]
@@ -98,12 +100,12 @@ def overwrites_table(results: Results, tools: Mapping[str, Tool] = TOOLS) -> str
         rows.append(
             [
                 name,
-                _time(samples, "wall"),
-                _time(samples, "wall_synced"),
-                _times(ratio(samples, raw, "wall_synced", "wall")),
-                _times(ratio(samples, results.of(name, "save"), "wall_synced")),
-                _times(ratio(samples, results.of(_ours(tool), "overwrite"), "wall_synced")),
-                _time(samples, "wall_finished"),
+                wall(samples, "wall"),
+                wall(samples, "wall_synced"),
+                times(ratio(samples, raw, "wall_synced", "wall")),
+                times(ratio(samples, results.of(name, "save"), "wall_synced")),
+                times(ratio(samples, results.of(_ours(tool), "overwrite"), "wall_synced")),
+                wall(samples, "wall_finished"),
                 tool.atomic,
             ]
         )
@@ -139,13 +141,13 @@ def loads_table(results: Results, cache: str, tools: Mapping[str, Tool] = TOOLS)
             rows.append(
                 [
                     label,
-                    _time(samples, "wall"),
-                    "(maps)" if mapped else _times(ratio(samples, raw, "wall")),
-                    "(maps)" if mapped else _times(ratio(samples, results.of(_ours(tool), way, cache), "wall")),
+                    wall(samples, "wall"),
+                    "(maps)" if mapped else times(ratio(samples, raw, "wall")),
+                    "(maps)" if mapped else times(ratio(samples, results.of(_ours(tool), way, cache), "wall")),
                     f"{median_of(samples, 'cpu'):.2f}",
-                    "(maps)" if mapped else _mb(max(map(extra_memory, samples))) + " mapped" * (way in tool.through_map),
-                    _mb(max(sample["read_from_disk"] for sample in samples)),
-                    _mb(max(sample["cached_after"] or 0 for sample in samples)),
+                    "(maps)" if mapped else mb(max(map(extra_memory, samples))) + " mapped" * (way in tool.through_map),
+                    mb(max(sample["read_from_disk"] for sample in samples)),
+                    mb(max(sample["cached_after"] or 0 for sample in samples)),
                 ]
             )
     limit = "raw read" if cache == "cold" else "memcpy"
@@ -210,21 +212,8 @@ def machine_text(results: Results) -> str:
     return textwrap.fill(text, 120, break_on_hyphens=False, break_long_words=False)
 
 
-def _time(samples: list[Sample], key: str) -> str:
-    least, middle = min(sample[key] for sample in samples), median_of(samples, key)
-    return f"{middle:.2f} (min {least:.2f})" if middle >= 0.01 else f"{middle:.4f}"
-
-
 def _seconds(values: list[float]) -> str:
     return f"{sorted(values)[len(values) // 2]:.2f} (min {min(values):.2f})"
-
-
-def _times(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
-
-
-def _mb(count: float) -> str:
-    return f"{count / 1e6:.0f}"
 
 
 def main() -> None:
@@ -235,9 +224,13 @@ def main() -> None:
     results = Results(options.results)
     training = Results(options.results, only=TRAINING_PIECE)
     loops = LoopResults(Results(options.results, only=LOOP))
+    ranks = Results(options.results, only=RANKS)
     pictures = plots.draw(results, options.to.parent / "plots")
     shown = "\n\n".join(f"![{title}](plots/{path.name})" for title, path in pictures)
-    reasons = {**results.all["not_run"], **dict.fromkeys(results.all["left"], "not measured yet: run `make bench` again")}
+    reasons = {
+        **results.all["not_run"],
+        **dict.fromkeys(results.all.get("left", ()), "not measured yet: run `make bench` again"),
+    }
     not_run = "\n".join(f"- {name}: {reason}" for name, reason in reasons.items())
     parts = [
         "# What was measured",
@@ -245,7 +238,7 @@ def main() -> None:
         "with shardsave and the limits, and ratios are taken within each turn. Smaller is always better.",
         machine_text(results),
         "## Goals",
-        goals_table(results, training, loops),
+        goals_table(results, training, loops, ranks),
         shown,
         "## Limits",
         limits_table(results),
@@ -258,6 +251,7 @@ def main() -> None:
         loads_table(results, "warm"),
         *training_parts(training),
         *loop_parts(loops, options.to.parent / "plots"),
+        *ranks_parts(ranks),
         "## What each part costs",
         costs_text(results),
         "## Not measured",

@@ -14,19 +14,18 @@ Sample = dict[str, Any]
 ENOUGH_TURNS = 3
 
 
-#: The pieces with tables of their own: models with their optimizers, and saves from a training loop.
-TRAINING, LOOP = "training", "loop"
+#: The pieces with tables of their own: models with their optimizers, saves from a training loop, and all whose names begin with "ranks".
+TRAINING, LOOP, RANKS = "training", "loop", "ranks"
 
 
 class Results:
-    """The content of ``results.json``: the piece ``only``, or all pieces but those with tables of their own."""
+    """The content of ``results.json``: the pieces of the group ``only``, or all pieces but those with tables of their own."""
 
     def __init__(self, path: Path, *, only: str | None = None) -> None:
         self.all: dict[str, Any] = json.loads(path.read_text())
-        names = [only] if only else [name for name in self.all["pieces"] if name not in (TRAINING, LOOP)]
-        pieces = [self.all["pieces"][name] for name in names if name in self.all["pieces"]]
+        pieces = [piece for name, piece in self.all["pieces"].items() if _group(name) == only]
         self.samples: list[Sample] = [sample for piece in pieces for sample in piece["samples"]]
-        self.size: int = self.all["size"]
+        self.size: int = self.all.get("ranks", 0) if only == RANKS else self.all["size"]
         self.nbytes: int = self.all["bytes"]
 
     def of(self, tool: str, operation: str, cache: str | None = None, size: int | None = None) -> list[Sample]:
@@ -56,6 +55,11 @@ class Results:
             if sample["tool"] == "limit" and sample["operation"] == operation and "failed" not in sample:
                 by_threads.setdefault(sample["threads"], []).append(sample)
         return by_threads
+
+
+def _group(piece: str) -> str | None:
+    """Which of the pieces with tables of their own ``piece`` is; None if it has none."""
+    return next((group for group in (TRAINING, LOOP, RANKS) if piece.split(",")[0] == group), None)
 
 
 def median_of(samples: list[Sample], key: str) -> float:

@@ -12,35 +12,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 import machine  # noqa: E402
-import measure  # noqa: E402
+from pieces import Piece, run_worker  # noqa: E402
+from rank_pieces import RanksPiece, rank_pieces  # noqa: E402
 from results import LOOP  # noqa: E402
 from results import TRAINING as TRAINING_PIECE  # noqa: E402
 from rivals import NOT_RUN, OURS, TOOLS  # noqa: E402
 from rivals.background import WAYS  # noqa: E402
 from rivals.training import TRAINING  # noqa: E402
-
-WORKER_SECONDS = 600
-LIMITS = {
-    "write": (1, 2, 4),
-    "read": (1, 2, 4),
-    "fresh": (2, 4),
-    "warm": (1, 2),
-    "memcpy": (1, 2),
-}  # operation → numbers of threads
-SETTLE_SECONDS = 0.5
 
 #: What is measured with no rival → the script of this folder and its arguments (FOLDER and SIZE stand for their values).
 COSTS = {
@@ -50,114 +38,9 @@ COSTS = {
     "checksums": ("costs.py", "checksums", "FOLDER", "SIZE"),
     "frozen": ("costs.py", "frozen", "FOLDER", "SIZE"),
     "gpu": ("gpu.py", "FOLDER", "SIZE"),
+    "ranks": ("rank_costs.py", "FOLDER"),
+    "rank zero": ("rank_zero.py", "FOLDER"),
 }
-
-
-class Piece:
-    """Measures some tools in turns: on models, or, in the piece of that name, on trainings. ``samples``: the measurements so far."""
-
-    def __init__(self, name: str, tools: list[str], folder: Path, raw: Path | None, ways: list[str] | None) -> None:
-        """``tools``: the first says which ways to load are measured. ``raw``: the program that measures the limits, None to leave them
-        out. ``ways``: only these ways to load.
-        """
-        self.samples: list[dict[str, Any]] = []
-        self._training = name == TRAINING_PIECE
-        self._known = TRAINING if self._training else TOOLS
-        self._name = name
-        self._tools = tools
-        self._folder = folder
-        self._raw = raw
-        self._ways = ways
-
-    def turn(self, number: int, size: int) -> None:
-        """One turn: each operation of all tools, one after the other, and next to it the limit of disk or memory."""
-        first = number % len(self._tools)
-        tools = [*self._tools[first:], *self._tools[:first]]
-        labels = {"piece": self._name, "turn": number, "size": size}
-        savers = [tool for tool in tools if self._known[tool].save is not None]
-        for tool in savers:
-            shutil.rmtree(self._path(tool), ignore_errors=True)
-            self._settle()
-            self._worker(tool, "save", size, labels)
-        nbytes = max((sample["bytes"] for sample in self.samples if "bytes" in sample), default=size)
-        self._limits(("write",), nbytes, labels)
-        for cache, limits in (("cold", ("read", "fresh")), ("warm", ("warm", "memcpy"))):
-            for way in self._known[self._tools[0]].loads:
-                for tool in tools if self._ways is None or way in self._ways else ():
-                    if way in self._known[tool].loads and not (cache == "cold" and way in self._known[tool].mapped):
-                        self._load(tool, way, cache, size, labels)
-            self._limits(limits, nbytes, labels)
-        for tool in savers:
-            if self._path(tool).exists():
-                self._settle()
-                self._worker(tool, "overwrite", size, labels)
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._settle()
-
-    def _load(self, tool: str, way: str, cache: str, size: int, labels: dict[str, Any]) -> None:
-        path = self._path(self._known[tool].saved_by or tool)
-        if path.exists():
-            (measure.make_cold if cache == "cold" else measure.make_warm)(path)
-            self._worker(tool, way, size, labels | {"cache": cache}, check=labels["turn"] == 0)
-
-    def _worker(self, tool: str, operation: str, size: int, labels: dict[str, Any], *, check: bool = False) -> None:
-        path = self._path(self._known[tool].saved_by or tool)
-        command = [
-            sys.executable,
-            str(HERE / "worker.py"),
-            tool,
-            operation,
-            str(path),
-            str(size),
-            *(["--check"] if check else []),
-            *(["--training"] if self._training else []),
-        ]
-        self._record(command, labels | {"tool": tool, "operation": operation})
-
-    def _limits(self, operations: Iterable[str], nbytes: int, labels: dict[str, Any]) -> None:
-        """Measures the limits of disk and memory with each number of threads."""
-        if self._raw is None:
-            return
-        file = self._folder / "raw.bin"
-        for operation in operations:
-            for threads in LIMITS[operation]:
-                if operation == "write":
-                    file.unlink(missing_ok=True)
-                    self._settle()
-                elif operation in ("read", "fresh"):
-                    measure.make_cold(file)
-                elif operation == "warm":
-                    measure.make_warm(file)
-                measure.touch_free_memory(nbytes * 5 // 4)
-                command = [str(self._raw), operation, str(file), str(nbytes), str(threads)]
-                self._record(command, labels | {"tool": "limit", "operation": operation, "threads": threads})
-
-    def _record(self, command: list[str], labels: dict[str, Any]) -> None:
-        result = _run(command)
-        self.samples.append(labels | result)
-        label = " ".join(str(labels[key]) for key in ("tool", "operation", "cache", "threads") if key in labels)
-        print(f"  {label:45} {result.get('failed') or format(result['wall'], '8.3f') + ' s'}", flush=True)
-
-    def _path(self, tool: str) -> Path:
-        return self._folder / "".join(letter if letter.isalnum() else "-" for letter in tool)
-
-    def _settle(self) -> None:
-        os.sync()
-        self._folder.mkdir(parents=True, exist_ok=True)
-        time.sleep(SETTLE_SECONDS)
-
-
-def _run(command: list[str]) -> dict[str, Any]:
-    """Runs ``command``; returns the JSON in the last line of its output, or why there is none."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=WORKER_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return {"failed": f"no end within {WORKER_SECONDS} s"}
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        return {"failed": lines[-1][:200]}
-    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return result
 
 
 class Run:
@@ -168,7 +51,8 @@ class Run:
         self._file: Path = options.out / "results.json"
         self._folder: Path = options.out / "data"
         self._folder.mkdir(parents=True, exist_ok=True)
-        settings = {"size": options.size, "small": options.small, "turns": options.turns, "ways": options.loads}
+        settings = {"size": options.size, "small": options.small, "ranks": options.ranks, "turns": options.turns}
+        settings["ways"] = options.loads
         packages = sorted({package for tool in TOOLS.values() for package in tool.packages})
         settings |= {"machine": machine.describe(options.out, packages), "not_run": NOT_RUN}
         self._results = {**settings, "bytes": 0, "pieces": {}, "costs": {}}
@@ -191,6 +75,8 @@ class Run:
             if name not in OURS:
                 together = [name, *([tool.saved_by] if tool.saved_by else []), *tool.compared_with]
                 pieces[name] = self._comparison(name, together, self._options.size)
+        for name in rank_pieces() if self._options.ranks else ():
+            pieces[name] = self._ranks(name)
         return pieces
 
     def measure(self) -> None:
@@ -238,7 +124,9 @@ class Run:
             for number in range(self._options.turns):
                 for way in [*ways[number % len(ways) :], *ways[: number % len(ways)]]:
                     arguments = [way, str(self._folder / LOOP), str(self._options.size // 4)]
-                    result = _run([sys.executable, str(HERE / "loop.py"), *arguments, *(["--check"] if number == 0 else [])])
+                    result = run_worker(
+                        [sys.executable, str(HERE / "loop.py"), *arguments, *(["--check"] if number == 0 else [])]
+                    )
                     samples.append({"piece": LOOP, "turn": number, "tool": way, "operation": LOOP} | result)
                     print(f"  {way:45} {result.get('failed') or format(result['wall'], '8.3f') + ' s'}", flush=True)
             self._results["pieces"][LOOP] = {"minutes": (time.monotonic() - began) / 60, "samples": samples}
@@ -246,12 +134,26 @@ class Run:
 
         return measure_loops
 
+    def _ranks(self, name: str) -> Callable[[], None]:
+        """Measures ranks of one job that save and load one model together."""
+
+        def measure_ranks() -> None:
+            began = time.monotonic()
+            tools, loads = rank_pieces()[name]
+            piece = RanksPiece(name, tools, loads, self._folder / "ranks", self._options.raw)
+            for number in range(self._options.turns):
+                piece.turn(number, self._options.ranks)
+            self._results["pieces"][name] = {"minutes": (time.monotonic() - began) / 60, "samples": piece.samples}
+            self._write()
+
+        return measure_ranks
+
     def _cost(self, what: str) -> Callable[[], None]:
         def measure_cost() -> None:
             script, *arguments = COSTS[what]
             values = {"FOLDER": str(self._folder / "costs"), "SIZE": str(self._options.size)}
             command = [sys.executable, str(HERE / script), *(values.get(argument, argument) for argument in arguments)]
-            self._results["costs"][what] = _run(command)
+            self._results["costs"][what] = run_worker(command)
             self._write()
 
         return measure_cost
@@ -267,6 +169,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=_size, default=_size("2GB"), help="bytes of the model (default 2GB)")
     parser.add_argument("--small", type=_size, default=_size("500MB"), help="a second size, for extra memory; 0 for none")
+    parser.add_argument("--ranks", type=_size, default=_size("1GB"), help="bytes of the model of four ranks; 0 for none")
     parser.add_argument(
         "--turns", type=int, default=3, help="how often each comparison is measured; with less than 3 none counts"
     )
@@ -274,7 +177,7 @@ def main() -> None:
     parser.add_argument(
         "--pieces",
         nargs="*",
-        help="only these, even if they were measured before: 'cost many', small, limits, training, loop, rivals",
+        help="only these, even if they were measured before: 'cost many', small, limits, training, loop, ranks, rivals",
     )
     parser.add_argument("--loads", nargs="*", help="only these ways to load, for example: into")
     parser.add_argument("--fresh", action="store_true", help="forget what was measured before")
