@@ -12,7 +12,7 @@ import torch
 from shardsave._common.boxes import box
 from shardsave._common.gc_pause import gc_paused
 from shardsave._common.progress import Progress
-from shardsave._common.sources import TensorSource
+from shardsave._common.sources import ByteSource, TensorSource
 from shardsave._engine import engine
 from shardsave._engine.blocks import blocks
 from shardsave._engine.totals import Totals
@@ -25,8 +25,8 @@ from shardsave.errors import CorruptCheckpointError, ShardSaveError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-#: A stored tensor and the tensor that receives its bytes; None: the bytes are only verified.
-Target = tuple[Located, Union[torch.Tensor, None]]
+#: A stored tensor, and the tensor or the source that receives its bytes; None: the bytes are only verified.
+Target = tuple[Located, Union[torch.Tensor, ByteSource, None]]
 
 
 class TensorReader:
@@ -81,7 +81,7 @@ class TensorReader:
         """Reads ``targets``, all in ``shards``, which are open at the same time; returns the damaged tensors."""
         with gc_paused():
             dtypes = {dtype: BY_NAME[dtype].torch for dtype in {t.dtype for t, _ in targets}}
-            pieces = [TensorSource(tensor, dtypes[t.dtype]) if tensor is not None else None for t, tensor in targets]
+            pieces = [TensorSource(to, dtypes[t.dtype]) if isinstance(to, torch.Tensor) else to for t, to in targets]
             planned = blocks(extents, BLOCK_BYTES)
             checksums = [t.checksum for t, _ in targets]
         checksum = self._verify and checksums.count(None) < len(checksums)
@@ -108,6 +108,7 @@ def _chunk_targets(target: Target) -> list[Target]:
     located, tensor = target
     if not located.chunks:
         return [target]
+    assert tensor is None or isinstance(tensor, torch.Tensor)  # a source receives one range of one file
     return [(chunk, None if tensor is None else tensor[box(begin, chunk.shape)]) for begin, chunk in located.chunks]
 
 
