@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from shardsave._common.strict_json import glimpse
@@ -14,13 +15,14 @@ _KEY = "torch.distributed.checkpoint"
 
 
 class Document(NamedTuple):
-    """``rule``: how the weights are called. ``paths``: weight → its path, where the rule says another one. ``values``: path → the JSON of a
-    value; that of a tensor is ``{"tensor": name}``.
+    """``rule``: how the weights are called. ``paths``: weight → its path, where the rule says another one. ``values``: path → the JSON of
+    a value; that of a tensor is ``{"tensor": name}``. ``streams``: the paths of values that are an ``io.BytesIO``, stored as bytes.
     """
 
     rule: Rule
     paths: Mapping[str, Path]
     values: Mapping[Path, Any]
+    streams: Sequence[Path] = ()
 
     @property
     def is_plain(self) -> bool:
@@ -31,16 +33,18 @@ class Document(NamedTuple):
         return self.paths[weight] if weight in self.paths else self.rule.path(weight)
 
 
-def encode(document: Document) -> Any:
-    """The value ``shared`` of the training document."""
+def encode(document: Document) -> bytes:
+    """The value ``shared`` of the training document, as JSON."""
     rule = document.rule
     members = {
         "under": {"list": [*rule.under]},
         "prefix": rule.prefix,
         "paths": {"dict": {name: {"list": [*path]} for name, path in document.paths.items()}},
         "values": {"pairs": [[{"tuple": [*path]}, value] for path, value in document.values.items()]},
+        "streams": {"list": [{"list": [*path]} for path in document.streams]},
     }
-    return {"dict": {_KEY: {"dict": members}}}
+    value = {"dict": {_KEY: {"dict": members}}}
+    return json.dumps(value, allow_nan=False, check_circular=False, ensure_ascii=False).encode()
 
 
 def decode(shared: Any, reader: ValueReader, weights: Iterable[str]) -> Document | None:
@@ -53,17 +57,18 @@ def decode(shared: Any, reader: ValueReader, weights: Iterable[str]) -> Document
         return None
     (value,) = saved.values()
     (members,) = reader.members(value, _KEY, {"dict": dict})
-    under, prefix, paths, values = reader.members(
-        members, _KEY, {"under": object, "prefix": str, "paths": object, "values": dict}
+    under, prefix, paths, values, streams = reader.members(
+        members, _KEY, {"under": object, "prefix": str, "paths": object, "values": dict, "streams": object}
     )
-    listed = reader.value(paths, "paths")
-    if not isinstance(listed, dict):
-        reader.corrupt("paths", "a dict was", paths)
+    listed, bytes_at = reader.value(paths, "paths"), reader.value(streams, "streams")
+    if not isinstance(listed, dict) or not isinstance(bytes_at, list):
+        reader.corrupt(_KEY, "a dict of paths and a list of streams were", members)
     keys = reader.pairs(values.get("pairs"), "values")
     document = Document(
         Rule(_path(reader.value(under, "under"), reader, empty=True), prefix),
         {name: _path(path, reader) for name, path in listed.items()},
         {_path(key, reader): item for key, item in keys},
+        [_path(path, reader) for path in bytes_at],
     )
     _check_names(document, reader, weights)
     return document

@@ -6,8 +6,8 @@ DCP names a value of a nested state dict by the keys that lead to it, joined by 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, Union
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple, NoReturn, Union
 
 from shardsave._common.words import count, some
 from shardsave.errors import UnsupportedTensorError
@@ -62,7 +62,7 @@ def find_rule(record: ModelRecord, paths: Mapping[str, Path]) -> Rule | None:
     if not best:
         return None
     longest = max(best, key=len)
-    other = next((start for start in best if not longest.endswith(start)), None)
+    other = next((start for start in best if not longest.startswith(start)), None)
     if other is not None:
         raise UnsupportedTensorError(
             f"cannot save the state dict: one set of tensors of the model ({record.kind}) was expected, there are some below {longest!r} "
@@ -93,9 +93,21 @@ def weight_name(name: str, rule: Rule, record: ModelRecord | None) -> str | None
     return record.names.get(rest, rest if rule.start and rest else None)
 
 
-def refuse_no_weights(record: ModelRecord, names: Iterable[str]) -> None:
-    names = [*names]
+def check_prefix(prefix: str, names: Collection[str]) -> None:
+    """Raises UnsupportedTensorError if no tensor has a name that begins with ``prefix``."""
+    if not any(name.startswith(prefix) for name in names):
+        raise UnsupportedTensorError(
+            f"cannot save the state dict: tensors with names that begin with {prefix!r} were expected, {_listed(names)}; "
+            f"nothing was written"
+        )
+
+
+def _listed(names: Collection[str]) -> str:
+    return f"its {count(len(names), 'tensor')} have others: {some(names)}" if names else "it has no tensor"
+
+
+def refuse_no_weights(record: ModelRecord, names: Collection[str]) -> NoReturn:
+    """Raises UnsupportedTensorError."""
     raise UnsupportedTensorError(
-        f"cannot save the state dict: tensors of the model ({record.kind}) were expected in it, none of its {count(len(names), 'tensor')} "
-        f"has the name of one: {some(names) if names else 'there are none'}; nothing was written"
+        f"cannot save the state dict: tensors of the model ({record.kind}) were expected in it, {_listed(names)}; nothing was written"
     )

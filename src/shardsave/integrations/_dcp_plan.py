@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import io
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 
@@ -14,7 +15,7 @@ from shardsave._common.coverage import covered_once
 from shardsave._common.memory import same_bytes
 from shardsave._common.sources import ByteSource, TensorSource
 from shardsave._state.module import Entry, State, read_state
-from shardsave._state.savable import check_savable, refuse
+from shardsave._state.savable import check_name, check_savable, refuse
 from shardsave._training.places import Place
 from shardsave._training.write_values import ValueWriter
 from shardsave.errors import UnsupportedTrainingError
@@ -36,19 +37,6 @@ class Held(NamedTuple):
         tensor = self.chunks[0].tensor
         return tensor if tuple(tensor.shape) == self.shape else None
 
-    def source(self, name: str) -> ByteSource:
-        """All of it as a source. Raises UnsupportedTensorError if this process has not every element, each once."""
-        if (whole := self.whole) is not None:
-            return TensorSource(whole.detach(), self.dtype)
-        if not covered_once(self.shape, [(chunk.begin, chunk.tensor.shape) for chunk in self.chunks]):
-            here = ", ".join(f"{[*chunk.tensor.shape]} at {[*chunk.begin]}" for chunk in self.chunks[:3])
-            refuse(
-                name,
-                f"all elements of its shape {[*self.shape]} were expected, since one process saves alone",
-                f"it has {here}; call torch.distributed.checkpoint.save on all ranks, without no_dist=True",
-            )
-        return Assembled(self.dtype, self.shape, [chunk for chunk in self.chunks if chunk.tensor.numel()])
-
 
 class Items(NamedTuple):
     """What a plan has this process save. ``tensors``, ``values``: by DCP's names; values are no tensors. ``paths``: of all names."""
@@ -58,12 +46,27 @@ class Items(NamedTuple):
     paths: dict[str, Path]
 
 
-class Saved(NamedTuple):
-    """``state``: of the weights. ``entries``: all other tensors. ``document``: what DCP calls all of them."""
+class Weight(NamedTuple):
+    """A tensor of the model. ``tied_to``: the name under which it is stored; None if that is its own."""
 
-    state: State
-    entries: tuple[Entry, ...]
+    held: Held
+    kind: Literal["parameter", "buffer", "tensor"]
+    frozen: bool | None
+    tied_to: str | None
+
+
+class Part(NamedTuple):
+    """What this process saves, by the names under which it is stored.
+
+    ``weights``: of the model. ``others``: all other tensors. ``document``: what DCP calls all of them. ``flags_known``, ``overlaps``: as in
+    `State`.
+    """
+
+    weights: dict[str, Weight]
+    others: dict[str, Held]
     document: Document
+    flags_known: bool
+    overlaps: tuple[tuple[str, str], ...]
 
 
 def resolve(plan: SavePlan, planner: SavePlanner) -> Items:
@@ -103,16 +106,16 @@ def _add_chunk(tensors: dict[str, Held], item: WriteItem, tensor: Any) -> None:
     held.chunks.append(Chunk(tuple(data.chunk.offsets), tensor))
 
 
-def arrange(items: Items, rule: Rule, record: ModelRecord | None) -> Saved:
+def arrange(items: Items, rule: Rule, record: ModelRecord | None) -> Part:
     """Decides what is a weight and what is stored beside the weights. Raises UnsupportedTensorError, UnsupportedTrainingError."""
     weights: dict[str, Held] = {}
+    others: dict[str, Held] = {}
     paths: dict[str, Path] = {}
     values: dict[Path, Any] = {}
-    entries: list[Entry] = []
     for name, held in items.tensors.items():
         path, stored = items.paths[name], weight_name(name, rule, record)
         if stored is None:
-            entries.append(Entry(f"tensors/{name}", "tensor", None, None, held.source(name)))
+            others[f"tensors/{name}"] = held
             values[path] = {"tensor": f"tensors/{name}"}
             continue
         if stored in weights:
@@ -121,39 +124,49 @@ def arrange(items: Items, rule: Rule, record: ModelRecord | None) -> Saved:
         if rule.path(stored) != path:
             paths[stored] = path
     writer = ValueWriter("values/")
+    streams: list[Path] = []
     for name, value in items.values.items():
-        values[items.paths[name]] = writer.value(value, Place(f"the value {name!r}", name))
-    return Saved(_state(weights, record), (*entries, *writer.entries), Document(rule, paths, values))
+        path = items.paths[name]
+        check_name(name)
+        if type(value) is io.BytesIO:
+            streams.append(path)
+            value = torch.from_numpy(np.frombuffer(value.getbuffer(), np.uint8).copy())
+        values[path] = writer.value(value, Place(f"the value {name!r}", name))
+    for entry in writer.entries:
+        tensor = entry.tensor
+        others[entry.name] = Held(tensor.dtype, tuple(tensor.shape), [Chunk((0,) * tensor.dim(), tensor)])
+    listed, flags_known, overlaps = _weights(weights, record)
+    return Part(listed, others, Document(rule, paths, values, tuple(streams)), flags_known, overlaps)
 
 
-def _state(weights: Mapping[str, Held], record: ModelRecord | None) -> State:
-    whole = {name: held.whole for name, held in weights.items() if held.whole is not None}
-    state = read_state(whole)
-    by_name = {entry.name: entry for entry in state.entries}
-    entries = [by_name.get(name) or Entry(name, "tensor", None, None, held.source(name)) for name, held in weights.items()]
+def _weights(
+    weights: Mapping[str, Held], record: ModelRecord | None
+) -> tuple[dict[str, Weight], bool, tuple[tuple[str, str], ...]]:
+    state = read_state({name: held.whole for name, held in weights.items() if held.whole is not None})
+    read = {entry.name: entry for entry in state.entries}
+    first = {name: read[name].tied_to or name if name in read else name for name in weights}
     if record is None:
-        return state._replace(entries=tuple(entries))
+        kept = {
+            name: Weight(held, read[name].kind, read[name].frozen, read[name].tied_to)
+            if name in read
+            else Weight(held, "tensor", None, None)
+            for name, held in weights.items()
+        }
+        return kept, state.flags_known, state.overlaps
     ties = _ties(weights, record)
-    with_flags = []
-    for entry in entries:
-        frozen = record.frozen.get(entry.name)
-        first = entry.tied_to or entry.name
-        leader = ties.get(entry.name) or ties.get(first, first)
-        with_flags.append(
-            entry._replace(
-                kind="buffer" if frozen is None else "parameter",
-                frozen=frozen,
-                tied_to=leader if leader != entry.name else None,
-            )
-        )
-    return state._replace(entries=tuple(with_flags), flags_known=True)
+    listed = {}
+    for name, held in weights.items():
+        frozen = record.frozen.get(name)
+        leader = ties.get(name) or ties.get(first[name], first[name])
+        listed[name] = Weight(held, "buffer" if frozen is None else "parameter", frozen, leader if leader != name else None)
+    return listed, True, state.overlaps
 
 
 def _ties(weights: Mapping[str, Held], record: ModelRecord) -> dict[str, str]:
-    """Name → leader, itself included, for those that the model ties and that the state dict has with the same values."""
+    """Name → leader, itself included, for those that the model ties. Values are compared where this process has both tensors."""
     ties: dict[str, str] = {}
     for name, leader in record.leaders.items():
-        if name in weights and leader in weights and _are_same(weights[name], weights[leader]):
+        if name in weights and (leader not in weights or _are_same(weights[name], weights[leader])):
             ties[name] = ties[leader] = leader
     return ties
 
@@ -167,5 +180,26 @@ def _are_same(left: Held, right: Held) -> bool:
     return all(a.tensor is b.tensor or same_bytes(a.tensor, b.tensor) for a, b in zip(left.chunks, right.chunks))
 
 
-def as_json(value: Any) -> bytes:
-    return json.dumps(value, allow_nan=False, check_circular=False, ensure_ascii=False).encode()
+def alone(part: Part) -> tuple[State, tuple[Entry, ...]]:
+    """The state of the weights, and the entries of all other tensors, if this process saves alone.
+
+    Raises UnsupportedTensorError for a tensor of which it has not every element, each once.
+    """
+    entries = []
+    for name, (held, kind, frozen, tied_to) in part.weights.items():
+        entries.append(Entry(name, kind, frozen, tied_to if tied_to in part.weights else None, _source(name, held)))
+    others = tuple(Entry(name, "tensor", None, None, _source(name, held)) for name, held in part.others.items())
+    return State(tuple(entries), part.flags_known, part.overlaps), others
+
+
+def _source(name: str, held: Held) -> ByteSource:
+    if (whole := held.whole) is not None:
+        return TensorSource(whole.detach(), held.dtype)
+    if not covered_once(held.shape, [(chunk.begin, chunk.tensor.shape) for chunk in held.chunks]):
+        here = ", ".join(f"{[*chunk.tensor.shape]} at {[*chunk.begin]}" for chunk in held.chunks[:3])
+        refuse(
+            name,
+            f"all elements of its shape {[*held.shape]} were expected, since one process saves alone",
+            f"it has {here}; call torch.distributed.checkpoint.save on all ranks, without no_dist=True",
+        )
+    return Assembled(held.dtype, held.shape, [chunk for chunk in held.chunks if chunk.tensor.numel()])

@@ -40,12 +40,13 @@ from shardsave.integrations._dcp_names import Path, Rule, name_of
 
 
 class Stored(NamedTuple):
-    """An open checkpoint by DCP's names. ``tensors``: name → where it is. ``values``: name → the JSON of a value.
-    ``paths``: those of all names."""
+    """An open checkpoint by DCP's names. ``tensors``: name → where it is. ``values``: name → the JSON of a value. ``streams``: the names of
+    values that are an ``io.BytesIO``. ``paths``: those of all names."""
 
     checkpoint: Checkpoint
     tensors: Mapping[str, Located]
     values: Mapping[str, Any]
+    streams: frozenset[str]
     paths: Mapping[str, Path]
 
     def metadata(self) -> Metadata:
@@ -81,17 +82,18 @@ def open_stored(path: str, prefix: str | None) -> Stored:
     if prefix is not None:
         document = document._replace(rule=Rule((), prefix), paths={})
     tensors, values, paths = {}, {}, {}
+    streams = frozenset(map(name_of, document.streams))
     for weight, located in weights.items():
         path_to = document.path(weight)
         tensors[name_of(path_to)], paths[name_of(path_to)] = located, path_to
     for path_to, value in document.values.items():
         name = name_of(path_to)
         paths[name] = path_to
-        if isinstance(value, dict) and value.keys() == {"tensor"}:
+        if isinstance(value, dict) and value.keys() == {"tensor"} and name not in streams:
             tensors[name] = _stored_tensor(value["tensor"], name, in_training, checkpoint)
         else:
             values[name] = value
-    return Stored(checkpoint, tensors, values, paths)
+    return Stored(checkpoint, tensors, values, streams, paths)
 
 
 def _stored_tensor(stored: Any, name: str, tensors: Mapping[str, Located], checkpoint: Checkpoint) -> Located:
@@ -197,8 +199,11 @@ class _Value:
         self.item = item
         training = stored.checkpoint.training
         assert training is not None
-        reader = ValueReader(training.tensors, stored.checkpoint.path)
-        self._value = reader.value(stored.values[item.storage_index.fqn], item.storage_index.fqn)
+        name, reader = item.storage_index.fqn, ValueReader(training.tensors, stored.checkpoint.path)
+        self._value = reader.value(stored.values[name], name)
+        self._is_stream = name in stored.streams
+        if self._is_stream and not (isinstance(self._value, torch.Tensor) and self._value.dtype == torch.uint8):
+            reader.corrupt(name, "a tensor of bytes was", stored.values[name])
         self._copies = reader.copies
         self.targets: list[Target] = [(training.tensors[name], tensor) for name, tensor in reader.targets.items()]
 
@@ -206,7 +211,8 @@ class _Value:
         """What DCP's planner wants: it unpickles at once what is pickled here. No file has a pickle."""
         for tensor, source in self._copies:
             tensor.copy_(source)
+        value = io.BytesIO(self._value.numpy().tobytes()) if self._is_stream else self._value
         buffer = io.BytesIO()
-        torch.save(self._value, buffer)
+        torch.save(value, buffer)
         buffer.seek(0)
         return buffer

@@ -20,11 +20,12 @@ from shardsave._format.metadata import check_metadata
 from shardsave._saving.contents import plan_contents
 from shardsave._saving.disk_layout import OnDisk
 from shardsave._saving.training_directory import plan_training_directory
+from shardsave._state.module import Entry, State
 from shardsave._state.parts import Parts
-from shardsave.integrations._dcp_document import encode
+from shardsave.integrations._dcp_document import Document, encode
 from shardsave.integrations._dcp_model import ModelRecord
 from shardsave.integrations._dcp_names import Rule
-from shardsave.integrations._dcp_plan import Saved, arrange, as_json, resolve
+from shardsave.integrations._dcp_plan import alone, arrange, resolve
 
 
 class Options(NamedTuple):
@@ -50,7 +51,8 @@ def write(
     """Writes and commits everything in ``plan`` as the checkpoint of ``directory``. Raises what `save` raises."""
     started = time.perf_counter()
     path = check_how(directory, how)
-    planned = _planned(arrange(resolve(plan, planner), rule, record), record, options)
+    part = arrange(resolve(plan, planner), rule, record)
+    planned = _planned(*alone(part), part.document, record, options)
     report, warnings = write_planned(planned, directory, path, how, time.perf_counter() - started)
     log_saved(report, warnings)
     for warning in warnings:
@@ -58,14 +60,15 @@ def write(
     return report
 
 
-def _planned(saved: Saved, record: ModelRecord | None, options: Options) -> Planned:
+def _planned(
+    state: State, others: tuple[Entry, ...], document: Document, record: ModelRecord | None, options: Options
+) -> Planned:
     max_shard_bytes = parse_size(options.max_shard_size)
     directories = []
-    if not saved.document.is_plain:
-        shared = as_json(encode(saved.document))
-        directories = [plan_training_directory(shared, {}, {0: saved.entries}, max_shard_bytes)]
+    if not document.is_plain:
+        directories = [plan_training_directory(encode(document), {}, {0: others}, max_shard_bytes)]
     contents = plan_contents(
-        OnDisk(saved.state, record.companions if record is not None else {}, notes=saved.state.notes),
+        OnDisk(state, record.companions if record is not None else {}),
         Parts(),
         max_shard_bytes,
         check_metadata(options.metadata),

@@ -26,7 +26,7 @@ from shardsave._api.save import How, check_how
 from shardsave._common.progress import ProgressArgument
 from shardsave.errors import SaveNotCommittedError
 from shardsave.integrations._dcp_model import ModelRecord, record_of
-from shardsave.integrations._dcp_names import Rule, find_rule, path_of, refuse_no_weights, rule_for
+from shardsave.integrations._dcp_names import Rule, check_prefix, find_rule, path_of, refuse_no_weights, rule_for
 from shardsave.integrations._dcp_read import Stored, open_stored, read_items
 from shardsave.integrations._dcp_write import Options, write
 
@@ -130,6 +130,8 @@ class StorageWriter(BlockingAsyncStager, storage.StorageWriter):
         }
         if self._prefix is not None:
             self._rule = rule_for(self._prefix, paths)
+            if plan.usable:
+                check_prefix(self._prefix, paths)
         elif self._record is None:
             self._rule = Rule()
         else:
