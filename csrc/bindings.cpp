@@ -12,6 +12,7 @@
 #include <memory>
 #include <optional>
 
+#include "box_copy.h"
 #include "crc64.h"
 #include "cuda.h"
 #include "engine.h"
@@ -54,12 +55,24 @@ std::int64_t* counters(std::optional<Table>& taken, const Request& request) {
   return taken->mutable_data();
 }
 
+// The memory of a block's window, from what the caller's hook returned.
+std::byte* window_memory(const py::object& window, std::int64_t length) {
+  if (window.is_none()) return nullptr;
+  const py::buffer_info info = py::buffer(window).request(/* writable: */ true);
+  const Destination memory = destination(info);
+  if (memory.bytes < static_cast<std::size_t>(length) || reinterpret_cast<std::uintptr_t>(memory.memory) % kAlignment) {
+    throw py::value_error("a window is shorter than its block, or not aligned");
+  }
+  return memory.memory;
+}
+
 // Without `files` the blocks go `into` memory, or nowhere.
 Result run_tables(bool write, const std::optional<Table>& files, const std::string& access, const Table& blocks,
                   const Table& segments, const Table& piece_bytes, bool checksum,
                   std::vector<std::pair<int, std::uint64_t>> streams, std::size_t workers, std::size_t slot_bytes,
                   const py::object& lend, const py::object& tick, const std::optional<py::buffer>& into,
-                  std::optional<Table> taken) {
+                  std::optional<Table> taken, const std::vector<std::uint8_t>& windowed, const py::object& take_window,
+                  const py::object& give_window) {
   Request request;
   request.write = write;
   std::optional<py::buffer_info> into_memory;  // held during the run, so that the buffer's owner keeps the memory
@@ -75,10 +88,19 @@ Result run_tables(bool write, const std::optional<Table>& files, const std::stri
   request.workers = workers;
   request.slot_bytes = slot_bytes;
   request.taken = counters(taken, request);
+  request.windowed = windowed;
   Hooks hooks;
   hooks.lend = [&lend](std::int64_t piece, std::int64_t offset, std::byte* memory, std::size_t length) {
     py::gil_scoped_acquire hold;
     lend(piece, offset, py::memoryview::from_memory(static_cast<void*>(memory), static_cast<py::ssize_t>(length)));
+  };
+  hooks.take_window = [&](std::size_t block) {
+    py::gil_scoped_acquire hold;
+    return window_memory(take_window(block), request.blocks[block].length);
+  };
+  hooks.give_window = [&give_window](std::size_t block) {
+    py::gil_scoped_acquire hold;
+    give_window(block);
   };
   hooks.tick = [&tick](std::uint64_t done) {
     py::gil_scoped_acquire hold;
@@ -116,6 +138,7 @@ PYBIND11_MODULE(_native, m) {
   m.attr("HOST") = kHost;
   m.attr("LENT") = kLent;
   m.attr("DISCARD") = kDiscard;
+  m.attr("IN_WINDOW") = kWindow;
   m.attr("SLOTS") = kSlots;
   m.attr("DEVICE_SLOTS") = kDeviceSlots;
 
@@ -153,7 +176,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("run", &run_tables, py::kw_only(), py::arg("write"), py::arg("files"), py::arg("access"), py::arg("blocks"),
         py::arg("segments"), py::arg("piece_bytes"), py::arg("checksum"), py::arg("streams"), py::arg("workers"),
         py::arg("slot_bytes"), py::arg("lend").none(true), py::arg("tick"), py::arg("into") = py::none(),
-        py::arg("taken").noconvert() = py::none());
+        py::arg("taken").noconvert() = py::none(), py::arg("windowed") = std::vector<std::uint8_t>(),
+        py::arg("take_window") = py::none(), py::arg("give_window") = py::none());
   m.def(
       "crc64",
       [](const py::buffer& data) {
@@ -163,6 +187,14 @@ PYBIND11_MODULE(_native, m) {
         return crc64_finish(crc64_raw(info.ptr, length), length);
       },
       py::arg("data"), py::pos_only());
+  m.def(
+      "copy_boxes",
+      [](const Table& table) {
+        const std::vector<BoxCopy> copies = rows<BoxCopy>(table, "copies");
+        py::gil_scoped_release free;
+        copy_boxes(copies);
+      },
+      py::arg("copies"), py::pos_only());
   m.def("crc64_implementation", &crc64_implementation);
   m.def("crc64_force_implementation", &crc64_force_implementation);
   m.def("cuda_available", &cuda_available);

@@ -52,7 +52,7 @@ void BlockTransfer::take(const Segments& segments, const Window& window, HostAct
     } else if (part.segment.memory == kHost) {
       take_host(part);
     } else {
-      lend(part);
+      if (part.segment.memory == kLent) lend(part);
       sum_staged(part);
     }
   });

@@ -32,8 +32,8 @@ class BlockTransfer {
   // gather().
   BlockTransfer(const Hooks& hooks, const Devices& devices, PieceSums& sums, std::int64_t* taken, Stores stores);
 
-  // Fills the whole window: with the segments' bytes, and with zeros everywhere else. Throws DeviceError, and whatever
-  // a hook throws.
+  // Fills the whole window: with the segments' bytes (those of kWindow are there), and with zeros everywhere else.
+  // Throws DeviceError, and whatever a hook throws.
   void fill(const Segments& segments, const Window& window) const;
 
   // As fill(), without the zeros: other bytes of the window stay as they are.

@@ -66,7 +66,8 @@ class Run {
         // A slot that goes to the page cache is read again at once, so its bytes should stay in the processor's caches;
         // otherwise they should not take up room there.
         transfer_(hooks, devices_, sums_, request.taken, through_cache_ ? Stores::cached : Stores::streaming) {
-    if (request.write && through_cache_) order_ = interleave_files(request.blocks, files_.size(), workers_);
+    if (request.write && through_cache_ && request.windowed.empty())
+      order_ = interleave_files(request.blocks, files_.size(), workers_);
     held_.reserve(workers_);
     for (const auto& [ordinal, stream] : request.streams) {
       devices_[ordinal] = make_cuda_device(ordinal, stream, ring_ ? ring_->slots() : workers_);
@@ -122,10 +123,14 @@ class Run {
       for (auto& [ordinal, device] : devices_) device->enter_thread();
       const auto stop = [this] { return stop_.load(); };
       for (std::size_t n; !stop_ && (n = next_++) < request_.blocks.size();) {
+        const std::size_t number = order_.empty() ? n : order_[n];
+        // The window first: other processes may keep a worker waiting for one, which must not hold a slot meanwhile.
+        std::byte* const window = request_.has_window(number) ? take_window(number) : nullptr;
+        if (request_.has_window(number) && window == nullptr) break;
         Slot slot = ring_ ? ring_->take(stop) : Slot();
         if (ring_ && !slot) break;
         try {
-          move_block(order_.empty() ? n : order_[n], slot, worker);
+          move_block(number, window, slot, worker);
         } catch (...) {
           keep(std::move(slot));
           throw;
@@ -140,20 +145,30 @@ class Run {
     worker_ended_.notify_one();
   }
 
+  // Null if the run has failed meanwhile.
+  std::byte* take_window(std::size_t block) {
+    while (!stop_) {
+      if (std::byte* const memory = hooks_.take_window(block)) return memory;
+    }
+    return nullptr;
+  }
+
   // A failed worker's slot may have copies in flight: it is held until the devices are closed.
   void keep(Slot slot) {
     MutexLock hold(mutex_);
     held_.push_back(std::move(slot));
   }
 
-  void move_block(std::size_t number, const Slot& slot, std::size_t worker) {
+  // `window`: null if the block has none.
+  void move_block(std::size_t number, std::byte* window, const Slot& slot, std::size_t worker) {
     const Block& block = request_.blocks[number];
     const Segments segments = request_.segments_of(number);
     if (request_.into) {
       gather_block(block, segments, slot, worker);
     } else {
-      move_file_block(block, segments, slot);
+      move_file_block(block, segments, window != nullptr ? window : slot.memory(), slot.index());
     }
+    if (window != nullptr) hooks_.give_window(number);
     for (const Segment& segment : segments) done_ += static_cast<std::uint64_t>(segment.length);
   }
 
@@ -167,7 +182,7 @@ class Run {
     }
   }
 
-  void move_file_block(const Block& block, const Segments& segments, const Slot& slot) {
+  void move_file_block(const Block& block, const Segments& segments, std::byte* memory, std::size_t slot_index) {
     File& file = files_[static_cast<std::size_t>(block.file)];
     const auto length = static_cast<std::size_t>(block.length);
     // Every step uses the same first part of the slot, so this stays in the processor's caches. Blocks that use direct
@@ -175,7 +190,7 @@ class Run {
     const bool in_steps = needs_no_wait(segments) && !file.direct();
     const std::size_t step = in_steps ? std::min(kCachedStep, length) : length;
     for (std::size_t begin = 0; begin < length && !stop_; begin += step) {
-      move_window(block, segments, file, {slot.memory(), begin, std::min(step, length - begin), slot.index()});
+      move_window(block, segments, file, {memory, begin, std::min(step, length - begin), slot_index});
     }
     // A caller that requests direct I/O will fsync the file.
     if (request_.write && request_.access == Access::direct && !file.direct()) {

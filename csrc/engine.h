@@ -19,6 +19,11 @@ struct Hooks {
   // Stores in `memory` (write) or takes from it (read) the `length` bytes of `piece` from `offset` on. An exception
   // ends the run.
   std::function<void(std::int64_t piece, std::int64_t offset, std::byte* memory, std::size_t length)> lend;
+  // The memory of a block's window, aligned and as long as the block; null: not yet, it is asked for again. May wait
+  // for a short time. Called on workers, several at a time, as is give_window; an exception ends the run.
+  std::function<std::byte*(std::size_t block)> take_window;
+  // The window has been written to the file, or the file has been read into it.
+  std::function<void(std::size_t block)> give_window;
   // Called with the number of bytes moved so far: about every 10 ms, or after each block if the calling thread does the
   // work itself; and once at the end. An exception ends the run.
   std::function<void(std::uint64_t done)> tick;

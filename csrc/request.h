@@ -15,8 +15,8 @@
 namespace shardsave {
 
 // Values of Segment::memory that are not CUDA ordinals. Host memory has an address; lent memory is filled or drained by
-// Hooks::lend; discarded bytes are only read and summed.
-constexpr std::int64_t kHost = -1, kLent = -2, kDiscard = -3;
+// Hooks::lend; discarded bytes are only read and summed; bytes in a window are summed there (Request::windowed).
+constexpr std::int64_t kHost = -1, kLent = -2, kDiscard = -3, kWindow = -4;
 
 // Consecutive bytes of one piece within one block. `at` counts from the start of the block, `piece_offset` from that of
 // the piece. The columns are those of the caller's table; all numbers but `memory` and `piece` are bytes or addresses.
@@ -66,6 +66,13 @@ struct Request {
   // memory is added. Another thread that finds all bytes of a piece counted (with acquire semantics) may change that
   // memory.
   std::int64_t* taken = nullptr;
+
+  // For each block, whether Hooks::take_window gives its memory, which takes the place of a slot; empty: none has any.
+  // With windows, blocks are taken in the order of the table: whoever fills or empties the windows knows only that
+  // order.
+  std::vector<std::uint8_t> windowed;
+
+  bool has_window(std::size_t block) const { return !windowed.empty() && windowed[block] != 0; }
 
   Segments all_segments() const { return {segments.data(), segments.data() + segments.size()}; }
 

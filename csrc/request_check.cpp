@@ -47,9 +47,9 @@ void check_block(const Request& request, const Block& block, std::int64_t end_se
 }
 
 void check_memory(const Request& request, const Segment& segment) {
-  require(segment.memory >= kDiscard, "a segment is in unknown memory");
+  require(segment.memory >= kWindow, "a segment is in unknown memory");
   require(segment.memory != kDiscard || !request.write, "discarded memory cannot be written to a file");
-  if (segment.memory == kDiscard || segment.memory == kLent) return;
+  if (segment.memory < kHost) return;
   require(segment.address > 0 && segment.address <= kMaximum - segment.length, "a segment has no valid address");
   const auto is_its_stream = [&segment](const auto& stream) { return stream.first == segment.memory; };
   require(segment.memory == kHost || std::any_of(request.streams.begin(), request.streams.end(), is_its_stream),
@@ -57,7 +57,8 @@ void check_memory(const Request& request, const Segment& segment) {
 }
 
 // `previous_end`: where the previous segment of the block ends.
-void check_segment(const Request& request, const Block& block, const Segment& segment, std::int64_t previous_end) {
+void check_segment(const Request& request, const Block& block, bool has_window, const Segment& segment,
+                   std::int64_t previous_end) {
   require(segment.length > 0 && segment.at >= previous_end && segment.length <= block.length - segment.at,
           "a segment is outside its block, or overlaps another");
   require(segment.piece >= 0 && segment.piece < static_cast<std::int64_t>(request.piece_bytes.size()),
@@ -66,6 +67,7 @@ void check_segment(const Request& request, const Block& block, const Segment& se
   require(segment.piece_offset >= 0 && segment.piece_offset <= bytes && segment.length <= bytes - segment.piece_offset,
           "a segment is outside its piece");
   check_memory(request, segment);
+  require(segment.memory != kWindow || has_window, "a segment is in the window of a block that has none");
 }
 
 // `end`: where the last segment of the block ends. Bytes after it are not written.
@@ -80,6 +82,8 @@ void check_request(const Request& request) {
   check_sizes(request);
   check_destination(request);
   const std::vector<Block>& blocks = request.blocks;
+  require(request.windowed.empty() || (request.windowed.size() == blocks.size() && !request.into),
+          "windows are for the blocks of files, one entry each");
   require(blocks.empty() ? request.segments.empty() : blocks.front().first_segment == 0,
           "there are segments outside the blocks");
   for (std::size_t n = 0; n < blocks.size(); ++n) {
@@ -89,7 +93,7 @@ void check_request(const Request& request) {
     check_block(request, blocks[n], end_segment);
     std::int64_t previous_end = 0;
     for (const Segment& segment : request.segments_of(n)) {
-      check_segment(request, blocks[n], segment, previous_end);
+      check_segment(request, blocks[n], request.has_window(n), segment, previous_end);
       previous_end = segment.at + segment.length;
     }
     if (request.into) check_is_inside(*request.into, blocks[n], previous_end);

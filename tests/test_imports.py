@@ -37,6 +37,7 @@ WINGS: dict[str, set[str]] = {
     "_saving": {"_common", "_engine", "_format", "_state", "_storage", "_version", "errors"},
     "_background": {"_common", "_printable", "_engine", "_format", "_saving", "_state", "errors"},
     "_loading": {"_common", "_engine", "_format", "_state", "_storage", "errors"},
+    "_ranks": {"_common", "_engine", "_format", "_loading", "_saving", "_state", "_storage", "errors"},
     "_huggingface": {"_common", "_format", "_loading", "_printable", "_saving", "_state", "_storage", "errors"},
     "_foreign": {"_common", "_format", "_state", "_storage", "errors"},
     "_conversion": {
@@ -44,7 +45,7 @@ WINGS: dict[str, set[str]] = {
     },
     "_api": {
         "_architecture", "_background", "_common", "_conversion", "_engine", "_format", "_huggingface", "_loading", "_printable",
-        "_program", "_runs", "_saving", "_state", "_storage", "_training", "_version", "errors",
+        "_program", "_ranks", "_runs", "_saving", "_state", "_storage", "_training", "_version", "errors",
     },
     "__init__": {"_api", "_common", "_version", "errors"},
     "_cli": {"__init__", "_api", "_common", "_format", "_printable", "_runs", "_storage", "_version", "errors"},

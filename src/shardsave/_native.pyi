@@ -10,6 +10,7 @@ from typing_extensions import Buffer
 HOST: int
 LENT: int
 DISCARD: int
+IN_WINDOW: int
 
 #: How many slots the ring has for host memory alone, and with a device: more workers than that only wait.
 SLOTS: int
@@ -52,8 +53,14 @@ def run(
     tick: Callable[[int], object],
     into: Buffer | None = None,
     taken: NDArray[np.int64] | None = None,
+    windowed: Sequence[int] = (),
+    take_window: Callable[[int], Buffer | None] | None = None,
+    give_window: Callable[[int], None] | None = None,
 ) -> RunResult:
     """Without ``files`` the blocks of a run that writes go ``into`` memory, or nowhere; ``taken`` counts what was read of each piece."""
+
+def copy_boxes(copies: NDArray[np.int64], /) -> None:
+    """Rows of source, destination (addresses), run; inner count, source stride, destination stride; outer count and strides; in bytes."""
 
 def crc64(data: Buffer, /) -> int: ...
 def crc64_implementation() -> str: ...

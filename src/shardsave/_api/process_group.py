@@ -1,10 +1,16 @@
-"""Checks the argument ``process_group``."""
+"""The argument ``process_group``, and whether a verb is collective."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import sys
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Union
 
+import torch
 import torch.distributed
+from torch import nn
+
+from shardsave._state.distributed_tensors import is_dtensor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -14,7 +20,43 @@ def check_process_group(group: ProcessGroup | None) -> None:
     """Refuses a group of several processes. Raises TypeError, ValueError."""
     if group is None:
         return
-    if not torch.distributed.is_available() or not isinstance(group, torch.distributed.ProcessGroup):
-        raise TypeError(f"process_group must be a group of torch.distributed or None, not {type(group).__name__}")
+    check_group(group)
     if group.size() != 1:
         raise ValueError(f"process_group must have one process in this version of shardsave, it has {group.size()}")
+
+
+def check_group(group: Any) -> None:
+    """Raises TypeError for anything but a group of torch.distributed, ValueError for one that this process is not in."""
+    available = torch.distributed.is_available()
+    if available and group is torch.distributed.GroupMember.NON_GROUP_MEMBER:  # what `new_group` returns to other processes
+        raise ValueError("process_group must have this process in it, this process is not in the group that was passed")
+    if not available or not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(f"process_group must be a group of torch.distributed or None, not {type(group).__name__}")
+
+
+def collective_group(
+    source: Union[nn.Module, Mapping[str, Any], Iterable[Any], None], process_group: ProcessGroup | None
+) -> ProcessGroup | None:
+    """The group over which a verb is collective; None if it concerns this process alone.
+
+    That is ``process_group`` or, if ``source`` (a module, a mapping or tensors) has a DTensor, the default group. A given group of one
+    process is none, unless there is a DTensor. Raises TypeError, and ValueError if this process is not in ``process_group``.
+    """
+    spread = _has_dtensor(source)
+    if process_group is None:
+        return torch.distributed.group.WORLD if spread and torch.distributed.is_initialized() else None
+    check_group(process_group)
+    return process_group if spread or process_group.size() > 1 else None
+
+
+def members(group: ProcessGroup) -> list[int]:
+    """The global rank of each process of ``group``, in the order of the group."""
+    return torch.distributed.get_process_group_ranks(group)
+
+
+def _has_dtensor(source: Union[nn.Module, Mapping[str, Any], Iterable[Any], None]) -> bool:
+    if "torch.distributed.tensor" not in sys.modules or source is None:  # whoever has a DTensor has imported its module
+        return False
+    if isinstance(source, nn.Module):
+        return any(map(is_dtensor, source.parameters())) or any(map(is_dtensor, source.buffers()))
+    return any(map(is_dtensor, source.values() if isinstance(source, Mapping) else source))

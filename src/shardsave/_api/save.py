@@ -14,6 +14,7 @@ from shardsave._api.arguments import check_path, check_progress, check_reuse, ch
 from shardsave._api.operators import check_operators
 from shardsave._api.reports import SaveReport, log_deletion
 from shardsave._api.save_contents import Planned, What, plan
+from shardsave._api.save_jobs import digests, job_of_save
 from shardsave._background.failures import take_failures
 from shardsave._common.backend import engine_name
 from shardsave._common.log_records import log_record
@@ -22,6 +23,7 @@ from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
 from shardsave._common.uncompiled import uncompiled
 from shardsave._common.warn_caller import warn_caller
+from shardsave._saving.job import ALONE, Job
 from shardsave._saving.write import UNWATCHED, Reuse, Watch, write_checkpoint
 from shardsave._state.module import Source
 
@@ -55,6 +57,8 @@ def save(
     recheck_every: int = 10,
     progress: ProgressArgument = None,
     lock_timeout: float = 600.0,
+    rank_timeout: float = 120.0,
+    on_divergence: Literal["raise", "lowest_rank"] = "raise",
 ) -> SaveReport:
     """Saves a module, a sub-module, or a mapping from names to tensors as the checkpoint in ``directory``.
 
@@ -113,8 +117,7 @@ def save(
         2
     """
     started = time.perf_counter()
-    how = How(durable, progress, lock_timeout, reuse, recheck_every)
-    path = check_how(directory, how)
+    how = How(durable, progress, lock_timeout, reuse, recheck_every, rank_timeout, on_divergence)
     what = What(
         max_shard_size,
         metadata,
@@ -130,11 +133,15 @@ def save(
         dtype,
         assume_frozen_unchanged,
     )
-    planned = plan(source, what)
-    report, warnings = write_planned(planned, os.fspath(directory), path, how, time.perf_counter() - started)
-    log_saved(report, warnings)
-    for warning in warnings:
-        warn_caller(warning)
+    with job_of_save(source, directory, how, what.process_group) as job:
+        path = check_how(directory, how)
+        planned = plan(source, what, job)
+        job.check_equal(digests(planned.contents, how))
+        report, warnings = write_planned(planned, os.fspath(directory), path, how, time.perf_counter() - started, job=job)
+    if job.leads:
+        log_saved(report, warnings)
+        for warning in warnings:
+            warn_caller(warning)
     return report
 
 
@@ -146,6 +153,8 @@ class How(NamedTuple):
     lock_timeout: float
     reuse: Union[str, os.PathLike[str], Literal[False], None] = None
     recheck_every: int = 10
+    rank_timeout: float = 120.0
+    on_divergence: Literal["raise", "lowest_rank"] = "raise"
 
 
 def check_how(directory: str | os.PathLike[str], how: How) -> str:
@@ -161,11 +170,20 @@ def check_values(how: How) -> None:
     check_switches(durable=how.durable)
     check_progress(how.progress)
     check_timeout(how.lock_timeout)
+    check_timeout(how.rank_timeout, "rank_timeout")
+    if how.on_divergence not in ("raise", "lowest_rank"):
+        raise ValueError(f"on_divergence must be 'raise' or 'lowest_rank', not {how.on_divergence!r}")
     check_reuse(how.reuse, how.recheck_every)
 
 
 def write_planned(
-    planned: Planned, shown: str, path: str, how: How, plan_seconds: float, watch: Watch = UNWATCHED
+    planned: Planned,
+    shown: str,
+    path: str,
+    how: How,
+    plan_seconds: float,
+    watch: Watch = UNWATCHED,
+    job: Job = ALONE,
 ) -> tuple[SaveReport, tuple[str, ...]]:
     """Writes what was planned into the directory ``path``. Returns the report, and what the caller must be warned of.
 
@@ -173,10 +191,19 @@ def write_planned(
     """
     contents, started = planned.contents, time.perf_counter()
     earlier = absolute_path(os.fspath(how.reuse)) if how.reuse else None
-    reuse = Reuse(earlier, how.recheck_every, planned.frozen) if how.reuse is not False else None
-    with Progress(how.progress, "saving", contents.tensor_bytes) as reporter:
+    reuses = how.reuse is not False and job.parts is None
+    reuse = Reuse(earlier, how.recheck_every, planned.frozen) if reuses else None
+    progress = how.progress if job.leads or callable(how.progress) else False
+    with Progress(progress, "saving", contents.tensor_bytes) as reporter:
         outcome = write_checkpoint(
-            contents, path, durable=how.durable, lock_timeout=how.lock_timeout, progress=reporter, watch=watch, reuse=reuse
+            contents,
+            path,
+            durable=how.durable,
+            lock_timeout=how.lock_timeout,
+            progress=reporter,
+            watch=watch,
+            reuse=reuse,
+            job=job,
         )
     seconds = plan_seconds + time.perf_counter() - started
     report = SaveReport(

@@ -15,6 +15,7 @@ from shardsave._api.moments import check_moment
 from shardsave._api.process_group import check_process_group
 from shardsave._common.gc_pause import gc_paused
 from shardsave._common.imports import import_at_use
+from shardsave._common.spread import Spread
 from shardsave._common.warn_caller import warn_caller
 from shardsave._common.words import an, count
 from shardsave._format.index import Moment
@@ -24,7 +25,9 @@ from shardsave._huggingface.choose_saving import choose_layout
 from shardsave._saving.casts import cast_on_disk, check_dtype
 from shardsave._saving.contents import Contents, PlannedDirectory, plan_contents
 from shardsave._saving.frozen import FrozenMemory, frozen_memory
+from shardsave._saving.job import ALONE, Job
 from shardsave._saving.trainable import only_trainable
+from shardsave._state.distributed_tensors import Parts as TensorParts
 from shardsave._state.extra_tensors import ExtraTensors
 from shardsave._state.module import Source, State, read_state
 from shardsave._state.parts import Parts
@@ -85,9 +88,11 @@ class What(NamedTuple):
     assume_frozen_unchanged: bool = False
 
 
-def plan(source: Source, what: What) -> Planned:
-    """Checks ``what``, and plans it. Raises what `save` raises for it; writes nothing."""
+def plan(source: Source, what: What, job: Job = ALONE) -> Planned:
+    """Checks ``what``, and plans it: for all processes of ``job`` the same. Raises what `save` raises for it; writes nothing."""
     checked = check_what(what)
+    if job.parts is None:
+        check_process_group(what.process_group)
     with_parts = what.architecture or what.program is not None
     if with_parts and not isinstance(source, nn.Module):
         option = "architecture=True" if what.architecture else "a program"
@@ -96,10 +101,13 @@ def plan(source: Source, what: What) -> Planned:
     layout = choose_layout(source, what.adapter_only, with_parts=with_parts)
     with gc_paused():
         training = _training(source, what, max_shard_bytes)
-        state = _read_state(source, what.architecture)
+        own = _read_state(source, what.architecture, job.parts)
+        if job.parts is not None:
+            _check_spread(own, what)
+        state = job.agree(own)
         if state.file_metadata and (with_parts or target is not None):
             _refuse_quantised(state, with_parts)
-        parts, notes, needed = _parts(source, state, what.architecture, what.program)
+        parts, notes, needed = _parts(source, own, what.architecture, what.program)
         if isinstance(source, nn.Module) and not state.entries:
             alone = not with_parts and not training.directories
             notes = (*notes, _note_without_tensors(source, alone=alone))
@@ -115,7 +123,7 @@ def plan(source: Source, what: What) -> Planned:
             max_shard_bytes,
             checked.metadata,
             directories=training.directories,
-            moment=checked.moment._replace(epoch=training.epoch),
+            moment=checked.moment._replace(epoch=training.epoch, ranks=checked.moment.ranks and job.size),
         )
         frozen = frozen_memory(on_disk.state.entries, _unstepped(source, what.training)) if what.assume_frozen_unchanged else {}
         return Planned(contents, needed, cast, left_out, training.warnings, frozen)
@@ -155,7 +163,6 @@ def check_what(what: What) -> _Checked:
     """Checks all that can be checked without the source. Raises TypeError or ValueError."""
     check_switches(architecture=what.architecture, adapter_only=what.adapter_only, rng=what.rng)
     check_switches(assume_frozen_unchanged=what.assume_frozen_unchanged)
-    check_process_group(what.process_group)
     if what.program is not None:
         import_at_use("shardsave._program.capture")  # imports torch.export, which few saves need
         from shardsave._program.capture import check_program
@@ -220,10 +227,23 @@ def _refuse_quantised(state: State, with_parts: bool) -> NoReturn:
     )
 
 
-def _read_state(source: Source, architecture: bool) -> State:
+def _check_spread(state: State, what: What) -> None:
+    """Refuses what cannot be saved of one process's ``state`` together with those of others."""
+    if what.training is not None or what.rng:
+        raise ValueError("training= and rng= need a save by one process; nothing was written")
+    spread = next((entry.name for entry in state.entries if isinstance(entry.source, Spread)), None)
+    if (what.architecture or what.program is not None) and spread is not None:
+        option = "architecture=True" if what.architecture else "a program"
+        raise UnsupportedModuleError(
+            f"cannot save the model with {option}: tensors that are whole in this process were expected, {spread!r} is spread over "
+            f"several; nothing was written"
+        )
+
+
+def _read_state(source: Source, architecture: bool, reader: TensorParts | None) -> State:
     """Reads ``source`` once; after that, only the memory of its tensors is read."""
     try:
-        return read_state(source, tensors_only=architecture)
+        return read_state(source, tensors_only=architecture, reader=reader)
     except RecursionError as error:
         raise UnsupportedModuleError(
             f"cannot save the model: its modules are nested more deeply than Python's recursion limit ({sys.getrecursionlimit()}) "

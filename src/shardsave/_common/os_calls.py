@@ -128,6 +128,14 @@ class Descriptor:
             self._end()
             raise _failed("memfd_create", "", error) from error
 
+    @classmethod
+    def of(cls, fd: int) -> Descriptor:
+        """One that is open already, for example because another process sent it."""
+        file = cls()
+        file._begin()
+        file._numbers.append(fd)
+        return file
+
     @property
     def fd(self) -> int:
         """The number, or -1 when nothing is open."""

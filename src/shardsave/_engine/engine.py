@@ -11,7 +11,7 @@ from shardsave._common import backend, shutdown
 from shardsave._common.imports import import_at_use
 from shardsave._engine.blocks import Blocks
 from shardsave._engine.host_memory import HostMemory as HostMemory
-from shardsave._engine.transfer import Access, Engine, Piece, Request, Tick, Transfer, out_of_memory
+from shardsave._engine.transfer import Access, Engine, Piece, Request, Tick, Transfer, Windows, out_of_memory
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -42,6 +42,7 @@ def write(
     checksum: bool = True,
     workers: int | None = None,
     taken: NDArray[np.int64] | None = None,
+    windows: Windows | None = None,
     tick: Tick,
 ) -> Transfer:
     """Writes ``blocks`` of ``pieces`` to the descriptors ``files``. Whole blocks are written; the last one of a file is padded with zeros.
@@ -52,12 +53,13 @@ def write(
 
     ``workers``: at most so many threads take part; None: as many as are useful. ``taken``, a number for each piece: how many bytes have
     been read from the piece's own memory is added while the run goes on. A thread that finds all bytes of a piece there may change it.
+    ``windows``: memory in which other processes fill blocks; blocks are then taken in the order of the table.
     """
     if start_writeback and access != "direct":
         raise ValueError(f"start_writeback needs access='direct', not {access!r}")
     if taken is not None and (taken.dtype != np.int64 or taken.shape != (len(pieces),)):
         raise ValueError(f"taken needs one int64 for each of {len(pieces)} pieces, not {taken.dtype} of shape {taken.shape}")
-    return _run(Request(True, files, blocks, pieces, access, start_writeback, checksum, workers, taken), tick)
+    return _run(Request(True, files, blocks, pieces, access, start_writeback, checksum, workers, taken, windows=windows), tick)
 
 
 def gather(
@@ -84,13 +86,15 @@ def read(
     *,
     access: Access = "auto",
     checksum: bool = True,
+    windows: Windows | None = None,
     tick: Tick,
 ) -> Transfer:
     """Fills ``pieces`` from ``blocks`` of the descriptors ``files``; the mirror image of `write`.
 
     ``access="auto"`` reads a file through the page cache if (almost) all of it is cached, and past it otherwise.
+    ``windows``: memory out of which other processes take blocks; blocks are then read in the order of the table.
     """
-    return _run(Request(False, files, blocks, pieces, access, False, checksum), tick)
+    return _run(Request(False, files, blocks, pieces, access, False, checksum, windows=windows), tick)
 
 
 def _chosen_engine() -> Engine:

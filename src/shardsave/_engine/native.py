@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 import shardsave._native as extension
 from shardsave._common.gc_pause import gc_paused
-from shardsave._engine.transfer import BLOCK_BYTES, Piece, Request, Tick, Transfer, TransferFault
+from shardsave._engine.transfer import BLOCK_BYTES, Piece, Request, Tick, Transfer, TransferFault, Windows
 from shardsave._engine.workers import worker_count
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def run(request: Request, tick: Tick) -> Transfer:
     devices = sorted(kind for kind in kinds if kind >= 0)
     not_on_host = [request.pieces[n] for n in np.flatnonzero(places[:, 0] != extension.HOST).tolist()]
     callers_stream = {device: torch.cuda.current_stream(device) for device in _cuda_devices(not_on_host)}
+    windows = request.windows
     useful_workers = worker_count(request.access, with_device=bool(devices))
     try:
         result = extension.run(
@@ -68,10 +69,15 @@ def run(request: Request, tick: Tick) -> Transfer:
             tick=tick,
             into=request.into,
             taken=request.taken,
+            **({} if windows is None else _window_hooks(windows)),
         )
     except extension.Fault as fault:
         raise TransferFault(*fault.args) from None
     return Transfer(tuple(result.sums.tolist()), tuple(result.direct), result.staging_bytes, result.pinned, tuple(result.notes))
+
+
+def _window_hooks(windows: Windows) -> dict[str, Any]:
+    return {"windowed": windows.of_block.tolist(), "take_window": windows.take, "give_window": windows.give_back}
 
 
 def _lender(request: Request, callers_stream: dict[int, torch.cuda.Stream]) -> Lend:

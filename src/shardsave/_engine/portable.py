@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from shardsave._common import os_calls
 from shardsave._engine.blocks import Blocks
-from shardsave._engine.transfer import BLOCK_BYTES, Piece, Request, Tick, Transfer, TransferFault, out_of_memory
+from shardsave._engine.transfer import BLOCK_BYTES, Piece, Request, Tick, Transfer, TransferFault, Windows, out_of_memory
 from shardsave._format import crc64
 
 
@@ -31,8 +31,12 @@ def run(request: Request, tick: Tick) -> Transfer:
     sums = [0] * len(pieces)
     done = 0
     memory = _staging_memory() if into is None else into
-    for file, offset, length, segments in _each_block(request.blocks):
-        slot = memory[:length] if into is None else memory[offset : offset + length]
+    for block, (file, offset, length, segments) in enumerate(_each_block(request.blocks)):
+        window = _window(request.windows, block, lambda: tick(done))
+        if window is not None:
+            slot = window[:length]
+        else:
+            slot = memory[:length] if into is None else memory[offset : offset + length]
         _, _, last_length, at = segments[-1]
         used = at + last_length
         if not request.write and files is not None:
@@ -55,9 +59,20 @@ def run(request: Request, tick: Tick) -> Transfer:
             _write_block(files, file, offset, slot)
             if request.start_writeback:
                 os_calls.start_writeback(files[file], offset, length)
+        if window is not None and request.windows is not None:
+            request.windows.give_back(block)
         tick(done)
     finished = map(crc64.finish, sums, piece_bytes) if request.checksum else ()
     return Transfer(tuple(finished), (False,) * len(files or ()), BLOCK_BYTES if into is None else 0, pinned=False)
+
+
+def _window(windows: Windows | None, block: int, wait: Callable[[], object]) -> memoryview | None:
+    """The window of ``block`` as soon as it may be used, None if it has none; calls ``wait`` again and again meanwhile."""
+    if windows is None or not windows.of_block[block]:
+        return None
+    while (window := windows.take(block)) is None:
+        wait()
+    return window
 
 
 def _check_destination(request: Request) -> None:

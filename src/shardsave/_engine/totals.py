@@ -34,3 +34,13 @@ class Totals:
             pinned=self.pinned or transfer.pinned,
             notes=tuple(dict.fromkeys([*self.notes, *transfer.notes])),
         )
+
+    def joined(self, other: Totals) -> Totals:
+        """These totals and those of another process."""
+        return Totals(
+            bytes=self.bytes + other.bytes,
+            direct=self.direct and other.direct,
+            staging_bytes=max(self.staging_bytes, other.staging_bytes),
+            pinned=self.pinned or other.pinned,
+            notes=tuple(dict.fromkeys([*self.notes, *other.notes])),
+        )

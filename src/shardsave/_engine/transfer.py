@@ -12,6 +12,7 @@ from shardsave._engine.blocks import Blocks
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from numpy.typing import NDArray
 
 #: The size of one slot of staging memory, in bytes: a block is never longer.
@@ -20,11 +21,52 @@ BLOCK_BYTES = 8 << 20
 #: How files are accessed: through the page cache, past it (O_DIRECT) if the file system allows that, or chosen for each file.
 Access = Literal["buffered", "direct", "auto"]
 
+#: The place of the bytes of `InWindow` pieces, where other sources have the number of a device: that of the extension.
+IN_WINDOW = -4
+
 #: Called with the number of bytes done so far.
 Tick = Callable[[int], object]
 
 #: The source or the destination of one stored tensor's bytes; None: the bytes are only read and summed.
 Piece = Union[ByteSource, None]
+
+
+class Windows(Protocol):
+    """Memory that other processes fill or empty, in place of a slot, for some blocks of one run. The engine takes blocks in order.
+
+    Threads: both methods are called on any worker, several at a time.
+    """
+
+    @property
+    def of_block(self) -> NDArray[np.bool_]:
+        """For each block of the run, whether it has a window."""
+
+    def take(self, block: int) -> memoryview | None:
+        """The window of ``block``, at least as long as the block and aligned like it; None: not yet, the engine asks again.
+
+        For a write the bytes of `InWindow` pieces are in it. May wait for a short time (some 50 ms), without the GIL.
+        """
+
+    def give_back(self, block: int) -> None:
+        """The engine has written the window to the file, or has read the file into it."""
+
+
+class InWindow(NamedTuple):
+    """A piece whose bytes other processes put into a block's window, or take out of it. The engine only sums them."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    nbytes: int
+    cuda_device: int = -1
+
+    def memory(self) -> tuple[int, int]:
+        return IN_WINDOW, 0
+
+    def gather(self, offset: int, view: memoryview) -> None:
+        """Nothing to do: ``view`` is a part of the window, and the bytes are there."""
+
+    def scatter(self, offset: int, view: memoryview) -> None:
+        """Nothing to do: the bytes stay in the window."""
 
 
 class Request(NamedTuple):
@@ -46,6 +88,7 @@ class Request(NamedTuple):
     workers: int | None = None
     taken: NDArray[np.int64] | None = None
     into: memoryview | None = None
+    windows: Windows | None = None
 
 
 class Transfer(NamedTuple):

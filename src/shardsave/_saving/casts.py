@@ -7,6 +7,7 @@ import json
 import torch
 
 from shardsave._common.sources import ByteSource, CastSource, TensorSource
+from shardsave._common.spread import Spread
 from shardsave._common.strict_json import NotJSON, check_memory
 from shardsave._saving.disk_layout import OnDisk
 from shardsave._storage.companions import CONFIG_NAMES
@@ -58,6 +59,8 @@ def _cast_source(source: ByteSource, target: torch.dtype) -> ByteSource:
         return TensorSource(
             source.tensor, target
         )  # each block is cast straight into staging memory, on the tensor's own device
+    if isinstance(source, Spread):
+        return source.cast(target)
     return CastSource(source, target)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from shardsave._common.sources import ByteSource
 from shardsave._engine import engine
 from shardsave._engine.blocks import Blocks, blocks
 from shardsave._engine.totals import Totals
-from shardsave._engine.transfer import BLOCK_BYTES, Transfer, TransferFault
+from shardsave._engine.transfer import BLOCK_BYTES, Transfer, TransferFault, Windows
 from shardsave._format.crc64 import crc64, joined
 from shardsave._format.dtypes import BY_TORCH, logical_shape
 from shardsave._format.header import encode_header, with_sums
@@ -29,7 +29,6 @@ from shardsave._saving.watch import Watch
 from shardsave._state.module import Entry
 from shardsave._storage.earlier import EarlierShard
 from shardsave._storage.staging import StagedShard
-from shardsave._storage.transaction import Transaction
 from shardsave.errors import ShardSaveError
 
 #: The most shards that are open at one time.
@@ -39,11 +38,12 @@ _MAX_OPEN_SHARDS = 256
 @dataclass(frozen=True, eq=False)
 class PlannedShard:
     """A shard before it is written: its layout, and the memory of its tensors in file order. ``more``: additional items of the
-    ``__metadata__`` in its header."""
+    ``__metadata__`` in its header. ``owner``: the rank that must write it; None if any rank may."""
 
     layout: Shard
     pieces: list[ByteSource]
     more: Mapping[str, str] | None = None
+    owner: int | None = None
 
     @cached_property
     def header(self) -> bytes:
@@ -63,6 +63,13 @@ class PlannedShard:
     def with_sources(self, new: Mapping[int, ByteSource]) -> PlannedShard:
         """The same shard with other sources of the same bytes: `id` of a source → what takes its place."""
         return replace(self, pieces=[new.get(id(piece), piece) for piece in self.pieces])
+
+
+class Supply(Protocol):
+    """Brings the bytes of pieces that other processes hold."""
+
+    def windows(self, group: Sequence[PlannedShard]) -> Windows:
+        """The windows of the engine's run that writes ``group``."""
 
 
 class UnchangedShard(NamedTuple):
@@ -132,47 +139,61 @@ def data_blocks(layouts: Sequence[tuple[Shard, int]]) -> Blocks:
     return blocks(np.concatenate(extents), BLOCK_BYTES)
 
 
-def fault_before_writing(transaction: Transaction, fault: TransferFault) -> ShardSaveError:
+class ShardFiles(Protocol):
+    """Where shards are created: a transaction, or the staging directory of one that another process leads."""
+
+    def create(self, name: str, length: int) -> StagedShard:
+        """Creates the staged file of shard ``name`` with room for ``length`` bytes, reserved on disk if the file system supports that."""
+
+    def seal(self, shard: StagedShard, length: int, header: bytes) -> None:
+        """Finishes a shard whose data is written: sets its true length, writes its header, syncs and closes it."""
+
+    def failure(self, error: CallFailed, needed: int | None = None) -> ShardSaveError:
+        """The error for a call that failed before the commit. ``needed``: the bytes that all shards need, if the call was about that."""
+
+
+def fault_before_writing(files: ShardFiles, fault: TransferFault) -> ShardSaveError:
     """The error for a fault of memory or of a device, before any file was written."""
     reason = fault.detail or f"{os.strerror(fault.errno)} (needs {fault.length} bytes)"
-    return transaction.failure(CallFailed(fault.call, "", fault.errno, reason))
+    return files.failure(CallFailed(fault.call, "", fault.errno, reason))
 
 
 class ShardWriter:
-    """Writes shards in groups that the descriptor limit allows, and collects what the index and the report need.
+    """Writes shards in groups that the descriptor limit allows, and collects what the index and the report need. ``shards``: by name.
 
     ``records``: file name → what the index records of a shard. ``file_records``: the same with checksums of whole files, which are
-    computed only with ``whole_sums``.
+    computed only with ``whole_sums``. ``supply``: brings what other processes hold; shards are then written in the order given.
     """
 
     def __init__(
         self,
-        transaction: Transaction,
-        shards: Sequence[PlannedShard],
-        names: Sequence[str],
+        files: ShardFiles,
+        shards: Mapping[str, PlannedShard],
         watch: Watch,
         *,
         durable: bool,
         whole_sums: bool,
+        supply: Supply | None = None,
     ) -> None:
         self.records: dict[str, ShardRecord] = {}
         self.file_records: dict[str, FileRecord] = {}
         self._sums: list[tuple[Shard, Sequence[int]]] = []
         self.sync_seconds = 0.0
         self.totals = Totals()
-        self._transaction = transaction
-        self._shards = shards
-        self._names = names
+        self._files = files
+        self._names = [*shards]
+        self._shards = [*shards.values()]
         self._watch = watch
         self._durable = durable
         self._whole_sums = whole_sums
+        self._supply = supply
 
     def reserve(self) -> None:
         """Allocates the memory that the engine will need, before anything is written."""
         try:
             engine.reserve([piece for shard in self._shards for piece in shard.pieces])
         except TransferFault as fault:
-            raise fault_before_writing(self._transaction, fault) from fault
+            raise fault_before_writing(self._files, fault) from fault
 
     def add_taken(self, taken: Mapping[str, UnchangedShard], progress: Progress) -> None:
         """Adds shards that are staged already, as if they had been written."""
@@ -190,7 +211,7 @@ class ShardWriter:
     def write(self, progress: Progress) -> None:
         """Writes and seals all shards: each is then complete, synced and closed under its staged name."""
         step = min(descriptor_allowance(), _MAX_OPEN_SHARDS)
-        urgent = [self._watch.is_urgent(shard.pieces) for shard in self._shards]
+        urgent = [self._supply is None and self._watch.is_urgent(shard.pieces) for shard in self._shards]
         order = sorted(range(len(self._shards)), key=lambda number: not urgent[number])
         for first in range(0, len(order), step):
             group = order[first : first + step]
@@ -198,7 +219,7 @@ class ShardWriter:
         self.records.update({name: self.records.pop(name) for name in self._names})  # the index has them in the planned order
 
     def _write_group(self, group: Sequence[PlannedShard], names: Sequence[str], progress: Progress) -> None:
-        staged = [self._transaction.create(name, shard.reserved_bytes) for name, shard in zip(names, group)]
+        staged = [self._files.create(name, shard.reserved_bytes) for name, shard in zip(names, group)]
         transfer = self._transfer(staged, group, progress)
         group_bytes = sum(shard.layout.data_bytes for shard in group)
         self.totals = self.totals.plus(transfer, group_bytes)
@@ -211,7 +232,7 @@ class ShardWriter:
 
     def _seal(self, file: StagedShard, shard: PlannedShard, sums: Sequence[int]) -> None:
         header = with_sums(shard.header, sums)
-        self._transaction.seal(file, len(header) + shard.layout.data_bytes, header)
+        self._files.seal(file, len(header) + shard.layout.data_bytes, header)
         self._add(file.name, header, shard.layout, sums)
 
     def _add(self, name: str, header: bytes, layout: Shard, sums: Sequence[int]) -> None:
@@ -239,13 +260,14 @@ class ShardWriter:
                 start_writeback=self._durable,
                 workers=self._watch.workers,
                 taken=taken,
+                windows=self._supply.windows(group) if self._supply is not None else None,
                 tick=tick,
             )
         except TransferFault as fault:
             needed = sum(shard.reserved_bytes for shard in self._shards)
             call = fault.call if fault.file < 0 else f"{fault.call} of {fault.length} bytes at offset {fault.offset}"
             error = CallFailed(call, staged[max(fault.file, 0)].name, fault.errno, fault.detail or os.strerror(fault.errno))
-            raise self._transaction.failure(error, needed) from fault
+            raise self._files.failure(error, needed) from fault
         self._watch.end_reading(pieces, transfer.sums)
         return transfer
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from contextlib import closing
+from functools import partial
 from typing import NamedTuple
 
 from shardsave._common.gc_pause import gc_paused
@@ -13,12 +14,13 @@ from shardsave._common.progress import Progress
 from shardsave._engine.totals import Totals
 from shardsave._format.crc64 import crc64
 from shardsave._format.file_names import DIRECTORY_INDEX, PART_TENSORS
-from shardsave._format.index import Part, ShardRecord
+from shardsave._format.index import FileRecord, Part, ShardRecord
 from shardsave._saving.contents import Contents, PlannedDirectory
 from shardsave._saving.frozen import remember
+from shardsave._saving.job import ALONE, Committed, Job, Names, Prepared, Written
 from shardsave._saving.reuse import Reuse as Reuse
 from shardsave._saving.reuse import Unchanged, find_unchanged, take_over
-from shardsave._saving.shards import ShardWriter, UnchangedShard
+from shardsave._saving.shards import ShardWriter
 from shardsave._saving.watch import UNWATCHED as UNWATCHED
 from shardsave._saving.watch import Watch as Watch
 from shardsave._storage.transaction import Transaction
@@ -44,15 +46,6 @@ class WriteOutcome(NamedTuple):
     bytes_reused: int
 
 
-class _Names(NamedTuple):
-    """The names of the files of a save. ``shards``: of the weights. ``all``: of all files with tensors, in the order of `all_shards`."""
-
-    shards: list[str]
-    extra: list[str]
-    folders: list[str]
-    all: list[str]
-
-
 def write_checkpoint(
     contents: Contents,
     directory: str | os.PathLike[str],
@@ -62,46 +55,38 @@ def write_checkpoint(
     progress: Progress,
     watch: Watch = UNWATCHED,
     reuse: Reuse | None = None,
+    job: Job = ALONE,
 ) -> WriteOutcome:
     """Writes ``contents`` and commits them as the checkpoint of ``directory`` by one rename. ``lock_timeout`` is in seconds.
 
     ``watch`` is told how far the save is, and may end it by raising. ``reuse``: how unchanged shards are taken over; None: all are
-    written. The caller issues the warnings of the outcome.
+    written. ``job``: who takes part. The caller issues the warnings of the outcome.
     Raises DirectoryBusyError, OutOfSpaceError, SaveNotCommittedError: nothing was committed, a previous checkpoint is intact.
     Raises DurabilityUncertainError: the new checkpoint is in place, but may not survive a loss of power.
     """
     started = time.perf_counter()
+    watch = job.watch(watch)
     # Closed twice, since one interrupt may come at the beginning of a `close`, which then does nothing.
     transaction = Transaction(directory, durable=durable, lock_timeout=lock_timeout, waiting=watch.check)
-    with closing(transaction), transaction:
-        transaction.check_not_read(contents.state.files)
-        contents, names, taken, notes = _take_over(transaction, contents, reuse, watch)
-        to_write = {name: shard for name, shard in zip(names.all, contents.all_shards) if name not in taken}
-        transaction.check_space(contents.reserved_bytes - sum(shard.planned.reserved_bytes for shard in taken.values()))
-        whole_sums = contents.single_file is not None
-        writer = ShardWriter(transaction, [*to_write.values()], [*to_write], watch, durable=durable, whole_sums=whole_sums)
-        writer.reserve()
-        companions = transaction.add_companions(contents.companions)
-        for folder in names.folders:
-            transaction.make_directory(folder)
-        planned = time.perf_counter()
-        writer.add_taken(taken, progress)
-        writer.write(progress)
-        if contents.single_file is not None:
-            transaction.add_second_name(names.shards[0], contents.single_file)
-            companions[contents.single_file] = writer.file_records[names.shards[0]]
-        records = {name: writer.records[name] for name in names.all}
-        parts, directory_bytes = _stage_parts(transaction, contents, names, records)
+    lead = _Lead(transaction, contents, watch, reuse)
+    with closing(transaction), job.files(transaction) as files:
+        contents, _, taken, notes = prepared = job.prepare(contents, lead.prepare)
+        with job.share(prepared.to_write) as (own, supply):
+            whole_sums = contents.single_file is not None
+            writer = ShardWriter(files, own, watch, durable=durable, whole_sums=whole_sums, supply=supply)
+            writer.reserve()
+            job.stage(lead.stage)
+            planned = time.perf_counter()
+            writer.add_taken(taken, progress)
+            writer.write(progress)
+        written = job.collect(Written(writer.records, writer.file_records, writer.totals))
         transferred = time.perf_counter()
-        with gc_paused():
-            index = contents.index_for(
-                names.shards, records, parts, companions, durable=durable, supersedes=transaction.supersedes, shared=[*taken]
-            )
-        outcome = transaction.commit(index, attempt=watch.attempt_commit)
+        committed = job.commit(partial(lead.commit, written, durable=durable))
     if reuse is not None:
         remember(reuse.frozen, writer.sums_of(reuse.frozen))
+    tensors, directory_bytes, outcome, totals = committed
     return WriteOutcome(
-        tensors=len(index.weight_map),
+        tensors=tensors,
         shards=len(contents.shards),
         phases=Phases(
             plan=planned - started,
@@ -109,23 +94,66 @@ def write_checkpoint(
             sync=writer.sync_seconds,
             commit=time.perf_counter() - transferred,
         ),
-        totals=writer.totals,
-        notes=tuple(dict.fromkeys([*notes, *writer.totals.notes, *outcome.notes, *outcome.warnings])),
+        totals=totals,
+        notes=tuple(dict.fromkeys([*notes, *totals.notes, *outcome.notes, *outcome.warnings])),
         removed=outcome.removed,
         leftovers=outcome.leftovers,
         warnings=outcome.warnings,
         directory_bytes=directory_bytes,
         taken=tuple(taken),
-        bytes_written=sum(shard.layout.data_bytes for shard in to_write.values()),
+        bytes_written=sum(shard.layout.data_bytes for shard in prepared.to_write.values()),
         bytes_reused=sum(shard.planned.layout.data_bytes for shard in taken.values()),
     )
 
 
-def _take_over(
-    transaction: Transaction, contents: Contents, reuse: Reuse | None, watch: Watch
-) -> tuple[Contents, _Names, dict[str, UnchangedShard], list[str]]:
-    """Names all files, and stages the shards that need not be written. Returns the contents with the shards as they will be, the names,
-    the staged shards by name, and notes for the report."""
+class _Lead:
+    """What one process does for a whole save, in three steps. The transaction is entered."""
+
+    def __init__(self, transaction: Transaction, contents: Contents, watch: Watch, reuse: Reuse | None) -> None:
+        self._transaction = transaction
+        self._contents = contents
+        self._watch = watch
+        self._reuse = reuse
+        self._companions: dict[str, FileRecord] = {}
+
+    def prepare(self) -> Prepared:
+        """Names all files, stages the shards that need not be written, and checks that there is room for the others."""
+        self._transaction.check_not_read(self._contents.state.files)
+        self._prepared = prepared = _take_over(self._transaction, self._contents, self._reuse, self._watch)
+        reserved = prepared.contents.reserved_bytes - sum(one.planned.reserved_bytes for one in prepared.taken.values())
+        self._transaction.check_space(reserved)
+        return prepared
+
+    def stage(self) -> None:
+        """Stages the companions, and the directories of parts."""
+        self._companions = self._transaction.add_companions(self._prepared.contents.companions)
+        for folder in self._prepared.names.folders:
+            self._transaction.make_directory(folder)
+
+    def commit(self, written: Written, *, durable: bool) -> Committed:
+        """Stages what belongs to the shards, which are all sealed, and commits."""
+        contents, names, taken, _ = self._prepared
+        if contents.single_file is not None:
+            self._transaction.add_second_name(names.shards[0], contents.single_file)
+            self._companions[contents.single_file] = written.file_records[names.shards[0]]
+        records = {name: written.records[name] for name in names.all}
+        parts, directory_bytes = _stage_parts(self._transaction, contents, names, records)
+        with gc_paused():
+            index = contents.index_for(
+                names.shards,
+                records,
+                parts,
+                self._companions,
+                durable=durable,
+                supersedes=self._transaction.supersedes,
+                shared=[*taken],
+            )
+        outcome = self._transaction.commit(index, attempt=self._watch.attempt_commit)
+        return Committed(len(index.weight_map), directory_bytes, outcome, written.totals)
+
+
+def _take_over(transaction: Transaction, contents: Contents, reuse: Reuse | None, watch: Watch) -> Prepared:
+    """Names all files, and stages the shards that need not be written."""
     unchanged = find_unchanged(transaction, contents, reuse, watch) if reuse is not None else Unchanged()
     with closing(unchanged):
         contents = contents.keeping([shard.planned for shard in unchanged.shards])
@@ -133,19 +161,19 @@ def _take_over(
         shards = dict(zip(names.shards, contents.shards))
         every = reuse.recheck_every if reuse is not None else 1
         taken, more = take_over(transaction, unchanged, shards, every, watch)
-    return contents, names, taken, [*contents.notes, *unchanged.notes, *more]
+    return Prepared(contents, names, taken, [*contents.notes, *unchanged.notes, *more])
 
 
-def _name_files(transaction: Transaction, contents: Contents) -> _Names:
+def _name_files(transaction: Transaction, contents: Contents) -> Names:
     shards = list(transaction.shard_names(len(contents.shards)))
     extra = [transaction.part_name("extra", PART_TENSORS) for _ in contents.extra_shards]
     folders = [transaction.directory_name(directory.stem) for directory in contents.directories]
     in_folders = [f"{folder}/{file}" for folder, part in zip(folders, contents.directories) for file in part.shards]
-    return _Names(shards, extra, folders, [*shards, *extra, *in_folders])
+    return Names(shards, extra, folders, [*shards, *extra, *in_folders])
 
 
 def _stage_parts(
-    transaction: Transaction, contents: Contents, names: _Names, records: dict[str, ShardRecord]
+    transaction: Transaction, contents: Contents, names: Names, records: dict[str, ShardRecord]
 ) -> tuple[dict[str, Part], int]:
     """Stages the documents of all parts. ``records``: those of all files with tensors; loses those that are no weights.
 

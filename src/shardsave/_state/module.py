@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Union
 
@@ -12,7 +12,9 @@ from torch import nn
 
 from shardsave._common.memory import PLAIN_TYPES, any_overlap, same_bytes, shared_names
 from shardsave._common.sources import ByteSource, SwappedSource, TensorSource
+from shardsave._common.spread import Spread
 from shardsave._common.words import an
+from shardsave._state.distributed_tensors import NotReadable, Part, Parts, is_distributed, is_parameter, tied_parts
 from shardsave._state.numpy_arrays import is_swapped, tensor_of_array
 from shardsave._state.offload import Offloaded, offloaded_tensors
 from shardsave._state.offloaded_ties import tie_copies, untied_notes
@@ -31,7 +33,8 @@ class Entry(NamedTuple):
     """One name of a module or a mapping.
 
     ``frozen``: None without a freeze flag. ``tied_to``: the first name with the same memory; None for the first name itself.
-    ``source``: where the bytes for the file come from; a `TensorSource` for entries of a module or a mapping.
+    ``source``: where the bytes for the file come from; for entries of a module or a mapping a `TensorSource`, or a `Spread` if several
+    ranks have parts of it.
     """
 
     name: str
@@ -42,7 +45,12 @@ class Entry(NamedTuple):
 
     @property
     def tensor(self) -> torch.Tensor:
-        """The tensor of an entry of a module or a mapping; entries of a conversion may have other sources."""
+        """The tensor of an entry of a module or a mapping; one on the meta device in the place of a `Spread`.
+
+        Entries of a conversion may have other sources, which have no tensor.
+        """
+        if isinstance(self.source, Spread):
+            return self.source.stand_in
         assert isinstance(self.source, TensorSource)
         return self.source.tensor
 
@@ -63,10 +71,11 @@ class State(NamedTuple):
     file_metadata: Mapping[str, str] = MappingProxyType({})
 
 
-def read_state(source: Source, *, tensors_only: bool = False) -> State:
+def read_state(source: Source, *, tensors_only: bool = False, reader: Parts | None = None) -> State:
     """Reads the entries of ``source``; copies nothing. Raises UnsupportedTensorError, naming the entry.
 
-    ``tensors_only``: extra state that is not a tensor is left out, since the architecture holds it.
+    ``tensors_only``: extra state that is not a tensor is left out, since the architecture holds it. ``reader``: reads DTensors; None if
+    this process alone saves, so that each tensor has to be whole in it.
     """
     swapped: set[str] = set()  # the names of arrays in the byte order of another kind of processor
     values: Mapping[str, torch.Tensor]
@@ -88,30 +97,72 @@ def read_state(source: Source, *, tensors_only: bool = False) -> State:
         named = {name: _as_tensor(name, value) for name, value in source.items()}
         swapped.update(name for name, value in source.items() if is_swapped(value))
         named, flags, file_metadata = _expanded(named)
-        flags_known = bool(flags) or any(type(tensor) is nn.Parameter for tensor in named.values())
+        flags_known = bool(flags) or any(map(is_parameter, named.values()))
         values = named
     else:
         raise TypeError(f"an nn.Module or a mapping of names to tensors is needed, not {type(source).__name__}")
-    kind_without_flag: Literal["buffer", "tensor"] = "buffer" if isinstance(source, nn.Module) else "tensor"
+    parts = _parts(named, swapped, reader) if reader is not None else {}
+    if parts:
+        values = {**values, **{name: part.local for name, part in parts.items()}}
+    without_flag: Literal["buffer", "tensor"] = "buffer" if isinstance(source, nn.Module) else "tensor"
+    entries, overlaps = _entries(named, values, _Origins(flags, without_flag, swapped, parts))
+    files = {found.file: name for name, found in offloaded.items() if found.file}
+    notes = untied_notes(offloaded, values) if offloaded else ()
+    return State(entries, flags_known, overlaps, files, notes, file_metadata)
+
+
+class _Origins(NamedTuple):
+    """What is known of tensors by name. ``flags``: of those that are no Parameters. ``without_flag``: the kind of tensors without one.
+
+    ``swapped``: the names of arrays in another byte order. ``parts``: of distributed tensors.
+    """
+
+    flags: Mapping[str, bool]
+    without_flag: Literal["buffer", "tensor"]
+    swapped: Collection[str]
+    parts: Mapping[str, Part]
+
+
+def _entries(
+    named: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor], origins: _Origins
+) -> tuple[tuple[Entry, ...], tuple[tuple[str, str], ...]]:
+    """The entries of ``named``, and the pairs of them that share a part of their memory. ``values``: the memory of each."""
+    flags, without_flag, swapped, parts = origins
     entries, begins, ends = [], [], []
     for (name, tensor), value in zip(named.items(), values.values()):
         reach = check_savable(name, value)
         begins.append(begin := value.data_ptr())
         ends.append(begin + reach)
-        frozen = not tensor.requires_grad if type(tensor) is nn.Parameter else flags.get(name)
-        kind = "parameter" if frozen is not None else kind_without_flag
+        frozen = not tensor.requires_grad if is_parameter(tensor) else flags.get(name)
+        kind = "parameter" if frozen is not None else without_flag
         # `Tensor.data`: if the Parameter gets other data during the save, this memory stays alive. It is cheaper than `detach`.
-        in_memory = (SwappedSource if name in swapped else TensorSource)(value.data, tensor.dtype)
-        entries.append(Entry(name, kind, frozen, None, in_memory))
+        in_memory = SwappedSource if name in swapped else TensorSource
+        source = parts[name].spread if name in parts else in_memory(value.data, tensor.dtype)
+        entries.append(Entry(name, kind, frozen, None, source))
     # Swapped bytes have other values than the tensor that seems to share them, so they are never tied.
     to_compare = [0 if name in swapped else begin for name, begin in zip(values, begins)] if swapped else begins
     ties = shared_names(values, to_compare)
+    if parts:
+        ties = tied_parts(named, parts, ties)
     if ties:
         entries = [entry._replace(tied_to=ties.get(entry.name)) for entry in entries]
-    files = {found.file: name for name, found in offloaded.items() if found.file}
-    overlaps = tuple(_overlaps(entries, begins, ends))
-    notes = untied_notes(offloaded, values) if offloaded else ()
-    return State(tuple(entries), flags_known, overlaps, files, notes, file_metadata)
+    return tuple(entries), tuple(_overlaps(entries, list(values.values()), begins, ends))
+
+
+def _parts(named: Mapping[str, torch.Tensor], swapped: Collection[str], reader: Parts) -> dict[str, Part]:
+    """The parts in this process of those tensors that are distributed."""
+    if swapped:
+        refuse(
+            min(swapped), "an array in the byte order of this processor was expected by several ranks", "it has the other one"
+        )
+    parts = {}
+    for name, tensor in named.items():
+        if is_distributed(tensor):
+            try:
+                parts[name] = reader.read(tensor)
+            except NotReadable as error:
+                refuse(name, error.expected, error.found)
+    return parts
 
 
 def _expanded(named: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, bool], Mapping[str, str]]:
@@ -170,7 +221,7 @@ def _module_flags(module: nn.Module, named: Mapping[str, torch.Tensor]) -> dict[
 
     Other tensors in a state dict are buffers, or tensors that a hook put in the place of a Parameter.
     """
-    if all(type(tensor) is nn.Parameter for tensor in named.values()):
+    if all(map(is_parameter, named.values())):
         return {}
     names = Names.of(module)
     return {names.plain(name): not p.requires_grad for name, p in module.named_parameters(remove_duplicate=False)}
@@ -197,16 +248,18 @@ def _as_tensor(name: object, value: object) -> torch.Tensor:
     refuse(name, "a tensor was expected", f"it is {an(type(value).__name__)}{hint}")
 
 
-def _overlaps(entries: list[Entry], begins: list[int], ends: list[int]) -> Iterator[tuple[str, str]]:
+def _overlaps(
+    entries: list[Entry], values: list[torch.Tensor], begins: list[int], ends: list[int]
+) -> Iterator[tuple[str, str]]:
     """Pairs of neighbours in memory that share bytes without being tied; at most one pair for each entry.
 
-    ``begins``, ``ends``: the addresses of each entry.
+    ``values``, ``begins``, ``ends``: the tensor of each entry, and its addresses.
     """
     if not any_overlap(begins, ends):  # tied entries seem to overlap, too
         return
     spans = sorted(
-        (str(entry.tensor.device), begin, end, entry.name)
-        for begin, end, entry in zip(begins, ends, entries)
+        (str(value.device), begin, end, entry.name)
+        for begin, end, entry, value in zip(begins, ends, entries, values)
         if begin < end and entry.tied_to is None
     )
     furthest: tuple[str, int, str] | None = None

@@ -11,6 +11,7 @@ import torch
 from shardsave._common.memory import PLAIN_TYPES, lacks_memory, reach
 from shardsave._common.words import an
 from shardsave._format.dtypes import BY_TORCH, logical_shape
+from shardsave._state.distributed_tensors import is_distributed
 from shardsave.errors import UnsupportedTensorError
 
 #: The dtypes whose tensors have no rule of their own.
@@ -46,7 +47,7 @@ def check_savable(name: str, tensor: torch.Tensor) -> int:
         refuse(name, "another name was expected", "safetensors keeps this one for itself")
     check_name(name)
     if type(tensor) not in PLAIN_TYPES or hasattr(tensor, "__tensor_flatten__"):
-        refuse(name, "a plain tensor was expected", f"it is {an(type(tensor).__name__)}")
+        refuse(name, "a plain tensor was expected", f"it is {an(type(tensor).__name__)}{_way_out(tensor)}")
     if tensor.layout is not torch.strided or tensor.is_nested:
         layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
         refuse(name, "a strided tensor was expected", f"its layout is {layout}")
@@ -72,3 +73,10 @@ def check_savable(name: str, tensor: torch.Tensor) -> int:
     if dtype == torch.float4_e2m1fn_x2 and tensor.dim() == 0:
         refuse(name, "a float4 tensor of at least one dimension was expected", "it has none")
     return reached
+
+
+def _way_out(tensor: torch.Tensor) -> str:
+    """What to do with a tensor of which other processes have parts too."""
+    if not is_distributed(tensor):
+        return ""
+    return ", which all of its processes save together: init_process_group must have been called, and each must call save"

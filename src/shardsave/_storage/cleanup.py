@@ -34,7 +34,7 @@ from shardsave._storage.directory import Directory
 from shardsave._storage.freeing import RemovedFiles
 from shardsave._storage.lock import LockedDirectory
 from shardsave._storage.previous import Previous, companions_of, files_of
-from shardsave._storage.staging import LIST_NAME, NEW_INDEX_NAME, lists_directory, owner_of, read_list
+from shardsave._storage.staging import LIST_NAME, NEW_INDEX_NAME, NONCE_NAME, lists_directory, owner_of, read_list
 
 _P = ParamSpec("_P")
 
@@ -306,7 +306,9 @@ def status_of_final(folder: Directory, name: str, inside: Directory | None) -> o
 def is_staged(name: str) -> bool:
     """Whether a saver gives this name to a file in its staging directory."""
     patterns = (OWN_PATTERN, DIRECTORY_PATTERN)
-    return any(p.fullmatch(name) for p in patterns) or name in COMPANION_NAMES or name in (LIST_NAME, NEW_INDEX_NAME)
+    return (
+        any(p.fullmatch(name) for p in patterns) or name in COMPANION_NAMES or name in (LIST_NAME, NEW_INDEX_NAME, NONCE_NAME)
+    )
 
 
 def is_superseded(folder: Directory, lone: os.stat_result, superseded: Superseded | None) -> bool:

@@ -2,11 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Iterable
 
-from shardsave._common.os_calls import CallFailed
+from shardsave._common.os_calls import DISK_FULL, OUT_OF_SPACE, CallFailed
+from shardsave._common.words import human_bytes
 from shardsave._format.file_names import INDEX_NAME
-from shardsave.errors import DirectoryBusyError, DurabilityUncertainError, SaveNotCommittedError
+from shardsave._storage.directory import Directory
+from shardsave.errors import (
+    DirectoryBusyError,
+    DurabilityUncertainError,
+    OutOfSpaceError,
+    SaveNotCommittedError,
+    ShardSaveError,
+)
+
+
+def save_failed(folder: Directory, path: str, error: CallFailed, needed: int | None, state: str) -> ShardSaveError:
+    """The error for a call that failed before the commit of a save into ``folder``, whose path is ``path``.
+
+    ``needed``: the bytes that all shards need, if the call was about that. ``state``: that of the directory now.
+    """
+    room = ""
+    if error.errno in DISK_FULL and folder.fd >= 0:
+        need = f"needs {human_bytes(needed)}, " if needed is not None else ""
+        with contextlib.suppress(CallFailed):
+            free = folder.free_bytes()
+            room = f" ({need}{human_bytes(free)} free)" if free is not None else ""
+    kind = OutOfSpaceError if error.errno in OUT_OF_SPACE else SaveNotCommittedError
+    what = f"cannot write {os.path.join(path, error.path)}" if error.path else f"cannot save to {path}"
+    return kind(f"{what}: {error.reason}{room}; {state}")
 
 
 def name_taken(path: str, name: str, state: str) -> DirectoryBusyError:

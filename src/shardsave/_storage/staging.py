@@ -10,7 +10,7 @@ import re
 import secrets
 import sys
 from collections.abc import Iterable
-from errno import EEXIST
+from errno import EEXIST, ENOENT
 from typing import NamedTuple
 
 from shardsave._common.os_calls import CallFailed, Descriptor, allocate, call, write_all
@@ -26,7 +26,11 @@ NEW_INDEX_NAME = "index"
 #: The list of final names: JSON, an array of strings. If its saver dies, it says what the next save may remove.
 LIST_NAME = "names"
 
+#: A file that only this save knows: processes that are to write into the staging directory find out whether it is the same one.
+NONCE_NAME = "nonce"
+
 _MAX_LIST_BYTES = 64_000_000
+_NONCE_BYTES = 16
 
 #: Staging directories: eight hex digits for the host, eight at random.
 _PATTERN = re.compile(r"\.shardsave-([0-9a-f]{8})[0-9a-f]{8}")
@@ -115,6 +119,26 @@ class Staging:
         self._parent.mkdir(self.name, self._mode())
         self._inside.open_in(self._parent)
         self._parent.sync()
+
+    def write_nonce(self) -> str:
+        """Creates the file of that name with new random digits, and returns these."""
+        nonce = secrets.token_hex(_NONCE_BYTES)
+        with Descriptor() as file:
+            self._create(NONCE_NAME, file, None)
+            write_all(file.fd, NONCE_NAME, nonce.encode())
+            file.close(NONCE_NAME)
+        return nonce
+
+    def join(self, name: str, nonce: str) -> bool:
+        """Opens the staging directory ``name``, which another process has made. Returns whether it is the one with this nonce."""
+        self._inside.name = name
+        try:
+            self._inside.open_in(self._parent)
+            return self._inside.read_all(NONCE_NAME, 2 * _NONCE_BYTES, follow=False) == nonce.encode()
+        except CallFailed as error:
+            if error.errno != ENOENT:
+                raise
+            return False
 
     def _mode(self) -> int:
         """Who may see nothing of the files may not enter the directory."""

@@ -10,11 +10,12 @@ import contextlib
 import errno
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import NamedTuple
 
-from shardsave._common.os_calls import DISK_FULL, OUT_OF_SPACE, CallFailed
+from shardsave._common.os_calls import OUT_OF_SPACE, CallFailed
 from shardsave._common.shutdown import raise_if_ending
 from shardsave._common.words import human_bytes, some
 from shardsave._format.file_names import DIRECTORY_PATTERN, INDEX_NAME, LONE_NAME, directory_name, part_name, shard_names
@@ -28,18 +29,23 @@ from shardsave._storage.commit_errors import (
     durability_unknown,
     index_replaced,
     name_taken,
+    save_failed,
     still_read,
 )
 from shardsave._storage.companions import StagedCompanions, finish_dead_savers
 from shardsave._storage.directory import make_folders, names_on_the_way, path_to_write
 from shardsave._storage.earlier import EarlierCheckpoint, EarlierShard, open_earlier, refusal
 from shardsave._storage.freeing import RemovedFiles, wait_until_freed
+from shardsave._storage.joined import Invitation
 from shardsave._storage.lock import LockedDirectory
 from shardsave._storage.phase import Phase
 from shardsave._storage.previous import Previous, permissions_replaced, read_previous
 from shardsave._storage.staging import NEW_INDEX_NAME, StagedShard, Staging
 from shardsave._storage.taking_over import TakingOver
 from shardsave.errors import OutOfSpaceError, SaveNotCommittedError, ShardSaveError
+
+#: How often the removal of a staging directory is tried if other processes write there, and the pause after each, in seconds.
+_REMOVALS, _REMOVAL_PAUSE = 20, 0.01
 
 
 class CommitOutcome(NamedTuple):
@@ -82,6 +88,7 @@ class Transaction:
         self._moving: list[str] = []  # those of what has, or may have, been moved
         self._finished: list[str] = []  # companions of a dead saver that were put in place
         self._removed: list[str] = []  # leavings of dead savers that were removed before the commit
+        self._invited = False  # whether other processes may create files in the staging directory
 
     @property
     def supersedes(self) -> Superseded | None:
@@ -237,6 +244,16 @@ class Transaction:
         with self._before_commit():
             self._staging.seal(shard, length, header)
 
+    def invite(self, names: Iterable[str]) -> Invitation:
+        """Lets other processes create the shards ``names`` in the staging directory; the commit moves them as if this one had."""
+        with self._before_commit():
+            for name in names:
+                self._stage(name)
+            self._staging.make()
+            self._invited = True
+            nonce = self._staging.write_nonce()
+        return Invitation(self._staging.name, nonce, self._staging.private, self._staging.permissions, self._state())
+
     def stage(self, name: str, data: bytes) -> None:
         """Creates the staged file ``name``, a part of the checkpoint, with the content ``data``."""
         with self._before_commit():
@@ -372,8 +389,16 @@ class Transaction:
             ending.callback(self._staging.close)
             self._staging.abandon()
             if self._folder.fd >= 0 and self._phase.removable and self._staging.name:
-                named = self._previous.files - self._companions.linked
-                Cleaner(self._folder, self._staging.name).remove_staging(self._staging.name, named, finals=self._moving)
+                self._remove_staging(self._previous.files - self._companions.linked)
+
+    def _remove_staging(self, named: frozenset[str]) -> None:
+        """Removes the staging directory. An invited process may put files into it until it is gone: so this is tried again."""
+        for tries_left in reversed(range(_REMOVALS if self._invited else 1)):
+            cleaner = Cleaner(self._folder, self._staging.name)
+            cleaner.remove_staging(self._staging.name, named, finals=self._moving)
+            if not cleaner.failed or not tries_left:
+                return
+            time.sleep(_REMOVAL_PAUSE)
 
     @contextlib.contextmanager
     def _before_commit(self) -> Iterator[None]:
@@ -389,15 +414,7 @@ class Transaction:
 
         ``needed``: the bytes that all shards need, if the call was about that.
         """
-        room = ""
-        if error.errno in DISK_FULL and self._folder.fd >= 0:
-            need = f"needs {human_bytes(needed)}, " if needed is not None else ""
-            with contextlib.suppress(CallFailed):
-                free = self._folder.free_bytes()
-                room = f" ({need}{human_bytes(free)} free)" if free is not None else ""
-        kind = OutOfSpaceError if error.errno in OUT_OF_SPACE else SaveNotCommittedError
-        what = f"cannot write {os.path.join(self.path, error.path)}" if error.path else f"cannot save to {self.path}"
-        return kind(f"{what}: {error.reason}{room}; {self._state()}")
+        return save_failed(self._folder, self.path, error, needed, self._state())
 
     def _state(self) -> str:
         if self._phase is Phase.UNREAD:

@@ -1,0 +1,68 @@
+"""Which processes save together, and what must be equal on all of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from shardsave._api.process_group import collective_group, members
+from shardsave._common.imports import import_at_use
+from shardsave._saving.contents import Contents
+from shardsave._saving.job import ALONE, Job
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from shardsave._api.save import How
+    from shardsave._state.module import Source
+
+#: For a meeting, if the argument cannot be one: all ranks are to learn that it is wrong.
+_RANK_TIMEOUT = 120.0
+
+
+@contextmanager
+def job_of_save(
+    source: Source, directory: str | os.PathLike[str], how: How, process_group: ProcessGroup | None
+) -> Iterator[Job]:
+    """Meets the other ranks if the save is collective. What one of them raises within the context is raised on all.
+
+    Raises TypeError, ValueError for a wrong ``process_group``, and ShardSaveError if a rank does not come.
+    """
+    group = collective_group(source, process_group)
+    if group is None:
+        yield ALONE
+        return
+    import_at_use("shardsave._ranks.save_job")  # most saves are by one process
+    from shardsave._ranks.save_job import SaveJob
+    from shardsave._ranks.session import begin
+
+    timeout = how.rank_timeout
+    usable = isinstance(timeout, (int, float)) and timeout > 0
+    where = os.fspath(directory) if isinstance(directory, (str, os.PathLike)) else repr(directory)
+    with begin(group, "save", where, rank_timeout=timeout if usable else _RANK_TIMEOUT) as session:
+        yield SaveJob(session, members(group), where, durable=how.durable, on_divergence=how.on_divergence)
+
+
+def digests(contents: Contents, how: How) -> dict[str, bytes]:
+    """A digest of everything that must be equal on all ranks, by the name that a message has for it."""
+    stored = [[shard.names, shard.layout.data_bytes] for shard in contents.all_shards]
+    documents = {name: content.hex() for name, content in contents.documents.items()}
+    companions = {name: content.hex() for name, content in contents.companions.items()}
+    return {
+        "durable": _digest(how.durable),
+        "metadata": _digest(contents.metadata),
+        "step": _digest(contents.moment.step),
+        "metrics": _digest([*contents.moment.metrics.items()]),
+        "max_shard_size": _digest(contents.max_shard_size),
+        "files beside the weights": _digest(companions),
+        "architecture or program": _digest(documents),
+        "tensors in the files": _digest([stored, contents.flags, contents.module_flags, contents.ties, contents.single_file]),
+    }
+
+
+def _digest(value: Any) -> bytes:
+    return hashlib.sha256(json.dumps(value).encode()).digest()[:8]

@@ -1,0 +1,208 @@
+"""Layouts: which rank of a group holds which elements of a tensor. All ranks compute the same boxes from the same layout.
+
+The arithmetic is that of torch's DTensor: a dimension is cut as `torch.chunk` cuts it, and a rank may hold several boxes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import NamedTuple, Protocol
+
+#: The index at which a box begins, and its sizes.
+Extent = tuple[tuple[int, ...], tuple[int, ...]]
+
+#: Where a box lies in the local tensor of a rank: a slice for each dimension.
+Inside = tuple[slice, ...]
+
+#: The parts of one dimension that a rank holds: first index and stop of each, ascending.
+Intervals = tuple[tuple[int, int], ...]
+
+
+class Layout(Protocol):
+    """Where the elements of one tensor are. Equal on all ranks, hashable, small; ranks are positions in the group."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the whole tensor."""
+
+    @property
+    def ranks(self) -> Sequence[int]:
+        """The ranks that have the tensor; some of them may hold no element of it."""
+
+    def boxes(self, rank: int) -> tuple[Extent, ...]:
+        """The boxes that ``rank`` holds, which do not overlap; none if it holds nothing."""
+
+
+class Split(NamedTuple):
+    """How a tensor is placed along one dimension of a mesh. ``dim`` -1: each rank along it holds the same.
+
+    Otherwise dimension ``dim`` of the tensor is first cut into ``groups``, and each rank holds its part of each of them.
+    """
+
+    dim: int
+    groups: int = 1
+
+
+class Grid:
+    """The ranks of a mesh, in C order; -1 for processes that are not in the group."""
+
+    def __init__(self, ranks: Sequence[int], sizes: Sequence[int]) -> None:
+        self.ranks = tuple(ranks)
+        self.sizes = tuple(sizes)
+        self._place = {rank: place for place, rank in enumerate(self.ranks) if rank >= 0}
+        self._hash = hash((self.ranks, self.sizes))
+
+    def coordinates(self, rank: int) -> tuple[int, ...] | None:
+        """Where ``rank`` is in the mesh; None if it is not."""
+        place = self._place.get(rank)
+        if place is None:
+            return None
+        found = []
+        for size in reversed(self.sizes):
+            place, coordinate = divmod(place, size)
+            found.append(coordinate)
+        return tuple(reversed(found))
+
+    @property
+    def members(self) -> Sequence[int]:
+        """The ranks of the group that are in the mesh."""
+        return self._place.keys()  # type: ignore[return-value]
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (
+            isinstance(other, Grid) and self._hash == other._hash and (self.ranks, self.sizes) == (other.ranks, other.sizes)
+        )
+
+
+class Placed:
+    """A tensor that is distributed over a mesh, as a DTensor is. ``splits``: one for each dimension of the mesh."""
+
+    def __init__(self, grid: Grid, splits: Sequence[Split], shape: Sequence[int]) -> None:
+        self.grid = grid
+        self.splits = tuple(splits)
+        self.shape = tuple(shape)
+        self._hash = hash((grid, self.splits, self.shape))
+        self._boxes: dict[tuple[int, ...], tuple[Extent, ...]] = {}  # by the coordinates that matter
+        self._inside: dict[int, tuple[tuple[int, ...], tuple[Inside, ...]]] = {}
+        self.ranks: Sequence[int] = tuple(sorted(grid.members))
+
+    def boxes(self, rank: int) -> tuple[Extent, ...]:
+        coordinates = self.grid.coordinates(rank)
+        if coordinates is None:
+            return ()
+        part = self.part(coordinates)
+        boxes = self._boxes.get(part)
+        if boxes is None:
+            boxes = self._boxes[part] = tuple(_boxes(self._intervals(coordinates)))
+        return boxes
+
+    def part(self, coordinates: Sequence[int]) -> tuple[int, ...]:
+        """Equal for ranks that hold the same elements, their replicas."""
+        return tuple(at if split.dim >= 0 else 0 for at, split in zip(coordinates, self.splits))
+
+    def inside(self, rank: int) -> tuple[tuple[int, ...], tuple[Inside, ...]]:
+        """The shape of the local tensor of ``rank``, and where each of its boxes is in it."""
+        found = self._inside.get(rank)
+        if found is None:
+            coordinates = self.grid.coordinates(rank)
+            intervals = self._intervals(coordinates) if coordinates is not None else ((),) * len(self.shape)
+            sizes = tuple(sum(stop - begin for begin, stop in parts) for parts in intervals)
+            slices = tuple(itertools.product(*map(_consecutive, intervals))) if coordinates is not None else ()
+            found = self._inside[rank] = (sizes, slices)
+        return found
+
+    def _intervals(self, coordinates: Sequence[int]) -> tuple[Intervals, ...]:
+        dims: list[Intervals] = [((0, size),) if size else () for size in self.shape]
+        for split, parts, at in zip(self.splits, self.grid.sizes, coordinates):
+            if split.dim >= 0:
+                dims[split.dim] = _part(dims[split.dim], parts, at, split.groups)
+        return tuple(dims)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (
+            isinstance(other, Placed)
+            and self._hash == other._hash
+            and (self.grid, self.splits, self.shape) == (other.grid, other.splits, other.shape)
+        )
+
+
+class Whole(NamedTuple):
+    """A tensor that each of ``ranks`` holds as a whole."""
+
+    ranks: Sequence[int]
+    shape: tuple[int, ...]
+
+    def boxes(self, rank: int) -> tuple[Extent, ...]:
+        return _whole(self.shape) if rank in self.ranks else ()
+
+
+class Listed:
+    """A tensor of which each rank lists its boxes itself. ``by_rank``: rank → its boxes."""
+
+    def __init__(self, by_rank: Mapping[int, Sequence[Extent]], shape: Sequence[int]) -> None:
+        self.shape = tuple(shape)
+        self._by_rank = {rank: tuple(by_rank[rank]) for rank in sorted(by_rank)}
+        self._hash = hash((self.shape, tuple(self._by_rank.items())))
+        self.ranks: Sequence[int] = tuple(self._by_rank)
+
+    def boxes(self, rank: int) -> tuple[Extent, ...]:
+        return self._by_rank.get(rank, ())
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Listed) and (self.shape, self._by_rank) == (other.shape, other._by_rank)
+
+
+@lru_cache(maxsize=1024)
+def _whole(shape: tuple[int, ...]) -> tuple[Extent, ...]:
+    return (((0,) * len(shape), shape),) if math.prod(shape) else ()
+
+
+def _boxes(intervals: Sequence[Intervals]) -> Iterator[Extent]:
+    """The products of the parts of each dimension, in C order."""
+    for parts in itertools.product(*intervals):
+        yield tuple(begin for begin, _ in parts), tuple(stop - begin for begin, stop in parts)
+
+
+def _consecutive(intervals: Intervals) -> Iterator[slice]:
+    """Where ``intervals`` are in a local tensor, in which one follows the other."""
+    at = 0
+    for begin, stop in intervals:
+        yield slice(at, at := at + stop - begin)
+
+
+def _part(intervals: Intervals, parts: int, number: int, groups: int) -> Intervals:
+    """Part ``number`` of ``parts`` of each of ``groups`` of the indices in ``intervals``; all are cut as `torch.chunk` cuts."""
+    total = sum(stop - begin for begin, stop in intervals)
+    size = -(-total // groups)
+    found: list[tuple[int, int]] = []
+    for first in range(0, total, size) if size else ():
+        length = min(size, total - first)
+        part = -(-length // parts)
+        begin, stop = min(number * part, length), min((number + 1) * part, length)
+        for piece in _cut(intervals, first + begin, first + stop):
+            if found and found[-1][1] == piece[0]:
+                piece = (found.pop()[0], piece[1])
+            found.append(piece)
+    return tuple(found)
+
+
+def _cut(intervals: Intervals, first: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Of the indices in ``intervals``, those that are counted ``first`` to ``stop``."""
+    counted = 0
+    for begin, end in intervals:
+        low, high = max(first - counted, 0), min(stop - counted, end - begin)
+        if low < high:
+            yield begin + low, begin + high
+        counted += end - begin

@@ -1,0 +1,96 @@
+"""A tensor that is spread over the ranks of a group, as a source: what this rank holds of it, and which ranks hold the rest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from shardsave._common.assembled import Assembled, Chunk
+from shardsave._common.layouts import Extent, Layout, Placed
+from shardsave._common.senders import senders
+from shardsave._common.sources import TensorSource
+
+
+class Spread:
+    """A source of ``dtype`` (that of the file) whose elements are where ``layout`` says.
+
+    ``local``: the boxes of this rank, in the order of ``layout.boxes``, as views of live memory; empty boxes are left out. Chunks of
+    another dtype are cast. `gather` needs all elements here; `scatter` stores those that are here, and skips the others.
+    """
+
+    __slots__ = ("_stand_in", "dtype", "layout", "local")
+
+    def __init__(self, dtype: torch.dtype, layout: Layout, local: Sequence[Chunk]) -> None:
+        self.dtype = dtype
+        self.layout = layout
+        self.local = tuple(local)
+        self._stand_in: torch.Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.layout.shape
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.layout.shape) * self.dtype.itemsize
+
+    @property
+    def cuda_device(self) -> int:
+        tensor = self.local[0].tensor if self.local else None
+        return tensor.get_device() if tensor is not None and tensor.is_cuda else -1
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this rank holds all elements."""
+        return sum(chunk.tensor.numel() for chunk in self.local) == math.prod(self.layout.shape)
+
+    @property
+    def stand_in(self) -> torch.Tensor:
+        """A tensor on the meta device with the shape and dtype of the whole, always the same object."""
+        if self._stand_in is None:
+            self._stand_in = torch.empty(self.layout.shape, dtype=self.dtype, device="meta")
+        return self._stand_in
+
+    def memory(self) -> tuple[int, int] | None:
+        if len(self.local) == 1 and self.is_whole:
+            return TensorSource(self.local[0].tensor, self.dtype).memory()
+        return None
+
+    def gather(self, offset: int, view: memoryview) -> None:
+        if not self.is_whole:
+            raise ValueError(f"this rank holds only a part of a tensor of shape {list(self.shape)}")
+        Assembled(self.dtype, self.shape, self.local).gather(offset, view)
+
+    def scatter(self, offset: int, view: memoryview) -> None:
+        Assembled(self.dtype, self.shape, self.local).scatter(offset, view)
+
+    def senders(self, owner: int, hosts: Sequence[int]) -> tuple[tuple[int, Extent], ...]:
+        """Which rank gives which box to ``owner``; each element is in one of them. ``hosts``: the number of each rank's host."""
+        return senders(self.layout, owner, hosts)
+
+    def sent(self, rank: int, owner: int, hosts: Sequence[int]) -> tuple[Extent, ...]:
+        """Of `senders`, the boxes that ``rank`` gives to ``owner``."""
+        return tuple(box for sender, box in self.senders(owner, hosts) if sender == rank)
+
+    def cast(self, dtype: torch.dtype) -> Spread:
+        """The same elements, cast to ``dtype`` on their way to the file."""
+        return Spread(dtype, self.layout, self.local)
+
+
+def local_chunks(layout: Layout, rank: int, local: torch.Tensor) -> tuple[Chunk, ...]:
+    """``local``, the tensor in which ``rank`` holds its part of ``layout``, as the boxes of it.
+
+    Raises ValueError, with the shape that was expected, if ``local`` has another one.
+    """
+    boxes = layout.boxes(rank)
+    if isinstance(layout, Placed):
+        sizes, inside = layout.inside(rank)
+    else:
+        sizes, inside = (boxes[0][1] if boxes else local.shape), ()
+    if local.shape != sizes and (boxes or local.numel()):
+        raise ValueError(f"shape {list(sizes)} was expected on this rank, it has {list(local.shape)}")
+    if len(boxes) == 1:
+        return (Chunk(boxes[0][0], local),)
+    return tuple(Chunk(begin, local[place]) for (begin, _), place in zip(boxes, inside))

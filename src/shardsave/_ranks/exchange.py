@@ -1,0 +1,219 @@
+"""Moves bytes between ranks, block by block: the owner of a block has a window of memory for it, in which the other ranks work.
+
+The owner's engine takes blocks in an order. When the window of a block may be used, the owner *opens* it for the ranks that take part in
+it; each does its work there (a save: fills in its boxes; a load: takes out its boxes) and reports that it is *done*. Within a host the
+window is memory that these ranks share; between hosts its parts travel as parcels (`parcels.py`).
+
+No cycle of ranks can wait for each other: a rank works whenever a window is opened for it, and an owner opens the window of a block as
+soon as an earlier block, which an engine that takes blocks in order already has, does not need the memory any more.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from shardsave._engine.transfer import BLOCK_BYTES
+from shardsave._ranks.copies import Way
+from shardsave._ranks.host_links import HostLinks
+from shardsave._ranks.windows import SharedMemory
+from shardsave.errors import ShardSaveError
+
+if TYPE_CHECKING:
+    from shardsave._ranks.session import Session
+
+#: What a rank does with its part of a block: the owner, the number of the block, the address of the window. Returns the bytes moved.
+Work = Callable[[int, int, int], int]
+
+#: How many windows a rank has for the blocks that it owns. More would let fast ranks work further ahead, and take more memory.
+WINDOWS = 8
+
+#: How long an owner's worker waits before it looks whether its run still goes on, and a rank before it looks for errors; in seconds.
+_WAIT = 0.05
+
+#: How long a rank waits to be told the error of another one that has left, in seconds.
+_PATIENCE = 10.0
+
+
+class _Block:
+    """A block with a window, on its owner. ``open``: the window may be used for it. ``missing``: ranks that are not yet done with it;
+    None until it was opened for them."""
+
+    __slots__ = ("missing", "number", "open", "place", "worked")
+
+    def __init__(self, number: int, place: int) -> None:
+        self.number = number
+        self.place = place
+        self.open = self.worked = False
+        self.missing: set[int] | None = None
+
+
+class Exchange:
+    """``windowed``: the numbers of this rank's blocks that need a window, ascending. ``owners``: the ranks that own any blocks.
+
+    ``taking(block)``: the other ranks that take part in a block of this rank, and how many bytes each. ``work``: on any thread.
+    ``way``: "in" if the ranks fill windows, "out" if they empty them.
+    Threads: `take` and `give_back` are for the engine's workers, the rest for the thread that made it.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        owners: Sequence[int],
+        windowed: Sequence[int],
+        taking: Callable[[int], dict[int, int]],
+        work: Work,
+        way: Way,
+    ) -> None:
+        self.sent_bytes = self.received_bytes = self.peak_bytes = 0
+        self._session = session
+        self._taking = taking
+        self._work = work
+        self._inward = way == "in"
+        self._blocks = [_Block(number, place) for place, number in enumerate(windowed)]
+        self._by_number = {block.number: block for block in self._blocks}
+        self._count = min(WINDOWS, len(windowed))
+        self._complete = 0
+        self._memory: SharedMemory | None = None
+        self._changed = threading.Condition()
+        self._error: BaseException | None = None
+        here = session.hosts[session.rank]
+        near = [rank for rank in owners if rank != session.rank and session.hosts[rank] == here]
+        self._links = HostLinks(self, session, near, listens=session.rank in owners)
+
+    def start(self) -> None:
+        """Connects to the other ranks. Raises what `Session.check` raises, and ShardSaveError."""
+        token = self._session.publish("exchange", HostLinks.new_token() if self._session.leads else None)
+        if self._count:
+            self._memory = SharedMemory.new(self._count * BLOCK_BYTES)
+            self.peak_bytes += self._memory.nbytes
+        self._links.start(token, self._memory)
+        for block in self._blocks[: self._count]:
+            self._open(block)
+        if not self._blocks:
+            self._links.end()
+
+    def take(self, number: int) -> memoryview | None:
+        """The window of a block, once it is open (way "out"), or once all ranks are done with it ("in"); None after a short wait."""
+        block = self._by_number[number]
+        if not self._wait(lambda: block.open):
+            return None
+        if self._inward:
+            if not block.worked:
+                self._work(self._session.rank, number, self._address(block))
+                block.worked = True
+            if not self._wait(lambda: not block.missing):
+                return None
+        assert self._memory is not None
+        begin = block.place % self._count * BLOCK_BYTES
+        return self._memory.view[begin : begin + BLOCK_BYTES]
+
+    def give_back(self, number: int) -> None:
+        """The engine has written the window, or has read the file into it."""
+        block = self._by_number[number]
+        if self._inward:
+            self._completed(block)
+            return
+        self._work(self._session.rank, number, self._address(block))
+        self._invite(block)
+
+    def done(self, rank: int, number: int) -> None:
+        """Called by links: another rank is done with a block of this one."""
+        block = self._by_number[number]
+        with self._changed:
+            assert block.missing is not None
+            block.missing.remove(rank)
+            last = not block.missing
+            self._changed.notify_all()
+        if last and not self._inward:
+            self._completed(block)
+
+    def visit(self, owner: int, number: int, address: int) -> None:
+        """Called by links: the window of a block of ``owner`` is open for this rank."""
+        moved = self._work(owner, number, address)
+        if self._inward:
+            self.sent_bytes += moved
+        else:
+            self.received_bytes += moved
+
+    def fail(self, error: BaseException) -> None:
+        """Called by links when something failed on their threads."""
+        with self._changed:
+            self._error = self._error or error
+            self._changed.notify_all()
+
+    def finish(self) -> None:
+        """Waits until the other ranks are done with this rank's blocks, and this one with theirs. Raises as `start`."""
+        while not self._wait(lambda: self._complete == len(self._blocks) and self._links.ended):
+            self._session.check()
+
+    def close(self) -> None:
+        """Ends everything, after success and after any error. Never waits for other ranks."""
+        self._links.close()
+        if self._memory is not None:
+            self._memory.close()
+
+    def wake(self) -> None:
+        """Called by links when they have ended."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def _address(self, block: _Block) -> int:
+        assert self._memory is not None
+        return self._memory.address + block.place % self._count * BLOCK_BYTES
+
+    def _open(self, block: _Block) -> None:
+        """The window of ``block`` may be used for it."""
+        if self._inward:
+            self._invite(block)
+        with self._changed:
+            block.open = True
+            self._changed.notify_all()
+
+    def _invite(self, block: _Block) -> None:
+        """Opens the window for the ranks that take part in ``block``."""
+        taking = self._taking(block.number)
+        with self._changed:
+            block.missing = {*taking}
+            if self._inward:
+                self.received_bytes += sum(taking.values())
+            else:
+                self.sent_bytes += sum(taking.values())
+        for rank in taking:
+            self._links.open(rank, block.number, block.place % self._count)
+        if not taking and not self._inward:
+            self._completed(block)
+
+    def _completed(self, block: _Block) -> None:
+        """Nobody needs the window of ``block`` any more: it is opened for a later one."""
+        with self._changed:
+            self._complete += 1
+            all_complete = self._complete == len(self._blocks)
+            self._changed.notify_all()
+        if block.place + self._count < len(self._blocks):
+            self._open(self._blocks[block.place + self._count])
+        if all_complete:
+            self._links.end()
+
+    def _wait(self, true: Callable[[], bool]) -> bool:
+        """Whether ``true()`` within a short time. Raises the error of this exchange."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._error is not None or self._links.lost or true(), _WAIT)
+            if self._error is not None:
+                raise self._error
+            if not self._links.lost or true():
+                return true()
+        self._raise_lost()
+        return False
+
+    def _raise_lost(self) -> None:
+        """A rank has left: it told its error, or tells it soon; or it is dead."""
+        rank, since, said = next(iter(self._links.lost.values()))
+        self._session.check()
+        if not said or time.monotonic() > since + _PATIENCE:
+            raise ShardSaveError(
+                f"{self._session.name(rank)} was lost: it was expected to exchange tensors, its process has closed the connection"
+            )
+        time.sleep(_WAIT)

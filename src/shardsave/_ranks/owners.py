@@ -1,0 +1,67 @@
+"""Which rank writes which file. A file has one writer; all ranks compute the same owners from the same shards."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardsave._common.layouts import Layout
+from shardsave._common.spread import Spread
+from shardsave._saving.shards import PlannedShard
+
+#: A host may write a file if, of all its bytes, at most this part more than necessary has to come from other hosts.
+_TOLERANCE = 0.1
+
+
+def owners(shards: Sequence[PlannedShard], hosts: Sequence[int]) -> list[int]:
+    """The rank that writes each shard: of the ranks on hosts that hold most of it, the least loaded; of these, one that holds most.
+
+    ``hosts``: the number of each rank's host. A shard with bytes that are no `Spread` is rank 0's.
+    """
+    host_of = np.array(hosts)
+    load = np.zeros(len(hosts))
+    parts: dict[Layout, NDArray[np.float64]] = {}
+    found = []
+    for shard in shards:
+        if shard.owner is not None:
+            owner = shard.owner
+        elif not all(isinstance(piece, Spread) for piece in shard.pieces):
+            owner = 0
+        else:
+            owner = _least_loaded(_held(shard, len(hosts), parts), shard.layout.data_bytes, host_of, load)
+        load[owner] += shard.layout.data_bytes
+        found.append(owner)
+    return found
+
+
+def _held(shard: PlannedShard, ranks: int, parts: dict[Layout, NDArray[np.float64]]) -> NDArray[np.float64]:
+    """How many bytes of ``shard`` each rank holds. ``parts``: for layouts that have been met, the part of the whole that each holds."""
+    nbytes: Counter[Layout] = Counter()
+    for piece in shard.pieces:
+        assert isinstance(piece, Spread)
+        nbytes[piece.layout] += piece.nbytes
+    held = np.zeros(ranks)
+    for layout, length in nbytes.items():
+        part = parts.get(layout)
+        if part is None:
+            part = parts[layout] = _part_of_each(layout, ranks)
+        held += part * length
+    return held
+
+
+def _part_of_each(layout: Layout, ranks: int) -> NDArray[np.float64]:
+    part = np.zeros(ranks)
+    elements = max(1, int(np.prod(layout.shape)))
+    for rank in layout.ranks:
+        part[rank] = sum(int(np.prod(sizes)) for _, sizes in layout.boxes(rank)) / elements
+    return part
+
+
+def _least_loaded(held: NDArray[np.float64], total: int, host_of: NDArray[np.int64], load: NDArray[np.float64]) -> int:
+    on_host = np.minimum(np.bincount(host_of, weights=held), total)  # a host with two replicas has no more than the whole
+    candidates = np.flatnonzero(on_host[host_of] >= on_host.max() - _TOLERANCE * total)
+    order = np.lexsort((candidates, -held[candidates], load[candidates]))
+    return int(candidates[order[0]])

@@ -1,0 +1,212 @@
+"""A save by several ranks: rank 0 does what only one process may do, each rank writes the files that it owns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Literal
+
+from shardsave._common.sources import ByteSource
+from shardsave._engine.totals import Totals
+from shardsave._format.index import FileRecord, ShardRecord
+from shardsave._ranks.agree import agree, check_replicas
+from shardsave._ranks.owners import owners
+from shardsave._ranks.session import Session
+from shardsave._ranks.shipping import Shipping
+from shardsave._saving.contents import Contents
+from shardsave._saving.job import Committed, Names, Prepared, Share, Written
+from shardsave._saving.shards import PlannedShard, ShardFiles
+from shardsave._saving.watch import Watch
+from shardsave._state.distributed_tensors import Parts
+from shardsave._state.module import State
+from shardsave._storage.joined import Invitation, Joined
+from shardsave._storage.transaction import CommitOutcome, Transaction
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+class SaveJob:
+    """The job of one save over ``session``, whose ranks all plan the same contents."""
+
+    def __init__(
+        self,
+        session: Session,
+        members: Sequence[int],
+        where: str,
+        *,
+        durable: bool,
+        on_divergence: Literal["raise", "lowest_rank"],
+    ) -> None:
+        """``members``: the global rank of each process. ``where``: the directory, for messages."""
+        self.parts = Parts(members, session.rank)
+        self.size = session.size
+        self._session = session
+        self._where = where
+        self._durable = durable
+        self._on_divergence = on_divergence
+        self._transaction: Transaction | None = None  # where this rank leads
+        self._joined: Joined | None = None  # where it does not
+        self._mine: set[str] = set()
+        self._shipping: Shipping | None = None
+        self._all: list[str] = []
+
+    @property
+    def leads(self) -> bool:
+        return self._session.leads
+
+    def agree(self, state: State) -> State:
+        state = agree(self._session, state)
+        state, notes = check_replicas(self._session, state, self._on_divergence)
+        return state._replace(notes=(*state.notes, *notes))
+
+    def check_equal(self, arguments: Mapping[str, bytes]) -> None:
+        mine = {name: value.hex() for name, value in arguments.items()}
+        everywhere = self._session.gather("arguments", json.dumps(mine).encode())
+        for rank, data in enumerate(everywhere or ()):
+            for name, value in json.loads(data).items():
+                if value != mine[name]:
+                    raise ValueError(
+                        f"cannot save to {self._where}: the same {name} was expected on all ranks, {self._session.name(rank)} has "
+                        f"another than {self._session.name(0)}; nothing was written"
+                    )
+
+    def watch(self, watch: Watch) -> Watch:
+        return _JobWatch(watch, self._session)
+
+    @contextmanager
+    def files(self, transaction: Transaction) -> Iterator[ShardFiles]:
+        if self._session.leads:
+            with transaction:
+                self._transaction = transaction
+                yield from self._telling(transaction)
+        else:
+            with closing(Joined(transaction.path, durable=self._durable)) as joined:
+                self._joined = joined
+                yield from self._telling(joined)
+
+    def _telling(self, files: ShardFiles) -> Iterator[ShardFiles]:
+        """Other ranks are told of an error before this one removes what it has made, so that they end what they are doing."""
+        try:
+            yield files
+        except BaseException as error:
+            raised = self._session.fail(error)
+            if raised is error:
+                raise
+            raise raised from error
+
+    def prepare(self, contents: Contents, work: Callable[[], Prepared]) -> Prepared:
+        if self._session.leads:
+            prepared = work()
+            self._session.publish("names of files", json.dumps([prepared.names, prepared.notes]).encode())
+        else:
+            names, notes = json.loads(self._session.publish("names of files"))
+            prepared = Prepared(contents, Names(*names), {}, notes)
+        self._all = prepared.names.all
+        return prepared
+
+    @contextmanager
+    def share(self, to_write: Mapping[str, PlannedShard]) -> Iterator[Share]:
+        shards = [*to_write.values()]
+        names = [*to_write]
+        of_shard = owners(shards, self._session.hosts)
+        with closing(Shipping(self._session, shards, of_shard)) as shipping:
+            self._shipping = shipping
+            own = {names[number]: shard for number, shard in zip(shipping.mine, shipping.own)}
+            self._mine = {*own}
+            yield Share(own, shipping)
+            shipping.finish()
+
+    def stage(self, work: Callable[[], object]) -> None:
+        if self._transaction is not None:
+            work()
+            invitation = self._transaction.invite([name for name in self._all if name not in self._mine])
+            self._session.publish("staging directory", invitation.encode())
+        else:
+            assert self._joined is not None
+            invitation = Invitation.decode(self._session.publish("staging directory"))
+            self._joined.join(invitation, self._session.name(0), self._session.check)
+        assert self._shipping is not None
+        self._shipping.start()
+
+    def collect(self, written: Written) -> Written:
+        votes = self._session.gather("finished files", _encode_written(written))
+        return written if votes is None else _joined(map(_decode_written, votes))
+
+    def commit(self, work: Callable[[], Committed]) -> Committed:
+        if self._session.leads:
+            committed = work()
+            self._session.publish("commit", _encode_committed(committed))
+            return committed
+        return _decode_committed(self._session.publish("commit"))
+
+
+class _JobWatch:
+    """The watch over one rank of the save."""
+
+    def __init__(self, watch: Watch, session: Session) -> None:
+        self.workers = watch.workers
+        self.beside_training = watch.beside_training
+        self._watch = watch
+        self._session = session
+
+    def check(self) -> None:
+        self._watch.check()
+        self._session.check()
+
+    def attempt_commit(self) -> None:
+        """After this, no rank can end the save any more."""
+        self._watch.attempt_commit()
+        self._session.seal()
+
+    def is_urgent(self, pieces: Sequence[ByteSource]) -> bool:
+        """Shards are written in the order that all ranks know."""
+        return False
+
+    def begin_reading(self, pieces: Sequence[ByteSource]) -> NDArray[np.int64] | None:
+        return self._watch.begin_reading(pieces)
+
+    def end_reading(self, pieces: Sequence[ByteSource], sums: Sequence[int]) -> None:
+        self._watch.end_reading(pieces, sums)
+
+
+def _encode_written(written: Written) -> bytes:
+    return json.dumps([written.records, written.file_records, asdict(written.totals)]).encode()
+
+
+def _decode_written(data: bytes) -> Written:
+    records, file_records, totals = json.loads(data)
+    return Written(
+        {name: ShardRecord(*record) for name, record in records.items()},
+        {name: FileRecord(*record) for name, record in file_records.items()},
+        _totals(totals),
+    )
+
+
+def _totals(fields: dict[str, Any]) -> Totals:
+    return Totals(**{**fields, "notes": tuple(fields["notes"])})
+
+
+def _joined(parts: Iterator[Written]) -> Written:
+    """What all ranks have written."""
+    records: dict[str, ShardRecord] = {}
+    file_records: dict[str, FileRecord] = {}
+    totals = Totals()
+    for part in parts:
+        records.update(part.records)
+        file_records.update(part.file_records)
+        totals = totals.joined(part.totals)
+    return Written(records, file_records, totals)
+
+
+def _encode_committed(committed: Committed) -> bytes:
+    tensors, directory_bytes, outcome, totals = committed
+    return json.dumps([tensors, directory_bytes, outcome, asdict(totals)]).encode()
+
+
+def _decode_committed(data: bytes) -> Committed:
+    tensors, directory_bytes, outcome, totals = json.loads(data)
+    return Committed(tensors, directory_bytes, CommitOutcome(*map(tuple, outcome)), _totals(totals))

@@ -1,0 +1,167 @@
+"""Tensors of which each process holds a part, as torch's DTensor does: which rank holds which elements, and what this process has.
+
+Nothing is imported for them: whoever has a DTensor has imported its class.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from shardsave._common.assembled import Chunk
+from shardsave._common.layouts import Extent, Grid, Listed, Placed, Split
+from shardsave._common.memory import PLAIN_TYPES
+from shardsave._common.spread import Spread, local_chunks
+from shardsave._common.words import an
+
+#: The method by which a distributed checkpoint asks a tensor, or the local part of a DTensor, for its boxes.
+_CHUNK_LIST = "__create_chunk_list__"
+
+
+class NotReadable(Exception):
+    """A distributed tensor whose elements cannot be located. ``expected`` and ``found`` complete a message."""
+
+    def __init__(self, expected: str, found: str) -> None:
+        super().__init__(expected, found)
+        self.expected = expected
+        self.found = found
+
+
+class Part(NamedTuple):
+    """The part of a distributed tensor in this process. ``local``: the tensor that has all elements of ``spread`` that are here."""
+
+    spread: Spread
+    local: torch.Tensor
+
+
+def is_dtensor(value: Any) -> bool:
+    """Whether ``value`` is a DTensor of torch."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def is_distributed(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` is a DTensor, or another tensor that tells distributed checkpoints which boxes this process has."""
+    return type(tensor) not in PLAIN_TYPES and (is_dtensor(tensor) or hasattr(tensor, _CHUNK_LIST))
+
+
+def is_parameter(tensor: torch.Tensor) -> bool:
+    """Whether a plain or a distributed tensor is a Parameter."""
+    return type(tensor) is nn.Parameter or (isinstance(tensor, nn.Parameter) and is_distributed(tensor))
+
+
+class Parts:
+    """Reads distributed tensors in one process of a group.
+
+    ``members``: the global rank of each process of the group. ``rank``: the position of this process among them.
+    """
+
+    def __init__(self, members: Sequence[int], rank: int) -> None:
+        self.rank = rank
+        self._position = {member: position for position, member in enumerate(members)}
+        self._grids: dict[int, tuple[Any, Grid]] = {}
+        self._layouts: dict[Any, Placed] = {}
+
+    def read(self, tensor: torch.Tensor) -> Part:
+        """The part of ``tensor``, which `is_distributed`, in this process. Raises NotReadable."""
+        if not is_dtensor(tensor):
+            return self._listed(tensor, getattr(tensor, _CHUNK_LIST), _local_of(tensor))
+        local = _waited(tensor._local_tensor)  # type: ignore[attr-defined]
+        if hasattr(local, _CHUNK_LIST):  # Megatron-FSDP gives its uneven parts one; DTensor's own answer then is theirs
+            return self._listed(tensor, getattr(local, _CHUNK_LIST), local)
+        layout = self._layout(tensor)
+        if type(local) not in PLAIN_TYPES:
+            raise NotReadable("a DTensor of plain tensors was expected", f"its local tensor is {an(type(local).__name__)}")
+        # `Tensor.data`: if the parameter gets other data during the save, this memory stays alive.
+        try:
+            return Part(Spread(tensor.dtype, layout, local_chunks(layout, self.rank, local.data)), local)
+        except ValueError as error:
+            raise NotReadable(f"a local tensor as {tensor.placements} says was expected", str(error)) from None  # type: ignore[attr-defined]
+
+    def _layout(self, tensor: Any) -> Placed:
+        mesh, placements, shape = tensor.device_mesh, tensor.placements, tensor.shape
+        key = (id(mesh), placements, shape)
+        layout = self._layouts.get(key)
+        if layout is None:
+            splits = [_split(placement, len(shape)) for placement in placements]
+            layout = self._layouts[key] = Placed(self._grid(mesh), splits, shape)
+        return layout
+
+    def _grid(self, mesh: Any) -> Grid:
+        found = self._grids.get(id(mesh))
+        if found is None:
+            ranks = [self._position.get(rank, -1) for rank in mesh.mesh.flatten().tolist()]
+            found = self._grids[id(mesh)] = (mesh, Grid(ranks, tuple(mesh.mesh.shape)))
+        return found[1]
+
+    def _listed(self, tensor: torch.Tensor, chunk_list: Callable[[], Any], local: torch.Tensor) -> Part:
+        boxes: list[Extent] = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in chunk_list()]
+        layout = Listed({self.rank: [box for box in boxes if 0 not in box[1]]}, tensor.shape)
+        return Part(Spread(tensor.dtype, layout, _pieces(local.data, layout.boxes(self.rank))), local)
+
+
+def _split(placement: Any, dims: int) -> Split:
+    kind = type(placement).__name__
+    if kind == "Replicate":
+        return Split(-1)
+    if kind == "Shard":
+        return Split(placement.dim % dims)
+    if kind == "_StridedShard":
+        return Split(placement.dim % dims, int(placement.split_factor))
+    if placement.is_partial():
+        raise NotReadable(
+            "a tensor of which each rank has a part or a copy was expected",
+            f"it is {placement}: the ranks have summands; use tensor.redistribute() with Shard or Replicate placements",
+        )
+    raise NotReadable("placements Shard or Replicate were expected", f"one is {placement}")
+
+
+def _pieces(local: torch.Tensor, boxes: Sequence[Extent]) -> tuple[Chunk, ...]:
+    """``local`` as ``boxes``, whose elements follow one another in it."""
+    if len(boxes) == 1 and tuple(local.shape) == boxes[0][1]:
+        return (Chunk(boxes[0][0], local),)
+    sizes = [math.prod(box[1]) for box in boxes]
+    if sum(sizes) != local.numel() or not local.is_contiguous():
+        expected = f"a local tensor of {sum(sizes)} elements in a row was expected, for its {len(boxes)} boxes"
+        raise NotReadable(expected, f"it has shape {list(local.shape)} and strides {list(local.stride())}")
+    ends = itertools.accumulate(sizes)
+    return tuple(
+        Chunk(begin, local.view(-1)[end - size : end].view(shape)) for (begin, shape), size, end in zip(boxes, sizes, ends)
+    )
+
+
+def _local_of(tensor: Any) -> torch.Tensor:
+    with torch.no_grad():
+        local = tensor.to_local() if hasattr(tensor, "to_local") else None
+    if local is None or type(local) not in PLAIN_TYPES:
+        raise NotReadable("a tensor whose to_local() is a plain tensor was expected", f"it is {an(type(tensor).__name__)}")
+    return local  # type: ignore[no-any-return]
+
+
+def _waited(local: Any) -> torch.Tensor:
+    """``local``, or the tensor that it becomes: torch returns results of collectives before these have ended."""
+    return local.wait() if type(local).__name__ == "AsyncCollectiveTensor" else local  # type: ignore[no-any-return]
+
+
+def tied_parts(named: Mapping[str, torch.Tensor], parts: Mapping[str, Part], ties: Mapping[str, str]) -> dict[str, str]:
+    """``ties`` (name → the first name with the same memory here) as those of the whole tensors.
+
+    Two names of one Parameter are tied even if this process has no element of it. Parts in one memory that belong to different boxes, or
+    to wholes of different shapes, are not.
+    """
+    tied = {
+        name: first
+        for name, first in ties.items()
+        if name not in parts or (first in parts and parts[first].spread.layout == parts[name].spread.layout)
+    }
+    first_of: dict[int, str] = {}
+    for name, part in parts.items():
+        if part.spread.nbytes and (first := first_of.setdefault(id(named[name]), name)) != name:
+            tied.setdefault(name, tied.get(first, first))
+    return tied

@@ -1,0 +1,78 @@
+"""Which rank writes which file."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+
+import pytest
+import torch
+
+from shardsave._common.layouts import Grid, Layout, Listed, Placed, Split, Whole
+from shardsave._common.sources import TensorSource
+from shardsave._common.spread import Spread
+from shardsave._format.packing import Shard, StoredTensor
+from shardsave._ranks.owners import owners
+from shardsave._saving.shards import PlannedShard
+
+ROWS = (1024, 256)
+
+
+def shard(*layouts: Layout, owner: int | None = None) -> PlannedShard:
+    """A shard with a tensor of each layout, none of which is here."""
+    tensors, begins, end = [], [], 0
+    for number, layout in enumerate(layouts):
+        spread = Spread(torch.float32, layout, ())
+        tensors.append(StoredTensor(f"t{number}", "F32", layout.shape, spread.nbytes, False))
+        begins.append(end)
+        end += spread.nbytes
+    pieces = [Spread(torch.float32, layout, ()) for layout in layouts]
+    return PlannedShard(Shard(tuple(tensors), tuple(begins), end), [*pieces], owner=owner)
+
+
+def rows(ranks: int, parts: int | None = None) -> Placed:
+    """Rows on all ``ranks``; with ``parts``, on so many in a row, and the same on the next."""
+    if parts is None:
+        return Placed(Grid(range(ranks), (ranks,)), [Split(0)], ROWS)
+    return Placed(Grid(range(ranks), (ranks // parts, parts)), [Split(-1), Split(0)], ROWS)
+
+
+@pytest.mark.parametrize("layout", [rows(4), Whole((0, 1, 2, 3), ROWS), rows(4, 2)], ids=["rows", "replicas", "rows twice"])
+@pytest.mark.parametrize("hosts", [(0, 0, 0, 0), (0, 0, 1, 1), (0, 1, 2, 3)])
+def test_shares(layout: Layout, hosts: tuple[int, ...]) -> None:
+    """Catches ranks, or hosts, that write more than others although all hold the same."""
+    counts = Counter(owners([shard(layout, layout)] * 8, hosts))
+    assert counts == dict.fromkeys(range(4), 2)
+
+
+def test_what_one_rank_holds() -> None:
+    """Catches a file whose bytes go to another host, or to another rank although their own is free."""
+    stages = [shard(Listed({rank: [((0, 0), ROWS)]}, ROWS)) for rank in (2, 0, 3, 1)]
+    assert owners(stages, (0, 0, 1, 1)) == [2, 0, 3, 1]
+    last = [shard(Listed({3: [((0, 0), ROWS)]}, ROWS))] * 4
+    assert sorted(owners(last, (0, 0, 1, 1))) == [2, 2, 3, 3]
+
+
+def test_given_owners() -> None:
+    """Catches a file of one rank that another writes, and one of plain memory that is not rank 0's."""
+    plain = PlannedShard(
+        Shard((StoredTensor("t", "F32", (2,), 8, False),), (0,), 8), [TensorSource.of(torch.zeros(2))]
+    )
+    assert owners([shard(rows(4), owner=3), plain, plain], (0, 0, 0, 0)) == [3, 0, 0]
+
+
+def test_empty_tensors() -> None:
+    """Catches a division by the number of elements, or of bytes."""
+    nothing = Whole((0, 1), (0, 4))
+    assert set(owners([shard(nothing), shard()], (0, 0))) <= {0, 1}
+
+
+def test_time() -> None:
+    """Catches arithmetic for each tensor and rank: 100,000 tensors in 500 files of 1,000 ranks."""
+    layouts = [Placed(Grid(range(1000), (1000,)), [Split(0)], (1000 + n, 8)) for n in range(10)]
+    shards = [shard(*layouts * 20) for _ in range(500)]
+    hosts = [rank // 8 for rank in range(1000)]
+    started = time.process_time()
+    found = owners(shards, hosts)
+    assert time.process_time() - started < 2
+    assert len(set(found)) > 400

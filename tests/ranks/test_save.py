@@ -1,0 +1,56 @@
+"""Saves by several ranks: the files are those that one process with the whole model writes."""
+
+from __future__ import annotations
+
+import filecmp
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import shardsave
+from jobs import run_ranks
+from placements import PLACEMENTS
+
+SIZE = "4kB"
+
+
+def same_files(one: Path, many: Path) -> None:
+    """The two directories have the same names, and files of the same bytes."""
+    names = sorted(os.listdir(one))
+    assert sorted(os.listdir(many)) == names
+    different = [name for name in names if not filecmp.cmp(one / name, many / name, shallow=False)]
+    assert not different, different
+
+
+def save_placed(rank: int, folder: Path, names: list[str]) -> list[shardsave.SaveReport]:
+    reports = []
+    for name in names:
+        whole, placed = PLACEMENTS[name]()
+        if rank == 0:
+            shardsave.save(whole, folder / name / "one", max_shard_size=SIZE, metadata={"of": name})
+        group = dist.group.WORLD if name == "the_same_on_all" else None
+        reports.append(
+            shardsave.save(placed, folder / name / "many", max_shard_size=SIZE, metadata={"of": name}, process_group=group)
+        )
+    return reports
+
+
+def test_every_placement(tmp_path: Path) -> None:
+    """Catches a byte that differs from the file of one process: a box in the wrong place, a tie, a flag, an order, a sum."""
+    per_rank = run_ranks(4, save_placed, tmp_path, [*PLACEMENTS])
+    for name, *reports in zip(PLACEMENTS, *per_rank):
+        same_files(tmp_path / name / "one", tmp_path / name / "many")
+        assert shardsave.verify(tmp_path / name / "many").ok
+        first = reports[0]
+        for report in reports:
+            assert (report.bytes, report.tensors, report.shards, report.bytes_written) == (
+                first.bytes,
+                first.tensors,
+                first.shards,
+                first.bytes,
+            )
