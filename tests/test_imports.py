@@ -51,7 +51,7 @@ WINGS: dict[str, set[str]] = {
     "_cli": {"__init__", "_api", "_common", "_format", "_printable", "_runs", "_storage", "_version", "errors"},
     "__main__": {"_cli"},
     "integrations": {
-        "_api", "_common", "_format", "_huggingface", "_loading", "_saving", "_state", "_storage", "_training", "errors",
+        "_api", "_common", "_format", "_huggingface", "_loading", "_ranks", "_saving", "_state", "_storage", "_training", "errors",
     },
 }  # fmt: skip
 

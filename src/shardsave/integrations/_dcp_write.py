@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Union
 
+import torch.distributed
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
 from shardsave._api.arguments import parse_size
 from shardsave._api.moments import check_moment
+from shardsave._api.process_group import check_group, members
 from shardsave._api.reports import SaveReport
 from shardsave._api.save import How, check_how, log_saved, write_planned
 from shardsave._api.save_contents import Needed, Planned
+from shardsave._api.save_jobs import digests
 from shardsave._common.shutdown import verb
 from shardsave._common.uncompiled import uncompiled
 from shardsave._common.warn_caller import warn_caller
 from shardsave._format.metadata import check_metadata
+from shardsave._ranks.save_job import SaveJob
+from shardsave._ranks.session import Session, begin
 from shardsave._saving.contents import plan_contents
 from shardsave._saving.disk_layout import OnDisk
+from shardsave._saving.job import ALONE, Job
 from shardsave._saving.training_directory import plan_training_directory
 from shardsave._state.module import Entry, State
 from shardsave._state.parts import Parts
 from shardsave.integrations._dcp_document import Document, encode
 from shardsave.integrations._dcp_model import ModelRecord
 from shardsave.integrations._dcp_names import Rule
-from shardsave.integrations._dcp_plan import alone, arrange, resolve
+from shardsave.integrations._dcp_plan import Part, alone, arrange, resolve
+from shardsave.integrations._dcp_ranks import join
 
 
 class Options(NamedTuple):
@@ -43,36 +52,86 @@ class Options(NamedTuple):
         check_moment(self.step, self.metrics)
 
 
+class Noted(NamedTuple):
+    """What the writer notes in DCP's plans. It depends on them alone, since a planner may keep plans for the next save.
+
+    ``rule``: how the weights are called; None if this rank has none. ``ranks``: how many ranks save.
+    """
+
+    rule: Rule | None
+    ranks: int
+
+
+class Request(NamedTuple):
+    """What one save of DCP is to write. ``order``: DCP's name → its place in the state dict, before DCP left out what other ranks write."""
+
+    plan: SavePlan
+    planner: SavePlanner
+    noted: Noted
+    record: ModelRecord | None
+    order: Mapping[str, int]
+    options: Options
+
+    def part(self) -> Part:
+        """What this rank saves."""
+        return arrange(resolve(self.plan, self.planner), self.noted.rule or Rule(), self.record)
+
+
 @uncompiled
 @verb()
-def write(
-    plan: SavePlan, planner: SavePlanner, directory: str, rule: Rule, record: ModelRecord | None, options: Options, how: How
-) -> SaveReport:
-    """Writes and commits everything in ``plan`` as the checkpoint of ``directory``. Raises what `save` raises."""
+def write(request: Request, directory: str, how: How, process_group: ProcessGroup | None) -> SaveReport:
+    """Writes and commits everything that all ranks have, as the checkpoint of ``directory``. Raises what `save` raises.
+
+    ``process_group``: the group that DCP was called with; None: the default one.
+    """
     started = time.perf_counter()
-    path = check_how(directory, how)
-    part = arrange(resolve(plan, planner), rule, record)
-    planned = _planned(*alone(part), part.document, record, options)
-    report, warnings = write_planned(planned, directory, path, how, time.perf_counter() - started)
-    log_saved(report, warnings)
-    for warning in warnings:
-        warn_caller(warning)
+    with _job(directory, how, request.noted.ranks, process_group) as (job, session):
+        path, part = check_how(directory, how), request.part()
+        if session is None:
+            state, others = alone(part)
+            document = part.document
+        else:
+            state, others, document = join(session, part, request.noted.rule, request.order)
+        planned = _planned(state, others, document, request, job.size)
+        job.check_equal(digests(planned.contents, how))
+        report, warnings = write_planned(planned, directory, path, how, time.perf_counter() - started, job=job)
+    if job.leads:
+        log_saved(report, warnings)
+        for warning in warnings:
+            warn_caller(warning)
     return report
 
 
-def _planned(
-    state: State, others: tuple[Entry, ...], document: Document, record: ModelRecord | None, options: Options
-) -> Planned:
+@contextmanager
+def _job(directory: str, how: How, ranks: int, group: ProcessGroup | None) -> Iterator[tuple[Job, Session | None]]:
+    """The job of the ranks that DCP saves on, and their session. What one of them raises within the context is raised on all."""
+    if ranks == 1:
+        yield ALONE, None
+        return
+    group = group if group is not None else torch.distributed.group.WORLD
+    assert group is not None
+    check_group(group)
+    if group.size() != ranks:
+        raise ValueError(
+            f"process_group must be the group that DCP was called with, which has {ranks} processes, it has {group.size()}"
+        )
+    with begin(group, "save", directory, rank_timeout=how.rank_timeout) as session:
+        yield SaveJob(session, members(group), directory, durable=how.durable, on_divergence=how.on_divergence), session
+
+
+def _planned(state: State, others: Sequence[Entry], document: Document, request: Request, ranks: int) -> Planned:
+    record, options = request.record, request.options
     max_shard_bytes = parse_size(options.max_shard_size)
     directories = []
     if not document.is_plain:
-        directories = [plan_training_directory(encode(document), {}, {0: others}, max_shard_bytes)]
+        directories = [plan_training_directory(encode(document), {}, {0: others}, max_shard_bytes, ranks=ranks)]
+    moment = check_moment(options.step, options.metrics, is_training=bool(directories))
     contents = plan_contents(
         OnDisk(state, record.companions if record is not None else {}),
         Parts(),
         max_shard_bytes,
         check_metadata(options.metadata),
         directories=directories,
-        moment=check_moment(options.step, options.metrics, is_training=bool(directories)),
+        moment=moment._replace(ranks=moment.ranks and ranks),
     )
     return Planned(contents, Needed(), 0, ())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, Union
+from typing import Any, Literal, Union
 
 import torch.distributed
 from torch import nn
@@ -24,11 +24,10 @@ from shardsave._api.arguments import check_path, check_progress, check_switches
 from shardsave._api.reports import LoadReport, SaveReport
 from shardsave._api.save import How, check_how
 from shardsave._common.progress import ProgressArgument
-from shardsave.errors import SaveNotCommittedError
 from shardsave.integrations._dcp_model import ModelRecord, record_of
 from shardsave.integrations._dcp_names import Rule, check_prefix, find_rule, path_of, refuse_no_weights, rule_for
 from shardsave.integrations._dcp_read import Stored, open_stored, read_items
-from shardsave.integrations._dcp_write import Options, write
+from shardsave.integrations._dcp_write import Noted, Options, Request, write
 
 __all__ = ["StorageReader", "StorageWriter"]
 
@@ -49,7 +48,8 @@ class StorageWriter(BlockingAsyncStager, storage.StorageWriter):
             tensors become weights, under DCP's names, and flags are unknown.
         prefix: what the names of the model's tensors begin with in the state dict, such as ``"model."``; by default it is found out.
         process_group: the group that DCP is called with, if it is called with one.
-        max_shard_size, durable, metadata, step, metrics, reuse, recheck_every, progress, lock_timeout: as in `shardsave.save`.
+        max_shard_size, durable, metadata, step, metrics, reuse, recheck_every, progress, lock_timeout, rank_timeout: as in
+            `shardsave.save`.
 
     After a save, ``report`` is what `shardsave.save` returns; None where the save ran in another process.
 
@@ -81,12 +81,13 @@ class StorageWriter(BlockingAsyncStager, storage.StorageWriter):
         recheck_every: int = 10,
         progress: ProgressArgument = None,
         lock_timeout: float = 600.0,
+        rank_timeout: float = 120.0,
     ) -> None:
         BlockingAsyncStager.__init__(self)
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module or None, not {type(model).__name__}")
         _check_prefix(prefix)
-        self._how = How(durable, progress, lock_timeout, reuse, recheck_every)
+        self._how = How(durable, progress, lock_timeout, reuse, recheck_every, rank_timeout)
         check_how(directory, self._how)
         self._options = Options(max_shard_size, metadata, step, metrics)
         self._options.check()
@@ -97,6 +98,7 @@ class StorageWriter(BlockingAsyncStager, storage.StorageWriter):
         self._staged: ModelRecord | None = None  # of the moment at which `async_save` was called
         self._record: ModelRecord | None = None
         self._rule: Rule | None = None
+        self._order: Mapping[str, int] = {}
         self.report: SaveReport | None = None
 
     @property
@@ -138,22 +140,21 @@ class StorageWriter(BlockingAsyncStager, storage.StorageWriter):
             self._rule = find_rule(self._record, paths)
             if self._rule is None and plan.usable:
                 refuse_no_weights(self._record, paths)
-        return _with(plan, _Noted(self._rule, 0))
+        self._order = {name: number for number, name in enumerate(dict.fromkeys(item.index.fqn for item in plan.items))}
+        return dataclasses.replace(plan, storage_data=Noted(self._rule, 0))
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        # A plan that is not usable says that the one before it holds, with what was noted then.
-        return [
-            _with(plan, _Noted(getattr(plan.storage_data, "rule", None), len(plans))) if plan.usable else plan for plan in plans
-        ]
+        return [_counted(plan, len(plans)) for plan in plans]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         noted = plan.storage_data
-        rule = noted.rule or self._rule or Rule()
-        if noted.ranks > 1:
-            raise SaveNotCommittedError(
-                f"cannot save {self._directory}: one process was expected, DCP saves on {noted.ranks}; nothing was written"
+        if not isinstance(noted, Noted):
+            raise ValueError(
+                f"cannot save {self._directory}: a planner that keeps the plans of its storage writer was expected, "
+                f"{type(planner).__name__} has removed storage_data; nothing was written"
             )
-        self.report = write(plan, planner, self._directory, rule, self._record, self._options, self._how)
+        request = Request(plan, planner, noted, self._record, self._order, self._options)
+        self.report = write(request, self._directory, self._how, self._process_group)
         written: Future[list[WriteResult]] = Future()
         written.set_result([WriteResult(item.index, item.tensor_storage_size() or 0, None) for item in plan.items])
         return written
@@ -259,18 +260,10 @@ class StorageReader(storage.StorageReader):
             self._stored = None
 
 
-class _Noted(NamedTuple):
-    """What this writer notes in DCP's plans. It depends on them alone, since a planner may keep plans for the next save.
-
-    ``rule``: how the weights are called; None if this rank has none. ``ranks``: how many ranks save.
-    """
-
-    rule: Rule | None
-    ranks: int
-
-
-def _with(plan: SavePlan, noted: _Noted) -> SavePlan:
-    return dataclasses.replace(plan, storage_data=noted)
+def _counted(plan: SavePlan, ranks: int) -> SavePlan:
+    """``plan`` of one of ``ranks``. One that is not usable says that the one before it holds, with what was noted then."""
+    rule = plan.storage_data.rule if isinstance(plan.storage_data, Noted) else None
+    return dataclasses.replace(plan, storage_data=Noted(rule, ranks)) if plan.usable else plan
 
 
 def _check_prefix(prefix: object) -> None:

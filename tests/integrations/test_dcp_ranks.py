@@ -1,0 +1,314 @@
+"""Storage for torch.distributed.checkpoint on several ranks: one checkpoint of all of them, which any mesh reads."""
+
+from __future__ import annotations
+
+import filecmp
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import shardsave
+from jobs import run_ranks
+from shardsave.integrations.dcp import StorageReader, StorageWriter
+from support import same_bits
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is (disabled|unavailable):UserWarning")
+
+
+class Model(nn.Module):
+    """Uneven sizes, a frozen layer, tied weights, a buffer, two dtypes."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed = nn.Embedding(13, 8)
+        self.up = nn.Linear(8, 12)
+        self.down = nn.Linear(12, 8).to(torch.bfloat16)
+        self.head = nn.Linear(8, 13, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("steps", torch.arange(seed, seed + 5))
+        self.up.requires_grad_(False)
+
+
+def rows(model: nn.Module) -> nn.Module:
+    return fully_shard(model)
+
+
+def columns(model: nn.Module) -> nn.Module:
+    return fully_shard(model, shard_placement_fn=lambda p: Shard(1) if p.dim() > 1 else Shard(0))
+
+
+def hybrid(model: nn.Module) -> nn.Module:
+    return fully_shard(model, mesh=init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("r", "s")))
+
+
+def tensor_parallel(model: nn.Module) -> nn.Module:
+    plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    return parallelize_module(model, init_device_mesh("cpu", (dist.get_world_size(),)), plan)
+
+
+def both(model: nn.Module) -> nn.Module:
+    mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("dp", "tp"))
+    parallelize_module(model, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    return fully_shard(model, mesh=mesh["dp"])
+
+
+def replicated(model: nn.Module) -> nn.Module:
+    return model
+
+
+PLACEMENTS = {f.__name__: f for f in (rows, columns, hybrid, tensor_parallel, both, replicated)}
+
+
+def whole(tensor: Any) -> Any:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def training_of(state: dict[str, Any]) -> dict[str, Any]:
+    """What an optimizer and a program have beside a model: tensors placed as the parameters are, values, a tensor within a value."""
+    moments = {
+        name: {"exp_avg": tensor * 2, "step": torch.tensor(3.0)} for name, tensor in state.items() if tensor.is_floating_point()
+    }
+    return {"state": moments, "param_groups": [{"lr": 0.1, "betas": (0.9, 0.99), "params": [*moments]}]}
+
+
+def save_all(rank: int, folder: Path, names: list[str]) -> list[Any]:
+    reports = []
+    for name in names:
+        model = PLACEMENTS[name](Model())
+        writer = StorageWriter(folder / name / "many", model, max_shard_size=500, metadata={"of": name})
+        dcp.save(model.state_dict(), storage_writer=writer)
+        assert writer.report is not None
+        reports.append((writer.report.shards, writer.report.bytes, writer.report.bytes_written))
+        state = {
+            "model": model.state_dict(),
+            "optimizer": training_of(model.state_dict()),
+            "step": 7,
+            "pair": (torch.arange(3), "x"),
+        }
+        dcp.save(state, storage_writer=StorageWriter(folder / name / "nested", model, max_shard_size=500))
+    return reports
+
+
+def load_all(rank: int, folder: Path, names: list[str], placements: list[str]) -> list[str]:
+    """What differs on this rank."""
+    wrong = []
+    expected = Model().state_dict()
+    for name in names:
+        for placement in placements:
+            model = PLACEMENTS[placement](Model(seed=1))
+            state = {"model": model.state_dict()}
+            state["optimizer"] = training_of({key: torch.zeros_like(value) for key, value in model.state_dict().items()})
+            state |= {"step": 0, "pair": None}
+            dcp.load(state, storage_reader=StorageReader(folder / name / "nested"))
+            wrong += [
+                f"{name} {placement} {key}"
+                for key, value in state["model"].items()
+                if not same_bits(whole(value), expected[key])
+            ]
+            moments = training_of(expected)["state"]
+            for key, value in state["optimizer"]["state"].items():
+                same = same_bits(whole(value["exp_avg"]), moments[key]["exp_avg"]) and value["step"] == 3
+                wrong += [] if same else [f"{name} {placement} moment of {key}"]
+            others = state["step"] == 7 and state["optimizer"]["param_groups"] == training_of(expected)["param_groups"]
+            wrong += [] if others and torch.equal(state["pair"][0], torch.arange(3)) else [f"{name} {placement} values"]
+            flat = PLACEMENTS[placement](Model(seed=1)).state_dict()
+            dcp.load(flat, storage_reader=StorageReader(folder / name / "many"))
+            wrong += [
+                f"{name} {placement} flat {key}" for key, value in flat.items() if not same_bits(whole(value), expected[key])
+            ]
+    return wrong
+
+
+def same_files(one: Path, many: Path) -> None:
+    names = sorted(os.listdir(one))
+    assert sorted(os.listdir(many)) == names
+    different = [name for name in names if not filecmp.cmp(one / name, many / name, shallow=False)]
+    assert not different, different
+
+
+def test_every_placement(tmp_path: Path) -> None:
+    """Catches a box in the wrong place, a value or a flag of one rank alone, and files that differ from those of one process."""
+    names = [*PLACEMENTS]
+    reports = run_ranks(4, save_all, tmp_path, names)
+    assert reports[0] == reports[3]
+    for name in names:
+        shardsave.save(Model(), tmp_path / name / "one", max_shard_size=500, metadata={"of": name})
+        same_files(tmp_path / name / "one", tmp_path / name / "many")
+        fresh = Model(seed=1).requires_grad_(True)
+        assert shardsave.load_model(fresh, tmp_path / name / "nested").verified is True and not fresh.up.weight.requires_grad
+        assert all(same_bits(value, Model().state_dict()[key]) for key, value in fresh.state_dict().items())
+        assert shardsave.verify(tmp_path / name / "nested").verified is True
+        assert shardsave.inspect(tmp_path / name / "nested").ranks == 4
+    assert run_ranks(4, load_all, tmp_path, ["rows", "both"], names) == [[]] * 4
+    assert run_ranks(2, load_all, tmp_path, names, ["columns", "replicated"]) == [[]] * 2
+
+
+def reshard(rank: int, folder: Path) -> list[str]:
+    """Every placement of a tensor on one mesh, read back in every other one on meshes of one and two dimensions."""
+    wrong = []
+    tensors = {f"t{n}": torch.arange(0, n * 7, dtype=torch.float32).reshape(n, 7) for n in (0, 1, 5, 8)} | {
+        "scalar": torch.tensor(5.0)
+    }
+    flat, square = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
+    places = [(flat, (p,)) for p in (Replicate(), Shard(0), Shard(1))]
+    places += [(square, (p, q)) for p in (Replicate(), Shard(0), Shard(1)) for q in (Replicate(), Shard(0), Shard(1))]
+
+    def placed(mesh: Any, placements: Any, values: dict[str, torch.Tensor]) -> dict[str, Any]:
+        fits = {
+            name: [p if isinstance(p, Replicate) or tensor.dim() else Replicate() for p in placements]
+            for name, tensor in values.items()
+        }
+        return {name: distribute_tensor(tensor, mesh, fits[name]) for name, tensor in values.items()}
+
+    for number, (mesh, placements) in enumerate(places):
+        dcp.save(placed(mesh, placements, tensors), storage_writer=StorageWriter(folder / str(number), durable=False))
+        for other, others in places[number % 2 :: 2]:
+            state = placed(other, others, {name: torch.full_like(tensor, -1) for name, tensor in tensors.items()})
+            dcp.load(state, storage_reader=StorageReader(folder / str(number)))
+            wrong += [
+                f"{placements} to {others}: {name}"
+                for name, value in state.items()
+                if not torch.equal(whole(value), tensors[name])
+            ]
+    return wrong
+
+
+def test_resharding(tmp_path: Path) -> None:
+    """Catches a box that is read from or to another place: rows, columns, both, replicas, parts that are empty or uneven."""
+    assert run_ranks(4, reshard, tmp_path) == [[]] * 4
+
+
+class FailsOn(DefaultSavePlanner):
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+
+    def resolve_data(self, item: Any) -> Any:
+        if dist.get_rank() == self.rank:
+            raise MemoryError(f"no memory on {self.rank}")
+        return super().resolve_data(item)
+
+
+def fail_on(rank: int, folder: Path, failing: int) -> list[str]:
+    model = rows(Model())
+    dcp.save(model.state_dict(), storage_writer=StorageWriter(folder, model))
+    before = sorted(os.listdir(folder))
+    dist.barrier()
+    messages = []
+    for planner, extra in ((FailsOn(failing), {}), (None, {f"bad{rank}": object()} if rank == failing else {})):
+        try:
+            dcp.save(model.state_dict() | extra, storage_writer=StorageWriter(folder, model), planner=planner)
+        except BaseException as error:
+            messages.append(str(error))
+    dist.barrier()
+    after = sorted(os.listdir(folder))
+    dist.barrier()
+    dcp.save(model.state_dict(), storage_writer=StorageWriter(folder, model))
+    return [*messages, str(after == before)]
+
+
+@pytest.mark.parametrize("failing", [0, 2])
+def test_one_rank_fails(failing: int, tmp_path: Path) -> None:
+    """Catches a checkpoint without what one rank could not give, ranks that wait for it, and litter; the next save works."""
+    for memory, value, unchanged in run_ranks(4, fail_on, tmp_path, failing):
+        assert f"rank {failing}: " in memory and f"no memory on {failing}" in memory and "UnsupportedTrainingError" in value
+        assert f"the value 'bad{failing}'" in value and unchanged == "True"
+    assert sorted(shardsave.load(tmp_path)) == sorted(Model().state_dict())
+
+
+def save_in_group(rank: int, folder: Path) -> str:
+    group = dist.new_group([1, 3])
+    if rank in (1, 3):
+        mesh = dist.device_mesh.DeviceMesh.from_group(group, "cpu")
+        model = fully_shard(Model(), mesh=mesh)
+        writer = StorageWriter(folder, model, process_group=group)
+        dcp.save(model.state_dict(), storage_writer=writer, process_group=group)
+        try:
+            dcp.save(model.state_dict(), storage_writer=StorageWriter(folder / "wrong", model), process_group=group)
+        except BaseException as error:
+            return str(error)
+    return ""
+
+
+def test_a_group_smaller_than_the_world(tmp_path: Path) -> None:
+    """Catches a writer that waits for ranks which DCP does not save on, and a group that was forgotten and is not told."""
+    messages = run_ranks(4, save_in_group, tmp_path / "c")
+    assert all(
+        "process_group must be the group that DCP was called with, which has 2 processes" in messages[rank] for rank in (1, 3)
+    )
+    shardsave.save(Model(), tmp_path / "one")
+    same_files(tmp_path / "one", tmp_path / "c")
+
+
+def save_async(rank: int, folder: Path) -> list[bool]:
+    model = rows(Model())
+    state = {"model": model.state_dict(), "step": 3}
+    future = dcp.async_save(state, storage_writer=StorageWriter(folder, model))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    model.requires_grad_(True)
+    future.result()
+    return [fully.requires_grad for fully in model.parameters()]
+
+
+def test_asynchronous_saves(tmp_path: Path) -> None:
+    """Catches values or flags of a later moment, and a thread that waits for ranks in another order."""
+    run_ranks(4, save_async, tmp_path)
+    fresh = Model(seed=1)
+    shardsave.load_model(fresh, tmp_path)
+    assert all(same_bits(value, Model().state_dict()[key]) for key, value in fresh.state_dict().items())
+    assert fresh.embed.weight.requires_grad and not fresh.up.weight.requires_grad
+
+
+def stages(rank: int, folder: Path) -> None:
+    torch.manual_seed(rank)
+    layer = nn.Linear(3, 3)
+    layer.requires_grad_(rank % 2 == 0)
+    state = {f"layers.{rank}.{name}": tensor for name, tensor in layer.state_dict().items()}
+    model = nn.Module()
+    model.layers = nn.ModuleDict({str(rank): layer})
+    dcp.save(state | {f"loader.{rank}": rank}, storage_writer=StorageWriter(folder, model))
+
+
+def test_ranks_with_other_names(tmp_path: Path) -> None:
+    """Catches pipeline stages of which one is lost, and flags of ranks that have other parameters than rank 0."""
+    run_ranks(3, stages, tmp_path)
+    expected = {}
+    for rank in range(3):
+        torch.manual_seed(rank)
+        expected |= {f"layers.{rank}.{name}": tensor for name, tensor in nn.Linear(3, 3).state_dict().items()}
+    loaded = shardsave.load(tmp_path)
+    assert loaded.keys() == expected.keys() and all(torch.equal(loaded[name], expected[name]) for name in expected)
+    assert shardsave.inspect(tmp_path).frozen == {"layers.1.weight", "layers.1.bias"}
+    values = _load_state_dict_from_keys({"loader.0", "loader.1", "loader.2"}, storage_reader=StorageReader(tmp_path))
+    assert values == {f"loader.{rank}": rank for rank in range(3)}
+
+
+def alone(rank: int, folder: Path) -> str:
+    model = rows(Model())
+    if rank == 0:
+        try:
+            dcp.save(model.state_dict(), storage_writer=StorageWriter(folder, model), no_dist=True)
+        except BaseException as error:
+            return str(error)
+    return ""
+
+
+def test_a_part_alone(tmp_path: Path) -> None:
+    """Catches one rank's part that is saved as if it were everything."""
+    message = run_ranks(2, alone, tmp_path / "c")[0]
+    assert "all elements of its shape" in message and "without no_dist=True" in message and not (tmp_path / "c").exists()
