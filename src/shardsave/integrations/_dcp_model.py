@@ -12,6 +12,10 @@ from shardsave._huggingface.recognize import transformers_model
 from shardsave._state.wrappers import Names
 
 
+#: What FSDP's older wrapper puts into the names of parameters, but not into those of its state dict.
+_FSDP = "_fsdp_wrapped_module."
+
+
 class ModelRecord(NamedTuple):
     """What was true of a model at one moment. It holds no tensor, so it can be sent to another process.
 
@@ -39,7 +43,7 @@ def record_of(model: nn.Module) -> ModelRecord:
         (model.named_buffers(remove_duplicate=False), False),
     ):
         for name, tensor in listed:
-            plain = wrapped.plain(name)
+            plain = wrapped.plain(name).replace(_FSDP, "")
             names[name] = names[plain] = plain
             if are_parameters:
                 frozen[plain] = not tensor.requires_grad
