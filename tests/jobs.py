@@ -22,6 +22,9 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
+# Each connection to a store looks up the names of both ends. An answer that is lost delays all ranks by five seconds, else.
+os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
+
 #: For so many seconds a job may run, unless a test says otherwise; a busy machine makes everything many times slower.
 SECONDS = 120.0
 

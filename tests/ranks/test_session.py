@@ -2,41 +2,348 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import signal
+import threading
+import time
+from typing import Any
+
+import pytest
 import torch.distributed as dist
 
-from jobs import Job, run_ranks
-from shardsave._ranks.session import begin
-from shardsave.errors import OutOfSpaceError
+from jobs import Ended, Job, run_ranks
+from shardsave._ranks import group as groups
+from shardsave._ranks.meeting import Call
+from shardsave._ranks.part import Timeouts
+from shardsave._ranks.session import Session, begin, begin_with
+from shardsave.errors import OutOfSpaceError, SaveNotCommittedError, ShardSaveError
+
+#: Seconds without a sign of life in these tests.
+SILENCE = 1.0
 
 
-def tell(rank: int) -> object:
-    with begin(dist.group.WORLD, "save", "ckpt") as session:
+def open_session(rank: int, hosts: int = 1, **options: Any) -> Session:
+    """A session of all ranks, which are spread over so many hosts."""
+    members = groups.members_of(dist.group.WORLD)
+    host = groups.Host(f"host{rank * hosts // len(members.names)}", f"machine{rank * hosts // len(members.names)}")
+    timeouts = Timeouts(options.get("rank_timeout", SILENCE), options.get("phase_timeout", 60.0))
+    return begin_with(groups.job_store(), members, host, Call("save", "ckpt"), timeouts, SaveNotCommittedError)
+
+
+def leftovers() -> list[str]:
+    """The keys of sessions in the store."""
+    store = groups.job_store()
+    while hasattr(store, "underlying_store"):
+        store = store.underlying_store
+    return [key for key in store.list_keys() if "shardsave" in key]
+
+
+def opened() -> tuple[int, list[str]]:
+    return len(os.listdir("/proc/self/fd")), [thread.name for thread in threading.enumerate()]
+
+
+def meet_all(rank: int) -> None:
+    """The ranks wait for each other without a session."""
+    dist.barrier()
+
+
+# -- values
+
+
+def tell(rank: int, hosts: int) -> object:
+    meet_all(rank)
+    with open_session(rank, hosts, rank_timeout=20.0):  # the connection to the store stays
+        pass
+    before = opened()
+    with open_session(rank, hosts, rank_timeout=20.0) as session:
         values = session.exchange("values", b"%d" % rank * (rank * (1 << 20)))
         gathered = session.gather("others", b"g%d" % rank)
-        published = session.publish("decision", b"yes" if session.leads else None)
-        return [len(value) for value in values], gathered, published, session.hosts
+        published = session.publish("decision", b"yes" * (1 << 20) if session.leads else None)
+        names = [session.name(other) for other in range(session.size)]
+    meet_all(rank)
+    gc.collect()
+    return [len(value) for value in values], gathered, len(published), session.hosts, names, before == opened(), leftovers()
 
 
-def fail_on_two(rank: int) -> None:
-    with begin(dist.group.WORLD, "save", "ckpt") as session:
+@pytest.mark.parametrize(("hosts", "table"), [(1, (0, 0, 0, 0)), (2, (0, 0, 1, 1)), (4, (0, 1, 2, 3))])
+def test_values(hosts: int, table: tuple[int, ...]) -> None:
+    """Catches values that are lost, cut or come in another order, and threads, descriptors and keys that are left."""
+    for rank, (values, gathered, published, found, names, same, left) in enumerate(run_ranks(4, tell, hosts)):
+        assert values == [0, 1 << 20, 2 << 20, 3 << 20]
+        assert gathered == (None if rank else [b"g0", b"g1", b"g2", b"g3"])
+        assert (published, found) == (3 << 20, table)
+        assert names == [f"rank {other}" + (f" (machine{host})" if hosts > 1 else "") for other, host in enumerate(table)]
+        assert same and left == []
+
+
+def tell_in_sub_groups(rank: int) -> object:
+    groups_of_two = [dist.new_group([0, 2], backend="gloo"), dist.new_group([1, 3], backend="gloo")]
+    lone = dist.new_group([rank], backend="gloo", use_local_synchronization=True)
+    with begin(lone, "save", "ckpt") as session:
+        alone = session.exchange("values", b"alone"), session.gather("g", b"a"), session.publish("p", b"b")
+    with begin(groups_of_two[rank % 2], "save", "ckpt") as session:
+        return [session.name(other) for other in range(2)], session.exchange("values", b"%d" % rank), alone
+
+
+def test_sub_groups() -> None:
+    """Catches groups that take each other's values, and ranks that are named by their place in the group."""
+    for rank, (names, values, alone) in enumerate(run_ranks(4, tell_in_sub_groups)):
+        ranks = (0, 2) if rank % 2 == 0 else (1, 3)
+        assert names == [f"rank {other}" for other in ranks] and values == [b"%d" % other for other in ranks]
+        assert alone == ([b"alone"], [b"a"], b"b")
+
+
+def tell_often(rank: int) -> float:
+    best = 1e9
+    for _ in range(20):
+        start = time.perf_counter()
+        with open_session(rank, rank_timeout=20.0) as session:
+            session.exchange("values", b"")
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def test_sessions_in_a_row() -> None:
+    """Catches a session that takes what is left of the one before, and one that sleeps where others are waiting."""
+    assert max(run_ranks(4, tell_often)) < 0.1
+
+
+# -- errors
+
+
+def fail_on_one(rank: int, hosts: int, struck: int, error: BaseException) -> None:
+    with open_session(rank, hosts) as session:
         session.exchange("values", b"")
-        if rank == 2:
-            raise OutOfSpaceError("cannot write a: No space left on device")
+        if rank == struck:
+            raise error
+        while True:
+            session.check()
+            time.sleep(0.01)
+
+
+CASES = [
+    (OutOfSpaceError("cannot write a: full"), "OutOfSpaceError", "cannot write a: full"),
+    (ValueError("bad"), "ValueError", "bad"),
+    (UnicodeDecodeError("utf-8", b"a", 0, 1, "no"), "ValueError", "'utf-8' codec can't decode byte 0x61 in position 0: no"),
+    (RuntimeError("odd"), "SaveNotCommittedError", "RuntimeError: odd"),
+    (ShardSaveError("own"), "SaveNotCommittedError", "own"),
+]
+
+
+@pytest.mark.parametrize(("error", "name", "text"), CASES)
+def test_an_error(error: Exception, name: str, text: str) -> None:
+    """Catches ranks that end with another error than the one that struck, or in other words."""
+    with Job(4, fail_on_one, 1, 2, error) as job:
+        ends = job.ended()
+    assert {(end.error, end.message) for end in ends} == {(name, f"rank 2: {text}")}
+
+
+@pytest.mark.parametrize("struck", [0, 1, 2, 3])
+def test_an_error_on_two_hosts(struck: int) -> None:
+    """Catches an error that does not leave its host, or whose machine nobody learns."""
+    with Job(4, fail_on_one, 2, struck, ValueError("bad")) as job:
+        ends = job.ended()
+    assert {(end.error, end.message) for end in ends} == {("ValueError", f"rank {struck} (machine{struck // 2}): bad")}
+
+
+@pytest.mark.parametrize("struck", [0, 3])
+def test_an_interrupt(struck: int) -> None:
+    """Catches an interrupt that becomes another error where it struck, or that the other ranks do not learn."""
+    with Job(4, fail_on_one, 1, struck, KeyboardInterrupt()) as job:
+        ends = job.ended()
+    assert ends.pop(struck).error == "KeyboardInterrupt"
+    assert {(end.error, end.message) for end in ends} == {("SaveNotCommittedError", f"rank {struck} was interrupted")}
+
+
+def fail_on_all(rank: int, hosts: int) -> None:
+    with open_session(rank, hosts) as session:
+        session.exchange("values", b"")
+        raise ValueError(f"bad {rank}")
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_errors_on_all_ranks(hosts: int) -> None:
+    """Catches ranks that do not agree which of several errors is that of the job."""
+    with Job(4, fail_on_all, hosts) as job:
+        ends = job.ended()
+    assert len({(end.error, end.message) for end in ends}) == 1 and ends[0].error == "ValueError"
+
+
+def fail_after_decision(rank: int) -> str:
+    with open_session(rank) as session:
+        if rank == 1:
+            session.publish("decision")
+            raise ValueError("late")
+        if rank > 1:
+            time.sleep(0.3)
+        decision = session.publish("decision", b"yes" if session.leads else None)
+    return decision.decode()
+
+
+def test_a_decision_before_an_error() -> None:
+    """Catches an error of a rank that hides from others what had been published before."""
+    with Job(4, fail_after_decision) as job:
+        ends = job.ended()
+    assert [end.value for end in ends] == ["yes", None, "yes", "yes"] and ends[1].message == "rank 1: late"
+
+
+def leave_unheld(rank: int) -> None:
+    session = open_session(rank)
+    session.exchange("values", b"")
+    if rank == 1:
+        del session
+        gc.collect()
+        time.sleep(1.0)
+        return
+    with session:
         session.exchange("more", b"")
 
 
-def test_values() -> None:
-    """Catches values that are lost, cut or come in another order."""
-    for rank, (values, gathered, published, hosts) in enumerate(run_ranks(4, tell)):
-        assert values == [0, 1 << 20, 2 << 20, 3 << 20]
-        assert gathered == (None if rank else [b"g0", b"g1", b"g2", b"g3"])
-        assert (published, hosts) == (b"yes", (0, 0, 0, 0))
-
-
-def test_an_error() -> None:
-    """Catches ranks that end with another error than the one that struck."""
-    with Job(4, fail_on_two) as job:
+def test_a_session_that_nobody_holds() -> None:
+    """Catches a rank that was interrupted before it could end its session, and that goes on giving signs of life."""
+    with Job(4, leave_unheld) as job:
         ends = job.ended()
-    assert {(end.error, end.message) for end in ends} == {
-        ("OutOfSpaceError", "rank 2: cannot write a: No space left on device")
+    assert ends[1].error is None
+    assert {end.message for end in (ends[0], *ends[2:])} == {"rank 1 was interrupted"}
+
+
+def other_phase(rank: int) -> None:
+    with open_session(rank) as session:
+        session.exchange("other" if rank == 2 else "values", b"")
+
+
+def test_another_phase() -> None:
+    """Catches values that are taken for those of another phase."""
+    with Job(4, other_phase) as job:
+        ends = job.ended()
+    assert {end.message for end in ends} == {"rank 0: RuntimeError: 'values' was expected of all ranks, rank 2 is elsewhere"}
+
+
+def late_phase(rank: int, hosts: int) -> None:
+    with open_session(rank, hosts, phase_timeout=0.5) as session:
+        while rank == 3:
+            session.check()
+            time.sleep(0.01)
+        session.exchange("values", b"")
+
+
+@pytest.mark.parametrize(("hosts", "late"), [(1, "rank 3"), (2, "rank 2 (machine1), rank 3 (machine1)")])
+def test_a_phase_that_does_not_end(hosts: int, late: str) -> None:
+    """Catches a rank that is alive and never ends its part: who is waited for must be named."""
+    with Job(4, late_phase, hosts) as job:
+        ends = job.ended()
+    name = "rank 0" + (" (machine0)" if hosts > 1 else "")
+    assert {end.message for end in ends} == {
+        f"{name}: 'values' was expected within 0.5 s (phase_timeout), still waiting for {late}"
     }
+
+
+# -- meeting
+
+
+def come_or_not(rank: int, present: tuple[int, ...]) -> tuple[str, list[bytes], list[str]]:
+    said = ""
+    meet_all(rank)
+    if rank in present:
+        with pytest.raises(SaveNotCommittedError) as caught:
+            open_session(rank, rank_timeout=0.8)
+        said = str(caught.value)
+    meet_all(rank)
+    with open_session(rank, rank_timeout=20.0) as session:
+        values = session.exchange("values", b"%d" % rank)
+    meet_all(rank)
+    return said, values, leftovers()
+
+
+@pytest.mark.parametrize(
+    ("present", "missing"), [((0,), "ranks 1 to 3"), ((0, 1, 3), "rank 2"), ((2,), "ranks 0, 1, 3"), ((1, 3), "ranks 0, 2")]
+)
+def test_ranks_that_do_not_come(present: tuple[int, ...], missing: str) -> None:
+    """Catches a collective call of some ranks that hangs, that does not say who is missing, or that disturbs the next call."""
+    told = (
+        "cannot save ckpt: all 4 ranks of the group were expected to call it within 0.8 s, "
+        f"{missing} did not; the call is collective: either all ranks make it or none"
+    )
+    for rank, (said, values, left) in enumerate(run_ranks(4, come_or_not, present)):
+        assert said == (told if rank in present else "")
+        assert values == [b"0", b"1", b"2", b"3"] and left == []
+
+
+def call_differently(rank: int) -> None:
+    begin(dist.group.WORLD, "load_model" if rank == 3 else "save", "other" if rank == 1 else "ckpt", rank_timeout=20.0)
+
+
+def test_other_calls() -> None:
+    """Catches ranks that meet in different calls."""
+    with Job(4, call_differently) as job:
+        ends = job.ended()
+    told = (
+        "cannot save ckpt: all ranks were expected to make the same call, "
+        "found ranks 0, 2: save ckpt; rank 1: save other; rank 3: load_model ckpt"
+    )
+    assert {(end.error, end.message) for end in ends} == {("ValueError", told)}
+
+
+def two_threads(rank: int) -> object:
+    values: list[object] = []
+
+    def aside() -> None:
+        with begin(dist.group.WORLD, "save", "a", apart="background") as session:
+            values.append(session.exchange("values", b"aside"))
+            done.wait()
+
+    done = threading.Event()
+    thread = threading.Thread(target=aside)
+    thread.start()
+    with begin(dist.group.WORLD, "save", "a") as session:
+        values.append(session.exchange("values", b"here"))
+        with pytest.raises(ShardSaveError) as caught:
+            begin(dist.group.WORLD, "load", "b")
+        values.append(session.exchange("again", b""))
+    done.set()
+    thread.join()
+    with begin(dist.group.WORLD, "load", "b") as session:
+        values.append(session.exchange("values", b"then"))
+    return sorted(map(str, values)), str(caught.value)
+
+
+def test_two_sessions_at_once() -> None:
+    """Catches sessions of two threads that take each other's values, and a second one in the same place that hangs."""
+    for values, refused in run_ranks(3, two_threads):
+        assert values == sorted(str([value] * 3) for value in (b"aside", b"here", b"", b"then"))
+        assert refused == (
+            "cannot load b: one collective call of a group at a time was expected, "
+            "this process is in: save a on thread 'MainThread'"
+        )
+
+
+# -- deaths
+
+
+def wait_for_death(rank: int, hosts: int, struck: int, where: str) -> None:
+    signals = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
+    with open_session(rank, hosts) as session:
+        session.exchange("values", b"")
+        if rank == struck:
+            os.kill(os.getpid(), signals[where])
+        session.exchange("more", b"")
+
+
+def check_lost(ends: list[Ended], name: str, reason: str) -> None:
+    assert {(end.error, end.message) for end in ends} == {("SaveNotCommittedError", f"{name} was lost: {reason}")}
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+@pytest.mark.parametrize("struck", [0, 1, 2, 3])
+@pytest.mark.parametrize("how", ["kill", "stop"])
+def test_a_rank_that_is_lost(how: str, struck: int, hosts: int) -> None:
+    """Catches ranks that wait for a dead or a stopped one, or that do not say which it was."""
+    start = time.monotonic()
+    others = [rank for rank in range(4) if rank != struck]
+    with Job(4, wait_for_death, hosts, struck, how) as job:
+        ends = job.ended(ranks=others)
+    name = f"rank {struck}" + (f" (machine{struck * hosts // 4})" if hosts > 1 else "")
+    at_once = how == "kill" and hosts < 4
+    check_lost(ends, name, "its process has ended" if at_once else "a sign of life was expected within 1 s, there was none")
+    assert time.monotonic() - start < (1 if at_once else 2.5) * SILENCE + 1

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
+import numpy as np
+
 #: The index at which a box begins, and its sizes.
 Extent = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -34,6 +36,15 @@ class Layout(Protocol):
 
     def boxes(self, rank: int) -> tuple[Extent, ...]:
         """The boxes that ``rank`` holds, which do not overlap; none if it holds nothing."""
+
+    def __hash__(self) -> int: ...
+
+
+class Shared(NamedTuple):
+    """A box of which each of ``holders``, two ranks or more, has the elements."""
+
+    holders: Sequence[int]
+    box: Extent
 
 
 class Split(NamedTuple):
@@ -65,6 +76,14 @@ class Grid:
             place, coordinate = divmod(place, size)
             found.append(coordinate)
         return tuple(reversed(found))
+
+    def replicas(self, rank: int, splits: Sequence[Split]) -> tuple[int, ...]:
+        """The ranks that hold the same elements as ``rank``, which is one of them, if a tensor is placed as ``splits`` say."""
+        coordinates = self.coordinates(rank)
+        assert coordinates is not None
+        place = tuple(slice(None) if split.dim < 0 else at for at, split in zip(coordinates, splits))
+        found = np.array(self.ranks).reshape(self.sizes)[place].flatten()
+        return tuple(sorted(found[found >= 0].tolist()))
 
     @property
     def members(self) -> Sequence[int]:
@@ -162,6 +181,83 @@ class Listed:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Listed) and (self.shape, self._by_rank) == (other.shape, other._by_rank)
+
+
+class Joined:
+    """A tensor of whose placement not all ranks say the same. ``which``: for each rank the number of its layout, -1 if it has none."""
+
+    def __init__(self, layouts: Sequence[Layout], which: Sequence[int]) -> None:
+        self.shape = layouts[0].shape
+        self._layouts = tuple(layouts)
+        self._which = tuple(which)
+        self._hash = hash((self._layouts, self._which))
+        self.ranks: Sequence[int] = tuple(rank for rank, number in enumerate(self._which) if number >= 0)
+
+    def boxes(self, rank: int) -> tuple[Extent, ...]:
+        number = self._which[rank] if rank < len(self._which) else -1
+        return self._layouts[number].boxes(rank) if number >= 0 else ()
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (
+            isinstance(other, Joined)
+            and self._hash == other._hash
+            and (self._layouts, self._which) == (other._layouts, other._which)
+        )
+
+
+class LowestOnly:
+    """A layout without the replicas: of ranks that hold the same elements, only the lowest counts as one that has them."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.shape = layout.shape
+        self.ranks = layout.ranks
+        self._boxes: dict[int, tuple[Extent, ...]] = {}
+        given: list[Extent] = []
+        for rank in layout.ranks:
+            self._boxes[rank] = tuple(part for box in layout.boxes(rank) for part in without(box, given))
+            given += self._boxes[rank]
+
+    def boxes(self, rank: int) -> tuple[Extent, ...]:
+        return self._boxes.get(rank, ())
+
+    def __hash__(self) -> int:
+        return hash((LowestOnly, self.layout))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LowestOnly) and self.layout == other.layout
+
+
+def without(box: Extent, others: Sequence[Extent]) -> Iterator[Extent]:
+    """What is left of ``box`` without ``others``, as boxes."""
+    for number, other in enumerate(others):
+        if (common := overlap(box, other)) is not None:
+            for part in _around(box, common):
+                yield from without(part, others[number + 1 :])
+            return
+    yield box
+
+
+def overlap(box: Extent, other: Extent) -> Extent | None:
+    """The elements that two boxes have in common; None if there are none."""
+    first = tuple(max(a, b) for a, b in zip(box[0], other[0]))
+    sizes = tuple(min(a + n, b + m) - at for a, n, b, m, at in zip(*box, *other, first))
+    return (first, sizes) if all(size > 0 for size in sizes) else None
+
+
+def _around(box: Extent, inner: Extent) -> Iterator[Extent]:
+    """What is left of ``box`` without ``inner``, a box within it: at most two boxes for each dimension."""
+    begin, end = list(box[0]), [at + size for at, size in zip(*box)]
+    for dim, (first, size) in enumerate(zip(*inner)):
+        for low, high in ((begin[dim], first), (first + size, end[dim])):
+            if low < high:
+                starts, ends = [*begin], [*end]
+                starts[dim], ends[dim] = low, high
+                yield tuple(starts), tuple(b - a for a, b in zip(starts, ends))
+        begin[dim], end[dim] = first, first + size
 
 
 @lru_cache(maxsize=1024)

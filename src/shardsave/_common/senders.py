@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 
-from shardsave._common.layouts import Extent, Layout
+from shardsave._common.coverage import covered_once
+from shardsave._common.layouts import Extent, Layout, LowestOnly, Placed, Whole, without
 
 
 def senders(layout: Layout, owner: int, hosts: Sequence[int]) -> tuple[tuple[int, Extent], ...]:
@@ -13,41 +14,49 @@ def senders(layout: Layout, owner: int, hosts: Sequence[int]) -> tuple[tuple[int
 
     ``hosts``: the number of each rank's host. The same on all ranks.
     """
-    order = sorted(layout.ranks, key=lambda rank: (rank != owner, hosts[rank] != hosts[owner], rank))
-    given: list[tuple[int, Extent]] = []
-    seen: set[Extent] = set()
-    left = math.prod(layout.shape)
-    for rank in order:
-        if not left:
-            break
+    holding = holders(layout)
+    if holding is not None:
+        given = [(_chosen(ranks, owner, hosts), box) for box, ranks in holding.items()]
+    else:
+        given = list(_of_overlapping(layout, owner, hosts))
+    return tuple(sorted(given, key=lambda part: (part[0] != owner, hosts[part[0]] != hosts[owner], part[0])))
+
+
+def sent(layout: Layout, rank: int, owner: int, hosts: Sequence[int]) -> tuple[Extent, ...]:
+    """Of `senders`, the boxes that ``rank`` gives to ``owner``. Does not look at all ranks if the layout is that of a mesh."""
+    if isinstance(layout, Placed):
+        boxes = layout.boxes(rank)
+        return boxes if boxes and _chosen(layout.grid.replicas(rank, layout.splits), owner, hosts) == rank else ()
+    return tuple(box for sender, box in senders(layout, owner, hosts) if sender == rank)
+
+
+@lru_cache(maxsize=1024)
+def holders(layout: Layout) -> Mapping[Extent, Sequence[int]] | None:
+    """Each box of ``layout`` with the ranks that hold it, ascending; None if some boxes may overlap without being equal."""
+    if isinstance(layout, Whole):
+        return dict.fromkeys(layout.boxes(layout.ranks[0]), layout.ranks) if layout.ranks else {}
+    holding: dict[Extent, list[int]] = {}
+    for rank in sorted(layout.ranks):
         for box in layout.boxes(rank):
-            if box not in seen:
-                seen.add(box)
-                for rest in _without(box, [other for _, other in given]):
-                    given.append((rank, rest))
-                    left -= math.prod(rest[1])
-    return tuple(given)
+            holding.setdefault(box, []).append(rank)
+    apart = isinstance(layout, (Placed, LowestOnly)) or covered_once(layout.shape, list(holding))
+    return holding if apart else None
 
 
-def _without(box: Extent, others: Sequence[Extent]) -> Iterator[Extent]:
-    """What is left of ``box`` without ``others``, as boxes."""
-    for number, other in enumerate(others):
-        first = [max(a, b) for a, b in zip(box[0], other[0])]
-        stop = [min(a + n, b + m) for a, n, b, m in zip(*box, *other)]
-        if all(a < b for a, b in zip(first, stop)):
-            for part in _around(box, first, stop):
-                yield from _without(part, others[number + 1 :])
-            return
-    yield box
+def _chosen(ranks: Sequence[int], owner: int, hosts: Sequence[int]) -> int:
+    if owner in ranks:
+        return owner
+    if len(ranks) == 1:
+        return ranks[0]
+    return next((rank for rank in ranks if hosts[rank] == hosts[owner]), ranks[0])
 
 
-def _around(box: Extent, first: Sequence[int], stop: Sequence[int]) -> Iterator[Extent]:
-    """What is left of ``box`` without the indices from ``first`` to ``stop`` within it: at most two boxes for each dimension."""
-    begin, end = list(box[0]), [at + size for at, size in zip(*box)]
-    for dim in range(len(begin)):
-        for low, high in ((begin[dim], first[dim]), (stop[dim], end[dim])):
-            if low < high:
-                starts, ends = [*begin], [*end]
-                starts[dim], ends[dim] = low, high
-                yield tuple(starts), tuple(b - a for a, b in zip(starts, ends))
-        begin[dim], end[dim] = first[dim], stop[dim]
+def _of_overlapping(layout: Layout, owner: int, hosts: Sequence[int]) -> Iterator[tuple[int, Extent]]:
+    order = sorted(layout.ranks, key=lambda rank: (rank != owner, hosts[rank] != hosts[owner], rank))
+    given: list[Extent] = []
+    for rank in order:
+        for box in layout.boxes(rank):
+            if box not in given:
+                parts = list(without(box, given))
+                given += parts
+                yield from ((rank, part) for part in parts)

@@ -9,7 +9,7 @@ import torch
 
 from shardsave._common.assembled import Assembled, Chunk
 from shardsave._common.layouts import Extent, Layout, Placed
-from shardsave._common.senders import senders
+from shardsave._common.senders import senders, sent
 from shardsave._common.sources import TensorSource
 
 
@@ -72,7 +72,7 @@ class Spread:
 
     def sent(self, rank: int, owner: int, hosts: Sequence[int]) -> tuple[Extent, ...]:
         """Of `senders`, the boxes that ``rank`` gives to ``owner``."""
-        return tuple(box for sender, box in self.senders(owner, hosts) if sender == rank)
+        return sent(self.layout, rank, owner, hosts)
 
     def cast(self, dtype: torch.dtype) -> Spread:
         """The same elements, cast to ``dtype`` on their way to the file."""

@@ -35,7 +35,8 @@ class Local:
         done = 0
         for part in parts:
             tensor, begin, sizes, at = part
-            number, chunk = _holding(tensor, begin, sizes)
+            number = holding(tensor, begin, sizes)
+            chunk = tensor.local[number]
             plain = self._of(tensor)[number]
             place = address + (done if packed else at)
             done += part.nbytes
@@ -120,11 +121,11 @@ def _copy(rows: list[Row]) -> None:
         box_copies.copy(np.array(rows, dtype=np.int64))
 
 
-def _holding(tensor: Spread, begin: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[int, Chunk]:
-    """The number of the local chunk that holds a box, and the chunk."""
+def holding(tensor: Spread, begin: tuple[int, ...], sizes: tuple[int, ...]) -> int:
+    """The number of the local chunk that holds a box."""
     for number, chunk in enumerate(tensor.local):
         if all(b <= a and a + n <= b + m for a, n, b, m in zip(begin, sizes, chunk.begin, chunk.tensor.shape)):
-            return number, chunk
+            return number
     raise AssertionError(f"no local chunk holds the box of {sizes} at {begin}")
 
 

@@ -2,63 +2,191 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import torch
 
-from shardsave._common.coverage import Extent
+from shardsave._common.layouts import Extent, Layout
+from shardsave._common.sources import TensorSource
 from shardsave._common.spread import Spread
-from shardsave._engine.blocks import Blocks
-from shardsave._engine.transfer import Piece, Windows
+from shardsave._engine import box_copies
+from shardsave._engine.blocks import Blocks, blocks
+from shardsave._engine.transfer import BLOCK_BYTES, InWindow, Piece
+from shardsave._ranks.copies import byte_strides, holding
+from shardsave._ranks.exchange import Exchange, RunWindows
+from shardsave._ranks.parts import Run, meeting, near
+from shardsave._ranks.traffic import Traffic
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from shardsave._ranks.session import Session
 
+#: Which ranks take which boxes of a tensor.
+Takers = Mapping[int, Sequence[Extent]]
+
+
+class _Taken(Enum):
+    """What becomes of a piece: nothing, it goes to one place on the rank that reads it, or anything else."""
+
+    BY_NOBODY = 0
+    IN_ONE_PIECE = 1
+    IN_PARTS = 2
+
 
 class Reading(NamedTuple):
     """What one rank reads. The n-th row of ``extents`` is the extent of piece n, as `_engine.blocks.blocks` wants it (file, offset, length,
-    grain); ``tensor`` and ``start``: which tensor the piece belongs to, and at which byte of it the piece begins."""
+    grain), sorted by file and offset. ``tensor`` and ``start``: which tensor the piece belongs to, and at which byte of it the piece begins.
+    """
 
     extents: NDArray[np.int64]
-    tensor: NDArray[np.int64]
-    start: NDArray[np.int64]
+    tensor: Sequence[int]
+    start: Sequence[int]
 
 
 class Delivering:
     """The exchange of one load. All ranks make it with equal ``readings``, one for each rank.
 
-    ``targets``: the tensors by number, each with the boxes that this rank fills (`Spread.local`). ``takers(tensor, reader)``: which rank
-    takes which boxes of what ``reader`` reads; by default every rank takes all its boxes.
+    ``targets``: the tensors by number, each with the boxes that this rank fills (`Spread.local`). ``takers(tensor, reader)``: which ranks
+    take which boxes of what ``reader`` reads; by default each rank takes all its boxes.
 
-    Use: make it, `start`, then ``engine.read(files, delivering.blocks, delivering.pieces, windows=delivering.windows, …)`` (also where there
-    is nothing to read), `finish`; `close` in any case. The sums of the run are those of this rank's pieces. A piece that this rank alone
-    needs, and whose place is contiguous, is read straight into it.
+    Use: make it (no I/O), `start`, then ``engine.read(files, delivering.blocks, delivering.pieces, windows=delivering.windows, …)`` (also
+    where there is nothing to read), `finish`; `close` in any case. The sums of the run are those of this rank's pieces. A piece that this
+    rank alone needs, and whose place is contiguous, is read straight into it.
     """
-
-    blocks: Blocks
-    pieces: list[Piece]
-    windows: Windows
-    sent_bytes: int
-    received_bytes: int
-    peak_bytes: int
 
     def __init__(
         self,
         session: Session,
         readings: Sequence[Reading],
         targets: Sequence[Spread],
-        takers: Callable[[int, int], Sequence[tuple[int, Extent]]] | None = None,
+        takers: Callable[[Spread, int], Takers] | None = None,
     ) -> None:
-        raise NotImplementedError
+        self._session = session
+        self._readings = readings
+        self._targets = targets
+        self._takers = takers or _AllBoxes().of
+        self._runs: dict[int, Run] = {}
+        traffic = Traffic(session.rank, "out", self._run, self._takers)
+        of_block = traffic.windowed()
+        self._exchange = Exchange(session, range(session.size), np.flatnonzero(of_block).tolist(), traffic)
+        self.windows = RunWindows(self._exchange, 0, of_block)
+
+    @property
+    def blocks(self) -> Blocks:
+        """What this rank's engine reads."""
+        return self._run(self._session.rank).blocks
+
+    @cached_property
+    def pieces(self) -> list[Piece]:
+        """For each piece that this rank reads, where its bytes go; None: nowhere, nobody needs them."""
+        run = self._run(self._session.rank)
+        reading = self._readings[self._session.rank]
+        found: list[Piece] = []
+        for target, shared, start, nbytes in zip(reading.tensor, run.tensors, run.starts, run.blocks.piece_bytes.tolist()):
+            tensor = self._targets[target]
+            if shared is None:
+                found.append(self._place(tensor, start, nbytes))
+            else:
+                found.append(InWindow(tensor.dtype, (nbytes // tensor.dtype.itemsize,), nbytes))
+        return found
+
+    @property
+    def sent_bytes(self) -> int:
+        """The bytes that left this rank for others."""
+        return self._exchange.sent_bytes
+
+    @property
+    def received_bytes(self) -> int:
+        """The bytes that came from other ranks."""
+        return self._exchange.received_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory that this rank had for that, beside the engine's ring."""
+        return self._exchange.peak_bytes
 
     def start(self) -> None:
-        """As `Shipping.start`; from now on local tensors are written."""
+        """Connects to the other ranks; from now on local tensors are written. Every rank calls it, also one that reads nothing.
+
+        Raises what `Session.check` raises, and ShardSaveError.
+        """
+        self._exchange.start()
 
     def finish(self) -> None:
-        """Waits until this rank's boxes are filled, and the other ranks have taken everything that it read."""
+        """Waits until this rank's boxes are filled, and the other ranks have taken everything that it read. Raises as `start`."""
+        self._exchange.finish()
 
     def close(self) -> None:
-        """As `Shipping.close`."""
+        """Ends threads and connections and frees the memory, after success and after any error. Never waits for other ranks."""
+        self._exchange.close()
+
+    def _run(self, reader: int) -> Run:
+        """What ``reader`` reads. A piece that no other rank takes, and whose place on ``reader`` is contiguous, is not exchanged."""
+        run = self._runs.get(reader)
+        if run is None:
+            extents, tensor, start = self._readings[reader]
+            plan = blocks(np.asarray(extents, dtype=np.int64).reshape(-1, 4), BLOCK_BYTES)
+            known: dict[tuple[Layout, int, int], _Taken] = {}
+            tensors: list[Spread | None] = []
+            for target, at, nbytes in zip(tensor, start, plan.piece_bytes.tolist()):
+                spread = self._targets[target]
+                item = spread.dtype.itemsize
+                key = spread.layout, at // item, (at + nbytes) // item
+                taken = known.get(key)
+                if taken is None:
+                    taken = known[key] = self._taken(spread, reader, *key[1:])
+                if taken is _Taken.IN_ONE_PIECE and reader == self._session.rank and self._place(spread, at, nbytes) is None:
+                    taken = _Taken.IN_PARTS
+                tensors.append(spread if taken is _Taken.IN_PARTS else None)
+            run = self._runs[reader] = Run(plan, tensors, start)
+        return run
+
+    def _taken(self, tensor: Spread, reader: int, first: int, stop: int) -> _Taken:
+        """Who takes elements ``first`` to ``stop`` of what ``reader`` reads."""
+        takers, shape = self._takers(tensor, reader), tensor.layout.shape
+        met = [
+            rank
+            for rank in (near(takers, shape, first, stop) if first < stop else ())
+            for box in takers[rank]
+            for _ in meeting(shape, first, stop, *box)
+        ]
+        return _Taken.BY_NOBODY if not met else _Taken.IN_ONE_PIECE if met == [reader] else _Taken.IN_PARTS
+
+    def _place(self, tensor: Spread, start: int, nbytes: int) -> TensorSource | None:
+        """The memory of this rank that is exactly these bytes of ``tensor``; None if there is none."""
+        item, shape, rank = tensor.dtype.itemsize, tensor.layout.shape, self._session.rank
+        first, stop = start // item, (start + nbytes) // item
+        boxes = self._takers(tensor, rank).get(rank, ())
+        parts = [part for box in boxes for part in meeting(shape, first, stop, *box)]
+        if len(parts) != 1:
+            return None
+        begin, sizes, _ = parts[0]
+        chunk = tensor.local[holding(tensor, begin, sizes)]
+        if chunk.tensor.dtype != tensor.dtype or not chunk.tensor.is_contiguous():
+            return None
+        strides = byte_strides(tuple(chunk.tensor.shape), item)
+        (row,) = box_copies.rows(sizes, strides, byte_strides(sizes, item), item)[:1]
+        if row[2] != nbytes:
+            return None
+        begins = sum((a - b) * stride for a, b, stride in zip(begin, chunk.begin, strides)) // item
+        with torch.no_grad():
+            return TensorSource(chunk.tensor.detach().view(-1)[begins : begins + stop - first], tensor.dtype)
+
+
+class _AllBoxes:
+    """Every rank takes all boxes that it holds."""
+
+    def __init__(self) -> None:
+        self._of: dict[Layout, Takers] = {}
+
+    def of(self, tensor: Spread, reader: int) -> Takers:
+        layout = tensor.layout
+        takers = self._of.get(layout)
+        if takers is None:
+            takers = self._of[layout] = {rank: boxes for rank in layout.ranks if (boxes := layout.boxes(rank))}
+        return takers

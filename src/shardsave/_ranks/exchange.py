@@ -2,7 +2,7 @@
 
 The owner's engine takes blocks in an order. When the window of a block may be used, the owner *opens* it for the ranks that take part in
 it; each does its work there (a save: fills in its boxes; a load: takes out its boxes) and reports that it is *done*. Within a host the
-window is memory that these ranks share; between hosts its parts travel as parcels (`parcels.py`).
+window is memory that these ranks share (`host_links.py`); between hosts its parts travel as parcels (`far_links.py`).
 
 No cycle of ranks can wait for each other: a rank works whenever a window is opened for it, and an owner opens the window of a block as
 soon as an earlier block, which an engine that takes blocks in order already has, does not need the memory any more.
@@ -16,26 +16,22 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from shardsave._engine.transfer import BLOCK_BYTES
-from shardsave._ranks.copies import Way
-from shardsave._ranks.host_links import HostLinks
+from shardsave._ranks.far_links import FarLinks
+from shardsave._ranks.host_links import HostLinks, Lost
 from shardsave._ranks.windows import SharedMemory
-from shardsave.errors import ShardSaveError
 
 if TYPE_CHECKING:
-    from shardsave._ranks.session import Session
+    import numpy as np
+    from numpy.typing import NDArray
 
-#: What a rank does with its part of a block: the owner, the number of the block, the address of the window. Returns the bytes moved.
-Work = Callable[[int, int, int], int]
+    from shardsave._ranks.session import Session
+    from shardsave._ranks.traffic import Traffic
 
 #: How many windows a rank has for the blocks that it owns. More would let fast ranks work further ahead, and take more memory.
 WINDOWS = 8
 
 #: How long an owner's worker waits before it looks whether its run still goes on, and a rank before it looks for errors; in seconds.
 _WAIT = 0.05
-
-#: How long a rank waits to be told the error of another one that has left, in seconds.
-_PATIENCE = 10.0
-
 
 class _Block:
     """A block with a window, on its owner. ``open``: the window may be used for it. ``missing``: ranks that are not yet done with it;
@@ -51,10 +47,9 @@ class _Block:
 
 
 class Exchange:
-    """``windowed``: the numbers of this rank's blocks that need a window, ascending. ``owners``: the ranks that own any blocks.
+    """``owners``: the ranks that own any blocks. ``windowed``: the numbers of this rank's blocks that need a window, ascending.
 
-    ``taking(block)``: the other ranks that take part in a block of this rank, and how many bytes each. ``work``: on any thread.
-    ``way``: "in" if the ranks fill windows, "out" if they empty them.
+    ``traffic``: what each rank does in a block; in a save the ranks fill windows, in a load they empty them.
     Threads: `take` and `give_back` are for the engine's workers, the rest for the thread that made it.
     """
 
@@ -63,15 +58,12 @@ class Exchange:
         session: Session,
         owners: Sequence[int],
         windowed: Sequence[int],
-        taking: Callable[[int], dict[int, int]],
-        work: Work,
-        way: Way,
+        traffic: Traffic,
     ) -> None:
         self.sent_bytes = self.received_bytes = self.peak_bytes = 0
         self._session = session
-        self._taking = taking
-        self._work = work
-        self._inward = way == "in"
+        self._traffic = traffic
+        self._inward = traffic.way == "in"
         self._blocks = [_Block(number, place) for place, number in enumerate(windowed)]
         self._by_number = {block.number: block for block in self._blocks}
         self._count = min(WINDOWS, len(windowed))
@@ -80,8 +72,11 @@ class Exchange:
         self._changed = threading.Condition()
         self._error: BaseException | None = None
         here = session.hosts[session.rank]
-        near = [rank for rank in owners if rank != session.rank and session.hosts[rank] == here]
-        self._links = HostLinks(self, session, near, listens=session.rank in owners)
+        others = [rank for rank in owners if rank != session.rank]
+        self._near = HostLinks(
+            self, session, [rank for rank in others if session.hosts[rank] == here], listens=session.rank in owners
+        )
+        self._far = FarLinks(self, session, traffic, [rank for rank in others if session.hosts[rank] != here], windowed)
 
     def start(self) -> None:
         """Connects to the other ranks. Raises what `Session.check` raises, and ShardSaveError."""
@@ -89,11 +84,12 @@ class Exchange:
         if self._count:
             self._memory = SharedMemory.new(self._count * BLOCK_BYTES)
             self.peak_bytes += self._memory.nbytes
-        self._links.start(token, self._memory)
+        self._near.start(token, self._memory)
+        self._far.start(token)
         for block in self._blocks[: self._count]:
             self._open(block)
         if not self._blocks:
-            self._links.end()
+            self._end()
 
     def take(self, number: int) -> memoryview | None:
         """The window of a block, once it is open (way "out"), or once all ranks are done with it ("in"); None after a short wait."""
@@ -102,7 +98,7 @@ class Exchange:
             return None
         if self._inward:
             if not block.worked:
-                self._work(self._session.rank, number, self._address(block))
+                self._traffic.in_window(self._session.rank, number, self._address(block))
                 block.worked = True
             if not self._wait(lambda: not block.missing):
                 return None
@@ -116,7 +112,7 @@ class Exchange:
         if self._inward:
             self._completed(block)
             return
-        self._work(self._session.rank, number, self._address(block))
+        self._traffic.in_window(self._session.rank, number, self._address(block))
         self._invite(block)
 
     def done(self, rank: int, number: int) -> None:
@@ -132,11 +128,14 @@ class Exchange:
 
     def visit(self, owner: int, number: int, address: int) -> None:
         """Called by links: the window of a block of ``owner`` is open for this rank."""
-        moved = self._work(owner, number, address)
+        self.count(self._traffic.in_window(owner, number, address))
+
+    def count(self, nbytes: int) -> None:
+        """Called by links: this rank has given or taken ``nbytes`` of another one's block."""
         if self._inward:
-            self.sent_bytes += moved
+            self.sent_bytes += nbytes
         else:
-            self.received_bytes += moved
+            self.received_bytes += nbytes
 
     def fail(self, error: BaseException) -> None:
         """Called by links when something failed on their threads."""
@@ -146,12 +145,13 @@ class Exchange:
 
     def finish(self) -> None:
         """Waits until the other ranks are done with this rank's blocks, and this one with theirs. Raises as `start`."""
-        while not self._wait(lambda: self._complete == len(self._blocks) and self._links.ended):
+        while not self._wait(lambda: self._complete == len(self._blocks) and self._near.ended and self._far.ended):
             self._session.check()
 
     def close(self) -> None:
         """Ends everything, after success and after any error. Never waits for other ranks."""
-        self._links.close()
+        self._near.close()
+        self._far.close()
         if self._memory is not None:
             self._memory.close()
 
@@ -174,15 +174,20 @@ class Exchange:
 
     def _invite(self, block: _Block) -> None:
         """Opens the window for the ranks that take part in ``block``."""
-        taking = self._taking(block.number)
+        taking = self._traffic.taking(block.number)
         with self._changed:
             block.missing = {*taking}
             if self._inward:
                 self.received_bytes += sum(taking.values())
             else:
                 self.sent_bytes += sum(taking.values())
-        for rank in taking:
-            self._links.open(rank, block.number, block.place % self._count)
+        for rank, nbytes in taking.items():
+            if self._session.hosts[rank] == self._session.hosts[self._session.rank]:
+                self._near.open(rank, block.number, block.place % self._count)
+            else:
+                self._far.open(rank, block.number, nbytes, self._address(block))
+        if not self._inward:
+            self._far.invited(block.number)
         if not taking and not self._inward:
             self._completed(block)
 
@@ -195,25 +200,45 @@ class Exchange:
         if block.place + self._count < len(self._blocks):
             self._open(self._blocks[block.place + self._count])
         if all_complete:
-            self._links.end()
+            self._end()
+
+    def _end(self) -> None:
+        """This rank opens no more windows."""
+        self._near.end()
+        self._far.end()
 
     def _wait(self, true: Callable[[], bool]) -> bool:
         """Whether ``true()`` within a short time. Raises the error of this exchange."""
         with self._changed:
-            self._changed.wait_for(lambda: self._error is not None or self._links.lost or true(), _WAIT)
+            self._changed.wait_for(lambda: self._error is not None or self._lost() or true(), _WAIT)
             if self._error is not None:
                 raise self._error
-            if not self._links.lost or true():
+            if not self._lost() or true():
                 return true()
-        self._raise_lost()
+        self._report_lost()
         return False
 
-    def _raise_lost(self) -> None:
-        """A rank has left: it told its error, or tells it soon; or it is dead."""
-        rank, since, said = next(iter(self._links.lost.values()))
-        self._session.check()
-        if not said or time.monotonic() > since + _PATIENCE:
-            raise ShardSaveError(
-                f"{self._session.name(rank)} was lost: it was expected to exchange tensors, its process has closed the connection"
-            )
+    def _lost(self) -> list[Lost]:
+        return [*self._near.lost.values(), *self._far.lost.values()]
+
+    def _report_lost(self) -> None:
+        """A rank that said that it leaves tells its error; one that did not is dead. Raises the error of the job."""
+        for rank, said in self._lost():
+            if not said:
+                self._session.report_loss(rank, "its process has closed the connection over which tensors were exchanged")
         time.sleep(_WAIT)
+
+
+class RunWindows:
+    """The windows of one run of the owner's engine, whose first block is number ``first`` of the owner's."""
+
+    def __init__(self, exchange: Exchange, first: int, of_block: NDArray[np.bool_]) -> None:
+        self.of_block = of_block
+        self._exchange = exchange
+        self._first = first
+
+    def take(self, block: int) -> memoryview | None:
+        return self._exchange.take(self._first + block)
+
+    def give_back(self, block: int) -> None:
+        self._exchange.give_back(self._first + block)

@@ -1,50 +1,79 @@
-"""What is used of torch.distributed: the store of the job, and the ranks of a process group."""
+"""What is used of torch.distributed: the ranks of a process group, and the store of the job.
+
+What is not public there is used in this file alone.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import socket
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
+import torch
 import torch.distributed as dist
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup, Store
+    from torch.distributed import ProcessGroup
+
+
+class Store(Protocol):
+    """What is used of a store. Values are bytes."""
+
+    def clone(self) -> Store: ...
+    def set(self, key: str, value: bytes, /) -> None: ...
+    def compare_set(self, key: str, expected: bytes, value: bytes, /) -> bytes: ...
+    def check(self, keys: list[str], /) -> bool: ...
+    def multi_get(self, keys: list[str], /) -> list[bytes]: ...
+    def multi_set(self, keys: list[str], values: list[bytes], /) -> None: ...
+    def add(self, key: str, number: int, /) -> int: ...
+    def delete_key(self, key: str, /) -> bool: ...
 
 
 class Members(NamedTuple):
-    """The ranks of a process group. ``rank`` is the position of this process in ``names``, which are global ranks."""
+    """The ranks of a process group: this process is number ``rank`` of ``names``, their global ranks. All ranks have the same ``key``."""
 
     rank: int
     names: tuple[int, ...]
     key: str
 
 
-def members(group: ProcessGroup) -> Members:
+class Host(NamedTuple):
+    """``key`` is the same for processes that find each other's sockets and may share memory."""
+
+    key: str
+    name: str
+
+
+def members_of(group: ProcessGroup) -> Members:
+    """The ranks of ``group``. Raises ValueError if this process is not one of them."""
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise ValueError(f"process_group must be a group that this process belongs to, rank {dist.get_rank()} does not")
     names = tuple(dist.get_process_group_ranks(group))
-    text = f"{group.group_name} {names}"
-    return Members(dist.get_group_rank(group, dist.get_rank()), names, hashlib.sha256(text.encode()).hexdigest()[:16])
+    key = hashlib.sha256(f"{group.group_name} {names}".encode()).hexdigest()[:16]
+    return Members(rank, names, key)
 
 
 def job_store() -> Store:
-    """A connection of its own to the store of the job. Raises RuntimeError."""
+    """The store by which the processes of the job have found each other. Raises RuntimeError."""
     try:
         from torch.distributed.distributed_c10d import _get_default_store
 
-        store = _get_default_store()
-        clone = store.clone
-    except (ImportError, AttributeError, ValueError) as error:
-        raise RuntimeError(f"the store of torch.distributed was expected to be reachable in torch {dist.__name__}") from error
-    return clone()
+    except ImportError as error:
+        raise RuntimeError(
+            f"cannot reach the store of torch.distributed: `_get_default_store` was expected in torch, {torch.__version__} has none"
+        ) from error
+    return cast(Store, _get_default_store())
 
 
-def host() -> str:
-    """Names what processes must have in common to share memory: the running kernel, and the network in which they find each other."""
-    with open("/proc/sys/kernel/random/boot_id") as file:
-        boot = file.read().strip()
-    return f"{boot} {os.stat('/proc/self/ns/net').st_ino} {os.geteuid()}"
-
-
-def host_name() -> str:
-    return socket.gethostname()
+def this_host() -> Host:
+    """The machine, its running kernel, the network namespace and the user of this process."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            boot = file.read()
+        network = os.stat("/proc/self/ns/net").st_ino
+    except OSError:  # no /proc: this process is taken for a host of its own
+        boot, network = os.urandom(8).hex(), 0
+    name = "".join(c if c.isalnum() or c in "-._" else "?" for c in socket.gethostname())
+    return Host(hashlib.sha256(f"{boot} {network} {os.geteuid()}".encode()).hexdigest()[:16], name[:64] or "?")

@@ -32,10 +32,9 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
 
 
 class Lost(NamedTuple):
-    """A rank whose connection has ended too early: when, and whether it said that it would leave."""
+    """A rank whose connection has ended too early, and whether it said that it would leave."""
 
     rank: int
-    since: float
     said: bool
 
 
@@ -275,7 +274,7 @@ class HostLinks:
         assert self._selector is not None
         self._selector.unregister(connection)
         if not expected:
-            self.lost[rank] = Lost(rank, time.monotonic(), said)
+            self.lost[rank] = Lost(rank, said)
             self._exchange.wake()
 
     def _tell(self, rank: int, message: bytes) -> None:

@@ -57,7 +57,7 @@ class Parts:
         for tensor, first, stop, at in self._segments(owner, block):
             item = tensor.dtype.itemsize
             for begin, sizes in self._takers(tensor, owner).get(rank, ()):
-                for part, counts, offset in _meet(tensor.layout.shape, first, stop, begin, sizes):
+                for part, counts, offset in meeting(tensor.layout.shape, first, stop, begin, sizes):
                     yield Part(tensor, part, counts, at + offset * item)
 
     def taking(self, owner: int, block: int) -> dict[int, int]:
@@ -65,11 +65,11 @@ class Parts:
         counts: dict[int, int] = {}
         for tensor, first, stop, _ in self._segments(owner, block):
             takers = self._takers(tensor, owner)
-            for rank in _near(takers, tensor.layout.shape, first, stop):
+            for rank in near(takers, tensor.layout.shape, first, stop):
                 met = sum(
                     math.prod(part[1])
                     for begin, sizes in takers[rank]
-                    for part in _meet(tensor.layout.shape, first, stop, begin, sizes)
+                    for part in meeting(tensor.layout.shape, first, stop, begin, sizes)
                 )
                 if met:
                     counts[rank] = counts.get(rank, 0) + met * tensor.dtype.itemsize
@@ -89,7 +89,7 @@ class Parts:
 
 
 class _Bounds:
-    """The first dimension of the boxes of many ranks, for `_near`."""
+    """The first dimension of the boxes of many ranks, for `near`."""
 
     def __init__(self, takers: Mapping[int, Sequence[Extent]]) -> None:
         rows = [(rank, begin[0], begin[0] + sizes[0]) for rank, held in takers.items() for begin, sizes in held]
@@ -100,7 +100,7 @@ class _Bounds:
 _bounds: dict[int, _Bounds] = {}
 
 
-def _near(takers: Mapping[int, Sequence[Extent]], shape: Sequence[int], first: int, stop: int) -> Sequence[int]:
+def near(takers: Mapping[int, Sequence[Extent]], shape: Sequence[int], first: int, stop: int) -> Sequence[int]:
     """The ranks whose boxes may meet elements ``first`` to ``stop``."""
     if len(takers) < _MANY or not shape:
         return [*takers]
@@ -115,7 +115,7 @@ def _near(takers: Mapping[int, Sequence[Extent]], shape: Sequence[int], first: i
 
 
 @lru_cache(maxsize=1 << 16)
-def _meet(
+def meeting(
     shape: tuple[int, ...], first: int, stop: int, begin: tuple[int, ...], sizes: tuple[int, ...]
 ) -> tuple[tuple[tuple[int, ...], tuple[int, ...], int], ...]:
     """What a box has of the elements ``first`` to ``stop`` in C order, as boxes: where each begins, its sizes, and how many elements after

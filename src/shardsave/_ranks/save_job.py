@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from shardsave._common.sources import ByteSource
 from shardsave._engine.totals import Totals
 from shardsave._format.index import FileRecord, ShardRecord
-from shardsave._ranks.agree import agree, check_replicas
+from shardsave._ranks.agree import agree
 from shardsave._ranks.owners import owners
 from shardsave._ranks.session import Session
 from shardsave._ranks.shipping import Shipping
@@ -59,9 +59,7 @@ class SaveJob:
         return self._session.leads
 
     def agree(self, state: State) -> State:
-        state = agree(self._session, state)
-        state, notes = check_replicas(self._session, state, self._on_divergence)
-        return state._replace(notes=(*state.notes, *notes))
+        return agree(self._session, state)
 
     def check_equal(self, arguments: Mapping[str, bytes]) -> None:
         mine = {name: value.hex() for name, value in arguments.items()}

@@ -1,229 +1,304 @@
 """One collective call: the ranks of a group meet, tell each other values, and end with the same error if one of them fails.
 
-Only the store of torch.distributed is used: no collective, nothing that blocks.
+Only the store of torch.distributed is used, and Unix sockets within a host: no collective, and no group of the caller. Each session has a
+thread of its own (`post.py`), so that signs of life are given while the caller computes, and so that no call waits longer than its limit.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
+import weakref
+import zlib
 from collections.abc import Callable
+from contextlib import suppress
+from queue import Empty
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from shardsave import errors
+from shardsave._common.shutdown import raise_if_ending
 from shardsave._ranks import group as groups
+from shardsave._ranks.failures import Failure, failure_of
+from shardsave._ranks.mailbox import Command
+from shardsave._ranks.meeting import Call
+from shardsave._ranks.part import Timeouts
+from shardsave._ranks.post import Post
+from shardsave._ranks.roll import Roll, unpack_roll
+from shardsave._ranks.ticket import Ticket
+from shardsave._ranks.values import pack, unpack
+from shardsave._ranks.waiting import TICK, Stall, join, trouble_of
 from shardsave.errors import ShardSaveError
 
 if TYPE_CHECKING:
-    from torch.distributed import PrefixStore, ProcessGroup
+    from torch.distributed import ProcessGroup
 
-_PART = 1 << 20
-_SEALED = "sealed"
+_T = TypeVar("_T")
 
-
-class StoreLost(ShardSaveError):
-    """The store of the job does not answer: the process that serves it is gone, or cannot be reached."""
+#: Bytes of the checksum of a phase's name, which come before its values.
+_NAME = 4
+#: For so many seconds a rank that was interrupted waits until the others have been told.
+_TELLING = 1.0
+#: The part of the time without a sign of life that one call of the store may take.
+_STALL = 0.5
 
 
 class Session:
-    """What the ranks of one call have in common. Rank ``r`` has the global number ``names[r]``."""
+    """What the ranks of one call have in common: made by `begin`, used by one thread; `check` and `report_loss` by any.
+
+    ``names``: the number of each rank in the job. ``hosts``: the number of each rank's host; ranks of one host may share memory.
+
+    As a context manager it ends the call: an error of one rank is raised on all, and nothing of the session is left.
+    """
 
     def __init__(
-        self, store: PrefixStore, members: groups.Members, hosts: tuple[int, ...], rank_timeout: float, phase_timeout: float
+        self,
+        post: Post | None,
+        call: Call,
+        roll: Roll,
+        rank: int,
+        timeouts: Timeouts,
+        usual: type[ShardSaveError],
+        ticket: Ticket | None = None,
     ) -> None:
-        self.rank, self.size, self.hosts = members.rank, len(members.names), hosts
-        self.leads = self.rank == 0
-        self.rank_timeout, self.phase_timeout = rank_timeout, phase_timeout
-        self._names = members.names
-        self._store = store
-        self._keys: list[str] = []
-        self._number = 0
-        self._error: BaseException | None = None
-        self._sealed = False
+        self.rank = rank
+        self.size = len(roll.names)
+        self.names = roll.names
+        self.hosts = roll.hosts
+        self.leads = rank == 0
+        self.timeouts = timeouts
+        self._roll = roll
+        self._call = call
+        self._usual = usual
+        self._post = post
+        self._phase = 0
+        self._error: Exception | None = None
+        self._stall = Stall(timeouts.rank * _STALL)
+        self._ticket = ticket
+        self._process = os.getpid()
+        interrupted = Failure("", f"{roll.name(rank)} was interrupted")
+        self._finalizer = weakref.finalize(self, _abandon, post, ticket, interrupted)
+        self._finalizer.atexit = False
 
     def name(self, rank: int) -> str:
-        return f"rank {self._names[rank]}"
+        """``rank 3``: its number in the job, and its machine where there are several."""
+        return self._roll.name(rank)
+
+    # -- values
 
     def exchange(self, what: str, mine: bytes) -> list[bytes]:
         """From each rank one value, on all ranks, in order of ranks."""
-        number = self._next(what)
-        self._set(f"{number}/{self.rank}", mine)
-        return [self._get(f"{number}/{rank}", what) for rank in range(self.size)]
+        values = self.gather(what, mine)
+        return unpack(self.publish(what, None if values is None else pack(values)))
 
     def gather(self, what: str, mine: bytes) -> list[bytes] | None:
-        """From each rank one value, on rank 0 alone."""
-        number = self._next(what)
-        self._set(f"{number}/{self.rank}", mine)
-        return [self._get(f"{number}/{rank}", what) for rank in range(self.size)] if self.leads else None
+        """From each rank one value, on rank 0 alone; None on the others, which do not wait."""
+        phase, name = self._next(what)
+        if self._post is None:
+            return [mine]
+        self._post.mailbox.command(Command("value", phase, name + mine))
+        if not self.leads:
+            return None
+        gathered = self._post.mailbox.gathered
+        values = self._wait(lambda: gathered.pop(phase, None), what)
+        if others := [rank for rank, value in enumerate(values) if value[:_NAME] != name]:
+            raise self.fail(RuntimeError(f"'{what}' was expected of all ranks, {self.name(others[0])} is elsewhere"))
+        return [value[_NAME:] for value in values]
 
     def publish(self, what: str, value: bytes | None = None) -> bytes:
-        """A value of rank 0, on all ranks."""
-        number = self._next(what)
+        """The value of rank 0, on all ranks. What one rank has received, no error can hide from another one that lives."""
+        phase, name = self._next(what)
+        if self._post is None:
+            return value or b""
         if self.leads:
-            assert value is not None
-            self._set(f"{number}/0", value)
-            return value
-        return self._get(f"{number}/0", what)
+            self._post.mailbox.command(Command("publish", phase, name + (value or b"")))
+        published = self._post.mailbox.published
+        received = self._wait(lambda: published.pop(phase, None), what)
+        if received[:_NAME] != name:
+            raise self.fail(RuntimeError(f"'{what}' was expected of rank 0, it is elsewhere"))
+        return received[_NAME:]
+
+    # -- errors
 
     def check(self) -> None:
-        """Raises the error of the job if a rank has failed or was lost. Any thread may call it."""
-        if self._error is None and not self._sealed and self._store.check(["error"]):
-            record = json.loads(self._store.get("error"))
-            self._sealed = record == _SEALED
-            self._error = None if self._sealed else _revived(record)
+        """Raises the error of the job if a rank has failed or was lost. Cheap."""
+        raise_if_ending()
+        if self._process != os.getpid():
+            raise RuntimeError(f"cannot {self._call} in a forked process: the call belongs to its parent")
+        if self._error is None and self._post is not None:
+            self._error = trouble_of(self._post, self._usual, self._stall, self._call)
         if self._error is not None:
             raise self._error
 
-    def seal(self) -> None:
-        """Makes sure that no rank has failed, and that what fails from now on is no error of the job any more. Raises that error."""
-        won = json.loads(self._store.compare_set("error", "", json.dumps(_SEALED)))
-        self._sealed = won == _SEALED
-        if not self._sealed:
-            self._error = _revived(won)
-            raise self._error
-
     def fail(self, error: BaseException) -> BaseException:
-        """Tells all ranks of ``error``. Returns what is to be raised: the first error of the job."""
-        if error is self._error or self._sealed:
+        """Ends the call with ``error`` on all ranks, unless it has ended with another one. Returns what is to be raised here."""
+        if self._post is None or error is self._error or self._process != os.getpid():
             return error
-        record = _record(self.name(self.rank), error)
-        won = self._store.compare_set("error", "", json.dumps(record))
-        if not isinstance(error, Exception) or json.loads(won) == _SEALED:
+        if self._error is not None and error.__cause__ is self._error:
+            return error  # the job's error, in the words of the call
+        failure = failure_of(error, self.name(self.rank))
+        self._post.mailbox.command(Command("fail", failure=failure))
+        first = self._told(_TELLING if not isinstance(error, Exception) else self.timeouts.rank)
+        if not isinstance(error, Exception):
             return error
-        self._error = _revived(json.loads(won))
-        self._error.__cause__ = error
-        return self._error
+        if first is None:  # all others have left, or cannot be told
+            first = failure.error(self._usual)
+        self._error = first
+        return first
+
+    def report_loss(self, rank: int, reason: str) -> None:
+        """A connection to ``rank`` has ended. Raises the error of the job: that of ``rank``, if it could still tell one."""
+        with suppress(_NotInTime):
+            self._wait(lambda: None, "the reason", _TELLING)
+        if self._post is not None:
+            failure = Failure("", f"{self.name(rank)} was lost: {reason}", (rank,))
+            self._post.mailbox.command(Command("fail", failure=failure))
+            self._told(self.timeouts.rank)
+        self.check()
 
     def close(self) -> None:
-        if self._store.add("left", 1) == self.size:
-            for rank in range(self.size):
-                for key in json.loads(self._store.get(f"keys/{rank}")) if self._store.check([f"keys/{rank}"]) else ():
-                    self._store.delete_key(key)
-            self._store.delete_key("left")
+        """Ends this rank's part. Waits for no other rank, but that the lowest of a host waits for those of its host. Raises nothing."""
+        if self._post is None or self._process != os.getpid() or not self._finalizer.detach():
+            return
+        self._post.mailbox.command(Command("close"))
+        join(self._post, self.timeouts.phase, self._stall)
+        if self._ticket is not None:
+            self._ticket.give_back()
 
     def __enter__(self) -> Session:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        raised = None if error is None else self.fail(error)
-        self.close()
+        try:
+            raised = None if error is None else self.fail(error)
+        finally:
+            self.close()
         if raised is not None and raised is not error:
-            raise raised from error
+            if error is not None and raised is not error.__cause__:
+                raise raised from error
+            raise raised
 
-    def _next(self, what: str) -> int:
-        self.check()
-        self._number += 1
-        return self._number
+    # -- waiting
 
-    def _set(self, key: str, value: bytes) -> None:
-        parts = [value[begin : begin + _PART] for begin in range(0, len(value), _PART)]
-        for number, part in enumerate(parts):
-            self._store.set(f"{key}/{number}", part)
-        self._store.set(key, str(len(parts)))
+    def _next(self, what: str) -> tuple[int, bytes]:
+        self._phase += 1
+        return self._phase, zlib.crc32(what.encode()).to_bytes(_NAME, "little")
 
-    def _get(self, key: str, what: str) -> bytes:
-        if not _wait_until(lambda: self._store.check([key]), self.phase_timeout, self.check):
-            raise ShardSaveError(f"'{what}' took longer than {self.phase_timeout:g} s")
-        return b"".join(self._store.get(f"{key}/{number}") for number in range(int(self._store.get(key))))
+    def _wait(self, value: Callable[[], _T | None], what: str, seconds: float | None = None) -> _T:
+        """Waits for a value. What has come is taken before an error is looked at."""
+        assert self._post is not None
+        limit = self.timeouts.phase + (0 if self.leads else self.timeouts.rank)  # rank 0 knows more about who is late
+        end = time.monotonic() + (limit if seconds is None else seconds)
+        while True:
+            over, trouble = self._post.mailbox.over, self._known_trouble()
+            if (found := value()) is not None:
+                return found
+            if trouble is not None:
+                raise trouble
+            if over and seconds is None:
+                raise self.fail(RuntimeError(f"'{what}' was expected of rank 0, which has ended the call"))
+            if time.monotonic() > end:
+                raise _NotInTime if seconds is not None else self.fail(self._late(what))
+            with suppress(Empty):
+                self._post.mailbox.news.get(timeout=TICK)
 
+    def _known_trouble(self) -> Exception | None:
+        try:
+            self.check()
+        except Exception as error:
+            return error
+        return None
 
-def begin(group: ProcessGroup, verb: str, where: str, *, rank_timeout: float = 120.0, phase_timeout: float = 1800.0) -> Session:
-    """Meets the other ranks of ``group``, which call the same ``verb`` about the same ``where``."""
-    import torch.distributed as dist
+    def _told(self, seconds: float) -> Exception | None:
+        """The error of the job, as soon as there is one, within ``seconds``."""
+        try:
+            self._wait(self._over, "the error", seconds)
+        except _NotInTime:
+            pass
+        except Exception as error:
+            return error
+        return None
 
-    members = groups.members(group)
-    store = dist.PrefixStore(f"shardsave/{members.key}", groups.job_store())
-    call = json.dumps([os.urandom(8).hex(), verb, where, groups.host()])
-    mine = f"arrived/{members.rank}"
-    if members.rank:
-        store.set(mine, call)
-        answer = f"answer/{json.loads(call)[0]}"
-        if not _wait_until(lambda: store.check([answer]), rank_timeout):
-            store.delete_key(mine)
-            raise ShardSaveError(f"cannot {verb} {where}: rank {members.names[0]} did not come within {rank_timeout:g} s")
-        reply = json.loads(store.get(answer))
-        store.delete_key(answer)
-        store.delete_key(mine)
-    else:
-        reply = _meet(store, members, call, rank_timeout)
-    if "error" in reply:
-        raise _revived(reply["error"])
-    hosts = tuple(reply["hosts"])
-    return Session(
-        dist.PrefixStore(f"shardsave/{members.key}/{reply['session']}", groups.job_store()),
-        members,
-        hosts,
-        rank_timeout,
-        phase_timeout,
-    )
+    def _over(self) -> bool | None:
+        return True if self._post is not None and self._post.mailbox.over else None
 
-
-_used: dict[str, set[str]] = {}
-_lock = threading.Lock()
-
-
-def _meet(store: PrefixStore, members: groups.Members, call: str, seconds: float) -> dict[str, object]:
-    calls = {0: json.loads(call)}
-    used = _used.setdefault(members.key, set())
-
-    def all_came() -> bool:
-        for rank in range(1, len(members.names)):
-            if rank not in calls and store.check([f"arrived/{rank}"]):
-                other = json.loads(store.compare_set(f"arrived/{rank}", "-", "-"))
-                if other[0] not in used:
-                    calls[rank] = other
-        return len(calls) == len(members.names)
-
-    complete = _wait_until(all_came, seconds)
-    _, verb, where, _ = calls[0]
-    reply: dict[str, object]
-    missing = [str(members.names[rank]) for rank in range(len(members.names)) if rank not in calls]
-    others = [rank for rank in sorted(calls) if calls[rank][1:3] != [verb, where]]
-    if others:
-        listed = "; ".join(f"rank {members.names[rank]} calls {calls[rank][1]} of {calls[rank][2]}" for rank in others)
-        text = f"cannot {verb} {where}: all ranks were expected to make the same call, {listed}"
-        reply = {"error": ["ValueError", text]}
-    elif not complete:
-        text = f"cannot {verb} {where}: all ranks of the group were expected within {seconds:g} s, did not come: {', '.join(missing)}"
-        reply = {"error": ["ShardSaveError", text]}
-    else:
-        kinds = sorted({calls[rank][3] for rank in calls}, key=lambda kind: min(r for r in calls if calls[r][3] == kind))
-        reply = {"session": os.urandom(8).hex(), "hosts": [kinds.index(calls[rank][3]) for rank in range(len(members.names))]}
-    for rank, other in calls.items():
-        used.add(other[0])
-        if rank:
-            store.set(f"answer/{other[0]}", json.dumps(reply))
-    return reply
+    def _late(self, what: str) -> ShardSaveError:
+        late = [0]
+        if self._post is not None and self.leads:
+            mailbox = self._post.mailbox
+            mailbox.command(Command("late"))
+            with suppress(_NotInTime):
+                late = self._wait(lambda: mailbox.late, what, _TELLING)
+        names = ", ".join(self.name(rank) for rank in late[:20])
+        return self._usual(f"'{what}' was expected within {self.timeouts.phase:g} s (phase_timeout), still waiting for {names}")
 
 
-def _record(name: str, error: BaseException) -> list[str]:
-    if not isinstance(error, Exception):
-        return ["ShardSaveError", f"{name} was interrupted"]
-    for kind in type(error).__mro__:
-        if kind in (TypeError, ValueError, MemoryError) or getattr(errors, kind.__name__, None) is kind:
-            return [kind.__name__, f"{name}: {error}"]
-    return ["ShardSaveError", f"{name}: {type(error).__name__}: {error}"]
+class _NotInTime(Exception):
+    """A wait was over before what it waited for."""
 
 
-def _revived(record: object) -> BaseException:
-    assert isinstance(record, list)
-    kinds = {"TypeError": TypeError, "ValueError": ValueError, "MemoryError": MemoryError}
-    kind = kinds.get(record[0]) or getattr(errors, record[0])
-    error: BaseException = kind(record[1])
-    return error
+def begin(
+    group: ProcessGroup,
+    verb: str,
+    where: str,
+    *,
+    rank_timeout: float = 120.0,
+    phase_timeout: float = 1800.0,
+    usual: type[ShardSaveError] = ShardSaveError,
+    apart: str = "",
+) -> Session:
+    """Meets the other ranks of ``group``, which call the same ``verb`` about the same ``where``.
+
+    ``usual``: the class of errors that have no class of their own. ``apart``: sessions that may run beside others of the same group, such
+    as those of saves in the background, have another word here on all ranks.
+    """
+    members = groups.members_of(group)
+    members = members._replace(key=f"{members.key}{apart and '/'}{apart}")
+    timeouts = Timeouts(rank_timeout, phase_timeout)
+    return begin_with(groups.job_store(), members, groups.this_host(), Call(verb, where), timeouts, usual)
 
 
-def _wait_until(done: Callable[[], bool], seconds: float, check: Callable[[], None] = lambda: None) -> bool:
-    """Polls with growing pauses. Returns whether it was done in time."""
-    end = time.monotonic() + seconds
-    pause = 0.0005
-    while not done():
-        check()
-        if time.monotonic() > end:
-            return False
-        time.sleep(pause)
-        pause = min(0.05, pause * 1.3)
-    return True
+def begin_with(
+    store: groups.Store,
+    members: groups.Members,
+    host: groups.Host,
+    call: Call,
+    timeouts: Timeouts,
+    usual: type[ShardSaveError] = ShardSaveError,
+) -> Session:
+    """`begin` with a given store and host."""
+    if len(members.names) == 1:
+        return Session(None, call, Roll((0,), (host.name,), members.names), 0, timeouts, usual)
+    ticket = Ticket(members, f"{call} on thread '{threading.current_thread().name}'")
+    if (running := ticket.take()) is not None:
+        raise usual(f"cannot {call}: one collective call of a group at a time was expected, this process is in: {running}")
+    post = None
+    try:
+        post = Post(store, members, host, call, timeouts)
+        roll = unpack_roll(_first(post, timeouts, usual, call), members.names)
+        return Session(post, call, roll, members.rank, timeouts, usual, ticket)
+    except BaseException as error:
+        _abandon(post, ticket, failure_of(error, f"rank {members.names[members.rank]}"))
+        if post is not None:
+            join(post, _TELLING, Stall(_TELLING))
+        raise
+
+
+def _first(post: Post, timeouts: Timeouts, usual: type[ShardSaveError], call: Call) -> bytes:
+    """Waits until the ranks have met. Returns what rank 0 published first."""
+    stall = Stall(timeouts.rank * _STALL)
+    while 0 not in post.mailbox.published:
+        raise_if_ending()
+        if (error := trouble_of(post, usual, stall, call)) is not None:
+            raise error
+        with suppress(Empty):
+            post.mailbox.news.get(timeout=TICK)
+    return post.mailbox.published.pop(0)
+
+
+def _abandon(post: Post | None, ticket: Ticket | None, failure: Failure) -> None:
+    """Ends a session that nobody holds any more."""
+    if ticket is not None:
+        ticket.give_back()
+    if post is not None:
+        post.abandon(Command("fail", failure=failure))

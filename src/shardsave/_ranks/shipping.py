@@ -11,14 +11,15 @@ import numpy as np
 from shardsave._common.layouts import Extent, Layout
 from shardsave._common.spread import Spread
 from shardsave._engine.transfer import InWindow
-from shardsave._ranks.copies import Local
-from shardsave._ranks.exchange import Exchange
-from shardsave._ranks.parts import Parts, Run
+from shardsave._ranks.exchange import Exchange, RunWindows
+from shardsave._ranks.parts import Run
+from shardsave._ranks.traffic import Traffic
 from shardsave._saving.shards import PlannedShard, plan_blocks
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from shardsave._common.sources import ByteSource
     from shardsave._ranks.session import Session
 
 
@@ -39,15 +40,13 @@ class Shipping:
         for shard, owner in zip(shards, owners):
             self._shards.setdefault(owner, []).append(shard)
         self.mine = [number for number, owner in enumerate(owners) if owner == session.rank]
-        self.own = [_for_engine(shards[number]) for number in self.mine]
         self._runs: dict[int, Run] = {}
         self._givers = Givers(session.hosts)
-        self._parts = Parts(self._run, self._givers.of)
-        self._local = Local("in")
-        self._windowed = self._find_windowed()
+        self.own = [self._for_engine(shards[number]) for number in self.mine]
         self._next = 0
-        numbers = np.flatnonzero(self._windowed).tolist()
-        self._exchange = Exchange(session, sorted(self._shards), numbers, self._taking, self._fill, "in")
+        traffic = Traffic(session.rank, "in", self._run, self._givers.of)
+        self._windowed = traffic.windowed()
+        self._exchange = Exchange(session, sorted(self._shards), np.flatnonzero(self._windowed).tolist(), traffic)
 
     @property
     def sent_bytes(self) -> int:
@@ -71,11 +70,11 @@ class Shipping:
         """
         self._exchange.start()
 
-    def windows(self, group: Sequence[PlannedShard]) -> _Windows:
+    def windows(self, group: Sequence[PlannedShard]) -> RunWindows:
         """The windows of the engine's run that writes ``group``, the next shards of ``own``."""
         count = len(plan_blocks(group).table)
         first, self._next = self._next, self._next + count
-        return _Windows(self._exchange, first, self._windowed[first : first + count])
+        return RunWindows(self._exchange, first, self._windowed[first : first + count])
 
     def finish(self) -> None:
         """Waits until the other ranks have taken everything from this one: local tensors are then read no more.
@@ -89,47 +88,22 @@ class Shipping:
         self._exchange.close()
 
     def _run(self, owner: int) -> Run:
+        """What ``owner`` writes. A tensor that it holds as a whole is not exchanged."""
         run = self._runs.get(owner)
         if run is None:
             shards = self._shards.get(owner, [])
-            pieces = [piece if isinstance(piece, Spread) else None for shard in shards for piece in shard.pieces]
-            run = self._runs[owner] = Run(plan_blocks(shards), pieces, [0] * len(pieces))
+            tensors = [self._exchanged(piece, owner) for shard in shards for piece in shard.pieces]
+            run = self._runs[owner] = Run(plan_blocks(shards), tensors, [0] * len(tensors))
         return run
 
-    def _find_windowed(self) -> NDArray[np.bool_]:
-        """For each block of this rank, whether it has bytes of a tensor that other ranks hold too."""
-        pieces = [piece for shard in self.own for piece in shard.pieces]
-        table, segments, _ = self._run(self._session.rank).blocks
-        in_window = np.array([isinstance(piece, InWindow) for piece in pieces], dtype=bool)
-        if not len(table):
-            return np.zeros(0, dtype=bool)
-        return np.logical_or.reduceat(in_window[segments[:, 0]], table[:, 3])
+    def _exchanged(self, piece: ByteSource, owner: int) -> Spread | None:
+        return piece if isinstance(piece, Spread) and self._givers.of(piece, owner).keys() != {owner} else None
 
-    def _taking(self, block: int) -> dict[int, int]:
-        taking = self._parts.taking(self._session.rank, block)
-        taking.pop(self._session.rank, None)
-        return taking
-
-    def _fill(self, owner: int, block: int, address: int) -> int:
-        parts = self._parts.of(owner, block, self._session.rank)
-        if owner == self._session.rank:  # the engine takes those from where they are
-            parts = (part for part in parts if not part.tensor.is_whole)
-        return self._local.copy(parts, address)
-
-
-class _Windows:
-    """Those of one run of the owner's engine, whose first block is number ``first`` of the owner's."""
-
-    def __init__(self, exchange: Exchange, first: int, of_block: NDArray[np.bool_]) -> None:
-        self.of_block = of_block
-        self._exchange = exchange
-        self._first = first
-
-    def take(self, block: int) -> memoryview | None:
-        return self._exchange.take(self._first + block)
-
-    def give_back(self, block: int) -> None:
-        self._exchange.give_back(self._first + block)
+    def _for_engine(self, shard: PlannedShard) -> PlannedShard:
+        """``shard`` with pieces for this rank's engine: tensors of which it has only a part are filled in windows."""
+        rank = self._session.rank
+        parts = [piece for piece in shard.pieces if self._exchanged(piece, rank) is not None]
+        return shard.with_sources({id(piece): InWindow(piece.dtype, piece.shape, piece.nbytes) for piece in parts})
 
 
 class Givers:
@@ -162,16 +136,3 @@ def _without_replicas(layout: Layout) -> Mapping[int, Sequence[Extent]] | None:
     elements = sum(math.prod(sizes) for held in boxes.values() for _, sizes in held)
     return boxes if elements == math.prod(layout.shape) else None
 
-
-def _for_engine(shard: PlannedShard) -> PlannedShard:
-    """``shard`` with pieces for its owner's engine: a tensor of which it holds only a part is filled in windows."""
-    kinds: dict[Layout, bool] = {}
-    new = {}
-    for piece in shard.pieces:
-        if isinstance(piece, Spread):
-            whole = kinds.get(piece.layout)
-            if whole is None:
-                whole = kinds[piece.layout] = piece.is_whole
-            if not whole:
-                new[id(piece)] = InWindow(piece.dtype, piece.shape, piece.nbytes)
-    return shard.with_sources(new)

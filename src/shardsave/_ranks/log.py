@@ -1,0 +1,105 @@
+"""What a session has published, in an order that is the same for all ranks.
+
+Entry ``n`` is the key ``log/n``, which only the first one who claims it can set. So all ranks see the same entries up to the same end: a
+failure (of any rank), or the end that rank 0 sets when it has left. Nothing comes after that.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from shardsave._ranks.failures import Failure
+from shardsave._ranks.line import Line
+
+PUBLISHED, FAILURE, END = b"p", b"f", b"e"
+
+
+class Entry(NamedTuple):
+    """``phase``: what a value belongs to."""
+
+    position: int
+    kind: bytes
+    phase: int
+    value: bytes
+
+    @property
+    def last(self) -> bool:
+        return self.kind != PUBLISHED
+
+    def packed(self) -> bytes:
+        return self.kind + b"%d " % self.phase + self.value
+
+
+def unpack_entry(position: int, packed: bytes) -> Entry:
+    phase, _, value = packed[1:].partition(b" ")
+    return Entry(position, packed[:1], int(phase), value)
+
+
+class Log:
+    """The entries of one session, read and written by one rank."""
+
+    def __init__(self, line: Line, session: str) -> None:
+        self._line = line
+        self._prefix = f"{session}/log"
+        self.length = 0
+        self.ended = False
+        self._keys: list[str] = []
+
+    def read(self) -> Entry | None:
+        """The next entry, if there is one."""
+        if self.ended:
+            return None
+        packed = self._line.peek(self._key(self.length))
+        return None if packed is None else self._fetched(packed)
+
+    def take(self, entry: Entry) -> bool:
+        """Notes an entry that came from another rank. Returns whether it is the next one."""
+        if self.ended or entry.position != self.length:
+            return False
+        self._keys.append(self._key(self.length))
+        self.length += 1
+        self.ended = entry.last
+        return True
+
+    def append(self, kind: bytes, phase: int, value: bytes) -> tuple[Entry, bool]:
+        """Adds an entry if nobody has added one at its place. Returns the entry that is there, and whether it is the new one."""
+        key = self._key(self.length)
+        stowed = self._line.stow(key, value) if kind == PUBLISHED else b"=" + value  # only rank 0 adds long ones
+        packed = kind + b"%d " % phase + stowed
+        found = self._line.claim(key, packed)
+        if found == packed:
+            entry = Entry(self.length, kind, phase, value)
+            self.take(entry)
+            self._keys += Line.parts(key, stowed)
+            return entry, True
+        self._line.delete(Line.parts(key, stowed))
+        return self._fetched(found or b""), False
+
+    def fail(self, failure: Failure) -> list[Entry]:
+        """Ends the log with ``failure``, unless it has ended. Returns the entries that were not yet read, and the last one."""
+        entries: list[Entry] = []
+        while not self.ended:
+            entries.append(self.append(FAILURE, 0, failure.packed())[0])
+        return entries
+
+    def delete(self, *, but_last: bool) -> None:
+        """Deletes all entries; the last one stays for a rank that is taken for lost and may wake up."""
+        while self.read() is not None:
+            pass
+        last = self._key(self.length - 1)
+        self._line.delete([key for key in self._keys if not (but_last and key == last)])
+
+    @property
+    def last_key(self) -> str:
+        return self._key(self.length - 1)
+
+    def _key(self, position: int) -> str:
+        return f"{self._prefix}/{position}"
+
+    def _fetched(self, packed: bytes) -> Entry:
+        key = self._key(self.length)
+        short = unpack_entry(self.length, packed)
+        entry = short._replace(value=self._line.fetched(key, short.value))
+        self.take(entry)
+        self._keys += Line.parts(key, short.value)
+        return entry

@@ -1,0 +1,218 @@
+"""How the ranks of a call find each other.
+
+Each rank sets `arrived/<rank>` with a token that it has made up, and waits for `answer/<token>`; rank 0 waits for all and answers. A rank
+that gives up takes its token back and looks once more for an answer. So neither a call that failed nor one that a rank made alone
+disturbs the next one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from shardsave._ranks.failures import Failure, unpacked
+from shardsave._ranks.group import Host, Members
+from shardsave._ranks.line import Line
+from shardsave._ranks.pauses import pauses_for
+from shardsave._ranks.roll import Roll, listed
+
+_BATCH = 64
+#: So many times the limit the other ranks wait for rank 0.
+_PATIENCE = 1.25
+
+
+class Call(NamedTuple):
+    """What all ranks must do alike."""
+
+    verb: str
+    where: str
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(self).encode()).hexdigest()[:16]
+
+    def __str__(self) -> str:
+        return f"{self.verb} {self.where}"
+
+
+class Met(NamedTuple):
+    """What a rank is answered: the name of the session, its host, the rank that leads this host, the number of hosts.
+
+    ``roll`` is known to rank 0 alone; ``gone``: who gave up while it was answered.
+    """
+
+    session: str
+    host: int
+    leader: int
+    hosts: int
+    roll: Roll | None = None
+    gone: tuple[int, ...] = ()
+
+
+class NotMet(Exception):
+    """There will be no session."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure)
+        self.failure = failure
+
+
+class _Arrival(NamedTuple):
+    token: str
+    call: str
+    host: str
+    host_name: str
+
+
+class Meeting:
+    """One rank on its way into a session. Everything runs on the thread of the session."""
+
+    def __init__(
+        self, line: Line, members: Members, host: Host, call: Call, seconds: float, given_up: Callable[[], bool]
+    ) -> None:
+        self._line = line
+        self._members = members
+        self._call = call
+        self._seconds = seconds
+        self._given_up = given_up
+        self._pauses = pauses_for(len(members.names))
+        # the others hear the verdict of rank 0 before they give up, if they have come at the same time
+        self._end = time.monotonic() + seconds * (1 if members.rank == 0 else _PATIENCE)
+        self._mine = _Arrival(os.urandom(8).hex(), call.digest, *host)
+
+    def meet(self) -> Met:
+        """Raises NotMet, with the same failure on all ranks that have come."""
+        return self._lead() if self._members.rank == 0 else self._follow()
+
+    def leave(self) -> None:
+        """Removes what this rank has set."""
+        if self._members.rank:
+            self._line.delete([f"arrived/{self._members.rank}", f"called/{self._members.rank}"])
+
+    def _follow(self) -> Met:
+        self._line.set(f"called/{self._members.rank}", json.dumps(self._call).encode())
+        self._line.set(f"arrived/{self._members.rank}", " ".join(self._mine).encode())
+        key = f"answer/{self._mine.token}"
+        came: set[int] = set()
+        while (answer := self._line.peek(key)) is None and not self._late():
+            time.sleep(self._pauses.rest())
+            self._pauses.due()
+            if not came and self._end - time.monotonic() < self._seconds / 8:
+                came = self._present()  # those that came at about the same time leave at about the same time
+        if answer is None:
+            came |= self._present()
+            self.leave()
+            answer = self._line.peek(key)  # rank 0 may have answered in the meantime: then it knows nothing of our leaving
+        if answer is None:
+            raise NotMet(self._did_not_come([rank for rank in range(len(self._members.names)) if rank not in came]))
+        self._line.delete([key])
+        kind, _, text = answer.partition(b" ")
+        if kind == b"failure":
+            self.leave()
+            raise NotMet(unpacked(text))
+        session, host, leader, hosts = text.decode().split()
+        return Met(session, int(host), int(leader), int(hosts))
+
+    def _present(self) -> set[int]:
+        """Who is waiting for rank 0. In a large group nobody looks, for all would do so at once."""
+        size = len(self._members.names)
+        return {rank for rank in range(1, size) if size > _BATCH or self._line.has([f"arrived/{rank}"])}
+
+    def _did_not_come(self, missing: list[int]) -> Failure:
+        names = listed([self._members.names[rank] for rank in missing])
+        return Failure(
+            "",
+            f"cannot {self._call}: all {len(self._members.names)} ranks of the group were expected to call it within "
+            f"{self._seconds:g} s, {names} did not; the call is collective: either all ranks make it or none",
+        )
+
+    def _lead(self) -> Met:
+        answered = _answered.setdefault(self._members.key, {})
+        arrivals = self._arrivals(answered)
+        failure = self._disagreement(arrivals)
+        if failure is None and (missing := [rank for rank in range(len(self._members.names)) if rank not in arrivals]):
+            failure = self._did_not_come(missing)
+        answered.update((rank, arrival.token) for rank, arrival in arrivals.items())
+        if failure is not None:
+            self._answer(arrivals, dict.fromkeys(arrivals, b"failure " + failure.packed()))
+            raise NotMet(failure)
+        return self._open(arrivals)
+
+    def _arrivals(self, answered: dict[int, str]) -> dict[int, _Arrival]:
+        """Who has come within the time, in order. Ranks are asked for one by one, then more and more of them at once."""
+        arrivals = {0: self._mine}
+        size = len(self._members.names)
+        rank, count = 1, 1
+        while rank < size:
+            asked = range(rank, min(rank + count, size))
+            found = self._read(asked, answered)
+            arrivals.update(found)
+            if len(found) == len(asked):
+                rank, count = asked.stop, min(2 * count, _BATCH)
+                self._pauses.restart()
+            elif count > 1:
+                count = 1
+            elif self._late():
+                for begin in range(rank, size, _BATCH):
+                    arrivals.update(self._read(range(begin, min(begin + _BATCH, size)), answered, every=True))
+                break
+            else:
+                time.sleep(self._pauses.rest())
+                self._pauses.due()
+        return dict(sorted(arrivals.items()))
+
+    def _read(self, ranks: range, answered: dict[int, str], *, every: bool = False) -> dict[int, _Arrival]:
+        keys = [f"arrived/{rank}" for rank in ranks]
+        if not every and not self._line.has(keys):
+            return {}
+        found = {
+            rank: _Arrival(*value.decode().split())
+            for rank, value in zip(ranks, self._line.get_all(keys), strict=True)
+            if value
+        }
+        return {rank: arrival for rank, arrival in found.items() if answered.get(rank) != arrival.token}
+
+    def _disagreement(self, arrivals: dict[int, _Arrival]) -> Failure | None:
+        others = [rank for rank, arrival in arrivals.items() if arrival.call != self._call.digest]
+        if not others:
+            return None
+        texts = self._line.get_all([f"called/{rank}" for rank in others])
+        calls: dict[str, list[int]] = {}
+        for rank, text in zip(others, texts, strict=True):
+            calls.setdefault(str(Call(*json.loads(text))) if text else "?", []).append(self._members.names[rank])
+        same = [self._members.names[rank] for rank in arrivals if rank not in others]
+        told = "; ".join(f"{listed(ranks)}: {call}" for call, ranks in [(str(self._call), same), *calls.items()])
+        return Failure("ValueError", f"cannot {self._call}: all ranks were expected to make the same call, found {told}")
+
+    def _open(self, arrivals: dict[int, _Arrival]) -> Met:
+        """Answers all ranks that there is a session."""
+        hosts = {arrival.host: 0 for arrival in arrivals.values()}
+        hosts = {host: number for number, host in enumerate(hosts)}
+        names = {hosts[arrival.host]: arrival.host_name for arrival in arrivals.values()}
+        roll = Roll(tuple(hosts[arrival.host] for arrival in arrivals.values()), tuple(names.values()), self._members.names)
+        session, leaders = os.urandom(8).hex(), roll.leaders()
+        self._line.set_all({f"{session}/beat/{host}": b"0" for host in range(len(hosts))})
+        texts = {rank: f"session {session} {host} {leaders[host]} {len(hosts)}".encode() for rank, host in enumerate(roll.hosts)}
+        return Met(session, 0, 0, len(hosts), roll, self._answer(arrivals, texts))
+
+    def _answer(self, arrivals: dict[int, _Arrival], texts: Mapping[int, bytes]) -> tuple[int, ...]:
+        """Gives each rank its answer. Returns those that have left in the meantime."""
+        others = [rank for rank in arrivals if rank]
+        keys = {rank: f"answer/{arrivals[rank].token}" for rank in others}
+        self._line.set_all({keys[rank]: texts[rank] for rank in others})
+        again = self._line.get_all([f"arrived/{rank}" for rank in others])
+        gone = tuple(rank for rank, value in zip(others, again, strict=True) if value is None)
+        self._line.delete([keys[rank] for rank in gone])
+        return gone
+
+    def _late(self) -> bool:
+        return time.monotonic() > self._end or self._given_up()
+
+
+#: By group: the last token that each rank was answered, on rank 0.
+_answered: dict[str, dict[int, str]] = {}
+os.register_at_fork(after_in_child=_answered.clear)

@@ -1,0 +1,210 @@
+"""Whether replicas are equal: what several ranks hold of a tensor is summed on each of them, and the sums are compared.
+
+A digest of all sums travels first; the sums themselves only where digests differ, and from few ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from shardsave._common.assembled import Chunk
+from shardsave._common.layouts import Extent, Layout, LowestOnly, Placed, Shared, overlap
+from shardsave._common.senders import holders
+from shardsave._common.sources import TensorSource
+from shardsave._common.spread import Spread
+from shardsave._common.words import count, some
+from shardsave._engine import engine
+from shardsave._engine.blocks import blocks
+from shardsave._engine.transfer import BLOCK_BYTES
+from shardsave._ranks.talk import Session
+from shardsave._state.module import Entry, State
+from shardsave.errors import UnsupportedTensorError
+
+#: From so many ranks of one set of replicas the sums are compared one by one, to name the tensors that differ.
+_MOST_COMPARED = 16
+
+#: Of so many bytes each piece begins at a multiple in the table of blocks, so that no element is cut.
+_ALIGNMENT = 64
+
+
+class _Replicated(NamedTuple):
+    """A box of a tensor that several ranks hold. ``local``: what this rank holds of the tensor."""
+
+    name: str
+    box: Extent
+    local: Sequence[Chunk]
+
+
+def check_replicas(
+    session: Session, state: State, on_divergence: Literal["raise", "lowest_rank"]
+) -> tuple[State, tuple[str, ...]]:
+    """Compares the replicas of ``state``, which `agree` returned. Returns it, and notes for the report.
+
+    If replicas differ: raises UnsupportedTensorError on all ranks, or lets only the lowest rank of each have them, and says so in a note.
+    """
+    sets = _replicated(state.entries, session.rank)
+    sums = _sums([piece for pieces in sets.values() for piece in pieces])
+    at = 0
+    of_sets: dict[bytes, np.ndarray[Any, np.dtype[np.uint64]]] = {}
+    for key, pieces in sets.items():
+        of_sets[key] = sums[at : at + len(pieces)]
+        at += len(pieces)
+    mine = b"".join(key + hashlib.sha256(values.tobytes()).digest()[:16] for key, values in of_sets.items())
+    digests = session.gather("sums of replicas", mine)
+    differ = json.loads(session.publish("replicas that differ", _differing(digests) if digests is not None else None))
+    if not differ:
+        return state, ()
+    asked = {bytes.fromhex(key): ranks for key, ranks in differ.items()}
+    sent = b"".join(values.tobytes() for key, values in of_sets.items() if session.rank in asked.get(key, ()))
+    parts = session.gather("sums that differ", zlib.compress(sent, 1))
+    said = None
+    if parts is not None:
+        said = _words(session, state, asked, [np.frombuffer(zlib.decompress(part), np.uint64) for part in parts]).encode()
+    found = session.publish("tensors that differ", said).decode()
+    if on_divergence == "raise":
+        raise UnsupportedTensorError(
+            f"cannot save {found}; on_divergence='lowest_rank' saves those of the lowest rank; nothing was written"
+        )
+    entries = tuple(entry._replace(source=_lowest(entry.source, session.rank)) for entry in state.entries)
+    return state._replace(entries=entries), (f"of replicas, those of the lowest rank were saved: {found}",)
+
+
+def _replicated(
+    entries: Sequence[Entry],
+    rank: int,
+) -> dict[bytes, list[_Replicated]]:
+    """What ``rank`` holds and other ranks hold too: set of ranks (as a key) → the boxes in the order of ``entries``."""
+    sets: dict[bytes, list[_Replicated]] = {}
+    for entry in entries:
+        if entry.tied_to is not None:
+            continue
+        assert isinstance(entry.source, Spread)
+        for alike, box in shared(entry.source.layout, rank):
+            sets.setdefault(_key(alike), []).append(_Replicated(entry.name, box, entry.source.local))
+    return sets
+
+
+@lru_cache(maxsize=4096)
+def shared(layout: Layout, rank: int) -> tuple[Shared, ...]:
+    """The boxes that ``rank`` and other ranks hold; each is the same box on all of its holders."""
+    boxes = layout.boxes(rank)
+    if isinstance(layout, Placed):
+        alike = layout.grid.replicas(rank, layout.splits) if boxes else ()
+        return tuple(Shared(alike, box) for box in boxes) if len(alike) > 1 else ()
+    holding = holders(layout)
+    if holding is not None:
+        return tuple(Shared(holding[box], box) for box in boxes if len(holding[box]) > 1)
+    holding = {}
+    for holder in layout.ranks:
+        for box in layout.boxes(holder):
+            holding[box] = (*holding.get(box, ()), holder)
+    found = []
+    for box in (cell for own in boxes for cell in _cells(own, holding)):
+        alike = tuple(sorted({r for other, ranks in holding.items() if overlap(box, other) is not None for r in ranks}))
+        if len(alike) > 1:
+            found.append(Shared(alike, box))
+    return tuple(found)
+
+
+def _cells(box: Extent, others: Mapping[Extent, Any]) -> Iterator[Extent]:
+    """``box``, cut wherever one of ``others`` begins or ends within it: each cell is in such a box as a whole or not at all."""
+    cells = [box]
+    for dim in range(len(box[0])):
+        cuts = sorted({cut for begin, sizes in others for cut in (begin[dim], begin[dim] + sizes[dim])})
+        cells = [part for cell in cells for part in _cut(cell, dim, cuts)]
+    yield from cells
+
+
+def _cut(box: Extent, dim: int, cuts: Sequence[int]) -> Iterator[Extent]:
+    first, stop = box[0][dim], box[0][dim] + box[1][dim]
+    inside = [first, *(cut for cut in cuts if first < cut < stop), stop]
+    for low, high in itertools.pairwise(inside):
+        yield (*box[0][:dim], low, *box[0][dim + 1 :]), (*box[1][:dim], high - low, *box[1][dim + 1 :])
+
+
+@lru_cache(maxsize=1024)
+def _key(ranks: Sequence[int]) -> bytes:
+    return hashlib.sha256(np.array(ranks, np.int64).tobytes()).digest()[:16]
+
+
+def _view(chunks: Sequence[Chunk], box: Extent) -> torch.Tensor:
+    """The elements of ``box``, which is within one of ``chunks``."""
+    begin, tensor = next(chunk for chunk in chunks if overlap((chunk.begin, tuple(chunk.tensor.shape)), box) is not None)
+    if tuple(tensor.shape) == box[1]:
+        return tensor
+    return tensor[tuple(slice(at - first, at - first + size) for at, first, size in zip(box[0], begin, box[1]))]
+
+
+def _sums(pieces: Sequence[_Replicated]) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """The checksum of each of ``pieces``, which are on this rank."""
+    if not pieces:
+        return np.zeros(0, np.uint64)
+    sources = [TensorSource.of(_view(piece.local, piece.box)) for piece in pieces]
+    extents = np.ones((len(sources), 4), np.int64)
+    extents[:, 0] = 0
+    extents[:, 2] = [source.nbytes for source in sources]
+    extents[1:, 1] = np.cumsum(-(-extents[:-1, 2] // _ALIGNMENT) * _ALIGNMENT)
+    extents[0, 1] = 0
+    transfer = engine.gather(blocks(extents, BLOCK_BYTES), sources, tick=_ignore)
+    return np.array(transfer.sums, np.uint64)
+
+
+def _ignore(_: int) -> None:
+    pass
+
+
+def _differing(messages: Sequence[bytes]) -> bytes:
+    """The sets of ranks whose digests differ, each with the ranks that are to send their sums: the lowest, and some that differ from it."""
+    by_set: dict[bytes, list[tuple[int, bytes]]] = {}
+    for rank, message in enumerate(messages):
+        for at in range(0, len(message), 32):
+            by_set.setdefault(message[at : at + 16], []).append((rank, message[at + 16 : at + 32]))
+    differ = {}
+    for key, said in by_set.items():
+        (lowest, first), *_ = said
+        others = [rank for rank, other in said if other != first]
+        if others:
+            differ[key.hex()] = [lowest, *others[: _MOST_COMPARED - 1]]
+    return json.dumps(differ).encode()
+
+
+def _words(session: Session, state: State, asked: Mapping[bytes, Sequence[int]], parts: Sequence[Any]) -> str:
+    """Which tensors differ on which ranks. ``parts``: the sums that each rank sent, in the order of its own sets."""
+    differ: dict[str, dict[int, set[int]]] = {}  # name → lowest rank → others
+    replicated = {rank: _replicated(state.entries, rank) for ranks in asked.values() for rank in ranks}
+    sums: dict[tuple[bytes, int], Any] = {}
+    for rank, sets in replicated.items():
+        sent = [key for key in sets if rank in asked.get(key, ())]
+        ends = np.cumsum([len(sets[key]) for key in sent])
+        sums.update({(key, rank): values for key, values in zip(sent, np.split(parts[rank], ends[:-1]))})
+    for key, (lowest, *others) in asked.items():
+        for rank in others:
+            for number in np.flatnonzero(sums[key, rank] != sums[key, lowest]).tolist():
+                differ.setdefault(replicated[lowest][key][number].name, {}).setdefault(lowest, set()).add(rank)
+    order = [entry.name for entry in state.entries if entry.name in differ]
+    first = order[0]
+    lowest = min(differ[first])
+    ranks = some(map(session.name, sorted(differ[first][lowest])))
+    more = f" and {count(len(order) - 1, 'other tensor')}" if len(order) > 1 else ""
+    return (
+        f"{first!r}{more}: the same values on all ranks that hold them were expected, {ranks} and {session.name(lowest)} differ"
+    )
+
+
+@lru_cache(maxsize=4096)
+def _lowest_only(layout: Layout) -> LowestOnly:
+    return LowestOnly(layout)
+
+
+def _lowest(source: Any, rank: int) -> Spread:
+    layout = _lowest_only(source.layout)
+    return Spread(source.dtype, layout, [Chunk(box[0], _view(source.local, box)) for box in layout.boxes(rank)])

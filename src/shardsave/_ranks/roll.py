@@ -1,0 +1,53 @@
+"""Which ranks are on which host. Everybody knows it as soon as a session has begun."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Roll(NamedTuple):
+    """``hosts``: the number of each rank's host. ``host_names``: what the machines are called. ``names``: the global rank of each rank."""
+
+    hosts: tuple[int, ...]
+    host_names: tuple[str, ...]
+    names: tuple[int, ...]
+
+    def ranks_of(self, host: int) -> list[int]:
+        return [rank for rank, number in enumerate(self.hosts) if number == host]
+
+    def leaders(self) -> list[int]:
+        """The lowest rank of each host, in order of hosts."""
+        lowest: dict[int, int] = {}
+        for rank, host in enumerate(self.hosts):
+            lowest.setdefault(host, rank)
+        return [lowest[host] for host in range(len(self.host_names))]
+
+    def name(self, rank: int) -> str:
+        """``rank 3``, and its machine where there are several."""
+        machine = f" ({self.host_names[self.hosts[rank]]})" if len(set(self.host_names)) > 1 else ""
+        return f"rank {self.names[rank]}{machine}"
+
+    def packed(self) -> bytes:
+        return zlib.compress(json.dumps([self.hosts, self.host_names]).encode(), 1)
+
+
+def unpack_roll(packed: bytes, names: tuple[int, ...]) -> Roll:
+    hosts, host_names = json.loads(zlib.decompress(packed))
+    return Roll(tuple(hosts), tuple(host_names), names)
+
+
+def listed(ranks: Sequence[int]) -> str:
+    """``rank 3``, ``ranks 1, 4 to 7``. Long lists are cut."""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    words = [str(first) if first == last else f"{first}{' to ' if last > first + 1 else ', '}{last}" for first, last in runs]
+    if len(words) > 20:
+        words[20:] = ["…"]
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(words)}"
