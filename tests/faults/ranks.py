@@ -132,7 +132,7 @@ def may_pass_on_a_rank(met: Met, fate: Fate, number: int, leftovers: tuple[str, 
 
 def in_a_job(scenario: Callable[..., int], *arguments: object) -> int:
     with Job(SIZE, scenario, *arguments) as job:
-        ends = job.ended(3600)
+        ends = job.ended(float(os.environ.get('SHARDSAVE_SECONDS', '300')))
     failed = [f"rank {rank}: {end.trace or end}" for rank, end in enumerate(ends) if end.error or end.exit_code is not None]
     assert not failed, "\n".join(failed)
     return int(ends[0].value)

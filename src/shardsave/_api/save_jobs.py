@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from shardsave._api.process_group import collective_group, members
+from shardsave._api.process_group import collective_group
 from shardsave._common.imports import import_at_use
 from shardsave._saving.contents import Contents
 from shardsave._saving.job import ALONE, Job
+from shardsave.errors import SaveNotCommittedError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -37,14 +38,20 @@ def job_of_save(
         yield ALONE
         return
     import_at_use("shardsave._ranks.save_job")  # most saves are by one process
-    from shardsave._ranks.save_job import SaveJob
+    from shardsave._ranks.failures import StoreLost
+    from shardsave._ranks.save_job import JobFailed, SaveJob
     from shardsave._ranks.session import begin
 
     timeout = how.rank_timeout
-    usable = isinstance(timeout, (int, float)) and timeout > 0
+    seconds = timeout if isinstance(timeout, (int, float)) and timeout > 0 else _RANK_TIMEOUT
     where = os.fspath(directory) if isinstance(directory, (str, os.PathLike)) else repr(directory)
-    with begin(group, "save", where, rank_timeout=timeout if usable else _RANK_TIMEOUT) as session:
-        yield SaveJob(session, members(group), where, durable=how.durable, on_divergence=how.on_divergence)
+    try:
+        with begin(group, "save to", where, rank_timeout=seconds, usual=JobFailed) as session:
+            yield SaveJob(session, session.names, where, durable=how.durable, on_divergence=how.on_divergence)
+    except (JobFailed, StoreLost) as error:
+        words = f"{error}"
+        failed = words if words.startswith("cannot ") else f"cannot save to {where}: {words}"
+        raise SaveNotCommittedError(f"{failed}; nothing was committed") from error
 
 
 def digests(contents: Contents, how: How) -> dict[str, bytes]:

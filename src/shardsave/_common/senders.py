@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 
 from shardsave._common.coverage import covered_once
+from shardsave._common.derived_layouts import Viewed
 from shardsave._common.layouts import Extent, Layout, LowestOnly, Placed, Whole, without
 
 
@@ -33,6 +34,12 @@ def sent(layout: Layout, rank: int, owner: int, hosts: Sequence[int]) -> tuple[E
 @lru_cache(maxsize=1024)
 def holders(layout: Layout) -> Mapping[Extent, Sequence[int]] | None:
     """Each box of ``layout`` with the ranks that hold it, ascending; None if some boxes may overlap without being equal."""
+    if isinstance(layout, Viewed):
+        whole = holders(layout.whole)
+        if whole is None:
+            return None
+        places = ((layout.region.place(box), ranks) for box, ranks in whole.items())
+        return {place: ranks for place, ranks in places if place is not None}
     if isinstance(layout, Whole):
         return dict.fromkeys(layout.boxes(layout.ranks[0]), layout.ranks) if layout.ranks else {}
     holding: dict[Extent, list[int]] = {}

@@ -19,12 +19,25 @@ from shardsave.errors import UnsupportedTensorError
 _SOURCES = "_shardsave_sources"
 
 
+class Join(NamedTuple):
+    """``joined`` was made of ``tensors`` along the dimension ``dim``: one after the other or, if ``is_stack``, with a new dimension."""
+
+    joined: torch.Tensor
+    tensors: tuple[torch.Tensor, ...]
+    dim: int
+    is_stack: bool
+
+
 class DiskTensor(NamedTuple):
-    """One tensor on disk: a view of the single tensor in ``sources`` (names in the module), or a copy made of one or more of them."""
+    """One tensor on disk: a view of the single tensor in ``sources`` (names in the module), or a copy made of one or more of them.
+
+    ``joins``: how copies were made, by their storage, as far as tensors were only joined.
+    """
 
     tensor: torch.Tensor
     sources: tuple[str, ...]
     is_copy: bool
+    joins: Mapping[object, Join] = {}
 
 
 def reverted(model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, DiskTensor]:
@@ -40,9 +53,10 @@ def reverted(model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, DiskT
     for name, tensor in tensors.items():
         marked[name] = tensor.detach()
         setattr(marked[name], _SOURCES, (name,))
-        storages[name] = _storage_of(tensor)
+        storages[name] = storage_of(tensor)
+    views = _ViewsOnly()
     try:
-        with _ViewsOnly(), torch.no_grad():
+        with views, torch.no_grad():
             on_disk = dict(revert(model, marked))
     except Exception as error:
         raise UnsupportedTensorError(
@@ -52,13 +66,20 @@ def reverted(model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, DiskT
     parts = {}
     for name, tensor in on_disk.items():
         sources = getattr(tensor, _SOURCES)
-        is_copy = _storage_of(tensor) not in [storages[source] for source in sources]
-        parts[name] = DiskTensor(tensor, sources, is_copy)
+        is_copy = storage_of(tensor) not in [storages[source] for source in sources]
+        parts[name] = DiskTensor(tensor, sources, is_copy, views.joins)
     return parts
 
 
 class _ViewsOnly(TorchFunctionMode):
-    """A slice of a tensor stays a view, even if not contiguous; and every result remembers the tensors that it was made from."""
+    """A slice of a tensor stays a view, even if not contiguous; and every result remembers the tensors that it was made from.
+
+    ``joins``: the results of joins, by their storage.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.joins: dict[object, Join] = {}
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -69,10 +90,13 @@ class _ViewsOnly(TorchFunctionMode):
         sources = [source for tensor in tensors_in((args, kwargs or {})) for source in getattr(tensor, _SOURCES, ())]
         for tensor in tensors_in(result):
             setattr(tensor, _SOURCES, tuple(dict.fromkeys(sources)))
+        if function in (torch.cat, torch.concat, torch.stack) and not (kwargs or {}).keys() - {"dim"}:
+            dim = (*args[1:], (kwargs or {}).get("dim", 0))[0] % result.dim()
+            self.joins[storage_of(result)] = Join(result, tuple(args[0]), dim, function is torch.stack)
         return result
 
 
-def _storage_of(tensor: torch.Tensor) -> object:
+def storage_of(tensor: torch.Tensor) -> object:
     """Identifies the storage of ``tensor``, also on the meta device."""
     return tensor.untyped_storage()._cdata
 

@@ -10,8 +10,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from shardsave._common.sources import TensorSource
+from shardsave._common.sources import ByteSource, TensorSource
+from shardsave._common.spread import Spread
 from shardsave._common.words import human_bytes, some
+from shardsave._huggingface.spread_on_disk import spread_on_disk
 from shardsave._huggingface.transformers_on_disk import DiskTensor, reverted
 from shardsave._huggingface.transformers_round_trip import not_given_back
 from shardsave._saving.disk_layout import OnDisk
@@ -65,7 +67,7 @@ class TransformersLayout:
         flags = None
         if {entry.name for entry in on_disk} != {entry.name for entry in state.entries}:
             flags = {entry.name: entry.frozen for entry in state.entries if entry.frozen is not None}
-        copied_bytes = sum(part.tensor.nbytes for part in renamed.values() if part.is_copy)
+        copied_bytes = sum(part.tensor.nbytes for part in renamed.values() if part.is_copy and not part.tensor.is_meta)
         notes = []
         if copied_bytes:
             notes.append(f"{human_bytes(copied_bytes)} were copied in memory, since these tensors are joined on disk")
@@ -89,7 +91,11 @@ def _entry(name: str, part: DiskTensor, sources: Sequence[Entry]) -> Entry:
     """An entry that is frozen if all of ``sources`` with a flag are; it is cast if all of them are cast to one dtype."""
     flags = [entry.frozen for entry in sources if entry.frozen is not None]
     dtypes = {entry.source.dtype for entry in sources}
-    source = TensorSource(part.tensor, dtypes.pop() if len(dtypes) == 1 else part.tensor.dtype)
+    spreads = [entry.source for entry in sources if isinstance(entry.source, Spread)]
+    if spreads:
+        source: ByteSource = spread_on_disk(name, part, spreads)
+    else:
+        source = TensorSource(part.tensor, dtypes.pop() if len(dtypes) == 1 else part.tensor.dtype)
     return Entry(name, "parameter" if flags else "buffer", all(flags) if flags else None, None, source)
 
 

@@ -60,7 +60,7 @@ class Exchange:
         windowed: Sequence[int],
         traffic: Traffic,
     ) -> None:
-        self.sent_bytes = self.received_bytes = self.peak_bytes = 0
+        self.sent_bytes = self.received_bytes = 0
         self._session = session
         self._traffic = traffic
         self._inward = traffic.way == "in"
@@ -78,12 +78,16 @@ class Exchange:
         )
         self._far = FarLinks(self, session, traffic, [rank for rank in others if session.hosts[rank] != here], windowed)
 
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory that this rank had for windows and parcels."""
+        return self._far.buffers.peak_bytes + self._count * BLOCK_BYTES
+
     def start(self) -> None:
         """Connects to the other ranks. Raises what `Session.check` raises, and ShardSaveError."""
         token = self._session.publish("exchange", HostLinks.new_token() if self._session.leads else None)
         if self._count:
             self._memory = SharedMemory.new(self._count * BLOCK_BYTES)
-            self.peak_bytes += self._memory.nbytes
         self._near.start(token, self._memory)
         self._far.start(token)
         for block in self._blocks[: self._count]:

@@ -12,6 +12,7 @@ import socket
 import struct
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -108,6 +109,7 @@ class HostLinks:
             self._listener.bind(self._name(self._session.rank))
             self._listener.listen(4096)
             self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        _open.add(self)
         self._thread = threading.Thread(target=self._run, name="shardsave-exchange", daemon=True)
         self._thread.start()
 
@@ -189,7 +191,7 @@ class HostLinks:
         if not is_same_user(connection):
             raise PermissionError("the process that listens for this rank was expected to be of the same user")
         owner.socket = connection
-        connection.send(_MESSAGE.pack(_HELLO, self._session.rank, 0))
+        self._send(connection, _MESSAGE.pack(_HELLO, self._session.rank, 0))
         assert self._selector is not None
         self._selector.register(connection, selectors.EVENT_READ, lambda: self._hear_owner(owner))
         return True
@@ -228,7 +230,8 @@ class HostLinks:
         nbytes = self._memory.nbytes if self._memory is not None else 0
         with self._lock:
             if self._memory is not None:
-                send_descriptor(guest.socket, _MESSAGE.pack(_WINDOWS, nbytes, 0), self._memory.file.fd)
+                with contextlib.suppress(ConnectionError):
+                    send_descriptor(guest.socket, _MESSAGE.pack(_WINDOWS, nbytes, 0), self._memory.file.fd)
             for message in self._waiting.pop(rank, []):
                 self._send(guest.socket, message)
             if self._no_more:
@@ -287,9 +290,26 @@ class HostLinks:
 
     def _send(self, connection: socket.socket, message: bytes) -> None:
         """Never waits: a rank has at most as many messages before it as there are windows. What the other has closed is noticed elsewhere."""
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError, OSError):
+        with contextlib.suppress(ConnectionError):
             connection.send(message, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
+
+    def abandon(self) -> None:
+        """In a forked child, whose copies would hide the death of its parent from the other ranks."""
+        for connection in self._sockets:
+            connection.close()
+
+
+#: The links of this process that may be open.
+_open: weakref.WeakSet[HostLinks] = weakref.WeakSet()
+
+
+def _abandon_in_child() -> None:
+    for links in list(_open):
+        links.abandon()
+
+
+os.register_at_fork(after_in_child=_abandon_in_child)
 
 #: How long `close` waits for the thread, which may be at work in a window, in seconds.
 _JOIN_SECONDS = 10.0

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
+from shardsave._common.os_calls import CallFailed
 from shardsave._common.sources import ByteSource
 from shardsave._engine.totals import Totals
 from shardsave._format.index import FileRecord, ShardRecord
 from shardsave._ranks.agree import agree
+from shardsave._ranks.failures import StoreLost, failure_of, unpacked
 from shardsave._ranks.owners import owners
+from shardsave._ranks.replicas import check_replicas
 from shardsave._ranks.session import Session
 from shardsave._ranks.shipping import Shipping
 from shardsave._saving.contents import Contents
@@ -21,12 +25,28 @@ from shardsave._saving.shards import PlannedShard, ShardFiles
 from shardsave._saving.watch import Watch
 from shardsave._state.distributed_tensors import Parts
 from shardsave._state.module import State
+from shardsave._storage.commit_errors import rank_lost_after_commit, rank_lost_in_commit
 from shardsave._storage.joined import Invitation, Joined
 from shardsave._storage.transaction import CommitOutcome, Transaction
+from shardsave.errors import DurabilityUncertainError, SaveNotCommittedError, ShardSaveError
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+
+#: What rank 0 publishes: that nothing can end the save any more, since it renames the index now; and what came of it.
+_BEGINS, _OUTCOME = "begin of the commit", "outcome of the commit"
+
+#: Begins an outcome that is an error.
+_FAILED = b"!"
+
+#: For so many seconds a rank that was not told the outcome looks whether the new index appears, and how often.
+_PATIENCE, _PAUSE = 2.0, 0.02
+
+
+class JobFailed(ShardSaveError):
+    """A rank was lost, interrupted, or failed in a way that has no class of its own."""
 
 
 class SaveJob:
@@ -53,13 +73,15 @@ class SaveJob:
         self._mine: set[str] = set()
         self._shipping: Shipping | None = None
         self._all: list[str] = []
+        self._begun = False  # whether the index may have been renamed
 
     @property
     def leads(self) -> bool:
         return self._session.leads
 
     def agree(self, state: State) -> State:
-        return agree(self._session, state)
+        state, notes = check_replicas(self._session, agree(self._session, state), self._on_divergence)
+        return state._replace(notes=(*state.notes, *notes))
 
     def check_equal(self, arguments: Mapping[str, bytes]) -> None:
         mine = {name: value.hex() for name, value in arguments.items()}
@@ -73,7 +95,7 @@ class SaveJob:
                     )
 
     def watch(self, watch: Watch) -> Watch:
-        return _JobWatch(watch, self._session)
+        return _JobWatch(watch, self._session, self.begin_commit)
 
     @contextmanager
     def files(self, transaction: Transaction) -> Iterator[ShardFiles]:
@@ -136,29 +158,72 @@ class SaveJob:
 
     def commit(self, work: Callable[[], Committed]) -> Committed:
         if self._session.leads:
-            committed = work()
-            self._session.publish("commit", _encode_committed(committed))
+            committed = self._outcome(work)
+            self._publish_outcome(_encode_committed(committed))
             return committed
-        return _decode_committed(self._session.publish("commit"))
+        try:
+            self._session.publish(_BEGINS)
+        except StoreLost as error:
+            raise self._what_became(error) from error
+        try:
+            outcome = self._session.publish(_OUTCOME)
+        except (JobFailed, StoreLost) as error:
+            raise self._what_became(error) from error
+        if outcome[:1] == _FAILED:
+            raise unpacked(outcome[1:]).error(SaveNotCommittedError)
+        return _decode_committed(outcome)
+
+    def begin_commit(self) -> None:
+        """Called where this rank leads, right before the rename. If it returns, no other rank can end the save any more."""
+        self._session.publish(_BEGINS, b"")
+        self._begun = True
+
+    def _outcome(self, work: Callable[[], Committed]) -> Committed:
+        try:
+            return work()
+        except Exception as error:
+            if self._begun:
+                failure = failure_of(error, self._session.name(0))
+                with suppress(JobFailed, StoreLost):
+                    self._session.publish(_OUTCOME, _FAILED + failure.packed())
+            raise
+
+    def _publish_outcome(self, outcome: bytes) -> None:
+        try:
+            self._session.publish(_OUTCOME, outcome)
+        except (JobFailed, StoreLost) as error:
+            raise rank_lost_after_commit(self._where, error) from error
+
+    def _what_became(self, error: ShardSaveError) -> DurabilityUncertainError:
+        """The error for a rank that was not told whether the commit took effect: what the index proves."""
+        assert self._joined is not None
+        end = time.monotonic() + _PATIENCE
+        while True:
+            with suppress(CallFailed):
+                if self._joined.is_in_index(self._all[0]):
+                    return rank_lost_after_commit(self._where, error)
+            if time.monotonic() > end:
+                return rank_lost_in_commit(self._where, error)
+            time.sleep(_PAUSE)
 
 
 class _JobWatch:
     """The watch over one rank of the save."""
 
-    def __init__(self, watch: Watch, session: Session) -> None:
+    def __init__(self, watch: Watch, session: Session, begin_commit: Callable[[], None]) -> None:
         self.workers = watch.workers
         self.beside_training = watch.beside_training
         self._watch = watch
         self._session = session
+        self._begin_commit = begin_commit
 
     def check(self) -> None:
         self._watch.check()
         self._session.check()
 
     def attempt_commit(self) -> None:
-        """After this, no rank can end the save any more."""
         self._watch.attempt_commit()
-        self._session.seal()
+        self._begin_commit()
 
     def is_urgent(self, pieces: Sequence[ByteSource]) -> bool:
         """Shards are written in the order that all ranks know."""

@@ -21,6 +21,8 @@ class SharedMemory:
         self.file = file
         self.nbytes = nbytes
         self._map = mmap.mmap(file.fd, nbytes)
+        if hasattr(mmap, "MADV_DONTFORK"):
+            self._map.madvise(mmap.MADV_DONTFORK)  # a forked child would keep the memory
         self.view = memoryview(self._map)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
 

@@ -76,6 +76,21 @@ def durability_unknown(path: str, error: CallFailed) -> DurabilityUncertainError
     )
 
 
+def rank_lost_after_commit(path: str, error: ShardSaveError) -> DurabilityUncertainError:
+    """Another rank was lost once the index had been renamed."""
+    return DurabilityUncertainError(
+        f"saved, but not all ranks were told: {path}: {error}, after the rename of the index; the new checkpoint is in place"
+    )
+
+
+def rank_lost_in_commit(path: str, error: ShardSaveError) -> DurabilityUncertainError:
+    """The rank that renames the index was lost while it did so."""
+    return DurabilityUncertainError(
+        f"cannot tell whether the save was committed: {path}: {error}, when the index was to be renamed; the index that is there now is "
+        f"not the new one; nothing was removed, the old or the new checkpoint is in place"
+    )
+
+
 def companions_unknown(path: str, error: CallFailed, names: Iterable[str]) -> DurabilityUncertainError:
     """The new checkpoint is durable, but not all of its companions replaced those of the previous one."""
     return DurabilityUncertainError(

@@ -10,6 +10,8 @@ from errno import ENOENT
 from typing import NamedTuple
 
 from shardsave._common.os_calls import CallFailed, call
+from shardsave._format.file_names import INDEX_NAME
+from shardsave._format.index import MAX_INDEX_BYTES
 from shardsave._storage.commit_errors import save_failed
 from shardsave._storage.directory import Directory, path_to_write
 from shardsave._storage.permissions import Permissions, Replaced
@@ -91,6 +93,10 @@ class Joined:
             call(os.listdir, "", os.path.dirname(self.path) or ".")  # makes a network file system look again
             return False
         return self._staging.join(invitation.staging, invitation.nonce)
+
+    def is_in_index(self, shard: str) -> bool:
+        """Whether the index that is in place is that of this save: it names ``shard``, which no earlier one does. Raises CallFailed."""
+        return f'"{shard}"'.encode() in (self._folder.read_all(INDEX_NAME, MAX_INDEX_BYTES) or b"")
 
     def create(self, name: str, length: int) -> StagedShard:
         """Creates the staged file of shard ``name`` with room for ``length`` bytes, reserved on disk if the file system supports that."""
