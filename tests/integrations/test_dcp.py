@@ -296,10 +296,10 @@ def test_which_tensors_are_the_weights(tmp_path: Path) -> None:
     assert equal(shardsave.load(tmp_path), other) and equal(state, load(emptied(state), StorageReader(tmp_path)))
     with pytest.raises(CheckpointException) as raised:
         save({"model": {"x": torch.ones(2)}}, StorageWriter(tmp_path, model))
-    assert "tensors of the model (Linear) were expected in it, its 1 tensor have others: model.x" in str(failure(raised.value))
+    assert "tensors of the model (Linear) were expected in it, it has 1 value: model.x" in str(failure(raised.value))
     with pytest.raises(CheckpointException) as raised:
         save(state, StorageWriter(tmp_path, prefix="modle."))
-    assert "names that begin with 'modle.'" in str(failure(raised.value))
+    assert "tensors with names that begin with 'modle.' were expected in it" in str(failure(raised.value))
     flat = {**model.state_dict(), "step": torch.tensor(3)}
     save(flat, StorageWriter(tmp_path, model))
     assert shardsave.load(tmp_path).keys() == {"weight", "bias"} and equal(flat, load(emptied(flat), StorageReader(tmp_path)))

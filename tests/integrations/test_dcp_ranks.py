@@ -14,14 +14,17 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import shardsave
-from jobs import run_ranks
+from jobs import Job, run_ranks
 from shardsave.integrations.dcp import StorageReader, StorageWriter
 from support import same_bits
 
@@ -299,6 +302,110 @@ def test_ranks_with_other_names(tmp_path: Path) -> None:
     assert shardsave.inspect(tmp_path).frozen == {"layers.1.weight", "layers.1.bias"}
     values = _load_state_dict_from_keys({"loader.0", "loader.1", "loader.2"}, storage_reader=StorageReader(tmp_path))
     assert values == {f"loader.{rank}": rank for rank in range(3)}
+
+
+def save_on_a_part(rank: int, folder: Path) -> None:
+    """The model is on a mesh of two ranks; all four save, and the others have only a value."""
+    mesh = dist.device_mesh.DeviceMesh("cpu", [0, 2])
+    model = nn.Linear(4, 4)
+    with torch.no_grad():
+        model.weight.copy_(torch.arange(16.0).reshape(4, 4))
+    state: dict[str, Any] = {f"seen.{rank}": rank}
+    if rank in (0, 2):
+        state["net"] = {"weight": distribute_tensor(model.weight.detach(), mesh, [Shard(0)])}
+    dcp.save(state, storage_writer=StorageWriter(folder, model, durable=False))
+
+
+def test_ranks_without_weights(tmp_path: Path) -> None:
+    """Catches a rank that is refused because another one has its model, and values of ranks that are lost."""
+    run_ranks(4, save_on_a_part, tmp_path)
+    assert torch.equal(shardsave.load(tmp_path)["weight"], torch.arange(16.0).reshape(4, 4))
+    values = _load_state_dict_from_keys(storage_reader=StorageReader(tmp_path))
+    assert [values[f"seen.{rank}"] for rank in range(4)] == [0, 1, 2, 3] and values["net"].keys() == {"weight"}
+
+
+def contradict(rank: int, folder: Path) -> str:
+    tensor = torch.zeros(4, dtype=torch.float32 if rank == 0 else torch.float64)
+    state = {"a": tensor[:2], "b": tensor[2:]} if rank == 0 else {"a": tensor[2:], "b": tensor[:2]}
+    spread = {name: Placed(part, rank) for name, part in state.items()}
+    try:
+        dcp.save(spread, storage_writer=StorageWriter(folder, durable=False))
+    except BaseException as error:
+        return str(error)
+    return ""
+
+
+class Placed(torch.Tensor):
+    """Half of a vector, as tensors of other libraries tell DCP."""
+
+    @staticmethod
+    def __new__(cls, part: torch.Tensor, rank: int) -> Placed:
+        made = torch.Tensor._make_subclass(cls, part)
+        made.rank = rank  # type: ignore[attr-defined]
+        return made
+
+    def __create_write_items__(self, fqn: str, value: Any) -> list[WriteItem]:
+        chunk = ChunkStorageMetadata(torch.Size([2 * self.rank]), torch.Size([2]))  # type: ignore[attr-defined]
+        data = TensorWriteData(chunk, TensorProperties(self.dtype), torch.Size([4]))
+        return [WriteItem(MetadataIndex(fqn, chunk.offsets), WriteItemType.SHARD, tensor_data=data)]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
+        return self.as_subclass(torch.Tensor)
+
+
+def test_ranks_that_contradict_each_other(tmp_path: Path) -> None:
+    """Catches parts of two dtypes that become one tensor; the message names tensor and ranks."""
+    for message in run_ranks(2, contradict, tmp_path / "c"):
+        assert "cannot save 'a': one dtype, shape and flag was expected on all ranks" in message
+        assert "rank 0 has" in message and "rank 1 has" in message
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def die(rank: int, folder: Path) -> str:
+    model = rows(Model())
+    dcp.save(model.state_dict(), storage_writer=StorageWriter(folder, model))
+    writer = StorageWriter(folder, model, rank_timeout=5.0)
+    try:
+        dcp.save(model.state_dict(), storage_writer=writer, planner=DiesOn(1))
+    except BaseException as error:
+        return str(error)
+    return "saved"
+
+
+class DiesOn(FailsOn):
+    def resolve_data(self, item: Any) -> Any:
+        if dist.get_rank() == self.rank:
+            os._exit(3)
+        return super().resolve_data(item)
+
+
+def test_a_rank_that_dies(tmp_path: Path) -> None:
+    """Catches ranks that wait for a dead one, and a checkpoint without its part."""
+    with Job(3, die, tmp_path) as job:
+        ends = job.ended()
+    assert ends[1].exit_code == 3 and all(ends[rank].value not in (None, "saved") for rank in (0, 2)), ends
+    assert sorted(shardsave.load(tmp_path)) == sorted(Model().state_dict())
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".shardsave-")]
+
+
+def save_in_a_process(rank: int, folder: Path) -> None:
+    model = rows(Model())
+    state = {"model": model.state_dict(), "step": 3}
+    kind = AsyncCheckpointerType.PROCESS
+    writer = StorageWriter(folder, model, max_shard_size=500)
+    future = dcp.async_save(state, storage_writer=writer, async_checkpointer_type=kind)
+    model.requires_grad_(True)
+    future.result()
+
+
+@pytest.mark.slow
+def test_saves_in_other_processes(tmp_path: Path) -> None:
+    """Catches a writer that cannot be sent to another process, and one that there has forgotten the flags of its model."""
+    run_ranks(2, save_in_a_process, tmp_path)
+    fresh = Model(seed=1).requires_grad_(True)
+    shardsave.load_model(fresh, tmp_path)
+    assert all(same_bits(value, Model().state_dict()[key]) for key, value in fresh.state_dict().items())
+    assert fresh.embed.weight.requires_grad and not fresh.up.weight.requires_grad
 
 
 def alone(rank: int, folder: Path) -> str:

@@ -11,7 +11,6 @@ from shardsave._common.imports import import_at_use
 from shardsave._huggingface.recognize import transformers_model
 from shardsave._state.wrappers import Names
 
-
 #: What FSDP's older wrapper puts into the names of parameters, but not into those of its state dict.
 _FSDP = "_fsdp_wrapped_module."
 

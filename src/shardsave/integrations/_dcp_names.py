@@ -71,21 +71,21 @@ def find_rule(record: ModelRecord, paths: Mapping[str, Path]) -> Rule | None:
     return rule_for(longest, paths)
 
 
-def rule_for(start: str, paths: Mapping[str, Path]) -> Rule:
-    """The rule of the weights whose names begin with ``start``."""
-    for name, path in paths.items():
-        if name.startswith(start):
-            for length in range(len(path) - 1, 0, -1):
-                joined = f"{name_of(path[:length])}."
-                if start.startswith(joined):
-                    return Rule(path[:length], start[len(joined) :])
-            break
+def rule_for(start: str, paths: Mapping[str, Path]) -> Rule | None:
+    """The rule of the weights whose names begin with ``start``; None if there are none."""
+    path = next((path for name, path in paths.items() if name.startswith(start)), None)
+    if path is None:
+        return None
+    for length in range(len(path) - 1, 0, -1):
+        joined = f"{name_of(path[:length])}."
+        if start.startswith(joined):
+            return Rule(path[:length], start[len(joined) :])
     return Rule((), start)
 
 
-def weight_name(name: str, rule: Rule, record: ModelRecord | None) -> str | None:
+def weight_name(name: str, rule: Rule | None, record: ModelRecord | None) -> str | None:
     """The name under which the tensor that DCP calls ``name`` is stored among the weights; None if it is no weight."""
-    if not name.startswith(rule.start):
+    if rule is None or not name.startswith(rule.start):
         return None
     rest = name[len(rule.start) :]
     if record is None:
@@ -93,21 +93,12 @@ def weight_name(name: str, rule: Rule, record: ModelRecord | None) -> str | None
     return record.names.get(rest, rest if rule.start and rest else None)
 
 
-def check_prefix(prefix: str, names: Collection[str]) -> None:
-    """Raises UnsupportedTensorError if no tensor has a name that begins with ``prefix``."""
-    if not any(name.startswith(prefix) for name in names):
-        raise UnsupportedTensorError(
-            f"cannot save the state dict: tensors with names that begin with {prefix!r} were expected, {_listed(names)}; "
-            f"nothing was written"
-        )
-
-
-def _listed(names: Collection[str]) -> str:
-    return f"its {count(len(names), 'tensor')} have others: {some(names)}" if names else "it has no tensor"
-
-
-def refuse_no_weights(record: ModelRecord, names: Collection[str]) -> NoReturn:
-    """Raises UnsupportedTensorError."""
+def refuse_no_weights(prefix: str | None, record: ModelRecord | None, names: Collection[str]) -> NoReturn:
+    """Raises UnsupportedTensorError, since none of the tensors ``names`` is one of the model."""
+    expected = (
+        f"with names that begin with {prefix!r}" if prefix is not None or record is None else f"of the model ({record.kind})"
+    )
+    found = f"it has {count(len(names), 'value')}: {some(names)}" if names else "it is empty"
     raise UnsupportedTensorError(
-        f"cannot save the state dict: tensors of the model ({record.kind}) were expected in it, {_listed(names)}; nothing was written"
+        f"cannot save the state dict: tensors {expected} were expected in it, {found}; nothing was written"
     )

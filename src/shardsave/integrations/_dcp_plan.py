@@ -106,8 +106,11 @@ def _add_chunk(tensors: dict[str, Held], item: WriteItem, tensor: Any) -> None:
     held.chunks.append(Chunk(tuple(data.chunk.offsets), tensor))
 
 
-def arrange(items: Items, rule: Rule, record: ModelRecord | None) -> Part:
-    """Decides what is a weight and what is stored beside the weights. Raises UnsupportedTensorError, UnsupportedTrainingError."""
+def arrange(items: Items, rule: Rule | None, record: ModelRecord | None) -> Part:
+    """Decides what is a weight and what is stored beside the weights. ``rule``: None if this process has no weights.
+
+    Raises UnsupportedTensorError, UnsupportedTrainingError.
+    """
     weights: dict[str, Held] = {}
     others: dict[str, Held] = {}
     paths: dict[str, Path] = {}
@@ -121,7 +124,7 @@ def arrange(items: Items, rule: Rule, record: ModelRecord | None) -> Part:
         if stored in weights:
             refuse(name, f"one tensor of the name {stored!r} was expected", "without the names of wrappers there are two")
         weights[stored] = held
-        if rule.path(stored) != path:
+        if rule is not None and rule.path(stored) != path:
             paths[stored] = path
     writer = ValueWriter("values/")
     streams: list[Path] = []
@@ -136,7 +139,7 @@ def arrange(items: Items, rule: Rule, record: ModelRecord | None) -> Part:
         tensor = entry.tensor
         others[entry.name] = Held(tensor.dtype, tuple(tensor.shape), [Chunk((0,) * tensor.dim(), tensor)])
     listed, flags_known, overlaps = _weights(weights, record)
-    return Part(listed, others, Document(rule, paths, values, tuple(streams)), flags_known, overlaps)
+    return Part(listed, others, Document(rule or Rule(), paths, values, tuple(streams)), flags_known, overlaps)
 
 
 def _weights(

@@ -74,7 +74,7 @@ class Request(NamedTuple):
 
     def part(self) -> Part:
         """What this rank saves."""
-        return arrange(resolve(self.plan, self.planner), self.noted.rule or Rule(), self.record)
+        return arrange(resolve(self.plan, self.planner), self.noted.rule, self.record)
 
 
 @uncompiled

@@ -25,7 +25,7 @@ from shardsave._api.reports import LoadReport, SaveReport
 from shardsave._api.save import How, check_how
 from shardsave._common.progress import ProgressArgument
 from shardsave.integrations._dcp_model import ModelRecord, record_of
-from shardsave.integrations._dcp_names import Rule, check_prefix, find_rule, path_of, refuse_no_weights, rule_for
+from shardsave.integrations._dcp_names import Rule, find_rule, path_of, refuse_no_weights, rule_for
 from shardsave.integrations._dcp_read import Stored, open_stored, read_items
 from shardsave.integrations._dcp_write import Noted, Options, Request, write
 
@@ -97,7 +97,6 @@ class StorageWriter(BlockingAsyncStager, storage.StorageWriter):
         self._process_group = process_group
         self._staged: ModelRecord | None = None  # of the moment at which `async_save` was called
         self._record: ModelRecord | None = None
-        self._rule: Rule | None = None
         self._order: Mapping[str, int] = {}
         self.report: SaveReport | None = None
 
@@ -115,7 +114,7 @@ class StorageWriter(BlockingAsyncStager, storage.StorageWriter):
         if checkpoint_id is not None:
             check_how(checkpoint_id, self._how)
             self._directory = os.fspath(checkpoint_id)
-        self._rule = self.report = None
+        self.report = None
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         if not kwargs.get("use_collectives", True):
@@ -131,19 +130,16 @@ class StorageWriter(BlockingAsyncStager, storage.StorageWriter):
             item.index.fqn: path_of(item.index.fqn, plan.planner_data) for item in plan.items if item.tensor_data is not None
         }
         if self._prefix is not None:
-            self._rule = rule_for(self._prefix, paths)
-            if plan.usable:
-                check_prefix(self._prefix, paths)
-        elif self._record is None:
-            self._rule = Rule()
+            rule = rule_for(self._prefix, paths)
         else:
-            self._rule = find_rule(self._record, paths)
-            if self._rule is None and plan.usable:
-                refuse_no_weights(self._record, paths)
+            rule = find_rule(self._record, paths) if self._record is not None else Rule()
         self._order = {name: number for number, name in enumerate(dict.fromkeys(item.index.fqn for item in plan.items))}
-        return dataclasses.replace(plan, storage_data=Noted(self._rule, 0))
+        return dataclasses.replace(plan, storage_data=Noted(rule, 0))
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        noted = [plan.storage_data for plan in plans if plan.usable]
+        if noted and all(isinstance(note, Noted) and note.rule is None for note in noted):
+            refuse_no_weights(self._prefix, self._record, [item.index.fqn for plan in plans for item in plan.items])
         return [_counted(plan, len(plans)) for plan in plans]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
