@@ -16,7 +16,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
@@ -28,9 +27,10 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import shardsave
 from faults.beneath import Fate, Met, arm, disarm
-from faults.savers import Bench, generation_in, litter_in, next_save_works, save, state
+from faults.savers import Bench, generation_in, litter_in, next_save_works, state
 from faults.scenarios import NO_ROOM, check_message, held, is_unlocked, may_pass, nothing_leaked
 from jobs import Ended, Job
+from shardsave._storage.staging import NONCE_NAME
 
 SIZE = 4
 EVERY = int(os.environ.get("SHARDSAVE_EVERY", "1"))
@@ -52,7 +52,8 @@ def sharded_state(generation: int) -> dict[str, torch.Tensor]:
     """The tensors of `savers.state`: rows on each rank, columns or the whole on all."""
     mesh = init_device_mesh("cpu", (SIZE,))
     return {
-        name: distribute_tensor(tensor, mesh, [Shard(0)]) if name != "t1" else tensor for name, tensor in state(generation).items()
+        name: distribute_tensor(tensor, mesh, [Shard(0)]) if name != "t1" else tensor
+        for name, tensor in state(generation).items()
     }
 
 
@@ -112,7 +113,10 @@ def judge(bench: Bench, results: list[Result], met: Met | None, fate: Fate, numb
         assert not error and not leftovers, (error, message, leftovers)
     if not error:
         assert found == 2
-        assert met is None or fate is Fate.FAIL_AFTER or may_pass_on_a_rank(met, fate, number, leftovers, notes), (met, "was swallowed")
+        assert met is None or fate is Fate.FAIL_AFTER or may_pass_on_a_rank(met, fate, number, leftovers, notes), (
+            met,
+            "was swallowed",
+        )
         return
     assert met is not None
     check_message(message, met, number)
@@ -122,17 +126,21 @@ def judge(bench: Bench, results: list[Result], met: Met | None, fate: Fate, numb
         assert error == ("OutOfSpaceError" if number in NO_ROOM else "SaveNotCommittedError"), (error, message)
         assert "nothing was" in message and found == bench.old, (met, message)
         names = os.listdir(bench.target) if bench.target.exists() else []
-        assert not [name for name in names if name.startswith(".shardsave-")] or met.call in ("unlinkat", "openat", "rmdir"), names
+        assert not [name for name in names if name.startswith(".shardsave-")] or met.call in ("unlinkat", "openat", "rmdir"), (
+            names
+        )
 
 
 def may_pass_on_a_rank(met: Met, fate: Fate, number: int, leftovers: tuple[str, ...], notes: tuple[str, ...]) -> bool:
+    if met.call == "close" and (met.path.name == NONCE_NAME or met.path.name.startswith(".shardsave-")):
+        return True  # what a rank that does not lead has only read
     report = type("Report", (), {"leftovers": leftovers, "notes": notes})
     return may_pass(met, fate, number, report)  # type: ignore[arg-type]
 
 
 def in_a_job(scenario: Callable[..., int], *arguments: object) -> int:
     with Job(SIZE, scenario, *arguments) as job:
-        ends = job.ended(float(os.environ.get('SHARDSAVE_SECONDS', '300')))
+        ends = job.ended(float(os.environ.get("SHARDSAVE_SECONDS", "300")))
     failed = [f"rank {rank}: {end.trace or end}" for rank, end in enumerate(ends) if end.error or end.exit_code is not None]
     assert not failed, "\n".join(failed)
     return int(ends[0].value)
@@ -142,8 +150,73 @@ def fails(folder: Path, first: bool, victim: int, fate: Fate, number: int) -> in
     return in_a_job(fails_on_a_rank, folder, first, victim, fate, number)
 
 
+def save_with_fate(rank: int, target: Path, watched: Path, victim: int, nth: int, fate: Fate) -> Result:
+    if rank == victim:
+        arm(watched, nth, fate)
+    return save_together(2, target)
+
+
+def is_killed(folder: Path, first: bool, victim: int, fate: Fate, number: int) -> int:
+    """``victim`` ends at each of its calls. All others are told by one error, which says what is in the directory."""
+    bench = Bench(folder, first)
+    for nth in count(1, EVERY):
+        bench.reset()
+        with Job(SIZE, save_with_fate, bench.target, bench.watched, victim, nth, fate) as job:
+            ends = job.ended(60)
+        judge_loss(bench, ends, victim)
+        next_save_works(bench.target)
+        if ends[victim].exit_code is None:
+            return nth
+    raise AssertionError
+
+
+def is_killed_at_random(folder: Path, first: bool, victim: int, fate: Fate, number: int) -> int:
+    """A rank gets a SIGKILL at a random moment, or a SIGSTOP, after which it is as silent as one whose network is cut."""
+    chance = random.Random(victim)
+    bench = Bench(folder, first)
+    kills = int(os.environ.get("SHARDSAVE_KILLS", "20"))
+    seconds = 0.5
+    for trial in range(kills):
+        bench.reset()
+        lost = chance.randrange(SIZE)
+        with Job(SIZE, save_with_fate, bench.target, bench.watched, -1, 0, Fate.PASS) as job:
+            time.sleep(chance.random() * seconds)
+            stops = trial % 10 == 9
+            job.kill(lost, signal.SIGSTOP if stops else signal.SIGKILL)
+            others = [rank for rank in range(SIZE) if rank != lost]
+            ends = {rank: end for rank, end in zip(others, job.ended(30, others))}
+            if stops:
+                job.kill(lost)
+            ends[lost] = job.ended(30, [lost])[0]
+        judge_loss(bench, [ends[rank] for rank in range(SIZE)], lost)
+        seconds *= 0.8 if bench.found() == 2 else 1.25
+        next_save_works(bench.target)
+    return kills
+
+
+def judge_loss(bench: Bench, ends: list[Ended], lost: int) -> None:
+    """The ranks that live have the same result, which names ``lost`` and says what is in the directory."""
+    living = [end for rank, end in enumerate(ends) if rank != lost]
+    assert all(end.error is None and end.exit_code is None for end in living), ends
+    results = {Result(*end.value)[:2] for end in living}
+    found = bench.found()
+    assert found in (bench.old, 2) and len(results) == 1, (results, found)
+    error, message = results.pop()
+    if not error:
+        assert found == 2, ends
+        return
+    assert f"rank {lost}" in message, message
+    if error == "DurabilityUncertainError":
+        assert found == 2 or "cannot tell" in message, (message, found)
+    else:
+        assert error == "SaveNotCommittedError" and found == bench.old and "nothing was" in message, (error, message, found)
+
+
 SCENARIOS: dict[str, tuple[Callable[[Path, bool, int, Fate, int], int], list[tuple[Fate, int]]]] = {
     "fails": (fails, [(Fate.FAIL, errno.EIO), (Fate.FAIL, errno.ENOSPC), (Fate.FAIL_AFTER, errno.EIO)]),
+    "fails_once": (fails, [(Fate.FAIL, errno.EIO)]),
+    "is_killed": (is_killed, [(Fate.KILL, 0)]),
+    "is_killed_at_random": (is_killed_at_random, [(Fate.PASS, 0)]),
 }
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from test_shipping import model
 
 from jobs import run_ranks
 from shardsave._common.assembled import Chunk
@@ -19,7 +20,6 @@ from shardsave._engine import engine
 from shardsave._format.crc64 import crc64
 from shardsave._ranks import session as sessions
 from shardsave._ranks.delivering import Delivering, Reading
-from test_shipping import model
 
 
 def as_bytes(tensor: torch.Tensor) -> bytes:
@@ -53,7 +53,9 @@ def read(rank: int, path: str, size: int, portable: bool, hosts: tuple[int, ...]
         session.hosts = hosts
         with closing(Delivering(session, readings, targets)) as delivering:
             delivering.start()
-            done = engine.read([fd], delivering.blocks, delivering.pieces, windows=delivering.windows, tick=lambda _: session.check())
+            done = engine.read(
+                [fd], delivering.blocks, delivering.pieces, windows=delivering.windows, tick=lambda _: session.check()
+            )
             delivering.finish()
     for (name, (whole, layout)), target in zip(tensors.items(), targets):
         for chunk in target.local:

@@ -16,14 +16,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from test_shipping import columns, planned
 
 from jobs import Job, run_ranks
 from shardsave._common.assembled import Chunk
-from shardsave._common.layouts import Whole
-from shardsave._common.spread import Spread
 from shardsave._ranks import session as sessions
 from shardsave._ranks.shipping import Shipping
-from test_shipping import columns, planned, spread
 
 HOSTS = {"one host": (0, 0, 0, 0), "four hosts": (0, 1, 2, 3)}
 

@@ -55,9 +55,7 @@ def test_what_one_rank_holds() -> None:
 
 def test_given_owners() -> None:
     """Catches a file of one rank that another writes, and one of plain memory that is not rank 0's."""
-    plain = PlannedShard(
-        Shard((StoredTensor("t", "F32", (2,), 8, False),), (0,), 8), [TensorSource.of(torch.zeros(2))]
-    )
+    plain = PlannedShard(Shard((StoredTensor("t", "F32", (2,), 8, False),), (0,), 8), [TensorSource.of(torch.zeros(2))])
     assert owners([shard(rows(4), owner=3), plain, plain], (0, 0, 0, 0)) == [3, 0, 0]
 
 

@@ -5,16 +5,13 @@ from __future__ import annotations
 import filecmp
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
-from torch import nn
+from placements import PLACEMENTS
 
 import shardsave
 from jobs import run_ranks
-from placements import PLACEMENTS
 
 SIZE = "4kB"
 NAMES = [name for name in PLACEMENTS if name != "low_rank_adapters"]

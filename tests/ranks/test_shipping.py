@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -62,7 +61,9 @@ def model(size: int) -> dict[str, tuple[torch.Tensor, Layout]]:
     add("strided", torch.randn(16, 8), Placed(grid, (Split(0, 2), Split(-1)), (16, 8)))
     add("whole", torch.randn(300, 300), Whole(tuple(range(size)), (300, 300)))
     add("on one", torch.randn(10), Whole((size - 1,), (10,)))
-    halves = {rank: [((0, 0), (4, 3)), ((4, 3), (4, 3))] if rank == 0 else [((0, 3), (4, 3)), ((4, 0), (4, 3))] for rank in range(2)}
+    halves = {
+        rank: [((0, 0), (4, 3)), ((4, 3), (4, 3))] if rank == 0 else [((0, 3), (4, 3)), ((4, 0), (4, 3))] for rank in range(2)
+    }
     if size > 1:
         add("listed", torch.randn(8, 6), Listed(halves, (8, 6)))
     for number in range(50):
@@ -74,12 +75,18 @@ def planned(tensors: dict[str, tuple[torch.Tensor, Layout]], rank: int | None, b
     """The shards of ``tensors`` as ``rank`` holds them; None: as one process with all of them does."""
     entries = []
     for name, (whole, layout) in tensors.items():
-        source: Any = spread(whole, layout, rank) if rank is not None else Spread(whole.dtype, Whole((0,), tuple(whole.shape)), [Chunk((0,) * whole.ndim, whole)])
+        source: Any = (
+            spread(whole, layout, rank)
+            if rank is not None
+            else Spread(whole.dtype, Whole((0,), tuple(whole.shape)), [Chunk((0,) * whole.ndim, whole)])
+        )
         entries.append(Entry(name, "parameter", False, None, source))
     return plan_shards(entries, bound)
 
 
-def write(folder: str, shards: Sequence[PlannedShard], numbers: Sequence[int], shipping: Shipping | None, check: Any = None) -> list[list[int]]:
+def write(
+    folder: str, shards: Sequence[PlannedShard], numbers: Sequence[int], shipping: Shipping | None, check: Any = None
+) -> list[list[int]]:
     """Writes ``shards`` as an owner does; returns the sums of each."""
     sums = []
     for number, shard in zip(numbers, shards):
@@ -95,7 +102,9 @@ def write(folder: str, shards: Sequence[PlannedShard], numbers: Sequence[int], s
     return sums
 
 
-def ship(rank: int, folder: str, size: int, bound: int, portable: bool, hosts: tuple[int, ...]) -> tuple[dict[int, list[int]], int, int, int]:
+def ship(
+    rank: int, folder: str, size: int, bound: int, portable: bool, hosts: tuple[int, ...]
+) -> tuple[dict[int, list[int]], int, int, int]:
     if portable:
         from shardsave._common import backend
 

@@ -133,10 +133,13 @@ def save(
         dtype,
         assume_frozen_unchanged,
     )
-    with job_of_save(source, directory, how, what.process_group) as job:
+    joining = job_of_save(
+        source, directory, process_group, durable=durable, rank_timeout=rank_timeout, on_divergence=on_divergence
+    )
+    with joining as job:
         path = check_how(directory, how)
         planned = plan(source, what, job)
-        job.check_equal(digests(planned.contents, how))
+        job.check_equal(digests(planned.contents, durable=durable))
         report, warnings = write_planned(planned, os.fspath(directory), path, how, time.perf_counter() - started, job=job)
     if job.leads:
         log_saved(report, warnings)

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from shardsave._api.process_group import collective_group
 from shardsave._common.imports import import_at_use
@@ -18,7 +18,6 @@ from shardsave.errors import SaveNotCommittedError
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from shardsave._api.save import How
     from shardsave._state.module import Source
 
 #: For a meeting, if the argument cannot be one: all ranks are to learn that it is wrong.
@@ -27,7 +26,13 @@ _RANK_TIMEOUT = 120.0
 
 @contextmanager
 def job_of_save(
-    source: Source, directory: str | os.PathLike[str], how: How, process_group: ProcessGroup | None
+    source: Source,
+    directory: str | os.PathLike[str],
+    process_group: ProcessGroup | None,
+    *,
+    durable: bool,
+    rank_timeout: float,
+    on_divergence: Literal["raise", "lowest_rank"],
 ) -> Iterator[Job]:
     """Meets the other ranks if the save is collective. What one of them raises within the context is raised on all.
 
@@ -42,25 +47,24 @@ def job_of_save(
     from shardsave._ranks.save_job import JobFailed, SaveJob
     from shardsave._ranks.session import begin
 
-    timeout = how.rank_timeout
-    seconds = timeout if isinstance(timeout, (int, float)) and timeout > 0 else _RANK_TIMEOUT
+    seconds = rank_timeout if isinstance(rank_timeout, (int, float)) and rank_timeout > 0 else _RANK_TIMEOUT
     where = os.fspath(directory) if isinstance(directory, (str, os.PathLike)) else repr(directory)
     try:
         with begin(group, "save to", where, rank_timeout=seconds, usual=JobFailed) as session:
-            yield SaveJob(session, session.names, where, durable=how.durable, on_divergence=how.on_divergence)
+            yield SaveJob(session, session.names, where, durable=durable, on_divergence=on_divergence)
     except (JobFailed, StoreLost) as error:
         words = f"{error}"
         failed = words if words.startswith("cannot ") else f"cannot save to {where}: {words}"
         raise SaveNotCommittedError(f"{failed}; nothing was committed") from error
 
 
-def digests(contents: Contents, how: How) -> dict[str, bytes]:
+def digests(contents: Contents, *, durable: bool) -> dict[str, bytes]:
     """A digest of everything that must be equal on all ranks, by the name that a message has for it."""
     stored = [[shard.names, shard.layout.data_bytes] for shard in contents.all_shards]
     documents = {name: content.hex() for name, content in contents.documents.items()}
     companions = {name: content.hex() for name, content in contents.companions.items()}
     return {
-        "durable": _digest(how.durable),
+        "durable": _digest(durable),
         "metadata": _digest(contents.metadata),
         "step": _digest(contents.moment.step),
         "metrics": _digest([*contents.moment.metrics.items()]),

@@ -89,7 +89,7 @@ def _replicated(
             continue
         assert isinstance(entry.source, Spread)
         for alike, box in shared(entry.source.layout, rank):
-            sets.setdefault(_key(alike), []).append(_Replicated(entry.name, box, entry.source.local))
+            sets.setdefault(_key(tuple(alike)), []).append(_Replicated(entry.name, box, entry.source.local))
     return sets
 
 
