@@ -26,7 +26,8 @@ def spread_states(state: State, size: int, seed: int = 0) -> list[State]:
             layout = Placed(Grid(rng.sample(range(size), size), (size,)), (split,), entry.tensor.shape)
             spreads[entry.name] = [_part(entry.tensor, layout, rank) for rank in range(size)]
         for rank, spread in enumerate(spreads[entry.tied_to or entry.name]):
-            entries[rank].append(entry._replace(source=spread))
+            own = Spread(spread.dtype, spread.layout, spread.local)  # each name has a source of its own
+            entries[rank].append(entry._replace(source=own))
     return [state._replace(entries=tuple(of_rank)) for of_rank in entries]
 
 

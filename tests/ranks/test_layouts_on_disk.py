@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
 
 from ranks.spread_states import spread_states, whole_tensor
+from shardsave._huggingface.added_adapter_saving import AddedAdapterLayout
+from shardsave._huggingface.peft_saving import AdapterLayout
 from shardsave._huggingface.transformers_saving import TransformersLayout
-from shardsave._saving.disk_layout import DiskLayout, OnDisk
+from shardsave._saving.disk_layout import DiskLayout, IdentityLayout, OnDisk
+from shardsave._saving.trainable import only_trainable
 from shardsave._state.module import State, read_state
 from shardsave.errors import UnsupportedTensorError
 from support import same_bits
 from transformers_models import tiny
 
 RANKS = 3
+pytestmark = pytest.mark.filterwarnings("ignore")  # those of transformers and PEFT
 
 
 def on_disk_of_ranks(layout: DiskLayout, state: State) -> tuple[OnDisk, list[OnDisk]]:
@@ -94,3 +99,49 @@ def test_tensors_that_are_one_on_disk(kind: str) -> None:
     whole, of_ranks = on_disk_of_ranks(layout, read_state(built))
     assert "joined.weight" in {entry.name for entry in whole.state.entries}
     check_same(whole, of_ranks)
+
+
+def adapted(options: dict[str, Any]) -> Any:
+    base = tiny("Llama, tied")
+    return peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], **options))
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": "all"}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}])
+def test_adapters(options: dict[str, Any]) -> None:
+    """Catches a tensor of an adapter that is replaced by an empty one or by that of another layer, with and without the base model."""
+    model = adapted(options)
+    state = read_state(model)
+    for layout in (AdapterLayout(model), IdentityLayout()):
+        check_same(*on_disk_of_ranks(layout, state))
+    whole, of_ranks = on_disk_of_ranks(TransformersLayout(model.base_model.model, keep_names=False), state)
+    check_same(whole, of_ranks)
+
+
+def test_an_added_adapter() -> None:
+    """Catches the same in a model of transformers that has an adapter: the biases of the base model are in both files."""
+    model = tiny("Llama")
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], bias="all"))
+    check_same(*on_disk_of_ranks(AddedAdapterLayout(model, keep_names=False), read_state(model)))
+
+
+def test_an_adapter_that_is_computed() -> None:
+    """Catches empty tensors in the place of those that PEFT computes of whole ones."""
+    model = peft.get_peft_model(tiny("Llama"), peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    with pytest.raises(
+        UnsupportedTensorError, match="'prompt_embeddings': a tensor of the module was expected, PEFT computes it"
+    ):
+        on_disk_of_ranks(AdapterLayout(model), read_state(model))
+
+
+def test_only_what_is_trainable() -> None:
+    """Catches buffers of trainable layers that are left out, since no address says which they are."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2).requires_grad_(False))
+    state = read_state(model)
+
+    def trainable(of_rank: State) -> OnDisk:
+        renamed = [entry._replace(name=f"on_disk.{entry.name}") for entry in of_rank.entries]
+        return only_trainable(OnDisk(of_rank._replace(entries=tuple(renamed))), model, of_rank)[0]
+
+    whole = trainable(state)
+    assert len(whole.state.entries) == 7
+    check_same(whole, [trainable(of_rank) for of_rank in spread_states(state, RANKS)])

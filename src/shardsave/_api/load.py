@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from shardsave._api.arguments import check_path, check_progress, check_switches
 from shardsave._api.device import Device, check_device
+from shardsave._api.load_jobs import job_of_load
 from shardsave._api.load_reports import LoadClock, log_load
 from shardsave._api.model_load import ModelLoad, check_part, needed_files
 from shardsave._api.operators import check_operators
@@ -20,11 +22,15 @@ from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
 from shardsave._common.uncompiled import uncompiled
 from shardsave._common.warn_caller import warn_caller
+from shardsave._loading.job import opened
 from shardsave._loading.mapped import Maps
 from shardsave._loading.new_tensors import new_tensors
 from shardsave._loading.read import TensorReader
 from shardsave._loading.selection import check_names, choose, selection
 from shardsave._storage.checkpoint import open_checkpoint
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @uncompiled
@@ -113,6 +119,8 @@ def load_model(
     strict: bool = True,
     restore_frozen: bool = True,
     verify: bool = True,
+    process_group: ProcessGroup | None = None,
+    rank_timeout: float = 120.0,
     progress: ProgressArgument = None,
 ) -> LoadReport:
     """Fills ``model`` in place from a checkpoint, and restores the ``requires_grad`` of its parameters.
@@ -154,25 +162,38 @@ def load_model(
         >>> fresh.weight.requires_grad
         False
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
-    check_switches(strict=strict, restore_frozen=restore_frozen, verify=verify)
-    check_progress(progress)
-    check_path(path)
-    check_operators("load", path, "the module is unchanged")
-    check_names(None, prefix)
-    check_part(part)
-    target_device = check_device(device)
     clock = LoadClock()
-    wanted, parts = needed_files(model, prefix, part)
-    with open_checkpoint(path, wanted, parts=parts) as checkpoint:
-        loading = ModelLoad(model, checkpoint, prefix, target_device, strict=strict, restore_frozen=restore_frozen, part=part)
-        clock.planned()
-        with Progress(progress, "loading", loading.nbytes) as reporter:
-            reader = TensorReader(checkpoint, verify=verify, progress=reporter)
-            loading.fill(reader)
-        clock.transferred()
-        notes = checkpoint.notes()
-    report = loading.report(clock.report(path, loading.reads, reader), notes)
-    log_load(report, (*loading.warnings, *notes))
+    with job_of_load(model, path, "load", process_group, rank_timeout) as job:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
+        check_switches(strict=strict, restore_frozen=restore_frozen, verify=verify)
+        check_progress(progress)
+        check_path(path)
+        check_operators("load", path, "the module is unchanged")
+        check_names(None, prefix)
+        check_part(part)
+        target_device = check_device(device)
+        job.check_equal({"prefix": prefix, "part": part, "strict": strict, "restore_frozen": restore_frozen, "verify": verify})
+        wanted, parts = needed_files(model, prefix, part)
+        with opened(job, os.fspath(path), wanted, parts) as checkpoint:
+            loading = ModelLoad(
+                model,
+                checkpoint,
+                prefix,
+                target_device,
+                strict=strict,
+                restore_frozen=restore_frozen,
+                part=part,
+                parts=job.parts,
+            )
+            job.checked()
+            clock.planned()
+            with Progress(progress if job.leads or callable(progress) else False, "loading", loading.nbytes) as reporter:
+                reader = job.reader(checkpoint, verify=verify, progress=reporter)
+                loading.fill(reader)
+            clock.transferred()
+            notes = checkpoint.notes()
+        report = loading.report(clock.report(path, loading.reads, reader, job=job), notes)
+    if job.leads:
+        log_load(report, (*loading.warnings, *notes))
     return report

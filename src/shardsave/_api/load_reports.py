@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from shardsave._api.reports import LoadReport, Phases
 from shardsave._common.backend import engine_name
 from shardsave._common.log_records import log_record
+from shardsave._engine.totals import Totals
+from shardsave._loading.job import ALONE, LoadJob
 from shardsave._loading.read import TensorReader
 from shardsave._storage.located import Located
 
@@ -26,13 +28,23 @@ class LoadClock:
         self._transferred = time.perf_counter()
 
     def report(
-        self, path: str | os.PathLike[str], reads: Iterable[Located], reader: TensorReader | None, notes: tuple[str, ...] = ()
+        self,
+        path: str | os.PathLike[str],
+        reads: Iterable[Located],
+        reader: TensorReader | None,
+        notes: tuple[str, ...] = (),
+        job: LoadJob = ALONE,
     ) -> LoadReport:
-        """The report of a load of ``reads``, without what only a module has. ``reader``: None if the files were mapped."""
-        reads, ended = list(reads), time.perf_counter()
+        """The report of a load of ``reads``, without what only a module has. ``reader``: None if the files were mapped.
+
+        Waits for the other processes of ``job``, and adds up what all have read.
+        """
+        reads = list(reads)
+        totals = job.ended(reader.totals) if reader is not None else Totals(sum(t.nbytes for t in reads), direct=False)
+        ended = time.perf_counter()
         return LoadReport(
             path=os.fspath(path),
-            bytes=reader.totals.bytes if reader is not None else sum(located.nbytes for located in reads),
+            bytes=totals.bytes,
             tensors=reader.tensors if reader is not None else len(reads),
             shards=len(reader.shards if reader is not None else {place.shard for located in reads for place in located.places}),
             seconds=ended - self._started,
@@ -42,11 +54,13 @@ class LoadClock:
                 commit=ended - self._transferred,
             ),
             engine=engine_name() if reader is not None else "mmap",
-            direct=reader.totals.direct if reader is not None else False,
-            staging_bytes=reader.totals.staging_bytes if reader is not None else 0,
-            pinned=reader.totals.pinned if reader is not None else False,
-            notes=(*(reader.totals.notes if reader is not None else ()), *notes),
+            direct=totals.direct,
+            staging_bytes=totals.staging_bytes,
+            pinned=totals.pinned,
+            notes=(*totals.notes, *notes),
             verified=reader.verified if reader is not None else False,
+            ranks=job.size,
+            rank_bytes=reader.totals.bytes if reader is not None else totals.bytes,
         )
 
 

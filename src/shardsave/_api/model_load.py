@@ -21,6 +21,7 @@ from shardsave._loading.module_plan import plan_module
 from shardsave._loading.read import TensorReader
 from shardsave._loading.selection import choose_located, names_of_wrappers, selection
 from shardsave._loading.slots import Inventory, has_extra_state, take_inventory
+from shardsave._state.distributed_tensors import Parts
 from shardsave._storage.checkpoint import Checkpoint
 from shardsave._storage.located import Located
 from shardsave.errors import IncompatibleCheckpointError
@@ -63,15 +64,17 @@ class ModelLoad:
         strict: bool,
         restore_frozen: bool,
         part: str | None = None,
+        parts: Parts | None = None,
     ) -> None:
-        """``prefix``: None if the caller's caller cannot pass one."""
+        """``prefix``: None if the caller's caller cannot pass one. ``parts``: reads distributed tensors."""
         self._strict = strict
+        inventory = take_inventory(model, checkpoint.path, parts)
         if part is None:
             self._filler, self._notes = _plan(
-                model, checkpoint, prefix or "", device, strict=strict, restore_frozen=restore_frozen
+                model, inventory, checkpoint, prefix or "", device, strict=strict, restore_frozen=restore_frozen
             )
         else:
-            self._filler, self._notes = _plan_part(model, checkpoint, prefix or "", device, part), ()
+            self._filler, self._notes = _plan_part(model, inventory, checkpoint, prefix or "", device, part), ()
         self._filler.check(strict=strict, prefix=prefix)
         self.reads = self._filler.plan.reads
         self.nbytes = sum(located.nbytes for located in self.reads)
@@ -105,13 +108,19 @@ class ModelLoad:
 
 
 def _plan(
-    model: nn.Module, checkpoint: Checkpoint, prefix: str, device: torch.device | None, *, strict: bool, restore_frozen: bool
+    model: nn.Module,
+    inventory: Inventory,
+    checkpoint: Checkpoint,
+    prefix: str,
+    device: torch.device | None,
+    *,
+    strict: bool,
+    restore_frozen: bool,
 ) -> tuple[ModuleFiller, tuple[str, ...]]:
     """Plans which stored tensor fills which tensor of ``model``; nothing is checked or changed yet.
 
     Also returns notes for the report.
     """
-    inventory = take_inventory(model, checkpoint.path)
     stored, wrapped = _without_wrappers(model, inventory, choose_located(checkpoint, prefix))
     layout = choose_layout(inventory, stored, checkpoint.path)
     extra_states = [name for name in inventory.extra_states if name not in layout.stored]
@@ -130,7 +139,9 @@ def _plan(
     return ModuleFiller(inventory, plan, layout, checkpoint, device), notes
 
 
-def _plan_part(model: nn.Module, checkpoint: Checkpoint, prefix: str, device: torch.device | None, part: str) -> ModuleFiller:
+def _plan_part(
+    model: nn.Module, inventory: Inventory, checkpoint: Checkpoint, prefix: str, device: torch.device | None, part: str
+) -> ModuleFiller:
     """As `_plan`, from the ``part`` of the training state. Its names are those in a module, whatever layout the model has on disk."""
     for module in ("shardsave._api.stored_training", "shardsave._training.parts"):
         import_at_use(module)  # no other load needs them
@@ -139,7 +150,6 @@ def _plan_part(model: nn.Module, checkpoint: Checkpoint, prefix: str, device: to
 
     training = stored_training(checkpoint, f"load part {part!r} of", "the module is unchanged")
     found = find_part(training, part, prefix)
-    inventory = take_inventory(model, checkpoint.path)
     assert checkpoint.training is not None
     tensors = {name: checkpoint.training.tensors[stored_name] for name, stored_name in found.tensors.items()}
     stored, wrapped = _without_wrappers(model, inventory, tensors)

@@ -11,6 +11,7 @@ import torch.distributed
 from torch import nn
 
 from shardsave._state.distributed_tensors import is_dtensor
+from shardsave._state.fsdp import is_fsdp_module
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -58,5 +59,6 @@ def _has_dtensor(source: Union[nn.Module, Mapping[str, Any], Iterable[Any], None
     if "torch.distributed.tensor" not in sys.modules or source is None:  # whoever has a DTensor has imported its module
         return False
     if isinstance(source, nn.Module):
-        return any(map(is_dtensor, source.parameters())) or any(map(is_dtensor, source.buffers()))
+        tensors = (tensor for part in source.modules() for tensor in (*part._parameters.values(), *part._buffers.values()))
+        return any(map(is_dtensor, tensors)) or any(map(is_fsdp_module, source.modules()))
     return any(map(is_dtensor, source.values() if isinstance(source, Mapping) else source))

@@ -218,6 +218,9 @@ class LoadReport(Report):
     ``mismatched``: names in both whose shapes differ, and which were not loaded. All three are empty after a strict load.
     ``frozen``: how many parameters were set to ``requires_grad=False``; None if flags were not restored. ``changed_flags``: how
     many parameters had another flag before.
+
+    ``ranks``: how many ranks have loaded together. ``bytes`` is then what all of them have read from the files, ``rank_bytes`` what this
+    one has, and ``tensors`` the number of those of which it has received something.
     """
 
     verified: bool | None = None
@@ -226,6 +229,8 @@ class LoadReport(Report):
     mismatched: tuple[str, ...] = ()
     frozen: int | None = None
     changed_flags: int = 0
+    ranks: int = 1
+    rank_bytes: int = 0
 
     def _lines(self) -> Iterator[str]:
         differences = (
@@ -241,6 +246,7 @@ class LoadReport(Report):
         changed = f" ({count(self.changed_flags, 'flag')} changed)" if self.changed_flags else ""
         flags = "flags left alone" if self.frozen is None else f"{self.frozen} frozen{changed}"
         checked = VERIFIED[self.verified]
+        into = f" on {self.ranks} ranks" if self.ranks > 1 else ""
         yield self._with_notes(
-            f"loaded {self.path}: {self._size_and_speed()}, {self._engine_and_access()}, {checked}, {flags}", *more
+            f"loaded {self.path}{into}: {self._size_and_speed()}, {self._engine_and_access()}, {checked}, {flags}", *more
         )

@@ -105,6 +105,36 @@ class SwappedSource(TensorSource):
         np.frombuffer(view, dtype=f"u{part}").byteswap(inplace=True)
 
 
+class Part(NamedTuple):
+    """The ``nbytes`` bytes from ``begin`` on of another source, as one dimension. The range cuts no element."""
+
+    source: ByteSource
+    begin: int
+    nbytes: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.source.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.nbytes // self.source.dtype.itemsize,)
+
+    @property
+    def cuda_device(self) -> int:
+        return self.source.cuda_device
+
+    def memory(self) -> tuple[int, int] | None:
+        place = self.source.memory()
+        return None if place is None else (place[0], place[1] + self.begin)
+
+    def gather(self, offset: int, view: memoryview) -> None:
+        self.source.gather(self.begin + offset, view)
+
+    def scatter(self, offset: int, view: memoryview) -> None:
+        self.source.scatter(self.begin + offset, view)
+
+
 class CastSource(NamedTuple):
     """Another source, whose elements are cast to ``dtype`` on their way to the file, as `Tensor.copy_` does. Nothing reads into it."""
 

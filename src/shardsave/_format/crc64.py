@@ -51,6 +51,22 @@ def joined(first: int, second: int, nbytes: int) -> int:
     return shift(first, nbytes) ^ second
 
 
+def contributions(sums: NDArray[np.uint64], nbytes: NDArray[np.int64], after: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """What runs of bytes add to the raw sum of everything: XOR joins them. ``sums``: the complete checksum of each run, ``nbytes``: its
+    length, ``after``: how many bytes follow it."""
+    lengths, of_length = np.unique(nbytes, return_inverse=True)
+    ends, of_end = np.unique(after, return_inverse=True)
+    raw_sums = sums ^ np.array([finish(0, length) for length in lengths.tolist()], np.uint64)[of_length]
+    powers = np.array([_power(end) for end in ends.tolist()], np.uint64)[of_end]
+    products = np.zeros_like(raw_sums)
+    one, top = np.uint64(1), np.uint64(63)
+    for _ in range(64):
+        products ^= powers * (raw_sums >> top)
+        raw_sums = raw_sums << one
+        powers = (powers >> one) ^ (np.uint64(_REFLECTED) * (powers & one))
+    return products
+
+
 def raw(data: NDArray[np.uint8]) -> int:
     """The raw sum of ``data``, a one-dimensional array of bytes."""
     lane_bytes = data.size // _LANES // 8 * 8

@@ -10,11 +10,11 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from shardsave._common.sources import TensorSource
 from shardsave._common.words import some
 from shardsave._format.file_names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from shardsave._huggingface.added_adapter import AddedAdapter, added_adapter, not_read
 from shardsave._huggingface.peft_names import active_adapters
+from shardsave._huggingface.spread_on_disk import computed_source
 from shardsave._huggingface.transformers_saving import TransformersLayout
 from shardsave._saving.disk_layout import OnDisk
 from shardsave._state.module import Entry, State
@@ -80,5 +80,8 @@ def _adapter_entries(state: State, added: AddedAdapter) -> list[Entry]:
     """The entries of PEFT's file."""
     by_name = {entry.name: entry for entry in state.entries}
     entries = [by_name[name]._replace(name=saved, tied_to=None) for saved, name in added.own.items()]
-    entries += [Entry(saved, "tensor", None, None, TensorSource.of(tensor)) for saved, tensor in added.copies.items()]
+    entries += [
+        Entry(saved, "tensor", None, None, computed_source(saved, tensor, state.entries))
+        for saved, tensor in added.copies.items()
+    ]
     return entries

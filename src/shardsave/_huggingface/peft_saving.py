@@ -6,9 +6,9 @@ import copy
 import json
 from typing import Any
 
-from shardsave._common.sources import TensorSource
 from shardsave._format.file_names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from shardsave._huggingface.peft_names import active_adapter, adapter_of
+from shardsave._huggingface.spread_on_disk import computed_source
 from shardsave._saving.disk_layout import OnDisk
 from shardsave._state.module import Entry, State
 from shardsave.errors import UnsupportedTensorError
@@ -32,7 +32,8 @@ class AdapterLayout:
         # PEFT writes a tensor that several layers share once for each of them.
         on_disk = [entries[name]._replace(name=saved_name, tied_to=None) for saved_name, name in adapter.names.items()]
         on_disk += [
-            Entry(saved_name, "tensor", None, None, TensorSource.of(tensor)) for saved_name, tensor in adapter.computed.items()
+            Entry(saved_name, "tensor", None, None, computed_source(saved_name, tensor, state.entries))
+            for saved_name, tensor in adapter.computed.items()
         ]
         flags = {entry.name: entry.frozen for entry in state.entries if entry.frozen is not None}
         # PEFT expects one file, so adapters are never sharded.

@@ -7,9 +7,11 @@ from collections.abc import Iterable
 import torch
 
 from shardsave._common.derived_layouts import Region
+from shardsave._common.sources import ByteSource, TensorSource
 from shardsave._common.spread import Spread
 from shardsave._common.spread_views import concatenated, region_of, viewed
 from shardsave._huggingface.transformers_on_disk import DiskTensor, storage_of
+from shardsave._state.module import Entry
 from shardsave._state.savable import refuse
 
 
@@ -37,6 +39,23 @@ def spread_on_disk(name: str, part: DiskTensor, sources: Iterable[Spread]) -> Sp
         return viewed(spread, region)
 
     return made(part.tensor)
+
+
+def computed_source(name: str, tensor: torch.Tensor, entries: Iterable[Entry]) -> ByteSource:
+    """The bytes of ``tensor``, called ``name`` on disk, which PEFT returned for ``entries``.
+
+    Raises UnsupportedTensorError if it was computed of tensors that are spread over ranks.
+    """
+    spreads = {id(entry.tensor): entry.source for entry in entries if isinstance(entry.source, Spread)}
+    if not spreads:
+        return TensorSource.of(tensor)
+    if id(tensor) not in spreads:
+        refuse(
+            name,
+            "a tensor of the module was expected",
+            "PEFT computes it, for which it needs a model that is whole in this process",
+        )
+    return spreads[id(tensor)]
 
 
 _FOUND = "transformers computes it in another way, for which a whole model is needed: save the full state dict"

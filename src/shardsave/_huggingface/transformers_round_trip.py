@@ -47,7 +47,7 @@ def exchange_notes(inventory: Inventory, stored: Collection[str]) -> tuple[str, 
     if not converts():
         return ()
     leaders = {name: inventory.leader(name) for name in inventory.slots if name in inventory.expected}
-    tensors = {first: inventory.slots[first].tensor for first in leaders.values()}
+    tensors = {first: inventory.slots[first].form for first in leaders.values()}
     try:
         on_disk = reverted(inventory.module, tensors)
     except (UnsupportedTensorError, NotImplementedError):  # this model could not be saved

@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from shardsave._common.memory_errors import memory_for
-from shardsave._loading.slots import Inventory, Slot, counts_batches
+from shardsave._loading.slots import Inventory, Slot, counts_batches, with_part
+from shardsave._state.fsdp import computes_with_cpu_parameters, parameters_replaced
 
 
 def allocate(inventory: Inventory, filled: Collection[str], owned: Collection[str], device: torch.device | None) -> Inventory:
@@ -22,6 +23,7 @@ def allocate(inventory: Inventory, filled: Collection[str], owned: Collection[st
         return inventory
     filled_leaders = {inventory.leader(name) for name in filled if name in inventory.slots}
     slots = dict(inventory.slots)
+    devices = _Devices(inventory, device)
     memory: dict[str, torch.Tensor] = {}
     parameters: dict[int, nn.Parameter] = {}
     # A parameter created in inference mode could never be trained, so the caller's mode must not affect the module.
@@ -29,15 +31,35 @@ def allocate(inventory: Inventory, filled: Collection[str], owned: Collection[st
         for slot in moving:
             tensor, leader = slot.tensor, inventory.leader(slot.name)
             if leader not in memory:
-                with memory_for(slot.name, tensor.nbytes, device):
-                    memory[leader] = _new_memory(tensor, device, will_be_filled=leader in filled_leaders)
-            if slot.is_buffer or tensor.is_meta:
+                with memory_for(slot.name, slot.memory.nbytes, device):
+                    target = devices.of(slot)
+                    memory[leader] = _new_memory(tensor, target, will_be_filled=leader in filled_leaders)
+            if slot.is_buffer or slot.memory.is_meta:
                 slots[slot.name] = slot._replace(tensor=_replace(slot, memory[leader], parameters))
                 continue
             tensor.data = memory[leader]
             if tensor.grad is not None:
                 tensor.grad.data = tensor.grad.data.to(memory[leader].device)
+        if inventory.parts is not None:
+            for owner in {id(slot.owner): slot.owner for slot in moving if slot.part is not None}.values():
+                parameters_replaced(owner)
+            slots.update((s.name, with_part(slots[s.name], inventory.parts, "")) for s in moving if s.part is not None)
     return inventory._replace(slots=slots)
+
+
+class _Devices:
+    """Where new memory goes: to ``device``, if one was requested. Meta tensors of a distributed module go where its ranks compute, but
+    for sharded parameters that stay on the CPU (FSDP2's offload); other meta tensors to the CPU."""
+
+    def __init__(self, inventory: Inventory, device: torch.device | None) -> None:
+        meshes = (getattr(s.tensor, "device_mesh", None) for s in inventory.slots.values() if s.part is not None)
+        kind = next((mesh.device_type for mesh in meshes if mesh is not None), "cpu")
+        self._computing = device or torch.device(kind)
+        on_cpu = device is None and kind != "cpu" and computes_with_cpu_parameters(inventory.module)
+        self._parameters = torch.device("cpu") if on_cpu else self._computing
+
+    def of(self, slot: Slot) -> torch.device:
+        return self._parameters if slot.part is not None and not slot.is_buffer else self._computing
 
 
 def host_bytes(inventory: Inventory, filled: Collection[str], owned: Collection[str], device: torch.device | None) -> int:
@@ -45,20 +67,20 @@ def host_bytes(inventory: Inventory, filled: Collection[str], owned: Collection[
     if device is not None and device.type != "cpu":
         return 0
     moving = _moving(inventory, filled, owned, device)
-    return sum({inventory.leader(slot.name): slot.tensor.nbytes for slot in moving}.values())
+    return sum({inventory.leader(slot.name): slot.memory.nbytes for slot in moving}.values())
 
 
 def _moving(inventory: Inventory, filled: Collection[str], owned: Collection[str], device: torch.device | None) -> list[Slot]:
     """The slots whose tensors get other memory; of those on the meta device only those that something will fill."""
     slots = inventory.slots.values()
     if device is None:
-        moving = [slot for slot in slots if slot.tensor.is_meta]
+        moving = [slot for slot in slots if slot.memory.is_meta]
     else:
-        moving = [slot for slot in slots if not stays(slot.tensor, device)]
+        moving = [slot for slot in slots if not stays(slot.memory, device)]
     if not moving:
         return moving
     filled_leaders = {inventory.leader(name) for name in (*filled, *owned) if name in inventory.slots}
-    return [s for s in moving if not s.tensor.is_meta or inventory.leader(s.name) in filled_leaders or counts_batches(s)]
+    return [s for s in moving if not s.memory.is_meta or inventory.leader(s.name) in filled_leaders or counts_batches(s)]
 
 
 def stays(tensor: torch.Tensor, device: torch.device | None) -> bool:
@@ -66,8 +88,7 @@ def stays(tensor: torch.Tensor, device: torch.device | None) -> bool:
     return not tensor.is_meta and (device is None or is_lazy(tensor) or _same_device(tensor.device, device))
 
 
-def _new_memory(tensor: torch.Tensor, device: torch.device | None, *, will_be_filled: bool) -> torch.Tensor:
-    target = device or torch.device("cpu")
+def _new_memory(tensor: torch.Tensor, target: torch.device, *, will_be_filled: bool) -> torch.Tensor:
     if will_be_filled:
         return torch.empty_like(tensor.detach(), device=target)
     return torch.zeros_like(tensor, device=target) if tensor.is_meta else tensor.detach().to(target)

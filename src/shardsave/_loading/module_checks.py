@@ -17,6 +17,7 @@ from shardsave._loading.overlaps import agree, overlaps
 from shardsave._loading.quantised_checks import check_quantised
 from shardsave._loading.slots import Inventory, Slot
 from shardsave._loading.stored_bytes import same_bytes
+from shardsave._state.distributed_tensors import is_distributed
 from shardsave._state.offload import Offloaded
 from shardsave._state.wrappers import Names
 from shardsave._storage.checkpoint import Checkpoint
@@ -67,8 +68,8 @@ def check_destinations(
         if slot.offloaded is not None and (name in plan.owned or name in plan.matched or name in plan.mismatched):
             _check_offloaded(slot, slot.offloaded, device, where)
         if (located := plan.matched.get(name)) is not None:
-            reached = _check_fillable(slot, dtypes[located.dtype], where)
-            if reached and name in plan.destinations and (device is None or stays(slot.tensor, device)):
+            reached = _check_fillable(slot, dtypes[located.dtype], device, where)
+            if reached and name in plan.destinations and (device is None or stays(slot.memory, device)):
                 filled.append(slot)
                 reaches.append(reached)
     for one, other in plan.must_equal:
@@ -80,13 +81,14 @@ def check_destinations(
     owners = {name: owner for name, owner in plan.destinations.items() if owner is not None}
     for name in owners:
         slot = slots[name]
-        if address(slot.tensor) and stays(slot.tensor, device):
+        if address(slot.memory) and stays(slot.memory, device):
             filled.append(slot)
-            reaches.append(reach(slot.tensor))
+            reaches.append(reach(slot.memory))
     apart = set()
     for left, right in overlaps(filled, reaches, owners):
         both = [(plan.stored[slot.name], slot.tensor) for slot in (left, right)]
-        if left.name in owners or right.name in owners or not agree(checkpoint, both[0], both[1]):
+        parted = left.part is not None or right.part is not None
+        if parted or left.name in owners or right.name in owners or not agree(checkpoint, both[0], both[1]):
             actual = f"it shares a part of it with {left.name!r} and not the values on disk; call .clone() on one of them first"
             _refuse(right.name, where, "memory of its own was expected", actual)
         apart.add(right.name)
@@ -95,7 +97,7 @@ def check_destinations(
 
 def check_meta_buffers(inventory: Inventory, where: str) -> None:
     """Refuses buffers on the meta device that are not saved: nothing would fill them."""
-    buffers = (name for name, slot in inventory.slots.items() if slot.is_buffer and slot.tensor.is_meta)
+    buffers = (name for name, slot in inventory.slots.items() if slot.is_buffer and slot.memory.is_meta)
     unfilled = [name for name in buffers if name not in inventory.expected]
     if unfilled:
         raise IncompatibleCheckpointError(
@@ -165,8 +167,15 @@ def _keep_values(inventory: Inventory, plan: ModulePlan, names: Iterable[str]) -
 
 
 def _check_plain(slot: Slot, where: str) -> None:
-    """Refuses tensor subclasses: their memory may be shared or on another rank, and the hooks of FSDP's DTensor expect a DTensor."""
+    """Refuses tensor subclasses: their memory may be shared or on another rank."""
     tensor = slot.tensor
+    if is_distributed(tensor):
+        way_out = (
+            "which all of its processes fill together: init_process_group must have been called, and each must call load_model"
+        )
+        in_routine = "and the module that it is in loads itself; remove its hooks or overrides"
+        found = f"it is {an(type(tensor).__name__)}, {way_out if slot.part is None else in_routine}"
+        _refuse(slot.name, where, "a plain tensor was expected", found)
     if hasattr(tensor, "__tensor_flatten__") or (type(tensor) not in PLAIN_TYPES and not is_lazy(tensor)):
         _refuse(slot.name, where, "a plain tensor was expected", f"it is {an(type(tensor).__name__)}")
 
@@ -180,9 +189,9 @@ def _check_offloaded(slot: Slot, offloaded: Offloaded, device: torch.device | No
         _refuse(slot.name, where, "a tensor that can be moved was expected", "accelerate offloads it; leave out device=")
 
 
-def _check_fillable(slot: Slot, stored: torch.dtype, where: str) -> int:
+def _check_fillable(slot: Slot, stored: torch.dtype, device: torch.device | None, where: str) -> int:
     """Refuses a tensor that cannot be overwritten in place with values of dtype ``stored``. Returns its `reach`, 0 on the meta device."""
-    tensor = slot.tensor
+    tensor = slot.memory
     if type(tensor) not in PLAIN_TYPES:
         _check_plain(slot, where)
     if tensor.layout is not torch.strided or tensor.is_nested:
@@ -197,6 +206,9 @@ def _check_fillable(slot: Slot, stored: torch.dtype, where: str) -> int:
             )
     if tensor.is_meta:
         return 0
+    if slot.part is not None and not stays(tensor, device):
+        found = f"it is distributed and on {tensor.device}; move the module first, or leave out device="
+        _refuse(slot.name, where, f"a tensor on {device} was expected", found)
     reached = _check_reach(slot, where)
     if tensor.is_contiguous():
         return reached
@@ -210,14 +222,14 @@ def _check_fillable(slot: Slot, stored: torch.dtype, where: str) -> int:
 
 def _check_memory(slot: Slot, where: str) -> None:
     """Refuses a strided tensor whose memory was freed or made smaller: torch writes beyond the end of it."""
-    tensor = slot.tensor
+    tensor = slot.memory
     if tensor.layout is torch.strided and not (is_lazy(tensor) or tensor.is_meta or tensor.is_nested):
         _check_reach(slot, where)
 
 
 def _check_reach(slot: Slot, where: str) -> int:
-    reached = reach(slot.tensor)
-    if lacks_memory(slot.tensor, reached):
+    reached = reach(slot.memory)
+    if lacks_memory(slot.memory, reached):
         _refuse(slot.name, where, "memory for all its elements was expected", "its storage was freed or made smaller")
     return reached
 

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, Union
 
 import torch
 
+from shardsave._common.boxes import box
 from shardsave._common.gc_pause import gc_paused
 from shardsave._common.memory_errors import check_free_memory
+from shardsave._common.spread import Spread
 from shardsave._loading.allocation import allocate, host_bytes, stays
 from shardsave._loading.disk_layout import DiskLayout, Join
 from shardsave._loading.freeze_flags import RestoredFlags, named_parameters, restore_flags
+from shardsave._loading.joined_parts import parts_seen
 from shardsave._loading.module_checks import check_destinations, check_differences, check_meta_buffers, check_shapes
 from shardsave._loading.module_plan import ModulePlan, plan_again
 from shardsave._loading.onload import onloaded
 from shardsave._loading.read import Target, TensorReader
 from shardsave._loading.routines import read_joined, run_routine
-from shardsave._loading.slots import Inventory, take_again
+from shardsave._loading.slots import Inventory, Slot, take_again
 from shardsave._storage.checkpoint import Checkpoint, Located
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, ShardSaveError
+
+#: A tensor of the module, or the part of it in this process.
+Destination = Union[torch.Tensor, Spread]
 
 
 class Differences(NamedTuple):
@@ -76,7 +82,7 @@ class ModuleFiller:
         """The tensors that are filled in the memory that they have now: name, stored tensor, tensor."""
         slots, stored = self._inventory.slots, self.plan.stored
         names = [name for name in self.plan.destinations if name in stored]
-        return [(name, stored[name], slots[name].tensor) for name in names if stays(slots[name].tensor, self._device)]
+        return [(name, stored[name], slots[name].memory) for name in names if stays(slots[name].memory, self._device)]
 
     def _host_bytes(self) -> int:
         plan = self.plan
@@ -168,7 +174,8 @@ class ModuleFiller:
 
     def _read_in_place(self, reader: TensorReader) -> None:
         with gc_paused():
-            destinations = {name: self._inventory.slots[name].tensor.detach() for name in self.plan.in_place}
+            slots = [self._inventory.slots[name] for name in self.plan.in_place]
+            destinations = {slot.name: _destination(slot) for slot in slots}
             together = {name: t for name, t in destinations.items() if name not in self._apart} if self._apart else destinations
             targets, unviewed = self._targets(together)
             targets += [(beside.located, beside.memory()) for beside in self.plan.beside]
@@ -177,9 +184,9 @@ class ModuleFiller:
                 self._read_joined(join, reader)
         # autograd does not notice these writes; with a new version number, a stale backward raises. A save in the background that still
         # reads these tensors fails, and does so only if the number changes before they do. Inference tensors are skipped.
-        torch.autograd.graph.increment_version(list(destinations.values()))
+        torch.autograd.graph.increment_version([slot.memory.detach() for slot in slots])
         with self._counting(reader, in_place=True):
-            reader.read(targets)
+            reader.read_together(targets)
             for name in destinations if self._apart else ():
                 if name in self._apart:
                     reader.read([(self.plan.stored[name], destinations[name])])
@@ -192,7 +199,7 @@ class ModuleFiller:
                 with torch.no_grad():
                     spare.copy_(slot.tensor)
 
-    def _targets(self, destinations: dict[str, torch.Tensor]) -> tuple[list[Target], list[Join]]:
+    def _targets(self, destinations: Mapping[str, Destination]) -> tuple[list[Target], list[Join]]:
         """What is read straight into ``destinations`` (name → tensor), and the joins that have to be read into copies."""
         stored = self.plan.stored
         joins = self.plan.joins
@@ -201,10 +208,11 @@ class ModuleFiller:
         joined = {target for join in joins for target in join.targets}
         targets: list[Target] = [(stored[name], tensor) for name, tensor in destinations.items() if name not in joined]
         slots = self._inventory.slots
-        tensors = {name: slots[name].tensor.detach() for name in joined if name in slots}
+        tensors = {name: slots[name].form.detach() for name in joined if name in slots}
         views = self._layout.views(tensors) if tensors else [None] * len(joins)
         unviewed, wanted = [], self.plan.routed.union(destinations)
-        for join, sources in zip(joins, views):
+        for join, of_join in zip(joins, views):
+            sources = None if of_join is None else parts_seen(of_join, [slots[t] for t in join.targets if t in slots])
             if sources is not None and destinations.keys() >= set(join.targets):
                 targets += zip(join.sources, sources)
             elif not wanted.isdisjoint(join.targets):
@@ -218,9 +226,7 @@ class ModuleFiller:
         in_place = set(self.plan.in_place)
         for name, value in values.items():
             if name in in_place:
-                tensor = self._inventory.slots[name].tensor
-                with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-                    tensor.detach().copy_(value)
+                _copy_into(self._inventory.slots[name], value)
         return {name: value for name, value in values.items() if name in self.plan.routed}
 
     @contextmanager
@@ -230,8 +236,23 @@ class ModuleFiller:
         try:
             yield
         except ShardSaveError as error:
+            if reader.is_of_job(error):
+                raise
             if in_place and isinstance(error, CorruptCheckpointError):
                 loaded = reader.tensors
             raise type(error)(
                 f"{error}; the module is partly loaded, {loaded - self._before} of {self._total} tensors"
             ) from error
+
+
+def _copy_into(slot: Slot, value: torch.Tensor) -> None:
+    with torch.inference_mode(slot.memory.is_inference()), torch.no_grad():
+        if slot.part is None:
+            slot.tensor.detach().copy_(value)
+            return
+        for begin, tensor in slot.part.spread.local:
+            tensor.copy_(value[box(begin, tensor.shape)])
+
+
+def _destination(slot: Slot) -> Destination:
+    return slot.tensor.detach() if slot.part is None else slot.part.spread

@@ -9,6 +9,7 @@ import torch
 from shardsave._common.gc_pause import gc_paused
 from shardsave._common.memory_errors import check_free_memory, memory_for, refuse_lack_of_memory
 from shardsave._format.dtypes import BY_NAME, torch_shape
+from shardsave._loading.read import Target
 from shardsave._storage.checkpoint import Checkpoint, Located
 
 
@@ -49,7 +50,7 @@ class NewTensors:
     """Makes the tensors of a model that is being built, each once, and lists in ``targets`` what has to be read into them."""
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
-        self.targets: list[tuple[Located, torch.Tensor]] = []
+        self.targets: list[Target] = []
         self._checkpoint = checkpoint
         self._device = device
         self._tensors: dict[tuple[bool, str, torch.device], torch.Tensor] = {}
@@ -75,7 +76,8 @@ class NewTensors:
 
     def check_free(self) -> tuple[str, ...]:
         """Checks that the tensors so far fit on the CPU, as `check_free_memory` does: memory is taken only when it is first written."""
-        nbytes = sum(tensor.nbytes for _, tensor in self.targets if tensor.device.type == "cpu")
+        tensors = (tensor for _, tensor in self.targets if isinstance(tensor, torch.Tensor))
+        nbytes = sum(tensor.nbytes for tensor in tensors if tensor.device.type == "cpu")
         return check_free_memory(self._checkpoint.path, nbytes, "nothing was built")
 
 

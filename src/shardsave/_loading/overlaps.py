@@ -33,11 +33,11 @@ def overlaps(slots: Sequence[Slot], reaches: Sequence[int], owners: Mapping[str,
     ``reaches``: the `reach` of each, never 0. ``owners``: name of a tensor that a routine fills → the routine's sub-module. Tensors of
     one such sub-module may overlap.
     """
-    begins = [slot.tensor.data_ptr() for slot in slots]
+    begins = [slot.memory.data_ptr() for slot in slots]
     ends = [begin + reach for begin, reach in zip(begins, reaches)]
     if not any_overlap(begins, ends):
         return
-    spans = [(str(slot.tensor.device), begin, end, slot) for begin, end, slot in zip(begins, ends, slots)]
+    spans = [(str(slot.memory.device), begin, end, slot) for begin, end, slot in zip(begins, ends, slots)]
     spans.sort(key=lambda span: span[:3])
     alive: list[tuple[str, int, int, Slot]] = []
     for span in spans:
@@ -45,7 +45,7 @@ def overlaps(slots: Sequence[Slot], reaches: Sequence[int], owners: Mapping[str,
         owner = owners.get(slot.name)
         alive = [other for other in alive if other[0] == device and other[2] > begin]
         for *_, other in alive:
-            if (owner is None or owner != owners.get(other.name)) and _share_an_element(other.tensor, slot.tensor):
+            if (owner is None or owner != owners.get(other.name)) and _share_an_element(other.memory, slot.memory):
                 yield other, slot
         alive.append(span)
 

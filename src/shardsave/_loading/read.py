@@ -13,10 +13,12 @@ from shardsave._common.boxes import box
 from shardsave._common.gc_pause import gc_paused
 from shardsave._common.progress import Progress
 from shardsave._common.sources import ByteSource, TensorSource
+from shardsave._common.spread import Spread
+from shardsave._common.windows import window
 from shardsave._engine import engine
-from shardsave._engine.blocks import blocks
+from shardsave._engine.blocks import Blocks, blocks
 from shardsave._engine.totals import Totals
-from shardsave._engine.transfer import BLOCK_BYTES, TransferFault
+from shardsave._engine.transfer import BLOCK_BYTES, Piece, Transfer, TransferFault, Windows
 from shardsave._format.dtypes import BY_NAME, item_bytes
 from shardsave._storage.checkpoint import Checkpoint
 from shardsave._storage.located import Located
@@ -25,7 +27,8 @@ from shardsave.errors import CorruptCheckpointError, ShardSaveError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-#: A stored tensor, and the tensor or the source that receives its bytes; None: the bytes are only verified.
+#: A stored tensor and what receives its bytes: a tensor, this rank's part of one (`Spread`), or, if it is one range of one file, another
+#: source; None: the bytes are only verified.
 Target = tuple[Located, Union[torch.Tensor, ByteSource, None]]
 
 
@@ -75,25 +78,25 @@ class TensorReader:
             more = f"; {len(damaged) - 1} more tensors are damaged" if len(damaged) > 1 else ""
             raise CorruptCheckpointError(damaged[0][1] + more)
 
+    def read_together(self, targets: Sequence[Target]) -> None:
+        """As `read`, called once by each rank of a job; where there is only one, it is `read`."""
+        self.read(targets)
+
+    def is_of_job(self, error: Exception) -> bool:
+        """Whether ``error`` is that of all ranks of a job, which all raise in the same words."""
+        return False
+
     def _read_group(
         self, shards: Sequence[str], targets: Sequence[Target], extents: NDArray[np.int64]
     ) -> list[tuple[Located, str]]:
         """Reads ``targets``, all in ``shards``, which are open at the same time; returns the damaged tensors."""
         with gc_paused():
             dtypes = {dtype: BY_NAME[dtype].torch for dtype in {t.dtype for t, _ in targets}}
-            pieces = [TensorSource(to, dtypes[t.dtype]) if isinstance(to, torch.Tensor) else to for t, to in targets]
+            pieces = [_piece(into, dtypes[t.dtype]) for t, into in targets]
             planned = blocks(extents, BLOCK_BYTES)
             checksums = [t.checksum for t, _ in targets]
         checksum = self._verify and checksums.count(None) < len(checksums)
-        files = self._checkpoint.descriptors(shards)
-        try:
-            transfer = engine.read(files, planned, pieces, checksum=checksum, tick=self._progress.tick)
-        except TransferFault as fault:
-            path = self._checkpoint.path_of(shards[max(fault.file, 0)])
-            raise ShardSaveError(f"cannot read {path}: {fault}; the files on disk are as they were") from fault
-        moved = int(extents[:, 2].sum())
-        self._progress.run_ended(moved)
-        self.totals = self.totals.plus(transfer, moved)
+        transfer = self._transfer(shards, planned, pieces, checksum=checksum)
         damaged = [
             (located, damage_message(located, computed))
             for (located, _), stored, computed in zip(targets, checksums, transfer.sums)
@@ -102,14 +105,40 @@ class TensorReader:
         self.tensors += len(pieces) - len(damaged)
         return damaged
 
+    def _transfer(
+        self, shards: Sequence[str], planned: Blocks, pieces: Sequence[Piece], *, checksum: bool, windows: Windows | None = None
+    ) -> Transfer:
+        """Runs the engine. File n of the blocks is ``shards[n]``."""
+        files = self._checkpoint.descriptors(shards)
+        try:
+            transfer = engine.read(files, planned, pieces, checksum=checksum, windows=windows, tick=self._tick)
+        except TransferFault as fault:
+            path = self._checkpoint.path_of(shards[max(fault.file, 0)])
+            raise ShardSaveError(f"cannot read {path}: {fault}; the files on disk are as they were") from fault
+        moved = int(planned.piece_bytes.sum())
+        self._progress.run_ended(moved)
+        self.totals = self.totals.plus(transfer, moved)
+        return transfer
+
+    def _tick(self, done: int) -> None:
+        self._progress.tick(done)
+
+
+def _piece(into: torch.Tensor | ByteSource | None, dtype: torch.dtype) -> Piece:
+    if isinstance(into, Spread):
+        return into.cast(dtype)
+    return TensorSource(into, dtype) if isinstance(into, torch.Tensor) else into
+
 
 def _chunk_targets(target: Target) -> list[Target]:
     """A target for each chunk of a stored tensor: a view of the tensor that receives it."""
-    located, tensor = target
+    located, into = target
     if not located.chunks:
         return [target]
-    assert tensor is None or isinstance(tensor, torch.Tensor)  # a source receives one range of one file
-    return [(chunk, None if tensor is None else tensor[box(begin, chunk.shape)]) for begin, chunk in located.chunks]
+    if isinstance(into, Spread):
+        return [(chunk, window(into, begin, chunk.shape)) for begin, chunk in located.chunks]
+    assert into is None or isinstance(into, torch.Tensor)
+    return [(chunk, None if into is None else into[box(begin, chunk.shape)]) for begin, chunk in located.chunks]
 
 
 def damage_message(located: Located, computed: int) -> str:

@@ -13,20 +13,22 @@ from torch.nn.modules.batchnorm import _NormBase
 from shardsave._common.gc_pause import gc_paused
 from shardsave._common.memory import PLAIN_TYPES, address, shared_names
 from shardsave._format.quantised import part_name
+from shardsave._state.distributed_tensors import NotReadable, Part, Parts, is_distributed, tied_parts
 from shardsave._state.module import EXTRA_STATE
 from shardsave._state.offload import Offloaded, offloaded_tensors
 from shardsave._state.quantised import quantised
 from shardsave._state.self_loading import own_routines
 from shardsave._state.sharded import refuse_sharded
 from shardsave._state.wrappers import Names, unwrap
-from shardsave.errors import IncompatibleCheckpointError
+from shardsave.errors import IncompatibleCheckpointError, UnsupportedTensorError
 
 
 class Slot(NamedTuple):
     """One name of a tensor: the sub-module that owns it, the attribute there, and the tensor. ``saved``: the state dict has the name.
 
     If accelerate offloads it, ``tensor`` is where accelerate reads the values, and ``offloaded`` says what is known of that place.
-    The exception is a spare copy in ``offloaded``. ``whole``: the quantised parameter of which ``tensor`` is a part.
+    The exception is a spare copy in ``offloaded``. ``whole``: the quantised parameter of which ``tensor`` is a part. ``part``: if the
+    tensor is distributed over several ranks, the part in this process.
     """
 
     name: str
@@ -37,6 +39,17 @@ class Slot(NamedTuple):
     saved: bool
     offloaded: Offloaded | None = None
     whole: torch.Tensor | None = None
+    part: Part | None = None
+
+    @property
+    def memory(self) -> torch.Tensor:
+        """The tensor that has the memory in this process."""
+        return self.tensor if self.part is None else self.part.local
+
+    @property
+    def form(self) -> torch.Tensor:
+        """A tensor with dtype and shape of the whole: the tensor or, if it is distributed, one on the meta device."""
+        return self.tensor if self.part is None else self.part.spread.stand_in
 
 
 #: For every name of every sub-module, the module itself first: the prefix of names inside it (without wrappers), and the sub-module.
@@ -49,6 +62,7 @@ class Inventory(NamedTuple):
     ``module``: without wrappers. ``slots``: its parameters and buffers by every name, in module order. ``leaders``: name → the first
     name with the same memory, if that is another name. ``expected``: the names in its state dict. ``extra_states``: the names of extra
     state. ``self_loading``: the outermost sub-modules that have a loading routine of their own, by name; "" is the whole module.
+    ``parts``: reads distributed tensors; None if this process loads alone.
     """
 
     module: nn.Module
@@ -57,6 +71,7 @@ class Inventory(NamedTuple):
     expected: frozenset[str]
     extra_states: tuple[str, ...]
     self_loading: dict[str, nn.Module]
+    parts: Parts | None = None
 
     def leader(self, name: str) -> str:
         """The first name with the same memory."""
@@ -64,17 +79,18 @@ class Inventory(NamedTuple):
 
 
 @gc_paused()
-def take_inventory(module: nn.Module, where: str) -> Inventory:
-    """The inventory of ``module``; ``where``: the path of the checkpoint, for messages.
+def take_inventory(module: nn.Module, where: str, parts: Parts | None = None) -> Inventory:
+    """The inventory of ``module``; ``where``: the path of the checkpoint, for messages. ``parts``: reads distributed tensors.
 
-    Raises UnsupportedTensorError for a wrapper of FSDP, IncompatibleCheckpointError if two tensors have one name.
+    Raises UnsupportedTensorError for a wrapper of FSDP's older version and for a distributed tensor that cannot be read,
+    IncompatibleCheckpointError if two tensors have one name.
     """
     module = unwrap(module)
     named = list(module.named_modules(remove_duplicate=False))
     refuse_sharded(named, "fill", "the module is unchanged")
     sub_modules = _sub_modules(named)
-    slots = _slots(module, sub_modules)
-    inventory = _inventory(module, sub_modules, slots)
+    slots = _slots(module, sub_modules, parts, where)
+    inventory = _inventory(module, sub_modules, slots, parts)
     if len(inventory.slots) != len(slots):
         duplicate, _ = Counter(slot.name for slot in slots).most_common(1)[0]
         raise IncompatibleCheckpointError(
@@ -88,7 +104,8 @@ def take_inventory(module: nn.Module, where: str) -> Inventory:
 def take_again(inventory: Inventory) -> Inventory:
     """The inventory of the same module now, when its tensors may have been replaced; ``self_loading`` stays as it was."""
     sub_modules = _sub_modules(list(inventory.module.named_modules(remove_duplicate=False)))
-    now = _inventory(inventory.module, sub_modules, _slots(inventory.module, sub_modules))
+    parts = inventory.parts
+    now = _inventory(inventory.module, sub_modules, _slots(inventory.module, sub_modules, parts, "the checkpoint"), parts)
     return now._replace(self_loading=inventory.self_loading)
 
 
@@ -97,7 +114,7 @@ def has_extra_state(module: nn.Module) -> bool:
     return any(map(_overrides_extra_state, {type(part) for part in module.modules()}))
 
 
-def _inventory(module: nn.Module, sub_modules: SubModules, slots: list[Slot]) -> Inventory:
+def _inventory(module: nn.Module, sub_modules: SubModules, slots: list[Slot], parts: Parts | None) -> Inventory:
     named = {slot.name: slot for slot in slots}
     with_state = {kind for kind in {type(part) for _, part in sub_modules} if _overrides_extra_state(kind)}
     extra_states = tuple(start + EXTRA_STATE for start, part in sub_modules if type(part) in with_state)
@@ -108,6 +125,7 @@ def _inventory(module: nn.Module, sub_modules: SubModules, slots: list[Slot]) ->
         expected=frozenset([*[slot.name for slot in slots if slot.saved], *extra_states]),
         extra_states=extra_states,
         self_loading=_self_loading(sub_modules),
+        parts=parts,
     )
 
 
@@ -120,17 +138,32 @@ def _sub_modules(named: Sequence[tuple[str, nn.Module]]) -> SubModules:
     return [named[0], *((names.plain(f"{name}."), part) for name, part in named[1:])]
 
 
-def _slots(module: nn.Module, sub_modules: SubModules) -> list[Slot]:
+def _slots(module: nn.Module, sub_modules: SubModules, parts: Parts | None, where: str) -> list[Slot]:
     offloaded = offloaded_tensors(module, fill=True)
+    in_module = list(_slots_in_module(sub_modules))
+    if parts is not None:
+        in_module = [with_part(slot, parts, where) for slot in in_module]
     if not offloaded:
-        return list(_slots_in_module(sub_modules))
+        return in_module
     slots = []
-    for slot in _slots_in_module(sub_modules):
+    for slot in in_module:
         if (found := offloaded.get(slot.name)) is not None:
             tensor = slot.tensor if found.tensor is None or found.spare else found.tensor
             slot = slot._replace(tensor=tensor, offloaded=found)
         slots.append(slot)
     return slots
+
+
+def with_part(slot: Slot, parts: Parts, where: str) -> Slot:
+    """``slot`` with the part of its tensor in this process, if it is distributed. Raises UnsupportedTensorError."""
+    if not is_distributed(slot.tensor):
+        return slot
+    try:
+        return slot._replace(part=parts.read(slot.tensor))
+    except NotReadable as error:
+        raise UnsupportedTensorError(
+            f"cannot fill {slot.name!r} from {where}: {error.expected}, {error.found}; the module is unchanged"
+        ) from error
 
 
 def _slots_in_module(sub_modules: SubModules) -> Iterator[Slot]:
@@ -150,9 +183,11 @@ def _slots_in_module(sub_modules: SubModules) -> Iterator[Slot]:
 
 
 def _leaders(slots: Mapping[str, Slot]) -> dict[str, str]:
-    tensors = [slot.tensor for slot in slots.values()]
+    tensors = [slot.memory for slot in slots.values()]
     begins = [address(tensor) or id(tensor) for tensor in tensors]
-    return shared_names(dict(zip(slots, tensors)), begins) if len(set(begins)) < len(begins) else {}
+    leaders = shared_names(dict(zip(slots, tensors)), begins) if len(set(begins)) < len(begins) else {}
+    parts = {name: slot.part for name, slot in slots.items() if slot.part is not None}
+    return tied_parts({name: slots[name].tensor for name in parts}, parts, leaders) if parts else leaders
 
 
 def _self_loading(sub_modules: SubModules) -> dict[str, nn.Module]:

@@ -149,15 +149,13 @@ def _applied(joined: Global, state: State) -> State:
         by_name = {entry.name: entry for entry in state.entries}
         own = [by_name.get(name) for name in joined.names]
     tied = _tied_sources(joined.tied_to, by_name)
-    spreads: dict[str, Spread] = {}
     equal: list[Any] = [None] * len(joined.table)  # for each form, a layout of this rank that equals the global one
     entries = []
     for name, number, entry in zip(joined.names, joined.forms, own):
         kind, frozen, dtype, layout = joined.table[number]
         if tied and (leader := joined.tied_to.get(name, name)) in tied:
-            if leader == name:
-                spreads[name] = Spread(dtype, layout, _chunks(tied[name]))
-            entries.append(Entry(name, kind, frozen, leader if leader != name else None, spreads[leader]))
+            spread = Spread(dtype, layout, _chunks(tied[leader]))
+            entries.append(Entry(name, kind, frozen, leader if leader != name else None, spread))
             continue
         source = entry.source if entry is not None else None
         if type(source) is Spread and entry is not None:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Iterator
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 
-from shardsave._common.assembled import Chunk
 from shardsave._common.boxes import box, copy_in, copy_out
 from shardsave._common.memory import PLAIN_TYPES
 from shardsave._common.spread import Spread
 from shardsave._engine import box_copies
 from shardsave._engine.box_copies import Row
-from shardsave._ranks.parts import Part, element_strides
+from shardsave._ranks.parts import Part, Segment, element_strides, nbytes_of
 
 #: Where bytes go: into a window or a parcel, or out of it into local tensors.
 Way = Literal["in", "out"]
@@ -26,93 +25,114 @@ class Local:
 
     def __init__(self, way: Way) -> None:
         self._way = way
-        self._plain: dict[int, tuple[Spread, list[_Plain | None]]] = {}
+        self._held: dict[int, tuple[Spread, _Held]] = {}
+        self._kinds: dict[Hashable, int] = {}
+        self._rows: dict[tuple[int, int, bool], list[tuple[int, Row]]] = {}
 
-    def copy(self, parts: Iterable[Part], address: int, *, packed: bool = False) -> int:
+    def copy(self, parts: Iterable[tuple[Segment, tuple[Part, ...]]], address: int, *, packed: bool = False) -> int:
         """Copies ``parts`` to or from the block at ``address``, or the parcel that they make up. Returns the number of bytes."""
-        rows: list[Row] = []
-        others: list[tuple[Part, Chunk, int]] = []
-        done = 0
-        for part in parts:
-            tensor, begin, sizes, at = part
-            number = holding(tensor, begin, sizes)
-            chunk = tensor.local[number]
-            plain = self._of(tensor)[number]
-            place = address + (done if packed else at)
-            done += part.nbytes
-            if plain is None:
-                others.append((part, chunk, place))
+        inward, rows, done = self._way == "in", [], 0
+        for segment, found in parts:
+            tensor = segment.tensor
+            place = address + (done if packed else segment.at)
+            done += sum(nbytes_of(part, tensor) for part in found)
+            addresses, kind = self._held_of(tensor)
+            if kind < 0:
+                self._copy_by_torch(tensor, found, place, packed=packed)
                 continue
-            here = plain.address + sum((a - b) * stride for a, b, stride in zip(begin, chunk.begin, plain.strides))
-            there = byte_strides(sizes if packed else tensor.layout.shape, tensor.dtype.itemsize)
-            if self._way == "in":
-                found = box_copies.rows(sizes, plain.strides, there, tensor.dtype.itemsize)
-                rows += [(here + row[0], place + row[1], *row[2:]) for row in found]
-            else:
-                found = box_copies.rows(sizes, there, plain.strides, tensor.dtype.itemsize)
-                rows += [(place + row[0], here + row[1], *row[2:]) for row in found]
+            key = id(found), kind, packed
+            known = self._rows.get(key)
+            if known is None:
+                known = self._rows[key] = list(_rows(tensor, found, packed=packed, inward=inward))
+            for chunk, (here, there, *rest) in known:
+                if inward:
+                    rows.append((addresses[chunk] + here, place + there, *rest))
+                else:
+                    rows.append((place + here, addresses[chunk] + there, *rest))
         _copy(rows)
-        for part, chunk, place in others:
-            self._copy_other(part, chunk, place, packed=packed)
         return done
 
-    def _of(self, tensor: Spread) -> list[_Plain | None]:
-        known = self._plain.get(id(tensor))
+    def _held_of(self, tensor: Spread) -> _Held:
+        known = self._held.get(id(tensor))
         if known is None:
-            known = self._plain[id(tensor)] = tensor, [_Plain.of(chunk.tensor, tensor.dtype) for chunk in tensor.local]
+            known = self._held[id(tensor)] = tensor, self._look_at(tensor)
         return known[1]
 
-    def _copy_other(self, part: Part, chunk: Chunk, place: int, *, packed: bool) -> None:
-        """By torch, through memory of its own: for tensors on a device, of another dtype or of a class that hides where its data is."""
-        tensor, begin, sizes, _ = part
-        inside = box([a - b for a, b in zip(begin, chunk.begin)], sizes)
-        staged = torch.empty(sizes, dtype=tensor.dtype, device="cpu")
-        there = byte_strides(sizes if packed else tensor.layout.shape, tensor.dtype.itemsize)
-        own = byte_strides(sizes, tensor.dtype.itemsize)
-        with torch.no_grad():
-            elements = chunk.tensor.detach()[inside]
-            if self._way == "in":
-                copy_out(elements, staged)
-                rows = box_copies.rows(sizes, own, there, tensor.dtype.itemsize)
-                _copy([(staged.data_ptr() + row[0], place + row[1], *row[2:]) for row in rows])
-            else:
-                rows = box_copies.rows(sizes, there, own, tensor.dtype.itemsize)
-                _copy([(place + row[0], staged.data_ptr() + row[1], *row[2:]) for row in rows])
-                copy_in(staged, elements)
+    def _look_at(self, tensor: Spread) -> _Held:
+        if not all(_is_plain(chunk.tensor, tensor.dtype) for chunk in tensor.local):
+            return _Held((), -1)
+        form = tuple((chunk.begin, chunk.tensor.shape, chunk.tensor.stride()) for chunk in tensor.local), tensor.dtype.itemsize
+        kind = self._kinds.setdefault(form, len(self._kinds))
+        return _Held(tuple(chunk.tensor.data_ptr() for chunk in tensor.local), kind)
+
+    def _copy_by_torch(self, tensor: Spread, parts: Iterable[Part], place: int, *, packed: bool) -> None:
+        """Through memory of its own: for tensors on a device, of another dtype or of a class that hides where its data is."""
+        item = tensor.dtype.itemsize
+        for part in parts:
+            begin, sizes, offset = part
+            chunk = tensor.local[holding(tensor, begin, sizes)]
+            staged = torch.empty(sizes, dtype=tensor.dtype, device="cpu")
+            own = byte_strides(sizes, item)
+            there = own if packed else byte_strides(tensor.layout.shape, item)
+            at, memory = place + (0 if packed else offset), staged.data_ptr()
+            elements = chunk.tensor.detach()[box([a - b for a, b in zip(begin, chunk.begin)], sizes)]
+            with torch.no_grad():
+                if self._way == "in":
+                    copy_out(elements, staged)
+                    _copy([(memory + row[0], at + row[1], *row[2:]) for row in box_copies.rows(sizes, own, there, item)])
+                else:
+                    _copy([(at + row[0], memory + row[1], *row[2:]) for row in box_copies.rows(sizes, there, own, item)])
+                    copy_in(staged, elements)
+            place += nbytes_of(part, tensor) if packed else 0
 
 
-class _Plain:
-    """A tensor in host memory whose elements are those of the file. ``strides`` are in bytes."""
+class _Held(NamedTuple):
+    """The addresses of the local boxes of a tensor, and a number for all that have the same boxes and strides; -1 if torch must copy."""
 
-    __slots__ = ("address", "strides")
-
-    def __init__(self, address: int, strides: tuple[int, ...]) -> None:
-        self.address = address
-        self.strides = strides
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor, dtype: torch.dtype) -> _Plain | None:
-        """None if torch has to copy ``tensor``."""
-        if type(tensor) not in PLAIN_TYPES or not tensor.is_cpu or tensor.dtype != dtype or tensor.layout is not torch.strided:
-            return None
-        if tensor.is_conj() or tensor.is_neg():
-            return None
-        item = dtype.itemsize
-        return cls(tensor.data_ptr(), tuple(stride * item for stride in tensor.stride()))
+    addresses: tuple[int, ...]
+    kind: int
 
 
-def copy_parcel(parts: Iterable[Part], window: int, parcel: int, way: Way) -> None:
+def _is_plain(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether the memory of ``tensor`` is on the host, and has its elements as the file does."""
+    if type(tensor) not in PLAIN_TYPES or not tensor.is_cpu or tensor.dtype != dtype or tensor.layout is not torch.strided:
+        return False
+    return not (tensor.is_neg() or tensor.is_conj())
+
+
+def _rows(tensor: Spread, parts: Iterable[Part], *, packed: bool, inward: bool) -> Iterator[tuple[int, Row]]:
+    """The rows that copy parts of one segment, each with the number of the chunk; addresses count from the chunk and the segment."""
+    item, done = tensor.dtype.itemsize, 0
+    for part in parts:
+        begin, sizes, offset = part
+        number = holding(tensor, begin, sizes)
+        chunk = tensor.local[number]
+        strides = tuple(stride * item for stride in chunk.tensor.stride())
+        first = sum((a - b) * stride for a, b, stride in zip(begin, chunk.begin, strides))
+        there = byte_strides(sizes if packed else tensor.layout.shape, item)
+        place = done if packed else offset
+        done += nbytes_of(part, tensor)
+        if inward:
+            for row in box_copies.rows(sizes, strides, there, item):
+                yield number, (first + row[0], place + row[1], *row[2:])
+        else:
+            for row in box_copies.rows(sizes, there, strides, item):
+                yield number, (place + row[0], first + row[1], *row[2:])
+
+
+def copy_parcel(parts: Iterable[tuple[Segment, tuple[Part, ...]]], window: int, parcel: int, way: Way) -> None:
     """Copies the ``parcel`` that ``parts`` make up into the ``window`` of their block, or out of it. Both are addresses."""
     rows: list[Row] = []
-    for part in parts:
-        item = part.tensor.dtype.itemsize
-        packed, spread = byte_strides(part.sizes, item), byte_strides(part.tensor.layout.shape, item)
-        at = window + part.at
-        if way == "in":
-            rows += [(parcel + row[0], at + row[1], *row[2:]) for row in box_copies.rows(part.sizes, packed, spread, item)]
-        else:
-            rows += [(at + row[0], parcel + row[1], *row[2:]) for row in box_copies.rows(part.sizes, spread, packed, item)]
-        parcel += part.nbytes
+    for segment, found in parts:
+        item, shape = segment.tensor.dtype.itemsize, segment.tensor.layout.shape
+        for part in found:
+            packed, whole = byte_strides(part.sizes, item), byte_strides(shape, item)
+            at = window + segment.at + part.offset
+            if way == "in":
+                rows += [(parcel + row[0], at + row[1], *row[2:]) for row in box_copies.rows(part.sizes, packed, whole, item)]
+            else:
+                rows += [(at + row[0], parcel + row[1], *row[2:]) for row in box_copies.rows(part.sizes, whole, packed, item)]
+            parcel += nbytes_of(part, segment.tensor)
     _copy(rows)
 
 

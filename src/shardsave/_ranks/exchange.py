@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from shardsave._ranks.traffic import Traffic
 
 #: How many windows a rank has for the blocks that it owns. More would let fast ranks work further ahead, and take more memory.
-WINDOWS = 8
+WINDOWS = 4
 
 #: How long an owner's worker waits before it looks whether its run still goes on, and a rank before it looks for errors; in seconds.
 _WAIT = 0.05

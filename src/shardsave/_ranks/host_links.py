@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 _HELLO, _DONE, _WINDOWS, _OPEN, _END, _LEAVE = range(6)
 _MESSAGE = struct.Struct("=iqq")
 
+#: So many owners have windows that this rank uses for the most part; of more it uses small parts of each.
+_FEW = 8
+
 #: Pauses between attempts to connect to a rank that does not listen yet, in seconds.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
 
@@ -270,7 +273,7 @@ class HostLinks:
             if owner is None:
                 file.abandon()
             else:
-                owner.window = SharedMemory(file, _MESSAGE.unpack(message)[1])
+                owner.window = SharedMemory(file, _MESSAGE.unpack(message)[1], populate=len(self._owners) <= _FEW)
         return message
 
     def _gone(self, connection: socket.socket, rank: int, said: bool, *, expected: bool) -> None:

@@ -37,7 +37,7 @@ class Leader(Part):
         self._pauses = pauses_for(met.hosts) if met.hosts > 1 else Pauses(self._members.period, self._members.period)
         self._entries: list[Entry] = []
         self._values: dict[int, dict[int, bytes]] = {}
-        self._set_keys: list[str] = []
+        self._set: dict[int, list[str]] = {}
         self._awaited: int | None = None
         self._leave_by = 0.0
         if met.roll is not None:
@@ -97,17 +97,14 @@ class Leader(Part):
         return self.log.ended and time.monotonic() > self._leave_by
 
     def leave(self) -> None:
-        """The last leader that leaves deletes all keys."""
+        """The last leader that leaves deletes all keys, if none is lost."""
         for peer in self._peers:
             peer.send(Message(LEFT, 0, b""))
-        self.line.delete(self._set_keys)
+        self._delete_set()
         if self.rank:
-            self.line.set(self._key(f"beat/{self.met.host}"), _LEFT)
-        lost = set(self.mailbox.failure.lost if self.mailbox.failure is not None else ())
-        lost_leaders = lost & set(self.roll.leaders()) if self.roll is not None else set()
-        if self.line.add(self._key("left"), 1) == self.met.hosts - len(lost_leaders):
-            self.log.delete(but_last=bool(lost_leaders))
-            self.line.delete([self._key(f"beat/{host}") for host in range(self.met.hosts)] + [self._key("left")])
+            self.line.set(self.key(f"beat/{self.met.host}"), _LEFT)
+        if not self.lost_leaders() and self.line.add(self.key("left"), 1) == self.met.hosts:
+            self.line.delete(self.keys())
 
     def lose_store(self) -> None:
         """Tells the members that the store is lost."""
@@ -126,6 +123,8 @@ class Leader(Part):
         for peer in self._peers:
             peer.send(_message(entry))
         self._expect()
+        if not entry.last:
+            self._delete_set(entry.phase)
         if entry.position == 0 and self.roll is not None:
             self._members.watch(rank for rank in self._own() if rank != self.rank)
             for phase in list(self._values):
@@ -161,12 +160,17 @@ class Leader(Part):
         if self.rank == 0:
             self._collect()
             return
-        key = self._key(f"up/{phase}/{self.met.host}")
+        key = self.key(f"up/{phase}/{self.met.host}")
         stowed = self.line.stow(key, pack([values[rank] for rank in own]))
         self.line.set(key, stowed)
-        self.line.add(self._key(f"count/{phase}"), 1)
-        self._set_keys += [key, *Line.parts(key, stowed)]
+        self.line.add(self.key(f"count/{phase}"), 1)
+        self._set[phase] = [key, *Line.parts(key, stowed), self.key(f"count/{phase}")]
         del self._values[phase]
+
+    def _delete_set(self, phase: int | None = None) -> None:
+        """Deletes what was given to rank 0 up to ``phase``: it has gone on since. Deleting twice does no harm."""
+        for given in [given for given in self._set if phase is None or given <= phase]:
+            self.line.delete(self._set.pop(given))
 
     def _own(self) -> list[int]:
         return [] if self.roll is None else self.roll.ranks_of(self.met.host)
@@ -192,16 +196,14 @@ class Leader(Part):
         if phase is None or not own or len(self._values.get(phase, ())) < len(own):
             return
         others = range(1, self.met.hosts)
-        count = self._key(f"count/{phase}")
+        count = self.key(f"count/{phase}")
         if others and int(self.line.peek(count) or b"0") < len(others):
             return
-        keys = [self._key(f"up/{phase}/{host}") for host in others]
+        keys = [self.key(f"up/{phase}/{host}") for host in others]
         values = dict(self._values.pop(phase))
         for host, key, stowed in zip(others, keys, self.line.get_all(keys), strict=True):
             assert self.roll is not None
             values.update(zip(self.roll.ranks_of(host), unpack(self.line.fetched(key, stowed or b"=")), strict=True))
-        if others:
-            self.line.delete([count])
         self._awaited = None
         self.mailbox.gathered[phase] = [values[rank] for rank in range(len(self.names))]
         self.mailbox.news.put(None)
@@ -211,7 +213,7 @@ class Leader(Part):
         if self._awaited is None or self.roll is None:
             return []
         late = [rank for rank in self._own() if rank not in self._values.get(self._awaited, ())]
-        hosts = [host for host in range(1, self.met.hosts) if not self.line.has([self._key(f"up/{self._awaited}/{host}")])]
+        hosts = [host for host in range(1, self.met.hosts) if not self.line.has([self.key(f"up/{self._awaited}/{host}")])]
         return late + [rank for host in hosts for rank in self.roll.ranks_of(host)]
 
     def _give_beats(self) -> None:
@@ -219,7 +221,7 @@ class Leader(Part):
             peer.send(Message(BEAT, 0, b""))
         if self.met.hosts > 1:
             self._beat += 1
-            self.line.set(self._key(f"beat/{self.met.host}"), b"%d" % self._beat)
+            self.line.set(self.key(f"beat/{self.met.host}"), b"%d" % self._beat)
 
     def _watch(self) -> None:
         """Looks for members and leaders that give no signs of life."""
@@ -228,7 +230,7 @@ class Leader(Part):
             return
         if self.met.hosts > 1:
             others = range(1, self.met.hosts) if self.rank == 0 else range(1)
-            beats = self.line.get_all([self._key(f"beat/{host}") for host in others])
+            beats = self.line.get_all([self.key(f"beat/{host}") for host in others])
             for host, beat in zip(others, beats, strict=True):
                 if beat == _LEFT:
                     self._hosts.forget(host)
@@ -243,9 +245,6 @@ class Leader(Part):
     def _miss(self, failure: Failure) -> None:
         self._gone.update(failure.lost)
         self.fail(failure)
-
-    def _key(self, name: str) -> str:
-        return f"{self.met.session}/{name}"
 
 
 def _message(entry: Entry) -> Message:

@@ -43,6 +43,7 @@ class Log:
         self._prefix = f"{session}/log"
         self.length = 0
         self.ended = False
+        self.ended_here = False
         self._keys: list[str] = []
 
     def read(self) -> Entry | None:
@@ -79,19 +80,15 @@ class Log:
         """Ends the log with ``failure``, unless it has ended. Returns the entries that were not yet read, and the last one."""
         entries: list[Entry] = []
         while not self.ended:
-            entries.append(self.append(FAILURE, 0, failure.packed())[0])
+            entry, self.ended_here = self.append(FAILURE, 0, failure.packed())
+            entries.append(entry)
         return entries
 
-    def delete(self, *, but_last: bool) -> None:
-        """Deletes all entries; the last one stays for a rank that is taken for lost and may wake up."""
+    def keys(self) -> list[str]:
+        """The keys of all entries."""
         while self.read() is not None:
             pass
-        last = self._key(self.length - 1)
-        self._line.delete([key for key in self._keys if not (but_last and key == last)])
-
-    @property
-    def last_key(self) -> str:
-        return self._key(self.length - 1)
+        return self._keys
 
     def _key(self, position: int) -> str:
         return f"{self._prefix}/{position}"

@@ -86,7 +86,13 @@ class Meeting:
 
     def meet(self) -> Met:
         """Raises NotMet, with the same failure on all ranks that have come."""
-        return self._lead() if self._members.rank == 0 else self._follow()
+        met = self._lead() if self._members.rank == 0 else self._follow()
+        self._line.delete(_graves.pop((self._members.key, self._members.rank), []))
+        return met
+
+    def bury(self, keys: list[str]) -> None:
+        """Keys that a rank may still want to read that is taken for lost: they are deleted when all ranks have met again."""
+        _graves.setdefault((self._members.key, self._members.rank), []).extend(keys)
 
     def leave(self) -> None:
         """Removes what this rank has set."""
@@ -134,7 +140,9 @@ class Meeting:
         answered = _answered.setdefault(self._members.key, {})
         arrivals = self._arrivals(answered)
         failure = self._disagreement(arrivals)
-        if failure is None and (missing := [rank for rank in range(len(self._members.names)) if rank not in arrivals]):
+        if self._given_up():
+            failure = Failure("", f"rank {self._members.names[0]} was interrupted")
+        elif failure is None and (missing := [rank for rank in range(len(self._members.names)) if rank not in arrivals]):
             failure = self._did_not_come(missing)
         answered.update((rank, arrival.token) for rank, arrival in arrivals.items())
         if failure is not None:
@@ -196,7 +204,9 @@ class Meeting:
         roll = Roll(tuple(hosts[arrival.host] for arrival in arrivals.values()), tuple(names.values()), self._members.names)
         session, leaders = os.urandom(8).hex(), roll.leaders()
         self._line.set_all({f"{session}/beat/{host}": b"0" for host in range(len(hosts))})
-        texts = {rank: f"session {session} {host} {leaders[host]} {len(hosts)}".encode() for rank, host in enumerate(roll.hosts)}
+        texts = {
+            rank: f"session {session} {host} {leaders[host]} {len(hosts)}".encode() for rank, host in enumerate(roll.hosts)
+        }
         return Met(session, 0, 0, len(hosts), roll, self._answer(arrivals, texts))
 
     def _answer(self, arrivals: dict[int, _Arrival], texts: Mapping[int, bytes]) -> tuple[int, ...]:
@@ -215,4 +225,7 @@ class Meeting:
 
 #: By group: the last token that each rank was answered, on rank 0.
 _answered: dict[str, dict[int, str]] = {}
+#: By group and rank: keys of sessions that ended with the loss of a rank.
+_graves: dict[tuple[str, int], list[str]] = {}
 os.register_at_fork(after_in_child=_answered.clear)
+os.register_at_fork(after_in_child=_graves.clear)

@@ -56,6 +56,20 @@ class Part:
         for entry in self.log.fail(failure):
             self.deliver(entry)
 
+    def lost_leaders(self) -> set[int]:
+        """The leaders that are lost: they may wake up, and read the log."""
+        failure = self.mailbox.failure
+        leaders = self.roll.leaders() if self.roll is not None else [0]
+        return set(failure.lost if failure is not None else ()) & set(leaders)
+
+    def keys(self) -> list[str]:
+        """All keys of the session that no single rank deletes."""
+        beats = [self.key(f"beat/{host}") for host in range(self.met.hosts)]
+        return [*self.log.keys(), *beats, self.key("left")]
+
+    def key(self, name: str) -> str:
+        return f"{self.met.session}/{name}"
+
     def deliver(self, entry: Entry) -> None:
         """Takes an entry that `log` has taken."""
         if entry.position == 0 and not entry.last:

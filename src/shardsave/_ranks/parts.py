@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from shardsave._common import boxes
-from shardsave._common.layouts import Extent
+from shardsave._common.layouts import Extent, Layout
 from shardsave._common.spread import Spread
 from shardsave._engine.blocks import Blocks
 
@@ -28,64 +28,102 @@ class Run(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Elements of a ``tensor`` that one rank gives or takes: a box that begins at index ``begin``. In the block, its first element is at
-    byte ``at``, and the strides are those of the whole tensor in C order."""
+    """Elements of a tensor that one rank gives or takes: a box that begins at index ``begin``, ``offset`` bytes after the beginning of the
+    segment in which it lies. There, its strides are those of the whole tensor in C order."""
 
-    tensor: Spread
     begin: tuple[int, ...]
     sizes: tuple[int, ...]
-    at: int
+    offset: int
 
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.sizes) * self.tensor.dtype.itemsize
+
+class Segment(NamedTuple):
+    """The bytes ``start`` to ``start + length`` of a ``tensor``, which are in a block from byte ``at`` on.
+
+    ``kind``: a number for each layout and size of elements.
+    """
+
+    tensor: Spread
+    kind: int
+    start: int
+    length: int
+    at: int
 
 
 class Parts:
     """``run_of(owner)``: what each rank moves. ``takers(tensor, owner)``: which ranks take part in the tensor, each with which boxes;
-    a rank may have several, and also the owner itself."""
+    a rank may have several, and also the owner itself.
 
-    def __init__(
-        self, run_of: Callable[[int], Run], takers: Callable[[Spread, int], Mapping[int, Sequence[Extent]]]
-    ) -> None:
+    Many tensors are of few kinds, and what is computed for one is kept for the others.
+    """
+
+    def __init__(self, run_of: Callable[[int], Run], takers: Callable[[Spread, int], Mapping[int, Sequence[Extent]]]) -> None:
         self._run_of = run_of
         self._takers = takers
-        self._starts: dict[int, list[int]] = {}
+        self._numbers: dict[tuple[Layout, int], int] = {}
+        self._kinds: dict[int, list[int]] = {}  # owner → the kind of each piece
+        self._firsts: dict[int, list[int]] = {}  # owner → the first segment of each block
+        self._of: dict[tuple[int, int, int, int, int], tuple[Part, ...]] = {}
+        self._taking: dict[tuple[int, int, int, int], tuple[tuple[int, int], ...]] = {}
 
-    def of(self, owner: int, block: int, rank: int) -> Iterator[Part]:
-        """The parts of ``rank`` in a block of ``owner``, in the order in which they travel."""
-        for tensor, first, stop, at in self._segments(owner, block):
-            item = tensor.dtype.itemsize
-            for begin, sizes in self._takers(tensor, owner).get(rank, ()):
-                for part, counts, offset in meeting(tensor.layout.shape, first, stop, begin, sizes):
-                    yield Part(tensor, part, counts, at + offset * item)
+    def segments(self, owner: int, block: int) -> Iterator[Segment]:
+        """The segments of a block that belong to tensors."""
+        run = self._run_of(owner)
+        if owner not in self._firsts:
+            self._kinds[owner] = [-1 if tensor is None else self._kind(tensor) for tensor in run.tensors]
+            self._firsts[owner] = [*run.blocks.table[:, 3].tolist(), len(run.blocks.segments)]
+        kinds, (first, stop) = self._kinds[owner], self._firsts[owner][block : block + 2]
+        for piece, offset, length, at in run.blocks.segments[first:stop].tolist():
+            tensor = run.tensors[piece]
+            if tensor is not None:
+                yield Segment(tensor, kinds[piece], run.starts[piece] + offset, length, at)
+
+    def of(self, segment: Segment, owner: int, rank: int) -> tuple[Part, ...]:
+        """The parts of ``rank`` in a segment of ``owner``, in the order in which they travel."""
+        tensor, kind, start, length, _ = segment
+        key = kind, owner, start, length, rank
+        found = self._of.get(key)
+        if found is None:
+            found = self._of[key] = tuple(
+                Part(begin, sizes, offset * tensor.dtype.itemsize)
+                for box in self._takers(tensor, owner).get(rank, ())
+                for begin, sizes, offset in meeting(tensor.layout.shape, *_elements(segment), *box)
+            )
+        return found
 
     def taking(self, owner: int, block: int) -> dict[int, int]:
         """The ranks that take part in a block, each with the bytes of its parts."""
         counts: dict[int, int] = {}
-        for tensor, first, stop, _ in self._segments(owner, block):
-            takers = self._takers(tensor, owner)
-            for rank in near(takers, tensor.layout.shape, first, stop):
-                met = sum(
-                    math.prod(part[1])
-                    for begin, sizes in takers[rank]
-                    for part in meeting(tensor.layout.shape, first, stop, begin, sizes)
-                )
-                if met:
-                    counts[rank] = counts.get(rank, 0) + met * tensor.dtype.itemsize
+        for segment in self.segments(owner, block):
+            _, kind, start, length, _ = segment
+            key = kind, owner, start, length
+            found = self._taking.get(key)
+            if found is None:
+                found = self._taking[key] = tuple(self._taking_of(segment, owner))
+            for rank, nbytes in found:
+                counts[rank] = counts.get(rank, 0) + nbytes
         return counts
 
-    def _segments(self, owner: int, block: int) -> Iterator[tuple[Spread, int, int, int]]:
-        """The segments of a block that belong to tensors: the tensor, its first element and the one after its last, where it is."""
-        run = self._run_of(owner)
-        firsts = self._starts.get(owner)
-        if firsts is None:
-            firsts = self._starts[owner] = [*run.blocks.table[:, 3].tolist(), len(run.blocks.segments)]
-        for piece, offset, length, at in run.blocks.segments[firsts[block] : firsts[block + 1]].tolist():
-            tensor = run.tensors[piece]
-            if tensor is not None:
-                item, start = tensor.dtype.itemsize, run.starts[piece] + offset
-                yield tensor, start // item, (start + length) // item, at
+    def _taking_of(self, segment: Segment, owner: int) -> Iterator[tuple[int, int]]:
+        tensor = segment.tensor
+        takers, shape = self._takers(tensor, owner), tensor.layout.shape
+        for rank in near(takers, shape, *_elements(segment)):
+            nbytes = sum(nbytes_of(part, tensor) for part in self.of(segment, owner, rank))
+            if nbytes:
+                yield rank, nbytes
+
+    def _kind(self, tensor: Spread) -> int:
+        return self._numbers.setdefault((tensor.layout, tensor.dtype.itemsize), len(self._numbers))
+
+
+def nbytes_of(part: Part, tensor: Spread) -> int:
+    """The bytes of a part of ``tensor``."""
+    return math.prod(part.sizes) * tensor.dtype.itemsize
+
+
+def _elements(segment: Segment) -> tuple[int, int]:
+    """The number of the first element of a segment, and of the one after its last."""
+    item = segment.tensor.dtype.itemsize
+    return segment.start // item, (segment.start + segment.length) // item
 
 
 class _Bounds:

@@ -9,6 +9,7 @@ from shardsave._ranks.failures import StoreLost, failure_of
 from shardsave._ranks.group import Host, Members, Store
 from shardsave._ranks.leader import Leader
 from shardsave._ranks.line import Line
+from shardsave._ranks.log import Log
 from shardsave._ranks.mailbox import Command, Mailbox
 from shardsave._ranks.meeting import Call, Meeting, NotMet
 from shardsave._ranks.member import Member
@@ -54,7 +55,11 @@ class Post:
     def _take_part(self, line: Line, meeting: Meeting) -> None:
         met = meeting.meet()
         kind = Leader if met.leader == self._members.rank else Member
-        part = kind(line, met, self._members.names, self._members.rank, self._timeouts, self.mailbox)
+        try:
+            part = kind(line, met, self._members.names, self._members.rank, self._timeouts, self.mailbox)
+        except OSError as error:  # no descriptor is free, for example
+            Log(line, met.session).fail(failure_of(error, f"rank {self._members.names[self._members.rank]}"))
+            raise
         try:
             while True:
                 while (command := self.mailbox.take_command()) is not None:
@@ -62,6 +67,8 @@ class Post:
                 if part.may_leave():
                     break
                 part.step()
+            if part.log.ended_here and part.lost_leaders():
+                meeting.bury(part.keys())
             part.leave()
             meeting.leave()
         except StoreLost:

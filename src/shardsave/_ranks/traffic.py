@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from shardsave._common.layouts import Extent
 from shardsave._common.spread import Spread
 from shardsave._ranks.copies import Local, Way, copy_parcel
-from shardsave._ranks.parts import Parts, Run
+from shardsave._ranks.parts import Part, Parts, Run, Segment, nbytes_of
 
 
 class Parcel(NamedTuple):
@@ -60,15 +60,15 @@ class Traffic:
 
     def in_window(self, owner: int, block: int, window: int) -> int:
         """Copies this rank's part of a block between its tensors and the window, whose address is given. Returns the bytes."""
-        return self._local.copy(self._parts.of(owner, block, self.rank), window)
+        return self._local.copy(self._parts_of(owner, block, self.rank), window)
 
     def in_parcel(self, parcel: Parcel, address: int) -> None:
         """Copies this rank's part of a block between its tensors and a parcel."""
-        self._local.copy(self._parts.of(parcel.owner, parcel.block, self.rank), address, packed=True)
+        self._local.copy(self._parts_of(parcel.owner, parcel.block, self.rank), address, packed=True)
 
     def between(self, rank: int, block: int, window: int, parcel: int) -> None:
         """Copies the part of ``rank`` in a block of this one between the window and a parcel."""
-        copy_parcel(self._parts.of(self.rank, block, rank), window, parcel, self.way)
+        copy_parcel(self._parts_of(self.rank, block, rank), window, parcel, self.way)
 
     def may_meet(self, owner: int, rank: int) -> bool:
         """Whether ``rank`` takes part in any tensor of ``owner``."""
@@ -83,6 +83,13 @@ class Traffic:
         if not self.may_meet(owner, rank):
             return
         for block in range(len(self._run_of(owner).blocks.table)):
-            nbytes = sum(part.nbytes for part in self._parts.of(owner, block, rank))
+            parts = self._parts_of(owner, block, rank)
+            nbytes = sum(nbytes_of(part, segment.tensor) for segment, found in parts for part in found)
             if nbytes:
                 yield Parcel(block, owner, nbytes)
+
+    def _parts_of(self, owner: int, block: int, rank: int) -> Iterator[tuple[Segment, tuple[Part, ...]]]:
+        """The parts of ``rank`` in a block, by segment; segments of which it has none are left out."""
+        for segment in self._parts.segments(owner, block):
+            if found := self._parts.of(segment, owner, rank):
+                yield segment, found

@@ -50,10 +50,8 @@ def trouble_of(post: Post, usual: type[ShardSaveError], stall: Stall, call: Call
         return mailbox.failure.error(usual)
     if mailbox.broken is not None:
         return usual(f"cannot {call}: {type(mailbox.broken).__name__}: {mailbox.broken}")
-    lost, stalled = mailbox.lost, stall.lasts(post.line.call)
-    if stalled:
-        post.line.give_up()
-    if lost is not None or stalled:
+    lost = mailbox.lost
+    if lost is not None or stall.lasts(post.line.call):
         error = StoreLost(
             f"cannot {call}: the store of torch.distributed does not answer: rank 0 or the agent that serves it was lost"
         )

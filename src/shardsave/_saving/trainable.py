@@ -11,6 +11,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from shardsave._common.memory import address, memory_key
 from shardsave._common.sources import TensorSource
+from shardsave._common.spread import Spread
 from shardsave._common.words import some
 from shardsave._format.file_names import ADAPTER_CONFIG
 from shardsave._saving.disk_layout import OnDisk
@@ -28,7 +29,7 @@ def only_trainable(on_disk: OnDisk, source: Source, state: State) -> tuple[OnDis
         found = "every parameter is frozen" if state.flags_known else "a mapping of plain tensors says nothing about that"
         raise ValueError(f"only='trainable' needs at least one trainable parameter, {found}; nothing was written")
     buffers = _buffers_to_keep(source, state)
-    memory = {memory_key(entry.tensor) for entry in state.entries if entry.name in buffers and address(entry.tensor)}
+    memory = {memory_key(entry.tensor) for entry in state.entries if entry.name in buffers and _has_key(entry)}
     entries = on_disk.state.entries
     wanted = {entry.name for entry in entries if entry.frozen is False or entry.name in buffers or _is_one_of(entry, memory)}
     groups = {entry.tied_to or entry.name for entry in entries if entry.name in wanted}
@@ -56,9 +57,14 @@ def _notes(entries: Iterable[Entry], left_out: frozenset[str]) -> Iterator[str]:
 
 def _is_one_of(entry: Entry, memory: set[Hashable]) -> bool:
     """Whether ``entry`` is a buffer that has another name on disk than in the module; ``memory``: of the buffers to keep."""
-    if entry.frozen is not None or not isinstance(entry.source, TensorSource):
-        return False
-    return bool(address(entry.tensor)) and memory_key(entry.tensor) in memory
+    return entry.frozen is None and _has_key(entry) and memory_key(entry.tensor) in memory
+
+
+def _has_key(entry: Entry) -> bool:
+    """Whether the `memory_key` of its tensor says where the entry's elements are; one spread over ranks has a tensor of its own."""
+    if isinstance(entry.source, Spread):
+        return True
+    return isinstance(entry.source, TensorSource) and bool(address(entry.tensor))
 
 
 def _buffers_to_keep(source: Source, state: State) -> set[str]:

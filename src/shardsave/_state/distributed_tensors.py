@@ -117,9 +117,9 @@ def _split(placement: Any, dims: int) -> Split:
     if placement.is_partial():
         raise NotReadable(
             "a tensor of which each rank has a part or a copy was expected",
-            f"it is {placement}: the ranks have summands; use tensor.redistribute() with Shard or Replicate placements",
+            f"it is {placement!r}: the ranks have summands; use tensor.redistribute() with Shard or Replicate placements",
         )
-    raise NotReadable("placements Shard or Replicate were expected", f"one is {placement}")
+    raise NotReadable("placements Shard or Replicate were expected", f"one is {placement!r}")
 
 
 def _pieces(local: torch.Tensor, boxes: Sequence[Extent]) -> tuple[Chunk, ...]:

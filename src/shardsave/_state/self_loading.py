@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from shardsave._state.fsdp import is_fsdp_hook
 from shardsave._state.wrappers import ACTIVATION, wrapped_attribute
 
 
@@ -37,9 +38,9 @@ def _overrides_loading(kind: type[nn.Module]) -> bool:
 
 def _has_hooks(module: nn.Module) -> bool:
     """Whether this one module has hooks, or a routine in the place of its class's."""
+    hooks = (*module._load_state_dict_pre_hooks.values(), *module._load_state_dict_post_hooks.values())
     return bool(
-        module._load_state_dict_pre_hooks
-        or module._load_state_dict_post_hooks
+        (hooks and not all(map(is_fsdp_hook, hooks)))
         or "load_state_dict" in module.__dict__
         or "_load_from_state_dict" in module.__dict__
     )

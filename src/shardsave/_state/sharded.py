@@ -45,7 +45,7 @@ def refuse_sharded(named: Sequence[tuple[str, nn.Module]], verb: str, state: str
         if type(part) in sharding:
             raise UnsupportedTensorError(
                 f"cannot {verb} module {name!r}: a module that is whole in this process was expected, it is a "
-                f"FullyShardedDataParallel; use its full state dict; {state}"
+                f"FullyShardedDataParallel; shard it with fully_shard (FSDP2) instead, or use its full state dict; {state}"
             )
         for attribute, tensor in (*part._parameters.items(), *part._buffers.items()):
             if tensor is None or is_lazy(tensor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections import Counter, defaultdict
@@ -143,6 +144,15 @@ class Checkpoint(ShardFiles):
         shards = self.record.shards.values() if self.record is not None else ()
         notes = companion_notes(self._folder, self.companions, shards, whole=whole) if self.companions else ()
         return (*self.shape_notes, *(notes if notes and not self._index_changed() else ()))
+
+    def identity(self) -> bytes:
+        """Equal in two processes that opened the same checkpoint: a hash of the index or, without one, of what was found in the files."""
+        data = self._index_bytes if self.index is not None else None
+        if data is None:
+            data = repr(
+                sorted((t.name, t.dtype, t.shape, t.shard, t.offset, t.checksum) for t in self.tensors.values())
+            ).encode()
+        return hashlib.sha256(data).digest()[:16]
 
     def _index_changed(self) -> bool:
         """Whether the index was replaced since it was read."""

@@ -30,7 +30,7 @@ from shardsave._common.warn_caller import warn_caller
 from shardsave._format.dtypes import BY_NAME, torch_shape
 from shardsave._format.index import TRAINING
 from shardsave._loading.read import Target, TensorReader
-from shardsave._loading.window import Window
+from shardsave._loading.byte_range import ByteRange
 from shardsave._storage.checkpoint import Checkpoint, open_checkpoint
 from shardsave._storage.located import Located, StoredChunk
 from shardsave._training.read_values import ValueReader
@@ -181,7 +181,7 @@ def _targets(item: ReadItem, tensor: torch.Tensor, stored: Stored) -> Iterator[T
     target: ByteSource = TensorSource(tensor, dtype)
     if stop - first != tensor.numel():
         box = Assembled(dtype, shape, [Chunk(tuple(item.storage_offsets), tensor)])
-        target = Window(box, begin, nbytes)
+        target = ByteRange(box, begin, nbytes)
     # A sum is that of the whole tensor.
     checksum = located.checksum if nbytes == located.nbytes else None
     yield located._replace(offset=located.offset + begin, nbytes=nbytes, checksum=checksum), target

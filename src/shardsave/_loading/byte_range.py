@@ -9,7 +9,7 @@ import torch
 from shardsave._common.sources import ByteSource
 
 
-class Window(NamedTuple):
+class ByteRange(NamedTuple):
     """``nbytes`` bytes of ``whole``, from ``first`` on. Its shape counts elements, since a range need not be a box."""
 
     whole: ByteSource

@@ -1,0 +1,94 @@
+"""The processes that load one checkpoint together, as one of them sees them. Most loads have a job of one process: `ALONE`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Protocol
+
+from shardsave._common.progress import Progress
+from shardsave._engine.totals import Totals
+from shardsave._loading.read import TensorReader
+from shardsave._state.distributed_tensors import Parts
+from shardsave._storage.checkpoint import CHANGING_SECONDS, Checkpoint, open_checkpoint
+from shardsave.errors import DirectoryBusyError
+
+
+class LoadJob(Protocol):
+    """What a load asks of the processes that call it together. Whatever one process raises, all raise."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process does what only one is to do, such as to log."""
+
+    @property
+    def size(self) -> int:
+        """The number of processes."""
+
+    @property
+    def parts(self) -> Parts | None:
+        """Reads tensors of which each process holds a part; None if this process is alone."""
+
+    def check_equal(self, arguments: Mapping[str, object]) -> None:
+        """Raises ValueError if ``arguments``, JSON values by name, are not the same everywhere."""
+
+    def all_have(self, identity: bytes) -> bool:
+        """Whether ``identity`` is the same everywhere."""
+
+    def checked(self) -> None:
+        """Called when everything that this process can refuse has been refused; returns when that is true everywhere."""
+
+    def reader(self, checkpoint: Checkpoint, *, verify: bool, progress: Progress) -> TensorReader:
+        """The reader for this process. `TensorReader.read_together` must be called the same number of times everywhere."""
+
+    def ended(self, totals: Totals) -> Totals:
+        """Called when this process has loaded everything; waits for the others. Returns what all have read."""
+
+
+class Alone:
+    """A job of one process."""
+
+    leads = True
+    size = 1
+    parts = None
+
+    def check_equal(self, arguments: Mapping[str, object]) -> None:
+        pass
+
+    def all_have(self, identity: bytes) -> bool:
+        return True
+
+    def checked(self) -> None:
+        pass
+
+    def reader(self, checkpoint: Checkpoint, *, verify: bool, progress: Progress) -> TensorReader:
+        return TensorReader(checkpoint, verify=verify, progress=progress)
+
+    def ended(self, totals: Totals) -> Totals:
+        return totals
+
+
+ALONE = Alone()
+
+
+@contextmanager
+def opened(
+    job: LoadJob, path: str, wanted: Callable[[str], bool] | None = None, parts: Iterable[str] = ()
+) -> Iterator[Checkpoint]:
+    """The checkpoint at ``path``, opened as `open_checkpoint` does, the same one in all processes. Starts over if a save replaces it.
+
+    Raises what `open_checkpoint` raises.
+    """
+    parts = tuple(parts)
+    deadline = time.monotonic() + CHANGING_SECONDS
+    while True:
+        with open_checkpoint(path, wanted, parts=parts) as checkpoint:
+            if job.all_have(checkpoint.identity()):
+                yield checkpoint
+                return
+        if time.monotonic() > deadline:
+            raise DirectoryBusyError(
+                f"cannot load {path}: one checkpoint was expected on all ranks, savers have been replacing it for "
+                f"{CHANGING_SECONDS:.0f} s, or the ranks see different files; nothing was loaded"
+            )

@@ -1,0 +1,28 @@
+"""Where the sources of a join go if its targets are distributed over several ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Union
+
+import torch
+
+from shardsave._common.spread import Spread
+from shardsave._common.windows import seen
+from shardsave._loading.slots import Slot
+
+
+def parts_seen(views: Sequence[torch.Tensor], slots: Sequence[Slot]) -> Sequence[Union[torch.Tensor, Spread]] | None:
+    """``views`` of the forms of ``slots``; of a form that stands for a distributed tensor, what this rank has of the view.
+
+    None if a view is no box of such a tensor.
+    """
+    spreads = {_storage_of(slot.form): slot.part.spread for slot in slots if slot.part is not None}
+    if not spreads:
+        return views
+    found = [seen(spreads[_storage_of(view)], view) if _storage_of(view) in spreads else view for view in views]
+    return None if any(one is None for one in found) else found  # type: ignore[return-value]
+
+
+def _storage_of(tensor: torch.Tensor) -> object:
+    return tensor.untyped_storage()._cdata

@@ -1,0 +1,210 @@
+"""Reads tensors of one checkpoint into all ranks of a job together, and verifies every byte that has a stored checksum."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from itertools import chain
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from shardsave._common.assembled import Chunk
+from shardsave._common.gc_pause import gc_paused
+from shardsave._common.layouts import Layout, Whole
+from shardsave._common.progress import Progress
+from shardsave._common.spread import Spread
+from shardsave._common.windows import window
+from shardsave._engine.blocks import blocks
+from shardsave._engine.transfer import BLOCK_BYTES, Piece
+from shardsave._format.dtypes import BY_NAME, torch_shape
+from shardsave._loading.read import Target, TensorReader, damage_message
+from shardsave._ranks.delivering import Delivering, Reading
+from shardsave._ranks.joined_sums import JoinedSums
+from shardsave._ranks.places import place_of
+from shardsave._ranks.read_plan import Range, plan_reads
+from shardsave._ranks.wants import Key, Want, agree_on_wants
+from shardsave._storage.checkpoint import Checkpoint
+from shardsave._storage.located import Located
+from shardsave.errors import CorruptCheckpointError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from shardsave._ranks.session import Session
+
+
+#: So many shards can surely be open at the same time, on any rank.
+_FEW_SHARDS = 16
+
+
+class _Stored(NamedTuple):
+    """A stored tensor of which some rank needs elements, those that ``layout`` says. ``located``: None if this rank needs none of them.
+
+    ``spread``: the elements of this rank.
+    """
+
+    shard: str
+    offset: int
+    layout: Layout
+    spread: Spread
+    located: Located | None
+
+
+class JobReader(TensorReader):
+    """As `TensorReader`. `read_together` is called by every rank of ``session``; each byte is then read by one of them."""
+
+    def __init__(self, checkpoint: Checkpoint, session: Session, *, verify: bool, progress: Progress) -> None:
+        super().__init__(checkpoint, verify=verify, progress=progress)
+        self._session = session
+
+    def read_together(self, targets: Sequence[Target]) -> None:
+        """Fills ``targets``. Raises CorruptCheckpointError on all ranks if checksums are wrong, once all targets have been filled."""
+        rank, size = self._session.rank, self._session.size
+        with gc_paused():
+            mine, again = _by_key(targets)
+            wants = {key: Want(located.dtype, spread.layout) for key, (located, spread) in mine.items()}
+        wants = agree_on_wants(self._session, wants)
+        with gc_paused():
+            plan = plan_reads(wants, rank, size, every_byte=self._verify)
+            stored = [_stored(key, want, mine.get(key), rank) for key, want in wants.items()]
+        sums = JoinedSums(len(stored))
+        self._read_ranges(stored, plan.alone, _places(stored, plan.alone), sums)
+        self._read_ranges(stored, plan.unneeded, [None] * len(plan.unneeded), sums)
+        self._read_common(stored, plan.common, sums)
+        self.tensors += len(mine)
+        if self._verify:
+            self._compare(stored, sums)
+        for target in again:
+            self.read([target])
+
+    def is_of_job(self, error: Exception) -> bool:
+        try:
+            self._session.check()
+        except Exception as known:
+            return known is error
+        return False
+
+    def _tick(self, done: int) -> None:
+        self._session.check()
+        super()._tick(done)
+
+    def _read_common(self, stored: Sequence[_Stored], common: Sequence[Sequence[Range]], sums: JoinedSums) -> None:
+        """Reads what several ranks need, for each rank the ranges that it reads in ``common``, and exchanges it while it is read."""
+        shards = sorted({stored[one.number].shard for ranges in common for one in ranges})
+        step = self._session_allowance() if len(shards) > _FEW_SHARDS else _FEW_SHARDS
+        for first in range(0, len(shards), step):
+            group = shards[first : first + step]
+            held = {*group}
+            of_ranks = [[one for one in ranges if stored[one.number].shard in held] for ranges in common]
+            readings = [_reading(stored, ranges, group) for ranges in of_ranks]
+            with closing(Delivering(self._session, readings, [one.spread for one in stored])) as delivering:
+                delivering.start()
+                planned, pieces, windows = delivering.blocks, delivering.pieces, delivering.windows
+                transfer = self._transfer(group, planned, pieces, checksum=self._verify, windows=windows)
+                delivering.finish()
+            mine = of_ranks[self._session.rank]
+            if mine:
+                self.shards.update(stored[one.number].shard for one in mine)
+            if self._verify:
+                sums.add(mine, [stored[one.number].spread.nbytes for one in mine], transfer.sums)
+            for shard in group:
+                self._checkpoint.release(shard)
+
+    def _session_allowance(self) -> int:
+        """How many shards every rank can hold open at the same time."""
+        gathered = self._session.gather("open files", str(self._checkpoint.allowance).encode())
+        least = None if gathered is None else str(min(map(int, gathered))).encode()
+        return int(self._session.publish("open files of all", least))
+
+    def _read_ranges(
+        self, stored: Sequence[_Stored], ranges: Sequence[Range], pieces: Sequence[Piece], sums: JoinedSums
+    ) -> None:
+        """Reads ``ranges`` into ``pieces``, and adds their checksums to ``sums``."""
+        shards = sorted({stored[one.number].shard for one in ranges})
+        self.shards.update(shards)
+        extents = _extents(stored, ranges, shards)
+        step = self._checkpoint.allowance
+        for first in range(0, len(shards), step):
+            group = shards[first : first + step]
+            begin, end = np.searchsorted(extents[:, 0], [first, first + step]).tolist()
+            extents[begin:end, 0] -= first
+            transfer = self._transfer(group, blocks(extents[begin:end], BLOCK_BYTES), pieces[begin:end], checksum=self._verify)
+            if self._verify:
+                nbytes = [stored[one.number].spread.nbytes for one in ranges[begin:end]]
+                sums.add(ranges[begin:end], nbytes, transfer.sums)
+            for shard in group:
+                self._checkpoint.release(shard)
+
+    def _compare(self, stored: Sequence[_Stored], sums: JoinedSums) -> None:
+        """Compares the checksums with those that are stored. One rank reports those that differ, and all raise the same error."""
+        for number, one in enumerate(stored):
+            if one.located is None:
+                continue
+            if one.located.checksum is None:
+                self.verified = None
+            elif one.layout.ranks[0] == self._session.rank:
+                sums.expect(number, one.located.checksum, one.located.nbytes)
+        unknown = [n for n, one in enumerate(stored) if one.located is None or one.located.checksum is None]
+        differences = sums.differences(self._session, unknown)
+        damaged = [(stored[number].located, difference) for number, difference in differences.items()]
+        for located, difference in damaged:
+            if located is not None and located.checksum is not None:
+                self.damaged.append((located, damage_message(located, located.checksum ^ difference)))
+        self.tensors -= len(self.damaged)
+        if damaged:
+            if stored[min(differences)].layout.ranks[0] == self._session.rank:
+                more = f"; {len(damaged) - 1} more tensors are damaged" if len(damaged) > 1 else ""
+                raise CorruptCheckpointError(self.damaged[0][1] + more)
+            self._session.exchange("damaged tensors", b"")  # raises the error of that rank
+
+
+def _by_key(targets: Sequence[Target]) -> tuple[dict[Key, tuple[Located, Spread]], list[Target]]:
+    """Where each stored tensor, or chunk of one, begins → it and what is filled of it; and the targets that need the same ones again."""
+    first: dict[Key, tuple[Located, Spread]] = {}
+    again = []
+    for target in targets:
+        parts = [((located.shard, located.offset), located, spread) for located, spread in _chunks(*target)]
+        if any(key in first for key, _, _ in parts):
+            again.append(target)
+            continue
+        first.update((key, (located, spread)) for key, located, spread in parts)
+    return first, again
+
+
+def _chunks(located: Located, into: torch.Tensor | Spread | None) -> Iterator[tuple[Located, Spread]]:
+    dtype = BY_NAME[located.dtype].torch
+    if isinstance(into, torch.Tensor):
+        local = (Chunk((0,) * into.dim(), into),) if into.numel() else ()
+        into = Spread(dtype, Whole((), torch_shape(located.dtype, located.shape)), local)
+    assert into is not None
+    spread = into if into.dtype == dtype else into.cast(dtype)
+    if not located.chunks:
+        yield located, spread
+    for begin, chunk in located.chunks:
+        yield chunk, window(spread, begin, chunk.shape)
+
+
+def _stored(key: Key, want: Want, mine: tuple[Located, Spread] | None, rank: int) -> _Stored:
+    if mine is None:
+        return _Stored(*key, want.layout, Spread(BY_NAME[want.dtype].torch, want.layout, ()), None)
+    located, spread = mine
+    assert [sizes for _, sizes in want.layout.boxes(rank)] == [(*chunk.tensor.shape,) for chunk in spread.local], located.name
+    return _Stored(*key, want.layout, Spread(spread.dtype, want.layout, spread.local), located)
+
+
+def _places(stored: Sequence[_Stored], ranges: Sequence[Range]) -> list[Piece]:
+    return [place_of(stored[one.number].spread, one.begin, one.end) for one in ranges]
+
+
+def _reading(stored: Sequence[_Stored], ranges: Sequence[Range], shards: Sequence[str]) -> Reading:
+    return Reading(_extents(stored, ranges, shards), [one.number for one in ranges], [one.begin for one in ranges])
+
+
+def _extents(stored: Sequence[_Stored], ranges: Sequence[Range], shards: Sequence[str]) -> NDArray[np.int64]:
+    """Where ``ranges`` are, as `blocks` takes it; a file's number is its position in ``shards``."""
+    number = {shard: position for position, shard in enumerate(shards)}
+    all_stored = ((stored[one.number], one) for one in ranges)
+    rows = ((number[t.shard], t.offset + one.begin, one.end - one.begin, t.spread.dtype.itemsize) for t, one in all_stored)
+    return np.fromiter(chain.from_iterable(rows), np.int64, 4 * len(ranges)).reshape(-1, 4)

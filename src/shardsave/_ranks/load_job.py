@@ -1,0 +1,70 @@
+"""A load by several ranks: each fills what its module holds, and together they read each byte once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from shardsave._common.progress import Progress
+from shardsave._engine.totals import Totals
+from shardsave._loading.read import TensorReader
+from shardsave._ranks.job_reader import JobReader
+from shardsave._state.distributed_tensors import Parts
+from shardsave._storage.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from shardsave._ranks.session import Session
+
+
+class LoadJob:
+    """The job of one load over ``session``."""
+
+    def __init__(self, session: Session, members: Sequence[int], where: str) -> None:
+        """``members``: the global rank of each process. ``where``: the path of the checkpoint, for messages."""
+        self.parts = Parts(members, session.rank)
+        self.size = session.size
+        self._session = session
+        self._where = where
+
+    @property
+    def leads(self) -> bool:
+        return self._session.leads
+
+    def check_equal(self, arguments: Mapping[str, object]) -> None:
+        mine = json.dumps(arguments)
+        everywhere = self._session.gather("arguments", mine.encode())
+        for rank, data in enumerate(everywhere or ()):
+            for name, value in json.loads(data).items() if data != everywhere[0] else ():  # type: ignore[index]
+                if value != arguments[name]:
+                    raise ValueError(
+                        f"cannot load {self._where}: {name}={arguments[name]!r} was expected on all ranks as on "
+                        f"{self._session.name(0)}, {self._session.name(rank)} has {name}={value!r}; nothing was loaded"
+                    )
+
+    def all_have(self, identity: bytes) -> bool:
+        everywhere = self._session.gather("identity of the checkpoint", identity)
+        same = b"" if everywhere is None else json.dumps(len({*everywhere}) == 1).encode()
+        return bool(json.loads(self._session.publish("whether all have the same checkpoint", same or None)))
+
+    def checked(self) -> None:
+        self._session.gather("what was checked", b"")
+        self._session.publish("that all have checked", b"" if self._session.leads else None)
+
+    def reader(self, checkpoint: Checkpoint, *, verify: bool, progress: Progress) -> TensorReader:
+        return JobReader(checkpoint, self._session, verify=verify, progress=progress)
+
+    def ended(self, totals: Totals) -> Totals:
+        everywhere = self._session.gather("what was read", json.dumps(asdict(totals)).encode())
+        joined = None
+        if everywhere is not None:
+            joined = Totals()
+            for data in everywhere:
+                joined = joined.joined(_totals(data))
+        return _totals(self._session.publish("what all have read", json.dumps(asdict(joined)).encode() if joined else None))
+
+
+def _totals(data: bytes) -> Totals:
+    fields = json.loads(data)
+    return Totals(**{**fields, "notes": tuple(fields["notes"])})

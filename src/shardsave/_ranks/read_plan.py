@@ -1,0 +1,87 @@
+"""Which rank reads which bytes, so that each byte that somebody needs is read once in the whole job; computed by every rank for itself."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from shardsave._format.dtypes import BY_NAME
+from shardsave._ranks.division import CommonRange, divide
+from shardsave._ranks.wants import Key, Want
+
+#: Neighbouring ranges of a file are read by one rank, up to so many bytes, so that small tensors share reads.
+RUN_BYTES = 4 << 20
+
+#: Ranges of a file with a gap of fewer bytes are neighbours.
+_GAP_BYTES = 4096
+
+#: The reader of a range is the one with the fewest bytes so far among at most so many of the ranks that need it.
+_CANDIDATES = 32
+
+
+class Range(NamedTuple):
+    """Bytes ``begin`` to ``end`` of stored tensor ``number``, which counts the wanted ones in the order of files and offsets."""
+
+    number: int
+    begin: int
+    end: int
+
+
+class ReadPlan(NamedTuple):
+    """``alone``: what this rank reads for itself. ``unneeded``: what it reads for the checksum only. ``common``: for each rank, what it
+    reads for several ranks."""
+
+    alone: list[Range]
+    unneeded: list[Range]
+    common: list[list[Range]]
+
+
+def plan_reads(wants: Mapping[Key, Want], rank: int, size: int, *, every_byte: bool) -> ReadPlan:
+    """The plan for ``wants``, in the order of files and offsets. ``every_byte``: read also what nobody needs."""
+    items = {dtype: BY_NAME[dtype].torch.itemsize for dtype in {want.dtype for want in wants.values()}}
+    kinds = Counter((want.layout, items[want.dtype]) for want in wants.values())
+    readers = _Readers(size)
+    for (layout, item), times in kinds.items():
+        for reader, ranges in divide(layout, item).alone.items():
+            readers.loads[reader] += times * sum(end - begin for begin, end in ranges)
+    plan = ReadPlan([], [], [[] for _ in range(size)])
+    for number, ((shard, offset), want) in enumerate(wants.items()):
+        division = divide(want.layout, items[want.dtype])
+        plan.alone.extend(Range(number, begin, end) for begin, end in division.alone.get(rank, ()))
+        for common in division.common:
+            one = Range(number, common.begin, common.end)
+            if common.needs:
+                reader = readers.choose(shard, offset, common)
+                if len(common.needs) > 1:
+                    plan.common[reader].append(one)
+                elif reader == rank:
+                    plan.alone.append(one)
+            elif every_byte and want.layout.ranks and want.layout.ranks[number % len(want.layout.ranks)] == rank:
+                plan.unneeded.append(one)
+    return plan
+
+
+class _Readers:
+    """Chooses the readers of ranges, one after the other. ``loads``: how many bytes each rank reads so far."""
+
+    def __init__(self, size: int) -> None:
+        self.loads = [0] * size
+        self._last = (0, "", 0, 0)  # reader, file, end there, bytes of the run
+        self._turn = 0
+
+    def choose(self, shard: str, offset: int, one: CommonRange) -> int:
+        """The rank that reads ``one``, of a tensor that begins at ``offset``; one of those that need something of it."""
+        begin, nbytes = offset + one.begin, one.end - one.begin
+        reader, last_shard, last_end, run = self._last
+        is_next = shard == last_shard and 0 <= begin - last_end < _GAP_BYTES
+        if not (is_next and run + nbytes <= RUN_BYTES and reader in one.needs):
+            candidates, run = [*one.needs], 0
+            if len(candidates) > _CANDIDATES:
+                self._turn += 1
+                first = self._turn * _CANDIDATES % len(candidates)
+                candidates = candidates[first : first + _CANDIDATES]
+            reader = min(candidates, key=self.loads.__getitem__)
+        self._last = (reader, shard, begin + nbytes, run + nbytes)
+        self.loads[reader] += nbytes
+        return reader
