@@ -12,7 +12,7 @@ import torch
 from shardsave._common.boxes import box
 from shardsave._common.gc_pause import gc_paused
 from shardsave._common.progress import Progress
-from shardsave._common.sources import ByteSource, TensorSource
+from shardsave._common.sources import TensorSource
 from shardsave._common.spread import Spread
 from shardsave._common.windows import window
 from shardsave._engine import engine
@@ -27,9 +27,8 @@ from shardsave.errors import CorruptCheckpointError, ShardSaveError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-#: A stored tensor and what receives its bytes: a tensor, this rank's part of one (`Spread`), or, if it is one range of one file, another
-#: source; None: the bytes are only verified.
-Target = tuple[Located, Union[torch.Tensor, ByteSource, None]]
+#: A stored tensor and what receives its bytes, a tensor or this rank's part of one; None: the bytes are only verified.
+Target = tuple[Located, Union[torch.Tensor, Spread, None]]
 
 
 class TensorReader:
@@ -124,10 +123,10 @@ class TensorReader:
         self._progress.tick(done)
 
 
-def _piece(into: torch.Tensor | ByteSource | None, dtype: torch.dtype) -> Piece:
+def _piece(into: torch.Tensor | Spread | None, dtype: torch.dtype) -> Piece:
     if isinstance(into, Spread):
         return into.cast(dtype)
-    return TensorSource(into, dtype) if isinstance(into, torch.Tensor) else into
+    return TensorSource(into, dtype) if into is not None else None
 
 
 def _chunk_targets(target: Target) -> list[Target]:
@@ -137,7 +136,6 @@ def _chunk_targets(target: Target) -> list[Target]:
         return [target]
     if isinstance(into, Spread):
         return [(chunk, window(into, begin, chunk.shape)) for begin, chunk in located.chunks]
-    assert into is None or isinstance(into, torch.Tensor)
     return [(chunk, None if into is None else into[box(begin, chunk.shape)]) for begin, chunk in located.chunks]
 
 

@@ -20,17 +20,17 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 
 from shardsave._api.load_reports import LoadClock, log_load
 from shardsave._api.reports import LoadReport
-from shardsave._common.assembled import Assembled, Chunk
+from shardsave._common.assembled import Chunk
+from shardsave._common.layouts import Listed
 from shardsave._common.memory import PLAIN_TYPES
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
-from shardsave._common.sources import ByteSource, TensorSource
+from shardsave._common.spread import Spread
 from shardsave._common.uncompiled import uncompiled
 from shardsave._common.warn_caller import warn_caller
 from shardsave._format.dtypes import BY_NAME, torch_shape
 from shardsave._format.index import TRAINING
 from shardsave._loading.read import Target, TensorReader
-from shardsave._loading.byte_range import ByteRange
 from shardsave._storage.checkpoint import Checkpoint, open_checkpoint
 from shardsave._storage.located import Located, StoredChunk
 from shardsave._training.read_values import ValueReader
@@ -175,16 +175,25 @@ def _targets(item: ReadItem, tensor: torch.Tensor, stored: Stored) -> Iterator[T
     dtype, shape = BY_NAME[located.dtype].torch, torch_shape(located.dtype, located.shape)
     if not tensor.numel():
         return
-    first = _position(item.storage_offsets, shape)
-    stop = _position([at + size - 1 for at, size in zip(item.storage_offsets, item.lengths)], shape) + 1
-    begin, nbytes = first * dtype.itemsize, (stop - first) * dtype.itemsize
-    target: ByteSource = TensorSource(tensor, dtype)
-    if stop - first != tensor.numel():
-        box = Assembled(dtype, shape, [Chunk(tuple(item.storage_offsets), tensor)])
-        target = ByteRange(box, begin, nbytes)
-    # A sum is that of the whole tensor.
+    begin, sizes = tuple(item.storage_offsets), tuple(item.lengths)
+    first = _position(begin, shape)
+    stop = _position([at + size - 1 for at, size in zip(begin, sizes)], shape) + 1
+    if stop - first == tensor.numel():
+        yield _range(located, first * dtype.itemsize, stop * dtype.itemsize), tensor
+        return
+    # All rows that the box has a part of.
+    row = math.prod(shape[1:]) * dtype.itemsize
+    begin, rows = (0, *begin[1:]), (sizes[0], *shape[1:])
+    box = Spread(dtype, Listed({0: [(begin, sizes)]}, rows), [Chunk(begin, tensor)])
+    first = item.storage_offsets[0]
+    yield _range(located, first * row, (first + sizes[0]) * row), box
+
+
+def _range(located: Located, begin: int, end: int) -> Located:
+    """The bytes from ``begin`` to ``end`` of a stored tensor; only the whole has a checksum."""
+    nbytes = end - begin
     checksum = located.checksum if nbytes == located.nbytes else None
-    yield located._replace(offset=located.offset + begin, nbytes=nbytes, checksum=checksum), target
+    return located._replace(offset=located.offset + begin, nbytes=nbytes, checksum=checksum)
 
 
 def _position(index: Sequence[int], shape: Sequence[int]) -> int:

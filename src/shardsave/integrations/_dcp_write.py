@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Union
 
 import torch.distributed
@@ -13,17 +13,16 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
 from shardsave._api.arguments import parse_size
 from shardsave._api.moments import check_moment
-from shardsave._api.process_group import check_group, members
+from shardsave._api.process_group import check_group
 from shardsave._api.reports import SaveReport
 from shardsave._api.save import How, check_how, log_saved, write_planned
 from shardsave._api.save_contents import Needed, Planned
-from shardsave._api.save_jobs import digests
+from shardsave._api.save_jobs import digests, job_of_save
 from shardsave._common.shutdown import verb
 from shardsave._common.uncompiled import uncompiled
 from shardsave._common.warn_caller import warn_caller
 from shardsave._format.metadata import check_metadata
 from shardsave._ranks.save_job import SaveJob
-from shardsave._ranks.session import Session, begin
 from shardsave._saving.contents import plan_contents
 from shardsave._saving.disk_layout import OnDisk
 from shardsave._saving.job import ALONE, Job
@@ -85,15 +84,14 @@ def write(request: Request, directory: str, how: How, process_group: ProcessGrou
     ``process_group``: the group that DCP was called with; None: the default one.
     """
     started = time.perf_counter()
-    with _job(directory, how, request.noted.ranks, process_group) as (job, session):
+    with _job(directory, how, request.noted.ranks, process_group) as job:
         path, part = check_how(directory, how), request.part()
-        if session is None:
-            state, others = alone(part)
-            document = part.document
+        if isinstance(job, SaveJob):
+            state, others, document = join(job.session, part, request.noted.rule, request.order)
         else:
-            state, others, document = join(session, part, request.noted.rule, request.order)
+            (state, others), document = alone(part), part.document
         planned = _planned(state, others, document, request, job.size)
-        job.check_equal(digests(planned.contents, how))
+        job.check_equal(digests(planned.contents, durable=how.durable))
         report, warnings = write_planned(planned, directory, path, how, time.perf_counter() - started, job=job)
     if job.leads:
         log_saved(report, warnings)
@@ -102,21 +100,20 @@ def write(request: Request, directory: str, how: How, process_group: ProcessGrou
     return report
 
 
-@contextmanager
-def _job(directory: str, how: How, ranks: int, group: ProcessGroup | None) -> Iterator[tuple[Job, Session | None]]:
-    """The job of the ranks that DCP saves on, and their session. What one of them raises within the context is raised on all."""
+def _job(directory: str, how: How, ranks: int, group: ProcessGroup | None) -> AbstractContextManager[Job]:
+    """The job of the ``ranks`` that DCP saves on. What one of them raises within the context is raised on all."""
     if ranks == 1:
-        yield ALONE, None
-        return
+        return nullcontext(ALONE)
     group = group if group is not None else torch.distributed.group.WORLD
-    assert group is not None
     check_group(group)
+    assert group is not None
     if group.size() != ranks:
         raise ValueError(
             f"process_group must be the group that DCP was called with, which has {ranks} processes, it has {group.size()}"
         )
-    with begin(group, "save", directory, rank_timeout=how.rank_timeout) as session:
-        yield SaveJob(session, members(group), directory, durable=how.durable, on_divergence=how.on_divergence), session
+    return job_of_save(
+        {}, directory, group, durable=how.durable, rank_timeout=how.rank_timeout, on_divergence=how.on_divergence
+    )
 
 
 def _planned(state: State, others: Sequence[Entry], document: Document, request: Request, ranks: int) -> Planned:
