@@ -423,3 +423,40 @@ def test_without_collectives(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="use_collectives must be True"):
         writer.set_up_storage_writer(True, rank=1, use_collectives=False)
     assert StorageWriter.validate_checkpoint_id(tmp_path) and not StorageReader.validate_checkpoint_id("s3://bucket/x")
+
+
+def test_a_tie_with_two_values(tmp_path: Path) -> None:
+    """Catches a value that is lost because its tensor is tied in the model, though not in this state dict."""
+    model = SmallModel()
+    state = dict(model.state_dict())
+    state["head.weight"] = state["head.weight"] + 1
+    save(state, StorageWriter(tmp_path, model))
+    assert equal(shardsave.load(tmp_path), state) and not shardsave.inspect(tmp_path).ties
+
+
+class Reshaping(DefaultSavePlanner):
+    def resolve_data(self, item: Any) -> Any:
+        return super().resolve_data(item).reshape(-1)
+
+
+class ReshapingBack(DefaultLoadPlanner):
+    def resolve_tensor(self, item: Any) -> torch.Tensor:
+        return super().resolve_tensor(item).reshape(-1)
+
+
+class Subclass(torch.Tensor):
+    """A tensor whose memory nobody may take for what it shows."""
+
+
+def test_tensors_of_other_shapes_and_classes(tmp_path: Path) -> None:
+    """Catches elements that are stored or read under a shape that DCP's plan does not know, and a subclass that is filled directly."""
+    with pytest.raises(CheckpointException) as raised:
+        save({"w": torch.ones(2, 3)}, StorageWriter(tmp_path), planner=Reshaping())
+    assert r"a part of shape [2, 3] was expected, as DCP's plan says, it has [6]" in str(failure(raised.value))
+    save({"w": torch.ones(2, 3)}, StorageWriter(tmp_path))
+    with pytest.raises(CheckpointException) as raised:
+        load({"w": torch.zeros(2, 3)}, StorageReader(tmp_path), planner=ReshapingBack())
+    assert "a tensor of shape [2, 3] was expected for 'w'" in str(failure(raised.value))
+    state = {"w": torch.zeros(2, 3, dtype=torch.float64).as_subclass(Subclass)}
+    load(state, StorageReader(tmp_path))
+    assert type(state["w"]) is Subclass and bool((state["w"] == 1).all())

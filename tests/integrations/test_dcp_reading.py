@@ -162,6 +162,16 @@ def test_one_wrong_value_anywhere(tmp_path: Path) -> None:
     assert refused > 50 and accepted > 5
 
 
+def test_one_name_twice(tmp_path: Path) -> None:
+    """Catches two values of one name, of which one would hide the other."""
+    whole = save_state(tmp_path)
+    pairs = whole["dict"][KEY]["dict"]["values"]["pairs"]
+    pairs.append([{"tuple": ["model", "w"]}, 3])
+    edit_training(tmp_path, lambda document: document.update(shared=whole))
+    with pytest.raises(shardsave.CorruptCheckpointError, match=r"every name was expected once, 'model.w' is there twice"):
+        open_stored(str(tmp_path), None)
+
+
 def test_a_training_state_that_dcp_did_not_save(tmp_path: Path) -> None:
     """Catches a resume from a state dict as if it were a training state, and the other way round."""
     save_state(tmp_path / "dcp")
