@@ -120,7 +120,8 @@ class SaveReport(Removing, Report):
     ``step_wait_seconds``: how long steps of optimizers waited until their parameters were taken. ``drain_seconds``: from the call until
     all tensors were taken. ``durable_seconds``: from the call until the checkpoint was committed and, unless ``durable=False``, durable.
     In these reports ``seconds`` is the time for planning and writing. ``skipped``: nothing was saved, since another save was in flight.
-    ``step``: the argument of the save.
+    ``step``: the argument of the save. ``ranks``: how many processes saved together. Each has the same report, but for ``seconds`` and
+    ``phases``, which are its own.
     """
 
     durable: bool = True
@@ -145,6 +146,7 @@ class SaveReport(Removing, Report):
     durable_seconds: float = 0.0
     skipped: bool = False
     step: int | None = None
+    ranks: int = 1
 
     @property
     def bytes_per_second(self) -> float:
@@ -159,7 +161,9 @@ class SaveReport(Removing, Report):
         if self.skipped:
             yield self._with_notes(f"skipped saving {self.path}: another save was in flight")
             return
-        more = [self._staging()] if self.staging else []
+        more = [f"by {self.ranks} ranks"] if self.ranks > 1 else []
+        if self.staging:
+            more.append(self._staging())
         if self.reused:
             unchanged = f"{human_bytes(self.bytes_reused)} in {count(len(self.reused), 'unchanged shard')}"
             more.append(f"{human_bytes(self.bytes_written)} written, {unchanged} taken over from disk")

@@ -78,7 +78,8 @@ def save(
             schedulers, averaged models, data loaders, …), tensors, arrays, numbers and text; ``PerRank`` marks what belongs to one rank.
             ``resume`` brings it back. A number under ``"epoch"`` is returned by ``inspect`` too.
         rng: also store the random generators of python, numpy, torch and every CUDA device.
-        process_group: a group of torch.distributed with one process, or None.
+        process_group: the group whose processes save one checkpoint together, each what it has: DTensors, stages of a pipeline, experts,
+            or the same as the others. None: this process saves alone, unless there are DTensors; then all processes of the job save.
         architecture: also store the module tree as data, so that ``build_model`` builds the whole model again without calling its
             constructor. Anything that cannot be stored as data is refused; hooks are left out, with one warning.
         program: ``(args, kwargs)`` for ``forward``, or the result of ``torch.export.export``: also store what the model computes,
@@ -99,6 +100,14 @@ def save(
         progress: None shows a bar if the call takes long and stderr is a terminal; True or False forces or forbids the bar; a
             callable receives (bytes done, bytes in total).
         lock_timeout: seconds to wait for another save into the same directory.
+        rank_timeout: in a collective save, the most seconds without a sign of life of another rank, and until all have made the call.
+        on_divergence: in a collective save, what to do if a tensor that several ranks hold is not the same on all: "raise", or save that
+            of the "lowest_rank" and say so in the notes.
+
+    Collective:
+        With a ``process_group``, or with DTensors, all ranks of the group must make the call, with equal arguments. An error of one rank
+        is raised on all. The files are those that one process with the whole model writes; no rank ever holds more of it than its own
+        part and a bounded number of blocks. Rank 0 shows the bar, logs and warns. Such a save writes everything (``reuse`` has no effect).
 
     Raises:
         TypeError, ValueError: for wrong arguments, before anything happens.
@@ -234,6 +243,7 @@ def write_planned(
         bytes_reused=outcome.bytes_reused,
         reused=outcome.taken,
         step=contents.moment.step,
+        ranks=job.size,
         stall_seconds=seconds,
         durable_seconds=seconds,
     )

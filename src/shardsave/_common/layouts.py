@@ -16,9 +16,6 @@ import numpy as np
 #: The index at which a box begins, and its sizes.
 Extent = tuple[tuple[int, ...], tuple[int, ...]]
 
-#: Where a box lies in the local tensor of a rank: a slice for each dimension.
-Inside = tuple[slice, ...]
-
 #: The parts of one dimension that a rank holds: first index and stop of each, ascending.
 Intervals = tuple[tuple[int, int], ...]
 
@@ -38,6 +35,13 @@ class Layout(Protocol):
         """The boxes that ``rank`` holds, which do not overlap; none if it holds nothing."""
 
     def __hash__(self) -> int: ...
+
+
+class Inside(NamedTuple):
+    """The box that begins at index ``begin`` of the whole is at ``place`` in the local tensor of a rank."""
+
+    begin: tuple[int, ...]
+    place: tuple[slice, ...]
 
 
 class Shared(NamedTuple):
@@ -108,7 +112,7 @@ class Placed:
         self.shape = tuple(shape)
         self._hash = hash((grid, self.splits, self.shape))
         self._boxes: dict[tuple[int, ...], tuple[Extent, ...]] = {}  # by the coordinates that matter
-        self._inside: dict[int, tuple[tuple[int, ...], tuple[Inside, ...]]] = {}
+        self._local: dict[int, tuple[tuple[int, ...], tuple[Inside, ...]]] = {}
         self.ranks: Sequence[int] = tuple(sorted(grid.members))
 
     def boxes(self, rank: int) -> tuple[Extent, ...]:
@@ -125,15 +129,16 @@ class Placed:
         """Equal for ranks that hold the same elements, their replicas."""
         return tuple(at if split.dim >= 0 else 0 for at, split in zip(coordinates, self.splits))
 
-    def inside(self, rank: int) -> tuple[tuple[int, ...], tuple[Inside, ...]]:
+    def local(self, rank: int) -> tuple[tuple[int, ...], tuple[Inside, ...]]:
         """The shape of the local tensor of ``rank``, and where each of its boxes is in it."""
-        found = self._inside.get(rank)
+        found = self._local.get(rank)
         if found is None:
             coordinates = self.grid.coordinates(rank)
             intervals = self._intervals(coordinates) if coordinates is not None else ((),) * len(self.shape)
             sizes = tuple(sum(stop - begin for begin, stop in parts) for parts in intervals)
-            slices = tuple(itertools.product(*map(_consecutive, intervals))) if coordinates is not None else ()
-            found = self._inside[rank] = (sizes, slices)
+            places = itertools.product(*map(_consecutive, intervals)) if coordinates is not None else ()
+            inside = tuple(Inside(begin, place) for (begin, _), place in zip(self.boxes(rank), places))
+            found = self._local[rank] = (sizes, inside)
         return found
 
     def _intervals(self, coordinates: Sequence[int]) -> tuple[Intervals, ...]:

@@ -52,6 +52,10 @@ class Progress:
             with suppress(AttributeError, ValueError, OSError):
                 self._bar.close()
 
+    def expect(self, total: int) -> None:
+        """There are ``total`` bytes to move; called before the first is."""
+        self._total = total
+
     def tick(self, done: int) -> None:
         """Reports that the current run of the engine has moved ``done`` bytes."""
         done += self._base

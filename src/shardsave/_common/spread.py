@@ -79,18 +79,14 @@ class Spread:
         return Spread(dtype, self.layout, self.local)
 
 
-def local_chunks(layout: Layout, rank: int, local: torch.Tensor) -> tuple[Chunk, ...]:
+def local_chunks(layout: Placed, rank: int, local: torch.Tensor) -> tuple[Chunk, ...]:
     """``local``, the tensor in which ``rank`` holds its part of ``layout``, as the boxes of it.
 
     Raises ValueError, with the shape that was expected, if ``local`` has another one.
     """
-    boxes = layout.boxes(rank)
-    if isinstance(layout, Placed):
-        sizes, inside = layout.inside(rank)
-    else:
-        sizes, inside = (boxes[0][1] if boxes else local.shape), ()
-    if local.shape != sizes and (boxes or local.numel()):
+    sizes, inside = layout.local(rank)
+    if local.shape != sizes and (inside or local.numel()):
         raise ValueError(f"shape {list(sizes)} was expected on this rank, it has {list(local.shape)}")
-    if len(boxes) == 1:
-        return (Chunk(boxes[0][0], local),)
-    return tuple(Chunk(begin, local[place]) for (begin, _), place in zip(boxes, inside))
+    if len(inside) == 1:
+        return (Chunk(inside[0].begin, local),)
+    return tuple(Chunk(begin, local[place]) for begin, place in inside)

@@ -11,6 +11,7 @@ from shardsave._huggingface.peft_names import active_adapter, adapter_of
 from shardsave._huggingface.spread_on_disk import computed_source
 from shardsave._saving.disk_layout import OnDisk
 from shardsave._state.module import Entry, State
+from shardsave._state.wrappers import plain_class
 from shardsave.errors import UnsupportedTensorError
 
 
@@ -49,6 +50,6 @@ def adapter_companions(model: Any) -> dict[str, bytes]:
         config.base_model_name_or_path = base.__dict__.get("name_or_path") or None
     values = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
     if config.task_type is None:
-        base = model.get_base_model()
-        values["auto_mapping"] = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+        base = plain_class(type(model.get_base_model()))
+        values["auto_mapping"] = {"base_model_class": base.__name__, "parent_library": base.__module__}
     return {ADAPTER_CONFIG: json.dumps(values, indent=2, sort_keys=True).encode()}

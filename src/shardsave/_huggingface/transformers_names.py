@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from shardsave._common.imports import import_at_use
+from shardsave._state.wrappers import plain_classes
 
 #: The name of a tensor in the model, and the pattern of the converter that takes the stored tensor, or "".
 Key = tuple[str, str]
@@ -53,7 +54,9 @@ class NamesInMemory:
 
 def model_transforms(model: Any) -> list[Any]:
     """What transformers does to names and tensors on disk to load them into ``model``, in order."""
-    return list(import_at_use("transformers.conversion_mapping").get_model_conversion_mapping(model))
+    mapping = import_at_use("transformers.conversion_mapping")
+    with plain_classes(model):
+        return list(mapping.get_model_conversion_mapping(model))
 
 
 def converts() -> bool:

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from shardsave._common.imports import import_at_use
 from shardsave._common.memory import tensors_in
+from shardsave._state.wrappers import plain_classes
 from shardsave.errors import UnsupportedTensorError
 
 _SOURCES = "_shardsave_sources"
@@ -56,7 +57,7 @@ def reverted(model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, DiskT
         storages[name] = storage_of(tensor)
     views = _ViewsOnly()
     try:
-        with views, torch.no_grad():
+        with plain_classes(model), views, torch.no_grad():
             on_disk = dict(revert(model, marked))
     except Exception as error:
         raise UnsupportedTensorError(

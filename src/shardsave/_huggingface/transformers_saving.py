@@ -18,13 +18,14 @@ from shardsave._huggingface.transformers_on_disk import DiskTensor, reverted
 from shardsave._huggingface.transformers_round_trip import not_given_back
 from shardsave._saving.disk_layout import OnDisk
 from shardsave._state.module import Entry, State
+from shardsave._state.wrappers import plain_class
 
 
 def companions(model: Any) -> dict[str, bytes]:
     """The configs that `save_pretrained` writes beside the weights of ``model``: file name → content."""
     config = copy.deepcopy(model.config)
     config.dtype = str(model.dtype).removeprefix("torch.")
-    config.architectures = [type(model).__name__]
+    config.architectures = [plain_class(type(model)).__name__]
     if "transformers_weights" in config.__dict__:
         del config.transformers_weights
     files = {"config.json": config.to_json_string(use_diff=True)}

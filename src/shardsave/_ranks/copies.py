@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -27,24 +28,30 @@ class Local:
         self._way = way
         self._held: dict[int, tuple[Spread, _Held]] = {}
         self._kinds: dict[Hashable, int] = {}
-        self._rows: dict[tuple[int, int, bool], list[tuple[int, Row]]] = {}
+        self._streams: dict[int, tuple[torch.cuda.Stream, torch.cuda.Event]] = {}
+        self._rows: dict[tuple[int, int, bool], tuple[list[tuple[int, Row]], int]] = {}
+
+    def follow_caller(self, devices: Iterable[int]) -> None:
+        """Copies from and to CUDA ``devices`` will wait for what is now in the calling thread's current streams there."""
+        for device in {*devices} - {-1}:
+            self._streams[device] = torch.cuda.Stream(device), torch.cuda.current_stream(device).record_event()
 
     def copy(self, parts: Iterable[tuple[Segment, tuple[Part, ...]]], address: int, *, packed: bool = False) -> int:
         """Copies ``parts`` to or from the block at ``address``, or the parcel that they make up. Returns the number of bytes."""
         inward, rows, done = self._way == "in", [], 0
-        for segment, found in parts:
-            tensor = segment.tensor
-            place = address + (done if packed else segment.at)
-            done += sum(nbytes_of(part, tensor) for part in found)
+        for (tensor, _, _, _, at), found in parts:
+            place = address + (done if packed else at)
             addresses, kind = self._held_of(tensor)
-            if kind < 0:
-                self._copy_by_torch(tensor, found, place, packed=packed)
-                continue
-            key = id(found), kind, packed
+            key = id(found), kind, packed  # parts are kept as long as this object
             known = self._rows.get(key)
             if known is None:
-                known = self._rows[key] = list(_rows(tensor, found, packed=packed, inward=inward))
-            for chunk, (here, there, *rest) in known:
+                copies = list(_rows(tensor, found, packed=packed, inward=inward)) if kind >= 0 else []
+                known = self._rows[key] = copies, sum(nbytes_of(part, tensor) for part in found)
+            copies, nbytes = known
+            done += nbytes
+            if kind < 0:
+                self._copy_by_torch(tensor, found, place, packed=packed)
+            for chunk, (here, there, *rest) in copies:
                 if inward:
                     rows.append((addresses[chunk] + here, place + there, *rest))
                 else:
@@ -59,11 +66,14 @@ class Local:
         return known[1]
 
     def _look_at(self, tensor: Spread) -> _Held:
-        if not all(_is_plain(chunk.tensor, tensor.dtype) for chunk in tensor.local):
-            return _Held((), -1)
-        form = tuple((chunk.begin, chunk.tensor.shape, chunk.tensor.stride()) for chunk in tensor.local), tensor.dtype.itemsize
-        kind = self._kinds.setdefault(form, len(self._kinds))
-        return _Held(tuple(chunk.tensor.data_ptr() for chunk in tensor.local), kind)
+        form: list[Hashable] = [tensor.dtype.itemsize]
+        addresses = []
+        for begin, held in tensor.local:
+            if not _is_plain(held, tensor.dtype):
+                return _NOT_PLAIN
+            form += begin, held.shape, held.stride()
+            addresses.append(held.data_ptr())
+        return _Held(tuple(addresses), self._kinds.setdefault(tuple(form), len(self._kinds)))
 
     def _copy_by_torch(self, tensor: Spread, parts: Iterable[Part], place: int, *, packed: bool) -> None:
         """Through memory of its own: for tensors on a device, of another dtype or of a class that hides where its data is."""
@@ -76,7 +86,7 @@ class Local:
             there = own if packed else byte_strides(tensor.layout.shape, item)
             at, memory = place + (0 if packed else offset), staged.data_ptr()
             elements = chunk.tensor.detach()[box([a - b for a, b in zip(begin, chunk.begin)], sizes)]
-            with torch.no_grad():
+            with torch.no_grad(), self._on_stream(chunk.tensor):
                 if self._way == "in":
                     copy_out(elements, staged)
                     _copy([(memory + row[0], at + row[1], *row[2:]) for row in box_copies.rows(sizes, own, there, item)])
@@ -86,11 +96,27 @@ class Local:
             place += nbytes_of(part, tensor) if packed else 0
 
 
+    @contextmanager
+    def _on_stream(self, tensor: torch.Tensor) -> Iterator[None]:
+        """In a stream of this exchange, since a thread's own current stream would not wait for the caller's work."""
+        stream, event = self._streams.get(tensor.get_device(), (None, None)) if tensor.is_cuda else (None, None)
+        if stream is None or event is None:
+            yield
+            return
+        stream.wait_event(event)
+        with torch.cuda.stream(stream):
+            yield
+        stream.synchronize()
+
+
 class _Held(NamedTuple):
     """The addresses of the local boxes of a tensor, and a number for all that have the same boxes and strides; -1 if torch must copy."""
 
     addresses: tuple[int, ...]
     kind: int
+
+
+_NOT_PLAIN = _Held((), -1)
 
 
 def _is_plain(tensor: torch.Tensor, dtype: torch.dtype) -> bool:

@@ -85,6 +85,7 @@ class Exchange:
 
     def start(self) -> None:
         """Connects to the other ranks. Raises what `Session.check` raises, and ShardSaveError."""
+        self._traffic.follow_caller()
         token = self._session.publish("exchange", HostLinks.new_token() if self._session.leads else None)
         if self._count:
             self._memory = SharedMemory.new(self._count * BLOCK_BYTES)
@@ -136,10 +137,11 @@ class Exchange:
 
     def count(self, nbytes: int) -> None:
         """Called by links: this rank has given or taken ``nbytes`` of another one's block."""
-        if self._inward:
-            self.sent_bytes += nbytes
-        else:
-            self.received_bytes += nbytes
+        with self._changed:
+            if self._inward:
+                self.sent_bytes += nbytes
+            else:
+                self.received_bytes += nbytes
 
     def fail(self, error: BaseException) -> None:
         """Called by links when something failed on their threads."""

@@ -73,11 +73,12 @@ class FarLinks:
         self._asked_for: set[tuple[int, int]] = set()
         self._closing = False
         self._threads: list[threading.Thread] = []
+        self._at_work = 0
 
     @property
     def ended(self) -> bool:
         """Whether this rank has given and taken all that it has to exchange with other hosts."""
-        return not any(thread.is_alive() for thread in self._threads)
+        return self._at_work == 0
 
     def start(self, token: bytes) -> None:
         """Makes the group of the ranks that need it. Every rank calls it, with the same ``token``, which was never used before."""
@@ -91,6 +92,7 @@ class FarLinks:
         for action in (self._send_all, self._receive_all):
             thread = threading.Thread(target=self._run, args=(action,), name="shardsave-parcels", daemon=True)
             self._threads.append(thread)
+            self._at_work += 1
             thread.start()
 
     def open(self, rank: int, block: int, nbytes: int, window: int) -> None:
@@ -137,7 +139,10 @@ class FarLinks:
         except BaseException as error:
             if not self._closing:
                 self._exchange.fail(error)
-        self._exchange.wake()
+        finally:
+            with self._changed:
+                self._at_work -= 1
+            self._exchange.wake()
 
     def _send_all(self) -> None:
         moving: deque[_Moving] = deque()
@@ -227,6 +232,8 @@ class FarLinks:
             self._gloo.wait(parcel.work)
         except RuntimeError:
             self._set_lost(parcel.rank, said=False)
+            return False
+        if self._closing:  # the window may be gone
             return False
         if not self._gloo.is_whole(parcel.buffer[: parcel.nbytes + MARK_BYTES]):
             self._set_lost(parcel.rank, said=True)

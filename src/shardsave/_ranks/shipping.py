@@ -72,9 +72,10 @@ class Shipping:
 
     def windows(self, group: Sequence[PlannedShard]) -> RunWindows:
         """The windows of the engine's run that writes ``group``, the next shards of ``own``."""
-        count = len(plan_blocks(group).table)
-        first, self._next = self._next, self._next + count
-        return RunWindows(self._exchange, first, self._windowed[first : first + count])
+        files = self._run(self._session.rank).blocks.table[:, 0]
+        first, stop = np.searchsorted(files, [self._next, self._next + len(group)]).tolist()
+        self._next += len(group)
+        return RunWindows(self._exchange, first, self._windowed[first:stop])
 
     def finish(self) -> None:
         """Waits until the other ranks have taken everything from this one: local tensors are then read no more.

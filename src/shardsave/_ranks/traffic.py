@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from shardsave._common.layouts import Extent
@@ -42,6 +43,12 @@ class Traffic:
         self._takers = takers
         self._parts = Parts(run_of, takers)
         self._local = Local(way)
+
+    def follow_caller(self) -> None:
+        """What is copied from and to devices comes after the work that the calling thread has given them."""
+        if torch.cuda.is_initialized():
+            tensors = [tensor for tensor in self._run_of(self.rank).tensors if tensor is not None]
+            self._local.follow_caller({tensor.cuda_device for tensor in tensors} | {torch.cuda.current_device()})
 
     def windowed(self) -> NDArray[np.bool_]:
         """For each block of this rank, whether other ranks may take part in it."""

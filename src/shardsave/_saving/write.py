@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from contextlib import closing
 from functools import partial
 from typing import NamedTuple
@@ -20,7 +21,7 @@ from shardsave._saving.frozen import remember
 from shardsave._saving.job import ALONE, Committed, Job, Names, Prepared, Written
 from shardsave._saving.reuse import Reuse as Reuse
 from shardsave._saving.reuse import Unchanged, find_unchanged, take_over
-from shardsave._saving.shards import ShardWriter
+from shardsave._saving.shards import ShardWriter, UnchangedShard
 from shardsave._saving.watch import UNWATCHED as UNWATCHED
 from shardsave._saving.watch import Watch as Watch
 from shardsave._storage.transaction import Transaction
@@ -75,6 +76,7 @@ def write_checkpoint(
             whole_sums = contents.single_file is not None
             writer = ShardWriter(files, own, watch, durable=durable, whole_sums=whole_sums, supply=supply)
             writer.reserve()
+            progress.expect(sum(shard.layout.data_bytes for shard in own.values()) + _taken_bytes(taken))
             job.stage(lead.stage)
             planned = time.perf_counter()
             writer.add_taken(taken, progress)
@@ -102,8 +104,12 @@ def write_checkpoint(
         directory_bytes=directory_bytes,
         taken=tuple(taken),
         bytes_written=sum(shard.layout.data_bytes for shard in prepared.to_write.values()),
-        bytes_reused=sum(shard.planned.layout.data_bytes for shard in taken.values()),
+        bytes_reused=_taken_bytes(taken),
     )
+
+
+def _taken_bytes(taken: Mapping[str, UnchangedShard]) -> int:
+    return sum(shard.planned.layout.data_bytes for shard in taken.values())
 
 
 class _Lead:

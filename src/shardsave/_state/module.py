@@ -167,7 +167,8 @@ def _parts(named: Mapping[str, torch.Tensor], swapped: Collection[str], reader: 
 
 def _expanded(named: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, bool], Mapping[str, str]]:
     """``named`` with the parts of quantised tensors in their place, the flags of these, and what the files must say about them."""
-    return (named, {}, {}) if all(type(tensor) in PLAIN_TYPES for tensor in named.values()) else expand(named)
+    usual = all(type(tensor) in PLAIN_TYPES or is_distributed(tensor) for tensor in named.values())
+    return (named, {}, {}) if usual else expand(named)
 
 
 def _module_tensors(module: nn.Module, names: Names, tensors_only: bool, swapped: set[str]) -> dict[str, torch.Tensor]:

@@ -6,7 +6,8 @@ They compute what the module inside computes, and may be nested in any order.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import contextlib
+from collections.abc import Collection, Iterator, Sequence
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -14,6 +15,8 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 #: The attribute in which ``torch.compile`` keeps the module that it wraps.
 _COMPILED = "_orig_mod"
 _PARALLEL = (DataParallel, DistributedDataParallel)
+#: Classes of torch from which, with the class of a module, others are made.
+_REPLACING = ("FSDPModule", "ReplicateModule")
 #: The attribute in which torch's ``ActivationWrapper`` does. Its hooks remove it from the names in a state dict.
 ACTIVATION = "_checkpoint_wrapped_module"
 
@@ -48,6 +51,27 @@ def _attribute(kind: type[nn.Module]) -> str | None:
     if any(base.__name__ == "ActivationWrapper" and base.__module__.startswith("torch.") for base in kind.__mro__):
         return ACTIVATION
     return None
+
+
+def plain_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class of a module before ``fully_shard`` or ``replicate`` of torch replaced it by one of its own, such as ``FSDPLinear``."""
+    first, *others = kind.__bases__
+    is_replaced = first.__name__ in _REPLACING and first.__module__.startswith("torch.distributed.") and len(others) == 1
+    return plain_class(others[0]) if is_replaced else kind
+
+
+@contextlib.contextmanager
+def plain_classes(module: nn.Module) -> Iterator[None]:
+    """Gives ``module`` and its sub-modules their `plain_class` for a moment, for libraries that go by the names of classes."""
+    replaced = {kind: plain_class(kind) for kind in {type(part) for part in module.modules()}}
+    changed = [(part, kind) for part in module.modules() if replaced[kind := type(part)] is not kind]
+    try:
+        for part, kind in changed:
+            part.__class__ = replaced[kind]
+        yield
+    finally:
+        for part, kind in changed:
+            part.__class__ = kind
 
 
 class Names:

@@ -1,0 +1,98 @@
+"""Models of transformers and PEFT that ``fully_shard`` has sharded: what ranks agree on, and what will be on disk."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from jobs import run_ranks
+from ranks.test_agree import assembled, global_state, summary
+from shardsave._huggingface.choose_saving import choose_layout
+from shardsave._saving.disk_layout import DiskLayout
+from shardsave._state.module import read_state
+from support import same_bits
+
+
+def llama(name: str) -> Any:
+    from transformers_models import tiny
+
+    return tiny(name)
+
+
+def lora(name: str) -> Any:
+    import peft
+
+    torch.manual_seed(0)
+    return peft.get_peft_model(llama(name), peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+
+
+def added(name: str) -> Any:
+    import peft
+
+    model = llama(name)
+    torch.manual_seed(0)
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    return model
+
+
+def joined(name: str) -> Any:
+    """A user's model whose tensors are one on disk, which transformers knows by the name of its class."""
+    import transformers
+    from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+    from transformers.core_model_loading import Chunk, WeightConverter
+
+    from ranks.test_layouts_on_disk import Several
+
+    parts = [f"parts.{n}.weight" for n in range(3)]
+    register_checkpoint_conversion_mapping(
+        name, [WeightConverter("joined.weight", parts, operations=[Chunk(dim=0)])], overwrite=True
+    )
+    torch.manual_seed(0)
+    return Several(transformers.PreTrainedConfig())
+
+
+def shard(model: Any) -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for module in model.modules():
+        if type(module).__name__.endswith("DecoderLayer"):
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def same_on_disk(rank: int) -> None:
+    for build, name, adapter_only in [
+        (llama, "Llama, tied", False),
+        (llama, "Mixtral", False),
+        (lora, "Llama, tied", False),
+        (lora, "Llama", True),
+        (added, "Llama", False),
+        (joined, "Several", False),
+    ]:
+        whole, model = build(name), build(name)
+        shard(model)
+        expected, state = read_state(whole), global_state(model)
+        assert summary(state) == summary(expected), (build, name)
+        on_disk = layout(model, adapter_only).apply(state)
+        on_disk_whole = layout(whole, adapter_only).apply(expected)
+        assert summary(on_disk.state) == summary(on_disk_whole.state), (build, name)
+        assert on_disk._replace(state=on_disk_whole.state, copied_bytes=0, notes=()) == on_disk_whole._replace(
+            copied_bytes=0, notes=()
+        )
+        assert build is not joined or on_disk.state.entries[0].name == "joined.weight"
+        assert type(model).__name__ == f"FSDP{type(whole).__name__}"
+        for entry, one in zip(on_disk.state.entries, on_disk_whole.state.entries):
+            source: Any = entry.source
+            assert entry.tied_to is not None or same_bits(assembled(source), one.tensor), (name, entry.name)
+
+
+def layout(model: Any, adapter_only: bool) -> DiskLayout:
+    return choose_layout(model, adapter_only, with_parts=False)
+
+
+def test_same_on_disk() -> None:
+    """Catches a model whose class ``fully_shard`` changed and that no layout recognises, flags of frozen weights under an adapter, ties."""
+    run_ranks(2, same_on_disk, seconds=100)

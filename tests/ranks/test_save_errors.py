@@ -1,0 +1,201 @@
+"""What goes wrong on one rank of a save is raised on all, and nothing is committed; the next save works."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+
+import shardsave
+from jobs import run_ranks
+from shardsave._common.os_calls import CallFailed
+from shardsave._storage import staging
+
+
+def state(value: float = 1.0) -> dict[str, torch.Tensor]:
+    mesh = init_device_mesh("cpu", (4,))
+    return {name: distribute_tensor(torch.full((16, 8), value), mesh, [Shard(0)]) for name in "abcd"}
+
+
+def saved(rank: int, folder: Path, case: str) -> tuple[str, str, bool]:
+    """The error of the save on this rank, and whether the next one works."""
+    try:
+        CASES[case][0](rank, folder / "ckpt")
+        error = ("", "")
+    except Exception as raised:
+        error = (type(raised).__name__, str(raised))
+    dist.barrier()
+    litter = [name for name in os.listdir(folder / "ckpt")] if (folder / "ckpt").exists() else []
+    dist.barrier()
+    shardsave.save(state(2.0), folder / "ckpt", durable=False)
+    return (*error, bool(litter))
+
+
+def wrong_argument(rank: int, path: Path) -> None:
+    shardsave.save(state(), path, max_shard_size="much" if rank == 2 else "1GB")
+
+
+def wrong_directory(rank: int, path: Path) -> None:
+    shardsave.save(state(), 7 if rank == 1 else path)  # type: ignore[arg-type]
+
+
+def other_directory(rank: int, path: Path) -> None:
+    shardsave.save(state(), path.parent / "other" if rank == 3 else path)
+
+
+def not_shared(rank: int, path: Path) -> None:
+    """On one rank, another directory has the path."""
+    found = (lambda *_: False) if rank == 1 else staging.Staging.join
+    with mock.patch.object(staging.Staging, "join", found):
+        shardsave.save(state(), path)
+
+
+def other_metadata(rank: int, path: Path) -> None:
+    shardsave.save(state(), path, metadata={"rank": rank // 2})
+
+
+def other_metrics(rank: int, path: Path) -> None:
+    shardsave.save(state(), path, metrics={"loss": float(rank)})
+
+
+def not_savable(rank: int, path: Path) -> None:
+    more = {"c": torch.tensor(0.0).to_sparse()} if rank == 1 else {"c": torch.tensor(0.0)}
+    shardsave.save({**state(), **more}, path, process_group=dist.group.WORLD)
+
+
+def partial(rank: int, path: Path) -> None:
+    mesh = init_device_mesh("cpu", (4,))
+    shardsave.save({"sum": DTensor.from_local(torch.ones(2), mesh, [Partial()])}, path)
+
+
+def replicas_differ(rank: int, path: Path) -> None:
+    shardsave.save({"same": torch.ones(3), "drifted": torch.tensor([float(rank == 3)])}, path, process_group=dist.group.WORLD)
+
+
+def contradiction(rank: int, path: Path) -> None:
+    shardsave.save({"x": torch.ones(3 if rank else 4)}, path, process_group=dist.group.WORLD)
+
+
+def fails_in_describe(rank: int, path: Path) -> None:
+    class Failing(torch.nn.Linear):
+        def _save_to_state_dict(self, *arguments: Any) -> None:
+            raise RuntimeError("a hook of the user")
+
+    kind = Failing if rank == 2 else torch.nn.Linear
+    shardsave.save(kind(2, 2), path, process_group=dist.group.WORLD)
+
+
+def training_state(rank: int, path: Path) -> None:
+    shardsave.save(state(), path, rng=True)
+
+
+def callback_fails(rank: int, path: Path) -> None:
+    def report(done: int, total: int) -> None:
+        if rank == 2:
+            raise RuntimeError("no progress")
+
+    shardsave.save(state(), path, max_shard_size="512B", progress=report)
+
+
+#: Case → what all ranks raise: the class, and what the message says.
+CASES: dict[str, tuple[Callable[[int, Path], object], str, str]] = {
+    "wrong argument": (wrong_argument, "ValueError", "rank 2: .*max_shard_size"),
+    "wrong directory": (wrong_directory, "(ValueError|TypeError)", "(rank 1: .*directory|same call)"),
+    "other directory": (other_directory, "ValueError", "all ranks were expected to make the same call.*rank 3.*other"),
+    "not shared": (not_shared, "SaveNotCommittedError", "rank 1: .*not a shared directory.*nothing was committed"),
+    "other metadata": (
+        other_metadata,
+        "ValueError",
+        "the same metadata was expected on all ranks, rank 2 has another than rank 0",
+    ),
+    "other metrics": (other_metrics, "ValueError", "the same metrics was expected on all ranks, rank 1"),
+    "not savable": (not_savable, "UnsupportedTensorError", "rank 1: cannot save 'c': a strided tensor was expected"),
+    "partial": (partial, "UnsupportedTensorError", "cannot save 'sum'.*summands"),
+    "replicas": (
+        replicas_differ,
+        "UnsupportedTensorError",
+        "'drifted'.*rank 3.*on_divergence='lowest_rank'.*nothing was written",
+    ),
+    "contradiction": (contradiction, "UnsupportedTensorError", "'x'"),
+    "describe": (fails_in_describe, "SaveNotCommittedError", "rank 2: RuntimeError: a hook of the user; nothing was committed"),
+    "training state": (training_state, "ValueError", "rank 0: training= and rng= need"),
+    "progress": (callback_fails, "SaveNotCommittedError", "rank 2: RuntimeError: no progress; nothing was committed"),
+}
+
+
+def all_cases(rank: int, folder: Path) -> dict[str, tuple[str, str, bool]]:
+    return {case: saved(rank, folder / case, case) for case in CASES}
+
+
+def test_errors_of_one_rank(tmp_path: Path) -> None:
+    """Catches a rank that raises something else than the others, or nothing, or hangs; and a save after it that does not work."""
+    for case in CASES:
+        (tmp_path / case).mkdir()
+    ranks = run_ranks(4, all_cases, tmp_path)
+    for case, (_, kind, words) in CASES.items():
+        ends = {ends[case] for ends in ranks}
+        assert len(ends) == 1, (case, ends)
+        error, message, litter = ends.pop()
+        assert re.fullmatch(kind, error) and re.search(words, message), (case, error, message)
+        assert not litter, case
+        assert shardsave.load(tmp_path / case / "ckpt")["a"][0, 0] == 2
+        assert not [name for name in os.listdir(tmp_path / case / "ckpt") if name.startswith(".shardsave")], case
+
+
+def alone(rank: int, folder: Path) -> str:
+    tensors = state()
+    if rank:
+        return ""
+    try:
+        shardsave.save(tensors, folder / "ckpt", rank_timeout=1.0)
+    except shardsave.SaveNotCommittedError as error:
+        return str(error)
+    return "no error"
+
+
+def test_one_rank_calls_alone(tmp_path: Path) -> None:
+    """Catches a rank that waits for ever for others that do not make the call, or is not told which."""
+    message = run_ranks(4, alone, tmp_path, seconds=60)[0]
+    assert re.search("within 1 s, .*1.*3 did not", message), message
+    assert not (tmp_path / "ckpt").exists()
+
+
+def lowest(rank: int, folder: Path) -> list[str]:
+    tensors = {"same": torch.ones(3), "drifted": torch.tensor([float(rank)])}
+    report = shardsave.save(tensors, folder / "ckpt", process_group=dist.group.WORLD, on_divergence="lowest_rank")
+    return [*report.notes]
+
+
+def test_the_lowest_rank_is_taken(tmp_path: Path) -> None:
+    """Catches a drifted buffer of another rank in the files, or one of which no note tells."""
+    notes = run_ranks(4, lowest, tmp_path)
+    assert all("'drifted'" in " ".join(found) for found in notes)
+    assert shardsave.load(tmp_path / "ckpt")["drifted"] == 0
+
+
+def save_into_a_full_disk(rank: int, folder: Path) -> tuple[str, str]:
+    def full(fd: int, path: str, length: int) -> None:
+        raise CallFailed("fallocate", path, errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with mock.patch.object(staging, "allocate", full if rank == 3 else staging.allocate):
+        try:
+            shardsave.save(state(), folder / "ckpt", max_shard_size="512B")
+        except shardsave.ShardSaveError as error:
+            return type(error).__name__, str(error)
+    return "", ""
+
+
+def test_a_full_disk_on_one_rank(tmp_path: Path) -> None:
+    """Catches an error of one writer that the others do not raise, or litter."""
+    (ends,) = {*run_ranks(4, save_into_a_full_disk, tmp_path)}
+    assert ends[0] == "OutOfSpaceError" and "rank 3: cannot write" in ends[1] and "nothing was committed" in ends[1], ends
+    assert os.listdir(tmp_path / "ckpt") == []

@@ -1,0 +1,42 @@
+"""Faults on one of four ranks that save together: beneath libc, and by signals. Method: ``faults/ranks.py``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from faults.running import run_beneath, trials
+
+pytestmark = pytest.mark.slow
+
+#: The rank, what was there before, how many calls lie between two that are tried, and the least number of calls.
+RANKS = [(0, "overwrite", 4, 100), (2, "first", 1, 10)]
+
+
+def run(beneath: Path, scenario: str, before: str, rank: int, folder: Path, every: int = 1) -> int:
+    """The number of calls that the rank made. ``SHARDSAVE_EVERY`` of the environment wins over ``every``."""
+    arguments = ["-m", "faults.ranks", scenario, before, str(rank), str(folder)]
+    return trials(
+        run_beneath(beneath, "native", arguments, "env", f"SHARDSAVE_EVERY={os.environ.get('SHARDSAVE_EVERY', every)}")
+    )
+
+
+@pytest.mark.parametrize(("rank", "before", "every", "least"), RANKS)
+def test_each_call_of_a_rank_fails(beneath: Path, memory: Path, rank: int, before: str, every: int, least: int) -> None:
+    """Catches a call of one rank whose failure another rank does not raise, that leaks on any of them, that tears a checkpoint or leaves
+    litter."""
+    assert run(beneath, "fails", before, rank, memory, every) >= least
+
+
+@pytest.mark.parametrize(("rank", "before", "every", "least"), RANKS)
+def test_a_rank_killed_at_each_call(beneath: Path, memory: Path, rank: int, before: str, every: int, least: int) -> None:
+    """Catches a rank whose death others do not raise, or that some raise in other words; a checkpoint that is neither the old nor the new
+    one, or not what the error says; and a next save that does not work."""
+    assert run(beneath, "is_killed", before, rank, memory, 2 * every) >= least
+
+
+def test_a_rank_killed_or_stopped_at_random(beneath: Path, tmp_path: Path) -> None:
+    """Catches the same at any moment, whatever the threads of a rank do, on a disk; and ranks that wait for one that is stopped."""
+    assert run(beneath, "is_killed_at_random", "overwrite", 0, tmp_path) >= 20
