@@ -80,21 +80,25 @@ def test_a_write_from_windows(tmp_path: Path, access: str) -> None:
     for number, (begin, tensor) in enumerate(zip(begins, tensors)):
         if number % 2 == 0:
             in_window[begin : begin + tensor.numel()] = b"?" * tensor.numel()
-    contents = {n: bytes(in_window[offset : offset + length]) for n, (_, offset, length, _) in enumerate(planned.table.tolist())}
+    contents = {
+        n: bytes(in_window[offset : offset + length]) for n, (_, offset, length, _) in enumerate(planned.table.tolist())
+    }
     windows = Two(windowed(planned), contents)
     pieces = [TensorSource.of(t) if n % 2 == 0 else InWindow(t.dtype, t.shape, t.nbytes) for n, t in enumerate(tensors)]
     with open(tmp_path / "file", "wb+") as file:
         os.ftruncate(file.fileno(), -(-len(whole) // 4096) * 4096)
-        result = engine.write([file.fileno()], planned, pieces, access=access, start_writeback=False, windows=windows, tick=lambda _: 0)  # type: ignore[arg-type]
+        result = engine.write(
+            [file.fileno()], planned, pieces, access=access, start_writeback=False, windows=windows, tick=lambda _: 0
+        )  # type: ignore[arg-type]
     assert (tmp_path / "file").read_bytes()[: len(whole)] == whole
     assert result.sums == tuple(crc64(bytes(t.numpy())) for t in tensors)
-    assert windows.taken == np.flatnonzero(windows.of_block).tolist() or sorted(windows.taken) == np.flatnonzero(windows.of_block).tolist()
+    assert sorted(windows.taken) == np.flatnonzero(windows.of_block).tolist()
 
 
 @pytest.mark.usefixtures("engine_name")
 def test_a_read_into_windows(tmp_path: Path) -> None:
     """Catches a window that is given back before the file has been read into it, and other pieces that do not get their bytes."""
-    planned, tensors, begins = plan()
+    planned, tensors, _ = plan()
     whole = b"".join(bytes(t.numpy()) for t in tensors)
     (tmp_path / "file").write_bytes(whole)
     targets = [torch.zeros_like(t) for t in tensors]
@@ -132,11 +136,19 @@ def test_errors_end_a_run_that_waits(tmp_path: Path) -> None:
     with open(tmp_path / "file", "wb+") as file:
         for windows, error in ((Never(every), KeyError), (Failing(every), LookupError)):
             with pytest.raises(error):
-                engine.write([file.fileno()], planned, pieces, access="buffered", start_writeback=False, windows=windows, tick=tick)
+                engine.write(
+                    [file.fileno()], planned, pieces, access="buffered", start_writeback=False, windows=windows, tick=tick
+                )
     with open(tmp_path / "file", "rb") as file, pytest.raises(TransferFault, match="write"):
         contents = dict.fromkeys(range(len(every)), b"")
         engine.write(
-            [file.fileno()], planned, pieces, access="buffered", start_writeback=False, windows=Two(every, contents), tick=lambda _: 0
+            [file.fileno()],
+            planned,
+            pieces,
+            access="buffered",
+            start_writeback=False,
+            windows=Two(every, contents),
+            tick=lambda _: 0,
         )
 
 

@@ -445,11 +445,11 @@ class ReshapingBack(DefaultLoadPlanner):
 
 
 class Subclass(torch.Tensor):
-    """A tensor whose memory nobody may take for what it shows."""
+    """A tensor of a class of its own."""
 
 
 def test_tensors_of_other_shapes_and_classes(tmp_path: Path) -> None:
-    """Catches elements that are stored or read under a shape that DCP's plan does not know, and a subclass that is filled directly."""
+    """Catches elements that are stored or read under a shape that DCP's plan does not know, and a class that is lost."""
     with pytest.raises(CheckpointException) as raised:
         save({"w": torch.ones(2, 3)}, StorageWriter(tmp_path), planner=Reshaping())
     assert r"a part of shape [2, 3] was expected, as DCP's plan says, it has [6]" in str(failure(raised.value))

@@ -1,7 +1,7 @@
 // Method: random schedules of the core without Python: blocks with and without gaps, workers, lent and host memory,
 // cancelled and failing runs, several at once. What was written is read back and compared byte for byte and sum for
 // sum; gaps must be zeros. A thread changes every piece as soon as all of it was taken. The same bytes are gathered
-// into memory. Under ASan, UBSan and TSan. Usage: driver COUNT [SEED]
+// into memory, and written from windows. Under ASan, UBSan and TSan. Usage: driver COUNT [SEED]
 #include <fcntl.h>
 #include <unistd.h>
 
@@ -10,6 +10,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
+#include <mutex>
 #include <random>
 #include <string>
 #include <thread>
@@ -75,6 +77,7 @@ class Schedule {
     }
     compare_file();
     gather(written);
+    write_from_windows(written);
     read_back(written);
   }
 
@@ -177,6 +180,48 @@ class Schedule {
     CHECK(memory == expected);
     gathering.into = Destination{};
     CHECK(run(gathering, hooks).sums == written.sums);
+  }
+
+  // Writes the file again: what was lent is now in windows, of which there are fewer than blocks.
+  void write_from_windows(const Result& written) {
+    Request writing = request_;
+    for (std::size_t number = 0; number < writing.blocks.size(); ++number) {
+      const Segments segments = request_.segments_of(number);
+      writing.windowed.push_back(std::any_of(segments.begin(), segments.end(),
+                                             [](const Segment& segment) { return segment.memory == kLent; }));
+    }
+    for (Segment& segment : writing.segments) {
+      if (segment.memory == kLent) segment.memory = kWindow;
+    }
+    std::mutex mutex;
+    std::vector<void*> free_windows;
+    for (int n = 0; n < 3; ++n) free_windows.push_back(std::aligned_alloc(kAlignment, kSlotBytes));
+    std::map<std::size_t, void*> taken_windows;
+    Hooks hooks;
+    hooks.tick = [](std::uint64_t) {};
+    hooks.take_window = [&](std::size_t block) -> std::byte* {
+      std::lock_guard<std::mutex> hold(mutex);
+      if (free_windows.empty()) return nullptr;
+      auto* const window = static_cast<std::byte*>(free_windows.back());
+      free_windows.pop_back();
+      taken_windows[block] = window;
+      for (const Segment& segment : writing.segments_of(block)) {
+        const std::byte* source = pieces_[static_cast<std::size_t>(segment.piece)].data() + segment.piece_offset;
+        if (segment.memory == kWindow)
+          std::memcpy(window + segment.at, source, static_cast<std::size_t>(segment.length));
+      }
+      return window;
+    };
+    hooks.give_window = [&](std::size_t block) {
+      std::lock_guard<std::mutex> hold(mutex);
+      free_windows.push_back(taken_windows.at(block));
+      taken_windows.erase(block);
+    };
+    CHECK(ftruncate(file_, 0) == 0);
+    CHECK(run(writing, hooks).sums == written.sums);
+    CHECK(taken_windows.empty() && free_windows.size() == 3);
+    for (void* window : free_windows) std::free(window);
+    compare_file();
   }
 
   // Every block that was written has the bytes of its segments, and zeros elsewhere.

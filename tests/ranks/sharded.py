@@ -40,7 +40,8 @@ class Net(nn.Module):
 
 
 def rows(net: Net, **options: Any) -> None:
-    options.setdefault("mesh", init_device_mesh("cpu", (RANKS,)))
+    if "mesh" not in options:
+        options["mesh"] = init_device_mesh("cpu", (dist.get_world_size(),))
     for part in (net.up, net.down, net.few, net.norm):
         fully_shard(part, **options)
     fully_shard(net, **options)

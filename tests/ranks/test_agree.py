@@ -23,7 +23,7 @@ from shardsave._state.module import State, read_state
 
 
 class Net(nn.Module):
-    """Uneven sizes, a frozen layer, tied weights, two dtypes, buffers, fewer rows than ranks."""
+    """Uneven sizes, a frozen layer, tied weights, also of fewer rows than ranks, two dtypes, buffers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,6 +36,9 @@ class Net(nn.Module):
         self.narrow = nn.Linear(6, 3, dtype=torch.bfloat16)
         self.head = nn.Linear(6, 11, bias=False)
         self.head.weight = self.embed.weight
+        self.gate = nn.Linear(6, 1, bias=False)
+        self.other_gate = nn.Linear(6, 1, bias=False)
+        self.other_gate.weight = self.gate.weight
         self.register_buffer("steps", torch.arange(5))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -57,7 +57,7 @@ def read(rank: int, path: str, size: int, portable: bool, hosts: tuple[int, ...]
                 [fd], delivering.blocks, delivering.pieces, windows=delivering.windows, tick=lambda _: session.check()
             )
             delivering.finish()
-    for (name, (whole, layout)), target in zip(tensors.items(), targets):
+    for (name, (whole, _)), target in zip(tensors.items(), targets):
         for chunk in target.local:
             assert as_bytes(chunk.tensor) == as_bytes(whole[box(chunk.begin, chunk.tensor.shape)]), f"{name} on rank {rank}"
     contents = Path(path).read_bytes()

@@ -13,6 +13,8 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from sharded import RANKS, Net, columns, rows
+from test_loading import set_thresholds
 from torch import nn
 
 import shardsave
@@ -20,9 +22,6 @@ from jobs import Job, run_ranks
 from shardsave._engine.transfer import TransferFault
 from shardsave._ranks.load_job import LoadJob
 from shardsave._storage.checkpoint import open_checkpoint
-from sharded import RANKS, Net, columns, rows
-from test_loading import set_thresholds
-
 
 Raised = tuple[str, str]
 
@@ -103,7 +102,7 @@ def load_wrongly(rank: int, folder: str) -> list[Raised]:
                 fault = TransferFault(0, "pread", 5, 4096, 512)
                 stack.enter_context(mock.patch("shardsave._engine.engine.read", side_effect=fault))
             before = [_local(parameter).clone() for parameter in net.parameters()]
-            errors.append(raised(lambda: shardsave.load_model(net, path, **options)))  # noqa: B023
+            errors.append(raised(lambda: shardsave.load_model(net, path, **options)))
         unchanged = all(torch.equal(_local(parameter), was) for parameter, was in zip(net.parameters(), before))
         assert unchanged or case == "an error of the disk", case
     return errors

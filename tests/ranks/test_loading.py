@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from sharded import RANKS, SHARDINGS, Net, check_equal, rows, whole
 
 import shardsave
 from jobs import run_ranks
-from sharded import RANKS, SHARDINGS, Net, check_equal, whole
+from support import same_state
 
 
 def set_thresholds(small: bool) -> None:
@@ -46,6 +48,36 @@ def test_shardings(small: bool, tmp_path: Path) -> None:
         for report in reports:
             assert report.verified and report.ranks == RANKS and report.tensors == saved.tensors
             assert report.bytes == saved.bytes
+
+
+def save_sharded(rank: int, folder: str) -> None:
+    for name in WRITERS:
+        net = Net()
+        SHARDINGS[name](net)
+        shardsave.save(net, f"{folder}/{name}", durable=False)
+
+
+def load_rows(rank: int, folder: str) -> None:
+    for name in WRITERS:
+        net = Net(seed=1)
+        rows(net)
+        report = shardsave.load_model(net, f"{folder}/{name}")
+        assert report.verified and report.ranks == dist.get_world_size(), name
+        check_equal(net, Net(), name)
+
+
+#: Shardings whose files others read.
+WRITERS = ("rows", "columns", "rows over tensor parallel", "strided")
+
+
+def test_other_numbers_of_ranks(tmp_path: Path) -> None:
+    """Catches files of four ranks that two ranks, a job of one or a process without a job do not read as they were."""
+    run_ranks(RANKS, save_sharded, str(tmp_path))
+    for size in (2, 1):
+        run_ranks(size, load_rows, str(tmp_path))
+    for name in WRITERS:
+        net = Net(seed=1)
+        assert shardsave.load_model(net, tmp_path / name).verified and same_state(net, Net()), name
 
 
 def train_on(rank: int, folder: str) -> None:

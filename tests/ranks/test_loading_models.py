@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
+from sharded import RANKS, SHARDINGS, Net, check_equal, rows, whole
+from test_loading import set_thresholds
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -17,9 +19,7 @@ from torch.distributed.fsdp import fully_shard
 import shardsave
 from jobs import run_ranks
 from rank_files import cut, save_ranks
-from sharded import RANKS, SHARDINGS, Net, check_equal, rows
 from support import same_state
-from test_loading import set_thresholds
 
 
 def load_replicas(rank: int, folder: str) -> shardsave.LoadReport:
@@ -84,8 +84,8 @@ def load_stage(rank: int, folder: str) -> tuple[int, int]:
 
 def test_stages_and_experts(tmp_path: Path) -> None:
     """Catches ranks that expect all others to hold the same names, and a group that is not that of all ranks."""
-    whole = Stage([0, 1, 2, 3])
-    saved = shardsave.save(whole, tmp_path / "ckpt", durable=False)
+    model = Stage([0, 1, 2, 3])
+    saved = shardsave.save(model, tmp_path / "ckpt", durable=False)
     of_stage = [sum(t.nbytes for t in Stage(layers).state_dict().values()) for layers in ([0, 1], [2, 3])]
     figures = run_ranks(RANKS, load_stage, str(tmp_path / "ckpt"))
     assert figures == [(saved.bytes, of_stage[rank // 2]) for rank in range(RANKS)]
@@ -127,7 +127,8 @@ def test_tensors_that_list_their_boxes(tmp_path: Path) -> None:
     """Catches rows that an uneven part does not get, or that go to a rank whose part is empty."""
     values = torch.arange(20.0).view(10, 2)
     shardsave.save({"weight": values}, tmp_path / "ckpt", durable=False)
-    assert sum(run_ranks(RANKS, load_uneven, str(tmp_path / "ckpt")), []) == values.tolist()
+    parts = run_ranks(RANKS, load_uneven, str(tmp_path / "ckpt"))
+    assert [row for part in parts for row in part] == values.tolist()
 
 
 def load_in_other_ways(rank: int, folder: str) -> None:
@@ -142,6 +143,12 @@ def load_in_other_ways(rank: int, folder: str) -> None:
             shardsave.load_model(net, f"{folder}/{path}")
             assert net.up.weight.requires_grad and not net.down.weight.requires_grad  # these files know no flags
             check_equal(net, _with_flags_of(expected, net), f"{path}, {name}")
+    untied = Net(seed=1)
+    untied.head.weight = nn.Parameter(untied.head.weight.detach().clone())
+    SHARDINGS["columns"](untied)
+    shardsave.load_model(untied, f"{folder}/ckpt")  # one stored tensor for two of the module
+    for weight in (untied.head.weight, untied.embed.weight):
+        assert torch.equal(whole(weight.detach()), expected.embed.weight)
     wide = Net(seed=1).double()
     SHARDINGS["rows"](wide)
     report = shardsave.load_model(wide, f"{folder}/ckpt")

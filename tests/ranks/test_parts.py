@@ -118,6 +118,23 @@ def test_a_group_smaller_than_the_world() -> None:
     run_ranks(4, other_group, seconds=60)
 
 
+def remembered_by_some(rank: int) -> None:
+    pair = dist.new_group([0, 2])
+    session = GroupSession()
+    names = []
+    for _ in range(2):
+        state = agree(session, read_state({f"stage{rank}": torch.ones(2)}))
+        names.append([entry.name for entry in state.entries])
+        if rank in (0, 2):
+            agree(PairSession(pair), read_state({f"other{rank}": torch.ones(2)}))
+    assert names == [[f"stage{n}" for n in range(4)]] * 2
+
+
+def test_what_only_some_ranks_remember() -> None:
+    """Catches ranks that skip the descriptions for which others wait."""
+    run_ranks(4, remembered_by_some, seconds=60)
+
+
 def collective(rank: int) -> None:
     world = dist.group.WORLD
     alone = dist.new_group([rank], use_local_synchronization=True)

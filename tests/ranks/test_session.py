@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+import re
 import signal
 import socket
 import threading
@@ -24,7 +25,7 @@ from shardsave._ranks.session import Session, begin, begin_with
 from shardsave.errors import OutOfSpaceError, SaveNotCommittedError, ShardSaveError
 
 #: Seconds without a sign of life in these tests.
-SILENCE = 1.5
+SILENCE = 2.5
 
 
 def open_session(rank: int, hosts: int = 1, **options: Any) -> Session:
@@ -334,24 +335,23 @@ def wait_for_death(rank: int, hosts: int, struck: int, where: str) -> None:
         session.exchange("more", b"")
 
 
+SILENT = f"a sign of life was expected within {SILENCE:g} s, there was none"
 STORE_LOST = "cannot save ckpt: the store of torch.distributed does not answer: rank 0 or the agent that serves it was lost"
 
 
-@pytest.mark.parametrize("hosts", [1, 2, 4])
 @pytest.mark.parametrize("how", ["kill", "stop"])
-def test_a_rank_that_is_lost(how: str, hosts: int) -> None:
+def test_a_rank_that_is_lost(how: str) -> None:
     """Catches ranks that wait for a dead or a stopped one, or that do not say which it was. Each rank is lost, in a job of its own."""
-    start = time.monotonic()
+    cases = [(hosts, struck) for hosts in (1, 2, 4) for struck in range(4)]
     with ExitStack() as stack:
-        jobs = [stack.enter_context(Job(4, wait_for_death, hosts, struck, how)) for struck in range(4)]
-        ends = [job.ended(ranks=[rank for rank in range(4) if rank != struck]) for struck, job in enumerate(jobs)]
-    reason = (
-        "its process has ended" if how == "kill" and hosts < 4 else "a sign of life was expected within 1.5 s, there was none"
-    )
-    for struck in range(4):
+        jobs = [stack.enter_context(Job(4, wait_for_death, *case, how)) for case in cases]
+        ends = [
+            job.ended(ranks=[rank for rank in range(4) if rank != struck]) for (_, struck), job in zip(cases, jobs, strict=True)
+        ]
+    for (hosts, struck), those in zip(cases, ends, strict=True):
+        reason = "its process has ended" if how == "kill" and hosts < 4 else SILENT
         name = f"rank {struck}" + (f" (machine{struck * hosts // 4})" if hosts > 1 else "")
-        assert {(end.error, end.message) for end in ends[struck]} == {("SaveNotCommittedError", f"{name} was lost: {reason}")}
-    assert time.monotonic() - start < 20  # far below the limit of a phase
+        assert {(end.error, end.message) for end in those} == {("SaveNotCommittedError", f"{name} was lost: {reason}")}, those
 
 
 @pytest.mark.parametrize("how", ["kill", "stop"])
@@ -359,7 +359,7 @@ def test_rank_0_is_lost_with_the_store(how: str) -> None:
     """Catches ranks that wait for ever for an answer of the store, which a stopped process does not give."""
     with ExitStack() as stack:
         jobs = [stack.enter_context(Job(4, wait_for_death, hosts, 0, how, store_in="rank 0")) for hosts in (1, 2, 4)]
-        ends = [job.ended(seconds=30, ranks=[1, 2, 3]) for job in jobs]
+        ends = [job.ended(seconds=40, ranks=[1, 2, 3]) for job in jobs]
     assert [{(end.error, end.message) for end in those} for those in ends] == [{("StoreLost", STORE_LOST)}] * 3
 
 
@@ -407,7 +407,7 @@ def test_a_rank_that_wakes_up(tmp_path: Path) -> None:
             job.kill(2, signal.SIGCONT)
         ends = [job.ended(seconds=30) for job in jobs]
     for name, those in zip(("rank 2", "rank 2 (machine1)"), ends, strict=True):
-        told = f"{name} was lost: a sign of life was expected within 1.5 s, there was none"
+        told = f"{name} was lost: {SILENT}"
         assert [end.value for end in those] == [(told, [b"0", b"1", b"2", b"3"], [])] * 4, those
 
 
@@ -445,6 +445,7 @@ def test_a_fork() -> None:
 
 def be_struck(rank: int, hosts: int, struck: int, seconds: float, number: signal.Signals) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    open_session(rank, hosts).close()  # all ranks have come so far
     if rank == struck:
         timer = threading.Timer(seconds, os.kill, (os.getpid(), number))
         timer.daemon = True
@@ -477,8 +478,9 @@ def check_strokes(seed: int, count: int) -> None:
             ends = job.ended(seconds=60, ranks=[rank for rank in range(4) if rank != struck or stroke == signal.SIGINT])
             if stroke == signal.SIGINT:
                 assert ends.pop(struck).error == "KeyboardInterrupt", (case, ends)
-            assert {end.error for end in ends} <= {"SaveNotCommittedError", "StoreLost"}, (case, ends)
-            assert all(f"rank {struck}" in end.message for end in ends), (case, ends)
+            told = "\n".join(end.trace for end in ends)
+            assert {end.error for end in ends} <= {"SaveNotCommittedError", "StoreLost"}, (case, told)
+            assert all(re.search(rf"ranks? [\d, to]*\b{struck}\b", end.message) for end in ends), (case, told)
 
 
 def test_strokes() -> None:

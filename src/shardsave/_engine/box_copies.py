@@ -28,7 +28,8 @@ def rows(sizes: Sequence[int], source: Sequence[int], destination: Sequence[int]
     """
     if math.prod(sizes) == 0:
         return ()
-    run, levels = item, []
+    run = item
+    levels: list[tuple[int, int, int]] = []
     for count, here, there in zip(reversed(sizes), reversed(source), reversed(destination)):
         if count == 1:
             continue
@@ -62,5 +63,6 @@ def copy(table: NDArray[np.int64]) -> None:
 
 def _bytes_at(address: int, run: int, inner: int, inner_stride: int, outer: int, outer_stride: int) -> NDArray[np.uint8]:
     reach = run + (inner - 1) * inner_stride + (outer - 1) * outer_stride
-    memory = (ctypes.c_uint8 * reach).from_address(address)
-    return np.ndarray((outer, inner, run), np.uint8, memory, 0, (outer_stride, inner_stride, 1))
+    memory = memoryview((ctypes.c_uint8 * reach).from_address(address))
+    array: NDArray[np.uint8] = np.ndarray((outer, inner, run), np.uint8, memory, 0, (outer_stride, inner_stride, 1))
+    return array

@@ -32,11 +32,10 @@ def run(request: Request, tick: Tick) -> Transfer:
     done = 0
     memory = _staging_memory() if into is None else into
     for block, (file, offset, length, segments) in enumerate(_each_block(request.blocks)):
+        slot = memory[:length] if into is None else memory[offset : offset + length]
         window = _window(request.windows, block, lambda: tick(done))
         if window is not None:
             slot = window[:length]
-        else:
-            slot = memory[:length] if into is None else memory[offset : offset + length]
         _, _, last_length, at = segments[-1]
         used = at + last_length
         if not request.write and files is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Literal, NamedTuple
@@ -34,11 +34,13 @@ class Local:
     def follow_caller(self, devices: Iterable[int]) -> None:
         """Copies from and to CUDA ``devices`` will wait for what is now in the calling thread's current streams there."""
         for device in {*devices} - {-1}:
-            self._streams[device] = torch.cuda.Stream(device), torch.cuda.current_stream(device).record_event()
+            stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._streams[device] = stream, torch.cuda.current_stream(device).record_event()
 
     def copy(self, parts: Iterable[tuple[Segment, tuple[Part, ...]]], address: int, *, packed: bool = False) -> int:
         """Copies ``parts`` to or from the block at ``address``, or the parcel that they make up. Returns the number of bytes."""
-        inward, rows, done = self._way == "in", [], 0
+        inward, done = self._way == "in", 0
+        rows: list[tuple[int, ...]] = []
         for (tensor, _, _, _, at), found in parts:
             place = address + (done if packed else at)
             addresses, kind = self._held_of(tensor)
@@ -94,7 +96,6 @@ class Local:
                     _copy([(at + row[0], memory + row[1], *row[2:]) for row in box_copies.rows(sizes, there, own, item)])
                     copy_in(staged, elements)
             place += nbytes_of(part, tensor) if packed else 0
-
 
     @contextmanager
     def _on_stream(self, tensor: torch.Tensor) -> Iterator[None]:
@@ -162,7 +163,7 @@ def copy_parcel(parts: Iterable[tuple[Segment, tuple[Part, ...]]], window: int, 
     _copy(rows)
 
 
-def _copy(rows: list[Row]) -> None:
+def _copy(rows: Sequence[tuple[int, ...]]) -> None:
     if rows:
         box_copies.copy(np.array(rows, dtype=np.int64))
 

@@ -39,8 +39,8 @@ class _Taken(Enum):
 
 
 class Reading(NamedTuple):
-    """What one rank reads. The n-th row of ``extents`` is the extent of piece n, as `_engine.blocks.blocks` wants it (file, offset, length,
-    grain), sorted by file and offset. ``tensor`` and ``start``: which tensor the piece belongs to, and at which byte of it the piece begins.
+    """What one rank reads. The n-th row of ``extents`` is the extent of piece n, as `_engine.blocks.blocks` wants it (file, offset,
+    length, grain), sorted by file and offset. ``tensor`` and ``start``: the tensor of each piece, and at which byte of it it begins.
     """
 
     extents: NDArray[np.int64]

@@ -103,19 +103,27 @@ def _runs_of(extents: Sequence[Extent], shape: Sequence[int], lone: int) -> list
 
 
 def _runs(begin: Sequence[int], sizes: Sequence[int], shape: Sequence[int], lone: int) -> Iterator[tuple[int, int]]:
-    """As `_runs_of`, for one box that is not empty. A box of short runs is widened in its last dimensions."""
+    """As `_runs_of`, for one box that is not empty.
+
+    A box of several short runs is widened in its last dimensions, one short run to multiples of ``lone`` elements.
+    """
     begin, sizes = list(begin), list(sizes)
     while True:
         dim = len(shape)  # all dimensions from this one on are whole
         while dim and sizes[dim - 1] == shape[dim - 1]:
             dim -= 1
         length = math.prod(sizes[max(dim - 1, 0) :])
-        if dim == 0 or length >= lone:
+        if dim == 0 or length >= lone or math.prod(sizes[: dim - 1]) == 1:
             break
         begin[dim - 1], sizes[dim - 1] = 0, shape[dim - 1]
     outer = [range(at, at + size) for at, size in zip(begin[: max(dim - 1, 0)], sizes)]
     inside = begin[dim - 1] * math.prod(shape[dim:]) if dim else 0
-    yield from ((_flat(indices, shape) + inside, _flat(indices, shape) + inside + length) for indices in _product(outer))
+    for indices in _product(outer):
+        first = _flat(indices, shape) + inside
+        stop = first + length
+        if length < lone:
+            first, stop = first // lone * lone, min(-(-stop // lone) * lone, math.prod(shape))
+        yield first, stop
 
 
 def _product(ranges: Sequence[range]) -> Iterator[tuple[int, ...]]:

@@ -33,6 +33,7 @@ WINDOWS = 4
 #: How long an owner's worker waits before it looks whether its run still goes on, and a rank before it looks for errors; in seconds.
 _WAIT = 0.05
 
+
 class _Block:
     """A block with a window, on its owner. ``open``: the window may be used for it. ``missing``: ranks that are not yet done with it;
     None until it was opened for them."""

@@ -253,10 +253,14 @@ class FarLinks:
         me, given, asked = self._session.rank, self._given, self._asked_for
         for owner in self._owners:
             lane = self._traffic.parcels([owner], me)
-            self._release(owner, ((block, nbytes) for block, _, nbytes in lane), given if self._inward else asked, sends=self._inward)
+            self._release(
+                owner, ((block, nbytes) for block, _, nbytes in lane), given if self._inward else asked, sends=self._inward
+            )
         for rank in self._guests:
             lane = self._traffic.parcels([me], rank)
-            self._release(rank, ((block, nbytes) for block, _, nbytes in lane), asked if self._inward else given, sends=not self._inward)
+            self._release(
+                rank, ((block, nbytes) for block, _, nbytes in lane), asked if self._inward else given, sends=not self._inward
+            )
 
     def _release(self, rank: int, lane: Iterator[tuple[int, int]], over: set[tuple[int, int]], *, sends: bool) -> None:
         """``lane``: block and bytes of the parcels between this rank and ``rank``; those ``over`` were sent or asked for."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -17,7 +17,7 @@ from shardsave._ranks.group import job_store
 from shardsave.errors import ShardSaveError
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroupGloo, Work
+    from torch.distributed import Work
 
     from shardsave._ranks.session import Session
 
@@ -36,7 +36,7 @@ class Gloo:
     """
 
     def __init__(self, session: Session, members: Sequence[int], name: str) -> None:
-        self._group: ProcessGroupGloo | None = None
+        self._group: Any = None  # a ProcessGroupGloo, whose methods torch's type hints lack
         self._position = {rank: position for position, rank in enumerate(members)}
         self._limit = timedelta(seconds=session.timeouts.phase)
         self._left: list[Work | torch.Tensor] = []
@@ -45,14 +45,12 @@ class Gloo:
     def send(self, parcel: torch.Tensor, rank: int, tag: int) -> Work:
         """Sends bytes, the last `MARK_BYTES` of which become the mark; they must stay as they are until `sent`."""
         parcel[-MARK_BYTES:] = _MARK
-        assert self._group is not None
-        return self._group.send([parcel], self._position[rank], tag)
+        return cast("Work", self._group.send([parcel], self._position[rank], tag))
 
     def ask(self, parcel: torch.Tensor, rank: int, tag: int) -> Work:
         """Asks for a parcel as long as ``parcel``."""
         parcel[-MARK_BYTES:] = 0
-        assert self._group is not None
-        return self._group.recv([parcel], self._position[rank], tag)
+        return cast("Work", self._group.recv([parcel], self._position[rank], tag))
 
     def wait(self, work: Work) -> None:
         """Waits until a parcel has been sent or has come. Raises RuntimeError if the other rank is gone."""
@@ -65,14 +63,12 @@ class Gloo:
 
     def release(self, rank: int, tags: Sequence[int]) -> None:
         """Sends short parcels to ``rank``, which may wait for those with ``tags``."""
-        assert self._group is not None
         for tag in tags:
             short = torch.zeros(1, dtype=torch.uint8)
             self._left += [short, self._group.send([short], self._position[rank], tag)]
 
     def drain(self, rank: int, parcels: Sequence[tuple[int, int]]) -> None:
         """Asks ``rank`` for parcels, tag and bytes of each, that it may wait to send. Nobody looks at them."""
-        assert self._group is not None
         for tag, nbytes in parcels:
             buffer = torch.empty(nbytes + MARK_BYTES, dtype=torch.uint8)
             self._left += [buffer, self._group.recv([buffer], self._position[rank], tag)]
@@ -90,11 +86,11 @@ class Gloo:
         failures: list[BaseException] = []
 
         def connect() -> None:
-            import torch.distributed as dist
+            from torch.distributed import distributed_c10d as c10d
 
             try:
-                store = dist.PrefixStore(f"shardsave/gloo/{name}", job_store().clone())
-                self._group = dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=session.timeouts.rank))
+                store = c10d.PrefixStore(f"shardsave/gloo/{name}", cast("Any", job_store().clone()))
+                self._group = c10d.ProcessGroupGloo(store, rank, size, timedelta(seconds=session.timeouts.rank))
             except BaseException as error:
                 failures.append(error)
 

@@ -292,10 +292,9 @@ class HostLinks:
                 self._send(guest.socket, message)
 
     def _send(self, connection: socket.socket, message: bytes) -> None:
-        """Never waits: a rank has at most as many messages before it as there are windows. What the other has closed is noticed elsewhere."""
+        """Never waits: no more messages are under way than there are windows. The end of a connection is noticed by who listens."""
         with contextlib.suppress(ConnectionError):
             connection.send(message, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-
 
     def abandon(self) -> None:
         """In a forked child, whose copies would hide the death of its parent from the other ranks."""

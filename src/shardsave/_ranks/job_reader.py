@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
@@ -68,7 +68,7 @@ class JobReader(TensorReader):
         wants = agree_on_wants(self._session, wants)
         with gc_paused():
             plan = plan_reads(wants, rank, size, every_byte=self._verify)
-            stored = [_stored(key, want, mine.get(key), rank) for key, want in wants.items()]
+            stored = _all_stored(wants, mine, rank)
         sums = JoinedSums(len(stored))
         self._read_ranges(stored, plan.alone, _places(stored, plan.alone), sums)
         self._read_ranges(stored, plan.unneeded, [None] * len(plan.unneeded), sums)
@@ -164,7 +164,14 @@ def _by_key(targets: Sequence[Target]) -> tuple[dict[Key, tuple[Located, Spread]
     """Where each stored tensor, or chunk of one, begins → it and what is filled of it; and the targets that need the same ones again."""
     first: dict[Key, tuple[Located, Spread]] = {}
     again = []
+    dtypes = {dtype: BY_NAME[dtype].torch for dtype in {located.dtype for located, _ in targets}}
     for target in targets:
+        located, into = target
+        if isinstance(into, Spread) and not located.chunks and into.dtype == dtypes[located.dtype]:  # most are like this
+            pair = located, into
+            if first.setdefault((located.shard, located.offset), pair) is not pair:
+                again.append(target)
+            continue
         parts = [((located.shard, located.offset), located, spread) for located, spread in _chunks(*target)]
         if any(key in first for key, _, _ in parts):
             again.append(target)
@@ -186,12 +193,22 @@ def _chunks(located: Located, into: torch.Tensor | Spread | None) -> Iterator[tu
         yield chunk, window(spread, begin, chunk.shape)
 
 
-def _stored(key: Key, want: Want, mine: tuple[Located, Spread] | None, rank: int) -> _Stored:
-    if mine is None:
-        return _Stored(*key, want.layout, Spread(BY_NAME[want.dtype].torch, want.layout, ()), None)
-    located, spread = mine
-    assert [sizes for _, sizes in want.layout.boxes(rank)] == [(*chunk.tensor.shape,) for chunk in spread.local], located.name
-    return _Stored(*key, want.layout, Spread(spread.dtype, want.layout, spread.local), located)
+def _all_stored(wants: Mapping[Key, Want], mine: Mapping[Key, tuple[Located, Spread]], rank: int) -> list[_Stored]:
+    all_stored = []
+    checked: set[tuple[int, int]] = set()  # pairs of layouts: that of all ranks, and that of this one
+    for (shard, offset), (dtype, layout) in wants.items():
+        if (pair := mine.get((shard, offset))) is None:
+            all_stored.append(_Stored(shard, offset, layout, Spread(BY_NAME[dtype].torch, layout, ()), None))
+            continue
+        located, spread = pair
+        if (known := (id(layout), id(spread.layout))) not in checked:
+            checked.add(known)
+            held = [(*chunk.tensor.shape,) for chunk in spread.local]
+            assert [sizes for _, sizes in layout.boxes(rank)] == held, located.name  # nothing here would be left unfilled
+        if spread.layout is not layout:
+            spread = Spread(spread.dtype, layout, spread.local)
+        all_stored.append(_Stored(shard, offset, layout, spread, located))
+    return all_stored
 
 
 def _places(stored: Sequence[_Stored], ranges: Sequence[Range]) -> list[Piece]:

@@ -17,7 +17,7 @@ from shardsave._ranks.part import Timeouts
 
 
 class Post:
-    """Starts the thread. What it learns comes into ``mailbox``."""
+    """The thread. What it learns comes into ``mailbox``."""
 
     def __init__(self, store: Store, members: Members, host: Host, call: Call, timeouts: Timeouts) -> None:
         self.mailbox = Mailbox()
@@ -27,8 +27,19 @@ class Post:
         self._call = call
         self._timeouts = timeouts
         self._abandoned = False
-        self.thread = threading.Thread(target=self._run, name="shardsave-ranks", daemon=True)
-        self.thread.start()
+        self._thread = threading.Thread(target=self._run, name="shardsave-ranks", daemon=True)
+        self._ended = False
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def join(self, seconds: float) -> bool:
+        """Whether the thread has ended, within so many seconds. Then it needs no descriptor any more."""
+        if self._thread.is_alive():
+            self._thread.join(seconds)
+        if self._ended and not self._thread.is_alive():
+            self.mailbox.bell.close()
+        return not self._thread.is_alive()
 
     def abandon(self, command: Command) -> None:
         """Ends the session from outside, with ``command`` first; also one that has not met the others yet."""
@@ -50,6 +61,7 @@ class Post:
             mailbox.broken = error
         finally:
             self.line.close()
+            self._ended = True
             mailbox.news.put(None)
 
     def _take_part(self, line: Line, meeting: Meeting) -> None:

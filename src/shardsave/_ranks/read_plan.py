@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from shardsave._format.dtypes import BY_NAME
-from shardsave._ranks.division import CommonRange, divide
+from shardsave._ranks.division import CommonRange, Division, divide
 from shardsave._ranks.wants import Key, Want
 
 #: Neighbouring ranges of a file are read by one rank, up to so many bytes, so that small tensors share reads.
@@ -39,15 +39,14 @@ class ReadPlan(NamedTuple):
 
 def plan_reads(wants: Mapping[Key, Want], rank: int, size: int, *, every_byte: bool) -> ReadPlan:
     """The plan for ``wants``, in the order of files and offsets. ``every_byte``: read also what nobody needs."""
-    items = {dtype: BY_NAME[dtype].torch.itemsize for dtype in {want.dtype for want in wants.values()}}
-    kinds = Counter((want.layout, items[want.dtype]) for want in wants.values())
+    divisions = _divisions(wants)
     readers = _Readers(size)
-    for (layout, item), times in kinds.items():
-        for reader, ranges in divide(layout, item).alone.items():
-            readers.loads[reader] += times * sum(end - begin for begin, end in ranges)
+    times = Counter(map(id, divisions))
+    for division in {id(division): division for division in divisions}.values():
+        for reader, ranges in division.alone.items():
+            readers.loads[reader] += times[id(division)] * sum(end - begin for begin, end in ranges)
     plan = ReadPlan([], [], [[] for _ in range(size)])
-    for number, ((shard, offset), want) in enumerate(wants.items()):
-        division = divide(want.layout, items[want.dtype])
+    for number, (((shard, offset), want), division) in enumerate(zip(wants.items(), divisions)):
         plan.alone.extend(Range(number, begin, end) for begin, end in division.alone.get(rank, ()))
         for common in division.common:
             one = Range(number, common.begin, common.end)
@@ -60,6 +59,19 @@ def plan_reads(wants: Mapping[Key, Want], rank: int, size: int, *, every_byte: b
             elif every_byte and want.layout.ranks and want.layout.ranks[number % len(want.layout.ranks)] == rank:
                 plan.unneeded.append(one)
     return plan
+
+
+def _divisions(wants: Mapping[Key, Want]) -> list[Division]:
+    """The division of each of ``wants``; layouts are hashed slowly, and most tensors share theirs."""
+    items = {dtype: BY_NAME[dtype].torch.itemsize for dtype in {want.dtype for want in wants.values()}}
+    known: dict[tuple[int, str], Division] = {}
+    divisions = []
+    for dtype, layout in wants.values():
+        division = known.get((id(layout), dtype))
+        if division is None:
+            division = known[id(layout), dtype] = divide(layout, items[dtype])
+        divisions.append(division)
+    return divisions
 
 
 class _Readers:

@@ -158,21 +158,29 @@ class Session:
 
     def close(self) -> None:
         """Ends this rank's part. Waits for no other rank, but that the lowest of a host waits for those of its host. Raises nothing."""
-        if self._post is None or self._process != os.getpid() or not self._finalizer.detach():
+        if self._post is None or self._process != os.getpid() or not self._finalizer.alive:
             return
-        self._post.mailbox.command(Command("close"))
-        join(self._post, self.timeouts.phase, self._stall)
-        if self._ticket is not None:
-            self._ticket.give_back()
+        try:
+            self._post.mailbox.command(Command("close"))
+            join(self._post, self.timeouts.phase, self._stall)
+            if self._ticket is not None:
+                self._ticket.give_back()
+            self._finalizer.detach()
+        finally:
+            self._finalizer()  # after an interrupt
 
     def __enter__(self) -> Session:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        raised = error
         try:
-            raised = None if error is None else self.fail(error)
-        finally:
+            if error is not None:
+                raised = self.fail(error)
             self.close()
+        finally:
+            if self._process == os.getpid():
+                self._finalizer()  # after an interrupt
         if raised is not None and raised is not error:
             if error is not None and raised is not error.__cause__:
                 raise raised from error
@@ -270,11 +278,12 @@ def begin_with(
     if len(members.names) == 1:
         return Session(None, call, Roll((0,), (host.name,), members.names), 0, timeouts, usual)
     ticket = Ticket(members, f"{call} on thread '{threading.current_thread().name}'")
-    if (running := ticket.take()) is not None:
-        raise usual(f"cannot {call}: one collective call of a group at a time was expected, this process is in: {running}")
     post = None
     try:
+        if (running := ticket.take()) is not None:
+            raise usual(f"cannot {call}: one collective call of a group at a time was expected, this process is in: {running}")
         post = Post(store, members, host, call, timeouts)
+        post.start()
         roll = unpack_roll(_first(post, timeouts, usual, call), members.names)
         return Session(post, call, roll, members.rank, timeouts, usual, ticket)
     except BaseException as error:

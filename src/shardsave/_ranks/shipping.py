@@ -17,8 +17,6 @@ from shardsave._ranks.traffic import Traffic
 from shardsave._saving.shards import PlannedShard, plan_blocks
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from shardsave._common.sources import ByteSource
     from shardsave._ranks.session import Session
 
@@ -136,4 +134,3 @@ def _without_replicas(layout: Layout) -> Mapping[int, Sequence[Extent]] | None:
     boxes = {rank: held for rank in layout.ranks if (held := layout.boxes(rank))}
     elements = sum(math.prod(sizes) for held in boxes.values() for _, sizes in held)
     return boxes if elements == math.prod(layout.shape) else None
-

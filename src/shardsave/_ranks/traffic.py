@@ -46,7 +46,7 @@ class Traffic:
 
     def follow_caller(self) -> None:
         """What is copied from and to devices comes after the work that the calling thread has given them."""
-        if torch.cuda.is_initialized():
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             tensors = [tensor for tensor in self._run_of(self.rank).tensors if tensor is not None]
             self._local.follow_caller({tensor.cuda_device for tensor in tensors} | {torch.cuda.current_device()})
 

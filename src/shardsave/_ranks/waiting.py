@@ -36,11 +36,8 @@ class Stall:
 def join(post: Post, seconds: float, stall: Stall) -> None:
     """Waits until the thread has ended, unless the store does not answer it."""
     end = time.monotonic() + seconds
-    while post.thread.is_alive():
-        post.thread.join(TICK)
-        if time.monotonic() > end or stall.lasts(post.line.call):
-            return
-    post.mailbox.bell.close()
+    while not post.join(TICK) and time.monotonic() < end and not stall.lasts(post.line.call):
+        pass
 
 
 def trouble_of(post: Post, usual: type[ShardSaveError], stall: Stall, call: Call) -> Exception | None:

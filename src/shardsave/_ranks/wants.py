@@ -51,6 +51,8 @@ def agree_on_wants(session: Session, mine: Mapping[Key, Want]) -> dict[Key, Want
 def _with_ranks(wants: Mapping[Key, Want], ranks: Sequence[int]) -> dict[Key, Want]:
     """``wants`` of all of ``ranks``, which want the same: whole tensors are wanted by each of them."""
     everybody = tuple(ranks)
+    if not any(isinstance(want.layout, (Whole, Window)) for want in wants.values()):
+        return dict(wants)
     return {key: want._replace(layout=_of_ranks(want.layout, everybody)) for key, want in wants.items()}
 
 
@@ -83,10 +85,14 @@ def _describe(wants: Mapping[Key, Want]) -> bytes:
     shards = sorted({shard for shard, _ in wants})
     shard_numbers = {shard: number for number, shard in enumerate(shards)}
     layouts: dict[Layout, int] = {}
+    by_object: dict[int, int] = {}  # layouts are compared slowly, and most tensors share theirs
     rows = []
-    for (shard, offset), want in wants.items():
-        layout = want.layout._replace(ranks=()) if isinstance(want.layout, Whole) else want.layout
-        rows.append((shard_numbers[shard], offset, want.dtype, layouts.setdefault(layout, len(layouts))))
+    for (shard, offset), (dtype, layout) in wants.items():
+        number = by_object.get(id(layout))
+        if number is None:
+            plain = layout._replace(ranks=()) if isinstance(layout, Whole) else layout
+            number = by_object[id(layout)] = layouts.setdefault(plain, len(layouts))
+        rows.append((shard_numbers[shard], offset, dtype, number))
     return json.dumps([shards, [_encode(layout) for layout in layouts], rows], separators=(",", ":")).encode()
 
 

@@ -7,6 +7,7 @@ import ctypes
 import mmap
 import os
 import socket
+from contextlib import suppress
 
 from shardsave._common.os_calls import Descriptor, call
 
@@ -45,10 +46,8 @@ class SharedMemory:
         """Frees it, or leaves that to the last view of it."""
         self.file.abandon()
         self.view.release()
-        try:
+        with suppress(BufferError):
             self._map.close()
-        except BufferError:
-            pass
 
 
 def send_descriptor(connection: socket.socket, message: bytes, fd: int) -> None:
@@ -58,7 +57,9 @@ def send_descriptor(connection: socket.socket, message: bytes, fd: int) -> None:
 
 def receive(connection: socket.socket) -> tuple[bytes, Descriptor | None]:
     """One message, empty at the end of the connection, and the descriptor that came with it."""
-    message, extra, _, _ = connection.recvmsg(MESSAGE_BYTES, socket.CMSG_SPACE(array.array("i").itemsize), socket.MSG_CMSG_CLOEXEC)
+    message, extra, _, _ = connection.recvmsg(
+        MESSAGE_BYTES, socket.CMSG_SPACE(array.array("i").itemsize), socket.MSG_CMSG_CLOEXEC
+    )
     for level, kind, data in extra:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             return message, Descriptor.of(int(array.array("i", data)[0]))
