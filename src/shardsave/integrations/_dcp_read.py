@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -18,6 +19,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 
+from shardsave._api.load_jobs import job_of_load
 from shardsave._api.load_reports import LoadClock, log_load
 from shardsave._api.reports import LoadReport
 from shardsave._common.assembled import Chunk
@@ -30,11 +32,11 @@ from shardsave._common.uncompiled import uncompiled
 from shardsave._common.warn_caller import warn_caller
 from shardsave._format.dtypes import BY_NAME, torch_shape
 from shardsave._format.index import TRAINING
-from shardsave._loading.read import Target, TensorReader
+from shardsave._loading.read import Target
 from shardsave._storage.checkpoint import Checkpoint, open_checkpoint
 from shardsave._storage.located import Located, StoredChunk
 from shardsave._training.read_values import ValueReader
-from shardsave.errors import IncompatibleCheckpointError
+from shardsave.errors import DirectoryBusyError, IncompatibleCheckpointError
 from shardsave.integrations._dcp_document import Document, decode
 from shardsave.integrations._dcp_names import Path, Rule, name_of
 
@@ -119,41 +121,68 @@ def _chunks(located: Located) -> Sequence[StoredChunk]:
 
 @uncompiled
 @verb()
-def read_items(stored: Stored, plan: LoadPlan, planner: LoadPlanner, *, verify: bool, progress: ProgressArgument) -> LoadReport:
-    """Reads every item of ``plan`` into the tensors of ``planner``, and hands it the values that are no tensors."""
+def read_items(
+    stored: Stored,
+    plan: LoadPlan,
+    planner: LoadPlanner,
+    *,
+    verify: bool,
+    progress: ProgressArgument,
+    group: ProcessGroup | None = None,
+    rank_timeout: float = 120.0,
+) -> LoadReport:
+    """Reads every item of ``plan`` into the tensors of ``planner``, and hands it the values that are no tensors.
+
+    ``group``: all of its ranks call this, and read each byte once; None: this rank reads for itself.
+    """
     clock = LoadClock()
-    in_place: list[tuple[ReadItem, torch.Tensor]] = []
-    copied: list[tuple[torch.Tensor, torch.Tensor]] = []
-    targets: list[Target] = []
-    for item in plan.items:
-        if item.type is LoadItemType.BYTE_IO:
-            continue
-        tensor = planner.resolve_tensor(item)
-        in_place.append((item, tensor))
-        destination = _destination(tensor, item, stored)
-        if destination is not tensor:
-            copied.append((tensor, destination))
-        targets += _targets(item, destination.detach(), stored)
-    values = [_Value(item, stored) for item in plan.items if item.type is LoadItemType.BYTE_IO]
-    targets += [target for value in values for target in value.targets]
-    clock.planned()
-    # autograd does not notice these writes; with a new version number, a stale backward raises.
-    torch.autograd.graph.increment_version([tensor for _, tensor in in_place if not tensor.is_inference()])
-    with Progress(progress, "loading", sum(located.nbytes for located, _ in targets)) as reporter:
-        reader = TensorReader(stored.checkpoint, verify=verify, progress=reporter)
-        reader.read(targets)
-    clock.transferred()
-    for tensor, copy in copied:
-        with torch.no_grad():
-            tensor.copy_(copy)
-    for item, tensor in in_place:
-        planner.commit_tensor(item, tensor)
+    with job_of_load(None, stored.checkpoint.path, "load", group, rank_timeout) as job:
+        if not job.all_have(stored.checkpoint.identity()):
+            raise DirectoryBusyError(
+                f"cannot load {stored.checkpoint.path}: one checkpoint was expected on all ranks, a save has replaced it, or the ranks see "
+                f"different files; nothing was loaded"
+            )
+        boxes = [_Box(item, planner, stored) for item in plan.items if item.type is not LoadItemType.BYTE_IO]
+        values = [_Value(item, stored) for item in plan.items if item.type is LoadItemType.BYTE_IO]
+        rank = job.parts.rank if job.parts is not None else None
+        targets = _ranges(boxes) if rank is None else _parts_of(boxes, rank)
+        targets += [target for value in values for target in value.targets]
+        job.checked()
+        clock.planned()
+        # autograd does not notice these writes; with a new version number, a stale backward raises.
+        torch.autograd.graph.increment_version([box.into for box in boxes if not box.into.is_inference()])
+        with Progress(progress if job.leads else False, "loading", sum(located.nbytes for located, _ in targets)) as reporter:
+            reader = job.reader(stored.checkpoint, verify=verify, progress=reporter)
+            reader.read_together(targets)
+        clock.transferred()
+    for box in boxes:
+        box.commit(planner)
     for value in values:
         planner.load_bytes(value.item, value.pickled())
     notes = stored.checkpoint.notes()
     report = clock.report(stored.checkpoint.path, [located for located, _ in targets], reader, notes)
-    log_load(report, notes, may_be_empty=True)
+    if job.leads:
+        log_load(report, notes, may_be_empty=True)
     return report
+
+
+class _Box:
+    """A box of a stored tensor, or of a chunk of one: the ``sizes`` from index ``begin`` on of ``located``, read into ``tensor``."""
+
+    def __init__(self, item: ReadItem, planner: LoadPlanner, stored: Stored) -> None:
+        self.item = item
+        self.into = planner.resolve_tensor(item)
+        self.located = stored.place(item.storage_index).located
+        self.dtype, self.shape = BY_NAME[self.located.dtype].torch, torch_shape(self.located.dtype, self.located.shape)
+        self.begin, self.sizes = tuple(item.storage_offsets), tuple(item.lengths)
+        self._copy = _destination(self.into, item, stored)
+        self.tensor = self._copy.detach()
+
+    def commit(self, planner: LoadPlanner) -> None:
+        if self._copy is not self.into:
+            with torch.no_grad():
+                self.into.copy_(self._copy)
+        planner.commit_tensor(self.item, self.into)
 
 
 def _destination(tensor: torch.Tensor, item: ReadItem, stored: Stored) -> torch.Tensor:
@@ -169,24 +198,48 @@ def _destination(tensor: torch.Tensor, item: ReadItem, stored: Stored) -> torch.
     return torch.empty(item.lengths, dtype=dtype)
 
 
-def _targets(item: ReadItem, tensor: torch.Tensor, stored: Stored) -> Iterator[Target]:
-    """The range of a file that has the box which ``item`` wants, and what takes the box out of it. Nothing for an empty box."""
-    located = stored.place(item.storage_index).located
-    dtype, shape = BY_NAME[located.dtype].torch, torch_shape(located.dtype, located.shape)
-    if not tensor.numel():
-        return
-    begin, sizes = tuple(item.storage_offsets), tuple(item.lengths)
-    first = _position(begin, shape)
-    stop = _position([at + size - 1 for at, size in zip(begin, sizes)], shape) + 1
-    if stop - first == tensor.numel():
-        yield _range(located, first * dtype.itemsize, stop * dtype.itemsize), tensor
-        return
-    # All rows that the box has a part of.
-    row = math.prod(shape[1:]) * dtype.itemsize
-    begin, rows = (0, *begin[1:]), (sizes[0], *shape[1:])
-    box = Spread(dtype, Listed({0: [(begin, sizes)]}, rows), [Chunk(begin, tensor)])
-    first = item.storage_offsets[0]
-    yield _range(located, first * row, (first + sizes[0]) * row), box
+def _ranges(boxes: Sequence[_Box]) -> list[Target]:
+    """For each box the range of a file that has it, and what takes it out of that. Nothing for an empty box."""
+    targets: list[Target] = []
+    for box in boxes:
+        if not box.tensor.numel():
+            continue
+        size = box.dtype.itemsize
+        first = _position(box.begin, box.shape)
+        stop = _position([at + size - 1 for at, size in zip(box.begin, box.sizes)], box.shape) + 1
+        if stop - first == box.tensor.numel():
+            targets.append((_range(box.located, first * size, stop * size), box.tensor))
+            continue
+        # All rows that the box has a part of.
+        row = math.prod(box.shape[1:]) * size
+        begin, rows = (0, *box.begin[1:]), (box.sizes[0], *box.shape[1:])
+        spread = Spread(box.dtype, Listed({0: [(begin, box.sizes)]}, rows), [Chunk(begin, box.tensor)])
+        targets.append((_range(box.located, box.begin[0] * row, (box.begin[0] + box.sizes[0]) * row), spread))
+    return targets
+
+
+def _parts_of(boxes: Sequence[_Box], rank: int) -> list[Target]:
+    """The stored tensors that ``rank`` needs boxes of, each with these. Boxes that overlap others are targets of their own."""
+    targets: list[tuple[Located, list[_Box]]] = []
+    latest: dict[tuple[str, int], list[_Box]] = {}
+    for box in boxes:
+        if not box.tensor.numel():
+            continue
+        together = latest.get((box.located.shard, box.located.offset))
+        if together is None or any(_overlap(box, other) for other in together):
+            together = latest[box.located.shard, box.located.offset] = []
+            targets.append((box.located, together))
+        together.append(box)
+    return [(located, _spread(together, rank)) for located, together in targets]
+
+
+def _overlap(one: _Box, other: _Box) -> bool:
+    return all(max(a, b) < min(a + n, b + m) for a, n, b, m in zip(one.begin, one.sizes, other.begin, other.sizes))
+
+
+def _spread(boxes: Sequence[_Box], rank: int) -> Spread:
+    layout = Listed({rank: [(box.begin, box.sizes) for box in boxes]}, boxes[0].shape)
+    return Spread(boxes[0].dtype, layout, [Chunk(box.begin, box.tensor) for box in boxes])
 
 
 def _range(located: Located, begin: int, end: int) -> Located:

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from shardsave._api.arguments import check_path, check_progress, check_switches
+from shardsave._api.arguments import check_path, check_progress, check_switches, check_timeout
 from shardsave._api.reports import LoadReport, SaveReport
 from shardsave._api.save import How, check_how
 from shardsave._common.progress import ProgressArgument
@@ -181,25 +181,37 @@ class StorageWriter(BlockingAsyncStager, storage.StorageWriter):
 class StorageReader(storage.StorageReader):
     """Reads any checkpoint that `shardsave.load` reads, for ``torch.distributed.checkpoint.load``, into any mesh.
 
-    Each rank reads the ranges of the files that its boxes need. What is read whole is verified; of a part no checksum is stored.
-    Files that the state dict does not need are not read. Tensors are cast to the dtype of those that they are read into.
+    The ranks read each byte that they need once, verify it, and give it to each other. A rank that loads alone, or in a group that
+    ``process_group`` does not name, reads the ranges of the files that its boxes need; what is read in part is then not verified.
+    Tensors are cast to the dtype of those that they are read into.
 
     Args:
         directory: the checkpoint, unless DCP is called with ``checkpoint_id``: a directory, an index or one safetensors file.
         prefix: what the state dict has before the names of the weights, such as ``"model."`` for ``{"model": model.state_dict()}``; by
             default what DCP had there when it saved the checkpoint, and nothing if something else saved it.
-        verify, progress: as in `shardsave.load`.
+        process_group: the group that DCP is called with, if it is called with one.
+        verify, progress: as in `shardsave.load`. rank_timeout: as in `shardsave.load_model`.
 
     After a load, ``report`` tells what was read on this rank.
     """
 
     def __init__(
-        self, directory: PathLike, *, prefix: str | None = None, verify: bool = True, progress: ProgressArgument = None
+        self,
+        directory: PathLike,
+        *,
+        prefix: str | None = None,
+        process_group: torch.distributed.ProcessGroup | None = None,
+        verify: bool = True,
+        progress: ProgressArgument = None,
+        rank_timeout: float = 120.0,
     ) -> None:
         check_path(directory)
         _check_prefix(prefix)
         check_switches(verify=verify)
         check_progress(progress)
+        check_timeout(rank_timeout, "rank_timeout")
+        self._process_group = process_group
+        self._rank_timeout = rank_timeout
         self._directory = os.fspath(directory)
         self._prefix = prefix
         self._verify = verify
@@ -232,14 +244,22 @@ class StorageReader(storage.StorageReader):
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        return plans
+        return [dataclasses.replace(plan, storage_data=len(plans)) for plan in plans]
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         if self._stored is None:
             self.read_metadata()
         assert self._stored is not None
         try:
-            self.report = read_items(self._stored, plan, planner, verify=self._verify, progress=self._progress)
+            self.report = read_items(
+                self._stored,
+                plan,
+                planner,
+                verify=self._verify,
+                progress=self._progress,
+                group=self._group_of(plan.storage_data),
+                rank_timeout=self._rank_timeout,
+            )
         finally:
             self._close()
         read: Future[None] = Future()
@@ -249,6 +269,13 @@ class StorageReader(storage.StorageReader):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: PathLike) -> bool:
         return _is_local(checkpoint_id)
+
+    def _group_of(self, ranks: Any) -> torch.distributed.ProcessGroup | None:
+        """The group of the ``ranks`` that DCP loads on; None if this rank is alone, or nobody told which ones the others are."""
+        if not isinstance(ranks, int) or ranks < 2:
+            return None
+        group = self._process_group if self._process_group is not None else torch.distributed.group.WORLD
+        return group if group is not None and group.size() == ranks else None
 
     def _close(self) -> None:
         if self._stored is not None:
