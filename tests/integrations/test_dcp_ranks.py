@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 import os
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
@@ -235,6 +236,78 @@ def test_one_rank_fails(failing: int, tmp_path: Path) -> None:
     assert sorted(shardsave.load(tmp_path)) == sorted(Model().state_dict())
 
 
+def read_once(rank: int, folder: Path) -> list[Any]:
+    """Bytes that this rank read, and whether all were verified; then what it raises for a checkpoint with a wrong bit."""
+    found: list[Any] = []
+    for place in (rows, columns, replicated):
+        state = place(Model(seed=1)).state_dict()
+        reader = StorageReader(folder)
+        dcp.load(state, storage_reader=reader)
+        assert reader.report is not None
+        found.append((reader.report.bytes, reader.report.verified))
+    for reader, planner in ((StorageReader(folder / "damaged"), None), (StorageReader(folder), Blocks(2))):
+        try:
+            dcp.load(rows(Model(seed=1)).state_dict(), storage_reader=reader, planner=planner)
+        except BaseException as error:
+            found.append(str(error))
+    return found
+
+
+class Blocks(DefaultLoadPlanner):
+    """Has no memory on one rank."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+
+    def resolve_tensor(self, item: Any) -> Any:
+        if dist.get_rank() == self.rank:
+            raise MemoryError("no memory")
+        return super().resolve_tensor(item)
+
+
+def test_each_byte_is_read_once(tmp_path: Path) -> None:
+    """Catches ranks that all read the same, parts that nobody verifies, and an error that only one rank raises."""
+    report = shardsave.save(Model(), tmp_path, durable=False)
+    shutil.copytree(tmp_path, tmp_path / "damaged")
+    shard = max((tmp_path / "damaged").glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    loads = run_ranks(4, read_once, tmp_path)
+    for number in range(3):
+        assert sum(load[number][0] for load in loads) == report.bytes and all(load[number][1] is True for load in loads)
+    assert all("corrupt shard" in load[3] and "has checksum" in load[3] for load in loads)
+    assert all("rank 2: no memory" in load[4] or "MemoryError: no memory" in load[4] for load in loads)
+
+
+class Unreadable(StorageReader):
+    """Cannot be opened on one rank, at the first attempt."""
+
+    attempts = 0
+
+    def read_metadata(self) -> Metadata:
+        self.attempts += 1
+        if dist.get_rank() == 1 and self.attempts == 1:
+            raise shardsave.DirectoryBusyError("busy")
+        return super().read_metadata()
+
+
+def read_at_second_attempt(rank: int, folder: Path) -> str:
+    state = rows(Model(seed=1)).state_dict()
+    try:
+        dcp.load(state, storage_reader=Unreadable(folder))
+    except BaseException as error:
+        return str(error)
+    return "loaded"
+
+
+def test_a_rank_that_cannot_open_the_checkpoint(tmp_path: Path) -> None:
+    """Catches a rank that tries again by itself, and then waits for ranks that have given up."""
+    shardsave.save(Model(), tmp_path, durable=False)
+    assert all("busy" in message for message in run_ranks(2, read_at_second_attempt, tmp_path))
+
+
 def save_in_group(rank: int, folder: Path) -> str:
     group = dist.new_group([1, 3])
     if rank in (1, 3):
@@ -242,6 +315,10 @@ def save_in_group(rank: int, folder: Path) -> str:
         model = fully_shard(Model(), mesh=mesh)
         writer = StorageWriter(folder, model, process_group=group)
         dcp.save(model.state_dict(), storage_writer=writer, process_group=group)
+        for reader in (StorageReader(folder, process_group=group), StorageReader(folder)):
+            state = fully_shard(Model(seed=1), mesh=mesh).state_dict()
+            dcp.load(state, storage_reader=reader, process_group=group)
+            assert all(same_bits(whole(value), Model().state_dict()[key]) for key, value in state.items())
         try:
             dcp.save(model.state_dict(), storage_writer=StorageWriter(folder / "wrong", model), process_group=group)
         except BaseException as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ from shardsave._api.load_reports import LoadClock, log_load
 from shardsave._api.reports import LoadReport
 from shardsave._common.assembled import Chunk
 from shardsave._common.layouts import Listed
-from shardsave._common.memory import PLAIN_TYPES
+from shardsave._common.memory import PLAIN_TYPES, memory_key
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
 from shardsave._common.spread import Spread
@@ -144,8 +144,8 @@ def read_items(
             )
         boxes = [_Box(item, planner, stored) for item in plan.items if item.type is not LoadItemType.BYTE_IO]
         values = [_Value(item, stored) for item in plan.items if item.type is LoadItemType.BYTE_IO]
-        rank = job.parts.rank if job.parts is not None else None
-        targets = _ranges(boxes) if rank is None else _parts_of(boxes, rank)
+        once = _without_repeated(boxes)
+        targets = _ranges(once) if job.parts is None else _parts_of(once, job.parts.rank)
         targets += [target for value in values for target in value.targets]
         job.checked()
         clock.planned()
@@ -175,14 +175,26 @@ class _Box:
         self.located = stored.place(item.storage_index).located
         self.dtype, self.shape = BY_NAME[self.located.dtype].torch, torch_shape(self.located.dtype, self.located.shape)
         self.begin, self.sizes = tuple(item.storage_offsets), tuple(item.lengths)
-        self._copy = _destination(self.into, item, stored)
-        self.tensor = self._copy.detach()
+        self.tensor = _destination(self.into, item, stored).detach()
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for boxes that get the same elements of the same dtype, as those of tied tensors do."""
+        return self.located.shard, self.located.offset, self.begin, self.sizes, self.tensor.dtype, self.tensor.device
 
     def commit(self, planner: LoadPlanner) -> None:
-        if self._copy is not self.into:
+        if memory_key(self.tensor) != memory_key(self.into.detach()):
             with torch.no_grad():
-                self.into.copy_(self._copy)
+                self.into.copy_(self.tensor)
         planner.commit_tensor(self.item, self.into)
+
+
+def _without_repeated(boxes: Sequence[_Box]) -> list[_Box]:
+    """``boxes``, each once: a box with the elements of an earlier one will be copied from that."""
+    first: dict[Hashable, _Box] = {}
+    for box in boxes:
+        box.tensor = first.setdefault(box.key, box).tensor
+    return [*first.values()]
 
 
 def _destination(tensor: torch.Tensor, item: ReadItem, stored: Stored) -> torch.Tensor:

@@ -231,8 +231,11 @@ class StorageReader(storage.StorageReader):
         self._close()
         self.report = None
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """What the checkpoint has. Its files stay open until they have been read, so that a save cannot replace them in between."""
+    def read_metadata(self) -> Metadata:
+        """What the checkpoint has. Its files stay open until they have been read, so that a save cannot replace them in between.
+
+        It takes no ``kwargs``: with these, DCP would try again after an error, and go on without the other ranks.
+        """
         self._close()
         self._stored = open_stored(self._directory, self._prefix)
         return self._stored.metadata()
