@@ -161,3 +161,19 @@ def test_one_record_and_one_bar(tmp_path: Path) -> None:
     ends = run_ranks(4, log_and_warn, tmp_path)
     assert [len(records) for records, _ in ends] == [1, 0, 0, 0]
     assert [bool(shown) for _, shown in ends] == [True, False, False, False]
+
+
+def plan_and_save(rank: int, folder: Path) -> tuple[dict[str, int], dict[str, int]]:
+    _, placed = PLACEMENTS["rows"]()
+    plan = shardsave.plan_save(placed, folder / "ckpt", max_shard_size=SIZE)
+    dist.barrier()
+    shardsave.save(placed, folder / "ckpt", max_shard_size=SIZE)
+    dist.barrier()
+    planned = {file.name: file.bytes for file in plan.files}
+    return planned, {name: (folder / "ckpt" / name).stat().st_size for name in os.listdir(folder / "ckpt")}
+
+
+def test_plans(tmp_path: Path) -> None:
+    """Catches a plan of several ranks that names other files, or lengths, than the save then writes."""
+    for planned, written in run_ranks(4, plan_and_save, tmp_path):
+        assert planned == written

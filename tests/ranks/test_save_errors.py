@@ -127,7 +127,7 @@ CASES: dict[str, tuple[Callable[[int, Path], object], str, str]] = {
     ),
     "contradiction": (contradiction, "UnsupportedTensorError", "'x'"),
     "describe": (fails_in_describe, "SaveNotCommittedError", "rank 2: RuntimeError: a hook of the user; nothing was committed"),
-    "training state": (training_state, "ValueError", "rank 0: training= and rng= need"),
+    "training state": (training_state, "ValueError", "training= and rng= need"),
     "progress": (callback_fails, "SaveNotCommittedError", "rank 2: RuntimeError: no progress; nothing was committed"),
 }
 

@@ -82,6 +82,21 @@ def test_values(hosts: int, table: tuple[int, ...]) -> None:
         assert same and left == []
 
 
+def tell_by_file(rank: int, path: str) -> list[bytes]:
+    members = groups.members_of(dist.group.WORLD)
+    store = dist.FileStore(path, -1)
+    with begin_with(
+        store, members, groups.Host(f"host{rank}", "machine"), Call("save", "ckpt"), Timeouts(120.0, 60.0)
+    ) as session:
+        return session.exchange("values", b"%d" % rank * 100_000)
+
+
+def test_a_store_in_a_file(tmp_path: Path) -> None:
+    """Catches calls that only a store over TCP understands."""
+    for values in run_ranks(2, tell_by_file, str(tmp_path / "store")):
+        assert values == [b"0" * 100_000, b"1" * 100_000]
+
+
 def tell_in_sub_groups(rank: int) -> object:
     groups_of_two = [dist.new_group([0, 2], backend="gloo"), dist.new_group([1, 3], backend="gloo")]
     lone = dist.new_group([rank], backend="gloo", use_local_synchronization=True)
@@ -117,17 +132,26 @@ def test_sessions_in_a_row() -> None:
 # -- errors
 
 
-def fail_on_one(rank: int, hosts: int, struck: int, error: BaseException) -> None:
-    with open_session(rank, hosts) as session:
-        session.exchange("values", b"")
-        if rank == struck:
-            raise error
-        while True:
-            session.check()
-            time.sleep(0.01)
+def fail_in_turn(rank: int, cases: list[tuple[int, int, BaseException]]) -> list[tuple[str, str]]:
+    """One session for each case: how many hosts, which rank raises (all of them: -1), and what."""
+    ends = []
+    for hosts, struck, raised in cases:
+        try:
+            with open_session(rank, hosts) as session:
+                session.exchange("values", b"")
+                if struck < 0:
+                    raise ValueError(f"bad {rank}")
+                if rank == struck:
+                    raise raised
+                while True:
+                    session.check()
+                    time.sleep(0.01)
+        except BaseException as error:
+            ends.append((type(error).__name__, str(error)))
+    return ends
 
 
-CASES = [
+ERRORS = [
     (OutOfSpaceError("cannot write a: full"), "OutOfSpaceError", "cannot write a: full"),
     (ValueError("bad"), "ValueError", "bad"),
     (UnicodeDecodeError("utf-8", b"a", 0, 1, "no"), "ValueError", "'utf-8' codec can't decode byte 0x61 in position 0: no"),
@@ -136,43 +160,31 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("error", "name", "text"), CASES)
-def test_an_error(error: Exception, name: str, text: str) -> None:
+def test_an_error() -> None:
     """Catches ranks that end with another error than the one that struck, or in other words."""
-    with Job(4, fail_on_one, 1, 2, error) as job:
-        ends = job.ended()
-    assert {(end.error, end.message) for end in ends} == {(name, f"rank 2: {text}")}
+    ends = run_ranks(4, fail_in_turn, [(1, 2, error) for error, _, _ in ERRORS])
+    assert ends == [[(name, f"rank 2: {text}") for _, name, text in ERRORS]] * 4
 
 
-@pytest.mark.parametrize("struck", [0, 1, 2, 3])
-def test_an_error_on_two_hosts(struck: int) -> None:
+def test_an_error_on_two_hosts() -> None:
     """Catches an error that does not leave its host, or whose machine nobody learns."""
-    with Job(4, fail_on_one, 2, struck, ValueError("bad")) as job:
-        ends = job.ended()
-    assert {(end.error, end.message) for end in ends} == {("ValueError", f"rank {struck} (machine{struck // 2}): bad")}
+    ends = run_ranks(4, fail_in_turn, [(2, struck, ValueError("bad")) for struck in range(4)])
+    assert ends == [[("ValueError", f"rank {struck} (machine{struck // 2}): bad") for struck in range(4)]] * 4
 
 
-@pytest.mark.parametrize("struck", [0, 3])
-def test_an_interrupt(struck: int) -> None:
+def test_an_interrupt() -> None:
     """Catches an interrupt that becomes another error where it struck, or that the other ranks do not learn."""
-    with Job(4, fail_on_one, 1, struck, KeyboardInterrupt()) as job:
-        ends = job.ended()
-    assert ends.pop(struck).error == "KeyboardInterrupt"
-    assert {(end.error, end.message) for end in ends} == {("SaveNotCommittedError", f"rank {struck} was interrupted")}
+    ends = run_ranks(4, fail_in_turn, [(1, 0, KeyboardInterrupt()), (1, 3, KeyboardInterrupt())])
+    for rank in range(4):
+        for case, struck in enumerate((0, 3)):
+            told = ("SaveNotCommittedError", f"rank {struck} was interrupted")
+            assert ends[rank][case] == (("KeyboardInterrupt", "") if rank == struck else told)
 
 
-def fail_on_all(rank: int, hosts: int) -> None:
-    with open_session(rank, hosts) as session:
-        session.exchange("values", b"")
-        raise ValueError(f"bad {rank}")
-
-
-@pytest.mark.parametrize("hosts", [1, 2, 4])
-def test_errors_on_all_ranks(hosts: int) -> None:
+def test_errors_on_all_ranks() -> None:
     """Catches ranks that do not agree which of several errors is that of the job."""
-    with Job(4, fail_on_all, hosts) as job:
-        ends = job.ended()
-    assert len({(end.error, end.message) for end in ends}) == 1 and ends[0].error == "ValueError"
+    ends = run_ranks(4, fail_in_turn, [(hosts, -1, ValueError()) for hosts in (1, 2, 4) * 3])
+    assert ends[1:] == ends[:-1] and {name for name, _ in ends[0]} == {"ValueError"}
 
 
 def fail_after_decision(rank: int) -> str:
@@ -457,9 +469,11 @@ def be_struck(rank: int, hosts: int, struck: int, seconds: float, number: signal
                 session.gather("values", b"a" * 5000)
                 session.publish("decision", b"a" if session.leads else None)
     except KeyboardInterrupt:
-        time.sleep(0.3)
-        if [thread for thread in threading.enumerate() if thread.name == "shardsave-ranks"]:
-            raise RuntimeError("the thread lives on") from None
+        end = time.monotonic() + 20
+        while [thread for thread in threading.enumerate() if thread.name == "shardsave-ranks"]:
+            if time.monotonic() > end:
+                raise RuntimeError("the thread lives on") from None
+            time.sleep(0.01)
         raise
 
 

@@ -5,23 +5,28 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from shardsave._api.arguments import check_switches, check_timeout
 from shardsave._api.pending_save import PendingSave
+from shardsave._api.process_group import collective_group
 from shardsave._api.reports import Phases, SaveReport
 from shardsave._api.save import How, check_how, log_saved, write_planned
 from shardsave._api.save_contents import Planned, What, plan
+from shardsave._api.save_jobs import digests, job_of_save, leader_is_busy
 from shardsave._background.flight import Flight
 from shardsave._background.staging import Staging, stage
-from shardsave._background.turns import IfBusy, take_turn
+from shardsave._background.turns import IfBusy, in_flight, take_turn
 from shardsave._common.backend import engine_name
 from shardsave._common.imports import import_at_use
 from shardsave._common.shutdown import verb
 from shardsave._common.warn_caller import warnings_collected
+from shardsave._saving.job import Job
 from shardsave._state.module import Source
+from shardsave.errors import DirectoryBusyError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -84,18 +89,20 @@ def start(
     An interrupt, at whatever moment, ends what was started.
     """
     started = time.perf_counter()
-    path = check_how(directory, how)
-    check_background(background)
+    together = collective_group(source, what.process_group) is not None
+    path = "" if together else _checked_path(directory, how, background)
     flight: Flight[SaveReport] = Flight(os.fspath(directory))
     try:
-        with verb():
-            queue_seconds = take_turn(flight, background.if_busy)
+        with verb(), ExitStack() as ending:
+            queue_seconds = _take_turn(flight, source, what, background.if_busy, how.rank_timeout, together=together)
             if queue_seconds is None:
                 flight.skip(_skipped(flight.path))
                 return PendingSave(flight)
+            job = ending.enter_context(_job(source, directory, what, how))
+            path = path or _checked_path(directory, how, background)  # only now, so that all ranks learn of a wrong argument
             how = around.before(how)
             planning = time.perf_counter()
-            planned = plan(source, what)
+            planned = _planned(source, what, how, job)
             plan_seconds = time.perf_counter() - planning
             with warnings_collected() as warned:
                 flight.staging = staging = stage(
@@ -106,6 +113,7 @@ def start(
                     check_unchanged=background.check_unchanged,
                     workers=background.background_workers,
                     step_timeout=background.step_timeout,
+                    ranks=job.size if job.parts is not None else 1,
                 )
             flight.staged = staging.staged
             watch = _Watching(flight, staging, background.background_workers)
@@ -117,6 +125,8 @@ def start(
                 how._replace(progress=how.progress or False),  # a bar that nobody asked for would disturb those of the training
                 Started(started, queue_seconds, plan_seconds, tuple(warned)),
                 watch,
+                job,
+                ending.pop_all(),
             )
             del planned  # its contents have the tensors of the model
             if staging.mode == "blocking":
@@ -128,6 +138,34 @@ def start(
     except BaseException:
         flight.abandon()
         raise
+
+
+def _take_turn(
+    flight: Flight[SaveReport], source: Source, what: What, if_busy: IfBusy, rank_timeout: float, *, together: bool
+) -> float | None:
+    """As `take_turn`; where several ranks save ``together``, all do what is right on rank 0: their flights end at different moments."""
+    if not together or if_busy not in ("skip", "raise"):
+        return take_turn(flight, if_busy)
+    if not leader_is_busy(source, flight.path, what.process_group, in_flight() is not None, rank_timeout):
+        return take_turn(flight, "wait")
+    if if_busy == "skip":
+        return None
+    raise DirectoryBusyError(
+        f"cannot save to {flight.path}: no other save in the background was expected, one is still running on the first rank; nothing was "
+        f"written, the previous checkpoint is intact"
+    )
+
+
+def _checked_path(directory: str | os.PathLike[str], how: How, background: InBackground) -> str:
+    path = check_how(directory, how)
+    check_background(background)
+    return path
+
+
+def _planned(source: Source, what: What, how: How, job: Job) -> Planned:
+    planned = plan(source, what, job)
+    job.check_equal(digests(planned.contents, durable=how.durable))
+    return planned
 
 
 def check_background(background: InBackground) -> None:
@@ -195,17 +233,19 @@ def _save(
     how: How,
     started: Started,
     watch: _Watching,
+    job: Job,
+    ending: ExitStack,
 ) -> SaveReport:
     """Saves, on the saving thread. What the caller of a blocking save would be warned of is in the notes.
 
-    ``plan_of``: makes the plan from the staged contents.
+    ``plan_of``: makes the plan from the staged contents. ``ending``: ends the ``job``.
     """
     staging = watch.staging
     staging.use_streams()
     try:
-        with warnings_collected() as warned:
+        with warnings_collected() as warned, ending:
             planned = plan_of(staging.contents)
-            report, warnings = write_planned(planned, flight.path, path, how, started.plan_seconds, watch)
+            report, warnings = write_planned(planned, flight.path, path, how, started.plan_seconds, watch, job)
     finally:
         staging.finish()  # before anything that others have to do: no step waits any more, and the memory is free
     flight.committed = True
@@ -221,8 +261,21 @@ def _save(
         drain_seconds=staging.drain_seconds,
         durable_seconds=durable_seconds,
     )
-    log_saved(report, warnings)
+    if job.leads:
+        log_saved(report, warnings)
     return report
+
+
+def _job(source: Source, directory: str | os.PathLike[str], what: What, how: How) -> AbstractContextManager[Job]:
+    return job_of_save(
+        source,
+        directory,
+        what.process_group,
+        durable=how.durable,
+        rank_timeout=how.rank_timeout,
+        on_divergence=how.on_divergence,
+        apart="background",
+    )
 
 
 def _skipped(path: str) -> SaveReport:

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal, Union
 
 import torch
 
-from shardsave._api.arguments import check_path, check_progress, check_reuse, check_switches, check_timeout
+from shardsave._api.arguments import check_path
 from shardsave._api.operators import check_operators
 from shardsave._api.reports import Printed
+from shardsave._api.save import How, check_values
 from shardsave._api.save_contents import What, plan
+from shardsave._api.save_jobs import digests, job_of_save
 from shardsave._common.free_memory import free_memory
 from shardsave._common.progress import ProgressArgument
 from shardsave._common.shutdown import verb
@@ -110,6 +112,8 @@ def plan_save(
     recheck_every: int = 10,
     progress: ProgressArgument = None,
     lock_timeout: float = 600.0,
+    rank_timeout: float = 120.0,
+    on_divergence: Literal["raise", "lowest_rank"] = "raise",
 ) -> SavePlan:
     """Computes what ``save`` with the same arguments would write into ``directory`` now, and what it needs. Writes nothing.
 
@@ -118,7 +122,8 @@ def plan_save(
     processes write and delete.
 
     Args:
-        source, directory, and all other arguments: as in ``save``; ``progress`` and ``lock_timeout`` have no effect.
+        source, directory, and all other arguments: as in ``save``; ``progress`` and ``lock_timeout`` have no effect. It is collective
+            where ``save`` is; each rank then learns of its own memory, and of the same files.
         keep_last: also compute the disk space for so many checkpoints of this size.
 
     Raises:
@@ -133,15 +138,7 @@ def plan_save(
         >>> plan.keep_bytes == 4 * plan.disk_bytes
         True
     """
-    check_path(directory)
-    check_operators("plan to save to", directory, "nothing was written")
-    path = path_to_write(os.fspath(directory))
-    check_switches(durable=durable)
-    check_progress(progress)
-    check_timeout(lock_timeout)
-    check_reuse(reuse, recheck_every)
-    if keep_last is not None and (type(keep_last) is not int or keep_last < 1):
-        raise ValueError(f"keep_last must be a number of checkpoints, 1 or more, not {keep_last!r}")
+    how = How(durable, progress, lock_timeout, reuse, recheck_every, rank_timeout, on_divergence)
     what = What(
         max_shard_size,
         metadata,
@@ -157,7 +154,19 @@ def plan_save(
         dtype,
         assume_frozen_unchanged,
     )
-    planned = plan(source, what)
+    joining = job_of_save(
+        source,
+        directory,
+        process_group,
+        durable=durable,
+        rank_timeout=rank_timeout,
+        on_divergence=on_divergence,
+        verb="plan to save to",
+    )
+    with joining as job:
+        path = _checked_path(directory, how, keep_last)
+        planned = plan(source, what, job)
+        job.check_equal(digests(planned.contents, durable=durable))
     contents = planned.contents
     files = planned_files(contents, path, durable=durable)
     disk_bytes = sum(file.bytes for file in files)
@@ -180,3 +189,14 @@ def plan_save(
         notes=contents.notes,
         training_bytes=sum(file.bytes for file in files if "/" in file.name),
     )
+
+
+def _checked_path(directory: str | os.PathLike[str], how: How, keep_last: int | None) -> str:
+    """Checks the arguments that are not about what is saved; returns the absolute path. Raises TypeError, ValueError."""
+    check_path(directory)
+    check_operators("plan to save to", directory, "nothing was written")
+    path = path_to_write(os.fspath(directory))
+    check_values(how)
+    if keep_last is not None and (type(keep_last) is not int or keep_last < 1):
+        raise ValueError(f"keep_last must be a number of checkpoints, 1 or more, not {keep_last!r}")
+    return path

@@ -61,4 +61,6 @@ def _has_dtensor(source: Union[nn.Module, Mapping[str, Any], Iterable[Any], None
     if isinstance(source, nn.Module):
         tensors = (tensor for part in source.modules() for tensor in (*part._parameters.values(), *part._buffers.values()))
         return any(map(is_dtensor, tensors)) or any(map(is_fsdp_module, source.modules()))
+    if isinstance(source, torch.Tensor) or not isinstance(source, Iterable):
+        return False  # the verb itself says what is wrong
     return any(map(is_dtensor, source.values() if isinstance(source, Mapping) else source))

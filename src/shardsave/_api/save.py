@@ -157,6 +157,9 @@ def save(
     return report
 
 
+_REUSES_NOTHING = "reuse= has no effect where several ranks save together: everything was written"
+
+
 class How(NamedTuple):
     """The arguments of `save` that say how to save."""
 
@@ -229,7 +232,7 @@ def write_planned(
         direct=outcome.totals.direct,
         staging_bytes=outcome.totals.staging_bytes,
         pinned=outcome.totals.pinned,
-        notes=(*outcome.notes, *take_failures()),
+        notes=(*outcome.notes, *([] if reuses or how.reuse in (None, False) else [_REUSES_NOTHING]), *take_failures()),
         durable=how.durable,
         removed=outcome.removed,
         leftovers=outcome.leftovers,

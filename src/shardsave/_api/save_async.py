@@ -51,6 +51,8 @@ def save_async(
     recheck_every: int = 10,
     progress: ProgressArgument = None,
     lock_timeout: float = 600.0,
+    rank_timeout: float = 120.0,
+    on_divergence: Literal["raise", "lowest_rank"] = "raise",
 ) -> PendingSave:
     """Saves as `save` does, but returns as soon as training may go on. The checkpoint is of the moment of the call.
 
@@ -76,7 +78,11 @@ def save_async(
         progress: as in `save`, but None shows no bar; a callable is called on the saving thread.
         reuse: as in `save`. With the ring, only shards that are frozen throughout are taken over.
         max_shard_size, durable, metadata, step, metrics, training, rng, process_group, architecture, program, adapter_only, only, dtype,
-            lock_timeout, recheck_every, assume_frozen_unchanged: as in `save`.
+            lock_timeout, recheck_every, assume_frozen_unchanged, rank_timeout, on_divergence: as in `save`.
+
+    Collective:
+        As `save`. Everything that a rank has is then copied in the call; a next collective call over the same group may be made at once.
+        What ``if_busy`` asks is whether a save of rank 0 is in flight.
 
     Raises:
         TypeError, ValueError: for wrong arguments, before anything happens.
@@ -109,4 +115,10 @@ def save_async(
         assume_frozen_unchanged,
     )
     background = InBackground(staging, if_busy, check_unchanged, background_workers, step_timeout)
-    return start(source, directory, what, How(durable, progress, lock_timeout, reuse, recheck_every), background)
+    return start(
+        source,
+        directory,
+        what,
+        How(durable, progress, lock_timeout, reuse, recheck_every, rank_timeout, on_divergence),
+        background,
+    )

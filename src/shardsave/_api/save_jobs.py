@@ -33,9 +33,12 @@ def job_of_save(
     durable: bool,
     rank_timeout: float,
     on_divergence: Literal["raise", "lowest_rank"],
+    verb: str = "save to",
+    apart: str = "",
 ) -> Iterator[Job]:
     """Meets the other ranks if the save is collective. What one of them raises within the context is raised on all.
 
+    ``verb``: what the call does, for messages. ``apart``: a word for saves that may run beside others.
     Raises TypeError, ValueError for a wrong ``process_group``, and ShardSaveError if a rank does not come.
     """
     group = collective_group(source, process_group)
@@ -50,12 +53,29 @@ def job_of_save(
     seconds = rank_timeout if isinstance(rank_timeout, (int, float)) and rank_timeout > 0 else _RANK_TIMEOUT
     where = os.fspath(directory) if isinstance(directory, (str, os.PathLike)) else repr(directory)
     try:
-        with begin(group, "save to", where, rank_timeout=seconds, usual=JobFailed) as session:
+        with begin(group, verb, where, rank_timeout=seconds, usual=JobFailed, apart=apart) as session:
             yield SaveJob(session, session.names, where, durable=durable, on_divergence=on_divergence)
     except (JobFailed, StoreLost) as error:
         words = f"{error}"
-        failed = words if words.startswith("cannot ") else f"cannot save to {where}: {words}"
+        failed = words if words.startswith("cannot ") else f"cannot {verb} {where}: {words}"
         raise SaveNotCommittedError(f"{failed}; nothing was committed") from error
+
+
+def leader_is_busy(
+    source: Source, directory: str | os.PathLike[str], process_group: ProcessGroup | None, busy: bool, rank_timeout: float
+) -> bool:
+    """Whether a save of rank 0 in the background is in flight; of this rank, if the save is not collective (``busy``).
+
+    The flights of ranks end at different moments, and all must do the same.
+    """
+    group = collective_group(source, process_group)
+    if group is None:
+        return busy
+    import_at_use("shardsave._ranks.session")
+    from shardsave._ranks.session import begin
+
+    with begin(group, "save to", os.fspath(directory), rank_timeout=rank_timeout, apart="turn") as session:
+        return session.publish("whether a save is in flight", b"busy" if busy else b"") == b"busy"
 
 
 def digests(contents: Contents, *, durable: bool) -> dict[str, bytes]:

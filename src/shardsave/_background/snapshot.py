@@ -57,12 +57,25 @@ class SnapshotSource:
     def memory(self) -> tuple[int, int]:
         return -1, self._address
 
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The copy, where it is."""
+        begin = self._address - self._region.address
+        content = torch.frombuffer(self._region.view, dtype=torch.uint8, count=self.nbytes, offset=begin)
+        return content.view(self.dtype).view(self.shape)
+
     def gather(self, offset: int, view: memoryview) -> None:
         begin = self._address - self._region.address + offset
         view[:] = self._region.view[begin : begin + len(view)]
 
     def scatter(self, offset: int, view: memoryview) -> None:
         raise NotImplementedError("a snapshot is only written")
+
+
+def tensor_of(source: ByteSource) -> torch.Tensor:
+    """The copy, which is a `SnapshotSource`, as a tensor."""
+    assert isinstance(source, SnapshotSource)
+    return source.tensor
 
 
 class Copies(NamedTuple):

@@ -17,6 +17,7 @@ from shardsave._background.drain import Drain, Drained
 from shardsave._background.owners import COPIED, Choice, Mode, choose, memory_of_module, memory_of_optimizer
 from shardsave._common.gc_pause import gc_paused
 from shardsave._common.sources import ByteSource, TensorSource
+from shardsave._common.spread import Spread
 from shardsave._engine import engine
 from shardsave._engine.engine import HostMemory
 from shardsave._format.packing import StoredTensor
@@ -37,7 +38,8 @@ class Staging:
     """A save after the call: what it will read, and the moment from which nothing in the process can change that any more.
 
     ``mode`` and ``reason``: how it is staged, and why. ``copies``: what was copied of the planned contents in the call. ``staged`` is set
-    as soon as all bytes are copied or read, and also on failure. ``copied_bytes``, ``copy_seconds``: in the call. ``drained_bytes``: read
+    as soon as all bytes are copied or read, and also on failure. ``spreads``: the tensors that several ranks save, with the parts of this
+    one that were copied. ``copied_bytes``, ``copy_seconds``: in the call. ``drained_bytes``: read
     afterwards. ``notes``: for the report.
 
     Threads: `arm` is called in the call, `let_go` on any thread, all else on the thread that saves; `finish` at its end.
@@ -52,6 +54,7 @@ class Staging:
         items: Sequence[Drained] = (),
         streams: Sequence[torch.cuda.Stream] = (),
         step_timeout: float = 600.0,
+        spreads: Sequence[SpreadParts] = (),
     ) -> None:
         self.mode: Mode = choice.mode
         self.reason = choice.reason
@@ -63,6 +66,7 @@ class Staging:
         self.notes: tuple[str, ...] = (memory.note,) if memory is not None and memory.note else ()
         self._contents: Contents | None = contents
         self._copies = copies
+        self._spreads = spreads
         self._memory = memory
         self._streams = streams
         self._began = time.perf_counter()
@@ -79,7 +83,10 @@ class Staging:
         assert self._contents is not None
         copies, self._copies = self._copies, None
         if copies is not None:
-            self._contents = self._contents.with_sources(dict(zip(map(id, copies.pieces), copies.sources())))
+            copied: dict[int, ByteSource] = dict(zip(map(id, copies.pieces), copies.sources()))
+            for spread, parts in self._spreads:
+                copied[id(spread)] = spread.of([snapshot.tensor_of(copied[id(part)]) for part in parts])
+            self._contents = self._contents.with_sources(copied)
         return self._contents
 
     @property
@@ -151,14 +158,16 @@ def stage(
     check_unchanged: bool,
     workers: int,
     step_timeout: float = 600.0,
+    ranks: int = 1,
 ) -> Staging:
     """Copies what must be copied in the call, and notes what the rest is now. ``contents`` were planned from ``source``.
 
     ``optimizers``: those whose state is saved. ``check_unchanged``: also sum what is not copied, to compare it later. ``workers``: the
-    most threads that copy. ``step_timeout``: how many seconds a step waits, then it goes on and the save fails.
+    most threads that copy. ``step_timeout``: how many seconds a step waits, then it goes on and the save fails. ``ranks``: how many
+    save together; then everything that this one has is copied.
     Raises ValueError if ``wanted`` is ``"ring"`` and the ring cannot be right, OutOfMemoryError if copies were requested and do not fit.
     """
-    choice = choose(source, optimizers, wanted)
+    choice = choose(source, optimizers, wanted) if ranks == 1 else _choice_of_ranks(ranks, wanted)
     with gc_paused():
         table = _Table.of(contents)
         drained: dict[int, _Found] = {}
@@ -188,13 +197,29 @@ def stage(
     except BaseException:
         snapshot.give_back(memory)
         raise
-    staging = Staging(contents, choice, copies, memory, items, _streams(items), step_timeout)
+    staging = Staging(contents, choice, copies, memory, items, _streams(items), step_timeout, table.spreads)
     staging.copy_seconds = copy_seconds
     return staging
 
 
+def _choice_of_ranks(ranks: int, wanted: Wanted) -> Choice:
+    if wanted == "ring":
+        raise ValueError(
+            f"staging='ring' needs a save by one process, {ranks} save together; use 'snapshot'; nothing was written"
+        )
+    return Choice("snapshot", f"{COPIED}: {ranks} ranks save together")
+
+
+class SpreadParts(NamedTuple):
+    """A tensor of several ranks, and a source for each box of it that this rank has."""
+
+    spread: Spread
+    parts: list[TensorSource]
+
+
 class _Table(NamedTuple):
-    """Everything that a save will write: the source and the length of each stored tensor, and what its file says of it.
+    """Everything that a save will write: the source and the length of each stored tensor, and what its file says of it. In the place of
+    a `Spread`, the boxes that this rank has.
 
     ``device``: the ordinal of a CUDA device that has some of it; -1 if none has.
     """
@@ -203,16 +228,29 @@ class _Table(NamedTuple):
     nbytes: list[int]
     tensors: list[StoredTensor]
     device: int
+    spreads: list[SpreadParts]
 
     @classmethod
     def of(cls, contents: Contents) -> _Table:
         shards = contents.all_shards
-        pieces = [piece for shard in shards for piece in shard.pieces]
+        pieces: list[ByteSource] = [piece for shard in shards for piece in shard.pieces]
         tensors = [tensor for shard in shards for tensor in shard.layout.tensors]
+        nbytes = [tensor.nbytes for tensor in tensors]
+        spreads = [
+            SpreadParts(piece, [TensorSource(chunk.tensor, piece.dtype) for chunk in piece.local])
+            for piece in pieces
+            if isinstance(piece, Spread)
+        ]
+        if spreads:
+            plain = [n for n, piece in enumerate(pieces) if not isinstance(piece, Spread)]
+            parts = [part for spread in spreads for part in spread.parts]
+            pieces = [*(pieces[n] for n in plain), *parts]
+            nbytes = [*(nbytes[n] for n in plain), *(part.nbytes for part in parts)]
+            tensors = [tensors[n] for n in plain]  # of these alone steps may wait
         device = -1
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             device = max((piece.cuda_device for piece in pieces), default=-1)
-        return cls(pieces, [tensor.nbytes for tensor in tensors], tensors, device)
+        return cls(pieces, nbytes, tensors, device, spreads)
 
 
 class _Found(NamedTuple):

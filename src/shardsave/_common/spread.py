@@ -74,6 +74,10 @@ class Spread:
         """Of `senders`, the boxes that ``rank`` gives to ``owner``."""
         return sent(self.layout, rank, owner, hosts)
 
+    def of(self, tensors: Sequence[torch.Tensor]) -> Spread:
+        """The same with ``tensors`` in the place of the local boxes."""
+        return Spread(self.dtype, self.layout, [Chunk(chunk.begin, tensor) for chunk, tensor in zip(self.local, tensors)])
+
     def cast(self, dtype: torch.dtype) -> Spread:
         """The same elements, cast to ``dtype`` on their way to the file."""
         return Spread(dtype, self.layout, self.local)

@@ -214,7 +214,8 @@ class Meeting:
         others = [rank for rank in arrivals if rank]
         keys = {rank: f"answer/{arrivals[rank].token}" for rank in others}
         self._line.set_all({keys[rank]: texts[rank] for rank in others})
-        again = self._line.get_all([f"arrived/{rank}" for rank in others])
+        # These keys go as soon as their ranks have read the answers, so `get_all` might wait for one of them.
+        again = [self._line.peek(f"arrived/{rank}") for rank in others]
         gone = tuple(rank for rank, value in zip(others, again, strict=True) if value is None)
         self._line.delete([keys[rank] for rank in gone])
         return gone

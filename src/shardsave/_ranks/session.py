@@ -282,8 +282,11 @@ def begin_with(
     try:
         if (running := ticket.take()) is not None:
             raise usual(f"cannot {call}: one collective call of a group at a time was expected, this process is in: {running}")
-        post = Post(store, members, host, call, timeouts)
-        post.start()
+        try:
+            post = Post(store, members, host, call, timeouts)
+            post.start()
+        except (OSError, RuntimeError) as error:
+            raise usual(f"cannot {call}: a thread and a descriptor were expected to be free: {error}") from error
         roll = unpack_roll(_first(post, timeouts, usual, call), members.names)
         return Session(post, call, roll, members.rank, timeouts, usual, ticket)
     except BaseException as error:

@@ -1,0 +1,109 @@
+"""The parts of a session that need no other process."""
+
+from __future__ import annotations
+
+import socket
+from itertools import pairwise
+
+import pytest
+
+from shardsave._ranks import heartbeat
+from shardsave._ranks.failures import Failure, failure_of, unpacked
+from shardsave._ranks.heartbeat import Pulse
+from shardsave._ranks.roll import Roll, listed, unpack_roll
+from shardsave._ranks.sockets import Message, Peer
+from shardsave._ranks.values import pack, unpack
+from shardsave.errors import SaveNotCommittedError
+
+
+class Clock:
+    now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def test_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a rank that takes others for lost too soon or never, or because it was stopped itself."""
+    clock = Clock()
+    monkeypatch.setattr(heartbeat, "time", clock)
+    pulse = Pulse(8.0, (1, 2))
+    heard = []
+    for second in range(12):
+        clock.now += 1.0
+        if second < 9:
+            pulse.hear(1)
+        heard.append(pulse.silent())
+    assert heard == [[]] * 8 + [[2]] * 4
+    clock.now += 1000.0
+    assert pulse.silent() == [2]
+    pulse.forget(2)
+    assert pulse.silent() == []
+
+
+def test_beats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches signs of life that are given too seldom for the timeout, or at every look."""
+    clock = Clock()
+    monkeypatch.setattr(heartbeat, "time", clock)
+    for timeout, seconds in ((2.0, 0.25), (120.0, 10.0)):
+        pulse = Pulse(timeout)
+        times = [clock.now for _ in range(1000) if not setattr(clock, "now", clock.now + timeout / 100) and pulse.due()]
+        gaps = [later - earlier for earlier, later in pairwise(times)]
+        assert seconds - timeout / 100 <= min(gaps) and max(gaps) <= seconds + timeout / 100
+
+
+@pytest.mark.parametrize(
+    "values", [[b""], [b"a", b"b", b"a"], [b"x" * 100_000] * 1000, [b"%d" % number for number in range(3000)]]
+)
+def test_values(values: list[bytes]) -> None:
+    """Catches values that are lost or come in another order; equal ones of many ranks must take the room of one."""
+    assert unpack(pack(values)) == values
+    assert len(pack(values)) < 20_000
+
+
+def test_lists_of_ranks() -> None:
+    """Catches ranks that are not named, and messages of many pages."""
+    assert listed([3]) == "rank 3"
+    assert listed([2, 0, 1, 5, 6, 9]) == "ranks 0 to 2, 5, 6, 9"
+    assert listed(range(0, 10_000, 2)).endswith("36, 38, …")
+
+
+def test_the_roll() -> None:
+    """Catches machines that are mixed up, and a roll of 10,000 ranks that is too long to send."""
+    roll = Roll(tuple(rank // 8 for rank in range(10_000)), tuple(f"node-{host}" for host in range(1250)), tuple(range(10_000)))
+    assert unpack_roll(roll.packed(), roll.names) == roll and len(roll.packed()) < 40_000
+    assert roll.name(17) == "rank 17 (node-2)" and roll.leaders()[:3] == [0, 8, 16] and roll.ranks_of(1) == [*range(8, 16)]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "text"),
+    [
+        (SaveNotCommittedError("a\nb"), "SaveNotCommittedError", "rank 1: a\\nb"),
+        (FileNotFoundError("a"), "", "rank 1: FileNotFoundError: a"),
+        (KeyboardInterrupt(), "", "rank 1 was interrupted"),
+        (MemoryError("x" * 100_000), "MemoryError", "rank 1: " + "x" * 31_992),
+    ],
+)
+def test_failures(error: BaseException, kind: str, text: str) -> None:
+    """Catches an error whose class or text changes on its way to another rank."""
+    failure = unpacked(failure_of(error, "rank 1").packed())
+    assert failure == Failure(kind, text)
+    assert type(failure.error(SaveNotCommittedError)).__name__ == kind or kind == ""
+
+
+def test_messages() -> None:
+    """Catches messages that are cut where the connection takes no more, and an end that hides what was sent before it."""
+    here, there = (Peer(end) for end in socket.socketpair(socket.AF_UNIX))
+    sent = [Message(1, number, bytes([number]) * (number * 100_000)) for number in range(20)]
+    for message in sent:
+        here.send(message)
+    assert not here.flushed
+    received = []
+    while not here.flushed:
+        received += there.receive()
+        here.flush()
+    here.close()
+    while not there.ended:
+        received += there.receive()
+    there.close()
+    assert received == sent
