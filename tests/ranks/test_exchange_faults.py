@@ -45,7 +45,7 @@ def ship_slowly(rank: int, hosts: tuple[int, ...], fails: str, timeout: float) -
     """``fails``: what rank 2 does after two of its windows."""
     sessions.begin(dist.group.WORLD, "save", "here").close()  # what a process keeps for later sessions
     before = left_open()
-    tensors = {f"w{n}": (torch.full((2048, 2048), float(n)), columns((2048, 2048), 4)) for n in range(12)}
+    tensors = {f"w{n}": (torch.tensor([[float(n)]]).expand(2048, 2048), columns((2048, 2048), 4)) for n in range(12)}
     try:
         with sessions.begin(dist.group.WORLD, "save", "here", rank_timeout=timeout) as session:
             session.hosts = hosts

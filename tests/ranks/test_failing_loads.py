@@ -6,22 +6,25 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
-from sharded import RANKS, Net, columns, rows
+from sharded import RANKS, Net, check_equal, columns, rows
 from test_loading import set_thresholds
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial
 
 import shardsave
 from jobs import Job, run_ranks
 from shardsave._engine.transfer import TransferFault
-from shardsave._ranks.load_job import LoadJob
-from shardsave._storage.checkpoint import open_checkpoint
+from shardsave._storage.checkpoint import Checkpoint, open_checkpoint
 
 Raised = tuple[str, str]
 
@@ -87,14 +90,23 @@ def load_wrongly(rank: int, folder: str) -> list[Raised]:
         with ExitStack() as stack:
             if case == "another shape" and rank == 2:
                 net.up = nn.Linear(16, 12)
-            if case != "another shape":
+            if case not in ("another shape", "summands", "no memory for all"):
                 rows(net)
+            if case == "summands":
+                mesh = init_device_mesh("cpu", (RANKS,))
+                net.down.bias = nn.Parameter(DTensor.from_local(torch.zeros(16), mesh, (Partial(),)))
             if rank == 1 and case == "another prefix":
                 options["prefix"] = "up."
             if rank == 3 and case == "a wrong argument":
                 options["strict"] = "yes"
             if rank == 3 and case == "a wrong path":
                 path = 5
+            if case == "no memory for all":
+                net, free = Net(seed=1).to("meta"), SimpleNamespace(bytes=3 << 10, with_swap=3 << 10, of="the system")
+                net.scratch = torch.zeros(3)
+                rows(net)
+                stack.enter_context(mock.patch("shardsave._common.memory_errors._SMALL", 1))
+                stack.enter_context(mock.patch("shardsave._common.memory_errors.free_memory", return_value=free))
             if rank == 2 and case == "no memory":
                 lack = shardsave.OutOfMemoryError("cannot load: no memory")
                 stack.enter_context(mock.patch("shardsave._loading.module_filler.check_free_memory", side_effect=lack))
@@ -103,7 +115,8 @@ def load_wrongly(rank: int, folder: str) -> list[Raised]:
                 stack.enter_context(mock.patch("shardsave._engine.engine.read", side_effect=fault))
             before = [_local(parameter).clone() for parameter in net.parameters()]
             errors.append(raised(lambda: shardsave.load_model(net, path, **options)))
-        unchanged = all(torch.equal(_local(parameter), was) for parameter, was in zip(net.parameters(), before))
+        now = map(_local, net.parameters())
+        unchanged = all(was.is_meta == one.is_meta and (was.is_meta or torch.equal(one, was)) for one, was in zip(now, before))
         assert unchanged or case == "an error of the disk", case
     return errors
 
@@ -118,6 +131,8 @@ CASES = {
     "a wrong argument": ("TypeError", "rank 3", "strict"),
     "a wrong path": ("ValueError", "rank 3", "5"),
     "no memory": ("OutOfMemoryError", "rank 2", "no memory"),
+    "no memory for all": ("OutOfMemoryError", "of memory on the CPU were expected, the system has", "the module is unchanged"),
+    "summands": ("UnsupportedTensorError", "cannot fill 'down.bias'", "the ranks have summands", "the module is unchanged"),
     "an error of the disk": ("ShardSaveError", "rank 1", "pread of 512 bytes at offset 4096: Input/output error"),
 }
 
@@ -154,31 +169,53 @@ def test_differences(tmp_path: Path) -> None:
         assert missing == ("more.bias", "more.weight") and unexpected == ("other.bias", "other.weight")
 
 
-def wait_in_load(rank: int, folder: str, pipe_end: str) -> float:
-    """Rank 2 waits before it reads, until it is killed."""
+def end_in_load(rank: int, folder: str, when: str, number: signal.Signals) -> None:
+    """Rank 2 is killed or stopped: before it reads, while it reads, or when it has read everything."""
     net = Net(seed=1)
     columns(net)
-    if rank == 2:
-        wait = LoadJob.reader
-
-        def reader(*arguments: Any, **options: Any) -> Any:
-            Path(pipe_end).write_text(str(os.getpid()))
-            time.sleep(600)
-            return wait(*arguments, **options)
-
-        LoadJob.reader = reader  # type: ignore[method-assign]
-    shardsave.load_model(net, folder, rank_timeout=3.0)
-    return 0.0
+    places = {
+        "before": "_ranks.load_job.LoadJob.reader",
+        "within": "_engine.engine.read",
+        "after": "_ranks.load_job.LoadJob.ended",
+    }
+    strike = mock.patch(f"shardsave.{places[when]}", side_effect=lambda *_, **__: os.kill(os.getpid(), number))
+    with strike if rank == 2 else nullcontext():
+        shardsave.load_model(net, folder, rank_timeout=3.0)
 
 
-def test_a_rank_that_dies(tmp_path: Path) -> None:
-    """Catches ranks that wait for ever for one that was killed, or do not say which it is."""
+@pytest.mark.parametrize(
+    ("when", "number"),
+    [("before", signal.SIGSTOP), ("within", signal.SIGKILL), ("within", signal.SIGSTOP), ("after", signal.SIGKILL)],
+)
+def test_a_rank_that_is_lost(when: str, number: signal.Signals, tmp_path: Path) -> None:
+    """Catches ranks that wait for ever for one that was killed or stopped, or do not say which it is."""
     shardsave.save(Net(), tmp_path / "ckpt", durable=False)
-    with Job(RANKS, wait_in_load, str(tmp_path / "ckpt"), str(tmp_path / "ready")) as job:
-        while not (tmp_path / "ready").exists() and job.processes[2].is_alive():
-            time.sleep(0.01)
-        job.kill(2, signal.SIGKILL)
-        began = time.monotonic()
+    began = time.monotonic()
+    with Job(RANKS, end_in_load, str(tmp_path / "ckpt"), when, number) as job:
         ends = job.ended(ranks=[0, 1, 3])
-    assert time.monotonic() - began < 30
-    assert all(end.error == "ShardSaveError" and "rank 2" in end.message for end in ends), ends
+    assert time.monotonic() - began < 60
+    assert all(end.error == "ShardSaveError" and "rank 2 was lost" in end.message for end in ends), ends
+
+
+def load_replaced(rank: int, folder: str) -> int:
+    """Rank 1 opens the checkpoint before a save has replaced it, the others afterwards."""
+    opens = 0
+    before = Checkpoint.identity
+
+    def identity(self: Checkpoint) -> bytes:
+        nonlocal opens
+        opens += 1
+        return b"an older one" if rank == 1 and opens == 1 else before(self)
+
+    with mock.patch.object(Checkpoint, "identity", identity):
+        net = Net(seed=1)
+        rows(net)
+        shardsave.load_model(net, folder)
+    check_equal(net, Net())
+    return opens
+
+
+def test_a_checkpoint_that_is_replaced(tmp_path: Path) -> None:
+    """Catches ranks that fill one model from two checkpoints."""
+    shardsave.save(Net(), tmp_path / "ckpt", durable=False)
+    assert run_ranks(RANKS, load_replaced, str(tmp_path / "ckpt")) == [2] * RANKS

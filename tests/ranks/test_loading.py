@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -22,8 +24,20 @@ def set_thresholds(small: bool) -> None:
         division.LONE_BYTES, division.COMMON_BYTES, read_plan.RUN_BYTES = 64, 100, 200
 
 
-def load_sharded(rank: int, folder: str, small: bool) -> list[shardsave.LoadReport]:
-    set_thresholds(small)
+def load_on_two_hosts(rank: int, folder: str) -> list[shardsave.LoadReport]:
+    from shardsave._ranks import group
+
+    host = group.this_host()._replace(key=str(rank // 2))
+    with mock.patch.object(group, "this_host", return_value=host):
+        return load_sharded(rank, folder)
+
+
+def load_divided(rank: int, folder: str) -> list[shardsave.LoadReport]:
+    set_thresholds(small=True)
+    return load_sharded(rank, folder)
+
+
+def load_sharded(rank: int, folder: str) -> list[shardsave.LoadReport]:
     reports = []
     for name, shard in SHARDINGS.items():
         for device in ("cpu", "meta"):
@@ -40,11 +54,11 @@ def load_sharded(rank: int, folder: str, small: bool) -> list[shardsave.LoadRepo
     return reports
 
 
-@pytest.mark.parametrize("small", [False, True], ids=["together", "divided"])
-def test_shardings(small: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("load", [load_divided, load_on_two_hosts])
+def test_shardings(load: Callable[[int, str], list[shardsave.LoadReport]], tmp_path: Path) -> None:
     """Catches an element that a rank does not get, a tie, flag or buffer that is lost, and bytes that are read more than once."""
     saved = shardsave.save(Net(), tmp_path / "ckpt", durable=False)
-    for reports in run_ranks(RANKS, load_sharded, str(tmp_path / "ckpt"), small):
+    for reports in run_ranks(RANKS, load, str(tmp_path / "ckpt")):
         for report in reports:
             assert report.verified and report.ranks == RANKS and report.tensors == saved.tensors
             assert report.bytes == saved.bytes

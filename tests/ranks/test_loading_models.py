@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,13 +28,30 @@ from support import same_state
 def load_replicas(rank: int, folder: str) -> shardsave.LoadReport:
     set_thresholds(small=True)
     net = Net(seed=1)
-    report = shardsave.load_model(nn.parallel.DistributedDataParallel(net), folder, process_group=dist.group.WORLD)
-    assert same_state(net, Net())
+    with recorded() as records:
+        report = shardsave.load_model(nn.parallel.DistributedDataParallel(net), folder, process_group=dist.group.WORLD)
+    assert same_state(net, Net()) and len(records) == (1 if rank == 0 else 0)
+    unverified = Net(seed=1)
+    assert not shardsave.load_model(unverified, folder, verify=False, process_group=dist.group.WORLD).verified
+    assert same_state(unverified, Net())
     return report
 
 
+@contextmanager
+def recorded() -> Iterator[list[logging.LogRecord]]:
+    """The records that are logged within the context."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler(logging.INFO)
+    handler.emit = records.append  # type: ignore[method-assign]
+    logger = logging.getLogger("shardsave")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield records
+    logger.removeHandler(handler)
+
+
 def test_replicas(tmp_path: Path) -> None:
-    """Catches replicas (DDP) that each read all files, or do not get all values."""
+    """Catches replicas (DDP) that each read all files or do not get all values, and loads that every rank logs."""
     saved = shardsave.save(Net(), tmp_path / "ckpt", durable=False)
     reports = run_ranks(RANKS, load_replicas, str(tmp_path / "ckpt"))
     assert {report.bytes for report in reports} == {saved.bytes} == {sum(report.rank_bytes for report in reports)}

@@ -135,14 +135,24 @@ def load_model(
     Args:
         model: a module or sub-module, with or without wrappers (``torch.compile``, DDP, DataParallel).
         path: as in ``load``.
-        device: move every tensor there; None leaves each on its device. Meta tensors get memory there, or on the CPU.
+        device: move every tensor there; None leaves each on its device. Meta tensors get memory there, or on the CPU; those of a module
+            with DTensors where their ranks compute.
         prefix: load only names that begin with it, and remove it from them: to load a part of a full checkpoint into a sub-module.
         part: fill it from a part of the training state instead, which has names of its own: ``"ema"`` for an averaged model, or
             ``"teachers/0"``. It is the state of a module or a dict of tensors. Flags stay as they are.
         strict: raise if names or shapes differ; otherwise load what fits and report the rest.
         restore_frozen: set ``requires_grad`` of every floating-point parameter to what was saved, if the checkpoint records it.
         verify: as in ``load``.
+        process_group: the group whose processes load together, each what its module holds, so that every byte is read once in the job:
+            DTensors, stages of a pipeline, experts, or replicas. None: this process loads alone, unless there are DTensors (FSDP2, tensor
+            parallel); then all processes of the job load.
+        rank_timeout: in a collective load, the most seconds without a sign of life of another rank, and until all have made the call.
         progress: as in ``save``.
+
+    Collective:
+        With a ``process_group``, or with DTensors, all ranks of the group must make the call, with equal arguments but for ``device`` and
+        ``progress``. The files may come from any number of ranks. No rank changes its module before all have checked theirs; an error of
+        one is then raised on all, and names the rank. Modules may be on the meta device, also under ``fully_shard``. Rank 0 logs.
 
     Raises:
         TypeError, ValueError: for wrong arguments, before anything happens.
@@ -152,6 +162,7 @@ def load_model(
             were loaded.
         OutOfMemoryError: its new tensors do not fit in memory; it is unchanged.
         CheckpointNotFoundError, UnsupportedTensorError, DirectoryBusyError.
+        ShardSaveError: a file cannot be read, or in a collective load a rank did not come or was lost; the message names it.
 
     Example:
         >>> import torch, shardsave
@@ -186,13 +197,13 @@ def load_model(
                 part=part,
                 parts=job.parts,
             )
-            job.checked()
+            lacking = job.checked(loading.host_bytes)
             clock.planned()
             with Progress(progress if job.leads or callable(progress) else False, "loading", loading.nbytes) as reporter:
                 reader = job.reader(checkpoint, verify=verify, progress=reporter)
                 loading.fill(reader)
             clock.transferred()
-            notes = checkpoint.notes()
+            notes = (*lacking, *checkpoint.notes())
         report = loading.report(clock.report(path, loading.reads, reader, job=job), notes)
     if job.leads:
         log_load(report, (*loading.warnings, *notes))

@@ -36,8 +36,12 @@ class LoadJob(Protocol):
     def all_have(self, identity: bytes) -> bool:
         """Whether ``identity`` is the same everywhere."""
 
-    def checked(self) -> None:
-        """Called when everything that this process can refuse has been refused; returns when that is true everywhere."""
+    def checked(self, needed: int = 0) -> tuple[str, ...]:
+        """Called when everything that this process can refuse has been refused; returns when that is true everywhere.
+
+        ``needed``: how much new memory on the CPU it will allocate, which it has checked for itself. Raises OutOfMemoryError if what all
+        processes of the host need does not fit; returns notes, if it fits barely.
+        """
 
     def reader(self, checkpoint: Checkpoint, *, verify: bool, progress: Progress) -> TensorReader:
         """The reader for this process. `TensorReader.read_together` must be called the same number of times everywhere."""
@@ -59,8 +63,8 @@ class Alone:
     def all_have(self, identity: bytes) -> bool:
         return True
 
-    def checked(self) -> None:
-        pass
+    def checked(self, needed: int = 0) -> tuple[str, ...]:
+        return ()
 
     def reader(self, checkpoint: Checkpoint, *, verify: bool, progress: Progress) -> TensorReader:
         return TensorReader(checkpoint, verify=verify, progress=progress)

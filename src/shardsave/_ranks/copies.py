@@ -1,4 +1,4 @@
-"""Copies the parts of a block between local tensors, windows and parcels."""
+"""Copies the shares of a block between local tensors, windows and parcels."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from shardsave._common.memory import PLAIN_TYPES
 from shardsave._common.spread import Spread
 from shardsave._engine import box_copies
 from shardsave._engine.box_copies import Row
-from shardsave._ranks.parts import Part, Segment, element_strides, nbytes_of
+from shardsave._ranks.shares import Segment, Share, element_strides, nbytes_of
 
 #: Where bytes go: into a window or a parcel, or out of it into local tensors.
 Way = Literal["in", "out"]
 
 
 class Local:
-    """The local boxes of tensors, from which parts are copied (``way`` "in") or into which ("out")."""
+    """The local boxes of tensors, from which shares are copied (``way`` "in") or into which ("out")."""
 
     def __init__(self, way: Way) -> None:
         self._way = way
@@ -37,18 +37,18 @@ class Local:
             stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self._streams[device] = stream, torch.cuda.current_stream(device).record_event()
 
-    def copy(self, parts: Iterable[tuple[Segment, tuple[Part, ...]]], address: int, *, packed: bool = False) -> int:
-        """Copies ``parts`` to or from the block at ``address``, or the parcel that they make up. Returns the number of bytes."""
+    def copy(self, shares: Iterable[tuple[Segment, tuple[Share, ...]]], address: int, *, packed: bool = False) -> int:
+        """Copies ``shares`` to or from the block at ``address``, or the parcel that they make up. Returns the number of bytes."""
         inward, done = self._way == "in", 0
         rows: list[tuple[int, ...]] = []
-        for (tensor, _, _, _, at), found in parts:
+        for (tensor, _, _, _, at), found in shares:
             place = address + (done if packed else at)
             addresses, kind = self._held_of(tensor)
-            key = id(found), kind, packed  # parts are kept as long as this object
+            key = id(found), kind, packed  # shares are kept as long as this object
             known = self._rows.get(key)
             if known is None:
                 copies = list(_rows(tensor, found, packed=packed, inward=inward)) if kind >= 0 else []
-                known = self._rows[key] = copies, sum(nbytes_of(part, tensor) for part in found)
+                known = self._rows[key] = copies, sum(nbytes_of(share, tensor) for share in found)
             copies, nbytes = known
             done += nbytes
             if kind < 0:
@@ -77,11 +77,11 @@ class Local:
             addresses.append(held.data_ptr())
         return _Held(tuple(addresses), self._kinds.setdefault(tuple(form), len(self._kinds)))
 
-    def _copy_by_torch(self, tensor: Spread, parts: Iterable[Part], place: int, *, packed: bool) -> None:
+    def _copy_by_torch(self, tensor: Spread, shares: Iterable[Share], place: int, *, packed: bool) -> None:
         """Through memory of its own: for tensors on a device, of another dtype or of a class that hides where its data is."""
         item = tensor.dtype.itemsize
-        for part in parts:
-            begin, sizes, offset = part
+        for share in shares:
+            begin, sizes, offset = share
             chunk = tensor.local[holding(tensor, begin, sizes)]
             staged = torch.empty(sizes, dtype=tensor.dtype, device="cpu")
             own = byte_strides(sizes, item)
@@ -95,7 +95,7 @@ class Local:
                 else:
                     _copy([(at + row[0], memory + row[1], *row[2:]) for row in box_copies.rows(sizes, there, own, item)])
                     copy_in(staged, elements)
-            place += nbytes_of(part, tensor) if packed else 0
+            place += nbytes_of(share, tensor) if packed else 0
 
     @contextmanager
     def _on_stream(self, tensor: torch.Tensor) -> Iterator[None]:
@@ -127,18 +127,18 @@ def _is_plain(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
     return not (tensor.is_neg() or tensor.is_conj())
 
 
-def _rows(tensor: Spread, parts: Iterable[Part], *, packed: bool, inward: bool) -> Iterator[tuple[int, Row]]:
-    """The rows that copy parts of one segment, each with the number of the chunk; addresses count from the chunk and the segment."""
+def _rows(tensor: Spread, shares: Iterable[Share], *, packed: bool, inward: bool) -> Iterator[tuple[int, Row]]:
+    """The rows that copy shares of one segment, each with the number of the chunk; addresses count from the chunk and the segment."""
     item, done = tensor.dtype.itemsize, 0
-    for part in parts:
-        begin, sizes, offset = part
+    for share in shares:
+        begin, sizes, offset = share
         number = holding(tensor, begin, sizes)
         chunk = tensor.local[number]
         strides = tuple(stride * item for stride in chunk.tensor.stride())
         first = sum((a - b) * stride for a, b, stride in zip(begin, chunk.begin, strides))
         there = byte_strides(sizes if packed else tensor.layout.shape, item)
         place = done if packed else offset
-        done += nbytes_of(part, tensor)
+        done += nbytes_of(share, tensor)
         if inward:
             for row in box_copies.rows(sizes, strides, there, item):
                 yield number, (first + row[0], place + row[1], *row[2:])
@@ -147,19 +147,19 @@ def _rows(tensor: Spread, parts: Iterable[Part], *, packed: bool, inward: bool) 
                 yield number, (place + row[0], first + row[1], *row[2:])
 
 
-def copy_parcel(parts: Iterable[tuple[Segment, tuple[Part, ...]]], window: int, parcel: int, way: Way) -> None:
-    """Copies the ``parcel`` that ``parts`` make up into the ``window`` of their block, or out of it. Both are addresses."""
+def copy_parcel(shares: Iterable[tuple[Segment, tuple[Share, ...]]], window: int, parcel: int, way: Way) -> None:
+    """Copies the ``parcel`` that ``shares`` make up into the ``window`` of their block, or out of it. Both are addresses."""
     rows: list[Row] = []
-    for segment, found in parts:
+    for segment, found in shares:
         item, shape = segment.tensor.dtype.itemsize, segment.tensor.layout.shape
-        for part in found:
-            packed, whole = byte_strides(part.sizes, item), byte_strides(shape, item)
-            at = window + segment.at + part.offset
+        for share in found:
+            packed, whole = byte_strides(share.sizes, item), byte_strides(shape, item)
+            at = window + segment.at + share.offset
             if way == "in":
-                rows += [(parcel + row[0], at + row[1], *row[2:]) for row in box_copies.rows(part.sizes, packed, whole, item)]
+                rows += [(parcel + row[0], at + row[1], *row[2:]) for row in box_copies.rows(share.sizes, packed, whole, item)]
             else:
-                rows += [(at + row[0], parcel + row[1], *row[2:]) for row in box_copies.rows(part.sizes, whole, packed, item)]
-            parcel += nbytes_of(part, segment.tensor)
+                rows += [(at + row[0], parcel + row[1], *row[2:]) for row in box_copies.rows(share.sizes, whole, packed, item)]
+            parcel += nbytes_of(share, segment.tensor)
     _copy(rows)
 
 

@@ -18,7 +18,7 @@ from shardsave._engine.blocks import Blocks, blocks
 from shardsave._engine.transfer import BLOCK_BYTES, InWindow, Piece
 from shardsave._ranks.copies import byte_strides, holding
 from shardsave._ranks.exchange import Exchange, RunWindows
-from shardsave._ranks.parts import Run, meeting, near
+from shardsave._ranks.shares import Run, meeting, near
 from shardsave._ranks.traffic import Traffic
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class _Taken(Enum):
 
     BY_NOBODY = 0
     IN_ONE_PIECE = 1
-    IN_PARTS = 2
+    IN_SHARES = 2
 
 
 class Reading(NamedTuple):
@@ -141,8 +141,8 @@ class Delivering:
                 if taken is None:
                     taken = known[key] = self._taken(spread, reader, *key[1:])
                 if taken is _Taken.IN_ONE_PIECE and reader == self._session.rank and self._place(spread, at, nbytes) is None:
-                    taken = _Taken.IN_PARTS
-                tensors.append(spread if taken is _Taken.IN_PARTS else None)
+                    taken = _Taken.IN_SHARES
+                tensors.append(spread if taken is _Taken.IN_SHARES else None)
             run = self._runs[reader] = Run(plan, tensors, start)
         return run
 
@@ -155,17 +155,17 @@ class Delivering:
             for box in takers[rank]
             for _ in meeting(shape, first, stop, *box)
         ]
-        return _Taken.BY_NOBODY if not met else _Taken.IN_ONE_PIECE if met == [reader] else _Taken.IN_PARTS
+        return _Taken.BY_NOBODY if not met else _Taken.IN_ONE_PIECE if met == [reader] else _Taken.IN_SHARES
 
     def _place(self, tensor: Spread, start: int, nbytes: int) -> TensorSource | None:
         """The memory of this rank that is exactly these bytes of ``tensor``; None if there is none."""
         item, shape, rank = tensor.dtype.itemsize, tensor.layout.shape, self._session.rank
         first, stop = start // item, (start + nbytes) // item
         boxes = self._takers(tensor, rank).get(rank, ())
-        parts = [part for box in boxes for part in meeting(shape, first, stop, *box)]
-        if len(parts) != 1:
+        shares = [share for box in boxes for share in meeting(shape, first, stop, *box)]
+        if len(shares) != 1:
             return None
-        begin, sizes, _ = parts[0]
+        begin, sizes, _ = shares[0]
         chunk = tensor.local[holding(tensor, begin, sizes)]
         if chunk.tensor.dtype != tensor.dtype or not chunk.tensor.is_contiguous():
             return None

@@ -38,13 +38,9 @@ class Division(NamedTuple):
     common: Sequence[CommonRange]
 
 
+@lru_cache(maxsize=4096)
 def divide(layout: Layout, item: int) -> Division:
     """The division of a stored tensor with elements of ``item`` bytes, of which ``layout`` says who needs what."""
-    return _divide(layout, item)  # type: ignore[arg-type]  # layouts are hashable, which their protocol does not say
-
-
-@lru_cache(maxsize=4096)
-def _divide(layout: Layout, item: int) -> Division:
     alone: dict[int, list[tuple[int, int]]] = {}
     shared: list[CommonRange] = []
     shape = layout.shape

@@ -2,7 +2,7 @@
 
 The owner's engine takes blocks in an order. When the window of a block may be used, the owner *opens* it for the ranks that take part in
 it; each does its work there (a save: fills in its boxes; a load: takes out its boxes) and reports that it is *done*. Within a host the
-window is memory that these ranks share (`host_links.py`); between hosts its parts travel as parcels (`far_links.py`).
+window is memory that these ranks share (`host_links.py`); between hosts its shares travel as parcels (`far_links.py`).
 
 No cycle of ranks can wait for each other: a rank works whenever a window is opened for it, and an owner opens the window of a block as
 soon as an earlier block, which an engine that takes blocks in order already has, does not need the memory any more.
@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 from shardsave._engine.transfer import BLOCK_BYTES
 from shardsave._ranks.far_links import FarLinks
-from shardsave._ranks.host_links import HostLinks, Lost
+from shardsave._ranks.host_links import HostLinks
+from shardsave._ranks.links import Lost
 from shardsave._ranks.windows import SharedMemory
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ class Exchange:
             self._completed(block)
             return
         self._traffic.in_window(self._session.rank, number, self._address(block))
-        self._invite(block)
+        self._open_for_others(block)
 
     def done(self, rank: int, number: int) -> None:
         """Called by links: another rank is done with a block of this one."""
@@ -132,7 +133,7 @@ class Exchange:
         if last and not self._inward:
             self._completed(block)
 
-    def visit(self, owner: int, number: int, address: int) -> None:
+    def work_in(self, owner: int, number: int, address: int) -> None:
         """Called by links: the window of a block of ``owner`` is open for this rank."""
         self.count(self._traffic.in_window(owner, number, address))
 
@@ -174,12 +175,12 @@ class Exchange:
     def _open(self, block: _Block) -> None:
         """The window of ``block`` may be used for it."""
         if self._inward:
-            self._invite(block)
+            self._open_for_others(block)
         with self._changed:
             block.open = True
             self._changed.notify_all()
 
-    def _invite(self, block: _Block) -> None:
+    def _open_for_others(self, block: _Block) -> None:
         """Opens the window for the ranks that take part in ``block``."""
         taking = self._traffic.taking(block.number)
         with self._changed:
@@ -194,7 +195,7 @@ class Exchange:
             else:
                 self._far.open(rank, block.number, nbytes, self._address(block))
         if not self._inward:
-            self._far.invited(block.number)
+            self._far.may_pack(block.number)
         if not taking and not self._inward:
             self._completed(block)
 

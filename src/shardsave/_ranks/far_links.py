@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from shardsave._ranks.gloo import MARK_BYTES, Buffers, Gloo
-from shardsave._ranks.host_links import Lost
+from shardsave._ranks.links import Callbacks, Lost
 from shardsave._ranks.traffic import Parcel, Traffic
 
 if TYPE_CHECKING:
     from torch.distributed import Work
 
-    from shardsave._ranks.exchange import Exchange
     from shardsave._ranks.session import Session
 
 #: The most bytes of parcels that a rank has packed but not sent, or has asked for in blocks of others.
@@ -45,12 +44,12 @@ class _Moving(NamedTuple):
 class FarLinks:
     """``owners``: the ranks of other hosts that own blocks. ``windowed``: the blocks of this rank with a window, in order.
 
-    Threads: two of its own, one that packs and sends, and one that waits for parcels and unpacks them. `open`, `invited` and `end` may be
+    Threads: two of its own, one that packs and sends, and one that waits for parcels and unpacks them. `open`, `may_pack` and `end` may be
     called from any thread.
     """
 
     def __init__(
-        self, exchange: Exchange, session: Session, traffic: Traffic, owners: Sequence[int], windowed: Sequence[int]
+        self, exchange: Callbacks, session: Session, traffic: Traffic, owners: Sequence[int], windowed: Sequence[int]
     ) -> None:
         self.lost: dict[int, Lost] = {}
         self.buffers = Buffers()
@@ -61,13 +60,13 @@ class FarLinks:
         here = session.hosts[session.rank]
         others = [rank for rank in range(session.size) if session.hosts[rank] != here]
         self._owners = [owner for owner in owners if traffic.may_meet(owner, session.rank)]
-        self._guests = [rank for rank in others if windowed and traffic.may_meet(session.rank, rank)]
+        self._peers = [rank for rank in others if windowed and traffic.may_meet(session.rank, rank)]
         self._inward = traffic.way == "in"
         self._gloo: Gloo | None = None
         self._changed = threading.Condition()
         self._asked: deque[_Moving] = deque()  # guarded by the condition, as are the three below
         self._to_pack: dict[int, list[tuple[int, int, int]]] = {}  # block → rank, bytes and window of each parcel
-        self._invited: set[int] = set()
+        self._may_pack: set[int] = set()
         self._no_more = False
         self._given: set[tuple[int, int]] = set()  # rank and block of the parcels that were sent, and of those asked for
         self._asked_for: set[tuple[int, int]] = set()
@@ -84,7 +83,7 @@ class FarLinks:
         """Makes the group of the ranks that need it. Every rank calls it, with the same ``token``, which was never used before."""
         if len({*self._session.hosts}) == 1:
             return
-        mine = bool(self._owners or self._guests)
+        mine = bool(self._owners or self._peers)
         answers = self._session.exchange("ranks that exchange between hosts", b"1" if mine else b"0")
         if not mine:
             return
@@ -104,10 +103,10 @@ class FarLinks:
                 self._to_pack.setdefault(block, []).append((rank, nbytes, window))
             self._changed.notify_all()
 
-    def invited(self, block: int) -> None:
+    def may_pack(self, block: int) -> None:
         """The owner's, where bytes go out: `open` was called for all ranks that take part in ``block``."""
         with self._changed:
-            self._invited.add(block)
+            self._may_pack.add(block)
             self._changed.notify_all()
 
     def end(self) -> None:
@@ -180,11 +179,11 @@ class FarLinks:
 
     def _packable(self) -> Iterator[tuple[int, int, int, int]]:
         """The parcels for other ranks of what this one has read, in the order of blocks, each as soon as it can be packed."""
-        for block in self._windowed if self._guests else ():
+        for block in self._windowed if self._peers else ():
             with self._changed:
-                self._changed.wait_for(lambda: self._closing or block in self._invited)
+                self._changed.wait_for(lambda: self._closing or block in self._may_pack)
                 ready = self._to_pack.pop(block, [])
-                self._invited.discard(block)
+                self._may_pack.discard(block)
             if self._closing:
                 return
             for rank, nbytes, window in ready:
@@ -212,7 +211,7 @@ class FarLinks:
     def _next_asked(self) -> _Moving | None:
         """The parcel to wait for; None if no more will come."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closing or self._asked or self._no_more or not self._guests)
+            self._changed.wait_for(lambda: self._closing or self._asked or self._no_more or not self._peers)
             return self._asked.popleft() if self._asked and not self._closing else None
 
     def _take_in(self, parcel: _Moving) -> None:
@@ -256,7 +255,7 @@ class FarLinks:
             self._release(
                 owner, ((block, nbytes) for block, _, nbytes in lane), given if self._inward else asked, sends=self._inward
             )
-        for rank in self._guests:
+        for rank in self._peers:
             lane = self._traffic.parcels([me], rank)
             self._release(
                 rank, ((block, nbytes) for block, _, nbytes in lane), asked if self._inward else given, sends=not self._inward

@@ -14,13 +14,13 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from shardsave._engine.transfer import BLOCK_BYTES
+from shardsave._ranks.links import Callbacks, Lost
 from shardsave._ranks.windows import MESSAGE_BYTES, SharedMemory, is_same_user, receive, send_descriptor
 
 if TYPE_CHECKING:
-    from shardsave._ranks.exchange import Exchange
     from shardsave._ranks.session import Session
 
 #: The kinds of messages. To an owner: "I am rank n", "I am done with block n". From it: "there are n windows" (with their descriptor),
@@ -35,13 +35,6 @@ _FEW = 8
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
 
 
-class Lost(NamedTuple):
-    """A rank whose connection has ended too early, and whether it said that it would leave."""
-
-    rank: int
-    said: bool
-
-
 class _Owner:
     """The connection to another rank that owns blocks. ``window``: its memory, from its first message on."""
 
@@ -53,7 +46,7 @@ class _Owner:
         self.ended = self.left = False
 
 
-class _Guest:
+class _Peer:
     """A connection from another rank, which takes part in blocks of this one."""
 
     def __init__(self, connection: socket.socket) -> None:
@@ -65,10 +58,10 @@ class _Guest:
 class HostLinks:
     """``owners``: the ranks of this host to connect to. ``listens``: whether they may connect to this one.
 
-    Threads: one of its own, on which `Exchange.visit` and `Exchange.done` are called. `open` and `end` may be called from any thread.
+    Threads: one of its own, on which `Exchange.work_in` and `Exchange.done` are called. `open` and `end` may be called from any thread.
     """
 
-    def __init__(self, exchange: Exchange, session: Session, owners: Sequence[int], *, listens: bool) -> None:
+    def __init__(self, exchange: Callbacks, session: Session, owners: Sequence[int], *, listens: bool) -> None:
         self.lost: dict[int, Lost] = {}
         self._exchange = exchange
         self._session = session
@@ -79,7 +72,7 @@ class HostLinks:
         self._memory: SharedMemory | None = None
         self._token = b""
         self._lock = threading.Lock()
-        self._guests: dict[int, _Guest] = {}  # by rank; guarded by the lock, as are the two below
+        self._peers: dict[int, _Peer] = {}  # by rank; guarded by the lock, as are the two below
         self._waiting: dict[int, list[bytes]] = {}  # for ranks that have not connected yet
         self._no_more = False
         self._closing = False
@@ -97,7 +90,7 @@ class HostLinks:
     @property
     def ended(self) -> bool:
         """Whether all owners have said that there are no more blocks, and no rank will still try to connect to this one."""
-        return all(owner.ended for owner in self._owners) and len(self._guests) == self._expected
+        return all(owner.ended for owner in self._owners) and len(self._peers) == self._expected
 
     def start(self, token: bytes, memory: SharedMemory | None) -> None:
         """Listens, and begins to connect. ``token``: from `new_token`, the same on all ranks."""
@@ -124,8 +117,8 @@ class HostLinks:
         """Tells all ranks that no more windows will be opened."""
         with self._lock:
             self._no_more = True
-            for guest in self._guests.values():
-                self._send(guest.socket, _MESSAGE.pack(_END, 0, 0))
+            for peer in self._peers.values():
+                self._send(peer.socket, _MESSAGE.pack(_END, 0, 0))
 
     def close(self) -> None:
         """Ends the connections. Says that this rank leaves, where others may still wait for it."""
@@ -210,36 +203,36 @@ class HostLinks:
             return
         connection.setblocking(False)
         self._sockets.append(connection)
-        guest = _Guest(connection)
-        self._selector.register(connection, selectors.EVENT_READ, lambda: self._hear_guest(guest))
+        peer = _Peer(connection)
+        self._selector.register(connection, selectors.EVENT_READ, lambda: self._hear_peer(peer))
 
-    def _hear_guest(self, guest: _Guest) -> None:
-        message = self._receive(guest.socket)
+    def _hear_peer(self, peer: _Peer) -> None:
+        message = self._receive(peer.socket)
         if message is None:
             return
         if not message:
-            self._gone(guest.socket, guest.rank, guest.left, expected=self._no_more or guest.rank < 0)
+            self._gone(peer.socket, peer.rank, peer.left, expected=self._no_more or peer.rank < 0)
             return
         kind, number, _ = _MESSAGE.unpack(message)
         if kind == _HELLO:
-            self._welcome(guest, number)
+            self._add_peer(peer, number)
         elif kind == _DONE:
-            self._exchange.done(guest.rank, number)
+            self._exchange.done(peer.rank, number)
         elif kind == _LEAVE:
-            guest.left = True
+            peer.left = True
 
-    def _welcome(self, guest: _Guest, rank: int) -> None:
-        guest.rank = rank
+    def _add_peer(self, peer: _Peer, rank: int) -> None:
+        peer.rank = rank
         nbytes = self._memory.nbytes if self._memory is not None else 0
         with self._lock:
             if self._memory is not None:
                 with contextlib.suppress(ConnectionError):
-                    send_descriptor(guest.socket, _MESSAGE.pack(_WINDOWS, nbytes, 0), self._memory.file.fd)
+                    send_descriptor(peer.socket, _MESSAGE.pack(_WINDOWS, nbytes, 0), self._memory.file.fd)
             for message in self._waiting.pop(rank, []):
-                self._send(guest.socket, message)
+                self._send(peer.socket, message)
             if self._no_more:
-                self._send(guest.socket, _MESSAGE.pack(_END, 0, 0))
-            self._guests[rank] = guest
+                self._send(peer.socket, _MESSAGE.pack(_END, 0, 0))
+            self._peers[rank] = peer
         self._exchange.wake()
 
     def _hear_owner(self, owner: _Owner) -> None:
@@ -253,7 +246,7 @@ class HostLinks:
         kind, number, window = _MESSAGE.unpack(message)
         if kind == _OPEN:
             assert owner.window is not None
-            self._exchange.visit(owner.rank, number, owner.window.address + window * BLOCK_BYTES)
+            self._exchange.work_in(owner.rank, number, owner.window.address + window * BLOCK_BYTES)
             self._send(owner.socket, _MESSAGE.pack(_DONE, number, 0))
         elif kind == _END:
             owner.ended = True
@@ -285,11 +278,11 @@ class HostLinks:
 
     def _tell(self, rank: int, message: bytes) -> None:
         with self._lock:
-            guest = self._guests.get(rank)
-            if guest is None:
+            peer = self._peers.get(rank)
+            if peer is None:
                 self._waiting.setdefault(rank, []).append(message)
             else:
-                self._send(guest.socket, message)
+                self._send(peer.socket, message)
 
     def _send(self, connection: socket.socket, message: bytes) -> None:
         """Never waits: no more messages are under way than there are windows. The end of a connection is noticed by who listens."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from shardsave._common.memory_errors import check_free_memory
 from shardsave._common.progress import Progress
 from shardsave._engine.totals import Totals
 from shardsave._loading.read import TensorReader
@@ -48,9 +50,20 @@ class LoadJob:
         same = b"" if everywhere is None else json.dumps(len({*everywhere}) == 1).encode()
         return bool(json.loads(self._session.publish("whether all have the same checkpoint", same or None)))
 
-    def checked(self) -> None:
-        self._session.gather("what was checked", b"")
-        self._session.publish("that all have checked", b"" if self._session.leads else None)
+    def checked(self, needed: int = 0) -> tuple[str, ...]:
+        gathered = self._session.gather("new memory", str(needed).encode())
+        of_hosts = Counter[int]()
+        for host, data in zip(self._session.hosts, gathered or ()):
+            of_hosts[host] += int(data)
+        told = json.dumps([*of_hosts.items()]).encode() if gathered is not None else None
+        of_hosts = Counter(dict(json.loads(self._session.publish("new memory of all hosts", told))))
+        if not of_hosts.total():
+            return ()
+        on_this = of_hosts[self._session.hosts[self._session.rank]]
+        notes = check_free_memory(self._where, on_this, "the module is unchanged")
+        self._session.gather("whether there is memory", b"")
+        self._session.publish("that there is memory", b"" if self._session.leads else None)
+        return notes
 
     def reader(self, checkpoint: Checkpoint, *, verify: bool, progress: Progress) -> TensorReader:
         return JobReader(checkpoint, self._session, verify=verify, progress=progress)

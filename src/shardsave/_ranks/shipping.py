@@ -12,7 +12,7 @@ from shardsave._common.layouts import Extent, Layout
 from shardsave._common.spread import Spread
 from shardsave._engine.transfer import InWindow
 from shardsave._ranks.exchange import Exchange, RunWindows
-from shardsave._ranks.parts import Run
+from shardsave._ranks.shares import Run
 from shardsave._ranks.traffic import Traffic
 from shardsave._saving.shards import PlannedShard, plan_blocks
 
@@ -99,10 +99,10 @@ class Shipping:
         return piece if isinstance(piece, Spread) and self._givers.of(piece, owner).keys() != {owner} else None
 
     def _for_engine(self, shard: PlannedShard) -> PlannedShard:
-        """``shard`` with pieces for this rank's engine: tensors of which it has only a part are filled in windows."""
+        """``shard`` with pieces for this rank's engine: tensors of which it has only some boxes are filled in windows."""
         rank = self._session.rank
-        parts = [piece for piece in shard.pieces if self._exchanged(piece, rank) is not None]
-        return shard.with_sources({id(piece): InWindow(piece.dtype, piece.shape, piece.nbytes) for piece in parts})
+        shares = [piece for piece in shard.pieces if self._exchanged(piece, rank) is not None]
+        return shard.with_sources({id(piece): InWindow(piece.dtype, piece.shape, piece.nbytes) for piece in shares})
 
 
 class Givers:

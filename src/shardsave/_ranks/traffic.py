@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from shardsave._common.layouts import Extent
 from shardsave._common.spread import Spread
 from shardsave._ranks.copies import Local, Way, copy_parcel
-from shardsave._ranks.parts import Part, Parts, Run, Segment, nbytes_of
+from shardsave._ranks.shares import Run, Segment, Share, Shares, nbytes_of
 
 
 class Parcel(NamedTuple):
@@ -25,7 +25,7 @@ class Parcel(NamedTuple):
 
 
 class Traffic:
-    """``rank``: this one. ``run_of`` and ``takers``: as for `Parts`. ``way``: "in" if bytes go into windows, "out" if out of them.
+    """``rank``: this one. ``run_of`` and ``takers``: as for `Shares`. ``way``: "in" if bytes go into windows, "out" if out of them.
 
     Threads: all methods may be called on any.
     """
@@ -41,7 +41,7 @@ class Traffic:
         self.way: Way = way
         self._run_of = run_of
         self._takers = takers
-        self._parts = Parts(run_of, takers)
+        self._shares = Shares(run_of, takers)
         self._local = Local(way)
 
     def follow_caller(self) -> None:
@@ -61,21 +61,21 @@ class Traffic:
 
     def taking(self, block: int) -> dict[int, int]:
         """The other ranks that take part in a block of this one, each with the number of bytes."""
-        taking = self._parts.taking(self.rank, block)
+        taking = self._shares.taking(self.rank, block)
         taking.pop(self.rank, None)
         return taking
 
     def in_window(self, owner: int, block: int, window: int) -> int:
-        """Copies this rank's part of a block between its tensors and the window, whose address is given. Returns the bytes."""
-        return self._local.copy(self._parts_of(owner, block, self.rank), window)
+        """Copies this rank's share of a block between its tensors and the window, whose address is given. Returns the bytes."""
+        return self._local.copy(self._shares_of(owner, block, self.rank), window)
 
     def in_parcel(self, parcel: Parcel, address: int) -> None:
-        """Copies this rank's part of a block between its tensors and a parcel."""
-        self._local.copy(self._parts_of(parcel.owner, parcel.block, self.rank), address, packed=True)
+        """Copies this rank's share of a block between its tensors and a parcel."""
+        self._local.copy(self._shares_of(parcel.owner, parcel.block, self.rank), address, packed=True)
 
     def between(self, rank: int, block: int, window: int, parcel: int) -> None:
-        """Copies the part of ``rank`` in a block of this one between the window and a parcel."""
-        copy_parcel(self._parts_of(self.rank, block, rank), window, parcel, self.way)
+        """Copies the share of ``rank`` in a block of this one between the window and a parcel."""
+        copy_parcel(self._shares_of(self.rank, block, rank), window, parcel, self.way)
 
     def may_meet(self, owner: int, rank: int) -> bool:
         """Whether ``rank`` takes part in any tensor of ``owner``."""
@@ -90,13 +90,13 @@ class Traffic:
         if not self.may_meet(owner, rank):
             return
         for block in range(len(self._run_of(owner).blocks.table)):
-            parts = self._parts_of(owner, block, rank)
-            nbytes = sum(nbytes_of(part, segment.tensor) for segment, found in parts for part in found)
+            shares = self._shares_of(owner, block, rank)
+            nbytes = sum(nbytes_of(share, segment.tensor) for segment, found in shares for share in found)
             if nbytes:
                 yield Parcel(block, owner, nbytes)
 
-    def _parts_of(self, owner: int, block: int, rank: int) -> Iterator[tuple[Segment, tuple[Part, ...]]]:
-        """The parts of ``rank`` in a block, by segment; segments of which it has none are left out."""
-        for segment in self._parts.segments(owner, block):
-            if found := self._parts.of(segment, owner, rank):
+    def _shares_of(self, owner: int, block: int, rank: int) -> Iterator[tuple[Segment, tuple[Share, ...]]]:
+        """The shares of ``rank`` in a block, by segment; segments of which it has none are left out."""
+        for segment in self._shares.segments(owner, block):
+            if found := self._shares.of(segment, owner, rank):
                 yield segment, found

@@ -27,7 +27,7 @@ class Run(NamedTuple):
     starts: Sequence[int]
 
 
-class Part(NamedTuple):
+class Share(NamedTuple):
     """Elements of a tensor that one rank gives or takes: a box that begins at index ``begin``, ``offset`` bytes after the beginning of the
     segment in which it lies. There, its strides are those of the whole tensor in C order."""
 
@@ -49,7 +49,7 @@ class Segment(NamedTuple):
     at: int
 
 
-class Parts:
+class Shares:
     """``run_of(owner)``: what each rank moves. ``takers(tensor, owner)``: which ranks take part in the tensor, each with which boxes;
     a rank may have several, and also the owner itself.
 
@@ -62,7 +62,7 @@ class Parts:
         self._numbers: dict[tuple[Layout, int], int] = {}
         self._kinds: dict[int, list[int]] = {}  # owner → the kind of each piece
         self._firsts: dict[int, list[int]] = {}  # owner → the first segment of each block
-        self._of: dict[tuple[int, int, int, int, int], tuple[Part, ...]] = {}
+        self._of: dict[tuple[int, int, int, int, int], tuple[Share, ...]] = {}
         self._taking: dict[tuple[int, int, int, int], tuple[tuple[int, int], ...]] = {}
 
     def segments(self, owner: int, block: int) -> Iterator[Segment]:
@@ -77,21 +77,21 @@ class Parts:
             if tensor is not None:
                 yield Segment(tensor, kinds[piece], run.starts[piece] + offset, length, at)
 
-    def of(self, segment: Segment, owner: int, rank: int) -> tuple[Part, ...]:
-        """The parts of ``rank`` in a segment of ``owner``, in the order in which they travel."""
+    def of(self, segment: Segment, owner: int, rank: int) -> tuple[Share, ...]:
+        """The shares of ``rank`` in a segment of ``owner``, in the order in which they travel."""
         tensor, kind, start, length, _ = segment
         key = kind, owner, start, length, rank
         found = self._of.get(key)
         if found is None:
             found = self._of[key] = tuple(
-                Part(begin, sizes, offset * tensor.dtype.itemsize)
+                Share(begin, sizes, offset * tensor.dtype.itemsize)
                 for box in self._takers(tensor, owner).get(rank, ())
                 for begin, sizes, offset in meeting(tensor.layout.shape, *_elements(segment), *box)
             )
         return found
 
     def taking(self, owner: int, block: int) -> dict[int, int]:
-        """The ranks that take part in a block, each with the bytes of its parts."""
+        """The ranks that take part in a block, each with the bytes of its shares."""
         counts: dict[int, int] = {}
         for segment in self.segments(owner, block):
             _, kind, start, length, _ = segment
@@ -107,7 +107,7 @@ class Parts:
         tensor = segment.tensor
         takers, shape = self._takers(tensor, owner), tensor.layout.shape
         for rank in near(takers, shape, *_elements(segment)):
-            nbytes = sum(nbytes_of(part, tensor) for part in self.of(segment, owner, rank))
+            nbytes = sum(nbytes_of(share, tensor) for share in self.of(segment, owner, rank))
             if nbytes:
                 yield rank, nbytes
 
@@ -115,9 +115,9 @@ class Parts:
         return self._numbers.setdefault((tensor.layout, tensor.dtype.itemsize), len(self._numbers))
 
 
-def nbytes_of(part: Part, tensor: Spread) -> int:
-    """The bytes of a part of ``tensor``."""
-    return math.prod(part.sizes) * tensor.dtype.itemsize
+def nbytes_of(share: Share, tensor: Spread) -> int:
+    """The bytes of a share of ``tensor``."""
+    return math.prod(share.sizes) * tensor.dtype.itemsize
 
 
 def _elements(segment: Segment) -> tuple[int, int]:
