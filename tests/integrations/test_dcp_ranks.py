@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import filecmp
-import os
 import random
 import shutil
 from pathlib import Path
@@ -13,83 +11,21 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from dcp_models import NESTED, PLACEMENTS, Model, columns, replicated, rows, same_files, training_of, whole
 from torch import nn
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import shardsave
-from jobs import Job, run_ranks
+from jobs import run_ranks
 from shardsave.integrations.dcp import StorageReader, StorageWriter
 from support import same_bits
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is (disabled|unavailable):UserWarning")
-
-
-class Model(nn.Module):
-    """Uneven sizes, a frozen layer, tied weights, a buffer, two dtypes."""
-
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        self.embed = nn.Embedding(13, 8)
-        self.up = nn.Linear(8, 12)
-        self.down = nn.Linear(12, 8).to(torch.bfloat16)
-        self.head = nn.Linear(8, 13, bias=False)
-        self.head.weight = self.embed.weight
-        self.register_buffer("steps", torch.arange(seed, seed + 5))
-        self.up.requires_grad_(False)
-
-
-def rows(model: nn.Module) -> nn.Module:
-    return fully_shard(model)
-
-
-def columns(model: nn.Module) -> nn.Module:
-    return fully_shard(model, shard_placement_fn=lambda p: Shard(1) if p.dim() > 1 else Shard(0))
-
-
-def hybrid(model: nn.Module) -> nn.Module:
-    return fully_shard(model, mesh=init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("r", "s")))
-
-
-def tensor_parallel(model: nn.Module) -> nn.Module:
-    plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
-    return parallelize_module(model, init_device_mesh("cpu", (dist.get_world_size(),)), plan)
-
-
-def both(model: nn.Module) -> nn.Module:
-    mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("dp", "tp"))
-    parallelize_module(model, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
-    return fully_shard(model, mesh=mesh["dp"])
-
-
-def replicated(model: nn.Module) -> nn.Module:
-    return model
-
-
-#: Of these, a state dict with an optimizer and other values is saved too.
-NESTED = ("columns", "both")
-
-PLACEMENTS = {f.__name__: f for f in (rows, columns, hybrid, tensor_parallel, both, replicated)}
-
-
-def whole(tensor: Any) -> Any:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def training_of(state: dict[str, Any]) -> dict[str, Any]:
-    """What an optimizer and a program have beside a model: tensors placed as the parameters are, values, a tensor within a value."""
-    moments = {
-        name: {"exp_avg": tensor * 2, "step": torch.tensor(3.0)} for name, tensor in state.items() if tensor.is_floating_point()
-    }
-    return {"state": moments, "param_groups": [{"lr": 0.1, "betas": (0.9, 0.99), "params": [*moments]}]}
 
 
 def save_all(rank: int, folder: Path, names: list[str]) -> list[Any]:
@@ -136,13 +72,6 @@ def load_all(rank: int, folder: Path, names: list[str], placements: list[str]) -
                 f"{name} {placement} flat {key}" for key, value in flat.items() if not same_bits(whole(value), expected[key])
             ]
     return wrong
-
-
-def same_files(one: Path, many: Path) -> None:
-    names = sorted(os.listdir(one))
-    assert sorted(os.listdir(many)) == names
-    different = [name for name in names if not filecmp.cmp(one / name, many / name, shallow=False)]
-    assert not different, different
 
 
 def test_every_placement(tmp_path: Path) -> None:
@@ -198,44 +127,6 @@ def test_resharding(tmp_path: Path) -> None:
     assert run_ranks(4, reshard, tmp_path) == [[]] * 4
 
 
-class FailsOn(DefaultSavePlanner):
-    def __init__(self, rank: int) -> None:
-        super().__init__()
-        self.rank = rank
-
-    def resolve_data(self, item: Any) -> Any:
-        if dist.get_rank() == self.rank:
-            raise MemoryError(f"no memory on {self.rank}")
-        return super().resolve_data(item)
-
-
-def fail_on(rank: int, folder: Path, failing: int) -> list[str]:
-    model = rows(Model())
-    dcp.save(model.state_dict(), storage_writer=StorageWriter(folder, model, durable=False))
-    before = sorted(os.listdir(folder))
-    dist.barrier()
-    messages = []
-    for planner, extra in ((FailsOn(failing), {}), (None, {f"bad{rank}": object()} if rank == failing else {})):
-        try:
-            dcp.save(model.state_dict() | extra, storage_writer=StorageWriter(folder, model), planner=planner)
-        except BaseException as error:
-            messages.append(str(error))
-    dist.barrier()
-    after = sorted(os.listdir(folder))
-    dist.barrier()
-    dcp.save(model.state_dict(), storage_writer=StorageWriter(folder, model))
-    return [*messages, str(after == before)]
-
-
-@pytest.mark.parametrize("failing", [0, 2])
-def test_one_rank_fails(failing: int, tmp_path: Path) -> None:
-    """Catches a checkpoint without what one rank could not give, ranks that wait for it, and litter; the next save works."""
-    for memory, value, unchanged in run_ranks(4, fail_on, tmp_path, failing):
-        assert f"rank {failing}: " in memory and f"no memory on {failing}" in memory and "UnsupportedTrainingError" in value
-        assert f"the value 'bad{failing}'" in value and unchanged == "True"
-    assert sorted(shardsave.load(tmp_path)) == sorted(Model().state_dict())
-
-
 def read_once(rank: int, folder: Path) -> list[Any]:
     """Bytes that this rank read, and whether all were verified; then what it raises for a checkpoint with a wrong bit."""
     found: list[Any] = []
@@ -279,33 +170,6 @@ def test_each_byte_is_read_once(tmp_path: Path) -> None:
         assert sum(load[number][0] for load in loads) == report.bytes and all(load[number][1] is True for load in loads)
     assert all("corrupt shard" in load[3] and "has checksum" in load[3] for load in loads)
     assert all("rank 2: no memory" in load[4] or "MemoryError: no memory" in load[4] for load in loads)
-
-
-class Unreadable(StorageReader):
-    """Cannot be opened on one rank, at the first attempt."""
-
-    attempts = 0
-
-    def read_metadata(self) -> Metadata:
-        self.attempts += 1
-        if dist.get_rank() == 1 and self.attempts == 1:
-            raise shardsave.DirectoryBusyError("busy")
-        return super().read_metadata()
-
-
-def read_at_second_attempt(rank: int, folder: Path) -> str:
-    state = rows(Model(seed=1)).state_dict()
-    try:
-        dcp.load(state, storage_reader=Unreadable(folder))
-    except BaseException as error:
-        return str(error)
-    return "loaded"
-
-
-def test_a_rank_that_cannot_open_the_checkpoint(tmp_path: Path) -> None:
-    """Catches a rank that tries again by itself, and then waits for ranks that have given up."""
-    shardsave.save(Model(), tmp_path, durable=False)
-    assert all("busy" in message for message in run_ranks(2, read_at_second_attempt, tmp_path))
 
 
 def save_in_group(rank: int, folder: Path) -> str:
@@ -401,70 +265,6 @@ def test_ranks_without_weights(tmp_path: Path) -> None:
     assert [values[f"seen.{rank}"] for rank in range(4)] == [0, 1, 2, 3] and values["net"].keys() == {"weight"}
 
 
-def contradict(rank: int, folder: Path) -> str:
-    tensor = torch.zeros(4, dtype=torch.float32 if rank == 0 else torch.float64)
-    state = {"a": tensor[:2], "b": tensor[2:]} if rank == 0 else {"a": tensor[2:], "b": tensor[:2]}
-    spread = {name: Placed(part, rank) for name, part in state.items()}
-    try:
-        dcp.save(spread, storage_writer=StorageWriter(folder, durable=False))
-    except BaseException as error:
-        return str(error)
-    return ""
-
-
-class Placed(torch.Tensor):
-    """Half of a vector, as tensors of other libraries tell DCP."""
-
-    @staticmethod
-    def __new__(cls, part: torch.Tensor, rank: int) -> Placed:
-        made = torch.Tensor._make_subclass(cls, part)
-        made.rank = rank  # type: ignore[attr-defined]
-        return made
-
-    def __create_write_items__(self, fqn: str, value: Any) -> list[WriteItem]:
-        chunk = ChunkStorageMetadata(torch.Size([2 * self.rank]), torch.Size([2]))  # type: ignore[attr-defined]
-        data = TensorWriteData(chunk, TensorProperties(self.dtype), torch.Size([4]))
-        return [WriteItem(MetadataIndex(fqn, chunk.offsets), WriteItemType.SHARD, tensor_data=data)]
-
-    def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
-        return self.as_subclass(torch.Tensor)
-
-
-def test_ranks_that_contradict_each_other(tmp_path: Path) -> None:
-    """Catches parts of two dtypes that become one tensor; the message names tensor and ranks."""
-    for message in run_ranks(2, contradict, tmp_path / "c"):
-        assert "cannot save 'a': one dtype, shape and flag was expected on all ranks" in message
-        assert "rank 0 has" in message and "rank 1 has" in message
-    assert not list(tmp_path.rglob("*.safetensors"))
-
-
-def die(rank: int, folder: Path) -> str:
-    model = rows(Model())
-    dcp.save(model.state_dict(), storage_writer=StorageWriter(folder, model))
-    writer = StorageWriter(folder, model, rank_timeout=5.0)
-    try:
-        dcp.save(model.state_dict(), storage_writer=writer, planner=DiesOn(1))
-    except BaseException as error:
-        return str(error)
-    return "saved"
-
-
-class DiesOn(FailsOn):
-    def resolve_data(self, item: Any) -> Any:
-        if dist.get_rank() == self.rank:
-            os._exit(3)
-        return super().resolve_data(item)
-
-
-def test_a_rank_that_dies(tmp_path: Path) -> None:
-    """Catches ranks that wait for a dead one, and a checkpoint without its part."""
-    with Job(3, die, tmp_path) as job:
-        ends = job.ended()
-    assert ends[1].exit_code == 3 and all(ends[rank].value not in (None, "saved") for rank in (0, 2)), ends
-    assert sorted(shardsave.load(tmp_path)) == sorted(Model().state_dict())
-    assert not [name for name in os.listdir(tmp_path) if name.startswith(".shardsave-")]
-
-
 def save_in_a_process(rank: int, folder: Path) -> None:
     model = rows(Model())
     state = {"model": model.state_dict(), "step": 3}
@@ -483,19 +283,3 @@ def test_saves_in_other_processes(tmp_path: Path) -> None:
     shardsave.load_model(fresh, tmp_path)
     assert all(same_bits(value, Model().state_dict()[key]) for key, value in fresh.state_dict().items())
     assert fresh.embed.weight.requires_grad and not fresh.up.weight.requires_grad
-
-
-def alone(rank: int, folder: Path) -> str:
-    model = rows(Model())
-    if rank == 0:
-        try:
-            dcp.save(model.state_dict(), storage_writer=StorageWriter(folder, model), no_dist=True)
-        except BaseException as error:
-            return str(error)
-    return ""
-
-
-def test_a_part_alone(tmp_path: Path) -> None:
-    """Catches one rank's part that is saved as if it were everything."""
-    message = run_ranks(2, alone, tmp_path / "c")[0]
-    assert "all elements of its shape" in message and "without no_dist=True" in message and not (tmp_path / "c").exists()
