@@ -78,6 +78,10 @@ class SaveJob:
         self._begun = False  # whether the index may have been renamed
 
     @property
+    def session(self) -> Session:
+        return self._session
+
+    @property
     def leads(self) -> bool:
         return self._session.leads
 
