@@ -32,6 +32,7 @@ from shardsave._api import (
 )
 from shardsave._cli.main import cli
 from shardsave._training import per_rank
+from shardsave.integrations import dcp
 
 pytestmark = pytest.mark.slow
 
@@ -60,6 +61,7 @@ def test_documents_have_examples() -> None:
         "docs/background.md",
         "docs/cli.md",
         "docs/convert.md",
+        "docs/dcp.md",
         "docs/loading.md",
         "docs/saving.md",
         "docs/training.md",
@@ -72,6 +74,7 @@ def test_documents_have_examples() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")  # PEFT calls it by a deprecated name
+@pytest.mark.filterwarnings("ignore:torch.distributed is (disabled|unavailable)")  # what DCP says in one process
 @pytest.mark.parametrize("name", WITH_EXAMPLES)
 def test_examples_in_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Catches an example that fails, and a command whose output differs from the document. All run in the document's order."""
@@ -171,6 +174,7 @@ def test_files_that_documents_name(name: str) -> None:
         assert any(file.endswith(f"/{named}") for file in files), named
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is (disabled|unavailable)")
 @pytest.mark.parametrize(
     "module",
     [
@@ -189,6 +193,7 @@ def test_files_that_documents_name(name: str) -> None:
         resume,
         per_rank,
         manager,
+        dcp,
     ],
     ids=lambda module: module.__name__,
 )

@@ -50,6 +50,9 @@ WINGS: dict[str, set[str]] = {
     "__init__": {"_api", "_common", "_version", "errors"},
     "_cli": {"__init__", "_api", "_common", "_format", "_printable", "_runs", "_storage", "_version", "errors"},
     "__main__": {"_cli"},
+    "integrations": {
+        "_api", "_common", "_format", "_huggingface", "_loading", "_ranks", "_saving", "_state", "_storage", "_training", "errors",
+    },
 }  # fmt: skip
 
 #: Imports between single files that the table would allow and the plan does not: each with the reason that it must not be.

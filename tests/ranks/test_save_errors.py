@@ -94,10 +94,6 @@ def fails_in_describe(rank: int, path: Path) -> None:
     shardsave.save(kind(2, 2), path, process_group=dist.group.WORLD)
 
 
-def training_state(rank: int, path: Path) -> None:
-    shardsave.save(state(), path, rng=True)
-
-
 def callback_fails(rank: int, path: Path) -> None:
     def report(done: int, total: int) -> None:
         if rank == 2:
@@ -127,7 +123,6 @@ CASES: dict[str, tuple[Callable[[int, Path], object], str, str]] = {
     ),
     "contradiction": (contradiction, "UnsupportedTensorError", "'x'"),
     "describe": (fails_in_describe, "SaveNotCommittedError", "rank 2: RuntimeError: a hook of the user; nothing was committed"),
-    "training state": (training_state, "ValueError", "training= and rng= need"),
     "progress": (callback_fails, "SaveNotCommittedError", "rank 2: RuntimeError: no progress; nothing was committed"),
 }
 

@@ -104,19 +104,25 @@ def _tied_as_transformers_ties(model: Any, entries: list[Entry]) -> list[Entry]:
     """Stores tied tensors under the same name as `save_pretrained`: the one to which the model ties the others."""
     if all(entry.tied_to is None for entry in entries):
         return entries
+    leader = leaders_of_ties(model, {entry.name: entry.tied_to or entry.name for entry in entries})
+    return [entry._replace(tied_to=leader[entry.name] if leader[entry.name] != entry.name else None) for entry in entries]
+
+
+def leaders_of_ties(model: Any, first: Mapping[str, str]) -> dict[str, str]:
+    """Name → the name under which `save_pretrained` stores its tensor. ``first``: name → the first name with the same tensor."""
     patterns = [
         re.compile(f"{name}.{key}" if name else key)
         for name, module in model.named_modules()
         for key in getattr(module, "_tied_weights_keys", None) or ()
     ]
     groups: dict[str, list[str]] = {}
-    for entry in entries:
-        groups.setdefault(entry.tied_to or entry.name, []).append(entry.name)
-    leader = {}
+    for name, leader in first.items():
+        groups.setdefault(leader, []).append(name)
+    leaders = {}
     for names in groups.values():
         candidates = [name for name in names if not any(pattern.search(name) for pattern in patterns)]
-        leader.update(dict.fromkeys(names, candidates[0] if candidates else max(names)))
-    return [entry._replace(tied_to=leader[entry.name] if leader[entry.name] != entry.name else None) for entry in entries]
+        leaders.update(dict.fromkeys(names, candidates[0] if candidates else max(names)))
+    return leaders
 
 
 def _ties(model: Any, entries: Iterable[Entry], stored: Mapping[str, DiskTensor]) -> list[Entry]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from shardsave._common.os_calls import CallFailed
 from shardsave._common.sources import ByteSource
+from shardsave._common.spread import Spread
 from shardsave._engine.totals import Totals
 from shardsave._format.index import FileRecord, ShardRecord
 from shardsave._ranks.agree import agree
@@ -79,6 +80,10 @@ class SaveJob:
         self._begun = False  # whether the index may have been renamed
 
     @property
+    def session(self) -> Session:
+        return self._session
+
+    @property
     def leads(self) -> bool:
         return self._session.leads
 
@@ -137,8 +142,8 @@ class SaveJob:
 
     @contextmanager
     def share(self, to_write: Mapping[str, PlannedShard], documents: Mapping[str, bytes]) -> Iterator[Share]:
-        # Each rank has files of its own in the directories of parts.
-        apart = {name: shard for name, shard in to_write.items() if "/" in name}
+        # In the directories of parts, a rank has files of its own, which it alone has planned. They have no spread tensors.
+        apart = {name: shard for name, shard in to_write.items() if "/" in name and not _is_spread(shard)}
         names = [name for name in to_write if name not in apart]
         shards = [to_write[name] for name in names]
         of_shard = owners(shards, self._session.hosts)
@@ -218,6 +223,10 @@ class SaveJob:
             if time.monotonic() > end:
                 return rank_lost_in_commit(self._where, error)
             time.sleep(_PAUSE)
+
+
+def _is_spread(shard: PlannedShard) -> bool:
+    return any(isinstance(piece, Spread) for piece in shard.pieces)
 
 
 class _JobWatch:

@@ -32,15 +32,20 @@ def refuse_optimizer(source: Mapping[str, Any]) -> None:
         )
 
 
-def check_savable(name: str, tensor: torch.Tensor) -> int:
-    """Raises UnsupportedTensorError if a file cannot hold ``tensor`` under ``name``; returns `reach`, which it has to know."""
-    if name == "__metadata__":
-        refuse(name, "another name was expected", "safetensors keeps this one for itself")
+def check_name(name: str) -> None:
+    """Raises UnsupportedTensorError for a name that is no Unicode."""
     if not name.isascii():
         try:
             name.encode()
         except UnicodeEncodeError:
             refuse(name, "a name in Unicode was expected", "it has half of a surrogate pair")
+
+
+def check_savable(name: str, tensor: torch.Tensor) -> int:
+    """Raises UnsupportedTensorError if a file cannot hold ``tensor`` under ``name``; returns `reach`, which it has to know."""
+    if name == "__metadata__":
+        refuse(name, "another name was expected", "safetensors keeps this one for itself")
+    check_name(name)
     if type(tensor) not in PLAIN_TYPES or hasattr(tensor, "__tensor_flatten__"):
         refuse(name, "a plain tensor was expected", f"it is {an(type(tensor).__name__)}{_way_out(tensor)}")
     if tensor.layout is not torch.strided or tensor.is_nested:
