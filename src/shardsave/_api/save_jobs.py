@@ -44,6 +44,7 @@ def job_of_save(
     Raises TypeError, ValueError for a wrong ``process_group``, and ShardSaveError if a rank does not come.
     """
     group = collective_group(source, process_group, training)
+    del source, training  # a save in the background must not keep the model alive
     if group is None:
         yield ALONE
         return
