@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import linecache
+import os
+import subprocess
 import sys
 import threading
 import time
@@ -66,10 +68,8 @@ def interrupted(call: Callable[[], shardsave.PendingSave], line: int) -> bool:
     return count >= line
 
 
-@pytest.mark.alone  # in a process in which hundreds of other tests have run, Python may trace no line any more
-@pytest.mark.parametrize("staging", ["snapshot", "ring"])
-def test_an_interrupt_at_any_line(memory: Path, staging: Any) -> None:
-    """Catches a call that Ctrl-C ends, and after which its save goes on, keeps the turn, the lock, the hook, or a thread."""
+def interrupt_every_line(folder: Path, staging: Any) -> None:
+    """Interrupts one call after the other, each some lines later, and looks after each whether anything is left of it."""
     net = torch.nn.Linear(600, 600)
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
     with torch.no_grad():
@@ -77,15 +77,25 @@ def test_an_interrupt_at_any_line(memory: Path, staging: Any) -> None:
             parameter.fill_(1.0)
     training = {"optimizer": optimizer}
     options: dict[str, Any] = {"staging": staging, "training": training, "if_busy": "raise"}
-    shardsave.save_async(net, memory / "ckpt", **options).wait()
+    shardsave.save_async(net, folder / "ckpt", **options).wait()
     line = 1
-    while interrupted(lambda: shardsave.save_async(net, memory / "ckpt", durable=False, **options), line):
-        assert_nothing_is_left(memory / "ckpt")
+    while interrupted(lambda: shardsave.save_async(net, folder / "ckpt", durable=False, **options), line):
+        assert_nothing_is_left(folder / "ckpt")
         assert hooks() == 0, line
         line += STEP
-    assert line > 100
-    report = shardsave.save_async(net, memory / "ckpt", **options).wait()
-    assert report.staging == staging and value_in(memory / "ckpt") == 1 and take_failures() == ()
+    assert line > 100, line
+    report = shardsave.save_async(net, folder / "ckpt", **options).wait()
+    assert report.staging == staging and value_in(folder / "ckpt") == 1 and take_failures() == ()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("staging", ["snapshot", "ring"])
+def test_an_interrupt_at_any_line(memory: Path, staging: str) -> None:
+    """Catches a call that Ctrl-C ends, and after which its save goes on, keeps the turn, the lock, the hook, or a thread."""
+    # In a process in which other tests have run, Python may trace no line any more.
+    call = f"import pathlib, background.{Path(__file__).stem} as t; t.interrupt_every_line(pathlib.Path({str(memory)!r}), {staging!r})"
+    path = os.pathsep.join(map(str, (ROOT / "tests", ROOT / "src")))
+    subprocess.run([sys.executable, "-c", call], env={**os.environ, "PYTHONPATH": path}, check=True)
 
 
 @pytest.mark.parametrize("then", ["a step", "a save"])
