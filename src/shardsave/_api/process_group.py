@@ -20,15 +20,6 @@ if TYPE_CHECKING:
 _MAX_DEPTH = 64
 
 
-def check_process_group(group: ProcessGroup | None) -> None:
-    """Refuses a group of several processes. Raises TypeError, ValueError."""
-    if group is None:
-        return
-    check_group(group)
-    if group.size() != 1:
-        raise ValueError(f"process_group must have one process in this version of shardsave, it has {group.size()}")
-
-
 def check_group(group: Any) -> None:
     """Raises TypeError for anything but a group of torch.distributed, ValueError for one that this process is not in."""
     available = torch.distributed.is_available()

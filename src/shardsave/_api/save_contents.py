@@ -12,7 +12,6 @@ from torch import nn
 
 from shardsave._api.arguments import check_switches, parse_size
 from shardsave._api.moments import check_moment
-from shardsave._api.process_group import check_process_group
 from shardsave._common.gc_pause import gc_paused
 from shardsave._common.imports import import_at_use
 from shardsave._common.spread import Spread
@@ -92,8 +91,6 @@ class What(NamedTuple):
 def plan(source: Source, what: What, job: Job = ALONE) -> Planned:
     """Checks ``what``, and plans it: for all processes of ``job`` the same. Raises what `save` raises for it; writes nothing."""
     checked = check_what(what)
-    if job.parts is None:
-        check_process_group(what.process_group)
     with_parts = what.architecture or what.program is not None
     if with_parts and not isinstance(source, nn.Module):
         option = "architecture=True" if what.architecture else "a program"

@@ -23,14 +23,6 @@ def senders(layout: Layout, owner: int, hosts: Sequence[int]) -> tuple[tuple[int
     return tuple(sorted(given, key=lambda part: (part[0] != owner, hosts[part[0]] != hosts[owner], part[0])))
 
 
-def sent(layout: Layout, rank: int, owner: int, hosts: Sequence[int]) -> tuple[Extent, ...]:
-    """Of `senders`, the boxes that ``rank`` gives to ``owner``. Does not look at all ranks if the layout is that of a mesh."""
-    if isinstance(layout, Placed):
-        boxes = layout.boxes(rank)
-        return boxes if boxes and _chosen(layout.grid.replicas(rank, layout.splits), owner, hosts) == rank else ()
-    return tuple(box for sender, box in senders(layout, owner, hosts) if sender == rank)
-
-
 @lru_cache(maxsize=1024)
 def holders(layout: Layout) -> Mapping[Extent, Sequence[int]] | None:
     """Each box of ``layout`` with the ranks that hold it, ascending; None if some boxes may overlap without being equal."""

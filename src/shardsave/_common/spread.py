@@ -9,7 +9,7 @@ import torch
 
 from shardsave._common.assembled import Assembled, Chunk
 from shardsave._common.layouts import Extent, Layout, Placed
-from shardsave._common.senders import senders, sent
+from shardsave._common.senders import senders
 from shardsave._common.sources import TensorSource
 
 
@@ -69,10 +69,6 @@ class Spread:
     def senders(self, owner: int, hosts: Sequence[int]) -> tuple[tuple[int, Extent], ...]:
         """Which rank gives which box to ``owner``; each element is in one of them. ``hosts``: the number of each rank's host."""
         return senders(self.layout, owner, hosts)
-
-    def sent(self, rank: int, owner: int, hosts: Sequence[int]) -> tuple[Extent, ...]:
-        """Of `senders`, the boxes that ``rank`` gives to ``owner``."""
-        return sent(self.layout, rank, owner, hosts)
 
     def of(self, tensors: Sequence[torch.Tensor]) -> Spread:
         """The same with ``tensors`` in the place of the local boxes."""
