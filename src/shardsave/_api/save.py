@@ -14,7 +14,7 @@ from shardsave._api.arguments import check_path, check_progress, check_reuse, ch
 from shardsave._api.operators import check_operators
 from shardsave._api.reports import SaveReport, log_deletion
 from shardsave._api.save_contents import Planned, What, plan
-from shardsave._api.save_jobs import digests, job_of_save
+from shardsave._api.save_jobs import agreed, job_of_save
 from shardsave._background.failures import take_failures
 from shardsave._common.backend import engine_name
 from shardsave._common.log_records import log_record
@@ -105,9 +105,10 @@ def save(
             of the "lowest_rank" and say so in the notes.
 
     Collective:
-        With a ``process_group``, or with DTensors, all ranks of the group must make the call, with equal arguments. An error of one rank
-        is raised on all. The files are those that one process with the whole model writes; no rank ever holds more of it than its own
-        part and a bounded number of blocks. Rank 0 shows the bar, logs and warns. Such a save writes everything (``reuse`` has no effect).
+        With a ``process_group``, or with DTensors, all ranks of the group (without one: of the job) must make the call, with equal
+        arguments. An error of one rank is
+        raised on all. The files are those that one process with the whole model writes; no rank ever holds more of it than its own part
+        and a bounded number of blocks. Rank 0 shows the bar, logs and warns. Such a save writes everything (``reuse`` has no effect).
 
     Raises:
         TypeError, ValueError: for wrong arguments, before anything happens.
@@ -173,7 +174,7 @@ def save_now(
         path = check_how(directory, how)
         how = before(how) if job.leads else how
         planned = plan(source, what, job)
-        job.check_equal(digests(planned.contents, durable=how.durable))
+        planned = planned._replace(contents=agreed(planned.contents, job, durable=how.durable))
         report, warnings = write_planned(planned, os.fspath(directory), path, how, time.perf_counter() - started, job=job)
     if job.leads:
         log_saved(report, warnings)

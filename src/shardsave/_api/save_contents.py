@@ -12,9 +12,9 @@ from torch import nn
 
 from shardsave._api.arguments import check_switches, parse_size
 from shardsave._api.moments import check_moment
+from shardsave._api.save_parts import Needed, PlannedParts, plan_parts
 from shardsave._common.gc_pause import gc_paused
 from shardsave._common.imports import import_at_use
-from shardsave._common.spread import Spread
 from shardsave._common.warn_caller import warn_caller
 from shardsave._common.words import an, count
 from shardsave._format.index import Moment
@@ -28,23 +28,13 @@ from shardsave._saving.job import ALONE, Job
 from shardsave._saving.trainable import only_trainable
 from shardsave._saving.training_directory import DescribedTraining
 from shardsave._state.distributed_tensors import Parts as TensorParts
-from shardsave._state.extra_tensors import ExtraTensors
 from shardsave._state.module import Source, State, read_state
-from shardsave._state.parts import Parts
-from shardsave._state.wrappers import unwrap
 from shardsave.errors import UnsupportedModuleError, UnsupportedTensorError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from shardsave._program.capture import Program
-
-
-class Needed(NamedTuple):
-    """What a build of the architecture needs: entries of ``trust``, and classes of a script for ``classes``."""
-
-    trust: tuple[str, ...] = ()
-    script_classes: tuple[str, ...] = ()
 
 
 class Planned(NamedTuple):
@@ -100,12 +90,19 @@ def plan(source: Source, what: What, job: Job = ALONE) -> Planned:
     with gc_paused():
         training = _training(source, what, max_shard_bytes, job)
         own = _read_state(source, what.architecture, job.parts)
-        if job.parts is not None:
-            _check_spread(own, what)
         state = job.agree(own)
         if state.file_metadata and (with_parts or target is not None):
             _refuse_quantised(state, with_parts)
-        parts, notes, needed = _parts(source, own, what.architecture, what.program)
+        parts, notes, needed = PlannedParts()
+        if with_parts and isinstance(source, nn.Module):
+            parts, notes, needed = plan_parts(
+                source,
+                own,
+                state if job.parts is not None else None,
+                architecture=what.architecture,
+                program=what.program,
+                warns=job.leads,
+            )
         if isinstance(source, nn.Module) and not state.entries:
             alone = not with_parts and not training.directories
             notes = (*notes, _note_without_tensors(source, alone=alone))
@@ -232,17 +229,6 @@ def _refuse_quantised(state: State, with_parts: bool) -> NoReturn:
     )
 
 
-def _check_spread(state: State, what: What) -> None:
-    """Refuses what cannot be saved of one process's ``state`` together with those of others."""
-    spread = next((entry.name for entry in state.entries if isinstance(entry.source, Spread)), None)
-    if (what.architecture or what.program is not None) and spread is not None:
-        option = "architecture=True" if what.architecture else "a program"
-        raise UnsupportedModuleError(
-            f"cannot save the model with {option}: tensors that are whole in this process were expected, {spread!r} is spread over "
-            f"several; nothing was written"
-        )
-
-
 def _read_state(source: Source, architecture: bool, reader: TensorParts | None) -> State:
     """Reads ``source`` once; after that, only the memory of its tensors is read."""
     try:
@@ -262,27 +248,3 @@ def _note_without_tensors(module: nn.Module, *, alone: bool) -> str:
     if parameters or alone:
         warn_caller(note)
     return note
-
-
-def _parts(source: Source, state: State, architecture: bool, program: Program | None) -> tuple[Parts, tuple[str, ...], Needed]:
-    """The requested parts, notes for the report, and what a build of the architecture needs."""
-    documents: dict[str, bytes] = {}
-    notes: tuple[str, ...] = ()
-    needed = Needed()
-    if not isinstance(source, nn.Module) or not (architecture or program is not None):
-        return Parts(), notes, needed
-    module = unwrap(source)
-    extra = ExtraTensors(state.entries)
-    if architecture:
-        import_at_use("shardsave._architecture.describe")  # a plain save must not import this
-        from shardsave._architecture.describe import describe
-        from shardsave._architecture.trust import script_classes, trust_entries
-
-        documents["architecture"], lacking = describe(module, extra)
-        needed = Needed(trust_entries(lacking), script_classes(lacking))
-    if program is not None:
-        from shardsave._program.capture import capture
-
-        captured = capture(module, program, extra)
-        documents["program"], notes = captured.document, captured.notes
-    return Parts(documents, tuple(extra.kept)), notes, needed

@@ -13,6 +13,7 @@ from shardsave._api.process_group import collective_group
 from shardsave._common.imports import import_at_use
 from shardsave._saving.contents import Contents
 from shardsave._saving.job import ALONE, Job
+from shardsave._state.module import Entry, State
 from shardsave.errors import SaveNotCommittedError
 
 if TYPE_CHECKING:
@@ -78,6 +79,24 @@ def leader_is_busy(group: ProcessGroup, where: str, busy: bool, rank_timeout: fl
 
 def _seconds(rank_timeout: float) -> float:
     return rank_timeout if isinstance(rank_timeout, (int, float)) and rank_timeout > 0 else _RANK_TIMEOUT
+
+
+def agreed(contents: Contents, job: Job, *, durable: bool) -> Contents:
+    """``contents``, which each process of ``job`` has planned for itself, once they are known to be the same.
+
+    Raises ValueError for arguments that differ, UnsupportedTensorError for extra tensors that do.
+    """
+    job.check_equal(digests(contents, durable=durable))
+    if job.parts is None or not contents.extra_shards:
+        return contents
+    own = [
+        Entry(name, "buffer", None, None, piece)
+        for shard in contents.extra_shards
+        for name, piece in zip(shard.names, shard.pieces)
+    ]
+    state = job.agree(State(tuple(own), flags_known=False, overlaps=()), "extra tensors")
+    of_all = contents.with_sources({id(entry.source): of_job.source for entry, of_job in zip(own, state.entries)})
+    return of_all._replace(notes=(*contents.notes, *state.notes))
 
 
 def digests(contents: Contents, *, durable: bool) -> dict[str, bytes]:

@@ -6,6 +6,7 @@ Only data is written: which class each module has, and its attributes, but none 
 from __future__ import annotations
 
 import collections
+import itertools
 import json
 import pathlib
 import sys
@@ -27,8 +28,10 @@ from shardsave._architecture.write_values import ValueWriter
 from shardsave._common.memory import PLAIN_TYPES
 from shardsave._common.warn_caller import warn_caller
 from shardsave._format.dtypes import BY_TORCH
+from shardsave._state.distributed_tensors import attributes_of, is_distributed
 from shardsave._state.extra_tensors import ExtraTensors
-from shardsave._state.wrappers import plain_name, unwrap
+from shardsave._state.fsdp import attributes_without_fsdp, is_fsdp_hook
+from shardsave._state.wrappers import plain_class, plain_name, unwrap
 from shardsave.errors import UnsupportedModuleError
 
 #: Hooks from this module of torch only rename weights that older versions of torch saved, so they need not be saved.
@@ -95,16 +98,17 @@ class _ModuleWriter(ValueWriter):
             self.objects[number] = write(value, path)
 
     def _module(self, module: nn.Module, path: str) -> dict[str, Any]:
-        kind, computed = type(module), ()
+        kind, computed = plain_class(type(module)), ()
         if parametrize.is_parametrized(module):
-            kind, computed = kind.__bases__[0], tuple(module.parametrizations)  # type: ignore[arg-type]
+            kind, computed = plain_class(kind.__bases__[0]), tuple(module.parametrizations)  # type: ignore[arg-type]
         for base in kind.__mro__:
             if base.__name__ in _GENERATED_CLASSES and base.__module__.startswith("torch."):
                 generated = _GENERATED_CLASSES[base.__name__]
                 self._refuse(path, f"{generated}, whose code was generated at run time; save the original module")
                 return {}
         getstate = own_getstate(kind)
-        state = (dict(vars(module)) if getstate is None else dict(getstate(module))) | _slot_values(module, kind)
+        own = vars(module) if getstate is None else dict(getstate(module))
+        state = attributes_without_fsdp(own) | _slot_values(module, kind)
         node: dict[str, Any] = {"module": self._import(kind, path), "training": bool(module.training)}
         node["children"] = {
             name: None if child is None else self._number(unwrap(child), f"{path}.{name}")
@@ -142,7 +146,7 @@ class _ModuleWriter(ValueWriter):
     def _hooks(self, module: nn.Module, path: str) -> dict[str, list[Any]]:
         saved: dict[str, list[Any]] = {}
         for group in sorted(name for name in TORCH_ATTRIBUTES if name.endswith("_hooks")):
-            for hook in getattr(module, group).values():
+            for hook in itertools.filterfalse(is_fsdp_hook, getattr(module, group).values()):
                 with_module = getattr(hook, "with_module", False)
                 hook = getattr(hook, "hook", hook)  # torch wraps the hooks of a state dict
                 of_torch = type(hook).__module__.startswith("torch.nn.utils.")
@@ -160,7 +164,7 @@ class _ModuleWriter(ValueWriter):
             node["kind"] = "parameter"
         elif type(tensor) in PLAIN_TYPES and type(tensor) is not torch.Tensor:
             node["kind"] = "buffer"
-        if type(tensor) not in PLAIN_TYPES or tensor.dtype not in BY_TORCH:
+        if not (type(tensor) in PLAIN_TYPES or is_distributed(tensor)) or tensor.dtype not in BY_TORCH:
             description = type(tensor).__name__ if type(tensor) not in PLAIN_TYPES else f"a tensor of {tensor.dtype}"
             self._refuse(path, f"{description}, which safetensors files cannot store")
             return node
@@ -174,8 +178,8 @@ class _ModuleWriter(ValueWriter):
             node["requires_grad"] = True
         if tensor.layout is torch.strided and not tensor.is_contiguous() and _is_dense(tensor):
             node["strides"] = list(tensor.stride())
-        if vars(tensor) and isinstance(tensor, nn.Parameter):
-            node["attributes"] = self._attributes(vars(tensor), path)
+        if isinstance(tensor, nn.Parameter) and (attributes := attributes_of(tensor)):
+            node["attributes"] = self._attributes(attributes, path)
         return node
 
     def _array(self, array: np.ndarray[Any, Any], path: str) -> dict[str, Any]:

@@ -87,8 +87,8 @@ class SaveJob:
     def leads(self) -> bool:
         return self._session.leads
 
-    def agree(self, state: State) -> State:
-        state, notes = check_replicas(self._session, agree(self._session, state), self._on_divergence)
+    def agree(self, state: State, what: str = "tensors") -> State:
+        state, notes = check_replicas(self._session, agree(self._session, state, what), self._on_divergence)
         return state._replace(notes=(*state.notes, *notes))
 
     def plan_training(self, training: DescribedTraining | None, max_shard_size: int) -> PlannedTraining:

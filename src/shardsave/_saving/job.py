@@ -100,8 +100,8 @@ class Job(Protocol):
     def parts(self) -> Parts | None:
         """Reads tensors of which each process holds a part; None if this process is alone."""
 
-    def agree(self, state: State) -> State:
-        """The state of all processes together: on each the same. ``state``: that of this one."""
+    def agree(self, state: State, what: str = "tensors") -> State:
+        """The state of all processes together: on each the same. ``state``: that of this one; ``what``: its name."""
 
     def plan_training(self, training: DescribedTraining | None, max_shard_size: int) -> PlannedTraining:
         """The directory of the training state, which each process has described; all or none has one."""
@@ -139,7 +139,7 @@ class Alone:
     size = 1
     parts = None
 
-    def agree(self, state: State) -> State:
+    def agree(self, state: State, what: str = "tensors") -> State:
         return state
 
     def plan_training(self, training: DescribedTraining | None, max_shard_size: int) -> PlannedTraining:

@@ -23,6 +23,8 @@ from shardsave._common.words import an
 
 #: The method by which a distributed checkpoint asks a tensor, or the local part of a DTensor, for its boxes.
 _CHUNK_LIST = "__create_chunk_list__"
+#: The attributes of a Parameter that is a DTensor.
+_OF_TORCH = frozenset(["_local_tensor", "_spec", "_is_param"])
 
 
 class NotReadable(Exception):
@@ -67,6 +69,14 @@ def _is_dtensor_class(kind: Any) -> bool:
 @lru_cache(maxsize=256)
 def _is_distributed_class(kind: Any) -> bool:
     return _is_dtensor_class(kind) or hasattr(kind, _CHUNK_LIST)
+
+
+def attributes_of(parameter: torch.Tensor) -> dict[str, Any]:
+    """The attributes that somebody has set on a plain or a distributed Parameter, without those that torch itself needs."""
+    own = dict(vars(parameter))
+    if is_distributed(parameter):
+        own = {name: value for name, value in own.items() if name not in _OF_TORCH}
+    return own
 
 
 class Parts:

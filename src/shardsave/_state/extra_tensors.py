@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 
@@ -15,10 +16,12 @@ from shardsave._state.savable import check_savable
 class ExtraTensors:
     """Collects the tensors of a model that are not among its weights: non-persistent buffers, tensors in attributes, constants.
 
-    ``entries``: the weights. ``kept``: the extra tensors so far.
+    ``entries``: the weights. ``spread``: `id` of a tensor of which this process has a part → the name under which it is stored.
+    ``kept``: the extra tensors so far.
     """
 
-    def __init__(self, entries: Sequence[Entry]) -> None:
+    def __init__(self, entries: Sequence[Entry], spread: Mapping[int, str] = MappingProxyType({})) -> None:
+        self._spread = spread
         self.kept: list[Entry] = []
         self._by_name = {entry.name: entry.tensor for entry in entries}
         named = reversed(self._by_name.items())  # of several names with the same memory, the first wins
@@ -31,6 +34,8 @@ class ExtraTensors:
 
         ``name``: the wanted name of an extra tensor. Raises UnsupportedTensorError.
         """
+        if id(tensor) in self._spread:
+            return self._spread[id(tensor)], False
         memory = memory_key(tensor) if address(tensor) else None
         if memory is not None and memory in self._by_memory:
             return self._by_memory[memory], False

@@ -1,0 +1,120 @@
+"""The parts of a save that describe a whole model, the architecture and the program, and when several ranks can save them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from itertools import chain
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import nn
+
+from shardsave._common.imports import import_at_use
+from shardsave._common.warn_caller import warnings_collected
+from shardsave._common.words import count
+from shardsave._state.distributed_tensors import is_distributed
+from shardsave._state.extra_tensors import ExtraTensors
+from shardsave._state.module import State
+from shardsave._state.parts import Parts
+from shardsave._state.wrappers import Names, unwrap
+from shardsave.errors import UnsupportedModuleError
+
+if TYPE_CHECKING:
+    from shardsave._program.capture import Program
+
+
+class Needed(NamedTuple):
+    """What a build of the architecture needs: entries of ``trust``, and classes of a script for ``classes``."""
+
+    trust: tuple[str, ...] = ()
+    script_classes: tuple[str, ...] = ()
+
+
+class PlannedParts(NamedTuple):
+    """The requested parts, notes for the report, and what a build of the architecture needs."""
+
+    parts: Parts = Parts()
+    notes: tuple[str, ...] = ()
+    needed: Needed = Needed()
+
+
+def plan_parts(
+    source: nn.Module, own: State, agreed: State | None, *, architecture: bool, program: Program | None, warns: bool
+) -> PlannedParts:
+    """``own``: the state of this process. ``agreed``: that of all processes that save together; None if this one is alone. ``warns``:
+    whether this process warns of what is not saved.
+
+    Raises UnsupportedModuleError for what cannot be saved as data, and for a module of which no single process could build the whole.
+    """
+    documents: dict[str, bytes] = {}
+    notes: tuple[str, ...] = ()
+    needed = Needed()
+    module = unwrap(source)
+    spread: Mapping[int, str] = {}
+    if agreed is not None:
+        _check_whole("architecture" if architecture else "program", own, agreed)
+        spread = _names_of_spread(source, agreed)
+        _check_not_split(module, spread, architecture=architecture, program=program is not None)
+    extra = ExtraTensors(own.entries, spread)
+    if architecture:
+        import_at_use("shardsave._architecture.describe")  # a plain save must not import this
+        from shardsave._architecture.describe import describe
+        from shardsave._architecture.trust import script_classes, trust_entries
+
+        with nullcontext() if warns else warnings_collected():
+            documents["architecture"], lacking = describe(module, extra)
+        needed = Needed(trust_entries(lacking), script_classes(lacking))
+    if program is not None:
+        from shardsave._program.capture import capture
+
+        captured = capture(module, program, extra)
+        documents["program"], notes = captured.document, captured.notes
+    return PlannedParts(Parts(documents, tuple(extra.kept)), notes, needed)
+
+
+def _names_of_spread(source: nn.Module, agreed: State) -> Mapping[int, str]:
+    """`id` of each tensor of ``source`` of which this process has a part → the name under which it is stored."""
+    names = Names.of(source)
+    stored = {entry.name: entry.tied_to or entry.name for entry in agreed.entries}
+    tensors = chain(source.named_parameters(remove_duplicate=False), source.named_buffers(remove_duplicate=False))
+    named = ((names.plain(name), tensor) for name, tensor in tensors if is_distributed(tensor))
+    return {id(tensor): stored[name] for name, tensor in named if name in stored}
+
+
+def _check_whole(part: str, own: State, agreed: State) -> None:
+    """Refuses to save a ``part`` of a module that is only a stage of a pipeline, or has only some of the experts."""
+    lacking = sorted({entry.name for entry in agreed.entries} - {entry.name for entry in own.entries})
+    if lacking:
+        raise UnsupportedModuleError(
+            f"cannot save the {part}: a module with all tensors of the checkpoint was expected on each rank, this one lacks "
+            f"{lacking[0]!r} and has {count(len(own.entries), 'tensor')} of {len(agreed.entries):,}, as a stage of a pipeline has; "
+            f"{_way_out(part, 'divided')}"
+        )
+
+
+def _check_not_split(module: nn.Module, spread: Mapping[int, str], *, architecture: bool, program: bool) -> None:
+    """Refuses a module whose code does not compute with whole tensors. FSDP2 gives it whole ones whenever it computes.
+
+    ``spread``: as `_names_of_spread` returns it.
+    """
+    if program and spread:
+        raise UnsupportedModuleError(
+            f"cannot save the program: tensors that are whole in this process were expected, {next(iter(spread.values()))!r} is spread "
+            f"over several; {_way_out('program', 'sharded')}"
+        )
+    import_at_use("shardsave._state.tensor_parallel")  # few saves need it
+    from shardsave._state.tensor_parallel import place_of_tensor_parallelism
+
+    place = place_of_tensor_parallelism(module)
+    if place is not None:
+        part = "architecture" if architecture else "program"
+        raise UnsupportedModuleError(
+            f"cannot save the {part}: a module that is sharded by fully_shard alone was expected, {place!r} is split in another way, as by "
+            f"tensor parallelism; {_way_out(part, 'parallelised')}"
+        )
+
+
+def _way_out(part: str, done: str) -> str:
+    return (
+        f"save the {part} once in one process, from the model before it is {done}, into another directory; nothing was written"
+    )
