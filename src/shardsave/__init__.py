@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from shardsave._api.convert import convert
     from shardsave._api.diff import DiffReport, TensorChange, TrainingDiff, diff
     from shardsave._api.findings import ArchitectureInfo, CheckpointInfo, ConvertReport, Damage, TensorInfo, VerifyReport
-    from shardsave._api.inspect import inspect, verify
+    from shardsave._api.inspect import inspect
     from shardsave._api.load import load, load_model
     from shardsave._api.manager import CheckpointManager, StepInfo
     from shardsave._api.open import OpenCheckpoint, TensorSlice, open
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from shardsave._api.resumed import PerRank, Resumed
     from shardsave._api.save import save
     from shardsave._api.save_async import save_async
+    from shardsave._api.verify import verify
 
 __all__ = [
     "ArchitectureInfo",
@@ -113,7 +114,7 @@ _MODULES = {
     "convert": ("convert",),
     "diff": ("DiffReport", "TensorChange", "TrainingDiff", "diff"),
     "findings": ("ArchitectureInfo", "CheckpointInfo", "ConvertReport", "Damage", "TensorInfo", "VerifyReport"),
-    "inspect": ("inspect", "verify"),
+    "inspect": ("inspect",),
     "clean": ("CleanReport", "Leaving", "clean"),
     "load": ("load", "load_model"),
     "manager": ("CheckpointManager", "StepInfo"),
@@ -126,6 +127,7 @@ _MODULES = {
     "resumed": ("PerRank", "Resumed"),
     "save": ("save",),
     "save_async": ("save_async",),
+    "verify": ("verify",),
 }
 
 

@@ -52,4 +52,4 @@ def job_of_load(
     where = os.fspath(path) if isinstance(path, (str, os.PathLike)) else repr(path)
     with begin(group, verb, str(where), rank_timeout=rank_timeout if usable else _RANK_TIMEOUT) as session:
         check_timeout(rank_timeout, "rank_timeout")
-        yield JobOfRanks(session, members(group), str(where))
+        yield JobOfRanks(session, members(group), str(where), verb)

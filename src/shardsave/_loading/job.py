@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from shardsave._engine.totals import Totals
 from shardsave._loading.read import TensorReader
 from shardsave._state.distributed_tensors import Parts
 from shardsave._storage.checkpoint import CHANGING_SECONDS, Checkpoint, open_checkpoint
+from shardsave._storage.shard_files import Broken, HeaderCheck
 from shardsave.errors import DirectoryBusyError
 
 
@@ -27,6 +29,14 @@ class LoadJob(Protocol):
         """The number of processes."""
 
     @property
+    def number(self) -> int:
+        """Which of the processes this one is, from 0 on."""
+
+    @property
+    def here(self) -> str:
+        """What a message about this machine begins with, where there are several."""
+
+    @property
     def parts(self) -> Parts | None:
         """Reads tensors of which each process holds a part; None if this process is alone."""
 
@@ -35,6 +45,9 @@ class LoadJob(Protocol):
 
     def all_have(self, identity: bytes) -> bool:
         """Whether ``identity`` is the same everywhere."""
+
+    def of_all(self, what: str, mine: bytes) -> list[bytes]:
+        """The value of each process, everywhere. ``mine``: that of this one; ``what``: its name."""
 
     def checked(self, needed: int = 0) -> tuple[str, ...]:
         """Called when everything that this process can refuse has been refused; returns when that is true everywhere.
@@ -55,6 +68,8 @@ class Alone:
 
     leads = True
     size = 1
+    number = 0
+    here = ""
     parts = None
 
     def check_equal(self, arguments: Mapping[str, object]) -> None:
@@ -62,6 +77,9 @@ class Alone:
 
     def all_have(self, identity: bytes) -> bool:
         return True
+
+    def of_all(self, what: str, mine: bytes) -> list[bytes]:
+        return [mine]
 
     def checked(self, needed: int = 0) -> tuple[str, ...]:
         return ()
@@ -78,19 +96,28 @@ ALONE = Alone()
 
 @contextmanager
 def opened(
-    job: LoadJob, path: str, wanted: Callable[[str], bool] | None = None, parts: Iterable[str] = ()
+    job: LoadJob,
+    path: str,
+    wanted: Callable[[str], bool] | None = None,
+    parts: Iterable[str] = (),
+    *,
+    broken: Broken = None,
+    header_check: HeaderCheck | None = None,
 ) -> Iterator[Checkpoint]:
     """The checkpoint at ``path``, opened as `open_checkpoint` does, the same one in all processes. Starts over if a save replaces it.
 
-    Raises what `open_checkpoint` raises.
+    With ``broken``, processes may differ in which files they can open. Raises what `open_checkpoint` raises.
     """
     parts = tuple(parts)
     deadline = time.monotonic() + CHANGING_SECONDS
     while True:
-        with open_checkpoint(path, wanted, parts=parts) as checkpoint:
-            if job.all_have(checkpoint.identity()):
+        with open_checkpoint(path, wanted, parts=parts, broken=broken, header_check=header_check) as checkpoint:
+            is_readable = broken is None or checkpoint.index is not None
+            if job.all_have(checkpoint.identity() if is_readable else json.dumps(checkpoint.shards).encode()):
                 yield checkpoint
                 return
+        if broken:
+            broken.clear()
         if time.monotonic() > deadline:
             raise DirectoryBusyError(
                 f"cannot load {path}: one checkpoint was expected on all ranks, savers have been replacing it for "

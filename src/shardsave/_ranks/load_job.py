@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 class LoadJob:
     """The job of one load over ``session``."""
 
-    def __init__(self, session: Session, members: Sequence[int], where: str) -> None:
-        """``members``: the global rank of each process. ``where``: the path of the checkpoint, for messages."""
+    def __init__(self, session: Session, members: Sequence[int], where: str, verb: str) -> None:
+        """``members``: the global rank of each process. ``verb``, ``where``: what is done with which checkpoint, for messages."""
         self.parts = Parts(members, session.rank)
         self.size = session.size
         self._session = session
         self._where = where
+        self._verb = verb
 
     @property
     def leads(self) -> bool:
@@ -41,9 +42,20 @@ class LoadJob:
             for name, value in json.loads(data).items() if data != everywhere[0] else ():  # type: ignore[index]
                 if value != arguments[name]:
                     raise ValueError(
-                        f"cannot load {self._where}: {name}={arguments[name]!r} was expected on all ranks as on "
+                        f"cannot {self._verb} {self._where}: {name}={arguments[name]!r} was expected on all ranks as on "
                         f"{self._session.name(0)}, {self._session.name(rank)} has {name}={value!r}; nothing was loaded"
                     )
+
+    @property
+    def number(self) -> int:
+        return self._session.rank
+
+    @property
+    def here(self) -> str:
+        return f"{self._session.name(self._session.rank)}: " if len({*self._session.hosts}) > 1 else ""
+
+    def of_all(self, what: str, mine: bytes) -> list[bytes]:
+        return self._session.exchange(what, mine)
 
     def all_have(self, identity: bytes) -> bool:
         everywhere = self._session.gather("identity of the checkpoint", identity)
