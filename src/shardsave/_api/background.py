@@ -16,7 +16,7 @@ from shardsave._api.process_group import collective_group
 from shardsave._api.reports import Phases, SaveReport
 from shardsave._api.save import How, check_how, log_saved, write_planned
 from shardsave._api.save_contents import Planned, What, plan
-from shardsave._api.save_jobs import agreed, job_of_save, leader_is_busy
+from shardsave._api.save_jobs import agreed, beside_other_ranks, job_of_save, leader_is_busy
 from shardsave._background.flight import Flight
 from shardsave._background.staging import Staging, stage
 from shardsave._background.turns import IfBusy, in_flight, take_turn
@@ -101,6 +101,7 @@ def start(
                 return PendingSave(flight)
             job = ending.enter_context(_job(source, directory, what, how))
             path = path or _checked_path(directory, how, background)  # only now, so that all ranks learn of a wrong argument
+            job = beside_other_ranks(job, path, what.step)
             how = around.before(how) if job.leads else how
             planning = time.perf_counter()
             planned = _planned(source, what, how, job)

@@ -14,7 +14,7 @@ from shardsave._api.arguments import check_path, check_progress, check_reuse, ch
 from shardsave._api.operators import check_operators
 from shardsave._api.reports import SaveReport, log_deletion
 from shardsave._api.save_contents import Planned, What, plan
-from shardsave._api.save_jobs import agreed, job_of_save
+from shardsave._api.save_jobs import agreed, beside_other_ranks, job_of_save
 from shardsave._background.failures import take_failures
 from shardsave._common.backend import engine_name
 from shardsave._common.log_records import log_record
@@ -106,7 +106,7 @@ def save(
 
     Collective:
         With a ``process_group``, or with DTensors, all ranks of the group (without one: of the job) must make the call, with equal
-        arguments. An error of one rank is
+        arguments. Otherwise one rank is to make it; another one that saves into the same directory is told so. An error of one rank is
         raised on all. The files are those that one process with the whole model writes; no rank ever holds more of it than its own part
         and a bounded number of blocks. Rank 0 shows the bar, logs and warns. Such a save writes everything (``reuse`` has no effect).
 
@@ -172,6 +172,7 @@ def save_now(
     )
     with joining as job:
         path = check_how(directory, how)
+        job = beside_other_ranks(job, path, what.step)
         how = before(how) if job.leads else how
         planned = plan(source, what, job)
         planned = planned._replace(contents=agreed(planned.contents, job, durable=how.durable))

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch.distributed
+
 from shardsave._api.process_group import collective_group
 from shardsave._common.imports import import_at_use
 from shardsave._saving.contents import Contents
@@ -63,6 +65,21 @@ def job_of_save(
         words = f"{error}"
         failed = words if words.startswith("cannot ") else f"cannot {verb} {where}: {words}"
         raise SaveNotCommittedError(f"{failed}; nothing was committed") from error
+
+
+def beside_other_ranks(job: Job, path: str, step: Any) -> Job:
+    """``job`` or, for one process that is a rank of a larger job, one that notices if other ranks make the same save.
+
+    Raises SaveNotCommittedError if another one has just made it.
+    """
+    distributed = torch.distributed
+    several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    if job is not ALONE or not several:
+        return job
+    import_at_use("shardsave._ranks.lone_save")
+    from shardsave._ranks.lone_save import lone_save
+
+    return lone_save(path, step)
 
 
 def leader_is_busy(group: ProcessGroup, where: str, busy: bool, rank_timeout: float) -> bool:
