@@ -67,6 +67,8 @@ def build_model(
     Without an architecture, a transformers model is built from the config beside the weights (``trust=["transformers"]``), in
     evaluation mode, as ``from_pretrained`` does. If the config is not the one that was saved with the weights, a warning says so.
 
+    Never collective: a rank that calls it waits for no other.
+
     Args:
         path: the checkpoint.
         device: where the tensors go; the CPU by default.
@@ -147,6 +149,8 @@ def load_program(
     not match. Results of the model's own classes become dicts. Weights are read straight to ``device``, and flags are restored. A program
     is a graph of torch's own operators, which are called one by one. No code from the file is evaluated, and nothing of the model's
     package is imported.
+
+    Never collective: a rank that calls it waits for no other.
 
     Args:
         path: the checkpoint.

@@ -87,6 +87,8 @@ def clean(
     In a run of steps (`CheckpointManager`), each step is cleaned. If nothing is left in the directory of a step (``step-00001000``), it
     goes too. Also a removal that was interrupted is finished. A step that cannot be cleaned stays as it is, and the report says why.
 
+    Never collective: a rank that calls it waits for no other.
+
     Args:
         directory: the directory of a checkpoint, of a first save that crashed, or of a run.
         remove: False only lists the leavings.

@@ -58,6 +58,8 @@ def convert(
     that creates tensors, containers and inert records: no code from a file runs, and nothing that it names is imported. Tied tensors
     stay tied. Freeze flags and metadata of shardsave's own checkpoints are kept; the flags of third-party files are unknown.
 
+    Never collective: a rank that calls it waits for no other.
+
     Args:
         source: a checkpoint of shardsave; a safetensors file or index, or a directory with one, also from the hub's cache; a file of
             ``torch.save`` (``.bin``, ``.pt``, ``.pth``), or the index or directory of such shards; a directory of

@@ -139,6 +139,8 @@ def diff(a: str | os.PathLike[str], b: str | os.PathLike[str], *, progress: Prog
 
     Raises CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError, DirectoryBusyError.
 
+    Never collective: a rank that calls it waits for no other.
+
     Example:
         >>> import torch, shardsave
         >>> report = shardsave.save({"x": torch.ones(2), "y": torch.zeros(3)}, "before")

@@ -51,6 +51,8 @@ def load(
     read, straight to ``device``. In a directory of files from several ranks (``HuggingFaceStorageWriter``), their chunks are joined; a
     warning says that their whole shapes are inferred.
 
+    Never collective: a rank that calls it waits for no other.
+
     Args:
         path: the checkpoint.
         device: where the tensors go; the CPU by default.
@@ -150,9 +152,10 @@ def load_model(
         progress: as in ``save``.
 
     Collective:
-        With a ``process_group``, or with DTensors, all ranks of the group must make the call, with equal arguments but for ``device`` and
-        ``progress``. The files may come from any number of ranks. No rank changes its module before all have checked theirs; an error of
-        one is then raised on all, and names the rank. Modules may be on the meta device, also under ``fully_shard``. Rank 0 logs.
+        With a ``process_group``, or with DTensors, all ranks of the group (without one: of the job) must make the call, with equal
+        arguments but for ``device`` and ``progress``. The files may come from any number of ranks. No rank changes its module before all
+        have checked theirs; an error of one is then raised on all, and names the rank. Modules may be on the meta device, also under
+        ``fully_shard``. Rank 0 logs.
 
     Raises:
         TypeError, ValueError: for wrong arguments, before anything happens.

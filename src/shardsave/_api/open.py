@@ -177,6 +177,8 @@ def open(path: str | os.PathLike[str]) -> OpenCheckpoint:
     Reads only the index and the headers. Raises CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError,
     DirectoryBusyError.
 
+    Never collective: a rank that calls it waits for no other.
+
     Example:
         >>> import torch, shardsave
         >>> report = shardsave.save({"x": torch.arange(6).view(3, 2)}, "numbers")

@@ -122,9 +122,11 @@ def plan_save(
     processes write and delete.
 
     Args:
-        source, directory, and all other arguments: as in ``save``; ``progress`` and ``lock_timeout`` have no effect. It is collective
-            where ``save`` is; each rank then learns of its own memory, and of the same files.
+        source, directory, and all other arguments: as in ``save``; ``progress`` and ``lock_timeout`` have no effect.
         keep_last: also compute the disk space for so many checkpoints of this size.
+
+    Collective:
+        With a ``process_group``, or with DTensors, as `save`. All ranks learn of the same files, and each of its own memory.
 
     Raises:
         TypeError, ValueError, UnsupportedTensorError, UnsupportedModuleError: what ``save`` would raise for what cannot be saved.

@@ -57,6 +57,8 @@ def restore_flags(model: nn.Module, path: str | os.PathLike[str]) -> FlagsReport
     Reads the index alone: no shard is opened. So call it before the optimizer is made, before ``fully_shard``, and for models on the
     meta device. Names are found as in ``load_model``.
 
+    Never collective: a rank that calls it waits for no other.
+
     Raises:
         TypeError, ValueError: for wrong arguments, before anything happens.
         CheckpointNotFoundError, CorruptCheckpointError, IncompatibleCheckpointError, UnsupportedTensorError, DirectoryBusyError: the

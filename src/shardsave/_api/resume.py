@@ -73,9 +73,6 @@ def resume(
     ``training`` are filled where they are. Plain data is returned as it was saved. Everything that can be refused is refused before
     anything is changed, and a damaged state of an optimizer too: new tensors are read before the model is.
 
-    Collective over ``process_group``, or over the default group if ``model`` or ``training`` has a DTensor: every rank calls it, each
-    fills its parts, from what any number of ranks saved, and an error on one is raised on all.
-
     Args:
         path: as in ``load``.
         model: as in ``load_model``; None: only the rest is restored. It gives the parameters of optimizers their names.
@@ -88,6 +85,10 @@ def resume(
             (``PerRank``, ``rng``) as it is, and names it.
         process_group: of the ranks that train together.
         device, restore_frozen, verify, rank_timeout, progress: as in ``load_model``.
+
+    Collective:
+        With a ``process_group``, or if ``model`` or ``training`` has a DTensor, all ranks of the group (without one: of the job) must make
+        the call. Each fills its parts, from what any number of ranks saved; an error on one is raised on all.
 
     Returns:
         The step that was saved, the next one, the values of ``training``, notes, and the report of the load.
