@@ -56,12 +56,12 @@ def lone_save(directory: str, step: Any) -> Job:
 
 
 class Claim(NamedTuple):
-    """Who has committed a checkpoint. ``at``: when, in seconds since 1970. ``index``: the identity of the index file."""
+    """Who has committed a checkpoint. ``at``: when, in seconds since 1970. ``file``: the identity of the index file."""
 
     rank: int
     step: int | None
     at: float
-    index: list[int]
+    file: list[int]
 
 
 class LoneSave(Alone):
@@ -118,7 +118,7 @@ class LoneSave(Alone):
         if data is None:
             return None
         claim = Claim(*json.loads(data))
-        return claim if claim.rank != self._rank and claim.index == self._index() else None
+        return claim if claim.rank != self._rank and claim.file == self._index() else None
 
     def _index(self) -> list[int] | None:
         try:

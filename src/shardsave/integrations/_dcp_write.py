@@ -16,8 +16,9 @@ from shardsave._api.moments import check_moment
 from shardsave._api.process_group import check_group
 from shardsave._api.reports import SaveReport
 from shardsave._api.save import How, check_how, log_saved, write_planned
-from shardsave._api.save_contents import Needed, Planned
+from shardsave._api.save_contents import Planned
 from shardsave._api.save_jobs import digests, job_of_save
+from shardsave._api.save_parts import Needed
 from shardsave._common.shutdown import verb
 from shardsave._common.uncompiled import uncompiled
 from shardsave._common.warn_caller import warn_caller
