@@ -97,6 +97,35 @@ def test_ranks_that_save_one_after_the_other(tmp_path: Path) -> None:
         assert "layers.1.weight" in shardsave.load(tmp_path / case)
 
 
+def save_while_another_does(rank: int, folder: Path) -> tuple[str, str]:
+    """Rank 1 begins to save another step when rank 0 has the lock and has not committed yet."""
+    begin, prepare = lone_save.lone_save, lone_save.LoneSave.prepare
+
+    def begun(*arguments: Any) -> Any:
+        job = begin(*arguments)
+        dist.barrier()
+        return job
+
+    def prepared(*arguments: Any) -> Any:
+        dist.barrier()  # this rank has the lock
+        dist.barrier()  # the other one has begun
+        return prepare(*arguments)
+
+    if rank == 0:
+        with mock.patch.object(lone_save.LoneSave, "prepare", prepared):
+            return raised(lambda: shardsave.save(state(rank), folder, step=1, durable=False))
+    dist.barrier()
+    with mock.patch.object(lone_save, "lone_save", begun):
+        return raised(lambda: shardsave.save(state(rank), folder, step=2, durable=False))
+
+
+def test_saves_at_the_same_time(tmp_path: Path) -> None:
+    """Catches a rank that replaces what another one saves at the same moment, because their steps differ."""
+    first, (kind, message) = run_ranks(2, save_while_another_does, tmp_path)
+    assert first == ("", "") and kind == "SaveNotCommittedError" and "rank 0 has just saved there" in message
+    assert shardsave.inspect(tmp_path).step == 1
+
+
 def save_rightly(rank: int, folder: Path) -> list[Any]:
     """What nobody should be told anything about."""
     records: list[str] = []
@@ -133,21 +162,24 @@ def test_saves_that_are_right(tmp_path: Path) -> None:
     assert run_ranks(2, save_rightly, tmp_path) == [[], []]
 
 
-def save_without_a_store(rank: int, folder: Path) -> tuple[list[str], float]:
-    """The store does not answer: its calls wait until the save has ended."""
-    seconds = 0.0
-    with mock.patch.object(lone_save, "_PATIENCE", 0.2), mock.patch.object(Line, "peek", lambda *_: time.sleep(2)):
-        started = time.monotonic()
+def save_without_a_store(rank: int, folder: Path) -> tuple[list[str], int]:
+    """The store does not answer: a call of it takes longer than a save waits. Also returns how many calls there were."""
+    calls = []
+
+    def hang(line: Line, key: str) -> None:
+        calls.append(key)
+        time.sleep(1)
+
+    with mock.patch.object(lone_save, "_PATIENCE", 0.1), mock.patch.object(Line, "peek", hang):
         for number in range(3):
             shardsave.save(state(rank), folder / f"{rank}-{number}", durable=False)
-        seconds = time.monotonic() - started
-    return [*shardsave.load(folder / f"{rank}-2")], seconds
+    return [*shardsave.load(folder / f"{rank}-2")], len(calls)
 
 
 def test_a_store_that_does_not_answer(tmp_path: Path) -> None:
     """Catches a save that fails, or that waits again and again, because the store of the job is gone."""
-    for rank, (names, seconds) in enumerate(run_ranks(2, save_without_a_store, tmp_path)):
-        assert names == [f"layers.{rank}.weight"] and seconds < 2
+    for rank, (names, calls) in enumerate(run_ranks(2, save_without_a_store, tmp_path)):
+        assert names == [f"layers.{rank}.weight"] and calls == 1
 
 
 def save_in_the_background(rank: int, folder: Path) -> list[tuple[str, str]]:

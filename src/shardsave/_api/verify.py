@@ -204,8 +204,8 @@ def _read(reader: TensorReader, targets: Sequence[Target]) -> list[Damage]:
     """Reads ``targets``. Returns the tensors whose checksums are wrong; what cannot be read is an error."""
     try:
         reader.read(targets)
-    except CorruptCheckpointError as error:
-        if not reader.damaged or reader.is_of_job(error):
+    except CorruptCheckpointError:
+        if not reader.damaged:
             raise
     return [Damage(located.shard, (located.name,), message) for located, message in reader.damaged]
 
@@ -223,8 +223,6 @@ def _read_by_shard(reader: TensorReader, targets: Iterable[Target]) -> list[Dama
         except DirectoryBusyError:  # the shard was replaced, which is not damage
             raise
         except ShardSaveError as error:
-            if reader.is_of_job(error):
-                raise
             new = reader.damaged[before:]
             damaged += [Damage(shard, (located.name,), message) for located, message in new]
             if not new:
