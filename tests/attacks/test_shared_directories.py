@@ -128,9 +128,9 @@ def test_a_planted_list_and_no_room(shared: Path) -> None:
     plant_staging(shared, list(WORK))
     huge = torch.zeros(1).expand(1 << 45)
     error = by(SAVER, lambda: shardsave.save({"x": huge}, shared, durable=False))
-    assert error.startswith("OutOfSpaceError") and error.endswith("; nothing was committed, the directory had no checkpoint before"), (
-        error
-    )
+    assert error.startswith("OutOfSpaceError") and error.endswith(
+        "; nothing was committed, the directory had no checkpoint before"
+    ), error
     assert {*WORK, STAGING} == set(os.listdir(shared))
 
 

@@ -276,7 +276,9 @@ def test_a_full_disk(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert train(manager, 21, 31) == [30]
     assert steps_in(memory) == [30]
     manager = manager_of(memory)
-    with pytest.raises(shardsave.OutOfSpaceError, match="all steps are as they were, the latest is step 30; .* no step: remove some by hand"):
+    with pytest.raises(
+        shardsave.OutOfSpaceError, match="all steps are as they were, the latest is step 30; .* no step: remove some by hand"
+    ):
         manager.save(40, huge)
 
 

@@ -70,7 +70,9 @@ def test_a_save_that_is_overtaken(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         fcntl.flock(held, fcntl.LOCK_EX)
         monkeypatch.setattr("shardsave._storage.lock.time.sleep", meanwhile)
         report = shardsave.save({"x": torch.full((1,), 2.0)}, tmp_path, durable=False)
-        notes = [note for note in report.notes if "another save into this directory was committed while this one waited" in note]
+        notes = [
+            note for note in report.notes if "another save into this directory was committed while this one waited" in note
+        ]
         assert len(notes) == 1 - others and reports[0].notes == ()
         held = os.open(tmp_path, os.O_RDONLY)
     os.close(held)

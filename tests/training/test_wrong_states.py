@@ -65,7 +65,9 @@ def refused(folder: Path, model: nn.Module, training: dict[str, Any], message: s
 
 def test_every_optimizer_of_torch_is_known() -> None:
     """Catches a class that a new torch has, of whose state nothing is known."""
-    kinds = {name for name, kind in vars(torch.optim).items() if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)}
+    kinds = {
+        name for name, kind in vars(torch.optim).items() if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
+    }
     assert kinds - {"Optimizer"} == {*OPTIMIZERS, "SparseAdam"}
     assert all(_form_of(getattr(torch.optim, name)) is not None for name in kinds - {"Optimizer"})
 
@@ -268,4 +270,6 @@ def test_a_scale_that_is_no_number(tmp_path: Path) -> None:
     model = net()
     shardsave.save(model, tmp_path, training={"scaler": torch.amp.GradScaler("cpu")}, durable=False)
     edit_training(tmp_path, lambda document: leaf(document, "scaler")["state"]["dict"].update(scale="x"))
-    refused(tmp_path, model, {"scaler": torch.amp.GradScaler("cpu")}, r"\['scale'\]: a number was expected, the checkpoint has 'x'")
+    refused(
+        tmp_path, model, {"scaler": torch.amp.GradScaler("cpu")}, r"\['scale'\]: a number was expected, the checkpoint has 'x'"
+    )

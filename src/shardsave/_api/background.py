@@ -16,7 +16,7 @@ from shardsave._api.process_group import collective_group
 from shardsave._api.reports import Phases, SaveReport
 from shardsave._api.save import How, check_how, log_saved, write_planned
 from shardsave._api.save_contents import Planned, What, plan
-from shardsave._api.save_jobs import digests, job_of_save, leader_is_busy
+from shardsave._api.save_jobs import check_digests, job_of_save, leader_is_busy
 from shardsave._background.flight import Flight
 from shardsave._background.staging import Staging, stage
 from shardsave._background.turns import IfBusy, in_flight, take_turn
@@ -163,7 +163,7 @@ def _checked_path(directory: str | os.PathLike[str], how: How, background: InBac
 
 def _planned(source: Source, what: What, how: How, job: Job) -> Planned:
     planned = plan(source, what, job)
-    job.check_equal(digests(planned.contents, durable=how.durable))
+    check_digests(job, planned.contents, durable=how.durable)
     return planned
 
 

@@ -14,7 +14,7 @@ from shardsave._api.arguments import check_path, check_progress, check_reuse, ch
 from shardsave._api.operators import check_operators
 from shardsave._api.reports import SaveReport, log_deletion
 from shardsave._api.save_contents import Planned, What, plan
-from shardsave._api.save_jobs import digests, job_of_save
+from shardsave._api.save_jobs import check_digests, job_of_save
 from shardsave._background.failures import take_failures
 from shardsave._common.backend import engine_name
 from shardsave._common.log_records import log_record
@@ -173,7 +173,7 @@ def save_now(
         path = check_how(directory, how)
         how = before(how) if job.leads else how
         planned = plan(source, what, job)
-        job.check_equal(digests(planned.contents, durable=how.durable))
+        check_digests(job, planned.contents, durable=how.durable)
         report, warnings = write_planned(planned, os.fspath(directory), path, how, time.perf_counter() - started, job=job)
     if job.leads:
         log_saved(report, warnings)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from shardsave._api.process_group import collective_group
+from shardsave._common.gc_pause import gc_paused
 from shardsave._common.imports import import_at_use
 from shardsave._saving.contents import Contents
 from shardsave._saving.job import ALONE, Job
@@ -80,7 +81,14 @@ def _seconds(rank_timeout: float) -> float:
     return rank_timeout if isinstance(rank_timeout, (int, float)) and rank_timeout > 0 else _RANK_TIMEOUT
 
 
-def digests(contents: Contents, *, durable: bool) -> dict[str, bytes]:
+def check_digests(job: Job, contents: Contents, *, durable: bool) -> None:
+    """Raises ValueError, on all ranks, if something of what is saved is not the same on each, although it must be."""
+    if job.parts is not None:  # for one process alone, digests of 100,000 names would be made in vain
+        job.check_equal(_digests(contents, durable=durable))
+
+
+@gc_paused()
+def _digests(contents: Contents, *, durable: bool) -> dict[str, bytes]:
     """A digest of everything that must be equal on all ranks, by the name that a message has for it."""
     stored = [[shard.names, shard.layout.data_bytes] for shard in (*contents.shards, *contents.extra_shards)]
     documents = {name: content.hex() for name, content in contents.documents.items()}

@@ -12,6 +12,7 @@ from shardsave._training.value_kinds import FLAG, fits, kind_in_words, value_in_
 #: Options that torch's schedulers add to a group. All are numbers.
 _OF_SCHEDULERS = dict.fromkeys(("initial_lr", "min_lr", "max_lr", "base_momentum", "max_momentum"), 0.0)
 
+
 def known_options(optimizer: Any) -> tuple[Mapping[str, Any], ...]:
     """What is known of the options of ``optimizer``: its defaults, those of its class, and what schedulers add. Each: name → a value."""
     optimizer = inner(optimizer)
@@ -33,7 +34,9 @@ def wrong_option(saved: Mapping[str, Any], live: Mapping[str, Any], known: Seque
         # Nothing tells what else an option can be that is None everywhere.
         if kinds.keys() <= {"None"} or None in kinds or any(fits(value, example) for example in examples):
             continue
-        return f"the option {name!r} was expected to be {' or '.join(map(str, kinds))}, the checkpoint has {value_in_words(value)}"
+        return (
+            f"the option {name!r} was expected to be {' or '.join(map(str, kinds))}, the checkpoint has {value_in_words(value)}"
+        )
     return None
 
 
@@ -51,7 +54,9 @@ def options_not_saved(optimizer: Any, saved: Mapping[str, Any]) -> list[str]:
     """The options of ``optimizer`` that are not in ``saved``, those of a group. Flags do not count: versions of torch add some."""
     defaults = getattr(inner(optimizer), "defaults", {})
     return [
-        name for name, value in defaults.items() if name not in saved and kind_in_words(value) not in (None, "None", FLAG, "text")
+        name
+        for name, value in defaults.items()
+        if name not in saved and kind_in_words(value) not in (None, "None", FLAG, "text")
     ]
 
 

@@ -17,7 +17,7 @@ from shardsave._api.process_group import check_group
 from shardsave._api.reports import SaveReport
 from shardsave._api.save import How, check_how, log_saved, write_planned
 from shardsave._api.save_contents import Needed, Planned
-from shardsave._api.save_jobs import digests, job_of_save
+from shardsave._api.save_jobs import check_digests, job_of_save
 from shardsave._common.shutdown import verb
 from shardsave._common.uncompiled import uncompiled
 from shardsave._common.warn_caller import warn_caller
@@ -91,7 +91,7 @@ def write(request: Request, directory: str, how: How, process_group: ProcessGrou
         else:
             (state, others), document = alone(part), part.document
         planned = _planned(state, others, document, request, job.size)
-        job.check_equal(digests(planned.contents, durable=how.durable))
+        check_digests(job, planned.contents, durable=how.durable)
         report, warnings = write_planned(planned, directory, path, how, time.perf_counter() - started, job=job)
     if job.leads:
         log_saved(report, warnings)
