@@ -90,7 +90,7 @@ def test_state_of_another_kind(tmp_path: Path, name: str) -> None:
                 tmp_path,
                 fresh,
                 {"optimizer": trained(name, fresh), "x": nn.Embedding(5, 5)},
-                rf"training\['optimizer'\]: '{key}' of '0.weight' was expected to be a (number|tensor of \[.*\] of floating numbers|list, each a .*), the checkpoint has ",
+                rf"'{key}' of '0.weight' was expected to be a (number|tensor of .*|list, each a .*), the checkpoint has ",
             )
         edit_training(tmp_path, lambda document: leaf(document)["state"].update(whole))
     if needed_by:
@@ -103,7 +103,7 @@ def test_state_of_another_kind(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("key", "wrong", "message"),
     [
-        ("exp_avg", {"tensor": "codes/weight"}, r"a tensor of \[2, 3\] of floating numbers, the checkpoint has a tensor of \[2, 3\] of int64"),
+        ("exp_avg", {"tensor": "codes/weight"}, r"\[2, 3\] of floating numbers, the checkpoint has a tensor of \[2, 3\] of int64"),
         ("exp_avg", None, r"a tensor of \[2, 3\] of floating numbers, the checkpoint has none"),
         ("exp_avg_sq", {"list": [{"tensor": "x"}]}, "the checkpoint has a list of 1 with tensors"),
         ("step", {"list": [3]}, r"a number, the checkpoint has \[3\]"),

@@ -79,7 +79,7 @@ _ADAM: _Form = {
 }
 _MOMENTUM: _Form = {"momentum_buffer": (_LIKE, _never)}
 
-#: The full name of a class (that of torch's without the file) → each value of the state of a parameter, what it is, and whether no step can be made without it.
+#: The full name of a class (of torch's without the file) → each value of the state of a parameter, what it is, and whether a step needs it.
 _FORMS: Mapping[str, _Form] = {
     "torch.optim.Adadelta": {**_STEP, "square_avg": (_LIKE, _always), "acc_delta": (_LIKE, _always)},
     "torch.optim.Adafactor": {

@@ -44,24 +44,30 @@ def wrong_state(scheduler: Any, state: Any, orders: Mapping[int, Order], path: s
     own = scheduler.state_dict()
     if lacking := [repr(key) for key in _NEEDED if key in own and key not in state]:
         return f"{path}: {some(lacking)} was expected, the checkpoint has none"
-    for key, value in state.items():
+    for key in state:
         if type(key) is not str or key == "optimizer" or callable(getattr(kind, key, None)):
             return f"{path}: the state of a scheduler was expected, the checkpoint has a value for {key!r:.80}"
     _, saved_groups = orders.get(id(inner(getattr(scheduler, "optimizer", None))), ((), None))
     is_of_torch = kind.__module__.startswith("torch.optim.")
-    for key in own.keys() & state.keys():
+    for key in (key for key in own if key in state):
         value, example = state[key], own[key]
         if key == "_schedulers":
             if wrong := _wrong_parts(scheduler, value, orders, path):
                 return wrong
-        elif key in _BY_GROUP and isinstance(example, (list, tuple)):
-            if not isinstance(value, (list, tuple)) or len(value) not in (len(example), saved_groups):
-                return f"{path}[{key!r}]: a list of {len(example)} was expected, the checkpoint has {value_in_words(value)}"
+        elif key in _BY_GROUP and not _has_length(value, example, saved_groups):
+            return f"{path}[{key!r}]: a list of {len(example)} was expected, the checkpoint has {value_in_words(value)}"
         if key in _OF_USERS or key == "_schedulers" or not (is_of_torch or key in (*_NEEDED, *_BY_GROUP, "_step_count")):
             continue
         if not _follows(value, example) and not (value is None and key in _MAY_BE_NONE):
             return f"{path}[{key!r}]: a value like {value_in_words(example)} was expected, the checkpoint has {value_in_words(value)}"
     return None
+
+
+def _has_length(value: Any, example: Any, saved_groups: int | None) -> bool:
+    """Whether ``value`` has an item for each group, as ``example`` has, or for each that was saved."""
+    if not isinstance(example, (list, tuple)):
+        return True
+    return isinstance(value, (list, tuple)) and len(value) in (len(example), saved_groups)
 
 
 def _wrong_parts(scheduler: Any, states: Any, orders: Mapping[int, Order], path: str) -> str | None:
