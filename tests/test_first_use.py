@@ -4,6 +4,7 @@ forks. Hooks of the import system hold the import at that moment.
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import textwrap
@@ -120,3 +121,16 @@ def test_errors_of_an_import(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threading.Thread, "start", refuse)
     monkeypatch.delitem(sys.modules, "colorsys", raising=False)
     assert import_at_use("colorsys").__name__ == "colorsys"
+
+
+def test_no_collection_during_an_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a collection of garbage that walks over all objects of torch in the middle of an import: it takes longer than the import."""
+    (tmp_path / "looks_at_the_collector.py").write_text("import gc\nis_on = gc.isenabled()\n")
+    (tmp_path / "fails_beside_the_collector.py").write_text("raise OSError\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from shardsave._common.imports import import_at_use
+
+    assert gc.isenabled() and not import_at_use("looks_at_the_collector").is_on and gc.isenabled()
+    with pytest.raises(OSError):
+        import_at_use("fails_beside_the_collector")
+    assert gc.isenabled()

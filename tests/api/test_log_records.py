@@ -100,11 +100,13 @@ def test_what_needs_attention(tmp_path: Path, collector: Collector, monkeypatch:
         (tmp_path / name).write_bytes(b"{}")
     with pytest.warns(UserWarning, match="stay in"):
         shardsave.save({"x": torch.zeros(20_000_000)}, tmp_path, durable=False)
+    with pytest.warns(UserWarning, match="no tensor is saved"):
+        shardsave.save(nn.ReLU(), tmp_path / "empty", durable=False)
     monkeypatch.setattr(memory_errors, "free_memory", lambda: FreeMemory(1, 10**9, "this machine"))
     shardsave.load(tmp_path)
     shardsave.load_model(nn.Linear(2, 2), tmp_path, strict=False)
     levels = [record.levelname for record in collector.records if fields(record)["event"] != "delete"]
-    assert levels == ["WARNING", "WARNING", "WARNING"]
+    assert levels == ["WARNING"] * 4
     assert "a part may be swapped" in fields(collector.records[-2])["notes"][0]
 
 

@@ -128,9 +128,9 @@ def test_a_planted_list_and_no_room(shared: Path) -> None:
     plant_staging(shared, list(WORK))
     huge = torch.zeros(1).expand(1 << 45)
     error = by(SAVER, lambda: shardsave.save({"x": huge}, shared, durable=False))
-    assert error.startswith("OutOfSpaceError") and error.endswith("; nothing was committed, there was no checkpoint before"), (
-        error
-    )
+    assert error.startswith("OutOfSpaceError") and error.endswith(
+        "; nothing was committed, the directory had no checkpoint before"
+    ), error
     assert {*WORK, STAGING} == set(os.listdir(shared))
 
 
@@ -279,7 +279,7 @@ def test_a_planted_config(content: str | None, shared: Path) -> None:
     error = by(SAVER, lambda: shardsave.save(model, shared, durable=False))
     assert error == (
         f"SaveNotCommittedError: cannot write {shared / 'config.json'}: rename: it belongs to user {NEIGHBOUR}, and in this "
-        "directory (sticky) nobody else may replace it; nothing was committed, there was no checkpoint before"
+        "directory (sticky) nobody else may replace it; nothing was committed, the directory had no checkpoint before"
     )
     assert os.listdir(shared) == ["config.json"]
     assert shardsave.save(model, shared, durable=False).removed == ("config.json",)  # root may

@@ -175,7 +175,7 @@ def test_a_full_disk(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         )
         with pytest.raises(
             shardsave.OutOfSpaceError,
-            match="full; earlier steps are as they were; once .*, the policy removes step 1",
+            match="full; all steps are as they were, the latest is step 1; once .*, the policy removes step 1",
         ):
             manager.save(2, model(2)).wait()
     assert committed(manager) == [1] and not path_of(memory, 2).exists()

@@ -75,7 +75,7 @@ def test_no_memory_for_staging(tmp_path: Path, short: Path, engine: str, call: s
     """Catches a lack of memory that shows only after something was written, and an error without the number of bytes needed."""
     assert limited(tmp_path, short, SLOT, engine) == (
         f"OutOfSpaceError cannot save to {tmp_path}: {call} of staging memory: Cannot allocate memory (needs {SLOT} bytes); "
-        f"nothing was committed, there was no checkpoint before"
+        f"nothing was committed, the directory had no checkpoint before"
     )
     assert os.listdir(tmp_path) == []
 

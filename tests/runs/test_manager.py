@@ -200,6 +200,39 @@ def test_two_writers_of_one_run(memory: Path) -> None:
     assert steps_in(memory) == [10, 20] and value_of_step(memory, 20) == 21
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_two_writers_of_one_step(memory: Path, asynchronous: bool) -> None:
+    """Catches a save that overwrites a step which another process began later and committed first."""
+    other, others_model = manager_of(memory), model(11)
+
+    class Slow:
+        """Its state is asked for while the save is planned: after it was found that there is no such step, and before the lock."""
+
+        def state_dict(self) -> dict[str, int]:
+            if not path_of(memory, 10).exists():
+                other.save(10, others_model)
+            return {}
+
+        def load_state_dict(self, state: Any) -> None: ...
+
+    manager = manager_of(memory, asynchronous=asynchronous)
+
+    def save(step: int) -> None:
+        saved: Any = manager.save(step, model(10), training=Slow())
+        assert not asynchronous or saved.wait()
+
+    with pytest.raises(
+        shardsave.SaveNotCommittedError,
+        match="cannot save step 10 to .*: a new step, or one that .* it is there already; another process .*; nothing was written",
+    ):
+        save(10)
+    assert value_of_step(memory, 10) == 11 and steps_in(memory) == [10]
+    assert [name for name in os.listdir(path_of(memory, 10)) if name.startswith(".")] == []
+    manager.resume(model())
+    save(20)
+    assert value_of_step(memory, 20) == 10
+
+
 def test_a_step_is_saved_again(memory: Path) -> None:
     """Catches a restart that cannot save the step again which it has resumed, or that it has passed over as damaged."""
     train(manager_of(memory), 1, 20)
@@ -243,7 +276,9 @@ def test_a_full_disk(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert train(manager, 21, 31) == [30]
     assert steps_in(memory) == [30]
     manager = manager_of(memory)
-    with pytest.raises(shardsave.OutOfSpaceError, match="earlier steps are as they were; .* no step: remove some by hand"):
+    with pytest.raises(
+        shardsave.OutOfSpaceError, match="all steps are as they were, the latest is step 30; .* no step: remove some by hand"
+    ):
         manager.save(40, huge)
 
 

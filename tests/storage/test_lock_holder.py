@@ -54,6 +54,31 @@ def system(folder: Path, text: str, pid: int, opened: int | None) -> str:
     return str(folder / "proc")
 
 
+def test_a_save_that_is_overtaken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a save that silently replaces what another one committed while it waited for the directory, and a note without a reason."""
+    shardsave.save({"x": torch.ones(1)}, tmp_path, durable=False)
+    held = os.open(tmp_path, os.O_RDONLY)
+    reports = []
+
+    def meanwhile(seconds: float) -> None:
+        monkeypatch.undo()
+        os.close(held)
+        if not reports:
+            reports.append(shardsave.save({"x": torch.zeros(1)}, tmp_path, durable=False))
+
+    for others in (0, 1):
+        fcntl.flock(held, fcntl.LOCK_EX)
+        monkeypatch.setattr("shardsave._storage.lock.time.sleep", meanwhile)
+        report = shardsave.save({"x": torch.full((1,), 2.0)}, tmp_path, durable=False)
+        notes = [
+            note for note in report.notes if "another save into this directory was committed while this one waited" in note
+        ]
+        assert len(notes) == 1 - others and reports[0].notes == ()
+        held = os.open(tmp_path, os.O_RDONLY)
+    os.close(held)
+    assert shardsave.load(tmp_path)["x"] == 2
+
+
 def test_a_lock_of_another_process(tmp_path: Path) -> None:
     """Catches an error that leaves the user to search for the process that holds the directory."""
     shardsave.save({"x": torch.ones(1)}, tmp_path)

@@ -130,7 +130,15 @@ def test_missing_and_unexpected(tmp_path: Path) -> None:
             ValueError, only=["optimiser"])  # fmt: skip
     with pytest.raises(TypeError, match=r"skip must be a collection of names such as \['optimizer'\], not 'ema'"):
         restore(tmp_path, training, model, skip="ema")
-    refused(tmp_path, {}, model, "rng: the checkpoint has none", shardsave.IncompatibleCheckpointError, rng=True, only=["rng"])
+    refused(
+        tmp_path,
+        {},
+        model,
+        "rng: the checkpoint has no random generators",
+        shardsave.IncompatibleCheckpointError,
+        rng=True,
+        only=["rng"],
+    )
 
 
 def test_parameters_frozen_thawed_added(tmp_path: Path) -> None:
@@ -182,6 +190,12 @@ def test_parameters_thawed_and_frozen_again(tmp_path: Path) -> None:
     _, notes = restore(tmp_path, {"optimizer": optimizer_of(thawed)}, thawed)
     assert any("2 parameters were trainable and are frozen now, as they were saved: '0.weight', '0.bias'; " in n for n in notes)
     assert not thawed[0].weight.requires_grad
+    keep(tmp_path, {"optimizer": torch.optim.AdamW(model.parameters())}, model)
+    thawed = net()
+    _, notes = restore(tmp_path, {"optimizer": torch.optim.AdamW(thawed.parameters())}, thawed)
+    assert (
+        any("2 parameters were trainable and are frozen now" in note for note in notes) and not thawed[0].weight.requires_grad
+    )
     thawed = net()
     _, notes = restore(tmp_path, {"optimizer": optimizer_of(thawed)}, thawed, restore_frozen=False)
     assert not any("frozen now" in note for note in notes) and thawed[0].weight.requires_grad

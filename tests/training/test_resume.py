@@ -176,7 +176,7 @@ Change = Callable[[nn.Module, dict[str, Any]], Any]
 CAUSES: dict[str, tuple[Callable[[Path], Any] | None, Change | None, dict[str, Any], type[Exception], str]] = {
     "no checkpoint": (lambda f: [p.unlink() for p in f.iterdir() if p.is_file()], None, {}, shardsave.CheckpointNotFoundError, "step"),
     "no training state": (save_again(), None, {}, INCOMPATIBLE, "a training state was expected, the checkpoint has none: it was saved"),
-    "no generators": (save_again(training=1), None, {"only": ["rng"]}, INCOMPATIBLE, "rng: the checkpoint has none; strict=False"),
+    "no generators": (save_again(training=1), None, {"only": ["rng"]}, INCOMPATIBLE, "rng: the checkpoint has no random generators"),
     "a model of other names": (None, lambda m, t: m.append(nn.Linear(2, 2)), {}, INCOMPATIBLE, "missing from the checkpoint: 4."),
     "a model of other shapes": (
         None, lambda m, t: setattr(m[3], "bias", nn.Parameter(torch.ones(3))), {"skip": ["optimizer"]}, INCOMPATIBLE, "1 mismatched: 3.bias"

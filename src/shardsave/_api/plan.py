@@ -14,7 +14,7 @@ from shardsave._api.operators import check_operators
 from shardsave._api.reports import Printed
 from shardsave._api.save import How, check_values
 from shardsave._api.save_contents import What, plan
-from shardsave._api.save_jobs import digests, job_of_save
+from shardsave._api.save_jobs import agreed, job_of_save
 from shardsave._common.free_memory import free_memory
 from shardsave._common.progress import ProgressArgument
 from shardsave._common.shutdown import verb
@@ -169,8 +169,7 @@ def plan_save(
     with joining as job:
         path = _checked_path(directory, how, keep_last)
         planned = plan(source, what, job)
-        job.check_equal(digests(planned.contents, durable=durable))
-    contents = planned.contents
+        contents = agreed(planned.contents, job, durable=durable)
     files = planned_files(contents, path, durable=durable)
     disk_bytes = sum(file.bytes for file in files)
     memory = free_memory()

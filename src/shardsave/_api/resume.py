@@ -286,7 +286,7 @@ class _Resumption:
 
     def _check_memory(self) -> None:
         """Refuses what surely does not fit; the model alone has been checked."""
-        if new := sum(_nbytes_here(located, into) for located, into in self._fresh if _is_on_cpu(into)):
+        if new := sum(_host_bytes(located, into) for located, into in self._fresh):
             needed = new + (self.model.host_bytes if self.model is not None else 0)
             lacking = check_free_memory(self._checkpoint.path, needed, UNCHANGED)
             self.notes += lacking
@@ -305,9 +305,11 @@ def _nbytes_here(located: Located, into: torch.Tensor | Spread | None) -> int:
     return sum(chunk.tensor.nbytes for chunk in into.local) if isinstance(into, Spread) else located.nbytes
 
 
-def _is_on_cpu(into: torch.Tensor | Spread | None) -> bool:
-    tensors = [chunk.tensor for chunk in into.local] if isinstance(into, Spread) else [into]
-    return all(isinstance(tensor, torch.Tensor) and tensor.is_cpu for tensor in tensors)
+def _host_bytes(located: Located, into: torch.Tensor | Spread | None) -> int:
+    """The bytes of a stored tensor for which there is memory of the host in this process."""
+    if isinstance(into, Spread):
+        return sum(chunk.tensor.nbytes for chunk in into.local if chunk.tensor.is_cpu)
+    return located.nbytes if into is not None and into.is_cpu else 0
 
 
 def _notes_on_flags(flags: RestoredFlags) -> Iterator[str]:

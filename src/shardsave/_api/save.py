@@ -188,7 +188,9 @@ _REUSES_NOTHING = "reuse= has no effect where several ranks save together: every
 
 
 class How(NamedTuple):
-    """The arguments of `save` that say how to save."""
+    """The arguments of `save` that say how to save. ``locked``: a manager's, called once the directory is locked; what it raises ends the
+    save.
+    """
 
     durable: bool
     progress: ProgressArgument
@@ -197,6 +199,7 @@ class How(NamedTuple):
     recheck_every: int = 10
     rank_timeout: float = 120.0
     on_divergence: Literal["raise", "lowest_rank"] = "raise"
+    locked: Callable[[], object] | None = None
 
 
 def check_how(directory: str | os.PathLike[str], how: How) -> str:
@@ -246,6 +249,7 @@ def write_planned(
             watch=watch,
             reuse=reuse,
             job=job,
+            locked=how.locked,
         )
     seconds = plan_seconds + time.perf_counter() - started
     report = SaveReport(

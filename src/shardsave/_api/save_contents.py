@@ -15,7 +15,6 @@ from shardsave._api.moments import check_moment
 from shardsave._api.save_parts import Needed, PlannedParts, plan_parts
 from shardsave._common.gc_pause import gc_paused
 from shardsave._common.imports import import_at_use
-from shardsave._common.warn_caller import warn_caller
 from shardsave._common.words import an, count
 from shardsave._format.index import Moment
 from shardsave._format.metadata import check_metadata
@@ -93,6 +92,7 @@ def plan(source: Source, what: What, job: Job = ALONE) -> Planned:
         state = job.agree(own)
         if state.file_metadata and (with_parts or target is not None):
             _refuse_quantised(state, with_parts)
+        warnings = training.warnings
         parts, notes, needed = PlannedParts()
         if with_parts and isinstance(source, nn.Module):
             parts, notes, needed = plan_parts(
@@ -104,8 +104,10 @@ def plan(source: Source, what: What, job: Job = ALONE) -> Planned:
                 warns=job.leads,
             )
         if isinstance(source, nn.Module) and not state.entries:
-            alone = not with_parts and not training.directories
-            notes = (*notes, _note_without_tensors(source, alone=alone))
+            note, matters = _note_without_tensors(source)
+            notes = (*notes, note)
+            if matters or not (with_parts or training.directories):
+                warnings = (*warnings, note)
         on_disk = layout.apply(state)
         left_out: tuple[str, ...] = ()
         if what.only is not None:
@@ -121,7 +123,7 @@ def plan(source: Source, what: What, job: Job = ALONE) -> Planned:
             moment=checked.moment._replace(epoch=training.epoch, ranks=checked.moment.ranks and job.size),
         )
         frozen = frozen_memory(on_disk.state.entries, _unstepped(source, what.training)) if what.assume_frozen_unchanged else {}
-        return Planned(contents, needed, cast, left_out, training.warnings, frozen)
+        return Planned(contents, needed, cast, left_out, warnings, frozen)
 
 
 def _unstepped(source: Source, training: Any) -> Iterator[nn.Parameter]:
@@ -240,11 +242,9 @@ def _read_state(source: Source, architecture: bool, reader: TensorParts | None) 
         ) from error
 
 
-def _note_without_tensors(module: nn.Module, *, alone: bool) -> str:
-    """A note that nothing of ``module`` is saved. There is a warning too if it has parameters, or if ``alone``: no part is saved either."""
+def _note_without_tensors(module: nn.Module) -> tuple[str, bool]:
+    """A note that nothing of ``module`` is saved; and whether it has parameters, so that this must be a warning whatever else is saved."""
     parameters = sum(1 for _ in module.parameters())
     found = f"it is empty, although the module has {count(parameters, 'parameter')}" if parameters else "it is empty"
     note = f"no tensor is saved: tensors were expected in the state dict of the module ({type(module).__name__}), {found}"
-    if parameters or alone:
-        warn_caller(note)
-    return note
+    return note, parameters > 0

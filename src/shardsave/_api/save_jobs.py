@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch.distributed
 
 from shardsave._api.process_group import collective_group
+from shardsave._common.gc_pause import gc_paused
 from shardsave._common.imports import import_at_use
 from shardsave._saving.contents import Contents
 from shardsave._saving.job import ALONE, Job
@@ -103,8 +104,10 @@ def agreed(contents: Contents, job: Job, *, durable: bool) -> Contents:
 
     Raises ValueError for arguments that differ, UnsupportedTensorError for extra tensors that do.
     """
-    job.check_equal(digests(contents, durable=durable))
-    if job.parts is None or not contents.extra_shards:
+    if job.parts is None:  # for one process alone, digests of 100,000 names would be made in vain
+        return contents
+    job.check_equal(_digests(contents, durable=durable))
+    if not contents.extra_shards:
         return contents
     own = [
         Entry(name, "buffer", None, None, piece)
@@ -116,7 +119,8 @@ def agreed(contents: Contents, job: Job, *, durable: bool) -> Contents:
     return of_all._replace(notes=(*contents.notes, *state.notes))
 
 
-def digests(contents: Contents, *, durable: bool) -> dict[str, bytes]:
+@gc_paused()
+def _digests(contents: Contents, *, durable: bool) -> dict[str, bytes]:
     """A digest of everything that must be equal on all ranks, by the name that a message has for it."""
     stored = [[shard.names, shard.layout.data_bytes] for shard in (*contents.shards, *contents.extra_shards)]
     documents = {name: content.hex() for name, content in contents.documents.items()}

@@ -106,6 +106,7 @@ class StepSaves:
         """Called before anything is written. Returns how to save."""
         self._keeper.remover.wait()  # the space of what goes is needed
         self._keeper.check_new(step)
+        how = how._replace(locked=partial(self._keeper.check_still_new, step))
         if how.reuse is not None:
             return how
         return how._replace(reuse=self._run.to_take_from(step, self._keeper.uncounted))  # the last durable step
@@ -117,7 +118,7 @@ class StepSaves:
         try:
             report = save()
         except OutOfSpaceError as error:
-            raise OutOfSpaceError(f"{error}; earlier steps are as they were; {self._keeper.would_free(step)}") from error
+            raise OutOfSpaceError(f"{error}; {self._keeper.left_by_full_disk(step)}") from error
         except DurabilityUncertainError as error:
             self._keeper.uncounted[step] = str(error)
             raise

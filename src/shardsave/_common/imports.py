@@ -13,6 +13,8 @@ import sys
 import threading
 from types import ModuleType
 
+from shardsave._common.gc_pause import gc_paused
+
 #: How long a fork waits for an import, in seconds: not for ever, since the import may wait for a lock that the forking thread holds.
 _PATIENCE = 10.0
 
@@ -33,11 +35,12 @@ def import_at_use(name: str) -> ModuleType:
     _register_hooks()
     failures: list[BaseException] = []
     thread = threading.Thread(target=_import, args=(name, failures), name=f"import of {name}")
-    try:
-        thread.start()
-    except RuntimeError:  # no thread can be started: there are too many, or the interpreter is ending
-        return importlib.import_module(name)
-    thread.join()
+    with gc_paused():  # a collection walks over all objects of torch, which takes longer than these imports
+        try:
+            thread.start()
+        except RuntimeError:  # no thread can be started: there are too many, or the interpreter is ending
+            return importlib.import_module(name)
+        thread.join()
     if failures:
         raise failures[0]
     return sys.modules[name]

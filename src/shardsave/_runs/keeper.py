@@ -70,12 +70,22 @@ class Keeper:
             info = self._run.read(number)
             if info is None or not info.committed or number in self.uncounted:
                 continue
-            if problem := self._problem_of(number, step):
-                raise SaveNotCommittedError(
-                    f"cannot save step {step} to {self._shown}: {problem}; another process may be writing this run, which must have "
-                    f"one writer: end it, resume the run, or give this training another directory; nothing was written"
-                )
-            return
+            return self._refuse(step, self._problem_of(number, step))
+
+    def check_still_new(self, step: int) -> None:
+        """Called with the lock of its directory, for which another process may have let this one wait. Raises SaveNotCommittedError if
+        ``step`` was committed since `check_new`.
+        """
+        info = self._run.read(step)
+        if info is not None and info.committed and step not in self.uncounted:
+            self._refuse(step, self._problem_of(step, step))
+
+    def _refuse(self, step: int, problem: str) -> None:
+        if problem:
+            raise SaveNotCommittedError(
+                f"cannot save step {step} to {self._shown}: {problem}; another process may be writing this run, which must have "
+                f"one writer: end it, resume the run, or give this training another directory; nothing was written"
+            )
 
     def _problem_of(self, last: int, step: int) -> str:
         """Why ``step`` may not be saved after the step ``last``, which is committed; "" if it may."""
@@ -134,12 +144,17 @@ class Keeper:
             log_event(logging.INFO, "policy", words, path=self._run.path, kept=stay, removed=doomed)
         self.remover.start(doomed, left, sorted(stay))
 
-    def would_free(self, step: int) -> str:
-        """What the policies would remove if ``step`` were committed, for the message of a full disk."""
+    def left_by_full_disk(self, step: int) -> str:
+        """Which steps there are after a save of ``step`` failed, and what the policies would remove if it were committed."""
         try:
-            counted = [info for info in self._counted(self._run.steps()) if info.step != step]
+            steps = self._run.steps()
         except ShardSaveError as error:
             return f"the steps of the run cannot be listed ({error})"
+        last = max((info.step for info in steps if info.committed), default=None)
+        words = f"all steps are as they were, the latest is step {last}" if last is not None else "the run has no step yet"
+        return f"{words}; {self._would_free(step, [info for info in self._counted(steps) if info.step != step])}"
+
+    def _would_free(self, step: int, counted: list[StepInfo]) -> str:
         try:
             stay = kept([*counted, StepInfo(step, self._run.path_of(step), "committed")], self._keeps)
         except Exception as error:  # of the user's own policy: what it hides is worse

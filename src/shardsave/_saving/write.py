@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from functools import partial
 from typing import NamedTuple
@@ -57,11 +57,13 @@ def write_checkpoint(
     watch: Watch = UNWATCHED,
     reuse: Reuse | None = None,
     job: Job = ALONE,
+    locked: Callable[[], object] | None = None,
 ) -> WriteOutcome:
     """Writes ``contents`` and commits them as the checkpoint of ``directory`` by one rename. ``lock_timeout`` is in seconds.
 
     ``watch`` is told how far the save is, and may end it by raising. ``reuse``: how unchanged shards are taken over; None: all are
-    written. ``job``: who takes part. The caller issues the warnings of the outcome.
+    written. ``job``: who takes part. ``locked``: called by the process that leads once it has the directory's lock; what it raises ends
+    the save. The caller issues the warnings of the outcome.
     Raises DirectoryBusyError, OutOfSpaceError, SaveNotCommittedError: nothing was committed, a previous checkpoint is intact.
     Raises DurabilityUncertainError: the new checkpoint is in place, but may not survive a loss of power.
     """
@@ -69,7 +71,7 @@ def write_checkpoint(
     watch = job.watch(watch)
     # Closed twice, since one interrupt may come at the beginning of a `close`, which then does nothing.
     transaction = Transaction(directory, durable=durable, lock_timeout=lock_timeout, waiting=watch.check)
-    lead = _Lead(transaction, contents, watch, reuse)
+    lead = _Lead(transaction, contents, watch, reuse, locked)
     with closing(transaction), job.files(transaction) as files:
         contents, _, taken, notes = prepared = job.prepare(contents, lead.prepare)
         with job.share(prepared.to_write, prepared.documents) as share:
@@ -122,7 +124,15 @@ def _taken_bytes(taken: Mapping[str, UnchangedShard]) -> int:
 class _Lead:
     """What one process does for a whole save, in three steps. The transaction is entered."""
 
-    def __init__(self, transaction: Transaction, contents: Contents, watch: Watch, reuse: Reuse | None) -> None:
+    def __init__(
+        self,
+        transaction: Transaction,
+        contents: Contents,
+        watch: Watch,
+        reuse: Reuse | None,
+        locked: Callable[[], object] | None,
+    ) -> None:
+        self._locked = locked
         self._transaction = transaction
         self._contents = contents
         self._watch = watch
@@ -131,6 +141,8 @@ class _Lead:
 
     def prepare(self) -> Prepared:
         """Names all files, stages the shards that need not be written, and checks that there is room for the others."""
+        if self._locked is not None:
+            self._locked()
         self._transaction.check_not_read(self._contents.state.files)
         self._prepared = prepared = _take_over(self._transaction, self._contents, self._reuse, self._watch)
         reserved = prepared.contents.reserved_bytes - sum(one.planned.reserved_bytes for one in prepared.taken.values())

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from shardsave._common.os_calls import CallFailed, call
 from shardsave._common.shutdown import raise_if_ending
+from shardsave._format.file_names import INDEX_NAME
 from shardsave._storage.directory import Directory
 from shardsave._storage.lock_holder import lock_holder
 from shardsave._storage.staging import LIST_NAME, Staging, host_id, owner_of
@@ -46,6 +47,7 @@ class LockedDirectory(Directory):
         self._status: os.stat_result | None = None
         self._pid = os.getpid()
         self._locked: list[None] = []  # one element once the lock is held
+        self._seen: list[os.stat_result | None] = []  # the status of the index when this process began to wait, if it had to
 
     def acquire(
         self,
@@ -64,6 +66,7 @@ class LockedDirectory(Directory):
         _locks_of_this_thread().add(self)
         while True:
             self.open_for_writing(self.path)
+            self._seen.clear()
             self._wait(timeout, deadline, purpose, state, waiting)
             if self.is_in_place():
                 return
@@ -82,6 +85,8 @@ class LockedDirectory(Directory):
                     return
                 if error.errno != errno.EWOULDBLOCK:
                     raise CallFailed("flock", self.path, error.errno or 0, error.strerror or str(error)) from error
+            if not self._seen:
+                self._seen.append(self.status_of(INDEX_NAME))
             if any(other._locked and other._is_same_directory(self) for other in _locks_of_this_thread()):
                 raise DirectoryBusyError(
                     f"cannot {purpose} {self.path}: its lock was expected, a save on this same thread holds it; that save is "
@@ -94,6 +99,10 @@ class LockedDirectory(Directory):
                     f"{holder and f' ({holder})'}; {state}"
                 )
             time.sleep(_POLL_SECONDS)
+
+    def was_overtaken(self) -> bool:
+        """Whether another process committed a checkpoint here while this one waited for the lock."""
+        return any(_identity(status) != _identity(self.status_of(INDEX_NAME)) for status in self._seen)
 
     def is_in_place(self) -> bool:
         """Whether the path still leads to the directory that was locked, and not to another one that has replaced it."""
@@ -196,6 +205,10 @@ class LockedDirectory(Directory):
         """Frees the lock. May be called any number of times."""
         super().close()
         _locks_of_this_thread().discard(self)
+
+
+def _identity(status: os.stat_result | None) -> tuple[int, ...] | None:
+    return (status.st_ino, status.st_size, status.st_mtime_ns) if status is not None else None
 
 
 def learn_owner(folder: LockedDirectory) -> None:

@@ -48,6 +48,11 @@ from shardsave.errors import OutOfSpaceError, SaveNotCommittedError, ShardSaveEr
 _REMOVALS, _REMOVAL_PAUSE = 20, 0.01
 
 
+_OVERTAKEN = (
+    "another save into this directory was committed while this one waited for its lock: what it saved has been replaced"
+)
+
+
 class CommitOutcome(NamedTuple):
     """``removed``: names of files that were removed or replaced, and that this save did not make. ``leftovers``: names that should
     have been removed and could not be. ``notes``: for the reader of the report. ``warnings``: what the caller must not overlook."""
@@ -88,6 +93,7 @@ class Transaction:
         self._moving: list[str] = []  # those of what has, or may have, been moved
         self._finished: list[str] = []  # companions of a dead saver that were put in place
         self._removed: list[str] = []  # leavings of dead savers that were removed before the commit
+        self._overtaken = False  # whether another save was committed while this one waited for the lock
         self._invited = False  # whether other processes may create files in the staging directory
 
     @property
@@ -134,6 +140,7 @@ class Transaction:
                 self._staging.make()
                 self._folder.learn_owner(self._staging.directory)
             self._previous = read_previous(self._folder)
+            self._overtaken = self._folder.was_overtaken()
             self._phase = self._phase.then(Phase.STAGING)
             self._folder.check_replaceable(INDEX_NAME)
             self._staging.permissions = permissions_replaced(self._folder, self._previous)
@@ -368,6 +375,7 @@ class Transaction:
             to_free.free_later()
         replaced = self._companions.replacing()
         notes = [] if self._folder.exclusive else ["the file system has no locks: simultaneous saves are not kept apart"]
+        notes += [_OVERTAKEN] if self._overtaken else []
         notes += self._previous.notes(cleaner.removed)
         links = (self._previous.links | self._companions.links) - {LONE_NAME}
         notes += cleaning_notes(self.path, cleaner, links, self._finished)
@@ -423,5 +431,5 @@ class Transaction:
         if self._previous.not_ours is not None:
             return f"nothing was committed, all other files are unchanged{gone}"
         if not self._previous.exists:
-            return f"nothing was committed, there was no checkpoint before{gone}"
+            return f"nothing was committed, the directory had no checkpoint before{gone}"
         return f"nothing was committed, the previous checkpoint is intact{gone}"

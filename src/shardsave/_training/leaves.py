@@ -21,6 +21,7 @@ from shardsave._training.places import Place
 from shardsave._training.read_values import UNCHANGED, ValueReader, array_memory
 from shardsave._training.restore_optimizers import plan_optimizer
 from shardsave._training.rng import check_generator_state, generator_class
+from shardsave._training.scalers import wrong_scaler
 from shardsave._training.subclasses import TAG as SUBCLASS
 from shardsave._training.subclasses import fill_subclass
 from shardsave.errors import IncompatibleCheckpointError
@@ -45,7 +46,7 @@ class LeafPlanner:
         self._names = names
         self._device = device
         self._planned: dict[int, tuple[Any, Any, str]] = {}  # id → the object, its saved state, its path
-        self._orders: dict[int, tuple[Any, int]] = {}
+        self._orders: dict[int, schedulers.Order] = {}
         self._objects: list[tuple[Any, Any, str]] = []
 
     def plan(self, kind: str, live: Any, saved: Any, place: Place) -> None:
@@ -79,6 +80,19 @@ class LeafPlanner:
                 f"cannot resume {place.path}: the state that it has was expected, to make distributed tensors alike, state_dict() raised "
                 f"{type(error).__name__}: {' '.join(str(error).split())}; {UNCHANGED}"
             ) from error
+
+    def check_objects(self) -> None:
+        """Refuses states that an object would take and could not go on from. Called when everything is planned."""
+        for live, state, path in self._objects:
+            if difference := schedulers.wrong_state(live, state, self._orders, path) or wrong_scaler(live, state, path):
+                self._leave(difference, path)
+
+    def _leave(self, difference: str, path: str) -> None:
+        """Lets the leaf at ``path`` keep its state."""
+        self.differences.append(difference)
+        self.left.add(difference)
+        self.loads = [load for load in self.loads if load[0] != path]
+        self._objects = [one for one in self._objects if one[2] != path]
 
     def arrange_schedulers(self, notes: list[str]) -> None:
         """Brings the lists of schedulers into the order that the groups of their optimizers have now."""

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from numbers import Real
 from typing import Any
 
-import numpy as np
-import torch
-
-from shardsave._common.strict_json import glimpse
-from shardsave._common.words import an
 from shardsave._training.kinds import inner
+from shardsave._training.value_kinds import FLAG, fits, kind_in_words, value_in_words
 
 #: Options that torch's schedulers add to a group. All are numbers.
 _OF_SCHEDULERS = dict.fromkeys(("initial_lr", "min_lr", "max_lr", "base_momentum", "max_momentum"), 0.0)
-
-_NUMBER, _FLAG = "a number", "True or False"
 
 
 def known_options(optimizer: Any) -> tuple[Mapping[str, Any], ...]:
@@ -38,11 +30,13 @@ def wrong_option(saved: Mapping[str, Any], live: Mapping[str, Any], known: Seque
         if not examples:
             continue
         examples += [live[name]] if name in live else []
-        kinds = dict.fromkeys(map(_kind, examples))
+        kinds = dict.fromkeys(map(kind_in_words, examples))
         # Nothing tells what else an option can be that is None everywhere.
-        if kinds.keys() <= {"None"} or None in kinds or any(_fits(value, example) for example in examples):
+        if kinds.keys() <= {"None"} or None in kinds or any(fits(value, example) for example in examples):
             continue
-        return f"the option {name!r} was expected to be {' or '.join(map(str, kinds))}, the checkpoint has {_words(value)}"
+        return (
+            f"the option {name!r} was expected to be {' or '.join(map(str, kinds))}, the checkpoint has {value_in_words(value)}"
+        )
     return None
 
 
@@ -56,35 +50,16 @@ def _defaults_of_class(kind: type) -> Iterator[tuple[str, Any]]:
             yield name, parameter.default
 
 
-def _kind(value: Any) -> str | None:
-    """What kind of option ``value`` is, in words; None for a kind of which nothing is known."""
-    if value is None:
-        return "None"
-    if isinstance(value, (torch.Tensor, np.ndarray)):
-        if math.prod(value.shape) != 1:
-            return f"a tensor of {list(value.shape)}"
-        return _FLAG if value.dtype in (torch.bool, np.bool_) else _NUMBER
-    if isinstance(value, (bool, np.bool_)):
-        return _FLAG
-    if isinstance(value, Real):
-        return _NUMBER
-    if isinstance(value, str):
-        return "text"
-    if isinstance(value, (list, tuple)):
-        return f"a tuple of {len(value)}"
-    return "a dict" if isinstance(value, Mapping) else None
+def options_not_saved(optimizer: Any, saved: Mapping[str, Any]) -> list[str]:
+    """The options of ``optimizer`` that are not in ``saved``, those of a group. Flags do not count: versions of torch add some."""
+    defaults = getattr(inner(optimizer), "defaults", {})
+    return [
+        name
+        for name, value in defaults.items()
+        if name not in saved and kind_in_words(value) not in (None, "None", FLAG, "text")
+    ]
 
 
-def _fits(value: Any, example: Any) -> bool:
-    if _kind(value) != _kind(example):
-        return _kind(example) == _FLAG and type(value) is int and value in (0, 1)
-    if isinstance(value, (list, tuple)):
-        return all(inside is None or _fits(item, inside) for item, inside in zip(value, example))
-    return True
-
-
-def _words(value: Any) -> str:
-    """``value`` for a message. A tensor has not been read yet."""
-    if isinstance(value, (torch.Tensor, np.ndarray)):
-        return f"a tensor of {list(value.shape)}"
-    return glimpse(value) if _kind(value) is not None else an(type(value).__name__)
+def is_of_torch(optimizer: Any) -> bool:
+    """Whether the class of ``optimizer`` is torch's, so that it always saves its options."""
+    return type(inner(optimizer)).__module__.startswith("torch.optim")

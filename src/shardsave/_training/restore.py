@@ -161,6 +161,7 @@ def plan_restore(training: Any, model: Model, stored: StoredTraining, options: O
     elif options.rng and RNG.path in (rank_leaves or ()):
         matcher.notes.append(f"{RNG.path}: skipped")
     matcher.check_selection()
+    leaves.check_objects()
     problems = [*matcher.differences, *matcher.missing, *matcher.unexpected]
     if problems and options.strict:
         more = f"; {len(problems) - 10:,} more" if len(problems) > 10 else ""
@@ -181,7 +182,7 @@ def _process_state(matcher: Matcher, reader: ValueReader, leaves: Mapping[str, A
         matcher.notes.append(f"{RNG.path}: not set, since {stored.ranks} ranks saved it")
         return None
     if RNG.path not in leaves:
-        matcher.missing.append("rng: the checkpoint has none")
+        matcher.missing.append("rng: the checkpoint has no random generators, it was saved without rng=True")
         return None
     reader.begin_leaf()
     return reader.value(leaves[RNG.path], RNG.path)

@@ -12,7 +12,8 @@ from shardsave._common.memory import PLAIN_TYPES
 from shardsave._common.words import count, some
 from shardsave._state.distributed_tensors import is_dtensor
 from shardsave._training.kinds import class_name, inner
-from shardsave._training.optimizer_options import known_options, wrong_option
+from shardsave._training.optimizer_options import is_of_torch, known_options, options_not_saved, wrong_option
+from shardsave._training.optimizer_states import wrong_state
 from shardsave._training.optimizers import NO_OPTIONS
 from shardsave._training.parameter_names import ParameterNames
 from shardsave._training.places import Place
@@ -69,15 +70,17 @@ def plan_optimizer(
                 f"the model has memory; {UNCHANGED}"
             )
     group_of = {name: at for at, group in enumerate(saved) for name in group.names}
+    if len(group_of) != sum(len(group.names) for group in saved):
+        reader.corrupt(path, "groups in which each parameter is once were", [group.names for group in saved])
     if difference := _difference(optimizer, saved_class, saved, parameters, path):
         if not names.in_model and saved_class == class_name(optimizer):
             difference += "; pass the model too, which names the parameters"
-        return OptimizerPlan(lambda: None, (), 0, (), difference=difference)
+        return _not_filled(difference)
     order = [_saved_groups_of(at, listed, saved, group_of) for at, listed in enumerate(own)]
     packed = optimizer.state_dict()
     loaded, notes, difference = _loaded_groups(packed["param_groups"], optimizer, saved, order, reader, path)
     if difference is not None:
-        return OptimizerPlan(lambda: None, (), 0, (), difference=difference)
+        return _not_filled(difference)
     state_by_name = {}
     for name, values in state.items():
         if name not in group_of or type(values) is not dict:
@@ -86,6 +89,8 @@ def plan_optimizer(
             target = parameter.device if device is None or id(parameter) not in names.in_model else device
             onto = Onto(target, parameter if type(parameter) in PLAIN_TYPES or is_dtensor(parameter) else None)
             state_by_name[name] = _state_of(values, reader, f"{path}.state[{name!r}]", onto)
+    if wrong := wrong_state(optimizer, zip(loaded, own), state_by_name):
+        return _not_filled(f"{path}: {wrong}")
     rest = reader.value(rest, path)
     if type(rest) is not dict or type(rest.get("state", {})) is not dict or "param_groups" in rest:
         reader.corrupt(path, "other members of a state dict were", rest)
@@ -104,6 +109,10 @@ def plan_optimizer(
     if isinstance(inner(optimizer), torch.optim.LBFGS):  # which keeps the state of all parameters with the first
         return OptimizerPlan(load, starts, len(saved), notes)
     return OptimizerPlan(load, starts, len(saved), notes, lambda: _late_notes(path, parameters, group_of, state))
+
+
+def _not_filled(difference: str) -> OptimizerPlan:
+    return OptimizerPlan(lambda: None, (), 0, (), difference=difference)
 
 
 def _saved_group(group: Any, reader: ValueReader, path: str) -> _SavedGroup:
@@ -179,6 +188,10 @@ def _loaded_groups(
         if sources and all(saved[other].options == saved[sources[0]].options for other in sources):
             if wrong := wrong_option(decoded[sources[0]], group, known):
                 return [], [], f"{path}, group {at}: {wrong}"
+            if kept := [repr(name) for name in options_not_saved(optimizer, decoded[sources[0]])]:
+                if is_of_torch(optimizer):
+                    return [], [], f"{path}, group {at}: the option {some(kept)} was expected, the checkpoint has none"
+                notes.append(f"{path}: group {at} keeps the options {some(kept)}, which were not saved")
             group = {**group, **decoded[sources[0]]}
         elif sources:
             notes.append(f"{path}: group {at} keeps its options, since its parameters were in groups with different ones")

@@ -17,7 +17,7 @@ from shardsave._api.process_group import check_group
 from shardsave._api.reports import SaveReport
 from shardsave._api.save import How, check_how, log_saved, write_planned
 from shardsave._api.save_contents import Planned
-from shardsave._api.save_jobs import digests, job_of_save
+from shardsave._api.save_jobs import agreed, job_of_save
 from shardsave._api.save_parts import Needed
 from shardsave._common.shutdown import verb
 from shardsave._common.uncompiled import uncompiled
@@ -92,7 +92,7 @@ def write(request: Request, directory: str, how: How, process_group: ProcessGrou
         else:
             (state, others), document = alone(part), part.document
         planned = _planned(state, others, document, request, job.size)
-        job.check_equal(digests(planned.contents, durable=how.durable))
+        planned = planned._replace(contents=agreed(planned.contents, job, durable=how.durable))
         report, warnings = write_planned(planned, directory, path, how, time.perf_counter() - started, job=job)
     if job.leads:
         log_saved(report, warnings)
