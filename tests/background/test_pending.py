@@ -294,8 +294,8 @@ def test_a_handler_waits_for_what_its_thread_waits_for(memory: Path) -> None:
     try:
         for _ in range(20):
             with held_save(model(1), memory / "ckpt") as (pending, held):
+                threading.Timer(0.005, held.go.set).start()  # first: the handler may come at once
                 signal.setitimer(signal.ITIMER_REAL, 0.002)
-                threading.Timer(0.005, held.go.set).start()
                 reports.append(pending.wait(30))
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -163,7 +163,7 @@ def _checked_path(directory: str | os.PathLike[str], how: How, background: InBac
 
 def _planned(source: Source, what: What, how: How, job: Job) -> Planned:
     planned = plan(source, what, job)
-    job.check_equal(digests(planned.contents, durable=how.durable))
+    job.check_equal(lambda: digests(planned.contents, durable=how.durable))
     return planned
 
 

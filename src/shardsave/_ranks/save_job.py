@@ -94,8 +94,8 @@ class SaveJob:
     def plan_training(self, training: DescribedTraining | None, max_shard_size: int) -> PlannedTraining:
         return plan_training(self._session, training, max_shard_size, self._on_divergence)
 
-    def check_equal(self, arguments: Mapping[str, bytes]) -> None:
-        mine = {name: value.hex() for name, value in arguments.items()}
+    def check_equal(self, arguments: Callable[[], Mapping[str, bytes]]) -> None:
+        mine = {name: value.hex() for name, value in arguments().items()}
         everywhere = self._session.gather("arguments", json.dumps(mine).encode())
         for rank, data in enumerate(everywhere or ()):
             for name, value in json.loads(data).items():

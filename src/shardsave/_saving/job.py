@@ -106,8 +106,8 @@ class Job(Protocol):
     def plan_training(self, training: DescribedTraining | None, max_shard_size: int) -> PlannedTraining:
         """The directory of the training state, which each process has described; all or none has one."""
 
-    def check_equal(self, arguments: Mapping[str, bytes]) -> None:
-        """Raises ValueError if ``arguments``, by the name that a message has for them, are not the same everywhere."""
+    def check_equal(self, arguments: Callable[[], Mapping[str, bytes]]) -> None:
+        """Raises ValueError if ``arguments()``, by the name that a message has for each, are not the same everywhere."""
 
     def watch(self, watch: Watch) -> Watch:
         """``watch``, which also ends the save if another process fails."""
@@ -145,7 +145,7 @@ class Alone:
     def plan_training(self, training: DescribedTraining | None, max_shard_size: int) -> PlannedTraining:
         return plan_described(training, max_shard_size) if training is not None else PlannedTraining()
 
-    def check_equal(self, arguments: Mapping[str, bytes]) -> None:
+    def check_equal(self, arguments: Callable[[], Mapping[str, bytes]]) -> None:
         pass
 
     def watch(self, watch: Watch) -> Watch:
