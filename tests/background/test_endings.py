@@ -159,10 +159,11 @@ def test_no_thread_can_be_started_at_the_end(zygote: Zygote, memory: Path) -> No
             raise RuntimeError("can't create new thread at interpreter shutdown")
 
         _thread.start_new_thread = threading._start_new_thread = refuse
+        say("the end")
     """
     running = zygote.run(program, memory)
-    time.sleep(0.1)
-    running.until("held")
+    running.until("the end")
+    time.sleep(0.05)
     (memory / "go").touch()
     assert running.wait() == 0 and running.error == "", running.error
     assert "refused" in running.out

@@ -192,7 +192,9 @@ def test_no_more_workers_than_wanted(tmp_path: Path, workers: int) -> None:
     descriptor = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
     try:
         plan = placed([written])
-        past_the_cache = engine.write([descriptor], plan, [written], access="direct", start_writeback=True, workers=workers, tick=nothing)
+        past_the_cache = engine.write(
+            [descriptor], plan, [written], access="direct", start_writeback=True, workers=workers, tick=nothing
+        )
         engine.write([descriptor], plan, [buffered], access="buffered", start_writeback=False, workers=workers, tick=nothing)
     finally:
         os.close(descriptor)

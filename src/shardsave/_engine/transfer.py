@@ -76,7 +76,8 @@ class Request(NamedTuple):
     """One run of an engine: ``blocks`` of the descriptors ``files`` are written from ``pieces``, or read into them.
 
     ``files`` None, with ``write``: the blocks are copied ``into`` memory, or only summed if that is None too. ``workers``: the most
-    that copy at one time, None: as many as are useful. ``taken``, with ``write``: for each piece, a counter of the bytes that were read of it.
+    that copy at one time, None: as many as are useful. ``taken``, with ``write``: for each piece, a counter of the bytes that were read
+    of it.
     ``start_writeback``: the disk begins at once with blocks that were written through the page cache, so that a later fsync has less
     to wait for.
     """
