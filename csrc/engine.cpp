@@ -38,10 +38,9 @@ std::shared_ptr<Ring> ring_for(const Request& request) {
 
 // Whether no segment has to wait for a device or for the caller.
 bool needs_no_wait(const Segments& segments) {
-  return std::all_of(segments.begin(), segments.end(),
-                     [](const Segment& segment) {
-                       return segment.memory == kHost || segment.memory == kDiscard || segment.memory == kStill;
-                     });
+  return std::all_of(segments.begin(), segments.end(), [](const Segment& segment) {
+    return segment.memory == kHost || segment.memory == kDiscard || segment.memory == kStill;
+  });
 }
 
 // Lets so many workers copy and sum at one time.
