@@ -70,8 +70,9 @@ std::byte* window_memory(const py::object& window, std::int64_t length) {
 Result run_tables(bool write, const std::optional<Table>& files, const std::string& access, const Table& blocks,
                   const Table& segments, const Table& piece_bytes, bool checksum,
                   std::vector<std::pair<int, std::uint64_t>> streams, std::size_t workers, std::size_t slot_bytes,
-                  const py::object& lend, const py::object& tick, const std::optional<py::buffer>& into,
-                  std::optional<Table> taken, const std::vector<std::uint8_t>& windowed, const py::object& take_window,
+                  std::size_t copiers, const py::object& lend, const py::object& tick,
+                  const std::optional<py::buffer>& into, std::optional<Table> taken,
+                  const std::vector<std::uint8_t>& windowed, const py::object& take_window,
                   const py::object& give_window) {
   Request request;
   request.write = write;
@@ -86,6 +87,7 @@ Result run_tables(bool write, const std::optional<Table>& files, const std::stri
   request.piece_bytes.assign(piece_bytes.data(), piece_bytes.data() + piece_bytes.size());
   request.streams = std::move(streams);
   request.workers = workers;
+  request.copiers = copiers;
   request.slot_bytes = slot_bytes;
   request.taken = counters(taken, request);
   request.windowed = windowed;
@@ -139,6 +141,7 @@ PYBIND11_MODULE(_native, m) {
   m.attr("LENT") = kLent;
   m.attr("DISCARD") = kDiscard;
   m.attr("IN_WINDOW") = kWindow;
+  m.attr("STILL") = kStill;
   m.attr("SLOTS") = kSlots;
   m.attr("DEVICE_SLOTS") = kDeviceSlots;
 
@@ -175,9 +178,10 @@ PYBIND11_MODULE(_native, m) {
 
   m.def("run", &run_tables, py::kw_only(), py::arg("write"), py::arg("files"), py::arg("access"), py::arg("blocks"),
         py::arg("segments"), py::arg("piece_bytes"), py::arg("checksum"), py::arg("streams"), py::arg("workers"),
-        py::arg("slot_bytes"), py::arg("lend").none(true), py::arg("tick"), py::arg("into") = py::none(),
-        py::arg("taken").noconvert() = py::none(), py::arg("windowed") = std::vector<std::uint8_t>(),
-        py::arg("take_window") = py::none(), py::arg("give_window") = py::none());
+        py::arg("slot_bytes"), py::arg("copiers") = 0, py::arg("lend").none(true), py::arg("tick"),
+        py::arg("into") = py::none(), py::arg("taken").noconvert() = py::none(),
+        py::arg("windowed") = std::vector<std::uint8_t>(), py::arg("take_window") = py::none(),
+        py::arg("give_window") = py::none());
   m.def(
       "crc64",
       [](const py::buffer& data) {

@@ -49,7 +49,7 @@ void BlockTransfer::take(const Segments& segments, const Window& window, HostAct
     if (part.on_device()) {
       submit(Direction::to_slot, part, window.slot_index);
       submitted = true;
-    } else if (part.segment.memory == kHost) {
+    } else if (part.on_host()) {
       take_host(part);
     } else {
       if (part.segment.memory == kLent) lend(part);

@@ -57,6 +57,7 @@ class BlockTransfer {
     std::byte* host_memory() const { return reinterpret_cast<std::byte*>(address()); }
     std::int64_t piece_offset() const { return segment.piece_offset + offset; }
     bool on_device() const { return segment.memory >= 0; }
+    bool on_host() const { return segment.memory == kHost || segment.memory == kStill; }
   };
 
   template <class Action>

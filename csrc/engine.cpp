@@ -38,9 +38,50 @@ std::shared_ptr<Ring> ring_for(const Request& request) {
 
 // Whether no segment has to wait for a device or for the caller.
 bool needs_no_wait(const Segments& segments) {
-  return std::all_of(segments.begin(), segments.end(),
-                     [](const Segment& segment) { return segment.memory == kHost || segment.memory == kDiscard; });
+  return std::all_of(segments.begin(), segments.end(), [](const Segment& segment) {
+    return segment.memory == kHost || segment.memory == kDiscard || segment.memory == kStill;
+  });
 }
+
+// Lets so many workers copy and sum at one time.
+class Copiers {
+ public:
+  explicit Copiers(std::size_t number) : free_(number) {}
+
+  // One of them, until end() or the destructor; waits until it may copy.
+  class Turn {
+   public:
+    explicit Turn(Copiers& copiers) : copiers_(&copiers) { copiers.take(); }
+    Turn(const Turn&) = delete;
+    Turn& operator=(const Turn&) = delete;
+    ~Turn() { end(); }
+    void end() {
+      if (copiers_ != nullptr) std::exchange(copiers_, nullptr)->give_back();
+    }
+
+   private:
+    Copiers* copiers_;
+  };
+
+ private:
+  void take() {
+    MutexLock hold(mutex_);
+    while (free_ == 0) hold.wait(given_back_);
+    --free_;
+  }
+
+  void give_back() {
+    {
+      MutexLock hold(mutex_);
+      ++free_;
+    }
+    given_back_.notify_one();
+  }
+
+  Mutex mutex_;
+  std::condition_variable given_back_;
+  std::size_t free_ GUARDED_BY(mutex_);
+};
 
 std::deque<File> prepared_files(const Request& request) {
   std::deque<File> files;
@@ -62,6 +103,7 @@ class Run {
                        std::none_of(files_.begin(), files_.end(), [](const File& file) { return file.direct(); })),
         ring_(ring_for(request)),
         workers_(worker_count()),
+        copiers_(request.copiers == 0 ? workers_ : request.copiers),
         sums_(request.piece_bytes, request.checksum),
         // A slot that goes to the page cache is read again at once, so its bytes should stay in the processor's caches;
         // otherwise they should not take up room there.
@@ -100,7 +142,10 @@ class Run {
 
  private:
   std::size_t worker_count() const {
-    const std::size_t useful = std::max<std::size_t>(1, std::min(request_.workers, request_.blocks.size()));
+    // Through the page cache a write is a copy.
+    const bool all_copy = request_.copiers != 0 && (through_cache_ || request_.into);
+    const std::size_t wanted = all_copy ? std::min(request_.workers, request_.copiers) : request_.workers;
+    const std::size_t useful = std::max<std::size_t>(1, std::min(wanted, request_.blocks.size()));
     const std::size_t workers = ring_ ? std::min(useful, ring_->slots()) : useful;
     if (!request_.write || !through_cache_ || !needs_no_wait(request_.all_segments())) return workers;
     return std::min(workers, kWritersPerFile * files_.size());
@@ -127,10 +172,11 @@ class Run {
         // The window first: other processes may keep a worker waiting for one, which must not hold a slot meanwhile.
         std::byte* const window = request_.has_window(number) ? take_window(number) : nullptr;
         if (request_.has_window(number) && window == nullptr) break;
-        Slot slot = ring_ ? ring_->take(stop) : Slot();
-        if (ring_ && !slot) break;
+        std::byte* const still = request_.still_block(number);
+        Slot slot = ring_ && still == nullptr ? ring_->take(stop) : Slot();
+        if (ring_ && still == nullptr && !slot) break;
         try {
-          move_block(number, window, slot, worker);
+          move_block(number, {window, still}, slot, worker);
         } catch (...) {
           keep(std::move(slot));
           throw;
@@ -159,12 +205,20 @@ class Run {
     held_.push_back(std::move(slot));
   }
 
-  // `window`: null if the block has none.
-  void move_block(std::size_t number, std::byte* window, const Slot& slot, std::size_t worker) {
+  // Memory that takes the place of a slot; null if a block has none.
+  struct Places {
+    std::byte* window;
+    std::byte* still;
+  };
+
+  void move_block(std::size_t number, Places places, const Slot& slot, std::size_t worker) {
     const Block& block = request_.blocks[number];
     const Segments segments = request_.segments_of(number);
+    std::byte* const window = places.window;
     if (request_.into) {
       gather_block(block, segments, slot, worker);
+    } else if (places.still != nullptr) {
+      write_still_block(block, places.still);
     } else {
       move_file_block(block, segments, window != nullptr ? window : slot.memory(), slot.index());
     }
@@ -182,6 +236,18 @@ class Run {
     }
   }
 
+  void write_still_block(const Block& block, const std::byte* memory) {
+    File& file = files_[static_cast<std::size_t>(block.file)];
+    file.write_at(memory, static_cast<std::size_t>(block.length), static_cast<std::uint64_t>(block.offset));
+    start_writeback(file, block);
+  }
+
+  // A caller that requests direct I/O will fsync the file.
+  void start_writeback(File& file, const Block& block) const {
+    if (!request_.write || request_.access != Access::direct || file.direct()) return;
+    file.start_writeback(static_cast<std::uint64_t>(block.offset), static_cast<std::size_t>(block.length));
+  }
+
   void move_file_block(const Block& block, const Segments& segments, std::byte* memory, std::size_t slot_index) {
     File& file = files_[static_cast<std::size_t>(block.file)];
     const auto length = static_cast<std::size_t>(block.length);
@@ -192,16 +258,15 @@ class Run {
     for (std::size_t begin = 0; begin < length && !stop_; begin += step) {
       move_window(block, segments, file, {memory, begin, std::min(step, length - begin), slot_index});
     }
-    // A caller that requests direct I/O will fsync the file.
-    if (request_.write && request_.access == Access::direct && !file.direct()) {
-      file.start_writeback(static_cast<std::uint64_t>(block.offset), length);
-    }
+    start_writeback(file, block);
   }
 
   void move_window(const Block& block, const Segments& segments, File& file, const Window& window) {
     const std::uint64_t offset = static_cast<std::uint64_t>(block.offset) + window.begin;
     if (request_.write) {
+      Copiers::Turn turn(copiers_);
       transfer_.fill(segments, window);
+      if (file.direct()) turn.end();  // whoever waits for the disk copies nothing
       file.write_at(window.memory, window.length, offset);
       return;
     }
@@ -239,6 +304,7 @@ class Run {
   const bool through_cache_;
   const std::shared_ptr<Ring> ring_;  // null if no slots are needed
   const std::size_t workers_;
+  Copiers copiers_;
   std::vector<std::size_t> order_;  // block numbers; empty: the order of the table
   PieceSums sums_;
   const BlockTransfer transfer_;

@@ -35,6 +35,9 @@ class SCOPED_CAPABILITY MutexLock {
     condition.wait_for(lock_, timeout);
   }
 
+  // As wait_for(), without a timeout.
+  void wait(std::condition_variable& condition) { condition.wait(lock_); }
+
  private:
   std::unique_lock<std::mutex> lock_;
 };

@@ -15,8 +15,10 @@
 namespace shardsave {
 
 // Values of Segment::memory that are not CUDA ordinals. Host memory has an address; lent memory is filled or drained by
-// Hooks::lend; discarded bytes are only read and summed; bytes in a window are summed there (Request::windowed).
-constexpr std::int64_t kHost = -1, kLent = -2, kDiscard = -3, kWindow = -4;
+// Hooks::lend; discarded bytes are only read and summed; bytes in a window are summed there (Request::windowed). Still
+// memory is host memory that nobody changes, and whose sums the caller knows: a block that is there as in the file is
+// written from there. What follows it up to the end of its last page must be readable, and is written too.
+constexpr std::int64_t kHost = -1, kLent = -2, kDiscard = -3, kWindow = -4, kStill = -5;
 
 // Consecutive bytes of one piece within one block. `at` counts from the start of the block, `piece_offset` from that of
 // the piece. The columns are those of the caller's table; all numbers but `memory` and `piece` are bytes or addresses.
@@ -59,6 +61,7 @@ struct Request {
   std::vector<std::int64_t> piece_bytes;
   std::vector<std::pair<int, std::uint64_t>> streams;  // CUDA ordinal, the caller's stream on that device
   std::size_t workers = 1;
+  std::size_t copiers = 0;  // of the workers, at most so many copy and sum at one time; 0: all
   std::size_t slot_bytes = 0;
   std::optional<Destination> into;  // in place of files, with `write`; the file of every block is then 0
 
@@ -75,6 +78,20 @@ struct Request {
   bool has_window(std::size_t block) const { return !windowed.empty() && windowed[block] != 0; }
 
   Segments all_segments() const { return {segments.data(), segments.data() + segments.size()}; }
+
+  // Where a block is in still memory as it is to be in its file; null if it is not.
+  std::byte* still_block(std::size_t block) const {
+    const Segments segments = segments_of(block);
+    const std::int64_t address = segments.begin()->address;
+    std::int64_t end = 0;
+    for (const Segment& segment : segments) {
+      if (segment.memory != kStill || segment.at != end || segment.address != address + end) return nullptr;
+      end += segment.length;
+    }
+    const bool aligned = address % static_cast<std::int64_t>(kAlignment) == 0;
+    const bool whole = blocks[block].length - end < static_cast<std::int64_t>(kAlignment);
+    return aligned && whole ? reinterpret_cast<std::byte*>(address) : nullptr;
+  }
 
   // Of a checked request (request_check.h): never empty.
   Segments segments_of(std::size_t block) const {

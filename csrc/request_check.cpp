@@ -47,12 +47,13 @@ void check_block(const Request& request, const Block& block, std::int64_t end_se
 }
 
 void check_memory(const Request& request, const Segment& segment) {
-  require(segment.memory >= kWindow, "a segment is in unknown memory");
+  require(segment.memory >= kStill, "a segment is in unknown memory");
   require(segment.memory != kDiscard || !request.write, "discarded memory cannot be written to a file");
-  if (segment.memory < kHost) return;
+  require(segment.memory != kStill || (request.write && !request.into), "still memory is only written to files");
+  if (segment.memory < kHost && segment.memory != kStill) return;
   require(segment.address > 0 && segment.address <= kMaximum - segment.length, "a segment has no valid address");
   const auto is_its_stream = [&segment](const auto& stream) { return stream.first == segment.memory; };
-  require(segment.memory == kHost || std::any_of(request.streams.begin(), request.streams.end(), is_its_stream),
+  require(segment.memory < 0 || std::any_of(request.streams.begin(), request.streams.end(), is_its_stream),
           "a segment is on a device without a stream");
 }
 

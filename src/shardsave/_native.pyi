@@ -11,6 +11,7 @@ HOST: int
 LENT: int
 DISCARD: int
 IN_WINDOW: int
+STILL: int
 
 #: How many slots the ring has for host memory alone, and with a device: more workers than that only wait.
 SLOTS: int
@@ -49,6 +50,7 @@ def run(
     streams: Sequence[tuple[int, int]],
     workers: int,
     slot_bytes: int,
+    copiers: int = 0,
     lend: Callable[[int, int, memoryview], None] | None,
     tick: Callable[[int], object],
     into: Buffer | None = None,

@@ -115,7 +115,20 @@ def staged_only(
     step_timeout: float = 60.0,
 ) -> Staging:
     """What the call alone does. The result has to be finished."""
-    what = What("2GB", None, None, None, training_of(optimizers, more), False, None, False, None, False, None, None)
+    what = What(
+        max_shard_size="2GB",
+        metadata=None,
+        step=None,
+        metrics=None,
+        training=training_of(optimizers, more),
+        rng=False,
+        process_group=None,
+        architecture=False,
+        program=None,
+        adapter_only=False,
+        only=None,
+        dtype=None,
+    )
     contents = plan(source, what).contents
     return stage(contents, source, optimizers, staging, check_unchanged=check_unchanged, workers=1, step_timeout=step_timeout)
 

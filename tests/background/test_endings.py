@@ -159,10 +159,11 @@ def test_no_thread_can_be_started_at_the_end(zygote: Zygote, memory: Path) -> No
             raise RuntimeError("can't create new thread at interpreter shutdown")
 
         _thread.start_new_thread = threading._start_new_thread = refuse
+        say("the end")
     """
     running = zygote.run(program, memory)
-    time.sleep(0.1)
-    running.until("held")
+    running.until("the end")
+    time.sleep(0.05)
     (memory / "go").touch()
     assert running.wait() == 0 and running.error == "", running.error
     assert "refused" in running.out
@@ -280,3 +281,45 @@ def test_killed_at_any_moment_in_the_background(zygote: Zygote, tmp_path: Path) 
         assert (value_in(tmp_path / "ckpt") or 0) >= 1, (seed, trial)
     running = zygote.run("shardsave.save_async(full(7), ckpt)", tmp_path)
     assert running.wait() == 0 and value_in(tmp_path / "ckpt") == 7 and not litter(tmp_path), seed
+
+
+def test_python_without_its_private_hook(zygote: Zygote, memory: Path) -> None:
+    """Catches an import that fails, or an end that does not wait, in a Python that has no `threading._register_atexit`."""
+    program = """
+        import importlib
+        del threading._register_atexit
+        threading._threading_atexits.clear()
+        importlib.reload(shardsave._background.turns)
+        shardsave.save_async(full(2), ckpt, progress=hold)
+        say("called")
+    """
+    running = zygote.run(program, memory)
+    running.until("called")
+    running.until("held")
+    time.sleep(0.05)
+    (memory / "go").touch()
+    assert running.wait() == 0 and value_in(memory / "ckpt") == 2, running.error
+
+
+def test_an_interrupt_while_the_thread_starts(zygote: Zygote, memory: Path) -> None:
+    """Catches Ctrl-C in `Thread.start` that leaves the lock of an event locked: the new thread waits for it for ever, and the end for
+    the thread."""
+    program = """
+        def trace(frame, event, argument):
+            back = frame.f_back and frame.f_back.f_back
+            if event == "call" and frame.f_code.co_name == "__exit__" and back and back.f_code.co_name == "start":
+                sys.settrace(None)
+                raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            shardsave.save_async(full(2), ckpt)
+        except KeyboardInterrupt:
+            say("interrupted")
+        sys.settrace(None)
+        signal.alarm(10)
+    """
+    running = zygote.run(program, memory)
+    assert running.wait() == 0, (running.out, running.error)
+    assert value_in(memory / "ckpt") == (None if "interrupted" in running.out else 2)

@@ -137,21 +137,26 @@ class Gate(TensorSource):
 class Slow(TensorSource):
     """Forty blocks of ones, each of which takes a while; the one with the number ``broken`` cannot be read.
 
-    ``gathered`` counts the blocks; ``threads`` holds the threads that asked for them.
+    ``gathered`` counts the blocks; ``threads`` holds the threads that asked for them, ``together`` how many ever did at one time.
     """
 
-    __slots__ = ("broken", "gathered", "threads")
+    __slots__ = ("_asking", "broken", "gathered", "threads", "together")
 
     def __init__(self, broken: int = -1) -> None:
         super().__init__(torch.ones(40 * BLOCK_BYTES, dtype=torch.uint8), torch.uint8)
         self.broken, self.gathered = broken, 0
         self.threads: set[int] = set()
+        self._asking: list[int] = []
+        self.together = 0
 
     def memory(self) -> None:
         return None
 
     def gather(self, offset: int, view: memoryview) -> None:
+        self._asking.append(offset)
+        self.together = max(self.together, len(self._asking))
         time.sleep(0.01)
+        self._asking.remove(offset)
         self.threads.add(threading.get_ident())
         if self.gathered == self.broken:
             raise RuntimeError("no bytes")
@@ -179,17 +184,26 @@ def test_an_exception_ends_it(engine_name: str, to_memory: bool) -> None:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_no_more_workers_than_wanted(tmp_path: Path, workers: int) -> None:
-    """Catches a limit on the workers that a write or a gathering ignores."""
+    """Catches a limit on those who copy that a write or a gathering ignores; and a write in which nobody copies while others wait for
+    the disk.
+    """
     pytest.importorskip("shardsave._native")
-    written, gathered = Slow(), Slow()
+    written, buffered, gathered = Slow(), Slow(), Slow()
     descriptor = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
     try:
         plan = placed([written])
-        engine.write([descriptor], plan, [written], access="direct", start_writeback=True, workers=workers, tick=nothing)
+        past_the_cache = engine.write(
+            [descriptor], plan, [written], access="direct", start_writeback=True, workers=workers, tick=nothing
+        )
+        engine.write([descriptor], plan, [buffered], access="buffered", start_writeback=False, workers=workers, tick=nothing)
     finally:
         os.close(descriptor)
     engine.gather(placed([gathered]), [gathered], workers=workers, tick=nothing)
-    assert len(written.threads) == workers and len(gathered.threads) <= workers
+    assert written.together == workers
+    if past_the_cache.direct == (True,):
+        assert len(written.threads) > workers
+    for slow in (buffered, gathered):
+        assert slow.together <= workers and len(slow.threads) <= workers
 
 
 def test_what_was_taken_may_change(tmp_path: Path, engine_name: str) -> None:

@@ -1,7 +1,7 @@
 // Method: random schedules of the core without Python: blocks with and without gaps, workers, lent and host memory,
 // cancelled and failing runs, several at once. What was written is read back and compared byte for byte and sum for
 // sum; gaps must be zeros. A thread changes every piece as soon as all of it was taken. The same bytes are gathered
-// into memory, and written from windows. Under ASan, UBSan and TSan. Usage: driver COUNT [SEED]
+// into memory, and written from windows and from still memory. Under ASan, UBSan and TSan. Usage: driver COUNT [SEED]
 #include <fcntl.h>
 #include <unistd.h>
 
@@ -50,6 +50,7 @@ class Schedule {
   Schedule(std::uint64_t seed, int file) : random_(seed), file_(file) {
     request_.files = {file};
     request_.workers = 1 + below(6);
+    request_.copiers = below(4);
     request_.slot_bytes = kSlotBytes;
     request_.access = below(2) == 0 ? Access::direct : Access::buffered;
     request_.write = true;
@@ -78,6 +79,7 @@ class Schedule {
     compare_file();
     gather(written);
     write_from_windows(written);
+    write_still();
     read_back(written);
   }
 
@@ -180,6 +182,35 @@ class Schedule {
     CHECK(memory == expected);
     gathering.into = Destination{};
     CHECK(run(gathering, hooks).sums == written.sums);
+  }
+
+  // Writes the file again from an image of it in memory that nobody changes; blocks with gaps are copied all the same.
+  void write_still() {
+    const auto size = static_cast<std::size_t>((end_ + kBlock - 1) / kBlock * kBlock);
+    auto* const image = static_cast<std::byte*>(std::aligned_alloc(kAlignment, size));
+    std::memset(image, 0x5A, size);  // in a gap this must not be written
+    Request writing = request_;
+    std::size_t block = 0;
+    for (std::size_t n = 0; n < writing.segments.size(); ++n) {
+      if (block + 1 < writing.blocks.size() &&
+          writing.blocks[block + 1].first_segment == static_cast<std::int64_t>(n)) {
+        ++block;
+      }
+      Segment& segment = writing.segments[n];
+      std::byte* const place = image + writing.blocks[block].offset + segment.at;
+      std::memcpy(place, pieces_[static_cast<std::size_t>(segment.piece)].data() + segment.piece_offset,
+                  static_cast<std::size_t>(segment.length));
+      const auto end = static_cast<std::size_t>(writing.blocks[block].offset + segment.at + segment.length);
+      std::memset(image + end, 0, (kAlignment - end % kAlignment) % kAlignment);
+      segment.memory = kStill;
+      segment.address = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(place));
+    }
+    CHECK(ftruncate(file_, 0) == 0);
+    Hooks hooks;
+    hooks.tick = [](std::uint64_t) {};
+    run(writing, hooks);
+    compare_file();
+    std::free(image);
   }
 
   // Writes the file again: what was lent is now in windows, of which there are fewer than blocks.

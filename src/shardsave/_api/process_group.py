@@ -38,10 +38,14 @@ def collective_group(
     default group. A given group of one process is none, unless there is a DTensor. Raises TypeError, and ValueError if this process is
     not in ``process_group``.
     """
-    spread = _has_dtensor(source) or _training_has_dtensor(training)
     if process_group is None:
-        return torch.distributed.group.WORLD if spread and torch.distributed.is_initialized() else None
+        # Asked first: to look at every tensor takes time. Whoever has a DTensor has imported its module.
+        if "torch.distributed.tensor" not in sys.modules or not torch.distributed.is_initialized():
+            return None
+        spread = _has_dtensor(source) or _training_has_dtensor(training)
+        return torch.distributed.group.WORLD if spread else None
     check_group(process_group)
+    spread = _has_dtensor(source) or _training_has_dtensor(training)
     return process_group if spread or process_group.size() > 1 else None
 
 

@@ -127,21 +127,29 @@ def save(
         2
     """
     started = time.perf_counter()
-    how = How(durable, progress, lock_timeout, reuse, recheck_every, rank_timeout, on_divergence)
+    how = How(
+        durable=durable,
+        progress=progress,
+        lock_timeout=lock_timeout,
+        reuse=reuse,
+        recheck_every=recheck_every,
+        rank_timeout=rank_timeout,
+        on_divergence=on_divergence,
+    )
     what = What(
-        max_shard_size,
-        metadata,
-        step,
-        metrics,
-        training,
-        rng,
-        process_group,
-        architecture,
-        program,
-        adapter_only,
-        only,
-        dtype,
-        assume_frozen_unchanged,
+        max_shard_size=max_shard_size,
+        metadata=metadata,
+        step=step,
+        metrics=metrics,
+        training=training,
+        rng=rng,
+        process_group=process_group,
+        architecture=architecture,
+        program=program,
+        adapter_only=adapter_only,
+        only=only,
+        dtype=dtype,
+        assume_frozen_unchanged=assume_frozen_unchanged,
     )
     return save_now(source, directory, what, how, started=started)
 

@@ -73,7 +73,7 @@ def save_async(
         if_busy: what to do if another save is in flight: "wait" for its end, "raise" a DirectoryBusyError, or "skip" this save.
         check_unchanged: also compare checksums from the call with what was saved: it finds changes that no hook sees, for one more read
             of the memory in the call.
-        background_workers: the most threads that copy and write.
+        background_workers: the most threads that copy at one time after the call; more may wait for the disk.
         step_timeout: how many seconds a step of an optimizer waits for the save; after that the save fails, and training goes on.
         progress: as in `save`, but None shows no bar; a callable is called on the saving thread.
         reuse: as in `save`. With the ring, only shards that are frozen throughout are taken over.
@@ -102,20 +102,34 @@ def save_async(
         2
     """
     what = What(
-        max_shard_size,
-        metadata,
-        step,
-        metrics,
-        training,
-        rng,
-        process_group,
-        architecture,
-        program,
-        adapter_only,
-        only,
-        dtype,
-        assume_frozen_unchanged,
+        max_shard_size=max_shard_size,
+        metadata=metadata,
+        step=step,
+        metrics=metrics,
+        training=training,
+        rng=rng,
+        process_group=process_group,
+        architecture=architecture,
+        program=program,
+        adapter_only=adapter_only,
+        only=only,
+        dtype=dtype,
+        assume_frozen_unchanged=assume_frozen_unchanged,
     )
-    background = InBackground(staging, if_busy, check_unchanged, background_workers, step_timeout)
-    how = How(durable, progress, lock_timeout, reuse, recheck_every, rank_timeout, on_divergence)
+    background = InBackground(
+        staging=staging,
+        if_busy=if_busy,
+        check_unchanged=check_unchanged,
+        background_workers=background_workers,
+        step_timeout=step_timeout,
+    )
+    how = How(
+        durable=durable,
+        progress=progress,
+        lock_timeout=lock_timeout,
+        reuse=reuse,
+        recheck_every=recheck_every,
+        rank_timeout=rank_timeout,
+        on_divergence=on_divergence,
+    )
     return start(source, directory, what, how, background)

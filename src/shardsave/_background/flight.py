@@ -66,7 +66,7 @@ class Flight(Generic[Result]):
         self._ender: dict[None, int] = {}  # the thread that ends it
         self._bells: list[_thread.LockType] = []  # each of somebody who waits
         self._job: Callable[[], Result] | None = None
-        self._thread_id = threading.get_ident()
+        self._caller = threading.get_ident()
         self._call: FrameType | None = sys._getframe(1)  # that of the caller, until the flight needs it no more
         self._launched = False
         self._is_open = False
@@ -82,7 +82,8 @@ class Flight(Generic[Result]):
 
     @property
     def is_of_this_thread(self) -> bool:
-        return threading.get_ident() == self._thread_id
+        here = threading.get_ident()
+        return here == self._runner.get(None) or (here == self._caller and self._call is not None)
 
     def launch(self, job: Callable[[], Result], started: float) -> None:
         """Starts a thread that calls ``job`` once this method is over, also if it is cancelled until then. If there can be no thread, calls
@@ -96,15 +97,20 @@ class Flight(Generic[Result]):
             if process_ends():
                 raise RuntimeError("nobody would wait for a thread")
             self._launched = True
-            thread.start()
-        except RuntimeError as error:  # there are too many threads, or the process ends
-            if isinstance(error.__context__, KeyboardInterrupt):  # it came in `start`, and upset a lock there
-                raise error.__context__ from None
+            # An interrupt in `Thread.start` can upset a lock for which the new thread then waits, and the exit for that thread.
+            _thread.start_new_thread(self._start, (thread,))
+        except (RuntimeError, MemoryError):  # there are too many threads, or the process ends
             return self.run_here(job)
         self.stall_seconds = time.perf_counter() - started
         self._open_gate()
-        self._thread_id = thread.ident or 0
         self._call = None
+
+    def _start(self, thread: threading.Thread) -> None:
+        """Starts ``thread``, or does its work, on a thread that no interrupt reaches."""
+        try:
+            thread.start()
+        except (RuntimeError, MemoryError):  # there is one too many now, or the process ends
+            self._run()
 
     def run_here(self, job: Callable[[], Result]) -> None:
         """Calls ``job`` on this thread. Its error is that of the flight, and raised only if it is an interrupt."""
@@ -164,7 +170,6 @@ class Flight(Generic[Result]):
             return None
         self._begun.release()
         self._gate.acquire()
-        self._thread_id = threading.get_ident()
         result, error, interrupt = None, None, None
         try:
             with verb():

@@ -16,14 +16,15 @@ from shardsave._common.words import human_bytes
 from shardsave._engine import engine
 from shardsave._engine.blocks import Blocks, blocks
 from shardsave._engine.engine import HostMemory
-from shardsave._engine.transfer import BLOCK_BYTES, TransferFault
+from shardsave._engine.transfer import BLOCK_BYTES, STILL, TransferFault
+from shardsave._format.packing import ALIGNMENT
 from shardsave.errors import OutOfMemoryError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-#: Copies begin at multiples of this, in bytes: a line of the processor's cache.
-_ALIGNMENT = 64
+#: A copy that is not beside its neighbour in a file begins at a multiple of this, in bytes: a line of the processor's cache.
+_LINE = 64
 
 #: Memory is allocated in multiples of this, in bytes: a huge page.
 _ROUNDING = 2 << 20
@@ -55,7 +56,7 @@ class SnapshotSource:
         self._address = region.address + begin
 
     def memory(self) -> tuple[int, int]:
-        return -1, self._address
+        return STILL, self._address
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -97,11 +98,23 @@ class NoRoom(Exception):
     """Snapshot memory does not fit; the message has the numbers."""
 
 
-def places(nbytes: Sequence[int]) -> tuple[NDArray[np.int64], int]:
-    """Where copies of so many bytes each begin in snapshot memory, and how much of it they need together."""
+def places(nbytes: Sequence[int], files: Sequence[int] | None = None) -> tuple[NDArray[np.int64], int]:
+    """Where copies of so many bytes each begin in snapshot memory, and how much of it they need together.
+
+    ``files``: the number of the file of each, ascending, then -1 for what goes elsewhere. Copies for one file lie as there, from a page
+    on, so that they can be written without another copy, if nothing of the file is left out.
+    """
     lengths = np.array(nbytes, np.int64)
-    ends = np.cumsum(-(-lengths // _ALIGNMENT) * _ALIGNMENT)
-    return np.concatenate([np.zeros(1, np.int64), ends[:-1]])[: len(lengths)], int(ends[-1]) if len(ends) else 0
+    of_file = np.full(len(lengths), -1) if files is None else np.array(files, np.int64)
+    if not len(lengths):
+        return lengths, 0
+    first = np.flatnonzero(np.concatenate([[True], (of_file[1:] != of_file[:-1]) | (of_file[1:] < 0)]))  # of each group
+    together = np.concatenate([[0], np.cumsum(lengths)])
+    group_bytes = np.diff(together[first], append=together[-1])
+    unit = np.where(of_file[first] < 0, _LINE, ALIGNMENT)
+    ends = np.cumsum(-(-group_bytes // unit) * unit)
+    shift = ends - -(-group_bytes // unit) * unit - together[first]
+    return together[:-1] + np.repeat(shift, np.diff(first, append=len(lengths))), int(ends[-1])
 
 
 def take(
@@ -112,8 +125,18 @@ def take(
         transfer = engine.gather(block_table(begins, nbytes), pieces, into=memory.view, workers=workers, tick=_ignore)
     except TransferFault as fault:
         raise refusal(NoRoom(f"{human_bytes(sum(nbytes))} were expected to be copied, {fault}")) from fault
+    _clear_ends(memory, begins, np.array(nbytes, np.int64))
     region = _Region(memory.view, int(np.frombuffer(memory.view, np.uint8).ctypes.data) if memory.nbytes else 0)
     return Copies(pieces, nbytes, transfer.sums, begins.tolist(), region)
+
+
+def _clear_ends(memory: HostMemory, begins: NDArray[np.int64], nbytes: NDArray[np.int64]) -> None:
+    """Clears what is left of the last page of each file: it is written too, and may be of an earlier snapshot."""
+    ends = begins + nbytes
+    page_ends = -(-ends // ALIGNMENT) * ALIGNMENT
+    last = np.flatnonzero(page_ends <= np.append(begins[1:], memory.nbytes))
+    for end, page_end in zip(ends[last].tolist(), page_ends[last].tolist()):
+        memory.view[end:page_end] = bytes(page_end - end)
 
 
 def block_table(begins: NDArray[np.int64], nbytes: Sequence[int]) -> Blocks:

@@ -176,7 +176,7 @@ def stage(
             if wanted == "auto" and any(_is_shared(seen.tensor) for found in drained.values() for seen in found.owners):
                 choice, drained = Choice("snapshot", f"{COPIED}: a parameter is in memory that other processes share"), {}
         copied = [n for n in range(len(table.pieces)) if n not in drained]
-    begins, nbytes = snapshot.places([table.nbytes[n] for n in copied])
+    begins, nbytes = snapshot.places([table.nbytes[n] for n in copied], [table.files[n] for n in copied])
     try:
         memory = snapshot.borrow(nbytes, table.device)
     except snapshot.NoRoom as error:
@@ -186,7 +186,10 @@ def stage(
         return Staging(contents, choice)
     try:
         started = time.perf_counter()
-        copies = snapshot.take([table.pieces[n] for n in copied], [table.nbytes[n] for n in copied], begins, memory, workers)
+        # The caller waits meanwhile, so there is a processor more.
+        copies = snapshot.take(
+            [table.pieces[n] for n in copied], [table.nbytes[n] for n in copied], begins, memory, workers + 1
+        )
         copy_seconds = time.perf_counter() - started
         items = [
             Drained(table.tensors[n].name, table.pieces[n], table.nbytes[n], found.owners, found.stepped)
@@ -221,12 +224,14 @@ class _Table(NamedTuple):
     """Everything that a save will write: the source and the length of each stored tensor, and what its file says of it. In the place of
     a `Spread`, the boxes that this rank has.
 
-    ``device``: the ordinal of a CUDA device that has some of it; -1 if none has.
+    ``files``: the number of the shard that each is in, ascending; then -1 for boxes. ``device``: the ordinal of a CUDA device that has
+    some of it; -1 if none has.
     """
 
     pieces: list[ByteSource]
     nbytes: list[int]
     tensors: list[StoredTensor]
+    files: list[int]
     device: int
     spreads: list[SpreadParts]
 
@@ -236,6 +241,7 @@ class _Table(NamedTuple):
         pieces: list[ByteSource] = [piece for shard in shards for piece in shard.pieces]
         tensors = [tensor for shard in shards for tensor in shard.layout.tensors]
         nbytes = [tensor.nbytes for tensor in tensors]
+        files = [number for number, shard in enumerate(shards) for _ in shard.pieces]
         spreads = [
             SpreadParts(piece, [TensorSource(chunk.tensor, piece.dtype) for chunk in piece.local])
             for piece in pieces
@@ -246,11 +252,12 @@ class _Table(NamedTuple):
             parts = [part for spread in spreads for part in spread.parts]
             pieces = [*(pieces[n] for n in plain), *parts]
             nbytes = [*(nbytes[n] for n in plain), *(part.nbytes for part in parts)]
+            files = [*(files[n] for n in plain), *(-1 for _ in parts)]
             tensors = [tensors[n] for n in plain]  # of these alone steps may wait
         device = -1
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             device = max((piece.cuda_device for piece in pieces), default=-1)
-        return cls(pieces, nbytes, tensors, device, spreads)
+        return cls(pieces, nbytes, tensors, files, device, spreads)
 
 
 class _Found(NamedTuple):

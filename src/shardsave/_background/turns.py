@@ -6,12 +6,14 @@ handler interrupts, and in which it saves.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import sys
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from typing import Literal, Protocol
 
 from shardsave._common.shutdown import raise_if_ending
@@ -137,8 +139,11 @@ def _forget_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_forget_in_child)
+
+# Not `atexit`: it runs after Python has waited for its threads, and not at all in a child of multiprocessing. But it is no private
+# function, so it is what is left if a later Python has no other one: then the end waits all the same, for the thread that saves.
+_register: Callable[[Callable[[], None]], object] = getattr(threading, "_register_atexit", atexit.register)
 try:
-    # Not `atexit`: it runs after Python has waited for its threads, and not at all in a child of multiprocessing.
-    threading._register_atexit(_wait_at_exit)  # type: ignore[attr-defined]
+    _register(_wait_at_exit)
 except RuntimeError:  # the process ends already
     _exiting.append(None)

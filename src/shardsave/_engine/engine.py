@@ -51,8 +51,9 @@ def write(
     page cache. It needs ``access="direct"``. ``tick(bytes done)`` is called on this thread about every 10 ms, or after each block
     without the extension; an exception from it ends the run and is raised. Raises TransferFault.
 
-    ``workers``: at most so many threads take part; None: as many as are useful. ``taken``, a number for each piece: how many bytes have
-    been read from the piece's own memory is added while the run goes on. A thread that finds all bytes of a piece there may change it.
+    ``workers``: at most so many threads copy and sum at one time, others wait for the disk; None: as many as are useful. ``taken``, a
+    number for each piece: how many bytes have been read from the piece's own memory is added while the run goes on. A thread that finds
+    all bytes of a piece there may change it.
     ``windows``: memory in which other processes fill blocks; blocks are then taken in the order of the table.
     """
     if start_writeback and access != "direct":

@@ -12,8 +12,8 @@ import torch
 
 import shardsave._native as extension
 from shardsave._common.gc_pause import gc_paused
-from shardsave._engine.transfer import BLOCK_BYTES, Piece, Request, Tick, Transfer, TransferFault, Windows
-from shardsave._engine.workers import worker_count
+from shardsave._engine.transfer import BLOCK_BYTES, STILL, Piece, Request, Tick, Transfer, TransferFault, Windows
+from shardsave._engine.workers import copiers_and_workers
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -47,12 +47,14 @@ def host_memory(nbytes: int, device: int) -> extension.HostMemory:
 def run(request: Request, tick: Tick) -> Transfer:
     """Runs the C++ engine. It ignores ``start_writeback``: it starts writeback if direct access was requested and refused."""
     places = _places(request.pieces)
+    known = _still_sums(request, places)
     kinds = set(places[:, 0].tolist())
     devices = sorted(kind for kind in kinds if kind >= 0)
-    not_on_host = [request.pieces[n] for n in np.flatnonzero(places[:, 0] != extension.HOST).tolist()]
+    elsewhere = (places[:, 0] != extension.HOST) & (places[:, 0] != STILL)
+    not_on_host = [request.pieces[n] for n in np.flatnonzero(elsewhere).tolist()]
     callers_stream = {device: torch.cuda.current_stream(device) for device in _cuda_devices(not_on_host)}
     windows = request.windows
-    useful_workers = worker_count(request.access, with_device=bool(devices))
+    copiers, workers = copiers_and_workers(request, with_device=bool(devices))
     try:
         result = extension.run(
             write=request.write,
@@ -63,8 +65,9 @@ def run(request: Request, tick: Tick) -> Transfer:
             piece_bytes=request.blocks.piece_bytes,
             checksum=request.checksum,
             streams=[(device, callers_stream[device].cuda_stream) for device in devices],
-            workers=useful_workers if request.workers is None else min(request.workers, useful_workers),
+            workers=workers,
             slot_bytes=BLOCK_BYTES,
+            copiers=copiers,
             lend=_lender(request, callers_stream) if extension.LENT in kinds else None,
             tick=tick,
             into=request.into,
@@ -73,7 +76,10 @@ def run(request: Request, tick: Tick) -> Transfer:
         )
     except extension.Fault as fault:
         raise TransferFault(*fault.args) from None
-    return Transfer(tuple(result.sums.tolist()), tuple(result.direct), result.staging_bytes, result.pinned, tuple(result.notes))
+    sums = result.sums.tolist()
+    for number, crc in known.items():
+        sums[number] = crc
+    return Transfer(tuple(sums), tuple(result.direct), result.staging_bytes, result.pinned, tuple(result.notes))
 
 
 def _window_hooks(windows: Windows) -> dict[str, Any]:
@@ -108,6 +114,18 @@ def _places(pieces: Sequence[Piece]) -> NDArray[np.int64]:
     if on_device.any() and not _reaches_cuda():
         places[on_device] = lent
     return places
+
+
+def _still_sums(request: Request, places: NDArray[np.int64]) -> dict[int, int]:
+    """The checksums of pieces in still memory, by number. If one is not known, or no file is written, ``places`` then say HOST."""
+    known: dict[int, int] = {}
+    for number in np.flatnonzero(places[:, 0] == STILL).tolist():
+        crc = getattr(request.pieces[number], "crc", None)  # a part of such a piece has none
+        if crc is None or not request.write or request.files is None:
+            places[number, 0] = extension.HOST
+        else:
+            known[number] = crc
+    return known if request.checksum else {}
 
 
 def _segment_table(segments: NDArray[np.int64], places: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -24,6 +24,9 @@ Access = Literal["buffered", "direct", "auto"]
 #: The place of the bytes of `InWindow` pieces, where other sources have the number of a device: that of the extension.
 IN_WINDOW = -4
 
+#: The same for host memory that nobody changes any more, of a source whose ``crc`` is the checksum of its bytes: that of the extension.
+STILL = -5
+
 #: Called with the number of bytes done so far.
 Tick = Callable[[int], object]
 
@@ -73,7 +76,8 @@ class Request(NamedTuple):
     """One run of an engine: ``blocks`` of the descriptors ``files`` are written from ``pieces``, or read into them.
 
     ``files`` None, with ``write``: the blocks are copied ``into`` memory, or only summed if that is None too. ``workers``: the most
-    that take part, None: as many as are useful. ``taken``, with ``write``: for each piece, a counter of the bytes that were read of it.
+    that copy at one time, None: as many as are useful. ``taken``, with ``write``: for each piece, a counter of the bytes that were read
+    of it.
     ``start_writeback``: the disk begins at once with blocks that were written through the page cache, so that a later fsync has less
     to wait for.
     """

@@ -87,7 +87,14 @@ class StorageWriter(BlockingAsyncStager, storage.StorageWriter):
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module or None, not {type(model).__name__}")
         _check_prefix(prefix)
-        self._how = How(durable, progress, lock_timeout, reuse, recheck_every, rank_timeout)
+        self._how = How(
+            durable=durable,
+            progress=progress,
+            lock_timeout=lock_timeout,
+            reuse=reuse,
+            recheck_every=recheck_every,
+            rank_timeout=rank_timeout,
+        )
         check_how(directory, self._how)
         self._options = Options(max_shard_size, metadata, step, metrics)
         self._options.check()
