@@ -138,4 +138,4 @@ def _memory_of(source: ByteSource) -> NDArray[np.uint8] | None:
     """The bytes of ``source``, if they are in host memory as the file has them."""
     if not isinstance(source, TensorSource) or source.memory() is None or source.cuda_device >= 0:
         return None
-    return source.tensor.detach().reshape(-1).view(torch.uint8).numpy()  # type: ignore[no-any-return]
+    return source.tensor.detach().reshape(-1).view(torch.uint8).numpy()

@@ -85,7 +85,8 @@ class AmongRanks:
         gathered = self._session.gather("sums of shards", mine.astype("<u8").tobytes())
         if gathered is None:
             return None
-        return np.bitwise_xor.reduce([np.frombuffer(one, "<u8").astype(np.uint64) for one in gathered], axis=0)
+        joined: Sums = np.bitwise_xor.reduce([np.frombuffer(one, "<u8").astype(np.uint64) for one in gathered], axis=0)
+        return joined
 
     def _sums_of(self, numbers: Sequence[int]) -> Sums:
         """What this rank adds to the raw sum of each tensor."""

@@ -54,7 +54,7 @@ def is_distributed(tensor: torch.Tensor) -> bool:
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The elements of ``tensor`` in this process: ``tensor`` itself, unless it is a DTensor."""
-    return tensor._local_tensor if is_dtensor(tensor) else tensor  # type: ignore[attr-defined,no-any-return]
+    return tensor._local_tensor if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def is_parameter(tensor: torch.Tensor) -> bool:
