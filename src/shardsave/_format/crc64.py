@@ -54,7 +54,12 @@ def joined(first: int, second: int, nbytes: int) -> int:
 def contributions(sums: NDArray[np.uint64], nbytes: NDArray[np.int64], after: NDArray[np.int64]) -> NDArray[np.uint64]:
     """What runs of bytes add to the raw sum of everything: XOR joins them. ``sums``: the complete checksum of each run, ``nbytes``: its
     length, ``after``: how many bytes follow it."""
-    raw_sums, (ends, of_end) = raw_sums_of(sums, nbytes), np.unique(after, return_inverse=True)
+    return shifted(raw_sums_of(sums, nbytes), after)
+
+
+def shifted(raw_sums: NDArray[np.uint64], nbytes: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """`shift` of each of ``raw_sums``."""
+    ends, of_end = np.unique(nbytes, return_inverse=True)
     powers = np.array([_power(end) for end in ends.tolist()], np.uint64)[of_end]
     products = np.zeros_like(raw_sums)
     one, top = np.uint64(1), np.uint64(63)

@@ -20,7 +20,7 @@ from shardsave._common.sources import ByteSource, TensorSource
 from shardsave._engine import engine
 from shardsave._engine.blocks import blocks
 from shardsave._engine.transfer import BLOCK_BYTES
-from shardsave._format.crc64 import contributions, raw_of_rows, shift
+from shardsave._format.crc64 import raw_of_rows, raw_sums_of, shift, shifted
 from shardsave._ranks.shares import element_strides
 
 #: So many bytes are summed in one call.
@@ -72,18 +72,17 @@ def box_sums(parts: Sequence[Part], workers: int | None, check: Callable[[], obj
     Raises TransferFault, and what ``check`` raises.
     """
     sums = np.zeros(len(parts), np.uint64)
-    whole = [number for number, part in enumerate(parts) if not part.runs.levels]
-    if whole:
-        unknown = [number for number in whole if parts[number].checksum is None]
+    in_one = [number for number, part in enumerate(parts) if not part.runs.levels]
+    if in_one:
+        unknown = [number for number in in_one if parts[number].checksum is None]
         checksums = dict(zip(unknown, _checksums([parts[number].source for number in unknown], workers, check)))
-        rows = [(parts[number].checksum, *parts[number].runs) for number in whole]
-        complete = np.array([checksums[n] if row[0] is None else row[0] for n, row in zip(whole, rows)], np.uint64)
-        lengths, after = (np.array([row[column] for row in rows], np.int64) for column in (1, 3))
-        sums[whole] = contributions(complete, lengths, after)
+        known = [checksums.get(number, parts[number].checksum) for number in in_one]
+        lengths = np.array([parts[number].runs.length for number in in_one], np.int64)
+        sums[in_one] = raw_sums_of(np.array(known, np.uint64), lengths)
     for number, part in enumerate(parts):
         if part.runs.levels:
             sums[number] = _sum_of_runs(part, check)
-    return sums
+    return shifted(sums, np.array([part.runs.after for part in parts], np.int64))
 
 
 def _checksums(sources: Sequence[ByteSource], workers: int | None, check: Callable[[], object]) -> Sequence[int]:
@@ -99,7 +98,7 @@ def _checksums(sources: Sequence[ByteSource], workers: int | None, check: Callab
 
 
 def _sum_of_runs(part: Part, check: Callable[[], object]) -> int:
-    """What a part with several runs adds."""
+    """The raw sum of a part with several runs, up to the end of the last one."""
     source, runs, _ = part
     total, last, local = 0, 0, 0
     memory = _memory_of(source)
@@ -114,7 +113,7 @@ def _sum_of_runs(part: Part, check: Callable[[], object]) -> int:
             source.gather(local, data.data)
         total = shift(total, end - last) ^ raw_of_rows(data, rows, step)
         last, local = end, local + nbytes
-    return shift(total, runs.after)
+    return total
 
 
 def _steps(runs: Runs) -> Iterator[tuple[int, int, int, int]]:

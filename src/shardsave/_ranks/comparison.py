@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from shardsave._common.gc_pause import gc_paused
 from shardsave._common.layouts import Extent, Layout, Shared, without
 from shardsave._common.sources import ByteSource, TensorSource
 from shardsave._common.spread import Spread
@@ -94,20 +95,21 @@ class AmongRanks:
         parts: list[Part] = []
         places: list[int] = []
         assumed: dict[str, int] = {}  # name → the place of a sum that may be remembered
-        for place, number in enumerate(numbers):
-            tensor, piece = self._stored[number]
-            given = self._given(number, piece)
-            memory = self._frozen.get(tensor.name)
-            if memory is not None and not _is_local(piece, given):
-                memory = None
-            if memory is not None:
-                known = sum_when_saved(memory)
-                if known is not None:
-                    total[place] = self._sums[tensor.name] = known
-                    continue
-                assumed[tensor.name] = place
-            parts += given
-            places += [place] * len(given)
+        with gc_paused():
+            for place, number in enumerate(numbers):
+                tensor, piece = self._stored[number]
+                given = self._given(number, piece)
+                memory = self._frozen.get(tensor.name)
+                if memory is not None and not _is_local(piece, given):
+                    memory = None
+                if memory is not None:
+                    known = sum_when_saved(memory)
+                    if known is not None:
+                        total[place] = self._sums[tensor.name] = known
+                        continue
+                    assumed[tensor.name] = place
+                parts += given
+                places += [place] * len(given)
         if parts:
             np.bitwise_xor.at(total, places, box_sums(parts, self._watch.workers, self._watch.check))
         self._sums.update((name, int(total[place])) for name, place in assumed.items())
