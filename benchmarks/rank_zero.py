@@ -159,7 +159,7 @@ class NoShipping:
         """What the owners say at the end."""
         from shardsave._engine.totals import Totals
         from shardsave._format.index import ShardRecord
-        from shardsave._ranks.save_job import _encode_written
+        from shardsave._ranks.save_messages import encode_written
         from shardsave._saving.job import Written
 
         records: dict[int, dict[str, ShardRecord]] = {}
@@ -167,7 +167,7 @@ class NoShipping:
             length = len(shard.header)
             record = ShardRecord(length + shard.layout.data_bytes, length, int.from_bytes(os.urandom(8), "little"))
             records.setdefault(owner, {})[name] = record
-        return {owner: _encode_written(Written(of, {}, Totals())) for owner, of in records.items()}
+        return {owner: encode_written(Written(of, {}, Totals())) for owner, of in records.items()}
 
 
 def transferred(port: int) -> tuple[int, int]:

@@ -192,6 +192,17 @@ PYBIND11_MODULE(_native, m) {
       },
       py::arg("data"), py::pos_only());
   m.def(
+      "crc64_of_rows",
+      [](const py::buffer& data, std::size_t rows, std::uint64_t step) {
+        const py::buffer_info info = data.request();
+        if (!PyBuffer_IsContiguous(info.view(), 'C')) throw py::value_error("the buffer must be contiguous");
+        const auto length = static_cast<std::size_t>(info.size * info.itemsize);
+        if (rows == 0 || length % rows != 0) throw py::value_error("the buffer must consist of equal rows");
+        py::gil_scoped_release free;
+        return crc64_raw_of_rows(info.ptr, rows, length / rows, step);
+      },
+      py::arg("data"), py::arg("rows"), py::arg("step"), py::pos_only());
+  m.def(
       "copy_boxes",
       [](const Table& table) {
         const std::vector<BoxCopy> copies = rows<BoxCopy>(table, "copies");

@@ -304,6 +304,14 @@ std::uint64_t crc64_shift(std::uint64_t raw, std::uint64_t bytes) {
   return raw;
 }
 
+std::uint64_t crc64_raw_of_rows(const void* data, std::size_t rows, std::size_t row_bytes, std::uint64_t step) {
+  const std::uint64_t factor = crc64_shift(kOne, step);
+  const auto* row = static_cast<const unsigned char*>(data);
+  std::uint64_t sum = 0;
+  for (; rows != 0; --rows, row += row_bytes) sum = multiply(sum, factor) ^ crc64_raw(row, row_bytes);
+  return sum;
+}
+
 std::uint64_t crc64_finish(std::uint64_t raw, std::uint64_t length) {
   return raw ^ crc64_shift(~std::uint64_t{0}, length) ^ ~std::uint64_t{0};
 }

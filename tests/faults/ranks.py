@@ -27,7 +27,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import shardsave
 from faults.beneath import Fate, Met, arm, disarm
-from faults.savers import Bench, generation_in, litter_in, next_save_works, state
+from faults.savers import Bench, earlier_for, generation_in, litter_in, next_save_works, state
 from faults.scenarios import NO_ROOM, check_message, held, is_unlocked, may_pass, nothing_leaked
 from jobs import Ended, Job
 from shardsave._storage.staging import NONCE_NAME
@@ -61,7 +61,13 @@ def save_together(tensors: dict[str, torch.Tensor], folder: Path, durable: bool 
     """The result of a save by all ranks. What the commit removes is freed before it returns."""
     try:
         report = shardsave.save(
-            tensors, folder, max_shard_size=5000, durable=durable, progress=False, rank_timeout=RANK_TIMEOUT
+            tensors,
+            folder,
+            max_shard_size=5000,
+            durable=durable,
+            progress=False,
+            rank_timeout=RANK_TIMEOUT,
+            reuse=earlier_for(folder),
         )
     except (shardsave.ShardSaveError, TypeError, ValueError) as error:
         return Result(type(error).__name__, str(error))

@@ -94,17 +94,21 @@ def save(generation: int, folder: Path, durable: bool = True, kind: str = KIND) 
 
 
 def _save_reusing(generation: int, folder: Path, durable: bool) -> shardsave.SaveReport:
-    is_step = KIND == "reuse-step" and folder.name != EARLIER
     report = shardsave.save(
         state(generation),
         folder,
         max_shard_size=5000,
         durable=durable,
         progress=False,
-        reuse=folder.parent / EARLIER if is_step else None,
+        reuse=earlier_for(folder),
     )
     assert report.wait_cleaned(60)
     return report
+
+
+def earlier_for(folder: Path) -> Path | None:
+    """The checkpoint from which a save into ``folder`` takes shards, if that is not the one that it replaces."""
+    return folder.parent / EARLIER if KIND == "reuse-step" and folder.name != EARLIER else None
 
 
 def _save_training(generation: int, folder: Path, durable: bool, kind: str) -> shardsave.SaveReport:

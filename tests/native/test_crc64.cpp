@@ -1,6 +1,6 @@
 // Method: every implementation that this processor supports is compared with the table one, over lengths, misalignments
-// and both kinds of stores. Sums of parts must combine, the copy must be exact, and nothing outside the destination may
-// change. Under ASan and UBSan; make native-tests has the command.
+// and both kinds of stores. Sums of parts and of rows must combine, the copy must be exact, and nothing outside the
+// destination may change. Under ASan and UBSan; make native-tests has the command.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -36,6 +36,12 @@ int main() {
       const std::uint64_t left = crc64_raw(data.data() + source, cut);
       const std::uint64_t right = crc64_raw(data.data() + source + cut, length - cut);
       CHECK((crc64_shift(left, length - cut) ^ right) == expected);
+      const std::size_t rows = 1 + random() % 9, row_bytes = length / rows, step = row_bytes + random() % 99;
+      std::uint64_t apart = 0;
+      for (std::size_t row = 0; row < rows; ++row) {
+        apart = crc64_shift(apart, step) ^ crc64_raw(data.data() + source + row * row_bytes, row_bytes);
+      }
+      CHECK(crc64_raw_of_rows(data.data() + source, rows, row_bytes, step) == apart);
       for (Stores stores : {Stores::streaming, Stores::cached}) {
         std::memset(copy.data(), 0x5A, copy.size());
         CHECK(copy_crc64_raw(copy.data() + target, data.data() + source, length, stores) == expected);

@@ -14,13 +14,23 @@ pytestmark = pytest.mark.slow
 #: The rank, what was there before, how many calls lie between two that are tried, and the least number of calls.
 RANKS = [(0, "overwrite", 5, 100), (2, "first", 1, 10)]
 
+#: What was there before, a kind of `savers`, and how many calls lie between two that are tried: a shard that is taken over from another
+#: checkpoint, or in the place of its own.
+REUSE = [("first", "reuse-step", 41), pytest.param("overwrite", "reuse", 7, marks=pytest.mark.large)]
 
-def run(beneath: Path, scenario: str, before: str, rank: int, folder: Path, every: int = 1) -> int:
+
+def run(beneath: Path, scenario: str, before: str, rank: int, folder: Path, every: int = 1, kind: str = "plain") -> int:
     """The number of calls that the rank made. ``SHARDSAVE_EVERY`` of the environment wins over ``every``."""
     arguments = ["-m", "faults.ranks", scenario, before, str(rank), str(folder)]
-    return trials(
-        run_beneath(beneath, "native", arguments, "env", f"SHARDSAVE_EVERY={os.environ.get('SHARDSAVE_EVERY', every)}")
-    )
+    setting = f"SHARDSAVE_EVERY={os.environ.get('SHARDSAVE_EVERY', every)}"
+    return trials(run_beneath(beneath, "native", arguments, "env", setting, kind=kind))
+
+
+@pytest.mark.parametrize(("before", "kind", "every"), REUSE)
+def test_each_call_of_a_save_that_takes_over_a_shard(beneath: Path, memory: Path, before: str, kind: str, every: int) -> None:
+    """Catches a call of the rank that takes over a shard whose failure or death leaves a shard missing, damages either checkpoint, or is
+    not told to the others."""
+    assert run(beneath, "fails,is_killed", before, 0, memory, every, kind) >= 100
 
 
 @pytest.mark.parametrize(("rank", "before", "every", "least"), RANKS)

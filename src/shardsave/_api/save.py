@@ -108,7 +108,8 @@ def save(
         With a ``process_group``, or with DTensors, all ranks of the group (without one: of the job) must make the call, with equal
         arguments. Otherwise one rank is to make it; another one that saves into the same directory is told so. An error of one rank is
         raised on all. The files are those that one process with the whole model writes; no rank ever holds more of it than its own part
-        and a bounded number of blocks. Rank 0 shows the bar, logs and warns. Such a save writes everything (``reuse`` has no effect).
+        and a bounded number of blocks. Rank 0 shows the bar, logs and warns, and ``reuse``, ``recheck_every`` and ``lock_timeout`` are
+        those of rank 0.
 
     Raises:
         TypeError, ValueError: for wrong arguments, before anything happens.
@@ -192,9 +193,6 @@ def save_now(
     return report
 
 
-_REUSES_NOTHING = "reuse= has no effect where several ranks save together: everything was written"
-
-
 class How(NamedTuple):
     """The arguments of `save` that say how to save. ``locked``: a manager's, called once the directory is locked; what it raises ends the
     save.
@@ -244,8 +242,7 @@ def write_planned(
     """
     contents, started = planned.contents, time.perf_counter()
     earlier = absolute_path(os.fspath(how.reuse)) if how.reuse else None
-    reuses = how.reuse is not False and job.parts is None
-    reuse = Reuse(earlier, how.recheck_every, planned.frozen) if reuses else None
+    reuse = Reuse(earlier, how.recheck_every, planned.frozen) if how.reuse is not False else None
     progress = how.progress if job.leads or callable(how.progress) else False
     with Progress(progress, "saving", contents.tensor_bytes) as reporter:
         outcome = write_checkpoint(
@@ -271,7 +268,7 @@ def write_planned(
         direct=outcome.totals.direct,
         staging_bytes=outcome.totals.staging_bytes,
         pinned=outcome.totals.pinned,
-        notes=(*outcome.notes, *([] if reuses or how.reuse in (None, False) else [_REUSES_NOTHING]), *take_failures()),
+        notes=(*outcome.notes, *take_failures()),
         durable=how.durable,
         removed=outcome.removed,
         leftovers=outcome.leftovers,

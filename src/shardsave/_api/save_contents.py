@@ -27,6 +27,7 @@ from shardsave._saving.job import ALONE, Job
 from shardsave._saving.trainable import only_trainable
 from shardsave._saving.training_directory import DescribedTraining
 from shardsave._state.distributed_tensors import Parts as TensorParts
+from shardsave._state.distributed_tensors import is_parameter
 from shardsave._state.module import Source, State, read_state
 from shardsave.errors import UnsupportedModuleError, UnsupportedTensorError
 
@@ -135,7 +136,7 @@ def _unstepped(source: Source, training: Any) -> Iterator[nn.Parameter]:
         for group in optimizer.param_groups
         for parameter in group["params"]
     }
-    return (value for value in values if type(value) is nn.Parameter and id(value) not in stepped)
+    return (value for value in values if is_parameter(value) and id(value) not in stepped)
 
 
 def _optimizers(training: Any) -> Iterator[torch.optim.Optimizer]:

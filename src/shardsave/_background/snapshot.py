@@ -73,10 +73,10 @@ class SnapshotSource:
         raise NotImplementedError("a snapshot is only written")
 
 
-def tensor_of(source: ByteSource) -> torch.Tensor:
-    """The copy, which is a `SnapshotSource`, as a tensor."""
+def copy_of(source: ByteSource) -> SnapshotSource:
+    """``source``, which is a copy."""
     assert isinstance(source, SnapshotSource)
-    return source.tensor
+    return source
 
 
 class Copies(NamedTuple):

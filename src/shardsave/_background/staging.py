@@ -85,7 +85,8 @@ class Staging:
         if copies is not None:
             copied: dict[int, ByteSource] = dict(zip(map(id, copies.pieces), copies.sources()))
             for spread, parts in self._spreads:
-                copied[id(spread)] = spread.of([snapshot.tensor_of(copied[id(part)]) for part in parts])
+                copies_of = [snapshot.copy_of(copied[id(part)]) for part in parts]
+                copied[id(spread)] = spread.of([copy.tensor for copy in copies_of], [copy.crc for copy in copies_of])
             self._contents = self._contents.with_sources(copied)
         return self._contents
 

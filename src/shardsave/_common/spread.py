@@ -18,14 +18,16 @@ class Spread:
 
     ``local``: the boxes of this rank, in the order of ``layout.boxes``, as views of live memory; empty boxes are left out. Chunks of
     another dtype are cast. `gather` needs all elements here; `scatter` stores those that are here, and skips the others.
+    ``sums``: the checksums of the boxes, if they are known.
     """
 
-    __slots__ = ("_stand_in", "dtype", "layout", "local")
+    __slots__ = ("_stand_in", "_sums", "dtype", "layout", "local")
 
-    def __init__(self, dtype: torch.dtype, layout: Layout, local: Sequence[Chunk]) -> None:
+    def __init__(self, dtype: torch.dtype, layout: Layout, local: Sequence[Chunk], sums: Sequence[int] = ()) -> None:
         self.dtype = dtype
         self.layout = layout
         self.local = tuple(local)
+        self._sums = tuple(sums)
         self._stand_in: torch.Tensor | None = None
 
     @property
@@ -70,9 +72,13 @@ class Spread:
         """Which rank gives which box to ``owner``; each element is in one of them. ``hosts``: the number of each rank's host."""
         return senders(self.layout, owner, hosts)
 
-    def of(self, tensors: Sequence[torch.Tensor]) -> Spread:
-        """The same with ``tensors`` in the place of the local boxes."""
-        return Spread(self.dtype, self.layout, [Chunk(chunk.begin, tensor) for chunk, tensor in zip(self.local, tensors)])
+    def of(self, tensors: Sequence[torch.Tensor], sums: Sequence[int]) -> Spread:
+        """The same with ``tensors`` in the place of the local boxes; ``sums``: their checksums."""
+        return Spread(self.dtype, self.layout, [Chunk(chunk.begin, tensor) for chunk, tensor in zip(self.local, tensors)], sums)
+
+    def sum_of(self, tensor: torch.Tensor) -> int | None:
+        """The checksum of ``tensor``, if it is a local box and its checksum is known."""
+        return next((known for chunk, known in zip(self.local, self._sums) if chunk.tensor is tensor), None)
 
     def cast(self, dtype: torch.dtype) -> Spread:
         """The same elements, cast to ``dtype`` on their way to the file."""

@@ -54,9 +54,12 @@ def joined(first: int, second: int, nbytes: int) -> int:
 def contributions(sums: NDArray[np.uint64], nbytes: NDArray[np.int64], after: NDArray[np.int64]) -> NDArray[np.uint64]:
     """What runs of bytes add to the raw sum of everything: XOR joins them. ``sums``: the complete checksum of each run, ``nbytes``: its
     length, ``after``: how many bytes follow it."""
-    lengths, of_length = np.unique(nbytes, return_inverse=True)
-    ends, of_end = np.unique(after, return_inverse=True)
-    raw_sums = sums ^ np.array([finish(0, length) for length in lengths.tolist()], np.uint64)[of_length]
+    return shifted(raw_sums_of(sums, nbytes), after)
+
+
+def shifted(raw_sums: NDArray[np.uint64], nbytes: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """`shift` of each of ``raw_sums``."""
+    ends, of_end = np.unique(nbytes, return_inverse=True)
     powers = np.array([_power(end) for end in ends.tolist()], np.uint64)[of_end]
     products = np.zeros_like(raw_sums)
     one, top = np.uint64(1), np.uint64(63)
@@ -67,6 +70,33 @@ def contributions(sums: NDArray[np.uint64], nbytes: NDArray[np.int64], after: ND
     return products
 
 
+def raw_sums_of(sums: NDArray[np.uint64], nbytes: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """The raw sums of runs of ``nbytes`` bytes with the complete checksums ``sums``."""
+    lengths, of_length = np.unique(nbytes, return_inverse=True)
+    return sums ^ np.array([finish(0, length) for length in lengths.tolist()], np.uint64)[of_length]
+
+
+def raw_of_rows(data: NDArray[np.uint8], rows: int, step: int) -> int:
+    """The raw sum of ``rows`` rows of equal lengths, which follow one another in ``data`` and begin ``step`` bytes apart in what is
+    summed; the bytes between them count as zero."""
+    if native is not None:
+        return int(native.crc64_of_rows(data, rows, step))
+    total = 0
+    for row_sum in _row_sums(data.reshape(rows, -1)).tolist():
+        total = shift(total, step) ^ row_sum
+    return total
+
+
+def _row_sums(rows: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    """The raw sum of each of ``rows``."""
+    whole = rows.shape[1] // 8 * 8
+    state = _word_sums(rows[:, :whole].copy().view("<u8"))
+    table = np.array(_byte_table(), dtype=np.uint64)
+    for column in range(whole, rows.shape[1]):
+        state = table[((state ^ rows[:, column]) & np.uint64(0xFF)).astype(np.intp)] ^ (state >> np.uint64(8))
+    return state
+
+
 def raw(data: NDArray[np.uint8]) -> int:
     """The raw sum of ``data``, a one-dimensional array of bytes."""
     lane_bytes = data.size // _LANES // 8 * 8
@@ -74,14 +104,19 @@ def raw(data: NDArray[np.uint8]) -> int:
         return _raw_serial(data)
     bulk = lane_bytes * _LANES
     words = data[:bulk].view("<u8") if data.ctypes.data % 8 == 0 else data[:bulk].copy().view("<u8")
-    columns = words.reshape(_LANES, lane_bytes // 8)
-    state = np.zeros(_LANES, dtype=np.uint64)
-    tables = _tables()
-    for column in range(columns.shape[1]):
-        state ^= columns[:, column]
-        parts = state.view(np.uint16).reshape(_LANES, 4)
-        state = tables[0][parts[:, 0]] ^ tables[1][parts[:, 1]] ^ tables[2][parts[:, 2]] ^ tables[3][parts[:, 3]]
+    state = _word_sums(words.reshape(_LANES, lane_bytes // 8))
     return shift(_fold(state, lane_bytes), data.size - bulk) ^ _raw_serial(data[bulk:])
+
+
+def _word_sums(rows: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The raw sum of each of ``rows``, as words of eight bytes."""
+    state = np.zeros(len(rows), dtype=np.uint64)
+    tables = _tables()
+    for column in range(rows.shape[1]):
+        state ^= rows[:, column]
+        parts = state.view(np.uint16).reshape(len(rows), 4)
+        state = tables[0][parts[:, 0]] ^ tables[1][parts[:, 1]] ^ tables[2][parts[:, 2]] ^ tables[3][parts[:, 3]]
+    return state
 
 
 def _fold(sums: NDArray[np.uint64], lane_bytes: int) -> int:

@@ -55,7 +55,7 @@ class JoinedSums:
         """
         self._parts[list(ignored)] = 0
         numbers = np.arange(len(self._parts), dtype=np.uint64)
-        products = _times(self._parts, _factors(numbers))
+        products = times(self._parts, factors(numbers))
         if not _joined(session, "sums of all tensors", np.bitwise_xor.reduce(products, keepdims=True)).any():
             return {}
         groups = np.zeros(_GROUPS, np.uint64)
@@ -77,7 +77,7 @@ def _joined(session: Session, what: str, mine: Sums) -> Sums:
     return np.frombuffer(session.publish(what, total), "<u8").astype(np.uint64)
 
 
-def _factors(numbers: Sums) -> Sums:
+def factors(numbers: Sums) -> Sums:
     """A factor for each number, which looks random (splitmix64)."""
     mixed = (numbers + _ONE) * np.uint64(0x9E3779B97F4A7C15)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -86,7 +86,7 @@ def _factors(numbers: Sums) -> Sums:
     return factors
 
 
-def _times(left: Sums, right: Sums) -> Sums:
+def times(left: Sums, right: Sums) -> Sums:
     """Products in GF(2^64)."""
     left, right, product = left.copy(), right.copy(), np.zeros_like(left)
     while right.any():

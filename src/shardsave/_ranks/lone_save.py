@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -29,7 +29,10 @@ from shardsave._saving.job import ALONE, Alone, Committed, Job, Prepared
 from shardsave.errors import SaveNotCommittedError
 
 if TYPE_CHECKING:
+    from shardsave._saving.comparison import Comparison
     from shardsave._saving.contents import Contents
+    from shardsave._saving.frozen import FrozenMemory
+    from shardsave._saving.watch import Watch
 
 _T = TypeVar("_T")
 
@@ -81,19 +84,21 @@ class LoneSave(Alone):
         if self._known is not None and self._is_same_save(self._known, step):
             raise self._refusal(self._known)
 
-    def prepare(self, contents: Contents, work: Callable[[], Prepared]) -> Prepared:
+    def prepare(
+        self, contents: Contents, work: Callable[[Comparison], Prepared], frozen: Mapping[str, FrozenMemory], watch: Watch
+    ) -> Prepared:
         """Called with the lock, before anything is written. A claim that was not there before is that of a save at the same time."""
         self._step = contents.moment.step
         claim = self._claim_of_another()
         if claim is None:
-            return work()
+            return super().prepare(contents, work, frozen, watch)
         if claim != self._known or self._is_same_save(claim, self._step):
             raise self._refusal(claim)
         note = (
             f"rank {claim.rank} of this job had saved the checkpoint that is replaced, this is rank {self._rank}: ranks that are to save "
             f"one checkpoint together need process_group="
         )
-        prepared = work()
+        prepared = super().prepare(contents, work, frozen, watch)
         return prepared._replace(notes=[*prepared.notes, note])
 
     def commit(self, work: Callable[[], Committed]) -> Committed:

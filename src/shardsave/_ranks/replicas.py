@@ -136,8 +136,10 @@ def _key(ranks: Sequence[int]) -> bytes:
     return hashlib.sha256(np.array(ranks, np.int64).tobytes()).digest()[:16]
 
 
-def _view(chunks: Sequence[Chunk], box: Extent) -> torch.Tensor:
+def view_of(chunks: Sequence[Chunk], box: Extent) -> torch.Tensor:
     """The elements of ``box``, which is within one of ``chunks``."""
+    if len(chunks) == 1 and box == (chunks[0].begin, chunks[0].tensor.shape):
+        return chunks[0].tensor
     begin, tensor = next(chunk for chunk in chunks if overlap((chunk.begin, tuple(chunk.tensor.shape)), box) is not None)
     if tuple(tensor.shape) == box[1]:
         return tensor
@@ -148,7 +150,7 @@ def _sums(pieces: Sequence[_Replicated]) -> np.ndarray[Any, np.dtype[np.uint64]]
     """The checksum of each of ``pieces``, which are on this rank."""
     if not pieces:
         return np.zeros(0, np.uint64)
-    sources = [TensorSource.of(_view(piece.local, piece.box)) for piece in pieces]
+    sources = [TensorSource.of(view_of(piece.local, piece.box)) for piece in pieces]
     extents = np.ones((len(sources), 4), np.int64)
     extents[:, 0] = 0
     extents[:, 2] = [source.nbytes for source in sources]
@@ -207,4 +209,4 @@ def _lowest_only(layout: Layout) -> LowestOnly:
 
 def _lowest(source: Any, rank: int) -> Spread:
     layout = _lowest_only(source.layout)
-    return Spread(source.dtype, layout, [Chunk(box[0], _view(source.local, box)) for box in layout.boxes(rank)])
+    return Spread(source.dtype, layout, [Chunk(box[0], view_of(source.local, box)) for box in layout.boxes(rank)])

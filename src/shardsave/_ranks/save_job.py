@@ -4,33 +4,43 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from shardsave._common.os_calls import CallFailed
 from shardsave._common.sources import ByteSource
 from shardsave._common.spread import Spread
-from shardsave._engine.totals import Totals
-from shardsave._format.index import FileRecord, ShardRecord
+from shardsave._engine.transfer import TransferFault
 from shardsave._ranks.agree import agree
+from shardsave._ranks.comparison import AmongRanks
 from shardsave._ranks.failures import StoreLost, failure_of, unpacked
 from shardsave._ranks.owners import owners
 from shardsave._ranks.replicas import check_replicas
+from shardsave._ranks.save_messages import (
+    decode_committed,
+    decode_prepared,
+    decode_written,
+    encode_committed,
+    encode_prepared,
+    encode_written,
+    joined,
+)
 from shardsave._ranks.session import Session
 from shardsave._ranks.shipping import Shipping
 from shardsave._ranks.training import plan_training
+from shardsave._saving.comparison import Comparison
 from shardsave._saving.contents import Contents
-from shardsave._saving.job import Committed, Names, Prepared, Share, Written
-from shardsave._saving.shards import PlannedShard, ShardFiles
+from shardsave._saving.frozen import FrozenMemory
+from shardsave._saving.job import Committed, Prepared, Share, Written
+from shardsave._saving.shards import PlannedShard, ShardFiles, fault_before_writing
 from shardsave._saving.training_directory import DescribedTraining, PlannedTraining
 from shardsave._saving.watch import Watch
 from shardsave._state.distributed_tensors import Parts
 from shardsave._state.module import State
 from shardsave._storage.commit_errors import rank_lost_after_commit, rank_lost_in_commit
 from shardsave._storage.joined import Invitation, Joined
-from shardsave._storage.transaction import CommitOutcome, Transaction
+from shardsave._storage.transaction import Transaction
 from shardsave.errors import DurabilityUncertainError, SaveNotCommittedError, ShardSaveError
 
 if TYPE_CHECKING:
@@ -40,6 +50,9 @@ if TYPE_CHECKING:
 
 #: What rank 0 publishes: that nothing can end the save any more, since it renames the index now; and what came of it.
 _BEGINS, _OUTCOME = "begin of the commit", "outcome of the commit"
+
+#: What rank 0 publishes before anything is written: questions about tensors, then what all will write.
+_PLAN, _ASKED = "plan of the files", b"?"
 
 #: Begins an outcome that is an error.
 _FAILED = b"!"
@@ -76,7 +89,9 @@ class SaveJob:
         self._watch: Watch | None = None
         self._mine: set[str] = set()
         self._shipping: Shipping | None = None
+        self._comparison: AmongRanks | None = None
         self._all: list[str] = []
+        self._to_write: list[str] = []
         self._begun = False  # whether the index may have been renamed
 
     @property
@@ -130,15 +145,34 @@ class SaveJob:
                 raise
             raise raised from error
 
-    def prepare(self, contents: Contents, work: Callable[[], Prepared]) -> Prepared:
-        if self._session.leads:
-            prepared = work()
-            self._session.publish("names of files", json.dumps([prepared.names, prepared.notes]).encode())
+    def prepare(
+        self, contents: Contents, work: Callable[[Comparison], Prepared], frozen: Mapping[str, FrozenMemory], watch: Watch
+    ) -> Prepared:
+        comparison = AmongRanks(
+            self._session, contents, frozen, watch, lambda what: self._session.publish(_PLAN, _ASKED + what)
+        )
+        if self.leads:
+            prepared = work(comparison)
+            self._session.publish(_PLAN, encode_prepared(prepared, contents))
         else:
-            names, notes = json.loads(self._session.publish("names of files"))
-            prepared = Prepared(contents, Names(*names), {}, notes)
+            while (told := self._session.publish(_PLAN)).startswith(_ASKED):
+                self._answer(comparison, told[len(_ASKED) :])
+            prepared = decode_prepared(told, contents)
+        self._comparison = comparison
         self._all = prepared.names.all
+        self._to_write = [name for name in self._all if name not in prepared.taken]
         return prepared
+
+    def _answer(self, comparison: AmongRanks, question: bytes) -> None:
+        assert self._joined is not None
+        try:
+            comparison.answer(question)
+        except TransferFault as fault:
+            raise fault_before_writing(self._joined, fault) from fault
+
+    def remember(self, frozen: Mapping[str, FrozenMemory], sums_of: Callable[[Container[str]], Mapping[str, int]]) -> None:
+        if self._comparison is not None:
+            self._comparison.remember()
 
     @contextmanager
     def share(self, to_write: Mapping[str, PlannedShard], documents: Mapping[str, bytes]) -> Iterator[Share]:
@@ -157,7 +191,7 @@ class SaveJob:
     def stage(self, work: Callable[[], object]) -> None:
         if self._transaction is not None:
             work()
-            invitation = self._transaction.invite([name for name in self._all if name not in self._mine])
+            invitation = self._transaction.invite([name for name in self._to_write if name not in self._mine])
             self._session.publish("staging directory", invitation.encode())
         else:
             assert self._joined is not None
@@ -170,13 +204,13 @@ class SaveJob:
         if self._watch is not None and not self.leads:
             self._watch.attempt_commit()  # a rank that has voted cannot end the save any more
             self._session.watch = None
-        votes = self._session.gather("finished files", _encode_written(written))
-        return written if votes is None else _joined(map(_decode_written, votes))
+        votes = self._session.gather("finished files", encode_written(written))
+        return written if votes is None else joined(map(decode_written, votes))
 
     def commit(self, work: Callable[[], Committed]) -> Committed:
         if self._session.leads:
             committed = self._outcome(work)
-            self._publish_outcome(_encode_committed(committed))
+            self._publish_outcome(encode_committed(committed))
             return committed
         try:
             self._session.publish(_BEGINS)
@@ -188,7 +222,7 @@ class SaveJob:
             raise self._what_became(error) from error
         if outcome[:1] == _FAILED:
             raise unpacked(outcome[1:]).error(SaveNotCommittedError)
-        return _decode_committed(outcome)
+        return decode_committed(outcome)
 
     def begin_commit(self) -> None:
         """Called where this rank leads, right before the rename. If it returns, no other rank can end the save any more."""
@@ -256,42 +290,3 @@ class _JobWatch:
 
     def end_reading(self, pieces: Sequence[ByteSource], sums: Sequence[int]) -> None:
         self._watch.end_reading(pieces, sums)
-
-
-def _encode_written(written: Written) -> bytes:
-    return json.dumps([written.records, written.file_records, asdict(written.totals)]).encode()
-
-
-def _decode_written(data: bytes) -> Written:
-    records, file_records, totals = json.loads(data)
-    return Written(
-        {name: ShardRecord(*record) for name, record in records.items()},
-        {name: FileRecord(*record) for name, record in file_records.items()},
-        _totals(totals),
-    )
-
-
-def _totals(fields: dict[str, Any]) -> Totals:
-    return Totals(**{**fields, "notes": tuple(fields["notes"])})
-
-
-def _joined(parts: Iterator[Written]) -> Written:
-    """What all ranks have written."""
-    records: dict[str, ShardRecord] = {}
-    file_records: dict[str, FileRecord] = {}
-    totals = Totals()
-    for part in parts:
-        records.update(part.records)
-        file_records.update(part.file_records)
-        totals = totals.joined(part.totals)
-    return Written(records, file_records, totals)
-
-
-def _encode_committed(committed: Committed) -> bytes:
-    tensors, directory_bytes, outcome, totals = committed
-    return json.dumps([tensors, directory_bytes, outcome, asdict(totals)]).encode()
-
-
-def _decode_committed(data: bytes) -> Committed:
-    tensors, directory_bytes, outcome, totals = json.loads(data)
-    return Committed(tensors, directory_bytes, CommitOutcome(*map(tuple, outcome)), _totals(totals))

@@ -13,17 +13,19 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from shardsave._common.memory import memory_key
-from shardsave._common.sources import TensorSource
+from shardsave._common.sources import ByteSource, TensorSource
+from shardsave._common.spread import Spread
+from shardsave._state.distributed_tensors import local_tensor
 from shardsave._state.module import Entry
 
 
 class FrozenMemory(NamedTuple):
-    """The memory of a frozen parameter at one moment. ``key`` differs for another dtype in the file. ``storage`` keeps no memory alive,
-    but as long as it exists, no other storage has its number (``cdata``)."""
+    """The memory of a frozen parameter at one moment. ``key`` differs for another dtype in the file, and for another part of a tensor.
+    ``storage`` keeps no memory alive, but as long as it exists, no other storage has its number (``cdata``)."""
 
     key: Hashable
     parameter: int
-    version: int
+    version: Hashable
     storage: StorageWeakRef
 
     def is_same(self, other: FrozenMemory) -> bool:
@@ -40,18 +42,39 @@ _saved: dict[Hashable, tuple[FrozenMemory, int]] = {}
 
 
 def frozen_memory(entries: Iterable[Entry], parameters: Iterable[torch.nn.Parameter]) -> dict[str, FrozenMemory]:
-    """Name on disk → the memory of the frozen parameter whose elements it has; ``parameters``: those to which that may apply."""
-    owners = {memory_key(parameter): parameter for parameter in parameters if not parameter.requires_grad}
+    """Name on disk → the memory of the frozen parameter whose elements it has; ``parameters``: those to which that may apply.
+
+    Of a tensor of several ranks, it is the memory of the only box that this one has.
+    """
+    owners = {
+        memory_key(local): (local, parameter)
+        for parameter in parameters
+        if not parameter.requires_grad
+        for local in [local_tensor(parameter)]
+    }
     found = {}
     for entry in entries:
-        if type(entry.source) is not TensorSource or not entry.frozen:
+        stored = _memory_of(entry.source) if entry.frozen else None
+        if stored is None:
             continue
-        key = memory_key(entry.source.tensor)
-        owner = owners.get(key)
-        if owner is not None and not owner.is_inference():
-            storage = StorageWeakRef(owner.untyped_storage())  # type: ignore[no-untyped-call]
-            found[entry.name] = FrozenMemory((key, entry.source.dtype), id(owner), owner._version, storage)
+        tensor, place = stored
+        key = memory_key(tensor)
+        local, owner = owners.get(key, (None, None))
+        if local is not None and owner is not None and not (local.is_inference() or owner.is_inference()):
+            storage = StorageWeakRef(local.untyped_storage())  # type: ignore[no-untyped-call]
+            version = local._version, owner._version
+            found[entry.name] = FrozenMemory((key, entry.source.dtype, place), id(owner), version, storage)
     return found
+
+
+def _memory_of(source: ByteSource) -> tuple[torch.Tensor, Hashable] | None:
+    """The memory that ``source`` stores, and which part of which tensor it is."""
+    if type(source) is TensorSource:
+        return source.tensor, None
+    if type(source) is Spread and len(source.local) == 1:
+        begin, tensor = source.local[0]
+        return tensor, (source.layout, begin)
+    return None
 
 
 def sum_when_saved(memory: FrozenMemory) -> int | None:

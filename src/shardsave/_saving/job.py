@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol
 
 from shardsave._engine.totals import Totals
 from shardsave._format.index import FileRecord, ShardRecord
+from shardsave._saving.comparison import Comparison, InThisProcess
 from shardsave._saving.contents import Contents
-from shardsave._saving.shards import PlannedShard, ShardFiles, Supply, UnchangedShard
+from shardsave._saving.frozen import FrozenMemory, remember
+from shardsave._saving.shards import PlannedShard, ShardFiles, Supply
 from shardsave._saving.training_directory import DescribedTraining, PlannedTraining, plan_described
 from shardsave._saving.watch import Watch
 from shardsave._state.distributed_tensors import Parts
@@ -28,12 +30,14 @@ class Names(NamedTuple):
 
 class Prepared(NamedTuple):
     """What is known before a shard is written: the contents with the shards as they will be, the names of all files, the shards that are
-    taken over from an earlier checkpoint, by name, and notes for the report."""
+    taken over from an earlier checkpoint, by name, and notes for the report. ``kept``: the shards of the earlier checkpoint that stay as
+    they are; some of them may be written again all the same."""
 
     contents: Contents
     names: Names
-    taken: Mapping[str, UnchangedShard]
+    taken: Mapping[str, PlannedShard]
     notes: list[str]
+    kept: Sequence[PlannedShard] = ()
 
     @property
     def to_write(self) -> dict[str, PlannedShard]:
@@ -116,8 +120,13 @@ class Job(Protocol):
         """Where shards are created: where this process leads, the transaction, which is entered. Elsewhere nothing can be created before
         `stage`."""
 
-    def prepare(self, contents: Contents, work: Callable[[], Prepared]) -> Prepared:
-        """What ``work`` returns where this process leads. ``contents``: as they were planned, everywhere the same."""
+    def prepare(
+        self, contents: Contents, work: Callable[[Comparison], Prepared], frozen: Mapping[str, FrozenMemory], watch: Watch
+    ) -> Prepared:
+        """What ``work`` returns where this process leads, with the sources of each process. ``contents``: as they were planned, everywhere
+        the same. ``work`` gets the comparison of all processes with an earlier checkpoint. ``frozen``: name on disk → memory of this
+        process that may be assumed to be unchanged.
+        """
 
     def share(self, to_write: Mapping[str, PlannedShard], documents: Mapping[str, bytes]) -> AbstractContextManager[Share]:
         """Those of the shards that this process writes, within the context. ``documents``: those of this process in directories."""
@@ -130,6 +139,9 @@ class Job(Protocol):
 
     def commit(self, work: Callable[[], Committed]) -> Committed:
         """Lets the process that leads do ``work``, and returns the result everywhere."""
+
+    def remember(self, frozen: Mapping[str, FrozenMemory], sums_of: Callable[[Container[str]], Mapping[str, int]]) -> None:
+        """Called after the commit: notes what the memory ``frozen`` had. ``sums_of``: what this process has stored, name → checksum."""
 
 
 class Alone:
@@ -154,8 +166,10 @@ class Alone:
     def files(self, transaction: Transaction) -> AbstractContextManager[ShardFiles]:
         return transaction
 
-    def prepare(self, contents: Contents, work: Callable[[], Prepared]) -> Prepared:
-        return work()
+    def prepare(
+        self, contents: Contents, work: Callable[[Comparison], Prepared], frozen: Mapping[str, FrozenMemory], watch: Watch
+    ) -> Prepared:
+        return work(InThisProcess(frozen, watch))
 
     def share(self, to_write: Mapping[str, PlannedShard], documents: Mapping[str, bytes]) -> AbstractContextManager[Share]:
         return nullcontext(Share(to_write))
@@ -168,6 +182,9 @@ class Alone:
 
     def commit(self, work: Callable[[], Committed]) -> Committed:
         return work()
+
+    def remember(self, frozen: Mapping[str, FrozenMemory], sums_of: Callable[[Container[str]], Mapping[str, int]]) -> None:
+        remember(frozen, sums_of(frozen))
 
 
 ALONE = Alone()

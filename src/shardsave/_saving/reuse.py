@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import NamedTuple
 
 from shardsave._common.os_calls import CallFailed
@@ -24,10 +25,11 @@ from shardsave._engine import engine
 from shardsave._engine.transfer import TransferFault
 from shardsave._format.crc64 import crc64
 from shardsave._format.header import Header, with_sums
-from shardsave._format.packing import Shard, StoredTensor, pack
+from shardsave._format.packing import Shard, StoredTensor
+from shardsave._saving.comparison import Comparison, Stored
 from shardsave._saving.contents import Contents
-from shardsave._saving.frozen import FrozenMemory, sum_when_saved
-from shardsave._saving.shards import PlannedShard, UnchangedShard, data_blocks, fault_before_writing, plan_blocks
+from shardsave._saving.frozen import FrozenMemory
+from shardsave._saving.shards import PlannedShard, UnchangedShard, fault_before_writing, plan_blocks
 from shardsave._saving.watch import Watch
 from shardsave._storage.earlier import EarlierCheckpoint
 from shardsave._storage.transaction import Transaction
@@ -41,8 +43,6 @@ _MOST_REMEMBERED = 100_000
 
 #: File (`file_identity`) → how many saves have taken it over since it was last read back.
 _taken: OrderedDict[tuple[int, ...], int] = OrderedDict()
-
-_Stored = tuple[StoredTensor, ByteSource]
 
 
 class Reuse(NamedTuple):
@@ -66,7 +66,9 @@ class Unchanged(NamedTuple):
             self.earlier.close()
 
 
-def find_unchanged(transaction: Transaction, contents: Contents, reuse: Reuse, watch: Watch) -> Unchanged:
+def find_unchanged(
+    transaction: Transaction, contents: Contents, reuse: Reuse, comparison: Comparison, watch: Watch
+) -> Unchanged:
     """Compares ``contents`` with the earlier checkpoint, which stays open. Raises what ``watch`` raises, and what `Transaction` raises."""
     earlier = transaction.earlier(reuse.directory)
     if isinstance(earlier, str):
@@ -77,7 +79,7 @@ def find_unchanged(transaction: Transaction, contents: Contents, reuse: Reuse, w
         frozen = frozenset(entry.name for entry in contents.state.entries if entry.frozen)
         candidates = list(_candidates(earlier, contents, frozen if watch.beside_training else None, damage))
         try:
-            unchanged = _unchanged(candidates, frozen, reuse.frozen, watch)
+            unchanged = _unchanged(candidates, frozen, comparison)
         except TransferFault as fault:
             raise fault_before_writing(transaction, fault) from fault
         watch.check()  # what was compared beside a training must be of the moment of the call
@@ -160,7 +162,7 @@ def _candidates(
             yield UnchangedShard(planned, found.header.sums, found)
 
 
-def _as_it_is(header: Header, stored: Mapping[str, _Stored]) -> PlannedShard | None:
+def _as_it_is(header: Header, stored: Mapping[str, tuple[StoredTensor, ByteSource]]) -> PlannedShard | None:
     """The shard with this ``header``, from the tensors of today; None if one of them has another dtype or shape now."""
     tensors, pieces = [], []
     for name, dtype, shape, nbytes in zip(*header.tensors[:3], header.tensors.nbytes):
@@ -175,62 +177,60 @@ def _as_it_is(header: Header, stored: Mapping[str, _Stored]) -> PlannedShard | N
 
 def _with_equal_headers(shards: Iterable[UnchangedShard], contents: Contents) -> Iterator[UnchangedShard]:
     """Those of ``shards`` whose files are byte for byte the ones that would be written, with their headers."""
-    single = frozenset(contents.shards[0].names) if contents.single_file is not None else frozenset()
     for shard in shards:
-        more = contents.state.file_metadata if single.isdisjoint(shard.planned.names) else None
-        planned = replace(shard.planned, more=more)
+        planned = _with_metadata(shard.planned, contents)
         header, record = with_sums(planned.header, shard.sums), shard.earlier.record
         if (len(header), crc64(header)) == (record.header_length, record.header_crc):
             yield shard._replace(planned=planned)
 
 
-def _unchanged(
-    candidates: Iterable[UnchangedShard], frozen: frozenset[str], assumed: Mapping[str, FrozenMemory], watch: Watch
-) -> list[UnchangedShard]:
+def kept_shards(contents: Contents, numbers: Sequence[Sequence[int]]) -> list[PlannedShard]:
+    """The shards that another process keeps, with the sources of this one. ``numbers``: for each, those of its tensors in `contents`."""
+    stored = [pair for shard in contents.shards for pair in zip(shard.layout.tensors, shard.pieces)]
+    kept = []
+    for of_shard in numbers:
+        tensors, pieces = zip(*(stored[number] for number in of_shard))
+        *begins, data_bytes = accumulate((tensor.nbytes for tensor in tensors), initial=0)
+        kept.append(_with_metadata(PlannedShard(Shard(tensors, tuple(begins), data_bytes), list(pieces)), contents))
+    return kept
+
+
+def numbers_of(contents: Contents, shards: Iterable[PlannedShard]) -> list[list[int]]:
+    """The numbers of the tensors of ``shards`` in ``contents``, as `kept_shards` needs them."""
+    names = (tensor.name for shard in contents.shards for tensor in shard.layout.tensors)
+    place = {name: number for number, name in enumerate(names)}
+    return [[place[name] for name in shard.names] for shard in shards]
+
+
+def _with_metadata(shard: PlannedShard, contents: Contents) -> PlannedShard:
+    """A shard of an earlier checkpoint, with the metadata that its header must have now."""
+    is_single = contents.single_file is not None and not frozenset(contents.shards[0].names).isdisjoint(shard.names)
+    return replace(shard, more=None if is_single else contents.state.file_metadata)
+
+
+def _unchanged(candidates: Iterable[UnchangedShard], frozen: frozenset[str], comparison: Comparison) -> list[UnchangedShard]:
     """Those of ``candidates`` all of whose tensors have their stored checksums now. Raises TransferFault."""
-    left: list[tuple[UnchangedShard, list[tuple[int, StoredTensor, ByteSource]]]] = []
+    left: list[tuple[UnchangedShard, list[Stored]]] = []
     for shard in candidates:
-        rows = sorted(zip(shard.sums, shard.planned.layout.tensors, shard.planned.pieces), key=lambda row: row[1].nbytes)
-        known = [_known_sum(tensor, piece, assumed) for _, tensor, piece in rows]
-        if all(found in (None, row[0]) for found, row in zip(known, rows)):
+        rows = list(map(Stored, shard.sums, shard.planned.layout.tensors, shard.planned.pieces))
+        rows.sort(key=lambda row: row.tensor.nbytes)
+        known = [comparison.known(row) for row in rows]
+        if all(found in (None, row.checksum) for found, row in zip(known, rows)):
             left.append((shard, [row for found, row in zip(known, rows) if found is None]))
     bound = _FIRST_BYTES
     while any(rows for _, rows in left):
-        batch: list[list[tuple[int, StoredTensor, ByteSource]]] = []
+        batch: list[list[Stored]] = []
         for shard, rows in left:
             is_frozen = frozen.issuperset(shard.planned.names)
             taken, length = 0, 0
-            while taken < len(rows) and (is_frozen or not taken or length + rows[taken][1].nbytes <= bound):
-                length += rows[taken][1].nbytes
+            while taken < len(rows) and (is_frozen or not taken or length + rows[taken].tensor.nbytes <= bound):
+                length += rows[taken].tensor.nbytes
                 taken += 1
             batch.append(rows[:taken])
             del rows[:taken]
-        sums = _sums([(tensor, piece) for rows in batch for _, tensor, piece in rows], watch)
-        left = [one for one, rows in zip(left, batch) if all(sums[tensor.name] == stored for stored, tensor, _ in rows)]
+        left = [one for one, equal in zip(left, comparison.equal(batch)) if equal]
         bound *= 8
     return [shard for shard, _ in left]
-
-
-def _known_sum(tensor: StoredTensor, piece: ByteSource, assumed: Mapping[str, FrozenMemory]) -> int | None:
-    """The checksum of what would be written, if that needs no pass over its memory."""
-    known: int | None = getattr(piece, "crc", None)  # a copy in memory was summed when it was made
-    if known is None and tensor.name in assumed:
-        known = sum_when_saved(assumed[tensor.name])
-    return known if tensor.nbytes else 0
-
-
-def _sums(stored: Sequence[_Stored], watch: Watch) -> dict[str, int]:
-    """The checksum of each tensor as it is in memory now, by name. Raises TransferFault."""
-    (layout,) = pack([tensor for tensor, _ in stored], None)  # in an order in which no element is cut
-    pieces = {tensor.name: piece for tensor, piece in stored}
-    names = [tensor.name for tensor in layout.tensors]
-    transfer = engine.gather(
-        data_blocks([(layout, 0)]),
-        [pieces[name] for name in names],
-        workers=watch.workers,
-        tick=lambda done: watch.check(),
-    )
-    return dict(zip(names, transfer.sums))
 
 
 def _is_intact(earlier: EarlierCheckpoint, shard: UnchangedShard, every: int, watch: Watch, damage: list[str]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from functools import partial
 from typing import NamedTuple
@@ -16,12 +16,12 @@ from shardsave._engine.totals import Totals
 from shardsave._format.crc64 import crc64
 from shardsave._format.file_names import DIRECTORY_INDEX, PART_TENSORS
 from shardsave._format.index import FileRecord, Part, ShardRecord
+from shardsave._saving.comparison import Comparison
 from shardsave._saving.contents import Contents, PlannedDirectory
-from shardsave._saving.frozen import remember
 from shardsave._saving.job import ALONE, Committed, Job, Names, Prepared, Written
 from shardsave._saving.reuse import Reuse as Reuse
 from shardsave._saving.reuse import Unchanged, find_unchanged, take_over
-from shardsave._saving.shards import ShardWriter, UnchangedShard
+from shardsave._saving.shards import PlannedShard, ShardWriter, UnchangedShard
 from shardsave._saving.watch import UNWATCHED as UNWATCHED
 from shardsave._saving.watch import Watch as Watch
 from shardsave._storage.transaction import Transaction
@@ -73,23 +73,25 @@ def write_checkpoint(
     transaction = Transaction(directory, durable=durable, lock_timeout=lock_timeout, waiting=watch.check)
     lead = _Lead(transaction, contents, watch, reuse, locked)
     with closing(transaction), job.files(transaction) as files:
-        contents, _, taken, notes = prepared = job.prepare(contents, lead.prepare)
+        frozen = reuse.frozen if reuse is not None else {}
+        prepared = job.prepare(contents, lead.prepare, frozen, watch)
+        contents, taken = prepared.contents, prepared.taken
         with job.share(prepared.to_write, prepared.documents) as share:
             whole_sums = contents.single_file is not None
             writer = ShardWriter(files, share.shards, watch, durable=durable, whole_sums=whole_sums, supply=share.supply)
             writer.reserve()
             own = [*share.shards.values(), *share.apart.values()]
-            progress.expect(sum(shard.layout.data_bytes for shard in own) + _taken_bytes(taken))
+            progress.expect(_bytes_of(own) + _bytes_of(shard.planned for shard in lead.taken.values()))
             job.stage(lead.stage)
             planned = time.perf_counter()
-            writer.add_taken(taken, progress)
+            writer.add_taken(lead.taken, progress)
             writer.write(progress)
             writer.write_apart(share.apart, share.documents, progress)
         written = job.collect(Written(writer.records, writer.file_records, writer.totals))
         transferred = time.perf_counter()
         committed = job.commit(partial(lead.commit, written, durable=durable))
     if reuse is not None:
-        remember(reuse.frozen, writer.sums_of(reuse.frozen))
+        job.remember(frozen, writer.sums_of)
     tensors, directory_bytes, outcome, totals = committed
     return WriteOutcome(
         tensors=tensors,
@@ -101,14 +103,14 @@ def write_checkpoint(
             commit=time.perf_counter() - transferred,
         ),
         totals=totals,
-        notes=tuple(dict.fromkeys([*notes, *totals.notes, *outcome.notes, *outcome.warnings])),
+        notes=tuple(dict.fromkeys([*prepared.notes, *totals.notes, *outcome.notes, *outcome.warnings])),
         removed=outcome.removed,
         leftovers=outcome.leftovers,
         warnings=outcome.warnings,
         directory_bytes=directory_bytes,
         taken=tuple(taken),
-        bytes_written=sum(shard.layout.data_bytes for shard in prepared.to_write.values()) + _bytes_of_others(contents),
-        bytes_reused=_taken_bytes(taken),
+        bytes_written=_bytes_of(prepared.to_write.values()) + _bytes_of_others(contents),
+        bytes_reused=_bytes_of(taken.values()),
     )
 
 
@@ -117,12 +119,15 @@ def _bytes_of_others(contents: Contents) -> int:
     return sum(other.data_bytes for directory in contents.directories for other in directory.others.values())
 
 
-def _taken_bytes(taken: Mapping[str, UnchangedShard]) -> int:
-    return sum(shard.planned.layout.data_bytes for shard in taken.values())
+def _bytes_of(shards: Iterable[PlannedShard]) -> int:
+    return sum(shard.layout.data_bytes for shard in shards)
 
 
 class _Lead:
-    """What one process does for a whole save, in three steps. The transaction is entered."""
+    """What one process does for a whole save, in three steps. The transaction is entered.
+
+    ``taken``: the shards that it has taken over from an earlier checkpoint, by name.
+    """
 
     def __init__(
         self,
@@ -138,16 +143,33 @@ class _Lead:
         self._watch = watch
         self._reuse = reuse
         self._companions: dict[str, FileRecord] = {}
+        self.taken: Mapping[str, UnchangedShard] = {}
 
-    def prepare(self) -> Prepared:
+    def prepare(self, comparison: Comparison) -> Prepared:
         """Names all files, stages the shards that need not be written, and checks that there is room for the others."""
         if self._locked is not None:
             self._locked()
         self._transaction.check_not_read(self._contents.state.files)
-        self._prepared = prepared = _take_over(self._transaction, self._contents, self._reuse, self._watch)
-        reserved = prepared.contents.reserved_bytes - sum(one.planned.reserved_bytes for one in prepared.taken.values())
+        self._prepared = prepared = self._take_over(comparison)
+        reserved = prepared.contents.reserved_bytes - sum(shard.reserved_bytes for shard in prepared.taken.values())
         self._transaction.check_space(reserved)
         return prepared
+
+    def _take_over(self, comparison: Comparison) -> Prepared:
+        """Names all files, and stages the shards that need not be written."""
+        transaction, contents, reuse = self._transaction, self._contents, self._reuse
+        unchanged = Unchanged()
+        if reuse is not None:
+            unchanged = find_unchanged(transaction, contents, reuse, comparison, self._watch)
+        with closing(unchanged):
+            kept = [shard.planned for shard in unchanged.shards]
+            contents = contents.keeping(kept)
+            names = _name_files(transaction, contents)
+            shards = dict(zip(names.shards, contents.shards))
+            every = reuse.recheck_every if reuse is not None else 1
+            self.taken, more = take_over(transaction, unchanged, shards, every, self._watch)
+        taken = {name: shard.planned for name, shard in self.taken.items()}
+        return Prepared(contents, names, taken, [*contents.notes, *unchanged.notes, *more], kept)
 
     def stage(self) -> None:
         """Stages the companions, and the directories of parts."""
@@ -157,7 +179,7 @@ class _Lead:
 
     def commit(self, written: Written, *, durable: bool) -> Committed:
         """Stages what belongs to the shards, which are all sealed, and commits."""
-        contents, names, taken, _ = self._prepared
+        contents, names = self._prepared.contents, self._prepared.names
         if contents.single_file is not None:
             self._transaction.add_second_name(names.shards[0], contents.single_file)
             self._companions[contents.single_file] = written.file_records[names.shards[0]]
@@ -171,22 +193,10 @@ class _Lead:
                 self._companions,
                 durable=durable,
                 supersedes=self._transaction.supersedes,
-                shared=[*taken],
+                shared=[*self.taken],
             )
         outcome = self._transaction.commit(index, attempt=self._watch.attempt_commit)
         return Committed(len(index.weight_map), directory_bytes, outcome, written.totals)
-
-
-def _take_over(transaction: Transaction, contents: Contents, reuse: Reuse | None, watch: Watch) -> Prepared:
-    """Names all files, and stages the shards that need not be written."""
-    unchanged = find_unchanged(transaction, contents, reuse, watch) if reuse is not None else Unchanged()
-    with closing(unchanged):
-        contents = contents.keeping([shard.planned for shard in unchanged.shards])
-        names = _name_files(transaction, contents)
-        shards = dict(zip(names.shards, contents.shards))
-        every = reuse.recheck_every if reuse is not None else 1
-        taken, more = take_over(transaction, unchanged, shards, every, watch)
-    return Prepared(contents, names, taken, [*contents.notes, *unchanged.notes, *more])
 
 
 def _name_files(transaction: Transaction, contents: Contents) -> Names:

@@ -54,6 +54,11 @@ def is_distributed(tensor: torch.Tensor) -> bool:
     return type(tensor) not in PLAIN_TYPES and _is_distributed_class(type(tensor))
 
 
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The elements of ``tensor`` in this process: ``tensor`` itself, unless it is a DTensor."""
+    return tensor._local_tensor if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+
+
 def is_parameter(tensor: torch.Tensor) -> bool:
     """Whether a plain or a distributed tensor is a Parameter."""
     # torch marks Parameters of other classes with this attribute; `isinstance` looks for it too, but ten times more slowly.

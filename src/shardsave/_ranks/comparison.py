@@ -1,0 +1,161 @@
+"""Compares the tensors of a job with the checksums of an earlier checkpoint: each rank sums what it has, and the parts are joined.
+
+Rank 0 knows the checksums and asks; the others answer. Of each shard, a rank tells one number: the sum of what its boxes add to the raw
+checksums of the tensors, each multiplied by a factor of its own. Nothing else is exchanged.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from shardsave._common.gc_pause import gc_paused
+from shardsave._common.layouts import Extent, Layout, Shared, without
+from shardsave._common.sources import ByteSource, TensorSource
+from shardsave._common.spread import Spread
+from shardsave._format.crc64 import raw_sums_of
+from shardsave._ranks.box_sums import Part, Runs, box_sums, runs_of
+from shardsave._ranks.joined_sums import factors, times
+from shardsave._ranks.replicas import shared, view_of
+from shardsave._ranks.talk import Session
+from shardsave._saving.comparison import Stored
+from shardsave._saving.contents import Contents
+from shardsave._saving.frozen import FrozenMemory, remember, sum_when_saved
+from shardsave._saving.watch import Watch
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Sums = NDArray[np.uint64]
+
+
+class AmongRanks:
+    """The comparison of all ranks of ``session``, which make it from equal ``contents``. ``frozen``: name → memory of this rank that may be
+    assumed to be unchanged. ``ask``: tells the other ranks, which call `answer` with what they were told.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        contents: Contents,
+        frozen: Mapping[str, FrozenMemory],
+        watch: Watch,
+        ask: Callable[[bytes], object],
+    ) -> None:
+        self._session = session
+        self._stored = [pair for shard in contents.shards for pair in zip(shard.layout.tensors, shard.pieces)]
+        self._frozen = frozen
+        self._watch = watch
+        self._ask = ask
+        self._numbers: dict[str, int] = {}  # where this rank leads
+        self._sums: dict[str, int] = {}  # name in ``frozen`` → what this rank adds
+
+    def known(self, stored: Stored) -> int | None:
+        """None: no rank knows the checksum of a whole tensor."""
+        return None
+
+    def equal(self, lists: Sequence[Sequence[Stored]]) -> list[bool]:
+        """As `Comparison.equal`. Called on rank 0 alone."""
+        if not self._numbers:
+            self._numbers = {tensor.name: number for number, (tensor, _) in enumerate(self._stored)}
+        numbers = [[self._numbers[stored.tensor.name] for stored in row] for row in lists]
+        self._ask(zlib.compress(json.dumps(numbers).encode(), 1))
+        found = self._gathered(numbers)
+        assert found is not None
+        rows = [stored for row in lists for stored in row]
+        checksums = np.array([stored.checksum for stored in rows], np.uint64)
+        wanted = _combined(numbers, raw_sums_of(checksums, np.array([stored.tensor.nbytes for stored in rows], np.int64)))
+        return (found == wanted).tolist()  # type: ignore[no-any-return]
+
+    def answer(self, question: bytes) -> None:
+        """Tells rank 0 what this rank has of the tensors that it asks for. Raises as `Comparison.equal`."""
+        self._gathered(json.loads(zlib.decompress(question)))
+
+    def remember(self) -> None:
+        """Notes what the frozen parameters had, once it is saved."""
+        remember(self._frozen, self._sums)
+
+    def _gathered(self, numbers: Sequence[Sequence[int]]) -> Sums | None:
+        """One number for each shard, joined from all ranks; ``numbers``: of its tensors. None where this rank does not lead."""
+        mine = _combined(numbers, self._sums_of([number for row in numbers for number in row]))
+        gathered = self._session.gather("sums of shards", mine.astype("<u8").tobytes())
+        if gathered is None:
+            return None
+        joined: Sums = np.bitwise_xor.reduce([np.frombuffer(one, "<u8").astype(np.uint64) for one in gathered], axis=0)
+        return joined
+
+    def _sums_of(self, numbers: Sequence[int]) -> Sums:
+        """What this rank adds to the raw sum of each tensor."""
+        total = np.zeros(len(numbers), np.uint64)
+        parts: list[Part] = []
+        places: list[int] = []
+        assumed: dict[str, int] = {}  # name → the place of a sum that may be remembered
+        with gc_paused():
+            for place, number in enumerate(numbers):
+                tensor, piece = self._stored[number]
+                given = self._given(number, piece)
+                memory = self._frozen.get(tensor.name)
+                if memory is not None and not _is_local(piece, given):
+                    memory = None
+                if memory is not None:
+                    known = sum_when_saved(memory)
+                    if known is not None:
+                        total[place] = self._sums[tensor.name] = known
+                        continue
+                    assumed[tensor.name] = place
+                parts += given
+                places += [place] * len(given)
+        if parts:
+            np.bitwise_xor.at(total, places, box_sums(parts, self._watch.workers, self._watch.check))
+        self._sums.update((name, int(total[place])) for name, place in assumed.items())
+        return total
+
+    def _given(self, number: int, piece: ByteSource) -> list[Part]:
+        """What this rank sums of a tensor, so that of each element one rank sums it. Replicas take turns from tensor to tensor."""
+        rank = self._session.rank
+        if not isinstance(piece, Spread):  # rank 0 writes it
+            return [Part(piece, Runs(piece.nbytes, (), 0), getattr(piece, "crc", None))] if rank == 0 else []
+        parts = []
+        for holders, box, runs in _boxes(piece.layout, rank, piece.dtype.itemsize):
+            if holders[number % len(holders)] == rank:
+                tensor = view_of(piece.local, box)
+                parts.append(Part(TensorSource(tensor, piece.dtype), runs, piece.sum_of(tensor)))
+        return parts
+
+
+class _Box(NamedTuple):
+    """A box that each of ``holders`` has, and its bytes in the tensor."""
+
+    holders: Sequence[int]
+    box: Extent
+    runs: Runs
+
+
+@lru_cache(maxsize=4096)
+def _boxes(layout: Layout, rank: int, itemsize: int) -> Sequence[_Box]:
+    """What ``rank`` has of a tensor: what it alone has, and what others have too."""
+    alike = shared(layout, rank)
+    others = [box for _, box in alike]
+    own = [Shared((rank,), part) for box in layout.boxes(rank) for part in without(box, others)]
+    return [_Box(holders, box, runs_of(layout.shape, itemsize, box)) for holders, box in (*own, *alike)]
+
+
+def _is_local(piece: ByteSource, parts: Sequence[Part]) -> bool:
+    """Whether ``parts`` are all that this rank has of ``piece``, in one tensor."""
+    if not isinstance(piece, Spread) or len(piece.local) != 1 or len(parts) != 1:
+        return False
+    source = parts[0].source
+    return isinstance(source, TensorSource) and source.tensor is piece.local[0].tensor
+
+
+def _combined(numbers: Sequence[Sequence[int]], sums: Sums) -> Sums:
+    """One number for each list of tensors, from the ``sums`` of all of them."""
+    products = times(sums, factors(np.array([number for row in numbers for number in row], np.uint64)))
+    total = np.zeros(len(numbers), np.uint64)
+    np.bitwise_xor.at(total, np.repeat(np.arange(len(numbers)), [len(row) for row in numbers]), products)
+    return total
