@@ -5,6 +5,7 @@ Method: each scenario of ``faults/scenarios.py`` runs in a process of its own wi
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections import Counter
@@ -17,20 +18,31 @@ from faults.running import ENGINES, run_beneath, trials
 
 pytestmark = pytest.mark.slow
 
+#: The commit is the same whatever the engine: every fate meets it once, the slices go where the calls before it differ.
+EVERY_FATE = os.environ.get("SHARDSAVE_SAVE_FATES") == "all"
+
+
+def fates(every: str, some: str, whole: bool = False) -> str:
+    """The scenarios: ``every`` with ``whole``, or with SHARDSAVE_SAVE_FATES=all; ``some`` otherwise."""
+    return every if whole or EVERY_FATE else some
+
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("before", ["first", "overwrite"])
 def test_each_call_of_a_save(beneath: Path, memory: Path, before: str, engine: str) -> None:
     """Catches any call whose failure is swallowed, leaks something, tears a checkpoint, leaves litter or is not reported; and any
     moment at which a kill or Ctrl-C leaves neither the old nor the new checkpoint."""
-    scenarios = "save_fails,save_loses_its_disk,save_is_killed,save_is_interrupted"
+    every = "save_fails,save_loses_its_disk,save_is_killed,save_is_interrupted"
+    some = "slice_fails,save_loses_its_disk,killed_at_each_call,training_is_interrupted"
+    scenarios = fates(every, some, whole=(engine, before) == ("native", "overwrite"))
     assert trials(run_beneath(beneath, engine, ["-m", "faults.scenarios", scenarios, before, str(memory)])) >= 60
 
 
 @pytest.mark.parametrize("before", ["first", "overwrite"])
 def test_each_call_of_a_save_with_direct_io(beneath: Path, tmp_path: Path, before: str) -> None:
     """Catches the same on a disk, where direct I/O bypasses the page cache; a file system in memory has none."""
-    arguments = ["-m", "faults.scenarios", "direct_save_fails,save_is_killed", before, str(tmp_path)]
+    scenarios = fates("direct_save_fails,save_is_killed", "direct_save_fails,killed_at_each_call")
+    arguments = ["-m", "faults.scenarios", scenarios, before, str(tmp_path)]
     assert trials(run_beneath(beneath, "native", arguments)) >= 60
 
 
@@ -38,7 +50,9 @@ def test_each_call_of_a_save_with_direct_io(beneath: Path, tmp_path: Path, befor
 def test_each_call_of_a_save_with_a_config(beneath: Path, memory: Path, before: str) -> None:
     """Catches the same with a file of a fixed name beside the weights: half of it, the one of a save that was not committed, one of
     another save that no note reports, one of another save that the next save does not replace."""
-    arguments = ["-m", "faults.scenarios", "save_fails,save_is_killed,save_is_interrupted", before, str(memory)]
+    some = "slice_fails,save_is_killed,save_is_interrupted" if before == "overwrite" else "slice_fails,killed_at_each_call"
+    scenarios = fates("save_fails,save_is_killed,save_is_interrupted", some)
+    arguments = ["-m", "faults.scenarios", scenarios, before, str(memory)]
     assert trials(run_beneath(beneath, "native", arguments, kind="config")) >= 60
 
 
@@ -47,7 +61,9 @@ def test_each_call_of_a_save_with_a_config(beneath: Path, memory: Path, before: 
 def test_each_call_of_a_save_of_an_adapter(beneath: Path, memory: Path, before: str, engine: str) -> None:
     """Catches weights and config of two different adapters side by side that no note reports, half of one file, the one of a save
     that was not committed, and one that the next save does not replace."""
-    arguments = ["-m", "faults.scenarios", "slice_fails,save_is_killed,save_is_interrupted", before, str(memory)]
+    every = "slice_fails,save_is_killed,save_is_interrupted"
+    scenarios = fates(every, "slice_fails,killed_at_each_call", whole=(engine, before) == ("native", "overwrite"))
+    arguments = ["-m", "faults.scenarios", scenarios, before, str(memory)]
     assert trials(run_beneath(beneath, engine, arguments, kind="adapter")) >= 60
 
 
