@@ -60,7 +60,9 @@ class Job:
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if store_in == "agent" else None
         port = self._store.port if self._store is not None else _free_port()
         server = _SERVERS[libraries]
-        with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # the server does not get our path in another way
+        with mock.patch.dict(
+            os.environ, PYTHONPATH=os.pathsep.join(sys.path)
+        ):  # the server does not get our path in another way
             server.ensure_running()
         self._pipes: list[Connection] = []
         self.processes = []

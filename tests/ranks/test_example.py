@@ -86,7 +86,9 @@ def test_the_demonstration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     program, printed = EXAMPLES / "demo_ranks.py", []
 
     def in_place_of_torchrun(command: list[str], check: bool, env: dict[str, str]) -> None:
-        assert command[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"] and command[6] == str(program)
+        assert command[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"] and command[6] == str(
+            program
+        )
         printed.extend(run_ranks(int(command[5]), run_program, program, tmp_path, *command[7:], libraries=True))
 
     monkeypatch.chdir(tmp_path)
