@@ -235,8 +235,9 @@ def test_what_was_visible_is_intact(record: Record, judge: Judge) -> None:
 
 
 @one_in_short
-def test_after_a_killed_saver(record: Record, judge: Judge) -> None:
+def test_after_a_killed_saver(record: Record, judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a save that relies on, or cleans up, files that a dead saver had not made durable."""
+    monkeypatch.setenv("SHARDSAVE_POWER_STEP", os.environ.get("SHARDSAVE_POWER_STEP", "29"))
     for recording in sorted(record("killed_then_saved").iterdir()):
         assert not judge.violations(recording / "watched", phases_of(recording), [(), (), {1, 2, 3}], {3}), recording.name
 
