@@ -32,8 +32,8 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 
 #: Whether ranks begin with transformers and PEFT imported → the server from which they are forked, started by the first job.
 _SERVERS = {libraries: forkserver.ForkServer() for libraries in (False, True)}
-_SERVERS[False].set_forkserver_preload(["jobs_preload"])
-_SERVERS[True].set_forkserver_preload(["jobs_preload", "jobs_preload_libraries"])
+_SERVERS[False].set_forkserver_preload(["jobs_preload", "pytest"])
+_SERVERS[True].set_forkserver_preload(["jobs_preload", "pytest", "jobs_preload_libraries"])
 
 
 class Ended(NamedTuple):

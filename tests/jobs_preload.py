@@ -1,6 +1,5 @@
 """What every rank of a test needs: imported once by the server from which they are forked."""
 
-import pytest  # noqa: F401  what the modules of tests import
 import torch._dynamo  # takes seconds; torch imports it where a tensor is first distributed
 import torch.distributed.checkpoint
 import torch.distributed.device_mesh
