@@ -95,4 +95,4 @@ def layout(model: Any, adapter_only: bool) -> DiskLayout:
 
 def test_same_on_disk() -> None:
     """Catches a model whose class ``fully_shard`` changed and that no layout recognises, flags of frozen weights under an adapter, ties."""
-    run_ranks(2, same_on_disk, seconds=100, libraries=True)
+    run_ranks(2, same_on_disk, seconds=100)
