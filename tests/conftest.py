@@ -58,5 +58,6 @@ def small_model() -> nn.Module:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The tests of storage take minutes: they come first, so that at the end no worker waits for another."""
-    items.sort(key=lambda item: item.path.parent.name != "storage")
+    """Files that take minutes come first, those of storage before all, so that at the end no worker waits for another."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path.parent.name != "storage", item.path not in slow))

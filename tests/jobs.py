@@ -29,7 +29,11 @@ os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 SECONDS = 120.0
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["jobs_preload"])
+
+#: Whether ranks begin with transformers and PEFT imported → the server from which they are forked, started by the first job.
+_SERVERS = {libraries: forkserver.ForkServer() for libraries in (False, True)}
+_SERVERS[False].set_forkserver_preload(["jobs_preload", "pytest"])
+_SERVERS[True].set_forkserver_preload(["jobs_preload", "pytest", "jobs_preload_libraries"])
 
 
 class Ended(NamedTuple):
@@ -46,16 +50,20 @@ class Job:
     """A job of ``size`` processes that run ``function``. Ends them all when it is left.
 
     ``store_in``: who serves the store of the job: this process, as an agent of torchrun does, or ``"rank 0"``, so that it dies with it.
+    ``libraries``: whether each rank begins with transformers and PEFT imported, which takes seconds.
     """
 
-    def __init__(self, size: int, function: Callable[..., Any], *arguments: Any, store_in: str = "agent") -> None:
+    def __init__(
+        self, size: int, function: Callable[..., Any], *arguments: Any, store_in: str = "agent", libraries: bool = False
+    ) -> None:
         self.size = size
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if store_in == "agent" else None
         port = self._store.port if self._store is not None else _free_port()
+        server = _SERVERS[libraries]
         with mock.patch.dict(
             os.environ, PYTHONPATH=os.pathsep.join(sys.path)
         ):  # the server does not get our path in another way
-            forkserver.ensure_running()
+            server.ensure_running()
         self._pipes: list[Connection] = []
         self.processes = []
         for rank in range(size):
@@ -64,7 +72,8 @@ class Job:
                 target=_run_rank,
                 args=(rank, size, port, store_in != "agent" and rank == 0, theirs, list(sys.path), function, arguments),
             )
-            process.start()
+            with mock.patch.object(forkserver, "connect_to_new_process", server.connect_to_new_process):
+                process.start()
             theirs.close()
             self._pipes.append(ours)
             self.processes.append(process)
@@ -106,9 +115,11 @@ class Job:
             return Ended(exit_code=self.processes[rank].exitcode)
 
 
-def run_ranks(size: int, function: Callable[..., Any], *arguments: Any, seconds: float = SECONDS) -> list[Any]:
+def run_ranks(
+    size: int, function: Callable[..., Any], *arguments: Any, seconds: float = SECONDS, libraries: bool = False
+) -> list[Any]:
     """What ``function`` returned on each rank. Raises AssertionError with the traces if it raised on one of them."""
-    with Job(size, function, *arguments) as job:
+    with Job(size, function, *arguments, libraries=libraries) as job:
         ends = job.ended(seconds)
     failed = [f"rank {rank}: {end.trace or end}" for rank, end in enumerate(ends) if end.error or end.exit_code is not None]
     assert not failed, "\n".join(failed)

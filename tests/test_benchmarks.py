@@ -3,39 +3,44 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from support import ROOT, Compile
+from warm_scripts import WarmScripts
 
 pytestmark = pytest.mark.slow
 
 BENCHMARKS = ROOT / "benchmarks"
+MODULES = (
+    *("shardsave", "rivals.training", "rivals.background", "report", "models", "gpu", "torch._dynamo"),
+    *("torch.distributed.checkpoint", "transformers.models.llama.modeling_llama"),
+)
 
 
-def test_the_cpu_benchmark_and_its_report(tmp_path: Path, compiled: Compile) -> None:
+@pytest.fixture(scope="module")
+def scripts() -> Iterator[WarmScripts]:
+    """The scripts of the benchmark, in processes that need not import anything."""
+    warm = WarmScripts(BENCHMARKS, *MODULES)
+    yield warm
+    warm.close()
+
+
+def last_line(printed: str) -> Any:
+    """The figures that a script prints."""
+    return json.loads(printed.splitlines()[-1])
+
+
+def test_the_cpu_benchmark_and_its_report(tmp_path: Path, compiled: Compile, scripts: WarmScripts) -> None:
     """Catches a benchmark that fails or hides a failed operation, and a report that does not match the JSON."""
     raw = compiled("raw", [BENCHMARKS / "raw.c"], "-pthread")
     out = tmp_path / "out"
-    command = [
-        sys.executable,
-        str(BENCHMARKS / "run.py"),
-        "--raw",
-        str(raw),
-        "--out",
-        str(out),
-        "--size",
-        "20MB",
-        "--small",
-        "0",
-    ]
-    command += ["--turns", "1", "--loads", "into"]
+    options = ["--raw", raw, "--out", out, "--size", "20MB", "--small", "0", "--turns", "1", "--loads", "into"]
     for piece in ("limits", "torch.save, state dict"):
-        subprocess.run([*command, "--pieces", piece], check=True, capture_output=True)
+        scripts.run("run.py", *options, "--pieces", piece)
     results = json.loads((out / "results.json").read_text())
     samples = [sample for piece in results["pieces"].values() for sample in piece["samples"]]
     assert not [sample for sample in samples if "failed" in sample]
@@ -54,7 +59,7 @@ def test_the_cpu_benchmark_and_its_report(tmp_path: Path, compiled: Compile) -> 
     assert not (out / "data").exists()
 
     report = tmp_path / "RESULTS.md"
-    subprocess.run([sys.executable, str(BENCHMARKS / "report.py"), str(out / "results.json"), "--to", str(report)], check=True)
+    scripts.run("report.py", out / "results.json", "--to", report)
     text = report.read_text()
     assert "- safetensors: not measured yet" in text
     assert "| import shardsave" not in text  # not measured here, so not reported
@@ -63,29 +68,24 @@ def test_the_cpu_benchmark_and_its_report(tmp_path: Path, compiled: Compile) -> 
     assert all(f"plots/{path.name}" in text for path in (tmp_path / "plots").iterdir())
 
 
-def measured(size: int, tool: str, operation: str, folder: Path, *options: str) -> dict[str, Any]:
-    """What ``worker.py`` measures."""
-    command = [sys.executable, str(BENCHMARKS / "worker.py"), tool, operation, str(folder), str(size), "--training", *options]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return figures
-
-
 @pytest.mark.parametrize("tool", ["shardsave", "torch.save, state dict", "DCP"])
-def test_the_trainings(tmp_path: Path, tool: str) -> None:
+def test_the_trainings(tmp_path: Path, tool: str, scripts: WarmScripts) -> None:
     """Catches a tool that does not bring the optimizer back, and bytes of it that are not counted."""
-    saved = measured(20_000_000, tool, "save", tmp_path / "saved")
-    loaded = measured(20_000_000, tool, "into", tmp_path / "saved", "--check")
+
+    def measured(operation: str, *options: str) -> dict[str, Any]:
+        printed = scripts.run("worker.py", tool, operation, tmp_path / "saved", 20_000_000, "--training", *options)
+        figures: dict[str, Any] = last_line(printed)
+        return figures
+
+    saved, loaded = measured("save"), measured("into", "--check")
     assert saved["bytes"] == loaded["bytes"] > 9_000_000 and loaded["bytes"] / 2 < loaded["new_bytes"] < loaded["bytes"]
 
 
 @pytest.mark.parametrize("way", ["shardsave, ring", "torch.save on a thread"])
-def test_a_training_loop(tmp_path: Path, way: str) -> None:
+def test_a_training_loop(tmp_path: Path, way: str, scripts: WarmScripts) -> None:
     """Catches a way to save that fails beside a training, or that saves another moment than that of the call."""
     options = ["--steps", "2", "--saves", "2", "--check"]
-    command = [sys.executable, str(BENCHMARKS / "loop.py"), way, str(tmp_path / "loop"), "12000000", *options]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    result = json.loads(done.stdout.splitlines()[-1])
+    result = last_line(scripts.run("loop.py", way, tmp_path / "loop", 12_000_000, *options))
     assert result["bytes"] > 9_000_000 and len(result["saves"]) == 2
     for save in result["saves"]:
         assert 0 < save["stall"] <= save["staged"] <= save["finished"] <= save["total"] and len(save["steps"]) >= 2
@@ -109,7 +109,7 @@ def recorded(way: str, turn: int, lost: float, **changes: Any) -> dict[str, Any]
     return sample | {"durable": not way.startswith("torch_"), "keeps": "a copy", "wall": 1.0, "saves": saves}
 
 
-def test_the_report_of_training_loops(tmp_path: Path) -> None:
+def test_the_report_of_training_loops(tmp_path: Path, scripts: WarmScripts) -> None:
     """Catches first saves that count, ratios of different turns, a failure that is hidden, and a missed goal that is called reached."""
     samples = [recorded("shardsave, ring", turn, lost, peak_extra=67e6) for turn, lost in enumerate((0.1, 0.2, 0.4))]
     samples += [recorded("DCP async_save, thread", turn, lost) for turn, lost in enumerate((1.0, 1.0, 4.0))]
@@ -123,8 +123,7 @@ def test_the_report_of_training_loops(tmp_path: Path) -> None:
     results |= {"pieces": {"loop": {"minutes": 1, "samples": samples}}}
     (tmp_path / "results.json").write_text(json.dumps(results))
     report = tmp_path / "RESULTS.md"
-    command = [sys.executable, str(BENCHMARKS / "report.py"), str(tmp_path / "results.json"), "--to", str(report)]
-    subprocess.run(command, check=True, capture_output=True)
+    scripts.run("report.py", tmp_path / "results.json", "--to", report)
     rows = {line.split(" | ")[0].lstrip("| "): line for line in report.read_text().splitlines() if line.startswith("| ")}
     assert "1.21 × (8.0 ms against 6.6 ms)" in rows["save_async, ring: stall"]
     text = report.read_text()
@@ -149,7 +148,7 @@ def test_the_report_of_training_loops(tmp_path: Path) -> None:
 
 
 STAND_IN = """
-import sys, torch, gpu
+import torch, gpu
 torch.cuda.is_available = lambda: True
 torch.cuda.synchronize = lambda: None
 torch.cuda.get_device_name = lambda: "a processor"
@@ -158,12 +157,11 @@ gpu.main()
 """
 
 
-def test_the_gpu_benchmark(tmp_path: Path) -> None:
+def test_the_gpu_benchmark(tmp_path: Path, scripts: WarmScripts) -> None:
     """Catches a benchmark that would fail on a GPU, which the CPU stands in for, and a directory that is not removed."""
-    file = tmp_path / "figures.json"
-    command = [sys.executable, "-c", STAND_IN, str(tmp_path / "scratch"), "20000000", "--to", str(file), "--loop"]
-    done = subprocess.run(command, cwd=BENCHMARKS, check=True, capture_output=True, text=True)
-    values = json.loads(done.stdout.splitlines()[-1])
+    file, program = tmp_path / "figures.json", tmp_path / "stand_in.py"
+    program.write_text(STAND_IN)
+    values = last_line(scripts.run(str(program), tmp_path / "scratch", 20_000_000, "--to", file, "--loop"))
     assert json.loads(file.read_text()) == values
     rates = {"device_to_host", "host_to_device", "save_to_cache", "load_warm", "save_durable", "load_cold"}
     assert values["loop"]["no save"]["step"] > 0
@@ -172,9 +170,8 @@ def test_the_gpu_benchmark(tmp_path: Path) -> None:
     assert not list((tmp_path / "scratch").iterdir())
 
 
-def test_whole_models(tmp_path: Path) -> None:
+def test_whole_models(tmp_path: Path, scripts: WarmScripts) -> None:
     """Catches a model of torch.nn or transformers that is not built as it was saved."""
-    command = [sys.executable, str(BENCHMARKS / "models.py"), "--only", "torch", "--only", "transformers"]
-    subprocess.run([*command, "--to", str(tmp_path / "models.md")], check=True, capture_output=True)
+    scripts.run("models.py", "--only", "torch", "--only", "transformers", "--to", tmp_path / "models.md")
     table = (tmp_path / "models.md").read_text()
     assert "10 of 10 are equal." in table and "19 of 19 are equal." in table, table

@@ -3,41 +3,50 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from support import ROOT, Compile
+from warm_scripts import WarmScripts
 
 pytestmark = pytest.mark.slow
 
 BENCHMARKS = ROOT / "benchmarks"
+MODULES = (
+    *("ranks", "rank_zero", "rank_costs", "report", "transformers.models.llama.modeling_llama", "torch._dynamo"),
+    *("torch.distributed.fsdp", "torch.distributed.checkpoint", "shardsave._ranks.save_job", "shardsave._ranks.session"),
+)
 
 
-def measured(tool: str, operation: str, folder: Path, *options: str) -> dict[str, Any]:
-    """What ``ranks.py`` measures."""
-    command = [sys.executable, str(BENCHMARKS / "ranks.py"), tool, operation, str(folder), "8000000", *options]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return figures
+@pytest.fixture(scope="module")
+def scripts() -> Iterator[WarmScripts]:
+    """The scripts of the benchmark, in processes that need not import anything."""
+    warm = WarmScripts(BENCHMARKS, *MODULES)
+    yield warm
+    warm.close()
+
+
+def last_line(printed: str) -> Any:
+    """The figures that a script prints."""
+    return json.loads(printed.splitlines()[-1])
 
 
 @pytest.mark.parametrize("tool", ["shardsave", "DCP, .distcp"])
-def test_ranks_that_save_and_load(tmp_path: Path, tool: str) -> None:
+def test_ranks_that_save_and_load(tmp_path: Path, tool: str, scripts: WarmScripts) -> None:
     """Catches a tool that fails on ranks or loads other values than it saved, and figures that are missing or cannot be true."""
-    saved = measured(tool, "save", tmp_path / "saved")
-    loaded = measured(tool, "load", tmp_path / "saved", "--ranks", "2", "--check")
+    saved = last_line(scripts.run("ranks.py", tool, "save", tmp_path / "saved", 8_000_000))
+    loaded = last_line(scripts.run("ranks.py", tool, "load", tmp_path / "saved", 8_000_000, "--ranks", 2, "--check"))
     assert saved["bytes"] == loaded["bytes"] > 7_000_000 and sum(saved["parts"]) == sum(loaded["parts"]) == saved["bytes"]
     assert saved["disk"] >= saved["bytes"] and saved["written"] >= saved["bytes"] and 0 < saved["wall"] <= saved["wall_synced"]
     assert len(saved["peaks"]) == 4 and len(loaded["peaks"]) == 2 and saved["cpu"] > 0
 
 
-def test_saves_in_the_background(tmp_path: Path) -> None:
+def test_saves_in_the_background(tmp_path: Path, scripts: WarmScripts) -> None:
     """Catches a stall that is not measured on every rank."""
-    figures = measured("shardsave", "stall", tmp_path / "saved")
+    figures = last_line(scripts.run("ranks.py", "shardsave", "stall", tmp_path / "saved", 8_000_000))
     assert len(figures["stall"]) == len(figures["memcpy"]) == 12 and min(figures["stall"] + figures["memcpy"]) > 0
 
 
@@ -53,29 +62,16 @@ def test_processes_that_measure_a_limit(tmp_path: Path, compiled: Compile, monke
     assert together([["/bin/false"], ["/bin/true"]])["failed"]
 
 
-def test_rank_zero_of_many(tmp_path: Path) -> None:
+def test_rank_zero_of_many(tmp_path: Path, scripts: WarmScripts) -> None:
     """Catches a simulation whose messages are no longer those of a real save, and one that counts nothing."""
-    command = [
-        sys.executable,
-        str(BENCHMARKS / "rank_zero.py"),
-        str(tmp_path / "saved"),
-        "50",
-        "--seconds",
-        "1",
-        "--layers",
-        "1",
-    ]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    figures = json.loads(done.stdout.splitlines()[-1])["50"]
+    figures = last_line(scripts.run("rank_zero.py", tmp_path / "saved", 50, "--seconds", 1, "--layers", 1))["50"]
     assert figures["tensors"] == 11 and figures["shards"] > 1 and "11 tensors" in figures["report"]
     assert 5_000 < figures["received"] < 100_000 and figures["sent"] > 5_000 and 0 < figures["processor"] < figures["wall"]
 
 
-def test_very_many_tensors(tmp_path: Path) -> None:
+def test_very_many_tensors(tmp_path: Path, scripts: WarmScripts) -> None:
     """Catches a measurement of many tensors on ranks that fails."""
-    command = [sys.executable, str(BENCHMARKS / "rank_costs.py"), str(tmp_path / "saved"), "100"]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    figures = json.loads(done.stdout.splitlines()[-1])
+    figures = last_line(scripts.run("rank_costs.py", tmp_path / "saved", 100))
     assert figures["tensors"] == 100 and len(figures["first"]) == 4 and len(figures["second"]) == 8 and min(figures["load"]) > 0
 
 
@@ -85,7 +81,7 @@ def recorded(tool: str, operation: str, turn: int, wall: float, **changes: Any) 
     return sample | {"read_from_disk": 10**9} | changes
 
 
-def test_the_report_of_ranks(tmp_path: Path) -> None:
+def test_the_report_of_ranks(tmp_path: Path, scripts: WarmScripts) -> None:
     """Catches ratios of different turns, samples of ranks that are taken for those of one process, and a failure that is hidden."""
     samples = []
     for turn, wall in enumerate((1.0, 2.0, 4.0)):
@@ -108,8 +104,7 @@ def test_the_report_of_ranks(tmp_path: Path) -> None:
     results = {"size": 10**9, "small": 0, "ranks": 10**9, "turns": 3, "ways": None, "not_run": {}, "left": [], "bytes": 10**9}
     (tmp_path / "results.json").write_text(json.dumps(results | {"costs": costs, "machine": machine, "pieces": pieces}))
     report = tmp_path / "RESULTS.md"
-    command = [sys.executable, str(BENCHMARKS / "report.py"), str(tmp_path / "results.json"), "--to", str(report)]
-    subprocess.run(command, check=True, capture_output=True)
+    scripts.run("report.py", tmp_path / "results.json", "--to", report)
     text = report.read_text()
     processes = "by the same number of processes"
     for row in (

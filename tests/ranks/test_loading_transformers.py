@@ -52,7 +52,7 @@ def test_transformers(name: str, tmp_path: Path) -> None:
     model = tiny(name)
     model.save_pretrained(tmp_path / "plain", max_shard_size="50KB")
     shardsave.save(model, tmp_path / "ours", durable=False)
-    run_ranks(RANKS, load_transformer, str(tmp_path), name)
+    run_ranks(RANKS, load_transformer, str(tmp_path), name, libraries=True)
 
 
 def adapted(seed: int) -> Any:
@@ -81,4 +81,4 @@ def test_adapters(tmp_path: Path) -> None:
     """Catches an adapter that does not reach a sharded PEFT model, and frozen parameters that thaw."""
     shardsave.save(adapted(seed=0), tmp_path / "whole", durable=False)
     shardsave.save(adapted(seed=0), tmp_path / "adapter", adapter_only=True, durable=False)
-    run_ranks(RANKS, load_adapter, str(tmp_path))
+    run_ranks(RANKS, load_adapter, str(tmp_path), libraries=True)

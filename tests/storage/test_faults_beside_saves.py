@@ -10,6 +10,8 @@ from faults.running import ENGINES, run_beneath, trials
 
 pytestmark = pytest.mark.slow
 
+SINGLE_FILE = ("-m", "storage.remembering", "single_file")
+
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_each_call_of_a_load(beneath: Path, tmp_path: Path, engine: str) -> None:
@@ -22,22 +24,22 @@ def test_each_call_of_a_load(beneath: Path, tmp_path: Path, engine: str) -> None
 @pytest.mark.parametrize("before", ["first", "overwrite"])
 def test_each_call_of_a_conversion(beneath: Path, memory: Path, before: str) -> None:
     """Catches a torn file, a scratch file that stays for good, and a descriptor that stays open."""
-    arguments = ["-m", "faults.single_file", "file_is_interrupted,file_is_killed", before, str(memory)]
+    arguments = [*SINGLE_FILE, "file_is_interrupted,file_is_killed", before, str(memory)]
     assert trials(run_beneath(beneath, "native", arguments)) >= 40
 
 
 @pytest.mark.parametrize(("scenario", "before"), [("file_fails", "first"), ("file_slice_fails", "overwrite")])
 def test_each_failing_call_of_a_conversion(beneath: Path, memory: Path, scenario: str, before: str) -> None:
     """Catches a failure that is swallowed or reported as another, and a file that is changed although the error says it is not."""
-    assert trials(run_beneath(beneath, "native", ["-m", "faults.single_file", scenario, before, str(memory)])) >= 40
+    assert trials(run_beneath(beneath, "native", [*SINGLE_FILE, scenario, before, str(memory)])) >= 40
 
 
 def test_each_call_of_a_clean(beneath: Path, memory: Path) -> None:
     """Catches a `clean` that damages the checkpoint when it fails or ends halfway, and one that the next `clean` cannot finish."""
-    assert trials(run_beneath(beneath, "native", ["-m", "faults.single_file", "clean_meets", "overwrite", str(memory)])) >= 10
+    assert trials(run_beneath(beneath, "native", [*SINGLE_FILE, "clean_meets", "overwrite", str(memory)])) >= 10
 
 
 def test_each_call_of_a_clean_with_a_training_state(beneath: Path, memory: Path) -> None:
     """Catches the same for the directory of a training state that a killed saver had moved to its final name."""
-    arguments = ["-m", "faults.single_file", "clean_meets_training", "overwrite", str(memory)]
+    arguments = [*SINGLE_FILE, "clean_meets_training", "overwrite", str(memory)]
     assert trials(run_beneath(beneath, "native", arguments, kind="training")) >= 20
