@@ -20,7 +20,7 @@ from test_shipping import columns, planned
 
 from jobs import Job, run_ranks
 from shardsave._common.assembled import Chunk
-from shardsave._ranks import session as sessions
+from shardsave._ranks import begin as sessions
 from shardsave._ranks.shipping import Shipping
 
 HOSTS = {"one host": (0, 0, 0, 0), "four hosts": (0, 1, 2, 3)}

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from shardsave._api.process_group import collective_group
+from shardsave._api.rank_timeouts import PHASE_TIMEOUT, RANK_TIMEOUT, seconds
 from shardsave._common.imports import import_at_use
 from shardsave._saving.contents import Contents
 from shardsave._saving.job import ALONE, Job
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from shardsave._state.module import Source
-
-#: For a meeting, if the argument cannot be one: all ranks are to learn that it is wrong.
-_RANK_TIMEOUT = 120.0
 
 
 @contextmanager
@@ -33,6 +31,7 @@ def job_of_save(
     *,
     durable: bool,
     rank_timeout: float,
+    phase_timeout: float,
     on_divergence: Literal["raise", "lowest_rank"],
     verb: str = "save to",
     apart: str = "",
@@ -49,35 +48,45 @@ def job_of_save(
         yield ALONE
         return
     import_at_use("shardsave._ranks.save_job")  # most saves are by one process
-    from shardsave._ranks.failures import StoreLost
-    from shardsave._ranks.save_job import JobFailed, SaveJob
-    from shardsave._ranks.session import begin
+    from shardsave._ranks.begin import session_of
+    from shardsave._ranks.save_job import SaveJob
 
-    seconds = _seconds(rank_timeout)
     where = os.fspath(directory) if isinstance(directory, (str, os.PathLike)) else repr(directory)
-    try:
-        with begin(group, verb, where, rank_timeout=seconds, usual=JobFailed, apart=apart) as session:
-            yield SaveJob(session, session.names, where, durable=durable, on_divergence=on_divergence)
-    except (JobFailed, StoreLost) as error:
-        words = f"{error}"
-        failed = words if words.startswith("cannot ") else f"cannot {verb} {where}: {words}"
-        raise SaveNotCommittedError(f"{failed}; nothing was committed") from error
+    session = session_of(
+        group,
+        verb,
+        where,
+        rank_timeout=seconds(rank_timeout, RANK_TIMEOUT),
+        phase_timeout=seconds(phase_timeout, PHASE_TIMEOUT),
+        apart=apart,
+        raises=SaveNotCommittedError,
+        state="; nothing was committed",
+    )
+    with session as met:
+        yield SaveJob(met, met.names, where, durable=durable, on_divergence=on_divergence)
 
 
-def leader_is_busy(group: ProcessGroup, where: str, busy: bool, rank_timeout: float) -> bool:
+def leader_is_busy(group: ProcessGroup, where: str, busy: bool, rank_timeout: float, phase_timeout: float) -> bool:
     """Whether a save of rank 0 of ``group`` in the background is in flight. ``busy``: whether one of this rank is.
 
     The flights of ranks end at different moments, and all must do the same.
     """
-    import_at_use("shardsave._ranks.session")
-    from shardsave._ranks.session import begin
+    import_at_use("shardsave._ranks.begin")
+    from shardsave._ranks.begin import session_of
 
-    with begin(group, "save to", where, rank_timeout=_seconds(rank_timeout), apart="turn") as session:
-        return session.publish("whether a save is in flight", b"busy" if busy else b"") == b"busy"
-
-
-def _seconds(rank_timeout: float) -> float:
-    return rank_timeout if isinstance(rank_timeout, (int, float)) and rank_timeout > 0 else _RANK_TIMEOUT
+    session = session_of(
+        group,
+        "save to",
+        where,
+        rank_timeout=seconds(rank_timeout, RANK_TIMEOUT),
+        phase_timeout=seconds(phase_timeout, PHASE_TIMEOUT),
+        apart="turn",
+        raises=SaveNotCommittedError,
+        state="; nothing was committed",
+    )
+    with session as met:
+        met.gather("that it is wanted", b"")  # nobody is told before all are here, and nothing is wrong with their calls
+        return met.publish("whether a save is in flight", b"busy" if busy else b"") == b"busy"
 
 
 def digests(contents: Contents, *, durable: bool) -> dict[str, bytes]:
@@ -89,7 +98,7 @@ def digests(contents: Contents, *, durable: bool) -> dict[str, bytes]:
         "durable": _digest(durable),
         "metadata": _digest(contents.metadata),
         "step": _digest(contents.moment.step),
-        "metrics": _digest([*contents.moment.metrics.items()]),
+        **{f"metric {name!r}": _digest(value) for name, value in contents.moment.metrics.items()},
         "max_shard_size": _digest(contents.max_shard_size),
         "files beside the weights": _digest(companions),
         "architecture or program": _digest(documents),

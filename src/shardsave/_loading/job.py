@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Protocol
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Protocol, TypeVar
 
 from shardsave._common.progress import Progress
 from shardsave._engine.totals import Totals
@@ -13,6 +14,8 @@ from shardsave._loading.read import TensorReader
 from shardsave._state.distributed_tensors import Parts
 from shardsave._storage.checkpoint import CHANGING_SECONDS, Checkpoint, open_checkpoint
 from shardsave.errors import DirectoryBusyError
+
+Result = TypeVar("Result")
 
 
 class LoadJob(Protocol):
@@ -33,8 +36,11 @@ class LoadJob(Protocol):
     def check_equal(self, arguments: Mapping[str, object]) -> None:
         """Raises ValueError if ``arguments``, JSON values by name, are not the same everywhere."""
 
-    def all_have(self, identity: bytes) -> bool:
-        """Whether ``identity`` is the same everywhere."""
+    def attempt(self, work: Callable[[], Result], identity: Callable[[Result], bytes] = lambda _: b"") -> tuple[Result, bool]:
+        """What ``work`` returns, once it has succeeded everywhere, and whether its ``identity`` is the same everywhere.
+
+        One error that it has everywhere names no process.
+        """
 
     def checked(self, needed: int = 0) -> tuple[str, ...]:
         """Called when everything that this process can refuse has been refused; returns when that is true everywhere.
@@ -46,8 +52,9 @@ class LoadJob(Protocol):
     def reader(self, checkpoint: Checkpoint, *, verify: bool, progress: Progress) -> TensorReader:
         """The reader for this process. `TensorReader.read_together` must be called the same number of times everywhere."""
 
-    def ended(self, totals: Totals) -> Totals:
-        """Called when this process has loaded everything; waits for the others. Returns what all have read."""
+    def ended(self, totals: Totals, shards: Collection[str]) -> tuple[Totals, int]:
+        """Called when this process has loaded everything, from ``shards``; waits for the others. Returns what all have read, and from how
+        many shards."""
 
 
 class Alone:
@@ -60,8 +67,8 @@ class Alone:
     def check_equal(self, arguments: Mapping[str, object]) -> None:
         pass
 
-    def all_have(self, identity: bytes) -> bool:
-        return True
+    def attempt(self, work: Callable[[], Result], identity: Callable[[Result], bytes] = lambda _: b"") -> tuple[Result, bool]:
+        return work(), True
 
     def checked(self, needed: int = 0) -> tuple[str, ...]:
         return ()
@@ -69,11 +76,15 @@ class Alone:
     def reader(self, checkpoint: Checkpoint, *, verify: bool, progress: Progress) -> TensorReader:
         return TensorReader(checkpoint, verify=verify, progress=progress)
 
-    def ended(self, totals: Totals) -> Totals:
-        return totals
+    def ended(self, totals: Totals, shards: Collection[str]) -> tuple[Totals, int]:
+        return totals, len(shards)
 
 
 ALONE = Alone()
+
+
+def _opened(stack: ExitStack, path: str, wanted: Callable[[str], bool] | None, parts: Iterable[str]) -> Checkpoint:
+    return stack.enter_context(open_checkpoint(path, wanted, parts=parts))
 
 
 @contextmanager
@@ -87,8 +98,9 @@ def opened(
     parts = tuple(parts)
     deadline = time.monotonic() + CHANGING_SECONDS
     while True:
-        with open_checkpoint(path, wanted, parts=parts) as checkpoint:
-            if job.all_have(checkpoint.identity()):
+        with ExitStack() as stack:
+            checkpoint, all_have_it = job.attempt(partial(_opened, stack, path, wanted, parts), Checkpoint.identity)
+            if all_have_it:
                 yield checkpoint
                 return
         if time.monotonic() > deadline:

@@ -112,7 +112,13 @@ def _job(directory: str, how: How, ranks: int, group: ProcessGroup | None) -> Ab
             f"process_group must be the group that DCP was called with, which has {ranks} processes, it has {group.size()}"
         )
     return job_of_save(
-        {}, directory, group, durable=how.durable, rank_timeout=how.rank_timeout, on_divergence=how.on_divergence
+        {},
+        directory,
+        group,
+        durable=how.durable,
+        rank_timeout=how.rank_timeout,
+        phase_timeout=how.phase_timeout,
+        on_divergence=how.on_divergence,
     )
 
 
