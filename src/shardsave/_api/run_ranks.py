@@ -89,8 +89,9 @@ class RunRanks:
         import_at_use("shardsave._ranks.begin")
         from shardsave._ranks.begin import session_of
 
-        timeouts = {"rank_timeout": self._rank_timeout, "phase_timeout": self._phase_timeout}
-        return session_of(self._group, verb, where, apart=apart, **timeouts)
+        return session_of(
+            self._group, verb, where, rank_timeout=self._rank_timeout, phase_timeout=self._phase_timeout, apart=apart
+        )
 
     def decisions(self) -> Decisions:
         """Made anew; all ranks must ask for them."""
