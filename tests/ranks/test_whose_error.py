@@ -293,6 +293,20 @@ def refused_wrappers(rank: int, folder: Path) -> dict[str, Raised]:
     return ends
 
 
+def load_few(rank: int, folder: Path) -> tuple[int, int]:
+    model = nn.ModuleDict({str(number): nn.Linear(8, 8) for number in range(rank + 1)})
+    report = shardsave.load_model(model, folder, process_group=dist.group.WORLD, strict=False)
+    return report.shards, report.tensors
+
+
+def test_shards_of_a_load(tmp_path: Path) -> None:
+    """Catches reports of one load that name, on each rank, the number of files that this rank has read."""
+    source = nn.ModuleDict({str(number): nn.Linear(8, 8) for number in range(RANKS)})
+    saved = shardsave.save(source, tmp_path / "ckpt", max_shard_size="300B")
+    assert saved.shards == RANKS
+    assert run_ranks(RANKS, load_few, tmp_path / "ckpt") == [(RANKS, 2 * rank + 2) for rank in range(RANKS)]
+
+
 def test_what_other_libraries_shard(tmp_path: Path) -> None:
     """Catches a model of FSDP1 or ZeRO-3 that a job of ranks saves or fills in part, waits for, or refuses in other words on each rank."""
     ends = run_ranks(RANKS, refused_wrappers, tmp_path)
