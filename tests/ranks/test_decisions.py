@@ -38,7 +38,7 @@ def test_a_wait_has_an_end() -> None:
     leader, other = pair(dist.HashStore(), 0.05)
     leader.announce(Decision(1))
     with pytest.raises(
-        ShardSaveError, match=r"rank 4 was expected within 0\.05 s to have finished 5 calls .* it has finished 1"
+        ShardSaveError, match=r"rank 4 was expected within phase_timeout=0\.05 s to have finished 5 calls .* it has finished 1"
     ):
         other.of(5)
 

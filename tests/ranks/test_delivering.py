@@ -18,7 +18,7 @@ from shardsave._common.boxes import box
 from shardsave._common.spread import Spread
 from shardsave._engine import engine
 from shardsave._format.crc64 import crc64
-from shardsave._ranks import session as sessions
+from shardsave._ranks import begin as sessions
 from shardsave._ranks.delivering import Delivering, Reading
 
 

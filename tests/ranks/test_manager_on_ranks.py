@@ -201,7 +201,7 @@ def fail_and_try_again(rank: int, folder: Path) -> tuple[list[int], list[str], b
             try:
                 if manager.step(step, model) is not None:
                     saved.append(step)
-            except shardsave.SaveNotCommittedError as error:
+            except (RuntimeError, shardsave.SaveNotCommittedError) as error:
                 errors.append(str(error))
             dist.barrier()
         return saved, errors, manager.preempted
@@ -210,9 +210,9 @@ def fail_and_try_again(rank: int, folder: Path) -> tuple[list[int], list[str], b
 def test_a_last_save_that_fails_is_tried_again(tmp_path: Path) -> None:
     """Catches a failed last save that counts on some ranks."""
     ends = run_ranks(RANKS, fail_and_try_again, tmp_path)
-    assert all(end == ends[0] for end in ends), ends
-    saved, errors, done = ends[0]
-    assert saved == [3] and len(errors) == 1 and "rank 1: RuntimeError: no room" in errors[0] and done, ends[0]
+    for rank, (saved, errors, done) in enumerate(ends):
+        words = "no room" if rank == 1 else "rank 1: RuntimeError: no room"
+        assert saved == [3] and len(errors) == 1 and words in errors[0] and done, ends[rank]
 
 
 def fail_after_the_commit(rank: int, folder: Path) -> tuple[str, list[int]]:
@@ -252,3 +252,76 @@ def test_one_rank_alone_is_told_who_is_missing(tmp_path: Path) -> None:
     """Catches a resume on one rank that hangs, or does not say which ranks did not come."""
     _, message, *_ = run_ranks(RANKS, resume_alone, tmp_path)
     assert "resume from" in message and "rank" in message and "did not" in message, message
+
+
+def wrong_on_one(rank: int, folder: Path) -> dict[str, tuple[str, str]]:
+    """Rank 1 passes what is wrong; afterwards all save together."""
+    wrong: dict[str, Any] = {"keep": 3} if rank == 1 else {}
+    ends = {}
+    for name, options in (
+        ("blocking", {}),
+        ("async", {"asynchronous": True}),
+        ("skip", {"asynchronous": True, "if_busy": "skip"}),
+    ):
+        with manager_of(folder / name, **options) as manager:
+            ends[f"{name}: resume"] = raised(lambda manager=manager: manager.resume(plain(), **wrong))
+            ends[f"{name}: step"] = raised(lambda manager=manager: manager.step(2, plain(), **wrong))
+            ends[f"{name}: metrics"] = raised(
+                lambda manager=manager: manager.save(3, plain(), metrics={"loss": "low" if rank == 1 else 1})
+            )
+            not_due = raised(lambda manager=manager: manager.step(3, plain(), **wrong))
+            ends[f"{name}: not due"] = not_due if rank == 1 else (not_due[0] or "TypeError", not_due[1] or "keywords of")
+            ends[f"{name}: saved"] = ("", str(manager.step(4, plain()) is not None))
+    return ends
+
+
+def raised(call: Any) -> tuple[str, str]:
+    try:
+        call()
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "", ""
+
+
+def test_what_is_wrong_on_one_rank(tmp_path: Path) -> None:
+    """Catches a wrong argument that its own rank alone raises, so that the others wait for it."""
+    for name in ("blocking", "async", "skip"):
+        (tmp_path / name).mkdir()
+    words = {
+        "resume": ("TypeError", "rank 1: keywords of resume were expected, not keep"),
+        "step": ("TypeError", "rank 1: keywords of CheckpointManager or of save were expected, not keep"),
+        "metrics": ("TypeError", "rank 1: "),
+        "not due": ("TypeError", "keywords of"),
+        "saved": ("", "True"),
+    }
+    for ends in run_ranks(RANKS, wrong_on_one, tmp_path):
+        for case, (kind, message) in ends.items():
+            expected = words[case.partition(": ")[2]]
+            assert kind == expected[0] and message.startswith(expected[1]), (case, kind, message)
+
+
+def decide_differently(rank: int, folder: Path) -> list[tuple[str, str]]:
+    ends = []
+    with manager_of(folder, save_every=None) as manager:
+        if rank == 2:
+            manager.save_on_signal(signal.SIGUSR1)
+        ends.append(raised(lambda: manager.step(1, plain())))
+    with manager_of(folder, save_every=2 + rank // 3) as manager:
+        ends.append(raised(lambda: manager.step(1, plain())))
+    with manager_of(folder, save_every="1h", phase_timeout=0.5) as manager:
+        manager.step(1, plain())
+        ends.append(raised(lambda: manager.step(2, plain())) if rank == 1 else ("", ""))  # rank 0 does not come
+        dist.barrier()
+    return ends
+
+
+def test_ranks_that_decide_differently(tmp_path: Path) -> None:
+    """Catches a signal, or an interval, of some ranks alone, for which the others are not ready; and a wait for rank 0 with no limit."""
+    ends = run_ranks(RANKS, decide_differently, tmp_path)
+    for end in ends:
+        assert end[0] == (
+            "ValueError",
+            f"cannot save to {tmp_path / 'run'}: the same save_on_signal was expected on all ranks, it is not called on rank 0, called on "
+            f"rank 2; nothing was written",
+        )
+        assert end[1][0] == "ValueError" and "save_every was expected on all ranks, it is 2 on rank 0, 3 on rank 3" in end[1][1]

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from test_save import SIZE, same_files
 
 import shardsave
 from jobs import Job, run_ranks
+from shardsave._background import snapshot
+from shardsave._ranks.session import Session
 
 NAMES = ["rows", "columns", "hybrid", "fused_and_strided", "the_same_on_all"]
 
@@ -61,6 +64,108 @@ def test_errors_in_the_call(tmp_path: Path) -> None:
     assert "needs a save by one process" in ends[0][0] and "if_busy" in ends[0][1], ends[0]
 
 
+def counted(rank: int, folder: Path) -> list[int]:
+    """How many values each of two calls tells other ranks, and receives."""
+    counts = []
+    model = torch.nn.Linear(4, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(4)).sum().backward()
+    optimizer.step()
+    for training in (None, {"optimizer": optimizer}):
+        calls: list[str] = []
+        thread = threading.get_ident()
+
+        def count(name: str, calls: list[str] = calls) -> object:
+            real = getattr(Session, name)
+
+            def call(*arguments: object) -> object:
+                if threading.get_ident() == thread:
+                    calls.append(name)
+                return real(*arguments)
+
+            return mock.patch.object(Session, name, call)
+
+        with count("gather"), count("publish"):  # type: ignore[attr-defined]
+            pending = shardsave.save_async(model, folder / "ckpt", process_group=dist.group.WORLD, training=training)
+        pending.wait(60)
+        counts.append(len(calls))
+    return counts
+
+
+def test_one_exchange_in_the_call(tmp_path: Path) -> None:
+    """Catches a call that waits for other ranks more than once after it has met them."""
+    assert run_ranks(4, counted, tmp_path) == [[2, 2]] * 4
+
+
+def differing(rank: int, folder: Path) -> list[str]:
+    model = torch.nn.Linear(4, 2)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+        model.bias.fill_(float(rank == 3))
+    group, averages = dist.group.WORLD, {"mean": torch.tensor([float(rank)])}
+    same = {"mean": torch.ones(1)}
+    ends = []
+    for training, rule in ((same, "raise"), (averages, "lowest_rank"), (averages, "raise")):
+        pending = shardsave.save_async(
+            model,
+            folder / "ckpt",
+            process_group=group,
+            training=training,
+            on_divergence=rule,  # type: ignore[arg-type]
+        )
+        with torch.no_grad():
+            averages["mean"].add_(1)
+            model.bias.fill_(1.0)  # after the call
+        try:
+            ends.append(" ".join(pending.wait(60).notes))
+        except shardsave.UnsupportedTensorError as error:
+            ends.append(str(error))
+    return ends
+
+
+def test_replicas_of_the_moment_of_the_call(tmp_path: Path) -> None:
+    """Catches replicas that are compared as they are later, or not at all, since that is done after the call."""
+    ends = run_ranks(4, differing, tmp_path)
+    assert all(end == ends[0] for end in ends), ends
+    assert "cannot save 'bias'" in ends[0][0] and "rank 3 and rank 0 differ" in ends[0][0], ends[0]
+    assert "of replicas, those of the lowest rank were saved: 'mean'" in ends[0][1], ends[0]
+    assert "cannot save 'mean'" in ends[0][2], ends[0]
+    assert shardsave.load(tmp_path / "ckpt")["bias"].tolist() == [1.0, 1.0]
+
+
+def fits_on_some(rank: int, folder: Path, staging: str) -> tuple[str, bool, str]:
+    lacking = mock.patch.object(snapshot, "borrow", side_effect=snapshot.NoRoom("1 GB of memory were expected"))
+    tensors, group = {name: torch.full((64,), 1.0) for name in "abcd"}, dist.group.WORLD
+    with lacking if rank == 2 else contextlib.nullcontext():
+        try:
+            pending = shardsave.save_async(
+                tensors,
+                folder / "ckpt",
+                process_group=group,
+                max_shard_size="256B",
+                staging=staging,  # type: ignore[arg-type]
+            )
+        except shardsave.OutOfMemoryError as error:
+            return "in the call", False, str(error)
+    ended = pending.done()
+    for tensor in tensors.values():
+        tensor.zero_()
+    try:
+        return pending.wait(60).staging, ended, ""
+    except shardsave.ShardSaveError as error:
+        return type(error).__name__, False, str(error)
+
+
+def test_a_snapshot_that_fits_on_some_ranks(tmp_path: Path) -> None:
+    """Catches a rank that has no memory for a copy and stops the others, or one whose tensors are read after its call."""
+    ends = run_ranks(4, fits_on_some, tmp_path, "auto")
+    assert [end[0] for end in ends] == ["snapshot", "snapshot", "blocking", "snapshot"] and ends[2][1], ends
+    assert all(tensor.eq(1).all() for tensor in shardsave.load(tmp_path / "ckpt").values())
+    ends = run_ranks(4, fits_on_some, tmp_path, "snapshot")
+    assert [end[0] for end in ends] == ["OutOfMemoryError", "OutOfMemoryError", "in the call", "OutOfMemoryError"], ends
+    assert all("rank 2: cannot copy what is saved" in end[2] for end in ends), ends
+
+
 def fails_later(rank: int, folder: Path) -> tuple[str, float]:
     def report(done: int, total: int) -> None:
         if rank == 1:
@@ -68,7 +173,7 @@ def fails_later(rank: int, folder: Path) -> tuple[str, float]:
 
     tensors, group = {name: torch.ones(64) for name in "abcd"}, dist.group.WORLD
     pending = shardsave.save_async(tensors, folder / "ckpt", process_group=group, progress=report, max_shard_size="256B")
-    with contextlib.suppress(shardsave.SaveNotCommittedError):
+    with contextlib.suppress(RuntimeError if rank == 1 else shardsave.SaveNotCommittedError):
         pending.wait(60)
     error = pending.exception()
     shardsave.save_async(tensors, folder / "ckpt", process_group=group).wait(60)
@@ -78,7 +183,9 @@ def fails_later(rank: int, folder: Path) -> tuple[str, float]:
 def test_errors_after_the_call(tmp_path: Path) -> None:
     """Catches a failure in the background of one rank that the others do not see, and a next save that does not work."""
     ends = run_ranks(4, fails_later, tmp_path)
-    assert {end for end in ends} == {ends[0]} and "rank 1: RuntimeError: no progress" in ends[0][0] and ends[0][1] == 64
+    (told,) = {ends[rank] for rank in (0, 2, 3)}
+    assert "rank 1: RuntimeError: no progress; nothing was committed" in told[0] and told[1] == 64
+    assert ends[1] == ("no progress", 64)
 
 
 def skip_while_one_is_busy(rank: int, folder: Path) -> list[bool]:

@@ -13,15 +13,17 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
 
 from jobs import Job, run_ranks
 from shardsave._ranks import group as groups
+from shardsave._ranks.begin import begin, begin_with, session_of
 from shardsave._ranks.meeting import Call
 from shardsave._ranks.part import Timeouts
-from shardsave._ranks.session import Session, begin, begin_with
+from shardsave._ranks.session import Session
 from shardsave.errors import OutOfSpaceError, SaveNotCommittedError, ShardSaveError
 
 #: Seconds without a sign of life in these tests.
@@ -154,16 +156,25 @@ def fail_in_turn(rank: int, cases: list[tuple[int, int, BaseException]]) -> list
 ERRORS = [
     (OutOfSpaceError("cannot write a: full"), "OutOfSpaceError", "cannot write a: full"),
     (ValueError("bad"), "ValueError", "bad"),
-    (UnicodeDecodeError("utf-8", b"a", 0, 1, "no"), "ValueError", "'utf-8' codec can't decode byte 0x61 in position 0: no"),
-    (RuntimeError("odd"), "SaveNotCommittedError", "RuntimeError: odd"),
     (ShardSaveError("own"), "SaveNotCommittedError", "own"),
 ]
+
+#: Errors that no other rank may have the class of.
+FOREIGN = [UnicodeError("odd"), RuntimeError("odd")]
 
 
 def test_an_error() -> None:
     """Catches ranks that end with another error than the one that struck, or in other words."""
     ends = run_ranks(4, fail_in_turn, [(1, 2, error) for error, _, _ in ERRORS])
     assert ends == [[(name, f"rank 2: {text}") for _, name, text in ERRORS]] * 4
+
+
+def test_a_foreign_error() -> None:
+    """Catches an error of the user's code that changes its class where it struck, or that the others cannot tell from one of ours."""
+    for rank, ends in enumerate(run_ranks(4, fail_in_turn, [(1, 2, error) for error in FOREIGN])):
+        names = [type(error).__name__ for error in FOREIGN]
+        told = [("SaveNotCommittedError", f"rank 2: {name}: odd") for name in names]
+        assert ends == ([(name, "odd") for name in names] if rank == 2 else told)
 
 
 def test_an_error_on_two_hosts() -> None:
@@ -234,7 +245,7 @@ def test_another_phase() -> None:
     """Catches values that are taken for those of another phase."""
     with Job(4, other_phase) as job:
         ends = job.ended()
-    assert {end.message for end in ends} == {"rank 0: RuntimeError: 'values' was expected of all ranks, rank 2 is elsewhere"}
+    assert {end.message for end in ends} == {"'values' was expected of all ranks, rank 2 is elsewhere"}
 
 
 def late_phase(rank: int, hosts: int) -> None:
@@ -250,10 +261,7 @@ def test_a_phase_that_does_not_end(hosts: int, late: str) -> None:
     """Catches a rank that is alive and never ends its part: who is waited for must be named."""
     with Job(4, late_phase, hosts) as job:
         ends = job.ended()
-    name = "rank 0" + (" (machine0)" if hosts > 1 else "")
-    assert {end.message for end in ends} == {
-        f"{name}: 'values' was expected within 0.5 s (phase_timeout), still waiting for {late}"
-    }
+    assert {end.message for end in ends} == {f"'values' was expected within phase_timeout=0.5 s, still waiting for {late}"}
 
 
 # -- meeting
@@ -285,6 +293,62 @@ def test_ranks_that_do_not_come(present: tuple[int, ...], missing: str) -> None:
     for rank, (said, values, left) in enumerate(run_ranks(4, come_or_not, present)):
         assert said == (told if rank in present else "")
         assert values == [b"0", b"1", b"2", b"3"] and left == []
+
+
+def interrupted_in_the_meeting(rank: int, struck: int, last: int) -> tuple[str, list[bytes], list[str]]:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    meet_all(rank)
+    said = ""
+    store = groups.job_store()
+    if rank == struck:
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    while rank == last and not store.check(["struck"]):
+        time.sleep(0.01)
+    try:
+        with open_session(rank, rank_timeout=3.0) as session:
+            session.exchange("values", b"")
+    except KeyboardInterrupt:
+        said = "interrupt"
+        store.set("struck", b"")
+    except SaveNotCommittedError as error:
+        said = str(error)
+    meet_all(rank)
+    with open_session(rank) as session:
+        values = session.exchange("values", b"%d" % rank)
+    meet_all(rank)
+    return said, values, leftovers()
+
+
+@pytest.mark.parametrize(("struck", "last"), [(2, 3), (2, 0), (2, 1), (0, 3)])
+def test_an_interrupt_while_ranks_meet(struck: int, last: int) -> None:
+    """Catches a rank that was interrupted before all had come and is taken for lost, or for one that does not make the call."""
+    for rank, (said, values, left) in enumerate(run_ranks(4, interrupted_in_the_meeting, struck, last)):
+        assert said == ("interrupt" if rank == struck else f"rank {struck} was interrupted"), (rank, said)
+        assert values == [b"0", b"1", b"2", b"3"] and left == []
+
+
+def interrupted_at_the_exit(rank: int) -> str:
+    interrupt = mock.patch.object(Session, "__exit__", side_effect=KeyboardInterrupt)
+    options = {"rank_timeout": 20.0, "phase_timeout": 20.0}
+    if rank == 1:
+        interrupt.start()
+    try:
+        with session_of(dist.group.WORLD, "save", "ckpt", **options) as session:
+            session.exchange("values", b"")
+            if rank != 1:
+                session.exchange("more", b"")
+    except KeyboardInterrupt as error:  # its traceback keeps the session alive
+        time.sleep(1)
+        return f"{type(error).__name__} {[thread.name for thread in threading.enumerate() if 'ranks' in thread.name]}"
+    except ShardSaveError as error:
+        return str(error)
+    return ""
+
+
+def test_an_interrupt_at_the_end_of_the_context() -> None:
+    """Catches a session that goes on giving signs of life when an interrupt has struck before its end could begin."""
+    told = ["cannot save ckpt: rank 1 was interrupted"] * 4
+    assert run_ranks(4, interrupted_at_the_exit) == [told[0], "KeyboardInterrupt []", *told[2:]]
 
 
 def call_differently(rank: int) -> None:

@@ -18,7 +18,7 @@ from shardsave._common.boxes import box
 from shardsave._common.layouts import Grid, Layout, Listed, Placed, Split, Whole
 from shardsave._common.spread import Spread
 from shardsave._engine import engine
-from shardsave._ranks import session as sessions
+from shardsave._ranks import begin as sessions
 from shardsave._ranks.shipping import Shipping
 from shardsave._saving.shards import PlannedShard, plan_blocks, plan_shards
 from shardsave._state.module import Entry

@@ -60,19 +60,19 @@ SAVES: dict[str, tuple[Callable[[int, Training], Any], Outcome]] = {
         differing_epoch,
         (
             "UnsupportedTrainingError",
-            "rank 0: cannot save training['epoch']: the same on all ranks was expected, it differs between rank 0 and rank 1, rank 3; what "
+            "cannot save training['epoch']: the same on all ranks was expected, it differs between rank 0 and rank 1, rank 3; what "
             "each rank has for itself is marked by shardsave.PerRank; nothing was written",
         ),
     ),
     "missing on one": (
         missing_on_one,
-        ("ValueError", "rank 0: training= or rng=True was expected on all ranks, rank 2 has none; nothing was written"),
+        ("ValueError", "training= or rng=True was expected on all ranks, rank 2 has none; nothing was written"),
     ),
     "unstepped on one": (
         unstepped_on_one,
         (
             "UnsupportedTrainingError",
-            "rank 0: cannot save training['optimizer'].state_dict()['param_groups']: the same on all ranks was expected, it differs "
+            "cannot save training['optimizer'].state_dict()['param_groups']: the same on all ranks was expected, it differs "
             "between rank 0 and rank 3; what each rank has for itself is marked by shardsave.PerRank; nothing was written",
         ),
     ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -14,9 +14,9 @@ from shardsave._api.arguments import check_switches, check_timeout
 from shardsave._api.pending_save import PendingSave
 from shardsave._api.process_group import collective_group
 from shardsave._api.reports import Phases, SaveReport
-from shardsave._api.save import How, check_how, log_saved, write_planned
-from shardsave._api.save_contents import Planned, What, plan
-from shardsave._api.save_jobs import agreed, beside_other_ranks, job_of_save, leader_is_busy
+from shardsave._api.save import How, check_how, job_of, log_saved, settled, write_planned
+from shardsave._api.save_contents import Planned, What, attempted, plan
+from shardsave._api.save_jobs import beside_other_ranks, leader_is_busy
 from shardsave._background.flight import Flight
 from shardsave._background.staging import Staging, stage
 from shardsave._background.turns import IfBusy, in_flight, take_turn
@@ -95,16 +95,18 @@ def start(
     flight: Flight[SaveReport] = Flight(os.fspath(directory))
     try:
         with verb(), ExitStack() as ending:
-            queue_seconds = _take_turn(flight, group, background.if_busy, how.rank_timeout)
+            queue_seconds = _take_turn(flight, group, background.if_busy, how)
             if queue_seconds is None:
                 flight.skip(_skipped(flight.path))
                 return PendingSave(flight)
-            job = ending.enter_context(_job(source, directory, what, how))
-            path = path or _checked_path(directory, how, background)  # only now, so that all ranks learn of a wrong argument
-            job = beside_other_ranks(job, path, what.step)
-            how = around.before(how) if job.leads else how
+            job = ending.enter_context(job_of(source, directory, what, how, apart="background"))
             planning = time.perf_counter()
-            planned = _planned(source, what, how, job)
+            # the path only now, so that all ranks learn of a wrong argument
+            path, own = attempted(source, what, job, lambda: path or _checked_path(directory, how, background))
+            job = beside_other_ranks(job, path, what.step)
+            with job.for_all():
+                how = around.before(how) if job.leads else how
+            planned = plan(source, what, own, job)
             plan_seconds = time.perf_counter() - planning
             with warnings_collected() as warned:
                 flight.staging = staging = stage(
@@ -130,7 +132,7 @@ def start(
                 job,
                 ending.pop_all(),
             )
-            del planned  # its contents have the tensors of the model
+            del planned, own  # they have the tensors of the model
             if staging.mode == "blocking":
                 flight.run_here(partial(around.write, save))
             else:
@@ -142,11 +144,11 @@ def start(
         raise
 
 
-def _take_turn(flight: Flight[SaveReport], group: ProcessGroup | None, if_busy: IfBusy, rank_timeout: float) -> float | None:
+def _take_turn(flight: Flight[SaveReport], group: ProcessGroup | None, if_busy: IfBusy, how: How) -> float | None:
     """As `take_turn`; where the ranks of a ``group`` save, all do what is right on rank 0: their flights end at different moments."""
     if group is None or if_busy not in ("skip", "raise"):
         return take_turn(flight, if_busy)
-    if not leader_is_busy(group, flight.path, in_flight() is not None, rank_timeout):
+    if not leader_is_busy(group, flight.path, in_flight() is not None, how.rank_timeout, how.phase_timeout):
         return take_turn(flight, "wait")
     if if_busy == "skip":
         return None
@@ -160,11 +162,6 @@ def _checked_path(directory: str | os.PathLike[str], how: How, background: InBac
     path = check_how(directory, how)
     check_background(background)
     return path
-
-
-def _planned(source: Source, what: What, how: How, job: Job) -> Planned:
-    planned = plan(source, what, job)
-    return planned._replace(contents=agreed(planned.contents, job, durable=how.durable))
 
 
 def check_background(background: InBackground) -> None:
@@ -244,7 +241,7 @@ def _save(
     try:
         with warnings_collected() as warned, ending:  # what is raised within is told to other ranks
             flight.check()
-            planned = plan_of(staging.contents)
+            planned = settled(plan_of(staging.contents), how, job)
             report, warnings = write_planned(planned, flight.path, path, how, started.plan_seconds, watch, job)
     finally:
         staging.finish()  # before anything that others have to do: no step waits any more, and the memory is free
@@ -264,19 +261,6 @@ def _save(
     if job.leads:
         log_saved(report, warnings)
     return report
-
-
-def _job(source: Source, directory: str | os.PathLike[str], what: What, how: How) -> AbstractContextManager[Job]:
-    return job_of_save(
-        source,
-        directory,
-        what.process_group,
-        what.training,
-        durable=how.durable,
-        rank_timeout=how.rank_timeout,
-        on_divergence=how.on_divergence,
-        apart="background",
-    )
 
 
 def _skipped(path: str) -> SaveReport:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -123,6 +124,7 @@ def load_model(
     verify: bool = True,
     process_group: ProcessGroup | None = None,
     rank_timeout: float = 120.0,
+    phase_timeout: float = 1800.0,
     progress: ProgressArgument = None,
 ) -> LoadReport:
     """Fills ``model`` in place from a checkpoint, and restores the ``requires_grad`` of its parameters.
@@ -149,6 +151,7 @@ def load_model(
             DTensors, stages of a pipeline, experts, or replicas. None: this process loads alone, unless there are DTensors (FSDP2, tensor
             parallel); then all processes of the job load.
         rank_timeout: in a collective load, the most seconds without a sign of life of another rank, and until all have made the call.
+        phase_timeout: in a collective load, the most seconds for one phase of the call, though all ranks give signs of life.
         progress: as in ``save``.
 
     Collective:
@@ -177,29 +180,25 @@ def load_model(
         False
     """
     clock = LoadClock()
-    with job_of_load(model, path, "load", process_group, rank_timeout) as job:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
-        check_switches(strict=strict, restore_frozen=restore_frozen, verify=verify)
-        check_progress(progress)
-        check_path(path)
-        check_operators("load", path, "the module is unchanged")
-        check_names(None, prefix)
-        check_part(part)
-        target_device = check_device(device)
+    with job_of_load(model, path, "load", process_group, rank_timeout, phase_timeout) as job:
+
+        def check() -> torch.device | None:
+            if not isinstance(model, nn.Module):
+                raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
+            check_switches(strict=strict, restore_frozen=restore_frozen, verify=verify)
+            check_progress(progress)
+            check_path(path)
+            check_operators("load", path, "the module is unchanged")
+            check_names(None, prefix)
+            check_part(part)
+            return check_device(device)
+
+        target_device, _ = job.attempt(check)
         job.check_equal({"prefix": prefix, "part": part, "strict": strict, "restore_frozen": restore_frozen, "verify": verify})
         wanted, parts = needed_files(model, prefix, part)
         with opened(job, os.fspath(path), wanted, parts) as checkpoint:
-            loading = ModelLoad(
-                model,
-                checkpoint,
-                prefix,
-                target_device,
-                strict=strict,
-                restore_frozen=restore_frozen,
-                part=part,
-                parts=job.parts,
-            )
+            planning = partial(ModelLoad, strict=strict, restore_frozen=restore_frozen, part=part, parts=job.parts)
+            loading, _ = job.attempt(partial(planning, model, checkpoint, prefix, target_device))
             lacking = job.checked(loading.host_bytes)
             clock.planned()
             with Progress(progress if job.leads or callable(progress) else False, "loading", loading.nbytes) as reporter:

@@ -40,13 +40,17 @@ class LoadClock:
         Waits for the other processes of ``job``, and adds up what all have read.
         """
         reads = list(reads)
-        totals = job.ended(reader.totals) if reader is not None else Totals(sum(t.nbytes for t in reads), direct=False)
+        if reader is not None:
+            totals, shards = job.ended(reader.totals, reader.shards)
+        else:
+            totals = Totals(sum(t.nbytes for t in reads), direct=False)
+            shards = len({place.shard for located in reads for place in located.places})
         ended = time.perf_counter()
         return LoadReport(
             path=os.fspath(path),
             bytes=totals.bytes,
             tensors=reader.tensors if reader is not None else len(reads),
-            shards=len(reader.shards if reader is not None else {place.shard for located in reads for place in located.places}),
+            shards=shards,
             seconds=ended - self._started,
             phases=Phases(
                 plan=self._planned - self._started,

@@ -62,7 +62,7 @@ class CheckpointManager(Generic[Saved]):
         asynchronous: save with `save_async`: `step` and `save` return a `PendingSave`, and training goes on. What follows a commit
             (``on_commit``, removing steps) is done on the saving thread.
         options: keywords of `save` (of `save_async`, if asynchronous), for each save of this manager; ``rng``, ``process_group``,
-            ``rank_timeout`` and ``progress`` are for `resume` too.
+            ``rank_timeout``, ``phase_timeout`` and ``progress`` are for `resume` too.
             Without ``reuse``, shards that have not changed since the last durable step are not written again: both steps have them, and
             they are on the disk once. With ``reuse=False`` every step is written whole.
 
@@ -73,9 +73,9 @@ class CheckpointManager(Generic[Saved]):
 
     Collective:
         With ``process_group``, or if the model has DTensors, every rank makes a manager for the same directory, and makes the same calls
-        of `resume`, `step`, `save` and `save_on_signal`. Rank 0 chooses the step to resume from, keeps and removes steps, and alone calls
-        ``on_commit``. Time and signals are decided by rank 0 at the end of each `step` for the next one. `latest`, `steps` and `pin` are
-        of each rank alone.
+        of `resume`, `step`, `save` and `save_on_signal`, the last one before the first `step` or `save`. Rank 0 chooses the step to
+        resume from, keeps and removes steps, and alone calls ``on_commit``. Time and signals are decided by rank 0 at the end of each
+        `step` for the next one. `latest`, `steps` and `pin` are of each rank alone.
 
     Example:
         >>> import torch, shardsave
@@ -244,9 +244,13 @@ class CheckpointManager(Generic[Saved]):
         self._begin_turn(model, training, options)
         try:
             step = checked_step(step)
-            self._check_options(options)
+            wrong = self._error_in(options)
+            if wrong is not None and not self._ranks.are_many:
+                raise wrong
             due = self._turns.due(step)
             if step == 0 or not (due or self._turns.names):
+                if wrong is not None:
+                    raise wrong
                 return None
             return self._save_in_turn(step, model, training, metrics, options)
         finally:
@@ -292,12 +296,16 @@ class CheckpointManager(Generic[Saved]):
 
     @verb()
     def _save(self, step: int, model: Any, training: Any, metrics: Mapping[str, Any] | None, options: dict[str, Any]) -> Saved:
-        step = checked_step(step)
-        if step == 0:
-            raise ValueError("step 0 is never saved: a step is saved once it is finished, and the first one is step 1")
-        self._check_options(options)
-        numbers = checked_metrics(metrics)
         given = {**self._options, **options, **({"training": training} if training is not None else {})}
+        try:
+            step = checked_step(step)
+            if step == 0:
+                raise ValueError("step 0 is never saved: a step is saved once it is finished, and the first one is step 1")
+            self._check_options(options)
+            numbers = checked_metrics(metrics)
+        except (TypeError, ValueError) as error:
+            where = self._run.path_of(step) if isinstance(step, int) else f"{self._shown}, step {step!r}"
+            self._ranks.refuse(error, "save to", where, self._saves.meeting(given, asynchronous=self._asynchronous))
         save = self._saves.later if self._asynchronous else self._saves.now
         return cast(Saved, save(step, model, numbers, given))
 
@@ -321,13 +329,22 @@ class CheckpointManager(Generic[Saved]):
             all that `shardsave.resume` raises.
         """
         unknown = sorted(set(options) - self._verbs.resume_options())
-        if unknown:  # also without a step: it must not show only after a crash
-            raise TypeError(f"keywords of resume were expected, not {some(unknown)}")
         self._saves.settle()
         self._ranks.look(model, {**self._options, **options}, training)
+        if unknown:  # also without a step: it must not show only after a crash
+            wrong = TypeError(f"keywords of resume were expected, not {some(unknown)}")
+            self._ranks.refuse(wrong, "resume from", self._shown, "run")
         of_both = {name: self._options[name] for name in OF_BOTH if name in self._options}
         given = {**of_both, **options, **({"training": training} if training is not None else {})}
         return self._resumes.resume(model, given)
+
+    def _error_in(self, options: Mapping[str, Any]) -> TypeError | ValueError | None:
+        """What is wrong with keywords of `save`."""
+        try:
+            self._check_options(options)
+        except (TypeError, ValueError) as error:
+            return error
+        return None
 
     def _check_options(self, options: Mapping[str, Any]) -> None:
         """Checks keywords of `save`, also if it is not time yet: a wrong one must not show after hours."""

@@ -12,9 +12,9 @@ import torch
 from shardsave._api.arguments import check_path
 from shardsave._api.operators import check_operators
 from shardsave._api.reports import Printed
-from shardsave._api.save import How, check_values
-from shardsave._api.save_contents import What, plan
-from shardsave._api.save_jobs import agreed, job_of_save
+from shardsave._api.save import How, check_values, job_of
+from shardsave._api.save_contents import What, attempted, plan
+from shardsave._api.save_jobs import check_digests
 from shardsave._common.free_memory import free_memory
 from shardsave._common.progress import ProgressArgument
 from shardsave._common.shutdown import verb
@@ -113,6 +113,7 @@ def plan_save(
     progress: ProgressArgument = None,
     lock_timeout: float = 600.0,
     rank_timeout: float = 120.0,
+    phase_timeout: float = 1800.0,
     on_divergence: Literal["raise", "lowest_rank"] = "raise",
 ) -> SavePlan:
     """Computes what ``save`` with the same arguments would write into ``directory`` now, and what it needs. Writes nothing.
@@ -147,6 +148,7 @@ def plan_save(
         reuse=reuse,
         recheck_every=recheck_every,
         rank_timeout=rank_timeout,
+        phase_timeout=phase_timeout,
         on_divergence=on_divergence,
     )
     what = What(
@@ -164,20 +166,11 @@ def plan_save(
         dtype=dtype,
         assume_frozen_unchanged=assume_frozen_unchanged,
     )
-    joining = job_of_save(
-        source,
-        directory,
-        process_group,
-        training,
-        durable=durable,
-        rank_timeout=rank_timeout,
-        on_divergence=on_divergence,
-        verb="plan to save to",
-    )
-    with joining as job:
-        path = _checked_path(directory, how, keep_last)
-        planned = plan(source, what, job)
-        contents = agreed(planned.contents, job, durable=durable)
+    with job_of(source, directory, what, how, verb="plan to save to") as job:
+        path, own = attempted(source, what, job, lambda: _checked_path(directory, how, keep_last))
+        planned = plan(source, what, own, job)
+        check_digests(planned.contents, job, durable=durable)
+        contents = job.complete(planned.contents)
     files = planned_files(contents, path, durable=durable)
     disk_bytes = sum(file.bytes for file in files)
     memory = free_memory()

@@ -223,8 +223,8 @@ class LoadReport(Report):
     ``frozen``: how many parameters were set to ``requires_grad=False``; None if flags were not restored. ``changed_flags``: how
     many parameters had another flag before.
 
-    ``ranks``: how many ranks have loaded together. ``bytes`` is then what all of them have read from the files, ``rank_bytes`` what this
-    one has, and ``tensors`` the number of those of which it has received something.
+    ``ranks``: how many ranks have loaded together. ``bytes`` is then what all of them have read, from so many ``shards``; ``rank_bytes``
+    what this one has, and ``tensors`` the number of those of which it has received something.
     """
 
     verified: bool | None = None

@@ -65,6 +65,7 @@ def resume(
     restore_frozen: bool = True,
     verify: bool = True,
     rank_timeout: float = 120.0,
+    phase_timeout: float = 1800.0,
     progress: ProgressArgument = None,
 ) -> Resumed:
     """Fills ``model`` and the objects in ``training`` from a checkpoint, and sets the random number generators.
@@ -84,7 +85,7 @@ def resume(
         on_world_change: if another number of ranks saved the checkpoint, ``"raise"`` refuses it; ``"fresh"`` leaves what belongs to a rank
             (``PerRank``, ``rng``) as it is, and names it.
         process_group: of the ranks that train together.
-        device, restore_frozen, verify, rank_timeout, progress: as in ``load_model``.
+        device, restore_frozen, verify, rank_timeout, phase_timeout, progress: as in ``load_model``.
 
     Collective:
         With a ``process_group``, or if ``model`` or ``training`` has a DTensor, all ranks of the group (without one: of the job) must make
@@ -112,11 +113,8 @@ def resume(
     """
     clock = LoadClock()
     asked = _Asked(model, training, rng, only, skip, strict, on_world_change, device, restore_frozen, verify)
-    with job_of_load(model, path, "resume", process_group, rank_timeout, training) as job:
-        check_path(path)
-        check_progress(progress)
-        target_device = asked.check()
-        check_operators("resume from", path, UNCHANGED)
+    with job_of_load(model, path, "resume from", process_group, rank_timeout, phase_timeout, training) as job:
+        target_device, _ = job.attempt(lambda: asked.check(path, progress))
         job.check_equal(asked.everywhere_equal())
         wanted, parts = needed_files(model, "", None) if model is not None else (no_tensor, ())
         with ExitStack() as stack:
@@ -124,7 +122,9 @@ def resume(
                 parts = (*parts, TRAINING) if asked.is_training else parts
                 checkpoint = stack.enter_context(opened(job, os.fspath(path), wanted, parts))
             options = Options(rng, strict, only, skip or (), on_world_change, job.size, target_device, job.parts)
-            resumption = _Resumption(checkpoint, model, training, options, job, restore_frozen=restore_frozen)
+            resumption, _ = job.attempt(
+                lambda: _Resumption(checkpoint, model, training, options, job, restore_frozen=restore_frozen)
+            )
             clock.planned()
             shown = progress if job.leads or callable(progress) else False
             with Progress(shown, "loading", resumption.nbytes) as reporter:
@@ -164,8 +164,10 @@ class _Asked(NamedTuple):
         """Whether something of the training state is to be restored."""
         return self.training is not None or self.rng
 
-    def check(self) -> torch.device | None:
+    def check(self, path: str | os.PathLike[str], progress: ProgressArgument) -> torch.device | None:
         """Raises TypeError or ValueError. Returns the device."""
+        check_path(path)
+        check_progress(progress)
         if self.model is not None and not isinstance(self.model, nn.Module):
             raise TypeError(f"model must be an nn.Module or None, not {an(type(self.model).__name__)}")
         check_switches(rng=self.rng, strict=self.strict, restore_frozen=self.restore_frozen, verify=self.verify)
@@ -173,7 +175,9 @@ class _Asked(NamedTuple):
             raise ValueError(f"on_world_change must be 'fresh' or 'raise', not {self.on_world_change!r}")
         if not self.is_training and (self.only is not None or self.skip is not None):
             raise ValueError("only and skip name parts of a training state, pass training= or rng=True too")
-        return check_device(self.device)
+        device = check_device(self.device)
+        check_operators("resume from", path, UNCHANGED)
+        return device
 
     def everywhere_equal(self) -> dict[str, object]:
         """What must be the same on all ranks."""

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from shardsave._api.rank_timeouts import PHASE_TIMEOUT, RANK_TIMEOUT, seconds
 from shardsave._common.imports import import_at_use
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from shardsave._ranks.decisions import Decisions
-
-#: For a meeting, if the argument cannot be one: the save or resume itself says so.
-_RANK_TIMEOUT = 120.0
+    from shardsave._ranks.session import Session
 
 
 class RunRanks:
@@ -28,7 +28,8 @@ class RunRanks:
         self.leads = True
         self._shown = shown
         self._group: ProcessGroup | None = None
-        self._seconds = _RANK_TIMEOUT
+        self._rank_timeout = RANK_TIMEOUT
+        self._phase_timeout = PHASE_TIMEOUT
 
     @property
     def are_many(self) -> bool:
@@ -45,9 +46,8 @@ class RunRanks:
         import_at_use("shardsave._api.process_group")
         from shardsave._api.process_group import collective_group
 
-        seconds = options.get("rank_timeout")
-        if isinstance(seconds, (int, float)) and seconds > 0:
-            self._seconds = float(seconds)
+        self._rank_timeout = seconds(options.get("rank_timeout"), RANK_TIMEOUT)
+        self._phase_timeout = seconds(options.get("phase_timeout"), PHASE_TIMEOUT)
         self._group = collective_group(source, options.get("process_group"), training)
         self.leads = self._group is None or distributed.get_rank(self._group) == 0
 
@@ -55,11 +55,43 @@ class RunRanks:
         """What ``find`` returns on rank 0, a JSON value, on all ranks; what it raises there is raised on all."""
         if self._group is None:
             return find()
-        import_at_use("shardsave._ranks.session")
-        from shardsave._ranks.session import begin
+        with self._session("resume from", self._shown, "run") as session:
+            session.gather(
+                f"that {what} is wanted", b""
+            )  # nobody is told it before all are here, and nothing is wrong with their calls
+            with session.for_all():
+                found = json.dumps(find()).encode() if session.leads else None
+            return json.loads(session.publish(what, found))
 
-        with begin(self._group, "resume from", self._shown, rank_timeout=self._seconds, apart="run") as session:
-            return json.loads(session.publish(what, json.dumps(find()).encode() if session.leads else None))
+    def check_equal(self, facts: Mapping[str, str]) -> None:
+        """Raises ValueError on all ranks if ``facts``, by the name that a message has for them, are not the same on all."""
+        if self._group is None:
+            return
+        with self._session("save to", self._shown, "run") as session:
+            everywhere = [json.loads(one) for one in session.exchange("facts", json.dumps(facts).encode())]
+            for name, (rank, theirs) in ((name, one) for one in enumerate(everywhere) for name in facts):
+                if theirs[name] != (first := everywhere[0][name]):
+                    with session.for_all():
+                        raise ValueError(
+                            f"cannot save to {self._shown}: the same {name} was expected on all ranks, it is {first} on "
+                            f"{session.name(0)}, {theirs[name]} on {session.name(rank)}; nothing was written"
+                        )
+
+    def refuse(self, error: Exception, verb: str, where: str, apart: str) -> NoReturn:
+        """Raises ``error`` on all ranks: the others make a call that begins with a session of this kind."""
+        if self._group is not None:
+            with self._session(verb, where, apart):
+                raise error
+        raise error
+
+    def _session(self, verb: str, where: str, apart: str) -> AbstractContextManager[Session]:
+        assert self._group is not None
+        import_at_use("shardsave._ranks.begin")
+        from shardsave._ranks.begin import session_of
+
+        return session_of(
+            self._group, verb, where, rank_timeout=self._rank_timeout, phase_timeout=self._phase_timeout, apart=apart
+        )
 
     def decisions(self) -> Decisions:
         """Made anew; all ranks must ask for them."""
@@ -67,4 +99,4 @@ class RunRanks:
         import_at_use("shardsave._ranks.decisions")
         from shardsave._ranks.decisions import decisions_of
 
-        return decisions_of(self._group, self._shown)
+        return decisions_of(self._group, self._shown, self._phase_timeout)

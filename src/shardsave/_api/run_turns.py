@@ -24,6 +24,7 @@ class Turns:
         self._requests = requests
         self._ranks = ranks
         self._turn = 0
+        self._compared = False  # that all ranks decide in the same way
         self._ordered = False  # rank 0 has decided that all save in this turn
         self._names: tuple[str, ...] = ()
         self._decisions: Decisions | None = None
@@ -39,7 +40,9 @@ class Turns:
         return () if self.preempted else tuple(number.name for number in self._requests.noted)
 
     def begin(self) -> None:
-        """The next call has begun. Raises ShardSaveError if it cannot be known what rank 0 has decided."""
+        """The next call has begun. Raises ShardSaveError if it cannot be known what rank 0 has decided, and ValueError in the first call if
+        not all ranks are to decide in the same way."""
+        self._compare()
         self._turn += 1
         decisions = self._open_decisions()
         if decisions is None:
@@ -80,6 +83,12 @@ class Turns:
 
         names = () if self.preempted else tuple(dict.fromkeys((*self.unsaved, *decisions.told())))
         decisions.announce(Decision(self._turn, self._turn + 1 if save or names else 0, names))
+
+    def _compare(self) -> None:
+        if self._ranks.are_many and not self._compared:
+            facts = {"save_every": self._when.kind, "save_on_signal": "called" if self._requests.listens else "not called"}
+            self._ranks.check_equal(facts)
+            self._compared = True
 
     def _open_decisions(self) -> Decisions | None:
         if self._decisions is None and self._ranks.are_many and (self._when.by_time or self._requests.listens):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _BY_THE_MANAGER = {"source", "directory", "step", "metrics", "training", "path", "model"}
 
 #: Those options of all saves of a manager that are meant for its resumes too.
-OF_BOTH = ("rng", "process_group", "rank_timeout", "progress")
+OF_BOTH = ("rng", "process_group", "rank_timeout", "phase_timeout", "progress")
 
 
 class PublicVerbs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union
 
@@ -12,9 +13,10 @@ import torch
 
 from shardsave._api.arguments import check_path, check_progress, check_reuse, check_switches, check_timeout
 from shardsave._api.operators import check_operators
+from shardsave._api.rank_timeouts import PHASE_TIMEOUT, RANK_TIMEOUT, check_timeouts
 from shardsave._api.reports import SaveReport, log_deletion
-from shardsave._api.save_contents import Planned, What, plan
-from shardsave._api.save_jobs import agreed, beside_other_ranks, job_of_save
+from shardsave._api.save_contents import Planned, What, attempted, plan
+from shardsave._api.save_jobs import beside_other_ranks, check_digests, job_of_save
 from shardsave._background.failures import take_failures
 from shardsave._common.backend import engine_name
 from shardsave._common.log_records import log_record
@@ -58,6 +60,7 @@ def save(
     progress: ProgressArgument = None,
     lock_timeout: float = 600.0,
     rank_timeout: float = 120.0,
+    phase_timeout: float = 1800.0,
     on_divergence: Literal["raise", "lowest_rank"] = "raise",
 ) -> SaveReport:
     """Saves a module, a sub-module, or a mapping from names to tensors as the checkpoint in ``directory``.
@@ -101,6 +104,7 @@ def save(
             callable receives (bytes done, bytes in total).
         lock_timeout: seconds to wait for another save into the same directory.
         rank_timeout: in a collective save, the most seconds without a sign of life of another rank, and until all have made the call.
+        phase_timeout: in a collective save, the most seconds for one phase of the call, though all ranks give signs of life.
         on_divergence: in a collective save, what to do if a tensor that several ranks hold is not the same on all: "raise", or save that
             of the "lowest_rank" and say so in the notes.
 
@@ -135,6 +139,7 @@ def save(
         reuse=reuse,
         recheck_every=recheck_every,
         rank_timeout=rank_timeout,
+        phase_timeout=phase_timeout,
         on_divergence=on_divergence,
     )
     what = What(
@@ -170,27 +175,43 @@ def save_now(
     began, as `time.perf_counter` counts.
     """
     started = time.perf_counter() if started is None else started
-    joining = job_of_save(
-        source,
-        directory,
-        what.process_group,
-        what.training,
-        durable=how.durable,
-        rank_timeout=how.rank_timeout,
-        on_divergence=how.on_divergence,
-    )
-    with joining as job:
-        path = check_how(directory, how)
+    with job_of(source, directory, what, how) as job:
+        path, own = attempted(source, what, job, lambda: check_how(directory, how))
         job = beside_other_ranks(job, path, what.step)
-        how = before(how) if job.leads else how
-        planned = plan(source, what, job)
-        planned = planned._replace(contents=agreed(planned.contents, job, durable=how.durable))
+        with job.for_all():
+            how = before(how) if job.leads else how
+        planned = plan(source, what, own, job)
+        planned = settled(planned, how, job)
         report, warnings = write_planned(planned, os.fspath(directory), path, how, time.perf_counter() - started, job=job)
     if job.leads:
         log_saved(report, warnings)
         for warning in warnings:
             warn_caller(warning)
     return report
+
+
+def job_of(
+    source: Source, directory: str | os.PathLike[str], what: What, how: How, *, verb: str = "save to", apart: str = ""
+) -> AbstractContextManager[Job]:
+    """As `job_of_save`."""
+    return job_of_save(
+        source,
+        directory,
+        what.process_group,
+        what.training,
+        durable=how.durable,
+        rank_timeout=how.rank_timeout,
+        phase_timeout=how.phase_timeout,
+        on_divergence=how.on_divergence,
+        verb=verb,
+        apart=apart,
+    )
+
+
+def settled(planned: Planned, how: How, job: Job) -> Planned:
+    """``planned`` once it is known to be the same for all processes of ``job``, which then have what they have to write."""
+    check_digests(planned.contents, job, durable=how.durable)
+    return planned._replace(contents=job.check_replicas(job.complete(planned.contents)))
 
 
 class How(NamedTuple):
@@ -203,7 +224,8 @@ class How(NamedTuple):
     lock_timeout: float
     reuse: Union[str, os.PathLike[str], Literal[False], None] = None
     recheck_every: int = 10
-    rank_timeout: float = 120.0
+    rank_timeout: float = RANK_TIMEOUT
+    phase_timeout: float = PHASE_TIMEOUT
     on_divergence: Literal["raise", "lowest_rank"] = "raise"
     locked: Callable[[], object] | None = None
 
@@ -221,7 +243,7 @@ def check_values(how: How) -> None:
     check_switches(durable=how.durable)
     check_progress(how.progress)
     check_timeout(how.lock_timeout)
-    check_timeout(how.rank_timeout, "rank_timeout")
+    check_timeouts(how.rank_timeout, how.phase_timeout)
     if how.on_divergence not in ("raise", "lowest_rank"):
         raise ValueError(f"on_divergence must be 'raise' or 'lowest_rank', not {how.on_divergence!r}")
     check_reuse(how.reuse, how.recheck_every)

@@ -52,6 +52,7 @@ def save_async(
     progress: ProgressArgument = None,
     lock_timeout: float = 600.0,
     rank_timeout: float = 120.0,
+    phase_timeout: float = 1800.0,
     on_divergence: Literal["raise", "lowest_rank"] = "raise",
 ) -> PendingSave:
     """Saves as `save` does, but returns as soon as training may go on. The checkpoint is of the moment of the call.
@@ -78,7 +79,7 @@ def save_async(
         progress: as in `save`, but None shows no bar; a callable is called on the saving thread.
         reuse: as in `save`. With the ring, only shards that are frozen throughout are taken over.
         max_shard_size, durable, metadata, step, metrics, training, rng, process_group, architecture, program, adapter_only, only, dtype,
-            lock_timeout, recheck_every, assume_frozen_unchanged, rank_timeout, on_divergence: as in `save`.
+            lock_timeout, recheck_every, assume_frozen_unchanged, rank_timeout, phase_timeout, on_divergence: as in `save`.
 
     Collective:
         With a ``process_group``, or with DTensors, as `save`. Each rank copies its own part in the call (``staging="ring"`` is refused);
@@ -130,6 +131,7 @@ def save_async(
         reuse=reuse,
         recheck_every=recheck_every,
         rank_timeout=rank_timeout,
+        phase_timeout=phase_timeout,
         on_divergence=on_divergence,
     )
     return start(source, directory, what, how, background)

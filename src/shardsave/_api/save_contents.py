@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Union
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 
 from shardsave._api.arguments import check_switches, parse_size
 from shardsave._api.moments import check_moment
-from shardsave._api.save_parts import Needed, PlannedParts, plan_parts
+from shardsave._api.save_parts import Among, Needed, PlannedParts, plan_parts
 from shardsave._common.gc_pause import gc_paused
 from shardsave._common.imports import import_at_use
 from shardsave._common.words import an, count
@@ -21,7 +21,8 @@ from shardsave._format.metadata import check_metadata
 from shardsave._format.quantised import PLAIN, TENSOR_NAMES
 from shardsave._huggingface.choose_saving import choose_layout
 from shardsave._saving.casts import cast_on_disk, check_dtype
-from shardsave._saving.contents import Contents, PlannedDirectory, plan_contents
+from shardsave._saving.contents import Contents, plan_contents
+from shardsave._saving.disk_layout import DiskLayout
 from shardsave._saving.frozen import FrozenMemory, frozen_memory
 from shardsave._saving.job import ALONE, Job
 from shardsave._saving.trainable import only_trainable
@@ -51,15 +52,6 @@ class Planned(NamedTuple):
     frozen: Mapping[str, FrozenMemory] = {}
 
 
-class _PlannedTraining(NamedTuple):
-    """``directories``: that of the training state, or none. ``epoch``: the one in it. ``notes``, ``warnings``: as in `TrainingState`."""
-
-    directories: list[PlannedDirectory]
-    epoch: float | None = None
-    notes: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
-
-
 class What(NamedTuple):
     """The arguments of `save` that say what to save."""
 
@@ -78,50 +70,74 @@ class What(NamedTuple):
     assume_frozen_unchanged: bool = False
 
 
-def plan(source: Source, what: What, job: Job = ALONE) -> Planned:
-    """Checks ``what``, and plans it: for all processes of ``job`` the same. Raises what `save` raises for it; writes nothing."""
+class OwnContents(NamedTuple):
+    """What one process has read of what is saved, as it was in the call. Among several, each has its own.
+
+    ``training``: the training state as data; ``epoch``, ``notes`` and ``warnings`` are those of `TrainingState`.
+    """
+
+    checked: _Checked
+    layout: DiskLayout
+    state: State
+    training: DescribedTraining | None
+    epoch: float | None
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def read_own(source: Source, what: What, readers: TensorParts | None) -> OwnContents:
+    """Checks ``what``, and reads it in this process. ``readers``: as `Job.parts`. Raises what `save` raises for it."""
     checked = check_what(what)
     with_parts = what.architecture or what.program is not None
     if with_parts and not isinstance(source, nn.Module):
         option = "architecture=True" if what.architecture else "a program"
         raise TypeError(f"{option} needs an nn.Module, not {an(type(source).__name__)}")
-    target, max_shard_bytes = checked.dtype, checked.max_shard_bytes
     layout = choose_layout(source, what.adapter_only, with_parts=with_parts)
     with gc_paused():
-        training = _training(source, what, max_shard_bytes, job)
-        own = _read_state(source, what.architecture, job.parts)
-        state = job.agree(own)
+        training, epoch, notes, warnings = _described(source, what, readers)
+        state = _read_state(source, what.architecture, readers)
+    return OwnContents(checked, layout, state, training, epoch, notes, warnings)
+
+
+def attempted(source: Source, what: What, job: Job, check: Callable[[], str]) -> tuple[str, OwnContents]:
+    """What ``check`` returns, and `read_own`, once both have succeeded for all processes of ``job``."""
+    return job.attempt(
+        lambda: (check(), read_own(source, what, job.parts)), said=lambda both: (both[1].state, both[1].training)
+    )
+
+
+def plan(source: Source, what: What, own: OwnContents, job: Job = ALONE) -> Planned:
+    """Plans what all processes of ``job`` have read: for all of them the same. Raises what `save` raises; writes nothing."""
+    target, max_shard_bytes = own.checked.dtype, own.checked.max_shard_bytes
+    with_parts = what.architecture or what.program is not None
+    with gc_paused():
+        directories = job.plan_training(own.training, max_shard_bytes)
+        state = job.agree(own.state)
         if state.file_metadata and (with_parts or target is not None):
             _refuse_quantised(state, with_parts)
-        warnings = training.warnings
+        warnings = own.warnings
         parts, notes, needed = PlannedParts()
         if with_parts and isinstance(source, nn.Module):
-            parts, notes, needed = plan_parts(
-                source,
-                own,
-                state if job.parts is not None else None,
-                architecture=what.architecture,
-                program=what.program,
-                warns=job.leads,
-            )
+            among = Among(job.parts, state, leads=job.leads) if job.parts is not None else None
+            parts, notes, needed = plan_parts(source, own.state, among, architecture=what.architecture, program=what.program)
         if isinstance(source, nn.Module) and not state.entries:
             note, matters = _note_without_tensors(source)
             notes = (*notes, note)
-            if matters or not (with_parts or training.directories):
+            if matters or not (with_parts or directories):
                 warnings = (*warnings, note)
-        on_disk = layout.apply(state)
+        on_disk = own.layout.apply(state)
         left_out: tuple[str, ...] = ()
         if what.only is not None:
             on_disk, left_out = only_trainable(on_disk, source, state)
         on_disk, cast = cast_on_disk(on_disk, target)
-        on_disk = on_disk._replace(notes=(*on_disk.notes, *state.notes, *notes, *training.notes))
+        on_disk = on_disk._replace(notes=(*on_disk.notes, *state.notes, *notes, *own.notes))
         contents = plan_contents(
             on_disk,
             parts,
             max_shard_bytes,
-            checked.metadata,
-            directories=training.directories,
-            moment=checked.moment._replace(epoch=training.epoch, ranks=checked.moment.ranks and job.size),
+            own.checked.metadata,
+            directories=directories,
+            moment=own.checked.moment._replace(epoch=own.epoch, ranks=own.checked.moment.ranks and job.size),
         )
         frozen = frozen_memory(on_disk.state.entries, _unstepped(source, what.training)) if what.assume_frozen_unchanged else {}
         return Planned(contents, needed, cast, left_out, warnings, frozen)
@@ -174,24 +190,21 @@ def check_what(what: What) -> _Checked:
     )
 
 
-def _training(source: Source, what: What, max_shard_bytes: int, job: Job) -> _PlannedTraining:
-    described = None
-    state = None
-    if what.training is not None or what.rng:
-        import_at_use("shardsave._training.describe")  # a plain save must not import this
-        from shardsave._training.describe import describe
+def _described(
+    source: Source, what: What, readers: TensorParts | None
+) -> tuple[DescribedTraining | None, float | None, tuple[str, ...], tuple[str, ...]]:
+    """The training state as data, its epoch, notes and warnings."""
+    if what.training is None and not what.rng:
+        return None, None, (), ()
+    import_at_use("shardsave._training.describe")  # a plain save must not import this
+    from shardsave._training.describe import describe
 
-        rank = job.parts.rank if job.parts is not None else 0
-        model = source if isinstance(source, nn.Module) else None
-        state = describe(what.training, model, rng=what.rng, rank=rank, parts=job.parts)
-        leaves = _json(state.leaves) if state.leaves else None
-        described = DescribedTraining(
-            _json(state.shared), leaves, state.shared_entries, state.own_entries, state.has_distributed
-        )
-    directories, notes = job.plan_training(described, max_shard_bytes)
-    if state is None:
-        return _PlannedTraining([])
-    return _PlannedTraining([*directories], state.epoch, (*state.notes, *notes), state.warnings)
+    rank = readers.rank if readers is not None else 0
+    model = source if isinstance(source, nn.Module) else None
+    state = describe(what.training, model, rng=what.rng, rank=rank, parts=readers)
+    leaves = _json(state.leaves) if state.leaves else None
+    described = DescribedTraining(_json(state.shared), leaves, state.shared_entries, state.own_entries, state.has_distributed)
+    return described, state.epoch, state.notes, state.warnings
 
 
 def _json(value: Any) -> bytes:

@@ -12,6 +12,7 @@ from torch import nn
 from shardsave._common.imports import import_at_use
 from shardsave._common.warn_caller import warnings_collected
 from shardsave._common.words import count
+from shardsave._state.distributed_tensors import Parts as TensorParts
 from shardsave._state.distributed_tensors import is_distributed
 from shardsave._state.extra_tensors import ExtraTensors
 from shardsave._state.module import State
@@ -38,11 +39,19 @@ class PlannedParts(NamedTuple):
     needed: Needed = Needed()
 
 
+class Among(NamedTuple):
+    """The processes that save together: what ``readers`` of their tensors they have, and their ``state``. ``leads``: whether this one does;
+    it warns for all of what is not saved."""
+
+    readers: TensorParts
+    state: State
+    leads: bool
+
+
 def plan_parts(
-    source: nn.Module, own: State, agreed: State | None, *, architecture: bool, program: Program | None, warns: bool
+    source: nn.Module, own: State, among: Among | None, *, architecture: bool, program: Program | None
 ) -> PlannedParts:
-    """``own``: the state of this process. ``agreed``: that of all processes that save together; None if this one is alone. ``warns``:
-    whether this process warns of what is not saved.
+    """``own``: the state of this process. ``among``: None if it is alone.
 
     Raises UnsupportedModuleError for what cannot be saved as data, and for a module of which no single process could build the whole.
     """
@@ -51,9 +60,9 @@ def plan_parts(
     needed = Needed()
     module = unwrap(source)
     spread: Mapping[int, str] = {}
-    if agreed is not None:
-        _check_whole("architecture" if architecture else "program", own, agreed)
-        spread = _names_of_spread(source, agreed)
+    if among is not None:
+        _check_whole("architecture" if architecture else "program", own, among.state)
+        spread = _names_of_spread(source, among.state)
         _check_not_split(module, spread, architecture=architecture, program=program is not None)
     extra = ExtraTensors(own.entries, spread)
     if architecture:
@@ -61,7 +70,7 @@ def plan_parts(
         from shardsave._architecture.describe import describe
         from shardsave._architecture.trust import script_classes, trust_entries
 
-        with nullcontext() if warns else warnings_collected():
+        with nullcontext() if among is None or among.leads else warnings_collected():
             documents["architecture"], lacking = describe(module, extra)
         needed = Needed(trust_entries(lacking), script_classes(lacking))
     if program is not None:
@@ -69,7 +78,10 @@ def plan_parts(
 
         captured = capture(module, program, extra)
         documents["program"], notes = captured.document, captured.notes
-    return PlannedParts(Parts(documents, tuple(extra.kept)), notes, needed)
+    kept = tuple(extra.kept)
+    if among is not None:
+        kept = tuple(entry._replace(source=among.readers.replicated(entry.tensor)) for entry in kept)
+    return PlannedParts(Parts(documents, kept), notes, needed)
 
 
 def _names_of_spread(source: nn.Module, agreed: State) -> Mapping[int, str]:

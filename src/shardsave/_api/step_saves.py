@@ -75,6 +75,12 @@ class StepSaves:
             self._pending = step, pending
         return pending
 
+    def meeting(self, options: Mapping[str, Any], *, asynchronous: bool) -> str:
+        """The kind of the session with which a save with these options begins."""
+        if not asynchronous:
+            return ""
+        return "turn" if options.get("if_busy") in ("skip", "raise") else "background"
+
     def settle(self, timeout: float | None = None, *, of: int | None = None) -> bool:
         """Waits for the last save in the background, whatever comes of it; only if it is that of step ``of``, if that is given.
 

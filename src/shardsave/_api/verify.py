@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from shardsave._api.arguments import check_path, check_progress, check_switches
 from shardsave._api.findings import Damage, VerifyReport
 from shardsave._api.load_jobs import job_of_load
+from shardsave._api.rank_timeouts import PHASE_TIMEOUT, RANK_TIMEOUT
 from shardsave._api.reports import Phases
 from shardsave._common.backend import engine_name
 from shardsave._common.progress import Progress, ProgressArgument
@@ -39,7 +40,8 @@ def verify(
     keep_going: bool = False,
     progress: ProgressArgument = None,
     process_group: ProcessGroup | None = None,
-    rank_timeout: float = 120.0,
+    rank_timeout: float = RANK_TIMEOUT,
+    phase_timeout: float = PHASE_TIMEOUT,
 ) -> VerifyReport:
     """Reads every byte of the checkpoint at ``path`` and compares it with the stored checksums; loads no tensor.
 
@@ -50,7 +52,8 @@ def verify(
 
     Collective:
         Only with a ``process_group``: all its ranks must make the call. They share the tensors file by file, and all return the same report
-        or raise the same error. ``rank_timeout``: the most seconds without a sign of life of another rank, and until all have come.
+        or raise the same error. ``rank_timeout``: the most seconds without a sign of life of another rank, and until all have come;
+        ``phase_timeout``: the most seconds that one step of the call may take.
 
     Example:
         >>> import torch, shardsave
@@ -58,7 +61,7 @@ def verify(
         >>> shardsave.verify("three-ones").verified
         True
     """
-    with job_of_load(None, path, "verify", process_group, rank_timeout) as job:
+    with job_of_load(None, path, "verify", process_group, rank_timeout, phase_timeout) as job:
         check_path(path)
         check_switches(keep_going=keep_going)
         check_progress(progress)

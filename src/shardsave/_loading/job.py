@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Protocol
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Protocol, TypeVar
 
 from shardsave._common.progress import Progress
 from shardsave._engine.totals import Totals
@@ -15,6 +16,8 @@ from shardsave._state.distributed_tensors import Parts
 from shardsave._storage.checkpoint import CHANGING_SECONDS, Checkpoint, open_checkpoint
 from shardsave._storage.shard_files import Broken, HeaderCheck
 from shardsave.errors import DirectoryBusyError
+
+Result = TypeVar("Result")
 
 
 class LoadJob(Protocol):
@@ -43,8 +46,11 @@ class LoadJob(Protocol):
     def check_equal(self, arguments: Mapping[str, object]) -> None:
         """Raises ValueError if ``arguments``, JSON values by name, are not the same everywhere."""
 
-    def all_have(self, identity: bytes) -> bool:
-        """Whether ``identity`` is the same everywhere."""
+    def attempt(self, work: Callable[[], Result], identity: Callable[[Result], bytes] = lambda _: b"") -> tuple[Result, bool]:
+        """What ``work`` returns, once it has succeeded everywhere, and whether its ``identity`` is the same everywhere.
+
+        One error that it has everywhere names no process.
+        """
 
     def of_all(self, what: str, mine: bytes) -> list[bytes]:
         """The value of each process, everywhere. ``mine``: that of this one; ``what``: its name."""
@@ -59,8 +65,9 @@ class LoadJob(Protocol):
     def reader(self, checkpoint: Checkpoint, *, verify: bool, progress: Progress) -> TensorReader:
         """The reader for this process. `TensorReader.read_together` must be called the same number of times everywhere."""
 
-    def ended(self, totals: Totals) -> Totals:
-        """Called when this process has loaded everything; waits for the others. Returns what all have read."""
+    def ended(self, totals: Totals, shards: Collection[str]) -> tuple[Totals, int]:
+        """Called when this process has loaded everything, from ``shards``; waits for the others. Returns what all have read, and from how
+        many shards."""
 
 
 class Alone:
@@ -75,8 +82,8 @@ class Alone:
     def check_equal(self, arguments: Mapping[str, object]) -> None:
         pass
 
-    def all_have(self, identity: bytes) -> bool:
-        return True
+    def attempt(self, work: Callable[[], Result], identity: Callable[[Result], bytes] = lambda _: b"") -> tuple[Result, bool]:
+        return work(), True
 
     def of_all(self, what: str, mine: bytes) -> list[bytes]:
         return [mine]
@@ -87,11 +94,15 @@ class Alone:
     def reader(self, checkpoint: Checkpoint, *, verify: bool, progress: Progress) -> TensorReader:
         return TensorReader(checkpoint, verify=verify, progress=progress)
 
-    def ended(self, totals: Totals) -> Totals:
-        return totals
+    def ended(self, totals: Totals, shards: Collection[str]) -> tuple[Totals, int]:
+        return totals, len(shards)
 
 
 ALONE = Alone()
+
+
+def _names_of_files(checkpoint: Checkpoint) -> bytes:
+    return json.dumps(checkpoint.shards).encode()
 
 
 @contextmanager
@@ -111,9 +122,13 @@ def opened(
     parts = tuple(parts)
     deadline = time.monotonic() + CHANGING_SECONDS
     while True:
-        with open_checkpoint(path, wanted, parts=parts, broken=broken, header_check=header_check) as checkpoint:
-            is_readable = broken is None or checkpoint.index is not None
-            if job.all_have(checkpoint.identity() if is_readable else json.dumps(checkpoint.shards).encode()):
+        with ExitStack() as stack:
+            opening = open_checkpoint(path, wanted, parts=parts, broken=broken, header_check=header_check)
+            checkpoint, all_have_it = job.attempt(
+                partial(stack.enter_context, opening),
+                lambda found: found.identity() if broken is None or found.index is not None else _names_of_files(found),
+            )
+            if all_have_it:
                 yield checkpoint
                 return
         if broken:

@@ -24,7 +24,6 @@ from shardsave._ranks.description import (
     unpacked,
 )
 from shardsave._ranks.joining import Global, Joining, View
-from shardsave._ranks.replicas import check_replicas as check_replicas
 from shardsave._ranks.talk import Session as Session
 from shardsave._state.module import Entry, State
 
@@ -39,6 +38,18 @@ class _Header(NamedTuple):
     @classmethod
     def of(cls, data: bytes) -> _Header:
         return cls(data[:16], data[16:32], data[32:])
+
+
+class Said(NamedTuple):
+    """What one rank says of a state: its description, also as bytes, and its meshes."""
+
+    description: Description
+    encoded: bytes
+    meshes: bytes
+
+    @property
+    def header(self) -> bytes:
+        return digest(self.encoded) + self.meshes
 
 
 class _Survey(NamedTuple):
@@ -61,20 +72,29 @@ _remembered: dict[str, tuple[str, Global]] = {}
 _NOTHING = bytes(16)
 
 
-def agree(session: Session, state: State, what: str = "tensors") -> State:
+def say(state: State) -> Said:
+    """What this rank says of ``state``."""
+    description, grids = describe(state)
+    return Said(description, description.encoded(), encoded_grids(grids))
+
+
+def agree(
+    session: Session, state: State, what: str = "tensors", said: Said | None = None, *, all_say_the_same: bool = False
+) -> State:
     """``state`` of this rank as the state of all ranks: equal on all of them, each source a `Spread`.
 
     Entries have the order that one process would have; the natural order of their names if ranks have different ones. Raises
     UnsupportedTensorError on all ranks if what two ranks say of one tensor is contradictory. ``what``: names the state; what was agreed
-    on last is remembered for each name.
+    on last is remembered for each name. ``said``: what `say` returns, if that is known; if ``all_say_the_same``, nothing is exchanged.
     """
     remembered = _remembered.get(what)  # read once: another thread may agree on something else meanwhile
-    description, grids = describe(state)
-    encoded, meshes = description.encoded(), encoded_grids(grids)
+    description, encoded, meshes = say(state) if said is None else said
     known = bytes.fromhex(remembered[0]) if remembered is not None else _NOTHING
-    headers = session.gather(what, digest(encoded) + known + meshes)
-    survey = _survey(headers) if headers is not None else None
-    survey = _decoded(session.publish(f"{what} of all ranks", _encoded(survey) if survey is not None else None))
+    survey = _decoded(b"")
+    if not all_say_the_same:
+        headers = session.gather(what, digest(encoded) + known + meshes)
+        told = _survey(headers) if headers is not None else None
+        survey = _decoded(session.publish(f"{what} of all ranks", _encoded(told) if told is not None else None))
     if len(survey.views) == 1:  # all say the same
         key = digest(encoded + meshes + str(session.size).encode()).hex()
         survey = _Survey([(0, meshes.decode())], [0] * session.size, [], key, is_known=True)

@@ -24,9 +24,6 @@ from shardsave.errors import ShardSaveError
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-#: For so many seconds the others wait until rank 0 has passed a turn: nothing says meanwhile whether it is alive.
-_PATIENCE = 1800.0
-
 _DECIDED, _ASKED, _LEFT = "decided", "asked", "left"
 
 
@@ -53,10 +50,11 @@ class Decisions:
     """The decisions for the run ``shown``, as one of its ranks sees them. For one thread. All methods raise ShardSaveError if the store
     is lost; `leave` raises nothing.
 
-    ``number``: of the objects for this run that all ranks have made.
+    ``number``: of the objects for this run that all ranks have made. ``patience``: for so many seconds the others wait until rank 0 has
+    passed a turn: nothing says meanwhile whether it is alive.
     """
 
-    def __init__(self, store: Store, members: Members, shown: str, number: int, patience: float = _PATIENCE) -> None:
+    def __init__(self, store: Store, members: Members, shown: str, number: int, patience: float) -> None:
         self.leads = members.rank == 0
         self._size = len(members.names)
         self._leader = f"rank {members.names[0]}"
@@ -79,9 +77,9 @@ class Decisions:
                 raise_if_ending()
                 if time.monotonic() > end:
                     raise ShardSaveError(
-                        f"cannot tell whether to save to {self._shown}: {self._leader} was expected within {self._patience:g} s to have "
-                        f"finished {passed} calls of step or save as this rank has, it has finished {found.passed}; all ranks must make "
-                        f"the same calls, save_on_signal too; nothing was written"
+                        f"cannot tell whether to save to {self._shown}: {self._leader} was expected within "
+                        f"phase_timeout={self._patience:g} s to have finished {passed} calls of step or save as this rank has, it has "
+                        f"finished {found.passed}; all ranks must make the same calls, save_on_signal too; nothing was written"
                     )
                 time.sleep(pauses.rest())
                 pauses.due()
@@ -129,9 +127,9 @@ class Decisions:
 _made: dict[tuple[str, str], int] = {}
 
 
-def decisions_of(group: ProcessGroup, shown: str) -> Decisions:
-    """Those for the run ``shown``, which all ranks of ``group`` ask for equally often."""
+def decisions_of(group: ProcessGroup, shown: str, patience: float) -> Decisions:
+    """Those for the run ``shown``, which all ranks of ``group`` ask for equally often. ``patience``: as in `Decisions`."""
     members = members_of(group)
     key = members.key, shown
     _made[key] = _made.get(key, 0) + 1
-    return Decisions(job_store(), members, shown, _made[key])
+    return Decisions(job_store(), members, shown, _made[key], patience)

@@ -11,8 +11,16 @@ from shardsave.errors import ShardSaveError
 _LONGEST = 32_000
 
 
+#: Errors of Python that say what is wrong with an argument, or that memory is lacking: all ranks raise them.
+_BUILTIN: dict[str, type[Exception]] = {"TypeError": TypeError, "ValueError": ValueError, "MemoryError": MemoryError}
+
+
 class StoreLost(ShardSaveError):
     """The store of torch.distributed is gone: what the other ranks do cannot be known any more."""
+
+
+class JobFailed(ShardSaveError):
+    """A rank was lost, interrupted, or failed in a way that has no class of its own."""
 
 
 class Failure(NamedTuple):
@@ -27,8 +35,7 @@ class Failure(NamedTuple):
 
     def error(self, usual: type[ShardSaveError]) -> Exception:
         """What is raised. ``usual``: the class of an error that has no class of its own."""
-        builtin: dict[str, type[Exception]] = {"TypeError": TypeError, "ValueError": ValueError, "MemoryError": MemoryError}
-        kind = builtin.get(self.kind) or (getattr(errors, self.kind) if self.kind in errors.__all__ else usual)
+        kind = _BUILTIN.get(self.kind) or (getattr(errors, self.kind) if self.kind in errors.__all__ else usual)
         error: Exception = kind(self.text)
         return error
 
@@ -38,12 +45,20 @@ def unpacked(packed: bytes) -> Failure:
     return Failure(kind, text, tuple(lost))
 
 
+def is_foreign(error: BaseException) -> bool:
+    """Whether ``error`` is of a class that this package does not raise: it comes from code of the user or of a library.
+
+    Other ranks may not have its class. The rank that it struck raises it as it is.
+    """
+    return not isinstance(error, ShardSaveError) and type(error) not in _BUILTIN.values()
+
+
 def failure_of(error: BaseException, who: str) -> Failure:
-    """``error``, which struck on the rank that is called ``who``."""
+    """``error``, which struck on the rank that is called ``who``; empty if it concerns all ranks alike."""
     if not isinstance(error, Exception):
         return Failure("", f"{who} was interrupted")
-    for kind in type(error).__mro__:
-        if kind in (TypeError, ValueError, MemoryError) or (kind.__name__ in errors.__all__ and kind is not ShardSaveError):
-            return Failure(kind.__name__, f"{who}: {error}")
-    text = str(error) if isinstance(error, ShardSaveError) else f"{type(error).__name__}: {error}"
-    return Failure("", f"{who}: {text}")
+    begin = f"{who}: " if who else ""
+    if is_foreign(error):
+        return Failure("", f"{begin}{type(error).__name__}: {error}")
+    kinds = [kind.__name__ for kind in type(error).__mro__ if kind is not ShardSaveError]
+    return Failure(next((kind for kind in kinds if kind in _BUILTIN or kind in errors.__all__), ""), f"{begin}{error}")

@@ -43,8 +43,8 @@ class Leader(Part):
         if met.roll is not None:
             self._hosts.watch(range(1, met.hosts))
             self.publish(0, met.roll.packed())
-            for gone in met.gone:
-                self.fail(self.lost(gone, "it gave up waiting"))
+            for gone, interrupted in met.gone:
+                self.fail(self.interrupted(gone) if interrupted else self.lost(gone, "it gave up waiting"))
 
     # -- what the session wants
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shardsave._common.memory_errors import check_free_memory
 from shardsave._common.progress import Progress
 from shardsave._engine.totals import Totals
+from shardsave._loading.job import Result
 from shardsave._loading.read import TensorReader
+from shardsave._ranks.attempt import attempt
 from shardsave._ranks.job_reader import JobReader
 from shardsave._state.distributed_tensors import Parts
 from shardsave._storage.checkpoint import Checkpoint
@@ -38,13 +40,14 @@ class LoadJob:
     def check_equal(self, arguments: Mapping[str, object]) -> None:
         mine = json.dumps(arguments)
         everywhere = self._session.gather("arguments", mine.encode())
-        for rank, data in enumerate(everywhere or ()):
-            for name, value in json.loads(data).items() if data != everywhere[0] else ():  # type: ignore[index]
-                if value != arguments[name]:
-                    raise ValueError(
-                        f"cannot {self._verb} {self._where}: {name}={arguments[name]!r} was expected on all ranks as on "
-                        f"{self._session.name(0)}, {self._session.name(rank)} has {name}={value!r}; nothing was loaded"
-                    )
+        with self._session.for_all():
+            for rank, data in enumerate(everywhere or ()):
+                for name, value in json.loads(data).items() if data != everywhere[0] else ():  # type: ignore[index]
+                    if value != arguments[name]:
+                        raise ValueError(
+                            f"cannot {self._verb} {self._where}: {name}={arguments[name]!r} was expected on all ranks as on "
+                            f"{self._session.name(0)}, {self._session.name(rank)} has {name}={value!r}; nothing was loaded"
+                        )
 
     @property
     def number(self) -> int:
@@ -57,10 +60,8 @@ class LoadJob:
     def of_all(self, what: str, mine: bytes) -> list[bytes]:
         return self._session.exchange(what, mine)
 
-    def all_have(self, identity: bytes) -> bool:
-        everywhere = self._session.gather("identity of the checkpoint", identity)
-        same = b"" if everywhere is None else json.dumps(len({*everywhere}) == 1).encode()
-        return bool(json.loads(self._session.publish("whether all have the same checkpoint", same or None)))
+    def attempt(self, work: Callable[[], Result], identity: Callable[[Result], bytes] = lambda _: b"") -> tuple[Result, bool]:
+        return attempt(self._session, "what each has done", work, identity)
 
     def checked(self, needed: int = 0) -> tuple[str, ...]:
         gathered = self._session.gather("new memory", str(needed).encode())
@@ -80,16 +81,19 @@ class LoadJob:
     def reader(self, checkpoint: Checkpoint, *, verify: bool, progress: Progress) -> TensorReader:
         return JobReader(checkpoint, self._session, verify=verify, progress=progress)
 
-    def ended(self, totals: Totals) -> Totals:
-        everywhere = self._session.gather("what was read", json.dumps(asdict(totals)).encode())
-        joined = None
+    def ended(self, totals: Totals, shards: Collection[str]) -> tuple[Totals, int]:
+        everywhere = self._session.gather("what was read", json.dumps([asdict(totals), *shards]).encode())
+        told = None
         if everywhere is not None:
-            joined = Totals()
+            joined, of_all = Totals(), set[str]()
             for data in everywhere:
-                joined = joined.joined(_totals(data))
-        return _totals(self._session.publish("what all have read", json.dumps(asdict(joined)).encode() if joined else None))
+                of_rank, *names = json.loads(data)
+                joined = joined.joined(_totals(of_rank))
+                of_all.update(names)
+            told = json.dumps([asdict(joined), len(of_all)]).encode()
+        of_job, count = json.loads(self._session.publish("what all have read", told))
+        return _totals(of_job), count
 
 
-def _totals(data: bytes) -> Totals:
-    fields = json.loads(data)
+def _totals(fields: dict[str, Any]) -> Totals:
     return Totals(**{**fields, "notes": tuple(fields["notes"])})

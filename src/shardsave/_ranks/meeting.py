@@ -2,7 +2,8 @@
 
 Each rank sets `arrived/<rank>` with a token that it has made up, and waits for `answer/<token>`; rank 0 waits for all and answers. A rank
 that gives up takes its token back and looks once more for an answer. So neither a call that failed nor one that a rank made alone
-disturbs the next one.
+disturbs the next one. A rank that is interrupted leaves `interrupted/<rank>` until it makes its next call: the others learn why it is
+missing.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Call(NamedTuple):
 class Met(NamedTuple):
     """What a rank is answered: the name of the session, its host, the rank that leads this host, the number of hosts.
 
-    ``roll`` is known to rank 0 alone; ``gone``: who gave up while it was answered.
+    ``roll`` is known to rank 0 alone; ``gone``: who gave up while it was answered, and whether it was interrupted.
     """
 
     session: str
@@ -50,7 +51,7 @@ class Met(NamedTuple):
     leader: int
     hosts: int
     roll: Roll | None = None
-    gone: tuple[int, ...] = ()
+    gone: tuple[tuple[int, bool], ...] = ()
 
 
 class NotMet(Exception):
@@ -83,16 +84,20 @@ class Meeting:
         # the others hear the verdict of rank 0 before they give up, if they have come at the same time
         self._end = time.monotonic() + seconds * (1 if members.rank == 0 else _PATIENCE)
         self._mine = _Arrival(os.urandom(8).hex(), call.digest, *host)
+        self._place = members.key, members.rank
 
     def meet(self) -> Met:
         """Raises NotMet, with the same failure on all ranks that have come."""
+        if self._place in _interrupted:
+            self._line.delete([f"interrupted/{self._members.rank}"])
+            _interrupted.discard(self._place)
         met = self._lead() if self._members.rank == 0 else self._follow()
-        self._line.delete(_graves.pop((self._members.key, self._members.rank), []))
+        self._line.delete(_graves.pop(self._place, []))
         return met
 
     def bury(self, keys: list[str]) -> None:
         """Keys that a rank may still want to read that is taken for lost: they are deleted when all ranks have met again."""
-        _graves.setdefault((self._members.key, self._members.rank), []).extend(keys)
+        _graves.setdefault(self._place, []).extend(keys)
 
     def leave(self) -> None:
         """Removes what this rank has set."""
@@ -111,6 +116,7 @@ class Meeting:
                 came = self._present()  # those that came at about the same time leave at about the same time
         if answer is None:
             came |= self._present()
+            self._tell_of_interrupt()
             self.leave()
             answer = self._line.peek(key)  # rank 0 may have answered in the meantime: then it knows nothing of our leaving
         if answer is None:
@@ -128,8 +134,20 @@ class Meeting:
         size = len(self._members.names)
         return {rank for rank in range(1, size) if size > _BATCH or self._line.has([f"arrived/{rank}"])}
 
+    def _tell_of_interrupt(self) -> None:
+        """Tells the others, if this rank leaves because it was interrupted."""
+        if self._given_up():
+            _interrupted.add(self._place)
+            self._line.set(f"interrupted/{self._members.rank}", self._mine.token.encode())
+
+    def _interrupt_of(self, rank: int) -> bytes | None:
+        return self._line.peek(f"interrupted/{rank}")
+
     def _did_not_come(self, missing: list[int]) -> Failure:
-        names = listed([self._members.names[rank] for rank in missing])
+        interrupted = [rank for rank in missing[:_BATCH] if self._interrupt_of(rank) is not None]
+        names = listed([self._members.names[rank] for rank in interrupted or missing])
+        if interrupted:
+            return Failure("", f"{names} {'was' if len(interrupted) == 1 else 'were'} interrupted")
         return Failure(
             "",
             f"cannot {self._call}: all {len(self._members.names)} ranks of the group were expected to call it within "
@@ -141,6 +159,7 @@ class Meeting:
         arrivals = self._arrivals(answered)
         failure = self._disagreement(arrivals)
         if self._given_up():
+            self._tell_of_interrupt()
             failure = Failure("", f"rank {self._members.names[0]} was interrupted")
         elif failure is None and (missing := [rank for rank in range(len(self._members.names)) if rank not in arrivals]):
             failure = self._did_not_come(missing)
@@ -153,15 +172,23 @@ class Meeting:
     def _arrivals(self, answered: dict[int, str]) -> dict[int, _Arrival]:
         """Who has come within the time, in order."""
         arrivals = {0: self._mine}
-        ranks = range(1, len(self._members.names))
-        for rank in ranks:
-            while (arrival := self._read(rank, answered)) is None and not self._late():
-                time.sleep(self._pauses.rest())
-                self._pauses.due()
-            if arrival is not None:
+        for rank in range(1, len(self._members.names)):
+            if (arrival := self._awaited(rank, answered)) is not None:
                 arrivals[rank] = arrival
                 self._pauses.restart()
         return arrivals
+
+    def _awaited(self, rank: int, answered: dict[int, str]) -> _Arrival | None:
+        """The arrival of ``rank``; None if it does not come within the time, or is interrupted meanwhile."""
+        arrival = self._read(rank, answered)
+        before = self._interrupt_of(rank) if arrival is None else None  # in an earlier call
+        while arrival is None and not self._late():
+            time.sleep(self._pauses.rest())
+            self._pauses.due()
+            arrival = self._read(rank, answered)
+            if arrival is None and self._interrupt_of(rank) not in (None, before):
+                return None
+        return arrival
 
     def _read(self, rank: int, answered: dict[int, str]) -> _Arrival | None:
         value = self._line.peek(f"arrived/{rank}")
@@ -193,16 +220,16 @@ class Meeting:
         }
         return Met(session, 0, 0, len(hosts), roll, self._answer(arrivals, texts))
 
-    def _answer(self, arrivals: dict[int, _Arrival], texts: Mapping[int, bytes]) -> tuple[int, ...]:
-        """Gives each rank its answer. Returns those that have left in the meantime."""
+    def _answer(self, arrivals: dict[int, _Arrival], texts: Mapping[int, bytes]) -> tuple[tuple[int, bool], ...]:
+        """Gives each rank its answer. Returns those that have left in the meantime, and whether they were interrupted."""
         others = [rank for rank in arrivals if rank]
         keys = {rank: f"answer/{arrivals[rank].token}" for rank in others}
         self._line.set_all({keys[rank]: texts[rank] for rank in others})
         batches = [others[begin : begin + _BATCH] for begin in range(0, len(others), _BATCH)]
         unsure = [rank for batch in batches if not self._line.has([f"arrived/{rank}" for rank in batch]) for rank in batch]
-        gone = tuple(rank for rank in unsure if self._line.peek(f"arrived/{rank}") is None)
+        gone = [rank for rank in unsure if self._line.peek(f"arrived/{rank}") is None]
         self._line.delete([keys[rank] for rank in gone])
-        return gone
+        return tuple((rank, self._interrupt_of(rank) == arrivals[rank].token.encode()) for rank in gone)
 
     def _late(self) -> bool:
         return time.monotonic() > self._end or self._given_up()
@@ -212,5 +239,8 @@ class Meeting:
 _answered: dict[str, dict[int, str]] = {}
 #: By group and rank: keys of sessions that ended with the loss of a rank.
 _graves: dict[tuple[str, int], list[str]] = {}
+#: By group and rank: this process has told that it was interrupted.
+_interrupted: set[tuple[str, int]] = set()
 os.register_at_fork(after_in_child=_answered.clear)
+os.register_at_fork(after_in_child=_interrupted.clear)
 os.register_at_fork(after_in_child=_graves.clear)

@@ -48,6 +48,9 @@ class Part:
     def lost(self, rank: int, reason: str) -> Failure:
         return Failure("", f"{self.name(rank)} was lost: {reason}", (rank,))
 
+    def interrupted(self, rank: int) -> Failure:
+        return Failure("", f"{self.name(rank)} was interrupted", (rank,))
+
     def silent(self, rank: int) -> Failure:
         return self.lost(rank, f"a sign of life was expected within {self.timeouts.rank:g} s, there was none")
 

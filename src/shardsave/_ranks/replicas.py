@@ -44,6 +44,13 @@ class _Replicated(NamedTuple):
     local: Sequence[Chunk]
 
 
+class ReplicaSums(NamedTuple):
+    """The checksums that replicas on this rank had at one moment: set of ranks (as a key) → those of its boxes. ``entries``: whose."""
+
+    entries: Sequence[Entry]
+    of_sets: Mapping[bytes, np.ndarray[Any, np.dtype[np.uint64]]]
+
+
 def check_replicas(
     session: Session, state: State, on_divergence: Literal["raise", "lowest_rank"]
 ) -> tuple[State, tuple[str, ...]]:
@@ -51,31 +58,48 @@ def check_replicas(
 
     If replicas differ: raises UnsupportedTensorError on all ranks, or lets only the lowest rank of each have them, and says so in a note.
     """
-    sets = _replicated(state.entries, session.rank)
+    notes = compare_replicas(session, sum_replicas(state.entries, session.rank), on_divergence)
+    if not notes:
+        return state, ()
+    entries = tuple(entry._replace(source=_lowest(entry.source, session.rank)) for entry in state.entries)
+    return state._replace(entries=entries), notes
+
+
+def sum_replicas(entries: Sequence[Entry], rank: int) -> ReplicaSums:
+    """The checksums of what ``rank`` has of ``entries``, and others have too. Keeps nothing of them in memory."""
+    sets = _replicated(entries, rank)
     sums = _sums([piece for pieces in sets.values() for piece in pieces])
     at = 0
     of_sets: dict[bytes, np.ndarray[Any, np.dtype[np.uint64]]] = {}
     for key, pieces in sets.items():
         of_sets[key] = sums[at : at + len(pieces)]
         at += len(pieces)
+    spread = ((entry, entry.source) for entry in entries if isinstance(entry.source, Spread))
+    return ReplicaSums([entry._replace(source=Spread(s.dtype, s.layout, ())) for entry, s in spread], of_sets)
+
+
+def compare_replicas(session: Session, sums: ReplicaSums, on_divergence: Literal["raise", "lowest_rank"]) -> tuple[str, ...]:
+    """Compares ``sums`` of all ranks. Returns a note if some differ, or raises UnsupportedTensorError on all ranks."""
+    of_sets = sums.of_sets
     mine = b"".join(key + hashlib.sha256(values.tobytes()).digest()[:16] for key, values in of_sets.items())
     digests = session.gather("sums of replicas", mine)
     differ = json.loads(session.publish("replicas that differ", _differing(digests) if digests is not None else None))
     if not differ:
-        return state, ()
+        return ()
     asked = {bytes.fromhex(key): ranks for key, ranks in differ.items()}
     sent = b"".join(values.tobytes() for key, values in of_sets.items() if session.rank in asked.get(key, ()))
     parts = session.gather("sums that differ", zlib.compress(sent, 1))
     said = None
     if parts is not None:
-        said = _words(session, state, asked, [np.frombuffer(zlib.decompress(part), np.uint64) for part in parts]).encode()
+        said = _words(
+            session, sums.entries, asked, [np.frombuffer(zlib.decompress(part), np.uint64) for part in parts]
+        ).encode()
     found = session.publish("tensors that differ", said).decode()
     if on_divergence == "raise":
         raise UnsupportedTensorError(
             f"cannot save {found}; on_divergence='lowest_rank' saves those of the lowest rank; nothing was written"
         )
-    entries = tuple(entry._replace(source=_lowest(entry.source, session.rank)) for entry in state.entries)
-    return state._replace(entries=entries), (f"of replicas, those of the lowest rank were saved: {found}",)
+    return (f"of replicas, those of the lowest rank were saved: {found}",)
 
 
 def _replicated(
@@ -179,10 +203,10 @@ def _differing(messages: Sequence[bytes]) -> bytes:
     return json.dumps(differ).encode()
 
 
-def _words(session: Session, state: State, asked: Mapping[bytes, Sequence[int]], parts: Sequence[Any]) -> str:
+def _words(session: Session, entries: Sequence[Entry], asked: Mapping[bytes, Sequence[int]], parts: Sequence[Any]) -> str:
     """Which tensors differ on which ranks. ``parts``: the sums that each rank sent, in the order of its own sets."""
     differ: dict[str, dict[int, set[int]]] = {}  # name → lowest rank → others
-    replicated = {rank: _replicated(state.entries, rank) for ranks in asked.values() for rank in ranks}
+    replicated = {rank: _replicated(entries, rank) for ranks in asked.values() for rank in ranks}
     sums: dict[tuple[bytes, int], Any] = {}
     for rank, sets in replicated.items():
         sent = [key for key in sets if rank in asked.get(key, ())]
@@ -192,7 +216,7 @@ def _words(session: Session, state: State, asked: Mapping[bytes, Sequence[int]],
         for rank in others:
             for number in np.flatnonzero(sums[key, rank] != sums[key, lowest]).tolist():
                 differ.setdefault(replicated[lowest][key][number].name, {}).setdefault(lowest, set()).add(rank)
-    order = [entry.name for entry in state.entries if entry.name in differ]
+    order = [entry.name for entry in entries if entry.name in differ]
     first = order[0]
     lowest = min(differ[first])
     ranks = some(map(session.name, sorted(differ[first][lowest])))

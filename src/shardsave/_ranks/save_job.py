@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from typing import TYPE_CHECKING, Literal
 
 from shardsave._common.os_calls import CallFailed
 from shardsave._common.sources import ByteSource
 from shardsave._common.spread import Spread
 from shardsave._engine.transfer import TransferFault
-from shardsave._ranks.agree import agree
+from shardsave._ranks.agree import Said, agree, say
+from shardsave._ranks.attempt import attempt
 from shardsave._ranks.comparison import AmongRanks
-from shardsave._ranks.failures import StoreLost, failure_of, unpacked
+from shardsave._ranks.failures import JobFailed, StoreLost, failure_of, unpacked
 from shardsave._ranks.owners import owners
-from shardsave._ranks.replicas import check_replicas
+from shardsave._ranks.replicas import check_replicas, compare_replicas
 from shardsave._ranks.save_messages import (
     decode_committed,
     decode_prepared,
@@ -28,16 +30,17 @@ from shardsave._ranks.save_messages import (
 )
 from shardsave._ranks.session import Session
 from shardsave._ranks.shipping import Shipping
-from shardsave._ranks.training import plan_training
+from shardsave._ranks.training import OwnTraining, plan_training, state_of, with_other_files
+from shardsave._ranks.values import pack
 from shardsave._saving.comparison import Comparison
-from shardsave._saving.contents import Contents
+from shardsave._saving.contents import Contents, PlannedDirectory
 from shardsave._saving.frozen import FrozenMemory
-from shardsave._saving.job import Committed, Prepared, Share, Written
+from shardsave._saving.job import Committed, Prepared, Result, Share, Written
 from shardsave._saving.shards import PlannedShard, ShardFiles, fault_before_writing
-from shardsave._saving.training_directory import DescribedTraining, PlannedTraining
+from shardsave._saving.training_directory import DescribedTraining
 from shardsave._saving.watch import Watch
 from shardsave._state.distributed_tensors import Parts
-from shardsave._state.module import State
+from shardsave._state.module import Entry, State
 from shardsave._storage.commit_errors import rank_lost_after_commit, rank_lost_in_commit
 from shardsave._storage.joined import Invitation, Joined
 from shardsave._storage.transaction import Transaction
@@ -59,10 +62,6 @@ _FAILED = b"!"
 
 #: For so many seconds a rank that was not told the outcome looks whether the new index appears, and how often.
 _PATIENCE, _PAUSE = 2.0, 0.02
-
-
-class JobFailed(ShardSaveError):
-    """A rank was lost, interrupted, or failed in a way that has no class of its own."""
 
 
 class SaveJob:
@@ -92,6 +91,9 @@ class SaveJob:
         self._comparison: AmongRanks | None = None
         self._all: list[str] = []
         self._to_write: list[str] = []
+        self._said: tuple[Said | None, Said | None] = None, None  # of the state and the training state
+        self._is_alike = False  # whether all ranks say the same
+        self._training: OwnTraining | None = None
         self._begun = False  # whether the index may have been renamed
 
     @property
@@ -102,23 +104,69 @@ class SaveJob:
     def leads(self) -> bool:
         return self._session.leads
 
-    def agree(self, state: State, what: str = "tensors") -> State:
-        state, notes = check_replicas(self._session, agree(self._session, state, what), self._on_divergence)
-        return state._replace(notes=(*state.notes, *notes))
+    def attempt(self, work: Callable[[], Result], said: Callable[[Result], tuple[State, DescribedTraining | None]]) -> Result:
+        def identity(result: Result) -> bytes:
+            state, training = said(result)
+            self._said = say(state), None if training is None else say(state_of(training))
+            shared = b"" if training is None else hashlib.sha256(training.shared).digest()
+            return hashlib.sha256(pack([shared, *(one.header for one in self._said if one is not None)])).digest()
 
-    def plan_training(self, training: DescribedTraining | None, max_shard_size: int) -> PlannedTraining:
-        return plan_training(self._session, training, max_shard_size, self._on_divergence)
+        result, self._is_alike = attempt(self._session, "what each has read", work, identity)
+        return result
+
+    def agree(self, state: State) -> State:
+        said, self._said = self._said[0], (None, self._said[1])
+        with self._session.for_all():
+            return agree(self._session, state, said=said, all_say_the_same=self._is_alike)
+
+    def plan_training(self, training: DescribedTraining | None, max_shard_size: int) -> Sequence[PlannedDirectory]:
+        said, self._said = self._said[1], (self._said[0], None)
+        with self._session.for_all():
+            self._training = plan_training(self._session, training, max_shard_size, said, all_say_the_same=self._is_alike)
+        return [self._training.directory] if self._training is not None else []
+
+    def complete(self, contents: Contents) -> Contents:
+        training = self._training
+        if training is None:
+            return contents
+        with self._session.for_all():
+            own = next(one for one in contents.directories if one.role == training.directory.role)
+            full = with_other_files(self._session, training, own)
+            return contents.with_directories([full if one is own else one for one in contents.directories])
+
+    def check_replicas(self, contents: Contents) -> Contents:
+        extra = [(name, piece) for shard in contents.extra_shards for name, piece in zip(shard.names, shard.pieces)]
+        entries = [*contents.state.entries, *(Entry(name, "buffer", None, None, piece) for name, piece in extra)]
+        entries = [entry for entry in entries if isinstance(entry.source, Spread)]
+        with self._session.for_all():
+            state, notes = check_replicas(self._session, contents.state._replace(entries=tuple(entries)), self._on_divergence)
+            if self._training is not None:  # the lowest rank writes each box of it anyway
+                notes = (*notes, *compare_replicas(self._session, self._training.sums, self._on_divergence))
+        contents = contents._replace(notes=(*contents.notes, *notes))
+        lowest = {id(old.source): new.source for old, new in zip(entries, state.entries) if old.source is not new.source}
+        return contents.with_sources(lowest) if lowest else contents
+
+    def for_all(self) -> AbstractContextManager[None]:
+        return self._session.for_all()
 
     def check_equal(self, arguments: Mapping[str, bytes]) -> None:
         mine = {name: value.hex() for name, value in arguments.items()}
         everywhere = self._session.gather("arguments", json.dumps(mine).encode())
-        for rank, data in enumerate(everywhere or ()):
-            for name, value in json.loads(data).items():
-                if value != mine[name]:
-                    raise ValueError(
-                        f"cannot save to {self._where}: the same {name} was expected on all ranks, {self._session.name(rank)} has "
-                        f"another than {self._session.name(0)}; nothing was written"
-                    )
+        with self._session.for_all():
+            for rank, data in enumerate(everywhere or ()):
+                self._check_same(mine, json.loads(data), rank)
+
+    def _check_same(self, mine: Mapping[str, str], theirs: Mapping[str, str], rank: int) -> None:
+        for name in {**mine, **theirs}:
+            if mine.get(name) == theirs.get(name):
+                continue
+            first, other = self._session.name(0), self._session.name(rank)
+            found = f"{other} has another than {first}"
+            if name not in mine or name not in theirs:
+                found = f"{first if name in mine else other} has one, {other if name in mine else first} has none"
+            raise ValueError(
+                f"cannot save to {self._where}: the same {name} was expected on all ranks, {found}; nothing was written"
+            )
 
     def watch(self, watch: Watch) -> Watch:
         self._watch, self._session.watch = watch, watch.check
@@ -127,7 +175,9 @@ class SaveJob:
     @contextmanager
     def files(self, transaction: Transaction) -> Iterator[ShardFiles]:
         if self._session.leads:
-            with transaction:
+            with ExitStack() as stack:
+                with self._session.for_all():
+                    stack.enter_context(transaction)
                 self._transaction = transaction
                 yield from self._telling(transaction)
         else:
@@ -152,7 +202,8 @@ class SaveJob:
             self._session, contents, frozen, watch, lambda what: self._session.publish(_PLAN, _ASKED + what)
         )
         if self.leads:
-            prepared = work(comparison)
+            with self._session.for_all():
+                prepared = work(comparison)
             self._session.publish(_PLAN, encode_prepared(prepared, contents))
         else:
             while (told := self._session.publish(_PLAN)).startswith(_ASKED):
@@ -190,8 +241,9 @@ class SaveJob:
 
     def stage(self, work: Callable[[], object]) -> None:
         if self._transaction is not None:
-            work()
-            invitation = self._transaction.invite([name for name in self._to_write if name not in self._mine])
+            with self._session.for_all():
+                work()
+                invitation = self._transaction.invite([name for name in self._to_write if name not in self._mine])
             self._session.publish("staging directory", invitation.encode())
         else:
             assert self._joined is not None
@@ -209,7 +261,8 @@ class SaveJob:
 
     def commit(self, work: Callable[[], Committed]) -> Committed:
         if self._session.leads:
-            committed = self._outcome(work)
+            with self._session.for_all():
+                committed = self._outcome(work)
             self._publish_outcome(encode_committed(committed))
             return committed
         try:
@@ -235,7 +288,7 @@ class SaveJob:
             return work()
         except Exception as error:
             if self._begun:
-                failure = failure_of(error, self._session.name(0))
+                failure = failure_of(error, "")
                 with suppress(JobFailed, StoreLost):
                     self._session.publish(_OUTCOME, _FAILED + failure.packed())
             raise

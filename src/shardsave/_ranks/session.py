@@ -7,40 +7,38 @@ thread of its own (`post.py`), so that signs of life are given while the caller 
 from __future__ import annotations
 
 import os
-import threading
 import time
 import weakref
 import zlib
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from queue import Empty
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
 from shardsave._common.shutdown import raise_if_ending
-from shardsave._ranks import group as groups
-from shardsave._ranks.failures import Failure, failure_of
+from shardsave._ranks.failures import Failure, StoreLost, failure_of, is_foreign
 from shardsave._ranks.mailbox import Command
 from shardsave._ranks.meeting import Call
 from shardsave._ranks.part import Timeouts
 from shardsave._ranks.post import Post
-from shardsave._ranks.roll import Roll, unpack_roll
+from shardsave._ranks.roll import Roll
 from shardsave._ranks.ticket import Ticket
 from shardsave._ranks.values import pack, unpack
 from shardsave._ranks.waiting import TICK, Stall, join, trouble_of
-from shardsave.errors import ShardSaveError
+from shardsave.errors import SaveCancelledError, ShardSaveError
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    pass
 
 _T = TypeVar("_T")
 
 #: Bytes of the checksum of a phase's name, which come before its values.
 _NAME = 4
 #: For so many seconds a rank that was interrupted waits until the others have been told.
-_TELLING = 1.0
+TELLING = 1.0
 #: The part of the time without a sign of life that one call of the store may take.
-_STALL = 0.5
+STALL = 0.5
 
 
 class Session:
@@ -75,11 +73,11 @@ class Session:
         self._post = post
         self._phase = 0
         self._error: Exception | None = None
-        self._stall = Stall(timeouts.rank * _STALL)
+        self._stall = Stall(timeouts.rank * STALL)
         self._ticket = ticket
         self._process = os.getpid()
         interrupted = Failure("", f"{roll.name(rank)} was interrupted")
-        self._finalizer = weakref.finalize(self, _abandon, post, ticket, interrupted)
+        self._finalizer = weakref.finalize(self, end_unheld, post, ticket, interrupted)
         self._finalizer.atexit = False
 
     def name(self, rank: int) -> str:
@@ -104,7 +102,7 @@ class Session:
         gathered = self._post.mailbox.gathered
         values = self._wait(lambda: gathered.pop(phase, None), what)
         if others := [rank for rank, value in enumerate(values) if value[:_NAME] != name]:
-            raise self.fail(RuntimeError(f"'{what}' was expected of all ranks, {self.name(others[0])} is elsewhere"))
+            raise self.fail(self._usual(f"'{what}' was expected of all ranks, {self.name(others[0])} is elsewhere"), "")
         return [value[_NAME:] for value in values]
 
     def publish(self, what: str, value: bytes | None = None) -> bytes:
@@ -117,10 +115,19 @@ class Session:
         published = self._post.mailbox.published
         received = self._wait(lambda: published.pop(phase, None), what)
         if received[:_NAME] != name:
-            raise self.fail(RuntimeError(f"'{what}' was expected of rank 0, it is elsewhere"))
+            raise self.fail(self._usual(f"'{what}' was expected of rank 0, it is elsewhere"))
         return received[_NAME:]
 
+    @property
+    def usual(self) -> type[ShardSaveError]:
+        """The class of errors that have no class of their own."""
+        return self._usual
+
     # -- errors
+
+    def end_with(self, error: Exception) -> None:
+        """``error`` is that of the job: all ranks know it, and are to raise it."""
+        self._error = error
 
     def check(self) -> None:
         """Raises the error of the job if a rank has failed or was lost. Cheap."""
@@ -132,27 +139,43 @@ class Session:
         if self._error is not None:
             raise self._error
 
-    def fail(self, error: BaseException) -> BaseException:
-        """Ends the call with ``error`` on all ranks, unless it has ended with another one. Returns what is to be raised here."""
+    @contextmanager
+    def for_all(self) -> Iterator[None]:
+        """What this rank does within the context, it does for all, or all do the same: an error of ours then names no rank."""
+        try:
+            yield
+        except Exception as error:
+            of_one = is_foreign(error) or isinstance(error, SaveCancelledError)
+            raised = self.fail(error, self.name(self.rank) if of_one else "")
+            if raised is error:
+                raise
+            raise raised from error
+
+    def fail(self, error: BaseException, who: str | None = None) -> BaseException:
+        """Ends the call with ``error`` on all ranks, unless it has ended with another one. Returns what is to be raised here: the error
+        of the job, or ``error`` itself if it is none of this package's and no rank is lost.
+
+        ``who``: the rank that others are told of, by default this one; empty if the error concerns all ranks alike.
+        """
         if self._post is None or error is self._error or self._process != os.getpid():
             return error
         if self._error is not None and error.__cause__ is self._error:
             return error  # the job's error, in the words of the call
         self.watch = None
-        failure = failure_of(error, self.name(self.rank))
+        failure = failure_of(error, self.name(self.rank) if who is None else who)
         self._post.mailbox.command(Command("fail", failure=failure))
-        first = self._told(_TELLING if not isinstance(error, Exception) else self.timeouts.rank)
+        first = self._told(TELLING if not isinstance(error, Exception) else self.timeouts.rank)
         if not isinstance(error, Exception):
             return error
         if first is None:  # all others have left, or cannot be told
             first = failure.error(self._usual)
         self._error = first
-        return first
+        return error if is_foreign(error) and not self._is_lost else first
 
     def report_loss(self, rank: int, reason: str) -> None:
         """A connection to ``rank`` has ended. Raises the error of the job: that of ``rank``, if it could still tell one."""
         with suppress(_NotInTime):
-            self._wait(lambda: None, "the reason", _TELLING)
+            self._wait(lambda: None, "the reason", TELLING)
         if self._post is not None:
             failure = Failure("", f"{self.name(rank)} was lost: {reason}", (rank,))
             self._post.mailbox.command(Command("fail", failure=failure))
@@ -170,7 +193,12 @@ class Session:
                 self._ticket.give_back()
             self._finalizer.detach()
         finally:
-            self._finalizer()  # after an interrupt
+            self.abandon()  # after an interrupt
+
+    def abandon(self) -> None:
+        """Ends this rank's part without waiting, unless it has ended: the other ranks are told of an interrupt."""
+        if self._process == os.getpid():
+            self._finalizer()
 
     def __enter__(self) -> Session:
         return self
@@ -182,8 +210,7 @@ class Session:
                 raised = self.fail(error)
             self.close()
         finally:
-            if self._process == os.getpid():
-                self._finalizer()  # after an interrupt
+            self.abandon()  # after an interrupt
         if raised is not None and raised is not error:
             if error is not None and raised is not error.__cause__:
                 raise raised from error
@@ -207,9 +234,9 @@ class Session:
             if trouble is not None:
                 raise trouble
             if over and seconds is None:
-                raise self.fail(RuntimeError(f"'{what}' was expected of rank 0, which has ended the call"))
+                raise self.fail(self._usual(f"'{what}' was expected of rank 0, which has ended the call"))
             if time.monotonic() > end:
-                raise _NotInTime if seconds is not None else self.fail(self._late(what))
+                raise _NotInTime if seconds is not None else self.fail(self._late(what), "")
             with suppress(Empty):
                 self._post.mailbox.news.get(timeout=TICK)
 
@@ -232,6 +259,12 @@ class Session:
             return error
         return None
 
+    @property
+    def _is_lost(self) -> bool:
+        """Whether a rank or the store is lost: what else fails then may be a consequence."""
+        failure = self._post.mailbox.failure if self._post is not None else None
+        return isinstance(self._error, StoreLost) or (failure is not None and bool(failure.lost))
+
     def _over(self) -> bool | None:
         return True if self._post is not None and self._post.mailbox.over else None
 
@@ -241,79 +274,16 @@ class Session:
             mailbox = self._post.mailbox
             mailbox.command(Command("late"))
             with suppress(_NotInTime):
-                late = self._wait(lambda: mailbox.late, what, _TELLING)
+                late = self._wait(lambda: mailbox.late, what, TELLING)
         names = ", ".join(self.name(rank) for rank in late[:20])
-        return self._usual(f"'{what}' was expected within {self.timeouts.phase:g} s (phase_timeout), still waiting for {names}")
+        return self._usual(f"'{what}' was expected within phase_timeout={self.timeouts.phase:g} s, still waiting for {names}")
 
 
 class _NotInTime(Exception):
     """A wait was over before what it waited for."""
 
 
-def begin(
-    group: ProcessGroup,
-    verb: str,
-    where: str,
-    *,
-    rank_timeout: float = 120.0,
-    phase_timeout: float = 1800.0,
-    usual: type[ShardSaveError] = ShardSaveError,
-    apart: str = "",
-) -> Session:
-    """Meets the other ranks of ``group``, which call the same ``verb`` about the same ``where``.
-
-    ``usual``: the class of errors that have no class of their own. ``apart``: sessions that may run beside others of the same group, such
-    as those of saves in the background, have another word here on all ranks.
-    """
-    members = groups.members_of(group)
-    members = members._replace(key=f"{members.key}{apart and '/'}{apart}")
-    timeouts = Timeouts(rank_timeout, phase_timeout)
-    return begin_with(groups.job_store(), members, groups.this_host(), Call(verb, where), timeouts, usual)
-
-
-def begin_with(
-    store: groups.Store,
-    members: groups.Members,
-    host: groups.Host,
-    call: Call,
-    timeouts: Timeouts,
-    usual: type[ShardSaveError] = ShardSaveError,
-) -> Session:
-    """`begin` with a given store and host."""
-    if len(members.names) == 1:
-        return Session(None, call, Roll((0,), (host.name,), members.names), 0, timeouts, usual)
-    ticket = Ticket(members, f"{call} on thread '{threading.current_thread().name}'")
-    post = None
-    try:
-        if (running := ticket.take()) is not None:
-            raise usual(f"cannot {call}: one collective call of a group at a time was expected, this process is in: {running}")
-        try:
-            post = Post(store, members, host, call, timeouts)
-            post.start()
-        except (OSError, RuntimeError) as error:
-            raise usual(f"cannot {call}: a thread and a descriptor were expected to be free: {error}") from error
-        roll = unpack_roll(_first(post, timeouts, usual, call), members.names)
-        return Session(post, call, roll, members.rank, timeouts, usual, ticket)
-    except BaseException as error:
-        _abandon(post, ticket, failure_of(error, f"rank {members.names[members.rank]}"))
-        if post is not None:
-            join(post, _TELLING, Stall(_TELLING))
-        raise
-
-
-def _first(post: Post, timeouts: Timeouts, usual: type[ShardSaveError], call: Call) -> bytes:
-    """Waits until the ranks have met. Returns what rank 0 published first."""
-    stall = Stall(timeouts.rank * _STALL)
-    while 0 not in post.mailbox.published:
-        raise_if_ending()
-        if (error := trouble_of(post, usual, stall, call)) is not None:
-            raise error
-        with suppress(Empty):
-            post.mailbox.news.get(timeout=TICK)
-    return post.mailbox.published.pop(0)
-
-
-def _abandon(post: Post | None, ticket: Ticket | None, failure: Failure) -> None:
+def end_unheld(post: Post | None, ticket: Ticket | None, failure: Failure) -> None:
     """Ends a session that nobody holds any more."""
     if ticket is not None:
         ticket.give_back()

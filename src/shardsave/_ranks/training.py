@@ -1,6 +1,6 @@
 """The training state of several ranks: all must say the same of what they share, and each plans the files that it writes itself.
 
-Nothing is exchanged but digests and the number of files: each distinct box of a tensor is written by the lowest rank that holds it.
+Nothing is exchanged but digests and the lengths of files: each distinct box of a tensor is written by the lowest rank that holds it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
-from typing import Literal, NoReturn
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -23,32 +23,54 @@ from shardsave._common.words import count, some
 from shardsave._format.boxes import BOXES, StoredBox
 from shardsave._format.index import ShardRecord
 from shardsave._format.training_state import TrainingIndex, encode_training_index
-from shardsave._ranks.agree import Session, agree
-from shardsave._ranks.replicas import check_replicas
-from shardsave._saving.contents import OtherFile
-from shardsave._saving.training_directory import DescribedTraining, PlannedTraining, plan_training_directory
+from shardsave._ranks.agree import Said, Session, agree
+from shardsave._ranks.replicas import ReplicaSums, sum_replicas
+from shardsave._saving.contents import OtherFile, PlannedDirectory
+from shardsave._saving.training_directory import DescribedTraining, plan_training_directory
 from shardsave._state.module import Entry, State
 from shardsave._training.differences import differing_values
 from shardsave.errors import UnsupportedTensorError, UnsupportedTrainingError
+
+
+class OwnTraining(NamedTuple):
+    """The directory of the training state, with the files of this rank. ``needs_boxes``: whether tensors are cut into boxes.
+
+    ``sums``: of what other ranks have too, as it was when this was planned.
+    """
+
+    shared: bytes
+    directory: PlannedDirectory
+    needs_boxes: bool
+    sums: ReplicaSums
+
+
+def state_of(training: DescribedTraining) -> State:
+    """The tensors that the ranks share."""
+    return State(tuple(training.shared_entries), flags_known=False, overlaps=())
 
 
 def plan_training(
     session: Session,
     training: DescribedTraining | None,
     max_shard_size: int,
-    on_divergence: Literal["raise", "lowest_rank"],
-) -> PlannedTraining:
-    """The directory of the training state, with the files of this rank.
+    said: Said | None = None,
+    *,
+    all_say_the_same: bool = False,
+) -> OwnTraining | None:
+    """What this rank has of the training state; None if there is none. ``said``: of `state_of`.
 
-    Raises UnsupportedTrainingError on all ranks if they differ in what they share, UnsupportedTensorError if replicas differ.
+    ``all_say_the_same``: it is known that all ranks have one, and describe what they share alike. Raises UnsupportedTrainingError on all
+    ranks if they do not.
     """
-    if not _has_training(session, training):
-        return PlannedTraining()
-    assert training is not None
-    _check_shared(session, training.shared)
-    shared = State(tuple(training.shared_entries), flags_known=False, overlaps=())
-    state = agree(session, shared, "tensors of the training state")
-    state, notes = check_replicas(session, state, on_divergence)
+    if not all_say_the_same and not _has_training(session, training):
+        return None
+    if training is None:
+        return None
+    if not all_say_the_same:
+        _check_shared(session, training.shared)
+    what = "tensors of the training state"
+    state = agree(session, state_of(training), what, said, all_say_the_same=all_say_the_same)
+    sums = sum_replicas(state.entries, session.rank)
     entries, boxes = _written_here(state.entries, session.rank)
     directory = plan_training_directory(
         training.shared,
@@ -58,10 +80,15 @@ def plan_training(
         ranks=session.size,
         boxes=boxes,
     )
+    return OwnTraining(training.shared, directory, bool(boxes) or training.has_distributed, sums)
+
+
+def with_other_files(session: Session, training: OwnTraining, directory: PlannedDirectory) -> PlannedDirectory:
+    """``directory``, which is that of ``training``, with the files of all ranks."""
     files = {name: (len(document), 0) for name, document in directory.documents.items()}
     files.update((name, (shard.reserved_bytes, shard.layout.data_bytes)) for name, shard in directory.shards.items())
-    needs_boxes = bool(boxes) or training.has_distributed
-    every = [json.loads(one) for one in session.exchange("files of ranks", json.dumps([needs_boxes, files]).encode())]
+    mine = json.dumps([training.needs_boxes, files]).encode()
+    every = [json.loads(one) for one in session.exchange("files of ranks", mine)]
     others = {
         name: OtherFile(*lengths)
         for rank, (_, of_rank) in enumerate(every)
@@ -74,7 +101,7 @@ def plan_training(
         in_order = {name: records[name] for name in sorted(records)}
         return encode_training_index(training.shared, TrainingIndex(session.size, in_order, requires))
 
-    return PlannedTraining([replace(directory, others=others, index=index)], notes)
+    return replace(directory, others=others, index=index)
 
 
 def _has_training(session: Session, training: DescribedTraining | None) -> bool:

@@ -120,10 +120,14 @@ def kept(steps: Iterable[StepInfo], policies: Sequence[Keep]) -> dict[int, tuple
 class SaveWhen(Protocol):
     """A policy of saving: `due` is asked once for each step that is finished, `done` is told of each attempt to save.
 
-    ``by_time``: whether processes that ask at the same step may get different answers.
+    ``by_time``: whether processes that ask at the same step may get different answers. ``kind``: the same for policies that say the same
+    at the same step, if they are not by time.
     """
 
     by_time: ClassVar[bool]
+
+    @property
+    def kind(self) -> str: ...
 
     def due(self, step: int) -> bool: ...
 
@@ -138,6 +142,10 @@ class EverySteps:
 
     interval: int
     _seen: int | None = field(default=None, init=False)
+
+    @property
+    def kind(self) -> str:
+        return str(self.interval)
 
     def due(self, step: int) -> bool:
         seen, self._seen = self._seen, step
@@ -160,6 +168,10 @@ class EverySeconds:
     def __post_init__(self) -> None:
         self._since = self.clock()
 
+    @property
+    def kind(self) -> str:
+        return "a time"
+
     def due(self, step: int) -> bool:
         return self.clock() - self._since >= self.seconds
 
@@ -171,6 +183,10 @@ class Never:
     """Saves only when the user asks for it, or a signal."""
 
     by_time: ClassVar[bool] = False
+
+    @property
+    def kind(self) -> str:
+        return "None"
 
     def due(self, step: int) -> bool:
         return False

@@ -139,6 +139,15 @@ class Contents(NamedTuple):
             ],
         )
 
+    def with_directories(self, directories: Sequence[PlannedDirectory]) -> Contents:
+        """The same with these directories. Raises UnsupportedModuleError for a document in them that is longer than a reader accepts."""
+        length = 0
+        for directory in directories:
+            for document in (*directory.documents.values(), directory.longest_index):
+                _check_readable(directory.role, document)
+                length += len(document)
+        return self._replace(directories=directories, directory_documents=length)
+
     def keeping(self, kept: Sequence[PlannedShard]) -> Contents:
         """These contents with the shards ``kept``, whose tensors are those of the state, and all other tensors packed again.
 
@@ -207,13 +216,7 @@ def plan_contents(
     """
     for role, document in parts.documents.items():
         _check_readable(role, document)
-    directory_documents = 0
-    for directory in directories:
-        for document in (*directory.documents.values(), directory.longest_index):
-            _check_readable(directory.role, document)
-            directory_documents += len(document)
-    contents = _plan(on_disk, parts, max_shard_size, metadata)
-    contents = contents._replace(directories=directories, directory_documents=directory_documents, moment=moment or Moment())
+    contents = _plan(on_disk, parts, max_shard_size, metadata)._replace(moment=moment or Moment()).with_directories(directories)
     _check_index(contents)
     return contents
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 from shardsave._engine.totals import Totals
 from shardsave._format.index import FileRecord, ShardRecord
 from shardsave._saving.comparison import Comparison, InThisProcess
-from shardsave._saving.contents import Contents
+from shardsave._saving.contents import Contents, PlannedDirectory
 from shardsave._saving.frozen import FrozenMemory, remember
 from shardsave._saving.shards import PlannedShard, ShardFiles, Supply
-from shardsave._saving.training_directory import DescribedTraining, PlannedTraining, plan_described
+from shardsave._saving.training_directory import DescribedTraining, plan_described
 from shardsave._saving.watch import Watch
 from shardsave._state.distributed_tensors import Parts
 from shardsave._state.module import State
 from shardsave._storage.transaction import CommitOutcome, Transaction
+
+Result = TypeVar("Result")
 
 
 class Names(NamedTuple):
@@ -104,11 +106,27 @@ class Job(Protocol):
     def parts(self) -> Parts | None:
         """Reads tensors of which each process holds a part; None if this process is alone."""
 
-    def agree(self, state: State, what: str = "tensors") -> State:
-        """The state of all processes together: on each the same. ``state``: that of this one; ``what``: its name."""
+    def attempt(self, work: Callable[[], Result], said: Callable[[Result], tuple[State, DescribedTraining | None]]) -> Result:
+        """What ``work`` returns, once it has succeeded everywhere. One error that it has everywhere names no process.
 
-    def plan_training(self, training: DescribedTraining | None, max_shard_size: int) -> PlannedTraining:
-        """The directory of the training state, which each process has described; all or none has one."""
+        ``said``: what `agree` and `plan_training` will be called with; if it is the same everywhere, they need not ask again.
+        """
+
+    def agree(self, state: State) -> State:
+        """The state of all processes together: on each the same. ``state``: that of this one."""
+
+    def plan_training(self, training: DescribedTraining | None, max_shard_size: int) -> Sequence[PlannedDirectory]:
+        """The directory of the training state, or none; all or no process has described one. It lacks the files of others."""
+
+    def complete(self, contents: Contents) -> Contents:
+        """``contents`` with the files that other processes write into directories."""
+
+    def check_replicas(self, contents: Contents) -> Contents:
+        """Compares what several processes have of ``contents``, and of the training state as it was when it was planned. Returns contents
+        in which one has each. Raises UnsupportedTensorError."""
+
+    def for_all(self) -> AbstractContextManager[None]:
+        """Within it, this process does something for all, or all do the same: an error then names no rank."""
 
     def check_equal(self, arguments: Mapping[str, bytes]) -> None:
         """Raises ValueError if ``arguments``, by the name that a message has for them, are not the same everywhere."""
@@ -151,11 +169,23 @@ class Alone:
     size = 1
     parts = None
 
-    def agree(self, state: State, what: str = "tensors") -> State:
+    def attempt(self, work: Callable[[], Result], said: Callable[[Result], tuple[State, DescribedTraining | None]]) -> Result:
+        return work()
+
+    def agree(self, state: State) -> State:
         return state
 
-    def plan_training(self, training: DescribedTraining | None, max_shard_size: int) -> PlannedTraining:
-        return plan_described(training, max_shard_size) if training is not None else PlannedTraining()
+    def plan_training(self, training: DescribedTraining | None, max_shard_size: int) -> Sequence[PlannedDirectory]:
+        return [plan_described(training, max_shard_size)] if training is not None else []
+
+    def complete(self, contents: Contents) -> Contents:
+        return contents
+
+    def check_replicas(self, contents: Contents) -> Contents:
+        return contents
+
+    def for_all(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def check_equal(self, arguments: Mapping[str, bytes]) -> None:
         pass

@@ -27,18 +27,11 @@ class DescribedTraining(NamedTuple):
     has_distributed: bool = False
 
 
-class PlannedTraining(NamedTuple):
-    """``directories``: that of the training state, or none. ``notes``: for the report."""
-
-    directories: Sequence[PlannedDirectory] = ()
-    notes: tuple[str, ...] = ()
-
-
-def plan_described(training: DescribedTraining, max_shard_size: int) -> PlannedTraining:
+def plan_described(training: DescribedTraining, max_shard_size: int) -> PlannedDirectory:
     """The training state of the only process."""
     leaves = {0: training.leaves} if training.leaves is not None else {}
     entries = {0: [*training.shared_entries, *training.own_entries]}
-    return PlannedTraining([plan_training_directory(training.shared, leaves, entries, max_shard_size)])
+    return plan_training_directory(training.shared, leaves, entries, max_shard_size)
 
 
 def plan_training_directory(

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from shardsave._common.assembled import Chunk
-from shardsave._common.layouts import Extent, Grid, Listed, Placed, Split
+from shardsave._common.layouts import Extent, Grid, Listed, Placed, Split, Whole
 from shardsave._common.memory import PLAIN_TYPES
 from shardsave._common.spread import Spread, local_chunks
 from shardsave._common.words import an
@@ -111,6 +111,11 @@ class Parts:
             return Part(Spread(tensor.dtype, layout, local_chunks(layout, self.rank, local.data)), local)
         except ValueError as error:
             raise NotReadable(f"a local tensor as {tensor.placements} says was expected", str(error)) from None  # type: ignore[attr-defined]
+
+    def replicated(self, tensor: torch.Tensor) -> Spread:
+        """``tensor``, which each process of the group has as a whole."""
+        layout = Whole(range(len(self._position)), tuple(tensor.shape))
+        return Spread(tensor.dtype, layout, [Chunk((0,) * tensor.dim(), tensor)] if tensor.numel() else [])
 
     def _layout(self, tensor: Any) -> Placed:
         mesh, placements, shape = tensor.device_mesh, tensor.placements, tensor.shape

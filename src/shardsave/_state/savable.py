@@ -79,4 +79,4 @@ def _way_out(tensor: torch.Tensor) -> str:
     """What to do with a tensor of which other processes have parts too."""
     if not is_distributed(tensor):
         return ""
-    return ", which all of its processes save together: init_process_group must have been called, and each must call save"
+    return ", which all of its processes save together: init_process_group must have been called, and each must make the call"

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 
 from shardsave._api.load_jobs import job_of_load
 from shardsave._api.load_reports import LoadClock, log_load
+from shardsave._api.rank_timeouts import PHASE_TIMEOUT, RANK_TIMEOUT
 from shardsave._api.reports import LoadReport
 from shardsave._common.assembled import Chunk
 from shardsave._common.layouts import Listed
@@ -129,15 +130,16 @@ def read_items(
     verify: bool,
     progress: ProgressArgument,
     group: ProcessGroup | None = None,
-    rank_timeout: float = 120.0,
+    timeouts: tuple[float, float] = (RANK_TIMEOUT, PHASE_TIMEOUT),
 ) -> LoadReport:
     """Reads every item of ``plan`` into the tensors of ``planner``, and hands it the values that are no tensors.
 
     ``group``: all of its ranks call this, and read each byte once; None: this rank reads for itself.
     """
     clock = LoadClock()
-    with job_of_load(None, stored.checkpoint.path, "load", group, rank_timeout) as job:
-        if not job.all_have(stored.checkpoint.identity()):
+    with job_of_load(None, stored.checkpoint.path, "load", group, *timeouts) as job:
+        _, all_have_it = job.attempt(lambda: stored.checkpoint, Checkpoint.identity)
+        if not all_have_it:
             raise DirectoryBusyError(
                 f"cannot load {stored.checkpoint.path}: one checkpoint was expected on all ranks, a save has replaced it, or the ranks see "
                 f"different files; nothing was loaded"

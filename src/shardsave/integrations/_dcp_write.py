@@ -17,7 +17,7 @@ from shardsave._api.process_group import check_group
 from shardsave._api.reports import SaveReport
 from shardsave._api.save import How, check_how, log_saved, write_planned
 from shardsave._api.save_contents import Planned
-from shardsave._api.save_jobs import agreed, job_of_save
+from shardsave._api.save_jobs import check_digests, job_of_save
 from shardsave._api.save_parts import Needed
 from shardsave._common.shutdown import verb
 from shardsave._common.uncompiled import uncompiled
@@ -92,7 +92,7 @@ def write(request: Request, directory: str, how: How, process_group: ProcessGrou
         else:
             (state, others), document = alone(part), part.document
         planned = _planned(state, others, document, request, job.size)
-        planned = planned._replace(contents=agreed(planned.contents, job, durable=how.durable))
+        check_digests(planned.contents, job, durable=how.durable)
         report, warnings = write_planned(planned, directory, path, how, time.perf_counter() - started, job=job)
     if job.leads:
         log_saved(report, warnings)
@@ -113,7 +113,13 @@ def _job(directory: str, how: How, ranks: int, group: ProcessGroup | None) -> Ab
             f"process_group must be the group that DCP was called with, which has {ranks} processes, it has {group.size()}"
         )
     return job_of_save(
-        {}, directory, group, durable=how.durable, rank_timeout=how.rank_timeout, on_divergence=how.on_divergence
+        {},
+        directory,
+        group,
+        durable=how.durable,
+        rank_timeout=how.rank_timeout,
+        phase_timeout=how.phase_timeout,
+        on_divergence=how.on_divergence,
     )
 
 

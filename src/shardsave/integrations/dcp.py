@@ -20,7 +20,8 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from shardsave._api.arguments import check_path, check_progress, check_switches, check_timeout
+from shardsave._api.arguments import check_path, check_progress, check_switches
+from shardsave._api.rank_timeouts import check_timeouts
 from shardsave._api.reports import LoadReport, SaveReport
 from shardsave._api.save import How, check_how
 from shardsave._common.progress import ProgressArgument
@@ -48,8 +49,8 @@ class StorageWriter(BlockingAsyncStager, storage.StorageWriter):
             tensors become weights, under DCP's names, and flags are unknown.
         prefix: what the names of the model's tensors begin with in the state dict, such as ``"model."``; by default it is found out.
         process_group: the group that DCP is called with, if it is called with one.
-        max_shard_size, durable, metadata, step, metrics, reuse, recheck_every, progress, lock_timeout, rank_timeout: as in
-            `shardsave.save`.
+        max_shard_size, durable, metadata, step, metrics, reuse, recheck_every, progress, lock_timeout, rank_timeout,
+            phase_timeout: as in `shardsave.save`.
 
     After a save, ``report`` is what `shardsave.save` returns; None where the save ran in another process.
 
@@ -82,6 +83,7 @@ class StorageWriter(BlockingAsyncStager, storage.StorageWriter):
         progress: ProgressArgument = None,
         lock_timeout: float = 600.0,
         rank_timeout: float = 120.0,
+        phase_timeout: float = 1800.0,
     ) -> None:
         BlockingAsyncStager.__init__(self)
         if model is not None and not isinstance(model, nn.Module):
@@ -94,6 +96,7 @@ class StorageWriter(BlockingAsyncStager, storage.StorageWriter):
             reuse=reuse,
             recheck_every=recheck_every,
             rank_timeout=rank_timeout,
+            phase_timeout=phase_timeout,
         )
         check_how(directory, self._how)
         self._options = Options(max_shard_size, metadata, step, metrics)
@@ -197,7 +200,7 @@ class StorageReader(storage.StorageReader):
         prefix: what the state dict has before the names of the weights, such as ``"model."`` for ``{"model": model.state_dict()}``; by
             default what DCP had there when it saved the checkpoint, and nothing if something else saved it.
         process_group: the group that DCP is called with, if it is called with one.
-        verify, progress: as in `shardsave.load`. rank_timeout: as in `shardsave.load_model`.
+        verify, progress: as in `shardsave.load`. rank_timeout, phase_timeout: as in `shardsave.load_model`.
 
     After a load, ``report`` tells what was read on this rank.
     """
@@ -211,14 +214,15 @@ class StorageReader(storage.StorageReader):
         verify: bool = True,
         progress: ProgressArgument = None,
         rank_timeout: float = 120.0,
+        phase_timeout: float = 1800.0,
     ) -> None:
         check_path(directory)
         _check_prefix(prefix)
         check_switches(verify=verify)
         check_progress(progress)
-        check_timeout(rank_timeout, "rank_timeout")
+        check_timeouts(rank_timeout, phase_timeout)
         self._process_group = process_group
-        self._rank_timeout = rank_timeout
+        self._timeouts = rank_timeout, phase_timeout
         self._directory = os.fspath(directory)
         self._prefix = prefix
         self._verify = verify
@@ -268,7 +272,7 @@ class StorageReader(storage.StorageReader):
                 verify=self._verify,
                 progress=self._progress,
                 group=self._group_of(plan.storage_data),
-                rank_timeout=self._rank_timeout,
+                timeouts=self._timeouts,
             )
         finally:
             self._close()

@@ -1,0 +1,115 @@
+"""Opens sessions: the ranks of a group meet, and the call has an end on all of them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from queue import Empty
+from typing import TYPE_CHECKING
+
+from shardsave._common.shutdown import raise_if_ending
+from shardsave._ranks import group as groups
+from shardsave._ranks.failures import JobFailed, StoreLost, failure_of
+from shardsave._ranks.meeting import Call
+from shardsave._ranks.part import Timeouts
+from shardsave._ranks.post import Post
+from shardsave._ranks.roll import Roll, unpack_roll
+from shardsave._ranks.session import STALL, TELLING, Session, end_unheld
+from shardsave._ranks.ticket import Ticket
+from shardsave._ranks.waiting import TICK, Stall, join, trouble_of
+from shardsave.errors import ShardSaveError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@contextmanager
+def session_of(
+    group: ProcessGroup,
+    verb: str,
+    where: str,
+    *,
+    rank_timeout: float,
+    phase_timeout: float,
+    apart: str = "",
+    raises: type[ShardSaveError] = ShardSaveError,
+    state: str = "",
+) -> Iterator[Session]:
+    """A session from `begin` to its end. ``raises``: the class of errors that have no class of their own; ``state`` ends their message."""
+    try:
+        session = begin(
+            group, verb, where, rank_timeout=rank_timeout, phase_timeout=phase_timeout, usual=JobFailed, apart=apart
+        )
+        try:
+            with session:
+                yield session
+        finally:
+            session.abandon()  # after an interrupt at the first instruction of `__exit__`
+    except (JobFailed, StoreLost) as error:
+        words = str(error)
+        failed = words if words.startswith("cannot ") else f"cannot {verb} {where}: {words}"
+        raise raises(f"{failed}{state}") from error
+
+
+def begin(
+    group: ProcessGroup,
+    verb: str,
+    where: str,
+    *,
+    rank_timeout: float = 120.0,
+    phase_timeout: float = 1800.0,
+    usual: type[ShardSaveError] = ShardSaveError,
+    apart: str = "",
+) -> Session:
+    """Meets the other ranks of ``group``, which call the same ``verb`` about the same ``where``.
+
+    ``usual``: the class of errors that have no class of their own. ``apart``: sessions that may run beside others of the same group, such
+    as those of saves in the background, have another word here on all ranks.
+    """
+    members = groups.members_of(group)
+    members = members._replace(key=f"{members.key}{apart and '/'}{apart}")
+    timeouts = Timeouts(rank_timeout, phase_timeout)
+    return begin_with(groups.job_store(), members, groups.this_host(), Call(verb, where), timeouts, usual)
+
+
+def begin_with(
+    store: groups.Store,
+    members: groups.Members,
+    host: groups.Host,
+    call: Call,
+    timeouts: Timeouts,
+    usual: type[ShardSaveError] = ShardSaveError,
+) -> Session:
+    """`begin` with a given store and host."""
+    if len(members.names) == 1:
+        return Session(None, call, Roll((0,), (host.name,), members.names), 0, timeouts, usual)
+    ticket = Ticket(members, f"{call} on thread '{threading.current_thread().name}'")
+    post = None
+    try:
+        if (running := ticket.take()) is not None:
+            raise usual(f"cannot {call}: one collective call of a group at a time was expected, this process is in: {running}")
+        try:
+            post = Post(store, members, host, call, timeouts)
+            post.start()
+        except (OSError, RuntimeError) as error:
+            raise usual(f"cannot {call}: a thread and a descriptor were expected to be free: {error}") from error
+        roll = unpack_roll(_first(post, timeouts, usual, call), members.names)
+        return Session(post, call, roll, members.rank, timeouts, usual, ticket)
+    except BaseException as error:
+        end_unheld(post, ticket, failure_of(error, f"rank {members.names[members.rank]}"))
+        if post is not None:
+            join(post, TELLING, Stall(TELLING))
+        raise
+
+
+def _first(post: Post, timeouts: Timeouts, usual: type[ShardSaveError], call: Call) -> bytes:
+    """Waits until the ranks have met. Returns what rank 0 published first."""
+    stall = Stall(timeouts.rank * STALL)
+    while 0 not in post.mailbox.published:
+        raise_if_ending()
+        if (error := trouble_of(post, usual, stall, call)) is not None:
+            raise error
+        with suppress(Empty):
+            post.mailbox.news.get(timeout=TICK)
+    return post.mailbox.published.pop(0)
