@@ -109,7 +109,7 @@ def plan(source: Source, what: What, job: Job = ALONE) -> Planned:
         if isinstance(source, nn.Module) and not state.entries:
             alone = not with_parts and not training.directories
             notes = (*notes, _note_without_tensors(source, alone=alone))
-        on_disk = layout.apply(state)
+        on_disk = job.lay_out(layout, state)
         left_out: tuple[str, ...] = ()
         if what.only is not None:
             on_disk, left_out = only_trainable(on_disk, source, state)

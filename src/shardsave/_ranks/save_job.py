@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Literal
 
 from shardsave._common.os_calls import CallFailed
@@ -22,6 +23,7 @@ from shardsave._ranks.session import Session
 from shardsave._ranks.shipping import Shipping
 from shardsave._ranks.training import plan_training
 from shardsave._saving.contents import Contents
+from shardsave._saving.disk_layout import DiskLayout, OnDisk
 from shardsave._saving.job import Committed, Names, Prepared, Share, Written
 from shardsave._saving.shards import PlannedShard, ShardFiles
 from shardsave._saving.training_directory import DescribedTraining, PlannedTraining
@@ -40,6 +42,9 @@ if TYPE_CHECKING:
 
 #: What rank 0 publishes: that nothing can end the save any more, since it renames the index now; and what came of it.
 _BEGINS, _OUTCOME = "begin of the commit", "outcome of the commit"
+
+#: What rank 0 publishes of the layout on disk, where names and tensors stay as they are.
+_LAYOUT, _KEPT = "layout on disk", b"kept"
 
 #: Begins an outcome that is an error.
 _FAILED = b"!"
@@ -91,13 +96,21 @@ class SaveJob:
         state, notes = check_replicas(self._session, agree(self._session, state), self._on_divergence)
         return state._replace(notes=(*state.notes, *notes))
 
+    def lay_out(self, layout: DiskLayout, state: State) -> OnDisk:
+        if self.leads:
+            on_disk = layout.apply(state)
+            self._session.publish(_LAYOUT, _KEPT if on_disk.keeps(state) else b"")
+            return on_disk
+        return layout.apply(state, is_kept=self._session.publish(_LAYOUT) == _KEPT)
+
     def plan_training(self, training: DescribedTraining | None, max_shard_size: int) -> PlannedTraining:
         return plan_training(self._session, training, max_shard_size, self._on_divergence)
 
     def check_equal(self, arguments: Mapping[str, bytes]) -> None:
         mine = {name: value.hex() for name, value in arguments.items()}
         everywhere = self._session.gather("arguments", json.dumps(mine).encode())
-        for rank, data in enumerate(everywhere or ()):
+        first = {data: rank for rank, data in reversed([*enumerate(everywhere or ())])}  # nearly all ranks say the same
+        for data, rank in sorted(first.items(), key=itemgetter(1)):
             for name, value in json.loads(data).items():
                 if value != mine[name]:
                     raise ValueError(
@@ -155,6 +168,8 @@ class SaveJob:
             shipping.finish()
 
     def stage(self, work: Callable[[], object]) -> None:
+        assert self._shipping is not None
+        self._shipping.start()  # the first windows are filled while rank 0 stages
         if self._transaction is not None:
             work()
             invitation = self._transaction.invite([name for name in self._all if name not in self._mine])
@@ -163,15 +178,13 @@ class SaveJob:
             assert self._joined is not None
             invitation = Invitation.decode(self._session.publish("staging directory"))
             self._joined.join(invitation, self._session.name(0), self._session.check)
-        assert self._shipping is not None
-        self._shipping.start()
 
     def collect(self, written: Written) -> Written:
         if self._watch is not None and not self.leads:
             self._watch.attempt_commit()  # a rank that has voted cannot end the save any more
             self._session.watch = None
         votes = self._session.gather("finished files", _encode_written(written))
-        return written if votes is None else _joined(map(_decode_written, votes))
+        return written if votes is None else _joined(map(_decode_written, dict.fromkeys(votes)))
 
     def commit(self, work: Callable[[], Committed]) -> Committed:
         if self._session.leads:

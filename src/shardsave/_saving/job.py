@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 from shardsave._engine.totals import Totals
 from shardsave._format.index import FileRecord, ShardRecord
 from shardsave._saving.contents import Contents
+from shardsave._saving.disk_layout import DiskLayout, OnDisk
 from shardsave._saving.shards import PlannedShard, ShardFiles, Supply, UnchangedShard
 from shardsave._saving.training_directory import DescribedTraining, PlannedTraining, plan_described
 from shardsave._saving.watch import Watch
@@ -103,6 +104,9 @@ class Job(Protocol):
     def agree(self, state: State) -> State:
         """The state of all processes together: on each the same. ``state``: that of this one."""
 
+    def lay_out(self, layout: DiskLayout, state: State) -> OnDisk:
+        """``state``, which is the same everywhere, in ``layout``."""
+
     def plan_training(self, training: DescribedTraining | None, max_shard_size: int) -> PlannedTraining:
         """The directory of the training state, which each process has described; all or none has one."""
 
@@ -141,6 +145,9 @@ class Alone:
 
     def agree(self, state: State) -> State:
         return state
+
+    def lay_out(self, layout: DiskLayout, state: State) -> OnDisk:
+        return layout.apply(state)
 
     def plan_training(self, training: DescribedTraining | None, max_shard_size: int) -> PlannedTraining:
         return plan_described(training, max_shard_size) if training is not None else PlannedTraining()
