@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from shardsave._ranks.traffic import Traffic
 
 #: How many windows a rank has for the blocks that it owns. More would let fast ranks work further ahead, and take more memory.
-WINDOWS = 4
+WINDOWS = 3
 
 #: How long an owner's worker waits before it looks whether its run still goes on, and a rank before it looks for errors; in seconds.
 _WAIT = 0.05
@@ -76,6 +76,7 @@ class Exchange:
         self._finished = threading.Condition(lock)
         self._lock = lock
         self._error: BaseException | None = None
+        self._closed = False
         here = session.hosts[session.rank]
         others = [rank for rank in owners if rank != session.rank]
         self._near = HostLinks(
@@ -162,7 +163,10 @@ class Exchange:
             self._session.check()
 
     def close(self) -> None:
-        """Ends everything, after success and after any error. Never waits for other ranks."""
+        """Ends everything, after success and after any error. Never waits for other ranks. May be called any number of times."""
+        if self._closed:
+            return
+        self._closed = True
         self._near.close()
         self._far.close()
         if self._memory is not None:

@@ -124,14 +124,18 @@ class SaveJob:
 
     @contextmanager
     def files(self, transaction: Transaction) -> Iterator[ShardFiles]:
-        if self._session.leads:
-            with transaction:
-                self._transaction = transaction
-                yield from self._telling(transaction)
-        else:
-            with closing(Joined(transaction.path, durable=self._durable)) as joined:
-                self._joined = joined
-                yield from self._telling(joined)
+        try:
+            if self._session.leads:
+                with transaction:
+                    self._transaction = transaction
+                    yield from self._telling(transaction)
+            else:
+                with closing(Joined(transaction.path, durable=self._durable)) as joined:
+                    self._joined = joined
+                    yield from self._telling(joined)
+        finally:
+            if self._shipping is not None:
+                self._shipping.close()
 
     def _telling(self, files: ShardFiles) -> Iterator[ShardFiles]:
         """Other ranks are told of an error before this one removes what it has made, so that they end what they are doing."""
@@ -160,12 +164,15 @@ class SaveJob:
         names = [name for name in to_write if name not in apart]
         shards = [to_write[name] for name in names]
         of_shard = owners(shards, self._session.hosts)
-        with closing(Shipping(self._session, shards, of_shard)) as shipping:
-            self._shipping = shipping
-            own = {names[number]: shard for number, shard in zip(shipping.mine, shipping.own)}
-            self._mine = {*own, *apart}
+        self._shipping = shipping = Shipping(self._session, shards, of_shard)
+        own = {names[number]: shard for number, shard in zip(shipping.mine, shipping.own)}
+        self._mine = {*own, *apart}
+        try:
             yield Share(own, shipping, apart, {} if self.leads else documents)
             shipping.finish()
+        except BaseException:
+            shipping.close()
+            raise
 
     def stage(self, work: Callable[[], object]) -> None:
         assert self._shipping is not None
@@ -184,6 +191,8 @@ class SaveJob:
             self._watch.attempt_commit()  # a rank that has voted cannot end the save any more
             self._session.watch = None
         votes = self._session.gather("finished files", _encode_written(written))
+        if self._shipping is not None and not self.leads:
+            self._shipping.close()  # while rank 0 commits; to free the windows takes as long as to write some of them
         return written if votes is None else _joined(map(_decode_written, dict.fromkeys(votes)))
 
     def commit(self, work: Callable[[], Committed]) -> Committed:
