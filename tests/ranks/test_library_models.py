@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+import shardsave
 from jobs import run_ranks
 from ranks.test_agree import assembled, global_state, summary
+from ranks.test_save import same_files
 from shardsave._huggingface.choose_saving import choose_layout
 from shardsave._saving.disk_layout import DiskLayout
 from shardsave._state.module import read_state
@@ -96,3 +100,27 @@ def layout(model: Any, adapter_only: bool) -> DiskLayout:
 def test_same_on_disk() -> None:
     """Catches a model whose class ``fully_shard`` changed and that no layout recognises, flags of frozen weights under an adapter, ties."""
     run_ranks(2, same_on_disk, seconds=100)
+
+
+def how_often_asked(rank: int, folder: Path) -> list[int]:
+    """How often saves of a model whose names stay, and of one whose tensors are taken apart, have asked transformers how."""
+    from shardsave._huggingface import transformers_saving
+
+    asked = []
+    for name in ("Llama", "Mixtral"):
+        model = llama(name)
+        shard(model)
+        with mock.patch.object(transformers_saving, "reverted", wraps=transformers_saving.reverted) as revert:
+            shardsave.save(model, folder / name, durable=False)
+        asked.append(revert.call_count)
+    return asked
+
+
+def test_one_rank_asks_transformers(tmp_path: Path) -> None:
+    """Catches ranks that all compile transformers' patterns for names that stay as they are, and one that then takes nothing apart."""
+    for name in ("Llama", "Mixtral"):
+        shardsave.save(llama(name), tmp_path / "one" / name, durable=False)
+    asked = run_ranks(2, how_often_asked, tmp_path / "many", seconds=100)
+    assert asked == [[1, 1], [0, 1]]
+    for name in ("Llama", "Mixtral"):
+        same_files(tmp_path / "one" / name, tmp_path / "many" / name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 
@@ -12,7 +13,7 @@ from shardsave._common.layouts import Grid, Layout, Listed, Placed, Split, Whole
 from shardsave._common.sources import TensorSource
 from shardsave._common.spread import Spread
 from shardsave._format.packing import Shard, StoredTensor
-from shardsave._ranks.owners import owners
+from shardsave._ranks.owners import _elements_of_each, owners
 from shardsave._saving.shards import PlannedShard
 
 ROWS = (1024, 256)
@@ -65,11 +66,26 @@ def test_empty_tensors() -> None:
     assert set(owners([shard(nothing), shard()], (0, 0))) <= {0, 1}
 
 
+#: Meshes of eight ranks, one with processes that are in no group, and how a tensor is placed on them.
+GRIDS = (Grid(range(8), (8,)), Grid((3, 1, 0, 2, 7, 6, 5, 4), (2, 4)), Grid((-1, 1, 0, 2, -1, 6, 5, 4), (4, 2)))
+SPLITS = ((Split(0), Split(0)), (Split(1), Split(0)), (Split(-1), Split(1)), (Split(0, 2), Split(0)), (Split(0), Split(0, 3)))
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=[str(grid.sizes) for grid in GRIDS])
+@pytest.mark.parametrize("splits", SPLITS, ids=str)
+@pytest.mark.parametrize("shape", [(16, 8), (13, 5), (3, 7), (1, 1), (0, 4)], ids=str)
+def test_parts(grid: Grid, splits: tuple[Split, ...], shape: tuple[int, int]) -> None:
+    """Catches a number of elements that is not that of the boxes: uneven, empty, in groups, twice along one dimension."""
+    layout = Placed(grid, splits[: len(grid.sizes)], shape)
+    held = [sum(math.prod(sizes) for _, sizes in layout.boxes(rank)) for rank in range(8)]
+    assert _elements_of_each(layout, 8).tolist() == held
+
+
 def test_time() -> None:
-    """Catches arithmetic for each tensor and rank: 100,000 tensors in 500 files of 1,000 ranks."""
-    layouts = [Placed(Grid(range(1000), (1000,)), [Split(0)], (1000 + n, 8)) for n in range(10)]
+    """Catches arithmetic for each tensor and rank, or each file and rank: 100,000 tensors in 500 files of 10,000 ranks."""
+    layouts = [Placed(Grid(range(10_000), (10_000,)), [Split(0)], (10_000 + n, 8)) for n in range(10)]
     shards = [shard(*layouts * 20) for _ in range(500)]
-    hosts = [rank // 8 for rank in range(1000)]
+    hosts = [rank // 8 for rank in range(10_000)]
     started = time.process_time()
     found = owners(shards, hosts)
     assert time.process_time() - started < 2

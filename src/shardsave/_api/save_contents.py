@@ -24,7 +24,7 @@ from shardsave._saving.casts import cast_on_disk, check_dtype
 from shardsave._saving.contents import Contents, plan_contents
 from shardsave._saving.disk_layout import DiskLayout
 from shardsave._saving.frozen import FrozenMemory, frozen_memory
-from shardsave._saving.job import ALONE, Job
+from shardsave._saving.job import ALONE, Job, Said
 from shardsave._saving.trainable import only_trainable
 from shardsave._saving.training_directory import DescribedTraining
 from shardsave._state.distributed_tensors import Parts as TensorParts
@@ -102,7 +102,8 @@ def read_own(source: Source, what: What, readers: TensorParts | None) -> OwnCont
 def attempted(source: Source, what: What, job: Job, check: Callable[[], str]) -> tuple[str, OwnContents]:
     """What ``check`` returns, and `read_own`, once both have succeeded for all processes of ``job``."""
     return job.attempt(
-        lambda: (check(), read_own(source, what, job.parts)), said=lambda both: (both[1].state, both[1].training)
+        lambda: (check(), read_own(source, what, job.parts)),
+        said=lambda both: Said(both[1].state, both[1].training, both[1].layout),
     )
 
 
@@ -125,7 +126,7 @@ def plan(source: Source, what: What, own: OwnContents, job: Job = ALONE) -> Plan
             notes = (*notes, note)
             if matters or not (with_parts or directories):
                 warnings = (*warnings, note)
-        on_disk = own.layout.apply(state)
+        on_disk = job.lay_out(own.layout, state)
         left_out: tuple[str, ...] = ()
         if what.only is not None:
             on_disk, left_out = only_trainable(on_disk, source, state)

@@ -28,7 +28,7 @@ class AddedAdapterLayout:
         self._keep_names = keep_names
         self._whole = TransformersLayout(model, keep_names=keep_names)
 
-    def apply(self, state: State) -> OnDisk:
+    def apply(self, state: State, *, is_kept: bool = False) -> OnDisk:
         if self._keep_names:
             on_disk = self._whole.apply(state)
             note = "from_pretrained does not know the names of layers with adapters, load_model does"

@@ -21,7 +21,7 @@ class AdapterLayout:
     def __init__(self, model: Any) -> None:
         self._model = model
 
-    def apply(self, state: State) -> OnDisk:
+    def apply(self, state: State, *, is_kept: bool = False) -> OnDisk:
         companions = adapter_companions(self._model)
         entries = {entry.name: entry for entry in state.entries}
         adapter = adapter_of(self._model, {name: entry.tensor for name, entry in entries.items()})

@@ -44,9 +44,11 @@ class TransformersLayout:
         self._model = model
         self._keep_names = keep_names
 
-    def apply(self, state: State) -> OnDisk:
+    def apply(self, state: State, *, is_kept: bool = False) -> OnDisk:
         """Stores fused tensors as views of their parts. Only tensors that are joined on disk are copied, with a note."""
         model, configs = self._model, companions(self._model)
+        if is_kept:  # transformers compiles a thousand patterns before it knows
+            return OnDisk(state, configs)
         if self._keep_names:
             return self._in_memory(state, configs)
         ignored = frozenset(getattr(model, "_keys_to_ignore_on_save", None) or ())

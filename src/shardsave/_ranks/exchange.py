@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from shardsave._ranks.traffic import Traffic
 
 #: How many windows a rank has for the blocks that it owns. More would let fast ranks work further ahead, and take more memory.
-WINDOWS = 4
+WINDOWS = 3
 
 #: How long an owner's worker waits before it looks whether its run still goes on, and a rank before it looks for errors; in seconds.
 _WAIT = 0.05
@@ -71,8 +71,12 @@ class Exchange:
         self._count = min(WINDOWS, len(windowed))
         self._complete = 0
         self._memory: SharedMemory | None = None
-        self._changed = threading.Condition()
+        lock = threading.Lock()
+        self._places = [threading.Condition(lock) for _ in range(self._count)]  # a worker waits for its window alone
+        self._finished = threading.Condition(lock)
+        self._lock = lock
         self._error: BaseException | None = None
+        self._closed = False
         here = session.hosts[session.rank]
         others = [rank for rank in owners if rank != session.rank]
         self._near = HostLinks(
@@ -101,13 +105,14 @@ class Exchange:
     def take(self, number: int) -> memoryview | None:
         """The window of a block, once it is open (way "out"), or once all ranks are done with it ("in"); None after a short wait."""
         block = self._by_number[number]
-        if not self._wait(lambda: block.open):
+        changed = self._places[block.place % self._count]
+        if not self._wait(changed, lambda: block.open):
             return None
         if self._inward:
             if not block.worked:
                 self._traffic.in_window(self._session.rank, number, self._address(block))
                 block.worked = True
-            if not self._wait(lambda: not block.missing):
+            if not self._wait(changed, lambda: not block.missing):
                 return None
         assert self._memory is not None
         begin = block.place % self._count * BLOCK_BYTES
@@ -125,11 +130,12 @@ class Exchange:
     def done(self, rank: int, number: int) -> None:
         """Called by links: another rank is done with a block of this one."""
         block = self._by_number[number]
-        with self._changed:
+        with self._lock:
             assert block.missing is not None
             block.missing.remove(rank)
             last = not block.missing
-            self._changed.notify_all()
+            if last:
+                self._places[block.place % self._count].notify_all()
         if last and not self._inward:
             self._completed(block)
 
@@ -139,7 +145,7 @@ class Exchange:
 
     def count(self, nbytes: int) -> None:
         """Called by links: this rank has given or taken ``nbytes`` of another one's block."""
-        with self._changed:
+        with self._lock:
             if self._inward:
                 self.sent_bytes += nbytes
             else:
@@ -147,17 +153,20 @@ class Exchange:
 
     def fail(self, error: BaseException) -> None:
         """Called by links when something failed on their threads."""
-        with self._changed:
+        with self._lock:
             self._error = self._error or error
-            self._changed.notify_all()
+        self.wake()
 
     def finish(self) -> None:
         """Waits until the other ranks are done with this rank's blocks, and this one with theirs. Raises as `start`."""
-        while not self._wait(lambda: self._complete == len(self._blocks) and self._near.ended and self._far.ended):
+        while not self._wait(self._finished, self._is_finished):
             self._session.check()
 
     def close(self) -> None:
-        """Ends everything, after success and after any error. Never waits for other ranks."""
+        """Ends everything, after success and after any error. Never waits for other ranks. May be called any number of times."""
+        if self._closed:
+            return
+        self._closed = True
         self._near.close()
         self._far.close()
         if self._memory is not None:
@@ -165,8 +174,12 @@ class Exchange:
 
     def wake(self) -> None:
         """Called by links when they have ended."""
-        with self._changed:
-            self._changed.notify_all()
+        with self._lock:
+            for changed in (*self._places, self._finished):
+                changed.notify_all()
+
+    def _is_finished(self) -> bool:
+        return self._complete == len(self._blocks) and self._near.ended and self._far.ended
 
     def _address(self, block: _Block) -> int:
         assert self._memory is not None
@@ -176,14 +189,14 @@ class Exchange:
         """The window of ``block`` may be used for it."""
         if self._inward:
             self._open_for_others(block)
-        with self._changed:
+        with self._lock:
             block.open = True
-            self._changed.notify_all()
+            self._places[block.place % self._count].notify_all()
 
     def _open_for_others(self, block: _Block) -> None:
         """Opens the window for the ranks that take part in ``block``."""
         taking = self._traffic.taking(block.number)
-        with self._changed:
+        with self._lock:
             block.missing = {*taking}
             if self._inward:
                 self.received_bytes += sum(taking.values())
@@ -201,10 +214,11 @@ class Exchange:
 
     def _completed(self, block: _Block) -> None:
         """Nobody needs the window of ``block`` any more: it is opened for a later one."""
-        with self._changed:
+        with self._lock:
             self._complete += 1
             all_complete = self._complete == len(self._blocks)
-            self._changed.notify_all()
+            if all_complete:
+                self._finished.notify_all()
         if block.place + self._count < len(self._blocks):
             self._open(self._blocks[block.place + self._count])
         if all_complete:
@@ -215,10 +229,10 @@ class Exchange:
         self._near.end()
         self._far.end()
 
-    def _wait(self, true: Callable[[], bool]) -> bool:
-        """Whether ``true()`` within a short time. Raises the error of this exchange."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._error is not None or self._lost() or true(), _WAIT)
+    def _wait(self, changed: threading.Condition, true: Callable[[], bool]) -> bool:
+        """Whether ``true()`` within a short time; ``changed``: when to look. Raises the error of this exchange."""
+        with changed:
+            changed.wait_for(lambda: self._error is not None or self._lost() or true(), _WAIT)
             if self._error is not None:
                 raise self._error
             if not self._lost() or true():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shardsave._common.layouts import Layout
+from shardsave._common.layouts import Layout, Placed
 from shardsave._common.spread import Spread
 from shardsave._saving.shards import PlannedShard
 
@@ -53,15 +54,43 @@ def _held(shard: PlannedShard, ranks: int, parts: dict[Layout, NDArray[np.float6
 
 
 def _part_of_each(layout: Layout, ranks: int) -> NDArray[np.float64]:
+    elements = max(1, math.prod(layout.shape))
+    if isinstance(layout, Placed):
+        return _elements_of_each(layout, ranks) / elements
     part = np.zeros(ranks)
-    elements = max(1, int(np.prod(layout.shape)))
     for rank in layout.ranks:
-        part[rank] = sum(int(np.prod(sizes)) for _, sizes in layout.boxes(rank)) / elements
+        part[rank] = sum(math.prod(sizes) for _, sizes in layout.boxes(rank)) / elements
     return part
+
+
+def _elements_of_each(layout: Placed, ranks: int) -> NDArray[np.int64]:
+    """How many elements each rank holds, without the boxes, of which thousands of ranks have too many."""
+    grid = layout.grid
+    members = np.array(grid.ranks)
+    coordinates = np.unravel_index(np.arange(len(members)), grid.sizes)
+    lengths = [np.full(len(members), size) for size in layout.shape]
+    for split, parts, number in zip(layout.splits, grid.sizes, coordinates):
+        if split.dim >= 0:
+            lengths[split.dim] = _cut(lengths[split.dim], parts, number, split.groups)
+    held = np.zeros(ranks, np.int64)
+    held[members[members >= 0]] = math.prod(lengths, start=np.ones(len(members), np.int64))[members >= 0]
+    return held
+
+
+def _cut(lengths: NDArray[np.int64], parts: int, number: NDArray[np.int64], groups: int) -> NDArray[np.int64]:
+    """For each rank, the length of its part of each of ``groups`` of ``lengths``; all are cut as `torch.chunk` cuts."""
+    size = -(-lengths // groups)
+    found = np.zeros_like(lengths)
+    for group in range(groups):
+        length = np.clip(lengths - group * size, 0, size)
+        part = -(-length // parts)
+        found += np.minimum((number + 1) * part, length) - np.minimum(number * part, length)
+    return found
 
 
 def _least_loaded(held: NDArray[np.float64], total: int, host_of: NDArray[np.int64], load: NDArray[np.float64]) -> int:
     on_host = np.minimum(np.bincount(host_of, weights=held), total)  # a host with two replicas has no more than the whole
     candidates = np.flatnonzero(on_host[host_of] >= on_host.max() - _TOLERANCE * total)
-    order = np.lexsort((candidates, -held[candidates], load[candidates]))
-    return int(candidates[order[0]])
+    loads = load[candidates]
+    candidates = candidates[loads == loads.min()]
+    return int(candidates[held[candidates].argmax()])  # the lowest of those that hold most

@@ -7,13 +7,15 @@ import json
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
+from operator import itemgetter
 from typing import TYPE_CHECKING, Literal
 
 from shardsave._common.os_calls import CallFailed
 from shardsave._common.sources import ByteSource
 from shardsave._common.spread import Spread
 from shardsave._engine.transfer import TransferFault
-from shardsave._ranks.agree import Said, agree, say
+from shardsave._ranks.agree import Said as SaidOfState
+from shardsave._ranks.agree import agree, say
 from shardsave._ranks.attempt import attempt
 from shardsave._ranks.comparison import AmongRanks
 from shardsave._ranks.failures import JobFailed, StoreLost, failure_of, unpacked
@@ -34,8 +36,9 @@ from shardsave._ranks.training import OwnTraining, plan_training, state_of, with
 from shardsave._ranks.values import pack
 from shardsave._saving.comparison import Comparison
 from shardsave._saving.contents import Contents, PlannedDirectory
+from shardsave._saving.disk_layout import DiskLayout, IdentityLayout, OnDisk
 from shardsave._saving.frozen import FrozenMemory
-from shardsave._saving.job import Committed, Prepared, Result, Share, Written
+from shardsave._saving.job import Committed, Prepared, Result, Said, Share, Written
 from shardsave._saving.shards import PlannedShard, ShardFiles, fault_before_writing
 from shardsave._saving.training_directory import DescribedTraining
 from shardsave._saving.watch import Watch
@@ -56,6 +59,9 @@ _BEGINS, _OUTCOME = "begin of the commit", "outcome of the commit"
 
 #: What rank 0 publishes before anything is written: questions about tensors, then what all will write.
 _PLAN, _ASKED = "plan of the files", b"?"
+
+#: What rank 0 publishes of the layout on disk, where names and tensors stay as they are.
+_LAYOUT, _KEPT = "layout on disk", b"kept"
 
 #: Begins an outcome that is an error.
 _FAILED = b"!"
@@ -91,7 +97,7 @@ class SaveJob:
         self._comparison: AmongRanks | None = None
         self._all: list[str] = []
         self._to_write: list[str] = []
-        self._said: tuple[Said | None, Said | None] = None, None  # of the state and the training state
+        self._said: tuple[SaidOfState | None, SaidOfState | None] = None, None  # of the state and the training state
         self._is_alike = False  # whether all ranks say the same
         self._training: OwnTraining | None = None
         self._begun = False  # whether the index may have been renamed
@@ -104,12 +110,14 @@ class SaveJob:
     def leads(self) -> bool:
         return self._session.leads
 
-    def attempt(self, work: Callable[[], Result], said: Callable[[Result], tuple[State, DescribedTraining | None]]) -> Result:
+    def attempt(self, work: Callable[[], Result], said: Callable[[Result], Said]) -> Result:
         def identity(result: Result) -> bytes:
-            state, training = said(result)
+            state, training, layout = said(result)
             self._said = say(state), None if training is None else say(state_of(training))
             shared = b"" if training is None else hashlib.sha256(training.shared).digest()
-            return hashlib.sha256(pack([shared, *(one.header for one in self._said if one is not None)])).digest()
+            return hashlib.sha256(
+                pack([type(layout).__name__.encode(), shared, *(one.header for one in self._said if one is not None)])
+            ).digest()
 
         result, self._is_alike = attempt(self._session, "what each has read", work, identity)
         return result
@@ -118,6 +126,16 @@ class SaveJob:
         said, self._said = self._said[0], (None, self._said[1])
         with self._session.for_all():
             return agree(self._session, state, said=said, all_say_the_same=self._is_alike)
+
+    def lay_out(self, layout: DiskLayout, state: State) -> OnDisk:
+        if self._is_alike and type(layout) is IdentityLayout:  # on all ranks
+            return layout.apply(state)
+        with self._session.for_all():
+            if self.leads:
+                on_disk = layout.apply(state)
+                self._session.publish(_LAYOUT, _KEPT if on_disk.keeps(state) else b"")
+                return on_disk
+            return layout.apply(state, is_kept=self._session.publish(_LAYOUT) == _KEPT)
 
     def plan_training(self, training: DescribedTraining | None, max_shard_size: int) -> Sequence[PlannedDirectory]:
         said, self._said = self._said[1], (self._said[0], None)
@@ -153,7 +171,8 @@ class SaveJob:
         mine = {name: value.hex() for name, value in arguments.items()}
         everywhere = self._session.gather("arguments", json.dumps(mine).encode())
         with self._session.for_all():
-            for rank, data in enumerate(everywhere or ()):
+            first = {data: rank for rank, data in reversed([*enumerate(everywhere or ())])}  # nearly all ranks say the same
+            for data, rank in sorted(first.items(), key=itemgetter(1)):
                 self._check_same(mine, json.loads(data), rank)
 
     def _check_same(self, mine: Mapping[str, str], theirs: Mapping[str, str], rank: int) -> None:
@@ -174,16 +193,20 @@ class SaveJob:
 
     @contextmanager
     def files(self, transaction: Transaction) -> Iterator[ShardFiles]:
-        if self._session.leads:
-            with ExitStack() as stack:
-                with self._session.for_all():
-                    stack.enter_context(transaction)
-                self._transaction = transaction
-                yield from self._telling(transaction)
-        else:
-            with closing(Joined(transaction.path, durable=self._durable)) as joined:
-                self._joined = joined
-                yield from self._telling(joined)
+        try:
+            if self._session.leads:
+                with ExitStack() as stack:
+                    with self._session.for_all():
+                        stack.enter_context(transaction)
+                    self._transaction = transaction
+                    yield from self._telling(transaction)
+            else:
+                with closing(Joined(transaction.path, durable=self._durable)) as joined:
+                    self._joined = joined
+                    yield from self._telling(joined)
+        finally:
+            if self._shipping is not None:
+                self._shipping.close()
 
     def _telling(self, files: ShardFiles) -> Iterator[ShardFiles]:
         """Other ranks are told of an error before this one removes what it has made, so that they end what they are doing."""
@@ -232,14 +255,19 @@ class SaveJob:
         names = [name for name in to_write if name not in apart]
         shards = [to_write[name] for name in names]
         of_shard = owners(shards, self._session.hosts)
-        with closing(Shipping(self._session, shards, of_shard)) as shipping:
-            self._shipping = shipping
-            own = {names[number]: shard for number, shard in zip(shipping.mine, shipping.own)}
-            self._mine = {*own, *apart}
+        self._shipping = shipping = Shipping(self._session, shards, of_shard)
+        own = {names[number]: shard for number, shard in zip(shipping.mine, shipping.own)}
+        self._mine = {*own, *apart}
+        try:
             yield Share(own, shipping, apart, {} if self.leads else documents)
             shipping.finish()
+        except BaseException:
+            shipping.close()
+            raise
 
     def stage(self, work: Callable[[], object]) -> None:
+        assert self._shipping is not None
+        self._shipping.start()  # the first windows are filled while rank 0 stages
         if self._transaction is not None:
             with self._session.for_all():
                 work()
@@ -249,15 +277,15 @@ class SaveJob:
             assert self._joined is not None
             invitation = Invitation.decode(self._session.publish("staging directory"))
             self._joined.join(invitation, self._session.name(0), self._session.check)
-        assert self._shipping is not None
-        self._shipping.start()
 
     def collect(self, written: Written) -> Written:
         if self._watch is not None and not self.leads:
             self._watch.attempt_commit()  # a rank that has voted cannot end the save any more
             self._session.watch = None
         votes = self._session.gather("finished files", encode_written(written))
-        return written if votes is None else joined(map(decode_written, votes))
+        if self._shipping is not None and not self.leads:
+            self._shipping.close()  # while rank 0 commits; to free the windows takes as long as to write some of them
+        return written if votes is None else joined(map(decode_written, dict.fromkeys(votes)))
 
     def commit(self, work: Callable[[], Committed]) -> Committed:
         if self._session.leads:

@@ -29,16 +29,27 @@ class OnDisk(NamedTuple):
     notes: tuple[str, ...] = ()
     copied_bytes: int = 0
 
+    def keeps(self, state: State) -> bool:
+        """Whether names and tensors are those of ``state``, from which this was made, and there is nothing to say about it."""
+        if self.module_flags is not None or self.single_file is not None or self.notes or self.copied_bytes:
+            return False
+        mine, other = self.state.entries, state.entries
+        same = len(mine) == len(other) and all(a.source is b.source and a[:4] == b[:4] for a, b in zip(mine, other))
+        return same and self.state.file_metadata == state.file_metadata
+
 
 class DiskLayout(Protocol):
     """The layout on disk of one kind of model."""
 
-    def apply(self, state: State) -> OnDisk:
-        """Returns ``state``, whose entries have their names in the module, as it will be stored. Raises UnsupportedTensorError."""
+    def apply(self, state: State, *, is_kept: bool = False) -> OnDisk:
+        """Returns ``state``, whose entries have their names in the module, as it will be stored. Raises UnsupportedTensorError.
+
+        ``is_kept``: another process has found that the result keeps the same state, which may take long to find.
+        """
 
 
 class IdentityLayout:
     """The layout that stores the names and tensors of the module or mapping as they are."""
 
-    def apply(self, state: State) -> OnDisk:
+    def apply(self, state: State, *, is_kept: bool = False) -> OnDisk:
         return OnDisk(state)

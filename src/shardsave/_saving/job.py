@@ -10,6 +10,7 @@ from shardsave._engine.totals import Totals
 from shardsave._format.index import FileRecord, ShardRecord
 from shardsave._saving.comparison import Comparison, InThisProcess
 from shardsave._saving.contents import Contents, PlannedDirectory
+from shardsave._saving.disk_layout import DiskLayout, OnDisk
 from shardsave._saving.frozen import FrozenMemory, remember
 from shardsave._saving.shards import PlannedShard, ShardFiles, Supply
 from shardsave._saving.training_directory import DescribedTraining, plan_described
@@ -88,6 +89,14 @@ class Committed(NamedTuple):
     totals: Totals
 
 
+class Said(NamedTuple):
+    """What one process has read of what is saved, and the layout that it will have on disk."""
+
+    state: State
+    training: DescribedTraining | None
+    layout: DiskLayout
+
+
 class Job(Protocol):
     """What `write_checkpoint` asks of the processes that call it together. One of them leads: it does what only one may do.
 
@@ -106,14 +115,17 @@ class Job(Protocol):
     def parts(self) -> Parts | None:
         """Reads tensors of which each process holds a part; None if this process is alone."""
 
-    def attempt(self, work: Callable[[], Result], said: Callable[[Result], tuple[State, DescribedTraining | None]]) -> Result:
+    def attempt(self, work: Callable[[], Result], said: Callable[[Result], Said]) -> Result:
         """What ``work`` returns, once it has succeeded everywhere. One error that it has everywhere names no process.
 
-        ``said``: what `agree` and `plan_training` will be called with; if it is the same everywhere, they need not ask again.
+        ``said``: what `agree`, `plan_training` and `lay_out` will be called with; if it is the same everywhere, they need not ask again.
         """
 
     def agree(self, state: State) -> State:
         """The state of all processes together: on each the same. ``state``: that of this one."""
+
+    def lay_out(self, layout: DiskLayout, state: State) -> OnDisk:
+        """``state``, which is the same everywhere, in ``layout``."""
 
     def plan_training(self, training: DescribedTraining | None, max_shard_size: int) -> Sequence[PlannedDirectory]:
         """The directory of the training state, or none; all or no process has described one. It lacks the files of others."""
@@ -169,11 +181,14 @@ class Alone:
     size = 1
     parts = None
 
-    def attempt(self, work: Callable[[], Result], said: Callable[[Result], tuple[State, DescribedTraining | None]]) -> Result:
+    def attempt(self, work: Callable[[], Result], said: Callable[[Result], Said]) -> Result:
         return work()
 
     def agree(self, state: State) -> State:
         return state
+
+    def lay_out(self, layout: DiskLayout, state: State) -> OnDisk:
+        return layout.apply(state)
 
     def plan_training(self, training: DescribedTraining | None, max_shard_size: int) -> Sequence[PlannedDirectory]:
         return [plan_described(training, max_shard_size)] if training is not None else []
