@@ -14,6 +14,7 @@ from shardsave._api.process_group import collective_group, members
 from shardsave._common.imports import import_at_use
 from shardsave._loading.job import ALONE, LoadJob
 from shardsave._state.fsdp import reshard
+from shardsave.errors import ShardSaveError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -45,11 +46,15 @@ def job_of_load(
         yield ALONE
         return
     import_at_use("shardsave._ranks.load_job")  # most loads are by one process
+    from shardsave._ranks.failures import StoreLost
     from shardsave._ranks.load_job import LoadJob as JobOfRanks
     from shardsave._ranks.session import begin
 
     usable = isinstance(rank_timeout, (int, float)) and rank_timeout > 0
     where = os.fspath(path) if isinstance(path, (str, os.PathLike)) else repr(path)
-    with begin(group, verb, str(where), rank_timeout=rank_timeout if usable else _RANK_TIMEOUT) as session:
-        check_timeout(rank_timeout, "rank_timeout")
-        yield JobOfRanks(session, members(group), str(where))
+    try:
+        with begin(group, verb, str(where), rank_timeout=rank_timeout if usable else _RANK_TIMEOUT) as session:
+            check_timeout(rank_timeout, "rank_timeout")
+            yield JobOfRanks(session, members(group), str(where))
+    except StoreLost as error:
+        raise ShardSaveError(str(error)) from error

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from shardsave._common.imports import import_at_use
+from shardsave.errors import ShardSaveError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -56,10 +57,14 @@ class RunRanks:
         if self._group is None:
             return find()
         import_at_use("shardsave._ranks.session")
+        from shardsave._ranks.failures import StoreLost
         from shardsave._ranks.session import begin
 
-        with begin(self._group, "resume from", self._shown, rank_timeout=self._seconds, apart="run") as session:
-            return json.loads(session.publish(what, json.dumps(find()).encode() if session.leads else None))
+        try:
+            with begin(self._group, "resume from", self._shown, rank_timeout=self._seconds, apart="run") as session:
+                return json.loads(session.publish(what, json.dumps(find()).encode() if session.leads else None))
+        except StoreLost as error:
+            raise ShardSaveError(str(error)) from error
 
     def decisions(self) -> Decisions:
         """Made anew; all ranks must ask for them."""
