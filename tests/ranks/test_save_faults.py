@@ -1,42 +1,36 @@
-"""Faults on one of four ranks that save together: beneath libc, and by signals. Method: ``faults/ranks.py``."""
+"""OS calls of one of four ranks that fail while all save, resume or keep a run together. Method: ``faults/ranks.py``."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
-from faults.running import run_beneath, trials
+from faults.running import RANKS, least_calls, run_ranks_beneath
 
 pytestmark = pytest.mark.slow
 
-#: The rank, what was there before, how many calls lie between two that are tried, and the least number of calls.
-RANKS = [(0, "overwrite", 5, 100), (2, "first", 1, 10)]
+#: Every call fails in a save with a training state, which makes all calls of one without; some fail in the others.
+SAVES = (
+    "fails/training/overwrite/2",
+    "fails_after/training/overwrite/9",
+    "loses_its_disk/training/overwrite/12",
+    "fails/plain/first/24",
+    "fails/background/overwrite/24",
+    "fails/hosts/first/24",
+)
 
 
-def run(beneath: Path, scenario: str, before: str, rank: int, folder: Path, every: int = 1) -> int:
-    """The number of calls that the rank made. ``SHARDSAVE_EVERY`` of the environment wins over ``every``."""
-    arguments = ["-m", "faults.ranks", scenario, before, str(rank), str(folder)]
-    return trials(
-        run_beneath(beneath, "native", arguments, "env", f"SHARDSAVE_EVERY={os.environ.get('SHARDSAVE_EVERY', every)}")
-    )
+@pytest.mark.parametrize("rank", RANKS)
+def test_each_call_of_a_rank_fails(beneath: Path, memory: Path, rank: int) -> None:
+    """Catches a call of one rank whose failure another rank does not raise, that leaks on any of them, that tears a checkpoint, leaves
+    litter, or leaves a model and a training state of two saves."""
+    assert run_ranks_beneath(beneath, rank, memory, *SAVES) >= least_calls(rank)
 
 
-@pytest.mark.parametrize(("rank", "before", "every", "least"), RANKS)
-def test_each_call_of_a_rank_fails(beneath: Path, memory: Path, rank: int, before: str, every: int, least: int) -> None:
-    """Catches a call of one rank whose failure another rank does not raise, that leaks on any of them, that tears a checkpoint or leaves
-    litter."""
-    assert run(beneath, "fails", before, rank, memory, every) >= least
-
-
-@pytest.mark.parametrize(("rank", "before", "every", "least"), RANKS)
-def test_a_rank_killed_at_each_call(beneath: Path, memory: Path, rank: int, before: str, every: int, least: int) -> None:
-    """Catches a rank whose death others do not raise, or that some raise in other words; a checkpoint that is neither the old nor the new
-    one, or not what the error says; and a next save that does not work."""
-    assert run(beneath, "is_killed", before, rank, memory, 2 * every) >= least
-
-
-def test_a_rank_killed_or_stopped_at_random(beneath: Path, tmp_path: Path) -> None:
-    """Catches the same at any moment, whatever the threads of a rank do, on a disk; and ranks that wait for one that is stopped."""
-    assert run(beneath, "is_killed_at_random", "overwrite", 0, tmp_path) >= 20
+@pytest.mark.parametrize("rank", RANKS)
+def test_each_call_of_a_rank_that_resumes_or_keeps_a_run(beneath: Path, memory: Path, rank: int) -> None:
+    """Catches a failure in a resume that other ranks do not raise, values of which some are not filled, and a next resume that fails;
+    half of a step that counts as committed, a step that is removed although it must stay, and files that no manager finds."""
+    runs = ("resume_fails/training/overwrite/3", "run_fails/plain/overwrite/9")
+    assert run_ranks_beneath(beneath, rank, memory, *runs) >= least_calls(rank)
