@@ -11,13 +11,13 @@ scenario has several fates, they take turns.
 from __future__ import annotations
 
 import errno
+import os
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-import jobs
 from faults import failing_ranks, lost_ranks, rank_resumes, rank_runs
 from faults.beneath import Fate
 from faults.rank_savers import Case
@@ -38,8 +38,7 @@ SCENARIOS: dict[str, tuple[Callable[[Case], int], list[tuple[Fate, int]]]] = {
 
 
 def main(victim: str, folder: str, *runs: str) -> None:
-    # What the ranks need is imported once, by the server from which they are forked.
-    jobs._CONTEXT.set_forkserver_preload(["jobs_preload", "faults.lost_ranks", "faults.rank_resumes", "faults.rank_runs"])
+    os.environ["JOBS_PRELOAD"] = "faults.lost_ranks faults.rank_resumes faults.rank_runs"
     failed = 0
     for place, run in enumerate(runs):
         name, kind, before, every = run.split("/")

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 SAVES = {
     rank: (
         f"is_killed/plain/overwrite/{1 if rank == 0 else 6}",
-        f"is_killed/training/overwrite/{6 if rank == 0 else 1}",
+        f"is_killed/training/overwrite/{9 if rank == 0 else 1}",
         f"is_killed_after/training/first/{24 if rank == 0 else 9}",
         f"is_killed/background/overwrite/{24 if rank == 0 else 9}",
         f"is_killed/hosts/first/{24 if rank == 0 else 9}",
@@ -30,12 +30,6 @@ def test_a_rank_killed_at_each_call(beneath: Path, memory: Path, rank: int) -> N
     assert run_ranks_beneath(beneath, rank, memory, *SAVES[rank]) >= least_calls(rank)
 
 
-@pytest.mark.parametrize("rank", RANKS)
-def test_a_rank_stopped_at_a_call(beneath: Path, memory: Path, rank: int) -> None:
-    """Catches ranks that wait for one that is stopped, and one that commits or removes something when the others have given it up."""
-    assert run_ranks_beneath(beneath, rank, memory, f"is_stopped/training/overwrite/{9 if rank else 45}") >= least_calls(rank)
-
-
 def test_a_rank_killed_at_any_moment(beneath: Path, tmp_path: Path) -> None:
     """Catches the same at any moment, whatever the threads of a rank do, on a disk. ``SHARDSAVE_RANK_KILLS``: how many of each kind."""
     runs = [f"is_killed_at_random/{kind}/overwrite/1" for kind in ("plain", "training", "background")]
@@ -43,8 +37,12 @@ def test_a_rank_killed_at_any_moment(beneath: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rank", RANKS)
-def test_a_rank_killed_while_it_resumes_or_keeps_a_run(beneath: Path, memory: Path, rank: int) -> None:
-    """Catches a death in a resume for which others wait, or that changes the checkpoint; a resume or a save after it that fails; half of a
-    step that counts as committed, a step that is removed although it must stay, and files that no manager finds."""
-    runs = ("resume_is_killed/training/overwrite/9", f"run_is_killed/plain/overwrite/{9 if rank else 18}")
+def test_a_rank_stopped_or_killed_in_a_resume_or_a_run(beneath: Path, memory: Path, rank: int) -> None:
+    """Catches ranks that wait for one that is stopped, and one that commits or removes something when the others have given it up; a death
+    in a resume that changes the checkpoint; half of a step that counts as committed, and a step that is removed although it must stay."""
+    runs = (
+        f"is_stopped/training/overwrite/{45 if rank == 0 else 9}",
+        "resume_is_killed/training/overwrite/15",
+        f"run_is_killed/plain/overwrite/{18 if rank == 0 else 9}",
+    )
     assert run_ranks_beneath(beneath, rank, memory, *runs) >= least_calls(rank)
