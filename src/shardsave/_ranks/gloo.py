@@ -105,8 +105,7 @@ class Gloo:
                 session.check()
             if failures:
                 session.check()
-                error = failures[0]
-                raise ShardSaveError(f"ranks of several hosts were expected to connect over gloo: {error}") from error
+                raise ShardSaveError(f"ranks of several hosts were expected to connect over gloo: {failures[0]}") from failures[0]
         except BaseException:
             self._given_up, self._group = True, None  # the thread may be about to set it
             raise
