@@ -128,7 +128,6 @@ class FarLinks:
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         if self.ended:
-            self._asked.clear()  # what is under way keeps gloo's connections, and an error may keep these links
             self._gloo.close()
         else:  # a thread waits in gloo, until the other process is gone or the time limit is reached
             _left.append(self)

@@ -37,7 +37,6 @@ class Gloo:
 
     def __init__(self, session: Session, members: Sequence[int], name: str) -> None:
         self._group: Any = None  # a ProcessGroupGloo, whose methods torch's type hints lack
-        self._given_up = False
         self._position = {rank: position for position, rank in enumerate(members)}
         self._limit = timedelta(seconds=session.timeouts.phase)
         self._left: list[Work | torch.Tensor] = []
@@ -93,22 +92,16 @@ class Gloo:
                 store = c10d.PrefixStore(f"shardsave/gloo/{name}", cast("Any", job_store().clone()))
                 self._group = c10d.ProcessGroupGloo(store, rank, size, timedelta(seconds=session.timeouts.rank))
             except BaseException as error:
-                failures.append(error.with_traceback(None))  # its frames hold the store
-            if self._given_up:
-                self._group = None
+                failures.append(error)
 
         thread = threading.Thread(target=connect, name="shardsave-connect", daemon=True)
         thread.start()
-        try:
-            while thread.is_alive():
-                thread.join(0.02)
-                session.check()
-            if failures:
-                session.check()
-                raise ShardSaveError(f"ranks of several hosts were expected to connect over gloo: {failures[0]}") from failures[0]
-        except BaseException:
-            self._given_up, self._group = True, None  # the thread may be about to set it
-            raise
+        while thread.is_alive():
+            thread.join(0.02)
+            session.check()
+        if failures:
+            session.check()
+            raise ShardSaveError(f"ranks of several hosts were expected to connect over gloo: {failures[0]}") from failures[0]
 
 
 class Buffers:
