@@ -1,5 +1,9 @@
 """What every rank of a test needs: imported once by the server from which they are forked."""
 
+import importlib
+import os
+import pkgutil
+
 import torch._dynamo  # takes seconds; torch imports it where a tensor is first distributed
 import torch.distributed.checkpoint
 import torch.distributed.device_mesh
@@ -7,5 +11,9 @@ import torch.distributed.fsdp
 import torch.distributed.tensor.parallel  # noqa: F401
 
 import shardsave
-import shardsave._ranks.save_job
-import shardsave._ranks.session  # noqa: F401
+
+for module in pkgutil.walk_packages(shardsave.__path__, "shardsave."):
+    if not module.name.startswith(("shardsave.__main__", "shardsave.integrations", "shardsave._cli")):
+        importlib.import_module(module.name)
+for name in os.environ.get("JOBS_PRELOAD", "").split():  # what the test itself wants
+    importlib.import_module(name)

@@ -41,7 +41,8 @@ enum fate {
   INTERRUPT_AFTER,
   FAIL_FROM_HERE,
   CUT,
-  NO_SYNC
+  NO_SYNC,
+  STOP
 };
 
 static struct {
@@ -118,6 +119,7 @@ static bool begins(Call* call, const char* name, int fd, const char* path) {
     snprintf(plan.hit, sizeof plan.hit, "%s %s", name, call->path);
     if (call->fate == KILL) raw(SYS_kill, getpid(), SIGKILL, 0, 0);
     if (call->fate == INTERRUPT) raw(SYS_kill, getpid(), SIGINT, 0, 0);
+    if (call->fate == STOP) raw(SYS_kill, getpid(), SIGSTOP, 0, 0);
     if (call->fate == CUT) cut();
   }
   if (plan.record >= 0) {

@@ -28,6 +28,7 @@ class Fate(IntEnum):
     FAIL_FROM_HERE = 8  # this call and every later one fails: the disk is gone
     CUT = 9  # the file system loses its disk, and everything that its journal has not committed
     NO_SYNC = 10  # not of a single call: every fsync does nothing and reports success
+    STOP = 11  # until a SIGCONT
 
 
 class Met(NamedTuple):

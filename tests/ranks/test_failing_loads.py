@@ -169,8 +169,8 @@ def test_differences(tmp_path: Path) -> None:
         assert missing == ("more.bias", "more.weight") and unexpected == ("other.bias", "other.weight")
 
 
-def end_in_load(rank: int, folder: str, when: str, number: signal.Signals) -> None:
-    """Rank 2 is killed or stopped: before it reads, while it reads, or when it has read everything."""
+def end_in_load(rank: int, folder: str, who: int, when: str, number: signal.Signals) -> None:
+    """Rank ``who`` is killed or stopped: before it reads, while it reads, or when it has read everything."""
     net = Net(seed=1)
     columns(net)
     places = {
@@ -179,7 +179,7 @@ def end_in_load(rank: int, folder: str, when: str, number: signal.Signals) -> No
         "after": "_ranks.load_job.LoadJob.ended",
     }
     strike = mock.patch(f"shardsave.{places[when]}", side_effect=lambda *_, **__: os.kill(os.getpid(), number))
-    with strike if rank == 2 else nullcontext():
+    with strike if rank == who else nullcontext():
         shardsave.load_model(net, folder, rank_timeout=3.0)
 
 
@@ -191,10 +191,19 @@ def test_a_rank_that_is_lost(when: str, number: signal.Signals, tmp_path: Path) 
     """Catches ranks that wait for ever for one that was killed or stopped, or do not say which it is."""
     shardsave.save(Net(), tmp_path / "ckpt", durable=False)
     began = time.monotonic()
-    with Job(RANKS, end_in_load, str(tmp_path / "ckpt"), when, number) as job:
+    with Job(RANKS, end_in_load, str(tmp_path / "ckpt"), 2, when, number) as job:
         ends = job.ended(ranks=[0, 1, 3])
     assert time.monotonic() - began < 60
     assert all(end.error == "ShardSaveError" and "rank 2 was lost" in end.message for end in ends), ends
+
+
+@pytest.mark.parametrize("store_in", ["agent", "rank 0"])
+def test_rank_0_is_lost(store_in: str, tmp_path: Path) -> None:
+    """Catches ranks that wait for the store, which dies with rank 0, or that raise an error of a class that nobody can import."""
+    shardsave.save(Net(), tmp_path / "ckpt", durable=False)
+    with Job(RANKS, end_in_load, str(tmp_path / "ckpt"), 0, "within", signal.SIGKILL, store_in=store_in) as job:
+        ends = job.ended(ranks=[1, 2, 3])
+    assert all(end.error == "ShardSaveError" and "rank 0" in end.message for end in ends), ends
 
 
 def load_replaced(rank: int, folder: str) -> int:

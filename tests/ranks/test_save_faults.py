@@ -1,52 +1,46 @@
-"""Faults on one of four ranks that save together: beneath libc, and by signals. Method: ``faults/ranks.py``."""
+"""OS calls of one of four ranks that fail while all save, resume or keep a run together. Method: ``faults/ranks.py``."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
-from faults.running import run_beneath, trials
+from faults.running import RANKS, least_calls, run_ranks_beneath
 
 pytestmark = pytest.mark.slow
 
-#: The rank, what was there before, how many calls lie between two that are tried, and the least number of calls.
-RANKS = [(0, "overwrite", 5, 100), (2, "first", 1, 10)]
+#: Every call of a save fails; some do in the others. With a training state, rank 0 makes twice as many.
+SAVES = {
+    rank: (
+        f"fails/plain/overwrite/{2 if rank == 0 else 12}",
+        f"fails/training/overwrite/{12 if rank == 0 else 2}",
+        f"fails_after/training/overwrite/{12 if rank == 0 else 6}",
+        f"loses_its_disk/training/overwrite/{18 if rank == 0 else 6}",
+        f"fails/background/overwrite/{36 if rank == 0 else 12}",
+        f"fails/hosts/first/{36 if rank == 0 else 12}",
+    )
+    for rank in RANKS
+}
 
-#: What was there before, a kind of `savers`, and how many calls lie between two that are tried: a shard that is taken over from another
-#: checkpoint, or in the place of its own.
-REUSE = [("first", "reuse-step", 41), pytest.param("overwrite", "reuse", 7, marks=pytest.mark.large)]
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_each_call_of_a_rank_fails(beneath: Path, memory: Path, rank: int) -> None:
+    """Catches a call of one rank whose failure another rank does not raise, that leaks on any of them, that tears a checkpoint, leaves
+    litter, or leaves a model and a training state of two saves."""
+    assert run_ranks_beneath(beneath, rank, memory, *SAVES[rank]) >= least_calls(rank)
 
 
-def run(beneath: Path, scenario: str, before: str, rank: int, folder: Path, every: int = 1, kind: str = "plain") -> int:
-    """The number of calls that the rank made. ``SHARDSAVE_EVERY`` of the environment wins over ``every``."""
-    arguments = ["-m", "faults.ranks", scenario, before, str(rank), str(folder)]
-    setting = f"SHARDSAVE_EVERY={os.environ.get('SHARDSAVE_EVERY', every)}"
-    return trials(run_beneath(beneath, "native", arguments, "env", setting, kind=kind))
-
-
-@pytest.mark.parametrize(("before", "kind", "every"), REUSE)
-def test_each_call_of_a_save_that_takes_over_a_shard(beneath: Path, memory: Path, before: str, kind: str, every: int) -> None:
+def test_calls_of_a_save_that_takes_over_a_shard(beneath: Path, memory: Path) -> None:
     """Catches a call of the rank that takes over a shard whose failure or death leaves a shard missing, damages either checkpoint, or is
     not told to the others."""
-    assert run(beneath, "fails,is_killed", before, 0, memory, every, kind) >= 100
+    runs = ("fails/reuse/overwrite/40", "is_killed/reuse-step/overwrite/40", "is_killed/reuse/overwrite/90")
+    assert run_ranks_beneath(beneath, 0, memory, *runs) >= least_calls(0)
 
 
-@pytest.mark.parametrize(("rank", "before", "every", "least"), RANKS)
-def test_each_call_of_a_rank_fails(beneath: Path, memory: Path, rank: int, before: str, every: int, least: int) -> None:
-    """Catches a call of one rank whose failure another rank does not raise, that leaks on any of them, that tears a checkpoint or leaves
-    litter."""
-    assert run(beneath, "fails", before, rank, memory, every) >= least
-
-
-@pytest.mark.parametrize(("rank", "before", "every", "least"), RANKS)
-def test_a_rank_killed_at_each_call(beneath: Path, memory: Path, rank: int, before: str, every: int, least: int) -> None:
-    """Catches a rank whose death others do not raise, or that some raise in other words; a checkpoint that is neither the old nor the new
-    one, or not what the error says; and a next save that does not work."""
-    assert run(beneath, "is_killed", before, rank, memory, 2 * every) >= least
-
-
-def test_a_rank_killed_or_stopped_at_random(beneath: Path, tmp_path: Path) -> None:
-    """Catches the same at any moment, whatever the threads of a rank do, on a disk; and ranks that wait for one that is stopped."""
-    assert run(beneath, "is_killed_at_random", "overwrite", 0, tmp_path) >= 20
+@pytest.mark.parametrize("rank", RANKS)
+def test_each_call_of_a_rank_that_resumes_or_keeps_a_run(beneath: Path, memory: Path, rank: int) -> None:
+    """Catches a failure in a resume that other ranks do not raise, values of which some are not filled, and a next resume that fails;
+    half of a step that counts as committed, a step that is removed although it must stay, and files that no manager finds."""
+    runs = ("resume_fails/training/overwrite/3", "run_fails/plain/overwrite/12")
+    assert run_ranks_beneath(beneath, rank, memory, *runs) >= least_calls(rank)

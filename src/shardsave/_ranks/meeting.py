@@ -24,6 +24,8 @@ from shardsave._ranks.roll import Roll, listed
 _BATCH = 64
 #: So many times the limit the other ranks wait for rank 0.
 _PATIENCE = 1.25
+#: How often they look within the limit which ranks have come, to name the others.
+_LOOKS = 8
 
 
 class Call(NamedTuple):
@@ -109,11 +111,13 @@ class Meeting:
         self._line.set(f"arrived/{self._members.rank}", " ".join(self._mine).encode())
         key = f"answer/{self._mine.token}"
         came: set[int] = set()
+        next_look = time.monotonic() + self._seconds / _LOOKS
         while (answer := self._line.peek(key)) is None and not self._late():
             time.sleep(self._pauses.rest())
             self._pauses.due()
-            if not came and self._end - time.monotonic() < self._seconds / 8:
-                came = self._present()  # those that came at about the same time leave at about the same time
+            if time.monotonic() > next_look:
+                came |= self._present()  # who came earlier leaves earlier
+                next_look = time.monotonic() + self._seconds / _LOOKS
         if answer is None:
             came |= self._present()
             self._tell_of_interrupt()
