@@ -123,9 +123,9 @@ def opened(
     deadline = time.monotonic() + CHANGING_SECONDS
     while True:
         with ExitStack() as stack:
-            opening = open_checkpoint(path, wanted, parts=parts, broken=broken, header_check=header_check)
+            opening = partial(open_checkpoint, path, wanted, parts=parts, broken=broken, header_check=header_check)
             checkpoint, all_have_it = job.attempt(
-                partial(stack.enter_context, opening),
+                lambda: stack.enter_context(opening()),
                 lambda found: found.identity() if broken is None or found.index is not None else _names_of_files(found),
             )
             if all_have_it:
