@@ -259,6 +259,7 @@ def lived(act: Callable[[], Result], strike: Callable[[], object]) -> Lived:
     """Calls ``strike``, which may end this process later, and ``act``."""
     mesh()
     begin(dist.group.WORLD, "save", "here").close()  # what a process keeps for later sessions
+    dist.barrier()  # a new connection to a store whose server has died is only given up after the timeout of the store
     before = things_open()
     strike()
     result = act()
