@@ -22,8 +22,8 @@ std::uint64_t copy_crc64_raw(void* destination, const void* source, std::size_t 
 // raw · x^(8·bytes) mod P: what `raw` contributes when `bytes` more bytes follow.
 std::uint64_t crc64_shift(std::uint64_t raw, std::uint64_t bytes);
 
-// The raw sum of `rows` rows of `row_bytes` bytes each, which follow one another in `data` and begin `step` bytes apart in
-// what is summed; the bytes between them count as zero.
+// The raw sum of `rows` rows of `row_bytes` bytes each, which follow one another in `data` and begin `step` bytes apart
+// in what is summed; the bytes between them count as zero.
 std::uint64_t crc64_raw_of_rows(const void* data, std::size_t rows, std::size_t row_bytes, std::uint64_t step);
 
 // The standard checksum of `length` bytes whose raw sum is `raw`.
