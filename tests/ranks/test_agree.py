@@ -18,7 +18,7 @@ from jobs import run_ranks
 from ranks.sessions import GroupSession
 from shardsave._common.spread import Spread
 from shardsave._ranks.agree import agree
-from shardsave._state.distributed_tensors import Parts
+from shardsave._state.distributed_tensors import PartReader
 from shardsave._state.module import State, read_state
 
 
@@ -134,7 +134,7 @@ def summary(state: State) -> list[Any]:
 
 def global_state(source: Any) -> State:
     session = GroupSession()
-    return agree(session, read_state(source, reader=Parts(range(session.size), session.rank)))
+    return agree(session, read_state(source, reader=PartReader(range(session.size), session.rank)))
 
 
 def check_all(rank: int) -> None:

@@ -21,7 +21,7 @@ from ranks.test_agree import Net, assembled, global_state, rows
 from shardsave._api.process_group import collective_group, members
 from shardsave._ranks.agree import agree
 from shardsave._ranks.replicas import check_replicas
-from shardsave._state.distributed_tensors import Parts
+from shardsave._state.distributed_tensors import PartReader
 from shardsave._state.module import State, read_state
 from shardsave.errors import UnsupportedTensorError
 
@@ -84,7 +84,7 @@ def other_group(rank: int) -> None:
         return
     assert collective_group(tensors, pair) is pair and members(pair) == [0, 2]
     session = PairSession(pair)
-    parts = Parts(members(pair), session.rank)
+    parts = PartReader(members(pair), session.rank)
     with refused(
         "'w': all of its 12 elements were expected on the 2 ranks of the group, 8 are there; pass a process_group that has"
     ):
@@ -180,7 +180,7 @@ def megatron(rank: int) -> None:
     tensor._local_tensor.__create_chunk_list__ = lambda: chunks * 2  # type: ignore[attr-defined]
     if boxes:
         with refused("'w': a local tensor of "):
-            read_state({"w": tensor}, reader=Parts(range(3), rank))
+            read_state({"w": tensor}, reader=PartReader(range(3), rank))
 
 
 def test_tensors_that_list_their_boxes() -> None:
@@ -199,7 +199,7 @@ def drifted(rank: int) -> tuple[str, State]:
     if rank == 3:
         model[0].weight._local_tensor[0, 0] = 7
     session = GroupSession()
-    state = agree(session, read_state(model, reader=Parts(range(4), rank)))
+    state = agree(session, read_state(model, reader=PartReader(range(4), rank)))
     with pytest.raises(UnsupportedTensorError) as error:
         check_replicas(session, state, "raise")
     _, notes = check_replicas(session, state, "lowest_rank")

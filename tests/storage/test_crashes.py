@@ -145,7 +145,10 @@ def test_unreadable_old_index_removes_nothing(tmp_path: Path) -> None:
 def test_no_space_is_reported_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a save that starts although it cannot succeed. The model claims a size that no disk has, and holds one element."""
     huge = torch.zeros(1).expand(1 << 45)
-    with pytest.raises(shardsave.OutOfSpaceError, match=r"needs 140\.7 TB, .* free; nothing was committed, the directory had no checkpoint before"):
+    with pytest.raises(
+        shardsave.OutOfSpaceError,
+        match=r"needs 140\.7 TB, .* free; nothing was committed, the directory had no checkpoint before",
+    ):
         shardsave.save({"x": huge}, tmp_path)
     assert os.listdir(tmp_path) == []
 

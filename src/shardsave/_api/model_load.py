@@ -21,7 +21,7 @@ from shardsave._loading.module_plan import plan_module
 from shardsave._loading.read import TensorReader
 from shardsave._loading.selection import choose_located, names_of_wrappers, selection
 from shardsave._loading.slots import Inventory, has_extra_state, take_inventory
-from shardsave._state.distributed_tensors import Parts
+from shardsave._state.distributed_tensors import PartReader
 from shardsave._storage.checkpoint import Checkpoint
 from shardsave._storage.located import Located
 from shardsave.errors import IncompatibleCheckpointError
@@ -64,7 +64,7 @@ class ModelLoad:
         strict: bool,
         restore_frozen: bool,
         part: str | None = None,
-        parts: Parts | None = None,
+        parts: PartReader | None = None,
     ) -> None:
         """``prefix``: None if the caller's caller cannot pass one. ``parts``: reads distributed tensors."""
         self._strict = strict

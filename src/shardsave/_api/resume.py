@@ -31,7 +31,7 @@ from shardsave._format.index import TRAINING
 from shardsave._loading.freeze_flags import RestoredFlags
 from shardsave._loading.job import LoadJob, opened
 from shardsave._loading.read import Target, TensorReader
-from shardsave._state.distributed_tensors import Parts, is_distributed
+from shardsave._state.distributed_tensors import PartReader, is_distributed
 from shardsave._storage.checkpoint import Checkpoint
 from shardsave._storage.located import Located
 from shardsave._training.distributed import part_to_fill
@@ -299,7 +299,7 @@ class _Resumption:
             self.notes += ("training: it was saved, and was not asked for",)
 
 
-def _part_here(name: str, tensor: torch.Tensor, parts: Parts | None) -> torch.Tensor | Spread:
+def _part_here(name: str, tensor: torch.Tensor, parts: PartReader | None) -> torch.Tensor | Spread:
     """``tensor``, which is filled from the stored tensor ``name``, or its part in this process."""
     return part_to_fill(name, tensor, parts).spread if parts is not None and is_distributed(tensor) else tensor
 

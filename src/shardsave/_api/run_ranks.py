@@ -56,9 +56,8 @@ class RunRanks:
         if self._group is None:
             return find()
         with self._session("resume from", self._shown, "run") as session:
-            session.gather(
-                f"that {what} is wanted", b""
-            )  # nobody is told it before all are here, and nothing is wrong with their calls
+            # nobody is told it before all are here, and nothing is wrong with their calls
+            session.gather(f"that {what} is wanted", b"")
             with session.for_all():
                 found = json.dumps(find()).encode() if session.leads else None
             return json.loads(session.publish(what, found))

@@ -27,8 +27,7 @@ from shardsave._saving.frozen import FrozenMemory, frozen_memory
 from shardsave._saving.job import ALONE, Job, Said
 from shardsave._saving.trainable import only_trainable
 from shardsave._saving.training_directory import DescribedTraining
-from shardsave._state.distributed_tensors import Parts as TensorParts
-from shardsave._state.distributed_tensors import is_parameter
+from shardsave._state.distributed_tensors import PartReader, is_parameter
 from shardsave._state.module import Source, State, read_state
 from shardsave.errors import UnsupportedModuleError, UnsupportedTensorError
 
@@ -85,7 +84,7 @@ class OwnContents(NamedTuple):
     warnings: tuple[str, ...]
 
 
-def read_own(source: Source, what: What, readers: TensorParts | None) -> OwnContents:
+def read_own(source: Source, what: What, readers: PartReader | None) -> OwnContents:
     """Checks ``what``, and reads it in this process. ``readers``: as `Job.parts`. Raises what `save` raises for it."""
     checked = check_what(what)
     with_parts = what.architecture or what.program is not None
@@ -192,7 +191,7 @@ def check_what(what: What) -> _Checked:
 
 
 def _described(
-    source: Source, what: What, readers: TensorParts | None
+    source: Source, what: What, readers: PartReader | None
 ) -> tuple[DescribedTraining | None, float | None, tuple[str, ...], tuple[str, ...]]:
     """The training state as data, its epoch, notes and warnings."""
     if what.training is None and not what.rng:
@@ -246,7 +245,7 @@ def _refuse_quantised(state: State, with_parts: bool) -> NoReturn:
     )
 
 
-def _read_state(source: Source, architecture: bool, reader: TensorParts | None) -> State:
+def _read_state(source: Source, architecture: bool, reader: PartReader | None) -> State:
     """Reads ``source`` once; after that, only the memory of its tensors is read."""
     try:
         return read_state(source, tensors_only=architecture, reader=reader)

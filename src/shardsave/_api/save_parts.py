@@ -12,8 +12,7 @@ from torch import nn
 from shardsave._common.imports import import_at_use
 from shardsave._common.warn_caller import warnings_collected
 from shardsave._common.words import count
-from shardsave._state.distributed_tensors import Parts as TensorParts
-from shardsave._state.distributed_tensors import is_distributed
+from shardsave._state.distributed_tensors import PartReader, is_distributed
 from shardsave._state.extra_tensors import ExtraTensors
 from shardsave._state.module import State
 from shardsave._state.parts import Parts
@@ -43,7 +42,7 @@ class Among(NamedTuple):
     """The processes that save together: what ``readers`` of their tensors they have, and their ``state``. ``leads``: whether this one does;
     it warns for all of what is not saved."""
 
-    readers: TensorParts
+    readers: PartReader
     state: State
     leads: bool
 

@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 from shardsave._common.progress import Progress
 from shardsave._engine.totals import Totals
 from shardsave._loading.read import TensorReader
-from shardsave._state.distributed_tensors import Parts
+from shardsave._state.distributed_tensors import PartReader
 from shardsave._storage.checkpoint import CHANGING_SECONDS, Checkpoint, open_checkpoint
 from shardsave._storage.shard_files import Broken, HeaderCheck
 from shardsave.errors import DirectoryBusyError
@@ -40,7 +40,7 @@ class LoadJob(Protocol):
         """What a message about this machine begins with, where there are several."""
 
     @property
-    def parts(self) -> Parts | None:
+    def parts(self) -> PartReader | None:
         """Reads tensors of which each process holds a part; None if this process is alone."""
 
     def check_equal(self, arguments: Mapping[str, object]) -> None:

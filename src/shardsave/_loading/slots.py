@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from shardsave._common.gc_pause import gc_paused
 from shardsave._common.memory import PLAIN_TYPES, address, shared_names
 from shardsave._format.quantised import part_name
-from shardsave._state.distributed_tensors import NotReadable, Part, Parts, is_distributed, tied_parts
+from shardsave._state.distributed_tensors import NotReadable, Part, PartReader, is_distributed, tied_parts
 from shardsave._state.module import EXTRA_STATE
 from shardsave._state.offload import Offloaded, offloaded_tensors
 from shardsave._state.quantised import quantised
@@ -71,7 +71,7 @@ class Inventory(NamedTuple):
     expected: frozenset[str]
     extra_states: tuple[str, ...]
     self_loading: dict[str, nn.Module]
-    parts: Parts | None = None
+    parts: PartReader | None = None
 
     def leader(self, name: str) -> str:
         """The first name with the same memory."""
@@ -79,7 +79,7 @@ class Inventory(NamedTuple):
 
 
 @gc_paused()
-def take_inventory(module: nn.Module, where: str, parts: Parts | None = None) -> Inventory:
+def take_inventory(module: nn.Module, where: str, parts: PartReader | None = None) -> Inventory:
     """The inventory of ``module``; ``where``: the path of the checkpoint, for messages. ``parts``: reads distributed tensors.
 
     Raises UnsupportedTensorError for a wrapper of FSDP's older version and for a distributed tensor that cannot be read,
@@ -114,7 +114,7 @@ def has_extra_state(module: nn.Module) -> bool:
     return any(map(_overrides_extra_state, {type(part) for part in module.modules()}))
 
 
-def _inventory(module: nn.Module, sub_modules: SubModules, slots: list[Slot], parts: Parts | None) -> Inventory:
+def _inventory(module: nn.Module, sub_modules: SubModules, slots: list[Slot], parts: PartReader | None) -> Inventory:
     named = {slot.name: slot for slot in slots}
     with_state = {kind for kind in {type(part) for _, part in sub_modules} if _overrides_extra_state(kind)}
     extra_states = tuple(start + EXTRA_STATE for start, part in sub_modules if type(part) in with_state)
@@ -138,7 +138,7 @@ def _sub_modules(named: Sequence[tuple[str, nn.Module]]) -> SubModules:
     return [named[0], *((names.plain(f"{name}."), part) for name, part in named[1:])]
 
 
-def _slots(module: nn.Module, sub_modules: SubModules, parts: Parts | None, where: str) -> list[Slot]:
+def _slots(module: nn.Module, sub_modules: SubModules, parts: PartReader | None, where: str) -> list[Slot]:
     offloaded = offloaded_tensors(module, fill=True)
     in_module = list(_slots_in_module(sub_modules))
     if parts is not None:
@@ -154,7 +154,7 @@ def _slots(module: nn.Module, sub_modules: SubModules, parts: Parts | None, wher
     return slots
 
 
-def with_part(slot: Slot, parts: Parts, where: str) -> Slot:
+def with_part(slot: Slot, parts: PartReader, where: str) -> Slot:
     """``slot`` with the part of its tensor in this process, if it is distributed. Raises UnsupportedTensorError."""
     if not is_distributed(slot.tensor):
         return slot

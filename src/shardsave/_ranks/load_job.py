@@ -15,7 +15,7 @@ from shardsave._loading.job import Result
 from shardsave._loading.read import TensorReader
 from shardsave._ranks.attempt import attempt
 from shardsave._ranks.job_reader import JobReader
-from shardsave._state.distributed_tensors import Parts
+from shardsave._state.distributed_tensors import PartReader
 from shardsave._storage.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class LoadJob:
 
     def __init__(self, session: Session, members: Sequence[int], where: str, verb: str) -> None:
         """``members``: the global rank of each process. ``verb``, ``where``: what is done with which checkpoint, for messages."""
-        self.parts = Parts(members, session.rank)
+        self.parts = PartReader(members, session.rank)
         self.size = session.size
         self._session = session
         self._where = where

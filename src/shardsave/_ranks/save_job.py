@@ -11,7 +11,6 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Literal
 
 from shardsave._common.os_calls import CallFailed
-from shardsave._common.sources import ByteSource
 from shardsave._common.spread import Spread
 from shardsave._engine.transfer import TransferFault
 from shardsave._ranks.agree import Said as SaidOfState
@@ -34,6 +33,7 @@ from shardsave._ranks.session import Session
 from shardsave._ranks.shipping import Shipping
 from shardsave._ranks.training import OwnTraining, plan_training, state_of, with_other_files
 from shardsave._ranks.values import pack
+from shardsave._ranks.watching import JobWatch
 from shardsave._saving.comparison import Comparison
 from shardsave._saving.contents import Contents, PlannedDirectory
 from shardsave._saving.disk_layout import DiskLayout, IdentityLayout, OnDisk
@@ -42,7 +42,7 @@ from shardsave._saving.job import Committed, Prepared, Result, Said, Share, Writ
 from shardsave._saving.shards import PlannedShard, ShardFiles, fault_before_writing
 from shardsave._saving.training_directory import DescribedTraining
 from shardsave._saving.watch import Watch
-from shardsave._state.distributed_tensors import Parts
+from shardsave._state.distributed_tensors import PartReader
 from shardsave._state.module import Entry, State
 from shardsave._storage.commit_errors import rank_lost_after_commit, rank_lost_in_commit
 from shardsave._storage.joined import Invitation, Joined
@@ -50,8 +50,7 @@ from shardsave._storage.transaction import Transaction
 from shardsave.errors import DurabilityUncertainError, SaveNotCommittedError, ShardSaveError
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    pass
 
 
 #: What rank 0 publishes: that nothing can end the save any more, since it renames the index now; and what came of it.
@@ -83,7 +82,7 @@ class SaveJob:
         on_divergence: Literal["raise", "lowest_rank"],
     ) -> None:
         """``members``: the global rank of each process. ``where``: the directory, for messages."""
-        self.parts = Parts(members, session.rank)
+        self.parts = PartReader(members, session.rank)
         self.size = session.size
         self._session = session
         self._where = where
@@ -189,7 +188,7 @@ class SaveJob:
 
     def watch(self, watch: Watch) -> Watch:
         self._watch, self._session.watch = watch, watch.check
-        return _JobWatch(watch, self._session, self.begin_commit)
+        return JobWatch(watch, self._session, self.begin_commit)
 
     @contextmanager
     def files(self, transaction: Transaction) -> Iterator[ShardFiles]:
@@ -342,32 +341,3 @@ class SaveJob:
 
 def _is_spread(shard: PlannedShard) -> bool:
     return any(isinstance(piece, Spread) for piece in shard.pieces)
-
-
-class _JobWatch:
-    """The watch over one rank of the save."""
-
-    def __init__(self, watch: Watch, session: Session, begin_commit: Callable[[], None]) -> None:
-        self.workers = watch.workers
-        self.beside_training = watch.beside_training
-        self._watch = watch
-        self._session = session
-        self._begin_commit = begin_commit
-
-    def check(self) -> None:
-        self._watch.check()
-        self._session.check()
-
-    def attempt_commit(self) -> None:
-        self._watch.attempt_commit()
-        self._begin_commit()
-
-    def is_urgent(self, pieces: Sequence[ByteSource]) -> bool:
-        """Shards are written in the order that all ranks know."""
-        return False
-
-    def begin_reading(self, pieces: Sequence[ByteSource]) -> NDArray[np.int64] | None:
-        return self._watch.begin_reading(pieces)
-
-    def end_reading(self, pieces: Sequence[ByteSource], sums: Sequence[int]) -> None:
-        self._watch.end_reading(pieces, sums)

@@ -15,7 +15,7 @@ from shardsave._saving.frozen import FrozenMemory, remember
 from shardsave._saving.shards import PlannedShard, ShardFiles, Supply
 from shardsave._saving.training_directory import DescribedTraining, plan_described
 from shardsave._saving.watch import Watch
-from shardsave._state.distributed_tensors import Parts
+from shardsave._state.distributed_tensors import PartReader
 from shardsave._state.module import State
 from shardsave._storage.transaction import CommitOutcome, Transaction
 
@@ -112,7 +112,7 @@ class Job(Protocol):
         """The number of processes."""
 
     @property
-    def parts(self) -> Parts | None:
+    def parts(self) -> PartReader | None:
         """Reads tensors of which each process holds a part; None if this process is alone."""
 
     def attempt(self, work: Callable[[], Result], said: Callable[[Result], Said]) -> Result:

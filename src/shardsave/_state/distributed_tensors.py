@@ -84,7 +84,7 @@ def attributes_of(parameter: torch.Tensor) -> dict[str, Any]:
     return own
 
 
-class Parts:
+class PartReader:
     """Reads distributed tensors in one process of a group.
 
     ``members``: the global rank of each process of the group. ``rank``: the position of this process among them.

@@ -14,7 +14,7 @@ from shardsave._common.memory import PLAIN_TYPES, any_overlap, same_bytes, share
 from shardsave._common.sources import ByteSource, SwappedSource, TensorSource
 from shardsave._common.spread import Spread
 from shardsave._common.words import an
-from shardsave._state.distributed_tensors import NotReadable, Part, Parts, is_distributed, is_parameter, tied_parts
+from shardsave._state.distributed_tensors import NotReadable, Part, PartReader, is_distributed, is_parameter, tied_parts
 from shardsave._state.numpy_arrays import is_swapped, tensor_of_array
 from shardsave._state.offload import Offloaded, offloaded_tensors
 from shardsave._state.offloaded_ties import tie_copies, untied_notes
@@ -71,7 +71,7 @@ class State(NamedTuple):
     file_metadata: Mapping[str, str] = MappingProxyType({})
 
 
-def read_state(source: Source, *, tensors_only: bool = False, reader: Parts | None = None) -> State:
+def read_state(source: Source, *, tensors_only: bool = False, reader: PartReader | None = None) -> State:
     """Reads the entries of ``source``; copies nothing. Raises UnsupportedTensorError, naming the entry.
 
     ``tensors_only``: extra state that is not a tensor is left out, since the architecture holds it. ``reader``: reads DTensors; None if
@@ -149,7 +149,7 @@ def _entries(
     return tuple(entries), tuple(_overlaps(entries, list(values.values()), begins, ends))
 
 
-def _parts(named: Mapping[str, torch.Tensor], swapped: Collection[str], reader: Parts) -> dict[str, Part]:
+def _parts(named: Mapping[str, torch.Tensor], swapped: Collection[str], reader: PartReader) -> dict[str, Part]:
     """The parts in this process of those tensors that are distributed."""
     if swapped:
         refuse(

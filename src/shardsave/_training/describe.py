@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from shardsave._common.gc_pause import gc_paused
-from shardsave._state.distributed_tensors import Parts
+from shardsave._state.distributed_tensors import PartReader
 from shardsave._state.module import Entry
 from shardsave._state.wrappers import unwrap
 from shardsave._training.kinds import class_name, items_of, kind_of, reshard_all
@@ -47,7 +47,9 @@ class TrainingState(NamedTuple):
 
 
 @gc_paused()
-def describe(training: Any, model: Model, *, rng: bool = False, rank: int = 0, parts: Parts | None = None) -> TrainingState:
+def describe(
+    training: Any, model: Model, *, rng: bool = False, rank: int = 0, parts: PartReader | None = None
+) -> TrainingState:
     """Describes ``training``, a nested structure of stateful objects and data, and with ``rng`` the generators of this process.
 
     ``model``: gives the parameters of optimizers their names. ``rank``: of this process. ``parts``: reads distributed tensors; None if
@@ -76,7 +78,7 @@ def describe(training: Any, model: Model, *, rng: bool = False, rank: int = 0, p
 class _Describer:
     """Walks over a training state. ``shared`` and ``own`` write what all ranks share and what belongs to this one."""
 
-    def __init__(self, training: Any, model: Model, rank: int, parts: Parts | None) -> None:
+    def __init__(self, training: Any, model: Model, rank: int, parts: PartReader | None) -> None:
         self.shared = ValueWriter(parts=parts)
         self.own = ValueWriter(f"rank {rank}/", parts)
         self.leaves: dict[str, Any] = {}

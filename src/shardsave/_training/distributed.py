@@ -12,7 +12,7 @@ from shardsave._common.memory import memory_key
 from shardsave._common.strict_json import glimpse
 from shardsave._common.words import an
 from shardsave._format.dtypes import BY_NAME, BY_TORCH
-from shardsave._state.distributed_tensors import NotReadable, Part, Parts, is_distributed, is_dtensor
+from shardsave._state.distributed_tensors import NotReadable, Part, PartReader, is_distributed, is_dtensor
 from shardsave._state.savable import check_savable
 from shardsave._training.places import Place
 from shardsave.errors import IncompatibleCheckpointError, UnsupportedTensorError
@@ -31,7 +31,7 @@ class Reader(Protocol):
     """What a reader of values does for distributed tensors; `ValueReader` is the one."""
 
     where: str
-    parts: Parts | None
+    parts: PartReader | None
 
     def corrupt(self, path: str, expected: str, found: object) -> NoReturn: ...
 
@@ -46,7 +46,7 @@ class Reader(Protocol):
     def read_into(self, name: str, tensor: torch.Tensor) -> None: ...
 
 
-def part_of(tensor: torch.Tensor, place: Place, parts: Parts) -> Part:
+def part_of(tensor: torch.Tensor, place: Place, parts: PartReader) -> Part:
     """The part of ``tensor`` in this process, to be saved. Raises UnsupportedTensorError if its elements cannot be located."""
     try:
         part = parts.read(tensor)
@@ -107,7 +107,7 @@ def new_distributed(like: Any, shape: tuple[int, ...], dtype: torch.dtype, place
     return made if made.device == like.device else made.to(like.device)
 
 
-def part_to_fill(path: str, tensor: torch.Tensor, parts: Parts) -> Part:
+def part_to_fill(path: str, tensor: torch.Tensor, parts: PartReader) -> Part:
     """The part of ``tensor`` in this process, to be filled. Raises UnsupportedTensorError if its elements cannot be located."""
     try:
         return parts.read(tensor)
@@ -115,7 +115,7 @@ def part_to_fill(path: str, tensor: torch.Tensor, parts: Parts) -> Part:
         raise UnsupportedTensorError(f"cannot fill {path}: {error.expected}, {error.found}; nothing was changed") from None
 
 
-def existing_part(path: str, tensor: torch.Tensor, parts: Parts) -> tuple[torch.Tensor, Hashable]:
+def existing_part(path: str, tensor: torch.Tensor, parts: PartReader) -> tuple[torch.Tensor, Hashable]:
     """The memory of a distributed tensor that is to be filled, and what is equal for the same memory. Raises UnsupportedTensorError."""
     local = part_to_fill(path, tensor, parts).local
     return local, memory_key(local) if local.numel() else id(tensor)

@@ -17,7 +17,7 @@ from shardsave._common.memory import PLAIN_TYPES, any_overlap, lacks_memory, mem
 from shardsave._common.memory_errors import refuse_lack_of_memory
 from shardsave._common.strict_json import glimpse
 from shardsave._format.dtypes import BY_NAME, torch_shape
-from shardsave._state.distributed_tensors import Parts, is_distributed, is_dtensor
+from shardsave._state.distributed_tensors import PartReader, is_distributed, is_dtensor
 from shardsave._state.numpy_arrays import tensor_of_array
 from shardsave._training.distributed import TAG as BOXES
 from shardsave._training.distributed import are_placements, existing_part, new_distributed, read_boxes
@@ -67,7 +67,7 @@ class ValueReader:
     """
 
     def __init__(
-        self, tensors: Mapping[str, Stored], where: str, parts: Parts | None = None, *, has_placements: bool = False
+        self, tensors: Mapping[str, Stored], where: str, parts: PartReader | None = None, *, has_placements: bool = False
     ) -> None:
         """``parts``: reads distributed tensors; None if this process alone reads. ``has_placements``: whether the documents say which
         tensors were distributed."""

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from shardsave._common.gc_pause import gc_paused
-from shardsave._state.distributed_tensors import Parts
+from shardsave._state.distributed_tensors import PartReader
 from shardsave._training.kinds import reshard_all
 from shardsave._training.leaves import LeafPlanner
 from shardsave._training.match import Matcher
@@ -48,7 +48,7 @@ class Options(NamedTuple):
     on_world_change: Literal["fresh", "raise"] = "fresh"
     ranks: int = 1
     device: torch.device | None = None
-    parts: Parts | None = None
+    parts: PartReader | None = None
 
 
 _DEFAULTS = Options()

@@ -19,7 +19,7 @@ from shardsave._common.memory import PLAIN_TYPES, memory_key
 from shardsave._common.sources import TensorSource
 from shardsave._common.strict_json import MAX_DIGITS
 from shardsave._common.words import an
-from shardsave._state.distributed_tensors import Part, Parts, is_distributed
+from shardsave._state.distributed_tensors import Part, PartReader, is_distributed
 from shardsave._state.module import Entry
 from shardsave._state.numpy_arrays import is_swapped, tensor_of_array
 from shardsave._state.savable import check_savable
@@ -57,7 +57,7 @@ class ValueWriter:
     the place.
     """
 
-    def __init__(self, prefix: str = "", parts: Parts | None = None) -> None:
+    def __init__(self, prefix: str = "", parts: PartReader | None = None) -> None:
         self.entries: list[Entry] = []
         self.has_distributed = False
         self._prefix = prefix
