@@ -24,7 +24,7 @@ from shardsave._architecture.document import DICT_TYPES, FORMAT, HOOK_GROUPS, TO
 from shardsave._architecture.names import is_dunder, version_of
 from shardsave._architecture.trust import Lacking, Trust, all_lacking
 from shardsave._architecture.uses import Uses
-from shardsave._architecture.write_values import ValueWriter
+from shardsave._architecture.write_values import ValueWriter, in_order
 from shardsave._common.memory import PLAIN_TYPES
 from shardsave._common.warn_caller import warn_caller
 from shardsave._format.dtypes import BY_TORCH
@@ -36,6 +36,10 @@ from shardsave.errors import UnsupportedModuleError
 
 #: Hooks from this module of torch only rename weights that older versions of torch saved, so they need not be saved.
 _RENAMES_OLD_WEIGHTS = "torch.nn.utils.parametrizations"
+
+#: The attribute in which transformers keeps Python's hash of a GenerationConfig, to see whether that has changed. Another process has
+#: another hash of the same texts, and takes a missing one as it would take that.
+_OF_ONE_PROCESS = frozenset(["_original_object_hash"])
 
 _GENERATED_CLASSES = {"ScriptModule": "TorchScript", "GraphModule": "a traced graph"}
 
@@ -197,7 +201,7 @@ class _ModuleWriter(ValueWriter):
         if kind is list:
             return {"list": self._values(value, path)}
         if kind is set:
-            return {"set": self._keys(value, path)}
+            return {"set": self._keys(in_order(value), path)}
         if kind is collections.deque:
             return {"deque": self._values(value, path), "maxlen": value.maxlen}
         if kind is dict:
@@ -230,13 +234,14 @@ class _ModuleWriter(ValueWriter):
         elif base is list:
             node["elements"] = self._values(list.__iter__(instance), path)
         elif base is set:
-            node["elements"] = self._keys(set.__iter__(instance), path)
+            node["elements"] = self._keys(in_order(set.__iter__(instance)), path)
         if (getstate := own_getstate(kind)) is not None:
             node["state"] = self._value(getstate(instance), f"{path}.__getstate__()")
         elif (attributes := getattr(instance, "__dict__", {})) is instance:
             node["attributes_are_items"] = True  # a dict that is its own __dict__
         else:
-            node["attributes"] = self._attributes(dict(attributes) | _slot_values(instance, kind), path)
+            own = dict(attributes) | _slot_values(instance, kind)
+            node["attributes"] = self._attributes({name: own[name] for name in own if name not in _OF_ONE_PROCESS}, path)
         return node
 
 

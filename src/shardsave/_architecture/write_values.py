@@ -34,6 +34,19 @@ from shardsave._state.wrappers import unwrap
 _MAX_DEPTH = 100
 
 
+def in_order(elements: Iterable[Any]) -> list[Any]:
+    """The elements of a set, in an order that all processes share: its own depends on hashes of texts, which each process makes anew."""
+    return sorted(elements, key=_place)
+
+
+def _place(element: Any) -> str:
+    if isinstance(element, frozenset):
+        return f"frozenset {sorted(map(_place, element))}"
+    if isinstance(element, tuple):
+        return f"tuple {[*map(_place, element)]}"
+    return f"{type(element).__qualname__} {element!r}"
+
+
 class ValueWriter:
     """Writes values. An object with an identity gets a number in ``objects`` and waits in a queue until it is written there, so that
     a deep model does not exhaust Python's stack.
@@ -117,7 +130,7 @@ class ValueWriter:
             tag, encode = _ENCODERS[kind]
             return {tag: encode(value)}
         if kind is frozenset:
-            return {"frozenset": self._keys(value, path)}
+            return {"frozenset": self._keys(in_order(value), path)}
         if kind in (tuple, torch.Size):
             return {"size" if kind is torch.Size else "tuple": self._values(value, path)}
         if kind is slice:

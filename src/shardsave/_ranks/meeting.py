@@ -155,7 +155,7 @@ class Meeting:
         return Failure(
             "",
             f"cannot {self._call}: all {len(self._members.names)} ranks of the group were expected to call it within "
-            f"{self._seconds:g} s, {names} did not; the call is collective: either all ranks make it or none",
+            f"{self._seconds:g} s, {names} did not, or has ended; the call is collective: either all ranks make it or none",
         )
 
     def _lead(self) -> Met:
