@@ -148,6 +148,7 @@ def alike(rank: int, folder: Path) -> dict[str, Raised]:
             lambda: shardsave.save(model, path, process_group=group, max_shard_size=-1 if rank % 2 else 100)
         ),
         "argument in the background": raised(lambda: shardsave.save_async(model, path, process_group=group, if_busy="no")),
+        "ring": raised(lambda: shardsave.save_async(model, path, process_group=group, staging="ring")),
         "argument of a load": raised(lambda: shardsave.load_model(model, path, process_group=group, strict=2)),
         "not savable": raised(lambda: shardsave.save(sparse, path, process_group=group)),
         "nothing to load": raised(lambda: shardsave.load_model(model, path, process_group=group)),
@@ -168,6 +169,7 @@ ALIKE = {
     "argument": ("ValueError", "max_shard_size must be"),
     "argument of some": ("ValueError", "rank 1, rank 3: max_shard_size must be"),
     "argument in the background": ("ValueError", "if_busy must be one of"),
+    "ring": ("ValueError", "staging='ring' needs a save by one process"),
     "argument of a load": ("TypeError", "strict must be"),
     "not savable": ("UnsupportedTensorError", "cannot save 'c': a strided tensor was expected"),
     "nothing to load": ("CheckpointNotFoundError", "no checkpoint at CKPT"),

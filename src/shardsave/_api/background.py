@@ -102,7 +102,7 @@ def start(
             job = ending.enter_context(job_of(source, directory, what, how, apart="background"))
             planning = time.perf_counter()
             # the path only now, so that all ranks learn of a wrong argument
-            path, own = attempted(source, what, job, lambda: path or _checked_path(directory, how, background))
+            path, own = attempted(source, what, job, lambda: path or _checked_path(directory, how, background, job.size))
             job = beside_other_ranks(job, path, what.step)
             with job.for_all():
                 how = around.before(how) if job.leads else how
@@ -158,9 +158,13 @@ def _take_turn(flight: Flight[SaveReport], group: ProcessGroup | None, if_busy: 
     )
 
 
-def _checked_path(directory: str | os.PathLike[str], how: How, background: InBackground) -> str:
+def _checked_path(directory: str | os.PathLike[str], how: How, background: InBackground, processes: int = 1) -> str:
     path = check_how(directory, how)
     check_background(background)
+    if background.staging == "ring" and processes > 1:
+        raise ValueError(
+            f"staging='ring' needs a save by one process, {processes} save together; use 'snapshot'; nothing was written"
+        )
     return path
 
 

@@ -168,7 +168,7 @@ def stage(
     save together; then everything that this one has is copied.
     Raises ValueError if ``wanted`` is ``"ring"`` and the ring cannot be right, OutOfMemoryError if copies were requested and do not fit.
     """
-    choice = choose(source, optimizers, wanted) if ranks == 1 else _choice_of_ranks(ranks, wanted)
+    choice = choose(source, optimizers, wanted) if ranks == 1 else Choice("snapshot", f"{COPIED}: {ranks} ranks save together")
     with gc_paused():
         table = _Table.of(contents)
         drained: dict[int, _Found] = {}
@@ -204,14 +204,6 @@ def stage(
     staging = Staging(contents, choice, copies, memory, items, _streams(items), step_timeout, table.spreads)
     staging.copy_seconds = copy_seconds
     return staging
-
-
-def _choice_of_ranks(ranks: int, wanted: Wanted) -> Choice:
-    if wanted == "ring":
-        raise ValueError(
-            f"staging='ring' needs a save by one process, {ranks} save together; use 'snapshot'; nothing was written"
-        )
-    return Choice("snapshot", f"{COPIED}: {ranks} ranks save together")
 
 
 class SpreadParts(NamedTuple):
