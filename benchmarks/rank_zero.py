@@ -188,7 +188,8 @@ def simulate(path: Path, ranks: int, layers: int, seconds: float) -> dict[str, A
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     import shardsave
-    from shardsave._ranks import group, save_job, session
+    from shardsave._ranks import begin as beginning
+    from shardsave._ranks import group, save_job
     from shardsave._ranks.session import Session
     from shardsave._storage.transaction import Transaction
 
@@ -201,7 +202,7 @@ def simulate(path: Path, ranks: int, layers: int, seconds: float) -> dict[str, A
     store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
     lines = []
     shippings: list[NoShipping] = []
-    begin, gather, close = session.begin_with, Session.gather, Session.close
+    begin, gather, close = beginning.begin_with, Session.gather, Session.close
 
     def begin_with_others(store: Any, members: Any, host: Any, call: Any, timeouts: Any, *more: Any) -> Session:
         ours.send((members.key, tuple(call), timeouts.rank))
@@ -237,7 +238,7 @@ def simulate(path: Path, ranks: int, layers: int, seconds: float) -> dict[str, A
     with contextlib.ExitStack() as stack:
         for owner, name, value in (
             (group, "job_store", lambda: store),
-            (session, "begin_with", begin_with_others),
+            (beginning, "begin_with", begin_with_others),
             (Session, "gather", gather_of_all),
             (Session, "close", close_after_others),
             (save_job, "Shipping", Shipping),

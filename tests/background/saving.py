@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 import shardsave
-from shardsave._api.save_contents import What, plan
+from shardsave._api.save_contents import What, plan, read_own
 from shardsave._background.staging import Staging, Wanted, stage
 from shardsave._common.progress import Progress
 from shardsave._common.sources import ByteSource
@@ -129,7 +129,7 @@ def staged_only(
         only=None,
         dtype=None,
     )
-    contents = plan(source, what).contents
+    contents = plan(source, what, read_own(source, what, None)).contents
     return stage(contents, source, optimizers, staging, check_unchanged=check_unchanged, workers=1, step_timeout=step_timeout)
 
 

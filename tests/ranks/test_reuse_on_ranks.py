@@ -272,7 +272,26 @@ def assume(rank: int, folder: Path) -> list[bool]:
 
 def test_assumed_to_be_unchanged(tmp_path: Path) -> None:
     """Catches a pass over frozen parameters that may be assumed to be unchanged, and a change that torch counts and that is not saved."""
-    assert run_ranks(4, assume, tmp_path) == [[True, False, False, True, True] * 3] * 4
+    own, replicas = [True, False, False, True, True], [True, False, True, True, True]
+    assert run_ranks(4, assume, tmp_path) == [[*own, *own, *replicas]] * 4
+
+
+def assume_replicas(rank: int, folder: Path) -> list[float]:
+    """Rank 0 changes each of some replicas, which torch counts there, and sends them to the others, where it does not."""
+    model = nn.ParameterList([nn.Parameter(torch.zeros(4), requires_grad=False) for _ in range(4)])
+    for number in (None, None, 0, 1, 2, 3):
+        if number is not None:
+            with torch.no_grad():
+                if rank == 0:
+                    model[number].fill_(7)
+            dist.broadcast(model[number].data, 0)
+        save(model, folder, process_group=dist.group.WORLD, assume_frozen_unchanged=True)
+    return [tensor[0].item() for tensor in shardsave.load(folder).values()]
+
+
+def test_replicas_that_a_collective_has_changed(tmp_path: Path) -> None:
+    """Catches a replica that is assumed to be unchanged since the rank that sums it has not seen the change."""
+    assert run_ranks(4, assume_replicas, tmp_path) == [[7.0] * 4] * 4
 
 
 def save_in_background(rank: int, folder: Path) -> list[list[Any]]:

@@ -100,7 +100,7 @@ class AmongRanks:
                 tensor, piece = self._stored[number]
                 given = self._given(number, piece)
                 memory = self._frozen.get(tensor.name)
-                if memory is not None and not _is_local(piece, given):
+                if memory is not None and not self._is_alone_in(piece, given):
                     memory = None
                 if memory is not None:
                     known = sum_when_saved(memory)
@@ -114,6 +114,16 @@ class AmongRanks:
             np.bitwise_xor.at(total, places, box_sums(parts, self._watch.workers, self._watch.check))
         self._sums.update((name, int(total[place])) for name, place in assumed.items())
         return total
+
+    def _is_alone_in(self, piece: ByteSource, parts: Sequence[Part]) -> bool:
+        """Whether ``parts`` are all that this rank has of ``piece``, in one tensor, and no other rank has it too: a change of a replica
+        that this rank was sent by a collective is not counted by torch, but where it was made it is."""
+        if not isinstance(piece, Spread) or len(piece.local) != 1 or len(parts) != 1:
+            return False
+        source = parts[0].source
+        if not isinstance(source, TensorSource) or source.tensor is not piece.local[0].tensor:
+            return False
+        return all(len(box.holders) == 1 for box in _boxes(piece.layout, self._session.rank, piece.dtype.itemsize))
 
     def _given(self, number: int, piece: ByteSource) -> list[Part]:
         """What this rank sums of a tensor, so that of each element one rank sums it. Replicas take turns from tensor to tensor."""
@@ -143,14 +153,6 @@ def _boxes(layout: Layout, rank: int, itemsize: int) -> Sequence[_Box]:
     others = [box for _, box in alike]
     own = [Shared((rank,), part) for box in layout.boxes(rank) for part in without(box, others)]
     return [_Box(holders, box, runs_of(layout.shape, itemsize, box)) for holders, box in (*own, *alike)]
-
-
-def _is_local(piece: ByteSource, parts: Sequence[Part]) -> bool:
-    """Whether ``parts`` are all that this rank has of ``piece``, in one tensor."""
-    if not isinstance(piece, Spread) or len(piece.local) != 1 or len(parts) != 1:
-        return False
-    source = parts[0].source
-    return isinstance(source, TensorSource) and source.tensor is piece.local[0].tensor
 
 
 def _combined(numbers: Sequence[Sequence[int]], sums: Sums) -> Sums:

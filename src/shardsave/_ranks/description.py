@@ -43,7 +43,7 @@ class Form(NamedTuple):
             return Placed(grids[self.mesh], self.splits, self.shape)
         if self.boxes is not None:
             return Listed(dict.fromkeys(ranks, self.boxes), self.shape)
-        return Whole(ranks, self.shape)
+        return Whole(tuple(ranks), tuple(self.shape))
 
 
 class Description(NamedTuple):
