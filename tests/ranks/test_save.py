@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from placements import PLACEMENTS
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import shardsave
 from jobs import run_ranks
@@ -126,6 +128,24 @@ def test_groups_that_are_smaller_than_the_job(tmp_path: Path) -> None:
     for number in range(2):
         loaded = shardsave.load(tmp_path / str(number))
         assert (loaded["weight"] == number).all()
+
+
+def save_of_two_kinds(rank: int, folder: Path) -> None:
+    """Three ranks have DTensors on a mesh of all four, the last one has the same as plain tensors."""
+    whole, mesh = torch.arange(64.0).reshape(8, 8), init_device_mesh("cpu", (4,))
+    places = {"rows": (whole[2 * rank : 2 * rank + 2], Shard(0)), "whole": (whole, Replicate())}
+    tensors = {
+        name: whole.clone() if rank == 3 else DTensor.from_local(local.clone(), mesh, [placement], run_check=False)
+        for name, (local, placement) in places.items()
+    }
+    shardsave.save(tensors, folder, process_group=dist.group.WORLD)
+
+
+def test_tensors_that_only_some_ranks_have_as_dtensors(tmp_path: Path) -> None:
+    """Catches a tensor that some ranks place on a mesh and others have as a plain one, which ended as an error without its name."""
+    run_ranks(4, save_of_two_kinds, tmp_path)
+    loaded = shardsave.load(tmp_path)
+    assert all(torch.equal(loaded[name], torch.arange(64.0).reshape(8, 8)) for name in ("rows", "whole"))
 
 
 def save_again(rank: int, folder: Path) -> tuple[list[str], list[str]]:
