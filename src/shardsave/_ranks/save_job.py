@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from operator import itemgetter
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from shardsave._common.os_calls import CallFailed
 from shardsave._common.spread import Spread
@@ -48,10 +48,6 @@ from shardsave._storage.commit_errors import rank_lost_after_commit, rank_lost_i
 from shardsave._storage.joined import Invitation, Joined
 from shardsave._storage.transaction import Transaction
 from shardsave.errors import DurabilityUncertainError, SaveNotCommittedError, ShardSaveError
-
-if TYPE_CHECKING:
-    pass
-
 
 #: What rank 0 publishes: that nothing can end the save any more, since it renames the index now; and what came of it.
 _BEGINS, _OUTCOME = "begin of the commit", "outcome of the commit"

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from queue import Empty
 from types import TracebackType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from shardsave._common.shutdown import raise_if_ending
 from shardsave._ranks.failures import Failure, StoreLost, failure_of, is_foreign
@@ -27,9 +27,6 @@ from shardsave._ranks.ticket import Ticket
 from shardsave._ranks.values import pack, unpack
 from shardsave._ranks.waiting import TICK, Stall, join, trouble_of
 from shardsave.errors import SaveCancelledError, ShardSaveError
-
-if TYPE_CHECKING:
-    pass
 
 _T = TypeVar("_T")
 
