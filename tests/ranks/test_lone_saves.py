@@ -200,3 +200,21 @@ def test_in_the_background_and_with_a_manager(tmp_path: Path) -> None:
     for ends in zip(*run_ranks(3, save_in_the_background, tmp_path)):
         told = [message for kind, message in ends if kind]
         assert len(told) == 2 and all("process_group=torch.distributed.group.WORLD" in message for message in told), ends
+
+
+def save_in_turns(rank: int, folder: Path) -> str:
+    """Each rank has a manager of its own for one run; rank 1 comes after rank 0. Returns what rank 1 is told."""
+    model = nn.Linear(4, 4)
+    manager = shardsave.CheckpointManager(folder, save_every=10, durable=False)
+    for turn in range(2):
+        if turn == rank:
+            told = raised(lambda: manager.save(10, model))
+        dist.barrier()
+    manager.close()
+    return told[1]
+
+
+def test_a_step_that_another_rank_has_saved(tmp_path: Path) -> None:
+    """Catches a rank that is told of another process, and not that ranks which save together need a group."""
+    first, second = run_ranks(2, save_in_turns, tmp_path)
+    assert first == "" and "pass process_group=torch.distributed.group.WORLD on all ranks" in second

@@ -40,8 +40,7 @@ class RunRanks:
 
         Raises TypeError or ValueError for a wrong group.
         """
-        distributed = sys.modules.get("torch.distributed")
-        if self._group is not None or distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        if self._group is not None or not _in_job():
             return
         import_at_use("shardsave._api.process_group")
         from shardsave._api.process_group import collective_group
@@ -49,7 +48,14 @@ class RunRanks:
         self._rank_timeout = seconds(options.get("rank_timeout"), RANK_TIMEOUT)
         self._phase_timeout = seconds(options.get("phase_timeout"), PHASE_TIMEOUT)
         self._group = collective_group(source, options.get("process_group"), training)
-        self.leads = self._group is None or distributed.get_rank(self._group) == 0
+        self.leads = self._group is None or sys.modules["torch.distributed"].get_rank(self._group) == 0
+
+    @property
+    def advice(self) -> str:
+        """What else an error says that finds steps of another writer: it may be a rank of this job, if each saves by itself."""
+        if self._group is not None or not _in_job() or sys.modules["torch.distributed"].get_world_size() == 1:
+            return ""
+        return ", or pass process_group=torch.distributed.group.WORLD on all ranks of this job, if they are to save it together"
 
     def from_leader(self, what: str, find: Callable[[], Any]) -> Any:
         """What ``find`` returns on rank 0, a JSON value, on all ranks; what it raises there is raised on all."""
@@ -99,3 +105,9 @@ class RunRanks:
         from shardsave._ranks.decisions import decisions_of
 
         return decisions_of(self._group, self._shown, self._phase_timeout)
+
+
+def _in_job() -> bool:
+    """Whether this process is a rank of a job. torch.distributed is not imported for the answer."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()

@@ -111,8 +111,8 @@ class StepSaves:
     def _prepare(self, step: int, how: How) -> How:
         """Called before anything is written. Returns how to save."""
         self._keeper.remover.wait()  # the space of what goes is needed
-        self._keeper.check_new(step)
-        how = how._replace(locked=partial(self._keeper.check_still_new, step))
+        self._keeper.check_new(step, self._ranks.advice)
+        how = how._replace(locked=partial(self._keeper.check_still_new, step, self._ranks.advice))
         if how.reuse is not None:
             return how
         return how._replace(reuse=self._run.to_take_from(step, self._keeper.uncounted))  # the last durable step

@@ -51,11 +51,11 @@ class Keeper:
             return None
         return hashlib.blake2b(data).digest() if data is not None else None
 
-    def check_new(self, step: int) -> None:
+    def check_new(self, step: int, advice: str = "") -> None:
         """Raises SaveNotCommittedError if ``step`` may not be saved: its directory is a link, perhaps to another step, which would be
         overwritten; or the run has a later step, so `resume` would never find this one, and a policy might remove it; or the last step
         is of another process: this very step, or one that this process has saved and that is no longer what it saved. Raises
-        IncompatibleCheckpointError if the run is a checkpoint itself.
+        IncompatibleCheckpointError if the run is a checkpoint itself. ``advice``: what else could be done about another writer.
         """
         refuse_checkpoint(self._run, f"save step {step} to", self._shown)
         path = self._run.path_of(step)
@@ -70,21 +70,21 @@ class Keeper:
             info = self._run.read(number)
             if info is None or not info.committed or number in self.uncounted:
                 continue
-            return self._refuse(step, self._problem_of(number, step))
+            return self._refuse(step, self._problem_of(number, step), advice)
 
-    def check_still_new(self, step: int) -> None:
+    def check_still_new(self, step: int, advice: str = "") -> None:
         """Called with the lock of its directory, for which another process may have let this one wait. Raises SaveNotCommittedError if
         ``step`` was committed since `check_new`.
         """
         info = self._run.read(step)
         if info is not None and info.committed and step not in self.uncounted:
-            self._refuse(step, self._problem_of(step, step))
+            self._refuse(step, self._problem_of(step, step), advice)
 
-    def _refuse(self, step: int, problem: str) -> None:
+    def _refuse(self, step: int, problem: str, advice: str) -> None:
         if problem:
             raise SaveNotCommittedError(
                 f"cannot save step {step} to {self._shown}: {problem}; another process may be writing this run, which must have "
-                f"one writer: end it, resume the run, or give this training another directory; nothing was written"
+                f"one writer: end it, resume the run, or give this training another directory{advice}; nothing was written"
             )
 
     def _problem_of(self, last: int, step: int) -> str:
