@@ -373,7 +373,7 @@ def failed_while_comparing(rank: int, folder: Path, victim: int) -> list[str]:
     with torch.no_grad():
         model[0].weight.add_(1)
 
-    def fail(*_: Any) -> Any:
+    def fail(*_: Any, **__: Any) -> Any:
         raise MemoryError("no memory for sums")
 
     place: Any = mock.patch.object(box_sums, "checksums", fail) if victim else mock.patch.object(reuse, "_is_intact", fail)
