@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
@@ -51,8 +51,7 @@ class Reading(NamedTuple):
 class Delivering:
     """What ranks exchange in one load. All ranks make it with equal ``readings``, one for each rank.
 
-    ``targets``: the tensors by number, each with the boxes that this rank fills (`Spread.local`). ``takers(tensor, reader)``: which ranks
-    take which boxes of what ``reader`` reads; by default each rank takes all its boxes.
+    ``targets``: the tensors by number, each with the boxes that this rank fills (`Spread.local`). Each rank takes all boxes that it holds.
 
     Use: make it (no I/O), start its ``exchange``, then ``engine.read(files, delivering.blocks, delivering.pieces,
     windows=delivering.windows, …)`` (also where there is nothing to read), finish the exchange; close that in any case. From start to
@@ -60,17 +59,11 @@ class Delivering:
     rank alone needs, and whose place is contiguous, is read straight into it.
     """
 
-    def __init__(
-        self,
-        session: Session,
-        readings: Sequence[Reading],
-        targets: Sequence[Spread],
-        takers: Callable[[Spread, int], Takers] | None = None,
-    ) -> None:
+    def __init__(self, session: Session, readings: Sequence[Reading], targets: Sequence[Spread]) -> None:
         self._session = session
         self._readings = readings
         self._targets = targets
-        self._takers = takers or _AllBoxes().of
+        self._takers = _AllBoxes().of
         self._runs: dict[int, Run] = {}
         traffic = Traffic(session.rank, "out", self._run, self._takers)
         of_block = traffic.windowed()
