@@ -7,8 +7,6 @@ import inspect
 import logging
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -25,6 +23,7 @@ from shardsave._background.failures import take_failures
 from shardsave._common import backend
 from shardsave._storage.cleanup import Cleaner
 from shardsave._storage.transaction import Transaction
+from warm_python import warm_python
 
 
 @pytest.fixture(autouse=True)
@@ -366,4 +365,4 @@ def test_the_collector_of_the_training(memory: Path) -> None:
         pending.wait()
         assert set(switched) == {"MainThread"}, switched
     """
-    subprocess.run([sys.executable, "-c", program, str(memory / "ckpt")], check=True)
+    warm_python().run(["-c", program, memory / "ckpt"]).check_returncode()

@@ -53,12 +53,18 @@ class File:
         self._sources = bench.watched.parent / "sources"
         for generation in (1, 2, 9):
             save(generation, self._sources / str(generation))
+        self._template: bytes | None = None
+        if self.old is not None:
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            self.convert(self.old)
+            self._template = self.target.read_bytes()
 
     def reset(self) -> None:
         shutil.rmtree(self.watched, ignore_errors=True)
         self.watched.mkdir()
-        if self.old is not None:
-            self.convert(self.old)
+        if self._template is not None:
+            self.target.parent.mkdir()
+            self.target.write_bytes(self._template)
 
     def convert(self, generation: int) -> shardsave.ConvertReport:
         """With a cast, so that a conversion for torch makes a directory beside the file first.
