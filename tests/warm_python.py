@@ -45,7 +45,7 @@ def serve():
         warnings.simplefilter(action)
         sys.warnoptions[:] = [action]
     option, program, *rest = arguments
-    sys.path[0] = "" if option == "-c" else folder
+    sys.path[:1] = ["" if option == "-c" else folder, *environment["PYTHONPATH"].split(os.pathsep)]
     sys.argv[:] = [option, *rest] if option == "-c" else [program, *rest]
     return program if option == "-c" else f"import runpy; runpy.run_module({program!r}, run_name='__main__', alter_sys=True)"
 

@@ -128,8 +128,8 @@ def test_an_interrupt_during_the_wait(memory: Path, release: Halt, verb: str) ->
     """Catches a wait that Ctrl-C does not end, or that leaves a lock or files behind."""
     save(1, memory / "a")
     save(2, memory / "a")
-    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
         VERBS[verb](memory)
         time.sleep(2)
     left = sorted(str(path.relative_to(memory)) for path in memory.rglob("*"))
