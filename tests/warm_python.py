@@ -18,9 +18,11 @@ from pathlib import Path
 
 _SERVER = """
 def serve():
-    import importlib, json, os, sys
+    import gc, importlib, json, os, sys
     for module in sys.argv[1:]:
         importlib.import_module(module)
+    gc.collect()
+    gc.freeze()  # a child that visited all of torch would copy its memory
     for line in sys.stdin:
         asked = json.loads(line)
         if isinstance(asked, int):
