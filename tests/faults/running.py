@@ -14,9 +14,17 @@ from warm_python import Server, warm_python
 
 ENGINES = ("native", "portable")
 
+#: In ``make soak``. The commit is the same whatever the engine: every fate meets it once, the slices go where the calls before it differ.
+EVERY_FATE = os.environ.get("SHARDSAVE_SAVE_FATES") == "all"
+
 #: In ``make soak``: every rank, and every call of it.
 ALL_OF_RANKS = os.environ.get("SHARDSAVE_RANK_FAULTS") == "all"
 RANKS = (0, 1, 2, 3) if ALL_OF_RANKS else (0, 2)
+
+
+def fates(every: str, some: str, whole: bool = False) -> str:
+    """The scenarios: ``every`` with ``whole``, or with SHARDSAVE_SAVE_FATES=all; ``some`` otherwise."""
+    return every if whole or EVERY_FATE else some
 
 
 #: What is imported before a scenario begins, besides torch, by what it saves.

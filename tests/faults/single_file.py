@@ -213,8 +213,10 @@ SCENARIOS: Scenarios = {
     "file_slice_fails": (file_fails, [(Fate.FAIL, errno.EIO), (Fate.FAIL_AFTER, errno.EIO)]),
     "file_is_interrupted": (file_is_interrupted, _INTERRUPTS),
     "file_is_killed": (file_is_killed, _KILLS),
+    "file_killed_at_each_call": (file_is_killed, _KILLS[:1]),
     "clean_meets_training": (clean_meets, [(Fate.FAIL, errno.EIO), (Fate.INTERRUPT_AFTER, 0), (Fate.KILL_AFTER, 0)]),
     "clean_meets": (clean_meets, [*FAILURES, *_INTERRUPTS, *_KILLS]),
+    "clean_meets_some": (clean_meets, [(Fate.FAIL, errno.EIO), (Fate.FAIL, errno.EROFS), _INTERRUPTS[1], _KILLS[0]]),
 }
 
 if __name__ == "__main__":
