@@ -99,7 +99,7 @@ def test_an_error_on_one_rank(hosts: str, fails: str, message: str) -> None:
 
 
 @pytest.mark.parametrize("hosts", [*HOSTS])
-@pytest.mark.parametrize(("fails", "timeout"), [("kill", 60.0), pytest.param("stop", 8.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("fails", "timeout"), [("kill", 60.0), pytest.param("stop", 4.0, marks=pytest.mark.slow)])
 def test_a_lost_rank(hosts: str, fails: str, timeout: float) -> None:
     """Catches ranks that wait for a dead one longer than for the end of its connection, or for a stopped one longer than they may."""
     started = time.monotonic()
