@@ -51,7 +51,8 @@ class _Block:
 class Exchange:
     """``owners``: the ranks that own any blocks. ``windowed``: the numbers of this rank's blocks that need a window, ascending.
 
-    ``traffic``: what each rank does in a block; in a save the ranks fill windows, in a load they empty them.
+    ``traffic``: what each rank does in a block; in a save the ranks fill windows, in a load they empty them. ``sent_bytes``,
+    ``received_bytes``: what has left this rank for others, and what has come from them.
     Threads: `take` and `give_back` are for the engine's workers, the rest for the thread that made it.
     """
 
