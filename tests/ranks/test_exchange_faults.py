@@ -54,8 +54,9 @@ def ship_slowly(rank: int, hosts: tuple[int, ...], fails: str, timeout: float) -
                 for shard in shards:
                     for piece in shard.pieces:
                         piece.local = tuple(Chunk(begin, held.as_subclass(Refusing)) for begin, held in piece.local)
-            with closing(Shipping(session, shards, [0, 1, 2, 3])) as shipping:
-                shipping.start()
+            shipping = Shipping(session, shards, [0, 1, 2, 3])
+            with closing(shipping.exchange) as exchange:
+                exchange.start()
                 windows = shipping.windows(shipping.own)
                 for count, block in enumerate(np.flatnonzero(windows.of_block).tolist()):
                     while windows.take(block) is None:
@@ -67,7 +68,7 @@ def ship_slowly(rank: int, hosts: tuple[int, ...], fails: str, timeout: float) -
                         if fails in ("kill", "stop"):
                             os.kill(os.getpid(), signal.SIGKILL if fails == "kill" else signal.SIGSTOP)
                     windows.give_back(block)
-                shipping.finish()
+                exchange.finish()
             session.exchange("votes", b"")
     finally:
         deadline = time.monotonic() + 5

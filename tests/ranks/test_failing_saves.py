@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 import shardsave
 from jobs import run_ranks
+from support import raised
 
 RANKS = 4
 
@@ -84,11 +85,7 @@ def save_from_elsewhere(rank: int, folder: Path, who: int) -> tuple[str, str, fl
     """Rank ``who`` is in another directory, in which another one has the same path."""
     tensors, group = {name: torch.ones(64) for name in "abcd"}, dist.group.WORLD
     os.chdir(folder / ("elsewhere" if rank == who else "here"))
-    found = ("", "")
-    try:
-        shardsave.save(tensors, "ckpt", process_group=group, max_shard_size="256B")
-    except Exception as error:
-        found = type(error).__name__, str(error)
+    found = raised(lambda: shardsave.save(tensors, "ckpt", process_group=group, max_shard_size="256B"))
     dist.barrier()
     os.chdir(folder / "here")
     value = shardsave.load("ckpt")["a"][0].item()

@@ -17,6 +17,7 @@ from torch import nn
 import shardsave
 from jobs import run_ranks
 from shardsave import CheckpointManager, PerRank
+from support import raised
 
 RANKS = 4
 
@@ -276,14 +277,6 @@ def wrong_on_one(rank: int, folder: Path) -> dict[str, tuple[str, str]]:
             ends[f"{name}: not due"] = not_due if rank == 1 else (not_due[0] or "TypeError", not_due[1] or "keywords of")
             ends[f"{name}: saved"] = ("", str(manager.step(4, plain()) is not None))
     return ends
-
-
-def raised(call: Any) -> tuple[str, str]:
-    try:
-        call()
-    except Exception as error:
-        return type(error).__name__, str(error)
-    return "", ""
 
 
 def test_what_is_wrong_on_one_rank(tmp_path: Path) -> None:
