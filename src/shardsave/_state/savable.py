@@ -46,6 +46,19 @@ def check_savable(name: str, tensor: torch.Tensor) -> int:
     if name == "__metadata__":
         refuse(name, "another name was expected", "safetensors keeps this one for itself")
     check_name(name)
+    return usual_bytes(tensor) or _check_unusual(name, tensor)
+
+
+def usual_bytes(tensor: torch.Tensor) -> int:
+    """The `reach` of a tensor that any file can hold, as nearly all are; 0 if more has to be known."""
+    if type(tensor) not in PLAIN_TYPES or tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta:
+        return 0
+    nbytes = tensor.nbytes
+    is_usual = nbytes and tensor.dtype in _USUAL_DTYPES and tensor.is_contiguous() and not tensor.storage_offset()
+    return nbytes if is_usual and nbytes <= tensor.untyped_storage().nbytes() else 0
+
+
+def _check_unusual(name: str, tensor: torch.Tensor) -> int:
     if type(tensor) not in PLAIN_TYPES or hasattr(tensor, "__tensor_flatten__"):
         refuse(name, "a plain tensor was expected", f"it is {an(type(tensor).__name__)}{_way_out(tensor)}")
     if tensor.layout is not torch.strided or tensor.is_nested:
@@ -53,10 +66,7 @@ def check_savable(name: str, tensor: torch.Tensor) -> int:
         refuse(name, "a strided tensor was expected", f"its layout is {layout}")
     if tensor.is_meta:
         refuse(name, "a tensor with data was expected", "it is on the meta device")
-    dtype, nbytes = tensor.dtype, tensor.nbytes
-    is_usual = nbytes and dtype in _USUAL_DTYPES and tensor.is_contiguous() and not tensor.storage_offset()
-    if is_usual and nbytes <= tensor.untyped_storage().nbytes():
-        return nbytes  # nearly all tensors; what follows would say the same of them
+    dtype = tensor.dtype
     if dtype not in BY_TORCH:
         unknown = str(dtype).removeprefix("torch.")
         raise UnsupportedTensorError(

@@ -53,7 +53,8 @@ class TakingOver:
     def _clone(self, name: str, file: Descriptor, shard: EarlierShard) -> tuple[int, ...] | None:
         if self._new is not None:
             return None
-        with Descriptor() as new:
+        new = Descriptor()
+        try:
             self._staging.create_empty(name, new)
             is_clone = True
             try:
@@ -62,11 +63,13 @@ class TakingOver:
                 is_clone = False
             status = call(os.fstat, name, new.fd)
             if is_clone and status.st_size == shard.record.length:
-                self._staging.directory.sync_open(new.fd, name)
-                new.close(name)
+                self._staging.sync_later(new, name)
                 return file_identity(status)
             self._new = access_of(new.fd, name)
             new.close(name)
+        except BaseException:
+            new.abandon()
+            raise
         self._staging.directory.unlink(name)
         return None
 

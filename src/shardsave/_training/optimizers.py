@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from shardsave._common.words import an, count
+from shardsave._state.savable import usual_bytes
 from shardsave._training.kinds import class_name
 from shardsave._training.parameter_names import ParameterNames
 from shardsave._training.places import Place, refuse
@@ -78,12 +79,16 @@ def note_on_names(optimizer: Any, place: Place, names: ParameterNames) -> tuple[
 
 
 def _parameter_state(values: Any, writer: ValueWriter, place: Place, name: str) -> dict[str, Any]:
-    start, path, encoded = f"{place.name}/{name}/", f"{place.path}.state[{name!r}]", {}
+    start, encoded = f"{place.name}/{name}/", {}
     if not isinstance(values, dict) or not {*map(type, values)} <= {str}:
         refuse(place, "state by text was", f"that of {name!r} is {an(type(values).__name__)} with other keys")
     for key, value in values.items():
-        if type(value) is torch.Tensor:  # nearly all of them
-            encoded[key] = {"tensor": writer.tensor(value, start + key, f"{path}[{key!r}]")}
+        if type(value) is torch.Tensor and usual_bytes(value):  # nearly all of them
+            encoded[key] = {"tensor": writer.savable(value, start + key)}
+            continue
+        place_of_value = Place(f"{place.path}.state[{name!r}][{key!r}]", start + key)
+        if type(value) is torch.Tensor:
+            encoded[key] = {"tensor": writer.tensor(value, place_of_value.name, place_of_value.path)}
         else:
-            encoded[key] = writer.value(value, Place(f"{path}[{key!r}]", start + key))
+            encoded[key] = writer.value(value, place_of_value)
     return encoded

@@ -88,8 +88,12 @@ class ValueWriter:
 
     def tensor(self, tensor: torch.Tensor, name: str, path: str) -> str:
         """The name under which ``tensor``, at ``path``, is stored: ``name`` behind the prefix, or that of the same memory."""
-        name = self._prefix + name
         check_savable(path, tensor)
+        return self.savable(tensor, name)
+
+    def savable(self, tensor: torch.Tensor, name: str) -> str:
+        """As `tensor`, for one that was checked."""
+        name = self._prefix + name
         address = tensor.data_ptr()
         known = self._first_at.get(address)
         if known is not None and memory_key(known[1]) == memory_key(tensor):
