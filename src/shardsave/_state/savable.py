@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from operator import attrgetter, le
 from typing import Any, NoReturn
 
 import torch
@@ -46,19 +47,6 @@ def check_savable(name: str, tensor: torch.Tensor) -> int:
     if name == "__metadata__":
         refuse(name, "another name was expected", "safetensors keeps this one for itself")
     check_name(name)
-    return usual_bytes(tensor) or _check_unusual(name, tensor)
-
-
-def usual_bytes(tensor: torch.Tensor) -> int:
-    """The `reach` of a tensor that any file can hold, as nearly all are; 0 if more has to be known."""
-    if type(tensor) not in PLAIN_TYPES or tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta:
-        return 0
-    nbytes = tensor.nbytes
-    is_usual = nbytes and tensor.dtype in _USUAL_DTYPES and tensor.is_contiguous() and not tensor.storage_offset()
-    return nbytes if is_usual and nbytes <= tensor.untyped_storage().nbytes() else 0
-
-
-def _check_unusual(name: str, tensor: torch.Tensor) -> int:
     if type(tensor) not in PLAIN_TYPES or hasattr(tensor, "__tensor_flatten__"):
         refuse(name, "a plain tensor was expected", f"it is {an(type(tensor).__name__)}{_way_out(tensor)}")
     if tensor.layout is not torch.strided or tensor.is_nested:
@@ -66,7 +54,10 @@ def _check_unusual(name: str, tensor: torch.Tensor) -> int:
         refuse(name, "a strided tensor was expected", f"its layout is {layout}")
     if tensor.is_meta:
         refuse(name, "a tensor with data was expected", "it is on the meta device")
-    dtype = tensor.dtype
+    dtype, nbytes = tensor.dtype, tensor.nbytes
+    is_usual = nbytes and dtype in _USUAL_DTYPES and tensor.is_contiguous() and not tensor.storage_offset()
+    if is_usual and nbytes <= tensor.untyped_storage().nbytes():
+        return nbytes  # nearly all tensors; what follows would say the same of them
     if dtype not in BY_TORCH:
         unknown = str(dtype).removeprefix("torch.")
         raise UnsupportedTensorError(
@@ -83,6 +74,26 @@ def _check_unusual(name: str, tensor: torch.Tensor) -> int:
     if dtype == torch.float4_e2m1fn_x2 and tensor.dim() == 0:
         refuse(name, "a float4 tensor of at least one dimension was expected", "it has none")
     return reached
+
+
+_PROPERTIES = tuple(map(attrgetter, ("layout", "is_nested", "is_meta")))
+_USUAL = torch.strided, False, False
+
+
+def all_usual(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether every file can hold each of ``tensors``, as it can nearly all. Each question is put to all at once, which is faster;
+    `check_savable` says what is wrong, or that nothing is."""
+    if not PLAIN_TYPES.issuperset(map(type, tensors)):
+        return False
+    if any({*map(ask, tensors)} - {usual} for ask, usual in zip(_PROPERTIES, _USUAL)):
+        return False
+    if not _USUAL_DTYPES.issuperset(map(attrgetter("dtype"), tensors)):
+        return False
+    if not all(map(torch.Tensor.is_contiguous, tensors)) or any(map(torch.Tensor.storage_offset, tensors)):
+        return False
+    nbytes = [tensor.nbytes for tensor in tensors]
+    in_memory = [storage.nbytes() for storage in map(torch.Tensor.untyped_storage, tensors)]
+    return all(nbytes) and all(map(le, nbytes, in_memory))
 
 
 def _way_out(tensor: torch.Tensor) -> str:

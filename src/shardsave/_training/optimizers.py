@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from shardsave._common.words import an, count
-from shardsave._state.savable import usual_bytes
 from shardsave._training.kinds import class_name
 from shardsave._training.parameter_names import ParameterNames
 from shardsave._training.places import Place, refuse
@@ -45,13 +44,12 @@ def describe_optimizer(
         groups.append({"names": group_names, "shapes": shapes, "options": writer.value(options, place_of_group)})
     if len(set(name_of.values())) != sum(map(len, named)):
         refuse(place, "a parameter in one group was", "one is in two")
-    encoded, rest = {}, {key: value for key, value in state.items() if key not in ("state", "param_groups")}
-    others = {}
-    for key, values in state["state"].items():
-        if (name := name_of.get(key)) is None:
-            others[key] = values
-        else:
-            encoded[name] = _parameter_state(values, writer, place, name)
+    states = {name_of[key]: values for key, values in state["state"].items() if key in name_of}
+    others = {key: values for key, values in state["state"].items() if key not in name_of}
+    rest = {key: value for key, value in state.items() if key not in ("state", "param_groups")}
+    encoded = _usual_states(states, writer, place) or {
+        name: _parameter_state(values, writer, place, name) for name, values in states.items()
+    }
     if others:
         rest["state"] = others
     return {
@@ -78,17 +76,28 @@ def note_on_names(optimizer: Any, place: Place, names: ParameterNames) -> tuple[
     return f"{place.path}: {count(unknown, 'parameter')} of no module, known by group and position", False
 
 
+def _usual_states(states: Mapping[str, Any], writer: ValueWriter, place: Place) -> dict[str, dict[str, Any]] | None:
+    """What `_parameter_state` returns for each of ``states``, in half the time, if they consist of tensors of their own; else None."""
+    if not all(type(values) is dict and {*map(type, values)} <= {str} for values in states.values()):
+        return None
+    tensors = [value for values in states.values() for value in values.values()]
+    if not {*map(type, tensors)} <= {torch.Tensor}:
+        return None
+    names = [f"{place.name}/{name}/{key}" for name, values in states.items() for key in values]
+    stored = writer.usual_tensors(tensors, names)
+    if stored is None:
+        return None
+    rest = iter(stored)
+    return {name: {key: {"tensor": next(rest)} for key in values} for name, values in states.items()}
+
+
 def _parameter_state(values: Any, writer: ValueWriter, place: Place, name: str) -> dict[str, Any]:
-    start, encoded = f"{place.name}/{name}/", {}
+    start, path, encoded = f"{place.name}/{name}/", f"{place.path}.state[{name!r}]", {}
     if not isinstance(values, dict) or not {*map(type, values)} <= {str}:
         refuse(place, "state by text was", f"that of {name!r} is {an(type(values).__name__)} with other keys")
     for key, value in values.items():
-        if type(value) is torch.Tensor and usual_bytes(value):  # nearly all of them
-            encoded[key] = {"tensor": writer.savable(value, start + key)}
-            continue
-        place_of_value = Place(f"{place.path}.state[{name!r}][{key!r}]", start + key)
-        if type(value) is torch.Tensor:
-            encoded[key] = {"tensor": writer.tensor(value, place_of_value.name, place_of_value.path)}
+        if type(value) is torch.Tensor:  # nearly all of them
+            encoded[key] = {"tensor": writer.tensor(value, start + key, f"{path}[{key!r}]")}
         else:
-            encoded[key] = writer.value(value, place_of_value)
+            encoded[key] = writer.value(value, Place(f"{path}[{key!r}]", start + key))
     return encoded
