@@ -260,7 +260,9 @@ def test_the_state_of_an_optimizer_that_was_freed() -> None:
     optimizer = torch.optim.AdamW(model.parameters())
     optimizer.step(lambda: model(torch.ones(4)).sum().backward())
     optimizer.state[model.bias]["exp_avg"].untyped_storage().resize_(4)
-    with pytest.raises(shardsave.UnsupportedTensorError, match=r"exp_avg.*memory for all its elements was expected, its storage"):
+    with pytest.raises(
+        shardsave.UnsupportedTensorError, match=r"exp_avg.*memory for all its elements was expected, its storage"
+    ):
         describe({"optimizer": optimizer}, model)
 
 
