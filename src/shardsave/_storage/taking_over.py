@@ -7,7 +7,8 @@ writes. What cannot be taken over is written anew, whatever the reason, so no fa
 and files of its own that cannot be made or removed.
 
 The file that is taken over is only ever open for reading, and it is synced like a new one: nobody knows whether its saver did that.
-Once is enough for a process, as long as nobody writes to the file: an fsync waits for the disk even if there is nothing to write.
+Once is enough for a process, as long as nobody writes to the file: an fsync waits for the disk even if there is nothing to write. A clone
+is a new file, and is synced with the others that are staged.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class TakingOver:
         self._new: Access | None = None  # that of a new file, once the file system has refused to clone into one
 
     def take(self, name: str, earlier: EarlierCheckpoint, shard: EarlierShard) -> tuple[int, ...] | None:
-        """Gives ``shard`` the staged name ``name``, and syncs it. Returns the identity of the file that has this name now.
+        """Gives ``shard`` the staged name ``name``. Returns the identity of the file that has this name now; it is synced, or a clone.
 
         None: it has to be written, and ``name`` is free.
         """
