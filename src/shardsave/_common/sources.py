@@ -73,7 +73,8 @@ class TensorSource:
 
     def memory(self) -> tuple[int, int] | None:
         tensor = self.tensor
-        if tensor.dtype == self.dtype and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
+        dtype = tensor.dtype
+        if dtype == self.dtype and tensor.is_contiguous() and not (tensor.is_neg() or (dtype.is_complex and tensor.is_conj())):
             if tensor.is_cpu:
                 return -1, tensor.data_ptr()
             if tensor.is_cuda:
