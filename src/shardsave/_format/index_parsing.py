@@ -55,7 +55,9 @@ def parse_index(data: bytes, where: str) -> Index:
     for name, shard in weight_map.items():
         if not isinstance(shard, str):
             _bad(where, f"weight_map expected to map {glimpse(name)} to a file", f"it has {glimpse(shard)}")
-        weight_map[name] = files.setdefault(shard, shard)  # one string for each file: one for each name takes as much as the index
+        weight_map[name] = files.setdefault(
+            shard, shard
+        )  # one string for each file: one for each name takes as much as the index
     _check_count(files, where)
     for shard in files:
         _check_file_name(shard, where)
