@@ -77,7 +77,7 @@ def note_on_names(optimizer: Any, place: Place, names: ParameterNames) -> tuple[
 
 
 def _usual_states(states: Mapping[str, Any], writer: ValueWriter, place: Place) -> dict[str, dict[str, Any]] | None:
-    """What `_parameter_state` returns for each of ``states``, in half the time, if they consist of tensors of their own; else None."""
+    """What `_parameter_state` returns for each of ``states``, in less time, if they consist of tensors of their own; else None."""
     if not all(type(values) is dict and {*map(type, values)} <= {str} for values in states.values()):
         return None
     tensors = [value for values in states.values() for value in values.values()]

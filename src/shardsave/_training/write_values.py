@@ -103,7 +103,7 @@ class ValueWriter:
         return name
 
     def usual_tensors(self, tensors: Sequence[torch.Tensor], names: Iterable[str]) -> list[str] | None:
-        """What `tensor` returns for each of ``tensors``, in half the time; None, and nothing is stored, if more has to be known."""
+        """What `tensor` returns for each of ``tensors``, in less time; None, and nothing is stored, if more has to be known."""
         names = [self._prefix + name for name in names]
         if not all_usual(tensors) or any(tensor.requires_grad for tensor in tensors):
             return None
