@@ -82,7 +82,7 @@ class Answered:
     def waiting(self, line: Line, kind: str, rank: int) -> Arrival | None:
         """``rank``, if it waits in a call of this kind."""
         value = line.peek(key_of("arrived", kind, rank))
-        arrival = None if value is None else Arrival(*value.decode().split(), kind=kind)
+        arrival = None if value is None else Arrival(*value.decode().split())._replace(kind=kind)
         return None if arrival is None or self._tokens.get((kind, rank)) == arrival.token else arrival
 
 
