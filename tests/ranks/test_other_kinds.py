@@ -161,6 +161,10 @@ def fall_behind(rank: int, folder: Path) -> list[str]:
         if rank == 0:
             ends.append(raised(lambda: save(folder, rank_timeout=1.0))[1])
         ends.append(raised(lambda: save_async(folder))[1])
+        if rank == 1:
+            raised(lambda: save(folder, rank_timeout=0.2))
+        dist.barrier()
+        ends.append(raised(lambda: save_async(folder))[1])
         dist.barrier()
         ends.append(raised(lambda: (save if rank else save_async)(folder))[1])  # all count from the last call in which they met
     return ends
@@ -168,8 +172,8 @@ def fall_behind(rank: int, folder: Path) -> list[str]:
 
 def test_a_rank_that_is_behind(tmp_path: Path) -> None:
     """Catches a rank that is refused although the other one is only one call behind, and ranks that are told nothing ever after."""
-    for missing, (alone, then, at_last) in zip(("rank 1", "rank 0"), run_ranks(2, fall_behind, tmp_path), strict=True):
-        assert f"{missing} did not" in alone and then == "", (alone, then)
+    for missing, (alone, then, again, at_last) in zip(("rank 1", "rank 0"), run_ranks(2, fall_behind, tmp_path), strict=True):
+        assert f"{missing} did not" in alone and then == again == "", (alone, then, again)
         assert f"rank 0: {ASYNC.format(tmp_path / 'ckpt')}; rank 1: {SAVE.format(tmp_path / 'ckpt')}" in at_last, at_last
 
 
