@@ -16,8 +16,8 @@ import torch.distributed as dist
 
 from jobs import Job, run_ranks
 from shardsave._ranks import group as groups
+from shardsave._ranks.arrivals import Call
 from shardsave._ranks.begin import begin, begin_with, session_of
-from shardsave._ranks.meeting import Call
 from shardsave._ranks.part import Timeouts
 from shardsave._ranks.session import Session
 from shardsave.errors import OutOfSpaceError, SaveNotCommittedError, ShardSaveError

@@ -70,24 +70,31 @@ def job_of_save(
 
 
 def beside_other_ranks(job: Job, path: str, step: Any) -> Job:
-    """``job`` or, for one process that is a rank of a larger job, one that notices if other ranks make the same save.
-
-    Raises SaveNotCommittedError if another one has just made it.
+    """``job``, which notices if other ranks of a larger job have just made the same save by themselves: then it raises
+    SaveNotCommittedError, here or before anything is written.
     """
     distributed = torch.distributed
     several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-    if job is not ALONE or not several:
+    if not several:
         return job
-    import_at_use("shardsave._ranks.lone_save")
-    from shardsave._ranks.lone_save import lone_save
+    if job is ALONE:
+        import_at_use("shardsave._ranks.lone_save")
+        from shardsave._ranks.lone_save import lone_save
 
-    return lone_save(path, step)
+        return lone_save(path, step)
+    from shardsave._ranks.save_job import SaveJob
+
+    if isinstance(job, SaveJob):
+        job.claim(path, step)
+    return job
 
 
-def leader_is_busy(group: ProcessGroup, where: str, busy: bool, rank_timeout: float, phase_timeout: float) -> bool:
+def leader_is_busy(
+    group: ProcessGroup, where: str, if_busy: str, busy: bool, rank_timeout: float, phase_timeout: float
+) -> bool:
     """Whether a save of rank 0 of ``group`` in the background is in flight. ``busy``: whether one of this rank is.
 
-    The flights of ranks end at different moments, and all must do the same.
+    The flights of ranks end at different moments, and all must do the same. Raises ValueError if ``if_busy`` is not the same on all.
     """
     import_at_use("shardsave._ranks.begin")
     from shardsave._ranks.begin import session_of
@@ -103,7 +110,16 @@ def leader_is_busy(group: ProcessGroup, where: str, busy: bool, rank_timeout: fl
         state="; nothing was committed",
     )
     with session as met:
-        met.gather("that it is wanted", b"")  # nobody is told before all are here, and nothing is wrong with their calls
+        everywhere = met.gather(
+            "if_busy", if_busy.encode()
+        )  # nobody is told before all are here, and nothing is wrong with their calls
+        for rank, theirs in enumerate(everywhere or ()):
+            if theirs != if_busy.encode():
+                with met.for_all():
+                    raise ValueError(
+                        f"cannot save to {where}: the same if_busy was expected on all ranks, it is {if_busy!r} on {met.name(0)}, "
+                        f"{theirs.decode()!r} on {met.name(rank)}; nothing was written"
+                    )
         return met.publish("whether a save is in flight", b"busy" if busy else b"") == b"busy"
 
 

@@ -16,6 +16,7 @@ from shardsave._engine.transfer import TransferFault
 from shardsave._ranks.agree import Said as SaidOfState
 from shardsave._ranks.agree import agree, say
 from shardsave._ranks.attempt import attempt
+from shardsave._ranks.claims import Claims, claims_of
 from shardsave._ranks.comparison import AmongRanks
 from shardsave._ranks.failures import JobFailed, StoreLost, failure_of, unpacked
 from shardsave._ranks.owners import owners
@@ -95,6 +96,7 @@ class SaveJob:
         self._said: tuple[SaidOfState | None, SaidOfState | None] = None, None  # of the state and the training state
         self._is_alike = False  # whether all ranks say the same
         self._training: OwnTraining | None = None
+        self._claims: Claims | None = None  # where this rank leads
         self._begun = False  # whether the index may have been renamed
 
     @property
@@ -116,6 +118,14 @@ class SaveJob:
 
         result, self._is_alike = attempt(self._session, "what each has read", work, identity)
         return result
+
+    def claim(self, directory: str, step: int | None) -> None:
+        """Called once the ``directory`` is known: rank 0 looks whether other ranks of the job have just made the same save."""
+        if self.leads:
+            with self._session.for_all():
+                self._claims = claims_of(directory, self._session.names)
+                if self._claims is not None:
+                    self._claims.begin(step)
 
     def agree(self, state: State) -> State:
         said, self._said = self._said[0], (None, self._said[1])
@@ -221,7 +231,9 @@ class SaveJob:
         )
         if self.leads:
             with self._session.for_all():
+                notes = self._claims.check(contents.moment.step) if self._claims is not None else []
                 prepared = work(comparison)
+                prepared = prepared._replace(notes=[*prepared.notes, *notes])
             self._session.publish(_PLAN, encode_prepared(prepared, contents))
         else:
             while (told := self._session.publish(_PLAN)).startswith(_ASKED):
@@ -286,6 +298,8 @@ class SaveJob:
         if self._session.leads:
             with self._session.for_all():
                 committed = self._outcome(work)
+            if self._claims is not None:  # before any rank goes on, and may save something else
+                self._claims.leave()
             self._publish_outcome(encode_committed(committed))
             return committed
         try:

@@ -17,9 +17,9 @@ from types import TracebackType
 from typing import TypeVar
 
 from shardsave._common.shutdown import raise_if_ending
+from shardsave._ranks.arrivals import Call
 from shardsave._ranks.failures import Failure, StoreLost, failure_of, is_foreign
 from shardsave._ranks.mailbox import Command
-from shardsave._ranks.meeting import Call
 from shardsave._ranks.part import Timeouts
 from shardsave._ranks.post import Post
 from shardsave._ranks.roll import Roll

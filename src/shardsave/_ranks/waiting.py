@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 
+from shardsave._ranks.arrivals import Call
 from shardsave._ranks.failures import StoreLost
-from shardsave._ranks.meeting import Call
 from shardsave._ranks.post import Post
 from shardsave.errors import ShardSaveError
 
