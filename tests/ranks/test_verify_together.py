@@ -24,6 +24,9 @@ from shardsave._ranks import group as groups
 
 RANKS = 4
 
+#: What is not the same in the report of one process.
+OWN = {"staging_bytes": 0, "ranks": 0}
+
 
 def checkpoint(folder: Path, **options: Any) -> Path:
     """Nine tensors in eight shards of different lengths, and an architecture with an extra tensor."""
@@ -70,7 +73,7 @@ def cut(path: Path) -> None:
 
 def test_the_outcome_of_one_process(tmp_path: Path) -> None:
     """Catches damage that only the rank that reads it learns of, another message or report than that of one process, files that several
-    ranks read or none, and notes that are lost."""
+    ranks read or none, notes that are lost, and a report that does not say how many ranks there were."""
     folders = [checkpoint(tmp_path / name) for name in ("clean", "a bit", "bits", "missing", "cut", "extra", "document")]
     _, bit, bits, missing, short, extra, document = folders
     damage(bit, "t6", 900)
@@ -89,13 +92,14 @@ def test_the_outcome_of_one_process(tmp_path: Path) -> None:
         found = [rank[number][0] for rank in together]
         assert all(one == found[0] for one in found), folder.name
         (strict, kept), (expected, report) = found[0], alone[number]
-        assert {**kept, "staging_bytes": 0} == {**report, "staging_bytes": 0}, folder.name
+        assert {**kept, **OWN} == {**report, **OWN}, folder.name
+        assert (kept["ranks"], report["ranks"]) == (RANKS, 1)
         if isinstance(expected, tuple):
             assert strict[0] == expected[0] and strict[1].endswith(expected[1]), (
                 folder.name
             )  # what opens it has the rank in front
         else:
-            assert {**strict, "staging_bytes": 0} == {**expected, "staging_bytes": 0}
+            assert {**strict, **OWN} == {**expected, **OWN}
     clean = [rank[0][1] for rank in together]
     assert sum(clean) == 2 * alone[0][0]["bytes"] and min(clean) > 0.6 * max(clean)
 
@@ -112,7 +116,7 @@ def test_a_lone_file_and_an_empty_checkpoint(tmp_path: Path) -> None:
             if isinstance(expected[0], tuple):
                 assert all(one[0] == other[0] and one[1].endswith(other[1]) for one, other in zip(outcome, expected))
             else:
-                assert [{**one, "staging_bytes": 0} for one in outcome] == [{**one, "staging_bytes": 0} for one in expected]
+                assert [{**one, **OWN} for one in outcome] == [{**one, **OWN} for one in expected]
 
 
 def verify_on_two_hosts(rank: int, folder: Path) -> list[Any]:

@@ -43,7 +43,10 @@ class Gloo:
         self._connect(session, self._position[session.rank], len(members), name)
 
     def send(self, parcel: torch.Tensor, rank: int, tag: int) -> Work:
-        """Sends bytes, the last `MARK_BYTES` of which become the mark; they must stay as they are until `sent`."""
+        """Sends bytes, the last `MARK_BYTES` of which become the mark; they must stay as they are until `wait` returns.
+
+        Raises RuntimeError if the other rank is gone, as `ask` and `wait` do.
+        """
         parcel[-MARK_BYTES:] = _MARK
         return cast("Work", self._group.send([parcel], self._position[rank], tag))
 
@@ -101,7 +104,10 @@ class Gloo:
             session.check()
         if failures:
             session.check()
-            raise ShardSaveError(f"ranks of several hosts were expected to connect over gloo: {failures[0]}") from failures[0]
+            reason = str(failures[0]).partition("\n")[0]  # torch adds the trace of its C++ code
+            raise ShardSaveError(
+                f"ranks of several hosts were expected to connect over gloo: {reason}; GLOO_SOCKET_IFNAME chooses the network"
+            ) from failures[0]
 
 
 class Buffers:

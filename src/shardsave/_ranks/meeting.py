@@ -155,7 +155,7 @@ class Meeting:
         return Failure(
             "",
             f"cannot {self._call}: all {len(self._members.names)} ranks of the group were expected to call it within "
-            f"{self._seconds:g} s, {names} did not, or has ended; the call is collective: either all ranks make it or none",
+            f"rank_timeout={self._seconds:g} s, {names} did not, or has ended; the call is collective: either all ranks make it or none",
         )
 
     def _lead(self) -> Met:
@@ -209,7 +209,10 @@ class Meeting:
             calls.setdefault(str(Call(*json.loads(text))) if text else "?", []).append(self._members.names[rank])
         same = [self._members.names[rank] for rank in arrivals if rank not in others]
         told = "; ".join(f"{listed(ranks)}: {call}" for call, ranks in [(str(self._call), same), *calls.items()])
-        return Failure("ValueError", f"cannot {self._call}: all ranks were expected to make the same call, found {told}")
+        return Failure(
+            "ValueError",
+            f"cannot {self._call}: all ranks were expected to make the same call, found {told}; nothing was read or written",
+        )
 
     def _open(self, arrivals: dict[int, _Arrival]) -> Met:
         """Answers all ranks that there is a session."""
