@@ -76,7 +76,7 @@ def ship_slowly(rank: int, hosts: tuple[int, ...], fails: str, timeout: float) -
             session.exchange("votes", b"")
     finally:
         deadline = time.monotonic() + 5
-        while left_open() != before and time.monotonic() < deadline:
+        while any(now > then for now, then in zip(left_open(), before)) and time.monotonic() < deadline:
             time.sleep(0.05)
         LEFT.append((before, left_open()))
     return LEFT[-1]
@@ -124,5 +124,5 @@ def test_a_lost_rank(hosts: str, fails: str, timeout: float) -> None:
         assert end.error is None, end
         message, before, after = end.value
         assert "rank 2 was lost" in message, message
-        assert before == after or fails == "stop"
+        assert (after[0] <= before[0] and after[1] == before[1]) or fails == "stop", (before, after)  # that of rank 2 is closed
     assert seconds < 30

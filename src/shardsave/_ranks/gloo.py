@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, cast
 
@@ -65,16 +66,18 @@ class Gloo:
         return torch.equal(parcel[-MARK_BYTES:], _MARK)
 
     def release(self, rank: int, tags: Sequence[int]) -> None:
-        """Sends short parcels to ``rank``, which may wait for those with ``tags``."""
-        for tag in tags:
-            short = torch.zeros(1, dtype=torch.uint8)
-            self._left += [short, self._group.send([short], self._position[rank], tag)]
+        """Sends short parcels to ``rank``, which may wait for those with ``tags``, unless it is gone."""
+        with suppress(RuntimeError):
+            for tag in tags:
+                short = torch.zeros(1, dtype=torch.uint8)
+                self._left += [short, self._group.send([short], self._position[rank], tag)]
 
     def drain(self, rank: int, parcels: Sequence[tuple[int, int]]) -> None:
-        """Asks ``rank`` for parcels, tag and bytes of each, that it may wait to send. Nobody looks at them."""
-        for tag, nbytes in parcels:
-            buffer = torch.empty(nbytes + MARK_BYTES, dtype=torch.uint8)
-            self._left += [buffer, self._group.recv([buffer], self._position[rank], tag)]
+        """Asks ``rank`` for parcels, tag and bytes of each, that it may wait to send, unless it is gone. Nobody looks at them."""
+        with suppress(RuntimeError):
+            for tag, nbytes in parcels:
+                buffer = torch.empty(nbytes + MARK_BYTES, dtype=torch.uint8)
+                self._left += [buffer, self._group.recv([buffer], self._position[rank], tag)]
 
     def close(self) -> None:
         """Ends the group; no thread may use it any more."""
