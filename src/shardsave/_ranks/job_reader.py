@@ -160,8 +160,7 @@ class JobReader(TensorReader):
         if damaged:
             if stored[min(differences)].layout.ranks[0] == self._session.rank:
                 more = f"; {len(damaged) - 1} more tensors are damaged" if len(damaged) > 1 else ""
-                with self._session.for_all():  # it has compared what several have read
-                    raise CorruptCheckpointError(self.damaged[0][1] + more)
+                raise CorruptCheckpointError(self.damaged[0][1] + more)
             self._session.exchange("damaged tensors", b"")  # raises the error of that rank
 
 
