@@ -42,14 +42,18 @@ def shown(call: Callable[[], object]) -> Shown:
     raise AssertionError("no error")
 
 
+class Odd(RuntimeError):
+    """A class of the user."""
+
+
 class Hooked(nn.Linear):
     """Raises an error of Python in a hook of the user, on the rank that is ``struck``."""
 
-    struck = False
+    struck: type[Exception] | None = None
 
     def _save_to_state_dict(self, *arguments: Any) -> None:
-        if self.struck:
-            raise ValueError("a hook of the user")
+        if self.struck is not None:
+            raise self.struck("a hook of the user")
         super()._save_to_state_dict(*arguments)
 
 
@@ -69,8 +73,8 @@ def fail(rank: int, folder: Path) -> dict[str, Shown]:
     """Rank 1 fails, in one way after the other."""
     group, struck, model = dist.group.WORLD, rank == 1, nn.Linear(8, 8)
     path = folder / "ckpt"
-    hooked = Hooked(8, 8)
-    hooked.struck = struck
+    hooked, odd = Hooked(8, 8), Hooked(8, 8)
+    hooked.struck, odd.struck = (ValueError, Odd) if struck else (None, None)
     tensors = {name: torch.ones(64) for name in "abcd"}
     shards: dict[str, Any] = {"process_group": group, "max_shard_size": "256B", "durable": False}
     full_here = mock.patch.object(staging, "allocate", full if struck else staging.allocate)
@@ -78,6 +82,7 @@ def fail(rank: int, folder: Path) -> dict[str, Shown]:
         "argument": shown(lambda: shardsave.save(model, path, process_group=group, max_shard_size=-1 if struck else 100)),
         "difference": shown(lambda: shardsave.save(model, path, process_group=group, step=rank)),
         "hook": shown(lambda: shardsave.save(hooked, path, process_group=group)),
+        "hook with a class of its own": shown(lambda: shardsave.save(odd, path, process_group=group)),
         "nothing to load": shown(lambda: shardsave.load_model(model, path, process_group=group)),
         "nothing to verify": shown(lambda: shardsave.verify(path, process_group=group)),
         "in the background": shown(lambda: shardsave.save_async(model, path, process_group=group, step=rank).wait()),
@@ -117,7 +122,12 @@ def test_the_traceback_of_each_rank(tmp_path: Path) -> None:
             assert cause is None or errors[0].endswith(cause), (case, text)
             ours = [place for place in places[-1] if place.startswith(PACKAGE)]
             assert len(ours) <= (2 if "background" in case else 1), (case, rank, text)
-            assert places[-1][:1] == (__file__,) and len(places[-1]) <= 4, (case, rank, text)
+            is_own = case == "hook with a class of its own" and rank == 1
+            assert is_own == errors[-1].endswith("Odd: a hook of the user") and is_own == (places[-1][-1] == __file__), (
+                case,
+                text,
+            )
+            assert places[-1][:1] == (__file__,) and (is_own or len(places[-1]) <= 4), (case, rank, text)
             assert not any(place.startswith(PACKAGE) for part in places[:-1] for place in part) or "callback" in case, (
                 case,
                 text,

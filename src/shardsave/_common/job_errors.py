@@ -17,19 +17,24 @@ from shardsave.errors import ShardSaveError
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
-#: The attribute of an error of a job.
-_MARK = "_shardsave_of_job"
+#: The attribute of an error of a job, and of one of the user's code that ended a job.
+_OF_JOB, _OF_USER = "_shardsave_of_job", "_shardsave_of_user"
 
 
 def mark(error: Exception) -> None:
     """Makes ``error`` that of a job: of its causes only the first one stays that is none of this package."""
     error.__cause__ = _first_foreign(error.__cause__)
-    setattr(error, _MARK, True)
+    setattr(error, _OF_JOB, True)
+
+
+def mark_own(error: Exception) -> None:
+    """Marks an error that code of the user or a library has raised in a job: it stays what it is on this rank."""
+    setattr(error, _OF_USER, True)
 
 
 def is_marked(error: BaseException) -> bool:
     """Whether `mark` was called with ``error``."""
-    return getattr(error, _MARK, False)
+    return getattr(error, _OF_JOB, False)
 
 
 def retold(error: Exception, told: Exception) -> Exception:
@@ -40,10 +45,19 @@ def retold(error: Exception, told: Exception) -> Exception:
     return told
 
 
-def shorten(error: Exception, outer: BaseException | None) -> None:
-    """Takes from ``error``, which is marked, the frames that it has passed. ``outer``: what its caller was handling."""
-    error.__traceback__ = None
-    error.__context__, error.__suppress_context__ = outer, error.__cause__ is not None
+def shorten(error: Exception, outer: BaseException | None) -> bool:
+    """Takes from ``error``, if it is marked, the frames of this package that it has passed. Returns whether it is.
+
+    ``outer``: what its caller was handling.
+    """
+    if is_marked(error):
+        error.__traceback__ = None
+        error.__context__, error.__suppress_context__ = outer, error.__cause__ is not None
+        return True
+    if getattr(error, _OF_USER, False) and (trace := _outside(error.__traceback__)) is not None:
+        error.__traceback__ = trace
+        return True
+    return False
 
 
 def short_traceback(function: Callable[_P, _T]) -> Callable[_P, _T]:
@@ -55,9 +69,8 @@ def short_traceback(function: Callable[_P, _T]) -> Callable[_P, _T]:
         try:
             return function(*arguments, **options)
         except Exception as error:
-            if not is_marked(error):
+            if not shorten(error, outer):
                 raise
-            shorten(error, outer)
             raise error
 
     return run

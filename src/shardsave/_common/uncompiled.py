@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
-from shardsave._common.job_errors import is_marked, shorten
+from shardsave._common.job_errors import shorten
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -31,9 +31,8 @@ def uncompiled(function: Callable[_P, _T]) -> Callable[_P, _T]:
             apart: Callable[_P, _T] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
             return apart(*arguments, **options)
         except Exception as error:
-            if not is_marked(error):
+            if not shorten(error, outer):
                 raise
-            shorten(error, outer)
             raise error
 
     marked: Any = run

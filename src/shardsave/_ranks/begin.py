@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from queue import Empty
 from typing import TYPE_CHECKING
 
-from shardsave._common.job_errors import mark
+from shardsave._common.job_errors import mark, mark_own
 from shardsave._common.shutdown import raise_if_ending
 from shardsave._ranks import group as groups
 from shardsave._ranks.failures import JobFailed, StoreLost, failure_of, is_foreign
@@ -55,8 +55,7 @@ def session_of(
         mark(raised)
         raise raised from raised.__cause__
     except Exception as error:
-        if not is_foreign(error):
-            mark(error)
+        (mark_own if is_foreign(error) else mark)(error)
         raise
 
 
