@@ -37,7 +37,7 @@ _NAME = 4
 _AT_ANOTHER_STEP = "at another step of the call: the options of the ranks, or their versions of shardsave, differ"
 #: So many ranks are named that the others wait for.
 _MOST_NAMES = 20
-#: For so many seconds a rank that was interrupted waits until the others have been told.
+#: How many seconds a rank that was interrupted waits until the others have been told.
 TELLING = 1.0
 #: The part of the time without a sign of life that one call of the store may take.
 STALL = 0.5

@@ -14,7 +14,7 @@ from shardsave._common.memory import PLAIN_TYPES, any_overlap, same_bytes, share
 from shardsave._common.sources import ByteSource, SwappedSource, TensorSource
 from shardsave._common.spread import Spread
 from shardsave._common.words import an
-from shardsave._state.distributed_tensors import NotReadable, Part, PartReader, is_distributed, is_parameter, tied_parts
+from shardsave._state.distributed_tensors import LocalPart, NotReadable, PartReader, is_distributed, is_parameter, tied_parts
 from shardsave._state.numpy_arrays import is_swapped, tensor_of_array
 from shardsave._state.offload import Offloaded, offloaded_tensors
 from shardsave._state.offloaded_ties import tie_copies, untied_notes
@@ -120,7 +120,7 @@ class _Origins(NamedTuple):
     flags: Mapping[str, bool]
     without_flag: Literal["buffer", "tensor"]
     swapped: Collection[str]
-    parts: Mapping[str, Part]
+    parts: Mapping[str, LocalPart]
 
 
 def _entries(
@@ -149,7 +149,7 @@ def _entries(
     return tuple(entries), tuple(_overlaps(entries, list(values.values()), begins, ends))
 
 
-def _parts(named: Mapping[str, torch.Tensor], swapped: Collection[str], reader: PartReader) -> dict[str, Part]:
+def _parts(named: Mapping[str, torch.Tensor], swapped: Collection[str], reader: PartReader) -> dict[str, LocalPart]:
     """The parts in this process of those tensors that are distributed."""
     if swapped:
         refuse(
