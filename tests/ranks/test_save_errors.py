@@ -115,7 +115,11 @@ CASES: dict[str, tuple[Callable[[int, Path], object], str, str]] = {
         "ValueError",
         r"the same metadata\['text'\] was expected on all ranks, rank 1, rank 2, rank 3 have another than rank 0; nothing",
     ),
-    "unprintable metadata": (unprintable_metadata, "ValueError", r"it is 'a\\x1b\[1m' on rank 0, 'b\\x1b\[1m' on rank 1"),
+    "unprintable metadata": (
+        unprintable_metadata,
+        "ValueError",
+        r"it is 'a\\x1b\[1m' on rank 0, rank 2, 'b\\x1b\[1m' on rank 1, rank 3; nothing",
+    ),
     "not savable": (not_savable, "UnsupportedTensorError", "rank 1: cannot save 'c': a strided tensor was expected"),
     "partial": (partial, "UnsupportedTensorError", "cannot save 'sum'.*summands"),
     "replicas": (
