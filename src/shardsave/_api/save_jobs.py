@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from shardsave._state.module import Source
+
+#: Metadata of more keys, or with a key of more characters, are compared as a whole.
+_MOST_KEYS = 64
 
 
 @contextmanager
@@ -123,31 +126,36 @@ def leader_is_busy(
         return met.publish("whether a save is in flight", b"busy" if busy else b"") == b"busy"
 
 
-def check_digests(contents: Contents, job: Job, *, durable: bool) -> None:
-    """Raises ValueError if something of ``contents``, which each process of ``job`` has planned for itself, is not the same everywhere."""
+def check_digests(contents: Contents, job: Job, arguments: Mapping[str, object]) -> None:
+    """Raises ValueError if something of ``contents``, which each process of ``job`` has planned for itself, is not the same everywhere,
+    or one of ``arguments``."""
     if job.parts is not None:  # for one process alone, digests of 100,000 names would be made in vain
-        job.check_equal(_digests(contents, durable=durable))
+        job.check_equal({**arguments, **_facts(contents)})
 
 
 @gc_paused()
-def _digests(contents: Contents, *, durable: bool) -> dict[str, bytes]:
-    """A digest of everything that must be equal on all ranks, by the name that a message has for it."""
+def _facts(contents: Contents) -> dict[str, object]:
+    """Everything that must be equal on all ranks, by the name that a message has for it: values, or digests of what is long."""
     stored = [[shard.names, shard.layout.data_bytes] for shard in (*contents.shards, *contents.extra_shards)]
     extra = [[str(piece.dtype), piece.shape] for shard in contents.extra_shards for piece in shard.pieces]
-    documents = {name: content.hex() for name, content in contents.documents.items()}
-    companions = {name: content.hex() for name, content in contents.companions.items()}
+    files = {f"file {name!r} beside the weights": content.hex() for name, content in contents.companions.items()}
+    parts = {name: content.hex() for name, content in contents.documents.items()}
     return {
-        "durable": _digest(durable),
-        "metadata": _digest(contents.metadata),
-        "step": _digest(contents.moment.step),
-        **{f"metric {name!r}": _digest(value) for name, value in contents.moment.metrics.items()},
-        "max_shard_size": _digest(contents.max_shard_size),
-        "files beside the weights": _digest(companions),
-        "architecture or program": _digest(documents),
-        "tensors in the files": _digest(
-            [stored, extra, contents.flags, contents.module_flags, contents.ties, contents.single_file]
-        ),
+        **_by_key(contents.metadata),
+        "step": contents.moment.step,
+        **{f"metric {name!r}": value for name, value in contents.moment.metrics.items()},
+        "max_shard_size": contents.max_shard_size,
+        **{name: _digest(content) for name, content in {**files, **parts}.items()},
+        "layout on disk": _digest([stored, extra, contents.single_file]),
+        "set of freeze flags and ties": _digest([contents.flags, contents.module_flags, contents.ties]),
     }
+
+
+def _by_key(metadata: Mapping[str, Any]) -> dict[str, object]:
+    """``metadata`` key by key, so that a message can name the one that differs; as a whole if there are many keys, or long ones."""
+    if max(len(metadata), *map(len, metadata), 0) > _MOST_KEYS:
+        return {"metadata": metadata}
+    return {f"metadata[{key!r}]": value for key, value in metadata.items()}
 
 
 def _digest(value: Any) -> bytes:

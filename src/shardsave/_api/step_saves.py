@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from shardsave._api.run_ranks import RunRanks
 from shardsave._api.run_verbs import PublicVerbs
 from shardsave._common.imports import import_at_use
+from shardsave._common.job_errors import retold
 from shardsave._common.shutdown import raise_if_ending
 from shardsave._runs.keeper import Keeper
 from shardsave._runs.policies import SaveWhen
@@ -139,7 +140,8 @@ class StepSaves:
         try:
             report = save()
         except OutOfSpaceError as error:
-            raise OutOfSpaceError(f"{error}; {self._keeper.left_by_full_disk(step)}") from error
+            told = retold(error, OutOfSpaceError(f"{error}; {self._keeper.left_by_full_disk(step)}"))
+            raise told from told.__cause__
         except DurabilityUncertainError as error:
             self._keeper.uncounted[step] = str(error)
             raise

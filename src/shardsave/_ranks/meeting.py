@@ -143,7 +143,8 @@ class Meeting:
         return Failure(
             "",
             f"cannot {self._call}: all {len(self._members.names)} ranks of the group were expected to call it within "
-            f"{self._seconds:g} s, {names} did not, or has ended; the call is collective: either all ranks make it or none{apart}",
+            f"rank_timeout={self._seconds:g} s, {names} did not, or has ended; the call is collective: either all ranks make it or "
+            f"none{apart}",
         )
 
     def _lead(self) -> Met:
@@ -195,7 +196,10 @@ class Meeting:
             calls.setdefault(Call(*json.loads(text)).words if text else "?", []).append(self._members.names[rank])
         same = [self._members.names[rank] for rank in arrivals if rank not in others]
         told = "; ".join(f"{listed(ranks)}: {call}" for call, ranks in [(self._call.words, same), *calls.items()])
-        return Failure("ValueError", f"cannot {self._call}: all ranks were expected to make the same call, found {told}")
+        return Failure(
+            "ValueError",
+            f"cannot {self._call}: all ranks were expected to make the same call, found {told}; nothing was read or written",
+        )
 
     def _open(self, arrivals: dict[int, Arrival]) -> Met:
         """Answers all ranks that there is a session."""

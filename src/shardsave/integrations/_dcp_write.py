@@ -93,7 +93,7 @@ def write(request: Request, directory: str, how: How, process_group: ProcessGrou
         else:
             (state, others), document = alone(part), part.document
         planned = _planned(state, others, document, request, job.size)
-        check_digests(planned.contents, job, durable=how.durable)
+        check_digests(planned.contents, job, {"durable": how.durable})
         report, warnings = write_planned(planned, directory, path, how, time.perf_counter() - started, job=job)
     if job.leads:
         log_saved(report, warnings)
