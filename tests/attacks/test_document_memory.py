@@ -244,6 +244,13 @@ def test_memory_of_an_honest_index() -> None:
     assert not refusal and ratio < RATIO
 
 
+def test_files_of_an_index_share_their_names() -> None:
+    """Catches an index that keeps the name of a file for each tensor in it: that takes nearly as much memory as the text."""
+    content = json.dumps({"weight_map": {f"{n}": f"{n % 2}.safetensors" for n in range(100)}}).encode()
+    files = [*parse_index(content, "index").weight_map.values()]
+    assert files == [f"{n % 2}.safetensors" for n in range(100)] and len({id(file) for file in files}) == 2
+
+
 def test_memory_of_an_honest_architecture(tmp_path: Path) -> None:
     """Catches a bound that refuses an architecture of 140,000 layers, of 44 MB."""
     shardsave.save(nn.Sequential(*(nn.Linear(1, 1) for _ in range(700))), tmp_path, durable=False, architecture=True)

@@ -51,13 +51,11 @@ def parse_index(data: bytes, where: str) -> Index:
     weight_map = top.get("weight_map")
     if not isinstance(weight_map, dict):
         _bad(where, "weight_map expected to map names to files", f"it is {glimpse(weight_map)}")
-    files: dict[str, str] = {}
+    files: dict[str, str] = {}  # one string for each file, since one for each name takes nearly as much memory as the text
     for name, shard in weight_map.items():
         if not isinstance(shard, str):
             _bad(where, f"weight_map expected to map {glimpse(name)} to a file", f"it has {glimpse(shard)}")
-        weight_map[name] = files.setdefault(
-            shard, shard
-        )  # one string for each file: one for each name takes as much as the index
+        weight_map[name] = files.setdefault(shard, shard)
     _check_count(files, where)
     for shard in files:
         _check_file_name(shard, where)
