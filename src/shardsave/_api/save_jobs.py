@@ -116,7 +116,7 @@ def check_digests(contents: Contents, job: Job, *, durable: bool) -> None:
 @gc_paused()
 def _digests(contents: Contents, *, durable: bool) -> dict[str, bytes]:
     """A digest of everything that must be equal on all ranks, by the name that a message has for it."""
-    stored = [[shard.names, shard.layout.data_bytes] for shard in (*contents.shards, *contents.extra_shards)]
+    stored = [shard.digest for shard in (*contents.shards, *contents.extra_shards)]
     extra = [[str(piece.dtype), piece.shape] for shard in contents.extra_shards for piece in shard.pieces]
     documents = {name: content.hex() for name, content in contents.documents.items()}
     companions = {name: content.hex() for name, content in contents.companions.items()}

@@ -23,7 +23,8 @@ from shardsave._common.sources import TensorSource
 from shardsave._engine import engine
 from shardsave._engine.transfer import Access, TransferFault
 from shardsave._format.header import CHECKSUM_KEY, with_sums
-from shardsave._saving.shards import plan_blocks, plan_shards
+from shardsave._saving.packings import plan_shards
+from shardsave._saving.shards import plan_blocks
 from shardsave._state.module import Entry
 from shardsave._storage.cleaning_notes import strangers_notes
 from shardsave._storage.cleanup import bytes_visible

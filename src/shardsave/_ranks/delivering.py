@@ -131,12 +131,12 @@ class Delivering:
         if run is None:
             extents, tensor, start = self._readings[reader]
             plan = blocks(np.asarray(extents, dtype=np.int64).reshape(-1, 4), BLOCK_BYTES)
-            known: dict[tuple[Layout, int, int], _Taken] = {}
+            known: dict[tuple[int, int, int], _Taken] = {}  # by the identity of the layout, which many tensors share
             tensors: list[Spread | None] = []
             for target, at, nbytes in zip(tensor, start, plan.piece_bytes.tolist()):
                 spread = self._targets[target]
                 item = spread.dtype.itemsize
-                key = spread.layout, at // item, (at + nbytes) // item
+                key = id(spread.layout), at // item, (at + nbytes) // item
                 taken = known.get(key)
                 if taken is None:
                     taken = known[key] = self._taken(spread, reader, *key[1:])

@@ -61,8 +61,11 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 def is_parameter(tensor: torch.Tensor) -> bool:
     """Whether a plain or a distributed tensor is a Parameter."""
+    kind: Any = type(tensor)
     # torch marks Parameters of other classes with this attribute; `isinstance` looks for it too, but ten times more slowly.
-    return type(tensor) is nn.Parameter or (is_distributed(tensor) and getattr(tensor, "_is_param", False))
+    return kind is nn.Parameter or (
+        kind not in PLAIN_TYPES and _is_distributed_class(kind) and getattr(tensor, "_is_param", False)
+    )
 
 
 @lru_cache(maxsize=256)
@@ -84,6 +87,14 @@ def attributes_of(parameter: torch.Tensor) -> dict[str, Any]:
     return own
 
 
+class _Held(NamedTuple):
+    """What one rank has of a tensor: the shape of its local tensor and, if it is one box, where that begins."""
+
+    layout: Placed
+    sizes: tuple[int, ...]
+    begin: tuple[int, ...] | None
+
+
 class PartReader:
     """Reads distributed tensors in one process of a group.
 
@@ -94,21 +105,27 @@ class PartReader:
         self.rank = rank
         self._position = {member: position for position, member in enumerate(members)}
         self._grids: dict[int, tuple[Any, Grid]] = {}
-        self._layouts: dict[Any, Placed] = {}
+        self._held: dict[Any, _Held] = {}
 
     def read(self, tensor: torch.Tensor) -> Part:
         """The part of ``tensor``, which `is_distributed`, in this process. Raises NotReadable."""
         if not is_dtensor(tensor):
             return self._listed(tensor, getattr(tensor, _CHUNK_LIST), _local_of(tensor))
-        local = _waited(tensor._local_tensor)  # type: ignore[attr-defined]
+        local = tensor._local_tensor  # type: ignore[attr-defined]
+        is_plain = type(local) in PLAIN_TYPES
+        if not is_plain:
+            local = _waited(local)
+            is_plain = type(local) in PLAIN_TYPES
         if hasattr(local, _CHUNK_LIST):  # Megatron-FSDP gives its uneven parts one; DTensor's own answer then is theirs
             return self._listed(tensor, getattr(local, _CHUNK_LIST), local)
-        layout = self._layout(tensor)
-        if type(local) not in PLAIN_TYPES:
+        layout, sizes, begin = self._held_of(tensor)
+        if not is_plain:
             raise NotReadable("a DTensor of plain tensors was expected", f"its local tensor is {an(type(local).__name__)}")
-        # `Tensor.data`: if the parameter gets other data during the save, this memory stays alive.
+        data = local.data  # if the parameter gets other data during the save, this memory stays alive
+        if begin is not None and data.shape == sizes:  # nearly all tensors
+            return Part(Spread(tensor.dtype, layout, (Chunk(begin, data),)), local)
         try:
-            return Part(Spread(tensor.dtype, layout, local_chunks(layout, self.rank, local.data)), local)
+            return Part(Spread(tensor.dtype, layout, local_chunks(layout, self.rank, data)), local)
         except ValueError as error:
             raise NotReadable(f"a local tensor as {tensor.placements} says was expected", str(error)) from None  # type: ignore[attr-defined]
 
@@ -117,14 +134,16 @@ class PartReader:
         layout = Whole(range(len(self._position)), tuple(tensor.shape))
         return Spread(tensor.dtype, layout, [Chunk((0,) * tensor.dim(), tensor)] if tensor.numel() else [])
 
-    def _layout(self, tensor: Any) -> Placed:
-        mesh, placements, shape = tensor.device_mesh, tensor.placements, tensor.shape
+    def _held_of(self, tensor: Any) -> _Held:
+        spec = tensor._spec
+        mesh, placements, shape = spec.mesh, spec.placements, tensor.shape
         key = (id(mesh), placements, shape)
-        layout = self._layouts.get(key)
-        if layout is None:
-            splits = [_split(placement, len(shape)) for placement in placements]
-            layout = self._layouts[key] = Placed(self._grid(mesh), splits, shape)
-        return layout
+        held = self._held.get(key)
+        if held is None:
+            layout = Placed(self._grid(mesh), [_split(placement, len(shape)) for placement in placements], shape)
+            sizes, inside = layout.local(self.rank)
+            held = self._held[key] = _Held(layout, sizes, inside[0].begin if len(inside) == 1 else None)
+        return held
 
     def _grid(self, mesh: Any) -> Grid:
         found = self._grids.get(id(mesh))
