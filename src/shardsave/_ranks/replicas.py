@@ -223,7 +223,10 @@ def _words(session: Session, summed: ReplicaSums, asked: Mapping[bytes, Sequence
     lowest = min(differ[first])
     ranks = some(map(session.name, sorted(differ[first][lowest])))
     more = f" and {count(len(differ) - 1, 'other tensor')}" if len(differ) > 1 else ""
-    return f"{summed.names[first]!r}{more}: the same values on all ranks that hold them were expected, {ranks} and {session.name(lowest)} differ"
+    return (
+        f"{summed.names[first]!r}{more}: the same values on all ranks that hold them were expected, {ranks} and "
+        f"{session.name(lowest)} differ"
+    )
 
 
 @lru_cache(maxsize=4096)

@@ -237,7 +237,8 @@ class SaveJob:
         else:
             while (told := self._session.publish(_PLAN)).startswith(_ASKED):
                 self._answer(comparison, told[len(_ASKED) :])
-            prepared = decode_prepared(told, contents)
+            with gc_paused():
+                prepared = decode_prepared(told, contents)
         self._comparison = comparison
         self._all = prepared.names.all
         self._to_write = [name for name in self._all if name not in prepared.taken]

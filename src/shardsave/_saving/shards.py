@@ -6,13 +6,12 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import NamedTuple, Protocol
 
 import numpy as np
-import torch
 
 from shardsave._common.os_calls import CallFailed, descriptor_allowance
 from shardsave._common.progress import Progress
@@ -26,7 +25,6 @@ from shardsave._format.header import encode_header, with_sums
 from shardsave._format.index import FileRecord, ShardRecord
 from shardsave._format.packing import ALIGNMENT, Shard
 from shardsave._saving.watch import Watch
-from shardsave._state.module import Entry
 from shardsave._storage.earlier import EarlierShard
 from shardsave._storage.staging import StagedShard
 from shardsave.errors import ShardSaveError
