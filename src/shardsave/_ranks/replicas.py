@@ -76,7 +76,9 @@ def sum_replicas(entries: Sequence[Entry], rank: int) -> ReplicaSums:
     layouts = [source.layout for source in sources]
     with gc_paused():
         sets = _replicated(layouts, rank)
-    sums = _sums([view_of(sources[number].local, box) for pieces in sets.values() for number, box in pieces])
+        tensors = [view_of(sources[number].local, box) for pieces in sets.values() for number, box in pieces]
+        replicas = [*map(TensorSource.of, tensors)]
+    sums = _sums(replicas)
     at = 0
     of_sets: dict[bytes, np.ndarray[Any, np.dtype[np.uint64]]] = {}
     for key, pieces in sets.items():
@@ -109,14 +111,14 @@ def compare_replicas(session: Session, sums: ReplicaSums, on_divergence: Literal
 
 def _replicated(layouts: Sequence[Layout], rank: int) -> dict[bytes, list[_Replicated]]:
     """What ``rank`` holds and other ranks hold too: set of ranks (as a key) → the boxes in the order of ``layouts``."""
-    of_layout: dict[int, tuple[Shared, ...]] = {}  # by identity: of many tensors, few have a layout of their own
+    of_layout: dict[int, list[tuple[bytes, Extent]]] = {}  # by identity: of many tensors, few have a layout of their own
     sets: dict[bytes, list[_Replicated]] = {}
     for number, layout in enumerate(layouts):
         found = of_layout.get(id(layout))
         if found is None:
-            found = of_layout[id(layout)] = shared(layout, rank)
-        for alike, box in found:
-            sets.setdefault(_key(tuple(alike)), []).append(_Replicated(number, box))
+            found = of_layout[id(layout)] = [(_key(tuple(alike)), box) for alike, box in shared(layout, rank)]
+        for key, box in found:
+            sets.setdefault(key, []).append(_Replicated(number, box))
     return sets
 
 
@@ -173,11 +175,10 @@ def view_of(chunks: Sequence[Chunk], box: Extent) -> torch.Tensor:
     return tensor[tuple(slice(at - first, at - first + size) for at, first, size in zip(box[0], begin, box[1]))]
 
 
-def _sums(tensors: Sequence[torch.Tensor]) -> np.ndarray[Any, np.dtype[np.uint64]]:
-    """The checksum of each of ``tensors``."""
-    if not tensors:
+def _sums(sources: Sequence[TensorSource]) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """The checksum of each of ``sources``."""
+    if not sources:
         return np.zeros(0, np.uint64)
-    sources = [TensorSource.of(tensor) for tensor in tensors]
     extents = np.ones((len(sources), 4), np.int64)
     extents[:, 0] = 0
     extents[:, 2] = [source.nbytes for source in sources]
