@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
+from shardsave._common.gc_pause import gc_paused
 from shardsave._common.layouts import Extent, Layout
 from shardsave._common.sources import TensorSource
 from shardsave._common.spread import Spread
@@ -72,7 +73,8 @@ class Delivering:
         self._takers = takers or _AllBoxes().of
         self._runs: dict[int, Run] = {}
         traffic = Traffic(session.rank, "out", self._run, self._takers)
-        of_block = traffic.windowed()
+        with gc_paused():
+            of_block = traffic.windowed()
         self._exchange = Exchange(session, range(session.size), np.flatnonzero(of_block).tolist(), traffic)
         self.windows = RunWindows(self._exchange, 0, of_block)
 
