@@ -9,11 +9,10 @@ from typing import Any
 from goals import Goal, against, at_most, at_most_of
 from rank_pieces import LOADS, SIZE
 from results import Results, Sample, largest, median_of, ratio
-from rivals.ranks import GLOO, OURS, RANKS
+from rivals.ranks import DCP, GLOO, OURS, RANKS
 from tables import mb, table, times, wall
 
 FIRST = OURS[0]
-DCP = "DCP, .distcp"
 ON_ALL, ON_TWO = list(LOADS)[:2]
 MOST_RANK_MEMORY = 256  # MB
 

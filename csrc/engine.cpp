@@ -43,7 +43,7 @@ bool needs_no_wait(const Segments& segments) {
   });
 }
 
-// Lets so many workers copy and sum at one time.
+// Lets at most `number` workers copy and sum at one time.
 class Copiers {
  public:
   explicit Copiers(std::size_t number) : free_(number) {}

@@ -61,6 +61,15 @@ def same_state(left: nn.Module, right: nn.Module) -> bool:
     return all(same_bits(left_state[name], right_state[name]) for name in left_state)
 
 
+def raised(call: Callable[[], object]) -> tuple[str, str]:
+    """The class and the message of what ``call`` raises; empty if it raises nothing."""
+    try:
+        call()
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "", ""
+
+
 def forked(action: Callable[[], object]) -> int:
     """Forks a child that runs ``action`` and exits without cleaning up; returns its process id."""
     child = os.fork()

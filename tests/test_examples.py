@@ -33,6 +33,7 @@ from shardsave._api import (
 from shardsave._cli.main import cli
 from shardsave._training import per_rank
 from shardsave.integrations import dcp
+from warm_python import warm_python
 
 pytestmark = pytest.mark.slow
 
@@ -100,7 +101,7 @@ def print(line):
 
 def losses_of(program: str, folder: Path, code: int = 0) -> dict[int, str]:
     """Runs ``program`` in a new process, which must end with ``code``. Returns the loss that it printed for each step."""
-    done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True)
+    done = warm_python().run(["-c", program], folder)
     assert done.returncode == code, done.stderr
     return {int(step): loss for step, loss in re.findall(r"^step (\d+): loss (.*)\n", done.stdout, re.MULTILINE)}
 

@@ -5,12 +5,13 @@ forks. Hooks of the import system hold the import at that moment.
 from __future__ import annotations
 
 import gc
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+
+from warm_python import warm_python
 
 PREAMBLE = """
 import os, signal, sys, threading, time
@@ -70,8 +71,7 @@ print("thread:", shardsave.load(os.path.join(folder, "thread"))["x"].tolist())
 
 
 def output_of(program: str, folder: Path) -> str:
-    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", textwrap.dedent(PREAMBLE + program), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = warm_python().run(["-c", textwrap.dedent(PREAMBLE + program), folder])
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 

@@ -17,6 +17,7 @@ import pytest
 import shardsave
 from shardsave import errors
 from support import ROOT
+from warm_python import warm_python
 
 SOURCE = ROOT / "src" / "shardsave"
 
@@ -202,8 +203,9 @@ IMPORTED_BY = """if True:
 
 
 def imported_by(call: str, folder: Path) -> set[str]:
-    command = [sys.executable, "-c", IMPORTED_BY.format(call), str(folder)]
-    return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    done = warm_python().run(["-c", IMPORTED_BY.format(call), folder])
+    done.check_returncode()
+    return set(done.stdout.split())
 
 
 def test_the_format_needs_no_torch() -> None:

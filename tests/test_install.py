@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from support import ROOT
+from warm_python import warm_python
 
 pytestmark = pytest.mark.slow
 
@@ -32,9 +33,7 @@ print(report.engine, len(said), shardsave.__file__, *said, sep="\\n")
 
 def use(folder: Path, **environment: str) -> list[str]:
     """Saves and loads in a new process. Returns its engine, the number of warnings, the package's file, and the warnings."""
-    inherited = {name: value for name, value in os.environ.items() if name != "SHARDSAVE_ENGINE"}
-    command = [sys.executable, "-c", USE, str(folder)]
-    done = subprocess.run(command, env=inherited | environment, capture_output=True, text=True, cwd=folder.parent)
+    done = warm_python().run(["-c", USE, folder], folder.parent, **{"SHARDSAVE_ENGINE": "", **environment})
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -83,13 +82,8 @@ def test_every_package_and_module_is_installed(without_compiler: Path) -> None:
     """Catches a package that the wheel lacks (without ``__init__.py``), and a module that can be imported only in the source tree."""
     source, installed = ROOT / "src" / "shardsave", without_compiler / "shardsave"
     assert files_below(installed) == files_below(source)
-    done = subprocess.run(
-        [sys.executable, "-c", IMPORT_EVERY_MODULE],
-        env={**os.environ, "PYTHONPATH": str(without_compiler), "SHARDSAVE_ENGINE": "portable"},
-        cwd=without_compiler,
-        capture_output=True,
-        text=True,
-    )
+    environment = {"PYTHONPATH": str(without_compiler), "SHARDSAVE_ENGINE": "portable"}
+    done = warm_python().run(["-c", IMPORT_EVERY_MODULE], without_compiler, **environment)
     assert done.returncode == 0, done.stderr
     file, *names = done.stdout.splitlines()
     assert Path(file).is_relative_to(without_compiler)

@@ -119,7 +119,7 @@ def test_a_save_at_work(tmp_path: Path) -> None:
         started = time.monotonic()
         with pytest.raises(shardsave.DirectoryBusyError) as caught:
             other.submit(shardsave.clean, tmp_path, lock_timeout=0.2).result()
-        assert 0.2 <= time.monotonic() - started < 2
+        assert 0.2 <= time.monotonic() - started < 20
         assert str(caught.value).replace(" (this process)", "") == (  # some file systems do not let it know the holder
             f"cannot clean {tmp_path}: its lock was expected within 0.2 s, another save holds it; nothing was removed"
         )

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from faults.dying import die_before_the_commit, killed
 from shardsave._common import memory_errors
 from shardsave._common.free_memory import FreeMemory
 from support import SmallModel
+from warm_python import warm_python
 
 
 class Collector(logging.Handler):
@@ -131,8 +130,7 @@ shardsave.save({"x": torch.ones(1)}, folder)
 @pytest.mark.slow
 def test_silence_unless_asked(tmp_path: Path) -> None:
     """Catches a handler that the library installs, output of Python's handler of last resort, and formatting that nobody asked for."""
-    command = [sys.executable, "-W", "ignore", "-c", SILENT, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = warm_python().run(["-c", SILENT, tmp_path], action="ignore")
     now, line = done.stdout.splitlines()
     assert (done.returncode, done.stderr, now) == (0, "", "now")
     assert line.startswith(f"saved {tmp_path}: ") and "adapter_model.safetensors stay in" in line

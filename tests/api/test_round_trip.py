@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +17,7 @@ import shardsave
 from shardsave._common import backend
 from shardsave._format.dtypes import BY_TORCH
 from support import ROOT, SmallModel, same_bits
+from warm_python import warm_python
 
 
 def random_bits(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -363,8 +362,7 @@ def test_engines_write_the_same_bytes(tmp_path: Path) -> None:
     for chosen in ("native", "portable"):
         folders[chosen] = tmp_path / chosen
         other = [str(folders["native"])] if chosen == "portable" else []
-        environment = {**os.environ, "SHARDSAVE_ENGINE": chosen}
-        subprocess.run([sys.executable, "-c", program, str(folders[chosen]), *other], check=True, env=environment, cwd=ROOT)
+        warm_python().run(["-c", program, folders[chosen], *other], ROOT, SHARDSAVE_ENGINE=chosen).check_returncode()
     names = sorted(path.name for path in folders["native"].iterdir())
     assert names == sorted(path.name for path in folders["portable"].iterdir())
     for name in names:

@@ -1,5 +1,6 @@
 """Method: one bit of every byte of a small checkpoint is flipped, one byte at a time: data, keys, JSON, padding, index. Every verb that
-reads the byte must refuse the checkpoint; if the byte belongs to a tensor, the message must name it.
+reads the byte must refuse the checkpoint (of the padding, one verb after the other a byte); if the byte belongs to a tensor, the message
+must name it.
 """
 
 from __future__ import annotations
@@ -66,9 +67,11 @@ def test_every_byte_of_headers_and_index(folder: Path) -> None:
     """Catches a byte, padding included, that no check covers before offsets are used."""
     for path, length in lengths(folder):
         original = path.read_bytes()
+        padding = len(original[:length].rstrip(b" "))
+        assert padding < length or path.name == INDEX
         for at in range(length):
             with flipped(path, at):
-                for verb in VERBS:
+                for verb in VERBS if at < padding else [VERBS[at % len(VERBS)]]:
                     with pytest.raises(shardsave.CorruptCheckpointError):
                         verb(folder)
         assert path.read_bytes() == original

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 import torch
 import traps
+from architecture_cases import edit_architecture
 from click.testing import CliRunner
 from tampering import Json
-from test_hostile_architectures import edit_architecture
 from torch import nn
 
 import shardsave

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import traps
+from architecture_cases import BAD, edit_architecture
 from tampering import Json
-from test_hostile_architectures import BAD, edit_architecture
 from torch import nn
 from torch.nn.utils import parametrizations
 

@@ -17,6 +17,9 @@ INDEX = "model.safetensors.index.json"
 
 SAVES = "shardsave.save(full(1), ckpt, durable=False)\npending = shardsave.save_async(full(2), ckpt, progress=hold)\n"
 
+#: The last line of a program. The end begins right after it.
+LAST = "say('the last line')\n"
+
 
 def litter(folder: Path) -> list[str]:
     return [name for name in os.listdir(folder / "ckpt") if name.startswith(".shardsave")]
@@ -53,8 +56,9 @@ def test_an_exit_that_waits_says_so(zygote: Zygote, memory: Path) -> None:
 
 def test_ctrl_c_while_the_exit_waits(zygote: Zygote, memory: Path) -> None:
     """Catches a first Ctrl-C that loses the save, or that says nothing."""
-    running = zygote.run(SAVES, memory)
+    running = zygote.run(SAVES + LAST, memory)
     running.until("held")
+    running.until("the last line")
     time.sleep(0.05)
     os.kill(running.pid, signal.SIGINT)
     running.until("is still being saved; Ctrl-C again gives that up, the previous checkpoint stays as it is")
@@ -64,8 +68,9 @@ def test_ctrl_c_while_the_exit_waits(zygote: Zygote, memory: Path) -> None:
 
 def test_ctrl_c_twice_while_the_exit_waits(zygote: Zygote, memory: Path) -> None:
     """Catches a save that cannot be given up, one that leaves files or spoils the previous checkpoint, and a process that aborts."""
-    running = zygote.run(SAVES, memory)
+    running = zygote.run(SAVES + LAST, memory)
     running.until("held")
+    running.until("the last line")
     time.sleep(0.05)
     for words in ("is still being saved", "is given up"):
         os.kill(running.pid, signal.SIGINT)
@@ -84,9 +89,11 @@ def test_ctrl_c_twice_during_the_commit(zygote: Zygote, memory: Path) -> None:
             return real(self, index)
         Transaction._clean = clean
         pending = shardsave.save_async(full(2), ckpt)
+        say("the last line")
     """
     running = zygote.run(program, memory)
     running.until("held")
+    running.until("the last line")
     time.sleep(0.05)
     for words in ("is still being saved", "can no longer be given up: it is being committed"):
         os.kill(running.pid, signal.SIGINT)
@@ -97,10 +104,11 @@ def test_ctrl_c_twice_during_the_commit(zygote: Zygote, memory: Path) -> None:
 
 def test_ctrl_c_during_a_wait(zygote: Zygote, memory: Path) -> None:
     """Catches Ctrl-C that ends the save with the wait for it, or that waits itself."""
-    waits = "try: pending.wait()\nexcept KeyboardInterrupt: say('interrupted', pending.done())\nsay(pending.wait().tensors)"
-    program = f"{SAVES}{waits}"
+    waits = "try:\n    say('waits')\n    pending.wait()\nexcept KeyboardInterrupt: say('interrupted', pending.done())\n"
+    program = f"{SAVES}{waits}say(pending.wait().tensors)"
     running = zygote.run(program, memory)
     running.until("held")
+    running.until("waits")
     time.sleep(0.05)
     os.kill(running.pid, signal.SIGINT)
     running.until("interrupted False")

@@ -150,8 +150,8 @@ def test_an_interrupt_of_a_waiting_step(tmp_path: Path) -> None:
     shardsave.save(model, tmp_path / "at-once", training=training_of([optimizer], None))
     save = save_behind(model, tmp_path / "behind", [optimizer])
     timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
     with pytest.raises(KeyboardInterrupt):
+        timer.start()
         optimizer.step()
     timer.join()
     save.wait()

@@ -118,7 +118,7 @@ def test_busy(memory: Path) -> None:
         assert skipped is not None and skipped.skipped and not path_of(memory, 2).exists()
         with pytest.raises(shardsave.DirectoryBusyError, match="still running"):
             manager.step(3, model(3), if_busy="raise")
-        threading.Timer(0.05, held.go.set).start()
+        threading.Timer(0.2, held.go.set).start()
         last = manager.step(4, model(4))
         assert first is not None and first.done() and last is not None and last.wait().queue_seconds > 0.01
     assert committed(manager) == [1, 4]

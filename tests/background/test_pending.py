@@ -7,8 +7,6 @@ import inspect
 import logging
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -25,6 +23,7 @@ from shardsave._background.failures import take_failures
 from shardsave._common import backend
 from shardsave._storage.cleanup import Cleaner
 from shardsave._storage.transaction import Transaction
+from warm_python import warm_python
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +53,7 @@ def test_a_save(memory: Path) -> None:
     )
     assert value_in(memory / "ckpt") == 1 and shardsave.inspect(memory / "ckpt").step == 7
     assert report.staging == "snapshot" and report.staging_reason and not report.skipped and not report.durable
-    assert 0 < report.stall_seconds < report.durable_seconds and report.queue_seconds < 0.01 and report.durable_seconds > 0.02
+    assert 0 < report.stall_seconds < report.durable_seconds and report.queue_seconds < 0.5 and report.durable_seconds > 0.02
     words = f"snapshot ({report.staging_reason}): stall {report.stall_seconds:.3f} s, steps waited 0.000 s, drained after "
     assert words in str(report) and f"committed after {report.durable_seconds:.3f} s" in str(report)
 
@@ -244,7 +243,7 @@ def test_busy(memory: Path) -> None:
         assert skipped.done() and skipped.skipped and report.skipped and not report.durable and skipped.staged.is_set()
         assert str(report) == f"skipped saving {memory / 'other'}: another save was in flight"
         assert not skipped.cancel() and skipped.exception() is None and not (memory / "other").exists()
-        threading.Timer(0.1, held.go.set).start()
+        threading.Timer(0.3, held.go.set).start()
         after = shardsave.save_async(model(2), memory / "other", durable=False)
         assert pending.done() and not pending.skipped
     report = after.wait()
@@ -366,4 +365,4 @@ def test_the_collector_of_the_training(memory: Path) -> None:
         pending.wait()
         assert set(switched) == {"MainThread"}, switched
     """
-    subprocess.run([sys.executable, "-c", program, str(memory / "ckpt")], check=True)
+    warm_python().run(["-c", program, memory / "ckpt"]).check_returncode()

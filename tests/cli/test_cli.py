@@ -444,8 +444,6 @@ def test_a_closed_pipe(ckpt: Path) -> None:
     assert done.stderr == "" and done.returncode in (0, 141)
 
 
-@pytest.mark.slow
-@pytest.mark.alone
 def bytes_read(process: int) -> int:
     return int(re.findall(r"^rchar: (\d+)", Path(f"/proc/{process}/io").read_text(), re.MULTILINE)[0])
 

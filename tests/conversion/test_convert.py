@@ -5,8 +5,6 @@ from __future__ import annotations
 import fcntl
 import os
 import random
-import subprocess
-import sys
 import warnings
 import zipfile
 from pathlib import Path
@@ -16,11 +14,15 @@ import pytest
 import torch
 import torch.distributed.checkpoint as distributed_checkpoint
 from safetensors.torch import load_file, load_model, save_file, save_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import shardsave
+from jobs import run_ranks
 from shardsave._common.assembled import Assembled, Chunk
 from shardsave._common.boxes import aligned
 from support import SmallModel, same_bits
+from warm_python import warm_python
 
 
 def same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
@@ -184,30 +186,23 @@ def test_distributed_checkpoints(tmp_path: Path) -> None:
     assert shardsave.load(tmp_path / "o")["exp_avg"].sum() == 2
 
 
-RANKS = """
-import os, sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-folder, rank = sys.argv[1], int(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{folder}.meeting", rank=rank, world_size=4)
-line, square = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
-torch.manual_seed(0)
-a, b, c = torch.randn(10, 7), torch.randn(6, 9, 5), torch.arange(64).reshape(8, 8)
-sharded = {
-    "rows": distribute_tensor(a, line, [Shard(0)]), "columns": distribute_tensor(b, line, [Shard(1)]),
-    "boxes": distribute_tensor(c, square, [Shard(0), Shard(1)]), "copies": distribute_tensor(a, line, [Replicate()]),
-}
-dcp.save({"model": sharded}, checkpoint_id=folder)
-dist.barrier()
-os._exit(0)  # threads of the group, which end while the interpreter does, now and then abort the process
-"""
+def save_sharded(rank: int, folder: Path) -> None:
+    line, square = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
+    torch.manual_seed(0)
+    a, b, c = torch.randn(10, 7), torch.randn(6, 9, 5), torch.arange(64).reshape(8, 8)
+    sharded = {
+        "rows": distribute_tensor(a, line, [Shard(0)]),
+        "columns": distribute_tensor(b, line, [Shard(1)]),
+        "boxes": distribute_tensor(c, square, [Shard(0), Shard(1)]),
+        "copies": distribute_tensor(a, line, [Replicate()]),
+    }
+    distributed_checkpoint.save({"model": sharded}, checkpoint_id=folder)
 
 
 @pytest.mark.slow
 def test_distributed_checkpoints_of_four_ranks(tmp_path: Path) -> None:
     """Catches parts that are assembled at the wrong place: rows, columns and boxes, with and without a cast."""
-    ranks = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", RANKS, str(tmp_path / "dcp"), str(n)]) for n in range(4)]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0] * 4
+    run_ranks(4, save_sharded, tmp_path / "dcp")
     torch.manual_seed(0)
     a, b, c = torch.randn(10, 7), torch.randn(6, 9, 5), torch.arange(64).reshape(8, 8)
     wanted = {"rows": a, "columns": b, "boxes": c, "copies": a}
@@ -371,7 +366,7 @@ shardsave.convert(sys.argv[1], sys.argv[2], to="{to}", dtype="float64",
                   progress=lambda done, total: os.kill(os.getpid(), signal.SIGKILL) if done > total // 2 else None)
 """
     target = tmp_path / f"out.{to}"
-    killed = subprocess.run([sys.executable, "-c", script, tmp_path / "ckpt", target], check=False)
+    killed = warm_python().run(["-c", script, tmp_path / "ckpt", target])
     left = sorted(name for name in os.listdir(tmp_path) if name.endswith(".part"))
     assert killed.returncode == -9 and len(left) == 1
     with open(tmp_path / f".out.{to}.{'0' * 16}.part", "w") as alive:

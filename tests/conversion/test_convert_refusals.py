@@ -9,9 +9,8 @@ import os
 import pickle
 import resource
 import subprocess
-import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 from test_convert import distributed, same
 
 import shardsave
+from warm_python import warm_python
 
 pytestmark = pytest.mark.slow
 
@@ -259,12 +259,7 @@ def test_a_file_that_cannot_be_written(tmp_path: Path, to: str) -> None:
     target = tmp_path / "out" / ("ckpt" if to == "shardsave" else "m")
     if to != "shardsave":
         target.write_bytes(b"what was there")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FULL, str(tmp_path / "x.pt"), str(target), to],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = warm_python().run(["-c", FULL, tmp_path / "x.pt", target, to], action="ignore")
     assert "File too large" in done.stdout and "nothing was" in done.stdout and done.stdout.count("\n") == 1, done.stderr
     assert os.listdir(tmp_path / "out") == [target.name]
     assert os.listdir(target) == [] if to == "shardsave" else target.read_bytes() == b"what was there"
@@ -292,20 +287,25 @@ print(most["VmRSS"], most["RssAnon"])
 """
 
 
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, torch.Tensor]]]:
+    """A file of torch.save with 320 MB, and what is in it."""
+    path, state = tmp_path_factory.mktemp("large") / "x.pt", {f"w{n}": torch.ones(8_000_000) for n in range(10)}
+    torch.save({"model": state}, path)
+    yield path, state
+    path.unlink()
+
+
 @pytest.mark.parametrize(
     ("to", "dtype"), [("shardsave", ""), ("shardsave", "bfloat16"), ("safetensors", ""), ("torch", ""), ("torch", "float16")]
 )
-def test_memory_is_bounded(tmp_path: Path, to: str, dtype: str) -> None:
+def test_memory_is_bounded(tmp_path: Path, large: tuple[Path, dict[str, torch.Tensor]], to: str, dtype: str) -> None:
     """Catches a conversion that holds the model, or a cast copy of it, in memory.
 
-    For a model of half a gigabyte, resident memory may grow by 256 MB, of which 100 MB may be anonymous.
+    For a model of 320 MB, resident memory may grow by 256 MB, of which 100 MB may be anonymous.
     """
-    state = {f"w{n}": torch.ones(8_000_000) for n in range(16)}
-    torch.save({"model": state}, tmp_path / "x.pt")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", MEMORY, str(tmp_path / "x.pt"), str(tmp_path / "new"), to, dtype],
-        capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+    path, state = large
+    done = warm_python().run(["-c", MEMORY, path, tmp_path / "new", to, dtype], action="ignore")
     assert done.returncode == 0, done.stderr
     resident, anonymous = map(int, done.stdout.split())
     assert resident < 256_000 and anonymous < 100_000

@@ -6,13 +6,12 @@ Method: ``memory/short.c``, preloaded, refuses each allocation and mapping of a 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from support import ROOT, Compile, let_everybody_in
+from warm_python import warm_python
 
 pytestmark = pytest.mark.slow
 
@@ -53,13 +52,7 @@ def short(compiled: Compile) -> Path:
 
 def limited(folder: Path, short: Path, limit: int, engine: str = "native") -> str:
     """What a save printed to which ``limit`` bytes at once, or more, were refused; with 0 every thread was refused."""
-    done = subprocess.run(
-        ["env", f"LD_PRELOAD={short}", sys.executable, "-c", PROGRAM, str(folder), str(limit)],
-        env={**os.environ, "SHARDSAVE_ENGINE": engine},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = warm_python(preload=str(short)).run(["-c", PROGRAM, folder, limit], SHARDSAVE_ENGINE=engine)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

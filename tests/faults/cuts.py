@@ -126,11 +126,17 @@ def cut_at_any_moment(disk: Disk, cuts: int) -> list[int]:
 
 
 def durability_left_out(disk: Disk, _cuts: int) -> list[int]:
-    """A save without fsyncs, and one whose fsyncs do nothing, must be lost: so this disk would reveal a missing fsync."""
+    """A save without fsyncs, and one whose fsyncs do nothing, must be lost: so this disk would reveal a missing fsync.
+
+    Now and then such a save stays, since another process has called sync(2), which writes all disks.
+    """
     reports = []
     for fate, durable in ((Fate.PASS, False), (Fate.NO_SYNC, True)):
-        disk.reset()
-        outcome = disk.outcome(disk.fork_saver(fate=fate, durable=durable))
+        for _ in range(5):
+            disk.reset()
+            outcome = disk.outcome(disk.fork_saver(fate=fate, durable=durable))
+            if outcome != (_SUCCESS, 2):
+                break
         assert outcome == (_SUCCESS, disk.old), (fate, outcome)
         reports.append(outcome[0])
     return reports

@@ -4,6 +4,7 @@ Each time all ranks end with the same result, the directory holds the old or the
 left: no litter, no lock, no thread, no descriptor, no group.
 
 ``python -m faults.ranks RANK FOLDER SCENARIO/KIND/BEFORE/EVERY …``, with the library of ``beneath.c`` preloaded; the ranks inherit it.
+Without arguments it reads them from its input, as JSON, line by line; after each line it prints "end" and how many scenarios failed.
 ``KIND``: what is saved (`rank_savers.KINDS`); ``BEFORE``: "first" or "overwrite"; ``EVERY``: only every so many calls are tried. Where a
 scenario has several fates, they take turns.
 """
@@ -11,6 +12,7 @@ scenario has several fates, they take turns.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import sys
 import time
@@ -37,8 +39,8 @@ SCENARIOS: dict[str, tuple[Callable[[Case], int], list[tuple[Fate, int]]]] = {
 }
 
 
-def main(victim: str, folder: str, *runs: str) -> None:
-    os.environ["JOBS_PRELOAD"] = "faults.lost_ranks faults.rank_resumes faults.rank_runs"
+def main(victim: str, folder: str, *runs: str) -> int:
+    """Returns how many scenarios failed."""
     failed = 0
     for place, run in enumerate(runs):
         name, kind, before, every = run.split("/")
@@ -56,8 +58,12 @@ def main(victim: str, folder: str, *runs: str) -> None:
                 result = f"FAILED\n{traceback.format_exc()}"
             what = f"{run} of rank {victim}, {fate.name} {errno.errorcode.get(number, '')}"
             print(f"{what}: {result} ({time.monotonic() - started:.0f} s)", flush=True)
-    sys.exit(1 if failed else 0)
+    return failed
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    os.environ["JOBS_PRELOAD"] = "faults.lost_ranks faults.rank_resumes faults.rank_runs"
+    if sys.argv[1:]:
+        sys.exit(main(*sys.argv[1:]))
+    for line in sys.stdin:
+        print("end", main(*json.loads(line)), flush=True)

@@ -53,12 +53,18 @@ class File:
         self._sources = bench.watched.parent / "sources"
         for generation in (1, 2, 9):
             save(generation, self._sources / str(generation))
+        self._template: bytes | None = None
+        if self.old is not None:
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            self.convert(self.old)
+            self._template = self.target.read_bytes()
 
     def reset(self) -> None:
         shutil.rmtree(self.watched, ignore_errors=True)
         self.watched.mkdir()
-        if self.old is not None:
-            self.convert(self.old)
+        if self._template is not None:
+            self.target.parent.mkdir()
+            self.target.write_bytes(self._template)
 
     def convert(self, generation: int) -> shardsave.ConvertReport:
         """With a cast, so that a conversion for torch makes a directory beside the file first.
@@ -207,8 +213,10 @@ SCENARIOS: Scenarios = {
     "file_slice_fails": (file_fails, [(Fate.FAIL, errno.EIO), (Fate.FAIL_AFTER, errno.EIO)]),
     "file_is_interrupted": (file_is_interrupted, _INTERRUPTS),
     "file_is_killed": (file_is_killed, _KILLS),
+    "file_killed_at_each_call": (file_is_killed, _KILLS[:1]),
     "clean_meets_training": (clean_meets, [(Fate.FAIL, errno.EIO), (Fate.INTERRUPT_AFTER, 0), (Fate.KILL_AFTER, 0)]),
     "clean_meets": (clean_meets, [*FAILURES, *_INTERRUPTS, *_KILLS]),
+    "clean_meets_some": (clean_meets, [(Fate.FAIL, errno.EIO), (Fate.FAIL, errno.EROFS), _INTERRUPTS[1], _KILLS[0]]),
 }
 
 if __name__ == "__main__":

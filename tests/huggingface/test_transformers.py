@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import shardsave
 from shardsave._huggingface.transformers_names import NamesInMemory
 from support import ROOT, same_bits, same_state
 from transformers_models import ARCHITECTURES, FUSED, IMAGE, tiny
+from warm_python import warm_python
 
 transformers = pytest.importorskip("transformers")
 CONFIGS = ("config.json", "generation_config.json")
@@ -430,8 +429,7 @@ def test_transformers_is_not_imported(tmp_path: Path) -> None:
     """Catches an import of transformers for a plain torch model."""
     program = "import sys, torch, shardsave; m, to = torch.nn.Linear(2, 2), sys.argv[1]; shardsave.save(m, to)"
     check = "; shardsave.load_model(m, to); assert 'transformers' not in sys.modules"
-    paths = os.pathsep.join(filter(None, sys.path))
-    subprocess.run([sys.executable, "-c", program + check, str(tmp_path)], check=True, env={**os.environ, "PYTHONPATH": paths})
+    warm_python().run(["-c", program + check, tmp_path]).check_returncode()
 
 
 def test_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

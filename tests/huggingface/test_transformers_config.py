@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from torch import nn
 import shardsave
 from support import same_bits, same_state
 from transformers_models import ARCHITECTURES, tiny
+from warm_python import warm_python
 
 pytestmark = pytest.mark.slow
 
@@ -83,9 +82,8 @@ def test_nothing_is_imported_that_is_not_trusted(tmp_path: Path) -> None:
         "except shardsave.UntrustedCodeError as error: print(error)\n"
         "print('transformers' in sys.modules)"
     )
-    command = [sys.executable, "-c", program, str(tmp_path)]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True, env={"PYTHONPATH": ":".join(sys.path)}).stdout
-    assert printed == (
+    done = warm_python().run(["-c", program, tmp_path])
+    assert done.stdout == (
         f"cannot build a model from {tmp_path}/config.json: only what is trusted is imported, the config names "
         f"transformers.BertForMaskedLM; if you trust it, pass trust=['transformers']; nothing was imported\nFalse\n"
     )

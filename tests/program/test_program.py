@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import collections
 import copy
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch import nn
 
 import shardsave
 from support import SmallModel, same_bits
+from warm_python import warm_python
 
 pytestmark = pytest.mark.slow
 
@@ -65,7 +64,8 @@ def test_runs_without_the_classes(tmp_path: Path) -> None:
         "assert torch.equal(shardsave.load_program('ckpt')(example['x']), example['y'])\n"
     )
     for script in (make, use):
-        subprocess.run([sys.executable, "-W", "error", "-c", script], cwd=tmp_path, check=True)
+        done = warm_python().run(["-c", script], tmp_path, action="error")
+        assert done.returncode == 0, done.stderr
     info = shardsave.inspect(tmp_path / "ckpt")
     assert info.parts.keys() == {"program"} and info.bytes == 4 * (3 * 64 * 64 + 4 * 64)
     text = (tmp_path / "ckpt" / info.parts["program"]).read_text()

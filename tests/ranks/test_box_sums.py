@@ -12,13 +12,13 @@ import torch
 from shardsave._common.sources import TensorSource
 from shardsave._format import crc64
 from shardsave._ranks import box_sums
-from shardsave._ranks.box_sums import Part, runs_of
+from shardsave._ranks.box_sums import Summand, runs_of
 
 
 def added_by(tensor: torch.Tensor, begin: tuple[int, ...]) -> int:
     """What the whole of ``tensor``, a box that begins at ``begin`` in `WHOLE`, adds."""
     runs = runs_of(WHOLE, tensor.element_size(), (begin, tuple(tensor.shape)))
-    return int(box_sums.box_sums([Part(TensorSource.of(tensor), runs)], 1, lambda: None)[0])
+    return int(box_sums.box_sums([Summand(TensorSource.of(tensor), runs)], 1, lambda: None)[0])
 
 
 WHOLE = (6, 1, 5, 7)
@@ -48,9 +48,9 @@ def test_long_runs_and_known_checksums() -> None:
     whole = torch.arange(3 * 4 * 100_000, dtype=torch.float32).view(3, 4, 100_000)
     alone = torch.zeros_like(whole)
     alone[:, 1:3] = whole[:, 1:3]
-    columns = Part(TensorSource.of(whole[:, 1:3].contiguous()), runs_of((3, 4, 100_000), 4, ((0, 1, 0), (3, 2, 100_000))))
+    columns = Summand(TensorSource.of(whole[:, 1:3].contiguous()), runs_of((3, 4, 100_000), 4, ((0, 1, 0), (3, 2, 100_000))))
     row = whole[1].contiguous()
-    known = Part(None, runs_of((3, 4, 100_000), 4, ((1, 0, 0), (1, 4, 100_000))), crc64.crc64(row.view(-1).numpy()))  # type: ignore[arg-type]
+    known = Summand(None, runs_of((3, 4, 100_000), 4, ((1, 0, 0), (1, 4, 100_000))), crc64.crc64(row.view(-1).numpy()))  # type: ignore[arg-type]
     only = torch.zeros_like(whole)
     only[1] = row
     found = box_sums.box_sums([columns, known], 1, lambda: None).tolist()

@@ -51,18 +51,19 @@ def read(rank: int, path: str, size: int, portable: bool, hosts: tuple[int, ...]
     fd = os.open(path, os.O_RDONLY)
     with sessions.begin(dist.group.WORLD, "load", path) as session:
         session.hosts = hosts
-        with closing(Delivering(session, readings, targets)) as delivering:
-            delivering.start()
+        delivering = Delivering(session, readings, targets)
+        with closing(delivering.exchange) as exchange:
+            exchange.start()
             done = engine.read(
                 [fd], delivering.blocks, delivering.pieces, windows=delivering.windows, tick=lambda _: session.check()
             )
-            delivering.finish()
+            exchange.finish()
     for (name, (whole, _)), target in zip(tensors.items(), targets):
         for chunk in target.local:
             assert as_bytes(chunk.tensor) == as_bytes(whole[box(chunk.begin, chunk.tensor.shape)]), f"{name} on rank {rank}"
     contents = Path(path).read_bytes()
     assert list(done.sums) == [crc64(contents[o : o + n]) for _, o, n, *_ in rows[rank]]
-    return delivering.sent_bytes, delivering.received_bytes, delivering.peak_bytes
+    return exchange.sent_bytes, exchange.received_bytes, exchange.peak_bytes
 
 
 @pytest.mark.parametrize(

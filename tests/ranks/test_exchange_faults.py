@@ -54,8 +54,9 @@ def ship_slowly(rank: int, hosts: tuple[int, ...], fails: str, timeout: float) -
                 for shard in shards:
                     for piece in shard.pieces:
                         piece.local = tuple(Chunk(begin, held.as_subclass(Refusing)) for begin, held in piece.local)
-            with closing(Shipping(session, shards, [0, 1, 2, 3])) as shipping:
-                shipping.start()
+            shipping = Shipping(session, shards, [0, 1, 2, 3])
+            with closing(shipping.exchange) as exchange:
+                exchange.start()
                 windows = shipping.windows(shipping.own)
                 for count, block in enumerate(np.flatnonzero(windows.of_block).tolist()):
                     while windows.take(block) is None:
@@ -67,7 +68,7 @@ def ship_slowly(rank: int, hosts: tuple[int, ...], fails: str, timeout: float) -
                         if fails in ("kill", "stop"):
                             os.kill(os.getpid(), signal.SIGKILL if fails == "kill" else signal.SIGSTOP)
                     windows.give_back(block)
-                shipping.finish()
+                exchange.finish()
             session.exchange("votes", b"")
     finally:
         deadline = time.monotonic() + 5
@@ -98,7 +99,7 @@ def test_an_error_on_one_rank(hosts: str, fails: str, message: str) -> None:
 
 
 @pytest.mark.parametrize("hosts", [*HOSTS])
-@pytest.mark.parametrize(("fails", "timeout"), [("kill", 60.0), pytest.param("stop", 8.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("fails", "timeout"), [("kill", 60.0), pytest.param("stop", 4.0, marks=pytest.mark.slow)])
 def test_a_lost_rank(hosts: str, fails: str, timeout: float) -> None:
     """Catches ranks that wait for a dead one longer than for the end of its connection, or for a stopped one longer than they may."""
     started = time.monotonic()

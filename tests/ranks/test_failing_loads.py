@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,17 +24,9 @@ import shardsave
 from jobs import Job, run_ranks
 from shardsave._engine.transfer import TransferFault
 from shardsave._storage.checkpoint import Checkpoint, open_checkpoint
+from support import raised
 
 Raised = tuple[str, str]
-
-
-def raised(call: Callable[[], object]) -> Raised:
-    """The class and the message of what ``call`` raises."""
-    try:
-        call()
-    except Exception as error:
-        return type(error).__name__, str(error)
-    return "", ""
 
 
 def same_everywhere(function: Any, *arguments: Any) -> list[Raised]:

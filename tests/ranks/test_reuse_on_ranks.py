@@ -302,13 +302,13 @@ def saved_in_background(folder: Path, columns: bool) -> list[Any]:
     model = layers(columns=columns)
     found: list[Any] = []
     summed: list[int] = []
-    checksums = box_sums._checksums
+    checksums = box_sums.checksums
 
-    def note(sources: Any, *rest: Any) -> Any:
+    def note(sources: Any, **options: Any) -> Any:
         summed.append(len(sources))
-        return checksums(sources, *rest)
+        return checksums(sources, **options)
 
-    with mock.patch.object(box_sums, "_checksums", note):
+    with mock.patch.object(box_sums, "checksums", note):
         for _ in range(2):
             pending = shardsave.save_async(model, folder / "ckpt", max_shard_size=LAYER)
             with torch.no_grad():
@@ -373,10 +373,10 @@ def failed_while_comparing(rank: int, folder: Path, victim: int) -> list[str]:
     with torch.no_grad():
         model[0].weight.add_(1)
 
-    def fail(*_: Any) -> Any:
+    def fail(*_: Any, **__: Any) -> Any:
         raise MemoryError("no memory for sums")
 
-    place: Any = mock.patch.object(box_sums, "_checksums", fail) if victim else mock.patch.object(reuse, "_is_intact", fail)
+    place: Any = mock.patch.object(box_sums, "checksums", fail) if victim else mock.patch.object(reuse, "_is_intact", fail)
     with place if rank == victim else contextlib.nullcontext():
         try:
             save(model, folder / "ckpt")

@@ -242,9 +242,17 @@ def cancelled_at_once(rank: int, folder: Path) -> list[str]:
     tensors, group = {name: torch.ones(64) for name in "abcd"}, dist.group.WORLD
     ends = []
     for who in (0, 1, 2, 3):
-        pending = shardsave.save_async(tensors, folder / "ckpt", process_group=group, max_shard_size="256B")
+        asked = threading.Event()
+        pending = shardsave.save_async(
+            tensors,
+            folder / "ckpt",
+            process_group=group,
+            max_shard_size="256B",
+            progress=lambda *_, asked=asked: asked.wait(60) and None,  # its vote comes later
+        )
         if rank == who:
             assert pending.cancel()
+        asked.set()
         with contextlib.suppress(shardsave.SaveCancelledError):
             pending.wait(60)
         ends.append(type(pending.exception()).__name__)

@@ -18,6 +18,7 @@ import shardsave
 from jobs import run_ranks
 from shardsave._common.os_calls import CallFailed
 from shardsave._storage import staging
+from support import raised
 
 
 def state(value: float = 1.0) -> dict[str, torch.Tensor]:
@@ -27,11 +28,7 @@ def state(value: float = 1.0) -> dict[str, torch.Tensor]:
 
 def saved(rank: int, folder: Path, case: str) -> tuple[str, str, bool]:
     """The error of the save on this rank, and whether the next one works."""
-    try:
-        CASES[case][0](rank, folder / "ckpt")
-        error = ("", "")
-    except Exception as raised:
-        error = (type(raised).__name__, str(raised))
+    error = raised(lambda: CASES[case][0](rank, folder / "ckpt"))
     dist.barrier()
     litter = [name for name in os.listdir(folder / "ckpt")] if (folder / "ckpt").exists() else []
     dist.barrier()
@@ -162,11 +159,7 @@ def save_into_a_full_disk(rank: int, folder: Path) -> tuple[str, str]:
         raise CallFailed("fallocate", path, errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with mock.patch.object(staging, "allocate", full if rank == 3 else staging.allocate):
-        try:
-            shardsave.save(state(), folder / "ckpt", max_shard_size="512B")
-        except shardsave.ShardSaveError as error:
-            return type(error).__name__, str(error)
-    return "", ""
+        return raised(lambda: shardsave.save(state(), folder / "ckpt", max_shard_size="512B"))
 
 
 def test_a_full_disk_on_one_rank(tmp_path: Path) -> None:

@@ -114,11 +114,12 @@ def ship(
         session.hosts = hosts
         shards = planned(model(size), rank, bound)
         owners = [number % size for number in range(len(shards))]
-        with closing(Shipping(session, shards, owners)) as shipping:
-            shipping.start()
+        shipping = Shipping(session, shards, owners)
+        with closing(shipping.exchange) as exchange:
+            exchange.start()
             sums = write(folder, shipping.own, shipping.mine, shipping, session.check)
-            shipping.finish()
-    return dict(zip(shipping.mine, sums)), shipping.sent_bytes, shipping.received_bytes, shipping.peak_bytes
+            exchange.finish()
+    return dict(zip(shipping.mine, sums)), exchange.sent_bytes, exchange.received_bytes, exchange.peak_bytes
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from test_failing_loads import damage, raised
+from test_failing_loads import damage
 from torch import nn
 
 import shardsave
@@ -21,6 +21,7 @@ from jobs import Job, run_ranks
 from shardsave._engine import engine
 from shardsave._loading.read import TensorReader
 from shardsave._ranks import group as groups
+from support import raised
 
 RANKS = 4
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from contextlib import closing
 from pathlib import Path
@@ -24,6 +22,7 @@ from shardsave._storage import removal
 from shardsave._storage.lock import LockedDirectory
 from support import forked
 from training_run import INDEX, manager_of, model, path_of, steps_in, train, value_of, value_of_step
+from warm_python import warm_python
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # it has several threads when it forks
 
@@ -56,8 +55,7 @@ assert not manager.wait_removed(0)
 
 def test_the_process_ends_before_the_thread(memory: Path) -> None:
     """Catches a process that does not end because a thread still removes steps; and steps that nobody removes then."""
-    command = [sys.executable, "-W", "error", "-c", LEAVING, str(memory)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=50)
+    ended = warm_python().run(["-c", LEAVING, memory], action="error")
     assert (ended.returncode, ended.stderr) == (0, "")
     with manager_of(memory, keep_last=1) as manager:
         manager.save(3, {"x": torch.ones(3)})

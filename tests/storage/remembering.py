@@ -1,4 +1,5 @@
-"""Scenarios of `faults`, in which a directory is read anew only if its content is new: most trials end in the same few.
+"""Scenarios of `faults`, in which a directory is read anew, and the next save tried, only if its content is new: most trials end in the
+same few.
 
 ``python -m storage.remembering scenarios|single_file SCENARIO,… first|overwrite FOLDER``, with the library of ``beneath.c`` preloaded.
 Random names follow from the number of names since the last trial, so that the same saves lead to the same content.
@@ -6,7 +7,6 @@ Random names follow from the number of names since the last trial, so that the s
 
 from __future__ import annotations
 
-import importlib
 import os
 import secrets
 import sys
@@ -14,7 +14,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from faults import savers
+from faults import savers, single_file
+from faults import scenarios as saving
 from faults.scenarios import run_scenarios
 
 Content = tuple[tuple[str, Any], ...]
@@ -47,6 +48,28 @@ def remember_generations(*modules: Any) -> None:
         module.generation_in = generation_in
 
 
+def remember_next_calls() -> None:
+    """The next save, or conversion, works where it has worked with the same content before. One that does not is never remembered.
+
+    Whether a trial has left a lock, a descriptor or a thread is looked at in each, and each is a save after the one before.
+    """
+    known: set[Content] = set()
+    save, convert = savers.next_save_works, single_file.File.next_works
+
+    def next_save_works(folder: Path) -> None:
+        if (content := content_of(folder.parent)) not in known:
+            save(folder)
+            known.add(content)
+
+    def next_works(file: single_file.File) -> None:
+        if (content := content_of(file.target.parent)) not in known:
+            convert(file)
+            known.add(content)
+
+    saving.next_save_works = next_save_works
+    single_file.File.next_works = next_works  # type: ignore[method-assign]
+
+
 def repeat_names() -> None:
     """Each trial takes the same random names. Those from before the trials, of a saver that dies, and of later saves are all different."""
     numbers = count()
@@ -65,8 +88,9 @@ def repeat_names() -> None:
 
 
 if __name__ == "__main__":
-    scenarios = importlib.import_module(f"faults.{sys.argv[1]}")
+    scenarios = {"scenarios": saving, "single_file": single_file}[sys.argv[1]]
     # Not for `faults.scenarios`: there it is also what a fault meets.
-    remember_generations(savers, *([scenarios] if sys.argv[1] == "single_file" else []))
+    remember_generations(savers, *([scenarios] if scenarios is single_file else []))
+    remember_next_calls()
     repeat_names()
     run_scenarios(scenarios.SCENARIOS, *sys.argv[2:])

@@ -6,7 +6,6 @@ Method: each scenario of ``faults/scenarios.py`` runs in a process of its own wi
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections import Counter
@@ -15,19 +14,11 @@ from pathlib import Path
 import pytest
 
 from faults.beneath import read_record
-from faults.running import ENGINES, run_beneath, trials
+from faults.running import ENGINES, fates, run_beneath, trials
 
 pytestmark = pytest.mark.slow
 
 SCENARIOS = ("-m", "storage.remembering", "scenarios")
-
-#: The commit is the same whatever the engine: every fate meets it once, the slices go where the calls before it differ.
-EVERY_FATE = os.environ.get("SHARDSAVE_SAVE_FATES") == "all"
-
-
-def fates(every: str, some: str, whole: bool = False) -> str:
-    """The scenarios: ``every`` with ``whole``, or with SHARDSAVE_SAVE_FATES=all; ``some`` otherwise."""
-    return every if whole or EVERY_FATE else some
 
 
 @pytest.mark.parametrize("engine", ENGINES)

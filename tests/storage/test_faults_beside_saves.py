@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from faults.running import ENGINES, run_beneath, trials
+from faults.running import ENGINES, fates, run_beneath, trials
 
 pytestmark = pytest.mark.slow
 
@@ -24,7 +24,8 @@ def test_each_call_of_a_load(beneath: Path, tmp_path: Path, engine: str) -> None
 @pytest.mark.parametrize("before", ["first", "overwrite"])
 def test_each_call_of_a_conversion(beneath: Path, memory: Path, before: str) -> None:
     """Catches a torn file, a scratch file that stays for good, and a descriptor that stays open."""
-    arguments = [*SINGLE_FILE, "file_is_interrupted,file_is_killed", before, str(memory)]
+    killed = fates("file_is_killed", "file_killed_at_each_call")
+    arguments = [*SINGLE_FILE, f"file_is_interrupted,{killed}", before, str(memory)]
     assert trials(run_beneath(beneath, "native", arguments)) >= 40
 
 
@@ -36,7 +37,8 @@ def test_each_failing_call_of_a_conversion(beneath: Path, memory: Path, scenario
 
 def test_each_call_of_a_clean(beneath: Path, memory: Path) -> None:
     """Catches a `clean` that damages the checkpoint when it fails or ends halfway, and one that the next `clean` cannot finish."""
-    assert trials(run_beneath(beneath, "native", [*SINGLE_FILE, "clean_meets", "overwrite", str(memory)])) >= 10
+    scenario = fates("clean_meets", "clean_meets_some")
+    assert trials(run_beneath(beneath, "native", [*SINGLE_FILE, scenario, "overwrite", str(memory)])) >= 10
 
 
 def test_each_call_of_a_clean_with_a_training_state(beneath: Path, memory: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ import shardsave
 from faults.cuts import MOUNT, cut
 from faults.running import ENGINES, run_beneath
 from faults.savers import litter_in
+from warm_python import warm_python
 
 pytestmark = pytest.mark.slow
 
@@ -98,13 +98,13 @@ def without_direct_io(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_disk_that_only_promised_room(thin_disk: Path, engine: str) -> None:
     """Catches a save that reports success for bytes that the disk never stored, and one that damages the previous checkpoint."""
-    environment = {**os.environ, "SHARDSAVE_ENGINE": engine}
     small = "import sys, torch, shardsave; print(shardsave.save({'x': torch.ones(1000)}, sys.argv[1]))"
     load = "import sys, shardsave; print(int(shardsave.load(sys.argv[1])['x'].sum()))"
 
     def run(program: str) -> str:
-        command = [sys.executable, "-c", program, str(thin_disk / "ckpt")]
-        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+        done = warm_python().run(["-c", program, thin_disk / "ckpt"], SHARDSAVE_ENGINE=engine)
+        done.check_returncode()
+        return done.stdout
 
     assert "durable" in run(small)
     printed = run(PROGRAM)
@@ -127,7 +127,7 @@ def test_space_that_dead_savers_hold(small_disk: Path) -> None:
     kill += "stop = lambda done, total: os.kill(os.getpid(), signal.SIGKILL);"
     kill += "shardsave.save({'x': torch.zeros(4_000_000, dtype=torch.uint8)}, sys.argv[1], progress=stop)"
     shardsave.save({"x": torch.ones(4_000_000, dtype=torch.uint8)}, small_disk / "ckpt")
-    assert subprocess.run([sys.executable, "-c", kill, str(small_disk / "ckpt")]).returncode < 0
+    assert warm_python().run(["-c", kill, small_disk / "ckpt"]).returncode < 0
     shardsave.save({"x": torch.full((4_000_000,), 2, dtype=torch.uint8)}, small_disk / "ckpt")
     assert shardsave.load(small_disk / "ckpt")["x"].min() == 2 and not litter_in(small_disk / "ckpt")
 

@@ -10,8 +10,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +26,7 @@ from faults.savers import generation_in, litter_in, state
 from faults.scenarios import DELETED, held, is_unlocked, nothing_leaked
 from shardsave._storage import freeing
 from support import holds_in_child
+from warm_python import warm_python
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # it has several threads when it forks
 
@@ -129,8 +128,8 @@ def test_an_interrupt_during_the_wait(memory: Path, release: Halt, verb: str) ->
     """Catches a wait that Ctrl-C does not end, or that leaves a lock or files behind."""
     save(1, memory / "a")
     save(2, memory / "a")
-    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
         VERBS[verb](memory)
         time.sleep(2)
     left = sorted(str(path.relative_to(memory)) for path in memory.rglob("*"))
@@ -197,8 +196,7 @@ def overwrite_and_leave(folder: Path) -> None:
 def test_the_process_ends_before_the_thread(memory: Path) -> None:
     """Catches a process that does not end, or not well, because its thread still frees space; and one that leaves files behind."""
     started = time.monotonic()
-    command = [sys.executable, "-W", "error", "-c", LEAVING, str(memory / "a")]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=50)
+    ended = warm_python().run(["-c", LEAVING, memory / "a"], action="error")
     assert (ended.returncode, ended.stderr) == (0, "")
     assert shardsave.load(memory / "a")["x"][0] == 2 and not litter_in(memory / "a")
     process = multiprocessing.get_context("fork").Process(target=overwrite_and_leave, args=(memory / "b",))

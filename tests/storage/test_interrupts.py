@@ -8,8 +8,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import textwrap
 import threading
 import time
@@ -20,6 +18,7 @@ import torch
 
 import shardsave
 from shardsave._storage.transaction import Transaction
+from warm_python import Running, warm_python
 
 INDEX = "model.safetensors.index.json"
 PROMISED, SLACK = 1.0, 2.0
@@ -27,16 +26,10 @@ PROMISED, SLACK = 1.0, 2.0
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(120)]
 
 
-def process(program: str, folder: Path, **environment: str) -> subprocess.Popen[str]:
+def process(program: str, folder: Path, **environment: str) -> Running:
     """Starts Python on ``program``, which can use torch, shardsave and ``folder``; its output can be read."""
     preamble = "import os, signal, sys, threading, time, torch, shardsave\nfolder = sys.argv[1]\n"
-    return subprocess.Popen(
-        [sys.executable, "-c", preamble + textwrap.dedent(program), str(folder)],
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return warm_python().start(["-c", preamble + textwrap.dedent(program), folder], **environment)
 
 
 def generation_in(folder: Path) -> int:
@@ -80,9 +73,8 @@ assert not [name for name in os.listdir(folder) if name.startswith(".shardsave")
 def test_ctrl_c_ends_within_a_second(tmp_path: Path, engine: str) -> None:
     """Catches a save, load or verification that goes on after Ctrl-C, leaves half a checkpoint behind, or breaks the next call."""
     running = process(CTRL_C, tmp_path, SHARDSAVE_ENGINE=engine)
-    out, error = running.communicate(timeout=200)
-    assert running.returncode == 0, error
-    waited = [float(line) for line in out.split()]
+    assert running.wait() == 0, running.error
+    waited = [float(line) for line in running.out.split()]
     assert len(waited) == 6 and max(waited) < PROMISED + SLACK, waited
 
 
@@ -99,12 +91,12 @@ def test_terminated(tmp_path: Path) -> None:
     chance = random.Random(7)
     for _ in range(2):
         running = process(program, tmp_path)
-        assert running.stdout is not None and running.stdout.readline() == "ready\n"
+        while running.out != "ready\n":
+            time.sleep(0.01)
         time.sleep(chance.random() * 0.1)
         began = time.monotonic()
-        running.send_signal(signal.SIGTERM)
-        running.communicate(timeout=60)
-        assert running.returncode == -signal.SIGTERM and time.monotonic() - began < PROMISED + SLACK
+        os.kill(running.pid, signal.SIGTERM)
+        assert running.wait() == -signal.SIGTERM and time.monotonic() - began < PROMISED + SLACK
         assert generation_in(tmp_path) in (1, 2)
     shardsave.save({"x": torch.full((3,), 3)}, tmp_path)
     assert set(os.listdir(tmp_path)) == {INDEX, "model-00001-of-00001.safetensors"} or len(os.listdir(tmp_path)) == 2
@@ -145,8 +137,8 @@ def test_the_interpreter_ends_while_a_thread_works(tmp_path: Path, engine: str, 
         program = ENDING.replace("DAEMON", str(daemon)).replace("VERB", verb).replace("DELAY", str(0.03 + 0.05 * number))
         running.append(process(program, tmp_path / verb, SHARDSAVE_ENGINE=engine))
     for each in running:
-        out, error = each.communicate(timeout=60)
-        assert (each.returncode, out) == (0, "main has ended\n") and error == "", (each.returncode, error)
+        code = each.wait()
+        assert (code, each.out, each.error) == (0, "main has ended\n", "")
     for verb in ("saving", "loading"):
         assert generation_in(tmp_path / verb) == 1
         assert not [name for name in os.listdir(tmp_path / verb) if name.startswith(".shardsave")]
@@ -168,9 +160,10 @@ def test_the_interpreter_ends_while_a_thread_waits_for_the_lock(tmp_path: Path) 
         print(time.time(), flush=True)
     """
     with Transaction(tmp_path, durable=False, lock_timeout=1):
-        out, error = process(program, tmp_path).communicate(timeout=60)
+        running = process(program, tmp_path)
+        running.wait()
         ended = time.time()
-    assert error == "" and ended - float(out) < PROMISED + SLACK
+    assert running.error == "" and ended - float(running.out) < PROMISED + SLACK
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")

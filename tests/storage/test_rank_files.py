@@ -8,9 +8,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +19,11 @@ from click.testing import CliRunner
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import shardsave
+from jobs import run_ranks
 from rank_files import cut, save_ranks
 from shardsave._cli.main import cli
 from shardsave._storage.cleanup import Cleaner
@@ -172,40 +172,25 @@ def test_verify_goes_on(tmp_path: Path, damage: str) -> None:
     assert report.damaged[0].shard == ("shard-*.safetensors" if damage == "gone" else second.name)
 
 
-RANKS = """
-import os, sys, time, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import HuggingFaceStorageWriter
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-folder, rank = sys.argv[1], int(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{folder}.meeting", rank=rank, world_size=2)
-line = init_device_mesh("cpu", (2,))
-torch.manual_seed(0)
-a, b = torch.randn(7, 5), torch.randn(6, 9)
-state = {
-    "rows": distribute_tensor(a, line, [Shard(0)]), "columns": distribute_tensor(b, line, [Shard(1)]),
-    "copies": distribute_tensor(a, line, [Replicate()]), "plain": b, "short": distribute_tensor(a[:1], line, [Shard(0)]),
-}
-dcp.save(state, storage_writer=HuggingFaceStorageWriter(folder, save_distributed=True))
-open(f"{folder}.ended-{rank}", "w").close()
-while not all(os.path.exists(f"{folder}.ended-{n}") for n in range(2)):  # a rank that leaves may reset the connection of the other
-    time.sleep(0.01)
-os._exit(0)  # the files are there; threads of the group, which end while the interpreter does, now and then abort the process
-"""
+def save_sharded(rank: int, folder: Path) -> None:
+    line = init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)
+    a, b = torch.randn(7, 5), torch.randn(6, 9)
+    state = {
+        "rows": distribute_tensor(a, line, [Shard(0)]),
+        "columns": distribute_tensor(b, line, [Shard(1)]),
+        "copies": distribute_tensor(a, line, [Replicate()]),
+        "plain": b,
+        "short": distribute_tensor(a[:1], line, [Shard(0)]),
+    }
+    writer = distributed_checkpoint.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    distributed_checkpoint.save(state, storage_writer=writer)
 
 
 @pytest.mark.slow
 def test_files_of_two_processes(tmp_path: Path) -> None:
     """Catches a difference between files of one process that plays two ranks, and files of two ranks."""
-    ranks = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", RANKS, str(tmp_path / "x"), str(n)]) for n in range(2)]
-    try:
-        while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
-            time.sleep(0.01)  # without a limit of its own: to import torch alone can take minutes on a busy machine
-        assert [rank.poll() for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
+    run_ranks(2, save_sharded, tmp_path / "x")
     torch.manual_seed(0)
     a, b = torch.randn(7, 5), torch.randn(6, 9)
     assert same(shardsave.load(tmp_path / "x"), {"rows": a, "columns": b, "copies": a, "plain": b, "short": a[:1]})

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ from torch import nn
 import shardsave
 from shardsave._storage.checkpoint import open_checkpoint
 from shardsave._training.restore import StoredTraining, plan_restore
-from support import ROOT
 from training_state import edit_training, training_directory
 
 pytest.importorskip("torchao", reason="torchao is not installed")
@@ -24,6 +21,8 @@ import torchao.optim
 from torchao.optim.subclass_4bit import OptimState4bit
 from torchao.optim.subclass_8bit import OptimState8bit
 from torchao.optim.subclass_fp8 import OptimStateFp8
+
+from warm_python import warm_python
 
 
 def keep(folder: Path, training: Any, model: Any = None) -> None:
@@ -238,9 +237,7 @@ def test_nothing_is_imported(tmp_path: Path) -> None:
         "except shardsave.IncompatibleCheckpointError as error: print(error)\n"
         "print('torchao' in sys.modules)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT / "tests", capture_output=True, text=True, check=True
-    )
+    done = warm_python().run(["-c", program, tmp_path])
     assert "here is a Tensor" in done.stdout and done.stdout.endswith("False\n")
 
 

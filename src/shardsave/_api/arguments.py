@@ -6,7 +6,8 @@ import math
 import os
 import re
 import threading
-from typing import Union
+from collections.abc import Mapping
+from typing import Any, TypeVar, Union
 
 from shardsave._common.strict_json import glimpse
 
@@ -22,6 +23,14 @@ _UNITS = {
     "GIB": 2**30,
     "TIB": 2**40,
 }
+
+_Fields = TypeVar("_Fields")
+
+
+def pick(kind: type[_Fields], arguments: Mapping[str, Any]) -> _Fields:
+    """A named tuple of those ``arguments`` that are its fields; ``arguments`` of a verb are its ``locals()``."""
+    names: tuple[str, ...] = kind._fields  # type: ignore[attr-defined]
+    return kind(**{name: arguments[name] for name in names if name in arguments})
 
 
 def check_path(path: object) -> None:

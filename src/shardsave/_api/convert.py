@@ -22,7 +22,8 @@ from shardsave._common.shutdown import verb
 from shardsave._common.uncompiled import uncompiled
 from shardsave._conversion.changes import Drop, Names, Rename, allowed_names, patterns, replacements
 from shardsave._conversion.converted import carried_over, converted_state
-from shardsave._conversion.origin import DROP_TRAINING, Origin, Request, open_origin
+from shardsave._conversion.open_origin import open_origin
+from shardsave._conversion.origin import DROP_TRAINING, Origin, Request
 from shardsave._conversion.outputs import Output, write_output
 from shardsave._format.file_names import TORCH_ENDINGS
 from shardsave._loading.read import Target, TensorReader

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union
 
 import torch
 
-from shardsave._api.arguments import check_path
+from shardsave._api.arguments import check_path, pick
 from shardsave._api.operators import check_operators
 from shardsave._api.reports import Printed
 from shardsave._api.save import How, check_values, job_of
@@ -141,31 +141,7 @@ def plan_save(
         >>> plan.keep_bytes == 4 * plan.disk_bytes
         True
     """
-    how = How(
-        durable=durable,
-        progress=progress,
-        lock_timeout=lock_timeout,
-        reuse=reuse,
-        recheck_every=recheck_every,
-        rank_timeout=rank_timeout,
-        phase_timeout=phase_timeout,
-        on_divergence=on_divergence,
-    )
-    what = What(
-        max_shard_size=max_shard_size,
-        metadata=metadata,
-        step=step,
-        metrics=metrics,
-        training=training,
-        rng=rng,
-        process_group=process_group,
-        architecture=architecture,
-        program=program,
-        adapter_only=adapter_only,
-        only=only,
-        dtype=dtype,
-        assume_frozen_unchanged=assume_frozen_unchanged,
-    )
+    what, how = pick(What, locals()), pick(How, locals())
     with job_of(source, directory, what, how, verb="plan to save to") as job:
         path, own = attempted(source, what, job, lambda: _checked_path(directory, how, keep_last))
         planned = plan(source, what, own, job)

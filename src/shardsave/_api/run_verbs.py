@@ -7,6 +7,7 @@ from dataclasses import replace
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
+from shardsave._api.arguments import pick
 from shardsave._common.imports import import_at_use
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class PublicVerbs:
     def check(self, options: Mapping[str, Any], *, asynchronous: bool) -> None:
         """Checks the values of ``options``, keywords of `save` or `save_async`. Raises TypeError or ValueError."""
         from shardsave._api.process_group import check_group
-        from shardsave._api.save import check_values, save
+        from shardsave._api.save import How, check_values, save
         from shardsave._api.save_contents import What, check_what
 
         function: Callable[..., object] = save
@@ -53,14 +54,14 @@ class PublicVerbs:
 
             function = save_async
         given = _all_arguments(function, None, "", options)
-        check_what(What(**{name: given[name] for name in What._fields}))
+        check_what(pick(What, given))
         if given["process_group"] is not None:
             check_group(given["process_group"])
-        check_values(_how_of(given))
+        check_values(pick(How, given))
         if asynchronous:
             from shardsave._api.background import InBackground, check_background
 
-            check_background(InBackground(**{name: given[name] for name in InBackground._fields}))
+            check_background(pick(InBackground, given))
 
     def save(
         self,
@@ -74,26 +75,23 @@ class PublicVerbs:
     ) -> SaveReport:
         """As `shardsave.save`, which does not know ``before``: it is called where this process leads, and returns how to save."""
         import_at_use("shardsave._api.save")
-        from shardsave._api.save import save, save_now
+        from shardsave._api.save import How, save, save_now
         from shardsave._api.save_contents import What
 
         given = _all_arguments(save, model, path, {"step": step, "metrics": metrics, **options})
-        what = What(**{name: given[name] for name in What._fields})
-        return save_now(model, path, what, _how_of(given), before)
+        return save_now(model, path, pick(What, given), pick(How, given), before)
 
     def save_async(
         self, model: Any, path: str, around: Around, *, step: int, metrics: Mapping[str, float], options: Mapping[str, Any]
     ) -> PendingSave:
         """As `shardsave.save_async`, which does not know ``around``."""
         from shardsave._api.background import InBackground, start
+        from shardsave._api.save import How
         from shardsave._api.save_async import save_async
         from shardsave._api.save_contents import What
 
         given = _all_arguments(save_async, model, path, {"step": step, "metrics": metrics, **options})
-        what = What(**{name: given[name] for name in What._fields})
-        how = _how_of(given)
-        background = InBackground(**{name: given[name] for name in InBackground._fields})
-        return start(model, path, what, how, background, around)
+        return start(model, path, pick(What, given), pick(How, given), pick(InBackground, given), around)
 
     def resume_options(self) -> frozenset[str]:
         """The keywords that may be passed to `resume` in ``options``."""
@@ -108,13 +106,6 @@ class PublicVerbs:
 
         resumed = resume(path, model, **options)
         return resumed if resumed.step is not None else replace(resumed, step=step)
-
-
-def _how_of(given: Mapping[str, Any]) -> How:
-    """Those of the arguments that say how to save."""
-    from shardsave._api.save import How
-
-    return How(**{name: given[name] for name in How._fields if name in given})
 
 
 def _all_arguments(function: Callable[..., object], model: Any, path: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union
 
 import torch
 
-from shardsave._api.arguments import check_path, check_progress, check_reuse, check_switches, check_timeout
+from shardsave._api.arguments import check_path, check_progress, check_reuse, check_switches, check_timeout, pick
 from shardsave._api.operators import check_operators
 from shardsave._api.rank_timeouts import PHASE_TIMEOUT, RANK_TIMEOUT, check_timeouts
 from shardsave._api.reports import SaveReport, log_deletion
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 
 @uncompiled
-@verb()
 def save(
     source: Source,
     directory: str | os.PathLike[str],
@@ -131,33 +130,7 @@ def save(
         >>> report.tensors
         2
     """
-    started = time.perf_counter()
-    how = How(
-        durable=durable,
-        progress=progress,
-        lock_timeout=lock_timeout,
-        reuse=reuse,
-        recheck_every=recheck_every,
-        rank_timeout=rank_timeout,
-        phase_timeout=phase_timeout,
-        on_divergence=on_divergence,
-    )
-    what = What(
-        max_shard_size=max_shard_size,
-        metadata=metadata,
-        step=step,
-        metrics=metrics,
-        training=training,
-        rng=rng,
-        process_group=process_group,
-        architecture=architecture,
-        program=program,
-        adapter_only=adapter_only,
-        only=only,
-        dtype=dtype,
-        assume_frozen_unchanged=assume_frozen_unchanged,
-    )
-    return save_now(source, directory, what, how, started=started)
+    return save_now(source, directory, pick(What, locals()), pick(How, locals()))
 
 
 @uncompiled
@@ -168,13 +141,9 @@ def save_now(
     what: What,
     how: How,
     before: Callable[[How], How] = lambda how: how,
-    *,
-    started: float | None = None,
 ) -> SaveReport:
-    """As `save`. ``before``: called where this process leads, once all ranks have met; returns how to save. ``started``: when the call
-    began, as `time.perf_counter` counts.
-    """
-    started = time.perf_counter() if started is None else started
+    """As `save`. ``before``: called where this process leads, once all ranks have met; returns how to save."""
+    started = time.perf_counter()
     with job_of(source, directory, what, how) as job:
         path, own = attempted(source, what, job, lambda: check_how(directory, how))
         job = beside_other_ranks(job, path, what.step)

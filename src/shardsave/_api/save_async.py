@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union
 
 import torch
 
+from shardsave._api.arguments import pick
 from shardsave._api.background import InBackground, StagingArgument, start
 from shardsave._api.pending_save import PendingSave
 from shardsave._api.save import How
@@ -102,36 +103,4 @@ def save_async(
         >>> pending.wait().tensors
         2
     """
-    what = What(
-        max_shard_size=max_shard_size,
-        metadata=metadata,
-        step=step,
-        metrics=metrics,
-        training=training,
-        rng=rng,
-        process_group=process_group,
-        architecture=architecture,
-        program=program,
-        adapter_only=adapter_only,
-        only=only,
-        dtype=dtype,
-        assume_frozen_unchanged=assume_frozen_unchanged,
-    )
-    background = InBackground(
-        staging=staging,
-        if_busy=if_busy,
-        check_unchanged=check_unchanged,
-        background_workers=background_workers,
-        step_timeout=step_timeout,
-    )
-    how = How(
-        durable=durable,
-        progress=progress,
-        lock_timeout=lock_timeout,
-        reuse=reuse,
-        recheck_every=recheck_every,
-        rank_timeout=rank_timeout,
-        phase_timeout=phase_timeout,
-        on_divergence=on_divergence,
-    )
-    return start(source, directory, what, how, background)
+    return start(source, directory, pick(What, locals()), pick(How, locals()), pick(InBackground, locals()))

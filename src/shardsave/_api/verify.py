@@ -140,7 +140,7 @@ def _report(
     lead = everywhere[0]
     totals = Totals()
     for found in everywhere:
-        totals = totals.joined(_totals(found.totals))
+        totals = totals.joined(Totals.of(found.totals))
     unread = [f"the {role} was not verified: this version of shardsave knows no such part" for role in checkpoint.unknown_parts]
     elsewhere = _damaged_elsewhere({shard for found in everywhere for shard in found.shared})
     plan_seconds = max(found.plan_seconds for found in everywhere)
@@ -161,10 +161,6 @@ def _report(
         damaged=tuple(damaged),
         intact=_intact((file for file in checkpoint.files if file not in unopened), targets, damaged),
     )
-
-
-def _totals(fields: dict[str, Any]) -> Totals:
-    return Totals(**{**fields, "notes": tuple(fields["notes"])})
 
 
 def _unopened_anywhere(broken: Mapping[str, ShardSaveError], job: LoadJob) -> dict[str, str]:

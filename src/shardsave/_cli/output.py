@@ -13,6 +13,9 @@ from shardsave._printable import printable
 if TYPE_CHECKING:
     from rich.text import Text
 
+#: How many characters a bar has.
+_BAR_WIDTH = 12
+
 #: Text, or text with a style of rich.
 Cell = Union[str, tuple[str, str]]
 
@@ -55,15 +58,18 @@ class Output:
             padded = (c.rjust(w) if place in right else c.ljust(w) for place, (c, w) in enumerate(zip(row_, widths)))
             click.echo("  ".join(padded).rstrip())
 
-    def bar(self, share: float | None, width: int = 12) -> list[Cell]:
+    def bar(self, share: float | None) -> list[Cell]:
         """Two cells: ``share`` as a bar and in per cent. Both are empty if it is None."""
         if share is None:
             return ["", ""]
-        full = round(share * width)
+        full = round(share * _BAR_WIDTH)
         if 0 < share < 1:
-            full = min(max(full, 1), width - 1)  # the bar looks full only for 100 %, and empty only for 0 %
+            full = min(max(full, 1), _BAR_WIDTH - 1)  # the bar looks full only for 100 %, and empty only for 0 %
         marks = ("█", "░") if self.terminal else ("#", ".")
-        return [(marks[0] * full + marks[1] * (width - full), FROZEN), f"{share:.0%}" if share in (0, 1) else f"{share:.1%}"]
+        return [
+            (marks[0] * full + marks[1] * (_BAR_WIDTH - full), FROZEN),
+            f"{share:.0%}" if share in (0, 1) else f"{share:.1%}",
+        ]
 
     @staticmethod
     def _text(*cells: Cell) -> Text:

@@ -18,6 +18,11 @@ class Region(NamedTuple):
     sizes: tuple[int, ...]
     dims: tuple[int, ...]
 
+    @classmethod
+    def box(cls, begin: Sequence[int], sizes: Sequence[int]) -> Region:
+        """The box of ``sizes`` that begins at index ``begin``, with the dimensions of the tensor."""
+        return cls(tuple(begin), tuple(sizes), tuple(range(len(sizes))))
+
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.sizes[dim] if dim >= 0 else 1 for dim in self.dims)
@@ -31,23 +36,32 @@ class Region(NamedTuple):
         return begin, tuple(common[1][dim] if dim >= 0 else 1 for dim in self.dims)
 
 
-class Viewed(NamedTuple):
+class Viewed:
     """The layout of a ``region`` of a tensor that has the layout ``whole``."""
 
-    whole: Layout
-    region: Region
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.region.shape
-
-    @property
-    def ranks(self) -> Sequence[int]:
-        return self.whole.ranks
+    def __init__(self, whole: Layout, region: Region) -> None:
+        self.whole = whole
+        self.region = region
+        self.shape = region.shape
+        self.ranks = whole.ranks
+        self._hash = hash((whole, region))
+        self._boxes: dict[tuple[Extent, ...], tuple[Extent, ...]] = {}  # by the boxes of the whole
 
     def boxes(self, rank: int) -> tuple[Extent, ...]:
-        places = (self.region.place(box) for box in self.whole.boxes(rank))
-        return tuple(place for place in places if place is not None)
+        of_whole = self.whole.boxes(rank)
+        boxes = self._boxes.get(of_whole)
+        if boxes is None:
+            places = (self.region.place(box) for box in of_whole)
+            boxes = self._boxes[of_whole] = tuple(place for place in places if place is not None)
+        return boxes
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (
+            isinstance(other, Viewed) and self._hash == other._hash and (self.whole, self.region) == (other.whole, other.region)
+        )
 
 
 class Concatenated(NamedTuple):

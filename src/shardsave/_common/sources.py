@@ -105,7 +105,7 @@ class SwappedSource(TensorSource):
         np.frombuffer(view, dtype=f"u{part}").byteswap(inplace=True)
 
 
-class Part(NamedTuple):
+class ByteRange(NamedTuple):
     """The ``nbytes`` bytes from ``begin`` on of another source, as one dimension. The range cuts no element."""
 
     source: ByteSource

@@ -98,7 +98,7 @@ def kinds_of(sources: Sequence[_Source]) -> tuple[list[int], list[_Source]]:
     first: list[_Source] = []
     kinds = []
     for source in sources:
-        key = (source.dtype, id(source.layout)) if type(source) is Spread else (source.dtype, source.shape)
+        key = (source.dtype, id(source.layout)) if isinstance(source, Spread) else (source.dtype, source.shape)
         number = numbers.get(key)
         if number is None:
             number = numbers[key] = len(first)

@@ -16,8 +16,10 @@ from shardsave._common.words import some
 from shardsave._conversion.changes import Names
 from shardsave._conversion.converted import CarriedOver, converted_state
 from shardsave._conversion.mapped_pages import ReleaseWhileWriting
-from shardsave._conversion.origin import Origin, Request, open_origin
-from shardsave._conversion.single_file import NewFile, WriteResult, fits_torch, write_safetensors, write_torch
+from shardsave._conversion.new_file import NewFile
+from shardsave._conversion.open_origin import open_origin
+from shardsave._conversion.origin import Origin, Request
+from shardsave._conversion.single_file import WriteResult, fits_torch, write_safetensors, write_torch
 from shardsave._conversion.training import plan_training
 from shardsave._foreign.pickled_tensors import Allowed
 from shardsave._format.file_names import ADAPTER_WEIGHTS, INDEX_NAME

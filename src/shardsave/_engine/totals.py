@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from shardsave._engine.transfer import Transfer
@@ -23,6 +24,11 @@ class Totals:
     staging_bytes: int = 0
     pinned: bool = False
     notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Totals:
+        """The inverse of `dataclasses.asdict`, also after JSON, which has lists in the place of tuples."""
+        return cls(**{**fields, "notes": tuple(fields["notes"])})
 
     def plus(self, transfer: Transfer, moved: int) -> Totals:
         """These totals and one more run, which moved ``moved`` bytes."""

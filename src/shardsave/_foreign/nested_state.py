@@ -285,8 +285,8 @@ def _choose_below(values: dict[Keys, Any], what: str) -> str:
     return ""
 
 
-def _list_values(values: dict[str, Any], most: int = _LISTED) -> str:
-    return some((f"{name!r} ({describe(value)})" for name, value in values.items()), most)
+def _list_values(values: dict[str, Any]) -> str:
+    return some((f"{name!r} ({describe(value)})" for name, value in values.items()), _LISTED)
 
 
 def _left_out(content: Any, node: _Node, survey: _Survey) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import Union
 import torch
 
 from shardsave._common.spread import Spread
-from shardsave._common.windows import seen
+from shardsave._common.spread_views import region_of, viewed
 from shardsave._loading.slots import Slot
 
 
@@ -20,8 +20,17 @@ def parts_seen(views: Sequence[torch.Tensor], slots: Sequence[Slot]) -> Sequence
     spreads = {_storage_of(slot.form): slot.part.spread for slot in slots if slot.part is not None}
     if not spreads:
         return views
-    found = [seen(spreads[_storage_of(view)], view) if _storage_of(view) in spreads else view for view in views]
-    return None if any(one is None for one in found) else found  # type: ignore[return-value]
+    found: list[Union[torch.Tensor, Spread]] = []
+    for view in views:
+        spread = spreads.get(_storage_of(view))
+        if spread is None:
+            found.append(view)
+            continue
+        region = region_of(view, spread.stand_in)
+        if region is None:
+            return None
+        found.append(viewed(spread, region))
+    return found
 
 
 def _storage_of(tensor: torch.Tensor) -> object:

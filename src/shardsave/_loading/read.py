@@ -10,11 +10,12 @@ import numpy as np
 import torch
 
 from shardsave._common.boxes import box
+from shardsave._common.derived_layouts import Region
 from shardsave._common.gc_pause import gc_paused
 from shardsave._common.progress import Progress
 from shardsave._common.sources import TensorSource
 from shardsave._common.spread import Spread
-from shardsave._common.windows import window
+from shardsave._common.spread_views import viewed
 from shardsave._engine import engine
 from shardsave._engine.blocks import Blocks, blocks
 from shardsave._engine.totals import Totals
@@ -135,7 +136,7 @@ def _chunk_targets(target: Target) -> list[Target]:
     if not located.chunks:
         return [target]
     if isinstance(into, Spread):
-        return [(chunk, window(into, begin, chunk.shape)) for begin, chunk in located.chunks]
+        return [(chunk, viewed(into, Region.box(begin, chunk.shape))) for begin, chunk in located.chunks]
     return [(chunk, None if into is None else into[box(begin, chunk.shape)]) for begin, chunk in located.chunks]
 
 

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from shardsave._common.gc_pause import gc_paused
 from shardsave._common.memory import PLAIN_TYPES, address, shared_names
 from shardsave._format.quantised import part_name
-from shardsave._state.distributed_tensors import NotReadable, Part, PartReader, is_distributed, tied_parts
+from shardsave._state.distributed_tensors import LocalPart, NotReadable, PartReader, is_distributed, tied_parts
 from shardsave._state.module import EXTRA_STATE
 from shardsave._state.offload import Offloaded, offloaded_tensors
 from shardsave._state.quantised import quantised
@@ -39,7 +39,7 @@ class Slot(NamedTuple):
     saved: bool
     offloaded: Offloaded | None = None
     whole: torch.Tensor | None = None
-    part: Part | None = None
+    part: LocalPart | None = None
 
     @property
     def memory(self) -> torch.Tensor:

@@ -17,17 +17,12 @@ from numpy.typing import NDArray
 
 from shardsave._common.layouts import Extent
 from shardsave._common.sources import ByteSource, TensorSource
-from shardsave._engine import engine
-from shardsave._engine.blocks import blocks
-from shardsave._engine.transfer import BLOCK_BYTES
+from shardsave._engine.checksums import checksums
 from shardsave._format.crc64 import raw_of_rows, raw_sums_of, shift, shifted
 from shardsave._ranks.shares import element_strides
 
-#: So many bytes are summed in one call.
+#: The most bytes that are summed in one call.
 _STEP = 1 << 20
-
-#: Of so many bytes each box begins at a multiple in the table of blocks, so that no element is cut.
-_ALIGNMENT = 64
 
 
 class Runs(NamedTuple):
@@ -58,7 +53,7 @@ def runs_of(shape: tuple[int, ...], itemsize: int, box: Extent) -> Runs:
     return Runs(length, tuple(levels), math.prod(shape) * itemsize - last)
 
 
-class Part(NamedTuple):
+class Summand(NamedTuple):
     """The elements of a box in a tensor. ``checksum``: of ``source``, if it is known."""
 
     source: ByteSource
@@ -66,7 +61,7 @@ class Part(NamedTuple):
     checksum: int | None = None
 
 
-def box_sums(parts: Sequence[Part], workers: int | None, check: Callable[[], object]) -> NDArray[np.uint64]:
+def box_sums(parts: Sequence[Summand], workers: int | None, check: Callable[[], object]) -> NDArray[np.uint64]:
     """What each of ``parts`` adds to the raw sum of its tensor. ``check`` is called again and again.
 
     Raises TransferFault, and what ``check`` raises.
@@ -75,8 +70,8 @@ def box_sums(parts: Sequence[Part], workers: int | None, check: Callable[[], obj
     in_one = [number for number, part in enumerate(parts) if not part.runs.levels]
     if in_one:
         unknown = [number for number in in_one if parts[number].checksum is None]
-        checksums = dict(zip(unknown, _checksums([parts[number].source for number in unknown], workers, check)))
-        known = [checksums.get(number, parts[number].checksum) for number in in_one]
+        computed = dict(zip(unknown, checksums([parts[number].source for number in unknown], workers=workers, check=check)))
+        known = [computed.get(number, parts[number].checksum) for number in in_one]
         lengths = np.array([parts[number].runs.length for number in in_one], np.int64)
         sums[in_one] = raw_sums_of(np.array(known, np.uint64), lengths)
     for number, part in enumerate(parts):
@@ -85,19 +80,7 @@ def box_sums(parts: Sequence[Part], workers: int | None, check: Callable[[], obj
     return shifted(sums, np.array([part.runs.after for part in parts], np.int64))
 
 
-def _checksums(sources: Sequence[ByteSource], workers: int | None, check: Callable[[], object]) -> Sequence[int]:
-    """The complete checksum of each of ``sources``."""
-    if not sources:
-        return ()
-    extents = np.ones((len(sources), 4), np.int64)
-    extents[:, 0] = 0
-    extents[:, 2] = [source.nbytes for source in sources]
-    extents[0, 1] = 0
-    extents[1:, 1] = np.cumsum(-(-extents[:-1, 2] // _ALIGNMENT) * _ALIGNMENT)
-    return engine.gather(blocks(extents, BLOCK_BYTES), sources, workers=workers, tick=lambda done: check()).sums
-
-
-def _sum_of_runs(part: Part, check: Callable[[], object]) -> int:
+def _sum_of_runs(part: Summand, check: Callable[[], object]) -> int:
     """The raw sum of a part with several runs, up to the end of the last one."""
     source, runs, _ = part
     total, last, local = 0, 0, 0

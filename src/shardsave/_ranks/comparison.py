@@ -20,7 +20,7 @@ from shardsave._common.sources import ByteSource, TensorSource
 from shardsave._common.spread import Spread
 from shardsave._format.crc64 import raw_sums_of
 from shardsave._format.packing import StoredTensor
-from shardsave._ranks.box_sums import Part, Runs, box_sums, runs_of
+from shardsave._ranks.box_sums import Runs, Summand, box_sums, runs_of
 from shardsave._ranks.joined_sums import factors, times
 from shardsave._ranks.replicas import shared, view_of
 from shardsave._ranks.talk import Session
@@ -99,7 +99,7 @@ class AmongRanks:
     def _sums_of(self, numbers: Sequence[int]) -> Sums:
         """What this rank adds to the raw sum of each tensor."""
         total = np.zeros(len(numbers), np.uint64)
-        parts: list[Part] = []
+        parts: list[Summand] = []
         places: list[int] = []
         assumed: dict[str, int] = {}  # name → the place of a sum that may be remembered
         with gc_paused():
@@ -122,7 +122,7 @@ class AmongRanks:
         self._sums.update((name, int(total[place])) for name, place in assumed.items())
         return total
 
-    def _is_alone_in(self, piece: ByteSource, parts: Sequence[Part]) -> bool:
+    def _is_alone_in(self, piece: ByteSource, parts: Sequence[Summand]) -> bool:
         """Whether ``parts`` are all that this rank has of ``piece``, in one tensor, and no other rank has it too: a change of a replica
         that this rank was sent by a collective is not counted by torch, but where it was made it is."""
         if not isinstance(piece, Spread) or len(piece.local) != 1 or len(parts) != 1:
@@ -132,16 +132,16 @@ class AmongRanks:
             return False
         return all(len(box.holders) == 1 for box in _boxes(piece.layout, self._session.rank, piece.dtype.itemsize))
 
-    def _given(self, number: int, piece: ByteSource) -> list[Part]:
+    def _given(self, number: int, piece: ByteSource) -> list[Summand]:
         """What this rank sums of a tensor, so that of each element one rank sums it. Replicas take turns from tensor to tensor."""
         rank = self._session.rank
         if not isinstance(piece, Spread):  # rank 0 writes it
-            return [Part(piece, Runs(piece.nbytes, (), 0), getattr(piece, "crc", None))] if rank == 0 else []
+            return [Summand(piece, Runs(piece.nbytes, (), 0), getattr(piece, "crc", None))] if rank == 0 else []
         parts = []
         for holders, box, runs in _boxes(piece.layout, rank, piece.dtype.itemsize):
             if holders[number % len(holders)] == rank:
                 tensor = view_of(piece.local, box)
-                parts.append(Part(TensorSource(tensor, piece.dtype), runs, piece.sum_of(tensor)))
+                parts.append(Summand(TensorSource(tensor, piece.dtype), runs, piece.sum_of(tensor)))
         return parts
 
 

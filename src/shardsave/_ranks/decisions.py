@@ -50,7 +50,7 @@ class Decisions:
     """The decisions for the run ``shown``, as one of its ranks sees them. For one thread. All methods raise ShardSaveError if the store
     is lost; `leave` raises nothing.
 
-    ``number``: of the objects for this run that all ranks have made. ``patience``: for so many seconds the others wait until rank 0 has
+    ``number``: of the objects for this run that all ranks have made. ``patience``: how many seconds the others wait until rank 0 has
     passed a turn: nothing says meanwhile whether it is alive.
     """
 

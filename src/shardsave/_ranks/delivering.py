@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
@@ -50,33 +50,27 @@ class Reading(NamedTuple):
 
 
 class Delivering:
-    """The exchange of one load. All ranks make it with equal ``readings``, one for each rank.
+    """What ranks exchange in one load. All ranks make it with equal ``readings``, one for each rank.
 
-    ``targets``: the tensors by number, each with the boxes that this rank fills (`Spread.local`). ``takers(tensor, reader)``: which ranks
-    take which boxes of what ``reader`` reads; by default each rank takes all its boxes.
+    ``targets``: the tensors by number, each with the boxes that this rank fills (`Spread.local`). Each rank takes all boxes that it holds.
 
-    Use: make it (no I/O), `start`, then ``engine.read(files, delivering.blocks, delivering.pieces, windows=delivering.windows, …)`` (also
-    where there is nothing to read), `finish`; `close` in any case. The sums of the run are those of this rank's pieces. A piece that this
+    Use: make it (no I/O), start its ``exchange``, then ``engine.read(files, delivering.blocks, delivering.pieces,
+    windows=delivering.windows, …)`` (also where there is nothing to read), finish the exchange; close that in any case. From start to
+    finish, local tensors are written on threads of the exchange. The sums of the run are those of this rank's pieces. A piece that this
     rank alone needs, and whose place is contiguous, is read straight into it.
     """
 
-    def __init__(
-        self,
-        session: Session,
-        readings: Sequence[Reading],
-        targets: Sequence[Spread],
-        takers: Callable[[Spread, int], Takers] | None = None,
-    ) -> None:
+    def __init__(self, session: Session, readings: Sequence[Reading], targets: Sequence[Spread]) -> None:
         self._session = session
         self._readings = readings
         self._targets = targets
-        self._takers = takers or _AllBoxes().of
+        self._takers = _AllBoxes().of
         self._runs: dict[int, Run] = {}
         traffic = Traffic(session.rank, "out", self._run, self._takers)
         with gc_paused():
             of_block = traffic.windowed()
-        self._exchange = Exchange(session, range(session.size), np.flatnonzero(of_block).tolist(), traffic)
-        self.windows = RunWindows(self._exchange, 0, of_block)
+        self.exchange = Exchange(session, range(session.size), np.flatnonzero(of_block).tolist(), traffic)
+        self.windows = RunWindows(self.exchange, 0, of_block)
 
     @property
     def blocks(self) -> Blocks:
@@ -96,36 +90,6 @@ class Delivering:
             else:
                 found.append(InWindow(tensor.dtype, (nbytes // tensor.dtype.itemsize,), nbytes))
         return found
-
-    @property
-    def sent_bytes(self) -> int:
-        """The bytes that left this rank for others."""
-        return self._exchange.sent_bytes
-
-    @property
-    def received_bytes(self) -> int:
-        """The bytes that came from other ranks."""
-        return self._exchange.received_bytes
-
-    @property
-    def peak_bytes(self) -> int:
-        """The most memory that this rank had for that, beside the engine's ring."""
-        return self._exchange.peak_bytes
-
-    def start(self) -> None:
-        """Connects to the other ranks; from now on local tensors are written. Every rank calls it, also one that reads nothing.
-
-        Raises what `Session.check` raises, and ShardSaveError.
-        """
-        self._exchange.start()
-
-    def finish(self) -> None:
-        """Waits until this rank's boxes are filled, and the other ranks have taken everything that it read. Raises as `start`."""
-        self._exchange.finish()
-
-    def close(self) -> None:
-        """Ends threads and connections and frees the memory, after success and after any error. Never waits for other ranks."""
-        self._exchange.close()
 
     def _run(self, reader: int) -> Run:
         """What ``reader`` reads. A piece that no other rank takes, and whose place on ``reader`` is contiguous, is not exchanged."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import NamedTuple
 
 from shardsave._common.boxes import boxes
@@ -114,20 +114,12 @@ def _runs(begin: Sequence[int], sizes: Sequence[int], shape: Sequence[int], lone
         begin[dim - 1], sizes[dim - 1] = 0, shape[dim - 1]
     outer = [range(at, at + size) for at, size in zip(begin[: max(dim - 1, 0)], sizes)]
     inside = begin[dim - 1] * math.prod(shape[dim:]) if dim else 0
-    for indices in _product(outer):
+    for indices in product(*outer):
         first = _flat(indices, shape) + inside
         stop = first + length
         if length < lone:
             first, stop = first // lone * lone, min(-(-stop // lone) * lone, math.prod(shape))
         yield first, stop
-
-
-def _product(ranges: Sequence[range]) -> Iterator[tuple[int, ...]]:
-    if not ranges:
-        yield ()
-        return
-    for index in ranges[0]:
-        yield from ((index, *rest) for rest in _product(ranges[1:]))
 
 
 def _flat(indices: Sequence[int], shape: Sequence[int]) -> int:

@@ -51,7 +51,8 @@ class _Block:
 class Exchange:
     """``owners``: the ranks that own any blocks. ``windowed``: the numbers of this rank's blocks that need a window, ascending.
 
-    ``traffic``: what each rank does in a block; in a save the ranks fill windows, in a load they empty them.
+    ``traffic``: what each rank does in a block; in a save the ranks fill windows, in a load they empty them. ``sent_bytes``,
+    ``received_bytes``: what has left this rank for others, and what has come from them.
     Threads: `take` and `give_back` are for the engine's workers, the rest for the thread that made it.
     """
 
@@ -90,7 +91,10 @@ class Exchange:
         return self._far.buffers.peak_bytes + self._count * BLOCK_BYTES
 
     def start(self) -> None:
-        """Connects to the other ranks. Raises what `Session.check` raises, and ShardSaveError."""
+        """Connects to the other ranks. Every rank calls it, also one that owns nothing.
+
+        Raises what `Session.check` raises, and ShardSaveError.
+        """
         self._traffic.follow_caller()
         token = self._session.publish("exchange", HostLinks.new_token() if self._session.leads else None)
         if self._count:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
-#: So many signs of life are given within the time after which a rank that gives none is lost.
+#: How many signs of life are given within the time after which a rank that gives none is lost.
 _BEATS = 8
 #: Seconds between them, at most.
 _LONGEST = 10.0

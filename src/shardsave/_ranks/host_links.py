@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _HELLO, _DONE, _WINDOWS, _OPEN, _END, _LEAVE = range(6)
 _MESSAGE = struct.Struct("=iqq")
 
-#: So many owners have windows that this rank uses for the most part; of more it uses small parts of each.
+#: Of this many owners or fewer, a rank uses most of each window, so all pages are mapped at once; of more, small parts of each.
 _FEW = 8
 
 #: Pauses between attempts to connect to a rank that does not listen yet, in seconds.

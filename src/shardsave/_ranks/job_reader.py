@@ -12,11 +12,12 @@ import torch
 
 from shardsave._common.assembled import Chunk
 from shardsave._common.boxes import copy_in
+from shardsave._common.derived_layouts import Region
 from shardsave._common.gc_pause import gc_paused
 from shardsave._common.layouts import Layout, Whole
 from shardsave._common.progress import Progress
 from shardsave._common.spread import Spread
-from shardsave._common.windows import window
+from shardsave._common.spread_views import viewed
 from shardsave._engine.blocks import blocks
 from shardsave._engine.transfer import BLOCK_BYTES, Piece
 from shardsave._format.dtypes import BY_NAME, torch_shape
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from shardsave._ranks.session import Session
 
 
-#: So many shards can surely be open at the same time, on any rank.
+#: Every rank can have this many shards open at the same time.
 _FEW_SHARDS = 16
 
 
@@ -103,11 +104,12 @@ class JobReader(TensorReader):
             held = {*group}
             of_ranks = [[one for one in ranges if stored[one.number].shard in held] for ranges in common]
             readings = [_reading(stored, ranges, group) for ranges in of_ranks]
-            with closing(Delivering(self._session, readings, [one.spread for one in stored])) as delivering:
-                delivering.start()
+            delivering = Delivering(self._session, readings, [one.spread for one in stored])
+            with closing(delivering.exchange) as exchange:
+                exchange.start()
                 planned, pieces, windows = delivering.blocks, delivering.pieces, delivering.windows
                 transfer = self._transfer(group, planned, pieces, checksum=self._verify, windows=windows)
-                delivering.finish()
+                exchange.finish()
             mine = of_ranks[self._session.rank]
             if mine:
                 self.shards.update(stored[one.number].shard for one in mine)
@@ -209,7 +211,7 @@ def _chunks(located: Located, into: torch.Tensor | Spread | None) -> Iterator[tu
     if not located.chunks:
         yield located, spread
     for begin, chunk in located.chunks:
-        yield chunk, window(spread, begin, chunk.shape)
+        yield chunk, viewed(spread, Region.box(begin, chunk.shape))
 
 
 def _all_stored(wants: Mapping[Key, Want], mine: Mapping[Key, tuple[Located, Spread]], rank: int) -> list[_Stored]:

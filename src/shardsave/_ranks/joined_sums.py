@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _REDUCTION = np.uint64(0x1B)
 _ONE, _TOP = np.uint64(1), np.uint64(63)
 
-#: If something is damaged, sums of so many groups of tensors are compared, and then those of the tensors in damaged groups.
+#: If something is damaged, the sums of this many groups of tensors are compared, and then those of the tensors in damaged groups.
 _GROUPS = 1024
 
 

@@ -20,7 +20,7 @@ from shardsave._ranks.sockets import Listener, Message, Peer, Waiter
 from shardsave._ranks.values import pack, unpack
 
 _LEFT = b"left"
-#: For so many seconds a leader that leaves waits for members that do not read.
+#: How many seconds a leader that leaves waits for members that do not read.
 _PATIENCE = 5.0
 
 

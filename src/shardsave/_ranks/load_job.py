@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from shardsave._common.memory_errors import check_free_memory
 from shardsave._common.progress import Progress
@@ -88,12 +88,8 @@ class LoadJob:
             joined, of_all = Totals(), set[str]()
             for data in everywhere:
                 of_rank, *names = json.loads(data)
-                joined = joined.joined(_totals(of_rank))
+                joined = joined.joined(Totals.of(of_rank))
                 of_all.update(names)
             told = json.dumps([asdict(joined), len(of_all)]).encode()
         of_job, count = json.loads(self._session.publish("what all have read", told))
-        return _totals(of_job), count
-
-
-def _totals(fields: dict[str, Any]) -> Totals:
-    return Totals(**{**fields, "notes": tuple(fields["notes"])})
+        return Totals.of(of_job), count

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from shardsave._common.assembled import Chunk
-from shardsave._common.sources import ByteSource, Part, TensorSource
+from shardsave._common.sources import ByteRange, ByteSource, TensorSource
 from shardsave._common.spread import Spread
 
 
@@ -18,8 +18,8 @@ def place_of(spread: Spread, begin: int, end: int) -> ByteSource:
             start = first * spread.dtype.itemsize
             source = TensorSource(chunk.tensor, spread.dtype)
             if start <= begin and end <= start + source.nbytes:
-                return Part(source, begin - start, end - begin)
-    return Part(spread, begin, end - begin)
+                return ByteRange(source, begin - start, end - begin)
+    return ByteRange(spread, begin, end - begin)
 
 
 def _begin_of_run(chunk: Chunk, shape: Sequence[int]) -> int | None:

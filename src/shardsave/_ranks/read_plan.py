@@ -10,13 +10,13 @@ from shardsave._format.dtypes import BY_NAME
 from shardsave._ranks.division import CommonRange, Division, divide
 from shardsave._ranks.wants import Key, Want
 
-#: Neighbouring ranges of a file are read by one rank, up to so many bytes, so that small tensors share reads.
+#: One rank reads neighbouring ranges of a file, up to this many bytes together, so that small tensors share reads.
 RUN_BYTES = 4 << 20
 
 #: Ranges of a file with a gap of fewer bytes are neighbours.
 _GAP_BYTES = 4096
 
-#: The reader of a range is the one with the fewest bytes so far among at most so many of the ranks that need it.
+#: The reader of a range is the one with the fewest bytes so far among at most this many of the ranks that need it.
 _CANDIDATES = 32
 
 

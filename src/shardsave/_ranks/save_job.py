@@ -63,7 +63,7 @@ _LAYOUT, _KEPT = "layout on disk", b"kept"
 #: Begins an outcome that is an error.
 _FAILED = b"!"
 
-#: For so many seconds a rank that was not told the outcome looks whether the new index appears, and how often.
+#: How long a rank that was not told the outcome looks for the new index, and the pause after each look, in seconds.
 _PATIENCE, _PAUSE = 2.0, 0.02
 
 
@@ -212,7 +212,7 @@ class SaveJob:
                     yield from self._telling(joined)
         finally:
             if self._shipping is not None:
-                self._shipping.close()
+                self._shipping.exchange.close()
 
     def _telling(self, files: ShardFiles) -> Iterator[ShardFiles]:
         """Other ranks are told of an error before this one removes what it has made, so that they end what they are doing."""
@@ -267,14 +267,14 @@ class SaveJob:
         self._mine = {*own, *apart}
         try:
             yield Share(own, shipping, apart, {} if self.leads else documents)
-            shipping.finish()
+            shipping.exchange.finish()
         except BaseException:
-            shipping.close()
+            shipping.exchange.close()
             raise
 
     def stage(self, work: Callable[[], object]) -> None:
         assert self._shipping is not None
-        self._shipping.start()  # the first windows are filled while rank 0 stages
+        self._shipping.exchange.start()  # the first windows are filled while rank 0 stages
         if self._transaction is not None:
             with self._session.for_all():
                 work()
@@ -291,7 +291,7 @@ class SaveJob:
             self._session.watch = None
         votes = self._session.gather("finished files", encode_written(written))
         if self._shipping is not None and not self.leads:
-            self._shipping.close()  # while rank 0 commits; to free the windows takes as long as to write some of them
+            self._shipping.exchange.close()  # while rank 0 commits; to free the windows takes as long as to write some of them
         return written if votes is None else joined(map(decode_written, dict.fromkeys(votes)))
 
     def commit(self, work: Callable[[], Committed]) -> Committed:

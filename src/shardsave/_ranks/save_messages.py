@@ -6,7 +6,6 @@ import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
 
 from shardsave._engine.totals import Totals
 from shardsave._format.index import FileRecord, ShardRecord
@@ -39,12 +38,8 @@ def decode_written(data: bytes) -> Written:
     return Written(
         {name: ShardRecord(*record) for name, record in records.items()},
         {name: FileRecord(*record) for name, record in file_records.items()},
-        _totals(totals),
+        Totals.of(totals),
     )
-
-
-def _totals(fields: dict[str, Any]) -> Totals:
-    return Totals(**{**fields, "notes": tuple(fields["notes"])})
 
 
 def joined(parts: Iterator[Written]) -> Written:
@@ -66,4 +61,4 @@ def encode_committed(committed: Committed) -> bytes:
 
 def decode_committed(data: bytes) -> Committed:
     tensors, directory_bytes, outcome, totals = json.loads(data)
-    return Committed(tensors, directory_bytes, CommitOutcome(*map(tuple, outcome)), _totals(totals))
+    return Committed(tensors, directory_bytes, CommitOutcome(*map(tuple, outcome)), Totals.of(totals))

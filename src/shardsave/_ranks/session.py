@@ -32,7 +32,7 @@ _T = TypeVar("_T")
 
 #: Bytes of the checksum of a phase's name, which come before its values.
 _NAME = 4
-#: For so many seconds a rank that was interrupted waits until the others have been told.
+#: How many seconds a rank that was interrupted waits until the others have been told.
 TELLING = 1.0
 #: The part of the time without a sign of life that one call of the store may take.
 STALL = 0.5

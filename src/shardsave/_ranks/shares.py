@@ -87,7 +87,7 @@ class BlockShares(NamedTuple):
 
     def tensor(self, n: int) -> Spread:
         """The tensor of segment ``n``."""
-        tensor = self.run.tensors[self.piece[n]]
+        tensor: Spread | None = self.run.tensors[int(self.piece[n])]
         assert tensor is not None
         return tensor
 

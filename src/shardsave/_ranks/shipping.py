@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 
 class Shipping:
-    """The exchange of one save. All ranks make it with equal ``shards`` and ``owners``: the rank that writes each shard.
+    """What ranks exchange in one save. All ranks make it with equal ``shards`` and ``owners``: the rank that writes each shard.
 
     Pieces of ``shards`` are `Spread` tensors (or other sources, which the owner then holds itself). ``mine``: the numbers of the shards
     that this rank owns. ``own``: these shards, with pieces for this rank's engine. They must be written in this order, every one:
     ``ShardWriter(transaction, shipping.own, names, watch, supply=shipping, …)``.
 
-    Use: make it (no I/O), `start`, write, `finish`; `close` in any case.
-    Threads: it has threads of its own, on which local tensors are read; `start`, `finish` and `close` are for the thread that saves.
+    Use: make it (no I/O), start its ``exchange``, write, finish the exchange; close that in any case. From start to finish, local tensors
+    are read on threads of the exchange.
     """
 
     def __init__(self, session: Session, shards: Sequence[PlannedShard], owners: Sequence[int]) -> None:
@@ -44,47 +44,14 @@ class Shipping:
         self._next = 0
         traffic = Traffic(session.rank, "in", self._run, self._givers.of)
         self._windowed = traffic.windowed()
-        self._exchange = Exchange(session, sorted(self._shards), np.flatnonzero(self._windowed).tolist(), traffic)
-
-    @property
-    def sent_bytes(self) -> int:
-        """The bytes that left this rank for others."""
-        return self._exchange.sent_bytes
-
-    @property
-    def received_bytes(self) -> int:
-        """The bytes that came from other ranks."""
-        return self._exchange.received_bytes
-
-    @property
-    def peak_bytes(self) -> int:
-        """The most memory that this rank had for that, beside the engine's ring."""
-        return self._exchange.peak_bytes
-
-    def start(self) -> None:
-        """Connects to the other ranks; from now on local tensors are read. Every rank calls it, also one that owns nothing.
-
-        Raises what `Session.check` raises, and ShardSaveError.
-        """
-        self._exchange.start()
+        self.exchange = Exchange(session, sorted(self._shards), np.flatnonzero(self._windowed).tolist(), traffic)
 
     def windows(self, group: Sequence[PlannedShard]) -> RunWindows:
         """The windows of the engine's run that writes ``group``, the next shards of ``own``."""
         files = self._run(self._session.rank).blocks.table[:, 0]
         first, stop = np.searchsorted(files, [self._next, self._next + len(group)]).tolist()
         self._next += len(group)
-        return RunWindows(self._exchange, first, self._windowed[first:stop])
-
-    def finish(self) -> None:
-        """Waits until the other ranks have taken everything from this one: local tensors are then read no more.
-
-        An owner calls it after its engine's last run. Calls `Session.check` all the time. Raises as `start`.
-        """
-        self._exchange.finish()
-
-    def close(self) -> None:
-        """Ends threads and connections and frees the memory, after success and after any error. Never waits for other ranks."""
-        self._exchange.close()
+        return RunWindows(self.exchange, first, self._windowed[first:stop])
 
     def _run(self, owner: int) -> Run:
         """What ``owner`` writes. A tensor that it holds as a whole is not exchanged."""

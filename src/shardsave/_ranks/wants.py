@@ -11,9 +11,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from shardsave._common.derived_layouts import Region, Viewed
 from shardsave._common.gc_pause import gc_paused
 from shardsave._common.layouts import Grid, Layout, Listed, Placed, Split, Whole
-from shardsave._common.windows import Window
 
 if TYPE_CHECKING:
     from shardsave._ranks.session import Session
@@ -69,7 +69,7 @@ def _published(session: Session, classes: list[list[list[int]]]) -> list[list[li
 
 def _with_ranks(wants: Mapping[Key, Want], ranks: tuple[int, ...]) -> dict[Key, Want]:
     """``wants`` of all of ``ranks``, which want the same: whole tensors are wanted by each of them."""
-    if not any(isinstance(want.layout, (Whole, Window)) for want in wants.values()):
+    if not any(isinstance(want.layout, (Whole, Viewed)) for want in wants.values()):
         return dict(wants)
     return {key: want._replace(layout=_of_ranks(want.layout, ranks)) for key, want in wants.items()}
 
@@ -77,8 +77,8 @@ def _with_ranks(wants: Mapping[Key, Want], ranks: tuple[int, ...]) -> dict[Key, 
 def _of_ranks(layout: Layout, ranks: tuple[int, ...]) -> Layout:
     if isinstance(layout, Whole):
         return Whole(ranks, layout.shape)
-    if isinstance(layout, Window):
-        return Window(_of_ranks(layout.layout, ranks), layout.begin, layout.sizes, layout.dims)
+    if isinstance(layout, Viewed):
+        return Viewed(_of_ranks(layout.whole, ranks), layout.region)
     return layout
 
 
@@ -135,8 +135,8 @@ def _encode(layout: Layout) -> list[Any]:
         return ["whole", layout.shape]
     if isinstance(layout, Placed):
         return ["placed", layout.shape, layout.grid.ranks, layout.grid.sizes, layout.splits]
-    if isinstance(layout, Window):
-        return ["window", layout.begin, layout.sizes, layout.dims, _encode(layout.layout)]
+    if isinstance(layout, Viewed):
+        return ["viewed", layout.region, _encode(layout.whole)]
     return ["listed", layout.shape, [(rank, layout.boxes(rank)) for rank in layout.ranks]]
 
 
@@ -151,8 +151,8 @@ def _decode(kind: str, *values: Any) -> Layout:
     if kind == "placed":
         shape, ranks, sizes, splits = values
         return Placed(Grid(ranks, sizes), [Split(*split) for split in splits], shape)
-    if kind == "window":
-        begin, sizes, dims, layout = values
-        return Window(_decode(*layout), begin, sizes, dims)
+    if kind == "viewed":
+        region, whole = values
+        return Viewed(_decode(*whole), Region(*map(tuple, region)))
     shape, by_rank = values
     return Listed({rank: [(tuple(begin), tuple(sizes)) for begin, sizes in boxes] for rank, boxes in by_rank}, shape)

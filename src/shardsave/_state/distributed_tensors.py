@@ -36,7 +36,7 @@ class NotReadable(Exception):
         self.found = found
 
 
-class Part(NamedTuple):
+class LocalPart(NamedTuple):
     """The part of a distributed tensor in this process. ``local``: the tensor that has all elements of ``spread`` that are here."""
 
     spread: Spread
@@ -109,7 +109,7 @@ class PartReader:
         self._held: dict[Any, _Held] = {}
         self._of_specs: dict[Any, tuple[_Held, Any]] = {}  # with the spec, whose identity is a part of the key
 
-    def read(self, tensor: torch.Tensor) -> Part:
+    def read(self, tensor: torch.Tensor) -> LocalPart:
         """The part of ``tensor``, which `is_distributed`, in this process. Raises NotReadable."""
         if not is_dtensor(tensor):
             return self._listed(tensor, getattr(tensor, _CHUNK_LIST), _local_of(tensor))
@@ -123,9 +123,9 @@ class PartReader:
             raise NotReadable("a DTensor of plain tensors was expected", f"its local tensor is {an(type(local).__name__)}")
         data = local.data  # if the parameter gets other data during the save, this memory stays alive
         if len(begins) == 1 and data.shape == sizes:  # nearly all tensors
-            return Part(Spread(tensor.dtype, layout, (Chunk(begins[0], data),)), local)
+            return LocalPart(Spread(tensor.dtype, layout, (Chunk(begins[0], data),)), local)
         try:
-            return Part(Spread(tensor.dtype, layout, local_chunks(layout, self.rank, data)), local)
+            return LocalPart(Spread(tensor.dtype, layout, local_chunks(layout, self.rank, data)), local)
         except ValueError as error:
             raise NotReadable(f"a local tensor as {tensor.placements} says was expected", str(error)) from None  # type: ignore[attr-defined]
 
@@ -155,10 +155,10 @@ class PartReader:
             found = self._grids[id(mesh)] = (mesh, Grid(ranks, tuple(mesh.mesh.shape)))
         return found[1]
 
-    def _listed(self, tensor: torch.Tensor, chunk_list: Callable[[], Any], local: torch.Tensor) -> Part:
+    def _listed(self, tensor: torch.Tensor, chunk_list: Callable[[], Any], local: torch.Tensor) -> LocalPart:
         boxes: list[Extent] = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in chunk_list()]
         layout = Listed({self.rank: [box for box in boxes if 0 not in box[1]]}, tensor.shape)
-        return Part(Spread(tensor.dtype, layout, _pieces(local.data, layout.boxes(self.rank))), local)
+        return LocalPart(Spread(tensor.dtype, layout, _pieces(local.data, layout.boxes(self.rank))), local)
 
 
 def _split(placement: Any, dims: int) -> Split:
@@ -204,7 +204,7 @@ def _waited(local: Any) -> torch.Tensor:
     return local.wait() if type(local).__name__ == "AsyncCollectiveTensor" else local  # type: ignore[no-any-return]
 
 
-def tied_parts(named: Mapping[str, torch.Tensor], parts: Mapping[str, Part], ties: Mapping[str, str]) -> dict[str, str]:
+def tied_parts(named: Mapping[str, torch.Tensor], parts: Mapping[str, LocalPart], ties: Mapping[str, str]) -> dict[str, str]:
     """``ties`` (name → the first name with the same memory here) as those of the whole tensors.
 
     Two names of one Parameter are tied even if this process has no element of it. Parts in one memory that belong to different boxes, or

@@ -15,8 +15,8 @@ from shardsave._common.sources import ByteSource, SwappedSource, TensorSource
 from shardsave._common.spread import Spread
 from shardsave._common.words import an
 from shardsave._state.distributed_tensors import (
+    LocalPart,
     NotReadable,
-    Part,
     PartReader,
     is_distributed_class,
     is_parameter,
@@ -141,7 +141,7 @@ def _entries(
     """
     flags, without_flag, swapped, reader = origins
     entries, memory, begins, ends = [], [], [], []
-    parts: dict[str, Part] = {}
+    parts: dict[str, LocalPart] = {}
     spread = {kind for kind in {*map(type, named.values())} if is_distributed_class(kind)} if reader is not None else ()
     for (name, tensor), value in zip(named.items(), values.values()):
         part = _part(name, tensor, reader) if reader is not None and type(tensor) in spread else None
@@ -167,7 +167,7 @@ def _entries(
     return tuple(entries), tuple(_overlaps(entries, memory, begins, ends))
 
 
-def _part(name: str, tensor: torch.Tensor, reader: PartReader) -> Part:
+def _part(name: str, tensor: torch.Tensor, reader: PartReader) -> LocalPart:
     """The part in this process of a distributed tensor."""
     try:
         return reader.read(tensor)

@@ -23,7 +23,6 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from typing import ParamSpec
 
 from shardsave._common.os_calls import CallFailed, call
@@ -34,6 +33,7 @@ from shardsave._storage.directory import Directory
 from shardsave._storage.freeing import RemovedFiles
 from shardsave._storage.lock import LockedDirectory
 from shardsave._storage.previous import Previous, companions_of, files_of
+from shardsave._storage.sizes import bytes_visible
 from shardsave._storage.staging import LIST_NAME, NEW_INDEX_NAME, NONCE_NAME, lists_directory, owner_of, read_list
 
 _P = ParamSpec("_P")
@@ -317,31 +317,3 @@ def is_superseded(folder: Directory, lone: os.stat_result, superseded: Supersede
         target = folder.target_of(LONE_NAME)
         return target is None or (target.st_size, target.st_mtime_ns) == superseded
     return stat.S_ISREG(lone.st_mode) and (lone.st_size, lone.st_mtime_ns) == superseded
-
-
-def bytes_on_disk(folder: Directory, names: Iterable[str]) -> int:
-    """The disk space that removing ``names`` frees: that of files which have no further name, here or elsewhere."""
-    return sum(size for size, further in _sizes(folder, names) if not further)
-
-
-def bytes_visible(folder: Directory, name: str) -> int:
-    """The disk space of the directory ``name`` and the files in it, as far as they can be listed; or of the file ``name``."""
-    total = sum(size for size, _ in _sizes(folder, (name,)))
-    with suppress(CallFailed), folder.enter(name) as inside:
-        total += sum(size for size, _ in _sizes(inside, inside.names()))
-    return total
-
-
-def _sizes(folder: Directory, names: Iterable[str]) -> list[tuple[int, bool]]:
-    """The disk space of each file among ``names``, and whether it has a name that is not among them. A clone's bytes count as its own."""
-    found: dict[tuple[int, int], tuple[os.stat_result, int]] = {}
-    for name in names:
-        with suppress(CallFailed):
-            status = folder.status_of(name)
-            if status is not None:
-                inode = status.st_dev, status.st_ino
-                found[inode] = status, found[inode][1] + 1 if inode in found else 1
-    return [
-        (status.st_blocks * 512, status.st_nlink > count and not stat.S_ISDIR(status.st_mode))
-        for status, count in found.values()
-    ]

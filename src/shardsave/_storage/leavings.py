@@ -9,8 +9,6 @@ from shardsave._format.file_names import LONE_NAME, REMOVED_INDEX_NAME
 from shardsave._format.index import Index
 from shardsave._storage.cleanup import (
     Cleaner,
-    bytes_on_disk,
-    bytes_visible,
     final_names,
     is_staged,
     is_superseded,
@@ -20,6 +18,7 @@ from shardsave._storage.companions import COMPANION_NAMES
 from shardsave._storage.lock import LockedDirectory
 from shardsave._storage.previous import files_at, files_of
 from shardsave._storage.removal import finish_removal, read_obeyed, removable
+from shardsave._storage.sizes import bytes_on_disk, bytes_visible
 from shardsave._storage.staging import lists_directory, owner_of, read_list
 
 

@@ -16,10 +16,11 @@ from shardsave._common.os_calls import CallFailed
 from shardsave._format.file_names import INDEX_NAME, REMOVED_INDEX_NAME
 from shardsave._format.index import MAX_INDEX_BYTES, Index
 from shardsave._format.index_parsing import parse_index
-from shardsave._storage.cleanup import Cleaner, bytes_on_disk, final_names
+from shardsave._storage.cleanup import Cleaner, final_names
 from shardsave._storage.directory import NO_LINKS, Directory
 from shardsave._storage.lock import LockedDirectory
 from shardsave._storage.previous import files_at, files_of
+from shardsave._storage.sizes import bytes_on_disk
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, ShardSaveError
 
 

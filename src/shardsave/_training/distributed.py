@@ -12,7 +12,7 @@ from shardsave._common.memory import memory_key
 from shardsave._common.strict_json import glimpse
 from shardsave._common.words import an
 from shardsave._format.dtypes import BY_NAME, BY_TORCH
-from shardsave._state.distributed_tensors import NotReadable, Part, PartReader, is_distributed, is_dtensor
+from shardsave._state.distributed_tensors import LocalPart, NotReadable, PartReader, is_distributed, is_dtensor
 from shardsave._state.savable import check_savable
 from shardsave._training.places import Place
 from shardsave.errors import IncompatibleCheckpointError, UnsupportedTensorError
@@ -23,7 +23,7 @@ TAG = "boxes"
 _SHARD = re.compile(r"shard (\d{1,2})")
 _REPLICATE, _OTHER = "replicate", "other"
 
-#: So many dimensions has no mesh, and so deep is no state.
+#: More dimensions than any mesh has, and a deeper nesting than any state has.
 _MAX_PLACEMENTS, _MAX_DEPTH = 32, 64
 
 
@@ -46,7 +46,7 @@ class Reader(Protocol):
     def read_into(self, name: str, tensor: torch.Tensor) -> None: ...
 
 
-def part_of(tensor: torch.Tensor, place: Place, parts: PartReader) -> Part:
+def part_of(tensor: torch.Tensor, place: Place, parts: PartReader) -> LocalPart:
     """The part of ``tensor`` in this process, to be saved. Raises UnsupportedTensorError if its elements cannot be located."""
     try:
         part = parts.read(tensor)
@@ -107,7 +107,7 @@ def new_distributed(like: Any, shape: tuple[int, ...], dtype: torch.dtype, place
     return made if made.device == like.device else made.to(like.device)
 
 
-def part_to_fill(path: str, tensor: torch.Tensor, parts: PartReader) -> Part:
+def part_to_fill(path: str, tensor: torch.Tensor, parts: PartReader) -> LocalPart:
     """The part of ``tensor`` in this process, to be filled. Raises UnsupportedTensorError if its elements cannot be located."""
     try:
         return parts.read(tensor)

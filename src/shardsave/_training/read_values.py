@@ -27,7 +27,7 @@ from shardsave._training.subclasses import read_subclass
 from shardsave._training.write_values import MAX_DEPTH
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, UnsupportedTensorError
 
-#: So many keys of one mapping may have the same hash; with more, a mapping takes very long to build.
+#: The most keys of one mapping that may have the same hash; with more, a mapping takes very long to build.
 _MAX_KEYS_PER_HASH = 8
 
 _CPU = torch.device("cpu")

@@ -19,7 +19,7 @@ from shardsave._common.memory import PLAIN_TYPES, memory_key
 from shardsave._common.sources import TensorSource
 from shardsave._common.strict_json import MAX_DIGITS
 from shardsave._common.words import an
-from shardsave._state.distributed_tensors import Part, PartReader, is_distributed
+from shardsave._state.distributed_tensors import LocalPart, PartReader, is_distributed
 from shardsave._state.module import Entry
 from shardsave._state.numpy_arrays import is_swapped, tensor_of_array
 from shardsave._state.savable import check_savable
@@ -136,14 +136,14 @@ class ValueWriter:
         self._distributed[id(tensor)] = self._distributed[memory] = known
         return known[1]
 
-    def _shared_boxes(self, tensor: torch.Tensor, part: Part, place: Place) -> Any:
+    def _shared_boxes(self, tensor: torch.Tensor, part: LocalPart, place: Place) -> Any:
         """The value of a tensor of which other ranks have the other boxes."""
         name = self._take(place.name)
         self.entries.append(Entry(name, "tensor", None, None, part.spread))
         value = {"tensor": name, "placements": placements_in_words(tensor)}
         return value if tensor.is_cpu else {**value, "on": tensor.device.type}
 
-    def _own_boxes(self, tensor: torch.Tensor, part: Part, place: Place) -> Any:
+    def _own_boxes(self, tensor: torch.Tensor, part: LocalPart, place: Place) -> Any:
         """The value of a tensor that belongs to this rank, of which it has only these boxes."""
         chunks = part.spread.local
         names = [self.tensor(chunk.tensor, f"{place.name}/{at}", place.path) for at, chunk in enumerate(chunks)]

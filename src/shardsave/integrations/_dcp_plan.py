@@ -55,7 +55,7 @@ class Weight(NamedTuple):
     tied_to: str | None
 
 
-class Part(NamedTuple):
+class Arranged(NamedTuple):
     """What this process saves, by the names under which it is stored.
 
     ``weights``: of the model. ``others``: all other tensors. ``document``: what DCP calls all of them. ``flags_known``, ``overlaps``: as in
@@ -106,7 +106,7 @@ def _add_chunk(tensors: dict[str, Held], item: WriteItem, tensor: Any) -> None:
     held.chunks.append(Chunk(tuple(data.chunk.offsets), tensor))
 
 
-def arrange(items: Items, rule: Rule | None, record: ModelRecord | None) -> Part:
+def arrange(items: Items, rule: Rule | None, record: ModelRecord | None) -> Arranged:
     """Decides what is a weight and what is stored beside the weights. ``rule``: None if this process has no weights.
 
     Raises UnsupportedTensorError, UnsupportedTrainingError.
@@ -139,7 +139,7 @@ def arrange(items: Items, rule: Rule | None, record: ModelRecord | None) -> Part
         tensor = entry.tensor
         others[entry.name] = Held(tensor.dtype, tuple(tensor.shape), [Chunk((0,) * tensor.dim(), tensor)])
     listed, flags_known, overlaps = _weights(weights, record)
-    return Part(listed, others, Document(rule or Rule(), paths, values, tuple(streams)), flags_known, overlaps)
+    return Arranged(listed, others, Document(rule or Rule(), paths, values, tuple(streams)), flags_known, overlaps)
 
 
 def _weights(
@@ -183,7 +183,7 @@ def _are_same(left: Held, right: Held) -> bool:
     return all(a.tensor is b.tensor or same_bytes(a.tensor, b.tensor) for a, b in zip(left.chunks, right.chunks))
 
 
-def alone(part: Part) -> tuple[State, tuple[Entry, ...]]:
+def alone(part: Arranged) -> tuple[State, tuple[Entry, ...]]:
     """The state of the weights, and the entries of all other tensors, if this process saves alone.
 
     Raises UnsupportedTensorError for a tensor of which it has not every element, each once.

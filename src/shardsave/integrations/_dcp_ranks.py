@@ -16,7 +16,7 @@ from shardsave._state.module import Entry, State
 from shardsave.errors import UnsupportedTensorError
 from shardsave.integrations._dcp_document import Document
 from shardsave.integrations._dcp_names import Rule, name_of
-from shardsave.integrations._dcp_plan import Held, Part, Weight
+from shardsave.integrations._dcp_plan import Arranged, Held, Weight
 
 
 class Session(Protocol):
@@ -40,7 +40,7 @@ class Joined(NamedTuple):
     document: Document
 
 
-def join(session: Session, part: Part, rule: Rule | None, order: Mapping[str, int]) -> Joined:
+def join(session: Session, part: Arranged, rule: Rule | None, order: Mapping[str, int]) -> Joined:
     """Joins the ``part`` of each rank. ``rule``: how weights are called; None if this rank has none. ``order``: DCP's name → its place in
     the state dict, which counts on rank 0.
 
@@ -55,7 +55,7 @@ def join(session: Session, part: Part, rule: Rule | None, order: Mapping[str, in
     return _applied(_unpacked(told), part)
 
 
-def _description(part: Part, rule: Rule | None) -> dict[str, Any]:
+def _description(part: Arranged, rule: Rule | None) -> dict[str, Any]:
     """``part`` as JSON, without its elements."""
     document = part.document
     return {
@@ -143,7 +143,7 @@ class _Joining:
         )
 
 
-def _applied(told: dict[str, Any], part: Part) -> Joined:
+def _applied(told: dict[str, Any], part: Arranged) -> Joined:
     weights = dict(told["weights"])
     entries = []
     for name, ((dtype, shape, kind, frozen), tied_to, boxes) in weights.items():

@@ -33,7 +33,7 @@ from shardsave._state.parts import Parts
 from shardsave.integrations._dcp_document import Document, encode
 from shardsave.integrations._dcp_model import ModelRecord
 from shardsave.integrations._dcp_names import Rule
-from shardsave.integrations._dcp_plan import Part, alone, arrange, resolve
+from shardsave.integrations._dcp_plan import Arranged, alone, arrange, resolve
 from shardsave.integrations._dcp_ranks import join
 
 
@@ -72,7 +72,7 @@ class Request(NamedTuple):
     order: Mapping[str, int]
     options: Options
 
-    def part(self) -> Part:
+    def part(self) -> Arranged:
         """What this rank saves."""
         return arrange(resolve(self.plan, self.planner), self.noted.rule, self.record)
 

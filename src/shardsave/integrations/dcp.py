@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from shardsave._api.arguments import check_path, check_progress, check_switches
+from shardsave._api.arguments import check_path, check_progress, check_switches, pick
 from shardsave._api.rank_timeouts import check_timeouts
 from shardsave._api.reports import LoadReport, SaveReport
 from shardsave._api.save import How, check_how
@@ -89,15 +89,7 @@ class StorageWriter(BlockingAsyncStager, storage.StorageWriter):
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module or None, not {type(model).__name__}")
         _check_prefix(prefix)
-        self._how = How(
-            durable=durable,
-            progress=progress,
-            lock_timeout=lock_timeout,
-            reuse=reuse,
-            recheck_every=recheck_every,
-            rank_timeout=rank_timeout,
-            phase_timeout=phase_timeout,
-        )
+        self._how = pick(How, locals())
         check_how(directory, self._how)
         self._options = Options(max_shard_size, metadata, step, metrics)
         self._options.check()
