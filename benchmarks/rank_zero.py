@@ -64,9 +64,9 @@ class Others:
     """All ranks but rank 0, in one process: ``pipe`` says what they have to say, phase by phase."""
 
     def __init__(self, ranks: int, pipe: Connection) -> None:
+        from shardsave._ranks.arrivals import Call
         from shardsave._ranks.heartbeat import Pulse
         from shardsave._ranks.line import Line
-        from shardsave._ranks.meeting import Call
 
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as in the agent of torchrun
         pipe.send(store.port)
@@ -98,16 +98,16 @@ class Others:
 
     def _meet(self) -> str:
         """Lets all ranks arrive. Returns the name of the session."""
-        from shardsave._ranks.meeting import _Arrival
+        from shardsave._ranks.arrivals import Arrival
 
         tokens = {}
         for number, host in enumerate(self._hosts):
             arrivals = {
-                rank: _Arrival(os.urandom(8).hex(), self._call.digest, f"{number:016x}", f"node-{number}") for rank in host
+                rank: Arrival(os.urandom(8).hex(), self._call.digest, f"{number:016x}", f"node-{number}") for rank in host
             }
             tokens.update({rank: arrival.token for rank, arrival in arrivals.items()})
             self._line.set_all({f"called/{rank}": json.dumps(self._call).encode() for rank in host})
-            self._line.set_all({f"arrived/{rank}": " ".join(arrival).encode() for rank, arrival in arrivals.items()})
+            self._line.set_all({f"arrived/{rank}": arrival.packed() for rank, arrival in arrivals.items()})
         while (answer := self._line.peek(f"answer/{tokens[1]}")) is None:
             time.sleep(0.01)
         kind, _, text = answer.partition(b" ")

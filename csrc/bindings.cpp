@@ -18,6 +18,7 @@
 #include "engine.h"
 #include "host_memory.h"
 #include "ring.h"
+#include "sync.h"
 
 namespace py = pybind11;
 using namespace shardsave;
@@ -210,6 +211,7 @@ PYBIND11_MODULE(_native, m) {
         copy_boxes(copies);
       },
       py::arg("copies"), py::pos_only());
+  m.def("sync_files", &sync_files, py::arg("descriptors"), py::pos_only(), py::call_guard<py::gil_scoped_release>());
   m.def("crc64_implementation", &crc64_implementation);
   m.def("crc64_force_implementation", &crc64_force_implementation);
   m.def("cuda_available", &cuda_available);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -63,6 +64,12 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     if wanted.isidentifier() and collection_path.suffix == ".py" and f"mark.{wanted}" not in collection_path.read_text():
         return True
     return None
+
+
+def pytest_collection_finish() -> None:
+    """No collection of garbage visits what is imported by now: some tests collect, and some fork."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

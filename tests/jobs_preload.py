@@ -1,5 +1,6 @@
 """What every rank of a test needs: imported once by the server from which they are forked."""
 
+import gc
 import importlib
 import os
 import pkgutil
@@ -17,3 +18,5 @@ for module in pkgutil.walk_packages(shardsave.__path__, "shardsave."):
         importlib.import_module(module.name)
 for name in os.environ.get("JOBS_PRELOAD", "").split():  # what the test itself wants
     importlib.import_module(name)
+gc.collect()
+gc.freeze()  # a rank that visited all of torch would copy its memory

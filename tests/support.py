@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import resource
 from collections.abc import Callable, Iterator
@@ -59,6 +60,28 @@ def same_state(left: nn.Module, right: nn.Module) -> bool:
     if left_state.keys() != right_state.keys():
         return False
     return all(same_bits(left_state[name], right_state[name]) for name in left_state)
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a save holds the lock of ``folder``."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+
+
+def draw_trainable(model: nn.Module, seed: int) -> nn.Module:
+    """``model``, with random values in the parameters that require grad."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    return model
 
 
 def raised(call: Callable[[], object]) -> tuple[str, str]:

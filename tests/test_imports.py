@@ -38,7 +38,9 @@ WINGS: dict[str, set[str]] = {
     "_saving": {"_common", "_engine", "_format", "_state", "_storage", "_version", "errors"},
     "_background": {"_common", "_printable", "_engine", "_format", "_saving", "_state", "errors"},
     "_loading": {"_common", "_engine", "_format", "_state", "_storage", "errors"},
-    "_ranks": {"_common", "_engine", "_format", "_loading", "_saving", "_state", "_storage", "_training", "errors"},
+    "_ranks": {
+        "_common", "_engine", "_format", "_loading", "_printable", "_saving", "_state", "_storage", "_training", "errors",
+    },
     "_huggingface": {"_common", "_format", "_loading", "_printable", "_saving", "_state", "_storage", "errors"},
     "_foreign": {"_common", "_format", "_state", "_storage", "errors"},
     "_conversion": {

@@ -12,11 +12,13 @@ import tempfile
 from pathlib import Path
 
 _SERVER = """if True:
-    import importlib, json, os, runpy, subprocess, sys, traceback
+    import gc, importlib, json, os, runpy, subprocess, sys, traceback
     folder, *modules = sys.argv[1:]
     sys.path[0] = folder
     for module in modules:
         importlib.import_module(module)
+    gc.collect()
+    gc.freeze()  # a child that visited all of torch would copy its memory
 
     def run(argv, out, err):
         '''The exit code of a script that writes to the files ``out`` and ``err``.'''

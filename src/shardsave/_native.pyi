@@ -64,6 +64,9 @@ def run(
 def copy_boxes(copies: NDArray[np.int64], /) -> None:
     """Rows of source, destination (addresses), run; inner count, source stride, destination stride; outer count and strides; in bytes."""
 
+def sync_files(descriptors: Sequence[int], /) -> Sequence[int]:
+    """Calls fsync once for each, at the same time; returns the errno of each, 0 for success."""
+
 def crc64(data: Buffer, /) -> int: ...
 def crc64_of_rows(data: Buffer, rows: int, step: int, /) -> int: ...
 def crc64_implementation() -> str: ...

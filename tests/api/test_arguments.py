@@ -13,6 +13,9 @@ import torch
 from torch import nn
 
 import shardsave
+from shardsave._api.background import InBackground
+from shardsave._api.save import How
+from shardsave._api.save_contents import What
 from shardsave._cli.convert import convert
 
 WRONG_EVERYWHERE = [3, None, b"ckpt", ""]
@@ -246,3 +249,16 @@ def test_mapped_tensors_outlive_the_files(tmp_path: Path) -> None:
     mapped = shardsave.load(tmp_path, mmap=True)["x"]
     shardsave.save({"x": torch.zeros(100_000)}, tmp_path)
     assert mapped.sum() == 100_000 and shardsave.load(tmp_path, mmap=True)["x"].sum() == 0
+
+
+def test_keywords_of_saves() -> None:
+    """Catches a keyword of a save that nothing below receives, and one that two named tuples take."""
+    below = [*What._fields, *(set(How._fields) - {"locked"})]
+    assert len(below) == len({*below})
+    for verb, own in (
+        (shardsave.save, []),
+        (shardsave.save_async, InBackground._fields),
+        (shardsave.plan_save, ["keep_last"]),
+    ):
+        keywords = set(inspect.signature(verb).parameters) - {"source", "directory"}
+        assert keywords == {*below, *own}, verb

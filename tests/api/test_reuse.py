@@ -18,7 +18,7 @@ from torch import nn
 
 import shardsave
 from faults.savers import litter_in
-from shardsave._saving import reuse
+from shardsave._saving import reuse, write
 from shardsave._storage.directory import Directory
 from shardsave._storage.transaction import Transaction
 from support import same_state
@@ -370,6 +370,44 @@ def test_no_file_system_with_links(
         f"5 unchanged shards of {folder} written again: a clone or a link of a file with the owner and the permissions of a new one was "
         "expected, it is not possible",
     )
+
+
+@pytest.mark.parametrize("moment", ["before it is opened", "before it is linked", "before it is re-read"])
+@pytest.mark.parametrize("whole", [False, True], ids=["one shard", "the checkpoint"])
+def test_a_shard_that_is_deleted_meanwhile(
+    earlier: tuple[nn.Sequential, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, whole: bool
+) -> None:
+    """Catches a note that blames the file system, or damage, for a shard that was deleted while it was compared, and a save that ends
+    without a word of it."""
+    model, folder = earlier
+    name = shardsave.inspect(folder).tensors["0.weight"].shard
+
+    def delete(*arguments: Any) -> None:
+        if whole:
+            (folder / INDEX).unlink(missing_ok=True)
+        (folder / name).unlink(missing_ok=True)
+
+    def after(function: Callable[..., Any], act: Callable[..., None]) -> Callable[..., Any]:
+        def run(*arguments: Any, **options: Any) -> Any:
+            result = function(*arguments, **options)
+            act()
+            return result
+
+        return run
+
+    if moment == "before it is opened":
+        monkeypatch.setattr(Transaction, "earlier", after(Transaction.earlier, delete))
+    elif moment == "before it is linked":
+        monkeypatch.setattr(write, "find_unchanged", after(write.find_unchanged, delete))
+    else:
+        monkeypatch.setattr(Transaction, "take_over", after(Transaction.take_over, delete))
+    report = save(model, tmp_path / "next", reuse=folder, recheck_every=1)
+    assert is_saved(model, tmp_path / "next") and report.bytes_written == LAYER
+    (note,) = report.notes
+    if moment == "before it is opened" and not whole:  # that is damage
+        assert note.startswith("corrupt checkpoint") and f"the index names {name}, there is no such file" in note
+    else:
+        assert "removed or replaced meanwhile" in note and str(folder) in note and "corrupt" not in note, note
 
 
 def test_space_that_is_needed(earlier: tuple[nn.Sequential, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import threading
 import time
@@ -16,6 +15,7 @@ from torch import nn
 
 import shardsave
 from shardsave._background import turns
+from support import is_locked
 
 
 def model(value: float = 0.0, size: int = 8) -> nn.Linear:
@@ -59,17 +59,6 @@ def held_save(source: Any, folder: Path, **options: Any) -> Iterator[tuple[shard
     finally:
         held.go.set()
         pending._flight.wait_ended(60)
-
-
-def is_locked(folder: Path) -> bool:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
 
 
 def assert_nothing_is_left(folder: Path) -> None:

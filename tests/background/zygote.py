@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 _ZYGOTE = """if True:
-    import atexit, os, signal, sys, tempfile, threading, time
+    import atexit, gc, os, signal, sys, tempfile, threading, time
     import multiprocessing
     import torch, shardsave
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -36,6 +36,8 @@ _ZYGOTE = """if True:
     def say(*words):
         os.write(1, " ".join(map(str, words)).encode() + b"\\n")
 
+    gc.collect()
+    gc.freeze()  # a child that visited all of torch would copy its memory
     for line in sys.stdin:
         command, *words = line.split()
         if command == "wait":

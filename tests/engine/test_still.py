@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from shardsave._common import backend
-from shardsave._common.sources import ByteSource, Part, TensorSource
+from shardsave._common.sources import ByteRange, ByteSource, TensorSource
 from shardsave._engine import engine
 from shardsave._engine.blocks import blocks
 from shardsave._engine.transfer import IN_WINDOW, STILL, Access
@@ -125,7 +125,7 @@ def test_still_pieces_elsewhere(tmp_path: Path) -> None:
     pieces = pieces_at(buffer, 4096)
     _, computed = written(tmp_path / "file", [TensorSource.of(p.tensor) for p in pieces], "direct")  # type: ignore[attr-defined]
     begins = np.cumsum([0, *LENGTHS]).tolist()
-    parts = [Part(Still(whole), begin, length) for begin, length in zip(begins, LENGTHS)]
+    parts = [ByteRange(Still(whole), begin, length) for begin, length in zip(begins, LENGTHS)]
     unknown = [Still(piece.tensor, None) for piece in pieces]  # type: ignore[attr-defined]
     for others in (parts, unknown):
         content, sums = written(tmp_path / "file", others, "direct")

@@ -11,6 +11,7 @@ from faults.beneath import Fate, Met, arm, disarm
 from faults.rank_savers import Case, Options, RankBench, Result, attempt_save, from_all, in_a_job, save_template
 from faults.savers import litter_in
 from faults.scenarios import NO_ROOM, check_message, held, is_unlocked, may_pass, nothing_leaked
+from shardsave._format.file_names import INDEX_NAME
 from shardsave._storage.staging import NONCE_NAME
 
 
@@ -92,5 +93,7 @@ def judge_without_disk(bench: RankBench, result: Result, met: Met, found: int | 
 def may_pass_on_a_rank(met: Met, case: Case, leftovers: tuple[str, ...], notes: tuple[str, ...]) -> bool:
     if met.call == "close" and (met.path.name == NONCE_NAME or met.path.name.startswith(".shardsave-")):
         return True  # what a rank that does not lead has only read
+    if (met.call == "stat" and met.path.name == INDEX_NAME) or met.call == "lstat":
+        return True  # which ranks have saved the checkpoint that is replaced, and under which path: a save need not know
     report = type("Report", (), {"leftovers": leftovers, "notes": notes})
     return may_pass(met, case.fate, case.number, report)  # type: ignore[arg-type]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import re
 import threading
@@ -266,8 +265,6 @@ def lived(act: Callable[[], Result], strike: Callable[[], object]) -> Lived:
     deadline = time.monotonic() + 10
     while (left := things_open() - before) and time.monotonic() < deadline:
         time.sleep(0.005)
-        if time.monotonic() > deadline - 9:
-            gc.collect()  # connections of gloo end with the error, which is in a cycle with its frames
     return Lived(result, sorted(left.elements()))
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import shardsave
 from shardsave._format.crc64 import crc64
-from support import same_bits, same_state
+from support import draw_trainable, same_bits, same_state
 
 transformers.logging.set_verbosity_error()
 
@@ -47,12 +47,7 @@ CONFIGS: dict[str, Any] = {
 
 def adapted(kind: str, seed: int = 0) -> Any:
     model = peft.get_peft_model(base(), CONFIGS[kind]())
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_()
-    return model
+    return draw_trainable(model, seed)
 
 
 def names_in(folder: Path) -> set[str]:

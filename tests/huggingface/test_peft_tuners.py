@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file
 
 import shardsave
-from support import same_bits, same_state
+from support import draw_trainable, same_bits, same_state
 from transformers_models import DECODER
 
 transformers.logging.set_verbosity_error()
@@ -73,12 +73,7 @@ def adapted(kind: str, seed: int) -> Any:
     torch.manual_seed(7)  # some kinds draw what they do not save
     options = {"random_seed": seed} if kind == "SHIRA" else {}
     model = peft.get_peft_model(base(), config_class(**OPTIONS.get(kind, LAYERS), **options))
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_()
-    return model
+    return draw_trainable(model, seed)
 
 
 def indices(model: Any) -> list[torch.Tensor]:

@@ -265,6 +265,29 @@ def test_ranks_without_weights(tmp_path: Path) -> None:
     assert [values[f"seen.{rank}"] for rank in range(4)] == [0, 1, 2, 3] and values["net"].keys() == {"weight"}
 
 
+def save_in_two_groups(rank: int, folder: Path) -> list[str]:
+    """What this rank is told when its group saves; the second group saves after the first one."""
+    both = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    told = []
+    for turn, group in enumerate(both):
+        if rank // 2 == turn:
+            writer = StorageWriter(folder, durable=False, process_group=group)
+            try:
+                dcp.save({f"layer.{rank}": torch.ones(4)}, storage_writer=writer, process_group=group)
+            except dcp.api.CheckpointException as error:
+                told += [str(failure) for failure, _ in error.failures.values()]
+        dist.barrier()
+    return told
+
+
+def test_groups_that_save_into_one_directory(tmp_path: Path) -> None:
+    """Catches a group that replaces in silence what another one has just saved."""
+    *first, one, other = run_ranks(4, save_in_two_groups, tmp_path)
+    assert first == [[], []] and one == other and len(one) == 2, (first, one, other)
+    assert all("ranks 0, 1 have just saved there and ranks 2, 3 were about to replace that" in words for words in one)
+    assert set(shardsave.load(tmp_path)) == {"layer.0", "layer.1"}
+
+
 def save_in_a_process(rank: int, folder: Path) -> None:
     model = rows(Model())
     state = {"model": model.state_dict(), "step": 3}

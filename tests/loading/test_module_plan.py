@@ -95,7 +95,7 @@ CASES = {
     "casts": Case(
         lambda: nn.Linear(3, 2).to(torch.bfloat16),
         {**linear(), "bias": located("bias", 2, dtype=torch.bfloat16)},
-        {"destinations": SAME, "casts": {(torch.float32, torch.bfloat16): 1}},
+        {"destinations": SAME, "differing": {"weight": (torch.float32, torch.bfloat16)}},
     ),
     "tied here, one on disk": Case(
         tied,
@@ -161,7 +161,7 @@ CASES = {
     ),
 }
 
-FIELDS = ("routines", "destinations", "must_equal", "missing", "unexpected", "mismatched", "casts", "flags")
+FIELDS = ("routines", "destinations", "must_equal", "missing", "unexpected", "mismatched", "differing", "flags")
 
 
 @pytest.mark.parametrize("name", CASES)

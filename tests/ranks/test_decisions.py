@@ -8,7 +8,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from shardsave import ShardSaveError
+from shardsave import SaveNotCommittedError, ShardSaveError
 from shardsave._ranks.decisions import Decision, Decisions
 from shardsave._ranks.group import Members
 
@@ -38,9 +38,23 @@ def test_a_wait_has_an_end() -> None:
     leader, other = pair(dist.HashStore(), 0.05)
     leader.announce(Decision(1))
     with pytest.raises(
-        ShardSaveError, match=r"rank 4 was expected within phase_timeout=0\.05 s to have finished 5 calls .* it has finished 1"
+        SaveNotCommittedError,
+        match=r"rank 4 was expected within phase_timeout=0\.05 s to have finished 5 calls .* it has finished 1",
     ):
         other.of(5)
+
+
+def test_a_store_that_is_lost() -> None:
+    """Catches an error after a save that says it was not made, and one before a save that does not."""
+    leader, other = pair(dist.HashStore())
+    for line in (leader._line, other._line):
+        line.close()
+    with pytest.raises(SaveNotCommittedError, match="cannot tell whether to save to run: .* nothing was written$"):
+        other.of(1)
+    for after in (lambda: leader.announce(Decision(1)), leader.told):
+        with pytest.raises(ShardSaveError, match="steps that were committed stay$") as caught:
+            after()
+        assert not isinstance(caught.value, SaveNotCommittedError)
 
 
 def test_signals_are_told_once() -> None:

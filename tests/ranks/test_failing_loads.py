@@ -118,7 +118,7 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 CASES = {
     "another shape": ("IncompatibleCheckpointError", "rank 2", "up.weight [13, 16] on disk, [12, 16] in the module"),
-    "another prefix": ("ValueError", "prefix", "rank 1 has prefix='up.'"),
+    "another prefix": ("ValueError", "the same prefix", "it is '' on rank 0, rank 2, rank 3, 'up.' on rank 1"),
     "a wrong argument": ("TypeError", "rank 3", "strict"),
     "a wrong path": ("ValueError", "rank 3", "5"),
     "no memory": ("OutOfMemoryError", "rank 2", "no memory"),

@@ -34,7 +34,7 @@ def save_without_rank_0(rank: int, folder: Path) -> str:
 def test_who_came_at_different_times(tmp_path: Path) -> None:
     """Catches a rank that names others as missing which came before it, waited as long, and have left."""
     _, *messages = run_ranks(RANKS, save_without_rank_0, tmp_path)
-    assert len({*messages}) == 1 and "within 1.6 s, rank 0 did not" in messages[0], messages
+    assert len({*messages}) == 1 and "within rank_timeout=1.6 s, rank 0 did not" in messages[0], messages
 
 
 class Refusing:

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 import shardsave
 from jobs import run_ranks
 from ranks.test_agree import assembled, global_state, summary
+from ranks.test_failing_loads import raised
 from ranks.test_save import same_files
 from shardsave._huggingface.choose_saving import choose_layout
 from shardsave._saving.disk_layout import DiskLayout
@@ -124,3 +125,30 @@ def test_one_rank_asks_transformers(tmp_path: Path) -> None:
     assert asked == [[1, 1], [0, 1]]
     for name in ("Llama", "Mixtral"):
         same_files(tmp_path / "one" / name, tmp_path / "many" / name)
+
+
+def converted_on_one(rank: int, folder: Path) -> list[tuple[str, str]]:
+    """Saves a model that transformers converts on one rank alone: first on rank 1, then on both, then on rank 0."""
+    import transformers
+    from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+
+    from ranks.test_layouts_on_disk import Several
+
+    ends = []
+    for number, ranks in enumerate(([1], [0, 1], [0])):
+        torch.manual_seed(0)
+        model = joined("Several") if rank in ranks else Several(transformers.PreTrainedConfig())
+        if rank not in ranks:
+            register_checkpoint_conversion_mapping("Several", [], overwrite=True)
+        options: dict[str, Any] = {"process_group": dist.group.WORLD, "durable": False}
+        ends.append(raised(lambda model=model, number=number: shardsave.save(model, folder / str(number), **options)))  # type: ignore[misc]
+    return ends
+
+
+def test_a_conversion_that_one_rank_has(tmp_path: Path) -> None:
+    """Catches a rank whose model transformers would store in another way, and that is stored as rank 0 has it, without a word."""
+    first, second = run_ranks(2, converted_on_one, tmp_path, libraries=True)
+    assert first == second
+    words = "the same layout on disk was expected on all ranks, rank 1 has another than rank 0; nothing was written"
+    assert [kind for kind, _ in first] == ["ValueError", "", "ValueError"] and words in first[0][1] and words in first[2][1]
+    assert "joined.weight" in shardsave.load(tmp_path / "1")

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from sharded import RANKS, check_equal
 from test_loading import set_thresholds
 from torch import nn
@@ -16,6 +15,7 @@ from torch.distributed.tensor import Shard
 
 import shardsave
 from jobs import run_ranks
+from support import draw_trainable
 from transformers_models import tiny
 
 pytestmark = pytest.mark.slow
@@ -59,12 +59,7 @@ def adapted(seed: int) -> Any:
     import peft
 
     model = peft.get_peft_model(tiny("Llama", seed=0), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_()
-    return model
+    return draw_trainable(model, seed)
 
 
 def load_adapter(rank: int, folder: str) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 
 import shardsave
 from jobs import run_ranks
-from shardsave._ranks import lone_save
+from shardsave._ranks import claims, lone_save
 from shardsave._ranks.line import Line
 
 State = dict[str, torch.Tensor]
@@ -60,7 +60,7 @@ def save_one_after_the_other(rank: int, folder: Path) -> list[Any]:
     outcomes = []
     for case, (steps, passed) in SEQUENCES.items():
         now = time.time
-        clock = mock.patch.object(lone_save.time, "time", lambda passed=passed: now() + (passed if rank else 0.0))  # type: ignore[misc]
+        clock = mock.patch.object(claims.time, "time", lambda passed=passed: now() + (passed if rank else 0.0))  # type: ignore[misc]
 
         def save(rank: int, case: str = case, steps: Any = steps) -> Any:
             notes: list[str] = []
@@ -144,16 +144,14 @@ def save_rightly(rank: int, folder: Path) -> list[Any]:
     save(folder / f"of rank {rank}")  # each into its own
     dist.barrier()
     (folder / str(rank)).mkdir()
-    with mock.patch.object(lone_save, "_key_of", lambda _: "the same path"):  # a local disk on each machine
+    with mock.patch.object(claims, "_key_of", lambda _: "the same path"):  # a local disk on each machine
         in_turn(rank, lambda rank: save(folder / str(rank) / "ckpt"))
-    shardsave.save({"x": torch.ones(2)}, folder / "together", process_group=dist.group.WORLD, durable=False)
+    if rank == 1:
+        save(folder / "gone")
     dist.barrier()
-    if rank == 1:  # after a collective one
-        save(folder / "together")
-    dist.barrier()
-    if rank == 0:  # after the claim of rank 1 is no longer that of the checkpoint that is there
-        (folder / "together" / "model.safetensors.index.json").unlink()
-        save(folder / "together")
+    if rank == 0:  # the claim of rank 1 is no longer that of the checkpoint that is there
+        (folder / "gone" / "model.safetensors.index.json").unlink()
+        save(folder / "gone")
     return [*notes, *records]
 
 
@@ -166,11 +164,11 @@ def save_without_a_store(rank: int, folder: Path) -> tuple[list[str], int]:
     """The store does not answer: a call of it takes longer than a save waits. Also returns how many calls there were."""
     calls = []
 
-    def hang(line: Line, key: str) -> None:
+    def hang(line: Line, key: str, value: bytes) -> None:
         calls.append(key)
         time.sleep(1)
 
-    with mock.patch.object(lone_save, "_PATIENCE", 0.1), mock.patch.object(Line, "peek", hang):
+    with mock.patch.object(claims, "_PATIENCE", 0.1), mock.patch.object(Line, "set", hang):
         for number in range(3):
             shardsave.save(state(rank), folder / f"{rank}-{number}", durable=False)
     return [*shardsave.load(folder / f"{rank}-2")], len(calls)

@@ -63,6 +63,18 @@ def other_metrics(rank: int, path: Path) -> None:
     shardsave.save(state(), path, metrics={"loss": float(rank)})
 
 
+def other_divergence(rank: int, path: Path) -> None:
+    shardsave.save(state(), path, on_divergence="lowest_rank" if rank == 3 else "raise")
+
+
+def long_metadata(rank: int, path: Path) -> None:
+    shardsave.save(state(), path, metadata={"same": [1, None], "text": "x" * (1000 + min(rank, 1))})
+
+
+def unprintable_metadata(rank: int, path: Path) -> None:
+    shardsave.save(state(), path, metadata={"text": "ab"[rank % 2] + "\x1b[1m"})
+
+
 def not_savable(rank: int, path: Path) -> None:
     more = {"c": torch.tensor(0.0).to_sparse()} if rank == 1 else {"c": torch.tensor(0.0)}
     shardsave.save({**state(), **more}, path, process_group=dist.group.WORLD)
@@ -90,9 +102,24 @@ CASES: dict[str, tuple[Callable[[int, Path], object], str, str]] = {
     "other metadata": (
         other_metadata,
         "ValueError",
-        "the same metadata was expected on all ranks, rank 2 has another than rank 0",
+        r"the same metadata\['rank'\] was expected on all ranks, it is 0 on rank 0, rank 1, 1 on rank 2, rank 3; nothing",
     ),
-    "other metrics": (other_metrics, "ValueError", "the same metric 'loss' was expected on all ranks, rank 1"),
+    "other metrics": (other_metrics, "ValueError", "the same metric 'loss' .*, it is 0.0 on rank 0, 1.0 on rank 1, 2.0 on"),
+    "other divergence": (
+        other_divergence,
+        "ValueError",
+        "the same on_divergence was expected on all ranks, it is 'raise' on rank 0, rank 1, rank 2, 'lowest_rank' on rank 3",
+    ),
+    "long metadata": (
+        long_metadata,
+        "ValueError",
+        r"the same metadata\['text'\] was expected on all ranks, rank 1, rank 2, rank 3 have another than rank 0; nothing",
+    ),
+    "unprintable metadata": (
+        unprintable_metadata,
+        "ValueError",
+        r"it is 'a\\x1b\[1m' on rank 0, rank 2, 'b\\x1b\[1m' on rank 1, rank 3; nothing",
+    ),
     "not savable": (not_savable, "UnsupportedTensorError", "rank 1: cannot save 'c': a strided tensor was expected"),
     "partial": (partial, "UnsupportedTensorError", "cannot save 'sum'.*summands"),
     "replicas": (
@@ -137,7 +164,7 @@ def alone(rank: int, folder: Path) -> str:
 def test_one_rank_calls_alone(tmp_path: Path) -> None:
     """Catches a rank that waits for ever for others that do not make the call, or is not told which."""
     message = run_ranks(4, alone, tmp_path, seconds=60)[0]
-    assert re.search("within 1 s, .*1.*3 did not", message), message
+    assert re.search("within rank_timeout=1 s, .*1.*3 did not", message), message
     assert not (tmp_path / "ckpt").exists()
 
 

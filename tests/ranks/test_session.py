@@ -16,8 +16,8 @@ import torch.distributed as dist
 
 from jobs import Job, run_ranks
 from shardsave._ranks import group as groups
+from shardsave._ranks.arrivals import Call
 from shardsave._ranks.begin import begin, begin_with, session_of
-from shardsave._ranks.meeting import Call
 from shardsave._ranks.part import Timeouts
 from shardsave._ranks.session import Session
 from shardsave.errors import OutOfSpaceError, SaveNotCommittedError, ShardSaveError
@@ -237,7 +237,10 @@ def test_another_phase() -> None:
     """Catches values that are taken for those of another phase."""
     with Job(4, other_phase) as job:
         ends = job.ended()
-    assert {end.message for end in ends} == {"'values' was expected of all ranks, rank 2 is elsewhere"}
+    assert {end.message for end in ends} == {
+        "'values' was expected of all ranks, rank 2 is at another step of the call: the options of the ranks, or their versions of "
+        "shardsave, differ"
+    }
 
 
 def late_phase(rank: int, hosts: int) -> None:
@@ -253,7 +256,10 @@ def test_a_phase_that_does_not_end(hosts: int, late: str) -> None:
     """Catches a rank that is alive and never ends its part: who is waited for must be named."""
     with Job(4, late_phase, hosts) as job:
         ends = job.ended()
-    assert {end.message for end in ends} == {f"'values' was expected within phase_timeout=0.5 s, still waiting for {late}"}
+    (message,) = {end.message for end in ends}
+    assert message.startswith(
+        f"'values' was expected within phase_timeout=0.5 s, still waiting for {late}: alive, but stuck or slow"
+    )
 
 
 # -- meeting
@@ -279,7 +285,7 @@ def come_or_not(rank: int, present: tuple[int, ...]) -> tuple[str, list[bytes], 
 def test_ranks_that_do_not_come(present: tuple[int, ...], missing: str) -> None:
     """Catches a collective call of some ranks that hangs, that does not say who is missing, or that disturbs the next call."""
     told = (
-        "cannot save ckpt: all 4 ranks of the group were expected to call it within 0.8 s, "
+        "cannot save ckpt: all 4 ranks of the group were expected to call it within rank_timeout=0.8 s, "
         f"{missing} did not, or has ended; the call is collective: either all ranks make it or none"
     )
     for rank, (said, values, left) in enumerate(run_ranks(4, come_or_not, present)):
@@ -353,7 +359,7 @@ def test_other_calls() -> None:
         ends = job.ended()
     told = (
         "cannot save ckpt: all ranks were expected to make the same call, "
-        "found ranks 0, 2: save ckpt; rank 1: save other; rank 3: load_model ckpt"
+        "found ranks 0, 2: save ckpt; rank 1: save other; rank 3: load_model ckpt; nothing was read or written"
     )
     assert {(end.error, end.message) for end in ends} == {("ValueError", told)}
 
@@ -387,5 +393,5 @@ def test_two_sessions_at_once() -> None:
         assert values == sorted(str([value] * 3) for value in (b"aside", b"here", b"", b"then"))
         assert refused == (
             "cannot load b: one collective call of a group at a time was expected, "
-            "this process is in: save a on thread 'MainThread'"
+            "this process is in: save a on thread 'MainThread'; wait until that has ended"
         )

@@ -32,8 +32,8 @@ def wait_for_death(rank: int, hosts: int, struck: int, where: str) -> None:
         session.exchange("more", b"")
 
 
-SILENT = f"a sign of life was expected within {SILENCE:g} s, there was none"
-STORE_LOST = "cannot save ckpt: the store of torch.distributed does not answer: rank 0 or the agent that serves it was lost"
+SILENT = f"a sign of life was expected within rank_timeout={SILENCE:g} s, there was none"
+STORE_LOST = "the store of torch.distributed does not answer: rank 0 or the agent that serves it was lost"
 
 
 @pytest.mark.parametrize("how", ["kill", "stop"])

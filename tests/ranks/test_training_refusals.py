@@ -60,7 +60,7 @@ SAVES: dict[str, tuple[Callable[[int, Training], Any], Outcome]] = {
         differing_epoch,
         (
             "UnsupportedTrainingError",
-            "cannot save training['epoch']: the same on all ranks was expected, it differs between rank 0 and rank 1, rank 3; what "
+            "cannot save training['epoch']: the same on all ranks was expected, it is 3 on rank 0, 7 on rank 1, rank 3; what "
             "each rank has for itself is marked by shardsave.PerRank; nothing was written",
         ),
     ),
@@ -195,7 +195,10 @@ def test_resumes(tmp_path: Path) -> None:
     (training_directory(tmp_path / "missing") / "rank-00003-00001.tensors").unlink()
     words = {
         "other class": ("IncompatibleCheckpointError", "the checkpoint has the state of AdamW, this is SGD"),
-        "other arguments": ("ValueError", "strict=True was expected on all ranks as on rank 0, rank 2 has strict=False"),
+        "other arguments": (
+            "ValueError",
+            "the same strict was expected on all ranks, it is True on rank 0, rank 1, rank 3, False on rank 2",
+        ),
         "missing leaf": ("IncompatibleCheckpointError", "training['more']: the checkpoint has nothing for a Tensor"),
         "damaged": ("CorruptCheckpointError", "tensor 'optimizer/up.weight/exp_avg at "),
         "file missing": ("CorruptCheckpointError", "rank-00003-00001.tensors, there is no such file"),

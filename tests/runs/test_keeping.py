@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import errno
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,8 @@ import pytest
 import torch
 
 import shardsave
-from shardsave._runs import remover
+from shardsave._common.os_calls import CallFailed
+from shardsave._runs import recorded, remover
 from shardsave._storage import removal
 from support import forked, holds_in_child
 from training_run import INDEX, manager_of, model, path_of, steps_in, train, value_of_step
@@ -83,6 +85,48 @@ def test_a_step_without_the_metric(
     assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == said
     assert notes == [(said[0],), (), (said[1],), (said[2],)]
     assert [facts["step"] for facts in records("metric missing")] == [10, 30, 40]
+
+
+def test_another_process_removes_what_is_kept(
+    memory: Path, records: Callable[[str], list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a record of a call that failed, without a word of the other process, and a step that is removed although what was to stay is
+    gone."""
+    make_durable = remover.make_durable
+
+    def after_another(run: Any, step: int) -> None:
+        shutil.rmtree(run.path_of(20))
+        make_durable(run, step)
+
+    monkeypatch.setattr(remover, "make_durable", after_another)
+    with manager_of(memory, keep_last=2, durable=False) as manager:
+        train(manager, 1, 30)
+    (facts,) = records("removal failed")
+    assert facts["problem"] == (
+        f"cannot make {path_of(memory, 20)} durable: another process has removed it meanwhile, one process was expected to remove steps of "
+        f"{memory}; this one removed none"
+    )
+    assert steps_in(memory) == [10, 30]
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.EEXIST])
+def test_another_process_records_its_policy(
+    memory: Path, records: Callable[[str], list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Catches a warning about a file that another manager of the run was replacing at that moment, and a policy that is never recorded."""
+    replace, failures = recorded._replace, iter([CallFailed("rename", recorded.RECORD_NAME, number, os.strerror(number))])
+
+    def meet_another(folder: Any, content: bytes) -> None:
+        for failure in failures:
+            raise failure
+        replace(folder, content)
+
+    monkeypatch.setattr(recorded, "_replace", meet_another)
+    with manager_of(memory, keep_last=2) as manager:
+        train(manager, 1, 10)
+        assert recorded.read_policy(str(memory)) is None
+        train(manager, 11, 20)
+    assert recorded.read_policy(str(memory)) is not None and not records("policy not recorded")
 
 
 def test_the_size_of_what_was_removed(memory: Path, records: Callable[[str], list[dict[str, Any]]]) -> None:

@@ -5,7 +5,6 @@ The program keeps the exception, as an interactive session does, and with it eve
 
 from __future__ import annotations
 
-import fcntl
 import gc
 import inspect
 import os
@@ -20,6 +19,7 @@ import torch
 
 import shardsave
 from shardsave._common import gc_pause
+from support import is_locked
 
 STATE = {"x": torch.ones(2)}
 
@@ -52,17 +52,6 @@ def interrupted(action: Callable[[], object], beginning: int) -> tuple[bool, Bas
     finally:
         sys.settrace(None)
     return calls >= beginning, None  # Python ignores an interrupt in `__del__`
-
-
-def is_locked(folder: Path) -> bool:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

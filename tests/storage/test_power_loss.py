@@ -7,7 +7,6 @@ notice a mistake, steps of the protocol are removed from the recording, one at a
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import os
 import random
@@ -97,9 +96,7 @@ def judge() -> Judge:
     shm = Path("/dev/shm")
     scratch = (shm if os.access(shm, os.W_OK) else Path("/tmp")) / f"shardsave-power-{os.getpid()}"
     scratch.mkdir()
-    gc.freeze()  # all of torch: no collection has to visit it for each disk
     yield Judge(scratch)
-    gc.unfreeze()
     shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -302,11 +299,17 @@ def fsync_before_ftruncate(phase: list[Recorded]) -> list[Recorded]:
 
 
 def index_before_shards(phase: list[Recorded]) -> list[Recorded]:
-    """The index staged and renamed, and the directory fsynced, before the shards are moved."""
-    move = places(phase, "linkat", is_shard)[0]
-    index = places(phase, "openat", lambda call: call.path.name == "index")[0]
+    """The index renamed, and the directory fsynced, before the shards are moved."""
+    move, rename = places(phase, "linkat", is_shard)[0], index_rename(phase)
     sync = target_syncs(phase)["renamed index"]
-    return [*phase[:move], *phase[index : sync + 1], *phase[move:index], *phase[sync + 1 :]]
+    return [*phase[:move], *phase[rename : sync + 1], *phase[move:rename], *phase[sync + 1 :]]
+
+
+def shards_before_list(phase: list[Recorded]) -> list[Recorded]:
+    """The shards moved before what is staged is durable: the list of their names, and the staging directory."""
+    moves = places(phase, "linkat", is_shard)
+    staged = places(phase, "openat", lambda call: call.path.name == "names")[0]
+    return [*phase[:staged], *phase[moves[0] : moves[-1] + 1], *phase[staged : moves[0]], *phase[moves[-1] + 1 :]]
 
 
 REMOVALS: dict[str, Callable[[list[Recorded]], list[Recorded]]] = {
@@ -319,6 +322,7 @@ REMOVALS: dict[str, Callable[[list[Recorded]], list[Recorded]]] = {
     "no cleaning after a failed fsync": lambda phase: without(phase, [target_syncs(phase)["renamed index"]]),
     "ftruncate before fsync": fsync_before_ftruncate,
     "shards before index": index_before_shards,
+    "list before shards": shards_before_list,
 }
 
 

@@ -201,6 +201,71 @@ def test_many_tensors() -> None:
     assert time.process_time() - started < 1 and len(described.entries) == 100_000
 
 
+def _usual(state: dict[str, torch.Tensor]) -> None:
+    pass
+
+
+def _shared(state: dict[str, torch.Tensor]) -> None:
+    state["exp_avg_sq"] = state["exp_avg"]
+
+
+def _no_tensor(state: dict[str, Any]) -> None:
+    state["step"] = 3
+
+
+def _several(state: dict[str, Any]) -> None:
+    state["history"] = [torch.ones(2), None]
+
+
+def _transposed(state: dict[str, torch.Tensor]) -> None:
+    state["exp_avg"] = torch.ones(2, 4).t()
+
+
+def _part_of_another(state: dict[str, torch.Tensor]) -> None:
+    state["exp_avg"] = state["exp_avg_sq"][1:]
+
+
+def _empty(state: dict[str, torch.Tensor]) -> None:
+    state["exp_avg"] = torch.ones(0)
+
+
+def _trained(state: dict[str, torch.Tensor]) -> None:
+    state["exp_avg"].requires_grad_()
+
+
+@pytest.mark.parametrize("change", [_usual, _shared, _no_tensor, _several, _transposed, _part_of_another, _empty, _trained])
+@pytest.mark.parametrize("key", ["optimizer", "rank 1"])
+def test_usual_states_are_stored_like_any_other(change: Any, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a state of which all tensors are examined together, and that is stored otherwise than tensor by tensor."""
+    model = nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 2))
+    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer.step(lambda: model(torch.ones(2)).sum().backward())
+    change(optimizer.state[model[1].weight])
+    training = {key: optimizer, "again": optimizer.state[model[0].weight]["exp_avg"]}
+    together = describe(training, model)
+    with monkeypatch.context() as apart:
+        apart.setattr("shardsave._training.optimizers._usual_states", lambda *_: None)
+        one_by_one = describe(training, model)
+    assert together.shared == one_by_one.shared
+    stored = [
+        [(entry.name, entry.source.tensor.data_ptr(), entry.source.dtype, entry.source.shape) for entry in state.entries]
+        for state in (together, one_by_one)
+    ]
+    assert stored[0] == stored[1] and len(stored[0]) >= 10
+
+
+def test_the_state_of_an_optimizer_that_was_freed() -> None:
+    """Catches a state whose memory is gone, and that would be read beyond its end."""
+    model = nn.Linear(4, 4)
+    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer.step(lambda: model(torch.ones(4)).sum().backward())
+    optimizer.state[model.bias]["exp_avg"].untyped_storage().resize_(4)
+    with pytest.raises(
+        shardsave.UnsupportedTensorError, match=r"exp_avg.*memory for all its elements was expected, its storage"
+    ):
+        describe({"optimizer": optimizer}, model)
+
+
 def test_an_optimizer_of_another_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Catches a training that saves the optimizer of another model than the one it saves, and says so only in a note."""
     caplog.set_level("INFO", "shardsave")

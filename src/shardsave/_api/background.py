@@ -148,7 +148,7 @@ def _take_turn(flight: Flight[SaveReport], group: ProcessGroup | None, if_busy: 
     """As `take_turn`; where the ranks of a ``group`` save, all do what is right on rank 0: their flights end at different moments."""
     if group is None or if_busy not in ("skip", "raise"):
         return take_turn(flight, if_busy)
-    if not leader_is_busy(group, flight.path, in_flight() is not None, how.rank_timeout, how.phase_timeout):
+    if not leader_is_busy(group, flight.path, if_busy, in_flight() is not None, how.rank_timeout, how.phase_timeout):
         return take_turn(flight, "wait")
     if if_busy == "skip":
         return None

@@ -45,25 +45,27 @@ class VerifyReport(Report):
 
     ``verified``: True if every byte was checked against a stored checksum; None if the files have no checksums, so that only
     lengths and headers were checked; False if something is damaged. ``damaged``: the damaged places. ``intact``: shard → the
-    stored names of its tensors that are not damaged.
+    stored names of its tensors that are not damaged. ``ranks``: how many processes verified together.
     """
 
     verified: bool | None = None
     damaged: tuple[Damage, ...] = ()
     intact: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    ranks: int = 1
 
     def _lines(self) -> Iterator[str]:
+        more = [f"by {self.ranks} ranks"] if self.ranks > 1 else []
         if self.damaged:
             places = dict.fromkeys(name for damage in self.damaged for name in (damage.tensors or [damage.shard]))
             yield self._with_notes(
-                f"damaged {self.path}: {some(places)}; {count(self.tensors, 'tensor')} intact, {self.seconds:.2f} s"
+                f"damaged {self.path}: {some(places)}; {count(self.tensors, 'tensor')} intact, {self.seconds:.2f} s", *more
             )
             return
         if self.verified is None:
             verb, extent = "checked", "only lengths and headers, no checksums stored"
         else:
             verb, extent = "verified", VERIFIED[self.verified]
-        yield self._with_notes(f"{verb} {self.path}: {self._size_and_speed()}, {self._engine_and_access()}, {extent}")
+        yield self._with_notes(f"{verb} {self.path}: {self._size_and_speed()}, {self._engine_and_access()}, {extent}", *more)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from shardsave._api.run_turns import Turns
 from shardsave._api.run_verbs import OF_BOTH, PublicVerbs
 from shardsave._api.step_resumes import StepResumes
 from shardsave._api.step_saves import StepSaves
+from shardsave._common.job_errors import short_traceback
 from shardsave._common.log_records import log_event
 from shardsave._common.os_calls import absolute_path
 from shardsave._common.shutdown import verb
@@ -217,6 +218,7 @@ class CheckpointManager(Generic[Saved]):
             return False
         return self._keeper.remover.wait(None if timeout is None else max(0.0, timeout - (time.monotonic() - started)))
 
+    @short_traceback
     def step(
         self, step: int, model: Any, *, training: Any = None, metrics: Mapping[str, Any] | None = None, **options: Any
     ) -> Saved | None:
@@ -256,6 +258,7 @@ class CheckpointManager(Generic[Saved]):
         finally:
             self._turns.end()
 
+    @short_traceback
     def save(
         self, step: int, model: Any, *, training: Any = None, metrics: Mapping[str, Any] | None = None, **options: Any
     ) -> Saved:
@@ -309,6 +312,7 @@ class CheckpointManager(Generic[Saved]):
         save = self._saves.later if self._asynchronous else self._saves.now
         return cast(Saved, save(step, model, numbers, given))
 
+    @short_traceback
     @verb()
     def resume(self, model: nn.Module, *, training: Any = None, **options: Any) -> Resumed | None:
         """Fills ``model`` (and ``training``) from the latest step; returns None if there is none.

@@ -166,8 +166,8 @@ class _Asked(NamedTuple):
     def everywhere_equal(self) -> dict[str, object]:
         """What must be the same on all ranks."""
         return {
-            "training": self.training is not None,
-            "model": self.model is not None,
+            "training": "not given" if self.training is None else "given",
+            "model": "not given" if self.model is None else "given",
             "rng": self.rng,
             "strict": self.strict,
             "restore_frozen": self.restore_frozen,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from shardsave._api.rank_timeouts import PHASE_TIMEOUT, RANK_TIMEOUT, seconds
 from shardsave._common.imports import import_at_use
+from shardsave.errors import SaveNotCommittedError, ShardSaveError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -92,10 +93,19 @@ class RunRanks:
     def _session(self, verb: str, where: str, apart: str) -> AbstractContextManager[Session]:
         assert self._group is not None
         import_at_use("shardsave._ranks.begin")
+        from shardsave._ranks.arrivals import SAVE
         from shardsave._ranks.begin import session_of
 
+        saves = verb == SAVE
         return session_of(
-            self._group, verb, where, rank_timeout=self._rank_timeout, phase_timeout=self._phase_timeout, apart=apart
+            self._group,
+            verb,
+            where,
+            rank_timeout=self._rank_timeout,
+            phase_timeout=self._phase_timeout,
+            apart=apart,
+            raises=SaveNotCommittedError if saves else ShardSaveError,
+            state="; nothing was committed" if saves else "",
         )
 
     def decisions(self) -> Decisions:

@@ -109,10 +109,10 @@ def save(
 
     Collective:
         With a ``process_group``, or with DTensors, all ranks of the group (without one: of the job) must make the call, with equal
-        arguments. Otherwise one rank is to make it; another one that saves into the same directory is told so. An error of one rank is
-        raised on all. The files are those that one process with the whole model writes; no rank ever holds more of it than its own part
-        and a bounded number of blocks. Rank 0 shows the bar, logs and warns, and ``reuse``, ``recheck_every`` and ``lock_timeout`` are
-        those of rank 0.
+        arguments. Otherwise one rank is to make it; ranks or groups that save into one directory apart from each other are told so. An
+        error of one rank is raised on all. The files are those that one process with the whole model writes; no rank ever holds more of
+        it than its own part and a bounded number of blocks. Rank 0 shows the bar, logs and warns, and ``reuse``, ``recheck_every`` and
+        ``lock_timeout`` are those of rank 0.
 
     Raises:
         TypeError, ValueError: for wrong arguments, before anything happens.
@@ -179,7 +179,7 @@ def job_of(
 
 def settled(planned: Planned, how: How, job: Job) -> Planned:
     """``planned`` once it is known to be the same for all processes of ``job``, which then have what they have to write."""
-    check_digests(planned.contents, job, durable=how.durable)
+    check_digests(planned.contents, job, {"durable": how.durable, "on_divergence": how.on_divergence})
     return planned._replace(contents=job.check_replicas(job.complete(planned.contents)))
 
 

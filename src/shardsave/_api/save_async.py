@@ -85,8 +85,8 @@ def save_async(
     Collective:
         With a ``process_group``, or with DTensors, as `save`. Each rank copies its own part in the call (``staging="ring"`` is refused);
         the rest happens on threads, and a next collective call over the same group may be made at once. An error or the loss of one rank
-        ends the save on all, in `PendingSave.wait`; `PendingSave.cancel` on one rank cancels it on all. ``if_busy`` "raise" and "skip" do
-        on all ranks what is right on rank 0.
+        ends the save on all, in `PendingSave.wait`; `PendingSave.cancel` on one rank cancels it on all. ``if_busy`` is the same on all
+        ranks, and "raise" and "skip" do on all what is right on rank 0.
 
     Raises:
         TypeError, ValueError: for wrong arguments, before anything happens.

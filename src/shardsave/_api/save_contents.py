@@ -119,7 +119,10 @@ def plan(source: Source, what: What, own: OwnContents, job: Job = ALONE) -> Plan
         parts, notes, needed = PlannedParts()
         if with_parts and isinstance(source, nn.Module):
             among = Among(job.parts, state, leads=job.leads) if job.parts is not None else None
-            parts, notes, needed = plan_parts(source, own.state, among, architecture=what.architecture, program=what.program)
+            with job.for_all():  # they all describe the same module
+                parts, notes, needed = plan_parts(
+                    source, own.state, among, architecture=what.architecture, program=what.program
+                )
         if isinstance(source, nn.Module) and not state.entries:
             note, matters = _note_without_tensors(source)
             notes = (*notes, note)

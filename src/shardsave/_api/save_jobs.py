@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from shardsave._state.module import Source
+
+#: Metadata of more keys, or with a key of more characters, are compared as a whole.
+_MOST_KEYS = 64
 
 
 @contextmanager
@@ -70,24 +73,31 @@ def job_of_save(
 
 
 def beside_other_ranks(job: Job, path: str, step: Any) -> Job:
-    """``job`` or, for one process that is a rank of a larger job, one that notices if other ranks make the same save.
-
-    Raises SaveNotCommittedError if another one has just made it.
+    """``job``, which notices if other ranks of a larger job have just made the same save by themselves: then it raises
+    SaveNotCommittedError, here or before anything is written.
     """
     distributed = torch.distributed
     several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-    if job is not ALONE or not several:
+    if not several:
         return job
-    import_at_use("shardsave._ranks.lone_save")
-    from shardsave._ranks.lone_save import lone_save
+    if job is ALONE:
+        import_at_use("shardsave._ranks.lone_save")
+        from shardsave._ranks.lone_save import lone_save
 
-    return lone_save(path, step)
+        return lone_save(path, step)
+    from shardsave._ranks.save_job import SaveJob
+
+    if isinstance(job, SaveJob):
+        job.claim(path, step)
+    return job
 
 
-def leader_is_busy(group: ProcessGroup, where: str, busy: bool, rank_timeout: float, phase_timeout: float) -> bool:
+def leader_is_busy(
+    group: ProcessGroup, where: str, if_busy: str, busy: bool, rank_timeout: float, phase_timeout: float
+) -> bool:
     """Whether a save of rank 0 of ``group`` in the background is in flight. ``busy``: whether one of this rank is.
 
-    The flights of ranks end at different moments, and all must do the same.
+    The flights of ranks end at different moments, and all must do the same. Raises ValueError if ``if_busy`` is not the same on all.
     """
     import_at_use("shardsave._ranks.begin")
     from shardsave._ranks.begin import session_of
@@ -103,35 +113,49 @@ def leader_is_busy(group: ProcessGroup, where: str, busy: bool, rank_timeout: fl
         state="; nothing was committed",
     )
     with session as met:
-        met.gather("that it is wanted", b"")  # nobody is told before all are here, and nothing is wrong with their calls
+        everywhere = met.gather(
+            "if_busy", if_busy.encode()
+        )  # nobody is told before all are here, and nothing is wrong with their calls
+        for rank, theirs in enumerate(everywhere or ()):
+            if theirs != if_busy.encode():
+                with met.for_all():
+                    raise ValueError(
+                        f"cannot save to {where}: the same if_busy was expected on all ranks, it is {if_busy!r} on {met.name(0)}, "
+                        f"{theirs.decode()!r} on {met.name(rank)}; nothing was written"
+                    )
         return met.publish("whether a save is in flight", b"busy" if busy else b"") == b"busy"
 
 
-def check_digests(contents: Contents, job: Job, *, durable: bool) -> None:
-    """Raises ValueError if something of ``contents``, which each process of ``job`` has planned for itself, is not the same everywhere."""
+def check_digests(contents: Contents, job: Job, arguments: Mapping[str, object]) -> None:
+    """Raises ValueError if something of ``contents``, which each process of ``job`` has planned for itself, is not the same everywhere,
+    or one of ``arguments``."""
     if job.parts is not None:  # for one process alone, digests of 100,000 names would be made in vain
-        job.check_equal(_digests(contents, durable=durable))
+        job.check_equal({**arguments, **_facts(contents)})
 
 
 @gc_paused()
-def _digests(contents: Contents, *, durable: bool) -> dict[str, bytes]:
-    """A digest of everything that must be equal on all ranks, by the name that a message has for it."""
+def _facts(contents: Contents) -> dict[str, object]:
+    """Everything that must be equal on all ranks, by the name that a message has for it: values, or digests of what is long."""
     stored = [shard.digest for shard in (*contents.shards, *contents.extra_shards)]
     extra = [[str(piece.dtype), piece.shape] for shard in contents.extra_shards for piece in shard.pieces]
-    documents = {name: content.hex() for name, content in contents.documents.items()}
-    companions = {name: content.hex() for name, content in contents.companions.items()}
+    files = {f"file {name!r} beside the weights": content.hex() for name, content in contents.companions.items()}
+    parts = {name: content.hex() for name, content in contents.documents.items()}
     return {
-        "durable": _digest(durable),
-        "metadata": _digest(contents.metadata),
-        "step": _digest(contents.moment.step),
-        **{f"metric {name!r}": _digest(value) for name, value in contents.moment.metrics.items()},
-        "max_shard_size": _digest(contents.max_shard_size),
-        "files beside the weights": _digest(companions),
-        "architecture or program": _digest(documents),
-        "tensors in the files": _digest(
-            [stored, extra, contents.flags, contents.module_flags, contents.ties, contents.single_file]
-        ),
+        **_by_key(contents.metadata),
+        "step": contents.moment.step,
+        **{f"metric {name!r}": value for name, value in contents.moment.metrics.items()},
+        "max_shard_size": contents.max_shard_size,
+        **{name: _digest(content) for name, content in {**files, **parts}.items()},
+        "layout on disk": _digest([stored, extra, contents.single_file]),
+        "set of freeze flags and ties": _digest([contents.flags, contents.module_flags, contents.ties]),
     }
+
+
+def _by_key(metadata: Mapping[str, Any]) -> dict[str, object]:
+    """``metadata`` key by key, so that a message can name the one that differs; as a whole if there are many keys, or long ones."""
+    if max(len(metadata), *map(len, metadata), 0) > _MOST_KEYS:
+        return {"metadata": metadata}
+    return {f"metadata[{key!r}]": value for key, value in metadata.items()}
 
 
 def _digest(value: Any) -> bytes:

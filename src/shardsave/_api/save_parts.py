@@ -97,9 +97,8 @@ def _check_whole(part: str, own: State, agreed: State) -> None:
     lacking = sorted({entry.name for entry in agreed.entries} - {entry.name for entry in own.entries})
     if lacking:
         raise UnsupportedModuleError(
-            f"cannot save the {part}: a module with all tensors of the checkpoint was expected on each rank, this one lacks "
-            f"{lacking[0]!r} and has {count(len(own.entries), 'tensor')} of {len(agreed.entries):,}, as a stage of a pipeline has; "
-            f"{_way_out(part, 'divided')}"
+            f"cannot save the {part}: a module with all {count(len(agreed.entries), 'tensor')} of the checkpoint was expected on each "
+            f"rank, {lacking[0]!r} is not on every rank, as among the stages of a pipeline; {_way_out(part, 'divided')}"
         )
 
 

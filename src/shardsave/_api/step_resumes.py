@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from shardsave._api.run_ranks import RunRanks
 from shardsave._api.run_verbs import PublicVerbs
+from shardsave._common.job_errors import retold
 from shardsave._common.log_records import log_event
 from shardsave._common.words import count
 from shardsave._runs.keeper import Keeper
@@ -54,10 +55,12 @@ class StepResumes:
                     continue  # another process has just removed it
                 except CorruptCheckpointError as error:
                     if _fills_a_part(options):
-                        raise CorruptCheckpointError(
+                        words = (
                             f"cannot resume from {path}: {error}; the step before it is not taken, since with strict=False, only= or skip= "
                             f"it might not fill all that this one has filled"
-                        ) from error
+                        )
+                        told = retold(error, CorruptCheckpointError(words))
+                        raise told from told.__cause__
                     self._pass_over(step, path, str(error))
                     passed.append(_passed(path, str(error)))
                 else:

@@ -13,11 +13,18 @@ from typing import TYPE_CHECKING, Any
 from shardsave._api.run_ranks import RunRanks
 from shardsave._api.run_verbs import PublicVerbs
 from shardsave._common.imports import import_at_use
+from shardsave._common.job_errors import retold
 from shardsave._common.shutdown import raise_if_ending
 from shardsave._runs.keeper import Keeper
 from shardsave._runs.policies import SaveWhen
 from shardsave._runs.steps import Run
-from shardsave.errors import DurabilityUncertainError, OutOfSpaceError, SaveCancelledError
+from shardsave.errors import (
+    DurabilityUncertainError,
+    OutOfSpaceError,
+    SaveCancelledError,
+    SaveNotCommittedError,
+    ShardSaveError,
+)
 
 if TYPE_CHECKING:
     from shardsave._api.pending_save import PendingSave
@@ -111,11 +118,20 @@ class StepSaves:
     def _prepare(self, step: int, how: How) -> How:
         """Called before anything is written. Returns how to save."""
         self._keeper.remover.wait()  # the space of what goes is needed
-        self._keeper.check_new(step, self._ranks.advice)
-        how = how._replace(locked=partial(self._keeper.check_still_new, step, self._ranks.advice))
+        self._check(self._keeper.check_new, step)
+        how = how._replace(locked=partial(self._check, self._keeper.check_still_new, step))
         if how.reuse is not None:
             return how
         return how._replace(reuse=self._run.to_take_from(step, self._keeper.uncounted))  # the last durable step
+
+    def _check(self, check: Callable[[int, str], None], step: int) -> None:
+        """Calls a check of the keeper. A run that cannot be read is no error of its own: the save is not made."""
+        try:
+            check(step, self._ranks.advice)
+        except ShardSaveError as error:
+            if type(error) is not ShardSaveError:
+                raise
+            raise SaveNotCommittedError(f"cannot save to {self._run.path_of(step)}: {error}; nothing was written") from error
 
     def _write(self, step: int, metrics: Mapping[str, float], save: Callable[[], SaveReport]) -> SaveReport:
         """Calls ``save``, then does what follows a commit."""
@@ -124,7 +140,8 @@ class StepSaves:
         try:
             report = save()
         except OutOfSpaceError as error:
-            raise OutOfSpaceError(f"{error}; {self._keeper.left_by_full_disk(step)}") from error
+            told = retold(error, OutOfSpaceError(f"{error}; {self._keeper.left_by_full_disk(step)}"))
+            raise told from told.__cause__
         except DurabilityUncertainError as error:
             self._keeper.uncounted[step] = str(error)
             raise

@@ -160,6 +160,7 @@ def _report(
         verified=False if damaged else (None if None in [found.verified for found in everywhere] else True),
         damaged=tuple(damaged),
         intact=_intact((file for file in checkpoint.files if file not in unopened), targets, damaged),
+        ranks=len(everywhere),
     )
 
 

@@ -21,6 +21,7 @@ from typing import Generic, Literal, Protocol, TypeVar
 
 from shardsave._background.failures import note_failure
 from shardsave._background.turns import leave_turn, process_ends
+from shardsave._common.job_errors import is_marked, shorten
 from shardsave._common.log_records import log_event
 from shardsave._common.shutdown import raise_if_ending, verb
 from shardsave._printable import printable
@@ -213,6 +214,11 @@ class Flight(Generic[Result]):
             )
         elif (decision == "cancel" or not isinstance(caught, Exception)) and not isinstance(caught, SaveCancelledError):
             error = self._cancelled()
+        elif isinstance(caught, Exception) and is_marked(caught):
+            shorten(caught, None)
+            cause = caught.__cause__
+            if cause is not None and cause.__traceback__ is not None:
+                caught.__cause__ = _TracebackText(cause)
         elif not isinstance(caught, ShardSaveError):
             error.__cause__ = _TracebackText(caught)
         _drop_tracebacks(error)
@@ -276,7 +282,7 @@ class Flight(Generic[Result]):
 
 
 class _TracebackText(Exception):
-    """The cause of an error that is none of this package: its traceback, as text."""
+    """The cause of an error: an error that is none of this package, with its traceback, as text."""
 
     def __init__(self, error: BaseException) -> None:
         super().__init__("".join(traceback.format_exception(type(error), error, error.__traceback__)))

@@ -13,10 +13,12 @@ import resource
 import stat
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import ParamSpec, TypeVar
+
+from shardsave._common.backend import native
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -272,6 +274,25 @@ def file_in_memory(start: bytes, length: int) -> Descriptor:
     write_all(file.fd, "", start)
     call(os.ftruncate, "", file.fd, length)
     return file
+
+
+def sync_all(files: Sequence[tuple[int, str]]) -> list[CallFailed | None]:
+    """Makes open files and directories (descriptor, path) durable, at the same time, since each waits for the disk.
+
+    Returns what has failed for each. Each is synced once, without a retry: after an error the kernel has dropped the pages, and a second
+    fsync would report success.
+    """
+    if native is not None and len(files) > 1:
+        numbers = native.sync_files([fd for fd, _ in files])
+        return [CallFailed("fsync", path, n, os.strerror(n)) if n else None for (_, path), n in zip(files, numbers)]
+    failures: list[CallFailed | None] = []
+    for fd, path in files:
+        try:
+            call(os.fsync, path, fd)
+            failures.append(None)
+        except CallFailed as error:
+            failures.append(error)
+    return failures
 
 
 def allocate(fd: int, path: str, length: int) -> None:

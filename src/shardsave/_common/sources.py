@@ -72,8 +72,9 @@ class TensorSource:
         return self.tensor.get_device() if self.tensor.is_cuda else -1
 
     def memory(self) -> tuple[int, int] | None:
-        tensor = self.tensor
-        if tensor.dtype == self.dtype and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
+        tensor, dtype = self.tensor, self.dtype
+        is_plain = tensor.dtype is dtype and tensor.is_contiguous() and not tensor.is_neg()
+        if is_plain and not (dtype.is_complex and tensor.is_conj()):
             if tensor.is_cpu:
                 return -1, tensor.data_ptr()
             if tensor.is_cuda:

@@ -1,4 +1,4 @@
-"""Keeps ``torch.compile`` out of this package."""
+"""Keeps ``torch.compile`` out of this package; errors of a job leave a public call without the frames that they have passed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import functools
 import sys
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
+
+from shardsave._common.job_errors import shorten
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -19,13 +21,19 @@ def uncompiled(function: Callable[_P, _T]) -> Callable[_P, _T]:
 
     @functools.wraps(function)
     def run(*arguments: _P.args, **options: _P.kwargs) -> _T:
-        # Importing the compiler takes a second. Without it, nothing is being compiled.
-        if "torch._dynamo.eval_frame" not in sys.modules:
-            return function(*arguments, **options)
-        import torch
+        outer = sys.exc_info()[1]
+        try:
+            # Importing the compiler takes a second. Without it, nothing is being compiled.
+            if "torch._dynamo.eval_frame" not in sys.modules:
+                return function(*arguments, **options)
+            import torch
 
-        apart: Callable[_P, _T] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
-        return apart(*arguments, **options)
+            apart: Callable[_P, _T] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+            return apart(*arguments, **options)
+        except Exception as error:
+            if not shorten(error, outer):
+                raise
+            raise error
 
     marked: Any = run
     marked._torchdynamo_disable = True

@@ -45,11 +45,12 @@ def caller_level() -> int:
     """The ``stacklevel`` with which the function that calls this one points at the innermost frame outside this package."""
     level = 1
     frame = sys._getframe(1)
-    while frame.f_back is not None and _is_inner(frame.f_code.co_filename):
+    while frame.f_back is not None and is_inner(frame.f_code.co_filename):
         frame = frame.f_back
         level += 1
     return level
 
 
-def _is_inner(path: str) -> bool:
+def is_inner(path: str) -> bool:
+    """Whether the file ``path`` has code of this package, or code that only runs between frames of it."""
     return path.startswith(_PACKAGE) or path == _CONTEXTLIB or path.endswith(_COMPILER)

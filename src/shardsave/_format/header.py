@@ -116,7 +116,7 @@ def parse_header(data: bytes, file_length: int, where: str) -> Header:
 #: If there is none, it matches all remaining text, and the last group is the first character of that.
 _TENSOR = re.compile(
     r' ?"([^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*)": ?'
-    r'(\{"dtype": ?"[A-Z0-9_]+", ?"shape": ?\[[0-9, ]*\], ?)"data_offsets": ?\[(0|[1-9][0-9]{0,17}), ?(0|[1-9][0-9]{0,17})\]\}'
+    r'(\{"dtype": ?"[A-Z0-9_]+", ?"shape": ?\[[0-9, ]*\], ?)"data_offsets": ?\[([0-9]{1,18}), ?([0-9]{1,18})\]\}'
     r"(?:,|\}\Z)|(.).*",
     re.DOTALL,
 )
@@ -177,7 +177,7 @@ def _read_tensors(text: str, position: int) -> Tensors | None:
             checked[kind] = _check_kind(parse_object(f'{kind}"data_offsets":[]}}'.encode()), "", "")
         dtypes, shapes, nbytes = zip(*map(checked.__getitem__, kinds))
         bounds = list(accumulate(nbytes, initial=end))
-        if [*map(int, begins)] != bounds[:-1] or ends[:-1] != begins[1:] or int(ends[-1]) != bounds[-1]:
+        if [*begins, ends[-1]] != [*map(str, bounds)] or ends[:-1] != begins[1:]:
             return None
         if "\\" in text[position:until]:
             names = tuple(_unescaped(name) if "\\" in name else name for name in names)

@@ -51,10 +51,13 @@ def parse_index(data: bytes, where: str) -> Index:
     weight_map = top.get("weight_map")
     if not isinstance(weight_map, dict):
         _bad(where, "weight_map expected to map names to files", f"it is {glimpse(weight_map)}")
+    files: dict[str, str] = {}
     for name, shard in weight_map.items():
         if not isinstance(shard, str):
             _bad(where, f"weight_map expected to map {glimpse(name)} to a file", f"it has {glimpse(shard)}")
-    files = dict.fromkeys(weight_map.values())
+        weight_map[name] = files.setdefault(
+            shard, shard
+        )  # one string for each file: one for each name takes as much as the index
     _check_count(files, where)
     for shard in files:
         _check_file_name(shard, where)

@@ -50,6 +50,9 @@ class AddedAdapterLayout:
             in_single_file=frozenset(entry.name for entry in entries),
         )
 
+    def fingerprint(self) -> bytes:
+        return self._whole.fingerprint()
+
     def _adapter_config(self) -> bytes:
         """The config that `save_pretrained` writes for the active adapter."""
         values = self._model.peft_config[active_adapters(self._model)[0]].to_dict()

@@ -40,6 +40,9 @@ class AdapterLayout:
         # PEFT expects one file, so adapters are never sharded.
         return OnDisk(state._replace(entries=tuple(on_disk)), companions, flags, single_file=ADAPTER_WEIGHTS)
 
+    def fingerprint(self) -> bytes:
+        return b""  # it always looks itself
+
 
 def adapter_companions(model: Any) -> dict[str, bytes]:
     """The config that PEFT's `save_pretrained` writes beside an adapter: file name → content."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from shardsave._common.imports import import_at_use
-from shardsave._state.wrappers import plain_classes
+from shardsave._huggingface.recognize import transformers_model
+from shardsave._state.wrappers import plain_class, plain_classes
 
 #: The name of a tensor in the model, and the pattern of the converter that takes the stored tensor, or "".
 Key = tuple[str, str]
@@ -57,6 +59,27 @@ def model_transforms(model: Any) -> list[Any]:
     mapping = import_at_use("transformers.conversion_mapping")
     with plain_classes(model):
         return list(mapping.get_model_conversion_mapping(model))
+
+
+def what_converts(model: Any) -> list[object]:
+    """What decides how transformers converts ``model`` on its way to disk, as JSON. The conversions themselves take long to make."""
+    mapping: Any = sys.modules.get("transformers.conversion_mapping")
+    known = getattr(mapping, "_checkpoint_conversion_mapping_cache", None) or {}
+    registered = sorted(getattr(mapping, "USER_REGISTERED_MAPPINGS", ()))
+    models = [(name, part) for name, part in model.named_modules() if transformers_model(part) is part]
+    loaded = getattr(model, "_weight_conversions", None)  # by `from_pretrained`
+    return [
+        [[name, plain_class(type(part)).__name__, getattr(part.config, "model_type", None)] for name, part in models],
+        [sorted(map(str, getattr(part, "_tied_weights_keys", None) or ())) for _, part in models],
+        sorted(map(str, getattr(model, "_keys_to_ignore_on_save", None) or ())),
+        None if loaded is None else list(map(_words, loaded)),
+        [[name, list(map(_words, known.get(name) or ()))] for name in registered],
+    ]
+
+
+def _words(transform: Any) -> list[object]:
+    operations = [type(operation).__name__ for operation in getattr(transform, "operations", None) or ()]
+    return [type(transform).__name__, str(transform.source_patterns), str(transform.target_patterns), operations]
 
 
 def converts() -> bool:

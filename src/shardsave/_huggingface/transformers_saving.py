@@ -6,6 +6,8 @@ Only used for a transformers model, so transformers has already been imported.
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -14,6 +16,7 @@ from shardsave._common.sources import ByteSource, TensorSource
 from shardsave._common.spread import Spread
 from shardsave._common.words import human_bytes, some
 from shardsave._huggingface.spread_on_disk import spread_on_disk
+from shardsave._huggingface.transformers_names import what_converts
 from shardsave._huggingface.transformers_on_disk import DiskTensor, reverted
 from shardsave._huggingface.transformers_round_trip import not_given_back
 from shardsave._saving.disk_layout import OnDisk
@@ -75,6 +78,10 @@ class TransformersLayout:
         if copied_bytes:
             notes.append(f"{human_bytes(copied_bytes)} were copied in memory, since these tensors are joined on disk")
         return OnDisk(state._replace(entries=tuple(on_disk)), configs, flags, notes=tuple(notes), copied_bytes=copied_bytes)
+
+    def fingerprint(self) -> bytes:
+        facts = json.dumps([type(self).__name__, self._keep_names, *what_converts(self._model)])
+        return hashlib.sha256(facts.encode()).digest()[:16]
 
     def _in_memory(self, state: State, configs: Mapping[str, bytes], notes: Iterable[str] = ()) -> OnDisk:
         """``state`` as it is, with a note if `from_pretrained` would rename its names to others."""

@@ -35,9 +35,10 @@ def allocate(inventory: Inventory, filled: Collection[str], owned: Collection[st
                     target = devices.of(slot)
                     memory[leader] = _new_memory(tensor, target, will_be_filled=leader in filled_leaders)
             if slot.is_buffer or slot.memory.is_meta:
-                slots[slot.name] = slot._replace(tensor=_replace(slot, memory[leader], parameters))
+                slots[slot.name] = slot.with_memory(_replace(slot, memory[leader], parameters))
                 continue
             tensor.data = memory[leader]
+            slots[slot.name] = slot.with_memory(tensor)
             if tensor.grad is not None:
                 tensor.grad.data = tensor.grad.data.to(memory[leader].device)
         if inventory.parts is not None:
@@ -74,7 +75,7 @@ def _moving(inventory: Inventory, filled: Collection[str], owned: Collection[str
     """The slots whose tensors get other memory; of those on the meta device only those that something will fill."""
     slots = inventory.slots.values()
     if device is None:
-        moving = [slot for slot in slots if slot.memory.is_meta]
+        moving = [slot for slot in slots if not slot.address and slot.memory.is_meta]
     else:
         moving = [slot for slot in slots if not stays(slot.memory, device)]
     if not moving:

@@ -44,7 +44,8 @@ def restore_flags(
         return RestoredFlags(None)
     origins = origins or {}
     followed: set[str] = set()
-    with_flag: dict[bool, dict[int, tuple[str, torch.Tensor]]] = {False: {}, True: {}}
+    with_flag: dict[bool, set[int]] = {False: set(), True: set()}  # the ids of parameters
+    changing: dict[bool, dict[int, tuple[str, torch.Tensor]]] = {False: {}, True: {}}
     for name, parameter in parameters:
         frozen = flags.get(name)
         if routed or origins:
@@ -54,28 +55,31 @@ def restore_flags(
                 known = [flags[source] for source in sources if source in flags]
                 frozen = all(known) if known else None
         if frozen is not None and ((dtype := parameter.dtype).is_floating_point or dtype.is_complex):
-            with_flag[frozen].setdefault(id(parameter), (name, parameter))
-    trainable_by_id, frozen_by_id = with_flag[False], with_flag[True]
-    for number in trainable_by_id.keys() & frozen_by_id.keys():
-        del frozen_by_id[number]
-    now_trainable = _set_flags(trainable_by_id.values(), requires_grad=True)
-    now_frozen = _set_flags(frozen_by_id.values(), requires_grad=False)
+            with_flag[frozen].add(id(parameter))
+            if parameter.requires_grad == frozen:
+                changing[frozen].setdefault(id(parameter), (name, parameter))
+    for number in with_flag[False] & with_flag[True]:
+        with_flag[True].remove(number)
+        changing[True].pop(number, None)
+    now_trainable = _set_flags(changing[False].values(), requires_grad=True)
+    now_frozen = _set_flags(changing[True].values(), requires_grad=False)
     lost = [name for name in routed if name in flags and name not in followed]
     notes = []
     if lost:
         notes = [
             f"the flags of {some(lost)} were not restored: the module loads these itself, and no parameter is known to hold them"
         ]
-    return RestoredFlags(len(frozen_by_id), now_frozen, now_trainable, tuple(notes))
+    return RestoredFlags(len(with_flag[True]), now_frozen, now_trainable, tuple(notes))
 
 
 def _set_flags(parameters: Iterable[tuple[str, torch.Tensor]], *, requires_grad: bool) -> tuple[str, ...]:
-    """Returns the names of those whose flag was another one."""
-    changing = [(name, parameter) for name, parameter in parameters if parameter.requires_grad != requires_grad]
-    for _, parameter in changing:
+    """Returns the names of ``parameters``."""
+    names = []
+    for name, parameter in parameters:
         with torch.inference_mode(parameter.is_inference()):  # outside inference mode, an inference tensor refuses the flag
             parameter.requires_grad_(requires_grad)
-    return tuple(name for name, _ in changing)
+        names.append(name)
+    return tuple(names)
 
 
 def named_parameters(inventory: Inventory, routines: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -8,11 +8,10 @@ from typing import NoReturn
 import torch
 from torch.nn.parameter import is_lazy
 
-from shardsave._common.memory import PLAIN_TYPES, address, lacks_memory, reach
+from shardsave._common.memory import PLAIN_TYPES, lacks_memory, reach
 from shardsave._common.words import an
-from shardsave._format.dtypes import BY_NAME
 from shardsave._loading.allocation import stays
-from shardsave._loading.module_plan import ModulePlan
+from shardsave._loading.module_plan import Dtypes, ModulePlan
 from shardsave._loading.overlaps import agree, overlaps
 from shardsave._loading.quantised_checks import check_quantised
 from shardsave._loading.slots import Inventory, Slot
@@ -60,15 +59,14 @@ def check_destinations(
     Returns the names of tensors that share a part of their memory with others and must be read after those, one at a time.
     """
     where = checkpoint.path
-    dtypes = {dtype: BY_NAME[dtype].torch for dtype in {located.dtype for located in plan.stored.values()}}
     slots = inventory.slots
     filled, reaches = [], []  # the tensors that are filled where they are now, without empty ones
     check_quantised(inventory, plan, device, checkpoint)
     for name, slot in slots.items():
         if slot.offloaded is not None and (name in plan.owned or name in plan.matched or name in plan.mismatched):
             _check_offloaded(slot, slot.offloaded, device, where)
-        if (located := plan.matched.get(name)) is not None:
-            reached = _check_fillable(slot, dtypes[located.dtype], device, where)
+        if name in plan.matched:
+            reached = _check_fillable(slot, plan.differing.get(name), device, where)
             if reached and name in plan.destinations and (device is None or stays(slot.memory, device)):
                 filled.append(slot)
                 reaches.append(reached)
@@ -81,7 +79,7 @@ def check_destinations(
     owners = {name: owner for name, owner in plan.destinations.items() if owner is not None}
     for name in owners:
         slot = slots[name]
-        if address(slot.memory) and stays(slot.memory, device):
+        if slot.address and stays(slot.memory, device):
             filled.append(slot)
             reaches.append(reach(slot.memory))
     apart = set()
@@ -189,26 +187,33 @@ def _check_offloaded(slot: Slot, offloaded: Offloaded, device: torch.device | No
         _refuse(slot.name, where, "a tensor that can be moved was expected", "accelerate offloads it; leave out device=")
 
 
-def _check_fillable(slot: Slot, stored: torch.dtype, device: torch.device | None, where: str) -> int:
-    """Refuses a tensor that cannot be overwritten in place with values of dtype ``stored``. Returns its `reach`, 0 on the meta device."""
+def _check_fillable(slot: Slot, dtypes: Dtypes | None, device: torch.device | None, where: str) -> int:
+    """Refuses a tensor that cannot be overwritten in place. Returns its `reach`, 0 on the meta device.
+
+    ``dtypes``: on disk and in the module, if these differ.
+    """
     tensor = slot.memory
-    if type(tensor) not in PLAIN_TYPES:
-        _check_plain(slot, where)
-    if tensor.layout is not torch.strided or tensor.is_nested:
-        layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
-        _refuse(slot.name, where, "a strided tensor was expected", f"its layout is {layout}")
-    if tensor.dtype != stored:
+    if not slot.address:  # all others are plain and strided, and have memory
+        if type(tensor) not in PLAIN_TYPES:
+            _check_plain(slot, where)
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+            _refuse(slot.name, where, "a strided tensor was expected", f"its layout is {layout}")
+    if dtypes is not None:
+        stored, own = dtypes
         if tensor.is_quantized:
-            _refuse(slot.name, where, "a plain tensor was expected", f"it is quantized ({_short(tensor.dtype)})")
-        if torch.float4_e2m1fn_x2 in (tensor.dtype, stored):
-            _refuse(
-                slot.name, where, f"dtype {_short(stored)} was expected", f"it is {_short(tensor.dtype)}, and torch has no cast"
-            )
-    if tensor.is_meta:
+            _refuse(slot.name, where, "a plain tensor was expected", f"it is quantized ({_short(own)})")
+        if torch.float4_e2m1fn_x2 in dtypes:
+            _refuse(slot.name, where, f"dtype {_short(stored)} was expected", f"it is {_short(own)}, and torch has no cast")
+    if not slot.address and tensor.is_meta:
         return 0
     if slot.part is not None and not stays(tensor, device):
         found = f"it is distributed and on {tensor.device}; move the module first, or leave out device="
         _refuse(slot.name, where, f"a tensor on {device} was expected", found)
+    nbytes = tensor.nbytes
+    is_usual = tensor.is_contiguous() and not tensor.storage_offset()
+    if is_usual and nbytes <= tensor.untyped_storage().nbytes():
+        return nbytes  # nearly all tensors; what follows would say the same of them
     reached = _check_reach(slot, where)
     if tensor.is_contiguous():
         return reached

@@ -203,7 +203,7 @@ class ModuleFiller:
 
     def _targets(self, destinations: Mapping[str, Destination]) -> tuple[list[Target], list[Join]]:
         """What is read straight into ``destinations`` (name → tensor), and the joins that have to be read into copies."""
-        stored = self.plan.stored
+        stored = self.plan.matched
         joins = self.plan.joins
         if not joins:
             return [*zip(map(stored.__getitem__, destinations), destinations.values())], []
@@ -257,4 +257,5 @@ def _copy_into(slot: Slot, value: torch.Tensor) -> None:
 
 
 def _destination(slot: Slot) -> Destination:
-    return slot.tensor.detach() if slot.part is None else slot.part.spread
+    """`Tensor.data`: if the tensor gets other data during the load, this memory stays alive. It is cheaper than `detach`."""
+    return slot.tensor.data if slot.part is None else slot.part.spread

@@ -18,7 +18,8 @@ from shardsave._loading.disk_layout import Beside, DiskLayout, Join
 from shardsave._loading.slots import Inventory, ancestor, counts_batches
 from shardsave._storage.checkpoint import Located
 
-Casts = Mapping[tuple[torch.dtype, torch.dtype], int]
+#: The dtypes of one tensor on disk and in the module.
+Dtypes = tuple[torch.dtype, torch.dtype]
 
 
 class Routine(NamedTuple):
@@ -41,8 +42,8 @@ class ModulePlan:
     each name below one of them → the name of the sub-module. ``matched``: the other names that the module and the checkpoint have
     with the same shape → the stored tensor. ``destinations``: for each tensor that is filled, its first name → the sub-module that
     fills it; None: it is read in place. ``must_equal``: pairs of names that are one tensor in the module but two on disk.
-    ``missing``, ``unexpected``: names, sorted. ``mismatched``: name → how the shapes differ; these tensors are not loaded. ``casts``:
-    (dtype on disk, dtype in the module) → how many tensors that are read in place are cast. ``flags``: name → frozen, for the flags
+    ``missing``, ``unexpected``: names, sorted. ``mismatched``: name → how the shapes differ; these tensors are not loaded. ``differing``:
+    those of ``matched`` whose dtypes on disk and in the module differ → both. ``flags``: name → frozen, for the flags
     to restore; None: no flag is restored.
     """
 
@@ -57,7 +58,7 @@ class ModulePlan:
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     mismatched: Mapping[str, str]
-    casts: Casts
+    differing: Mapping[str, Dtypes]
     flags: Mapping[str, bool] | None
 
     @cached_property
@@ -73,9 +74,11 @@ class ModulePlan:
     @cached_property
     def reads(self) -> list[Located]:
         """The stored tensors that will be read."""
-        names = [*(name for routine in self.routines for name in routine.tensors), *self.in_place]
+        routed = [name for routine in self.routines for name in routine.tensors]
         if not self.joins:
-            return [*map(self.stored.__getitem__, names), *(beside.located for beside in self.beside)]
+            in_place = map(self.matched.__getitem__, self.in_place)
+            return [*map(self.stored.__getitem__, routed), *in_place, *(beside.located for beside in self.beside)]
+        names = [*routed, *self.in_place]
         wanted = set(names)
         joined = {target for join in self.joins for target in join.targets}
         sources = [source for join in self.joins if not wanted.isdisjoint(join.targets) for source in join.sources]
@@ -90,8 +93,10 @@ class ModulePlan:
 
     def notes(self) -> tuple[str, ...]:
         """Which values are cast, and which stay, for the report."""
+        in_place = self.in_place if self.differing else ()
+        counts = Counter(self.differing[name] for name in in_place if name in self.differing)
         casts = [
-            f"{number} cast from {stored} to {wanted}".replace("torch.", "") for (stored, wanted), number in self.casts.items()
+            f"{number} cast from {stored} to {wanted}".replace("torch.", "") for (stored, wanted), number in counts.items()
         ]
         number = len(self.left_out)
         stay = f"{number} of the missing names were frozen and left out by the save; they keep the values that they had"
@@ -134,7 +139,7 @@ def plan_module(
         missing=_missing(inventory, layout, missing),
         unexpected=tuple(sorted(unexpected)),
         mismatched=match.mismatched,
-        casts=match.casts(destinations),
+        differing=match.differing,
         flags=flags if not flags or not match.mismatched else {n: f for n, f in flags.items() if n not in match.mismatched},
     )
 
@@ -152,7 +157,7 @@ def plan_again(plan: ModulePlan, inventory: Inventory) -> ModulePlan:
         destinations=destinations,
         must_equal=must_equal,
         mismatched={**plan.mismatched, **match.mismatched},
-        casts=match.casts(destinations),
+        differing=match.differing,
     )
 
 
@@ -198,17 +203,11 @@ def _missing(inventory: Inventory, layout: DiskLayout, names: Collection[str]) -
 
 
 class _Match(NamedTuple):
-    """``matched`` and ``mismatched`` as in `ModulePlan`. ``differing``: those of ``matched`` whose dtypes on disk and in the module differ
-    → both."""
+    """The members of `ModulePlan` with these names."""
 
     matched: dict[str, Located]
     mismatched: dict[str, str]
-    differing: dict[str, tuple[torch.dtype, torch.dtype]]
-
-    def casts(self, destinations: Mapping[str, str | None]) -> Casts:
-        """`ModulePlan.casts`."""
-        in_place = [name for name, routine in destinations.items() if routine is None] if self.differing else ()
-        return Counter(self.differing[name] for name in in_place if name in self.differing)
+    differing: dict[str, Dtypes]
 
 
 def _match(inventory: Inventory, stored: Mapping[str, Located]) -> _Match:

@@ -33,7 +33,7 @@ def overlaps(slots: Sequence[Slot], reaches: Sequence[int], owners: Mapping[str,
     ``reaches``: the `reach` of each, never 0. ``owners``: name of a tensor that a routine fills → the routine's sub-module. Tensors of
     one such sub-module may overlap.
     """
-    begins = [slot.memory.data_ptr() for slot in slots]
+    begins = [slot.address for slot in slots]
     ends = [begin + reach for begin, reach in zip(begins, reaches)]
     if not any_overlap(begins, ends):
         return

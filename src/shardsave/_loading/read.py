@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 from typing import TYPE_CHECKING, Union
 
 import numpy as np
@@ -53,14 +52,15 @@ class TensorReader:
     def read(self, targets: Sequence[Target]) -> None:
         """Fills ``targets``. Raises CorruptCheckpointError if checksums are wrong, once all targets have been read."""
         whole = len(targets)
-        if any(located.chunks for located, _ in targets):
+        if any([located.chunks for located, _ in targets]):
             targets = [part for target in targets for part in _chunk_targets(target)]
-        if self._verify and None in [located.checksum for located, _ in targets]:
+        stored = [located for located, _ in targets]
+        if self._verify and None in [located.checksum for located in stored]:
             self.verified = None
-        shards = sorted({located.shard for located, _ in targets})
+        shards = sorted({located.shard for located in stored})
         self.shards.update(shards)
         with gc_paused():
-            extents = _extents(targets, shards)
+            extents = _extents(stored, shards)
             order = np.lexsort((extents[:, 1], extents[:, 0]))
             extents, targets = extents[order], [targets[n] for n in order.tolist()]
         step = self._checkpoint.allowance
@@ -148,9 +148,13 @@ def damage_message(located: Located, computed: int) -> str:
     )
 
 
-def _extents(targets: Sequence[Target], shards: Sequence[str]) -> NDArray[np.int64]:
-    """The file and the byte range of each target, in the form that `blocks` takes; a file's number is its position in ``shards``."""
+def _extents(stored: Sequence[Located], shards: Sequence[str]) -> NDArray[np.int64]:
+    """The file and the byte range of each tensor, in the form that `blocks` takes; a file's number is its position in ``shards``."""
     number = {shard: position for position, shard in enumerate(shards)}
     grain = {dtype: item_bytes(dtype) for dtype in BY_NAME}
-    rows = ((number[t.shard], t.offset, t.nbytes, grain[t.dtype]) for t, _ in targets)
-    return np.fromiter(chain.from_iterable(rows), np.int64, 4 * len(targets)).reshape(-1, 4)
+    extents = np.empty((len(stored), 4), dtype=np.int64)
+    extents[:, 0] = [number[t.shard] for t in stored]
+    extents[:, 1] = [t.offset for t in stored]
+    extents[:, 2] = [t.nbytes for t in stored]
+    extents[:, 3] = [grain[t.dtype] for t in stored]
+    return extents

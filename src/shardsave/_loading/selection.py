@@ -77,7 +77,8 @@ def choose_located(checkpoint: Checkpoint, prefix: str) -> dict[str, Located]:
     tensors = checkpoint.tensors
     if not prefix:
         names = list(checkpoint.stored_names)
-        located = dict(zip(names, map(tensors.__getitem__, names)))
+        in_order = names == list(tensors)  # looking up very many names takes far longer than comparing them in turn
+        located = dict(tensors) if in_order else {name: tensors[name] for name in names}
         located.update((name, tensors[stored]) for name, stored in checkpoint.ties.items())
         return located
     return {name.removeprefix(prefix): tensors[stored] for name, stored in choose(checkpoint, None, prefix).items()}

@@ -26,15 +26,18 @@ from shardsave.errors import IncompatibleCheckpointError, UnsupportedTensorError
 class Slot(NamedTuple):
     """One name of a tensor: the sub-module that owns it, the attribute there, and the tensor. ``saved``: the state dict has the name.
 
+    ``memory``: the tensor that has the memory in this process: ``tensor`` itself or, if it is distributed over several ranks, its local
+    one; ``part`` is then the part in this process. ``address``: that of ``memory``, 0 if it has none.
     If accelerate offloads it, ``tensor`` is where accelerate reads the values, and ``offloaded`` says what is known of that place.
-    The exception is a spare copy in ``offloaded``. ``whole``: the quantised parameter of which ``tensor`` is a part. ``part``: if the
-    tensor is distributed over several ranks, the part in this process.
+    The exception is a spare copy in ``offloaded``. ``whole``: the quantised parameter of which ``tensor`` is a part.
     """
 
     name: str
     owner: nn.Module
     attribute: str
     tensor: torch.Tensor
+    memory: torch.Tensor
+    address: int
     is_buffer: bool
     saved: bool
     offloaded: Offloaded | None = None
@@ -42,14 +45,13 @@ class Slot(NamedTuple):
     part: LocalPart | None = None
 
     @property
-    def memory(self) -> torch.Tensor:
-        """The tensor that has the memory in this process."""
-        return self.tensor if self.part is None else self.part.local
-
-    @property
     def form(self) -> torch.Tensor:
         """A tensor with dtype and shape of the whole: the tensor or, if it is distributed, one on the meta device."""
         return self.tensor if self.part is None else self.part.spread.stand_in
+
+    def with_memory(self, tensor: torch.Tensor) -> Slot:
+        """The slot with ``tensor``, which is whole in this process."""
+        return self._replace(tensor=tensor, memory=tensor, address=address(tensor))
 
 
 #: For every name of every sub-module, the module itself first: the prefix of names inside it (without wrappers), and the sub-module.
@@ -148,8 +150,9 @@ def _slots(module: nn.Module, sub_modules: SubModules, parts: PartReader | None,
     slots = []
     for slot in in_module:
         if (found := offloaded.get(slot.name)) is not None:
-            tensor = slot.tensor if found.tensor is None or found.spare else found.tensor
-            slot = slot._replace(tensor=tensor, offloaded=found)
+            slot = slot._replace(offloaded=found)
+            if found.tensor is not None and not found.spare:
+                slot = slot.with_memory(found.tensor)
         slots.append(slot)
     return slots
 
@@ -159,7 +162,8 @@ def with_part(slot: Slot, parts: PartReader, where: str) -> Slot:
     if not is_distributed(slot.tensor):
         return slot
     try:
-        return slot._replace(part=parts.read(slot.tensor))
+        part = parts.read(slot.tensor)
+        return slot._replace(memory=part.local, address=address(part.local), part=part)
     except NotReadable as error:
         raise UnsupportedTensorError(
             f"cannot fill {slot.name!r} from {where}: {error.expected}, {error.found}; the module is unchanged"
@@ -173,19 +177,22 @@ def _slots_in_module(sub_modules: SubModules) -> Iterator[Slot]:
             if parameter is None:
                 continue
             if type(parameter) in PLAIN_TYPES or (found := quantised(parameter)) is None:
-                yield Slot(start + attribute, owner, attribute, parameter, False, True)
+                yield Slot(start + attribute, owner, attribute, parameter, parameter, address(parameter), False, True)
                 continue
             for key, part in found.parts.items():
-                yield Slot(part_name(start + attribute, key), owner, attribute, part, False, True, whole=parameter)
+                name = part_name(start + attribute, key)
+                yield Slot(name, owner, attribute, part, part, address(part), False, True, whole=parameter)
         for attribute, buffer in owner._buffers.items():
             if buffer is not None:
-                yield Slot(start + attribute, owner, attribute, buffer, True, attribute not in not_saved)
+                saved = attribute not in not_saved
+                yield Slot(start + attribute, owner, attribute, buffer, buffer, address(buffer), True, saved)
 
 
 def _leaders(slots: Mapping[str, Slot]) -> dict[str, str]:
-    tensors = [slot.memory for slot in slots.values()]
-    begins = [address(tensor) or id(tensor) for tensor in tensors]
-    leaders = shared_names(dict(zip(slots, tensors)), begins) if len(set(begins)) < len(begins) else {}
+    begins = [slot.address or id(slot.memory) for slot in slots.values()]
+    leaders = {}
+    if len(set(begins)) < len(begins):
+        leaders = shared_names({name: slot.memory for name, slot in slots.items()}, begins)
     parts = {name: slot.part for name, slot in slots.items() if slot.part is not None}
     return tied_parts({name: slots[name].tensor for name in parts}, parts, leaders) if parts else leaders
 

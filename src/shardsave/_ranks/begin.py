@@ -8,10 +8,11 @@ from contextlib import contextmanager, suppress
 from queue import Empty
 from typing import TYPE_CHECKING
 
+from shardsave._common.job_errors import mark, mark_own
 from shardsave._common.shutdown import raise_if_ending
 from shardsave._ranks import group as groups
-from shardsave._ranks.failures import JobFailed, StoreLost, failure_of
-from shardsave._ranks.meeting import Call
+from shardsave._ranks.arrivals import Call, number_of_call
+from shardsave._ranks.failures import JobFailed, StoreLost, failure_of, is_foreign
 from shardsave._ranks.part import Timeouts
 from shardsave._ranks.post import Post
 from shardsave._ranks.roll import Roll, unpack_roll
@@ -49,7 +50,13 @@ def session_of(
     except (JobFailed, StoreLost) as error:
         words = str(error)
         failed = words if words.startswith("cannot ") else f"cannot {verb} {where}: {words}"
-        raise raises(f"{failed}{state}") from error
+        raised = raises(f"{failed}{state}")
+        raised.__cause__ = error
+        mark(raised)
+        raise raised from raised.__cause__
+    except Exception as error:
+        (mark_own if is_foreign(error) else mark)(error)
+        raise
 
 
 def begin(
@@ -68,9 +75,8 @@ def begin(
     as those of saves in the background, have another word here on all ranks.
     """
     members = groups.members_of(group)
-    members = members._replace(key=f"{members.key}{apart and '/'}{apart}")
     timeouts = Timeouts(rank_timeout, phase_timeout)
-    return begin_with(groups.job_store(), members, groups.this_host(), Call(verb, where), timeouts, usual)
+    return begin_with(groups.job_store(), members, groups.this_host(), Call(verb, where, apart), timeouts, usual)
 
 
 def begin_with(
@@ -84,16 +90,23 @@ def begin_with(
     """`begin` with a given store and host."""
     if len(members.names) == 1:
         return Session(None, call, Roll((0,), (host.name,), members.names), 0, timeouts, usual)
-    ticket = Ticket(members, f"{call} on thread '{threading.current_thread().name}'")
+    thread = threading.current_thread()
+    number = number_of_call(members, on_main_thread=thread is threading.main_thread())
+    ticket = Ticket(members, call.kind, f"{call} on thread '{thread.name}'")
     post = None
     try:
         if (running := ticket.take()) is not None:
-            raise usual(f"cannot {call}: one collective call of a group at a time was expected, this process is in: {running}")
+            raise usual(
+                f"cannot {call}: one collective call of a group at a time was expected, this process is in: {running}; wait until that "
+                f"has ended"
+            )
         try:
-            post = Post(store, members, host, call, timeouts)
+            post = Post(store, members, host, call, number, timeouts)
             post.start()
         except (OSError, RuntimeError) as error:
-            raise usual(f"cannot {call}: a thread and a descriptor were expected to be free: {error}") from error
+            raise usual(
+                f"cannot {call}: rank {members.names[members.rank]} was expected to have a thread and a descriptor free: {error}"
+            ) from error
         roll = unpack_roll(_first(post, timeouts, usual, call), members.names)
         return Session(post, call, roll, members.rank, timeouts, usual, ticket)
     except BaseException as error:

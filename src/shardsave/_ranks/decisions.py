@@ -19,7 +19,7 @@ from shardsave._ranks.failures import StoreLost
 from shardsave._ranks.group import Members, Store, job_store, members_of
 from shardsave._ranks.line import Line
 from shardsave._ranks.pauses import pauses_for
-from shardsave.errors import ShardSaveError
+from shardsave.errors import SaveNotCommittedError, ShardSaveError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -47,8 +47,8 @@ class Decision(NamedTuple):
 
 
 class Decisions:
-    """The decisions for the run ``shown``, as one of its ranks sees them. For one thread. All methods raise ShardSaveError if the store
-    is lost; `leave` raises nothing.
+    """The decisions for the run ``shown``, as one of its ranks sees them. For one thread. If the store is lost, `announce` and
+    `told` raise ShardSaveError, since the call may have saved; `leave` raises nothing; the others raise SaveNotCommittedError.
 
     ``number``: of the objects for this run that all ranks have made. ``patience``: how many seconds the others wait until rank 0 has
     passed a turn: nothing says meanwhile whether it is alive.
@@ -76,7 +76,7 @@ class Decisions:
             while (found := Decision.decode(self._line.peek(_DECIDED))).passed < passed:
                 raise_if_ending()
                 if time.monotonic() > end:
-                    raise ShardSaveError(
+                    raise SaveNotCommittedError(
                         f"cannot tell whether to save to {self._shown}: {self._leader} was expected within "
                         f"phase_timeout={self._patience:g} s to have finished {passed} calls of step or save as this rank has, it has "
                         f"finished {found.passed}; all ranks must make the same calls, save_on_signal too; nothing was written"
@@ -89,7 +89,7 @@ class Decisions:
     def announce(self, decision: Decision) -> None:
         """Tells the other ranks. Called on rank 0 alone."""
         self._last = decision
-        with self._reaching():
+        with self._telling():
             self._line.set(_DECIDED, decision.encode())
 
     def tell(self, names: Iterable[str]) -> None:
@@ -101,7 +101,7 @@ class Decisions:
 
     def told(self) -> list[str]:
         """The signals that another rank has told of."""
-        with self._reaching():
+        with self._telling():
             data = self._line.peek(_ASKED)
         return json.loads(data) if data is not None else []
 
@@ -113,11 +113,21 @@ class Decisions:
         self._line.close()
 
     @contextmanager
-    def _reaching(self) -> Iterator[None]:
+    def _telling(self) -> Iterator[None]:
         try:
             yield
         except StoreLost as error:
             raise ShardSaveError(
+                f"cannot tell the other ranks whether to save to {self._shown}: the store of torch.distributed was expected to answer: "
+                f"{error}; steps that were committed stay"
+            ) from error
+
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
+        try:
+            yield
+        except StoreLost as error:
+            raise SaveNotCommittedError(
                 f"cannot tell whether to save to {self._shown}: the store of torch.distributed was expected to answer: {error}; nothing "
                 f"was written"
             ) from error

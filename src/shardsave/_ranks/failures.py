@@ -6,6 +6,7 @@ import json
 from typing import NamedTuple
 
 from shardsave import errors
+from shardsave._printable import printable
 from shardsave.errors import ShardSaveError
 
 _LONGEST = 32_000
@@ -36,7 +37,7 @@ class Failure(NamedTuple):
     def error(self, usual: type[ShardSaveError]) -> Exception:
         """What is raised. ``usual``: the class of an error that has no class of its own."""
         kind = _BUILTIN.get(self.kind) or (getattr(errors, self.kind) if self.kind in errors.__all__ else usual)
-        error: Exception = kind(self.text)
+        error: Exception = kind(printable(self.text))  # errors of Python do not escape what they say
         return error
 
 

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import torch
 
@@ -97,11 +97,13 @@ class FarLinks:
     def open(self, rank: int, block: int, nbytes: int, window: int) -> None:
         """The owner's: its window at the address ``window`` is open for a parcel of ``rank``, or holds what is to be in it."""
         with self._changed:
-            if self._inward:
-                self._asked.append(self._ask(rank, block, nbytes, window))
-            else:
+            if not self._inward:
                 self._to_pack.setdefault(block, []).append((rank, nbytes, window))
+            elif (asked := self._ask(rank, block, nbytes, window)) is not None:
+                self._asked.append(asked)
             self._changed.notify_all()
+        if self.lost:
+            self._exchange.wake()
 
     def may_pack(self, block: int) -> None:
         """The owner's, where bytes go out: `open` was called for all ranks that take part in ``block``."""
@@ -127,10 +129,17 @@ class FarLinks:
         deadline = time.monotonic() + _JOIN_SECONDS
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
-        if self.ended:
+        with self._changed:
+            if not self.ended:  # a thread waits in gloo, until the other process is gone or the time limit is reached
+                _left.append(self)
+                return
+        self._disconnect()
+
+    def _disconnect(self) -> None:
+        """Closes the connections. Somebody may still hold this object, by the traceback of an error for example."""
+        self._asked.clear()
+        if self._gloo is not None:
             self._gloo.close()
-        else:  # a thread waits in gloo, until the other process is gone or the time limit is reached
-            _left.append(self)
 
     def _run(self, action: Callable[[], None]) -> None:
         try:
@@ -141,7 +150,11 @@ class FarLinks:
         finally:
             with self._changed:
                 self._at_work -= 1
+                is_left = self.ended and self in _left
             self._exchange.wake()
+            if is_left:
+                _left.remove(self)
+                self._disconnect()
 
     def _send_all(self) -> None:
         moving: deque[_Moving] = deque()
@@ -168,7 +181,9 @@ class FarLinks:
                 self._take_in(moving.popleft())
             if self._closing:
                 return
-            moving.append(self._ask(rank, block, nbytes, 0))
+            if (asked := self._ask(rank, block, nbytes, 0)) is None:
+                self._leave(rank, said=False)
+            moving.append(asked)
         while moving and not self._closing:
             self._take_in(moving.popleft())
 
@@ -199,14 +214,23 @@ class FarLinks:
             self._exchange.done(rank, block)
         assert self._gloo is not None
         self._given.add((rank, block))
-        work = self._gloo.send(buffer[: nbytes + MARK_BYTES], rank, block)
+        try:
+            work = self._gloo.send(buffer[: nbytes + MARK_BYTES], rank, block)
+        except RuntimeError:
+            self._leave(rank, said=False)
         return _Moving(rank, block, nbytes, window, buffer, work)
 
-    def _ask(self, rank: int, block: int, nbytes: int, window: int) -> _Moving:
+    def _ask(self, rank: int, block: int, nbytes: int, window: int) -> _Moving | None:
+        """Asks for a parcel; None if the other rank is gone."""
         assert self._gloo is not None
         self._asked_for.add((rank, block))
         buffer = self.buffers.take(nbytes)
-        return _Moving(rank, block, nbytes, window, buffer, self._gloo.ask(buffer[: nbytes + MARK_BYTES], rank, block))
+        try:
+            work = self._gloo.ask(buffer[: nbytes + MARK_BYTES], rank, block)
+        except RuntimeError:
+            self.lost.setdefault(rank, Lost(rank, said=False))
+            return None
+        return _Moving(rank, block, nbytes, window, buffer, work)
 
     def _next_asked(self) -> _Moving | None:
         """The parcel to wait for; None if no more will come."""
@@ -225,21 +249,20 @@ class FarLinks:
             self.buffers.give_back(parcel.buffer)
 
     def _arrived(self, parcel: _Moving) -> bool:
-        """Waits until ``parcel`` has been sent, or has come as a whole. False if the other rank has left."""
+        """Waits until ``parcel`` has been sent, or has come as a whole. False if the links are being closed."""
         assert self._gloo is not None
         try:
             self._gloo.wait(parcel.work)
         except RuntimeError:
-            self._set_lost(parcel.rank, said=False)
-            return False
+            self._leave(parcel.rank, said=False)
         if self._closing:  # the window may be gone
             return False
         if not self._gloo.is_whole(parcel.buffer[: parcel.nbytes + MARK_BYTES]):
-            self._set_lost(parcel.rank, said=True)
-            return False
+            self._leave(parcel.rank, said=True)
         return True
 
-    def _set_lost(self, rank: int, *, said: bool) -> None:
+    def _leave(self, rank: int, *, said: bool) -> NoReturn:
+        """Notes that ``rank`` is lost, and ends this thread when the links are closed."""
         self.lost.setdefault(rank, Lost(rank, said))
         self._exchange.wake()
         with self._changed:

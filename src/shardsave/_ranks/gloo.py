@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, cast
 
@@ -43,7 +44,10 @@ class Gloo:
         self._connect(session, self._position[session.rank], len(members), name)
 
     def send(self, parcel: torch.Tensor, rank: int, tag: int) -> Work:
-        """Sends bytes, the last `MARK_BYTES` of which become the mark; they must stay as they are until `sent`."""
+        """Sends bytes, the last `MARK_BYTES` of which become the mark; they must stay as they are until `wait` returns.
+
+        Raises RuntimeError if the other rank is gone, as `ask` and `wait` do.
+        """
         parcel[-MARK_BYTES:] = _MARK
         return cast("Work", self._group.send([parcel], self._position[rank], tag))
 
@@ -62,16 +66,18 @@ class Gloo:
         return torch.equal(parcel[-MARK_BYTES:], _MARK)
 
     def release(self, rank: int, tags: Sequence[int]) -> None:
-        """Sends short parcels to ``rank``, which may wait for those with ``tags``."""
-        for tag in tags:
-            short = torch.zeros(1, dtype=torch.uint8)
-            self._left += [short, self._group.send([short], self._position[rank], tag)]
+        """Sends short parcels to ``rank``, which may wait for those with ``tags``, unless it is gone."""
+        with suppress(RuntimeError):
+            for tag in tags:
+                short = torch.zeros(1, dtype=torch.uint8)
+                self._left += [short, self._group.send([short], self._position[rank], tag)]
 
     def drain(self, rank: int, parcels: Sequence[tuple[int, int]]) -> None:
-        """Asks ``rank`` for parcels, tag and bytes of each, that it may wait to send. Nobody looks at them."""
-        for tag, nbytes in parcels:
-            buffer = torch.empty(nbytes + MARK_BYTES, dtype=torch.uint8)
-            self._left += [buffer, self._group.recv([buffer], self._position[rank], tag)]
+        """Asks ``rank`` for parcels, tag and bytes of each, that it may wait to send, unless it is gone. Nobody looks at them."""
+        with suppress(RuntimeError):
+            for tag, nbytes in parcels:
+                buffer = torch.empty(nbytes + MARK_BYTES, dtype=torch.uint8)
+                self._left += [buffer, self._group.recv([buffer], self._position[rank], tag)]
 
     def close(self) -> None:
         """Ends the group; no thread may use it any more."""
@@ -101,7 +107,10 @@ class Gloo:
             session.check()
         if failures:
             session.check()
-            raise ShardSaveError(f"ranks of several hosts were expected to connect over gloo: {failures[0]}") from failures[0]
+            reason = str(failures[0]).partition("\n")[0]  # torch adds the trace of its C++ code
+            raise ShardSaveError(
+                f"ranks of several hosts were expected to connect over gloo: {reason}; GLOO_SOCKET_IFNAME chooses the network"
+            ) from failures[0]
 
 
 class Buffers:

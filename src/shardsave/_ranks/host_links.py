@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from shardsave._engine.transfer import BLOCK_BYTES
 from shardsave._ranks.links import Callbacks, Lost
 from shardsave._ranks.windows import MESSAGE_BYTES, SharedMemory, is_same_user, receive, send_descriptor
+from shardsave.errors import ShardSaveError
 
 if TYPE_CHECKING:
     from shardsave._ranks.session import Session
@@ -185,7 +186,9 @@ class HostLinks:
             owner.pause = min(2 * owner.pause, _LONGEST_PAUSE)
             return False
         if not is_same_user(connection):
-            raise PermissionError("the process that listens for this rank was expected to be of the same user")
+            raise ShardSaveError(
+                f"a process of the same user was expected to listen as {self._session.name(owner.rank)}, another user's does"
+            )
         owner.socket = connection
         self._send(connection, _MESSAGE.pack(_HELLO, self._session.rank, 0))
         assert self._selector is not None

@@ -275,11 +275,12 @@ class Joining:
 
     def _file_metadata(self) -> Mapping[str, str]:
         first, *others = self._descriptions
-        for other in others:
+        for number, other in enumerate(others, 1):
             for key in first.file_metadata.keys() | other.file_metadata.keys():
                 if first.file_metadata.get(key) != other.file_metadata.get(key):
                     raise UnsupportedTensorError(
-                        f"cannot save {key!r}: the same quantised tensor on all ranks was expected, they differ; nothing was written"
+                        f"cannot save {key!r}: the same quantised tensor on all ranks was expected, {self._words(self._ranks_of(number))} "
+                        f"and {self._words(self._ranks_of(0))} differ; nothing was written"
                     )
         return first.file_metadata
 

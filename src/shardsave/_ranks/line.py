@@ -48,6 +48,12 @@ class Line:
             self._store = _connections.get(store) or store.clone()
         _connections[store] = self._store
 
+    def beside(self, prefix: str) -> Line:
+        """A line over the same connection, for keys under another prefix."""
+        line = Line(self._original, prefix)
+        line._store = self._store
+        return line
+
     def close(self) -> None:
         self._store = None
 

@@ -15,6 +15,7 @@ from shardsave._loading.job import Result
 from shardsave._loading.read import TensorReader
 from shardsave._ranks.attempt import attempt
 from shardsave._ranks.job_reader import JobReader
+from shardsave._ranks.unequal import difference, told
 from shardsave._state.distributed_tensors import PartReader
 from shardsave._storage.checkpoint import Checkpoint
 
@@ -38,16 +39,10 @@ class LoadJob:
         return self._session.leads
 
     def check_equal(self, arguments: Mapping[str, object]) -> None:
-        mine = json.dumps(arguments)
-        everywhere = self._session.gather("arguments", mine.encode())
+        everywhere = self._session.gather("arguments", told(arguments))
         with self._session.for_all():
-            for rank, data in enumerate(everywhere or ()):
-                for name, value in json.loads(data).items() if data != everywhere[0] else ():  # type: ignore[index]
-                    if value != arguments[name]:
-                        raise ValueError(
-                            f"cannot {self._verb} {self._where}: {name}={arguments[name]!r} was expected on all ranks as on "
-                            f"{self._session.name(0)}, {self._session.name(rank)} has {name}={value!r}; nothing was loaded"
-                        )
+            if (words := difference(everywhere or (), self._session.name)) is not None:
+                raise ValueError(f"cannot {self._verb} {self._where}: {words}; nothing was loaded")
 
     @property
     def number(self) -> int:
@@ -68,8 +63,8 @@ class LoadJob:
         of_hosts = Counter[int]()
         for host, data in zip(self._session.hosts, gathered or ()):
             of_hosts[host] += int(data)
-        told = json.dumps([*of_hosts.items()]).encode() if gathered is not None else None
-        of_hosts = Counter(dict(json.loads(self._session.publish("new memory of all hosts", told))))
+        mine = json.dumps([*of_hosts.items()]).encode() if gathered is not None else None
+        of_hosts = Counter(dict(json.loads(self._session.publish("new memory of all hosts", mine))))
         if not of_hosts.total():
             return ()
         on_this = of_hosts[self._session.hosts[self._session.rank]]
@@ -83,13 +78,13 @@ class LoadJob:
 
     def ended(self, totals: Totals, shards: Collection[str]) -> tuple[Totals, int]:
         everywhere = self._session.gather("what was read", json.dumps([asdict(totals), *shards]).encode())
-        told = None
+        mine = None
         if everywhere is not None:
             joined, of_all = Totals(), set[str]()
             for data in everywhere:
                 of_rank, *names = json.loads(data)
                 joined = joined.joined(Totals.of(of_rank))
                 of_all.update(names)
-            told = json.dumps([asdict(joined), len(of_all)]).encode()
-        of_job, count = json.loads(self._session.publish("what all have read", told))
+            mine = json.dumps([asdict(joined), len(of_all)]).encode()
+        of_job, count = json.loads(self._session.publish("what all have read", mine))
         return Totals.of(of_job), count

@@ -8,13 +8,14 @@ missing.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from shardsave._ranks.arrivals import SAVE, Answered, Arrival, Call, Elsewhere, all_met, key_of
+from shardsave._ranks.claims import saved_apart
 from shardsave._ranks.failures import Failure, unpacked
 from shardsave._ranks.group import Host, Members
 from shardsave._ranks.line import Line
@@ -26,20 +27,6 @@ _BATCH = 64
 _PATIENCE = 1.25
 #: How often they look within the limit which ranks have come, to name the others.
 _LOOKS = 8
-
-
-class Call(NamedTuple):
-    """What all ranks must do alike."""
-
-    verb: str
-    where: str
-
-    @property
-    def digest(self) -> str:
-        return hashlib.sha256(json.dumps(self).encode()).hexdigest()[:16]
-
-    def __str__(self) -> str:
-        return f"{self.verb} {self.where}"
 
 
 class Met(NamedTuple):
@@ -64,19 +51,13 @@ class NotMet(Exception):
         self.failure = failure
 
 
-class _Arrival(NamedTuple):
-    token: str
-    call: str
-    host: str
-    host_name: str
-
-
 class Meeting:
     """One rank on its way into a session. Everything runs on the thread of the session."""
 
     def __init__(
-        self, line: Line, members: Members, host: Host, call: Call, seconds: float, given_up: Callable[[], bool]
+        self, line: Line, members: Members, host: Host, call: Call, number: int, seconds: float, given_up: Callable[[], bool]
     ) -> None:
+        """``number``: of the call, see `number_of_call`."""
         self._line = line
         self._members = members
         self._call = call
@@ -85,15 +66,17 @@ class Meeting:
         self._pauses = pauses_for(len(members.names))
         # the others hear the verdict of rank 0 before they give up, if they have come at the same time
         self._end = time.monotonic() + seconds * (1 if members.rank == 0 else _PATIENCE)
-        self._mine = _Arrival(os.urandom(8).hex(), call.digest, *host)
-        self._place = members.key, members.rank
+        self._number = number
+        self._mine = Arrival(os.urandom(8).hex(), call.digest, *host, str(number), call.kind)
+        self._place = members.key, call.kind, members.rank
 
     def meet(self) -> Met:
         """Raises NotMet, with the same failure on all ranks that have come."""
         if self._place in _interrupted:
-            self._line.delete([f"interrupted/{self._members.rank}"])
+            self._line.delete([self._key("interrupted", self._members.rank)])
             _interrupted.discard(self._place)
         met = self._lead() if self._members.rank == 0 else self._follow()
+        all_met(self._members, self._number)
         self._line.delete(_graves.pop(self._place, []))
         return met
 
@@ -104,11 +87,14 @@ class Meeting:
     def leave(self) -> None:
         """Removes what this rank has set."""
         if self._members.rank:
-            self._line.delete([f"arrived/{self._members.rank}", f"called/{self._members.rank}"])
+            self._line.delete([self._key("arrived", self._members.rank), self._key("called", self._members.rank)])
+
+    def _key(self, name: str, rank: int) -> str:
+        return key_of(name, self._call.kind, rank)
 
     def _follow(self) -> Met:
-        self._line.set(f"called/{self._members.rank}", json.dumps(self._call).encode())
-        self._line.set(f"arrived/{self._members.rank}", " ".join(self._mine).encode())
+        self._line.set(self._key("called", self._members.rank), json.dumps(self._call).encode())
+        self._line.set(self._key("arrived", self._members.rank), self._mine.packed())
         key = f"answer/{self._mine.token}"
         came: set[int] = set()
         next_look = time.monotonic() + self._seconds / _LOOKS
@@ -136,30 +122,33 @@ class Meeting:
     def _present(self) -> set[int]:
         """Who is waiting for rank 0. In a large group nobody looks, for all would do so at once."""
         size = len(self._members.names)
-        return {rank for rank in range(1, size) if size > _BATCH or self._line.has([f"arrived/{rank}"])}
+        return {rank for rank in range(1, size) if size > _BATCH or self._line.has([self._key("arrived", rank)])}
 
     def _tell_of_interrupt(self) -> None:
         """Tells the others, if this rank leaves because it was interrupted."""
         if self._given_up():
             _interrupted.add(self._place)
-            self._line.set(f"interrupted/{self._members.rank}", self._mine.token.encode())
+            self._line.set(self._key("interrupted", self._members.rank), self._mine.token.encode())
 
     def _interrupt_of(self, rank: int) -> bytes | None:
-        return self._line.peek(f"interrupted/{rank}")
+        return self._line.peek(self._key("interrupted", rank))
 
     def _did_not_come(self, missing: list[int]) -> Failure:
         interrupted = [rank for rank in missing[:_BATCH] if self._interrupt_of(rank) is not None]
         names = listed([self._members.names[rank] for rank in interrupted or missing])
         if interrupted:
             return Failure("", f"{names} {'was' if len(interrupted) == 1 else 'were'} interrupted")
+        ranks = [self._members.names[rank] for rank in missing]
+        apart = saved_apart(self._line, self._call.where, ranks, self._seconds) if self._call.verb == SAVE else ""
         return Failure(
             "",
             f"cannot {self._call}: all {len(self._members.names)} ranks of the group were expected to call it within "
-            f"{self._seconds:g} s, {names} did not, or has ended; the call is collective: either all ranks make it or none",
+            f"rank_timeout={self._seconds:g} s, {names} did not, or has ended; the call is collective: either all ranks make it or "
+            f"none{apart}",
         )
 
     def _lead(self) -> Met:
-        answered = _answered.setdefault(self._members.key, {})
+        answered = _answered.setdefault(self._members.key, Answered())
         arrivals = self._arrivals(answered)
         failure = self._disagreement(arrivals)
         if self._given_up():
@@ -167,51 +156,52 @@ class Meeting:
             failure = Failure("", f"rank {self._members.names[0]} was interrupted")
         elif failure is None and (missing := [rank for rank in range(len(self._members.names)) if rank not in arrivals]):
             failure = self._did_not_come(missing)
-        answered.update((rank, arrival.token) for rank, arrival in arrivals.items())
+        for rank, arrival in arrivals.items():
+            answered.note(rank, arrival)
         if failure is not None:
             self._answer(arrivals, dict.fromkeys(arrivals, b"failure " + failure.packed()))
             raise NotMet(failure)
         return self._open(arrivals)
 
-    def _arrivals(self, answered: dict[int, str]) -> dict[int, _Arrival]:
-        """Who has come within the time, in order."""
+    def _arrivals(self, answered: Answered) -> dict[int, Arrival]:
+        """Who has come within the time, in order; also those who wait in a call of another kind and cannot come to this one."""
         arrivals = {0: self._mine}
+        elsewhere = Elsewhere(self._line, self._call, self._number, answered)
         for rank in range(1, len(self._members.names)):
-            if (arrival := self._awaited(rank, answered)) is not None:
+            if (arrival := self._awaited(rank, answered, elsewhere)) is not None:
                 arrivals[rank] = arrival
                 self._pauses.restart()
         return arrivals
 
-    def _awaited(self, rank: int, answered: dict[int, str]) -> _Arrival | None:
+    def _awaited(self, rank: int, answered: Answered, elsewhere: Elsewhere) -> Arrival | None:
         """The arrival of ``rank``; None if it does not come within the time, or is interrupted meanwhile."""
-        arrival = self._read(rank, answered)
+        kind = self._call.kind
+        arrival = answered.waiting(self._line, kind, rank)
         before = self._interrupt_of(rank) if arrival is None else None  # in an earlier call
         while arrival is None and not self._late():
             time.sleep(self._pauses.rest())
             self._pauses.due()
-            arrival = self._read(rank, answered)
+            arrival = answered.waiting(self._line, kind, rank) or elsewhere.look(rank)
             if arrival is None and self._interrupt_of(rank) not in (None, before):
                 return None
         return arrival
 
-    def _read(self, rank: int, answered: dict[int, str]) -> _Arrival | None:
-        value = self._line.peek(f"arrived/{rank}")
-        arrival = None if value is None else _Arrival(*value.decode().split())
-        return None if arrival is None or answered.get(rank) == arrival.token else arrival
-
-    def _disagreement(self, arrivals: dict[int, _Arrival]) -> Failure | None:
+    def _disagreement(self, arrivals: dict[int, Arrival]) -> Failure | None:
         others = [rank for rank, arrival in arrivals.items() if arrival.call != self._call.digest]
         if not others:
             return None
-        texts = self._line.get_all([f"called/{rank}" for rank in others])
+        texts = self._line.get_all([key_of("called", arrivals[rank].kind, rank) for rank in others])
         calls: dict[str, list[int]] = {}
         for rank, text in zip(others, texts, strict=True):
-            calls.setdefault(str(Call(*json.loads(text))) if text else "?", []).append(self._members.names[rank])
+            calls.setdefault(Call(*json.loads(text)).words if text else "?", []).append(self._members.names[rank])
         same = [self._members.names[rank] for rank in arrivals if rank not in others]
-        told = "; ".join(f"{listed(ranks)}: {call}" for call, ranks in [(str(self._call), same), *calls.items()])
-        return Failure("ValueError", f"cannot {self._call}: all ranks were expected to make the same call, found {told}")
+        told = "; ".join(f"{listed(ranks)}: {call}" for call, ranks in [(self._call.words, same), *calls.items()])
+        return Failure(
+            "ValueError",
+            f"cannot {self._call}: all ranks were expected to make the same call, found {told}; nothing was read or written",
+        )
 
-    def _open(self, arrivals: dict[int, _Arrival]) -> Met:
+    def _open(self, arrivals: dict[int, Arrival]) -> Met:
         """Answers all ranks that there is a session."""
         hosts = {arrival.host: 0 for arrival in arrivals.values()}
         hosts = {host: number for number, host in enumerate(hosts)}
@@ -224,14 +214,15 @@ class Meeting:
         }
         return Met(session, 0, 0, len(hosts), roll, self._answer(arrivals, texts))
 
-    def _answer(self, arrivals: dict[int, _Arrival], texts: Mapping[int, bytes]) -> tuple[tuple[int, bool], ...]:
+    def _answer(self, arrivals: dict[int, Arrival], texts: Mapping[int, bytes]) -> tuple[tuple[int, bool], ...]:
         """Gives each rank its answer. Returns those that have left in the meantime, and whether they were interrupted."""
         others = [rank for rank in arrivals if rank]
         keys = {rank: f"answer/{arrivals[rank].token}" for rank in others}
         self._line.set_all({keys[rank]: texts[rank] for rank in others})
+        arrived = {rank: key_of("arrived", arrivals[rank].kind, rank) for rank in others}
         batches = [others[begin : begin + _BATCH] for begin in range(0, len(others), _BATCH)]
-        unsure = [rank for batch in batches if not self._line.has([f"arrived/{rank}" for rank in batch]) for rank in batch]
-        gone = [rank for rank in unsure if self._line.peek(f"arrived/{rank}") is None]
+        unsure = [rank for batch in batches if not self._line.has([arrived[rank] for rank in batch]) for rank in batch]
+        gone = [rank for rank in unsure if self._line.peek(arrived[rank]) is None]
         self._line.delete([keys[rank] for rank in gone])
         return tuple((rank, self._interrupt_of(rank) == arrivals[rank].token.encode()) for rank in gone)
 
@@ -239,12 +230,12 @@ class Meeting:
         return time.monotonic() > self._end or self._given_up()
 
 
-#: By group: the last token that each rank was answered, on rank 0.
-_answered: dict[str, dict[int, str]] = {}
-#: By group and rank: keys of sessions that ended with the loss of a rank.
-_graves: dict[tuple[str, int], list[str]] = {}
-#: By group and rank: this process has told that it was interrupted.
-_interrupted: set[tuple[str, int]] = set()
+#: By group.
+_answered: dict[str, Answered] = {}
+#: By group, kind of call and rank: keys of sessions that ended with the loss of a rank.
+_graves: dict[tuple[str, str, int], list[str]] = {}
+#: By group, kind of call and rank: this process has told that it was interrupted.
+_interrupted: set[tuple[str, str, int]] = set()
 os.register_at_fork(after_in_child=_answered.clear)
 os.register_at_fork(after_in_child=_interrupted.clear)
 os.register_at_fork(after_in_child=_graves.clear)

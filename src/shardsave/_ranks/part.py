@@ -52,7 +52,7 @@ class Part:
         return Failure("", f"{self.name(rank)} was interrupted", (rank,))
 
     def silent(self, rank: int) -> Failure:
-        return self.lost(rank, f"a sign of life was expected within {self.timeouts.rank:g} s, there was none")
+        return self.lost(rank, f"a sign of life was expected within rank_timeout={self.timeouts.rank:g} s, there was none")
 
     def fail(self, failure: Failure) -> None:
         """Makes ``failure`` the end of the session, unless it has ended."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 from contextlib import suppress
 
+from shardsave._ranks.arrivals import Call
 from shardsave._ranks.failures import StoreLost, failure_of
 from shardsave._ranks.group import Host, Members, Store
 from shardsave._ranks.leader import Leader
 from shardsave._ranks.line import Line
 from shardsave._ranks.log import Log
 from shardsave._ranks.mailbox import Command, Mailbox
-from shardsave._ranks.meeting import Call, Meeting, NotMet
+from shardsave._ranks.meeting import Meeting, NotMet
 from shardsave._ranks.member import Member
 from shardsave._ranks.part import Timeouts
 
@@ -19,12 +20,14 @@ from shardsave._ranks.part import Timeouts
 class Post:
     """The thread. What it learns comes into ``mailbox``."""
 
-    def __init__(self, store: Store, members: Members, host: Host, call: Call, timeouts: Timeouts) -> None:
+    def __init__(self, store: Store, members: Members, host: Host, call: Call, number: int, timeouts: Timeouts) -> None:
+        """``number``: of the call, see `number_of_call`."""
         self.mailbox = Mailbox()
         self.line = Line(store, f"shardsave/{members.key}")
         self._members = members
         self._host = host
         self._call = call
+        self._number = number
         self._timeouts = timeouts
         self._abandoned = False
         self._thread = threading.Thread(target=self._run, name="shardsave-ranks", daemon=True)
@@ -51,7 +54,8 @@ class Post:
         mailbox = self.mailbox
         try:
             self.line.open()
-            meeting = Meeting(self.line, self._members, self._host, self._call, self._timeouts.rank, lambda: self._abandoned)
+            seconds, given_up = self._timeouts.rank, lambda: self._abandoned
+            meeting = Meeting(self.line, self._members, self._host, self._call, self._number, seconds, given_up)
             self._take_part(self.line, meeting)
         except NotMet as error:
             mailbox.failure = error.failure

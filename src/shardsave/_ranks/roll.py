@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -46,15 +46,23 @@ def unpack_roll(packed: bytes, names: tuple[int, ...]) -> Roll:
     return Roll(tuple(hosts), tuple(host_names), names)
 
 
-def listed(ranks: Sequence[int]) -> str:
-    """``rank 3``, ``ranks 1, 4 to 7``. Long lists are cut."""
+def runs_of(ranks: Iterable[int]) -> list[list[int]]:
+    """The first and the last rank of each run of ``ranks``."""
     runs: list[list[int]] = []
     for rank in sorted(ranks):
         if runs and rank == runs[-1][1] + 1:
             runs[-1][1] = rank
         else:
             runs.append([rank, rank])
-    words = [str(first) if first == last else f"{first}{' to ' if last > first + 1 else ', '}{last}" for first, last in runs]
+    return runs
+
+
+def listed(ranks: Sequence[int]) -> str:
+    """``rank 3``, ``ranks 1, 4 to 7``. Long lists are cut."""
+    words = [
+        str(first) if first == last else f"{first}{' to ' if last > first + 1 else ', '}{last}"
+        for first, last in runs_of(ranks)
+    ]
     if len(words) > 20:
         words[20:] = ["…"]
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(words)}"

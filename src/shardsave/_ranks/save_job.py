@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
-from operator import itemgetter
 from typing import Literal
 
 from shardsave._common.gc_pause import gc_paused
@@ -17,6 +15,7 @@ from shardsave._engine.transfer import TransferFault
 from shardsave._ranks.agree import Said as SaidOfState
 from shardsave._ranks.agree import agree, say
 from shardsave._ranks.attempt import attempt
+from shardsave._ranks.claims import Claims, claims_of
 from shardsave._ranks.comparison import AmongRanks
 from shardsave._ranks.failures import JobFailed, StoreLost, failure_of, unpacked
 from shardsave._ranks.owners import owners
@@ -33,6 +32,7 @@ from shardsave._ranks.save_messages import (
 from shardsave._ranks.session import Session
 from shardsave._ranks.shipping import Shipping
 from shardsave._ranks.training import TRAINING, OwnTraining, plan_training, state_of, with_other_files
+from shardsave._ranks.unequal import difference, told
 from shardsave._ranks.values import pack
 from shardsave._ranks.watching import JobWatch
 from shardsave._saving.comparison import Comparison
@@ -57,7 +57,7 @@ _BEGINS, _OUTCOME = "begin of the commit", "outcome of the commit"
 #: What rank 0 publishes before anything is written: questions about tensors, then what all will write.
 _PLAN, _ASKED = "plan of the files", b"?"
 
-#: What rank 0 publishes of the layout on disk, where names and tensors stay as they are.
+#: What rank 0 publishes of the layout on disk, where names and tensors stay as they are; its fingerprint follows.
 _LAYOUT, _KEPT = "layout on disk", b"kept"
 
 #: Begins an outcome that is an error.
@@ -103,6 +103,7 @@ class SaveJob:
         self._said: tuple[SaidOfState | None, SaidOfState | None] = None, None  # of the state and the training state
         self._is_alike = False  # whether all ranks say the same
         self._training: OwnTraining | None = None
+        self._claims: Claims | None = None  # where this rank leads
         self._begun = False  # whether the index may have been renamed
 
     @property
@@ -125,6 +126,14 @@ class SaveJob:
         result, self._is_alike = attempt(self._session, "what each has read", work, identity)
         return result
 
+    def claim(self, directory: str, step: int | None) -> None:
+        """Called once the ``directory`` is known: rank 0 looks whether other ranks of the job have just made the same save."""
+        if self.leads:
+            with self._session.for_all():
+                self._claims = claims_of(directory, self._session.names)
+                if self._claims is not None:
+                    self._claims.begin(step)
+
     def agree(self, state: State) -> State:
         said, self._said = self._said[0], (None, self._said[1])
         with self._session.for_all():
@@ -136,9 +145,9 @@ class SaveJob:
         with self._session.for_all():
             if self.leads:
                 on_disk = layout.apply(state)
-                self._session.publish(_LAYOUT, _KEPT if on_disk.keeps(state) else b"")
+                self._session.publish(_LAYOUT, _KEPT + layout.fingerprint() if on_disk.keeps(state) else b"")
                 return on_disk
-            return layout.apply(state, is_kept=self._session.publish(_LAYOUT) == _KEPT)
+            return layout.apply(state, is_kept=self._session.publish(_LAYOUT) == _KEPT + layout.fingerprint())
 
     def plan_training(self, training: DescribedTraining | None, max_shard_size: int) -> Sequence[PlannedDirectory]:
         said, self._said = self._said[1], (self._said[0], None)
@@ -173,25 +182,11 @@ class SaveJob:
     def for_all(self) -> AbstractContextManager[None]:
         return self._session.for_all()
 
-    def check_equal(self, arguments: Mapping[str, bytes]) -> None:
-        mine = {name: value.hex() for name, value in arguments.items()}
-        everywhere = self._session.gather("arguments", json.dumps(mine).encode())
+    def check_equal(self, arguments: Mapping[str, object]) -> None:
+        everywhere = self._session.gather("arguments", told(arguments))
         with self._session.for_all():
-            first = {data: rank for rank, data in reversed([*enumerate(everywhere or ())])}  # nearly all ranks say the same
-            for data, rank in sorted(first.items(), key=itemgetter(1)):
-                self._check_same(mine, json.loads(data), rank)
-
-    def _check_same(self, mine: Mapping[str, str], theirs: Mapping[str, str], rank: int) -> None:
-        for name in {**mine, **theirs}:
-            if mine.get(name) == theirs.get(name):
-                continue
-            first, other = self._session.name(0), self._session.name(rank)
-            found = f"{other} has another than {first}"
-            if name not in mine or name not in theirs:
-                found = f"{first if name in mine else other} has one, {other if name in mine else first} has none"
-            raise ValueError(
-                f"cannot save to {self._where}: the same {name} was expected on all ranks, {found}; nothing was written"
-            )
+            if (words := difference(everywhere or (), self._session.name)) is not None:
+                raise ValueError(f"cannot save to {self._where}: {words}; nothing was written")
 
     def watch(self, watch: Watch) -> Watch:
         self._watch, self._session.watch = watch, watch.check
@@ -232,13 +227,15 @@ class SaveJob:
         )
         if self.leads:
             with self._session.for_all():
+                notes = self._claims.check(contents.moment.step) if self._claims is not None else []
                 prepared = work(comparison)
+                prepared = prepared._replace(notes=[*prepared.notes, *notes])
             self._session.publish(_PLAN, encode_prepared(prepared, contents))
         else:
-            while (told := self._session.publish(_PLAN)).startswith(_ASKED):
-                self._answer(comparison, told[len(_ASKED) :])
+            while (plan := self._session.publish(_PLAN)).startswith(_ASKED):
+                self._answer(comparison, plan[len(_ASKED) :])
             with gc_paused():
-                prepared = decode_prepared(told, contents)
+                prepared = decode_prepared(plan, contents)
         self._comparison = comparison
         self._all = prepared.names.all
         self._to_write = [name for name in self._all if name not in prepared.taken]
@@ -298,6 +295,8 @@ class SaveJob:
         if self._session.leads:
             with self._session.for_all():
                 committed = self._outcome(work)
+            if self._claims is not None:  # before any rank goes on, and may save something else
+                self._claims.leave()
             self._publish_outcome(encode_committed(committed))
             return committed
         try:

@@ -17,9 +17,10 @@ from types import TracebackType
 from typing import TypeVar
 
 from shardsave._common.shutdown import raise_if_ending
+from shardsave._common.words import some
+from shardsave._ranks.arrivals import Call
 from shardsave._ranks.failures import Failure, StoreLost, failure_of, is_foreign
 from shardsave._ranks.mailbox import Command
-from shardsave._ranks.meeting import Call
 from shardsave._ranks.part import Timeouts
 from shardsave._ranks.post import Post
 from shardsave._ranks.roll import Roll
@@ -32,6 +33,10 @@ _T = TypeVar("_T")
 
 #: Bytes of the checksum of a phase's name, which come before its values.
 _NAME = 4
+#: What is said of ranks that do not take the step that others take.
+_AT_ANOTHER_STEP = "at another step of the call: the options of the ranks, or their versions of shardsave, differ"
+#: So many ranks are named that the others wait for.
+_MOST_NAMES = 20
 #: How many seconds a rank that was interrupted waits until the others have been told.
 TELLING = 1.0
 #: The part of the time without a sign of life that one call of the store may take.
@@ -99,7 +104,8 @@ class Session:
         gathered = self._post.mailbox.gathered
         values = self._wait(lambda: gathered.pop(phase, None), what)
         if others := [rank for rank, value in enumerate(values) if value[:_NAME] != name]:
-            raise self.fail(self._usual(f"'{what}' was expected of all ranks, {self.name(others[0])} is elsewhere"), "")
+            elsewhere = f"{some(map(self.name, others))} {'is' if len(others) == 1 else 'are'}"
+            raise self.fail(self._usual(f"'{what}' was expected of all ranks, {elsewhere} {_AT_ANOTHER_STEP}"), "")
         return [value[_NAME:] for value in values]
 
     def publish(self, what: str, value: bytes | None = None) -> bytes:
@@ -112,7 +118,7 @@ class Session:
         published = self._post.mailbox.published
         received = self._wait(lambda: published.pop(phase, None), what)
         if received[:_NAME] != name:
-            raise self.fail(self._usual(f"'{what}' was expected of rank 0, it is elsewhere"))
+            raise self.fail(self._usual(f"'{what}' was expected of {self.name(0)}, which is {_AT_ANOTHER_STEP}"))
         return received[_NAME:]
 
     @property
@@ -231,7 +237,7 @@ class Session:
             if trouble is not None:
                 raise trouble
             if over and seconds is None:
-                raise self.fail(self._usual(f"'{what}' was expected of rank 0, which has ended the call"))
+                raise self.fail(self._usual(f"'{what}' was expected of {self.name(0)}, which has ended the call"))
             if time.monotonic() > end:
                 raise _NotInTime if seconds is not None else self.fail(self._late(what), "")
             with suppress(Empty):
@@ -272,8 +278,11 @@ class Session:
             mailbox.command(Command("late"))
             with suppress(_NotInTime):
                 late = self._wait(lambda: mailbox.late, what, TELLING)
-        names = ", ".join(self.name(rank) for rank in late[:20])
-        return self._usual(f"'{what}' was expected within phase_timeout={self.timeouts.phase:g} s, still waiting for {names}")
+        names = some(map(self.name, late), _MOST_NAMES)
+        return self._usual(
+            f"'{what}' was expected within phase_timeout={self.timeouts.phase:g} s, still waiting for {names}: alive, but stuck or slow; "
+            f"pass a longer phase_timeout if it is slow"
+        )
 
 
 class _NotInTime(Exception):

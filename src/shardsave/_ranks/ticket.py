@@ -1,4 +1,4 @@
-"""At most one session of a group at a time in a process: two would take each other's places in the meeting."""
+"""At most one session of a group and kind at a time in a process: two would take each other's places in the meeting."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from shardsave._ranks.group import Members
 
 
 class Ticket:
-    """Says that a thread of this process is in a call of a group."""
+    """Says that a thread of this process is in a call of a group. ``kind``: of the call; those of different kinds may run together."""
 
-    def __init__(self, members: Members, text: str) -> None:
-        self._key = (members.key, members.rank)
+    def __init__(self, members: Members, kind: str, text: str) -> None:
+        self._key = (members.key, kind, members.rank)
         self.text = text
 
     def take(self) -> str | None:
@@ -24,5 +24,5 @@ class Ticket:
             _running.pop(self._key, None)
 
 
-_running: dict[tuple[str, int], Ticket] = {}
+_running: dict[tuple[str, str, int], Ticket] = {}
 os.register_at_fork(after_in_child=_running.clear)

@@ -28,7 +28,7 @@ from shardsave._ranks.replicas import ReplicaSums, sum_replicas
 from shardsave._saving.contents import OtherFile, PlannedDirectory
 from shardsave._saving.training_directory import DescribedTraining, plan_training_directory
 from shardsave._state.module import Entry, State
-from shardsave._training.differences import differing_values
+from shardsave._training.differences import first_difference
 from shardsave.errors import UnsupportedTensorError, UnsupportedTrainingError
 
 #: What the tensors of a training state are called, among ranks.
@@ -110,10 +110,9 @@ def _has_training(session: Session, training: DescribedTraining | None) -> bool:
     """Whether the ranks save a training state. Raises ValueError if only some of them do."""
     having = [bool(one) for one in session.exchange("training", b"" if training is None else b"1")]
     if any(having) and not all(having):
-        lacking = session.name(having.index(False))
-        _raise_on_first(
-            session, ValueError(f"training= or rng=True was expected on all ranks, {lacking} has none; nothing was written")
-        )
+        lacking = [session.name(rank) for rank, has_one in enumerate(having) if not has_one]
+        words = f"{some(lacking)} {'has' if len(lacking) == 1 else 'have'} none"
+        _raise_on_first(session, ValueError(f"training= or rng=True was expected on all ranks, {words}; nothing was written"))
     return all(having)
 
 
@@ -125,19 +124,28 @@ def _check_shared(session: Session, shared: bytes) -> None:
         {"ranks": session.size, "shared": json.loads(document)}
         for document in (session.publish("values of the first rank", shared if session.rank == 0 else None), shared)
     )
-    differing = json.dumps(differing_values(first, own)[:1]).encode()
-    places = [json.loads(one) for one in session.exchange("places that differ", differing)]
-    if not any(places):  # only the order of keys differs
+    everywhere = [
+        json.loads(one) for one in session.exchange("places that differ", json.dumps(first_difference(first, own)).encode())
+    ]
+    if not any(everywhere):  # only the order of keys differs
         return
-    place = min(found for found in places if found)[0]
-    ranks = [session.name(rank) for rank, found in enumerate(places) if found == [place]]
-    others = sum(1 for found in places if found and found != [place])
-    more = f"; {count(others, 'more rank')} differ elsewhere" if others else ""
-    words = (
-        f"cannot save {place}: the same on all ranks was expected, it differs between {session.name(0)} and {some(ranks)}{more}; what each "
-        f"rank has for itself is marked by shardsave.PerRank; nothing was written"
+    _raise_on_first(session, UnsupportedTrainingError(_difference(session, everywhere)))
+
+
+def _difference(session: Session, everywhere: Sequence[Sequence[str | None] | None]) -> str:
+    """The message for `first_difference` between rank 0 and each rank."""
+    place, first, _ = next(found for found in everywhere if found is not None)
+    there = {rank: found[2] for rank, found in enumerate(everywhere) if found is not None and found[0] == place}
+    others = sum(1 for found in everywhere if found is not None and found[0] != place)
+    more = f"; {count(others, 'more rank')} {'differs' if others == 1 else 'differ'} elsewhere" if others else ""
+    differs = f"it differs between {session.name(0)} and {some(map(session.name, there))}"
+    if first is not None and None not in there.values():
+        on = {words: some(session.name(rank) for rank in there if there[rank] == words) for words in there.values()}
+        differs = f"it is {first} on {session.name(0)}, {some(f'{words} on {ranks}' for words, ranks in on.items())}"
+    return (
+        f"cannot save {place}: the same on all ranks was expected, {differs}{more}; what each rank has for itself is marked by "
+        f"shardsave.PerRank; nothing was written"
     )
-    _raise_on_first(session, UnsupportedTrainingError(words))
 
 
 def _raise_on_first(session: Session, error: Exception) -> NoReturn:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 
+from shardsave._ranks.arrivals import Call
 from shardsave._ranks.failures import StoreLost
-from shardsave._ranks.meeting import Call
 from shardsave._ranks.post import Post
 from shardsave.errors import ShardSaveError
 
@@ -49,9 +49,7 @@ def trouble_of(post: Post, usual: type[ShardSaveError], stall: Stall, call: Call
         return usual(f"cannot {call}: {type(mailbox.broken).__name__}: {mailbox.broken}")
     lost = mailbox.lost
     if lost is not None or stall.lasts(post.line.call):
-        error = StoreLost(
-            f"cannot {call}: the store of torch.distributed does not answer: rank 0 or the agent that serves it was lost"
-        )
+        error = StoreLost("the store of torch.distributed does not answer: rank 0 or the agent that serves it was lost")
         error.__cause__ = lost
         return error
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from contextlib import suppress
 from typing import NamedTuple
@@ -41,13 +42,22 @@ class RecordedPolicy(NamedTuple):
 
 
 def write_policy(run: str, policy: RecordedPolicy) -> None:
-    """Records ``policy`` in the run, unless it is there already. Raises CallFailed."""
+    """Records ``policy`` in the run, unless it is there already, or another process records one at this moment. Raises CallFailed."""
     content = json.dumps({"format": _FORMAT, "version": 1, **policy._asdict()}).encode() + b"\n"
-    with Directory() as folder, Descriptor() as file:
+    with Directory() as folder:
         folder.open(run)
         with suppress(CallFailed):
             if folder.read_all(RECORD_NAME, _MAX_BYTES, follow=False) == content:
                 return
+        try:
+            _replace(folder, content)
+        except CallFailed as error:
+            if error.errno not in (errno.ENOENT, errno.EEXIST):
+                raise
+
+
+def _replace(folder: Directory, content: bytes) -> None:
+    with Descriptor() as file:
         if folder.status_of(_NEW_NAME) is not None:
             folder.unlink(_NEW_NAME)  # of a process that has died
         folder.create(_NEW_NAME, file)

@@ -92,7 +92,10 @@ def make_durable(run: Run, step: int) -> None:
             above.open(run.path)
             above.sync()
     except CallFailed as error:
-        raise ShardSaveError(f"cannot make {path} durable: {error.words}; no step was removed") from error
+        why = f"{error.words}; no step was removed"
+        if error.errno == errno.ENOENT and not os.path.lexists(os.path.join(path, INDEX_NAME)):
+            why = f"another process has removed it meanwhile, one process was expected to remove steps of {run.path}; this one removed none"
+        raise ShardSaveError(f"cannot make {path} durable: {why}") from error
 
 
 def _sync(folder: Directory, name: str) -> None:

@@ -47,9 +47,15 @@ class DiskLayout(Protocol):
         ``is_kept``: another process has found that the result keeps the same state, which may take long to find.
         """
 
+    def fingerprint(self) -> bytes:
+        """What decides, beside the state, whether the result keeps it: only a process with the same one may say so to another."""
+
 
 class IdentityLayout:
     """The layout that stores the names and tensors of the module or mapping as they are."""
 
     def apply(self, state: State, *, is_kept: bool = False) -> OnDisk:
         return OnDisk(state)
+
+    def fingerprint(self) -> bytes:
+        return b""

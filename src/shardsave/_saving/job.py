@@ -145,8 +145,9 @@ class Job(Protocol):
     def for_all(self) -> AbstractContextManager[None]:
         """Within it, this process does something for all, or all do the same: an error then names no rank."""
 
-    def check_equal(self, arguments: Mapping[str, bytes]) -> None:
-        """Raises ValueError if ``arguments``, by the name that a message has for them, are not the same everywhere."""
+    def check_equal(self, arguments: Mapping[str, object]) -> None:
+        """Raises ValueError if ``arguments``, by the name that a message has for them, are not the same everywhere: JSON values, which
+        the message shows if they are short, and digests as bytes."""
 
     def watch(self, watch: Watch) -> Watch:
         """``watch``, which also ends the save if another process fails."""
@@ -208,7 +209,7 @@ class Alone:
     def for_all(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def check_equal(self, arguments: Mapping[str, bytes]) -> None:
+    def check_equal(self, arguments: Mapping[str, object]) -> None:
         pass
 
     def watch(self, watch: Watch) -> Watch:

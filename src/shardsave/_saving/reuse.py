@@ -98,7 +98,7 @@ def take_over(
     """
     taken: dict[str, UnchangedShard] = {}
     notes: list[str] = []
-    refused = 0
+    refused = gone = 0
     if unchanged.earlier is None:
         return taken, notes
     by_plan = {id(shard.planned): shard for shard in unchanged.shards}
@@ -109,7 +109,10 @@ def take_over(
             continue
         identity = transaction.take_over(name, unchanged.earlier, shard.earlier)
         if identity is None:
-            refused += 1
+            if unchanged.earlier.has(shard.earlier):
+                refused += 1
+            else:
+                gone += 1
             continue
         # Only now: where nothing can be taken over, nothing is read in vain.
         if not _is_intact(unchanged.earlier, shard, recheck_every, watch, notes):
@@ -122,6 +125,11 @@ def take_over(
         _taken.popitem(last=False)
     for shard in taken.values():
         watch.end_reading(shard.planned.pieces, shard.sums)
+    if gone:
+        notes.append(
+            f"{count(gone, 'unchanged shard')} of {unchanged.earlier.path} written again: {'it was' if gone == 1 else 'they were'} removed "
+            f"or replaced meanwhile"
+        )
     if refused:
         notes.append(
             f"{count(refused, 'unchanged shard')} of {unchanged.earlier.path} written again: a clone or a link of a file with the owner "
@@ -153,6 +161,9 @@ def _candidates(
         try:
             found = earlier.read(shard)
         except (CorruptCheckpointError, IncompatibleCheckpointError, CallFailed) as error:
+            if earlier.is_gone():
+                damage.append(f"{shard} of {earlier.path} was written anew: that checkpoint was removed or replaced meanwhile")
+                continue
             damage.append(f"{error.words if isinstance(error, CallFailed) else error}; {shard} was written anew")
             continue
         if found is None or found.header.sums is None or {*found.header.tensors.names} != {*names}:
@@ -245,6 +256,7 @@ def _is_intact(earlier: EarlierCheckpoint, shard: UnchangedShard, every: int, wa
     try:
         file = earlier.open(name, identity)
         if file is None:
+            damage.append(f"{name} of {earlier.path} was removed or replaced meanwhile, it was written anew")
             return False
         with file:
             pieces = [None] * len(shard.sums)

@@ -134,7 +134,10 @@ class ShardFiles(Protocol):
         """Creates the staged file of shard ``name`` with room for ``length`` bytes, reserved on disk if the file system supports that."""
 
     def seal(self, shard: StagedShard, length: int, header: bytes) -> None:
-        """Finishes a shard whose data is written: sets its true length, writes its header, syncs and closes it."""
+        """Finishes a shard whose data is written: sets its true length, writes its header."""
+
+    def sync_sealed(self) -> None:
+        """Syncs and closes the shards that are sealed."""
 
     def failure(self, error: CallFailed, needed: int | None = None) -> ShardSaveError:
         """The error for a call that failed before the commit. ``needed``: the bytes that all shards need, if the call was about that."""
@@ -214,6 +217,7 @@ class ShardWriter:
         for name, document in documents.items():
             self._files.seal(self._files.create(name, len(document)), len(document), document)
             self.records[name] = ShardRecord(len(document), len(document), crc64(document))
+        self._files.sync_sealed()
 
     def _write_group(self, group: Sequence[PlannedShard], names: Sequence[str], progress: Progress) -> None:
         staged = [self._files.create(name, shard.reserved_bytes) for name, shard in zip(names, group)]
@@ -225,6 +229,7 @@ class ShardWriter:
         sums = iter(transfer.sums)
         for file, shard in zip(staged, group):
             self._seal(file, shard, list(islice(sums, len(shard.pieces))))
+        self._files.sync_sealed()
         self.sync_seconds += time.perf_counter() - started
 
     def _seal(self, file: StagedShard, shard: PlannedShard, sums: Sequence[int]) -> None:

@@ -242,7 +242,7 @@ def _as_tensor(name: object, value: object) -> torch.Tensor:
     if not isinstance(name, str):
         refuse(name, "a name that is a string was expected", f"it is {an(type(name).__name__)}")
     if isinstance(value, torch.Tensor):
-        if "ds_status" in vars(value):
+        if hasattr(value, "ds_status"):
             refuse_partitioned(name, value, "save", "nothing was written")
         return value
     if isinstance(value, np.ndarray):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from operator import attrgetter, le
 from typing import Any, NoReturn
 
 import torch
@@ -73,6 +74,26 @@ def check_savable(name: str, tensor: torch.Tensor) -> int:
     if dtype == torch.float4_e2m1fn_x2 and tensor.dim() == 0:
         refuse(name, "a float4 tensor of at least one dimension was expected", "it has none")
     return reached
+
+
+_PROPERTIES = tuple(map(attrgetter, ("layout", "is_nested", "is_meta")))
+_USUAL = torch.strided, False, False
+
+
+def all_usual(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether every file can hold each of ``tensors``, as it can nearly all. Each question is put to all at once, which is faster;
+    `check_savable` says what is wrong, or that nothing is."""
+    if not PLAIN_TYPES.issuperset(map(type, tensors)):
+        return False
+    if any({*map(ask, tensors)} - {usual} for ask, usual in zip(_PROPERTIES, _USUAL)):
+        return False
+    if not _USUAL_DTYPES.issuperset(map(attrgetter("dtype"), tensors)):
+        return False
+    if not all(map(torch.Tensor.is_contiguous, tensors)) or any(map(torch.Tensor.storage_offset, tensors)):
+        return False
+    nbytes = [tensor.nbytes for tensor in tensors]
+    in_memory = [storage.nbytes() for storage in map(torch.Tensor.untyped_storage, tensors)]
+    return all(nbytes) and all(map(le, nbytes, in_memory))
 
 
 def _way_out(tensor: torch.Tensor) -> str:

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
+from shardsave._common.memory import PLAIN_TYPES
 from shardsave.errors import UnsupportedTensorError
 
 _LINEAR = ("weight", "bias")
@@ -48,9 +49,9 @@ def refuse_sharded(named: Sequence[tuple[str, nn.Module]], verb: str, state: str
                 f"FullyShardedDataParallel; shard it with fully_shard (FSDP2) instead, or use its full state dict; {state}"
             )
         for attribute, tensor in (*part._parameters.items(), *part._buffers.items()):
-            if tensor is None or is_lazy(tensor):
+            if tensor is None or (type(tensor) not in PLAIN_TYPES and is_lazy(tensor)):
                 continue
-            if "ds_status" in vars(tensor):
+            if hasattr(tensor, "ds_status"):
                 refuse_partitioned(f"{name}.{attribute}" if name else attribute, tensor, verb, state)
             if emptied and not tensor.numel():
                 _refuse_if_emptied(f"{name}.{attribute}" if name else attribute, part, attribute)

@@ -87,7 +87,8 @@ def rank_lost_in_commit(path: str, error: ShardSaveError) -> DurabilityUncertain
     """The rank that renames the index was lost while it did so."""
     return DurabilityUncertainError(
         f"cannot tell whether the save was committed: {path}: {error}, when the index was to be renamed; the index that is there now is "
-        f"not the new one; nothing was removed, the old or the new checkpoint is in place"
+        f"not the new one; nothing was removed, the old or the new checkpoint is in place: `shardsave inspect` says which, by its step or "
+        f"its time, and `shardsave verify` whether it is whole"
     )
 
 

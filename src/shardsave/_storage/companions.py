@@ -64,7 +64,8 @@ class StagedCompanions:
         for name, data in companions.items():
             assert name in COMPANION_NAMES and len(data) <= MAX_COMPANION_BYTES
             if self._is_there(name) and self._is_kept(name, data):
-                self._folder.sync_file(name)
+                if (file := self._folder.open_regular(name)) is not None:
+                    self._staging.sync_later(file, name)
                 continue
             self._staging.make()
             self._staging.write(name, data, self._permissions.get(name))

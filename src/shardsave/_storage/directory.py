@@ -9,11 +9,20 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, suppress
 from types import TracebackType
 
-from shardsave._common.os_calls import CallFailed, Descriptor, absolute_path, call, kind_of, open_regular, read_whole
+from shardsave._common.os_calls import (
+    CallFailed,
+    Descriptor,
+    absolute_path,
+    call,
+    kind_of,
+    open_regular,
+    read_whole,
+    sync_all,
+)
 from shardsave._storage.links import follow
 from shardsave.errors import SaveNotCommittedError
 
@@ -135,6 +144,16 @@ class Directory:
             with file:
                 self.sync_open(file.fd, name)
 
+    def sync_with(self, name: str) -> None:
+        """Makes the names in it durable, and the content of the regular file ``name``, whoever wrote it, if there is one."""
+        if not self.durable:
+            return
+        file = self.open_regular(name)
+        with file or Descriptor():
+            for failure in sync_all([(self.fd, self.name), *([(file.fd, name)] if file is not None else [])]):
+                if failure is not None:
+                    raise failure
+
     def sync_open(self, fd: int, name: str) -> None:
         """Makes the content of an open file durable.
 
@@ -184,16 +203,14 @@ def make_folders(path: str, durable: bool) -> None:
     existing, missing = missing_folders(path)
     with follow(existing):
         pass
-    if durable:
-        _sync_parents(existing)
     for folder in reversed(missing):
         try:
             call(os.mkdir, folder, folder)
         except CallFailed:
             if not _is_folder(folder):
                 raise
-        if durable:
-            _sync_folder(os.path.dirname(folder))
+    if durable:
+        _sync_parents(_above(existing), [os.path.dirname(folder) for folder in missing])
 
 
 def missing_folders(path: str) -> tuple[str, list[str]]:
@@ -218,24 +235,33 @@ def names_on_the_way(folder: Directory, path: str) -> Iterator[str]:
             path = os.path.join(parent, os.readlink(path))
 
 
-def _sync_parents(path: str) -> None:
-    """Makes the names of ``path`` and of the directories above it durable, up to its file system's root, if that is allowed."""
+def _above(path: str) -> Iterator[str]:
+    """The directories above ``path``, up to the root of its file system. Raises CallFailed."""
     device = call(os.stat, path, path).st_dev
-    while (parent := os.path.dirname(path)) != path:
-        if call(os.stat, parent, parent).st_dev != device:
-            return
-        try:
-            _sync_folder(parent)
-        except CallFailed as error:
-            if error.errno not in _MAY_NOT_SYNC:
-                raise
+    while (parent := os.path.dirname(path)) != path and call(os.stat, parent, parent).st_dev == device:
+        yield parent
         path = parent
 
 
-def _sync_folder(path: str) -> None:
-    with Directory(path, durable=True) as folder:
-        folder.open(path)
-        folder.sync()
+def _sync_parents(others: Iterable[str], of_new: Iterable[str]) -> None:
+    """Makes the names in these directories durable; in ``others``, where that is allowed."""
+    with ExitStack() as opened:
+        files: list[tuple[int, str]] = []
+        needed: list[bool] = []
+        for is_needed, paths in ((False, others), (True, of_new)):
+            for path in paths:
+                folder = opened.enter_context(Directory(path))
+                try:
+                    folder.open(path)
+                except CallFailed as error:
+                    if is_needed or error.errno not in _MAY_NOT_SYNC:
+                        raise
+                    continue
+                files.append((folder.fd, path))
+                needed.append(is_needed)
+        for is_needed, failure in zip(needed, sync_all(files)):
+            if failure is not None and (is_needed or failure.errno not in _MAY_NOT_SYNC):
+                raise failure
 
 
 def _is_folder(path: str) -> bool:

@@ -37,10 +37,11 @@ class EarlierShard(NamedTuple):
 class EarlierCheckpoint:
     """The shards that the index of ``folder`` names; ``path`` is for messages."""
 
-    def __init__(self, folder: Directory, index: Index, path: str, *, closes: bool) -> None:
+    def __init__(self, folder: LockedDirectory, index: Index, path: str, *, closes: bool) -> None:
         assert index.record is not None and index.record.durable
         self.folder = folder
         self.path = path
+        self._index = index
         self._records = index.record.shards
         self._weight_map = index.weight_map
         self._closes = closes
@@ -72,6 +73,26 @@ class EarlierCheckpoint:
         with file:
             raw = ShardFiles.checked_start(file.fd, shard, record)
         return EarlierShard(shard, record, parse_header(raw, record.length, f"shard {shard}"), identity)
+
+    def has(self, shard: EarlierShard) -> bool:
+        """Whether the file of ``shard`` is still there, as it was. False, too, if it cannot be opened."""
+        try:
+            file = self.open(shard.name, shard.identity)
+        except CallFailed:
+            return False
+        if file is not None:
+            file.abandon()
+        return file is not None
+
+    def is_gone(self) -> bool:
+        """Whether the index was removed or replaced since it was read."""
+        try:
+            if self.folder.status_of(INDEX_NAME) is None:
+                return True
+        except CallFailed:
+            return False
+        found = _read_index(self.folder)
+        return isinstance(found, Index) and found != self._index
 
     def open(self, shard: str, identity: tuple[int, ...]) -> Descriptor | None:
         """Opens ``shard`` for reading; returns None if it is not the file with this ``identity`` any more. Raises CallFailed."""

@@ -106,9 +106,16 @@ class Joined:
             raise self.failure(error) from error
 
     def seal(self, shard: StagedShard, length: int, header: bytes) -> None:
-        """Finishes a shard whose data is written: sets its true length, writes its header, syncs and closes it."""
+        """Finishes a shard whose data is written: sets its true length, writes its header."""
         try:
             self._staging.seal(shard, length, header)
+        except CallFailed as error:
+            raise self.failure(error) from error
+
+    def sync_sealed(self) -> None:
+        """Syncs and closes the shards that are sealed."""
+        try:
+            self._staging.sync_files()
         except CallFailed as error:
             raise self.failure(error) from error
 

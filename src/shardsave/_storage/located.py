@@ -42,4 +42,5 @@ def located(shard: str, header: Header) -> Iterator[tuple[str, Located]]:
     names, dtypes, shapes, begins, nbytes = header.tensors
     offsets = [header.data_start + begin for begin in begins]
     sums = header.sums if header.sums is not None else repeat(None)
-    return zip(names, map(Located, names, dtypes, shapes, nbytes, repeat(shard), offsets, sums))
+    rows = zip(names, dtypes, shapes, nbytes, repeat(shard), offsets, sums, repeat(()))
+    return zip(names, map(Located._make, rows))

@@ -9,11 +9,11 @@ import platform
 import re
 import secrets
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from errno import EEXIST, ENOENT
 from typing import NamedTuple
 
-from shardsave._common.os_calls import CallFailed, Descriptor, allocate, call, write_all
+from shardsave._common.os_calls import CallFailed, Descriptor, allocate, call, sync_all, write_all
 from shardsave._common.strict_json import NotJSON, check_memory
 from shardsave._format.crc64 import crc64
 from shardsave._format.file_names import DIRECTORY_PATTERN
@@ -28,6 +28,9 @@ LIST_NAME = "names"
 
 #: A file that only this save knows: processes that are to write into the staging directory find out whether it is the same one.
 NONCE_NAME = "nonce"
+
+#: How many finished files are synced together at most; they are open until then.
+_MOST_UNSYNCED = 16
 
 _MAX_LIST_BYTES = 64_000_000
 _NONCE_BYTES = 16
@@ -81,7 +84,8 @@ class StagedShard(NamedTuple):
 
 
 class Staging:
-    """A staging directory in ``parent``, created when it is first needed. If ``parent`` is durable, each finished file is durable too.
+    """A staging directory in ``parent``, created when it is first needed. Nothing in it is durable before `sync_files` or `sync`, and
+    nothing at all if ``parent`` is not.
 
     Files already have their final names in it; only the index and the list have other names. A part that has a directory of its own has
     it here, too: its files are called ``directory/file``. Every method raises CallFailed.
@@ -95,7 +99,8 @@ class Staging:
         self._path = path  # of the parent
         self._inside = Directory(durable=parent.durable)
         self._folders: list[Directory] = []
-        self._shards: list[StagedShard] = []
+        self._files: list[Descriptor] = []  # all that were created
+        self._unsynced: list[tuple[Descriptor, str]] = []  # finished files, and their names
         self._maker: FileMaker | None = None
         self.private = False
         self.permissions = Replaced()
@@ -111,14 +116,13 @@ class Staging:
         return self._inside
 
     def make(self) -> None:
-        """Creates the directory, unless it exists already."""
+        """Creates the directory, unless it exists already. Its name is not durable before `sync`: until then, nothing needs its list."""
         if self._inside.fd >= 0:
             return
         self._inside.name = f".shardsave-{host_id()}{secrets.token_hex(4)}"
         assert owner_of(self.name) is not None
         self._parent.mkdir(self.name, self._mode())
         self._inside.open_in(self._parent)
-        self._parent.sync()
 
     def write_nonce(self) -> str:
         """Creates the file of that name with new random digits, and returns these."""
@@ -174,7 +178,7 @@ class Staging:
     def create(self, name: str, length: int) -> StagedShard:
         """Creates the file of shard ``name`` with room for ``length`` bytes, reserved on disk if the file system supports that."""
         shard = StagedShard(name, Descriptor())
-        self._shards.append(shard)
+        self._files.append(shard.file)
         self._create(name, shard.file, self._permissions_for(name))
         allocate(shard.file.fd, name, length)
         return shard
@@ -184,14 +188,22 @@ class Staging:
         self._create(name, file, self._permissions_for(name))
 
     def seal(self, shard: StagedShard, length: int, header: bytes) -> None:
-        """Finishes a shard whose data is written: sets its true length, writes its header, fsyncs this same descriptor, closes it."""
-        name, fd = shard.name, shard.file.fd
-        end_shard(fd, name, length, header)
-        self._inside.sync_open(fd, name)
-        shard.file.close(name)
+        """Finishes a shard whose data is written: sets its true length and writes its header."""
+        end_shard(shard.file.fd, shard.name, length, header)
+        self.sync_later(shard.file, shard.name)
+
+    def sync_later(self, file: Descriptor, name: str) -> None:
+        """Leaves it to the next `sync_files` or `sync` to sync the finished ``file`` on this same descriptor, and to close it."""
+        self._unsynced.append((file, name))
+        if len(self._unsynced) >= _MOST_UNSYNCED:
+            self.sync_files()
+
+    def sync_files(self) -> None:
+        """Makes the contents of all finished files durable, and closes these."""
+        self._sync(())
 
     def write(self, name: str, data: bytes, permissions: Permissions | None = None) -> None:
-        """Creates the file ``name`` with the content ``data``, and syncs it. ``permissions``: of a file that it replaces alone."""
+        """Creates the file ``name`` with the content ``data``. ``permissions``: of a file that it replaces alone."""
         self._write(name, data, permissions or self._permissions_for(name))
 
     def write_index(self, data: bytes) -> None:
@@ -202,11 +214,11 @@ class Staging:
         mask = 0o022 if self.private else 0
         if permissions is not None:
             permissions = permissions._replace(mode=permissions.mode & ~mask)
-        with Descriptor() as file:
-            self._create(name, file, permissions, 0o666 & ~mask)
-            write_all(file.fd, name, data)
-            self._inside.sync_open(file.fd, name)
-            file.close(name)
+        file = Descriptor()
+        self._files.append(file)
+        self._create(name, file, permissions, 0o666 & ~mask)
+        write_all(file.fd, name, data)
+        self.sync_later(file, name)
 
     def write_list(self, names: Iterable[str]) -> None:
         """Writes the list of final names. Those of directories have a slash at the end."""
@@ -223,10 +235,18 @@ class Staging:
             self.write(name, self._inside.read_all(staged, sys.maxsize) or b"")
 
     def sync(self) -> None:
-        """Makes the names in this directory durable, and those in the directories of parts."""
-        for folder in self._folders:
-            folder.sync()
-        self._inside.sync()
+        """Makes all of this durable: the finished files, the names in this directory and in those of parts, and its own name."""
+        self._sync([*self._folders, self._inside, self._parent])
+
+    def _sync(self, folders: Sequence[Directory]) -> None:
+        if self._inside.durable:
+            opened = [*((file.fd, name) for file, name in self._unsynced), *((folder.fd, folder.name) for folder in folders)]
+            for failure in sync_all(opened):
+                if failure is not None:
+                    raise failure
+        for file, name in self._unsynced:
+            file.close(name)
+        self._unsynced.clear()
 
     def inode_of(self, name: str) -> tuple[int, int] | None:
         return self._inside.inode_of(name)
@@ -246,9 +266,9 @@ class Staging:
         self._inside.rename(staged, self._parent, name)
 
     def abandon(self) -> None:
-        """Closes the shards that are open; errors are ignored."""
-        for shard in self._shards:
-            shard.file.abandon()
+        """Closes the files that are open; errors are ignored."""
+        for file in (*self._files, *(file for file, _ in self._unsynced)):
+            file.abandon()
 
     def close(self) -> None:
         """Closes the directory; its files stay."""

@@ -7,7 +7,8 @@ writes. What cannot be taken over is written anew, whatever the reason, so no fa
 and files of its own that cannot be made or removed.
 
 The file that is taken over is only ever open for reading, and it is synced like a new one: nobody knows whether its saver did that.
-Once is enough for a process, as long as nobody writes to the file: an fsync waits for the disk even if there is nothing to write.
+Once is enough for a process, as long as nobody writes to the file: an fsync waits for the disk even if there is nothing to write. A clone
+is a new file, and is synced with the others that are staged.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class TakingOver:
         self._new: Access | None = None  # that of a new file, once the file system has refused to clone into one
 
     def take(self, name: str, earlier: EarlierCheckpoint, shard: EarlierShard) -> tuple[int, ...] | None:
-        """Gives ``shard`` the staged name ``name``, and syncs it. Returns the identity of the file that has this name now.
+        """Gives ``shard`` the staged name ``name``. Returns the identity of the file that has this name now; it is synced, or a clone.
 
         None: it has to be written, and ``name`` is free.
         """
@@ -53,7 +54,8 @@ class TakingOver:
     def _clone(self, name: str, file: Descriptor, shard: EarlierShard) -> tuple[int, ...] | None:
         if self._new is not None:
             return None
-        with Descriptor() as new:
+        new = Descriptor()
+        try:
             self._staging.create_empty(name, new)
             is_clone = True
             try:
@@ -62,11 +64,13 @@ class TakingOver:
                 is_clone = False
             status = call(os.fstat, name, new.fd)
             if is_clone and status.st_size == shard.record.length:
-                self._staging.directory.sync_open(new.fd, name)
-                new.close(name)
+                self._staging.sync_later(new, name)
                 return file_identity(status)
             self._new = access_of(new.fd, name)
             new.close(name)
+        except BaseException:
+            new.abandon()
+            raise
         self._staging.directory.unlink(name)
         return None
 

@@ -132,9 +132,8 @@ class Transaction:
     def _read_previous(self) -> None:
         """Makes the previous commit durable before this save relies on it, whoever made it; then reads it, and finishes its companions."""
         with self._before_commit():
-            if self._folder.durable:
-                self._folder.sync_file(INDEX_NAME)
-                self._folder.sync()
+            if self._folder.names():  # otherwise there is nothing that this save could rely on, or remove
+                self._folder.sync_with(INDEX_NAME)
             if self._folder.shared or self._folder.sticky:
                 self._staging.private = self._folder.shared
                 self._staging.make()
@@ -247,9 +246,14 @@ class Transaction:
             return self._staging.create(name, length)
 
     def seal(self, shard: StagedShard, length: int, header: bytes) -> None:
-        """Finishes a shard whose data is written: sets its true length, writes its header, syncs and closes it."""
+        """Finishes a shard whose data is written: sets its true length, writes its header."""
         with self._before_commit():
             self._staging.seal(shard, length, header)
+
+    def sync_sealed(self) -> None:
+        """Syncs and closes the shards that are sealed."""
+        with self._before_commit():
+            self._staging.sync_files()
 
     def invite(self, names: Iterable[str]) -> Invitation:
         """Lets other processes create the shards ``names`` in the staging directory; the commit moves them as if this one had."""
@@ -292,19 +296,24 @@ class Transaction:
         """
         encoded = encode_index(index)
         try:
+            self._finish_staging(encoded)
             self._move_all()
-            self._publish(encoded, attempt)
+            self._publish(attempt)
             self._replace_companions()
         except BaseException as error:
             self._settle(encoded, error)
             raise
         return self._clean(index)
 
-    def _move_all(self) -> None:
-        """Gives the shards and the directories of parts their final names, once a list says which these are and what they replace."""
+    def _finish_staging(self, index: bytes) -> None:
+        """Stages the index, and the list of the final names and of those that are replaced; makes all that is staged durable, at once."""
         self._staging.make()
         self._staging.write_list([*self._names, *sorted(self._previous.files)])
+        self._staging.write_index(index)
         self._staging.sync()
+
+    def _move_all(self) -> None:
+        """Gives the shards and the directories of parts their final names, once the list of these is durable, and where it is."""
         for name in self._staged:
             self._moving.append(name)
             self._move(name)
@@ -326,9 +335,8 @@ class Transaction:
             self._moving.remove(name)
             raise name_taken(self.path, name, self._state())
 
-    def _publish(self, index: bytes, attempt: Callable[[], object]) -> None:
+    def _publish(self, attempt: Callable[[], object]) -> None:
         """Renames the index, unless another host has replaced it or the directory was moved since this save began."""
-        self._staging.write_index(index)
         if self._folder.read_all(INDEX_NAME, MAX_INDEX_BYTES) != self._previous.index_bytes:
             raise index_replaced(self.path)
         with self._before_commit():

@@ -10,6 +10,9 @@ from shardsave._common.strict_json import glimpse
 #: A value that one side does not have.
 _ABSENT: Any = object()
 
+#: Lists of more items are not shown.
+_MOST_ITEMS = 4
+
 #: The place of a value, and what is there on both sides.
 _Pair = tuple[str, Any, Any]
 
@@ -20,7 +23,20 @@ def differing_values(left: Mapping[str, Any], right: Mapping[str, Any]) -> tuple
     ``left``, ``right``: what `TrainingFiles.values` returns. A list without containers in it is one value, and so is what only one side
     has.
     """
-    differing = []
+    return tuple(place for place, _, _ in _differences(left, right))
+
+
+def first_difference(left: Mapping[str, Any], right: Mapping[str, Any]) -> tuple[str, str | None, str | None] | None:
+    """The place of the first value that differs, and what is there on both sides, in words; None for the words of what is long.
+
+    ``left``, ``right``: as in `differing_values`.
+    """
+    for place, a, b in _differences(left, right):
+        return place, _words(a), _words(b)
+    return None
+
+
+def _differences(left: Mapping[str, Any], right: Mapping[str, Any]) -> Iterator[_Pair]:
     waiting = [*reversed([*_outermost(left, right)])]
     while waiting:
         place, a, b = waiting.pop()
@@ -28,8 +44,36 @@ def differing_values(left: Mapping[str, Any], right: Mapping[str, Any]) -> tuple
         if inside is not None:
             waiting += reversed(inside)
         elif not _equal(a, b):
-            differing.append(place)
-    return tuple(differing)
+            yield place, a, b
+
+
+def _words(value: Any) -> str | None:
+    """A short ``value`` for a message; None for a long one, and for what is no plain data."""
+    if value is _ABSENT:
+        return "missing"
+    try:
+        plain = _plain(value)
+    except (TypeError, ValueError):
+        return None
+    return repr(plain) if plain is None or isinstance(plain, bool) else glimpse(plain)
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
+    """What ``value`` stands for, if that is a scalar or a short list or tuple of such. Raises TypeError, ValueError for anything else."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if type(value) is not dict:
+        raise TypeError
+    ((tag, content),) = value.items()
+    if tag == "float":
+        return float(content)
+    if tag == "scalar":
+        return _plain(content[1])
+    if tag in ("dtype", "device"):
+        return content
+    if tag in ("list", "tuple") and depth < 2 and len(content) <= _MOST_ITEMS:
+        return (list if tag == "list" else tuple)(_plain(item, depth + 1) for item in content)
+    raise TypeError
 
 
 def _outermost(left: Mapping[str, Any], right: Mapping[str, Any]) -> Iterator[_Pair]:

@@ -44,13 +44,12 @@ def describe_optimizer(
         groups.append({"names": group_names, "shapes": shapes, "options": writer.value(options, place_of_group)})
     if len(set(name_of.values())) != sum(map(len, named)):
         refuse(place, "a parameter in one group was", "one is in two")
-    encoded, rest = {}, {key: value for key, value in state.items() if key not in ("state", "param_groups")}
-    others = {}
-    for key, values in state["state"].items():
-        if (name := name_of.get(key)) is None:
-            others[key] = values
-        else:
-            encoded[name] = _parameter_state(values, writer, place, name)
+    states = {name_of[key]: values for key, values in state["state"].items() if key in name_of}
+    others = {key: values for key, values in state["state"].items() if key not in name_of}
+    rest = {key: value for key, value in state.items() if key not in ("state", "param_groups")}
+    encoded = _usual_states(states, writer, place) or {
+        name: _parameter_state(values, writer, place, name) for name, values in states.items()
+    }
     if others:
         rest["state"] = others
     return {
@@ -75,6 +74,21 @@ def note_on_names(optimizer: Any, place: Place, names: ParameterNames) -> tuple[
             f"{count(unknown, 'parameter')} of no module {'is' if unknown == 1 else 'are'} known by group and position"
         ), True
     return f"{place.path}: {count(unknown, 'parameter')} of no module, known by group and position", False
+
+
+def _usual_states(states: Mapping[str, Any], writer: ValueWriter, place: Place) -> dict[str, dict[str, Any]] | None:
+    """What `_parameter_state` returns for each of ``states``, in half the time, if they consist of tensors of their own; else None."""
+    if not all(type(values) is dict and {*map(type, values)} <= {str} for values in states.values()):
+        return None
+    tensors = [value for values in states.values() for value in values.values()]
+    if not {*map(type, tensors)} <= {torch.Tensor}:
+        return None
+    names = [f"{place.name}/{name}/{key}" for name, values in states.items() for key in values]
+    stored = writer.usual_tensors(tensors, names)
+    if stored is None:
+        return None
+    rest = iter(stored)
+    return {name: {key: {"tensor": next(rest)} for key in values} for name, values in states.items()}
 
 
 def _parameter_state(values: Any, writer: ValueWriter, place: Place, name: str) -> dict[str, Any]:

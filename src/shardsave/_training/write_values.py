@@ -9,7 +9,7 @@ import base64
 import json
 import math
 import re
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from shardsave._common.words import an
 from shardsave._state.distributed_tensors import LocalPart, PartReader, is_distributed
 from shardsave._state.module import Entry
 from shardsave._state.numpy_arrays import is_swapped, tensor_of_array
-from shardsave._state.savable import check_savable
+from shardsave._state.savable import all_usual, check_savable
 from shardsave._training.distributed import TAG as BOXES
 from shardsave._training.distributed import part_of, placements_in_words, refuse_alone
 from shardsave._training.places import Place, refuse, refuse_value
@@ -101,6 +101,24 @@ class ValueWriter:
         source = TensorSource(tensor.data if tensor.requires_grad else tensor, tensor.dtype)
         self.entries.append(Entry(name, "tensor", None, None, source))
         return name
+
+    def usual_tensors(self, tensors: Sequence[torch.Tensor], names: Iterable[str]) -> list[str] | None:
+        """What `tensor` returns for each of ``tensors``, in half the time; None, and nothing is stored, if more has to be known."""
+        names = [self._prefix + name for name in names]
+        if not all_usual(tensors) or any(tensor.requires_grad for tensor in tensors):
+            return None
+        found = dict(zip(map(torch.Tensor.data_ptr, tensors), zip(names, tensors)))
+        if len(found) < len(tensors) or not found.keys().isdisjoint(self._first_at):
+            return None
+        if len({*names}) < len(names) or not self._names.isdisjoint(names):
+            return None
+        if not self._prefix and any(map(belongs_to_rank, names)):
+            return None
+        self._first_at.update(found)
+        self._names.update(names)
+        rows = zip(names, tensors)
+        self.entries += [Entry(name, "tensor", None, None, TensorSource(tensor, tensor.dtype)) for name, tensor in rows]
+        return names
 
     def _take(self, name: str) -> str:
         """``name``, or one like it if it is taken or looks like that of a rank."""

@@ -17,7 +17,7 @@ from shardsave._api.process_group import check_group
 from shardsave._api.reports import SaveReport
 from shardsave._api.save import How, check_how, log_saved, write_planned
 from shardsave._api.save_contents import Planned
-from shardsave._api.save_jobs import check_digests, job_of_save
+from shardsave._api.save_jobs import beside_other_ranks, check_digests, job_of_save
 from shardsave._api.save_parts import Needed
 from shardsave._common.shutdown import verb
 from shardsave._common.uncompiled import uncompiled
@@ -87,12 +87,13 @@ def write(request: Request, directory: str, how: How, process_group: ProcessGrou
     started = time.perf_counter()
     with _job(directory, how, request.noted.ranks, process_group) as job:
         path, part = check_how(directory, how), request.part()
+        job = beside_other_ranks(job, path, request.options.step)
         if isinstance(job, SaveJob):
             state, others, document = join(job.session, part, request.noted.rule, request.order)
         else:
             (state, others), document = alone(part), part.document
         planned = _planned(state, others, document, request, job.size)
-        check_digests(planned.contents, job, durable=how.durable)
+        check_digests(planned.contents, job, {"durable": how.durable})
         report, warnings = write_planned(planned, directory, path, how, time.perf_counter() - started, job=job)
     if job.leads:
         log_saved(report, warnings)
