@@ -14,7 +14,7 @@ import torch
 import shardsave
 from shardsave._format.header import MAX_HEADER_BYTES, encode_header
 from shardsave._format.packing import MAX_SHARD_HEADER_BYTES, Shard, StoredTensor, pack
-from shardsave._saving.shards import plan_shards
+from shardsave._saving.packings import plan_shards
 from shardsave._state.module import read_state
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from itertools import pairwise
 
 import pytest
@@ -73,6 +74,14 @@ def test_the_roll() -> None:
     roll = Roll(tuple(rank // 8 for rank in range(10_000)), tuple(f"node-{host}" for host in range(1250)), tuple(range(10_000)))
     assert unpack_roll(roll.packed(), roll.names) == roll and len(roll.packed()) < 40_000
     assert roll.name(17) == "rank 17 (node-2)" and roll.leaders()[:3] == [0, 8, 16] and roll.ranks_of(1) == [*range(8, 16)]
+
+
+def test_time_for_the_ranks_of_all_hosts() -> None:
+    """Catches a look at all of 10,000 ranks for each of their hosts, which rank 0 asks for whenever it gathers."""
+    roll = Roll(tuple(rank // 8 for rank in range(10_000)), tuple(f"node-{host}" for host in range(1250)), tuple(range(10_000)))
+    started = time.process_time()
+    assert sum(len(roll.ranks_of(host)) for _ in range(10) for host in range(1250)) == 100_000
+    assert time.process_time() - started < 1
 
 
 @pytest.mark.parametrize(

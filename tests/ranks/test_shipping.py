@@ -20,7 +20,8 @@ from shardsave._common.spread import Spread
 from shardsave._engine import engine
 from shardsave._ranks import begin as sessions
 from shardsave._ranks.shipping import Shipping
-from shardsave._saving.shards import PlannedShard, plan_blocks, plan_shards
+from shardsave._saving.packings import plan_shards
+from shardsave._saving.shards import PlannedShard, plan_blocks
 from shardsave._state.module import Entry
 
 

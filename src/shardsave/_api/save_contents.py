@@ -141,6 +141,7 @@ def plan(source: Source, what: What, own: OwnContents, job: Job = ALONE) -> Plan
             own.checked.metadata,
             directories=directories,
             moment=own.checked.moment._replace(epoch=own.epoch, ranks=own.checked.moment.ranks and job.size),
+            packings=job.packings,
         )
         frozen = frozen_memory(on_disk.state.entries, _unstepped(source, what.training)) if what.assume_frozen_unchanged else {}
         return Planned(contents, needed, cast, left_out, warnings, frozen)

@@ -136,7 +136,7 @@ def check_digests(contents: Contents, job: Job, arguments: Mapping[str, object])
 @gc_paused()
 def _facts(contents: Contents) -> dict[str, object]:
     """Everything that must be equal on all ranks, by the name that a message has for it: values, or digests of what is long."""
-    stored = [[shard.names, shard.layout.data_bytes] for shard in (*contents.shards, *contents.extra_shards)]
+    stored = [shard.digest for shard in (*contents.shards, *contents.extra_shards)]
     extra = [[str(piece.dtype), piece.shape] for shard in contents.extra_shards for piece in shard.pieces]
     files = {f"file {name!r} beside the weights": content.hex() for name, content in contents.companions.items()}
     parts = {name: content.hex() for name, content in contents.documents.items()}

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 
 from shardsave._common.assembled import Assembled, Chunk
 from shardsave._common.layouts import Extent, Layout, Placed
 from shardsave._common.senders import senders
-from shardsave._common.sources import TensorSource
+from shardsave._common.sources import ByteSource, TensorSource
+
+_Source = TypeVar("_Source", bound=ByteSource)
 
 
 class Spread:
@@ -56,7 +59,7 @@ class Spread:
         return self._stand_in
 
     def memory(self) -> tuple[int, int] | None:
-        if len(self.local) == 1 and self.is_whole:
+        if len(self.local) == 1 and self.local[0].tensor.shape == self.layout.shape:
             return TensorSource(self.local[0].tensor, self.dtype).memory()
         return None
 
@@ -83,6 +86,25 @@ class Spread:
     def cast(self, dtype: torch.dtype) -> Spread:
         """The same elements, cast to ``dtype`` on their way to the file."""
         return Spread(dtype, self.layout, self.local)
+
+
+def kinds_of(sources: Sequence[_Source]) -> tuple[list[int], list[_Source]]:
+    """The number of the kind of each source, and the first source of each kind.
+
+    Sources of a kind have equal dtypes and shapes and, if they are spread, the same layout. Of many tensors most have few layouts, whose
+    identity is found much faster than their equality; so two kinds may have equal layouts.
+    """
+    numbers: dict[Any, int] = {}
+    first: list[_Source] = []
+    kinds = []
+    for source in sources:
+        key = (source.dtype, id(source.layout)) if isinstance(source, Spread) else (source.dtype, source.shape)
+        number = numbers.get(key)
+        if number is None:
+            number = numbers[key] = len(first)
+            first.append(source)
+        kinds.append(number)
+    return kinds, first
 
 
 def local_chunks(layout: Placed, rank: int, local: torch.Tensor) -> tuple[Chunk, ...]:

@@ -15,7 +15,8 @@ from shardsave._conversion.new_file import NewFile
 from shardsave._engine import engine
 from shardsave._engine.transfer import Access, TransferFault
 from shardsave._format.header import CHECKSUM_KEY, with_sums
-from shardsave._saving.shards import plan_blocks, plan_shards
+from shardsave._saving.packings import plan_shards
+from shardsave._saving.shards import plan_blocks
 from shardsave._state.module import Entry
 from shardsave._storage.staging import end_shard
 from shardsave.errors import UnsupportedTensorError

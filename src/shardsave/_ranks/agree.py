@@ -41,15 +41,16 @@ class _Header(NamedTuple):
 
 
 class Said(NamedTuple):
-    """What one rank says of a state: its description, also as bytes, and its meshes."""
+    """What one rank says of a state: its description, also as bytes, the digest of these, and its meshes."""
 
     description: Description
     encoded: bytes
+    digest: bytes
     meshes: bytes
 
     @property
     def header(self) -> bytes:
-        return digest(self.encoded) + self.meshes
+        return self.digest + self.meshes
 
 
 class _Survey(NamedTuple):
@@ -72,10 +73,19 @@ _remembered: dict[str, tuple[str, Global]] = {}
 _NOTHING = bytes(16)
 
 
-def say(state: State) -> Said:
-    """What this rank says of ``state``."""
+#: What a state is called → what this rank said of it last.
+_said: dict[str, Said] = {}
+
+
+def say(state: State, what: str = "tensors") -> Said:
+    """What this rank says of ``state``. ``what``: names the state; if the same was said of it last, it is not encoded again."""
     description, grids = describe(state)
-    return Said(description, description.encoded(), encoded_grids(grids))
+    last = _said.get(what)  # read once: another thread may say something else meanwhile
+    if last is not None and last.description == description:
+        return last._replace(meshes=encoded_grids(grids))
+    encoded = description.encoded()
+    _said[what] = said = Said(description, encoded, digest(encoded), encoded_grids(grids))
+    return said
 
 
 def agree(
@@ -88,19 +98,20 @@ def agree(
     on last is remembered for each name. ``said``: what `say` returns, if that is known; if ``all_say_the_same``, nothing is exchanged.
     """
     remembered = _remembered.get(what)  # read once: another thread may agree on something else meanwhile
-    description, encoded, meshes = say(state) if said is None else said
+    said = say(state, what) if said is None else said
+    description, meshes = said.description, said.meshes
     known = bytes.fromhex(remembered[0]) if remembered is not None else _NOTHING
     survey = _decoded(b"")
     if not all_say_the_same:
-        headers = session.gather(what, digest(encoded) + known + meshes)
+        headers = session.gather(what, said.digest + known + meshes)
         told = _survey(headers) if headers is not None else None
         survey = _decoded(session.publish(f"{what} of all ranks", _encoded(told) if told is not None else None))
     if len(survey.views) == 1:  # all say the same
-        key = digest(encoded + meshes + str(session.size).encode()).hex()
+        key = digest(said.digest + meshes + str(session.size).encode()).hex()
         survey = _Survey([(0, meshes.decode())], [0] * session.size, [], key, is_known=True)
     if not survey.is_known or remembered is None or remembered[0] != survey.key:
-        remembered = _remembered[what] = survey.key, _joined(session, survey, description, encoded)
-    return _applied(remembered[1], state)
+        remembered = _remembered[what] = survey.key, _joined(session, survey, description, said.encoded)
+    return _applied(remembered[1], description, state)
 
 
 def _survey(headers: Sequence[bytes]) -> _Survey:
@@ -161,8 +172,27 @@ def _unframed(data: bytes) -> list[bytes]:
     return parts
 
 
-def _applied(joined: Global, state: State) -> State:
-    """The global state ``joined`` with what this rank holds of it in ``state``."""
+def _applied(joined: Global, description: Description, state: State) -> State:
+    """The global state ``joined`` with what this rank holds of it in ``state``, of which ``description`` is."""
+    files = {**joined.files, **state.files}
+    entries = state.entries if _is_own(joined, description, state) else _entries(joined, state)
+    return State(entries, joined.flags_known, joined.overlaps, files, joined.notes, joined.file_metadata)
+
+
+def _is_own(joined: Global, description: Description, state: State) -> bool:
+    """Whether all entries of ``state`` are those of the global state: nothing is tied, and all is placed as this rank says."""
+    if joined.tied_to or joined.names != description.names:
+        return False
+    pairs = {pair: number for number, pair in enumerate(zip(description.forms, joined.forms))}
+    for (_, form), number in pairs.items():
+        source = state.entries[number].source
+        if not isinstance(source, Spread) or source.layout != joined.table[form].layout:
+            return False
+    return True
+
+
+def _entries(joined: Global, state: State) -> tuple[Entry, ...]:
+    """The entries of ``joined``, with what this rank holds of them in ``state``."""
     own: Sequence[Entry | None] = state.entries
     by_name: dict[str, Entry] = {}
     if joined.tied_to or list(joined.names) != [entry.name for entry in state.entries]:
@@ -185,8 +215,7 @@ def _applied(joined: Global, state: State) -> State:
                 entries.append(entry)
                 continue
         entries.append(Entry(name, kind, frozen, None, Spread(dtype, layout, _chunks(source))))
-    files = {**joined.files, **state.files}
-    return State(tuple(entries), joined.flags_known, joined.overlaps, files, joined.notes, joined.file_metadata)
+    return tuple(entries)
 
 
 def _tied_sources(tied_to: Mapping[str, str], own: Mapping[str, Entry]) -> dict[str, Any]:

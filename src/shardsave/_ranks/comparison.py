@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from shardsave._common.layouts import Extent, Layout, Shared, without
 from shardsave._common.sources import ByteSource, TensorSource
 from shardsave._common.spread import Spread
 from shardsave._format.crc64 import raw_sums_of
+from shardsave._format.packing import StoredTensor
 from shardsave._ranks.box_sums import Runs, Summand, box_sums, runs_of
 from shardsave._ranks.joined_sums import factors, times
 from shardsave._ranks.replicas import shared, view_of
@@ -48,12 +49,18 @@ class AmongRanks:
         ask: Callable[[bytes], object],
     ) -> None:
         self._session = session
-        self._stored = [pair for shard in contents.shards for pair in zip(shard.layout.tensors, shard.pieces)]
+        self._contents = contents
         self._frozen = frozen
         self._watch = watch
         self._ask = ask
         self._numbers: dict[str, int] = {}  # where this rank leads
         self._sums: dict[str, int] = {}  # name in ``frozen`` → what this rank adds
+
+    @cached_property
+    def _stored(self) -> Sequence[tuple[StoredTensor, ByteSource]]:
+        """All tensors in the order of the files. Most saves compare nothing."""
+        with gc_paused():
+            return [pair for shard in self._contents.shards for pair in zip(shard.layout.tensors, shard.pieces)]
 
     def known(self, stored: Stored) -> int | None:
         """None: no rank knows the checksum of a whole tensor."""

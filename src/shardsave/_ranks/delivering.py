@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
+from shardsave._common.gc_pause import gc_paused
 from shardsave._common.layouts import Extent, Layout
 from shardsave._common.sources import TensorSource
 from shardsave._common.spread import Spread
@@ -66,7 +67,8 @@ class Delivering:
         self._takers = _AllBoxes().of
         self._runs: dict[int, Run] = {}
         traffic = Traffic(session.rank, "out", self._run, self._takers)
-        of_block = traffic.windowed()
+        with gc_paused():
+            of_block = traffic.windowed()
         self.exchange = Exchange(session, range(session.size), np.flatnonzero(of_block).tolist(), traffic)
         self.windows = RunWindows(self.exchange, 0, of_block)
 
@@ -95,12 +97,12 @@ class Delivering:
         if run is None:
             extents, tensor, start = self._readings[reader]
             plan = blocks(np.asarray(extents, dtype=np.int64).reshape(-1, 4), BLOCK_BYTES)
-            known: dict[tuple[Layout, int, int], _Taken] = {}
+            known: dict[tuple[int, int, int], _Taken] = {}  # by the identity of the layout, which many tensors share
             tensors: list[Spread | None] = []
             for target, at, nbytes in zip(tensor, start, plan.piece_bytes.tolist()):
                 spread = self._targets[target]
                 item = spread.dtype.itemsize
-                key = spread.layout, at // item, (at + nbytes) // item
+                key = id(spread.layout), at // item, (at + nbytes) // item
                 taken = known.get(key)
                 if taken is None:
                     taken = known[key] = self._taken(spread, reader, *key[1:])

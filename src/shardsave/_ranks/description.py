@@ -17,7 +17,7 @@ import torch
 
 from shardsave._common.layouts import Extent, Grid, Layout, Listed, Placed, Split, Whole
 from shardsave._common.sources import ByteSource
-from shardsave._common.spread import Spread
+from shardsave._common.spread import Spread, kinds_of
 from shardsave._state.module import State
 
 #: (kind of an entry, its freeze flag) → one letter.
@@ -91,17 +91,11 @@ def describe(state: State) -> tuple[Description, list[Grid]]:
 
 def _forms(sources: Sequence[ByteSource]) -> tuple[list[int], list[Form], list[Grid]]:
     """For each source the number of its form, these forms, and the meshes in them."""
-    seen: dict[Any, int] = {}  # layouts by identity: most tensors of a kind have the same one
-    numbers: dict[Form, int] = {}
+    kinds, first = kinds_of(sources)
     grids: dict[Grid, int] = {}
-    forms = []
-    for source in sources:
-        key = (source.dtype, id(source.layout)) if type(source) is Spread else (source.dtype, source.shape)
-        number = seen.get(key)
-        if number is None:
-            number = seen[key] = numbers.setdefault(_form(source, grids), len(numbers))
-        forms.append(number)
-    return forms, list(numbers), list(grids)
+    numbers: dict[Form, int] = {}
+    of_kind = [numbers.setdefault(_form(source, grids), len(numbers)) for source in first]
+    return [of_kind[kind] for kind in kinds], list(numbers), list(grids)
 
 
 def _form(source: ByteSource, grids: dict[Grid, int]) -> Form:

@@ -72,6 +72,8 @@ class Joining:
     def join(self) -> Global:
         """The global state. Raises UnsupportedTensorError."""
         first, *others = self._descriptions
+        if not others and not first.ties:
+            return self._global(first.names, self._forms_of_one(first), {})
         places = self._places()
         same_names = all(other.names == first.names or len(other.names) == len(first.names) == len(places) for other in others)
         names = list(first.names) if same_names else sorted(places, key=_natural)
@@ -84,6 +86,19 @@ class Joining:
             leader = tied_to.get(name, name)
             where_whole = self._of_group([places[one] for one in groups[leader]]) if leader in groups else places[name]
             forms.append(self._form(name, places[name], where_whole))
+        return self._global(names, forms, tied_to)
+
+    def _forms_of_one(self, description: Description) -> list[int]:
+        """The numbers of the global forms where all ranks say the same. Tensors of one form and one kind have the same."""
+        pairs = [*zip(description.forms, description.letters)]
+        numbers: dict[tuple[int, str], int] = {}
+        for position, pair in enumerate(pairs):
+            if pair not in numbers:
+                where = ((0, position),)
+                numbers[pair] = self._form(description.names[position], where, where)
+        return [numbers[pair] for pair in pairs]
+
+    def _global(self, names: Sequence[str], forms: Sequence[int], tied_to: Mapping[str, str]) -> Global:
         every = self._descriptions
         return Global(
             names,

@@ -6,6 +6,7 @@ Rank 0 also gathers from all hosts, publishes, and watches the other leaders.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from shardsave._ranks.failures import Failure
 from shardsave._ranks.heartbeat import Pulse
@@ -172,7 +173,7 @@ class Leader(Part):
         for given in [given for given in self._set if phase is None or given <= phase]:
             self.line.delete(self._set.pop(given))
 
-    def _own(self) -> list[int]:
+    def _own(self) -> Sequence[int]:
         return [] if self.roll is None else self.roll.ranks_of(self.met.host)
 
     # -- the store

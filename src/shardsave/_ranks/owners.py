@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardsave._common.layouts import Layout, Placed
-from shardsave._common.spread import Spread
+from shardsave._common.spread import Spread, kinds_of
 from shardsave._saving.shards import PlannedShard
 
 #: A host may write a file if, of all its bytes, at most this part more than necessary has to come from other hosts.
@@ -40,16 +40,15 @@ def owners(shards: Sequence[PlannedShard], hosts: Sequence[int]) -> list[int]:
 
 def _held(shard: PlannedShard, ranks: int, parts: dict[Layout, NDArray[np.float64]]) -> NDArray[np.float64]:
     """How many bytes of ``shard`` each rank holds. ``parts``: for layouts that have been met, the part of the whole that each holds."""
-    nbytes: Counter[Layout] = Counter()
-    for piece in shard.pieces:
-        assert isinstance(piece, Spread)
-        nbytes[piece.layout] += piece.nbytes
+    pieces = [piece for piece in shard.pieces if isinstance(piece, Spread)]
+    kinds, first = kinds_of(pieces)
     held = np.zeros(ranks)
-    for layout, length in nbytes.items():
-        part = parts.get(layout)
+    for kind, count in Counter(kinds).items():
+        piece = first[kind]
+        part = parts.get(piece.layout)
         if part is None:
-            part = parts[layout] = _part_of_each(layout, ranks)
-        held += part * length
+            part = parts[piece.layout] = _part_of_each(piece.layout, ranks)
+        held += part * (count * piece.nbytes)
     return held
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from shardsave._common.assembled import Chunk
+from shardsave._common.gc_pause import gc_paused
 from shardsave._common.layouts import Extent, Layout, LowestOnly, Placed, Shared, overlap
 from shardsave._common.senders import holders
 from shardsave._common.sources import TensorSource
@@ -37,17 +38,20 @@ _ALIGNMENT = 64
 
 
 class _Replicated(NamedTuple):
-    """A box of a tensor that several ranks hold. ``local``: what this rank holds of the tensor."""
+    """A ``box`` that several ranks hold of the tensor with this ``number``."""
 
-    name: str
+    number: int
     box: Extent
-    local: Sequence[Chunk]
 
 
 class ReplicaSums(NamedTuple):
-    """The checksums that replicas on this rank had at one moment: set of ranks (as a key) → those of its boxes. ``entries``: whose."""
+    """The checksums that replicas on this rank had at one moment: set of ranks (as a key) → those of its boxes.
 
-    entries: Sequence[Entry]
+    ``names``, ``layouts``: of the tensors that were looked at, column by column.
+    """
+
+    names: Sequence[str]
+    layouts: Sequence[Layout]
     of_sets: Mapping[bytes, np.ndarray[Any, np.dtype[np.uint64]]]
 
 
@@ -67,15 +71,20 @@ def check_replicas(
 
 def sum_replicas(entries: Sequence[Entry], rank: int) -> ReplicaSums:
     """The checksums of what ``rank`` has of ``entries``, and others have too. Keeps nothing of them in memory."""
-    sets = _replicated(entries, rank)
-    sums = _sums([piece for pieces in sets.values() for piece in pieces])
+    names = [entry.name for entry in entries if entry.tied_to is None]
+    sources: list[Any] = [entry.source for entry in entries if entry.tied_to is None]  # of each a `Spread`
+    layouts = [source.layout for source in sources]
+    with gc_paused():
+        sets = _replicated(layouts, rank)
+        tensors = [view_of(sources[number].local, box) for pieces in sets.values() for number, box in pieces]
+        replicas = [*map(TensorSource.of, tensors)]
+    sums = _sums(replicas)
     at = 0
     of_sets: dict[bytes, np.ndarray[Any, np.dtype[np.uint64]]] = {}
     for key, pieces in sets.items():
         of_sets[key] = sums[at : at + len(pieces)]
         at += len(pieces)
-    spread = ((entry, entry.source) for entry in entries if isinstance(entry.source, Spread))
-    return ReplicaSums([entry._replace(source=Spread(s.dtype, s.layout, ())) for entry, s in spread], of_sets)
+    return ReplicaSums(names, layouts, of_sets)
 
 
 def compare_replicas(session: Session, sums: ReplicaSums, on_divergence: Literal["raise", "lowest_rank"]) -> tuple[str, ...]:
@@ -91,9 +100,7 @@ def compare_replicas(session: Session, sums: ReplicaSums, on_divergence: Literal
     parts = session.gather("sums that differ", zlib.compress(sent, 1))
     said = None
     if parts is not None:
-        said = _words(
-            session, sums.entries, asked, [np.frombuffer(zlib.decompress(part), np.uint64) for part in parts]
-        ).encode()
+        said = _words(session, sums, asked, [np.frombuffer(zlib.decompress(part), np.uint64) for part in parts]).encode()
     found = session.publish("tensors that differ", said).decode()
     if on_divergence == "raise":
         raise UnsupportedTensorError(
@@ -102,18 +109,16 @@ def compare_replicas(session: Session, sums: ReplicaSums, on_divergence: Literal
     return (f"of replicas, those of the lowest rank were saved: {found}",)
 
 
-def _replicated(
-    entries: Sequence[Entry],
-    rank: int,
-) -> dict[bytes, list[_Replicated]]:
-    """What ``rank`` holds and other ranks hold too: set of ranks (as a key) → the boxes in the order of ``entries``."""
+def _replicated(layouts: Sequence[Layout], rank: int) -> dict[bytes, list[_Replicated]]:
+    """What ``rank`` holds and other ranks hold too: set of ranks (as a key) → the boxes in the order of ``layouts``."""
+    of_layout: dict[int, list[tuple[bytes, Extent]]] = {}  # by identity: of many tensors, few have a layout of their own
     sets: dict[bytes, list[_Replicated]] = {}
-    for entry in entries:
-        if entry.tied_to is not None:
-            continue
-        assert isinstance(entry.source, Spread)
-        for alike, box in shared(entry.source.layout, rank):
-            sets.setdefault(_key(tuple(alike)), []).append(_Replicated(entry.name, box, entry.source.local))
+    for number, layout in enumerate(layouts):
+        found = of_layout.get(id(layout))
+        if found is None:
+            found = of_layout[id(layout)] = [(_key(tuple(alike)), box) for alike, box in shared(layout, rank)]
+        for key, box in found:
+            sets.setdefault(key, []).append(_Replicated(number, box))
     return sets
 
 
@@ -170,11 +175,10 @@ def view_of(chunks: Sequence[Chunk], box: Extent) -> torch.Tensor:
     return tensor[tuple(slice(at - first, at - first + size) for at, first, size in zip(box[0], begin, box[1]))]
 
 
-def _sums(pieces: Sequence[_Replicated]) -> np.ndarray[Any, np.dtype[np.uint64]]:
-    """The checksum of each of ``pieces``, which are on this rank."""
-    if not pieces:
+def _sums(sources: Sequence[TensorSource]) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """The checksum of each of ``sources``."""
+    if not sources:
         return np.zeros(0, np.uint64)
-    sources = [TensorSource.of(view_of(piece.local, piece.box)) for piece in pieces]
     extents = np.ones((len(sources), 4), np.int64)
     extents[:, 0] = 0
     extents[:, 2] = [source.nbytes for source in sources]
@@ -203,10 +207,10 @@ def _differing(messages: Sequence[bytes]) -> bytes:
     return json.dumps(differ).encode()
 
 
-def _words(session: Session, entries: Sequence[Entry], asked: Mapping[bytes, Sequence[int]], parts: Sequence[Any]) -> str:
+def _words(session: Session, summed: ReplicaSums, asked: Mapping[bytes, Sequence[int]], parts: Sequence[Any]) -> str:
     """Which tensors differ on which ranks. ``parts``: the sums that each rank sent, in the order of its own sets."""
-    differ: dict[str, dict[int, set[int]]] = {}  # name → lowest rank → others
-    replicated = {rank: _replicated(entries, rank) for ranks in asked.values() for rank in ranks}
+    differ: dict[int, dict[int, set[int]]] = {}  # number of a tensor → lowest rank → others
+    replicated = {rank: _replicated(summed.layouts, rank) for ranks in asked.values() for rank in ranks}
     sums: dict[tuple[bytes, int], Any] = {}
     for rank, sets in replicated.items():
         sent = [key for key in sets if rank in asked.get(key, ())]
@@ -214,15 +218,15 @@ def _words(session: Session, entries: Sequence[Entry], asked: Mapping[bytes, Seq
         sums.update({(key, rank): values for key, values in zip(sent, np.split(parts[rank], ends[:-1]))})
     for key, (lowest, *others) in asked.items():
         for rank in others:
-            for number in np.flatnonzero(sums[key, rank] != sums[key, lowest]).tolist():
-                differ.setdefault(replicated[lowest][key][number].name, {}).setdefault(lowest, set()).add(rank)
-    order = [entry.name for entry in entries if entry.name in differ]
-    first = order[0]
+            for place in np.flatnonzero(sums[key, rank] != sums[key, lowest]).tolist():
+                differ.setdefault(replicated[lowest][key][place].number, {}).setdefault(lowest, set()).add(rank)
+    first = min(differ)
     lowest = min(differ[first])
     ranks = some(map(session.name, sorted(differ[first][lowest])))
-    more = f" and {count(len(order) - 1, 'other tensor')}" if len(order) > 1 else ""
+    more = f" and {count(len(differ) - 1, 'other tensor')}" if len(differ) > 1 else ""
     return (
-        f"{first!r}{more}: the same values on all ranks that hold them were expected, {ranks} and {session.name(lowest)} differ"
+        f"{summed.names[first]!r}{more}: the same values on all ranks that hold them were expected, {ranks} and "
+        f"{session.name(lowest)} differ"
     )
 
 

@@ -5,25 +5,32 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 
-class Roll(NamedTuple):
+@dataclass(frozen=True)
+class Roll:
     """``hosts``: the number of each rank's host. ``host_names``: what the machines are called. ``names``: the global rank of each rank."""
 
     hosts: tuple[int, ...]
     host_names: tuple[str, ...]
     names: tuple[int, ...]
 
-    def ranks_of(self, host: int) -> list[int]:
-        return [rank for rank, number in enumerate(self.hosts) if number == host]
+    def ranks_of(self, host: int) -> Sequence[int]:
+        return self._ranks_of_hosts[host]
 
     def leaders(self) -> list[int]:
         """The lowest rank of each host, in order of hosts."""
-        lowest: dict[int, int] = {}
+        return [ranks[0] for ranks in self._ranks_of_hosts]
+
+    @cached_property
+    def _ranks_of_hosts(self) -> Sequence[Sequence[int]]:
+        """The ranks of each host, found once: of ten thousand ranks, all are asked for again and again."""
+        found: list[list[int]] = [[] for _ in self.host_names]
         for rank, host in enumerate(self.hosts):
-            lowest.setdefault(host, rank)
-        return [lowest[host] for host in range(len(self.host_names))]
+            found[host].append(rank)
+        return found
 
     def name(self, rank: int) -> str:
         """``rank 3``, and its machine where there are several."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from typing import Literal
 
+from shardsave._common.gc_pause import gc_paused
 from shardsave._common.os_calls import CallFailed
 from shardsave._common.spread import Spread
 from shardsave._engine.transfer import TransferFault
@@ -30,7 +31,7 @@ from shardsave._ranks.save_messages import (
 )
 from shardsave._ranks.session import Session
 from shardsave._ranks.shipping import Shipping
-from shardsave._ranks.training import OwnTraining, plan_training, state_of, with_other_files
+from shardsave._ranks.training import TRAINING, OwnTraining, plan_training, state_of, with_other_files
 from shardsave._ranks.unequal import difference, told
 from shardsave._ranks.values import pack
 from shardsave._ranks.watching import JobWatch
@@ -39,6 +40,7 @@ from shardsave._saving.contents import Contents, PlannedDirectory
 from shardsave._saving.disk_layout import DiskLayout, IdentityLayout, OnDisk
 from shardsave._saving.frozen import FrozenMemory
 from shardsave._saving.job import Committed, Prepared, Result, Said, Share, Written
+from shardsave._saving.packings import Packings
 from shardsave._saving.shards import PlannedShard, ShardFiles, fault_before_writing
 from shardsave._saving.training_directory import DescribedTraining
 from shardsave._saving.watch import Watch
@@ -65,8 +67,14 @@ _FAILED = b"!"
 _PATIENCE, _PAUSE = 2.0, 0.02
 
 
+#: How this process has packed the tensors of its last collective save.
+_packings = Packings()
+
+
 class SaveJob:
     """The job of one save over ``session``, whose ranks all plan the same contents."""
+
+    packings = _packings
 
     def __init__(
         self,
@@ -109,7 +117,7 @@ class SaveJob:
     def attempt(self, work: Callable[[], Result], said: Callable[[Result], Said]) -> Result:
         def identity(result: Result) -> bytes:
             state, training, layout = said(result)
-            self._said = say(state), None if training is None else say(state_of(training))
+            self._said = say(state), None if training is None else say(state_of(training), TRAINING)
             shared = b"" if training is None else hashlib.sha256(training.shared).digest()
             return hashlib.sha256(
                 pack([type(layout).__name__.encode(), shared, *(one.header for one in self._said if one is not None)])
@@ -160,13 +168,16 @@ class SaveJob:
         extra = [(name, piece) for shard in contents.extra_shards for name, piece in zip(shard.names, shard.pieces)]
         entries = [*contents.state.entries, *(Entry(name, "buffer", None, None, piece) for name, piece in extra)]
         entries = [entry for entry in entries if isinstance(entry.source, Spread)]
+        spread = contents.state._replace(entries=tuple(entries))
         with self._session.for_all():
-            state, notes = check_replicas(self._session, contents.state._replace(entries=tuple(entries)), self._on_divergence)
+            state, notes = check_replicas(self._session, spread, self._on_divergence)
             if self._training is not None:  # the lowest rank writes each box of it anyway
                 notes = (*notes, *compare_replicas(self._session, self._training.sums, self._on_divergence))
         contents = contents._replace(notes=(*contents.notes, *notes))
+        if state is spread:
+            return contents
         lowest = {id(old.source): new.source for old, new in zip(entries, state.entries) if old.source is not new.source}
-        return contents.with_sources(lowest) if lowest else contents
+        return contents.with_sources(lowest)
 
     def for_all(self) -> AbstractContextManager[None]:
         return self._session.for_all()
@@ -223,7 +234,8 @@ class SaveJob:
         else:
             while (plan := self._session.publish(_PLAN)).startswith(_ASKED):
                 self._answer(comparison, plan[len(_ASKED) :])
-            prepared = decode_prepared(plan, contents)
+            with gc_paused():
+                prepared = decode_prepared(plan, contents)
         self._comparison = comparison
         self._all = prepared.names.all
         self._to_write = [name for name in self._all if name not in prepared.taken]
@@ -246,8 +258,8 @@ class SaveJob:
         apart = {name: shard for name, shard in to_write.items() if "/" in name and not _is_spread(shard)}
         names = [name for name in to_write if name not in apart]
         shards = [to_write[name] for name in names]
-        of_shard = owners(shards, self._session.hosts)
-        self._shipping = shipping = Shipping(self._session, shards, of_shard)
+        with gc_paused():
+            self._shipping = shipping = Shipping(self._session, shards, owners(shards, self._session.hosts))
         own = {names[number]: shard for number, shard in zip(shipping.mine, shipping.own)}
         self._mine = {*own, *apart}
         try:

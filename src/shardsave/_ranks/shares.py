@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from shardsave._common import boxes
-from shardsave._common.layouts import Extent, Layout
-from shardsave._common.spread import Spread
+from shardsave._common.layouts import Extent
+from shardsave._common.spread import Spread, kinds_of
 from shardsave._engine.blocks import Blocks
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 #: From so many boxes on, those that may meet a range are found in numpy.
 _MANY = 16
@@ -36,94 +40,147 @@ class Share(NamedTuple):
     offset: int
 
 
-class Segment(NamedTuple):
-    """The bytes ``start`` to ``start + length`` of a ``tensor``, which are in a block from byte ``at`` on.
-
-    ``kind``: a number for each layout and size of elements.
-    """
+class Form(NamedTuple):
+    """Segments that are alike: the bytes ``start`` to ``start + length`` of tensors with the same layout and dtype. ``tensor``: one."""
 
     tensor: Spread
-    kind: int
     start: int
     length: int
-    at: int
+
+    @property
+    def elements(self) -> tuple[int, int]:
+        """The number of the first element, and of the one after the last."""
+        item = self.tensor.dtype.itemsize
+        return self.start // item, (self.start + self.length) // item
+
+
+class _Segments(NamedTuple):
+    """The segments of a run that belong to tensors, in the order of blocks. Columns: the piece of each, the byte of its block at which it
+    begins, and its number in ``forms``. ``firsts``: the first segment of each block, then the number of all."""
+
+    piece: NDArray[np.int64]
+    at: NDArray[np.int64]
+    form: NDArray[np.int64]
+    firsts: NDArray[np.int64]
+    forms: Sequence[Form]
+
+    def of_block(self, block: int) -> slice:
+        return slice(int(self.firsts[block]), int(self.firsts[block + 1]))
+
+
+class BlockShares(NamedTuple):
+    """What one rank has in a block of ``run``, segment by segment. Columns: the piece of each, the byte of the block at which it begins,
+    and its number in ``forms`` and ``shares``: those of one segment travel in this order."""
+
+    run: Run
+    piece: NDArray[np.int64]
+    at: NDArray[np.int64]
+    form: NDArray[np.int64]
+    forms: Sequence[Form]
+    shares: Sequence[tuple[Share, ...]]
+
+    @property
+    def nbytes(self) -> NDArray[np.int64]:
+        """The bytes of the shares in each segment."""
+        of_forms = [sum(nbytes_of(share, form.tensor) for share in shares) for form, shares in zip(self.forms, self.shares)]
+        return np.array(of_forms, dtype=np.int64)[self.form]
+
+    def tensor(self, n: int) -> Spread:
+        """The tensor of segment ``n``."""
+        tensor: Spread | None = self.run.tensors[int(self.piece[n])]
+        assert tensor is not None
+        return tensor
 
 
 class Shares:
     """``run_of(owner)``: what each rank moves. ``takers(tensor, owner)``: which ranks take part in the tensor, each with which boxes;
     a rank may have several, and also the owner itself.
 
-    Many tensors are of few kinds, and what is computed for one is kept for the others.
+    Many tensors are of few forms, and what is computed for one is kept for the others. Threads: all methods may be called on any.
     """
 
     def __init__(self, run_of: Callable[[int], Run], takers: Callable[[Spread, int], Mapping[int, Sequence[Extent]]]) -> None:
         self._run_of = run_of
         self._takers = takers
-        self._numbers: dict[tuple[Layout, int], int] = {}
-        self._kinds: dict[int, list[int]] = {}  # owner → the kind of each piece
-        self._firsts: dict[int, list[int]] = {}  # owner → the first segment of each block
-        self._of: dict[tuple[int, int, int, int, int], tuple[Share, ...]] = {}
-        self._taking: dict[tuple[int, int, int, int], tuple[tuple[int, int], ...]] = {}
+        self._segments: dict[int, _Segments] = {}  # of each owner
+        self._lock = threading.Lock()
+        self._shares: dict[tuple[int, int, int], tuple[Share, ...]] = {}
+        self._taking: dict[tuple[int, int], tuple[tuple[int, int], ...]] = {}
 
-    def segments(self, owner: int, block: int) -> Iterator[Segment]:
-        """The segments of a block that belong to tensors."""
-        run = self._run_of(owner)
-        if owner not in self._firsts:
-            self._kinds[owner] = [-1 if tensor is None else self._kind(tensor) for tensor in run.tensors]
-            self._firsts[owner] = [*run.blocks.table[:, 3].tolist(), len(run.blocks.segments)]
-        kinds, (first, stop) = self._kinds[owner], self._firsts[owner][block : block + 2]
-        for piece, offset, length, at in run.blocks.segments[first:stop].tolist():
-            tensor = run.tensors[piece]
-            if tensor is not None:
-                yield Segment(tensor, kinds[piece], run.starts[piece] + offset, length, at)
-
-    def of(self, segment: Segment, owner: int, rank: int) -> tuple[Share, ...]:
-        """The shares of ``rank`` in a segment of ``owner``, in the order in which they travel."""
-        tensor, kind, start, length, _ = segment
-        key = kind, owner, start, length, rank
-        found = self._of.get(key)
-        if found is None:
-            found = self._of[key] = tuple(
-                Share(begin, sizes, offset * tensor.dtype.itemsize)
-                for box in self._takers(tensor, owner).get(rank, ())
-                for begin, sizes, offset in meeting(tensor.layout.shape, *_elements(segment), *box)
-            )
-        return found
+    def of(self, owner: int, block: int, rank: int) -> BlockShares:
+        """What ``rank`` has in a block of ``owner``."""
+        segments = self._segments_of(owner)
+        part = segments.of_block(block)
+        numbers, form = np.unique(segments.form[part], return_inverse=True)
+        shares = [self._shares_of(owner, number, rank) for number in numbers.tolist()]
+        some = np.array([bool(found) for found in shares], dtype=bool)[form]
+        forms = [segments.forms[number] for number in numbers.tolist()]
+        return BlockShares(self._run_of(owner), segments.piece[part][some], segments.at[part][some], form[some], forms, shares)
 
     def taking(self, owner: int, block: int) -> dict[int, int]:
         """The ranks that take part in a block, each with the bytes of its shares."""
-        counts: dict[int, int] = {}
-        for segment in self.segments(owner, block):
-            _, kind, start, length, _ = segment
-            key = kind, owner, start, length
-            found = self._taking.get(key)
-            if found is None:
-                found = self._taking[key] = tuple(self._taking_of(segment, owner))
-            for rank, nbytes in found:
-                counts[rank] = counts.get(rank, 0) + nbytes
-        return counts
+        segments = self._segments_of(owner)
+        numbers, counts = np.unique(segments.form[segments.of_block(block)], return_counts=True)
+        taking: dict[int, int] = {}
+        for number, count in zip(numbers.tolist(), counts.tolist()):
+            for rank, nbytes in self._taking_of(owner, number):
+                taking[rank] = taking.get(rank, 0) + count * nbytes
+        return taking
 
-    def _taking_of(self, segment: Segment, owner: int) -> Iterator[tuple[int, int]]:
-        tensor = segment.tensor
-        takers, shape = self._takers(tensor, owner), tensor.layout.shape
-        for rank in near(takers, shape, *_elements(segment)):
-            nbytes = sum(nbytes_of(share, tensor) for share in self.of(segment, owner, rank))
-            if nbytes:
-                yield rank, nbytes
+    def _segments_of(self, owner: int) -> _Segments:
+        with self._lock:  # one thread computes them, the others wait
+            if owner not in self._segments:
+                self._segments[owner] = _segments(self._run_of(owner))
+            return self._segments[owner]
 
-    def _kind(self, tensor: Spread) -> int:
-        return self._numbers.setdefault((tensor.layout, tensor.dtype.itemsize), len(self._numbers))
+    def _shares_of(self, owner: int, number: int, rank: int) -> tuple[Share, ...]:
+        """The shares of ``rank`` in segments of ``owner`` that have the form ``number``."""
+        key = owner, number, rank
+        found = self._shares.get(key)
+        if found is None:
+            form = self._segments[owner].forms[number]
+            tensor = form.tensor
+            shares = tuple(
+                Share(begin, sizes, offset * tensor.dtype.itemsize)
+                for box in self._takers(tensor, owner).get(rank, ())
+                for begin, sizes, offset in meeting(tensor.layout.shape, *form.elements, *box)
+            )
+            found = self._shares.setdefault(key, shares)
+        return found
+
+    def _taking_of(self, owner: int, number: int) -> tuple[tuple[int, int], ...]:
+        """The ranks that take part in a segment of the form ``number``, with the bytes of each."""
+        found = self._taking.get((owner, number))
+        if found is None:
+            form = self._segments[owner].forms[number]
+            ranks = near(self._takers(form.tensor, owner), form.tensor.layout.shape, *form.elements)
+            counts = [
+                (rank, sum(nbytes_of(share, form.tensor) for share in self._shares_of(owner, number, rank))) for rank in ranks
+            ]
+            found = self._taking[owner, number] = tuple((rank, nbytes) for rank, nbytes in counts if nbytes)
+        return found
+
+
+def _segments(run: Run) -> _Segments:
+    """The segments of ``run`` that belong to tensors."""
+    table, segments, _ = run.blocks
+    tensors = [tensor for tensor in run.tensors if tensor is not None]
+    kinds, first = kinds_of(tensors)
+    kind = np.full(len(run.tensors), -1, dtype=np.int64)
+    kind[np.array([tensor is not None for tensor in run.tensors], dtype=bool)] = kinds
+    shared = kind[segments[:, 0]] >= 0
+    firsts = np.append(0, np.cumsum(shared))[np.append(table[:, 3], len(segments))]
+    piece, offset, length, at = segments[shared].T
+    start = np.array(run.starts, dtype=np.int64)[piece] + offset
+    numbers: dict[tuple[int, int, int], int] = {}
+    form = [numbers.setdefault(key, len(numbers)) for key in zip(kind[piece].tolist(), start.tolist(), length.tolist())]
+    forms = [Form(first[of_kind], begin, nbytes) for of_kind, begin, nbytes in numbers]
+    return _Segments(piece, at, np.array(form, dtype=np.int64), firsts, forms)
 
 
 def nbytes_of(share: Share, tensor: Spread) -> int:
     """The bytes of a share of ``tensor``."""
     return math.prod(share.sizes) * tensor.dtype.itemsize
-
-
-def _elements(segment: Segment) -> tuple[int, int]:
-    """The number of the first element of a segment, and of the one after its last."""
-    item = segment.tensor.dtype.itemsize
-    return segment.start // item, (segment.start + segment.length) // item
 
 
 class _Bounds:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shardsave._common.layouts import Extent, Layout
-from shardsave._common.spread import Spread
+from shardsave._common.spread import Spread, kinds_of
 from shardsave._engine.transfer import InWindow
 from shardsave._ranks.exchange import Exchange, RunWindows
 from shardsave._ranks.shares import Run
@@ -40,7 +40,7 @@ class Shipping:
         self.mine = [number for number, owner in enumerate(owners) if owner == session.rank]
         self._runs: dict[int, Run] = {}
         self._givers = Givers(session.hosts)
-        self.own = [self._for_engine(shards[number]) for number in self.mine]
+        self.own = self._for_engine()
         self._next = 0
         traffic = Traffic(session.rank, "in", self._run, self._givers.of)
         self._windowed = traffic.windowed()
@@ -58,18 +58,26 @@ class Shipping:
         run = self._runs.get(owner)
         if run is None:
             shards = self._shards.get(owner, [])
-            tensors = [self._exchanged(piece, owner) for shard in shards for piece in shard.pieces]
+            tensors = self._exchanged([piece for shard in shards for piece in shard.pieces], owner)
             run = self._runs[owner] = Run(plan_blocks(shards), tensors, [0] * len(tensors))
         return run
 
-    def _exchanged(self, piece: ByteSource, owner: int) -> Spread | None:
-        return piece if isinstance(piece, Spread) and self._givers.of(piece, owner).keys() != {owner} else None
+    def _exchanged(self, pieces: Sequence[ByteSource], owner: int) -> list[Spread | None]:
+        """``pieces`` of ``owner``, with None for those that it holds as a whole."""
+        kinds, first = kinds_of(pieces)
+        shared = [isinstance(piece, Spread) and self._givers.of(piece, owner).keys() != {owner} for piece in first]
+        return [piece if shared[kind] else None for piece, kind in zip(pieces, kinds)]  # type: ignore[misc]
 
-    def _for_engine(self, shard: PlannedShard) -> PlannedShard:
-        """``shard`` with pieces for this rank's engine: tensors of which it has only some boxes are filled in windows."""
-        rank = self._session.rank
-        shares = [piece for piece in shard.pieces if self._exchanged(piece, rank) is not None]
-        return shard.with_sources({id(piece): InWindow(piece.dtype, piece.shape, piece.nbytes) for piece in shares})
+    def _for_engine(self) -> list[PlannedShard]:
+        """The shards of this rank with pieces for its engine: tensors of which it has only some boxes are filled in windows."""
+        exchanged = iter(self._run(self._session.rank).tensors)
+        shards = []
+        for shard in self._shards.get(self._session.rank, ()):
+            kinds, first = kinds_of(shard.pieces)
+            in_window = [InWindow(piece.dtype, piece.shape, piece.nbytes) for piece in first]
+            pairs = zip(shard.pieces, kinds, exchanged)
+            shards.append(shard.with_pieces([piece if tensor is None else in_window[kind] for piece, kind, tensor in pairs]))
+        return shards
 
 
 class Givers:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from shardsave._common.layouts import Extent
 from shardsave._common.spread import Spread
 from shardsave._ranks.copies import Local, Way, copy_parcel
-from shardsave._ranks.shares import Run, Segment, Share, Shares, nbytes_of
+from shardsave._ranks.shares import Run, Shares
 
 
 class Parcel(NamedTuple):
@@ -67,19 +67,19 @@ class Traffic:
 
     def in_window(self, owner: int, block: int, window: int) -> int:
         """Copies this rank's share of a block between its tensors and the window, whose address is given. Returns the bytes."""
-        return self._local.copy(self._shares_of(owner, block, self.rank), window)
+        return self._local.copy(self._shares.of(owner, block, self.rank), window)
 
     def in_parcel(self, parcel: Parcel, address: int) -> None:
         """Copies this rank's share of a block between its tensors and a parcel."""
-        self._local.copy(self._shares_of(parcel.owner, parcel.block, self.rank), address, packed=True)
+        self._local.copy(self._shares.of(parcel.owner, parcel.block, self.rank), address, packed=True)
 
     def between(self, rank: int, block: int, window: int, parcel: int) -> None:
         """Copies the share of ``rank`` in a block of this one between the window and a parcel."""
-        copy_parcel(self._shares_of(self.rank, block, rank), window, parcel, self.way)
+        copy_parcel(self._shares.of(self.rank, block, rank), window, parcel, self.way)
 
     def may_meet(self, owner: int, rank: int) -> bool:
         """Whether ``rank`` takes part in any tensor of ``owner``."""
-        kinds = {tensor.layout: tensor for tensor in self._run_of(owner).tensors if tensor is not None}
+        kinds = {id(tensor.layout): tensor for tensor in self._run_of(owner).tensors if tensor is not None}
         return any(rank in self._takers(tensor, owner) for tensor in kinds.values())
 
     def parcels(self, owners: Sequence[int], rank: int) -> Iterator[Parcel]:
@@ -90,13 +90,5 @@ class Traffic:
         if not self.may_meet(owner, rank):
             return
         for block in range(len(self._run_of(owner).blocks.table)):
-            shares = self._shares_of(owner, block, rank)
-            nbytes = sum(nbytes_of(share, segment.tensor) for segment, found in shares for share in found)
-            if nbytes:
+            if nbytes := int(self._shares.of(owner, block, rank).nbytes.sum()):
                 yield Parcel(block, owner, nbytes)
-
-    def _shares_of(self, owner: int, block: int, rank: int) -> Iterator[tuple[Segment, tuple[Share, ...]]]:
-        """The shares of ``rank`` in a block, by segment; segments of which it has none are left out."""
-        for segment in self._shares.segments(owner, block):
-            if found := self._shares.of(segment, owner, rank):
-                yield segment, found

@@ -31,6 +31,9 @@ from shardsave._state.module import Entry, State
 from shardsave._training.differences import first_difference
 from shardsave.errors import UnsupportedTensorError, UnsupportedTrainingError
 
+#: What the tensors of a training state are called, among ranks.
+TRAINING = "tensors of the training state"
+
 
 class OwnTraining(NamedTuple):
     """The directory of the training state, with the files of this rank. ``needs_boxes``: whether tensors are cut into boxes.
@@ -68,8 +71,7 @@ def plan_training(
         return None
     if not all_say_the_same:
         _check_shared(session, training.shared)
-    what = "tensors of the training state"
-    state = agree(session, state_of(training), what, said, all_say_the_same=all_say_the_same)
+    state = agree(session, state_of(training), TRAINING, said, all_say_the_same=all_say_the_same)
     sums = sum_replicas(state.entries, session.rank)
     entries, boxes = _written_here(state.entries, session.rank)
     directory = plan_training_directory(

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shardsave._common.derived_layouts import Region, Viewed
+from shardsave._common.gc_pause import gc_paused
 from shardsave._common.layouts import Grid, Layout, Listed, Placed, Split, Whole
 
 if TYPE_CHECKING:
@@ -44,8 +45,9 @@ def agree_on_wants(session: Session, mine: Mapping[Key, Want]) -> dict[Key, Want
 
     A `Whole` layout among ``mine`` says that this rank wants all of a tensor; the ranks in it are not looked at.
     """
-    mine = dict(sorted(mine.items()))
-    description = _describe(mine)
+    with gc_paused():
+        mine = dict(sorted(mine.items()))
+        description = _describe(mine)
     digests = session.gather("what ranks need", b"".join(hashlib.sha256(part).digest() for part in description))
     groups: dict[bytes, list[int]] = {}
     for rank, digest in enumerate(digests or ()):
@@ -55,7 +57,8 @@ def agree_on_wants(session: Session, mine: Mapping[Key, Want]) -> dict[Key, Want
         by_rows.setdefault(digest[32:], []).append(ranks)
     classes = _published(session, [*by_rows.values()])
     if len(classes) == 1 and len(classes[0]) == 1:
-        return _with_ranks(mine, tuple(classes[0][0]))
+        with gc_paused():
+            return _with_ranks(mine, tuple(classes[0][0]))
     return _joined(session, description, classes)
 
 

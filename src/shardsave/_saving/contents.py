@@ -23,7 +23,8 @@ from shardsave._format.index import (
     encode_index,
 )
 from shardsave._saving.disk_layout import OnDisk
-from shardsave._saving.shards import PlannedShard, plan_shards, repack
+from shardsave._saving.packings import Packings, plan_shards, repack
+from shardsave._saving.shards import PlannedShard
 from shardsave._state.module import Entry, State
 from shardsave._state.parts import Parts
 from shardsave._version import __version__
@@ -208,22 +209,26 @@ def plan_contents(
     *,
     directories: Sequence[PlannedDirectory] = (),
     moment: Moment | None = None,
+    packings: Packings | None = None,
 ) -> Contents:
-    """Packs what ``on_disk`` and ``parts`` hold into shards of at most ``max_shard_size`` bytes.
+    """Packs what ``on_disk`` and ``parts`` hold into shards of at most ``max_shard_size`` bytes. ``packings``: as for `plan_shards`.
 
     Raises UnsupportedModuleError for a document that is longer than a reader accepts, ValueError for too many shards, and for an index
     that could not be read again.
     """
     for role, document in parts.documents.items():
         _check_readable(role, document)
-    contents = _plan(on_disk, parts, max_shard_size, metadata)._replace(moment=moment or Moment()).with_directories(directories)
+    contents = _plan(on_disk, parts, max_shard_size, metadata, packings)
+    contents = contents._replace(moment=moment or Moment()).with_directories(directories)
     _check_index(contents)
     return contents
 
 
-def _plan(on_disk: OnDisk, parts: Parts, max_shard_size: int, metadata: Mapping[str, Any]) -> Contents:
+def _plan(
+    on_disk: OnDisk, parts: Parts, max_shard_size: int, metadata: Mapping[str, Any], packings: Packings | None
+) -> Contents:
     state = on_disk.state
-    shards = _plan_shards(on_disk, max_shard_size)
+    shards = _plan_shards(on_disk, max_shard_size, packings)
     check_shard_count(len(shards))
     flags = {entry.name: entry.frozen for entry in state.entries if entry.frozen is not None}
     return Contents(
@@ -259,10 +264,11 @@ def _check_readable(role: str, document: bytes) -> None:
 
 def _check_index(contents: Contents) -> None:
     """Raises ValueError for an index that would be too large. Few are even near to that, so most are not encoded twice."""
-    flags = contents.module_flags or {}
-    names = [*flags, *(name for entry in contents.state.entries for name in (entry.name, entry.tied_to or ""))]
+    entries = contents.state.entries
+    tied = [entry.tied_to for entry in entries if entry.tied_to is not None]
+    names = [*(contents.module_flags or {}), *[entry.name for entry in entries], *tied]
     metadata_bytes = len(json.dumps([contents.metadata, dict(contents.moment.metrics)]))
-    if metadata_bytes < _LARGE_METADATA and sum(map(len, names)) * _CHARACTER_BYTES + len(names) * 100 < MAX_INDEX_BYTES // 2:
+    if metadata_bytes < _LARGE_METADATA and sum(map(len, names)) * _CHARACTER_BYTES + len(names) * 200 < MAX_INDEX_BYTES // 2:
         return
     shard, file = ShardRecord(1 << 60, MAX_HEADER_BYTES, (1 << 64) - 1), FileRecord(1 << 60, (1 << 64) - 1)
     shard_names = [f"model-{number:08x}-{number:05d}-of-{number:05d}.safetensors" for number in range(len(contents.shards))]
@@ -281,12 +287,12 @@ def _check_index(contents: Contents) -> None:
     encode_index(longest)
 
 
-def _plan_shards(on_disk: OnDisk, max_shard_size: int) -> list[PlannedShard]:
+def _plan_shards(on_disk: OnDisk, max_shard_size: int, packings: Packings | None) -> list[PlannedShard]:
     """The shards of the weights; if some must be in a single file, that is the first shard."""
     stored = [entry for entry in on_disk.state.entries if entry.tied_to is None]
     more = on_disk.state.file_metadata
     if on_disk.single_file is None:
-        return plan_shards(stored, max_shard_size, more=more)
+        return plan_shards(stored, max_shard_size, more=more, packings=packings)
     names = on_disk.in_single_file
     together = [entry for entry in stored if names is None or entry.name in names]
     rest = [entry for entry in stored if names is not None and entry.name not in names]

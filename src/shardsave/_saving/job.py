@@ -12,6 +12,7 @@ from shardsave._saving.comparison import Comparison, InThisProcess
 from shardsave._saving.contents import Contents, PlannedDirectory
 from shardsave._saving.disk_layout import DiskLayout, OnDisk
 from shardsave._saving.frozen import FrozenMemory, remember
+from shardsave._saving.packings import Packings
 from shardsave._saving.shards import PlannedShard, ShardFiles, Supply
 from shardsave._saving.training_directory import DescribedTraining, plan_described
 from shardsave._saving.watch import Watch
@@ -115,6 +116,10 @@ class Job(Protocol):
     def parts(self) -> PartReader | None:
         """Reads tensors of which each process holds a part; None if this process is alone."""
 
+    @property
+    def packings(self) -> Packings | None:
+        """Remembers packings from save to save; None for a process alone, which needs its memory for other things."""
+
     def attempt(self, work: Callable[[], Result], said: Callable[[Result], Said]) -> Result:
         """What ``work`` returns, once it has succeeded everywhere. One error that it has everywhere names no process.
 
@@ -181,6 +186,7 @@ class Alone:
     leads = True
     size = 1
     parts = None
+    packings = None
 
     def attempt(self, work: Callable[[], Result], said: Callable[[Result], Said]) -> Result:
         return work()

@@ -197,6 +197,8 @@ def _with_equal_headers(shards: Iterable[UnchangedShard], contents: Contents) ->
 
 def kept_shards(contents: Contents, numbers: Sequence[Sequence[int]]) -> list[PlannedShard]:
     """The shards that another process keeps, with the sources of this one. ``numbers``: for each, those of its tensors in `contents`."""
+    if not numbers:
+        return []
     stored = [pair for shard in contents.shards for pair in zip(shard.layout.tensors, shard.pieces)]
     kept = []
     for of_shard in numbers:
@@ -206,8 +208,10 @@ def kept_shards(contents: Contents, numbers: Sequence[Sequence[int]]) -> list[Pl
     return kept
 
 
-def numbers_of(contents: Contents, shards: Iterable[PlannedShard]) -> list[list[int]]:
+def numbers_of(contents: Contents, shards: Sequence[PlannedShard]) -> list[list[int]]:
     """The numbers of the tensors of ``shards`` in ``contents``, as `kept_shards` needs them."""
+    if not shards:
+        return []
     names = (tensor.name for shard in contents.shards for tensor in shard.layout.tensors)
     place = {name: number for number, name in enumerate(names)}
     return [[place[name] for name in shard.names] for shard in shards]

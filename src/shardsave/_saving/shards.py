@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import time
-from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import NamedTuple, Protocol
 
 import numpy as np
-import torch
 
 from shardsave._common.os_calls import CallFailed, descriptor_allowance
 from shardsave._common.progress import Progress
@@ -21,12 +21,10 @@ from shardsave._engine.blocks import Blocks, blocks
 from shardsave._engine.totals import Totals
 from shardsave._engine.transfer import BLOCK_BYTES, Transfer, TransferFault, Windows
 from shardsave._format.crc64 import crc64, joined
-from shardsave._format.dtypes import BY_TORCH, logical_shape
 from shardsave._format.header import encode_header, with_sums
 from shardsave._format.index import FileRecord, ShardRecord
-from shardsave._format.packing import ALIGNMENT, Shard, StoredTensor, pack
+from shardsave._format.packing import ALIGNMENT, Shard
 from shardsave._saving.watch import Watch
-from shardsave._state.module import Entry
 from shardsave._storage.earlier import EarlierShard
 from shardsave._storage.staging import StagedShard
 from shardsave.errors import ShardSaveError
@@ -35,20 +33,47 @@ from shardsave.errors import ShardSaveError
 _MAX_OPEN_SHARDS = 256
 
 
+class LayoutBytes:
+    """What is computed from the layout of a shard alone. It is kept, since copies of a shard with other sources have the same layout."""
+
+    def __init__(self) -> None:
+        self._header: tuple[Shard, Mapping[str, str] | None, bytes] | None = None
+        self._digest: tuple[Shard, str] | None = None
+
+    def header(self, layout: Shard, more: Mapping[str, str] | None) -> bytes:
+        """As `encode_header`."""
+        if (known := self._header) is None or known[0] is not layout or known[1] != more:
+            known = self._header = layout, more, encode_header(layout, more)
+        return known[2]
+
+    def digest(self, layout: Shard) -> str:
+        """Equal for layouts with the same names and bytes."""
+        if (known := self._digest) is None or known[0] is not layout:
+            names = json.dumps([[tensor.name for tensor in layout.tensors], layout.data_bytes])
+            known = self._digest = layout, hashlib.sha256(names.encode()).hexdigest()
+        return known[1]
+
+
 @dataclass(frozen=True, eq=False)
 class PlannedShard:
     """A shard before it is written: its layout, and the memory of its tensors in file order. ``more``: additional items of the
-    ``__metadata__`` in its header. ``owner``: the rank that must write it; None if any rank may."""
+    ``__metadata__`` in its header. ``owner``: the rank that must write it; None if any rank may. ``layout_bytes``: copies share it."""
 
     layout: Shard
     pieces: list[ByteSource]
     more: Mapping[str, str] | None = None
     owner: int | None = None
+    layout_bytes: LayoutBytes = field(default_factory=LayoutBytes)
 
-    @cached_property
+    @property
     def header(self) -> bytes:
         """Its header without checksums. It is encoded at the first use, since the call of a save in the background needs none."""
-        return encode_header(self.layout, self.more)
+        return self.layout_bytes.header(self.layout, self.more)
+
+    @property
+    def digest(self) -> str:
+        """Equal for shards with the same names and bytes."""
+        return self.layout_bytes.digest(self.layout)
 
     @property
     def names(self) -> list[str]:
@@ -62,7 +87,11 @@ class PlannedShard:
 
     def with_sources(self, new: Mapping[int, ByteSource]) -> PlannedShard:
         """The same shard with other sources of the same bytes: `id` of a source → what takes its place."""
-        return replace(self, pieces=[new.get(id(piece), piece) for piece in self.pieces])
+        return self.with_pieces([new.get(id(piece), piece) for piece in self.pieces])
+
+    def with_pieces(self, pieces: list[ByteSource]) -> PlannedShard:
+        """The same shard with other sources of the same bytes, in file order."""
+        return replace(self, pieces=pieces)
 
 
 class Supply(Protocol):
@@ -78,47 +107,6 @@ class UnchangedShard(NamedTuple):
     planned: PlannedShard
     sums: tuple[int, ...]
     earlier: EarlierShard
-
-
-def plan_shards(
-    entries: Sequence[Entry], bound: int | None, *, apart: bool = True, more: Mapping[str, str] | None = None
-) -> list[PlannedShard]:
-    """Packs ``entries`` into shards of at most ``bound`` bytes of data, or into one shard if it is None.
-
-    ``apart``: no shard holds both frozen and trainable entries. ``more``: additional items of the headers' ``__metadata__``.
-    Raises ValueError for a header that is too long.
-    """
-    tensors, pieces = [], {}
-    kinds: dict[tuple[torch.dtype, tuple[int, ...]], tuple[str, tuple[int, ...], int]] = {}  # many tensors are of few kinds
-    for name, _, frozen, _, source in entries:
-        kind = source.dtype, source.shape
-        if (known := kinds.get(kind)) is None:
-            known = kinds[kind] = BY_TORCH[source.dtype].name, logical_shape(*kind), source.nbytes
-        dtype, shape, nbytes = known
-        tensors.append(StoredTensor(name, dtype, shape, nbytes, apart and bool(frozen)))
-        pieces[name] = source
-    layouts = pack(tensors, bound)
-    shards = [PlannedShard(layout, [pieces[tensor.name] for tensor in layout.tensors], more) for layout in layouts]
-    if bound is None or more:  # else `pack` has kept all headers short
-        for shard in shards:
-            _ = shard.header
-    return shards
-
-
-def repack(
-    shards: Sequence[PlannedShard],
-    kept: Sequence[PlannedShard],
-    bound: int,
-    place: Callable[[str], int],
-    more: Mapping[str, str] | None,
-) -> list[PlannedShard]:
-    """The shards ``kept``, and the tensors of ``shards`` that they do not hold, packed again in the order of ``place`` in the state."""
-    stored = [pair for shard in shards for pair in zip(shard.layout.tensors, shard.pieces)]
-    stored.sort(key=lambda pair: place(pair[0].name))
-    pieces = {tensor.name: piece for tensor, piece in stored}
-    layouts = pack([tensor for tensor, _ in stored], bound, [shard.layout for shard in kept])
-    new = [PlannedShard(layout, [pieces[tensor.name] for tensor in layout.tensors], more) for layout in layouts[len(kept) :]]
-    return [*kept, *new]
 
 
 def plan_blocks(shards: Sequence[PlannedShard]) -> Blocks:

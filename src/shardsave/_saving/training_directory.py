@@ -11,7 +11,8 @@ from shardsave._format.file_names import rank_document, rank_tensors
 from shardsave._format.index import TRAINING, ShardRecord
 from shardsave._format.training_state import TrainingIndex, encode_rank_document, encode_training_index
 from shardsave._saving.contents import PlannedDirectory
-from shardsave._saving.shards import PlannedShard, plan_shards
+from shardsave._saving.packings import plan_shards
+from shardsave._saving.shards import PlannedShard
 from shardsave._state.module import Entry
 
 

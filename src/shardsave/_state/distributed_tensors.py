@@ -51,7 +51,7 @@ def is_dtensor(value: Any) -> bool:
 
 def is_distributed(tensor: torch.Tensor) -> bool:
     """Whether ``tensor`` is a DTensor, or another tensor that tells distributed checkpoints which boxes this process has."""
-    return type(tensor) not in PLAIN_TYPES and _is_distributed_class(type(tensor))
+    return type(tensor) not in PLAIN_TYPES and is_distributed_class(type(tensor))
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -61,8 +61,11 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 def is_parameter(tensor: torch.Tensor) -> bool:
     """Whether a plain or a distributed tensor is a Parameter."""
+    kind: Any = type(tensor)
     # torch marks Parameters of other classes with this attribute; `isinstance` looks for it too, but ten times more slowly.
-    return type(tensor) is nn.Parameter or (is_distributed(tensor) and getattr(tensor, "_is_param", False))
+    return kind is nn.Parameter or (
+        kind not in PLAIN_TYPES and is_distributed_class(kind) and getattr(tensor, "_is_param", False)
+    )
 
 
 @lru_cache(maxsize=256)
@@ -72,7 +75,8 @@ def _is_dtensor_class(kind: Any) -> bool:
 
 
 @lru_cache(maxsize=256)
-def _is_distributed_class(kind: Any) -> bool:
+def is_distributed_class(kind: Any) -> bool:
+    """Whether tensors of the class ``kind`` are distributed."""
     return _is_dtensor_class(kind) or hasattr(kind, _CHUNK_LIST)
 
 
@@ -82,6 +86,14 @@ def attributes_of(parameter: torch.Tensor) -> dict[str, Any]:
     if is_distributed(parameter):
         own = {name: value for name, value in own.items() if name not in _OF_TORCH}
     return own
+
+
+class _Held(NamedTuple):
+    """What one rank has of a tensor: the shape of its local tensor, and where each of its boxes begins."""
+
+    layout: Placed
+    sizes: tuple[int, ...]
+    begins: Sequence[tuple[int, ...]]
 
 
 class PartReader:
@@ -94,21 +106,26 @@ class PartReader:
         self.rank = rank
         self._position = {member: position for position, member in enumerate(members)}
         self._grids: dict[int, tuple[Any, Grid]] = {}
-        self._layouts: dict[Any, Placed] = {}
+        self._held: dict[Any, _Held] = {}
+        self._of_specs: dict[Any, tuple[_Held, Any]] = {}  # with the spec, whose identity is a part of the key
 
     def read(self, tensor: torch.Tensor) -> LocalPart:
         """The part of ``tensor``, which `is_distributed`, in this process. Raises NotReadable."""
         if not is_dtensor(tensor):
             return self._listed(tensor, getattr(tensor, _CHUNK_LIST), _local_of(tensor))
-        local = _waited(tensor._local_tensor)  # type: ignore[attr-defined]
+        local = tensor._local_tensor  # type: ignore[attr-defined]
+        if type(local) not in PLAIN_TYPES:
+            local = _waited(local)
         if hasattr(local, _CHUNK_LIST):  # Megatron-FSDP gives its uneven parts one; DTensor's own answer then is theirs
             return self._listed(tensor, getattr(local, _CHUNK_LIST), local)
-        layout = self._layout(tensor)
+        layout, sizes, begins = self._held_of(tensor)
         if type(local) not in PLAIN_TYPES:
             raise NotReadable("a DTensor of plain tensors was expected", f"its local tensor is {an(type(local).__name__)}")
-        # `Tensor.data`: if the parameter gets other data during the save, this memory stays alive.
+        data = local.data  # if the parameter gets other data during the save, this memory stays alive
+        if len(begins) == 1 and data.shape == sizes:  # nearly all tensors
+            return LocalPart(Spread(tensor.dtype, layout, (Chunk(begins[0], data),)), local)
         try:
-            return LocalPart(Spread(tensor.dtype, layout, local_chunks(layout, self.rank, local.data)), local)
+            return LocalPart(Spread(tensor.dtype, layout, local_chunks(layout, self.rank, data)), local)
         except ValueError as error:
             raise NotReadable(f"a local tensor as {tensor.placements} says was expected", str(error)) from None  # type: ignore[attr-defined]
 
@@ -117,14 +134,19 @@ class PartReader:
         layout = Whole(range(len(self._position)), tuple(tensor.shape))
         return Spread(tensor.dtype, layout, [Chunk((0,) * tensor.dim(), tensor)] if tensor.numel() else [])
 
-    def _layout(self, tensor: Any) -> Placed:
-        mesh, placements, shape = tensor.device_mesh, tensor.placements, tensor.shape
-        key = (id(mesh), placements, shape)
-        layout = self._layouts.get(key)
-        if layout is None:
-            splits = [_split(placement, len(shape)) for placement in placements]
-            layout = self._layouts[key] = Placed(self._grid(mesh), splits, shape)
-        return layout
+    def _held_of(self, tensor: Any) -> _Held:
+        """What this process has of a DTensor. torch gives one spec to many tensors, and its identity is found at once."""
+        spec, shape = tensor._spec, tensor.shape
+        known = self._of_specs.get((id(spec), shape))
+        if known is None:
+            key = id(spec.mesh), spec.placements, shape
+            held = self._held.get(key)
+            if held is None:
+                layout = Placed(self._grid(spec.mesh), [_split(placement, len(shape)) for placement in spec.placements], shape)
+                sizes, inside = layout.local(self.rank)
+                held = self._held[key] = _Held(layout, sizes, [part.begin for part in inside])
+            known = self._of_specs[id(spec), shape] = held, spec
+        return known[0]
 
     def _grid(self, mesh: Any) -> Grid:
         found = self._grids.get(id(mesh))
@@ -193,6 +215,8 @@ def tied_parts(named: Mapping[str, torch.Tensor], parts: Mapping[str, LocalPart]
         for name, first in ties.items()
         if name not in parts or (first in parts and parts[first].spread.layout == parts[name].spread.layout)
     }
+    if len({id(named[name]) for name in parts}) == len(parts):
+        return tied
     first_of: dict[int, str] = {}
     for name, part in parts.items():
         if (first := first_of.setdefault(id(named[name]), name)) != name and part.spread.nbytes:

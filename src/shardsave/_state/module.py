@@ -14,7 +14,14 @@ from shardsave._common.memory import PLAIN_TYPES, any_overlap, same_bytes, share
 from shardsave._common.sources import ByteSource, SwappedSource, TensorSource
 from shardsave._common.spread import Spread
 from shardsave._common.words import an
-from shardsave._state.distributed_tensors import LocalPart, NotReadable, PartReader, is_distributed, is_parameter, tied_parts
+from shardsave._state.distributed_tensors import (
+    LocalPart,
+    NotReadable,
+    PartReader,
+    is_distributed_class,
+    is_parameter,
+    tied_parts,
+)
 from shardsave._state.numpy_arrays import is_swapped, tensor_of_array
 from shardsave._state.offload import Offloaded, offloaded_tensors
 from shardsave._state.offloaded_ties import tie_copies, untied_notes
@@ -101,11 +108,12 @@ def read_state(source: Source, *, tensors_only: bool = False, reader: PartReader
         values = named
     else:
         raise TypeError(f"an nn.Module or a mapping of names to tensors is needed, not {type(source).__name__}")
-    parts = _parts(named, swapped, reader) if reader is not None else {}
-    if parts:
-        values = {**values, **{name: part.local for name, part in parts.items()}}
+    if reader is not None and swapped:
+        refuse(
+            min(swapped), "an array in the byte order of this processor was expected by several ranks", "it has the other one"
+        )
     without_flag: Literal["buffer", "tensor"] = "buffer" if isinstance(source, nn.Module) else "tensor"
-    entries, overlaps = _entries(named, values, _Origins(flags, without_flag, swapped, parts))
+    entries, overlaps = _entries(named, values, _Origins(flags, without_flag, swapped, reader))
     files = {found.file: name for name, found in offloaded.items() if found.file}
     notes = untied_notes(offloaded, values) if offloaded else ()
     return State(entries, flags_known, overlaps, files, notes, file_metadata)
@@ -114,60 +122,62 @@ def read_state(source: Source, *, tensors_only: bool = False, reader: PartReader
 class _Origins(NamedTuple):
     """What is known of tensors by name. ``flags``: of those that are no Parameters. ``without_flag``: the kind of tensors without one.
 
-    ``swapped``: the names of arrays in another byte order. ``parts``: of distributed tensors.
+    ``swapped``: the names of arrays in another byte order. ``reader``: reads distributed tensors.
     """
 
     flags: Mapping[str, bool]
     without_flag: Literal["buffer", "tensor"]
     swapped: Collection[str]
-    parts: Mapping[str, LocalPart]
+    reader: PartReader | None
 
 
 def _entries(
     named: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor], origins: _Origins
 ) -> tuple[tuple[Entry, ...], tuple[tuple[str, str], ...]]:
-    """The entries of ``named``, and the pairs of them that share a part of their memory. ``values``: the memory of each."""
-    flags, without_flag, swapped, parts = origins
-    entries, begins, ends = [], [], []
+    """The entries of ``named``, and the pairs of them that share a part of their memory.
+
+    ``values``: the memory of each, but of those that are distributed. All of one tensor is read at once: of very many tensors, each look
+    at another one has to wait for memory.
+    """
+    flags, without_flag, swapped, reader = origins
+    entries, memory, begins, ends = [], [], [], []
+    parts: dict[str, LocalPart] = {}
+    spread = {kind for kind in {*map(type, named.values())} if is_distributed_class(kind)} if reader is not None else ()
     for (name, tensor), value in zip(named.items(), values.values()):
+        part = _part(name, tensor, reader) if reader is not None and type(tensor) in spread else None
+        if part is not None:
+            parts[name], value = part, part.local
         reach = check_savable(name, value)
+        memory.append(value)
         begins.append(begin := value.data_ptr())
         ends.append(begin + reach)
         frozen = not tensor.requires_grad if is_parameter(tensor) else flags.get(name)
         kind = "parameter" if frozen is not None else without_flag
         # `Tensor.data`: if the Parameter gets other data during the save, this memory stays alive. It is cheaper than `detach`.
         in_memory = SwappedSource if name in swapped else TensorSource
-        source = parts[name].spread if name in parts else in_memory(value.data, tensor.dtype)
+        source = part.spread if part is not None else in_memory(value.data, tensor.dtype)
         entries.append(Entry(name, kind, frozen, None, source))
     # Swapped bytes have other values than the tensor that seems to share them, so they are never tied.
     to_compare = [0 if name in swapped else begin for name, begin in zip(values, begins)] if swapped else begins
-    ties = shared_names(values, to_compare)
+    ties = shared_names(dict(zip(named, memory)), to_compare)
     if parts:
         ties = tied_parts(named, parts, ties)
     if ties:
         entries = [entry._replace(tied_to=ties.get(entry.name)) for entry in entries]
-    return tuple(entries), tuple(_overlaps(entries, list(values.values()), begins, ends))
+    return tuple(entries), tuple(_overlaps(entries, memory, begins, ends))
 
 
-def _parts(named: Mapping[str, torch.Tensor], swapped: Collection[str], reader: PartReader) -> dict[str, LocalPart]:
-    """The parts in this process of those tensors that are distributed."""
-    if swapped:
-        refuse(
-            min(swapped), "an array in the byte order of this processor was expected by several ranks", "it has the other one"
-        )
-    parts = {}
-    for name, tensor in named.items():
-        if is_distributed(tensor):
-            try:
-                parts[name] = reader.read(tensor)
-            except NotReadable as error:
-                refuse(name, error.expected, error.found)
-    return parts
+def _part(name: str, tensor: torch.Tensor, reader: PartReader) -> LocalPart:
+    """The part in this process of a distributed tensor."""
+    try:
+        return reader.read(tensor)
+    except NotReadable as error:
+        refuse(name, error.expected, error.found)
 
 
 def _expanded(named: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, bool], Mapping[str, str]]:
     """``named`` with the parts of quantised tensors in their place, the flags of these, and what the files must say about them."""
-    usual = all(type(tensor) in PLAIN_TYPES or is_distributed(tensor) for tensor in named.values())
+    usual = all(kind in PLAIN_TYPES or is_distributed_class(kind) for kind in {*map(type, named.values())})
     return (named, {}, {}) if usual else expand(named)
 
 
