@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from shardsave._engine.blocks import blocks
+from shardsave._engine.blocks import Blocks, blocks, interleaved
 from shardsave._format.packing import ALIGNMENT
 
 
@@ -46,3 +46,25 @@ def test_every_byte_once(seed: int) -> None:
             end = at + count
         assert length - ALIGNMENT < end <= length
     assert done == plan.piece_bytes.tolist() == [length for _, _, length, _ in rows]
+
+
+def _blocks_of(plan: Blocks) -> list[tuple[list[int], list[list[int]]]]:
+    """Each block: file, offset and length, and its segments."""
+    firsts = [*plan.table[:, 3].tolist(), len(plan.segments)]
+    return [(row[:3], plan.segments[a:b].tolist()) for row, a, b in zip(plan.table.tolist(), firsts, firsts[1:])]
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_interleaved(seed: int) -> None:
+    """Catches a block that loses its segments when blocks of two tables are mixed, a wrong piece, another order, or one table first."""
+    left, right = (blocks(np.array(extents(n), dtype=np.int64).reshape(-1, 4), 4 * ALIGNMENT) for n in (seed, seed + 50))
+    mixed, numbers = interleaved(left, right)
+    assert mixed.piece_bytes.tolist() == [*left.piece_bytes.tolist(), *right.piece_bytes.tolist()]
+    found = _blocks_of(mixed)
+    own = [one for one, number in zip(found, numbers.tolist()) if number < 0]
+    assert [one for one, number in zip(found, numbers.tolist()) if number >= 0] == _blocks_of(left)
+    moved = [(row, [[s[0] - len(left.piece_bytes), *s[1:]] for s in segments]) for row, segments in own]
+    assert moved == _blocks_of(right)
+    assert numbers[numbers >= 0].tolist() == [*range(len(left.table))]
+    half = len(numbers) // 2
+    assert abs(int((numbers[:half] >= 0).sum()) - len(left.table) / 2) <= 1

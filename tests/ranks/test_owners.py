@@ -60,6 +60,22 @@ def test_given_owners() -> None:
     assert owners([shard(rows(4), owner=3), plain, plain], (0, 0, 0, 0)) == [3, 0, 0]
 
 
+def test_long_files_first() -> None:
+    """Catches files that are given away in their order: the last one, a long one, would be written when all other ranks have ended."""
+    long, short = shard(*[rows(4)] * 6), shard(*[rows(4)] * 4)
+    shards = [long, *[short] * 8, shard(), long]
+    loads = Counter[int]()
+    for one, owner in zip(shards, owners(shards, (0, 0, 0, 0))):
+        loads[owner] += one.layout.data_bytes
+    assert sorted(loads.values()) == [n * short.layout.data_bytes // 4 for n in (10, 10, 12, 12)]
+
+
+def test_given_files_count_first() -> None:
+    """Catches a rank that gets files although it alone must write many."""
+    shards = [shard(rows(4)), shard(rows(4)), shard(rows(4), rows(4), owner=0)]
+    assert 0 not in owners(shards, (0, 0, 0, 0))[:2]
+
+
 def test_empty_tensors() -> None:
     """Catches a division by the number of elements, or of bytes."""
     nothing = Whole((0, 1), (0, 4))

@@ -63,6 +63,25 @@ def blocks(extents: NDArray[np.int64], block_bytes: int) -> Blocks:
     return Blocks(table, segments, extents[:, 2].copy())
 
 
+def interleaved(left: Blocks, right: Blocks) -> tuple[Blocks, NDArray[np.int64]]:
+    """The blocks of both, evenly mixed, each in their order; pieces of ``right`` come after those of ``left``.
+
+    Also returns for each block its number in ``left``, -1 if it is one of ``right``.
+    """
+    counts = [len(one.table) for one in (left, right)]
+    place = np.concatenate([(np.arange(count) + 0.5) / max(1, count) for count in counts])
+    order = np.argsort(place, kind="stable")
+    table = np.concatenate([left.table, right.table])[order]
+    segments = np.concatenate([left.segments, right.segments])
+    segments[len(left.segments) :, 0] += len(left.piece_bytes)
+    lengths = np.concatenate([np.diff(one.table[:, 3], append=len(one.segments)) for one in (left, right)])[order]
+    first = np.concatenate([left.table[:, 3], right.table[:, 3] + len(left.segments)])[order]
+    table[:, 3] = np.cumsum(lengths) - lengths
+    moved = np.repeat(first - table[:, 3], lengths) + np.arange(len(segments))
+    merged = Blocks(table, segments[moved], np.concatenate([left.piece_bytes, right.piece_bytes]))
+    return merged, np.where(order < counts[0], order, -1)
+
+
 def _block_begins(
     boundaries: Sequence[int], offset: Sequence[int], end: Sequence[int], grain: Sequence[int], block_bytes: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

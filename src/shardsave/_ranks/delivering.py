@@ -15,7 +15,7 @@ from shardsave._common.layouts import Extent, Layout
 from shardsave._common.sources import TensorSource
 from shardsave._common.spread import Spread
 from shardsave._engine import box_copies
-from shardsave._engine.blocks import Blocks, blocks
+from shardsave._engine.blocks import Blocks, blocks, interleaved
 from shardsave._engine.transfer import BLOCK_BYTES, InWindow, Piece
 from shardsave._ranks.copies import byte_strides, holding
 from shardsave._ranks.exchange import Exchange, RunWindows
@@ -54,10 +54,10 @@ class Delivering:
 
     ``targets``: the tensors by number, each with the boxes that this rank fills (`Spread.local`). Each rank takes all boxes that it holds.
 
-    Use: make it (no I/O), start its ``exchange``, then ``engine.read(files, delivering.blocks, delivering.pieces,
-    windows=delivering.windows, …)`` (also where there is nothing to read), finish the exchange; close that in any case. From start to
-    finish, local tensors are written on threads of the exchange. The sums of the run are those of this rank's pieces. A piece that this
-    rank alone needs, and whose place is contiguous, is read straight into it.
+    Use: make it (no I/O), start its ``exchange``, then ``engine.read(files, *delivering.run(…), …)`` (also where there is nothing to
+    read), finish the exchange; close that in any case. From start to finish, local tensors are written on threads of the exchange. The
+    sums of the run are those of this rank's pieces. A piece that this rank alone needs, and whose place is contiguous, is read straight
+    into it.
     """
 
     def __init__(self, session: Session, readings: Sequence[Reading], targets: Sequence[Spread]) -> None:
@@ -68,14 +68,13 @@ class Delivering:
         self._runs: dict[int, Run] = {}
         traffic = Traffic(session.rank, "out", self._run, self._takers)
         with gc_paused():
-            of_block = traffic.windowed()
-        self.exchange = Exchange(session, range(session.size), np.flatnonzero(of_block).tolist(), traffic)
-        self.windows = RunWindows(self.exchange, 0, of_block)
+            self._windowed = traffic.windowed()
+        self.exchange = Exchange(session, range(session.size), np.flatnonzero(self._windowed).tolist(), traffic)
 
-    @property
-    def blocks(self) -> Blocks:
-        """What this rank's engine reads."""
-        return self._run(self._session.rank).blocks
+    def run(self, own: Blocks, own_pieces: Sequence[Piece]) -> tuple[Blocks, list[Piece], RunWindows]:
+        """What this rank's engine reads: what is exchanged, and ``own`` between it, so that no disk waits for other ranks."""
+        together, numbers = interleaved(self._run(self._session.rank).blocks, own)
+        return together, [*self.pieces, *own_pieces], RunWindows(self.exchange, numbers, self._windowed)
 
     @cached_property
     def pieces(self) -> list[Piece]:

@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from shardsave._engine.transfer import BLOCK_BYTES
 from shardsave._ranks.far_links import FarLinks
 from shardsave._ranks.host_links import HostLinks
@@ -22,7 +24,6 @@ from shardsave._ranks.links import Lost
 from shardsave._ranks.windows import SharedMemory
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
     from shardsave._ranks.session import Session
@@ -256,15 +257,16 @@ class Exchange:
 
 
 class RunWindows:
-    """The windows of one run of the owner's engine, whose first block is number ``first`` of the owner's."""
+    """The windows of one run of the owner's engine. ``numbers``: for each block of the run, which of the owner's it is; ascending, but for
+    those that are -1: these are not exchanged. ``windowed``: for each block of the owner, whether it has a window."""
 
-    def __init__(self, exchange: Exchange, first: int, of_block: NDArray[np.bool_]) -> None:
-        self.of_block = of_block
+    def __init__(self, exchange: Exchange, numbers: NDArray[np.int64], windowed: NDArray[np.bool_]) -> None:
+        self.of_block = np.append(windowed, False)[numbers]
         self._exchange = exchange
-        self._first = first
+        self._numbers = numbers.tolist()
 
     def take(self, block: int) -> memoryview | None:
-        return self._exchange.take(self._first + block)
+        return self._exchange.take(self._numbers[block])
 
     def give_back(self, block: int) -> None:
-        self._exchange.give_back(self._first + block)
+        self._exchange.give_back(self._numbers[block])

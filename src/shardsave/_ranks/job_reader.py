@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import chain
+from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from shardsave._common.progress import Progress
 from shardsave._common.spread import Spread
 from shardsave._common.spread_views import viewed
 from shardsave._engine.blocks import blocks
-from shardsave._engine.transfer import BLOCK_BYTES, Piece
+from shardsave._engine.transfer import BLOCK_BYTES, Piece, Transfer
 from shardsave._format.dtypes import BY_NAME, torch_shape
 from shardsave._loading.read import Target, TensorReader, damage_message
 from shardsave._ranks.delivering import Delivering, Reading
@@ -54,6 +55,13 @@ class _Stored(NamedTuple):
     located: Located | None
 
 
+class _Own(NamedTuple):
+    """A range that this rank reads for itself. ``piece``: what receives it; None if it is only summed."""
+
+    range: Range
+    piece: Piece
+
+
 class JobReader(TensorReader):
     """As `TensorReader`. `read_together` is called by every rank of ``session``; each byte is then read by one of them."""
 
@@ -71,10 +79,12 @@ class JobReader(TensorReader):
         with gc_paused():
             plan = plan_reads(wants, rank, size, every_byte=self._verify)
             stored = _all_stored(wants, mine, rank)
+            own = _sorted(plan.alone, _places(stored, plan.alone), plan.unneeded)
         sums = JoinedSums(len(stored))
-        self._read_ranges(stored, plan.alone, _places(stored, plan.alone), sums)
-        self._read_ranges(stored, plan.unneeded, [None] * len(plan.unneeded), sums)
-        self._read_common(stored, plan.common, sums)
+        if any(plan.common):
+            self._read_common(stored, plan.common, own, sums)
+        else:
+            self._read_own(stored, own, sums)
         self.tensors += len(mine)
         if self._verify:
             self._compare(stored, sums)
@@ -95,28 +105,43 @@ class JobReader(TensorReader):
         self._session.check()
         super()._tick(done)
 
-    def _read_common(self, stored: Sequence[_Stored], common: Sequence[Sequence[Range]], sums: JoinedSums) -> None:
-        """Reads what several ranks need, for each rank the ranges that it reads in ``common``, and exchanges it while it is read."""
-        shards = sorted({stored[one.number].shard for ranges in common for one in ranges})
+    def _read_common(
+        self, stored: Sequence[_Stored], common: Sequence[Sequence[Range]], own: Sequence[_Own], sums: JoinedSums
+    ) -> None:
+        """Reads what several ranks need, for each rank the ranges that it reads in ``common``, and exchanges it while it is read.
+
+        ``own``: what this rank reads for itself, at the same time.
+        """
+        shards = sorted({one.shard for one in stored})
         step = self._session_allowance() if len(shards) > _FEW_SHARDS else _FEW_SHARDS
         for first in range(0, len(shards), step):
             group = shards[first : first + step]
             held = {*group}
             of_ranks = [[one for one in ranges if stored[one.number].shard in held] for ranges in common]
+            ours = [one for one in own if stored[one.range.number].shard in held]
+            if not any(of_ranks):
+                self._read_own(stored, ours, sums)
+                continue
             readings = [_reading(stored, ranges, group) for ranges in of_ranks]
+            mine = [*of_ranks[self._session.rank], *(one.range for one in ours)]
+            blocks_of_own = blocks(_extents(stored, [one.range for one in ours], group), BLOCK_BYTES)
             delivering = Delivering(self._session, readings, [one.spread for one in stored])
             with closing(delivering.exchange) as exchange:
                 exchange.start()
-                planned, pieces, windows = delivering.blocks, delivering.pieces, delivering.windows
+                planned, pieces, windows = delivering.run(blocks_of_own, [one.piece for one in ours])
                 transfer = self._transfer(group, planned, pieces, checksum=self._verify, windows=windows)
                 exchange.finish()
-            mine = of_ranks[self._session.rank]
-            if mine:
-                self.shards.update(stored[one.number].shard for one in mine)
-            if self._verify:
-                sums.add(mine, [stored[one.number].spread.nbytes for one in mine], transfer.sums)
-            for shard in group:
-                self._checkpoint.release(shard)
+            self._ended(stored, group, mine, transfer, sums)
+
+    def _ended(
+        self, stored: Sequence[_Stored], group: Sequence[str], ranges: Sequence[Range], transfer: Transfer, sums: JoinedSums
+    ) -> None:
+        """``ranges`` were read, in files of ``group``."""
+        self.shards.update(stored[one.number].shard for one in ranges)
+        if self._verify:
+            sums.add(ranges, [stored[one.number].spread.nbytes for one in ranges], transfer.sums)
+        for shard in group:
+            self._checkpoint.release(shard)
 
     def _session_allowance(self) -> int:
         """How many shards every rank can hold open at the same time."""
@@ -124,12 +149,10 @@ class JobReader(TensorReader):
         least = None if gathered is None else str(min(map(int, gathered))).encode()
         return int(self._session.publish("open files of all", least))
 
-    def _read_ranges(
-        self, stored: Sequence[_Stored], ranges: Sequence[Range], pieces: Sequence[Piece], sums: JoinedSums
-    ) -> None:
-        """Reads ``ranges`` into ``pieces``, and adds their checksums to ``sums``."""
+    def _read_own(self, stored: Sequence[_Stored], own: Sequence[_Own], sums: JoinedSums) -> None:
+        """Reads what this rank reads for itself."""
+        ranges, pieces = [one.range for one in own], [one.piece for one in own]
         shards = sorted({stored[one.number].shard for one in ranges})
-        self.shards.update(shards)
         extents = _extents(stored, ranges, shards)
         step = self._checkpoint.allowance
         for first in range(0, len(shards), step):
@@ -137,11 +160,7 @@ class JobReader(TensorReader):
             begin, end = np.searchsorted(extents[:, 0], [first, first + step]).tolist()
             extents[begin:end, 0] -= first
             transfer = self._transfer(group, blocks(extents[begin:end], BLOCK_BYTES), pieces[begin:end], checksum=self._verify)
-            if self._verify:
-                nbytes = [stored[one.number].spread.nbytes for one in ranges[begin:end]]
-                sums.add(ranges[begin:end], nbytes, transfer.sums)
-            for shard in group:
-                self._checkpoint.release(shard)
+            self._ended(stored, group, ranges[begin:end], transfer, sums)
 
     def _compare(self, stored: Sequence[_Stored], sums: JoinedSums) -> None:
         """Compares the checksums with those that are stored. One rank reports those that differ, and all raise the same error."""
@@ -234,6 +253,12 @@ def _all_stored(wants: Mapping[Key, Want], mine: Mapping[Key, tuple[Located, Spr
 
 def _places(stored: Sequence[_Stored], ranges: Sequence[Range]) -> list[Piece]:
     return [place_of(stored[one.number].spread, one.begin, one.end) for one in ranges]
+
+
+def _sorted(alone: Sequence[Range], places: Sequence[Piece], unneeded: Sequence[Range]) -> list[_Own]:
+    """What one rank reads for itself, in the order of files and offsets."""
+    own = [*map(_Own, alone, places), *(_Own(one, None) for one in unneeded)]
+    return sorted(own, key=attrgetter("range"))
 
 
 def _reading(stored: Sequence[_Stored], ranges: Sequence[Range], shards: Sequence[str]) -> Reading:

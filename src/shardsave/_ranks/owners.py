@@ -20,22 +20,29 @@ _TOLERANCE = 0.1
 def owners(shards: Sequence[PlannedShard], hosts: Sequence[int]) -> list[int]:
     """The rank that writes each shard: of the ranks on hosts that hold most of it, the least loaded; of these, one that holds most.
 
-    ``hosts``: the number of each rank's host. A shard with bytes that are no `Spread` is rank 0's.
+    Long shards are given away first, so that the last ones make loads equal. ``hosts``: the number of each rank's host. A shard with
+    bytes that are no `Spread` is rank 0's.
     """
     host_of = np.array(hosts)
     load = np.zeros(len(hosts))
     parts: dict[Layout, NDArray[np.float64]] = {}
-    found = []
-    for shard in shards:
-        if shard.owner is not None:
-            owner = shard.owner
-        elif not all(isinstance(piece, Spread) for piece in shard.pieces):
-            owner = 0
-        else:
-            owner = _least_loaded(_held(shard, len(hosts), parts), shard.layout.data_bytes, host_of, load)
-        load[owner] += shard.layout.data_bytes
-        found.append(owner)
-    return found
+    found = [_given(shard) for shard in shards]
+    free = [number for number, owner in enumerate(found) if owner is None]
+    for shard, owner in zip(shards, found):
+        if owner is not None:
+            load[owner] += shard.layout.data_bytes
+    for number in sorted(free, key=lambda number: -shards[number].layout.data_bytes):
+        nbytes = shards[number].layout.data_bytes
+        found[number] = owner = _least_loaded(_held(shards[number], len(hosts), parts), nbytes, host_of, load)
+        load[owner] += nbytes
+    return [owner for owner in found if owner is not None]
+
+
+def _given(shard: PlannedShard) -> int | None:
+    """The only rank that may write ``shard``; None if there is a choice."""
+    if shard.owner is not None:
+        return shard.owner
+    return None if all(isinstance(piece, Spread) for piece in shard.pieces) else 0
 
 
 def _held(shard: PlannedShard, ranks: int, parts: dict[Layout, NDArray[np.float64]]) -> NDArray[np.float64]:

@@ -51,7 +51,7 @@ class Shipping:
         files = self._run(self._session.rank).blocks.table[:, 0]
         first, stop = np.searchsorted(files, [self._next, self._next + len(group)]).tolist()
         self._next += len(group)
-        return RunWindows(self.exchange, first, self._windowed[first:stop])
+        return RunWindows(self.exchange, np.arange(first, stop), self._windowed)
 
     def _run(self, owner: int) -> Run:
         """What ``owner`` writes. A tensor that it holds as a whole is not exchanged."""
