@@ -174,6 +174,17 @@ def test_parameters_frozen_thawed_added(tmp_path: Path) -> None:
     assert not any("are frozen:" in note or "fresh" in note for note in notes) and not model[0].weight.requires_grad
 
 
+def test_parameters_frozen_when_they_were_saved(tmp_path: Path) -> None:
+    """Catches a note about what is as it was saved: a parameter that was stepped once and frozen before the save."""
+    model = net()
+    optimizer = trained(model)
+    model[0].requires_grad_(False)
+    keep(tmp_path, {"o": optimizer}, model)
+    again = net()
+    again[0].requires_grad_(False)
+    assert restore(tmp_path, {"o": torch.optim.AdamW(again.parameters())}, again)[1] == ()
+
+
 def test_parameters_thawed_and_frozen_again(tmp_path: Path) -> None:
     """Catches parameters that were thawed for this training, and that a resume freezes again without a word."""
 
@@ -307,7 +318,7 @@ def test_many_parameters_take_linear_time() -> None:
     plan = plan_restore({"o": optimizer}, parameters, StoredTraining("x", described.shared, {}, stored, 1))
     seen: list[Any] = []
     optimizer.register_load_state_dict_pre_hook(lambda optimizer, state: seen.append(state["param_groups"][0]["params"]))
-    plan.apply()
+    plan.apply(flags_restored=True)
     assert seen == [range(50)] and optimizer.param_groups[0]["params"] == [*parameters]
 
 

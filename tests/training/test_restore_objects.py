@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,38 @@ def test_generators(tmp_path: Path) -> None:
     ):
         restore(tmp_path, others, rng=True)
     assert before == (random.getstate(), others[1].getstate())
+
+
+@pytest.mark.parametrize("at", [-1, 5, 625, 2**30])
+def test_generators_that_would_read_beside_their_numbers(tmp_path: Path, at: int) -> None:
+    """Catches a state that numpy takes, and with which the next number that is drawn comes from somewhere in memory."""
+    twister: Any = np.random.RandomState(1).get_state(legacy=False)
+    twister["state"]["pos"] = at
+    philox = np.random.Philox(1).state | {"buffer_pos": at}
+    own = [np.random.Generator(np.random.MT19937()), np.random.Generator(np.random.Philox()), np.random.RandomState()]
+    own[0].bit_generator.state, own[1].bit_generator.state = twister, philox
+    own[2].set_state(twister)
+    for name, generator in enumerate(own):
+        keep(tmp_path / str(name), [generator])
+        with refusal(at, most=4 if name == 1 else 624):
+            restore(tmp_path / str(name), [copy.deepcopy(generator)])
+    process = np.random.get_state(legacy=False)
+    try:
+        np.random.set_state(twister)
+        keep(tmp_path / "process", {}, rng=True)
+    finally:
+        np.random.set_state(process)
+    try:
+        with refusal(at, most=624):
+            restore(tmp_path / "process", {}, rng=True)
+    finally:
+        np.random.set_state(process)
+
+
+def refusal(at: int, *, most: int) -> AbstractContextManager[Any]:
+    if 0 <= at <= most:
+        return nullcontext()
+    return pytest.raises(shardsave.CorruptCheckpointError, match=f"at 0 to {most}, not at {at}; nothing was changed")
 
 
 class Refusing:

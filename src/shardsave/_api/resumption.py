@@ -93,7 +93,7 @@ class Resumption:
             plan.expect_writes()
             self._read(reader, self._in_place)
         with in_state(model.removesuffix(", ")):
-            values = plan.apply()
+            values = plan.apply(flags_restored=self.model is not None and self.model.flags.frozen is not None)
         self.notes += plan.notes
         return values
 

@@ -194,17 +194,14 @@ class Drain:
     def _held_by(self, optimizer: torch.optim.Optimizer) -> Iterator[Drained]:
         """What must be read before a step of ``optimizer``, which holds the same objects or others with the same memory; some twice.
 
-        What no optimizer holds counts too: after the step, a frozen teacher may follow what was trained, unseen by torch.
+        What no optimizer holds counts for each of them: after the step, a frozen teacher may follow what was trained, unseen by torch.
         """
-        is_concerned = False
         for tensor in memory_of_optimizer(optimizer):
             of_owner = self._of_owner.get(id(tensor), ())
             for item in (*of_owner, *self._at_storage.get(tensor.untyped_storage().data_ptr(), ())):
-                is_concerned = True
                 if not item.released:
                     yield item
-        if is_concerned:
-            yield from (item for item in self._without_step if not item.released)
+        yield from (item for item in self._without_step if not item.released)
 
     def _fail_if_changed(self, items: Sequence[Drained]) -> None:
         for item in items:

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import ParamSpec, TypeVar
 
 from shardsave._common.backend import native
+from shardsave._common.words import human_bytes
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -305,6 +306,9 @@ def allocate(fd: int, path: str, length: int) -> None:
             number = ctypes.get_errno()
             if number in _CANNOT_RESERVE:
                 break
+            if number == errno.EFBIG:
+                limit = "more than the file system or the limit of the process (ulimit -f) allows"
+                raise CallFailed("fallocate", path, number, f"{os.strerror(number)}: {human_bytes(length)} were needed, {limit}")
             if number != errno.EINTR:
                 raise CallFailed("fallocate", path, number, os.strerror(number))
         else:

@@ -41,7 +41,7 @@ class LeafPlanner:
         self.differences: list[str] = []
         self.left: set[str] = set()
         self.notes: list[str] = []
-        self.late_notes: list[Callable[[], list[str]]] = []
+        self.late_notes: list[Callable[[bool], list[str]]] = []
         self._reader = reader
         self._names = names
         self._device = device

@@ -94,9 +94,10 @@ class RestorePlan:
         written = [tensor for _, tensor in (*self._reader.in_place, *self.in_place)]
         torch.autograd.graph.increment_version([tensor for tensor in written if not tensor.is_inference()])
 
-    def apply(self) -> Any:
+    def apply(self, *, flags_restored: bool) -> Any:
         """Hands every object its state, and sets the generators of the process at the very end. No object runs a step.
 
+        ``flags_restored``: whether parameters are frozen as they were when they were saved.
         Returns the training state as it was given, with plain data as it was saved. Raises IncompatibleCheckpointError if an object
         refuses its state.
         """
@@ -109,7 +110,7 @@ class RestorePlan:
                     f"cannot resume {path} from {self._where}: an object that takes its state was expected, it raised "
                     f"{type(error).__name__}: {' '.join(str(error).split())}; the training state is partly restored"
                 ) from error
-        self.notes += tuple(note for late in self._leaves.late_notes for note in late())
+        self.notes += tuple(note for late in self._leaves.late_notes for note in late(flags_restored))
         if self._rng is not None:
             self.notes += tuple(set_process_state(self._rng))
         return self._values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +31,8 @@ class OptimizerPlan(NamedTuple):
     """How an optimizer is filled.
 
     ``load``: call it after the tensors were read. ``order``: for each group, the saved group that it continues; None: there is none.
-    ``saved_groups``: their number. ``late_notes``: makes those that depend on the flags of parameters. ``difference``: why the state does
+    ``saved_groups``: their number. ``late_notes``: makes those that depend on the flags of parameters, told whether these are now as
+    they were saved. ``difference``: why the state does
     not fit; ``load`` must not be called then.
     """
 
@@ -38,7 +40,7 @@ class OptimizerPlan(NamedTuple):
     order: Sequence[int | None]
     saved_groups: int
     notes: Sequence[str]
-    late_notes: Callable[[], list[str]] = lambda: []
+    late_notes: Callable[[bool], list[str]] = lambda _: []
     difference: str | None = None
 
 
@@ -108,7 +110,7 @@ def plan_optimizer(
     starts = [next(iter(order_of), None) for order_of in order]
     if isinstance(inner(optimizer), torch.optim.LBFGS):  # which keeps the state of all parameters with the first
         return OptimizerPlan(load, starts, len(saved), notes)
-    return OptimizerPlan(load, starts, len(saved), notes, lambda: _late_notes(path, parameters, group_of, state))
+    return OptimizerPlan(load, starts, len(saved), notes, partial(_late_notes, path, parameters, group_of, state))
 
 
 def _not_filled(difference: str) -> OptimizerPlan:
@@ -201,14 +203,16 @@ def _loaded_groups(
     return loaded, notes, None
 
 
-def _late_notes(path: str, parameters: dict[str, torch.Tensor], group_of: dict[str, int], state: dict[str, Any]) -> list[str]:
+def _late_notes(
+    path: str, parameters: dict[str, torch.Tensor], group_of: dict[str, int], state: dict[str, Any], flags_restored: bool
+) -> list[str]:
     gone = [repr(name) for name in state if name not in parameters]
     fresh = [
         repr(name)
         for name, parameter in parameters.items()
         if name not in state and (name not in group_of or (state and parameter.requires_grad))
     ]
-    frozen = [repr(name) for name in state if name in parameters and not parameters[name].requires_grad]
+    frozen = [repr(name) for name in state if name in parameters and not (flags_restored or parameters[name].requires_grad)]
     notes = []
     if gone:
         notes.append(
@@ -217,7 +221,8 @@ def _late_notes(path: str, parameters: dict[str, torch.Tensor], group_of: dict[s
     if fresh:
         notes.append(f"{path}: {count(len(fresh), 'parameter')} without saved state start fresh: {some(fresh)}")
     if frozen:
-        notes.append(f"{path}: {count(len(frozen), 'parameter')} with saved state are frozen: {some(frozen)}")
+        are = "is" if len(frozen) == 1 else "are"
+        notes.append(f"{path}: {count(len(frozen), 'parameter')} with saved state {are} frozen: {some(frozen)}")
     return notes
 
 

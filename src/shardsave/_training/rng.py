@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,10 @@ import torch
 
 from shardsave._training.kinds import GENERATORS
 from shardsave._training.places import Place, refuse
+
+#: How many random numbers a generator of numpy keeps, and the keys of the position of the next one in its state. numpy takes any
+#: position, and would read beside these numbers.
+_POSITIONS = {"MT19937": (624, ("state", "pos")), "Philox": (4, ("buffer_pos",))}
 
 
 class WrongState(Exception):
@@ -30,16 +35,12 @@ def check_process_state(state: Any) -> None:
     """Raises WrongState if `set_process_state` could not set ``state``. Changes nothing."""
     if type(state) is not dict or not {"python", "numpy", "torch"} <= state.keys():
         raise WrongState("one of its parts is missing")
-    numpy_state = state["numpy"]
-    if type(numpy_state) is not dict:
-        raise WrongState("numpy's part is no dict")
     try:
         random.Random().setstate(state["python"])
         own = np.random.get_state(legacy=False)
         assert isinstance(own, dict)
-        if own["bit_generator"] != numpy_state.get("bit_generator"):
-            raise WrongState(f"numpy's is a {numpy_state.get('bit_generator')}, here it is a {own['bit_generator']}")
-        np.random.RandomState(getattr(np.random, own["bit_generator"])()).set_state(numpy_state)
+        _check_numpy(state["numpy"], own["bit_generator"])
+        np.random.RandomState(getattr(np.random, own["bit_generator"])()).set_state(state["numpy"])
         torch.Generator().set_state(state["torch"])
         for device_state in state.get("cuda", ()):
             if not (isinstance(device_state, torch.Tensor) and device_state.dtype == torch.uint8 and device_state.dim() == 1):
@@ -48,6 +49,21 @@ def check_process_state(state: Any) -> None:
         raise
     except Exception as error:  # each library raises others
         raise WrongState(str(error)) from error
+
+
+def _check_numpy(state: Any, kind: str) -> None:
+    """Raises WrongState for the state of another generator of numpy than ``kind``, and for what numpy itself would take unchecked."""
+    if type(state) is not dict:
+        raise WrongState("numpy's is no dict")
+    if state.get("bit_generator") != kind:
+        raise WrongState(f"numpy's is a {state.get('bit_generator')}, here it is a {kind}")
+    if kind in _POSITIONS:
+        most, keys = _POSITIONS[kind]
+        position = state
+        for key in keys:
+            position = position[key]
+        if not (isinstance(position, Integral) and 0 <= position <= most):
+            raise WrongState(f"the next number of a {kind} must be at 0 to {most}, not at {position!r}")
 
 
 def set_process_state(state: dict[str, Any]) -> list[str]:
@@ -88,13 +104,17 @@ def check_generator_state(generator: Any, state: Any) -> Callable[[], object]:
             torch.Generator(generator.device).set_state(state)
             return partial(generator.set_state, state)
         if isinstance(generator, np.random.Generator):
+            _check_numpy(state, type(generator.bit_generator).__name__)
             type(generator.bit_generator)().state = state
             return partial(setattr, generator.bit_generator, "state", state)
         if isinstance(generator, np.random.RandomState):
             own: Any = generator.get_state(legacy=False)
+            _check_numpy(state, own["bit_generator"])
             np.random.RandomState(getattr(np.random, own["bit_generator"])()).set_state(state)
             return partial(generator.set_state, state)
         random.Random().setstate(state)
         return partial(generator.setstate, state)
+    except WrongState:
+        raise
     except Exception as error:
         raise WrongState(str(error)) from error
