@@ -308,7 +308,9 @@ def allocate(fd: int, path: str, length: int) -> None:
                 break
             if number == errno.EFBIG:
                 limit = "more than the file system or the limit of the process (ulimit -f) allows"
-                raise CallFailed("fallocate", path, number, f"{os.strerror(number)}: {human_bytes(length)} were needed, {limit}")
+                raise CallFailed(
+                    "fallocate", path, number, f"{os.strerror(number)}: {human_bytes(length)} were needed, {limit}"
+                )
             if number != errno.EINTR:
                 raise CallFailed("fallocate", path, number, os.strerror(number))
         else:
