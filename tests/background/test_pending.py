@@ -207,12 +207,12 @@ def test_cancelling_too_late(memory: Path, monkeypatch: pytest.MonkeyPatch) -> N
     answers = []
     real = Transaction._publish
 
-    def publish(self: Transaction, index: bytes, attempt: Any) -> None:
+    def publish(self: Transaction, attempt: Any) -> None:
         def attempt_and_cancel() -> None:
             attempt()
             answers.append(pending.cancel())
 
-        real(self, index, attempt_and_cancel)
+        real(self, attempt_and_cancel)
 
     monkeypatch.setattr(Transaction, "_publish", publish)
     with held_save(model(1), memory / "ckpt") as (pending, held):
