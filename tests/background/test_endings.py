@@ -119,14 +119,15 @@ def test_ctrl_c_during_a_wait(zygote: Zygote, memory: Path) -> None:
 def test_a_call_on_a_daemon_thread(zygote: Zygote, memory: Path) -> None:
     """Catches a save that ends with its caller: Python does not wait for daemon threads, nor for the threads that inherit that."""
     program = """
+        called = threading.Event()
+
         def call():
             shardsave.save_async(full(2), ckpt, progress=hold)
-            say("called")
+            called.set()  # Python kills daemon threads at its end; one that is in torch's code then may abort the process
             time.sleep(60)
 
         threading.Thread(target=call, daemon=True).start()
-        while not shardsave._background.turns.in_flight():
-            time.sleep(0.001)
+        called.wait()
     """
     running = zygote.run(program, memory)
     running.until("held")

@@ -18,6 +18,7 @@ from jobs import Job, run_ranks
 from shardsave._ranks import group as groups
 from shardsave._ranks.arrivals import Call
 from shardsave._ranks.begin import begin, begin_with, session_of
+from shardsave._ranks.member import Member
 from shardsave._ranks.part import Timeouts
 from shardsave._ranks.session import Session
 from shardsave.errors import OutOfSpaceError, SaveNotCommittedError, ShardSaveError
@@ -167,6 +168,45 @@ def test_a_foreign_error() -> None:
         names = [type(error).__name__ for error in FOREIGN]
         told = [("SaveNotCommittedError", f"rank 2: {name}: odd") for name in names]
         assert ends == ([(name, "odd") for name in names] if rank == 2 else told)
+
+
+def fail_after_the_end(rank: int) -> str:
+    """Rank 0 fails, leaves and deletes what the session has in the store; what it has told rank 1 is read there only afterwards."""
+    held, is_held, goes_on = threading.Event(), threading.Event(), threading.Event()
+    step = Member.step
+
+    def late_step(member: Member) -> None:
+        if held.is_set():
+            is_held.set()
+            goes_on.wait()
+        else:
+            step(member)
+
+    error = ""
+    with mock.patch.object(Member, "step", late_step):
+        try:
+            with open_session(rank) as session:
+                session.exchange("values", b"")
+                held.set()
+                if rank == 1:
+                    session._post.mailbox.bell.ring()
+                    is_held.wait()
+                meet_all(rank)
+                if rank == 0:
+                    raise OutOfSpaceError("first")
+                while any("/log/" in key for key in leftovers()):
+                    time.sleep(0.001)
+                threading.Timer(0.05, goes_on.set).start()
+                raise OutOfSpaceError("second")
+        except OutOfSpaceError as raised:
+            error = str(raised)
+    meet_all(rank)
+    return error
+
+
+def test_a_failure_after_the_end() -> None:
+    """Catches a rank with an error of its own, where the call had already ended with that of another rank, which was not read yet."""
+    assert run_ranks(2, fail_after_the_end) == ["rank 0: first"] * 2
 
 
 def test_an_error_on_two_hosts() -> None:

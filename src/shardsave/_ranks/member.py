@@ -34,6 +34,8 @@ class Member(Part):
         raise AssertionError("rank 0 leads its host")
 
     def fail(self, failure: Failure) -> None:
+        if self._leader is not None and not self._leader.ended:
+            self._hear(self._leader)  # once it has told everybody the end of the log, it may leave, and the log is deleted
         super().fail(failure)
         if self._leader is not None:
             self._leader.send(Message(READ, 0, b""))
@@ -91,7 +93,7 @@ class Member(Part):
             elif message.kind == LEFT:
                 self._pulse.forget(self.met.leader)
         if leader.ended and not self.log.ended:
-            self.fail(self.lost(self.met.leader, "its process has ended"))
+            super().fail(self.lost(self.met.leader, "its process has ended"))
 
     def _watch(self) -> None:
         """A leader that is silent for long: somebody may have noticed it already."""
