@@ -85,10 +85,7 @@ def beside_other_ranks(job: Job, path: str, step: Any) -> Job:
         from shardsave._ranks.lone_save import lone_save
 
         return lone_save(path, step)
-    from shardsave._ranks.save_job import SaveJob
-
-    if isinstance(job, SaveJob):
-        job.claim(path, step)
+    job.claim(path, step)
     return job
 
 
@@ -113,9 +110,7 @@ def leader_is_busy(
         state="; nothing was committed",
     )
     with session as met:
-        everywhere = met.gather(
-            "if_busy", if_busy.encode()
-        )  # nobody is told before all are here, and nothing is wrong with their calls
+        everywhere = met.gather("if_busy", if_busy.encode())  # nobody is told before all are here
         for rank, theirs in enumerate(everywhere or ()):
             if theirs != if_busy.encode():
                 with met.for_all():

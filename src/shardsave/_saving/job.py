@@ -142,6 +142,9 @@ class Job(Protocol):
         """Compares what several processes have of ``contents``, and of the training state as it was when it was planned. Returns contents
         in which one has each. Raises UnsupportedTensorError."""
 
+    def claim(self, directory: str, step: int | None) -> None:
+        """Called before anything is planned: raises SaveNotCommittedError if other processes of a larger job have just made this save."""
+
     def for_all(self) -> AbstractContextManager[None]:
         """Within it, this process does something for all, or all do the same: an error then names no rank."""
 
@@ -205,6 +208,9 @@ class Alone:
 
     def check_replicas(self, contents: Contents) -> Contents:
         return contents
+
+    def claim(self, directory: str, step: int | None) -> None:
+        pass
 
     def for_all(self) -> AbstractContextManager[None]:
         return nullcontext()
