@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import functools
+import mmap
 import os
 import resource
 import stat
@@ -277,6 +278,18 @@ def file_in_memory(start: bytes, length: int) -> Descriptor:
     return file
 
 
+def map_shared(fd: int, address: int, nbytes: int, flags: int) -> None:
+    """Maps the beginning of an open file to ``address``, in the place of what is mapped there; ``flags``: further ones, of mmap(2).
+
+    Calls mmap(2) itself: Python's own cannot say where. Raises CallFailed.
+    """
+    protection = mmap.PROT_READ | mmap.PROT_WRITE
+    fixed = mmap.MAP_SHARED | _MAP_FIXED | flags
+    if _libc.mmap(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), protection, fixed, fd, ctypes.c_int64(0)) != address:
+        number = ctypes.get_errno()
+        raise CallFailed("mmap", "", number, os.strerror(number))
+
+
 def sync_all(files: Sequence[tuple[int, str]]) -> list[CallFailed | None]:
     """Makes open files and directories (descriptor, path) durable, at the same time, since each waits for the disk.
 
@@ -328,7 +341,9 @@ def start_writeback(fd: int, offset: int, length: int) -> None:
 
 
 _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
+_MAP_FIXED = 0x10  # linux/mman-common.h
 _libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
 
 
 def descriptor_allowance() -> int:

@@ -9,10 +9,44 @@ import os
 import socket
 from contextlib import suppress
 
-from shardsave._common.os_calls import Descriptor, call
+from shardsave._common.os_calls import Descriptor, call, map_shared
+
+#: The length of a huge page, in bytes, on the usual machines; on others there are none of this length, and nothing is lost.
+_HUGE = 2 << 20
+
+#: Of linux/mman.h. Unlike MADV_HUGEPAGE it does not depend on how the system is set, which rarely allows huge pages for shared memory.
+_MADV_COLLAPSE = 25
 
 #: The longest control message of an exchange, in bytes.
 MESSAGE_BYTES = 64
+
+
+class _Mapping:
+    """A file in memory, mapped where its pages may be huge. ``address``: where it begins; ``populate``: as for `SharedMemory`."""
+
+    def __init__(self, fd: int, nbytes: int, *, populate: bool) -> None:
+        # More addresses than needed, of which it uses aligned ones: they are given back together with what is mapped onto them.
+        self._addresses = call(mmap.mmap, "", -1, nbytes + _HUGE, flags=mmap.MAP_PRIVATE)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(self._addresses))
+        self._skipped = -start % _HUGE
+        self._nbytes = nbytes
+        self.address = start + self._skipped
+        map_shared(fd, self.address, nbytes, mmap.MAP_POPULATE if populate else 0)
+        if hasattr(mmap, "MADV_DONTFORK"):
+            self._addresses.madvise(mmap.MADV_DONTFORK)  # a forked child would keep the memory
+
+    def view(self) -> memoryview:
+        return memoryview(self._addresses)[self._skipped : self._skipped + self._nbytes]
+
+    def collapse(self) -> None:
+        """Makes huge pages, as far as the kernel can and has any (madvise(2), Linux 6.1)."""
+        with suppress(OSError):
+            self._addresses.madvise(_MADV_COLLAPSE, self._skipped, self._nbytes)
+
+    def close(self) -> None:
+        """Unmaps it, or leaves that to the last view of it."""
+        with suppress(BufferError):
+            self._addresses.close()
 
 
 class SharedMemory:
@@ -24,11 +58,9 @@ class SharedMemory:
     def __init__(self, file: Descriptor, nbytes: int, *, populate: bool) -> None:
         self.file = file
         self.nbytes = nbytes
-        self._map = mmap.mmap(file.fd, nbytes, mmap.MAP_SHARED | (mmap.MAP_POPULATE if populate else 0))
-        if hasattr(mmap, "MADV_DONTFORK"):
-            self._map.madvise(mmap.MADV_DONTFORK)  # a forked child would keep the memory
-        self.view = memoryview(self._map)
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self._mapping = _Mapping(file.fd, nbytes, populate=populate)
+        self.view = self._mapping.view()
+        self.address = self._mapping.address
 
     @classmethod
     def new(cls, nbytes: int) -> SharedMemory:
@@ -36,7 +68,9 @@ class SharedMemory:
         file = Descriptor()
         file.open_in_memory()
         try:
-            call(os.posix_fallocate, "", file.fd, 0, nbytes)
+            call(os.ftruncate, "", file.fd, nbytes)
+            _take_huge_pages(file.fd, nbytes)
+            call(os.posix_fallocate, "", file.fd, 0, nbytes)  # what is missing still, in ordinary pages
             return cls(file, nbytes, populate=True)
         except BaseException:
             file.abandon()
@@ -46,8 +80,18 @@ class SharedMemory:
         """Frees it, or leaves that to the last view of it."""
         self.file.abandon()
         self.view.release()
-        with suppress(BufferError):
-            self._map.close()
+        self._mapping.close()
+
+
+def _take_huge_pages(fd: int, nbytes: int) -> None:
+    """Fills an empty file in memory with huge pages, where there are any. A disk takes a block of them in few and long requests; and it
+    takes a twelfth of the time of ordinary pages to make them, a fiftieth to free them.
+    """
+    for offset in range(0, nbytes, _HUGE):
+        call(os.posix_fallocate, "", fd, offset, mmap.PAGESIZE)  # where nothing is, nothing can become huge
+    mapping = _Mapping(fd, nbytes, populate=False)
+    mapping.collapse()
+    mapping.close()
 
 
 def send_descriptor(connection: socket.socket, message: bytes, fd: int) -> None:
