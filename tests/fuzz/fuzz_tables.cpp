@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cerrno>
 #include <chrono>
 #include <cinttypes>
 #include <cstdio>
@@ -50,7 +51,10 @@ void print_case() {
 
 struct Case {
   Request request;
-  std::vector<std::vector<std::byte>> memory;  // of each piece, with its size before piece_bytes was changed
+  std::vector<std::vector<std::byte>> memory;  // of each piece; of still ones with the rest of the last page
+  std::vector<std::byte*> starts;              // where each piece begins in its memory
+  std::vector<std::int64_t> sizes;             // of each piece, before piece_bytes was changed
+  std::vector<bool> still;                     // for each piece, whether it may be still memory
   std::vector<std::byte> destination;          // in place of the file, with the size that the blocks need
   std::vector<std::int64_t> taken;             // of each piece; a vector of its own, so that ASan knows its end
 };
@@ -92,10 +96,10 @@ class Generator {
     std::int64_t end = 0;
     const std::size_t pieces = 1 + below(4);
     for (std::size_t piece = 0; piece < pieces; ++piece) {
-      legal_case.memory.emplace_back(1 + below(100'000));
-      const auto size = static_cast<std::int64_t>(legal_case.memory.back().size());
-      const auto kinds = request.write ? 2 : 3;
-      const std::int64_t kind = -1 - static_cast<std::int64_t>(below(kinds));
+      const auto size = static_cast<std::int64_t>(1 + below(100'000));
+      const std::int64_t kinds[] = {kHost, kLent, request.write ? kStill : kDiscard};
+      const std::int64_t kind = kinds[below(std::size(kinds))];
+      add_memory(legal_case, size, kind == kStill);
       request.piece_bytes.push_back(size);
       for (std::int64_t offset = 0; offset < size;) {
         const std::int64_t start = end / kSlot * kSlot;
@@ -111,6 +115,16 @@ class Generator {
     return legal_case;
   }
 
+  // Still memory begins with a page and may be read to the end of its last one. ASan knows the end of all other memory.
+  static void add_memory(Case& legal_case, std::int64_t size, bool still) {
+    std::vector<std::byte>& memory =
+        legal_case.memory.emplace_back(static_cast<std::size_t>(still ? size + 2 * kPage : size));
+    const auto start = reinterpret_cast<std::uintptr_t>(memory.data());
+    legal_case.starts.push_back(memory.data() + (still ? static_cast<std::size_t>(-start % kPage) : 0));
+    legal_case.sizes.push_back(size);
+    legal_case.still.push_back(still);
+  }
+
   // Makes a run that gathers into memory, or nowhere, of a run over files. One time in four the memory is too small.
   void gather_instead(Case& gathering) {
     Request& request = gathering.request;
@@ -118,6 +132,9 @@ class Generator {
     const Segment& last = request.segments.back();
     gathering.destination.resize(static_cast<std::size_t>(request.blocks.back().offset + last.at + last.length));
     request.files.clear();
+    for (Segment& segment : request.segments) {
+      if (segment.memory == kStill && below(8) != 0) segment.memory = kHost;
+    }
     request.into = Destination{};
     if (below(3) == 0) return;
     const std::size_t needed = gathering.destination.size();
@@ -131,6 +148,8 @@ class Generator {
                                         -2,
                                         -3,
                                         -4,
+                                        -5,
+                                        -6,
                                         kPage,
                                         kPage - 1,
                                         kPage + 1,
@@ -218,25 +237,25 @@ class Generator {
     }
   }
 
-  // Gives each segment of host memory its address in the piece's memory, or an address that must be refused. A segment
-  // outside the piece's memory becomes lent.
+  // Gives each segment of host or still memory its address in the piece's memory, or one that must be refused. A
+  // segment outside the piece's memory becomes lent, and still memory that ends with its piece becomes host memory.
   void set_addresses(Case& hostile_case) {
-    const std::vector<std::vector<std::byte>>& memories = hostile_case.memory;
+    const auto pieces = static_cast<std::int64_t>(hostile_case.memory.size());
     for (Segment& segment : hostile_case.request.segments) {
-      if (segment.memory != kHost) continue;
-      const bool has_memory = segment.piece >= 0 && segment.piece < static_cast<std::int64_t>(memories.size());
-      const std::vector<std::byte>& memory = memories[has_memory ? static_cast<std::size_t>(segment.piece) : 0];
-      const auto size = static_cast<Wide>(memory.size());
-      if (has_memory && segment.piece_offset >= 0 && segment.length >= 0 &&
-          static_cast<Wide>(segment.piece_offset) + segment.length <= size) {
-        const auto address = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(memory.data()));
-        segment.address = address + segment.piece_offset;
-        if (below(40) == 0) {
-          constexpr std::int64_t bad[] = {0, -1, ~kMost, kMost};
-          segment.address = bad[below(std::size(bad))];
-        }
-      } else {
+      if (segment.memory != kHost && segment.memory != kStill) continue;
+      const bool has_memory = segment.piece >= 0 && segment.piece < pieces;
+      const auto piece = static_cast<std::size_t>(has_memory ? segment.piece : 0);
+      if (!has_memory || segment.piece_offset < 0 || segment.length < 0 ||
+          static_cast<Wide>(segment.piece_offset) + segment.length > hostile_case.sizes[piece]) {
         segment.memory = kLent;
+        continue;
+      }
+      if (segment.memory == kStill && !hostile_case.still[piece]) segment.memory = kHost;
+      const auto address = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(hostile_case.starts[piece]));
+      segment.address = address + segment.piece_offset;
+      if (below(40) == 0) {
+        constexpr std::int64_t bad[] = {0, -1, ~kMost, kMost};
+        segment.address = bad[below(std::size(bad))];
       }
     }
   }
@@ -279,10 +298,11 @@ bool legal(const Request& request) {
       const Wide until = static_cast<Wide>(segment.piece_offset) + segment.length;
       if (segment.piece_offset < 0 || until > request.piece_bytes[static_cast<std::size_t>(segment.piece)])
         return false;
-      if (segment.memory >= 0 || segment.memory < kDiscard) return false;  // no streams: no devices
+      const bool is_host = segment.memory == kHost || segment.memory == kStill;
+      if (!is_host && segment.memory != kLent && segment.memory != kDiscard) return false;  // no devices, no windows
       if (segment.memory == kDiscard && request.write) return false;
-      if (segment.memory == kHost &&
-          (segment.address <= 0 || static_cast<Wide>(segment.address) + segment.length > kMost)) {
+      if (segment.memory == kStill && (!request.write || request.into)) return false;
+      if (is_host && (segment.address <= 0 || static_cast<Wide>(segment.address) + segment.length > kMost)) {
         return false;
       }
     }
@@ -325,6 +345,7 @@ void try_case(std::uint64_t seed, int file, Counts* counts) {
   } catch (const Fault& fault) {
     CHECK(expected);
     CHECK(fault.call == "pread" || fault.call == "pwrite" || fault.call == "mmap of staging memory");
+    CHECK(fault.number != EFAULT);  // all memory of a legal request is there
     ++counts->faults;
   }
 }
