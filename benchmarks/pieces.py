@@ -53,8 +53,8 @@ class Piece:
         labels = {"piece": self._name, "turn": number, "size": size}
         savers = [tool for tool in tools if self._known[tool].save is not None]
         for tool in savers:
-            shutil.rmtree(self._path(tool), ignore_errors=True)
-            self._settle()
+            shutil.rmtree(path_of(self._folder, tool), ignore_errors=True)
+            settle(self._folder)
             self._worker(tool, "save", size, labels)
         nbytes = max((sample["bytes"] for sample in self.samples if "bytes" in sample), default=size)
         self._limits(("write",), nbytes, labels)
@@ -65,20 +65,20 @@ class Piece:
                         self._load(tool, way, cache, size, labels)
             self._limits(limits, nbytes, labels)
         for tool in savers:
-            if self._path(tool).exists():
-                self._settle()
+            if path_of(self._folder, tool).exists():
+                settle(self._folder)
                 self._worker(tool, "overwrite", size, labels)
         shutil.rmtree(self._folder, ignore_errors=True)
-        self._settle()
+        settle(self._folder)
 
     def _load(self, tool: str, way: str, cache: str, size: int, labels: dict[str, Any]) -> None:
-        path = self._path(self._known[tool].saved_by or tool)
+        path = path_of(self._folder, self._known[tool].saved_by or tool)
         if path.exists():
             (measure.make_cold if cache == "cold" else measure.make_warm)(path)
             self._worker(tool, way, size, labels | {"cache": cache}, check=labels["turn"] == 0)
 
     def _worker(self, tool: str, operation: str, size: int, labels: dict[str, Any], *, check: bool = False) -> None:
-        path = self._path(self._known[tool].saved_by or tool)
+        path = path_of(self._folder, self._known[tool].saved_by or tool)
         command = [
             sys.executable,
             str(HERE / "worker.py"),
@@ -100,7 +100,7 @@ class Piece:
             for threads in LIMITS[operation]:
                 if operation == "write":
                     file.unlink(missing_ok=True)
-                    self._settle()
+                    settle(self._folder)
                 elif operation in ("read", "fresh"):
                     measure.make_cold(file)
                 elif operation == "warm":
@@ -115,13 +115,17 @@ class Piece:
         label = " ".join(str(labels[key]) for key in ("tool", "operation", "cache", "threads") if key in labels)
         print(f"  {label:45} {result.get('failed') or format(result['wall'], '8.3f') + ' s'}", flush=True)
 
-    def _path(self, tool: str) -> Path:
-        return self._folder / "".join(letter if letter.isalnum() else "-" for letter in tool)
 
-    def _settle(self) -> None:
-        os.sync()
-        self._folder.mkdir(parents=True, exist_ok=True)
-        time.sleep(SETTLE_SECONDS)
+def path_of(folder: Path, tool: str) -> Path:
+    """Where ``tool`` saves."""
+    return folder / "".join(letter if letter.isalnum() else "-" for letter in tool)
+
+
+def settle(folder: Path) -> None:
+    """Waits until the disk has nothing more to do; makes ``folder``."""
+    os.sync()
+    folder.mkdir(parents=True, exist_ok=True)
+    time.sleep(SETTLE_SECONDS)
 
 
 def run_worker(command: list[str]) -> dict[str, Any]:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
-import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import measure
-from pieces import HERE, SETTLE_SECONDS, WORKER_SECONDS, run_worker
+from pieces import HERE, WORKER_SECONDS, path_of, run_worker, settle
 from results import RANKS as RANKS_PIECE
 from rivals.ranks import DCP, OURS, RANKS
 
@@ -59,27 +57,27 @@ class RanksPiece:
         first = number % len(self._tools)
         tools = [*self._tools[first:], *self._tools[:first]]
         for tool in tools:
-            shutil.rmtree(self._path(tool), ignore_errors=True)
-            self._settle()
+            shutil.rmtree(path_of(self._folder, tool), ignore_errors=True)
+            settle(self._folder)
             self._job(tool, "save", size, labels | {"operation": "save"})
         nbytes = max((sample["bytes"] for sample in self.samples if "bytes" in sample), default=size)
         self._limit("write", nbytes, labels)
         for load in self._loads:
             for tool in tools if load in COMPARED else OURS[:1]:
-                if self._path(tool).exists():
-                    measure.make_cold(self._path(tool))
+                if path_of(self._folder, tool).exists():
+                    measure.make_cold(path_of(self._folder, tool))
                     check = ("--check",) if number == 0 else ()
                     self._job(tool, "load", size, labels | {"operation": load, "cache": "cold"}, *LOADS[load], *check)
         self._limit("read", nbytes, labels)
         if self._tools[0] == OURS[0]:
             shutil.rmtree(self._folder)
-            self._settle()
+            settle(self._folder)
             self._job(OURS[0], "stall", size, labels | {"operation": "stall"})
         shutil.rmtree(self._folder, ignore_errors=True)
-        self._settle()
+        settle(self._folder)
 
     def _job(self, tool: str, operation: str, size: int, labels: dict[str, Any], *arguments: str) -> None:
-        script = [sys.executable, str(HERE / "ranks.py"), tool, operation, str(self._path(tool)), str(size)]
+        script = [sys.executable, str(HERE / "ranks.py"), tool, operation, str(path_of(self._folder, tool)), str(size)]
         self._record(run_worker([*script, *arguments]), labels | {"tool": tool})
 
     def _limit(self, operation: str, nbytes: int, labels: dict[str, Any]) -> None:
@@ -89,7 +87,7 @@ class RanksPiece:
             if operation == "write":
                 for file in files:
                     file.unlink(missing_ok=True)
-                self._settle()
+                settle(self._folder)
             else:
                 for file in files:
                     measure.make_cold(file)
@@ -101,14 +99,6 @@ class RanksPiece:
         self.samples.append(labels | figures)
         label = " ".join(str(labels[key]) for key in ("tool", "operation", "threads") if key in labels)
         print(f"  {label:60} {figures.get('failed') or format(figures['wall'], '8.3f') + ' s'}", flush=True)
-
-    def _path(self, tool: str) -> Path:
-        return self._folder / "".join(letter if letter.isalnum() else "-" for letter in tool)
-
-    def _settle(self) -> None:
-        os.sync()
-        self._folder.mkdir(parents=True, exist_ok=True)
-        time.sleep(SETTLE_SECONDS)
 
 
 def together(commands: list[list[str]]) -> dict[str, Any]:

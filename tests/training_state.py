@@ -20,7 +20,7 @@ from shardsave._saving.training_directory import plan_training_directory
 from shardsave._saving.write import write_checkpoint
 from shardsave._state.module import Source, read_state
 from shardsave._state.parts import Parts
-from shardsave._storage.checkpoint import open_checkpoint
+from shardsave._storage.open_checkpoint import open_checkpoint
 
 INDEX = "model.safetensors.index.json"
 MOMENT = Moment(step=1, metrics={"loss": 0.5}, ranks=1, created="2026-11-30T05:40:00Z")

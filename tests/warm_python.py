@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -118,6 +119,13 @@ class Running:
     def error(self) -> str:
         return Path(f"{self._output}.2").read_text()
 
+    def until(self, words: str, *, seconds: float = 30) -> None:
+        """Waits until the process has written ``words``."""
+        deadline = time.monotonic() + seconds
+        while words not in self.out + self.error:
+            assert time.monotonic() < deadline, (words, self.out, self.error)
+            time.sleep(0.002)
+
     def wait(self) -> int:
         """Waits for the end, and returns the exit code."""
         return int(self._server.ask(self.pid))
@@ -152,6 +160,10 @@ class WarmPython(Server):
         running = self.start(arguments, folder, action, **environment)
         code = running.wait()
         return subprocess.CompletedProcess([*map(str, arguments)], code, running.out, running.error)
+
+    def close(self) -> None:
+        super().close()
+        self._outputs.cleanup()
 
 
 @cache

@@ -6,10 +6,13 @@ Method: one process imports torch, what is asked for, and then forks a child for
 from __future__ import annotations
 
 import json
-import subprocess
+import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
+
+from warm_python import Server
 
 _SERVER = """if True:
     import gc, importlib, json, os, runpy, subprocess, sys, traceback
@@ -63,31 +66,28 @@ _SERVER = """if True:
 """
 
 
-class WarmScripts:
+class WarmScripts(Server):
     """Runs scripts of ``folder``; see above. ``modules``: what is imported before. For one thread."""
 
     def __init__(self, folder: Path, *modules: str) -> None:
         self._folder = folder
         self._outputs = tempfile.TemporaryDirectory()
         self._number = 0
-        command = [sys.executable, "-c", _SERVER, str(folder), *modules]
-        self._server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        super().__init__([sys.executable, "-c", _SERVER, str(folder), *modules], os.environ)
 
     def run(self, script: str, *arguments: object) -> str:
         """What the script prints. Raises AssertionError with what it writes to stderr if it fails."""
-        assert self._server.stdin is not None and self._server.stdout is not None
         self._number += 1
         output = f"{self._outputs.name}/{self._number}"
-        argv = [str(self._folder / script), *map(str, arguments)]
-        self._server.stdin.write(json.dumps([argv, output]) + "\n")
-        self._server.stdin.flush()
-        code = self._server.stdout.readline().strip()
+        code = self.ask([[str(self._folder / script), *map(str, arguments)], output]).strip()
         assert code == "0", f"{script}: {code}: {Path(output + '.err').read_text()}"
         return Path(output + ".out").read_text()
 
     def close(self) -> None:
-        assert self._server.stdin is not None and self._server.stdout is not None
-        self._server.stdin.close()
-        self._server.wait(30)
-        self._server.stdout.close()
+        super().close()
         self._outputs.cleanup()
+
+
+def last_line(printed: str) -> Any:
+    """The figures that a script prints."""
+    return json.loads(printed.splitlines()[-1])

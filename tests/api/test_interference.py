@@ -15,8 +15,8 @@ from torch import nn
 
 import shardsave
 from faults.savers import generation_in, save, state
+from shardsave._common.descriptors import Descriptor
 from shardsave._common.gc_pause import gc_paused
-from shardsave._common.os_calls import Descriptor
 from support import holds_in_child
 
 

@@ -130,9 +130,9 @@ def test_parts_beside_the_weights(tmp_path: Path, part: str, at: int) -> None:
 
 def test_a_save_during_verify(ckpt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a checkpoint that is reported damaged because a save replaced it while it was being opened."""
-    from shardsave._storage import checkpoint
+    from shardsave._storage import open_checkpoint
 
-    real, saves = checkpoint.parse_index, iter([True])
+    real, saves = open_checkpoint.parse_index, iter([True])
 
     def parse(data: bytes, where: str) -> object:
         index = real(data, where)
@@ -140,7 +140,7 @@ def test_a_save_during_verify(ckpt: Path, monkeypatch: pytest.MonkeyPatch) -> No
             shardsave.save({"new": torch.ones(3)}, ckpt, durable=False)
         return index
 
-    monkeypatch.setattr(checkpoint, "parse_index", parse)
+    monkeypatch.setattr(open_checkpoint, "parse_index", parse)
     report = shardsave.verify(ckpt, keep_going=True)
     assert report.verified is True and list(report.intact.values()) == [("new",)]
 

@@ -26,7 +26,8 @@ from shardsave._architecture.imports import resolve
 from shardsave._architecture.trust import Trust
 from shardsave._loading.new_tensors import NewTensors
 from shardsave._saving import contents
-from shardsave._storage.checkpoint import PARTS, open_checkpoint
+from shardsave._storage.checkpoint import PARTS
+from shardsave._storage.open_checkpoint import open_checkpoint
 from support import SmallModel, same_bits, same_state
 
 X = torch.linspace(-1, 1, 160).reshape(2, 5, 16)

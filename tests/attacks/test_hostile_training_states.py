@@ -21,7 +21,7 @@ from test_refusal_coverage import refusals
 import shardsave
 from shardsave._format import training_state as format_of_training
 from shardsave._storage import training as reading
-from shardsave._storage.checkpoint import open_checkpoint
+from shardsave._storage.open_checkpoint import open_checkpoint
 from training_state import save_with_training, training_directory, training_generation
 
 FIRST, SECOND, RANK = "rank-00000-00001.tensors", "rank-00000-00002.tensors", "rank-00000.json"

@@ -17,10 +17,10 @@ from test_attacks import CASES
 import shardsave
 from shardsave._common import strict_json
 from shardsave._format import file_names, header, index, index_parsing, rank_files
-from shardsave._storage import checkpoint, find, shard_files
+from shardsave._storage import find, open_checkpoint, shard_files
 from shardsave._storage import rank_files as assembling
 
-MODULES = (strict_json, file_names, header, index, index_parsing, rank_files, find, shard_files, assembling, checkpoint)
+MODULES = (strict_json, file_names, header, index, index_parsing, rank_files, find, shard_files, assembling, open_checkpoint)
 READERS = {str(module.__file__): Path(str(module.__file__)) for module in MODULES}
 
 #: Refusals that are not about bad files: those of writers, and those caused by a failing disk or another process.

@@ -1,11 +1,10 @@
 """Method: a directory to which everybody may write (as /tmp), in which another user has planted what a save obeys: staging directories
-and their lists, indexes, links. A save and a `clean` there do nothing of what these say, remove nothing that is another user's, and
-name what stays. Files are given to other users, and savers become other users, so the tests need root.
+and their lists, and indexes. A save and a `clean` there do nothing of what these say, remove nothing that is another user's, and name
+what stays.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -13,97 +12,28 @@ from pathlib import Path
 
 import pytest
 import torch
+from neighbours import (
+    NEIGHBOUR,
+    SAVER,
+    STAGING,
+    TWO_USERS,
+    WORK,
+    by,
+    give,
+    give_link,
+    plant_index,
+    plant_staging,
+    put,
+    save,
+    saved_value,
+)
 from tampering import INDEX, LONE, edit_index
 
 import shardsave
 from shardsave._storage.directory import Directory
-from shardsave._storage.staging import host_id
 from support import let_everybody_in
 
-pytestmark = [
-    pytest.mark.skipif(os.geteuid() != 0, reason="files of several users are needed"),
-    pytest.mark.filterwarnings("ignore:This process:DeprecationWarning"),
-]
-
-#: Two users without a name: the one who saves, and the one who plants files.
-SAVER, NEIGHBOUR = 54321, 54322
-
-#: Shards that no index of ours names: work of the saver, which another index or another tool made.
-WORK = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-
-STAGING = f".shardsave-{host_id()}00000000"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def everything_imported(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Other users may not be allowed to read the packages."""
-    folder = tmp_path_factory.mktemp("warm")
-    save(folder)
-    save(folder)
-    saved_value(folder)
-    shardsave.clean(folder)
-
-
-@pytest.fixture
-def shared(tmp_path: Path) -> Path:
-    """A sticky directory to which everybody may write."""
-    folder = tmp_path / "shared"
-    folder.mkdir()
-    let_everybody_in(tmp_path)
-    folder.chmod(0o1777)
-    return folder
-
-
-def give(path: Path, owner: int) -> Path:
-    os.lchown(path, owner, owner)
-    return path
-
-
-def put(path: Path, content: str, owner: int) -> Path:
-    path.write_text(content)
-    return give(path, owner)
-
-
-def plant_staging(folder: Path, names: object, owner: int = NEIGHBOUR) -> Path:
-    """A staging directory, as a dead saver of this host leaves it, with a list of ``names``."""
-    (folder / STAGING).mkdir(mode=0o755)
-    put(folder / STAGING / "names", json.dumps(names), owner)
-    return give(folder / STAGING, owner)
-
-
-def plant_index(folder: Path, owner: int = NEIGHBOUR) -> Path:
-    """An index that names the saver's files as its shards."""
-    weight_map = {str(n): name for n, name in enumerate(WORK)}
-    return put(folder / INDEX, json.dumps({"metadata": {}, "weight_map": weight_map}), owner)
-
-
-def by(user: int, action: Callable[[], object]) -> str:
-    """What ``action`` returns, or the error that it raises, in a child process of ``user``."""
-    read_end, write_end = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.setgroups([])
-            os.setgid(user)
-            os.setuid(user)
-            answer = str(action())
-        except BaseException as error:
-            answer = f"{type(error).__name__}: {error}"
-        os.write(write_end, answer.encode())
-        os._exit(0)
-    os.close(write_end)
-    with os.fdopen(read_end) as pipe:
-        answer = pipe.read()
-    assert os.waitpid(child, 0)[1] == 0
-    return answer
-
-
-def save(folder: Path, value: int = 1, size: int = 3) -> shardsave.SaveReport:
-    return shardsave.save({"new": torch.full((size,), float(value))}, folder, durable=False, progress=False)
-
-
-def saved_value(folder: Path) -> float:
-    return float(shardsave.load(folder)["new"][0])
+pytestmark = TWO_USERS
 
 
 def test_a_planted_list(shared: Path) -> None:
@@ -209,11 +139,6 @@ def test_a_link_to_the_savers_own_index(shared: Path, tmp_path: Path) -> None:
         assert save(shared).removed == (INDEX,) and all((shared / name).read_text() == "work" for name in WORK)
         (shared / INDEX).unlink()
     assert (own / INDEX).read_text()
-
-
-def give_link(link: Path, target: Path) -> None:
-    link.symlink_to(target)
-    give(link, NEIGHBOUR)
 
 
 def test_an_index_that_everybody_may_write(shared: Path) -> None:
@@ -411,63 +336,6 @@ def test_an_index_that_a_group_may_write(shared: Path) -> None:
     assert all((shared / name).read_text() == "work" for name in WORK)
 
 
-def writers(destination: Path, source: Path) -> list[Callable[[], object]]:
-    """A save, a listing, a conversion to a directory, and one to a file in it."""
-    file = destination / "out.safetensors"
-    return [
-        lambda: save(destination),
-        lambda: shardsave.clean(destination),
-        lambda: shardsave.convert(source, destination, progress=False),
-        lambda: shardsave.convert(source, file, to="safetensors", progress=False),
-    ]
-
-
-@pytest.mark.parametrize("mode", [0o777, 0o1777])
-@pytest.mark.parametrize("below", ["", "below", "new/below"])
-def test_a_planted_link_to_a_directory(below: str, mode: int, shared: Path, tmp_path: Path) -> None:
-    """Catches a writer that another user's symbolic link leads into a private directory of the saver, at the end of the path or above,
-    directly or by a link of the saver's own."""
-    shared.chmod(mode)
-    private, source = tmp_path / "private", tmp_path / "source"
-    save(source)
-    let_everybody_in(source)
-    for folder in (private, private / "below"):
-        save(folder, 7)
-        for path in (folder, *folder.iterdir()):
-            give(path, SAVER)
-    give_link(shared / "ckpt", private)
-    (tmp_path / "own").symlink_to(shared / "ckpt")
-    give(tmp_path / "own", SAVER)
-    expected = (
-        f"open: a path without symbolic links of other users was expected, since everybody may write there; ckpt is a link of user "
-        f"{NEIGHBOUR}"
-    )
-    before = sorted((str(path), path.stat().st_mtime_ns) for path in private.rglob("*"))
-    for link in (shared / "ckpt", tmp_path / "own"):
-        for write in writers(link / below, source):
-            answer = by(SAVER, write)
-            assert (
-                answer.startswith(("SaveNotCommittedError", "ShardSaveError")) and expected.replace("open: ", "") in answer
-            ), answer
-    assert sorted((str(path), path.stat().st_mtime_ns) for path in private.rglob("*")) == before
-
-
-@pytest.mark.parametrize("owner", ["saver", "owner of the directory"])
-def test_an_honest_link_to_a_directory(owner: str, shared: Path, tmp_path: Path) -> None:
-    """Catches a writer that refuses the saver's own link, or one of whoever owns the shared directory."""
-    private, source = tmp_path / "private", tmp_path / "source"
-    save(source)
-    let_everybody_in(source)
-    private.mkdir()
-    give(private, SAVER)
-    (shared / "latest").symlink_to(private)
-    give(shared / "latest", SAVER if owner == "saver" else 0)
-    for write in writers(shared / "latest", source):
-        answer = by(SAVER, write)
-        assert "Error" not in answer, answer
-    assert saved_value(private) == 1
-
-
 @pytest.mark.parametrize("owner", [SAVER, NEIGHBOUR])
 def test_leavings_beside_a_single_file(owner: int, shared: Path) -> None:
     """Catches a conversion that removes another user's directory because of its name, or removes anything without naming it."""
@@ -485,59 +353,3 @@ def test_leavings_beside_a_single_file(owner: int, shared: Path) -> None:
         assert f"; removed or replaced {workspace}, {scratch}" in report and not (shared / workspace).exists(), report
     else:
         assert f"everybody may write, stays (4.1 kB): {scratch}" in report and (shared / workspace / "work").exists(), report
-
-
-def run_of(shared: Path) -> Path:
-    """A run of the saver with two steps, to whose directories everybody may write."""
-    manager = shardsave.CheckpointManager(shared / "run", save_every=1, durable=False, progress=False)
-    for step in (1, 2):
-        manager.save(step, {"new": torch.full((3,), float(step))})
-        for path in (shared / "run" / f"step-{step:08d}").iterdir():
-            give(path, SAVER)
-        give(path.parent, SAVER).chmod(0o1777)
-    for path in ((shared / "run"), *(shared / "run").glob("*.json")):
-        give(path, SAVER)
-    (shared / "run").chmod(0o1777)
-    return shared / "run"
-
-
-def commit(run: Path, step: int) -> str:
-    """Saves a step and keeps no other; returns what is left of the run."""
-    with shardsave.CheckpointManager(run, save_every=1, keep_last=1, durable=False, progress=False) as manager:
-        manager.save(step, {"new": torch.full((3,), float(step))})
-    return " ".join(sorted(str(path.relative_to(run)) for path in run.glob("step-*/*")))
-
-
-def test_a_step_whose_index_another_user_made(shared: Path) -> None:
-    """Catches a manager that removes the files that another user's index names."""
-    run = run_of(shared)
-    give(run / "step-00000001" / INDEX, NEIGHBOUR)
-    left = by(SAVER, lambda: commit(run, 3))
-    assert left.count("step-00000001/model") == 2 and "step-00000002" not in left and left.count("step-00000003") == 2, left
-
-
-@pytest.mark.parametrize("in_place", [True, False])
-def test_a_planted_removal(shared: Path, in_place: bool) -> None:
-    """Catches a manager and a `clean` that finish a removal which another user made up."""
-    run = run_of(shared)
-    step = run / "step-00000001"
-    for name in WORK:
-        put(step / name, "work", SAVER)
-    plant_index(step).rename(step / f"{INDEX}.removed")
-    if in_place:
-        shutil.copy(run / "step-00000002" / INDEX, step / INDEX)
-        give(step / INDEX, SAVER)
-    left = by(SAVER, lambda: commit(run, 3))
-    assert all((step / name).read_text() == "work" for name in WORK), left
-    cleaned = by(SAVER, lambda: shardsave.clean(run))
-    assert "another user made it, or may have changed it; nothing was removed" in cleaned, cleaned
-    assert all((step / name).read_text() == "work" for name in WORK)
-
-
-def test_a_removal_that_had_just_begun(shared: Path) -> None:
-    """Catches a step that nobody can remove any more: its index has two names, and one of two names is not obeyed."""
-    run = run_of(shared)
-    index = run / "step-00000001" / INDEX
-    os.link(index, index.with_name(f"{INDEX}.removed"))
-    left = by(SAVER, lambda: commit(run, 3))
-    assert "step-00000001" not in left and "step-00000003" in left, left

@@ -8,7 +8,6 @@ import pytest
 from torch.optim import optimizer as torch_optimizer
 
 from background.saving import hooks
-from background.zygote import Zygote
 from shardsave._background.snapshot import release_snapshot_memory
 
 
@@ -21,11 +20,3 @@ def nothing_is_left() -> Iterator[None]:
     torch_optimizer._global_optimizer_pre_hooks.clear()
     assert left == 0, "a hook before steps is still registered"
     release_snapshot_memory()
-
-
-@pytest.fixture(scope="session")
-def zygote() -> Iterator[Zygote]:
-    """Starts real processes that have imported everything."""
-    started = Zygote()
-    yield started
-    started.close()

@@ -18,7 +18,8 @@ from torch.optim import optimizer as torch_optimizer
 
 import shardsave
 from shardsave._api.save_contents import What, plan, read_own
-from shardsave._background.staging import Staging, Wanted, stage
+from shardsave._background.staged_contents import StagedContents
+from shardsave._background.staging import Wanted, stage
 from shardsave._common.progress import Progress
 from shardsave._common.sources import ByteSource
 from shardsave._saving.write import write_checkpoint
@@ -31,7 +32,7 @@ class Save:
     ``error``: what has ended it.
     """
 
-    def __init__(self, staging: Staging, folder: Path, late: bool) -> None:
+    def __init__(self, staging: StagedContents, folder: Path, late: bool) -> None:
         self.staging = staging
         self.gate = threading.Event()
         self._late = late
@@ -113,7 +114,7 @@ def staged_only(
     *,
     check_unchanged: bool = False,
     step_timeout: float = 60.0,
-) -> Staging:
+) -> StagedContents:
     """What the call alone does. The result has to be finished."""
     what = What(
         max_shard_size="2GB",

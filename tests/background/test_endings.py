@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from background.held import value_in
-from background.zygote import Zygote
+from background.programs import run_program
 
 INDEX = "model.safetensors.index.json"
 
@@ -35,9 +35,9 @@ def litter(folder: Path) -> list[str]:
         ("del pending; import gc; gc.collect()", 0),
     ],
 )
-def test_the_process_ends(zygote: Zygote, memory: Path, ending: str, code: int) -> None:
+def test_the_process_ends(memory: Path, ending: str, code: int) -> None:
     """Catches a save that is lost because the process ends, an exit code that is another one, and a process that hangs or aborts."""
-    running = zygote.run(SAVES + ending, memory)
+    running = run_program(SAVES + ending, memory)
     running.until("held")
     time.sleep(0.05)
     (memory / "go").touch()
@@ -46,17 +46,17 @@ def test_the_process_ends(zygote: Zygote, memory: Path, ending: str, code: int) 
     assert ("ValueError: of the training" in running.error) if code == 1 else (running.error == "")
 
 
-def test_an_exit_that_waits_says_so(zygote: Zygote, memory: Path) -> None:
+def test_an_exit_that_waits_says_so(memory: Path) -> None:
     """Catches a process that seems to hang at its end, and one that says so where it takes no time."""
-    running = zygote.run(f"from shardsave._background import turns\nturns._SILENT_SECONDS = 0.05\n{SAVES}", memory)
+    running = run_program(f"from shardsave._background import turns\nturns._SILENT_SECONDS = 0.05\n{SAVES}", memory)
     running.until(f"shardsave: the program ends as soon as {memory}/ckpt is saved; Ctrl-C says how to give that up\n")
     (memory / "go").touch()
     assert running.wait() == 0 and running.error.count("\n") == 1 and value_in(memory / "ckpt") == 2
 
 
-def test_ctrl_c_while_the_exit_waits(zygote: Zygote, memory: Path) -> None:
+def test_ctrl_c_while_the_exit_waits(memory: Path) -> None:
     """Catches a first Ctrl-C that loses the save, or that says nothing."""
-    running = zygote.run(SAVES + LAST, memory)
+    running = run_program(SAVES + LAST, memory)
     running.until("held")
     running.until("the last line")
     time.sleep(0.05)
@@ -66,9 +66,9 @@ def test_ctrl_c_while_the_exit_waits(zygote: Zygote, memory: Path) -> None:
     assert running.wait() == 0 and value_in(memory / "ckpt") == 2 and "Traceback" not in running.error
 
 
-def test_ctrl_c_twice_while_the_exit_waits(zygote: Zygote, memory: Path) -> None:
+def test_ctrl_c_twice_while_the_exit_waits(memory: Path) -> None:
     """Catches a save that cannot be given up, one that leaves files or spoils the previous checkpoint, and a process that aborts."""
-    running = zygote.run(SAVES + LAST, memory)
+    running = run_program(SAVES + LAST, memory)
     running.until("held")
     running.until("the last line")
     time.sleep(0.05)
@@ -79,7 +79,7 @@ def test_ctrl_c_twice_while_the_exit_waits(zygote: Zygote, memory: Path) -> None
     assert running.wait() == 0 and value_in(memory / "ckpt") == 1 and not litter(memory) and "Traceback" not in running.error
 
 
-def test_ctrl_c_twice_during_the_commit(zygote: Zygote, memory: Path) -> None:
+def test_ctrl_c_twice_during_the_commit(memory: Path) -> None:
     """Catches an exit that says the save is given up, although it is committed."""
     program = """
         from shardsave._storage.transaction import Transaction
@@ -91,7 +91,7 @@ def test_ctrl_c_twice_during_the_commit(zygote: Zygote, memory: Path) -> None:
         pending = shardsave.save_async(full(2), ckpt)
         say("the last line")
     """
-    running = zygote.run(program, memory)
+    running = run_program(program, memory)
     running.until("held")
     running.until("the last line")
     time.sleep(0.05)
@@ -102,11 +102,11 @@ def test_ctrl_c_twice_during_the_commit(zygote: Zygote, memory: Path) -> None:
     assert running.wait() == 0 and value_in(memory / "ckpt") == 2
 
 
-def test_ctrl_c_during_a_wait(zygote: Zygote, memory: Path) -> None:
+def test_ctrl_c_during_a_wait(memory: Path) -> None:
     """Catches Ctrl-C that ends the save with the wait for it, or that waits itself."""
     waits = "try:\n    say('waits')\n    pending.wait()\nexcept KeyboardInterrupt: say('interrupted', pending.done())\n"
     program = f"{SAVES}{waits}say(pending.wait().tensors)"
-    running = zygote.run(program, memory)
+    running = run_program(program, memory)
     running.until("held")
     running.until("waits")
     time.sleep(0.05)
@@ -116,7 +116,7 @@ def test_ctrl_c_during_a_wait(zygote: Zygote, memory: Path) -> None:
     assert running.wait() == 0 and running.out.endswith("\n1\n") and value_in(memory / "ckpt") == 2
 
 
-def test_a_call_on_a_daemon_thread(zygote: Zygote, memory: Path) -> None:
+def test_a_call_on_a_daemon_thread(memory: Path) -> None:
     """Catches a save that ends with its caller: Python does not wait for daemon threads, nor for the threads that inherit that."""
     program = """
         called = threading.Event()
@@ -129,7 +129,7 @@ def test_a_call_on_a_daemon_thread(zygote: Zygote, memory: Path) -> None:
         threading.Thread(target=call, daemon=True).start()
         called.wait()
     """
-    running = zygote.run(program, memory)
+    running = run_program(program, memory)
     running.until("held")
     time.sleep(0.05)
     (memory / "go").touch()
@@ -137,18 +137,18 @@ def test_a_call_on_a_daemon_thread(zygote: Zygote, memory: Path) -> None:
 
 
 @pytest.mark.parametrize("when", ["atexit.register(call)", "threading._register_atexit(call)"])
-def test_a_call_at_the_end(zygote: Zygote, memory: Path, when: str) -> None:
+def test_a_call_at_the_end(memory: Path, when: str) -> None:
     """Catches a save that begins when Python no longer waits for threads, and is lost or hangs."""
     program = f"""
         def call():
             say(shardsave.save_async(full(2), ckpt, staging="snapshot").wait().tensors)
         {when}
     """
-    running = zygote.run(program, memory)
+    running = run_program(program, memory)
     assert running.wait() == 0 and running.out == "1\n" and value_in(memory / "ckpt") == 2, running.error
 
 
-def test_no_thread_can_be_started_at_the_end(zygote: Zygote, memory: Path) -> None:
+def test_no_thread_can_be_started_at_the_end(memory: Path) -> None:
     """Catches a save that needs one more thread when the process is ending, where Python 3.12 and later start none: to free the
     space of removed files, to remove steps, to import a module."""
     program = """
@@ -170,7 +170,7 @@ def test_no_thread_can_be_started_at_the_end(zygote: Zygote, memory: Path) -> No
         _thread.start_new_thread = threading._start_new_thread = refuse
         say("the end")
     """
-    running = zygote.run(program, memory)
+    running = run_program(program, memory)
     running.until("the end")
     time.sleep(0.05)
     (memory / "go").touch()
@@ -192,7 +192,7 @@ def child(path):
 
 
 @pytest.mark.slow
-def test_children_of_multiprocessing(zygote: Zygote, memory: Path) -> None:
+def test_children_of_multiprocessing(memory: Path) -> None:
     """Catches a child that ends before its save does: no `atexit` function runs there."""
     (memory / "child.py").write_text(CHILD)
     program = """
@@ -206,12 +206,12 @@ def test_children_of_multiprocessing(zygote: Zygote, memory: Path) -> None:
             process.join()
             say(process.exitcode)
     """
-    running = zygote.run(program, memory)
+    running = run_program(program, memory)
     assert running.wait() == 0 and running.out.split() == ["0", "0", "0"], running.error
     assert [value_in(memory / kind) for kind in ("fork", "spawn", "forkserver")] == [2, 2, 2]
 
 
-def test_a_child_that_is_forked_meanwhile(zygote: Zygote, memory: Path) -> None:
+def test_a_child_that_is_forked_meanwhile(memory: Path) -> None:
     """Catches a child that waits for a save which only its parent has, that cannot save itself, or that harms the save of its parent."""
     program = f"""
 {SAVES}
@@ -230,7 +230,7 @@ for kind in ("before", "after"):
         open(f"{{folder}}/go", "w").close()
         pending.wait()
 """
-    running = zygote.run(program, memory)
+    running = run_program(program, memory)
     assert running.wait() == 0 and running.error == "", running.error
     told = ["True ShardSaveError", "True False True ShardSaveError", "()"]
     assert [line for line in running.out.splitlines() if line != "held"] == [*told, "before 0", *told, "after 0"]
@@ -238,7 +238,7 @@ for kind in ("before", "after"):
 
 
 @pytest.mark.slow
-def test_workers_of_a_data_loader(zygote: Zygote, memory: Path) -> None:
+def test_workers_of_a_data_loader(memory: Path) -> None:
     """Catches a data loader whose workers, forked while a save reads the model, hang or read what is not theirs."""
     program = """
         net = torch.nn.Linear(800, 800)
@@ -253,7 +253,7 @@ def test_workers_of_a_data_loader(zygote: Zygote, memory: Path) -> None:
             pending.wait()
         say(batches == [3200.0] * 6, pending.wait().staging)
     """
-    running = zygote.run(program, memory)
+    running = run_program(program, memory)
     assert running.wait() == 0 and running.out == "True ring\n", running.error
 
 
@@ -267,32 +267,32 @@ for number in range(2, 1000):
 """
 
 
-def test_terminated(zygote: Zygote, memory: Path) -> None:
+def test_terminated(memory: Path) -> None:
     """SIGTERM has its default handling: the process dies at once. Catches anything else afterwards than the old or new checkpoint."""
-    running = zygote.run(LOOP.format("time.sleep(0.001)"), memory)
+    running = run_program(LOOP.format("time.sleep(0.001)"), memory)
     running.until("ready")
     time.sleep(0.05)
     os.kill(running.pid, signal.SIGTERM)
     assert running.wait() == -signal.SIGTERM and (value_in(memory / "ckpt") or 0) >= 1
 
 
-def test_killed_at_any_moment_in_the_background(zygote: Zygote, tmp_path: Path) -> None:
+def test_killed_at_any_moment_in_the_background(tmp_path: Path) -> None:
     """Catches a moment at which kill -9 leaves neither the old nor the new checkpoint, or one after which no save works."""
     chance = random.Random()
     seed = chance.randrange(1 << 30)
     chance.seed(seed)
     for trial in range(int(os.environ.get("SHARDSAVE_BACKGROUND_KILLS", "6"))):
-        running = zygote.run(LOOP.format("time.sleep(0.02 * torch.rand(()).item())"), tmp_path)
+        running = run_program(LOOP.format("time.sleep(0.02 * torch.rand(()).item())"), tmp_path)
         running.until("ready")
         time.sleep(chance.random() * 0.1)
         os.kill(running.pid, signal.SIGKILL)
         running.wait()
         assert (value_in(tmp_path / "ckpt") or 0) >= 1, (seed, trial)
-    running = zygote.run("shardsave.save_async(full(7), ckpt)", tmp_path)
+    running = run_program("shardsave.save_async(full(7), ckpt)", tmp_path)
     assert running.wait() == 0 and value_in(tmp_path / "ckpt") == 7 and not litter(tmp_path), seed
 
 
-def test_python_without_its_private_hook(zygote: Zygote, memory: Path) -> None:
+def test_python_without_its_private_hook(memory: Path) -> None:
     """Catches an import that fails, or an end that does not wait, in a Python that has no `threading._register_atexit`."""
     program = """
         import importlib
@@ -302,7 +302,7 @@ def test_python_without_its_private_hook(zygote: Zygote, memory: Path) -> None:
         shardsave.save_async(full(2), ckpt, progress=hold)
         say("called")
     """
-    running = zygote.run(program, memory)
+    running = run_program(program, memory)
     running.until("called")
     running.until("held")
     time.sleep(0.05)
@@ -310,7 +310,7 @@ def test_python_without_its_private_hook(zygote: Zygote, memory: Path) -> None:
     assert running.wait() == 0 and value_in(memory / "ckpt") == 2, running.error
 
 
-def test_an_interrupt_while_the_thread_starts(zygote: Zygote, memory: Path) -> None:
+def test_an_interrupt_while_the_thread_starts(memory: Path) -> None:
     """Catches Ctrl-C in `Thread.start` that leaves the lock of an event locked: the new thread waits for it for ever, and the end for
     the thread."""
     program = """
@@ -329,6 +329,6 @@ def test_an_interrupt_while_the_thread_starts(zygote: Zygote, memory: Path) -> N
         sys.settrace(None)
         signal.alarm(10)
     """
-    running = zygote.run(program, memory)
+    running = run_program(program, memory)
     assert running.wait() == 0, (running.out, running.error)
     assert value_in(memory / "ckpt") == (None if "interrupted" in running.out else 2)

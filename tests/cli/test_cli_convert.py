@@ -8,9 +8,9 @@ import shutil
 from pathlib import Path
 
 import torch
-from test_cli import error, lines, run
 
 import shardsave
+from cli.commands import error, lines, run
 
 
 def old(folder: Path) -> Path:

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_cli import error, lines, run
 from torch import nn
 
 import shardsave
+from cli.commands import error, lines, run
 
 
 def grey_of(path: Path) -> np.ndarray:

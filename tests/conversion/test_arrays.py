@@ -17,7 +17,7 @@ from test_convert import same
 from test_torch_files import Rebuilt, converted
 
 import shardsave
-from shardsave._foreign import placing, torch_file
+from shardsave._foreign import placing, torch_archive
 
 W = {"a": torch.arange(60.0).reshape(20, 3), "b": torch.ones(2)}
 
@@ -125,7 +125,7 @@ def test_an_array_without_a_state(tmp_path: Path) -> None:
 def test_arrays_beyond_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a sound file that is called corrupt because its arrays make a long pickle."""
     torch.save({"w": np.zeros(10_000)}, tmp_path / "x.pt")
-    monkeypatch.setattr(torch_file, "MAX_PICKLE_BYTES", 10_000)
+    monkeypatch.setattr(torch_archive, "MAX_PICKLE_BYTES", 10_000)
     with pytest.raises(shardsave.IncompatibleCheckpointError, match=r"at most 10.0 kB of pickle were expected, it has 80"):
         converted(tmp_path / "x.pt")
 

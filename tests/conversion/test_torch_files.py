@@ -282,7 +282,7 @@ def test_an_interrupt_ends_the_conversion(tmp_path: Path, monkeypatch: pytest.Mo
     Method: the N-th read of the source is interrupted, for N = 1, 2, … until the conversion succeeds.
     """
     from shardsave._common import os_calls
-    from shardsave._foreign import torch_file
+    from shardsave._foreign import torch_file, torch_pickle
 
     for form in (True, False):
         torch.save(W, tmp_path / "x.pt", _use_new_zipfile_serialization=form)
@@ -294,7 +294,8 @@ def test_an_interrupt_ends_the_conversion(tmp_path: Path, monkeypatch: pytest.Mo
                     raise KeyboardInterrupt
                 return os_calls.read_at(*arguments)
 
-            monkeypatch.setattr(torch_file, "read_at", interrupted)
+            for module in (torch_file, torch_pickle):
+                monkeypatch.setattr(module, "read_at", interrupted)
             try:
                 shardsave.convert(tmp_path / "x.pt", tmp_path / "out", durable=False)
             except KeyboardInterrupt:
@@ -302,7 +303,8 @@ def test_an_interrupt_ends_the_conversion(tmp_path: Path, monkeypatch: pytest.Mo
             else:
                 break
         assert 2 < last < 99
-        monkeypatch.setattr(torch_file, "read_at", os_calls.read_at)
+        for module in (torch_file, torch_pickle):
+            monkeypatch.setattr(module, "read_at", os_calls.read_at)
         shardsave.convert(tmp_path / "x.pt", tmp_path / "out", durable=False)
         for file in (tmp_path / "out").iterdir():
             file.unlink()

@@ -27,7 +27,7 @@ LIBRARY = ("-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-pthread", 
 HEADERS = sorted({os.path.realpath(path) for path in glob("/usr/local/cuda*/include/cuda.h")})
 ENGINE_SCENARIOS = [
     (module, line.split("(")[0].removeprefix("def "))
-    for module in ("engine_scenarios", "gather_scenarios")
+    for module in ("engine_scenarios", "failure_scenarios", "gather_scenarios")
     for line in (FAKE / f"{module}.py").read_text().splitlines()
     if line.startswith("def ") and line.endswith("(files: Files) -> None:")
 ]

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fake_cuda.fake import Bytes, DeviceError, Fake, Shim, pages, random_bytes
+from fake_cuda.fake import Bytes, DeviceError, Fake, Shim, captured_meanwhile, pages, random_bytes
 
 SIZE = 1 << 16
 
@@ -216,26 +216,11 @@ def the_device_is_lost_in_the_middle_of_a_copy() -> None:
 def another_threads_capture_stays_whole() -> None:
     """A call in the thread's own capture mode while another thread captures a graph: it fails, and the capture with it."""
     fake, shim = Fake(), Shim()
-    address, stream = fake.alloc(random_bytes(SIZE)), fake.stream(0)
-    memory, begun, ended, whole = pages(SIZE), threading.Event(), threading.Event(), []
-
-    def capture() -> None:
-        fake.begin_capture(stream)
-        begun.set()
-        ended.wait()
-        whole.append(fake.end_capture(stream))
-
-    thread = threading.Thread(target=capture)
-    thread.start()
-    begun.wait()
-    try:
+    address, memory = fake.alloc(random_bytes(SIZE)), pages(SIZE)
+    with captured_meanwhile(fake):
         _round_trip(fake, shim, address, fake.alloc(SIZE), np.zeros(SIZE, np.uint8), memory)
         fake.pin_limit(0)
         assert "CUDA_ERROR_OUT_OF_MEMORY" in shim.pin(memory)
-    finally:
-        ended.set()
-        thread.join()
-    assert whole == [1]
     fake.assert_clean()
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from ctypes import POINTER, c_char_p, c_int, c_int64, c_size_t, c_uint64, c_void_p
 from typing import Any
 
@@ -188,3 +190,26 @@ def pages(size: int) -> Bytes:
 
 def random_bytes(size: int, seed: int = 0) -> Bytes:
     return np.random.default_rng(seed).integers(0, 256, size, np.uint8)
+
+
+@contextmanager
+def captured_meanwhile(fake: Fake) -> Iterator[None]:
+    """While the block runs, another thread captures a CUDA graph. Raises AssertionError if that is not whole in the end."""
+    stream = fake.stream(0)
+    begun, ended, whole = threading.Event(), threading.Event(), []
+
+    def capture() -> None:
+        fake.begin_capture(stream)
+        begun.set()
+        ended.wait()
+        whole.append(fake.end_capture(stream))
+
+    thread = threading.Thread(target=capture)
+    thread.start()
+    begun.wait()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+    assert whole == [1]

@@ -13,15 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from fake_cuda.engine_scenarios import (
+from fake_cuda.engine_runs import (
     HOST,
     LENT,
     SLOT,
     Files,
     Part,
-    _tasks,
-    _until_joined,
     assert_only_the_ring_is_left,
+    for_every_call,
     native,
     run,
 )
@@ -136,11 +135,10 @@ def a_refused_pinning_leaves_pageable_memory(files: Files) -> None:
 
 
 def _for_every_call(start: Callable[[Fake, int], None]) -> int:
-    """Method: let the driver fail from N = 1, 2, … on until pinning and gathering succeed untouched. How many runs failed."""
+    """How often pinning and gathering fail if the driver fails from each call on."""
     fake = Fake()
     content = random_bytes(5 * SLOT + 5)
     part = Part(0, fake.alloc(content), content.nbytes)
-    tasks, faults = _tasks(), 0
 
     def gather_anew() -> None:
         memory = native.HostMemory(nbytes=content.nbytes, pin_for=0)
@@ -148,26 +146,7 @@ def _for_every_call(start: Callable[[Fake, int], None]) -> int:
         gather([part], memory, workers=2)
         assert np.array_equal(content_of(memory, content.nbytes), content)
 
-    gather_anew()
-    for n in range(1, 1000):
-        before = fake.count("calls")
-        start(fake, n)
-        try:
-            gather_anew()
-        except native.Fault as fault:
-            faults += 1
-            file, call, errno, _, _, detail = fault.args
-            assert (file, errno) == (-1, 0) and call.startswith("cu"), fault.args
-            assert "CUDA_ERROR_LAUNCH_FAILED (719): unspecified launch failure, on cuda:0" in detail, fault.args
-        untouched = fake.count("calls") - before < n
-        fake.revive()
-        _until_joined(tasks)
-        fake.assert_clean()
-        gather_anew()
-        fake.assert_clean()
-        if untouched:
-            return faults
-    raise AssertionError("it never succeeded")
+    return for_every_call(fake, start, gather_anew)
 
 
 def any_driver_call_may_fail(files: Files) -> None:

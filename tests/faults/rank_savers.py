@@ -28,7 +28,7 @@ from shardsave._common.progress import Progress
 from shardsave._loading.read import TensorReader
 from shardsave._ranks import group as groups
 from shardsave._ranks.begin import begin
-from shardsave._storage.checkpoint import open_checkpoint
+from shardsave._storage.open_checkpoint import open_checkpoint
 
 SIZE = 4
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from support import ROOT, Compile
-from warm_scripts import WarmScripts
+from warm_scripts import WarmScripts, last_line
 
 pytestmark = pytest.mark.slow
 
@@ -27,11 +27,6 @@ def scripts() -> Iterator[WarmScripts]:
     warm = WarmScripts(BENCHMARKS, *MODULES)
     yield warm
     warm.close()
-
-
-def last_line(printed: str) -> Any:
-    """The figures that a script prints."""
-    return json.loads(printed.splitlines()[-1])
 
 
 @pytest.mark.parametrize("tool", ["shardsave", "DCP, .distcp"])

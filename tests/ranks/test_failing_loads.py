@@ -23,7 +23,8 @@ from torch.distributed.tensor import DTensor, Partial
 import shardsave
 from jobs import Job, run_ranks
 from shardsave._engine.transfer import TransferFault
-from shardsave._storage.checkpoint import Checkpoint, open_checkpoint
+from shardsave._storage.checkpoint import Checkpoint
+from shardsave._storage.open_checkpoint import open_checkpoint
 from support import raised
 
 Raised = tuple[str, str]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from shardsave._common.os_calls import Descriptor
+from shardsave._common.descriptors import Descriptor
 from shardsave._ranks import windows
 from shardsave._ranks.windows import SharedMemory
 

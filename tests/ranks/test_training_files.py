@@ -16,7 +16,7 @@ from trainings import TRAININGS, WHOLE, Training, adamw, differences, finished, 
 
 import shardsave
 from jobs import run_ranks
-from shardsave._storage.checkpoint import open_checkpoint
+from shardsave._storage.open_checkpoint import open_checkpoint
 from training_state import training_directory
 
 

@@ -16,7 +16,7 @@ from faults.running import run_beneath
 from faults.savers import litter_in, state
 from shardsave._common.progress import Progress
 from shardsave._loading.read import TensorReader
-from shardsave._storage.checkpoint import open_checkpoint
+from shardsave._storage.open_checkpoint import open_checkpoint
 from shardsave._storage.second_opinion import SecondOpinion
 from shardsave._storage.transaction import Transaction
 from support import forked
@@ -86,7 +86,7 @@ from faults.beneath import read_record, recorded
 from faults.savers import state
 from shardsave._common.progress import Progress
 from shardsave._loading.read import TensorReader
-from shardsave._storage.checkpoint import open_checkpoint
+from shardsave._storage.open_checkpoint import open_checkpoint
 from training_state import save_with_training
 
 folder = Path(sys.argv[1])
@@ -206,7 +206,7 @@ def test_a_name_that_is_taken_meanwhile(tmp_path: Path) -> None:
     move = Transaction._move_all
 
     def meanwhile(self: Transaction) -> None:
-        made.extend(tmp_path / name for name in self._directories)
+        made.extend(tmp_path / name for name in self._names.chosen if name.startswith("training-"))
         made[0].mkdir()
         move(self)
 

@@ -68,7 +68,7 @@ def test_another_reading(ckpt: Path, monkeypatch: pytest.MonkeyPatch, change: Ch
         return change(header) if where == f"shard {SHARD}" else header
 
     monkeypatch.setattr(shard_files, "parse_header", parse)
-    monkeypatch.setattr("shardsave._storage.checkpoint.Checkpoint._note_tensors", lambda *_: None)  # sees only some of these
+    monkeypatch.setattr("shardsave._storage.open_checkpoint._note_tensors", lambda *_: None)  # sees only some of these
     message = (
         f"corrupt shard {SHARD}: header: safetensors' own parser expected to read the same as shardsave, {difference}; nothing"
     )

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import shardsave
-from shardsave._storage.checkpoint import open_checkpoint
+from shardsave._storage.open_checkpoint import open_checkpoint
 from shardsave._training.restore import StoredTraining, plan_restore
 from training_state import edit_training, training_directory
 

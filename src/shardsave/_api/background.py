@@ -18,7 +18,8 @@ from shardsave._api.save import How, check_how, job_of, log_saved, settled, writ
 from shardsave._api.save_contents import Planned, What, attempted, plan
 from shardsave._api.save_jobs import beside_other_ranks, leader_is_busy
 from shardsave._background.flight import Flight
-from shardsave._background.staging import Staging, stage
+from shardsave._background.staged_contents import StagedContents
+from shardsave._background.staging import stage
 from shardsave._background.turns import IfBusy, in_flight, take_turn
 from shardsave._common.backend import engine_name
 from shardsave._common.imports import import_at_use
@@ -198,7 +199,7 @@ def _optimizers_in(training: Any) -> list[torch.optim.Optimizer]:
 class _Watching:
     """The watch over a save in the background: whether it was cancelled, and what its staging says."""
 
-    def __init__(self, flight: Flight[SaveReport], staging: Staging, workers: int) -> None:
+    def __init__(self, flight: Flight[SaveReport], staging: StagedContents, workers: int) -> None:
         self.workers: int | None = workers
         self.staging = staging
         self._flight = flight

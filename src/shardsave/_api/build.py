@@ -43,7 +43,8 @@ from shardsave._loading.selection import choose_located
 from shardsave._loading.slots import take_inventory
 from shardsave._loading.stored_bytes import same_bytes
 from shardsave._program.program import LoadedProgram, ProgramDocument
-from shardsave._storage.checkpoint import PARTS, Checkpoint, open_checkpoint
+from shardsave._storage.checkpoint import PARTS, Checkpoint
+from shardsave._storage.open_checkpoint import open_checkpoint
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError
 
 

@@ -21,7 +21,8 @@ from shardsave._format.dtypes import BY_NAME, torch_shape
 from shardsave._format.index import TRAINING
 from shardsave._loading.compare import Difference, compare_stored, must_read
 from shardsave._loading.selection import stored_names
-from shardsave._storage.checkpoint import Checkpoint, Located, open_checkpoint
+from shardsave._storage.checkpoint import Checkpoint, Located
+from shardsave._storage.open_checkpoint import open_checkpoint
 from shardsave._storage.training import TrainingFiles
 from shardsave._training.differences import differing_values
 

@@ -9,7 +9,8 @@ from shardsave._api.findings import ArchitectureInfo, CheckpointInfo, TensorInfo
 from shardsave._common.shutdown import verb
 from shardsave._common.uncompiled import uncompiled
 from shardsave._format.dtypes import BY_NAME, torch_shape
-from shardsave._storage.checkpoint import Checkpoint, open_checkpoint
+from shardsave._storage.checkpoint import Checkpoint
+from shardsave._storage.open_checkpoint import open_checkpoint
 
 
 @uncompiled

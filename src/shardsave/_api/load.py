@@ -28,7 +28,7 @@ from shardsave._loading.mapped import Maps
 from shardsave._loading.new_tensors import new_tensors
 from shardsave._loading.read import TensorReader
 from shardsave._loading.selection import check_names, choose, selection
-from shardsave._storage.checkpoint import open_checkpoint
+from shardsave._storage.open_checkpoint import open_checkpoint
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -12,9 +12,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast, overload
 
 from shardsave._api.arguments import check_path, check_switches, check_timeout
+from shardsave._api.run_options import RunOptions
 from shardsave._api.run_ranks import RunRanks
 from shardsave._api.run_turns import Turns
-from shardsave._api.run_verbs import OF_BOTH, PublicVerbs
 from shardsave._api.step_resumes import StepResumes
 from shardsave._api.step_saves import StepSaves
 from shardsave._common.job_errors import short_traceback
@@ -89,8 +89,6 @@ class CheckpointManager(Generic[Saved]):
         [30, 40]
     """
 
-    _verbs = PublicVerbs()
-
     @overload
     def __init__(
         self: CheckpointManager[SaveReport],
@@ -149,10 +147,7 @@ class CheckpointManager(Generic[Saved]):
             raise ValueError(f"on_corrupt must be 'previous' or 'raise', not {on_corrupt!r}")
         check_switches(asynchronous=asynchronous)
         self._asynchronous = asynchronous
-        self._save_options = self._verbs.save_options(asynchronous=asynchronous)
-        self._options: dict[str, Any] = {}
-        self._check_options(options)
-        self._options = options
+        self._options = RunOptions(options, asynchronous=asynchronous)
         own = getattr(policy, "__qualname__", type(policy).__qualname__) if policy is not None else None
         recorded = RecordedPolicy(save_every, keep_last, keep_every, best, own)
         keeps = [*recorded.keeps(), *([KeepChosen(policy)] if policy is not None else [])]
@@ -246,7 +241,7 @@ class CheckpointManager(Generic[Saved]):
         self._begin_turn(model, training, options)
         try:
             step = checked_step(step)
-            wrong = self._error_in(options)
+            wrong = self._options.error_in(options)
             if wrong is not None and not self._ranks.are_many:
                 raise wrong
             due = self._turns.due(step)
@@ -271,7 +266,7 @@ class CheckpointManager(Generic[Saved]):
             self._turns.end()
 
     def _begin_turn(self, model: Any, training: Any, options: Mapping[str, Any]) -> None:
-        self._ranks.look(model, {**self._options, **options}, training)
+        self._ranks.look(model, self._options.of_save(options), training)
         self._turns.begin()
 
     def _save_in_turn(
@@ -299,12 +294,12 @@ class CheckpointManager(Generic[Saved]):
 
     @verb()
     def _save(self, step: int, model: Any, training: Any, metrics: Mapping[str, Any] | None, options: dict[str, Any]) -> Saved:
-        given = {**self._options, **options, **({"training": training} if training is not None else {})}
+        given = self._options.of_save(options, training)
         try:
             step = checked_step(step)
             if step == 0:
                 raise ValueError("step 0 is never saved: a step is saved once it is finished, and the first one is step 1")
-            self._check_options(options)
+            self._options.check(options)
             numbers = checked_metrics(metrics)
         except (TypeError, ValueError) as error:
             where = self._run.path_of(step) if isinstance(step, int) else f"{self._shown}, step {step!r}"
@@ -332,31 +327,12 @@ class CheckpointManager(Generic[Saved]):
             ShardSaveError: a step that may be the latest cannot be read.
             all that `shardsave.resume` raises.
         """
-        unknown = sorted(set(options) - self._verbs.resume_options())
+        wrong = self._options.error_in_resume(options)
         self._saves.settle()
-        self._ranks.look(model, {**self._options, **options}, training)
-        if unknown:  # also without a step: it must not show only after a crash
-            wrong = TypeError(f"keywords of resume were expected, not {some(unknown)}")
+        self._ranks.look(model, self._options.of_save(options), training)
+        if wrong is not None:
             self._ranks.refuse(wrong, "resume from", self._shown, "run")
-        of_both = {name: self._options[name] for name in OF_BOTH if name in self._options}
-        given = {**of_both, **options, **({"training": training} if training is not None else {})}
-        return self._resumes.resume(model, given)
-
-    def _error_in(self, options: Mapping[str, Any]) -> TypeError | ValueError | None:
-        """What is wrong with keywords of `save`."""
-        try:
-            self._check_options(options)
-        except (TypeError, ValueError) as error:
-            return error
-        return None
-
-    def _check_options(self, options: Mapping[str, Any]) -> None:
-        """Checks keywords of `save`, also if it is not time yet: a wrong one must not show after hours."""
-        unknown = sorted(set(options) - self._save_options)
-        if unknown:
-            raise TypeError(f"keywords of CheckpointManager or of save were expected, not {some(unknown)}")
-        if options:
-            self._verbs.check({**self._options, **options}, asynchronous=self._asynchronous)
+        return self._resumes.resume(model, self._options.of_resume(options, training))
 
     @verb()
     def latest(self) -> StepInfo | None:

@@ -18,7 +18,8 @@ from shardsave._format.dtypes import BY_NAME, torch_shape
 from shardsave._loading.mapped import Maps
 from shardsave._loading.selection import closest, stored_names
 from shardsave._printable import printable
-from shardsave._storage.checkpoint import Checkpoint, Located, open_checkpoint
+from shardsave._storage.checkpoint import Checkpoint, Located
+from shardsave._storage.open_checkpoint import open_checkpoint
 from shardsave.errors import NoSuchTensorError
 
 __all__ = ["OpenCheckpoint", "TensorSlice", "open"]

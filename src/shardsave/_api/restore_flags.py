@@ -19,7 +19,7 @@ from shardsave._loading.freeze_flags import restore_flags as set_flags
 from shardsave._loading.selection import names_of_wrappers
 from shardsave._loading.slots import take_inventory
 from shardsave._printable import printable
-from shardsave._storage.checkpoint import open_checkpoint
+from shardsave._storage.open_checkpoint import open_checkpoint
 
 
 @dataclass(frozen=True)

@@ -20,48 +20,8 @@ if TYPE_CHECKING:
     from shardsave._api.save import How
 
 
-#: The parameters of `save` and of `resume` that a manager passes itself.
-_BY_THE_MANAGER = {"source", "directory", "step", "metrics", "training", "path", "model"}
-
-#: Those options of all saves of a manager that are meant for its resumes too.
-OF_BOTH = ("rng", "process_group", "rank_timeout", "phase_timeout", "progress")
-
-
 class PublicVerbs:
     """`shardsave.save`, `save_async` and `resume`, imported at first use."""
-
-    def save_options(self, *, asynchronous: bool) -> frozenset[str]:
-        """The keywords that may be passed to `save`, or to `save_async`, in ``options``."""
-        if asynchronous:
-            import_at_use("shardsave._api.save_async")
-            from shardsave._api.save_async import save_async
-
-            return frozenset(signature(save_async).parameters) - _BY_THE_MANAGER
-        import_at_use("shardsave._api.save")
-        from shardsave._api.save import save
-
-        return frozenset(signature(save).parameters) - _BY_THE_MANAGER
-
-    def check(self, options: Mapping[str, Any], *, asynchronous: bool) -> None:
-        """Checks the values of ``options``, keywords of `save` or `save_async`. Raises TypeError or ValueError."""
-        from shardsave._api.process_group import check_group
-        from shardsave._api.save import How, check_values, save
-        from shardsave._api.save_contents import What, check_what
-
-        function: Callable[..., object] = save
-        if asynchronous:
-            from shardsave._api.save_async import save_async
-
-            function = save_async
-        given = _all_arguments(function, None, "", options)
-        check_what(pick(What, given))
-        if given["process_group"] is not None:
-            check_group(given["process_group"])
-        check_values(pick(How, given))
-        if asynchronous:
-            from shardsave._api.background import InBackground, check_background
-
-            check_background(pick(InBackground, given))
 
     def save(
         self,
@@ -78,7 +38,7 @@ class PublicVerbs:
         from shardsave._api.save import How, save, save_now
         from shardsave._api.save_contents import What
 
-        given = _all_arguments(save, model, path, {"step": step, "metrics": metrics, **options})
+        given = all_arguments(save, model, path, {"step": step, "metrics": metrics, **options})
         return save_now(model, path, pick(What, given), pick(How, given), before)
 
     def save_async(
@@ -90,15 +50,8 @@ class PublicVerbs:
         from shardsave._api.save_async import save_async
         from shardsave._api.save_contents import What
 
-        given = _all_arguments(save_async, model, path, {"step": step, "metrics": metrics, **options})
+        given = all_arguments(save_async, model, path, {"step": step, "metrics": metrics, **options})
         return start(model, path, pick(What, given), pick(How, given), pick(InBackground, given), around)
-
-    def resume_options(self) -> frozenset[str]:
-        """The keywords that may be passed to `resume` in ``options``."""
-        import_at_use("shardsave._api.resume")
-        from shardsave._api.resume import resume
-
-        return frozenset(signature(resume).parameters) - _BY_THE_MANAGER
 
     def resume(self, path: str, model: nn.Module, *, step: int, options: Mapping[str, Any]) -> Resumed:
         import_at_use("shardsave._api.resume")
@@ -108,7 +61,7 @@ class PublicVerbs:
         return resumed if resumed.step is not None else replace(resumed, step=step)
 
 
-def _all_arguments(function: Callable[..., object], model: Any, path: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def all_arguments(function: Callable[..., object], model: Any, path: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """All arguments of `save` or `save_async`, with the defaults of those that are not in ``options``."""
     bound = signature(function).bind(model, path, **options)
     bound.apply_defaults()

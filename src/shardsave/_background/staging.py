@@ -1,153 +1,31 @@
-"""Stages a background save: decides what is copied in the call and what is read while training goes on, and follows the latter."""
+"""Stages a background save in the call: decides what is copied there and what is read while training goes on, and copies the former."""
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 
-from shardsave._background import guard, snapshot
+from shardsave._background import snapshot
 from shardsave._background.changes import Seen, see
-from shardsave._background.drain import Drain, Drained
-from shardsave._background.owners import COPIED, Choice, Mode, choose, memory_of_module, memory_of_optimizer
+from shardsave._background.drain import Drained
+from shardsave._background.owners import COPIED, Choice, choose, memory_of_module, memory_of_optimizer
+from shardsave._background.staged_contents import SpreadParts, StagedContents
 from shardsave._common.gc_pause import gc_paused
 from shardsave._common.sources import ByteSource, TensorSource
 from shardsave._common.spread import Spread
 from shardsave._engine import engine
-from shardsave._engine.engine import HostMemory
 from shardsave._format.packing import StoredTensor
 from shardsave._saving.contents import Contents
-from shardsave.errors import SaveNotCommittedError
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 #: Tensors of fewer bytes are always copied in the call.
 DRAINED_BYTES = 1 << 20
 
 Wanted = Literal["auto", "snapshot", "ring"]
-
-
-class Staging:
-    """A save after the call: what it will read, and the moment from which nothing in the process can change that any more.
-
-    ``mode`` and ``reason``: how it is staged, and why. ``copies``: what was copied of the planned contents in the call. ``staged`` is set
-    as soon as all bytes are copied or read, and also on failure. ``spreads``: the tensors that several ranks save, with the parts of this
-    one that were copied. ``copied_bytes``, ``copy_seconds``: in the call. ``drained_bytes``: read
-    afterwards. ``notes``: for the report.
-
-    Threads: `arm` is called in the call, `let_go` on any thread, all else on the thread that saves; `finish` at its end.
-    """
-
-    def __init__(
-        self,
-        contents: Contents,
-        choice: Choice,
-        copies: snapshot.Copies | None = None,
-        memory: HostMemory | None = None,
-        items: Sequence[Drained] = (),
-        streams: Sequence[torch.cuda.Stream] = (),
-        step_timeout: float = 600.0,
-        spreads: Sequence[SpreadParts] = (),
-    ) -> None:
-        self.mode: Mode = choice.mode
-        self.reason = choice.reason
-        self.staged = threading.Event()
-        self.copied_bytes = sum(copies.nbytes) if copies is not None else 0
-        self.copy_seconds = 0.0
-        self.drained_bytes = sum(item.nbytes for item in items)
-        self.drain_seconds = 0.0
-        self.notes: tuple[str, ...] = (memory.note,) if memory is not None and memory.note else ()
-        self._contents: Contents | None = contents
-        self._copies = copies
-        self._spreads = spreads
-        self._memory = memory
-        self._streams = streams
-        self._began = time.perf_counter()
-        self._drain = Drain(items, step_timeout, self._drained)
-        if not items:
-            self._drain.finish()
-
-    @property
-    def contents(self) -> Contents:
-        """What to write; with the mode ``"blocking"`` it is live memory that nobody guards, to be written in the call.
-
-        Copies take the place of what was copied at the first use, not in the call: that takes time for each tensor.
-        """
-        assert self._contents is not None
-        copies, self._copies = self._copies, None
-        if copies is not None:
-            copied: dict[int, ByteSource] = dict(zip(map(id, copies.pieces), copies.sources()))
-            for spread, parts in self._spreads:
-                copies_of = [snapshot.copy_of(copied[id(part)]) for part in parts]
-                copied[id(spread)] = spread.of([copy.tensor for copy in copies_of], [copy.crc for copy in copies_of])
-            self._contents = self._contents.with_sources(copied)
-        return self._contents
-
-    @property
-    def step_wait_seconds(self) -> float:
-        """How long steps have waited, all together."""
-        return self._drain.step_wait_seconds
-
-    def arm(self) -> None:
-        """From now on no step of an optimizer changes what is still to be read."""
-        if not self.staged.is_set():
-            guard.arm(self._drain)
-            if self.staged.is_set():
-                guard.disarm(self._drain)
-
-    def use_streams(self) -> None:
-        """Makes copies of this thread from CUDA devices follow the work that had been enqueued when the call was made."""
-        for stream in self._streams:
-            torch.cuda.set_stream(stream)
-
-    def check(self) -> None:
-        """Called again and again while the save reads. Raises SaveNotCommittedError: a tensor was changed, or a step waited too long."""
-        self._drain.check()
-
-    def is_urgent(self, pieces: Sequence[ByteSource]) -> bool:
-        """As `Watch.is_urgent`."""
-        return not self.staged.is_set() and self._drain.is_urgent(pieces)
-
-    def begin_reading(self, pieces: Sequence[ByteSource]) -> NDArray[np.int64] | None:
-        """As `Watch.begin_reading`."""
-        return None if self.staged.is_set() else self._drain.begin_reading(pieces)
-
-    def end_reading(self, pieces: Sequence[ByteSource], sums: Sequence[int]) -> None:
-        """As `Watch.end_reading`. Raises SaveNotCommittedError if one of ``pieces`` was changed until now."""
-        self._drain.end_reading(pieces, sums)
-
-    def check_complete(self) -> None:
-        """Raises SaveNotCommittedError unless everything was read and found unchanged. A commit must not be attempted before."""
-        self._drain.check()
-        if not self._drain.complete:
-            raise SaveNotCommittedError(
-                "cannot save while training goes on: all tensors were expected to be read, the save was ended before; nothing was "
-                "committed, a previous checkpoint is intact"
-            )
-
-    def let_go(self) -> None:
-        """No step waits any more, and ``staged`` is set. If not everything was read, nothing can be committed after this."""
-        self._drain.finish()
-
-    def finish(self) -> None:
-        """As `let_go`; snapshot memory is then used again, so the contents must not be read any more."""
-        self._drain.finish()
-        self._drain.forget()
-        self._contents, self._copies = None, None
-        memory, self._memory = self._memory, None
-        if memory is not None:
-            snapshot.give_back(memory)
-
-    def _drained(self) -> None:
-        self.drain_seconds = time.perf_counter() - self._began
-        self.staged.set()
 
 
 def stage(
@@ -160,7 +38,7 @@ def stage(
     workers: int,
     step_timeout: float = 600.0,
     ranks: int = 1,
-) -> Staging:
+) -> StagedContents:
     """Copies what must be copied in the call, and notes what the rest is now. ``contents`` were planned from ``source``.
 
     ``optimizers``: those whose state is saved. ``check_unchanged``: also sum what is not copied, to compare it later. ``workers``: the
@@ -184,7 +62,7 @@ def stage(
         if wanted != "auto":
             raise snapshot.refusal(error) from None
         choice = Choice("blocking", f"the call ends when everything is written, since a copy does not fit: {error}")
-        return Staging(contents, choice)
+        return StagedContents(contents, choice)
     try:
         started = time.perf_counter()
         # The caller waits meanwhile, so there is a processor more.
@@ -201,16 +79,9 @@ def stage(
     except BaseException:
         snapshot.give_back(memory)
         raise
-    staging = Staging(contents, choice, copies, memory, items, _streams(items), step_timeout, table.spreads)
+    staging = StagedContents(contents, choice, copies, memory, items, _streams(items), step_timeout, table.spreads)
     staging.copy_seconds = copy_seconds
     return staging
-
-
-class SpreadParts(NamedTuple):
-    """A tensor of several ranks, and a source for each box of it that this rank has."""
-
-    spread: Spread
-    parts: list[TensorSource]
 
 
 class _Table(NamedTuple):

@@ -21,7 +21,8 @@ from shardsave._common.gc_pause import gc_paused
 from shardsave._common.words import build_arguments, count, human_bytes
 from shardsave._format.dtypes import BY_NAME, torch_shape
 from shardsave._format.index import Moment, encode_number
-from shardsave._storage.checkpoint import Checkpoint, open_checkpoint
+from shardsave._storage.checkpoint import Checkpoint
+from shardsave._storage.open_checkpoint import open_checkpoint
 
 if TYPE_CHECKING:
     from shardsave._api.findings import ArchitectureInfo

@@ -62,7 +62,7 @@ def draw(checkpoint: Checkpoint, width: float) -> Figure:
     for side in ("top", "left", "right"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color("#b0b7c3")
-    _explain(figure, axes, checkpoint, height)
+    _explain(figure, checkpoint, height)
     return figure
 
 
@@ -101,7 +101,7 @@ def _short(name: str, room: int) -> str:
     return name if len(name) <= room else f"{name[: room // 2]}…{name[-(room // 2 - 1) :]}"
 
 
-def _explain(figure: Figure, axes: Axes, checkpoint: Checkpoint, height: float) -> None:
+def _explain(figure: Figure, checkpoint: Checkpoint, height: float) -> None:
     flags, sizes = checkpoint.stored_flags, dict.fromkeys(COLOURS, 0)
     for tensor in checkpoint.tensors.values():
         sizes[(flags or {}).get(tensor.name)] += tensor.nbytes

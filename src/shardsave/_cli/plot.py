@@ -10,7 +10,7 @@ import click
 from shardsave._cli.paths import CHECKPOINT
 from shardsave._common.gc_pause import gc_paused
 from shardsave._common.words import human_bytes
-from shardsave._storage.checkpoint import open_checkpoint
+from shardsave._storage.open_checkpoint import open_checkpoint
 
 
 @click.command(

@@ -13,7 +13,8 @@ import stat
 from contextlib import nullcontext, suppress
 from types import TracebackType
 
-from shardsave._common.os_calls import OUT_OF_SPACE, CallFailed, Descriptor, call
+from shardsave._common.descriptors import Descriptor
+from shardsave._common.os_calls import OUT_OF_SPACE, CallFailed, call
 from shardsave._storage.cleaning_notes import strangers_notes
 from shardsave._storage.directory import NO_LINKS, Directory, make_folders, path_to_write
 from shardsave._storage.freeing import RemovedFiles, wait_until_freed

@@ -8,7 +8,8 @@ import re
 import stat
 from contextlib import ExitStack
 
-from shardsave._common.os_calls import CallFailed, Descriptor, call, read_at
+from shardsave._common.descriptors import Descriptor
+from shardsave._common.os_calls import CallFailed, call, read_at
 from shardsave._common.words import some
 from shardsave._conversion.origin import Origin, Request, from_checkpoint, from_distributed, from_torch, from_torch_shards
 from shardsave._foreign.dcp import TABLE_NAME

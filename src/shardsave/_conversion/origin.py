@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 from shardsave._common.sources import TensorSource
 from shardsave._conversion.training import TrainingState, training_of
 from shardsave._foreign.dcp import read_distributed
-from shardsave._foreign.nested_state import Wanted, choose_state, refuse_key
+from shardsave._foreign.nested_state import choose_state, refuse_key
 from shardsave._foreign.pickled_tensors import Allowed
+from shardsave._foreign.survey import Wanted
 from shardsave._foreign.torch_file import TorchFile, read_torch_file
 from shardsave._format.file_names import ADAPTER_WEIGHTS
 from shardsave._format.index import TRAINING, Index, Moment
@@ -20,9 +21,10 @@ from shardsave._format.index_parsing import parse_index
 from shardsave._loading.mapped import Maps
 from shardsave._state.module import Entry
 from shardsave._state.parts import Parts
-from shardsave._storage.checkpoint import PARTS, Checkpoint, open_checkpoint
+from shardsave._storage.checkpoint import PARTS, Checkpoint
 from shardsave._storage.find import find
 from shardsave._storage.located import Located
+from shardsave._storage.open_checkpoint import open_checkpoint
 from shardsave._storage.previous import companions_of
 from shardsave.errors import CheckpointNotFoundError, CorruptCheckpointError
 

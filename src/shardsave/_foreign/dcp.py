@@ -14,19 +14,14 @@ import torch
 
 from shardsave._common.assembled import Assembled, Chunk
 from shardsave._common.coverage import covered_once
-from shardsave._common.os_calls import CallFailed, Descriptor, call
+from shardsave._common.descriptors import Descriptor
+from shardsave._common.os_calls import CallFailed, call
 from shardsave._common.words import an
 from shardsave._foreign.containers import Unread, kind_of
-from shardsave._foreign.torch_file import Archives, TorchFile
-from shardsave._foreign.unpickling import (
-    MAX_PICKLE_BYTES,
-    Dict,
-    GlobalName,
-    Record,
-    Sequence,
-    Unpickler,
-    record_class,
-)
+from shardsave._foreign.records import Dict, GlobalName, Record, Sequence, record_class
+from shardsave._foreign.torch_archive import Archives
+from shardsave._foreign.torch_file import TorchFile
+from shardsave._foreign.unpickling import MAX_PICKLE_BYTES, Unpickler
 from shardsave._format.file_names import is_file_name
 from shardsave._format.other_kinds import START_BYTES
 from shardsave._storage.find import cannot_read, refuse_other_kind

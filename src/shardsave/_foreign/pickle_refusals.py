@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from shardsave._common.words import human_bytes, some
 from shardsave._foreign.containers import children, is_container
-from shardsave._foreign.unpickling import Record
+from shardsave._foreign.records import Record
 from shardsave.errors import CorruptCheckpointError, IncompatibleCheckpointError, UntrustedCodeError
 
 #: How many names of classes a message lists.

@@ -13,7 +13,7 @@ import torch
 
 from shardsave._common.words import human_bytes
 from shardsave._foreign.containers import UnreadArray
-from shardsave._foreign.unpickling import Forbidden, GlobalName, Record
+from shardsave._foreign.records import Forbidden, GlobalName, Record
 
 #: The kinds and sizes of elements that torch has too, as `numpy.dtype` spells them.
 _NUMBERS = re.compile(r"\?|b1|[iu][1248]|f[248]|c(?:8|16)")

@@ -10,16 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from shardsave._foreign.pickled_arrays import ARRAY_NAMES
-from shardsave._foreign.unpickling import (
-    PLAIN_TYPES,
-    Forbidden,
-    GlobalName,
-    Inert,
-    Record,
-    Sequence,
-    is_harmless,
-    record_class,
-)
+from shardsave._foreign.records import PLAIN_TYPES, Forbidden, GlobalName, Inert, Record, Sequence, is_harmless, record_class
 
 #: Names of storage types → the dtype of their elements.
 _STORAGE_DTYPES = {

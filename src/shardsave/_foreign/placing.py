@@ -12,7 +12,8 @@ from shardsave._foreign.containers import Attributed, Unread, UnreadArray
 from shardsave._foreign.pickle_refusals import refuse_damaged
 from shardsave._foreign.pickled_arrays import Array
 from shardsave._foreign.pickled_tensors import Described, Storage, StorageType, WithAttributes
-from shardsave._foreign.unpickling import MAX_PICKLE_BYTES, Forbidden, Record
+from shardsave._foreign.records import Forbidden, Record
+from shardsave._foreign.unpickling import MAX_PICKLE_BYTES
 
 #: The most attributes of all tensors. A pickle may use the same ones for any number of tensors.
 _MAX_ATTRIBUTES = 1_000_000

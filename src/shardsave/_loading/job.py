@@ -13,7 +13,8 @@ from shardsave._common.progress import Progress
 from shardsave._engine.totals import Totals
 from shardsave._loading.read import TensorReader
 from shardsave._state.distributed_tensors import PartReader
-from shardsave._storage.checkpoint import CHANGING_SECONDS, Checkpoint, open_checkpoint
+from shardsave._storage.checkpoint import Checkpoint
+from shardsave._storage.open_checkpoint import CHANGING_SECONDS, open_checkpoint
 from shardsave._storage.shard_files import Broken, HeaderCheck
 from shardsave.errors import DirectoryBusyError
 

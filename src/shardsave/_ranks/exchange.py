@@ -2,7 +2,7 @@
 
 The owner's engine takes blocks in an order. When the window of a block may be used, the owner *opens* it for the ranks that take part in
 it; each does its work there (a save: fills in its boxes; a load: takes out its boxes) and reports that it is *done*. Within a host the
-window is memory that these ranks share (`host_links.py`); between hosts its shares travel as parcels (`far_links.py`).
+window is memory that these ranks share (`host_links.py`); between hosts its shares travel as parcels (`network_links.py`).
 
 No cycle of ranks can wait for each other: a rank works whenever a window is opened for it, and an owner opens the window of a block as
 soon as an earlier block, which an engine that takes blocks in order already has, does not need the memory any more.
@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shardsave._engine.transfer import BLOCK_BYTES
-from shardsave._ranks.far_links import FarLinks
 from shardsave._ranks.host_links import HostLinks
 from shardsave._ranks.links import Lost
+from shardsave._ranks.network_links import NetworkLinks
 from shardsave._ranks.windows import SharedMemory
 
 if TYPE_CHECKING:
@@ -81,15 +81,17 @@ class Exchange:
         self._closed = False
         here = session.hosts[session.rank]
         others = [rank for rank in owners if rank != session.rank]
-        self._near = HostLinks(
+        self._host_links = HostLinks(
             self, session, [rank for rank in others if session.hosts[rank] == here], listens=session.rank in owners
         )
-        self._far = FarLinks(self, session, traffic, [rank for rank in others if session.hosts[rank] != here], windowed)
+        self._network_links = NetworkLinks(
+            self, session, traffic, [rank for rank in others if session.hosts[rank] != here], windowed
+        )
 
     @property
     def peak_bytes(self) -> int:
         """The most memory that this rank had for windows and parcels."""
-        return self._far.buffers.peak_bytes + self._count * BLOCK_BYTES
+        return self._network_links.buffers.peak_bytes + self._count * BLOCK_BYTES
 
     def start(self) -> None:
         """Connects to the other ranks. Every rank calls it, also one that owns nothing.
@@ -100,8 +102,8 @@ class Exchange:
         token = self._session.publish("exchange", HostLinks.new_token() if self._session.leads else None)
         if self._count:
             self._memory = SharedMemory.new(self._count * BLOCK_BYTES)
-        self._near.start(token, self._memory)
-        self._far.start(token)
+        self._host_links.start(token, self._memory)
+        self._network_links.start(token)
         for block in self._blocks[: self._count]:
             self._open(block)
         if not self._blocks:
@@ -172,8 +174,8 @@ class Exchange:
         if self._closed:
             return
         self._closed = True
-        self._near.close()
-        self._far.close()
+        self._host_links.close()
+        self._network_links.close()
         if self._memory is not None:
             self._memory.close()
 
@@ -184,7 +186,7 @@ class Exchange:
                 changed.notify_all()
 
     def _is_finished(self) -> bool:
-        return self._complete == len(self._blocks) and self._near.ended and self._far.ended
+        return self._complete == len(self._blocks) and self._host_links.ended and self._network_links.ended
 
     def _address(self, block: _Block) -> int:
         assert self._memory is not None
@@ -209,11 +211,11 @@ class Exchange:
                 self.sent_bytes += sum(taking.values())
         for rank, nbytes in taking.items():
             if self._session.hosts[rank] == self._session.hosts[self._session.rank]:
-                self._near.open(rank, block.number, block.place % self._count)
+                self._host_links.open(rank, block.number, block.place % self._count)
             else:
-                self._far.open(rank, block.number, nbytes, self._address(block))
+                self._network_links.open(rank, block.number, nbytes, self._address(block))
         if not self._inward:
-            self._far.may_pack(block.number)
+            self._network_links.may_pack(block.number)
         if not taking and not self._inward:
             self._completed(block)
 
@@ -231,8 +233,8 @@ class Exchange:
 
     def _end(self) -> None:
         """This rank opens no more windows."""
-        self._near.end()
-        self._far.end()
+        self._host_links.end()
+        self._network_links.end()
 
     def _wait(self, changed: threading.Condition, true: Callable[[], bool]) -> bool:
         """Whether ``true()`` within a short time; ``changed``: when to look. Raises the error of this exchange."""
@@ -246,7 +248,7 @@ class Exchange:
         return False
 
     def _lost(self) -> list[Lost]:
-        return [*self._near.lost.values(), *self._far.lost.values()]
+        return [*self._host_links.lost.values(), *self._network_links.lost.values()]
 
     def _report_lost(self) -> None:
         """A rank that said that it leaves tells its error; one that did not is dead. Raises the error of the job."""

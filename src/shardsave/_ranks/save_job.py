@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from typing import Literal
 
 from shardsave._common.gc_pause import gc_paused
-from shardsave._common.os_calls import CallFailed
 from shardsave._common.spread import Spread
 from shardsave._engine.transfer import TransferFault
 from shardsave._ranks.agree import Said as SaidOfState
 from shardsave._ranks.agree import agree, say
 from shardsave._ranks.attempt import attempt
 from shardsave._ranks.claims import Claims, claims_of
+from shardsave._ranks.commit import JobCommit
 from shardsave._ranks.comparison import AmongRanks
-from shardsave._ranks.failures import JobFailed, StoreLost, failure_of, unpacked
-from shardsave._ranks.owners import owners
+from shardsave._ranks.file_owners import file_owners
+from shardsave._ranks.job_watch import JobWatch
 from shardsave._ranks.replicas import check_replicas, compare_replicas
 from shardsave._ranks.save_messages import (
-    decode_committed,
     decode_prepared,
     decode_written,
-    encode_committed,
     encode_prepared,
     encode_written,
     joined,
@@ -34,7 +31,6 @@ from shardsave._ranks.shipping import Shipping
 from shardsave._ranks.training import TRAINING, OwnTraining, plan_training, state_of, with_other_files
 from shardsave._ranks.unequal import difference, told
 from shardsave._ranks.values import pack
-from shardsave._ranks.watching import JobWatch
 from shardsave._saving.comparison import Comparison
 from shardsave._saving.contents import Contents, PlannedDirectory
 from shardsave._saving.disk_layout import DiskLayout, IdentityLayout, OnDisk
@@ -46,25 +42,14 @@ from shardsave._saving.training_directory import DescribedTraining
 from shardsave._saving.watch import Watch
 from shardsave._state.distributed_tensors import PartReader
 from shardsave._state.module import Entry, State
-from shardsave._storage.commit_errors import rank_lost_after_commit, rank_lost_in_commit
 from shardsave._storage.joined import Invitation, Joined
 from shardsave._storage.transaction import Transaction
-from shardsave.errors import DurabilityUncertainError, SaveNotCommittedError, ShardSaveError
-
-#: What rank 0 publishes: that nothing can end the save any more, since it renames the index now; and what came of it.
-_BEGINS, _OUTCOME = "begin of the commit", "outcome of the commit"
 
 #: What rank 0 publishes before anything is written: questions about tensors, then what all will write.
 _PLAN, _ASKED = "plan of the files", b"?"
 
 #: What rank 0 publishes of the layout on disk, where names and tensors stay as they are; its fingerprint follows.
 _LAYOUT, _KEPT = "layout on disk", b"kept"
-
-#: Begins an outcome that is an error.
-_FAILED = b"!"
-
-#: How long a rank that was not told the outcome looks for the new index, and the pause after each look, in seconds.
-_PATIENCE, _PAUSE = 2.0, 0.02
 
 
 #: How this process has packed the tensors of its last collective save.
@@ -90,6 +75,7 @@ class SaveJob:
         self.size = session.size
         self._session = session
         self._where = where
+        self._commit = JobCommit(session, where)
         self._durable = durable
         self._on_divergence = on_divergence
         self._transaction: Transaction | None = None  # where this rank leads
@@ -104,7 +90,6 @@ class SaveJob:
         self._is_alike = False  # whether all ranks say the same
         self._training: OwnTraining | None = None
         self._claims: Claims | None = None  # where this rank leads
-        self._begun = False  # whether the index may have been renamed
 
     @property
     def session(self) -> Session:
@@ -190,7 +175,7 @@ class SaveJob:
 
     def watch(self, watch: Watch) -> Watch:
         self._watch, self._session.watch = watch, watch.check
-        return JobWatch(watch, self._session, self.begin_commit)
+        return JobWatch(watch, self._session, self._commit.begin)
 
     @contextmanager
     def files(self, transaction: Transaction) -> Iterator[ShardFiles]:
@@ -259,7 +244,7 @@ class SaveJob:
         names = [name for name in to_write if name not in apart]
         shards = [to_write[name] for name in names]
         with gc_paused():
-            self._shipping = shipping = Shipping(self._session, shards, owners(shards, self._session.hosts))
+            self._shipping = shipping = Shipping(self._session, shards, file_owners(shards, self._session.hosts))
         own = {names[number]: shard for number, shard in zip(shipping.mine, shipping.own)}
         self._mine = {*own, *apart}
         try:
@@ -292,58 +277,11 @@ class SaveJob:
         return written if votes is None else joined(map(decode_written, dict.fromkeys(votes)))
 
     def commit(self, work: Callable[[], Committed]) -> Committed:
-        if self._session.leads:
-            with self._session.for_all():
-                committed = self._outcome(work)
-            if self._claims is not None:  # before any rank goes on, and may save something else
-                self._claims.leave()
-            self._publish_outcome(encode_committed(committed))
-            return committed
-        try:
-            self._session.publish(_BEGINS)
-        except StoreLost as error:
-            raise self._what_became(error) from error
-        try:
-            outcome = self._session.publish(_OUTCOME)
-        except (JobFailed, StoreLost) as error:
-            raise self._what_became(error) from error
-        if outcome[:1] == _FAILED:
-            raise unpacked(outcome[1:]).error(SaveNotCommittedError)
-        return decode_committed(outcome)
-
-    def begin_commit(self) -> None:
-        """Called where this rank leads, right before the rename. If it returns, no other rank can end the save any more."""
-        self._session.watch = None
-        self._session.publish(_BEGINS, b"")
-        self._begun = True
-
-    def _outcome(self, work: Callable[[], Committed]) -> Committed:
-        try:
-            return work()
-        except Exception as error:
-            if self._begun:
-                failure = failure_of(error, "")
-                with suppress(JobFailed, StoreLost):
-                    self._session.publish(_OUTCOME, _FAILED + failure.packed())
-            raise
-
-    def _publish_outcome(self, outcome: bytes) -> None:
-        try:
-            self._session.publish(_OUTCOME, outcome)
-        except (JobFailed, StoreLost) as error:
-            raise rank_lost_after_commit(self._where, error) from error
-
-    def _what_became(self, error: ShardSaveError) -> DurabilityUncertainError:
-        """The error for a rank that was not told whether the commit took effect: what the index proves."""
+        if self.leads:
+            return self._commit.lead(work, self._claims)
         assert self._joined is not None
-        end = time.monotonic() + _PATIENCE
-        while True:
-            with suppress(CallFailed):
-                if self._joined.is_in_index(self._all[0]):
-                    return rank_lost_after_commit(self._where, error)
-            if time.monotonic() > end:
-                return rank_lost_in_commit(self._where, error)
-            time.sleep(_PAUSE)
+        joined, first = self._joined, self._all[0]
+        return self._commit.follow(lambda: joined.is_in_index(first))
 
 
 def _is_spread(shard: PlannedShard) -> bool:

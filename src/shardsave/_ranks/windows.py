@@ -9,7 +9,8 @@ import os
 import socket
 from contextlib import suppress
 
-from shardsave._common.os_calls import Descriptor, call, map_shared
+from shardsave._common.descriptors import Descriptor
+from shardsave._common.os_calls import call, map_shared
 
 #: The length of a huge page, in bytes, on the usual machines; on others there are none of this length, and nothing is lost.
 _HUGE = 2 << 20

@@ -9,7 +9,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from shardsave._common.os_calls import CallFailed, Descriptor
+from shardsave._common.descriptors import Descriptor
+from shardsave._common.os_calls import CallFailed
 from shardsave._common.shutdown import raise_if_ending
 from shardsave._storage.find import cannot_read
 from shardsave._storage.lock import NO_LOCKS

@@ -7,7 +7,8 @@ import json
 from contextlib import suppress
 from typing import NamedTuple
 
-from shardsave._common.os_calls import CallFailed, Descriptor, write_all
+from shardsave._common.descriptors import Descriptor
+from shardsave._common.os_calls import CallFailed, write_all
 from shardsave._common.strict_json import NotJSON, parse_object
 from shardsave._runs.policies import Keep, KeepBest, KeepEvery, KeepLast
 from shardsave._storage.directory import Directory

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from typing import NamedTuple
 
-from shardsave._common.os_calls import CallFailed, Descriptor
+from shardsave._common.descriptors import Descriptor
+from shardsave._common.os_calls import CallFailed
 from shardsave._format.file_names import INDEX_NAME, REMOVED_INDEX_NAME, step_name
 from shardsave._runs.steps import PIN_NAME, Run
 from shardsave._storage.cleanup import Cleaner

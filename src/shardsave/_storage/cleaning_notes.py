@@ -39,24 +39,34 @@ def strangers_notes(strangers: Mapping[str, int]) -> list[str]:
     return [f"what belongs to other users of this directory, to which everybody may write, stays ({size}): {some(strangers)}"]
 
 
-def lone_stays(path: str) -> str:
-    """A warning: the replaced lone file is still there, and other libraries prefer it to an index."""
+def cleaning_warnings(path: str, cleaner: Cleaner) -> list[str]:
+    """What the caller must not overlook of the cleaning of the directory ``path`` after a commit."""
+    warnings = [_lone_stays(path)] if cleaner.lone_stays else []
+    if cleaner.ranks_stay:
+        warnings.append(_ranks_stay(path, cleaner.ranks_stay))
+    if cleaner.adapter_stays:
+        warnings.append(_adapter_stays(path, cleaner.adapter_stays))
+    return warnings
+
+
+def _lone_stays(path: str) -> str:
+    """The replaced lone file is still there, and other libraries prefer it to an index."""
     return (
         f"{LONE_NAME} is still in {path}: transformers and other libraries will read that file, and not the weights that were just "
         f"saved, until it is removed"
     )
 
 
-def ranks_stay(path: str, names: Iterable[str]) -> str:
-    """A warning: files of several ranks lie beside the new checkpoint, so that no reader knows which of the two is meant."""
+def _ranks_stay(path: str, names: Iterable[str]) -> str:
+    """Files of several ranks lie beside the new checkpoint, so that no reader knows which of the two is meant."""
     return (
         f"files of several ranks are still in {path}: {some(names)}; until they are removed, the checkpoint that was just saved can "
         f"only be loaded by the path of its {INDEX_NAME}"
     )
 
 
-def adapter_stays(path: str, names: Collection[str]) -> str:
-    """A warning: the files ``names`` of an adapter that another tool saved lie beside the new checkpoint."""
+def _adapter_stays(path: str, names: Collection[str]) -> str:
+    """The files ``names`` of an adapter that another tool saved lie beside the new checkpoint."""
     subject, belongs = ("they are", "stay") if len(names) > 1 else ("it is", "stays")
     return (
         f"{' and '.join(names)} {belongs} in {path}, though {subject} not of this save: from_pretrained adds that adapter to what it "

@@ -13,16 +13,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
 from types import TracebackType
 
-from shardsave._common.os_calls import (
-    CallFailed,
-    Descriptor,
-    absolute_path,
-    call,
-    kind_of,
-    open_regular,
-    read_whole,
-    sync_all,
-)
+from shardsave._common.descriptors import Descriptor, open_regular
+from shardsave._common.os_calls import CallFailed, absolute_path, call, kind_of, read_whole, sync_all
 from shardsave._storage.links import follow
 from shardsave.errors import SaveNotCommittedError
 

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import NamedTuple
 
-from shardsave._common.os_calls import CallFailed, Descriptor, call
+from shardsave._common.descriptors import Descriptor
+from shardsave._common.os_calls import CallFailed, call
 from shardsave._format.file_names import INDEX_NAME
 from shardsave._format.header import Header, parse_header
 from shardsave._format.index import MAX_INDEX_BYTES, Index, ShardRecord

@@ -8,7 +8,8 @@ import stat
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from shardsave._common.os_calls import CallFailed, Descriptor, NotRegular, TooLong, call, open_regular, read_whole
+from shardsave._common.descriptors import Descriptor, open_regular
+from shardsave._common.os_calls import CallFailed, NotRegular, TooLong, call, read_whole
 from shardsave._common.words import count, some
 from shardsave._format.file_names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX_NAME, LONE_NAME, TORCH_ENDINGS, step_number
 from shardsave._format.index import MAX_INDEX_BYTES

@@ -14,7 +14,8 @@ import os
 import time
 from contextlib import suppress
 
-from shardsave._common.os_calls import CallFailed, Descriptor, call, descriptor_allowance
+from shardsave._common.descriptors import Descriptor
+from shardsave._common.os_calls import CallFailed, call, descriptor_allowance
 from shardsave._common.shutdown import raise_if_ending
 from shardsave._storage.directory import Directory
 

@@ -8,7 +8,8 @@ import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from shardsave._common.os_calls import CallFailed, Descriptor, call
+from shardsave._common.descriptors import Descriptor
+from shardsave._common.os_calls import CallFailed, call
 
 _FOLDER = os.O_PATH | os.O_DIRECTORY
 #: The most links in a path, as for the kernel.

@@ -14,7 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from shardsave._common.os_calls import CallFailed, Descriptor, call
+from shardsave._common.descriptors import Descriptor
+from shardsave._common.os_calls import CallFailed, call
 from shardsave._storage.directory import Directory
 
 _ACL, _DEFAULT_ACL = "system.posix_acl_access", "system.posix_acl_default"

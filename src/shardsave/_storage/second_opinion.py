@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import safetensors
 
 from shardsave._common import strict_json
-from shardsave._common.os_calls import file_in_memory
+from shardsave._common.descriptors import file_in_memory
 from shardsave._common.strict_json import glimpse
 from shardsave._common.words import human_bytes, some
 from shardsave._format.header import Header

@@ -6,7 +6,8 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Union
 
-from shardsave._common.os_calls import CallFailed, Descriptor, call, descriptor_allowance, read_at
+from shardsave._common.descriptors import Descriptor
+from shardsave._common.os_calls import CallFailed, call, descriptor_allowance, read_at
 from shardsave._format.crc64 import crc64
 from shardsave._format.header import Header, header_length, parse_header
 from shardsave._format.index import ShardRecord
@@ -41,7 +42,7 @@ class ShardFiles:
         self.shards: tuple[str, ...] = ()
         self.allowance = descriptor_allowance()  # how many shards are held open at the same time
         self.records = dict(records) if records is not None else None
-        self._folder = folder
+        self.folder = folder
         self._named_by = index_name
         self._header_check = header_check
         self._open: dict[str, Descriptor] = {}
@@ -49,7 +50,7 @@ class ShardFiles:
 
     def path_of(self, shard: str) -> str:
         """The path of ``shard``, for messages and for callers that open it themselves."""
-        return os.path.join(self._folder, shard)
+        return os.path.join(self.folder, shard)
 
     def inode_of(self, shard: str) -> tuple[int, ...] | None:
         """Device and inode number of ``shard``, when it was opened; None if it was not."""

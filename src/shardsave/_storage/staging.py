@@ -13,7 +13,8 @@ from collections.abc import Iterable, Sequence
 from errno import EEXIST, ENOENT
 from typing import NamedTuple
 
-from shardsave._common.os_calls import CallFailed, Descriptor, allocate, call, sync_all, write_all
+from shardsave._common.descriptors import Descriptor
+from shardsave._common.os_calls import CallFailed, allocate, call, sync_all, write_all
 from shardsave._common.strict_json import NotJSON, check_memory
 from shardsave._format.crc64 import crc64
 from shardsave._format.file_names import DIRECTORY_PATTERN

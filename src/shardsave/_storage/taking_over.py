@@ -17,7 +17,8 @@ import fcntl
 import os
 from contextlib import suppress
 
-from shardsave._common.os_calls import CallFailed, Descriptor, call
+from shardsave._common.descriptors import Descriptor
+from shardsave._common.os_calls import CallFailed, call
 from shardsave._storage.earlier import EarlierCheckpoint, EarlierShard
 from shardsave._storage.permissions import Access, access_of
 from shardsave._storage.shard_files import file_identity

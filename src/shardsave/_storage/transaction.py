@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
@@ -18,9 +17,9 @@ from typing import NamedTuple
 from shardsave._common.os_calls import OUT_OF_SPACE, CallFailed
 from shardsave._common.shutdown import raise_if_ending
 from shardsave._common.words import human_bytes, some
-from shardsave._format.file_names import DIRECTORY_PATTERN, INDEX_NAME, LONE_NAME, directory_name, part_name, shard_names
+from shardsave._format.file_names import DIRECTORY_PATTERN, INDEX_NAME, LONE_NAME
 from shardsave._format.index import MAX_INDEX_BYTES, FileRecord, Index, Superseded, encode_index
-from shardsave._storage.cleaning_notes import adapter_stays, cleaning_notes, lone_stays, ranks_stay
+from shardsave._storage.cleaning_notes import cleaning_notes, cleaning_warnings
 from shardsave._storage.cleanup import Cleaner, final_names
 from shardsave._storage.commit_errors import (
     commit_unknown,
@@ -28,13 +27,13 @@ from shardsave._storage.commit_errors import (
     directory_moved,
     durability_unknown,
     index_replaced,
-    name_taken,
     save_failed,
     still_read,
 )
 from shardsave._storage.companions import StagedCompanions, finish_dead_savers
 from shardsave._storage.directory import make_folders, names_on_the_way, path_to_write
 from shardsave._storage.earlier import EarlierCheckpoint, EarlierShard, open_earlier, refusal
+from shardsave._storage.final_names import FinalNames
 from shardsave._storage.freeing import RemovedFiles, wait_until_freed
 from shardsave._storage.joined import Invitation
 from shardsave._storage.lock import LockedDirectory
@@ -83,14 +82,11 @@ class Transaction:
         self._waiting = waiting
         self._folder = LockedDirectory(self.path, durable=durable)
         self._staging = Staging(self._folder, self.path)
+        self._names = FinalNames(self._folder, self._staging, self.path)
         self._taking_over = TakingOver(self._staging)
         self._companions = StagedCompanions(self._folder, self._staging)
         self._previous = Previous()
         self._phase = Phase.UNREAD
-        self._names: list[str] = []  # the final names of all shards and parts of this save
-        self._staged: list[str] = []  # those of what is in the staging directory, which the commit moves
-        self._directories: set[str] = set()  # those of parts' own directories
-        self._moving: list[str] = []  # those of what has, or may have, been moved
         self._finished: list[str] = []  # companions of a dead saver that were put in place
         self._removed: list[str] = []  # leavings of dead savers that were removed before the commit
         self._overtaken = False  # whether another save was committed while this one waited for the lock
@@ -166,38 +162,26 @@ class Transaction:
             self._staging.make()
             identity = self._taking_over.take(name, earlier, shard)
         if identity is not None:
-            self._staged.append(name)
+            self._names.add(name)
         return identity
 
     def drop(self, name: str) -> None:
         """Undoes `take_over`: the shard has to be written."""
         with self._before_commit():
-            self._staged.remove(name)
+            self._names.drop(name)
             self._staging.directory.unlink(name)
 
     def shard_names(self, count: int) -> tuple[str, ...]:
         """Names for ``count`` shards, none of which is taken in the directory."""
-        taken = self._taken_names()
-        names = shard_names(count)
-        while not taken.isdisjoint(names):
-            names = shard_names(count, secrets.token_hex(4))
-        self._names.extend(names)
-        return names
+        return self._names.choose_shards(count, self._taken_names())
 
     def part_name(self, stem: str, extension: str) -> str:
-        """A new name for a part, not taken in the directory: a committed file is never replaced."""
-        return self._new_name(lambda tag: part_name(stem, tag, extension))
+        """A new name for a part, not taken in the directory."""
+        return self._names.choose_part(stem, extension, self._taken_names())
 
     def directory_name(self, stem: str) -> str:
         """A new name for the directory of a part, not taken in the directory."""
-        return self._new_name(lambda tag: directory_name(stem, tag))
-
-    def _new_name(self, tagged: Callable[[str], str]) -> str:
-        name = tagged(secrets.token_hex(4))
-        while name in self._taken_names() or name in self._names:
-            name = tagged(secrets.token_hex(4))
-        self._names.append(name)
-        return name
+        return self._names.choose_directory(stem, self._taken_names())
 
     def _taken_names(self) -> set[str]:
         with self._before_commit():
@@ -235,8 +219,7 @@ class Transaction:
         assert DIRECTORY_PATTERN.fullmatch(name)
         with self._before_commit():
             self._staging.make()
-            self._staged.append(name)
-            self._directories.add(name)
+            self._names.add_directory(name)
             self._staging.make_folder(name)
 
     def create(self, name: str, length: int) -> StagedShard:
@@ -272,10 +255,8 @@ class Transaction:
             self._staging.write(name, data)
 
     def _stage(self, name: str) -> None:
-        assert os.path.dirname(name) in ("", *self._directories)
         self._staging.make()
-        if not os.path.dirname(name):
-            self._staged.append(name)
+        self._names.add(name)
 
     def add_companions(self, companions: Mapping[str, bytes]) -> dict[str, FileRecord]:
         """Stages companions (name → content). Returns their records for the index."""
@@ -308,32 +289,15 @@ class Transaction:
     def _finish_staging(self, index: bytes) -> None:
         """Stages the index, and the list of the final names and of those that are replaced; makes all that is staged durable, at once."""
         self._staging.make()
-        self._staging.write_list([*self._names, *sorted(self._previous.files)])
+        self._staging.write_list([*self._names.chosen, *sorted(self._previous.files)])
         self._staging.write_index(index)
         self._staging.sync()
 
     def _move_all(self) -> None:
         """Gives the shards and the directories of parts their final names, once the list of these is durable, and where it is."""
-        for name in self._staged:
-            self._moving.append(name)
-            self._move(name)
+        self._names.give_all(self._state())
         self._companions.link_free()
         self._folder.sync()
-
-    def _move(self, name: str) -> None:
-        """Gives a staged file its final name by link(2), which unlike rename(2) never replaces a file that another program created.
-
-        The staged name is removed later, with its directory. Without links, and for a directory, rename(2) is used if the final name is
-        free.
-        """
-        if name not in self._directories and self._staging.link(name):
-            return
-        inode = self._folder.inode_of(name)
-        if inode is None:
-            self._staging.rename(name, name)
-        elif inode != self._staging.inode_of(name):  # the same inode: NFS may report EEXIST for a link that it has just made
-            self._moving.remove(name)
-            raise name_taken(self.path, name, self._state())
 
     def _publish(self, attempt: Callable[[], object]) -> None:
         """Renames the index, unless another host has replaced it or the directory was moved since this save began."""
@@ -389,11 +353,7 @@ class Transaction:
         notes += cleaning_notes(self.path, cleaner, links, self._finished)
         index = [INDEX_NAME] if self._previous.others_index else []
         removed = dict.fromkeys([*self._removed, *cleaner.removed, *replaced, *index])
-        warnings = [lone_stays(self.path)] if cleaner.lone_stays else []
-        if cleaner.ranks_stay:
-            warnings.append(ranks_stay(self.path, cleaner.ranks_stay))
-        if cleaner.adapter_stays:
-            warnings.append(adapter_stays(self.path, cleaner.adapter_stays))
+        warnings = cleaning_warnings(self.path, cleaner)
         return CommitOutcome(tuple(removed), tuple(cleaner.leftovers), tuple(notes), tuple(warnings))
 
     def close(self) -> None:
@@ -411,7 +371,7 @@ class Transaction:
         """Removes the staging directory. An invited process may put files into it until it is gone: so this is tried again."""
         for tries_left in reversed(range(_REMOVALS if self._invited else 1)):
             cleaner = Cleaner(self._folder, self._staging.name)
-            cleaner.remove_staging(self._staging.name, named, finals=self._moving)
+            cleaner.remove_staging(self._staging.name, named, finals=self._names.given)
             if not cleaner.failed or not tries_left:
                 return
             time.sleep(_REMOVAL_PAUSE)

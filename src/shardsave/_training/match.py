@@ -82,7 +82,7 @@ class Matcher:
     def _match(self, live: Any, saved: Any, place: Place) -> Any:
         if isinstance(live, PerRank):
             live = live.value
-        saved = self._of_this_rank(live, saved, place)
+        saved = self._of_this_rank(saved, place)
         kind = kind_of(live)
         if kind is not None:
             if self.selected(place):
@@ -112,7 +112,7 @@ class Matcher:
             kind = "dict" if isinstance(live, Mapping) else type(live).__name__
             self.differences.append(f"{place.path}: the checkpoint has {in_words(saved)}, here is {an(kind)}")
 
-    def _of_this_rank(self, live: Any, saved: Any, place: Place) -> Any:
+    def _of_this_rank(self, saved: Any, place: Place) -> Any:
         if not (isinstance(saved, dict) and saved.keys() == {"per_rank"}):
             return saved
         if self._rank_leaves is None:

@@ -34,8 +34,9 @@ from shardsave._common.warn_caller import warn_caller
 from shardsave._format.dtypes import BY_NAME, torch_shape
 from shardsave._format.index import TRAINING
 from shardsave._loading.read import Target
-from shardsave._storage.checkpoint import Checkpoint, open_checkpoint
+from shardsave._storage.checkpoint import Checkpoint
 from shardsave._storage.located import Located, StoredChunk
+from shardsave._storage.open_checkpoint import open_checkpoint
 from shardsave._training.read_values import ValueReader
 from shardsave.errors import DirectoryBusyError, IncompatibleCheckpointError
 from shardsave.integrations._dcp_document import Document, decode

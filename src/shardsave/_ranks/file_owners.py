@@ -17,7 +17,7 @@ from shardsave._saving.shards import PlannedShard
 _TOLERANCE = 0.1
 
 
-def owners(shards: Sequence[PlannedShard], hosts: Sequence[int]) -> list[int]:
+def file_owners(shards: Sequence[PlannedShard], hosts: Sequence[int]) -> list[int]:
     """The rank that writes each shard: of the ranks on hosts that hold most of it, the least loaded; of these, one that holds most.
 
     Long shards are given away first, so that the last ones make loads equal. ``hosts``: the number of each rank's host. A shard with

@@ -13,7 +13,7 @@ from shardsave._common.layouts import Grid, Layout, Listed, Placed, Split, Whole
 from shardsave._common.sources import TensorSource
 from shardsave._common.spread import Spread
 from shardsave._format.packing import Shard, StoredTensor
-from shardsave._ranks.owners import _elements_of_each, owners
+from shardsave._ranks.file_owners import _elements_of_each, file_owners
 from shardsave._saving.shards import PlannedShard
 
 ROWS = (1024, 256)
@@ -42,22 +42,22 @@ def rows(ranks: int, parts: int | None = None) -> Placed:
 @pytest.mark.parametrize("hosts", [(0, 0, 0, 0), (0, 0, 1, 1), (0, 1, 2, 3)])
 def test_shares(layout: Layout, hosts: tuple[int, ...]) -> None:
     """Catches ranks, or hosts, that write more than others although all hold the same."""
-    counts = Counter(owners([shard(layout, layout)] * 8, hosts))
+    counts = Counter(file_owners([shard(layout, layout)] * 8, hosts))
     assert counts == dict.fromkeys(range(4), 2)
 
 
 def test_what_one_rank_holds() -> None:
     """Catches a file whose bytes go to another host, or to another rank although their own is free."""
     stages = [shard(Listed({rank: [((0, 0), ROWS)]}, ROWS)) for rank in (2, 0, 3, 1)]
-    assert owners(stages, (0, 0, 1, 1)) == [2, 0, 3, 1]
+    assert file_owners(stages, (0, 0, 1, 1)) == [2, 0, 3, 1]
     last = [shard(Listed({3: [((0, 0), ROWS)]}, ROWS))] * 4
-    assert sorted(owners(last, (0, 0, 1, 1))) == [2, 2, 3, 3]
+    assert sorted(file_owners(last, (0, 0, 1, 1))) == [2, 2, 3, 3]
 
 
 def test_given_owners() -> None:
     """Catches a file of one rank that another writes, and one of plain memory that is not rank 0's."""
     plain = PlannedShard(Shard((StoredTensor("t", "F32", (2,), 8, False),), (0,), 8), [TensorSource.of(torch.zeros(2))])
-    assert owners([shard(rows(4), owner=3), plain, plain], (0, 0, 0, 0)) == [3, 0, 0]
+    assert file_owners([shard(rows(4), owner=3), plain, plain], (0, 0, 0, 0)) == [3, 0, 0]
 
 
 def test_long_files_first() -> None:
@@ -65,7 +65,7 @@ def test_long_files_first() -> None:
     long, short = shard(*[rows(4)] * 6), shard(*[rows(4)] * 4)
     shards = [long, *[short] * 8, shard(), long]
     loads = Counter[int]()
-    for one, owner in zip(shards, owners(shards, (0, 0, 0, 0))):
+    for one, owner in zip(shards, file_owners(shards, (0, 0, 0, 0))):
         loads[owner] += one.layout.data_bytes
     assert sorted(loads.values()) == [n * short.layout.data_bytes // 4 for n in (10, 10, 12, 12)]
 
@@ -73,13 +73,13 @@ def test_long_files_first() -> None:
 def test_given_files_count_first() -> None:
     """Catches a rank that gets files although it alone must write many."""
     shards = [shard(rows(4)), shard(rows(4)), shard(rows(4), rows(4), owner=0)]
-    assert 0 not in owners(shards, (0, 0, 0, 0))[:2]
+    assert 0 not in file_owners(shards, (0, 0, 0, 0))[:2]
 
 
 def test_empty_tensors() -> None:
     """Catches a division by the number of elements, or of bytes."""
     nothing = Whole((0, 1), (0, 4))
-    assert set(owners([shard(nothing), shard()], (0, 0))) <= {0, 1}
+    assert set(file_owners([shard(nothing), shard()], (0, 0))) <= {0, 1}
 
 
 #: Meshes of eight ranks, one with processes that are in no group, and how a tensor is placed on them.
@@ -103,6 +103,6 @@ def test_time() -> None:
     shards = [shard(*layouts * 20) for _ in range(500)]
     hosts = [rank // 8 for rank in range(10_000)]
     started = time.process_time()
-    found = owners(shards, hosts)
+    found = file_owners(shards, hosts)
     assert time.process_time() - started < 2
     assert len(set(found)) > 400

@@ -41,7 +41,7 @@ class _Moving(NamedTuple):
     work: Work
 
 
-class FarLinks:
+class NetworkLinks:
     """``owners``: the ranks of other hosts that own blocks. ``windowed``: the blocks of this rank with a window, in order.
 
     Threads: two of its own, one that packs and sends, and one that waits for parcels and unpacks them. `open`, `may_pack` and `end` may be
@@ -305,4 +305,4 @@ class _Left(Exception):
 
 
 #: Links whose threads have not ended. They keep the memory that gloo may still write.
-_left: list[FarLinks] = []
+_left: list[NetworkLinks] = []
