@@ -111,6 +111,49 @@ def test_stages_and_experts(tmp_path: Path) -> None:
     assert figures == [(saved.bytes, of_stage[rank // 2]) for rank in range(RANKS)]
 
 
+def resume_stage(rank: int, folder: str) -> tuple[str, str, str, tuple[str, ...]]:
+    """Ranks 0 and 1 are the first stage of a pipeline, ranks 2 and 3 the second."""
+    layers = ([0, 1], [2, 3])[rank // 2]
+    net = Stage(layers)
+    optimizer = torch.optim.AdamW(net.parameters())
+    with shardsave.CheckpointManager(folder, save_every=None, durable=False, process_group=dist.group.WORLD) as manager:
+        manager.save(1, net, training={"optimizer": shardsave.PerRank(optimizer)})
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.zero_()
+        resumed = manager.resume(net, training={"optimizer": shardsave.PerRank(optimizer)})
+    assert resumed is not None and resumed.report.unexpected == () and same_state(net, Stage(layers))
+    step = f"{folder}/step-00000001"
+    lenient = shardsave.load_model(net, step, strict=False, process_group=dist.group.WORLD)
+    with pytest.raises(shardsave.IncompatibleCheckpointError) as of_job:
+        shardsave.load_model(Stage([min(layers[0], 1)]), step, process_group=dist.group.WORLD)
+    with pytest.raises(shardsave.IncompatibleCheckpointError) as at_resume:
+        shardsave.resume(step, Stage([0, 1]), process_group=dist.group.WORLD)
+    with pytest.raises(shardsave.IncompatibleCheckpointError) as alone:
+        shardsave.load_model(net, step)
+    return str(of_job.value), str(at_resume.value), str(alone.value), lenient.unexpected
+
+
+def test_stages_fill_their_parts(tmp_path: Path) -> None:
+    """Catches a strict load that takes the layers of other stages for surplus, or does not notice layers that no stage has."""
+    folder = str(tmp_path / "run")
+    wanted = f"cannot load {folder}/step-00000001: the module's names and shapes were expected, there are"
+    words = run_ranks(RANKS, resume_stage, folder)
+    for rank, (of_job, at_resume, alone, unexpected) in enumerate(words):
+        others = ([2, 3], [0, 1])[rank // 2]
+        assert of_job == f"{wanted} 4 not in the module: {_names([2, 3])}; the module is unchanged"
+        assert at_resume == of_job
+        assert alone == (
+            f"{wanted} 4 not in the module: {_names(others)}; if other ranks hold these, load with a process_group= that has all of them; "
+            f"the module is unchanged"
+        )
+        assert unexpected == ()
+
+
+def _names(layers: list[int]) -> str:
+    return ", ".join(f"layers.{layer}.{name}" for layer in layers for name in ("bias", "weight"))
+
+
 class Uneven(torch.Tensor):
     """A tensor that tells its boxes to a distributed checkpoint, as Megatron-FSDP's uneven parts do."""
 

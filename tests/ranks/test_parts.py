@@ -149,6 +149,8 @@ def collective(rank: int) -> None:
     for wrong in ("world", 3):
         with pytest.raises(TypeError, match="process_group must be a group of torch.distributed or None, not "):
             collective_group(plain, wrong)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="or None, not DeviceMesh; pass mesh.get_group\\(\\)"):
+        collective_group(plain, init_device_mesh("cpu", (2,)))  # type: ignore[arg-type]
     flags = {entry.name: entry.frozen for entry in global_state(sharded.state_dict(keep_vars=True)).entries}
     assert flags["frozen.weight"] is True and flags["a.weight"] is False and flags["steps"] is None
     plain_state = global_state(sharded.state_dict())  # as users pass it: flags are lost, in one process too

@@ -326,7 +326,7 @@ def test_ranks_that_do_not_come(present: tuple[int, ...], missing: str) -> None:
     """Catches a collective call of some ranks that hangs, that does not say who is missing, or that disturbs the next call."""
     told = (
         "cannot save ckpt: all 4 ranks of the group were expected to call it within rank_timeout=0.8 s, "
-        f"{missing} did not, or has ended; the call is collective: either all ranks make it or none"
+        f"{missing} did not, or ended; the call is collective: either all ranks make it or none"
     )
     for rank, (said, values, left) in enumerate(run_ranks(4, come_or_not, present)):
         assert said == (told if rank in present else "")

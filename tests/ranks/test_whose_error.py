@@ -254,7 +254,7 @@ def test_one_rank_calls_alone(tmp_path: Path, caller: int) -> None:
     for verb, (end, seconds) in run_ranks(RANKS, call_alone, tmp_path, caller)[caller].items():
         words = (
             f"cannot {verb.partition(',')[0]} {tmp_path / 'ckpt'}: all 4 ranks of the group were expected to call it "
-            f"within rank_timeout=0.4 s, {missing} did not, or has ended; the call is collective: either all ranks make it or none"
+            f"within rank_timeout=0.4 s, {missing} did not, or ended; the call is collective: either all ranks make it or none"
         )
         assert end.message.startswith(words) and seconds < 20, (verb, end, seconds)
         assert (end.kind == "SaveNotCommittedError") == ("save" in verb), (verb, end)

@@ -144,7 +144,8 @@ def load_model(
         prefix: load only names that begin with it, and remove it from them: to load a part of a full checkpoint into a sub-module.
         part: fill it from a part of the training state instead, which has names of its own: ``"ema"`` for an averaged model, or
             ``"teachers/0"``. It is the state of a module or a dict of tensors. Flags stay as they are.
-        strict: raise if names or shapes differ; otherwise load what fits and report the rest.
+        strict: raise if names or shapes differ; otherwise load what fits and report the rest. In a collective load, a name that is only in
+            the checkpoint is one that no rank has.
         restore_frozen: set ``requires_grad`` of every floating-point parameter to what was saved, if the checkpoint records it.
         verify: as in ``load``.
         process_group: the group whose processes load together, each what its module holds, so that every byte is read once in the job:
@@ -198,7 +199,10 @@ def load_model(
         wanted, parts = needed_files(model, prefix, part)
         with opened(job, os.fspath(path), wanted, parts) as checkpoint:
             planning = partial(ModelLoad, strict=strict, restore_frozen=restore_frozen, part=part, parts=job.parts)
-            loading, _ = job.attempt(partial(planning, model, checkpoint, prefix, target_device))
+            loading, lack_the_same = job.attempt(
+                partial(planning, model, checkpoint, prefix, target_device), ModelLoad.not_here
+            )
+            loading.agree_on_names(job, lack_the_same)
             lacking = job.checked(loading.host_bytes)
             clock.planned()
             with Progress(progress if job.leads or callable(progress) else False, "loading", loading.nbytes) as reporter:

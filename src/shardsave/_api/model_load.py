@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +20,7 @@ from shardsave._format.index import TRAINING
 from shardsave._huggingface.choose_loading import choose_layout
 from shardsave._huggingface.recognize import transformers_model
 from shardsave._loading.disk_layout import IdentityLayout
+from shardsave._loading.job import LoadJob
 from shardsave._loading.module_filler import ModuleFiller
 from shardsave._loading.module_plan import plan_module
 from shardsave._loading.read import TensorReader
@@ -68,6 +73,7 @@ class ModelLoad:
     ) -> None:
         """``prefix``: None if the caller's caller cannot pass one. ``parts``: reads distributed tensors."""
         self._strict = strict
+        self._prefix = prefix
         inventory = take_inventory(model, checkpoint.path, parts)
         if part is None:
             self._filler, self._notes = _plan(
@@ -75,10 +81,29 @@ class ModelLoad:
             )
         else:
             self._filler, self._notes = _plan_part(model, inventory, checkpoint, prefix or "", device, part), ()
-        self._filler.check(strict=strict, prefix=prefix)
+        self._filler.check(strict=strict, prefix=prefix, alone=parts is None)
         self.reads = self._filler.plan.reads
         self.nbytes = sum(located.nbytes for located in self.reads)
         self.host_bytes = self._filler.host_bytes
+
+    def not_here(self) -> bytes:
+        """Tells which stored tensors this module has no place for; empty if there are none."""
+        names = self._filler.plan.unexpected
+        return hashlib.sha256("\0".join(names).encode()).digest() if names else b""
+
+    def agree_on_names(self, job: LoadJob, all_lack_the_same: bool) -> None:
+        """Raises IncompatibleCheckpointError on all, if the load is strict and there are stored tensors that no process has a place for.
+
+        ``all_lack_the_same``: `not_here` is the same everywhere. If it is not, as with stages of a pipeline, the processes tell each other
+        which names they have.
+        """
+        if not all_lack_the_same:
+            plan = self._filler.plan
+            have = json.dumps(sorted(plan.stored.keys() - set(plan.unexpected))).encode()
+            everywhere = job.of_all("the names that each has", zlib.compress(have, 1))
+            self._filler.filled_elsewhere({name for one in everywhere for name in json.loads(zlib.decompress(one))})
+        if self._strict and not (all_lack_the_same and not self._filler.plan.unexpected):
+            job.attempt(partial(self._filler.check_unexpected, self._prefix))
 
     def filled(self) -> list[tuple[str, Located, torch.Tensor]]:
         """As of `ModuleFiller`."""

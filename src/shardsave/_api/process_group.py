@@ -26,7 +26,8 @@ def check_group(group: Any) -> None:
     if available and group is torch.distributed.GroupMember.NON_GROUP_MEMBER:  # what `new_group` returns to other processes
         raise ValueError("process_group must have this process in it, this process is not in the group that was passed")
     if not available or not isinstance(group, torch.distributed.ProcessGroup):
-        raise TypeError(f"process_group must be a group of torch.distributed or None, not {type(group).__name__}")
+        of_mesh = "; pass mesh.get_group()" if hasattr(group, "get_group") else ""
+        raise TypeError(f"process_group must be a group of torch.distributed or None, not {type(group).__name__}{of_mesh}")
 
 
 def collective_group(

@@ -106,9 +106,12 @@ def resume(
                 parts = (*parts, TRAINING) if asked.is_training else parts
                 checkpoint = stack.enter_context(opened(job, os.fspath(path), wanted, parts))
             options = Options(rng, strict, only, skip or (), on_world_change, job.size, target_device, job.parts)
-            resumption, _ = job.attempt(
-                lambda: Resumption(checkpoint, model, training, options, job, restore_frozen=restore_frozen)
+            resumption, lack_the_same = job.attempt(
+                lambda: Resumption(checkpoint, model, training, options, job, restore_frozen=restore_frozen),
+                Resumption.not_here,
             )
+            if resumption.model is not None:
+                resumption.model.agree_on_names(job, lack_the_same)
             clock.planned()
             shown = progress if job.leads or callable(progress) else False
             with Progress(shown, "loading", resumption.nbytes) as reporter:

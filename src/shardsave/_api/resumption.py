@@ -68,6 +68,10 @@ class Resumption:
             self._check_shared_memory()
         self._check_memory()
 
+    def not_here(self) -> bytes:
+        """As of `ModelLoad`."""
+        return self.model.not_here() if self.model is not None else b""
+
     @property
     def nbytes(self) -> int:
         """How many bytes of tensors are read."""

@@ -9,12 +9,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch.distributed
-
 from shardsave._api.process_group import collective_group
 from shardsave._api.rank_timeouts import PHASE_TIMEOUT, RANK_TIMEOUT, seconds
 from shardsave._common.gc_pause import gc_paused
 from shardsave._common.imports import import_at_use
+from shardsave._common.processes import several_processes
 from shardsave._saving.contents import Contents
 from shardsave._saving.job import ALONE, Job
 from shardsave.errors import SaveNotCommittedError
@@ -76,9 +75,7 @@ def beside_other_ranks(job: Job, path: str, step: Any) -> Job:
     """``job``, which notices if other ranks of a larger job have just made the same save by themselves: then it raises
     SaveNotCommittedError, here or before anything is written.
     """
-    distributed = torch.distributed
-    several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-    if not several:
+    if not several_processes():
         return job
     if job is ALONE:
         import_at_use("shardsave._ranks.lone_save")

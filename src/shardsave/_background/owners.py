@@ -10,6 +10,7 @@ from torch import nn
 
 from shardsave._background.guard import inside_step
 from shardsave._common.memory import PLAIN_TYPES, tensors_in
+from shardsave._common.processes import several_processes
 
 Mode = Literal["ring", "snapshot", "blocking"]
 
@@ -68,7 +69,7 @@ def choose(source: nn.Module | Mapping[str, Any], optimizers: Sequence[torch.opt
         if obstacle is not None:
             raise ValueError(f"staging='ring' is not possible: {obstacle.reason}; {obstacle.way_out}; nothing was written")
         return Choice("ring", f"{READ}: staging='ring' was requested")
-    if obstacle is None and _several_processes():
+    if obstacle is None and several_processes():
         obstacle = Choice("snapshot", "several processes train together")
     if obstacle is not None:
         return Choice("snapshot", f"{COPIED}: {obstacle.reason}")
@@ -104,8 +105,3 @@ def _obstacle(source: nn.Module | Mapping[str, Any], optimizers: Sequence[torch.
             f"pass its optimizer in training=, freeze it, or {snapshot}",
         )
     return None
-
-
-def _several_processes() -> bool:
-    distributed = torch.distributed
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

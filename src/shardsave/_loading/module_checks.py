@@ -9,6 +9,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from shardsave._common.memory import PLAIN_TYPES, lacks_memory, reach
+from shardsave._common.processes import several_processes
 from shardsave._common.words import an
 from shardsave._loading.allocation import stays
 from shardsave._loading.module_plan import Dtypes, ModulePlan
@@ -23,10 +24,13 @@ from shardsave._storage.checkpoint import Checkpoint
 from shardsave.errors import IncompatibleCheckpointError, UnsupportedTensorError
 
 
-def check_differences(inventory: Inventory, plan: ModulePlan, strict: bool, where: str, prefix: str | None) -> None:
+def check_differences(
+    inventory: Inventory, plan: ModulePlan, strict: bool, where: str, prefix: str | None, *, alone: bool
+) -> None:
     """Refuses tensors of a kind that no load can fill, and, if ``strict``, every difference between module and checkpoint, all listed.
 
     ``where``: the path of the checkpoint, for messages. ``prefix``: the one that the caller passed; None if no caller can pass one.
+    ``alone``: no other process loads, so what this module does not have is nowhere. Otherwise see `check_unexpected`.
     """
     for name in inventory.slots if plan.owned else ():
         if name in plan.owned and (inventory.slots[name].saved or name in plan.stored):
@@ -40,8 +44,14 @@ def check_differences(inventory: Inventory, plan: ModulePlan, strict: bool, wher
             _check_plain(inventory.slots[name], where)
             _check_memory(inventory.slots[name], where)
     check_shapes(inventory, plan, where)
-    if strict and (plan.missing or plan.unexpected or plan.mismatched):
-        _refuse_differences(plan, where, prefix)
+    if strict and (plan.missing or plan.mismatched or (alone and plan.unexpected)):
+        _refuse_differences(plan, where, prefix, alone=alone)
+
+
+def check_unexpected(plan: ModulePlan, where: str, prefix: str | None) -> None:
+    """Refuses stored tensors for which no process has a place. ``where``, ``prefix``: as in `check_differences`."""
+    if plan.unexpected:
+        _refuse_differences(plan, where, prefix, alone=False)
 
 
 def check_shapes(inventory: Inventory, plan: ModulePlan, where: str) -> None:
@@ -100,11 +110,11 @@ def check_meta_buffers(inventory: Inventory, where: str) -> None:
     if unfilled:
         raise IncompatibleCheckpointError(
             f"cannot load {where}: buffers with data were expected, these are not saved and on the meta device: {', '.join(unfilled)}; "
-            f"give them values first; the module is unchanged"
+            f"give them values first (to_empty gives only memory); the module is unchanged"
         )
 
 
-def _refuse_differences(plan: ModulePlan, where: str, prefix: str | None) -> NoReturn:
+def _refuse_differences(plan: ModulePlan, where: str, prefix: str | None, *, alone: bool) -> NoReturn:
     differences = (
         ("missing from the checkpoint", plan.missing),
         ("not in the module", plan.unexpected),
@@ -123,6 +133,8 @@ def _refuse_differences(plan: ModulePlan, where: str, prefix: str | None) -> NoR
     elif plan.left_out:
         left_out = f"{len(plan.left_out)} of the missing names were frozen and left out by the save"
         hint = f"; {left_out}: load these first, then this with strict=False"
+    elif alone and not plan.missing and several_processes():
+        hint = "; if other ranks hold these, load with a process_group= that has all of them"
     raise IncompatibleCheckpointError(
         f"cannot load {where}: the module's names and shapes were expected, there are {'; '.join(parts)}{hint}; the module is unchanged"
     )

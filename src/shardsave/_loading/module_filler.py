@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import NamedTuple, Union
 
 import torch
@@ -16,7 +17,13 @@ from shardsave._loading.allocation import allocate, host_bytes, stays
 from shardsave._loading.disk_layout import DiskLayout, Join
 from shardsave._loading.freeze_flags import RestoredFlags, named_parameters, restore_flags
 from shardsave._loading.joined_parts import parts_seen
-from shardsave._loading.module_checks import check_destinations, check_differences, check_meta_buffers, check_shapes
+from shardsave._loading.module_checks import (
+    check_destinations,
+    check_differences,
+    check_meta_buffers,
+    check_shapes,
+    check_unexpected,
+)
 from shardsave._loading.module_plan import ModulePlan, plan_again
 from shardsave._loading.onload import onloaded
 from shardsave._loading.read import Target, TensorReader
@@ -65,18 +72,26 @@ class ModuleFiller:
         self._unused: frozenset[str] = frozenset()  # names that routines reported as unexpected
 
     @gc_paused()
-    def check(self, *, strict: bool, prefix: str | None = None) -> None:
+    def check(self, *, strict: bool, prefix: str | None = None, alone: bool = True) -> None:
         """Raises IncompatibleCheckpointError or UnsupportedTensorError if the module cannot be filled; ``strict``: also if names differ.
 
         Raises OutOfMemoryError if its new memory surely does not fit. ``prefix``: the caller's argument, for advice in messages; None if
-        the caller has none.
+        the caller has none. ``alone``: otherwise `check_unexpected` follows, if ``strict``.
         """
         where = self._checkpoint.path
-        check_differences(self._inventory, self.plan, strict, where, prefix)
+        check_differences(self._inventory, self.plan, strict, where, prefix, alone=alone)
         self._check_destinations()
         check_meta_buffers(self._inventory, where)
         self.host_bytes = self._host_bytes()
         self.notes = check_free_memory(where, self.host_bytes, "the module is unchanged")
+
+    def filled_elsewhere(self, names: Collection[str]) -> None:
+        """Other processes that load too have a place for the stored ``names``."""
+        self.plan = replace(self.plan, unexpected=tuple(name for name in self.plan.unexpected if name not in names))
+
+    def check_unexpected(self, prefix: str | None) -> None:
+        """Raises IncompatibleCheckpointError if there are stored tensors for which no process has a place."""
+        check_unexpected(self.plan, self._checkpoint.path, prefix)
 
     def filled(self) -> list[tuple[str, Located, torch.Tensor]]:
         """The tensors that are filled in the memory that they have now: name, stored tensor, tensor."""

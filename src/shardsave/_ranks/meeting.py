@@ -143,7 +143,7 @@ class Meeting:
         return Failure(
             "",
             f"cannot {self._call}: all {len(self._members.names)} ranks of the group were expected to call it within "
-            f"rank_timeout={self._seconds:g} s, {names} did not, or has ended; the call is collective: either all ranks make it or "
+            f"rank_timeout={self._seconds:g} s, {names} did not, or ended; the call is collective: either all ranks make it or "
             f"none{apart}",
         )
 

@@ -87,8 +87,13 @@ def sum_replicas(entries: Sequence[Entry], rank: int) -> ReplicaSums:
     return ReplicaSums(names, layouts, of_sets)
 
 
-def compare_replicas(session: Session, sums: ReplicaSums, on_divergence: Literal["raise", "lowest_rank"]) -> tuple[str, ...]:
-    """Compares ``sums`` of all ranks. Returns a note if some differ, or raises UnsupportedTensorError on all ranks."""
+def compare_replicas(
+    session: Session, sums: ReplicaSums, on_divergence: Literal["raise", "lowest_rank"], *, of_training: bool = False
+) -> tuple[str, ...]:
+    """Compares ``sums`` of all ranks. Returns a note if some differ, or raises UnsupportedTensorError on all ranks.
+
+    ``of_training``: they are of a training state, where each rank may have something of its own.
+    """
     of_sets = sums.of_sets
     mine = b"".join(key + hashlib.sha256(values.tobytes()).digest()[:16] for key, values in of_sets.items())
     digests = session.gather("sums of replicas", mine)
@@ -102,9 +107,12 @@ def compare_replicas(session: Session, sums: ReplicaSums, on_divergence: Literal
     if parts is not None:
         said = _words(session, sums, asked, [np.frombuffer(zlib.decompress(part), np.uint64) for part in parts]).encode()
     found = session.publish("tensors that differ", said).decode()
+    if of_training:
+        found = f"the training state's {found}"
     if on_divergence == "raise":
+        own = "what each rank has for itself is marked by shardsave.PerRank; " if of_training else ""
         raise UnsupportedTensorError(
-            f"cannot save {found}; on_divergence='lowest_rank' saves those of the lowest rank; nothing was written"
+            f"cannot save {found}; {own}on_divergence='lowest_rank' saves those of the lowest rank; nothing was written"
         )
     return (f"of replicas, those of the lowest rank were saved: {found}",)
 

@@ -157,7 +157,7 @@ class SaveJob:
         with self._session.for_all():
             state, notes = check_replicas(self._session, spread, self._on_divergence)
             if self._training is not None:  # the lowest rank writes each box of it anyway
-                notes = (*notes, *compare_replicas(self._session, self._training.sums, self._on_divergence))
+                notes = (*notes, *compare_replicas(self._session, self._training.sums, self._on_divergence, of_training=True))
         contents = contents._replace(notes=(*contents.notes, *notes))
         if state is spread:
             return contents
