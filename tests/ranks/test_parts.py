@@ -73,6 +73,37 @@ def test_refusals() -> None:
     run_ranks(2, refusals, seconds=60)
 
 
+def read_both_ways(rank: int) -> None:
+    mesh, whole = init_device_mesh("cpu", (2,)), torch.arange(24.0).reshape(6, 4)
+    placed = [
+        distribute_tensor(tensor, mesh, [placement])
+        for tensor in (whole, whole.bfloat16(), whole[:1], whole[0], whole[:, :0], whole.t())
+        for placement in (Shard(0), Shard(-1), Replicate())
+    ]
+    tensors = [*placed, *map(nn.Parameter, placed), distribute_tensor(whole[0, 0], mesh, [Replicate()])]
+    reader = PartReader([0, 1], rank)
+    columns = reader.read_all(tensors)
+    assert columns is not None
+    for tensor, data, spread in zip(tensors, *columns):
+        part = reader.read(tensor)
+        assert (data.data_ptr(), data.shape) == (part.local.data_ptr(), part.local.shape)
+        assert (spread.dtype, spread.layout) == (part.spread.dtype, part.spread.layout)
+        boxes, wanted = ([(c.begin, c.tensor.data_ptr(), c.tensor.stride()) for c in s.local] for s in (spread, part.spread))
+        assert boxes == wanted
+    wrong = distributed(torch.ones(4, 2), Shard(0))
+    wrong._local_tensor = torch.ones(3, 2)
+    listing = distributed(torch.ones(4, 2), Shard(0))
+    listing._local_tensor.__create_chunk_list__ = list  # type: ignore[attr-defined]
+    other = distributed(torch.ones(2).as_subclass(OtherTensor), Shard(0))
+    for tensor in (wrong, listing, other, distributed(torch.ones(2), Partial()), torch.ones(2)):
+        assert reader.read_all([*tensors, tensor]) is None
+
+
+def test_all_at_once() -> None:
+    """Catches tensors of which something else is read together than one by one, or that are read though one by one they are refused."""
+    run_ranks(2, read_both_ways, seconds=60)
+
+
 def other_group(rank: int) -> None:
     whole = torch.arange(12.0).reshape(6, 2)
     mesh = init_device_mesh("cpu", (4,))

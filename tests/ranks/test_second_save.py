@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import shardsave
@@ -107,8 +108,43 @@ def not_sharded(layer: Layer) -> None:
     layer.a = nn.Parameter(torch.arange(32.0).view(4, 8) + 7)
 
 
+def other_mesh(layer: Layer) -> None:
+    """The same rows on the other rank."""
+    mesh = DeviceMesh("cpu", [*reversed(range(RANKS))])
+    layer.a = nn.Parameter(distribute_tensor(torch.arange(32.0).view(4, 8) + 8, mesh, [Shard(0)]))
+
+
+def other_values_and_mesh(layer: Layer) -> None:
+    mesh = init_device_mesh("cpu", (1, RANKS))
+    layer.a = nn.Parameter(distribute_tensor(torch.arange(32.0).view(4, 8) + 9, mesh, [Replicate(), Shard(1)]))
+
+
+def fewer_rows_than_ranks(layer: Layer) -> None:
+    layer.a = layer.sharded(torch.arange(8.0).view(1, 8))
+
+
 def tied(layer: Layer) -> None:
     layer.b = layer.a
+
+
+def tied_without_elements_on_a_rank(layer: Layer) -> None:
+    layer.a = layer.b = layer.sharded(torch.arange(8.0).view(1, 8))
+
+
+def no_parameter(layer: Layer) -> None:
+    del layer.a
+    layer.register_buffer("a", distribute_tensor(torch.arange(32.0).view(4, 8) + 9, layer.mesh, [Shard(0)]))
+
+
+def sharded_by_fsdp(layer: Layer) -> None:
+    """Two layers that were in use: one has its whole parameters in place, the other the sharded ones."""
+    layer.open, layer.closed = nn.Linear(8, 8), nn.Linear(8, 8)
+    with torch.no_grad():
+        for parameter in (*layer.open.parameters(), *layer.closed.parameters()):
+            parameter.copy_(torch.arange(float(parameter.numel())).view_as(parameter))
+    fully_shard(layer.open, mesh=layer.mesh, reshard_after_forward=False)
+    fully_shard(layer.closed, mesh=layer.mesh, reshard_after_forward=True)
+    layer.closed(layer.open(torch.ones(2, 8)))
 
 
 def another_buffer(layer: Layer) -> None:
@@ -123,7 +159,8 @@ CHANGES: dict[str, Callable[[Layer], None]] = {
     change.__name__: change
     for change in (
         other_values, other_memory, other_strides, other_local_tensor, frozen, another_is_frozen, new_sub_module, one_less,
-        another_name, another_order, another_shape, another_dtype, columns, replicas, not_sharded, tied, another_buffer, no_buffer,
+        another_name, another_order, another_shape, another_dtype, columns, replicas, not_sharded, other_mesh, other_values_and_mesh,
+        fewer_rows_than_ranks, tied, tied_without_elements_on_a_rank, no_parameter, another_buffer, no_buffer, sharded_by_fsdp,
     )
 }  # fmt: skip
 

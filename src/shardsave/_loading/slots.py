@@ -193,7 +193,7 @@ def _leaders(slots: Mapping[str, Slot]) -> dict[str, str]:
     leaders = {}
     if len(set(begins)) < len(begins):
         leaders = shared_names({name: slot.memory for name, slot in slots.items()}, begins)
-    parts = {name: slot.part for name, slot in slots.items() if slot.part is not None}
+    parts = {name: slot.part.spread for name, slot in slots.items() if slot.part is not None}
     return tied_parts({name: slots[name].tensor for name in parts}, parts, leaders) if parts else leaders
 
 

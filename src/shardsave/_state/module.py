@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from itertools import repeat
+from operator import attrgetter
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Union
 
@@ -18,15 +20,16 @@ from shardsave._state.distributed_tensors import (
     LocalPart,
     NotReadable,
     PartReader,
+    are_parameters,
     is_distributed_class,
-    is_parameter,
+    read_directly,
     tied_parts,
 )
 from shardsave._state.numpy_arrays import is_swapped, tensor_of_array
 from shardsave._state.offload import Offloaded, offloaded_tensors
 from shardsave._state.offloaded_ties import tie_copies, untied_notes
 from shardsave._state.quantised import expand
-from shardsave._state.savable import check_savable, refuse, refuse_optimizer
+from shardsave._state.savable import check_all_savable, check_savable, refuse, refuse_optimizer
 from shardsave._state.sharded import refuse_partitioned, refuse_sharded
 from shardsave._state.wrappers import Names, unwrap
 
@@ -94,7 +97,7 @@ def read_state(source: Source, *, tensors_only: bool = False, reader: PartReader
         refuse_sharded(sub_modules, "save", "nothing was written", emptied=True)
         named = _module_tensors(module, Names(sub_modules), tensors_only, swapped)
         flags_known = True
-        flags = _module_flags(module, named)
+        flags = _module_flags(module, named.values())
         named, of_parts, file_metadata = _expanded(named)
         flags.update(of_parts)
         offloaded = offloaded_tensors(module, fill=False)
@@ -104,7 +107,7 @@ def read_state(source: Source, *, tensors_only: bool = False, reader: PartReader
         named = {name: _as_tensor(name, value) for name, value in source.items()}
         swapped.update(name for name, value in source.items() if is_swapped(value))
         named, flags, file_metadata = _expanded(named)
-        flags_known = bool(flags) or any(map(is_parameter, named.values()))
+        flags_known = bool(flags) or any(are_parameters(named.values()))
         values = named
     else:
         raise TypeError(f"an nn.Module or a mapping of names to tensors is needed, not {type(source).__name__}")
@@ -136,35 +139,56 @@ def _entries(
 ) -> tuple[tuple[Entry, ...], tuple[tuple[str, str], ...]]:
     """The entries of ``named``, and the pairs of them that share a part of their memory.
 
-    ``values``: the memory of each, but of those that are distributed. All of one tensor is read at once: of very many tensors, each look
-    at another one has to wait for memory.
+    ``values``: the memory of each, but of those that are distributed. Each question is put to all tensors in turn: of very many tensors,
+    a look at another one has to wait for memory, but ``data``, which is made here, lies side by side.
     """
     flags, without_flag, swapped, reader = origins
-    entries, memory, begins, ends = [], [], [], []
-    parts: dict[str, LocalPart] = {}
-    spread = {kind for kind in {*map(type, named.values())} if is_distributed_class(kind)} if reader is not None else ()
-    for (name, tensor), value in zip(named.items(), values.values()):
-        part = _part(name, tensor, reader) if reader is not None and type(tensor) in spread else None
-        if part is not None:
-            parts[name], value = part, part.local
-        reach = check_savable(name, value)
-        memory.append(value)
-        begins.append(begin := value.data_ptr())
-        ends.append(begin + reach)
-        frozen = not tensor.requires_grad if is_parameter(tensor) else flags.get(name)
-        kind = "parameter" if frozen is not None else without_flag
-        # `Tensor.data`: if the Parameter gets other data during the save, this memory stays alive. It is cheaper than `detach`.
-        in_memory = SwappedSource if name in swapped else TensorSource
-        source = part.spread if part is not None else in_memory(value.data, tensor.dtype)
-        entries.append(Entry(name, kind, frozen, None, source))
-    # Swapped bytes have other values than the tensor that seems to share them, so they are never tied.
-    to_compare = [0 if name in swapped else begin for name, begin in zip(values, begins)] if swapped else begins
-    ties = shared_names(dict(zip(named, memory)), to_compare)
-    if parts:
-        ties = tied_parts(named, parts, ties)
+    names, tensors = [*named], [*named.values()]
+    memory = [*values.values()]
+    spread: list[Spread | None] = [None] * len(names)
+    if reader is not None:
+        memory, spread = _with_parts(named, memory, reader)
+    if not PLAIN_TYPES.issuperset(map(type, memory)):
+        check_all_savable(names, memory, memory)
+    # `Tensor.data`: if the Parameter gets other data during the save, this memory stays alive. It is cheaper than `detach`.
+    data = [value.data if part is None else value for value, part in zip(memory, spread)]
+    reaches = check_all_savable(names, memory, data)
+    begins = [value.data_ptr() for value in data]
+    with read_directly(tensors):
+        needs_grad = [*map(attrgetter("requires_grad"), tensors)]
+    own_flag = are_parameters(tensors)
+    frozen = [not grad if own else flags.get(name) for name, grad, own in zip(names, needs_grad, own_flag)]
+    kinds = ["parameter" if is_frozen is not None else without_flag for is_frozen in frozen]
+    sources = [
+        (SwappedSource if name in swapped else TensorSource)(value, tensor.dtype) if part is None else part
+        for name, tensor, value, part in zip(names, tensors, data, spread)
+    ]
+    entries = [*map(Entry._make, zip(names, kinds, frozen, repeat(None), sources))]
+    ties: Mapping[str, str] = {}
+    if len({*begins}) < len(begins):
+        # Swapped bytes have other values than the tensor that seems to share them, so they are never tied.
+        to_compare = [0 if name in swapped else begin for name, begin in zip(names, begins)] if swapped else begins
+        parts = {name: part for name, part in zip(names, spread) if part is not None}
+        ties = tied_parts(named, parts, shared_names(dict(zip(names, memory)), to_compare))
     if ties:
         entries = [entry._replace(tied_to=ties.get(entry.name)) for entry in entries]
+    ends = [begin + reach for begin, reach in zip(begins, reaches)]
     return tuple(entries), tuple(_overlaps(entries, memory, begins, ends))
+
+
+def _with_parts(
+    named: Mapping[str, torch.Tensor], values: list[torch.Tensor], reader: PartReader
+) -> tuple[list[torch.Tensor], list[Spread | None]]:
+    """The memory of each of ``named`` in this process, and its part here if it is distributed. ``values``: the memory of the others."""
+    kinds = {kind for kind in {*map(type, named.values())} if is_distributed_class(kind)}
+    spread = {name: tensor for name, tensor in named.items() if type(tensor) in kinds}
+    columns = reader.read_all([*spread.values()])
+    if columns is None:
+        parts = [_part(name, tensor, reader) for name, tensor in spread.items()]
+        columns = [part.local for part in parts], [part.spread for part in parts]
+    found = zip(*columns)
+    pairs = [next(found) if type(tensor) in kinds else (value, None) for tensor, value in zip(named.values(), values)]
+    return [value for value, _ in pairs], [part for _, part in pairs]
 
 
 def _part(name: str, tensor: torch.Tensor, reader: PartReader) -> LocalPart:
@@ -182,9 +206,12 @@ def _expanded(named: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], 
 
 
 def _module_tensors(module: nn.Module, names: Names, tensors_only: bool, swapped: set[str]) -> dict[str, torch.Tensor]:
+    state: dict[str, Any] = module.state_dict(keep_vars=True)
+    plain_names = names.all_plain(state)
+    if plain_names is state and _are_usual(state):
+        return dict(state)
     tensors: dict[str, torch.Tensor] = {}
-    state = module.state_dict(keep_vars=True)
-    for (name, value), plain in zip(state.items(), names.all_plain(state)):
+    for (name, value), plain in zip(state.items(), plain_names):
         if tensors_only and plain.endswith(EXTRA_STATE) and not isinstance(value, torch.Tensor):
             continue
         if plain in tensors:
@@ -193,6 +220,12 @@ def _module_tensors(module: nn.Module, names: Names, tensors_only: bool, swapped
         if tensor is not value and is_swapped(value):
             swapped.add(plain)
     return tensors
+
+
+def _are_usual(state: Mapping[Any, Any]) -> bool:
+    """Whether ``state`` maps strings to plain or distributed tensors that are whole, as far as `_as_tensor` can see."""
+    usual = all(kind in PLAIN_TYPES or is_distributed_class(kind) for kind in {*map(type, state.values())})
+    return usual and {str}.issuperset(map(type, state)) and not any(map(hasattr, state.values(), repeat("ds_status")))
 
 
 def _with_offloaded(
@@ -227,12 +260,12 @@ def _with_offloaded(
     return values
 
 
-def _module_flags(module: nn.Module, named: Mapping[str, torch.Tensor]) -> dict[str, bool]:
+def _module_flags(module: nn.Module, tensors: Collection[torch.Tensor]) -> dict[str, bool]:
     """Name → frozen, from the module itself; empty if all tensors in its state dict are Parameters, which have their own flags.
 
     Other tensors in a state dict are buffers, or tensors that a hook put in the place of a Parameter.
     """
-    if all(map(is_parameter, named.values())):
+    if all(are_parameters(tensors)):
         return {}
     names = Names.of(module)
     return {names.plain(name): not p.requires_grad for name, p in module.named_parameters(remove_duplicate=False)}

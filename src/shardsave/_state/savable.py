@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import repeat
 from operator import attrgetter, le
 from typing import Any, NoReturn
 
@@ -74,6 +75,15 @@ def check_savable(name: str, tensor: torch.Tensor) -> int:
     if dtype == torch.float4_e2m1fn_x2 and tensor.dim() == 0:
         refuse(name, "a float4 tensor of at least one dimension was expected", "it has none")
     return reached
+
+
+def check_all_savable(named: Iterable[str], tensors: Sequence[torch.Tensor], data: Sequence[torch.Tensor]) -> list[int]:
+    """`check_savable` for all ``tensors``, of the names ``named``. ``data``: plain tensors with the same memory, which lie side by side."""
+    names = [*named]
+    usual_names = "".join(names).isascii() and "__metadata__" not in names
+    if usual_names and not any(map(hasattr, tensors, repeat("__tensor_flatten__"))) and all_usual(data):
+        return [tensor.nbytes for tensor in data]
+    return [*map(check_savable, names, tensors)]
 
 
 _PROPERTIES = tuple(map(attrgetter, ("layout", "is_nested", "is_meta")))

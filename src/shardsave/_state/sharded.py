@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from shardsave._common.memory import PLAIN_TYPES
+from shardsave._state.distributed_tensors import is_distributed_class, read_directly
 from shardsave.errors import UnsupportedTensorError
 
 _LINEAR = ("weight", "bias")
@@ -42,6 +44,8 @@ def refuse_sharded(named: Sequence[tuple[str, nn.Module]], verb: str, state: str
     """
     kinds = {type(part) for _, part in named}
     sharding = {kind for kind in kinds if any(base.__name__ == "FullyShardedDataParallel" for base in kind.__mro__)}
+    if not sharding and _all_whole([part for _, part in named], emptied):
+        return
     for name, part in named:
         if type(part) in sharding:
             raise UnsupportedTensorError(
@@ -55,6 +59,20 @@ def refuse_sharded(named: Sequence[tuple[str, nn.Module]], verb: str, state: str
                 refuse_partitioned(f"{name}.{attribute}" if name else attribute, tensor, verb, state)
             if emptied and not tensor.numel():
                 _refuse_if_emptied(f"{name}.{attribute}" if name else attribute, part, attribute)
+
+
+def _all_whole(parts: Sequence[nn.Module], emptied: bool) -> bool:
+    """Whether nothing of ``parts`` has to be looked at more closely. Each question is put to all tensors in turn, which is faster."""
+    tensors = [
+        tensor for part in parts for own in (part._parameters, part._buffers) for tensor in own.values() if tensor is not None
+    ]
+    kinds = {*map(type, tensors)}
+    if not all(kind in PLAIN_TYPES or is_distributed_class(kind) for kind in kinds) or any(
+        map(hasattr, tensors, repeat("ds_status"))
+    ):
+        return False
+    with read_directly(tensors):
+        return not emptied or all(tensor.numel() for tensor in tensors)
 
 
 def refuse_partitioned(name: str, tensor: torch.Tensor, verb: str, state: str) -> None:
